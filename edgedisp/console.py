@@ -1,0 +1,114 @@
+"""Progress on stderr: what is being done, how far it is, how long it will take.
+
+On a terminal a live bar (Rich); elsewhere (a log file, CI) a plain line when a stage starts and ends and at
+most one every ten seconds in between.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from edgedisp.folder import Record
+
+QUIET_S = 10.0
+
+
+def clock(seconds: float) -> str:
+    """`75` -> `1:15`."""
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+class Screen:
+    """Shows a build's progress; fits `pipeline.Observer` and, as `screen.progress`, the progress callback."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._stage = title
+        self._started = self._said = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+        self._kept: list[str] = []
+
+    def __enter__(self) -> Screen:
+        if sys.stderr.isatty():
+            self._bar = _live_bar()
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=None, note="")
+        else:
+            self._say(self.title)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tell_kept()
+        if self._bar is not None:
+            self._bar.stop()
+
+    def started(self, name: str, number: int, total: int) -> None:
+        self._tell_kept()
+        self._stage, self._started = f"[{number:2}/{total}] {name}", time.monotonic()
+        self._said = self._started
+        if self._bar is not None:
+            self._bar.reset(self._task, total=None, description=self._stage, note="")
+        else:
+            self._say(f"{self._stage} ...")
+
+    def progress(self, done: int, total: int, note: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total or None, note=note)
+            return
+        now = time.monotonic()
+        if now - self._said < QUIET_S:
+            return
+        self._said = now
+        left = f", {clock((now - self._started) / done * (total - done))} left" if done and total else ""
+        of = f"{done}/{total}" if total else str(done)
+        self._say(f"{self._stage}: {of}{', ' + note if note else ''}{left}")
+
+    def finished(self, name: str, record: Record) -> None:
+        self._say(f"{self._stage}: done in {clock(record.seconds)}")
+
+    def kept(self, name: str, record: Record) -> None:
+        self._kept.append(name)
+
+    def _tell_kept(self) -> None:
+        if self._kept:
+            self._say(f"kept {len(self._kept)} finished stages: {', '.join(self._kept)}")
+            self._kept = []
+
+    def _say(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+
+
+def _live_bar() -> Any:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+        transient=True,
+    )

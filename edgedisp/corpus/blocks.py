@@ -1,0 +1,164 @@
+"""Documents -> the held-out split and packed blocks of token ids.
+
+Every document is followed by the end-of-text token, all are laid end to end, and the stream is cut into blocks of
+`context` tokens. Nothing is dropped but the last partial block. A block may hold several documents and a
+document may cross blocks: attention then sees across the separator, as in GPT-2's and most pre-training.
+
+All of it follows from the seed alone (`numpy.random.default_rng`), so that two arms read one and the same
+order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgedisp import BadInput, Progress, silent
+from edgedisp.corpus.document import Document, Documents
+
+Encode = Callable[[str], list[int]]
+"""Text -> token ids without special tokens. If it has a method `batch(texts)`, that is used: it is faster."""
+
+ENCODE_AT_ONCE = 256  # documents handed to `batch` together: enough for all cores, little memory
+
+
+def split(documents: Sequence[Document], heldout: float, seed: int) -> tuple[Documents, Documents]:
+    """(train, held-out) documents, shuffled, split by document; at least one on each side.
+
+    `heldout` is the share of documents, 0 < heldout < 1. Of documents with the same text (white space aside)
+    one is kept, before splitting, so no held-out text is trained on; `.dropped["duplicate"]` of the first
+    result counts the others. Ids are made unique. Raises BadInput for a bad share or fewer than two texts.
+    """
+    if not 0.0 < heldout < 1.0:
+        raise BadInput(f"heldout must be a share between 0 and 1 (or 0% and 100%), found {heldout}.")
+    kept: dict[str, Document] = {}
+    ids: set[str] = set()
+    for document in documents:
+        text = " ".join(document.text.split())
+        if text not in kept:
+            kept[text] = Document(_free_id(document.id, ids), document.text)
+    if len(kept) < 2:
+        raise BadInput(
+            f"the text holds {len(kept)} different document(s), but 2 are needed: one to train on and one held "
+            "out. Give more documents; in a .txt or .md file a blank line ends a document."
+        )
+    distinct = list(kept.values())
+    order = np.random.default_rng(seed).permutation(len(distinct))
+    count = min(max(1, round(len(distinct) * heldout)), len(distinct) - 1)
+    duplicates = len(documents) - len(distinct)
+    return (
+        Documents((distinct[place] for place in order[count:]), {"duplicate": duplicates}),
+        Documents(distinct[place] for place in order[:count]),
+    )
+
+
+def pack(
+    documents: Sequence[Document],
+    encode: Encode,
+    end_of_text: int,
+    context: int,
+    blocks: int | None = None,
+    *,
+    name: str = "the text",
+    progress: Progress = silent,
+) -> NDArray[np.uint32]:
+    """Token ids uint32 [blocks, context], the documents in the given order, once.
+
+    `blocks` None takes all whole blocks; otherwise at most that many, and documents that are not needed are
+    not encoded. `name` is what an error calls the text. Raises BadInput if not even one block is filled.
+    """
+    wanted = None if blocks is None else blocks * context
+    pieces: list[NDArray[np.uint32]] = []
+    found = 0
+    for piece in _encoded(documents, encode, end_of_text, progress):
+        pieces.append(piece)
+        found += piece.size
+        if wanted is not None and found >= wanted:
+            break
+    whole = found // context if blocks is None else min(blocks, found // context)
+    if whole == 0:
+        raise _too_little(name, found, context)
+    return np.concatenate(pieces)[: whole * context].reshape(whole, context)
+
+
+def blocks_for(
+    documents: Sequence[Document],
+    encode: Encode,
+    end_of_text: int,
+    context: int,
+    blocks: int,
+    seed: int,
+    *,
+    name: str = "the training text",
+    progress: Progress = silent,
+) -> tuple[NDArray[np.uint32], dict[str, Any]]:
+    """Exactly `blocks` blocks, uint32 [blocks, context], however often the text must be read for it.
+
+    Every epoch is shuffled anew from (seed, epoch); each document is encoded at most once, and only if it is
+    reached. Blocks run on across epochs. The facts: `documents` used, `tokens` in the blocks, `epochs`
+    (passes over the documents, 2.25 = two and a quarter), `text_tokens` (tokens of one pass, None if the
+    first pass was not finished).
+
+    Raises BadInput if the whole text is shorter than one block, or `blocks` or `context` is not positive.
+    """
+    if blocks < 1 or context < 1:
+        raise BadInput(f"blocks and context must be positive, found {blocks} blocks of {context} tokens.")
+    out = np.empty(blocks * context, dtype=np.uint32)
+    filled, read, epoch = 0, 0, 0
+    encoded: dict[int, NDArray[np.uint32]] = {}
+    while filled < out.size:
+        order = np.random.default_rng([seed, epoch]).permutation(len(documents))
+        if epoch == 0:
+            pieces = _encoded([documents[place] for place in order], encode, end_of_text, progress)
+        else:
+            pieces = (encoded[int(place)] for place in order)
+        for place, piece in zip(order, pieces, strict=True):
+            encoded[int(place)] = piece
+            taken = min(piece.size, out.size - filled)
+            out[filled : filled + taken] = piece[:taken]
+            filled += taken
+            read += 1
+            if filled == out.size:
+                break
+        if epoch == 0 and filled < min(context, out.size):
+            raise _too_little(name, filled, context)
+        epoch += 1
+    whole = len(encoded) == len(documents)
+    return out.reshape(blocks, context), {
+        "documents": len(encoded),
+        "tokens": int(out.size),
+        "epochs": round(read / len(documents), 4),
+        "text_tokens": sum(piece.size for piece in encoded.values()) if whole else None,
+    }
+
+
+def _encoded(
+    documents: Sequence[Document], encode: Encode, end_of_text: int, progress: Progress
+) -> Iterator[NDArray[np.uint32]]:
+    """The ids of each document, end-of-text behind them, encoded in batches as they are asked for."""
+    batch = getattr(encode, "batch", None)
+    for start in range(0, len(documents), ENCODE_AT_ONCE):
+        texts = [document.text for document in documents[start : start + ENCODE_AT_ONCE]]
+        rows = batch(texts) if batch is not None else [encode(text) for text in texts]
+        for ids in rows:
+            yield np.asarray([*ids, end_of_text], dtype=np.uint32)
+        progress(start + len(texts), len(documents), "encoding text")
+
+
+def _too_little(name: str, found: int, needed: int) -> BadInput:
+    return BadInput(
+        f"{name} is too short for one block: {found} tokens found, {needed} needed (the context). Give more text "
+        "or a shorter context."
+    )
+
+
+def _free_id(name: str, taken: set[str]) -> str:
+    chosen, count = name, 1
+    while chosen in taken:
+        count += 1
+        chosen = f"{name}#{count}"
+    taken.add(chosen)
+    return chosen

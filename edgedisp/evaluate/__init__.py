@@ -1,0 +1,13 @@
+"""Scores of a language model: what it says about text it has not seen, and how sure the number is.
+
+Everything here works over one plain callable, `ids, mask -> logits` (`score.LanguageModel`), so that the
+torch model and every ONNX bundle are scored by the same code on the same items.
+
+score.py       log-likelihoods of continuations, batched; rolling windows; joining two texts as tokens
+heldout.py     three tasks made from the recipe's own held-out documents
+harness.py     any lm-evaluation-harness task over the same callable
+tasks.py       task names -> results: checks the names, dispatches, collects
+result.py      what a task leaves behind: metrics with intervals, and every item
+statistics.py  intervals and tests for one model, and paired for two
+divergence.py  how far one model's next-token distributions are from another's, streamed
+"""

@@ -1,0 +1,143 @@
+"""Which lm-evaluation-harness tasks there are, and reading them with their data, quietly.
+
+A hub is asked only for tasks that name a data set there, and only when one short request shows that it can be
+reached, because the client library would try again for half a minute or longer; without it, what is in the
+client's cache still works. A folder of one's own tasks may name Python functions, which lm-eval runs: name
+only folders whose code you would run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import lm_eval.api.task
+from lm_eval.tasks import TaskManager
+
+from edgedisp import BadInput
+
+HUB_TIMEOUT_S = 5.0
+_LOCAL_FORMATS = frozenset({"arrow", "csv", "json", "pandas", "parquet", "sql", "text", "webdataset", "xml"})
+
+
+def load(names: Sequence[str], tasks_path: Path | None) -> dict[str, Any]:
+    """Read the tasks and their data: {task name: lm-eval task}. Groups and tags become their tasks.
+
+    Raises BadInput naming the task and its data set when the data cannot be had.
+    """
+    tasks: dict[str, Any] = {}
+    with quiet():
+        manager = _manager(names, tasks_path)
+        hub = {name: sorted(_hub_ids(manager, name)) for name in names}
+        with _offline_unless_reachable(any(hub.values())):
+            for name in names:
+                tasks |= _load_one(manager, name, hub[name])
+    for name, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise BadInput(
+                f"evaluate.tasks: {name} runs generated code or needs pictures or sound; take it out"
+            )
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+    return tasks
+
+
+def known_names(tasks_path: Path | None, *, builtin: bool = True) -> list[str]:
+    """Names of all tasks, groups and tags, the built-in ones (14,000, some seconds) and those of a folder."""
+    with quiet():
+        return list(TaskManager(include_path=_paths(tasks_path), include_defaults=builtin).all_tasks)
+
+
+def _paths(tasks_path: Path | None) -> list[str | Path] | None:
+    return None if tasks_path is None else [tasks_path]
+
+
+def _manager(names: Sequence[str], tasks_path: Path | None) -> TaskManager:
+    """The index of tasks; the built-in ones are read (seconds) only when the folder does not hold all names."""
+    if tasks_path is not None:
+        local = TaskManager(include_path=_paths(tasks_path), include_defaults=False)
+        if set(names) <= set(local.all_tasks):
+            return local
+    return TaskManager(include_path=_paths(tasks_path))
+
+
+def _hub_ids(manager: TaskManager, name: str) -> set[str]:
+    """Data sets that a task, or the tasks of a group or tag, would fetch from a hub."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return set()
+    config = entry.cfg or {}
+    members = (
+        config.get("task") if isinstance(config.get("task"), list) else [*entry.tags] if not config else []
+    )
+    found: set[str] = set()
+    for member in members or []:
+        inner = member if isinstance(member, str) else str(member.get("task") or member.get("group"))
+        found |= _hub_ids(manager, inner) if inner != name else set()
+    path = config.get("dataset_path")
+    if path and not config.get("custom_dataset") and path not in _LOCAL_FORMATS and not Path(path).exists():
+        found.add(str(path))
+    return found
+
+
+def _load_one(manager: TaskManager, name: str, hub_ids: list[str]) -> dict[str, Any]:
+    try:
+        return dict(manager.load([name])["tasks"])
+    except (
+        Exception
+    ) as problem:  # a YAML, the Python that it names, or its data: all of it is the user's choice
+        data = f"its data set is {', '.join(hub_ids[:3])} on the hub; " if hub_ids else ""
+        raise BadInput(
+            f"evaluate.tasks: {name} cannot be loaded: {data}{type(problem).__name__}: {problem}. Without a hub use the "
+            "heldout_ tasks, or a local copy: a YAML with `dataset_path: json` and `data_files` in the folder that "
+            "evaluate.tasks_path names"
+        ) from problem
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No logging below errors and no progress bars from lm-eval and datasets, for the time of a call."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub", "httpx")]
+    levels = [logger.level for logger in loggers]
+    bars = datasets.are_progress_bars_disabled()
+    bar = lm_eval.api.task.tqdm
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = lambda items, **options: items  # it offers no switch for this one
+    try:
+        yield
+    finally:
+        lm_eval.api.task.tqdm = bar
+        if not bars:
+            datasets.enable_progress_bars()
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _offline_unless_reachable(wanted: bool) -> Iterator[None]:
+    """When a hub is wanted and not there, work from the cache at once, instead of trying again and again."""
+    constants, config = huggingface_hub.constants, datasets.config
+    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    if wanted and not before[0] and not _hub_reachable():
+        constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
+
+
+def _hub_reachable() -> bool:
+    """One request through the client's own session, so that proxies and mirrors count."""
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except Exception as problem:  # the client's errors differ between its releases; all mean "not reachable"
+        logging.getLogger(__name__).info("the hub cannot be reached: %s", problem)
+        return False
+    return True

@@ -1,0 +1,270 @@
+"""Any lm-evaluation-harness task over a model that is nothing but `ids, mask -> logits`.
+
+lm-eval keeps its part: prompts, filters, and the score of each item. Ours is the model side (log-likelihoods,
+rolling log-likelihoods, greedy generation) and what happens with the items: each becomes one line of a
+result, so that two models can be paired on it, which lm-eval does not offer. Its aggregates are
+computed again from the items, with intervals; a metric that exists only for a whole task (F1, BLEU) is carried
+over as it is, without an interval.
+
+Some tasks shuffle with the global random generators; these are seeded for the time of a call and put back.
+Left out: chat templates, and tasks that sample, run generated code or look at pictures. A group gives its
+tasks, not its own mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import AGGREGATION_REGISTRY
+from lm_eval.evaluator import evaluate
+
+from edgedisp import BadInput, Progress, silent
+from edgedisp.evaluate.catalog import quiet
+from edgedisp.evaluate.result import TaskResult, task_result
+from edgedisp.evaluate.score import (
+    Decode,
+    Encode,
+    LanguageModel,
+    Likelihood,
+    encode_pair,
+    loglikelihoods,
+    rolling_windows,
+)
+from edgedisp.evaluate.statistics import Metric
+
+MAX_NEW_TOKENS = 256  # lm-eval's own default for tasks that name no limit
+_FIRST_BLOCK = 32  # tokens generated before the first look for a stop string
+
+
+class HarnessModel(LM):
+    """The model side of lm-eval over `LanguageModel`.
+
+    truncated: requests whose context was cut on the left so far (generation prompts included).
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        encode: Encode,
+        decode: Decode,
+        end_of_text: int,
+        *,
+        stop_ids: frozenset[int] = frozenset(),
+        batch_tokens: int = 1024,
+        progress: Progress = silent,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.encode = encode
+        self.decode = decode
+        self.end_of_text = end_of_text
+        self.stop_ids = stop_ids | {end_of_text}
+        self.batch_tokens = batch_tokens
+        self.progress = progress
+        self.truncated = 0
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """(sum of log-probabilities, all greedy) of each (context, continuation) text pair."""
+        pairs = [encode_pair(self.encode, *request.args) for request in requests]
+        return self._score([self._pieces(context, continuation) for context, continuation in pairs])
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Log-likelihood of each whole text, every token predicted once, with as much context as fits."""
+        texts = [self.encode(request.args[0]) for request in requests]
+        pieces = [[*rolling_windows(ids, self.model.context, self.end_of_text)] for ids in texts]
+        return [total for total, _ in self._score(pieces)]
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Greedy text after each prompt, up to the first stop string, stop token or max_gen_toks."""
+        texts = []
+        for done, request in enumerate(requests):
+            texts.append(self._generate(*request.args))
+            self.progress(done + 1, len(requests), "generations")
+        return texts
+
+    def _pieces(self, context: list[int], continuation: list[int]) -> list[tuple[Any, Any]]:
+        """The pair itself, or windows over it when the continuation alone is longer than the model's context."""
+        if len(continuation) <= self.model.context:
+            return [(context, continuation)]
+        prefix = context[-1] if context else self.end_of_text
+        self.truncated += len(context) > 1
+        return [*rolling_windows(continuation, self.model.context, prefix)]
+
+    def _score(self, pieces: Sequence[Sequence[tuple[Any, Any]]]) -> list[tuple[float, bool]]:
+        found = iter(
+            loglikelihoods(
+                self.model,
+                [pair for group in pieces for pair in group],
+                batch_tokens=self.batch_tokens,
+                end_of_text=self.end_of_text,
+                progress=self.progress,
+            )
+        )
+        results = []
+        for group in pieces:
+            parts: list[Likelihood] = [next(found) for _ in group]
+            self.truncated += sum(part.dropped > 0 for part in parts)
+            results.append((sum(part.sum_logprob for part in parts), all(part.greedy for part in parts)))
+        return results
+
+    def _generate(self, prompt: str, options: dict[str, Any]) -> str:
+        if options.get("do_sample") and float(options.get("temperature", 1.0)) > 0:
+            raise BadInput(
+                "a task asks for sampled text (do_sample: true), but models are decoded greedily here; copy its YAML "
+                "to a folder of your own with do_sample: false and name that folder in evaluate.tasks_path"
+            )
+        until = options.get("until") or []
+        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+        limit = int(options.get("max_gen_toks") or options.get("max_new_tokens") or MAX_NEW_TOKENS)
+        limit = min(limit, self.model.context - 1)
+        ids = self.encode(prompt) or [self.end_of_text]
+        room = self.model.context - limit
+        self.truncated += len(ids) > room
+        return self._until(ids[-room:], limit, stops)
+
+    def _until(self, prompt: list[int], limit: int, stops: list[str]) -> str:
+        """Generate in blocks that double, looking for the stop strings after each.
+
+        A stop string can be any text, not a token, so the model cannot stop at it by itself. Starting the next
+        block reads the prompt once more, which costs less than 256 tokens when 5 were wanted.
+        """
+        new: list[int] = []
+        while True:
+            block = min(max(_FIRST_BLOCK, len(new)), limit - len(new))
+            fresh = self.model.greedy([*prompt, *new], block, self.stop_ids)
+            ended = len(fresh) < block or bool(self.stop_ids & set(fresh))
+            new += [token for token in fresh if token not in self.stop_ids]
+            text = self.decode(new)
+            cuts = [place for stop in stops if (place := text.find(stop)) >= 0]
+            if cuts or ended or len(new) >= limit:
+                return text[: min(cuts)] if cuts else text
+
+
+def run(
+    model: HarnessModel,
+    name: str,
+    task: Any,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    bootstrap: int = 2000,
+) -> TaskResult:
+    """Score one loaded task. `limit`: only its first items."""
+    before = model.truncated
+    task.set_fewshot_seed(seed=seed)
+    with quiet(), _seeded(seed):
+        loaded: Any = {"tasks": {name: task}, "groups": {}, "group_map": {}}
+        found: Any = evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+    samples, aggregates = found["samples"][name], found["results"][name]
+    items, marks = _items(name, task, samples)
+    metrics, unpaired = _metrics(task, aggregates, items)
+    return task_result(
+        name,
+        items,
+        metrics,
+        fingerprints=marks,
+        truncated=model.truncated - before,
+        bootstrap=bootstrap,
+        seed=seed,
+        unpaired=unpaired,
+    )
+
+
+def _items(name: str, task: Any, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """lm-eval's samples (one per item and filter) -> one item each, and what was asked."""
+    items: dict[int, dict[str, Any]] = {}
+    marks: dict[int, str] = {}
+    for sample in samples:
+        number = sample["doc_id"]
+        marks[number] = f"{sample['doc_hash']} {sample['prompt_hash']} {sample['target_hash']}"
+        item = items.setdefault(number, {"id": f"{name}#{number}", "document": f"{name}#{number}"})
+        if task.OUTPUT_TYPE == "multiple_choice":
+            item["logprobs"] = [float(answer[0]) for answer in sample["filtered_resps"]]
+        for metric in sample["metrics"]:
+            item |= _parts(_label(metric, sample["filter"]), sample[metric], _aggregation(task, metric))
+    return list(items.values()), list(marks.values())
+
+
+def _metrics(
+    task: Any, aggregates: dict[str, Any], items: list[dict[str, Any]]
+) -> tuple[list[Metric], dict[str, dict[str, Any]]]:
+    """Metrics that can be made from the items, and those that lm-eval alone can make."""
+    metrics: list[Metric] = []
+    unpaired: dict[str, dict[str, Any]] = {}
+    for key, value in aggregates.items():
+        name, _, filtered = key.partition(",")
+        if name not in task.aggregation() or not isinstance(value, int | float):
+            continue
+        label, better = _label(name, filtered), bool(task.higher_is_better().get(name, True))
+        made = _metric(label, _aggregation(task, name), better)
+        if made is not None and all(made.numerator in item for item in items):
+            metrics.append(made)
+        else:
+            unpaired[label] = _without_items(label, float(value), len(items), better)
+    return metrics, unpaired
+
+
+def _label(metric: str, filtered: str) -> str:
+    return metric if filtered in ("none", "") else f"{metric}/{filtered}"
+
+
+def _aggregation(task: Any, metric: str) -> str | None:
+    """The name under which lm-eval knows the function that sums up a metric; None for a task's own."""
+    function = task.aggregation().get(metric)
+    return next((name for name, known in AGGREGATION_REGISTRY.items() if known is function), None)
+
+
+def _parts(label: str, value: Any, aggregation: str | None) -> dict[str, float]:
+    """What an item keeps of one metric: a number, or two for (log-likelihood, weight) pairs."""
+    if aggregation == "perplexity":
+        return {f"{label}:nll": -float(value)}
+    if aggregation in ("weighted_perplexity", "bits_per_byte"):
+        return {f"{label}:nll": -float(value[0]), f"{label}:weight": float(value[1])}
+    return {label: float(value)} if isinstance(value, bool | int | float | np.number) else {}
+
+
+def _metric(label: str, aggregation: str | None, higher_is_better: bool) -> Metric | None:
+    """The shape of an lm-eval aggregate, when it is one that can be made from items."""
+    match aggregation:
+        case "mean":
+            return Metric(label, label, None, "mean", higher_is_better)
+        case "perplexity":
+            return Metric(label, f"{label}:nll", None, "exp", higher_is_better)
+        case "weighted_perplexity":
+            return Metric(label, f"{label}:nll", f"{label}:weight", "exp", higher_is_better)
+        case "bits_per_byte":
+            return Metric(label, f"{label}:nll", f"{label}:weight", "bits", higher_is_better)
+    return None
+
+
+def _without_items(label: str, value: float, n: int, higher_is_better: bool) -> dict[str, Any]:
+    return {
+        "metric": label,
+        "value": value,
+        "low": None,
+        "high": None,
+        "n": n,
+        "documents": n,
+        "higher_is_better": higher_is_better,
+        "interval": None,
+        "reason": "computed over the whole task, not as a mean of items",
+    }
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Some tasks shuffle with the global generators: seeded inside, put back after."""
+    state, numpy_state = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpy_state)

@@ -1,0 +1,230 @@
+"""Making test items from documents: windows of text, last words, next sentences (see heldout.py for the tasks).
+
+Every maker takes the documents in an order already shuffled and a random generator of its own, and returns at
+most `limit` questions, spread over as many documents as there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from edgedisp.evaluate.score import Decode, Encode, Request, encode_pair, rolling_windows
+from edgedisp.evaluate.sentences import sentences
+
+CLOZE_CONTEXT = 96  # tokens
+CLOZE_WORDS = 30
+CONTINUATION_CONTEXT = 64  # tokens
+CONTINUATION_SENTENCE = 40  # tokens
+CONTINUATION_WORDS = 4
+CHOICES = 4
+_LAST_WORD = re.compile(r"\s+([^\W\d_]{3,})[.!?]+[\"'”’)\]]*$")
+
+
+class Document(Protocol):
+    """A text with a name; corpus.Document fits."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def text(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Question:
+    """One item before scoring. requests: what is scored; sizes: UTF-8 bytes of each continuation."""
+
+    id: str
+    document: str
+    requests: tuple[Request, ...]
+    sizes: tuple[int, ...]
+    gold: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def fingerprint(self) -> str:
+        """Names the exact tokens that are asked for."""
+        return hashlib.sha256(repr(([*self.requests], self.gold)).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Text:
+    """All that the questions are made from. context: most tokens in a question, the same for every model."""
+
+    documents: Sequence[Document]
+    encode: Encode
+    decode: Decode
+    end_of_text: int
+    context: int
+    seed: int
+    perplexity_tokens: int | None = None
+
+
+def windows(
+    text: Text, documents: Sequence[Document], limit: int, rng: np.random.Generator
+) -> list[Question]:
+    """Windows of documents, the first ones of each, within `limit` and the token budget."""
+    questions: list[Question] = []
+    spent = 0
+    most = _per_document(limit, documents)
+    for document in documents:
+        ids = text.encode(document.text)
+        ends = 0
+        for index, window in enumerate(rolling_windows(ids, text.context, text.end_of_text)):
+            over = text.perplexity_tokens is not None and spent + len(window[1]) > text.perplexity_tokens
+            if len(questions) == limit or (over and questions):
+                return questions
+            if index == most:
+                break
+            ends += len(window[1])
+            size = _bytes(text, document, ids, ends) - _bytes(text, document, ids, ends - len(window[1]))
+            spent += len(window[1])
+            questions.append(Question(f"{document.id}#{index}", document.id, (window,), (max(1, size),)))
+    return questions
+
+
+def cloze(text: Text, documents: Sequence[Document], limit: int, rng: np.random.Generator) -> list[Question]:
+    """Last words: those seen earlier in the passage first, at most a fair share from each document."""
+    seen: list[Question] = []
+    unseen: list[Question] = []
+    for document in documents:
+        candidates = [_last_word(text, document, *place) for place in _last_words(document.text)]
+        picked = [candidates[place] for place in rng.permutation(len(candidates))]
+        picked.sort(key=lambda question: not question.notes["seen"])
+        for question in picked[: _per_document(limit, documents)]:
+            (seen if question.notes["seen"] else unseen).append(question)
+        if len(seen) >= limit:
+            break
+    return [*seen, *unseen][:limit]
+
+
+def _last_words(document: str) -> Iterator[tuple[int, list[int], int, str]]:
+    """(sentence number, places where the passage may start, where it ends, the word that follows)."""
+    spans = sentences(document)
+    for index, (_, end) in enumerate(spans):
+        match = _LAST_WORD.search(document[:end])
+        if match is None:
+            continue
+        stop = match.start()
+        starts = [
+            start for start, _ in spans[: index + 1] if len(document[start:stop].split()) >= CLOZE_WORDS
+        ]
+        if starts:
+            yield index, starts, stop, match.group(1)
+
+
+def _last_word(
+    text: Text, document: Document, index: int, starts: list[int], stop: int, word: str
+) -> Question:
+    (request,) = _fit(text, document.text[:stop], starts, [" " + word], CLOZE_CONTEXT)
+    shown = re.findall(r"[^\W\d_]+", text.decode(list(request[0][1:])).lower())
+    notes = {"seen": word.lower() in shown}
+    return Question(f"{document.id}#{index}", document.id, (request,), (len(word.encode()) + 1,), notes=notes)
+
+
+def continuation(
+    text: Text, documents: Sequence[Document], limit: int, rng: np.random.Generator
+) -> list[Question]:
+    """The next sentence against sentences of nearest length in bytes from three other documents."""
+    pool: list[tuple[Document, int, str]] = []  # document, sentence number, sentence
+    for document in documents:
+        pool += [(document, index, sentence) for index, sentence in _next_sentences(text, document)]
+        if len(pool) >= max(2000, 4 * limit):
+            break
+    by_document: dict[str, list[int]] = {}
+    for place, (document, _, _) in enumerate(pool):
+        by_document.setdefault(document.id, []).append(place)
+    sizes = np.array([len(sentence.encode()) for _, _, sentence in pool])
+    questions: list[Question] = []
+    for places in by_document.values():
+        chosen = rng.permutation(places)[: _per_document(limit, [*by_document])]
+        for place in chosen:
+            if len(questions) == limit:
+                return questions
+            others = _nearest(pool, sizes, place, rng)
+            if len(others) == CHOICES - 1:
+                questions.append(_choices(text, pool, place, others, int(rng.integers(CHOICES))))
+    return questions
+
+
+def _next_sentences(text: Text, document: Document) -> Iterator[tuple[int, str]]:
+    """Sentences, but the first, that are short enough to be a choice and long enough to say something."""
+    for index, (start, end) in enumerate(sentences(document.text)):
+        sentence = document.text[start:end]
+        most = min(CONTINUATION_SENTENCE, text.context // 2)
+        if index and len(sentence.split()) >= CONTINUATION_WORDS and len(text.encode(" " + sentence)) <= most:
+            yield index, sentence
+
+
+def _nearest(
+    pool: Sequence[tuple[Document, int, str]], sizes: Any, place: int, rng: np.random.Generator
+) -> list[int]:
+    """Places in the pool of the sentences nearest in length, each from another document; ties by chance."""
+    taken = {pool[place][0].id}
+    texts = {pool[place][2]}
+    others: list[int] = []
+    for other in np.lexsort((rng.permutation(len(pool)), np.abs(sizes - sizes[place]))):
+        document, _, sentence = pool[other]
+        if document.id not in taken and sentence not in texts:
+            taken.add(document.id)
+            texts.add(sentence)
+            others.append(int(other))
+        if len(others) == CHOICES - 1:
+            break
+    return others
+
+
+def _choices(
+    text: Text, pool: Sequence[tuple[Document, int, str]], place: int, others: list[int], gold: int
+) -> Question:
+    """One question; the true sentence stands at `gold`, so that a tie favours no one."""
+    document, index, _ = pool[place]
+    spans = sentences(document.text)[:index]
+    order = [*others[:gold], place, *others[gold:]]
+    continuations = [" " + pool[choice][2] for choice in order]
+    starts = [start for start, _ in spans]
+    passage = document.text[: spans[-1][1]]
+    requests = _fit(text, passage, starts, continuations, CONTINUATION_CONTEXT)
+    sizes = tuple(len(choice.encode()) for choice in continuations)
+    return Question(f"{document.id}#{index}", document.id, requests, sizes, gold)
+
+
+def _fit(
+    text: Text, passage: str, starts: Sequence[int], continuations: Sequence[str], most: int
+) -> tuple[Request, ...]:
+    """Tokenize a passage with each of its continuations, from the earliest start that fits.
+
+    It fits when no context has more than `most` tokens and no request more than the model can take. The
+    passage begins like a document, after the end-of-text token (counted in `most`). When even the latest
+    start is too long the context is cut on the left, alike for all continuations.
+    """
+    pairs: list[tuple[list[int], list[int]]] = []
+    for start in starts:
+        pairs = [encode_pair(text.encode, passage[start:], continuation) for continuation in continuations]
+        longest = max(len(target) for _, target in pairs)
+        room = min(most - 1, text.context - longest)
+        if all(len(context) <= room for context, _ in pairs):
+            break
+    return tuple(
+        ((text.end_of_text, *context[max(0, len(context) - room) :]), target) for context, target in pairs
+    )
+
+
+def _per_document(limit: int, documents: Sequence[object]) -> int:
+    """Most questions from one document, so that they spread over as many documents as there are."""
+    return max(1, math.ceil(limit / max(1, len(documents))))
+
+
+def _bytes(text: Text, document: Document, ids: Sequence[int], end: int) -> int:
+    """UTF-8 bytes of the document's first `end` tokens (exact for the whole; a split character counts as 3)."""
+    if end in (0, len(ids)):
+        return len(document.text.encode()) if end else 0
+    return len(text.decode(list(ids[:end])).encode())
+
+

@@ -1,0 +1,214 @@
+"""Log-likelihoods of continuations, given contexts, from a model that is nothing but `ids, mask -> logits`.
+
+The requests are sorted by length, packed into right-padded batches under two limits (a token budget, and
+the memory that the logits of a batch may take: with a vocabulary of 262k entries 256 tokens already fill
+256 MB), scored, and handed back in the order in which they came. Only the positions that predict a
+continuation token are looked at, and their log-softmax is reduced in float64, so that a score does not
+depend on what it was batched with.
+
+Requests with the same input tokens share one row of a batch: identical requests are scored once, and so
+are the one-token choices of a question. Longer shared prefixes are computed again for each choice,
+because this small interface has no cache of keys and values to hand from one call to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgedisp import BuildFailed, Progress, silent
+
+LOGITS_BYTES = 256 * 2**20
+"""Most memory that the float32 logits of one batch may take; a single row may exceed it."""
+
+_POSITIONS = 64  # rows of logits reduced at a time: 64 x 262k x 4 bytes = 64 MB of working memory
+
+Encode = Callable[[str], list[int]]
+Decode = Callable[[list[int]], str]
+Request = tuple[Sequence[int], Sequence[int]]
+
+
+class LanguageModel(Protocol):
+    """What can be scored. The torch model and the ONNX bundle both fit; so does a table in a test."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def context(self) -> int:
+        """Most tokens in one sequence."""
+        ...
+
+    def __call__(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        """ids, mask int64 [batch, tokens] (mask 1 real, 0 padding, on the right) -> float32 [batch, tokens, vocab]."""
+        ...
+
+    def greedy(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> list[int]:
+        """The most likely next tokens after `ids`, one by one, until a stop token or the limit."""
+        ...
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The score of one request.
+
+    logprobs: natural log-probability of each continuation token. greedy: every one of them was the most
+    likely token at its place. dropped: context tokens cut off on the left to fit the model's context.
+    """
+
+    logprobs: tuple[float, ...]
+    greedy: bool
+    dropped: int = 0
+
+    @property
+    def sum_logprob(self) -> float:
+        return float(np.sum(self.logprobs))
+
+    @property
+    def tokens(self) -> int:
+        return len(self.logprobs)
+
+
+def loglikelihoods(
+    model: LanguageModel,
+    requests: Sequence[Request],
+    *,
+    batch_tokens: int = 1024,
+    end_of_text: int | None = None,
+    progress: Progress = silent,
+) -> list[Likelihood]:
+    """Score every (context_ids, continuation_ids) pair; results come in request order.
+
+    An empty context is replaced by `end_of_text`, the token that stands before every document in training.
+    A request longer than the model's context loses tokens on the left of its context, never of its
+    continuation. An empty continuation has probability 1. `batch_tokens` bounds rows x padded length.
+
+    Raises ValueError for a continuation that alone is longer than the model's context (cut it with
+    `rolling_windows`), for a token outside the vocabulary, and for an empty context without
+    `end_of_text`; BuildFailed when the model gives logits that are not finite.
+    """
+    rows: dict[tuple[int, ...], list[int]] = {}
+    targets: list[tuple[int, ...]] = []
+    dropped: list[int] = []
+    for number, (context_ids, continuation_ids) in enumerate(requests):
+        inputs, cut = _inputs(model, context_ids, continuation_ids, end_of_text)
+        rows.setdefault(inputs if continuation_ids else (), []).append(number)
+        targets.append(tuple(continuation_ids))
+        dropped.append(cut)
+
+    found: dict[int, Likelihood] = {number: Likelihood((), True) for number in rows.pop((), [])}
+    for batch in _batches(sorted(rows, key=lambda row: (-len(row), row)), batch_tokens, model.vocab_size):
+        logits = _run(model, batch)
+        for place, row in enumerate(batch):
+            for number in rows[row]:
+                first = len(row) - len(targets[number])
+                logprobs, greedy = _score(logits[place, first : len(row)], targets[number])
+                found[number] = Likelihood(logprobs, greedy, dropped[number])
+        progress(len(found), len(requests), "requests")
+    return [found[number] for number in range(len(requests))]
+
+
+def rolling_windows(
+    ids: Sequence[int], context: int, prefix: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Cut a long text into (context_ids, continuation_ids) pairs that predict each token exactly once.
+
+    No input (context + continuation but its last token) is longer than `context`. The first window starts
+    with the token `prefix`; each later one with the token before it; the last one, when it predicts fewer
+    tokens than fit, is filled up on the left with earlier text.
+    """
+    if context < 1:
+        raise ValueError(f"a window of {context} tokens cannot predict anything; use 1 or more")
+    for start in range(0, len(ids), context):
+        end = min(start + context, len(ids))
+        reach = max(0, end - 1 - context)
+        before = (prefix,) if start == 0 else tuple(ids[reach:start])
+        yield before, tuple(ids[start:end])
+
+
+def encode_pair(encode: Encode, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Tokenize two texts that are read as one: (context_ids, continuation_ids).
+
+    White space at the end of the context is moved to the continuation, since most vocabularies hold the
+    space together with the word that follows; then the whole is tokenized and split where the context's
+    own tokens end (as lm-evaluation-harness does). Where a token reaches over the join it belongs to the
+    continuation, so the two lists together are always the tokens of the joined text.
+    """
+    stripped = context.rstrip()
+    whole = encode(context + continuation)
+    alone = encode(stripped) if stripped else []
+    shared = 0
+    while shared < min(len(alone), len(whole)) and alone[shared] == whole[shared]:
+        shared += 1
+    return whole[:shared], whole[shared:]
+
+
+def _inputs(
+    model: LanguageModel, context_ids: Sequence[int], continuation_ids: Sequence[int], end_of_text: int | None
+) -> tuple[tuple[int, ...], int]:
+    """The input tokens of a request (the last continuation token is only predicted) and how many were cut."""
+    if len(continuation_ids) > model.context:
+        raise ValueError(
+            f"a continuation of {len(continuation_ids)} tokens does not fit the model's context of {model.context}; "
+            "cut it with rolling_windows"
+        )
+    if not context_ids:
+        if end_of_text is None:
+            raise ValueError("an empty context needs end_of_text, the token to start from")
+        context_ids = (end_of_text,)
+    whole = (*context_ids, *continuation_ids)
+    outside = next((token for token in whole if not 0 <= token < model.vocab_size), None)
+    if outside is not None:
+        raise ValueError(f"token {outside} is outside the model's vocabulary of {model.vocab_size}")
+    inputs = whole[:-1]
+    cut = max(0, len(inputs) - model.context)
+    return inputs[cut:], cut
+
+
+def _batches(
+    rows: Sequence[tuple[int, ...]], batch_tokens: int, vocab_size: int
+) -> Iterator[list[tuple[int, ...]]]:
+    """Consecutive rows, longest first, so that rows x longest stays within both limits (or is one row)."""
+    most = max(1, min(batch_tokens, LOGITS_BYTES // (4 * vocab_size)))
+    batch: list[tuple[int, ...]] = []
+    for row in rows:
+        if batch and (len(batch) + 1) * len(batch[0]) > most:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _run(model: LanguageModel, batch: Sequence[tuple[int, ...]]) -> NDArray[np.float32]:
+    """Pad on the right and call the model: float32 [rows, longest, vocab]."""
+    ids = np.zeros((len(batch), len(batch[0])), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for place, row in enumerate(batch):
+        ids[place, : len(row)] = row
+        mask[place, : len(row)] = 1
+    return model(ids, mask)
+
+
+def _score(logits: NDArray[np.float32], targets: tuple[int, ...]) -> tuple[tuple[float, ...], bool]:
+    """logits [tokens, vocab] at the positions that predict `targets` -> their log-probabilities, all greedy?"""
+    logprobs: list[float] = []
+    greedy = True
+    for start in range(0, len(targets), _POSITIONS):
+        wanted = np.asarray(targets[start : start + _POSITIONS])
+        part = logits[start : start + _POSITIONS]
+        chosen = part[np.arange(len(wanted)), wanted].astype(np.float64)
+        peak = part.max(axis=-1, keepdims=True)
+        total = np.exp(part - peak).sum(axis=-1, dtype=np.float64)
+        values = chosen - peak[:, 0].astype(np.float64) - np.log(total)
+        if not np.isfinite(values).all():
+            raise BuildFailed(
+                "scoring: the model gave logits that are not finite (NaN or infinity); its weights are broken"
+            )
+        logprobs += values.tolist()
+        greedy = greedy and bool((part.argmax(axis=-1) == wanted).all())
+    return tuple(logprobs), greedy

@@ -1,0 +1,229 @@
+"""From task names to results: the held-out tasks, and whatever lm-evaluation-harness knows.
+
+Three steps, so that nothing fails late: `check_tasks` reads names only and costs nothing; `prepare` builds the
+held-out items and reads the data sets; `Suite.run` scores one model. One suite serves all arms and precisions
+of a build (they share documents, tokenizer and seed), so all of them answer the same items.
+
+lm-eval is an extra (`edgedisp[bench]`): it is imported only when a task is asked for that is not held-out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgedisp import BadInput, Progress, silent
+from edgedisp.evaluate import heldout
+from edgedisp.evaluate.heldout import Document, Question, Text
+from edgedisp.evaluate.result import TaskResult
+from edgedisp.evaluate.score import Decode, Encode, LanguageModel
+
+CONTEXT = 512  # tokens of a held-out window when nothing else is said
+
+_NAME = re.compile(r"^(?:task|group):[ \t]*[\"']?([^\s\"'#]+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks with their items, ready to be asked of any number of models."""
+
+    questions: dict[str, list[Question]]
+    harness_tasks: dict[str, Any]
+    order: tuple[str, ...]
+    text: Text
+    limit: int
+
+    def run(
+        self,
+        model: LanguageModel,
+        *,
+        batch_tokens: int = 1024,
+        bootstrap: int = 2000,
+        stop_ids: frozenset[int] = frozenset(),
+        progress: Progress = silent,
+    ) -> dict[str, TaskResult]:
+        """Score a model: {task: result}, in the order of the names asked for.
+
+        stop_ids: tokens that end generated text, beside end-of-text. Raises BuildFailed for logits that are
+        not finite.
+        """
+        results: dict[str, TaskResult] = {}
+        for name, questions in self.questions.items():
+            results[name] = heldout.score(
+                name,
+                questions,
+                model,
+                self.text.end_of_text,
+                batch_tokens=batch_tokens,
+                bootstrap=bootstrap,
+                seed=self.text.seed,
+                progress=_named(progress, name),
+            )
+        if self.harness_tasks:
+            results |= self._run_harness(model, batch_tokens, bootstrap, stop_ids, progress)
+        return {name: results[name] for name in self.order}
+
+    def _run_harness(
+        self,
+        model: LanguageModel,
+        batch_tokens: int,
+        bootstrap: int,
+        stop_ids: frozenset[int],
+        progress: Progress,
+    ) -> dict[str, TaskResult]:
+        from edgedisp.evaluate import harness
+
+        results = {}
+        for name, task in self.harness_tasks.items():
+            subject = harness.HarnessModel(
+                model,
+                self.text.encode,
+                self.text.decode,
+                self.text.end_of_text,
+                stop_ids=stop_ids,
+                batch_tokens=batch_tokens,
+                progress=_named(progress, name),
+            )
+            results[name] = harness.run(
+                subject, name, task, limit=self.limit, seed=self.text.seed, bootstrap=bootstrap
+            )
+        return results
+
+
+def check_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> None:
+    """Raise BadInput for any unknown name, a missing lm-eval, or a tasks_path that is no folder.
+
+    Reads no data set. Held-out names cost nothing; other names are looked up in the text of the task files
+    (under a second), and only a name that is not there makes lm-eval read all of its index (some seconds).
+    """
+    if not tasks:
+        raise BadInput(
+            f"evaluate.tasks is empty; choose from {', '.join(heldout.TASKS)} or lm-eval task names"
+        )
+    if tasks_path is not None and not tasks_path.is_dir():
+        raise BadInput(
+            f"evaluate.tasks_path: {tasks_path} is not a folder; name one that holds lm-eval task YAML files"
+        )
+    others = [task for task in tasks if task not in heldout.TASKS]
+    if not others:
+        return
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise BadInput(
+            f"evaluate.tasks: {', '.join(others)} {_are(others)} no held-out task{_near(others, list(heldout.TASKS))}; tasks of "
+            'lm-evaluation-harness need it installed: pip install "edgedisp[bench]"'
+        )
+    folders = [Path(place) / "tasks" for place in spec.submodule_search_locations]
+    missing = set(others) - _names_in(folders if tasks_path is None else [tasks_path, *folders])
+    if missing:
+        from edgedisp.evaluate import harness
+
+        known = harness.known_names(tasks_path)
+        unknown = [task for task in others if task not in known]
+        if unknown:
+            raise BadInput(
+                f"evaluate.tasks: {', '.join(unknown)} {_are(unknown)} unknown{_near(unknown, [*heldout.TASKS, *known])}. There are "
+                f"{', '.join(heldout.TASKS)}, and {len(known)} tasks of lm-eval (`lm_eval ls tasks` lists them)"
+            )
+
+
+def prepare(
+    tasks: Sequence[str],
+    documents: Sequence[Document],
+    *,
+    encode: Encode,
+    decode: Decode,
+    end_of_text: int,
+    context: int = CONTEXT,
+    limit: int = 100,
+    seed: int = 0,
+    perplexity_tokens: int | None = None,
+    tasks_path: Path | None = None,
+) -> Suite:
+    """Build the items of all tasks; call it before training, so that what cannot be scored is known then.
+
+    encode: text -> ids without special tokens; decode its inverse. end_of_text: the token between documents.
+    context: tokens of a held-out window, at most the models' own. limit: most items of each task.
+    Raises BadInput as `check_tasks` does, for too little held-out text, and for data that cannot be fetched.
+    """
+    check_tasks(tasks, tasks_path)
+    text = Text(documents, encode, decode, end_of_text, context, seed, perplexity_tokens)
+    names = [*dict.fromkeys(tasks)]
+    questions = {name: heldout.build(name, text, limit) for name in names if name in heldout.TASKS}
+    harness_tasks: dict[str, Any] = {}
+    order: list[str] = []
+    others = [name for name in names if name not in heldout.TASKS]
+    if others:
+        from edgedisp.evaluate import harness
+
+        harness_tasks = harness.load(others, tasks_path)
+    order = [name for name in names if name in questions] + list(harness_tasks)
+    return Suite(questions, harness_tasks, tuple(order), text, limit)
+
+
+def run(
+    model: LanguageModel,
+    tasks: Sequence[str],
+    documents: Sequence[Document],
+    *,
+    encode: Encode,
+    decode: Decode,
+    end_of_text: int,
+    context: int | None = None,
+    limit: int = 100,
+    seed: int = 0,
+    perplexity_tokens: int | None = None,
+    tasks_path: Path | None = None,
+    batch_tokens: int = 1024,
+    bootstrap: int = 2000,
+    stop_ids: frozenset[int] = frozenset(),
+    progress: Progress = silent,
+) -> dict[str, TaskResult]:
+    """`prepare` and `Suite.run` in one call, for a single model."""
+    suite = prepare(
+        tasks,
+        documents,
+        encode=encode,
+        decode=decode,
+        end_of_text=end_of_text,
+        context=min(model.context, CONTEXT) if context is None else context,
+        limit=limit,
+        seed=seed,
+        perplexity_tokens=perplexity_tokens,
+        tasks_path=tasks_path,
+    )
+    return suite.run(
+        model, batch_tokens=batch_tokens, bootstrap=bootstrap, stop_ids=stop_ids, progress=progress
+    )
+
+
+def _names_in(folders: Sequence[Path]) -> set[str]:
+    """Names of the tasks and groups that YAML files give themselves, found without parsing them."""
+    return {name for folder in folders for path in _yaml_files(folder) for name in _NAME.findall(_read(path))}
+
+
+def _yaml_files(folder: Path) -> Iterator[Path]:
+    yield from folder.rglob("*.yaml")
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _near(names: Sequence[str], known: Sequence[str]) -> str:
+    """'; did you mean a, b?' for names that resemble known ones, or nothing."""
+    close = [match for name in names for match in difflib.get_close_matches(name, known, n=3)]
+    return f"; did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
+
+
+def _are(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+def _named(progress: Progress, task: str) -> Progress:
+    return lambda done, total, note: progress(done, total, f"{task}: {note}")

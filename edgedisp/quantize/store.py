@@ -1,0 +1,53 @@
+"""Tensors of a bundle on disk: read through a memory map, written one at a time to `model.onnx.data`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import save_external_data, set_external_data
+
+from edgedisp import BuildFailed
+
+GRAPH, DATA = "model.onnx", "model.onnx.data"
+INLINE_BYTES = 1024  # smaller tensors stay inside the graph file
+PAGE = 4096  # offsets of the others are multiples of it, so that a runtime can map them
+
+
+class TensorStore:
+    """Moves tensors from the bundle `source` to the bundle `out`; `tensors` are the initializers written so far."""
+
+    def __init__(self, source: Path, out: Path) -> None:
+        self.source, self.out = source, out
+        self.tensors: list[TensorProto] = []
+        self._size = 0
+
+    def read(self, tensor: TensorProto) -> NDArray[Any]:
+        """The tensor's values; mapped, not loaded, when they lie in a file beside the graph."""
+        if tensor.data_location != TensorProto.EXTERNAL:
+            return numpy_helper.to_array(tensor)
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        path = self.source / place["location"]
+        if path.parent.resolve() != self.source.resolve():
+            raise BuildFailed(f"{self.source}: tensor {tensor.name} points outside the bundle ({place['location']!r})")
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        return np.memmap(path, dtype, "r", int(place.get("offset", 0)), tuple(tensor.dims))
+
+    def add(self, name: str, values: NDArray[Any]) -> str:
+        """Write `values` under `name`; small ones into the graph, others to the data file at a page's start."""
+        tensor = numpy_helper.from_array(np.ascontiguousarray(values), name)
+        if len(tensor.raw_data) > INLINE_BYTES:
+            offset = -(-self._size // PAGE) * PAGE
+            self._size = offset + len(tensor.raw_data)
+            set_external_data(tensor, DATA, offset)
+            save_external_data(tensor, str(self.out))
+            tensor.ClearField("raw_data")
+        self.tensors.append(tensor)
+        return name
+
+    def copy(self, tensor: TensorProto) -> None:
+        """Take a tensor over unchanged."""
+        self.add(tensor.name, self.read(tensor))

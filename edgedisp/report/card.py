@@ -1,0 +1,113 @@
+"""The README.md of an exported model folder, in the shape that model hubs expect.
+
+Front matter holds only what is known for certain: a base model is named there only when it is a hub id,
+and no licence is claimed, because a derived model's licence follows from its base and its text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from edgedisp.report.reading import BASELINE, Summary, at, branch, leaves, number, run_title
+from edgedisp.report.rendering import escape_markdown, fenced, grid_markdown, render_markdown
+from edgedisp.report.table import table
+from edgedisp.report.verdict import verdict
+from edgedisp.report.wording import count, short_hash
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def model_card(summary: Summary, arm: str) -> str:
+    """Markdown with YAML front matter for the model folder of one arm."""
+    base = str(at(summary, "model", "base") or "")
+    blocks = [
+        _front_matter(base, arm),
+        f"# {escape_markdown(run_title(summary))}, {escape_markdown(arm)} arm",
+        _what(base, arm),
+        "## Training",
+        _training(summary, arm),
+        "## Results",
+        escape_markdown(verdict(summary)["sentence"]),
+        render_markdown(table(summary)).rstrip(),
+        "## Licence",
+        _licence(summary, base),
+        "## Limits",
+        _limits(summary),
+    ]
+    command = at(summary, "command")
+    if command:
+        blocks += ["## How it was made", fenced(str(command), "sh")]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _front_matter(base: str, arm: str) -> str:
+    """JSON strings are YAML strings, so that no name can break out of its line."""
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if HUB_ID.fullmatch(base):
+        lines.append(f"base_model: {json.dumps(base)}")
+    tags = ["edgedisp", "onnx", *([] if arm == BASELINE else ["dispersion-loss"])]
+    return "\n".join([*lines, "tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---"])
+
+
+def _what(base: str, arm: str) -> str:
+    name = escape_markdown(base) or "a base model"
+    if arm == BASELINE:
+        return (
+            f"{name}, mid-trained with plain cross-entropy. It is the control of a paired experiment: its "
+            "twin had the "
+            "same data, order, initial weights and optimizer, and a dispersion loss on top."
+        )
+    return (
+        f"{name}, mid-trained with cross-entropy plus a dispersion loss, which pushes the token vectors of "
+        "a sequence "
+        "apart in every chosen layer (arXiv 2602.00217). Its twin without that loss is the control."
+    )
+
+
+def _training(summary: Summary, arm: str) -> str:
+    part, corpus = branch(summary, "midtrain", arm), branch(summary, "corpus")
+    rows = [
+        ("training tokens", count(number(part.get("tokens")))),
+        ("steps", count(number(part.get("steps")))),
+        ("context", count(number(corpus.get("context")))),
+        ("documents", count(number(corpus.get("train_documents")))),
+        ("text", "; ".join(_names(corpus.get("sources"))) or "not recorded"),
+        ("tokens file, SHA-256", short_hash(corpus.get("tokens_sha256"))),
+        ("weights, SHA-256", short_hash(part.get("weights_sha256"))),
+        *((key, str(value)) for key, value in leaves(branch(part, "settings"))),
+    ]
+    return grid_markdown(("setting", "value"), rows, (0, 1))
+
+
+def _names(sources: object) -> list[str]:
+    found = sources if isinstance(sources, list) else []
+    return [str(at(source, "source") if isinstance(source, dict) else source) for source in found]
+
+
+def _licence(summary: Summary, base: str) -> str:
+    """What is recorded, and what the reader has to look up."""
+    known = [
+        f"{what}: {escape_markdown(str(at(summary, part, 'license')))}."
+        for what, part in (("Base model", "model"), ("Text", "corpus"))
+        if at(summary, part, "license")
+    ]
+    text = (
+        f"This model is derived from {escape_markdown(base) or 'its base model'}: the base model's licence "
+        "and terms of use "
+        "apply to it. The training text has a licence of its own (Wikipedia text: CC BY-SA). Check both "
+        "before you "
+        "publish it."
+    )
+    return " ".join([*known, text])
+
+
+def _limits(summary: Summary) -> str:
+    lines = [
+        "- One training seed; the intervals cover the choice of test text, not the luck of training.",
+        "- Scored on text like its training text; nothing is said about safety, facts or other languages.",
+        "- Quantized bundles differ from this folder's weights; the table gives their own scores.",
+    ]
+    if at(summary, "smoke"):
+        lines.insert(0, "- A smoke run: a tiny random model that proves the recipe. It cannot write text.")
+    return "\n".join(lines)

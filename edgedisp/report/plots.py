@@ -1,0 +1,32 @@
+"""All plots of a report: each function gives a `Plot`, or None where the summary has nothing to draw."""
+
+from __future__ import annotations
+
+from edgedisp.report.picture import Plot
+from edgedisp.report.plot_inside import (
+    HEATMAP,
+    LAYERS,
+    TRAINING,
+    condensation_heatmap,
+    condensation_layers,
+    training,
+)
+from edgedisp.report.plot_scores import DIFFERENCES, SCORES, TRADEOFF, differences, scores, tradeoff
+from edgedisp.report.reading import Summary
+from edgedisp.report.table import table
+
+NAMES = (HEATMAP, LAYERS, TRAINING, SCORES, DIFFERENCES, TRADEOFF)
+
+
+def plots(summary: Summary) -> dict[str, Plot]:
+    """Every plot that the summary has data for, by name."""
+    built = table(summary)
+    drawn = [
+        condensation_heatmap(summary),
+        condensation_layers(summary),
+        training(summary),
+        scores(built),
+        differences(built),
+        tradeoff(built),
+    ]
+    return {plot.name: plot for plot in drawn if plot is not None}

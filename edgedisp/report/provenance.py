@@ -1,0 +1,197 @@
+"""The sections that say where figures come from: fairness, stage times, reproduction, limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgedisp.report.reading import BASELINE, DISPERSED, Summary, arms, at, branch, leaves, number
+from edgedisp.report.section import Grid, Section
+from edgedisp.report.verdict import RULES
+from edgedisp.report.wording import MISSING, count, fixed, seconds, short_hash
+
+LIMITS = (
+    "Perplexity is the exponential of the mean loss per token on held-out text of the training text's kind; "
+    "lower is "
+    "better. It says how well the model predicts such text, not how well it answers.",
+    "heldout_cloze asks for the last word of a passage; heldout_continuation for the true next sentence "
+    "among four. "
+    "Both are made from the held-out text. Higher is better; chance is 25 % for the second.",
+    "Intervals are 95 % bootstrap intervals that resample documents, so that sentences of one document "
+    "count together.",
+    "One training seed per arm. Another seed moves both arms; published gains of dispersion (0.7-1.5 points "
+    "over ten "
+    "tasks) are of the size of their own standard error.",
+    "A small token budget shows what this recipe does, not what dispersion does after 200 million tokens.",
+    "Whether dispersion changes what quantization costs is an open question; the table shows this build's "
+    "answer.",
+    "Timings hold for this machine, these threads and this runtime.",
+)
+
+
+def fairness(summary: Summary) -> Section:
+    """What was compared, and what both arms share."""
+    model, corpus = branch(summary, "model"), branch(summary, "corpus")
+    sources = corpus.get("sources")
+    pairs = (
+        ("base model", model.get("base")),
+        ("architecture", model.get("architecture")),
+        ("parameters", _known(at(model, "parameters", "total"))),
+        ("text", "; ".join(map(_source, sources)) if isinstance(sources, list) else None),
+        ("training tokens available", _tokens(corpus)),
+        ("held-out documents", _known(corpus.get("heldout_documents"))),
+        ("context", _known(corpus.get("context"))),
+    )
+    facts = tuple((name, str(value)) for name, value in pairs if value)
+    grids = []
+    if {BASELINE, DISPERSED} <= set(arms(summary)):
+        grids.append(
+            Grid(("both arms", "shared?", "evidence"), _shared(summary), "Is the comparison fair?", (0, 1, 2))
+        )
+    settings = _settings_grid(summary)
+    if settings.rows:
+        grids.append(settings)
+    return Section("fairness", "What was compared", facts=facts, grids=tuple(grids))
+
+
+def _known(value: Any) -> str | None:
+    return None if number(value) is None else count(number(value))
+
+
+def _source(source: Any) -> str:
+    return str(source.get("source", source)) if isinstance(source, dict) else str(source)
+
+
+def _tokens(corpus: dict[str, Any]) -> str | None:
+    if number(corpus.get("train_tokens")) is None:
+        return None
+    text = f"{count(number(corpus.get('train_tokens')))} from {count(number(corpus.get('train_documents')))} documents"
+    epochs = number(corpus.get("epochs"))
+    return text if epochs is None else f"{text}, {fixed(epochs, 2)} epochs used"
+
+
+def _shared(summary: Summary) -> tuple[tuple[str, str, str], ...]:
+    """Each condition of fairness with yes, NO or not recorded, and its evidence."""
+    tokens, weights = at(summary, "corpus", "tokens_sha256"), at(summary, "model", "weights_sha256")
+    rows = [
+        (
+            "tokens and their order",
+            "yes" if tokens else "not recorded",
+            f"one file, SHA-256 {short_hash(tokens)}",
+        ),
+        ("initial weights", "yes" if weights else "not recorded", f"SHA-256 {short_hash(weights)}"),
+        _same_amount(summary),
+        _same_settings(summary),
+        _trained_apart(summary),
+    ]
+    return tuple(rows)
+
+
+def _same_amount(summary: Summary) -> tuple[str, str, str]:
+    name = "steps and tokens"
+    found = [
+        tuple(number(at(summary, "midtrain", arm, key)) for key in ("steps", "tokens"))
+        for arm in (BASELINE, DISPERSED)
+    ]
+    if None in (*found[0], *found[1]):
+        return name, "not recorded", MISSING
+    texts = [f"{count(steps)} steps, {count(tokens)} tokens" for steps, tokens in found]
+    return (name, "yes", texts[0]) if found[0] == found[1] else (name, "NO", f"{texts[0]} against {texts[1]}")
+
+
+def differing_settings(summary: Summary) -> list[str] | None:
+    """Dotted names of the training settings in which the two arms differ, None when not recorded."""
+    before, after = (
+        dict(leaves(branch(summary, "midtrain", arm, "settings"))) for arm in (BASELINE, DISPERSED)
+    )
+    if not before or not after:
+        return None
+    return sorted(key for key in {**before, **after} if before.get(key) != after.get(key))
+
+
+def _same_settings(summary: Summary) -> tuple[str, str, str]:
+    name = "optimizer, schedule, seed"
+    differing = differing_settings(summary)
+    if differing is None:
+        return name, "not recorded", MISSING
+    others = [key for key in differing if "dispersion" not in key]
+    seed = at(summary, "midtrain", BASELINE, "settings", "seed")
+    if others:
+        return name, "NO", f"they differ in {', '.join(others)}"
+    return name, "yes", "only the dispersion settings differ" + ("" if seed is None else f"; seed {seed}")
+
+
+def _trained_apart(summary: Summary) -> tuple[str, str, str]:
+    """The counter-check: the arms must end up different, else nothing was compared."""
+    name = "trained weights differ"
+    before, after = (at(summary, "midtrain", arm, "weights_sha256") for arm in (BASELINE, DISPERSED))
+    if not before or not after:
+        return name, "not recorded", MISSING
+    if before == after:
+        return name, "NO", "both arms ended with the same weights: dispersion changed nothing"
+    return name, "yes", f"{short_hash(before)} and {short_hash(after)}"
+
+
+def _settings_grid(summary: Summary) -> Grid:
+    """Every training setting by arm."""
+    by_arm = {arm: dict(leaves(branch(summary, "midtrain", arm, "settings"))) for arm in arms(summary)}
+    by_arm = {arm: found for arm, found in by_arm.items() if found}
+    keys = list(dict.fromkeys(key for found in by_arm.values() for key in found))
+    rows = [(key, *(_setting(found.get(key)) for found in by_arm.values())) for key in keys]
+    columns = tuple(range(len(by_arm) + 1))
+    return Grid(("setting", *by_arm), tuple(rows), "Training settings", columns, folded=True)
+
+
+def _setting(value: Any) -> str:
+    if value is None:
+        return MISSING
+    return "yes" if value is True else "no" if value is False else str(value)
+
+
+def stages(summary: Summary) -> Section:
+    """What took how long, and what was kept from an earlier run."""
+    found = at(summary, "stages")
+    rows = [branch(row) for row in found] if isinstance(found, list) else []
+    fresh = [number(row.get("seconds")) or 0.0 for row in rows if not row.get("kept")]
+    longest = max((number(row.get("seconds")) or 0.0 for row in rows), default=0.0) or 1.0
+    texts = [
+        (str(row.get("name")), seconds(number(row.get("seconds"))), "kept" if row.get("kept") else "made")
+        for row in rows
+    ]
+    bars = tuple((number(row.get("seconds")) or 0.0) / longest for row in rows)
+    grids = (Grid(("stage", "time", "this run"), tuple(texts), "", (0, 2), bars),) if rows else ()
+    kept = len(rows) - len(fresh)
+    notes = (
+        f"Made in this run: {seconds(sum(fresh))}." + (f" Kept from earlier: {kept} stages." if kept else ""),
+    )
+    return Section("stages", "Where the time went", grids=grids, notes=notes if rows else ())
+
+
+def reproduce(summary: Summary) -> Section:
+    """Command, recipe, versions, machine."""
+    facts = []
+    for name, key in (("created", "created"), ("git commit", "git_commit")):
+        if at(summary, key):
+            facts.append((name, str(at(summary, key))))
+    grids = []
+    for title, key in (("Machine", "machine"), ("Versions", "versions")):
+        rows = [(name, _setting(value)) for name, value in leaves(branch(summary, key))]
+        if rows:
+            grids.append(Grid((key, "value"), tuple(rows), title, (0, 1), folded=key == "versions"))
+    code = [
+        (name, str(at(summary, key)))
+        for name, key in (("Command", "command"), ("Recipe", "recipe_yaml"))
+        if at(summary, key)
+    ]
+    return Section("reproduce", "How to reproduce", facts=tuple(facts), grids=tuple(grids), code=tuple(code))
+
+
+def limits(summary: Summary, lost: list[str]) -> Section:
+    """What the numbers mean, the verdict's rules, and figures that were not finite."""
+    notes = list(LIMITS)
+    if lost:
+        named = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
+        notes.insert(0, f"{len(lost)} figures were infinite or undefined and are shown as missing: {named}.")
+    rules = Grid(
+        ("", "rule"), tuple((str(i), rule) for i, rule in enumerate(RULES, 1)), "Rules of the verdict", (0, 1)
+    )
+    return Section("limits", "What the numbers mean, and their limits", notes=tuple(notes), grids=(rules,))

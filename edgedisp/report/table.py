@@ -1,0 +1,295 @@
+"""The before/after table: what a build is about.
+
+Rows are precisions (torch fp32, onnx fp32, int8, int4), and in a comparison of runs they are grouped by
+run. Columns come in groups, one group a metric: perplexity and each task with one column per arm and one
+for the paired difference, then what it costs on the device (size, decode speed, time to first token).
+
+A `Table` holds raw values in base units (shares, bytes, milliseconds); `Metric.scale` turns them into what is
+shown. Left out on purpose: means over tasks, which hide which task moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edgedisp.report.reading import (
+    BASELINE,
+    DISPERSED,
+    Summary,
+    arms,
+    at,
+    branch,
+    is_loss,
+    label,
+    number,
+    precisions,
+    run_title,
+    tasks,
+    whole,
+)
+from edgedisp.report.wording import MISSING, decimals_for, figure, fixed, signed
+
+DIFFERENCE = "difference"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure. `low`, `high`: its 95 % interval; `n`, `documents`: what it was measured on."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    documents: int | None = None
+
+    @property
+    def half_width(self) -> float | None:
+        """Half of the interval's width, None without an interval."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether there is an interval and 0 lies outside it."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A group of columns. `scale` multiplies raw values for display in `unit`."""
+
+    key: str
+    title: str
+    unit: str = ""
+    scale: float = 1.0
+    higher_is_better: bool | None = None
+    kind: str = "task"  # "loss", "task" or "cost"
+    paired: bool = False  # whether a difference column is shown
+
+    @property
+    def heading(self) -> str:
+        """Title, unit and the direction that is better: `heldout_cloze, % ↑`."""
+        arrow = {True: " ↑", False: " ↓", None: ""}[self.higher_is_better]
+        return f"{self.title}{', ' + self.unit if self.unit else ''}{arrow}"
+
+    @property
+    def difference_unit(self) -> str:
+        """Percent differ by points."""
+        return "points" if self.unit == "%" else self.unit
+
+    def better(self, cell: Cell) -> bool | None:
+        """Whether a difference is a gain: None unless its interval excludes 0 and a direction is known."""
+        if not cell.excludes_zero or cell.value is None or self.higher_is_better is None:
+            return None
+        return (cell.value > 0) == self.higher_is_better
+
+
+@dataclass(frozen=True)
+class Row:
+    """One precision of one run; `cells[metric.key][arm]` and `cells[metric.key]["difference"]`."""
+
+    run: str
+    precision: str
+    label: str
+    cells: Mapping[str, Mapping[str, Cell]]
+
+    def cell(self, metric: str, column: str) -> Cell:
+        """The cell, empty where nothing was measured."""
+        return self.cells.get(metric, {}).get(column, Cell())
+
+
+@dataclass(frozen=True)
+class Table:
+    """The whole table. `runs` keeps the order asked for; `notes` are footnotes."""
+
+    arms: tuple[str, ...]
+    metrics: tuple[Metric, ...]
+    rows: tuple[Row, ...]
+    runs: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def columns(self, metric: Metric) -> tuple[str, ...]:
+        """The columns of one group."""
+        return (*self.arms, DIFFERENCE) if metric.paired else self.arms
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able: the dataclasses as dicts."""
+        return asdict(self)
+
+
+COSTS = (
+    Metric("size_bytes", "size", "MB", 1e-6, False, "cost"),
+    Metric("decode_tokens_per_s", "decode", "tokens/s", 1.0, True, "cost"),
+    Metric("ttft_ms", "first token", "ms", 1.0, False, "cost"),
+)
+
+
+def table(summary: Summary) -> Table:
+    """The before/after table of one run."""
+    return compare([summary])
+
+
+def compare(summaries: Sequence[Summary]) -> Table:
+    """The same table over several runs: rows grouped by run, columns the union, missing cells empty.
+
+    Figures of runs that saw other text or another context are not comparable across runs; the notes say so.
+    """
+    titles = _distinct([run_title(summary) for summary in summaries])
+    names = list(dict.fromkeys(arm for summary in summaries for arm in arms(summary)))
+    names.sort(key=lambda arm: (arm != BASELINE, arm != DISPERSED))
+    rows = [row for title, summary in zip(titles, summaries) for row in _rows(title, summary)]
+    candidates = [*_task_metrics(summaries), *COSTS]
+    metrics = tuple(metric for metric in candidates if _present(metric.key, rows))
+    notes = [*_unlike(summaries), *(note for summary in summaries for note in _chance_notes(summary))]
+    return Table(tuple(names), metrics, tuple(rows), tuple(titles), tuple(dict.fromkeys(notes)))
+
+
+def _distinct(titles: Iterable[str]) -> list[str]:
+    """The titles, a repeated one numbered."""
+    seen: dict[str, int] = {}
+    out = []
+    for title in titles:
+        seen[title] = seen.get(title, 0) + 1
+        out.append(title if seen[title] == 1 else f"{title} ({seen[title]})")
+    return out
+
+
+def _present(key: str, rows: Sequence[Row]) -> bool:
+    return any(cell.value is not None for row in rows for cell in row.cells.get(key, {}).values())
+
+
+def _task_metrics(summaries: Sequence[Summary]) -> list[Metric]:
+    """One metric a task, perplexities first; paired where any run compared it."""
+    found: dict[str, Metric] = {}
+    for summary in summaries:
+        for task, result in tasks(summary).items():
+            paired = len(arms(summary)) > 1 or (task in found and found[task].paired)
+            found[task] = task_metric(task, result, paired)
+    return sorted(found.values(), key=lambda metric: metric.kind != "loss")
+
+
+def task_metric(task: str, result: Mapping[str, Any], paired: bool = True) -> Metric:
+    """How a task's figures are shown: a share as percent, a perplexity as it is."""
+    direction = result.get("higher_is_better")
+    if is_loss(result):
+        title = "perplexity" if task in ("heldout_perplexity", "perplexity") else f"{task} perplexity"
+        return Metric(task, title, "", 1.0, False if direction is None else bool(direction), "loss", paired)
+    share = str(result.get("metric") or "").startswith(("acc", "exact_match", "f1"))
+    better = direction if isinstance(direction, bool) else (True if share else None)
+    return Metric(task, task, "%" if share else "", 100.0 if share else 1.0, better, "task", paired)
+
+
+def _rows(title: str, summary: Summary) -> list[Row]:
+    return [_row(title, summary, precision) for precision in precisions(summary)]
+
+
+def _row(title: str, summary: Summary, precision: str) -> Row:
+    cells: dict[str, dict[str, Cell]] = {}
+    for arm in arms(summary):
+        for task, result in branch(summary, "accuracy", arm, precision).items():
+            cells.setdefault(task, {})[arm] = _cell(result, "value")
+        size = number(at(summary, "bundles", arm, precision, "size_bytes"))
+        cells.setdefault("size_bytes", {})[arm] = Cell(size)
+        timing = latency_row(summary, arm, precision)
+        for key in ("decode_tokens_per_s", "ttft_ms"):
+            cells.setdefault(key, {})[arm] = Cell(number(timing.get(key)))
+    for task in {**branch(summary, "comparison", precision), **cells}:
+        difference = _difference(summary, precision, task, cells.get(task, {}))
+        if difference is not None:
+            cells.setdefault(task, {})[DIFFERENCE] = difference
+    return Row(title, precision, label(precision), cells)
+
+
+def _difference(summary: Summary, precision: str, task: str, by_arm: Mapping[str, Cell]) -> Cell | None:
+    """The paired difference, or the plain one without interval where no pairing was recorded."""
+    paired = branch(summary, "comparison", precision, task)
+    if number(paired.get("difference")) is not None:
+        return _cell(paired, "difference")
+    if task in {metric.key for metric in COSTS}:
+        return None
+    before, after = by_arm.get(BASELINE, Cell()).value, by_arm.get(DISPERSED, Cell()).value
+    return None if before is None or after is None else Cell(after - before)
+
+
+def _cell(result: Any, key: str) -> Cell:
+    return Cell(
+        number(at(result, key)),
+        number(at(result, "low")),
+        number(at(result, "high")),
+        whole(at(result, "n")),
+        whole(at(result, "documents")),
+    )
+
+
+def latency_row(summary: Summary, arm: str, precision: str) -> dict[str, Any]:
+    """The timing of one bundle, empty when it was not timed."""
+    rows = at(summary, "latency", "rows")
+    for row in rows if isinstance(rows, list) else []:
+        if at(row, "arm") == arm and at(row, "precision") == precision:
+            return branch(row)
+    return {}
+
+
+def _unlike(summaries: Sequence[Summary]) -> list[str]:
+    """What differs between runs so that their figures must not be compared with each other."""
+    reasons = {
+        "base models": ("model", "weights_sha256"),
+        "training texts (and so held-out texts)": ("corpus", "tokens_sha256"),
+        "context lengths": ("corpus", "context"),
+        "numbers of held-out documents": ("corpus", "heldout_documents"),
+    }
+    found = []
+    for what, path in reasons.items():
+        values = {at(summary, *path) for summary in summaries} - {None}
+        if len(values) > 1:
+            found.append(what)
+    if not found:
+        return []
+    return [f"The runs have different {', '.join(found)}: compare arms within a run, not across these runs."]
+
+
+def _chance_notes(summary: Summary) -> list[str]:
+    """Tasks where every arm's interval contains the chance level say nothing at that precision."""
+    at_chance: dict[str, list[str]] = {}
+    for precision in precisions(summary):
+        for task, result in tasks(summary).items():
+            chance = number(result.get("chance"))
+            cells = [_cell(at(summary, "accuracy", arm, precision, task), "value") for arm in arms(summary)]
+            known = [cell for cell in cells if cell.low is not None and cell.high is not None]
+            if chance is None or not known:
+                continue
+            if all((cell.low or 0) <= chance <= (cell.high or 0) for cell in known):
+                at_chance.setdefault(f"{task} is at chance ({100 * chance:.0f} %)", []).append(
+                    label(precision)
+                )
+    return [
+        f"{what} in every arm at {', '.join(where)}: it says nothing there."
+        for what, where in at_chance.items()
+    ]
+
+
+def value_text(metric: Metric, value: float | None) -> str:
+    """A score, size or rate in the metric's unit."""
+    if value is None:
+        return MISSING
+    shown = value * metric.scale
+    return fixed(shown, 1) if metric.unit == "%" else figure(shown)
+
+
+def interval_text(metric: Metric, cell: Cell) -> str:
+    """`11.10, 12.80`; empty without an interval."""
+    if cell.low is None or cell.high is None:
+        return ""
+    return f"{value_text(metric, cell.low)}, {value_text(metric, cell.high)}"
+
+
+def difference_texts(metric: Metric, cell: Cell) -> tuple[str, str, str]:
+    """A difference, its interval (`-0.05, +0.01`) and its half-width, with equally many decimals."""
+    half = cell.half_width
+    decimals = decimals_for(None if half is None else half * metric.scale, 1 if metric.unit == "%" else 3)
+    value = None if cell.value is None else cell.value * metric.scale
+    if cell.low is None or cell.high is None or half is None:
+        return signed(value, decimals), "", ""
+    ends = f"{signed(cell.low * metric.scale, decimals)}, {signed(cell.high * metric.scale, decimals)}"
+    return signed(value, decimals), ends, fixed(half * metric.scale, decimals)

@@ -1,0 +1,186 @@
+"""Commands that work on one model or bundle, outside a run: condensation, export, bench, the plan's probe.
+
+Like `stages.py`, this is a place where rooms meet; what it does is short.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from edgedisp import BadInput, Progress, corpus, data_folder, model, sources
+from edgedisp.bench import local
+from edgedisp.bench.machine import physical_cores
+from edgedisp.bench.targets import load_target
+from edgedisp.dispersion.collect import decoder_layers
+from edgedisp.dispersion.geometry import condensation
+from edgedisp.graph import check
+from edgedisp.graph.export import export as export_graph
+from edgedisp.pipeline import BITS, Observer, beside
+from edgedisp.quantize.rewrite import quantize_bundle
+from edgedisp.recipe import Recipe
+from edgedisp.stages import fetch_base, train_settings
+from edgedisp.train.adapter import adapter_size
+from edgedisp.train.probe import time_steps
+
+
+def measure_condensation(
+    base: str, text: Path | None, sequences: int, context: int, progress: Progress
+) -> dict[str, Any]:
+    """Condensation of any model that `open_base` opens, over a text file or made text."""
+    where = sources.fetch(
+        base, sha256=None, cache=sources.cache_folder(), beside=Path.cwd(), progress=progress
+    )
+    opened, tokenizer = model.open_base(where)
+    if text is None:
+        documents = corpus.made_documents(sequences * context // 50 + 20, seed=0)
+    else:
+        documents = corpus.read_documents(text)
+    blocks = corpus.pack(
+        documents,
+        lambda texts: model.encode(tokenizer, texts),
+        model.end_of_text_id(tokenizer),
+        context,
+        None,
+    )
+    if len(blocks) < sequences:
+        raise BadInput(
+            f"{text or 'the made text'}: holds {len(blocks)} blocks of {context} tokens, not {sequences}"
+        )
+    chosen = torch.from_numpy(blocks[:sequences].astype(np.int64))
+    return {"model": base, **condensation(opened, chosen, progress)}
+
+
+def render_condensation(measured: dict[str, Any]) -> str:
+    lines = [f"{measured['model']}: {measured['sequences']} sequences, {measured['tokens']} tokens", ""]
+    lines.append("layer  cosine  sink-excluded  mean-removed  effective rank")
+    for row in measured["layers"]:
+        bar = "#" * round(20 * max(0.0, row["cosine_raw"]))
+        lines.append(
+            f"{row['layer']:5}  {row['cosine_raw']:6.3f}  {row['cosine_sink_excluded']:13.3f}"
+            f"  {row['cosine_mean_removed']:12.3f}  {row['effective_rank']:14.1f}  {bar}"
+        )
+    return "\n".join(lines)
+
+
+def export_for_target(folder: Path, target_name: str, out: Path, observer: Observer) -> dict[str, Any]:
+    """Export a Hugging Face folder to a bundle for a device profile; `out` appears whole or not at all.
+
+    Raises BadInput for an unknown target, a folder without a model, or an `out` that exists.
+    """
+    target = load_target(target_name)
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; `edgedisp build` leaves one under <run>/<arm>/model")
+    if out.exists():
+        raise BadInput(f"{out}: exists already; choose another --out")
+    threads = target.threads or physical_cores()
+    out.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.resolve().parent) as scratch:
+        parent, bundle = Path(scratch) / "fp32", Path(scratch) / "bundle"
+        parent.mkdir()
+        observer.progress(0, 3, "writing the graph")
+        record = export_graph(folder, parent, threads=threads, progress=observer.progress)
+        if target.precision == "fp32":
+            bundle = parent
+        else:
+            bundle.mkdir()
+            record = quantize_bundle(
+                parent,
+                bundle,
+                bits=BITS[target.precision],
+                **target.quantize.model_dump(),
+                progress=observer.progress,
+            )
+        tokenizer = model.load_tokenizer(folder)
+        text = corpus.made_documents(1, seed=0)[0].text
+        ids = model.encode(tokenizer, text)
+        check.check(bundle, [ids[:8], ids[:24]], texts=[text], threads=threads)
+        shutil.move(bundle, out)
+    return {**record, "precision": target.precision}
+
+
+def time_bundles(
+    bundles: list[Path],
+    device: str,
+    prompt: int,
+    generate: int,
+    repetitions: int,
+    threads: int | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Time bundles on a device, interleaved. Raises BadInput for an unknown device or a folder without a graph."""
+    if device != "local":
+        raise BadInput(f"--device {device}: is not known; there is `local`")
+    labels = _labels(bundles)
+    runner = data_folder("export") / "runner" / "edgedisp_runner.py"
+    return local.measure(
+        labels,
+        runner=runner,
+        prompt=prompt,
+        generate=generate,
+        repetitions=repetitions,
+        threads=threads or physical_cores(),
+        seed=0,
+        pause_s=0.0,
+        progress=progress,
+    )
+
+
+def _labels(bundles: list[Path]) -> dict[str, Path]:
+    """The shortest distinct endings of the paths: `baseline/int4`."""
+    for bundle in bundles:
+        if not (bundle / "model.onnx").is_file():
+            raise BadInput(f"{bundle}: holds no model.onnx; a bundle is a folder such as <run>/<arm>/int4")
+    for depth in range(1, 12):
+        labels = {"/".join(bundle.resolve().parts[-depth:]): bundle for bundle in bundles}
+        if len(labels) == len(bundles):
+            return labels
+    raise BadInput("the same bundle is named twice")
+
+
+def render_bench(timed: dict[str, Any]) -> str:
+    lines = [
+        f"{'bundle':28} {'ttft ms':>9} {'prefill t/s':>12} {'decode t/s':>11} {'load s':>7} {'peak MB':>8} {'MB':>6}"
+    ]
+    for row in timed["rows"]:
+        lines.append(
+            f"{row['label']:28} {row['ttft_ms']:9.1f} {row['prefill_tokens_per_s']:12.0f}"
+            f" {row['decode_tokens_per_s']:11.1f} {row['load_s']:7.2f} {row['peak_memory_bytes'] / 1e6:8.0f}"
+            f" {row['weights_bytes'] / 1e6:6.0f}"
+        )
+    return "\n".join([*lines, *(f"note: {warning}" for warning in timed.get("warnings", []))])
+
+
+def probe_base(recipe: Recipe, progress: Progress) -> dict[str, Any]:
+    """Open the base and time a few training steps; see `edgedisp.train.probe`."""
+    opened: Any
+    if recipe.is_smoke:
+        texts = [document.text for document in corpus.made_documents(50, seed=0)]
+        opened, _ = model.twin(recipe.model.architecture or "", texts, seed=0, context=recipe.data.context)
+    else:
+        where = fetch_base(recipe.model, beside(recipe), progress)
+        opened, _ = model.open_base(
+            where,
+            revision=recipe.model.revision,
+            trust_remote_code=recipe.model.trust_remote_code,
+            architecture=recipe.model.architecture,
+        )
+    parameters = model.size_by_component(opened)["total"]
+    chosen = recipe.train.adapter
+    facts = {
+        "parameters": parameters,
+        "trainable": parameters if chosen is None else adapter_size(decoder_layers(opened), chosen.rank),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+    settings = train_settings(recipe.train, recipe.steps, recipe.seed)
+    vocabulary = opened.config.vocab_size
+    return {
+        **facts,
+        **time_steps(opened, settings, recipe.data.context, vocabulary=vocabulary, progress=progress),
+    }

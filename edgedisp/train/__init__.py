@@ -1,0 +1,1 @@
+"""Mid-training: the transformers Trainer with a dispersion term, and low-rank adapters."""

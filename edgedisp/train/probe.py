@@ -1,0 +1,61 @@
+"""Time a few real training steps, for `edgedisp plan`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgedisp import Progress, silent
+from edgedisp.train.trainer import TrainSettings, peak_memory_bytes
+
+STEPS = 3  # the first is warm-up: allocations and kernel choice make it up to three times slower
+
+
+def time_steps(
+    model: nn.Module, settings: TrainSettings, context: int, *, vocabulary: int, progress: Progress = silent
+) -> dict[str, Any]:
+    """Take full-weight AdamW steps of one micro-batch on random tokens and time their parts.
+
+    The model is changed; throw it away. Returns seconds (`micro_step_s` forward and backward of a
+    micro-batch, `optimizer_s`, `forward_s_per_token`) and `activation_bytes`, the growth of the process's
+    peak memory beyond weights, gradients and moments (0 if the process had been larger before).
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device).train()
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(settings.seed)
+    ids = torch.randint(0, vocabulary, (settings.batch, context), generator=generator).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    before, weights = peak_memory_bytes(), sum(p.numel() for p in model.parameters())
+    forward, both, update = [], [], []
+    for step in range(STEPS):
+        marks = [_now(device)]
+        with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16"):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        marks.append(_now(device))
+        loss.backward()
+        marks.append(_now(device))
+        optimizer.step()
+        optimizer.zero_grad()
+        marks.append(_now(device))
+        forward.append(marks[1] - marks[0])
+        both.append(marks[2] - marks[0])
+        update.append(marks[3] - marks[2])
+        progress(step + 1, STEPS, "timing training steps")
+    return {
+        "micro_step_s": statistics.median(both[1:]),
+        "optimizer_s": statistics.median(update[1:]),
+        "forward_s_per_token": statistics.median(forward[1:]) / ids.numel(),
+        "activation_bytes": max(0, peak_memory_bytes() - before - 12 * weights),
+    }
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

