@@ -103,6 +103,14 @@ def fetch(
     return path
 
 
+def is_hub_id(source: str, beside: Path = Path()) -> bool:
+    """True if `fetch` would hand the source back as a hub id: no `pypi:`, and nothing local of that name."""
+    try:
+        return not source.startswith("pypi:") and _local_path(source, beside) is None
+    except BadInput:
+        return False
+
+
 def cache_folder() -> Path:
     """$EDGEDISP_CACHE, else `edgedisp` in $XDG_CACHE_HOME, else ~/.cache/edgedisp. Not created here."""
     named = os.environ.get("EDGEDISP_CACHE")

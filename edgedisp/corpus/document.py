@@ -37,3 +37,13 @@ class Documents(list[Document]):
     def __init__(self, documents: Iterable[Document] = (), dropped: dict[str, int] | None = None) -> None:
         super().__init__(documents)
         self.dropped: dict[str, int] = dict(dropped or {})
+
+
+def unique_id(name: str, taken: set[str]) -> str:
+    """`name`, or `name#2`, `name#3` ... if it is taken; the answer is added to `taken`."""
+    chosen, count = name, 1
+    while chosen in taken:
+        count += 1
+        chosen = f"{name}#{count}"
+    taken.add(chosen)
+    return chosen

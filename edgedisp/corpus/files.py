@@ -8,10 +8,10 @@
 | .parquet | one record (needs pyarrow, which comes with the extra `train`) |
 | .txt, .md | one paragraph: lines up to a blank one |
 
-Of a folder, such as a data set repository copied from a hub, all files of ONE kind are read, in the order of
-their paths: the first kind of that table's order parquet, jsonl, csv, tsv, json, txt, md that the folder has,
-so that a README beside the data is not taken for text. If the names speak of splits (`train-00000.parquet`),
-only those of the wanted split are read; a subfolder named like the wanted configuration is entered.
+Of a folder, such as a data set repository copied from a hub, all files of ONE kind are read, in the order
+of their paths: the first of parquet, jsonl, ndjson, csv, tsv, json, txt, md that it has, so that a README
+beside the data is not taken for text. If the names speak of splits (`train-00000.parquet`), only those of the
+wanted split are read; a subfolder named like the wanted configuration is entered.
 """
 
 from __future__ import annotations

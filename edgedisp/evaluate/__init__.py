@@ -5,8 +5,10 @@ torch model and every ONNX bundle are scored by the same code on the same items.
 
 score.py       log-likelihoods of continuations, batched; rolling windows; joining two texts as tokens
 heldout.py     three tasks made from the recipe's own held-out documents
+questions.py   how their items are made; sentences.py: where sentences end
 harness.py     any lm-evaluation-harness task over the same callable
-tasks.py       task names -> results: checks the names, dispatches, collects
+catalog.py     which of those there are, and reading their data
+tasks.py       task names -> results: checks the names, prepares the items, scores a model
 result.py      what a task leaves behind: metrics with intervals, and every item
 statistics.py  intervals and tests for one model, and paired for two
 divergence.py  how far one model's next-token distributions are from another's, streamed

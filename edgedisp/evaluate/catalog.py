@@ -34,9 +34,9 @@ def load(names: Sequence[str], tasks_path: Path | None) -> dict[str, Any]:
     with quiet():
         manager = _manager(names, tasks_path)
         hub = {name: sorted(_hub_ids(manager, name)) for name in names}
-        with _offline_unless_reachable(any(hub.values())):
+        with _offline_unless_reachable(any(hub.values())) as unreachable:
             for name in names:
-                tasks |= _load_one(manager, name, hub[name])
+                tasks |= _load_one(manager, name, hub[name], unreachable)
     for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise BadInput(
@@ -58,7 +58,7 @@ def _paths(tasks_path: Path | None) -> list[str | Path] | None:
 
 
 def _manager(names: Sequence[str], tasks_path: Path | None) -> TaskManager:
-    """The index of tasks; the built-in ones are read (seconds) only when the folder does not hold all names."""
+    """The index of tasks; the built-in ones (seconds) only when the folder does not hold all names."""
     if tasks_path is not None:
         local = TaskManager(include_path=_paths(tasks_path), include_defaults=False)
         if set(names) <= set(local.all_tasks):
@@ -72,11 +72,9 @@ def _hub_ids(manager: TaskManager, name: str) -> set[str]:
     if entry is None:
         return set()
     config = entry.cfg or {}
-    members = (
-        config.get("task") if isinstance(config.get("task"), list) else [*entry.tags] if not config else []
-    )
+    members = [*entry.tags] if not config else config.get("task")
     found: set[str] = set()
-    for member in members or []:
+    for member in members if isinstance(members, list) else []:
         inner = member if isinstance(member, str) else str(member.get("task") or member.get("group"))
         found |= _hub_ids(manager, inner) if inner != name else set()
     path = config.get("dataset_path")
@@ -85,17 +83,19 @@ def _hub_ids(manager: TaskManager, name: str) -> set[str]:
     return found
 
 
-def _load_one(manager: TaskManager, name: str, hub_ids: list[str]) -> dict[str, Any]:
+def _load_one(manager: TaskManager, name: str, hub_ids: list[str], unreachable: bool) -> dict[str, Any]:
     try:
         return dict(manager.load([name])["tasks"])
-    except (
-        Exception
-    ) as problem:  # a YAML, the Python that it names, or its data: all of it is the user's choice
-        data = f"its data set is {', '.join(hub_ids[:3])} on the hub; " if hub_ids else ""
+    except Exception as problem:  # a YAML, Python that it names, or its data: all of it the user's choice
+        data = (
+            f"its data set is {', '.join(hub_ids[:3])} on the hub" if hub_ids else "its data cannot be read"
+        )
+        if hub_ids and unreachable:
+            data += f", and {huggingface_hub.constants.ENDPOINT} does not answer"
         raise BadInput(
-            f"evaluate.tasks: {name} cannot be loaded: {data}{type(problem).__name__}: {problem}. Without a hub use the "
-            "heldout_ tasks, or a local copy: a YAML with `dataset_path: json` and `data_files` in the folder that "
-            "evaluate.tasks_path names"
+            f"evaluate.tasks: {name} cannot be loaded: {data} ({type(problem).__name__}: {problem}). "
+            "Without a hub use the heldout_ tasks, or a local copy: a YAML with `dataset_path: json` and "
+            "`data_files` in the folder that evaluate.tasks_path names"
         ) from problem
 
 
@@ -121,14 +121,15 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _offline_unless_reachable(wanted: bool) -> Iterator[None]:
-    """When a hub is wanted and not there, work from the cache at once, instead of trying again and again."""
+def _offline_unless_reachable(wanted: bool) -> Iterator[bool]:
+    """Whether a hub is wanted and not there; then only the cache is read, instead of trying for minutes."""
     constants, config = huggingface_hub.constants, datasets.config
     before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
-    if wanted and not before[0] and not _hub_reachable():
+    unreachable = wanted and not before[0] and not _hub_reachable()
+    if unreachable:
         constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
     try:
-        yield
+        yield unreachable
     finally:
         constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
 

@@ -35,7 +35,7 @@ class Divergence:
         logits: NDArray[np.floating[Any]],
         mask: NDArray[np.integer[Any]] | None = None,
     ) -> None:
-        """Add the positions of one batch: logits [..., vocab] of both models, mask [...] (0 = padding, skipped).
+        """Add the positions of one batch: logits [..., vocab] of both, mask [...] (0 = padding, skipped).
 
         Raises ValueError when the shapes differ, BuildFailed when a counted logit is NaN or infinite.
         """
@@ -56,10 +56,10 @@ class Divergence:
         return np.concatenate(self._kl) if self._kl else np.zeros(0)
 
     def record(self) -> dict[str, Any]:
-        """{tokens, max_abs_difference, mean_kl, median_kl, p90_kl, p99_kl, max_kl, top1_agreement, top5_overlap}.
+        """The sums: {tokens, max_abs_difference, mean_kl, median_kl, p90_kl, p99_kl, max_kl, ...}.
 
-        max_abs_difference is of logits; KL is in nats; agreement and overlap are shares of 1. All but
-        `tokens` are None when nothing was added.
+        max_abs_difference is of logits; KL is in nats; top1_agreement and top5_overlap are shares of 1. All
+        but `tokens` are None when nothing was added.
         """
         kl = self.kl
         names = ("median_kl", "p90_kl", "p99_kl", "max_kl")

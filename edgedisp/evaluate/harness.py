@@ -2,9 +2,9 @@
 
 lm-eval keeps its part: prompts, filters, and the score of each item. Ours is the model side (log-likelihoods,
 rolling log-likelihoods, greedy generation) and what happens with the items: each becomes one line of a
-result, so that two models can be paired on it, which lm-eval does not offer. Its aggregates are
-computed again from the items, with intervals; a metric that exists only for a whole task (F1, BLEU) is carried
-over as it is, without an interval.
+result, so that two models can be paired on it, which lm-eval does not offer. Its aggregates are computed
+again from the items, with intervals; a metric that exists only for a whole task (F1, BLEU) is carried over
+as it is, without an interval.
 
 Some tasks shuffle with the global random generators; these are seeded for the time of a call and put back.
 Left out: chat templates, and tasks that sample, run generated code or look at pictures. A group gives its
@@ -42,7 +42,7 @@ MAX_NEW_TOKENS = 256  # lm-eval's own default for tasks that name no limit
 _FIRST_BLOCK = 32  # tokens generated before the first look for a stop string
 
 
-class HarnessModel(LM):
+class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
     """The model side of lm-eval over `LanguageModel`.
 
     truncated: requests whose context was cut on the left so far (generation prompts included).
@@ -89,7 +89,7 @@ class HarnessModel(LM):
         return texts
 
     def _pieces(self, context: list[int], continuation: list[int]) -> list[tuple[Any, Any]]:
-        """The pair itself, or windows over it when the continuation alone is longer than the model's context."""
+        """The pair itself, or windows when the continuation alone is longer than the model's context."""
         if len(continuation) <= self.model.context:
             return [(context, continuation)]
         prefix = context[-1] if context else self.end_of_text
@@ -116,8 +116,8 @@ class HarnessModel(LM):
     def _generate(self, prompt: str, options: dict[str, Any]) -> str:
         if options.get("do_sample") and float(options.get("temperature", 1.0)) > 0:
             raise BadInput(
-                "a task asks for sampled text (do_sample: true), but models are decoded greedily here; copy its YAML "
-                "to a folder of your own with do_sample: false and name that folder in evaluate.tasks_path"
+                "a task asks for sampled text (do_sample: true), but models are decoded greedily here; copy "
+                "its YAML to your own folder with do_sample: false and name that in evaluate.tasks_path"
             )
         until = options.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
@@ -131,8 +131,8 @@ class HarnessModel(LM):
     def _until(self, prompt: list[int], limit: int, stops: list[str]) -> str:
         """Generate in blocks that double, looking for the stop strings after each.
 
-        A stop string can be any text, not a token, so the model cannot stop at it by itself. Starting the next
-        block reads the prompt once more, which costs less than 256 tokens when 5 were wanted.
+        A stop string can be any text, not a token, so the model cannot stop at it by itself. Each block reads
+        the prompt once more, which costs less than 256 tokens when 5 were wanted.
         """
         new: list[int] = []
         while True:

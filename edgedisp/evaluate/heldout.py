@@ -3,13 +3,14 @@
 heldout_perplexity    How well the documents are predicted, token by token: perplexity (nats per token,
                       exponentiated) and bits per byte (comparable between vocabularies). Each document starts
                       after the end-of-text token, in windows of `context` tokens.
-heldout_cloze         The last word of a sentence after at least 30 words of passage, in the manner of LAMBADA
-                      (Paperno et al., 2016): right when each of its tokens is the most likely one. The word
-                      has three letters or more. Words that occurred earlier in the passage come first, because
-                      those can be known from the passage alone; others fill up when there are too few.
-heldout_continuation  The sentence that follows, against three of nearest length from three other documents, in
-                      the manner of HellaSwag: right when it has the highest log-likelihood per byte.
-                      Guessing gives 25 %.
+heldout_cloze         The last word of a sentence after at least 30 words of passage, in the manner of
+                      LAMBADA (Paperno et al., 2016): right when each of its tokens is the most likely one.
+                      The word has three letters or more. Words that occurred earlier in the passage come
+                      first, because those can be known from the passage alone; others fill up when there
+                      are too few.
+heldout_continuation  The sentence that follows, against three of nearest length from three other
+                      documents, in the manner of HellaSwag: right when it has the highest
+                      log-likelihood per byte. Guessing gives 25 %.
 
 Items depend on the documents, the tokenizer and the seed alone, never on a model, so every arm and precision
 answers the same ones. They are spread over as many documents as there are, since documents are what the
@@ -43,17 +44,17 @@ def build(task: str, text: Text, limit: int) -> list[Question]:
     rng = np.random.default_rng([text.seed, list(TASKS).index(task)])
     shuffled = [text.documents[place] for place in rng.permutation(len(text.documents))]
     found = TASKS[task].build(text, shuffled, limit, rng)
-    if len(questions) < min(FEWEST, limit):
+    if len(found) < min(FEWEST, limit):
         raise BadInput(
-            f"{task}: found {len(questions)} {TASKS[task].unit} in {len(shuffled)} held-out documents, need "
+            f"{task}: found {len(found)} {TASKS[task].unit} in {len(shuffled)} held-out documents, need "
             f"{min(FEWEST, limit)}; hold out more text (data.heldout), or take {task} out of evaluate.tasks"
         )
-    return questions
+    return found
 
 
 def score(
     task: str,
-    questions: Sequence[Question],
+    asked: Sequence[Question],
     model: LanguageModel,
     end_of_text: int,
     *,
@@ -63,13 +64,13 @@ def score(
     progress: Progress = silent,
 ) -> TaskResult:
     """Ask a model the questions that `build` made."""
-    requests = [request for question in questions for request in question.requests]
+    requests = [request for question in asked for request in question.requests]
     found = loglikelihoods(
         model, requests, batch_tokens=batch_tokens, end_of_text=end_of_text, progress=progress
     )
     answers = iter(found)
     items = []
-    for question in questions:
+    for question in asked:
         likelihoods = [next(answers) for _ in question.requests]
         parts = TASKS[task].answer(question, likelihoods)
         items.append({"id": question.id, "document": question.document, **parts, **question.notes})
@@ -77,7 +78,7 @@ def score(
         task,
         items,
         TASKS[task].metrics,
-        fingerprints=[question.fingerprint() for question in questions],
+        fingerprints=[question.fingerprint() for question in asked],
         chance=TASKS[task].chance,
         truncated=sum(likelihood.dropped > 0 for likelihood in found),
         bootstrap=bootstrap,
@@ -122,9 +123,11 @@ class HeldoutTask:
 
 TASKS: dict[str, HeldoutTask] = {
     "heldout_perplexity": HeldoutTask(
-        _windows, _answer_window, (PERPLEXITY, BITS_PER_BYTE), "windows of text"
+        questions.windows, _answer_window, (PERPLEXITY, BITS_PER_BYTE), "windows of text"
     ),
-    "heldout_cloze": HeldoutTask(questions.cloze, _answer_cloze, (ACCURACY, WORD_NLL), "passages that end in a word"),
+    "heldout_cloze": HeldoutTask(
+        questions.cloze, _answer_cloze, (ACCURACY, WORD_NLL), "passages that end in a word"
+    ),
     "heldout_continuation": HeldoutTask(
         questions.continuation,
         _answer_continuation,

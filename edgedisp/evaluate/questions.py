@@ -1,4 +1,4 @@
-"""Making test items from documents: windows of text, last words, next sentences (see heldout.py for the tasks).
+"""Making test items from documents: windows of text, last words, next sentences (the tasks: heldout.py).
 
 Every maker takes the documents in an order already shuffled and a random generator of its own, and returns at
 most `limit` questions, spread over as many documents as there are.
@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,6 +24,7 @@ CONTINUATION_CONTEXT = 64  # tokens
 CONTINUATION_SENTENCE = 40  # tokens
 CONTINUATION_WORDS = 4
 CHOICES = 4
+_SENTENCES = 24  # looked back at most: more than fit in any context here
 _LAST_WORD = re.compile(r"\s+([^\W\d_]{3,})[.!?]+[\"'”’)\]]*$")
 
 
@@ -91,13 +92,15 @@ def windows(
 
 def cloze(text: Text, documents: Sequence[Document], limit: int, rng: np.random.Generator) -> list[Question]:
     """Last words: those seen earlier in the passage first, at most a fair share from each document."""
+    share = _per_document(limit, documents)
     seen: list[Question] = []
     unseen: list[Question] = []
     for document in documents:
-        candidates = [_last_word(text, document, *place) for place in _last_words(document.text)]
-        picked = [candidates[place] for place in rng.permutation(len(candidates))]
-        picked.sort(key=lambda question: not question.notes["seen"])
-        for question in picked[: _per_document(limit, documents)]:
+        places = [*_last_words(document.text)]
+        tried = [places[number] for number in rng.permutation(len(places))[: 8 + 4 * share]]
+        made = [_last_word(text, document, *place) for place in tried]
+        made.sort(key=lambda question: not question.notes["seen"])
+        for question in made[:share]:
             (seen if question.notes["seen"] else unseen).append(question)
         if len(seen) >= limit:
             break
@@ -107,16 +110,15 @@ def cloze(text: Text, documents: Sequence[Document], limit: int, rng: np.random.
 def _last_words(document: str) -> Iterator[tuple[int, list[int], int, str]]:
     """(sentence number, places where the passage may start, where it ends, the word that follows)."""
     spans = sentences(document)
-    for index, (_, end) in enumerate(spans):
-        match = _LAST_WORD.search(document[:end])
-        if match is None:
-            continue
-        stop = match.start()
-        starts = [
-            start for start, _ in spans[: index + 1] if len(document[start:stop].split()) >= CLOZE_WORDS
-        ]
-        if starts:
-            yield index, starts, stop, match.group(1)
+    words_before = [0]  # words in all sentences before this one
+    for index, (start, end) in enumerate(spans):
+        words_before.append(words_before[-1] + len(document[start:end].split()))
+        match = _LAST_WORD.search(document[start:end])
+        most = words_before[-1] - 1 - CLOZE_WORDS
+        first = max(0, index - _SENTENCES)
+        starts = [spans[k][0] for k in range(first, index + 1) if words_before[k] <= most]
+        if match is not None and starts:
+            yield index, starts, start + match.start(), match.group(1)
 
 
 def _last_word(
@@ -128,23 +130,32 @@ def _last_word(
     return Question(f"{document.id}#{index}", document.id, (request,), (len(word.encode()) + 1,), notes=notes)
 
 
+class _Next(NamedTuple):
+    """A sentence that may be asked for, and the places where the sentences up to it start and end."""
+
+    document: Document
+    number: int
+    sentence: str
+    spans: list[tuple[int, int]]
+
+
 def continuation(
     text: Text, documents: Sequence[Document], limit: int, rng: np.random.Generator
 ) -> list[Question]:
     """The next sentence against sentences of nearest length in bytes from three other documents."""
-    pool: list[tuple[Document, int, str]] = []  # document, sentence number, sentence
+    share = _per_document(limit, documents)
+    pool: list[_Next] = []
     for document in documents:
-        pool += [(document, index, sentence) for index, sentence in _next_sentences(text, document)]
+        pool += _next_sentences(text, document, 8 + 2 * share, rng)
         if len(pool) >= max(2000, 4 * limit):
             break
     by_document: dict[str, list[int]] = {}
-    for place, (document, _, _) in enumerate(pool):
-        by_document.setdefault(document.id, []).append(place)
-    sizes = np.array([len(sentence.encode()) for _, _, sentence in pool])
+    for place, entry in enumerate(pool):
+        by_document.setdefault(entry.document.id, []).append(place)
+    sizes = np.array([len(entry.sentence.encode()) for entry in pool])
     questions: list[Question] = []
     for places in by_document.values():
-        chosen = rng.permutation(places)[: _per_document(limit, [*by_document])]
-        for place in chosen:
+        for place in places[: _per_document(limit, [*by_document])]:
             if len(questions) == limit:
                 return questions
             others = _nearest(pool, sizes, place, rng)
@@ -153,66 +164,66 @@ def continuation(
     return questions
 
 
-def _next_sentences(text: Text, document: Document) -> Iterator[tuple[int, str]]:
-    """Sentences, but the first, that are short enough to be a choice and long enough to say something."""
-    for index, (start, end) in enumerate(sentences(document.text)):
-        sentence = document.text[start:end]
-        most = min(CONTINUATION_SENTENCE, text.context // 2)
-        if index and len(sentence.split()) >= CONTINUATION_WORDS and len(text.encode(" " + sentence)) <= most:
-            yield index, sentence
+def _next_sentences(text: Text, document: Document, most: int, rng: np.random.Generator) -> list[_Next]:
+    """At most `most` sentences, never the first, short enough for a choice, long enough to say something."""
+    spans = sentences(document.text)
+    tokens = min(CONTINUATION_SENTENCE, text.context // 2)
+    found: list[_Next] = []
+    for index in (rng.permutation(len(spans) - 1) + 1).tolist() if len(spans) > 1 else []:
+        sentence = document.text[slice(*spans[index])]
+        if len(sentence.split()) >= CONTINUATION_WORDS and len(text.encode(" " + sentence)) <= tokens:
+            found.append(_Next(document, index, sentence, spans))
+        if len(found) == most:
+            break
+    return found
 
 
-def _nearest(
-    pool: Sequence[tuple[Document, int, str]], sizes: Any, place: int, rng: np.random.Generator
-) -> list[int]:
+def _nearest(pool: Sequence[_Next], sizes: Any, place: int, rng: np.random.Generator) -> list[int]:
     """Places in the pool of the sentences nearest in length, each from another document; ties by chance."""
-    taken = {pool[place][0].id}
-    texts = {pool[place][2]}
+    taken = {pool[place].document.id}
+    texts = {pool[place].sentence}
     others: list[int] = []
     for other in np.lexsort((rng.permutation(len(pool)), np.abs(sizes - sizes[place]))):
-        document, _, sentence = pool[other]
-        if document.id not in taken and sentence not in texts:
-            taken.add(document.id)
-            texts.add(sentence)
+        entry = pool[other]
+        if entry.document.id not in taken and entry.sentence not in texts:
+            taken.add(entry.document.id)
+            texts.add(entry.sentence)
             others.append(int(other))
         if len(others) == CHOICES - 1:
             break
     return others
 
 
-def _choices(
-    text: Text, pool: Sequence[tuple[Document, int, str]], place: int, others: list[int], gold: int
-) -> Question:
-    """One question; the true sentence stands at `gold`, so that a tie favours no one."""
-    document, index, _ = pool[place]
-    spans = sentences(document.text)[:index]
+def _choices(text: Text, pool: Sequence[_Next], place: int, others: list[int], gold: int) -> Question:
+    """One question; the true sentence stands at `gold`, drawn at random, so that a tie favours no one."""
+    document, number, _, spans = pool[place]
     order = [*others[:gold], place, *others[gold:]]
-    continuations = [" " + pool[choice][2] for choice in order]
-    starts = [start for start, _ in spans]
-    passage = document.text[: spans[-1][1]]
-    requests = _fit(text, passage, starts, continuations, CONTINUATION_CONTEXT)
+    continuations = [" " + pool[choice].sentence for choice in order]
+    starts = [start for start, _ in spans[max(0, number - _SENTENCES) : number]]
+    requests = _fit(text, document.text[: spans[number - 1][1]], starts, continuations, CONTINUATION_CONTEXT)
     sizes = tuple(len(choice.encode()) for choice in continuations)
-    return Question(f"{document.id}#{index}", document.id, requests, sizes, gold)
+    return Question(f"{document.id}#{number}", document.id, requests, sizes, gold)
 
 
 def _fit(
     text: Text, passage: str, starts: Sequence[int], continuations: Sequence[str], most: int
 ) -> tuple[Request, ...]:
-    """Tokenize a passage with each of its continuations, from the earliest start that fits.
+    """Tokenize the longest passage that fits, whole sentences, with each of its continuations.
 
     It fits when no context has more than `most` tokens and no request more than the model can take. The
     passage begins like a document, after the end-of-text token (counted in `most`). When even the latest
     start is too long the context is cut on the left, alike for all continuations.
     """
-    pairs: list[tuple[list[int], list[int]]] = []
-    for start in starts:
+    best: list[tuple[list[int], list[int]]] = []
+    room = 0
+    for start in reversed(starts):
         pairs = [encode_pair(text.encode, passage[start:], continuation) for continuation in continuations]
-        longest = max(len(target) for _, target in pairs)
-        room = min(most - 1, text.context - longest)
-        if all(len(context) <= room for context, _ in pairs):
+        room = min(most, text.context - max(len(target) for _, target in pairs) + 1) - 1
+        if best and any(len(context) > room for context, _ in pairs):
             break
+        best = pairs
     return tuple(
-        ((text.end_of_text, *context[max(0, len(context) - room) :]), target) for context, target in pairs
+        ((text.end_of_text, *context[max(0, len(context) - room) :]), target) for context, target in best
     )
 
 
@@ -222,9 +233,7 @@ def _per_document(limit: int, documents: Sequence[object]) -> int:
 
 
 def _bytes(text: Text, document: Document, ids: Sequence[int], end: int) -> int:
-    """UTF-8 bytes of the document's first `end` tokens (exact for the whole; a split character counts as 3)."""
+    """UTF-8 bytes of the document's first `end` tokens (exact for the whole; half a character counts 3)."""
     if end in (0, len(ids)):
         return len(document.text.encode()) if end else 0
     return len(text.decode(list(ids[:end])).encode())
-
-

@@ -90,8 +90,8 @@ def compare(
     """
     if baseline["task"] != dispersed["task"] or baseline["items_sha256"] != dispersed["items_sha256"]:
         raise ValueError(
-            f"{baseline['task']} ({baseline['n']} items) and {dispersed['task']} ({dispersed['n']} items) do not hold "
-            "the same items, so they cannot be paired; score both with the same recipe, tokenizer and seed"
+            f"{baseline['task']} ({baseline['n']} items) and {dispersed['task']} ({dispersed['n']} items) do "
+            "not hold the same items and cannot be paired; score both with one recipe, tokenizer and seed"
         )
     return {
         name: statistics.paired(

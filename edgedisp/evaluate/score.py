@@ -44,7 +44,7 @@ class LanguageModel(Protocol):
         ...
 
     def __call__(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
-        """ids, mask int64 [batch, tokens] (mask 1 real, 0 padding, on the right) -> float32 [batch, tokens, vocab]."""
+        """ids, mask int64 [batch, tokens] (0 padding, on the right) -> float32 [batch, tokens, vocab]."""
         ...
 
     def greedy(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> list[int]:
@@ -153,8 +153,8 @@ def _inputs(
     """The input tokens of a request (the last continuation token is only predicted) and how many were cut."""
     if len(continuation_ids) > model.context:
         raise ValueError(
-            f"a continuation of {len(continuation_ids)} tokens does not fit the model's context of {model.context}; "
-            "cut it with rolling_windows"
+            f"a continuation of {len(continuation_ids)} tokens does not fit the model's context of "
+            f"{model.context}; cut it with rolling_windows"
         )
     if not context_ids:
         if end_of_text is None:
@@ -195,7 +195,7 @@ def _run(model: LanguageModel, batch: Sequence[tuple[int, ...]]) -> NDArray[np.f
 
 
 def _score(logits: NDArray[np.float32], targets: tuple[int, ...]) -> tuple[tuple[float, ...], bool]:
-    """logits [tokens, vocab] at the positions that predict `targets` -> their log-probabilities, all greedy?"""
+    """logits [tokens, vocab] that predict `targets` -> their log-probabilities, all greedy?"""
     logprobs: list[float] = []
     greedy = True
     for start in range(0, len(targets), _POSITIONS):

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import re
 
-_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s+[\"'“‘(\[¿¡]*[^\W_a-z])")
+_END = re.compile(r"([.!?]+[\"'”’)\]]*)\s+(?=[\"'“‘(\[¿¡]*[^\W_a-z])")
 _LAST_WORD = re.compile(r"\S+$")
-_ABBREVIATIONS = frozenset(
-    ["mr", "mrs", "ms", "dr", "prof", "rev", "hon", "st", "mt", "ft", "jr", "sr", "gen", "col", "capt", "lt", "maj", "sgt", "adm", "gov", "sen", "rep", "pres", "vs", "etc", "approx", "ca", "cf", "al", "ed", "eds", "vol", "no", "nos", "pp", "fig", "inc", "ltd", "co", "corp", "bros", "dept", "univ", "est", "jan", "feb", "mar", "apr", "jun", "jul", "aug", "sep", "sept", "oct", "nov", "dec"]
+_ABBREVIATION = re.compile(
+    "mr|mrs|ms|dr|prof|rev|hon|st|mt|ft|jr|sr|gen|col|capt|lt|maj|sgt|adm|gov|sen|rep|pres|"
+    "vs|etc|approx|ca|cf|al|ed|eds|vol|no|nos|pp|fig|inc|ltd|co|corp|bros|dept|univ|est|"
+    "jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec",
+    re.IGNORECASE,
 )
 
 
@@ -24,11 +27,9 @@ def sentences(text: str) -> list[tuple[int, int]]:
     spans: list[tuple[int, int]] = []
     start = len(text) - len(text.lstrip())
     for match in _END.finditer(text):
-        if _abbreviated(text[start : match.start()], match.group()):
-            continue
-        spans.append((start, match.end()))
-        rest = text[match.end() :]
-        start = match.end() + len(rest) - len(rest.lstrip())
+        if not _abbreviated(text[start : match.start()], match.group(1)):
+            spans.append((start, match.end(1)))
+            start = match.end()
     end = len(text.rstrip())
     if end > start:
         spans.append((start, end))
@@ -38,9 +39,9 @@ def sentences(text: str) -> list[tuple[int, int]]:
 def _abbreviated(before: str, mark: str) -> bool:
     """Whether the full stop after `before` belongs to its last word and ends no sentence."""
     word = _LAST_WORD.search(before)
-    if word is None or not mark.startswith(".") or len(mark) > 1:
+    if word is None or mark != ".":
         return False
     bare = word.group().lstrip("\"'“‘([")
     inner_stops = "." in bare and all(len(part) <= 2 for part in bare.split("."))
     initial = len(bare) == 1 and bare.isupper()
-    return initial or inner_stops or bare.lower() in _ABBREVIATIONS
+    return initial or inner_stops or _ABBREVIATION.fullmatch(bare) is not None

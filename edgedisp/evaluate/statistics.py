@@ -6,9 +6,9 @@ resampled (a clustered bootstrap), and both arms are always resampled together (
 item hard is common to both arms and cancels.
 
 - One score: Wilson's interval for accuracies, the clustered bootstrap for everything else.
-- A difference: the paired clustered bootstrap. For 0/1 items the interval is never narrower than Tango's score
-  interval (Statistics in Medicine 17, 1998), because the bootstrap of a handful of disagreements is too sure
-  of itself: when no item differs it says "exactly zero", where Tango says "within z^2/(n + z^2)".
+- A difference: the paired clustered bootstrap. For 0/1 items the interval is never narrower than Tango's
+  score interval (Statistics in Medicine 17, 1998), because the bootstrap of a handful of disagreements is too
+  sure of itself: when no item differs it says "exactly zero", where Tango says "within z^2/(n + z^2)".
 - A test: the exact McNemar test for 0/1 items, one per document; otherwise a permutation test that swaps the
   arms document by document, which is exact at any size when the arms do not differ.
 
@@ -20,7 +20,7 @@ a jackknife over documents and gains nothing over this for sums of per-document 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from scipy import optimize, stats
 Item = Mapping[str, Any]
 Record = dict[str, Any]
 Floats = NDArray[np.float64]
+Statistic = Callable[[list[tuple[Floats, Floats]]], Floats]
 
 _CELLS = 4_000_000  # resamples x documents held at a time: 32 MB as float64
 
@@ -57,7 +58,7 @@ class Metric:
 
 
 VALUE = Metric("value")
-ACCURACY = Metric("accuracy")
+ACCURACY = Metric("accuracy", "accuracy")
 PERPLEXITY = Metric("perplexity", "nll", "tokens", "exp", higher_is_better=False)
 BITS_PER_BYTE = Metric("bits_per_byte", "nll", "bytes", "bits", higher_is_better=False)
 
@@ -152,7 +153,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided p for paired 0/1 items, from the counts that only one side got right; 1 when none differ."""
+    """Exact two-sided p for paired 0/1 items from the counts that only one side got right; 1 for 0 and 0."""
     differing = only_first + only_second
     if differing == 0:
         return 1.0
@@ -209,7 +210,10 @@ class _Numbers:
 
     def by_document(self) -> tuple[Floats, Floats]:
         """Both parts summed over each document: float64 [documents] twice."""
-        return np.bincount(self.index, self.top), np.bincount(self.index, self.bottom)
+        return (
+            np.bincount(self.index, self.top).astype(np.float64),
+            np.bincount(self.index, self.bottom).astype(np.float64),
+        )
 
 
 def _align(
@@ -259,7 +263,7 @@ def _binary_parts(
 
 
 def _nll_difference(arms: list[_Numbers], bootstrap: int, seed: int, confidence: float) -> Record:
-    """The difference before exponentiation, in nats per token: steadier than the difference of perplexities."""
+    """The difference before exponentiation, nats per token: steadier than a difference of perplexities."""
     means = [float(arm.top.sum() / arm.bottom.sum()) for arm in arms]
     low, high, _ = _bootstrap(
         arms, lambda parts: parts[1][0] / parts[1][1] - parts[0][0] / parts[0][1], bootstrap, seed, confidence
@@ -276,9 +280,9 @@ def _draws(arms: list[_Numbers], draws: int) -> Iterator[tuple[int, list[tuple[F
 
 
 def _bootstrap(
-    arms: list[_Numbers], statistic: Any, bootstrap: int, seed: int, confidence: float
+    arms: list[_Numbers], statistic: Statistic, bootstrap: int, seed: int, confidence: float
 ) -> tuple[float | None, float | None, str | None]:
-    """Expanded-percentile interval of statistic([(sum, sum) per arm]) with documents drawn with replacement."""
+    """Expanded-percentile interval of statistic([(sum, sum) per arm]), documents drawn with replacement."""
     documents = arms[0].documents
     if documents < 2:
         return None, None, "one document: no interval can be given"
@@ -294,11 +298,13 @@ def _bootstrap(
     return float(low), float(high), None
 
 
-def _swap_test(arms: list[_Numbers], difference: Any, swaps: int, seed: int) -> float:
+def _swap_test(arms: list[_Numbers], difference: Statistic, swaps: int, seed: int) -> float:
     """Two-sided p: share of random swaps of the arms, document by document, that differ at least as much."""
     rng = np.random.default_rng([seed, 1])
     sums = [arm.by_document() for arm in arms]
-    observed = abs(float(difference([(top.sum(), bottom.sum()) for top, bottom in sums])))
+    observed = abs(
+        float(difference([(np.asarray(top.sum()), np.asarray(bottom.sum())) for top, bottom in sums]))
+    )
     reached = 0
     for draws, ((top_0, bottom_0), (top_1, bottom_1)) in _draws(arms, swaps):
         swap = rng.integers(0, 2, size=(draws, arms[0].documents)).astype(np.float64)

@@ -1,8 +1,8 @@
 """From task names to results: the held-out tasks, and whatever lm-evaluation-harness knows.
 
-Three steps, so that nothing fails late: `check_tasks` reads names only and costs nothing; `prepare` builds the
-held-out items and reads the data sets; `Suite.run` scores one model. One suite serves all arms and precisions
-of a build (they share documents, tokenizer and seed), so all of them answer the same items.
+Three steps, so that nothing fails late: `check_tasks` reads names only; `prepare` builds the held-out items
+and reads the data sets; `Suite.run` scores one model. One suite serves all arms and precisions of a build,
+which share documents, tokenizer and seed, so all of them answer the same items.
 
 lm-eval is an extra (`edgedisp[bench]`): it is imported only when a task is asked for that is not held-out.
 """
@@ -12,20 +12,20 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgedisp import BadInput, Progress, silent
 from edgedisp.evaluate import heldout
-from edgedisp.evaluate.heldout import Document, Question, Text
+from edgedisp.evaluate.questions import Document, Question, Text
 from edgedisp.evaluate.result import TaskResult
 from edgedisp.evaluate.score import Decode, Encode, LanguageModel
 
 CONTEXT = 512  # tokens of a held-out window when nothing else is said
 
-_NAME = re.compile(r"^(?:task|group):[ \t]*[\"']?([^\s\"'#]+)", re.MULTILINE)
+_NAME = re.compile(r"^[\"']?(?:task|group)[\"']?:[ \t]*[\"']?([^\s\"'#]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -99,15 +99,14 @@ def check_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> None:
     """Raise BadInput for any unknown name, a missing lm-eval, or a tasks_path that is no folder.
 
     Reads no data set. Held-out names cost nothing; other names are looked up in the text of the task files
-    (under a second), and only a name that is not there makes lm-eval read all of its index (some seconds).
+    (about a second), and only a name that is not there makes lm-eval read all of its index (some seconds).
     """
+    choices = ", ".join(heldout.TASKS)
     if not tasks:
-        raise BadInput(
-            f"evaluate.tasks is empty; choose from {', '.join(heldout.TASKS)} or lm-eval task names"
-        )
+        raise BadInput(f"evaluate.tasks is empty; choose from {choices}, or lm-eval task names")
     if tasks_path is not None and not tasks_path.is_dir():
         raise BadInput(
-            f"evaluate.tasks_path: {tasks_path} is not a folder; name one that holds lm-eval task YAML files"
+            f"evaluate.tasks_path: {tasks_path} is no folder; name one that holds lm-eval task YAML"
         )
     others = [task for task in tasks if task not in heldout.TASKS]
     if not others:
@@ -115,21 +114,32 @@ def check_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> None:
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
         raise BadInput(
-            f"evaluate.tasks: {', '.join(others)} {_are(others)} no held-out task{_near(others, list(heldout.TASKS))}; tasks of "
-            'lm-evaluation-harness need it installed: pip install "edgedisp[bench]"'
+            f"evaluate.tasks: {', '.join(others)}: not a held-out task{_near(others, [*heldout.TASKS])}. "
+            f"Held-out tasks are {choices}; those of lm-evaluation-harness need it installed: "
+            'pip install "edgedisp[bench]"'
         )
     folders = [Path(place) / "tasks" for place in spec.submodule_search_locations]
-    missing = set(others) - _names_in(folders if tasks_path is None else [tasks_path, *folders])
+    missing = sorted(set(others) - _names_in(folders if tasks_path is None else [tasks_path, *folders]))
+    for name in missing:
+        if near := _near([name], [*heldout.TASKS], cutoff=0.8):
+            raise BadInput(f"evaluate.tasks: {name}: no such task{near}. Held-out tasks are {choices}")
     if missing:
-        from edgedisp.evaluate import harness
+        _check_index(missing, tasks_path)
 
-        known = harness.known_names(tasks_path)
-        unknown = [task for task in others if task not in known]
-        if unknown:
-            raise BadInput(
-                f"evaluate.tasks: {', '.join(unknown)} {_are(unknown)} unknown{_near(unknown, [*heldout.TASKS, *known])}. There are "
-                f"{', '.join(heldout.TASKS)}, and {len(known)} tasks of lm-eval (`lm_eval ls tasks` lists them)"
-            )
+
+def _check_index(names: Sequence[str], tasks_path: Path | None) -> None:
+    """Look names up in lm-eval's own index, which also knows tags and names made by its templates."""
+    from edgedisp.evaluate import catalog
+
+    known = set(catalog.known_names(tasks_path))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        near = _near(unknown, [*heldout.TASKS, *sorted(known)])
+        raise BadInput(
+            f"evaluate.tasks: {', '.join(unknown)}: no such task{near}. There are "
+            f"{', '.join(heldout.TASKS)}, "
+            f"and {len(known)} names in lm-eval (list: lm_eval ls tasks)"
+        )
 
 
 def prepare(
@@ -159,9 +169,9 @@ def prepare(
     order: list[str] = []
     others = [name for name in names if name not in heldout.TASKS]
     if others:
-        from edgedisp.evaluate import harness
+        from edgedisp.evaluate import catalog
 
-        harness_tasks = harness.load(others, tasks_path)
+        harness_tasks = catalog.load(others, tasks_path)
     order = [name for name in names if name in questions] + list(harness_tasks)
     return Suite(questions, harness_tasks, tuple(order), text, limit)
 
@@ -204,25 +214,16 @@ def run(
 
 def _names_in(folders: Sequence[Path]) -> set[str]:
     """Names of the tasks and groups that YAML files give themselves, found without parsing them."""
-    return {name for folder in folders for path in _yaml_files(folder) for name in _NAME.findall(_read(path))}
+    names: set[str] = set()
+    for path in (path for folder in folders for path in folder.rglob("*.yaml")):
+        names.update(_NAME.findall(path.read_text(encoding="utf-8", errors="replace")))
+    return names
 
 
-def _yaml_files(folder: Path) -> Iterator[Path]:
-    yield from folder.rglob("*.yaml")
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
-
-
-def _near(names: Sequence[str], known: Sequence[str]) -> str:
-    """'; did you mean a, b?' for names that resemble known ones, or nothing."""
-    close = [match for name in names for match in difflib.get_close_matches(name, known, n=3)]
-    return f"; did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
-
-
-def _are(names: Sequence[str]) -> str:
-    return "is" if len(names) == 1 else "are"
+def _near(names: Sequence[str], known: Sequence[str], cutoff: float = 0.6) -> str:
+    """' (did you mean a, b?)' for names that resemble known ones, or nothing."""
+    close = [match for name in names for match in difflib.get_close_matches(name, known, n=3, cutoff=cutoff)]
+    return f" (did you mean {', '.join(dict.fromkeys(close))}?)" if close else ""
 
 
 def _named(progress: Progress, task: str) -> Progress:

@@ -1,268 +1,256 @@
 """Writes the ONNX graph of a decoder with KV cache out of ONNX Runtime's fused operators.
 
-The interface is the one of onnxruntime-genai's builder, so genai, transformers.js and optimum open it:
-inputs `input_ids`, `attention_mask` [batch, total tokens] and `past_key_values.N.key/value` [batch, kv heads,
-past, head_dim]; outputs `logits` [batch, tokens, vocab] and `present.N.key/value`. The head dimension is a
-number, not a symbol (transformers.js turns unknown symbols into 0). Positions come from the mask, so there is
-no `position_ids` input, and right-padded prefill and cached decode are both right.
+The interface is the one of onnxruntime-genai's builder, so that genai, transformers.js and optimum open it:
+inputs `input_ids` [batch, tokens], `attention_mask` [batch, past + tokens] and `past_key_values.N.key/value`
+[batch, kv heads, past, head_dim]; outputs `logits` [batch, tokens, vocab] and `present.N.key/value`. The head
+dimension is a number: transformers.js reads unknown symbols as 0. Positions come from the sums of the mask, so
+there is no `position_ids` input, and right-padded prefill and cached decode of ragged rows are both right.
 
-Choices that were measured (SmolLM2-135M, 2 cores): see docs in the room's tests and `_head`.
-Weights go straight to `model.onnx.data`, one tensor in memory at a time.
+What was measured on SmolLM2-135M with 2 threads, against the genai builder's graph:
+- A tied embedding is stored once, [vocab, hidden], and the head is `FusedMatMul` with transB. The builder
+  stores the transpose and turns it back at load: 108 MB more memory, no faster. `Gemm` is no faster either.
+- q, k, v are one product, and so are gate and up: 2-5 % more decode tokens/s at 4 bits than apart.
+- `Sigmoid` and `Mul` stay apart: the runtime fuses them itself, and they are standard operators.
+- Norms of q and k (Qwen3, Gemma 3) stand before the attention, whose own inputs for them have no CPU kernel
+  (onnxruntime 1.31).
+
+Left out: fp16 graphs (no CPU kernels), and a head for the last token alone (scoring needs all positions).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
 import torch
-from numpy.typing import NDArray
-from onnx import TensorProto, helper
-from onnx.external_data_helper import save_external_data, set_external_data
+from onnx import TensorProto, ValueInfoProto, helper
 
 from edgedisp import Progress, silent
 from edgedisp.graph.families import Decoder, Layer, Linear, Norm
+from edgedisp.graph.writer import MICROSOFT, GraphWriter
 
-import os
-OPT = dict(kv.split("=") for kv in os.environ.get("OPT", "").split(",") if kv)
-GRAPH, DATA = "model.onnx", "model.onnx.data"
-OPSET, IR_VERSION = 21, 10
-MICROSOFT = "com.microsoft"
-INLINE_BYTES = 1024  # smaller tensors stay in the graph file
-PAGE = 4096  # offsets of the others, so that a runtime can map them
+EMBEDDING = "model.embed_tokens.weight"
 
 
-class GraphWriter:
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.nodes, self.weights, self.size = folder, [], [], 0
+@dataclass(frozen=True)
+class Residual:
+    """The residual stream between two norms: `stream` + `added` + `bias`, summed in the next norm's kernel."""
 
-    def op(self, kind, inputs, output, domain="", **attributes):
-        outputs = [output] if isinstance(output, str) else output
-        self.nodes.append(helper.make_node(kind, inputs, outputs, name=outputs[0], domain=domain, **attributes))
-        return outputs[0]
-
-    def weight(self, name, array):
-        tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
-        if len(tensor.raw_data) > INLINE_BYTES:
-            offset = -(-self.size // PAGE) * PAGE
-            self.size = offset + len(tensor.raw_data)
-            set_external_data(tensor, DATA, offset)
-            save_external_data(tensor, str(self.folder))
-            tensor.ClearField("raw_data")
-        self.weights.append(tensor)
-        return name
+    stream: str
+    added: str = ""
+    bias: str = ""
 
 
 def write(decoder: Decoder, folder: Path, progress: Progress = silent) -> None:
+    """Write `model.onnx` and `model.onnx.data` (fp32) of `decoder` into `folder`."""
     graph = GraphWriter(folder)
-    _shared(graph, decoder)
-    x = _embedding(graph, decoder)
-    states = None
+    _lengths(graph)
+    for name, (cos, sin) in decoder.ropes.items():
+        graph.weight(f"{name}.cos_cache", cos)
+        graph.weight(f"{name}.sin_cache", sin)
+    residual = _embedding(graph, decoder)
     for index, layer in enumerate(decoder.layers):
-        progress(index, len(decoder.layers), "writing layers")
-        x = _block(graph, decoder, layer, index, x)
-    hidden = _normed(graph, decoder.final_norm, x, last=True)[0]
+        progress(index, len(decoder.layers), "writing the graph")
+        residual = _block(graph, decoder, layer, index, residual)
+    hidden, _ = _norm(graph, decoder.final_norm, residual)
     _head(graph, decoder, hidden)
-    _save(graph, decoder)
+    graph.save(*_interface(decoder))
+    progress(len(decoder.layers), len(decoder.layers), "graph written")
 
 
-def _shared(graph, decoder):
-    graph.weight("one", np.array([1], np.int64)); graph.weight("index_one", np.array(1, np.int64))
-    graph.op("ReduceSum", ["attention_mask", "one"], "mask_sum", keepdims=0)
-    graph.op("Sub", ["mask_sum", "one"], "last_position")
-    graph.op("Cast", ["last_position"], "seqlens_k", to=TensorProto.INT32)
-    graph.op("Shape", ["attention_mask"], "mask_shape")
-    graph.op("Gather", ["mask_shape", "index_one"], "total_tokens", axis=0)
-    graph.op("Cast", ["total_tokens"], "total_sequence_length", to=TensorProto.INT32)
-    for name, (cos, sin) in (decoder.ropes or {}).items():
-        graph.weight(f"{name}.cos_cache", cos.numpy()); graph.weight(f"{name}.sin_cache", sin.numpy())
+def _lengths(graph: GraphWriter) -> None:
+    """What attention needs to know: the last real position of each row (`seqlens_k`), and the longest total."""
+    graph.weight("index_1", np.array(1, np.int64))
+    graph.node("ReduceSum", ["attention_mask", graph.integers("axis_1", 1)], "real_tokens", keepdims=1)
+    graph.node("Sub", ["real_tokens", "index_1"], "last_positions")
+    graph.node("Squeeze", ["last_positions", "axis_1"], "last_position")
+    graph.node("Cast", ["last_position"], "seqlens_k", to=TensorProto.INT32)
+    graph.node("Shape", ["attention_mask"], "mask_shape")
+    graph.node("Gather", ["mask_shape", "index_1"], "total_tokens", axis=0)
+    graph.node("Cast", ["total_tokens"], "total_sequence_length", to=TensorProto.INT32)
 
 
-EMB = "model.embed_tokens.weight"
-
-
-def _embedding(graph, decoder):
-    if not (decoder.head is None and OPT.get("head") == "transpose"):
-        graph.weight(EMB, _n(decoder.embedding))
-        graph.op("Gather", [EMB, "input_ids"], "model.embed_tokens")
-    else:
-        graph.weight(EMB + "T", _n(decoder.embedding.t()))
-        graph.op("Transpose", [EMB + "T"], "embT", perm=[1, 0])
-        graph.op("Gather", ["embT", "input_ids"], "model.embed_tokens")
-    x = "model.embed_tokens"
+def _embedding(graph: GraphWriter, decoder: Decoder) -> Residual:
+    weight = graph.weight(EMBEDDING, decoder.embedding)
+    tokens = graph.node("Gather", [weight, "input_ids"], "model.embed_tokens", axis=0)
     if decoder.embedding_scale != 1.0:
-        graph.weight("embedding_scale", np.array([decoder.embedding_scale], np.float32))
-        x = graph.op("Mul", [x, "embedding_scale"], "model.embed_tokens.scaled")
-    if decoder.positions is not None:
-        graph.weight("wpe", _n(decoder.positions))
-        graph.weight("zero", np.array(0, np.int64)); graph.weight("zero1", np.array([0], np.int64))
-        graph.op("Shape", ["input_ids"], "ids_shape")
-        graph.op("Gather", ["ids_shape", "index_one"], "tokens", axis=0)
-        graph.op("Sub", ["mask_sum", "tokens"], "pp"); graph.op("Max", ["pp", "zero"], "past")
-        graph.op("Unsqueeze", ["past", "one"], "past_column")
-        graph.op("Range", ["zero", "tokens", "index_one"], "steps")
-        graph.op("Add", ["past_column", "steps"], "position_ids")
-        graph.op("Gather", ["wpe", "position_ids"], "model.embed_positions")
-        return (x, "model.embed_positions", None)
-    return (x, None, None)
+        scale = graph.weight("model.embed_scale", np.array(decoder.embedding_scale, np.float32))
+        tokens = graph.node("Mul", [tokens, scale], "model.embed_tokens.scaled")
+    if decoder.positions is None:
+        return Residual(tokens)
+    return Residual(tokens, _learned_positions(graph, decoder.positions))
 
 
-def _n(t):
-    return t.detach().numpy()
+def _learned_positions(graph: GraphWriter, table: torch.Tensor) -> str:
+    """GPT-2's position vectors.
+
+    A row starts at max(real tokens - new tokens, 0): at 0 in a right-padded prefill, where the mask counts
+    fewer tokens than there are, and at the number of cached tokens when decoding.
+    """
+    graph.weight("index_0", np.array(0, np.int64))
+    graph.node("Shape", ["input_ids"], "ids_shape")
+    graph.node("Gather", ["ids_shape", "index_1"], "new_tokens", axis=0)
+    graph.node("Sub", ["real_tokens", "new_tokens"], "cached_or_negative")
+    graph.node("Max", ["cached_or_negative", "index_0"], "cached_tokens")
+    graph.node("Range", ["index_0", "new_tokens", "index_1"], "steps")
+    graph.node("Add", ["cached_tokens", "steps"], "position_ids")
+    weight = graph.weight("model.embed_positions.weight", table)
+    return graph.node("Gather", [weight, "position_ids"], "model.embed_positions", axis=0)
 
 
-def _normed(graph, norm: Norm, x, last=False):
-    """x = (stream, pending, bias) -> (normed, new stream)"""
-    stream, pending, bias = x
-    graph.weight(norm.name + ".weight", _n(norm.weight))
-    params = [norm.name + ".weight"]
+def _block(graph: GraphWriter, decoder: Decoder, layer: Layer, index: int, residual: Residual) -> Residual:
+    hidden, stream = _norm(graph, layer.attention_norm, residual)
+    added, bias = _attention(graph, decoder, layer, index, hidden)
+    residual = _normed_addition(graph, layer.attention_output_norm, stream, added, bias)
+    hidden, stream = _norm(graph, layer.mlp_norm, residual)
+    added, bias = _mlp(graph, decoder.activation, layer, hidden)
+    return _normed_addition(graph, layer.mlp_output_norm, stream, added, bias)
+
+
+def _normed_addition(graph: GraphWriter, norm: Norm | None, stream: str, added: str, bias: str) -> Residual:
+    """What a part adds to the stream; Gemma norms it first (its parts have no bias)."""
+    if norm is None:
+        return Residual(stream, added, bias)
+    return Residual(stream, _norm(graph, norm, Residual(added))[0])
+
+
+def _norm(graph: GraphWriter, norm: Norm, residual: Residual) -> tuple[str, str]:
+    """Sum the residual and norm it, in one kernel where there is a sum: (normed, the summed stream)."""
     rms = norm.bias is None
-    if not rms:
-        params.append(graph.weight(norm.name + ".bias", _n(norm.bias)))
-    if pending is None:
-        kind = "SimplifiedLayerNormalization" if rms else "LayerNormalization"
-        extra = dict(stash_type=1) if rms else {}
-        return graph.op(kind, [stream, *params], norm.name, epsilon=norm.epsilon, axis=-1, **extra), stream
-    kind = "SkipSimplifiedLayerNormalization" if rms else "SkipLayerNormalization"
-    total = norm.name + ".stream"
-    outputs = [norm.name] if last else [norm.name, "", "", total]
-    graph.op(kind, [stream, pending, *params, *([bias] if bias else [])], outputs, MICROSOFT, epsilon=norm.epsilon)
+    parameters = [graph.weight(f"{norm.name}.weight", norm.weight)]
+    if norm.bias is not None:
+        parameters.append(graph.weight(f"{norm.name}.bias", norm.bias))
+    if not residual.added:
+        op = "SimplifiedLayerNormalization" if rms else "LayerNormalization"
+        graph.node(op, [residual.stream, *parameters], norm.name, axis=-1, epsilon=norm.epsilon)
+        return norm.name, residual.stream
+    op = "SkipSimplifiedLayerNormalization" if rms else "SkipLayerNormalization"
+    inputs = [residual.stream, residual.added, *parameters, residual.bias]
+    total = f"{norm.name}.stream"
+    graph.node(op, inputs, norm.name, "", "", total, domain=MICROSOFT, epsilon=norm.epsilon)
     return norm.name, total
 
 
-def _linear(graph, linear, x):
-    w = torch.cat(linear.weights) if len(linear.weights) > 1 else linear.weights[0]
-    graph.weight(linear.name + ".weight", _n(w.t()))
-    return graph.op("MatMul", [x, linear.name + ".weight"], linear.name)
+def _linear(graph: GraphWriter, linear: Linear, hidden: str) -> str:
+    """hidden W^T without the bias; the weight is stored [in, out] as MatMul reads it."""
+    joined = torch.cat(linear.weights) if len(linear.weights) > 1 else linear.weights[0]
+    return graph.node("MatMul", [hidden, graph.weight(f"{linear.name}.weight", joined.t())], linear.name)
 
 
-def _bias(graph, linear):
-    if not linear.biases: return None
-    return graph.weight(linear.name + ".bias", _n(torch.cat(linear.biases)))
+def _bias(graph: GraphWriter, linear: Linear) -> str:
+    """The stored bias's name, or "" without one: it is left to the next kernel to add."""
+    return graph.weight(f"{linear.name}.bias", torch.cat(linear.biases)) if linear.biases else ""
 
 
-def _block(graph, decoder, layer: Layer, index, x):
-    normed, stream = _normed(graph, layer.attention_norm, x)
-    out, bias = _attention(graph, decoder, layer, index, normed)
-    if layer.attention_output_norm:
-        out, bias = _normed(graph, layer.attention_output_norm, (out, None, None))[0], None
-    normed, stream = _normed(graph, layer.mlp_norm, (stream, out, bias))
-    out, bias = _mlp(graph, decoder, layer, normed)
-    if layer.mlp_output_norm:
-        out, bias = _normed(graph, layer.mlp_output_norm, (out, None, None))[0], None
-    return (stream, out, bias)
+def _biased(graph: GraphWriter, linear: Linear, hidden: str) -> str:
+    product, bias = _linear(graph, linear, hidden), _bias(graph, linear)
+    return graph.node("Add", [product, bias], f"{linear.name}.biased") if bias else product
 
 
-def _attention(graph, decoder, layer, index, normed):
+def _attention(
+    graph: GraphWriter, decoder: Decoder, layer: Layer, index: int, hidden: str
+) -> tuple[str, str]:
+    """Grouped-query attention with rotary positions, window and cache in one operator; then its output."""
     name = f"model.layers.{index}.attn"
-    qkv = _linear(graph, layer.qkv, normed)
-    b = _bias(graph, layer.qkv)
-    if b:
-        qkv = graph.op("Add", [qkv, b], layer.qkv.name + ".biased")
-    q, k, v = qkv, "", ""
-    tail = []
-    if layer.q_norm:
-        if OPT.get("qknorm") == "fused":
-            graph.weight(layer.q_norm.name + ".weight", _n(layer.q_norm.weight))
-            graph.weight(layer.k_norm.name + ".weight", _n(layer.k_norm.weight))
-            tail = ["", "", "", "", "", layer.q_norm.name + ".weight", layer.k_norm.name + ".weight"]
-        else:
-            h, kv, d = decoder.heads, decoder.kv_heads, decoder.head_dim
-            if "split" not in [w.name for w in graph.weights]:
-                graph.weight("split", np.array([h * d, kv * d, kv * d], np.int64))
-                graph.weight("to_heads", np.array([0, 0, -1, d], np.int64))
-                graph.weight("from_heads", np.array([0, 0, -1], np.int64))
-            graph.op("Split", [qkv, "split"], [f"{name}.q", f"{name}.k", f"{name}.v"], axis=-1)
-            q, k, v = [f"{name}.{p}" for p in "qkv"]
-            res = []
-            for part, norm, dim in ((q, layer.q_norm, h), (k, layer.k_norm, kv)):
-                graph.op("Reshape", [part, "to_heads"], norm.name + ".heads")
-                graph.weight(norm.name + ".weight", _n(norm.weight))
-                graph.op("SimplifiedLayerNormalization", [norm.name + ".heads", norm.name + ".weight"], norm.name + ".normed", epsilon=norm.epsilon, axis=-1, stash_type=1)
-                res.append(graph.op("Reshape", [norm.name + ".normed", "from_heads"], norm.name))
-            q, k = res
-    rope = [f"{layer.rope}.cos_cache", f"{layer.rope}.sin_cache"] if layer.rope else ["", ""]
-    inputs = [q, k, v, f"past_key_values.{index}.key", f"past_key_values.{index}.value", "seqlens_k", "total_sequence_length", *rope, *tail]
-    while inputs[-1] == "": inputs.pop()
-    attrs = {}
-    if decoder.attention_softcap: attrs["softcap"] = decoder.attention_softcap
-    if tail: attrs["qk_norm_epsilon"] = layer.q_norm.epsilon
-    graph.op("GroupQueryAttention", inputs, [name, f"present.{index}.key", f"present.{index}.value"], MICROSOFT,
-             num_heads=decoder.heads, kv_num_heads=decoder.kv_heads, scale=layer.scale, local_window_size=(layer.window if layer.window else -1),
-             do_rotary=int(layer.rope is not None), rotary_interleaved=0, **attrs)
+    query, key, value = _biased(graph, layer.qkv, hidden), "", ""  # packed: the operator cuts it itself
+    if layer.q_norm and layer.k_norm:
+        query, key, value = _normed_heads(graph, decoder, name, query, layer.q_norm, layer.k_norm)
+    past = [f"past_key_values.{index}.{part}" for part in ("key", "value")]
+    rope = [f"{layer.rope}.cos_cache", f"{layer.rope}.sin_cache"] if layer.rope else []
+    softcap = {"softcap": decoder.attention_softcap} if decoder.attention_softcap else {}
+    graph.node(
+        "GroupQueryAttention",
+        [query, key, value, *past, "seqlens_k", "total_sequence_length", *rope],
+        name,
+        f"present.{index}.key",
+        f"present.{index}.value",
+        domain=MICROSOFT,
+        num_heads=decoder.heads,
+        kv_num_heads=decoder.kv_heads,
+        scale=layer.scale,
+        do_rotary=int(layer.rope is not None),
+        local_window_size=layer.window or -1,
+        **softcap,
+    )
     return _linear(graph, layer.attention_output, name), _bias(graph, layer.attention_output)
 
 
-def _act(graph, decoder, x, bias, out):
-    a = decoder.activation
-    if a == "gelu_tanh":
-        return graph.op("FastGelu", [x, bias] if bias else [x], out, MICROSOFT)
-    if bias:
-        x = graph.op("Add", [x, bias], out + ".biased")
-    if a == "silu":
-        if OPT.get("silu") == "quick":
-            return graph.op("QuickGelu", [x], out, MICROSOFT, alpha=1.0)
-        graph.op("Sigmoid", [x], out + ".sigmoid")
-        return graph.op("Mul", [x, out + ".sigmoid"], out)
-    if a == "gelu": return graph.op("Gelu", [x], out, MICROSOFT)
-    if a == "quick_gelu": return graph.op("QuickGelu", [x], out, MICROSOFT, alpha=1.702)
-    return graph.op("Relu", [x], out)
+def _normed_heads(
+    graph: GraphWriter, decoder: Decoder, name: str, packed: str, q_norm: Norm, k_norm: Norm
+) -> tuple[str, str, str]:
+    """Split the packed product and norm every head of q and k over its own dimensions."""
+    q_width, kv_width = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+    widths = graph.integers("qkv_widths", q_width, kv_width, kv_width)
+    parts = [f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj"]
+    graph.node("Split", [packed, widths], *parts, axis=-1)
+    heads = graph.integers("to_heads", 0, 0, -1, decoder.head_dim)
+    flat = graph.integers("from_heads", 0, 0, -1)
+    normed = []
+    for part, norm in zip(parts, (q_norm, k_norm)):
+        cut = graph.node("Reshape", [part, heads], f"{part}.heads")
+        _norm(graph, norm, Residual(cut))
+        normed.append(graph.node("Reshape", [norm.name, flat], f"{part}.normed"))
+    return normed[0], normed[1], parts[2]
 
 
-def _mlp(graph, decoder, layer, normed):
-    name = layer.down.name.rsplit(".", 1)[0]
+def _mlp(graph: GraphWriter, activation: str, layer: Layer, hidden: str) -> tuple[str, str]:
+    name = layer.down.name.rpartition(".")[0]
     if layer.gate is None:
-        up = _linear(graph, layer.up, normed)
-        hidden = _act(graph, decoder, up, _bias(graph, layer.up), name + ".act")
-    elif OPT.get("gateup") == "packed":
-        both = Linear(name + ".gate_up_proj", layer.gate.weights + layer.up.weights)
-        y = _linear(graph, both, normed)
-        graph.op("Split", [y], [name + ".gate", name + ".up"], axis=-1, num_outputs=2)
-        g = _act(graph, decoder, name + ".gate", None, name + ".act")
-        hidden = graph.op("Mul", [g, name + ".up"], name + ".gated")
+        inner = _linear(graph, layer.up, hidden)
+        inner = _activation(graph, activation, inner, _bias(graph, layer.up), f"{name}.act")
     else:
-        g = _linear(graph, layer.gate, normed)
-        g = _act(graph, decoder, g, _bias(graph, layer.gate), name + ".act")
-        up = _linear(graph, layer.up, normed)
-        b = _bias(graph, layer.up)
-        if b: up = graph.op("Add", [up, b], layer.up.name + ".biased")
-        hidden = graph.op("Mul", [g, up], name + ".gated")
-    return _linear(graph, layer.down, hidden), _bias(graph, layer.down)
+        gate, up = layer.gate, layer.up
+        both = Linear(f"{name}.gate_up_proj", gate.weights + up.weights, gate.biases + up.biases)
+        widths = graph.integers("gate_up_widths", *(sum(map(len, part.weights)) for part in (gate, up)))
+        graph.node("Split", [_biased(graph, both, hidden), widths], gate.name, up.name, axis=-1)
+        opened = _activation(graph, activation, gate.name, "", f"{name}.act")
+        inner = graph.node("Mul", [opened, up.name], f"{name}.gated")
+    return _linear(graph, layer.down, inner), _bias(graph, layer.down)
 
 
-def _head(graph, decoder, hidden):
-    out = "logits" if not decoder.logit_softcap else "raw"
-    form = OPT.get("head", "fused")
-    if decoder.head is not None:
-        graph.weight("lm_head.weight", _n(decoder.head.t()))
-        graph.op("MatMul", [hidden, "lm_head.weight"], out)
-    elif form == "fused":
-        graph.op("FusedMatMul", [hidden, EMB], out, MICROSOFT, transB=1)
-    elif form == "transpose":
-        graph.op("MatMul", [hidden, EMB + "T"], out)
-    elif form == "tmatmul":
-        graph.op("Transpose", [EMB], "embT", perm=[1, 0])
-        graph.op("MatMul", [hidden, "embT"], out)
-    elif form == "gemm":
-        graph.weight("flat", np.array([-1, decoder.hidden], np.int64))
-        graph.op("Reshape", [hidden, "flat"], "hidden2d")
-        graph.op("Gemm", ["hidden2d", EMB], "logits2d", transB=1)
-        graph.op("Shape", ["input_ids"], "ids_shape_head"); graph.weight("vocab", np.array([decoder.vocab_size], np.int64))
-        graph.op("Concat", ["ids_shape_head", "vocab"], "logits_shape", axis=0)
-        graph.op("Reshape", ["logits2d", "logits_shape"], out)
-    if decoder.logit_softcap:
-        graph.weight("cap", np.array([decoder.logit_softcap], np.float32))
-        graph.op("Div", [out, "cap"], "capd"); graph.op("Tanh", ["capd"], "capt"); graph.op("Mul", ["capt", "cap"], "logits")
+def _activation(graph: GraphWriter, activation: str, hidden: str, bias: str, name: str) -> str:
+    if activation == "gelu_tanh":  # the one kernel that also adds a bias
+        return graph.node("FastGelu", [hidden, bias], name, domain=MICROSOFT)
+    if bias:
+        hidden = graph.node("Add", [hidden, bias], f"{name}.biased")
+    if activation == "silu":
+        return graph.node("Mul", [hidden, graph.node("Sigmoid", [hidden], f"{name}.sigmoid")], name)
+    if activation == "quick_gelu":
+        return graph.node("QuickGelu", [hidden], name, domain=MICROSOFT, alpha=1.702)
+    if activation == "gelu":
+        return graph.node("Gelu", [hidden], name, domain=MICROSOFT)
+    return graph.node("Relu", [hidden], name)
 
 
-def _save(graph, decoder):
-    info = helper.make_tensor_value_info
-    F, I = TensorProto.FLOAT, TensorProto.INT64
-    kv = lambda prefix, length: [info(f"{prefix}.{i}.{part}", F, ["batch_size", decoder.kv_heads, length, decoder.head_dim]) for i in range(len(decoder.layers)) for part in ("key", "value")]
-    inputs = [info("input_ids", I, ["batch_size", "sequence_length"]), info("attention_mask", I, ["batch_size", "total_sequence_length"]), *kv("past_key_values", "past_sequence_length")]
-    outputs = [info("logits", F, ["batch_size", "sequence_length", decoder.vocab_size]), *kv("present", "total_sequence_length")]
-    g = helper.make_graph(graph.nodes, "decoder", inputs, outputs, graph.weights)
-    model = helper.make_model(g, opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)], ir_version=IR_VERSION, producer_name="edgedisp")
-    (graph.folder / GRAPH).write_bytes(model.SerializeToString())
+def _head(graph: GraphWriter, decoder: Decoder, hidden: str) -> None:
+    cap = decoder.logit_softcap
+    output = "uncapped_logits" if cap else "logits"
+    if decoder.head is None:
+        graph.node("FusedMatMul", [hidden, EMBEDDING], output, domain=MICROSOFT, transB=1)
+    else:
+        graph.node("MatMul", [hidden, graph.weight("lm_head.weight", decoder.head.t())], output)
+    if cap:
+        limit = graph.weight("logit_softcap", np.array(cap, np.float32))
+        bent = graph.node("Tanh", [graph.node("Div", [output, limit], "scaled_logits")], "bent_logits")
+        graph.node("Mul", [bent, limit], "logits")
+
+
+def _interface(decoder: Decoder) -> tuple[list[ValueInfoProto], list[ValueInfoProto]]:
+    """Inputs and outputs with their shapes."""
+
+    def caches(prefix: str, tokens: str) -> list[ValueInfoProto]:
+        shape: list[str | int | None] = ["batch_size", decoder.kv_heads, tokens, decoder.head_dim]
+        names = [f"{prefix}.{i}.{part}" for i in range(len(decoder.layers)) for part in ("key", "value")]
+        return [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in names]
+
+    def tokens(name: str, width: str) -> ValueInfoProto:
+        return helper.make_tensor_value_info(name, TensorProto.INT64, ["batch_size", width])
+
+    logits: list[str | int | None] = ["batch_size", "sequence_length", decoder.vocab_size]
+    inputs = [tokens("input_ids", "sequence_length"), tokens("attention_mask", "total_sequence_length")]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, logits)]
+    return (
+        inputs + caches("past_key_values", "past_sequence_length"),
+        outputs + caches("present", "total_sequence_length"),
+    )

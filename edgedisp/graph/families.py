@@ -5,8 +5,8 @@ This module alone knows those differences; `decoder.py` sees a `Decoder` and wri
 by transformers, so old checkpoint names, shards, tied weights and half precision are handled where they are
 known best. Rotary tables come from the model's own rotary module, so that every `rope_type` is right.
 
-Left out: mixtures of experts, encoder-decoders, ALiBi, partial rotary positions and vision towers. A folder of
-such a family goes to `builder.py` or is refused.
+Left out: mixtures of experts, encoder-decoders, ALiBi, partial rotary positions and vision towers. A folder
+of such a family goes to `builder.py` or is refused.
 
 Weights stay views of the torch model (no copy): a `Linear` lists the matrices that are stored one above the
 other, and only the writer joins them.
@@ -14,8 +14,9 @@ other, and only the writer joins them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,13 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 
+Rope = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin of the rotary angles, each [context, head_dim / 2]."""
+
 
 @dataclass(frozen=True)
 class Linear:
-    """`y = x W^T + b`. `weights`: matrices [out_i, in] stored as one of [sum(out_i), in]; `bias` likewise or empty."""
+    """`y = x W^T + b`. `weights`: matrices [out_i, in], stored as one [sum(out_i), in]; `biases` alike or empty."""
 
     name: str
     weights: tuple[torch.Tensor, ...]
@@ -50,7 +54,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """`weight` [n] as it multiplies (Gemma's `1 + w` already added). With a bias it is LayerNorm, without RMSNorm."""
+    """`weight` [n] as it multiplies (Gemma's `1 + w` is added already). LayerNorm with a bias, RMSNorm without."""
 
     name: str
     weight: torch.Tensor
@@ -60,7 +64,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Layer:
-    """One block: x + attention(norm(x)), then x + mlp(norm(x)). Gemma also norms what is added (`*_output_norm`)."""
+    """One block: x + attention(norm(x)), then x + mlp(norm(x)). Gemma norms what is added, too (`*_output_norm`)."""
 
     attention_norm: Norm
     qkv: Linear
@@ -96,25 +100,39 @@ class Decoder:
     head: torch.Tensor | None = None
     embedding_scale: float = 1.0
     positions: torch.Tensor | None = None  # learned positions [context, hidden]
-    ropes: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None  # name -> cos, sin [context, head_dim / 2]
+    ropes: dict[str, Rope] = field(default_factory=dict)
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
 
 
-def read(folder: Path, max_context: int | None = None) -> Decoder:
-    """Open the model folder in fp32 and describe it. BadInput for a family that is not written here."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def family_of(folder: Path) -> str:
+    """The `model_type` of a model folder. BadInput if it is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise BadInput(f"{folder}: not a model folder (config.json is missing)")
+    return str(json.loads(path.read_text(encoding="utf-8")).get("model_type", "unknown"))
 
-    config = AutoConfig.from_pretrained(folder)
-    reader = READERS.get(config.model_type)
+
+def read(folder: Path, max_context: int | None = None) -> Decoder:
+    """Open the model folder in fp32 and describe it. BadInput for a family or a form that is not written here."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    reader = READERS.get(family_of(folder))
     if reader is None:
-        raise BadInput(f"{folder}: cannot write a graph for family {config.model_type!r}; written are: {', '.join(READERS)}")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return reader(model, _context(config, max_context))
+        raise BadInput(f"{folder}: no graph is written for its family; written are: {', '.join(READERS)}")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return reader(model, _context(model.config, max_context))
 
 
 def _context(config: Any, asked: int | None) -> int:
-    """Positions of the bundle: the model's own, at most `asked` or 8192; scaled rope types keep to their base."""
+    """Positions of the bundle: the model's own, at most `asked` or 8192; see the loop for two rope types."""
     own = int(config.max_position_embeddings)
     rope = getattr(config, "rope_parameters", None) or {}
     for table in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
@@ -126,12 +144,14 @@ def _context(config: Any, asked: int | None) -> int:
 
 def _activation(name: str) -> str:
     if name not in ACTIVATIONS:
-        raise BadInput(f"activation {name!r} has no exact counterpart in the graph; known: {', '.join(ACTIVATIONS)}")
+        raise BadInput(
+            f"activation {name!r} has no counterpart in the graph; known: {', '.join(ACTIVATIONS)}"
+        )
     return ACTIVATIONS[name]
 
 
-def _rotary(model: Any, context: int, names: list[str] | None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """cos and sin [context, head_dim / 2] of the model's own rotary module, for each kind of layer if they differ."""
+def _rotary(model: Any, context: int, names: list[str] | None) -> dict[str, Rope]:
+    """The tables of the model's own rotary module, one for each kind of layer where `names` lists kinds."""
     rotary, like = model.model.rotary_emb, torch.zeros(1, dtype=torch.float32)
     positions = torch.arange(context)[None]
     ropes = {}
@@ -155,9 +175,11 @@ def _rms(name: str, module: Any, offset: float = 0.0) -> Norm:
     return Norm(name, module.weight + offset if offset else module.weight, float(epsilon))
 
 
-def _windows(config: Any) -> list[int | None]:
+def _windows(config: Any, context: int) -> list[int | None]:
     """Attention window of each layer in tokens, the current one included; None sees everything."""
     window = getattr(config, "sliding_window", None)
+    if window is not None and window >= context:
+        window = None
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return [window] * config.num_hidden_layers
@@ -165,14 +187,14 @@ def _windows(config: Any) -> list[int | None]:
 
 
 def _llama_like(model: Any, context: int, offset: float = 0.0, named_ropes: bool = False) -> Decoder:
-    """Llama, Mistral, Qwen2, Qwen3 and Gemma 3: one shape with parts present or not. `offset`: Gemma's 1 + w."""
+    """Llama, Mistral, Qwen2, Qwen3 and Gemma 3: one shape, parts present or not. `offset`: Gemma's 1 + w."""
     config, body = model.config, model.model
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kinds = list(config.layer_types) if named_ropes else None
     layers = []
-    for index, (block, window) in enumerate(zip(body.layers, _windows(config))):
+    for index, (block, window) in enumerate(zip(body.layers, _windows(config, context))):
         attention, mlp, name = block.self_attn, block.mlp, f"model.layers.{index}"
-        # Gemma norms around both parts and calls its MLP's input norm differently; Llama's names stay as they are.
+        # Gemma norms around both parts, and what Llama calls post_attention_layernorm has another name there.
         around = hasattr(block, "pre_feedforward_layernorm")
         mlp_norm = "pre_feedforward_layernorm" if around else "post_attention_layernorm"
 
@@ -226,7 +248,9 @@ def _head(model: Any, embedding: torch.Tensor) -> torch.Tensor | None:
 
 def _gemma3(model: Any, context: int) -> Decoder:
     if getattr(model.config, "use_bidirectional_attention", False):
-        raise BadInput("this Gemma 3 attends in both directions (an encoder): it cannot generate with a KV cache")
+        raise BadInput(
+            "this Gemma 3 attends in both directions (an encoder): it cannot decode with a KV cache"
+        )
     return _llama_like(model, context, offset=1.0, named_ropes=True)
 
 

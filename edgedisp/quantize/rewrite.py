@@ -30,7 +30,9 @@ from edgedisp.quantize.grid import Blocks, Float, Grid, Packed, dequantize, pack
 from edgedisp.quantize.store import DATA, GRAPH, TensorStore
 
 MICROSOFT = "com.microsoft"
-SLICE_VALUES = 1 << 22  # weight values rounded at a time: 16 MB of fp32, and a few times that for the steps between
+SLICE_VALUES = (
+    1 << 22
+)  # weight values rounded at a time: 16 MB of fp32, and a few times that for the steps between
 
 # First match names the component; graphs of this package and of the genai builder use these words.
 COMPONENTS = (
@@ -72,7 +74,9 @@ def quantize_bundle(
     |w' - w| / |w| over the tensor. BadInput for a bundle without fp32 products or a grid that no kernel has.
     """
     if accuracy_level not in (0, 1, 4):
-        raise BadInput(f"accuracy_level is {accuracy_level}; use 0 or 1 (fp32 arithmetic) or 4 (8-bit activations)")
+        raise BadInput(
+            f"accuracy_level is {accuracy_level}; use 0 or 1 (fp32 arithmetic) or 4 (8-bit activations)"
+        )
     body, ends = Grid(bits, group, symmetric), Grid(head_bits, group, symmetric)
     model = onnx.load(source / GRAPH, load_external_data=False)
     uses = find_uses(model.graph)
@@ -147,7 +151,11 @@ def _reads_transposed(node: NodeProto, position: int) -> bool | None:
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     plain = attributes.get("alpha", 1.0) == 1.0 and not attributes.get("transA", 0)
     if node.op_type == "Gather":
-        return True if position == 0 and attributes.get("axis", 0) == 0 and node.input[1] == "input_ids" else None
+        return (
+            True
+            if position == 0 and attributes.get("axis", 0) == 0 and node.input[1] == "input_ids"
+            else None
+        )
     if position != 1:
         return None
     if node.op_type == "MatMul":
@@ -172,7 +180,11 @@ def _round(weight: Float, grid: Grid) -> tuple[Packed, float, float]:
         parts.append(pack(blocks, grid))
     if len(parts) == 1:
         return parts[0], squared_error, squared_norm
-    zero_points = None if grid.symmetric else np.concatenate([p.zero_points for p in parts if p.zero_points is not None])
+    zero_points = (
+        None
+        if grid.symmetric
+        else np.concatenate([p.zero_points for p in parts if p.zero_points is not None])
+    )
     data, scales = np.concatenate([p.data for p in parts]), np.concatenate([p.scales for p in parts])
     return Packed(data, scales, zero_points, weight.shape[1]), squared_error, squared_norm
 
@@ -198,7 +210,9 @@ def _operators(
     for use in users:
         old = graph.node[use.index]
         if use.gather:
-            replaced[use.index] = _gather(old, [data, old.input[1], *parameters], packed.columns, groups, shared, store)
+            replaced[use.index] = _gather(
+                old, [data, old.input[1], *parameters], packed.columns, groups, shared, store
+            )
             continue
         nodes, blocks = [], data
         if gathered:
@@ -209,9 +223,15 @@ def _operators(
         product = f"{old.output[0]}.product" if has_bias else old.output[0]
         sizes = {"K": packed.columns, "N": rows, "accuracy_level": accuracy_level}
         inputs = [old.input[0], blocks, *parameters]
-        nodes.append(helper.make_node("MatMulNBits", inputs, [product], name=old.name, domain=MICROSOFT, **shared, **sizes))
+        nodes.append(
+            helper.make_node(
+                "MatMulNBits", inputs, [product], name=old.name, domain=MICROSOFT, **shared, **sizes
+            )
+        )
         if has_bias:
-            nodes.append(helper.make_node("Add", [product, old.input[2]], [old.output[0]], name=f"{old.name}.bias"))
+            nodes.append(
+                helper.make_node("Add", [product, old.input[2]], [old.output[0]], name=f"{old.name}.bias")
+            )
         replaced[use.index] = nodes
     return replaced
 
@@ -223,10 +243,15 @@ def _gather(
     axes = {"gather_axis": 0, "quantize_axis": 1}
     padded = groups * shared["block_size"] != columns
     output = f"{old.output[0]}.padded" if padded else old.output[0]
-    node = helper.make_node("GatherBlockQuantized", inputs, [output], name=old.name, domain=MICROSOFT, **shared, **axes)
+    node = helper.make_node(
+        "GatherBlockQuantized", inputs, [output], name=old.name, domain=MICROSOFT, **shared, **axes
+    )
     if not padded:
         return [node]
-    cut = [store.add(f"{output}.{part}", np.array([v], np.int64)) for part, v in (("start", 0), ("end", columns), ("axis", -1))]
+    cut = [
+        store.add(f"{output}.{part}", np.array([v], np.int64))
+        for part, v in (("start", 0), ("end", columns), ("axis", -1))
+    ]
     return [node, helper.make_node("Slice", [output, *cut], [old.output[0]], name=f"{output}.cut")]
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from onnx.external_data_helper import save_external_data, set_external_data
 
 from edgedisp import BuildFailed
 
@@ -18,12 +17,11 @@ PAGE = 4096  # offsets of the others are multiples of it, so that a runtime can 
 
 
 class TensorStore:
-    """Moves tensors from the bundle `source` to the bundle `out`; `tensors` are the initializers written so far."""
+    """Moves tensors from bundle `source` to bundle `out`; `tensors` are the initializers written so far."""
 
     def __init__(self, source: Path, out: Path) -> None:
         self.source, self.out = source, out
         self.tensors: list[TensorProto] = []
-        self._size = 0
 
     def read(self, tensor: TensorProto) -> NDArray[Any]:
         """The tensor's values; mapped, not loaded, when they lie in a file beside the graph."""
@@ -32,19 +30,26 @@ class TensorStore:
         place = {entry.key: entry.value for entry in tensor.external_data}
         path = self.source / place["location"]
         if path.parent.resolve() != self.source.resolve():
-            raise BuildFailed(f"{self.source}: tensor {tensor.name} points outside the bundle ({place['location']!r})")
+            outside = place["location"]
+            raise BuildFailed(
+                f"{self.source}: tensor {tensor.name} points outside the bundle, to {outside!r}"
+            )
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
         return np.memmap(path, dtype, "r", int(place.get("offset", 0)), tuple(tensor.dims))
 
     def add(self, name: str, values: NDArray[Any]) -> str:
-        """Write `values` under `name`; small ones into the graph, others to the data file at a page's start."""
-        tensor = numpy_helper.from_array(np.ascontiguousarray(values), name)
-        if len(tensor.raw_data) > INLINE_BYTES:
-            offset = -(-self._size // PAGE) * PAGE
-            self._size = offset + len(tensor.raw_data)
-            set_external_data(tensor, DATA, offset)
-            save_external_data(tensor, str(self.out))
-            tensor.ClearField("raw_data")
+        """Write `values` under `name`: small ones into the graph, others to the data file, at a page's start."""
+        array = np.ascontiguousarray(values)
+        if array.nbytes <= INLINE_BYTES:
+            self.tensors.append(numpy_helper.from_array(array, name))
+            return name
+        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+        tensor = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
+        with (self.out / DATA).open("ab") as file:
+            file.write(bytes(-file.tell() % PAGE))
+            for key, value in (("location", DATA), ("offset", file.tell()), ("length", array.nbytes)):
+                tensor.external_data.add(key=key, value=str(value))
+            array.tofile(file)
         self.tensors.append(tensor)
         return name
 

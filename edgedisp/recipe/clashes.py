@@ -7,6 +7,7 @@ looked at: `load` reports a clash only if all of them were sound, because a clas
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,11 +87,11 @@ def _inside(recipe: Recipe, folder: Path) -> Iterator[Clash]:
         (("data", "train", index, "source"), part.source) for index, part in enumerate(recipe.data.train)
     ]
     paths += [(("evaluate", "tasks_path"), recipe.evaluate.tasks_path)]
-    home = folder.resolve()
+    home = Path(os.path.realpath(folder))
     for key, path in paths:
-        if path is None or path.startswith(("pypi:", "~")) or Path(path).is_absolute():
+        if path is None or path.startswith(("pypi:", "~/")) or Path(path).is_absolute():
             continue
-        full = (home / path).resolve()
+        full = Path(os.path.realpath(home / path))  # unlike resolve(), no error on a loop of links
         if not full.is_relative_to(home):
             yield Clash(
                 (key,), f"found '{path}', which leaves the recipe's folder; if you mean it, write {full}"

@@ -103,9 +103,7 @@ def _target(value: str) -> str:
 
 def _layers(value: object) -> str | tuple[int, ...]:
     if isinstance(value, str):
-        return _choice(
-            value, ("all", "first_half", "last_half", "last"), "or a list of layers counted from 0"
-        )
+        return _choice(value, LAYER_NAMES, "or a list of layers counted from 0")
     layers = tuple(_whole(layer) for layer in _filled(value))
     if min(layers) < 0:
         raise _refuse("layers are counted from 0")
@@ -161,7 +159,7 @@ Betas = Annotated[
 FolderName = Annotated[
     Text,
     AfterValidator(_folder_name),
-    Works("1 to 100 letters, digits, '.', '_' or '-', the first a letter or digit"),
+    Works("1 to 100 letters, digits, '.', '_' or '-', starting with a letter or digit"),
 ]
 Sha256 = Annotated[Text, AfterValidator(_sha256), Works("the file's SHA-256, 64 hexadecimal digits")]
 Task = Annotated[Text, AfterValidator(_task), Works("a task name")]

@@ -7,6 +7,7 @@ types, bounds, choices and examples), so a new key brings its own message, and d
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -22,10 +23,10 @@ from edgedisp.recipe.clashes import Key
 
 @dataclass(frozen=True)
 class Place:
-    """`recipes/x.yaml:12` or `--set train.lr=x`; `line` sorts (overrides last)."""
+    """`recipes/x.yaml:12`, or `--set train.lr=x`, which has no line."""
 
     words: str
-    line: int
+    line: int | None
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,14 @@ class Problem:
 
 def summary(name: str, problems: Sequence[Problem]) -> str:
     """One problem as one line; several as a numbered list in the order of the file."""
-    ordered = sorted(problems, key=lambda problem: problem.place.line)
+    ordered = sorted(problems, key=lambda problem: problem.place.line or math.inf)
     if len(ordered) == 1:
         return str(ordered[0])
     lines = [f"  {number}. {problem}" for number, problem in enumerate(ordered, 1)]
     return "\n".join([f"{name}: {len(ordered)} problems", *lines])
 
 
-def describe(error: Any, root: type[BaseModel], data: Any) -> str:
+def describe(error: Any, root: type[BaseModel], data: Any, place: Place) -> str:
     """The words for one item of `ValidationError.errors()`, given the data it is about."""
     key: Key = error["loc"]
     kind, context = error["type"], error.get("ctx", {})
@@ -61,16 +62,17 @@ def describe(error: Any, root: type[BaseModel], data: Any) -> str:
         return _unknown(key, root)
     annotation, field = kind_at(root, key)
     if kind == "missing":
-        return f"missing; needs {_needs(annotation, field)}"
-    found = f"found {show(_value(data, key))}"
+        return f"missing; needs {_needs(annotation, field, required_only=True)}"
+    value = value_at(data, key)
     if kind == "duplicate":
         return f"found '{context['twice']}' twice; name each once"
     if choices := context.get("choices") or choices_of(annotation):
-        return f"{found}; {_choose(_value(data, key), choices, context.get('also', ''))}"
-    if kind in ("string_type", "string_sub_type") and isinstance(_value(data, key), int | float):
-        return f"{found}; needs text: put it in quotes, '{_value(data, key)}'"
-    hint = f": {context['hint']}" if context.get("hint") else ""
-    return f"{found}{hint}; needs {_needs(annotation, field)}"
+        return f"found {show(value)}; {_choose(value, choices, context.get('also', ''))}"
+    if kind == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
+        quoted = f"'{value}'" if place.line else f"--set {dotted(key)}='\"{value}\"'"
+        return f"found the number {value}; needs text: put it in quotes, {quoted}"
+    hint = f" ({context['hint']})" if context.get("hint") else ""
+    return f"found {show(value)}{hint}; needs {_needs(annotation, field)}"
 
 
 def near(word: str, words: Sequence[str]) -> str | None:
@@ -94,8 +96,12 @@ def show(value: object) -> str:
     if isinstance(value, dict):
         return f"a mapping of {', '.join(map(str, list(value)[:4]))}" if value else "an empty mapping"
     if isinstance(value, list):
-        return f"a list of {len(value)}" if value else "an empty list"
-    text = f"'{value}'" if isinstance(value, str) else str(value)
+        flat = not any(isinstance(item, dict | list) for item in value)
+        text = f"[{', '.join(map(str, value))}]" if flat else ""
+        return text if 2 < len(text) <= 40 else f"a list of {len(value)}" if value else "an empty list"
+    text = str(value)
+    if isinstance(value, str):
+        text = f"'{value}'" if value.isprintable() else repr(value)
     return text if len(text) <= 70 else f"{text[:66]}...'"
 
 
@@ -111,9 +117,11 @@ def words_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return "one of " + ", ".join(map(str, choices)) if len(choices) > 1 else str(choices[0])
     arguments = typing.get_args(annotation)
     if _is_union(annotation):
-        return " or ".join(words_of(part) if part is not type(None) else "null" for part in arguments)
+        words = " or ".join(words_of(part) for part in arguments if part is not type(None))
+        return f"{words}, or null" if type(None) in arguments else words
     if typing.get_origin(annotation) is tuple:
-        return f"a list, each {words_of(arguments[0])}"
+        each = choices_of(arguments[0])
+        return f"a list with any of {', '.join(each)}" if each else f"a list, each {words_of(arguments[0])}"
     return f"a mapping with {', '.join(annotation.model_fields)}"
 
 
@@ -165,11 +173,15 @@ def _bounds(metadata: Sequence[Any]) -> str:
             case Lt(lt=bound):
                 words.append(f"below {bound}")
             case Le(le=bound):
-                words.append(f"of at most {bound}")
+                words.append(f"at most {bound}")
     return " " + " and ".join(words) if words else ""
 
 
-def _needs(annotation: Any, field: FieldInfo | None) -> str:
+def _needs(annotation: Any, field: FieldInfo | None, required_only: bool = False) -> str:
+    inner = _bare(annotation)
+    if required_only and isinstance(inner, type) and issubclass(inner, BaseModel):
+        required = [key for key, part in inner.model_fields.items() if part.is_required()]
+        return f"a mapping with {', '.join(required)}"
     examples = f", such as {field.examples[0]}" if field and field.examples else ""
     return words_of(annotation) + examples
 
@@ -189,9 +201,8 @@ def _unknown(key: Key, root: type[BaseModel]) -> str:
     elsewhere = [path for path in _all_keys(root) if path.rsplit(".", 1)[-1] == name]
     if elsewhere and name not in keys:
         guess = elsewhere[0]
-    return (
-        "unknown key; " + (f"did you mean '{guess}'? " if guess else "") + f"(keys here: {', '.join(keys)})"
-    )
+    advice = f"did you mean '{guess}'?" if guess else f"the keys here are {', '.join(keys)}"
+    return f"unknown key; {advice}"
 
 
 def _all_keys(root: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -202,7 +213,8 @@ def _all_keys(root: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _all_keys(inner, f"{prefix}{name}.")
 
 
-def _value(data: Any, key: Key) -> Any:
+def value_at(data: Any, key: Key) -> Any:
+    """The value behind a key as it was written, or None if there is none."""
     for part in key:
         try:
             data = data[part]

@@ -33,9 +33,10 @@ _STAND_INS: dict[str, dict[str, Any]] = {
 def load(path: Path, overrides: Sequence[str] = (), smoke: bool = False) -> Recipe:
     """Read and check a recipe.
 
-    `overrides` are texts `key.path=value` (`train.tokens=10k`, `arms=[baseline]`, `data.train.0.limit=10`),
-    the value in YAML. `smoke` returns the recipe cut down by `shrink.smoke`. Raises BadInput with all problems:
-    each with file:line (or its --set), key, what was found and what would work. Opens no other file.
+    `overrides` are texts `key.path=value`, the value in YAML: `train.tokens=10k`, `arms=[baseline]`,
+    `data.train.0.limit=10`. `smoke` returns the recipe cut down by `shrink.smoke`. Raises BadInput with all
+    problems, each with its place (file:line, or the override), key, what was found and what would work.
+    Opens no other file.
     """
     path = Path(path)
     written = parse(read_text(path), str(path))
@@ -56,8 +57,8 @@ def _check(written: Written, folder: Path) -> tuple[Recipe | None, list[Problem]
     for error in errors:
         # A key that is already reported (a tag, say) is not reported again for the value it then lacks.
         if not any(error["loc"][: len(key)] == key for key in mute):
-            words = describe(error, Recipe, written.data)
-            problems.append(Problem(written.place(error["loc"]), error["loc"], words))
+            place = written.place(error["loc"])
+            problems.append(Problem(place, error["loc"], describe(error, Recipe, written.data, place)))
     sound, faulty = (recipe, []) if recipe else _sound_part(written.data)
     for clash in clashes(sound, folder) if sound else []:
         if not any(_related(key, fault) for key in clash.keys for fault in [*faulty, *mute]):
@@ -69,7 +70,9 @@ def _validate(data: dict[str, Any]) -> tuple[Recipe | None, list[Any]]:
     try:
         return Recipe.model_validate(data, context="clashes apart"), []
     except ValidationError as problem:
-        return None, problem.errors(include_url=False)
+        # A list with a faulty item counts as too short, which is noise beside the item's own error.
+        errors = problem.errors(include_url=False)
+        return None, [error for error in errors if error["type"] != "too_short" or not error["input"]]
 
 
 def _sound_part(data: dict[str, Any]) -> tuple[Recipe | None, list[Key]]:

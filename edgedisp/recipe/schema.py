@@ -100,7 +100,7 @@ class Recipe(Section):
 
     @property
     def hash8(self) -> str:
-        """First 8 hexadecimal digits of the SHA-256 of `identity()` as canonical JSON: suffix of the run folder.
+        """Suffix of the run folder: first 8 digits of the SHA-256 of `identity()` as canonical JSON.
 
         Precisions, quantization, tasks, latency, arms and targets leave it unchanged, so they reuse the run.
         """

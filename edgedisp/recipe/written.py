@@ -11,6 +11,7 @@ is reported like a bad line.
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,31 @@ _PREFIX = "tag:yaml.org,2002:"
 _TAGS = {
     _PREFIX + name for name in ("null", "bool", "int", "float", "str", "timestamp", "seq", "map", "merge")
 }
-_HINTS = {
-    "cannot start any token": "indent with spaces, and put text that starts with a special sign in quotes",
-    "mapping values are not": "is the line before it complete, the indentation even, text with ': ' quoted?",
+# What ruamel says -> the same in plain words, and what is usually the cause.
+_PLAIN = {
+    "mapping values are not allowed here": "found an unexpected ': '",
+    "that cannot start any token": "where a key or value should start",
+    "found character": "found",
+    "'\\t'": "a tab",
+    "but found another document": "found a second document",
+    "<block end>": "the end of the section",
+    "but found '?'": "but found another key",
+    "'<stream end>'": "the end of the file",
+    "unexpected end of stream": "the end of the file",
+    "flow sequence": "list in brackets",
+    "flow mapping": "mapping in braces",
+    "block collection": "list",
+    "block mapping": "section",
+    "scalar": "text",
+}
+_CAUSES = {
+    "unexpected ': '": "is the line before it complete, the indentation even, text with ': ' in quotes?",
+    "a tab": "indent with spaces",
+    "should start": "text that starts with a special sign needs quotes",
     "expected ',' or": "is a bracket or brace left open?",
-    "unexpected end of stream": "is a quote left open?",
-    "expected <block end>": "keys of one section start in one column, and each item of a list with '- '",
-    "another document": "one file holds one recipe: take the line --- out",
+    "found the end of the file": "is a quote left open?",
+    "the end of the section": "keys of one section start in one column, each item of a list with '- '",
+    "second document": "one file holds one recipe: take the line --- out",
     "undefined alias": "text that starts with * needs quotes",
     "unknown escape": "use single quotes for text with a backslash",
 }
@@ -71,11 +90,12 @@ def read_text(path: Path) -> str:
 def near_file(path: Path) -> str:
     """`. Did you mean ...?` from the YAML files beside a path that does not exist, or nothing."""
     try:
-        beside = [entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml")]
+        found = [entry for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml")]
     except OSError:
         return ""
-    guess = near(path.name, beside) or near(f"{path.name}.yaml", beside)
-    return f". Did you mean {path.parent / guess}?" if guess else ""
+    beside = {entry.stem: entry for entry in found}
+    guess = near(path.name, list(beside)) or near(path.stem, list(beside))
+    return f". Did you mean {beside[guess]}?" if guess else ""
 
 
 @dataclass
@@ -97,7 +117,7 @@ class Written:
 
     def put(self, override: str) -> None:
         """Apply one `key.path=value`, the value read as YAML; a fault becomes a problem."""
-        place = Place(f"--set {override if len(override) <= 80 else override[:77] + '...'}", 10**9)
+        place = Place(f"--set {override if len(override) <= 80 else override[:77] + '...'}", None)
         path, equals, text = override.partition("=")
         parts = path.strip().split(".")
         if not equals or not all(parts):
@@ -122,7 +142,8 @@ class Written:
             step: str | int = part
             if isinstance(here, list):
                 if not part.isdecimal() or int(part) >= len(here):
-                    return f"{dotted(key)} is a list of {len(here)}: name an item by 0 to {len(here) - 1}"
+                    items = "its only item is 0" if len(here) == 1 else f"it has {len(here)}, counted from 0"
+                    return f"{dotted(key)} is a list, and has no item '{part}': {items}"
                 step = int(part)
             elif not isinstance(here, dict):
                 return f"{dotted(key)} is {show(here)}: it has no keys"
@@ -201,7 +222,7 @@ def parse(text: str, name: str) -> Written:
         raise BadInput(f"{name}: nested too deeply, or an alias that holds itself") from None
     except YAMLError as problem:
         raise BadInput(_not_yaml(problem, text, name)) from None
-    written.places[()] = Place(f"{name}:{node.start_mark.line + 1}", 0)
+    written.places[()] = Place(f"{name}:{node.start_mark.line + 1}", node.start_mark.line + 1)
     return written
 
 
@@ -225,13 +246,13 @@ def _scalar(node: Any) -> bool | int | float | str | None:
         return None
     if kind == "bool":
         return text.lower() in ("true", "yes", "on")
-    # What Python does not read as that number (hexadecimal, .inf, 5,000 digits) stays text, and the key's
-    # own check says so.
+    # What is not a finite number to Python (hexadecimal, .inf, 1e400, 5,000 digits) stays text, and the
+    # key's own check says what is wrong with it.
     try:
         if kind == "int":
             return int(text.replace("_", ""))
-        if kind == "float":
-            return float(text.replace("_", ""))
+        if kind == "float" and math.isfinite(number := float(text.replace("_", ""))):
+            return number
     except ValueError:
         return text
     return text
@@ -239,31 +260,26 @@ def _scalar(node: Any) -> bool | int | float | str | None:
 
 def _not_yaml(problem: YAMLError, text: str, name: str) -> str:
     """`file:line:column: not YAML: why`, the line itself with a caret, and what is usually the cause."""
-    mark = problem.problem_mark if isinstance(problem, MarkedYAMLError) else None
-    if mark is None:
+    if not isinstance(problem, MarkedYAMLError) or problem.problem_mark is None:
         position = getattr(problem, "position", 0)
         line, column = text.count("\n", 0, position), position - (text.rfind("\n", 0, position) + 1)
         return f"{name}:{line + 1}:{column + 1}: not YAML: an invisible control character; delete it"
+    mark, begun, between, shown = problem.problem_mark, problem.context_mark, "", ""
+    if begun and begun.line != mark.line and str(problem.context).startswith("while"):
+        between = f", {_plain_words(problem.context)} that starts on line {begun.line + 1}"
     lines = text.splitlines()
-    shown = ""
     if mark.line < len(lines):
         shown = f"\n    {lines[mark.line].replace(chr(9), ' ')}\n    {' ' * mark.column}^"
-    opened = ""
-    if (
-        isinstance(problem, MarkedYAMLError)
-        and problem.context_mark
-        and problem.context_mark.line != mark.line
-    ):
-        opened = f", {problem.context} that starts on line {problem.context_mark.line + 1}"
-    return f"{name}:{mark.line + 1}:{mark.column + 1}: not YAML: {_said(problem, opened)}{shown}"
+    return f"{name}:{mark.line + 1}:{mark.column + 1}: not YAML: {_said(problem, between)}{shown}"
 
 
 def _said(problem: Exception, between: str = "") -> str:
-    said = str(getattr(problem, "problem", None) or "it is nested too deeply")
-    said = (
-        said.replace("'\\t'", "tab")
-        .replace("<stream end>", "the end")
-        .replace("end of stream", "end of file")
-    )
-    hint = next((words for sign, words in _HINTS.items() if sign in str(getattr(problem, "problem", ""))), "")
-    return f"{said}{between}" + (f" ({hint})" if hint else "")
+    said = _plain_words(str(getattr(problem, "problem", None) or "it is nested too deeply"))
+    cause = next((words for sign, words in _CAUSES.items() if sign in said), "")
+    return f"{said}{between}" + (f" ({cause})" if cause else "")
+
+
+def _plain_words(said: str) -> str:
+    for theirs, ours in _PLAIN.items():
+        said = said.replace(theirs, ours)
+    return said

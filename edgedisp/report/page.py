@@ -109,7 +109,7 @@ def page(summary: Summary, sections: list[Section], pictures: dict[str, Plot]) -
         ),
         sections=sections,
         plots=pictures,
-        # Made by matplotlib from escaped texts, not taken from the summary: the one thing let through unescaped.
+        # Drawn by matplotlib, which escapes every text: the one thing let through unescaped.
         svgs={name: [Markup(svg) for svg in inline_svgs(plot)] for name, plot in pictures.items()},
     )
 
@@ -131,24 +131,28 @@ def subtitle(summary: Summary) -> list[str]:
 
 
 def _row_view(built: Table, index: int) -> dict[str, Any]:
+    """A row of the page's table: costs take one column with a line per arm, scores one column per arm."""
     row = built.rows[index]
-    cells = [
-        _cell_view(metric, column, row.cell(metric.key, column))
-        for metric in built.metrics
-        for column in built.columns(metric)
-    ]
+    cells: list[dict[str, Any]] = []
+    for metric in built.metrics:
+        if metric.kind == "cost":
+            by_arm = [(arm, value_text(metric, row.cell(metric.key, arm).value)) for arm in built.arms]
+            same = len({text for _, text in by_arm}) == 1
+            cells.append(
+                {"kind": "cost", "main": by_arm[0][1] if same else "", "lines": [] if same else by_arm}
+            )
+        else:
+            columns = built.columns(metric)
+            group = [_cell_view(metric, column, row.cell(metric.key, column)) for column in columns]
+            cells += [{**cell, "start": index == 0} for index, cell in enumerate(group)]
     return {"label": row.label, "cells": cells}
 
 
 def _cell_view(metric: Metric, column: str, cell: Cell) -> dict[str, str]:
     """Main text, the interval below it, and a word where a difference is clear (never colour alone)."""
     if column != DIFFERENCE:
-        return {
-            "main": value_text(metric, cell.value),
-            "sub": interval_text(metric, cell),
-            "word": "",
-            "kind": metric.kind,
-        }
+        shown = value_text(metric, cell.value)
+        return {"main": shown, "sub": interval_text(metric, cell), "word": "", "kind": "score"}
     main, ends, _ = difference_texts(metric, cell)
     word = {True: "better", False: "worse", None: "clear" if cell.excludes_zero else ""}[metric.better(cell)]
     return {"main": main, "sub": ends, "word": word, "kind": "difference"}

@@ -54,12 +54,12 @@ def condensation_heatmap(summary: Summary) -> Plot | None:
     if not shares:
         return None
     top = max(float(found.max()) for found in shares.values())
-    panels = [_heat_panel(summary, arm, found, top) for arm, found in shares.items()]
+    floor = min(lowest_cosine(found) for found in shares.values())
+    panels = [_heat_panel(summary, arm, found, top, floor) for arm, found in shares.items()]
     if {BASELINE, DISPERSED} <= set(shares) and shares[BASELINE].shape == shares[DISPERSED].shape:
-        panels.append(_change_panel(shares[DISPERSED] - shares[BASELINE]))
+        panels.append(_change_panel(shares[DISPERSED] - shares[BASELINE], floor))
     caption = (
-        "Each column is a layer (0 is the embedding); darker (brighter in dark mode) means that more token "
-        "pairs of a "
+        "Each column is a layer (0 is the embedding); the stronger the colour, the more token pairs of a "
         "sequence have that cosine. The line is the mean. Condensation: the mass moves up, towards 1. "
         f"Full strength is {percent(top, 0)} of a layer's pairs, the same in both arms."
     )
@@ -69,6 +69,12 @@ def condensation_heatmap(summary: Summary) -> Plot | None:
             "the baseline has."
         )
     return Plot(HEATMAP, "Cosine similarity of token pairs, by layer", caption, tuple(panels))
+
+
+def lowest_cosine(shares: Any) -> float:
+    """Where a picture may begin: the lower edge of the first bin with 0.1 % of a layer's pairs, at most 0."""
+    full = np.flatnonzero((shares > 1e-3).any(axis=1))
+    return min(0.0, float(-1 + 2 * full[0] / shares.shape[0])) if full.size else -1.0
 
 
 def _shade(strength: Any, color: str) -> Any:
@@ -90,35 +96,26 @@ def _show(ax: Axes, image: Any) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
 
 
-def _heat_panel(summary: Summary, arm: str, shares: Any, top: float) -> Panel:
+def _heat_panel(summary: Summary, arm: str, shares: Any, top: float, floor: float) -> Panel:
     means = [number(layer.get("cosine_raw")) for layer in layers(summary, arm)]
 
     def draw(ax: Axes) -> None:
         _show(ax, _shade((shares / top) ** 0.6, HEAT))
-        ax.plot(
-            range(len(means)),
-            [math.nan if mean is None else mean for mean in means],
-            color=INK,
-            linewidth=1.4,
-        )
+        ax.plot([math.nan if mean is None else mean for mean in means], color=INK, linewidth=1.4)
+        ax.set_ylim(floor, 1.0)
 
     known = [mean for mean in means if mean is not None]
-    words = (
-        f"mean {fixed(known[0], 2)} at the first, {fixed(max(known), 2)} at its highest layer"
-        if known
-        else "no mean"
-    )
+    words = f"mean {fixed(known[0], 2)} at the first layer, at most {fixed(max(known), 2)}" if known else ""
     most = shares.argmax(axis=0)
     centre = -1 + (2 * most + 1) / shares.shape[0]
     description = (
-        f"{shares.shape[1]} layers; {words}; the fullest bin lies at cosine {centre[0]:.2f} in the first "
-        "layer and "
-        f"{centre[-1]:.2f} in the last."
+        f"{shares.shape[1]} layers; {words or 'no mean'}; the fullest bin lies at cosine {centre[0]:.2f} in "
+        f"the first layer and {centre[-1]:.2f} in the last."
     )
     return Panel(f"heat-{slug(arm)}", arm, description, draw)
 
 
-def _change_panel(change: Any) -> Panel:
+def _change_panel(change: Any, floor: float) -> Panel:
     top = float(np.abs(change).max())
 
     def draw(ax: Axes) -> None:
@@ -126,12 +123,12 @@ def _change_panel(change: Any) -> Panel:
         image = _shade(strength**0.7, arm_color(DISPERSED, ()))
         image[change < 0, :3] = to_rgb(arm_color(BASELINE, ()))
         _show(ax, image)
+        ax.set_ylim(floor, 1.0)
 
     moved = float(np.abs(change).sum() / 2 / change.shape[1])
     description = (
-        f"{percent(moved, 2)} of the pairs lie in another bin, averaged over layers; the largest change of "
-        "one bin is "
-        f"{percent(top, 2)}."
+        f"{percent(moved, 2)} of the pairs lie in another bin, averaged over layers; one bin changes by at "
+        f"most {percent(top, 2)}."
     )
     return Panel("heat-change", f"dispersed - baseline (full: {percent(top, 1)})", description, draw)
 
@@ -153,15 +150,12 @@ def condensation_layers(summary: Summary) -> Plot | None:
             panels.append(Panel(key.replace("_", "-"), title, _series_words(series, "layer"), draw))
     caption = (
         "Raw cosine counts the attention sink (the first token, whose norm can be a hundred times the "
-        "others'); leaving "
-        "it out, or removing the mean vector, shows what the other tokens do. Effective rank: in how many "
-        "directions the token vectors spread; higher is less condensed."
+        "others'); leaving it out, or removing the mean vector, shows what the other tokens do. Effective "
+        "rank: in how many directions the token vectors spread; higher is less condensed."
     )
-    return (
-        Plot(LAYERS, "Condensation by layer", caption, tuple(panels), tuple(arms(summary)))
-        if panels
-        else None
-    )
+    if not panels:
+        return None
+    return Plot(LAYERS, "Condensation by layer", caption, tuple(panels), tuple(arms(summary)))
 
 
 def _points(rows: Sequence[dict[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
@@ -214,7 +208,7 @@ def training(summary: Summary) -> Plot | None:
     caption = (
         "Thin: every logged step. Thick: running mean. The dispersion term is measured where it was logged."
     )
-    return Plot(TRAINING, "Training", caption, tuple(panels), tuple(arms(summary))) if panels else None
+    return Plot(TRAINING, "Training curves", caption, tuple(panels), tuple(arms(summary))) if panels else None
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:

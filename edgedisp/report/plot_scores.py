@@ -26,7 +26,10 @@ def scores(built: Table) -> Plot | None:
             continue
         draw = _dots(built, metric, built.arms)
         panels.append(Panel(slug(metric.key), metric.heading, _score_words(built, metric), draw))
-    caption = "Points with 95 % intervals. These intervals cover each arm alone; whether arms differ is the next plot's question."
+    caption = (
+        "Points with 95 % intervals. They cover each arm alone, and texts differ in difficulty, so they are "
+        "wide; whether the arms differ is seen in the paired differences."
+    )
     return Plot(SCORES, "What quantization costs", caption, tuple(panels), built.arms) if panels else None
 
 
@@ -37,17 +40,16 @@ def differences(built: Table) -> Plot | None:
         known = [row.cell(metric.key, DIFFERENCE) for row in built.rows]
         if not metric.paired or not any(cell.low is not None for cell in known):
             continue
-        arrow = (
-            ""
-            if metric.higher_is_better is None
-            else (" (up is better)" if metric.higher_is_better else " (down is better)")
-        )
+        arrow = {True: " (up is better)", False: " (down is better)", None: ""}[metric.higher_is_better]
         unit = f", {metric.difference_unit}" if metric.difference_unit else ""
         draw = _dots(built, metric, (DIFFERENCE,))
         panels.append(
             Panel(slug(metric.key), f"{metric.title}{unit}{arrow}", _difference_words(built, metric), draw)
         )
-    caption = "Dispersed - baseline on the same items, with 95 % intervals. An interval that crosses the line at 0 shows no difference."
+    caption = (
+        "Dispersed - baseline on the same items, with 95 % intervals. An interval that crosses the line at 0 "
+        "shows no difference."
+    )
     return Plot(DIFFERENCES, "Paired differences", caption, tuple(panels)) if panels else None
 
 
@@ -114,7 +116,10 @@ def tradeoff(built: Table) -> Plot | None:
             panels.append(
                 Panel(slug(key), f"{loss.title} against {xlabel}", _pair_words(found, xlabel), draw)
             )
-    caption = "Towards lower perplexity, smaller size and higher speed is better. Timings of the two arms differ only by noise."
+    caption = (
+        "Lower perplexity, smaller size and higher speed are better. The arms' timings differ by noise "
+        "alone: dispersion leaves the graph as it is."
+    )
     return Plot(TRADEOFF, "Quality against cost", caption, tuple(panels), built.arms) if panels else None
 
 
@@ -138,19 +143,24 @@ def _tradeoff_draw(
     def draw(ax: Axes) -> None:
         for index, (arm, points) in enumerate(found.items()):
             color = arm_color(arm, names)
-            xs, ys = [x for _, x, _ in points], [cell.value for _, _, cell in points]
+            xs, ys = [x for _, x, _ in points], [cell.value or 0.0 for _, _, cell in points]
             ax.plot(xs, ys, color=color, linewidth=1.2, alpha=0.6)
+            ax.plot(
+                xs,
+                ys,
+                color=color,
+                marker="os^D"[index % 4],
+                markersize=max(5, 9 - 4 * index),
+                linestyle="none",
+            )
             for name, x, cell in points:
                 if cell.low is not None and cell.high is not None:
                     ax.plot([x, x], [cell.low, cell.high], color=color, linewidth=1.2, alpha=0.5)
-                ax.plot(
-                    [x], [cell.value], color=color, marker="os^D"[index % 4], markersize=6, linestyle="none"
-                )
                 if index == 0:
                     ax.annotate(name, (x, cell.value or 0.0), (7, 6), textcoords="offset points", color=MUTED)
         ax.set_xlabel(xlabel)
         ax.set_ylabel(ylabel)
-        ax.margins(0.16)
+        ax.margins(x=0.24, y=0.1)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=6))
         ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
 

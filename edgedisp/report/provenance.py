@@ -7,7 +7,7 @@ from typing import Any
 from edgedisp.report.reading import BASELINE, DISPERSED, Summary, arms, at, branch, leaves, number
 from edgedisp.report.section import Grid, Section
 from edgedisp.report.verdict import RULES
-from edgedisp.report.wording import MISSING, count, fixed, seconds, short_hash
+from edgedisp.report.wording import MISSING, count, fixed, megabytes, plural, seconds, short_hash
 
 LIMITS = (
     "Perplexity is the exponential of the mean loss per token on held-out text of the training text's kind; "
@@ -36,8 +36,8 @@ def fairness(summary: Summary) -> Section:
         ("base model", model.get("base")),
         ("architecture", model.get("architecture")),
         ("parameters", _known(at(model, "parameters", "total"))),
-        ("text", "; ".join(map(_source, sources)) if isinstance(sources, list) else None),
-        ("training tokens available", _tokens(corpus)),
+        ("source of the text", "; ".join(map(_source, sources)) if isinstance(sources, list) else None),
+        ("training text", _tokens(corpus)),
         ("held-out documents", _known(corpus.get("heldout_documents"))),
         ("context", _known(corpus.get("context"))),
     )
@@ -45,7 +45,7 @@ def fairness(summary: Summary) -> Section:
     grids = []
     if {BASELINE, DISPERSED} <= set(arms(summary)):
         grids.append(
-            Grid(("both arms", "shared?", "evidence"), _shared(summary), "Is the comparison fair?", (0, 1, 2))
+            Grid(("condition", "holds", "evidence"), _shared(summary), "Is the comparison fair?", (0, 1, 2))
         )
     settings = _settings_grid(summary)
     if settings.rows:
@@ -64,7 +64,8 @@ def _source(source: Any) -> str:
 def _tokens(corpus: dict[str, Any]) -> str | None:
     if number(corpus.get("train_tokens")) is None:
         return None
-    text = f"{count(number(corpus.get('train_tokens')))} from {count(number(corpus.get('train_documents')))} documents"
+    tokens, documents = (count(number(corpus.get(key))) for key in ("train_tokens", "train_documents"))
+    text = f"{tokens} tokens from {documents} documents"
     epochs = number(corpus.get("epochs"))
     return text if epochs is None else f"{text}, {fixed(epochs, 2)} epochs used"
 
@@ -74,11 +75,11 @@ def _shared(summary: Summary) -> tuple[tuple[str, str, str], ...]:
     tokens, weights = at(summary, "corpus", "tokens_sha256"), at(summary, "model", "weights_sha256")
     rows = [
         (
-            "tokens and their order",
+            "same tokens, same order",
             "yes" if tokens else "not recorded",
-            f"one file, SHA-256 {short_hash(tokens)}",
+            f"one file for both, SHA-256 {short_hash(tokens)}",
         ),
-        ("initial weights", "yes" if weights else "not recorded", f"SHA-256 {short_hash(weights)}"),
+        ("same initial weights", "yes" if weights else "not recorded", f"SHA-256 {short_hash(weights)}"),
         _same_amount(summary),
         _same_settings(summary),
         _trained_apart(summary),
@@ -87,7 +88,7 @@ def _shared(summary: Summary) -> tuple[tuple[str, str, str], ...]:
 
 
 def _same_amount(summary: Summary) -> tuple[str, str, str]:
-    name = "steps and tokens"
+    name = "same steps and tokens"
     found = [
         tuple(number(at(summary, "midtrain", arm, key)) for key in ("steps", "tokens"))
         for arm in (BASELINE, DISPERSED)
@@ -109,7 +110,7 @@ def differing_settings(summary: Summary) -> list[str] | None:
 
 
 def _same_settings(summary: Summary) -> tuple[str, str, str]:
-    name = "optimizer, schedule, seed"
+    name = "same optimizer, schedule, seed"
     differing = differing_settings(summary)
     if differing is None:
         return name, "not recorded", MISSING
@@ -161,7 +162,8 @@ def stages(summary: Summary) -> Section:
     grids = (Grid(("stage", "time", "this run"), tuple(texts), "", (0, 2), bars),) if rows else ()
     kept = len(rows) - len(fresh)
     notes = (
-        f"Made in this run: {seconds(sum(fresh))}." + (f" Kept from earlier: {kept} stages." if kept else ""),
+        f"Made in this run: {seconds(sum(fresh))}."
+        + (f" Kept from earlier: {plural(kept, 'stage')}." if kept else ""),
     )
     return Section("stages", "Where the time went", grids=grids, notes=notes if rows else ())
 
@@ -174,7 +176,7 @@ def reproduce(summary: Summary) -> Section:
             facts.append((name, str(at(summary, key))))
     grids = []
     for title, key in (("Machine", "machine"), ("Versions", "versions")):
-        rows = [(name, _setting(value)) for name, value in leaves(branch(summary, key))]
+        rows = [_property(name, value) for name, value in leaves(branch(summary, key))]
         if rows:
             grids.append(Grid((key, "value"), tuple(rows), title, (0, 1), folded=key == "versions"))
     code = [
@@ -183,6 +185,13 @@ def reproduce(summary: Summary) -> Section:
         if at(summary, key)
     ]
     return Section("reproduce", "How to reproduce", facts=tuple(facts), grids=tuple(grids), code=tuple(code))
+
+
+def _property(name: str, value: Any) -> tuple[str, str]:
+    """A fact about the machine; bytes as MB."""
+    if name.endswith("_bytes") and number(value) is not None:
+        return name.removesuffix("_bytes"), f"{megabytes(number(value))} MB"
+    return name, _setting(value)
 
 
 def limits(summary: Summary, lost: list[str]) -> Section:

@@ -47,7 +47,7 @@ def whole(value: Any) -> int | None:
 
 
 def bits(precision: str) -> float:
-    """Bits of a weight, read from the precision's name; `torch` is the full-precision original (33, first)."""
+    """Bits of a weight, from the precision's name; `torch` is the full-precision original (33, first)."""
     found = re.search(r"\d+", precision)
     return 33.0 if precision == "torch" else float(found.group()) if found else 32.5
 

@@ -25,13 +25,18 @@ from edgedisp.report.table import (
 )
 
 GAP = "  "
-LEGEND = "[low, high]: 95 % interval; difference: dispersed - baseline, paired; *: its interval excludes 0."
+INTERVAL = "[low, high]: 95 % interval."
+PAIRED = "Difference: dispersed - baseline, paired; *: its interval excludes 0."
 HARMLESS = re.compile(r"[0-9A-Za-z\s.,:+\-–±%\[\]*/]*")  # figures and plain words need no escaping
 Column = tuple[Metric, str]
+LONGEST = 14  # characters of an arm's or a precision's name
 
 
 def cell_text(metric: Metric, column: str, cell: Cell, style: str = "full") -> str:
-    """One cell. `style`: full `11.93 [11.10, 12.80]`, short `11.93 ±0.85`, bare `11.93`; a clear difference ends in `*`."""
+    """One cell; a clear difference ends in `*`.
+
+    `style`: full `11.93 [11.10, 12.80]`, short `11.93 ±0.85`, bare `11.93`.
+    """
     if column == DIFFERENCE:
         shown, ends, half = difference_texts(metric, cell)
     else:
@@ -47,27 +52,28 @@ def cell_text(metric: Metric, column: str, cell: Cell, style: str = "full") -> s
 def render_text(table: Table, width: int = 80) -> str:
     """The table for a terminal of `width` columns (at least 40); no line is longer."""
     width = max(width, 40)
-    if not table.rows:
+    if not table.rows or not table.metrics:
         return "No figures."
-    names = max(9, *(len(row.label) for row in table.rows))
+    names = max(9, *(len(_cut(row.label, LONGEST)) for row in table.rows))
     groups = [[(metric, column) for column in table.columns(metric)] for metric in table.metrics]
     style = _style(table, groups, width - names)
     bands = _bands(table, _fitting(table, groups, style, width - names), style, width - names)
     blocks = ["\n".join(_band(table, band, style, names, width)) for band in bands]
-    wrapped = [
-        textwrap.fill(note, width, subsequent_indent="  ") for note in (_legend(table), *table.notes) if note
-    ]
+    notes = [_cut(note, 10 * width) for note in (_legend(table), *table.notes) if note]
+    wrapped = [textwrap.fill(note, width, subsequent_indent="  ") for note in notes]
     return "\n\n".join([*blocks, "\n".join(wrapped)] if wrapped else blocks)
 
 
 def _legend(table: Table) -> str:
-    cells = [cell for row in table.rows for group in row.cells.values() for cell in group.values()]
-    return LEGEND if any(cell.low is not None for cell in cells) else ""
+    groups = [group for row in table.rows for group in row.cells.values()]
+    paired = any(group.get(DIFFERENCE, Cell()).low is not None for group in groups)
+    intervals = any(cell.low is not None for group in groups for cell in group.values())
+    return " ".join([INTERVAL] * intervals + [PAIRED] * paired)
 
 
 def _column_width(table: Table, column: Column, style: str) -> int:
     texts = [cell_text(*column, row.cell(column[0].key, column[1]), style) for row in table.rows]
-    return max(len(column[1]), *map(len, texts))
+    return max(len(_cut(column[1], LONGEST)), *map(len, texts))
 
 
 def _group_width(table: Table, group: Sequence[Column], style: str) -> int:
@@ -112,7 +118,8 @@ def _band(table: Table, band: list[list[Column]], style: str, names: int, width:
     spans = [_group_width(table, group, style) for group in band]
     titles = [_cut(group[0][0].heading, span - len(GAP)).rjust(span) for group, span in zip(band, spans)]
     heads = [
-        _join(table, group, style, span, [column for _, column in group]) for group, span in zip(band, spans)
+        _join(table, group, style, span, [_cut(column, LONGEST) for _, column in group])
+        for group, span in zip(band, spans)
     ]
     lines = [" " * names + GAP.join(titles), "precision".ljust(names) + GAP.join(heads)]
     lines.append("─" * min(width, len(lines[1])))
@@ -124,7 +131,7 @@ def _band(table: Table, band: list[list[Column]], style: str, names: int, width:
         cells = [
             _join(table, group, style, span, _texts(row, group, style)) for group, span in zip(band, spans)
         ]
-        lines.append((row.label.ljust(names) + GAP.join(cells)).rstrip())
+        lines.append((_cut(row.label, LONGEST).ljust(names) + GAP.join(cells)).rstrip())
     return lines
 
 
@@ -138,6 +145,8 @@ def _join(table: Table, group: Sequence[Column], style: str, span: int, texts: S
 
 
 def _cut(text: str, size: int) -> str:
+    """At most `size` characters; control characters (a terminal would obey them) become spaces."""
+    text = "".join(char if char.isprintable() else " " for char in text)
     return text if len(text) <= size else text[: max(0, size - 1)] + "…"
 
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of finished texts. `text_columns` are left-aligned; `bars` (0 to 1, one a row) draws a bar in the row
-    head; `folded` hides it behind its caption."""
+    """A table of finished texts.
+
+    `text_columns` are left-aligned; `bars` (0 to 1, one a row) draws a bar in the row's head; `folded` hides
+    the table behind its caption.
+    """
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -20,7 +23,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Section:
-    """One section. Shown in this order: lead, facts (label, text), plots (names), grids, notes, code (caption, text)."""
+    """One section, shown in this order: lead, facts (label, text), plots (names), grids, notes, code
+    (caption, text)."""
 
     key: str
     title: str

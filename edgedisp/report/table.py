@@ -29,7 +29,7 @@ from edgedisp.report.reading import (
     tasks,
     whole,
 )
-from edgedisp.report.wording import MISSING, decimals_for, figure, fixed, signed
+from edgedisp.report.wording import MISSING, decimals_for, figure, fixed, megabytes, signed
 
 DIFFERENCE = "difference"
 
@@ -273,6 +273,8 @@ def value_text(metric: Metric, value: float | None) -> str:
     """A score, size or rate in the metric's unit."""
     if value is None:
         return MISSING
+    if metric.key == "size_bytes":
+        return megabytes(value)
     shown = value * metric.scale
     return fixed(shown, 1) if metric.unit == "%" else figure(shown)
 

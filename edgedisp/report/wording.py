@@ -44,6 +44,11 @@ def small(value: float | None) -> str:
     return "0" if value == 0 else f"{value:.3g}"
 
 
+def p_value(value: float) -> str:
+    """Three decimals, `<0.001` below."""
+    return "<0.001" if value < 0.0005 else f"{value:.3f}"
+
+
 def count(value: float | None) -> str:
     """A count with thousands separated."""
     return MISSING if value is None else f"{round(value):,}"
@@ -89,5 +94,5 @@ def plural(number: int, word: str) -> str:
 
 
 def typographic(text: str) -> str:
-    """The minus sign before figures, for the HTML page."""
-    return re.sub(r"(?<![\w.])-(?=\d)", "−", text)
+    """For the HTML page: the minus sign before figures, and no line break before a percent sign."""
+    return re.sub(r"(?<=\d) %", "\u00a0%", re.sub(r"(?<![\w.])-(?=\d)", "−", text))

@@ -1,0 +1,51 @@
+"""From a model folder to an fp32 bundle: the door of this room."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from edgedisp import BadInput, Progress, silent
+from edgedisp.graph import builder, decoder, families, layout
+from edgedisp.graph.writer import DATA, GRAPH
+
+
+def export(
+    model_folder: Path,
+    out: Path,
+    *,
+    threads: int,
+    max_context: int | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write the bundle of `model_folder` (a Hugging Face folder) into the existing empty folder `out`.
+
+    Returns {family, exporter: edgedisp | onnxruntime-genai, runtime_layout, context, threads, size_bytes, nodes: {op:
+    n}}; size_bytes counts the graph and its weights. `max_context` caps the positions (default 8192 or the model's
+    own, whichever is less). BadInput for a family that nobody here can export, BuildFailed where the builder fails.
+    """
+    family = families.family_of(model_folder)
+    if family in families.READERS:
+        described = families.read(model_folder, max_context)
+        decoder.write(described, out, progress)
+        layout.write_layout(described, model_folder, out, threads)
+        exporter = "edgedisp"
+    elif family in builder.FAMILIES:
+        builder.build(model_folder, out, family=family, threads=threads, progress=progress)
+        exporter = "onnxruntime-genai"
+    else:
+        known = ", ".join(sorted({*families.READERS, *builder.FAMILIES}))
+        raise BadInput(f"{model_folder}: models of type {family!r} cannot be exported; known types: {known}")
+    graph = onnx.load(out / GRAPH, load_external_data=False).graph
+    return {
+        "family": family,
+        "exporter": exporter,
+        "runtime_layout": "onnxruntime-genai",
+        "context": layout.context_of(out),
+        "threads": threads,
+        "size_bytes": sum((out / name).stat().st_size for name in (GRAPH, DATA)),
+        "nodes": dict(sorted(Counter(node.op_type for node in graph.node).items())),
+    }

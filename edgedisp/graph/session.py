@@ -1,0 +1,148 @@
+"""Runs a bundle with onnxruntime on the CPU, behind the same callable that the torch model offers.
+
+`OnnxModel(bundle, threads)` takes right-padded batches for scoring and decodes greedily with the KV cache. Greedy
+decoding binds one buffer per layer as past AND present: attention then appends in place, as onnxruntime-genai
+does, instead of copying the cache at every token.
+
+Threads spin only while a run is going on (`session.force_spinning_stop`), so that an idle model does not take the
+processor from the one being timed beside it. Left out: sampling and beams (genai does that), other devices.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from edgedisp import BadInput, BuildFailed
+
+Ids = NDArray[np.int64]
+Logits = NDArray[np.float32]
+Cache = dict[str, NDArray[np.float32]]
+"""`past_key_values.N.key/value` -> [batch, kv heads, tokens, head_dim]."""
+
+
+class OnnxModel:
+    """A bundle as a language model. BadInput if it is no bundle, BuildFailed if onnxruntime cannot open it."""
+
+    def __init__(self, bundle: Path, threads: int) -> None:
+        if threads < 1:
+            raise BadInput(f"threads is {threads}; at least 1 is needed")
+        self.bundle, self.threads = bundle, threads
+        config = _config(bundle)
+        self.context = int(config["context_length"])
+        self.vocab_size = int(config["vocab_size"])
+        self.session = _open(bundle, threads)
+        shapes = {value.name: value.shape for value in self.session.get_inputs()}
+        self._caches = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
+        # The genai builder leaves the head dimension symbolic in the graph; genai_config.json knows it.
+        self._head_dim = int(config["decoder"]["head_size"])
+
+    def __call__(self, ids: Ids, mask: Ids) -> Logits:
+        """ids, mask int64 [batch, tokens], mask 1 = real, padding on the right -> float32 [batch, tokens, vocab].
+
+        Logits at padding mean nothing. ValueError for left padding, empty rows and more tokens than the context.
+        """
+        self._refuse(ids, mask)
+        feed = {"input_ids": ids, "attention_mask": mask, **self._empty(len(ids))}
+        logits: Logits = self.session.run(["logits"], feed)[0]
+        return logits
+
+    def prefill(self, ids: Ids, mask: Ids) -> tuple[Logits, Cache]:
+        """The same as a call, and the cache to decode from."""
+        self._refuse(ids, mask)
+        return self._step(ids, mask, self._empty(len(ids)))
+
+    def decode(self, ids: Ids, mask: Ids, cache: Cache) -> tuple[Logits, Cache]:
+        """One more token a row: ids [batch, 1], mask [batch, cached + 1] whose sum is the row's real length now.
+
+        Rows may have different lengths: a row's token goes to the place after its last real one.
+        """
+        return self._step(ids, mask, cache)
+
+    def greedy(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> list[int]:
+        """The most likely next tokens after `ids`, at most `max_new_tokens` or what the context leaves.
+
+        A stop token ends it and is the last of the result.
+        """
+        if not 0 < len(ids) <= self.context:
+            raise ValueError(
+                f"{len(ids)} tokens given; between 1 and the context of {self.context} are possible"
+            )
+        total = min(len(ids) + max_new_tokens, self.context)
+        buffers = self._buffers(total)
+        new: list[int] = []
+        step = np.array([ids], np.int64)
+        while len(ids) + len(new) < total:
+            logits = self._in_place(step, len(ids) + len(new), buffers)
+            new.append(int(logits[0, -1].argmax()))
+            if new[-1] in stop_ids:
+                break
+            step = np.array([new[-1:]], np.int64)
+        return new
+
+    def _step(self, ids: Ids, mask: Ids, cache: Cache) -> tuple[Logits, Cache]:
+        names = ["logits", *(_present(name) for name in self._caches)]
+        logits, *present = self.session.run(names, {"input_ids": ids, "attention_mask": mask, **cache})
+        return logits, dict(zip(self._caches, present))
+
+    def _in_place(self, ids: Ids, total: int, buffers: dict[str, Any]) -> Logits:
+        """One run at batch 1 over `total` tokens, whose keys and values go into `buffers`."""
+        binding = self.session.io_binding()
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
+        binding.bind_output("logits")
+        for name, buffer in buffers.items():
+            binding.bind_ortvalue_input(name, buffer)
+            binding.bind_ortvalue_output(_present(name), buffer)
+        self.session.run_with_iobinding(binding)
+        logits: Logits = binding.get_outputs()[0].numpy()
+        return logits
+
+    def _shape(self, name: str, batch: int, tokens: int) -> tuple[int, int, int, int]:
+        return batch, int(self._caches[name][1]), tokens, self._head_dim
+
+    def _empty(self, batch: int) -> Cache:
+        return {name: np.zeros(self._shape(name, batch, 0), np.float32) for name in self._caches}
+
+    def _buffers(self, tokens: int) -> dict[str, Any]:
+        make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
+        return {name: make(self._shape(name, 1, tokens), np.float32, "cpu") for name in self._caches}
+
+    def _refuse(self, ids: Ids, mask: Ids) -> None:
+        """ValueError for what the graph would compute silently wrong."""
+        if ids.shape != mask.shape or ids.ndim != 2:
+            raise ValueError(f"ids {ids.shape} and mask {mask.shape} must both be [batch, tokens]")
+        if ids.shape[1] > self.context:
+            raise ValueError(f"{ids.shape[1]} tokens do not fit the context of {self.context}")
+        if not mask[:, :1].all() or (np.diff(mask, axis=1) > 0).any():
+            raise ValueError("rows must start with a real token and be padded on the right")
+
+
+def _present(past: str) -> str:
+    return past.replace("past_key_values", "present")
+
+
+def _config(bundle: Path) -> dict[str, Any]:
+    path = bundle / "genai_config.json"
+    if not path.is_file():
+        raise BadInput(f"{bundle}: no bundle (genai_config.json is missing); `edgedisp export` makes one")
+    model: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model"]
+    return model
+
+
+def _open(bundle: Path, threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors; they also come as exceptions
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return onnxruntime.InferenceSession(
+            str(bundle / "model.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime has no common base class for its errors
+        raise BuildFailed(f"{bundle}: onnxruntime cannot open model.onnx: {error}") from error

@@ -1,0 +1,102 @@
+"""`TorchModel`: a torch causal language model as the plain callable that every scorer takes.
+
+Batches are padded on the RIGHT. Causal attention never looks right, and positions count real tokens, so a
+padded row has the logits of the row alone; what stands at padded places is meaningless and must be ignored.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgedisp import BadInput
+
+# As the configurations of the families name it.
+CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+# BLOOM and MPT have no table of positions (ALiBi) and so no limit; they were trained with this many.
+CONTEXT_WITHOUT_LIMIT = 2048
+
+
+class TorchModel:
+    """`model(ids, mask) -> logits` and greedy decoding, on whatever device the model is.
+
+    threads: CPU threads while a call runs, None leaves torch's setting. The setting is put back after each
+    call. The model is set to eval mode.
+    """
+
+    def __init__(self, model: Any, threads: int | None = None) -> None:
+        self.model = model.eval()
+        self.threads = threads
+        self.context = context_length(self.model.config)
+        self.vocab_size = int(self.model.get_output_embeddings().weight.shape[0])
+        self._accepts = frozenset(inspect.signature(self.model.forward).parameters)
+
+    def __call__(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        """ids, mask int64 [batch, tokens], mask 1 real and 0 padding -> float32 [batch, tokens, vocab]."""
+        with self._running() as device:
+            ids_here = torch.as_tensor(ids, dtype=torch.int64, device=device)
+            mask_here = torch.as_tensor(mask, dtype=torch.int64, device=device)
+            extra = {}
+            if "position_ids" in self._accepts:
+                extra["position_ids"] = (mask_here.cumsum(1) - 1).clamp(min=0)
+            logits = self.model(input_ids=ids_here, attention_mask=mask_here, use_cache=False, **extra).logits
+            found: NDArray[np.float32] = logits.float().cpu().numpy()
+        return found
+
+    def greedy(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> list[int]:
+        """The new tokens, most likely one by one, with the model's own cache of keys and values.
+
+        Ends after `max_new_tokens`, after a stop token (which is the last of the answer), or when the context
+        is full. Raises BadInput for an empty prompt or one that is longer than the context.
+        """
+        if not ids or len(ids) > self.context:
+            raise BadInput(f"a prompt needs 1 to {self.context} tokens (the context), found {len(ids)}.")
+        last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {}
+        found: list[int] = []
+        cache: Any = None
+        with self._running() as device:
+            step = torch.tensor([ids], dtype=torch.int64, device=device)
+            while len(found) < min(max_new_tokens, self.context - len(ids)):
+                seen = len(ids) + len(found)
+                mask = torch.ones(1, seen, dtype=torch.int64, device=device)
+                cached = (
+                    {"past_key_values": cache, "use_cache": True} if cache is not None or not found else {}
+                )
+                out = self.model(input_ids=step, attention_mask=mask, **cached, **last_only)
+                cache = getattr(out, "past_key_values", None)
+                token = int(out.logits[0, -1].argmax())
+                found.append(token)
+                if token in stop_ids:
+                    break
+                # A family without such a cache (Mamba) is given the whole text again.
+                rest = [token] if cache is not None else [*ids, *found]
+                step = torch.tensor([rest], dtype=torch.int64, device=device)
+        return found
+
+    @contextmanager
+    def _running(self) -> Iterator[torch.device]:
+        before = torch.get_num_threads()
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        try:
+            with torch.inference_mode():
+                yield next(self.model.parameters()).device
+        finally:
+            if self.threads is not None:
+                torch.set_num_threads(before)
+
+
+def context_length(config: Any) -> int:
+    """Most tokens in one sequence, from a model's configuration; 2048 where the family has no limit."""
+    inner = config.get_text_config()
+    for name in CONTEXT_FIELDS:
+        value = getattr(inner, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return CONTEXT_WITHOUT_LIMIT

@@ -1,0 +1,59 @@
+"""Text -> token ids, and the token that ends a document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+from edgedisp import BadInput
+
+# Chat models end a TURN with their eos token; what ended a document in pre-training has one of these names.
+# SmolLM2: <|endoftext|> is id 0 while eos is <|im_end|>. Llama 3: <|end_of_text|>, eos <|eot_id|>.
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
+
+
+class Encoder:
+    """`encoder(text) -> ids` without special tokens, and `encoder.batch(texts)`, some times faster."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        return self.batch([text])[0]
+
+    def batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        # verbose=False: no warning that a document is longer than the context; it will be cut into blocks.
+        found = self.tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        ids: list[list[int]] = found["input_ids"]
+        return ids
+
+
+@overload
+def encode(tokenizer: Any, text: str) -> list[int]: ...
+@overload
+def encode(tokenizer: Any, text: Sequence[str]) -> list[list[int]]: ...
+def encode(tokenizer: Any, text: str | Sequence[str]) -> list[int] | list[list[int]]:
+    """Token ids of a text (or of each of several) without special tokens around them."""
+    encoder = Encoder(tokenizer)
+    return encoder(text) if isinstance(text, str) else encoder.batch(text)
+
+
+def end_of_text_id(tokenizer: Any) -> int:
+    """The id that separates documents: <|endoftext|> if it is in the vocabulary, else the tokenizer's eos.
+
+    Raises BadInput for a tokenizer that has neither.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for name in END_OF_TEXT:
+        if name in vocabulary:
+            return int(vocabulary[name])
+    if tokenizer.eos_token_id is None:
+        raise BadInput(
+            f"the tokenizer has no token that ends a document: neither {' nor '.join(END_OF_TEXT)} nor an "
+            "eos token. Set `eos_token` in its tokenizer_config.json."
+        )
+    return int(tokenizer.eos_token_id)

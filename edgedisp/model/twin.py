@@ -1,0 +1,133 @@
+"""The tiny random twin: a 2-layer model of an architecture, with a tokenizer trained on the given text.
+
+A smoke run puts it in the place of the real model and walks through every stage in a minute, so a recipe is
+proven before money is spent on it. What the stages depend on is kept: the family's own modules (grouped
+heads, query norms, sliding windows, tied embeddings), a byte-level BPE tokenizer with special tokens and a
+chat template. What costs time is cut: width 64, two layers, a vocabulary of some hundred tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from edgedisp import BadInput
+from edgedisp.model.opening import is_causal_family, quiet
+
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SPECIALS = [END_OF_TEXT, TURN_START, TURN_END]  # ids 0, 1, 2
+CHAT_TEMPLATE = (  # ChatML
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+# Widths are multiples of 32, the group of the quantizers. Weights start with a standard deviation of 0.1,
+# about 1/sqrt(64): the usual 0.02 is meant for wide models and would leave all logits nearly equal here.
+COMMON: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1, "tie_word_embeddings": True,
+}  # fmt: skip
+SIZES: dict[str, dict[str, Any]] = {
+    "llama": COMMON,
+    "qwen2": COMMON,
+    "qwen3": COMMON,
+    "gemma3_text": COMMON
+    | {
+        "num_key_value_heads": 1, "query_pre_attn_scalar": 16, "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "opt": COMMON | {"ffn_dim": 128},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.1},
+}  # fmt: skip
+# A family that does not know our field names silently keeps its own, large sizes.
+MOST_PARAMETERS = 2_000_000
+
+
+def twin(
+    architecture: str, texts: Iterable[str], vocab_size: int = 512, seed: int = 0, context: int = 512
+) -> tuple[Any, Any]:
+    """(random model in float32, tokenizer). Same arguments, same weights; global random state untouched.
+
+    architecture: transformers' `model_type`. vocab_size: at most so many tokens, a multiple of 16; the
+    model's is the tokenizer's, rounded up to 16. Raises BadInput for a family that cannot be made small.
+    """
+    if vocab_size < 272 or vocab_size % 16:
+        raise BadInput(f"a twin's vocab_size must be a multiple of 16 from 272 on, found {vocab_size}.")
+    if not is_causal_family(architecture):
+        raise _no_twin(architecture, "not a family of causal language models that transformers knows")
+    with quiet():
+        config = _config(architecture, context)
+        tokenizer = _tokenizer(texts, vocab_size, context)
+        config.vocab_size = -(-len(tokenizer) // 16) * 16
+        return _random_model(config, architecture, seed), tokenizer
+
+
+def _config(architecture: str, context: int) -> Any:
+    from transformers import AutoConfig
+
+    named = SIZES.get(architecture, COMMON)
+    positions = "n_positions" if architecture == "gpt2" else "max_position_embeddings"
+    ids = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
+    try:
+        # A small vocabulary at once: some families check their special ids against it.
+        return AutoConfig.for_model(architecture, **named, **ids, **{positions: context}, vocab_size=512)
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise _no_twin(architecture, problem) from problem
+
+
+def _random_model(config: Any, architecture: str, seed: int) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            with torch.device("meta"):  # shapes only: a family that ignored our sizes may be huge
+                count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+            if count > MOST_PARAMETERS:
+                raise ValueError(f"it would have {count:,} parameters")
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with torch.inference_mode():  # sizes that do not fit together show in the first step
+            model(input_ids=torch.arange(8).reshape(2, 4))
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as problem:
+        raise _no_twin(architecture, problem) from problem
+    model.config.architectures = [type(model).__name__]
+    return model
+
+
+def _no_twin(architecture: str, reason: object) -> BadInput:
+    first = str(reason).partition("\n")[0].partition(". ")[0].rstrip(".")
+    return BadInput(
+        f"no tiny twin of the architecture {architecture!r}: {first[:200]}. Those that were tried: "
+        f"{', '.join(SIZES)}."
+    )
+
+
+def _tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIALS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # every byte: no text is unknown
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token=END_OF_TEXT,
+        eos_token=TURN_END,
+        pad_token=TURN_END,
+        additional_special_tokens=[TURN_START],
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer

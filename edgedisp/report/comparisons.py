@@ -1,0 +1,110 @@
+"""The paired comparisons of a summary, with p values and Holm's correction.
+
+Intervals come with the summary (a paired bootstrap, clustered by document). p values are only for the
+correction over many comparisons: exact McNemar where it was recorded, else read off the interval by the
+normal approximation, which is close for a few hundred items and needs no item-level data here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from edgedisp.report.reading import Summary, bits, branch, is_loss, number, tasks, whole
+from edgedisp.report.table import task_metric
+
+LEVEL = 0.05  # two-sided
+Z95 = 1.959964  # half-width of a 95 % interval in standard errors
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One paired comparison, dispersed - baseline.
+
+    `unit`: "nats" (a loss per token), "share" (an accuracy in [0, 1]) or "" (the task's own unit).
+    `gain`: whether the difference is in the better direction, None when that is unknown.
+    """
+
+    precision: str
+    task: str
+    difference: float
+    low: float
+    high: float
+    unit: str
+    gain: bool | None
+    n: int | None
+    documents: int | None
+    p: float
+    p_holm: float = 1.0
+
+    @property
+    def half_width(self) -> float:
+        """The smallest difference that could have been seen."""
+        return (self.high - self.low) / 2
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether 0 lies outside the interval."""
+        return self.low > 0 or self.high < 0
+
+    @property
+    def survives(self) -> bool:
+        """Excludes 0 and holds after Holm's correction."""
+        return self.excludes_zero and self.p_holm <= LEVEL
+
+
+def comparisons(summary: Summary) -> list[Comparison]:
+    """Every paired comparison that has an interval: fewest bits first, perplexities before other tasks.
+
+    A perplexity is compared by its loss per token where that was recorded: the logarithm is what was paired.
+    """
+    found = []
+    order = {task: index for index, task in enumerate(tasks(summary))}
+    for precision in sorted(branch(summary, "comparison"), key=bits):
+        by_task = branch(summary, "comparison", precision)
+        for task in sorted(by_task, key=lambda name: order.get(name, len(order))):
+            found += _comparison(precision, task, branch(by_task[task]))
+    return found
+
+
+def _comparison(precision: str, task: str, entry: dict[str, Any]) -> list[Comparison]:
+    loss = branch(entry, "nll_difference")
+    in_nats = is_loss(entry) and number(loss.get("difference")) is not None
+    source = loss if in_nats else entry
+    value, low, high = (number(source.get(key)) for key in ("difference", "low", "high"))
+    if value is None or low is None or high is None:
+        return []
+    metric = task_metric(task, entry)
+    gain = None if metric.higher_is_better is None or value == 0 else (value > 0) == metric.higher_is_better
+    exact = number(entry.get("mcnemar_p"))
+    p = exact if exact is not None else normal_p(value, low, high)
+    unit = "nats" if in_nats else "share" if metric.unit == "%" else ""
+    sizes = whole(entry.get("n")), whole(entry.get("documents"))
+    return [Comparison(precision, task, value, low, high, unit, gain, *sizes, p)]
+
+
+def normal_p(value: float, low: float, high: float) -> float:
+    """Two-sided p of a difference, its standard error read off its 95 % interval."""
+    error = (high - low) / (2 * Z95)
+    if error <= 0:
+        return 1.0 if value == 0 else 0.0
+    return math.erfc(abs(value) / error / math.sqrt(2))
+
+
+def holm(found: Sequence[Comparison]) -> list[Comparison]:
+    """The same comparisons in the same order, with Holm's step-down corrected p (Holm 1979)."""
+    running = 0.0
+    corrected = {}
+    for rank, index in enumerate(sorted(range(len(found)), key=lambda index: found[index].p)):
+        running = max(running, min(1.0, found[index].p * (len(found) - rank)))
+        corrected[index] = running
+    return [replace(one, p_holm=corrected[index]) for index, one in enumerate(found)]
+
+
+def headline(compared: Sequence[Comparison]) -> Comparison | None:
+    """The one test chosen beforehand: the loss at the fewest bits, `heldout_perplexity` before others."""
+    losses = [one for one in compared if one.unit == "nats"]
+    losses = losses or [one for one in compared if "perplexity" in one.task]
+    return min(losses, key=lambda one: (bits(one.precision), one.task != "heldout_perplexity"), default=None)

@@ -1,0 +1,189 @@
+"""The verdict's rules, each by numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from report_sample import comparison, difference, sample, single_arm
+from scipy import stats
+
+from edgedisp.report.comparisons import Z95, Comparison, comparisons, headline, holm, normal_p
+from edgedisp.report.verdict import FEWEST_DOCUMENTS, RULES, WIDEST_NULL, verdict
+
+
+def entry(p: float) -> Comparison:
+    """A comparison of which only p matters."""
+    return Comparison("int4", "t", 1.0, 0.5, 1.5, "share", True, 10, 10, p)
+
+
+def test_every_interval_contains_zero_no_measurable_difference_at_this_budget() -> None:
+    said = verdict(sample(-0.0008, 0.0031))
+    assert said["label"] == "no measurable difference"
+    assert said["parts"][0] == "No measurable difference at this budget."
+    for figure in (
+        "-0.0008",
+        "-0.0039 to +0.0023",
+        "480 items from 412 documents",
+        "40,960 training tokens",
+        "11 other",
+    ):
+        assert figure in said["sentence"]
+    assert "0.0031 nats per token (0.31 % of perplexity) or more could have been seen" in said["sentence"]
+
+
+def test_interval_below_zero_helps_and_above_hurts() -> None:
+    helps, hurts = verdict(sample(-0.0081, 0.0028)), verdict(sample(0.0081, 0.0028))
+    assert (helps["label"], hurts["label"]) == ("helps", "hurts")
+    assert helps["parts"][0] == "Dispersion helps at int4: perplexity 14.92 -> 14.80 (-0.81 %)."
+    assert hurts["parts"][0] == "Dispersion hurts at int4: perplexity 14.92 -> 15.04 (+0.81 %)."
+    assert "seed" in helps["parts"][-1]
+
+
+def test_a_hair_on_a_supporting_test_is_no_claim() -> None:
+    summary = sample()
+    summary["comparison"]["torch"]["heldout_cloze"].update(difference(0.03, 0.0299))
+    said = verdict(summary)
+    assert said["label"] == "no measurable difference"
+    assert said["parts"][0] == "No measurable difference in held-out loss at int4."
+    assert "Of 11 other comparisons, 1 excludes 0 (heldout_cloze at torch fp32 better)" in said["sentence"]
+    assert "none survives Holm's correction" in said["sentence"]
+
+
+def test_a_strong_supporting_test_against_a_null_headline_cannot_tell() -> None:
+    summary = sample()
+    summary["comparison"]["int8"]["heldout_cloze"].update(difference(-0.12, 0.03))
+    said = verdict(summary)
+    assert said["label"] == "cannot tell at this size"
+    assert "1 survives Holm's correction: heldout_cloze at int8 worse" in said["sentence"]
+
+
+def test_the_headline_decides_and_disagreement_is_told() -> None:
+    summary = sample(-0.0081, 0.0028)
+    summary["comparison"]["fp32"] = comparison(0.02, 0.003)
+    said = verdict(summary)
+    assert said["label"] == "helps"
+    assert "heldout_perplexity at onnx fp32 worse" in said["sentence"]
+    assert said["per_precision"]["fp32"]["label"] == "hurts"
+    assert said["per_precision"]["int4"]["label"] == "helps"
+    assert said["per_precision"]["int8"]["label"] == "no measurable difference"
+
+
+def test_a_smoke_run_claims_nothing() -> None:
+    said = verdict({**sample(-0.5, 0.001), "smoke": True})
+    assert said["label"] == "cannot tell at this size"
+    assert "smoke run" in said["parts"][0]
+
+
+@pytest.mark.parametrize(
+    ("documents", "label"), [(FEWEST_DOCUMENTS - 1, "cannot tell at this size"), (FEWEST_DOCUMENTS, "helps")]
+)
+def test_too_few_documents_claim_nothing(documents: int, label: str) -> None:
+    summary = sample(-0.0081, 0.0028)
+    summary["comparison"]["int4"]["heldout_perplexity"]["documents"] = documents
+    assert verdict(summary)["label"] == label
+
+
+@pytest.mark.parametrize(
+    ("half", "label"),
+    [(WIDEST_NULL * 0.99, "no measurable difference"), (WIDEST_NULL * 1.01, "cannot tell at this size")],
+)
+def test_a_wide_null_cannot_tell(half: float, label: str) -> None:
+    assert verdict(sample(0.001, half))["label"] == label
+
+
+def test_a_wide_null_says_what_it_would_cost_to_know() -> None:
+    said = verdict(sample(0.001, 0.04))
+    assert f"{412 * 4:,} held-out documents" in said["parts"][0]  # twice as narrow needs four times as many
+    assert verdict(sample(0.05, 0.04))["label"] == "hurts"  # wide, yet clear
+
+
+def test_one_arm_alone_claims_nothing() -> None:
+    said = verdict(single_arm())
+    assert (said["label"], said["comparisons"]) == ("single arm", 0)
+    assert "14.92" in said["sentence"]
+
+
+def test_no_loss_compared_cannot_tell() -> None:
+    assert verdict({**sample(), "comparison": {}})["label"] == "cannot tell at this size"
+    tasks_only = {p: {"heldout_cloze": by["heldout_cloze"]} for p, by in sample()["comparison"].items()}
+    assert verdict({**sample(), "comparison": tasks_only})["label"] == "cannot tell at this size"
+
+
+def test_identical_arms_are_told_apart_from_unseen_differences() -> None:
+    assert "same loss on every document" in verdict(sample(0.0, 0.0))["sentence"]
+
+
+def test_headline_is_the_loss_at_the_fewest_bits_compared() -> None:
+    found = headline(comparisons(sample()))
+    assert found is not None
+    assert (found.precision, found.task, found.unit) == ("int4", "heldout_perplexity", "nats")
+    summary = sample()
+    del summary["comparison"]["int4"]
+    said = verdict(summary)
+    assert said["headline"]["precision"] == "int8"
+    assert "int4 was built, but its loss was not compared." in said["sentence"]
+
+
+def test_a_perplexity_without_loss_difference_is_compared_as_perplexity() -> None:
+    summary = sample()
+    for by_task in summary["comparison"].values():
+        del by_task["heldout_perplexity"]["nll_difference"]
+    said = verdict(summary)
+    assert said["label"] == "no measurable difference"
+    assert "nats" not in said["sentence"]
+
+
+def test_rules_are_listed() -> None:
+    said = verdict(sample())
+    assert said["rules"] == list(RULES)
+    for label in ("helps", "hurts", "no measurable difference", "cannot tell at this size"):
+        assert any(label in rule for rule in RULES)
+
+
+def test_holm_equals_the_closed_test_of_bonferroni() -> None:
+    """Second road: a hypothesis is rejected if every subset that holds it is rejected by Bonferroni."""
+    ps = [0.001, 0.012, 0.02, 0.04, 0.3, 0.04]
+    closed = []
+    for index in range(len(ps)):
+        others = [i for i in range(len(ps)) if i != index]
+        subsets = [(index, *rest) for size in range(len(ps)) for rest in itertools.combinations(others, size)]
+        closed.append(max(min(1.0, len(subset) * min(ps[i] for i in subset)) for subset in subsets))
+    assert [one.p_holm for one in holm([entry(p) for p in ps])] == pytest.approx(closed)
+
+
+def test_p_of_an_interval_agrees_with_scipy_and_with_the_interval() -> None:
+    for value in (0.1, 0.5, -2.0):
+        expected = 2 * stats.norm.sf(abs(value))
+        assert normal_p(value, value - Z95, value + Z95) == pytest.approx(expected, rel=1e-6)
+    assert normal_p(1.0, 0.0, 2.0) == pytest.approx(0.05, abs=1e-6)
+    assert (normal_p(0.0, 0.0, 0.0), normal_p(1.0, 1.0, 1.0)) == (1.0, 0.0)
+
+
+def test_an_exact_mcnemar_p_is_preferred() -> None:
+    summary = sample()
+    summary["comparison"]["int4"]["heldout_cloze"]["mcnemar_p"] = 0.125
+    found = {(one.precision, one.task): one.p for one in comparisons(summary)}
+    assert found["int4", "heldout_cloze"] == 0.125
+
+
+def test_without_a_difference_a_claim_is_made_in_at_most_5_percent_of_builds() -> None:
+    """2,000 builds with no true difference and exact normal intervals; twelve comparisons each."""
+    rng = np.random.default_rng(0)
+    builds, claims, nulls = 2000, 0, 0
+    for _ in range(builds):
+        summary: dict[str, Any] = {"arms": ["baseline", "dispersed"], "comparison": {}}
+        for precision in ("torch", "fp32", "int8", "int4"):
+            draws = rng.normal(size=3)
+            by_task = comparison(draws[0] * 0.002, Z95 * 0.002)
+            for task, draw in zip(("heldout_cloze", "heldout_continuation"), draws[1:]):
+                by_task[task].update(difference(draw * 0.01, Z95 * 0.01))
+            summary["comparison"][precision] = by_task
+        label = verdict(summary)["label"]
+        claims += label in ("helps", "hurts")
+        nulls += label == "no measurable difference"
+    assert claims / builds <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / builds)
+    assert nulls / builds >= 0.89  # at most another 5 % end as "cannot tell" through Holm's survivors
