@@ -31,7 +31,17 @@ def test_hidden_states_are_those_that_transformers_returns(tiny_folder: dict[str
         assert torch.equal(seen[-1], returned[0])
         assert torch.equal(seen[0], returned[1])
         assert not torch.equal(seen[1], returned[2])  # the last one is returned after the final norm
-    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_hooks_are_gone_after_the_block(tiny_folder: dict[str, Path]) -> None:
+    model = open_tiny(tiny_folder["llama"])
+
+    def hooks() -> int:
+        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+    with hidden_states(model, [-1, 0, 1]):
+        assert hooks() == 3
+    assert hooks() == 0
 
 
 def test_loss_is_the_mean_over_layers_and_sequences(tiny_folder: dict[str, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -48,11 +49,13 @@ FULL: dict[str, Any] = {
     "quantize": {"int4": {"head_bits": 4}},
 }
 
+Reader = Callable[..., Recipe]
 Refusal = Callable[..., str]
+pytestmark = pytest.mark.filterwarnings("error")
 
 
 @pytest.fixture
-def read(tmp_path: Path) -> Callable[..., Recipe]:
+def read(tmp_path: Path) -> Reader:
     """Load a text as tmp_path/r.yaml."""
 
     def reader(text: str, *overrides: str, smoke: bool = False) -> Recipe:
@@ -63,7 +66,7 @@ def read(tmp_path: Path) -> Callable[..., Recipe]:
 
 
 @pytest.fixture
-def refusal(read: Callable[..., Recipe], tmp_path: Path) -> Refusal:
+def refusal(read: Reader, tmp_path: Path) -> Refusal:
     """The message for a text that must be refused, with the folder cut off."""
 
     def refuse(text: str, *overrides: str, smoke: bool = False) -> str:
@@ -82,7 +85,7 @@ def with_line(line: str) -> str:
 # ---------------------------------------------------------------- what is read
 
 
-def test_defaults_are_those_of_the_paper_and_the_contract(read: Callable[..., Recipe]) -> None:
+def test_defaults_are_those_of_the_paper_and_the_contract(read: Reader) -> None:
     recipe = read(SMALL)
     assert recipe.train.betas == (0.9, 0.95)
     assert (recipe.train.weight_decay, recipe.train.clip, recipe.train.schedule) == (0.1, 1.0, "cosine")
@@ -101,7 +104,7 @@ def test_defaults_are_those_of_the_paper_and_the_contract(read: Callable[..., Re
     [("40k", 40_000), ("200M", 200_000_000), ("1.5B", 1_500_000_000), ("4e4", 40_000), ("1_000", 1000),
      ("'40k'", 40_000), ("0.5k", 500), ("40.0", 40), ("+300", 300), ("300 k", 300_000), ("007_000", 7000)],
 )  # fmt: skip
-def test_whole_numbers_as_people_write_them(read: Callable[..., Recipe], written: str, meant: int) -> None:
+def test_whole_numbers_as_people_write_them(read: Reader, written: str, meant: int) -> None:
     tokens = read(
         SMALL.replace("10k", written).replace("64", "8").replace("  lr", "  batch: 1\n  lr")
     ).train.tokens
@@ -120,7 +123,7 @@ def test_whole_numbers_as_people_write_them(read: Callable[..., Recipe], written
         ("1_0e-4", 1e-3),
     ],
 )
-def test_numbers_as_people_write_them(read: Callable[..., Recipe], written: str, meant: float) -> None:
+def test_numbers_as_people_write_them(read: Reader, written: str, meant: float) -> None:
     assert read(SMALL.replace("1e-4", written)).train.lr == meant
 
 
@@ -140,10 +143,8 @@ def test_every_float_survives_being_written(number: float) -> None:
 @given(st.one_of(st.text(max_size=60), st.text(alphabet="0123456789_.eE+-kKMB% ", max_size=50)))
 def test_any_other_text_is_no_number_or_a_finite_one(text: str) -> None:
     for reader in (read_whole, read_number):
-        try:
+        with contextlib.suppress(ValueError):  # the only failure there may be
             assert abs(reader(text)) < float("inf")
-        except ValueError:
-            pass  # the only failure there may be
 
 
 @pytest.mark.parametrize(
@@ -156,17 +157,17 @@ def test_what_is_no_number_is_refused(value: object) -> None:
         read_whole(value)
 
 
-def test_aliases_are_followed_and_a_byte_order_mark_is_ignored(read: Callable[..., Recipe]) -> None:
+def test_aliases_are_followed_and_a_byte_order_mark_is_ignored(read: Reader) -> None:
     recipe = read("\ufeff" + SMALL.replace("10k", "&n 10k") + "verify: {tokens: *n}\n")
     assert recipe.verify.tokens == recipe.train.tokens == 10_000
 
 
-def test_weight_zero_is_allowed(read: Callable[..., Recipe]) -> None:
+def test_weight_zero_is_allowed(read: Reader) -> None:
     dispersion = read(with_line("  dispersion: {weight: 0}")).train.dispersion
     assert dispersion is not None and dispersion.weight == 0
 
 
-def test_an_adapter_resolves_alpha_and_base(read: Callable[..., Recipe]) -> None:
+def test_an_adapter_resolves_alpha_and_base(read: Reader) -> None:
     qlora = read(with_line("  adapter: {kind: qlora, rank: 8, alpha: null}")).train.adapter
     lora = read(with_line("  adapter: {kind: lora}")).train.adapter
     assert qlora is not None and lora is not None
@@ -176,7 +177,7 @@ def test_an_adapter_resolves_alpha_and_base(read: Callable[..., Recipe]) -> None
 # ---------------------------------------------------------------- overrides
 
 
-def test_overrides_reach_every_kind_of_key(read: Callable[..., Recipe]) -> None:
+def test_overrides_reach_every_kind_of_key(read: Reader) -> None:
     recipe = read(
         SMALL,
         "train.tokens=20k",
@@ -194,7 +195,7 @@ def test_overrides_reach_every_kind_of_key(read: Callable[..., Recipe]) -> None:
     assert recipe.model.base == "pypi:name==1.0/file.gguf"
 
 
-def test_an_override_keeps_the_other_keys_of_its_section(read: Callable[..., Recipe]) -> None:
+def test_an_override_keeps_the_other_keys_of_its_section(read: Reader) -> None:
     dispersion = read(
         with_line("  dispersion: {weight: 0.5}"), "train.dispersion.layers=[1, 2]"
     ).train.dispersion
@@ -233,7 +234,7 @@ def test_an_override_keeps_the_other_keys_of_its_section(read: Callable[..., Rec
         ("train.lr=[1", "train.lr: the value is not YAML: expected ',' or ']', but got the end of the file"),
         ("train.lr=!!python/name:os.system", "train.lr: the tag !!python/name:os.system is not read"),
     ],
-)
+)  # fmt: skip
 def test_a_faulty_override_is_reported_as_such(refusal: Refusal, override: str, message: str) -> None:
     said = refusal(SMALL, override)
     assert said.startswith(f"--set {override}: {message}")
@@ -255,8 +256,8 @@ def test_five_faults_give_five_numbered_lines_in_the_order_of_the_file(refusal: 
         "  2. r.yaml:7: data.contxt: unknown key; did you mean 'context'?",
         "  3. r.yaml:9: train.tokens: found -5; needs a whole number of at least 1, such as 40k",
         "  4. r.yaml:10: train.lr: found 'fast'; needs a number above 0 and below 1, such as 5e-5",
-        "  5. r.yaml:11: train.adapter.base: found 'nf4', but kind lora keeps its base in fp32; take it out, or "
-        "write kind: qlora",
+        "  5. r.yaml:11: train.adapter.base: found 'nf4', but kind lora keeps its base in fp32; take it out, "
+        "or write kind: qlora",
         "  6. r.yaml:12: arms.1: found 'disperse'; did you mean 'dispersed'? (choices: baseline, dispersed)",
     ]
 
@@ -269,121 +270,80 @@ def test_file_and_override_faults_are_reported_together(refusal: Refusal) -> Non
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("line", "key", "words"),
-    [
-        # numbers
-        ("  batch: 2.5", "train.batch", "found 2.5 (it is not whole); needs a whole number of at least 1"),
-        ("  batch: true", "train.batch", "found true; needs a whole number of at least 1"),
-        ("  batch: 200m", "train.batch", "found '200m' (for millions write 200M)"),
-        ("  batch: 1,000", "train.batch", "found '1,000' (write it without commas, as 1_000)"),
-        ("  batch: 1e30", "train.batch", "(it is too large)"),
-        ("  batch: " + "1" * 50, "train.batch", "(it is too long)"),
-        ("  clip: .inf", "train.clip", "found '.inf'; needs a number above 0"),
-        ("  clip: 1e400", "train.clip", "found '1e400' (it is too large)"),
-        ("  clip: 0", "train.clip", "found 0; needs a number above 0"),
-        ("  warmup: 1", "train.warmup", "found 1; needs a number of at least 0 and below 1"),
-        ("  warmup: 150%", "train.warmup", "found '150%'; needs a number of at least 0 and below 1"),
-        ("  weight_decay: -0.1", "train.weight_decay", "found -0.1; needs a number of at least 0"),
-        ("  betas: [0.9]", "train.betas", "found [0.9]; needs a list of two numbers from 0 to below 1"),
-        ("  betas: 0.9", "train.betas", "found 0.9; needs a list of two numbers"),
-        ("  betas: [0.9, 1]", "train.betas.1", "found 1; needs a number of at least 0 and below 1"),
-        ("  checkpoint_every: 0", "train.checkpoint_every", "needs a whole number of at least 1, or null"),
-        ("seed: -1", "seed", "found -1; needs a whole number of at least 0 and below 4294967296"),
-        ("verify: {fp32_top1: 2}", "verify.fp32_top1", "found 2; needs a number of at least 0 and at most 1"),
-        ("evaluate: {limit: 0}", "evaluate.limit", "found 0; needs a whole number of at least 1"),
-        ("latency: {repetitions: 0}", "latency.repetitions", "found 0; needs a whole number of at least 1"),
-        ("latency: {generate: 1}", "latency.generate", "found 1; needs a whole number of at least 2"),
-        # dispersion
-        ("  dispersion: {weight: -1}", "train.dispersion.weight", "found -1; needs a number of at least 0"),
-        ("  dispersion: {temperature: 0}", "train.dispersion.temperature", "found 0; needs a number above 0"),
-        ("  dispersion: {variant: l2_repel}", "train.dispersion.variant", "choices: angular, cosine"),
-        (
-            "  dispersion: {layers: lastt}",
-            "train.dispersion.layers",
-            "did you mean 'last'? (choices: all, first_half",
-        ),
-        ("  dispersion: {layers: [-1]}", "train.dispersion.layers", "found [-1] (layers are counted from 0)"),
-        ("  dispersion: {layers: [1, 1]}", "train.dispersion.layers", "found '1' twice; name each once"),
-        (
-            "  dispersion: {layers: []}",
-            "train.dispersion.layers",
-            "found an empty list; needs all, first_half",
-        ),
-        ("  dispersion: {layers: 2.5}", "train.dispersion.layers", "found 2.5; needs all, first_half"),
-        (
-            "  dispersion: {tokens: 1}",
-            "train.dispersion.tokens",
-            "found 1 (dispersion needs a pair of tokens)",
-        ),
-        ("  dispersion: {tokens: al}", "train.dispersion.tokens", "did you mean 'all'?"),
-        (
-            "  dispersion: {clamp: 1}",
-            "train.dispersion.clamp",
-            "found 1; needs a number of at least 0 and below 1",
-        ),
-        ("  dispersion: on", "train.dispersion", "found 'on'; needs a mapping with variant, weight, layers"),
-        # adapter
-        ("  adapter: {rank: 4}", "train.adapter.kind", "missing; needs one of lora, qlora"),
-        ("  adapter: {kind: dora}", "train.adapter.kind", "did you mean 'lora'? (choices: lora, qlora)"),
-        (
-            "  adapter: {kind: lora, rank: 0}",
-            "train.adapter.rank",
-            "found 0; needs a whole number of at least 1",
-        ),
-        (
-            "  adapter: {kind: lora, targets: al}",
-            "train.adapter.targets",
-            "choices: auto, or a list of module names",
-        ),
-        (
-            "  adapter: {kind: lora, targets: [q, 3]}",
-            "train.adapter.targets",
-            "found [q, 3] (not all of it is text)",
-        ),
-        # choices, flags, lists
-        ("  schedule: cosin", "train.schedule", "did you mean 'cosine'? (choices: cosine, linear, constant)"),
-        ("  precision: BF16", "train.precision", "found 'BF16'; did you mean 'bf16'? (choices: bf16, fp32)"),
-        ("  gradient_checkpointing: yes", "train.gradient_checkpointing", "found 'yes'; needs true or false"),
-        ("arms: []", "arms", "found an empty list; needs a list with any of baseline, dispersed"),
-        ("arms: baseline", "arms", "found 'baseline'; needs a list with any of baseline, dispersed"),
-        ("arms: [baseline, baseline]", "arms", "found 'baseline' twice; name each once"),
-        ("precisions: []", "precisions", "found an empty list; needs a list with any of fp32, int8, int4"),
-        ("precisions: [fp32, int2]", "precisions.1", "found 'int2'; did you mean"),
-        ("quantize: {int4: {head_bits: 5}}", "quantize.int4.head_bits", "found 5; choices: 4, 8"),
-        ("quantize: {int8: {head_bits: 4}}", "quantize.int8.head_bits", "found 4; the only choice is 8"),
-        ("quantize: {int4: {group: 100}}", "quantize.int4.group", "found 100; choices: 16, 32, 64, 128, 256"),
-        (
-            "quantize: {int4: {accuracy_level: 2}}",
-            "quantize.int4.accuracy_level",
-            "found 2; choices: 0, 1, 4",
-        ),
-        ("quantize:", "quantize", "found nothing (null); needs a mapping with int8, int4"),
-        ("evaluate: {tasks: []}", "evaluate.tasks", "found an empty list; needs a list, each a task name"),
-        ("evaluate: {tasks: [heldout_cloz]}", "evaluate.tasks.0", "did you mean 'heldout_cloze'?"),
-        ("evaluate: {tasks: [held_out_cloze]}", "evaluate.tasks.0", "did you mean 'heldout_cloze'?"),
-        ("evaluate: {tasks: [piqa, piqa]}", "evaluate.tasks", "found 'piqa' twice; name each once"),
-        ("latency: {devices: [phone]}", "latency.devices.0", "found 'phone'; the only choice is local"),
-        (
-            "targets: [laptop]",
-            "targets.0",
-            "found 'laptop'; did you mean 'laptop-x64'? (choices: laptop-x64, phone",
-        ),
-        # keys
-        ("  Batch: 3", "train.Batch", "unknown key; did you mean 'batch'?"),
-        ("  weight: 0.2", "train.weight", "unknown key; did you mean 'train.dispersion.weight'?"),
-        ("lr: 3", "lr", "unknown key; did you mean 'train.lr'?"),
-        ("zzz: 3", "zzz", "unknown key; the keys here are name, seed, model, data, train, arms"),
-        ("12: 3", "12", "unknown key"),
-        ("seed: !!set {a, b}", "seed", "the tag !!set is not read; write the value without it"),
-        ("seed: !mine 3", "seed", "the tag !mine is not read"),
-        ("train: {}", "train", "the key is given twice (first at "),
-        ("<<: {seed: 3}", "<<", "merge keys are not read; write the keys out"),
-    ],
-)
-def test_a_faulty_key_is_reported_with_line_path_and_cure(
-    refusal: Refusal, line: str, key: str, words: str
-) -> None:
+# What is put on line 11 (indented: inside `train`) | the key reported | part of the message
+FAULTS = """\
+  batch: 2.5 | train.batch | found 2.5 (it is not whole); needs a whole number of at least 1
+  batch: true | train.batch | found true; needs a whole number of at least 1
+  batch: 200m | train.batch | found '200m' (for millions write 200M)
+  batch: 1,000 | train.batch | found '1,000' (write it without commas, as 1_000)
+  batch: 1e30 | train.batch | (it is too large)
+  batch: 11111111111111111111111111111111111111111111111111 | train.batch | (it is too long)
+  clip: .inf | train.clip | found '.inf'; needs a number above 0
+  clip: 1e400 | train.clip | found '1e400' (it is too large)
+  clip: 0 | train.clip | found 0; needs a number above 0
+  warmup: 1 | train.warmup | found 1; needs a number of at least 0 and below 1
+  warmup: 150% | train.warmup | found '150%'; needs a number of at least 0 and below 1
+  weight_decay: -0.1 | train.weight_decay | found -0.1; needs a number of at least 0
+  betas: [0.9] | train.betas | found [0.9]; needs a list of two numbers from 0 to below 1
+  betas: 0.9 | train.betas | found 0.9; needs a list of two numbers
+  betas: [0.9, 1] | train.betas.1 | found 1; needs a number of at least 0 and below 1
+  checkpoint_every: 0 | train.checkpoint_every | needs a whole number of at least 1, or null
+seed: -1 | seed | found -1; needs a whole number of at least 0 and below 4294967296
+verify: {fp32_top1: 2} | verify.fp32_top1 | found 2; needs a number of at least 0 and at most 1
+evaluate: {limit: 0} | evaluate.limit | found 0; needs a whole number of at least 1
+latency: {repetitions: 0} | latency.repetitions | found 0; needs a whole number of at least 1
+latency: {generate: 1} | latency.generate | found 1; needs a whole number of at least 2
+  dispersion: {weight: -1} | train.dispersion.weight | found -1; needs a number of at least 0
+  dispersion: {temperature: 0} | train.dispersion.temperature | found 0; needs a number above 0
+  dispersion: {variant: l2_repel} | train.dispersion.variant | choices: angular, cosine
+  dispersion: {layers: lastt} | train.dispersion.layers | did you mean 'last'? (choices: all, first_half
+  dispersion: {layers: [-1]} | train.dispersion.layers | found [-1] (layers are counted from 0)
+  dispersion: {layers: [1, 1]} | train.dispersion.layers | found '1' twice; name each once
+  dispersion: {layers: []} | train.dispersion.layers | found an empty list; needs all, first_half
+  dispersion: {layers: 2.5} | train.dispersion.layers | found 2.5; needs all, first_half
+  dispersion: {tokens: 1} | train.dispersion.tokens | found 1 (dispersion needs a pair of tokens)
+  dispersion: {tokens: al} | train.dispersion.tokens | did you mean 'all'?
+  dispersion: {clamp: 1} | train.dispersion.clamp | found 1; needs a number of at least 0 and below 1
+  dispersion: on | train.dispersion | found 'on'; needs a mapping with variant, weight, layers
+  adapter: {rank: 4} | train.adapter.kind | missing; needs one of lora, qlora
+  adapter: {kind: dora} | train.adapter.kind | did you mean 'lora'? (choices: lora, qlora)
+  adapter: {kind: lora, rank: 0} | train.adapter.rank | found 0; needs a whole number of at least 1
+  adapter: {kind: lora, targets: al} | train.adapter.targets | choices: auto, or a list of module names
+  adapter: {kind: lora, targets: [q, 3]} | train.adapter.targets | found [q, 3] (not all of it is text)
+  schedule: cosin | train.schedule | did you mean 'cosine'? (choices: cosine, linear, constant)
+  precision: BF16 | train.precision | found 'BF16'; did you mean 'bf16'? (choices: bf16, fp32)
+  gradient_checkpointing: yes | train.gradient_checkpointing | found 'yes'; needs true or false
+arms: [] | arms | found an empty list; needs a list with any of baseline, dispersed
+arms: baseline | arms | found 'baseline'; needs a list with any of baseline, dispersed
+arms: [baseline, baseline] | arms | found 'baseline' twice; name each once
+precisions: [] | precisions | found an empty list; needs a list with any of fp32, int8, int4
+precisions: [fp32, int2] | precisions.1 | found 'int2'; did you mean
+quantize: {int4: {head_bits: 5}} | quantize.int4.head_bits | found 5; choices: 4, 8
+quantize: {int8: {head_bits: 4}} | quantize.int8.head_bits | found 4; the only choice is 8
+quantize: {int4: {group: 100}} | quantize.int4.group | found 100; choices: 16, 32, 64, 128, 256
+quantize: {int4: {accuracy_level: 2}} | quantize.int4.accuracy_level | found 2; choices: 0, 1, 4
+quantize: | quantize | found nothing (null); needs a mapping with int8, int4
+evaluate: {tasks: []} | evaluate.tasks | found an empty list; needs a list, each a task name
+evaluate: {tasks: [heldout_cloz]} | evaluate.tasks.0 | did you mean 'heldout_cloze'?
+evaluate: {tasks: [held_out_cloze]} | evaluate.tasks.0 | did you mean 'heldout_cloze'?
+evaluate: {tasks: [piqa, piqa]} | evaluate.tasks | found 'piqa' twice; name each once
+latency: {devices: [phone]} | latency.devices.0 | found 'phone'; the only choice is local
+targets: [laptop] | targets.0 | found 'laptop'; did you mean 'laptop-x64'? (choices: laptop-x64, phone
+  Batch: 3 | train.Batch | unknown key; did you mean 'batch'?
+  weight: 0.2 | train.weight | unknown key; did you mean 'train.dispersion.weight'?
+lr: 3 | lr | unknown key; did you mean 'train.lr'?
+zzz: 3 | zzz | unknown key; the keys here are name, seed, model, data, train, arms
+12: 3 | 12 | unknown key
+seed: !!set {a, b} | seed | the tag !!set is not read; write the value without it
+seed: !mine 3 | seed | the tag !mine is not read
+train: {} | train | the key is given twice (first at 
+<<: {seed: 3} | << | merge keys are not read; write the keys out
+"""
+
+
+@pytest.mark.parametrize("row", FAULTS.splitlines())
+def test_a_faulty_key_is_reported_with_line_path_and_cure(refusal: Refusal, row: str) -> None:
+    line, key, words = row.split(" | ")
     said = refusal(with_line(line))
     assert said.startswith(f"r.yaml:11: {key}: ") and words in said
     assert "\n" not in said
@@ -479,7 +439,7 @@ def test_a_faulty_key_is_reported_with_line_path_and_cure(
             "found 'org/name'; needs a mapping with base",
         ),
     ],
-)
+)  # fmt: skip
 def test_a_faulty_required_key_too(
     refusal: Refusal, old: str, new: str, line: int, key: str, words: str
 ) -> None:
@@ -495,16 +455,16 @@ def test_a_faulty_required_key_too(
 def test_fewer_tokens_than_one_step_names_both_numbers(refusal: Refusal) -> None:
     said = refusal(SMALL.replace("10k", "1000") + "  accumulate: 8\n")
     assert said == (
-        "r.yaml:9: train.tokens: found 1,000, but one optimizer step takes 2,048 (batch 4 x accumulate 8 x context 64); "
-        "needs at least 2048, or a smaller batch, accumulate or context"
+        "r.yaml:9: train.tokens: found 1,000, but one optimizer step takes 2,048 "
+        "(batch 4 x accumulate 8 x context 64); needs at least 2048, or a smaller batch, accumulate or context"
     )
 
 
-def test_the_dispersed_arm_needs_a_dispersion(refusal: Refusal, read: Callable[..., Recipe]) -> None:
+def test_the_dispersed_arm_needs_a_dispersion(refusal: Refusal, read: Reader) -> None:
     off = with_line("  dispersion: null")
     assert refusal(off) == (
-        "r.yaml:11: train.dispersion: found null, but the arm 'dispersed' needs it; leave the key out for the paper's "
-        "settings, or write arms: [baseline]"
+        "r.yaml:11: train.dispersion: found null, but the arm 'dispersed' needs it; leave the key out for "
+        "the paper's settings, or write arms: [baseline]"
     )
     assert read(off + "arms: [baseline]\n").train.dispersion is None
 
@@ -528,7 +488,7 @@ def test_a_wheel_has_neither_revision_nor_configuration(refusal: Refusal) -> Non
         ("text.txt", "../text.txt", "data.train.0.source"),
         ("  lr: 1e-4\n", "  lr: 1e-4\nevaluate: {tasks_path: ../tasks}\n", "evaluate.tasks_path"),
     ],
-)
+)  # fmt: skip
 def test_a_relative_path_stays_in_the_folder(
     refusal: Refusal, tmp_path: Path, old: str, new: str, key: str
 ) -> None:
@@ -537,7 +497,7 @@ def test_a_relative_path_stays_in_the_folder(
     assert f"which leaves the recipe's folder; if you mean it, write {tmp_path.parent}" in said
 
 
-def test_paths_inside_absolute_ones_and_hub_ids_are_fine(read: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_paths_inside_absolute_ones_and_hub_ids_are_fine(read: Reader, tmp_path: Path) -> None:
     for base in ("sub/../base", "./base", "/elsewhere/base", "~/base", "gpt2", "pypi:a==1/../m"):
         assert read(SMALL.replace("org/name", base)).model.base == base
 
@@ -569,12 +529,12 @@ def test_recipes_made_in_python_are_checked_as_well() -> None:
     ("text", "start"),
     [
         ("a: b: c\n", "r.yaml:1:5: not YAML: found an unexpected ': ' ("),
-        ("a: [1,2\nb: 3\n", "r.yaml:2:2: not YAML: expected ',' or ']', but got ':', while parsing a list in brackets "
-         "that starts on line 1 (is a bracket or brace left open?)"),
-        ("a:\n\t- b\n", "r.yaml:2:1: not YAML: found a tab where a key or value should start (indent with spaces)"),
-        ("a: 'x\n", "r.yaml:2:1: not YAML: found the end of the file, while scanning a quoted text that starts on "
-         "line 1 (is a quote left open?)"),
-        ("a: *zz\n", "r.yaml:1:4: not YAML: found undefined alias 'zz' (text that starts with * needs quotes)"),
+        ("a: [1,2\nb: 3\n", "r.yaml:2:2: not YAML: expected ',' or ']', but got ':', while parsing a list in "
+         "brackets that starts on line 1 (is a bracket or brace left open?)"),
+        ("a:\n\t- b\n", "r.yaml:2:1: not YAML: found a tab where a key or value should start (indent with"),
+        ("a: 'x\n", "r.yaml:2:1: not YAML: found the end of the file, while scanning a quoted text that starts "
+         "on line 1 (is a quote left open?)"),
+        ("a: *zz\n", "r.yaml:1:4: not YAML: found undefined alias 'zz' (text that starts with *"),
         ("- a\nb: 2\n", "r.yaml:2:1: not YAML: expected the end of the section, but found another key"),
         ("a: 1\n---\nb: 2\n", "r.yaml:2:1: not YAML: found a second document (one file holds one recipe"),
         ('a: "\\q"\n', "r.yaml:1:6: not YAML: found unknown escape character 'q' (use single quotes"),
@@ -627,7 +587,7 @@ def test_a_file_that_is_not_there_or_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(BadInput) as caught:
             load(tmp_path / name)
         assert words in str(caught.value)
-    assert "Did you mean" not in str(pytest.raises(BadInput, load, tmp_path / "zzz.yaml").value)
+        assert ("Did you mean" in words) == ("Did you mean" in str(caught.value))
 
 
 JSON = st.recursive(
@@ -641,9 +601,10 @@ JSON = st.recursive(
     max_leaves=6,
 )
 KEYS = [
-    "name", "seed", "model", "model.base", "data.train", "data.context", "train", "train.tokens", "train.betas",
-    "train.dispersion", "train.dispersion.layers", "train.dispersion.tokens", "train.adapter", "train.adapter.alpha",
-    "train.adapter.targets", "arms", "quantize", "quantize.int4.group", "verify", "evaluate.tasks", "targets", "new",
+    "name", "seed", "model", "model.base", "data.train", "data.context", "train", "train.tokens",
+    "train.betas", "train.dispersion", "train.dispersion.layers", "train.dispersion.tokens", "train.adapter",
+    "train.adapter.alpha", "train.adapter.targets", "arms", "quantize", "quantize.int4.group", "verify",
+    "evaluate.tasks", "targets", "new",
 ]  # fmt: skip
 
 
@@ -710,24 +671,25 @@ def test_steps_are_the_whole_steps_that_the_tokens_pay_for(
 
 @pytest.mark.parametrize(
     "override",
-    ["name=other", "precisions=[int4]", "quantize.int4.group=64", "evaluate.limit=3", "latency.prompt=9", "arms=[baseline]",
-     "targets=[phone-arm64]", "verify.tokens=64", "train.tokens=10_000", "train.lr=0.0001", "train.dispersion.weight=10%"],
+    ["name=other", "precisions=[int4]", "quantize.int4.group=64", "evaluate.limit=3", "latency.prompt=9",
+     "arms=[baseline]", "targets=[phone-arm64]", "verify.tokens=64", "train.tokens=10_000", "train.lr=0.0001",
+     "train.dispersion.weight=10%"],
 )  # fmt: skip
-def test_what_cannot_change_the_weights_keeps_the_hash(read: Callable[..., Recipe], override: str) -> None:
+def test_what_cannot_change_the_weights_keeps_the_hash(read: Reader, override: str) -> None:
     assert read(SMALL, override).hash8 == read(SMALL).hash8
 
 
 @pytest.mark.parametrize(
     "override",
-    ["seed=1", "model.base=other", "data.heldout=10%", "data.context=32", "data.train.0.limit=3", "train.lr=2e-4",
-     "train.tokens=20k", "train.dispersion.weight=0.2", "train.adapter.kind=lora"],
+    ["seed=1", "model.base=other", "data.heldout=10%", "data.context=32", "data.train.0.limit=3",
+     "train.lr=2e-4", "train.tokens=20k", "train.dispersion.weight=0.2", "train.adapter.kind=lora"],
 )  # fmt: skip
-def test_what_changes_the_weights_changes_the_hash(read: Callable[..., Recipe], override: str) -> None:
+def test_what_changes_the_weights_changes_the_hash(read: Reader, override: str) -> None:
     assert read(SMALL, override).hash8 != read(SMALL).hash8
 
 
 def test_the_identity_is_plain_json_and_spelled_out_defaults_are_the_same(
-    read: Callable[..., Recipe],
+    read: Reader,
 ) -> None:
     recipe = read(with_line("  adapter: {kind: qlora}"))
     assert json.loads(json.dumps(recipe.identity())) == recipe.identity()
@@ -736,14 +698,19 @@ def test_the_identity_is_plain_json_and_spelled_out_defaults_are_the_same(
     assert read(with_line("  adapter: {kind: qlora, alpha: 32, base: nf4}")).hash8 == recipe.hash8
 
 
-PRINTABLE = st.text(min_size=1, max_size=20).filter(lambda text: text.isprintable() and text == text.strip())
+PRINTABLE = (
+    st.text(st.characters(exclude_categories=["C", "Z"]) | st.just(" "), min_size=1, max_size=20)
+    .map(str.strip)
+    .filter(bool)
+)
 POSITIVE = st.floats(1e-300, 1e300)
 RECIPES = st.fixed_dictionaries(
     {
         "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", fullmatch=True),
         "model": st.fixed_dictionaries({"base": PRINTABLE}, optional={"revision": PRINTABLE | st.none()}),
         "data": st.fixed_dictionaries(
-            {"train": st.lists(st.fixed_dictionaries({"source": PRINTABLE, "text": PRINTABLE}), min_size=1, max_size=3),
+            {"train": st.lists(
+                st.fixed_dictionaries({"source": PRINTABLE, "text": PRINTABLE}), min_size=1, max_size=3),
              "context": st.integers(8, 99), "heldout": st.floats(1e-9, 0.99)}
         ),
         "train": st.fixed_dictionaries(
@@ -753,12 +720,16 @@ RECIPES = st.fixed_dictionaries(
                 "adapter": st.just({"kind": "qlora", "dropout": 0.1}) | st.none(),
                 "dispersion": st.fixed_dictionaries(
                     {"weight": st.just(0) | POSITIVE},
-                    optional={"layers": st.sampled_from(["all", "last"]) | st.just([0, 5]), "tokens": st.just("all")},
+                    optional={"layers": st.sampled_from(["last", [0, 5]]), "tokens": st.just("all")},
                 ),
             },
         ),
     },
-    optional={"seed": st.integers(0, 2**32 - 1), "arms": st.just(["dispersed"]), "evaluate": st.just({"tasks": ["x"]})},
+    optional={
+        "seed": st.integers(0, 2**32 - 1),
+        "arms": st.just(["dispersed"]),
+        "evaluate": st.just({"tasks": ["x"]}),
+    },
 )  # fmt: skip
 
 
@@ -779,14 +750,14 @@ def test_a_recipe_written_out_loads_back_equal(tmp_path: Path, data: dict[str, A
     assert again.path == tmp_path / "recipe.lock.yaml" and recipe.path is None
 
 
-def test_the_lock_file_names_every_key(read: Callable[..., Recipe]) -> None:
+def test_the_lock_file_names_every_key(read: Reader) -> None:
     text = read(SMALL).to_yaml()
     keys = re.findall(r"^\| `[\w.\[\]]*?(\w+)` \|", reference(), re.MULTILINE)
     inside_null = {"kind", "rank", "alpha", "dropout"}  # no adapter here
     assert [key for key in keys if key not in inside_null and f"{key}:" not in text] == []
 
 
-def test_a_recipe_cannot_be_changed(read: Callable[..., Recipe]) -> None:
+def test_a_recipe_cannot_be_changed(read: Reader) -> None:
     with pytest.raises(ValidationError, match="frozen"):
         read(SMALL).train.tokens = 3
 
@@ -809,7 +780,7 @@ def test_smoke_without_an_architecture_says_what_to_add(refusal: Refusal) -> Non
     )
 
 
-def test_smoke_cuts_what_costs_time_and_keeps_what_is_proven(read: Callable[..., Recipe]) -> None:
+def test_smoke_cuts_what_costs_time_and_keeps_what_is_proven(read: Reader) -> None:
     text = SMALL.replace("org/name", "org/name\n  architecture: qwen3").replace("64", "2048")
     text += "  tokens_: 1\n".replace(
         "tokens_: 1", "batch: 16\n  accumulate: 8\n  schedule: linear\n  warmup: 0.2"
@@ -833,7 +804,7 @@ def test_smoke_cuts_what_costs_time_and_keeps_what_is_proven(read: Callable[...,
     assert smoke(small) == small
 
 
-def test_smoke_keeps_local_tasks_and_a_long_name_fits(read: Callable[..., Recipe]) -> None:
+def test_smoke_keeps_local_tasks_and_a_long_name_fits(read: Reader) -> None:
     text = SMALL.replace("small", "s" * 100).replace("org/name", "b\n  architecture: gpt2")
     small = read(text + "evaluate: {tasks: [mine], tasks_path: tasks}\n", smoke=True)
     assert small.evaluate.tasks == ("mine",) and len(small.name) == 100

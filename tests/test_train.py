@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -115,8 +114,11 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tiny_folder: dict[str, Pa
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}")
     assert last_checkpoint(tmp_path) is None
+    # Left in place it would also be taken for the newest one, and the good ones before it rotated away.
     trained(tiny_folder["llama"], tmp_path, None, steps=2)
-    shutil.rmtree(tmp_path / "checkpoint-4", ignore_errors=True)
+    found = last_checkpoint(tmp_path)
+    assert found is not None and found.name == "checkpoint-2"
+    assert not (tmp_path / "checkpoint-4").exists()
 
 
 def test_training_leaves_the_global_random_streams_as_they_were(
@@ -173,7 +175,7 @@ def test_qlora_trains_on_a_quantized_base(tiny_folder: dict[str, Path], tmp_path
     settings = adapter.AdapterSettings("qlora", rank=4, base=base)
     wrapped = adapter.attach(model, decoder_layers(model), settings, seed=0)
     steps = TrainSettings(steps=8, lr=1e-2, batch=4, warmup=0)
-    repeated = np.repeat(BLOCKS[:4], 8, axis=0)
+    repeated = np.tile(BLOCKS[:4], (8, 1))
     done = fit(wrapped, repeated, steps, checkpoints=tmp_path, penalty=Dispersion(tokens=8))
     assert done.log[-1]["loss"] < done.log[0]["loss"]
 

@@ -87,7 +87,7 @@ def _unreachable(name: str, revision: str | None) -> str | None:
 
 @contextmanager
 def _quiet(datasets: Any, offline: bool) -> Iterator[None]:
-    """No progress bars and warnings while loading; `offline` keeps `datasets` to its cache. Both as before afterwards."""
+    """No bars and warnings inside; `offline` keeps `datasets` to its cache. All as before afterwards."""
     bars, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     before = datasets.config.HF_HUB_OFFLINE
     datasets.disable_progress_bars()

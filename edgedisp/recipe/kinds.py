@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator, BeforeValidator, PlainValidator, Strict
+from pydantic import AfterValidator, BeforeValidator, Strict
 from pydantic_core import PydanticCustomError
 
 from edgedisp import data_folder
@@ -169,13 +169,13 @@ Precision = Literal["fp32", "int8", "int4"]
 
 Layers = Annotated[
     str | tuple[int, ...],
-    PlainValidator(_layers),
+    BeforeValidator(_layers),
     Works(f"{', '.join(LAYER_NAMES)}, or a list of layers counted from 0"),
 ]
 Sample = Annotated[
-    int | Literal["all"], PlainValidator(_sample), Works("a whole number of at least 2, or all")
+    int | Literal["all"], BeforeValidator(_sample), Works("a whole number of at least 2, or all")
 ]
-Modules = Annotated[str | tuple[str, ...], PlainValidator(_modules), Works("auto, or a list of module names")]
+Modules = Annotated[str | tuple[str, ...], BeforeValidator(_modules), Works("auto, or a list of module names")]
 
 Group = Annotated[Literal[16, 32, 64, 128, 256], BeforeValidator(_whole)]
 AccuracyLevel = Annotated[Literal[0, 1, 4], BeforeValidator(_whole)]

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from edgedisp import BadInput
+from edgedisp.train.trainer import quiet
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def load_quantized(folder: Path, base: str) -> nn.Module:
         )
     else:
         config = BitsAndBytesConfig(load_in_8bit=True)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
 
 
 def attach(model: nn.Module, layers: nn.ModuleList, settings: AdapterSettings, seed: int) -> nn.Module:

@@ -16,6 +16,7 @@ import json
 import math
 import random
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -195,7 +196,8 @@ def _own_random_state() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """No log lines and no bars of transformers inside the block."""
     level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -243,6 +245,13 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
+def _remove_half_written(folder: Path) -> None:
+    """Left in place they would count as the newest, and the Trainer would rotate the whole ones away."""
+    for path in folder.glob("checkpoint-*"):
+        if not (path / ROWS).is_file():
+            shutil.rmtree(path)
+
+
 def peak_memory_bytes() -> int:
     """Highest resident memory of this process so far (Linux counts in KiB, macOS in bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -272,13 +281,14 @@ def fit(
     if len(tokens) < needed:
         raise ValueError(f"{settings.steps} steps need {needed} blocks of tokens, {len(tokens)} were given")
     resumed = last_checkpoint(checkpoints)
+    _remove_half_written(checkpoints)
     rows: list[dict[str, Any]] = json.loads((resumed / ROWS).read_text()) if resumed else []
     resumed_from = len(rows)
     started = time.perf_counter()
     if settings.gradient_checkpointing:
         # Set on the model: the Trainer's own option changed its name within transformers 5.
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    with _own_random_state(), _quiet(), penalty.watch(model) if penalty else nullcontext():
+    with _own_random_state(), quiet(), penalty.watch(model) if penalty else nullcontext():
         trainer = DispersionTrainer(
             model=model,
             args=_arguments(settings, checkpoints),

@@ -209,7 +209,7 @@ class Decoder:
         binding = self.binding
         binding.bind_cpu_input(self.ids, ids)
         if self.mask in self.inputs:
-            binding.bind_cpu_input(self.mask, self.ones[:, : total - 1] if total > 9 else self.ones[:, :total])
+            binding.bind_cpu_input(self.mask, self.ones[:, :total])
         if self.position_ids in self.inputs:
             binding.bind_cpu_input(self.position_ids, self.places[:, total - count : total])
         binding.bind_output(self.logits, "cpu", 0, room.dtype, room.shape, room.ctypes.data)
