@@ -52,6 +52,15 @@ class ChatStats:
     context: int
     """Most tokens of prompt and answer together."""
 
+    def line(self) -> str:
+        """The conversation's figures in one line, for people."""
+        parts = [f"{self.turns} turn{'s' if self.turns != 1 else ''}", f"{self.new_tokens} tokens"]
+        if self.ttft_ms is not None:
+            parts.append(f"the first after {self.ttft_ms:.0f} ms")
+        if self.decode_tokens_per_s is not None:
+            parts.append(f"then {self.decode_tokens_per_s:.1f} tokens/s")
+        return ", ".join(parts)
+
 
 def chat(
     bundle: Path,

@@ -66,11 +66,6 @@ class Observer(Protocol):
     def kept(self, name: str, record: Record) -> None: ...
 
 
-def beside(recipe: Recipe) -> Path:
-    """The folder that a recipe's relative paths start from."""
-    return recipe.path.parent if recipe.path else Path.cwd()
-
-
 def run_folder(recipe: Recipe, out: Path | None) -> Path:
     return out or Path("runs") / f"{recipe.name}-{recipe.hash8}"
 
@@ -102,10 +97,8 @@ def _base(recipe: Recipe) -> Stage:
         from edgedisp import stages as run
 
         if recipe.is_smoke:
-            return run.twin_base(
-                recipe.model, recipe.data, recipe.seed, beside(recipe), job.own, job.progress
-            )
-        return run.base(recipe.model, recipe.data.context, beside(recipe), job.own, job.progress)
+            return run.twin_base(recipe.model, recipe.data, recipe.seed, recipe.folder, job.own, job.progress)
+        return run.base(recipe.model, recipe.data.context, recipe.folder, job.own, job.progress)
 
     section = {"model": _plain(recipe.model), "smoke": recipe.is_smoke, "context": recipe.data.context}
     if recipe.is_smoke:
@@ -124,7 +117,7 @@ def _corpus(recipe: Recipe) -> Stage:
             recipe.seed,
             blocks,
             job.folders["base"],
-            beside(recipe),
+            recipe.folder,
             recipe.is_smoke,
             job.own,
             job.progress,
@@ -210,9 +203,10 @@ def _verify(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
 
 def _accuracy(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
     model, bundle = f"{arm}/model", None if precision == "torch" else f"{arm}/{precision}"
-    section = {**_plain(recipe.evaluate), "seed": recipe.seed, "threads": threads}
+    context = recipe.data.context
+    section = {**_plain(recipe.evaluate), "context": context, "seed": recipe.seed, "threads": threads}
     path = recipe.evaluate.tasks_path
-    tasks_path = None if path is None else (beside(recipe) / path).resolve()
+    tasks_path = None if path is None else (recipe.folder / path).resolve()
 
     def work(job: Work) -> dict[str, Any]:
         from edgedisp import stages as run
@@ -225,6 +219,7 @@ def _accuracy(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
             job.folders[model],
             shipped,
             job.folders["corpus"],
+            context,
             threads,
             job.own,
             job.progress,

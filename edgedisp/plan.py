@@ -13,7 +13,7 @@ from typing import Any
 
 from edgedisp import BadInput
 from edgedisp.bench.machine import physical_cores
-from edgedisp.pipeline import Observer, beside, state
+from edgedisp.pipeline import Observer, state
 from edgedisp.recipe import Recipe
 
 # Bytes per parameter on disk. int8: a byte and a float32 scale per group of 32. int4: half of that, zero
@@ -40,7 +40,7 @@ def check_before_start(recipe: Recipe, run: Path) -> None:
     for target in recipe.targets:
         load_target(target)
     path = recipe.evaluate.tasks_path
-    folder = None if path is None else (beside(recipe) / path).resolve()
+    folder = None if path is None else (recipe.folder / path).resolve()
     if folder is not None and not folder.is_dir():
         raise BadInput(f"evaluate.tasks_path: {folder} is no folder of lm-evaluation-harness tasks")
     check_tasks(recipe.evaluate.tasks, folder)

@@ -22,7 +22,7 @@ from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.dispersion.geometry import condensation
 from edgedisp.graph import check
 from edgedisp.graph.export import export as export_graph
-from edgedisp.pipeline import BITS, Observer, beside
+from edgedisp.pipeline import BITS, Observer
 from edgedisp.quantize.rewrite import quantize_bundle
 from edgedisp.recipe import Recipe
 from edgedisp.stages import fetch_base, train_settings
@@ -44,7 +44,7 @@ def measure_condensation(
         documents = corpus.read_documents(text)
     blocks = corpus.pack(
         documents,
-        lambda texts: model.encode(tokenizer, texts),
+        model.Encoder(tokenizer),
         model.end_of_text_id(tokenizer),
         context,
         None,
@@ -164,7 +164,7 @@ def probe_base(recipe: Recipe, progress: Progress) -> dict[str, Any]:
         texts = [document.text for document in corpus.made_documents(50, seed=0)]
         opened, _ = model.twin(recipe.model.architecture or "", texts, seed=0, context=recipe.data.context)
     else:
-        where = fetch_base(recipe.model, beside(recipe), progress)
+        where = fetch_base(recipe.model, recipe.folder, progress)
         opened, _ = model.open_base(
             where,
             revision=recipe.model.revision,

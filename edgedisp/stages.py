@@ -23,7 +23,7 @@ from edgedisp.dispersion.collect import Dispersion, decoder_layers
 from edgedisp.dispersion.geometry import condensation as measure_condensation
 from edgedisp.evaluate import tasks
 from edgedisp.evaluate.divergence import Divergence
-from edgedisp.folder import Record, file_digest, read, write_json
+from edgedisp.folder import file_digest, write_json
 from edgedisp.graph import check
 from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.session import OnnxModel
@@ -39,7 +39,7 @@ CONDENSATION_SEQUENCES = 16
 # Real prompts that verify decodes with the cache, greedily, and how far.
 VERIFY_PROMPTS = 4
 VERIFY_NEW_TOKENS = 16
-SMOKE_DOCUMENTS = 200
+MADE_DOCUMENTS = 200
 
 
 # ---------------------------------------------------------------- base and corpus
@@ -57,7 +57,7 @@ def read_documents(data: Data, beside: Path, smoke: bool, progress: Progress) ->
             progress=progress,
         )
         if smoke and isinstance(where, str):
-            documents += corpus.made_documents(SMOKE_DOCUMENTS, seed=len(documents))
+            documents += corpus.made_documents(source.limit or MADE_DOCUMENTS, seed=len(documents))
             continue
         documents += corpus.read_documents(
             where,
@@ -65,7 +65,7 @@ def read_documents(data: Data, beside: Path, smoke: bool, progress: Progress) ->
             config=source.config,
             split=source.split,
             revision=source.revision,
-            limit=SMOKE_DOCUMENTS if smoke else source.limit,
+            limit=source.limit,
         )
     return documents
 
@@ -135,12 +135,13 @@ def tokens(
     training, heldout = corpus.split(documents, data.heldout, seed)
     tokenizer = model.load_tokenizer(base_folder)
     end_of_text = model.end_of_text_id(tokenizer)
-
-    def encode(texts: Any) -> Any:
-        return model.encode(tokenizer, texts)
-
-    packed, facts = corpus.blocks_for(training, encode, end_of_text, data.context, blocks, seed)
-    held = corpus.pack(heldout, encode, end_of_text, data.context, None)
+    encode = model.Encoder(tokenizer)
+    packed, facts = corpus.blocks_for(
+        training, encode, end_of_text, data.context, blocks, seed, progress=progress
+    )
+    held = corpus.pack(
+        heldout, encode, end_of_text, data.context, name="the held-out text", progress=progress
+    )
     np.save(own / "tokens.npy", packed, allow_pickle=False)
     np.save(own / "heldout.npy", held, allow_pickle=False)
     lines = [json.dumps(asdict(document), ensure_ascii=False) for document in heldout]
@@ -367,25 +368,29 @@ def accuracy(
     model_folder: Path,
     bundle: Path | None,
     corpus_folder: Path,
+    context: int,
     threads: int,
     own: Path,
     progress: Progress,
 ) -> Results:
     """Score the torch model (bundle None) or a bundle on the recipe's tasks, per-item results kept."""
     tokenizer = model.load_tokenizer(model_folder)
-    scored: Any = model.TorchModel(model.load(model_folder)) if bundle is None else OnnxModel(bundle, threads)
-    results = tasks.run(
-        scored,
+    scored: Any = (
+        model.TorchModel(model.load(model_folder), threads) if bundle is None else OnnxModel(bundle, threads)
+    )
+    suite = tasks.prepare(
         tokenizer,
         section.tasks,
         heldout_documents(corpus_folder),
+        end_of_text=model.end_of_text_id(tokenizer),
+        context=min(context, scored.context),
         limit=section.limit,
         seed=seed,
-        batch_tokens=section.batch_tokens,
         perplexity_tokens=section.perplexity_tokens,
         tasks_path=tasks_path,
-        end_of_text=model.end_of_text_id(tokenizer),
-        progress=progress,
+    )
+    results = suite.run(
+        scored, batch_tokens=section.batch_tokens, bootstrap=section.bootstrap, progress=progress
     )
     write_json(own / "items.json", results)
     return {
@@ -397,7 +402,10 @@ def accuracy(
 def latency(
     section: Latency, seed: int, threads: int, bundles: dict[str, Path], own: Path, progress: Progress
 ) -> Results:
-    """Time every bundle on this machine, arms and precisions interleaved."""
+    """Time every bundle on this machine, the arms interleaved; twins must have the same graph."""
+    precisions = dict.fromkeys(label.split("/")[1] for label in bundles)
+    twins = [(f"baseline/{precision}", f"dispersed/{precision}") for precision in precisions]
+    pairs = [pair for pair in twins if set(pair) <= set(bundles)]
     runner = data_folder("export") / "runner" / "edgedisp_runner.py"
     results = local.measure(
         bundles,
@@ -408,23 +416,8 @@ def latency(
         threads=threads,
         seed=seed,
         pause_s=section.pause_s,
+        pairs=pairs,
         progress=progress,
     )
     write_json(own / "latency.json", results)
     return results
-
-
-def items_of(record: Record) -> dict[str, Any]:
-    """The per-item results of an accuracy stage."""
-    found: dict[str, Any] = json.loads((record.folder / "items.json").read_text(encoding="utf-8"))
-    return found
-
-
-def finished(folder: Path) -> Record:
-    """The record of a stage that must be finished by now."""
-    record = read(folder)
-    if record is None:
-        raise BuildFailed(
-            f"{folder}: a stage that ran has no whole record; was the folder changed meanwhile?"
-        )
-    return record

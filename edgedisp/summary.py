@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp import BadInput
-from edgedisp.bench.machine import describe
-from edgedisp.evaluate import statistics
+from edgedisp.bench.machine import describe, installed_version
+from edgedisp.evaluate.result import compare_task
 from edgedisp.folder import git_commit, write_json
 from edgedisp.pipeline import Walked
 from edgedisp.recipe import Recipe
@@ -36,8 +36,8 @@ def summarise(recipe: Recipe, walked: list[Walked], run: Path) -> dict[str, Any]
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["edgedisp", *sys.argv[1:]]),
         "recipe_yaml": recipe.to_yaml(),
-        "machine": {key: value for key, value in machine.items() if key != "versions"},
-        "versions": machine.get("versions", {}),
+        "machine": {key: value for key, value in machine.items() if key != "packages"},
+        "versions": {name: version for name in PACKAGES if (version := installed_version(name))},
         "git_commit": git_commit(),
         "seed": recipe.seed,
         "arms": list(recipe.arms),
@@ -86,9 +86,7 @@ def compare_arms(recipe: Recipe, walked: list[Walked], precisions: list[str]) ->
     for precision in precisions:
         left, right = items("baseline", precision), items("dispersed", precision)
         compared[precision] = {
-            task: statistics.compare_task(
-                left[task], right[task], bootstrap=recipe.evaluate.bootstrap, seed=recipe.seed
-            )
+            task: compare_task(left[task], right[task], bootstrap=recipe.evaluate.bootstrap, seed=recipe.seed)
             for task in left
         }
     return compared

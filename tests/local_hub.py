@@ -33,8 +33,8 @@ def serving(root: Path) -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            path = unquote(urlsplit(self.path).path).strip("/").split("/")
-            status, headers, content = _answer(root, path)
+            path = unquote(urlsplit(self.path).path)
+            status, headers, content = _answer(root, path.strip("/").split("/"))
             self.send_response(status)
             for name, value in (headers | {"Content-Length": str(len(content))}).items():
                 self.send_header(name, value)

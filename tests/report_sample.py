@@ -56,7 +56,7 @@ def _accuracy(arm: str, precision: str, compared: dict[str, Any]) -> dict[str, A
             "high": loss * 1.075,
             "higher_is_better": False,
             "chance": None,
-            "extra": {"bits_per_byte": {"value": 0.83, "low": 0.80, "high": 0.86}},
+            "metrics": {"bits_per_byte": {"value": 0.83, "low": 0.80, "high": 0.86}},
             **common,
         }
     }

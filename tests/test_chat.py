@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,7 @@ def test_the_answer_is_the_models_greedy_continuation_of_the_template(bundles: d
     assert (talk.stats.prompt_tokens, talk.stats.new_tokens) == (len(ids), 12)
     assert talk.stats.chat_template
     assert len(talk.pieces) == 13  # streamed: a piece for each token, and the line end
+    assert re.fullmatch(r"1 turn, 12 tokens, the first after \d+ ms, then [\d.]+ tokens/s", talk.stats.line())
 
 
 def test_keeping_the_cache_between_turns_changes_no_token(bundles: dict[str, Path]) -> None:

@@ -216,7 +216,8 @@ def test_of_a_folder_one_kind_is_read_and_only_the_wanted_split(tmp_path: Path) 
         read_documents(tmp_path / "empty")
 
 
-WIKITEXT = ["", " = First = \n", "", " One two . \n", "", " = = Part = = \n", "", " Three . \n", "", " = Second = \n", "", " x = y \n"]  # fmt: skip
+WIKITEXT = ["", " = First = \n", "", " One two . \n", "", " = = Part = = \n", "", " Three . \n"]
+WIKITEXT += ["", " = Second = \n", "", " x = y \n"]
 
 
 def test_lines_are_joined_at_top_level_headings() -> None:

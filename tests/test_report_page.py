@@ -19,15 +19,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from report_sample import sample, single_arm
 
+from edgedisp.report.before_after import table
 from edgedisp.report.card import model_card
+from edgedisp.report.claims import verdict
 from edgedisp.report.page import _sections, markdown, page, report_json, write
 from edgedisp.report.plot_inside import histogram, running_mean
 from edgedisp.report.plots import NAMES, plots
 from edgedisp.report.provenance import differing_settings, fairness
 from edgedisp.report.reading import finite
 from edgedisp.report.rendering import render_text
-from edgedisp.report.table import table
-from edgedisp.report.verdict import verdict
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)> | `x` [y](http://evil) $\\frac{'
@@ -172,9 +172,10 @@ def test_the_same_summary_gives_the_same_bytes_even_in_another_process(made: Pat
     assert digest(made) == digest(tmp_path)
 
 
-def test_the_table_and_the_verdict_need_no_matplotlib() -> None:
+def test_all_but_write_needs_the_standard_library_alone() -> None:
     code = (
-        "import sys, edgedisp.report.table, edgedisp.report.rendering, edgedisp.report.verdict\n"
+        "import sys; from edgedisp.report import compare, model_card, render_text, table, verdict, write\n"
+        "render_text(table({})); verdict({}); model_card({}, 'baseline')\n"
         "sys.exit(any(name in sys.modules for name in ('matplotlib', 'numpy', 'jinja2', 'torch')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -184,7 +185,7 @@ def test_report_json_holds_summary_table_and_verdict(made: Path) -> None:
     found = json.loads((made / "report.json").read_text())
     assert found["summary"] == json.loads(json.dumps(sample()))
     assert found["verdict"] == json.loads(json.dumps(verdict(sample())))
-    assert found["table"] == json.loads(json.dumps(table(sample()).as_dict()))
+    assert found["table"] == json.loads(json.dumps(table(sample()).as_json()))
 
 
 def test_markdown_links_only_pictures_that_exist(made: Path) -> None:
@@ -287,6 +288,18 @@ def test_an_unfair_twin_is_told() -> None:
 
 def test_the_arms_speed_gap_is_called_noise() -> None:
     assert "1.2\u00a0%, is the noise of this measurement" in light(sample())
+
+
+def test_what_the_measurement_warns_of_is_passed_on() -> None:
+    summary = sample()
+    row = summary["latency"]["rows"][0]
+    row["warnings"] = ["decode speed drifted"]
+    row["spread"] = {"decode_tokens_per_s": {"low": 51.0, "high": 54.0}}
+    summary["latency"]["pairs"] = [{"fault": None}, {"fault": "different graphs"}]
+    shown = light(summary)
+    for text in ("onnx fp32, baseline: decode speed drifted", "different graphs", "53.10 [51.00, 54.00]"):
+        assert text in shown
+    assert "None" not in shown.partition("<main>")[2]
 
 
 def test_histogram_columns_are_shares_and_empty_layers_stay_empty() -> None:

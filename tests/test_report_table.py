@@ -10,8 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_sample import ARMS, SIZE, comparison, sample, single_arm
 
+from edgedisp.report.before_after import (
+    DIFFERENCE,
+    Cell,
+    Metric,
+    compare,
+    difference_texts,
+    table,
+    value_text,
+)
 from edgedisp.report.rendering import cell_text, escape_markdown, fenced, render_markdown, render_text
-from edgedisp.report.table import DIFFERENCE, Cell, Metric, compare, difference_texts, table, value_text
 from edgedisp.report.wording import decimals_for, fixed, megabytes, p_value, seconds, signed, typographic
 
 
@@ -189,7 +197,7 @@ def test_an_empty_summary_gives_no_figures() -> None:
 
 
 def test_the_table_is_json() -> None:
-    found = json.loads(json.dumps(table(sample()).as_dict(), allow_nan=False))
+    found = json.loads(json.dumps(table(sample()).as_json(), allow_nan=False))
     assert found["rows"][3]["cells"]["size_bytes"]["baseline"]["value"] == SIZE["int4"]
 
 

@@ -11,8 +11,8 @@ import pytest
 from report_sample import comparison, difference, sample, single_arm
 from scipy import stats
 
+from edgedisp.report.claims import FEWEST_DOCUMENTS, RULES, WIDEST_NULL, verdict
 from edgedisp.report.comparisons import Z95, Comparison, comparisons, headline, holm, normal_p
-from edgedisp.report.verdict import FEWEST_DOCUMENTS, RULES, WIDEST_NULL, verdict
 
 
 def entry(p: float) -> Comparison:
@@ -163,11 +163,13 @@ def test_p_of_an_interval_agrees_with_scipy_and_with_the_interval() -> None:
     assert (normal_p(0.0, 0.0, 0.0), normal_p(1.0, 1.0, 1.0)) == (1.0, 0.0)
 
 
-def test_an_exact_mcnemar_p_is_preferred() -> None:
+def test_a_recorded_p_is_preferred_and_one_that_respects_documents_first() -> None:
     summary = sample()
+    summary["comparison"]["int8"]["heldout_cloze"].update(mcnemar_p=0.125, p_value=0.5)
     summary["comparison"]["int4"]["heldout_cloze"]["mcnemar_p"] = 0.125
     found = {(one.precision, one.task): one.p for one in comparisons(summary)}
     assert found["int4", "heldout_cloze"] == 0.125
+    assert found["int8", "heldout_cloze"] == 0.5
 
 
 def test_without_a_difference_a_claim_is_made_in_at_most_5_percent_of_builds() -> None:

@@ -80,26 +80,38 @@ def task_result(
     )
 
 
-def compare(
+def compare_task(
     baseline: TaskResult, dispersed: TaskResult, *, bootstrap: int = 2000, seed: int = 0
-) -> dict[str, dict[str, Any]]:
-    """Pair two results of one task: {metric: statistics.paired(...)}, the main metric first.
+) -> dict[str, Any]:
+    """Pair two results of one task: `statistics.paired` of the main metric, and of every one under `metrics`.
 
-    Metrics without a part per item are left out: two such numbers cannot be paired. Raises ValueError when
-    the results come from different tasks or different items.
+    A main metric that has no part per item cannot be paired: its low and high are None, with `reason`.
+    Raises ValueError when the results come from different tasks or different items.
     """
     if baseline["task"] != dispersed["task"] or baseline["items_sha256"] != dispersed["items_sha256"]:
         raise ValueError(
             f"{baseline['task']} ({baseline['n']} items) and {dispersed['task']} ({dispersed['n']} items) do "
             "not hold the same items and cannot be paired; score both with one recipe, tokenizer and seed"
         )
-    return {
+    metrics = {
         name: statistics.paired(
             baseline["items"], dispersed["items"], Metric(**definition), bootstrap=bootstrap, seed=seed
         )
         for name, definition in baseline["definitions"].items()
-        if name in dispersed["definitions"]
     }
+    main = metrics.get(baseline["metric"]) or {
+        "metric": baseline["metric"],
+        "baseline": baseline["value"],
+        "dispersed": dispersed["value"],
+        "difference": dispersed["value"] - baseline["value"],
+        "low": None,
+        "high": None,
+        "n": baseline["n"],
+        "documents": baseline["documents"],
+        "higher_is_better": baseline["higher_is_better"],
+        "reason": "computed over the whole task, so the two cannot be paired",
+    }
+    return {**main, "metrics": metrics}
 
 
 def _with_value(item: Mapping[str, Any], metric: Metric | None) -> dict[str, Any]:

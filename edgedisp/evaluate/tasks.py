@@ -30,13 +30,13 @@ _NAME = re.compile(r"^[\"']?(?:task|group)[\"']?:[ \t]*[\"']?([^\s\"'#]+)", re.M
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks with their items, ready to be asked of any number of models."""
+    """Tasks with their items, ready to be asked of any number of models. stop_ids end generated text."""
 
     questions: dict[str, list[Question]]
     harness_tasks: dict[str, Any]
-    order: tuple[str, ...]
     text: Text
     limit: int
+    stop_ids: frozenset[int]
 
     def run(
         self,
@@ -44,14 +44,9 @@ class Suite:
         *,
         batch_tokens: int = 1024,
         bootstrap: int = 2000,
-        stop_ids: frozenset[int] = frozenset(),
         progress: Progress = silent,
     ) -> dict[str, TaskResult]:
-        """Score a model: {task: result}, in the order of the names asked for.
-
-        stop_ids: tokens that end generated text, beside end-of-text. Raises BuildFailed for logits that are
-        not finite.
-        """
+        """Score a model: {task: result}. Raises BuildFailed for logits that are not finite."""
         results: dict[str, TaskResult] = {}
         for name, questions in self.questions.items():
             results[name] = heldout.score(
@@ -64,35 +59,26 @@ class Suite:
                 seed=self.text.seed,
                 progress=_named(progress, name),
             )
-        if self.harness_tasks:
-            results |= self._run_harness(model, batch_tokens, bootstrap, stop_ids, progress)
-        return {name: results[name] for name in self.order}
+        for name in self.harness_tasks:
+            results[name] = self._run_harness(name, model, batch_tokens, bootstrap, progress)
+        return results
 
     def _run_harness(
-        self,
-        model: LanguageModel,
-        batch_tokens: int,
-        bootstrap: int,
-        stop_ids: frozenset[int],
-        progress: Progress,
-    ) -> dict[str, TaskResult]:
+        self, name: str, model: LanguageModel, batch_tokens: int, bootstrap: int, progress: Progress
+    ) -> TaskResult:
         from edgedisp.evaluate import harness
 
-        results = {}
-        for name, task in self.harness_tasks.items():
-            subject = harness.HarnessModel(
-                model,
-                self.text.encode,
-                self.text.decode,
-                self.text.end_of_text,
-                stop_ids=stop_ids,
-                batch_tokens=batch_tokens,
-                progress=_named(progress, name),
-            )
-            results[name] = harness.run(
-                subject, name, task, limit=self.limit, seed=self.text.seed, bootstrap=bootstrap
-            )
-        return results
+        subject = harness.HarnessModel(
+            model,
+            self.text.encode,
+            self.text.decode,
+            self.text.end_of_text,
+            stop_ids=self.stop_ids,
+            batch_tokens=batch_tokens,
+            progress=_named(progress, name),
+        )
+        task = self.harness_tasks[name]
+        return harness.run(subject, name, task, limit=self.limit, seed=self.text.seed, bootstrap=bootstrap)
 
 
 def check_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> None:
@@ -143,11 +129,10 @@ def _check_index(names: Sequence[str], tasks_path: Path | None) -> None:
 
 
 def prepare(
+    tokenizer: Any,
     tasks: Sequence[str],
     documents: Sequence[Document],
     *,
-    encode: Encode,
-    decode: Decode,
     end_of_text: int,
     context: int = CONTEXT,
     limit: int = 100,
@@ -157,59 +142,73 @@ def prepare(
 ) -> Suite:
     """Build the items of all tasks; call it before training, so that what cannot be scored is known then.
 
-    encode: text -> ids without special tokens; decode its inverse. end_of_text: the token between documents.
-    context: tokens of a held-out window, at most the models' own. limit: most items of each task.
-    Raises BadInput as `check_tasks` does, for too little held-out text, and for data that cannot be fetched.
+    tokenizer: a transformers tokenizer. end_of_text: the token between documents. context: tokens of a
+    held-out window, at most the models' own. limit: most items of each task. perplexity_tokens: most tokens
+    of heldout_perplexity. Raises BadInput as `check_tasks` does, for too little held-out text, and for data
+    that cannot be fetched.
     """
     check_tasks(tasks, tasks_path)
-    text = Text(documents, encode, decode, end_of_text, context, seed, perplexity_tokens)
+    text = Text(
+        documents, _encoder(tokenizer), _decoder(tokenizer), end_of_text, context, seed, perplexity_tokens
+    )
     names = [*dict.fromkeys(tasks)]
     questions = {name: heldout.build(name, text, limit) for name in names if name in heldout.TASKS}
     harness_tasks: dict[str, Any] = {}
-    order: list[str] = []
     others = [name for name in names if name not in heldout.TASKS]
     if others:
         from edgedisp.evaluate import catalog
 
         harness_tasks = catalog.load(others, tasks_path)
-    order = [name for name in names if name in questions] + list(harness_tasks)
-    return Suite(questions, harness_tasks, tuple(order), text, limit)
+    stop_ids = {end_of_text} | ({tokenizer.eos_token_id} - {None})
+    return Suite(questions, harness_tasks, text, limit, frozenset(stop_ids))
 
 
 def run(
     model: LanguageModel,
+    tokenizer: Any,
     tasks: Sequence[str],
     documents: Sequence[Document],
     *,
-    encode: Encode,
-    decode: Decode,
     end_of_text: int,
     context: int | None = None,
     limit: int = 100,
     seed: int = 0,
+    batch_tokens: int = 1024,
     perplexity_tokens: int | None = None,
     tasks_path: Path | None = None,
-    batch_tokens: int = 1024,
     bootstrap: int = 2000,
-    stop_ids: frozenset[int] = frozenset(),
     progress: Progress = silent,
 ) -> dict[str, TaskResult]:
-    """`prepare` and `Suite.run` in one call, for a single model."""
+    """`prepare` and `Suite.run` in one call, for a single model: {task: result}.
+
+    context: None takes what the model allows, at most 512; give the recipe's, so that all models agree.
+    """
     suite = prepare(
+        tokenizer,
         tasks,
         documents,
-        encode=encode,
-        decode=decode,
         end_of_text=end_of_text,
-        context=min(model.context, CONTEXT) if context is None else context,
+        context=min(model.context, CONTEXT if context is None else context),
         limit=limit,
         seed=seed,
         perplexity_tokens=perplexity_tokens,
         tasks_path=tasks_path,
     )
-    return suite.run(
-        model, batch_tokens=batch_tokens, bootstrap=bootstrap, stop_ids=stop_ids, progress=progress
-    )
+    return suite.run(model, batch_tokens=batch_tokens, bootstrap=bootstrap, progress=progress)
+
+
+def _encoder(tokenizer: Any) -> Encode:
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    return encode
+
+
+def _decoder(tokenizer: Any) -> Decode:
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    return decode
 
 
 def _names_in(folders: Sequence[Path]) -> set[str]:

@@ -32,7 +32,7 @@ from edgedisp.graph.session import Logits, OnnxModel
 FORCED = 4  # tokens at the end of each prompt that go through the cache one by one
 EXACT_LIMIT = 1e-3  # relative difference allowed between the two roads in fp32 arithmetic
 ROUNDED_LIMIT = 0.2  # and with 8-bit activations
-NEW_TOKENS = 16
+NEW_TOKENS = 16  # decoded greedily after each prompt
 
 
 def check(
@@ -41,7 +41,6 @@ def check(
     *,
     texts: Sequence[str] = (),
     threads: int,
-    new_tokens: int = NEW_TOKENS,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Run every check on `bundle` with real prompts (token ids, each at least 2 long) and texts.
@@ -63,9 +62,9 @@ def check(
     _hold(bundle, "a right-padded batch and single rows", padded, limit)
     _hold(bundle, "decoding with the cache and computing in full", cached, limit)
     progress(1, 3, "greedy decoding")
-    greedy = [model.greedy(row, new_tokens, frozenset()) for row in rows]
+    greedy = [model.greedy(row, NEW_TOKENS, model.end_ids) for row in rows]
     _check_choices(bundle, model, rows, greedy, limit, "cached greedy decoding")
-    _check_stop(bundle, model.greedy(rows[0], new_tokens, frozenset(greedy[0][-1:])), greedy[0])
+    _check_stop(bundle, model.greedy(rows[0], NEW_TOKENS, frozenset(greedy[0][-1:])), greedy[0])
     progress(2, 3, "onnxruntime-genai")
     genai = _check_genai(bundle, model, rows, greedy, limit, texts)
     progress(3, 3, "checked")
@@ -87,3 +86,131 @@ def relative_difference(logits: Logits, reference: Logits) -> float:
     left, right = (values - values.mean(axis=-1, keepdims=True) for values in (logits, reference))
     scale = np.sqrt(np.square(right).mean(axis=-1)) + np.finfo(np.float32).tiny
     return float((np.sqrt(np.square(left - right).mean(axis=-1)) / scale).max())
+
+
+def _two_roads(model: OnnxModel, rows: list[list[int]], alone: list[Logits]) -> tuple[float, float]:
+    """Worst relative difference of a right-padded prefill, and of cached decoding at ragged lengths, to `alone`."""
+    forced = min(FORCED, min(map(len, rows)) - 1)
+    lengths = np.array([len(row) - forced for row in rows])
+    ids = np.zeros((len(rows), lengths.max()), np.int64)
+    for row, length, line in zip(rows, lengths, ids):
+        line[:length] = row[:length]
+    logits, cache = model.prefill(ids, _mask(lengths))
+    padded = max(
+        relative_difference(ours[:length], full[:length]) for ours, full, length in zip(logits, alone, lengths)
+    )
+    cached = 0.0
+    for _ in range(forced):
+        tokens = np.array([[row[length]] for row, length in zip(rows, lengths)], np.int64)
+        reference = np.stack([full[length] for full, length in zip(alone, lengths)])
+        lengths = lengths + 1
+        logits, cache = model.decode(tokens, _mask(lengths), cache)
+        cached = max(cached, relative_difference(logits[:, 0], reference))
+    return padded, cached
+
+
+def _mask(lengths: NDArray[Any]) -> NDArray[np.int64]:
+    """Right-padded mask [batch, longest]."""
+    return (np.arange(lengths.max())[None] < lengths[:, None]).astype(np.int64)
+
+
+def _hold(bundle: Path, what: str, difference: float, limit: float) -> None:
+    if not difference <= limit:  # NaN fails, too
+        raise BuildFailed(f"{bundle}: {what} disagree: relative difference {difference:.3g}, limit {limit:g}")
+
+
+def _check_choices(
+    bundle: Path, model: OnnxModel, rows: list[list[int]], chosen: list[list[int]], limit: float, who: str
+) -> None:
+    """Every chosen token must be the likeliest when everything before it is computed in full, or as good as it."""
+    for row, new in zip(rows, chosen):
+        ids = np.array([row + new[:-1]], np.int64)
+        logits = model(ids, np.ones_like(ids))[0, len(row) - 1 :]
+        spread = logits.std(axis=-1) + np.finfo(np.float32).tiny
+        behind = (logits.max(axis=-1) - logits[np.arange(len(new)), new]) / spread
+        worst = int(behind.argmax())
+        if not behind[worst] <= 2 * limit:  # both tokens may be off by the limit
+            raise BuildFailed(
+                f"{bundle}: {who} chose token {new[worst]} at place {len(row) + worst} of a prompt of {len(row)}, "
+                f"where {int(logits[worst].argmax())} is likelier by {behind[worst]:.3g} standard deviations"
+            )
+
+
+def _check_stop(bundle: Path, stopped: list[int], free: list[int]) -> None:
+    """With its last token as the end of text, the same decoding must end where that token first appears."""
+    expected = free[: free.index(free[-1]) + 1]
+    if stopped != expected:
+        raise BuildFailed(f"{bundle}: decoding did not stop at its end of text: {stopped} instead of {expected}")
+
+
+def _check_genai(
+    bundle: Path,
+    model: OnnxModel,
+    rows: list[list[int]],
+    greedy: list[list[int]],
+    limit: float,
+    texts: Sequence[str],
+) -> dict[str, Any]:
+    """The same decoding, stop and tokens by onnxruntime-genai."""
+    opened = GenaiModel(bundle)
+    said = [opened.greedy(row, NEW_TOKENS) for row in rows]
+    _check_choices(bundle, model, rows, said, limit, "onnxruntime-genai")
+    _check_stop(bundle, GenaiModel(bundle, stop_id=said[0][-1]).greedy(rows[0], NEW_TOKENS), said[0])
+    equal = sum(ours == theirs for ours, theirs in zip(greedy, said))
+    return {
+        "opened": True,
+        "greedy_agrees": f"{equal}/{len(rows)}",
+        "stops": True,
+        **_check_tokenizer(bundle, opened.tokenizer(), texts),
+    }
+
+
+def _check_tokenizer(bundle: Path, genai: Any, texts: Sequence[str]) -> dict[str, Any]:
+    """genai reads tokenizer.json with code of its own: its ids must be those of the library that trained it."""
+    from tokenizers import Tokenizer
+
+    reference = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    round_trips = 0
+    for text in texts:
+        # Which of the two genai does, with special tokens or without, is set in the tokenizer's files.
+        expected = [reference.encode(text, add_special_tokens=added).ids for added in (False, True)]
+        ids = [int(token) for token in genai.encode(text)]
+        if ids not in expected:
+            place = next((i for i, (a, b) in enumerate(zip(ids, expected[0])) if a != b), len(ids))
+            raise BuildFailed(
+                f"{bundle}: onnxruntime-genai's tokenizer gives other ids than tokenizer.json, from token {place} "
+                f"of the text that starts {text[:40]!r}: {ids[place : place + 5]} instead of "
+                f"{expected[0][place : place + 5]}"
+            )
+        round_trips += genai.decode(ids) == text
+    return {"tokenizer_agrees": f"{len(texts)}/{len(texts)}", "round_trips": f"{round_trips}/{len(texts)}"}
+
+
+def _graph_facts(bundle: Path, graph: onnx.GraphProto) -> dict[str, Any]:
+    """Operator counts, and what is not in its fused form: attention by layer, products among quantized ones."""
+    nodes = Counter(node.op_type for node in graph.node)
+    layers = sum(value.name.startswith("past_key_values.") for value in graph.input) // 2
+    matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
+    products = ("MatMul", "FusedMatMul", "Gemm")
+    plain = [n.name for n in graph.node if n.op_type in products and n.input[1] in matrices]
+    if nodes["GroupQueryAttention"] != layers:
+        raise BuildFailed(
+            f"{bundle}: {layers} layers have a cache, but {nodes['GroupQueryAttention']} GroupQueryAttention nodes "
+            "are in the graph: attention was not fused"
+        )
+    return {
+        "nodes": dict(sorted(nodes.items())),
+        "layers": layers,
+        "attention_fused": nodes["GroupQueryAttention"],
+        "products_unfused": len(plain) if nodes["MatMulNBits"] else 0,
+    }
+
+
+def _rounds_activations(graph: onnx.GraphProto) -> bool:
+    levels = [
+        helper.get_attribute_value(attribute)
+        for node in graph.node
+        for attribute in node.attribute
+        if attribute.name == "accuracy_level"
+    ]
+    return 4 in levels

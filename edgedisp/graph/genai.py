@@ -6,7 +6,6 @@ Left out: sampling and chat, which `edgedisp/chat.py` does.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,16 @@ from edgedisp import BuildFailed
 class GenaiModel:
     """A bundle opened by onnxruntime-genai. BuildFailed with the runtime's reason if it does not open."""
 
-    def __init__(self, bundle: Path, stop_ids: Sequence[int] | None = None) -> None:
-        """`stop_ids` replaces the end-of-text ids of the bundle."""
+    def __init__(self, bundle: Path, stop_id: int | None = None) -> None:
+        """`stop_id` ends the text as well; the bundle's own end-of-text ids stay (an overlay adds to a list)."""
         import onnxruntime_genai
 
         self._runtime: Any = onnxruntime_genai
         getattr(onnxruntime_genai, "disable_telemetry_events", lambda: None)()
         try:
             config = onnxruntime_genai.Config(str(bundle))
-            if stop_ids is not None:
-                config.overlay(json.dumps({"model": {"eos_token_id": list(stop_ids)}}))
+            if stop_id is not None:
+                config.overlay(json.dumps({"model": {"eos_token_id": [stop_id]}}))
             self._model = onnxruntime_genai.Model(config)
         except Exception as error:  # genai raises bare RuntimeError and its own types
             raise BuildFailed(f"{bundle}: onnxruntime-genai cannot open it: {error}") from error

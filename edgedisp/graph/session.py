@@ -36,6 +36,8 @@ class OnnxModel:
         config = _config(bundle)
         self.context = int(config["context_length"])
         self.vocab_size = int(config["vocab_size"])
+        ends = config["eos_token_id"]
+        self.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
         self.session = _open(bundle, threads)
         shapes = {value.name: value.shape for value in self.session.get_inputs()}
         self._caches = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}

@@ -175,7 +175,9 @@ Layers = Annotated[
 Sample = Annotated[
     int | Literal["all"], BeforeValidator(_sample), Works("a whole number of at least 2, or all")
 ]
-Modules = Annotated[str | tuple[str, ...], BeforeValidator(_modules), Works("auto, or a list of module names")]
+Modules = Annotated[
+    str | tuple[str, ...], BeforeValidator(_modules), Works("auto, or a list of module names")
+]
 
 Group = Annotated[Literal[16, 32, 64, 128, 256], BeforeValidator(_whole)]
 AccuracyLevel = Annotated[Literal[0, 1, 4], BeforeValidator(_whole)]

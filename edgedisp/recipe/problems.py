@@ -38,11 +38,10 @@ class Problem:
     words: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.place.words}: {dotted(self.key)}: {self.words}"
-            if self.key
-            else f"{self.place.words}: {self.words}"
-        )
+        parts = [self.place.words, dotted(self.key), self.words]
+        line = ": ".join(part for part in parts if part)
+        # A key or tag can hold line breaks and terminal codes; a problem is one line of visible text.
+        return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line)
 
 
 def summary(name: str, problems: Sequence[Problem]) -> str:

@@ -123,7 +123,7 @@ class Adapter(Section):
         description="lora: over the fp32 base; qlora: over a quantized base"
     )
     rank: Count = Field(default=16, description="rank of the update")
-    alpha: Positive = Field(
+    alpha: Count = Field(
         default=None,
         validate_default=True,
         description="the update is scaled by alpha / rank; null: twice the rank",

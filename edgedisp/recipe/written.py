@@ -125,10 +125,10 @@ class Written:
             return
         try:
             node = _compose(text)
+            value = None if node is None else self._plain(node, tuple(parts), place)
         except (YAMLError, RecursionError) as problem:
             self.problems.append(Problem(place, tuple(parts), f"the value is not YAML: {_said(problem)}"))
             return
-        value = None if node is None else self._plain(node, tuple(parts), place)
         words = self._set(parts, value, place)
         if words:
             self.problems.append(Problem(place, tuple(parts), words))
@@ -219,7 +219,7 @@ def parse(text: str, name: str) -> Written:
             )
         written.data = written._plain(node, ())
     except RecursionError:
-        raise BadInput(f"{name}: nested too deeply, or an alias that holds itself") from None
+        raise BadInput(f"{name}: nested too deeply, or an alias holds itself") from None
     except YAMLError as problem:
         raise BadInput(_not_yaml(problem, text, name)) from None
     written.places[()] = Place(f"{name}:{node.start_mark.line + 1}", node.start_mark.line + 1)
@@ -274,7 +274,9 @@ def _not_yaml(problem: YAMLError, text: str, name: str) -> str:
 
 
 def _said(problem: Exception, between: str = "") -> str:
-    said = _plain_words(str(getattr(problem, "problem", None) or "it is nested too deeply"))
+    said = _plain_words(
+        str(getattr(problem, "problem", None) or "it is nested too deeply, or an alias holds itself")
+    )
     cause = next((words for sign, words in _CAUSES.items() if sign in said), "")
     return f"{said}{between}" + (f" ({cause})" if cause else "")
 

@@ -5,12 +5,65 @@ opened and no run folder is read, so the same summary gives the same bytes.
 
     reading.py      how a summary is read when parts of it are absent
     wording.py      how figures are written: digits, units, intervals
-    table.py        the before/after table, of one run or several; rendering.py: as text and as Markdown
-    comparisons.py  paired comparisons and Holm's correction; verdict.py what may be claimed, by written rules
+    before_after.py the table, of one run or several; rendering.py: as text and as Markdown
+    comparisons.py  paired comparisons and Holm's correction; claims.py: the verdict, by written rules
     picture.py      a drawing as SVG, PNG, inline SVG; plots.py, plot_inside.py, plot_scores.py: drawings
-    section.py      the shape of a section; results.py, shipped.py, provenance.py the sections
-    page.py         `write`: all files of the report, HTML through report.html.j2
+    section.py      the shape of a section; results.py, shipped.py, provenance.py: the sections
+    page.py         all files of the report, HTML through report.html.j2
     card.py         the README of an exported model folder
 
-table, rendering and verdict need the standard library alone, so that a command line can show them at once.
+The summary, every part of which may be absent or None:
+
+    name, hash8, smoke, created, command, recipe_yaml, git_commit, machine {}, versions {}, arms [],
+    precisions []
+    model       {base, architecture, license, parameters {embedding, attention, mlp, norm, head, total, tied},
+                weights_sha256}
+    corpus      {tokens_sha256, train_tokens, train_documents, heldout_documents, epochs, context, sources [],
+                license}
+    midtrain    {arm: {steps, tokens, seconds, tokens_per_s, peak_memory_bytes, weights_sha256, settings {},
+                log [{step, loss, dispersion, lr, grad_norm}]}}
+    condensation {arm: {tokens, sequences, layers [{layer, cosine_raw, cosine_sink_excluded,
+                cosine_mean_removed, effective_rank, histogram [counts over cosine -1 to 1]}]}}
+    bundles     {arm: {precision: {size_bytes, nodes {}}}}
+    verify      {arm: {precision: {max_abs_difference, mean_kl, p99_kl, top1_agreement, greedy_agreement,
+                tokens, genai {opened, reason}, limits {}, passed}}}
+    accuracy    {arm: {precision: {task: {metric, value, low, high, n, documents, higher_is_better, chance,
+                metrics {bits_per_byte {value, low, high}}}}}}
+    comparison  {precision: {task: {metric, baseline, dispersed, difference, low, high, n, documents,
+                higher_is_better, p_value, mcnemar_p, nll_difference {difference, low, high}}}}
+    latency     {device, threads, warnings [], pairs [{fault}], rows [{arm, precision, load_s, ttft_ms,
+                prefill_tokens_per_s, decode_tokens_per_s, token_ms_p50, token_ms_p90, peak_memory_bytes,
+                weights_bytes, spread {figure: {low, high}}, warnings []}]}
+    stages      [{name, seconds, kept}]
+
+All but `write` need the standard library alone, so that a command line can show a table at once.
 """
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgedisp.report.before_after import Table, compare, table
+from edgedisp.report.card import model_card
+from edgedisp.report.claims import verdict
+from edgedisp.report.reading import Summary
+from edgedisp.report.rendering import render_markdown, render_text
+
+__all__ = [
+    "Summary",
+    "Table",
+    "compare",
+    "model_card",
+    "render_markdown",
+    "render_text",
+    "table",
+    "verdict",
+    "write",
+]
+
+
+def write(summary: Summary, out: Path) -> list[Path]:
+    """Write report.html, report.md, report.json and plots/ into `out`; returns the files (see page.py)."""
+    from edgedisp.report import page  # brings matplotlib and jinja2
+
+    return page.write(summary, out)

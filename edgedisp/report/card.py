@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import re
 
+from edgedisp.report.before_after import table
+from edgedisp.report.claims import verdict
 from edgedisp.report.reading import BASELINE, Summary, at, branch, leaves, number, run_title
 from edgedisp.report.rendering import escape_markdown, fenced, grid_markdown, render_markdown
-from edgedisp.report.table import table
-from edgedisp.report.verdict import verdict
 from edgedisp.report.wording import count, short_hash
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

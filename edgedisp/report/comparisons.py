@@ -1,8 +1,8 @@
 """The paired comparisons of a summary, with p values and Holm's correction.
 
 Intervals come with the summary (a paired bootstrap, clustered by document). p values are only for the
-correction over many comparisons: exact McNemar where it was recorded, else read off the interval by the
-normal approximation, which is close for a few hundred items and needs no item-level data here.
+correction over many comparisons: the recorded one (`p_value`, which respects documents, before an exact
+McNemar test), else read off the interval by the normal approximation, which needs no item-level data.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from edgedisp.report.before_after import task_metric
 from edgedisp.report.reading import Summary, bits, branch, is_loss, number, tasks, whole
-from edgedisp.report.table import task_metric
 
 LEVEL = 0.05  # two-sided
 Z95 = 1.959964  # half-width of a 95 % interval in standard errors
@@ -78,8 +78,8 @@ def _comparison(precision: str, task: str, entry: dict[str, Any]) -> list[Compar
         return []
     metric = task_metric(task, entry)
     gain = None if metric.higher_is_better is None or value == 0 else (value > 0) == metric.higher_is_better
-    exact = number(entry.get("mcnemar_p"))
-    p = exact if exact is not None else normal_p(value, low, high)
+    recorded = [p for key in ("p_value", "mcnemar_p") if (p := number(entry.get(key))) is not None]
+    p = recorded[0] if recorded else normal_p(value, low, high)
     unit = "nats" if in_nats else "share" if metric.unit == "%" else ""
     sizes = whole(entry.get("n")), whole(entry.get("documents"))
     return [Comparison(precision, task, value, low, high, unit, gain, *sizes, p)]

@@ -16,14 +16,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from edgedisp.report.picture import Plot, inline_svgs, save
-from edgedisp.report.plots import NAMES, plots
-from edgedisp.report.provenance import fairness, limits, reproduce, stages
-from edgedisp.report.reading import Summary, at, branch, finite, number, run_title
-from edgedisp.report.rendering import escape_markdown, fenced, grid_markdown, render_markdown
-from edgedisp.report.results import result_sections
-from edgedisp.report.section import Section
-from edgedisp.report.table import (
+from edgedisp.report.before_after import (
     DIFFERENCE,
     Cell,
     Metric,
@@ -33,7 +26,14 @@ from edgedisp.report.table import (
     table,
     value_text,
 )
-from edgedisp.report.verdict import verdict
+from edgedisp.report.claims import verdict
+from edgedisp.report.picture import Plot, inline_svgs, save
+from edgedisp.report.plots import NAMES, plots
+from edgedisp.report.provenance import fairness, limits, reproduce, stages
+from edgedisp.report.reading import Summary, at, branch, finite, number, run_title
+from edgedisp.report.rendering import escape_markdown, fenced, grid_markdown, render_markdown
+from edgedisp.report.results import result_sections
+from edgedisp.report.section import Section
 from edgedisp.report.wording import count, typographic
 
 FORMAT = 1  # of report.json; raised when a key changes its meaning
@@ -77,7 +77,7 @@ def report_json(summary: Summary) -> str:
     document = {
         "format": FORMAT,
         "summary": clean,
-        "table": table(clean).as_dict(),
+        "table": table(clean).as_json(),
         "verdict": verdict(clean),
     }
     return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

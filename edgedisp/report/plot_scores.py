@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from edgedisp.report.before_after import DIFFERENCE, Cell, Metric, Table, difference_texts, value_text
 from edgedisp.report.picture import INK, MUTED, Panel, Plot, arm_color, slug
-from edgedisp.report.table import DIFFERENCE, Cell, Metric, Table, difference_texts, value_text
 from edgedisp.report.wording import MISSING, fixed
 
 SCORES, DIFFERENCES, TRADEOFF = "scores", "differences", "tradeoff"

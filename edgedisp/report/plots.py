@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgedisp.report.before_after import table
 from edgedisp.report.picture import Plot
 from edgedisp.report.plot_inside import (
     HEATMAP,
@@ -13,7 +14,6 @@ from edgedisp.report.plot_inside import (
 )
 from edgedisp.report.plot_scores import DIFFERENCES, SCORES, TRADEOFF, differences, scores, tradeoff
 from edgedisp.report.reading import Summary
-from edgedisp.report.table import table
 
 NAMES = (HEATMAP, LAYERS, TRAINING, SCORES, DIFFERENCES, TRADEOFF)
 

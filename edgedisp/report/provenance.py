@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgedisp.report.claims import RULES
 from edgedisp.report.reading import BASELINE, DISPERSED, Summary, arms, at, branch, leaves, number
 from edgedisp.report.section import Grid, Section
-from edgedisp.report.verdict import RULES
 from edgedisp.report.wording import MISSING, count, fixed, megabytes, plural, seconds, short_hash
 
 LIMITS = (
@@ -145,6 +145,8 @@ def _settings_grid(summary: Summary) -> Grid:
 def _setting(value: Any) -> str:
     if value is None:
         return MISSING
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or MISSING
     return "yes" if value is True else "no" if value is False else str(value)
 
 

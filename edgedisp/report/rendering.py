@@ -13,7 +13,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 
-from edgedisp.report.table import (
+from edgedisp.report.before_after import (
     DIFFERENCE,
     Cell,
     Metric,

@@ -80,7 +80,8 @@ def _bits_grid(summary: Summary) -> Grid:
     for arm in arms(summary):
         for precision in precisions(summary):
             for result in branch(summary, "accuracy", arm, precision).values():
-                found = at(result, "extra", "bits_per_byte")
+                found = at(result, "metrics", "bits_per_byte")
+                found = at(result, "extra", "bits_per_byte") if found is None else found
                 value = number(found) if not isinstance(found, dict) else number(found.get("value"))
                 if value is not None:
                     ends = [number(at(found, end)) for end in ("low", "high")]

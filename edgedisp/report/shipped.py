@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from edgedisp.report.before_after import latency_row, table
 from edgedisp.report.plot_scores import TRADEOFF
 from edgedisp.report.reading import BASELINE, DISPERSED, Summary, arms, at, branch, label, number, precisions
 from edgedisp.report.section import Grid, Section
-from edgedisp.report.table import latency_row, table
 from edgedisp.report.wording import MISSING, count, figure, megabytes, percent, small
 
 RATES = {
@@ -34,14 +34,31 @@ def latency(summary: Summary, drawn: Collection[str]) -> Section:
                 rows.append(_latency_texts(f"{label(precision)}, {arm}", row))
     device = str(part.get("device") or "local")
     where = f"Measured on {'the machine that built it' if device == 'local' else device}"
-    threads = f" with {count(number(part['threads']))} threads" if number(part.get("threads")) else ""
+    timed = [number(part.get("threads")), *(number(at(row, "threads")) for row in _rows(part))]
+    threads = next((f" with {count(known)} threads" for known in timed if known), "")
     where = f"{where}{threads}: batch 1, after a warm-up, arms interleaved."
     lead = f"{where} Decode speed is counted after the first token." if rows else ""
-    warnings = part.get("warnings")
-    notes = [*_timing_noise(summary), *(map(str, warnings) if isinstance(warnings, list) else ())]
+    notes = [*_timing_noise(summary), *_warnings(part)]
     grids = (Grid(("bundle", *RATES.values(), *MEMORY.values()), tuple(rows)),) if rows else ()
     plots = tuple(name for name in (TRADEOFF,) if name in drawn)
     return Section("latency", "Latency and memory", lead, plots=plots, grids=grids, notes=tuple(notes))
+
+
+def _rows(part: dict[str, Any]) -> list[dict[str, Any]]:
+    found = part.get("rows")
+    return [branch(row) for row in found] if isinstance(found, list) else []
+
+
+def _warnings(part: dict[str, Any]) -> list[str]:
+    """What the measurement itself warns of: in general, between the arms, and for one bundle."""
+    general, pairs = part.get("warnings"), part.get("pairs")
+    said = [str(text) for text in general] if isinstance(general, list) else []
+    said += [str(at(pair, "fault")) for pair in pairs if at(pair, "fault")] if isinstance(pairs, list) else []
+    for row in _rows(part):
+        own = row.get("warnings")
+        name = f"{label(str(row.get('precision')))}, {row.get('arm')}"
+        said += [f"{name}: {text}" for text in own] if isinstance(own, list) else []
+    return said
 
 
 def _latency_texts(name: str, row: dict[str, Any]) -> tuple[str, ...]:
@@ -50,9 +67,8 @@ def _latency_texts(name: str, row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _with_interval(row: dict[str, Any], key: str) -> str:
-    """`150.0 [148.0, 152.0]` where the row has `<key>_low` and `<key>_high`, or dicts `low` and `high`."""
-    low = number(row.get(f"{key}_low", at(row, "low", key)))
-    high = number(row.get(f"{key}_high", at(row, "high", key)))
+    """`150.0 [148.0, 152.0]` where the row's spread has an interval for the figure."""
+    low, high = (number(at(row, "spread", key, end)) for end in ("low", "high"))
     shown = figure(number(row.get(key)))
     return shown if low is None or high is None else f"{shown} [{figure(low)}, {figure(high)}]"
 
@@ -91,7 +107,8 @@ def _verify_texts(name: str, entry: dict[str, Any]) -> tuple[str, ...]:
     genai = branch(entry, "genai")
     reason = f"no: {genai.get('reason')}" if genai.get("reason") else "no"
     opened = "opened" if genai.get("opened") else reason if genai else MISSING
-    limits = ", ".join(f"{key} {small(number(value))}" for key, value in branch(entry, "limits").items())
+    known = {key: number(value) for key, value in branch(entry, "limits").items()}
+    limits = ", ".join(f"{key} {small(value)}" for key, value in known.items() if value is not None)
     verdicts = [text for value, text in ((True, "yes"), (False, "NO")) if entry.get("passed") is value]
     divergence = [small(number(entry.get(key))) for key in ("max_abs_difference", "mean_kl", "p99_kl")]
     agreement = [percent(number(entry.get(key))) for key in ("top1_agreement", "greedy_agreement")]

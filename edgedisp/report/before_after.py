@@ -113,7 +113,7 @@ class Table:
         """The columns of one group."""
         return (*self.arms, DIFFERENCE) if metric.paired else self.arms
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """JSON-able: the dataclasses as dicts."""
         return asdict(self)
 
