@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -61,12 +62,13 @@ def _load_recipe(recipe: str, overrides: list[str] | None, smoke: bool) -> Any:
     from edgedisp.recipe import load
 
     path = Path(recipe)
-    packaged = data_folder("recipes") / f"{path.stem}.yaml"
+    name = path.stem if path.suffix in (".yaml", ".yml") else path.name  # `qwen3_0.6b` has no suffix
+    packaged = data_folder("recipes") / f"{name}.yaml"
     if not path.exists() and path.parent == Path() and packaged.is_file():
         path = packaged
     elif not path.exists() and packaged.is_file():
         raise BadInput(
-            f"{recipe}: no such file; the packaged recipe of that name is `{path.stem}`, without a folder"
+            f"{recipe}: no such file; the packaged recipe of that name is `{name}`, without a folder"
         )
     elif not path.exists() and path.parent == Path():
         names = ", ".join(sorted(found.stem for found in data_folder("recipes").glob("*.yaml")))
@@ -281,6 +283,8 @@ def doctor(as_json: JsonOption = False) -> None:
 
 def main() -> None:
     """The entry point: every failure becomes one message and its exit code."""
+    # Says at import that a kernel package is missing which nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app(standalone_mode=False)
     except BadInput as error:

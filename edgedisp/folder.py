@@ -124,6 +124,7 @@ def finish(
 ) -> Record:
     """Hash the files, write the record, and rename the folder into place over an outdated one."""
     (partial / KEY).unlink()
+    (partial / RECORD).unlink(missing_ok=True)  # came along with a folder that the stage copied
     files = {
         path.relative_to(partial).as_posix(): {"size_bytes": path.stat().st_size, "sha256": file_digest(path)}
         for path in sorted(partial.rglob("*"))
@@ -182,7 +183,7 @@ def open_run(path: Path, identity: dict[str, Any], name: str) -> Iterator[Path]:
         lock.acquire(timeout=0)
     except Timeout:
         raise BadInput(
-            f"{path}: another build is writing there; wait for it to end, or give this one a folder with --out"
+            f"{path}: another build is writing there; wait for it to end, or name another folder with --out"
         ) from None
     try:
         _check_owner(path, identity, name)

@@ -1,7 +1,7 @@
 """The stages in order, what each depends on, and the loop that walks them.
 
     recipe -> base -> corpus -> midtrain[arm] -> condensation[arm] -> export[arm] -> quantize[arm, precision]
-           -> verify -> accuracy -> latency -> report
+           -> verify -> accuracy -> latency -> pack[arm, target] -> report
 
 A stage's key is its section of the recipe and the content hashes of the stages it reads. A finished stage
 with the same key is kept. So a changed precision retrains nothing, and an unchanged recipe runs nothing:
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgedisp import BadInput, Progress
+from edgedisp.bench.targets import load_target
 from edgedisp.folder import Record, canonical, digest, finish, making, open_run, read
 from edgedisp.recipe import Recipe
 
@@ -84,6 +85,7 @@ def stages(recipe: Recipe, threads: int) -> list[Stage]:
     scored = ["torch", *recipe.precisions]
     found += [_accuracy(recipe, arm, precision, threads) for arm in recipe.arms for precision in scored]
     found.append(_latency(recipe, threads))
+    found += [_pack(arm, target, threads) for arm in recipe.arms for target in recipe.targets]
     return found
 
 
@@ -248,6 +250,19 @@ def _latency(recipe: Recipe, threads: int) -> Stage:
 
     section = {**_plain(recipe.latency), "threads": threads, "seed": recipe.seed}
     return Stage("latency", section, names, work)
+
+
+def _pack(arm: str, target: str, threads: int) -> Stage:
+    profile = load_target(target)
+    bundle = f"{arm}/{profile.precision}"
+    started_with = profile.threads or threads
+
+    def work(job: Work) -> dict[str, Any]:
+        from edgedisp import stages as run
+
+        return run.pack(target, started_with, job.folders[bundle], job.own)
+
+    return Stage(f"{arm}/{target}", {"threads": started_with}, (bundle,), work)
 
 
 @dataclass(frozen=True)

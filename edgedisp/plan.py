@@ -37,8 +37,14 @@ def check_before_start(recipe: Recipe, run: Path) -> None:
     from edgedisp.bench.targets import load_target
     from edgedisp.evaluate.tasks import check_tasks
 
-    for target in recipe.targets:
-        load_target(target)
+    for name in recipe.targets:
+        target = load_target(name)
+        if target.precision not in recipe.precisions:
+            raise BadInput(
+                f"targets: {name} ships {target.precision}, which is not among precisions "
+                f"({', '.join(recipe.precisions)}); what ships must have been measured: "
+                "add the precision, or drop the target"
+            )
     path = recipe.evaluate.tasks_path
     folder = None if path is None else (recipe.folder / path).resolve()
     if folder is not None and not folder.is_dir():
@@ -143,17 +149,16 @@ def render(planned: dict[str, Any]) -> str:
     lines.append(f"{size}, {planned['threads']} threads")
     lines.append("")
     for stage in planned["stages"]:
-        seconds = "" if stage["seconds"] is None else clock(stage["seconds"])
-        mark = "done" if stage["done"] else "to do"
-        lines.append(
-            f"  {mark:6} {stage['name']:28} {('' if stage['done'] else 'about ') + seconds if seconds else ''}"
-        )
+        mark, about = ("done", "") if stage["done"] else ("to do", "about ")
+        took = "" if stage["seconds"] is None else about + clock(stage["seconds"])
+        lines.append(f"  {mark:6} {stage['name']:28} {took}")
     found = planned["estimate"]
     if found is not None:
         lines += [
             "",
             f"left: about {clock(found['seconds_left'])} ({found['step_s']:.2f} s a step, probed)",
-            f"memory: about {found['peak_memory_bytes'] / 1e9:.1f} GB at the peak, {found['memory_bytes'] / 1e9:.1f} GB there",
+            f"memory: about {found['peak_memory_bytes'] / 1e9:.1f} GB at the peak, "
+            f"{found['memory_bytes'] / 1e9:.1f} GB there",
             f"disk: about {found['disk_bytes'] / 1e9:.1f} GB, {found['disk_free_bytes'] / 1e9:.1f} GB free",
         ]
         if found["peak_memory_bytes"] > found["memory_bytes"]:

@@ -114,7 +114,7 @@ def time_bundles(
     threads: int | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Time bundles on a device, interleaved. Raises BadInput for an unknown device or a folder without a graph."""
+    """Time bundles on a device, interleaved. Raises BadInput for an unknown device or no bundle."""
     if device != "local":
         raise BadInput(f"--device {device}: is not known; there is `local`")
     labels = _labels(bundles)
@@ -146,7 +146,8 @@ def _labels(bundles: list[Path]) -> dict[str, Path]:
 
 def render_bench(timed: dict[str, Any]) -> str:
     lines = [
-        f"{'bundle':28} {'ttft ms':>9} {'prefill t/s':>12} {'decode t/s':>11} {'load s':>7} {'peak MB':>8} {'MB':>6}"
+        f"{'bundle':28} {'ttft ms':>9} {'prefill t/s':>12} {'decode t/s':>11}"
+        f" {'load s':>7} {'peak MB':>8} {'MB':>6}"
     ]
     for row in timed["rows"]:
         lines.append(

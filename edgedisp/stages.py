@@ -23,9 +23,10 @@ from edgedisp.dispersion.collect import Dispersion, decoder_layers
 from edgedisp.dispersion.geometry import condensation as measure_condensation
 from edgedisp.evaluate import tasks
 from edgedisp.evaluate.divergence import Divergence
-from edgedisp.folder import file_digest, write_json
+from edgedisp.folder import RECORD, file_digest, write_json
 from edgedisp.graph import check
 from edgedisp.graph.export import export as export_graph
+from edgedisp.graph.layout import set_threads
 from edgedisp.graph.session import OnnxModel
 from edgedisp.quantize.rewrite import quantize_bundle
 from edgedisp.recipe import Data, Evaluate, Latency, Model, QuantizeBits, Train
@@ -181,7 +182,7 @@ def midtrain(
     own: Path,
     progress: Progress,
 ) -> Results:
-    """Train one arm and leave a Hugging Face folder; `baseline` is the same call without the dispersion term."""
+    """Train one arm and leave a Hugging Face folder; `baseline` is the same without the dispersion term."""
     packed = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
     trained = _model_to_train(train, base_folder, seed)
     penalty = _penalty(train, seed) if arm == "dispersed" else None
@@ -227,11 +228,11 @@ def train_settings(train: Train, steps: int, seed: int) -> TrainSettings:
 
 def _model_to_train(train: Train, base_folder: Path, seed: int) -> Any:
     chosen = train.adapter
-    quantized = chosen is not None and chosen.kind == "qlora"
-    opened = adapter.load_quantized(base_folder, chosen.base) if quantized else model.load(base_folder)
+    quantized_as = None if chosen is None else chosen.base  # set for qlora alone
+    opened = adapter.load_quantized(base_folder, quantized_as) if quantized_as else model.load(base_folder)
     if chosen is not None:
         settings = adapter.AdapterSettings(
-            chosen.kind, chosen.rank, chosen.alpha, chosen.dropout, chosen.targets, chosen.base or "nf4"
+            chosen.kind, chosen.rank, chosen.alpha, chosen.dropout, chosen.targets
         )
         opened = adapter.attach(opened, decoder_layers(opened), settings, seed)
     return opened
@@ -421,3 +422,12 @@ def latency(
     )
     write_json(own / "latency.json", results)
     return results
+
+
+def pack(target: str, threads: int, bundle: Path, own: Path) -> Results:
+    """The bundle for a kind of device: the one that was measured, with the device's threads set."""
+    for file in sorted(bundle.iterdir()):
+        if file.name != RECORD:
+            shutil.copy2(file, own / file.name)
+    set_threads(own, threads)
+    return {"target": target, "threads": threads, "precision": bundle.name}

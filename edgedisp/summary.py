@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def summarise(recipe: Recipe, walked: list[Walked], run: Path) -> dict[str, Any]
         "accuracy": _by_precision(recipe, precisions, "accuracy", results),
         "comparison": compare_arms(recipe, walked, precisions),
         "latency": _latency(results["latency"]),
+        "packed": {arm: [f"{arm}/{target}" for target in recipe.targets] for arm in recipe.arms},
         "stages": [{"name": step.name, "seconds": step.record.seconds, "kept": step.kept} for step in walked],
     }
 
@@ -63,7 +65,7 @@ def _bundles(recipe: Recipe, arm: str, results: dict[str, Any]) -> dict[str, Any
 
 
 def _by_precision(
-    recipe: Recipe, precisions: list[str], stage: str, results: dict[str, Any]
+    recipe: Recipe, precisions: Sequence[str], stage: str, results: dict[str, Any]
 ) -> dict[str, Any]:
     return {
         arm: {precision: results[f"{arm}/{stage}-{precision}"] for precision in precisions}
@@ -101,7 +103,7 @@ def _latency(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def publish(recipe: Recipe, walked: list[Walked], run: Path) -> dict[str, Any]:
-    """Write the report into the run folder, unless nothing changed since the last one. Returns the summary."""
+    """Write the report into the run folder unless it stands there already, and return the summary."""
     made_from = {step.name: [step.record.content, step.record.seconds] for step in walked}
     stamp = run / "report" / "made_from.json"
     known = {"stages": made_from, "recipe": recipe.to_yaml()}

@@ -57,7 +57,7 @@ def serving(root: Path) -> Iterator[str]:
 
 
 def run_client(code: str, endpoint: str, home: Path, *arguments: str) -> list[str]:
-    """The lines that `code` prints in a fresh process whose hub is at `endpoint` and whose cache is `home`."""
+    """The lines that `code` prints in a process whose hub is at `endpoint` and whose cache is `home`."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-c", textwrap.dedent(code), *arguments]

@@ -200,12 +200,16 @@ def test_export_gives_a_bundle_that_chat_and_bench_open(built, tmp_path, edgedis
     assert "opened and checked" in ended.out and (bundle / "genai_config.json").is_file()
     said = edgedisp("chat", bundle, "--prompt", "Hello", "--max-new-tokens", "4")
     assert said.code == 0, said
-    timed = edgedisp("bench", bundle, run / "baseline" / "int4", "--prompt", "8", "--generate", "4", "--repetitions", "1")
+    timed = edgedisp(
+        "bench", bundle, run / "baseline" / "int4", "--prompt", "8", "--generate", "4", "--repetitions", "1"
+    )
     assert timed.code == 0, timed
     assert "bundle" in timed.out and "decode t/s" in timed.out
 
 
-@pytest.mark.parametrize("recipe", ["qwen3_0.6b", "smollm2_135m", "gemma3_270m", "gpt2", "qwen3_0.6b_qlora", "smollm2_135m_lora"])
+@pytest.mark.parametrize(
+    "recipe", ["qwen3_0.6b", "smollm2_135m", "gemma3_270m", "gpt2", "qwen3_0.6b_qlora", "smollm2_135m_lora"]
+)
 def test_a_recipe_passes_every_stage_with_its_tiny_twin(recipe: str, tmp_path: Path, edgedisp) -> None:  # type: ignore[no-untyped-def]
     ended = edgedisp("build", recipe, "--smoke", "--out", tmp_path / "run")
     assert ended.code == 0, ended
@@ -291,9 +295,20 @@ def test_a_base_that_is_no_causal_lm_is_refused(edgedisp, recipe, tmp_path) -> N
     from transformers import BertConfig, BertModel
 
     bert = tmp_path / "bert"
-    config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
     BertModel(config).save_pretrained(bert)
-    ended = edgedisp("build", recipe, "--out", tmp_path / "run", "--set", f"model.base={bert}", "--set", "model.architecture=bert")
+    ended = edgedisp(
+        "build",
+        recipe,
+        "--out",
+        tmp_path / "run",
+        "--set",
+        f"model.base={bert}",
+        "--set",
+        "model.architecture=bert",
+    )
     refused(ended, "bert", "causal")
     assert not (tmp_path / "run").exists()
 
@@ -304,7 +319,9 @@ def test_a_checksum_mismatch_names_both_sums(edgedisp, recipe, tmp_path) -> None
     assert not (tmp_path / "run").exists()
 
 
-def test_a_hub_that_cannot_be_reached_names_the_id_and_the_choices(edgedisp, recipe, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_hub_that_cannot_be_reached_names_the_id_and_the_choices(
+    edgedisp, recipe, tmp_path, monkeypatch
+) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     ended = edgedisp("build", recipe, "--out", tmp_path / "run", "--set", "model.base=nobody/absent-model")
     refused(ended, "nobody/absent-model", "pypi:")
@@ -313,12 +330,20 @@ def test_a_hub_that_cannot_be_reached_names_the_id_and_the_choices(edgedisp, rec
 
 def test_an_output_folder_of_another_recipe_is_refused(built, edgedisp) -> None:  # type: ignore[no-untyped-def]
     recipe, run, _ = built
-    refused(edgedisp("build", recipe, "--out", run, "--set", "train.lr=2e-3"), "belongs to another recipe", "train.lr")
+    refused(
+        edgedisp("build", recipe, "--out", run, "--set", "train.lr=2e-3"),
+        "belongs to another recipe",
+        "train.lr",
+    )
 
 
-def test_an_unknown_task_and_an_unknown_target_are_refused_before_training(edgedisp, recipe, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_an_unknown_task_and_an_unknown_target_are_refused_before_training(
+    edgedisp, recipe, tmp_path
+) -> None:  # type: ignore[no-untyped-def]
     run = tmp_path / "run"
-    refused(edgedisp("build", recipe, "--out", run, "--set", "evaluate.tasks=[heldout_cloz]"), "heldout_cloze")
+    refused(
+        edgedisp("build", recipe, "--out", run, "--set", "evaluate.tasks=[heldout_cloz]"), "heldout_cloze"
+    )
     refused(edgedisp("build", recipe, "--out", run, "--set", "targets=[laptop]"), "laptop-x64")
     assert not run.exists()
 

@@ -24,7 +24,9 @@ def some_ids(batch: int = 2, tokens: int = 12) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_hidden_states_are_those_that_transformers_returns(tiny_folder: dict[str, Path], architecture: str) -> None:
+def test_hidden_states_are_those_that_transformers_returns(
+    tiny_folder: dict[str, Path], architecture: str
+) -> None:
     model = open_tiny(tiny_folder[architecture])
     with torch.no_grad(), hidden_states(model, [-1, 0, 1]) as seen:
         returned = model(some_ids(), output_hidden_states=True).hidden_states

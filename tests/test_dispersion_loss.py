@@ -14,7 +14,9 @@ from edgedisp.dispersion.loss import VARIANTS, angular, cosine
 LOSSES = list(VARIANTS)
 
 
-def by_loops(name: str, vectors: torch.Tensor, mask: torch.Tensor, temperature: float, clamp: float) -> list[float]:
+def by_loops(
+    name: str, vectors: torch.Tensor, mask: torch.Tensor, temperature: float, clamp: float
+) -> list[float]:
     """`log mean_{i != j} exp(-D / temperature)` with Python numbers."""
     values = []
     for sequence, real in zip(vectors.tolist(), mask.tolist()):
@@ -32,7 +34,9 @@ def by_loops(name: str, vectors: torch.Tensor, mask: torch.Tensor, temperature: 
     return values
 
 
-def random_case(seed: int, batch: int = 3, tokens: int = 7, features: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+def random_case(
+    seed: int, batch: int = 3, tokens: int = 7, features: int = 5
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.randn(batch, tokens, features, generator=generator, dtype=torch.float64)
     lengths = torch.randint(2, tokens + 1, (batch, 1), generator=generator)

@@ -25,12 +25,12 @@ def test_other_names_without_lm_eval_say_what_to_install(monkeypatch: pytest.Mon
 
 
 def test_no_task_at_all_is_refused() -> None:
-    with pytest.raises(BadInput, match="evaluate.tasks is empty; choose from heldout_perplexity"):
+    with pytest.raises(BadInput, match=r"evaluate\.tasks is empty; choose from heldout_perplexity"):
         check_tasks([])
 
 
 def test_a_tasks_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="evaluate.tasks_path: .*nothing is no folder"):
+    with pytest.raises(BadInput, match=r"evaluate\.tasks_path: .*nothing is no folder"):
         check_tasks(["heldout_cloze"], tmp_path / "nothing")
 
 

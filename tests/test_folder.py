@@ -94,6 +94,15 @@ def test_a_process_killed_half_way_leaves_no_folder_that_looks_finished(tmp_path
     assert read(tmp_path / "stage") is not None and not (tmp_path / "stage.partial").exists()
 
 
+def test_a_record_that_came_with_copied_files_is_not_taken_for_the_stages_own(tmp_path: Path) -> None:
+    make(tmp_path / "first", {})
+    with making(tmp_path / "second", {}) as own:
+        (own / "record.json").write_bytes((tmp_path / "first" / "record.json").read_bytes())
+        finish(own, tmp_path / "second", {}, {"answer": 43}, 1.0)
+    record = read(tmp_path / "second")
+    assert record is not None and record.results == {"answer": 43} and record.files == {}
+
+
 def test_json_is_never_half_written_and_never_holds_nan(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"x": 1})
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -146,11 +155,17 @@ def test_two_writers_of_one_run_folder_are_refused(tmp_path: Path) -> None:
             sys.stdin.read()
     """
     other = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", textwrap.dedent(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert other.stdout is not None and other.stdout.readline() == "open\n"
-        with pytest.raises(BadInput, match="another build is writing there"), open_run(tmp_path / "run", {}, "a"):
+        with (
+            pytest.raises(BadInput, match="another build is writing there"),
+            open_run(tmp_path / "run", {}, "a"),
+        ):
             raise AssertionError("was opened")
         assert (tmp_path / "run" / "run.json").exists()
     finally:

@@ -69,7 +69,9 @@ def test_the_dispersion_room_needs_torch_alone() -> None:
             modules = (
                 [alias.name for alias in node.names]
                 if isinstance(node, ast.Import)
-                else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
             )
             assert {module.split(".")[0] for module in modules} <= allowed, path
         assert imported(path) <= {"dispersion"}

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from local_hub import NOWHERE, run_client, serving
+from local_hub import NOWHERE, serving
 
 from edgedisp import BadInput
 from edgedisp.corpus import made_documents
@@ -35,7 +35,16 @@ from edgedisp.model import (
 
 TEXTS = [document.text for document in made_documents(120, seed=0)]
 MAIN_FAMILIES = ["llama", "qwen2", "qwen3", "gemma3_text", "gpt2"]
-OTHER_FAMILIES = ["mistral", "opt", "gpt_neox", "bloom", "phi", "gemma2", "smollm3", "starcoder2", "mamba"]
+OTHER_FAMILIES = ["mistral", "opt", "gpt_neox", "bloom", "phi", "gemma2", "starcoder2", "mamba"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small are slower with several threads, much slower on busy cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -395,7 +404,7 @@ def test_a_gguf_file_that_cannot_be_opened_says_why(folders: dict[str, Path], tm
     with pytest.raises(BadInput, match=r"tiny.gguf: the .gguf file cannot be opened"):
         open_base(path)
     path.write_bytes(b"PK\x03\x04 something else")
-    with pytest.raises(BadInput, match="not a .gguf file"):
+    with pytest.raises(BadInput, match=r"not a \.gguf file"):
         open_base(path)
     (tmp_path / "folder").mkdir()
     path.rename(tmp_path / "folder" / "tiny.gguf")
@@ -405,60 +414,79 @@ def test_a_gguf_file_that_cannot_be_opened_says_why(folders: dict[str, Path], tm
 
 # --- the hub ---------------------------------------------------------------------------------------------
 
-CLIENT = """
-    import json, sys, time
-    from edgedisp import BadInput
-    from edgedisp.model import open_base, size_by_component
-    for name, revision in json.loads(sys.argv[1]):
-        start = time.monotonic()
-        try:
-            notes = set()
-            progress = lambda done, total, note: notes.add((note, done == total))
-            model, tokenizer = open_base(name, revision=revision, progress=progress)
-            answer = [size_by_component(model)["total"], len(tokenizer), sorted(notes)]
-        except BadInput as problem:
-            answer = str(problem)
-        print(json.dumps([answer, time.monotonic() - start]))
-"""
+
+@pytest.fixture
+def at_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Point the hub's client at an address, with an empty cache of its own."""
+    from huggingface_hub import constants
+
+    def point(endpoint: str) -> None:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    return point
 
 
-def test_a_hub_model_is_opened_cached_and_its_errors_are_clear(
-    folders: dict[str, Path], tmp_path: Path
+def test_a_hub_model_is_fetched_once_and_without_its_pickles(
+    folders: dict[str, Path], tmp_path: Path, at_hub: Callable[[str], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(folders["qwen3"], tmp_path / "hub" / "models" / "some" / "tiny")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle that nobody asked for")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.safetensors").write_bytes(b"nor this")
+    steps: list[tuple[int, int, str]] = []
+    with serving(tmp_path / "hub") as endpoint:
+        at_hub(endpoint)
+        model, tokenizer = open_base(
+            "some/tiny",
+            architecture="qwen3",
+            progress=lambda *step: steps.append((step[0], step[1], step[2])),
+        )
+        with pytest.raises(BadInput, match="some/tiny: the model has no revision 'v2'"):
+            open_base("some/tiny", revision="v2")
+    assert same_weights(model, load(folders["qwen3"]))
+    assert len(tokenizer) == 512
+    assert steps[-1][0] >= (folder / "model.safetensors").stat().st_size
+    assert steps[-1][2] == "downloading some/tiny"
+    assert capfd.readouterr() == ("", "")
+    fetched = [
+        path for path in (tmp_path / "home").rglob("*") if path.is_file() and "blobs" not in path.parts
+    ]
+    assert "model.safetensors" in {path.name for path in fetched}
+    assert not [path for path in fetched if path.name == "pytorch_model.bin" or path.parent.name == "onnx"]
+
+    at_hub(NOWHERE)  # the hub is gone, the cache is not
+    assert same_weights(open_base("some/tiny")[0], model)
+
+
+def test_a_hub_model_that_cannot_be_opened_is_told_before_anything_is_fetched(
+    folders: dict[str, Path], tmp_path: Path, at_hub: Callable[[str], None]
 ) -> None:
     models = tmp_path / "hub" / "models" / "some"
-    shutil.copytree(folders["qwen3"], models / "tiny")
-    (models / "tiny" / "pytorch_model.bin").write_bytes(b"a pickle that nobody asked for")
-    (models / "tiny" / "onnx").mkdir()
-    (models / "tiny" / "onnx" / "model.safetensors").write_bytes(b"nor this")
-    shutil.copytree(folders["qwen3"], models / "pickled")
-    only_pickle(models / "pickled")
+    only_pickle(shutil.copytree(folders["qwen3"], models / "pickled"))
     (models / "nothing").mkdir()
     (models / "nothing" / "README.md").write_text("no model")
-    asked = [
-        ("some/tiny", None),
-        ("some/tiny", "v2"),
-        ("some/pickled", None),
-        ("some/nothing", None),
-        ("some/x", None),
-    ]
     with serving(tmp_path / "hub") as endpoint:
-        printed = run_client(CLIENT, endpoint, tmp_path / "home", json.dumps(asked))
-    found = [json.loads(line)[0] for line in printed]
-    total = size_by_component(load(folders["qwen3"]))["total"]
-    assert found[0][:2] == [total, 512]
-    assert ["downloading some/tiny", True] in found[0][2]
-    fetched = {path.name for path in (tmp_path / "home").rglob("*") if not path.is_dir()}
-    assert "model.safetensors" in fetched
-    assert "pytorch_model.bin" not in fetched
-    assert "no revision 'v2'" in found[1]
-    assert "no safetensors weights" in found[2]
-    assert "no config.json" in found[3]
-    assert found[4].startswith("some/x: the hub has no such model")
+        at_hub(endpoint)
+        with pytest.raises(BadInput, match="some/pickled: the model has no safetensors weights"):
+            open_base("some/pickled")
+        with pytest.raises(BadInput, match=r"some/nothing: .*no config.json.* It holds: README.md"):
+            open_base("some/nothing")
+        with pytest.raises(BadInput, match="some/x: the hub has no such model"):
+            open_base("some/x")
+        with pytest.raises(BadInput, match="the hub has no such model"):
+            open_base("not/a/hub id")
+    assert not list((tmp_path / "home").rglob("*.json"))
 
-    # The hub is gone: the cached model opens, another is one clear error, and neither takes long.
-    again = run_client(CLIENT, NOWHERE, tmp_path / "home", json.dumps([asked[0], ("Qwen/Qwen3-0.6B", None)]))
-    assert json.loads(again[0])[0][:2] == [total, 512]
-    said, _ = json.loads(again[1])
+
+def test_an_unreachable_hub_is_one_clear_error_with_the_choices(at_hub: Callable[[str], None]) -> None:
+    at_hub(NOWHERE)
+    with pytest.raises(BadInput) as problem:
+        open_base("Qwen/Qwen3-0.6B")
+    said = str(problem.value)
     assert said.startswith("Qwen/Qwen3-0.6B: the hub cannot be reached (")
     for choice in ("local folder", ".gguf file", "pypi:NAME==VERSION/PATH"):
         assert choice in said
@@ -525,20 +553,20 @@ def test_the_logits_are_those_of_the_plain_forward_pass(folders: dict[str, Path]
     np.testing.assert_allclose(TorchModel(model)(ids, np.ones_like(ids)), plain, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", [*MAIN_FAMILIES, "opt", "bloom", "mamba"])
+@pytest.mark.parametrize("family", [*MAIN_FAMILIES, "opt", "mamba"])
 def test_greedy_with_the_cache_equals_greedy_without(family: str) -> None:
     model, tokenizer = twin(family, TEXTS, context=128)
     scored = TorchModel(model)
-    for length in (1, 5, 80):  # 80 is beyond Gemma's sliding window of 64
+    for length in (1, 80):  # 80 is beyond Gemma's sliding window of 64
         prompt = encode(tokenizer, TEXTS[length])[:length]
         plain = list(prompt)
-        for _ in range(12):
+        for _ in range(6):
             ids = np.array([plain])
             plain.append(int(scored(ids, np.ones_like(ids))[0, -1].argmax()))
         new = plain[length:]
-        assert scored.greedy(prompt, 12, frozenset()) == new
-        stop = new[4]
-        assert scored.greedy(prompt, 12, frozenset({stop})) == new[: new.index(stop) + 1]
+        assert scored.greedy(prompt, 6, frozenset()) == new
+        stop = new[3]
+        assert scored.greedy(prompt, 6, frozenset({stop})) == new[: new.index(stop) + 1]
 
 
 def test_greedy_ends_with_the_context_and_refuses_what_does_not_fit(folders: dict[str, Path]) -> None:

@@ -59,10 +59,14 @@ def test_accumulated_micro_batches_are_one_big_batch(
     # One step of plain size: AdamW's first step hides the gradient's scale, the clipped norm shows it.
     norms, weights = [], []
     for batch, accumulate in ((8, 1), (2, 4)):
-        settings = TrainSettings(steps=2, lr=1e-3, batch=batch, accumulate=accumulate, warmup=0, precision="fp32")
+        settings = TrainSettings(
+            steps=2, lr=1e-3, batch=batch, accumulate=accumulate, warmup=0, precision="fp32"
+        )
         model = open_tiny(tiny_folder["llama"])
         folder = tmp_path / f"{batch}"
-        done = fit(model, BLOCKS, settings, checkpoints=folder, penalty=Dispersion(weight=weight, tokens=None))
+        done = fit(
+            model, BLOCKS, settings, checkpoints=folder, penalty=Dispersion(weight=weight, tokens=None)
+        )
         norms.append([(row["loss"], row["dispersion"], row["grad_norm"]) for row in done.log])
         weights.append(flat(model))
     np.testing.assert_allclose(norms[0], norms[1], rtol=2e-4)
@@ -172,7 +176,7 @@ def test_merged_weights_are_w_plus_the_scaled_product(
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 def test_qlora_trains_on_a_quantized_base(tiny_folder: dict[str, Path], tmp_path: Path, base: str) -> None:
     model = adapter.load_quantized(tiny_folder["llama"], base)
-    settings = adapter.AdapterSettings("qlora", rank=4, base=base)
+    settings = adapter.AdapterSettings("qlora", rank=4)
     wrapped = adapter.attach(model, decoder_layers(model), settings, seed=0)
     steps = TrainSettings(steps=8, lr=1e-2, batch=4, warmup=0)
     repeated = np.tile(BLOCKS[:4], (8, 1))

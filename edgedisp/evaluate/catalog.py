@@ -2,7 +2,8 @@
 
 A hub is asked only for tasks that name a data set there, and only when one short request shows that it can be
 reached, because the client library would try again for half a minute or longer; without it, what is in the
-client's cache still works. A folder of one's own tasks may name Python functions, which lm-eval runs: name
+client's cache still works. Some tasks shuffle with the global random generators: these are seeded for the
+time of a call and put back. A folder of one's own tasks may name Python functions, which lm-eval runs: name
 only folders whose code you would run.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 import lm_eval.api.task
+import numpy as np
 from lm_eval.tasks import TaskManager
 
 from edgedisp import BadInput
@@ -25,13 +28,13 @@ HUB_TIMEOUT_S = 5.0
 _LOCAL_FORMATS = frozenset({"arrow", "csv", "json", "pandas", "parquet", "sql", "text", "webdataset", "xml"})
 
 
-def load(names: Sequence[str], tasks_path: Path | None) -> dict[str, Any]:
+def load(names: Sequence[str], tasks_path: Path | None, seed: int = 0) -> dict[str, Any]:
     """Read the tasks and their data: {task name: lm-eval task}. Groups and tags become their tasks.
 
     Raises BadInput naming the task and its data set when the data cannot be had.
     """
     tasks: dict[str, Any] = {}
-    with quiet():
+    with quiet(), seeded(seed):
         manager = _manager(names, tasks_path)
         hub = {name: sorted(_hub_ids(manager, name)) for name in names}
         with _offline_unless_reachable(any(hub.values())) as unreachable:
@@ -118,6 +121,19 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The global generators of random and numpy, seeded inside and put back after."""
+    state, numpy_state = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpy_state)
 
 
 @contextlib.contextmanager

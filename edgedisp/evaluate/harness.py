@@ -6,16 +6,14 @@ result, so that two models can be paired on it, which lm-eval does not offer. It
 again from the items, with intervals; a metric that exists only for a whole task (F1, BLEU) is carried over
 as it is, without an interval.
 
-Some tasks shuffle with the global random generators; these are seeded for the time of a call and put back.
 Left out: chat templates, and tasks that sample, run generated code or look at pictures. A group gives its
 tasks, not its own mean.
 """
 
 from __future__ import annotations
 
-import contextlib
-import random
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +23,7 @@ from lm_eval.api.registry import AGGREGATION_REGISTRY
 from lm_eval.evaluator import evaluate
 
 from edgedisp import BadInput, Progress, silent
-from edgedisp.evaluate.catalog import quiet
+from edgedisp.evaluate.catalog import quiet, seeded
 from edgedisp.evaluate.result import TaskResult, task_result
 from edgedisp.evaluate.score import (
     Decode,
@@ -158,7 +156,7 @@ def run(
     """Score one loaded task. `limit`: only its first items."""
     before = model.truncated
     task.set_fewshot_seed(seed=seed)
-    with quiet(), _seeded(seed):
+    with quiet(), seeded(seed):
         loaded: Any = {"tasks": {name: task}, "groups": {}, "group_map": {}}
         found: Any = evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
     samples, aggregates = found["samples"][name], found["results"][name]
@@ -226,7 +224,8 @@ def _parts(label: str, value: Any, aggregation: str | None) -> dict[str, float]:
         return {f"{label}:nll": -float(value)}
     if aggregation in ("weighted_perplexity", "bits_per_byte"):
         return {f"{label}:nll": -float(value[0]), f"{label}:weight": float(value[1])}
-    return {label: float(value)} if isinstance(value, bool | int | float | np.number) else {}
+    number = isinstance(value, bool | int | float | np.number) and math.isfinite(value)
+    return {label: float(value)} if number else {}
 
 
 def _metric(label: str, aggregation: str | None, higher_is_better: bool) -> Metric | None:
@@ -246,7 +245,7 @@ def _metric(label: str, aggregation: str | None, higher_is_better: bool) -> Metr
 def _without_items(label: str, value: float, n: int, higher_is_better: bool) -> dict[str, Any]:
     return {
         "metric": label,
-        "value": value,
+        "value": value if math.isfinite(value) else None,
         "low": None,
         "high": None,
         "n": n,
@@ -255,16 +254,3 @@ def _without_items(label: str, value: float, n: int, higher_is_better: bool) -> 
         "interval": None,
         "reason": "computed over the whole task, not as a mean of items",
     }
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Some tasks shuffle with the global generators: seeded inside, put back after."""
-    state, numpy_state = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        np.random.set_state(numpy_state)

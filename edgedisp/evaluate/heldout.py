@@ -28,12 +28,10 @@ import numpy as np
 
 from edgedisp import BadInput, Progress, silent
 from edgedisp.evaluate import questions
-from edgedisp.evaluate.questions import CHOICES, Document, Question, Text
+from edgedisp.evaluate.questions import CHOICES, FEWEST, Document, Question, Text
 from edgedisp.evaluate.result import TaskResult, task_result
 from edgedisp.evaluate.score import LanguageModel, Likelihood, loglikelihoods
 from edgedisp.evaluate.statistics import ACCURACY, BITS_PER_BYTE, PERPLEXITY, Metric
-
-FEWEST = 2  # items; below that no interval exists
 
 WORD_NLL = Metric("word_nll", "nll", None, "mean", higher_is_better=False)
 GOLD_BITS_PER_BYTE = Metric("gold_bits_per_byte", "nll", "bytes", "bits", higher_is_better=False)

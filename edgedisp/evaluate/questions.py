@@ -24,6 +24,7 @@ CONTINUATION_CONTEXT = 64  # tokens
 CONTINUATION_SENTENCE = 40  # tokens
 CONTINUATION_WORDS = 4
 CHOICES = 4
+FEWEST = 2  # questions of a task; with one there is no interval
 _SENTENCES = 24  # looked back at most: more than fit in any context here
 _LAST_WORD = re.compile(r"\s+([^\W\d_]{3,})[.!?]+[\"'”’)\]]*$")
 
@@ -70,7 +71,7 @@ class Text:
 def windows(
     text: Text, documents: Sequence[Document], limit: int, rng: np.random.Generator
 ) -> list[Question]:
-    """Windows of documents, the first ones of each, within `limit` and the token budget."""
+    """Windows of documents, the first ones of each, within `limit` and (beyond two) the token budget."""
     questions: list[Question] = []
     spent = 0
     most = _per_document(limit, documents)
@@ -79,7 +80,7 @@ def windows(
         ends = 0
         for index, window in enumerate(rolling_windows(ids, text.context, text.end_of_text)):
             over = text.perplexity_tokens is not None and spent + len(window[1]) > text.perplexity_tokens
-            if len(questions) == limit or (over and questions):
+            if len(questions) == limit or (over and len(questions) >= FEWEST):
                 return questions
             if index == most:
                 break

@@ -99,11 +99,12 @@ def compare_task(
         )
         for name, definition in baseline["definitions"].items()
     }
+    values = (baseline["value"], dispersed["value"])
     main = metrics.get(baseline["metric"]) or {
         "metric": baseline["metric"],
         "baseline": baseline["value"],
         "dispersed": dispersed["value"],
-        "difference": dispersed["value"] - baseline["value"],
+        "difference": None if None in values else dispersed["value"] - baseline["value"],
         "low": None,
         "high": None,
         "n": baseline["n"],

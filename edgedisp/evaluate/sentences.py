@@ -16,7 +16,7 @@ _END = re.compile(r"([.!?]+[\"'”’)\]]*)\s+(?=[\"'“‘(\[¿¡]*[^\W_a-z])")
 _LAST_WORD = re.compile(r"\S+$")
 _ABBREVIATION = re.compile(
     "mr|mrs|ms|dr|prof|rev|hon|st|mt|ft|jr|sr|gen|col|capt|lt|maj|sgt|adm|gov|sen|rep|pres|"
-    "vs|etc|approx|ca|cf|al|ed|eds|vol|no|nos|pp|fig|inc|ltd|co|corp|bros|dept|univ|est|"
+    "vs|etc|approx|ca|cf|al|ed|eds|vol|(?-i:No|Nos)|pp|fig|inc|ltd|co|corp|bros|dept|univ|est|"
     "jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec",
     re.IGNORECASE,
 )

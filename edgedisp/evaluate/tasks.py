@@ -158,7 +158,7 @@ def prepare(
     if others:
         from edgedisp.evaluate import catalog
 
-        harness_tasks = catalog.load(others, tasks_path)
+        harness_tasks = catalog.load(others, tasks_path, seed)
     stop_ids = {end_of_text} | ({tokenizer.eos_token_id} - {None})
     return Suite(questions, harness_tasks, text, limit, frozenset(stop_ids))
 

@@ -1,8 +1,8 @@
 """Families that this package does not write itself, through onnxruntime-genai's model builder.
 
-The builder reads the same model folder and leaves a bundle with the same interface. It prints and logs a lot,
-which is kept and shown only if it fails; its head dimension is a symbol in the graph, which is replaced by the
-number, as transformers.js needs.
+The builder reads the same model folder and leaves a bundle with the same interface. It prints and logs a
+lot, which is kept and shown only if it fails; its head dimension is a symbol in the graph, which is
+replaced by the number, as transformers.js needs.
 
 Left out: what the builder offers beyond dense text decoders (vision, audio, mixtures of experts).
 """

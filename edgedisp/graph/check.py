@@ -1,14 +1,15 @@
 """Proves that a bundle works before anyone ships it: it opens, prefills, decodes with its cache, and stops.
 
-Two roads must give one answer. The logits of every prompt are computed once alone and in full; then all prompts
-go through one right-padded batch, their last tokens one by one through the cache, and both must agree. The
-measure is the root mean square of the difference over that of the logits (each row less its mean, which a softmax
-does not see), the worst row counting. In fp32 arithmetic it is about 1e-6. With 8-bit activations
-(`accuracy_level` 4) the kernels for one row and for many round differently, and SmolLM2-135M shows 0.02 to 0.04;
-logits of a neighbouring token, which a cache off by one would give, differ by 0.35 and more.
+Two roads must give one answer. The logits of every prompt are computed once alone and in full; then all
+prompts go through one right-padded batch, their last tokens one by one through the cache, and both must
+agree. The measure is the root mean square of the difference over that of the logits (each row less its
+mean, which a softmax does not see), the worst row counting. In fp32 arithmetic it is about 1e-6. With 8-bit
+activations (`accuracy_level` 4) the kernels for one row and for many round differently, and SmolLM2-135M
+shows 0.02 to 0.04; logits of a neighbouring token, which a cache off by one would give, differ by 0.35 and
+more.
 
-Then onnxruntime-genai opens the bundle, decodes the same prompts and encodes the given texts. A disagreement in
-a token fails the check only if our logits did not see the two tokens as good as equal.
+Then onnxruntime-genai opens the bundle, decodes the same prompts and encodes the given texts. A
+disagreement in a token fails the check only if our logits did not see the two tokens as good as equal.
 
 Left out: the comparison with the torch model, which the caller makes on text of its choice.
 """
@@ -46,8 +47,8 @@ def check(
     """Run every check on `bundle` with real prompts (token ids, each at least 2 long) and texts.
 
     Returns {opened, nodes: {op: n}, layers, attention_fused, products_unfused, prompts, padded_difference,
-    cached_difference, difference_limit, decoded_tokens, greedy_agrees: "n/n", stops, genai: {opened, greedy_agrees,
-    stops, tokenizer_agrees, round_trips}}. BuildFailed with the reason where a check fails.
+    cached_difference, difference_limit, decoded_tokens, stops, genai: {opened, greedy_agrees: "n/n", stops,
+    tokenizer_agrees: "n/n", round_trips: "n/n"}}. BuildFailed with the reason where a check fails.
     """
     if not prompts or min(map(len, prompts)) < 2:
         raise ValueError("check needs prompts of at least 2 tokens each")
@@ -89,7 +90,7 @@ def relative_difference(logits: Logits, reference: Logits) -> float:
 
 
 def _two_roads(model: OnnxModel, rows: list[list[int]], alone: list[Logits]) -> tuple[float, float]:
-    """Worst relative difference of a right-padded prefill, and of cached decoding at ragged lengths, to `alone`."""
+    """Worst relative difference to `alone` of a right-padded prefill, and of ragged decoding with the cache."""
     forced = min(FORCED, min(map(len, rows)) - 1)
     lengths = np.array([len(row) - forced for row in rows])
     ids = np.zeros((len(rows), lengths.max()), np.int64)
@@ -97,7 +98,8 @@ def _two_roads(model: OnnxModel, rows: list[list[int]], alone: list[Logits]) -> 
         line[:length] = row[:length]
     logits, cache = model.prefill(ids, _mask(lengths))
     padded = max(
-        relative_difference(ours[:length], full[:length]) for ours, full, length in zip(logits, alone, lengths)
+        relative_difference(ours[:length], full[:length])
+        for ours, full, length in zip(logits, alone, lengths)
     )
     cached = 0.0
     for _ in range(forced):
@@ -122,7 +124,7 @@ def _hold(bundle: Path, what: str, difference: float, limit: float) -> None:
 def _check_choices(
     bundle: Path, model: OnnxModel, rows: list[list[int]], chosen: list[list[int]], limit: float, who: str
 ) -> None:
-    """Every chosen token must be the likeliest when everything before it is computed in full, or as good as it."""
+    """Every chosen token must be the likeliest when all before it is computed in full, or as good as that."""
     for row, new in zip(rows, chosen):
         ids = np.array([row + new[:-1]], np.int64)
         logits = model(ids, np.ones_like(ids))[0, len(row) - 1 :]
@@ -131,7 +133,7 @@ def _check_choices(
         worst = int(behind.argmax())
         if not behind[worst] <= 2 * limit:  # both tokens may be off by the limit
             raise BuildFailed(
-                f"{bundle}: {who} chose token {new[worst]} at place {len(row) + worst} of a prompt of {len(row)}, "
+                f"{bundle}: {who} chose token {new[worst]} as number {worst + 1} after a prompt of {len(row)}, "
                 f"where {int(logits[worst].argmax())} is likelier by {behind[worst]:.3g} standard deviations"
             )
 
@@ -140,7 +142,9 @@ def _check_stop(bundle: Path, stopped: list[int], free: list[int]) -> None:
     """With its last token as the end of text, the same decoding must end where that token first appears."""
     expected = free[: free.index(free[-1]) + 1]
     if stopped != expected:
-        raise BuildFailed(f"{bundle}: decoding did not stop at its end of text: {stopped} instead of {expected}")
+        raise BuildFailed(
+            f"{bundle}: decoding did not stop at its end of text: {stopped} instead of {expected}"
+        )
 
 
 def _check_genai(
@@ -166,7 +170,7 @@ def _check_genai(
 
 
 def _check_tokenizer(bundle: Path, genai: Any, texts: Sequence[str]) -> dict[str, Any]:
-    """genai reads tokenizer.json with code of its own: its ids must be those of the library that trained it."""
+    """genai reads tokenizer.json with code of its own; its ids must be those of the library that made it."""
     from tokenizers import Tokenizer
 
     reference = Tokenizer.from_file(str(bundle / "tokenizer.json"))
@@ -178,8 +182,8 @@ def _check_tokenizer(bundle: Path, genai: Any, texts: Sequence[str]) -> dict[str
         if ids not in expected:
             place = next((i for i, (a, b) in enumerate(zip(ids, expected[0])) if a != b), len(ids))
             raise BuildFailed(
-                f"{bundle}: onnxruntime-genai's tokenizer gives other ids than tokenizer.json, from token {place} "
-                f"of the text that starts {text[:40]!r}: {ids[place : place + 5]} instead of "
+                f"{bundle}: onnxruntime-genai's tokenizer gives other ids than the tokenizers library, from token "
+                f"{place} of the text that starts {text[:40]!r}: {ids[place : place + 5]} instead of "
                 f"{expected[0][place : place + 5]}"
             )
         round_trips += genai.decode(ids) == text
@@ -187,7 +191,7 @@ def _check_tokenizer(bundle: Path, genai: Any, texts: Sequence[str]) -> dict[str
 
 
 def _graph_facts(bundle: Path, graph: onnx.GraphProto) -> dict[str, Any]:
-    """Operator counts, and what is not in its fused form: attention by layer, products among quantized ones."""
+    """Operator counts, and what is not in its fused form: attention, and products among quantized ones."""
     nodes = Counter(node.op_type for node in graph.node)
     layers = sum(value.name.startswith("past_key_values.") for value in graph.input) // 2
     matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
@@ -195,8 +199,8 @@ def _graph_facts(bundle: Path, graph: onnx.GraphProto) -> dict[str, Any]:
     plain = [n.name for n in graph.node if n.op_type in products and n.input[1] in matrices]
     if nodes["GroupQueryAttention"] != layers:
         raise BuildFailed(
-            f"{bundle}: {layers} layers have a cache, but {nodes['GroupQueryAttention']} GroupQueryAttention nodes "
-            "are in the graph: attention was not fused"
+            f"{bundle}: {layers} layers have a cache, but the graph has {nodes['GroupQueryAttention']} "
+            "GroupQueryAttention nodes: attention was not fused"
         )
     return {
         "nodes": dict(sorted(nodes.items())),

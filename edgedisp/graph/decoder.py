@@ -1,10 +1,11 @@
 """Writes the ONNX graph of a decoder with KV cache out of ONNX Runtime's fused operators.
 
 The interface is the one of onnxruntime-genai's builder, so that genai, transformers.js and optimum open it:
-inputs `input_ids` [batch, tokens], `attention_mask` [batch, past + tokens] and `past_key_values.N.key/value`
-[batch, kv heads, past, head_dim]; outputs `logits` [batch, tokens, vocab] and `present.N.key/value`. The head
-dimension is a number: transformers.js reads unknown symbols as 0. Positions come from the sums of the mask, so
-there is no `position_ids` input, and right-padded prefill and cached decode of ragged rows are both right.
+inputs `input_ids` [batch, tokens], `attention_mask` [batch, past + tokens] and
+`past_key_values.N.key/value` [batch, kv heads, past, head_dim]; outputs `logits` [batch, tokens, vocab] and
+`present.N.key/value`. The head dimension is a number: transformers.js reads unknown symbols as 0. Positions
+come from the sums of the mask, so there is no `position_ids` input, and right-padded prefill and cached
+decode of ragged rows are both right.
 
 What was measured on SmolLM2-135M with 2 threads, against the genai builder's graph:
 - A tied embedding is stored once, [vocab, hidden], and the head is `FusedMatMul` with transB. The builder
@@ -35,7 +36,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Residual:
-    """The residual stream between two norms: `stream` + `added` + `bias`, summed in the next norm's kernel."""
+    """The residual between two norms: `stream` + `added` + `bias`, summed inside the next norm's kernel."""
 
     stream: str
     added: str = ""
@@ -60,7 +61,7 @@ def write(decoder: Decoder, folder: Path, progress: Progress = silent) -> None:
 
 
 def _lengths(graph: GraphWriter) -> None:
-    """What attention needs to know: the last real position of each row (`seqlens_k`), and the longest total."""
+    """What attention needs to know: each row's last real position (`seqlens_k`), and the longest total."""
     graph.weight("index_1", np.array(1, np.int64))
     graph.node("ReduceSum", ["attention_mask", graph.integers("axis_1", 1)], "real_tokens", keepdims=1)
     graph.node("Sub", ["real_tokens", "index_1"], "last_positions")

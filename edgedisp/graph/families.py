@@ -45,7 +45,7 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Linear:
-    """`y = x W^T + b`. `weights`: matrices [out_i, in], stored as one [sum(out_i), in]; `biases` alike or empty."""
+    """`y = x W^T + b`. `weights`: [out_i, in] each, stored as one [sum(out_i), in]; `biases`: alike, or empty."""
 
     name: str
     weights: tuple[torch.Tensor, ...]
@@ -54,7 +54,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """`weight` [n] as it multiplies (Gemma's `1 + w` is added already). LayerNorm with a bias, RMSNorm without."""
+    """`weight` [n] as it multiplies (Gemma's 1 + w already added). LayerNorm with a bias, RMSNorm without."""
 
     name: str
     weight: torch.Tensor
@@ -64,7 +64,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Layer:
-    """One block: x + attention(norm(x)), then x + mlp(norm(x)). Gemma norms what is added, too (`*_output_norm`)."""
+    """One block: x + attention(norm(x)), then x + mlp(norm(x)). Gemma also norms what is added."""
 
     attention_norm: Norm
     qkv: Linear
@@ -114,7 +114,7 @@ def family_of(folder: Path) -> str:
 
 
 def read(folder: Path, max_context: int | None = None) -> Decoder:
-    """Open the model folder in fp32 and describe it. BadInput for a family or a form that is not written here."""
+    """Open the model folder in fp32 and describe it. BadInput for a family or form that is not written here."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

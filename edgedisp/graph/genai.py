@@ -16,7 +16,7 @@ class GenaiModel:
     """A bundle opened by onnxruntime-genai. BuildFailed with the runtime's reason if it does not open."""
 
     def __init__(self, bundle: Path, stop_id: int | None = None) -> None:
-        """`stop_id` ends the text as well; the bundle's own end-of-text ids stay (an overlay adds to a list)."""
+        """`stop_id` ends a text as well; the bundle's own end-of-text ids stay (overlays add to a list)."""
         import onnxruntime_genai
 
         self._runtime: Any = onnxruntime_genai

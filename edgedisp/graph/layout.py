@@ -1,10 +1,12 @@
-"""What stands beside the graph so that the runtimes open a bundle: onnxruntime-genai, transformers.js, optimum.
+"""What stands beside the graph so that the runtimes open a bundle: onnxruntime-genai, transformers.js,
+optimum.
 
-- `genai_config.json`: shapes, names, end-of-text ids, search defaults, and the number of threads, which genai
-  takes from nowhere else (without it, it runs on one).
-- tokenizer files. The chat template is written both as `chat_template.jinja` and inside `tokenizer_config.json`:
-  transformers.js reads the second alone.
-- `config.json` and `generation_config.json`, without which optimum and transformers.js do not know the family.
+- `genai_config.json`: shapes, names, end-of-text ids, search defaults, and the number of threads, which
+  genai takes from nowhere else (without it, it runs on one).
+- tokenizer files. The chat template is written both as `chat_template.jinja` and inside
+  `tokenizer_config.json`: transformers.js reads the second alone.
+- `config.json` and `generation_config.json`, without which optimum and transformers.js do not know the
+  family.
 
 A model may end its turn with another token than its end of text: chat templates in ChatML style close a turn
 with `<|im_end|>`. Such a token is added to the end-of-text ids when template and vocabulary both have it.
@@ -20,7 +22,7 @@ from typing import Any
 from edgedisp import BadInput
 from edgedisp.graph.families import Decoder
 
-# Family -> genai's model type. Its type `gpt2` wants key and value in one tensor; `decoder` is its plain type.
+# Family -> genai's model type. Its type `gpt2` wants key and value in one tensor; `decoder` is the plain one.
 GENAI_TYPES = {
     "llama": "llama",
     "mistral": "mistral",
@@ -82,7 +84,7 @@ def chat_template(folder: Path) -> str | None:
 
 
 def end_ids(folder: Path) -> list[int]:
-    """Ids after which generation stops: the configured ones, then the token that ends a turn in the template."""
+    """Ids after which generation stops: the configured ones, then the one that ends a turn in the template."""
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
         found = _load(folder / name).get("eos_token_id")
@@ -119,10 +121,11 @@ def _special_ids(folder: Path) -> dict[str, int]:
     settings = _load(folder / "tokenizer_config.json")
     ids = {}
     for kind in ("bos", "pad"):
-        token = vocabulary.get(_content(settings.get(f"{kind}_token")) or "")
         found = config.get(f"{kind}_token_id")
-        if found is not None or token is not None:
-            ids[kind] = int(found if found is not None else token)
+        if found is None:
+            found = vocabulary.get(_content(settings.get(f"{kind}_token")) or "")
+        if found is not None:
+            ids[kind] = int(found)
     return ids
 
 

@@ -1,11 +1,12 @@
 """Runs a bundle with onnxruntime on the CPU, behind the same callable that the torch model offers.
 
-`OnnxModel(bundle, threads)` takes right-padded batches for scoring and decodes greedily with the KV cache. Greedy
-decoding binds one buffer per layer as past AND present: attention then appends in place, as onnxruntime-genai
-does, instead of copying the cache at every token.
+`OnnxModel(bundle, threads)` takes right-padded batches for scoring and decodes greedily with the KV cache.
+Greedy decoding binds one buffer per layer as past AND present: attention then appends in place, as
+onnxruntime-genai does, instead of copying the cache at every token.
 
-Threads spin only while a run is going on (`session.force_spinning_stop`), so that an idle model does not take the
-processor from the one being timed beside it. Left out: sampling and beams (genai does that), other devices.
+Threads spin only while a run is going on (`session.force_spinning_stop`), so that an idle model does not
+take the processor from the one being timed beside it. Left out: sampling and beams (genai does that), other
+devices.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Cache = dict[str, NDArray[np.float32]]
 
 
 class OnnxModel:
-    """A bundle as a language model. BadInput if it is no bundle, BuildFailed if onnxruntime cannot open it."""
+    """A bundle as a language model. BadInput if it is none, BuildFailed if onnxruntime cannot open it."""
 
     def __init__(self, bundle: Path, threads: int) -> None:
         if threads < 1:
@@ -45,9 +46,9 @@ class OnnxModel:
         self._head_dim = int(config["decoder"]["head_size"])
 
     def __call__(self, ids: Ids, mask: Ids) -> Logits:
-        """ids, mask int64 [batch, tokens], mask 1 = real, padding on the right -> float32 [batch, tokens, vocab].
+        """ids, mask int64 [batch, tokens] (1 real, 0 padding, on the right) -> float32 [batch, tokens, vocab].
 
-        Logits at padding mean nothing. ValueError for left padding, empty rows and more tokens than the context.
+        Logits at padding mean nothing. ValueError for left padding, an empty row, more tokens than the context.
         """
         self._refuse(ids, mask)
         feed = {"input_ids": ids, "attention_mask": mask, **self._empty(len(ids))}
@@ -60,7 +61,7 @@ class OnnxModel:
         return self._step(ids, mask, self._empty(len(ids)))
 
     def decode(self, ids: Ids, mask: Ids, cache: Cache) -> tuple[Logits, Cache]:
-        """One more token a row: ids [batch, 1], mask [batch, cached + 1] whose sum is the row's real length now.
+        """One more token a row: ids [batch, 1], mask [batch, cached + 1] summing to each row's length now.
 
         Rows may have different lengths: a row's token goes to the place after its last real one.
         """

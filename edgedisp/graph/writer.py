@@ -29,7 +29,7 @@ class GraphWriter:
     def node(
         self, op: str, inputs: Sequence[str], *outputs: str, domain: str = "", **attributes: int | float
     ) -> str:
-        """Append a node named after its first output, which is returned. Empty inputs at the end are dropped."""
+        """Append a node named after its first output; return that. Empty inputs at the end are dropped."""
         given = list(inputs)
         while given and not given[-1]:
             given.pop()
@@ -48,7 +48,7 @@ class GraphWriter:
         return name
 
     def _outside(self, name: str, array: NDArray[Any]) -> TensorProto:
-        """Append `array` to the data file; straight from its memory, as onnx's own function copies it twice."""
+        """Append `array` to the data file straight from its memory; onnx's own function copies it twice."""
         kind = helper.np_dtype_to_tensor_dtype(array.dtype)
         tensor = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
         with (self.folder / DATA).open("ab") as file:

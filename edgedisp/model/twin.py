@@ -61,7 +61,7 @@ def twin(
         raise _no_twin(architecture, "not a family of causal language models that transformers knows")
     with quiet():
         config = _config(architecture, context)
-        tokenizer = _tokenizer(texts, vocab_size, context)
+        tokenizer = _tokenizer(texts, vocab_size, context, architecture)
         config.vocab_size = -(-len(tokenizer) // 16) * 16
         return _random_model(config, architecture, seed), tokenizer
 
@@ -106,12 +106,17 @@ def _no_twin(architecture: str, reason: object) -> BadInput:
     )
 
 
-def _tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> Any:
+def _tokenizer(texts: Iterable[str], vocab_size: int, context: int, architecture: str) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if architecture == "qwen2":
+        # transformers splits words by its own rules in every folder of this family, whatever tokenizer.json
+        # says, so the twin learns with these rules.
+        family = Qwen2Tokenizer().backend_tokenizer
+        inner.normalizer, inner.pre_tokenizer = family.normalizer, family.pre_tokenizer
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -5,15 +5,16 @@ asymmetric, one zero point; its values are unsigned integers of `bits` bits:
 
     value = (q - zero_point) * scale          zero_point = 2^(bits-1) when symmetric (not stored)
 
-Rounding to nearest. Symmetric: the value of largest magnitude lands exactly on the end of the range that has
-one step more (q = 0, that is -2^(bits-1) steps), so its sign decides the sign of the scale. A positive scale
-would waste that step or clip. Asymmetric: the range [min(0, lowest), max(0, highest)] over 2^bits - 1 steps; zero
-stays exact, which padding and dead weights need. ONNX Runtime's own quantizer makes the same two choices.
+Rounding to nearest. Symmetric: the value of largest magnitude lands exactly on the end of the range that
+has one step more (q = 0, that is -2^(bits-1) steps), so its sign decides the sign of the scale. A positive
+scale would waste that step or clip. Asymmetric: the range [min(0, lowest), max(0, highest)] over 2^bits - 1
+steps; zero stays exact, which padding and dead weights need. ONNX Runtime's own quantizer makes the same
+two choices.
 
-Packed form, as the two operators read it: `data` [out, groups, group * bits / 8] with the first value in the low
-bits of a byte; `scales` [out, groups]; `zero_points` [out, ceil(groups * bits / 8)], packed along the row.
-The last group of a row may be partly padding (q = zero point); both operators were checked to accept that, the
-second through a reshape to the padded width and a slice.
+Packed form, as the two operators read it: `data` [out, groups, group * bits / 8] with the first value in
+the low bits of a byte; `scales` [out, groups]; `zero_points` [out, ceil(groups * bits / 8)], packed along
+the row. The last group of a row may be partly padding (q = zero point); both operators were checked to
+accept that, the second through a reshape to the padded width and a slice.
 
 Left out: 2 bits (the packing here is general, but no kernel was tried), fp16 scales (no CPU kernels).
 """
@@ -60,7 +61,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A quantized weight, unpacked. q uint8 [out, groups, group]; scales fp32 and zero_points uint8 [out, groups]."""
+    """A quantized weight, unpacked: q uint8 [out, groups, group], scales and zero points [out, groups]."""
 
     q: Bytes
     scales: Float

@@ -89,11 +89,6 @@ class Recipe(Section):
         """Whole optimizer steps that `train.tokens` pays for, at least 1."""
         return self.train.tokens // self.tokens_per_step
 
-    @property
-    def checkpoint_steps(self) -> int:
-        """Steps between checkpoints: `train.checkpoint_every`, or a fifth of the run, rounded up."""
-        return self.train.checkpoint_every or -(-self.steps // 5)
-
     def identity(self) -> dict[str, Any]:
         """What decides the trained weights: model, data, seed and train, as JSON-able values."""
         return self.model_dump(mode="json", include={"model", "data", "seed", "train"})

@@ -170,7 +170,7 @@ class Train(Section):
     )
     gradient_checkpointing: Flag = Field(default=False, description="less memory for about a third more time")
     checkpoint_every: Count | None = Field(
-        default=None, description="steps between checkpoints; null: five checkpoints in a run"
+        default=None, description="steps between checkpoints; null: a fifth of the run, at least 10"
     )
     dispersion: Dispersion | None = Field(
         default_factory=Dispersion,

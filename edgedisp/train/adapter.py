@@ -22,14 +22,13 @@ from edgedisp.train.trainer import quiet
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """Fields as in a recipe's `train.adapter`; `base` matters for qlora alone."""
+    """Fields as in a recipe's `train.adapter`; what holds a qlora adapter's base is `load_quantized`'s."""
 
     kind: str
     rank: int = 16
     alpha: int | None = None
     dropout: float = 0.0
     targets: str | Sequence[str] = "auto"
-    base: str = "nf4"
 
 
 def linear_names(layers: nn.ModuleList) -> list[str]:

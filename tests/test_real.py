@@ -1,0 +1,95 @@
+"""One real build: SmolLM2-135M on real text, through the installed command, small enough for CI."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.real
+
+SMALL = {
+    "train.tokens": "4k",
+    "evaluate.limit": "8",
+    "evaluate.perplexity_tokens": "1k",
+    "verify.tokens": "256",
+    "latency.generate": "8",
+    "latency.repetitions": "2",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("real") / "run"
+    command = [Path(sys.executable).parent / "edgedisp", "build", "quickstart", "--out", folder]
+    for key, value in SMALL.items():
+        command += ["--set", f"{key}={value}"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == f"report: {folder / 'report.html'}"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def summary(run: Path) -> dict:  # type: ignore[type-arg]
+    return json.loads((run / "report.json").read_text())["summary"]
+
+
+def test_the_base_is_a_pretrained_model_and_the_text_is_real(summary) -> None:  # type: ignore[no-untyped-def]
+    # A random model has a perplexity near its vocabulary, 49,152; this one had 15.9 on this text (see README).
+    assert summary["model"]["parameters"]["total"] == 134_515_008
+    assert summary["accuracy"]["baseline"]["torch"]["heldout_perplexity"]["value"] < 40
+    assert summary["corpus"]["train_documents"] > 9000
+
+
+def test_both_arms_started_from_one_point(summary) -> None:  # type: ignore[no-untyped-def]
+    baseline, dispersed = (summary["midtrain"][arm] for arm in ("baseline", "dispersed"))
+    assert baseline["log"][0]["loss"] == dispersed["log"][0]["loss"]
+    assert dispersed["log"][0]["dispersion"] is not None and baseline["log"][0]["dispersion"] is None
+
+
+def test_the_fp32_bundle_is_the_torch_model(summary) -> None:  # type: ignore[no-untyped-def]
+    for arm in ("baseline", "dispersed"):
+        figures = summary["verify"][arm]["fp32"]
+        assert figures["max_abs_difference"] < 1e-2 and figures["top1_agreement"] == 1.0
+        assert figures["genai"]["opened"]
+        torch_score, onnx_score = (
+            summary["accuracy"][arm][precision]["heldout_perplexity"]["value"]
+            for precision in ("torch", "fp32")
+        )
+        assert onnx_score == pytest.approx(torch_score, rel=1e-4)
+
+
+def test_quantized_bundles_are_smaller_and_fused(summary) -> None:  # type: ignore[no-untyped-def]
+    sizes = {
+        precision: summary["bundles"]["dispersed"][precision]["size_bytes"]
+        for precision in ("fp32", "int8", "int4")
+    }
+    assert sizes["fp32"] < 545e6 and sizes["int8"] < 160e6 and sizes["int4"] < 105e6
+    nodes = summary["bundles"]["dispersed"]["int4"]["nodes"]
+    assert nodes["GroupQueryAttention"] == 30 and nodes["MatMulNBits"] >= 121 and "MatMul" not in nodes
+
+
+def test_condensation_rises_with_depth(summary) -> None:  # type: ignore[no-untyped-def]
+    # Measured for this model: .10 at the embedding, .48-.70 in the deep layers.
+    layers = summary["condensation"]["baseline"]["layers"]
+    assert len(layers) == 31
+    assert layers[0]["cosine_raw"] < 0.25 < 0.4 < layers[28]["cosine_raw"]
+
+
+def test_the_verdict_of_four_steps_claims_nothing(run: Path) -> None:
+    verdict = json.loads((run / "report.json").read_text())["verdict"]
+    assert verdict["label"] in ("no measurable difference", "cannot tell at this size")
+
+
+def test_the_models_open_with_plain_transformers(run: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run / "dispersed" / "model")
+    model = AutoModelForCausalLM.from_pretrained(run / "dispersed" / "model")
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    answer = tokenizer.decode(model.generate(ids, max_new_tokens=4, do_sample=False)[0])
+    assert "Paris" in answer
