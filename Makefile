@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test lint types unit real wheel clean setup
+.PHONY: quickstart test lint types unit real docs wheel clean setup
 
 quickstart: setup
 	$(BIN)/edgedisp build recipes/quickstart.yaml
@@ -33,6 +33,10 @@ unit: setup
 # One small build of a real pretrained model, through the real command.
 real: setup
 	$(BIN)/python -m pytest -m real
+
+# docs/recipe.md is made from the schema; tests/test_readme.py notices when it is out of date.
+docs: setup
+	( echo "# Every key of a recipe"; echo; $(BIN)/python -c "from edgedisp.recipe import reference; print(reference())" ) > docs/recipe.md
 
 wheel: setup
 	$(BIN)/python -m build --wheel

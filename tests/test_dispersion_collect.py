@@ -131,7 +131,7 @@ def test_layer_choices() -> None:
 
 
 def test_an_unknown_layer_choice_does_not_mean_all() -> None:
-    with pytest.raises(ValueError, match="early_half.*is not one of all"):
+    with pytest.raises(ValueError, match=r"early_half.*is not one of all"):
         select_layers("early_half", 5)
     with pytest.raises(ValueError, match=r"layers \[5\] are outside"):
         select_layers([0, 5], 5)

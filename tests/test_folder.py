@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -118,17 +117,20 @@ def test_a_run_folder_of_another_recipe_is_refused_with_the_difference(tmp_path:
     run = tmp_path / "run"
     with open_run(run, {"train": {"lr": 1, "tokens": 5}}, "one"):
         make(run / "base", {})
-    with pytest.raises(BadInput, match=r"belongs to another recipe \(one\), which differs in train\.lr"):
-        with open_run(run, {"train": {"lr": 2, "tokens": 5}}, "two"):
-            raise AssertionError("was opened")
+    message = r"belongs to another recipe \(one\), which differs in train\.lr"
+    with (
+        pytest.raises(BadInput, match=message),
+        open_run(run, {"train": {"lr": 2, "tokens": 5}}, "two"),
+    ):
+        raise AssertionError("was opened")
     assert read(run / "base") is not None
 
 
 def test_a_folder_of_something_else_is_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("x")
-    with pytest.raises(BadInput, match=r"is not a run folder and not empty \(thesis.txt"):
-        with open_run(tmp_path, {}, "a"):
-            raise AssertionError("was opened")
+    message = r"is not a run folder and not empty \(thesis.txt"
+    with pytest.raises(BadInput, match=message), open_run(tmp_path, {}, "a"):
+        raise AssertionError("was opened")
     assert (tmp_path / "thesis.txt").exists() and not (tmp_path / "run.json").exists()
 
 
@@ -171,4 +173,4 @@ def test_two_writers_of_one_run_folder_are_refused(tmp_path: Path) -> None:
     finally:
         other.communicate("")
     with open_run(tmp_path / "run", {}, "a"):
-        assert os.path.exists(tmp_path / "run" / "run.json")
+        assert (tmp_path / "run" / "run.json").exists()

@@ -39,7 +39,7 @@ def summary(run: Path) -> dict:  # type: ignore[type-arg]
 
 
 def test_the_base_is_a_pretrained_model_and_the_text_is_real(summary) -> None:  # type: ignore[no-untyped-def]
-    # A random model has a perplexity near its vocabulary, 49,152; this one had 15.9 on this text (see README).
+    # A random model has a perplexity near its vocabulary, 49,152; this one had 15.9 on this text.
     assert summary["model"]["parameters"]["total"] == 134_515_008
     assert summary["accuracy"]["baseline"]["torch"]["heldout_perplexity"]["value"] < 40
     assert summary["corpus"]["train_documents"] > 9000
@@ -64,10 +64,8 @@ def test_the_fp32_bundle_is_the_torch_model(summary) -> None:  # type: ignore[no
 
 
 def test_quantized_bundles_are_smaller_and_fused(summary) -> None:  # type: ignore[no-untyped-def]
-    sizes = {
-        precision: summary["bundles"]["dispersed"][precision]["size_bytes"]
-        for precision in ("fp32", "int8", "int4")
-    }
+    bundles = summary["bundles"]["dispersed"]
+    sizes = {precision: bundles[precision]["size_bytes"] for precision in ("fp32", "int8", "int4")}
     assert sizes["fp32"] < 545e6 and sizes["int8"] < 160e6 and sizes["int4"] < 105e6
     nodes = summary["bundles"]["dispersed"]["int4"]["nodes"]
     assert nodes["GroupQueryAttention"] == 30 and nodes["MatMulNBits"] >= 121 and "MatMul" not in nodes

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgedisp import BadInput, BuildFailed
-from edgedisp.sources import cache_folder, fetch, file_sha256, wheel_members
+from edgedisp.sources import cache_folder, fetch, file_sha256, is_hub_id, wheel_members
 
 TEXT = b'{"a": "one"}\n' * 5000
 SOURCE = "pypi:tiny-text==1.0/tiny_text/data/text.json"
@@ -321,6 +321,15 @@ def test_a_local_file_is_checked_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["gpt2", "Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct"])
 def test_a_hub_id_comes_back_as_it_is(tmp_path: Path, source: str) -> None:
     assert fetch(source, beside=tmp_path) == source
+    assert is_hub_id(source, beside=tmp_path)
+    (tmp_path / source).mkdir(parents=True)  # what is there is local
+    assert fetch(source, beside=tmp_path) == tmp_path / source
+    assert not is_hub_id(source, beside=tmp_path)
+
+
+@pytest.mark.parametrize("source", [SOURCE, "pypi:malformed", "a/b/c", "text.json", "https://x/y", ""])
+def test_everything_else_is_no_hub_id(source: str) -> None:
+    assert not is_hub_id(source)
 
 
 @pytest.mark.parametrize(

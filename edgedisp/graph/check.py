@@ -90,7 +90,7 @@ def relative_difference(logits: Logits, reference: Logits) -> float:
 
 
 def _two_roads(model: OnnxModel, rows: list[list[int]], alone: list[Logits]) -> tuple[float, float]:
-    """Worst relative difference to `alone` of a right-padded prefill, and of ragged decoding with the cache."""
+    """Worst relative difference to `alone` of a right-padded prefill, and of ragged decoding with cache."""
     forced = min(FORCED, min(map(len, rows)) - 1)
     lengths = np.array([len(row) - forced for row in rows])
     ids = np.zeros((len(rows), lengths.max()), np.int64)
@@ -133,8 +133,8 @@ def _check_choices(
         worst = int(behind.argmax())
         if not behind[worst] <= 2 * limit:  # both tokens may be off by the limit
             raise BuildFailed(
-                f"{bundle}: {who} chose token {new[worst]} as number {worst + 1} after a prompt of {len(row)}, "
-                f"where {int(logits[worst].argmax())} is likelier by {behind[worst]:.3g} standard deviations"
+                f"{bundle}: {who} chose token {new[worst]} as number {worst + 1} after a prompt, where "
+                f"{int(logits[worst].argmax())} is likelier by {behind[worst]:.3g} standard deviations"
             )
 
 
@@ -182,9 +182,9 @@ def _check_tokenizer(bundle: Path, genai: Any, texts: Sequence[str]) -> dict[str
         if ids not in expected:
             place = next((i for i, (a, b) in enumerate(zip(ids, expected[0])) if a != b), len(ids))
             raise BuildFailed(
-                f"{bundle}: onnxruntime-genai's tokenizer gives other ids than the tokenizers library, from token "
-                f"{place} of the text that starts {text[:40]!r}: {ids[place : place + 5]} instead of "
-                f"{expected[0][place : place + 5]}"
+                f"{bundle}: onnxruntime-genai's tokenizer gives other ids than the tokenizers library, "
+                f"from token {place} of the text that starts {text[:40]!r}: {ids[place : place + 5]} instead "
+                f"of {expected[0][place : place + 5]}"
             )
         round_trips += genai.decode(ids) == text
     return {"tokenizer_agrees": f"{len(texts)}/{len(texts)}", "round_trips": f"{round_trips}/{len(texts)}"}

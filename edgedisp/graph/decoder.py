@@ -159,7 +159,6 @@ def _attention(
         query, key, value = _normed_heads(graph, decoder, name, query, layer.q_norm, layer.k_norm)
     past = [f"past_key_values.{index}.{part}" for part in ("key", "value")]
     rope = [f"{layer.rope}.cos_cache", f"{layer.rope}.sin_cache"] if layer.rope else []
-    softcap = {"softcap": decoder.attention_softcap} if decoder.attention_softcap else {}
     graph.node(
         "GroupQueryAttention",
         [query, key, value, *past, "seqlens_k", "total_sequence_length", *rope],
@@ -172,7 +171,6 @@ def _attention(
         scale=layer.scale,
         do_rotary=int(layer.rope is not None),
         local_window_size=layer.window or -1,
-        **softcap,
     )
     return _linear(graph, layer.attention_output, name), _bias(graph, layer.attention_output)
 

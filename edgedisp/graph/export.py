@@ -24,9 +24,9 @@ def export(
     """Write the bundle of `model_folder` (a Hugging Face folder) into the existing empty folder `out`.
 
     Returns {family, exporter: edgedisp | onnxruntime-genai, runtime_layout, context, threads, size_bytes,
-    nodes: {op: n}}; size_bytes counts the graph and its weights. `max_context` caps the positions (default 8192
-    or the model's own, whichever is less; the genai builder takes the model's own). BadInput for a family that
-    nobody here can export, BuildFailed where the builder fails.
+    nodes: {op: n}}; size_bytes counts the graph and its weights. `max_context` caps the positions (default
+    8192, or the model's own if less; the genai builder always takes the model's own). BadInput for a family
+    that nobody here can export, BuildFailed where the builder fails.
     """
     family = families.family_of(model_folder)
     if family in families.READERS:

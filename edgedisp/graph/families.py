@@ -45,7 +45,7 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Linear:
-    """`y = x W^T + b`. `weights`: [out_i, in] each, stored as one [sum(out_i), in]; `biases`: alike, or empty."""
+    """`y = x W^T + b`. `weights` [out_i, in] are stored as one [sum(out_i), in]; `biases` alike, if any."""
 
     name: str
     weights: tuple[torch.Tensor, ...]
@@ -101,7 +101,6 @@ class Decoder:
     embedding_scale: float = 1.0
     positions: torch.Tensor | None = None  # learned positions [context, hidden]
     ropes: dict[str, Rope] = field(default_factory=dict)
-    attention_softcap: float = 0.0
     logit_softcap: float = 0.0
 
 
@@ -114,7 +113,7 @@ def family_of(folder: Path) -> str:
 
 
 def read(folder: Path, max_context: int | None = None) -> Decoder:
-    """Open the model folder in fp32 and describe it. BadInput for a family or form that is not written here."""
+    """Open the model folder in fp32 and describe it. BadInput for what is not written here."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -236,7 +235,6 @@ def _llama_like(model: Any, context: int, offset: float = 0.0, named_ropes: bool
         final_norm=_rms("model.norm", body.norm, offset),
         head=_head(model, body.embed_tokens.weight),
         ropes=_rotary(model, context, sorted(set(kinds)) if kinds else None),
-        attention_softcap=float(getattr(config, "attn_logit_softcapping", None) or 0.0),
         logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
     )
 

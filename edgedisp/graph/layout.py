@@ -84,7 +84,7 @@ def chat_template(folder: Path) -> str | None:
 
 
 def end_ids(folder: Path) -> list[int]:
-    """Ids after which generation stops: the configured ones, then the one that ends a turn in the template."""
+    """Ids after which generation stops: the configured ones, then what ends a turn in the template."""
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
         found = _load(folder / name).get("eos_token_id")

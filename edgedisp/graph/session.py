@@ -46,9 +46,9 @@ class OnnxModel:
         self._head_dim = int(config["decoder"]["head_size"])
 
     def __call__(self, ids: Ids, mask: Ids) -> Logits:
-        """ids, mask int64 [batch, tokens] (1 real, 0 padding, on the right) -> float32 [batch, tokens, vocab].
+        """ids, mask int64 [batch, tokens] (0: padding, on the right) -> float32 [batch, tokens, vocab].
 
-        Logits at padding mean nothing. ValueError for left padding, an empty row, more tokens than the context.
+        Logits at padding mean nothing. ValueError for left padding, empty rows, more tokens than the context.
         """
         self._refuse(ids, mask)
         feed = {"input_ids": ids, "attention_mask": mask, **self._empty(len(ids))}

@@ -38,7 +38,7 @@ class TensorStore:
         return np.memmap(path, dtype, "r", int(place.get("offset", 0)), tuple(tensor.dims))
 
     def add(self, name: str, values: NDArray[Any]) -> str:
-        """Write `values` under `name`: small ones into the graph, others to the data file at a page's start."""
+        """Write `values` under `name`: small ones into the graph, others to the file at a page's start."""
         array = np.ascontiguousarray(values)
         if array.nbytes <= INLINE_BYTES:
             self.tensors.append(numpy_helper.from_array(array, name))

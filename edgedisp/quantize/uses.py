@@ -21,7 +21,7 @@ class Use:
 
 
 def find_uses(graph: GraphProto) -> dict[str, list[Use]]:
-    """Weight name -> its readers. A constant `Transpose` in between is looked through (the genai builder's)."""
+    """Weight name -> its readers. A constant `Transpose` in between is looked through (genai's builder)."""
     matrices = {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2}
     known_as = {name: (name, True) for name in matrices}  # value -> its weight, and whether it is as stored
     uses: dict[str, list[Use]] = {}
@@ -54,7 +54,7 @@ def head_name(uses: dict[str, list[Use]]) -> str | None:
 
 
 def _rows_first(node: NodeProto, position: int) -> bool | None:
-    """How the node reads input `position`: as [out, in] (True), [in, out] (False), or not as a weight (None)."""
+    """How the node reads input `position`: as [out, in] (True), [in, out] (False), not as a weight (None)."""
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if node.op_type == "Gather":
         embeds = position == 0 and attributes.get("axis", 0) == 0 and node.input[1] == "input_ids"

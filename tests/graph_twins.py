@@ -1,0 +1,188 @@
+"""Tiny random models for the tests of `graph` and `quantize`: every family, and forms of it that differ.
+
+Weights are large and norms uneven, so that attention is sharp and a mistake in a scale, a norm, a window or a
+position shows in the logits.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+VOCABULARY = 320
+CONTEXT = 128
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog. ",
+    "Numbers 12345 and 67, dots... and\n\nnew lines.\tTabs too. ",
+    "naïve café, 中文 and 🙂 are more than one byte each. ",
+    "They don't know it's a test; we'll see who's right. ",
+)
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.15,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+}
+GPT2_SHAPE = {
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": VOCABULARY,
+    "n_positions": CONTEXT,
+    "initializer_range": 0.15,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 16, "num_key_value_heads": 1}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+# name -> (architecture, what differs from SHAPE)
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, untied, biases, wide heads": (
+        "llama",
+        {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "head_dim": 32},
+    ),
+    "llama, llama3 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama, yarn rope": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "mistral, window": ("mistral", {"sliding_window": 16}),
+    "qwen2, window in one layer": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "gemma3_text": ("gemma3_text", {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3_text, capped logits, long rope": (
+        "gemma3_text",
+        {
+            **GEMMA,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "final_logit_softcapping": 4.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "gpt2": ("gpt2", {}),
+    "gpt2, scaled by layer, exact gelu": (
+        "gpt2",
+        {"scale_attn_by_inverse_layer_idx": True, "activation_function": "gelu", "n_inner": 80},
+    ),
+}
+FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2")
+
+
+def make(folder: Path, form: str, **changes: Any) -> Any:
+    """Save the twin `form` (a key of FORMS, or an architecture) with a tokenizer; return the torch model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    architecture, differs = FORMS.get(form, (form, {}))
+    shape = GPT2_SHAPE if architecture == "gpt2" else SHAPE
+    config = AutoConfig.for_model(architecture, **(shape | differs | changes))
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+        if architecture == "gemma3_text":  # it scales embeddings up, and would only repeat its last token
+            model.model.embed_tokens.weight.data /= config.hidden_size**0.5
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return model
+
+
+@cache
+def trained_tokenizer() -> str:
+    """A byte-level BPE tokenizer as JSON, ids 0..VOCABULARY-1 at most."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return str(tokenizer.to_str())
+
+
+def save_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text(trained_tokenizer(), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def ragged(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    """Random prompts of the given lengths, without the special tokens 0 to 2."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, VOCABULARY, length).tolist() for length in lengths]
+
+
+def padded(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """ids and mask [batch, longest], padded on the right with noise that must not matter."""
+    width = max(map(len, rows))
+    mask = np.array([[1] * len(row) + [0] * (width - len(row)) for row in rows], np.int64)
+    ids = np.array([row + [7] * (width - len(row)) for row in rows], np.int64)
+    return ids, mask
+
+
+def torch_logits(model: Any, row: list[int]) -> np.ndarray:
+    """The model's own logits [tokens, vocab] of one unpadded row."""
+    with torch.no_grad():
+        logits: np.ndarray = model(torch.tensor([row])).logits[0].numpy()
+    return logits
+
+
+def torch_greedy(model: Any, row: list[int], new: int) -> list[int]:
+    """Greedy continuation by recomputing everything at every step: no cache, no generation settings."""
+    ids = list(row)
+    for _ in range(new):
+        ids.append(int(torch_logits(model, ids)[-1].argmax()))
+    return ids[len(row) :]
