@@ -1,7 +1,7 @@
 """The stages in order, what each depends on, and the loop that walks them.
 
-    recipe -> base -> corpus -> midtrain[arm] -> condensation[arm] -> export[arm] -> quantize[arm, precision]
-           -> verify -> accuracy -> latency -> pack[arm, target] -> report
+    recipe -> base -> corpus -> items -> midtrain[arm] -> condensation[arm] -> export[arm]
+           -> quantize[arm, precision] -> verify -> accuracy -> latency -> pack[arm, target] -> report
 
 A stage's key is its section of the recipe and the content hashes of the stages it reads. A finished stage
 with the same key is kept. So a changed precision retrains nothing, and an unchanged recipe runs nothing:
@@ -73,7 +73,7 @@ def run_folder(recipe: Recipe, out: Path | None) -> Path:
 
 def stages(recipe: Recipe, threads: int) -> list[Stage]:
     """Every stage of a recipe, in order, each after those it reads."""
-    found = [_base(recipe), _corpus(recipe)]
+    found = [_base(recipe), _corpus(recipe), _items(recipe)]
     found += [_midtrain(recipe, arm) for arm in recipe.arms]
     found += [_condensation(arm) for arm in recipe.arms]
     found += [_export(arm, threads) for arm in recipe.arms]
@@ -203,34 +203,48 @@ def _verify(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
     return Stage(f"{arm}/verify-{precision}", section, (model, bundle, "corpus"), work)
 
 
-def _accuracy(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
-    model, bundle = f"{arm}/model", None if precision == "torch" else f"{arm}/{precision}"
-    context = recipe.data.context
-    section = {**_plain(recipe.evaluate), "context": context, "seed": recipe.seed, "threads": threads}
+def _scoring(recipe: Recipe) -> tuple[dict[str, Any], Callable[[Work], Any]]:
+    """What the tasks' questions depend on, and how to make them."""
+    section = {**_plain(recipe.evaluate), "context": recipe.data.context, "seed": recipe.seed}
     path = recipe.evaluate.tasks_path
     tasks_path = None if path is None else (recipe.folder / path).resolve()
+    if tasks_path is not None:
+        section["tasks_content"] = _folder_digest(tasks_path)
+
+    def suite(job: Work) -> Any:
+        from edgedisp import stages as run
+
+        base, corpus = job.folders["base"], job.folders["corpus"]
+        return run.items(recipe.evaluate, recipe.seed, tasks_path, base, corpus, recipe.data.context)
+
+    return section, suite
+
+
+def _items(recipe: Recipe) -> Stage:
+    section, suite = _scoring(recipe)
+
+    def work(job: Work) -> dict[str, Any]:
+        from edgedisp import stages as run
+
+        return run.count_items(suite(job), job.own)
+
+    return Stage("items", section, ("base", "corpus"), work)
+
+
+def _accuracy(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
+    section, suite = _scoring(recipe)
+    model, bundle = f"{arm}/model", None if precision == "torch" else f"{arm}/{precision}"
 
     def work(job: Work) -> dict[str, Any]:
         from edgedisp import stages as run
 
         shipped = None if bundle is None else job.folders[bundle]
         return run.accuracy(
-            recipe.evaluate,
-            recipe.seed,
-            tasks_path,
-            job.folders[model],
-            shipped,
-            job.folders["corpus"],
-            context,
-            threads,
-            job.own,
-            job.progress,
+            suite(job), recipe.evaluate, job.folders[model], shipped, threads, job.own, job.progress
         )
 
-    if tasks_path is not None:
-        section["tasks_content"] = _folder_digest(tasks_path)
-    reads = (model, "corpus") if bundle is None else (model, bundle, "corpus")
-    return Stage(f"{arm}/accuracy-{precision}", section, reads, work)
+    reads = ("base", "corpus", model) if bundle is None else ("base", "corpus", model, bundle)
+    return Stage(f"{arm}/accuracy-{precision}", {**section, "threads": threads}, reads, work)
 
 
 def _folder_digest(folder: Path) -> str:

@@ -158,7 +158,9 @@ def tokens(
         "epochs": facts["epochs"],
         "context": data.context,
         "sources": [source.source for source in data.train],
-        "text": "made for the smoke run" if smoke and _from_hub(data, beside) else "from the recipe's sources",
+        "text": "made for the smoke run"
+        if smoke and _from_hub(data, beside)
+        else "from the recipe's sources",
     }
 
 
@@ -365,33 +367,49 @@ def _hold(results: Results, limits: dict[str, float | None], bundle: Path) -> No
 # ---------------------------------------------------------------- figures
 
 
-def accuracy(
+def items(
     section: Evaluate,
     seed: int,
     tasks_path: Path | None,
-    model_folder: Path,
-    bundle: Path | None,
+    tokenizer_folder: Path,
     corpus_folder: Path,
     context: int,
+) -> tasks.Suite:
+    """The questions of the recipe's tasks: the same for every arm and precision."""
+    tokenizer = model.load_tokenizer(tokenizer_folder)
+    return tasks.prepare(
+        tokenizer,
+        section.tasks,
+        heldout_documents(corpus_folder),
+        end_of_text=model.end_of_text_id(tokenizer),
+        context=context,
+        limit=section.limit,
+        seed=seed,
+        perplexity_tokens=section.perplexity_tokens,
+        tasks_path=tasks_path,
+    )
+
+
+def count_items(suite: tasks.Suite, own: Path) -> Results:
+    """Make the questions before anything is trained, so that too little text or missing data is found now."""
+    counts = {name: len(questions) for name, questions in suite.questions.items()}
+    results = {"heldout_items": counts, "harness_tasks": sorted(suite.harness_tasks)}
+    write_json(own / "items.json", results)
+    return results
+
+
+def accuracy(
+    suite: tasks.Suite,
+    section: Evaluate,
+    model_folder: Path,
+    bundle: Path | None,
     threads: int,
     own: Path,
     progress: Progress,
 ) -> Results:
     """Score the torch model (bundle None) or a bundle on the recipe's tasks, per-item results kept."""
-    tokenizer = model.load_tokenizer(model_folder)
     scored: Any = (
         model.TorchModel(model.load(model_folder), threads) if bundle is None else OnnxModel(bundle, threads)
-    )
-    suite = tasks.prepare(
-        tokenizer,
-        section.tasks,
-        heldout_documents(corpus_folder),
-        end_of_text=model.end_of_text_id(tokenizer),
-        context=min(context, scored.context),
-        limit=section.limit,
-        seed=seed,
-        perplexity_tokens=section.perplexity_tokens,
-        tasks_path=tasks_path,
     )
     results = suite.run(
         scored, batch_tokens=section.batch_tokens, bootstrap=section.bootstrap, progress=progress

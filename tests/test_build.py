@@ -124,7 +124,7 @@ def test_an_unchanged_recipe_runs_nothing_and_says_what_it_kept(built: tuple[Pat
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "kept 23 finished stages: base, corpus" in done.stderr
+    assert "kept 30 finished stages: base, corpus, items" in done.stderr
     assert "no torch" in done.stderr
     assert done.stdout.splitlines()[-1] == f"report: {run / 'report.html'}"
 
@@ -144,7 +144,7 @@ def test_a_changed_precision_retrains_nothing(built, tmp_path, edgedisp) -> None
     ran = {line.split("] ")[1].split(":")[0] for line in ended.err.splitlines() if ": done in" in line}
     arms = ("baseline", "dispersed")
     expected = {f"{arm}/{stage}" for arm in arms for stage in ("int4", "verify-int4", "accuracy-int4")}
-    assert ran == {*expected, "latency"}
+    assert ran == {*expected, "latency", "baseline/laptop-x64", "dispersed/laptop-x64"}
     after = read(run / "dispersed" / "model")
     assert before and after and before.content == after.content
 
@@ -166,7 +166,7 @@ def test_a_build_killed_in_training_continues_at_its_checkpoint(built, tmp_path,
         assert not (run / "dispersed" / "model").exists()
     ended = edgedisp(*command[1:])
     assert ended.code == 0, ended
-    assert "kept 3 finished stages: base, corpus, baseline/model" in ended.err
+    assert "kept 4 finished stages: base, corpus, items, baseline/model" in ended.err
     first, second = read(run / "dispersed" / "model"), read(whole / "dispersed" / "model")
     assert first and second
     assert first.results["resumed_from"] >= 2

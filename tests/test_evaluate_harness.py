@@ -212,6 +212,17 @@ def test_aggregates_made_from_items_equal_lm_evals_own(folder: Path) -> None:
             assert record["low"] <= record["value"] <= record["high"]
 
 
+def test_a_metric_of_the_whole_task_is_carried_over_without_interval(folder: Path) -> None:
+    text = YAML["choice"].format(data=folder.parent / "questions.jsonl").replace("toy_choice", "toy_f1")
+    (folder / "f1.yaml").write_text(text.split("  - {metric: acc,")[0] + "  - {metric: mcc}\n")
+    first, second = (run(Table(seed), ["toy_f1"], folder)["toy_f1"] for seed in (0, 1))
+    assert (first["metric"], first["low"], first["definitions"]) == ("mcc", None, {})
+    assert "whole task" in first["metrics"]["mcc"]["reason"]
+    pair = compare_task(first, second)
+    assert (pair["low"], pair["metrics"]) == (None, {})
+    assert pair["difference"] == second["value"] - first["value"]
+
+
 def test_generated_text_ends_at_the_stop_string(folder: Path) -> None:
     model = Table()
     model.say("?rain.")

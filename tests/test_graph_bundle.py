@@ -125,7 +125,7 @@ def test_a_model_without_a_fast_tokenizer_is_refused(model_folder: Path, tmp_pat
 # ---------------------------------------------------------------- the genai builder's families
 
 
-@pytest.mark.parametrize("family", ["granite", "olmo"])
+@pytest.mark.parametrize("family", ["granite", "smollm3"])
 def test_the_builder_covers_families_that_are_not_written_here(
     family: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,11 +148,17 @@ def test_the_builder_covers_families_that_are_not_written_here(
     assert (tmp_path / "bundle" / "config.json").is_file()
 
 
+def test_a_family_that_the_builder_writes_wrong_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmo"}))
+    with pytest.raises(BadInput, match="'olmo' cannot be exported"):
+        export(tmp_path, tmp_path, threads=1)
+
+
 def test_a_failure_of_the_builder_is_a_failed_build_with_its_reason(tmp_path: Path) -> None:
     twins.make(tmp_path / "model", "granite")
     (tmp_path / "model" / "model.safetensors").unlink()
     (tmp_path / "bundle").mkdir()
-    with pytest.raises(BuildFailed, match="could not write family 'granite': .*safetensors"):
+    with pytest.raises(BuildFailed, match=r"could not write family 'granite': .*safetensors"):
         export(tmp_path / "model", tmp_path / "bundle", threads=1)
 
 

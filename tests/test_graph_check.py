@@ -100,8 +100,8 @@ def test_a_cache_that_is_off_by_one_is_found(copied: Path) -> None:
 
 
 def test_padding_that_leaks_into_real_rows_is_found(copied: Path) -> None:
-    def count_padding(graph: Any) -> None:
-        for node in graph.node:  # attention then counts keys from the padded end of a row
+    def mix_positions(graph: Any) -> None:
+        for node in graph.node:  # the head gets the mean over all positions of all rows on top
             if node.op_type == "FusedMatMul":
                 node.input[0] = "leaked"
         mean = helper.make_node("ReduceMean", ["model.norm"], ["leaked_mean"], keepdims=1)
@@ -109,26 +109,25 @@ def test_padding_that_leaks_into_real_rows_is_found(copied: Path) -> None:
         add = helper.make_node("Add", ["model.norm", "leaked_mean"], ["leaked"])
         graph.node.insert(len(graph.node) - 1, add)
 
-    change_graph(copied, count_padding)
+    change_graph(copied, mix_positions)
     with pytest.raises(BuildFailed, match="a right-padded batch and single rows disagree"):
         check(copied, PROMPTS, threads=1)
 
 
 def test_attention_that_is_not_fused_fails(copied: Path) -> None:
-    def drop_one(graph: Any) -> None:
+    def add_caches(graph: Any) -> None:
         caches = ["past_key_values.9.key", "past_key_values.9.value"]
         shape = ["batch_size", 4, "past_sequence_length", 16]
         graph.input.extend(helper.make_tensor_value_info(name, 1, shape) for name in caches)
 
-    change_graph(copied, drop_one)
+    change_graph(copied, add_caches)
     with pytest.raises(BuildFailed, match="attention was not fused"):
         check(copied, PROMPTS, threads=1)
 
 
 def test_a_layout_that_genai_does_not_open_fails_with_its_reason(copied: Path) -> None:
-    # genai's own type gpt2 expects key and value in one tensor.
     change_json(copied / "genai_config.json", lambda config: config["model"].update(type="made_up"))
-    with pytest.raises(BuildFailed, match="onnxruntime-genai cannot open it: .*made_up"):
+    with pytest.raises(BuildFailed, match=r"onnxruntime-genai cannot open it: .*made_up"):
         check(copied, PROMPTS, threads=1)
 
 

@@ -27,7 +27,7 @@ class TaskResult(TypedDict):
 
     task: str
     metric: str
-    value: float
+    value: float | None
     low: float | None
     high: float | None
     n: int
@@ -99,12 +99,12 @@ def compare_task(
         )
         for name, definition in baseline["definitions"].items()
     }
-    values = (baseline["value"], dispersed["value"])
+    before, after = baseline["value"], dispersed["value"]
     main = metrics.get(baseline["metric"]) or {
         "metric": baseline["metric"],
-        "baseline": baseline["value"],
-        "dispersed": dispersed["value"],
-        "difference": None if None in values else dispersed["value"] - baseline["value"],
+        "baseline": before,
+        "dispersed": after,
+        "difference": None if before is None or after is None else after - before,
         "low": None,
         "high": None,
         "n": baseline["n"],

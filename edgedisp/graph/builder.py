@@ -23,8 +23,10 @@ from edgedisp import BuildFailed, Progress, silent
 from edgedisp.graph import layout
 from edgedisp.graph.writer import GRAPH
 
-# Each was built from a tiny random model, opened and compared with torch (builder 0.18, transformers 5.23).
-FAMILIES = ("ernie4_5", "gemma", "gemma2", "granite", "nemotron", "olmo", "phi", "phi3", "smollm3")
+# Families whose graph was compared with torch on a tiny random model (builder 0.18, transformers 5.23): the
+# logits are equal to 1e-4, phi's to 2e-3. Not among them: olmo (off by 4), nemotron (1e-2), gemma2 (its cache
+# holds the window alone, which only genai handles).
+FAMILIES = ("ernie4_5", "gemma", "granite", "phi", "phi3", "smollm3")
 
 
 def build(model_folder: Path, out: Path, *, family: str, threads: int, progress: Progress = silent) -> None:
