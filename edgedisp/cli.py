@@ -312,11 +312,12 @@ def main() -> None:
 
 
 def _disk_is_full(error: BaseException) -> bool:
-    """Also when a library has wrapped the system's error in its own (safetensors does)."""
+    """Also when a library has put its own error in the place of the system's (safetensors, torch.save)."""
     full = {errno.ENOSPC, errno.EDQUOT}
+    words = (os.strerror(errno.ENOSPC), "iostream error")
     seen: BaseException | None = error
     while seen is not None:
-        if getattr(seen, "errno", None) in full or os.strerror(errno.ENOSPC) in str(seen):
+        if getattr(seen, "errno", None) in full or any(word in str(seen) for word in words):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

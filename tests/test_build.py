@@ -29,6 +29,7 @@ data:
 train: {{tokens: 2k, lr: 1e-3, batch: 4, checkpoint_every: 2, dispersion: {{weight: 0.1, tokens: 16}}}}
 verify: {{tokens: 64, int8_top1: 0, int8_kl: 1, int4_top1: 0, int4_kl: 5}}
 evaluate: {{limit: 6, perplexity_tokens: 500, bootstrap: 200}}
+targets: [phone-arm64]
 latency: {{prompt: 8, generate: 4, repetitions: 2, threads: 1}}
 """
 
@@ -99,8 +100,27 @@ def test_each_arm_leaves_a_model_folder_and_bundles(built: tuple[Path, Path, End
             graph = onnx.load(run / arm / precision / "model.onnx", load_external_data=False).graph
             ops = [node.op_type for node in graph.node]
             assert ops.count("GroupQueryAttention") == 2 and op in ops
-            config = json.loads((run / arm / precision / "genai_config.json").read_text())
-            assert config["model"]["decoder"]["session_options"]["intra_op_num_threads"] == 1
+            assert threads_of(run / arm / precision) == 1
+
+
+def threads_of(bundle: Path) -> int:
+    config = json.loads((bundle / "genai_config.json").read_text())
+    threads: int = config["model"]["decoder"]["session_options"]["intra_op_num_threads"]
+    return threads
+
+
+def test_the_bundle_for_a_device_is_the_one_that_was_measured(built: tuple[Path, Path, Ended]) -> None:
+    _, run, _ = built
+    measured, packed = read(run / "dispersed" / "int4"), read(run / "dispersed" / "phone-arm64")
+    assert measured and packed
+    for name in ("model.onnx", "model.onnx.data", "tokenizer.json"):
+        assert packed.sha256(name) == measured.sha256(name)
+    assert threads_of(run / "dispersed" / "phone-arm64") == 4
+
+
+def test_a_target_whose_precision_is_not_built_is_refused(edgedisp, recipe) -> None:  # type: ignore[no-untyped-def]
+    ended = edgedisp("build", recipe, "--set", "precisions=[fp32]")
+    refused(ended, "phone-arm64 ships int4", "must have been measured")
 
 
 def test_the_arms_differ_in_the_dispersion_term_alone(built: tuple[Path, Path, Ended]) -> None:
@@ -144,7 +164,7 @@ def test_a_changed_precision_retrains_nothing(built, tmp_path, edgedisp) -> None
     ran = {line.split("] ")[1].split(":")[0] for line in ended.err.splitlines() if ": done in" in line}
     arms = ("baseline", "dispersed")
     expected = {f"{arm}/{stage}" for arm in arms for stage in ("int4", "verify-int4", "accuracy-int4")}
-    assert ran == {*expected, "latency", "baseline/laptop-x64", "dispersed/laptop-x64"}
+    assert ran == {*expected, "latency", "baseline/phone-arm64", "dispersed/phone-arm64"}
     after = read(run / "dispersed" / "model")
     assert before and after and before.content == after.content
 
@@ -153,7 +173,14 @@ def test_a_build_killed_in_training_continues_at_its_checkpoint(built, tmp_path,
     recipe, whole, _ = built
     run = tmp_path / "run"
     command = [Path(sys.executable).parent / "edgedisp", "build", recipe, "--out", run]
-    command += ["--set", "precisions=[fp32]", "--set", "evaluate.tasks=[heldout_perplexity]"]
+    command += [
+        "--set",
+        "precisions=[fp32]",
+        "--set",
+        "targets=[]",
+        "--set",
+        "evaluate.tasks=[heldout_perplexity]",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoints = run / "dispersed" / "model.partial" / "checkpoints"
     deadline = time.monotonic() + 120
@@ -259,7 +286,7 @@ def test_every_problem_of_a_recipe_is_reported_with_its_line(edgedisp, recipe) -
         edgedisp("build", recipe, "--out", recipe.parent / "run"),
         "tiny.yaml:2", "sede", "did you mean", "seed",
         "tiny.yaml:8", "train.tokens",
-        "tiny.yaml:11", "latency.prompt",
+        "tiny.yaml:12", "latency.prompt",
     )  # fmt: skip
     assert not (recipe.parent / "run").exists()
 
@@ -272,7 +299,7 @@ def test_tokens_must_be_positive(edgedisp, recipe, tokens: str) -> None:  # type
 @pytest.mark.parametrize(
     ("old", "new", "parts"),
     [
-        ("context: 64", "context: 512", ("data.context", "512", "256")),
+        ("context: 64", "context: 300", ("data.context", "300", "256")),
         ("source: text.jsonl", "source: text.jsonl, text: body", ("text.jsonl", "body", "text")),
         ("source: text.jsonl", "source: empty.jsonl", ("empty.jsonl",)),
         ("source: text.jsonl", "source: absent.jsonl", ("absent.jsonl",)),
@@ -314,8 +341,8 @@ def test_a_base_that_is_no_causal_lm_is_refused(edgedisp, recipe, tmp_path) -> N
 
 
 def test_a_checksum_mismatch_names_both_sums(edgedisp, recipe, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    edit(recipe, "source: text.jsonl", f"source: text.jsonl, sha256: {'0' * 64}")
-    refused(edgedisp("build", recipe, "--out", tmp_path / "run"), "0000", "text.jsonl")
+    edit(recipe, "source: text.jsonl", f"source: text.jsonl, sha256: {'ab' * 32}")
+    refused(edgedisp("build", recipe, "--out", tmp_path / "run"), "abab", "text.jsonl")
     assert not (tmp_path / "run").exists()
 
 

@@ -22,6 +22,7 @@ class TensorStore:
     def __init__(self, source: Path, out: Path) -> None:
         self.source, self.out = source, out
         self.tensors: list[TensorProto] = []
+        (out / DATA).touch()  # also where every tensor is small
 
     def read(self, tensor: TensorProto) -> NDArray[Any]:
         """The tensor's values; mapped, not loaded, when they lie in a file beside the graph."""

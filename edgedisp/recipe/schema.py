@@ -50,8 +50,9 @@ class Recipe(Section):
     evaluate: Evaluate = Field(default_factory=Evaluate, description="what is scored")
     latency: Latency = Field(default_factory=Latency, description="what is timed")
     targets: Annotated[tuple[Target, ...], Unique] = Field(
-        default=("laptop-x64",),
-        description="device profiles (export/targets) that the bundles are packed for",
+        default=(),
+        description="devices (profiles in export/targets) for which each arm's measured bundle is packed",
+        examples=["[phone-arm64]"],
     )
     _origin: Origin = PrivateAttr(default=Origin())
 
