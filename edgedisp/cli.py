@@ -233,7 +233,9 @@ def chat(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle with a genai_config.json.")],
     prompt: Annotated[str | None, typer.Option(help="Answer this one message and stop.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Default 256, less in a small context.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option()] = 0,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
@@ -262,6 +264,7 @@ def chat(
         threads=threads or physical_cores(),
         write=write,
         read=ask,
+        note=lambda text: typer.echo(text, err=True),
     )
     typer.echo(stats.line(), err=True)
 
@@ -270,8 +273,9 @@ def chat(
 def doctor(as_json: JsonOption = False) -> None:
     """Print versions, CPU features, threads and memory, what is missing and how to get it."""
     from edgedisp.bench.machine import doctor as examine
+    from edgedisp.sources import cache_folder
 
-    rows = examine()
+    rows = examine({"working folder": Path.cwd(), "cache": cache_folder()})
     if as_json:
         typer.echo(json.dumps(rows))
         return

@@ -5,7 +5,7 @@
 
 A stage's key is its section of the recipe and the content hashes of the stages it reads. A finished stage
 with the same key is kept. So a changed precision retrains nothing, and an unchanged recipe runs nothing:
-this module imports no torch, and `stages.py`, which does, is imported when the first stage has to run.
+this module imports no torch, and `stages/`, which does, is imported when the first stage has to run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Commands that work on one model or bundle, outside a run: condensation, export, bench, the plan's probe.
 
-Like `stages.py`, this is a place where rooms meet; what it does is short.
+Like `stages/`, this is a place where rooms meet; what it does is short.
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ def test_a_gemm_keeps_its_bias_and_a_row_that_fills_no_group_is_right(tmp_path: 
     node = helper.make_node("Gemm", ["x", "weight", "bias"], ["y"], name="gemm", transB=1)
     source = small_bundle(tmp_path / "source", [node], {"weight": weight, "bias": bias})
     (tmp_path / "out").mkdir()
-    quantize_bundle(source, tmp_path / "out", bits=4, accuracy_level=0)
+    quantize_bundle(source, tmp_path / "out", bits=4, head_bits=4, accuracy_level=0)
     x = rng.normal(size=(3, 20)).astype(np.float32)
     path = str(tmp_path / "out" / "model.onnx")
     ours = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]

@@ -1,0 +1,120 @@
+"""ONNX bundles: written, quantized, checked against the torch model, and packed for a device."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedisp import BuildFailed, Progress, model
+from edgedisp.evaluate.divergence import Divergence
+from edgedisp.folder import RECORD, write_json
+from edgedisp.graph import check
+from edgedisp.graph.export import export as export_graph
+from edgedisp.graph.layout import set_threads
+from edgedisp.graph.session import OnnxModel
+from edgedisp.quantize.rewrite import quantize_bundle
+from edgedisp.recipe import QuantizeBits
+from edgedisp.stages.start import heldout_documents
+
+# Real prompts that verify decodes greedily with the cache, and how many tokens of each.
+VERIFY_PROMPTS = 4
+VERIFY_NEW_TOKENS = 16
+
+
+def export(model_folder: Path, threads: int, own: Path, progress: Progress) -> dict[str, Any]:
+    """The fp32 ONNX bundle."""
+    return export_graph(model_folder, own, threads=threads, progress=progress)
+
+
+def quantize(section: QuantizeBits, bits: int, parent: Path, own: Path, progress: Progress) -> dict[str, Any]:
+    """A bundle with `bits`-bit weights from the fp32 one."""
+    return quantize_bundle(
+        parent,
+        own,
+        bits=bits,
+        group=section.group,
+        symmetric=section.symmetric,
+        accuracy_level=section.accuracy_level,
+        head_bits=section.head_bits,
+        progress=progress,
+    )
+
+
+def verify(
+    limits: dict[str, float | None],
+    blocks: int,
+    model_folder: Path,
+    bundle: Path,
+    corpus_folder: Path,
+    threads: int,
+    own: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Open, run and compare what ships with the torch model; BuildFailed with the reason if it disagrees."""
+    held = np.load(corpus_folder / "heldout.npy", allow_pickle=False)[:blocks].astype(np.int64)
+    prompts = _ragged_prompts(held)
+    texts = [document.text[:400] for document in heldout_documents(corpus_folder)[:VERIFY_PROMPTS]]
+    opened = check.check(bundle, prompts, texts=texts, threads=threads)
+    reference, shipped = model.TorchModel(model.load(model_folder)), OnnxModel(bundle, threads)
+    difference = Divergence()
+    for done, block in enumerate(held):
+        ids, mask = block[None], np.ones_like(block[None])
+        difference.add(reference(ids, mask)[0], shipped(ids, mask)[0])
+        progress(done + 1, len(held), "")
+    results = {**opened, **difference.record(), "limits": limits}
+    results["greedy_agreement"] = _greedy_agreement(reference, shipped, prompts)
+    _hold(results, limits, bundle)
+    results["passed"] = True
+    write_json(own / "verify.json", results)
+    return results
+
+
+def _ragged_prompts(held: np.ndarray) -> list[list[int]]:
+    """Prompts of different lengths from real text."""
+    width = held.shape[1]
+    lengths = [max(2, width * (index + 1) // (2 * VERIFY_PROMPTS)) for index in range(VERIFY_PROMPTS)]
+    return [held[index % len(held)][:length].tolist() for index, length in enumerate(lengths)]
+
+
+def _greedy_agreement(reference: Any, shipped: Any, prompts: Sequence[list[int]]) -> float:
+    """Share of greedily decoded tokens that are equal, up to the first difference in each text."""
+    same = 0
+    for prompt in prompts:
+        left = reference.greedy(prompt, VERIFY_NEW_TOKENS, frozenset())
+        right = shipped.greedy(prompt, VERIFY_NEW_TOKENS, frozenset())
+        same += next((i for i, pair in enumerate(zip(left, right)) if pair[0] != pair[1]), len(left))
+    return same / (len(prompts) * VERIFY_NEW_TOKENS)
+
+
+def _hold(results: dict[str, Any], limits: dict[str, float | None], bundle: Path) -> None:
+    """Raise BuildFailed naming every figure beyond its limit."""
+    worse = {
+        "max_abs_difference": results["max_abs_difference"],
+        "mean_kl": results["mean_kl"],
+        "top1_agreement": results["top1_agreement"],
+    }
+    broken = []
+    for name, limit in limits.items():
+        if limit is None:
+            continue
+        beyond = worse[name] < limit if name == "top1_agreement" else worse[name] > limit
+        if beyond:
+            broken.append(f"{name} is {worse[name]:.4g}, the limit is {limit:.4g}")
+    if broken:
+        raise BuildFailed(
+            f"{bundle.parent.name}/{bundle.name} does not agree with the torch model: {'; '.join(broken)}. "
+            "If that is good enough for you, set the limit under `verify` in the recipe"
+        )
+
+
+def pack(target: str, threads: int, bundle: Path, own: Path) -> dict[str, Any]:
+    """The bundle for a kind of device: the one that was measured, with the device's threads set."""
+    for file in sorted(bundle.iterdir()):
+        if file.name != RECORD:
+            shutil.copy2(file, own / file.name)
+    set_threads(own, threads)
+    return {"target": target, "threads": threads, "precision": bundle.name}

