@@ -43,7 +43,7 @@ def summarise(recipe: Recipe, walked: list[Walked], run: Path) -> dict[str, Any]
         "seed": recipe.seed,
         "arms": list(recipe.arms),
         "precisions": precisions,
-        "model": {"base": recipe.model.base, **results["base"]},
+        "model": {"base": _base_name(recipe), **results["base"]},
         "corpus": results["corpus"],
         "midtrain": {arm: results[f"{arm}/model"] for arm in recipe.arms},
         "condensation": {arm: results[f"{arm}/condensation"] for arm in recipe.arms},
@@ -55,6 +55,12 @@ def summarise(recipe: Recipe, walked: list[Walked], run: Path) -> dict[str, Any]
         "packed": {arm: [f"{arm}/{target}" for target in recipe.targets] for arm in recipe.arms},
         "stages": [{"name": step.name, "seconds": step.record.seconds, "kept": step.kept} for step in walked],
     }
+
+
+def _base_name(recipe: Recipe) -> str:
+    if recipe.is_smoke:
+        return f"a tiny random {recipe.model.architecture} in the place of {recipe.model.base}"
+    return recipe.model.base
 
 
 def _bundles(recipe: Recipe, arm: str, results: dict[str, Any]) -> dict[str, Any]:

@@ -90,12 +90,13 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "gemma3_text": ("gemma3_text", {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]}),
-    "gemma3_text, capped logits, long rope": (
+    "gemma3_text, capped logits, biases, long rope": (
         "gemma3_text",
         {
             **GEMMA,
             "layer_types": ["full_attention", "sliding_attention"],
             "final_logit_softcapping": 4.0,
+            "attention_bias": True,
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},

@@ -139,9 +139,11 @@ def test_a_tokenizer_that_genai_reads_otherwise_fails(copied: Path) -> None:
         check(copied, PROMPTS, texts=twins.TEXTS, threads=1)
 
 
-def test_prompts_of_one_token_are_refused(bundle: Path) -> None:
+def test_prompts_too_short_or_too_long_to_check_are_refused(bundle: Path) -> None:
     with pytest.raises(ValueError, match="at least 2 tokens"):
         check(bundle, [[4]], threads=1)
+    with pytest.raises(ValueError, match="room for 16 tokens in the context of 128"):
+        check(bundle, twins.ragged([113]), threads=1)
 
 
 def test_the_relative_difference_is_the_worst_row_and_blind_to_a_shift() -> None:

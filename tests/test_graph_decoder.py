@@ -11,6 +11,7 @@ import graph_twins as twins
 import numpy as np
 import onnx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from edgedisp import BadInput
 from edgedisp.graph.export import export
@@ -61,7 +62,7 @@ def test_decoding_with_a_ragged_cache_equals_torch(form: str, exported: Callable
             np.testing.assert_allclose(ours[0], reference[len(row) - 1], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("form", twins.FAMILIES)
+@pytest.mark.parametrize("form", [*twins.FAMILIES, "mistral, window", "qwen2, window in one layer"])
 def test_greedy_tokens_equal_torch_in_onnxruntime_and_in_genai(
     form: str, exported: Callable[[str], Exported]
 ) -> None:
@@ -174,6 +175,23 @@ def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path: Path) -> Non
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"config\.json is missing"):
+        export(tmp_path, tmp_path, threads=1)
+
+
+def test_a_checkpoint_with_a_missing_weight_is_refused(tmp_path: Path) -> None:
+    twins.make(tmp_path, "llama")
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"1 weights are missing: model\.layers\.1\.mlp\.up_proj\.weight"):
+        export(tmp_path, tmp_path, threads=1)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    twins.make(tmp_path, "llama")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(BadInput, match="transformers cannot open this model"):
         export(tmp_path, tmp_path, threads=1)
 
 

@@ -1,8 +1,7 @@
-"""A trained model becomes a bundle: `model.onnx` with KV cache and fused attention, and all that runtimes
-need.
+"""A trained model becomes a bundle: `model.onnx` with KV cache and fused attention, and what runtimes need.
 
-`export.py` is the door. `families.py` reads a model folder into one neutral description, `decoder.py`
-writes the graph from it (`writer.py` holds the file format), `builder.py` covers families that only
-onnxruntime-genai's builder knows, `layout.py` adds the files beside the graph, `session.py` runs a bundle,
-`check.py` proves that it works. `generate.py` runs it with onnxruntime-genai.
+`export.py` is the door. `families.py` reads a model folder into the neutral `description.py`, `decoder.py`
+writes the graph from that (`writer.py` holds the file format), `builder.py` covers families that only
+onnxruntime-genai's builder knows, `layout.py` adds the files beside the graph, `session.py` runs a bundle with
+onnxruntime and `genai.py` with onnxruntime-genai, and `check.py` proves that it works.
 """

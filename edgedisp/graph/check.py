@@ -53,6 +53,8 @@ def check(
     if not prompts or min(map(len, prompts)) < 2:
         raise ValueError("check needs prompts of at least 2 tokens each")
     model = OnnxModel(bundle, threads)
+    if max(map(len, prompts)) + NEW_TOKENS > model.context:
+        raise ValueError(f"prompts must leave room for {NEW_TOKENS} tokens in the context of {model.context}")
     graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
     rows = [list(prompt) for prompt in prompts]
     facts = _graph_facts(bundle, graph)

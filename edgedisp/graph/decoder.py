@@ -28,7 +28,7 @@ import torch
 from onnx import TensorProto, ValueInfoProto, helper
 
 from edgedisp import Progress, silent
-from edgedisp.graph.families import Decoder, Layer, Linear, Norm
+from edgedisp.graph.description import Decoder, Layer, Linear, Norm
 from edgedisp.graph.writer import MICROSOFT, GraphWriter
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -110,9 +110,11 @@ def _block(graph: GraphWriter, decoder: Decoder, layer: Layer, index: int, resid
 
 
 def _normed_addition(graph: GraphWriter, norm: Norm | None, stream: str, added: str, bias: str) -> Residual:
-    """What a part adds to the stream; Gemma norms it first (its parts have no bias)."""
+    """What a part adds to the stream; Gemma norms it first."""
     if norm is None:
         return Residual(stream, added, bias)
+    if bias:
+        added = graph.node("Add", [added, bias], f"{added}.biased")
     return Residual(stream, _norm(graph, norm, Residual(added))[0])
 
 

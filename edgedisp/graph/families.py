@@ -1,4 +1,4 @@
-"""Reads a Hugging Face model folder into one neutral description of a decoder, whatever its family.
+"""Reads a Hugging Face model folder into a `Decoder`, whatever its family.
 
 A family differs from the next in few things: names, norms, biases, activation, positions, window, scaling.
 This module alone knows those differences; `decoder.py` sees a `Decoder` and writes nodes. The model is opened
@@ -7,22 +7,19 @@ known best. Rotary tables come from the model's own rotary module, so that every
 
 Left out: mixtures of experts, encoder-decoders, ALiBi, partial rotary positions and vision towers. A folder
 of such a family goes to `builder.py` or is refused.
-
-Weights stay views of the torch model (no copy): a `Linear` lists the matrices that are stored one above the
-other, and only the writer joins them.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from edgedisp import BadInput
+from edgedisp.graph.description import Decoder, Layer, Linear, Norm, Rope
 
 DEFAULT_CONTEXT = 8192
 """Positions that a bundle is made for unless asked otherwise: rotary tables and KV buffers grow with it."""
@@ -38,70 +35,6 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "relu": "relu",
 }
-
-Rope = tuple[torch.Tensor, torch.Tensor]
-"""cos and sin of the rotary angles, each [context, head_dim / 2]."""
-
-
-@dataclass(frozen=True)
-class Linear:
-    """`y = x W^T + b`. `weights` [out_i, in] are stored as one [sum(out_i), in]; `biases` alike, if any."""
-
-    name: str
-    weights: tuple[torch.Tensor, ...]
-    biases: tuple[torch.Tensor, ...] = ()
-
-
-@dataclass(frozen=True)
-class Norm:
-    """`weight` [n] as it multiplies (Gemma's 1 + w already added). LayerNorm with a bias, RMSNorm without."""
-
-    name: str
-    weight: torch.Tensor
-    epsilon: float
-    bias: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One block: x + attention(norm(x)), then x + mlp(norm(x)). Gemma also norms what is added."""
-
-    attention_norm: Norm
-    qkv: Linear
-    attention_output: Linear
-    mlp_norm: Norm
-    gate: Linear | None
-    up: Linear
-    down: Linear
-    scale: float
-    window: int | None = None
-    rope: str | None = None
-    q_norm: Norm | None = None
-    k_norm: Norm | None = None
-    attention_output_norm: Norm | None = None
-    mlp_output_norm: Norm | None = None
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """What a decoder-only model computes. `embedding` [vocab, hidden]; `head` None means tied to it."""
-
-    family: str
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
-    context: int
-    activation: str
-    embedding: torch.Tensor
-    layers: tuple[Layer, ...]
-    final_norm: Norm
-    head: torch.Tensor | None = None
-    embedding_scale: float = 1.0
-    positions: torch.Tensor | None = None  # learned positions [context, hidden]
-    ropes: dict[str, Rope] = field(default_factory=dict)
-    logit_softcap: float = 0.0
 
 
 def family_of(folder: Path) -> str:
@@ -123,11 +56,18 @@ def read(folder: Path, max_context: int | None = None) -> Decoder:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder}: transformers cannot open this model: {error}") from error
     finally:
         if shown:
             logging.enable_progress_bar()
-    return reader(model, _context(model.config, max_context))
+    if loaded["missing_keys"]:  # transformers makes them up at random and goes on
+        missing = ", ".join(sorted(loaded["missing_keys"])[:5])
+        raise BadInput(f"{folder}: {len(loaded['missing_keys'])} weights are missing: {missing}")
+    return reader(model.eval(), _context(model.config, max_context))
 
 
 def _context(config: Any, asked: int | None) -> int:
@@ -188,54 +128,55 @@ def _windows(config: Any, context: int) -> list[int | None]:
 def _llama_like(model: Any, context: int, offset: float = 0.0, named_ropes: bool = False) -> Decoder:
     """Llama, Mistral, Qwen2, Qwen3 and Gemma 3: one shape, parts present or not. `offset`: Gemma's 1 + w."""
     config, body = model.config, model.model
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kinds = list(config.layer_types) if named_ropes else None
-    layers = []
-    for index, (block, window) in enumerate(zip(body.layers, _windows(config, context))):
-        attention, mlp, name = block.self_attn, block.mlp, f"model.layers.{index}"
-        # Gemma norms around both parts, and what Llama calls post_attention_layernorm has another name there.
-        around = hasattr(block, "pre_feedforward_layernorm")
-        mlp_norm = "pre_feedforward_layernorm" if around else "post_attention_layernorm"
-
-        def norm(part: str, block: Any = block, name: str = name) -> Norm:
-            return _rms(f"{name}.{part}", getattr(block, part), offset)
-
-        normed = hasattr(attention, "q_norm")
-        layers.append(
-            Layer(
-                attention_norm=norm("input_layernorm"),
-                qkv=_linear(f"{name}.attn.qkv_proj", attention.q_proj, attention.k_proj, attention.v_proj),
-                attention_output=_linear(f"{name}.attn.o_proj", attention.o_proj),
-                mlp_norm=norm(mlp_norm),
-                gate=_linear(f"{name}.mlp.gate_proj", mlp.gate_proj),
-                up=_linear(f"{name}.mlp.up_proj", mlp.up_proj),
-                down=_linear(f"{name}.mlp.down_proj", mlp.down_proj),
-                scale=float(attention.scaling),
-                window=window,
-                rope=kinds[index] if kinds else "rope",
-                q_norm=_rms(f"{name}.attn.q_norm", attention.q_norm, offset) if normed else None,
-                k_norm=_rms(f"{name}.attn.k_norm", attention.k_norm, offset) if normed else None,
-                attention_output_norm=norm("post_attention_layernorm") if around else None,
-                mlp_output_norm=norm("post_feedforward_layernorm") if around else None,
-            )
-        )
-    scale = getattr(body.embed_tokens, "embed_scale", 1.0)
+    ropes = kinds or ["rope"] * len(body.layers)
+    windows = _windows(config, context)
     return Decoder(
         family=config.model_type,
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
-        vocab_size=config.vocab_size,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocab_size=len(body.embed_tokens.weight),
         context=context,
         activation=_activation(getattr(config, "hidden_activation", None) or config.hidden_act),
         embedding=body.embed_tokens.weight,
-        embedding_scale=float(scale),
-        layers=tuple(layers),
+        embedding_scale=float(getattr(body.embed_tokens, "embed_scale", 1.0)),
+        layers=tuple(
+            _llama_layer(f"model.layers.{index}", block, rope, window, offset)
+            for index, (block, rope, window) in enumerate(zip(body.layers, ropes, windows))
+        ),
         final_norm=_rms("model.norm", body.norm, offset),
         head=_head(model, body.embed_tokens.weight),
         ropes=_rotary(model, context, sorted(set(kinds)) if kinds else None),
         logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
+    )
+
+
+def _llama_layer(name: str, block: Any, rope: str, window: int | None, offset: float) -> Layer:
+    attention, mlp = block.self_attn, block.mlp
+    # Gemma norms around both parts, and what Llama calls post_attention_layernorm has another name there.
+    around = hasattr(block, "pre_feedforward_layernorm")
+    normed = hasattr(attention, "q_norm")
+
+    def norm(part: str) -> Norm:
+        return _rms(f"{name}.{part}", getattr(block, part), offset)
+
+    return Layer(
+        attention_norm=norm("input_layernorm"),
+        qkv=_linear(f"{name}.attn.qkv_proj", attention.q_proj, attention.k_proj, attention.v_proj),
+        attention_output=_linear(f"{name}.attn.o_proj", attention.o_proj),
+        mlp_norm=norm("pre_feedforward_layernorm" if around else "post_attention_layernorm"),
+        gate=_linear(f"{name}.mlp.gate_proj", mlp.gate_proj),
+        up=_linear(f"{name}.mlp.up_proj", mlp.up_proj),
+        down=_linear(f"{name}.mlp.down_proj", mlp.down_proj),
+        scale=float(attention.scaling),
+        window=window,
+        rope=rope,
+        q_norm=_rms(f"{name}.attn.q_norm", attention.q_norm, offset) if normed else None,
+        k_norm=_rms(f"{name}.attn.k_norm", attention.k_norm, offset) if normed else None,
+        attention_output_norm=norm("post_attention_layernorm") if around else None,
+        mlp_output_norm=norm("post_feedforward_layernorm") if around else None,
     )
 
 
@@ -281,7 +222,7 @@ def _gpt2(model: Any, context: int) -> Decoder:
         heads=config.n_head,
         kv_heads=config.n_head,
         head_dim=config.n_embd // config.n_head,
-        vocab_size=config.vocab_size,
+        vocab_size=len(body.wte.weight),
         context=context,
         activation=_activation(config.activation_function),
         embedding=body.wte.weight,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp import BadInput
-from edgedisp.graph.families import Decoder
+from edgedisp.graph.description import Decoder
 
 # Family -> genai's model type. Its type `gpt2` wants key and value in one tensor; `decoder` is the plain one.
 GENAI_TYPES = {
@@ -31,7 +31,7 @@ GENAI_TYPES = {
     "gemma3_text": "gemma3_text",
     "gpt2": "decoder",
 }
-TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>", "</s>")
+TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>")
 COPIED = (
     "config.json",
     "generation_config.json",

@@ -129,15 +129,14 @@ def tokens(
         "heldout_tokens": int(held.size),
         "epochs": facts["epochs"],
         "context": data.context,
-        "sources": [source.source for source in data.train],
-        "text": "made for the smoke run"
-        if smoke and _from_hub(data, beside)
-        else "from the recipe's sources",
+        "sources": [_said(source.source, beside, smoke) for source in data.train],
     }
 
 
-def _from_hub(data: Data, beside: Path) -> bool:
-    return any(sources.is_hub_id(source.source, beside) for source in data.train)
+def _said(source: str, beside: Path, smoke: bool) -> str:
+    """The source as a report should name it: a smoke run does not read the hub's."""
+    made = smoke and sources.is_hub_id(source, beside)
+    return f"made text in the place of {source}" if made else source
 
 
 def heldout_documents(folder: Path) -> list[corpus.Document]:
