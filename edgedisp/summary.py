@@ -20,6 +20,7 @@ from edgedisp.evaluate.result import compare_task
 from edgedisp.folder import git_commit, write_json
 from edgedisp.pipeline import Walked
 from edgedisp.recipe import Recipe
+from edgedisp.report import model_card
 from edgedisp.report import write as write_report
 
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "peft", "bitsandbytes", "lm-eval")
@@ -118,6 +119,8 @@ def publish(recipe: Recipe, walked: list[Walked], run: Path) -> dict[str, Any]:
         return found
     summary = summarise(recipe, walked, run)
     write_report(summary, run)
+    for arm in recipe.arms:  # a Hugging Face folder explains itself in its README
+        (run / arm / "model" / "README.md").write_text(model_card(summary, arm), encoding="utf-8")
     (run / "recipe.lock.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     stamp.parent.mkdir(exist_ok=True)
     write_json(stamp, known)

@@ -88,6 +88,7 @@ def test_a_build_ends_with_the_report_and_exit_code_0(built: tuple[Path, Path, E
         assert (run / name).is_file()
     assert "Traceback" not in ended.err
     assert not list(run.rglob("*.partial"))
+    assert "dispersion" in (run / "dispersed" / "model" / "README.md").read_text()
 
 
 def test_each_arm_leaves_a_model_folder_and_bundles(built: tuple[Path, Path, Ended]) -> None:

@@ -2,6 +2,6 @@
 
 `export.py` is the door. `families.py` reads a model folder into the neutral `description.py`, `decoder.py`
 writes the graph from that (`writer.py` holds the file format), `builder.py` covers families that only
-onnxruntime-genai's builder knows, `layout.py` adds the files beside the graph, `session.py` runs a bundle with
-onnxruntime and `genai.py` with onnxruntime-genai, and `check.py` proves that it works.
+onnxruntime-genai's builder knows, `layout.py` adds the files beside the graph, `session.py` runs a bundle
+with onnxruntime and `genai.py` with onnxruntime-genai, and `check.py` proves that it works.
 """

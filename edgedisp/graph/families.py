@@ -56,7 +56,7 @@ def read(folder: Path, max_context: int | None = None) -> Decoder:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError) as error:
@@ -64,6 +64,7 @@ def read(folder: Path, max_context: int | None = None) -> Decoder:
     finally:
         if shown:
             logging.enable_progress_bar()
+    model, loaded = opened
     if loaded["missing_keys"]:  # transformers makes them up at random and goes on
         missing = ", ".join(sorted(loaded["missing_keys"])[:5])
         raise BadInput(f"{folder}: {len(loaded['missing_keys'])} weights are missing: {missing}")

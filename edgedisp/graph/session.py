@@ -4,9 +4,9 @@
 Greedy decoding binds one buffer per layer as past AND present: attention then appends in place, as
 onnxruntime-genai does, instead of copying the cache at every token.
 
-Threads wait without spinning. SmolLM2-135M at 4 bits, 2 threads: on 2 cores that others use as well, scoring
-runs 1.3 times and decoding 1.7 times as fast as with spinning; on an idle machine scoring is equal and
-decoding 0.8 times as fast. Scoring is what this class is for. What a report times runs in a program of its own.
+Threads wait without spinning. SmolLM2-135M at 4 bits, 2 threads: on 2 cores that others use too, scoring is
+1.3 times and decoding 1.7 times as fast as with spinning; on an idle machine scoring is equal and decoding
+0.8 times as fast. Scoring is what this class is for. What a report times runs in a program of its own.
 
 Left out: sampling and beams (genai does that), other devices.
 """
