@@ -144,6 +144,7 @@ class Conversation:
             import onnxruntime_genai as runtime
         except ModuleNotFoundError as error:
             raise BadInput("chat needs onnxruntime-genai: pip install onnxruntime-genai") from error
+        getattr(runtime, "disable_telemetry_events", lambda: None)()
         written = config["model"].get("decoder", {}).get("session_options", {}).get("intra_op_num_threads")
         count = threads if threads is not None else written or 0  # 0: all CPUs
         options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": count}}}}

@@ -111,6 +111,8 @@ class Decoder:
     def __init__(self, bundle: Path, threads: int, positions: int) -> None:
         import onnxruntime
 
+        onnxruntime.disable_telemetry_events()
+
         self.config = read_config(bundle)
         self.graph = find_graph(bundle, self.config)
         context = self.config.get("model", {}).get("context_length")
