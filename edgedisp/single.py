@@ -85,7 +85,9 @@ def export_for_target(folder: Path, target_name: str, out: Path, observer: Obser
         parent, bundle = Path(scratch) / "fp32", Path(scratch) / "bundle"
         parent.mkdir()
         observer.progress(0, 3, "writing the graph")
-        record = export_graph(folder, parent, threads=threads, progress=observer.progress)
+        record = export_graph(
+            folder, parent, threads=threads, max_context=target.context, progress=observer.progress
+        )
         if target.precision == "fp32":
             bundle = parent
         else:
