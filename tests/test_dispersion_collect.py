@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from edgedisp.dispersion.collect import Dispersion, decoder_layers, hidden_states, select_layers
-from edgedisp.dispersion.geometry import condensation, effective_rank, measure_layer
+from edgedisp.dispersion.geometry import condensation, effective_rank, measure_layer, pair_cosines
 from edgedisp.dispersion.loss import angular
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "gpt2"]
@@ -160,6 +160,18 @@ def test_mean_removed_cosine_sees_through_a_common_offset() -> None:
     assert measured["cosine_raw"] > 0.98
     assert abs(measured["cosine_mean_removed"]) < 0.02
     assert sum(measured["histogram"]) == 200 * 199 // 2
+
+
+def test_a_token_of_huge_norm_counts_as_a_sink_wherever_it_stands() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(60, 32, generator=generator)
+    plain = measure_layer(vectors)
+    vectors[20] *= 100
+    measured = measure_layer(vectors)
+    assert plain["sinks"] == 1 and measured["sinks"] == 2
+    rest = torch.cat([vectors[1:20], vectors[21:]])
+    assert measured["effective_rank"] == pytest.approx(effective_rank(rest))
+    assert measured["cosine_sink_excluded"] == pytest.approx(pair_cosines(rest).mean().item())
 
 
 def test_mean_cosine_is_the_closed_form_of_the_sum_of_directions(tiny_folder: dict[str, Path]) -> None:

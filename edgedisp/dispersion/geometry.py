@@ -4,8 +4,8 @@ Embedding condensation (arXiv 2602.00217): in deep layers the token vectors of a
 narrow cone, so their pairwise cosines rise. One number hides two confounders, so three are given:
 
 - raw: all tokens, as in the paper;
-- sink-excluded: without the first token, whose norm is up to 100 times that of the others in Llama-like
-  models and which points its own way;
+- sink-excluded: without the attention sinks, which point their own way: the first token, and any whose norm
+  is more than 10 times the median (in Llama-like models also end-of-text tokens; up to 100 times);
 - mean-removed: sink-excluded and centred on the sequence's mean vector. If this is low while raw is high,
   the cone is a common offset and not a loss of variety.
 
@@ -27,6 +27,9 @@ from edgedisp.dispersion.loss import cosine_matrix
 BINS = 40
 """Histogram bins over cosine -1 .. 1."""
 
+SINK_NORM = 10.0
+"""A token whose norm is more than so many times the sequence's median counts as an attention sink."""
+
 
 def pair_cosines(vectors: Tensor) -> Tensor:
     """Cosines of the unordered pairs: `(tokens, features)` -> `(tokens * (tokens - 1) / 2,)`."""
@@ -43,15 +46,22 @@ def effective_rank(vectors: Tensor) -> float:
 
 
 def measure_layer(vectors: Tensor) -> dict[str, Any]:
-    """The figures of one sequence at one layer: `(tokens, features)`, tokens >= 3, no padding."""
+    """The figures of one sequence at one layer: `(tokens, features)`, tokens >= 4, no padding.
+
+    `sinks` counts the tokens left out of the sink-excluded figures, the first one included.
+    """
     vectors = vectors.float()
-    rest = vectors[1:]
+    norms = vectors.norm(dim=-1)
+    sink = norms > SINK_NORM * norms.median()
+    sink[0] = True
+    rest = vectors[~sink]
     raw = pair_cosines(vectors)
     return {
         "cosine_raw": float(raw.mean()),
         "cosine_sink_excluded": float(pair_cosines(rest).mean()),
         "cosine_mean_removed": float(pair_cosines(rest - rest.mean(dim=0)).mean()),
         "effective_rank": effective_rank(rest),
+        "sinks": int(sink.sum()),
         "histogram": torch.histc(raw.clamp(-1, 1), bins=BINS, min=-1, max=1).long().tolist(),
     }
 
@@ -66,7 +76,7 @@ def condensation(
 
     Args:
         model: in evaluation mode.
-        blocks: `(sequences, tokens)` int64, full blocks without padding, tokens >= 3.
+        blocks: `(sequences, tokens)` int64, full blocks without padding, tokens >= 4.
     Returns:
         `{"layers": [{"layer": 0, ...}], "sequences": n, "tokens": n}`: layer 0 is the embedding output, layer
         i the output of the i-th block (before the final norm), each the mean over sequences of

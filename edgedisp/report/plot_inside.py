@@ -137,7 +137,7 @@ def condensation_layers(summary: Summary) -> Plot | None:
     """Mean pairwise cosine by layer, three ways, and effective rank."""
     kinds = {
         "cosine_raw": "mean cosine, raw",
-        "cosine_sink_excluded": "mean cosine, first token left out",
+        "cosine_sink_excluded": "mean cosine, sinks left out",
         "cosine_mean_removed": "mean cosine, mean vector removed",
         "effective_rank": "effective rank",
     }
@@ -149,9 +149,10 @@ def condensation_layers(summary: Summary) -> Plot | None:
             draw = _lines(series, arms(summary), "layer")
             panels.append(Panel(key.replace("_", "-"), title, _series_words(series, "layer"), draw))
     caption = (
-        "Raw cosine counts the attention sink (the first token, whose norm can be a hundred times the "
-        "others'); leaving it out, or removing the mean vector, shows what the other tokens do. Effective "
-        "rank: in how many directions the token vectors spread; higher is less condensed."
+        "Raw cosine counts the attention sinks (the first token, and any whose norm is over ten times the "
+        "median); leaving them out, or removing the mean vector too, shows what the other tokens do. "
+        "Effective rank, without sinks: in how many directions the token vectors spread; higher is less "
+        "condensed."
     )
     if not panels:
         return None
