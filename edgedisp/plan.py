@@ -58,9 +58,9 @@ def disk_bytes(parameters: int, recipe: Recipe) -> int:
     return int(parameters * (4 + len(recipe.arms) * (4 + bundles) + CHECKPOINT_BYTES_PER_WEIGHT))
 
 
-def memory_bytes(parameters: int, trainable: int, activations: int) -> int:
-    """Peak resident memory of training: weights, gradients and moments of the trained ones, activations."""
-    return parameters * 4 + trainable * (TRAINING_BYTES_PER_WEIGHT - 4) + activations
+def memory_bytes(parameters: int, trainable: int, others: int) -> int:
+    """Peak resident memory of training: weights, gradients and moments of the trained ones, and the rest."""
+    return parameters * 4 + trainable * (TRAINING_BYTES_PER_WEIGHT - 4) + others
 
 
 def make_plan(recipe: Recipe, run: Path, *, probe: bool, observer: Observer) -> dict[str, Any]:
@@ -104,7 +104,9 @@ def _estimate(recipe: Recipe, planned: dict[str, Any], observer: Observer) -> di
         "seconds_left": left,
         "parameters": measured["parameters"],
         "peak_memory_bytes": memory_bytes(
-            measured["parameters"], measured["trainable"], measured["activation_bytes"]
+            measured["parameters"],
+            measured["trainable"],
+            measured["process_bytes"] + measured["activation_bytes"],
         ),
         "memory_bytes": measured["memory_bytes"],
         "disk_bytes": disk_bytes(measured["parameters"], recipe),

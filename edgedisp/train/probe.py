@@ -6,13 +6,15 @@ import statistics
 import time
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
 from edgedisp import Progress, silent
-from edgedisp.train.trainer import TrainSettings, peak_memory_bytes
+from edgedisp.train.trainer import TrainSettings
 
-STEPS = 3  # the first is warm-up: allocations and kernel choice make it up to three times slower
+WARM_UP = 2  # allocations and the choice of kernels make these up to three times slower
+STEPS = WARM_UP + 2
 
 
 def time_steps(
@@ -21,8 +23,8 @@ def time_steps(
     """Take full-weight AdamW steps of one micro-batch on random tokens and time their parts.
 
     The model is changed; throw it away. Returns seconds (`micro_step_s` forward and backward of a
-    micro-batch, `optimizer_s`, `forward_s_per_token`) and `activation_bytes`, the growth of the process's
-    peak memory beyond weights, gradients and moments (0 if the process had been larger before).
+    micro-batch, `optimizer_s`, `forward_s_per_token`) and bytes: `process_bytes`, what the process holds
+    beside the weights, and `activation_bytes`, what the forward pass adds to it.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).train()
@@ -31,13 +33,18 @@ def time_steps(
     generator = torch.Generator().manual_seed(settings.seed)
     ids = torch.randint(0, vocabulary, (settings.batch, context), generator=generator).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-    before, weights = peak_memory_bytes(), sum(p.numel() for p in model.parameters())
+    process = psutil.Process()
+    before = process.memory_info().rss
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    after_forward = before
     forward, both, update = [], [], []
     for step in range(STEPS):
         marks = [_now(device)]
         with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16"):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         marks.append(_now(device))
+        if step == 0:  # later, freed gradients and moments are in the way
+            after_forward = process.memory_info().rss
         loss.backward()
         marks.append(_now(device))
         optimizer.step()
@@ -48,10 +55,11 @@ def time_steps(
         update.append(marks[3] - marks[2])
         progress(step + 1, STEPS, "timing training steps")
     return {
-        "micro_step_s": statistics.median(both[1:]),
-        "optimizer_s": statistics.median(update[1:]),
-        "forward_s_per_token": statistics.median(forward[1:]) / ids.numel(),
-        "activation_bytes": max(0, peak_memory_bytes() - before - 12 * weights),
+        "micro_step_s": statistics.median(both[WARM_UP:]),
+        "optimizer_s": statistics.median(update[WARM_UP:]),
+        "forward_s_per_token": statistics.median(forward[WARM_UP:]) / ids.numel(),
+        "process_bytes": max(0, before - weights),
+        "activation_bytes": after_forward - before,
     }
 
 
