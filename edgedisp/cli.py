@@ -43,6 +43,10 @@ OutOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
 
 
+INTERRUPTED = 130
+INTERRUPTED_MESSAGE = "interrupted; the same command continues where this one stopped"
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"edgedisp {__version__}")
@@ -290,15 +294,15 @@ def main() -> None:
     # Says at import that a kernel package is missing which nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # Typer turns Ctrl-C into the return value 130
+        if code == INTERRUPTED:
+            _end(INTERRUPTED_MESSAGE, INTERRUPTED)
     except BadInput as error:
         _end(str(error), 2)
     except BuildFailed as error:
         _end(f"failed: {error}", 1)
     except KeyboardInterrupt:
-        _end("interrupted; the same command continues where this one stopped", 130)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        _end(INTERRUPTED_MESSAGE, INTERRUPTED)
     except OSError as error:
         if _disk_is_full(error):
             _end(_disk_message(error), 1)
@@ -308,8 +312,6 @@ def main() -> None:
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             sys.exit(error.exit_code)
-        if type(error).__name__ == "Abort":
-            _end("interrupted", 130)
         if _disk_is_full(error):
             _end(_disk_message(error), 1)
         raise

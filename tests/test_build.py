@@ -201,6 +201,24 @@ def test_a_build_killed_in_training_continues_at_its_checkpoint(built, tmp_path,
     assert first.results["weights_sha256"] == second.results["weights_sha256"]
 
 
+def test_an_interrupted_build_ends_with_130_and_says_how_to_go_on(built, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    recipe, _, _ = built
+    command = [Path(sys.executable).parent / "edgedisp", "build", recipe, "--out", tmp_path / "run"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert process.stderr is not None
+    seen = ""
+    while "corpus: done" not in seen:
+        line = process.stderr.readline()
+        assert line, seen
+        seen += line
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait() == 130, seen + rest
+    assert rest.splitlines()[-1] == "edgedisp: interrupted; the same command continues where this one stopped"
+    assert "Traceback" not in rest
+    assert read(tmp_path / "run" / "corpus") is not None
+
+
 def test_compare_prints_the_table_of_runs(built, edgedisp) -> None:  # type: ignore[no-untyped-def]
     _, run, _ = built
     ended = edgedisp("compare", run)
