@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -204,7 +205,11 @@ def test_a_build_killed_in_training_continues_at_its_checkpoint(built, tmp_path,
 def test_an_interrupted_build_ends_with_130_and_says_how_to_go_on(built, tmp_path) -> None:  # type: ignore[no-untyped-def]
     recipe, _, _ = built
     command = [Path(sys.executable).parent / "edgedisp", "build", recipe, "--out", tmp_path / "run"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    # A shell starts its background jobs with Ctrl-C ignored, and a test run may be one.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=heed
+    )
     assert process.stderr is not None
     seen = ""
     while "corpus: done" not in seen:
