@@ -245,7 +245,7 @@ def test_wherever_figures_are_missing_the_report_is_still_made(
             )
             node = node[key] if held else None
         if isinstance(node, dict) or (isinstance(node, list) and isinstance(last, int) and last < len(node)):
-            node[last] = value
+            node[last] = copy.deepcopy(value)  # the sampled {} is one object: it would hold itself
     clean, lost = finite(summary)
     Page(page(clean, _sections(clean, lost, set()), {}))
     markdown(clean, _sections(clean, lost, set()), {})
@@ -281,9 +281,18 @@ def test_an_unfair_twin_is_told() -> None:
     summary["midtrain"]["dispersed"]["settings"]["lr"] = 2e-4
     summary["midtrain"]["dispersed"]["tokens"] = 1
     summary["midtrain"]["dispersed"]["weights_sha256"] = summary["midtrain"]["baseline"]["weights_sha256"]
+    summary["midtrain"]["dispersed"]["log"][0]["loss"] += 0.003
     del summary["corpus"]["tokens_sha256"]
-    assert list(holds(summary).values()) == ["not recorded", "yes", "NO", "NO", "NO"]
+    assert list(holds(summary).values()) == ["not recorded", "yes", "NO", "NO", "NO", "NO"]
     assert "they differ in lr" in light(summary)
+
+
+def test_nothing_is_claimed_of_arms_whose_first_losses_differ() -> None:
+    summary = sample()
+    summary["midtrain"]["dispersed"]["log"][0]["loss"] += 0.003
+    found = verdict(summary)
+    assert found["label"] == "cannot tell at this size"
+    assert "losses before the first update differ" in found["sentence"]
 
 
 def test_the_arms_speed_gap_is_called_noise() -> None:

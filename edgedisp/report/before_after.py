@@ -241,7 +241,7 @@ def _unlike(summaries: Sequence[Summary]) -> list[str]:
     }
     found = []
     for what, path in reasons.items():
-        values = {at(summary, *path) for summary in summaries} - {None}
+        values = {str(value) for summary in summaries if (value := at(summary, *path)) is not None}
         if len(values) > 1:
             found.append(what)
     if not found:

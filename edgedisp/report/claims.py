@@ -8,7 +8,8 @@ The rules (`RULES`, printed in every report):
 3. no measurable difference: it contains 0 and is narrow enough (half-width at most 0.02 nats per token, 2 %
    of perplexity) to have shown a difference that matters.
 4. cannot tell at this size: a smoke run, fewer than 20 held-out documents (a bootstrap over so few clusters
-   is too narrow), a wider interval, no loss comparison, or supporting tests that contradict a null headline.
+   is too narrow), a wider interval, no loss comparison, supporting tests that contradict a null headline, or
+   arms whose losses before the first update differ: one model on one batch, so something was at fault.
 5. All other tasks and precisions are supporting. Their number is told, and one counts only if its interval
    excludes 0 AND it survives Holm's correction at 5 %. By chance alone one in twenty excludes 0.
 6. A null result tells what could have been seen: the interval's half-width.
@@ -58,7 +59,8 @@ RULES = (
     f"“no measurable difference”: it contains 0 and its half-width is at most {WIDEST_NULL} nats per token "
     "(2 % of perplexity).",
     f"“cannot tell at this size”: a smoke run, fewer than {FEWEST_DOCUMENTS} held-out documents, a wider "
-    "interval, no loss comparison, or supporting tests that contradict a null headline.",
+    "interval, no loss comparison, supporting tests that contradict a null headline, or arms whose losses "
+    "before the first update differ (the same model on the same batch: a fault of the computing).",
     "Every other task and precision is supporting: one counts only if its interval excludes 0 and it "
     "survives Holm's correction at 5 % over all of them. By chance alone one in twenty excludes 0.",
     "A null result says what could have been seen: the half-width of the interval.",
@@ -114,12 +116,31 @@ def _decide(
     return NULL, [claim, *parts, _seen(first)]
 
 
+def first_losses(summary: Summary) -> tuple[float, float] | None:
+    """Cross-entropy of (baseline, dispersed) before the first update, where one model saw one batch."""
+    found = []
+    for arm in (BASELINE, DISPERSED):
+        log = at(summary, "midtrain", arm, "log")
+        first = log[0] if isinstance(log, list) and log and isinstance(log[0], dict) else {}
+        loss = number(first.get("loss")) if first.get("step") == 1 else None
+        if loss is None:
+            return None
+        found.append(loss)
+    return found[0], found[1]
+
+
 def _too_small(summary: Summary, first: Comparison | None) -> str:
     """Why no claim is made at this size, or an empty string."""
     if at(summary, "smoke"):
         return (
             "Cannot tell at this size: a smoke run proves that the recipe works and says nothing about "
             "dispersion."
+        )
+    losses = first_losses(summary)
+    if losses is not None and losses[0] != losses[1]:
+        return (
+            f"Cannot tell: the arms' losses before the first update differ ({losses[0]:.6f} and "
+            f"{losses[1]:.6f}), so the machine did not compute both alike. Build again."
         )
     if first is None:
         return "Cannot tell at this size: no paired held-out loss was compared."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgedisp.report.claims import RULES
+from edgedisp.report.claims import RULES, first_losses
 from edgedisp.report.reading import BASELINE, DISPERSED, Summary, arms, at, branch, leaves, number
 from edgedisp.report.section import Grid, Section
 from edgedisp.report.wording import MISSING, count, fixed, megabytes, plural, seconds, short_hash
@@ -80,11 +80,23 @@ def _shared(summary: Summary) -> tuple[tuple[str, str, str], ...]:
             f"one file for both, SHA-256 {short_hash(tokens)}",
         ),
         ("same initial weights", "yes" if weights else "not recorded", f"SHA-256 {short_hash(weights)}"),
+        _same_first_loss(summary),
         _same_amount(summary),
         _same_settings(summary),
         _trained_apart(summary),
     ]
     return tuple(rows)
+
+
+def _same_first_loss(summary: Summary) -> tuple[str, str, str]:
+    """Before the first update the arms are one model on one batch: another loss is a fault."""
+    name = "same loss before the first update"
+    found = first_losses(summary)
+    if found is None:
+        return name, "not recorded", MISSING
+    texts = [f"{loss:.6f}" for loss in found]
+    same = found[0] == found[1]
+    return name, "yes" if same else "NO", texts[0] if same else f"{texts[0]} against {texts[1]}"
 
 
 def _same_amount(summary: Summary) -> tuple[str, str, str]:
