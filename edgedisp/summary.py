@@ -26,7 +26,7 @@ from edgedisp.report import write as write_report
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "peft", "bitsandbytes", "lm-eval")
 
 
-def summarise(recipe: Recipe, walked: list[Walked], run: Path) -> dict[str, Any]:
+def summarise(recipe: Recipe, walked: list[Walked]) -> dict[str, Any]:
     """The summary of a build; see `edgedisp.report` for its schema."""
     results = {step.name: step.record.results for step in walked}
     precisions = ["torch", *recipe.precisions]
@@ -117,7 +117,7 @@ def publish(recipe: Recipe, walked: list[Walked], run: Path) -> dict[str, Any]:
     if stamp.is_file() and json.loads(stamp.read_text()) == known and (run / "report.html").is_file():
         found: dict[str, Any] = load(run)
         return found
-    summary = summarise(recipe, walked, run)
+    summary = summarise(recipe, walked)
     write_report(summary, run)
     for arm in recipe.arms:  # a Hugging Face folder explains itself in its README
         (run / arm / "model" / "README.md").write_text(model_card(summary, arm), encoding="utf-8")
