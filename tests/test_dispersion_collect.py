@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from edgedisp.dispersion.collect import Dispersion, decoder_layers, hidden_states, select_layers
-from edgedisp.dispersion.geometry import condensation, effective_rank, measure_layer, pair_cosines
-from edgedisp.dispersion.loss import angular
+from edgedisp.dispersion.collect import decoder_layers, hidden_states, select_layers
+from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.dispersion.loss import VARIANTS
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "gpt2"]
 
@@ -46,37 +48,74 @@ def test_hooks_are_gone_after_the_block(tiny_folder: dict[str, Path]) -> None:
     assert hooks() == 0
 
 
-def test_loss_is_the_mean_over_layers_and_sequences(tiny_folder: dict[str, Path]) -> None:
+def run(
+    model: torch.nn.Module, config: DispersionConfig, ids: torch.Tensor, first: int = 0, **call: Any
+) -> Any:
+    """The collector after one training pass of `model` over `ids`, and its loss."""
+    term = config.collector()
+    with term.watch(model):
+        term.begin(first_sequence=first)
+        model(ids, use_cache=False, **call)
+        return term, term.loss()
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_loss_is_the_mean_over_layers_and_sequences(tiny_folder: dict[str, Path], variant: str) -> None:
     model = open_tiny(tiny_folder["llama"])
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[1, 8:] = 0
-    penalty = Dispersion(tokens=None)
-    with torch.no_grad(), penalty.watch(model), hidden_states(model, [0, 1]) as seen:
-        model(some_ids(), attention_mask=mask)
-        by_hand = torch.stack([angular(seen[layer], mask.bool()) for layer in (0, 1)]).mean()
-        torch.testing.assert_close(penalty.loss(mask), by_hand)
+    with hidden_states(model, [0, 1]) as seen:
+        term, value = run(model, DispersionConfig(variant, tokens=None), some_ids(), attention_mask=mask)
+        by_layer = [VARIANTS[variant](seen[layer], mask.bool(), clamp=0.1) for layer in (0, 1)]
+    torch.testing.assert_close(value, torch.stack(by_layer).mean())
+    assert term.by_layer() == pytest.approx({0: by_layer[0].item(), 1: by_layer[1].item()}, abs=1e-6)
 
 
-def test_a_batch_is_the_mean_of_its_sequences(tiny_folder: dict[str, Path]) -> None:
+@pytest.mark.parametrize("variant", ["angular", "l2_repel"])
+@pytest.mark.parametrize("tokens", [None, 5])
+def test_gradient_of_the_weights_is_that_of_the_plain_loss(
+    tiny_folder: dict[str, Path], variant: str, tokens: int | None
+) -> None:
+    model, config = open_tiny(tiny_folder["qwen3"]), DispersionConfig(variant, tokens=tokens)
+    with hidden_states(model, [0, 1]) as seen:
+        term, value = run(model, config, some_ids(), first=3)
+        value.backward()
+        ours = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    with hidden_states(model, [0, 1]) as seen:
+        model(some_ids(), use_cache=False)
+        picks = term._draw(3, 2, 12, 2, None) if tokens else torch.arange(12).expand(2, 2, 12)
+        drawn = [
+            seen[layer].gather(1, picks[layer, :, :, None].expand(-1, -1, seen[0].shape[-1]))
+            for layer in (0, 1)
+        ]
+        everyone = torch.ones(2, picks.shape[-1], dtype=torch.bool)
+        plain = torch.stack([VARIANTS[variant](vectors, everyone, clamp=0.1) for vectors in drawn]).mean()
+        plain.backward()
+    torch.testing.assert_close(value, plain)
+    torch.testing.assert_close(
+        ours,
+        torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
+        atol=1e-6,
+        rtol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("tokens", [None, 5])
+def test_a_batch_is_the_mean_of_its_sequences(tiny_folder: dict[str, Path], tokens: int | None) -> None:
+    """Sampled tokens too: what a sequence draws depends on its number, not on its micro-batch."""
     model, ids = open_tiny(tiny_folder["qwen3"]), some_ids(4)
-    penalty = Dispersion(tokens=None)
-
-    def value(rows: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad(), penalty.watch(model):
-            model(rows)
-            return penalty.loss()
-
-    torch.testing.assert_close(value(ids), torch.stack([value(row[None]) for row in ids]).mean())
+    config = DispersionConfig(tokens=tokens)
+    together = run(model, config, ids, first=8)[1]
+    apart = [run(model, config, ids[row : row + 1], first=8 + row)[1] for row in range(4)]
+    torch.testing.assert_close(together, torch.stack(apart).mean())
 
 
-def test_sampled_tokens_depend_on_seed_and_step_alone(tiny_folder: dict[str, Path]) -> None:
+def test_drawn_tokens_depend_on_seed_and_sequence_alone(tiny_folder: dict[str, Path]) -> None:
     model, ids = open_tiny(tiny_folder["llama"]), some_ids()
 
-    def value(seed: int, step: int) -> float:
-        penalty = Dispersion(tokens=5, seed=seed)
-        with torch.no_grad(), penalty.watch(model):
-            model(ids)
-            return penalty.loss(step=step).item()
+    def value(seed: int, first: int) -> float:
+        return run(model, DispersionConfig(tokens=5, seed=seed), ids, first)[1].item()
 
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
@@ -87,39 +126,152 @@ def test_sampled_tokens_depend_on_seed_and_step_alone(tiny_folder: dict[str, Pat
     assert value(0, 4) != first and value(1, 3) != first
 
 
-def test_sampling_takes_real_tokens_before_padding() -> None:
-    penalty = Dispersion(tokens=4)
-    state = torch.arange(20.0).reshape(1, 10, 2)
+def test_every_layer_draws_anew_and_without_repetition() -> None:
+    picks = DispersionConfig(tokens=40).collector()._draw(0, 2, 100, 3, None)
+    assert picks.shape == (3, 2, 40)
+    assert (picks.diff(dim=-1) > 0).all()
+    assert not torch.equal(picks[0], picks[1]) and not torch.equal(picks[0, 0], picks[0, 1])
+
+
+def test_padding_is_drawn_for_want_of_real_tokens_only() -> None:
     real = torch.arange(10)[None] < 4
-    for step in range(20):
-        vectors, kept = penalty._sample(state, real, 0, step)
-        assert kept.all() and torch.equal(vectors, state[:, :4])
+    for first in range(20):
+        picks = DispersionConfig(tokens=4).collector()._draw(first, 1, 10, 1, real)
+        assert picks.tolist() == [[[0, 1, 2, 3]]]
+
+
+@pytest.mark.parametrize("tokens", [None, 6])
+def test_padding_changes_nothing(tiny_folder: dict[str, Path], tokens: int | None) -> None:
+    """A sequence with and without right padding: one value. With fewer real tokens than drawn, also one."""
+    model, ids = open_tiny(tiny_folder["gpt2"]), some_ids(1)
+    mask = torch.ones(1, 12, dtype=torch.long)
+    mask[0, 5:] = 0
+    padded = run(model, DispersionConfig(tokens=tokens), ids, attention_mask=mask)[1]
+    torch.testing.assert_close(padded, run(model, DispersionConfig(tokens=tokens), ids[:, :5])[1])
 
 
 def test_the_sink_is_the_first_real_token(tiny_folder: dict[str, Path]) -> None:
     model = open_tiny(tiny_folder["llama"])
     ids, mask = some_ids(1), torch.ones(1, 12, dtype=torch.long)
     mask[0, :3] = 0  # left padding
-    penalty = Dispersion(tokens=None, exclude_sink=True, layers="last")
-    with torch.no_grad(), penalty.watch(model), hidden_states(model, [1]) as seen:
-        model(ids, attention_mask=mask)
-        expected = angular(seen[1][:, 4:], torch.ones(1, 8, dtype=torch.bool))
-        torch.testing.assert_close(penalty.loss(mask), expected[0])
+    config = DispersionConfig(tokens=None, exclude_sink=True, layers="last")
+    with hidden_states(model, [1]) as seen:
+        value = run(model, config, ids, attention_mask=mask)[1]
+        expected = VARIANTS["angular"](seen[1][:, 4:], torch.ones(1, 8, dtype=torch.bool), clamp=0.1)
+    torch.testing.assert_close(value, expected)
 
 
-def test_gradient_checkpointing_counts_no_layer_twice(tiny_folder: dict[str, Path]) -> None:
+def test_a_token_of_huge_norm_is_a_sink_too(tiny_folder: dict[str, Path]) -> None:
+    model, ids = open_tiny(tiny_folder["llama"]), some_ids(1)
+    config = DispersionConfig(tokens=None, exclude_sink=True, layers=[0])
+
+    def lengthen(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * torch.where(torch.arange(12) == 7, 100.0, 1.0)[None, :, None]
+
+    handle = decoder_layers(model)[0].register_forward_hook(lengthen)
+    with hidden_states(model, [0]) as seen:
+        value = run(model, config, ids)[1]
+        rest = [token for token in range(1, 12) if token != 7]
+        expected = VARIANTS["angular"](seen[0][:, rest], torch.ones(1, 10, dtype=torch.bool), clamp=0.1)
+    handle.remove()
+    torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_counts_no_layer_twice(
+    tiny_folder: dict[str, Path], use_reentrant: bool
+) -> None:
     gradients = []
     for checkpointing in (False, True):
         model = open_tiny(tiny_folder["llama"]).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        penalty = Dispersion(tokens=6)
-        with penalty.watch(model):
-            loss = model(some_ids(), labels=some_ids(), use_cache=False).loss + penalty.loss()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        term = DispersionConfig(tokens=6).collector()
+        with term.watch(model):
+            loss = model(some_ids(), labels=some_ids(), use_cache=False).loss + term.loss()
             loss.backward()
-        assert not penalty._seen
+            with pytest.raises(ValueError, match="no forward pass"):
+                term.loss()  # the recomputation left nothing behind
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_hooks_inside_a_checkpointed_region_count_once_too(tiny_folder: dict[str, Path]) -> None:
+    """As in implementations that recompute a layer with its hooks."""
+    model = open_tiny(tiny_folder["llama"])
+    inputs = model.get_input_embeddings()(some_ids())
+    config = DispersionConfig(tokens=6)
+    gradients = []
+    for recompute in (False, True):
+        term, x = config.collector(), inputs.detach().requires_grad_()
+        with term.watch(model):
+            term._start(model, (), {})
+            rotary = model.model.rotary_emb(x, torch.arange(12)[None])
+            for layer in decoder_layers(model):
+                if recompute:
+                    x_next = checkpoint(layer, x, position_embeddings=rotary, use_reentrant=False)
+                else:
+                    x_next = layer(x, position_embeddings=rotary)
+                x = x_next[0] if isinstance(x_next, tuple) else x_next
+            value = term.loss()
+            value.backward()
+        gradients.append([p.grad.clone() for p in decoder_layers(model).parameters()])
+        model.zero_grad()
+    for plain, recomputed in zip(*gradients):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_evaluation_inside_the_block_is_not_looked_at(tiny_folder: dict[str, Path]) -> None:
+    model, ids = open_tiny(tiny_folder["gpt2"]), some_ids()
+    expected = run(model, DispersionConfig(tokens=None), ids)[1]
+    term = DispersionConfig(tokens=None).collector()
+    with term.watch(model):
+        model(ids, use_cache=False)
+        with torch.no_grad():
+            model(some_ids(1, 5))
+        torch.testing.assert_close(term.loss(), expected)
+
+
+def test_sequences_without_a_pair_count_as_nothing_and_are_counted(tiny_folder: dict[str, Path]) -> None:
+    model, ids = open_tiny(tiny_folder["llama"]), some_ids(3)
+    mask = torch.ones(3, 12, dtype=torch.long)
+    mask[1, 1:] = 0
+    config = DispersionConfig(tokens=None)
+    term, value = run(model, config, ids, attention_mask=mask)
+    torch.testing.assert_close(value, run(model, config, ids[[0, 2]])[1])
+    assert term.skipped_sequences == 1
+    term, value = run(model, config, ids[:, :1])
+    assert value.item() == 0 and term.skipped_sequences == 3
+    value.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_frozen_layers_have_a_value_and_no_gradient(tiny_folder: dict[str, Path]) -> None:
+    model = open_tiny(tiny_folder["llama"])
+    expected = run(model, DispersionConfig(), some_ids())[1].item()
+    model.requires_grad_(False)
+    _, value = run(model, DispersionConfig(), some_ids())
+    assert value.item() == pytest.approx(expected) and not value.requires_grad
+
+
+def test_autocast_rounds_the_products_and_no_more(tiny_folder: dict[str, Path]) -> None:
+    model = open_tiny(tiny_folder["qwen3"])
+    with torch.autocast("cpu", torch.bfloat16), hidden_states(model, [0, 1]) as seen:
+        value = run(model, DispersionConfig(tokens=None), some_ids())[1]
+        everyone = torch.ones(2, 12, dtype=torch.bool)
+        exact = torch.stack(
+            [VARIANTS["angular"](seen[layer], everyone, clamp=0.1) for layer in (0, 1)]
+        ).mean()
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, exact, atol=5e-4, rtol=0)
+
+
+def test_a_mask_of_another_shape_is_an_error(tiny_folder: dict[str, Path]) -> None:
+    model, term = open_tiny(tiny_folder["llama"]), DispersionConfig().collector()
+    with term.watch(model), pytest.raises(ValueError, match=r"the mask is \(2, 11\)"):
+        term.begin(torch.ones(2, 11))
+        model(some_ids())
 
 
 def test_layer_choices() -> None:
@@ -138,50 +290,11 @@ def test_an_unknown_layer_choice_does_not_mean_all() -> None:
 
 
 def test_loss_without_a_forward_pass_is_an_error(tiny_folder: dict[str, Path]) -> None:
-    penalty = Dispersion()
-    with pytest.raises(ValueError, match="no forward pass"), penalty.watch(open_tiny(tiny_folder["gpt2"])):
-        penalty.loss()
+    term = DispersionConfig().collector()
+    with pytest.raises(ValueError, match="no forward pass"), term.watch(open_tiny(tiny_folder["gpt2"])):
+        term.loss()
 
 
 def test_a_model_without_layers_is_an_error() -> None:
     with pytest.raises(ValueError, match="has no list"):
         decoder_layers(torch.nn.Linear(2, 2))
-
-
-def test_effective_rank_of_an_orthonormal_set_is_its_size() -> None:
-    assert effective_rank(torch.eye(6, 10)) == pytest.approx(6)
-    assert effective_rank(torch.ones(6, 10)) == pytest.approx(1)
-
-
-def test_mean_removed_cosine_sees_through_a_common_offset() -> None:
-    generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(200, 64, generator=generator) + 10
-    measured = measure_layer(vectors)
-    assert measured["cosine_raw"] > 0.98
-    assert abs(measured["cosine_mean_removed"]) < 0.02
-    assert sum(measured["histogram"]) == 200 * 199 // 2
-
-
-def test_a_token_of_huge_norm_counts_as_a_sink_wherever_it_stands() -> None:
-    generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(60, 32, generator=generator)
-    plain = measure_layer(vectors)
-    vectors[20] *= 100
-    measured = measure_layer(vectors)
-    assert plain["sinks"] == 1 and measured["sinks"] == 2
-    rest = torch.cat([vectors[1:20], vectors[21:]])
-    assert measured["effective_rank"] == pytest.approx(effective_rank(rest))
-    assert measured["cosine_sink_excluded"] == pytest.approx(pair_cosines(rest).mean().item())
-
-
-def test_mean_cosine_is_the_closed_form_of_the_sum_of_directions(tiny_folder: dict[str, Path]) -> None:
-    model = open_tiny(tiny_folder["qwen3"])
-    ids = some_ids(2)
-    measured = condensation(model, ids)
-    assert [row["layer"] for row in measured["layers"]] == [0, 1, 2] and measured["tokens"] == 24
-    with torch.no_grad():
-        states = model(ids, output_hidden_states=True).hidden_states[1]
-    directions = torch.nn.functional.normalize(states, dim=-1)
-    total = directions.sum(dim=1).square().sum(dim=-1)
-    expected = ((total - 12) / (12 * 11)).mean()
-    assert measured["layers"][1]["cosine_raw"] == pytest.approx(expected.item(), abs=1e-5)

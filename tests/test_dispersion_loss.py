@@ -1,140 +1,400 @@
-"""The losses against their formulas written out by loops, in float64."""
+"""The losses against their formulas written out by loops, in float64, and what the mask promises."""
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from edgedisp.dispersion.loss import VARIANTS, angular, cosine
+from edgedisp.dispersion import loss
+from edgedisp.dispersion.loss import BY_SEQUENCE, VARIANTS, angular, cosine, counted, spectral_entropy
 
-LOSSES = list(VARIANTS)
-
-
-def by_loops(
-    name: str, vectors: torch.Tensor, mask: torch.Tensor, temperature: float, clamp: float
-) -> list[float]:
-    """`log mean_{i != j} exp(-D / temperature)` with Python numbers."""
-    values = []
-    for sequence, real in zip(vectors.tolist(), mask.tolist()):
-        kept = [vector for vector, keep in zip(sequence, real) if keep]
-        terms = []
-        for i, left in enumerate(kept):
-            for j, right in enumerate(kept):
-                if i != j:
-                    dot = sum(a * b for a, b in zip(left, right))
-                    cos = dot / (math.hypot(*left) * math.hypot(*right))
-                    cos = min(max(cos, -1 + clamp), 1 - clamp)
-                    distance = math.acos(cos) / math.pi if name == "angular" else 1 - cos
-                    terms.append(math.exp(-distance / temperature))
-        values.append(math.log(sum(terms) / len(terms)) if terms else 0.0)
-    return values
+LOSSES = ["angular", "cosine", "l2_repel", "decorrelation", "orthogonalization", "spectral_entropy"]
+ANGULAR = ["angular", "cosine", "orthogonalization", "spectral_entropy"]
+every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
-def random_case(
-    seed: int, batch: int = 3, tokens: int = 7, features: int = 5
-) -> tuple[torch.Tensor, torch.Tensor]:
+def random_case(seed: int, batch: int = 3, tokens: int = 7, features: int = 5) -> tuple[Tensor, Tensor]:
+    """Float64 vectors, and a mask with at least two real tokens of each sequence at random places."""
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.randn(batch, tokens, features, generator=generator, dtype=torch.float64)
     lengths = torch.randint(2, tokens + 1, (batch, 1), generator=generator)
-    return vectors, torch.arange(tokens)[None] < lengths
+    order = torch.rand(batch, tokens, generator=generator).argsort(dim=1)
+    return vectors, order < lengths
 
 
-@pytest.mark.parametrize("name", LOSSES)
+def everything(vectors: Tensor) -> Tensor:
+    return torch.ones(vectors.shape[:-1], dtype=torch.bool)
+
+
+def gradient(name: str, vectors: Tensor, mask: Tensor) -> Tensor:
+    leaf = vectors.clone().requires_grad_()
+    return torch.autograd.grad(VARIANTS[name](leaf, mask), leaf)[0]
+
+
+def dot(left: list[float], right: list[float]) -> float:
+    return sum(a * b for a, b in zip(left, right))
+
+
+def by_loops(name: str, kept: list[list[float]], temperature: float, clamp: float) -> float:
+    """The loss of one sequence's real tokens with Python numbers."""
+    pairs = [(a, b) for i, a in enumerate(kept) for j, b in enumerate(kept) if i != j]
+    cosines = [
+        min(max(dot(a, b) / (math.hypot(*a) * math.hypot(*b)), -1 + clamp), 1 - clamp) for a, b in pairs
+    ]
+    if name == "angular":
+        terms = [math.exp(-math.acos(c) / math.pi / temperature) for c in cosines]
+        return math.log(sum(terms) / len(terms))
+    if name == "cosine":
+        terms = [math.exp(-(1 - c) / temperature) for c in cosines]
+        return math.log(sum(terms) / len(terms))
+    if name == "orthogonalization":
+        return sum(max(0.0, 0.5 - math.acos(c) / math.pi) ** 2 for c in cosines) / len(pairs)
+    if name == "l2_repel":
+        unit = sum(math.hypot(*a) for a in kept) / len(kept)
+        terms = [math.exp(-((math.dist(a, b) / unit) ** 2) / temperature) for a, b in pairs]
+        penalty = sum((math.hypot(*a) / unit) ** 2 for a in kept) / len(kept)
+        return math.log(sum(terms) / len(terms)) + 0.1 * penalty
+    if name == "decorrelation":
+        return correlations_by_loops(list(zip(*kept)))
+    shares = spectrum_by_loops([[x / math.hypot(*a) for x in a] for a in kept])
+    return sum(p * math.log(p) for p in shares if p > 1e-15)
+
+
+def correlations_by_loops(columns: list[tuple[float, ...]]) -> float:
+    standard = []
+    for column in columns:
+        mean = sum(column) / len(column)
+        deviation = math.sqrt(sum((x - mean) ** 2 for x in column) / len(column))
+        standard.append([(x - mean) / deviation for x in column])
+    squares = [
+        (dot(a, b) / len(a)) ** 2 for i, a in enumerate(standard) for j, b in enumerate(standard) if i != j
+    ]
+    return sum(squares) / len(squares)
+
+
+def spectrum_by_loops(rows: list[list[float]]) -> list[float]:
+    """Eigenvalues of the rows' inner products over their sum, by Jacobi's rotations."""
+    matrix = [[dot(a, b) for b in rows] for a in rows]
+    size = len(matrix)
+    for _ in range(12):
+        for p in range(size):
+            for q in range(p + 1, size):
+                angle = 0.5 * math.atan2(2 * matrix[p][q], matrix[q][q] - matrix[p][p])
+                c, s = math.cos(angle), math.sin(angle)
+                for k in range(size):
+                    a, b = matrix[k][p], matrix[k][q]
+                    matrix[k][p], matrix[k][q] = c * a - s * b, s * a + c * b
+                for k in range(size):
+                    a, b = matrix[p][k], matrix[q][k]
+                    matrix[p][k], matrix[q][k] = c * a - s * b, s * a + c * b
+    trace = sum(matrix[i][i] for i in range(size))
+    return [matrix[i][i] / trace for i in range(size)]
+
+
+def test_the_variants_are_the_six_of_the_recipe() -> None:
+    assert list(VARIANTS) == LOSSES and list(BY_SEQUENCE) == LOSSES
+    for name, function in VARIANTS.items():
+        assert getattr(loss, name) is function and function.__doc__
+        assert list(inspect.signature(function).parameters) == ["vectors", "mask", "temperature", "clamp"]
+
+
+@every_loss
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_value_is_the_formula_written_out_by_loops(name: str, temperature: float) -> None:
-    vectors, mask = random_case(0)
-    value = VARIANTS[name](vectors, mask, temperature=temperature, clamp=0.1)
-    expected = torch.tensor(by_loops(name, vectors, mask, temperature, 0.1), dtype=torch.float64)
-    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("shape", [(7, 5), (4, 6)])  # more tokens than features, and fewer
+def test_value_is_the_formula_written_out_by_loops(
+    name: str, temperature: float, shape: tuple[int, int]
+) -> None:
+    vectors, mask = random_case(0, 3, *shape)
+    expected = [
+        by_loops(name, sequence[real].tolist(), temperature, 0.1) for sequence, real in zip(vectors, mask)
+    ]
+    values = BY_SEQUENCE[name](vectors, mask, temperature=temperature, clamp=0.1)
+    torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64), rtol=1e-11, atol=1e-12)
+    mean = VARIANTS[name](vectors, mask, temperature=temperature, clamp=0.1)
+    assert mean.item() == pytest.approx(sum(expected) / 3, rel=1e-11)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_gradient_is_the_derivative_of_the_value(name: str) -> None:
-    vectors, mask = random_case(1, batch=2, tokens=5, features=4)
+@every_loss
+@pytest.mark.parametrize("shape", [(5, 4), (3, 6)])
+def test_gradient_is_the_derivative_of_the_value(name: str, shape: tuple[int, int]) -> None:
+    vectors, mask = random_case(1, 2, *shape)
     vectors.requires_grad_()
     # Random vectors stay inside a clamp of 0.001, where straight-through and true gradient are one.
     assert torch.autograd.gradcheck(lambda z: VARIANTS[name](z, mask, clamp=0.001), (vectors,))
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_padding_changes_neither_value_nor_gradient(name: str) -> None:
-    vectors, _ = random_case(2, batch=1, tokens=6)
-    padded = torch.cat([vectors, 100 * torch.ones(1, 3, 5, dtype=torch.float64)], dim=1)
-    mask = torch.arange(9)[None] < 6
-    plain, with_padding = vectors.clone().requires_grad_(), padded.clone().requires_grad_()
-    left = VARIANTS[name](plain, mask[:, :6])
-    right = VARIANTS[name](with_padding, mask)
-    torch.testing.assert_close(left, right, rtol=1e-13, atol=0)
-    left.sum().backward()
-    right.sum().backward()
-    assert plain.grad is not None and with_padding.grad is not None
-    torch.testing.assert_close(with_padding.grad[:, :6], plain.grad, rtol=1e-12, atol=1e-15)
-    assert torch.equal(with_padding.grad[:, 6:], torch.zeros(1, 3, 5, dtype=torch.float64))
+def test_spectral_entropy_has_its_gradient_where_eigenvalues_coincide() -> None:
+    # Three vectors at one angle have eigenvalues 1 + 2c, 1 - c, 1 - c; the gradient is not 0 there.
+    equiangular = (torch.eye(3, 5) + 0.4).double()
+    # Orthogonal vectors, each there twice: eigenvalues 2, 2, 0, 0.
+    twins = torch.eye(2, 5).double().repeat(2, 1)
+    for vectors in (equiangular, twins):
+        leaf = vectors[None].clone().requires_grad_()
+        assert torch.autograd.gradcheck(lambda z: spectral_entropy(z, everything(z)), (leaf,))
+    assert gradient("spectral_entropy", equiangular[None], everything(equiangular[None])).norm() > 0.1
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_sequence_without_a_pair_has_value_zero_and_a_finite_gradient(name: str) -> None:
+PADDINGS = {
+    "left": [False] * 3 + [True] * 6,
+    "right": [True] * 6 + [False] * 3,
+    "scattered": [False, True, True, False, True, True, True, False, True],
+}
+
+
+@every_loss
+@pytest.mark.parametrize("where", PADDINGS)
+@pytest.mark.parametrize("garbage", [0.0, 1e30, math.inf, math.nan])
+@pytest.mark.parametrize("features", [4, 20])
+def test_padding_changes_neither_value_nor_gradient(
+    name: str, where: str, garbage: float, features: int
+) -> None:
+    vectors, _ = random_case(2, batch=1, tokens=6, features=features)
+    mask = torch.tensor([PADDINGS[where]])
+    padded = torch.full((1, 9, features), garbage, dtype=torch.float64)
+    padded[mask] = vectors[0]
+    torch.testing.assert_close(
+        VARIANTS[name](padded, mask), VARIANTS[name](vectors, everything(vectors)), rtol=1e-12, atol=1e-13
+    )
+    with_padding = gradient(name, padded, mask)
+    torch.testing.assert_close(
+        with_padding[mask], gradient(name, vectors, everything(vectors))[0], rtol=1e-11, atol=1e-13
+    )
+    assert torch.equal(with_padding[~mask], torch.zeros(3, features, dtype=torch.float64))
+
+
+@every_loss
+def test_a_sequence_without_a_pair_has_value_zero_no_gradient_and_no_weight(name: str) -> None:
     vectors, _ = random_case(3)
-    vectors.requires_grad_()
     mask = torch.zeros(3, 7, dtype=torch.bool)
     mask[0, 0] = True  # one token, then none at all
     mask[2] = True
-    value = VARIANTS[name](vectors, mask)
-    assert value[0] == 0 and value[1] == 0 and value[2] != 0
-    value.sum().backward()
-    assert vectors.grad is not None and vectors.grad.isfinite().all()
-    assert torch.equal(vectors.grad[:2], torch.zeros_like(vectors.grad[:2]))
+    values = BY_SEQUENCE[name](vectors, mask)
+    assert values[0] == 0 and values[1] == 0 and values[2] != 0
+    assert VARIANTS[name](vectors, mask) == values[2]
+    assert counted(mask).tolist() == [False, False, True]
+    slope = gradient(name, vectors, mask)
+    assert torch.equal(slope[:2], torch.zeros_like(slope[:2])) and slope[2].norm() > 0
 
 
-def test_equal_vectors_have_a_finite_gradient_and_the_clamped_value() -> None:
-    vectors = torch.ones(1, 4, 3, dtype=torch.float64, requires_grad=True)
-    value = angular(vectors, torch.ones(1, 4, dtype=torch.bool), clamp=0.1)
-    assert value.item() == pytest.approx(-math.acos(0.9) / math.pi)
-    value.sum().backward()
-    assert vectors.grad is not None and vectors.grad.isfinite().all()
+@every_loss
+def test_a_batch_without_any_pair_has_value_zero_and_no_gradient(name: str) -> None:
+    vectors, _ = random_case(3)
+    mask = torch.eye(3, 7, dtype=torch.bool)
+    assert VARIANTS[name](vectors, mask) == 0
+    assert torch.equal(gradient(name, vectors, mask), torch.zeros_like(vectors))
 
 
-def test_pairs_beyond_the_clamp_are_still_pulled_apart() -> None:
-    vectors = torch.tensor([[[1.0, 0.0], [1.0, 0.05]]], requires_grad=True)  # cosine 0.9988 > 0.9
-    angular(vectors, torch.ones(1, 2, dtype=torch.bool), clamp=0.1).sum().backward()
-    assert vectors.grad is not None
-    moved = (vectors - 0.1 * vectors.grad).detach()
+@every_loss
+@pytest.mark.parametrize("clamp", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "vector", [[1.0, 2.0, -1.0], [0.0, 3.0, 0.0], [0.0, 0.0, 0.0]], ids=["equal", "cosine_1", "zero"]
+)
+def test_equal_and_zero_vectors_have_a_finite_value_and_gradient(
+    name: str, clamp: float, vector: list[float]
+) -> None:
+    vectors = torch.tensor(vector).repeat(1, 4, 1).requires_grad_()
+    value = VARIANTS[name](vectors, everything(vectors), clamp=clamp)
+    value.backward()
+    assert value.isfinite() and vectors.grad is not None and vectors.grad.isfinite().all()
+
+
+@every_loss
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_broken_real_token_is_seen_in_the_value(name: str, wrong: float) -> None:
+    vectors, mask = random_case(3)
+    mask[1, 2] = True
+    vectors[1, 2, 0] = wrong
+    values = BY_SEQUENCE[name](vectors, mask)
+    assert values.isnan().tolist() == [False, True, False]
+
+
+def test_known_values() -> None:
+    orthonormal, equal = torch.eye(4, 6)[None], torch.ones(1, 4, 6)
+    mask = everything(orthonormal)
+    for name, apart, together in (
+        ("angular", -0.5, -math.acos(0.9) / math.pi),
+        ("cosine", -1, -0.1),
+        ("l2_repel", 0.1 - 2, 0.1),
+        ("orthogonalization", 0, (0.5 - math.acos(0.9) / math.pi) ** 2),
+        ("spectral_entropy", -math.log(4), 0),
+    ):
+        assert VARIANTS[name](orthonormal, mask, clamp=0.1).item() == pytest.approx(apart, abs=1e-6)
+        assert VARIANTS[name](equal, mask, clamp=0.1).item() == pytest.approx(together, abs=1e-6)
+    one_number = torch.arange(4.0)[None, :, None] * torch.tensor([1.0, -2.0, 3.0])
+    crossed = torch.tensor([[[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]])
+    assert VARIANTS["decorrelation"](one_number, mask).item() == pytest.approx(1)
+    assert VARIANTS["decorrelation"](crossed, mask).item() == pytest.approx(0)
+
+
+def test_a_feature_that_does_not_vary_correlates_with_nothing() -> None:
+    vectors, _ = random_case(5, features=4)
+    mask = everything(vectors)
+    # 1000.1 is not exact in binary: the mean over seven tokens is off by rounding, which is no variation.
+    # Nor is a deviation of 1 from a million, in float32.
+    constant = torch.full((3, 7, 2), 1000.1, dtype=torch.float64)
+    nearly = vectors[..., :2] + 1e6
+    function = VARIANTS["decorrelation"]
+    narrow = function(vectors, mask).item() * (4 * 3) / (6 * 5)
+    for dtype in (torch.float64, torch.float32):
+        assert function(torch.cat([vectors, constant], dim=-1).to(dtype), mask).item() == pytest.approx(
+            narrow
+        )
+    wide = torch.cat([vectors, nearly], dim=-1)
+    assert function(wide.float(), mask).item() == pytest.approx(narrow)
+    assert function(wide, mask) > 1.1 * narrow
+
+
+@every_loss
+def test_condensed_vectors_have_the_larger_loss_and_a_step_down_the_gradient_lowers_it(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(1, 12, 8, generator=generator)
+    # In a narrow cone, and in few dimensions: the offset alone is invisible to decorrelation.
+    few = spread[..., :2] @ torch.randn(2, 8, generator=generator)
+    condensed = few + 2 * torch.randn(8, generator=generator)
+    mask = everything(spread)
+    function = VARIANTS[name]
+    assert function(condensed, mask) > function(spread, mask)
+    slope = gradient(name, condensed, mask)
+    assert function(condensed - 1e-2 * slope / slope.norm(), mask) < function(condensed, mask)
+
+
+@pytest.mark.parametrize("name", ["angular", "orthogonalization"])
+def test_pairs_beyond_the_clamp_are_still_pushed_apart(name: str) -> None:
+    vectors = torch.tensor([[[1.0, 0.0], [1.0, 0.05]]])  # cosine 0.9988 > 0.9
+    slope = gradient(name, vectors, everything(vectors))
+    moved = vectors - 0.1 * slope / slope.norm()
     assert torch.cosine_similarity(moved[0, 0], moved[0, 1], dim=0) < 0.9987
 
 
-def test_orthogonal_vectors_give_minus_one_half_over_temperature() -> None:
-    value = angular(torch.eye(4)[None], torch.ones(1, 4, dtype=torch.bool), temperature=2.0)
-    assert value.item() == pytest.approx(-0.25, abs=1e-6)
+def test_longer_vectors_alone_do_not_lower_l2_repel_but_unequal_ones_raise_it() -> None:
+    vectors = torch.eye(4, 6, dtype=torch.float64)[None]
+    mask = everything(vectors)
+    radial = (gradient("l2_repel", vectors, mask) * vectors).sum()
+    assert radial.item() == pytest.approx(0, abs=1e-12)
+    lengths = torch.tensor([0.5, 0.5, 0.5, 2.5], dtype=torch.float64)[:, None]
+    assert VARIANTS["l2_repel"](lengths * vectors, mask) > VARIANTS["l2_repel"](vectors, mask)
 
 
-def test_bfloat16_vectors_are_compared_in_float32() -> None:
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_vectors_are_computed_in_float32(name: str, dtype: torch.dtype) -> None:
     vectors, mask = random_case(4)
-    value = angular(vectors.bfloat16(), mask)
+    half = vectors.to(dtype).requires_grad_()
+    value = VARIANTS[name](half, mask)
     assert value.dtype == torch.float32
-    torch.testing.assert_close(value, angular(vectors.bfloat16().float(), mask))
+    assert torch.equal(value, VARIANTS[name](half.float(), mask))
+    value.backward()
+    assert half.grad is not None and half.grad.dtype == dtype and half.grad.norm() > 0
+    assert VARIANTS[name](vectors, mask).dtype == torch.float64
 
 
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10_000), name=st.sampled_from(LOSSES), scale=st.floats(0.01, 1000))
-def test_token_order_and_scale_do_not_matter(seed: int, name: str, scale: float) -> None:
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(name: str, dtype: torch.dtype) -> None:
+    vectors, mask = random_case(4, tokens=16, features=12)
+    vectors = vectors.to(dtype)
+    plain, slope = VARIANTS[name](vectors, mask), gradient(name, vectors, mask)
+    leaf = vectors.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = VARIANTS[name](leaf, mask)
+        inner = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert inner.dtype == torch.bfloat16  # autocast was on, and is again
+    assert torch.equal(value, plain)
+    assert torch.equal(torch.autograd.grad(value, leaf)[0], slope)
+
+
+@every_loss
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_token_order_does_not_matter(name: str, seed: int) -> None:
     vectors, mask = random_case(seed)
     order = torch.randperm(7, generator=torch.Generator().manual_seed(seed))
-    loss = VARIANTS[name]
-    torch.testing.assert_close(loss(vectors[:, order] * scale, mask[:, order]), loss(vectors, mask))
+    torch.testing.assert_close(
+        VARIANTS[name](vectors[:, order], mask[:, order]), VARIANTS[name](vectors, mask)
+    )
 
 
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 10_000), name=st.sampled_from(LOSSES))
-def test_each_sequence_has_its_own_value(seed: int, name: str) -> None:
+@every_loss
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), scale=st.floats(0.01, 1000))
+def test_the_unit_of_the_vectors_does_not_matter(name: str, seed: int, scale: float) -> None:
     vectors, mask = random_case(seed)
-    alone = [VARIANTS[name](vectors[i : i + 1], mask[i : i + 1]) for i in range(len(vectors))]
-    torch.testing.assert_close(VARIANTS[name](vectors, mask), torch.cat(alone))
+    torch.testing.assert_close(VARIANTS[name](vectors * scale, mask), VARIANTS[name](vectors, mask))
+
+
+@pytest.mark.parametrize("name", ANGULAR)
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_the_length_of_each_vector_does_not_matter_to_the_angular_forms(name: str, seed: int) -> None:
+    vectors, mask = random_case(seed)
+    lengths = torch.rand(3, 7, 1, generator=torch.Generator().manual_seed(seed)).double() * 100 + 0.01
+    torch.testing.assert_close(VARIANTS[name](vectors * lengths, mask), VARIANTS[name](vectors, mask))
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_unit_and_origin_of_a_feature_do_not_matter_to_decorrelation(seed: int) -> None:
+    vectors, mask = random_case(seed)
+    generator = torch.Generator().manual_seed(seed)
+    units = torch.rand(5, generator=generator).double() * 10 + 0.1
+    origins = torch.randn(5, generator=generator).double()
+    function = VARIANTS["decorrelation"]
+    torch.testing.assert_close(function(vectors * units + origins, mask), function(vectors, mask))
+
+
+@every_loss
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_a_batch_is_the_mean_of_its_sequences_taken_alone(name: str, seed: int) -> None:
+    vectors, mask = random_case(seed)
+    function = VARIANTS[name]
+    alone = torch.stack([function(vectors[i : i + 1], mask[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(BY_SEQUENCE[name](vectors, mask), alone)
+    torch.testing.assert_close(function(vectors, mask), alone.mean())
+    torch.testing.assert_close(function(vectors[0], mask[0]), alone[0])
+
+
+@every_loss
+def test_a_leading_dimension_of_layers_is_averaged_like_the_batch(name: str) -> None:
+    layers = [random_case(seed, batch=2) for seed in (6, 7, 8)]
+    layers[1][1][0] = False  # a sequence without real tokens must not weigh
+    vectors, mask = (torch.stack(parts) for parts in zip(*layers))
+    values = torch.stack([BY_SEQUENCE[name](*layer) for layer in layers])
+    torch.testing.assert_close(BY_SEQUENCE[name](vectors, mask), values)
+    torch.testing.assert_close(VARIANTS[name](vectors, mask), values.sum() / 5)
+
+
+@every_loss
+@pytest.mark.parametrize("table", [VARIANTS, BY_SEQUENCE], ids=["mean", "by_sequence"])
+def test_what_does_not_work_is_refused_with_what_does(name: str, table: dict[str, loss.Loss]) -> None:
+    vectors, mask = random_case(0)
+    function = table[name]
+    for temperature in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=rf"temperature {temperature} .* above 0"):
+            function(vectors, mask, temperature=temperature)
+    for clamp in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match=rf"clamp {clamp} .* below 1"):
+            function(vectors, mask, clamp=clamp)
+    with pytest.raises(ValueError, match=r"mask has shape \(3, 6\).* must have shape \(3, 7\)"):
+        function(vectors, mask[:, :6])
+    with pytest.raises(ValueError, match=r"floating point, \(\.\.\., tokens, features\)"):
+        function(vectors.long(), mask)
+    with pytest.raises(ValueError, match=r"shape \(5,\)"):
+        function(vectors[0, 0], mask[0, 0])
+
+
+def test_a_mask_of_ones_and_zeros_is_taken_as_it_comes_from_a_tokenizer() -> None:
+    vectors, mask = random_case(9)
+    assert torch.equal(angular(vectors, mask.long()), angular(vectors, mask))
 
 
 def test_cosine_form_needs_no_clamp_at_equal_vectors() -> None:
-    value = cosine(torch.ones(1, 3, 2), torch.ones(1, 3, dtype=torch.bool))
-    assert value.item() == pytest.approx(0.0, abs=1e-6)
+    assert cosine(torch.ones(1, 3, 2), torch.ones(1, 3, dtype=torch.bool)).item() == pytest.approx(
+        0, abs=1e-6
+    )

@@ -1,25 +1,34 @@
-"""Gather token vectors layer by layer in a model's forward pass, and turn them into one loss.
+"""Compute a dispersion term layer by layer while a model runs.
 
-Hooks on the decoder layers keep a reference to each layer's output: the next layer needs that tensor for
-its backward pass anyway, so nothing is kept alive that would have been freed. The loss itself is computed
-once, after the forward pass, for all layers together. Gradient checkpointing recomputes only the inside
-of a layer (transformers 5), where these hooks do not stand, so no layer is counted twice.
+A hook on each decoder layer computes the layer's value from its output at once and puts a node into the
+autograd graph; `loss` only averages the values. In the backward pass a node runs when its layer's turn
+comes, so the gradients of one layer are alive at a time, not those of all. What a node keeps is the layer's
+output, which the next layer keeps anyway, and a small matrix (blockwise.py).
 
-Random numbers: which tokens are sampled depends on (seed, step) alone, through a generator of the
-collector's own. The model's dropout and data order therefore never notice whether dispersion is on, and
-a resumed run draws what the uninterrupted run would have drawn, with no state to save.
+Gradient checkpointing: transformers recomputes the inside of a layer, where these hooks do not stand. Where
+an implementation recomputes the hooks too, they notice that a backward pass is under way and the value is
+not counted again.
+
+Random numbers: which tokens are drawn depends on (seed, number of the sequence, layer) alone, through
+generators of the collector's own. The model's dropout and data order never notice whether dispersion is on;
+micro-batches, data-parallel processes and resumed runs draw what one unbroken run with big batches draws.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edgedisp.dispersion.loss import VARIANTS
+from edgedisp.dispersion.blockwise import FORMS, blockwise, picked
+from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.dispersion.loss import BY_SEQUENCE
+from edgedisp.dispersion.outliers import SINK_NORM
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -96,86 +105,187 @@ def hidden_states(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int,
         seen.clear()
 
 
+class _Pass:
+    """One forward pass: which tokens take part, and the values of the layers so far."""
+
+    def __init__(self, mask: Tensor | None, first_sequence: int) -> None:
+        self.mask, self.first_sequence = mask, first_sequence
+        self.real: Tensor | None = (
+            None  # (batch, tokens), or (layers, batch, n) with picks; None: all are real
+        )
+        self.rows: Tensor | None = None  # (layers, batch, n): rows of the flattened token vectors; None: all
+        self.values: dict[int, Tensor] = {}
+        self.is_prepared = False
+
+
 class Dispersion:
     """The dispersion term of a training loss, averaged over sequences and watched layers.
 
-    Args:
-        variant: a name in `loss.VARIANTS`.
-        weight: lambda in `CE + lambda * L`. The collector only carries it; the caller multiplies.
-        layers: `all`, `first_half`, `last_half`, `last` or indices from 0.
-        temperature: tau of the loss.
-        tokens: how many tokens of each sequence are sampled, anew for each layer; None means all.
-        clamp: see `loss.angular`.
-        exclude_sink: leave out the first token of each sequence, whose norm is up to 100 times the others'.
-        seed: of the collector's own random stream.
+        term = DispersionConfig(weight=0.1).collector()
+        with term.watch(model):
+            outputs = model(input_ids, attention_mask=mask, labels=labels)
+            loss = outputs.loss + term.weight * term.loss()
 
-    Raises ValueError for an unknown variant or layer choice.
+    Forward passes without gradients (evaluation, generation) are not looked at. Under CPU autocast to
+    bfloat16 the products of token vectors round their inputs like all others, and add up in float32.
     """
 
-    def __init__(
-        self,
-        *,
-        variant: str = "angular",
-        weight: float = 0.1,
-        layers: str | Sequence[int] = "all",
-        temperature: float = 1.0,
-        tokens: int | None = 256,
-        clamp: float = 0.1,
-        exclude_sink: bool = False,
-        seed: int = 0,
-    ) -> None:
-        if variant not in VARIANTS:
-            raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS)}")
-        self.variant, self.weight, self.layers = variant, weight, layers
-        self.temperature, self.tokens, self.clamp = temperature, tokens, clamp
-        self.exclude_sink, self.seed = exclude_sink, seed
-        self._seen: dict[int, Tensor] = {}
+    def __init__(self, config: DispersionConfig) -> None:
+        self.config, self.weight = config, config.weight
+        self._pass: _Pass | None = None
+        self._begun: _Pass | None = None
+        self._next_sequence = 0
+        self._skipped: int | Tensor = 0
+
+    @property
+    def skipped_sequences(self) -> int:
+        """Sequences so far with fewer than two tokens to compare. They count as 0 and not in the mean."""
+        return int(self._skipped)
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[Dispersion]:
-        """Keep the outputs of the chosen layers of every forward pass inside the block."""
-        chosen = select_layers(self.layers, len(decoder_layers(model)))
-        with hidden_states(model, chosen) as self._seen:
-            yield self
-        self._seen = {}
+        """Compute the term in every training forward pass of `model` inside the block.
 
-    def loss(self, mask: Tensor | None = None, *, step: int = 0) -> Tensor:
-        """The mean over layers and sequences of the forward pass just made; scalar, float32 or better.
+        Raises ValueError if the model has no list of layers or lacks a chosen one.
+        """
+        blocks = decoder_layers(model)
+        chosen = select_layers(self.config.layers, len(blocks))
+        handles = [model.register_forward_pre_hook(self._start, with_kwargs=True)]
+        for place, index in enumerate(chosen):
+            handles.append(blocks[index].register_forward_hook(self._hook(place, index, len(chosen))))
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._pass = self._begun = None
+
+    def begin(self, mask: Tensor | None = None, first_sequence: int | None = None) -> None:
+        """Say what the next forward pass is; without it, the mask is the call's own `attention_mask`.
 
         Args:
-            mask: `(batch, tokens)`, true or 1 for a real token; None means that there is no padding.
-            step: number of this pass; with the seed it decides which tokens are sampled.
-        Raises ValueError if no forward pass was seen.
+            mask: `(batch, tokens)`, true or 1 for a real token.
+            first_sequence: number of the batch's first sequence among all that training sees; it decides
+                which tokens are drawn. None counts on.
         """
-        if not self._seen:
-            raise ValueError("no forward pass to compute the dispersion of: run the model inside watch()")
-        states = [self._seen[index] for index in sorted(self._seen)]
-        self._seen.clear()  # a second loss of the same pass would be a mistake, and the tensors are large
-        batch, tokens, _ = states[0].shape
-        device = states[0].device
-        real = torch.ones(batch, tokens, dtype=torch.bool, device=device) if mask is None else mask.bool()
-        if self.exclude_sink:
-            # The first REAL token is the sink, also under left padding.
-            real = real & (real.cumsum(dim=1) > 1)
-        picked = [self._sample(state, real, layer, step) for layer, state in enumerate(states)]
-        vectors = torch.stack([vectors for vectors, _ in picked])
-        masks = torch.stack([kept for _, kept in picked])
-        with torch.autocast(device_type=device.type, enabled=False):
-            values = VARIANTS[self.variant](
-                vectors, masks, temperature=self.temperature, clamp=self.clamp
-            )  # (layers, batch)
-        # Sequences without a pair have value 0 and do not count in the mean.
-        counted = (masks.sum(dim=-1) > 1).sum().clamp_min(1)
-        return values.sum() / counted
+        self._begun = _Pass(mask, self._next_sequence if first_sequence is None else first_sequence)
 
-    def _sample(self, state: Tensor, real: Tensor, layer: int, step: int) -> tuple[Tensor, Tensor]:
-        """A random subset of the real tokens of each sequence: `(batch, n, features)`, `(batch, n)`."""
-        tokens = state.shape[1]
-        if self.tokens is None or self.tokens >= tokens:
-            return state, real
-        # Drawn on the CPU so that CPU and GPU runs pick the same tokens.
-        generator = torch.Generator().manual_seed(_stream(self.seed, step, layer))
-        keys = torch.rand(real.shape, generator=generator).to(real.device)
-        index = keys.masked_fill(~real, -1.0).topk(self.tokens, dim=1).indices.sort(dim=1).values
-        vectors = state.gather(1, index.unsqueeze(-1).expand(-1, -1, state.shape[-1]))
-        return vectors, real.gather(1, index)
+    def loss(self) -> Tensor:
+        """The mean over layers and sequences of the forward pass just made; scalar, float32 or better.
+
+        Raises ValueError if no training forward pass was seen, or if it was asked for before.
+        """
+        if self._pass is None or not self._pass.values:
+            raise ValueError("no forward pass to compute the dispersion of: run the model inside watch()")
+        values = [value for _, value in sorted(self._pass.values.items())]
+        self._values = {layer: value.detach() for layer, value in self._pass.values.items()}
+        self._pass.values = {}
+        return torch.stack([value.to(values[0].device) for value in values]).mean()
+
+    def by_layer(self) -> dict[int, float]:
+        """Value of each watched layer, counted from 0, in the pass whose `loss` was asked for last."""
+        return {layer: float(value) for layer, value in sorted(self._values.items())}
+
+    _values: dict[int, Tensor] = {}  # noqa: RUF012 - replaced, never changed
+
+    def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled() or _in_backward():
+            return
+        self._pass = self._begun or _Pass(None, self._next_sequence)
+        self._begun = None
+        if self._pass.mask is None:
+            self._pass.mask = _attention_mask(args, kwargs)
+
+    def _hook(self, place: int, index: int, layers: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            if self._pass is None or not torch.is_grad_enabled():
+                return
+            state = _tensor(output)
+            if not self._pass.is_prepared:
+                self._prepare(self._pass, state, layers)
+            value = self._value(self._pass, state, place)
+            if not _in_backward():
+                self._pass.values[index] = value
+
+        return hook
+
+    def _prepare(self, now: _Pass, state: Tensor, layers: int) -> None:
+        """Which tokens count, and which of them each layer draws."""
+        batch, tokens = state.shape[:2]
+        real = now.mask
+        if real is not None:
+            real = real.to(state.device).bool()
+            if real.shape != (batch, tokens):
+                raise ValueError(f"the mask is {tuple(real.shape)}, the token vectors are {(batch, tokens)}")
+            if real.device.type == "cpu" and bool(real.all()):
+                real = None  # spares a copy of the vectors at every layer
+        if self.config.exclude_sink:
+            real = torch.ones(batch, tokens, dtype=torch.bool, device=state.device) if real is None else real
+            real = real & (real.cumsum(dim=1) > 1)  # the first REAL token, also under left padding
+        now.real, now.is_prepared = real, True
+        self._next_sequence = now.first_sequence + batch
+        if real is not None:
+            self._skipped = self._skipped + (real.sum(dim=1) < 2).sum()
+        elif tokens < 2:
+            self._skipped = self._skipped + batch
+        if self.config.tokens is not None and self.config.tokens < tokens:
+            picks = self._draw(now.first_sequence, batch, tokens, layers, real).to(state.device)
+            first_rows = torch.arange(0, batch * tokens, tokens, device=state.device)
+            now.rows = picks + first_rows[:, None]
+            now.real = None if real is None else real.flatten()[now.rows]
+
+    def _draw(self, first: int, batch: int, tokens: int, layers: int, real: Tensor | None) -> Tensor:
+        """Tokens of each layer and sequence, `(layers, batch, n)`, in rising order; padding last resort."""
+        keys = torch.empty(layers, batch, tokens)
+        for row in range(batch):
+            # On the CPU, so that CPU and GPU runs draw the same tokens.
+            generator = torch.Generator().manual_seed(_stream(self.config.seed, first + row))
+            keys[:, row] = torch.rand(layers, tokens, generator=generator)
+        if real is not None:
+            keys.masked_fill_(~real.cpu(), -1.0)
+        count = self.config.tokens or tokens
+        return keys.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+
+    def _value(self, now: _Pass, state: Tensor, place: int) -> Tensor:
+        """The mean over sequences at one layer; scalar."""
+        config = self.config
+        rows = None if now.rows is None else now.rows[place]
+        mask = now.real if now.real is None or rows is None else now.real[place]
+        if config.exclude_sink and mask is not None:
+            mask = mask & ~_sinks(state.detach(), rows, mask)
+        options = {"temperature": config.temperature, "clamp": config.clamp}
+        if config.variant in FORMS:
+            products = "bf16" if _is_bf16_autocast(state.device.type) else "none"
+            values = blockwise(config.variant, state, mask, rows=rows, products=products, **options)
+        else:
+            with torch.autocast(state.device.type, enabled=False):
+                vectors = picked(state, rows, None)
+                whole = torch.ones(vectors.shape[:2], dtype=torch.bool, device=state.device)
+                values = BY_SEQUENCE[config.variant](vectors, whole if mask is None else mask, **options)
+        if mask is None:
+            return values.mean()
+        # Sequences without a pair have value 0 and do not count in the mean.
+        return values.sum() / (mask.sum(dim=1) > 1).sum().clamp_min(1)
+
+
+def _sinks(state: Tensor, rows: Tensor | None, mask: Tensor) -> Tensor:
+    """Which of the picked tokens are far longer than the median of them, `(batch, n)`."""
+    norms = torch.linalg.vector_norm(state.float(), dim=-1)
+    norms = norms if rows is None else norms.flatten()[rows]
+    median = torch.where(mask, norms, math.nan).nanmedian(dim=1, keepdim=True).values
+    return norms > SINK_NORM * median
+
+
+def _attention_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The padding mask of a causal language model's call, `(batch, tokens)`, or None."""
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running a backward pass, as when a checkpointed layer is recomputed."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _is_bf16_autocast(device: str) -> bool:
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16

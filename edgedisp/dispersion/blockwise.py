@@ -1,0 +1,264 @@
+"""Angular and cosine dispersion over every pair of tokens, without the tokens x tokens matrix.
+
+The plain form (loss.py) keeps half a dozen N x N matrices for its backward pass: 400 MB for 4,096 tokens,
+at every layer. Here the matrix of cosines is walked in square blocks of its upper triangle, since the lower
+one holds the same numbers. Going forward, each block adds to an online log-sum-exp and is thrown away. Going
+backward, each block is computed again, turned into the slope of the loss, and spent on two products with
+the token vectors. What remains is O(tokens x features). The idea is that of FlashAttention
+(arXiv 2205.14135), for a loss instead of an attention.
+
+Up to 256 tokens are one block. Its slopes are no larger than the vectors and are kept from the forward pass,
+so that the whole loss costs two matrix products and some passes over N x N numbers.
+
+With v a token vector, n its norm, c_ij = v_i v_j / (n_i n_j), D the distance and s = -D / temperature, the
+loss of a sequence of N tokens is `log sum_{i != j} exp(s_ij) - log N(N - 1)`. Its gradient is
+
+    dL/dv_i = sum_j M_ij v_j,   M_ij = G_ij / (n_i n_j),   M_ii = -sum_j G_ij c_ij / n_i^2,
+
+with G_ij = 2 P_ij s'(c_ij) and P the softmax of s over the pairs: the vectors are never normalised, only
+the small matrices are.
+
+Values and sums are float32 (float64 for float64 vectors) whatever autocast says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgedisp.dispersion.loss import SHORTEST
+
+# Rows and columns of a block: small enough for the second-level cache, large enough for the matrix product
+# to run at full speed. Up to so many tokens are one block, whose slopes are kept.
+BLOCK = 256
+
+# exp(-60) is 1e-26: scores that spread over less cannot make a float32 sum lose its largest terms, so no
+# running maximum is needed.
+SAFE_SPREAD = 60.0
+
+FORMS = ("angular", "cosine")
+
+
+class _Score:
+    """s(c) of a form and its slope s'(c), both taken at the cosine clamped to [-1 + clamp, 1 - clamp]."""
+
+    def __init__(self, form: str, temperature: float, clamp: float, dtype: torch.dtype) -> None:
+        # The clamp leaves the slope 1 (straight-through). It is never 0, where arccos has no finite slope.
+        self.form, self.edge = form, 1 - max(clamp, torch.finfo(dtype).eps)
+        self.factor = 1 / (math.pi * temperature) if form == "angular" else 1 / temperature
+        widest = math.acos(-self.edge) if form == "angular" else 1 + self.edge
+        self.is_safe = widest * self.factor < SAFE_SPREAD
+
+    def clamped(self, cosines: Tensor) -> Tensor:
+        return cosines.clamp(-self.edge, self.edge)
+
+    def value(self, clamped: Tensor) -> Tensor:
+        if self.form == "angular":
+            return torch.arccos(clamped).mul_(-self.factor)
+        return (clamped - 1).mul_(self.factor)
+
+    def times_slope(self, weights: Tensor, clamped: Tensor, share: Tensor | float = 1.0) -> Tensor:
+        """`weights * s'(c) * share`, the first two used up."""
+        if self.form == "angular":
+            weights.mul_(clamped.square_().neg_().add_(1).rsqrt_())
+        return weights.mul_(share * self.factor)
+
+
+def products_in(precision: str) -> AbstractContextManager[None]:
+    """Let float32 matrix products on the CPU round their inputs to `bf16` and still add up in float32.
+
+    This is what autocast means for the model's own products, except that the result is not rounded to
+    bfloat16, where cosines near 1 have steps of 0.004. `none` changes nothing; so does a CPU without bf16.
+    Compiled code cannot change the setting and computes in float32.
+    """
+    if precision == "none" or torch.compiler.is_compiling():
+        return nullcontext()
+    return _products_in(precision)
+
+
+@contextmanager
+def _products_in(precision: str) -> Iterator[None]:
+    backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = backend.fp32_precision
+    backend.fp32_precision = precision
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
+
+
+def picked(vectors: Tensor, rows: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The vectors that take part, `(batch, n, features)` in float32 or better, zero where masked."""
+    if rows is not None:
+        vectors = vectors.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, -1)
+    vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
+    # Padding may hold anything, NaN too.
+    return vectors if mask is None else torch.where(mask.unsqueeze(-1), vectors, 0.0)
+
+
+class _Pairs:
+    """Token vectors as `picked` gives them, and the blocks of their cosines; `inverse` holds 1 / norm."""
+
+    def __init__(self, vectors: Tensor, mask: Tensor | None) -> None:
+        self.vectors, self.mask = vectors, mask
+        self.inverse = torch.linalg.vector_norm(vectors, dim=-1).clamp_min_(SHORTEST).reciprocal_()
+
+    def blocks(self) -> list[tuple[slice, slice]]:
+        """Of the upper triangle, diagonal blocks included."""
+        tokens = self.vectors.shape[1]
+        edges = [slice(start, min(start + BLOCK, tokens)) for start in range(0, tokens, BLOCK)]
+        return [(row, column) for at, row in enumerate(edges) for column in edges[at:]]
+
+    def cosines(self, rows: slice, columns: slice) -> Tensor:
+        products = torch.bmm(self.vectors[:, rows], self.vectors[:, columns].mT)
+        return products.mul_(self.inverse[:, rows, None]).mul_(self.inverse[:, None, columns])
+
+    def hide(self, scores: Tensor, rows: slice, columns: slice) -> Tensor:
+        """Minus infinity for pairs of a token with itself and for pairs with padding, in place."""
+        if rows == columns:
+            scores.diagonal(dim1=-2, dim2=-1).fill_(-math.inf)
+        if self.mask is not None:
+            scores.masked_fill_(~(self.mask[:, rows, None] & self.mask[:, None, columns]), -math.inf)
+        return scores
+
+
+def _log_total(pairs: _Pairs, score: _Score) -> Tensor:
+    """Log of the sum of exp(score) over ordered pairs, `(batch,)`; -inf without a pair."""
+    total = pairs.inverse.new_zeros(len(pairs.vectors))
+    highest = torch.full_like(total, 0.0 if score.is_safe else -math.inf)
+    for rows, columns in pairs.blocks():
+        scores = pairs.hide(score.value(score.clamped(pairs.cosines(rows, columns))), rows, columns)
+        if not score.is_safe:
+            top = torch.maximum(highest, scores.amax(dim=(-2, -1)))
+            # Until a pair is seen both are -inf; their difference must not become NaN.
+            total *= torch.exp(torch.where(highest == top, 0.0, highest - top))
+            highest = top
+            scores -= torch.where(top == -math.inf, 0.0, top)[:, None, None]
+        total += scores.exp_().sum(dim=(-2, -1)) * (1 if rows == columns else 2)
+    return total.log() + torch.where(highest == -math.inf, 0.0, highest)
+
+
+def _gradient(pairs: _Pairs, score: _Score, log_total: Tensor) -> Tensor:
+    """dL/dv by blocks, each computed anew; `(batch, n, features)`."""
+    gradient = torch.zeros_like(pairs.vectors)
+    radial = torch.zeros_like(pairs.inverse)
+    for rows, columns in pairs.blocks():
+        cosines = pairs.cosines(rows, columns)
+        clamped = score.clamped(cosines)
+        scores = pairs.hide(score.value(clamped), rows, columns)
+        slopes = score.times_slope(scores.sub_(log_total[:, None, None]).exp_(), clamped)
+        along = cosines.mul_(slopes)
+        radial[:, rows] += along.sum(dim=-1)
+        slopes.mul_(pairs.inverse[:, rows, None]).mul_(pairs.inverse[:, None, columns])
+        gradient[:, rows] += torch.bmm(slopes, pairs.vectors[:, columns])
+        if rows != columns:
+            radial[:, columns] += along.sum(dim=-2)
+            gradient[:, columns] += torch.bmm(slopes.mT, pairs.vectors[:, rows])
+    gradient.addcmul_(pairs.vectors, (radial * pairs.inverse.square()).unsqueeze(-1), value=-1)
+    return gradient.mul_(2)
+
+
+def _in_one_block(pairs: _Pairs, score: _Score, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+    """`_log_total`, and the matrix M of the module docstring, from one computation of the cosines."""
+    everything = slice(0, pairs.vectors.shape[1])
+    cosines = pairs.cosines(everything, everything)
+    clamped = score.clamped(cosines)
+    scores = pairs.hide(score.value(clamped), everything, everything)
+    highest: Tensor | float = 0.0
+    if not score.is_safe:
+        highest = scores.amax(dim=(-2, -1)).nan_to_num(neginf=0.0)
+        scores -= highest[:, None, None]
+    weights = scores.exp_()
+    total = weights.sum(dim=(-2, -1))
+    if not differentiate:
+        return total.log() + highest, None
+    # With a pair the total is at least exp(-SAFE_SPREAD). Without one all weights are 0, and so shall M be.
+    share = 2 / total.clamp_min(1e-30)
+    slopes = score.times_slope(weights, clamped, share[:, None, None])
+    radial = cosines.mul_(slopes).sum(dim=-1)
+    matrix = slopes.mul_(pairs.inverse[:, :, None]).mul_(pairs.inverse[:, None, :])
+    matrix.diagonal(dim1=-2, dim2=-1).copy_(radial.mul_(pairs.inverse).mul_(pairs.inverse).neg_())
+    return total.log() + highest, matrix
+
+
+class _LogSumExpOverPairs(torch.autograd.Function):
+    """`log sum_{i != j} exp(s_ij)` of each sequence: `(batch, tokens, features)` -> `(batch,)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        vectors: Tensor,
+        rows: Tensor | None,
+        mask: Tensor | None,
+        form: str,
+        temperature: float,
+        clamp: float,
+        products: str,
+    ) -> Tensor:
+        matrix = None
+        with products_in(products):
+            pairs = _Pairs(picked(vectors, rows, mask), mask)
+            score = _Score(form, temperature, clamp, pairs.vectors.dtype)
+            if pairs.vectors.shape[1] <= BLOCK:
+                log_total, matrix = _in_one_block(pairs, score, ctx.needs_input_grad[0])
+            else:
+                log_total = _log_total(pairs, score)
+        ctx.score, ctx.products = score, products
+        ctx.save_for_backward(vectors, rows, mask, log_total, matrix)
+        return log_total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        vectors, rows, mask, log_total, matrix = ctx.saved_tensors
+        taking_part, upstream = picked(vectors, rows, mask), upstream[:, None, None]
+        with products_in(ctx.products):
+            if matrix is not None:
+                gradient = torch.bmm(matrix * upstream, taking_part)
+            else:
+                # Without a pair the sum is 0 and the softmax must come out as zeros.
+                no_nan = log_total.masked_fill(log_total == -math.inf, math.inf)
+                gradient = _gradient(_Pairs(taking_part, mask), ctx.score, no_nan).mul_(upstream)
+        gradient = gradient.to(vectors.dtype)
+        if rows is not None:
+            everyone = torch.zeros_like(vectors).flatten(0, 1)
+            gradient = everyone.index_copy_(0, rows.flatten(), gradient.flatten(0, 1)).view_as(vectors)
+        return gradient, None, None, None, None, None, None
+
+
+def blockwise(
+    form: str,
+    vectors: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    clamp: float = 0.1,
+    rows: Tensor | None = None,
+    products: str = "none",
+) -> Tensor:
+    """`loss.angular` or `loss.cosine` of each sequence by blocks: `(batch, tokens, features)` -> `(batch,)`.
+
+    Args:
+        form: `angular` or `cosine`.
+        vectors: any float dtype; the value is float32, or float64 for float64 vectors.
+        mask: `(batch, n)`, true for a real token; None when all are real.
+        temperature, clamp: as in loss.py.
+        rows: `(batch, n)`, int64: the tokens that take part, as rows of `vectors.flatten(0, 1)`, none twice;
+            None for all of them (n = tokens).
+        products: `bf16` lets matrix products round their inputs; see `products_in`.
+    Sequences with fewer than two real tokens have value 0 and no gradient. Second derivatives are not given.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
+    tokens = (vectors if rows is None else rows).shape[1]
+    with torch.autocast(vectors.device.type, enabled=False):
+        log_total = _LogSumExpOverPairs.apply(vectors, rows, mask, form, temperature, clamp, products)
+    if mask is None and tokens > 1:
+        return log_total - math.log(tokens * (tokens - 1))
+    count = log_total.new_full(log_total.shape, tokens) if mask is None else mask.sum(dim=1)
+    pairs = (count * (count - 1)).clamp_min(1).to(log_total.dtype)
+    return torch.where(count > 1, log_total - pairs.log(), 0.0)
