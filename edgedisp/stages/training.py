@@ -1,48 +1,72 @@
-"""An arm's training, and what it did to the geometry of the token vectors."""
+"""An arm's training."""
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from edgedisp import BuildFailed, Progress, model
-from edgedisp.dispersion.collect import Dispersion, decoder_layers
-from edgedisp.dispersion.geometry import condensation as measure_condensation
-from edgedisp.folder import write_json
-from edgedisp.recipe import Train
-from edgedisp.stages.start import weights_digest
-from edgedisp.train import adapter
+from edgedisp import Progress, model
+from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.dispersion.quick import quick_condensation
+from edgedisp.recipe import ArmRun, Train
+from edgedisp.recipe.sections import Dispersion
+from edgedisp.stages import adapters
+from edgedisp.stages.start import PACKING, weights_digest
+from edgedisp.train.reporting import Reporting, check_reporters
+from edgedisp.train.techniques import callbacks_for
 from edgedisp.train.trainer import TrainSettings, fit
+from edgedisp.train.watch import Watch
 
-CONDENSATION_SEQUENCES = 16  # held-out blocks; a few seconds for 135M parameters
+WATCHES = 10  # looks at the condensation in a run
+WATCHED_SEQUENCES, WATCHED_TOKENS = 2, 128  # a quarter of a step's forward pass at the usual batch of 4 x 256
 
 
 def midtrain(
     train: Train,
     steps: int,
     seed: int,
-    arm: str,
+    arm: ArmRun,
     base_folder: Path,
     corpus_folder: Path,
     own: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Train one arm and leave a Hugging Face folder; `baseline` is the same without the dispersion term."""
-    packed = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    trained = _model_to_train(train, base_folder, seed)
-    penalty = _penalty(train, seed) if arm == "dispersed" else None
+    """Train one arm and leave a Hugging Face folder; the arms differ in what `arm` adds, and in nothing else.
+
+    An adapter is left as a plain PEFT folder; `merge_adapter` makes a model of it. Logs for others
+    (`train.report_to`) are left in `logs`.
+    """
+    check_reporters(train.report_to)
+    packed = _in_order(np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False), arm)
+    packing = json.loads((corpus_folder / PACKING).read_text(encoding="utf-8"))
+    trained = adapters.model_to_train(train.adapter, base_folder, seed)
     settings = train_settings(train, steps, seed)
     checkpoints = own / "checkpoints"
-    done = fit(trained, packed, settings, checkpoints=checkpoints, penalty=penalty, progress=progress)
-    tokenizer = model.load_tokenizer(base_folder)
+    name = f"{own.parent.parent.name}/{own.parent.name}"
+    done = fit(
+        trained,
+        packed,
+        settings,
+        checkpoints=checkpoints,
+        dispersion=None if arm.dispersion is None else dispersion_config(arm.dispersion, seed),
+        callbacks=callbacks_for(arm.techniques, seed),
+        end_of_text=packing["end_of_text"] if packing["isolate_documents"] else None,
+        watch=_watch(train.watch_every, steps, corpus_folder),
+        reporting=Reporting(train.report_to, own / "logs", name) if train.report_to else None,
+        progress=progress,
+    )
     if train.adapter is not None:
-        trained = _merged(trained, base_folder, own)
-    model.save(trained, tokenizer, own)
+        adapters.keep_adapter(trained, train.adapter, base_folder, own)
+    else:
+        model.save(trained, model.load_tokenizer(base_folder), own)
     shutil.rmtree(checkpoints)
     return {
         "steps": steps,
@@ -52,8 +76,11 @@ def midtrain(
         "tokens_per_s": done.tokens_per_s,
         "peak_memory_bytes": done.peak_memory_bytes,
         "settings": {**asdict(settings), "threads": torch.get_num_threads()},
-        "merged_into": "the full-precision base" if train.adapter is not None else None,
         "log": done.log,
+        "watched": done.watched,
+        "watch_seconds": done.watch_seconds,
+        "skipped_sequences": done.skipped_sequences,
+        "fused_head": done.fused_head,
         "weights_sha256": weights_digest(own),
     }
 
@@ -72,27 +99,14 @@ def train_settings(train: Train, steps: int, seed: int) -> TrainSettings:
         precision=train.precision,
         gradient_checkpointing=train.gradient_checkpointing,
         checkpoint_every=train.checkpoint_every,
+        compile=train.compile,
         seed=seed,
     )
 
 
-def _model_to_train(train: Train, base_folder: Path, seed: int) -> Any:
-    chosen = train.adapter
-    quantized_as = None if chosen is None else chosen.base  # set for qlora alone
-    opened = adapter.load_quantized(base_folder, quantized_as) if quantized_as else model.load(base_folder)
-    if chosen is not None:
-        settings = adapter.AdapterSettings(
-            chosen.kind, chosen.rank, chosen.alpha, chosen.dropout, chosen.targets
-        )
-        opened = adapter.attach(opened, decoder_layers(opened), settings, seed)
-    return opened
-
-
-def _penalty(train: Train, seed: int) -> Dispersion:
-    chosen = train.dispersion
-    if chosen is None:
-        raise BuildFailed("the arm `dispersed` was asked for without train.dispersion")
-    return Dispersion(
+def dispersion_config(chosen: Dispersion, seed: int) -> DispersionConfig:
+    """The dispersion section of a recipe as the dispersion room's own argument."""
+    return DispersionConfig(
         variant=chosen.variant,
         weight=chosen.weight,
         layers=chosen.layers,
@@ -104,17 +118,15 @@ def _penalty(train: Train, seed: int) -> Dispersion:
     )
 
 
-def _merged(trained: Any, base_folder: Path, own: Path) -> Any:
-    folder = own / "adapter"
-    trained.save_pretrained(folder)
-    return adapter.merge(folder, model.load(base_folder))
+def _in_order(packed: np.ndarray, arm: ArmRun) -> np.ndarray:
+    """The blocks as a replica reads them: the first in the order of the file, others in their seed's own."""
+    return packed[np.random.default_rng(arm.seed).permutation(len(packed))] if arm.replica else packed
 
 
-def condensation(model_folder: Path, corpus_folder: Path, own: Path, progress: Progress) -> dict[str, Any]:
-    """Pairwise cosines and effective rank by layer over held-out blocks."""
-    held = np.load(corpus_folder / "heldout.npy", allow_pickle=False)[:CONDENSATION_SEQUENCES]
-    measured = measure_condensation(
-        model.load(model_folder), torch.from_numpy(held.astype(np.int64)), progress
-    )
-    write_json(own / "condensation.json", measured)
-    return measured
+def _watch(every: int | None, steps: int, corpus_folder: Path) -> Watch | None:
+    """Looks at the first tokens of the first held-out blocks; None where the recipe turns it off."""
+    if every == 0:
+        return None
+    held = np.load(corpus_folder / "heldout.npy", mmap_mode="r", allow_pickle=False)
+    blocks = torch.from_numpy(held[:WATCHED_SEQUENCES, :WATCHED_TOKENS].astype(np.int64))
+    return Watch(partial(quick_condensation, blocks=blocks), every or math.ceil(steps / WATCHES))

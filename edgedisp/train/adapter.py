@@ -1,15 +1,17 @@
-"""Low-rank adapters: LoRA and QLoRA through peft, and the merge back into plain weights.
+"""Low-rank adapters (LoRA, Hu et al. 2021) through peft: which linear maps get one, and what is refused.
 
-A bundle has no room for an adapter, so it is merged before export: into the full-precision weights that
-the base was quantized from, which is where the adapter's own rounding is smallest. The plain PEFT folder
-is kept beside the merged model.
+A map W [out, in] becomes W + (alpha / rank) B A with A [rank, in] random and B [out, rank] zero, and only A
+and B are trained. `targets: auto` gives one to every linear map of attention and MLP in the transformer
+layers. peft goes by the end of a module's name; where that would also catch a map outside the layers, whole
+names are handed over instead.
+
+A bundle has no room for an adapter, so it is merged before export (merge.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from edgedisp import BadInput
-from edgedisp.train.trainer import quiet
+from edgedisp.train.noise import quiet_peft
+
+LINEAR = nn.Linear | Conv1D  # GPT-2's linear maps are Conv1D; bitsandbytes' layers derive from nn.Linear
 
 
 @dataclass(frozen=True)
@@ -31,80 +35,85 @@ class AdapterSettings:
     targets: str | Sequence[str] = "auto"
 
 
-def linear_names(layers: nn.ModuleList) -> list[str]:
-    """Last name parts of every linear map inside the transformer layers: attention and MLP, no head.
+def linear_maps(layers: nn.ModuleList) -> dict[str, nn.Module]:
+    """Name within `layers` -> module, for every linear map of attention and MLP; the head is elsewhere."""
+    return {name: module for name, module in layers.named_modules() if isinstance(module, LINEAR)}
 
-    Raises ValueError if the layers hold none.
+
+def linear_names(layers: nn.ModuleList) -> list[str]:
+    """Last name parts of the linear maps inside the transformer layers, as peft takes them: q_proj, ...
+
+    Raises BadInput if there is none, or if weights in three dimensions (the experts of a mixture) hold a
+    part of the layers that these maps leave out.
     """
-    kinds = nn.Linear | Conv1D  # GPT-2's linear maps are Conv1D; bitsandbytes' layers derive from nn.Linear
-    names = {name.rsplit(".", 1)[-1] for name, module in layers.named_modules() if isinstance(module, kinds)}
-    if not names:
-        raise ValueError("no linear map was found in the transformer layers, so LoRA has nothing to adapt")
-    return sorted(names)
+    maps = linear_maps(layers)
+    if not maps:
+        raise BadInput(
+            "train.adapter: no linear map was found in the transformer layers, so LoRA has nothing to adapt; "
+            "leave the adapter out to train all weights"
+        )
+    stacked = [name for name, weight in layers.named_parameters() if weight.ndim > 2]
+    if stacked:
+        raise BadInput(
+            f"train.adapter.targets: auto means every linear map of the layers, but {stacked[0]}"
+            f"{f' and {len(stacked) - 1} more' if len(stacked) > 1 else ''} cannot carry an adapter; "
+            f"name the targets yourself: {', '.join(_ends(maps))}"
+        )
+    return _ends(maps)
+
+
+def _ends(names: Sequence[str] | dict[str, nn.Module]) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
 def adapter_size(layers: nn.ModuleList, rank: int) -> int:
     """Trainable parameters of a LoRA adapter over every linear map of the layers: rank (in + out) each."""
-    linear = [module for module in layers.modules() if isinstance(module, nn.Linear | Conv1D)]
-    return sum(rank * sum(module.weight.shape) for module in linear)
-
-
-def load_quantized(folder: Path, base: str) -> nn.Module:
-    """The model of `folder` with its linear maps held by bitsandbytes as `nf4` or `int8` (QLoRA's base).
-
-    Raises BadInput if bitsandbytes is missing.
-    """
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise BadInput('a qlora adapter needs bitsandbytes: pip install "edgedisp[train]"') from error
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    if base == "nf4":
-        config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-        )
-    else:
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    with quiet():
-        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    shapes: list[Any] = [module.weight.shape for module in linear_maps(layers).values()]
+    return sum(rank * sum(shape) for shape in shapes)
 
 
 def attach(model: nn.Module, layers: nn.ModuleList, settings: AdapterSettings, seed: int) -> nn.Module:
-    """Wrap `model` with a fresh adapter whose random half depends on `seed` alone.
+    """Wrap `model` with a fresh adapter whose random half depends on `seed` alone; all else is frozen.
 
-    Raises BadInput if peft is missing or a named target matches nothing.
+    `layers` are the model's transformer layers. Raises BadInput if peft is missing, a named target matches
+    nothing, or `auto` finds nothing to adapt.
     """
     try:
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+        from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise BadInput('train.adapter needs peft: pip install "edgedisp[train]"') from error
-    found = linear_names(layers)
-    targets = found if settings.targets == "auto" else list(settings.targets)
-    missing = [target for target in targets if target not in found]
-    if missing:
-        raise BadInput(
-            f"train.adapter.targets: {', '.join(missing)} is no linear map of this model, "
-            f"which has {', '.join(found)}; `auto` takes them all"
-        )
-    if settings.kind == "qlora":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha or 2 * settings.rank,
         lora_dropout=settings.dropout,
-        target_modules=targets,
+        target_modules=_targets(model, layers, settings.targets),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in layers.modules()),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with quiet_peft(), torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(model, config)
 
 
-def merge(adapter: Path, base: nn.Module) -> nn.Module:
-    """`base` (full precision) with the PEFT folder `adapter` merged in: W + (alpha / rank) B A."""
-    from peft import PeftModel
+def _targets(model: nn.Module, layers: nn.ModuleList, wanted: str | Sequence[str]) -> list[str]:
+    """What peft is told: ends of names, or whole names where an end also matches outside the layers."""
+    ends = linear_names(layers) if wanted == "auto" else list(wanted)
+    maps = linear_maps(layers)
+    missing = [end for end in ends if not any(_matches(name, end) for name in maps)]
+    if missing:
+        raise BadInput(
+            f"train.adapter.targets: {', '.join(missing)} is no linear map of this model, "
+            f"which has {', '.join(_ends(maps))}; `auto` takes them all"
+        )
+    meant = {id(module) for name, module in maps.items() if any(_matches(name, end) for end in ends)}
+    matched = {
+        name: module for name, module in model.named_modules() if any(_matches(name, end) for end in ends)
+    }
+    if {id(module) for module in matched.values()} == meant:
+        return ends
+    return [name for name, module in matched.items() if id(module) in meant]
 
-    merged: Any = PeftModel.from_pretrained(base, adapter).merge_and_unload()
-    return merged
+
+def _matches(name: str, end: str) -> bool:
+    """peft's rule for a list of targets."""
+    return name == end or name.endswith(f".{end}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import psutil
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 from edgedisp import Progress, silent
-from edgedisp.train.trainer import TrainSettings
+from edgedisp.train.fused_head import fused_head, why_not_fused
+from edgedisp.train.settings import TrainSettings
 
 WARM_UP = 2  # allocations and the choice of kernels make these up to three times slower
 STEPS = WARM_UP + 2
@@ -28,6 +30,7 @@ def time_steps(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).train()
+    is_fused = settings.fused_head and why_not_fused(model) is None
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     generator = torch.Generator().manual_seed(settings.seed)
@@ -38,26 +41,29 @@ def time_steps(
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     after_forward = before
     forward, both, update = [], [], []
-    for step in range(STEPS):
-        marks = [_now(device)]
-        with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16"):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        marks.append(_now(device))
-        if step == 0:  # later, freed gradients and moments are in the way
-            after_forward = process.memory_info().rss
-        loss.backward()
-        marks.append(_now(device))
-        optimizer.step()
-        optimizer.zero_grad()
-        marks.append(_now(device))
-        forward.append(marks[1] - marks[0])
-        both.append(marks[2] - marks[0])
-        update.append(marks[3] - marks[2])
-        progress(step + 1, STEPS, "timing training steps")
+    with fused_head(model) if is_fused else nullcontext():
+        for step in range(STEPS):
+            marks = [_now(device)]
+            with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16"):
+                with torch.no_grad():  # on its own, as a training pass may hold work of the backward pass
+                    model(input_ids=ids[:1], use_cache=False)
+                marks.append(_now(device))
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            if step == 0:  # later, freed gradients and moments are in the way
+                after_forward = process.memory_info().rss
+            loss.backward()
+            marks.append(_now(device))
+            optimizer.step()
+            optimizer.zero_grad()
+            marks.append(_now(device))
+            forward.append(marks[1] - marks[0])
+            both.append(marks[2] - marks[1])
+            update.append(marks[3] - marks[2])
+            progress(step + 1, STEPS, "timing training steps")
     return {
         "micro_step_s": statistics.median(both[WARM_UP:]),
         "optimizer_s": statistics.median(update[WARM_UP:]),
-        "forward_s_per_token": statistics.median(forward[WARM_UP:]) / ids.numel(),
+        "forward_s_per_token": statistics.median(forward[WARM_UP:]) / context,
         "process_bytes": max(0, before - weights),
         "activation_bytes": after_forward - before,
     }

@@ -1,163 +1,191 @@
 """Mid-train a causal language model on packed token blocks, with or without a dispersion term.
 
-The loop is the transformers `Trainer`; what is added is the term, a fixed order of the data, and a log that
-keeps cross-entropy and dispersion apart. Two arms that differ only in the term see the same batches, the
-same schedule and the same random numbers: the term has a stream of its own (dispersion/collect.py), and the
-data are read in the order of the file, shuffled beforehand once for all arms.
+The loop is the transformers `Trainer` with `DispersionMixin` (mixin.py). `fit` adds what a fair and exact
+build needs: the blocks are read in the order given, shuffled beforehand once for all arms, so that two arms
+that differ only in the term see the same batches, schedule and random numbers; checkpoints that are whole or
+not there (checkpoints.py); a log with a row per step; and speed that changes no result: no logits kept
+(fused_head.py), freed memory kept (memory.py), on request compiled layers (compiled.py).
 
-Gradient accumulation: the Trainer does not divide a loss by the number of micro-batches when the model
-takes `num_items_in_batch` (it sums the cross-entropy over all tokens of the step itself). The dispersion
-term is a mean per micro-batch, so it is divided here.
+The Trainer's AdamW decays weights, not norms and biases. Gradient checkpointing is set on the model, because
+the Trainer's own option changed its name within transformers 5.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import random
 import resource
-import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from torch import nn
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from edgedisp import Progress, silent
+from edgedisp import BadInput, Progress, silent
+from edgedisp.train import checkpoints as saved
+from edgedisp.train import distributed
+from edgedisp.train.checkpoints import last_checkpoint
+from edgedisp.train.compiled import compiled_layers, why_not_compiled
+from edgedisp.train.data import Blocks
+from edgedisp.train.fused_head import fused_head, why_not_fused
+from edgedisp.train.memory import freed_memory_kept
+from edgedisp.train.mixin import DispersionSettings, DispersionTrainer
+from edgedisp.train.reporting import Reporting, reported_in
+from edgedisp.train.settings import Fit, TrainSettings
+from edgedisp.train.watch import Watch
 
-ROWS = "edgedisp_rows.json"
-
-
-class Penalty(Protocol):
-    """What `fit` needs of a dispersion term: `edgedisp.dispersion.collect.Dispersion` fits it."""
-
-    weight: float
-
-    def watch(self, model: nn.Module) -> AbstractContextManager[Any]: ...
-
-    def loss(self, mask: Tensor | None = None, *, step: int = 0) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """The optimisation of one arm; both arms of a twin get the same one. Fields as in a recipe's `train`."""
-
-    steps: int
-    lr: float
-    batch: int = 4
-    accumulate: int = 1
-    warmup: float = 0.1
-    schedule: str = "cosine"
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    precision: str = "bf16"
-    gradient_checkpointing: bool = False
-    checkpoint_every: int | None = None
-    seed: int = 0
-
-    @property
-    def save_steps(self) -> int:
-        """Optimizer steps between checkpoints: about four in a run, and at least ten steps apart."""
-        return self.checkpoint_every or max(10, math.ceil(self.steps / 5))
+__all__ = ["Fit", "TrainSettings", "fit", "last_checkpoint", "quiet"]
 
 
-@dataclass
-class Fit:
-    """What a training run leaves behind."""
+def fit(
+    model: nn.Module,
+    tokens: np.ndarray,
+    settings: TrainSettings,
+    *,
+    checkpoints: Path,
+    dispersion: DispersionSettings | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    end_of_text: int | None = None,
+    watch: Watch | None = None,
+    reporting: Reporting | None = None,
+    share: distributed.Share | None = None,
+    progress: Progress = silent,
+) -> Fit:
+    """Train `model` in place and say how it went.
 
-    log: list[dict[str, float | int | None]]
-    seconds: float
-    tokens: int
-    resumed_from: int
-    peak_memory_bytes: int
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """Of this process: steps done before a resume are not counted."""
-        new = self.tokens * (1 - self.resumed_from / len(self.log)) if self.log else 0
-        return new / self.seconds if self.seconds and new else None
-
-
-class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Packed blocks `(blocks, context)` as a data set; labels are the inputs (the model shifts them)."""
-
-    def __init__(self, tokens: np.ndarray) -> None:
-        self.tokens = tokens
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids = torch.from_numpy(self.tokens[index].astype(np.int64))
-        return {"input_ids": ids, "labels": ids}
-
-
-class DispersionTrainer(Trainer):
-    """A `Trainer` whose loss is `CE + weight * dispersion`, each logged apart; without a term a plain one.
-
-    The model must be run inside `penalty.watch(model)`, as `fit` does.
+    Args:
+        model: a causal language model, weights float32 (bf16 is autocast), perhaps wrapped by peft.
+        tokens: `(blocks, context)` unsigned integers, already in the order in which they are to be seen;
+            at least `steps * accumulate * batch` blocks.
+        checkpoints: folder for checkpoints; the newest whole one in it is resumed from.
+        dispersion: the dispersion term, such as a `DispersionConfig`, or None.
+        callbacks: of transformers, for other techniques. Their kinds and their public numbers, words and
+            flags are part of what a checkpoint is compared by.
+        end_of_text: the token that ends a document; given, nothing looks across documents (data.py).
+        watch: looks at the condensation on the way; its rows are part of the result.
+        share: what this process takes of each step, where several train together (distributed.py). Each
+            of them calls `fit` with the same arguments; `settings` are the step's, not the process's.
+    Raises ValueError if there are too few blocks, BadInput for a checkpoint of another run, NotFinite if
+    the loss or a gradient is NaN or infinite.
     """
+    needed = settings.steps * settings.accumulate * settings.batch
+    if len(tokens) < needed:
+        raise ValueError(f"{settings.steps} steps need {needed} blocks of tokens, {len(tokens)} were given")
+    used = tokens[:needed]
+    share = share or distributed.Share(1, settings.batch, settings.accumulate)
+    distributed.join(share)
+    run = saved.run_identity(
+        model,
+        used,
+        settings,
+        dispersion=dispersion,
+        end_of_text=end_of_text,
+        callbacks=[_told_apart(callback) for callback in callbacks],
+        weights=share.held,
+    )
+    resumed = saved.newest(checkpoints)
+    if resumed is not None:
+        saved.check_same_run(resumed, run)
+    distributed.meet()  # all have seen the same checkpoints
+    if distributed.leads():
+        saved.keep_only(checkpoints, None if resumed is None else resumed.folder)
+    kept = _Rows(run, checkpoints, watch, progress)
+    kept.restore(resumed)
+    resumed_from = len(kept.rows)
+    started = time.perf_counter()
+    with _prepared(model, settings, reporting) as is_fused:
+        trainer = _FitTrainer(
+            model=model,
+            args=_arguments(settings, share, checkpoints, reporting),
+            train_dataset=Blocks(used, end_of_text),
+            dispersion=dispersion,
+            watch=watch,
+            callbacks=[*callbacks, kept],
+        )
+        kept.trainer = trainer
+        trainer.remove_callback(PrinterCallback)  # it prints every log row to stdout
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.folder))
+    weights = distributed.whole_weights(trainer)
+    distributed.meet()
+    model.eval()
+    return Fit(
+        log=kept.rows,
+        seconds=time.perf_counter() - started,
+        tokens=needed * tokens.shape[1],
+        resumed_from=resumed_from,
+        peak_memory_bytes=peak_memory_bytes(),
+        watched=[] if watch is None else watch.rows,
+        skipped_sequences=kept.skipped_sequences,
+        fused_head=is_fused,
+        weights=weights,
+    )
 
-    def __init__(self, *args: Any, penalty: Penalty | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.penalty = penalty
-        self._parts: list[tuple[float, float | None]] = []  # of each micro-batch since the last log
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        data: Any = train_dataset if train_dataset is not None else self.train_dataset
-        return torch.utils.data.SequentialSampler(data)
+@contextmanager
+def _prepared(model: nn.Module, settings: TrainSettings, reporting: Reporting | None) -> Iterator[bool]:
+    """All that is different while `fit` trains. Yields whether the logits are spared."""
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    with ExitStack() as stack:
+        stack.enter_context(_own_random_state())
+        stack.enter_context(quiet())
+        stack.enter_context(reported_in(reporting))
+        stack.enter_context(freed_memory_kept())
+        if settings.compile:
+            if (reason := why_not_compiled(model)) is not None:
+                raise BadInput(f"train.compile: {reason}; or leave it off")
+            stack.enter_context(compiled_layers(model))
+        is_fused = settings.fused_head and why_not_fused(model) is None
+        if is_fused:
+            stack.enter_context(fused_head(model))
+        yield is_fused
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        inputs = {**inputs, "use_cache": False}  # type: ignore[dict-item]
-        cross_entropy, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss, dispersion = cross_entropy, None
-        if self.penalty is not None:
-            micro_batch = len(self._parts) % self.args.gradient_accumulation_steps
-            step = self.state.global_step * self.args.gradient_accumulation_steps + micro_batch
-            term = self.penalty.loss(inputs.get("attention_mask"), step=step)
-            share = (
-                1 / self.current_gradient_accumulation_steps if self._ce_is_share(num_items_in_batch) else 1.0
-            )
-            loss = cross_entropy + self.penalty.weight * share * term
-            dispersion = float(term.detach())
-        self._parts.append((float(cross_entropy.detach()), dispersion))
-        return (loss, outputs) if return_outputs else loss
 
-    def _ce_is_share(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Whether the cross-entropy of a micro-batch is its share of the step's mean (module docstring)."""
-        return bool(self.model_accepts_loss_kwargs) and num_items_in_batch is not None
+def _told_apart(callback: TrainerCallback) -> tuple[str, dict[str, Any]]:
+    """A callback's kind and its plain public attributes, such as `alpha` and `seed`."""
+    plain = {
+        name: value
+        for name, value in vars(callback).items()
+        if not name.startswith("_") and isinstance(value, int | float | str | bool)
+    }
+    return type(callback).__name__, plain
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._parts:
-            parts, self._parts = self._parts, []
-            cross_entropy = sum(part[0] for part in parts)
-            logs["cross_entropy"] = cross_entropy / (1 if self.model_accepts_loss_kwargs else len(parts))
-            terms = [part[1] for part in parts if part[1] is not None]
-            if terms:
-                logs["dispersion"] = sum(terms) / len(terms)
-        super().log(logs, start_time)
+
+class _FitTrainer(DispersionTrainer):
+    """Knows which of its checkpoints are whole."""
+
+    def last_checkpoint(self) -> Path | None:
+        return last_checkpoint(Path(self.args.output_dir or ""))
 
 
 class _Rows(TrainerCallback):
-    """Keeps a row per optimizer step, saves the rows with each checkpoint, and reports progress."""
+    """Keeps a row per optimizer step, completes each checkpoint with them, and reports progress."""
 
-    def __init__(self, rows: list[dict[str, Any]], checkpoints: Path, progress: Progress) -> None:
-        self.rows, self.checkpoints, self.progress = rows, checkpoints, progress
+    trainer: DispersionTrainer
+
+    def __init__(
+        self, run: dict[str, Any], checkpoints: Path, watch: Watch | None, progress: Progress
+    ) -> None:
+        self.run, self.checkpoints, self.watch, self.progress = run, checkpoints, watch, progress
+        self.rows: list[dict[str, Any]] = []
+        self.skipped_before = 0  # by the processes that this one continues
+        self.skipped_since = 0  # by this one and those beside it
+
+    @property
+    def skipped_sequences(self) -> int:
+        return self.skipped_before + self.skipped_since
+
+    def restore(self, checkpoint: saved.Checkpoint | None) -> None:
+        if checkpoint is not None:
+            self.rows, self.skipped_before = checkpoint.rows, checkpoint.skipped_sequences
+            if self.watch is not None:
+                self.watch.rows = checkpoint.watched
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
@@ -172,15 +200,19 @@ class _Rows(TrainerCallback):
             "grad_norm": float(logs["grad_norm"]) if "grad_norm" in logs else None,
         }
         self.rows.append(row)
+        self.skipped_since = logs.get("skipped_sequences", 0)
         term = "" if row["dispersion"] is None else f", dispersion {row['dispersion']:.4f}"
         self.progress(state.global_step, state.max_steps, f"loss {row['loss']:.3f}{term}")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # Written last, so that its presence says the checkpoint is whole.
-        target = self.checkpoints / f"checkpoint-{state.global_step}" / ROWS
-        unfinished = target.with_suffix(".partial")
-        unfinished.write_text(json.dumps(self.rows))
-        unfinished.replace(target)
+        distributed.meet()  # the other processes' random states are part of the checkpoint
+        if not state.is_world_process_zero:
+            return
+        folder = self.checkpoints / f"checkpoint-{state.global_step}"
+        watched = [] if self.watch is None else self.watch.rows
+        marker = {"rows": self.rows, "watched": watched, "run": self.run}
+        saved.mark(folder, {**marker, "skipped_sequences": self.skipped_sequences})
+        saved.keep_only(self.checkpoints, folder)
 
 
 @contextmanager
@@ -209,12 +241,16 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
-    return TrainingArguments(
+def _arguments(
+    settings: TrainSettings, share: distributed.Share, folder: Path, reporting: Reporting | None
+) -> TrainingArguments:
+    args = TrainingArguments(
         output_dir=str(folder),
+        run_name=None if reporting is None else reporting.name,
+        report_to=[] if reporting is None else list(reporting.to),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch,
-        gradient_accumulation_steps=settings.accumulate,
+        **share.arguments(),
+        train_sampling_strategy="sequential",
         learning_rate=settings.lr,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
         warmup_steps=round(settings.warmup * settings.steps),
@@ -228,76 +264,20 @@ def _arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
         data_seed=settings.seed,
         save_strategy="steps",
         save_steps=settings.save_steps,
-        save_total_limit=1,
+        save_total_limit=None,  # it would remove the old checkpoint before the new one is marked whole
         logging_strategy="steps",
         logging_steps=1,
-        report_to=[],
+        logging_nan_inf_filter=False,  # such a loss stops training
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
     )
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint under `folder`: one with its rows, which are written last."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / ROWS).is_file()]
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
-
-
-def _remove_half_written(folder: Path) -> None:
-    """Left in place they would count as the newest, and the Trainer would rotate the whole ones away."""
-    for path in folder.glob("checkpoint-*"):
-        if not (path / ROWS).is_file():
-            shutil.rmtree(path)
+    distributed.gather_in_float32(args)
+    return args
 
 
 def peak_memory_bytes() -> int:
     """Highest resident memory of this process so far (Linux counts in KiB, macOS in bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def fit(
-    model: nn.Module,
-    tokens: np.ndarray,
-    settings: TrainSettings,
-    *,
-    checkpoints: Path,
-    penalty: Penalty | None = None,
-    progress: Progress = silent,
-) -> Fit:
-    """Train `model` in place and say how it went.
-
-    Args:
-        model: a causal language model, weights float32 (bf16 is autocast), perhaps wrapped by peft.
-        tokens: `(blocks, context)` unsigned integers, already in the order in which they are to be seen;
-            at least `steps * accumulate * batch` blocks.
-        checkpoints: folder for checkpoints; the newest complete one in it is resumed from.
-        penalty: the dispersion term, or None.
-    Raises ValueError if there are too few blocks.
-    """
-    needed = settings.steps * settings.accumulate * settings.batch
-    if len(tokens) < needed:
-        raise ValueError(f"{settings.steps} steps need {needed} blocks of tokens, {len(tokens)} were given")
-    resumed = last_checkpoint(checkpoints)
-    _remove_half_written(checkpoints)
-    rows: list[dict[str, Any]] = json.loads((resumed / ROWS).read_text()) if resumed else []
-    resumed_from = len(rows)
-    started = time.perf_counter()
-    if settings.gradient_checkpointing:
-        # Set on the model: the Trainer's own option changed its name within transformers 5.
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    with _own_random_state(), quiet(), penalty.watch(model) if penalty else nullcontext():
-        trainer = DispersionTrainer(
-            model=model,
-            args=_arguments(settings, checkpoints),
-            train_dataset=Blocks(tokens[:needed]),
-            penalty=penalty,
-            callbacks=[_Rows(rows, checkpoints, progress)],
-        )
-        trainer.remove_callback(PrinterCallback)  # it prints every log row to stdout
-        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    model.eval()
-    seen = needed * tokens.shape[1]
-    return Fit(rows, time.perf_counter() - started, seen, resumed_from, peak_memory_bytes())

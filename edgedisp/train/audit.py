@@ -1,0 +1,81 @@
+"""What a merge is judged by: the loss of each held-out block, and weights rounded as a bundle's will be.
+
+The loss is the plain next-token cross-entropy in float32, block by block, so that two models can be compared
+block by block (paired). Rounding goes over the same tensors as the quantized bundle: the linear maps, and the
+embedding and the head with a rounding of their own. Norms, biases and learned positions stay as they are.
+
+Weights alone: a bundle's kernel may also round activations (`accuracy_level: 4`), which is left out here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+
+from edgedisp import Progress, silent
+from edgedisp.train.adapter import LINEAR
+from edgedisp.train.noise import quiet_bitsandbytes
+
+Rounding = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""float32 [out, in] -> the same shape, rounded along `in`."""
+
+LOGITS_AT_ONCE = 1 << 24  # values of one slice of the loss: 64 MB in float32
+
+
+def block_losses(
+    model: nn.Module, blocks: NDArray[np.int64], progress: Progress = silent, note: str = ""
+) -> NDArray[np.float64]:
+    """Cross-entropy of each block, summed over its predicted tokens, in nats: float64 [blocks].
+
+    blocks: int64 [blocks, tokens]; a block of n tokens predicts n - 1. The model is run in eval mode, one
+    block at a time, on the device where it lies, and is left in eval mode.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    losses = np.zeros(len(blocks))
+    with torch.inference_mode(), quiet_bitsandbytes():
+        for index, block in enumerate(blocks):
+            ids = torch.from_numpy(block).to(device)
+            seen = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
+            logits = model(**seen, use_cache=False).logits[0, :-1]
+            step = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+            for part, wanted in zip(logits.split(step), ids[1:].split(step)):
+                losses[index] += functional.cross_entropy(part.float(), wanted, reduction="sum").item()
+            progress(index + 1, len(blocks), note)
+    return losses
+
+
+def round_weights(model: nn.Module, body: Rounding, ends: Rounding) -> list[str]:
+    """Round weights of `model` in place: `ends` for embedding and head, `body` for every other linear map.
+
+    A head that is tied to the embedding is rounded once. Returns the names of the rounded weights.
+    """
+    whole: Any = model
+    outer = {id(whole.get_input_embeddings().weight), id(whole.get_output_embeddings().weight)}
+    done: dict[int, str] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or id(weight) in done:
+            continue
+        if id(weight) in outer or isinstance(module, LINEAR):
+            done[id(weight)] = f"{name}.weight"
+            turned = not isinstance(module, nn.Linear | nn.Embedding)  # Conv1D holds [in, out]
+            values = weight.detach().to("cpu", torch.float32)
+            rounded = (ends if id(weight) in outer else body)((values.T if turned else values).numpy())
+            new = torch.from_numpy(rounded)
+            with torch.no_grad():
+                weight.copy_(new.T if turned else new)
+    return list(done.values())
+
+
+def to_bfloat16(model: nn.Module) -> None:
+    """Round every parameter of `model` in place to the nearest bfloat16; it stays float32."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.bfloat16())

@@ -1,0 +1,48 @@
+"""Keep freed memory in the process, so that a training step does not ask the system for it again.
+
+A step allocates and frees some gigabytes of activations and gradients. The C library (glibc) gives large
+blocks back to the system at once, and the next step gets them anew: 300,000 page faults, each a page of
+zeros, for a step of SmolLM2-135M with 4 x 256 tokens, and 12 to 15 % of its time. Told to keep them, the
+process faults once and runs on. Its highest memory is no larger; it only stays there while it trains.
+
+Left out: other C libraries (musl, macOS, Windows), where nothing is changed, and GPUs, whose memory torch
+keeps by itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Parameters of mallopt(3) and their defaults. Setting the trim threshold ends glibc's own adjustment of it
+# and of the size from which blocks come from the system directly.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+KEEPING = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 << 20}
+DEFAULTS = {M_MMAP_MAX: 65536, M_TRIM_THRESHOLD: 128 << 10, M_TOP_PAD: 0}
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Inside the block the process keeps what it frees; afterwards it gives back what it can."""
+    libc = _glibc()
+    if libc is None:
+        yield
+        return
+    for parameter, value in KEEPING.items():
+        libc.mallopt(parameter, value)
+    try:
+        yield
+    finally:
+        for parameter, value in DEFAULTS.items():
+            libc.mallopt(parameter, value)
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The process's C library if it is glibc."""
+    if platform.libc_ver()[0] != "glibc":
+        return None
+    found = ctypes.CDLL(None)
+    return found if hasattr(found, "mallopt") and hasattr(found, "malloc_trim") else None

@@ -1,0 +1,136 @@
+"""Walls between the documents of a packed block: nothing is seen and nothing is predicted across them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.train.data import IGNORED, Blocks, document_positions
+from edgedisp.train.trainer import TrainSettings, fit
+
+END = 1
+ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "gpt2"]
+
+
+def open_tiny(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def document(length: int, seed: int) -> np.ndarray:
+    """Random tokens and the end-of-text token."""
+    body = np.random.default_rng(seed).integers(3, 400, length - 1)
+    return np.append(body, END).astype(np.uint32)
+
+
+def batch(*rows: np.ndarray) -> dict[str, torch.Tensor]:
+    """What the model gets of these blocks."""
+    data = Blocks(np.stack(rows), END)
+    items = [data[index] for index in range(len(data))]
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 8))
+def test_positions_count_each_document_from_zero(lengths: list[int], cut: int) -> None:
+    stream = np.concatenate([document(length, seed=length) for length in lengths])
+    expected = np.concatenate([np.arange(length) for length in lengths])
+    # A block may begin inside a document: what is left of it counts from 0 too.
+    cut = min(cut, lengths[0] - 1)
+    expected[: lengths[0]] -= cut
+    ids = torch.from_numpy(stream[cut:].astype(np.int64))
+    assert document_positions(ids, END).tolist() == expected[cut:].tolist()
+
+
+def test_the_first_token_of_a_document_is_no_target_and_the_end_of_text_is() -> None:
+    first, second = document(4, 0), document(5, 1)
+    block = Blocks(np.concatenate([first, second, document(3, 2)])[None], END)[0]
+    ids, labels = block["input_ids"], block["labels"]
+    assert [index for index, label in enumerate(labels) if label == IGNORED] == [0, 4, 9]
+    assert labels[3] == labels[8] == END
+    kept = labels != IGNORED
+    assert torch.equal(labels[kept], ids[kept])
+
+
+def test_without_an_end_of_text_blocks_are_as_they_were() -> None:
+    block = Blocks(document(12, 0)[None])[0]
+    assert set(block) == {"input_ids", "labels"}
+    assert torch.equal(block["input_ids"], block["labels"])
+
+
+# Gemma's twin has a sliding window of 64 in its first layer: 100 tokens reach over it.
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tokens_of_one_document_change_nothing_in_another(
+    tiny_folder: dict[str, Path], architecture: str
+) -> None:
+    model = open_tiny(tiny_folder[architecture])
+    after, other = document(50, 1), document(150, 9)
+    with torch.no_grad():
+        found = [
+            model(**batch(np.concatenate([document(100, seed), after]), other), use_cache=False).logits
+            for seed in (2, 3)
+        ]
+    assert torch.equal(found[0][0, 100:], found[1][0, 100:])
+    assert torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(found[0][0, :100], found[1][0, :100])
+    # Without walls they do: the test would notice.
+    ids = [batch(np.concatenate([document(100, seed), after]))["input_ids"] for seed in (2, 3)]
+    with torch.no_grad():
+        open_ends = [model(input_ids=one, use_cache=False).logits[0, 100:] for one in ids]
+    assert not torch.equal(*open_ends)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_document_in_a_block_computes_what_it_computes_alone(
+    tiny_folder: dict[str, Path], architecture: str
+) -> None:
+    model = open_tiny(tiny_folder[architecture])
+    first, second = document(100, 2), document(80, 3)
+    rows = batch(np.concatenate([first, second]), np.concatenate([second, first]))
+    with torch.no_grad():
+        packed = model(**rows, use_cache=False)
+        alone = [
+            model(input_ids=torch.from_numpy(one.astype(np.int64))[None], use_cache=False).logits[0]
+            for one in (first, second)
+        ]
+    options = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(packed.logits[0], torch.cat(alone), **options)
+    torch.testing.assert_close(packed.logits[1], torch.cat(alone[::-1]), **options)
+    # The loss is the mean over what the documents predict of themselves.
+    losses = [
+        torch.nn.functional.cross_entropy(
+            logits[:-1], torch.from_numpy(one[1:].astype(np.int64)), reduction="sum"
+        )
+        for logits, one in zip(alone, (first, second))
+    ]
+    torch.testing.assert_close(packed.loss, sum(losses) / (99 + 79), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("architecture", ["gemma3_text", "gpt2"])
+def test_training_with_walls_starts_at_the_loss_of_the_documents_alone(
+    tiny_folder: dict[str, Path], tmp_path: Path, architecture: str
+) -> None:
+    model = open_tiny(tiny_folder[architecture])
+    model.config.attn_pdrop = model.config.resid_pdrop = 0.0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    rows = [np.concatenate([document(40, 2 * index), document(30, 2 * index + 1)]) for index in range(4)]
+    with torch.no_grad():
+        expected = float(model(**batch(*rows), use_cache=False).loss)
+    settings = TrainSettings(steps=1, lr=0.0, batch=4, warmup=0, precision="fp32")
+    done = fit(
+        model,
+        np.stack(rows),
+        settings,
+        checkpoints=tmp_path,
+        dispersion=DispersionConfig(tokens=8),
+        end_of_text=END,
+    )
+    assert done.log[0]["loss"] == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,215 @@
+"""The fused head: loss and gradients are the plain road's, the logits never exist as a whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from edgedisp.train import fused_head as module
+from edgedisp.train.fused_head import fused_cross_entropy, fused_head, why_not_fused
+
+ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "gpt2"]
+
+
+def open_tiny(folder: Path, **changes: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **changes)
+
+
+@pytest.fixture
+def chunks_of_seven(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """At most 7 rows of a vocabulary of 50 at a time, so that nothing divides evenly."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", 7 * 4 * 50)
+    yield 7
+
+
+def ids_and_labels() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(3, 400, (3, 11), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, 4:7] = -100
+    labels[2] = -100
+    return ids, labels
+
+
+def loss_and_gradients(model: Any, precision: str, **inputs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+    model.zero_grad()
+    model.train()
+    torch.manual_seed(0)  # GPT-2 has dropout
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        loss = model(use_cache=False, **inputs).loss
+    loss.backward()
+    return loss.detach(), {name: one.grad for name, one in model.named_parameters()}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("items", [None, torch.tensor(40)], ids=["mean", "share"])
+def test_loss_and_gradients_are_those_of_the_plain_road(
+    tiny_folder: dict[str, Path], architecture: str, precision: str, items: torch.Tensor | None
+) -> None:
+    ids, labels = ids_and_labels()
+    inputs: dict[str, Any] = {"input_ids": ids, "labels": labels}
+    if items is not None:
+        inputs["num_items_in_batch"] = items
+    model = open_tiny(tiny_folder[architecture])
+    plain, expected = loss_and_gradients(model, precision, **inputs)
+    with fused_head(model):
+        fused, gradients = loss_and_gradients(model, precision, **inputs)
+    assert fused.dtype == plain.dtype == torch.float32
+    torch.testing.assert_close(fused, plain, rtol=1e-6, atol=0)
+    rounding = 1e-5 if precision == "fp32" else 2e-2
+    for name, gradient in gradients.items():
+        off = (gradient - expected[name]).norm() / expected[name].norm()
+        assert off < rounding, (name, off)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("mean", [True, False])
+def test_chunks_add_up_to_the_formula_in_float64(chunks_of_seven: int, with_bias: bool, mean: bool) -> None:
+    stream = torch.Generator().manual_seed(1)
+    hidden = torch.randn(30, 8, generator=stream)
+    weight = torch.randn(50, 8, generator=stream)
+    bias = torch.randn(50, generator=stream) if with_bias else None
+    labels = torch.randint(0, 50, (30,), generator=stream)
+    labels[::4] = -100
+    given = [one.clone().requires_grad_() for one in (hidden, weight, bias) if one is not None]
+    loss = 3 * fused_cross_entropy(
+        given[0],
+        given[1],
+        labels,
+        bias=given[2] if with_bias else None,
+        num_items_in_batch=None if mean else 17,
+    )
+    loss.backward()
+    exact = [one.detach().double().requires_grad_() for one in given]
+    logits = F.linear(exact[0], exact[1], exact[2] if with_bias else None)
+    log_p = logits - logits.exp().sum(dim=1, keepdim=True).log()
+    terms = [-log_p[row, label] for row, label in enumerate(labels.tolist()) if label != -100]
+    by_hand = 3 * torch.stack(terms).sum() / (len(terms) if mean else 17)
+    by_hand.backward()
+    torch.testing.assert_close(loss.double(), by_hand, rtol=1e-6, atol=0)
+    for one, double in zip(given, exact):
+        torch.testing.assert_close(one.grad.double(), double.grad, rtol=1e-5, atol=1e-6)
+
+
+class Rows(TorchDispatchMode):
+    """Notes how many rows the tensors have that are made inside and are `width` wide."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.seen = width, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(one, torch.Tensor) and one.dim() > 1 and one.shape[-1] == self.width:
+                self.seen.add(math.prod(one.shape[:-1]))
+        return out
+
+
+def test_no_more_logits_exist_than_one_chunk(
+    tiny_folder: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_tiny(tiny_folder["llama"])
+    vocabulary = model.config.vocab_size
+    monkeypatch.setattr(module, "CHUNK_BYTES", 5 * 4 * vocabulary)
+    ids, labels = ids_and_labels()
+    transposed = {model.config.hidden_size}  # the head's weight
+    with Rows(vocabulary) as plain:
+        loss_and_gradients(model, "fp32", input_ids=ids, labels=labels)
+    assert ids.numel() in plain.seen - transposed
+    with fused_head(model), Rows(vocabulary) as fused:
+        loss_and_gradients(model, "fp32", input_ids=ids, labels=labels)
+    assert max(fused.seen - transposed) == 5
+
+
+def test_evaluation_inside_the_block_sees_real_logits(tiny_folder: dict[str, Path]) -> None:
+    model = open_tiny(tiny_folder["gemma3_text"]).eval()
+    ids, labels = ids_and_labels()
+    with torch.no_grad():
+        before = model(input_ids=ids, labels=labels)
+        with fused_head(model):
+            inside = model(input_ids=ids, labels=labels)
+    assert torch.equal(inside.logits, before.logits) and torch.equal(inside.loss, before.loss)
+
+
+def test_afterwards_the_model_is_as_it_was(tiny_folder: dict[str, Path]) -> None:
+    model = open_tiny(tiny_folder["llama"])
+    head, before = model.get_output_embeddings(), model.loss_function
+    with pytest.raises(KeyError), fused_head(model):
+        assert model.loss_function is not before
+        raise KeyError
+    assert model.loss_function is before
+    assert "forward" not in vars(head) and "_loss_function" not in vars(model)
+    assert not head._forward_hooks
+
+
+def test_a_frozen_head_costs_no_gradient(tiny_folder: dict[str, Path]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    ids, labels = ids_and_labels()
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(open_tiny(tiny_folder["llama"]), adapter)
+    plain, expected = loss_and_gradients(model, "fp32", input_ids=ids, labels=labels)
+    with fused_head(model), Rows(model.config.hidden_size) as made:
+        fused, gradients = loss_and_gradients(model, "fp32", input_ids=ids, labels=labels)
+    torch.testing.assert_close(fused, plain, rtol=1e-6, atol=0)
+    for name, gradient in gradients.items():
+        assert (gradient is None) == (expected[name] is None)
+        if gradient is not None:
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
+    assert model.config.vocab_size not in made.seen  # nothing of the head's own size was made
+
+
+def test_logits_that_are_changed_before_the_loss_are_refused(tiny_folder: dict[str, Path]) -> None:
+    model = open_tiny(tiny_folder["gemma3_text"], final_logit_softcapping=30.0)
+    reason = why_not_fused(model)
+    assert reason == "it changes its logits before the loss"
+    with pytest.raises(ValueError, match=reason), fused_head(model):
+        pass
+
+
+def test_a_scaled_head_is_refused() -> None:
+    from transformers import CohereConfig, CohereForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    scaled = CohereForCausalLM(CohereConfig(vocab_size=32, logit_scale=0.25, pad_token_id=0, **sizes))
+    plain = CohereForCausalLM(CohereConfig(vocab_size=32, logit_scale=1.0, pad_token_id=0, **sizes))
+    assert why_not_fused(scaled) == "it changes its logits before the loss"
+    assert why_not_fused(plain) is None
+
+
+def test_an_adapted_head_is_refused(tiny_folder: dict[str, Path]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(open_tiny(tiny_folder["llama"], tie_word_embeddings=False), adapter)
+    assert "its head is a Linear" not in (why_not_fused(open_tiny(tiny_folder["llama"])) or "")
+    assert "no plain linear map" in (why_not_fused(model) or "")
+
+
+def test_looking_whether_it_suits_changes_nothing(tiny_folder: dict[str, Path]) -> None:
+    model = open_tiny(tiny_folder["gpt2"]).train()
+    model.lm_head.eval()
+    before = torch.random.get_rng_state()
+    assert why_not_fused(model) is None
+    assert model.training and not model.lm_head.training
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_second_backward_and_float16_are_refused() -> None:
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(10, 8)
+    labels = torch.arange(4)
+    loss = fused_cross_entropy(hidden, weight, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward can run once"):
+        loss.backward()
+    with pytest.raises(ValueError, match="use bfloat16"):
+        fused_cross_entropy(hidden.half(), weight.half(), labels)

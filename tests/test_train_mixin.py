@@ -1,0 +1,353 @@
+"""`DispersionTrainer` and `DispersionMixin` in other hands: any data set, sampler, model and Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from edgedisp import DispersionConfig, DispersionMixin, DispersionTrainer
+from edgedisp.dispersion.collect import Dispersion, decoder_layers
+
+Rows = list[dict[str, Tensor]]
+
+
+def open_tiny(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def rows_of(lengths: Sequence[int], tokens: int = 12) -> Rows:
+    """Right-padded sequences with that many real tokens, without labels on the padding."""
+    stream = torch.Generator().manual_seed(0)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(3, 400, (tokens,), generator=stream)
+        mask = (torch.arange(tokens) < length).long()
+        rows.append({"input_ids": ids, "labels": ids.where(mask == 1, -100), "attention_mask": mask})
+    return rows
+
+
+def without_masks(rows: Rows) -> Rows:
+    return [{name: value for name, value in row.items() if name != "attention_mask"} for row in rows]
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    options: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 1,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "remove_unused_columns": False,
+        "train_sampling_strategy": "sequential",
+        **changes,
+    }
+    return TrainingArguments(output_dir=str(folder), **options)
+
+
+class Gradients(TrainerCallback):
+    """The gradient of every optimizer step, unclipped, as one vector."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **known: Any) -> None:
+        parameters = known["model"].parameters()
+        self.seen.append(torch.cat([one.grad.flatten() for one in parameters if one.grad is not None]))
+
+
+def run(
+    model: Any, rows: Rows, folder: Path, dispersion: Any = None, **changes: Any
+) -> tuple[DispersionTrainer, Gradients]:
+    gradients = Gradients()
+    changes = {"max_grad_norm": 0.0, **changes}
+    trainer = DispersionTrainer(
+        model=model,
+        args=arguments(folder, **changes),
+        train_dataset=rows,  # type: ignore[arg-type]
+        dispersion=dispersion,
+        callbacks=[gradients],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer, gradients
+
+
+def train_logs(trainer: Trainer) -> list[dict[str, Any]]:
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def layer_hooks(model: Any) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_loss_is_cross_entropy_plus_weight_times_dispersion_each_logged_apart(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = rows_of([12, 9, 12, 5])
+    model = open_tiny(tiny_folder["llama"])
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    term = DispersionConfig(weight=0.7, tokens=None).collector()
+    with term.watch(model):
+        cross_entropy = float(model(**batch).loss.detach())
+        dispersion = float(term.loss().detach())
+    trainer, _ = run(model, rows, tmp_path, DispersionConfig(weight=0.7, tokens=None))
+    (logged,) = train_logs(trainer)
+    assert logged["cross_entropy"] == pytest.approx(cross_entropy, rel=1e-5)
+    assert logged["dispersion"] == pytest.approx(dispersion, rel=1e-5)
+    assert logged["loss"] == pytest.approx(cross_entropy + 0.7 * dispersion, rel=1e-5)
+    assert "skipped_sequences" not in logged
+
+
+@pytest.mark.parametrize("loss_kwargs", [True, False], ids=["sums over the step", "means per micro-batch"])
+@pytest.mark.parametrize("tokens", [None, 6])
+def test_micro_batches_are_one_big_batch_for_both_kinds_of_models(
+    tiny_folder: dict[str, Path], tmp_path: Path, loss_kwargs: bool, tokens: int | None
+) -> None:
+    rows = without_masks(rows_of([12] * 16))
+    runs = []
+    for batch, accumulate in ((8, 1), (2, 4)):
+        model = open_tiny(tiny_folder["llama"])
+        model.accepts_loss_kwargs = loss_kwargs
+        trainer, gradients = run(
+            model,
+            rows,
+            tmp_path,
+            DispersionConfig(weight=0.7, tokens=tokens),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+            max_steps=2,
+        )
+        assert trainer.model_accepts_loss_kwargs is loss_kwargs
+        runs.append((gradients.seen, train_logs(trainer)))
+    for big, small in zip(runs[0][0], runs[1][0]):
+        torch.testing.assert_close(small, big, rtol=1e-4, atol=1e-6)
+    for name in ("loss", "cross_entropy", "dispersion"):
+        for big, small in zip(runs[0][1], runs[1][1]):
+            assert small[name] == pytest.approx(big[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_uneven_micro_batches_count_by_their_sequences(
+    tiny_folder: dict[str, Path], tmp_path: Path, masked: bool
+) -> None:
+    # Micro-batches of 4, 4 and 2 sequences; with masks, one sequence has no pair of tokens.
+    rows = rows_of([12, 7, 12, 3, 12, 1, 8, 12, 5, 12]) if masked else without_masks(rows_of([12] * 10))
+    runs = []
+    for batch, accumulate in ((10, 1), (4, 3)):
+        trainer, gradients = run(
+            open_tiny(tiny_folder["qwen3"]),
+            rows,
+            tmp_path,
+            DispersionConfig(weight=2.0, tokens=None),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+            num_train_epochs=1,
+            max_steps=-1,
+        )
+        runs.append((gradients.seen[0], train_logs(trainer)[0]))
+    torch.testing.assert_close(runs[1][0], runs[0][0], rtol=1e-4, atol=1e-6)
+    for name in ("cross_entropy", "dispersion"):
+        assert runs[1][1][name] == pytest.approx(runs[0][1][name], rel=1e-5)
+    for index in (0, 1):
+        assert runs[index][1].get("skipped_sequences", 0) == masked
+
+
+def test_padding_changes_neither_term(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    rows = rows_of([8, 8, 8, 8])
+    cut = [{name: value[:8] for name, value in row.items()} for row in rows]
+    seen = []
+    for index, data in enumerate((rows, cut)):
+        config = DispersionConfig(weight=1.0, tokens=None)
+        _, gradients = run(open_tiny(tiny_folder["llama"]), data, tmp_path / str(index), config)
+        seen.append(gradients.seen[0])
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-6)
+
+
+def test_sequences_without_a_pair_give_no_nan_and_are_counted(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    model = open_tiny(tiny_folder["llama"])
+    trainer, gradients = run(model, rows_of([1, 12, 1, 2] * 2), tmp_path, DispersionConfig(), max_steps=2)
+    assert [row["skipped_sequences"] for row in train_logs(trainer)] == [2, 4]
+    assert all(one.isfinite().all() for one in gradients.seen)
+
+
+def test_a_log_over_several_steps_is_their_mean(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    logs = {}
+    for every in (1, 4):
+        rows = without_masks(rows_of([12] * 16))
+        model = open_tiny(tiny_folder["llama"])
+        trainer, _ = run(model, rows, tmp_path, DispersionConfig(), max_steps=4, logging_steps=every)
+        logs[every] = train_logs(trainer)
+    for name in ("loss", "cross_entropy", "dispersion"):
+        mean = sum(row[name] for row in logs[1]) / 4
+        assert logs[4][0][name] == pytest.approx(mean, rel=1e-5)
+
+
+class Noted(Dispersion):
+    """Notes the numbers of the sequences that it is told."""
+
+    def begin(self, mask: Tensor | None = None, first_sequence: int | None = None) -> None:
+        NOTED.append(first_sequence)
+        super().begin(mask, first_sequence)
+
+
+NOTED: list[int | None] = []
+
+
+class NotedConfig(DispersionConfig):
+    def collector(self) -> Dispersion:
+        return Noted(self)
+
+
+def test_sequences_are_numbered_through_steps_and_micro_batches(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    NOTED.clear()
+    rows = without_masks(rows_of([12] * 12))
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 2}
+    run(open_tiny(tiny_folder["llama"]), rows, tmp_path, NotedConfig(), **options)
+    assert NOTED == [0, 2, 4, 6, 8, 10]
+
+
+def test_the_users_sampler_is_respected(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    orders = []
+    for kind in (Trainer, DispersionTrainer):
+        args = arguments(tmp_path, train_sampling_strategy="random", seed=3)
+        rows: Any = without_masks(rows_of([12] * 16))
+        trainer = kind(model=open_tiny(tiny_folder["llama"]), args=args, train_dataset=rows)
+        orders.append([batch["input_ids"] for batch in trainer.get_train_dataloader()])
+    assert all(torch.equal(*pair) for pair in zip(*orders))
+    assert not torch.equal(orders[0][0], torch.stack([row["input_ids"] for row in rows[:4]]))
+
+
+def test_evaluation_is_the_plain_trainers(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    rows: Any = rows_of([12, 9, 12, 5])
+    options = {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0}
+    found = []
+    for kind, more in ((Trainer, {}), (DispersionTrainer, {"dispersion": DispersionConfig(weight=9.0)})):
+        trainer: Any = kind(
+            model=open_tiny(tiny_folder["llama"]),
+            args=arguments(tmp_path, **options),
+            train_dataset=rows,
+            eval_dataset=rows,
+            **more,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        found.append([row for row in trainer.state.log_history if "eval_loss" in row])
+        assert trainer.evaluate()["eval_loss"] == found[-1][0]["eval_loss"]  # also outside of training
+    assert found[0][0]["eval_loss"] == found[1][0]["eval_loss"]
+    assert not {"dispersion", "cross_entropy"} & set(found[1][0])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_hooks_are_gone_after_training_however_it_ends(
+    tiny_folder: dict[str, Path], tmp_path: Path, fails: bool
+) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
+            assert layer_hooks(known["model"]) > 0
+            if fails:
+                raise KeyError("stop")
+
+    model = open_tiny(tiny_folder["llama"])
+    rows: Any = rows_of([12] * 4)
+    args = arguments(tmp_path)
+    trainer = DispersionTrainer(
+        model=model, args=args, train_dataset=rows, dispersion=DispersionConfig(), callbacks=[Stop()]
+    )
+    trainer.remove_callback(PrinterCallback)
+    if fails:
+        with pytest.raises(KeyError, match="stop"):
+            trainer.train()
+    else:
+        trainer.train()
+    assert layer_hooks(model) == 0
+
+
+def test_a_model_made_anew_for_training_is_the_one_that_is_watched(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    rows: Any = rows_of([12] * 4)
+    trainer = DispersionTrainer(
+        model_init=lambda: open_tiny(tiny_folder["llama"]),
+        args=arguments(tmp_path),
+        train_dataset=rows,
+        dispersion=DispersionConfig(),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    assert "dispersion" in train_logs(trainer)[0]
+    assert len(decoder_layers(trainer.model)[0]._forward_hooks) == 0  # type: ignore[arg-type]
+
+
+def test_several_gpus_in_one_process_are_refused(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    rows: Any = rows_of([12] * 4)
+    with pytest.raises(ValueError, match=r"DataParallel.*torchrun"):
+        DispersionTrainer(
+            model=open_tiny(tiny_folder["llama"]),
+            args=args,
+            train_dataset=rows,
+            dispersion=DispersionConfig(),
+        )
+
+
+def test_it_mixes_into_trls_supervised_trainer(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    from transformers import AutoTokenizer
+
+    class DispersionSFT(DispersionMixin, trl.SFTTrainer):  # type: ignore[misc]
+        pass
+
+    texts = datasets.Dataset.from_dict(
+        {"text": ["One sentence after another.", "And a third, longer one."] * 8}
+    )
+    found = {}
+    for accumulate in (1, 2):
+        model = open_tiny(tiny_folder["llama"])
+        tokenizer = AutoTokenizer.from_pretrained(tiny_folder["llama"])
+        gradients = Gradients()
+        trainer = DispersionSFT(
+            model=model,
+            args=trl.SFTConfig(
+                output_dir=str(tmp_path),
+                per_device_train_batch_size=4 // accumulate,
+                gradient_accumulation_steps=accumulate,
+                max_steps=2,
+                max_length=32,
+                logging_steps=1,
+                save_strategy="no",
+                report_to=[],
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                max_grad_norm=0.0,
+                disable_tqdm=True,
+                train_sampling_strategy="sequential",
+            ),
+            train_dataset=texts,
+            processing_class=tokenizer,
+            dispersion=DispersionConfig(weight=0.5, tokens=None),
+            callbacks=[gradients],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        found[accumulate] = (train_logs(trainer), gradients.seen)
+        for row in train_logs(trainer):
+            assert row["loss"] == pytest.approx(row["cross_entropy"] + 0.5 * row["dispersion"], rel=1e-4)
+            assert "mean_token_accuracy" in row  # the host's own figures are still there
+    for whole, parts in zip(*(found[accumulate][1] for accumulate in (1, 2))):
+        torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-5)

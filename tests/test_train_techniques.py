@@ -1,0 +1,323 @@
+"""The techniques of the other arms: by their formulas, apart from the model's own randomness, resumable."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, get_scheduler
+
+from edgedisp.train.techniques import ActiveForgetting, EmbeddingDropout, NoisyEmbedding, callbacks_for
+
+BLOCKS = np.random.default_rng(0).integers(3, 400, (48, 12))
+ARCHITECTURES = ["llama", "gemma3_text", "gpt2"]
+
+
+class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    def __len__(self) -> int:
+        return len(BLOCKS)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = torch.from_numpy(BLOCKS[index])
+        return {"input_ids": ids, "labels": ids}
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+
+def open_tiny(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def train(
+    model: Any, folder: Path, callbacks: Any, *, resume: bool = False, steps: int = 6, **changes: Any
+) -> InOrder:
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.1,
+        "logging_steps": 1,
+        "save_steps": 2,
+    }
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        seed=5,
+        **{**settings, **changes},
+    )
+    trainer = InOrder(model=model, args=arguments, train_dataset=Rows(), callbacks=list(callbacks))
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
+    return trainer
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+class Seen(TrainerCallback):
+    """What the embedding returns in each training pass, in step order."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Tensor] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:
+        hook = known["model"].get_input_embeddings().register_forward_hook
+        hook(lambda module, inputs, output: self.outputs.append(output.detach().clone()))
+
+
+def changes_seen(
+    folder: Path, callback: TrainerCallback, out: Path, **changes: Any
+) -> list[tuple[Tensor, Tensor]]:
+    """(what the embedding returns without the callback, with it) for each micro-batch; nothing is learnt."""
+    runs = []
+    for chosen in ([], [callback]):
+        seen = Seen()
+        train(open_tiny(folder), out, [*chosen, seen], learning_rate=0.0, save_strategy="no", **changes)
+        runs.append(seen.outputs)
+    return list(zip(*runs, strict=True))
+
+
+# ---------------------------------------------------------------- noise and dropout
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_noise_is_uniform_within_alpha_over_the_root_of_tokens_and_features(
+    tiny_folder: dict[str, Path], tmp_path: Path, architecture: str
+) -> None:
+    pairs = changes_seen(tiny_folder[architecture], NoisyEmbedding(5.0, 1), tmp_path)
+    noise = torch.cat([after - before for before, after in pairs])
+    bound = 5.0 / math.sqrt(noise.shape[1] * noise.shape[2])
+    rounding = 1e-6 * float(pairs[0][0].abs().max())
+    assert noise.abs().max() <= bound + rounding
+    scaled = (noise.flatten() / bound).double()
+    count = (
+        scaled.numel()
+    )  # of independent numbers: the mean is 0 +- 1/sqrt(3 n), the square 1/3 +- 0.3/sqrt(n)
+    assert abs(scaled.mean()) < 5 / math.sqrt(3 * count)
+    assert abs(scaled.square().mean() - 1 / 3) < 5 * 0.3 / math.sqrt(count)
+    assert abs(torch.corrcoef(noise.flatten(1)[:2])[0, 1]) < 5 / math.sqrt(noise[0].numel())
+
+
+def test_dropout_zeroes_its_share_and_keeps_the_expectation(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    pairs = changes_seen(tiny_folder["llama"], EmbeddingDropout(0.25, 1), tmp_path)
+    before, after = (torch.cat(part) for part in zip(*pairs))
+    dropped = after == 0
+    assert abs(dropped.double().mean() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / dropped.numel())
+    torch.testing.assert_close(after[~dropped], before[~dropped] / 0.75)
+
+
+@pytest.mark.parametrize("callback", [NoisyEmbedding(5.0, 3), EmbeddingDropout(0.3, 3)])
+def test_a_sequence_is_changed_alike_however_the_batch_is_cut(
+    tiny_folder: dict[str, Path], tmp_path: Path, callback: TrainerCallback
+) -> None:
+    seen = []
+    for batch, accumulate in ((4, 1), (2, 2), (1, 4)):
+        changed = changes_seen(
+            tiny_folder["llama"],
+            callback,
+            tmp_path,
+            steps=3,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+        )
+        seen.append(torch.cat([after for _, after in changed]))
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[0][:4], seen[0][4:8])
+
+
+@pytest.mark.parametrize("name", ["neftune", "embedding_dropout"])
+def test_measuring_passes_are_left_alone_and_the_hook_goes_with_the_training(
+    tiny_folder: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    model = open_tiny(tiny_folder["llama"])
+    ids = torch.from_numpy(BLOCKS[:2])
+    (callback,) = callbacks_for({name: 0.5}, seed=0)
+    found: list[bool] = []
+
+    class Measure(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
+            embedding, weight = model.get_input_embeddings(), model.get_input_embeddings().weight
+            embedding.eval()
+            found.append(torch.equal(embedding(ids), weight[ids]))
+            embedding.train()
+            with torch.no_grad():
+                found.append(torch.equal(embedding(ids), weight[ids]))
+            found.append(not torch.equal(embedding(ids), weight[ids]))
+
+    train(model, tmp_path, [callback, Measure()], steps=2, save_strategy="no")
+    assert found == [True] * 6
+    assert torch.equal(model.train().get_input_embeddings()(ids), model.get_input_embeddings().weight[ids])
+
+
+@pytest.mark.parametrize(
+    "techniques", [{"neftune": 5.0}, {"embedding_dropout": 0.2}, {"active_forgetting": 2}]
+)
+def test_the_global_random_streams_are_what_they_are_without(
+    tiny_folder: dict[str, Path], tmp_path: Path, techniques: dict[str, float]
+) -> None:
+    """GPT-2 draws its dropout masks from the global stream: its place after each step says what was drawn."""
+
+    class Place(TrainerCallback):
+        def __init__(self) -> None:
+            self.states: list[Tensor] = []
+
+        def on_step_end(self, *_: Any, **known: Any) -> None:
+            self.states.append(torch.random.get_rng_state())
+
+    places = []
+    for chosen in ((), callbacks_for(techniques, seed=5)):
+        places.append(Place())
+        train(open_tiny(tiny_folder["gpt2"]), tmp_path, [*chosen, places[-1]], save_strategy="no")
+    assert all(torch.equal(one, other) for one, other in zip(places[0].states, places[1].states, strict=True))
+
+
+TECHNIQUES: list[dict[str, float]] = [
+    {"neftune": 5.0},
+    {"embedding_dropout": 0.2},
+    {"active_forgetting": 3},
+    {"active_forgetting": 2, "neftune": 5.0},
+]
+
+
+@pytest.mark.parametrize("techniques", TECHNIQUES)
+def test_a_resumed_run_ends_with_the_same_weights(
+    tiny_folder: dict[str, Path], tmp_path: Path, techniques: dict[str, float]
+) -> None:
+    whole, cut = open_tiny(tiny_folder["gpt2"]), open_tiny(tiny_folder["gpt2"])
+    train(whole, tmp_path, callbacks_for(techniques, seed=1))
+    train(cut, tmp_path, callbacks_for(techniques, seed=1), resume=True)
+    assert torch.equal(flat(whole), flat(cut))
+    other = open_tiny(tiny_folder["gpt2"])
+    train(other, tmp_path, callbacks_for(techniques, seed=2), save_strategy="no")
+    assert not torch.equal(flat(whole), flat(other))
+
+
+# ---------------------------------------------------------------- active forgetting
+
+
+class Watch(TrainerCallback):
+    """The embedding, the first layer's weight and the embedding's optimizer state after each step."""
+
+    def __init__(self) -> None:
+        self.embeddings: list[Tensor] = []
+        self.moments: list[dict[str, Tensor]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
+        weight = known["model"].get_input_embeddings().weight
+        self.embeddings.append(weight.detach().clone())
+        self.moments.append(copy.deepcopy(known["optimizer"].state[weight]))
+
+
+def test_up_to_the_first_reset_the_run_is_the_baselines_and_then_it_is_not(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    plain, forgetting = Watch(), Watch()
+    train(open_tiny(tiny_folder["llama"]), tmp_path, [plain], save_strategy="no")
+    train(open_tiny(tiny_folder["llama"]), tmp_path, [ActiveForgetting(4, 0), forgetting], save_strategy="no")
+    same = [torch.equal(one, other) for one, other in zip(plain.embeddings, forgetting.embeddings)]
+    assert same == [True, True, True, False, False, False]
+
+
+@pytest.mark.parametrize(("every", "resets"), [(2, [2, 4]), (3, [3]), (4, [4]), (6, []), (9, [])])
+def test_resets_come_every_so_many_steps_but_never_last(
+    tiny_folder: dict[str, Path], tmp_path: Path, every: int, resets: list[int]
+) -> None:
+    seen = Watch()
+    train(open_tiny(tiny_folder["llama"]), tmp_path, [ActiveForgetting(every, 0), seen], save_strategy="no")
+    fresh = [step for step, moment in enumerate(seen.moments, 1) if not moment["exp_avg"].any()]
+    assert fresh == resets
+    for step in resets:
+        assert not seen.moments[step - 1]["exp_avg_sq"].any() and seen.moments[step - 1]["step"] == 0
+    drawn = [seen.embeddings[step - 1] for step in resets]
+    assert len(drawn) < 2 or not torch.equal(drawn[0], drawn[1])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fresh_values_have_the_deviation_of_the_initialisation(
+    tiny_folder: dict[str, Path], tmp_path: Path, architecture: str
+) -> None:
+    model, seen = open_tiny(tiny_folder[architecture]), Watch()
+    model.config.initializer_range = 0.07
+    train(model, tmp_path, [ActiveForgetting(5, 0), seen], save_strategy="no")
+    embedding = model.get_input_embeddings()
+    fresh = seen.embeddings[4]
+    if embedding.padding_idx is not None:
+        assert not fresh[embedding.padding_idx].any()
+        fresh = torch.cat([fresh[: embedding.padding_idx], fresh[embedding.padding_idx + 1 :]])
+    count = fresh.numel()
+    assert abs(fresh.mean()) < 5 * 0.07 / math.sqrt(count)
+    assert abs(fresh.std() - 0.07) < 5 * 0.07 / math.sqrt(2 * count)
+    if model.config.tie_word_embeddings:
+        assert model.get_output_embeddings().weight is embedding.weight
+
+
+def test_after_a_reset_the_embedding_takes_the_steps_of_an_adamw_of_its_own(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    """Second road: torch's AdamW on the embedding alone, at the schedule restarted for the last stretch."""
+    every, steps, rate = 2, 7, 1e-2
+    gradients: list[Tensor] = []
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **known: Any) -> None:
+            gradients.append(known["model"].get_input_embeddings().weight.grad.clone())
+
+    seen = Watch()
+    train(
+        open_tiny(tiny_folder["llama"]),
+        tmp_path,
+        [ActiveForgetting(every, 0), Gradients(), seen],
+        steps=steps,
+        learning_rate=rate,
+        warmup_steps=1,
+        save_strategy="no",
+    )
+    for start in (2, 4, 6):
+        weight = nn.Parameter(seen.embeddings[start - 1].clone())
+        optimizer = torch.optim.AdamW([weight], lr=rate, weight_decay=0.1)
+        length = min(every, steps - start)
+        schedule = get_scheduler(
+            "cosine", optimizer, num_warmup_steps=round(length / steps), num_training_steps=length
+        )
+        for step in range(start, min(start + every, steps)):
+            weight.grad = gradients[step]
+            optimizer.step()
+            schedule.step()
+            if (step + 1) % every or step + 1 == steps:  # what follows the last step of a stretch is a reset
+                torch.testing.assert_close(weight.detach(), seen.embeddings[step], rtol=1e-4, atol=1e-6)
+
+
+def test_a_frozen_embedding_is_refused(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    model = open_tiny(tiny_folder["llama"])
+    model.get_input_embeddings().weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="the embedding is frozen"):
+        train(model, tmp_path, [ActiveForgetting(2, 0)], save_strategy="no")
+
+
+@pytest.mark.parametrize(
+    ("techniques", "words"),
+    [
+        ({"neftun": 1.0}, "'neftun' is not one of neftune"),
+        ({"neftune": 0.0}, "alpha is 0.0"),
+        ({"embedding_dropout": 1.0}, "rate is 1.0"),
+        ({"active_forgetting": 0}, "every is 0"),
+    ],
+)
+def test_what_cannot_work_is_refused(techniques: dict[str, float], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        callbacks_for(techniques, seed=0)
