@@ -36,12 +36,12 @@ class OnnxModel:
         if threads < 1:
             raise BadInput(f"threads is {threads}; at least 1 is needed")
         self.bundle, self.threads = bundle, threads
-        config = _config(bundle)
+        config = read_config(bundle)
         self.context = int(config["context_length"])
         self.vocab_size = int(config["vocab_size"])
         ends = config["eos_token_id"]
         self.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
-        self.session = _open(bundle, threads)
+        self.session = open_session(bundle, threads)
         shapes = {value.name: value.shape for value in self.session.get_inputs()}
         self._caches = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
         # The genai builder leaves the head dimension symbolic in the graph; genai_config.json knows it.
@@ -132,7 +132,8 @@ def _present(past: str) -> str:
     return past.replace("past_key_values", "present")
 
 
-def _config(bundle: Path) -> dict[str, Any]:
+def read_config(bundle: Path) -> dict[str, Any]:
+    """The `model` part of a bundle's genai_config.json. BadInput if the folder has none."""
     path = bundle / "genai_config.json"
     if not path.is_file():
         raise BadInput(f"{bundle}: no bundle (genai_config.json is missing); `edgedisp export` makes one")
@@ -140,15 +141,22 @@ def _config(bundle: Path) -> dict[str, Any]:
     return model
 
 
-def _open(bundle: Path, threads: int) -> Any:
+def open_session(bundle: Path, threads: int, graph: bytes | None = None) -> Any:
+    """An onnxruntime session on the CPU over the bundle's graph, or over `graph` with the bundle's weights.
+
+    BuildFailed with the runtime's reason if it does not open.
+    """
     onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors; they also come as exceptions
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if graph is not None:
+        folder = str(bundle.resolve())  # where the weights of a graph that is no file are looked for
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     try:
         return onnxruntime.InferenceSession(
-            str(bundle / "model.onnx"), options, providers=["CPUExecutionProvider"]
+            graph or str(bundle / "model.onnx"), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # onnxruntime has no common base class for its errors
         raise BuildFailed(f"{bundle}: onnxruntime cannot open model.onnx: {error}") from error
