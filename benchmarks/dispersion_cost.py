@@ -1,0 +1,227 @@
+"""What the dispersion term costs in time and memory. Writes results/dispersion_cost.json.
+
+    python benchmarks/dispersion_cost.py [--rounds 12]
+
+Time: whole training steps (forward, backward, clip, AdamW) of SmolLM2-135M on real text, three ways in turn:
+without the term, with ours in its default settings, and with the paper's form (256 tokens drawn for each
+layer, all layers, written here from its formula over the collected hidden states). The order is reversed in
+every other round, and a ratio is the median over rounds of two steps that stood side by side.
+
+Memory: the highest resident memory of a fresh process that takes three such steps, and, for the loss over
+every pair of 4,096 tokens of 1,024 features at 4 layers, what the process grows by beyond its inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from record import quickstart_base, quickstart_blocks, spread, write
+from torch import Tensor
+
+from edgedisp.dispersion.blockwise import blockwise
+from edgedisp.dispersion.collect import hidden_states
+from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.dispersion.loss import angular
+from edgedisp.train.fused_head import fused_head
+from edgedisp.train.trainer import peak_memory_bytes
+
+WAYS = ("off", "ours", "paper")
+SETTINGS = {  # name: (batch, context, bf16, gradient checkpointing)
+    "bf16_4x256": (4, 256, True, False),
+    "fp32_4x256": (4, 256, False, False),
+    "bf16_1x1024": (1, 1024, True, False),
+    "bf16_4x256_checkpointing": (4, 256, True, True),
+}
+PAPER_TOKENS = 256
+TOKENS, FEATURES, LAYERS = 4096, 1024, 4  # of the blockwise comparison
+
+
+def paper_form(states: dict[int, Tensor]) -> Tensor:
+    """`log mean exp(-arccos(cos) / pi)` over pairs of 256 drawn tokens, mean over sequences and layers."""
+    values = []
+    for state in states.values():
+        tokens = state.shape[1]
+        drawn = torch.randperm(tokens)[:PAPER_TOKENS]
+        vectors = state[:, drawn].float()
+        vectors = vectors / (vectors.norm(dim=-1, keepdim=True) + 1e-2)
+        cosine = vectors @ vectors.transpose(1, 2)
+        clamped = cosine + (cosine.clamp(-0.9, 0.9) - cosine).detach()
+        scores = -torch.arccos(clamped) / math.pi
+        apart = ~torch.eye(scores.shape[-1], dtype=torch.bool)
+        pairs = scores[:, apart]
+        values.append((pairs.logsumexp(dim=-1) - math.log(pairs.shape[-1])).mean())
+    return torch.stack(values).mean()
+
+
+class Steps:
+    """A model with its optimizer, and one training step in each of the three ways."""
+
+    def __init__(self) -> None:
+        self.model, self.tokenizer = quickstart_base()
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
+        self.term = DispersionConfig().collector()
+        self.blocks: Tensor = torch.empty(0)
+        self.done = 0
+
+    def prepare(self, name: str) -> None:
+        self.batch, context, self.is_bf16, checkpointing = SETTINGS[name]
+        self.blocks = torch.from_numpy(quickstart_blocks(self.tokenizer, context, 64).astype("int64"))
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
+
+    def step(self, way: str) -> float:
+        """Seconds of one step."""
+        first = self.done * self.batch % len(self.blocks)
+        ids = self.blocks[first : first + self.batch]
+        self.done += 1
+        started = time.perf_counter()
+        with ExitStack() as stack:
+            stack.enter_context(fused_head(self.model))
+            if way == "ours":
+                stack.enter_context(self.term.watch(self.model))
+            layers = range(self.model.config.num_hidden_layers)
+            seen = stack.enter_context(hidden_states(self.model, layers)) if way == "paper" else {}
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.is_bf16):
+                loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+                if way == "paper":
+                    loss = loss + 0.1 * paper_form(seen)
+            if way == "ours":
+                loss = loss + self.term.weight * self.term.loss()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - started
+
+
+def time_steps(rounds: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    steps, figures, rows = Steps(), {}, []
+    for name in SETTINGS:
+        steps.prepare(name)
+        taken: dict[str, list[float]] = {way: [] for way in WAYS}
+        for turn in range(rounds + 1):
+            for way in WAYS if turn % 2 else WAYS[::-1]:
+                seconds = steps.step(way)
+                if turn:  # the first round warms up
+                    taken[way].append(seconds)
+            print(f"\r{name}: round {turn} of {rounds}", end="", file=sys.stderr)
+        print(file=sys.stderr)
+        for way in WAYS:
+            ratio, low, high = spread([here / off for here, off in zip(taken[way], taken["off"])])
+            row = {"setting": name, "way": way, "step_s": spread(taken[way])[0], "ratio": ratio}
+            rows.append({**row, "ratio_quartiles": [low, high]})
+        figures[f"step_time_ratio_{name}"] = rows[-2]["ratio"]
+        figures[f"paper_form_step_time_ratio_{name}"] = rows[-1]["ratio"]
+    return figures, rows
+
+
+def peak_of_steps(name: str, way: str) -> float:
+    """Run in a fresh process: its highest resident memory in bytes."""
+    steps = Steps()
+    steps.prepare(name)
+    for _ in range(3):
+        steps.step(way)
+    return float(peak_memory_bytes())
+
+
+def plain_pairs(vectors: Tensor) -> Tensor:
+    return angular(vectors, torch.ones(vectors.shape[:2], dtype=torch.bool), clamp=0.1)
+
+
+def blockwise_pairs(vectors: Tensor) -> Tensor:
+    return blockwise("angular", vectors).mean()
+
+
+PAIRS: dict[str, Callable[[Tensor], Tensor]] = {"plain": plain_pairs, "blockwise": blockwise_pairs}
+
+
+def all_pairs(way: str) -> dict[str, float]:
+    """Run in a fresh process: seconds of value and gradient, and bytes beyond the vectors."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(LAYERS, TOKENS, FEATURES, generator=generator, requires_grad=True)
+    PAIRS[way](vectors[:, :300]).backward()  # wakes the threads and the allocator
+    vectors.grad = None
+    before = peak_memory_bytes()
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        value = PAIRS[way](vectors)
+        value.backward()
+        seconds.append(time.perf_counter() - started)
+        norm = float(vectors.grad.norm())  # type: ignore[union-attr]
+        vectors.grad = None
+    grown = float(peak_memory_bytes() - before)
+    return {"seconds": min(seconds), "bytes": grown, "value": float(value), "gradient_norm": norm}
+
+
+def in_fresh_process(task: str, *arguments: str) -> Any:
+    command = [sys.executable, __file__, "--task", task, *arguments]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def memory() -> tuple[dict[str, float], list[dict[str, Any]]]:
+    figures, rows = {}, []
+    for name in ("bf16_4x256", "fp32_4x256", "bf16_1x1024", "bf16_4x256_checkpointing"):
+        peaks = {way: [in_fresh_process("steps", name, way) for _ in range(3)] for way in WAYS}
+        off = spread(peaks["off"])[0]
+        for way in WAYS:
+            peak = spread(peaks[way])[0]
+            rows.append(
+                {"setting": name, "way": way, "peak_bytes": peak, "ratio": peak / off, "all": peaks[way]}
+            )
+            print(f"{name} {way}: peak {peak / 1e9:.3f} GB, {peak / off:.4f}", file=sys.stderr)
+        figures[f"peak_memory_ratio_{name}"] = rows[-2]["ratio"]
+    figures["peak_memory_ratio"] = max(figures.values())
+    pairs = {way: [in_fresh_process("pairs", way) for _ in range(3)] for way in PAIRS}
+    best = {way: min(runs, key=lambda run: run["seconds"]) for way, runs in pairs.items()}
+    grown = {way: spread([run["bytes"] for run in runs])[0] for way, runs in pairs.items()}
+    figures["blockwise_memory_ratio_4096"] = grown["blockwise"] / grown["plain"]
+    figures["blockwise_time_ratio_4096"] = best["blockwise"]["seconds"] / best["plain"]["seconds"]
+    for way, run in best.items():
+        rows.append({"setting": f"all pairs of {LAYERS} x {TOKENS} x {FEATURES}", "way": way, **run})
+        rows[-1]["bytes"] = grown[way]
+    return figures, rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| setting | way | step | ratio | quartiles |", "|---|---|---|---|---|"]
+    for row in rows:
+        if "step_s" in row:
+            low, high = row["ratio_quartiles"]
+            lines.append(
+                f"| {row['setting']} | {row['way']} | {row['step_s']:.3f} s | {row['ratio']:.3f} "
+                f"| {low:.3f} to {high:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=12, help="measured rounds of each setting")
+    parser.add_argument("--task", nargs="+", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.task:
+        name, *arguments = chosen.task
+        print(json.dumps(peak_of_steps(*arguments) if name == "steps" else all_pairs(*arguments)))
+        return
+    timed, time_rows = time_steps(chosen.rounds)
+    held, memory_rows = memory()
+    print(table(time_rows))
+    write("dispersion_cost", {**timed, **held}, [*time_rows, *memory_rows])
+
+
+if __name__ == "__main__":
+    main()
