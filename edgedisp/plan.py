@@ -7,6 +7,7 @@ disk follow from the number of parameters. `check_before_start` refuses a build 
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def threads_for(recipe: Recipe) -> int:
 
 
 def check_before_start(recipe: Recipe, run: Path) -> None:
-    """Find what would stop a build late: unknown tasks or targets, a task folder that is not there.
+    """Find what would stop a build late: unknown tasks or targets, a task folder or a package that is not there.
 
     Raises BadInput.
     """
@@ -45,6 +46,12 @@ def check_before_start(recipe: Recipe, run: Path) -> None:
                 f"({', '.join(recipe.precisions)}); what ships must have been measured: "
                 "add the precision, or drop the target"
             )
+    missing = [name for name in recipe.train.report_to if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BadInput(
+            f"train.report_to: {', '.join(missing)} is not installed: pip install {' '.join(missing)}, "
+            "or leave it out"
+        )
     path = recipe.evaluate.tasks_path
     folder = None if path is None else (recipe.folder / path).resolve()
     if folder is not None and not folder.is_dir():
@@ -55,7 +62,7 @@ def check_before_start(recipe: Recipe, run: Path) -> None:
 def disk_bytes(parameters: int, recipe: Recipe) -> int:
     """What a finished run and its one checkpoint at a time take on disk."""
     bundles = sum(BYTES_PER_WEIGHT[precision] for precision in {"fp32", *recipe.precisions})
-    return int(parameters * (4 + len(recipe.arms) * (4 + bundles) + CHECKPOINT_BYTES_PER_WEIGHT))
+    return int(parameters * (4 + len(recipe.arm_runs) * (4 + bundles) + CHECKPOINT_BYTES_PER_WEIGHT))
 
 
 def memory_bytes(parameters: int, trainable: int, others: int) -> int:
@@ -133,7 +140,7 @@ def _stage_seconds(name: str, recipe: Recipe, parameters: int, step_s: float, fo
     if kind == "latency":
         per_run = (latency.prompt + 8 * latency.generate) * forward_s
         return len(recipe.arms) * len(recipe.precisions) * (latency.repetitions + 1) * per_run
-    if kind == "condensation":
+    if kind.startswith("condensation"):
         return 16 * recipe.data.context * forward_s + 5
     if kind.startswith("verify"):
         return recipe.verify.tokens * 2 * forward_s + 5

@@ -1,4 +1,4 @@
-"""Commands that work on one model or bundle, outside a run: condensation, export, bench, the plan's probe.
+"""Commands that work on one model or bundle, outside a run: export, bench, the plan's probe.
 
 Like `stages/`, this is a place where rooms meet; what it does is short.
 """
@@ -10,16 +10,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-import torch
 
-from edgedisp import BadInput, Progress, corpus, data_folder, model, sources
+from edgedisp import BadInput, Progress, corpus, data_folder, model
 from edgedisp.bench import local
 from edgedisp.bench.machine import physical_cores
 from edgedisp.bench.targets import load_target
 from edgedisp.dispersion.collect import decoder_layers
-from edgedisp.dispersion.geometry import condensation
 from edgedisp.graph import check
 from edgedisp.graph.export import export as export_graph
 from edgedisp.pipeline import BITS, Observer
@@ -28,45 +25,6 @@ from edgedisp.recipe import Recipe
 from edgedisp.stages import fetch_base, train_settings
 from edgedisp.train.adapter import adapter_size
 from edgedisp.train.probe import time_steps
-
-
-def measure_condensation(
-    base: str, text: Path | None, sequences: int, context: int, progress: Progress
-) -> dict[str, Any]:
-    """Condensation of any model that `open_base` opens, over a text file or made text."""
-    where = sources.fetch(
-        base, sha256=None, cache=sources.cache_folder(), beside=Path.cwd(), progress=progress
-    )
-    opened, tokenizer = model.open_base(where)
-    if text is None:
-        documents = corpus.made_documents(sequences * context // 50 + 20, seed=0)
-    else:
-        documents = corpus.read_documents(text)
-    blocks = corpus.pack(
-        documents,
-        model.Encoder(tokenizer),
-        model.end_of_text_id(tokenizer),
-        context,
-        None,
-    )
-    if len(blocks) < sequences:
-        raise BadInput(
-            f"{text or 'the made text'}: holds {len(blocks)} blocks of {context} tokens, not {sequences}"
-        )
-    chosen = torch.from_numpy(blocks[:sequences].astype(np.int64))
-    return {"model": base, **condensation(opened, chosen, progress)}
-
-
-def render_condensation(measured: dict[str, Any]) -> str:
-    lines = [f"{measured['model']}: {measured['sequences']} sequences, {measured['tokens']} tokens", ""]
-    lines.append("layer  cosine  sink-excluded  mean-removed  effective rank")
-    for row in measured["layers"]:
-        bar = "#" * round(20 * max(0.0, row["cosine_raw"]))
-        lines.append(
-            f"{row['layer']:5}  {row['cosine_raw']:6.3f}  {row['cosine_sink_excluded']:13.3f}"
-            f"  {row['cosine_mean_removed']:12.3f}  {row['effective_rank']:14.1f}  {bar}"
-        )
-    return "\n".join(lines)
 
 
 def export_for_target(folder: Path, target_name: str, out: Path, observer: Observer) -> dict[str, Any]:

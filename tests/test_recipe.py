@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from edgedisp import BadInput
-from edgedisp.recipe import Recipe, Verify, load, reference, smoke
+from edgedisp.recipe import Arm, Recipe, Verify, load, reference, smoke
 from edgedisp.recipe.number import read_number, read_whole
 from edgedisp.recipe.sections import Section
 
@@ -47,6 +47,11 @@ FULL: dict[str, Any] = {
         "adapter": {"kind": "qlora", "targets": ["q_proj"]},
     },
     "quantize": {"int4": {"head_bits": 4}},
+    "arms": [
+        {"name": "both", "dispersion": {"weight": 2}, "neftune": 5, "embedding_dropout": 0.1},
+        "baseline",
+        "dispersed",
+    ],
 }
 
 Reader = Callable[..., Recipe]
@@ -92,8 +97,8 @@ def test_defaults_are_those_of_the_paper_and_the_contract(read: Reader) -> None:
     dispersion = recipe.train.dispersion
     assert dispersion is not None
     assert (dispersion.variant, dispersion.weight, dispersion.layers) == ("angular", 0.1, "all")
-    assert (dispersion.temperature, dispersion.tokens, dispersion.clamp) == (1.0, 256, 0.1)
-    assert recipe.arms == ("baseline", "dispersed")
+    assert (dispersion.temperature, dispersion.tokens, dispersion.clamp) == (1.0, 128, 0.1)
+    assert [arm.name for arm in recipe.arms] == ["baseline", "dispersed"] and recipe.seeds == 1
     assert recipe.precisions == ("fp32", "int8", "int4")
     assert recipe.data.heldout == 0.05
     assert recipe.quantize.int8.symmetric and not recipe.quantize.int4.symmetric
@@ -189,7 +194,7 @@ def test_overrides_reach_every_kind_of_key(read: Reader) -> None:
         "train.tokens=30k",
     )
     assert recipe.train.tokens == 30_000
-    assert recipe.arms == ("baseline",) and recipe.train.dispersion is None
+    assert [arm.name for arm in recipe.arms] == ["baseline"] and recipe.train.dispersion is None
     assert recipe.data.train[0].limit == 10
     assert recipe.train.adapter is not None and recipe.train.adapter.rank == 16
     assert recipe.model.base == "pypi:name==1.0/file.gguf"
@@ -251,7 +256,9 @@ def test_five_faults_give_five_numbered_lines_in_the_order_of_the_file(refusal: 
         "  4. r.yaml:10: train.lr: found 'fast'; needs a number above 0 and below 1, such as 5e-5",
         "  5. r.yaml:11: train.adapter.base: found 'nf4', but kind lora keeps its base in fp32; take it out, "
         "or write kind: qlora",
-        "  6. r.yaml:12: arms.1: found 'disperse'; did you mean 'dispersed'? (choices: baseline, dispersed)",
+        "  6. r.yaml:12: arms.1: found 'disperse'; did you mean 'dispersed'? (choices: baseline, dispersed, "
+        "neftune, active_forgetting, embedding_dropout, or a mapping such as {name: strong, dispersion: "
+        "{weight: 1.0}})",
     ]
 
 
@@ -288,7 +295,8 @@ latency: {repetitions: 0} | latency.repetitions | found 0; needs a whole number 
 latency: {generate: 1} | latency.generate | found 1; needs a whole number of at least 2
   dispersion: {weight: -1} | train.dispersion.weight | found -1; needs a number of at least 0
   dispersion: {temperature: 0} | train.dispersion.temperature | found 0; needs a number above 0
-  dispersion: {variant: l2_repel} | train.dispersion.variant | choices: angular, cosine
+  dispersion: {variant: euclid} | train.dispersion.variant | choices: angular, cosine, l2_repel
+  dispersion: {variant: l2_repell} | train.dispersion.variant | did you mean 'l2_repel'?
   dispersion: {layers: lastt} | train.dispersion.layers | did you mean 'last'? (choices: all, first_half
   dispersion: {layers: [-1]} | train.dispersion.layers | found [-1] (layers are counted from 0)
   dispersion: {layers: [1, 1]} | train.dispersion.layers | found '1' twice; name each once
@@ -306,9 +314,32 @@ latency: {generate: 1} | latency.generate | found 1; needs a whole number of at 
   schedule: cosin | train.schedule | did you mean 'cosine'? (choices: cosine, linear, constant)
   precision: BF16 | train.precision | found 'BF16'; did you mean 'bf16'? (choices: bf16, fp32)
   gradient_checkpointing: yes | train.gradient_checkpointing | found 'yes'; needs true or false
-arms: [] | arms | found an empty list; needs a list with any of baseline, dispersed
-arms: baseline | arms | found 'baseline'; needs a list with any of baseline, dispersed
+arms: [] | arms | found an empty list; needs a list, each one of baseline, dispersed, neftune,
+arms: baseline | arms | found 'baseline'; needs a list, each one of baseline, dispersed, neftune,
 arms: [baseline, baseline] | arms | found 'baseline' twice; name each once
+arms: [{name: a, neftune: 1}, {name: A, neftune: 2}] | arms | found 'A' twice; name each once
+arms: [3] | arms.0 | found 3; needs one of baseline, dispersed, neftune, active_forgetting,
+arms: [{neftune: 1}] | arms.0.name | missing; needs a name of 1 to 60 letters
+arms: [{name: x}] | arms.0 | found a mapping of name (it names no technique)
+arms: [{name: x, dispersion: null}] | arms.0 | (it names no technique)
+arms: [{name: x, neftun: 3}] | arms.0.neftun | unknown key; did you mean 'neftune'?
+arms: [{name: x, dispersion: {weigth: 3}}] | arms.0.dispersion.weigth | unknown key; did you mean 'weight'?
+arms: [{name: x, dispersion: {weight: -3}}] | arms.0.dispersion.weight | found -3; needs a number of at
+arms: [{name: x, dispersion: 3}] | arms.0.dispersion | needs a mapping with any keys of train.dispersion, or
+arms: [{name: baseline, neftune: 3}] | arms.0 | (a baseline adds nothing; give the arm with neftune another
+arms: [{name: neftune, active_forgetting: 3}] | arms.0 | (an arm called 'neftune' adds neftune alone; give
+arms: [{name: dispersed, dispersion: {}, neftune: 3}] | arms.0 | (an arm called 'dispersed' adds dispersion
+arms: [{name: a/b, neftune: 3}] | arms.0.name | found 'a/b' (it names a folder); needs a name of 1 to 60
+arms: [{name: Items, neftune: 3}] | arms.0.name | (that name means something else in a run folder or a report)
+arms: [{name: x-seed1, neftune: 3}] | arms.0.name | (-seed and a number end the folder of another seed)
+arms: [{name: x, neftune: 0}] | arms.0.neftune | found 0; needs a number above 0, or null, such as 5.0
+arms: [{name: x, active_forgetting: 0}] | arms.0.active_forgetting | found 0; needs a whole number of steps of
+arms: [{name: x, active_forgetting: aut}] | arms.0.active_forgetting | did you mean 'auto'?
+arms: [{name: x, active_forgetting: 39}] | arms.0.active_forgetting | found 39 steps, but the run has 39
+arms: [{name: x, embedding_dropout: 1}] | arms.0.embedding_dropout | found 1; needs a number above 0 and
+arms: [dispersed, {name: x, dispersion: {weight: 0.1}}] | arms | the arms 'dispersed' and 'x' train alike
+seeds: 0 | seeds | found 0; needs a whole number of at least 1
+seeds: 1001 | seeds | found 1001; needs a whole number of at least 1 and at most 1000
 precisions: [] | precisions | found an empty list; needs a list with any of fp32, int8, int4
 precisions: [fp32, int2] | precisions.1 | found 'int2'; did you mean
 quantize: {int4: {head_bits: 5}} | quantize.int4.head_bits | found 5; choices: 4, 8
@@ -412,6 +443,25 @@ def test_the_dispersed_arm_needs_a_dispersion(refusal: Refusal, read: Reader) ->
         "the paper's settings, or write arms: [baseline]"
     )
     assert read(off + "arms: [baseline]\n").train.dispersion is None
+
+
+def test_an_arm_of_another_name_with_dispersion_needs_one_too(refusal: Refusal, read: Reader) -> None:
+    off = with_line("  dispersion: null")
+    assert "but the arm 'x' needs it" in refusal(off + "arms: [{name: x, dispersion: {weight: 1}}]\n")
+    assert read(off + "arms: [baseline, neftune]\n").arm_runs[1].techniques == {"neftune": 5.0}
+
+
+def test_an_embedding_that_is_frozen_or_never_drawn_anew_is_refused(refusal: Refusal, read: Reader) -> None:
+    line = "arms: [baseline, active_forgetting]\n"
+    assert refusal(with_line("  adapter: {kind: lora}") + line).startswith(
+        "r.yaml:12: arms.1: an adapter leaves the embedding frozen"
+    )
+    said = refusal(SMALL.replace("10k", "256") + line)
+    assert said == (
+        "r.yaml:11: arms.1: the run has a single step, so the embedding would never be drawn anew; "
+        "needs more train.tokens"
+    )
+    assert read(SMALL + line).arm_runs[1].active_forgetting == round(39 * 2 / 3)
 
 
 def test_a_wheel_has_neither_revision_nor_configuration(refusal: Refusal) -> None:
@@ -548,8 +598,8 @@ JSON = st.recursive(
 KEYS = [
     "name", "seed", "model", "model.base", "data.train", "data.context", "train", "train.tokens",
     "train.betas", "train.dispersion", "train.dispersion.layers", "train.dispersion.tokens", "train.adapter",
-    "train.adapter.alpha", "train.adapter.targets", "arms", "quantize", "quantize.int4.group", "verify",
-    "evaluate.tasks", "targets", "new",
+    "train.adapter.alpha", "train.adapter.targets", "arms", "seeds", "quantize", "quantize.int4.group",
+    "verify", "evaluate.tasks", "targets", "new",
 ]  # fmt: skip
 
 
@@ -616,7 +666,8 @@ def test_steps_are_the_whole_steps_that_the_tokens_pay_for(
 @pytest.mark.parametrize(
     "override",
     ["name=other", "precisions=[int4]", "quantize.int4.group=64", "evaluate.limit=3", "latency.prompt=9",
-     "arms=[baseline]", "targets=[phone-arm64]", "verify.tokens=64", "train.tokens=10_000", "train.lr=0.0001",
+     "arms=[baseline]", "arms=[{name: x, neftune: 3}]", "seeds=3",
+     "targets=[phone-arm64]", "verify.tokens=64", "train.tokens=10_000", "train.lr=0.0001",
      "train.dispersion.weight=10%"],
 )  # fmt: skip
 def test_what_cannot_change_the_weights_keeps_the_hash(read: Reader, override: str) -> None:
@@ -671,7 +722,13 @@ RECIPES = st.fixed_dictionaries(
     },
     optional={
         "seed": st.integers(0, 2**32 - 1),
-        "arms": st.just(["dispersed"]),
+        "arms": st.sampled_from([
+            ["dispersed"],
+            ["baseline", "neftune", {"name": "x", "dispersion": {"weight": 3, "layers": [1]}}],
+            [{"name": "y", "neftune": 2, "active_forgetting": 1, "dispersion": {}}, "active_forgetting"],
+            [{"name": "baseline"}, {"name": "embedding_dropout", "embedding_dropout": 0.5}],
+        ]),
+        "seeds": st.integers(1, 4),
         "evaluate": st.just({"tasks": ["x"]}),
     },
 )  # fmt: skip
@@ -682,7 +739,9 @@ RECIPES = st.fixed_dictionaries(
 def test_a_recipe_written_out_loads_back_equal(tmp_path: Path, data: dict[str, Any]) -> None:
     try:
         recipe = Recipe.model_validate(data)
-    except ValidationError:  # a pypi: base with a revision
+    except (
+        ValidationError
+    ):  # a pypi: base with a revision, too few steps to forget in, an adapter beside that
         return
     (tmp_path / "recipe.lock.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     try:
@@ -697,7 +756,8 @@ def test_a_recipe_written_out_loads_back_equal(tmp_path: Path, data: dict[str, A
 def test_the_lock_file_names_every_key(read: Reader) -> None:
     text = read(SMALL).to_yaml()
     keys = re.findall(r"^\| `[\w.\[\]]*?(\w+)` \|", reference(), re.MULTILINE)
-    inside_null = {"kind", "rank", "alpha", "dropout"}  # no adapter here
+    inside_null = {"kind", "rank", "alpha", "dropout", "merge"}  # no adapter here
+    inside_null |= {"neftune", "active_forgetting", "embedding_dropout"}  # no such arm
     assert [key for key in keys if key not in inside_null and f"{key}:" not in text] == []
 
 
@@ -711,6 +771,69 @@ def test_limits_are_those_of_the_precision() -> None:
     assert verify.limits("fp32") == {"max_abs_difference": 0.01, "mean_kl": None, "top1_agreement": 0.8}
     assert verify.limits("int8") == {"max_abs_difference": None, "mean_kl": 0.3, "top1_agreement": 0.9}
     assert verify.limits("int4") == {"max_abs_difference": None, "mean_kl": 1.0, "top1_agreement": 0.2}
+
+
+# ---------------------------------------------------------------- arms and seeds
+
+
+def test_an_arms_keys_are_laid_over_the_shared_dispersion(read: Reader) -> None:
+    text = with_line("  dispersion: {weight: 0.5, layers: last, seed: 40}")
+    runs = read(text, "arms=[dispersed, {name: x, dispersion: {weight: 2, tokens: all}}]", "seeds=2").arm_runs
+    found = [(run.name, run.seed, run.dispersion) for run in runs]
+    assert [(name, seed) for name, seed, _ in found] == [
+        ("dispersed", 0), ("x", 0), ("dispersed-seed1", 1), ("x-seed1", 1),
+    ]  # fmt: skip
+    laid = [(d.weight, d.tokens, d.layers, d.seed) for *_, d in found if d]
+    assert laid[:2] == [(0.5, read(text).train.dispersion.tokens, "last", 40), (2.0, "all", "last", 40)]  # type: ignore[union-attr]
+    assert [part[:3] for part in laid[2:]] == [part[:3] for part in laid[:2]]
+    assert [part[3] for part in laid[2:]] == [41, 41]
+
+
+def test_a_technique_arm_has_dispersion_off_unless_it_asks(read: Reader) -> None:
+    text = "arms=[baseline, neftune, embedding_dropout, {name: both, neftune: 10, dispersion: {}}]"
+    adds = {run.arm: run.adds for run in read(SMALL, text).arm_runs}
+    assert adds["baseline"] == {} and adds["neftune"] == {"neftune": 5.0}
+    assert adds["embedding_dropout"] == {"embedding_dropout": 0.1}
+    assert adds["both"]["neftune"] == 10 and adds["both"]["dispersion"]["weight"] == 0.1
+
+
+def test_seeds_count_up_from_the_recipes_seed(read: Reader) -> None:
+    runs = read(SMALL, "seeds=3", "seed=7").arm_runs
+    assert [(run.name, run.replica, run.seed) for run in runs] == [
+        ("baseline", 0, 7), ("dispersed", 0, 7), ("baseline-seed8", 1, 8), ("dispersed-seed8", 1, 8),
+        ("baseline-seed9", 2, 9), ("dispersed-seed9", 2, 9),
+    ]  # fmt: skip
+
+
+def test_seeds_end_where_seeds_end(refusal: Refusal, read: Reader) -> None:
+    assert refusal(SMALL, "seed=4294967294", "seeds=3") == (
+        "--set seeds=3: seeds: found 3, but counting up from seed 4294967294 passes 4294967295; "
+        "needs fewer seeds, or a smaller seed"
+    )
+    assert read(SMALL, "seed=4294967294", "seeds=2").arm_runs[-1].seed == 4294967295
+
+
+def test_arms_are_written_back_as_short_as_they_were(read: Reader) -> None:
+    arms = "{name: x, dispersion: {weight: 2.0}, neftune: 1.0}, {name: neftune, neftune: 5}"
+    dumped = read(SMALL, f"arms=[baseline, dispersed, {arms}]").model_dump()["arms"]
+    assert list(dumped) == [
+        "baseline", "dispersed", {"name": "x", "dispersion": {"weight": 2.0}, "neftune": 1.0}, "neftune",
+    ]  # fmt: skip
+
+
+def test_smoke_keeps_the_arms_and_two_seeds(read: Reader) -> None:
+    text = SMALL.replace("org/name", "org/name\n  architecture: llama").replace("10k", "10M")
+    arms = "[baseline, active_forgetting, {name: x, dispersion: {layers: [20]}, active_forgetting: 500}]"
+    small = read(text, f"arms={arms}", "seeds=5", smoke=True)
+    assert [run.name for run in small.arm_runs[:4]] == [
+        "baseline",
+        "active_forgetting",
+        "x",
+        "baseline-seed1",
+    ]
+    assert small.seeds == 2 and [run.active_forgetting for run in small.arm_runs[:3]] == [None, 5, 4]
+    dispersion = small.arm_runs[2].dispersion
+    assert dispersion is not None and dispersion.layers == "all"
 
 
 # ---------------------------------------------------------------- smoke
@@ -770,7 +893,9 @@ def all_keys(section: type[Section], data: Any, prefix: str = "") -> list[str]:
 def test_the_reference_lists_every_key_once_with_a_meaning() -> None:
     rows = [line.split(" | ") for line in reference().splitlines()[2:]]
     listed = [row[0].strip("| `") for row in rows]
-    assert listed == all_keys(Recipe, Recipe.model_validate(FULL).model_dump(mode="json"))
+    written = Recipe.model_validate(FULL).model_dump(mode="json")
+    written["arms"] = [dict.fromkeys(Arm.model_fields)]  # an arm is written without the techniques it lacks
+    assert listed == all_keys(Recipe, written)
     assert all(len(row) == 4 and row[3].strip(" |") for row in rows)
 
 

@@ -12,7 +12,7 @@ from edgedisp.recipe import load
 FILES = sorted(data_folder("recipes").rglob("*.y*ml"))
 WANTED = {
     "quickstart", "smollm2_135m", "smollm2_360m", "qwen3_0.6b", "gemma3_270m", "gpt2", "qwen3_0.6b_qlora",
-    "smollm2_135m_lora", "paper_gpt2", "paper_qwen3_0.6b",
+    "smollm2_135m_lora", "paper_gpt2", "paper_qwen3_0.6b", "ablation",
 }  # fmt: skip
 every_recipe = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
@@ -29,7 +29,8 @@ def test_the_recipes_that_people_want_are_there() -> None:
 def test_a_recipe_loads_and_is_named_like_its_file(path: Path) -> None:
     recipe = load(path)
     assert recipe.name == path.stem
-    assert recipe.arms == ("baseline", "dispersed") and recipe.precisions == ("fp32", "int8", "int4")
+    assert [arm.name for arm in recipe.arms][:2] == ["baseline", "dispersed"]
+    assert {"fp32", "int4"} <= set(recipe.precisions)
     assert recipe.data.train[0].sha256 or not recipe.data.train[0].source.startswith("pypi:")
 
 
@@ -40,6 +41,7 @@ def test_a_recipe_can_be_tried_small_and_offline(path: Path) -> None:
     assert small.steps == 8 and small.train.tokens <= 10_000 and small.data.context <= 128
     assert all(task.startswith("heldout_") for task in small.evaluate.tasks)
     assert small.train.adapter == whole.train.adapter and small.train.dispersion == whole.train.dispersion
+    assert [arm.name for arm in small.arms] == [arm.name for arm in whole.arms]
 
 
 @every_recipe
@@ -91,6 +93,19 @@ def test_the_quickstart_needs_no_hub() -> None:
     assert all(source.source.startswith("pypi:") for source in recipe.data.train)
     assert all(task.startswith("heldout_") for task in recipe.evaluate.tasks)
     assert recipe.steps == 39
+
+
+def test_the_ablation_compares_with_the_papers_baselines_over_three_seeds() -> None:
+    recipe = load(recipe_file("ablation"))
+    adds = {run.arm: run.adds for run in recipe.arm_runs}
+    assert list(adds) == ["baseline", "dispersed", "dispersed_1", "neftune", "active_forgetting"]
+    weights = [adds[arm]["dispersion"]["weight"] for arm in ("dispersed", "dispersed_1")]
+    assert weights == [0.1, 1.0] and adds["neftune"] == {"neftune": 5.0}
+    assert adds["active_forgetting"] == {"active_forgetting": 26} and recipe.steps == 39
+    assert len(recipe.arm_runs) == 15
+    shared = ("model", "data", "train", "seed")
+    quickstart = load(recipe_file("quickstart"))
+    assert all(getattr(recipe, key) == getattr(quickstart, key) for key in shared)
 
 
 def test_the_adapter_recipes_train_adapters() -> None:

@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from report_sample import sample, single_arm
+from report_sample import sample, several, single_arm
 
 from edgedisp.report.before_after import table
 from edgedisp.report.card import model_card
 from edgedisp.report.claims import verdict
+from edgedisp.report.every_arm import render_arms
 from edgedisp.report.page import _sections, markdown, page, report_json, write
 from edgedisp.report.plot_inside import histogram, running_mean
 from edgedisp.report.plots import NAMES, plots
@@ -140,8 +141,12 @@ def test_a_hostile_model_name_stays_text(tmp_path: Path) -> None:
     summary["latency"]["warnings"] = [HOSTILE]
     summary["verify"]["baseline"]["int4"]["genai"] = {"opened": False, "reason": HOSTILE}
     summary["arms"] = ["baseline", HOSTILE]
-    for part in ("midtrain", "condensation", "bundles", "verify", "accuracy"):
+    for part in ("midtrain", "condensation", "bundles", "verify", "accuracy", "comparison", "techniques"):
         summary[part][HOSTILE] = summary[part].pop("dispersed")
+    summary["arms"].append("neftune")
+    summary["techniques"]["neftune"] = {"neftune": 5.0}
+    summary["techniques"][HOSTILE]["dispersion"]["variant"] = HOSTILE
+    summary["replicas"] = {HOSTILE * 2: {"arm": HOSTILE, "seed": 1, "midtrain": summary["midtrain"][HOSTILE]}}
     for by_precision in summary["accuracy"].values():
         for by_task in by_precision.values():
             by_task[HOSTILE] = by_task.pop("heldout_cloze")
@@ -213,9 +218,10 @@ def test_plots_of_an_earlier_report_do_not_linger(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("part", sorted(sample()))
+@pytest.mark.parametrize("part", sorted(several(3)))
 def test_any_part_may_be_absent_or_none(part: str) -> None:
-    for summary in ({**sample(), part: None}, {key: value for key, value in sample().items() if key != part}):
+    whole = several(3)
+    for summary in ({**whole, part: None}, {key: value for key, value in whole.items() if key != part}):
         Page(light(summary))
         plots(summary)
 
@@ -228,7 +234,7 @@ def paths(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from paths(value, (*path, key))
 
 
-PATHS = sorted(paths(sample()), key=str)
+PATHS = sorted(paths(several(2, spread=(-0.001, 0.001))), key=str)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -236,7 +242,7 @@ PATHS = sorted(paths(sample()), key=str)
 def test_wherever_figures_are_missing_the_report_is_still_made(
     broken: list[tuple[Any, ...]], value: Any
 ) -> None:
-    summary = copy.deepcopy(sample())
+    summary = several(2, spread=(-0.001, 0.001))
     for *parents, last in broken:
         node: Any = summary
         for key in parents:
@@ -251,6 +257,7 @@ def test_wherever_figures_are_missing_the_report_is_still_made(
     markdown(clean, _sections(clean, lost, set()), {})
     report_json(clean)
     render_text(table(clean))
+    render_arms(clean)
     plots(clean)
     model_card(clean, "dispersed")
 

@@ -57,7 +57,7 @@ def test_cells_hold_the_summarys_values_and_intervals() -> None:
             assert row.cell("heldout_cloze", arm) == Cell(
                 given_["value"], given_["low"], given_["high"], given_["n"], given_["documents"]
             )
-        paired = summary["comparison"][row.precision]["heldout_perplexity"]
+        paired = summary["comparison"]["dispersed"][row.precision]["heldout_perplexity"]
         assert row.cell("heldout_perplexity", DIFFERENCE).low == paired["low"]
 
 

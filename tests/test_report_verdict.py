@@ -45,7 +45,7 @@ def test_interval_below_zero_helps_and_above_hurts() -> None:
 
 def test_a_hair_on_a_supporting_test_is_no_claim() -> None:
     summary = sample()
-    summary["comparison"]["torch"]["heldout_cloze"].update(difference(0.03, 0.0299))
+    summary["comparison"]["dispersed"]["torch"]["heldout_cloze"].update(difference(0.03, 0.0299))
     said = verdict(summary)
     assert said["label"] == "no measurable difference"
     assert said["parts"][0] == "No measurable difference in held-out loss at int4."
@@ -55,7 +55,7 @@ def test_a_hair_on_a_supporting_test_is_no_claim() -> None:
 
 def test_a_strong_supporting_test_against_a_null_headline_cannot_tell() -> None:
     summary = sample()
-    summary["comparison"]["int8"]["heldout_cloze"].update(difference(-0.12, 0.03))
+    summary["comparison"]["dispersed"]["int8"]["heldout_cloze"].update(difference(-0.12, 0.03))
     said = verdict(summary)
     assert said["label"] == "cannot tell at this size"
     assert "1 survives Holm's correction: heldout_cloze at int8 worse" in said["sentence"]
@@ -63,7 +63,7 @@ def test_a_strong_supporting_test_against_a_null_headline_cannot_tell() -> None:
 
 def test_the_headline_decides_and_disagreement_is_told() -> None:
     summary = sample(-0.0081, 0.0028)
-    summary["comparison"]["fp32"] = comparison(0.02, 0.003)
+    summary["comparison"]["dispersed"]["fp32"] = comparison(0.02, 0.003)
     said = verdict(summary)
     assert said["label"] == "helps"
     assert "heldout_perplexity at onnx fp32 worse" in said["sentence"]
@@ -83,7 +83,7 @@ def test_a_smoke_run_claims_nothing() -> None:
 )
 def test_too_few_documents_claim_nothing(documents: int, label: str) -> None:
     summary = sample(-0.0081, 0.0028)
-    summary["comparison"]["int4"]["heldout_perplexity"]["documents"] = documents
+    summary["comparison"]["dispersed"]["int4"]["heldout_perplexity"]["documents"] = documents
     assert verdict(summary)["label"] == label
 
 
@@ -109,7 +109,9 @@ def test_one_arm_alone_claims_nothing() -> None:
 
 def test_no_loss_compared_cannot_tell() -> None:
     assert verdict({**sample(), "comparison": {}})["label"] == "cannot tell at this size"
-    tasks_only = {p: {"heldout_cloze": by["heldout_cloze"]} for p, by in sample()["comparison"].items()}
+    tasks_only = {
+        p: {"heldout_cloze": by["heldout_cloze"]} for p, by in sample()["comparison"]["dispersed"].items()
+    }
     assert verdict({**sample(), "comparison": tasks_only})["label"] == "cannot tell at this size"
 
 
@@ -122,7 +124,7 @@ def test_headline_is_the_loss_at_the_fewest_bits_compared() -> None:
     assert found is not None
     assert (found.precision, found.task, found.unit) == ("int4", "heldout_perplexity", "nats")
     summary = sample()
-    del summary["comparison"]["int4"]
+    del summary["comparison"]["dispersed"]["int4"]
     said = verdict(summary)
     assert said["headline"]["precision"] == "int8"
     assert "int4 was built, but its loss was not compared." in said["sentence"]
@@ -130,7 +132,7 @@ def test_headline_is_the_loss_at_the_fewest_bits_compared() -> None:
 
 def test_a_perplexity_without_loss_difference_is_compared_as_perplexity() -> None:
     summary = sample()
-    for by_task in summary["comparison"].values():
+    for by_task in summary["comparison"]["dispersed"].values():
         del by_task["heldout_perplexity"]["nll_difference"]
     said = verdict(summary)
     assert said["label"] == "no measurable difference"
@@ -165,8 +167,8 @@ def test_p_of_an_interval_agrees_with_scipy_and_with_the_interval() -> None:
 
 def test_a_recorded_p_is_preferred_and_one_that_respects_documents_first() -> None:
     summary = sample()
-    summary["comparison"]["int8"]["heldout_cloze"].update(mcnemar_p=0.125, p_value=0.5)
-    summary["comparison"]["int4"]["heldout_cloze"]["mcnemar_p"] = 0.125
+    summary["comparison"]["dispersed"]["int8"]["heldout_cloze"].update(mcnemar_p=0.125, p_value=0.5)
+    summary["comparison"]["dispersed"]["int4"]["heldout_cloze"]["mcnemar_p"] = 0.125
     found = {(one.precision, one.task): one.p for one in comparisons(summary)}
     assert found["int4", "heldout_cloze"] == 0.125
     assert found["int8", "heldout_cloze"] == 0.5

@@ -10,6 +10,7 @@ problem (misspelt keys, wrong types, numbers out of bounds, keys that contradict
     number.py    `40k`, `200M`, `5%`, `5e-5`, `1_000` -> exact numbers
     kinds.py     the types: a count, a share, a folder's name, each with the words that describe it
     sections.py  the keys: type, bounds, default and meaning of each, as pydantic models
+    arms.py      the arms, and the trainings that follow from arms and seeds
     schema.py    `Recipe`: all sections, and what follows from them (steps, identity)
     clashes.py   what single keys cannot see: combinations that cannot work
     written.py   the file as written: plain data, the line of every key, `--set` overrides
@@ -22,6 +23,7 @@ Left out on purpose: includes, inheritance between recipes, environment variable
 is one page that can be read alone, and `recipe.lock.yaml` beside a run holds every key with its value.
 """
 
+from edgedisp.recipe.arms import Arm, ArmRun
 from edgedisp.recipe.docs import reference
 from edgedisp.recipe.read import load
 from edgedisp.recipe.schema import Recipe
@@ -29,6 +31,7 @@ from edgedisp.recipe.sections import (
     Adapter,
     Data,
     Dispersion,
+    Distributed,
     Evaluate,
     Latency,
     Model,
@@ -42,8 +45,11 @@ from edgedisp.recipe.shrink import smoke
 
 __all__ = [
     "Adapter",
+    "Arm",
+    "ArmRun",
     "Data",
     "Dispersion",
+    "Distributed",
     "Evaluate",
     "Latency",
     "Model",

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgedisp.recipe.arms import same_training
+
 if TYPE_CHECKING:
     from edgedisp.recipe.schema import Recipe
 
@@ -31,20 +33,67 @@ def clashes(recipe: Recipe, folder: Path | None = None) -> list[Clash]:
     """All impossible combinations. `folder` is the recipe's own: without it, paths are not looked at."""
     return [
         *_arms(recipe),
+        *_forgetting(recipe),
         *_one_step(recipe),
         *_adapter(recipe),
+        *_divided(recipe),
         *_hub_only(recipe),
         *(_inside(recipe, folder) if folder is not None else ()),
     ]
 
 
 def _arms(recipe: Recipe) -> Iterator[Clash]:
-    if "dispersed" in recipe.arms and recipe.train.dispersion is None:
+    dispersed = [arm.name for arm in recipe.arms if arm.dispersion is not None]
+    if dispersed and recipe.train.dispersion is None:
         yield Clash(
             (("train", "dispersion"), ("arms",)),
-            "found null, but the arm 'dispersed' needs it; leave the key out for the paper's settings, "
+            f"found null, but the arm '{dispersed[0]}' needs it; leave the key out for the paper's settings, "
             "or write arms: [baseline]",
         )
+    elif alike := same_training(recipe.arm_runs):
+        yield Clash(
+            (("arms",), ("train", "dispersion")),
+            f"the arms '{alike[0]}' and '{alike[1]}' train alike, so comparing them shows nothing; "
+            "drop one, or give it another weight or technique",
+        )
+    if recipe.seed + recipe.seeds > 2**32:
+        yield Clash(
+            (("seeds",), ("seed",)),
+            f"found {recipe.seeds}, but counting up from seed {recipe.seed} passes {2**32 - 1}; "
+            "needs fewer seeds, or a smaller seed",
+        )
+
+
+def _forgetting(recipe: Recipe) -> Iterator[Clash]:
+    """An embedding that is never drawn anew, or that an adapter leaves frozen when it was."""
+    budget: tuple[Key, ...] = (
+        ("train", "tokens"),
+        ("train", "batch"),
+        ("train", "accumulate"),
+        ("data", "context"),
+    )
+    for index, (arm, run) in enumerate(zip(recipe.arms, recipe.arm_runs)):
+        found = run.active_forgetting
+        key: Key = (
+            ("arms", index) if arm.active_forgetting == "auto" else ("arms", index, "active_forgetting")
+        )
+        if found is None:
+            continue
+        if recipe.train.adapter is not None:
+            yield Clash(
+                (key, ("train", "adapter")),
+                "an adapter leaves the embedding frozen, so an embedding drawn anew would stay noise; "
+                "train all weights (adapter: null), or drop the arm",
+            )
+        elif recipe.steps >= 1 and found >= recipe.steps:
+            yield Clash(
+                (key, *budget),
+                f"found {found} steps, but the run has {recipe.steps}, so the embedding would never be drawn "
+                f"anew; needs at most {recipe.steps - 1}"
+                if recipe.steps > 1
+                else "the run has a single step, so the embedding would never be drawn anew; "
+                "needs more train.tokens",
+            )
 
 
 def _one_step(recipe: Recipe) -> Iterator[Clash]:
@@ -66,6 +115,32 @@ def _adapter(recipe: Recipe) -> Iterator[Clash]:
             f"found '{adapter.base}', but kind lora keeps its base in fp32; take it out, or write "
             "kind: qlora",
         )
+    if adapter and adapter.kind == "lora" and adapter.merge == "dequantized":
+        yield Clash(
+            (("train", "adapter", "merge"), ("train", "adapter", "kind")),
+            "found 'dequantized', but kind lora keeps its base in full precision; take it out, or write "
+            "kind: qlora",
+        )
+
+
+def _divided(recipe: Recipe) -> Iterator[Clash]:
+    """What FSDP cannot divide among processes."""
+    if recipe.train.distributed is None:
+        return
+    adapter = recipe.train.adapter
+    if adapter is not None and adapter.kind == "qlora":
+        yield Clash(
+            (("train", "distributed"), ("train", "adapter", "kind")),
+            "FSDP cannot divide a quantized base, and with kind qlora there is little to divide; take it out "
+            "(distributed: null), and each process holds the quantized base",
+        )
+    for index, arm in enumerate(recipe.arms):
+        if arm.active_forgetting is not None:
+            yield Clash(
+                (("arms", index), ("train", "distributed")),
+                "FSDP divides the embedding among processes, but active_forgetting draws all of it anew; "
+                "take distributed out (each process then holds the whole model), or drop the arm",
+            )
 
 
 def _hub_only(recipe: Recipe) -> Iterator[Clash]:

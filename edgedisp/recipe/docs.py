@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from edgedisp.recipe.problems import kind_at, words_of
+from edgedisp.recipe.problems import bare, kind_at, words_of
 from edgedisp.recipe.schema import Recipe
 
 
@@ -22,7 +22,8 @@ def reference() -> str:
 def _rows(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     for name, field in section.model_fields.items():
         annotation, _ = kind_at(section, (name,))
-        inner = _section_in(annotation)
+        item = typing.get_args(field.annotation)[0] if typing.get_origin(field.annotation) is tuple else None
+        inner = _section_in(annotation) if item is None else _section_in(bare(item))
         key, meaning = prefix + name, field.description or ""
         default = (
             "required" if field.is_required() else _written(field.get_default(call_default_factory=True))
@@ -30,15 +31,25 @@ def _rows(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str
         if inner is None:
             yield f"`{key}`", words_of(annotation), default, meaning
             continue
-        many = typing.get_origin(field.annotation) is tuple
-        yield f"`{key}`", "a list of mappings" if many else "a mapping", default, meaning
-        yield from _rows(inner, f"{key}{'[]' if many else ''}.")
+        many = words_of(annotation) if _has_words(item) else "a list of mappings"
+        yield f"`{key}`", "a mapping" if item is None else many, default, meaning
+        yield from _rows(inner, f"{key}{'' if item is None else '[]'}.")
+
+
+def _has_words(annotation: Any) -> bool:
+    """Whether a type was given words of its own (`kinds.Works`)."""
+    return any(hasattr(part, "words") for part in typing.get_args(annotation))
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The model inside `Section`, `Section | None` or `tuple[Section, ...]`, or None."""
+    """The model inside `Section`, `Section | None` or `tuple[Section, ...]`, or None.
+
+    A `Section` that carries words of its own is told in those words instead of key by key.
+    """
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
+    if _has_words(annotation):
+        return None
     inner = (_section_in(part) for part in typing.get_args(annotation))
     return next((section for section in inner if section), None)
 

@@ -22,6 +22,12 @@ from edgedisp.recipe.number import read_number, read_whole
 HELDOUT_TASKS = ("heldout_perplexity", "heldout_cloze", "heldout_continuation")
 """Tasks made from the held-out text. Every other task name belongs to lm-evaluation-harness."""
 
+TAKEN_NAMES = {
+    *("base", "corpus", "items", "latency", "report", "plots"),
+    *("difference", "torch", "fp32", "int8", "int4"),
+}
+"""What an arm cannot be called: folders of a run that belong to no arm, and columns of the report."""
+
 LAYER_NAMES = ("all", "first_half", "last_half", "last")
 
 _Item = TypeVar("_Item")
@@ -64,6 +70,16 @@ def _text(value: str) -> str:
 def _folder_name(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
         raise _refuse("it names the run's folder")
+    return value
+
+
+def _arm_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}", value):
+        raise _refuse("it names a folder")
+    if value.casefold() in TAKEN_NAMES:
+        raise _refuse("that name means something else in a run folder or a report")
+    if re.search(r"-seed\d+$", value):
+        raise _refuse("-seed and a number end the folder of another seed")
     return value
 
 
@@ -118,6 +134,14 @@ def _sample(value: object) -> int | str:
     return tokens
 
 
+def _forgetting(value: object) -> int | str:
+    if isinstance(value, str) and value.isalpha():
+        return _choice(value, ("auto",), "or a whole number of steps")
+    if (steps := _whole(value)) < 1:
+        raise _refuse("")
+    return steps
+
+
 def _modules(value: object) -> str | tuple[str, ...]:
     if isinstance(value, str):
         return _choice(value, ("auto",), "or a list of module names")
@@ -147,6 +171,7 @@ Unique = AfterValidator(_unique)
 
 Count = Annotated[Whole, Ge(1)]
 Seed = Annotated[Whole, Ge(0), Lt(2**32)]
+Seeds = Annotated[Whole, Ge(1), Le(1000)]
 Positive = Annotated[Number, Gt(0)]
 NotNegative = Annotated[Number, Ge(0)]
 Share = Annotated[Number, Ge(0), Le(1)]
@@ -164,7 +189,16 @@ FolderName = Annotated[
 Sha256 = Annotated[Text, AfterValidator(_sha256), Works("the file's SHA-256, 64 hexadecimal digits")]
 Task = Annotated[Text, AfterValidator(_task), Works("a task name")]
 Target = Annotated[Text, AfterValidator(_target), Works("a device profile")]
-Arm = Literal["baseline", "dispersed"]
+ArmName = Annotated[
+    Text,
+    AfterValidator(_arm_name),
+    Works("a name of 1 to 60 letters, digits, '_' or '-', starting with a letter or digit"),
+]
+Forgetting = Annotated[
+    int | Literal["auto"],
+    BeforeValidator(_forgetting),
+    Works("a whole number of steps of at least 1, or auto"),
+]
 Precision = Literal["fp32", "int8", "int4"]
 
 Layers = Annotated[

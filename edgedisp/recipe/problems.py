@@ -139,7 +139,7 @@ def kind_at(root: type[BaseModel], key: Key) -> tuple[Any, FieldInfo | None]:
     annotation: Any = root
     field: FieldInfo | None = None
     for part in key:
-        annotation, field = _bare(annotation), None
+        annotation, field = bare(annotation), None
         if isinstance(part, int):
             annotation = typing.get_args(annotation)[0]
         else:
@@ -150,7 +150,7 @@ def kind_at(root: type[BaseModel], key: Key) -> tuple[Any, FieldInfo | None]:
     return annotation, field
 
 
-def _bare(annotation: Any) -> Any:
+def bare(annotation: Any) -> Any:
     """Without Annotated and `| None`."""
     while typing.get_origin(annotation) is typing.Annotated or _is_union(annotation):
         annotation = typing.get_args(annotation)[0]
@@ -177,7 +177,7 @@ def _bounds(metadata: Sequence[Any]) -> str:
 
 
 def _needs(annotation: Any, field: FieldInfo | None, required_only: bool = False) -> str:
-    inner = _bare(annotation)
+    inner = bare(annotation)
     if required_only and isinstance(inner, type) and issubclass(inner, BaseModel):
         required = [key for key, part in inner.model_fields.items() if part.is_required()]
         return f"a mapping with {', '.join(required)}"
@@ -194,7 +194,7 @@ def _choose(found: object, choices: Sequence[Any], also: str = "") -> str:
 
 def _unknown(key: Key, root: type[BaseModel]) -> str:
     section, _ = kind_at(root, key[:-1])
-    keys = list(_bare(section).model_fields)
+    keys = list(bare(section).model_fields)
     name = str(key[-1])
     guess = near(name, keys)
     elsewhere = [path for path in _all_keys(root) if path.rsplit(".", 1)[-1] == name]
@@ -207,7 +207,7 @@ def _unknown(key: Key, root: type[BaseModel]) -> str:
 def _all_keys(root: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in root.model_fields.items():
         yield prefix + name
-        inner = _bare(field.annotation)
+        inner = bare(field.annotation)
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             yield from _all_keys(inner, f"{prefix}{name}.")
 

@@ -8,13 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
+from edgedisp.recipe.arms import PLAIN, Arm, ArmRun, arm_runs, unique_names
 from edgedisp.recipe.clashes import clashes
-from edgedisp.recipe.kinds import Arm, FolderName, Precision, Seed, Target, Unique
+from edgedisp.recipe.kinds import FolderName, Precision, Seed, Seeds, Target, Unique, Works
 from edgedisp.recipe.sections import Data, Evaluate, Latency, Model, Quantize, Section, Train, Verify
 from edgedisp.recipe.written import to_yaml
+
+
+ONLOOKERS = ("watch_every", "report_to", "checkpoint_every")
+"""Keys of `train` that change no weight: with another value, a finished training is kept."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,19 @@ class Recipe(Section):
     model: Model = Field(description="where training starts")
     data: Data = Field(description="the text")
     train: Train = Field(description="the training of each arm")
-    arms: Annotated[tuple[Arm, ...], Unique] = Field(
-        default=("baseline", "dispersed"), min_length=1, description="the twins that are built and compared"
+    arms: Annotated[
+        tuple[
+            Annotated[Arm, Works(f"one of {', '.join(PLAIN)}, or a mapping with a name and techniques")], ...
+        ],
+        AfterValidator(unique_names),
+    ] = Field(
+        default_factory=lambda: (Arm.model_validate("baseline"), Arm.model_validate("dispersed")),
+        min_length=1,
+        description="the ways of training that are compared with the baseline",
+        examples=["[baseline, dispersed, neftune]"],
+    )
+    seeds: Seeds = Field(
+        default=1, description="trainings of every arm, with the seeds seed, seed + 1, ...", examples=["3"]
     )
     precisions: Annotated[tuple[Precision, ...], Unique] = Field(
         default=("fp32", "int8", "int4"),
@@ -90,15 +106,27 @@ class Recipe(Section):
         """Whole optimizer steps that `train.tokens` pays for, at least 1."""
         return self.train.tokens // self.tokens_per_step
 
+    @property
+    def arm_runs(self) -> tuple[ArmRun, ...]:
+        """Every training: all arms with the first seed, then all with the second, and so on."""
+        return arm_runs(self)
+
     def identity(self) -> dict[str, Any]:
-        """What decides the trained weights: model, data, seed and train, as JSON-able values."""
-        return self.model_dump(mode="json", include={"model", "data", "seed", "train"})
+        """What decides the trained weights: model, data, seed and train, as JSON-able values.
+
+        Of `train`, what only looks on (watch_every, report_to) and how often is saved are left out.
+        """
+        kept = self.model_dump(mode="json", include={"model", "data", "seed", "train"})
+        for onlooker in ONLOOKERS:
+            del kept["train"][onlooker]
+        return kept
 
     @property
     def hash8(self) -> str:
         """Suffix of the run folder: first 8 digits of the SHA-256 of `identity()` as canonical JSON.
 
-        Precisions, quantization, tasks, latency, arms and targets leave it unchanged, so they reuse the run.
+        Precisions, quantization, tasks, latency, arms, seeds and targets leave it unchanged, so they reuse
+        the run: an arm or a seed that is added trains what is new.
         """
         canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()[:8]

@@ -5,7 +5,8 @@ the column of the report. Bounds that concern one key stand here; what two keys 
 clashes.py. The meanings feed docs/recipe.md through `docs.reference`.
 
 Defaults are the paper's where it has one (arXiv 2602.00217: AdamW betas .9/.95, weight decay .1, clip 1.0,
-cosine, angular dispersion 0.1 over all layers at temperature 1, 256 sampled tokens, clamp .1).
+cosine, angular dispersion 0.1 over all layers at temperature 1, clamp .1), except that 128 tokens are drawn
+and not 256: the same gradient on average for a quarter of the products.
 """
 
 from __future__ import annotations
@@ -89,13 +90,21 @@ class Data(Section):
         default=0.05, description="share of documents kept from training, for scoring", examples=["5%"]
     )
     context: Annotated[Whole, Ge(8)] = Field(description="tokens in one training sequence", examples=["256"])
+    isolate_documents: Flag = Field(
+        default=False,
+        description="in training, no attention from one document of a block to another, and positions anew",
+    )
 
 
 class Dispersion(Section):
-    """The loss that pushes the token vectors of one sequence apart. Used by the arm `dispersed` alone."""
+    """The loss that pushes the token vectors of one sequence apart, of the arms that use it (arms.py)."""
 
-    variant: Literal["angular", "cosine"] = Field(
-        default="angular", description="distance between two token vectors"
+    variant: Literal[
+        "angular", "cosine", "l2_repel", "decorrelation", "orthogonalization", "spectral_entropy"
+    ] = Field(
+        default="angular",
+        description="what is spread: the angles between token vectors (orthogonalization: up to 90 degrees), "
+        "their cosines, distances (l2_repel), features (decorrelation) or rank (spectral_entropy)",
     )
     weight: NotNegative = Field(
         default=0.1, description="factor before the dispersion loss; 0 is bit-identical to off"
@@ -106,11 +115,17 @@ class Dispersion(Section):
     temperature: Positive = Field(
         default=1.0, description="tau: a small one looks at the nearest pairs alone"
     )
-    tokens: Sample = Field(default=256, description="tokens drawn from a sequence, anew for each layer")
+    tokens: Sample = Field(
+        default=128,
+        description="tokens drawn from a sequence, anew for each layer (the paper: 256); all: every one",
+    )
     clamp: ShareBelow1 = Field(
         default=0.1, description="cosines are kept in [clamp - 1, 1 - clamp], where arccos is smooth"
     )
-    exclude_sink: Flag = Field(default=False, description="leave the first token (attention sink) out")
+    exclude_sink: Flag = Field(
+        default=False,
+        description="leave attention sinks out: the first token, and any of 10 times the median norm",
+    )
     seed: Seed | None = Field(
         default=None, description="seed of the token draw; null takes the recipe's seed"
     )
@@ -135,6 +150,11 @@ class Adapter(Section):
     base: Literal["nf4", "int8"] | None = Field(
         default=None, validate_default=True, description="how qlora holds the base; null: nf4 for qlora"
     )
+    merge: Literal["auto", "full", "dequantized"] = Field(
+        default="auto",
+        description="what a qlora adapter is merged into: the full-precision base, the dequantized one, or "
+        "(auto) the one that the baseline's merge audit finds better",
+    )
 
     @field_validator("alpha", mode="before")
     @classmethod
@@ -147,8 +167,25 @@ class Adapter(Section):
         return "nf4" if value is None and info.data.get("kind") == "qlora" else value
 
 
+class Distributed(Section):
+    """How several processes (torchrun, accelerate launch) hold one model; one process alone ignores it."""
+
+    fsdp: Literal["full_shard", "shard_grad_op"] = Field(
+        description="FSDP: weights, gradients and optimizer states are divided; shard_grad_op gathers "
+        "weights once a step instead of twice, for more memory"
+    )
+    wrap: Modules = Field(
+        default="auto",
+        description="classes of the modules gathered at a time; auto: the model's decoder layers",
+        examples=["[Qwen3DecoderLayer]"],
+    )
+    cpu_offload: Flag = Field(
+        default=False, description="keep the parts in the host's memory: fits more, and is far slower"
+    )
+
+
 class Train(Section):
-    """How both arms are trained. The arms differ in the dispersion loss and in nothing else."""
+    """How every arm is trained. The arms differ in what they add to it (arms.py) and in nothing else."""
 
     tokens: Count = Field(
         description="training tokens of one arm, rounded down to whole steps", examples=["40k", "200M"]
@@ -169,14 +206,30 @@ class Train(Section):
         default="bf16", description="bf16: autocast, the weights stay fp32"
     )
     gradient_checkpointing: Flag = Field(default=False, description="less memory for about a third more time")
+    compile: Flag = Field(
+        default=False,
+        description="run the layers through torch.compile: faster after a minute; needs a C++ compiler",
+    )
     checkpoint_every: Count | None = Field(
         default=None, description="steps between checkpoints; null: a fifth of the run, at least 10"
+    )
+    watch_every: Annotated[Whole, Ge(0)] | None = Field(
+        default=None,
+        description="steps between looks at the condensation; null: about ten in a run, 0: none",
+    )
+    report_to: Annotated[tuple[Literal["tensorboard", "trackio", "mlflow", "wandb"], ...], Unique] = Field(
+        default=(),
+        description="who else gets the training log; TensorBoard files go to the arm's folder",
+        examples=["[tensorboard]"],
     )
     dispersion: Dispersion | None = Field(
         default_factory=Dispersion,
         description="the dispersion loss; null: off, for builds without `dispersed`",
     )
     adapter: Adapter | None = Field(default=None, description="null trains all weights")
+    distributed: Distributed | None = Field(
+        default=None, description="null: each of several processes holds the whole model (data parallel)"
+    )
 
 
 class QuantizeBits(Section):

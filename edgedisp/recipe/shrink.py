@@ -7,6 +7,8 @@ random twin of its architecture (model.py), so that no weights are fetched.
 
 from __future__ import annotations
 
+from typing import Any
+
 from edgedisp import BadInput
 from edgedisp.recipe.kinds import HELDOUT_TASKS
 from edgedisp.recipe.schema import Origin, Recipe
@@ -15,6 +17,9 @@ STEPS = 8
 """Optimizer steps: enough for a warm-up, a resume from the checkpoint in the middle, and a schedule."""
 DOCUMENTS = 200
 """Documents read from each source: a tenth of them held out is enough for eight items."""
+
+SEEDS = 2
+"""Trainings of each arm: enough for a variance between seeds."""
 
 
 def smoke(recipe: Recipe, where: str | None = None) -> Recipe:
@@ -40,6 +45,8 @@ def smoke(recipe: Recipe, where: str | None = None) -> Recipe:
     train["checkpoint_every"] = STEPS // 2
     if train["dispersion"] and not isinstance(train["dispersion"]["layers"], str):
         train["dispersion"]["layers"] = "all"  # the twin has two layers; a listed one may not exist
+    cut["arms"] = [_small_arm(arm) for arm in cut["arms"]]
+    cut["seeds"] = min(cut["seeds"], SEEDS)
     # Tasks of lm-evaluation-harness need a hub for their items, unless the user has them in a folder.
     if evaluate["tasks_path"] is None:
         evaluate["tasks"] = [task for task in evaluate["tasks"] if task in HELDOUT_TASKS] or list(
@@ -61,4 +68,16 @@ def smoke(recipe: Recipe, where: str | None = None) -> Recipe:
     }
     small = Recipe.model_validate(cut)
     small._origin = Origin(recipe.path, smoke=True)
+    return small
+
+
+def _small_arm(arm: str | dict[str, Any]) -> str | dict[str, Any]:
+    """An arm as it is written, without layers that the twin may lack or resets after its last step."""
+    if isinstance(arm, str):
+        return arm
+    small = dict(arm)
+    if not isinstance(small.get("dispersion", {}).get("layers", ""), str):
+        small["dispersion"] = {**small["dispersion"], "layers": "all"}
+    if isinstance(small.get("active_forgetting"), int):
+        small["active_forgetting"] = min(small["active_forgetting"], STEPS // 2)
     return small

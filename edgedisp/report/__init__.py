@@ -5,9 +5,11 @@ opened and no run folder is read, so the same summary gives the same bytes.
 
     reading.py      how a summary is read when parts of it are absent
     wording.py      how figures are written: digits, units, intervals
-    before_after.py the table, of one run or several; rendering.py: as text and as Markdown
+    before_after.py the table, of one run or several; footnotes.py: below it; rendering.py: as text, Markdown
+    every_arm.py    all arms against the baseline, and the spread between seeds
     comparisons.py  paired comparisons and Holm's correction; claims.py: the verdict, by written rules
-    picture.py      a drawing as SVG, PNG, inline SVG; plots.py, plot_inside.py, plot_scores.py: drawings
+    picture.py      a drawing as SVG, PNG, inline SVG; plots.py, plot_inside.py, plot_condensation.py,
+                    plot_scores.py: drawings; condensation_page.py: those of `edgedisp condensation --out`
     section.py      the shape of a section; results.py, shipped.py, provenance.py: the sections
     page.py         all files of the report, HTML through report.html.j2
     card.py         the README of an exported model folder
@@ -23,14 +25,25 @@ The summary, every part of which may be absent or None:
     midtrain    {arm: {steps, tokens, seconds, tokens_per_s, peak_memory_bytes, weights_sha256, settings {},
                 log [{step, loss, dispersion, lr, grad_norm}]}}
     condensation {arm: {tokens, sequences, layers [{layer, cosine_raw, cosine_sink_excluded,
-                cosine_mean_removed, effective_rank, histogram [counts over cosine -1 to 1]}]}}
+                cosine_mean_removed, effective_rank, maximum_explainable_variance, kurtosis, max_over_median,
+                max_over_median_sink_excluded, sinks, histogram [counts over cosine -1 to 1],
+                intervals {figure: [low, high]}}], final_norm {as a layer}, mean_cosine {value, low, high},
+                correlations {spearman, kendall: {value, low, high}}, change {layers [{layer, figure:
+                {difference, low, high}}], mean_cosine, correlations}: against the baseline}}
+    condensation_bundles {arm: {precision: the same, its change against the arm's torch model}}
     bundles     {arm: {precision: {size_bytes, nodes {}}}}
     verify      {arm: {precision: {max_abs_difference, mean_kl, p99_kl, top1_agreement, greedy_agreement,
                 tokens, genai {opened, reason}, limits {}, passed}}}
     accuracy    {arm: {precision: {task: {metric, value, low, high, n, documents, higher_is_better, chance,
                 metrics {bits_per_byte {value, low, high}}}}}}
-    comparison  {precision: {task: {metric, baseline, dispersed, difference, low, high, n, documents,
-                higher_is_better, p_value, mcnemar_p, nll_difference {difference, low, high}}}}
+    comparison  {arm: {precision: {task: {metric, baseline, arm, difference, low, high, n, documents,
+                higher_is_better, p_value, mcnemar_p, nll_difference {difference, low, high}, and over several
+                seeds `seeds` (evaluate/seeds.py), in nll_difference as well}}}}; in format 1 without the
+                level of arms, its arm being `dispersed`
+    seeds       [seed]; techniques {arm: {dispersion {}, neftune, active_forgetting, embedding_dropout}}
+    replicas    {folder: {arm, seed, midtrain {}, verify {precision}, accuracy {precision}}}: the trainings
+                with other seeds than the first. The first one's stands under the arm's name everywhere else,
+                but accuracy and comparison are over all seeds
     latency     {device, threads, warnings [], pairs [{fault}], rows [{arm, precision, load_s, ttft_ms,
                 prefill_tokens_per_s, decode_tokens_per_s, token_ms_p50, token_ms_p90, peak_memory_bytes,
                 weights_bytes, spread {figure: {low, high}}, warnings []}]}
@@ -46,6 +59,7 @@ from pathlib import Path
 from edgedisp.report.before_after import Table, compare, table
 from edgedisp.report.card import model_card
 from edgedisp.report.claims import verdict
+from edgedisp.report.every_arm import render_arms
 from edgedisp.report.reading import Summary
 from edgedisp.report.rendering import render_markdown, render_text
 
@@ -54,6 +68,7 @@ __all__ = [
     "Table",
     "compare",
     "model_card",
+    "render_arms",
     "render_markdown",
     "render_text",
     "table",

@@ -2,7 +2,8 @@
 
 Rows are precisions (torch fp32, onnx fp32, int8, int4), and in a comparison of runs they are grouped by
 run. Columns come in groups, one group a metric: perplexity and each task with one column per arm and one
-for the paired difference, then what it costs on the device (size, decode speed, time to first token).
+for the paired difference, then what it costs on the device (size, decode speed, time to first token). Of
+more than two arms it shows the baseline and the one that the verdict is about; every_arm.py has the others.
 
 A `Table` holds raw values in base units (shares, bytes, milliseconds); `Metric.scale` turns them into what is
 shown. Left out on purpose: means over tasks, which hide which task moved.
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from edgedisp.report.footnotes import at_chance, unlike
 from edgedisp.report.reading import (
     BASELINE,
     DISPERSED,
@@ -21,6 +23,8 @@ from edgedisp.report.reading import (
     arms,
     at,
     branch,
+    compared,
+    focus,
     is_loss,
     label,
     number,
@@ -36,13 +40,19 @@ DIFFERENCE = "difference"
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure. `low`, `high`: its 95 % interval; `n`, `documents`: what it was measured on."""
+    """One figure. `low`, `high`: its 95 % interval; `n`, `documents`: what it was measured on.
+
+    With several seeds: `item_low`, `item_high` are the interval without their spread, `by_seed` each one's.
+    """
 
     value: float | None = None
     low: float | None = None
     high: float | None = None
     n: int | None = None
     documents: int | None = None
+    item_low: float | None = None
+    item_high: float | None = None
+    by_seed: tuple[float, ...] = ()
 
     @property
     def half_width(self) -> float | None:
@@ -87,7 +97,11 @@ class Metric:
 
 @dataclass(frozen=True)
 class Row:
-    """One precision of one run; `cells[metric.key][arm]` and `cells[metric.key]["difference"]`."""
+    """One precision of one run.
+
+    `cells[metric.key]` holds a cell for each arm, one for each arm's difference to the baseline
+    (`difference_to(arm)`), and as `difference` that of the arm which the run's verdict is about.
+    """
 
     run: str
     precision: str
@@ -101,17 +115,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The whole table. `runs` keeps the order asked for; `notes` are footnotes."""
+    """The whole table. `runs` keeps the order asked for; `notes` are footnotes.
+
+    `compared`: the arms that the column `difference` sets against the baseline, one for each run.
+    """
 
     arms: tuple[str, ...]
     metrics: tuple[Metric, ...]
     rows: tuple[Row, ...]
     runs: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    compared: tuple[str, ...] = ()
 
     def columns(self, metric: Metric) -> tuple[str, ...]:
         """The columns of one group."""
         return (*self.arms, DIFFERENCE) if metric.paired else self.arms
+
+    @property
+    def minuend(self) -> str:
+        """What the baseline is subtracted from: `dispersed`, or `dispersed or strong` over several runs."""
+        return " or ".join(self.compared) or DISPERSED
 
     def as_json(self) -> dict[str, Any]:
         """JSON-able: the dataclasses as dicts."""
@@ -125,24 +148,38 @@ COSTS = (
 )
 
 
-def table(summary: Summary) -> Table:
-    """The before/after table of one run."""
-    return compare([summary])
+def difference_to(arm: str) -> str:
+    """The column of `Row.cells` with an arm's difference to the baseline; no arm can be called so."""
+    return f"{DIFFERENCE}:{arm}"
 
 
-def compare(summaries: Sequence[Summary]) -> Table:
+def table(summary: Summary, every_arm: bool = False) -> Table:
+    """The before/after table of one run; with `every_arm`, of all its arms."""
+    return compare([summary], every_arm)
+
+
+def compare(summaries: Sequence[Summary], every_arm: bool = False) -> Table:
     """The same table over several runs: rows grouped by run, columns the union, missing cells empty.
 
     Figures of runs that saw other text or another context are not comparable across runs; the notes say so.
     """
     titles = _distinct([run_title(summary) for summary in summaries])
-    names = list(dict.fromkeys(arm for summary in summaries for arm in arms(summary)))
+    names = list(dict.fromkeys(arm for summary in summaries for arm in _shown(summary, every_arm)))
     names.sort(key=lambda arm: (arm != BASELINE, arm != DISPERSED))
     rows = [row for title, summary in zip(titles, summaries) for row in _rows(title, summary)]
     candidates = [*_task_metrics(summaries), *COSTS]
     metrics = tuple(metric for metric in candidates if _present(metric.key, rows))
-    notes = [*_unlike(summaries), *(note for summary in summaries for note in _chance_notes(summary))]
-    return Table(tuple(names), metrics, tuple(rows), tuple(titles), tuple(dict.fromkeys(notes)))
+    notes = [*unlike(summaries), *(note for summary in summaries for note in at_chance(summary))]
+    against = dict.fromkeys(arm for summary in summaries if (arm := focus(summary)))
+    return Table(
+        tuple(names), metrics, tuple(rows), tuple(titles), tuple(dict.fromkeys(notes)), tuple(against)
+    )
+
+
+def _shown(summary: Summary, every_arm: bool) -> list[str]:
+    """One column each: all arms, or of more than two those that the verdict is about."""
+    built, chosen = arms(summary), focus(summary)
+    return built if every_arm or chosen is None else [BASELINE, chosen]
 
 
 def _distinct(titles: Iterable[str]) -> list[str]:
@@ -164,7 +201,7 @@ def _task_metrics(summaries: Sequence[Summary]) -> list[Metric]:
     found: dict[str, Metric] = {}
     for summary in summaries:
         for task, result in tasks(summary).items():
-            paired = len(arms(summary)) > 1 or (task in found and found[task].paired)
+            paired = focus(summary) is not None or (task in found and found[task].paired)
             found[task] = task_metric(task, result, paired)
     return sorted(found.values(), key=lambda metric: metric.kind != "loss")
 
@@ -194,21 +231,28 @@ def _row(title: str, summary: Summary, precision: str) -> Row:
         timing = latency_row(summary, arm, precision)
         for key in ("decode_tokens_per_s", "ttft_ms"):
             cells.setdefault(key, {})[arm] = Cell(number(timing.get(key)))
-    for task in {**branch(summary, "comparison", precision), **cells}:
-        difference = _difference(summary, precision, task, cells.get(task, {}))
-        if difference is not None:
-            cells.setdefault(task, {})[DIFFERENCE] = difference
+    chosen = focus(summary)
+    for arm, by_precision in {**{arm: {} for arm in arms(summary)}, **compared(summary)}.items():
+        if arm == BASELINE:
+            continue
+        for task in {**branch(by_precision.get(precision)), **cells}:
+            paired = branch(by_precision, precision, task)
+            difference = _difference(paired, task, arm, cells.get(task, {}))
+            if difference is not None:
+                own = cells.setdefault(task, {})
+                own[difference_to(arm)] = difference
+                if arm == chosen:
+                    own[DIFFERENCE] = difference
     return Row(title, precision, label(precision), cells)
 
 
-def _difference(summary: Summary, precision: str, task: str, by_arm: Mapping[str, Cell]) -> Cell | None:
+def _difference(paired: Mapping[str, Any], task: str, arm: str, by_arm: Mapping[str, Cell]) -> Cell | None:
     """The paired difference, or the plain one without interval where no pairing was recorded."""
-    paired = branch(summary, "comparison", precision, task)
     if number(paired.get("difference")) is not None:
         return _cell(paired, "difference")
     if task in {metric.key for metric in COSTS}:
         return None
-    before, after = by_arm.get(BASELINE, Cell()).value, by_arm.get(DISPERSED, Cell()).value
+    before, after = by_arm.get(BASELINE, Cell()).value, by_arm.get(arm, Cell()).value
     return None if before is None or after is None else Cell(after - before)
 
 
@@ -219,7 +263,15 @@ def _cell(result: Any, key: str) -> Cell:
         number(at(result, "high")),
         whole(at(result, "n")),
         whole(at(result, "documents")),
+        number(at(result, "seeds", "item_low")),
+        number(at(result, "seeds", "item_high")),
+        _numbers(at(result, "seeds", "values")),
     )
+
+
+def _numbers(listed: Any) -> tuple[float, ...]:
+    values = [number(value) for value in listed] if isinstance(listed, list | tuple) else []
+    return tuple(value for value in values if value is not None)
 
 
 def latency_row(summary: Summary, arm: str, precision: str) -> dict[str, Any]:
@@ -229,44 +281,6 @@ def latency_row(summary: Summary, arm: str, precision: str) -> dict[str, Any]:
         if at(row, "arm") == arm and at(row, "precision") == precision:
             return branch(row)
     return {}
-
-
-def _unlike(summaries: Sequence[Summary]) -> list[str]:
-    """What differs between runs so that their figures must not be compared with each other."""
-    reasons = {
-        "base models": ("model", "weights_sha256"),
-        "training texts (and so held-out texts)": ("corpus", "tokens_sha256"),
-        "context lengths": ("corpus", "context"),
-        "numbers of held-out documents": ("corpus", "heldout_documents"),
-    }
-    found = []
-    for what, path in reasons.items():
-        values = {str(value) for summary in summaries if (value := at(summary, *path)) is not None}
-        if len(values) > 1:
-            found.append(what)
-    if not found:
-        return []
-    return [f"The runs have different {', '.join(found)}: compare arms within a run, not across these runs."]
-
-
-def _chance_notes(summary: Summary) -> list[str]:
-    """Tasks where every arm's interval contains the chance level say nothing at that precision."""
-    at_chance: dict[str, list[str]] = {}
-    for precision in precisions(summary):
-        for task, result in tasks(summary).items():
-            chance = number(result.get("chance"))
-            cells = [_cell(at(summary, "accuracy", arm, precision, task), "value") for arm in arms(summary)]
-            known = [cell for cell in cells if cell.low is not None and cell.high is not None]
-            if chance is None or not known:
-                continue
-            if all((cell.low or 0) <= chance <= (cell.high or 0) for cell in known):
-                at_chance.setdefault(f"{task} is at chance ({100 * chance:.0f} %)", []).append(
-                    label(precision)
-                )
-    return [
-        f"{what} in every arm at {', '.join(where)}: it says nothing there."
-        for what, where in at_chance.items()
-    ]
 
 
 def value_text(metric: Metric, value: float | None) -> str:

@@ -11,22 +11,42 @@ import re
 
 from edgedisp.report.before_after import table
 from edgedisp.report.claims import verdict
-from edgedisp.report.reading import BASELINE, Summary, at, branch, leaves, number, run_title
+from edgedisp.report.every_arm import added
+from edgedisp.report.reading import (
+    BASELINE,
+    DISPERSED,
+    Summary,
+    arms,
+    at,
+    branch,
+    leaves,
+    number,
+    run_title,
+    seeds,
+    trainings,
+)
 from edgedisp.report.rendering import escape_markdown, fenced, grid_markdown, render_markdown
 from edgedisp.report.wording import count, short_hash
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def model_card(summary: Summary, arm: str) -> str:
-    """Markdown with YAML front matter for the model folder of one arm."""
+def model_card(summary: Summary, name: str) -> str:
+    """Markdown with YAML front matter for the model folder of one training.
+
+    `name`: the arm, or for another seed than the first the folder under `replicas`.
+    """
     base = str(at(summary, "model", "base") or "")
+    replica = branch(summary, "replicas", name)
+    arm = str(replica.get("arm") or name)
+    seed = number(replica.get("seed"))
+    title = f"{escape_markdown(arm)} arm" + (f", seed {seed:.0f}" if seed is not None else "")
     blocks = [
-        _front_matter(base, arm),
-        f"# {escape_markdown(run_title(summary))}, {escape_markdown(arm)} arm",
-        _what(base, arm),
+        _front_matter(base, arm, summary),
+        f"# {escape_markdown(run_title(summary))}, {title}",
+        _what(base, arm, summary),
         "## Training",
-        _training(summary, arm),
+        _training(summary, arm, name),
         "## Results",
         escape_markdown(verdict(summary)["sentence"]),
         render_markdown(table(summary)).rstrip(),
@@ -41,32 +61,46 @@ def model_card(summary: Summary, arm: str) -> str:
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _front_matter(base: str, arm: str) -> str:
+def _disperses(summary: Summary, arm: str) -> bool:
+    """Whether the arm had a dispersion loss; reports of format 1 knew `dispersed` alone."""
+    known = at(summary, "techniques", arm)
+    return arm == DISPERSED if known is None else bool(at(known, "dispersion"))
+
+
+def _front_matter(base: str, arm: str, summary: Summary) -> str:
     """JSON strings are YAML strings, so that no name can break out of its line."""
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if HUB_ID.fullmatch(base):
         lines.append(f"base_model: {json.dumps(base)}")
-    tags = ["edgedisp", "onnx", *([] if arm == BASELINE else ["dispersion-loss"])]
+    tags = ["edgedisp", "onnx", *(["dispersion-loss"] if _disperses(summary, arm) else [])]
     return "\n".join([*lines, "tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---"])
 
 
-def _what(base: str, arm: str) -> str:
+def _what(base: str, arm: str, summary: Summary) -> str:
     name = escape_markdown(base) or "a base model"
+    others = [other for other in arms(summary) if other != BASELINE]
     if arm == BASELINE:
+        twins = "its twin had" if len(others) < 2 else f"its {len(others)} twins had"
         return (
-            f"{name}, mid-trained with plain cross-entropy. It is the control of a paired experiment: its "
-            "twin had the "
-            "same data, order, initial weights and optimizer, and a dispersion loss on top."
+            f"{name}, mid-trained with plain cross-entropy. It is the control of a paired experiment: "
+            f"{twins} the same data, order, initial weights and optimizer, and something on top: "
+            f"{'; '.join(escape_markdown(_added(summary, other)) for other in others) or 'nothing'}."
         )
-    return (
-        f"{name}, mid-trained with cross-entropy plus a dispersion loss, which pushes the token vectors of "
-        "a sequence "
-        "apart in every chosen layer (arXiv 2602.00217). Its twin without that loss is the control."
-    )
+    text = f"{name}, mid-trained with cross-entropy and {escape_markdown(_added(summary, arm))}."
+    if _disperses(summary, arm):
+        text += (
+            " A dispersion loss pushes the token vectors of a sequence apart in every chosen layer "
+            "(arXiv 2602.00217)."
+        )
+    return f"{text} Its twin with plain cross-entropy is the control."
 
 
-def _training(summary: Summary, arm: str) -> str:
-    part, corpus = branch(summary, "midtrain", arm), branch(summary, "corpus")
+def _added(summary: Summary, arm: str) -> str:
+    return "a dispersion loss" if at(summary, "techniques", arm) is None else added(summary, arm)
+
+
+def _training(summary: Summary, arm: str, name: str) -> str:
+    part, corpus = trainings(summary, arm).get(name, {}), branch(summary, "corpus")
     rows = [
         ("training tokens", count(number(part.get("tokens")))),
         ("steps", count(number(part.get("steps")))),
@@ -103,8 +137,11 @@ def _licence(summary: Summary, base: str) -> str:
 
 
 def _limits(summary: Summary) -> str:
+    count_ = seeds(summary)
     lines = [
-        "- One training seed; the intervals cover the choice of test text, not the luck of training.",
+        "- One training seed; the intervals cover the choice of test text, not the luck of training."
+        if count_ == 1
+        else f"- The results are over {count_} training seeds, of which this model is one.",
         "- Scored on text like its training text; nothing is said about safety, facts or other languages.",
         "- Quantized bundles differ from this folder's weights; the table gives their own scores.",
     ]

@@ -4,6 +4,7 @@ The rules (`RULES`, printed in every report):
 
 1. One test is the headline, chosen before any figure is seen: the difference in held-out loss per token,
    dispersed - baseline, paired and clustered by document, at the precision that ships (the fewest bits).
+   Without an arm `dispersed` it is the first arm with dispersion; other arms are never the headline.
 2. helps / hurts: the headline's 95 % interval lies wholly below / above 0.
 3. no measurable difference: it contains 0 and is narrow enough (half-width at most 0.02 nats per token, 2 %
    of perplexity) to have shown a difference that matters.
@@ -13,12 +14,12 @@ The rules (`RULES`, printed in every report):
 5. All other tasks and precisions are supporting. Their number is told, and one counts only if its interval
    excludes 0 AND it survives Holm's correction at 5 %. By chance alone one in twenty excludes 0.
 6. A null result tells what could have been seen: the interval's half-width.
-7. One arm alone: nothing is claimed.
+7. No baseline, or nothing beside it: nothing is claimed.
+8. With several seeds the intervals hold their spread as well (evaluate/seeds.py). With one, how much the luck
+   of training matters is unknown, and the report says so: the interval covers the choice of test text alone.
 
 Where 0.02 comes from: int8 costs less than 1 % of perplexity and int4 5-30 %, so 2 % is about the largest
 difference that someone could shrug off.
-
-Known limit: one training seed per arm. The interval covers the choice of test text, not the luck of training.
 """
 
 from __future__ import annotations
@@ -36,10 +37,14 @@ from edgedisp.report.reading import (
     arms,
     at,
     bits,
+    compared,
+    first_losses,
+    focus,
     is_loss,
     label,
     number,
     precisions,
+    seeds,
     tasks,
     whole,
 )
@@ -50,11 +55,14 @@ CANNOT_TELL, SINGLE = "cannot tell at this size", "single arm"
 
 WIDEST_NULL = 0.02  # nats per token: an interval wider than +- this cannot support "no difference"
 FEWEST_DOCUMENTS = 20
-SEED_CAUTION = "One training seed per arm: the luck of training is not in the interval."
+SEED_CAUTION = (
+    "One training seed per arm: how much the luck of training matters is unknown, and not in the interval."
+)
 
 RULES = (
     "The headline test is fixed beforehand: the difference in held-out loss per token (dispersed - baseline, "
-    "paired, clustered by document) at the precision that ships, the one with the fewest bits.",
+    "paired, clustered by document) at the precision that ships, the one with the fewest bits. Without an "
+    "arm “dispersed” it is the first arm with dispersion.",
     "“helps” or “hurts”: its 95 % interval lies wholly below or wholly above 0.",
     f"“no measurable difference”: it contains 0 and its half-width is at most {WIDEST_NULL} nats per token "
     "(2 % of perplexity).",
@@ -64,83 +72,87 @@ RULES = (
     "Every other task and precision is supporting: one counts only if its interval excludes 0 and it "
     "survives Holm's correction at 5 % over all of them. By chance alone one in twenty excludes 0.",
     "A null result says what could have been seen: the half-width of the interval.",
-    "One training seed per arm: intervals cover the choice of test text, not the luck of training.",
+    "With several training seeds, intervals cover the choice of test text and the luck of training (the "
+    "spread between seeds). With one seed they cover the text alone, and how much luck matters is unknown.",
 )
 
 
 def verdict(summary: Summary) -> dict[str, Any]:
     """What this build shows.
 
-    Returns {label, sentence, parts (the sentence in pieces, the first is the claim), rules, headline (a
-    comparison or None), supporting (comparisons with p and Holm-corrected p), comparisons (how many in all),
-    per_precision {precision: {label, sentence}}}. JSON-able.
+    Returns {label, sentence, parts (the sentence in pieces, the first is the claim), rules, arm (compared
+    with the baseline, or None), seeds (how many), headline (a comparison or None), supporting (comparisons
+    with p and Holm-corrected p), comparisons (how many in all), per_precision {precision: {label,
+    sentence}}}.
+    JSON-able.
     """
-    built = arms(summary)
-    compared = comparisons(summary) if {BASELINE, DISPERSED} <= set(built) else []
-    first = headline(compared)
-    supporting = holm([one for one in compared if one is not first])
-    if {BASELINE, DISPERSED} <= set(built):
-        decided, parts = _decide(summary, first, supporting)
+    arm = focus(summary)
+    found = comparisons(summary, arm) if arm else []
+    first = headline(found)
+    supporting = holm([one for one in found if one is not first])
+    if arm:
+        decided, parts = _decide(summary, arm, first, supporting)
     else:
-        decided, parts = SINGLE, _single(summary, built)
+        decided, parts = SINGLE, _single(summary, arms(summary))
     return {
         "label": decided,
         "sentence": " ".join(parts),
         "parts": parts,
         "rules": list(RULES),
+        "arm": arm,
+        "seeds": seeds(summary),
         "headline": None if first is None else asdict(first),
         "supporting": [asdict(one) for one in supporting],
-        "comparisons": len(compared),
-        "per_precision": _per_precision(summary, first, supporting),
+        "comparisons": len(found),
+        "per_precision": _per_precision(summary, arm, first, supporting) if arm else {},
     }
 
 
 def _decide(
-    summary: Summary, first: Comparison | None, supporting: Sequence[Comparison]
+    summary: Summary, arm: str, first: Comparison | None, supporting: Sequence[Comparison]
 ) -> tuple[str, list[str]]:
     """The label and the sentence's parts, rule by rule."""
-    reason = _too_small(summary, first)
+    reason = _too_small(summary, arm, first)
     if first is None or reason:
         return CANNOT_TELL, [reason, *([_evidence(summary, first)] if first else [])]
     parts = [_evidence(summary, first), *_not_compared(summary, first), _others(supporting)]
     if first.excludes_zero:
         decided = HELPS if first.gain else HURTS
-        return decided, [_claim(summary, first, decided), *parts, SEED_CAUTION]
+        return decided, [_claim(summary, first, decided), *parts, _luck(first)]
     if any(one.survives for one in supporting):
         claim = "Cannot tell at this size: the headline loss shows no difference, but supporting tests do."
-        return CANNOT_TELL, [claim, *parts, _seen(first), SEED_CAUTION]
+        return CANNOT_TELL, [claim, *parts, _seen(first), _luck(first)]
     if any(one.excludes_zero for one in supporting):
         claim = f"No measurable difference in held-out loss at {label(first.precision)}."
     else:
         claim = "No measurable difference at this budget."
-    return NULL, [claim, *parts, _seen(first)]
+    return NULL, [claim, *parts, _seen(first), _luck(first)]
 
 
-def first_losses(summary: Summary) -> tuple[float, float] | None:
-    """Cross-entropy of (baseline, dispersed) before the first update, where one model saw one batch."""
-    found = []
-    for arm in (BASELINE, DISPERSED):
-        log = at(summary, "midtrain", arm, "log")
-        first = log[0] if isinstance(log, list) and log and isinstance(log[0], dict) else {}
-        loss = number(first.get("loss")) if first.get("step") == 1 else None
-        if loss is None:
-            return None
-        found.append(loss)
-    return found[0], found[1]
+def _luck(first: Comparison) -> str:
+    """What is known of the luck of training."""
+    if len(first.by_seed) < 2 or first.sd is None:
+        return SEED_CAUTION
+    decimals = decimals_for(first.half_width, 4)
+    each = ", ".join(signed(value, decimals) for value in first.by_seed)
+    return (
+        f"The {len(first.by_seed)} seeds differ by {fixed(first.sd, decimals)} (standard deviation; {each}), "
+        "which the interval includes."
+    )
 
 
-def _too_small(summary: Summary, first: Comparison | None) -> str:
+def _too_small(summary: Summary, arm: str, first: Comparison | None) -> str:
     """Why no claim is made at this size, or an empty string."""
     if at(summary, "smoke"):
         return (
             "Cannot tell at this size: a smoke run proves that the recipe works and says nothing about "
             "dispersion."
         )
-    losses = first_losses(summary)
-    if losses is not None and losses[0] != losses[1]:
+    unlike = [pair for pair in first_losses(summary, arm) or () if pair[0] != pair[1]]
+    if unlike:
         return (
-            f"Cannot tell: the arms' losses before the first update differ ({losses[0]:.6f} and "
-            f"{losses[1]:.6f}), so the machine did not compute both alike. Build again."
+            f"Cannot tell: the arms' losses before the first update differ ({unlike[0][0]:.6f} and "
+            f"{unlike[0][1]:.6f}), so the machine did not compute both alike. Build again."
         )
     if first is None:
         return "Cannot tell at this size: no paired held-out loss was compared."
@@ -158,6 +170,8 @@ def _too_wide(first: Comparison) -> str:
     """The cost to know: an interval narrows with the square root of the number of documents."""
     missed = _amount(first, first.half_width)
     text = f"Cannot tell at this size: a difference of less than {missed} would not show."
+    if first.more_luck_than_text:
+        return f"{text} More of that is the luck of training than the choice of text: more seeds would tell."
     if first.documents:
         needed = math.ceil(first.documents * (first.half_width / WIDEST_NULL) ** 2)
         text += f" About {needed:,} held-out documents are needed to see {WIDEST_NULL} nats per token."
@@ -180,7 +194,7 @@ def _amount(one: Comparison, size: float) -> str:
 
 def _evidence(summary: Summary, one: Comparison) -> str:
     """The headline's figure, its interval, what it was measured on and after how much training."""
-    found = {whole(at(summary, "midtrain", arm, "tokens")) for arm in (BASELINE, DISPERSED)} - {None}
+    found = {whole(at(summary, "midtrain", arm, "tokens")) for arm in (BASELINE, one.arm)} - {None}
     tokens = " or ".join(count(value) for value in sorted(found, key=str))
     what = "held-out loss" if one.task == "heldout_perplexity" else f"the loss of {one.task}"
     unit = " nats per token" if one.unit == "nats" else ""
@@ -189,27 +203,36 @@ def _evidence(summary: Summary, one: Comparison) -> str:
     value, low, high = (signed(x, decimals) for x in (one.difference, one.low, one.high))
     sizes = "".join(f"; {text}" for text in (_sizes(one),) if text)
     text = (
-        f"{what} at {label(one.precision)} changes by {value}{unit} with dispersion "
+        f"{what} at {label(one.precision)} changes by {value}{unit} with {_cause(one.arm)} "
         f"(95 % interval {low} to {high}{sizes})."
     )
     return f"After {tokens} training tokens per arm, {text}" if tokens else text[0].upper() + text[1:]
 
 
+def _cause(arm: str) -> str:
+    return "dispersion" if arm == DISPERSED else f"the arm {arm}"
+
+
 def _sizes(one: Comparison) -> str:
     known = ((one.n, "item"), (one.documents, "document"))
-    return " from ".join(plural(number_, word) for number_, word in known if number_)
+    sizes = " from ".join(plural(number_, word) for number_, word in known if number_)
+    over = f"{len(one.by_seed)} seeds" if len(one.by_seed) > 1 else ""
+    return ", ".join(text for text in (sizes, over) if text)
 
 
 def _claim(summary: Summary, one: Comparison, decided: str) -> str:
     """`Dispersion helps at int4: perplexity 15.52 -> 15.40 (-0.8 %).`"""
-    path = ("comparison", one.precision, one.task)
-    values = [number(at(summary, *path, arm)) for arm in (BASELINE, DISPERSED)]
+    entry = at(compared(summary), one.arm, one.precision, one.task)
+    after = at(entry, "arm") if at(entry, DISPERSED) is None else at(entry, DISPERSED)
+    values = [number(at(entry, BASELINE)), number(after)]
     share = 100 * math.expm1(one.difference)
     change = f"{signed(share, max(1, decimals_for(share and abs(share), 1)))} %" if one.unit == "nats" else ""
     if None not in values:
         moved = f"perplexity {figure(values[0])} -> {figure(values[1])}"
         change = f"{moved} ({change})" if change else moved
-    return f"Dispersion {decided} at {label(one.precision)}: {change or signed(one.difference, 3)}."
+    cause = _cause(one.arm)
+    start = f"{cause[0].upper()}{cause[1:]} {decided} at {label(one.precision)}"
+    return f"{start}: {change or signed(one.difference, 3)}."
 
 
 def _not_compared(summary: Summary, first: Comparison) -> list[str]:
@@ -251,7 +274,9 @@ def _single(summary: Summary, built: Sequence[str]) -> list[str]:
     """What there is to say without a twin: the arm and its loss at the precision that ships."""
     if not built:
         return ["No arm was built."]
-    parts = [f"Single arm: only {' and '.join(built)} was built, so there is nothing to compare."]
+    if len(built) > 1:
+        return [f"No baseline was built beside {' and '.join(built)}, so there is nothing to compare with."]
+    parts = [f"Single arm: only {built[0]} was built, so there is nothing to compare."]
     for precision in reversed(precisions(summary)):
         for task, result in tasks(summary).items():
             value = number(at(summary, "accuracy", built[0], precision, task, "value"))
@@ -261,14 +286,14 @@ def _single(summary: Summary, built: Sequence[str]) -> list[str]:
 
 
 def _per_precision(
-    summary: Summary, first: Comparison | None, supporting: Sequence[Comparison]
+    summary: Summary, arm: str, first: Comparison | None, supporting: Sequence[Comparison]
 ) -> dict[str, dict[str, str]]:
     """The loss comparison of each precision under the same rules; supporting ones after Holm's correction."""
     out: dict[str, dict[str, str]] = {}
     losses = [one for one in (first, *supporting) if one is not None and "perplexity" in one.task]
     for one in sorted(losses, key=lambda loss: (-bits(loss.precision), loss.task != "heldout_perplexity")):
         claimed = one.excludes_zero if one is first else one.survives
-        if _too_small(summary, one):
+        if _too_small(summary, arm, one):
             decided = CANNOT_TELL
         else:
             decided = (HELPS if one.gain else HURTS) if claimed else NULL

@@ -13,7 +13,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgedisp.report.before_after import task_metric
-from edgedisp.report.reading import Summary, bits, branch, is_loss, number, tasks, whole
+from edgedisp.report.reading import (
+    DISPERSED,
+    Summary,
+    bits,
+    branch,
+    compared,
+    focus,
+    is_loss,
+    number,
+    tasks,
+    whole,
+)
 
 LEVEL = 0.05  # two-sided
 Z95 = 1.959964  # half-width of a 95 % interval in standard errors
@@ -21,10 +32,12 @@ Z95 = 1.959964  # half-width of a 95 % interval in standard errors
 
 @dataclass(frozen=True)
 class Comparison:
-    """One paired comparison, dispersed - baseline.
+    """One paired comparison, arm - baseline.
 
     `unit`: "nats" (a loss per token), "share" (an accuracy in [0, 1]) or "" (the task's own unit).
-    `gain`: whether the difference is in the better direction, None when that is unknown.
+    `gain`: whether the difference is in the better direction, None when that is unknown. With several seeds
+    the interval holds their spread too; `by_seed` are their differences, `sd` is the standard deviation of
+    those, `item_se` the standard error over items alone, `item_low` and `item_high` the interval of that.
     """
 
     precision: str
@@ -38,11 +51,24 @@ class Comparison:
     documents: int | None
     p: float
     p_holm: float = 1.0
+    arm: str = DISPERSED
+    by_seed: tuple[float, ...] = ()
+    sd: float | None = None
+    item_se: float | None = None
+    item_low: float | None = None
+    item_high: float | None = None
 
     @property
     def half_width(self) -> float:
         """The smallest difference that could have been seen."""
         return (self.high - self.low) / 2
+
+    @property
+    def more_luck_than_text(self) -> bool:
+        """Whether the spread between seeds takes more of the interval than the choice of items."""
+        if self.item_low is None or self.item_high is None:
+            return False
+        return self.half_width > math.sqrt(2) * (self.item_high - self.item_low) / 2
 
     @property
     def excludes_zero(self) -> bool:
@@ -55,17 +81,22 @@ class Comparison:
         return self.excludes_zero and self.p_holm <= LEVEL
 
 
-def comparisons(summary: Summary) -> list[Comparison]:
-    """Every paired comparison that has an interval: fewest bits first, perplexities before other tasks.
+def comparisons(summary: Summary, arm: str | None = None) -> list[Comparison]:
+    """Every paired comparison of an arm that has an interval: fewest bits first, perplexities first in each.
 
-    A perplexity is compared by its loss per token where that was recorded: the logarithm is what was paired.
+    Without `arm`, of the one that the verdict is about. A perplexity is compared by its loss per token where
+    that was recorded: the logarithm is what was paired.
     """
     found = []
+    chosen = arm or focus(summary)
     order = {task: index for index, task in enumerate(tasks(summary))}
-    for precision in sorted(branch(summary, "comparison"), key=bits):
-        by_task = branch(summary, "comparison", precision)
+    by_precision = compared(summary).get(chosen, {}) if chosen else {}
+    for precision in sorted(by_precision, key=bits):
+        by_task = branch(by_precision[precision])
         for task in sorted(by_task, key=lambda name: order.get(name, len(order))):
-            found += _comparison(precision, task, branch(by_task[task]))
+            found += [
+                replace(one, arm=str(chosen)) for one in _comparison(precision, task, branch(by_task[task]))
+            ]
     return found
 
 
@@ -82,7 +113,16 @@ def _comparison(precision: str, task: str, entry: dict[str, Any]) -> list[Compar
     p = recorded[0] if recorded else normal_p(value, low, high)
     unit = "nats" if in_nats else "share" if metric.unit == "%" else ""
     sizes = whole(entry.get("n")), whole(entry.get("documents"))
-    return [Comparison(precision, task, value, low, high, unit, gain, *sizes, p)]
+    one = Comparison(precision, task, value, low, high, unit, gain, *sizes, p)
+    spread = branch(source, "seeds")
+    return [replace(one, **_spread(spread))] if spread else [one]
+
+
+def _spread(spread: dict[str, Any]) -> dict[str, Any]:
+    listed = spread.get("values")
+    values = [number(value) for value in listed] if isinstance(listed, list | tuple) else []
+    figures = {key: number(spread.get(key)) for key in ("sd", "item_se", "item_low", "item_high")}
+    return {"by_seed": tuple(value for value in values if value is not None), **figures}
 
 
 def normal_p(value: float, low: float, high: float) -> float:

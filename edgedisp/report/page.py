@@ -27,16 +27,16 @@ from edgedisp.report.before_after import (
     value_text,
 )
 from edgedisp.report.claims import verdict
-from edgedisp.report.picture import Plot, inline_svgs, save
+from edgedisp.report.picture import Plot, arm_class, inline_svgs, save
 from edgedisp.report.plots import NAMES, plots
 from edgedisp.report.provenance import fairness, limits, reproduce, stages
-from edgedisp.report.reading import Summary, at, branch, finite, number, run_title
+from edgedisp.report.reading import Summary, arms, at, branch, finite, number, run_title, seeds
 from edgedisp.report.rendering import escape_markdown, fenced, grid_markdown, render_markdown
 from edgedisp.report.results import result_sections
 from edgedisp.report.section import Section
 from edgedisp.report.wording import count, typographic
 
-FORMAT = 1  # of report.json; raised when a key changes its meaning
+FORMAT = 2  # of report.json; raised when a key changes its meaning. 1: `comparison` without the level of arms
 
 
 def write(summary: Summary, out: Path) -> list[Path]:
@@ -109,6 +109,8 @@ def page(summary: Summary, sections: list[Section], pictures: dict[str, Plot]) -
         ),
         sections=sections,
         plots=pictures,
+        classes={arm: arm_class(arm, arms(summary)) for arm in arms(summary)},
+        more_arms=any(section.key == "arms" for section in sections),
         # Drawn by matplotlib, which escapes every text: the one thing let through unescaped.
         svgs={name: [Markup(svg) for svg in inline_svgs(plot)] for name, plot in pictures.items()},
     )
@@ -123,6 +125,7 @@ def subtitle(summary: Summary) -> list[str]:
         f"{' or '.join(count(value) for value in sorted(tokens, key=str))} training tokens per arm"
         if tokens
         else "",
+        f"{seeds(summary)} seeds" if seeds(summary) > 1 else "",
         f"context {count(context)}" if context else "",
         str(at(summary, "machine", "cpu") or at(summary, "machine", "cpu_model") or ""),
         str(at(summary, "created") or "")[:16].replace("T", " "),
@@ -183,7 +186,7 @@ def _section_markdown(section: Section, pictures: dict[str, Plot]) -> list[str]:
         blocks += [
             f"### {plot.title}",
             f"![{escape_markdown(plot.description)}](plots/{name}.png)",
-            plot.caption,
+            escape_markdown(plot.caption),
         ]
     for grid in section.grids:
         blocks.append(f"**{escape_markdown(grid.caption)}**" if grid.caption else "")

@@ -30,7 +30,7 @@ from matplotlib.lines import Line2D
 # Grey-blue and orange stay apart for every common kind of colour blindness; lightness differs as well.
 INK, MUTED, RULE = "#1f2933", "#66727f", "#d5dbe1"
 ARM_COLORS = {"baseline": "#5f7f9f", "dispersed": "#d9771f"}
-OTHER_COLORS = ("#2f8f83", "#8a63a8", "#b04a5a", "#7d7a2f")
+OTHER_COLORS = ("#2f8f83", "#8a63a8", "#b04a5a", "#7d7a2f", "#3f6fc4", "#7a5640")
 HEAT = "#3f7fb5"
 VARIABLES = {
     INK: "ink",
@@ -39,6 +39,7 @@ VARIABLES = {
     ARM_COLORS["baseline"]: "baseline",
     ARM_COLORS["dispersed"]: "dispersed",
 }
+MARKERS = "os^Dvp"  # an arm is told by its mark too; with many arms colours come round before marks do
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "edgedisp",
     "svg.fonttype": "none",
@@ -102,8 +103,22 @@ class Plot:
 
 def arm_color(arm: str, arms: Sequence[str]) -> str:
     """The colour of an arm, the same in every plot."""
+    return ARM_COLORS.get(arm) or OTHER_COLORS[_place(arm, arms)]
+
+
+def arm_class(arm: str, arms: Sequence[str]) -> str:
+    """The page's CSS class for that colour: `baseline`, `dispersed`, `other0`, ..."""
+    return arm if arm in ARM_COLORS else f"other{_place(arm, arms)}"
+
+
+def arm_mark(arm: str, arms: Sequence[str]) -> str:
+    """The mark of an arm's points: circle, square, triangle, ..."""
+    return MARKERS[list(arms).index(arm) % len(MARKERS)]
+
+
+def _place(arm: str, arms: Sequence[str]) -> int:
     others = [name for name in arms if name not in ARM_COLORS]
-    return ARM_COLORS.get(arm) or OTHER_COLORS[others.index(arm) % len(OTHER_COLORS)]
+    return others.index(arm) % len(OTHER_COLORS)
 
 
 def slug(text: str) -> str:
@@ -130,7 +145,8 @@ def save(plot: Plot, folder: Path) -> list[Path]:
 def _figure(panels: Sequence[Panel], arms: Sequence[str]) -> Figure:
     columns = len(panels) if len(panels) < 4 else 2 if len(panels) == 4 else 3
     lines = -(-len(panels) // columns)
-    legend = 0.35 if arms else 0.0
+    in_line = 2 * columns  # names in one line of the legend
+    legend = 0.35 * -(-len(arms) // in_line)
     size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * lines + legend)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
@@ -141,7 +157,7 @@ def _figure(panels: Sequence[Panel], arms: Sequence[str]) -> Figure:
         ax.set_axis_off()
     if arms:
         marks = [Line2D([], [], color=arm_color(arm, arms), linewidth=4) for arm in arms]
-        figure.legend(marks, list(arms), loc="outside upper right", ncols=len(arms))
+        figure.legend(marks, list(arms), loc="outside upper right", ncols=min(len(arms), in_line))
     return figure
 
 
@@ -181,6 +197,8 @@ def _inline(svg: str, prefix: str, panel: Panel) -> str:
     rest = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", rest)
     for color, name in VARIABLES.items():
         rest = rest.replace(color, f"var(--{name})")
+    for index, color in enumerate(OTHER_COLORS):  # a page without that variable shows the colour itself
+        rest = rest.replace(color, f"var(--other{index}, {color})")
     return (
         f'<svg viewBox="{box[1] if box else ""}" role="img" aria-labelledby="{prefix}-title {prefix}-desc">'
         f'<title id="{prefix}-title">{html.escape(panel.title)}</title>'

@@ -14,13 +14,16 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from edgedisp.report.picture import HEAT, INK, Panel, Plot, Series, arm_color, slug
 from edgedisp.report.reading import BASELINE, DISPERSED, Summary, arms, at, branch, number
 from edgedisp.report.wording import fixed, percent, small
 
-HEATMAP, LAYERS, TRAINING = "condensation_heatmap", "condensation_layers", "training"
+HEATMAP, TRAINING = "condensation_heatmap", "training"
+
+Band = tuple[list[float], list[float], list[float]]
+"""x, low, high."""
 
 
 def layers(summary: Summary, arm: str) -> list[dict[str, Any]]:
@@ -56,17 +59,18 @@ def condensation_heatmap(summary: Summary) -> Plot | None:
     top = max(float(found.max()) for found in shares.values())
     floor = min(lowest_cosine(found) for found in shares.values())
     panels = [_heat_panel(summary, arm, found, top, floor) for arm, found in shares.items()]
-    if {BASELINE, DISPERSED} <= set(shares) and shares[BASELINE].shape == shares[DISPERSED].shape:
-        panels.append(_change_panel(shares[DISPERSED] - shares[BASELINE], floor))
+    pair = changed(shares)
+    if pair is not None:
+        panels.append(_change_panel(*pair, shares, floor, built))
     caption = (
         "Each column is a layer (0 is the embedding); the stronger the colour, the more token pairs of a "
         "sequence have that cosine. The line is the mean. Condensation: the mass moves up, towards 1. "
-        f"Full strength is {percent(top, 0)} of a layer's pairs, the same in both arms."
+        f"Full strength is {percent(top, 0)} of a layer's pairs, the same in all panels."
     )
-    if len(panels) > len(shares):
+    if pair is not None:
         caption += (
-            " The last panel subtracts them: orange where the dispersed arm has more pairs, grey-blue where "
-            "the baseline has."
+            f" The last panel subtracts: where {pair[1]} or {pair[0]} has more pairs, in the colour that it "
+            "has in the curves."
         )
     return Plot(HEATMAP, "Cosine similarity of token pairs, by layer", caption, tuple(panels))
 
@@ -115,13 +119,24 @@ def _heat_panel(summary: Summary, arm: str, shares: Any, top: float, floor: floa
     return Panel(f"heat-{slug(arm)}", arm, description, draw)
 
 
-def _change_panel(change: Any, floor: float) -> Panel:
+def changed(shares: dict[str, Any]) -> tuple[str, str] | None:
+    """Which two arms the last panel subtracts, (before, after): baseline and dispersed, or the only two."""
+    pair = (BASELINE, DISPERSED) if {BASELINE, DISPERSED} <= set(shares) else tuple(shares)
+    if len(pair) != 2 or shares[pair[0]].shape != shares[pair[1]].shape:
+        return None
+    return pair[0], pair[1]
+
+
+def _change_panel(
+    before: str, after: str, shares: dict[str, Any], floor: float, names: Sequence[str]
+) -> Panel:
+    change = shares[after] - shares[before]
     top = float(np.abs(change).max())
 
     def draw(ax: Axes) -> None:
         strength = np.abs(change) / top if top else np.zeros_like(change)
-        image = _shade(strength**0.7, arm_color(DISPERSED, ()))
-        image[change < 0, :3] = to_rgb(arm_color(BASELINE, ()))
+        image = _shade(strength**0.7, arm_color(after, names))
+        image[change < 0, :3] = to_rgb(arm_color(before, names))
         _show(ax, image)
         ax.set_ylim(floor, 1.0)
 
@@ -130,56 +145,56 @@ def _change_panel(change: Any, floor: float) -> Panel:
         f"{percent(moved, 2)} of the pairs lie in another bin, averaged over layers; one bin changes by at "
         f"most {percent(top, 2)}."
     )
-    return Panel("heat-change", f"dispersed - baseline (full: {percent(top, 1)})", description, draw)
+    return Panel("heat-change", f"{after} - {before} (full: {percent(top, 1)})", description, draw)
 
 
-def condensation_layers(summary: Summary) -> Plot | None:
-    """Mean pairwise cosine by layer, three ways, and effective rank."""
-    kinds = {
-        "cosine_raw": "mean cosine, raw",
-        "cosine_sink_excluded": "mean cosine, sinks left out",
-        "cosine_mean_removed": "mean cosine, mean vector removed",
-        "effective_rank": "effective rank",
-    }
-    panels = []
-    for key, title in kinds.items():
-        series = {arm: _points(layers(summary, arm), "layer", key) for arm in arms(summary)}
-        series = {arm: points for arm, points in series.items() if points[0]}
-        if series:
-            draw = _lines(series, arms(summary), "layer")
-            panels.append(Panel(key.replace("_", "-"), title, _series_words(series, "layer"), draw))
-    caption = (
-        "Raw cosine counts the attention sinks (the first token, and any whose norm is over ten times the "
-        "median); leaving them out, or removing the mean vector too, shows what the other tokens do. "
-        "Effective rank, without sinks: in how many directions the token vectors spread; higher is less "
-        "condensed."
-    )
-    if not panels:
-        return None
-    return Plot(LAYERS, "Condensation by layer", caption, tuple(panels), tuple(arms(summary)))
+# Curves
 
 
-def _points(rows: Sequence[dict[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
+def columns(rows: Sequence[dict[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
+    """Two columns of the rows that have both."""
     pairs = [(number(row.get(x)), number(row.get(y))) for row in rows]
     known = [(a, b) for a, b in pairs if a is not None and b is not None]
     return [a for a, _ in known], [b for _, b in known]
 
 
-def _lines(series: Series, names: Sequence[str], xlabel: str) -> Callable[[Axes], None]:
-    """One line an arm: the first thick, later ones thinner on top."""
+def lines(
+    series: Series,
+    names: Sequence[str],
+    xlabel: str,
+    bands: dict[str, Band] | None = None,
+    log: bool = False,
+) -> Callable[[Axes], None]:
+    """One line an arm, the first thick, later ones thinner on top; below them the intervals, shaded."""
 
     def draw(ax: Axes) -> None:
+        if log:
+            ax.set_yscale("log")
+        for arm, (x, low, high) in (bands or {}).items():
+            ax.fill_between(x, low, high, color=arm_color(arm, names), alpha=0.16, linewidth=0)
         for index, (arm, (x, y)) in enumerate(series.items()):
             width = 3.4 if index == 0 and len(series) > 1 else 1.7
             ax.plot(x, y, color=arm_color(arm, names), linewidth=width, marker="o" if len(x) < 3 else None)
         ax.set_xlabel(xlabel)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-        ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        if log:
+            _log_ticks(ax)
+        else:
+            ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
 
     return draw
 
 
-def _series_words(series: Series, x: str) -> str:
+def _log_ticks(ax: Axes) -> None:
+    """Plain numbers at powers of ten, and between them where there are few."""
+    low, high = ax.get_ylim()
+    between = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0)
+    ax.yaxis.set_major_locator(LogLocator(subs=between))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def series_words(series: Series, x: str) -> str:
     """First, highest and last value of every arm."""
     words = []
     for arm, (xs, ys) in series.items():
@@ -201,11 +216,11 @@ def training(summary: Summary) -> Plot | None:
         series: Series = {}
         for arm in arms(summary):
             log = at(summary, "midtrain", arm, "log")
-            points = _points([branch(row) for row in log] if isinstance(log, list) else [], "step", key)
+            points = columns([branch(row) for row in log] if isinstance(log, list) else [], "step", key)
             if points[0]:
                 series[arm] = points
         if series:
-            panels.append(Panel(key, title, _series_words(series, "step"), _curves(series, arms(summary))))
+            panels.append(Panel(key, title, series_words(series, "step"), _curves(series, arms(summary))))
     caption = (
         "Thin: every logged step. Thick: running mean. The dispersion term is measured where it was logged."
     )
@@ -228,6 +243,6 @@ def _curves(series: Series, names: Sequence[str]) -> Callable[[Axes], None]:
             if window > 1:
                 ax.plot(x, y, color=arm_color(arm, names), linewidth=0.8, alpha=0.35)
             smooth[arm] = (x, running_mean(y, window))
-        _lines(smooth, names, "step")(ax)
+        lines(smooth, names, "step")(ax)
 
     return draw

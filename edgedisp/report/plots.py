@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from edgedisp.report.before_after import table
 from edgedisp.report.picture import Plot
-from edgedisp.report.plot_inside import (
-    HEATMAP,
+from edgedisp.report.plot_condensation import (
     LAYERS,
-    TRAINING,
-    condensation_heatmap,
+    OUTLIERS,
+    PRECISIONS,
     condensation_layers,
-    training,
+    condensation_outliers,
+    condensation_precisions,
 )
+from edgedisp.report.plot_inside import HEATMAP, TRAINING, condensation_heatmap, training
 from edgedisp.report.plot_scores import DIFFERENCES, SCORES, TRADEOFF, differences, scores, tradeoff
 from edgedisp.report.reading import Summary
 
-NAMES = (HEATMAP, LAYERS, TRAINING, SCORES, DIFFERENCES, TRADEOFF)
+NAMES = (HEATMAP, LAYERS, OUTLIERS, PRECISIONS, TRAINING, SCORES, DIFFERENCES, TRADEOFF)
 
 
 def plots(summary: Summary) -> dict[str, Plot]:
     """Every plot that the summary has data for, by name."""
-    built = table(summary)
+    built = table(summary, every_arm=True)
     drawn = [
         condensation_heatmap(summary),
         condensation_layers(summary),
+        condensation_outliers(summary),
+        condensation_precisions(summary),
         training(summary),
         scores(built),
         differences(built),

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from edgedisp.report.claims import RULES, first_losses
-from edgedisp.report.reading import BASELINE, DISPERSED, Summary, arms, at, branch, leaves, number
+from edgedisp.report.claims import RULES
+from edgedisp.report.reading import (
+    BASELINE,
+    Summary,
+    arms,
+    at,
+    branch,
+    changes_forward,
+    first_losses,
+    focus,
+    leaves,
+    number,
+    seeds,
+    trainings,
+    twins,
+)
 from edgedisp.report.section import Grid, Section
 from edgedisp.report.wording import MISSING, count, fixed, megabytes, plural, seconds, short_hash
 
@@ -18,13 +33,20 @@ LIMITS = (
     "Both are made from the held-out text. Higher is better; chance is 25 % for the second.",
     "Intervals are 95 % bootstrap intervals that resample documents, so that sentences of one document "
     "count together.",
-    "One training seed per arm. Another seed moves both arms; published gains of dispersion (0.7-1.5 points "
-    "over ten "
-    "tasks) are of the size of their own standard error.",
     "A small token budget shows what this recipe does, not what dispersion does after 200 million tokens.",
     "Whether dispersion changes what quantization costs is an open question; the table shows this build's "
     "answer.",
     "Timings hold for this machine, these threads and this runtime.",
+)
+
+ONE_SEED = (
+    "One training seed per arm. Another seed moves both arms; published gains of dispersion (0.7-1.5 points "
+    "over ten tasks) are of the size of their own standard error."
+)
+SEVERAL_SEEDS = (
+    "{seeds} training seeds per arm: intervals hold the choice of test text and the spread between seeds. "
+    "Two seeds make them wide, as two say little of a spread. A perplexity over seeds is that of the mean "
+    "loss."
 )
 
 
@@ -43,7 +65,7 @@ def fairness(summary: Summary) -> Section:
     )
     facts = tuple((name, str(value)) for name, value in pairs if value)
     grids = []
-    if {BASELINE, DISPERSED} <= set(arms(summary)):
+    if focus(summary) is not None:
         grids.append(
             Grid(("condition", "holds", "evidence"), _shared(summary), "Is the comparison fair?", (0, 1, 2))
         )
@@ -73,11 +95,13 @@ def _tokens(corpus: dict[str, Any]) -> str | None:
 def _shared(summary: Summary) -> tuple[tuple[str, str, str], ...]:
     """Each condition of fairness with yes, NO or not recorded, and its evidence."""
     tokens, weights = at(summary, "corpus", "tokens_sha256"), at(summary, "model", "weights_sha256")
+    both = "both" if len(arms(summary)) == 2 else "all"
+    order = "; the trainings of one seed in the same order" if seeds(summary) > 1 else ""
     rows = [
         (
             "same tokens, same order",
             "yes" if tokens else "not recorded",
-            f"one file for both, SHA-256 {short_hash(tokens)}",
+            f"one file for {both}, SHA-256 {short_hash(tokens)}{order}",
         ),
         ("same initial weights", "yes" if weights else "not recorded", f"SHA-256 {short_hash(weights)}"),
         _same_first_loss(summary),
@@ -88,60 +112,109 @@ def _shared(summary: Summary) -> tuple[tuple[str, str, str], ...]:
     return tuple(rows)
 
 
+Found = tuple[str, str]
+"""yes, NO or not recorded; and the evidence."""
+
+
+def _over_arms(summary: Summary, name: str, look: Callable[[str], Found]) -> tuple[str, str, str]:
+    """One condition over all arms: the first that breaks it is told, else the evidence of the first."""
+    found = {arm: look(arm) for arm in arms(summary) if arm != BASELINE}
+    several = len(found) > 1
+    for holds in ("NO", "not recorded"):
+        for arm, (answer, evidence) in found.items():
+            if answer == holds:
+                return name, answer, f"{arm}: {evidence}" if several else evidence
+    return name, *next(iter(found.values()))
+
+
 def _same_first_loss(summary: Summary) -> tuple[str, str, str]:
     """Before the first update the arms are one model on one batch: another loss is a fault."""
-    name = "same loss before the first update"
-    found = first_losses(summary)
-    if found is None:
-        return name, "not recorded", MISSING
-    texts = [f"{loss:.6f}" for loss in found]
-    same = found[0] == found[1]
-    return name, "yes" if same else "NO", texts[0] if same else f"{texts[0]} against {texts[1]}"
+    exempt = [arm for arm in arms(summary) if changes_forward(summary, arm)]
+
+    def look(arm: str) -> Found:
+        if arm in exempt:
+            return "yes", "not to be expected: its technique changes the first loss"
+        found = first_losses(summary, arm)
+        if found is None:
+            return "not recorded", MISSING
+        unlike = [pair for pair in found if pair[0] != pair[1]]
+        if unlike:
+            return "NO", f"{unlike[0][0]:.6f} against {unlike[0][1]:.6f}"
+        return "yes", ", ".join(f"{before:.6f}" for before, _ in found)
+
+    name, holds, evidence = _over_arms(summary, "same loss before the first update", look)
+    checked = [arm for arm in arms(summary) if arm not in (*exempt, BASELINE)]
+    if exempt and not checked:
+        return name, "not checked", evidence
+    return name, holds, evidence + (f"; not looked at for {', '.join(exempt)}" if exempt else "")
 
 
 def _same_amount(summary: Summary) -> tuple[str, str, str]:
-    name = "same steps and tokens"
-    found = [
-        tuple(number(at(summary, "midtrain", arm, key)) for key in ("steps", "tokens"))
-        for arm in (BASELINE, DISPERSED)
-    ]
-    if None in (*found[0], *found[1]):
-        return name, "not recorded", MISSING
-    texts = [f"{count(steps)} steps, {count(tokens)} tokens" for steps, tokens in found]
-    return (name, "yes", texts[0]) if found[0] == found[1] else (name, "NO", f"{texts[0]} against {texts[1]}")
+    def look(arm: str) -> Found:
+        found = [
+            tuple(number(training.get(key)) for key in ("steps", "tokens"))
+            for pair in twins(summary, arm)
+            for training in pair
+        ]
+        if any(None in one for one in found):
+            return "not recorded", MISSING
+        texts = list(
+            dict.fromkeys(f"{count(steps)} steps, {count(tokens)} tokens" for steps, tokens in found)
+        )
+        return ("yes", texts[0]) if len(texts) == 1 else ("NO", " against ".join(texts))
+
+    return _over_arms(summary, "same steps and tokens", look)
 
 
-def differing_settings(summary: Summary) -> list[str] | None:
-    """Dotted names of the training settings in which the two arms differ, None when not recorded."""
-    before, after = (
-        dict(leaves(branch(summary, "midtrain", arm, "settings"))) for arm in (BASELINE, DISPERSED)
-    )
-    if not before or not after:
-        return None
-    return sorted(key for key in {**before, **after} if before.get(key) != after.get(key))
+def differing_settings(summary: Summary, arm: str | None = None) -> list[str] | None:
+    """Dotted names of the training settings in which an arm differs from the baseline, None if not recorded.
+
+    Without `arm`, of the one that the verdict is about.
+    """
+    chosen = arm or focus(summary)
+    pairs = twins(summary, chosen) if chosen else []
+    found: set[str] = set()
+    for pair in pairs:
+        before, after = (dict(leaves(branch(training, "settings"))) for training in pair)
+        if not before or not after:
+            return None
+        found |= {key for key in {**before, **after} if before.get(key) != after.get(key)}
+    return sorted(found) if pairs else None
 
 
 def _same_settings(summary: Summary) -> tuple[str, str, str]:
-    name = "same optimizer, schedule, seed"
-    differing = differing_settings(summary)
-    if differing is None:
-        return name, "not recorded", MISSING
-    others = [key for key in differing if "dispersion" not in key]
-    seed = at(summary, "midtrain", BASELINE, "settings", "seed")
-    if others:
-        return name, "NO", f"they differ in {', '.join(others)}"
-    return name, "yes", "only the dispersion settings differ" + ("" if seed is None else f"; seed {seed}")
+    def look(arm: str) -> Found:
+        differing = differing_settings(summary, arm)
+        if differing is None:
+            return "not recorded", MISSING
+        unwanted = [key for key in differing if "dispersion" not in key]
+        if unwanted:
+            return "NO", f"they differ in {', '.join(unwanted)}"
+        found = [number(at(part, "settings", "seed")) for part in trainings(summary, BASELINE).values()]
+        told = ", ".join(f"{seed:.0f}" for seed in found if seed is not None)
+        word = "seeds" if len(found) > 1 else "seed"
+        only = (
+            "only the dispersion settings differ"
+            if len(arms(summary)) == 2
+            else "only what an arm adds differs"
+        )
+        return "yes", only + (f"; {word} {told}" if told else "")
+
+    return _over_arms(summary, "same optimizer, schedule, seed", look)
 
 
 def _trained_apart(summary: Summary) -> tuple[str, str, str]:
     """The counter-check: the arms must end up different, else nothing was compared."""
-    name = "trained weights differ"
-    before, after = (at(summary, "midtrain", arm, "weights_sha256") for arm in (BASELINE, DISPERSED))
-    if not before or not after:
-        return name, "not recorded", MISSING
-    if before == after:
-        return name, "NO", "both arms ended with the same weights: dispersion changed nothing"
-    return name, "yes", f"{short_hash(before)} and {short_hash(after)}"
+
+    def look(arm: str) -> Found:
+        found = [tuple(training.get("weights_sha256") for training in pair) for pair in twins(summary, arm)]
+        if not found or any(not sha for pair in found for sha in pair):
+            return "not recorded", MISSING
+        if any(before == after for before, after in found):
+            return "NO", "both arms ended with the same weights: the technique changed nothing"
+        return "yes", " and ".join(short_hash(sha) for sha in found[0])
+
+    return _over_arms(summary, "trained weights differ", look)
 
 
 def _settings_grid(summary: Summary) -> Grid:
@@ -210,7 +283,8 @@ def _property(name: str, value: Any) -> tuple[str, str]:
 
 def limits(summary: Summary, lost: list[str]) -> Section:
     """What the numbers mean, the verdict's rules, and figures that were not finite."""
-    notes = list(LIMITS)
+    several = seeds(summary) > 1
+    notes = [*LIMITS[:3], SEVERAL_SEEDS.format(seeds=seeds(summary)) if several else ONE_SEED, *LIMITS[3:]]
     if lost:
         named = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
         notes.insert(0, f"{len(lost)} figures were infinite or undefined and are shown as missing: {named}.")

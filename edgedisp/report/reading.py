@@ -15,6 +15,9 @@ from typing import Any
 Summary = Mapping[str, Any]
 
 BASELINE, DISPERSED = "baseline", "dispersed"
+PRECISION = re.compile(r"torch|bf16|fp\d+|int\d+")
+CHANGES_FORWARD = ("neftune", "embedding_dropout")
+"""Techniques that change what the model is given, so that an arm's first loss is not the baseline's."""
 LABELS = {"torch": "torch fp32", "fp32": "onnx fp32"}
 
 
@@ -66,6 +69,77 @@ def arms(summary: Summary) -> list[str]:
     return sorted(names, key=lambda arm: (arm != BASELINE, arm != DISPERSED))
 
 
+def compared(summary: Summary) -> dict[str, dict[str, Any]]:
+    """arm -> precision -> task -> its paired comparison with the baseline.
+
+    Reports of format 1 had no level of arms: theirs is the arm `dispersed`.
+    """
+    found = branch(summary, "comparison")
+    if any(PRECISION.fullmatch(key) for key in found):
+        return {DISPERSED: found}
+    return {arm: branch(found, arm) for arm in found}
+
+
+def focus(summary: Summary) -> str | None:
+    """The arm that the verdict is about: `dispersed`, else the first with dispersion, else the first other.
+
+    None without a baseline, or without an arm to compare with it.
+    """
+    built = arms(summary)
+    others = [arm for arm in built if arm != BASELINE]
+    if BASELINE not in built or not others:
+        return None
+    if DISPERSED in others:
+        return DISPERSED
+    return next((arm for arm in others if at(summary, "techniques", arm, "dispersion")), others[0])
+
+
+def seeds(summary: Summary) -> int:
+    """How many times every arm was trained."""
+    listed = at(summary, "seeds")
+    return max(1, len(listed)) if isinstance(listed, list | tuple) else 1
+
+
+def trainings(summary: Summary, arm: str) -> dict[str, dict[str, Any]]:
+    """folder -> what is recorded of each of an arm's trainings, the first seed's first."""
+    found = {arm: branch(summary, "midtrain", arm)}
+    for name, replica in branch(summary, "replicas").items():
+        if at(replica, "arm") == arm:
+            found[name] = branch(replica, "midtrain")
+    return found
+
+
+def twins(summary: Summary, arm: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(baseline's training, the arm's) for each seed: same tokens in the same order, same settings."""
+    return list(zip(trainings(summary, BASELINE).values(), trainings(summary, arm).values()))
+
+
+def changes_forward(summary: Summary, arm: str) -> bool:
+    """Whether an arm's technique changes the very first loss."""
+    return any(at(summary, "techniques", arm, name) is not None for name in CHANGES_FORWARD)
+
+
+def first_losses(summary: Summary, arm: str) -> list[tuple[float, float]] | None:
+    """For each seed, cross-entropy of (baseline, arm) before the first update, where one model saw one batch.
+
+    None where it was not recorded, and for an arm whose technique changes what the model is given.
+    """
+    if changes_forward(summary, arm):
+        return None
+    found = []
+    for pair in twins(summary, arm):
+        losses = [_first_loss(training.get("log")) for training in pair]
+        if None in losses:
+            return None
+        found.append((losses[0] or 0.0, losses[1] or 0.0))
+    return found or None
+
+
+def _first_loss(log: Any) -> float | None:
+    first = log[0] if isinstance(log, list) and log and isinstance(log[0], dict) else {}
+    return number(first.get("loss")) if first.get("step") == 1 else None
+
+
 def precisions(summary: Summary) -> list[str]:
     """Every precision named anywhere, most bits first (torch, fp32, int8, int4)."""
     listed = at(summary, "precisions")
@@ -73,7 +147,8 @@ def precisions(summary: Summary) -> list[str]:
     for part in ("accuracy", "bundles"):
         for by_precision in branch(summary, part).values():
             names |= set(branch(by_precision))
-    return sorted(names | set(branch(summary, "comparison")), key=lambda name: (-bits(name), name))
+    names |= {name for by_precision in compared(summary).values() for name in by_precision}
+    return sorted(names, key=lambda name: (-bits(name), name))
 
 
 def tasks(summary: Summary) -> dict[str, dict[str, Any]]:
@@ -83,9 +158,10 @@ def tasks(summary: Summary) -> dict[str, dict[str, Any]]:
         for by_task in branch(by_precision).values():
             for task, result in branch(by_task).items():
                 found.setdefault(task, branch(result))
-    for by_task in branch(summary, "comparison").values():
-        for task, result in branch(by_task).items():
-            found.setdefault(task, branch(result))
+    for by_precision in compared(summary).values():
+        for by_task in by_precision.values():
+            for task, result in branch(by_task).items():
+                found.setdefault(task, branch(result))
     return dict(sorted(found.items(), key=lambda item: not is_loss(item[1])))
 
 

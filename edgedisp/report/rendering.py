@@ -26,7 +26,7 @@ from edgedisp.report.before_after import (
 
 GAP = "  "
 INTERVAL = "[low, high]: 95 % interval."
-PAIRED = "Difference: dispersed - baseline, paired; *: its interval excludes 0."
+PAIRED = "Difference: {minuend} - baseline, paired; *: its interval excludes 0."
 HARMLESS = re.compile(r"[0-9A-Za-z\s.,:+\-–±%\[\]*/]*")  # figures and plain words need no escaping
 Column = tuple[Metric, str]
 LONGEST = 14  # characters of an arm's or a precision's name
@@ -68,7 +68,7 @@ def _legend(table: Table) -> str:
     groups = [group for row in table.rows for group in row.cells.values()]
     paired = any(group.get(DIFFERENCE, Cell()).low is not None for group in groups)
     intervals = any(cell.low is not None for group in groups for cell in group.values())
-    return " ".join([INTERVAL] * intervals + [PAIRED] * paired)
+    return " ".join([INTERVAL] * intervals + [PAIRED.format(minuend=table.minuend)] * paired)
 
 
 def _column_width(table: Table, column: Column, style: str) -> int:

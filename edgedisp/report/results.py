@@ -8,10 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from edgedisp.report.adapters import merge_audit
 from edgedisp.report.comparisons import comparisons, holm
-from edgedisp.report.plot_inside import HEATMAP, LAYERS, TRAINING, layers
+from edgedisp.report.condensation import condensation
+from edgedisp.report.every_arm import every_arm, wanted
+from edgedisp.report.plot_inside import TRAINING
 from edgedisp.report.plot_scores import DIFFERENCES, SCORES
-from edgedisp.report.reading import BASELINE, DISPERSED, Summary, arms, at, branch, label, number, precisions
+from edgedisp.report.reading import (
+    BASELINE,
+    DISPERSED,
+    Summary,
+    arms,
+    at,
+    branch,
+    focus,
+    label,
+    number,
+    precisions,
+    trainings,
+)
+from edgedisp.report.reading import seeds as several_seeds
 from edgedisp.report.section import Grid, Section
 from edgedisp.report.shipped import latency, sizes, verify
 from edgedisp.report.wording import (
@@ -31,9 +47,11 @@ from edgedisp.report.wording import (
 def result_sections(summary: Summary, drawn: Collection[str]) -> list[Section]:
     """All result sections that have content, in reading order."""
     found = [
+        every_arm(summary, _existing(drawn, DIFFERENCES)),
         scores(summary, drawn),
         condensation(summary, drawn),
         training(summary, drawn),
+        merge_audit(summary),
         latency(summary, drawn),
         verify(summary),
         sizes(summary),
@@ -53,7 +71,7 @@ def scores(summary: Summary, drawn: Collection[str]) -> Section:
         "Absolute scores have wide intervals because texts differ in difficulty; the paired difference takes "
         "that out."
     )
-    plots = _existing(drawn, DIFFERENCES, SCORES)
+    plots = _existing(drawn, *(() if wanted(summary) else (DIFFERENCES,)), SCORES)
     return Section("scores", "Scores and quantization", lead, plots=plots, grids=tuple(grids))
 
 
@@ -68,10 +86,9 @@ def _comparison_grid(summary: Summary) -> Grid:
         sizes_ = count(one.n), count(one.documents)
         texts = (f"{one.task}, {label(one.precision)}", value, f"{low}, {high}", unit, *sizes_)
         rows.append((*texts, p_value(one.p), p_value(one.p_holm), way))
+    arm = focus(summary) or DISPERSED
     head = ("comparison", "difference", "95 % interval", "unit", "items", "documents", "p", "p (Holm)")
-    return Grid(
-        (*head, "dispersed is"), tuple(rows), "All paired comparisons (dispersed - baseline)", (0, 3, 8)
-    )
+    return Grid((*head, f"{arm} is"), tuple(rows), f"All paired comparisons ({arm} - baseline)", (0, 3, 8))
 
 
 def _bits_grid(summary: Summary) -> Grid:
@@ -91,70 +108,33 @@ def _bits_grid(summary: Summary) -> Grid:
     return Grid(head, tuple(rows), "Held-out bits per byte", folded=True)
 
 
-def condensation(summary: Summary, drawn: Collection[str]) -> Section:
-    """The paper's heatmap, the layer curves, and their numbers."""
-    lead = (
-        "Embedding condensation: layer by layer the token vectors of one sequence point into an ever "
-        "narrower cone, more so in small models. Dispersion loss works against it. Measured in torch, in "
-        "full precision."
-    )
-    grid, plots = _layer_grid(summary), _existing(drawn, HEATMAP, LAYERS)
-    if not (grid.rows or plots):
-        return Section("condensation", "Condensation")
-    measured = [branch(summary, "condensation", arm) for arm in arms(summary)]
-    said = {
-        tuple(count(number(part.get(key))) for key in ("tokens", "sequences")) for part in measured if part
-    }
-    notes = tuple(
-        f"Measured on {tokens} tokens in {sequences} sequences." for tokens, sequences in sorted(said)
-    )
-    return Section("condensation", "Condensation", lead, plots=plots, grids=(grid,), notes=notes)
-
-
-def _layer_grid(summary: Summary) -> Grid:
-    kinds = {
-        "cosine_raw": "raw",
-        "cosine_sink_excluded": "no first token",
-        "cosine_mean_removed": "mean removed",
-        "effective_rank": "effective rank",
-    }
-    measured = {arm: layers(summary, arm) for arm in arms(summary)}
-    by_arm = {
-        arm: {str(layer.get("layer")): layer for layer in rows} for arm, rows in measured.items() if rows
-    }
-    names = list(dict.fromkeys(name for found in by_arm.values() for name in found))
-    head = ["layer"] + [f"{title}, {arm}" for title in kinds.values() for arm in by_arm]
-    rows = []
-    for name in names:
-        values = [number(at(found, name, key)) for key in kinds for found in by_arm.values()]
-        rows.append((name, *(fixed(value, 3) for value in values)))
-    return Grid(
-        tuple(head), tuple(rows), "Mean pairwise cosine and effective rank of every layer", folded=True
-    )
-
-
 def training(summary: Summary, drawn: Collection[str]) -> Section:
-    """The curves and, per arm, what training took."""
+    """The curves and, per training, what it took."""
     rows = []
     for arm in arms(summary):
-        part = branch(summary, "midtrain", arm)
-        if not part:
-            continue
-        log = part.get("log")
-        last = branch(log[-1]) if isinstance(log, list) and log else {}
-        texts = [count(number(part.get(key))) for key in ("steps", "tokens")]
-        texts += [seconds(number(part.get("seconds"))), figure(number(part.get("tokens_per_s")))]
-        texts += [megabytes(number(part.get("peak_memory_bytes"))), fixed(number(last.get("loss")), 3)]
-        rows.append((arm, *texts, fixed(number(last.get("dispersion")), 4)))
+        for name, part in trainings(summary, arm).items():
+            if not part:
+                continue
+            log = part.get("log")
+            last = branch(log[-1]) if isinstance(log, list) and log else {}
+            texts = [count(number(part.get(key))) for key in ("steps", "tokens")]
+            texts += [seconds(number(part.get("seconds"))), figure(number(part.get("tokens_per_s")))]
+            texts += [megabytes(number(part.get("peak_memory_bytes"))), fixed(number(last.get("loss")), 3)]
+            rows.append((name, *texts, fixed(number(last.get("dispersion")), 4)))
     head = ("arm", "steps", "tokens", "time", "tokens/s", "peak memory, MB", "last loss", "last dispersion")
     grids = (Grid(head, tuple(rows)),) if rows else ()
     plots = _existing(drawn, TRAINING)
-    return Section("training", "Training", plots=plots, grids=grids, notes=_overhead(summary))
+    lead = "The curves are those of the first seed." if rows and several_seeds(summary) > 1 else ""
+    return Section("training", "Training", lead, plots=plots, grids=grids, notes=_overhead(summary))
 
 
 def _overhead(summary: Summary) -> tuple[str, ...]:
-    """What the dispersion term costs in training time."""
-    before, after = (number(at(summary, "midtrain", arm, "tokens_per_s")) for arm in (BASELINE, DISPERSED))
-    if not before or not after:
-        return ()
-    return (f"The dispersed arm trained at {percent(after / before)} of the baseline's speed.",)
+    """What each arm costs in training time."""
+    before = number(at(summary, "midtrain", BASELINE, "tokens_per_s"))
+    notes = []
+    for arm in arms(summary):
+        after = number(at(summary, "midtrain", arm, "tokens_per_s"))
+        if arm != BASELINE and before and after:
+            name = "dispersed arm" if arm == DISPERSED else f"arm {arm}"
+            notes.append(f"The {name} trained at {percent(after / before)} of the baseline's speed.")
+    return tuple(notes)

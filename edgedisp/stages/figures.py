@@ -71,10 +71,9 @@ def accuracy(
 def latency(
     section: Latency, seed: int, threads: int, bundles: dict[str, Path], own: Path, progress: Progress
 ) -> dict[str, Any]:
-    """Time every bundle on this machine, the arms interleaved; twins must have the same graph."""
-    precisions = dict.fromkeys(label.split("/")[1] for label in bundles)
-    twins = [(f"baseline/{precision}", f"dispersed/{precision}") for precision in precisions]
-    pairs = [pair for pair in twins if set(pair) <= set(bundles)]
+    """Time every bundle on this machine, the arms interleaved; each must have the baseline's graph."""
+    twins = [(f"baseline/{label.split('/')[1]}", label) for label in bundles]
+    pairs = [(before, after) for before, after in twins if before in bundles and before != after]
     runner = data_folder("export") / "runner" / "edgedisp_runner.py"
     results = local.measure(
         bundles,

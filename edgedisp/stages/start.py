@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from edgedisp import BadInput, Progress, corpus, model, sources
-from edgedisp.folder import file_digest
+from edgedisp.folder import file_digest, write_json
 from edgedisp.recipe import Data, Model
 
+PACKING = "packing.json"  # how the blocks of the corpus folder are to be read in training
 MADE_DOCUMENTS = 200  # for a smoke run whose text is on a hub; 10 % of them held out make every task's items
 
 
@@ -64,7 +65,9 @@ def base(section: Model, context: int, beside: Path, own: Path, progress: Progre
     longest = model.TorchModel(opened).context
     if context > longest:
         raise BadInput(f"data.context: {context} is longer than the {longest} positions of {section.base}")
-    return _save_base(opened, tokenizer, own)
+    # By a hub's name others can open the base that an adapter needs.
+    hub = {"hub_id": where, "revision": section.revision} if isinstance(where, str) else {}
+    return _save_base(opened, tokenizer, own) | hub
 
 
 def twin_base(
@@ -118,6 +121,7 @@ def tokens(
     )
     np.save(own / "tokens.npy", packed, allow_pickle=False)
     np.save(own / "heldout.npy", held, allow_pickle=False)
+    write_json(own / PACKING, {"end_of_text": end_of_text, "isolate_documents": data.isolate_documents})
     lines = [json.dumps(asdict(document), ensure_ascii=False) for document in heldout]
     (own / "heldout.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return {

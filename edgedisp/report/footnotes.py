@@ -1,0 +1,43 @@
+"""What a reader of the before/after table must know: runs that cannot be compared, tasks that say nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edgedisp.report.reading import Summary, arms, at, label, number, precisions, tasks
+
+UNLIKE = {
+    "base models": ("model", "weights_sha256"),
+    "training texts (and so held-out texts)": ("corpus", "tokens_sha256"),
+    "context lengths": ("corpus", "context"),
+    "numbers of held-out documents": ("corpus", "heldout_documents"),
+}
+"""What must be the same in two runs whose figures are compared, and where it stands."""
+
+
+def unlike(summaries: Sequence[Summary]) -> list[str]:
+    """What differs between runs so that their figures must not be compared with each other."""
+    found = []
+    for what, path in UNLIKE.items():
+        values = {str(value) for summary in summaries if (value := at(summary, *path)) is not None}
+        if len(values) > 1:
+            found.append(what)
+    if not found:
+        return []
+    return [f"The runs have different {', '.join(found)}: compare arms within a run, not across these runs."]
+
+
+def at_chance(summary: Summary) -> list[str]:
+    """Tasks where every arm's interval contains the chance level say nothing at that precision."""
+    found: dict[str, list[str]] = {}
+    for precision in precisions(summary):
+        for task, result in tasks(summary).items():
+            chance = number(result.get("chance"))
+            paths = [("accuracy", arm, precision, task) for arm in arms(summary)]
+            ends = [[number(at(summary, *path, end)) for end in ("low", "high")] for path in paths]
+            known = [(low, high) for low, high in ends if low is not None and high is not None]
+            if chance is not None and known and all(low <= chance <= high for low, high in known):
+                found.setdefault(f"{task} is at chance ({100 * chance:.0f} %)", []).append(label(precision))
+    return [
+        f"{what} in every arm at {', '.join(where)}: it says nothing there." for what, where in found.items()
+    ]
