@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgedisp import BadInput, BuildFailed, __version__, data_folder
+from edgedisp import BadInput, BuildFailed, __version__, data_folder, processes
 
 app = typer.Typer(
     name="edgedisp",
@@ -55,11 +55,18 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Common to all commands."""
+    count = processes.place().count
+    if count > 1 and context.invoked_subcommand != "build":
+        raise BadInput(
+            f"{context.invoked_subcommand}: is for one process, but {count} were started; `build` alone "
+            "shares its training among several"
+        )
 
 
 def _load_recipe(recipe: str, overrides: list[str] | None, smoke: bool) -> Any:
@@ -88,14 +95,24 @@ def build(
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train, export, quantize, check, score and time a recipe's model; end with a report."""
+    """Train, export, quantize, check, score and time a recipe's model; end with a report.
+
+    Several processes train together: torchrun --nproc_per_node 2 -m edgedisp build RECIPE
+    """
     from edgedisp.console import Screen
     from edgedisp.pipeline import build as build_run
     from edgedisp.pipeline import run_folder
-    from edgedisp.plan import check_before_start, threads_for
+    from edgedisp.plan import check_before_start, check_processes, threads_for
 
     loaded = _load_recipe(recipe, set_, smoke)
     run = run_folder(loaded, out)
+    here = processes.place()
+    check_processes(loaded, here.count)
+    if not here.leads:
+        from edgedisp.follow import follow
+
+        follow(loaded, run, threads_for(loaded))
+        return
     check_before_start(loaded, run)
     with Screen(f"{loaded.name} -> {run}") as screen:
         walked = build_run(loaded, run, threads_for(loaded), screen)
@@ -106,7 +123,7 @@ def build(
 
 
 def _show(summary: dict[str, Any], run: Path, as_json: bool) -> None:
-    from edgedisp.report import render_text, table, verdict
+    from edgedisp.report import render_arms, render_text, table, verdict
 
     if as_json:
         shown = {"run": str(run), "report": str(run / "report.html"), "verdict": verdict(summary)}
@@ -114,6 +131,8 @@ def _show(summary: dict[str, Any], run: Path, as_json: bool) -> None:
         return
     typer.echo(render_text(table(summary), _width()))
     typer.echo("")
+    if others := render_arms(summary, _width()):
+        typer.echo(f"{others}\n")
     typer.echo(verdict(summary)["sentence"])
     typer.echo("")
     typer.echo(f"report: {run / 'report.html'}")
@@ -146,6 +165,49 @@ def plan(
 
 
 @app.command()
+def pilot(
+    recipe: RecipeArgument,
+    weights: Annotated[
+        str, typer.Option(metavar="W,W,...", help="Weights to try, each with all layers and variants.")
+    ] = "0.03,0.1,0.3,1,3",
+    tokens: Annotated[str, typer.Option(metavar="COUNT", help="Training tokens of the last rung.")] = "20k",
+    layers: Annotated[
+        str | None, typer.Option(metavar="L,L,...", help="Such as all,last_half; default: the recipe's.")
+    ] = None,
+    variants: Annotated[
+        str | None, typer.Option(metavar="V,V,...", help="Such as angular,cosine; default: the recipe's.")
+    ] = None,
+    halvings: Annotated[
+        int | None, typer.Option(min=0, help="How often the better half goes on; default: 2 where possible.")
+    ] = None,
+    set_: SetOption = None,
+    smoke: SmokeOption = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Its folder; default runs/<recipe>-pilot-<hash>.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find out which dispersion settings do anything, on few tokens, before a build spends hours."""
+    from edgedisp import pilot as piloting
+    from edgedisp.console import Screen
+    from edgedisp.pilot import show
+
+    loaded = _load_recipe(recipe, set_, smoke)
+    planned = piloting.plan(
+        loaded, weights=weights, tokens=tokens, layers=layers, variants=variants, halvings=halvings
+    )
+    folder = piloting.pilot_folder(planned, out)
+    with Screen(f"pilot of {loaded.name}") as screen:
+        left = piloting.estimate(planned, folder, screen.progress)
+    typer.echo(show.announce(left, folder), err=True)
+    with Screen(f"{loaded.name} -> {folder}") as screen:
+        found = piloting.run(planned, folder, screen)
+    typer.echo(json.dumps(found, ensure_ascii=False) if as_json else show.render(found))
+    if not as_json:
+        typer.echo(f"\npicture: {folder / 'pilot.png'}")
+
+
+@app.command()
 def recipes() -> None:
     """List the packaged recipes."""
     for path in sorted(data_folder("recipes").glob("*.yaml")):
@@ -163,7 +225,7 @@ def compare(
 ) -> None:
     """Print the before/after table of one or several runs."""
     from edgedisp.report import compare as compare_runs
-    from edgedisp.report import render_markdown, render_text, verdict
+    from edgedisp.report import render_arms, render_markdown, render_text, verdict
     from edgedisp.summary import load
 
     summaries = [load(run) for run in runs]
@@ -174,25 +236,41 @@ def compare(
     typer.echo(render_markdown(compared) if markdown else render_text(compared, _width()))
     for summary in summaries:
         typer.echo(f"\n{summary['name']}: {verdict(summary)['sentence']}")
+        if others := render_arms(summary, _width()):
+            typer.echo(f"\n{others}")
 
 
 @app.command()
 def condensation(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a .gguf file or a hub id.")
+        str,
+        typer.Argument(metavar="MODEL", help="A hub id, a Hugging Face folder, a .gguf file or a bundle."),
     ],
+    compare: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A second model, measured on the same sequences.")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="Text to measure on; default: made text.")] = None,
     sequences: Annotated[int, typer.Option(min=1, help="How many sequences.")] = 16,
     context: Annotated[int, typer.Option(min=8, help="Tokens in each.")] = 256,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A folder for condensation.json, pictures and a page.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how condensed a model's token vectors are, layer by layer."""
+    """Measure how condensed a model's token vectors are, layer by layer; a bundle's in its own graph."""
+    from edgedisp import instrument
     from edgedisp.console import Screen
-    from edgedisp.single import measure_condensation, render_condensation
 
+    if out:
+        instrument.check_out(out)
     with Screen("condensation") as screen:
-        measured = measure_condensation(model, text, sequences, context, screen.progress)
-    typer.echo(json.dumps(measured) if as_json else render_condensation(measured))
+        found = instrument.condensation(
+            model, compare, text=text, sequences=sequences, context=context, progress=screen.progress
+        )
+        files = instrument.write(found, out) if out else []
+    typer.echo(json.dumps(instrument.plain(found)) if as_json else instrument.render(found))
+    if files and not as_json:
+        typer.echo(f"\npage: {files[0]}")
 
 
 @app.command()
@@ -294,7 +372,7 @@ def main() -> None:
     # Says at import that a kernel package is missing which nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        code = app(standalone_mode=False)  # Typer turns Ctrl-C into the return value 130
+        code = _run()  # Typer turns Ctrl-C into the return value 130
         if code == INTERRUPTED:
             _end(INTERRUPTED_MESSAGE, INTERRUPTED)
     except BadInput as error:
@@ -315,6 +393,32 @@ def main() -> None:
         if _disk_is_full(error):
             _end(_disk_message(error), 1)
         raise
+
+
+def _run() -> Any:
+    """The command. What fails in one of several processes has nearly always failed in process 0 too.
+
+    So the others wait before they tell, in which time the launcher ends them. Process 0 waits a moment with
+    an error that has no message of ours: it may come from another process that went away.
+    """
+    try:
+        return app(standalone_mode=False)
+    except KeyboardInterrupt:
+        raise
+    except (BadInput, BuildFailed):
+        _after_the_first()
+        raise
+    except Exception:
+        here = processes.place()
+        if here.count > 1 and here.leads:
+            processes.stand_back(1)
+        _after_the_first()
+        raise
+
+
+def _after_the_first() -> None:
+    if not processes.leads():
+        processes.stand_back()
 
 
 def _disk_is_full(error: BaseException) -> bool:
@@ -338,5 +442,8 @@ def _disk_message(error: BaseException) -> str:
 
 
 def _end(message: str, code: int) -> None:
-    sys.stderr.write(f"edgedisp: {message}\n")
+    if processes.leads():
+        sys.stderr.write(f"edgedisp: {message}\n")
+    elif code != INTERRUPTED:
+        sys.stderr.write(f"edgedisp: process {processes.place().index}: {message}\n")
     sys.exit(code)

@@ -112,10 +112,15 @@ def making(folder: Path, key: dict[str, Any], *, resumable: bool = False) -> Ite
         raise
 
 
+def begun(folder: Path, key: dict[str, Any]) -> bool:
+    """Whether a stage's partial folder is there, made for this key."""
+    return bool(_key_of(folder.with_name(folder.name + ".partial")) == key)
+
+
 def _key_of(partial: Path) -> Any:
     try:
         return json.loads((partial / KEY).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from edgedisp import BadInput
 from edgedisp.bench.machine import physical_cores
 from edgedisp.pipeline import Observer, state
+from edgedisp.processes import split
 from edgedisp.recipe import Recipe
 
 # Bytes per parameter on disk. int8: a byte and a float32 scale per group of 32. int4: half of that, zero
@@ -57,6 +58,19 @@ def check_before_start(recipe: Recipe, run: Path) -> None:
     if folder is not None and not folder.is_dir():
         raise BadInput(f"evaluate.tasks_path: {folder} is no folder of lm-evaluation-harness tasks")
     check_tasks(recipe.evaluate.tasks, folder)
+
+
+def check_processes(recipe: Recipe, count: int) -> None:
+    """Raise BadInput if `count` processes cannot share the recipe's training."""
+    split(recipe.train.batch, recipe.train.accumulate, count)
+    if count > 1 and recipe.train.distributed is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise BadInput(
+                "train.distributed: FSDP needs GPUs, and there are none (accelerate does not divide a model "
+                "on CPUs); --set train.distributed=null lets each process hold the whole model"
+            )
 
 
 def disk_bytes(parameters: int, recipe: Recipe) -> int:

@@ -146,7 +146,7 @@ def test_an_unchanged_recipe_runs_nothing_and_says_what_it_kept(built: tuple[Pat
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "kept 30 finished stages: base, corpus, items" in done.stderr
+    assert "kept 36 finished stages: base, corpus, items" in done.stderr
     assert "no torch" in done.stderr
     assert done.stdout.splitlines()[-1] == f"report: {run / 'report.html'}"
 
@@ -165,7 +165,8 @@ def test_a_changed_precision_retrains_nothing(built, tmp_path, edgedisp) -> None
     assert ended.code == 0, ended
     ran = {line.split("] ")[1].split(":")[0] for line in ended.err.splitlines() if ": done in" in line}
     arms = ("baseline", "dispersed")
-    expected = {f"{arm}/{stage}" for arm in arms for stage in ("int4", "verify-int4", "accuracy-int4")}
+    again = ("int4", "verify-int4", "condensation-int4", "accuracy-int4")
+    expected = {f"{arm}/{stage}" for arm in arms for stage in again}
     assert ran == {*expected, "latency", "baseline/phone-arm64", "dispersed/phone-arm64"}
     after = read(run / "dispersed" / "model")
     assert before and after and before.content == after.content
@@ -186,7 +187,7 @@ def test_a_build_killed_in_training_continues_at_its_checkpoint(built, tmp_path,
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoints = run / "dispersed" / "model.partial" / "checkpoints"
     deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("checkpoint-*/edgedisp_rows.json")) and process.poll() is None:
+    while not list(checkpoints.glob("checkpoint-*/edgedisp.json")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -266,7 +267,7 @@ def test_a_recipe_passes_every_stage_with_its_tiny_twin(recipe: str, tmp_path: P
     assert ended.code == 0, ended
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     summary = report.get("summary", report)
-    assert summary["smoke"] and set(summary["comparison"]) == {"torch", "fp32", "int8", "int4"}
+    assert summary["smoke"] and set(summary["comparison"]["dispersed"]) == {"torch", "fp32", "int8", "int4"}
 
 
 # ---------------------------------------------------------------- bad input

@@ -7,17 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+from edgedisp import PUBLIC
+
 PACKAGE = Path(__file__).resolve().parent.parent / "edgedisp"
 
 # Layer of each room; a room may import rooms of lower layers only. The package root is for everybody.
 LAYERS = {
     "recipe": 0, "folder": 0, "sources": 0, "corpus": 0, "model": 0, "dispersion": 0, "train": 0,
     "quantize": 0, "graph": 0, "evaluate": 0, "bench": 0, "report": 0, "chat": 0,
+    "processes": 0,
     "stages": 1, "console": 1,
     "pipeline": 2,
-    "summary": 3, "single": 3,
-    "plan": 4,
+    "summary": 3, "single": 3, "instrument": 3, "follow": 3,
+    "plan": 4, "pilot": 4,
     "cli": 5,
+    "__main__": 6,
 }  # fmt: skip
 
 HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "scipy", "matplotlib", "lm_eval", "datasets", "peft"}
@@ -39,6 +43,8 @@ def imported(path: Path) -> set[str]:
                 raise AssertionError(f"{path}:{node.lineno}: relative import; write the full path")
             if node.module == "edgedisp":
                 rooms |= {alias.name for alias in node.names if alias.name in LAYERS}
+                # By the root's name it is still the room's.
+                rooms |= {PUBLIC[alias.name].split(".")[1] for alias in node.names if alias.name in PUBLIC}
             elif node.module and node.module.startswith("edgedisp."):
                 rooms.add(node.module.split(".")[1])
     return rooms
@@ -93,6 +99,18 @@ def test_light_modules_load_nothing_heavy() -> None:
     script = f"import sys, {names}; print(*sorted({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_the_names_at_the_root_are_there_and_loaded_when_asked_for() -> None:
+    script = f"""
+import sys, edgedisp
+print("torch" in sys.modules)
+for name, module in {PUBLIC!r}.items():
+    assert getattr(edgedisp, name) is getattr(sys.modules[module], name)
+print(hasattr(edgedisp, "Dispersion"))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
 
 
 def test_no_assert_and_no_print_in_the_package() -> None:

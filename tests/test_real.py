@@ -78,6 +78,15 @@ def test_condensation_rises_with_depth(summary) -> None:  # type: ignore[no-unty
     assert layers[0]["cosine_raw"] < 0.25 < 0.4 < layers[28]["cosine_raw"]
 
 
+def test_condensation_is_known_on_the_models_that_ship(summary) -> None:  # type: ignore[no-untyped-def]
+    measured = summary["condensation_bundles"]["dispersed"]
+    for precision, least, most in (("fp32", 0.0, 1e-5), ("int8", 1e-5, 0.01), ("int4", 1e-4, 0.1)):
+        change = [row["cosine_raw"]["difference"] for row in measured[precision]["change"]["layers"]]
+        assert len(change) == 31 and least <= max(map(abs, change)) < most
+    # An attention sink grows to thousands of times the median value, and quantization keeps it.
+    assert max(row["max_over_median"] for row in measured["int4"]["layers"]) > 1000
+
+
 def test_the_verdict_of_four_steps_claims_nothing(run: Path) -> None:
     verdict = json.loads((run / "report.json").read_text())["verdict"]
     assert verdict["label"] in ("no measurable difference", "cannot tell at this size")

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from edgedisp import BadInput
-from edgedisp.recipe import Arm, Recipe, Verify, load, reference, smoke
+from edgedisp.recipe import Arm, Distributed, Recipe, Verify, load, reference, smoke
 from edgedisp.recipe.number import read_number, read_whole
 from edgedisp.recipe.sections import Section
 
@@ -97,7 +97,7 @@ def test_defaults_are_those_of_the_paper_and_the_contract(read: Reader) -> None:
     dispersion = recipe.train.dispersion
     assert dispersion is not None
     assert (dispersion.variant, dispersion.weight, dispersion.layers) == ("angular", 0.1, "all")
-    assert (dispersion.temperature, dispersion.tokens, dispersion.clamp) == (1.0, 128, 0.1)
+    assert (dispersion.temperature, dispersion.tokens, dispersion.clamp) == (1.0, 64, 0.1)
     assert [arm.name for arm in recipe.arms] == ["baseline", "dispersed"] and recipe.seeds == 1
     assert recipe.precisions == ("fp32", "int8", "int4")
     assert recipe.data.heldout == 0.05
@@ -309,6 +309,9 @@ latency: {generate: 1} | latency.generate | found 1; needs a whole number of at 
   adapter: {rank: 4} | train.adapter.kind | missing; needs one of lora, qlora
   adapter: {kind: dora} | train.adapter.kind | did you mean 'lora'? (choices: lora, qlora)
   adapter: {kind: lora, rank: 0} | train.adapter.rank | found 0; needs a whole number of at least 1
+  distributed: {wrap: auto} | train.distributed.fsdp | missing; needs one of full_shard, shard_grad_op
+  distributed: {fsdp: full} | train.distributed.fsdp | choices: full_shard, shard_grad_op
+  distributed: {fsdp: full_shard, wrap: all} | train.distributed.wrap | choices: auto, or a list
   adapter: {kind: lora, targets: al} | train.adapter.targets | choices: auto, or a list of module names
   adapter: {kind: lora, targets: [q, 3]} | train.adapter.targets | found [q, 3] (not all of it is text)
   schedule: cosin | train.schedule | did you mean 'cosine'? (choices: cosine, linear, constant)
@@ -758,6 +761,7 @@ def test_the_lock_file_names_every_key(read: Reader) -> None:
     keys = re.findall(r"^\| `[\w.\[\]]*?(\w+)` \|", reference(), re.MULTILINE)
     inside_null = {"kind", "rank", "alpha", "dropout", "merge"}  # no adapter here
     inside_null |= {"neftune", "active_forgetting", "embedding_dropout"}  # no such arm
+    inside_null |= {"fsdp", "wrap", "cpu_offload"}  # not divided
     assert [key for key in keys if key not in inside_null and f"{key}:" not in text] == []
 
 
@@ -894,6 +898,7 @@ def test_the_reference_lists_every_key_once_with_a_meaning() -> None:
     rows = [line.split(" | ") for line in reference().splitlines()[2:]]
     listed = [row[0].strip("| `") for row in rows]
     written = Recipe.model_validate(FULL).model_dump(mode="json")
+    written["train"]["distributed"] = dict.fromkeys(Distributed.model_fields)  # not over this quantized base
     written["arms"] = [dict.fromkeys(Arm.model_fields)]  # an arm is written without the techniques it lacks
     assert listed == all_keys(Recipe, written)
     assert all(len(row) == 4 and row[3].strip(" |") for row in rows)

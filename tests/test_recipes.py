@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from edgedisp import data_folder
+from edgedisp.processes import split
 from edgedisp.recipe import load
 
 FILES = sorted(data_folder("recipes").rglob("*.y*ml"))
 WANTED = {
     "quickstart", "smollm2_135m", "smollm2_360m", "qwen3_0.6b", "gemma3_270m", "gpt2", "qwen3_0.6b_qlora",
     "smollm2_135m_lora", "paper_gpt2", "paper_qwen3_0.6b", "ablation",
+    "qwen3_0.6b_8gpu",
 }  # fmt: skip
 every_recipe = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
@@ -85,6 +87,16 @@ def test_the_paper_recipes_hold_its_settings(
         "anli_r2 lambada_openai openbookqa piqa truthfulqa_mc2 winogrande arc_easy arc_challenge medmcqa mmlu"
     )
     assert set(recipe.evaluate.tasks) == {"heldout_perplexity", *ten.split()}
+
+
+def test_the_recipe_for_eight_gpus_is_the_papers_and_can_be_shared_by_eight() -> None:
+    recipe, paper = load(recipe_file("qwen3_0.6b_8gpu")), load(recipe_file("paper_qwen3_0.6b"))
+    assert (recipe.tokens_per_step, recipe.steps) == (paper.tokens_per_step, paper.steps) == (131_072, 1525)
+    same = {"batch": 4, "accumulate": 8}
+    assert recipe.train == paper.train.model_copy(update=same) and recipe.data == paper.data
+    assert split(recipe.train.batch, recipe.train.accumulate, 8) == (4, 1)
+    small = load(recipe_file("qwen3_0.6b_8gpu"), smoke=True)
+    assert split(small.train.batch, small.train.accumulate, 8) == (1, 1)
 
 
 def test_the_quickstart_needs_no_hub() -> None:

@@ -65,7 +65,7 @@ class _Score:
     def times_slope(self, weights: Tensor, clamped: Tensor, share: Tensor | float = 1.0) -> Tensor:
         """`weights * s'(c) * share`, the first two used up."""
         if self.form == "angular":
-            weights.mul_(clamped.square_().neg_().add_(1).rsqrt_())
+            weights.mul_(torch.addcmul(clamped.new_ones(()), clamped, clamped, value=-1).rsqrt_())
         return weights.mul_(share * self.factor)
 
 

@@ -198,7 +198,11 @@ class Dispersion:
 
     def _hook(self, place: int, index: int, layers: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            if self._pass is None or not torch.is_grad_enabled():
+            if not torch.is_grad_enabled():
+                return
+            if self._begun is not None and not _in_backward():  # the call went to a part of the watched model
+                self._pass, self._begun = self._begun, None
+            if self._pass is None:
                 return
             state = _tensor(output)
             if not self._pass.is_prepared:

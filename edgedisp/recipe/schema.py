@@ -17,7 +17,6 @@ from edgedisp.recipe.kinds import FolderName, Precision, Seed, Seeds, Target, Un
 from edgedisp.recipe.sections import Data, Evaluate, Latency, Model, Quantize, Section, Train, Verify
 from edgedisp.recipe.written import to_yaml
 
-
 ONLOOKERS = ("watch_every", "report_to", "checkpoint_every")
 """Keys of `train` that change no weight: with another value, a finished training is kept."""
 

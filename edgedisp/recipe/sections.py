@@ -5,8 +5,8 @@ the column of the report. Bounds that concern one key stand here; what two keys 
 clashes.py. The meanings feed docs/recipe.md through `docs.reference`.
 
 Defaults are the paper's where it has one (arXiv 2602.00217: AdamW betas .9/.95, weight decay .1, clip 1.0,
-cosine, angular dispersion 0.1 over all layers at temperature 1, clamp .1), except that 128 tokens are drawn
-and not 256: the same gradient on average for a quarter of the products.
+cosine, angular dispersion 0.1 over all layers at temperature 1, clamp .1), except that 64 tokens are drawn
+and not 256: nearly the same gradient for a sixteenth of the products (benchmarks/dispersion_cost.py).
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Dispersion(Section):
         default=1.0, description="tau: a small one looks at the nearest pairs alone"
     )
     tokens: Sample = Field(
-        default=128,
+        default=64,
         description="tokens drawn from a sequence, anew for each layer (the paper: 256); all: every one",
     )
     clamp: ShareBelow1 = Field(

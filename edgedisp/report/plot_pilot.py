@@ -37,11 +37,11 @@ def pilot_plot(found: Mapping[str, Any]) -> Plot:
     )
     box = (found["floors"]["cosine"], found["floors"]["loss"])
     ends = _ends([path for paths in groups.values() for path in paths.values()], box)
-    panels = tuple(_panel(name, paths, weights, box, ends) for name, paths in groups.items())
+    panels = tuple(_panel(name, groups[name], weights, box, ends) for name in sorted(groups))
     caption = (
         "Candidate - baseline of the same tokens, with paired 95 % intervals in the longest rung each "
-        "reached, whose tokens stand beside it; a line runs from rung to rung. Left: less condensed; down: lower held-out loss. Inside the "
-        "dashed box nothing counts."
+        "reached, whose tokens stand beside it; a line runs from rung to rung. Left: less condensed; down: "
+        "lower held-out loss. Inside the dashed box nothing counts."
     )
     return Plot(NAME, f"Pilot of {found['recipe']}", caption, panels, tuple(weights))
 

@@ -5,27 +5,38 @@ how is said in the rooms. Every function takes the part of the recipe that it de
 what a stage does not get, it cannot depend on, and the cache key in pipeline.py is made of just that.
 
     start.py     base, tokens: the weights and the tokens file that every arm starts from
-    training.py  midtrain, condensation: an arm's model folder, and the geometry of its vectors
+    training.py  midtrain: an arm's model folder, or its adapter
+    adapters.py  merge_adapter: an adapter's audit, and the model folder it is merged into
+    condensation.py  condensation, bundle_condensation: the geometry of token vectors, before and after export
     bundles.py   export, quantize, verify, pack: ONNX bundles out of a model folder
     figures.py   items, accuracy, latency: what is measured of them
+    pilot.py     judging, pilot_candidate: a candidate of `edgedisp pilot`, trained and measured
 """
 
+from edgedisp.stages.adapters import merge_adapter
 from edgedisp.stages.bundles import export, pack, quantize, verify
+from edgedisp.stages.condensation import bundle_condensation, condensation
 from edgedisp.stages.figures import accuracy, count_items, items, latency
+from edgedisp.stages.pilot import judging, pilot_candidate
 from edgedisp.stages.start import base, fetch_base, tokens, twin_base
-from edgedisp.stages.training import condensation, midtrain, train_settings
+from edgedisp.stages.training import leave_processes, midtrain, train_settings
 
 __all__ = [
     "accuracy",
     "base",
+    "bundle_condensation",
     "condensation",
     "count_items",
     "export",
     "fetch_base",
     "items",
+    "judging",
     "latency",
+    "leave_processes",
+    "merge_adapter",
     "midtrain",
     "pack",
+    "pilot_candidate",
     "quantize",
     "tokens",
     "train_settings",

@@ -16,10 +16,12 @@ import torch
 from edgedisp import Progress, model
 from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.dispersion.quick import quick_condensation
+from edgedisp.processes import place, split
 from edgedisp.recipe import ArmRun, Train
 from edgedisp.recipe.sections import Dispersion
 from edgedisp.stages import adapters
 from edgedisp.stages.start import PACKING, weights_digest
+from edgedisp.train.distributed import Sharding, Share, leave
 from edgedisp.train.reporting import Reporting, check_reporters
 from edgedisp.train.techniques import callbacks_for
 from edgedisp.train.trainer import TrainSettings, fit
@@ -42,7 +44,7 @@ def midtrain(
     """Train one arm and leave a Hugging Face folder; the arms differ in what `arm` adds, and in nothing else.
 
     An adapter is left as a plain PEFT folder; `merge_adapter` makes a model of it. Logs for others
-    (`train.report_to`) are left in `logs`.
+    (`train.report_to`) are left in `logs`. Of several processes each takes its share; the first writes.
     """
     check_reporters(train.report_to)
     packed = _in_order(np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False), arm)
@@ -61,8 +63,14 @@ def midtrain(
         end_of_text=packing["end_of_text"] if packing["isolate_documents"] else None,
         watch=_watch(train.watch_every, steps, corpus_folder),
         reporting=Reporting(train.report_to, own / "logs", name) if train.report_to else None,
+        share=_share(train),
         progress=progress,
     )
+    if not place().leads:
+        return {}
+    if done.weights is not None:  # what was trained is in parts; the whole goes into a model as it came
+        trained = adapters.model_to_train(train.adapter, base_folder, seed)
+        trained.load_state_dict(done.weights)
     if train.adapter is not None:
         adapters.keep_adapter(trained, train.adapter, base_folder, own)
     else:
@@ -75,6 +83,7 @@ def midtrain(
         "resumed_from": done.resumed_from,
         "tokens_per_s": done.tokens_per_s,
         "peak_memory_bytes": done.peak_memory_bytes,
+        "processes": place().count,
         "settings": {**asdict(settings), "threads": torch.get_num_threads()},
         "log": done.log,
         "watched": done.watched,
@@ -83,6 +92,17 @@ def midtrain(
         "fused_head": done.fused_head,
         "weights_sha256": weights_digest(own),
     }
+
+
+def _share(train: Train) -> Share:
+    """What this process takes of a step, and how the weights are held where there are others."""
+    count = place().count
+    chosen = train.distributed
+    sharding = None
+    if chosen is not None:
+        wrap = None if chosen.wrap == "auto" else chosen.wrap
+        sharding = Sharding(chosen.fsdp == "full_shard", wrap, chosen.cpu_offload)
+    return Share(count, *split(train.batch, train.accumulate, count), sharding)
 
 
 def train_settings(train: Train, steps: int, seed: int) -> TrainSettings:
@@ -130,3 +150,8 @@ def _watch(every: int | None, steps: int, corpus_folder: Path) -> Watch | None:
     held = np.load(corpus_folder / "heldout.npy", mmap_mode="r", allow_pickle=False)
     blocks = torch.from_numpy(held[:WATCHED_SEQUENCES, :WATCHED_TOKENS].astype(np.int64))
     return Watch(partial(quick_condensation, blocks=blocks), every or math.ceil(steps / WATCHES))
+
+
+def leave_processes() -> None:
+    """After the last training: part from the other processes of a launch."""
+    leave()

@@ -16,12 +16,15 @@ the traffic but is another training than one process does.
 A checkpoint can be continued by another number of processes, as nothing in it depends on that number but
 the random streams of dropout, which then begin anew. From DDP to FSDP, or back, it cannot.
 
-Left out: FSDP over a quantized base, DeepSpeed, tensor and pipeline parallelism; models of this size need none.
+Left out: FSDP over a quantized base, DeepSpeed, tensor and pipeline parallelism; models of this size need
+none of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -41,7 +44,7 @@ class Sharding:
     """FSDP, as in a recipe's `train.distributed`.
 
     `reshard`: give gathered weights back between forward and backward pass; `wrap`: classes of the modules
-    that are gathered at a time, None for the decoder layers; `cpu_offload`: keep the parts in the host's memory.
+    that are gathered at a time, None for the decoder layers; `cpu_offload`: the parts lie in host memory.
     """
 
     reshard: bool = True
@@ -51,7 +54,7 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Share:
-    """What one of `count` processes takes of a step: micro-batches `accumulate`, of `batch` sequences each."""
+    """What one of `count` processes takes of a step: `accumulate` micro-batches of `batch` sequences."""
 
     count: int
     batch: int
@@ -71,8 +74,8 @@ class Share:
         }
         if self.count == 1:
             return told
-        # Every parameter is used and no buffer changes: looking for either costs time in each step.
-        told |= {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
+        told["log_level_replica"] = "error"  # the others say nothing that the first would not say
+        told["ddp_find_unused_parameters"] = False  # all are used; looking for them costs time in each step
         if self.sharding is not None:
             config: dict[str, Any] = {
                 "version": 2,
@@ -125,6 +128,23 @@ def gather_in_float32(args: TrainingArguments) -> None:
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy()
+
+
+def check_divided(trainer: Trainer, share: Share) -> None:
+    """Raise ValueError if FSDP was asked for and accelerate passed it over, as it does silently on CPUs."""
+    if share.count > 1 and share.sharding is not None and not trainer.is_fsdp_enabled:
+        raise ValueError("accelerate does not divide a model among processes on this kind of device (FSDP)")
+
+
+@contextmanager
+def quiet_sharding() -> Iterator[None]:
+    """Without FSDP's warning that a module returns a view, whose change in place would go unnoticed.
+
+    The fused head hands on a view, and nothing changes it in place.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+        yield
 
 
 def whole_weights(trainer: Trainer) -> dict[str, Tensor] | None:

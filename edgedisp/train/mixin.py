@@ -204,7 +204,7 @@ class DispersionMixin(Host):
 
     def _first_sequence(self) -> int:
         """Number of this micro-batch's first sequence among all that training sees."""
-        batch = self.state.train_batch_size or self.args.train_batch_size
+        batch = self._train_batch_size  # the state's is that of the processes which wrote a checkpoint
         done = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_batch
         return (done * self.args.world_size + self.args.process_index) * batch
 

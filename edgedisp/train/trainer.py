@@ -109,6 +109,7 @@ def fit(
             callbacks=[*callbacks, kept],
         )
         kept.trainer = trainer
+        distributed.check_divided(trainer, share)
         trainer.remove_callback(PrinterCallback)  # it prints every log row to stdout
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.folder))
     weights = distributed.whole_weights(trainer)
@@ -135,6 +136,7 @@ def _prepared(model: nn.Module, settings: TrainSettings, reporting: Reporting | 
     with ExitStack() as stack:
         stack.enter_context(_own_random_state())
         stack.enter_context(quiet())
+        stack.enter_context(distributed.quiet_sharding())
         stack.enter_context(reported_in(reporting))
         stack.enter_context(freed_memory_kept())
         if settings.compile:

@@ -1,0 +1,126 @@
+"""A pilot's candidate: trained as a build trains, measured on held-out text, and thrown away.
+
+Measured are the loss of each held-out window, the very items that a build scores (evaluate/heldout.py), and
+the mean cosine of each of the sequences on which a build measures condensation. An adapter is measured as it
+was trained, over its base and not merged.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgedisp import BadInput, Progress, model
+from edgedisp.dispersion.profile import condensation
+from edgedisp.evaluate.tasks import Suite
+from edgedisp.folder import write_json
+from edgedisp.recipe import Adapter, Evaluate
+from edgedisp.stages.condensation import CONDENSATION_SEQUENCES
+from edgedisp.stages.figures import items
+from edgedisp.train import merge
+from edgedisp.train.mixin import NotFinite
+from edgedisp.train.noise import quiet_bitsandbytes
+from edgedisp.train.quantized import load_quantized
+
+TASK = "heldout_perplexity"
+JUDGED = "judged.json"
+FIGURES = ("cosine_raw", "cosine_mean_removed")
+
+
+def judging(
+    section: Evaluate, seed: int, context: int, base_folder: Path, corpus_folder: Path, own: Path
+) -> dict[str, Any]:
+    """Count what candidates will be judged by, before any is trained.
+
+    Raises BadInput where the held-out text is too little for an interval.
+    """
+    suite = items(section, seed, None, base_folder, corpus_folder, context)
+    counts = {
+        "windows": len(suite.questions[TASK]),
+        "documents": len({question.document for question in suite.questions[TASK]}),
+        "tokens": sum(len(wanted) for one in suite.questions[TASK] for _, wanted in one.requests),
+        "sequences": len(_sequences(corpus_folder)),
+    }
+    for unit, needed in (("documents", 2), ("sequences", 2)):
+        if counts[unit] < needed:
+            raise BadInput(
+                f"the held-out text has {counts[unit]} {unit[:-1]}, and a paired interval needs {needed}: "
+                "hold out more (data.heldout), give more text, or a smaller data.context"
+            )
+    write_json(own / "judging.json", counts)
+    return counts
+
+
+def pilot_candidate(
+    train_into: Callable[[Path], dict[str, Any]],
+    adapter: Adapter | None,
+    suite: Callable[[], Suite],
+    base_folder: Path,
+    corpus_folder: Path,
+    may_diverge: bool,
+    own: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Train one candidate by `train_into`, a build's own stage, and leave its figures in judged.json.
+
+    A training that was finished in an earlier, interrupted call is not repeated. Where the loss becomes NaN
+    or infinite, the results are `{"diverged": why}`, since that is what a pilot wants to know of a setting;
+    a baseline may not diverge (NotFinite).
+    """
+    weights = own / "weights"
+    done = weights / "trained.json"
+    if not done.is_file():
+        weights.mkdir(exist_ok=True)
+        try:
+            trained = train_into(weights)
+        except NotFinite as problem:
+            if not may_diverge:
+                raise
+            shutil.rmtree(weights)
+            return {"diverged": str(problem)}
+        write_json(done, trained)
+    trained = json.loads(done.read_text(encoding="utf-8"))
+    measured = _measure(_as_trained(adapter, base_folder, weights), suite(), corpus_folder, progress)
+    write_json(own / JUDGED, measured)
+    if (weights / "logs").is_dir():  # for others to read (train.report_to)
+        shutil.move(weights / "logs", own / "logs")
+    shutil.rmtree(weights)
+    kept = ("steps", "tokens", "seconds", "tokens_per_s", "peak_memory_bytes", "weights_sha256")
+    return {name: trained[name] for name in kept}
+
+
+def _as_trained(adapter: Adapter | None, base_folder: Path, weights: Path) -> Any:
+    """The trained model, on the GPU if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if adapter is None:
+        return model.load(weights).to(device)
+    base = load_quantized(base_folder, adapter.base) if adapter.base else model.load(base_folder)
+    opened: Any = merge.opened(weights, base)
+    return opened.get_base_model().to(device).eval()  # the adapter's layers stay in it
+
+
+def _measure(trained: Any, suite: Suite, corpus_folder: Path, progress: Progress) -> dict[str, Any]:
+    """`items`: {id, document, nll, tokens} of each window; FIGURES: of each sequence, over the blocks."""
+    with quiet_bitsandbytes():
+        scored = suite.run(model.TorchModel(trained), bootstrap=2, progress=progress)[TASK]
+        profile = condensation(trained, _sequences(corpus_folder), progress)
+    wanted = ("id", "document", "nll", "tokens")
+    return {
+        "items": [{name: item[name] for name in wanted} for item in scored["items"]],
+        # Without the embedding's output, which no candidate disperses, and the final norm's.
+        **{
+            figure: [float(np.mean(layers[1:-1])) for layers in profile["by_sequence"][figure]]
+            for figure in FIGURES
+        },
+    }
+
+
+def _sequences(corpus_folder: Path) -> torch.Tensor:
+    held = np.load(corpus_folder / "heldout.npy", allow_pickle=False)[:CONDENSATION_SEQUENCES]
+    return torch.from_numpy(held.astype(np.int64))
