@@ -28,7 +28,7 @@ def both(
 ) -> tuple[torch.Tensor, ...]:
     """Value and gradient by blocks, then plain."""
     everyone = torch.ones(vectors.shape[:2], dtype=torch.bool)
-    ours = blockwise(form, vectors, mask, **options)
+    ours = blockwise(form, vectors, mask=mask, **options)
     plain = BY_SEQUENCE[form](vectors, everyone if mask is None else mask, **options)
     weights = torch.arange(1.0, len(ours) + 1, dtype=ours.dtype)  # sequences must not be mixed up
     return (
@@ -92,7 +92,7 @@ def test_gradient_is_the_slope_of_the_value(form: str, block: int, monkeypatch: 
     vectors = torch.randn(2, 7, 40, generator=generator, dtype=torch.float64, requires_grad=True)
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[1, 5:] = False
-    torch.autograd.gradcheck(lambda v: blockwise(form, v, mask), vectors)
+    torch.autograd.gradcheck(lambda v: blockwise(form, v, mask=mask), vectors)
 
 
 @pytest.mark.parametrize("tokens", [6, 300])
@@ -106,7 +106,7 @@ def test_padding_changes_neither_value_nor_gradient(tokens: int, garbage: float)
     mask = torch.zeros(padded.shape[:2], dtype=torch.bool)
     padded[:, places], mask[:, places] = vectors.detach(), True
     padded.requires_grad_()
-    again = blockwise("angular", padded, mask)
+    again = blockwise("angular", padded, mask=mask)
     again_slope = torch.autograd.grad(again.sum(), padded)[0]
     torch.testing.assert_close(again, value)
     torch.testing.assert_close(again_slope[:, places], slope)
@@ -119,7 +119,8 @@ def test_rows_pick_tokens_and_spread_the_gradient(tokens: int) -> None:
     generator = torch.Generator().manual_seed(1)
     index = torch.rand(3, tokens + 50, generator=generator).topk(tokens, dim=1).indices
     kept = mask.gather(1, index)
-    value = blockwise("angular", vectors, kept, rows=index + torch.arange(3)[:, None] * (tokens + 50))
+    rows = index + torch.arange(3)[:, None] * (tokens + 50)
+    value = blockwise("angular", vectors, mask=kept, rows=rows[None])
     plain = BY_SEQUENCE["angular"](vectors.gather(1, index[:, :, None].expand(-1, -1, 12)), kept, clamp=0.1)
     torch.testing.assert_close(value, plain)
     slopes = [torch.autograd.grad(each.sum(), vectors)[0] for each in (value, plain)]
@@ -133,7 +134,7 @@ def test_a_sequence_without_a_pair_is_zero_and_has_no_gradient(tokens: int, temp
     mask = torch.zeros(3, tokens, dtype=torch.bool)
     mask[1, 2] = True
     mask[2, :4] = True
-    value = blockwise("angular", vectors, mask, temperature=temperature)
+    value = blockwise("angular", vectors, mask=mask, temperature=temperature)
     assert value[:2].tolist() == [0, 0] and value[2] != 0
     slope = torch.autograd.grad(value.sum(), vectors)[0]
     assert torch.isfinite(slope).all() and not slope[:2].any() and slope[2].any()
@@ -171,9 +172,9 @@ def test_rounded_products_stay_near_and_the_setting_is_put_back() -> None:
 def test_it_compiles(tokens: int) -> None:
     vectors, mask = vectors_and_mask(2, tokens, 16, dtype=torch.float32)
     compiled = torch.compile(
-        lambda v: blockwise("angular", v, mask).sum(), backend="aot_eager", fullgraph=True
+        lambda v: blockwise("angular", v, mask=mask).sum(), backend="aot_eager", fullgraph=True
     )
-    plain = blockwise("angular", vectors, mask).sum()
+    plain = blockwise("angular", vectors, mask=mask).sum()
     value = compiled(vectors)
     torch.testing.assert_close(value, plain)
     slopes = [torch.autograd.grad(each, vectors)[0] for each in (value, plain)]
@@ -183,3 +184,24 @@ def test_it_compiles(tokens: int) -> None:
 def test_an_unknown_form_is_refused() -> None:
     with pytest.raises(ValueError, match="'l2_repel' is not one of angular, cosine"):
         blockwise("l2_repel", torch.zeros(1, 2, 3))
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_layers_together_are_layers_one_by_one(drawn: bool) -> None:
+    layers = [vectors_and_mask(2, 30, 8, seed)[0] for seed in range(3)]
+    mask = torch.stack([vectors_and_mask(2, 12 if drawn else 30, 8, seed)[1] for seed in range(3)])
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(3, 2, 30, generator=generator).topk(12, dim=-1).indices + torch.tensor([[0], [30]])
+    chosen = rows if drawn else None
+    together = blockwise("angular", *layers, mask=mask.flatten(0, 1), rows=chosen)
+    apart = [
+        blockwise("angular", layer, mask=mask[at], rows=rows[at : at + 1] if drawn else None)
+        for at, layer in enumerate(layers)
+    ]
+    torch.testing.assert_close(together, torch.cat(apart))
+    weights = torch.arange(1.0, 7.0, dtype=torch.float64)
+    for one, other in zip(
+        torch.autograd.grad((together * weights).sum(), layers),
+        torch.autograd.grad((torch.cat(apart) * weights).sum(), layers),
+    ):
+        torch.testing.assert_close(one, other)

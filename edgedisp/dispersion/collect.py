@@ -1,9 +1,9 @@
 """Compute a dispersion term layer by layer while a model runs.
 
-A hook on each decoder layer computes the layer's value from its output at once and puts a node into the
-autograd graph; `loss` only averages the values. In the backward pass a node runs when its layer's turn
-comes, so the gradients of one layer are alive at a time, not those of all. What a node keeps is the layer's
-output, which the next layer keeps anyway, and a small matrix (blockwise.py).
+Hooks on the decoder layers compute the values of a few layers as soon as their outputs are there, and put a
+node into the autograd graph; `loss` only averages. In the backward pass a node runs when its layers' turn
+comes, so the gradients of a few layers are alive at a time, not those of all. What a node keeps is the
+layers' outputs, which the next layers keep anyway, and small matrices (blockwise.py).
 
 Gradient checkpointing: transformers recomputes the inside of a layer, where these hooks do not stand. Where
 an implementation recomputes the hooks too, they notice that a backward pass is under way and the value is
@@ -105,16 +105,22 @@ def hidden_states(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int,
         seen.clear()
 
 
+# Layers whose values are computed together: one at a time, starting small operations takes longer than doing
+# them; all at once, their gradients would be a percent of a training step's memory.
+TOGETHER = 6
+
+
 class _Pass:
     """One forward pass: which tokens take part, and the values of the layers so far."""
 
     def __init__(self, mask: Tensor | None, first_sequence: int) -> None:
         self.mask, self.first_sequence = mask, first_sequence
-        self.real: Tensor | None = (
-            None  # (batch, tokens), or (layers, batch, n) with picks; None: all are real
-        )
-        self.rows: Tensor | None = None  # (layers, batch, n): rows of the flattened token vectors; None: all
-        self.values: dict[int, Tensor] = {}
+        # (layers, batch, n), rows of the flattened token vectors that take part; None: all of them.
+        self.rows: Tensor | None = None
+        # Which of those are real: (layers, batch, n), without rows (batch, tokens); None: all of them.
+        self.real: Tensor | None = None
+        self.waiting: list[tuple[int, Tensor]] = []  # place and output of layers without a value yet
+        self.values: list[Tensor] = []  # of the layers in order, a vector for each group
         self.is_prepared = False
 
 
@@ -136,6 +142,8 @@ class Dispersion:
         self._begun: _Pass | None = None
         self._next_sequence = 0
         self._skipped: int | Tensor = 0
+        self._chosen: list[int] = []
+        self._values = torch.empty(0)
 
     @property
     def skipped_sequences(self) -> int:
@@ -149,10 +157,10 @@ class Dispersion:
         Raises ValueError if the model has no list of layers or lacks a chosen one.
         """
         blocks = decoder_layers(model)
-        chosen = select_layers(self.config.layers, len(blocks))
+        self._chosen = select_layers(self.config.layers, len(blocks))
         handles = [model.register_forward_pre_hook(self._start, with_kwargs=True)]
-        for place, index in enumerate(chosen):
-            handles.append(blocks[index].register_forward_hook(self._hook(place, index, len(chosen))))
+        for place, index in enumerate(self._chosen):
+            handles.append(blocks[index].register_forward_hook(self._hook(place)))
         try:
             yield self
         finally:
@@ -177,16 +185,14 @@ class Dispersion:
         """
         if self._pass is None or not self._pass.values:
             raise ValueError("no forward pass to compute the dispersion of: run the model inside watch()")
-        values = [value for _, value in sorted(self._pass.values.items())]
-        self._values = {layer: value.detach() for layer, value in self._pass.values.items()}
-        self._pass.values = {}
-        return torch.stack([value.to(values[0].device) for value in values]).mean()
+        values, self._pass.values = self._pass.values, []
+        together = torch.cat([value.to(values[0].device) for value in values])
+        self._values = together.detach()
+        return together.mean()
 
     def by_layer(self) -> dict[int, float]:
         """Value of each watched layer, counted from 0, in the pass whose `loss` was asked for last."""
-        return {layer: float(value) for layer, value in sorted(self._values.items())}
-
-    _values: dict[int, Tensor] = {}  # noqa: RUF012 - replaced, never changed
+        return dict(zip(self._chosen, self._values.tolist()))
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled() or _in_backward():
@@ -196,22 +202,31 @@ class Dispersion:
         if self._pass.mask is None:
             self._pass.mask = _attention_mask(args, kwargs)
 
-    def _hook(self, place: int, index: int, layers: int) -> Callable[..., None]:
+    def _hook(self, place: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            if not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() or (_in_backward() and not _saved_are_packed()):
                 return
             if self._begun is not None and not _in_backward():  # the call went to a part of the watched model
                 self._pass, self._begun = self._begun, None
-            if self._pass is None:
-                return
-            state = _tensor(output)
-            if not self._pass.is_prepared:
-                self._prepare(self._pass, state, layers)
-            value = self._value(self._pass, state, place)
-            if not _in_backward():
-                self._pass.values[index] = value
+            if self._pass is not None:
+                self._take(self._pass, place, _tensor(output))
 
         return hook
+
+    def _take(self, now: _Pass, place: int, state: Tensor) -> None:
+        """Compute the values of the layers that wait, when there are enough of them or no more to come."""
+        if not now.is_prepared:
+            self._prepare(now, state, len(self._chosen))
+        if now.waiting and not _alike(now.waiting[0][1], state):
+            now.values.append(self._value(now))
+        now.waiting.append((place, state))
+        # Where saved tensors are packed, as inside a checkpointed region, nothing may wait: the recomputation
+        # has to save what was saved here. Long sequences fill the processor alone.
+        alone = _saved_are_packed() or now.rows is None or self.config.variant not in FORMS
+        if alone or len(now.waiting) == TOGETHER or place == len(self._chosen) - 1:
+            values = self._value(now)
+            if not _in_backward():
+                now.values.append(values)
 
     def _prepare(self, now: _Pass, state: Tensor, layers: int) -> None:
         """Which tokens count, and which of them each layer draws."""
@@ -250,31 +265,45 @@ class Dispersion:
         count = self.config.tokens or tokens
         return keys.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
 
-    def _value(self, now: _Pass, state: Tensor, place: int) -> Tensor:
-        """The mean over sequences at one layer; scalar."""
-        config = self.config
-        rows = None if now.rows is None else now.rows[place]
-        mask = now.real if now.real is None or rows is None else now.real[place]
-        if config.exclude_sink and mask is not None:
-            mask = mask & ~_sinks(state.detach(), rows, mask)
+    def _value(self, now: _Pass) -> Tensor:
+        """The mean over sequences at each layer that waits; `(layers,)`."""
+        config, waiting = self.config, now.waiting
+        now.waiting = []
+        places, states = [place for place, _ in waiting], [state for _, state in waiting]
+        rows = None if now.rows is None else now.rows[places[0] : places[-1] + 1]
+        mask = self._mask(now, places, states)
         options = {"temperature": config.temperature, "clamp": config.clamp}
         if config.variant in FORMS:
-            products = "bf16" if _is_bf16_autocast(state.device.type) else "none"
-            values = blockwise(config.variant, state, mask, rows=rows, products=products, **options)
+            products = "bf16" if _is_bf16_autocast(states[0].device.type) else "none"
+            values = blockwise(config.variant, *states, mask=mask, rows=rows, products=products, **options)
         else:
-            with torch.autocast(state.device.type, enabled=False):
-                vectors = picked(state, rows, None)
-                whole = torch.ones(vectors.shape[:2], dtype=torch.bool, device=state.device)
+            with torch.autocast(states[0].device.type, enabled=False):
+                vectors = picked(states, rows, None)
+                whole = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
                 values = BY_SEQUENCE[config.variant](vectors, whole if mask is None else mask, **options)
+        values = values.view(len(states), -1)
         if mask is None:
-            return values.mean()
+            return values.mean(dim=1)
         # Sequences without a pair have value 0 and do not count in the mean.
-        return values.sum() / (mask.sum(dim=1) > 1).sum().clamp_min(1)
+        counted = (mask.sum(dim=1) > 1).view(len(states), -1).sum(dim=1)
+        return values.sum(dim=1) / counted.clamp_min(1)
+
+    def _mask(self, now: _Pass, places: list[int], states: list[Tensor]) -> Tensor | None:
+        """Which of the tokens that take part count, `(layers * batch, n)`; None: all of them."""
+        if now.real is None:
+            return None
+        masks = [now.real if now.rows is None else now.real[place] for place in places]
+        if self.config.exclude_sink:
+            drawn = [None if now.rows is None else now.rows[place] for place in places]
+            masks = [
+                mask & ~_sinks(state.detach(), row, mask) for mask, state, row in zip(masks, states, drawn)
+            ]
+        return torch.cat(masks)
 
 
 def _sinks(state: Tensor, rows: Tensor | None, mask: Tensor) -> Tensor:
     """Which of the picked tokens are far longer than the median of them, `(batch, n)`."""
-    norms = torch.linalg.vector_norm(state.float(), dim=-1)
+    norms = torch.linalg.vector_norm(state.detach().float(), dim=-1)
     norms = norms if rows is None else norms.flatten()[rows]
     median = torch.where(mask, norms, math.nan).nanmedian(dim=1, keepdim=True).values
     return norms > SINK_NORM * median
@@ -289,6 +318,15 @@ def _attention_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | N
 def _in_backward() -> bool:
     """Whether autograd is running a backward pass, as when a checkpointed layer is recomputed."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _saved_are_packed() -> bool:
+    """Whether hooks on saved tensors are active, as inside `torch.utils.checkpoint`."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
 
 
 def _is_bf16_autocast(device: str) -> bool:
