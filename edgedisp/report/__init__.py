@@ -23,7 +23,10 @@ The summary, every part of which may be absent or None:
     corpus      {tokens_sha256, train_tokens, train_documents, heldout_documents, epochs, context, sources [],
                 license}
     midtrain    {arm: {steps, tokens, seconds, tokens_per_s, peak_memory_bytes, weights_sha256, settings {},
-                log [{step, loss, dispersion, lr, grad_norm}]}}
+                log [{step, loss, dispersion, lr, grad_norm}], watched [{step, cosine_by_layer,
+                embedding_variance, seconds}], watch_seconds, skipped_sequences, fused_head, processes;
+                with an adapter merged_into, merge_audit {rows, tokens, blocks, grid, decision, chosen, why,
+                warning, gains}}}
     condensation {arm: {tokens, sequences, layers [{layer, cosine_raw, cosine_sink_excluded,
                 cosine_mean_removed, effective_rank, maximum_explainable_variance, kurtosis, max_over_median,
                 max_over_median_sink_excluded, sinks, histogram [counts over cosine -1 to 1],
