@@ -146,10 +146,13 @@ def _stage_seconds(name: str, recipe: Recipe, parameters: int, step_s: float, fo
     kind = name.rsplit("/", 1)[-1]
     size = parameters / 135e6
     evaluate, latency = recipe.evaluate, recipe.latency
-    if kind == "adapter" or (kind == "model" and recipe.train.adapter is None):
+    adapter = recipe.train.adapter
+    if (
+        kind == "model" and adapter is not None
+    ):  # the merge audit: a held-out loss for each way to hold weights
+        return (6 if adapter.kind == "lora" else 8) * 4096 * forward_s + 5 * size
+    if kind in ("adapter", "model"):
         return recipe.steps * step_s + 5 * size
-    if kind == "model":  # the merge audit: one held-out loss for each way to hold the weights
-        return (6 if recipe.train.adapter.kind == "lora" else 8) * 4096 * forward_s + 5 * size
     if kind.startswith("accuracy"):
         perplexity = min(evaluate.perplexity_tokens or evaluate.limit * recipe.data.context, 50_000)
         return (perplexity + evaluate.limit * (96 + 4 * 90)) * forward_s
