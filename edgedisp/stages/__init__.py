@@ -2,7 +2,7 @@
 
 This is the one room in which the rooms meet. A function here says in a few lines what the stage does;
 how is said in the rooms. Every function takes the part of the recipe that it depends on, never the whole:
-what a stage does not get, it cannot depend on, and the cache key in pipeline.py is made of just that.
+what a stage does not get, it cannot depend on, and the cache key in pipeline/ is made of just that.
 
     start.py     base, tokens: the weights and the tokens file that every arm starts from
     training.py  midtrain: an arm's model folder, or its adapter

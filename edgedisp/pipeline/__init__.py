@@ -1,0 +1,94 @@
+"""The stages in order, what each depends on, and the loop that walks them.
+
+    recipe -> base -> corpus -> items -> midtrain[arm, seed] -> condensation[arm] -> export[arm, seed]
+           -> quantize[arm, seed, precision] -> verify -> accuracy -> latency -> pack[arm, target] -> report
+
+A stage's key is its section of the recipe and the content hashes of the stages it reads. A finished stage
+with the same key is kept. So a changed precision retrains nothing, and an unchanged recipe runs nothing:
+this module imports no torch, and `stages/`, which does, is imported when the first stage has to run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgedisp.folder import Record, open_run, read
+from edgedisp.pipeline import shipping
+from edgedisp.pipeline.shipping import BITS
+from edgedisp.pipeline.training import base_stage, corpus_stage, decider_of, merge_stage, training_stage
+from edgedisp.pipeline.walk import Observer, Stage, Walked, Work, walk
+from edgedisp.recipe import Recipe
+
+__all__ = [
+    "BITS",
+    "Observer",
+    "Stage",
+    "Walked",
+    "Work",
+    "base_stage",
+    "build",
+    "corpus_stage",
+    "run_folder",
+    "stages",
+    "state",
+    "training_stage",
+    "walk",
+]
+
+
+def run_folder(recipe: Recipe, out: Path | None) -> Path:
+    return out or Path("runs") / f"{recipe.name}-{recipe.hash8}"
+
+
+def stages(recipe: Recipe, threads: int) -> list[Stage]:
+    """Every stage of a recipe, in order, each after those it reads.
+
+    Every training is exported and scored, as scores differ from seed to seed. Geometry, timing and packing
+    are of the first seed's: one is looked into, timed (the graph is the same) and shipped.
+    """
+    runs = recipe.arm_runs
+    names = [run.name for run in runs]
+    first = [run.name for run in runs if run.replica == 0]
+    found = [base_stage(recipe), corpus_stage(recipe), shipping.items(recipe)]
+    found += [training_stage(recipe, run) for run in runs]
+    if (adapter := recipe.train.adapter) is not None:
+        decider = decider_of(recipe)
+        found += [
+            merge_stage(recipe, adapter, name) for name in sorted(names, key=lambda name: name != decider)
+        ]
+    found += shipping.condensations(first)
+    found += [shipping.export(name, threads) for name in names]
+    precisions = recipe.precisions
+    quantized = [precision for precision in precisions if precision in BITS]
+    found += [shipping.quantize(recipe, name, precision) for name in names for precision in quantized]
+    found += [shipping.verify(recipe, name, precision, threads) for name in names for precision in precisions]
+    found += [shipping.bundle_condensation(name, one, threads) for name in first for one in precisions]
+    scored = ["torch", *precisions]
+    found += [shipping.accuracy(recipe, name, precision, threads) for name in names for precision in scored]
+    found.append(shipping.latency(recipe, threads))
+    found += [shipping.pack(name, target, threads) for name in first for target in recipe.targets]
+    return found
+
+
+def state(recipe: Recipe, run: Path, threads: int) -> list[tuple[Stage, Record | None]]:
+    """Each stage with its finished record, or None where a build would have to run it."""
+    records: dict[str, Record] = {}
+    found: list[tuple[Stage, Record | None]] = []
+    for stage in stages(recipe, threads):
+        record = read(run / stage.name) if all(name in records for name in stage.reads) else None
+        if record is not None and record.key == stage.key(records):
+            records[stage.name] = record
+            found.append((stage, record))
+        else:
+            found.append((stage, None))
+    return found
+
+
+def build(recipe: Recipe, run: Path, threads: int, observer: Observer) -> list[Walked]:
+    """Walk the stages in `run`, making those whose record does not fit.
+
+    Raises BadInput for what the user can mend (a run folder made by this call is then removed again),
+    BuildFailed when a stage cannot be completed.
+    """
+    with open_run(run, recipe.identity(), recipe.name):
+        return walk(stages(recipe, threads), run, observer)

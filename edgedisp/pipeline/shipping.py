@@ -1,0 +1,169 @@
+"""The stages from trained models to what ships and what is known of it: export, checks, scores, speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edgedisp.bench.targets import load_target
+from edgedisp.folder import digest
+from edgedisp.pipeline.training import plain
+from edgedisp.pipeline.walk import Stage, Work
+from edgedisp.recipe import Recipe
+
+BITS = {"int8": 8, "int4": 4}
+
+# Raised when the profile of a model gets other figures; 2: intervals, correlations, outliers.
+CONDENSATION_FORM = {"form": 2}
+
+
+def condensations(arms: list[str]) -> list[Stage]:
+    """The torch models' profiles, the baseline's first: the others are compared with it."""
+    ordered = sorted(arms, key=lambda arm: arm != "baseline")
+    against = "baseline/condensation" if "baseline" in arms else None
+    return [_condensation(arm, None if arm == "baseline" else against) for arm in ordered]
+
+
+def _condensation(arm: str, against: str | None) -> Stage:
+    model = f"{arm}/model"
+
+    def work(job: Work) -> dict[str, Any]:
+        from edgedisp import stages as run
+
+        baseline = None if against is None else job.folders[against]
+        return run.condensation(job.folders[model], job.folders["corpus"], baseline, job.own, job.progress)
+
+    reads = (model, "corpus") if against is None else (model, "corpus", against)
+    return Stage(f"{arm}/condensation", CONDENSATION_FORM, reads, work)
+
+
+def bundle_condensation(arm: str, precision: str, threads: int) -> Stage:
+    bundle, measured = f"{arm}/{precision}", f"{arm}/condensation"
+
+    def work(job: Work) -> dict[str, Any]:
+        from edgedisp import stages as run
+
+        folders = job.folders
+        return run.bundle_condensation(
+            folders[bundle], folders[measured], folders["corpus"], threads, job.own, job.progress
+        )
+
+    section = {**CONDENSATION_FORM, "threads": threads}
+    return Stage(f"{arm}/condensation-{precision}", section, (bundle, measured, "corpus"), work)
+
+
+def export(arm: str, threads: int) -> Stage:
+    model = f"{arm}/model"
+
+    def work(job: Work) -> dict[str, Any]:
+        from edgedisp import stages as run
+
+        return run.export(job.folders[model], threads, job.own, job.progress)
+
+    return Stage(f"{arm}/fp32", {"threads": threads}, (model,), work)
+
+
+def quantize(recipe: Recipe, arm: str, precision: str) -> Stage:
+    parent = f"{arm}/fp32"
+    options = getattr(recipe.quantize, precision)
+
+    def work(job: Work) -> dict[str, Any]:
+        from edgedisp import stages as run
+
+        return run.quantize(options, BITS[precision], job.folders[parent], job.own, job.progress)
+
+    return Stage(f"{arm}/{precision}", {"bits": BITS[precision], **plain(options)}, (parent,), work)
+
+
+def verify(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
+    model, bundle = f"{arm}/model", f"{arm}/{precision}"
+    limits = recipe.verify.limits(precision)
+    blocks = max(1, -(-recipe.verify.tokens // recipe.data.context))
+
+    def work(job: Work) -> dict[str, Any]:
+        from edgedisp import stages as run
+
+        folders = job.folders
+        return run.verify(
+            limits, blocks, folders[model], folders[bundle], folders["corpus"], threads, job.own, job.progress
+        )
+
+    section = {"limits": limits, "blocks": blocks, "threads": threads}
+    return Stage(f"{arm}/verify-{precision}", section, (model, bundle, "corpus"), work)
+
+
+def _scoring(recipe: Recipe) -> tuple[dict[str, Any], Callable[[Work], Any]]:
+    """What the tasks' questions depend on, and how to make them."""
+    section = {**plain(recipe.evaluate), "context": recipe.data.context, "seed": recipe.seed}
+    path = recipe.evaluate.tasks_path
+    tasks_path = None if path is None else (recipe.folder / path).resolve()
+    if tasks_path is not None:
+        section["tasks_content"] = _folder_digest(tasks_path)
+
+    def suite(job: Work) -> Any:
+        from edgedisp import stages as run
+
+        base, corpus = job.folders["base"], job.folders["corpus"]
+        return run.items(recipe.evaluate, recipe.seed, tasks_path, base, corpus, recipe.data.context)
+
+    return section, suite
+
+
+def items(recipe: Recipe) -> Stage:
+    section, suite = _scoring(recipe)
+
+    def work(job: Work) -> dict[str, Any]:
+        from edgedisp import stages as run
+
+        return run.count_items(suite(job), job.own)
+
+    return Stage("items", section, ("base", "corpus"), work)
+
+
+def accuracy(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
+    section, suite = _scoring(recipe)
+    model, bundle = f"{arm}/model", None if precision == "torch" else f"{arm}/{precision}"
+
+    def work(job: Work) -> dict[str, Any]:
+        from edgedisp import stages as run
+
+        shipped = None if bundle is None else job.folders[bundle]
+        return run.accuracy(
+            suite(job), recipe.evaluate, job.folders[model], shipped, threads, job.own, job.progress
+        )
+
+    reads = ("base", "corpus", model) if bundle is None else ("base", "corpus", model, bundle)
+    return Stage(f"{arm}/accuracy-{precision}", {**section, "threads": threads}, reads, work)
+
+
+def _folder_digest(folder: Path) -> str:
+    """Names and contents of a folder of local tasks: editing a task scores it again."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    return digest({path.relative_to(folder).as_posix(): digest(path.read_bytes().hex()) for path in files})
+
+
+def latency(recipe: Recipe, threads: int) -> Stage:
+    names = tuple(f"{arm.name}/{precision}" for precision in recipe.precisions for arm in recipe.arms)
+
+    def work(job: Work) -> dict[str, Any]:
+        from edgedisp import stages as run
+
+        bundles = {name: job.folders[name] for name in names}
+        return run.latency(recipe.latency, recipe.seed, threads, bundles, job.own, job.progress)
+
+    section = {**plain(recipe.latency), "threads": threads, "seed": recipe.seed}
+    return Stage("latency", section, names, work)
+
+
+def pack(arm: str, target: str, threads: int) -> Stage:
+    profile = load_target(target)
+    bundle = f"{arm}/{profile.precision}"
+    started_with = profile.threads or threads
+
+    def work(job: Work) -> dict[str, Any]:
+        from edgedisp import stages as run
+
+        return run.pack(target, started_with, job.folders[bundle], job.own)
+
+    return Stage(f"{arm}/{target}", {"threads": started_with}, (bundle,), work)
