@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -181,9 +181,11 @@ def _graphics() -> Row:
 
 def _pip() -> Row:
     """`pypi:` sources are fetched by this Python's own pip."""
-    if util.find_spec("pip") is None:
+    # Not `find_spec`: looking for the module makes setuptools take this process for pip's own, for good.
+    try:
+        return _row("pip", "ok", metadata.version("pip"))
+    except metadata.PackageNotFoundError:
         return _row("pip", "missing", "this Python has no pip", f"{sys.executable} -m ensurepip")
-    return _row("pip", "ok", metadata.version("pip"))
 
 
 def _hub(address: str) -> Row:
