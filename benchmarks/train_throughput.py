@@ -113,6 +113,7 @@ def main() -> None:
         for turn in range(chosen.rounds):
             for way in WAYS if turn % 2 else WAYS[::-1]:
                 base.load_state_dict(weights)
+                vars(base).pop("forward", None)  # the plain Trainer leaves its autocast in the model
                 clocks[way].append(train(way, base.train(), blocks, batch, precision, chosen.steps))
                 print(f"\r{name}: round {turn + 1} of {chosen.rounds}, {way:9}", end="", file=sys.stderr)
         print(file=sys.stderr)

@@ -156,6 +156,19 @@ def test_weights_stay_float32_in_either_precision(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_model_trained_in_bf16_computes_in_float32_afterwards(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    model = open_tiny(tiny_folder["llama"])
+    fit(model, BLOCKS, settings_of(steps=2, precision="bf16"), checkpoints=tmp_path)
+    fresh = open_tiny(tiny_folder["llama"]).eval()
+    fresh.load_state_dict(model.state_dict())
+    ids = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, fresh(ids).logits)
+    assert "forward" not in vars(model)
+
+
 def test_weight_decay_leaves_norms_and_biases_alone(
     tiny_folder: dict[str, Path], tmp_path: Path, architecture: str
 ) -> None:

@@ -138,6 +138,7 @@ def _prepared(model: nn.Module, settings: TrainSettings, reporting: Reporting | 
         stack.enter_context(quiet())
         stack.enter_context(distributed.quiet_sharding())
         stack.enter_context(reported_in(reporting))
+        stack.enter_context(_own_forward(model))
         stack.enter_context(freed_memory_kept())
         if settings.compile:
             if (reason := why_not_compiled(model)) is not None:
@@ -147,6 +148,19 @@ def _prepared(model: nn.Module, settings: TrainSettings, reporting: Reporting | 
         if is_fused:
             stack.enter_context(fused_head(model))
         yield is_fused
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """accelerate leaves its autocast in the model's `forward`, the next trainer another: take it out."""
+    names = ("forward", "_original_forward")
+    before = {name: vars(model)[name] for name in names if name in vars(model)}
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(before)
 
 
 def _told_apart(callback: TrainerCallback) -> tuple[str, dict[str, Any]]:
