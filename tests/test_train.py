@@ -155,7 +155,6 @@ def test_weights_stay_float32_in_either_precision(
     assert {gradient.dtype for gradient in kept.gradients[0].values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_model_trained_in_bf16_computes_in_float32_afterwards(
     tiny_folder: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -169,6 +168,7 @@ def test_a_model_trained_in_bf16_computes_in_float32_afterwards(
     assert "forward" not in vars(model)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_weight_decay_leaves_norms_and_biases_alone(
     tiny_folder: dict[str, Path], tmp_path: Path, architecture: str
 ) -> None:
