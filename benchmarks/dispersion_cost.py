@@ -80,9 +80,9 @@ class Steps:
         self.batch, context, self.is_bf16, checkpointing = SETTINGS[name]
         self.blocks = torch.from_numpy(quickstart_blocks(self.tokenizer, context, 64).astype("int64"))
         if checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         else:
-            self.model.gradient_checkpointing_disable()
+            self.model.activation_checkpointing_disable()
 
     def step(self, way: str) -> float:
         """Seconds of one step."""

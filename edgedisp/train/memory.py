@@ -1,4 +1,4 @@
-"""Keep freed memory in the process, so that a training step does not ask the system for it again.
+"""Memory of a training step: freed memory kept in the process, activations computed again instead of kept.
 
 A step allocates and frees some gigabytes of activations and gradients. The C library (glibc) gives large
 blocks back to the system at once, and the next step gets them anew: 300,000 page faults, each a page of
@@ -15,12 +15,21 @@ import ctypes
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 # Parameters of mallopt(3) and their defaults. Setting the trim threshold ends glibc's own adjustment of it
 # and of the size from which blocks come from the system directly.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 KEEPING = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 << 20}
 DEFAULTS = {M_MMAP_MAX: 65536, M_TRIM_THRESHOLD: 128 << 10, M_TOP_PAD: 0}
+
+
+def recompute_activations(model: Any) -> None:
+    """Gradient checkpointing: keep each layer's inputs and compute the rest again in the backward pass."""
+    # Renamed in transformers 5.23; the old name warns.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    # Hooks on the layers, such as the dispersion term's, are not run again this way.
+    enable({"use_reentrant": False})
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import nn
 
 from edgedisp import Progress, silent
 from edgedisp.train.fused_head import fused_head, why_not_fused
+from edgedisp.train.memory import recompute_activations
 from edgedisp.train.settings import TrainSettings
 
 WARM_UP = 2  # allocations and the choice of kernels make these up to three times slower
@@ -32,7 +33,7 @@ def time_steps(
     model = model.to(device).train()
     is_fused = settings.fused_head and why_not_fused(model) is None
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        recompute_activations(model)
     generator = torch.Generator().manual_seed(settings.seed)
     ids = torch.randint(0, vocabulary, (settings.batch, context), generator=generator).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)

@@ -34,7 +34,7 @@ from edgedisp.train.checkpoints import last_checkpoint
 from edgedisp.train.compiled import compiled_layers, why_not_compiled
 from edgedisp.train.data import Blocks
 from edgedisp.train.fused_head import fused_head, why_not_fused
-from edgedisp.train.memory import freed_memory_kept
+from edgedisp.train.memory import freed_memory_kept, recompute_activations
 from edgedisp.train.mixin import DispersionSettings, DispersionTrainer
 from edgedisp.train.reporting import Reporting, reported_in
 from edgedisp.train.settings import Fit, TrainSettings
@@ -132,7 +132,7 @@ def fit(
 def _prepared(model: nn.Module, settings: TrainSettings, reporting: Reporting | None) -> Iterator[bool]:
     """All that is different while `fit` trains. Yields whether the logits are spared."""
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        recompute_activations(model)
     with ExitStack() as stack:
         stack.enter_context(_own_random_state())
         stack.enter_context(quiet())
@@ -294,6 +294,11 @@ def _arguments(
 
 
 def peak_memory_bytes() -> int:
-    """Highest resident memory of this process so far (Linux counts in KiB, macOS in bytes)."""
+    """Highest resident memory of this process so far."""
+    # Linux: not `ru_maxrss`, which a child inherits from the process that started it.
+    if (status := Path("/proc/self/status")).is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
