@@ -9,8 +9,10 @@ every other round, and a ratio is the median over rounds of two steps that stood
 
 Gradient: how near the one of the drawn tokens is to the one of all pairs, so that the default can be judged.
 
-Memory: the highest resident memory of a fresh process that takes three such steps, and, for the loss over
-every pair of 4,096 tokens of 1,024 features at 4 layers, what the process grows by beyond its inputs.
+Memory: the most bytes that tensors hold at one moment of such a step (weights, optimizer and every
+allocation that torch's profiler counts), the same in every run; beside it the highest resident memory of a
+fresh process, which differs by 2 % between two runs of the same code. For the loss over every pair of 4,096
+tokens of 1,024 features at 4 layers: what a fresh process grows by beyond its inputs.
 """
 
 from __future__ import annotations
@@ -20,15 +22,19 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 from record import quickstart_base, quickstart_blocks, spread, write
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
+from edgedisp import model
 from edgedisp.dispersion.blockwise import blockwise
 from edgedisp.dispersion.collect import hidden_states
 from edgedisp.dispersion.config import DispersionConfig
@@ -68,9 +74,8 @@ def paper_form(states: dict[int, Tensor]) -> Tensor:
 class Steps:
     """A model with its optimizer, and one training step in each of the three ways."""
 
-    def __init__(self) -> None:
-        self.model, self.tokenizer = quickstart_base()
-        self.model.train()
+    def __init__(self, opened: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = opened.train(), tokenizer
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
         self.term = DispersionConfig().collector()
         self.blocks: Tensor = torch.empty(0)
@@ -110,7 +115,7 @@ class Steps:
 
 
 def time_steps(rounds: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    steps, figures, rows = Steps(), {}, []
+    steps, figures, rows = Steps(*quickstart_base()), {}, []
     for name in SETTINGS:
         steps.prepare(name)
         taken: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -130,14 +135,23 @@ def time_steps(rounds: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
     return figures, rows
 
 
-def peak_of_steps(name: str, way: str) -> float:
-    """Run in a fresh process: its highest resident memory in bytes."""
-    steps = Steps()
+def peak_of_steps(name: str, way: str, folder: str) -> dict[str, float]:
+    """Run in a fresh process: resident bytes at most in three steps, bytes in tensors at most in a fourth."""
+    steps = Steps(*model.open_base(Path(folder)))
     steps.prepare(name)
     with freed_memory_kept():
         for _ in range(3):
             steps.step(way)
-    return float(peak_memory_bytes())
+    resident = float(peak_memory_bytes())
+    state = [value for values in steps.optimizer.state.values() for value in values.values()]
+    held = sum(tensor.nbytes for tensor in [*steps.model.parameters(), *state])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        steps.step(way)
+    with tempfile.NamedTemporaryFile(suffix=".json") as trace:
+        seen.export_chrome_trace(trace.name)
+        events = json.loads(Path(trace.name).read_text())["traceEvents"]
+    grown = max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
+    return {"resident": resident, "tensors": float(held + grown)}
 
 
 def plain_pairs(vectors: Tensor) -> Tensor:
@@ -150,19 +164,19 @@ def blockwise_pairs(vectors: Tensor) -> Tensor:
 
 def gradients(counts: tuple[int, ...] = (32, 64, 128, 256)) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """How near the gradient of drawn tokens is to that of all pairs: cosines over all weights, float64."""
-    model, tokenizer = quickstart_base()
+    opened, tokenizer = quickstart_base()
     figures, rows = {}, []
     for batch, context in ((4, 256), (1, 1024)):
         ids = torch.from_numpy(quickstart_blocks(tokenizer, context, batch).astype("int64"))
 
         def gradient(tokens: int | None, first: int, ids: Tensor = ids) -> Tensor:
-            model.zero_grad()
+            opened.zero_grad()
             term = DispersionConfig(tokens=tokens).collector()
-            with term.watch(model.model):
+            with term.watch(opened.model):
                 term.begin(first_sequence=first)
-                model.model(ids, use_cache=False)
+                opened.model(ids, use_cache=False)
                 term.loss().backward()
-            grads = [weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]
+            grads = [weight.grad.flatten() for weight in opened.parameters() if weight.grad is not None]
             return torch.cat(grads).double()
 
         whole = gradient(None, 0)
@@ -180,11 +194,12 @@ PAIRS: dict[str, Callable[[Tensor], Tensor]] = {"plain": plain_pairs, "blockwise
 
 
 def all_pairs(way: str) -> dict[str, float]:
-    """Run in a fresh process: seconds of value and gradient, and bytes beyond the vectors."""
+    """Run in a fresh process: seconds of value and gradient, and resident bytes beyond the vectors."""
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(LAYERS, TOKENS, FEATURES, generator=generator, requires_grad=True)
     PAIRS[way](vectors[:, :300]).backward()  # wakes the threads and the allocator
     vectors.grad = None
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here (Linux)
     before = peak_memory_bytes()
     seconds = []
     for _ in range(3):
@@ -195,7 +210,7 @@ def all_pairs(way: str) -> dict[str, float]:
         norm = float(vectors.grad.norm())  # type: ignore[union-attr]
         vectors.grad = None
     grown = float(peak_memory_bytes() - before)
-    return {"seconds": min(seconds), "bytes": grown, "value": float(value), "gradient_norm": norm}
+    return {"seconds": min(seconds), "bytes": grown, "value": value.item(), "gradient_norm": norm}
 
 
 def in_fresh_process(task: str, *arguments: str) -> Any:
@@ -204,19 +219,34 @@ def in_fresh_process(task: str, *arguments: str) -> Any:
     return json.loads(out.splitlines()[-1])
 
 
-def memory() -> tuple[dict[str, float], list[dict[str, Any]]]:
+def memory_of_steps() -> tuple[dict[str, float], list[dict[str, Any]]]:
     figures, rows = {}, []
-    for name in ("bf16_4x256", "fp32_4x256", "bf16_1x1024", "bf16_4x256_checkpointing"):
-        peaks = {way: [in_fresh_process("steps", name, way) for _ in range(2)] for way in ("off", "ours")}
-        off = spread(peaks["off"])[0]
-        for way in peaks:
-            peak = spread(peaks[way])[0]
-            rows.append(
-                {"setting": name, "way": way, "peak_bytes": peak, "ratio": peak / off, "all": peaks[way]}
-            )
-            print(f"{name} {way}: peak {peak / 1e9:.3f} GB, {peak / off:.4f}", file=sys.stderr)
-        figures[f"peak_memory_ratio_{name}"] = rows[-1]["ratio"]
-    figures["peak_memory_ratio"] = max(figures.values())
+    opened, tokenizer = quickstart_base()
+    with tempfile.TemporaryDirectory() as folder:
+        for part in (opened, tokenizer):
+            part.save_pretrained(folder)
+        del opened
+        for name in SETTINGS:
+            peaks: dict[str, list[dict[str, float]]] = {"off": [], "ours": []}
+            for turn in range(2):
+                for way in ("off", "ours") if turn % 2 else ("ours", "off"):
+                    peaks[way].append(in_fresh_process("steps", name, way, folder))
+            for way, runs in peaks.items():
+                row: dict[str, Any] = {"setting": name, "way": way}
+                for kind in ("tensors", "resident"):
+                    row[f"{kind}_bytes"] = [run[kind] for run in runs]
+                    off = sum(run[kind] for run in peaks["off"])
+                    row[f"{kind}_ratio"] = sum(run[kind] for run in runs) / off
+                rows.append(row)
+            print(f"{name}: {rows[-1]}", file=sys.stderr)
+            figures[f"peak_memory_ratio_{name}"] = rows[-1]["tensors_ratio"]
+            figures[f"resident_memory_ratio_{name}"] = rows[-1]["resident_ratio"]
+    figures["peak_memory_ratio"] = max(figures[f"peak_memory_ratio_{name}"] for name in SETTINGS)
+    return figures, rows
+
+
+def memory_of_pairs() -> tuple[dict[str, float], list[dict[str, Any]]]:
+    figures, rows = {}, []
     pairs = {way: [in_fresh_process("pairs", way) for _ in range(3)] for way in PAIRS}
     best = {way: min(runs, key=lambda run: run["seconds"]) for way, runs in pairs.items()}
     grown = {way: spread([run["bytes"] for run in runs])[0] for way, runs in pairs.items()}
@@ -251,10 +281,12 @@ def main() -> None:
         return
     with freed_memory_kept():  # as in a build
         timed, time_rows = time_steps(chosen.rounds)
-    held, memory_rows = memory()
-    near, gradient_rows = gradients()
     print(table(time_rows))
-    write("dispersion_cost", {**timed, **held, **near}, [*time_rows, *memory_rows, *gradient_rows])
+    figures, rows = timed, time_rows
+    for part in (memory_of_steps, memory_of_pairs, gradients):
+        found, found_rows = part()
+        figures, rows = figures | found, rows + found_rows
+    write("dispersion_cost", figures, rows)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps of one training")
     chosen = parser.parse_args()
     base, tokenizer = quickstart_base()
-    weights = copy.deepcopy(base.state_dict())
     figures: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     for name, (batch, context, precision) in SETTINGS.items():
@@ -112,9 +111,9 @@ def main() -> None:
         clocks: dict[str, list[Clock]] = {way: [] for way in WAYS}
         for turn in range(chosen.rounds):
             for way in WAYS if turn % 2 else WAYS[::-1]:
-                base.load_state_dict(weights)
-                vars(base).pop("forward", None)  # the plain Trainer leaves its autocast in the model
-                clocks[way].append(train(way, base.train(), blocks, batch, precision, chosen.steps))
+                # A copy each: a model that accelerate has prepared keeps the precision of that training.
+                copied = copy.deepcopy(base).train()
+                clocks[way].append(train(way, copied, blocks, batch, precision, chosen.steps))
                 print(f"\r{name}: round {turn + 1} of {chosen.rounds}, {way:9}", end="", file=sys.stderr)
         print(file=sys.stderr)
         for way in WAYS:

@@ -168,6 +168,20 @@ def test_a_model_trained_in_bf16_computes_in_float32_afterwards(
     assert "forward" not in vars(model)
 
 
+def test_a_second_training_of_one_model_is_in_its_own_precision(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    model = open_tiny(tiny_folder["llama"])
+    fit(model, BLOCKS, settings_of(steps=2, precision="fp32"), checkpoints=tmp_path / "first")
+    fresh = open_tiny(tiny_folder["llama"])
+    fresh.load_state_dict(model.state_dict())
+    losses = {}
+    for name, each in (("again", model), ("fresh", fresh)):
+        log = fit(each, BLOCKS, settings_of(steps=2, precision="bf16"), checkpoints=tmp_path / name).log
+        losses[name] = [row["loss"] for row in log]
+    assert losses["again"] == losses["fresh"]
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_weight_decay_leaves_norms_and_biases_alone(
     tiny_folder: dict[str, Path], tmp_path: Path, architecture: str

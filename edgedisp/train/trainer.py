@@ -152,15 +152,25 @@ def _prepared(model: nn.Module, settings: TrainSettings, reporting: Reporting | 
 
 @contextmanager
 def _own_forward(model: nn.Module) -> Iterator[None]:
-    """accelerate leaves its autocast in the model's `forward`, the next trainer another: take it out."""
-    names = ("forward", "_original_forward")
-    before = {name: vars(model)[name] for name in names if name in vars(model)}
+    """Take out what accelerate leaves in a model, before and after: its autocast, and the mark "prepared".
+
+    A marked model is not prepared again, so a bf16 training after an fp32 one would silently be fp32.
+    """
+    _unprepare(model)
     try:
         yield
     finally:
-        for name in names:
-            vars(model).pop(name, None)
-        vars(model).update(before)
+        _unprepare(model)
+
+
+def _unprepare(model: nn.Module) -> None:
+    own = vars(model)
+    own.pop("_is_accelerate_prepared", None)
+    if "_original_forward" in own:
+        original = own.pop("_original_forward")
+        own.pop("forward", None)
+        if getattr(original, "__func__", None) is not type(model).forward:
+            own["forward"] = original
 
 
 def _told_apart(callback: TrainerCallback) -> tuple[str, dict[str, Any]]:
