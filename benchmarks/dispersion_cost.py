@@ -1,11 +1,11 @@
 """What the dispersion term costs in time and memory. Writes results/dispersion_cost.json.
 
-    python benchmarks/dispersion_cost.py [--rounds 12]
+    python benchmarks/dispersion_cost.py [--rounds 30]
 
 Time: whole training steps (forward, backward, clip, AdamW) of SmolLM2-135M on real text, three ways in turn:
 without the term, with ours in its default settings, and with the paper's form (256 tokens drawn for each
-layer, all layers, written here from its formula over the collected hidden states). The order is reversed in
-every other round, and a ratio is the median over rounds of two steps that stood side by side.
+layer, all layers, written here from its formula over the collected hidden states; in every third round). The
+order is reversed in every other round, and a ratio is the median over rounds of two steps of one round.
 
 Gradient: how near the one of the drawn tokens is to the one of all pairs, so that the default can be judged.
 
@@ -118,18 +118,18 @@ def time_steps(rounds: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
     steps, figures, rows = Steps(*quickstart_base()), {}, []
     for name in SETTINGS:
         steps.prepare(name)
-        taken: dict[str, list[float]] = {way: [] for way in WAYS}
+        taken: dict[str, dict[int, float]] = {way: {} for way in WAYS}  # by round
         for turn in range(rounds + 1):
             for way in WAYS if turn % 2 else WAYS[::-1]:
-                seconds = steps.step(way)
-                if turn:  # the first round warms up
-                    taken[way].append(seconds)
+                if way != "paper" or turn % 3 == 0:
+                    taken[way][turn] = steps.step(way)
             print(f"\r{name}: round {turn} of {rounds}", end="", file=sys.stderr)
         print(file=sys.stderr)
         for way in WAYS:
-            ratio, low, high = spread([here / off for here, off in zip(taken[way], taken["off"])])
-            row = {"setting": name, "way": way, "step_s": spread(taken[way])[0], "ratio": ratio}
-            rows.append({**row, "ratio_quartiles": [low, high]})
+            counted = {turn: seconds for turn, seconds in taken[way].items() if turn}  # the first warms up
+            ratio, low, high = spread([here / taken["off"][turn] for turn, here in counted.items()])
+            row = {"setting": name, "way": way, "step_s": spread(list(counted.values()))[0], "ratio": ratio}
+            rows.append({**row, "ratio_quartiles": [low, high], "rounds": len(counted)})
         figures[f"step_time_ratio_{name}"] = rows[-2]["ratio"]
         figures[f"paper_form_step_time_ratio_{name}"] = rows[-1]["ratio"]
     return figures, rows
@@ -272,7 +272,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=12, help="measured rounds of each setting")
+    parser.add_argument("--rounds", type=int, default=30, help="measured rounds of each setting")
     parser.add_argument("--task", nargs="+", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.task:

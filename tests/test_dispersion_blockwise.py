@@ -113,20 +113,6 @@ def test_padding_changes_neither_value_nor_gradient(tokens: int, garbage: float)
     assert not again_slope[~mask].any()
 
 
-@pytest.mark.parametrize("tokens", [5, 300])
-def test_rows_pick_tokens_and_spread_the_gradient(tokens: int) -> None:
-    vectors, mask = vectors_and_mask(3, tokens + 50, 12)
-    generator = torch.Generator().manual_seed(1)
-    index = torch.rand(3, tokens + 50, generator=generator).topk(tokens, dim=1).indices
-    kept = mask.gather(1, index)
-    rows = index + torch.arange(3)[:, None] * (tokens + 50)
-    value = blockwise("angular", vectors, mask=kept, rows=rows[None])
-    plain = BY_SEQUENCE["angular"](vectors.gather(1, index[:, :, None].expand(-1, -1, 12)), kept, clamp=0.1)
-    torch.testing.assert_close(value, plain)
-    slopes = [torch.autograd.grad(each.sum(), vectors)[0] for each in (value, plain)]
-    torch.testing.assert_close(*slopes)
-
-
 @pytest.mark.parametrize("tokens", [4, 300])
 @pytest.mark.parametrize("temperature", [1.0, 0.001])
 def test_a_sequence_without_a_pair_is_zero_and_has_no_gradient(tokens: int, temperature: float) -> None:
@@ -184,24 +170,3 @@ def test_it_compiles(tokens: int) -> None:
 def test_an_unknown_form_is_refused() -> None:
     with pytest.raises(ValueError, match="'l2_repel' is not one of angular, cosine"):
         blockwise("l2_repel", torch.zeros(1, 2, 3))
-
-
-@pytest.mark.parametrize("drawn", [False, True])
-def test_layers_together_are_layers_one_by_one(drawn: bool) -> None:
-    layers = [vectors_and_mask(2, 30, 8, seed)[0] for seed in range(3)]
-    mask = torch.stack([vectors_and_mask(2, 12 if drawn else 30, 8, seed)[1] for seed in range(3)])
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.rand(3, 2, 30, generator=generator).topk(12, dim=-1).indices + torch.tensor([[0], [30]])
-    chosen = rows if drawn else None
-    together = blockwise("angular", *layers, mask=mask.flatten(0, 1), rows=chosen)
-    apart = [
-        blockwise("angular", layer, mask=mask[at], rows=rows[at : at + 1] if drawn else None)
-        for at, layer in enumerate(layers)
-    ]
-    torch.testing.assert_close(together, torch.cat(apart))
-    weights = torch.arange(1.0, 7.0, dtype=torch.float64)
-    for one, other in zip(
-        torch.autograd.grad((together * weights).sum(), layers),
-        torch.autograd.grad((torch.cat(apart) * weights).sum(), layers),
-    ):
-        torch.testing.assert_close(one, other)

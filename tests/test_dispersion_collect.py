@@ -84,7 +84,7 @@ def test_gradient_of_the_weights_is_that_of_the_plain_loss(
     model.zero_grad()
     with hidden_states(model, [0, 1]) as seen:
         model(some_ids(), use_cache=False)
-        picks = term._draw(3, 2, 12, 2, None) if tokens else torch.arange(12).expand(2, 2, 12)
+        picks = term._picks(3, 2, 12, 2, None) if tokens else torch.arange(12).expand(2, 2, 12)
         drawn = [
             seen[layer].gather(1, picks[layer, :, :, None].expand(-1, -1, seen[0].shape[-1]))
             for layer in (0, 1)
@@ -127,7 +127,7 @@ def test_drawn_tokens_depend_on_seed_and_sequence_alone(tiny_folder: dict[str, P
 
 
 def test_every_layer_draws_anew_and_without_repetition() -> None:
-    picks = DispersionConfig(tokens=40).collector()._draw(0, 2, 100, 3, None)
+    picks = DispersionConfig(tokens=40).collector()._picks(0, 2, 100, 3, None)
     assert picks.shape == (3, 2, 40)
     assert (picks.diff(dim=-1) > 0).all()
     assert not torch.equal(picks[0], picks[1]) and not torch.equal(picks[0, 0], picks[0, 1])
@@ -136,7 +136,7 @@ def test_every_layer_draws_anew_and_without_repetition() -> None:
 def test_padding_is_drawn_for_want_of_real_tokens_only() -> None:
     real = torch.arange(10)[None] < 4
     for first in range(20):
-        picks = DispersionConfig(tokens=4).collector()._draw(first, 1, 10, 1, real)
+        picks = DispersionConfig(tokens=4).collector()._picks(first, 1, 10, 1, real)
         assert picks.tolist() == [[[0, 1, 2, 3]]]
 
 

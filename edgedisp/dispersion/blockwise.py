@@ -24,7 +24,7 @@ Values and sums are float32 (float64 for float64 vectors) whatever autocast says
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -92,39 +92,14 @@ def _products_in(precision: str) -> Iterator[None]:
         backend.fp32_precision = before
 
 
-def picked(states: Sequence[Tensor], rows: Tensor | None, mask: Tensor | None) -> Tensor:
-    """The vectors that take part, `(layers * batch, n, features)` in float32 or better, zero where masked.
-
-    states: of each layer, `(batch, tokens, features)`; rows: `(layers, batch, n)`, rows of each flattened
-    state, None for all of them; mask: `(layers * batch, n)`.
-    """
-    if rows is not None:
-        layers, batch, n = rows.shape
-        drawn = [state.flatten(0, 1).index_select(0, row.flatten()) for state, row in zip(states, rows)]
-        vectors = (drawn[0] if layers == 1 else torch.cat(drawn)).view(layers * batch, n, -1)
-    else:
-        vectors = states[0] if len(states) == 1 else torch.cat(list(states))
+def _zero_where_masked(vectors: Tensor, mask: Tensor | None) -> Tensor:
+    """The vectors in float32 or better. Padding may hold anything, NaN too."""
     vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
-    # Padding may hold anything, NaN too.
     return vectors if mask is None else torch.where(mask.unsqueeze(-1), vectors, 0.0)
 
 
-def _spread(gradient: Tensor, states: Sequence[Tensor], rows: Tensor | None) -> list[Tensor]:
-    """The inverse of `picked` for gradients: one for each state, zero where a token took no part."""
-    shares = gradient.to(states[0].dtype).chunk(len(states))
-    if rows is None:
-        return list(shares)
-    return [
-        torch.zeros_like(state)
-        .flatten(0, 1)
-        .index_copy_(0, row.flatten(), share.flatten(0, 1))
-        .view_as(state)
-        for state, row, share in zip(states, rows, shares)
-    ]
-
-
 class _Pairs:
-    """Token vectors as `picked` gives them, and the blocks of their cosines; `inverse` holds 1 / norm."""
+    """Token vectors `(batch, n, features)` and the blocks of their cosines; `inverse` holds 1 / norm."""
 
     def __init__(self, vectors: Tensor, mask: Tensor | None) -> None:
         self.vectors, self.mask = vectors, mask
@@ -209,35 +184,34 @@ def _in_one_block(pairs: _Pairs, score: _Score, differentiate: bool) -> tuple[Te
 
 
 class _LogSumExpOverPairs(torch.autograd.Function):
-    """`log sum_{i != j} exp(s_ij)` of each sequence of each layer, `(layers * batch,)`; see `picked`."""
+    """`log sum_{i != j} exp(s_ij)` of each sequence, `(batch,)`."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        rows: Tensor | None,
+        vectors: Tensor,
         mask: Tensor | None,
         form: str,
         temperature: float,
         clamp: float,
         products: str,
-        *states: Tensor,
     ) -> Tensor:
         matrix = None
         with products_in(products):
-            pairs = _Pairs(picked(states, rows, mask), mask)
+            pairs = _Pairs(_zero_where_masked(vectors, mask), mask)
             score = _Score(form, temperature, clamp, pairs.vectors.dtype)
             if pairs.vectors.shape[1] <= BLOCK:
                 log_total, matrix = _in_one_block(pairs, score, any(ctx.needs_input_grad))
             else:
                 log_total = _log_total(pairs, score)
         ctx.score, ctx.products = score, products
-        ctx.save_for_backward(rows, mask, log_total, matrix, *states)
+        ctx.save_for_backward(vectors, mask, log_total, matrix)
         return log_total
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        rows, mask, log_total, matrix, *states = ctx.saved_tensors
-        taking_part, upstream = picked(states, rows, mask), upstream[:, None, None]
+        vectors, mask, log_total, matrix = ctx.saved_tensors
+        taking_part, upstream = _zero_where_masked(vectors, mask), upstream[:, None, None]
         with products_in(ctx.products):
             if matrix is not None:
                 gradient = torch.bmm(matrix * upstream, taking_part)
@@ -246,41 +220,35 @@ class _LogSumExpOverPairs(torch.autograd.Function):
                 no_nan = log_total.masked_fill(log_total == -math.inf, math.inf)
                 gradient = _gradient(_Pairs(taking_part, mask), ctx.score, no_nan)
                 gradient.mul_(upstream)
-        return (None, None, None, None, None, None, *_spread(gradient, states, rows))
+        return gradient.to(vectors.dtype), None, None, None, None, None
 
 
 def blockwise(
     form: str,
-    *states: Tensor,
+    vectors: Tensor,
     mask: Tensor | None = None,
+    *,
     temperature: float = 1.0,
     clamp: float = 0.1,
-    rows: Tensor | None = None,
     products: str = "none",
 ) -> Tensor:
     """`loss.angular` or `loss.cosine` of each sequence by blocks.
 
-    Several layers go in together, because for few tokens the time of small operations is that of starting
-    them.
-
     Args:
         form: `angular` or `cosine`.
-        states: token vectors `(batch, tokens, features)`, one tensor for each layer, of one shape and dtype;
-            any float dtype.
-        mask: `(layers * batch, n)`, true for a real token; None when all are real.
+        vectors: `(batch, tokens, features)`, any float dtype.
+        mask: `(batch, tokens)`, true for a real token; None when all are real.
         temperature, clamp: as in loss.py.
-        rows: `(layers, batch, n)`, int64: the tokens that take part, as rows of each `state.flatten(0, 1)`,
-            none twice; None for all of them (n = tokens).
         products: `bf16` lets matrix products round their inputs; see `products_in`.
     Returns:
-        `(layers * batch,)`, float32, or float64 for float64 vectors. Sequences with fewer than two real
-        tokens have value 0 and no gradient. Second derivatives are not given.
+        `(batch,)`, float32, or float64 for float64 vectors. Sequences with fewer than two real tokens have
+        value 0 and no gradient. Second derivatives are not given.
     """
     if form not in FORMS:
         raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
-    tokens = states[0].shape[1] if rows is None else rows.shape[-1]
-    with torch.autocast(states[0].device.type, enabled=False):
-        log_total = _LogSumExpOverPairs.apply(rows, mask, form, temperature, clamp, products, *states)
+    tokens = vectors.shape[1]
+    with torch.autocast(vectors.device.type, enabled=False):
+        log_total = _LogSumExpOverPairs.apply(vectors, mask, form, temperature, clamp, products)
     if mask is None and tokens > 1:
         return log_total - math.log(tokens * (tokens - 1))
     count = log_total.new_full(log_total.shape, tokens) if mask is None else mask.sum(dim=1)

@@ -1,9 +1,10 @@
 """Compute a dispersion term layer by layer while a model runs.
 
-Hooks on the decoder layers compute the values of a few layers as soon as their outputs are there, and put a
-node into the autograd graph; `loss` only averages. In the backward pass a node runs when its layers' turn
-comes, so the gradients of a few layers are alive at a time, not those of all. What a node keeps is the
-layers' outputs, which the next layers keep anyway, and small matrices (blockwise.py).
+Hooks on the decoder layers compute the values of a few layers as soon as their outputs are there, and put
+nodes into the autograd graph; `loss` only averages. In the backward pass a node runs when its layers' turn
+comes, so the gradients of a few layers are alive at a time, not those of all. What is kept for it are the
+drawn vectors (draw.py; without a draw the layers' outputs, which the next layers keep anyway) and small
+matrices (blockwise.py).
 
 Gradient checkpointing: transformers recomputes the inside of a layer, where these hooks do not stand. Where
 an implementation recomputes the hooks too, they notice that a backward pass is under way and the value is
@@ -25,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgedisp.dispersion.blockwise import FORMS, blockwise, picked
+from edgedisp.dispersion.blockwise import FORMS, blockwise
 from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.dispersion.draw import Picks
 from edgedisp.dispersion.loss import BY_SEQUENCE
 from edgedisp.dispersion.outliers import SINK_NORM
 
@@ -106,8 +108,8 @@ def hidden_states(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int,
 
 
 # Layers whose values are computed together: one at a time, starting small operations takes longer than doing
-# them; all at once, their gradients would be a percent of a training step's memory.
-TOGETHER = 6
+# them; all at once, their vectors and gradients would be a percent of a training step's memory.
+TOGETHER = 10
 
 
 class _Pass:
@@ -115,9 +117,8 @@ class _Pass:
 
     def __init__(self, mask: Tensor | None, first_sequence: int) -> None:
         self.mask, self.first_sequence = mask, first_sequence
-        # (layers, batch, n), rows of the flattened token vectors that take part; None: all of them.
-        self.rows: Tensor | None = None
-        # Which of those are real: (layers, batch, n), without rows (batch, tokens); None: all of them.
+        self.picks: Picks | None = None  # the tokens that take part; None: all of them
+        # Which of those are real: (layers, batch, n), without picks (batch, tokens); None: all of them.
         self.real: Tensor | None = None
         self.waiting: list[tuple[int, Tensor]] = []  # place and output of layers without a value yet
         self.values: list[Tensor] = []  # of the layers in order, a vector for each group
@@ -222,7 +223,7 @@ class Dispersion:
         now.waiting.append((place, state))
         # Where saved tensors are packed, as inside a checkpointed region, nothing may wait: the recomputation
         # has to save what was saved here. Long sequences fill the processor alone.
-        alone = _saved_are_packed() or now.rows is None or self.config.variant not in FORMS
+        alone = _saved_are_packed() or now.picks is None or self.config.variant not in FORMS
         if alone or len(now.waiting) == TOGETHER or place == len(self._chosen) - 1:
             values = self._value(now)
             if not _in_backward():
@@ -248,12 +249,11 @@ class Dispersion:
         elif tokens < 2:
             self._skipped = self._skipped + batch
         if self.config.tokens is not None and self.config.tokens < tokens:
-            picks = self._draw(now.first_sequence, batch, tokens, layers, real).to(state.device)
-            first_rows = torch.arange(0, batch * tokens, tokens, device=state.device)
-            now.rows = picks + first_rows[:, None]
-            now.real = None if real is None else real.flatten()[now.rows]
+            picks = self._picks(now.first_sequence, batch, tokens, layers, real).to(state.device)
+            now.picks = Picks(picks, tokens)
+            now.real = None if real is None else real.expand(layers, -1, -1).gather(2, picks)
 
-    def _draw(self, first: int, batch: int, tokens: int, layers: int, real: Tensor | None) -> Tensor:
+    def _picks(self, first: int, batch: int, tokens: int, layers: int, real: Tensor | None) -> Tensor:
         """Tokens of each layer and sequence, `(layers, batch, n)`, in rising order; padding last resort."""
         keys = torch.empty(layers, batch, tokens)
         for row in range(batch):
@@ -270,41 +270,38 @@ class Dispersion:
         config, waiting = self.config, now.waiting
         now.waiting = []
         places, states = [place for place, _ in waiting], [state for _, state in waiting]
-        rows = None if now.rows is None else now.rows[places[0] : places[-1] + 1]
-        mask = self._mask(now, places, states)
+        if now.picks is None:
+            (vectors,) = states
+        else:
+            vectors = now.picks.draw(states, places, places[-1] == len(self._chosen) - 1)
+        mask = self._mask(now, places, vectors)
         options = {"temperature": config.temperature, "clamp": config.clamp}
         if config.variant in FORMS:
-            products = "bf16" if _is_bf16_autocast(states[0].device.type) else "none"
-            values = blockwise(config.variant, *states, mask=mask, rows=rows, products=products, **options)
+            products = "bf16" if _is_bf16_autocast(vectors.device.type) else "none"
+            values = blockwise(config.variant, vectors, mask, products=products, **options)
         else:
-            with torch.autocast(states[0].device.type, enabled=False):
-                vectors = picked(states, rows, None)
+            with torch.autocast(vectors.device.type, enabled=False):
                 whole = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
                 values = BY_SEQUENCE[config.variant](vectors, whole if mask is None else mask, **options)
-        values = values.view(len(states), -1)
+        values = values.view(len(places), -1)
         if mask is None:
             return values.mean(dim=1)
         # Sequences without a pair have value 0 and do not count in the mean.
-        counted = (mask.sum(dim=1) > 1).view(len(states), -1).sum(dim=1)
+        counted = (mask.sum(dim=1) > 1).view(len(places), -1).sum(dim=1)
         return values.sum(dim=1) / counted.clamp_min(1)
 
-    def _mask(self, now: _Pass, places: list[int], states: list[Tensor]) -> Tensor | None:
-        """Which of the tokens that take part count, `(layers * batch, n)`; None: all of them."""
+    def _mask(self, now: _Pass, places: list[int], vectors: Tensor) -> Tensor | None:
+        """Which of the vectors count, `(layers * batch, n)`; None: all of them."""
         if now.real is None:
             return None
-        masks = [now.real if now.rows is None else now.real[place] for place in places]
-        if self.config.exclude_sink:
-            drawn = [None if now.rows is None else now.rows[place] for place in places]
-            masks = [
-                mask & ~_sinks(state.detach(), row, mask) for mask, state, row in zip(masks, states, drawn)
-            ]
-        return torch.cat(masks)
+        masks = [now.real if now.picks is None else now.real[place] for place in places]
+        mask = torch.cat(masks).to(vectors.device)
+        return mask & ~_sinks(vectors.detach(), mask) if self.config.exclude_sink else mask
 
 
-def _sinks(state: Tensor, rows: Tensor | None, mask: Tensor) -> Tensor:
-    """Which of the picked tokens are far longer than the median of them, `(batch, n)`."""
-    norms = torch.linalg.vector_norm(state.detach().float(), dim=-1)
-    norms = norms if rows is None else norms.flatten()[rows]
+def _sinks(vectors: Tensor, mask: Tensor) -> Tensor:
+    """Which tokens are far longer than the median of their sequence's, `(batch, n)`."""
+    norms = torch.linalg.vector_norm(vectors.float(), dim=-1)
     median = torch.where(mask, norms, math.nan).nanmedian(dim=1, keepdim=True).values
     return norms > SINK_NORM * median
 

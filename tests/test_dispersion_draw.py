@@ -1,0 +1,76 @@
+"""Drawn token vectors and their gradients against torch's own gather."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgedisp.dispersion.draw import Picks
+
+
+def states_and_tokens(
+    layers: int, batch: int, length: int, n: int, dtype: torch.dtype = torch.float64
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    states = torch.randn(layers, batch, length, 5, generator=generator).to(dtype).unbind()
+    keys = torch.rand(layers, batch, length, generator=generator)
+    tokens = keys.topk(n, dim=-1).indices.sort(dim=-1).values
+    return [state.clone().requires_grad_() for state in states], tokens
+
+
+def gathered(states: list[torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+    everywhere = tokens[..., None].expand(-1, -1, -1, states[0].shape[-1])
+    return torch.cat([state.gather(1, where) for state, where in zip(states, everywhere)])
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 12), st.booleans(), st.data())
+def test_a_draw_is_a_gather_with_the_same_gradient(
+    layers: int, batch: int, length: int, is_last: bool, data: st.DataObject
+) -> None:
+    """With a gradient from elsewhere too, as a layer's output has one from the layers after it."""
+    states, tokens = states_and_tokens(layers, batch, length, data.draw(st.integers(1, length)))
+    drawn = Picks(tokens, length).draw(states, range(layers), is_last)
+    plain = gathered(states, tokens)
+    assert torch.equal(drawn, plain)
+    slopes = []
+    for each in (drawn, plain):
+        elsewhere = sum(state.sin().sum() for state in states)
+        slopes.append(torch.autograd.grad(each.pow(3).sum() + elsewhere, states))
+    for ours, reference in zip(*slopes):
+        torch.testing.assert_close(ours, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_last_layer_gets_a_dense_gradient(dtype: torch.dtype) -> None:
+    states, tokens = states_and_tokens(2, 2, 9, 3, dtype)
+    Picks(tokens, 9).draw(states, [0, 1], is_last=True).sum().backward()
+    gradients = [state.grad for state in states]
+    assert [gradient.layout for gradient in gradients if gradient is not None] == [
+        torch.sparse_coo,
+        torch.strided,
+    ]
+    for state, gradient, where in zip(states, gradients, tokens):
+        assert gradient is not None
+        expected = torch.zeros_like(state).scatter_(1, where[:, :, None].expand(-1, -1, 5), 1.0)
+        assert torch.equal(gradient.to_dense(), expected)
+        assert gradient.dtype == dtype
+
+
+def test_some_layers_draw_their_own_tokens() -> None:
+    states, tokens = states_and_tokens(3, 2, 9, 4)
+    drawn = Picks(tokens, 9).draw(states[1:], [1, 2], is_last=False)
+    assert torch.equal(drawn, gathered(states[1:], tokens[1:]))
+
+
+def test_a_gradient_that_others_hold_is_not_written_to() -> None:
+    (state,), tokens = states_and_tokens(1, 2, 9, 3)
+    beside = torch.zeros_like(state, requires_grad=True)
+    through, upstream = state * 1.0, torch.ones_like(state)
+    drawn = Picks(tokens, 9).draw([through], [0], is_last=False)
+    # An addition hands one and the same gradient to both of its terms.
+    torch.autograd.backward([through + beside, drawn], [upstream, torch.full_like(drawn, 10.0)])
+    assert torch.equal(upstream, torch.ones_like(state))
+    assert beside.grad is not None and torch.equal(beside.grad, torch.ones_like(state))
+    assert state.grad is not None and state.grad.sum() == state.numel() + 10 * drawn.numel()
