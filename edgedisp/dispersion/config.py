@@ -25,8 +25,8 @@ class DispersionConfig:
         layers: `all`, `first_half`, `last_half`, `last`, or indices from 0; never the embedding output.
         temperature: tau of the loss, above 0.
         tokens: how many tokens of each sequence are drawn, anew for each layer and step; None takes all.
-            The paper draws 256. With 64, the gradient of SmolLM2-135M's weights has a cosine of 0.999 with that
-            of all pairs of 256 tokens and of 0.998 for 1,024, for a sixteenth of the products
+            The paper draws 256. With 64, the gradient of SmolLM2-135M's weights has a cosine of 0.999 with
+            that of all pairs of 256 tokens, of 0.998 with that of 1,024, for a sixteenth of the products
             (`benchmarks/dispersion_cost.py`).
         clamp: cosines are held within [clamp - 1, 1 - clamp]; from 0 to below 1. See `loss.angular`.
         exclude_sink: leave attention sinks out: the first token of a sequence, and any whose norm is more
