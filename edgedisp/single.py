@@ -136,7 +136,9 @@ def probe_base(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     chosen = recipe.train.adapter
     facts = {
         "parameters": parameters,
-        "trainable": parameters if chosen is None else adapter_size(decoder_layers(opened), chosen.rank),
+        "trainable": parameters
+        if chosen is None
+        else adapter_size(decoder_layers(opened), chosen.rank, chosen.targets),
         "memory_bytes": psutil.virtual_memory().total,
     }
     settings = train_settings(recipe.train, recipe.steps, recipe.seed)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from edgedisp import BadInput, corpus, model
 from edgedisp.dispersion.collect import decoder_layers
-from edgedisp.train.adapter import AdapterSettings, adapter_size, attach, linear_names
+from edgedisp.train.adapter import AdapterSettings, adapter_size, attach, linear_maps, linear_names
 from edgedisp.train.noise import quiet_bitsandbytes
 from edgedisp.train.quantized import dequantized, expand, load_quantized
 from edgedisp.train.settings import TrainSettings
@@ -107,8 +107,14 @@ def test_auto_adapts_every_linear_map_of_attention_and_mlp_and_nothing_else(
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_adapter_size_counts_the_trainable_parameters(folders: dict[str, Path], architecture: str) -> None:
     opened = model.load(folders[architecture])
-    counted = adapter_size(decoder_layers(opened), 4)
-    assert counted == sum(p.numel() for p in wrapped(opened).parameters() if p.requires_grad)
+    layers = decoder_layers(opened)
+    some = sorted(name.rsplit(".", 1)[-1] for name in linear_maps(layers))[:1]
+    for targets in ("auto", some):
+        counted = adapter_size(layers, 4, targets)
+        peft_model = wrapped(model.load(folders[architecture]), targets=targets)
+        assert counted == sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+    with pytest.raises(BadInput, match="nowhere is no linear map"):
+        adapter_size(layers, 4, ["nowhere"])
 
 
 def test_a_map_outside_the_layers_is_left_alone_even_if_its_name_ends_alike(

@@ -220,7 +220,11 @@ def _trained_apart(summary: Summary) -> tuple[str, str, str]:
 def _settings_grid(summary: Summary) -> Grid:
     """Every training setting by arm."""
     by_arm = {arm: dict(leaves(branch(summary, "midtrain", arm, "settings"))) for arm in arms(summary)}
-    by_arm = {arm: found for arm, found in by_arm.items() if found}
+    by_arm = {
+        arm: {**found, "processes": at(summary, "midtrain", arm, "processes")}
+        for arm, found in by_arm.items()
+        if found
+    }
     keys = list(dict.fromkeys(key for found in by_arm.values() for key in found))
     rows = [(key, *(_setting(found.get(key)) for found in by_arm.values())) for key in keys]
     columns = tuple(range(len(by_arm) + 1))

@@ -66,10 +66,15 @@ def _ends(names: Sequence[str] | dict[str, nn.Module]) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
-def adapter_size(layers: nn.ModuleList, rank: int) -> int:
-    """Trainable parameters of a LoRA adapter over every linear map of the layers: rank (in + out) each."""
-    shapes: list[Any] = [module.weight.shape for module in linear_maps(layers).values()]
-    return sum(rank * sum(shape) for shape in shapes)
+def adapter_size(layers: nn.ModuleList, rank: int, targets: str | Sequence[str] = "auto") -> int:
+    """Trainable parameters of a LoRA adapter over these linear maps of the layers: rank (in + out) each.
+
+    Raises BadInput as `attach` does.
+    """
+    ends = _ends_wanted(layers, targets)
+    maps: dict[str, Any] = linear_maps(layers)
+    met = (module for name, module in maps.items() if any(_matches(name, end) for end in ends))
+    return sum(rank * sum(module.weight.shape) for module in met)
 
 
 def attach(model: nn.Module, layers: nn.ModuleList, settings: AdapterSettings, seed: int) -> nn.Module:
@@ -97,14 +102,8 @@ def attach(model: nn.Module, layers: nn.ModuleList, settings: AdapterSettings, s
 
 def _targets(model: nn.Module, layers: nn.ModuleList, wanted: str | Sequence[str]) -> list[str]:
     """What peft is told: ends of names, or whole names where an end also matches outside the layers."""
-    ends = linear_names(layers) if wanted == "auto" else list(wanted)
+    ends = _ends_wanted(layers, wanted)
     maps = linear_maps(layers)
-    missing = [end for end in ends if not any(_matches(name, end) for name in maps)]
-    if missing:
-        raise BadInput(
-            f"train.adapter.targets: {', '.join(missing)} is no linear map of this model, "
-            f"which has {', '.join(_ends(maps))}; `auto` takes them all"
-        )
     meant = {id(module) for name, module in maps.items() if any(_matches(name, end) for end in ends)}
     matched = {
         name: module for name, module in model.named_modules() if any(_matches(name, end) for end in ends)
@@ -112,6 +111,21 @@ def _targets(model: nn.Module, layers: nn.ModuleList, wanted: str | Sequence[str
     if {id(module) for module in matched.values()} == meant:
         return ends
     return [name for name, module in matched.items() if id(module) in meant]
+
+
+def _ends_wanted(layers: nn.ModuleList, wanted: str | Sequence[str]) -> list[str]:
+    """The ends of names that are meant. Raises BadInput if one of them ends no linear map's name."""
+    if wanted == "auto":
+        return linear_names(layers)
+    ends = list(wanted)
+    maps = linear_maps(layers)
+    missing = [end for end in ends if not any(_matches(name, end) for name in maps)]
+    if missing:
+        raise BadInput(
+            f"train.adapter.targets: {', '.join(missing)} is no linear map of this model, "
+            f"which has {', '.join(_ends(maps))}; `auto` takes them all"
+        )
+    return ends
 
 
 def _matches(name: str, end: str) -> bool:

@@ -1,0 +1,139 @@
+"""The commands over one model, bundle or machine: condensation, export, bench, chat, doctor."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgedisp.cli.app import JsonOption, app
+
+
+@app.command()
+def condensation(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A hub id, a Hugging Face folder, a .gguf file or a bundle."),
+    ],
+    compare: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A second model, measured on the same sequences.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to measure on; default: made text.")] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="How many sequences.")] = 16,
+    context: Annotated[int, typer.Option(min=8, help="Tokens in each.")] = 256,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A folder for condensation.json, pictures and a page.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how condensed a model's token vectors are, layer by layer; a bundle's in its own graph."""
+    from edgedisp import instrument
+    from edgedisp.console import Screen
+
+    if out:
+        instrument.check_out(out)
+    with Screen("condensation") as screen:
+        found = instrument.condensation(
+            model, compare, text=text, sequences=sequences, context=context, progress=screen.progress
+        )
+        files = instrument.write(found, out) if out else []
+    typer.echo(json.dumps(instrument.plain(found)) if as_json else instrument.render(found))
+    if files and not as_json:
+        typer.echo(f"\npage: {files[0]}")
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder.")],
+    target: Annotated[str, typer.Option(help="Device profile: a name under export/targets.")] = "laptop-x64",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The bundle; default MODEL-TARGET beside it.")
+    ] = None,
+) -> None:
+    """Export a model folder to an ONNX bundle for a device."""
+    from edgedisp.console import Screen
+    from edgedisp.single import export_for_target
+
+    bundle = out or model.with_name(f"{model.name}-{target}")
+    with Screen(f"export -> {bundle}") as screen:
+        record = export_for_target(model, target, bundle, screen)
+    typer.echo(f"{bundle}: {record['size_bytes'] / 1e6:.0f} MB, {record['precision']}, opened and checked")
+
+
+@app.command()
+def bench(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Folders with a model.onnx.")],
+    device: Annotated[str, typer.Option(help="Where to run: local.")] = "local",
+    prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 128,
+    generate: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 128,
+    repetitions: Annotated[int, typer.Option(min=1)] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: the physical cores available.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time bundles on a device, interleaved: time to first token, prefill and decode speed, memory."""
+    from edgedisp.console import Screen
+    from edgedisp.single import render_bench, time_bundles
+
+    with Screen(f"bench on {device}") as screen:
+        timed = time_bundles(bundles, device, prompt, generate, repetitions, threads, screen.progress)
+    typer.echo(json.dumps(timed) if as_json else render_bench(timed))
+
+
+@app.command()
+def chat(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle with a genai_config.json.")],
+    prompt: Annotated[str | None, typer.Option(help="Answer this one message and stop.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Default 256, less in a small context.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+) -> None:
+    """Talk to a finished bundle through onnxruntime-genai."""
+    from edgedisp.bench.machine import physical_cores
+    from edgedisp.chat import chat as talk
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    def ask() -> str | None:
+        try:
+            return input("> ")
+        except EOFError:
+            return None
+
+    stats = talk(
+        bundle,
+        prompt=prompt,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        threads=threads or physical_cores(),
+        write=write,
+        read=ask,
+        note=lambda text: typer.echo(text, err=True),
+    )
+    typer.echo(stats.line(), err=True)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Print versions, CPU features, threads and memory, what is missing and how to get it."""
+    from edgedisp.bench.machine import doctor as examine
+    from edgedisp.sources import cache_folder
+
+    rows = examine({"working folder": Path.cwd(), "cache": cache_folder()})
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    for row in rows:
+        mark = {"ok": "ok     ", "warn": "warn   ", "missing": "missing"}[row["status"]]
+        advice = f"\n{'':38}{row['advice']}" if row["advice"] else ""
+        typer.echo(f"{mark}  {row['check']:28} {row['found']}{advice}")
