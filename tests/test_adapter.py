@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from edgedisp import BadInput, corpus, model
 from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.train.adapter import AdapterSettings, adapter_size, attach, linear_maps, linear_names
+from edgedisp.train.checkpoints import run_identity
 from edgedisp.train.noise import quiet_bitsandbytes
 from edgedisp.train.quantized import dequantized, expand, load_quantized
 from edgedisp.train.settings import TrainSettings
@@ -322,6 +325,48 @@ def test_a_killed_run_continues_to_the_same_adapter(
     pairs = list(zip(adapter_of(whole), adapter_of(continued), adapter_of(fresh()), strict=True))
     assert len(pairs) == 16
     assert all(torch.equal(a, b) for a, b, _ in pairs) and not all(torch.equal(a, c) for a, _, c in pairs)
+
+
+@pytest.mark.parametrize(("field", "told"), [("alpha", "lora_alpha"), ("dropout", "lora_dropout")])
+def test_an_adapter_with_another_alpha_or_dropout_is_another_run(
+    folders: dict[str, Path], tmp_path: Path, field: str, told: str
+) -> None:
+    blocks = np.random.default_rng(0).integers(3, 400, (4, 24)).astype(np.uint32)
+    settings = TrainSettings(steps=2, lr=1e-2, batch=2)
+    given: dict[str, Any] = {"alpha": 8, "dropout": 0.1}
+    fit(wrapped(model.load(folders["llama"]), **given), blocks, settings, checkpoints=tmp_path)
+    other = given | {field: {"alpha": 64, "dropout": 0.5}[field]}
+    said = rf"differs in adapter.default.{told} \({given[field]} there, {other[field]} here\);"
+    with pytest.raises(BadInput, match=said):
+        fit(wrapped(model.load(folders["llama"]), **other), blocks, settings, checkpoints=tmp_path)
+
+
+@pytest.mark.parametrize("held_as", ["nf4", "int8"])
+def test_the_scales_of_a_quantized_base_are_part_of_what_a_run_is(
+    folders: dict[str, Path], held_as: str
+) -> None:
+    def identity(opened: nn.Module) -> dict[str, Any]:
+        return run_identity(opened, np.zeros((1, 8), np.uint32), TrainSettings(steps=1, lr=1e-3))
+
+    held = wrapped(load_quantized(folders["llama"], held_as))
+    before = identity(held)
+    loss_of(held.train())  # bitsandbytes moves the int8 scales about at the first pass
+    assert identity(held) == before == identity(wrapped(load_quantized(folders["llama"], held_as)))
+    module: Any = held.get_submodule("base_model.model.model.layers.0.mlp.up_proj.base_layer")
+    scales = module.weight.quant_state.absmax if held_as == "nf4" else module.state.SCB
+    scales.mul_(2)
+    assert identity(held)["initial weights"] != before["initial weights"]
+
+
+def test_what_a_run_is_does_not_depend_on_the_process(folders: dict[str, Path]) -> None:
+    opened = model.load(folders["llama"])
+    targets = linear_names(decoder_layers(opened))
+    held: Any = wrapped(opened)
+    held.peft_config["default"].base_model_name_or_path = "/somewhere/else"
+    found = run_identity(held, np.zeros((1, 8), np.uint32), TrainSettings(steps=1, lr=1e-3))
+    assert found["adapter.default.target_modules"] == sorted(targets)  # peft keeps a set
+    told = json.dumps(found)
+    assert "somewhere" not in told and str(folders["llama"]) not in told and "0x" not in told
 
 
 # ---------------------------------------------------------------- noise

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from edgedisp import BadInput, model
@@ -184,9 +186,12 @@ def rename(adapter: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor
     save_file(change(load_file(adapter / WEIGHTS)), adapter / WEIGHTS)
 
 
-def rank_of_config(adapter: Path) -> None:
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 8}))
+def configured(**changes: object) -> Callable[[Path], None]:
+    def change(adapter: Path) -> None:
+        path = adapter / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
 
 
 UP = "base_model.model.model.layers.0.mlp.up_proj"
@@ -222,9 +227,36 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         r"holds other weights than LoRA's: base_model.model.lm_head.weight",
     ),
     "another rank": (
-        rank_of_config,
+        configured(r=8),
         "adapter_config.json and adapter_model.safetensors do not fit: .*mismatch",
     ),
+    "fewer layers": (
+        configured(layers_to_transform=[0]),
+        r"holds weights for 14 modules, .* leaves out 7 of them: model.layers.1.mlp.down_proj, ",
+    ),
+    "excluded modules": (
+        configured(exclude_modules=["layers.1.mlp.up_proj"]),
+        r"holds weights for 14 modules, .* leaves out 1 of them: model.layers.1.mlp.up_proj",
+    ),
+    "DoRA": (configured(use_dora=True), r"config.json: use_dora is true; only plain LoRA"),
+    "an empty variant": (configured(kasa_config={}), r"config.json: kasa_config is {}; only plain LoRA"),
+    "rank in words": (
+        configured(r="x"),
+        r'config.json: r is "x", but has to be a whole number of at least 1',
+    ),
+    "rank 0": (configured(r=0), r"config.json: r is 0, but has to be a whole number of at least 1"),
+    "alpha in words": (configured(lora_alpha="x"), r'config.json: lora_alpha is "x", but has to be a number'),
+    "alpha without a value": (configured(lora_alpha=math.nan), r"config.json: lora_alpha is NaN, but has to"),
+    "targets in numbers": (
+        configured(target_modules=5),
+        r"config.json: target_modules is 5, but has to be a list",
+    ),
+    "ranks in words": (
+        configured(rank_pattern={"up_proj": "x"}),
+        r"config.json: rank_pattern is {.*}, but has",
+    ),
+    "half a pattern": (configured(target_modules="("), r"do not fit: missing \)"),
+    "a field of the wrong kind": (configured(bias=5), r"adapter_config.json and .* do not fit: 'int' object"),
     "damaged weights": (
         lambda at: (at / WEIGHTS).write_bytes(b"not safetensors") and None,
         "adapter_model.safetensors: cannot be opened",
@@ -251,6 +283,24 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(
     damage(tmp_path)
     with pytest.raises(BadInput, match=said):
         merge(tmp_path, model.load(tiny_folder["llama"]))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapted_head_is_merged_unless_it_is_tied_to_the_embedding(tmp_path: Path, tied: bool) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=400, tie_word_embeddings=tied, **sizes)).eval()
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "lm_head"])
+    adapted = get_peft_model(copy.deepcopy(base), config)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight)
+    adapted.save_pretrained(tmp_path, save_embedding_layers=False)
+    if tied:
+        said = "lm_head is adapted, but in this base model.embed_tokens and lm_head are one weight"
+        with pytest.raises(BadInput, match=said):
+            merge(tmp_path, base)
+    else:
+        torch.testing.assert_close(logits(merge(tmp_path, base)), logits(adapted), rtol=1e-4, atol=1e-4)
 
 
 def test_a_folder_from_elsewhere_without_our_mark_is_merged(

@@ -167,6 +167,16 @@ def test_it_compiles(tokens: int) -> None:
     torch.testing.assert_close(*slopes)
 
 
+@pytest.mark.parametrize("tokens", [5, 300])
+@pytest.mark.parametrize("beside", [0.0, 1.0])
+def test_a_second_derivative_is_refused(tokens: int, beside: float) -> None:
+    """Also that of a sum with a term which has one: the dispersion's part must not be left out unnoticed."""
+    vectors, _ = vectors_and_mask(1, tokens, 8)
+    value = blockwise("angular", vectors).sum() + beside * vectors.pow(3).sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(value, vectors, create_graph=True)
+
+
 def test_an_unknown_form_is_refused() -> None:
     with pytest.raises(ValueError, match="'l2_repel' is not one of angular, cosine"):
         blockwise("l2_repel", torch.zeros(1, 2, 3))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from edgedisp.dispersion.collect import decoder_layers, hidden_states, select_layers
 from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.dispersion.draw import choose
 from edgedisp.dispersion.loss import VARIANTS
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "gpt2"]
@@ -37,7 +40,9 @@ def test_hidden_states_are_those_that_transformers_returns(
         assert not torch.equal(seen[1], returned[2])  # the last one is returned after the final norm
 
 
-def test_hooks_are_gone_after_the_block(tiny_folder: dict[str, Path]) -> None:
+def test_hooks_are_gone_after_the_block_and_after_a_layer_that_is_not_there(
+    tiny_folder: dict[str, Path],
+) -> None:
     model = open_tiny(tiny_folder["llama"])
 
     def hooks() -> int:
@@ -45,6 +50,9 @@ def test_hooks_are_gone_after_the_block(tiny_folder: dict[str, Path]) -> None:
 
     with hidden_states(model, [-1, 0, 1]):
         assert hooks() == 3
+    assert hooks() == 0
+    with pytest.raises(IndexError), hidden_states(model, [0, 99]):
+        pass
     assert hooks() == 0
 
 
@@ -78,19 +86,20 @@ def test_gradient_of_the_weights_is_that_of_the_plain_loss(
 ) -> None:
     model, config = open_tiny(tiny_folder["qwen3"]), DispersionConfig(variant, tokens=tokens)
     with hidden_states(model, [0, 1]) as seen:
-        term, value = run(model, config, some_ids(), first=3)
+        value = run(model, config, some_ids(), first=3)[1]
         value.backward()
         ours = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     model.zero_grad()
     with hidden_states(model, [0, 1]) as seen:
         model(some_ids(), use_cache=False)
-        picks = term._picks(3, 2, 12, 2, None) if tokens else torch.arange(12).expand(2, 2, 12)
+        everyone = torch.arange(12).expand(2, 2, 12)
+        picks = choose(tokens, (2, 2, 12), seed=0, first_sequence=3) if tokens else everyone
         drawn = [
             seen[layer].gather(1, picks[layer, :, :, None].expand(-1, -1, seen[0].shape[-1]))
             for layer in (0, 1)
         ]
-        everyone = torch.ones(2, picks.shape[-1], dtype=torch.bool)
-        plain = torch.stack([VARIANTS[variant](vectors, everyone, clamp=0.1) for vectors in drawn]).mean()
+        real = torch.ones(2, picks.shape[-1], dtype=torch.bool)
+        plain = torch.stack([VARIANTS[variant](vectors, real, clamp=0.1) for vectors in drawn]).mean()
         plain.backward()
     torch.testing.assert_close(value, plain)
     torch.testing.assert_close(
@@ -124,20 +133,6 @@ def test_drawn_tokens_depend_on_seed_and_sequence_alone(tiny_folder: dict[str, P
     torch.manual_seed(99)
     assert value(0, 3) == first
     assert value(0, 4) != first and value(1, 3) != first
-
-
-def test_every_layer_draws_anew_and_without_repetition() -> None:
-    picks = DispersionConfig(tokens=40).collector()._picks(0, 2, 100, 3, None)
-    assert picks.shape == (3, 2, 40)
-    assert (picks.diff(dim=-1) > 0).all()
-    assert not torch.equal(picks[0], picks[1]) and not torch.equal(picks[0, 0], picks[0, 1])
-
-
-def test_padding_is_drawn_for_want_of_real_tokens_only() -> None:
-    real = torch.arange(10)[None] < 4
-    for first in range(20):
-        picks = DispersionConfig(tokens=4).collector()._picks(first, 1, 10, 1, real)
-        assert picks.tolist() == [[[0, 1, 2, 3]]]
 
 
 @pytest.mark.parametrize("tokens", [None, 6])
@@ -197,29 +192,120 @@ def test_gradient_checkpointing_counts_no_layer_twice(
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_hooks_inside_a_checkpointed_region_count_once_too(tiny_folder: dict[str, Path]) -> None:
-    """As in implementations that recompute a layer with its hooks."""
-    model = open_tiny(tiny_folder["llama"])
-    inputs = model.get_input_embeddings()(some_ids())
-    config = DispersionConfig(tokens=6)
-    gradients = []
-    for recompute in (False, True):
-        term, x = config.collector(), inputs.detach().requires_grad_()
-        with term.watch(model):
-            term._start(model, (), {})
-            rotary = model.model.rotary_emb(x, torch.arange(12)[None])
-            for layer in decoder_layers(model):
-                if recompute:
-                    x_next = checkpoint(layer, x, position_embeddings=rotary, use_reentrant=False)
-                else:
-                    x_next = layer(x, position_embeddings=rotary)
-                x = x_next[0] if isinstance(x_next, tuple) else x_next
-            value = term.loss()
-            value.backward()
-        gradients.append([p.grad.clone() for p in decoder_layers(model).parameters()])
-        model.zero_grad()
-    for plain, recomputed in zip(*gradients):
-        torch.testing.assert_close(plain, recomputed)
+class Layers(torch.nn.Module):
+    """Layers in a row, of which a pass skips some (`layerdrop`) and recomputes some with their hooks."""
+
+    def __init__(self, depth: int, skipped: Collection[int] = (), recomputed: Collection[int] = ()) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace(num_hidden_layers=depth)
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(depth)
+        )
+        self.skipped, self.recomputed, self.reentrant = skipped, recomputed, False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for index, layer in enumerate(self.layers):
+            if index in self.recomputed:
+                x = checkpoint(layer, x, use_reentrant=self.reentrant)
+            elif index not in self.skipped:
+                x = layer(x)
+        return x
+
+
+def some_vectors(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def term_and_gradient(model: torch.nn.Module, config: DispersionConfig) -> tuple[torch.Tensor, ...]:
+    """The dispersion of a pass over `some_vectors`, its gradient, and the layers that it is of."""
+    term = config.collector()
+    with term.watch(model):
+        model(some_vectors(2, 9, 8).requires_grad_())
+        value = term.loss()
+        value.backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return value.detach(), gradient, torch.tensor(list(term.by_layer()))
+
+
+@pytest.mark.parametrize("variant", ["angular", "l2_repel"])
+@pytest.mark.parametrize("tokens", [None, 4])
+@pytest.mark.parametrize(
+    "depth, skipped", [(4, [1]), (4, [0, 2]), (4, [3]), (13, [1, 2, 11, 12]), (12, [10, 11])]
+)
+def test_skipped_layers_do_not_count_and_the_others_draw_their_own_tokens(
+    variant: str, tokens: int | None, depth: int, skipped: list[int]
+) -> None:
+    model, config = Layers(depth, skipped), DispersionConfig(variant, tokens=tokens)
+    value, gradient, layers = term_and_gradient(model, config)
+    assert layers.tolist() == [layer for layer in range(depth) if layer not in skipped]
+    model.zero_grad()
+    everyone = torch.arange(9).expand(depth, 2, 9)
+    picks = choose(tokens, (depth, 2, 9), seed=0, first_sequence=0) if tokens else everyone
+    real = torch.ones(picks.shape[1:], dtype=torch.bool)
+    with hidden_states(model, range(depth)) as seen:
+        model(some_vectors(2, 9, 8))
+        drawn = [seen[layer].gather(1, picks[layer, :, :, None].expand(-1, -1, 8)) for layer in seen]
+        plain = torch.stack([VARIANTS[variant](vectors, real, clamp=0.1) for vectors in drawn]).mean()
+        plain.backward()
+    torch.testing.assert_close(value, plain.detach())
+    expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_opt_drops_layers_in_training() -> None:
+    options: dict[str, Any] = {"vocab_size": 400, "hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32}
+    options |= {"num_hidden_layers": 6, "num_attention_heads": 4, "layerdrop": 0.4}
+    model = OPTForCausalLM(OPTConfig(**options)).train()
+    term, depths = DispersionConfig(tokens=5).collector(), set()
+    with hidden_states(model, range(6)) as seen, term.watch(model):
+        for seed in range(8):
+            seen.clear()
+            torch.manual_seed(seed)
+            model(some_ids(), use_cache=False)
+            term.loss().backward()
+            assert list(term.by_layer()) == sorted(seen)
+            depths.add(len(seen))
+    assert len(depths) > 1 and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_pass_that_skips_all_chosen_layers_has_no_dispersion() -> None:
+    model, term = Layers(3), DispersionConfig(layers="last").collector()
+    with term.watch(model):
+        model(some_vectors(2, 9, 8))
+        assert term.loss() != 0
+        model.skipped = [2]
+        model(some_vectors(2, 9, 8))
+        assert term.loss() == 0 and term.by_layer() == {}
+    with term.watch(model), pytest.raises(ValueError, match="none of the chosen layers ran"):
+        model(some_vectors(2, 9, 8))
+        term.loss()
+
+
+@pytest.mark.parametrize("tokens", [None, 4])
+@pytest.mark.parametrize("recomputed", [[0, 1, 2, 3], [0], [1], [0, 2], [3], [1, 2, 3]])
+def test_layers_recomputed_with_their_hooks_count_once_among_plain_ones(
+    tokens: int | None, recomputed: list[int]
+) -> None:
+    """As in implementations that recompute a layer with its hooks, all layers or some."""
+    config = DispersionConfig(tokens=tokens)
+    plain, mixed = (term_and_gradient(Layers(4, recomputed=which), config) for which in ([], recomputed))
+    for one, other in zip(plain, mixed):
+        torch.testing.assert_close(one, other)
+
+
+def test_layers_that_reentrant_checkpointing_hides_are_an_error_that_says_so() -> None:
+    model, term = Layers(2, recomputed=[0, 1]), DispersionConfig().collector()
+    model.reentrant = True
+    with term.watch(model), pytest.raises(ValueError, match=r"ran with gradients.*use_reentrant"):
+        model(some_vectors(2, 9, 8).requires_grad_())
+        term.loss()
+
+
+def test_outputs_of_several_streams_are_an_error_that_names_their_shape() -> None:
+    term, model = DispersionConfig().collector(), Layers(2)
+    with term.watch(model), pytest.raises(ValueError, match=r"outputs are \(4, 2, 9, 8\).*Gemma 3n"):
+        model(some_vectors(4, 2, 9, 8))
 
 
 def test_evaluation_inside_the_block_is_not_looked_at(tiny_folder: dict[str, Path]) -> None:
@@ -245,6 +331,64 @@ def test_sequences_without_a_pair_count_as_nothing_and_are_counted(tiny_folder: 
     assert value.item() == 0 and term.skipped_sequences == 3
     value.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("exclude_sink", [False, True])
+def test_how_many_sequences_count_is_known_from_the_mask(
+    tiny_folder: dict[str, Path], exclude_sink: bool
+) -> None:
+    mask = (torch.arange(12) < torch.tensor([[12], [0], [1], [2], [3]])).long()
+    config = DispersionConfig(exclude_sink=exclude_sink)
+    term, _ = run(open_tiny(tiny_folder["llama"]), config, some_ids(5), attention_mask=mask)
+    assert int(term.sequences(mask)) == 5 - term.skipped_sequences == (2 if exclude_sink else 3)
+
+
+def test_a_sequence_that_loses_its_pairs_to_long_tokens_counts_as_zero(tiny_folder: dict[str, Path]) -> None:
+    model, ids = open_tiny(tiny_folder["llama"]), some_ids(2)
+    mask = (torch.arange(12) < torch.tensor([[12], [3]])).long()
+    config = DispersionConfig(tokens=None, exclude_sink=True, layers=[0])
+
+    def lengthen(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        long = torch.ones(2, 12, 1)
+        long[1, 2] = 100
+        return output * long
+
+    handle = decoder_layers(model)[0].register_forward_hook(lengthen)
+    term, value = run(model, config, ids, attention_mask=mask)
+    handle.remove()
+    torch.testing.assert_close(value, run(model, config, ids[:1])[1] / 2)
+    assert term.skipped_sequences == 0
+
+
+def test_passes_whose_loss_nobody_asks_for_leave_no_trace(tiny_folder: dict[str, Path]) -> None:
+    model, ids = open_tiny(tiny_folder["llama"]), some_ids()
+    term, values = DispersionConfig(tokens=5).collector(), []
+    with term.watch(model):
+        for beside in (False, True):
+            for _ in range(2):
+                if beside:
+                    model(ids[:, :1], use_cache=False)
+                model(ids, use_cache=False)
+                values.append(term.loss().item())
+            term._next_sequence = 0
+    assert values[:2] == values[2:] and term.skipped_sequences == 0
+
+
+def test_virtual_tokens_take_no_part(tiny_folder: dict[str, Path]) -> None:
+    """Those of peft's prompt tuning, with a mask and without."""
+    peft = pytest.importorskip("peft")
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model, ids = peft.get_peft_model(open_tiny(tiny_folder["llama"]), settings), some_ids()
+    everyone = torch.ones(2, 12, dtype=torch.long)
+    for mask in (everyone, (torch.arange(12) < torch.tensor([[12], [8]])).long()):
+        with hidden_states(model, [0, 1]) as seen:
+            value = run(model, DispersionConfig(tokens=None), ids, attention_mask=mask)[1]
+            assert seen[0].shape[1] == 17
+            plain = [VARIANTS["angular"](seen[layer][:, 5:], mask.bool(), clamp=0.1) for layer in (0, 1)]
+        torch.testing.assert_close(value, torch.stack(plain).mean())
+    for tokens in (None, 6):
+        masked = run(model, DispersionConfig(tokens=tokens), ids, attention_mask=everyone)[1]
+        torch.testing.assert_close(run(model, DispersionConfig(tokens=tokens), ids)[1], masked)
 
 
 def test_frozen_layers_have_a_value_and_no_gradient(tiny_folder: dict[str, Path]) -> None:
@@ -287,6 +431,13 @@ def test_an_unknown_layer_choice_does_not_mean_all() -> None:
         select_layers("early_half", 5)
     with pytest.raises(ValueError, match=r"layers \[5\] are outside"):
         select_layers([0, 5], 5)
+
+
+def test_a_choice_of_no_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"layers 'first_half' names no layer of a model that has 1"):
+        select_layers("first_half", 1)
+    with pytest.raises(ValueError, match=r"layers \[\] names no layer"):
+        select_layers([], 5)
 
 
 def test_loss_without_a_forward_pass_is_an_error(tiny_folder: dict[str, Path]) -> None:

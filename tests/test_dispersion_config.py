@@ -23,6 +23,9 @@ from edgedisp.dispersion.config import DispersionConfig
         ({"layers": "early_half"}, r"layers is 'early_half'; it needs all, first_half, last_half, last, or"),
         ({"layers": [1, 1]}, r"layers is \(1, 1\).*none twice"),
         ({"layers": []}, r"layers is \(\)"),
+        ({"layers": 3}, r"layers is 3; it needs all, first_half"),
+        ({"layers": None}, r"layers is None; it needs all, first_half"),
+        ({"variant": ["angular"]}, r"variant is \['angular'\]; it needs one of"),
         ({"seed": -1}, r"seed is -1"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgedisp.dispersion.draw import Picks
+from edgedisp.dispersion.draw import Picks, choose
 
 
 def states_and_tokens(
@@ -62,6 +62,45 @@ def test_some_layers_draw_their_own_tokens() -> None:
     states, tokens = states_and_tokens(3, 2, 9, 4)
     drawn = Picks(tokens, 9).draw(states[1:], [1, 2], is_last=False)
     assert torch.equal(drawn, gathered(states[1:], tokens[1:]))
+
+
+@pytest.mark.parametrize("layers", [[0, 2], [0, 2, 1, 3], [1, 1]])
+def test_layers_with_gaps_or_in_another_order_draw_their_own_tokens(layers: list[int]) -> None:
+    states, tokens = states_and_tokens(4, 2, 9, 4)
+    chosen = [states[layer] for layer in layers]
+    drawn, plain = Picks(tokens, 9).draw(chosen, layers, is_last=True), gathered(chosen, tokens[layers])
+    assert torch.equal(drawn, plain)
+    slopes = []
+    for each in (drawn, plain):
+        elsewhere = sum(state.sin().sum() for state in states)
+        slopes.append(torch.autograd.grad(each.pow(3).sum() + elsewhere, states))
+    for ours, reference in zip(*slopes):
+        torch.testing.assert_close(ours, reference)
+
+
+def test_a_draw_has_the_second_derivative_of_a_gather() -> None:
+    states, tokens = states_and_tokens(2, 2, 9, 4)
+    found = []
+    for draw in (lambda s: Picks(tokens, 9).draw(s, [0, 1], is_last=True), lambda s: gathered(s, tokens)):
+        between = [state.sin() for state in states]
+        value = draw(between).pow(3).sum() + sum(state.pow(3).sum() for state in between)
+        slopes = torch.autograd.grad(value, states, create_graph=True)
+        found.append(torch.autograd.grad(sum(slope.square().sum() for slope in slopes), states))
+    for ours, reference in zip(*found):
+        torch.testing.assert_close(ours.to_dense(), reference)
+
+
+def test_every_layer_chooses_anew_and_without_repetition() -> None:
+    tokens = choose(40, (3, 2, 100), seed=0, first_sequence=0)
+    assert tokens.shape == (3, 2, 40)
+    assert (tokens.diff(dim=-1) > 0).all()
+    assert not torch.equal(tokens[0], tokens[1]) and not torch.equal(tokens[0, 0], tokens[0, 1])
+
+
+def test_padding_is_chosen_for_want_of_real_tokens_only() -> None:
+    real = torch.arange(10)[None] < 4
+    for first in range(20):
+        assert choose(4, (1, 1, 10), real, seed=0, first_sequence=first).tolist() == [[[0, 1, 2, 3]]]
 
 
 def test_a_gradient_that_others_hold_is_not_written_to() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from edgedisp import BuildFailed
 from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.train.memory import recompute_activations
 from edgedisp.train.mixin import NotFinite
 from edgedisp.train.trainer import Fit, TrainSettings, fit, last_checkpoint
 
@@ -115,6 +117,41 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_folder: dict[str, Path]
         )
         runs.append(kept.gradients[0])
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("came_with", [False, True])
+def test_a_model_recomputes_its_activations_after_training_as_it_did_before(
+    tiny_folder: dict[str, Path], tmp_path: Path, came_with: bool, raises: bool
+) -> None:
+    class Failing(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
+            if raises:
+                raise KeyboardInterrupt
+
+    def state(model: Any) -> list[Any]:
+        """Each module's flag and function, and the hooks on it."""
+        names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+        modules = list(model.modules())
+        told = [tuple(getattr(module, name, None) for name in names) for module in modules]
+        return [*told, *(dict(module._forward_hooks) for module in modules)]
+
+    model = open_tiny(tiny_folder["llama"])
+    if came_with:
+        recompute_activations(model)
+    before = state(model)
+    settings = settings_of(steps=1, gradient_checkpointing=True)
+    with pytest.raises(KeyboardInterrupt) if raises else nullcontext():
+        fit(model, BLOCKS, settings, checkpoints=tmp_path, callbacks=[Failing()])
+    assert state(model) == before
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) == came_with
+    assert bool(model.get_input_embeddings()._forward_hooks) == came_with
+
+
+def test_training_leaves_the_cache_of_generation_on(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    model = open_tiny(tiny_folder["llama"])
+    fit(model, BLOCKS, settings_of(steps=1), checkpoints=tmp_path)
+    assert model.config.use_cache
 
 
 @pytest.mark.parametrize("fused_head", [True, False])

@@ -161,6 +161,39 @@ def test_uneven_micro_batches_count_by_their_sequences(
         assert runs[index][1].get("skipped_sequences", 0) == masked
 
 
+@pytest.mark.parametrize("exclude_sink", [False, True])
+def test_micro_batches_weigh_by_the_sequences_that_the_term_counts(
+    tiny_folder: dict[str, Path], tmp_path: Path, exclude_sink: bool
+) -> None:
+    runs = []
+    for batch, accumulate in ((4, 1), (2, 2)):
+        trainer, gradients = run(
+            open_tiny(tiny_folder["llama"]),
+            rows_of([12, 12, 2, 2]),
+            tmp_path,
+            DispersionConfig(weight=2.0, tokens=None, exclude_sink=exclude_sink),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+        )
+        runs.append((gradients.seen[0], train_logs(trainer)[0]))
+        assert runs[-1][1].get("skipped_sequences", 0) == 2 * exclude_sink
+    torch.testing.assert_close(runs[1][0], runs[0][0], rtol=1e-4, atol=1e-6)
+    assert runs[1][1]["dispersion"] == pytest.approx(runs[0][1]["dispersion"], rel=1e-5)
+
+
+def test_short_sequences_without_a_mask_weigh_nothing(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    (long,) = without_masks(rows_of([12]))
+    short = {name: value[:2] for name, value in long.items()}
+    config = DispersionConfig(tokens=None, exclude_sink=True)
+    options = {"per_device_train_batch_size": 1, "learning_rate": 0.0}
+    logged = []
+    for rows in ([long], [long, short]):
+        model = open_tiny(tiny_folder["llama"])
+        trainer, _ = run(model, rows, tmp_path, config, gradient_accumulation_steps=len(rows), **options)
+        logged.append(train_logs(trainer)[0]["dispersion"])
+    assert logged[1] == pytest.approx(logged[0], rel=1e-5)
+
+
 def test_padding_changes_neither_term(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
     rows = rows_of([8, 8, 8, 8])
     cut = [{name: value[:8] for name, value in row.items()} for row in rows]
@@ -179,6 +212,74 @@ def test_sequences_without_a_pair_give_no_nan_and_are_counted(
     trainer, gradients = run(model, rows_of([1, 12, 1, 2] * 2), tmp_path, DispersionConfig(), max_steps=2)
     assert [row["skipped_sequences"] for row in train_logs(trainer)] == [2, 4]
     assert all(one.isfinite().all() for one in gradients.seen)
+
+
+def test_skipped_sequences_are_those_of_one_training(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    trainer, _ = run(open_tiny(tiny_folder["llama"]), rows_of([1, 12, 1, 12]), tmp_path, DispersionConfig())
+    assert train_logs(trainer)[-1]["skipped_sequences"] == 2
+    trainer.train()
+    assert train_logs(trainer)[-1]["skipped_sequences"] == 2
+
+
+def test_a_training_begun_anew_with_a_smaller_batch_counts_anew(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    class Full(DispersionTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            loss = super().training_step(*args, **kwargs)
+            if self._train_batch_size == 4:
+                raise RuntimeError("CUDA out of memory.")
+            return loss
+
+    rows: Any = rows_of([12, 12, 1, 12] * 4)
+    trainer = Full(
+        model=open_tiny(tiny_folder["llama"]),
+        args=arguments(tmp_path, auto_find_batch_size=True),
+        train_dataset=rows,
+        dispersion=DispersionConfig(),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    assert trainer._train_batch_size < 4
+    assert train_logs(trainer)[0]["skipped_sequences"] == 1
+
+
+def test_a_pass_that_a_callback_makes_is_not_counted(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    class Looks(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
+            model = known["model"].eval()
+            model(torch.tensor([[5]]), labels=torch.tensor([[5]]))  # with gradients
+            model.train()
+
+    rows: Any = rows_of([12] * 12)
+    found = []
+    for callbacks in ([], [Looks()]):
+        trainer = DispersionTrainer(
+            model=open_tiny(tiny_folder["llama"]),
+            args=arguments(tmp_path, max_steps=3),
+            train_dataset=rows,
+            dispersion=DispersionConfig(tokens=6),
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        found.append([(row["dispersion"], row.get("skipped_sequences")) for row in train_logs(trainer)])
+    assert found[0] == found[1]
+
+
+def test_a_compiled_model_that_was_trained_before_is_watched(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    """What was compiled without the collector's hooks must not be run again."""
+    rows = without_masks(rows_of([12] * 4))
+    config = DispersionConfig(tokens=6)
+    logged = []
+    for dispersion, compiled in ((config, False), (None, True), (config, True)):
+        options = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+        trainer, _ = run(open_tiny(tiny_folder["llama"]), rows, tmp_path, dispersion, **options)
+        logged.append(train_logs(trainer)[0])
+    assert "dispersion" not in logged[1]
+    assert logged[2]["dispersion"] == pytest.approx(logged[0]["dispersion"], rel=1e-5)
 
 
 def test_a_log_over_several_steps_is_their_mean(tiny_folder: dict[str, Path], tmp_path: Path) -> None:

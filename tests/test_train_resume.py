@@ -153,18 +153,16 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_for_the_one_before(
 ) -> None:
     run(tiny_folder["llama"], tmp_path, steps=2)
     good = tmp_path / "checkpoint-2"
-    for number, spoil in enumerate(("marker", "short", "gone", "garbage"), start=3):
+    for number, spoil in enumerate(("unmarked", "short", "gone"), start=3):
         copy = tmp_path / f"checkpoint-{number}"
         shutil.copytree(good, copy)
         optimizer = copy / "optimizer.pt"
-        if spoil == "marker":
-            (copy / saved.MARKER).unlink()
+        if spoil == "unmarked":
+            (copy / saved.MARKER).rename(copy / saved.CLAIM)
         elif spoil == "short":
             optimizer.write_bytes(optimizer.read_bytes()[:-1])
-        elif spoil == "gone":
-            optimizer.unlink()
         else:
-            (copy / saved.MARKER).write_text("{")
+            optimizer.unlink()
         assert saved.read(copy) is None
     assert last_checkpoint(tmp_path) == good
     # They would also be taken for the newest ones if they stayed.
@@ -173,13 +171,109 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_for_the_one_before(
     assert saved.found(tmp_path) == [good]
 
 
+STATE: dict[str, Any] = {"rows": [], "watched": [], "skipped_sequences": 0, "run": {}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", "7", '{"sizes": []}', '{"sizes": {}}', b"\xff"]
+    + [json.dumps({**STATE, "sizes": {"weights": 4}} | damage) for damage in (
+        {"sizes": {}}, {"sizes": {"weights": None}}, {"rows": [5]}, {"watched": None}, {"run": None},
+        {"skipped_sequences": "0"},
+    )],
+)  # fmt: skip
+def test_a_checkpoint_with_a_damaged_marker_is_passed_over_for_the_one_before(
+    tmp_path: Path, content: str | bytes
+) -> None:
+    whole, damaged = tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"
+    for folder in (whole, damaged):
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"1234")
+        saved.mark(folder, STATE)
+    assert last_checkpoint(tmp_path) == damaged
+    (damaged / saved.MARKER).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert last_checkpoint(tmp_path) == whole
+    saved.keep_only(tmp_path, whole)
+    assert saved.found(tmp_path) == [whole]
+
+
+def test_a_checkpoint_of_another_program_is_refused_and_left_alone(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    ours = tmp_path / "elsewhere" / "checkpoint-2"
+    saved.begin(ours)
+    (ours / "weights").write_bytes(b"1234")
+    saved.mark(ours, STATE)
+    foreign = tmp_path / "run" / "checkpoint-500"
+    for kind in ("folder", "file", "link"):
+        shutil.rmtree(foreign.parent, ignore_errors=True)
+        foreign.parent.mkdir()
+        if kind == "folder":
+            foreign.mkdir()
+            (foreign / "model.safetensors").write_bytes(b"x")
+        elif kind == "file":
+            foreign.write_bytes(b"x")
+        else:
+            foreign.symlink_to(ours)
+        with pytest.raises(BadInput, match=r"checkpoint-500: is no checkpoint of edgedisp, .*; move it"):
+            run(tiny_folder["llama"], foreign.parent, steps=2)
+        saved.keep_only(foreign.parent, None)
+        assert [path.name for path in foreign.parent.iterdir()] == ["checkpoint-500"]
+        assert kind == "file" or list(foreign.iterdir())
+    assert saved.read(ours) is not None
+
+
+def test_what_a_killed_process_leaves_of_a_checkpoint_is_ours(tmp_path: Path) -> None:
+    for step in (2, 4):
+        saved.begin(saved.folder_of(tmp_path, step))
+    (tmp_path / "checkpoint-4" / "weights").write_bytes(b"12")
+    (tmp_path / "checkpoint-6").mkdir()
+    saved.check_own(tmp_path)
+    saved.keep_only(tmp_path, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_is_still_ours_when_its_removal_is_cut_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved.folder_of(tmp_path, 2)
+    saved.begin(folder)
+    for name in ("a", "b", "c"):
+        (folder / name).write_bytes(b"1234")
+    saved.mark(folder, STATE)
+    removed: list[Path] = []
+    unlink = Path.unlink
+
+    def cut_short(self: Path, missing_ok: bool = False) -> None:
+        if len(removed) == 2:  # the marker and one more
+            raise KeyboardInterrupt
+        removed.append(self)
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        saved.keep_only(tmp_path, None)
+    monkeypatch.undo()
+    assert removed[0].name == saved.MARKER and len(list(folder.iterdir())) == 3
+    assert saved.read(folder) is None
+    saved.check_own(tmp_path)
+
+
+def test_a_copy_under_another_name_is_no_checkpoint_of_the_run(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    run(tiny_folder["llama"], tmp_path, steps=2)
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-1-old")
+    assert run(tiny_folder["llama"], tmp_path, steps=2)[1].resumed_from == 2
+    assert saved.read(tmp_path / "checkpoint-1-old") is not None
+
+
 def test_a_folder_half_removed_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
     old, new = tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"
-    state: dict[str, Any] = {"rows": [], "watched": [], "skipped_sequences": 0, "run": {}}
     for folder in (old, new):
         folder.mkdir()
         (folder / "weights").write_bytes(b"1234")
-        saved.mark(folder, state)
+        saved.mark(folder, STATE)
     assert last_checkpoint(tmp_path) == new
     saved.keep_only(tmp_path, new)
     assert saved.found(tmp_path) == [new]
@@ -196,6 +290,9 @@ def test_a_folder_half_removed_is_not_taken_for_a_checkpoint(tmp_path: Path) -> 
         ("dispersion", r"differs in dispersion \(DispersionConfig\(.*weight=0.1.* there, None here\)"),
         ("tokens", "differs in tokens;"),
         ("weights", "differs in initial weights;"),
+        ("frozen", "differs in initial weights;"),
+        ("untied", r"differs in initial weights, model.tie_word_embeddings \(True there, None here\)"),
+        ("config", r"differs in model.attention_dropout \(0.0 there, 0.5 here\)"),
         ("callbacks", r"differs in callbacks \(\[\] there, \[\('NoisyEmbedding', .*'alpha': 5.0.*\] here\)"),
         ("documents", r"differs in end_of_text \(None there, 7 here\)"),
     ],
@@ -217,6 +314,13 @@ def test_a_checkpoint_of_another_run_is_refused(
     elif what == "weights":
         with torch.no_grad():
             model.model.norm.weight[0] += 1e-6
+    elif what == "frozen":
+        model.model.norm.weight.requires_grad_(False)
+    elif what == "untied":
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+    elif what == "config":
+        model.config.attention_dropout = 0.5
     elif what == "callbacks":
         options["callbacks"] = [NoisyEmbedding(5.0, seed=0)]
     else:
@@ -225,3 +329,19 @@ def test_a_checkpoint_of_another_run_is_refused(
     with pytest.raises(BadInput, match=f"checkpoint-2: is a checkpoint of another run, which {words}"):
         fit(model, blocks, settings, checkpoints=tmp_path, **options)
     assert last_checkpoint(tmp_path) is not None
+
+
+def test_where_a_model_was_opened_and_by_which_release_is_no_part_of_its_run(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = TrainSettings(steps=2, lr=1e-3)
+    here = open_tiny(tiny_folder["llama"])
+    before = saved.run_identity(here, BLOCKS, settings)
+    shutil.copytree(tiny_folder["llama"], tmp_path / "copy")
+    there = open_tiny(tmp_path / "copy")
+    there.config.transformers_version = "5.99"
+    there.config.an_option_of_later = False
+    assert saved.run_identity(there, BLOCKS, settings) == before
+    assert str(tiny_folder["llama"]) not in json.dumps(before)
+    here.save_pretrained(tmp_path / "saved")  # as the Trainer does, which writes into the config
+    assert saved.run_identity(here, BLOCKS, settings) == before

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from edgedisp.train.techniques import ActiveForgetting, EmbeddingDropout, NoisyEmbedding, callbacks_for
+from edgedisp.train.trainer import TrainSettings, fit
 
 BLOCKS = np.random.default_rng(0).integers(3, 400, (48, 12))
 ARCHITECTURES = ["llama", "gemma3_text", "gpt2"]
@@ -162,6 +163,30 @@ def test_measuring_passes_are_left_alone_and_the_hook_goes_with_the_training(
     train(model, tmp_path, [callback, Measure()], steps=2, save_strategy="no")
     assert found == [True] * 6
     assert torch.equal(model.train().get_input_embeddings()(ids), model.get_input_embeddings().weight[ids])
+
+
+class Interrupt(TrainerCallback):
+    """Ends a training before its first step."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **known: Any) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["neftune", "embedding_dropout"])
+def test_the_hook_goes_with_a_training_that_raised_too(
+    tiny_folder: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    tokens, settings = BLOCKS.astype(np.uint32), TrainSettings(steps=2, lr=1e-3)
+    model = open_tiny(tiny_folder["llama"])
+    with pytest.raises(KeyboardInterrupt):
+        callbacks = [*callbacks_for({name: 0.5}, seed=0), Interrupt()]
+        fit(model, tokens, settings, checkpoints=tmp_path / "raised", callbacks=callbacks)
+    fresh = open_tiny(tiny_folder["llama"])
+    logs = [
+        fit(one, tokens, settings, checkpoints=tmp_path / name).log
+        for name, one in (("next", model), ("fresh", fresh))
+    ]
+    assert logs[0] == logs[1]
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,10 @@ class _LogSumExpOverPairs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # Autograd would take the slopes kept from the forward pass for constants. `once_differentiable`
+        # refuses only where `upstream` depends on the vectors, and not a term that is just added to others.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("the dispersion loss has no second derivative (create_graph=True)")
         vectors, mask, log_total, matrix = ctx.saved_tensors
         taking_part, upstream = _zero_where_masked(vectors, mask), upstream[:, None, None]
         with products_in(ctx.products):
@@ -242,7 +246,8 @@ def blockwise(
         products: `bf16` lets matrix products round their inputs; see `products_in`.
     Returns:
         `(batch,)`, float32, or float64 for float64 vectors. Sequences with fewer than two real tokens have
-        value 0 and no gradient. Second derivatives are not given.
+        value 0 and no gradient. A backward pass with `create_graph`, for second
+        derivatives, raises RuntimeError.
     """
     if form not in FORMS:
         raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")

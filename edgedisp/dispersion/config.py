@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,7 +46,8 @@ class DispersionConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _demand(self.variant in VARIANTS, "variant", self.variant, f"one of {', '.join(VARIANTS)}")
+        known = isinstance(self.variant, str) and self.variant in VARIANTS
+        _demand(known, "variant", self.variant, f"one of {', '.join(VARIANTS)}")
         _demand(_is_number(self.weight) and self.weight >= 0, "weight", self.weight, "a number of at least 0")
         _demand(
             _is_number(self.temperature) and self.temperature > 0,
@@ -68,6 +69,7 @@ class DispersionConfig:
         if isinstance(self.layers, str):
             _demand(self.layers in LAYER_WORDS, "layers", self.layers, words)
         else:
+            _demand(isinstance(self.layers, Iterable), "layers", self.layers, words)
             object.__setattr__(self, "layers", tuple(self.layers))
             fine = all(_is_whole(layer) and layer >= 0 for layer in self.layers)
             _demand(fine and 0 < len(self.layers) == len(set(self.layers)), "layers", self.layers, words)

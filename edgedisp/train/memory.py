@@ -17,11 +17,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 # Parameters of mallopt(3) and their defaults. Setting the trim threshold ends glibc's own adjustment of it
 # and of the size from which blocks come from the system directly.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 KEEPING = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 << 20}
 DEFAULTS = {M_MMAP_MAX: 65536, M_TRIM_THRESHOLD: 128 << 10, M_TOP_PAD: 0}
+
+# What transformers keeps in a model's modules for gradient checkpointing.
+HOOKS = "_require_grads_hooks"
+RECOMPUTING = ("gradient_checkpointing", "_gradient_checkpointing_func", HOOKS, "_require_grads_hook")
 
 
 def recompute_activations(model: Any) -> None:
@@ -30,6 +36,28 @@ def recompute_activations(model: Any) -> None:
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     # Hooks on the layers, such as the dispersion term's, are not run again this way.
     enable({"use_reentrant": False})
+
+
+@contextmanager
+def activations_recomputed(model: nn.Module) -> Iterator[None]:
+    """Inside the block, `recompute_activations`; afterwards whatever the model did before.
+
+    transformers' own way to turn it off forgets the hooks on the embedding, and that it may have been on.
+    """
+    before = [
+        (own, {name: own[name] for name in RECOMPUTING if name in own}) for own in map(vars, model.modules())
+    ]
+    try:
+        recompute_activations(model)
+        yield
+    finally:
+        for own, kept in before:
+            for hook in own.get(HOOKS, ()):
+                if hook not in kept.get(HOOKS, ()):
+                    hook.remove()
+            for name in RECOMPUTING:
+                own.pop(name, None)
+            own.update(kept)
 
 
 @contextmanager

@@ -10,13 +10,19 @@ base's fingerprint and every name and shape first.
 
 The merged weight is W + (alpha / rank) B A (Hu et al. 2021, equation 3), W in float32: the full-precision
 one, or for QLoRA the dequantized one that the adapter was trained over.
+
+Refused, as that sum would not be what the adapter computes: the kinds of LoRA that do more (DoRA and others),
+and an adapter on a weight that two modules share, such as a head tied to the embedding.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +41,12 @@ MARK = "edgedisp.json"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _ENTRY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
+# Fields of a LoRA configuration that, if set, make it more than a plain sum or change more than linear maps.
+_NOT_PLAIN = (
+    "use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config",
+    "monteclora_config", "lora_bias", "layer_replication", "megatron_config", "modules_to_save",
+    "target_parameters", "trainable_token_indices",
+)  # fmt: skip
 _CARD = """\
 ---
 library_name: peft
@@ -63,6 +75,34 @@ _HELD_BY = {
     "nf4": 'quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")',
     "int8": "quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
 }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _is_names(value: Any) -> bool:
+    is_list = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return is_list or value is None or isinstance(value, str)
+
+
+# What the fields that decide a merge have to be; peft looks at none of them before it computes with them.
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "r": ("a whole number of at least 1", lambda value: type(value) is int and value >= 1),
+    "lora_alpha": ("a number", _is_number),
+    "lora_dropout": ("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1),
+    "target_modules": ("a list of names, or a pattern", _is_names),
+    "exclude_modules": ("a list of names, or a pattern", _is_names),
+    "use_rslora": ("true or false", lambda value: value in (None, True, False)),
+    "rank_pattern": ("numbers by name", _is_numbers),
+    "alpha_pattern": ("numbers by name", _is_numbers),
+}
+# Of a configuration that its weights do not fit, or whose other fields are damaged.
+_PEFT_RAISES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, re.error)
 
 
 @dataclass(frozen=True)
@@ -127,14 +167,14 @@ def merge(adapter: Path, base: nn.Module, *, quantized: nn.Module | None = None)
     """`base` (full precision, changed) with the PEFT folder `adapter` merged into it: W + (alpha / rank) B A.
 
     With `quantized` (the same base from `load_quantized`), each W that it holds is its dequantized one.
-    Raises BadInput if `adapter` is no LoRA folder, was trained on another base, or does not fit this one.
+    Raises BadInput if `adapter` is no plain LoRA folder, was trained on another base or does not fit it.
     """
     check(adapter, base)
     if quantized is not None:
         expand(quantized, base)
     try:
         wrapped: Any = opened(adapter, base)
-    except (RuntimeError, ValueError) as problem:  # a configuration that its own weights do not fit
+    except _PEFT_RAISES as problem:
         raise BadInput(f"{adapter}: {CONFIG} and {WEIGHTS} do not fit: {_one_line(problem)}") from problem
     _check_complete(adapter, wrapped)
     return wrapped.merge_and_unload()
@@ -149,7 +189,7 @@ def opened(adapter: Path, base: nn.Module) -> nn.Module:
 
 
 def check(adapter: Path, base: nn.Module) -> None:
-    """Raise BadInput unless `adapter` is a LoRA folder that was trained on `base`'s weights and fits them.
+    """Raise BadInput unless `adapter` is a plain LoRA folder, trained on `base`'s weights, that fits them.
 
     A folder without our mark (trained elsewhere) is checked by names and shapes alone.
     """
@@ -173,9 +213,18 @@ def _check_config(adapter: Path) -> None:
             pickle = (adapter / "adapter_model.bin").is_file()
             why = " (adapter_model.bin is a pickle, which can run any code and is never opened)"
             raise BadInput(f"{adapter}: not a PEFT folder, there is no {name}{why if pickle else ''}")
-    kind = _read_json(adapter / CONFIG).get("peft_type")
-    if kind != "LORA":
+    config = _read_json(adapter / CONFIG)
+    if (kind := config.get("peft_type")) != "LORA":
         raise BadInput(f"{adapter}: an adapter of the kind {kind}; only LORA can be merged here")
+    for name in _NOT_PLAIN:
+        if config.get(name) not in (None, False, []):
+            raise BadInput(
+                f"{adapter / CONFIG}: {name} is {_short(config[name])}; only plain LoRA, without it, can be "
+                "merged here"
+            )
+    for name, (wanted, is_right) in _FIELDS.items():
+        if name in config and not is_right(config[name]):
+            raise BadInput(f"{adapter / CONFIG}: {name} is {_short(config[name])}, but has to be {wanted}")
 
 
 def _check_shapes(adapter: Path, base: nn.Module) -> None:
@@ -198,10 +247,28 @@ def _check_shapes(adapter: Path, base: nn.Module) -> None:
     ]
     if others:
         raise BadInput(f"{adapter}: {len(others)} weights do not fit this base: {_some(others)}")
+    _check_untied(adapter, base, {module for module, _ in halves})
+
+
+def _check_untied(adapter: Path, base: nn.Module, adapted: set[str]) -> None:
+    """Merged into a weight that two modules share, an adapter on one of them would change the other too."""
+    owners = defaultdict(list)
+    for name, weight in base.named_parameters(remove_duplicate=False):
+        owners[id(weight)].append(name.rpartition(".")[0])
+    for sharing in owners.values():
+        if len(sharing) > 1 and (named := sorted(adapted & set(sharing))):
+            raise BadInput(
+                f"{adapter}: {named[0]} is adapted, but in this base {' and '.join(sharing)} are one weight "
+                "(tied), so it cannot be merged into one of them alone; train the adapter without it"
+            )
 
 
 def _check_complete(adapter: Path, wrapped: nn.Module) -> None:
-    """peft leaves a module that the file says nothing of as it was, with a warning."""
+    """The configuration names the very modules that the file has weights for.
+
+    peft leaves a module that the file says nothing of as it was, and drops weights that it finds no place
+    for, both with a warning.
+    """
     known = {module for module, _ in _halves(adapter)}
     made = {
         name.removeprefix("base_model.model.")
@@ -212,6 +279,11 @@ def _check_complete(adapter: Path, wrapped: nn.Module) -> None:
         raise BadInput(
             f"{adapter}: {CONFIG} names {len(made)} modules, {WEIGHTS} holds nothing for "
             f"{len(made - known)} of them: {_some(sorted(made - known))}"
+        )
+    if known - made:
+        raise BadInput(
+            f"{adapter}: {WEIGHTS} holds weights for {len(known)} modules, {CONFIG} leaves out "
+            f"{len(known - made)} of them: {_some(sorted(known - made))}"
         )
 
 
@@ -243,6 +315,10 @@ def _some(names: list[str]) -> str:
 
 def _one_line(problem: Exception) -> str:
     return " ".join(str(problem).split())[:300]
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value)[:60]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@
 The loss is `cross-entropy + weight * dispersion`. What the host class computes is left as it is, whatever
 that is; the term comes from hooks in the same forward pass, so nothing is computed twice. Logged beside
 `loss` (their sum): `cross_entropy`, `dispersion` and, if there were any, `skipped_sequences`, the number of
-sequences so far that had fewer than two tokens. Evaluation is untouched.
+sequences so far in this training that had fewer than two tokens to compare. Evaluation is untouched.
 
 Gradient accumulation. Where the Trainer does not divide a micro-batch's loss by the number of micro-batches,
 because the model took `num_items_in_batch` and its cross-entropy is a share of the step's mean already, the
@@ -54,6 +54,8 @@ class Collector(Protocol):
 
     @property
     def skipped_sequences(self) -> int: ...
+
+    def sequences(self, mask: Tensor) -> Tensor: ...
 
     def watch(self, model: nn.Module) -> AbstractContextManager[Any]: ...
 
@@ -187,13 +189,13 @@ class DispersionMixin(Host):
         return self._shares[self._micro_batch] if self._micro_batch < len(self._shares) else 1.0
 
     def _shares_of(self, batches: list[dict[str, Any]]) -> list[Tensor | float]:
-        """Sequences of each micro-batch that have a pair, as shares of the step's.
+        """Sequences of each micro-batch that count in the term, as shares of the step's.
 
         Gradients are averaged over processes, so the whole is the mean of the processes' counts.
         """
         if self.collector is None:
             return []
-        counts = [_sequences(batch) for batch in batches]
+        counts = [_sequences(batch, self.collector) for batch in batches]
         whole: Any = sum(counts)
         if self.args.world_size > 1:
             gathered: Any = self.accelerator.gather(torch.as_tensor(whole, device=self.args.device))
@@ -228,9 +230,12 @@ class DispersionMixin(Host):
 
     def _training_begins(self) -> None:
         self._hooks.close()  # a loop that was begun anew with a smaller batch (auto_find_batch_size)
-        if self.collector is not None:
+        if self.dispersion is not None:
             model: Any = self.model
+            self.collector = self.dispersion.collector()  # what it counts is counted by training
             self._hooks.enter_context(self.collector.watch(model))
+            if self.args.torch_compile:
+                torch._dynamo.reset()  # it does not notice new hooks: code from before the watch has none
         self._sums, self._is_finite = _Sums(), None
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
@@ -302,12 +307,15 @@ def _mask(inputs: dict[str, Any]) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def _sequences(batch: dict[str, Any]) -> Tensor | int:
-    """How many sequences of a batch have at least two real tokens; a scalar tensor if there is a mask."""
+def _sequences(batch: dict[str, Any], collector: Collector) -> Tensor | int:
+    """How many sequences of a batch count in the term; a scalar tensor if there is a mask."""
     mask = _mask(batch)
     if mask is not None:
-        return (mask.bool().sum(dim=1) > 1).sum()
-    return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()), 1)
+        return collector.sequences(mask)
+    for value in batch.values():
+        if isinstance(value, Tensor) and value.dim() > 1:
+            return int(collector.sequences(torch.ones(value.shape[:2], dtype=torch.bool)))
+    return 1
 
 
 def _innermost(model: Any) -> Any:

@@ -59,7 +59,25 @@ def callbacks_for(techniques: Mapping[str, float], seed: int) -> tuple[TrainerCa
     return tuple(made)
 
 
-class _OnEmbedding(TrainerCallback):
+class Technique(TrainerCallback):
+    """A callback that changes the model while it trains.
+
+    A Trainer tells its callbacks nothing when a training ends with an error: `trainer.fit` calls `detach`
+    itself, and under other Trainers the next training with the same callback does.
+    """
+
+    def detach(self) -> None:
+        """Take the technique off the model and forget the training, if there is one."""
+        raise NotImplementedError
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:
+        self.detach()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
+        self.detach()
+
+
+class _OnEmbedding(Technique):
     """Changes the embedding's output in training passes; knows the number of each sequence in the run."""
 
     def __init__(self, seed: int) -> None:
@@ -70,11 +88,13 @@ class _OnEmbedding(TrainerCallback):
         self._hook: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:
-        self._remove()  # of an earlier training that ended with an error
+        super().on_train_begin(args, state, control, **known)
         self._hook = known["model"].get_input_embeddings().register_forward_hook(self._change)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
-        self._remove()
+    def detach(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:
         self._stride = args.train_batch_size * args.world_size
@@ -84,11 +104,6 @@ class _OnEmbedding(TrainerCallback):
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
         self._micro += 1
-
-    def _remove(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
 
     def _change(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         """The hook. Measuring passes (eval mode, or without gradients) are left alone."""
@@ -146,7 +161,7 @@ class EmbeddingDropout(_OnEmbedding):
         return output * kept / (1 - self.rate)
 
 
-class ActiveForgetting(TrainerCallback):
+class ActiveForgetting(Technique):
     """Draws the token embedding anew every `every` optimizer steps; the module's docstring has the choices.
 
     The fresh values are normal with the model's `initializer_range` (0.02 where it has none) as standard
@@ -161,6 +176,7 @@ class ActiveForgetting(TrainerCallback):
         self._before: Tensor | None = None  # the embedding before the optimizer's step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:
+        super().on_train_begin(args, state, control, **known)
         weight = _embedding(known["model"])
         if not weight.requires_grad:
             raise ValueError("the embedding is frozen (an adapter?), so it would not learn after a reset")
@@ -168,6 +184,9 @@ class ActiveForgetting(TrainerCallback):
             raise ValueError(
                 "the embedding is divided among processes (FSDP); active forgetting needs it whole"
             )
+
+    def detach(self) -> None:
+        self._before = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **known: Any) -> None:
         if state.global_step >= self.every:

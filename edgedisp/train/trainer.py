@@ -34,10 +34,11 @@ from edgedisp.train.checkpoints import last_checkpoint
 from edgedisp.train.compiled import compiled_layers, why_not_compiled
 from edgedisp.train.data import Blocks
 from edgedisp.train.fused_head import fused_head, why_not_fused
-from edgedisp.train.memory import freed_memory_kept, recompute_activations
+from edgedisp.train.memory import activations_recomputed, freed_memory_kept
 from edgedisp.train.mixin import DispersionSettings, DispersionTrainer
 from edgedisp.train.reporting import Reporting, reported_in
 from edgedisp.train.settings import Fit, TrainSettings
+from edgedisp.train.techniques import Technique
 from edgedisp.train.watch import Watch
 
 __all__ = ["Fit", "TrainSettings", "fit", "last_checkpoint", "quiet"]
@@ -63,16 +64,18 @@ def fit(
         model: a causal language model, weights float32 (bf16 is autocast), perhaps wrapped by peft.
         tokens: `(blocks, context)` unsigned integers, already in the order in which they are to be seen;
             at least `steps * accumulate * batch` blocks.
-        checkpoints: folder for checkpoints; the newest whole one in it is resumed from.
+        checkpoints: folder for this run's checkpoints; the newest whole one in it is resumed from. Another
+            program's are never touched: a folder that holds some is refused.
         dispersion: the dispersion term, such as a `DispersionConfig`, or None.
-        callbacks: of transformers, for other techniques. Their kinds and their public numbers, words and
-            flags are part of what a checkpoint is compared by.
+        callbacks: of transformers, for other techniques; a `Technique` among them is detached at the end.
+            Their kinds and their public numbers, words and flags are part of what a checkpoint is compared
+            by.
         end_of_text: the token that ends a document; given, nothing looks across documents (data.py).
         watch: looks at the condensation on the way; its rows are part of the result.
         share: what this process takes of each step, where several train together (distributed.py). Each
             of them calls `fit` with the same arguments; `settings` are the step's, not the process's.
-    Raises ValueError if there are too few blocks, BadInput for a checkpoint of another run, NotFinite if
-    the loss or a gradient is NaN or infinite.
+    Raises ValueError if there are too few blocks, BadInput for a checkpoint of another run or another
+    program, NotFinite if the loss or a gradient is NaN or infinite.
     """
     needed = settings.steps * settings.accumulate * settings.batch
     if len(tokens) < needed:
@@ -89,6 +92,7 @@ def fit(
         callbacks=[_told_apart(callback) for callback in callbacks],
         weights=share.held,
     )
+    saved.check_own(checkpoints)
     resumed = saved.newest(checkpoints)
     if resumed is not None:
         saved.check_same_run(resumed, run)
@@ -99,7 +103,7 @@ def fit(
     kept.restore(resumed)
     resumed_from = len(kept.rows)
     started = time.perf_counter()
-    with _prepared(model, settings, reporting) as is_fused:
+    with _prepared(model, settings, callbacks, reporting) as is_fused:
         trainer = _FitTrainer(
             model=model,
             args=_arguments(settings, share, checkpoints, reporting),
@@ -129,11 +133,19 @@ def fit(
 
 
 @contextmanager
-def _prepared(model: nn.Module, settings: TrainSettings, reporting: Reporting | None) -> Iterator[bool]:
+def _prepared(
+    model: nn.Module,
+    settings: TrainSettings,
+    callbacks: Sequence[TrainerCallback],
+    reporting: Reporting | None,
+) -> Iterator[bool]:
     """All that is different while `fit` trains. Yields whether the logits are spared."""
-    if settings.gradient_checkpointing:
-        recompute_activations(model)
     with ExitStack() as stack:
+        for callback in callbacks:
+            if isinstance(callback, Technique):
+                stack.callback(callback.detach)
+        if settings.gradient_checkpointing:
+            stack.enter_context(activations_recomputed(model))
         stack.enter_context(_own_random_state())
         stack.enter_context(quiet())
         stack.enter_context(distributed.quiet_sharding())
@@ -154,13 +166,18 @@ def _prepared(model: nn.Module, settings: TrainSettings, reporting: Reporting | 
 def _own_forward(model: nn.Module) -> Iterator[None]:
     """Take out what accelerate leaves in a model, before and after: its autocast, and the mark "prepared".
 
-    A marked model is not prepared again, so a bf16 training after an fp32 one would silently be fp32.
+    A marked model is not prepared again, so a bf16 training after an fp32 one would silently be fp32. The
+    Trainer leaves `use_cache: false` in the model's config, which would be saved with the model.
     """
+    config: Any = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
     _unprepare(model)
     try:
         yield
     finally:
         _unprepare(model)
+        if use_cache is not None:
+            config.use_cache = use_cache
 
 
 def _unprepare(model: nn.Module) -> None:
@@ -230,11 +247,15 @@ class _Rows(TrainerCallback):
         term = "" if row["dispersion"] is None else f", dispersion {row['dispersion']:.4f}"
         self.progress(state.global_step, state.max_steps, f"loss {row['loss']:.3f}{term}")
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if control.should_save:  # by the Trainer, right after this
+            saved.begin(saved.folder_of(self.checkpoints, state.global_step))
+
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         distributed.meet()  # the other processes' random states are part of the checkpoint
         if not state.is_world_process_zero:
             return
-        folder = self.checkpoints / f"checkpoint-{state.global_step}"
+        folder = saved.folder_of(self.checkpoints, state.global_step)
         watched = [] if self.watch is None else self.watch.rows
         marker = {"rows": self.rows, "watched": watched, "run": self.run}
         saved.mark(folder, {**marker, "skipped_sequences": self.skipped_sequences})
