@@ -63,7 +63,7 @@ def rounded_by_loops(weight: np.ndarray, bits: int) -> np.ndarray:
 
 def on_grid(bits: int) -> Callable[[np.ndarray], np.ndarray]:
     grid = Grid(bits, 32, False)
-    return lambda weight: dequantize(quantize(np.ascontiguousarray(weight), grid), grid)
+    return lambda weight: dequantize(quantize(weight, grid), grid)
 
 
 # ---------------------------------------------------------------- losses and rounding

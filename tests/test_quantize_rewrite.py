@@ -60,7 +60,7 @@ def round_weights(model: Any, body: Grid, ends: Grid) -> Any:
         outer = isinstance(module, torch.nn.Embedding) or name == "lm_head"
         grid = ends if outer else body
         turned = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
-        values = torch.from_numpy(dequantize(quantize(turned.numpy(), grid), grid))
+        values = dequantize(quantize(turned, grid), grid)
         module.weight.data.copy_(values.T if isinstance(module, Conv1D) else values)
     return rounded
 
@@ -132,10 +132,10 @@ def test_the_record_adds_up(exported: Callable[[str], tuple[Any, Path]], tmp_pat
     gate_up = by_name["model.layers.1.mlp.gate_up_proj.weight"]
     assert (gate_up["bits"], gate_up["component"], gate_up["shape"]) == (4, "mlp", [192, 64])
     mlp = model.model.layers[1].mlp
-    weight = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach().numpy()
+    weight = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach()
     error = dequantize(quantize(weight, Grid(4, 32, False)), Grid(4, 32, False)) - weight
-    assert gate_up["mean_squared_error"] == pytest.approx(float(np.square(error).mean()), rel=1e-5)
-    relative = np.linalg.norm(error) / np.linalg.norm(weight)
+    assert gate_up["mean_squared_error"] == pytest.approx(float(error.square().mean()), rel=1e-5)
+    relative = error.norm() / weight.norm()
     assert gate_up["relative_error"] == pytest.approx(float(relative), rel=1e-5)
     components = record["by_component"]
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -211,7 +211,10 @@ def test_a_gemm_keeps_its_bias_and_a_row_that_fills_no_group_is_right(tmp_path: 
     ours = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
     grid = Grid(4, 32, True)
     np.testing.assert_allclose(
-        ours, x @ dequantize(quantize(weight, grid), grid).T + bias, rtol=1e-4, atol=1e-5
+        ours,
+        x @ dequantize(quantize(torch.from_numpy(weight), grid), grid).numpy().T + bias,
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 

@@ -1,22 +1,26 @@
-"""The block grid of ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized`, in numpy.
+"""The block grid of ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized`: one grid for what is trained,
+what is searched and what ships.
 
 A weight [out, in] is cut along `in` into groups of `group` values. Each group keeps one fp32 scale and, when
 asymmetric, one zero point; its values are unsigned integers of `bits` bits:
 
     value = (q - zero_point) * scale          zero_point = 2^(bits-1) when symmetric (not stored)
 
-Rounding to nearest. Symmetric: the value of largest magnitude lands exactly on the end of the range that
-has one step more (q = 0, that is -2^(bits-1) steps), so its sign decides the sign of the scale. A positive
-scale would waste that step or clip. Asymmetric: the range [min(0, lowest), max(0, highest)] over 2^bits - 1
-steps; zero stays exact, which padding and dead weights need. ONNX Runtime's own quantizer makes the same
-two choices.
+Rounding to nearest (`quantize`). Symmetric: the value of largest magnitude lands exactly on the end of the
+range that has one step more (q = 0, that is -2^(bits-1) steps), so its sign decides the sign of the scale. A
+positive scale would waste that step or clip. Asymmetric: the range [min(0, lowest), max(0, highest)] over
+2^bits - 1 steps; zero stays exact, which padding and dead weights need. ONNX Runtime's own quantizer makes the
+same two choices. Other methods choose scales and integers of their own and put them into the same `Blocks`.
 
 Packed form, as the two operators read it: `data` [out, groups, group * bits / 8] with the first value in
 the low bits of a byte; `scales` [out, groups]; `zero_points` [out, ceil(groups * bits / 8)], packed along
 the row. The last group of a row may be partly padding (q = zero point); both operators were checked to
 accept that, the second through a reshape to the padded width and a slice.
 
-Left out: 2 bits (the packing here is general, but no kernel was tried), fp16 scales (no CPU kernels).
+Everything runs on torch tensors, on whatever device they lie, so that quantization-aware training rounds
+with this very code; `pack` alone leaves numpy arrays, which is what a graph stores.
+
+Left out: fp16 scales (onnxruntime has no CPU kernels for them).
 """
 
 from __future__ import annotations
@@ -24,15 +28,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
 
 from edgedisp import BadInput
 
-Float = NDArray[np.float32]
-Bytes = NDArray[np.uint8]
-
 GROUPS = (16, 32, 64, 128, 256)
-BITS = (4, 8)
+BITS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise BadInput(f"bits is {self.bits}; ONNX Runtime's block grid is used here with 4 or 8")
+            raise BadInput(f"bits is {self.bits}; ONNX Runtime's block grid has {', '.join(map(str, BITS))}")
         if self.group not in GROUPS:
             raise BadInput(f"group is {self.group}; ONNX Runtime takes {', '.join(map(str, GROUPS))}")
 
@@ -58,14 +62,21 @@ class Grid:
     def highest(self) -> int:
         return (1 << self.bits) - 1
 
+    def size_bytes(self, rows: int, columns: int) -> int:
+        """What a weight [rows, columns] takes when it is stored."""
+        groups = -(-columns // self.group)
+        zero_points = 0 if self.symmetric else -(-groups * self.bits // 8)
+        return rows * (groups * self.group * self.bits // 8 + 4 * groups + zero_points)
+
 
 @dataclass(frozen=True)
 class Blocks:
-    """A quantized weight, unpacked: q uint8 [out, groups, group], scales and zero points [out, groups]."""
+    """A quantized weight, unpacked: q uint8 [out, groups, group], scales fp32 and zero points uint8
+    [out, groups]."""
 
-    q: Bytes
-    scales: Float
-    zero_points: Bytes | None
+    q: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
     columns: int  # `in` before padding
 
 
@@ -73,9 +84,9 @@ class Blocks:
 class Packed:
     """The same as the operators store it. data uint8 [out, groups, group * bits / 8]."""
 
-    data: Bytes
-    scales: Float
-    zero_points: Bytes | None
+    data: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    zero_points: NDArray[np.uint8] | None
     columns: int
 
     @property
@@ -84,77 +95,106 @@ class Packed:
         return self.data.nbytes + self.scales.nbytes + zero_points
 
 
-def in_groups(weight: Float, group: int) -> Float:
+def in_groups(weight: Tensor, group: int) -> Tensor:
     """[out, in] -> [out, ceil(in / group), group], padded with zeros at the end of each row."""
-    rows, columns = weight.shape
-    padding = -columns % group
+    padding = -weight.shape[1] % group
     if padding:
-        weight = np.pad(weight, ((0, 0), (0, padding)))
-    return weight.reshape(rows, -1, group)
+        weight = functional.pad(weight, (0, padding))
+    return weight.reshape(len(weight), -1, group)
 
 
-def quantize(weight: Float, grid: Grid) -> Blocks:
-    """Round `weight` fp32 [out, in] to the grid. BadInput when a value is not finite."""
+def check_weight(weight: Tensor) -> None:
+    """BadInput for what no grid can hold."""
     if weight.ndim != 2:
-        raise BadInput(f"a weight of shape {weight.shape} cannot be quantized: two dimensions are needed")
-    if not np.isfinite(weight).all():
+        raise BadInput(
+            f"a weight of shape {tuple(weight.shape)} cannot be quantized: two dimensions are needed"
+        )
+    if not torch.isfinite(weight).all():
         raise BadInput("the weight holds values that are not finite; quantizing it would hide a broken model")
-    values = in_groups(np.asarray(weight, np.float32), grid.group)
-    lowest, highest = values.min(axis=-1), values.max(axis=-1)
+
+
+def quantize(weight: Tensor, grid: Grid) -> Blocks:
+    """Round `weight` fp32 [out, in] to the nearest. BadInput when a value is not finite."""
+    check_weight(weight)
+    values = in_groups(weight, grid.group)
+    return round_to(values, *ranges(values, grid), grid, weight.shape[1])
+
+
+def ranges(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points (uint8; None when symmetric), each [out, groups], that hold every value of
+    [out, groups, group]."""
+    lowest, highest = torch.aminmax(values, dim=-1)
     if grid.symmetric:
-        extreme = np.where(-lowest > highest, lowest, highest)
-        scales = extreme / np.float32(-grid.middle)
-        zero_points = None
-        center = np.float32(grid.middle)
-    else:
-        lowest, highest = np.minimum(lowest, 0), np.maximum(highest, 0)
-        scales = (highest - lowest) / np.float32(grid.highest)
-        zero_points = np.rint(-lowest * _inverse(scales)).clip(0, grid.highest).astype(np.uint8)
-        center = zero_points[..., None].astype(np.float32)
-    steps = values * _inverse(scales)[..., None]
-    q = np.rint(steps + center).clip(0, grid.highest).astype(np.uint8)
-    return Blocks(q, scales.astype(np.float32), zero_points, weight.shape[1])
+        extreme = torch.where(-lowest > highest, lowest, highest)
+        return extreme / -float(grid.middle), None
+    lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
+    scales = (highest - lowest) / float(grid.highest)
+    zero_points = torch.round(-lowest * inverse(scales)).clamp(0, grid.highest).to(torch.uint8)
+    return scales, zero_points
 
 
-def _inverse(scales: Float) -> Float:
+def round_to(values: Tensor, scales: Tensor, zero_points: Tensor | None, grid: Grid, columns: int) -> Blocks:
+    """The nearest integers to [out, groups, group] under given scales and zero points."""
+    center = float(grid.middle) if zero_points is None else zero_points[..., None].float()
+    q = torch.round(values * inverse(scales)[..., None] + center).clamp(0, grid.highest)
+    return Blocks(q.to(torch.uint8), scales, zero_points, columns)
+
+
+def inverse(scales: Tensor) -> Tensor:
     """1 / scale, and 0 for a group of zeros (its scale is 0: every q is the zero point)."""
-    with np.errstate(divide="ignore", over="ignore"):
-        return np.where(np.abs(scales) > np.finfo(np.float32).tiny, np.float32(1) / scales, np.float32(0))
+    tiny = torch.finfo(torch.float32).tiny
+    return torch.where(scales.abs() > tiny, 1.0 / scales, torch.zeros_like(scales))
 
 
-def dequantize(blocks: Blocks, grid: Grid) -> Float:
+def dequantize(blocks: Blocks, grid: Grid) -> Tensor:
     """The fp32 weight [out, in] that the operators compute with."""
-    center = grid.middle if blocks.zero_points is None else blocks.zero_points[..., None].astype(np.float32)
-    values = (blocks.q.astype(np.float32) - np.float32(center)) * blocks.scales[..., None]
+    center = float(grid.middle) if blocks.zero_points is None else blocks.zero_points[..., None].float()
+    values = (blocks.q.float() - center) * blocks.scales[..., None]
     return values.reshape(len(values), -1)[:, : blocks.columns]
+
+
+def concatenate(parts: list[Blocks]) -> Blocks:
+    """Weights of the same columns, one above the other."""
+    zero_points = [part.zero_points for part in parts if part.zero_points is not None]
+    return Blocks(
+        torch.cat([part.q for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat(zero_points) if zero_points else None,
+        parts[0].columns,
+    )
 
 
 def pack(blocks: Blocks, grid: Grid) -> Packed:
     """Join `8 / bits` values to a byte, the first in the low bits."""
-    zero_points = None if blocks.zero_points is None else _join(blocks.zero_points, grid.bits)
-    return Packed(_join(blocks.q, grid.bits), blocks.scales, zero_points, blocks.columns)
+    zero_points = None if blocks.zero_points is None else _join(blocks.zero_points, grid.bits).numpy()
+    return Packed(
+        _join(blocks.q, grid.bits).numpy(), blocks.scales.cpu().numpy(), zero_points, blocks.columns
+    )
 
 
 def unpack(packed: Packed, grid: Grid) -> Blocks:
     """The inverse of `pack`."""
     groups = packed.scales.shape[1]
-    zero_points = None if packed.zero_points is None else _split(packed.zero_points, grid.bits)[:, :groups]
-    return Blocks(_split(packed.data, grid.bits), packed.scales, zero_points, packed.columns)
+    zero_points = None
+    if packed.zero_points is not None:
+        zero_points = _split(torch.from_numpy(packed.zero_points), grid.bits)[:, :groups]
+    data = _split(torch.from_numpy(packed.data), grid.bits)
+    return Blocks(data, torch.from_numpy(packed.scales), zero_points, packed.columns)
 
 
-def _join(values: Bytes, bits: int) -> Bytes:
+def _join(values: Tensor, bits: int) -> Tensor:
     each = 8 // bits
     padding = -values.shape[-1] % each
     if padding:
-        values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, padding)])
-    lanes = values.reshape(*values.shape[:-1], -1, each)
-    joined = lanes[..., 0].copy()
+        values = functional.pad(values, (0, padding))
+    lanes = values.cpu().reshape(*values.shape[:-1], -1, each)
+    joined = lanes[..., 0].clone()
     for lane in range(1, each):
         joined |= lanes[..., lane] << (bits * lane)
-    return joined
+    return joined.contiguous()
 
 
-def _split(joined: Bytes, bits: int) -> Bytes:
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    lanes = (joined[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+def _split(joined: Tensor, bits: int) -> Tensor:
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    lanes = (joined[..., None] >> shifts) & ((1 << bits) - 1)
     return lanes.reshape(*joined.shape[:-1], -1)

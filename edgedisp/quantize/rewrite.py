@@ -21,11 +21,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from onnx import GraphProto, NodeProto, TensorProto, helper
+from torch import Tensor
 
 from edgedisp import BadInput, Progress, silent
 from edgedisp.quantize import operators
-from edgedisp.quantize.grid import Float, Grid, Packed, dequantize, pack, quantize
+from edgedisp.quantize.grid import Grid, Packed, concatenate, dequantize, pack, quantize
 from edgedisp.quantize.store import DATA, GRAPH, TensorStore
 from edgedisp.quantize.uses import find_uses, head_name
 
@@ -79,7 +81,7 @@ def quantize_bundle(
             store.copy(tensor)
             continue
         grid = ends if tensor.name == head or any(use.gather for use in users) else body
-        values = store.read(tensor)
+        values = torch.from_numpy(store.read(tensor))
         packed, error, norm = _round(values if users[0].rows_first else values.T, grid)
         replaced |= operators.replace(model.graph, tensor.name, users, packed, grid, accuracy_level, store)
         rows.append(_row(tensor.name, packed, grid, error, norm))
@@ -103,24 +105,16 @@ def quantize_bundle(
     }
 
 
-def _round(weight: Float, grid: Grid) -> tuple[Packed, float, float]:
+def _round(weight: Tensor, grid: Grid) -> tuple[Packed, float, float]:
     """Quantize [out, in] by slices of rows; also the sums of squares of the error and of the weight."""
     step = max(1, SLICE_VALUES // weight.shape[1])
     parts, squared_error, squared_norm = [], 0.0, 0.0
-    for start in range(0, len(weight), step):
-        values = np.ascontiguousarray(weight[start : start + step])
-        blocks = quantize(values, grid)
-        squared_error += float(np.square(dequantize(blocks, grid) - values, dtype=np.float64).sum())
-        squared_norm += float(np.square(values, dtype=np.float64).sum())
-        parts.append(pack(blocks, grid))
-    zero_points = [part.zero_points for part in parts if part.zero_points is not None]
-    whole = Packed(
-        np.concatenate([part.data for part in parts]),
-        np.concatenate([part.scales for part in parts]),
-        np.concatenate(zero_points) if zero_points else None,
-        weight.shape[1],
-    )
-    return whole, squared_error, squared_norm
+    for rows in weight.split(step):
+        blocks = quantize(rows, grid)
+        squared_error += float((dequantize(blocks, grid) - rows).double().square().sum())
+        squared_norm += float(rows.double().square().sum())
+        parts.append(blocks)
+    return pack(concatenate(parts), grid), squared_error, squared_norm
 
 
 def _write(model: onnx.ModelProto, replaced: dict[int, list[NodeProto]], store: TensorStore) -> None:

@@ -164,14 +164,10 @@ class _Makers:
         return rows
 
 
-def _on_grid(weight: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
+def _on_grid(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
     """[out, in] rounded to the grid, some rows at a time."""
-    rounded = np.empty_like(weight, order="C")
     step = max(1, SLICE_VALUES // weight.shape[1])
-    for start in range(0, len(weight), step):
-        rows = np.ascontiguousarray(weight[start : start + step])
-        rounded[start : start + step] = dequantize(quantize(rows, grid), grid)
-    return rounded
+    return torch.cat([dequantize(quantize(rows, grid), grid) for rows in weight.split(step)])
 
 
 def _score(makers: _Makers, blocks: NDArray[np.int64], progress: Progress) -> dict[str, list[dict[str, Any]]]:

@@ -22,7 +22,7 @@ from edgedisp import Progress, silent
 from edgedisp.train.adapter import LINEAR
 from edgedisp.train.noise import quiet_bitsandbytes
 
-Rounding = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+Rounding = Callable[[torch.Tensor], torch.Tensor]
 """float32 [out, in] -> the same shape, rounded along `in`."""
 
 LOGITS_AT_ONCE = 1 << 24  # values of one slice of the loss: 64 MB in float32
@@ -67,8 +67,7 @@ def round_weights(model: nn.Module, body: Rounding, ends: Rounding) -> list[str]
             done[id(weight)] = f"{name}.weight"
             turned = not isinstance(module, nn.Linear | nn.Embedding)  # Conv1D holds [in, out]
             values = weight.detach().to("cpu", torch.float32)
-            rounded = (ends if id(weight) in outer else body)((values.T if turned else values).numpy())
-            new = torch.from_numpy(rounded)
+            new = (ends if id(weight) in outer else body)(values.T if turned else values)
             with torch.no_grad():
                 weight.copy_(new.T if turned else new)
     return list(done.values())

@@ -1,0 +1,116 @@
+"""GPTQ (Frantar et al. 2023) on the grid that ships: columns are rounded one after the other, and those not
+yet rounded make up for the error of those that are.
+
+The layer's error is `(w - w') H (w - w')^T` for each row w, with H = sum x x^T over calibration tokens. Scales
+and zero points are chosen first, from the weight itself ("static groups"), with the clipping search weighted
+by the diagonal of H; so columns can be taken in the order of their importance (`act_order`) while groups stay
+neighbours in memory, as the kernels need. With the integers fixed, `refit` then solves for the scales that
+minimize the layer's error exactly: a small linear system for each row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edgedisp.quantize.grid import Blocks, Grid, check_weight, dequantize, inverse
+from edgedisp.quantize.methods import k_quant
+
+BLOCK = 128  # columns whose corrections are applied to the rest at once
+
+
+def gptq(
+    weight: Tensor,
+    grid: Grid,
+    hessian: Tensor,
+    *,
+    damping: float = 0.01,
+    act_order: bool = True,
+    refitted: bool = True,
+) -> Blocks:
+    """Round fp32 [out, in] under `hessian` [in, in]; `damping` is a share of its mean diagonal.
+
+    A column that calibration never excited is rounded to nearest: nothing is known of its cost.
+    """
+    check_weight(weight)
+    columns = weight.shape[1]
+    hessian = hessian.float().clone()
+    diagonal = hessian.diagonal()
+    diagonal += damping * diagonal.mean().clamp(min=1e-12)
+    start = k_quant(weight, grid, diagonal.clone())
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(columns)
+    factor = _upper_factor(hessian[order][:, order])
+    q = _rounded(weight[:, order].clone(), start, order, factor, grid)
+    padded = start.q.reshape(len(weight), -1).clone()
+    padded[:, order] = q
+    blocks = Blocks(padded.reshape(start.q.shape), start.scales, start.zero_points, columns)
+    return refit(blocks, weight, grid, hessian) if refitted else blocks
+
+
+def _upper_factor(hessian: Tensor) -> Tensor:
+    """U with H^-1 = U^T U, upper triangular."""
+    inverted = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
+    upper: Tensor = torch.linalg.cholesky(inverted, upper=True)
+    return upper.float()
+
+
+def _rounded(weight: Tensor, start: Blocks, order: Tensor, factor: Tensor, grid: Grid) -> Tensor:
+    """Integers [out, in] of the reordered weight, which is overwritten."""
+    group = torch.div(order, grid.group, rounding_mode="floor")
+    scales = start.scales[:, group].T.contiguous()
+    steps = inverse(scales)
+    if start.zero_points is None:
+        centers = torch.full_like(scales, float(grid.middle))
+    else:
+        centers = start.zero_points[:, group].T.float().contiguous()
+    columns = weight.T.contiguous()  # [in, out]: a column is then contiguous
+    q = torch.empty_like(columns, dtype=torch.uint8)
+    for first in range(0, len(order), BLOCK):
+        last = min(first + BLOCK, len(order))
+        errors = torch.empty_like(columns[first:last])
+        for index in range(first, last):
+            values = columns[index]
+            integers = torch.round(values * steps[index] + centers[index]).clamp_(0, grid.highest)
+            q[index] = integers.to(torch.uint8)
+            error = (values - (integers - centers[index]) * scales[index]) / factor[index, index]
+            columns[index + 1 : last].addr_(factor[index, index + 1 : last], error, alpha=-1.0)
+            errors[index - first] = error
+        columns[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1.0)
+    return q.T
+
+
+def refit(blocks: Blocks, weight: Tensor, grid: Grid, hessian: Tensor) -> Blocks:
+    """The scales that minimize `(w - w') H (w - w')^T` under the given integers, row by row.
+
+    With w' = s_1 z_1 + ... + s_G z_G (z_g the row's integers less the zero point, in group g alone), the
+    scales solve A s = b with A_gh = z_g H z_h and b_g = z_g H w. A row whose system cannot be solved, or
+    whose error would rise, keeps its scales.
+    """
+    rows, groups = blocks.scales.shape
+    unit = Blocks(blocks.q, torch.ones_like(blocks.scales), blocks.zero_points, blocks.columns)
+    whole = dequantize(unit, grid)
+    padded = torch.zeros(rows, groups * grid.group, device=weight.device)
+    padded[:, : blocks.columns] = whole
+    size = groups * grid.group
+    metric = torch.zeros(size, size, device=weight.device)
+    metric[: blocks.columns, : blocks.columns] = hessian
+    found = blocks.scales.clone()
+    by_group = metric.reshape(groups, grid.group, size)
+    for first in range(0, rows, 128):
+        z = padded[first : first + 128].reshape(-1, groups, grid.group)
+        through = torch.bmm(z.transpose(0, 1), by_group).transpose(0, 1)  # z_g H: [rows, groups, size]
+        a = torch.einsum("rghk,rhk->rgh", through.reshape(len(z), groups, groups, grid.group), z).double()
+        target = weight[first : first + 128]
+        b = (through[..., : blocks.columns] @ target[..., None])[..., 0].double()
+        ridge = a.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-20) * 1e-6
+        a = a + ridge[:, None, None] * torch.eye(groups, dtype=a.dtype, device=a.device)
+        old = blocks.scales[first : first + 128].double()
+        b = b + ridge[:, None] * old
+        solved, info = torch.linalg.solve_ex(a, b)
+
+        def cost(s: Tensor) -> Tensor:
+            return (s[:, None] @ a @ s[:, :, None])[:, 0, 0] - 2 * (s * b).sum(1)
+
+        better = (info == 0) & torch.isfinite(solved).all(1) & (cost(solved) < cost(old))
+        found[first : first + 128] = torch.where(better[:, None], solved, old).float()
+    return Blocks(blocks.q, found, blocks.zero_points, blocks.columns)

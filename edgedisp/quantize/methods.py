@@ -1,0 +1,152 @@
+"""Methods that choose scales and integers for a weight alone, on the grid that ships.
+
+Each takes a weight fp32 [out, in], the grid, and optionally an `importance` [in] (positive; how much an error
+in an input column costs: the mean of its squared activations), and returns `Blocks`. They differ in what they
+minimize over a group's scale and zero point:
+
+- `rtn`: nothing; the range of the group, rounded to nearest.
+- `clip`: the weighted squared error over ranges shrunk in steps (clipping search, as in AWQ and OmniQuant).
+- `k_quant`: the weighted squared error over starting scales, each followed by the least-squares scale and
+  minimum under its integers (llama.cpp's k-quants; onnxruntime's `k_quant`).
+- `hqq`: a robust norm (l_p, p < 1) of the error over the zero point, by half-quadratic splitting (Badri & Shaji
+  2023). The grid's zero points are integers, so the last step rounds them.
+
+`gptq.py` has the method that also lets later columns make up for earlier ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from edgedisp.quantize.grid import (
+    Blocks,
+    Grid,
+    check_weight,
+    dequantize,
+    in_groups,
+    inverse,
+    quantize,
+    ranges,
+    round_to,
+)
+
+CLIPS = 20  # shrink factors tried, 1.0 down to 1 - CLIPS / 50
+K_STARTS = 20  # starting scales tried by k_quant
+HQQ_STEPS, HQQ_NORM, HQQ_BETA, HQQ_GROWTH = 20, 0.7, 10.0, 1.01  # as in the authors' implementation
+
+
+def rtn(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Blocks:
+    """Round to nearest over the whole range of each group."""
+    return quantize(weight, grid)
+
+
+def clip(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Blocks:
+    """The shrunk range with the least weighted squared error, group by group."""
+    values, weights = _grouped(weight, grid, importance)
+    best = _Best(values, weights, grid)
+    for step in range(CLIPS):
+        factor = 1.0 - step / 50
+        best.offer(*ranges(values * factor, grid))
+    return best.blocks(weight.shape[1])
+
+
+def k_quant(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Blocks:
+    """Starting scales around the range's own, each refined by least squares under its integers."""
+    values, weights = _grouped(weight, grid, importance)
+    if importance is None:  # llama.cpp's: larger values count more
+        weights = weights * (values.abs() + values.square().mean(-1, keepdim=True).sqrt())
+    best = _Best(values, weights, grid)
+    scales, zero_points = ranges(values, grid)
+    best.offer(scales, zero_points)
+    for step in range(K_STARTS):
+        factor = 0.75 + 0.4 * step / (K_STARTS - 1)
+        start, center = ranges(values * factor, grid)
+        best.offer(*_least_squares(values, weights, start, center, grid))
+    return best.blocks(weight.shape[1])
+
+
+def _least_squares(
+    values: Tensor, weights: Tensor, scales: Tensor, zero_points: Tensor | None, grid: Grid
+) -> tuple[Tensor, Tensor | None]:
+    """Scale (and zero point) that fit best, when the integers are those of the given ones."""
+    q = round_to(values, scales, zero_points, grid, 0).q.float()
+    if zero_points is None:
+        q = q - float(grid.middle)
+        return (weights * values * q).sum(-1) / (weights * q * q).sum(-1).clamp(min=1e-30), None
+    total = weights.sum(-1)
+    sum_q, sum_v = (weights * q).sum(-1), (weights * values).sum(-1)
+    sum_qq, sum_qv = (weights * q * q).sum(-1), (weights * q * values).sum(-1)
+    determinant = total * sum_qq - sum_q * sum_q
+    fitted = (total * sum_qv - sum_q * sum_v) / determinant
+    fitted = torch.where((determinant > 0) & torch.isfinite(fitted) & (fitted > 0), fitted, scales)
+    minimum = (sum_v - fitted * sum_q) / total.clamp(min=1e-30)
+    center = torch.round(-minimum * inverse(fitted)).clamp(0, grid.highest).to(torch.uint8)
+    return fitted, center
+
+
+def hqq(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Blocks:
+    """The zero point that minimizes the l_p norm of the error; scales are the range's. Ignores importance.
+
+    A symmetric grid has no zero point to move; there it is `rtn`.
+    """
+    if grid.symmetric:
+        return quantize(weight, grid)
+    check_weight(weight)
+    values = in_groups(weight, grid.group)
+    scales, zero_points = ranges(values, grid)
+    center = zero_points.float() if zero_points is not None else torch.zeros_like(scales)
+    steps = values * inverse(scales)[..., None]
+    beta, least, kept = HQQ_BETA, torch.full_like(scales, torch.inf), center
+    for _ in range(HQQ_STEPS):
+        q = torch.round(steps + center[..., None]).clamp(0, grid.highest)
+        error = values - (q - center[..., None]) * scales[..., None]
+        size = error.abs()
+        robust = error.sign() * (size - size.clamp(min=1e-8).pow(HQQ_NORM - 1) / beta).clamp(min=0)
+        center = (q - (values - robust) * inverse(scales)[..., None]).mean(-1)
+        loss = size.mean(-1)
+        kept, least = torch.where(loss < least, center, kept), torch.minimum(loss, least)
+        beta *= HQQ_GROWTH
+    rounded = torch.round(kept).clamp(0, grid.highest).to(torch.uint8)
+    return round_to(values, scales, rounded, grid, weight.shape[1])
+
+
+METHODS: dict[str, Callable[[Tensor, Grid, Tensor | None], Blocks]] = {
+    "rtn": rtn,
+    "clip": clip,
+    "k_quant": k_quant,
+    "hqq": hqq,
+}
+
+
+def _grouped(weight: Tensor, grid: Grid, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Values [out, groups, group] and what an error in each costs, [1, groups, group]; 0 for padding."""
+    check_weight(weight)
+    cost = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance
+    return in_groups(weight, grid.group), in_groups(cost[None], grid.group)
+
+
+class _Best:
+    """The scales and zero points of the least weighted squared error so far, group by group."""
+
+    def __init__(self, values: Tensor, weights: Tensor, grid: Grid) -> None:
+        self.values, self.weights, self.grid = values, weights, grid
+        self.error = torch.full(values.shape[:-1], torch.inf, device=values.device)
+        self.scales = torch.zeros_like(self.error)
+        self.zero_points: Tensor | None = None
+
+    def offer(self, scales: Tensor, zero_points: Tensor | None) -> None:
+        made = round_to(self.values, scales, zero_points, self.grid, 0)
+        flat = dequantize(Blocks(made.q, scales, zero_points, self.values[0].numel()), self.grid)
+        error = (flat.reshape(self.values.shape) - self.values).square().mul_(self.weights).sum(-1)
+        better = error < self.error
+        self.error = torch.where(better, error, self.error)
+        self.scales = torch.where(better, scales, self.scales)
+        if zero_points is not None:
+            before = zero_points if self.zero_points is None else self.zero_points
+            self.zero_points = torch.where(better, zero_points, before)
+
+    def blocks(self, columns: int) -> Blocks:
+        return round_to(self.values, self.scales, self.zero_points, self.grid, columns)
