@@ -1,9 +1,9 @@
 """GPTQ (Frantar et al. 2023) on the grid that ships: columns are rounded one after the other, and those not
 yet rounded make up for the error of those that are.
 
-The layer's error is `(w - w') H (w - w')^T` for each row w, with H = sum x x^T over calibration tokens. Scales
-and zero points are chosen first, from the weight itself ("static groups"), with the clipping search weighted
-by the diagonal of H; so columns can be taken in the order of their importance (`act_order`) while groups stay
+The layer's error is `(w - w') H (w - w')^T` for each row w, with H the mean of x x^T over calibration tokens.
+Scales and zero points are chosen first, from the weight itself ("static groups"), by `k_quant` weighted with
+the diagonal of H; so columns can be taken in the order of their importance (`act_order`) while groups stay
 neighbours in memory, as the kernels need. With the integers fixed, `refit` then solves for the scales that
 minimize the layer's error exactly: a small linear system for each row.
 """
@@ -107,10 +107,11 @@ def refit(blocks: Blocks, weight: Tensor, grid: Grid, hessian: Tensor) -> Blocks
         old = blocks.scales[first : first + 128].double()
         b = b + ridge[:, None] * old
         solved, info = torch.linalg.solve_ex(a, b)
-
-        def cost(s: Tensor) -> Tensor:
-            return (s[:, None] @ a @ s[:, :, None])[:, 0, 0] - 2 * (s * b).sum(1)
-
-        better = (info == 0) & torch.isfinite(solved).all(1) & (cost(solved) < cost(old))
+        better = (info == 0) & torch.isfinite(solved).all(1) & (_cost(solved, a, b) < _cost(old, a, b))
         found[first : first + 128] = torch.where(better[:, None], solved, old).float()
     return Blocks(blocks.q, found, blocks.zero_points, blocks.columns)
+
+
+def _cost(scales: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The layer's error of each row, up to a constant: s A s - 2 s b."""
+    return torch.einsum("rg,rgh,rh->r", scales, a, scales) - 2 * (scales * b).sum(1)

@@ -8,8 +8,8 @@ minimize over a group's scale and zero point:
 - `clip`: the weighted squared error over ranges shrunk in steps (clipping search, as in AWQ and OmniQuant).
 - `k_quant`: the weighted squared error over starting scales, each followed by the least-squares scale and
   minimum under its integers (llama.cpp's k-quants; onnxruntime's `k_quant`).
-- `hqq`: a robust norm (l_p, p < 1) of the error over the zero point, by half-quadratic splitting (Badri & Shaji
-  2023). The grid's zero points are integers, so the last step rounds them.
+- `hqq`: a robust norm (l_p, p < 1) of the error over the zero point, by half-quadratic splitting (Badri and
+  Shaji 2023). The grid's zero points are integers, so the last step rounds them.
 
 `gptq.py` has the method that also lets later columns make up for earlier ones.
 """

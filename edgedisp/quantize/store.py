@@ -25,7 +25,10 @@ class TensorStore:
         (out / DATA).touch()  # also where every tensor is small
 
     def read(self, tensor: TensorProto) -> NDArray[Any]:
-        """The tensor's values; mapped, not loaded, when they lie in a file beside the graph."""
+        """The tensor's values; mapped, not loaded, when they lie in a file beside the graph.
+
+        The map is copy-on-write, as torch takes no read-only arrays; nothing is ever written back.
+        """
         if tensor.data_location != TensorProto.EXTERNAL:
             return numpy_helper.to_array(tensor)
         place = {entry.key: entry.value for entry in tensor.external_data}
@@ -36,7 +39,7 @@ class TensorStore:
                 f"{self.source}: tensor {tensor.name} points outside the bundle, to {outside!r}"
             )
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        return np.memmap(path, dtype, "r", int(place.get("offset", 0)), tuple(tensor.dims))
+        return np.memmap(path, dtype, "c", int(place.get("offset", 0)), tuple(tensor.dims))
 
     def add(self, name: str, values: NDArray[Any]) -> str:
         """Write `values` under `name`: small ones into the graph, others to the file at a page's start."""
