@@ -1,38 +1,50 @@
 """Layer by layer through a model on calibration tokens: what each linear map sees, and its rounding.
 
-A linear map is rounded under the inputs that it will have in the quantized model, so earlier maps are rounded
-first, and the tokens' states are those of the model so far (sequential, as in GPTQ). Within a layer the maps
-that share an input are rounded together, in the order of computation. The states of one layer alone are kept:
-tokens x hidden values.
+A linear map is rounded under the inputs that it will have in the quantized model. So earlier maps are rounded
+first, and the states of the tokens are those of the model so far (sequential, as in GPTQ). Within a layer,
+maps that read the same tensor are rounded together, in the order of computation. The states before one layer
+are kept, `tokens x features`, and nothing else of the model's activations.
+
+What a layer is called with beside its states (rotary positions, mask) is taken from a pass over the first
+block; it is the same for all, as blocks are of one length and without padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from edgedisp import Progress, silent
+from edgedisp import BadInput, Progress, silent
+
+LINEAR = nn.Linear | Conv1D  # GPT-2's Conv1D holds [in, out]
 
 Rounding = Callable[[str, Tensor, Tensor], Tensor]
-"""(name, weight fp32 [out, in], H [in, in]) -> the weight as the grid holds it, [out, in]."""
+"""(name of the module, weight fp32 [out, in], H fp32 [in, in]) -> the weight as a grid holds it."""
 
 
-@dataclass
-class States:
-    """Hidden states of every calibration block before a layer, and what else the layer is called with."""
-
-    hidden: list[Tensor]
-    arguments: list[dict[str, Any]]
-    rest: list[tuple[Any, ...]]
+class _Enough(Exception):
+    """Ends a forward pass whose rest is not needed."""
 
 
-class _Stop(Exception):
-    pass
+@dataclass(frozen=True)
+class _Call:
+    """What a layer is called with, without the states."""
+
+    layer: nn.Module
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def __call__(self, state: Tensor) -> Tensor:
+        output = self.layer(state, *self.positional, **self.named)
+        found: Tensor = output[0] if isinstance(output, tuple) else output
+        return found
 
 
 @torch.no_grad()
@@ -44,106 +56,104 @@ def calibrate(
     progress: Progress = silent,
     note: str = "",
 ) -> None:
-    """Round every linear map of `layers` in place, in the order of computation. blocks int64 [n, tokens]."""
-    states = first_states(model, layers, blocks)
-    for index, layer in enumerate(layers):
+    """Round every linear map of `layers` in place. blocks: int64 [n, tokens], on the model's device.
+
+    `rounding` is called in the order of computation, with H the mean of x x^T over all tokens of the map's
+    input x [in]. The model is left in eval mode. BadInput if there are no blocks.
+    """
+    if not len(blocks):
+        raise BadInput("no calibration text: at least one block of tokens is needed")
+    model.eval()
+    names = {module: name for name, module in model.named_modules()}
+    calls = _calls(model, layers, blocks[0])
+    states = [_until(model, layers[0], block) for block in blocks]
+    for index, call in enumerate(calls):
         progress(index, len(layers), note)
-        for names in waves(layer, states):
-            second = moments(layer, names, states)
-            for name in names:
-                module = layer.get_submodule(name)
-                turned = not isinstance(module, nn.Linear)
-                weight: Any = module.weight
-                values = weight.detach().float()
-                held = rounding(f"{index}.{name}", values.T if turned else values, second[name])
-                weight.copy_(held.T if turned else held)
-        advance(layer, states)
+        for together in _waves(call, states[0]):
+            second = _second_moment(call, together[0], states)
+            for module in together:
+                _round(module, names[module], second, rounding)
+        states = [call(state) for state in states]
     progress(len(layers), len(layers), note)
 
 
-@torch.no_grad()
-def first_states(model: nn.Module, layers: nn.ModuleList, blocks: Tensor) -> States:
-    """What the first layer is called with, block by block."""
-    states = States([], [], [])
+def _round(module: Any, name: str, second: Tensor, rounding: Rounding) -> None:
+    weight = module.weight
+    turned = isinstance(module, Conv1D)
+    held = rounding(name, (weight.T if turned else weight).float(), second)
+    weight.copy_(held.T if turned else held)
 
-    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states.hidden.append(args[0] if args else kwargs.pop("hidden_states"))
-        states.rest.append(args[1:])
-        states.arguments.append(kwargs)
-        raise _Stop
 
-    handle = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+def _calls(model: nn.Module, layers: nn.ModuleList, block: Tensor) -> list[_Call]:
+    """How the model calls each layer."""
+    found: list[_Call] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        found.append(_Call(module, args[1:], kwargs))
+
+    _with_hooks(layers, note, lambda: model(input_ids=block[None], use_cache=False))
+    return found
+
+
+def _until(model: nn.Module, layer: nn.Module, block: Tensor) -> Tensor:
+    """The states [1, tokens, features] that reach `layer`."""
+    reached: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        reached.append(args[0] if args else kwargs["hidden_states"])
+        raise _Enough
+
+    _with_hooks([layer], stop, lambda: model(input_ids=block[None], use_cache=False))
+    return reached[0]
+
+
+def _waves(call: _Call, state: Tensor) -> list[list[nn.Module]]:
+    """The layer's linear maps in the order of computation, those that read the same tensor together."""
+    inputs: list[Tensor] = []  # kept, as an address could be used twice
+    waves: list[list[nn.Module]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for seen, wave in zip(inputs, waves):
+            if seen is args[0]:
+                wave.append(module)
+                return
+        inputs.append(args[0])
+        waves.append([module])
+
+    linear = [module for module in call.layer.modules() if isinstance(module, LINEAR)]
+    _with_hooks(linear, note, lambda: call(state))
+    return waves
+
+
+def _second_moment(call: _Call, module: nn.Module, states: Sequence[Tensor]) -> Tensor:
+    """H: the mean over tokens of x x^T, fp32 [in, in], for the input x of a linear map."""
+    sums: list[Tensor] = []
+    tokens = 0
+
+    def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal tokens
+        x = args[0].reshape(-1, args[0].shape[-1]).float()
+        tokens += len(x)
+        if sums:
+            sums[0].addmm_(x.T, x)
+        else:
+            sums.append(x.T @ x)
+        raise _Enough
+
+    for state in states:
+        _with_hooks([module], add, partial(call, state))
+    return sums[0] / tokens
+
+
+def _with_hooks(
+    modules: Sequence[nn.Module] | nn.ModuleList, hook: Callable[..., None], run: Callable[[], Any]
+) -> None:
+    """`run`, which a hook may end, with `hook` before each of `modules`."""
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
     try:
-        for block in blocks:
-            with suppress(_Stop):
-                model(input_ids=block[None], use_cache=False)
-    finally:
-        handle.remove()
-    return states
-
-
-def run(layer: nn.Module, states: States, index: int) -> Tensor:
-    out = layer(states.hidden[index], *states.rest[index], **states.arguments[index])
-    return out[0] if isinstance(out, tuple) else out
-
-
-@torch.no_grad()
-def advance(layer: nn.Module, states: States) -> None:
-    for index in range(len(states.hidden)):
-        states.hidden[index] = run(layer, states, index)
-
-
-def linear_names(layer: nn.Module) -> list[str]:
-    from transformers.pytorch_utils import Conv1D
-
-    return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-
-
-@torch.no_grad()
-def waves(layer: nn.Module, states: States) -> Iterator[list[str]]:
-    """Names of the linear maps, those that read the same tensor together, in the order of computation."""
-    seen: list[tuple[int, list[str]]] = []
-    kept: list[Tensor] = []  # or an address could be used twice
-    handles = []
-    for name in linear_names(layer):
-
-        def note(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            kept.append(args[0])
-            for tensor, names in seen:
-                if tensor == id(args[0]):
-                    names.append(name)
-                    return
-            seen.append((id(args[0]), [name]))
-
-        handles.append(layer.get_submodule(name).register_forward_pre_hook(note))
-    try:
-        run(layer, states, 0)
+        with suppress(_Enough):
+            run()
     finally:
         for handle in handles:
             handle.remove()
-    return iter([names for _, names in seen])
-
-
-@torch.no_grad()
-def moments(layer: nn.Module, names: list[str], states: States) -> dict[str, Tensor]:
-    """H = mean over tokens of x x^T, fp32 [in, in], of the input that `names` share."""
-    total: Tensor | None = None
-    count = 0
-
-    def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-        nonlocal total, count
-        x = args[0].reshape(-1, args[0].shape[-1]).float()
-        total = x.T @ x if total is None else total.addmm_(x.T, x)
-        count += len(x)
-        raise _Stop
-
-    handle = layer.get_submodule(names[0]).register_forward_pre_hook(add)
-    try:
-        for index in range(len(states.hidden)):
-            with suppress(_Stop):
-                run(layer, states, index)
-    finally:
-        handle.remove()
-    if total is None:
-        raise RuntimeError("a linear map was never called")
-    return dict.fromkeys(names, total / count)

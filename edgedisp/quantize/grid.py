@@ -10,7 +10,8 @@ Rounding to nearest (`quantize`). Symmetric: the value of largest magnitude land
 range that has one step more (q = 0, that is -2^(bits-1) steps), so its sign decides the sign of the scale. A
 positive scale would waste that step or clip. Asymmetric: the range [min(0, lowest), max(0, highest)] over
 2^bits - 1 steps; zero stays exact, which padding and dead weights need. ONNX Runtime's own quantizer makes
-the same two choices. Other methods choose scales and integers of their own and put them into the same `Blocks`.
+the same two choices. Other methods choose scales and integers of their own and put them into the same
+`Blocks`.
 
 Packed form, as the two operators read it: `data` [out, groups, group * bits / 8] with the first value in
 the low bits of a byte; `scales` [out, groups]; `zero_points` [out, ceil(groups * bits / 8)], packed along

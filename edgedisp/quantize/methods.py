@@ -8,8 +8,7 @@ minimize over a group's scale and zero point:
 - `clip`: the weighted squared error over ranges shrunk in steps (clipping search, as in AWQ and OmniQuant).
 - `k_quant`: the weighted squared error over starting scales, each followed by the least-squares scale and
   minimum under its integers (llama.cpp's k-quants; onnxruntime's `k_quant`).
-- `hqq`: a robust norm (l_p, p < 1) of the error over the zero point, by half-quadratic splitting (Badri and
-  Shaji 2023). The grid's zero points are integers, so the last step rounds them.
+- `hqq`: a robust norm of the error (l_p, p < 1), which lets outliers go (Badri and Shaji 2023).
 
 `gptq.py` has the method that also lets later columns make up for earlier ones.
 """
@@ -35,7 +34,7 @@ from edgedisp.quantize.grid import (
 
 CLIPS = 20  # shrink factors tried, 1.0 down to 1 - CLIPS / 50
 K_STARTS = 20  # starting scales tried by k_quant
-HQQ_STEPS, HQQ_NORM, HQQ_BETA, HQQ_GROWTH = 20, 0.7, 10.0, 1.01  # as in the authors' implementation
+HQQ_NORM = 0.7  # the authors' p
 
 
 def rtn(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Blocks:
@@ -88,29 +87,20 @@ def _least_squares(
 
 
 def hqq(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Blocks:
-    """The zero point that minimizes the l_p norm of the error; scales are the range's. Ignores importance.
+    """The shrunk range and shifted zero point with the least weighted l_p norm of the error, p = 0.7.
 
-    A symmetric grid has no zero point to move; there it is `rtn`.
+    The authors alternate between integers and a zero point that may be any number. An integer zero point
+    does not move under such small steps, so the same norm is searched over neighbours instead.
     """
-    if grid.symmetric:
-        return quantize(weight, grid)
-    check_weight(weight)
-    values = in_groups(weight, grid.group)
-    scales, zero_points = ranges(values, grid)
-    center = zero_points.float() if zero_points is not None else torch.zeros_like(scales)
-    steps = values * inverse(scales)[..., None]
-    beta, least, kept = HQQ_BETA, torch.full_like(scales, torch.inf), center
-    for _ in range(HQQ_STEPS):
-        q = torch.round(steps + center[..., None]).clamp(0, grid.highest)
-        error = values - (q - center[..., None]) * scales[..., None]
-        size = error.abs()
-        robust = error.sign() * (size - size.clamp(min=1e-8).pow(HQQ_NORM - 1) / beta).clamp(min=0)
-        center = (q - (values - robust) * inverse(scales)[..., None]).mean(-1)
-        loss = size.mean(-1)
-        kept, least = torch.where(loss < least, center, kept), torch.minimum(loss, least)
-        beta *= HQQ_GROWTH
-    rounded = torch.round(kept).clamp(0, grid.highest).to(torch.uint8)
-    return round_to(values, scales, rounded, grid, weight.shape[1])
+    values, weights = _grouped(weight, grid, importance)
+    best = _Best(values, weights, grid, HQQ_NORM)
+    for step in range(CLIPS):
+        scales, zero_points = ranges(values * (1.0 - step / 50), grid)
+        best.offer(scales, zero_points)
+        if zero_points is not None:
+            best.offer(scales, zero_points.clamp(max=grid.highest - 1) + 1)
+            best.offer(scales, zero_points.clamp(min=1) - 1)
+    return best.blocks(weight.shape[1])
 
 
 METHODS: dict[str, Callable[[Tensor, Grid, Tensor | None], Blocks]] = {
@@ -129,10 +119,10 @@ def _grouped(weight: Tensor, grid: Grid, importance: Tensor | None) -> tuple[Ten
 
 
 class _Best:
-    """The scales and zero points of the least weighted squared error so far, group by group."""
+    """The scales and zero points of the least weighted error (to the power `norm`) so far, group by group."""
 
-    def __init__(self, values: Tensor, weights: Tensor, grid: Grid) -> None:
-        self.values, self.weights, self.grid = values, weights, grid
+    def __init__(self, values: Tensor, weights: Tensor, grid: Grid, norm: float = 2.0) -> None:
+        self.values, self.weights, self.grid, self.norm = values, weights, grid, norm
         self.error = torch.full(values.shape[:-1], torch.inf, device=values.device)
         self.scales = torch.zeros_like(self.error)
         self.zero_points: Tensor | None = None
@@ -140,7 +130,8 @@ class _Best:
     def offer(self, scales: Tensor, zero_points: Tensor | None) -> None:
         made = round_to(self.values, scales, zero_points, self.grid, 0)
         flat = dequantize(Blocks(made.q, scales, zero_points, self.values[0].numel()), self.grid)
-        error = (flat.reshape(self.values.shape) - self.values).square().mul_(self.weights).sum(-1)
+        difference = (flat.reshape(self.values.shape) - self.values).abs()
+        error = difference.pow(self.norm).mul_(self.weights).sum(-1)
         better = error < self.error
         self.error = torch.where(better, error, self.error)
         self.scales = torch.where(better, scales, self.scales)

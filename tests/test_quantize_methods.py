@@ -1,0 +1,175 @@
+"""What each method minimizes is not above what rounding to nearest leaves; GPTQ against its paper."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from edgedisp.quantize.gptq import gptq, refit
+from edgedisp.quantize.grid import BITS, GROUPS, Blocks, Grid, dequantize, quantize
+from edgedisp.quantize.methods import METHODS
+
+grids = st.builds(Grid, bits=st.sampled_from(BITS), group=st.sampled_from(GROUPS), symmetric=st.booleans())
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    """Heavy-tailed, as weights are."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator) * torch.rand(*shape, generator=generator).exp()
+
+
+def second_moment(seed: int, columns: int, tokens: int) -> Tensor:
+    """Of correlated inputs with columns of unequal size."""
+    x = drawn(seed, tokens, columns) @ (
+        torch.eye(columns) + 0.5 * drawn(seed + 1, columns, columns) / columns**0.5
+    )
+    x = (
+        x
+        * torch.logspace(-1, 1, columns)[
+            torch.randperm(columns, generator=torch.Generator().manual_seed(seed))
+        ]
+    )
+    return x.T @ x / tokens
+
+
+def weighted_error(weight: Tensor, blocks: Blocks, grid: Grid, importance: Tensor) -> float:
+    return float(((dequantize(blocks, grid) - weight).double().square() * importance).sum())
+
+
+def layer_error(weight: Tensor, held: Tensor, hessian: Tensor) -> float:
+    difference = (weight - held).double()
+    return float(((difference @ hessian.double()) * difference).sum())
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1000), grid=grids, rows=st.integers(1, 5), columns=st.integers(1, 150))
+@pytest.mark.parametrize("name", ["clip", "k_quant"])
+def test_a_search_leaves_no_more_weighted_error_than_rounding(
+    name: str, seed: int, grid: Grid, rows: int, columns: int
+) -> None:
+    weight, importance = drawn(seed, rows, columns), drawn(seed + 1, columns).square() + 1e-3
+    found = weighted_error(weight, METHODS[name](weight, grid, importance), grid, importance)
+    assert found <= weighted_error(weight, quantize(weight, grid), grid, importance) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("name", ["clip", "k_quant"])
+def test_a_search_gains_on_weights_with_outliers(name: str, symmetric: bool) -> None:
+    weight, grid, ones = drawn(0, 64, 256), Grid(4, 32, symmetric), torch.ones(256)
+    plain = weighted_error(weight, quantize(weight, grid), grid, ones)
+    assert weighted_error(weight, METHODS[name](weight, grid, ones), grid, ones) < 0.95 * plain
+
+
+def test_hqq_leaves_less_of_its_own_norm_than_rounding() -> None:
+    weight, grid = drawn(3, 64, 256), Grid(4, 64, False)
+
+    def norm(blocks: Blocks) -> float:
+        return float((dequantize(blocks, grid) - weight).abs().pow(0.7).sum())
+
+    assert norm(METHODS["hqq"](weight, grid, None)) < norm(quantize(weight, grid))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1000), grid=grids, columns=st.integers(1, 150))
+@pytest.mark.parametrize("name", METHODS)
+def test_a_weight_of_zeros_stays_zero_and_powers_of_two_pass_through(
+    name: str, seed: int, grid: Grid, columns: int
+) -> None:
+    weight = drawn(seed, 3, columns)
+    weight[1] = 0
+    once = dequantize(METHODS[name](weight, grid, None), grid)
+    assert not once[1].any() and torch.isfinite(once).all()
+    if name != "hqq":  # its first penalty is of a fixed size
+        assert torch.equal(dequantize(METHODS[name](weight * 8, grid, None), grid), once * 8)
+
+
+# ---------------------------------------------------------------- GPTQ
+
+
+def by_the_paper(weight: Tensor, start: Blocks, hessian: Tensor, grid: Grid, order: list[int]) -> Tensor:
+    """Optimal brain quantization, one weight after the other in float64: after each, what remains of the row
+    moves by -(w - q) H^-1_{j,:} / H^-1_jj, and the row and column j of H^-1 are eliminated."""
+    w = weight.double().numpy().copy()
+    inverted = np.linalg.inv(hessian.double().numpy())
+    scales = start.scales.double().numpy()
+    zeros = np.full(scales.shape, grid.middle) if start.zero_points is None else start.zero_points.numpy()
+    held = np.zeros_like(w)
+    for j in order:
+        s, z = scales[:, j // grid.group], zeros[:, j // grid.group].astype(float)
+        steps = np.divide(w[:, j], s, out=np.zeros_like(s), where=s != 0)
+        held[:, j] = (np.clip(np.rint(steps + z), 0, grid.highest) - z) * s
+        error = (w[:, j] - held[:, j]) / inverted[j, j]
+        w -= error[:, None] * inverted[j]
+        inverted -= np.outer(inverted[:, j], inverted[j]) / inverted[j, j]
+    return torch.from_numpy(held).float()
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize(
+    "grid", [Grid(4, 32, False), Grid(4, 16, True), Grid(8, 32, False), Grid(2, 64, True)]
+)
+def test_gptq_is_optimal_brain_quantization(grid: Grid, act_order: bool) -> None:
+    columns = 150  # more than one block of columns, and a ragged group
+    weight, hessian = drawn(5, 12, columns), second_moment(6, columns, 400)
+    found = gptq(weight, grid, hessian, damping=0.01, act_order=act_order, refitted=False)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(columns)
+    start = METHODS["k_quant"](weight, grid, damped.diagonal())
+    order = list(range(columns))
+    if act_order:
+        order = torch.argsort(damped.diagonal(), descending=True, stable=True).tolist()
+    expected = by_the_paper(weight, start, damped, grid, order)
+    held = dequantize(found, grid)
+    # A value that falls on the middle between two steps may go either way, and the rest of its row after it.
+    same = torch.isclose(held, expected, rtol=1e-4, atol=1e-6).all(dim=1)
+    assert same.float().mean() >= 0.75
+    assert layer_error(weight, held, damped) == pytest.approx(layer_error(weight, expected, damped), rel=0.02)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gptq_leaves_far_less_of_the_layers_error_and_refitting_less_again(symmetric: bool) -> None:
+    grid = Grid(4, 32, symmetric)
+    weight, hessian = drawn(7, 48, 200), second_moment(8, 200, 600)
+    rounded = layer_error(weight, dequantize(quantize(weight, grid), grid), hessian)
+    plain, better = (
+        layer_error(weight, dequantize(gptq(weight, grid, hessian, refitted=refitted), grid), hessian)
+        for refitted in (False, True)
+    )
+    assert plain < 0.6 * rounded and better < plain
+
+
+def test_without_correlations_gptq_rounds_to_nearest() -> None:
+    grid, importance = Grid(4, 32, False), drawn(9, 96).square() + 0.1
+    weight = drawn(10, 6, 96)
+    found = gptq(weight, grid, importance.diag(), damping=0.0, refitted=False)
+    assert torch.equal(found.q, METHODS["k_quant"](weight, grid, importance).q)
+
+
+def test_refitted_scales_solve_the_least_squares_problem() -> None:
+    grid, columns = Grid(4, 16, False), 40
+    weight, hessian = drawn(11, 5, columns), second_moment(12, columns, 100)
+    blocks = quantize(weight, grid)
+    found = refit(blocks, weight, grid, hessian)
+    root = torch.linalg.cholesky(hessian.double()).T  # H = root^T root
+    for row in range(len(weight)):
+        centered = blocks.q[row].double() - blocks.zero_points[row, :, None].double()  # type: ignore[index]
+        design = torch.zeros(columns, 3, dtype=torch.float64)
+        for g in range(3):
+            stop = min(columns, (g + 1) * 16)
+            design[g * 16 : stop, g] = centered[g, : stop - g * 16]
+        solved = torch.linalg.lstsq(root @ design, root @ weight[row].double()).solution
+        torch.testing.assert_close(found.scales[row].double(), solved, rtol=1e-3, atol=1e-5)
+
+
+def test_a_column_that_no_text_excited_is_rounded_to_nearest() -> None:
+    grid = Grid(8, 16, True)
+    weight, hessian = drawn(13, 4, 32), second_moment(14, 32, 100)
+    hessian[5] = hessian[:, 5] = 0
+    found = gptq(weight, grid, hessian, refitted=False)
+    step = found.scales[:, 0].abs()
+    assert ((dequantize(found, grid)[:, 5] - weight[:, 5]).abs() <= 0.51 * step).all()
+    nothing = dequantize(gptq(weight, grid, torch.zeros(32, 32)), grid)
+    assert torch.isfinite(nothing).all()
