@@ -65,15 +65,25 @@ def export(arm: str, threads: int) -> Stage:
 
 
 def quantize(recipe: Recipe, arm: str, precision: str) -> Stage:
-    parent = f"{arm}/fp32"
+    parent, model = f"{arm}/fp32", f"{arm}/model"
     options = getattr(recipe.quantize, precision)
 
     def work(job: Work) -> dict[str, Any]:
         from edgedisp import stages as run
 
-        return run.quantize(options, BITS[precision], job.folders[parent], job.own, job.progress)
+        folders = job.folders
+        return run.quantize(
+            options,
+            BITS[precision],
+            folders[parent],
+            folders.get(model),
+            folders.get("corpus"),
+            job.own,
+            job.progress,
+        )
 
-    return Stage(f"{arm}/{precision}", {"bits": BITS[precision], **plain(options)}, (parent,), work)
+    reads = (parent, model, "corpus") if options.method == "gptq" else (parent,)
+    return Stage(f"{arm}/{precision}", {"bits": BITS[precision], **plain(options)}, reads, work)
 
 
 def verify(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:

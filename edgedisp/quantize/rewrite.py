@@ -9,7 +9,7 @@ Weights are read through a memory map in slices and written one tensor at a time
 largest packed tensor. Activations are not touched: `accuracy_level` 4 lets the kernel round them to 8 bits on
 the fly, which is what makes few-bit weights fast on CPUs.
 
-Left out: other methods than rounding to nearest, and mixed bits but for the embedding and the head.
+Left out: mixed bits but for the embedding and the head.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ import torch
 from onnx import GraphProto, NodeProto, TensorProto, helper
 from torch import Tensor
 
-from edgedisp import BadInput, Progress, silent
+from edgedisp import BadInput, BuildFailed, Progress, silent
 from edgedisp.quantize import operators
-from edgedisp.quantize.grid import Grid, Packed, concatenate, dequantize, pack, quantize
+from edgedisp.quantize.grid import Blocks, Grid, Packed, concatenate, dequantize, pack
+from edgedisp.quantize.made import Made
+from edgedisp.quantize.methods import METHODS
 from edgedisp.quantize.store import DATA, GRAPH, TensorStore
 from edgedisp.quantize.uses import find_uses, head_name
 
@@ -54,25 +56,35 @@ def quantize_bundle(
     symmetric: bool = True,
     accuracy_level: int = 4,
     head_bits: int = 8,
+    method: str = "rtn",
+    made: Made | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the bundle `source` (fp32) into the empty folder `out` with `bits` bits a weight.
 
-    `head_bits` holds for the embedding and the head. Returns {bits, group, symmetric, accuracy_level,
-    head_bits, tied, tensors, size_bytes, nodes: {op: n}, by_component: {name: {size_bytes, parameters}},
-    by_tensor: [{name, component, shape [out, in], bits, group, size_bytes, mean_squared_error,
-    relative_error}]}; size_bytes counts graph and weights, the relative error is |w' - w| / |w|.
-    BadInput for a bundle without fp32 products, or a grid that no kernel has.
+    `head_bits` holds for the embedding and the head. `method` rounds every weight (a name in
+    `methods.METHODS`) but those that `made` has rounded already, on the same grid; with `made`, every product
+    of the layers must be among them.
+
+    Returns {bits, group, symmetric, accuracy_level, head_bits, method, calibrated_tensors, tied, tensors,
+    size_bytes, nodes: {op: n}, by_component: {name: {size_bytes, parameters}}, by_tensor: [{name, component,
+    shape [out, in], bits, group, size_bytes, mean_squared_error, relative_error}]}; size_bytes counts graph
+    and weights, the relative error is |w' - w| / |w|. BadInput for a bundle without fp32 products, a grid
+    that no kernel has, or a weight that is not finite.
     """
     if accuracy_level not in (0, 1, 4):
         raise BadInput(f"accuracy_level is {accuracy_level}; 0 and 1 compute in fp32, 4 on 8-bit activations")
+    if method not in METHODS:
+        raise BadInput(f"method {method!r} rounds no weight alone; known: {', '.join(METHODS)}")
     body, ends = Grid(bits, group, symmetric), Grid(head_bits, group, symmetric)
+    if made is not None and made.grid != body:
+        raise ValueError(f"weights were rounded to {made.grid}, the bundle is made of {body}")
     model = onnx.load(source / GRAPH, load_external_data=False)
     uses = find_uses(model.graph)
     head = head_name(uses)
     if head is None:
         raise BadInput(f"{source}: no product with a constant fp32 weight; is this bundle quantized already?")
-    store, rows = TensorStore(source, out), []
+    store, rows, calibrated = TensorStore(source, out), [], 0
     replaced: dict[int, list[NodeProto]] = {}
     for done, tensor in enumerate(model.graph.initializer):
         progress(done, len(model.graph.initializer), f"quantizing to {bits} bits")
@@ -80,9 +92,15 @@ def quantize_bundle(
         if users is None:
             store.copy(tensor)
             continue
-        grid = ends if tensor.name == head or any(use.gather for use in users) else body
-        values = torch.from_numpy(store.read(tensor))
-        packed, error, norm = _round(values if users[0].rows_first else values.T, grid)
+        is_end = tensor.name == head or any(use.gather for use in users)
+        grid = ends if is_end else body
+        stored = torch.from_numpy(store.read(tensor))
+        values = stored if users[0].rows_first else stored.T
+        blocks = None if made is None or is_end else made.find(values)
+        if made is not None and not is_end and blocks is None:
+            raise BuildFailed(f"{source}: {tensor.name} is no weight of the model that was calibrated")
+        calibrated += blocks is not None
+        packed, error, norm = _round(tensor.name, values, grid, method, blocks)
         replaced |= operators.replace(model.graph, tensor.name, users, packed, grid, accuracy_level, store)
         rows.append(_row(tensor.name, packed, grid, error, norm))
     _write(model, replaced, store)
@@ -96,6 +114,8 @@ def quantize_bundle(
         "symmetric": symmetric,
         "accuracy_level": accuracy_level,
         "head_bits": head_bits,
+        "method": method,
+        "calibrated_tensors": calibrated,
         "tied": any(use.gather for use in uses[head]),
         "tensors": len(rows),
         "size_bytes": sum((out / name).stat().st_size for name in (GRAPH, DATA)),
@@ -105,16 +125,21 @@ def quantize_bundle(
     }
 
 
-def _round(weight: Tensor, grid: Grid) -> tuple[Packed, float, float]:
-    """Quantize [out, in] by slices of rows; also the sums of squares of the error and of the weight."""
+def _round(
+    name: str, weight: Tensor, grid: Grid, method: str, blocks: Blocks | None
+) -> tuple[Packed, float, float]:
+    """Quantize [out, in] by slices of rows, where there are no blocks yet; also the sums of squares of the
+    error and of the weight."""
     step = max(1, SLICE_VALUES // weight.shape[1])
-    parts, squared_error, squared_norm = [], 0.0, 0.0
-    for rows in weight.split(step):
-        blocks = quantize(rows, grid)
-        squared_error += float((dequantize(blocks, grid) - rows).double().square().sum())
+    try:
+        made = blocks or concatenate([METHODS[method](rows, grid, None) for rows in weight.split(step)])
+    except BadInput as error:
+        raise BadInput(f"{name}: {error}") from error
+    squared_error, squared_norm = 0.0, 0.0
+    for rows, held in zip(weight.split(step), dequantize(made, grid).split(step)):
+        squared_error += float((held - rows).double().square().sum())
         squared_norm += float(rows.double().square().sum())
-        parts.append(blocks)
-    return pack(concatenate(parts), grid), squared_error, squared_norm
+    return pack(made, grid), squared_error, squared_norm
 
 
 def _write(model: onnx.ModelProto, replaced: dict[int, list[NodeProto]], store: TensorStore) -> None:

@@ -30,7 +30,7 @@ class TensorStore:
         The map is copy-on-write, as torch takes no read-only arrays; nothing is ever written back.
         """
         if tensor.data_location != TensorProto.EXTERNAL:
-            return numpy_helper.to_array(tensor)
+            return numpy_helper.to_array(tensor).copy()  # its own array is read-only
         place = {entry.key: entry.value for entry in tensor.external_data}
         path = self.source / place["location"]
         if path.parent.resolve() != self.source.resolve():

@@ -245,7 +245,18 @@ class QuantizeBits(Section):
     head_bits: HeadBits = Field(
         default=8, description="bits of the output head (and of an embedding tied to it)"
     )
-    method: Literal["rtn"] = Field(default="rtn", description="rtn: round to nearest")
+    method: Literal["rtn", "clip", "k_quant", "hqq", "gptq"] = Field(
+        default="rtn",
+        description="rtn: round to nearest; clip, k_quant, hqq: ranges searched for each group by the weight "
+        "alone; gptq: rounding errors made up for under calibration on the recipe's training text",
+    )
+    calibration_tokens: Annotated[Whole, Ge(256)] = Field(
+        default=16_384, description="training tokens that gptq calibrates on", examples=["16k"]
+    )
+    damping: Positive = Field(
+        default=0.01, description="gptq: what is added to the diagonal, as a share of its mean"
+    )
+    act_order: Flag = Field(default=True, description="gptq: the most important columns first")
 
 
 class Int8(QuantizeBits):

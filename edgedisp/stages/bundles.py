@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 
 from edgedisp import BuildFailed, Progress, model
+from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.evaluate.divergence import Divergence
 from edgedisp.folder import RECORD, write_json
 from edgedisp.graph import check
 from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.layout import set_threads
 from edgedisp.graph.session import OnnxModel
+from edgedisp.quantize.calibrated import gptq_model
+from edgedisp.quantize.grid import Grid
+from edgedisp.quantize.made import Made
 from edgedisp.quantize.rewrite import quantize_bundle
 from edgedisp.recipe import QuantizeBits
 from edgedisp.stages.start import heldout_documents
@@ -30,9 +34,23 @@ def export(model_folder: Path, threads: int, own: Path, progress: Progress) -> d
     return export_graph(model_folder, own, threads=threads, progress=progress)
 
 
-def quantize(section: QuantizeBits, bits: int, parent: Path, own: Path, progress: Progress) -> dict[str, Any]:
-    """A bundle with `bits`-bit weights from the fp32 one."""
-    return quantize_bundle(
+def quantize(
+    section: QuantizeBits,
+    bits: int,
+    parent: Path,
+    model_folder: Path | None,
+    corpus_folder: Path | None,
+    own: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """A bundle with `bits`-bit weights from the fp32 one; gptq calibrates the model on the training text,
+    other methods need neither folder."""
+    made = None
+    if section.method == "gptq":
+        if model_folder is None or corpus_folder is None:
+            raise ValueError("gptq needs the model and the corpus")
+        made = _calibrated(section, bits, model_folder, corpus_folder, progress)
+    record = quantize_bundle(
         parent,
         own,
         bits=bits,
@@ -40,6 +58,26 @@ def quantize(section: QuantizeBits, bits: int, parent: Path, own: Path, progress
         symmetric=section.symmetric,
         accuracy_level=section.accuracy_level,
         head_bits=section.head_bits,
+        method="rtn" if made is not None else section.method,
+        made=made,
+        progress=progress,
+    )
+    return {**record, "method": section.method}
+
+
+def _calibrated(
+    section: QuantizeBits, bits: int, model_folder: Path, corpus_folder: Path, progress: Progress
+) -> Made:
+    tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+    blocks = -(-section.calibration_tokens // tokens.shape[1])
+    opened = model.load(model_folder)
+    return gptq_model(
+        opened,
+        decoder_layers(opened),
+        tokens[:blocks],
+        Grid(bits, section.group, section.symmetric),
+        damping=section.damping,
+        act_order=section.act_order,
         progress=progress,
     )
 

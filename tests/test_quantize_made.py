@@ -1,0 +1,96 @@
+"""Weights rounded on the torch model are found in the graph, whoever joined, turned and named them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import graph_twins as twins
+import numpy as np
+import pytest
+import torch
+
+from edgedisp import BadInput, BuildFailed, model
+from edgedisp.dispersion.collect import decoder_layers
+from edgedisp.graph.export import export
+from edgedisp.graph.session import OnnxModel
+from edgedisp.quantize.calibrated import gptq_model
+from edgedisp.quantize.grid import Grid, dequantize, quantize
+from edgedisp.quantize.made import Made
+from edgedisp.quantize.rewrite import quantize_bundle
+
+GRID = Grid(4, 16, False)
+TOKENS = np.random.default_rng(0).integers(0, twins.VOCABULARY, (6, 40)).astype(np.uint16)
+
+
+def bundles(folder: Path, form: str) -> tuple[Any, Path, dict[str, Any]]:
+    """The torch model as gptq left it, and the int4 bundle made of the same blocks, in exact arithmetic."""
+    twins.make(folder / "model", form)
+    for name in ("fp32", "int4"):
+        (folder / name).mkdir()
+    export(folder / "model", folder / "fp32", threads=1)
+    opened = model.load(folder / "model")
+    made = gptq_model(opened, decoder_layers(opened), TOKENS, GRID)
+    record = quantize_bundle(
+        folder / "fp32", folder / "int4", bits=4, group=16, symmetric=False, accuracy_level=0, made=made
+    )
+    return opened, folder / "int4", record
+
+
+@pytest.mark.parametrize("form", twins.FORMS)
+def test_the_graph_computes_what_the_calibrated_model_computes(tmp_path: Path, form: str) -> None:
+    opened, bundle, record = bundles(tmp_path, form)
+    outer = (opened.get_input_embeddings(), opened.get_output_embeddings())
+    ends = {id(part.weight): part.weight for part in outer}
+    for weight in ends.values():
+        weight.data.copy_(dequantize(quantize(weight.data, Grid(8, 16, False)), Grid(8, 16, False)))
+    shipped = OnnxModel(bundle, 1)
+    for row in twins.ragged([5, 17]):
+        ids = np.array([row])
+        np.testing.assert_allclose(
+            shipped(ids, np.ones_like(ids))[0], twins.torch_logits(opened, row), rtol=1e-3, atol=2e-3
+        )
+    assert record["calibrated_tensors"] == record["tensors"] - len(ends)
+
+
+def test_joined_weights_are_found_in_their_order_and_others_are_not() -> None:
+    weights = [torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows)) for rows in (3, 5, 3)]
+    weights[2][0] = weights[0][0]  # a first row does not tell two weights apart
+    made = Made(GRID)
+    for weight in weights:
+        made.add(weight, quantize(weight, GRID))
+    for joined in (weights[:1], weights[::-1], [weights[1], weights[0], weights[2]]):
+        found = made.find(torch.cat(joined))
+        assert found is not None
+        assert torch.equal(
+            dequantize(found, GRID), torch.cat([dequantize(quantize(w, GRID), GRID) for w in joined])
+        )
+    assert made.find(weights[0][:2]) is None
+    assert made.find(torch.cat([weights[0], weights[1][:4]])) is None
+    assert made.find(weights[0] + 1) is None
+
+
+def test_a_bundle_of_another_model_is_refused(tmp_path: Path) -> None:
+    bundles(tmp_path, "llama")
+    other = model.load(tmp_path / "model")
+    for parameter in other.parameters():
+        parameter.data += 0.01
+    made = gptq_model(other, decoder_layers(other), TOKENS, GRID)
+    (tmp_path / "again").mkdir()
+    with pytest.raises(BuildFailed, match="no weight of the model that was calibrated"):
+        quantize_bundle(tmp_path / "fp32", tmp_path / "again", bits=4, group=16, symmetric=False, made=made)
+    with pytest.raises(ValueError, match="the bundle is made of"):
+        quantize_bundle(tmp_path / "fp32", tmp_path / "again", bits=8, group=16, symmetric=False, made=made)
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    opened = twins.make(tmp_path / "model", "llama")
+    opened.model.layers[1].mlp.down_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(BadInput, match=r"model\.layers\.1\.mlp\.down_proj: .*not finite"):
+        gptq_model(opened, decoder_layers(opened), TOKENS, GRID)
+    opened.save_pretrained(tmp_path / "model")
+    for name in ("fp32", "int4"):
+        (tmp_path / name).mkdir()
+    export(tmp_path / "model", tmp_path / "fp32", threads=1)
+    with pytest.raises(BadInput, match=r"model\.layers\.1\.mlp\.down_proj\.weight: .*not finite"):
+        quantize_bundle(tmp_path / "fp32", tmp_path / "int4", bits=4)
