@@ -163,6 +163,9 @@ def _stage_seconds(name: str, recipe: Recipe, parameters: int, step_s: float, fo
         return 16 * recipe.data.context * forward_s + 5
     if kind.startswith("verify"):
         return recipe.verify.tokens * 2 * forward_s + 5
+    options = getattr(recipe.quantize, kind, None)
+    if options is not None and options.method == "gptq":  # three passes, and the rounding of columns
+        return options.calibration_tokens * 3 * forward_s + 45 * size
     return {"base": 10.0, "corpus": 10.0, "fp32": 8.0, "int8": 5.0, "int4": 5.0}.get(kind, 5.0) * max(
         size, 0.1
     )
