@@ -1,4 +1,4 @@
-"""Weights in few bits: the block grid that ONNX Runtime computes in, methods over it, and its use on a bundle.
+"""Weights in few bits: the block grid that ONNX Runtime computes in, methods over it, its use on a bundle.
 
 `rewrite.py` is the door: from an fp32 bundle to a quantized one. `grid.py` rounds and packs a matrix;
 `methods.py` chooses scales by the weight alone, `gptq.py` by what its errors cost. `calibrated.py` takes GPTQ
