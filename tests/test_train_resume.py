@@ -174,6 +174,16 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_for_the_one_before(
 STATE: dict[str, Any] = {"rows": [], "watched": [], "skipped_sequences": 0, "run": {}}
 
 
+def two_checkpoints(folder: Path) -> tuple[Path, Path]:
+    """Whole ones, of steps 2 and 4."""
+    pair = folder / "checkpoint-2", folder / "checkpoint-4"
+    for one in pair:
+        one.mkdir()
+        (one / "weights").write_bytes(b"1234")
+        saved.mark(one, STATE)
+    return pair
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "{", "[]", "null", "7", '{"sizes": []}', '{"sizes": {}}', b"\xff"]
@@ -185,11 +195,7 @@ STATE: dict[str, Any] = {"rows": [], "watched": [], "skipped_sequences": 0, "run
 def test_a_checkpoint_with_a_damaged_marker_is_passed_over_for_the_one_before(
     tmp_path: Path, content: str | bytes
 ) -> None:
-    whole, damaged = tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"
-    for folder in (whole, damaged):
-        folder.mkdir()
-        (folder / "weights").write_bytes(b"1234")
-        saved.mark(folder, STATE)
+    whole, damaged = two_checkpoints(tmp_path)
     assert last_checkpoint(tmp_path) == damaged
     (damaged / saved.MARKER).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert last_checkpoint(tmp_path) == whole
@@ -269,11 +275,7 @@ def test_a_copy_under_another_name_is_no_checkpoint_of_the_run(
 
 
 def test_a_folder_half_removed_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
-    old, new = tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"
-    for folder in (old, new):
-        folder.mkdir()
-        (folder / "weights").write_bytes(b"1234")
-        saved.mark(folder, STATE)
+    _, new = two_checkpoints(tmp_path)
     assert last_checkpoint(tmp_path) == new
     saved.keep_only(tmp_path, new)
     assert saved.found(tmp_path) == [new]
