@@ -45,10 +45,11 @@ def rounded(model: nn.Module) -> dict[str, Tensor]:
     """Rounds to nearest; what `calibrate` handed over as H."""
     seen = {}
 
-    def rounding(name: str, weight: Tensor, second: Tensor) -> Tensor:
-        assert weight.shape[1] == len(second) and name not in seen
-        seen[name] = second.clone()
-        return dequantize(quantize(weight, GRID), GRID)
+    def rounding(weights: dict[str, Tensor], second: Tensor) -> dict[str, Tensor]:
+        for name, weight in weights.items():
+            assert weight.shape[1] == len(second) and name not in seen
+            seen[name] = second.clone()
+        return {name: dequantize(quantize(weight, GRID), GRID) for name, weight in weights.items()}
 
     calibrate(model, decoder_layers(model), BLOCKS, rounding)
     return seen
@@ -96,4 +97,4 @@ def test_no_hook_is_left_and_no_text_is_refused(tmp_path: Path) -> None:
     rounded(model)
     assert not any(module._forward_pre_hooks for module in model.modules())
     with pytest.raises(BadInput, match="calibration"):
-        calibrate(model, decoder_layers(model), BLOCKS[:0], lambda name, weight, second: weight)
+        calibrate(model, decoder_layers(model), BLOCKS[:0], lambda weights, second: weights)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edgedisp.quantize.gptq import gptq, refit
-from edgedisp.quantize.grid import BITS, GROUPS, Blocks, Grid, dequantize, quantize
+from edgedisp.quantize.gptq import gptq, gptq_latent, refit
+from edgedisp.quantize.grid import BITS, GROUPS, Blocks, Grid, dequantize, in_groups, quantize, round_to
 from edgedisp.quantize.methods import METHODS
 
 grids = st.builds(Grid, bits=st.sampled_from(BITS), group=st.sampled_from(GROUPS), symmetric=st.booleans())
@@ -173,3 +173,28 @@ def test_a_column_that_no_text_excited_is_rounded_to_nearest() -> None:
     assert ((dequantize(found, grid)[:, 5] - weight[:, 5]).abs() <= 0.51 * step).all()
     nothing = dequantize(gptq(weight, grid, torch.zeros(32, 32)), grid)
     assert torch.isfinite(nothing).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), grid=grids, rows=st.integers(1, 5), columns=st.integers(2, 150))
+@pytest.mark.parametrize("refitted", [True, False])
+def test_the_latent_weight_rounds_to_the_integers_that_gptq_chose(
+    refitted: bool, seed: int, grid: Grid, rows: int, columns: int
+) -> None:
+    weight, hessian = drawn(seed, rows, columns), second_moment(seed + 1, columns, 3 * columns)
+    blocks, latent = gptq_latent(weight, grid, hessian, refitted=refitted)
+    again = round_to(in_groups(latent, grid.group), blocks.scales, blocks.zero_points, grid, columns)
+    flat = [part.q.reshape(rows, -1)[:, :columns] for part in (again, blocks)]
+    assert torch.equal(*flat)
+    inside = (latent - dequantize(blocks, grid)).abs() <= in_groups(latent, grid.group).new_ones(()) * (
+        blocks.scales.abs().repeat_interleave(grid.group, 1)[:, :columns] * 0.5
+    )
+    assert inside.all()  # a clipped value too: none lies beyond the end of the range
+
+
+def test_rows_are_rounded_alike_alone_and_among_others() -> None:
+    weight, hessian = drawn(0, 12, 64), second_moment(1, 64, 200)
+    grid = Grid(4, 32, False)
+    together, alone = gptq(weight, grid, hessian), gptq(weight[3:5], grid, hessian)
+    assert torch.equal(together.q[3:5], alone.q)
+    torch.testing.assert_close(together.scales[3:5], alone.scales)

@@ -2,8 +2,9 @@
 
 A linear map is rounded under the inputs that it will have in the quantized model. So earlier maps are rounded
 first, and the states of the tokens are those of the model so far (sequential, as in GPTQ). Within a layer,
-maps that read the same tensor are rounded together, in the order of computation. The states before one layer
-are kept, `tokens x features`, and nothing else of the model's activations.
+maps that read the same tensor (q, k and v; gate and up) are rounded together, as one weight with the rows of
+all, in the order of computation: what their inputs say is worked out once. The states before one layer are
+kept, `tokens x features`, and nothing else of the model's activations.
 
 What a layer is called with beside its states (rotary positions, mask) is taken from a pass over the first
 block; it is the same for all, as blocks are of one length and without padding.
@@ -25,8 +26,9 @@ from edgedisp import BadInput, Progress, silent
 
 LINEAR = nn.Linear | Conv1D  # GPT-2's Conv1D holds [in, out]
 
-Rounding = Callable[[str, Tensor, Tensor], Tensor]
-"""(name of the module, weight fp32 [out, in], H fp32 [in, in]) -> the weight as a grid holds it."""
+Rounding = Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]]
+"""(module name -> weight fp32 [out, in] of the maps that read one tensor, H fp32 [in, in]) -> the same names,
+with the weights as a grid holds them."""
 
 
 class _Enough(Exception):
@@ -58,7 +60,7 @@ def calibrate(
 ) -> None:
     """Round every linear map of `layers` in place. blocks: int64 [n, tokens], on the model's device.
 
-    `rounding` is called in the order of computation, with H the mean of x x^T over all tokens of the map's
+    `rounding` is called in the order of computation, with H the mean of x x^T over all tokens of the maps'
     input x [in]. The model is left in eval mode. BadInput if there are no blocks.
     """
     if not len(blocks):
@@ -71,17 +73,19 @@ def calibrate(
         progress(index, len(layers), note)
         for together in _waves(call, states[0]):
             second = _second_moment(call, together[0], states)
-            for module in together:
-                _round(module, names[module], second, rounding)
+            _round({names[module]: module for module in together}, second, rounding)
         states = [call(state) for state in states]
     progress(len(layers), len(layers), note)
 
 
-def _round(module: Any, name: str, second: Tensor, rounding: Rounding) -> None:
-    weight = module.weight
-    turned = isinstance(module, Conv1D)
-    held = rounding(name, (weight.T if turned else weight).float(), second)
-    weight.copy_(held.T if turned else held)
+def _round(modules: dict[str, Any], second: Tensor, rounding: Rounding) -> None:
+    weights = {
+        name: (module.weight.T if isinstance(module, Conv1D) else module.weight).float()
+        for name, module in modules.items()
+    }
+    for name, held in rounding(weights, second).items():
+        module = modules[name]
+        module.weight.copy_(held.T if isinstance(module, Conv1D) else held)
 
 
 def _calls(model: nn.Module, layers: nn.ModuleList, block: Tensor) -> list[_Call]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from edgedisp import BadInput, Progress, silent
 from edgedisp.quantize.calibrate import calibrate
 from edgedisp.quantize.gptq import gptq
-from edgedisp.quantize.grid import Grid, dequantize
+from edgedisp.quantize.grid import Grid, check_weight, dequantize, split_rows
 from edgedisp.quantize.made import Made
 
 
@@ -37,13 +37,18 @@ def gptq_model(
     """
     made = Made(grid)
 
-    def rounding(name: str, weight: Tensor, second: Tensor) -> Tensor:
-        try:
-            blocks = gptq(weight, grid, second, damping=damping, act_order=act_order)
-        except BadInput as error:
-            raise BadInput(f"{name}: {error}") from error
-        made.add(weight, blocks)
-        return dequantize(blocks, grid)
+    def rounding(weights: dict[str, Tensor], second: Tensor) -> dict[str, Tensor]:
+        for name, weight in weights.items():
+            try:
+                check_weight(weight)
+            except BadInput as error:
+                raise BadInput(f"{name}: {error}") from error
+        stacked = torch.cat(list(weights.values()))
+        blocks = gptq(stacked, grid, second, damping=damping, act_order=act_order)
+        heights = [len(weight) for weight in weights.values()]
+        for weight, part in zip(weights.values(), split_rows(blocks, heights)):
+            made.add(weight, part)
+        return dict(zip(weights, dequantize(blocks, grid).split(heights)))
 
     blocks = torch.from_numpy(np.asarray(tokens, np.int64))
     calibrate(model, layers, blocks, rounding, progress, "rounding layer by layer")

@@ -6,6 +6,10 @@ Scales and zero points are chosen first, from the weight itself ("static groups"
 the diagonal of H; so columns can be taken in the order of their importance (`act_order`) while groups stay
 neighbours in memory, as the kernels need. With the integers fixed, `refit` then solves for the scales that
 minimize the layer's error exactly: a small linear system for each row.
+
+Each column is rounded to nearest from a value that has made up for the columns before it. These values are
+the "latent" weight: rounded to nearest on the same scales it gives GPTQ's integers, and training can go on
+from it, as it lies inside the cells of the grid and not on their centers.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from edgedisp.quantize.grid import Blocks, Grid, check_weight, dequantize, inver
 from edgedisp.quantize.methods import k_quant
 
 BLOCK = 128  # columns whose corrections are applied to the rest at once
+EDGE = 0.499  # how far from an integer, in steps, a latent value may lie: the next one begins at a half
 
 
 def gptq(
@@ -32,6 +37,19 @@ def gptq(
 
     A column that calibration never excited is rounded to nearest: nothing is known of its cost.
     """
+    return gptq_latent(weight, grid, hessian, damping=damping, act_order=act_order, refitted=refitted)[0]
+
+
+def gptq_latent(
+    weight: Tensor,
+    grid: Grid,
+    hessian: Tensor,
+    *,
+    damping: float = 0.01,
+    act_order: bool = True,
+    refitted: bool = True,
+) -> tuple[Blocks, Tensor]:
+    """`gptq`, and the latent weight fp32 [out, in], which rounds to its integers on its scales."""
     check_weight(weight)
     columns = weight.shape[1]
     hessian = hessian.float().clone()
@@ -40,11 +58,20 @@ def gptq(
     start = k_quant(weight, grid, diagonal.clone())
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(columns)
     factor = _upper_factor(hessian[order][:, order])
-    q = _rounded(weight[:, order].clone(), start, order, factor, grid)
+    q, before = _rounded(weight[:, order], start, order, factor, grid)
     padded = start.q.reshape(len(weight), -1).clone()
     padded[:, order] = q
     blocks = Blocks(padded.reshape(start.q.shape), start.scales, start.zero_points, columns)
-    return refit(blocks, weight, grid, hessian) if refitted else blocks
+    if refitted:
+        blocks = refit(blocks, weight, grid, hessian)
+    latent = torch.empty_like(weight)
+    latent[:, order] = before
+    return blocks, latent.mul_(_by_column(blocks.scales, grid, columns))
+
+
+def _by_column(values: Tensor, grid: Grid, columns: int) -> Tensor:
+    """[out, groups] -> [out, in]: each group's value at each of its columns."""
+    return values.repeat_interleave(grid.group, dim=1)[:, :columns]
 
 
 def _upper_factor(hessian: Tensor) -> Tensor:
@@ -54,8 +81,11 @@ def _upper_factor(hessian: Tensor) -> Tensor:
     return upper.float()
 
 
-def _rounded(weight: Tensor, start: Blocks, order: Tensor, factor: Tensor, grid: Grid) -> Tensor:
-    """Integers [out, in] of the reordered weight, which is overwritten."""
+def _rounded(
+    weight: Tensor, start: Blocks, order: Tensor, factor: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """Of the reordered weight: its integers uint8 [out, in], and the values that they were rounded from, as
+    steps from the zero point."""
     group = torch.div(order, grid.group, rounding_mode="floor")
     scales = start.scales[:, group].T.contiguous()
     steps = inverse(scales)
@@ -63,7 +93,7 @@ def _rounded(weight: Tensor, start: Blocks, order: Tensor, factor: Tensor, grid:
         centers = torch.full_like(scales, float(grid.middle))
     else:
         centers = start.zero_points[:, group].T.float().contiguous()
-    columns = weight.T.contiguous()  # [in, out]: a column is then contiguous
+    columns = weight.T.clone(memory_format=torch.contiguous_format)  # [in, out]: a column is then contiguous
     q = torch.empty_like(columns, dtype=torch.uint8)
     for first in range(0, len(order), BLOCK):
         last = min(first + BLOCK, len(order))
@@ -76,7 +106,9 @@ def _rounded(weight: Tensor, start: Blocks, order: Tensor, factor: Tensor, grid:
             columns[index + 1 : last].addr_(factor[index, index + 1 : last], error, alpha=-1.0)
             errors[index - first] = error
         columns[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1.0)
-    return q.T
+    before = columns.mul_(steps).add_(centers)
+    before = torch.clamp(before, q - EDGE, q + EDGE) - centers
+    return q.T, before.T
 
 
 def refit(blocks: Blocks, weight: Tensor, grid: Grid, hessian: Tensor) -> Blocks:

@@ -27,6 +27,7 @@ Left out: fp16 scales (onnxruntime has no CPU kernels for them).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -163,6 +164,15 @@ def concatenate(parts: list[Blocks]) -> Blocks:
         torch.cat(zero_points) if zero_points else None,
         parts[0].columns,
     )
+
+
+def split_rows(blocks: Blocks, heights: list[int]) -> list[Blocks]:
+    """The inverse of `concatenate`: parts of so many rows each."""
+    zero_points: Any = [None] * len(heights)
+    if blocks.zero_points is not None:
+        zero_points = blocks.zero_points.split(heights)
+    parts = zip(blocks.q.split(heights), blocks.scales.split(heights), zero_points)
+    return [Blocks(q, scales, points, blocks.columns) for q, scales, points in parts]
 
 
 def pack(blocks: Blocks, grid: Grid) -> Packed:
