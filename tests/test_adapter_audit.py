@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from edgedisp.train import audit
 from edgedisp.train.adapter import AdapterSettings, attach
 from edgedisp.train.merge import Base, fingerprint, merge, opened, save
 from edgedisp.train.quantized import load_quantized
+from edgedisp.train.rounded import Rounding, round_weights
 
 BLOCKS = np.random.default_rng(0).integers(3, 400, (12, 24)).astype(np.int64)
 INT4 = QuantizeBits(group=32, symmetric=False, head_bits=8, accuracy_level=0)
@@ -61,9 +61,9 @@ def rounded_by_loops(weight: np.ndarray, bits: int) -> np.ndarray:
     return out
 
 
-def on_grid(bits: int) -> Callable[[np.ndarray], np.ndarray]:
+def on_grid(bits: int) -> Rounding:
     grid = Grid(bits, 32, False)
-    return lambda weight: dequantize(quantize(weight, grid), grid)
+    return lambda name, weight: dequantize(quantize(weight, grid), grid)
 
 
 # ---------------------------------------------------------------- losses and rounding
@@ -86,7 +86,7 @@ def test_rounding_goes_over_every_matrix_once_and_over_nothing_else(
 ) -> None:
     before = model.load(tiny_folder[architecture]).state_dict()
     changed = model.load(tiny_folder[architecture])
-    names = audit.round_weights(changed, on_grid(4), on_grid(8))
+    names = round_weights(changed, on_grid(4), on_grid(8))
     after = changed.state_dict()
     head = {"lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight"}
     for name, weight in before.items():
@@ -111,9 +111,9 @@ def test_rounded_weights_compute_what_the_int4_bundle_computes(
     for folder in folders.values():
         folder.mkdir()
     bundles.export(tiny_folder[architecture], 1, folders["fp32"], silent)
-    record = bundles.quantize(INT4, 4, folders["fp32"], None, None, folders["int4"], silent)
+    record = bundles.quantize(INT4, 4, folders["fp32"], None, None, False, folders["int4"], silent)
     rounded = model.load(tiny_folder[architecture])
-    names = audit.round_weights(rounded, on_grid(4), on_grid(8))
+    names = round_weights(rounded, on_grid(4), on_grid(8))
     ids = BLOCKS[:2]
     shipped = OnnxModel(folders["int4"], 1)(ids, np.ones_like(ids))
     plain = OnnxModel(folders["fp32"], 1)(ids, np.ones_like(ids))
@@ -191,7 +191,7 @@ def test_the_audit_holds_the_losses_of_models_made_by_hand(
     by_hand |= {f"merged into {name}": made for name, made in merges.items()}
     expected = {name: losses_by_loops(made, BLOCKS) for name, made in by_hand.items()}
     for name in ("no adapter", *(f"merged into {name}" for name in merges)):
-        audit.round_weights(by_hand[name], on_grid(4), on_grid(8))
+        round_weights(by_hand[name], on_grid(4), on_grid(8))
         expected[f"{name}, int4"] = losses_by_loops(by_hand[name], BLOCKS)
     again = merge(folders["adapter"], model.load(base))
     for parameter in again.parameters():

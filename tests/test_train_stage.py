@@ -45,7 +45,7 @@ def trained(
     blocks = recipe.steps * recipe.train.batch
     stages.tokens(recipe.data, recipe.seed, blocks, base, folder, False, corpus, silent)
     arm = next(run for run in recipe.arm_runs if run.name == "dispersed")
-    done = stages.midtrain(recipe.train, recipe.steps, recipe.seed, arm, base, corpus, own, silent)
+    done = stages.midtrain(recipe.train, recipe.steps, recipe.seed, arm, None, base, corpus, own, silent)
     return recipe, folder / "run", done
 
 

@@ -12,6 +12,8 @@ Whoever wrote the graph, the head is the last product on the way to the logits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
@@ -91,7 +93,7 @@ def _gathered(graph: GraphProto, hidden: str) -> list[NodeProto]:
     ]
 
 
-def _node(op: str, inputs: list[str], output: str, **attributes: int) -> NodeProto:
+def _node(op: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
     name = f"{PREFIX}.{output}"
     return helper.make_node(op, inputs, [name], name=name, **attributes)
 

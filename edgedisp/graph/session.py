@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
@@ -32,7 +33,8 @@ Cache = dict[str, NDArray[np.float32]]
 class OnnxModel:
     """A bundle as a language model. BadInput if it is none, BuildFailed if onnxruntime cannot open it."""
 
-    def __init__(self, bundle: Path, threads: int) -> None:
+    def __init__(self, bundle: Path, threads: int, graph: bytes | None = None) -> None:
+        """`graph`: another graph than the bundle's model.onnx over the same weights."""
         if threads < 1:
             raise BadInput(f"threads is {threads}; at least 1 is needed")
         self.bundle, self.threads = bundle, threads
@@ -41,7 +43,7 @@ class OnnxModel:
         self.vocab_size = int(config["vocab_size"])
         ends = config["eos_token_id"]
         self.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
-        self.session = open_session(bundle, threads)
+        self.session = open_session(bundle, threads, graph)
         shapes = {value.name: value.shape for value in self.session.get_inputs()}
         self._caches = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
         # The genai builder leaves the head dimension symbolic in the graph; genai_config.json knows it.
@@ -139,6 +141,17 @@ def read_config(bundle: Path) -> dict[str, Any]:
         raise BadInput(f"{bundle}: no bundle (genai_config.json is missing); `edgedisp export` makes one")
     model: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model"]
     return model
+
+
+def at_accuracy_level(bundle: Path, level: int) -> bytes:
+    """The bundle's graph with another arithmetic in its products: 0 is fp32, 4 rounds activations to int8."""
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = level
+    changed: bytes = model.SerializeToString()
+    return changed
 
 
 def open_session(bundle: Path, threads: int, graph: bytes | None = None) -> Any:

@@ -67,6 +67,7 @@ def export(arm: str, threads: int) -> Stage:
 def quantize(recipe: Recipe, arm: str, precision: str) -> Stage:
     parent, model = f"{arm}/fp32", f"{arm}/model"
     options = getattr(recipe.quantize, precision)
+    is_trained = _is_trained(recipe, precision)
 
     def work(job: Work) -> dict[str, Any]:
         from edgedisp import stages as run
@@ -78,28 +79,51 @@ def quantize(recipe: Recipe, arm: str, precision: str) -> Stage:
             folders[parent],
             folders.get(model),
             folders.get("corpus"),
+            is_trained,
             job.own,
             job.progress,
         )
 
     reads = (parent, model, "corpus") if options.method == "gptq" else (parent,)
-    return Stage(f"{arm}/{precision}", {"bits": BITS[precision], **plain(options)}, reads, work)
+    section = {"bits": BITS[precision], **plain(options)}
+    if is_trained:
+        section["is_trained"] = True
+    return Stage(f"{arm}/{precision}", section, reads, work)
+
+
+def _is_trained(recipe: Recipe, precision: str) -> bool:
+    """Whether training saw the weights as this bundle rounds them."""
+    chosen = recipe.train.quantization_aware
+    return chosen is not None and chosen.precision == precision
 
 
 def verify(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
     model, bundle = f"{arm}/model", f"{arm}/{precision}"
     limits = recipe.verify.limits(precision)
     blocks = max(1, -(-recipe.verify.tokens // recipe.data.context))
+    trained = None
+    if _is_trained(recipe, precision):
+        trained = getattr(recipe.quantize, precision), BITS[precision]
 
     def work(job: Work) -> dict[str, Any]:
         from edgedisp import stages as run
 
         folders = job.folders
         return run.verify(
-            limits, blocks, folders[model], folders[bundle], folders["corpus"], threads, job.own, job.progress
+            limits,
+            trained,
+            blocks,
+            folders[model],
+            folders[bundle],
+            folders["corpus"],
+            threads,
+            job.own,
+            job.progress,
         )
 
     section = {"limits": limits, "blocks": blocks, "threads": threads}
+    if trained is not None:
+        section["trained"] = True
     return Stage(f"{arm}/verify-{precision}", section, (model, bundle, "corpus"), work)
 
 

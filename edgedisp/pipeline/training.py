@@ -62,6 +62,9 @@ def training_stage(recipe: Recipe, run: ArmRun) -> Stage:
     if recipe.train.adapter is not None:
         del train["adapter"]["merge"]  # decides what is done with the trained adapter
 
+    chosen = recipe.train.quantization_aware
+    rounded = None if chosen is None else getattr(recipe.quantize, chosen.precision)
+
     def work(job: Work) -> dict[str, Any]:
         from edgedisp import stages
 
@@ -70,6 +73,7 @@ def training_stage(recipe: Recipe, run: ArmRun) -> Stage:
             recipe.steps,
             run.seed,
             run,
+            rounded,
             job.folders["base"],
             job.folders["corpus"],
             job.own,
@@ -81,6 +85,8 @@ def training_stage(recipe: Recipe, run: ArmRun) -> Stage:
         section["techniques"] = run.techniques
     if run.replica:
         section["replica"] = run.replica  # reads the tokens in another order
+    if rounded is not None:
+        section["rounded"] = {key: value for key, value in plain(rounded).items() if key != "accuracy_level"}
     name = f"{run.name}/model" if recipe.train.adapter is None else f"{run.name}/adapter"
     return Stage(name, section, ("base", "corpus"), work, resumable=True, every_process=True)
 

@@ -36,6 +36,7 @@ def clashes(recipe: Recipe, folder: Path | None = None) -> list[Clash]:
         *_forgetting(recipe),
         *_one_step(recipe),
         *_adapter(recipe),
+        *_aware(recipe),
         *_divided(recipe),
         *_hub_only(recipe),
         *(_inside(recipe, folder) if folder is not None else ()),
@@ -120,6 +121,66 @@ def _adapter(recipe: Recipe) -> Iterator[Clash]:
             (("train", "adapter", "merge"), ("train", "adapter", "kind")),
             "found 'dequantized', but kind lora keeps its base in full precision; take it out, or write "
             "kind: qlora",
+        )
+
+
+def _aware(recipe: Recipe) -> Iterator[Clash]:
+    """Roundings that cannot be trained under, and weights that cannot be rounded in training."""
+    chosen = recipe.train.quantization_aware
+    if chosen is None:
+        return
+    key: Key = ("train", "quantization_aware")
+    if chosen.precision not in recipe.precisions:
+        yield Clash(
+            (key, ("precisions",)),
+            f"found {chosen.precision}, which is not among precisions, so what is trained would not ship; "
+            "add it there",
+        )
+    if chosen.start + chosen.ramp > 1:
+        yield Clash(
+            ((*key, "ramp"), (*key, "start")),
+            f"found {chosen.ramp:g} after a start at {chosen.start:g}: it would end after the run; "
+            f"needs at most {1 - chosen.start:g}",
+        )
+    method: Key = ("quantize", chosen.precision, "method")
+    used = getattr(recipe.quantize, chosen.precision).method
+    if used not in ("rtn", "gptq"):
+        yield Clash((method, key), f"found '{used}', which is no rounding to train under; needs rtn or gptq")
+    if used == "gptq" and chosen.ramp:
+        yield Clash(
+            ((*key, "ramp"), method),
+            "gptq changes the weights when rounding begins, so there is nothing to fade in; "
+            "take it out, or write method: rtn",
+        )
+    if used == "gptq" and recipe.train.compile:
+        yield Clash(
+            (("train", "compile"), key, method),
+            "compiled layers cannot be calibrated in the middle of training; needs false, or method: rtn",
+        )
+    adapter = recipe.train.adapter
+    if adapter is None:
+        pass
+    elif adapter.kind == "qlora":
+        yield Clash(
+            (key, ("train", "adapter", "kind")),
+            "kind qlora stores the base quantized, and its weights cannot be rounded anew; "
+            "needs kind: lora, or no adapter",
+        )
+    elif adapter.dropout:
+        yield Clash(
+            (key, ("train", "adapter", "dropout")),
+            f"found a dropout of {adapter.dropout:g}: no step would compute with the merged weight; needs 0",
+        )
+    elif used == "gptq":
+        yield Clash(
+            (method, key, ("train", "adapter")),
+            "gptq starts training from other weights than the base's, and an adapter leaves the base alone; "
+            "needs rtn, or no adapter",
+        )
+    if recipe.train.distributed is not None:
+        yield Clash(
+            (key, ("train", "distributed")),
+            "FSDP divides each weight among processes, and rounding needs it whole; take one of the two out",
         )
 
 

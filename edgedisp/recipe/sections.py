@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from annotated_types import Ge
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from edgedisp.recipe.kinds import (
     HELDOUT_TASKS,
@@ -184,6 +184,21 @@ class Distributed(Section):
     )
 
 
+class QuantizationAware(Section):
+    """Training under the rounding of a bundle; the plain name of a precision stands for it alone."""
+
+    precision: Literal["int8", "int4"] = Field(
+        description="the bundle whose weights training sees, with grid and method of quantize.<precision>"
+    )
+    start: ShareBelow1 = Field(default=0.0, description="share of the run before rounding begins")
+    ramp: Share = Field(default=0.0, description="share of the run over which rounding fades in")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: object) -> object:
+        return {"precision": value} if isinstance(value, str) else value
+
+
 class Train(Section):
     """How every arm is trained. The arms differ in what they add to it (arms.py) and in nothing else."""
 
@@ -227,6 +242,10 @@ class Train(Section):
         description="the dispersion loss; null: off, for builds without `dispersed`",
     )
     adapter: Adapter | None = Field(default=None, description="null trains all weights")
+    quantization_aware: QuantizationAware | None = Field(
+        default=None,
+        description="int8, int4 or a mapping: steps see the weights as that bundle rounds them; null: off",
+    )
     distributed: Distributed | None = Field(
         default=None, description="null: each of several processes holds the whole model (data parallel)"
     )

@@ -31,17 +31,17 @@ from edgedisp import BuildFailed, Progress, model
 from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.evaluate.statistics import Metric, paired
 from edgedisp.folder import read
-from edgedisp.quantize.grid import Grid, dequantize, quantize
 from edgedisp.recipe import Adapter, QuantizeBits
+from edgedisp.stages.rounding import to_nearest
 from edgedisp.stages.start import weights_digest
 from edgedisp.train import audit, merge
 from edgedisp.train.adapter import AdapterSettings, attach
 from edgedisp.train.quantized import load_quantized
+from edgedisp.train.rounded import round_weights
 
 AUDIT_TOKENS = 4096  # held-out tokens a row is scored on; 5 s a row for 135M parameters on 2 cores
 LEAST_BLOCKS = 8
 BOOTSTRAP = 2000
-SLICE_VALUES = 1 << 22  # weight values rounded at a time, as in quantize/rewrite.py
 NATS = Metric("loss", "nll", "tokens", higher_is_better=False)
 FULL, DEQUANTIZED = "full", "dequantized"
 
@@ -138,8 +138,7 @@ class _Makers:
     def on_int4(self, make: Callable[[], Any]) -> Any:
         """A model whose weights were rounded as quantize/rewrite.py rounds the bundle's."""
         made = make()
-        grids = [Grid(bits, self.int4.group, self.int4.symmetric) for bits in (4, self.int4.head_bits)]
-        audit.round_weights(made, *(partial(_on_grid, grid=grid) for grid in grids))
+        round_weights(made, *to_nearest(self.int4, bits=4))
         return made
 
     def on_bfloat16(self, make: Callable[[], Any]) -> Any:
@@ -162,12 +161,6 @@ class _Makers:
         for name in (NO_ADAPTER, *self.merges.values()):
             rows[f"{name}, int4"] = partial(self.on_int4, rows[name])
         return rows
-
-
-def _on_grid(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """[out, in] rounded to the grid, some rows at a time."""
-    step = max(1, SLICE_VALUES // weight.shape[1])
-    return torch.cat([dequantize(quantize(rows, grid), grid) for rows in weight.split(step)])
 
 
 def _score(makers: _Makers, blocks: NDArray[np.int64], progress: Progress) -> dict[str, list[dict[str, Any]]]:

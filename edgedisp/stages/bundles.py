@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgedisp import BuildFailed, Progress, model
 from edgedisp.dispersion.collect import decoder_layers
@@ -16,17 +17,21 @@ from edgedisp.folder import RECORD, write_json
 from edgedisp.graph import check
 from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.layout import set_threads
-from edgedisp.graph.session import OnnxModel
+from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.quantize.calibrated import gptq_model
 from edgedisp.quantize.grid import Grid
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.rewrite import quantize_bundle
 from edgedisp.recipe import QuantizeBits
+from edgedisp.stages.rounding import trained_blocks, trained_roundings
 from edgedisp.stages.start import heldout_documents
+from edgedisp.train.rounded import round_weights
 
 # Real prompts that verify decodes greedily with the cache, and how many tokens of each.
 VERIFY_PROMPTS = 4
 VERIFY_NEW_TOKENS = 16
+# The largest difference of a logit between the graph in fp32 and the torch model rounded as it was trained.
+AS_TRAINED = 1e-3
 
 
 def export(model_folder: Path, threads: int, own: Path, progress: Progress) -> dict[str, Any]:
@@ -40,16 +45,20 @@ def quantize(
     parent: Path,
     model_folder: Path | None,
     corpus_folder: Path | None,
+    is_trained: bool,
     own: Path,
     progress: Progress,
 ) -> dict[str, Any]:
     """A bundle with `bits`-bit weights from the fp32 one; gptq calibrates the model on the training text,
-    other methods need neither folder."""
+    other methods need neither folder. `is_trained`: under this very rounding, so gptq's scales are there."""
     made = None
     if section.method == "gptq":
         if model_folder is None or corpus_folder is None:
             raise ValueError("gptq needs the model and the corpus")
-        made = _calibrated(section, bits, model_folder, corpus_folder, progress)
+        if is_trained:
+            made = trained_blocks(section, bits, model.load(model_folder), model_folder)
+        else:
+            made = _calibrated(section, bits, model_folder, corpus_folder, progress)
     record = quantize_bundle(
         parent,
         own,
@@ -62,7 +71,7 @@ def quantize(
         made=made,
         progress=progress,
     )
-    return {**record, "method": section.method}
+    return {**record, "method": section.method, "is_trained": is_trained}
 
 
 def _calibrated(
@@ -84,6 +93,7 @@ def _calibrated(
 
 def verify(
     limits: dict[str, float | None],
+    trained: tuple[QuantizeBits, int] | None,
     blocks: int,
     model_folder: Path,
     bundle: Path,
@@ -92,12 +102,19 @@ def verify(
     own: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Open, run and compare what ships with the torch model; BuildFailed with the reason if it disagrees."""
+    """Open, run and compare what ships with the torch model; BuildFailed with the reason if it disagrees.
+
+    `trained`: section and bits of the rounding that the model was trained under. The torch model is then
+    rounded so, and the graph, its arithmetic set to fp32, has to give its logits.
+    """
     held = np.load(corpus_folder / "heldout.npy", allow_pickle=False)[:blocks].astype(np.int64)
     prompts = _ragged_prompts(held)
     texts = [document.text[:400] for document in heldout_documents(corpus_folder)[:VERIFY_PROMPTS]]
     opened = check.check(bundle, prompts, texts=texts, threads=threads)
-    reference, shipped = model.TorchModel(model.load(model_folder)), OnnxModel(bundle, threads)
+    torch_model = model.load(model_folder)
+    if trained is not None:
+        round_weights(torch_model, *trained_roundings(*trained, model_folder))
+    reference, shipped = model.TorchModel(torch_model), OnnxModel(bundle, threads)
     difference = Divergence()
     for done, block in enumerate(held):
         ids, mask = block[None], np.ones_like(block[None])
@@ -105,10 +122,27 @@ def verify(
         progress(done + 1, len(held), "")
     results = {**opened, **difference.record(), "limits": limits}
     results["greedy_agreement"] = _greedy_agreement(reference, shipped, prompts)
+    if trained is not None:
+        exact = OnnxModel(bundle, threads, graph=at_accuracy_level(bundle, 0))
+        results["as_trained"] = _as_trained(reference, exact, held, prompts)
+        limits = {**limits, "max_abs_difference": AS_TRAINED}
+        results["max_abs_difference"] = results["as_trained"]["max_abs_difference"]
     _hold(results, limits, bundle)
     results["passed"] = True
     write_json(own / "verify.json", results)
     return results
+
+
+def _as_trained(
+    reference: Any, exact: OnnxModel, held: NDArray[np.int64], prompts: Sequence[list[int]]
+) -> dict[str, float]:
+    """How far the graph in fp32 arithmetic is from the rounded torch model."""
+    largest = 0.0
+    for block in held:
+        ids, mask = block[None], np.ones_like(block[None])
+        largest = max(largest, float(np.abs(reference(ids, mask) - exact(ids, mask)).max()))
+    agreement = _greedy_agreement(reference, exact, prompts)
+    return {"max_abs_difference": largest, "greedy_agreement": agreement}
 
 
 def _ragged_prompts(held: np.ndarray) -> list[list[int]]:

@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import TrainerCallback
 
 from edgedisp import Progress, model
 from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.dispersion.quick import quick_condensation
 from edgedisp.processes import place, split
-from edgedisp.recipe import ArmRun, Train
+from edgedisp.recipe import ArmRun, QuantizeBits, Train
 from edgedisp.recipe.sections import Dispersion
 from edgedisp.stages import adapters
+from edgedisp.stages.rounding import aware
 from edgedisp.stages.start import PACKING, weights_digest
 from edgedisp.train.distributed import Sharding, Share, leave
 from edgedisp.train.reporting import Reporting, check_reporters
@@ -36,6 +38,7 @@ def midtrain(
     steps: int,
     seed: int,
     arm: ArmRun,
+    rounded: QuantizeBits | None,
     base_folder: Path,
     corpus_folder: Path,
     own: Path,
@@ -43,23 +46,28 @@ def midtrain(
 ) -> dict[str, Any]:
     """Train one arm and leave a Hugging Face folder; the arms differ in what `arm` adds, and in nothing else.
 
+    `rounded`: how the bundle that `train.quantization_aware` names is rounded; None without that key.
     An adapter is left as a plain PEFT folder; `merge_adapter` makes a model of it. Logs for others
     (`train.report_to`) are left in `logs`. Of several processes each takes its share; the first writes.
     """
     check_reporters(train.report_to)
-    packed = _in_order(np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False), arm)
+    tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+    packed = _in_order(tokens, arm)
     packing = json.loads((corpus_folder / PACKING).read_text(encoding="utf-8"))
     trained = adapters.model_to_train(train.adapter, base_folder, seed)
     settings = train_settings(train, steps, seed)
     checkpoints = own / "checkpoints"
     name = f"{own.parent.parent.name}/{own.parent.name}"
+    callbacks: list[TrainerCallback] = list(callbacks_for(arm.techniques, seed))
+    if train.quantization_aware is not None and rounded is not None:
+        callbacks.append(aware(train.quantization_aware, rounded, tokens, own, progress))
     done = fit(
         trained,
         packed,
         settings,
         checkpoints=checkpoints,
         dispersion=None if arm.dispersion is None else dispersion_config(arm.dispersion, seed),
-        callbacks=callbacks_for(arm.techniques, seed),
+        callbacks=callbacks,
         end_of_text=packing["end_of_text"] if packing["isolate_documents"] else None,
         watch=_watch(train.watch_every, steps, corpus_folder),
         reporting=Reporting(train.report_to, own / "logs", name) if train.report_to else None,

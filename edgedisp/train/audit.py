@@ -1,16 +1,11 @@
-"""What a merge is judged by: the loss of each held-out block, and weights rounded as a bundle's will be.
+"""What a merge is judged by: the loss of each held-out block, of weights that may be rounded (rounded.py).
 
 The loss is the plain next-token cross-entropy in float32, block by block, so that two models can be compared
-block by block (paired). Rounding goes over the same tensors as the quantized bundle: the linear maps, and the
-embedding and the head with a rounding of their own. Norms, biases and learned positions stay as they are.
-
-Weights alone: a bundle's kernel may also round activations (`accuracy_level: 4`), which is left out here.
+block by block (paired). Weights alone: a bundle's kernel may also round activations (`accuracy_level: 4`),
+which is left out here.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from edgedisp import Progress, silent
-from edgedisp.train.adapter import LINEAR
 from edgedisp.train.noise import quiet_bitsandbytes
-
-Rounding = Callable[[torch.Tensor], torch.Tensor]
-"""float32 [out, in] -> the same shape, rounded along `in`."""
 
 LOGITS_AT_ONCE = 1 << 24  # values of one slice of the loss: 64 MB in float32
 
@@ -49,28 +40,6 @@ def block_losses(
                 losses[index] += functional.cross_entropy(part.float(), wanted, reduction="sum").item()
             progress(index + 1, len(blocks), note)
     return losses
-
-
-def round_weights(model: nn.Module, body: Rounding, ends: Rounding) -> list[str]:
-    """Round weights of `model` in place: `ends` for embedding and head, `body` for every other linear map.
-
-    A head that is tied to the embedding is rounded once. Returns the names of the rounded weights.
-    """
-    whole: Any = model
-    outer = {id(whole.get_input_embeddings().weight), id(whole.get_output_embeddings().weight)}
-    done: dict[int, str] = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if weight is None or id(weight) in done:
-            continue
-        if id(weight) in outer or isinstance(module, LINEAR):
-            done[id(weight)] = f"{name}.weight"
-            turned = not isinstance(module, nn.Linear | nn.Embedding)  # Conv1D holds [in, out]
-            values = weight.detach().to("cpu", torch.float32)
-            new = (ends if id(weight) in outer else body)(values.T if turned else values)
-            with torch.no_grad():
-                weight.copy_(new.T if turned else new)
-    return list(done.values())
 
 
 def to_bfloat16(model: nn.Module) -> None:

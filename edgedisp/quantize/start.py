@@ -1,0 +1,76 @@
+"""Where quantization-aware training starts from: a model calibrated by GPTQ that can still be trained.
+
+`calibrated_start` rounds a model layer by layer as `calibrated.py` does, but leaves GPTQ's latent weights in
+it (gptq.py) and hands out the scales. Rounded on them, the model is the GPTQ-quantized one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from edgedisp import BadInput, Progress, silent
+from edgedisp.quantize.calibrate import calibrate
+from edgedisp.quantize.gptq import gptq_latent
+from edgedisp.quantize.grid import Grid, check_weight, dequantize, split_rows
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Of a weight [out, in]: scales fp32 and zero points uint8 (None: symmetric), each [out, groups]."""
+
+    scales: Tensor
+    zero_points: Tensor | None
+
+    def rows(self, first: int, count: int) -> Scales:
+        """Those of `count` rows."""
+        points = None if self.zero_points is None else self.zero_points[first : first + count]
+        return Scales(self.scales[first : first + count], points)
+
+
+@torch.no_grad()
+def calibrated_start(
+    model: nn.Module,
+    layers: nn.ModuleList,
+    tokens: NDArray[Any],
+    grid: Grid,
+    *,
+    damping: float = 0.01,
+    act_order: bool = True,
+    progress: Progress = silent,
+) -> dict[str, Scales]:
+    """Put GPTQ's latent weights into `layers`; return parameter name -> the scales they are rounded on.
+
+    tokens: unsigned integers [blocks, context], all real text. Scales lie on the model's device. BadInput
+    names a weight that cannot be quantized.
+    """
+    latents: dict[str, Tensor] = {}
+    found: dict[str, Scales] = {}
+
+    def rounding(weights: dict[str, Tensor], second: Tensor) -> dict[str, Tensor]:
+        for name, weight in weights.items():
+            try:
+                check_weight(weight)
+            except BadInput as error:
+                raise BadInput(f"{name}: {error}") from error
+        stacked = torch.cat(list(weights.values()))
+        blocks, latent = gptq_latent(stacked, grid, second, damping=damping, act_order=act_order)
+        heights = [len(weight) for weight in weights.values()]
+        latents.update(zip(weights, latent.split(heights)))
+        for name, part in zip(weights, split_rows(blocks, heights)):
+            found[f"{name}.weight"] = Scales(part.scales.clone(), part.zero_points)
+        return dict(zip(weights, dequantize(blocks, grid).split(heights)))
+
+    device = next(model.parameters()).device
+    blocks = torch.from_numpy(np.asarray(tokens, np.int64)).to(device)
+    calibrate(model, layers, blocks, rounding, progress, "calibrating layer by layer")
+    for name, latent in latents.items():
+        module: Any = model.get_submodule(name)
+        module.weight.copy_(latent.T if isinstance(module, Conv1D) else latent)
+    return found
