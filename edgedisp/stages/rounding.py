@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from edgedisp import BadInput, Progress
@@ -34,7 +34,7 @@ from edgedisp.recipe import QuantizeBits
 from edgedisp.train.quantization_aware import QuantizationAware
 from edgedisp.train.rounded import Rounding, weights_of
 
-SCALES = "quantization.safetensors"
+SCALES = "quantization/scales.safetensors"  # in a folder of its own: model.save clears the top
 SLICE_VALUES = 1 << 22  # weight values rounded at a time: 16 MB of fp32, and a few times that in between
 BITS = {"int8": 8, "int4": 4}
 
@@ -131,7 +131,9 @@ def _keep(scales: dict[str, Scales], grid: Grid, own: Path) -> None:
         if one.zero_points is not None:
             tensors[f"{name}.zero_points"] = one.zero_points.contiguous()
     told = {"grid": json.dumps({"bits": grid.bits, "group": grid.group, "symmetric": grid.symmetric})}
-    save_file(tensors, own / SCALES, told)
+    path = own / SCALES
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(save(tensors, told))
 
 
 def trained_scales(model_folder: Path, grid: Grid) -> dict[str, Scales]:
