@@ -177,7 +177,9 @@ def check_files(folder: Path) -> bool:
         return False
     try:
         files = json.loads(listed.read_text(encoding="utf-8"))["files"]
-        expected = [(str(name), int(entry["size_bytes"]), str(entry["sha256"])) for name, entry in files.items()]
+        expected = [
+            (str(name), int(entry["size_bytes"]), str(entry["sha256"])) for name, entry in files.items()
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{listed}: is damaged ({error!r}); {_AGAIN}") from error
     for name, size, _ in expected:
@@ -190,8 +192,7 @@ def check_files(folder: Path) -> bool:
     for name, _, sha256 in expected:
         if (found := file_digest(folder / name)) != sha256:
             raise BadInput(
-                f"{folder / name}: is damaged or changed: its SHA-256 is {found}, {listed.name} says {sha256}; "
-                f"{_AGAIN}"
+                f"{folder / name}: is damaged: its SHA-256 is {found}, {listed.name} says {sha256}; " + _AGAIN
             )
     return True
 

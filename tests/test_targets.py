@@ -25,7 +25,11 @@ def refused(text: str, folder: Path) -> list[str]:
 
 
 def test_every_shipped_profile_loads_under_its_name_with_sources_for_its_figures() -> None:
-    assert target_names() == SHIPPED == [path.stem for path in sorted((data_folder("export") / "targets").iterdir())]
+    assert (
+        target_names()
+        == SHIPPED
+        == [path.stem for path in sorted((data_folder("export") / "targets").iterdir())]
+    )
     for name in SHIPPED:
         target = load_target(name)
         assert target.name == name and target.precision == "int4"
@@ -79,11 +83,20 @@ def test_all_problems_of_a_profile_are_told_at_once_each_with_its_line(tmp_path:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (GOOD.replace("box\n", "cup\n", 1), "/box.yaml:1: name: found 'cup', but the file is called box.yaml"),
+        (
+            GOOD.replace("box\n", "cup\n", 1),
+            "/box.yaml:1: name: found 'cup', but the file is called box.yaml",
+        ),
         (GOOD + "layouts: [optimum, optimum]\n", "/box.yaml:5: layouts: found 'optimum' twice"),
         (GOOD + "layouts: []\n", "/box.yaml:5: layouts: found an empty list"),
-        (GOOD + "precision: int8\nquantize:\n  head_bits: 4\n", "/box.yaml:7: quantize.head_bits: found 4, but"),
-        (GOOD + "precision: fp32\nquantize: {group: 64}\n", "/box.yaml:6: quantize: found, but precision fp32"),
+        (
+            GOOD + "precision: int8\nquantize:\n  head_bits: 4\n",
+            "/box.yaml:7: quantize.head_bits: found 4, but",
+        ),
+        (
+            GOOD + "precision: fp32\nquantize: {group: 64}\n",
+            "/box.yaml:6: quantize: found, but precision fp32",
+        ),
         (GOOD + "notes: [it is fast]\n", "/box.yaml:5: notes: found without sources"),
         (GOOD.replace("512", "16"), "/box.yaml:4: context: found 16; needs a whole number of at least 64"),
         (GOOD.replace("description: a box\n", ""), "/box.yaml:1: description: missing; needs text"),

@@ -9,9 +9,10 @@
       onnx/model_q4.onnx_data                  the weights of both graphs
 
 A graph names the file of its weights by a path from its own folder, and onnxruntime refuses one that leaves
-that folder (`../`). It takes one that goes down. So where transformers.js is wanted the weights lie in `onnx/`
-under the name that this library looks for, and `model.onnx` above names them `onnx/model_q4.onnx_data`: two
-small graphs, one file, no link. Without transformers.js they are `model.onnx.data` beside `model.onnx`.
+that folder (`../`). It takes one that goes down. So where transformers.js is wanted the weights lie in
+`onnx/` under the name that this library looks for, and `model.onnx` above names them
+`onnx/model_q4.onnx_data`: two small graphs, one file, no link. Without
+transformers.js they are `model.onnx.data` beside `model.onnx`.
 
 What the graph of transformers.js has of its own: its default WebAssembly build has no kernel for
 `GatherBlockQuantized` (onnxruntime-web 1.31), so the embedding's rows are taken and scaled by standard

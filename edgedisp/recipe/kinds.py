@@ -110,7 +110,7 @@ def _task(value: str) -> str:
 
 
 def target_names(folder: Path | None = None) -> list[str]:
-    """The device profiles that the package carries: the names of export/targets/*.yaml, or those in `folder`."""
+    """The device profiles that the package carries: export/targets/*.yaml, or those in `folder`."""
     return sorted(path.stem for path in (folder or data_folder("export") / "targets").glob("*.yaml"))
 
 

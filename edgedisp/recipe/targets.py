@@ -101,8 +101,8 @@ def _path(name: str, folder: Path | None) -> Path:
         guess = near(name, known)
         meant = f"did you mean '{guess}'? " if guess else ""
         raise BadInput(
-            f"target '{name}': no such device profile; {meant}(choices: {', '.join(known)}, or your own file, "
-            "such as box.yaml)"
+            f"target '{name}': no such device profile; {meant}(choices: {', '.join(known)}, or your own "
+            "file, such as box.yaml)"
         )
     return (folder or data_folder("export") / "targets") / f"{name}.yaml"
 

@@ -71,8 +71,7 @@ def read_text(path: Path, what: str = "a recipe") -> str:
     except IsADirectoryError:
         inside = sorted(entry.name for entry in path.glob("*.yaml"))[:12]
         raise BadInput(
-            f"{path}: this is a folder; name {what} file in it"
-            + (f": {', '.join(inside)}" if inside else "")
+            f"{path}: this is a folder; name {what} file in it" + (f": {', '.join(inside)}" if inside else "")
         ) from None
     except (OSError, ValueError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) else str(problem)
@@ -205,9 +204,7 @@ class Written:
         return Place(f"{self.name}:{line}", line)
 
 
-def parse(
-    text: str, name: str, what: str = "a recipe", keys: str = "name, model, data and train"
-) -> Written:
+def parse(text: str, name: str, what: str = "a recipe", keys: str = "name, model, data and train") -> Written:
     """Read the YAML of `what`, which needs `keys` (both for messages). Raises BadInput where no data come out
     of it: bad YAML, empty, not a mapping."""
     written = Written(name)

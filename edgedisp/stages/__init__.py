@@ -18,7 +18,7 @@ from edgedisp.stages.adapters import merge_adapter
 from edgedisp.stages.bundles import export, quantize, verify
 from edgedisp.stages.condensation import bundle_condensation, condensation
 from edgedisp.stages.figures import accuracy, count_items, items, latency
-from edgedisp.stages.packing import pack
+from edgedisp.stages.packing import pack, provenance_of
 from edgedisp.stages.pilot import judging, pilot_candidate
 from edgedisp.stages.start import base, fetch_base, tokens, twin_base
 from edgedisp.stages.training import leave_processes, midtrain, train_settings
@@ -39,6 +39,7 @@ __all__ = [
     "midtrain",
     "pack",
     "pilot_candidate",
+    "provenance_of",
     "quantize",
     "tokens",
     "train_settings",

@@ -4,14 +4,13 @@ What was measured is what ships: weights and products are those of the bundle th
 graph in it must give that bundle's logits bit for bit before the stage is done.
 
 `manifest.json` says all that someone needs who has nothing but the folder: every file with its size and
-SHA-256, the grid of the weights, the base and its licence, how each runtime opens it, and where it comes from.
-README.md is the one file that it does not list: the card may be written, and edited, later.
+SHA-256, the grid of the weights, the base and its licence, how each runtime opens it, and where it comes
+from. README.md is the one file that it does not list: the card may be written, and edited, later.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from edgedisp.folder import MANIFEST, file_digest, git_commit, list_files, read,
 from edgedisp.graph import layouts as laid
 from edgedisp.graph.device import for_device
 from edgedisp.recipe import Target
+from edgedisp.recipe.schema import hash8
+from edgedisp.stages.start import weights_digest
 
 CARD = "README.md"
 GRID = ("bits", "group", "symmetric", "head_bits", "method", "accuracy_level")
@@ -34,23 +35,23 @@ def pack(
     layouts: Sequence[str],
     threads: int,
     bundle: Path,
-    base_folder: Path,
+    licensed: Path,
     grid: dict[str, Any] | None,
     provenance: dict[str, Any],
     own: Path,
 ) -> dict[str, Any]:
     """Write `bundle` for a device into the empty folder `own`.
 
-    `base_folder` knows the licence; `grid` is the record of quantization (None: what stands in the bundle's
-    own record). `provenance` goes into the manifest, with versions and commit. Returns {target, layouts,
-    threads, context, precision, size_bytes, files}; size_bytes counts every file once.
+    `licensed`: the model folder that has the licence beside it. `grid`: the record of quantization (None:
+    what stands in the bundle's own record). `provenance` goes into the manifest, with versions and commit.
+    Returns {target, layouts, threads, context, precision, size_bytes, files}; size_bytes counts every file.
     """
     device = for_device(bundle, own, threads=threads, context=target.context)
     entries = laid.arrange(own, layouts, target.precision)
     tokenizer = model.load_tokenizer(bundle)
     ids = model.encode(tokenizer, corpus.made_documents(1, seed=0)[0].text)[:COMPARED_TOKENS]
     laid.check_same(own, laid.graphs(entries), bundle, ids, threads)
-    licence = model.carry_licence(base_folder, own)
+    licence = model.carry_licence(licensed, own)
     record = read(bundle)
     grid = grid or (record.results if record else {})
     files = list_files(own, without=(MANIFEST, CARD, "key.json"))
@@ -107,8 +108,7 @@ def provenance_of(model_folder: Path) -> dict[str, Any]:
         return found  # copied out of its run
     corpus_record = read(run / "corpus")
     if kind == "model" and corpus_record is not None:
-        identity = canonical_hash(owner["identity"])
-        found["recipe"] = {"name": owner["name"], "hash8": identity}
+        found["recipe"] = {"name": owner["name"], "hash8": hash8(owner["identity"])}
         found["data_sha256"] = corpus_record.results.get("tokens_sha256")
         found |= {"arm": arm, "seed": record.key["section"].get("seed")}
     return found
