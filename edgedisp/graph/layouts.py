@@ -176,13 +176,14 @@ def _plain_gather(graph: GraphProto, node: NodeProto, made: dict[str, TensorProt
     name, steps = node.output[0], []
 
     def add(op: str, inputs: Sequence[str], part: str, **attributes: Any) -> str:
-        output = name if part == "" else f"{name}.{part}"
+        output = name if part == "" else f"{name}.plain.{part}"
         steps.append(helper.make_node(op, list(inputs), [output], name=output, **attributes))
         return output
 
     def constant(part: str, values: NDArray[Any]) -> str:
-        made[f"{name}.{part}"] = numpy_helper.from_array(values, f"{name}.{part}")
-        return f"{name}.{part}"
+        own = f"{name}.plain.{part}"
+        made[own] = numpy_helper.from_array(values, own)
+        return own
 
     def unpacked(packed: str, part: str, count: int) -> str:
         """Bytes -> fp32 values, the low bits first; `count` a row, what fills the last byte cut off."""

@@ -91,7 +91,10 @@ def _stored(manifest: Manifest) -> str:
 
 
 def _loading(manifest: Manifest) -> list[str]:
-    blocks = []
+    blocks = [
+        "`folder` stands for this folder, `parent` and `name` for the one that holds it and its name there, "
+        "`text` for yours."
+    ]
     for layout, entry in branch(manifest, "layouts").items():
         files = f"`{at(entry, 'graph')}`, weights in `{at(entry, 'weights')}`"
         code = fenced(str(at(entry, "load") or ""), SHELLS.get(layout, "python"))
