@@ -54,9 +54,12 @@ unit: setup
 real: setup
 	$(BIN)/python -m pytest -m real
 
-# docs/recipe.md is made from the schema; tests/test_readme.py notices when it is out of date.
+# docs/recipe.md is made from the schema, and so is the table of keys that ends docs/bundles.md;
+# tests/test_readme.py notices when one is out of date.
 docs: setup
 	( echo "# Every key of a recipe"; echo; $(BIN)/python -c "from edgedisp.recipe import reference; print(reference())" ) > docs/recipe.md
+	sed -i '/^| key |/,$$d' docs/bundles.md
+	$(BIN)/python -c "from edgedisp.recipe import Target, reference; print(reference(Target), end='')" >> docs/bundles.md
 
 wheel: setup
 	$(BIN)/python -m build --wheel

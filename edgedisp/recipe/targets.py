@@ -70,7 +70,7 @@ class Target(Section):
     layouts: Annotated[tuple[Layout, ...], Unique] = Field(
         default=("onnxruntime-genai",), min_length=1, description="the runtimes that open the bundle"
     )
-    notes: tuple[str, ...] = Field(default=(), description="why it is as it is")
+    notes: tuple[Text, ...] = Field(default=(), description="why it is as it is")
     sources: tuple[Text, ...] = Field(default=(), description="where the figures in the notes come from")
 
 
