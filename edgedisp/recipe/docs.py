@@ -13,7 +13,7 @@ from edgedisp.recipe.schema import Recipe
 
 
 def reference(root: type[BaseModel] = Recipe) -> str:
-    """A markdown table of all keys of `root`: key, what it accepts, default, meaning; ends with a line break."""
+    """A markdown table of all keys of `root`: key, what it accepts, default, meaning. Ends with a newline."""
     lines = ["| key | accepts | default | meaning |", "|---|---|---|---|"]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in _rows(root)]
     return "\n".join(lines) + "\n"
