@@ -4,12 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test lint types unit real docs wheel clean setup
+# The other runtimes that open a bundle, in environments of their own: tests/test_runtimes.py.
+RUNTIMES := .runtimes
+NODE := $(RUNTIMES)/node/.installed
+OPTIMUM := $(RUNTIMES)/optimum/.installed
+
+.PHONY: quickstart test lint types unit real docs wheel clean setup runtimes
 
 quickstart: setup
 	$(BIN)/edgedisp build recipes/quickstart.yaml
 
-test: setup lint types unit real
+test: setup runtimes lint types unit real
 
 setup: $(INSTALLED)
 
@@ -19,6 +24,21 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
+
+# Where node or a package cannot be had, the tests of that runtime are skipped and say so.
+runtimes: $(NODE) $(OPTIMUM)
+
+# Without the variable, onnxruntime-node fetches CUDA libraries that nothing here uses.
+$(NODE):
+	mkdir -p $(@D)
+	-ONNXRUNTIME_NODE_INSTALL=skip npm install --silent --no-audit --no-fund --prefix $(@D) \
+		@huggingface/transformers@4.3.1 && touch $@
+
+# optimum-onnx needs transformers 4.
+$(OPTIMUM):
+	$(PYTHON) -m venv $(@D)
+	-$(@D)/bin/python -m pip install --quiet "optimum-onnx==0.1.0" "transformers<4.58" "onnxruntime>=1.27,<2" \
+		"torch>=2.10,<2.14" && touch $@
 
 lint: setup
 	$(BIN)/ruff check .
@@ -34,12 +54,15 @@ unit: setup
 real: setup
 	$(BIN)/python -m pytest -m real
 
-# docs/recipe.md is made from the schema; tests/test_readme.py notices when it is out of date.
+# docs/recipe.md is made from the schema, and so is the table of keys that ends docs/bundles.md;
+# tests/test_readme.py notices when one is out of date.
 docs: setup
 	( echo "# Every key of a recipe"; echo; $(BIN)/python -c "from edgedisp.recipe import reference; print(reference())" ) > docs/recipe.md
+	sed -i '/^| key |/,$$d' docs/bundles.md
+	$(BIN)/python -c "from edgedisp.recipe import Target, reference; print(reference(Target), end='')" >> docs/bundles.md
 
 wheel: setup
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(RUNTIMES) build dist *.egg-info

@@ -5,6 +5,9 @@ folder with the stage's name is always whole. The record holds the key the stage
 of the recipe and the content hashes of what it read), so that an unchanged stage is recognised without
 opening a model, and the SHA-256 of every file, from which the stage's own content hash is made.
 
+A bundle that leaves its run carries `manifest.json`, which lists its files in the same way; whoever opens one
+compares them first (`check_files`), so that a damaged download is found before a runtime reads it.
+
 What was left out: a database of artefacts shared between runs. A run folder can be copied, zipped or
 deleted with ordinary tools, and that is worth more.
 """
@@ -17,7 +20,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,6 +30,7 @@ from typing import Any
 from edgedisp import BadInput, __version__
 
 RECORD = "record.json"
+MANIFEST = "manifest.json"  # what a bundle says of itself wherever it is taken
 RUN = "run.json"
 KEY = "key.json"
 
@@ -130,11 +134,7 @@ def finish(
     """Hash the files, write the record, and rename the folder into place over an outdated one."""
     (partial / KEY).unlink()
     (partial / RECORD).unlink(missing_ok=True)  # came along with a folder that the stage copied
-    files = {
-        path.relative_to(partial).as_posix(): {"size_bytes": path.stat().st_size, "sha256": file_digest(path)}
-        for path in sorted(partial.rglob("*"))
-        if path.is_file()
-    }
+    files = list_files(partial)
     raw = {
         "key": key,
         "results": results,
@@ -152,6 +152,52 @@ def finish(
     partial.rename(folder)
     shutil.rmtree(outdated, ignore_errors=True)
     return Record(folder, key, results, files, seconds)
+
+
+def list_files(folder: Path, without: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Every file under a folder, by its path from there: {size_bytes, sha256}."""
+    found = {
+        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    return {
+        name: {"size_bytes": path.stat().st_size, "sha256": file_digest(path)}
+        for name, path in found.items()
+        if name not in without
+    }
+
+
+def check_files(folder: Path) -> bool:
+    """Compare a folder's files with what its manifest says, or its record: sizes first, then contents.
+
+    Returns False where there is neither. Raises BadInput naming the file, what was expected and what is
+    there, also where the list itself is damaged.
+    """
+    listed = next((path for path in (folder / MANIFEST, folder / RECORD) if path.is_file()), None)
+    if listed is None:
+        return False
+    try:
+        files = json.loads(listed.read_text(encoding="utf-8"))["files"]
+        expected = [
+            (str(name), int(entry["size_bytes"]), str(entry["sha256"])) for name, entry in files.items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{listed}: is damaged ({error!r}); {_AGAIN}") from error
+    for name, size, _ in expected:
+        path = folder / name
+        if not path.is_file():
+            raise BadInput(f"{path}: is missing; {listed.name} lists it with {size:,} bytes; {_AGAIN}")
+        if path.stat().st_size != size:
+            found = f"has {path.stat().st_size:,} bytes, {listed.name} says {size:,}"
+            raise BadInput(f"{path}: {found}: truncated or changed; {_AGAIN}")
+    for name, _, sha256 in expected:
+        if (found := file_digest(folder / name)) != sha256:
+            raise BadInput(
+                f"{folder / name}: is damaged: its SHA-256 is {found}, {listed.name} says {sha256}; " + _AGAIN
+            )
+    return True
+
+
+_AGAIN = "copy or export the bundle again"
 
 
 def git_commit() -> str | None:

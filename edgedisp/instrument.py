@@ -20,6 +20,7 @@ from edgedisp import BadInput, Progress, corpus, model, sources
 from edgedisp.bench.machine import physical_cores
 from edgedisp.dispersion.profile import compare
 from edgedisp.dispersion.profile import condensation as measure_torch
+from edgedisp.folder import check_files
 from edgedisp.graph.layout import context_of
 from edgedisp.graph.session import read_config
 from edgedisp.stages.condensation import measure_bundle, without_sequences
@@ -100,6 +101,7 @@ def _is_bundle(folder: Path) -> bool:
 
 def _open_bundle(base: str, folder: Path) -> _Opened:
     read_config(folder)  # says what is missing before the tokenizer does
+    check_files(folder)
 
     def measure(blocks: Tensor, told: Progress) -> dict[str, Any]:
         return measure_bundle(folder, blocks, physical_cores(), told)

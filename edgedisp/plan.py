@@ -16,7 +16,7 @@ from edgedisp import BadInput
 from edgedisp.bench.machine import physical_cores
 from edgedisp.pipeline import Observer, state
 from edgedisp.processes import split
-from edgedisp.recipe import Recipe
+from edgedisp.recipe import Recipe, load_target
 
 # Bytes per parameter on disk. int8: a byte and a float32 scale per group of 32. int4: half of that, zero
 # points, and the head at 8 bits. Measured on SmolLM2-135M: 1.13 and 0.74.
@@ -36,7 +36,6 @@ def check_before_start(recipe: Recipe, run: Path) -> None:
 
     Raises BadInput.
     """
-    from edgedisp.bench.targets import load_target
     from edgedisp.evaluate.tasks import check_tasks
 
     for name in recipe.targets:

@@ -5,8 +5,10 @@ Like `stages/`, this is a place where rooms meet; what it does is short.
 
 from __future__ import annotations
 
-import shutil
+import difflib
+import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +17,82 @@ import psutil
 from edgedisp import BadInput, Progress, corpus, data_folder, model
 from edgedisp.bench import local
 from edgedisp.bench.machine import physical_cores
-from edgedisp.bench.targets import load_target
 from edgedisp.dispersion.collect import decoder_layers
+from edgedisp.folder import MANIFEST, check_files
 from edgedisp.graph import check
 from edgedisp.graph.export import export as export_graph
+from edgedisp.graph.layouts import LAYOUTS
 from edgedisp.pipeline import BITS, Observer
 from edgedisp.quantize.rewrite import quantize_bundle
-from edgedisp.recipe import Recipe
-from edgedisp.stages import fetch_base, train_settings
+from edgedisp.recipe import Recipe, Target, load_target
+from edgedisp.report import bundle_card
+from edgedisp.stages import fetch_base, pack, provenance_of, train_settings
+from edgedisp.stages.packing import CARD
 from edgedisp.train.adapter import adapter_size
 from edgedisp.train.probe import time_steps
 
 
-def export_for_target(folder: Path, target_name: str, out: Path, observer: Observer) -> dict[str, Any]:
+def export_for_target(
+    folder: Path, target_name: str, out: Path, observer: Observer, layouts: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Export a Hugging Face folder to a bundle for a device profile; `out` appears whole or not at all.
 
-    Raises BadInput for an unknown target, a folder without a model, or an `out` that exists.
+    `layouts` None: the profile's. Raises BadInput for an unknown target or layout, a folder without a model
+    or a tokenizer, or an `out` that exists.
     """
     target = load_target(target_name)
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: no such folder; `edgedisp build` leaves one under <run>/<arm>/model")
-    if out.exists():
-        raise BadInput(f"{out}: exists already; choose another --out")
+    chosen = _check_export(folder, out, layouts or target.layouts)
     threads = target.threads or physical_cores()
     out.resolve().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.resolve().parent) as scratch:
-        parent, bundle = Path(scratch) / "fp32", Path(scratch) / "bundle"
+        parent, packed = Path(scratch) / "fp32", Path(scratch) / "packed"
         parent.mkdir()
-        observer.progress(0, 3, "writing the graph")
-        record = export_graph(
-            folder, parent, threads=threads, max_context=target.context, progress=observer.progress
-        )
-        if target.precision == "fp32":
-            bundle = parent
-        else:
-            bundle.mkdir()
-            record = quantize_bundle(
-                parent,
-                bundle,
-                bits=BITS[target.precision],
-                **target.quantize.model_dump(),
-                progress=observer.progress,
-            )
-        tokenizer = model.load_tokenizer(folder)
-        text = corpus.made_documents(1, seed=0)[0].text
-        ids = model.encode(tokenizer, text)
-        check.check(bundle, [ids[:8], ids[:24]], texts=[text], threads=threads)
-        shutil.move(bundle, out)
-    return {**record, "precision": target.precision}
+        packed.mkdir()
+        bundle, grid = _checked_bundle(folder, target, threads, parent, observer)
+        record = pack(target, chosen, threads, bundle, folder, grid, provenance_of(folder), packed)
+        manifest = json.loads((packed / MANIFEST).read_text(encoding="utf-8"))
+        (packed / CARD).write_text(bundle_card(manifest, out.name), encoding="utf-8")
+        packed.rename(out)
+    return record
+
+
+def _check_export(folder: Path, out: Path, layouts: Sequence[str]) -> list[str]:
+    """Refuse what would fail later; returns the layouts, each once and in their usual order."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; `edgedisp build` leaves one under <run>/<arm>/model")
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"{folder}: no model folder (config.json is missing); name a Hugging Face folder")
+    if not (folder / "tokenizer.json").is_file():
+        raise BadInput(f"{folder}: no tokenizer.json; a bundle needs the fast form of the tokenizer")
+    if out.exists():
+        raise BadInput(f"{out}: exists already; choose another --out")
+    for name in layouts:
+        if name not in LAYOUTS:
+            guess = difflib.get_close_matches(name, LAYOUTS, n=1)
+            meant = f"did you mean '{guess[0]}'? " if guess else ""
+            raise BadInput(f"--layouts: '{name}' is not known; {meant}(choices: {', '.join(LAYOUTS)})")
+    return [name for name in LAYOUTS if name in layouts]
+
+
+def _checked_bundle(
+    folder: Path, target: Target, threads: int, parent: Path, observer: Observer
+) -> tuple[Path, dict[str, Any]]:
+    """The bundle at the target's precision, opened and checked, and the record of its grid."""
+    observer.progress(0, 3, "writing the graph")
+    grid = export_graph(
+        folder, parent, threads=threads, max_context=target.context, progress=observer.progress
+    )
+    bundle = parent
+    if target.precision != "fp32":
+        bundle = parent.with_name(target.precision)
+        bundle.mkdir()
+        options = target.quantize.model_dump()
+        bits = BITS[target.precision]
+        grid = quantize_bundle(parent, bundle, bits=bits, **options, progress=observer.progress)
+    text = corpus.made_documents(1, seed=0)[0].text
+    ids = model.encode(model.load_tokenizer(folder), text)
+    check.check(bundle, [ids[:8], ids[:24]], texts=[text], threads=threads)
+    return bundle, grid
 
 
 def time_bundles(
@@ -97,6 +127,7 @@ def _labels(bundles: list[Path]) -> dict[str, Path]:
     for bundle in bundles:
         if not (bundle / "model.onnx").is_file():
             raise BadInput(f"{bundle}: holds no model.onnx; a bundle is a folder such as <run>/<arm>/int4")
+        check_files(bundle)
     for depth in range(1, 12):
         labels = {"/".join(bundle.resolve().parts[-depth:]): bundle for bundle in bundles}
         if len(labels) == len(bundles):

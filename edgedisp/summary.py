@@ -20,10 +20,10 @@ from typing import Any
 from edgedisp import BadInput
 from edgedisp.bench.machine import describe, installed_version
 from edgedisp.evaluate.seeds import average_task, compare_tasks
-from edgedisp.folder import git_commit, write_json
+from edgedisp.folder import MANIFEST, git_commit, write_json
 from edgedisp.pipeline import Walked
 from edgedisp.recipe import ArmRun, Recipe
-from edgedisp.report import model_card
+from edgedisp.report import bundle_card, model_card
 from edgedisp.report import write as write_report
 
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "peft", "bitsandbytes", "lm-eval")
@@ -182,6 +182,10 @@ def publish(recipe: Recipe, walked: list[Walked], run: Path) -> dict[str, Any]:
     write_report(summary, run)
     for one in recipe.arm_runs:  # a Hugging Face folder explains itself in its README
         (run / one.name / "model" / "README.md").write_text(model_card(summary, one.name), encoding="utf-8")
+    for packed in (path for paths in summary["packed"].values() for path in paths):
+        manifest = json.loads((run / packed / MANIFEST).read_text(encoding="utf-8"))
+        card = bundle_card(manifest, packed, summary)
+        (run / packed / "README.md").write_text(card, encoding="utf-8")
     (run / "recipe.lock.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     stamp.parent.mkdir(exist_ok=True)
     write_json(stamp, known)

@@ -17,7 +17,8 @@ import onnx
 import pytest
 
 from edgedisp.cli import main
-from edgedisp.folder import read
+from edgedisp.folder import check_files, read
+from edgedisp.recipe import load
 
 RECIPE = """\
 name: tiny
@@ -118,6 +119,26 @@ def test_the_bundle_for_a_device_is_the_one_that_was_measured(built: tuple[Path,
     for name in ("model.onnx", "model.onnx.data", "tokenizer.json"):
         assert packed.sha256(name) == measured.sha256(name)
     assert threads_of(run / "dispersed" / "phone-arm64") == 4
+
+
+def test_what_ships_says_where_it_comes_from_and_what_was_measured(built: tuple[Path, Path, Ended]) -> None:
+    recipe, run, _ = built
+    packed, trained, corpus = (
+        read(run / name) for name in ("dispersed/phone-arm64", "dispersed/model", "corpus")
+    )
+    assert packed and trained and corpus
+    assert check_files(packed.folder) and "README.md" not in packed.files
+    manifest = json.loads((packed.folder / "manifest.json").read_text())
+    origin, owner = manifest["provenance"], load(recipe)
+    assert origin["recipe"] == {"name": "tiny", "hash8": owner.hash8}
+    assert (origin["arm"], origin["seed"], origin["smoke"]) == ("dispersed", 1, False)
+    assert origin["data_sha256"] == corpus.results["tokens_sha256"]
+    assert origin["weights_sha256"] == trained.results["weights_sha256"]
+    assert manifest["base"]["base"] == owner.model.base
+    assert (manifest["grid"]["bits"], manifest["grid"]["method"]) == (4, "rtn")
+    card = (packed.folder / "README.md").read_text()
+    assert "| int4" in card and "| int8" not in card and "Nothing was measured" not in card
+    assert "Licence of the base not found" in card
 
 
 def test_a_target_whose_precision_is_not_built_is_refused(edgedisp, recipe) -> None:  # type: ignore[no-untyped-def]

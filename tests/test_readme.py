@@ -70,3 +70,10 @@ def test_the_recipe_reference_is_what_the_schema_says() -> None:
     assert reference().strip() in (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8"), (
         "docs/recipe.md is out of date: make docs"
     )
+
+
+def test_the_keys_of_a_device_profile_are_what_the_schema_says() -> None:
+    from edgedisp.recipe import Target, reference
+
+    page = (ROOT / "docs" / "bundles.md").read_text(encoding="utf-8")
+    assert page.endswith(reference(Target)), "docs/bundles.md is out of date: make docs"

@@ -355,7 +355,7 @@ evaluate: {tasks: [heldout_cloz]} | evaluate.tasks.0 | did you mean 'heldout_clo
 evaluate: {tasks: [held_out_cloze]} | evaluate.tasks.0 | did you mean 'heldout_cloze'?
 evaluate: {tasks: [piqa, piqa]} | evaluate.tasks | found 'piqa' twice; name each once
 latency: {devices: [phone]} | latency.devices.0 | found 'phone'; the only choice is local
-targets: [laptop] | targets.0 | found 'laptop'; did you mean 'laptop-x64'? (choices: laptop-x64, phone
+targets: [laptop] | targets.0 | found 'laptop'; did you mean 'laptop-x64'? (choices: browser, laptop-x64
   Batch: 3 | train.Batch | unknown key; did you mean 'batch'?
   weight: 0.2 | train.weight | unknown key; did you mean 'train.dispersion.weight'?
 lr: 3 | lr | unknown key; did you mean 'train.lr'?

@@ -48,19 +48,33 @@ def condensation(
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder.")],
-    target: Annotated[str, typer.Option(help="Device profile: a name under export/targets.")] = "laptop-x64",
+    target: Annotated[
+        str, typer.Option(help="Device profile: a name under export/targets, or a file of your own.")
+    ] = "laptop-x64",
+    layouts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="L,L,...", help="onnxruntime-genai, transformers.js, optimum; default: the profile's."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="The bundle; default MODEL-TARGET beside it.")
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Export a model folder to an ONNX bundle for a device."""
+    """Export a model folder to an ONNX bundle for a device, in the layouts of its runtimes."""
     from edgedisp.console import Screen
     from edgedisp.single import export_for_target
 
-    bundle = out or model.with_name(f"{model.name}-{target}")
+    bundle = out or model.resolve().with_name(f"{model.resolve().name}-{Path(target).stem}")
+    chosen = None if layouts is None else [name.strip() for name in layouts.split(",")]
     with Screen(f"export -> {bundle}") as screen:
-        record = export_for_target(model, target, bundle, screen)
-    typer.echo(f"{bundle}: {record['size_bytes'] / 1e6:.0f} MB, {record['precision']}, opened and checked")
+        record = export_for_target(model, target, bundle, screen, chosen)
+    if as_json:
+        typer.echo(json.dumps({"bundle": str(bundle), **record}))
+        return
+    size, runtimes = f"{record['size_bytes'] / 1e6:.0f} MB", ", ".join(record["layouts"])
+    typer.echo(f"{bundle}: {size}, {record['precision']}, for {runtimes}, opened and checked")
 
 
 @app.command()
@@ -97,6 +111,7 @@ def chat(
     """Talk to a finished bundle through onnxruntime-genai."""
     from edgedisp.bench.machine import physical_cores
     from edgedisp.chat import chat as talk
+    from edgedisp.folder import check_files
 
     def write(piece: str) -> None:
         sys.stdout.write(piece)
@@ -108,6 +123,7 @@ def chat(
         except EOFError:
             return None
 
+    check_files(bundle)
     stats = talk(
         bundle,
         prompt=prompt,

@@ -48,7 +48,7 @@ def write_layout(decoder: Decoder, model_folder: Path, out: Path, threads: int) 
     """Write every file of a bundle but the graph. BadInput if the model folder has no fast tokenizer."""
     copy_files(model_folder, out)
     config = _genai_config(decoder, end_ids(out), _special_ids(out))
-    _dump(out / "genai_config.json", config)
+    dump(out / "genai_config.json", config)
     set_threads(out, threads)
 
 
@@ -61,7 +61,7 @@ def copy_files(model_folder: Path, out: Path) -> None:
             shutil.copyfile(model_folder / name, out / name)
     if not (out / "generation_config.json").is_file():
         config = _load(out / "config.json")
-        _dump(out / "generation_config.json", {k: v for k, v in config.items() if k.endswith("_token_id")})
+        dump(out / "generation_config.json", {k: v for k, v in config.items() if k.endswith("_token_id")})
     settings = _load(model_folder / "tokenizer_config.json")
     template = chat_template(model_folder)
     if template is not None:
@@ -69,7 +69,7 @@ def copy_files(model_folder: Path, out: Path) -> None:
         (out / "chat_template.jinja").write_text(template, encoding="utf-8")
     # Without this list, transformers 4 hands a graph token_type_ids that it has no input for.
     settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
-    _dump(out / "tokenizer_config.json", settings)
+    dump(out / "tokenizer_config.json", settings)
 
 
 def chat_template(folder: Path) -> str | None:
@@ -107,7 +107,7 @@ def set_threads(bundle: Path, threads: int) -> None:
     if "model" not in config:
         raise BadInput(f"{bundle}: no bundle (genai_config.json is missing); `edgedisp export` makes one")
     config["model"]["decoder"].setdefault("session_options", {})["intra_op_num_threads"] = threads
-    _dump(path, config)
+    dump(path, config)
 
 
 def context_of(bundle: Path) -> int:
@@ -190,5 +190,6 @@ def _load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _dump(path: Path, content: dict[str, Any]) -> None:
+def dump(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON as the other files of a bundle are written."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

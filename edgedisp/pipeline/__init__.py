@@ -66,7 +66,7 @@ def stages(recipe: Recipe, threads: int) -> list[Stage]:
     scored = ["torch", *precisions]
     found += [shipping.accuracy(recipe, name, precision, threads) for name in names for precision in scored]
     found.append(shipping.latency(recipe, threads))
-    found += [shipping.pack(name, target, threads) for name in first for target in recipe.targets]
+    found += [shipping.pack(recipe, name, target, threads) for name in first for target in recipe.targets]
     return found
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgedisp.bench.targets import load_target
 from edgedisp.folder import digest
 from edgedisp.pipeline.training import plain
 from edgedisp.pipeline.walk import Stage, Work
-from edgedisp.recipe import Recipe
+from edgedisp.recipe import Recipe, load_target
 
 BITS = {"int8": 8, "int4": 4}
+UNPACKED = ("description", "notes", "sources", "quantize")  # of a profile: what a packed bundle has not of it
 
 # Raised when the profile of a model gets other figures; 2: intervals, correlations, outliers.
 CONDENSATION_FORM = {"form": 2}
@@ -190,14 +190,21 @@ def latency(recipe: Recipe, threads: int) -> Stage:
     return Stage("latency", section, names, work)
 
 
-def pack(arm: str, target: str, threads: int) -> Stage:
+def pack(recipe: Recipe, arm: str, target: str, threads: int) -> Stage:
+    """What was measured, for a device. The profile's words are no part of the key, nor how it quantizes."""
     profile = load_target(target)
-    bundle = f"{arm}/{profile.precision}"
+    bundle, model = f"{arm}/{profile.precision}", f"{arm}/model"
     started_with = profile.threads or threads
 
     def work(job: Work) -> dict[str, Any]:
         from edgedisp import stages as run
 
-        return run.pack(target, started_with, job.folders[bundle], job.own)
+        found = run.provenance_of(job.folders[model]) | {"smoke": recipe.is_smoke}
+        licensed = job.folders["base"]
+        return run.pack(
+            profile, profile.layouts, started_with, job.folders[bundle], licensed, None, found, job.own
+        )
 
-    return Stage(f"{arm}/{target}", {"threads": started_with}, (bundle,), work)
+    section = {key: value for key, value in plain(profile).items() if key not in UNPACKED}
+    section |= {"threads": started_with, "recipe": recipe.name}
+    return Stage(f"{arm}/{target}", section, (bundle, model, "base", "corpus"), work)

@@ -17,6 +17,7 @@ problem (misspelt keys, wrong types, numbers out of bounds, keys that contradict
     problems.py  a failed check -> words for the user
     read.py      `load`: all of the above, in order
     shrink.py    `smoke`: the same recipe cut down to a minute
+    targets.py   `load_target`: device profiles, read the same way
     docs.py      `reference`: the table of all keys for docs/recipe.md
 
 Left out on purpose: includes, inheritance between recipes, environment variables and Python paths. A recipe
@@ -43,6 +44,7 @@ from edgedisp.recipe.sections import (
     Verify,
 )
 from edgedisp.recipe.shrink import smoke
+from edgedisp.recipe.targets import Target, load_target
 
 __all__ = [
     "Adapter",
@@ -59,9 +61,11 @@ __all__ = [
     "QuantizeBits",
     "Recipe",
     "Source",
+    "Target",
     "Train",
     "Verify",
     "load",
+    "load_target",
     "reference",
     "smoke",
 ]

@@ -12,10 +12,10 @@ from edgedisp.recipe.problems import bare, kind_at, words_of
 from edgedisp.recipe.schema import Recipe
 
 
-def reference() -> str:
-    """A markdown table of all keys: key, what it accepts, default, meaning. Ends with a line break."""
+def reference(root: type[BaseModel] = Recipe) -> str:
+    """A markdown table of all keys of `root`: key, what it accepts, default, meaning. Ends with a newline."""
     lines = ["| key | accepts | default | meaning |", "|---|---|---|---|"]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in _rows(Recipe)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in _rows(root)]
     return "\n".join(lines) + "\n"
 
 

@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -108,9 +109,9 @@ def _task(value: str) -> str:
     return _choice(value, HELDOUT_TASKS, "or any lm-evaluation-harness task") if ours else value
 
 
-def target_names() -> list[str]:
-    """The device profiles that the package carries: the names of export/targets/*.yaml."""
-    return sorted(path.stem for path in (data_folder("export") / "targets").glob("*.yaml"))
+def target_names(folder: Path | None = None) -> list[str]:
+    """The device profiles that the package carries: export/targets/*.yaml, or those in `folder`."""
+    return sorted(path.stem for path in (folder or data_folder("export") / "targets").glob("*.yaml"))
 
 
 def _target(value: str) -> str:

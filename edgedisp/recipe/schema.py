@@ -127,9 +127,14 @@ class Recipe(Section):
         Precisions, quantization, tasks, latency, arms, seeds and targets leave it unchanged, so they reuse
         the run: an arm or a seed that is added trains what is new.
         """
-        canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+        return hash8(self.identity())
 
     def to_yaml(self) -> str:
         """The resolved recipe, every key with its value; `load` reads it back to an equal Recipe."""
         return to_yaml(self.model_dump(mode="json"))
+
+
+def hash8(identity: dict[str, Any]) -> str:
+    """First 8 digits of the SHA-256 of what `Recipe.identity` gives, as canonical JSON."""
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:8]

@@ -60,8 +60,9 @@ _CAUSES = {
 }
 
 
-def read_text(path: Path) -> str:
-    """The text of a recipe file. Raises BadInput if missing, a folder, unreadable, large or not UTF-8."""
+def read_text(path: Path, what: str = "a recipe") -> str:
+    """The text of a YAML file (`what`, in messages). BadInput if missing, a folder, unreadable, large or not
+    UTF-8."""
     try:
         with path.open("rb") as file:
             raw = file.read(MOST_BYTES + 1)
@@ -70,14 +71,13 @@ def read_text(path: Path) -> str:
     except IsADirectoryError:
         inside = sorted(entry.name for entry in path.glob("*.yaml"))[:12]
         raise BadInput(
-            f"{path}: this is a folder; name a recipe file in it"
-            + (f": {', '.join(inside)}" if inside else "")
+            f"{path}: this is a folder; name {what} file in it" + (f": {', '.join(inside)}" if inside else "")
         ) from None
     except (OSError, ValueError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) else str(problem)
         raise BadInput(f"{path}: cannot be read: {reason}") from None
     if len(raw) > MOST_BYTES:
-        raise BadInput(f"{path}: larger than {MOST_BYTES:,} bytes; a recipe is a small YAML file")
+        raise BadInput(f"{path}: larger than {MOST_BYTES:,} bytes; {what} is a small YAML file")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
@@ -204,19 +204,18 @@ class Written:
         return Place(f"{self.name}:{line}", line)
 
 
-def parse(text: str, name: str) -> Written:
-    """Read a recipe's YAML. Raises BadInput where no data come out of it: bad YAML, empty, not a mapping."""
+def parse(text: str, name: str, what: str = "a recipe", keys: str = "name, model, data and train") -> Written:
+    """Read the YAML of `what`, which needs `keys` (both for messages). Raises BadInput where no data come out
+    of it: bad YAML, empty, not a mapping."""
     written = Written(name)
     try:
         node = _compose(text)
         if node is None:
-            raise BadInput(f"{name}: the file is empty; a recipe needs name, model, data and train")
+            raise BadInput(f"{name}: the file is empty; {what} needs {keys}")
         if not isinstance(node, MappingNode):
             found = "a list" if isinstance(node, SequenceNode) else show(_scalar(node))
             line = node.start_mark.line + 1
-            raise BadInput(
-                f"{name}:{line}: found {found}; a recipe is a mapping with name, model, data and train"
-            )
+            raise BadInput(f"{name}:{line}: found {found}; {what} is a mapping with {keys}")
         written.data = written._plain(node, ())
     except RecursionError:
         raise BadInput(f"{name}: nested too deeply, or an alias holds itself") from None

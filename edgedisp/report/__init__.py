@@ -12,7 +12,8 @@ opened and no run folder is read, so the same summary gives the same bytes.
                     plot_scores.py: drawings; condensation_page.py: those of `edgedisp condensation --out`
     section.py      the shape of a section; results.py, shipped.py, provenance.py: the sections
     page.py         all files of the report, HTML through report.html.j2
-    card.py         the README of an exported model folder
+    card.py         the README of a model folder
+    bundle_card.py  the README of a bundle that ships, from its manifest and the summary
 
 The summary, every part of which may be absent or None:
 
@@ -60,6 +61,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgedisp.report.before_after import Table, compare, table
+from edgedisp.report.bundle_card import bundle_card
 from edgedisp.report.card import model_card
 from edgedisp.report.claims import verdict
 from edgedisp.report.every_arm import render_arms
@@ -69,6 +71,7 @@ from edgedisp.report.rendering import render_markdown, render_text
 __all__ = [
     "Summary",
     "Table",
+    "bundle_card",
     "compare",
     "model_card",
     "render_arms",

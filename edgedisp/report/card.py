@@ -42,18 +42,18 @@ def model_card(summary: Summary, name: str) -> str:
     seed = number(replica.get("seed"))
     title = f"{escape_markdown(arm)} arm" + (f", seed {seed:.0f}" if seed is not None else "")
     blocks = [
-        _front_matter(base, arm, summary),
+        front_matter(base, arm, summary),
         f"# {escape_markdown(run_title(summary))}, {title}",
-        _what(base, arm, summary),
+        what(base, arm, summary),
         "## Training",
-        _training(summary, arm, name),
+        training(summary, arm, name),
         "## Results",
         escape_markdown(verdict(summary)["sentence"]),
         render_markdown(table(summary)).rstrip(),
         "## Licence",
         _licence(summary, base),
         "## Limits",
-        _limits(summary),
+        limits(summary),
     ]
     command = at(summary, "command")
     if command:
@@ -67,16 +67,17 @@ def _disperses(summary: Summary, arm: str) -> bool:
     return arm == DISPERSED if known is None else bool(at(known, "dispersion"))
 
 
-def _front_matter(base: str, arm: str, summary: Summary) -> str:
+def front_matter(base: str, arm: str, summary: Summary, library: str = "transformers") -> str:
     """JSON strings are YAML strings, so that no name can break out of its line."""
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
     if HUB_ID.fullmatch(base):
         lines.append(f"base_model: {json.dumps(base)}")
     tags = ["edgedisp", "onnx", *(["dispersion-loss"] if _disperses(summary, arm) else [])]
     return "\n".join([*lines, "tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---"])
 
 
-def _what(base: str, arm: str, summary: Summary) -> str:
+def what(base: str, arm: str, summary: Summary) -> str:
+    """What was trained, and what it is compared with."""
     name = escape_markdown(base) or "a base model"
     others = [other for other in arms(summary) if other != BASELINE]
     if arm == BASELINE:
@@ -99,7 +100,8 @@ def _added(summary: Summary, arm: str) -> str:
     return "a dispersion loss" if at(summary, "techniques", arm) is None else added(summary, arm)
 
 
-def _training(summary: Summary, arm: str, name: str) -> str:
+def training(summary: Summary, arm: str, name: str) -> str:
+    """The table of settings."""
     part, corpus = trainings(summary, arm).get(name, {}), branch(summary, "corpus")
     rows = [
         ("training tokens", count(number(part.get("tokens")))),
@@ -136,7 +138,8 @@ def _licence(summary: Summary, base: str) -> str:
     return " ".join([*known, text])
 
 
-def _limits(summary: Summary) -> str:
+def limits(summary: Summary) -> str:
+    """What the figures do not say, as a list."""
     count_ = seeds(summary)
     lines = [
         "- One training seed; the intervals cover the choice of test text, not the luck of training."

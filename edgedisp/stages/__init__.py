@@ -8,15 +8,17 @@ what a stage does not get, it cannot depend on, and the cache key in pipeline/ i
     training.py  midtrain: an arm's model folder, or its adapter
     adapters.py  merge_adapter: an adapter's audit, and the model folder it is merged into
     condensation.py  condensation, bundle_condensation: the geometry of token vectors, before and after export
-    bundles.py   export, quantize, verify, pack: ONNX bundles out of a model folder
+    bundles.py   export, quantize, verify: ONNX bundles out of a model folder
+    packing.py   pack: a bundle for a kind of device, in the layouts of its runtimes, with a manifest
     figures.py   items, accuracy, latency: what is measured of them
     pilot.py     judging, pilot_candidate: a candidate of `edgedisp pilot`, trained and measured
 """
 
 from edgedisp.stages.adapters import merge_adapter
-from edgedisp.stages.bundles import export, pack, quantize, verify
+from edgedisp.stages.bundles import export, quantize, verify
 from edgedisp.stages.condensation import bundle_condensation, condensation
 from edgedisp.stages.figures import accuracy, count_items, items, latency
+from edgedisp.stages.packing import pack, provenance_of
 from edgedisp.stages.pilot import judging, pilot_candidate
 from edgedisp.stages.start import base, fetch_base, tokens, twin_base
 from edgedisp.stages.training import leave_processes, midtrain, train_settings
@@ -37,6 +39,7 @@ __all__ = [
     "midtrain",
     "pack",
     "pilot_candidate",
+    "provenance_of",
     "quantize",
     "tokens",
     "train_settings",

@@ -101,6 +101,7 @@ def merge_adapter(
         "int4": compare(f"{NO_ADAPTER}, int4", f"{row}, int4"),
     }
     model.save(makers.merged(found["chosen"]), model.load_tokenizer(base_folder), own)
+    model.carry_licence(base_folder, own)
     return {
         **trained.results,
         "adapter_sha256": trained.results.get("weights_sha256"),

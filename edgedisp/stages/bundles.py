@@ -1,8 +1,7 @@
-"""ONNX bundles: written, quantized, checked against the torch model, and packed for a device."""
+"""ONNX bundles: written, quantized, and checked against the torch model."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ from numpy.typing import NDArray
 from edgedisp import BuildFailed, Progress, model
 from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.evaluate.divergence import Divergence
-from edgedisp.folder import RECORD, write_json
+from edgedisp.folder import write_json
 from edgedisp.graph import check
 from edgedisp.graph.export import export as export_graph
-from edgedisp.graph.layout import set_threads
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.quantize.calibrated import gptq_model
 from edgedisp.quantize.grid import Grid
@@ -181,12 +179,3 @@ def _hold(results: dict[str, Any], limits: dict[str, float | None], bundle: Path
             f"{bundle.parent.name}/{bundle.name} does not agree with the torch model: {'; '.join(broken)}. "
             "If that is good enough for you, set the limit under `verify` in the recipe"
         )
-
-
-def pack(target: str, threads: int, bundle: Path, own: Path) -> dict[str, Any]:
-    """The bundle for a kind of device: the one that was measured, with the device's threads set."""
-    for file in sorted(bundle.iterdir()):
-        if file.name != RECORD:
-            shutil.copy2(file, own / file.name)
-    set_threads(own, threads)
-    return {"target": target, "threads": threads, "precision": bundle.name}

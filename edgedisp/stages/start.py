@@ -67,7 +67,10 @@ def base(section: Model, context: int, beside: Path, own: Path, progress: Progre
         raise BadInput(f"data.context: {context} is longer than the {longest} positions of {section.base}")
     # By a hub's name others can open the base that an adapter needs.
     hub = {"hub_id": where, "revision": section.revision} if isinstance(where, str) else {}
-    return _save_base(opened, tokenizer, own) | hub
+    record = _save_base(opened, tokenizer, own)
+    fetched = Path(opened.name_or_path) if isinstance(where, str) else where  # the hub's cache, or the base
+    licence = model.carry_licence(fetched, own, section.base)
+    return record | hub | {"license": licence["license"], "license_files": licence["files"]}
 
 
 def twin_base(

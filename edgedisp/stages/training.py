@@ -83,6 +83,7 @@ def midtrain(
         adapters.keep_adapter(trained, train.adapter, base_folder, own)
     else:
         model.save(trained, model.load_tokenizer(base_folder), own)
+        model.carry_licence(base_folder, own)
     shutil.rmtree(checkpoints)
     return {
         "steps": steps,

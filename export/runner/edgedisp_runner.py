@@ -83,8 +83,11 @@ def decoder_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights_bytes(graph: Path) -> int:
-    """Bytes of the graph and of the weight files beside it (`model.onnx.data`, `model.onnx_data` ...)."""
+    """Bytes of the graph and of its weights: files beside it (`model.onnx.data`, `model.onnx_data` ...), or
+    the one in `onnx/` that it shares with the graph for browsers."""
     files = [f for f in graph.parent.iterdir() if f.is_file() and f.name.startswith(graph.name)]
+    if len(files) == 1:
+        files += (graph.parent / "onnx").glob("*.onnx_data")
     return sum(f.stat().st_size for f in files)
 
 

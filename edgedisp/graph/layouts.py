@@ -1,0 +1,252 @@
+"""One folder that three runtimes open, with its weights stored once.
+
+    bundle/
+      genai_config.json                        onnxruntime-genai
+      model.onnx                               onnxruntime-genai, optimum
+      config.json, generation_config.json      optimum, transformers.js
+      tokenizer.json, tokenizer_config.json    all
+      onnx/model_q4.onnx                       transformers.js
+      onnx/model_q4.onnx_data                  the weights of both graphs
+
+A graph names the file of its weights by a path from its own folder, and onnxruntime refuses one that leaves
+that folder (`../`). It takes one that goes down. So where transformers.js is wanted the weights lie in
+`onnx/` under the name that this library looks for, and `model.onnx` above names them
+`onnx/model_q4.onnx_data`: two small graphs, one file, no link. Without
+transformers.js they are `model.onnx.data` beside `model.onnx`.
+
+What the graph of transformers.js has of its own: its default WebAssembly build has no kernel for
+`GatherBlockQuantized` (onnxruntime-web 1.31), so the embedding's rows are taken and scaled by standard
+operators, which give the same numbers bit for bit. `config.json` tells it which file to take (`dtype`) and
+that there are external weights.
+
+optimum needs transformers 4, which does not know the class that transformers 5 writes for its tokenizers; its
+older name means the same to all three.
+
+Left out: fp16 graphs for WebGPU, and weights in parts (WebAssembly holds at most 4 GB; these are small).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+
+from edgedisp import BadInput, BuildFailed
+from edgedisp.graph import layout
+from edgedisp.graph.writer import DATA, GRAPH
+
+GENAI, WEB, OPTIMUM = "onnxruntime-genai", "transformers.js", "optimum"
+LAYOUTS = (GENAI, WEB, OPTIMUM)
+
+# Precision -> what transformers.js calls it (`dtype`), and the end of its file's name.
+DTYPES = {"fp32": ("fp32", ""), "int8": ("q8", "_quantized"), "int4": ("q4", "_q4")}
+
+LOAD = {
+    GENAI: """\
+import onnxruntime_genai as og
+
+model = og.Model(folder)
+tokenizer = og.Tokenizer(model)
+ids = tokenizer.encode(text)
+params = og.GeneratorParams(model)
+params.set_search_options(max_length=len(ids) + 48, do_sample=False)
+generator = og.Generator(model, params)
+generator.append_tokens(ids)
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))""",
+    OPTIMUM: """\
+from optimum.onnxruntime import ORTModelForCausalLM  # package optimum-onnx, with transformers 4
+from transformers import AutoTokenizer
+
+model = ORTModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+ids = tokenizer(text, return_tensors="pt")  # one text at a time: rows padded on the left come out wrong
+found = model.generate(**ids, max_new_tokens=48, do_sample=False)
+print(tokenizer.decode(found[0], skip_special_tokens=True))""",
+    WEB: """\
+import { env, pipeline } from "@huggingface/transformers"; // 4.x
+
+env.allowRemoteModels = false; // for a bundle on your own server or disk
+env.allowLocalModels = true;
+env.localModelPath = parent; // folder or address that holds the bundle's folder, with a / at the end
+const generate = await pipeline("text-generation", name, { dtype: "$DTYPE" });
+const [answer] = await generate(text, { max_new_tokens: 48, do_sample: false });
+console.log(answer.generated_text);""",
+}
+"""How each runtime opens a bundle. `folder`, `parent`, `name` and `text` are the reader's to fill in."""
+
+
+def arrange(bundle: Path, layouts: Sequence[str], precision: str) -> dict[str, dict[str, Any]]:
+    """Turn a bundle (graph and weights at its top) into one of the `layouts`, in place.
+
+    Returns layout -> {graph, weights, load}: paths in the bundle, and how its runtime opens it. BadInput for
+    a layout that is not known, or whose files this bundle lacks.
+    """
+    unknown = [name for name in layouts if name not in LAYOUTS]
+    if unknown or not layouts:
+        raise BadInput(f"layouts: {', '.join(unknown) or 'none given'}; choices: {', '.join(LAYOUTS)}")
+    if GENAI in layouts and not (bundle / "genai_config.json").is_file():
+        others = ", ".join(name for name in LAYOUTS if name != GENAI)
+        raise BadInput(f"layouts: {GENAI} cannot run this family; there are {others}")
+    dtype, suffix = DTYPES[precision]
+    web = f"onnx/model{suffix}.onnx"
+    weights = f"{web}_data" if WEB in layouts else DATA
+    if WEB in layouts:
+        _write_web(bundle, web, dtype)
+    _tell_optimum(bundle)
+    if GENAI not in layouts:
+        (bundle / "genai_config.json").unlink(missing_ok=True)
+    if GENAI not in layouts and OPTIMUM not in layouts:
+        (bundle / GRAPH).unlink()
+    return {
+        name: {
+            "graph": web if name == WEB else GRAPH,
+            "weights": weights,
+            "load": LOAD[name].replace("$DTYPE", dtype),
+        }
+        for name in LAYOUTS
+        if name in layouts
+    }
+
+
+def graphs(layouts: dict[str, dict[str, Any]]) -> list[str]:
+    """The graph files of an arranged bundle, each once."""
+    return list(dict.fromkeys(entry["graph"] for entry in layouts.values()))
+
+
+def _write_web(bundle: Path, web: str, dtype: str) -> None:
+    """The second graph, and the weights under the name that it and the first one use."""
+    target = bundle / web
+    target.parent.mkdir()
+    data = target.with_name(f"{target.name}_data")
+    (bundle / DATA).rename(data)
+    model = onnx.load(bundle / GRAPH, load_external_data=False)
+    _point(model.graph, f"{target.parent.name}/{data.name}")
+    (bundle / GRAPH).write_bytes(model.SerializeToString())
+    _point(model.graph, data.name)
+    plain_gathers(model.graph)
+    target.write_bytes(model.SerializeToString())
+    config = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
+    config["transformers.js_config"] = {"dtype": dtype, "use_external_data_format": {target.name: 1}}
+    layout.dump(bundle / "config.json", config)
+
+
+def _tell_optimum(bundle: Path) -> None:
+    path = bundle / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        layout.dump(path, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _point(graph: GraphProto, location: str) -> None:
+    """Name the file of the weights."""
+    for tensor in graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+
+
+def plain_gathers(graph: GraphProto) -> None:
+    """Replace every `GatherBlockQuantized` by standard operators, in place: rows, unpack, (q - z) * scale."""
+    nodes: list[NodeProto] = []
+    made: dict[str, TensorProto] = {}
+    for node in graph.node:
+        nodes += _plain_gather(graph, node, made) if node.op_type == "GatherBlockQuantized" else [node]
+    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(kept)
+    graph.initializer.extend(made.values())
+
+
+def _plain_gather(graph: GraphProto, node: NodeProto, made: dict[str, TensorProto]) -> list[NodeProto]:
+    """Rows of packed bytes [..., groups * group * bits / 8] -> fp32 [..., groups * group]."""
+    options = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
+    bits, group = int(options.get("bits", 4)), int(options["block_size"])
+    data, ids, scales, *zero_points = [name for name in node.input if name]
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    groups = shapes[scales][1]
+    name, steps = node.output[0], []
+
+    def add(op: str, inputs: Sequence[str], part: str, **attributes: Any) -> str:
+        output = name if part == "" else f"{name}.plain.{part}"
+        steps.append(helper.make_node(op, list(inputs), [output], name=output, **attributes))
+        return output
+
+    def constant(part: str, values: NDArray[Any]) -> str:
+        own = f"{name}.plain.{part}"
+        made[own] = numpy_helper.from_array(values, own)
+        return own
+
+    def unpacked(packed: str, part: str, count: int) -> str:
+        """Bytes -> fp32 values, the low bits first; `count` a row, what fills the last byte cut off."""
+        values = packed
+        if bits < 8:
+            mask = constant("mask", np.array(2**bits - 1, np.uint8))
+            axis = constant("last_axis", np.array([-1], np.int64))
+            pieces = []
+            for place in range(8 // bits):
+                shift = constant(f"shift_{place}", np.array(place * bits, np.uint8))
+                moved = add("BitShift", [packed, shift], f"{part}.moved_{place}", direction="RIGHT")
+                low = add("BitwiseAnd", [moved, mask], f"{part}.low_{place}")
+                pieces.append(add("Unsqueeze", [low, axis], f"{part}.piece_{place}"))
+            joined = add("Concat", pieces, f"{part}.joined", axis=-1)
+            flat = constant("flat", np.array([0, 0, -1], np.int64))
+            values = add("Reshape", [joined, flat], f"{part}.values")
+            limits = [("start", 0), ("end", count), ("axis", -1)]
+            cut = [constant(f"{part}.{word}", np.array([value], np.int64)) for word, value in limits]
+            values = add("Slice", [values, *cut], f"{part}.counted")
+        return add("Cast", [values], f"{part}.float", to=TensorProto.FLOAT)
+
+    rows = unpacked(add("Gather", [data, ids], "rows", axis=0), "rows", groups * group)
+    blocks = constant("blocks", np.array([0, 0, groups, group], np.int64))
+    each = constant("each", np.array([0, 0, groups, 1], np.int64))
+    grouped = add("Reshape", [rows, blocks], "grouped")
+    scale = add("Reshape", [add("Gather", [scales, ids], "scale", axis=0), each], "scales")
+    if zero_points:
+        taken = add("Gather", [zero_points[0], ids], "zeros", axis=0)
+        zero = add("Reshape", [unpacked(taken, "zeros", groups), each], "zero_points")
+    else:
+        zero = constant("middle", np.array(2.0 ** (bits - 1), np.float32))
+    scaled = add("Mul", [add("Sub", [grouped, zero], "centered"), scale], "scaled")
+    add("Reshape", [scaled, constant("whole", np.array([0, 0, groups * group], np.int64))], "")
+    return steps
+
+
+def logits(graph: Path, ids: Sequence[int], threads: int) -> NDArray[np.float32]:
+    """Logits [tokens, vocab] of a graph file with an empty cache. BuildFailed if it does not open or run."""
+    onnxruntime.disable_telemetry_events()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        feed = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)}
+        for value in session.get_inputs():
+            if value.name.startswith("past_key_values."):
+                feed[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+        found: NDArray[np.float32] = session.run(["logits"], feed)[0][0]
+    except Exception as error:  # onnxruntime has no common base class for its errors
+        raise BuildFailed(f"{graph}: onnxruntime cannot run it: {error}") from error
+    return found
+
+
+def check_same(arranged: Path, files: Sequence[str], bundle: Path, ids: Sequence[int], threads: int) -> None:
+    """BuildFailed unless every graph of an arranged bundle gives the logits of `bundle`, bit for bit.
+
+    A graph may give the last position's alone; that one is compared then.
+    """
+    expected = logits(bundle / GRAPH, ids, threads)
+    for name in files:
+        found = logits(arranged / name, ids, threads)
+        if not np.array_equal(found, expected[-len(found) :]):
+            worst = float(np.abs(found - expected[-len(found) :]).max())
+            raise BuildFailed(f"{arranged}: {name} differs from the bundle that was checked, by {worst:.3g}")

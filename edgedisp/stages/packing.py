@@ -1,0 +1,114 @@
+"""The bundle that ships: made ready for a kind of device, laid out for its runtimes, with a manifest.
+
+What was measured is what ships: weights and products are those of the bundle that it is made from, and every
+graph in it must give that bundle's logits bit for bit before the stage is done.
+
+`manifest.json` says all that someone needs who has nothing but the folder: every file with its size and
+SHA-256, the grid of the weights, the base and its licence, how each runtime opens it, and where it comes
+from. README.md is the one file that it does not list: the card may be written, and edited, later.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgedisp import __version__, corpus, model
+from edgedisp.bench.machine import installed_version
+from edgedisp.folder import MANIFEST, file_digest, git_commit, list_files, read, write_json
+from edgedisp.graph import layouts as laid
+from edgedisp.graph.device import for_device
+from edgedisp.recipe import Target
+from edgedisp.recipe.schema import hash8
+from edgedisp.stages.start import weights_digest
+
+CARD = "README.md"
+GRID = ("bits", "group", "symmetric", "head_bits", "method", "accuracy_level")
+PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
+COMPARED_TOKENS = 24
+
+
+def pack(
+    target: Target,
+    layouts: Sequence[str],
+    threads: int,
+    bundle: Path,
+    licensed: Path,
+    grid: dict[str, Any] | None,
+    provenance: dict[str, Any],
+    own: Path,
+) -> dict[str, Any]:
+    """Write `bundle` for a device into the empty folder `own`.
+
+    `licensed`: the model folder that has the licence beside it. `grid`: the record of quantization (None:
+    what stands in the bundle's own record). `provenance` goes into the manifest, with versions and commit.
+    Returns {target, layouts, threads, context, precision, size_bytes, files}; size_bytes counts every file.
+    """
+    device = for_device(bundle, own, threads=threads, context=target.context)
+    entries = laid.arrange(own, layouts, target.precision)
+    tokenizer = model.load_tokenizer(bundle)
+    ids = model.encode(tokenizer, corpus.made_documents(1, seed=0)[0].text)[:COMPARED_TOKENS]
+    laid.check_same(own, laid.graphs(entries), bundle, ids, threads)
+    licence = model.carry_licence(licensed, own)
+    record = read(bundle)
+    grid = grid or (record.results if record else {})
+    files = list_files(own, without=(MANIFEST, CARD, "key.json"))
+    size = sum(entry["size_bytes"] for entry in files.values())
+    write_json(
+        own / MANIFEST,
+        {
+            "format": 1,
+            "target": target.name,
+            "architecture": target.architecture,
+            "precision": target.precision,
+            "grid": None if target.precision == "fp32" else {key: grid.get(key) for key in GRID},
+            "threads": device["threads"],
+            "context": device["context"],
+            "size_bytes": size,
+            "layouts": entries,
+            "tokenizer_sha256": file_digest(own / "tokenizer.json"),
+            "base": licence,
+            "provenance": {**provenance, **_made_by()},
+            "files": files,
+        },
+    )
+    return {
+        "target": target.name,
+        "layouts": list(entries),
+        "threads": device["threads"],
+        "context": device["context"],
+        "precision": target.precision,
+        "size_bytes": size,
+        "files": len(files),
+    }
+
+
+def _made_by() -> dict[str, Any]:
+    versions = {name: version for name in PACKAGES if (version := installed_version(name))}
+    return {"edgedisp": __version__, "git_commit": git_commit(), "versions": versions}
+
+
+def provenance_of(model_folder: Path) -> dict[str, Any]:
+    """What a model folder on its own tells of where it comes from; inside a run, what the run's records say.
+
+    {recipe: {name, hash8} | None, data_sha256, seed, arm, weights_sha256}, None for what is not known.
+    """
+    found: dict[str, Any] = {"recipe": None, "data_sha256": None, "seed": None, "arm": None}
+    found["weights_sha256"] = weights_digest(model_folder)
+    record = read(model_folder)
+    if record is None:
+        return found
+    arm, _, kind = str(record.key.get("stage", "")).rpartition("/")
+    run = model_folder.resolve().parent.parent
+    try:
+        owner = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return found  # copied out of its run
+    corpus_record = read(run / "corpus")
+    if kind == "model" and corpus_record is not None:
+        found["recipe"] = {"name": owner["name"], "hash8": hash8(owner["identity"])}
+        found["data_sha256"] = corpus_record.results.get("tokens_sha256")
+        found |= {"arm": arm, "seed": record.key["section"].get("seed")}
+    return found
