@@ -38,7 +38,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def on_device(bundle: Path, out: Path, context: int) -> Path:
     out.mkdir()
-    for_device(bundle, out, threads=3, context=context)
+    for_device(bundle, out, threads=3, context=context, last_logits=False)
     return out
 
 
@@ -117,3 +117,16 @@ def test_what_cannot_be_is_refused(bundles: dict[str, Path], tmp_path: Path) -> 
     (source / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(BadInput, match="points outside the bundle"):
         for_device(source, tmp_path / "out", threads=1, context=8)
+
+
+def test_a_device_gets_the_last_tokens_logits_alone_and_its_own_context_by_default(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    own = bundles["llama"]
+    (tmp_path / "device").mkdir()
+    record = for_device(own, tmp_path / "device", threads=1)
+    assert record["context"] == layout.context_of(own)
+    ids = np.array([ragged([20])[0]], np.int64)
+    whole, last = (OnnxModel(one, 1)(ids, np.ones_like(ids)) for one in (own, tmp_path / "device"))
+    assert last.shape[1] == 1
+    np.testing.assert_allclose(last[0, 0], whole[0, -1], rtol=1e-5, atol=1e-5)

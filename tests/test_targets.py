@@ -72,7 +72,7 @@ def test_all_problems_of_a_profile_are_told_at_once_each_with_its_line(tmp_path:
     assert refused(text, tmp_path) == [
         "/box.yaml: 4 problems",
         "/box.yaml:5: colour: unknown key; the keys here are name, description, architecture, precision, "
-        "quantize, threads, context, layouts, notes, sources",
+        "quantize, threads, context, logits, layouts, notes, sources",
         "/box.yaml:6: threads: found 'two'; needs a whole number of at least 1, or null",
         "/box.yaml:7: layouts.0: found 'optimun'; did you mean 'optimum'? (choices: onnxruntime-genai, "
         "transformers.js, optimum)",

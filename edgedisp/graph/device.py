@@ -1,6 +1,6 @@
-"""A bundle made ready for one kind of device: its threads, its context, and later what else a device wants.
+"""A bundle made ready for one kind of device: its threads, its context, and the logits that it needs.
 
-What was measured is what ships, so nothing here changes a logit within the device's context. Two things are
+What was measured is what ships, so nothing here changes a logit within the device's context. Three things are
 set:
 
 - threads: onnxruntime-genai takes their number from the bundle alone, and starts ONE without it.
@@ -8,8 +8,7 @@ set:
   configuration says so. With 8,192 positions the tables of SmolLM2-135M are 2 MB of a 104 MB bundle, and the
   cache that a runtime allocates at once is 380 MB.
 
-Rewrites of the graph for devices alone belong in `for_device`, before the file is written: scoring needs the
-logits of all positions, a device those of the last.
+- logits: of each row's last token alone (last_logits.py). Scoring needs all positions, a device the last.
 
 Left out: a context longer than the bundle's, whose tables would have to be computed from the model again.
 """
@@ -28,6 +27,7 @@ from onnx import GraphProto, TensorProto, numpy_helper
 
 from edgedisp import BadInput
 from edgedisp.graph import layout
+from edgedisp.graph.last_logits import keep_last
 from edgedisp.graph.writer import DATA, GRAPH, PAGE
 
 # Inputs of an operator that are tables of positions, one row each.
@@ -36,19 +36,21 @@ LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx")
 NOT_COPIED = ("record.json", "manifest.json", "README.md", GRAPH, DATA)
 
 
-def for_device(bundle: Path, out: Path, *, threads: int, context: int) -> dict[str, Any]:
+def for_device(
+    bundle: Path, out: Path, *, threads: int, context: int | None = None, last_logits: bool = True
+) -> dict[str, Any]:
     """Write `bundle` (graph and weights at its top) into the empty folder `out`, made ready for a device.
 
-    Returns {threads, context, size_bytes}: the context is the smaller of `context` and the bundle's own;
-    size_bytes counts graph and weights. BadInput for less than one thread or position, or where there is no
-    bundle.
+    `context` None: the bundle's own. Returns {threads, context, size_bytes}: the context is the smaller of
+    `context` and the bundle's own; size_bytes counts graph and weights. BadInput for less than one thread or
+    position, or where there is no bundle.
     """
-    if context < 1:
+    if context is not None and context < 1:
         raise BadInput(f"context is {context}; at least 1 position is needed")
     if not (bundle / GRAPH).is_file():
         raise BadInput(f"{bundle}: no bundle (model.onnx is missing); `edgedisp export` makes one")
     own = layout.context_of(bundle)
-    positions = min(context, own)
+    positions = own if context is None else min(context, own)
     for path in sorted(bundle.iterdir()):
         if path.is_file() and path.name not in NOT_COPIED:
             shutil.copyfile(path, out / path.name)
@@ -57,6 +59,8 @@ def for_device(bundle: Path, out: Path, *, threads: int, context: int) -> dict[s
         _move_weights(model.graph, bundle, out, dropped_rows=own - positions)
     elif (bundle / DATA).is_file():
         shutil.copyfile(bundle / DATA, out / DATA)
+    if last_logits:
+        keep_last(model)
     (out / GRAPH).write_bytes(model.SerializeToString())
     layout.set_threads(out, threads)
     _set_context(out, positions)

@@ -67,6 +67,10 @@ class Target(Section):
     context: Annotated[Whole, Ge(64)] = Field(
         description="most positions kept in the cache; the model's own, if fewer", examples=["2048"]
     )
+    logits: Literal["last", "all"] = Field(
+        default="last",
+        description="of the last token, which is all that generating needs; or of every token of a prompt",
+    )
     layouts: Annotated[tuple[Layout, ...], Unique] = Field(
         default=("onnxruntime-genai",), min_length=1, description="the runtimes that open the bundle"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from edgedisp import Progress, data_folder, model
 from edgedisp.bench import local
 from edgedisp.evaluate import tasks
 from edgedisp.folder import write_json
+from edgedisp.graph.device import for_device
 from edgedisp.graph.session import OnnxModel
 from edgedisp.recipe import Evaluate, Latency
 from edgedisp.stages.start import heldout_documents
@@ -71,12 +73,21 @@ def accuracy(
 def latency(
     section: Latency, seed: int, threads: int, bundles: dict[str, Path], own: Path, progress: Progress
 ) -> dict[str, Any]:
-    """Time every bundle on this machine, the arms interleaved; each must have the baseline's graph."""
+    """Time every bundle on this machine, the arms interleaved; each must have the baseline's graph.
+
+    What is timed is what a device gets: the same weights under a graph for the last token's logits.
+    """
     twins = [(f"baseline/{label.split('/')[1]}", label) for label in bundles]
     pairs = [(before, after) for before, after in twins if before in bundles and before != after]
     runner = data_folder("export") / "runner" / "edgedisp_runner.py"
+    scratch = own / "timed"
+    shipped = {}
+    for label, bundle in bundles.items():
+        shipped[label] = scratch / label.replace("/", "-")
+        shipped[label].mkdir(parents=True)
+        for_device(bundle, shipped[label], threads=threads)
     results = local.measure(
-        bundles,
+        shipped,
         runner=runner,
         prompt=section.prompt,
         generate=section.generate,
@@ -87,5 +98,6 @@ def latency(
         pairs=pairs,
         progress=progress,
     )
+    shutil.rmtree(scratch)
     write_json(own / "latency.json", results)
     return results

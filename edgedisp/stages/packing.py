@@ -46,7 +46,8 @@ def pack(
     what stands in the bundle's own record). `provenance` goes into the manifest, with versions and commit.
     Returns {target, layouts, threads, context, precision, size_bytes, files}; size_bytes counts every file.
     """
-    device = for_device(bundle, own, threads=threads, context=target.context)
+    last = target.logits == "last"
+    device = for_device(bundle, own, threads=threads, context=target.context, last_logits=last)
     entries = laid.arrange(own, layouts, target.precision)
     tokenizer = model.load_tokenizer(bundle)
     ids = model.encode(tokenizer, corpus.made_documents(1, seed=0)[0].text)[:COMPARED_TOKENS]
@@ -66,6 +67,7 @@ def pack(
             "grid": None if target.precision == "fp32" else {key: grid.get(key) for key in GRID},
             "threads": device["threads"],
             "context": device["context"],
+            "logits": target.logits,
             "size_bytes": size,
             "layouts": entries,
             "tokenizer_sha256": file_digest(own / "tokenizer.json"),

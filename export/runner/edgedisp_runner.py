@@ -169,6 +169,7 @@ class Decoder:
             raise BadBundle(f"{self.graph}: cache of type {first.type}; known are {sorted(NUMPY_TYPES)}")
         self.cache_heads = self._number(first.shape[1], "model.decoder.num_key_value_heads")
         self.head_size = self._number(first.shape[3], "model.decoder.head_size")
+        self.last_alone = present[self.logits].shape[1] == 1  # a graph with the last token's logits alone
         self.logits_type = NUMPY_TYPES.get(present[self.logits].type, "float32")
         self.shared = bool(self.config.get("search", {}).get("past_present_share_buffer", False))
 
@@ -197,20 +198,21 @@ class Decoder:
         self.ones = np.ones((1, self.positions), np.int64)
         self.places = np.arange(self.positions, dtype=np.int64)[None]
         self.binding = self.session.io_binding()
-        self.rooms: dict[int, Any] = {}  # tokens in the step -> logits [1, tokens, vocab]
+        self.rooms: dict[int, Any] = {}  # tokens with logits -> [1, tokens, vocab]
         if self.shared:
             for past, now in self.cache.items():
                 self.binding.bind_ortvalue_input(past, self.past[past])
                 self.binding.bind_ortvalue_output(now, self.past[past])
 
     def step(self, ids: Any, total: int, cache: dict[str, Any]) -> Any:
-        """Run `ids` int64 [1, n] at positions total-n .. total-1; logits [1, n, vocab]; updates `cache`."""
+        """Run `ids` int64 [1, n] at positions total-n .. total-1: logits [1, n or 1, vocab]; keeps `cache`."""
         import numpy as np
 
         count = ids.shape[1]
-        if count not in self.rooms:
-            self.rooms[count] = np.empty((1, count, self.vocab_size), self.logits_type)
-        room = self.rooms[count]
+        rows = 1 if self.last_alone else count
+        if rows not in self.rooms:
+            self.rooms[rows] = np.empty((1, rows, self.vocab_size), self.logits_type)
+        room = self.rooms[rows]
         binding = self.binding
         binding.bind_cpu_input(self.ids, ids)
         if self.mask in self.inputs:
