@@ -9,6 +9,7 @@
     text.py        text -> token ids; the token that ends a document
     twin.py        a 2-layer random model with its own small tokenizer, for proving a recipe in a minute
     scoring.py     `TorchModel`: token ids -> logits as numpy arrays, what every scorer takes
+    skeleton.py    a model without its weights, from config.json alone
     components.py  parameter counts: embedding, attention, mlp, norm, head
 
 Left out on purpose: pickled weights (`pytorch_model.bin`), which can run any code when opened; models that
@@ -18,6 +19,7 @@ are already quantized, because training needs full-precision weights; encoder-de
 from edgedisp.model.components import size_by_component
 from edgedisp.model.opening import load, load_tokenizer, open_base, quiet, save
 from edgedisp.model.scoring import TorchModel, context_length
+from edgedisp.model.skeleton import skeleton
 from edgedisp.model.text import Encoder, encode, end_of_text_id
 from edgedisp.model.twin import twin
 
@@ -33,5 +35,6 @@ __all__ = [
     "quiet",
     "save",
     "size_by_component",
+    "skeleton",
     "twin",
 ]

@@ -47,16 +47,21 @@ class TensorStore:
         if array.nbytes <= INLINE_BYTES:
             self.tensors.append(numpy_helper.from_array(array, name))
             return name
-        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-        tensor = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
         with (self.out / DATA).open("ab") as file:
             file.write(bytes(-file.tell() % PAGE))
-            for key, value in (("location", DATA), ("offset", file.tell()), ("length", array.nbytes)):
-                tensor.external_data.add(key=key, value=str(value))
+            self.tensors.append(placed(name, array, file.tell()))
             array.tofile(file)
-        self.tensors.append(tensor)
         return name
 
     def copy(self, tensor: TensorProto) -> None:
         """Take a tensor over unchanged."""
         self.add(tensor.name, self.read(tensor))
+
+
+def placed(name: str, array: NDArray[Any], offset: int) -> TensorProto:
+    """The entry of a tensor whose values lie at `offset` of the data file."""
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    tensor = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", DATA), ("offset", offset), ("length", array.nbytes)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor

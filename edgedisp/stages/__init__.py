@@ -10,9 +10,11 @@ what a stage does not get, it cannot depend on, and the cache key in pipeline/ i
     condensation.py  condensation, bundle_condensation: the geometry of token vectors, before and after export
     bundles.py   export, quantize, verify, pack: ONNX bundles out of a model folder
     figures.py   items, accuracy, latency: what is measured of them
+    accounting.py  size_account: what every bundle will weigh, before anything runs
     pilot.py     judging, pilot_candidate: a candidate of `edgedisp pilot`, trained and measured
 """
 
+from edgedisp.stages.accounting import base_skeleton, size_account
 from edgedisp.stages.adapters import merge_adapter
 from edgedisp.stages.bundles import export, pack, quantize, verify
 from edgedisp.stages.condensation import bundle_condensation, condensation
@@ -24,6 +26,7 @@ from edgedisp.stages.training import leave_processes, midtrain, train_settings
 __all__ = [
     "accuracy",
     "base",
+    "base_skeleton",
     "bundle_condensation",
     "condensation",
     "count_items",
@@ -38,6 +41,7 @@ __all__ = [
     "pack",
     "pilot_candidate",
     "quantize",
+    "size_account",
     "tokens",
     "train_settings",
     "twin_base",
