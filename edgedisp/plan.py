@@ -127,7 +127,7 @@ def _sizes(
     from edgedisp.bench.targets import load_target
     from edgedisp.stages import base_skeleton, size_account
 
-    quantized = {
+    quantized: dict[str, tuple[int, Any]] = {
         name: (BITS[name], getattr(recipe.quantize, name)) for name in recipe.precisions if name in BITS
     }
     positions = {name: load_target(name).context for name in recipe.targets}

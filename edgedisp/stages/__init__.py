@@ -9,6 +9,7 @@ what a stage does not get, it cannot depend on, and the cache key in pipeline/ i
     adapters.py  merge_adapter: an adapter's audit, and the model folder it is merged into
     condensation.py  condensation, bundle_condensation: the geometry of token vectors, before and after export
     bundles.py   export, quantize, verify, pack: ONNX bundles out of a model folder
+    survival.py  survival: what is left of training's change after quantization
     figures.py   items, accuracy, latency: what is measured of them
     accounting.py  size_account: what every bundle will weigh, before anything runs
     pilot.py     judging, pilot_candidate: a candidate of `edgedisp pilot`, trained and measured
@@ -21,6 +22,7 @@ from edgedisp.stages.condensation import bundle_condensation, condensation
 from edgedisp.stages.figures import accuracy, count_items, items, latency
 from edgedisp.stages.pilot import judging, pilot_candidate
 from edgedisp.stages.start import base, fetch_base, tokens, twin_base
+from edgedisp.stages.survival import survival
 from edgedisp.stages.training import leave_processes, midtrain, train_settings
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "pilot_candidate",
     "quantize",
     "size_account",
+    "survival",
     "tokens",
     "train_settings",
     "twin_base",
