@@ -11,9 +11,9 @@ from scipy import stats
 
 from edgedisp.evaluate.result import compare_task, task_result
 from edgedisp.evaluate.seeds import (
-    combined,
     average_task,
     averaged,
+    combined,
     combined_p,
     compare_tasks,
     difference,

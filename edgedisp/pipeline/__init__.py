@@ -1,7 +1,8 @@
 """The stages in order, what each depends on, and the loop that walks them.
 
     recipe -> base -> corpus -> items -> midtrain[arm, seed] -> condensation[arm] -> export[arm, seed]
-           -> quantize[arm, seed, precision] -> survival -> verify -> accuracy -> latency -> pack[arm, target] -> report
+           -> quantize[arm, seed, precision] -> survival[arm, precision] -> verify -> accuracy -> latency
+           -> pack[arm, target] -> report
 
 A stage's key is its section of the recipe and the content hashes of the stages it reads. A finished stage
 with the same key is kept. So a changed precision retrains nothing, and an unchanged recipe runs nothing:

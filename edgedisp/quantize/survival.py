@@ -4,7 +4,7 @@ A weight moves by a fraction of a step in a short training. Rounded, it may land
 before, and the change is gone; or, having been near an edge, it moves by a whole step. So a few figures are
 told of the change d of a weight (trained - reference) under the steps of the shipped bundle:
 
-- `beyond_half_step`: share of weights with |d| > step / 2. These land on another integer or were near one.
+- `beyond_half_step`: share of weights with |d| > step / 2: more likely than not on another integer.
 - `integers_moved`: share whose integer differs between trained and reference, both rounded to nearest with
   the scales and zero points that ship. For weights spread evenly over a step it is the mean of |d| / step.
 - `slope`: of the rounded change dq upon d, <dq, d> / <d, d>. 1: what is lost here is gained there, and the
