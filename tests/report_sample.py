@@ -202,6 +202,7 @@ def _survival(arm: str, precision: str, loss: tuple[float, float]) -> dict[str, 
     references = {
         name: {
             "total": _figures(15, moved),
+            "bits": {bits: _figures(15, moved) for bits in ("4", "8") if bits in precision or bits == "8"},
             "components": {"attention": _figures(10, moved), "mlp": _figures(20, moved)},
             "layers": [{"layer": i, **_figures(i, moved)} for i in range(30)],
         }

@@ -191,7 +191,9 @@ def test_every_packed_tensor_is_found_in_the_torch_models(bundles: tuple[Path, P
     assert told["total"]["weights"] == matrices
     assert told["total"]["changed"] > 0.99 and 0 < told["total"]["integers_moved"] < 0.5
     assert [row["layer"] for row in told["layers"]] == [0, 1][: len(told["layers"])]
-    assert sum(part["weights"] for part in told["components"].values()) == matrices
+    for parts in (told["components"], told["bits"]):
+        assert sum(part["weights"] for part in parts.values()) == matrices
+    assert set(told["bits"]) == {"4", "8"}  # the embedding and the head have 8
     assert found["references"]["itself"]["total"]["changed"] == 0.0
 
 

@@ -47,7 +47,7 @@ def outline(model: nn.Module, max_context: int | None = None) -> Outline:
     reader = families.READERS.get(config.model_type)
     shapes = _Shapes()
     if reader is None:
-        context = int(config.max_position_embeddings)  # the builder takes no less
+        context = int(getattr(config, "max_position_embeddings", None) or families.DEFAULT_CONTEXT)
         return Outline(shapes.model(*_by_modules(shapes, model, context)), context, False)
     context = families._context(config, max_context)
     decoder = reader(model, context)

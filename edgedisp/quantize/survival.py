@@ -89,10 +89,10 @@ def survival(
     parent: the fp32 bundle that `bundle` was made from. trained: the torch model's tensors by name, of which
     `parent` was made. references: name -> the tensors of a model of the same shapes.
 
-    Returns {nearest, unmatched [tensor], rescaled [tensor], references {name: {total, components, layers
-    [{layer, ...}], tensors [{name, component, layer, bits, group, ...}]}}}; the figures (`Change.figures`)
-    stand in each, `total` is None without a tensor. `unmatched`: packed tensors that are no weight of
-    `trained`, or that a reference does not have. ValueError for a reference of other shapes.
+    Returns {nearest, unmatched [tensor], rescaled [tensor], references {name: {total, bits {bits: ...},
+    components, layers [{layer, ...}], tensors [{name, component, layer, bits, group, ...}]}}}; the figures
+    (`Change.figures`) stand in each, `total` is None without a tensor. `unmatched`: packed tensors that are
+    no weight of `trained`, or that a reference does not have. ValueError for a reference of other shapes.
     """
     origins = Origins(trained)
     graph = onnx.load(parent / GRAPH, load_external_data=False).graph
@@ -238,6 +238,10 @@ def _summed(rows: list[_Row]) -> dict[str, Any]:
     layers = sorted({row.layer for row in rows if row.layer is not None})
     return {
         "total": of(rows),
+        "bits": {
+            str(bits): of([row for row in rows if row.grid.bits == bits])
+            for bits in sorted({row.grid.bits for row in rows})
+        },
         "components": {
             part: of([row for row in rows if row.component == part])
             for part in dict.fromkeys(row.component for row in rows)

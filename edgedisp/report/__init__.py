@@ -45,7 +45,7 @@ The summary, every part of which may be absent or None:
                 seeds `seeds` (evaluate/seeds.py), in nll_difference as well}}}}; in format 1 without the
                 level of arms, its arm being `dispersed`
     survival    {arm: {precision: {weights {nearest, unmatched [], rescaled [], references {base | baseline:
-                {total, components {}, layers [{layer}]}}} (quantize/survival.py), loss {task: {full,
+                {total, bits {}, components {}, layers [{layer}]}}} (quantize/survival.py), loss {task: {full,
                 quantized, change {difference, low, high}, kept, correlation, slope {value, low, high},
                 verdict}} (evaluate/survival.py)}}}
     seeds       [seed]; techniques {arm: {dispersion {}, neftune, active_forgetting, embedding_dropout}}

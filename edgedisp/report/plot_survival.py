@@ -25,8 +25,8 @@ def survival(summary: Summary) -> Plot | None:
     ]
     caption = (
         "Line: share of a layer's quantized weights whose integer is another one than the same grid gives "
-        "the model compared with. Dashed: share whose change is more than half a step. Above: what training "
-        "changed since the base; against the baseline: what the arm changed beyond its twin."
+        "the model compared with. Dashed: share whose change is more than half a step. Against the base: "
+        "what training changed; against the baseline: what the arm changed beyond its twin."
     )
     built = tuple(arms(summary))
     return (

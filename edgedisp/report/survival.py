@@ -91,15 +91,17 @@ def _interval(part: Mapping[str, Any], key: str) -> str:
 
 
 def _weights(summary: Summary) -> Grid:
-    """Every bundle's packed weights against the base, and against the baseline's."""
+    """Every bundle's packed weights against the base, and against the baseline's, apart by bits: an int4
+    bundle has an embedding of 8 bits, whose steps are 16 times finer."""
     rows = []
     for precision, arm, found in _each(summary):
         for reference in REFERENCES:
-            total = branch(found, "weights", "references", reference, "total")
-            if total:
+            by_bits = branch(found, "weights", "references", reference, "bits")
+            for bits, figures in by_bits.items():
+                weights = number(at(figures, "weights"))
                 name = f"{label(precision)}, {arm} - {reference}"
-                rows.append((name, count(number(total.get("weights"))), *_figures(total)))
-    head = ("change", "weights", *FIGURES.values())
+                rows.append((name, bits, count(weights), *_figures(branch(figures))))
+    head = ("change", "bits", "weights", *FIGURES.values())
     caption = (
         "Change of the quantized weights, in steps of the grid that ships. Slope: of the rounded change upon "
         "the change, 1 where it is all there on average. Cosine: between both; what it lacks of 1 is noise"
@@ -140,6 +142,8 @@ def _notes(summary: Summary) -> list[str]:
                 f"{name}: {sizes['unmatched']} packed tensors were not found in the torch models, and are "
                 "not counted."
             )
+        if "base" in branch(weights, "references") and at(weights, "references", "base", "total") is None:
+            notes.append(f"{name}: no weight is stored on a block grid that the change could be set beside.")
         nearest = number(weights.get("nearest"))
         if nearest is not None and nearest < 0.9999:
             notes.append(
