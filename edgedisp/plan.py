@@ -1,8 +1,9 @@
 """What a build would do, before it does it: stages, steps, time, peak memory, disk.
 
 The time of a training step comes from a short probe: the base model is opened and a few real steps are
-taken on random tokens. The rest is estimated from it: a scored token costs one forward pass. Memory and
-disk follow from the number of parameters. `check_before_start` refuses a build that cannot fit.
+taken on random tokens. The rest is estimated from it: a scored token costs one forward pass. Memory comes
+from the number of parameters. What every bundle weighs is told to the byte, from the base's configuration
+(`stages/accounting.py`), and the disk follows from that. `check_before_start` refuses what cannot fit.
 """
 
 from __future__ import annotations
@@ -12,15 +13,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput
+from edgedisp import BadInput, BuildFailed
 from edgedisp.bench.machine import physical_cores
-from edgedisp.pipeline import Observer, state
+from edgedisp.pipeline import BITS, Observer, state
 from edgedisp.processes import split
 from edgedisp.recipe import Recipe, load_target
 
-# Bytes per parameter on disk. int8: a byte and a float32 scale per group of 32. int4: half of that, zero
-# points, and the head at 8 bits. Measured on SmolLM2-135M: 1.13 and 0.74.
-BYTES_PER_WEIGHT = {"fp32": 4.0, "int8": 1.14, "int4": 0.75}
 # float32 weights, gradients and the two moments of AdamW.
 TRAINING_BYTES_PER_WEIGHT = 16
 CHECKPOINT_BYTES_PER_WEIGHT = 12
@@ -72,10 +70,19 @@ def check_processes(recipe: Recipe, count: int) -> None:
             )
 
 
-def disk_bytes(parameters: int, recipe: Recipe) -> int:
-    """What a finished run and its one checkpoint at a time take on disk."""
-    bundles = sum(BYTES_PER_WEIGHT[precision] for precision in {"fp32", *recipe.precisions})
-    return int(parameters * (4 + len(recipe.arm_runs) * (4 + bundles) + CHECKPOINT_BYTES_PER_WEIGHT))
+def disk_bytes(parameters: int, recipe: Recipe, sizes: dict[str, Any]) -> int:
+    """What a finished run and its one checkpoint at a time take on disk.
+
+    sizes: of `stages.size_account`. Every training leaves its model and its bundles (fp32 is made in any
+    case), the first of each arm also a bundle for every target. Tokenizers and reports are left out.
+    """
+    from edgedisp.bench.targets import load_target
+
+    by_precision = {name: found["size_bytes"] for name, found in sizes["precisions"].items()}
+    bundles = sum(by_precision[name] for name in {"fp32", *recipe.precisions})
+    packed = sum(by_precision[load_target(name).precision] for name in recipe.targets)
+    trained = len(recipe.arm_runs) * (4 * parameters + bundles) + len(recipe.arms) * packed
+    return (4 + CHECKPOINT_BYTES_PER_WEIGHT) * parameters + trained
 
 
 def memory_bytes(parameters: int, trainable: int, others: int) -> int:
@@ -101,9 +108,39 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, observer: Observer) -> 
         ],
         "estimate": None,
     }
-    if probe and any(not stage["done"] for stage in planned["stages"]):
+    probing = probe and any(not stage["done"] for stage in planned["stages"])
+    base = run / "base" if walked[0][1] is not None else None
+    planned["sizes"], planned["sizes_unknown"] = _sizes(recipe, base, probing, observer)
+    if probing:
         planned["estimate"] = _estimate(recipe, planned, observer)
     return planned
+
+
+def _sizes(
+    recipe: Recipe, base: Path | None, probing: bool, observer: Observer
+) -> tuple[dict[str, Any] | None, str | None]:
+    """What `stages.size_account` tells of the recipe's bundles, or None and the reason.
+
+    A probe needs the base anyway, so what is wrong with it is then an error.
+    """
+    from edgedisp.bench.targets import load_target
+    from edgedisp.stages import base_skeleton, size_account
+
+    quantized: dict[str, tuple[int, Any]] = {
+        name: (BITS[name], getattr(recipe.quantize, name)) for name in recipe.precisions if name in BITS
+    }
+    positions = {name: load_target(name).context for name in recipe.targets}
+    try:
+        opened = base_skeleton(
+            recipe.model, recipe.folder, base, recipe.is_smoke, observer.progress, download=probing
+        )
+        if opened is None:
+            return None, f"{recipe.model.base} is not downloaded yet"
+        return size_account(opened, quantized, positions), None
+    except (BadInput, BuildFailed) as error:
+        if probing:
+            raise
+        return None, str(error)
 
 
 def _estimate(recipe: Recipe, planned: dict[str, Any], observer: Observer) -> dict[str, Any]:
@@ -129,7 +166,7 @@ def _estimate(recipe: Recipe, planned: dict[str, Any], observer: Observer) -> di
             measured["process_bytes"] + measured["activation_bytes"],
         ),
         "memory_bytes": measured["memory_bytes"],
-        "disk_bytes": disk_bytes(measured["parameters"], recipe),
+        "disk_bytes": disk_bytes(measured["parameters"], recipe, planned["sizes"]),
         "disk_free_bytes": free,
     }
 
@@ -182,6 +219,7 @@ def render(planned: dict[str, Any]) -> str:
         mark, about = ("done", "") if stage["done"] else ("to do", "about ")
         took = "" if stage["seconds"] is None else about + clock(stage["seconds"])
         lines.append(f"  {mark:6} {stage['name']:28} {took}")
+    lines += ["", *_size_lines(planned)]
     found = planned["estimate"]
     if found is not None:
         lines += [
@@ -198,3 +236,43 @@ def render(planned: dict[str, Any]) -> str:
         if found["disk_bytes"] > found["disk_free_bytes"]:
             lines.append("does not fit on the disk: choose another --out")
     return "\n".join(lines)
+
+
+# What `size_account` calls a component, in the order of the table, and how it is called there.
+COMPONENTS = {
+    "embedding": "embedding",
+    "attention": "attention",
+    "mlp": "mlp",
+    "head": "head",
+    "norm": "norms",
+    "positions": "positions",
+    "other": "other",
+}
+
+
+def _size_lines(planned: dict[str, Any]) -> list[str]:
+    """A table of megabytes: a row for each component, a column for each precision; then the KV cache."""
+    sizes = planned["sizes"]
+    if sizes is None:
+        return [f"sizes: not known: {planned['sizes_unknown']}"]
+    precisions = sizes["precisions"]
+    told = "" if sizes["exact"] else " (about; the genai builder writes this graph)"
+
+    decimals = 1 if min(one["size_bytes"] for one in precisions.values()) > 1e7 else 3
+
+    def row(name: str, found: list[int]) -> str:
+        return f"  {name:22}" + "".join(f"{size / 1e6:9.{decimals}f}" for size in found)
+
+    lines = [f"{'weights, MB' + told:24}" + "".join(f"{name:>9}" for name in precisions)]
+    for component, name in COMPONENTS.items():
+        found = [one["components"].get(component, 0) for one in precisions.values()]
+        named = "embedding = head" if component == "embedding" and sizes["tied"] else name
+        if max(found) >= 0.5 * 10 ** (6 - decimals):  # what does not show as zero
+            lines.append(row(named, found))
+    rest = [one["size_bytes"] - sum(one["components"].values()) for one in precisions.values()]
+    lines.append(row("graph, padding", rest))
+    lines.append(row("file", [one["size_bytes"] for one in precisions.values()]))
+    for target, cache in sizes["kv_cache"].items():
+        size = f"{cache['size_bytes'] / 1e6:.{decimals}f} MB"
+        lines.append(f"KV cache of {cache['positions']:,} positions ({target}): {size}")
+    return lines

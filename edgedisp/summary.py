@@ -20,6 +20,7 @@ from typing import Any
 from edgedisp import BadInput
 from edgedisp.bench.machine import describe, installed_version
 from edgedisp.evaluate.seeds import average_task, compare_tasks
+from edgedisp.evaluate.survival import is_measured_by, loss_survival
 from edgedisp.folder import MANIFEST, git_commit, write_json
 from edgedisp.pipeline import Walked
 from edgedisp.recipe import ArmRun, Recipe
@@ -63,6 +64,7 @@ def summarise(recipe: Recipe, walked: list[Walked]) -> dict[str, Any]:
             arm: {precision: scored.arm(arm, precision) for precision in precisions} for arm in arms
         },
         "comparison": compare_arms(scored, precisions),
+        "survival": {arm: _survival(recipe, arm, results, scored) for arm in arms},
         "replicas": {run.name: _replica(run, recipe, results) for run in recipe.arm_runs if run.replica},
         "latency": _latency(results["latency"]),
         "packed": {arm: [f"{arm}/{target}" for target in recipe.targets] for arm in arms},
@@ -103,6 +105,25 @@ def _replica(run: ArmRun, recipe: Recipe, results: dict[str, Any]) -> dict[str, 
     }
 
 
+def _survival(
+    recipe: Recipe, arm: str, results: dict[str, Any], scored: _Scored
+) -> dict[str, dict[str, Any]]:
+    """precision -> what is left of training in an arm's bundle: of its weights, and of its loss's difference
+    from the baseline. The stage's record also tells of every tensor."""
+    found: dict[str, dict[str, Any]] = {}
+    for precision in recipe.precisions:
+        if (weights := results.get(f"{arm}/survival-{precision}")) is None:
+            continue
+        references = {
+            name: {key: value for key, value in reference.items() if key != "tensors"}
+            for name, reference in weights["references"].items()
+        }
+        found[precision] = {"weights": {**weights, "references": references}}
+        if arm != BASELINE and BASELINE in {run.arm for run in recipe.arm_runs}:
+            found[precision]["loss"] = scored.survival(BASELINE, arm, precision)
+    return found
+
+
 class _Scored:
     """The per-item results of every training, read when they are asked for."""
 
@@ -123,6 +144,23 @@ class _Scored:
         return {
             task: compare_tasks([(left[task], right[task]) for left, right in by_seed], **self._options)
             for task in by_seed[0][0]
+        }
+
+    def survival(self, before: str, after: str, precision: str) -> dict[str, Any]:
+        """Task -> what quantization leaves of the difference between two arms, for tasks that are losses."""
+        fours = list(
+            zip(
+                self.items(before, "torch"),
+                self.items(after, "torch"),
+                self.items(before, precision),
+                self.items(after, precision),
+                strict=True,
+            )
+        )
+        tasks = [task for task, result in fours[0][0].items() if is_measured_by(result)]
+        return {
+            task: loss_survival([tuple(one[task] for one in four) for four in fours], **self._options)
+            for task in tasks
         }
 
     def items(self, arm: str, precision: str) -> list[dict[str, Any]]:

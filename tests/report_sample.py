@@ -182,6 +182,50 @@ def _timing(arm: str, precision: str) -> dict[str, Any]:
     }
 
 
+def _figures(layer: int, moved: float) -> dict[str, Any]:
+    return {
+        "weights": 4_000_000,
+        "changed": 1.0,
+        "beyond_half_step": moved * (1 + layer / 30) / 10,
+        "integers_moved": moved * (1 + layer / 30),
+        "rms_steps": 2 * moved,
+        "slope": 0.98,
+        "cosine": 0.2,
+    }
+
+
+def _survival(arm: str, precision: str, loss: tuple[float, float]) -> dict[str, Any]:
+    """What is left of training in a bundle; the difference in loss is the sample's."""
+    shares = {"base": 0.13 if precision == "int8" else 0.009}
+    if arm == "dispersed":
+        shares["baseline"] = shares["base"] / 10
+    references = {
+        name: {
+            "total": _figures(15, moved),
+            "bits": {bits: _figures(15, moved) for bits in ("4", "8") if bits in precision or bits == "8"},
+            "components": {"attention": _figures(10, moved), "mlp": _figures(20, moved)},
+            "layers": [{"layer": i, **_figures(i, moved)} for i in range(30)],
+        }
+        for name, moved in shares.items()
+    }
+    found: dict[str, Any] = {
+        "weights": {"nearest": 1.0, "unmatched": [], "rescaled": [], "references": references}
+    }
+    if arm == "dispersed":
+        found["loss"] = {
+            "heldout_perplexity": {
+                "full": difference(-0.0010, 0.0019),
+                "quantized": difference(*loss),
+                "change": difference(loss[0] + 0.0010, 0.004),
+                "kept": None,
+                "correlation": _around("value", 0.41, 0.3),
+                "slope": _around("value", 0.6, 0.45),
+                "verdict": "nothing",
+            }
+        }
+    return found
+
+
 def sample(loss: float = -0.0008, half: float = 0.0031) -> dict[str, Any]:
     """A finished two-arm run; `loss`, `half`: the headline's difference and half-width in nats per token."""
     onnx = list(SIZE)
@@ -260,6 +304,7 @@ def sample(loss: float = -0.0008, half: float = 0.0031) -> dict[str, Any]:
             "verify": {arm: {p: _verify(p) for p in onnx} for arm in ARMS},
             "accuracy": {arm: {p: _accuracy(arm, p, compared[p]) for p in PERPLEXITY} for arm in ARMS},
             "comparison": {"dispersed": compared},
+            "survival": {arm: {p: _survival(arm, p, losses[p]) for p in ("int8", "int4")} for arm in ARMS},
             "latency": {
                 "device": "local",
                 "threads": 2,
@@ -281,7 +326,7 @@ def sample(loss: float = -0.0008, half: float = 0.0031) -> dict[str, Any]:
 def single_arm() -> dict[str, Any]:
     """Only the baseline, no comparison."""
     found = sample()
-    for part in ("midtrain", "condensation", "bundles", "verify", "accuracy"):
+    for part in ("midtrain", "condensation", "bundles", "verify", "accuracy", "survival"):
         del found[part]["dispersed"]
     return {**found, "arms": ["baseline"], "comparison": {}}
 
@@ -304,7 +349,7 @@ def several(
     for number, (arm, adds) in enumerate(TECHNIQUES.items()):
         found["arms"].append(arm)
         found["techniques"][arm] = copy.deepcopy(adds)
-        for part in ("midtrain", "condensation", "bundles", "verify", "accuracy", "comparison"):
+        for part in ("midtrain", "condensation", "bundles", "verify", "accuracy", "comparison", "survival"):
             found[part][arm] = copy.deepcopy(found[part]["dispersed"])
         found["midtrain"][arm]["weights_sha256"] = f"{number}{number}" * 32
         found["midtrain"][arm]["settings"]["dispersion"] = adds.get("dispersion")

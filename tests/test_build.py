@@ -167,7 +167,7 @@ def test_an_unchanged_recipe_runs_nothing_and_says_what_it_kept(built: tuple[Pat
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "kept 36 finished stages: base, corpus, items" in done.stderr
+    assert "kept 40 finished stages: base, corpus, items" in done.stderr
     assert "no torch" in done.stderr
     assert done.stdout.splitlines()[-1] == f"report: {run / 'report.html'}"
 
@@ -186,7 +186,7 @@ def test_a_changed_precision_retrains_nothing(built, tmp_path, edgedisp) -> None
     assert ended.code == 0, ended
     ran = {line.split("] ")[1].split(":")[0] for line in ended.err.splitlines() if ": done in" in line}
     arms = ("baseline", "dispersed")
-    again = ("int4", "verify-int4", "condensation-int4", "accuracy-int4")
+    again = ("int4", "survival-int4", "verify-int4", "condensation-int4", "accuracy-int4")
     expected = {f"{arm}/{stage}" for arm in arms for stage in again}
     assert ran == {*expected, "latency", "baseline/phone-arm64", "dispersed/phone-arm64"}
     after = read(run / "dispersed" / "model")
@@ -263,6 +263,28 @@ def test_plan_says_what_is_done_and_estimates_what_is_not(built, edgedisp) -> No
     assert planned["steps"] == 15 and planned["estimate"]["seconds_left"] > 0
     assert not any(stage["done"] for stage in planned["stages"])
     assert not Path(planned["run"]).exists()
+    for precision in ("fp32", "int8", "int4"):
+        record = read(run / "baseline" / precision)
+        assert (
+            record and record.results["size_bytes"] == planned["sizes"]["precisions"][precision]["size_bytes"]
+        )
+    assert planned["sizes"]["kv_cache"]["phone-arm64"]["positions"] == 256  # the model's, below the target's
+
+
+def test_the_report_says_what_quantization_left_of_training(built: tuple[Path, Path, Ended]) -> None:
+    _, run, _ = built
+    record = read(run / "dispersed" / "survival-int4")
+    assert record and record.results["nearest"] == 1.0 and not record.results["unmatched"]
+    assert set(record.results["references"]) == {"base", "baseline"}
+    weights = {row["name"]: row for row in record.results["references"]["base"]["tensors"]}
+    assert "model.layers.1.mlp.down_proj.weight" in weights
+    survived = json.loads((run / "report.json").read_text())["summary"]["survival"]
+    assert set(survived["baseline"]) == {"int8", "int4"} and "loss" not in survived["baseline"]["int4"]
+    loss = survived["dispersed"]["int4"]["loss"]["heldout_perplexity"]
+    change = loss["quantized"]["difference"] - loss["full"]["difference"]
+    assert loss["change"]["difference"] == pytest.approx(change)
+    assert "What quantization leaves of training" in (run / "report.md").read_text()
+    assert (run / "plots" / "survival.svg").is_file()
 
 
 def test_export_gives_a_bundle_that_chat_and_bench_open(built, tmp_path, edgedisp) -> None:  # type: ignore[no-untyped-def]

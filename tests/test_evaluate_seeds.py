@@ -11,9 +11,9 @@ from scipy import stats
 
 from edgedisp.evaluate.result import compare_task, task_result
 from edgedisp.evaluate.seeds import (
-    _combined,
     average_task,
     averaged,
+    combined,
     combined_p,
     compare_tasks,
     difference,
@@ -113,7 +113,7 @@ def test_the_combined_interval_covers_at_least_what_it_promises(n: int) -> None:
         centres = rng.normal(0, 1, builds) + values.mean(axis=1)
         sd = values.std(axis=1, ddof=1)
         record = {"difference": centres[0], "low": centres[0] - half, "high": centres[0] + half}
-        one = _combined(record, "difference", [*values[0]], documents, 0.95)
+        one = combined(record, "difference", [*values[0]], documents, 0.95)
         wide = np.hypot(half, seeds_t * sd / math.sqrt(n))
         assert one["high"] - one["low"] == pytest.approx(2 * wide[0])
         covered = (np.abs(centres) < wide).mean()

@@ -140,7 +140,8 @@ def test_an_fp32_bundle_gives_the_models_logits(base: Path, tmp_path: Path, edge
     assert edgedisp("export", base, "--target", profile, "--out", tmp_path / "out").code == 0
     ids = np.arange(3, 63)[None]
     ours, theirs = OnnxModel(tmp_path / "out", 1), TorchModel(load(base))
-    np.testing.assert_allclose(ours(ids, np.ones_like(ids)), theirs(ids, np.ones_like(ids)), atol=1e-4)
+    expected = theirs(ids, np.ones_like(ids))[:, -1:]  # a device needs the last token's alone
+    np.testing.assert_allclose(ours(ids, np.ones_like(ids)), expected, atol=1e-4)
 
 
 def test_the_same_export_twice_gives_the_same_bytes(base: Path, tmp_path: Path, edgedisp) -> None:  # type: ignore[no-untyped-def]

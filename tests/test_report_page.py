@@ -29,6 +29,7 @@ from edgedisp.report.plots import NAMES, plots
 from edgedisp.report.provenance import differing_settings, fairness
 from edgedisp.report.reading import finite
 from edgedisp.report.rendering import render_text
+from edgedisp.report.survival import survival as survival_section
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)> | `x` [y](http://evil) $\\frac{'
@@ -352,3 +353,35 @@ def test_model_card_names_base_data_method_licence_and_limits() -> None:
     hub["model"]["base"] = "org/name"
     assert 'base_model: "org/name"' in model_card(hub, "dispersed")
     assert "base_model" not in card
+
+
+# What quantization leaves of training
+
+
+def test_the_section_tells_weights_by_bits_and_the_word_for_the_loss() -> None:
+    found = survival_section(sample(), {"survival"})
+    loss, weights, components = found.grids
+    assert [row[0] for row in loss.rows] == [
+        "heldout_perplexity, int8, dispersed",
+        "heldout_perplexity, int4, dispersed",
+    ]
+    assert {row[-1] for row in loss.rows} == {"nothing measurable to survive"}
+    assert ("int4, dispersed - baseline", "4") in [row[:2] for row in weights.rows]
+    assert ("int4, baseline - baseline", "4") not in [row[:2] for row in weights.rows]
+    assert components.folded and found.plots == ("survival",) and not found.notes
+
+
+def test_the_section_tells_what_could_not_be_compared() -> None:
+    summary = sample()
+    weights = summary["survival"]["dispersed"]["int4"]["weights"]
+    weights |= {"rescaled": ["a", "b"], "unmatched": ["c"], "nearest": 0.8}
+    summary["midtrain"]["baseline"]["merge_audit"] = {"chosen": "dequantized"}
+    notes = " ".join(survival_section(summary, set()).notes)
+    assert "int4, dispersed: 2 tensors were scaled" in notes and "1 packed tensors were not found" in notes
+    weights["references"]["base"]["total"] = None
+    assert "stored on a block grid" in " ".join(survival_section(summary, set()).notes)
+    assert "80.0 % of the shipped integers" in notes and "baseline: merged into the dequantized base" in notes
+
+
+def test_without_quantized_bundles_there_is_no_section() -> None:
+    assert survival_section({**sample(), "survival": {}}, set()).empty

@@ -106,7 +106,7 @@ def score(
     if len(trainings) == 1:
         return record
     values = [_value(items, metric) for items in trainings]
-    return _combined(record, "value", values, record["documents"], confidence) | {
+    return combined(record, "value", values, record["documents"], confidence) | {
         "interval": "items_and_seeds"
     }
 
@@ -140,12 +140,12 @@ def difference(
     record |= _no_narrower_than_tango(record, pairs, metric, confidence)
     documents = record["documents"]
     values = [_value(after, metric) - _value(before, metric) for before, after in pairs]
-    found = _combined(record, "difference", values, documents, confidence)
+    found = combined(record, "difference", values, documents, confidence)
     tested, spread = found, values
     if "nll_difference" in record:
         loss = Metric(metric.name, metric.numerator, metric.denominator)
         spread = [_value(after, loss) - _value(before, loss) for before, after in pairs]
-        tested = found["nll_difference"] = _combined(
+        tested = found["nll_difference"] = combined(
             record["nll_difference"], "difference", spread, documents, confidence
         )
     error = tested["seeds"]["item_se"]
@@ -193,7 +193,7 @@ def combined_p(difference: float, item_se: float, documents: int, sd: float, n: 
     return 1e-12 if beyond(least) >= 0 else math.exp(optimize.brentq(beyond, least, 0.0))
 
 
-def _combined(
+def combined(
     record: Mapping[str, Any], key: str, values: Sequence[float], documents: int, confidence: float
 ) -> Record:
     """`record` with its interval widened by the spread of `values`, and both parts told under `seeds`."""

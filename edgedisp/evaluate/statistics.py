@@ -271,24 +271,33 @@ def _nll_difference(arms: list[_Numbers], bootstrap: int, seed: int, confidence:
     return {"difference": means[1] - means[0], "low": low, "high": high}
 
 
-def _draws(arms: list[_Numbers], draws: int) -> Iterator[tuple[int, list[tuple[Floats, Floats]]]]:
-    """Blocks of resamples that fit in memory: how many, and each arm's per-document sums."""
-    sums = [arm.by_document() for arm in arms]
-    block = max(1, _CELLS // arms[0].documents)
+def _blocks(documents: int, draws: int) -> Iterator[int]:
+    """Numbers of resamples that fit in memory, `draws` in all."""
+    block = max(1, _CELLS // documents)
     for start in range(0, draws, block):
-        yield min(block, draws - start), sums
+        yield min(block, draws - start)
 
 
 def _bootstrap(
     arms: list[_Numbers], statistic: Statistic, bootstrap: int, seed: int, confidence: float
 ) -> tuple[float | None, float | None, str | None]:
-    """Expanded-percentile interval of statistic([(sum, sum) per arm]), documents drawn with replacement."""
-    documents = arms[0].documents
+    return resample([arm.by_document() for arm in arms], statistic, bootstrap, seed, confidence)
+
+
+def resample(
+    sums: list[tuple[Floats, Floats]], statistic: Statistic, bootstrap: int, seed: int, confidence: float
+) -> tuple[float | None, float | None, str | None]:
+    """Expanded-percentile interval of `statistic`, documents drawn with replacement: (low, high, reason).
+
+    sums: pairs of float64 [documents]. The statistic takes such pairs summed over each resample, [draws]. The
+    ends are None, with a reason, for a single document.
+    """
+    documents = len(sums[0][0])
     if documents < 2:
         return None, None, "one document: no interval can be given"
     rng = np.random.default_rng(seed)
     found: list[Floats] = []
-    for draws, sums in _draws(arms, bootstrap):
+    for draws in _blocks(documents, bootstrap):
         counts = rng.multinomial(documents, np.full(documents, 1 / documents), size=draws).astype(np.float64)
         found.append(statistic([(counts @ top, counts @ bottom) for top, bottom in sums]))
     tail = (1 - confidence) / 2
@@ -306,7 +315,8 @@ def _swap_test(arms: list[_Numbers], difference: Statistic, swaps: int, seed: in
         float(difference([(np.asarray(top.sum()), np.asarray(bottom.sum())) for top, bottom in sums]))
     )
     reached = 0
-    for draws, ((top_0, bottom_0), (top_1, bottom_1)) in _draws(arms, swaps):
+    (top_0, bottom_0), (top_1, bottom_1) = sums
+    for draws in _blocks(arms[0].documents, swaps):
         swap = rng.integers(0, 2, size=(draws, arms[0].documents)).astype(np.float64)
         keep = 1 - swap
         first = (keep @ top_0 + swap @ top_1, keep @ bottom_0 + swap @ bottom_1)

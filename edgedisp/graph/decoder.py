@@ -46,6 +46,14 @@ class Residual:
 def write(decoder: Decoder, folder: Path, progress: Progress = silent) -> None:
     """Write `model.onnx` and `model.onnx.data` (fp32) of `decoder` into `folder`."""
     graph = GraphWriter(folder)
+    graph.save(*compose(graph, decoder, progress))
+    progress(len(decoder.layers), len(decoder.layers), "graph written")
+
+
+def compose(
+    graph: GraphWriter, decoder: Decoder, progress: Progress = silent
+) -> tuple[list[ValueInfoProto], list[ValueInfoProto]]:
+    """Give `graph` the nodes and weights of `decoder`; returns the graph's inputs and outputs."""
     _lengths(graph)
     for name, (cos, sin) in decoder.ropes.items():
         graph.weight(f"{name}.cos_cache", cos)
@@ -56,8 +64,7 @@ def write(decoder: Decoder, folder: Path, progress: Progress = silent) -> None:
         residual = _block(graph, decoder, layer, index, residual)
     hidden, _ = _norm(graph, decoder.final_norm, residual)
     _head(graph, decoder, hidden)
-    graph.save(*_interface(decoder))
-    progress(len(decoder.layers), len(decoder.layers), "graph written")
+    return _interface(decoder)
 
 
 def _lengths(graph: GraphWriter) -> None:

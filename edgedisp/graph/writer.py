@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 MICROSOFT = "com.microsoft"
@@ -49,12 +49,9 @@ class GraphWriter:
 
     def _outside(self, name: str, array: NDArray[Any]) -> TensorProto:
         """Append `array` to the data file straight from its memory; onnx's own function copies it twice."""
-        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-        tensor = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
         with (self.folder / DATA).open("ab") as file:
             file.write(bytes(-file.tell() % PAGE))
-            for key, value in (("location", DATA), ("offset", file.tell()), ("length", array.nbytes)):
-                tensor.external_data.add(key=key, value=str(value))
+            tensor = placed(name, array, file.tell())
             array.tofile(file)
         return tensor
 
@@ -64,9 +61,19 @@ class GraphWriter:
 
     def save(self, inputs: list[ValueInfoProto], outputs: list[ValueInfoProto]) -> None:
         """Write `model.onnx`; the weights already lie in `model.onnx.data`."""
+        (self.folder / GRAPH).write_bytes(self.model(inputs, outputs).SerializeToString())
+
+    def model(self, inputs: list[ValueInfoProto], outputs: list[ValueInfoProto]) -> ModelProto:
+        """What `save` writes."""
         graph = helper.make_graph(self.nodes, "decoder", inputs, outputs, list(self._weights.values()))
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
-        model = helper.make_model(
-            graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgedisp"
-        )
-        (self.folder / GRAPH).write_bytes(model.SerializeToString())
+        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgedisp")
+
+
+def placed(name: str, array: NDArray[Any], offset: int) -> TensorProto:
+    """The entry of a tensor whose values lie at `offset` of the data file."""
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    tensor = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", DATA), ("offset", offset), ("length", array.nbytes)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor

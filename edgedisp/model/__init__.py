@@ -10,6 +10,7 @@
     twin.py        a 2-layer random model with its own small tokenizer, for proving a recipe in a minute
     scoring.py     `TorchModel`: token ids -> logits as numpy arrays, what every scorer takes
     licence.py     under which licence a base stands, taken along to what is made of it
+    skeleton.py    a model without its weights, from config.json alone
     components.py  parameter counts: embedding, attention, mlp, norm, head
 
 Left out on purpose: pickled weights (`pytorch_model.bin`), which can run any code when opened; models that
@@ -21,6 +22,7 @@ from edgedisp.model.licence import carry as carry_licence
 from edgedisp.model.licence import licence_of
 from edgedisp.model.opening import load, load_tokenizer, open_base, quiet, save
 from edgedisp.model.scoring import TorchModel, context_length
+from edgedisp.model.skeleton import skeleton
 from edgedisp.model.text import Encoder, encode, end_of_text_id
 from edgedisp.model.twin import twin
 
@@ -38,5 +40,6 @@ __all__ = [
     "quiet",
     "save",
     "size_by_component",
+    "skeleton",
     "twin",
 ]

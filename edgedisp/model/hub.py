@@ -58,6 +58,27 @@ def snapshot(
     return Path(found)
 
 
+def configuration(name: str, revision: str | None) -> Path:
+    """A folder with the config.json of `name`, which is all that is fetched. BadInput as in `snapshot`."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    cached = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    if isinstance(cached, str):
+        return Path(cached).parent
+    unreachable = _ask(name, revision)
+    try:
+        found = huggingface_hub.hf_hub_download(
+            name, "config.json", revision=revision, local_files_only=unreachable is not None
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError) as problem:
+        reason = unreachable or _first_line(problem)
+        raise BadInput(
+            f"{name}: the hub cannot be reached ({reason}), and config.json is not in the local cache."
+        ) from problem
+    return Path(found).parent
+
+
 def _ask(name: str, revision: str | None) -> str | None:
     """Why the hub gives no answer about this model; None if it has the model, with weights we may open."""
     from huggingface_hub import HfApi

@@ -1,7 +1,8 @@
 """The stages in order, what each depends on, and the loop that walks them.
 
     recipe -> base -> corpus -> items -> midtrain[arm, seed] -> condensation[arm] -> export[arm, seed]
-           -> quantize[arm, seed, precision] -> verify -> accuracy -> latency -> pack[arm, target] -> report
+           -> quantize[arm, seed, precision] -> survival[arm, precision] -> verify -> accuracy -> latency
+           -> pack[arm, target] -> report
 
 A stage's key is its section of the recipe and the content hashes of the stages it reads. A finished stage
 with the same key is kept. So a changed precision retrains nothing, and an unchanged recipe runs nothing:
@@ -43,8 +44,8 @@ def run_folder(recipe: Recipe, out: Path | None) -> Path:
 def stages(recipe: Recipe, threads: int) -> list[Stage]:
     """Every stage of a recipe, in order, each after those it reads.
 
-    Every training is exported and scored, as scores differ from seed to seed. Geometry, timing and packing
-    are of the first seed's: one is looked into, timed (the graph is the same) and shipped.
+    Every training is exported and scored, as scores differ from seed to seed. Geometry, survival, timing and
+    packing are of the first seed's: one is looked into, timed (the graph is the same) and shipped.
     """
     runs = recipe.arm_runs
     names = [run.name for run in runs]
@@ -61,6 +62,9 @@ def stages(recipe: Recipe, threads: int) -> list[Stage]:
     precisions = recipe.precisions
     quantized = [precision for precision in precisions if precision in BITS]
     found += [shipping.quantize(recipe, name, precision) for name in names for precision in quantized]
+    for name in first:
+        against = "baseline/model" if name != "baseline" and "baseline" in first else None
+        found += [shipping.survival(name, precision, against) for precision in quantized]
     found += [shipping.verify(recipe, name, precision, threads) for name in names for precision in precisions]
     found += [shipping.bundle_condensation(name, one, threads) for name in first for one in precisions]
     scored = ["torch", *precisions]

@@ -97,6 +97,23 @@ def _is_trained(recipe: Recipe, precision: str) -> bool:
     return chosen is not None and chosen.precision == precision
 
 
+def survival(arm: str, precision: str, against: str | None) -> Stage:
+    """What is left of training's change in a bundle; `against`: the baseline's model, for other arms."""
+    model, parent, bundle = (f"{arm}/{part}" for part in ("model", "fp32", precision))
+
+    def work(job: Work) -> dict[str, Any]:
+        from edgedisp import stages as run
+
+        folders = job.folders
+        baseline = None if against is None else folders[against]
+        return run.survival(
+            folders["base"], folders[model], folders[parent], folders[bundle], baseline, job.own, job.progress
+        )
+
+    reads = ("base", model, parent, bundle) if against is None else ("base", model, parent, bundle, against)
+    return Stage(f"{arm}/survival-{precision}", {}, reads, work)
+
+
 def verify(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
     model, bundle = f"{arm}/model", f"{arm}/{precision}"
     limits = recipe.verify.limits(precision)

@@ -143,7 +143,15 @@ def _round(
 
 
 def _write(model: onnx.ModelProto, replaced: dict[int, list[NodeProto]], store: TensorStore) -> None:
-    """Put the new nodes in, drop what nobody reads any more (constant transposes), and save the graph."""
+    """Save the rewritten graph; its weights are stored already."""
+    assemble(model, replaced, store.tensors)
+    (store.out / GRAPH).write_bytes(model.SerializeToString())
+
+
+def assemble(
+    model: onnx.ModelProto, replaced: dict[int, list[NodeProto]], tensors: list[TensorProto]
+) -> None:
+    """Put the new nodes in and drop what nobody reads any more (constant transposes)."""
     graph = model.graph
     needed, kept = {output.name for output in graph.output}, []
     for index in reversed(range(len(graph.node))):
@@ -154,10 +162,9 @@ def _write(model: onnx.ModelProto, replaced: dict[int, list[NodeProto]], store: 
     for field in ("node", "initializer", "value_info"):
         graph.ClearField(field)
     graph.node.extend(reversed(kept))
-    graph.initializer.extend(tensor for tensor in store.tensors if tensor.name in needed)
+    graph.initializer.extend(tensor for tensor in tensors if tensor.name in needed)
     if not any(opset.domain == operators.MICROSOFT for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid(operators.MICROSOFT, 1))
-    (store.out / GRAPH).write_bytes(model.SerializeToString())
 
 
 def _component(name: str) -> str:

@@ -16,6 +16,22 @@ INLINE_BYTES = 1024  # smaller tensors stay inside the graph file
 PAGE = 4096  # offsets of the others are multiples of it, so that a runtime can map them
 
 
+def read(bundle: Path, tensor: TensorProto) -> NDArray[Any]:
+    """The tensor's values; mapped, not loaded, when they lie in a file beside the graph.
+
+    The map is copy-on-write, as torch takes no read-only arrays; nothing is ever written back.
+    """
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return numpy_helper.to_array(tensor).copy()  # its own array is read-only
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    path = bundle / place["location"]
+    if path.parent.resolve() != bundle.resolve():
+        outside = place["location"]
+        raise BuildFailed(f"{bundle}: tensor {tensor.name} points outside the bundle, to {outside!r}")
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return np.memmap(path, dtype, "c", int(place.get("offset", 0)), tuple(tensor.dims))
+
+
 class TensorStore:
     """Moves tensors from bundle `source` to bundle `out`; `tensors` are the initializers written so far."""
 
@@ -25,21 +41,8 @@ class TensorStore:
         (out / DATA).touch()  # also where every tensor is small
 
     def read(self, tensor: TensorProto) -> NDArray[Any]:
-        """The tensor's values; mapped, not loaded, when they lie in a file beside the graph.
-
-        The map is copy-on-write, as torch takes no read-only arrays; nothing is ever written back.
-        """
-        if tensor.data_location != TensorProto.EXTERNAL:
-            return numpy_helper.to_array(tensor).copy()  # its own array is read-only
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        path = self.source / place["location"]
-        if path.parent.resolve() != self.source.resolve():
-            outside = place["location"]
-            raise BuildFailed(
-                f"{self.source}: tensor {tensor.name} points outside the bundle, to {outside!r}"
-            )
-        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        return np.memmap(path, dtype, "c", int(place.get("offset", 0)), tuple(tensor.dims))
+        """The tensor's values in bundle `source`; see `read`."""
+        return read(self.source, tensor)
 
     def add(self, name: str, values: NDArray[Any]) -> str:
         """Write `values` under `name`: small ones into the graph, others to the file at a page's start."""
@@ -47,16 +50,21 @@ class TensorStore:
         if array.nbytes <= INLINE_BYTES:
             self.tensors.append(numpy_helper.from_array(array, name))
             return name
-        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-        tensor = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
         with (self.out / DATA).open("ab") as file:
             file.write(bytes(-file.tell() % PAGE))
-            for key, value in (("location", DATA), ("offset", file.tell()), ("length", array.nbytes)):
-                tensor.external_data.add(key=key, value=str(value))
+            self.tensors.append(placed(name, array, file.tell()))
             array.tofile(file)
-        self.tensors.append(tensor)
         return name
 
     def copy(self, tensor: TensorProto) -> None:
         """Take a tensor over unchanged."""
         self.add(tensor.name, self.read(tensor))
+
+
+def placed(name: str, array: NDArray[Any], offset: int) -> TensorProto:
+    """The entry of a tensor whose values lie at `offset` of the data file."""
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    tensor = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", DATA), ("offset", offset), ("length", array.nbytes)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor

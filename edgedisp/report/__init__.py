@@ -9,8 +9,9 @@ opened and no run folder is read, so the same summary gives the same bytes.
     every_arm.py    all arms against the baseline, and the spread between seeds
     comparisons.py  paired comparisons and Holm's correction; claims.py: the verdict, by written rules
     picture.py      a drawing as SVG, PNG, inline SVG; plots.py, plot_inside.py, plot_condensation.py,
-                    plot_scores.py: drawings; condensation_page.py: those of `edgedisp condensation --out`
-    section.py      the shape of a section; results.py, shipped.py, provenance.py: the sections
+                    plot_survival.py, plot_scores.py: drawings; condensation_page.py: those of `edgedisp
+                    condensation --out`
+    section.py      the shape of a section; results.py, shipped.py, survival.py, provenance.py: the sections
     page.py         all files of the report, HTML through report.html.j2
     card.py         the README of a model folder
     bundle_card.py  the README of a bundle that ships, from its manifest and the summary
@@ -44,6 +45,10 @@ The summary, every part of which may be absent or None:
                 higher_is_better, p_value, mcnemar_p, nll_difference {difference, low, high}, and over several
                 seeds `seeds` (evaluate/seeds.py), in nll_difference as well}}}}; in format 1 without the
                 level of arms, its arm being `dispersed`
+    survival    {arm: {precision: {weights {nearest, unmatched [], rescaled [], references {base | baseline:
+                {total, bits {}, components {}, layers [{layer}]}}} (quantize/survival.py), loss {task: {full,
+                quantized, change {difference, low, high}, kept, correlation, slope {value, low, high},
+                verdict}} (evaluate/survival.py)}}}
     seeds       [seed]; techniques {arm: {dispersion {}, neftune, active_forgetting, embedding_dropout}}
     replicas    {folder: {arm, seed, midtrain {}, verify {precision}, accuracy {precision}}}: the trainings
                 with other seeds than the first. The first one's stands under the arm's name everywhere else,

@@ -14,9 +14,10 @@ from edgedisp.report.plot_condensation import (
 )
 from edgedisp.report.plot_inside import HEATMAP, TRAINING, condensation_heatmap, training
 from edgedisp.report.plot_scores import DIFFERENCES, SCORES, TRADEOFF, differences, scores, tradeoff
+from edgedisp.report.plot_survival import SURVIVAL, survival
 from edgedisp.report.reading import Summary
 
-NAMES = (HEATMAP, LAYERS, OUTLIERS, PRECISIONS, TRAINING, SCORES, DIFFERENCES, TRADEOFF)
+NAMES = (HEATMAP, LAYERS, OUTLIERS, PRECISIONS, TRAINING, SURVIVAL, SCORES, DIFFERENCES, TRADEOFF)
 
 
 def plots(summary: Summary) -> dict[str, Plot]:
@@ -28,6 +29,7 @@ def plots(summary: Summary) -> dict[str, Plot]:
         condensation_outliers(summary),
         condensation_precisions(summary),
         training(summary),
+        survival(summary),
         scores(built),
         differences(built),
         tradeoff(built),

@@ -30,6 +30,7 @@ from edgedisp.report.reading import (
 from edgedisp.report.reading import seeds as several_seeds
 from edgedisp.report.section import Grid, Section
 from edgedisp.report.shipped import latency, sizes, verify
+from edgedisp.report.survival import survival
 from edgedisp.report.wording import (
     MISSING,
     count,
@@ -52,6 +53,7 @@ def result_sections(summary: Summary, drawn: Collection[str]) -> list[Section]:
         condensation(summary, drawn),
         training(summary, drawn),
         merge_audit(summary),
+        survival(summary, drawn),
         latency(summary, drawn),
         verify(summary),
         sizes(summary),

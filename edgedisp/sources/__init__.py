@@ -22,7 +22,7 @@ Left out: plain URLs. A package index already has names, versions, mirrors and c
 own configuration, which is used as it stands.
 """
 
-from edgedisp.sources.source import cache_folder, fetch, is_hub_id
+from edgedisp.sources.source import cache_folder, fetch, is_at_hand, is_hub_id
 from edgedisp.sources.wheels import WheelMember, file_sha256, wheel_members
 
-__all__ = ["WheelMember", "cache_folder", "fetch", "file_sha256", "is_hub_id", "wheel_members"]
+__all__ = ["WheelMember", "cache_folder", "fetch", "file_sha256", "is_at_hand", "is_hub_id", "wheel_members"]

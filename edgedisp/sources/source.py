@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from edgedisp import BadInput, Progress, silent
-from edgedisp.sources.wheels import file_sha256, from_wheels, mismatch
+from edgedisp.sources.wheels import file_sha256, from_wheels, kept, mismatch
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 # A name that ends like a file is one: without this a misspelt `data/text.json` would be asked of the hub.
@@ -51,6 +51,13 @@ def fetch(
         if found != wanted:
             raise mismatch(source, wanted, found, f"the file is {path}")
     return path
+
+
+def is_at_hand(source: str, beside: Path = Path()) -> bool:
+    """Whether `fetch` needs no download: a local path, or a `pypi:` file that the cache has."""
+    if source.startswith("pypi:"):
+        return kept(source, cache_folder()) is not None
+    return not is_hub_id(source, beside)
 
 
 def is_hub_id(source: str, beside: Path = Path()) -> bool:

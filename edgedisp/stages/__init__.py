@@ -10,10 +10,13 @@ what a stage does not get, it cannot depend on, and the cache key in pipeline/ i
     condensation.py  condensation, bundle_condensation: the geometry of token vectors, before and after export
     bundles.py   export, quantize, verify: ONNX bundles out of a model folder
     packing.py   pack: a bundle for a kind of device, in the layouts of its runtimes, with a manifest
+    survival.py  survival: what is left of training's change after quantization
     figures.py   items, accuracy, latency: what is measured of them
+    accounting.py  size_account: what every bundle will weigh, before anything runs
     pilot.py     judging, pilot_candidate: a candidate of `edgedisp pilot`, trained and measured
 """
 
+from edgedisp.stages.accounting import base_skeleton, size_account
 from edgedisp.stages.adapters import merge_adapter
 from edgedisp.stages.bundles import export, quantize, verify
 from edgedisp.stages.condensation import bundle_condensation, condensation
@@ -21,11 +24,13 @@ from edgedisp.stages.figures import accuracy, count_items, items, latency
 from edgedisp.stages.packing import pack, provenance_of
 from edgedisp.stages.pilot import judging, pilot_candidate
 from edgedisp.stages.start import base, fetch_base, tokens, twin_base
+from edgedisp.stages.survival import survival
 from edgedisp.stages.training import leave_processes, midtrain, train_settings
 
 __all__ = [
     "accuracy",
     "base",
+    "base_skeleton",
     "bundle_condensation",
     "condensation",
     "count_items",
@@ -41,6 +46,8 @@ __all__ = [
     "pilot_candidate",
     "provenance_of",
     "quantize",
+    "size_account",
+    "survival",
     "tokens",
     "train_settings",
     "twin_base",

@@ -1,0 +1,251 @@
+"""What is left of a change on the grid that ships: against plain loops, and through whole bundles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import graph_twins
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgedisp.graph.export import export
+from edgedisp.model.weights import Weights
+from edgedisp.quantize.grid import Grid, quantize
+from edgedisp.quantize.methods import METHODS
+from edgedisp.quantize.origin import Origins, Run, gather
+from edgedisp.quantize.rewrite import quantize_bundle
+from edgedisp.quantize.survival import compare, fit, shipped, survival
+
+BLOCK = 32
+
+
+def random_weight(rows: int, columns: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def by_loops(trained: torch.Tensor, reference: torch.Tensor, grid: Grid) -> dict[str, float]:
+    """The figures, one value at a time, with scales and zero points of the trained weight."""
+    blocks = quantize(trained, grid)
+    beyond = moved = 0
+    steps, d2, dq2, product = 0.0, 0.0, 0.0, 0.0
+    for row in range(trained.shape[0]):
+        for column in range(trained.shape[1]):
+            group = column // grid.group
+            step = float(blocks.scales[row, group])
+            zero = grid.middle if blocks.zero_points is None else int(blocks.zero_points[row, group])
+
+            def integer(value: float, step: float = step, zero: int = zero) -> int:
+                return min(max(round(float(np.float32(value) / np.float32(step))) + zero, 0), grid.highest)
+
+            after, before = float(trained[row, column]), float(reference[row, column])
+            d, dq = after - before, (integer(after) - integer(before)) * step
+            beyond += abs(d) > abs(step) / 2
+            moved += dq != 0
+            steps, d2, dq2, product = steps + (d / step) ** 2, d2 + d * d, dq2 + dq * dq, product + d * dq
+    count = trained.numel()
+    return {
+        "beyond_half_step": beyond / count,
+        "integers_moved": moved / count,
+        "rms_steps": (steps / count) ** 0.5,
+        "slope": product / d2,
+        "cosine": product / (d2 * dq2) ** 0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    "grid", [Grid(8, 32, True), Grid(4, 16, False), Grid(4, 32, True), Grid(2, 64, False)]
+)
+def test_the_figures_are_those_of_plain_loops(grid: Grid) -> None:
+    trained = random_weight(6, 80, 0)
+    reference = trained + 0.04 * random_weight(6, 80, 1)
+    found = compare(trained, reference, quantize(trained, grid), grid).figures()
+    assert found["weights"] == 480 and found["changed"] == 1.0
+    expected = by_loops(trained, reference, grid)
+    assert expected["integers_moved"] > 0
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-4), name
+
+
+def on_grid(grid: Grid, seed: int = 0) -> torch.Tensor:
+    """A weight that stands in the middle of its cells, as one expanded from a file of few bits does, with a
+    group's ends taken so that its scale is 1 / 64 (symmetric)."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randint(2, grid.highest - 1, (4, 64), generator=generator).float() - grid.middle
+    q[:, :: grid.group] = -grid.middle
+    return q / 64
+
+
+def test_a_change_below_half_a_step_vanishes_and_one_above_survives() -> None:
+    grid = Grid(4, 32, True)
+    trained = on_grid(grid)
+    blocks = quantize(trained, grid)
+    inner = torch.ones_like(trained)
+    inner[:, :: grid.group] = 0  # the ends stay, and with them the scale
+    small = compare(trained, trained - 0.49 / 64 * inner, blocks, grid).figures()
+    assert small["beyond_half_step"] == small["integers_moved"] == small["slope"] == 0.0
+    assert small["changed"] == pytest.approx(31 / 32) and small["cosine"] is None
+    large = compare(trained, trained - 0.51 / 64 * inner, blocks, grid).figures()
+    assert large["beyond_half_step"] == large["integers_moved"] == pytest.approx(31 / 32)
+    assert large["slope"] == pytest.approx(1 / 0.51) and large["cosine"] == pytest.approx(1.0)
+
+
+def test_no_change_has_no_slope() -> None:
+    weight = random_weight(3, 40, 0)
+    found = compare(weight, weight, quantize(weight, Grid(8, 32, True)), Grid(8, 32, True)).figures()
+    assert found["changed"] == found["integers_moved"] == 0.0
+    assert found["slope"] is None and found["cosine"] is None
+
+
+def test_spread_over_a_step_the_share_moved_is_the_mean_of_the_change() -> None:
+    trained = torch.rand(64, 4096, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    grid = Grid(4, 32, False)
+    blocks = quantize(trained, grid)
+    step = blocks.scales.repeat_interleave(32, dim=1)
+    found = compare(trained, trained + 0.1 * step, blocks, grid).figures()
+    assert found["beyond_half_step"] == 0.0
+    assert found["integers_moved"] == pytest.approx(0.1, abs=0.01)
+    assert found["slope"] == pytest.approx(1.0, abs=0.07)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_on_the_weight_alone_ship_the_nearest_integers(method: str) -> None:
+    weight, grid = random_weight(8, 80, 2), Grid(4, 32, False)
+    equal, ratio = fit(weight, METHODS[method](weight, grid, None), grid)
+    assert equal == weight.numel() and ratio == pytest.approx(1.0)
+
+
+# ---------------------------------------------------------------- finding rows
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=4), st.integers(0, 99))
+def test_rows_are_found_whatever_they_were_joined_to(parts: list[tuple[int, bool]], seed: int) -> None:
+    weights = {f"w{i}": random_weight(3 + i, 8, seed + i) for i in range(3)} | {"norm": torch.ones(8)}
+    joined = torch.cat([weights[f"w{i}"].flip(0) if flipped else weights[f"w{i}"] for i, flipped in parts])
+    runs = Origins(weights).find(joined)
+    assert runs is not None
+    assert torch.equal(gather(weights, runs), joined)
+    turned = Origins({name: one.T.contiguous() for name, one in weights.items() if one.ndim == 2})
+    found = turned.find(joined)
+    assert found is not None and all(run.turned for run in found)
+
+
+def test_equal_rows_are_taken_where_a_run_goes_on() -> None:
+    weights = {"a": torch.zeros(4, 8), "b": torch.cat([random_weight(2, 8, 0), torch.zeros(3, 8)])}
+    found = Origins(weights).find(torch.cat([weights["b"], weights["a"]]))
+    assert found is not None and found[0] == Run("b", 0, 5, False)
+    assert Origins(weights).find(random_weight(2, 8, 9)) is None
+
+
+def test_a_negative_zero_is_a_zero() -> None:
+    weight = random_weight(3, 8, 0)
+    weight[1, 3] = 0.0
+    negative = weight.clone()
+    negative[1, 3] = -0.0
+    assert Origins({"w": weight}).find(negative) == [Run("w", 0, 3, False)]
+
+
+# ---------------------------------------------------------------- whole bundles
+
+
+def changed(folder: Path, out: Path, amount: float) -> None:
+    """A copy of a model folder whose weights moved a little."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += amount * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(out)
+    graph_twins.save_tokenizer(out)
+
+
+@pytest.fixture
+def bundles(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path, Path, Path]:
+    """base and trained model folders, the trained one's fp32 and int4 bundles."""
+    base, trained, fp32, int4 = (tmp_path / name for name in ("base", "trained", "fp32", "int4"))
+    graph_twins.make(base, request.param)
+    changed(base, trained, 0.01)
+    for folder in (fp32, int4):
+        folder.mkdir()
+    export(trained, fp32, threads=1)
+    quantize_bundle(fp32, int4, bits=4, symmetric=False)
+    return base, trained, fp32, int4
+
+
+@pytest.mark.parametrize(
+    "bundles", ["llama", "llama, untied, biases, wide heads", "gemma3_text", "gpt2", "smollm3"], indirect=True
+)
+def test_every_packed_tensor_is_found_in_the_torch_models(bundles: tuple[Path, Path, Path, Path]) -> None:
+    base, trained, fp32, int4 = bundles
+    found = survival(int4, fp32, Weights(trained), {"base": Weights(base), "itself": Weights(trained)})
+    assert found["nearest"] == 1.0 and not found["unmatched"] and not found["rescaled"]
+    told = found["references"]["base"]
+    assert [row["name"] for row in told["tensors"]] == [name for name, _, _ in shipped(int4)]
+    matrices = sum(one.numel() for name, one in Weights(base).items() if one.ndim == 2)
+    if "wpe.weight" in " ".join(Weights(base)):
+        matrices -= Weights(base)["transformer.wpe.weight"].numel()  # positions stay in fp32
+    assert told["total"]["weights"] == matrices
+    assert told["total"]["changed"] > 0.99 and 0 < told["total"]["integers_moved"] < 0.5
+    assert [row["layer"] for row in told["layers"]] == [0, 1][: len(told["layers"])]
+    for parts in (told["components"], told["bits"]):
+        assert sum(part["weights"] for part in parts.values()) == matrices
+    assert set(told["bits"]) == {"4", "8"}  # the embedding and the head have 8
+    assert found["references"]["itself"]["total"]["changed"] == 0.0
+
+
+@pytest.mark.parametrize("bundles", ["llama"], indirect=True)
+def test_a_tensor_of_the_graph_is_compared_with_the_right_rows(
+    bundles: tuple[Path, Path, Path, Path],
+) -> None:
+    base, trained, fp32, int4 = bundles
+    found = survival(int4, fp32, Weights(trained), {"base": Weights(base)})
+    [row] = [
+        row
+        for row in found["references"]["base"]["tensors"]
+        if row["name"] == "model.layers.1.attn.qkv_proj.weight"
+    ]
+    after, before = (
+        torch.cat([Weights(one)[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv"])
+        for one in (trained, base)
+    )
+    grid = Grid(4, 32, False)
+    expected = by_loops(after, before, grid)
+    assert row["bits"] == 4 and row["group"] == 32 and row["component"] == "attention"
+    for name, value in expected.items():
+        assert row[name] == pytest.approx(value, rel=1e-3), name
+
+
+@pytest.mark.parametrize("bundles", ["llama"], indirect=True)
+def test_weights_scaled_before_rounding_are_told_and_not_counted(
+    bundles: tuple[Path, Path, Path, Path], tmp_path: Path
+) -> None:
+    base, trained, fp32, _ = bundles
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(fp32 / "model.onnx")  # scale one matrix by columns, as AWQ does
+    name = "model.layers.0.mlp.down_proj.weight"
+    [tensor] = [one for one in graph.graph.initializer if one.name == name]
+    values = numpy_helper.to_array(tensor)
+    factors = np.exp(0.5 * np.random.default_rng(0).standard_normal(len(values))).astype(np.float32)
+    tensor.CopyFrom(numpy_helper.from_array(values * factors[:, None], name))
+    scaled, int4 = tmp_path / "scaled", tmp_path / "scaled_int4"
+    for folder in (scaled, int4):
+        folder.mkdir()
+    onnx.save(graph, scaled / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+    quantize_bundle(scaled, int4, bits=4, symmetric=False)
+    found = survival(int4, fp32, Weights(trained), {"base": Weights(base)})
+    assert found["rescaled"] == [name] and found["nearest"] == 1.0
+    assert name not in [row["name"] for row in found["references"]["base"]["tensors"]]
+
+
+@pytest.mark.parametrize("bundles", ["llama"], indirect=True)
+def test_a_bundle_of_another_model_matches_nothing(bundles: tuple[Path, Path, Path, Path]) -> None:
+    base, _, fp32, int4 = bundles
+    found = survival(int4, fp32, Weights(base), {"base": Weights(base)})
+    assert found["references"]["base"]["total"] is None and found["nearest"] is None
+    assert len(found["unmatched"]) == len(list(shipped(int4)))
