@@ -205,7 +205,7 @@ class Decoder:
                 self.binding.bind_ortvalue_output(now, self.past[past])
 
     def step(self, ids: Any, total: int, cache: dict[str, Any]) -> Any:
-        """Run `ids` int64 [1, n] at positions total-n .. total-1; logits [1, n or 1, vocab]; updates cache."""
+        """Run `ids` int64 [1, n] at positions total-n .. total-1; logits [1, n or 1, vocab]; fills cache."""
         import numpy as np
 
         count = ids.shape[1]
