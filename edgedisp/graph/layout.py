@@ -30,6 +30,8 @@ GENAI_TYPES = {
     "qwen3": "qwen3",
     "gemma3_text": "gemma3_text",
     "gpt2": "decoder",
+    "opt": "decoder",
+    "gpt_neox": "decoder",
 }
 TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>")
 COPIED = (
