@@ -196,6 +196,18 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
         export(tmp_path, tmp_path, threads=1)
 
 
+@pytest.mark.parametrize("family", ["llama", "granite"])  # granite goes through the genai builder
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(value: float, family: str, tmp_path: Path) -> None:
+    model = twins.make(tmp_path / "model", family)
+    model.model.layers[1].mlp.down_proj.weight.data[3, 4] = value
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "bundle").mkdir()
+    with pytest.raises(BadInput, match=r"model\.layers\.1\.mlp\.down_proj\.weight holds 1 values"):
+        export(tmp_path / "model", tmp_path / "bundle", threads=1)
+    assert not any((tmp_path / "bundle").iterdir())
+
+
 @pytest.mark.parametrize(
     ("form", "changes", "message"),
     [
