@@ -4,5 +4,6 @@
 `gpt.py` know the families, `parts.py` what they share), `decoder.py` writes the graph from that (`writer.py`
 holds the file format), `builder.py` covers families that only
 onnxruntime-genai's builder knows, `layout.py` adds the files beside the graph, `session.py` runs a bundle
-with onnxruntime and `genai.py` with onnxruntime-genai, and `check.py` proves that it works.
+with onnxruntime and `genai.py` with onnxruntime-genai, and `check.py` proves that it works (`shapes.py`: the
+graph is sound; `kernels.py`: what runs it).
 """
