@@ -17,6 +17,7 @@ from edgedisp.bench import local
 from edgedisp.bench.machine import physical_cores
 from edgedisp.bench.targets import load_target
 from edgedisp.dispersion.collect import decoder_layers
+from edgedisp.folder import changed_files
 from edgedisp.graph import check
 from edgedisp.graph.export import export as export_graph
 from edgedisp.pipeline import BITS, Observer
@@ -37,6 +38,11 @@ def export_for_target(folder: Path, target_name: str, out: Path, observer: Obser
         raise BadInput(f"{folder}: no such folder; `edgedisp build` leaves one under <run>/<arm>/model")
     if out.exists():
         raise BadInput(f"{out}: exists already; choose another --out")
+    if changed := changed_files(folder, "*.safetensors"):
+        raise BadInput(
+            f"{folder}: {changed[0]} is not the file that record.json was written for (its SHA-256 differs): "
+            "damaged, or changed since; if you changed it, remove record.json"
+        )
     threads = target.threads or physical_cores()
     out.resolve().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.resolve().parent) as scratch:
@@ -44,7 +50,12 @@ def export_for_target(folder: Path, target_name: str, out: Path, observer: Obser
         parent.mkdir()
         observer.progress(0, 3, "writing the graph")
         record = export_graph(
-            folder, parent, threads=threads, max_context=target.context, progress=observer.progress
+            folder,
+            parent,
+            threads=threads,
+            max_context=target.context,
+            load=model.load,
+            progress=observer.progress,
         )
         if target.precision == "fp32":
             bundle = parent

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from local_hub import NOWHERE, serving
 
 from edgedisp import BadInput
@@ -282,6 +283,17 @@ def lost_layer(folder: Path) -> None:
     change(folder / "config.json", num_hidden_layers=3)
 
 
+def left_over_layer(folder: Path) -> None:
+    change(folder / "config.json", num_hidden_layers=1)
+
+
+def left_over_biases(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    biases = {f"model.layers.{layer}.self_attn.q_proj.bias": torch.ones(64) for layer in range(2)}
+    old_buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}  # harmless
+    save_file(weights | biases | old_buffer, folder / "model.safetensors", {"format": "pt"})
+
+
 def other_width(folder: Path) -> None:
     change(folder / "config.json", intermediate_size=256)
 
@@ -304,8 +316,10 @@ def no_tokenizer(folder: Path) -> None:
         (already_quantized, r"already quantized \(gptq\)"),
         (only_pickle, r"pytorch_model.bin is a pickle.*never opened"),
         (only_adapter, r"PEFT adapter: merge it"),
-        (cut_weights, "the weights cannot be opened"),
-        (no_weights_at_all, "the weights cannot be opened"),
+        (cut_weights, r"model.safetensors: the file is cut off or damaged: its \d+ bytes do not fit"),
+        (no_weights_at_all, r"model.safetensors: the file is cut off or damaged: its 15 bytes do not fit"),
+        (left_over_layer, r"9 weights in the files have no place in the model .*: model.layers.1.input"),
+        (left_over_biases, r"2 weights in the files have no place .*: model.layers.0.self_attn.q_proj.bias"),
         (lost_shard, "1 weight files are missing: model-00001-of-00002"),
         (lost_layer, r"9 weights are not in the files: model.layers.2"),
         (other_width, r"6 weights have another shape: model.layers.0.mlp"),

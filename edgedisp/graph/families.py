@@ -43,7 +43,10 @@ def family_of(folder: Path) -> str:
     path = folder / "config.json"
     if not path.is_file():
         raise BadInput(f"{folder}: not a model folder (config.json is missing)")
-    return str(json.loads(path.read_text(encoding="utf-8")).get("model_type", "unknown"))
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8")).get("model_type", "unknown"))
+    except (ValueError, AttributeError) as error:
+        raise BadInput(f"{path}: no readable configuration: {error}") from error
 
 
 def load(folder: Path) -> Any:

@@ -189,7 +189,14 @@ def _added_tokens(folder: Path) -> dict[str, int]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """The content of a JSON file, nothing if there is none. BadInput if it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{path}: not readable as JSON: {error}") from error
+    return content
 
 
 def _dump(path: Path, content: dict[str, Any]) -> None:
