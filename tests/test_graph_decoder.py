@@ -140,7 +140,7 @@ def test_the_interface_is_the_genai_builders_with_a_static_head_dimension(
     }
 
 
-@pytest.mark.parametrize("form", ["llama", "gpt2"])
+@pytest.mark.parametrize("form", ["llama", "gpt2", "opt", "gpt_neox"])
 def test_the_context_can_be_capped(form: str, tmp_path: Path) -> None:
     model = twins.make(tmp_path / "model", form)
     (tmp_path / "bundle").mkdir()

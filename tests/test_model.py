@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from local_hub import NOWHERE, serving
+from safetensors.torch import load_file, save_file
 
 from edgedisp import BadInput
 from edgedisp.corpus import made_documents

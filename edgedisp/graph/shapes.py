@@ -73,7 +73,9 @@ def _inferred(bare: ModelProto, name: str) -> list[ValueInfoProto]:
     known = {value.name for value in asked.graph.output}
     made = [output for node in asked.graph.node for output in node.output if output]
     asked.graph.output.extend(ValueInfoProto(name=output) for output in made if output not in known)
+    onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # nothing is computed
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.strict_shape_type_inference", "1")
     options.log_severity_level = 3

@@ -201,8 +201,8 @@ def _check_readable(files: list[Path]) -> None:
                 pass
         except (SafetensorError, OSError) as problem:
             raise BadInput(
-                f"{file}: the file is cut off or damaged: its {file.stat().st_size} bytes do not fit its header "
-                f"({_one_line(problem)}). Fetch or save it again."
+                f"{file}: the file is cut off or damaged: its {file.stat().st_size} bytes do not fit its "
+                f"header ({_one_line(problem)}). Fetch or save it again."
             ) from problem
 
 
