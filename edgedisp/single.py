@@ -71,9 +71,9 @@ def export_for_target(folder: Path, target_name: str, out: Path, observer: Obser
         tokenizer = model.load_tokenizer(folder)
         text = corpus.made_documents(1, seed=0)[0].text
         ids = model.encode(tokenizer, text)
-        check.check(bundle, [ids[:8], ids[:24]], texts=[text], threads=threads)
+        checked = check.check(bundle, [ids[:8], ids[:24]], texts=[text], threads=threads)
         shutil.move(bundle, out)
-    return {**record, "precision": target.precision}
+    return {**record, "precision": target.precision, "checked": checked}
 
 
 def time_bundles(
