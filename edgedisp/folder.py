@@ -97,6 +97,19 @@ def read(folder: Path) -> Record | None:
     return Record(folder, raw["key"], raw["results"], raw["files"], raw["seconds"])
 
 
+def changed_files(folder: Path, pattern: str) -> list[str]:
+    """Names of the files that match `pattern` whose SHA-256 is no longer what the folder's record says.
+
+    A folder without a readable record has none.
+    """
+    try:
+        files = json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return []
+    found = (path for path in sorted(folder.glob(pattern)) if path.name in files)
+    return [path.name for path in found if file_digest(path) != files[path.name]["sha256"]]
+
+
 @contextmanager
 def making(folder: Path, key: dict[str, Any], *, resumable: bool = False) -> Iterator[Path]:
     """Give the folder to write a stage into; what is left there survives a kill only if `resumable`.

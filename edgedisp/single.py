@@ -18,7 +18,7 @@ from edgedisp import BadInput, Progress, corpus, data_folder, model
 from edgedisp.bench import local
 from edgedisp.bench.machine import physical_cores
 from edgedisp.dispersion.collect import decoder_layers
-from edgedisp.folder import MANIFEST, check_files
+from edgedisp.folder import MANIFEST, changed_files, check_files
 from edgedisp.graph import check
 from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.layouts import LAYOUTS
@@ -53,7 +53,7 @@ def export_for_target(
         manifest = json.loads((packed / MANIFEST).read_text(encoding="utf-8"))
         (packed / CARD).write_text(bundle_card(manifest, out.name), encoding="utf-8")
         packed.rename(out)
-    return record
+    return {**record, "checked": grid["checked"]}
 
 
 def _check_export(folder: Path, out: Path, layouts: Sequence[str]) -> list[str]:
@@ -66,6 +66,11 @@ def _check_export(folder: Path, out: Path, layouts: Sequence[str]) -> list[str]:
         raise BadInput(f"{folder}: no tokenizer.json; a bundle needs the fast form of the tokenizer")
     if out.exists():
         raise BadInput(f"{out}: exists already; choose another --out")
+    if changed := changed_files(folder, "*.safetensors"):
+        raise BadInput(
+            f"{folder}: {changed[0]} is not the file that record.json was written for (its SHA-256 differs): "
+            "damaged, or changed since; if you changed it, remove record.json"
+        )
     for name in layouts:
         if name not in LAYOUTS:
             guess = difflib.get_close_matches(name, LAYOUTS, n=1)
@@ -80,7 +85,12 @@ def _checked_bundle(
     """The bundle at the target's precision, opened and checked, and the record of its grid."""
     observer.progress(0, 3, "writing the graph")
     grid = export_graph(
-        folder, parent, threads=threads, max_context=target.context, progress=observer.progress
+        folder,
+        parent,
+        threads=threads,
+        max_context=target.context,
+        load=model.load,
+        progress=observer.progress,
     )
     bundle = parent
     if target.precision != "fp32":
@@ -91,8 +101,8 @@ def _checked_bundle(
         grid = quantize_bundle(parent, bundle, bits=bits, **options, progress=observer.progress)
     text = corpus.made_documents(1, seed=0)[0].text
     ids = model.encode(model.load_tokenizer(folder), text)
-    check.check(bundle, [ids[:8], ids[:24]], texts=[text], threads=threads)
-    return bundle, grid
+    checked = check.check(bundle, [ids[:8], ids[:24]], texts=[text], threads=threads)
+    return bundle, {**grid, "checked": checked}
 
 
 def time_bundles(

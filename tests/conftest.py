@@ -25,7 +25,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     texts = [document.text for document in corpus.made_documents(120, seed=0)]
     root = tmp_path_factory.mktemp("tiny")
     folders = {}
-    for architecture in ("llama", "qwen3", "gemma3_text", "gpt2"):
+    for architecture in ("llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox"):
         folders[architecture] = root / architecture
         folders[architecture].mkdir()
         model.save(*model.twin(architecture, texts, seed=0, context=256), folders[architecture])

@@ -54,6 +54,19 @@ GPT2_SHAPE = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+OPT_SHAPE = {
+    "hidden_size": 64,
+    "ffn_dim": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": CONTEXT,
+    "init_std": 0.25,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+SHAPES = {"gpt2": GPT2_SHAPE, "opt": OPT_SHAPE}
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 16, "num_key_value_heads": 1}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -62,6 +75,12 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
+}
+
+NEOX = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25},
+    "tie_word_embeddings": False,
+    "hidden_act": "gelu",
 }
 
 # name -> (architecture, what differs from SHAPE)
@@ -108,8 +127,41 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt2",
         {"scale_attn_by_inverse_layer_idx": True, "activation_function": "gelu", "n_inner": 80},
     ),
+    "opt": ("opt", {}),
+    "opt, plain norms, no biases, untied": (
+        "opt",
+        {
+            "layer_norm_elementwise_affine": False,
+            "enable_bias": False,
+            "activation_function": "gelu",
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gpt_neox": ("gpt_neox", NEOX),
+    "gpt_neox, one part after the other, a third of each head rotated": (
+        "gpt_neox",
+        {
+            "use_parallel_residual": False,
+            "num_attention_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.32},
+        },
+    ),
+    "gpt_neox, no attention biases, untied, yarn rope": (
+        "gpt_neox",
+        {
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "partial_rotary_factor": 0.5,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
 }
-FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2")
+FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox")
 
 
 def make(folder: Path, form: str, **changes: Any) -> Any:
@@ -117,7 +169,7 @@ def make(folder: Path, form: str, **changes: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     architecture, differs = FORMS.get(form, (form, {}))
-    shape = GPT2_SHAPE if architecture == "gpt2" else SHAPE
+    shape = SHAPES.get(architecture, SHAPE)
     config = AutoConfig.for_model(architecture, **(shape | differs | changes))
     with torch.random.fork_rng():
         torch.manual_seed(1)

@@ -28,6 +28,8 @@ from edgedisp.train.trainer import fit
 ATTENTION = {f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
 MLP = {f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
 GPT2 = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+OPT = {f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")} | {"fc1", "fc2"}
+NEOX = {"attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"}
 ARCHITECTURES = {
     "llama": ("model.layers", ATTENTION | MLP),
     "qwen3": ("model.layers", ATTENTION | MLP),
@@ -35,6 +37,8 @@ ARCHITECTURES = {
     "mistral": ("model.layers", ATTENTION | MLP),
     "qwen2": ("model.layers", ATTENTION | MLP),
     "gpt2": ("transformer.h", GPT2),
+    "opt": ("model.decoder.layers", OPT),
+    "gpt_neox": ("gpt_neox.layers", NEOX),
 }
 IDS = torch.randint(3, 400, (4, 24), generator=torch.Generator().manual_seed(0))
 

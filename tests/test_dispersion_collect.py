@@ -17,7 +17,7 @@ from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.dispersion.draw import choose
 from edgedisp.dispersion.loss import VARIANTS
 
-ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "gpt2"]
+ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox"]
 
 
 def open_tiny(folder: Path) -> torch.nn.Module:

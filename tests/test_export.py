@@ -179,7 +179,7 @@ def test_what_cannot_work_is_refused_in_a_line_before_anything_is_written(
     [
         ("tokenizer.json", "no tokenizer.json; a bundle needs the fast form of the tokenizer"),
         ("config.json", "no model folder (config.json is missing)"),
-        ("model.safetensors", "transformers cannot open this model"),
+        ("model.safetensors", "save_pretrained"),
     ],
 )
 def test_an_incomplete_model_folder_is_refused(gone: str, said: str, base: Path, edgedisp) -> None:  # type: ignore[no-untyped-def]

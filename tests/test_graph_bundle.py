@@ -156,9 +156,10 @@ def test_a_family_that_the_builder_writes_wrong_is_refused(tmp_path: Path) -> No
 
 def test_a_failure_of_the_builder_is_a_failed_build_with_its_reason(tmp_path: Path) -> None:
     twins.make(tmp_path / "model", "granite")
-    (tmp_path / "model" / "model.safetensors").unlink()
+    for file in (tmp_path / "model").glob("*token*"):
+        file.unlink()
     (tmp_path / "bundle").mkdir()
-    with pytest.raises(BuildFailed, match=r"could not write family 'granite': .*safetensors"):
+    with pytest.raises(BuildFailed, match=r"could not write family 'granite': .*tokenizer"):
         export(tmp_path / "model", tmp_path / "bundle", threads=1)
 
 

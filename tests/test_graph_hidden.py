@@ -47,7 +47,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def torch_states(model: Any) -> list[np.ndarray]:
     """Embedding, every block, and the last one after the final norm: hooks of the test's own."""
-    blocks = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     seen: list[torch.Tensor] = []
     hooks = [block.register_forward_hook(lambda _, __, output: seen.append(output)) for block in blocks]
     with torch.no_grad():

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import graph_twins as twins
 import numpy as np
+import onnx
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edgedisp import BadInput, BuildFailed, model
 from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel
 from edgedisp.quantize.calibrated import gptq_model
-from edgedisp.quantize.grid import Grid, dequantize, quantize
+from edgedisp.quantize.grid import Blocks, Grid, dequantize, quantize
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.rewrite import quantize_bundle
 
@@ -70,6 +74,28 @@ def test_joined_weights_are_found_in_their_order_and_others_are_not() -> None:
     assert made.find(weights[0] + 1) is None
 
 
+@given(st.lists(st.integers(2, 6), min_size=1, max_size=4), st.randoms(use_true_random=False))
+def test_rows_of_whole_weights_are_found_in_any_order(heights: list[int], chance: random.Random) -> None:
+    generator = torch.Generator().manual_seed(len(heights))
+    weights = [torch.randn(rows, 40, generator=generator) for rows in heights]
+    made = Made(GRID)
+    for number, weight in enumerate(weights):  # blocks that tell which weight and row they belong to
+        groups = torch.zeros(len(weight), 3, 16, dtype=torch.uint8)
+        scales = torch.arange(3 * len(weight)).reshape(-1, 3) + 100.0 * number
+        made.add(weight, Blocks(groups, scales, scales.to(torch.uint8), 40))
+    order = list(range(sum(heights)))
+    chance.shuffle(order)
+    found = made.find(torch.cat(weights)[order])
+    assert found is not None and found.columns == 40
+    rows = [100.0 * number + 3 * row for number, height in enumerate(heights) for row in range(height)]
+    assert found.scales[:, 0].tolist() == [rows[place] for place in order]
+    assert found.zero_points is not None
+    assert torch.equal(found.zero_points, found.scales.to(torch.uint8))
+    joined = torch.cat(weights)[order]
+    assert made.find(joined[1:]) is None  # a part of a weight is none
+    assert made.find(torch.cat([joined, weights[0][:1]])) is None  # nor is one of its rows twice
+
+
 def test_a_bundle_of_another_model_is_refused(tmp_path: Path) -> None:
     bundles(tmp_path, "llama")
     other = model.load(tmp_path / "model")
@@ -88,9 +114,12 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
     opened.model.layers[1].mlp.down_proj.weight.data[3, 4] = float("nan")
     with pytest.raises(BadInput, match=r"model\.layers\.1\.mlp\.down_proj: .*not finite"):
         gptq_model(opened, decoder_layers(opened), TOKENS, GRID)
-    opened.save_pretrained(tmp_path / "model")
     for name in ("fp32", "int4"):
         (tmp_path / name).mkdir()
     export(tmp_path / "model", tmp_path / "fp32", threads=1)
+    graph = onnx.load(tmp_path / "fp32" / "model.onnx", load_external_data=False).graph
+    down = next(t for t in graph.initializer if t.name == "model.layers.1.mlp.down_proj.weight")
+    offset = next(int(entry.value) for entry in down.external_data if entry.key == "offset")
+    np.memmap(tmp_path / "fp32" / "model.onnx.data", np.float32, "r+", offset, (1,))[0] = np.nan
     with pytest.raises(BadInput, match=r"model\.layers\.1\.mlp\.down_proj\.weight: .*not finite"):
         quantize_bundle(tmp_path / "fp32", tmp_path / "int4", bits=4)

@@ -14,7 +14,7 @@ FILES = sorted(data_folder("recipes").rglob("*.y*ml"))
 WANTED = {
     "quickstart", "smollm2_135m", "smollm2_360m", "qwen3_0.6b", "gemma3_270m", "gpt2", "qwen3_0.6b_qlora",
     "smollm2_135m_lora", "paper_gpt2", "paper_qwen3_0.6b", "ablation",
-    "qwen3_0.6b_8gpu",
+    "qwen3_0.6b_8gpu", "pythia_160m",
 }  # fmt: skip
 every_recipe = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 

@@ -19,7 +19,7 @@ from edgedisp.train.mixin import NotFinite
 from edgedisp.train.trainer import Fit, TrainSettings, fit, last_checkpoint
 
 BLOCKS = np.random.default_rng(0).integers(3, 400, (64, 24)).astype(np.uint32)
-ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "gpt2"]
+ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox"]
 
 
 def open_tiny(folder: Path) -> Any:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from edgedisp.train import fused_head as module
 from edgedisp.train.fused_head import fused_cross_entropy, fused_head, why_not_fused
 
-ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "gpt2"]
+ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox"]
 
 
 def open_tiny(folder: Path, **changes: Any) -> Any:
@@ -66,6 +66,8 @@ def test_loss_and_gradients_are_those_of_the_plain_road(
     torch.testing.assert_close(fused, plain, rtol=1e-6, atol=0)
     rounding = 1e-5 if precision == "fp32" else 2e-2
     for name, gradient in gradients.items():
+        if name.endswith("k_proj.bias"):  # shifts all scores of a query alike: zero, but for rounding
+            continue
         off = (gradient - expected[name]).norm() / expected[name].norm()
         assert off < rounding, (name, off)
 

@@ -22,7 +22,7 @@ from edgedisp.train.watch import Watch, undisturbed
 
 BLOCKS = np.random.default_rng(0).integers(3, 400, (64, 24)).astype(np.uint32)
 HELD = torch.randint(3, 400, (3, 20), generator=torch.Generator().manual_seed(5))
-ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "gpt2"]
+ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox"]
 
 
 def open_tiny(folder: Path) -> Any:

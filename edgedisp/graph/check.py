@@ -1,6 +1,9 @@
 """Proves that a bundle works before anyone ships it: it opens, prefills, decodes with its cache, and stops.
 
-Two roads must give one answer. The logits of every prompt are computed once alone and in full; then all
+First the graph itself: it is well formed and every value has a shape (`shapes.py`), kernels of the CPU's
+provider alone run it and read weights packed (`kernels.py`).
+
+Then two roads must give one answer. The logits of every prompt are computed once alone and in full; then all
 prompts go through one right-padded batch, their last tokens one by one through the cache, and both must
 agree. The measure is the root mean square of the difference over that of the logits (each row less its
 mean, which a softmax does not see), the worst row counting. In fp32 arithmetic it is about 1e-6. With 8-bit
@@ -28,12 +31,15 @@ from onnx import helper
 
 from edgedisp import BuildFailed, Progress, silent
 from edgedisp.graph.genai import GenaiModel
+from edgedisp.graph.kernels import check_kernels
 from edgedisp.graph.session import Logits, OnnxModel
+from edgedisp.graph.shapes import check_shapes
 
 FORCED = 4  # tokens at the end of each prompt that go through the cache one by one
 EXACT_LIMIT = 1e-3  # relative difference allowed between the two roads in fp32 arithmetic
 ROUNDED_LIMIT = 0.2  # and with 8-bit activations
 NEW_TOKENS = 16  # decoded greedily after each prompt
+PROFILED = 8  # tokens of the run that shows which kernels are used
 
 
 def check(
@@ -46,18 +52,21 @@ def check(
 ) -> dict[str, Any]:
     """Run every check on `bundle` with real prompts (token ids, each at least 2 long) and texts.
 
-    Returns {opened, nodes: {op: n}, layers, attention_fused, products_unfused, prompts, padded_difference,
-    cached_difference, difference_limit, decoded_tokens, stops, genai: {opened, greedy_agrees: "n/n", stops,
-    tokenizer_agrees: "n/n", round_trips: "n/n"}}. BuildFailed with the reason where a check fails.
+    Returns {opened, checker, values, nodes: {op: n}, kernels: {op: n}, providers: {name: n}, layers,
+    attention_fused, products_unfused, prompts, padded_difference, cached_difference, difference_limit,
+    decoded_tokens, stops, genai: {opened, greedy_agrees: "n/n", stops, tokenizer_agrees: "n/n",
+    round_trips: "n/n"}}; `checker` to `providers` are of `shapes.py` and `kernels.py`. BuildFailed with the
+    reason where a check fails.
     """
     if not prompts or min(map(len, prompts)) < 2:
         raise ValueError("check needs prompts of at least 2 tokens each")
     model = OnnxModel(bundle, threads)
     if max(map(len, prompts)) + NEW_TOKENS > model.context:
         raise ValueError(f"prompts must leave room for {NEW_TOKENS} tokens in the context of {model.context}")
-    graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
-    rows = [list(prompt) for prompt in prompts]
+    written = onnx.load(bundle / "model.onnx", load_external_data=False)
+    graph, rows = written.graph, [list(prompt) for prompt in prompts]
     facts = _graph_facts(bundle, graph)
+    facts |= check_shapes(written, str(bundle)) | check_kernels(bundle, graph, rows[0][:PROFILED], threads)
     limit = ROUNDED_LIMIT if _rounds_activations(graph) else EXACT_LIMIT
     progress(0, 3, "prefill and cache")
     alone = [model(np.array([row], np.int64), np.ones((1, len(row)), np.int64))[0] for row in rows]

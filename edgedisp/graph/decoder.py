@@ -110,10 +110,23 @@ def _learned_positions(graph: GraphWriter, table: torch.Tensor) -> str:
 def _block(graph: GraphWriter, decoder: Decoder, layer: Layer, index: int, residual: Residual) -> Residual:
     hidden, stream = _norm(graph, layer.attention_norm, residual)
     added, bias = _attention(graph, decoder, layer, index, hidden)
+    if layer.is_parallel:
+        return _parallel_mlp(graph, decoder.activation, layer, stream, added, bias)
     residual = _normed_addition(graph, layer.attention_output_norm, stream, added, bias)
     hidden, stream = _norm(graph, layer.mlp_norm, residual)
     added, bias = _mlp(graph, decoder.activation, layer, hidden)
     return _normed_addition(graph, layer.mlp_output_norm, stream, added, bias)
+
+
+def _parallel_mlp(
+    graph: GraphWriter, activation: str, layer: Layer, stream: str, added: str, bias: str
+) -> Residual:
+    """The MLP of a layer whose attention `added` and `bias` to the stream that the MLP reads as well."""
+    hidden, _ = _norm(graph, layer.mlp_norm, Residual(stream))
+    if bias:  # the next norm's kernel has room for one bias
+        added = graph.node("Add", [added, bias], f"{added}.biased")
+    more, bias = _mlp(graph, activation, layer, hidden)
+    return Residual(stream, graph.node("Add", [added, more], f"{more}.and_attention"), bias)
 
 
 def _normed_addition(graph: GraphWriter, norm: Norm | None, stream: str, added: str, bias: str) -> Residual:

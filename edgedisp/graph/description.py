@@ -35,7 +35,8 @@ class Norm:
 
 @dataclass(frozen=True)
 class Layer:
-    """One block: x + attention(norm(x)), then x + mlp(norm(x)). Gemma also norms what is added."""
+    """One block: x + attention(norm(x)), then x + mlp(norm(x)). Gemma also norms what is added; a parallel
+    block is x + attention(norm(x)) + mlp(other_norm(x))."""
 
     attention_norm: Norm
     qkv: Linear
@@ -51,6 +52,7 @@ class Layer:
     k_norm: Norm | None = None
     attention_output_norm: Norm | None = None
     mlp_output_norm: Norm | None = None
+    is_parallel: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,32 @@ def export(
     *,
     threads: int,
     max_context: int | None = None,
+    load: Callable[[Path], Any] = families.load,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the bundle of `model_folder` (a Hugging Face folder) into the existing empty folder `out`.
 
     Returns {family, exporter: edgedisp | onnxruntime-genai, runtime_layout, context, threads, size_bytes,
     nodes: {op: n}}; size_bytes counts the graph and its weights. `max_context` caps the positions (default
-    8192, or the model's own if less; the genai builder always takes the model's own). BadInput for a family
-    that nobody here can export, BuildFailed where the builder fails.
+    8192, or the model's own if less; the genai builder always takes the model's own). `load` opens the folder
+    and may refuse it; the usual one leaves that to transformers. BadInput for a family that nobody here can
+    export and for weights that are not finite, BuildFailed where the builder fails.
     """
     family = families.family_of(model_folder)
+    if family not in {*families.READERS, *builder.FAMILIES}:
+        known = ", ".join(sorted({*families.READERS, *builder.FAMILIES}))
+        raise BadInput(f"{model_folder}: models of type {family!r} cannot be exported; known types: {known}")
+    model = load(model_folder)
+    families.check_finite(model, str(model_folder))
     if family in families.READERS:
-        described = families.read(model_folder, max_context)
+        described = families.describe(model, max_context)
         decoder.write(described, out, progress)
         layout.write_layout(described, model_folder, out, threads)
         exporter = "edgedisp"
-    elif family in builder.FAMILIES:
+    else:
+        del model  # the builder reads the folder itself
         builder.build(model_folder, out, family=family, threads=threads, progress=progress)
         exporter = "onnxruntime-genai"
-    else:
-        known = ", ".join(sorted({*families.READERS, *builder.FAMILIES}))
-        raise BadInput(f"{model_folder}: models of type {family!r} cannot be exported; known types: {known}")
     graph = onnx.load(out / GRAPH, load_external_data=False).graph
     return {
         "family": family,

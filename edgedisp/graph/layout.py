@@ -30,6 +30,8 @@ GENAI_TYPES = {
     "qwen3": "qwen3",
     "gemma3_text": "gemma3_text",
     "gpt2": "decoder",
+    "opt": "decoder",
+    "gpt_neox": "decoder",
 }
 TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>")
 COPIED = (
@@ -187,7 +189,14 @@ def _added_tokens(folder: Path) -> dict[str, int]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """The content of a JSON file, nothing if there is none. BadInput if it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{path}: not readable as JSON: {error}") from error
+    return content
 
 
 def dump(path: Path, content: dict[str, Any]) -> None:

@@ -44,20 +44,18 @@ def outline(model: nn.Module, max_context: int | None = None) -> Outline:
     BadInput where an export of the model would be refused for its configuration.
     """
     config: Any = model.config
-    reader = families.READERS.get(config.model_type)
     shapes = _Shapes()
-    if reader is None:
+    if config.model_type not in families.READERS:
         context = int(getattr(config, "max_position_embeddings", None) or families.DEFAULT_CONTEXT)
         return Outline(shapes.model(*_by_modules(shapes, model, context)), context, False)
-    context = families._context(config, max_context)
-    decoder = reader(model, context)
+    decoder = families.describe(model, max_context)
     anything: Any = model
     head, embedding = anything.get_output_embeddings().weight, anything.get_input_embeddings().weight
     if (
         head is not embedding
     ):  # tensors without memory all seem to lie at one place: the reader took it as tied
         decoder = replace(decoder, head=head)
-    return Outline(shapes.model(*compose(shapes, decoder)), context, True)
+    return Outline(shapes.model(*compose(shapes, decoder)), decoder.context, True)
 
 
 def cache_bytes(model: ModelProto, positions: int) -> int:

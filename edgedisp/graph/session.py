@@ -33,8 +33,11 @@ Cache = dict[str, NDArray[np.float32]]
 class OnnxModel:
     """A bundle as a language model. BadInput if it is none, BuildFailed if onnxruntime cannot open it."""
 
-    def __init__(self, bundle: Path, threads: int, graph: bytes | None = None) -> None:
-        """`graph`: another graph than the bundle's model.onnx over the same weights."""
+    def __init__(
+        self, bundle: Path, threads: int, graph: bytes | None = None, profile: Path | None = None
+    ) -> None:
+        """`graph`: another graph than the bundle's model.onnx over the same weights. `profile`: the start of
+        the path to which onnxruntime writes what each kernel did."""
         if threads < 1:
             raise BadInput(f"threads is {threads}; at least 1 is needed")
         self.bundle, self.threads = bundle, threads
@@ -43,7 +46,7 @@ class OnnxModel:
         self.vocab_size = int(config["vocab_size"])
         ends = config["eos_token_id"]
         self.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
-        self.session = open_session(bundle, threads, graph)
+        self.session = open_session(bundle, threads, graph, profile)
         shapes = {value.name: value.shape for value in self.session.get_inputs()}
         self._caches = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
         # The genai builder leaves the head dimension symbolic in the graph; genai_config.json knows it.
@@ -154,7 +157,7 @@ def at_accuracy_level(bundle: Path, level: int) -> bytes:
     return changed
 
 
-def open_session(bundle: Path, threads: int, graph: bytes | None = None) -> Any:
+def open_session(bundle: Path, threads: int, graph: bytes | None = None, profile: Path | None = None) -> Any:
     """An onnxruntime session on the CPU over the bundle's graph, or over `graph` with the bundle's weights.
 
     BuildFailed with the runtime's reason if it does not open.
@@ -164,6 +167,9 @@ def open_session(bundle: Path, threads: int, graph: bytes | None = None) -> Any:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors; they also come as exceptions
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     if graph is not None:
         folder = str(bundle.resolve())  # where the weights of a graph that is no file are looked for
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)

@@ -11,6 +11,7 @@ then refuses to train or save it; the marks are taken off.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from edgedisp.model import hub
 
 GGUF_MAGIC = b"GGUF"
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
+IN_A_LAYER = re.compile(r"\.\d+\.")  # model.layers.3.mlp.up_proj.weight; old files also keep inv_freq there
 
 
 def open_base(
@@ -177,13 +179,31 @@ def _check_files(folder: Path, name: str) -> None:
         missing = sorted(wanted - set(names))
         if missing:
             raise BadInput(f"{name}: {len(missing)} weight files are missing: {', '.join(missing[:5])}.")
-    elif "model.safetensors" not in names:
+        _check_readable([folder / entry for entry in sorted(wanted)])
+    elif "model.safetensors" in names:
+        _check_readable([folder / "model.safetensors"])
+    else:
         pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         found = f"{pickles[0]} is a pickle, which can run any code and is never opened. " if pickles else ""
         raise BadInput(
             f"{name}: there is no model.safetensors. {found}Save the model again with "
             "`model.save_pretrained(folder)` of a recent transformers, in a place that you trust."
         )
+
+
+def _check_readable(files: list[Path]) -> None:
+    """Refuse a file that is cut off or damaged by its header, before its weights are read."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in files:
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except (SafetensorError, OSError) as problem:
+            raise BadInput(
+                f"{file}: the file is cut off or damaged: its {file.stat().st_size} bytes do not fit its "
+                f"header ({_one_line(problem)}). Fetch or save it again."
+            ) from problem
 
 
 def is_causal_family(model_type: str) -> bool:
@@ -224,12 +244,20 @@ def _check_architecture(config: Any, architecture: str | None, name: str) -> Non
 
 
 def _check_whole(report: dict[str, Any], name: str) -> None:
-    """Refuse weights that transformers had to make up: absent ones, and ones of another shape."""
+    """Refuse weights that transformers had to make up (absent ones, and ones of another shape), and layers,
+    or parts of layers, that it left lying in the files."""
     missing = sorted(report["missing_keys"])
     others = sorted(
         f"{key} {list(found)} for {list(wanted)}" for key, found, wanted in report["mismatched_keys"]
     )
-    for what, keys in (("weights are not in the files", missing), ("weights have another shape", others)):
+    unused = sorted(
+        key for key in report["unexpected_keys"] if IN_A_LAYER.search(key) and not key.endswith("inv_freq")
+    )
+    for what, keys in (
+        ("weights are not in the files", missing),
+        ("weights have another shape", others),
+        ("weights in the files have no place in the model that config.json describes", unused),
+    ):
         if keys:
             raise BadInput(
                 f"{name}: {len(keys)} {what}: {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}. "

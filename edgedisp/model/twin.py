@@ -40,8 +40,14 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1, "query_pre_attn_scalar": 16, "sliding_window": 64,
         "layer_types": ["sliding_attention", "full_attention"],
     },
-    "opt": COMMON | {"ffn_dim": 128},
+    "opt": {
+        "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "init_std": 0.1,
+    },
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.1},
+    "gpt_neox": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "initializer_range": 0.1,
+    },
 }  # fmt: skip
 # A family that does not know our field names silently keeps its own, large sizes.
 MOST_PARAMETERS = 2_000_000

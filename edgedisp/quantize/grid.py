@@ -175,6 +175,12 @@ def split_rows(blocks: Blocks, heights: list[int]) -> list[Blocks]:
     return [Blocks(q, scales, points, blocks.columns) for q, scales, points in parts]
 
 
+def take_rows(blocks: Blocks, rows: Tensor) -> Blocks:
+    """The rows with these indices (int64 [n]), in this order."""
+    zero_points = None if blocks.zero_points is None else blocks.zero_points[rows]
+    return Blocks(blocks.q[rows], blocks.scales[rows], zero_points, blocks.columns)
+
+
 def pack(blocks: Blocks, grid: Grid) -> Packed:
     """Join `8 / bits` values to a byte, the first in the low bits."""
     zero_points = None if blocks.zero_points is None else _join(blocks.zero_points, grid.bits).numpy()

@@ -34,7 +34,7 @@ AS_TRAINED = 1e-3
 
 def export(model_folder: Path, threads: int, own: Path, progress: Progress) -> dict[str, Any]:
     """The fp32 ONNX bundle."""
-    return export_graph(model_folder, own, threads=threads, progress=progress)
+    return export_graph(model_folder, own, threads=threads, load=model.load, progress=progress)
 
 
 def quantize(
