@@ -44,7 +44,7 @@ def test_the_accounting_is_the_files_byte_for_byte(form: str, tmp_path: Path) ->
     }
     found = size_account(model.skeleton(folder), quantized, {})
     assert found["exact"] and list(found["precisions"]) == ["fp32", *quantized]
-    assert found["tied"] == ("untied" not in form)
+    assert found["tied"] == model.skeleton(folder).config.tie_word_embeddings
     told = {name: (one["data_bytes"], one["graph_bytes"]) for name, one in found["precisions"].items()}
     assert told["fp32"] == sizes_of(fp32)
     for (bits, group, symmetric, head), name in zip(GRIDS, quantized):
