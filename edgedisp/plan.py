@@ -76,7 +76,6 @@ def disk_bytes(parameters: int, recipe: Recipe, sizes: dict[str, Any]) -> int:
     sizes: of `stages.size_account`. Every training leaves its model and its bundles (fp32 is made in any
     case), the first of each arm also a bundle for every target. Tokenizers and reports are left out.
     """
-    from edgedisp.bench.targets import load_target
 
     by_precision = {name: found["size_bytes"] for name, found in sizes["precisions"].items()}
     bundles = sum(by_precision[name] for name in {"fp32", *recipe.precisions})
@@ -123,7 +122,6 @@ def _sizes(
 
     A probe needs the base anyway, so what is wrong with it is then an error.
     """
-    from edgedisp.bench.targets import load_target
     from edgedisp.stages import base_skeleton, size_account
 
     quantized: dict[str, tuple[int, Any]] = {
