@@ -6,6 +6,7 @@ they lose next to nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ def gptq_model(
     model: nn.Module,
     layers: nn.ModuleList,
     tokens: NDArray[Any],
-    grid: Grid,
+    grid: Grid | Mapping[str, Grid],
     *,
     damping: float = 0.01,
     act_order: bool = True,
@@ -32,18 +33,19 @@ def gptq_model(
 ) -> Made:
     """Round `layers` of `model` in place, in the order of computation, each map by `gptq`.
 
-    tokens: unsigned integers [blocks, context], all real text. BadInput names the weight that cannot be
-    quantized.
+    tokens: unsigned integers [blocks, context], all real text. `grid`: one for all, or by name of the module;
+    those that are stored as one weight need the same. BadInput names the weight that cannot be quantized.
     """
-    made = Made(grid)
+    made = Made()
 
     def rounding(name: str, weight: Tensor, second: Tensor) -> Tensor:
+        on = grid if isinstance(grid, Grid) else grid[name]
         try:
-            blocks = gptq(weight, grid, second, damping=damping, act_order=act_order)
+            blocks = gptq(weight, on, second, damping=damping, act_order=act_order)
         except BadInput as error:
             raise BadInput(f"{name}: {error}") from error
-        made.add(weight, blocks)
-        return dequantize(blocks, grid)
+        made.add(weight, blocks, on)
+        return dequantize(blocks, on)
 
     blocks = torch.from_numpy(np.asarray(tokens, np.int64))
     calibrate(model, layers, blocks, rounding, progress, "rounding layer by layer")

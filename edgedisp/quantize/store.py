@@ -22,7 +22,8 @@ class TensorStore:
     def __init__(self, source: Path, out: Path) -> None:
         self.source, self.out = source, out
         self.tensors: list[TensorProto] = []
-        (out / DATA).touch()  # also where every tensor is small
+        self.written = 0  # bytes of the data file so far
+        self._begin()
 
     def read(self, tensor: TensorProto) -> NDArray[Any]:
         """The tensor's values; mapped, not loaded, when they lie in a file beside the graph.
@@ -49,14 +50,35 @@ class TensorStore:
             return name
         kind = helper.np_dtype_to_tensor_dtype(array.dtype)
         tensor = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
-        with (self.out / DATA).open("ab") as file:
-            file.write(bytes(-file.tell() % PAGE))
-            for key, value in (("location", DATA), ("offset", file.tell()), ("length", array.nbytes)):
-                tensor.external_data.add(key=key, value=str(value))
-            array.tofile(file)
+        offset = self.written + -self.written % PAGE
+        for key, value in (("location", DATA), ("offset", offset), ("length", array.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        self._write(array, offset)
+        self.written = offset + array.nbytes
         self.tensors.append(tensor)
         return name
+
+    def _begin(self) -> None:
+        (self.out / DATA).write_bytes(b"")  # also where every tensor is small
+
+    def _write(self, array: NDArray[Any], offset: int) -> None:
+        with (self.out / DATA).open("ab") as file:
+            file.write(bytes(offset - file.tell()))
+            array.tofile(file)
 
     def copy(self, tensor: TensorProto) -> None:
         """Take a tensor over unchanged."""
         self.add(tensor.name, self.read(tensor))
+
+
+class SizesOnly(TensorStore):
+    """Lays tensors out as they would lie in the file, and writes none of them."""
+
+    def __init__(self, source: Path) -> None:
+        super().__init__(source, source)
+
+    def _begin(self) -> None:
+        pass
+
+    def _write(self, array: NDArray[Any], offset: int) -> None:
+        pass
