@@ -60,7 +60,9 @@ def stages(recipe: Recipe, threads: int) -> list[Stage]:
     found += [shipping.export(name, threads) for name in names]
     precisions = recipe.precisions
     quantized = [precision for precision in precisions if precision in BITS]
-    found += [shipping.quantize(recipe, name, precision) for name in names for precision in quantized]
+    found += [
+        shipping.quantize(recipe, name, precision, threads) for name in names for precision in quantized
+    ]
     found += [shipping.verify(recipe, name, precision, threads) for name in names for precision in precisions]
     found += [shipping.bundle_condensation(name, one, threads) for name in first for one in precisions]
     scored = ["torch", *precisions]

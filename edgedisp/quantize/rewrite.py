@@ -88,7 +88,8 @@ def quantize_assigned(
     the relative error is |w' - w| / |w|. BadInput as in `quantize_bundle`; ValueError for other keys, or for
     blocks of `made` on another grid.
     """
-    model, store, rows = onnx.load(source / GRAPH, load_external_data=False), TensorStore(source, out), []
+    model, store = onnx.load(source / GRAPH, load_external_data=False), TensorStore(source, out)
+    rows: list[dict[str, Any]] = []
     uses = _checked(source, find_uses(model.graph), assignment)
     outside = ends(uses)
 
@@ -162,9 +163,7 @@ def _made_blocks(made: Made, name: str, weight: Tensor, grid: Grid) -> Blocks | 
     return blocks
 
 
-def _round(
-    name: str, weight: Tensor, choice: Choice, blocks: Blocks | None
-) -> tuple[Packed, float, float]:
+def _round(name: str, weight: Tensor, choice: Choice, blocks: Blocks | None) -> tuple[Packed, float, float]:
     """Quantize [out, in] by slices of rows, where there are no blocks yet; also the sums of squares of the
     error and of the weight."""
     step, grid = max(1, SLICE_VALUES // weight.shape[1]), choice.grid

@@ -1,7 +1,7 @@
 """One option for each item, at a bounded total cost: the multiple-choice knapsack, over plain numbers.
 
-An item is a weight, its options are grids and methods, the cost is bytes and the loss is KL divergence; or the
-other way round, for the smallest file at a bounded loss. Losses are taken to add up over items.
+An item is a weight, its options are grids and methods, the cost is bytes and the loss is KL divergence; or
+the other way round, for the smallest file at a bounded loss. Losses are taken to add up over items.
 
 Lagrangian relaxation: for a price per unit of cost, each item takes the option with the least loss + price *
 cost. Options that win at some price form the item's lower convex hull. Raising all items along their hulls,
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def frontier(items: Items) -> list[Solution]:
     hulls = [hull(options) for options in items]
     steps = []
     for item, line in enumerate(hulls):
-        for place, (before, after) in enumerate(zip(line, line[1:]), start=1):
+        for place, (before, after) in enumerate(pairwise(line), start=1):
             low, high = items[item][before], items[item][after]
             steps.append(((low.loss - high.loss) / (high.cost - low.cost), item, place))
     found = [solution(items, [line[0] for line in hulls])]

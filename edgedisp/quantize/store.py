@@ -16,14 +16,11 @@ INLINE_BYTES = 1024  # smaller tensors stay inside the graph file
 PAGE = 4096  # offsets of the others are multiples of it, so that a runtime can map them
 
 
-class TensorStore:
-    """Moves tensors from bundle `source` to bundle `out`; `tensors` are the initializers written so far."""
+class TensorReader:
+    """Reads the tensors of the bundle `source`."""
 
-    def __init__(self, source: Path, out: Path) -> None:
-        self.source, self.out = source, out
-        self.tensors: list[TensorProto] = []
-        self.written = 0  # bytes of the data file so far
-        self._begin()
+    def __init__(self, source: Path) -> None:
+        self.source = source
 
     def read(self, tensor: TensorProto) -> NDArray[Any]:
         """The tensor's values; mapped, not loaded, when they lie in a file beside the graph.
@@ -41,6 +38,17 @@ class TensorStore:
             )
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
         return np.memmap(path, dtype, "c", int(place.get("offset", 0)), tuple(tensor.dims))
+
+
+class TensorStore(TensorReader):
+    """Moves tensors from bundle `source` to bundle `out`; `tensors` are the initializers written so far."""
+
+    def __init__(self, source: Path, out: Path) -> None:
+        super().__init__(source)
+        self.out = out
+        self.tensors: list[TensorProto] = []
+        self.written = 0  # bytes of the data file so far
+        self._begin()
 
     def add(self, name: str, values: NDArray[Any]) -> str:
         """Write `values` under `name`: small ones into the graph, others to the file at a page's start."""

@@ -12,6 +12,7 @@ from edgedisp.report.adapters import merge_audit
 from edgedisp.report.comparisons import comparisons, holm
 from edgedisp.report.condensation import condensation
 from edgedisp.report.every_arm import every_arm, wanted
+from edgedisp.report.mixed import mixed
 from edgedisp.report.plot_inside import TRAINING
 from edgedisp.report.plot_scores import DIFFERENCES, SCORES
 from edgedisp.report.reading import (
@@ -53,6 +54,7 @@ def result_sections(summary: Summary, drawn: Collection[str]) -> list[Section]:
         training(summary, drawn),
         merge_audit(summary),
         latency(summary, drawn),
+        mixed(summary, drawn),
         verify(summary),
         sizes(summary),
     ]

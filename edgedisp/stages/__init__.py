@@ -9,6 +9,7 @@ what a stage does not get, it cannot depend on, and the cache key in pipeline/ i
     adapters.py  merge_adapter: an adapter's audit, and the model folder it is merged into
     condensation.py  condensation, bundle_condensation: the geometry of token vectors, before and after export
     bundles.py   export, quantize, verify, pack: ONNX bundles out of a model folder
+    mixed.py     quantize_searched: bits, group and method by weight; levels.py: accuracy level by node
     figures.py   items, accuracy, latency: what is measured of them
     pilot.py     judging, pilot_candidate: a candidate of `edgedisp pilot`, trained and measured
 """
@@ -17,6 +18,7 @@ from edgedisp.stages.adapters import merge_adapter
 from edgedisp.stages.bundles import export, pack, quantize, verify
 from edgedisp.stages.condensation import bundle_condensation, condensation
 from edgedisp.stages.figures import accuracy, count_items, items, latency
+from edgedisp.stages.mixed import quantize_searched
 from edgedisp.stages.pilot import judging, pilot_candidate
 from edgedisp.stages.start import base, fetch_base, tokens, twin_base
 from edgedisp.stages.training import leave_processes, midtrain, train_settings
@@ -38,6 +40,7 @@ __all__ = [
     "pack",
     "pilot_candidate",
     "quantize",
+    "quantize_searched",
     "tokens",
     "train_settings",
     "twin_base",

@@ -22,6 +22,7 @@ from edgedisp.quantize.grid import Grid
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.rewrite import quantize_bundle
 from edgedisp.recipe import QuantizeBits
+from edgedisp.stages.levels import first_level, measured_levels
 from edgedisp.stages.start import heldout_documents
 
 # Real prompts that verify decodes greedily with the cache, and how many tokens of each.
@@ -42,40 +43,42 @@ def quantize(
     corpus_folder: Path | None,
     own: Path,
     progress: Progress,
+    threads: int = 1,
 ) -> dict[str, Any]:
     """A bundle with `bits`-bit weights from the fp32 one; gptq calibrates the model on the training text,
-    other methods need neither folder."""
+    accuracy level auto runs the bundle on it, and other methods need neither folder."""
     made = None
     if section.method == "gptq":
         if model_folder is None or corpus_folder is None:
             raise ValueError("gptq needs the model and the corpus")
-        made = _calibrated(section, bits, model_folder, corpus_folder, progress)
+        tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+        grid = Grid(bits, section.group, section.symmetric)
+        made = calibrated(section, grid, model.load(model_folder), tokens, progress)
     record = quantize_bundle(
         parent,
         own,
         bits=bits,
         group=section.group,
         symmetric=section.symmetric,
-        accuracy_level=section.accuracy_level,
+        accuracy_level=first_level(section),
         head_bits=section.head_bits,
         method="rtn" if made is not None else section.method,
         made=made,
         progress=progress,
     )
-    return {**record, "method": section.method}
+    record = {**record, "method": section.method}
+    return measured_levels(section, record, own, corpus_folder, threads, progress)
 
 
-def _calibrated(
-    section: QuantizeBits, bits: int, model_folder: Path, corpus_folder: Path, progress: Progress
+def calibrated(
+    section: QuantizeBits, grid: Grid | dict[str, Grid], opened: Any, tokens: Any, progress: Progress
 ) -> Made:
-    tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    blocks = -(-section.calibration_tokens // tokens.shape[1])
-    opened = model.load(model_folder)
+    """The layers of `opened` rounded in place by gptq, on one grid or on one for each linear map."""
     return gptq_model(
         opened,
         decoder_layers(opened),
-        tokens[:blocks],
-        Grid(bits, section.group, section.symmetric),
+        tokens[: -(-section.calibration_tokens // tokens.shape[1])],
+        grid,
         damping=section.damping,
         act_order=section.act_order,
         progress=progress,
