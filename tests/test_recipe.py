@@ -348,7 +348,12 @@ precisions: [fp32, int2] | precisions.1 | found 'int2'; did you mean
 quantize: {int4: {head_bits: 5}} | quantize.int4.head_bits | found 5; choices: 4, 8
 quantize: {int8: {head_bits: 4}} | quantize.int8.head_bits | found 4; the only choice is 8
 quantize: {int4: {group: 100}} | quantize.int4.group | found 100; choices: 16, 32, 64, 128, 256
-quantize: {int4: {accuracy_level: 2}} | quantize.int4.accuracy_level | found 2; choices: 0, 1, 4
+quantize: {int4: {accuracy_level: 2}} | quantize.int4.accuracy_level | found 2; choices: 0, 1, 4, auto
+quantize: {int4: {accuracy_level: aut}} | quantize.int4.accuracy_level | did you mean 'auto'?
+quantize: {budget: 100} | quantize.budget | found 100 (it has no unit); needs a size such as 100MB
+quantize: {budget: 100Mb} | quantize.budget | (the units are kB, MB, GB, KiB, MiB, GiB)
+quantize: {max_perplexity_increase: 3} | quantize.max_perplexity_increase | found 3; needs a number above 0
+quantize: {max_perplexity_increase: 0} | quantize.max_perplexity_increase | found 0; needs a number above 0
 quantize: | quantize | found nothing (null); needs a mapping with int8, int4
 evaluate: {tasks: []} | evaluate.tasks | found an empty list; needs a list, each a task name
 evaluate: {tasks: [heldout_cloz]} | evaluate.tasks.0 | did you mean 'heldout_cloze'?
@@ -873,6 +878,26 @@ def test_smoke_cuts_what_costs_time_and_keeps_what_is_proven(read: Reader) -> No
     assert small.train.dispersion is not None and small.train.dispersion.weight == 0.3
     assert small.train.dispersion.layers == "all"  # the twin has no layer 27
     assert smoke(small) == small
+
+
+def test_a_search_has_one_goal_and_a_bundle(read: Reader, refusal: Refusal) -> None:
+    sizes = ("100MB", "0.1GB", "100_000kB", "100000000", "'100 MB'")
+    assert {read(SMALL + f"quantize: {{budget: {size}}}\n").quantize.budget for size in sizes} == {10**8}
+    assert read(SMALL + "quantize: {budget: 95MiB}\n").quantize.budget == 95 * 2**20
+    recipe = read(SMALL + "quantize: {max_perplexity_increase: 3%}\n")
+    assert recipe.quantize.max_perplexity_increase == 0.03 and recipe.quantize.searched
+    assert not read(SMALL).quantize.searched
+    both = "quantize: {budget: 100MB, max_perplexity_increase: 3%}\n"
+    assert "take one out" in refusal(SMALL + both)
+    for goal in ("budget: 100MB", "max_perplexity_increase: 3%"):
+        said = refusal(SMALL + f"precisions: [fp32, int8]\nquantize: {{{goal}}}\n")
+        assert goal.split(":")[0] in said and "add int4" in said
+
+
+def test_smoke_takes_a_budget_that_a_twin_can_hold(read: Reader) -> None:
+    text = SMALL.replace("org/name", "org/name\n  architecture: llama") + "quantize: {budget: 100MB}\n"
+    small = read(text, smoke=True).quantize
+    assert small.budget is None and small.max_perplexity_increase == 1.0
 
 
 def test_smoke_keeps_local_tasks_and_a_long_name_fits(read: Reader) -> None:

@@ -1,9 +1,9 @@
 """Accuracy level by node: activations rounded to 8 bits where tokens do not flip, fp32 where they do.
 
 At level 4 `MatMulNBits` rounds its input to 8 bits, block by block, and multiplies in int8: twice as fast,
-and in most nodes invisible. A few inputs hold values hundreds of times the rest; rounding those can change which
-token comes out best (onnxruntime issue 29849). So it is measured, on calibration text, against the same graph
-with every node at level 0, which computes in fp32:
+and in most nodes invisible. A few inputs hold values hundreds of times the rest; rounding those can change
+which token comes out best (onnxruntime issue 29849). So it is measured, on calibration text, against the
+same graph with every node at level 0, which computes in fp32:
 
 1. Every node at 4. If at most `limit` of the tokens flip (another best token), that is it.
 2. Else each node alone at 4, on a piece of the text: the KL divergence it adds. Flips would be too few to

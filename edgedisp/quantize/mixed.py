@@ -6,7 +6,7 @@ bytes, and `search.py` solves the knapsack between them. Here they meet:
 - candidates: 4 bits in groups of 16 to 128, with and without zero points, each by the method that the score
   likes best, and 8 bits without zero points (there, rounding to nearest loses next to nothing). 2 bits are
   left out: onnxruntime computes them in fp32, so they are slower than 4, and models this small do not
-  survive them. `hqq` is left out because it minimizes another norm of the error than the one that counts here.
+  survive them. `hqq` is left out because it minimizes another norm of the error than the one counted here.
 - bytes: of the file as it will be, with zero points, scales, rows that fill no group, padding to pages and
   all that is not quantized (`bundle_bytes`, to the byte).
 - a limit on perplexity is one on real text. The knapsack is solved for a limit on predicted KL, the result
