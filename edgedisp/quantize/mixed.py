@@ -3,10 +3,7 @@
 `sensitivity.py` says what each candidate of each weight costs in KL, the layout of the files what it costs in
 bytes, and `search.py` solves the knapsack between them. Here they meet:
 
-- candidates: 4 bits in groups of 16 to 128, with and without zero points, each by the method that the score
-  likes best, and 8 bits without zero points (there, rounding to nearest loses next to nothing). 2 bits are
-  left out: onnxruntime computes them in fp32, so they are slower than 4, and models this small do not
-  survive them. `hqq` is left out because it minimizes another norm of the error than the one counted here.
+- candidates for each weight, and what they lose: measured once, carried over by the score (`candidates.py`).
 - bytes: of the file as it will be, with zero points, scales, rows that fill no group, padding to pages and
   all that is not quantized (`bundle_bytes`, to the byte).
 - a limit on perplexity is one on real text. The knapsack is solved for a limit on predicted KL, the result
@@ -20,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +25,17 @@ from torch import Tensor, nn
 
 from edgedisp import BadInput, Progress, silent
 from edgedisp.quantize.assignment import Choice
+from edgedisp.quantize.candidates import METHODS_TRIED, OUTER, USUAL, Candidates, candidates
 from edgedisp.quantize.grid import Blocks, Grid, dequantize
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.methods import METHODS
 from edgedisp.quantize.rewrite import bundle_bytes
-from edgedisp.quantize.search import Option, Solution, frontier, least_cost, least_loss, solution
+from edgedisp.quantize.search import Solution, frontier, least_cost, least_loss, solution
 from edgedisp.quantize.sensitivity import Text, fisher_of, loss, measure, moments
-from edgedisp.quantize.store import INLINE_BYTES, PAGE
 from edgedisp.quantize.units import Unit, find_units, read_unit, written
 
-METHODS_TRIED = ("rtn", "clip", "k_quant")
-FOUR_BITS = tuple(Grid(4, group, symmetric) for group in (16, 32, 64, 128) for symmetric in (False, True))
-EIGHT_BITS = tuple(Grid(8, group, True) for group in (32, 64, 128))
-USUAL = Choice(Grid(4, 32, False))  # what is measured of each weight, and the uniform bundle's body
-OUTER = Choice(Grid(8, 32, True))  # the uniform bundle's embedding and head
 TRIALS = 6  # whole assignments measured for a limit on perplexity
 CURVE_POINTS = 24
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Of one unit: choices, what they cost in bytes, and their predicted KL."""
-
-    unit: Unit
-    choices: tuple[Choice, ...]
-    options: tuple[Option, ...]
 
 
 class Search:
@@ -77,36 +59,25 @@ class Search:
         progress: Progress = silent,
     ) -> None:
         self.source, self.model, self.blocks = source, model.eval(), list(blocks)
-        self.level, self.progress = accuracy_level, progress
+        self.progress = progress
         self.text = Text(model, pieces)
         units = find_units(source, model)
         self.moments = moments(model, units, pieces, seed, progress)
         usual = {unit.name: USUAL for unit in units}
         self.measured = measure(model, units, self.text, usual, self.moments, progress)
         self.fisher: dict[str, float] = {}
-        self.candidates = [
-            self._candidates(unit, methods, done / len(units)) for done, unit in enumerate(units)
-        ]
+        self.candidates: list[Candidates] = []
+        for done, unit in enumerate(units):
+            progress(done, len(units), "candidates for each weight")
+            weight, known = read_unit(model, unit), self.moments[unit.name]
+            score = self.fisher[unit.name] = fisher_of(weight, USUAL, known)
+            scale = self.measured[unit.name] / max(score, 1e-30)
+            self.candidates.append(candidates(unit, weight, known, scale, methods, accuracy_level))
         self.items = [found.options for found in self.candidates]
         cheapest = frontier(self.items)[0]
         self._fixed = bundle_bytes(source, self.assignment(cheapest)) - round(cheapest.cost)
         self.before = loss(model, self.blocks)
         self._held: dict[tuple[str, Choice], Blocks] = {}
-
-    def _candidates(self, unit: Unit, methods: Sequence[str], share: float) -> Candidates:
-        self.progress(round(100 * share), 100, "candidates for each weight")
-        weight, known = read_unit(self.model, unit), self.moments[unit.name]
-        self.fisher[unit.name] = fisher_of(weight, USUAL, known)
-        scale = self.measured[unit.name] / max(self.fisher[unit.name], 1e-30)
-        choices, options = [], []
-        for grid in (*FOUR_BITS, *EIGHT_BITS):
-            names = methods if grid.bits == 4 else ("rtn",)
-            tried = [Choice(grid, name, self.level) for name in names]
-            scores = [fisher_of(weight, choice, known) for choice in tried]
-            best = min(range(len(tried)), key=lambda index: scores[index])
-            choices.append(tried[best])
-            options.append(Option(stored_bytes(unit, grid), scale * scores[best]))
-        return Candidates(unit, tuple(choices), tuple(options))
 
     def assignment(self, found: Solution) -> dict[str, Choice]:
         """Weight of the graph -> its choice."""
@@ -290,15 +261,6 @@ class Search:
             "predicted_kl": found.loss,
             "decode_ratio": self.bytes_read(usual) / self.bytes_read(found),
         }
-
-
-def stored_bytes(unit: Unit, grid: Grid) -> int:
-    """Of a weight's tensors in the files: large ones in whole pages, small ones as they are."""
-    groups = -(-unit.columns // grid.group)
-    parts = [unit.rows * groups * grid.group * grid.bits // 8, 4 * unit.rows * groups]
-    if not grid.symmetric:
-        parts.append(unit.rows * -(-groups * grid.bits // 8))
-    return sum(part if part <= INLINE_BYTES else part + -part % PAGE for part in parts)
 
 
 def _megabytes(size: float, up: bool = False) -> str:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from edgedisp import BadInput, BuildFailed, Progress, model
-from edgedisp.quantize.mixed import METHODS_TRIED, Search
+from edgedisp.quantize.candidates import METHODS_TRIED
+from edgedisp.quantize.mixed import Search
 from edgedisp.quantize.rewrite import quantize_assigned
 from edgedisp.quantize.search import Solution
 from edgedisp.recipe import Quantize
