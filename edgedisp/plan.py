@@ -197,12 +197,25 @@ def _stage_seconds(name: str, recipe: Recipe, parameters: int, step_s: float, fo
         return 16 * recipe.data.context * forward_s + 5
     if kind.startswith("verify"):
         return recipe.verify.tokens * 2 * forward_s + 5
-    options = getattr(recipe.quantize, kind, None)
-    if options is not None and options.method == "gptq":  # three passes, and the rounding of columns
-        return options.calibration_tokens * 3 * forward_s + 45 * size
-    return {"base": 10.0, "corpus": 10.0, "fp32": 8.0, "int8": 5.0, "int4": 5.0}.get(kind, 5.0) * max(
-        size, 0.1
-    )
+    seconds = {"base": 10.0, "corpus": 10.0, "fp32": 8.0, "int8": 5.0, "int4": 5.0}.get(kind, 5.0)
+    seconds *= max(size, 0.1)
+    if kind in ("int8", "int4"):
+        seconds += _choosing_seconds(kind, recipe, size, forward_s)
+    return seconds
+
+
+def _choosing_seconds(precision: str, recipe: Recipe, size: float, forward_s: float) -> float:
+    """What a quantized bundle takes beside being written, where that depends on text."""
+    options, seconds = getattr(recipe.quantize, precision), 0.0
+    if options.method == "gptq":  # three passes, and the rounding of columns
+        seconds += options.calibration_tokens * 3 * forward_s + 45 * size
+    if precision == "int4" and recipe.quantize.searched:
+        # A pass over 512 tokens for each of about 120 weights; whole models rounded and measured.
+        trials = 2 if recipe.quantize.budget is not None else 8
+        seconds += (120 * 512 + trials * 4096) * forward_s + (60 + 20 * trials) * size
+    if options.accuracy_level == "auto":  # a session of 128 tokens for each node, ten of 1,024 for all
+        seconds += (120 * 128 + 10 * 1024) * forward_s + 60 * size
+    return seconds
 
 
 def render(planned: dict[str, Any]) -> str:

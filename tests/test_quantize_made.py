@@ -60,14 +60,14 @@ def test_the_graph_computes_what_the_calibrated_model_computes(tmp_path: Path, f
 def test_joined_weights_are_found_in_their_order_and_others_are_not() -> None:
     weights = [torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows)) for rows in (3, 5, 3)]
     weights[2][0] = weights[0][0]  # a first row does not tell two weights apart
-    made = Made(GRID)
+    made = Made()
     for weight in weights:
-        made.add(weight, quantize(weight, GRID))
+        made.add(weight, quantize(weight, GRID), GRID)
     for joined in (weights[:1], weights[::-1], [weights[1], weights[0], weights[2]]):
         found = made.find(torch.cat(joined))
-        assert found is not None
+        assert found is not None and found[1] == GRID
         assert torch.equal(
-            dequantize(found, GRID), torch.cat([dequantize(quantize(w, GRID), GRID) for w in joined])
+            dequantize(*found), torch.cat([dequantize(quantize(w, GRID), GRID) for w in joined])
         )
     assert made.find(weights[0][:2]) is None
     assert made.find(torch.cat([weights[0], weights[1][:4]])) is None
@@ -78,15 +78,16 @@ def test_joined_weights_are_found_in_their_order_and_others_are_not() -> None:
 def test_rows_of_whole_weights_are_found_in_any_order(heights: list[int], chance: random.Random) -> None:
     generator = torch.Generator().manual_seed(len(heights))
     weights = [torch.randn(rows, 40, generator=generator) for rows in heights]
-    made = Made(GRID)
+    made = Made()
     for number, weight in enumerate(weights):  # blocks that tell which weight and row they belong to
         groups = torch.zeros(len(weight), 3, 16, dtype=torch.uint8)
         scales = torch.arange(3 * len(weight)).reshape(-1, 3) + 100.0 * number
-        made.add(weight, Blocks(groups, scales, scales.to(torch.uint8), 40))
+        made.add(weight, Blocks(groups, scales, scales.to(torch.uint8), 40), GRID)
     order = list(range(sum(heights)))
     chance.shuffle(order)
-    found = made.find(torch.cat(weights)[order])
-    assert found is not None and found.columns == 40
+    there = made.find(torch.cat(weights)[order])
+    assert there is not None and there[0].columns == 40 and there[1] == GRID
+    found = there[0]
     rows = [100.0 * number + 3 * row for number, height in enumerate(heights) for row in range(height)]
     assert found.scales[:, 0].tolist() == [rows[place] for place in order]
     assert found.zero_points is not None
@@ -105,6 +106,8 @@ def test_a_bundle_of_another_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()
     with pytest.raises(BuildFailed, match="no weight of the model that was calibrated"):
         quantize_bundle(tmp_path / "fp32", tmp_path / "again", bits=4, group=16, symmetric=False, made=made)
+    same = model.load(tmp_path / "model")
+    made = gptq_model(same, decoder_layers(same), TOKENS, GRID)
     with pytest.raises(ValueError, match="the bundle is made of"):
         quantize_bundle(tmp_path / "fp32", tmp_path / "again", bits=8, group=16, symmetric=False, made=made)
 

@@ -20,8 +20,9 @@ from edgedisp import BadInput, BuildFailed
 from edgedisp.graph.export import export
 from edgedisp.graph.genai import GenaiModel
 from edgedisp.graph.session import OnnxModel
+from edgedisp.quantize.assignment import Choice
 from edgedisp.quantize.grid import Grid, dequantize, quantize
-from edgedisp.quantize.rewrite import quantize_bundle
+from edgedisp.quantize.rewrite import bundle_bytes, quantize_assigned, quantize_bundle, weights_of
 
 UNTIED = "llama, untied, biases, wide heads"
 POSITIONS = ("wpe", "embed_positions")  # stay fp32
@@ -275,3 +276,63 @@ def test_a_weight_outside_the_bundle_is_not_read(
     (tmp_path / "out").mkdir()
     with pytest.raises(BuildFailed, match="outside the bundle"):
         quantize_bundle(source, tmp_path / "out", bits=8)
+
+
+def mixed(bundle: Path) -> dict[str, Choice | None]:
+    """A choice of its own for each weight of a twin, one of them none."""
+    grids = [Grid(4, 16, False), Grid(8, 32, True), Grid(4, 64, True), Grid(2, 32, False), Grid(8, 16, False)]
+    assignment: dict[str, Choice | None] = {
+        name: Choice(grids[index % 5], ("rtn", "k_quant")[index % 2], (0, 1)[index % 2])
+        for index, name in enumerate(weights_of(bundle))
+    }
+    assignment[next(name for name in assignment if "down" in name or "mlp" in name)] = None
+    return assignment
+
+
+@pytest.mark.parametrize("form", ["llama", "gpt2", UNTIED])
+def test_each_weight_is_stored_as_it_was_assigned(
+    form: str, exported: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    bundle = exported(form)[1]
+    assignment = mixed(bundle)
+    record = quantize_assigned(bundle, tmp_path, assignment)
+    rows = {row["name"]: row for row in record["by_tensor"]}
+    assert set(rows) == {name for name, choice in assignment.items() if choice is not None}
+    for name, choice in assignment.items():
+        if choice is not None:
+            row, grid = rows[name], choice.grid
+            assert (row["bits"], row["group"], row["symmetric"]) == (grid.bits, grid.group, grid.symmetric)
+            assert (row["method"], row["accuracy_level"]) == (choice.method, choice.accuracy_level)
+            assert row["size_bytes"] == grid.size_bytes(*row["shape"])
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    fields = [{a.name: a.i for a in node.attribute} for node in graph.node if node.op_type == "MatMulNBits"]
+    wanted = {(rows[name]["bits"], rows[name]["group"], rows[name]["accuracy_level"]) for name in rows}
+    assert {(f["bits"], f["block_size"], f["accuracy_level"]) for f in fields} <= wanted
+    assert len({f["bits"] for f in fields}) == 3
+    values = {t.name: t for t in graph.initializer}
+    for name, choice in assignment.items():
+        assert (name in values) == (choice is None)
+    row = twins.ragged([21])[0]
+    assert np.isfinite(OnnxModel(tmp_path, 1)(*twins.padded([row]))).all()
+
+
+@pytest.mark.parametrize("form", ["llama", "gpt2", UNTIED])
+def test_the_size_of_a_bundle_is_known_before_it_is_written(
+    form: str, exported: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    bundle = exported(form)[1]
+    one = Choice(Grid(4, 32, False))
+    for index, assignment in enumerate([mixed(bundle), dict.fromkeys(weights_of(bundle), one)]):
+        out = tmp_path / str(index)
+        out.mkdir()
+        assert bundle_bytes(bundle, assignment) == quantize_assigned(bundle, out, assignment)["size_bytes"]
+
+
+def test_an_assignment_names_the_weights_of_the_bundle(
+    exported: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    bundle = exported("llama")[1]
+    with pytest.raises(ValueError, match="elsewhere"):
+        quantize_assigned(bundle, tmp_path, mixed(bundle) | {"elsewhere": None})
+    with pytest.raises(BadInput, match="rounds no weight alone"):
+        Choice(Grid(4, 32, True), "gptq")

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from edgedisp import BadInput
-from edgedisp.recipe import Arm, Distributed, Recipe, Verify, load, reference, smoke
+from edgedisp.recipe import Arm, Distributed, QuantizationAware, Recipe, Verify, load, reference, smoke
 from edgedisp.recipe.number import read_number, read_whole
 from edgedisp.recipe.sections import Section
 
@@ -348,7 +348,12 @@ precisions: [fp32, int2] | precisions.1 | found 'int2'; did you mean
 quantize: {int4: {head_bits: 5}} | quantize.int4.head_bits | found 5; choices: 4, 8
 quantize: {int8: {head_bits: 4}} | quantize.int8.head_bits | found 4; the only choice is 8
 quantize: {int4: {group: 100}} | quantize.int4.group | found 100; choices: 16, 32, 64, 128, 256
-quantize: {int4: {accuracy_level: 2}} | quantize.int4.accuracy_level | found 2; choices: 0, 1, 4
+quantize: {int4: {accuracy_level: 2}} | quantize.int4.accuracy_level | found 2; choices: 0, 1, 4, auto
+quantize: {int4: {accuracy_level: aut}} | quantize.int4.accuracy_level | did you mean 'auto'?
+quantize: {budget: 100} | quantize.budget | found 100 (it has no unit); needs a size such as 100MB
+quantize: {budget: 100Mb} | quantize.budget | (the units are kB, MB, GB, KiB, MiB, GiB)
+quantize: {max_perplexity_increase: 3} | quantize.max_perplexity_increase | found 3; needs a number above 0
+quantize: {max_perplexity_increase: 0} | quantize.max_perplexity_increase | found 0; needs a number above 0
 quantize: | quantize | found nothing (null); needs a mapping with int8, int4
 evaluate: {tasks: []} | evaluate.tasks | found an empty list; needs a list, each a task name
 evaluate: {tasks: [heldout_cloz]} | evaluate.tasks.0 | did you mean 'heldout_cloze'?
@@ -762,6 +767,7 @@ def test_the_lock_file_names_every_key(read: Reader) -> None:
     inside_null = {"kind", "rank", "alpha", "dropout", "merge"}  # no adapter here
     inside_null |= {"neftune", "active_forgetting", "embedding_dropout"}  # no such arm
     inside_null |= {"fsdp", "wrap", "cpu_offload"}  # not divided
+    inside_null |= {"start", "ramp"}  # no rounding in training
     assert [key for key in keys if key not in inside_null and f"{key}:" not in text] == []
 
 
@@ -875,6 +881,26 @@ def test_smoke_cuts_what_costs_time_and_keeps_what_is_proven(read: Reader) -> No
     assert smoke(small) == small
 
 
+def test_a_search_has_one_goal_and_a_bundle(read: Reader, refusal: Refusal) -> None:
+    sizes = ("100MB", "0.1GB", "100_000kB", "100000000", "'100 MB'")
+    assert {read(SMALL + f"quantize: {{budget: {size}}}\n").quantize.budget for size in sizes} == {10**8}
+    assert read(SMALL + "quantize: {budget: 95MiB}\n").quantize.budget == 95 * 2**20
+    recipe = read(SMALL + "quantize: {max_perplexity_increase: 3%}\n")
+    assert recipe.quantize.max_perplexity_increase == 0.03 and recipe.quantize.searched
+    assert not read(SMALL).quantize.searched
+    both = "quantize: {budget: 100MB, max_perplexity_increase: 3%}\n"
+    assert "take one out" in refusal(SMALL + both)
+    for goal in ("budget: 100MB", "max_perplexity_increase: 3%"):
+        said = refusal(SMALL + f"precisions: [fp32, int8]\nquantize: {{{goal}}}\n")
+        assert goal.split(":")[0] in said and "add int4" in said
+
+
+def test_smoke_takes_a_budget_that_a_twin_can_hold(read: Reader) -> None:
+    text = SMALL.replace("org/name", "org/name\n  architecture: llama") + "quantize: {budget: 100MB}\n"
+    small = read(text, smoke=True).quantize
+    assert small.budget is None and small.max_perplexity_increase == 1.0
+
+
 def test_smoke_keeps_local_tasks_and_a_long_name_fits(read: Reader) -> None:
     text = SMALL.replace("small", "s" * 100).replace("org/name", "b\n  architecture: gpt2")
     small = read(text + "evaluate: {tasks: [mine], tasks_path: tasks}\n", smoke=True)
@@ -899,6 +925,7 @@ def test_the_reference_lists_every_key_once_with_a_meaning() -> None:
     listed = [row[0].strip("| `") for row in rows]
     written = Recipe.model_validate(FULL).model_dump(mode="json")
     written["train"]["distributed"] = dict.fromkeys(Distributed.model_fields)  # not over this quantized base
+    written["train"]["quantization_aware"] = dict.fromkeys(QuantizationAware.model_fields)  # nor this
     written["arms"] = [dict.fromkeys(Arm.model_fields)]  # an arm is written without the techniques it lacks
     assert listed == all_keys(Recipe, written)
     assert all(len(row) == 4 and row[3].strip(" |") for row in rows)

@@ -25,12 +25,14 @@ from edgedisp.report.claims import verdict
 from edgedisp.report.every_arm import render_arms
 from edgedisp.report.page import _sections, markdown, page, report_json, write
 from edgedisp.report.plot_inside import histogram, running_mean
-from edgedisp.report.plots import NAMES, plots
+from edgedisp.report.plots import NAMES as EVERY
+from edgedisp.report.plots import plots
 from edgedisp.report.provenance import differing_settings, fairness
 from edgedisp.report.reading import finite
 from edgedisp.report.rendering import render_text
 from edgedisp.report.survival import survival as survival_section
 
+NAMES = tuple(name for name in EVERY if name != "pareto")  # the sample searched for nothing
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)> | `x` [y](http://evil) $\\frac{'
 

@@ -57,13 +57,15 @@ def build(
 
 
 def _show(summary: dict[str, Any], run: Path, as_json: bool) -> None:
-    from edgedisp.report import render_arms, render_text, table, verdict
+    from edgedisp.report import assignment_text, render_arms, render_text, table, verdict
 
     if as_json:
         shown = {"run": str(run), "report": str(run / "report.html"), "verdict": verdict(summary)}
         typer.echo(json.dumps(shown, ensure_ascii=False))
         return
     typer.echo(render_text(table(summary), width()))
+    if chosen := assignment_text(summary):
+        typer.echo(f"\n{chosen}")
     typer.echo("")
     if others := render_arms(summary, width()):
         typer.echo(f"{others}\n")

@@ -61,7 +61,9 @@ def stages(recipe: Recipe, threads: int) -> list[Stage]:
     found += [shipping.export(name, threads) for name in names]
     precisions = recipe.precisions
     quantized = [precision for precision in precisions if precision in BITS]
-    found += [shipping.quantize(recipe, name, precision) for name in names for precision in quantized]
+    found += [
+        shipping.quantize(recipe, name, precision, threads) for name in names for precision in quantized
+    ]
     for name in first:
         against = "baseline/model" if name != "baseline" and "baseline" in first else None
         found += [shipping.survival(name, precision, against) for precision in quantized]

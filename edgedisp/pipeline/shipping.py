@@ -64,7 +64,9 @@ def export(arm: str, threads: int) -> Stage:
     return Stage(f"{arm}/fp32", {"threads": threads}, (model,), work)
 
 
-def quantize(recipe: Recipe, arm: str, precision: str) -> Stage:
+def quantize(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
+    if precision == "int4" and recipe.quantize.searched:
+        return _quantize_searched(recipe, arm, threads)
     parent, model = f"{arm}/fp32", f"{arm}/model"
     options = getattr(recipe.quantize, precision)
     is_trained = _is_trained(recipe, precision)
@@ -82,12 +84,15 @@ def quantize(recipe: Recipe, arm: str, precision: str) -> Stage:
             is_trained,
             job.own,
             job.progress,
+            threads,
         )
 
-    reads = (parent, model, "corpus") if options.method == "gptq" else (parent,)
     section = {"bits": BITS[precision], **plain(options)}
     if is_trained:
         section["is_trained"] = True
+    reads: tuple[str, ...] = (parent, model, "corpus") if options.method == "gptq" else (parent,)
+    if options.accuracy_level == "auto":
+        section, reads = {**section, "threads": threads}, tuple(dict.fromkeys((*reads, "corpus")))
     return Stage(f"{arm}/{precision}", section, reads, work)
 
 
@@ -95,6 +100,39 @@ def _is_trained(recipe: Recipe, precision: str) -> bool:
     """Whether training saw the weights as this bundle rounds them."""
     chosen = recipe.train.quantization_aware
     return chosen is not None and chosen.precision == precision
+
+
+def _quantize_searched(recipe: Recipe, arm: str, threads: int) -> Stage:
+    """The int4 bundle with a choice for each weight; of int4's options, those it reads count."""
+    parent, model, goal = f"{arm}/fp32", f"{arm}/model", recipe.quantize
+    by_gptq = goal.int4.method == "gptq"
+
+    def work(job: Work) -> dict[str, Any]:
+        from edgedisp import stages as run
+
+        folders = job.folders
+        return run.quantize_searched(
+            goal,
+            recipe.seed,
+            folders[parent],
+            folders[model],
+            folders["corpus"],
+            threads,
+            job.own,
+            job.progress,
+        )
+
+    section: dict[str, Any] = {
+        "budget": goal.budget,
+        "max_perplexity_increase": goal.max_perplexity_increase,
+        "accuracy_level": goal.int4.accuracy_level,
+        "seed": recipe.seed,
+    }
+    if goal.int4.accuracy_level == "auto":
+        section["threads"] = threads
+    if by_gptq:
+        section["gptq"] = goal.int4.model_dump(include={"calibration_tokens", "damping", "act_order"})
+    return Stage(f"{arm}/int4", section, (parent, model, "corpus"), work)
 
 
 def survival(arm: str, precision: str, against: str | None) -> Stage:

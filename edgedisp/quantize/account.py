@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgedisp.quantize import operators
+from edgedisp.quantize.components import component
 from edgedisp.quantize.grid import Grid, Packed
-from edgedisp.quantize.rewrite import COMPONENTS, assemble
+from edgedisp.quantize.rewrite import assemble
 from edgedisp.quantize.store import INLINE_BYTES, PAGE, TensorStore, placed
 from edgedisp.quantize.uses import find_uses, head_name
 
@@ -47,11 +48,11 @@ def account(
         grid = (grids or {}).get(tensor.name) or (ends or body if is_end else body)
         if not users or grid is None:
             store.copy(tensor)
-            components[component(tensor)] += _array(tensor).nbytes
+            components[component(tensor.name)] += _array(tensor).nbytes
             continue
         rows, columns = tensor.dims if users[0].rows_first else reversed(tensor.dims)
         packed = _packed(rows, columns, grid)
-        components[component(tensor)] += grid.size_bytes(rows, columns)
+        components[component(tensor.name)] += grid.size_bytes(rows, columns)
         replaced |= operators.replace(model.graph, tensor.name, users, packed, grid, 4, store)
     written = ModelProto()
     written.CopyFrom(model)
@@ -65,11 +66,6 @@ def account(
         "graph_bytes": graph_bytes,
         "size_bytes": store.end + graph_bytes,
     }
-
-
-def component(tensor: TensorProto) -> str:
-    """Which part of the model a tensor belongs to, by its name."""
-    return next((part for word, part in COMPONENTS if word in tensor.name), "other")
 
 
 class _Places(TensorStore):

@@ -1,50 +1,41 @@
-"""Rewrites an fp32 bundle with quantized weights: `MatMulNBits` for products, `GatherBlockQuantized` for
+"""From an fp32 bundle to one with quantized weights: `MatMulNBits` for products, `GatherBlockQuantized` for
 the embedding.
 
 Every product with a constant matrix is replaced, whoever wrote the graph (`MatMul`, `FusedMatMul`, `Gemm`).
 Norms, biases and learned positions stay fp32: they are small and sensitive. No fp32 copy of a quantized
-weight is left behind, and all other files of the bundle are copied.
+weight is left behind, and all other files of the bundle are copied. Each weight has a grid, a method and an
+accuracy level of its own (`assignment.py`); `quantize_bundle` is the case of one for all.
 
 Weights are read through a memory map in slices and written one tensor at a time, so memory is bounded by the
 largest packed tensor. Activations are not touched: `accuracy_level` 4 lets the kernel round them to 8 bits on
 the fly, which is what makes few-bit weights fast on CPUs.
-
-Left out: mixed bits but for the embedding and the head.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import GraphProto, NodeProto, TensorProto, helper
+from onnx import NodeProto, TensorProto, helper
 from torch import Tensor
 
 from edgedisp import BadInput, BuildFailed, Progress, silent
 from edgedisp.quantize import operators
+from edgedisp.quantize.assignment import Assignment, Choice, ends, uniform
+from edgedisp.quantize.components import by_component, tensor_row
 from edgedisp.quantize.grid import Blocks, Grid, Packed, concatenate, dequantize, pack
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.methods import METHODS
-from edgedisp.quantize.store import DATA, GRAPH, TensorStore
-from edgedisp.quantize.uses import find_uses, head_name
+from edgedisp.quantize.store import DATA, GRAPH, SizesOnly, TensorStore
+from edgedisp.quantize.uses import Use, find_uses
 
 SLICE_VALUES = 1 << 22  # weight values rounded at a time: 16 MB of fp32, and a few times that in between
-
-# The first word found in a tensor's name tells its component; the genai builder uses the same words.
-COMPONENTS = (
-    ("norm", "norm"),
-    ("lm_head", "head"),
-    ("position", "positions"),
-    ("_cache", "positions"),
-    ("embed", "embedding"),
-    ("attn", "attention"),
-    ("mlp", "mlp"),
-)
 
 
 def quantize_bundle(
@@ -66,73 +57,119 @@ def quantize_bundle(
     `methods.METHODS`) but those that `made` has rounded already, on the same grid; with `made`, every product
     of the layers must be among them.
 
-    Returns {bits, group, symmetric, accuracy_level, head_bits, method, calibrated_tensors, tied, tensors,
-    size_bytes, nodes: {op: n}, by_component: {name: {size_bytes, parameters}}, by_tensor: [{name, component,
-    shape [out, in], bits, group, size_bytes, mean_squared_error, relative_error}]}; size_bytes counts graph
-    and weights, the relative error is |w' - w| / |w|. BadInput for a bundle without fp32 products, a grid
-    that no kernel has, or a weight that is not finite.
+    Returns {bits, group, symmetric, accuracy_level, head_bits, method} and what `quantize_assigned` returns.
+    BadInput for a bundle without fp32 products, a grid that no kernel has, or a weight that is not finite.
     """
-    if accuracy_level not in (0, 1, 4):
-        raise BadInput(f"accuracy_level is {accuracy_level}; 0 and 1 compute in fp32, 4 on 8-bit activations")
-    if method not in METHODS:
-        raise BadInput(f"method {method!r} rounds no weight alone; known: {', '.join(METHODS)}")
-    body, ends = Grid(bits, group, symmetric), Grid(head_bits, group, symmetric)
-    if made is not None and made.grid != body:
-        raise ValueError(f"weights were rounded to {made.grid}, the bundle is made of {body}")
-    model = onnx.load(source / GRAPH, load_external_data=False)
-    uses = find_uses(model.graph)
-    head = head_name(uses)
-    if head is None:
-        raise BadInput(f"{source}: no product with a constant fp32 weight; is this bundle quantized already?")
-    store, rows, calibrated = TensorStore(source, out), [], 0
-    replaced: dict[int, list[NodeProto]] = {}
-    for done, tensor in enumerate(model.graph.initializer):
-        progress(done, len(model.graph.initializer), f"quantizing to {bits} bits")
-        users = uses.get(tensor.name)
-        if users is None:
-            store.copy(tensor)
-            continue
-        is_end = tensor.name == head or any(use.gather for use in users)
-        grid = ends if is_end else body
-        stored = torch.from_numpy(store.read(tensor))
-        values = stored if users[0].rows_first else stored.T
-        blocks = None if made is None or is_end else made.find(values)
-        if made is not None and not is_end and blocks is None:
-            raise BuildFailed(f"{source}: {tensor.name} is no weight of the model that was calibrated")
-        calibrated += blocks is not None
-        packed, error, norm = _round(tensor.name, values, grid, method, blocks)
-        replaced |= operators.replace(model.graph, tensor.name, users, packed, grid, accuracy_level, store)
-        rows.append(_row(tensor.name, packed, grid, error, norm))
-    _write(model, replaced, store)
-    for path in source.iterdir():
-        if path.is_file() and path.name not in (GRAPH, DATA):
-            shutil.copyfile(path, out / path.name)
-    progress(len(rows), len(rows), f"quantized to {bits} bits")
-    return {
+    body = Choice(Grid(bits, group, symmetric), method, accuracy_level)
+    outer = Choice(Grid(head_bits, group, symmetric), method, accuracy_level)
+    assignment = uniform(weights_of(source), body, outer)
+    chosen = {
         "bits": bits,
         "group": group,
         "symmetric": symmetric,
         "accuracy_level": accuracy_level,
         "head_bits": head_bits,
         "method": method,
-        "calibrated_tensors": calibrated,
-        "tied": any(use.gather for use in uses[head]),
+    }
+    return chosen | quantize_assigned(source, out, assignment, made=made, progress=progress)
+
+
+def quantize_assigned(
+    source: Path, out: Path, assignment: Assignment, *, made: Made | None = None, progress: Progress = silent
+) -> dict[str, Any]:
+    """Write the bundle `source` (fp32) into the empty folder `out`, each weight as `assignment` says.
+
+    The keys are the weights that `weights_of` lists. Blocks that `made` has are taken as they are; with
+    `made`, it must have every weight of the layers that is quantized.
+
+    Returns {calibrated_tensors, tied, tensors, size_bytes, nodes: {op: n}, by_component: {name: {size_bytes,
+    parameters}}, by_tensor: [{name, component, shape [out, in], bits, group, symmetric, method, calibrated,
+    accuracy_level, size_bytes, mean_squared_error, relative_error}]}; size_bytes counts graph and weights,
+    the relative error is |w' - w| / |w|. BadInput as in `quantize_bundle`; ValueError for other keys, or for
+    blocks of `made` on another grid.
+    """
+    model, store = onnx.load(source / GRAPH, load_external_data=False), TensorStore(source, out)
+    rows: list[dict[str, Any]] = []
+    uses = _checked(source, find_uses(model.graph), assignment)
+    outside = ends(uses)
+
+    def packed(tensor: TensorProto, users: list[Use], choice: Choice) -> Packed:
+        progress(len(rows), len(uses), "quantizing")
+        stored = torch.from_numpy(store.read(tensor))
+        values = stored if users[0].rows_first else stored.T
+        blocks = None if made is None else _made_blocks(made, tensor.name, values, choice.grid)
+        if made is not None and blocks is None and tensor.name not in outside:
+            raise BuildFailed(f"{source}: {tensor.name} is no weight of the model that was calibrated")
+        found, error, norm = _round(tensor.name, values, choice, blocks)
+        rows.append(tensor_row(tensor.name, found, choice, blocks is not None, error, norm))
+        return found
+
+    _rewrite(model, uses, assignment, store, packed)
+    (out / GRAPH).write_bytes(model.SerializeToString())
+    for path in source.iterdir():
+        if path.is_file() and path.name not in (GRAPH, DATA):
+            shutil.copyfile(path, out / path.name)
+    progress(len(uses), len(uses), "quantized")
+    return {
+        "calibrated_tensors": sum(row["calibrated"] for row in rows),
+        "tied": any(len({use.gather for use in uses[name]}) == 2 for name in outside),
         "tensors": len(rows),
         "size_bytes": sum((out / name).stat().st_size for name in (GRAPH, DATA)),
         "nodes": dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
-        "by_component": _by_component(rows, model.graph),
+        "by_component": by_component(rows, model.graph),
         "by_tensor": rows,
     }
 
 
-def _round(
-    name: str, weight: Tensor, grid: Grid, method: str, blocks: Blocks | None
-) -> tuple[Packed, float, float]:
+def bundle_bytes(source: Path, assignment: Assignment) -> int:
+    """`size_bytes` of the bundle that `quantize_assigned` would write, to the byte; nothing is rounded."""
+    model, store = onnx.load(source / GRAPH, load_external_data=False), SizesOnly(source)
+    uses = _checked(source, find_uses(model.graph), assignment)
+
+    def empty(tensor: TensorProto, users: list[Use], choice: Choice) -> Packed:
+        rows, columns = tensor.dims if users[0].rows_first else reversed(tensor.dims)
+        grid = choice.grid
+        groups = -(-columns // grid.group)
+        zero_points = None if grid.symmetric else np.zeros((rows, -(-groups * grid.bits // 8)), np.uint8)
+        data = np.zeros((rows, groups, grid.group * grid.bits // 8), np.uint8)
+        return Packed(data, np.zeros((rows, groups), np.float32), zero_points, columns)
+
+    _rewrite(model, uses, assignment, store, empty)
+    return store.written + len(model.SerializeToString())
+
+
+def weights_of(source: Path) -> dict[str, list[Use]]:
+    """The weights of a bundle that can be quantized, and the nodes that read them."""
+    uses = find_uses(onnx.load(source / GRAPH, load_external_data=False).graph)
+    return _checked(source, uses, dict.fromkeys(uses))
+
+
+def _checked(source: Path, uses: dict[str, list[Use]], assignment: Assignment) -> dict[str, list[Use]]:
+    if all(use.gather for users in uses.values() for use in users):
+        raise BadInput(f"{source}: no product with a constant fp32 weight; is this bundle quantized already?")
+    if set(assignment) != set(uses):
+        strange = sorted(set(assignment) ^ set(uses))
+        raise ValueError(f"the assignment and the bundle's weights differ: {', '.join(strange[:4])}")
+    return uses
+
+
+def _made_blocks(made: Made, name: str, weight: Tensor, grid: Grid) -> Blocks | None:
+    found = made.find(weight)
+    if found is None:
+        return None
+    blocks, of = found
+    if of != grid:
+        raise ValueError(f"{name} was rounded to {of}, the bundle is made of {grid}")
+    return blocks
+
+
+def _round(name: str, weight: Tensor, choice: Choice, blocks: Blocks | None) -> tuple[Packed, float, float]:
     """Quantize [out, in] by slices of rows, where there are no blocks yet; also the sums of squares of the
     error and of the weight."""
-    step = max(1, SLICE_VALUES // weight.shape[1])
+    step, grid = max(1, SLICE_VALUES // weight.shape[1]), choice.grid
+    method = METHODS[choice.method]
     try:
-        made = blocks or concatenate([METHODS[method](rows, grid, None) for rows in weight.split(step)])
+        made = blocks or concatenate([method(rows, grid, None) for rows in weight.split(step)])
     except BadInput as error:
         raise BadInput(f"{name}: {error}") from error
     squared_error, squared_norm = 0.0, 0.0
@@ -142,16 +179,31 @@ def _round(
     return pack(made, grid), squared_error, squared_norm
 
 
-def _write(model: onnx.ModelProto, replaced: dict[int, list[NodeProto]], store: TensorStore) -> None:
-    """Save the rewritten graph; its weights are stored already."""
+def _rewrite(
+    model: onnx.ModelProto,
+    uses: dict[str, list[Use]],
+    assignment: Assignment,
+    store: TensorStore,
+    packed: Callable[[TensorProto, list[Use], Choice], Packed],
+) -> None:
+    """Store every tensor, the assigned ones as `packed`, and put the nodes that read those into the graph."""
+    replaced: dict[int, list[NodeProto]] = {}
+    for tensor in model.graph.initializer:
+        choice = assignment.get(tensor.name)
+        if choice is None:
+            store.copy(tensor)
+            continue
+        users = uses[tensor.name]
+        weight = packed(tensor, users, choice)
+        level = choice.accuracy_level
+        replaced |= operators.replace(model.graph, tensor.name, users, weight, choice.grid, level, store)
     assemble(model, replaced, store.tensors)
-    (store.out / GRAPH).write_bytes(model.SerializeToString())
 
 
 def assemble(
     model: onnx.ModelProto, replaced: dict[int, list[NodeProto]], tensors: list[TensorProto]
 ) -> None:
-    """Put the new nodes in and drop what nobody reads any more (constant transposes)."""
+    """Put the new nodes in, and drop what nobody reads any more (constant transposes)."""
     graph = model.graph
     needed, kept = {output.name for output in graph.output}, []
     for index in reversed(range(len(graph.node))):
@@ -165,36 +217,3 @@ def assemble(
     graph.initializer.extend(tensor for tensor in tensors if tensor.name in needed)
     if not any(opset.domain == operators.MICROSOFT for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid(operators.MICROSOFT, 1))
-
-
-def _component(name: str) -> str:
-    return next((component for word, component in COMPONENTS if word in name), "other")
-
-
-def _row(name: str, packed: Packed, grid: Grid, squared_error: float, squared_norm: float) -> dict[str, Any]:
-    parameters = len(packed.data) * packed.columns
-    return {
-        "name": name,
-        "component": _component(name),
-        "shape": [len(packed.data), packed.columns],
-        "bits": grid.bits,
-        "group": grid.group,
-        "size_bytes": packed.size_bytes,
-        "mean_squared_error": squared_error / parameters,
-        "relative_error": (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0,
-    }
-
-
-def _by_component(rows: list[dict[str, Any]], graph: GraphProto) -> dict[str, dict[str, int]]:
-    """Bytes stored and values they stand for. Quantized weights count with their scales and zero points."""
-    sizes: Counter[str] = Counter()
-    parameters: Counter[str] = Counter()
-    for row in rows:
-        sizes[row["component"]] += row["size_bytes"]
-        parameters[row["component"]] += row["shape"][0] * row["shape"][1]
-    for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT and not tensor.name.endswith(".scales"):
-            values = int(np.prod(tensor.dims))
-            sizes[_component(tensor.name)] += 4 * values
-            parameters[_component(tensor.name)] += values
-    return {name: {"size_bytes": sizes[name], "parameters": parameters[name]} for name in sorted(sizes)}

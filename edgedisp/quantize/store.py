@@ -32,17 +32,26 @@ def read(bundle: Path, tensor: TensorProto) -> NDArray[Any]:
     return np.memmap(path, dtype, "c", int(place.get("offset", 0)), tuple(tensor.dims))
 
 
-class TensorStore:
-    """Moves tensors from bundle `source` to bundle `out`; `tensors` are the initializers written so far."""
+class TensorReader:
+    """Reads the tensors of the bundle `source`."""
 
-    def __init__(self, source: Path, out: Path) -> None:
-        self.source, self.out = source, out
-        self.tensors: list[TensorProto] = []
-        (out / DATA).touch()  # also where every tensor is small
+    def __init__(self, source: Path) -> None:
+        self.source = source
 
     def read(self, tensor: TensorProto) -> NDArray[Any]:
         """The tensor's values in bundle `source`; see `read`."""
         return read(self.source, tensor)
+
+
+class TensorStore(TensorReader):
+    """Moves tensors from bundle `source` to bundle `out`; `tensors` are the initializers written so far."""
+
+    def __init__(self, source: Path, out: Path) -> None:
+        super().__init__(source)
+        self.out = out
+        self.tensors: list[TensorProto] = []
+        self.written = 0  # bytes of the data file so far
+        self._begin()
 
     def add(self, name: str, values: NDArray[Any]) -> str:
         """Write `values` under `name`: small ones into the graph, others to the file at a page's start."""
@@ -50,11 +59,19 @@ class TensorStore:
         if array.nbytes <= INLINE_BYTES:
             self.tensors.append(numpy_helper.from_array(array, name))
             return name
-        with (self.out / DATA).open("ab") as file:
-            file.write(bytes(-file.tell() % PAGE))
-            self.tensors.append(placed(name, array, file.tell()))
-            array.tofile(file)
+        offset = self.written + -self.written % PAGE
+        self._write(array, offset)
+        self.written = offset + array.nbytes
+        self.tensors.append(placed(name, array, offset))
         return name
+
+    def _begin(self) -> None:
+        (self.out / DATA).write_bytes(b"")  # also where every tensor is small
+
+    def _write(self, array: NDArray[Any], offset: int) -> None:
+        with (self.out / DATA).open("ab") as file:
+            file.write(bytes(offset - file.tell()))
+            array.tofile(file)
 
     def copy(self, tensor: TensorProto) -> None:
         """Take a tensor over unchanged."""
@@ -68,3 +85,16 @@ def placed(name: str, array: NDArray[Any], offset: int) -> TensorProto:
     for key, value in (("location", DATA), ("offset", offset), ("length", array.nbytes)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor
+
+
+class SizesOnly(TensorStore):
+    """Lays tensors out as they would lie in the file, and writes none of them."""
+
+    def __init__(self, source: Path) -> None:
+        super().__init__(source, source)
+
+    def _begin(self) -> None:
+        pass
+
+    def _write(self, array: NDArray[Any], offset: int) -> None:
+        pass

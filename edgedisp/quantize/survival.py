@@ -34,9 +34,10 @@ from onnx import NodeProto, TensorProto, helper
 from torch import Tensor
 
 from edgedisp import Progress, silent
+from edgedisp.quantize.components import component
 from edgedisp.quantize.grid import Blocks, Grid, Packed, dequantize, in_groups, inverse, round_to, unpack
 from edgedisp.quantize.origin import Origins, gather
-from edgedisp.quantize.rewrite import COMPONENTS, SLICE_VALUES
+from edgedisp.quantize.rewrite import SLICE_VALUES
 from edgedisp.quantize.store import GRAPH, read
 from edgedisp.quantize.uses import find_uses
 
@@ -220,7 +221,7 @@ class _Row:
 
     @property
     def component(self) -> str:
-        return next((part for word, part in COMPONENTS if word in self.name), "other")
+        return component(self.name)
 
     @property
     def layer(self) -> int | None:

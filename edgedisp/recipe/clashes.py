@@ -39,6 +39,7 @@ def clashes(recipe: Recipe, folder: Path | None = None) -> list[Clash]:
         *_aware(recipe),
         *_divided(recipe),
         *_hub_only(recipe),
+        *_search(recipe),
         *(_inside(recipe, folder) if folder is not None else ()),
     ]
 
@@ -214,6 +215,24 @@ def _hub_only(recipe: Recipe) -> Iterator[Clash]:
         for key, value in (("revision", source.revision), ("config", source.config)):
             if source.source.startswith("pypi:") and value:
                 yield Clash(((*place, key), (*place, "source")), f"found '{value}', {advice}")
+
+
+def _search(recipe: Recipe) -> Iterator[Clash]:
+    """Two goals for one search, or a search whose bundle is not made."""
+    budget, increase = ("quantize", "budget"), ("quantize", "max_perplexity_increase")
+    quantize = recipe.quantize
+    if quantize.budget is not None and quantize.max_perplexity_increase is not None:
+        yield Clash(
+            (budget, increase),
+            "found beside max_perplexity_increase; one bounds the size, the other the loss, and the search "
+            "minimizes what is not bounded: take one out",
+        )
+    elif quantize.searched and "int4" not in recipe.precisions:
+        yield Clash(
+            (budget if quantize.budget is not None else increase, ("precisions",)),
+            f"it decides what the int4 bundle is made of, but precisions are {', '.join(recipe.precisions)}; "
+            "add int4, or take it out",
+        )
 
 
 def _inside(recipe: Recipe, folder: Path) -> Iterator[Clash]:

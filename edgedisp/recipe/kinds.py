@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, Strict
 from pydantic_core import PydanticCustomError
 
 from edgedisp import data_folder
-from edgedisp.recipe.number import read_number, read_whole
+from edgedisp.recipe.number import read_bytes, read_number, read_whole
 
 HELDOUT_TASKS = ("heldout_perplexity", "heldout_cloze", "heldout_continuation")
 """Tasks made from the held-out text. Every other task name belongs to lm-evaluation-harness."""
@@ -53,6 +53,17 @@ def _whole(value: object) -> int:
         return read_whole(value)
     except ValueError as problem:
         raise PydanticCustomError("hint", "{hint}", {"hint": str(problem)}) from None
+
+
+def _bytes(value: object) -> int:
+    try:
+        return read_bytes(value)
+    except ValueError as problem:
+        raise PydanticCustomError("hint", "{hint}", {"hint": str(problem)}) from None
+
+
+def _level(value: object) -> object:
+    return value if isinstance(value, str) and value.isalpha() else _whole(value)
 
 
 def _refuse(hint: str) -> PydanticCustomError:
@@ -168,6 +179,7 @@ Whole = Annotated[int, BeforeValidator(_whole), Works("a whole number")]
 Number = Annotated[float, BeforeValidator(_number), Works("a number")]
 Text = Annotated[str, AfterValidator(_text), Works("text")]
 Flag = Annotated[bool, Strict(), Works("true or false")]
+Size = Annotated[int, BeforeValidator(_bytes), Works("a size such as 100MB")]
 Unique = AfterValidator(_unique)
 
 Count = Annotated[Whole, Ge(1)]
@@ -215,6 +227,6 @@ Modules = Annotated[
 ]
 
 Group = Annotated[Literal[16, 32, 64, 128, 256], BeforeValidator(_whole)]
-AccuracyLevel = Annotated[Literal[0, 1, 4], BeforeValidator(_whole)]
+AccuracyLevel = Annotated[Literal[0, 1, 4, "auto"], BeforeValidator(_level)]
 HeadBits8 = Annotated[Literal[8], BeforeValidator(_whole)]
 HeadBits = Annotated[Literal[4, 8], BeforeValidator(_whole)]

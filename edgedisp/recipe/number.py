@@ -17,6 +17,8 @@ _WRITTEN = re.compile(
     r" ?(?P<unit>[kKMB%]?)"
 )
 _UNITS = {"": Decimal(1), "k": Decimal(1000), "K": Decimal(1000), "M": Decimal(10**6), "B": Decimal(10**9)}
+_SIZE = re.compile(r"(?P<number>[0-9][0-9_]*(?:\.[0-9]+)?) ?(?P<unit>[kMG]B|[KMG]iB)")
+_BYTES = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _UNITS["%"] = Decimal("0.01")
 _LONGEST = 40
 """Characters in a written number; more than any float64 or 64-bit integer needs."""
@@ -37,6 +39,27 @@ def read_whole(value: object) -> int:
         raise ValueError("it is too large")
     if exact != exact.to_integral_value():
         raise ValueError("it is not whole")
+    return int(exact)
+
+
+def read_bytes(value: object) -> int:
+    """Bytes from `100MB` (10^6), `0.1GB`, `95MiB` (2^20), or a plain number of bytes. Raises ValueError.
+
+    A number without a unit below 10^6 is refused: no bundle is that small, so a unit was forgotten.
+    """
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is not None:
+        exact = _exact(match["number"]) * _BYTES[match["unit"]]
+    else:
+        if isinstance(value, str) and value.strip().lower().endswith(("b", "bit")):
+            raise ValueError("the units are kB, MB, GB, KiB, MiB, GiB")
+        exact = _exact(value)
+        if exact < 10**6:
+            raise ValueError("it has no unit")
+    if exact < 1:
+        raise ValueError("it is nothing")
+    if exact.adjusted() >= 15:
+        raise ValueError("it is too large")
     return int(exact)
 
 

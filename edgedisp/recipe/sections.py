@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from edgedisp.recipe.kinds import (
@@ -35,6 +35,7 @@ from edgedisp.recipe.kinds import (
     Sha256,
     Share,
     ShareBelow1,
+    Size,
     Task,
     Text,
     Unique,
@@ -259,7 +260,9 @@ class QuantizeBits(Section):
         default=True, description="no zero point; at 4 bits small models lose more that way"
     )
     accuracy_level: AccuracyLevel = Field(
-        default=4, description="onnxruntime's arithmetic: 0 and 1 in fp32, 4 in int8, faster but coarser"
+        default=4,
+        description="onnxruntime's arithmetic: 0 and 1 in fp32, 4 in int8, faster but coarser; auto: 4, but "
+        "for the nodes whose rounding of activations changes too many tokens of the training text",
     )
     head_bits: HeadBits = Field(
         default=8, description="bits of the output head (and of an embedding tied to it)"
@@ -295,6 +298,24 @@ class Quantize(Section):
 
     int8: Int8 = Field(default_factory=Int8, description="the int8 bundle")
     int4: Int4 = Field(default_factory=Int4, description="the int4 bundle")
+    budget: Size | None = Field(
+        default=None,
+        description="most bytes of the int4 bundle's graph and weights: bits, group and method of each "
+        "weight are then searched for the least loss on the training text (of int4, group, symmetric and "
+        "head_bits are not read, and method only if it is gptq)",
+        examples=["100MB"],
+    )
+    max_perplexity_increase: Annotated[Positive, Le(1)] | None = Field(
+        default=None,
+        description="the other way round: the smallest int4 bundle whose perplexity on the training text is "
+        "at most this share above the model's",
+        examples=["3%"],
+    )
+
+    @property
+    def searched(self) -> bool:
+        """Whether the int4 bundle's weights are chosen one by one."""
+        return self.budget is not None or self.max_perplexity_increase is not None
 
 
 class Verify(Section):

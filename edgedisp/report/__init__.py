@@ -9,9 +9,9 @@ opened and no run folder is read, so the same summary gives the same bytes.
     every_arm.py    all arms against the baseline, and the spread between seeds
     comparisons.py  paired comparisons and Holm's correction; claims.py: the verdict, by written rules
     picture.py      a drawing as SVG, PNG, inline SVG; plots.py, plot_inside.py, plot_condensation.py,
-                    plot_survival.py, plot_scores.py: drawings; condensation_page.py: those of `edgedisp
-                    condensation --out`
-    section.py      the shape of a section; results.py, shipped.py, survival.py, provenance.py: the sections
+                    plot_survival.py, plot_mixed.py, plot_scores.py: drawings; condensation_page.py: those of
+                    `edgedisp condensation --out`
+    section.py      the shape of a section; results.py, shipped.py, mixed.py, survival.py, provenance.py
     page.py         all files of the report, HTML through report.html.j2
     card.py         the README of a model folder
     bundle_card.py  the README of a bundle that ships, from its manifest and the summary
@@ -36,7 +36,8 @@ The summary, every part of which may be absent or None:
                 correlations {spearman, kendall: {value, low, high}}, change {layers [{layer, figure:
                 {difference, low, high}}], mean_cosine, correlations}: against the baseline}}
     condensation_bundles {arm: {precision: the same, its change against the arm's torch model}}
-    bundles     {arm: {precision: {size_bytes, nodes {}}}}
+    bundles     {arm: {precision: {size_bytes, nodes {}, by_tensor [], accuracy_levels {}, search {}}}}: the
+                last two where they were asked for (mixed.py)
     verify      {arm: {precision: {max_abs_difference, mean_kl, p99_kl, top1_agreement, greedy_agreement,
                 tokens, genai {opened, reason}, limits {}, passed}}}
     accuracy    {arm: {precision: {task: {metric, value, low, high, n, documents, higher_is_better, chance,
@@ -70,12 +71,14 @@ from edgedisp.report.bundle_card import bundle_card
 from edgedisp.report.card import model_card
 from edgedisp.report.claims import verdict
 from edgedisp.report.every_arm import render_arms
+from edgedisp.report.mixed import assignment_text
 from edgedisp.report.reading import Summary
 from edgedisp.report.rendering import render_markdown, render_text
 
 __all__ = [
     "Summary",
     "Table",
+    "assignment_text",
     "bundle_card",
     "compare",
     "model_card",

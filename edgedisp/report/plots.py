@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edgedisp.report.before_after import table
+from edgedisp.report.mixed import PARETO
 from edgedisp.report.picture import Plot
 from edgedisp.report.plot_condensation import (
     LAYERS,
@@ -13,11 +14,12 @@ from edgedisp.report.plot_condensation import (
     condensation_precisions,
 )
 from edgedisp.report.plot_inside import HEATMAP, TRAINING, condensation_heatmap, training
+from edgedisp.report.plot_mixed import pareto
 from edgedisp.report.plot_scores import DIFFERENCES, SCORES, TRADEOFF, differences, scores, tradeoff
 from edgedisp.report.plot_survival import SURVIVAL, survival
 from edgedisp.report.reading import Summary
 
-NAMES = (HEATMAP, LAYERS, OUTLIERS, PRECISIONS, TRAINING, SURVIVAL, SCORES, DIFFERENCES, TRADEOFF)
+NAMES = (HEATMAP, LAYERS, OUTLIERS, PRECISIONS, TRAINING, SURVIVAL, SCORES, DIFFERENCES, TRADEOFF, PARETO)
 
 
 def plots(summary: Summary) -> dict[str, Plot]:
@@ -33,5 +35,6 @@ def plots(summary: Summary) -> dict[str, Plot]:
         scores(built),
         differences(built),
         tradeoff(built),
+        pareto(summary),
     ]
     return {plot.name: plot for plot in drawn if plot is not None}

@@ -12,6 +12,7 @@ from edgedisp.report.adapters import merge_audit
 from edgedisp.report.comparisons import comparisons, holm
 from edgedisp.report.condensation import condensation
 from edgedisp.report.every_arm import every_arm, wanted
+from edgedisp.report.mixed import mixed
 from edgedisp.report.plot_inside import TRAINING
 from edgedisp.report.plot_scores import DIFFERENCES, SCORES
 from edgedisp.report.reading import (
@@ -55,6 +56,7 @@ def result_sections(summary: Summary, drawn: Collection[str]) -> list[Section]:
         merge_audit(summary),
         survival(summary, drawn),
         latency(summary, drawn),
+        mixed(summary, drawn),
         verify(summary),
         sizes(summary),
     ]

@@ -9,6 +9,8 @@ what a stage does not get, it cannot depend on, and the cache key in pipeline/ i
     adapters.py  merge_adapter: an adapter's audit, and the model folder it is merged into
     condensation.py  condensation, bundle_condensation: the geometry of token vectors, before and after export
     bundles.py   export, quantize, verify: ONNX bundles out of a model folder
+    mixed.py     quantize_searched: bits, group and method by weight; levels.py: accuracy level by node
+    rounding.py  the rounding that quantization-aware training and its bundle share
     packing.py   pack: a bundle for a kind of device, in the layouts of its runtimes, with a manifest
     survival.py  survival: what is left of training's change after quantization
     figures.py   items, accuracy, latency: what is measured of them
@@ -21,6 +23,7 @@ from edgedisp.stages.adapters import merge_adapter
 from edgedisp.stages.bundles import export, quantize, verify
 from edgedisp.stages.condensation import bundle_condensation, condensation
 from edgedisp.stages.figures import accuracy, count_items, items, latency
+from edgedisp.stages.mixed import quantize_searched
 from edgedisp.stages.packing import pack, provenance_of
 from edgedisp.stages.pilot import judging, pilot_candidate
 from edgedisp.stages.start import base, fetch_base, tokens, twin_base
@@ -46,6 +49,7 @@ __all__ = [
     "pilot_candidate",
     "provenance_of",
     "quantize",
+    "quantize_searched",
     "size_account",
     "survival",
     "tokens",

@@ -21,6 +21,7 @@ from edgedisp.quantize.grid import Grid
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.rewrite import quantize_bundle
 from edgedisp.recipe import QuantizeBits
+from edgedisp.stages.levels import first_level, measured_levels
 from edgedisp.stages.rounding import trained_blocks, trained_roundings
 from edgedisp.stages.start import heldout_documents
 from edgedisp.train.rounded import round_weights
@@ -46,9 +47,11 @@ def quantize(
     is_trained: bool,
     own: Path,
     progress: Progress,
+    threads: int = 1,
 ) -> dict[str, Any]:
     """A bundle with `bits`-bit weights from the fp32 one; gptq calibrates the model on the training text,
-    other methods need neither folder. `is_trained`: under this very rounding, so gptq's scales are there."""
+    accuracy level auto runs the bundle on it, and other methods need neither folder. `is_trained`: under this
+    very rounding, so gptq's scales are there."""
     made = None
     if section.method == "gptq":
         if model_folder is None or corpus_folder is None:
@@ -56,33 +59,34 @@ def quantize(
         if is_trained:
             made = trained_blocks(section, bits, model.load(model_folder), model_folder)
         else:
-            made = _calibrated(section, bits, model_folder, corpus_folder, progress)
+            tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+            grid = Grid(bits, section.group, section.symmetric)
+            made = calibrated(section, grid, model.load(model_folder), tokens, progress)
     record = quantize_bundle(
         parent,
         own,
         bits=bits,
         group=section.group,
         symmetric=section.symmetric,
-        accuracy_level=section.accuracy_level,
+        accuracy_level=first_level(section),
         head_bits=section.head_bits,
         method="rtn" if made is not None else section.method,
         made=made,
         progress=progress,
     )
-    return {**record, "method": section.method, "is_trained": is_trained}
+    record = {**record, "method": section.method, "is_trained": is_trained}
+    return measured_levels(section, record, own, corpus_folder, threads, progress)
 
 
-def _calibrated(
-    section: QuantizeBits, bits: int, model_folder: Path, corpus_folder: Path, progress: Progress
+def calibrated(
+    section: QuantizeBits, grid: Grid | dict[str, Grid], opened: Any, tokens: Any, progress: Progress
 ) -> Made:
-    tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    blocks = -(-section.calibration_tokens // tokens.shape[1])
-    opened = model.load(model_folder)
+    """The layers of `opened` rounded in place by gptq, on one grid or on one for each linear map."""
     return gptq_model(
         opened,
         decoder_layers(opened),
-        tokens[:blocks],
-        Grid(bits, section.group, section.symmetric),
+        tokens[: -(-section.calibration_tokens // tokens.shape[1])],
+        grid,
         damping=section.damping,
         act_order=section.act_order,
         progress=progress,

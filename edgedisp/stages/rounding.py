@@ -170,9 +170,9 @@ def trained_roundings(section: QuantizeBits, bits: int, model_folder: Path) -> t
 def trained_blocks(section: QuantizeBits, bits: int, opened: Any, model_folder: Path) -> Made:
     """Blocks of every weight of the layers, rounded on the scales that training left."""
     grid, _ = grids(section, bits)
-    scales, made = trained_scales(model_folder, grid), Made(grid)
+    scales, made = trained_scales(model_folder, grid), Made()
     for weight in weights_of(opened, *to_nearest(section, bits)):
         if weight.name in scales:
             values = (weight.parameter.detach().T if weight.turned else weight.parameter.detach()).float()
-            made.add(values, _blocks(values, scales[weight.name], grid))
+            made.add(values, _blocks(values, scales[weight.name], grid), grid)
     return made

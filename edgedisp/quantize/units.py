@@ -1,0 +1,123 @@
+"""The weights of a graph as parts of the torch model: what is rounded together is one unit.
+
+A graph joins q, k and v, or gate and up, into one stored weight, which has one grid. So the unit of a choice
+is the graph's weight, and its parts are the torch modules whose weights stand in it one above the other.
+They are found by their values (`made.py`), the embedding and the head by their place in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from edgedisp import BuildFailed
+from edgedisp.quantize.assignment import ends
+from edgedisp.quantize.calibrate import LINEAR
+from edgedisp.quantize.made import Parts
+from edgedisp.quantize.rewrite import weights_of
+from edgedisp.quantize.store import GRAPH, TensorReader
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A weight [rows, columns] of the graph. `modules`: the linear maps it is made of, in the order of its
+    rows; `embeds`: it is also (or only) the embedding; `outer`: embedding or head."""
+
+    name: str
+    modules: tuple[str, ...]
+    rows: int
+    columns: int
+    embeds: bool
+    outer: bool
+
+    @property
+    def parameters(self) -> int:
+        return self.rows * self.columns
+
+
+def find_units(source: Path, model: nn.Module) -> list[Unit]:
+    """The units of the fp32 bundle `source`, in the graph's order, as parts of the `model` it was made of.
+
+    BuildFailed names a weight of the graph that is none of the model's.
+    """
+    known: Parts[str] = Parts()
+    for name, module in model.named_modules():
+        if isinstance(module, LINEAR):
+            known.put(weight_of(module), name)
+    uses = weights_of(source)
+    outside, reader = ends(uses), TensorReader(source)
+    head = _name_of(model, model.get_output_embeddings())  # type: ignore[operator]
+    found = []
+    for tensor in onnx.load(source / GRAPH, load_external_data=False).graph.initializer:
+        users = uses.get(tensor.name)
+        if users is None:
+            continue
+        stored = torch.from_numpy(reader.read(tensor))
+        values = stored if users[0].rows_first else stored.T
+        outer = tensor.name in outside
+        if outer:
+            modules = [head] if any(not use.gather for use in users) else []
+        else:
+            parts = known.get(values)
+            modules = [] if parts is None else parts.known
+            if not modules:
+                raise BuildFailed(f"{source}: {tensor.name} is no weight of the model that was calibrated")
+        embeds = any(use.gather for use in users)
+        found.append(Unit(tensor.name, tuple(modules), len(values), values.shape[1], embeds, outer))
+    return found
+
+
+def _name_of(model: nn.Module, wanted: Any) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def weight_of(module: Any) -> Tensor:
+    """[out, in], a view."""
+    return module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
+
+
+def read_unit(model: nn.Module, unit: Unit) -> Tensor:
+    """The weight fp32 [rows, columns]; a copy where it has several parts."""
+    if not unit.modules:
+        return weight_of(model.get_input_embeddings()).float()  # type: ignore[operator]
+    return torch.cat([weight_of(model.get_submodule(name)) for name in unit.modules]).float()
+
+
+@torch.no_grad()
+def write_unit(model: nn.Module, unit: Unit, values: Tensor) -> None:
+    """Put [rows, columns] into the model in place. Where embedding and head are tied, into both."""
+    if not unit.modules:
+        weight_of(model.get_input_embeddings()).copy_(values)  # type: ignore[operator]
+        return
+    row = 0
+    for name in unit.modules:
+        weight = weight_of(model.get_submodule(name))
+        weight.copy_(values[row : row + len(weight)])
+        row += len(weight)
+
+
+@contextmanager
+def written(
+    model: nn.Module, units: Iterable[Unit], change: Callable[[Unit, Tensor], Tensor]
+) -> Iterator[None]:
+    """The model with `change(unit, weight)` in the place of each weight [rows, columns] of `units`.
+
+    The old ones are held meanwhile and put back at the end.
+    """
+    before: dict[Unit, Tensor] = {}
+    try:
+        for unit in units:
+            before[unit] = read_unit(model, unit).clone()
+            write_unit(model, unit, change(unit, before[unit]))
+        yield
+    finally:
+        for unit, old in before.items():
+            write_unit(model, unit, old)

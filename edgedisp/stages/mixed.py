@@ -1,0 +1,115 @@
+"""The int4 bundle whose weights' bits, groups and methods are searched for, under the recipe's budget.
+
+Sensitivities are measured on the training text, never on what is scored later.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgedisp import BadInput, BuildFailed, Progress, model
+from edgedisp.quantize.candidates import METHODS_TRIED
+from edgedisp.quantize.mixed import Search
+from edgedisp.quantize.rewrite import quantize_assigned
+from edgedisp.quantize.search import Solution
+from edgedisp.recipe import Quantize
+from edgedisp.stages.bundles import calibrated
+from edgedisp.stages.levels import first_level, measured_levels
+
+PIECES, PIECE_TOKENS = 4, 128  # on which KL and gradients are taken
+PERPLEXITY_TOKENS = 4096  # on which a limit on perplexity is held
+FEWEST_TOKENS = 64
+REFERENCE_BYTES = 1 << 28  # of the unrounded model's log-probabilities, which are kept
+
+
+def quantize_searched(
+    section: Quantize,
+    seed: int,
+    parent: Path,
+    model_folder: Path,
+    corpus_folder: Path,
+    threads: int,
+    own: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The record is that of `quantize_assigned`, with `search`: {goal, size_bytes, perplexity_increase,
+    trials} and what `Search.record` gives; with gptq also what its own rounding came to.
+
+    BadInput when the goal is out of reach, saying what is not; BuildFailed when gptq ends above the limit.
+    """
+    int4 = section.int4
+    by_gptq = int4.method == "gptq"
+    tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+    opened = model.load(model_folder)
+    search = Search(
+        parent,
+        opened,
+        _pieces(tokens, opened.get_output_embeddings().weight.shape[0]),
+        [_long(block) for block in tokens[: -(-PERPLEXITY_TOKENS // tokens.shape[1])]],
+        methods=("k_quant",) if by_gptq else METHODS_TRIED,
+        accuracy_level=first_level(int4),
+        seed=seed,
+        progress=progress,
+    )
+    chosen, trials = _solve(section, search)
+    found = {"perplexity_increase": search.increase(chosen), **search.record(chosen), "trials": trials}
+    made = search.made(chosen)
+    if by_gptq:
+        made = calibrated(int4, search.module_grids(chosen), opened, tokens, progress)
+        search.add_ends(made, chosen)
+        found["gptq"] = search.as_it_is(chosen)
+        _hold(section.max_perplexity_increase, found["gptq"]["perplexity_increase"])
+    assignment = search.assignment(chosen)
+    record = quantize_assigned(parent, own, assignment, made=made, progress=progress)
+    if section.budget is not None and record["size_bytes"] > section.budget:
+        raise BuildFailed(f"the bundle takes {record['size_bytes']} bytes, the budget is {section.budget}")
+    if by_gptq:
+        inner = set(search.inner_names)
+        record["by_tensor"] = [
+            row | {"method": "gptq"} if row["name"] in inner else row for row in record["by_tensor"]
+        ]
+    goal = {"budget": section.budget, "max_perplexity_increase": section.max_perplexity_increase}
+    named = {"bits": 4, "method": "gptq" if by_gptq else "search"}
+    record = named | record | {"search": {"goal": goal, "size_bytes": record["size_bytes"], **found}}
+    return measured_levels(int4, record, own, corpus_folder, threads, progress)
+
+
+def _solve(section: Quantize, search: Search) -> tuple[Solution, list[dict[str, float]]]:
+    if section.budget is not None:
+        return search.within(section.budget), []
+    if section.max_perplexity_increase is None:
+        raise ValueError("a search needs a goal")
+    return search.below(section.max_perplexity_increase)
+
+
+def _hold(limit: float | None, found: float) -> None:
+    """What was searched held the limit with weights rounded one by one; gptq's must as well."""
+    if limit is not None and found > limit:
+        raise BuildFailed(
+            f"quantize.max_perplexity_increase: after gptq, perplexity on the training text is {found:.2%} "
+            f"higher, the limit is {limit:.2%}; another method or more calibration_tokens may hold it"
+        )
+
+
+def _pieces(tokens: Any, vocabulary: int) -> list[Tensor]:
+    """Beginnings of blocks from all over the text, as many as memory allows."""
+    length = min(PIECE_TOKENS, tokens.shape[1])
+    count = max(
+        1, min(PIECES * PIECE_TOKENS // length, len(tokens), REFERENCE_BYTES // (4 * vocabulary * length))
+    )
+    if count * length < FEWEST_TOKENS:
+        raise BadInput(
+            f"quantize: a search needs at least {FEWEST_TOKENS} tokens of training text, there are "
+            f"{count * length}; raise train.tokens"
+        )
+    places = np.linspace(0, len(tokens) - 1, count).round().astype(int)
+    return [_long(tokens[place][:length]) for place in places]
+
+
+def _long(block: Any) -> Tensor:
+    return torch.from_numpy(np.asarray(block, np.int64))
