@@ -16,10 +16,11 @@ from edgedisp import BadInput, BuildFailed, model, silent
 from edgedisp.evaluate.divergence import compare
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel, open_session
+from edgedisp.pipeline import stages
 from edgedisp.quantize.levels import choose_levels, with_levels
 from edgedisp.quantize.rewrite import quantize_bundle
 from edgedisp.quantize.sensitivity import loss
-from edgedisp.recipe import Quantize
+from edgedisp.recipe import Quantize, load
 from edgedisp.recipe.sections import Int4
 from edgedisp.stages import bundles, mixed
 
@@ -150,18 +151,17 @@ def test_too_little_text_is_refused(folders: Callable[[str], Folders], tmp_path:
         searched({**folders("llama"), "corpus": few}, tmp_path / "a", budget="1MB")
 
 
-def at_auto(found: Folders, out: Path) -> dict[str, Any]:
+def at_auto(found: Folders, out: Path, limit: float) -> dict[str, Any]:
     out.mkdir()
-    section = Int4.model_validate({"accuracy_level": "auto"})
+    section = Int4.model_validate({"accuracy_level": "auto", "max_flips": limit})
     return bundles.quantize(section, 4, found["fp32"], None, found["corpus"], out, silent)
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.02, 1.0])
 def test_levels_hold_the_limit_on_flips(
-    limit: float, folders: Callable[[str], Folders], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: float, folders: Callable[[str], Folders], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("edgedisp.stages.levels.LIMIT", limit)
-    record = at_auto(folders("llama"), tmp_path / "int4")
+    record = at_auto(folders("llama"), tmp_path / "int4", limit)
     found = record["accuracy_levels"]
     opened = OnnxModel(tmp_path / "int4", 1)
     graph = onnx.load(tmp_path / "int4" / "model.onnx", load_external_data=False)
@@ -206,7 +206,7 @@ def test_the_worst_node_is_found() -> None:
                 )
         return logits[:count]
 
-    levels = choose_levels(graph, run, 200)
+    levels = choose_levels(graph, run, 200, limit=0.01)
     assert set(levels.exact) == {"n2", "n4"}
     assert levels.record["flips_all_4"] > 0.3 and levels.record["flips"] == 0.0
     assert max(levels.record["kl_by_node"], key=levels.record["kl_by_node"].__getitem__) == "n2"
@@ -217,3 +217,33 @@ def test_gptq_above_the_limit_fails() -> None:
     with pytest.raises(BuildFailed, match="after gptq"):
         mixed._hold(0.01, 0.02)
     mixed._hold(None, 0.5)
+
+
+RECIPE = """\
+name: tiny
+model: {base: base}
+data: {train: [{source: text.jsonl}], context: 64}
+train: {tokens: 2k, lr: 1e-3}
+"""
+
+
+def keys(folder: Path, *overrides: str) -> dict[str, Any]:
+    """Stage name -> its section and what it reads."""
+    path = folder / "tiny.yaml"
+    path.write_text(RECIPE)
+    return {stage.name: (stage.section, stage.reads) for stage in stages(load(path, overrides), 1)}
+
+
+def test_a_budget_makes_the_int4_bundle_again_and_nothing_else(tmp_path: Path) -> None:
+    plain = keys(tmp_path)
+    assert plain["baseline/int4"][1] == ("baseline/fp32",) and "max_flips" not in plain["baseline/int4"][0]
+    assert keys(tmp_path, "quantize.int4.max_flips=1%") == plain  # read at level auto alone
+    budget = keys(tmp_path, "quantize.budget=100MB")
+    assert {name for name in plain if budget[name] != plain[name]} == {"baseline/int4", "dispersed/int4"}
+    assert budget["baseline/int4"][1] == ("baseline/fp32", "baseline/model", "corpus")
+    assert keys(tmp_path, "quantize.budget=100MB", "quantize.int4.group=64") == budget
+    gptq = keys(tmp_path, "quantize.budget=100MB", "quantize.int4.method=gptq")
+    assert gptq["baseline/int4"] != budget["baseline/int4"]
+    level = keys(tmp_path, "quantize.int8.accuracy_level=auto")
+    assert {name for name in plain if level[name] != plain[name]} == {"baseline/int8", "dispersed/int8"}
+    assert level["baseline/int8"][1] == ("baseline/fp32", "corpus")

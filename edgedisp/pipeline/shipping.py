@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp.folder import digest
-from edgedisp.pipeline.training import plain
+from edgedisp.pipeline.training import bits_section, plain
 from edgedisp.pipeline.walk import Stage, Work
 from edgedisp.recipe import Recipe, load_target
 
@@ -87,7 +87,7 @@ def quantize(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
             threads,
         )
 
-    section = {"bits": BITS[precision], **plain(options)}
+    section = {"bits": BITS[precision], **bits_section(options)}
     if is_trained:
         section["is_trained"] = True
     reads: tuple[str, ...] = (parent, model, "corpus") if options.method == "gptq" else (parent,)
@@ -129,7 +129,7 @@ def _quantize_searched(recipe: Recipe, arm: str, threads: int) -> Stage:
         "seed": recipe.seed,
     }
     if goal.int4.accuracy_level == "auto":
-        section["threads"] = threads
+        section |= {"threads": threads, "max_flips": goal.int4.max_flips}
     if by_gptq:
         section["gptq"] = goal.int4.model_dump(include={"calibration_tokens", "damping", "act_order"})
     return Stage(f"{arm}/int4", section, (parent, model, "corpus"), work)

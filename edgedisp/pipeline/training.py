@@ -5,13 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from edgedisp.pipeline.walk import Stage, Work
-from edgedisp.recipe import Adapter, ArmRun, Recipe
+from edgedisp.recipe import Adapter, ArmRun, QuantizeBits, Recipe
 from edgedisp.recipe.schema import ONLOOKERS
 
 
 def plain(section: Any) -> dict[str, Any]:
     dumped: dict[str, Any] = section.model_dump(mode="json")
     return dumped
+
+
+def bits_section(options: QuantizeBits) -> dict[str, Any]:
+    """The options of a quantized bundle, without what they do not use."""
+    section = plain(options)
+    if options.accuracy_level != "auto":
+        del section["max_flips"]
+    return section
 
 
 def base_stage(recipe: Recipe) -> Stage:
@@ -119,7 +127,7 @@ def merge_stage(recipe: Recipe, chosen: Adapter, arm: str) -> Stage:
 
     section = {
         "adapter": plain(chosen),
-        "int4": plain(recipe.quantize.int4),
+        "int4": bits_section(recipe.quantize.int4),
         "int4_ships": int4_ships,
         "seed": recipe.seed,
     }

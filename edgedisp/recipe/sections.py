@@ -264,6 +264,12 @@ class QuantizeBits(Section):
         description="onnxruntime's arithmetic: 0 and 1 in fp32, 4 in int8, faster but coarser; auto: 4, but "
         "for the nodes whose rounding of activations changes too many tokens of the training text",
     )
+    max_flips: Share = Field(
+        default=0.05,
+        description="accuracy_level auto: largest share of tokens whose best next token is another one than "
+        "in fp32 arithmetic; near ties flip in any other",
+        examples=["1%"],
+    )
     head_bits: HeadBits = Field(
         default=8, description="bits of the output head (and of an embedding tied to it)"
     )

@@ -10,7 +10,7 @@ import onnx
 
 from edgedisp import Progress
 from edgedisp.graph.session import OnnxModel, open_session
-from edgedisp.quantize.levels import LIMIT, choose_levels, levels_by_weight, with_levels
+from edgedisp.quantize.levels import choose_levels, levels_by_weight, with_levels
 from edgedisp.recipe import QuantizeBits
 
 LEVEL_TOKENS = 1024  # on which flips are counted
@@ -56,7 +56,7 @@ def measured_levels(
         return np.concatenate(found)
 
     count = min(LEVEL_TOKENS, most, tokens.size)
-    levels = choose_levels(graph, run, count, limit=LIMIT, progress=progress)
+    levels = choose_levels(graph, run, count, limit=section.max_flips, progress=progress)
     rounding = [node.name for node in graph.graph.node if node.name not in levels.exact]
     path.write_bytes(with_levels(graph, rounding))
     by_weight = levels_by_weight(onnx.load(path, load_external_data=False))
