@@ -235,3 +235,14 @@ def test_an_interrupted_export_leaves_nothing(base: Path, tmp_path: Path) -> Non
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=120) == 130
     assert left(tmp_path) == before
+
+
+def test_bench_counts_weights_that_lie_with_another_layout(base: Path, tmp_path: Path, edgedisp) -> None:  # type: ignore[no-untyped-def]
+    profile = box(tmp_path, layouts="[onnxruntime-genai, transformers.js]")
+    assert edgedisp("export", base, "--target", profile, "--out", tmp_path / "out").code == 0
+    short = ("--prompt", "4", "--generate", "2", "--repetitions", "1", "--threads", "1", "--json")
+    timed = json.loads(edgedisp("bench", tmp_path / "out", *short).out)
+    files = ("model.onnx", "onnx/model_q4.onnx_data")
+    assert timed["rows"][0]["weights_bytes"] == sum(
+        (tmp_path / "out" / name).stat().st_size for name in files
+    )

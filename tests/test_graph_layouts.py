@@ -14,6 +14,8 @@ from graph_twins import make, ragged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from edgedisp import BadInput, BuildFailed
 from edgedisp.graph import layouts
@@ -122,6 +124,19 @@ def test_a_tokenizer_class_of_transformers_5_is_named_as_transformers_4_knows_it
         (source / "tokenizer_config.json").write_text(json.dumps({**settings_, "tokenizer_class": found}))
         folder, _ = arranged(source, tmp_path / found, OPTIMUM)
         assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == written
+
+
+def test_a_token_that_begins_every_text_is_told_to_transformers_js(bundle: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(bundle, source)
+    for post, told in (("<|im_start|> $A", True), ("$A <|im_end|>", None), ("$A", None)):
+        inner = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+        inner.post_processor = TemplateProcessing(
+            post, special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+        )
+        inner.save(str(source / "tokenizer.json"))
+        folder, _ = arranged(source, tmp_path / post.replace(" ", ""), WEB)
+        assert json.loads((folder / "tokenizer_config.json").read_text()).get("add_bos_token") is told
 
 
 def test_unknown_layouts_and_those_that_a_family_lacks_are_refused(bundle: Path, tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ operators, which give the same numbers bit for bit. `config.json` tells it which
 that there are external weights.
 
 optimum needs transformers 4, which does not know the class that transformers 5 writes for its tokenizers; its
-older name means the same to all three.
+older name means the same to all three. A tokenizer that begins every text with a token (Gemma without its
+`<bos>` writes nonsense) does so in optimum by itself, in transformers.js if `add_bos_token` says so, and in
+onnxruntime-genai if it is asked to; a chat template brings the token along in all of them.
 
 Left out: fp16 graphs for WebGPU, and weights in parts (WebAssembly holds at most 4 GB; these are small).
 """
@@ -37,6 +39,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+from tokenizers import Tokenizer
 
 from edgedisp import BadInput, BuildFailed
 from edgedisp.graph import layout
@@ -56,6 +59,7 @@ import onnxruntime_genai as og
 
 model = og.Model(folder)
 tokenizer = og.Tokenizer(model)
+tokenizer.update_options(add_special_tokens="true")  # "false" for the text of a chat template
 ids = tokenizer.encode(text)
 params = og.GeneratorParams(model)
 params.set_search_options(max_length=len(ids) + 48, do_sample=False)
@@ -103,7 +107,7 @@ def arrange(bundle: Path, layouts: Sequence[str], precision: str) -> dict[str, d
     weights = f"{web}_data" if WEB in layouts else DATA
     if WEB in layouts:
         _write_web(bundle, web, dtype)
-    _tell_optimum(bundle)
+    _settle_tokenizer(bundle)
     if GENAI not in layouts:
         (bundle / "genai_config.json").unlink(missing_ok=True)
     if GENAI not in layouts and OPTIMUM not in layouts:
@@ -141,11 +145,25 @@ def _write_web(bundle: Path, web: str, dtype: str) -> None:
     layout.dump(bundle / "config.json", config)
 
 
-def _tell_optimum(bundle: Path) -> None:
+def _settle_tokenizer(bundle: Path) -> None:
+    """Write what the runtimes would otherwise read in ways of their own; see above."""
     path = bundle / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     if settings.get("tokenizer_class") == "TokenizersBackend":
-        layout.dump(path, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if _begins_texts(bundle):
+        settings["add_bos_token"] = True
+    layout.dump(path, settings)
+
+
+def _begins_texts(bundle: Path) -> bool:
+    """Whether the tokenizer puts a token before a text, as Gemma's does."""
+    path = bundle / "tokenizer.json"
+    if json.loads(path.read_text(encoding="utf-8")).get("post_processor") is None:
+        return False
+    tokenizer = Tokenizer.from_file(str(path))
+    plain, marked = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+    return len(marked) > len(plain) and marked[0] != plain[0]
 
 
 def _point(graph: GraphProto, location: str) -> None:
