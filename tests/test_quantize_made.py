@@ -56,14 +56,14 @@ def test_the_graph_computes_what_the_calibrated_model_computes(tmp_path: Path, f
 def test_joined_weights_are_found_in_their_order_and_others_are_not() -> None:
     weights = [torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows)) for rows in (3, 5, 3)]
     weights[2][0] = weights[0][0]  # a first row does not tell two weights apart
-    made = Made(GRID)
+    made = Made()
     for weight in weights:
-        made.add(weight, quantize(weight, GRID))
+        made.add(weight, quantize(weight, GRID), GRID)
     for joined in (weights[:1], weights[::-1], [weights[1], weights[0], weights[2]]):
         found = made.find(torch.cat(joined))
-        assert found is not None
+        assert found is not None and found[1] == GRID
         assert torch.equal(
-            dequantize(found, GRID), torch.cat([dequantize(quantize(w, GRID), GRID) for w in joined])
+            dequantize(found[0], GRID), torch.cat([dequantize(quantize(w, GRID), GRID) for w in joined])
         )
     assert made.find(weights[0][:2]) is None
     assert made.find(torch.cat([weights[0], weights[1][:4]])) is None

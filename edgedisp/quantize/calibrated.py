@@ -35,14 +35,14 @@ def gptq_model(
     tokens: unsigned integers [blocks, context], all real text. BadInput names the weight that cannot be
     quantized.
     """
-    made = Made(grid)
+    made = Made()
 
     def rounding(name: str, weight: Tensor, second: Tensor) -> Tensor:
         try:
             blocks = gptq(weight, grid, second, damping=damping, act_order=act_order)
         except BadInput as error:
             raise BadInput(f"{name}: {error}") from error
-        made.add(weight, blocks)
+        made.add(weight, blocks, grid)
         return dequantize(blocks, grid)
 
     blocks = torch.from_numpy(np.asarray(tokens, np.int64))

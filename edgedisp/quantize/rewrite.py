@@ -1,5 +1,5 @@
-"""Rewrites an fp32 bundle with quantized weights: `MatMulNBits` for products, `GatherBlockQuantized` for
-the embedding.
+"""Rewrites an fp32 bundle with quantized weights: `MatMulNBits` for products (`MatMulBnb4` in NF4),
+`GatherBlockQuantized` for the embedding.
 
 Every product with a constant matrix is replaced, whoever wrote the graph (`MatMul`, `FusedMatMul`, `Gemm`).
 Norms, biases and learned positions stay fp32: they are small and sensitive. No fp32 copy of a quantized
@@ -26,7 +26,7 @@ from onnx import GraphProto, NodeProto, TensorProto, helper
 from torch import Tensor
 
 from edgedisp import BadInput, BuildFailed, Progress, silent
-from edgedisp.quantize import operators
+from edgedisp.quantize import nf4, operators
 from edgedisp.quantize.grid import Blocks, Grid, Packed, concatenate, dequantize, pack
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.methods import METHODS
@@ -56,29 +56,34 @@ def quantize_bundle(
     symmetric: bool = True,
     accuracy_level: int = 4,
     head_bits: int = 8,
+    head_group: int | None = None,
     method: str = "rtn",
     made: Made | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the bundle `source` (fp32) into the empty folder `out` with `bits` bits a weight.
 
-    `head_bits` holds for the embedding and the head. `method` rounds every weight (a name in
-    `methods.METHODS`) but those that `made` has rounded already, on the same grid; with `made`, every product
-    of the layers must be among them.
+    `head_bits` and `head_group` (None: as `group`) hold for the embedding and the head. `method` rounds every
+    weight (a name in `methods.METHODS`) but those that `made` has rounded already, on the same grids; with
+    `made`, every product of the layers must be among them. Method `nf4` gives the layers NF4 in blocks of
+    `group`, and rounds the embedding and the head by `k_quant`.
 
-    Returns {bits, group, symmetric, accuracy_level, head_bits, method, calibrated_tensors, tied, tensors,
-    size_bytes, nodes: {op: n}, by_component: {name: {size_bytes, parameters}}, by_tensor: [{name, component,
-    shape [out, in], bits, group, size_bytes, mean_squared_error, relative_error}]}; size_bytes counts graph
-    and weights, the relative error is |w' - w| / |w|. BadInput for a bundle without fp32 products, a grid
-    that no kernel has, or a weight that is not finite.
+    Returns {bits, group, symmetric, accuracy_level, head_bits, head_group, method, calibrated_tensors, tied,
+    tensors, size_bytes, nodes: {op: n}, by_component: {name: {size_bytes, parameters}}, by_tensor: [{name,
+    component, shape [out, in], bits, group, size_bytes, mean_squared_error, relative_error}]}; size_bytes
+    counts graph and weights, the relative error is |w' - w| / |w|. BadInput for a bundle without fp32
+    products, a grid that no kernel has, or a weight that is not finite.
     """
     if accuracy_level not in (0, 1, 4):
         raise BadInput(f"accuracy_level is {accuracy_level}; 0 and 1 compute in fp32, 4 on 8-bit activations")
-    if method not in METHODS:
-        raise BadInput(f"method {method!r} rounds no weight alone; known: {', '.join(METHODS)}")
-    body, ends = Grid(bits, group, symmetric), Grid(head_bits, group, symmetric)
-    if made is not None and made.grid != body:
-        raise ValueError(f"weights were rounded to {made.grid}, the bundle is made of {body}")
+    in_nf4 = method == "nf4"
+    if not in_nf4 and method not in METHODS:
+        raise BadInput(f"method {method!r} rounds no weight alone; known: {', '.join([*METHODS, 'nf4'])}")
+    if in_nf4 and bits != 4:
+        raise BadInput(f"method nf4 has 4 bits, not {bits}")
+    body, ends = Grid(bits, group, symmetric), Grid(head_bits, head_group or group, symmetric)
+    if made is not None and body not in made.grids:
+        raise ValueError(f"weights were rounded to {made.grids}, the bundle is made of {body}")
     model = onnx.load(source / GRAPH, load_external_data=False)
     uses = find_uses(model.graph)
     head = head_name(uses)
@@ -96,11 +101,19 @@ def quantize_bundle(
         grid = ends if is_end else body
         stored = torch.from_numpy(store.read(tensor))
         values = stored if users[0].rows_first else stored.T
-        blocks = None if made is None or is_end else made.find(values)
-        if made is not None and not is_end and blocks is None:
+        if in_nf4 and not is_end:
+            levels, error, norm = _round_to_levels(tensor.name, values, group)
+            replaced |= operators.replace_by_levels(model.graph, tensor.name, users, levels, store)
+            rows.append(_row(tensor.name, levels, body, error, norm))
+            continue
+        found = None if made is None else made.find(values)
+        if made is not None and not is_end and found is None:
             raise BuildFailed(f"{source}: {tensor.name} is no weight of the model that was calibrated")
-        calibrated += blocks is not None
-        packed, error, norm = _round(tensor.name, values, grid, method, blocks)
+        if found is not None and found[1] != grid:
+            raise ValueError(f"{tensor.name} was rounded to {found[1]}, the bundle holds it in {grid}")
+        calibrated += found is not None
+        how, blocks = "k_quant" if in_nf4 else method, found[0] if found else None
+        packed, error, norm = _round(tensor.name, values, grid, how, blocks)
         replaced |= operators.replace(model.graph, tensor.name, users, packed, grid, accuracy_level, store)
         rows.append(_row(tensor.name, packed, grid, error, norm))
     _write(model, replaced, store)
@@ -114,6 +127,7 @@ def quantize_bundle(
         "symmetric": symmetric,
         "accuracy_level": accuracy_level,
         "head_bits": head_bits,
+        "head_group": ends.group,
         "method": method,
         "calibrated_tensors": calibrated,
         "tied": any(use.gather for use in uses[head]),
@@ -135,11 +149,26 @@ def _round(
         made = blocks or concatenate([METHODS[method](rows, grid, None) for rows in weight.split(step)])
     except BadInput as error:
         raise BadInput(f"{name}: {error}") from error
+    return pack(made, grid), *_squares(weight, dequantize(made, grid))
+
+
+def _round_to_levels(name: str, weight: Tensor, group: int) -> tuple[nf4.Levels, float, float]:
+    """The same in NF4; of the whole weight at once, as its blocks span rows."""
+    try:
+        levels = nf4.quantize(weight, group)
+    except BadInput as error:
+        raise BadInput(f"{name}: {error}") from error
+    return levels, *_squares(weight, nf4.dequantize(levels))
+
+
+def _squares(weight: Tensor, held: Tensor) -> tuple[float, float]:
+    """Sums of squares of the error and of the weight."""
+    step = max(1, SLICE_VALUES // weight.shape[1])
     squared_error, squared_norm = 0.0, 0.0
-    for rows, held in zip(weight.split(step), dequantize(made, grid).split(step)):
-        squared_error += float((held - rows).double().square().sum())
+    for rows, there in zip(weight.split(step), held.split(step)):
+        squared_error += float((there - rows).double().square().sum())
         squared_norm += float(rows.double().square().sum())
-    return pack(made, grid), squared_error, squared_norm
+    return squared_error, squared_norm
 
 
 def _write(model: onnx.ModelProto, replaced: dict[int, list[NodeProto]], store: TensorStore) -> None:
@@ -164,12 +193,14 @@ def _component(name: str) -> str:
     return next((component for word, component in COMPONENTS if word in name), "other")
 
 
-def _row(name: str, packed: Packed, grid: Grid, squared_error: float, squared_norm: float) -> dict[str, Any]:
-    parameters = len(packed.data) * packed.columns
+def _row(
+    name: str, packed: Packed | nf4.Levels, grid: Grid, squared_error: float, squared_norm: float
+) -> dict[str, Any]:
+    parameters = packed.rows * packed.columns
     return {
         "name": name,
         "component": _component(name),
-        "shape": [len(packed.data), packed.columns],
+        "shape": [packed.rows, packed.columns],
         "bits": grid.bits,
         "group": grid.group,
         "size_bytes": packed.size_bytes,
