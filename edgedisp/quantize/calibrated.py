@@ -1,11 +1,15 @@
-"""GPTQ over a whole model: calibration text in, blocks for every linear map of the layers out.
+"""A calibrated method over a whole model: calibration text in, blocks for every linear map out.
 
-The embedding and the head are left to the rewriter, which rounds each of them once for both uses. At 8 bits
-they lose next to nothing.
+The linear maps of the layers come first, in the order of computation. The head is rounded last and on
+request (`head`, its grid), under the inputs that it has in the model rounded so far. Where it is the embedding
+too, one tensor serves both: the head's error is what is minimized, and the lookup takes the rows that come of
+it. At 8 bits both lose next to nothing; then the head is left to the rewriter, which rounds it once for both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgedisp import BadInput, Progress, silent
-from edgedisp.quantize.calibrate import calibrate
+from edgedisp.quantize.calibrate import calibrate, second_moment
 from edgedisp.quantize.gptq import gptq
-from edgedisp.quantize.grid import Grid, dequantize
+from edgedisp.quantize.grid import Blocks, Grid, dequantize
 from edgedisp.quantize.made import Made
+from edgedisp.quantize.methods import METHODS
+
+Method = Callable[[Tensor, Grid, Tensor], Blocks]
+"""(weight fp32 [out, in], grid, H fp32 [in, in]: the mean of x x^T of its inputs) -> blocks."""
 
 
 def gptq_model(
@@ -26,25 +34,64 @@ def gptq_model(
     tokens: NDArray[Any],
     grid: Grid,
     *,
+    head: Grid | None = None,
     damping: float = 0.01,
     act_order: bool = True,
     progress: Progress = silent,
 ) -> Made:
-    """Round `layers` of `model` in place, in the order of computation, each map by `gptq`.
+    """Round `layers` of `model` in place, in the order of computation, each map by `gptq`; then the head.
 
     tokens: unsigned integers [blocks, context], all real text. BadInput names the weight that cannot be
     quantized.
     """
+    method = partial(gptq, damping=damping, act_order=act_order)
+    return _round(model, layers, tokens, grid, head, method, progress)
+
+
+def weighted_model(
+    model: nn.Module,
+    layers: nn.ModuleList,
+    tokens: NDArray[Any],
+    grid: Grid,
+    method: str,
+    *,
+    head: Grid | None = None,
+    progress: Progress = silent,
+) -> Made:
+    """The same by a method on weights alone (a name in `METHODS`), told how large the inputs are: an error in
+    a column costs their mean square. `rtn` does not listen."""
+
+    def by_inputs(weight: Tensor, grid: Grid, second: Tensor) -> Blocks:
+        return METHODS[method](weight, grid, second.diagonal().clamp(min=1e-12))
+
+    return _round(model, layers, tokens, grid, head, by_inputs, progress)
+
+
+def _round(
+    model: nn.Module,
+    layers: nn.ModuleList,
+    tokens: NDArray[Any],
+    grid: Grid,
+    head: Grid | None,
+    method: Method,
+    progress: Progress,
+) -> Made:
     made = Made()
 
-    def rounding(name: str, weight: Tensor, second: Tensor) -> Tensor:
+    def rounding(name: str, weight: Tensor, second: Tensor, on: Grid = grid) -> Tensor:
         try:
-            blocks = gptq(weight, grid, second, damping=damping, act_order=act_order)
+            blocks = method(weight, on, second)
         except BadInput as error:
             raise BadInput(f"{name}: {error}") from error
-        made.add(weight, blocks, grid)
-        return dequantize(blocks, grid)
+        made.add(weight, blocks, on)
+        return dequantize(blocks, on)
 
     blocks = torch.from_numpy(np.asarray(tokens, np.int64))
     calibrate(model, layers, blocks, rounding, progress, "rounding layer by layer")
+    if head is not None:
+        progress(len(layers), len(layers), "rounding the head")
+        output: Any = model.get_output_embeddings()  # type: ignore[operator]
+        second = second_moment(output, lambda block: model(input_ids=block[None], use_cache=False), blocks)
+        with torch.no_grad():
+            output.weight.copy_(rounding("the head", output.weight.float(), second, head))
     return made
