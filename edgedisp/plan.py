@@ -164,8 +164,10 @@ def _stage_seconds(name: str, recipe: Recipe, parameters: int, step_s: float, fo
     if kind.startswith("verify"):
         return recipe.verify.tokens * 2 * forward_s + 5
     options = getattr(recipe.quantize, kind, None)
-    if options is not None and options.method == "gptq":  # three passes, and the rounding of columns
-        return options.calibration_tokens * 3 * forward_s + 45 * size
+    if options is not None and options.calibrated:  # three passes each, the rounding of columns, the search
+        ways = (options.method == "gptq") * 45 + options.rescale * 60
+        passes = 3 * ((options.method == "gptq") + options.rescale)
+        return float(options.calibration_tokens * passes * forward_s + ways * size)
     return {"base": 10.0, "corpus": 10.0, "fp32": 8.0, "int8": 5.0, "int4": 5.0}.get(kind, 5.0) * max(
         size, 0.1
     )

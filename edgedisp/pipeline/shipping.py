@@ -82,7 +82,7 @@ def quantize(recipe: Recipe, arm: str, precision: str) -> Stage:
             job.progress,
         )
 
-    reads = (parent, model, "corpus") if options.method == "gptq" else (parent,)
+    reads = (parent, model, "corpus") if options.calibrated else (parent,)
     return Stage(f"{arm}/{precision}", {"bits": BITS[precision], **plain(options)}, reads, work)
 
 

@@ -127,7 +127,9 @@ def waves_of(call: LayerCall, state: Tensor) -> list[list[nn.Module]]:
 
 
 @torch.no_grad()
-def second_moment(call: Callable[[Tensor], Any], module: nn.Module, states: Sequence[Tensor]) -> Tensor:
+def second_moment(
+    call: Callable[[Tensor], Any], module: nn.Module, states: Sequence[Tensor] | Tensor
+) -> Tensor:
     """H: the mean over tokens of x x^T, fp32 [in, in], for the input x of a linear map that `call` of each
     state reaches."""
     sums: list[Tensor] = []

@@ -1,9 +1,10 @@
 """A calibrated method over a whole model: calibration text in, blocks for every linear map out.
 
 The linear maps of the layers come first, in the order of computation. The head is rounded last and on
-request (`head`, its grid), under the inputs that it has in the model rounded so far. Where it is the embedding
-too, one tensor serves both: the head's error is what is minimized, and the lookup takes the rows that come of
-it. At 8 bits both lose next to nothing; then the head is left to the rewriter, which rounds it once for both.
+request (`head`, its grid), under the inputs that it has in the model rounded so far. Where it is the
+embedding too, one tensor serves both: the head's error is what is minimized, and the lookup takes the rows
+that come of it. At 8 bits both lose next to nothing; then the head is left to the rewriter, which rounds it
+once for both.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _round(
     if head is not None:
         progress(len(layers), len(layers), "rounding the head")
         output: Any = model.get_output_embeddings()  # type: ignore[operator]
-        second = second_moment(output, lambda block: model(input_ids=block[None], use_cache=False), blocks)
+        second = second_moment(lambda block: model(input_ids=block[None], use_cache=False), output, blocks)
         with torch.no_grad():
             output.weight.copy_(rounding("the head", output.weight.float(), second, head))
     return made

@@ -76,7 +76,7 @@ def quantize(weight: Tensor, group: int) -> Levels:
     check_weight(weight)
     turned = weight.detach().cpu().float().numpy().T  # it takes [in, out], and turns it back
     data, absmax = MatMulBnb4Quantizer(onnx.ModelProto(), QUANT_TYPE, group).bnb4_block_quant(turned)
-    return Levels(data, absmax, *weight.shape, group)
+    return Levels(data, absmax, len(weight), weight.shape[1], group)
 
 
 def dequantize(levels: Levels) -> Tensor:

@@ -8,6 +8,8 @@ MB more for 49,152 x 576 at 8 bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from onnx import GraphProto, NodeProto, helper
 
@@ -78,11 +80,16 @@ def replace_by_levels(
 ) -> dict[int, list[NodeProto]]:
     """The same for an NF4 weight `name`, whose readers all multiply."""
     weight = [store.add(f"{name}.nf4", levels.data), store.add(f"{name}.scales", levels.absmax)]
-    size = {"K": levels.columns, "N": levels.rows, "block_size": levels.group, "quant_type": QUANT_TYPE}
+    size: dict[str, Any] = {
+        "K": levels.columns,
+        "N": levels.rows,
+        "block_size": levels.group,
+        "quant_type": QUANT_TYPE,
+    }
     return {use.index: _in_place_of(graph.node[use.index], "MatMulBnb4", weight, **size) for use in users}
 
 
-def _in_place_of(old: NodeProto, operator: str, weight: list[str], **attributes: int) -> list[NodeProto]:
+def _in_place_of(old: NodeProto, operator: str, weight: list[str], **attributes: Any) -> list[NodeProto]:
     """A product by `operator`, followed by `Add` for a Gemm with a bias."""
     biased = old.op_type == "Gemm" and len(old.input) > 2
     output = f"{old.output[0]}.product" if biased else old.output[0]

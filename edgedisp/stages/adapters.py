@@ -138,7 +138,9 @@ class _Makers:
     def on_int4(self, make: Callable[[], Any]) -> Any:
         """A model whose weights were rounded as quantize/rewrite.py rounds the bundle's."""
         made = make()
-        grids = [Grid(bits, self.int4.group, self.int4.symmetric) for bits in (4, self.int4.head_bits)]
+        own = self.int4
+        ends = Grid(own.head_bits, own.head_group or own.group, own.symmetric)
+        grids = (Grid(4, own.group, own.symmetric), ends)
         audit.round_weights(made, *(partial(_on_grid, grid=grid) for grid in grids))
         return made
 

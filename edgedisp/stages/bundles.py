@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from edgedisp import BuildFailed, Progress, model
 from edgedisp.dispersion.collect import decoder_layers
@@ -17,10 +19,14 @@ from edgedisp.graph import check
 from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.layout import set_threads
 from edgedisp.graph.session import OnnxModel
-from edgedisp.quantize.calibrated import gptq_model
-from edgedisp.quantize.grid import Grid
+from edgedisp.quantize import nf4
+from edgedisp.quantize.awq import rescale
+from edgedisp.quantize.calibrated import gptq_model, weighted_model
+from edgedisp.quantize.grid import Grid, dequantize
+from edgedisp.quantize.grid import quantize as grid_quantize
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.rewrite import quantize_bundle
+from edgedisp.quantize.store import DATA, GRAPH
 from edgedisp.recipe import QuantizeBits
 from edgedisp.stages.start import heldout_documents
 
@@ -43,43 +49,93 @@ def quantize(
     own: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    """A bundle with `bits`-bit weights from the fp32 one; gptq calibrates the model on the training text,
-    other methods need neither folder."""
-    made = None
-    if section.method == "gptq":
-        if model_folder is None or corpus_folder is None:
-            raise ValueError("gptq needs the model and the corpus")
-        made = _calibrated(section, bits, model_folder, corpus_folder, progress)
-    record = quantize_bundle(
-        parent,
-        own,
-        bits=bits,
-        group=section.group,
-        symmetric=section.symmetric,
-        accuracy_level=section.accuracy_level,
-        head_bits=section.head_bits,
-        method="rtn" if made is not None else section.method,
-        made=made,
-        progress=progress,
-    )
-    return {**record, "method": section.method}
+    """A bundle with `bits`-bit weights from the fp32 one; `gptq` and `rescale` calibrate the model on the
+    training text, other methods need neither folder."""
+    method, made, source, found = section.method, None, parent, {}
+    with tempfile.TemporaryDirectory(dir=own) as scratch:
+        if section.calibrated:
+            if model_folder is None or corpus_folder is None:
+                raise ValueError("a calibrated method needs the model and the corpus")
+            opened, text = model.load(model_folder), _calibration_text(section, corpus_folder)
+            if section.rescale:
+                found["rescaled"] = rescale(
+                    opened, decoder_layers(opened), text, _rounding(section, bits), progress=progress
+                )
+                _save(opened, model_folder, Path(scratch) / "model")
+            made = _calibrated(section, bits, opened, text, progress)
+            del opened
+            if section.rescale:
+                source = _export_like(parent, Path(scratch), progress)
+        if method == "gptq":  # what is left to the rewriter: the embedding, and a head of 8 bits
+            method = "rtn" if section.head_bits == 8 else "k_quant"
+        record = quantize_bundle(
+            source,
+            own,
+            bits=bits,
+            group=section.group,
+            symmetric=section.symmetric,
+            accuracy_level=section.accuracy_level,
+            head_bits=section.head_bits,
+            head_group=section.head_group,
+            method=method,
+            made=made,
+            progress=progress,
+        )
+    return {**record, **found, "method": section.method}
 
 
-def _calibrated(
-    section: QuantizeBits, bits: int, model_folder: Path, corpus_folder: Path, progress: Progress
-) -> Made:
+def _calibration_text(section: QuantizeBits, corpus_folder: Path) -> Any:
+    """Tokens [blocks, context], of the text that every arm is trained on."""
     tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    blocks = -(-section.calibration_tokens // tokens.shape[1])
-    opened = model.load(model_folder)
-    return gptq_model(
-        opened,
-        decoder_layers(opened),
-        tokens[:blocks],
-        Grid(bits, section.group, section.symmetric),
-        damping=section.damping,
-        act_order=section.act_order,
-        progress=progress,
-    )
+    return tokens[: -(-section.calibration_tokens // tokens.shape[1])]
+
+
+def _rounding(section: QuantizeBits, bits: int) -> Callable[[Tensor], Tensor]:
+    """The weight as the bundle's form holds it, rounded to nearest."""
+    if section.method == "nf4":
+        return lambda weight: nf4.dequantize(nf4.quantize(weight, section.group))
+    grid = Grid(bits, section.group, section.symmetric)
+    return lambda weight: dequantize(grid_quantize(weight, grid), grid)
+
+
+def _calibrated(section: QuantizeBits, bits: int, opened: Any, text: Any, progress: Progress) -> Made | None:
+    """The weights that the method rounds on calibration text; None for one that looks at weights alone. A
+    head of 8 bits loses nothing worth the time."""
+    layers, grid = decoder_layers(opened), Grid(bits, section.group, section.symmetric)
+    ends = Grid(section.head_bits, section.head_group or section.group, section.symmetric)
+    head = ends if section.head_bits < 8 else None
+    if section.method == "gptq":
+        return gptq_model(
+            opened,
+            layers,
+            text,
+            grid,
+            head=head,
+            damping=section.damping,
+            act_order=section.act_order,
+            progress=progress,
+        )
+    if section.method in ("rtn", "nf4"):
+        return None
+    return weighted_model(opened, layers, text, grid, section.method, head=head, progress=progress)
+
+
+def _save(opened: Any, original: Path, folder: Path) -> None:
+    """A changed model, with the tokenizer and the other small files of the folder that it came from."""
+    weights = shutil.ignore_patterns("*.safetensors*", "*.bin*", RECORD)
+    shutil.copytree(original, folder, ignore=weights)
+    opened.save_pretrained(folder)
+
+
+def _export_like(parent: Path, scratch: Path, progress: Progress) -> Path:
+    """The fp32 bundle of scratch/model, its other files those of `parent`: threads, tokenizer, layout."""
+    bundle = scratch / "fp32"
+    bundle.mkdir()
+    export_graph(scratch / "model", bundle, threads=1, progress=progress)
+    for file in parent.iterdir():
+        if file.is_file() and file.name not in (GRAPH, DATA, RECORD):
+            shutil.copyfile(file, bundle / file.name)
+    return bundle
 
 
 def verify(
