@@ -12,11 +12,13 @@ import onnx
 import pytest
 
 from edgedisp import model, silent
+from edgedisp.cli import main
 from edgedisp.graph.session import OnnxModel
 from edgedisp.recipe.sections import Int4, Int8, QuantizeBits
 from edgedisp.stages import bundles
 
 TOKENS = np.random.default_rng(5).integers(0, twins.VOCABULARY, (12, 64)).astype(np.uint16)
+PAIR = ("int8", "int4")
 SMALL: dict[str, Any] = {"group": 16, "accuracy_level": 0, "calibration_tokens": 512}
 
 
@@ -109,3 +111,37 @@ def test_a_stage_that_calibrates_asks_for_its_model(folders: dict[str, Path], tm
     assert not Int4(method="nf4").calibrated
     assert model.load(folders["model"]) is not None
     assert not list(tmp_path.iterdir())
+
+
+def test_a_build_with_the_keys_of_a_recipe_reaches_the_report(
+    tiny_folder: dict[str, Path],
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = text_file.parent / "tiny.yaml"
+    recipe.write_text(f"""\
+name: tiny
+model: {{base: {tiny_folder["llama"]}, architecture: llama}}
+data: {{train: [{{source: {text_file.name}}}], heldout: 20%, context: 64}}
+train: {{tokens: 512, lr: 1e-3, batch: 4, dispersion: null}}
+arms: [baseline]
+precisions: [int8, int4]
+quantize:
+  int8: {{method: gptq, rescale: true, head_group: 64, calibration_tokens: 256}}
+  int4: {{method: nf4, rescale: true, group: 64, calibration_tokens: 256}}
+verify: {{tokens: 64, int8_top1: 0, int8_kl: 1, int4_top1: 0, int4_kl: 5}}
+evaluate: {{limit: 2, perplexity_tokens: 128, bootstrap: 100, tasks: [heldout_perplexity]}}
+latency: {{prompt: 8, generate: 4, repetitions: 1, threads: 1}}
+""")
+    run = text_file.parent / "run"
+    monkeypatch.setattr("sys.argv", ["edgedisp", "build", str(recipe), "--out", str(run)])
+    try:
+        main()
+    except SystemExit as stop:
+        assert not stop.code, capsys.readouterr().err
+    int8, int4 = (json.loads((run / "baseline" / p / "record.json").read_text())["results"] for p in PAIR)
+    assert (int8["method"], int4["method"]) == ("gptq", "nf4")
+    assert int8["rescaled"] and int4["rescaled"] and int8["head_group"] == 64
+    assert int4["nodes"]["MatMulBnb4"] == 8 and "nf4" not in int8["nodes"]
+    assert (run / "report.html").is_file()
