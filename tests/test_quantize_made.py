@@ -15,6 +15,7 @@ from edgedisp import BadInput, BuildFailed, model
 from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel
+from edgedisp.quantize import calibrated
 from edgedisp.quantize.calibrated import gptq_model, weighted_model
 from edgedisp.quantize.grid import Grid, dequantize, quantize
 from edgedisp.quantize.made import Made
@@ -88,9 +89,25 @@ def test_a_calibrated_head_makes_less_error_in_the_logits_than_a_rounded_one(tmp
         plain(input_ids=torch.from_numpy(TOKENS.astype(np.int64)))
     rounded = model.load(tmp_path / "model")
     gptq_model(rounded, decoder_layers(rounded), TOKENS, GRID, head=ends)
-    for name, held in {"rtn": dequantize(quantize(head, ends), ends), "gptq": rounded.lm_head.weight.data}.items():
+    heads = {"rtn": dequantize(quantize(head, ends), ends), "gptq": rounded.lm_head.weight.data}
+    for name, held in heads.items():
         errors[name] = float((seen[0] @ (held - head).T).square().mean())
     assert errors["gptq"] < 0.7 * errors["rtn"]
+
+
+def test_a_tied_head_spares_the_rows_that_the_lookup_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twins.make(tmp_path / "model", "llama")
+    ends, errors = Grid(4, 32, False), []
+    for share in (0.0, calibrated.TIED):
+        monkeypatch.setattr(calibrated, "TIED", share)
+        opened = model.load(tmp_path / "model")
+        rows = opened.get_input_embeddings().weight.data.clone()
+        gptq_model(opened, decoder_layers(opened), TOKENS, GRID, head=ends)
+        errors.append(float((opened.get_input_embeddings().weight.data - rows).norm() / rows.norm()))
+    nearest = float((dequantize(quantize(rows, ends), ends) - rows).norm() / rows.norm())
+    assert errors[1] < errors[0] and errors[1] < 1.1 * nearest
 
 
 def test_parts_on_different_grids_are_no_weight() -> None:

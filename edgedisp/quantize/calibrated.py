@@ -2,9 +2,12 @@
 
 The linear maps of the layers come first, in the order of computation. The head is rounded last and on
 request (`head`, its grid), under the inputs that it has in the model rounded so far. Where it is the
-embedding too, one tensor serves both: the head's error is what is minimized, and the lookup takes the rows
-that come of it. At 8 bits both lose next to nothing; then the head is left to the rewriter, which rounds it
-once for both.
+embedding too, one tensor serves both. Minimizing the head's error alone would make the rows themselves
+coarser than rounding does, and with them what the lookup hands to the first layer; so each row's own error is
+added with the weight `TIED` (4 bits, group 32, SmolLM2-135M, nothing else rounded; 1, 0.1 and rounding to
+nearest: error of the rows 0.094, 0.109, 0.093, of the logits 0.037, 0.030, 0.084, perplexity on wikitext-2
+x1.00, x1.02, x1.10). At 8 bits both lose next to nothing; then the head is left to the rewriter, which rounds
+it once for both.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from edgedisp.quantize.gptq import gptq
 from edgedisp.quantize.grid import Blocks, Grid, dequantize
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.methods import METHODS
+
+TIED = 1.0  # mean squared activations of the lookup, as it were, as a share of the head's
 
 Method = Callable[[Tensor, Grid, Tensor], Blocks]
 """(weight fp32 [out, in], grid, H fp32 [in, in]: the mean of x x^T of its inputs) -> blocks."""
@@ -93,6 +98,8 @@ def _round(
         progress(len(layers), len(layers), "rounding the head")
         output: Any = model.get_output_embeddings()  # type: ignore[operator]
         second = second_moment(lambda block: model(input_ids=block[None], use_cache=False), output, blocks)
+        if output.weight is model.get_input_embeddings().weight:  # type: ignore[operator]
+            second += TIED * second.diagonal().mean() * torch.eye(len(second), device=second.device)
         with torch.no_grad():
             output.weight.copy_(rounding("the head", output.weight.float(), second, head))
     return made
