@@ -6,8 +6,8 @@ embedding too, one tensor serves both. Minimizing the head's error alone would m
 coarser than rounding does, and with them what the lookup hands to the first layer; so each row's own error is
 added with the weight `TIED` (4 bits, group 32, SmolLM2-135M, nothing else rounded; 1, 0.1 and rounding to
 nearest: error of the rows 0.094, 0.109, 0.093, of the logits 0.037, 0.030, 0.084, perplexity over 2,000 to
-3,000 tokens of wikitext-2 x1.00, x1.02, x1.10; with 10, x1.03). At 8 bits both lose next to nothing; then the head is left to the rewriter, which rounds
-it once for both.
+3,000 tokens of wikitext-2 x1.00, x1.02, x1.10; with 10, x1.03). At 8 bits both lose next to nothing; then the
+head is left to the rewriter, which rounds it once for both.
 """
 
 from __future__ import annotations
