@@ -209,6 +209,8 @@ def _choosing_seconds(precision: str, recipe: Recipe, size: float, forward_s: fl
     options, seconds = getattr(recipe.quantize, precision), 0.0
     if options.method == "gptq":  # three passes, and the rounding of columns
         seconds += options.calibration_tokens * 3 * forward_s + 45 * size
+    if options.rescale:  # three passes, and the search for each scale
+        seconds += options.calibration_tokens * 3 * forward_s + 60 * size
     if precision == "int4" and recipe.quantize.searched:
         # A pass over 512 tokens for each of about 120 weights; whole models rounded and measured.
         trials = 2 if recipe.quantize.budget is not None else 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from edgedisp import BadInput, BuildFailed, model
 from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel
-from edgedisp.quantize.calibrated import gptq_model
+from edgedisp.quantize import calibrated
+from edgedisp.quantize.calibrated import gptq_model, weighted_model
 from edgedisp.quantize.grid import Blocks, Grid, dequantize, quantize
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.rewrite import quantize_bundle
@@ -55,6 +57,71 @@ def test_the_graph_computes_what_the_calibrated_model_computes(tmp_path: Path, f
             shipped(ids, np.ones_like(ids))[0], twins.torch_logits(opened, row), rtol=1e-3, atol=2e-3
         )
     assert record["calibrated_tensors"] == record["tensors"] - len(ends)
+
+
+@pytest.mark.parametrize("form", [*twins.FAMILIES, "llama, untied, biases, wide heads"])
+@pytest.mark.parametrize("calibration", [gptq_model, partial(weighted_model, method="k_quant")])
+def test_a_calibrated_head_is_the_one_in_the_graph_and_a_tied_embedding_with_it(
+    tmp_path: Path, form: str, calibration: Any
+) -> None:
+    twins.make(tmp_path / "model", form)
+    for name in ("fp32", "int4"):
+        (tmp_path / name).mkdir()
+    export(tmp_path / "model", tmp_path / "fp32", threads=1)
+    opened, ends = model.load(tmp_path / "model"), Grid(4, 32, False)
+    made = calibration(opened, decoder_layers(opened), TOKENS, GRID, head=ends)
+    options: dict[str, Any] = {"bits": 4, "group": 16, "head_bits": 4, "head_group": 32, "symmetric": False}
+    record = quantize_bundle(tmp_path / "fp32", tmp_path / "int4", accuracy_level=0, made=made, **options)
+    assert record["calibrated_tensors"] == record["tensors"] - (not record["tied"])
+    if not record["tied"]:
+        embedding = opened.get_input_embeddings().weight.data
+        embedding.copy_(dequantize(quantize(embedding, ends), ends))
+    row = twins.ragged([30])[0]
+    shipped = OnnxModel(tmp_path / "int4", 1)(np.array([row]), np.ones((1, len(row)), np.int64))[0]
+    np.testing.assert_allclose(shipped, twins.torch_logits(opened, row), rtol=1e-3, atol=2e-3)
+
+
+def test_a_calibrated_head_makes_less_error_in_the_logits_than_a_rounded_one(tmp_path: Path) -> None:
+    twins.make(tmp_path / "model", "llama, untied, biases, wide heads")
+    ends, errors = Grid(4, 32, False), {}
+    plain = model.load(tmp_path / "model")
+    gptq_model(plain, decoder_layers(plain), TOKENS, GRID)
+    head = plain.lm_head.weight.data.clone()
+    seen: list[torch.Tensor] = []
+    plain.lm_head.register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, 64)))
+    with torch.no_grad():
+        plain(input_ids=torch.from_numpy(TOKENS.astype(np.int64)))
+    rounded = model.load(tmp_path / "model")
+    gptq_model(rounded, decoder_layers(rounded), TOKENS, GRID, head=ends)
+    heads = {"rtn": dequantize(quantize(head, ends), ends), "gptq": rounded.lm_head.weight.data}
+    for name, held in heads.items():
+        errors[name] = float((seen[0] @ (held - head).T).square().mean())
+    assert errors["gptq"] < 0.7 * errors["rtn"]
+
+
+def test_a_tied_head_spares_the_rows_that_the_lookup_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twins.make(tmp_path / "model", "llama")
+    ends, errors = Grid(4, 32, False), []
+    for share in (0.0, calibrated.TIED):
+        monkeypatch.setattr(calibrated, "TIED", share)
+        opened = model.load(tmp_path / "model")
+        rows = opened.get_input_embeddings().weight.data.clone()
+        gptq_model(opened, decoder_layers(opened), TOKENS, GRID, head=ends)
+        errors.append(float((opened.get_input_embeddings().weight.data - rows).norm() / rows.norm()))
+    nearest = float((dequantize(quantize(rows, ends), ends) - rows).norm() / rows.norm())
+    assert errors[1] < errors[0] and errors[1] < 1.1 * nearest
+
+
+def test_parts_on_different_grids_are_no_weight() -> None:
+    made, other = Made(), Grid(8, 16, False)
+    weights = [torch.randn(4, 32, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    for weight, grid in zip(weights, (GRID, other)):
+        made.add(weight, quantize(weight, grid), grid)
+    assert made.grids == {GRID, other}
+    with pytest.raises(ValueError, match="different grids"):
+        made.find(torch.cat(weights))
 
 
 def test_joined_weights_are_found_in_their_order_and_others_are_not() -> None:

@@ -347,6 +347,8 @@ precisions: [] | precisions | found an empty list; needs a list with any of fp32
 precisions: [fp32, int2] | precisions.1 | found 'int2'; did you mean
 quantize: {int4: {head_bits: 5}} | quantize.int4.head_bits | found 5; choices: 4, 8
 quantize: {int8: {head_bits: 4}} | quantize.int8.head_bits | found 4; the only choice is 8
+quantize: {int8: {method: nf4}} | quantize.int8.method | found 'nf4'; choices: rtn, clip, k_quant, hqq, gptq
+quantize: {int4: {head_group: 48}} | quantize.int4.head_group | found 48; choices: 16, 32, 64, 128, 256
 quantize: {int4: {group: 100}} | quantize.int4.group | found 100; choices: 16, 32, 64, 128, 256
 quantize: {int4: {accuracy_level: 2}} | quantize.int4.accuracy_level | found 2; choices: 0, 1, 4, auto
 quantize: {int4: {accuracy_level: aut}} | quantize.int4.accuracy_level | did you mean 'auto'?

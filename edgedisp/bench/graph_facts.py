@@ -49,7 +49,8 @@ def open_graph(bundle: Path) -> Any:
 def weight_traffic(model: Any) -> dict[str, int]:
     """Of an onnx ModelProto: `weight_bytes_per_token` and `weight_bits`, the bits of most weights.
 
-    `weight_bits` is 4 or 8 where MatMulNBits holds most of the weights, else the bits of the type that does.
+    `weight_bits` is 4 or 8 where MatMulNBits or MatMulBnb4 holds most of the weights, else the bits of the
+    type that does.
     """
     initializers = {i.name: i for i in model.graph.initializer}
     full, rows = _readers(model.graph, initializers)
@@ -99,7 +100,7 @@ def _weight_bits(graph: Any, initializers: dict[str, Any], full: set[str]) -> in
     counts: dict[int, int] = {}
     packed = set()
     for node in graph.node:
-        if node.op_type == "MatMulNBits":
+        if node.op_type in ("MatMulNBits", "MatMulBnb4"):
             size = {a.name: a.i for a in node.attribute}
             bits = size.get("bits", 4)
             counts[bits] = counts.get(bits, 0) + size["K"] * size["N"]

@@ -28,7 +28,7 @@ from edgedisp.graph.session import open_session, read_config
 from edgedisp.graph.writer import GRAPH
 
 ATTENTION = "GroupQueryAttention"
-PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits")
+PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "MatMulBnb4")
 ADDING_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 NORMS = (*ADDING_NORMS, "SimplifiedLayerNormalization", "LayerNormalization", "RMSNormalization")
 SUM = 3  # which output of an adding norm is the sum

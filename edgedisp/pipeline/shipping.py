@@ -90,7 +90,7 @@ def quantize(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
     section = {"bits": BITS[precision], **bits_section(options)}
     if is_trained:
         section["is_trained"] = True
-    reads: tuple[str, ...] = (parent, model, "corpus") if options.method == "gptq" else (parent,)
+    reads: tuple[str, ...] = (parent, model, "corpus") if options.calibrated else (parent,)
     if options.accuracy_level == "auto":
         section, reads = {**section, "threads": threads}, tuple(dict.fromkeys((*reads, "corpus")))
     return Stage(f"{arm}/{precision}", section, reads, work)

@@ -16,14 +16,16 @@ from edgedisp.quantize.methods import METHODS
 from edgedisp.quantize.uses import Use, head_name
 
 LEVELS = (0, 1, 4)
+NF4 = "nf4"  # a method of its own kind: levels instead of a grid, of which the group alone counts
 
 
 @dataclass(frozen=True)
 class Choice:
     """How one weight is stored and multiplied.
 
-    method: a name in `methods.METHODS`, which rounds it where no blocks are at hand. accuracy_level: of its
-    product; 0 and 1 compute in fp32, 4 on activations rounded to 8 bits. BadInput for what no kernel has.
+    method: a name in `methods.METHODS`, which rounds it where no blocks are at hand, or NF4. accuracy_level:
+    of its product; 0 and 1 compute in fp32, 4 on activations rounded to 8 bits. BadInput for what no kernel
+    has.
     """
 
     grid: Grid
@@ -35,8 +37,10 @@ class Choice:
             raise BadInput(
                 f"accuracy_level is {self.accuracy_level}; 0 and 1 compute in fp32, 4 on 8-bit activations"
             )
-        if self.method not in METHODS:
-            known = ", ".join(METHODS)
+        if self.method == NF4 and self.grid.bits != 4:
+            raise BadInput(f"method nf4 has 4 bits, not {self.grid.bits}")
+        if self.method not in (*METHODS, NF4):
+            known = ", ".join([*METHODS, NF4])
             raise BadInput(f"method {self.method!r} rounds no weight alone; known: {known}")
 
 

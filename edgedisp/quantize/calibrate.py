@@ -36,7 +36,7 @@ class _Enough(Exception):
 
 
 @dataclass(frozen=True)
-class _Call:
+class LayerCall:
     """What a layer is called with, without the states."""
 
     layer: nn.Module
@@ -67,12 +67,12 @@ def calibrate(
         raise BadInput("no calibration text: at least one block of tokens is needed")
     model.eval()
     names = {module: name for name, module in model.named_modules()}
-    calls = _calls(model, layers, blocks[0])
-    states = [_until(model, layers[0], block) for block in blocks]
+    calls = layer_calls(model, layers, blocks[0])
+    states = [states_before(model, layers[0], block) for block in blocks]
     for index, call in enumerate(calls):
         progress(index, len(layers), note)
-        for together in _waves(call, states[0]):
-            second = _second_moment(call, together[0], states)
+        for together in waves_of(call, states[0]):
+            second = second_moment(call, together[0], states)
             _round({names[module]: module for module in together}, second, rounding)
         states = [call(state) for state in states]
     progress(len(layers), len(layers), note)
@@ -88,19 +88,19 @@ def _round(modules: dict[str, Any], second: Tensor, rounding: Rounding) -> None:
         module.weight.copy_(held.T if isinstance(module, Conv1D) else held)
 
 
-def _calls(model: nn.Module, layers: nn.ModuleList, block: Tensor) -> list[_Call]:
+def layer_calls(model: nn.Module, layers: nn.ModuleList, block: Tensor) -> list[LayerCall]:
     """How the model calls each layer."""
-    found: list[_Call] = []
+    found: list[LayerCall] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        found.append(_Call(module, args[1:], kwargs))
+        found.append(LayerCall(module, args[1:], kwargs))
 
-    _with_hooks(layers, note, lambda: model(input_ids=block[None], use_cache=False))
+    with_hooks(layers, note, lambda: model(input_ids=block[None], use_cache=False))
     return found
 
 
-def _until(model: nn.Module, layer: nn.Module, block: Tensor) -> Tensor:
+def states_before(model: nn.Module, layer: nn.Module, block: Tensor) -> Tensor:
     """The states [1, tokens, features] that reach `layer`."""
     reached: list[Tensor] = []
 
@@ -108,11 +108,11 @@ def _until(model: nn.Module, layer: nn.Module, block: Tensor) -> Tensor:
         reached.append(args[0] if args else kwargs["hidden_states"])
         raise _Enough
 
-    _with_hooks([layer], stop, lambda: model(input_ids=block[None], use_cache=False))
+    with_hooks([layer], stop, lambda: model(input_ids=block[None], use_cache=False))
     return reached[0]
 
 
-def _waves(call: _Call, state: Tensor) -> list[list[nn.Module]]:
+def waves_of(call: LayerCall, state: Tensor) -> list[list[nn.Module]]:
     """The layer's linear maps in the order of computation, those that read the same tensor together."""
     inputs: list[Tensor] = []  # kept, as an address could be used twice
     waves: list[list[nn.Module]] = []
@@ -126,12 +126,16 @@ def _waves(call: _Call, state: Tensor) -> list[list[nn.Module]]:
         waves.append([module])
 
     linear = [module for module in call.layer.modules() if isinstance(module, LINEAR)]
-    _with_hooks(linear, note, lambda: call(state))
+    with_hooks(linear, note, lambda: call(state))
     return waves
 
 
-def _second_moment(call: _Call, module: nn.Module, states: Sequence[Tensor]) -> Tensor:
-    """H: the mean over tokens of x x^T, fp32 [in, in], for the input x of a linear map."""
+@torch.no_grad()
+def second_moment(
+    call: Callable[[Tensor], Any], module: nn.Module, states: Sequence[Tensor] | Tensor
+) -> Tensor:
+    """H: the mean over tokens of x x^T, fp32 [in, in], for the input x of a linear map that `call` of each
+    state reaches."""
     sums: list[Tensor] = []
     tokens = 0
 
@@ -146,11 +150,11 @@ def _second_moment(call: _Call, module: nn.Module, states: Sequence[Tensor]) -> 
         raise _Enough
 
     for state in states:
-        _with_hooks([module], add, partial(call, state))
+        with_hooks([module], add, partial(call, state))
     return sums[0] / tokens
 
 
-def _with_hooks(
+def with_hooks(
     modules: Sequence[nn.Module] | nn.ModuleList, hook: Callable[..., None], run: Callable[[], Any]
 ) -> None:
     """`run`, which a hook may end, with `hook` before each of `modules`."""

@@ -11,6 +11,7 @@ from onnx import GraphProto, TensorProto
 
 from edgedisp.quantize.assignment import Choice
 from edgedisp.quantize.grid import Packed
+from edgedisp.quantize.nf4 import Levels
 
 # The first word found in a tensor's name tells its component; the genai builder uses the same words.
 COMPONENTS = (
@@ -30,14 +31,19 @@ def component(name: str) -> str:
 
 
 def tensor_row(
-    name: str, packed: Packed, choice: Choice, calibrated: bool, squared_error: float, squared_norm: float
+    name: str,
+    packed: Packed | Levels,
+    choice: Choice,
+    calibrated: bool,
+    squared_error: float,
+    squared_norm: float,
 ) -> dict[str, Any]:
     """One weight. `calibrated`: its blocks came from outside; relative_error is |w' - w| / |w|."""
-    parameters = len(packed.data) * packed.columns
+    parameters = packed.rows * packed.columns
     return {
         "name": name,
         "component": component(name),
-        "shape": [len(packed.data), packed.columns],
+        "shape": [packed.rows, packed.columns],
         "bits": choice.grid.bits,
         "group": choice.grid.group,
         "symmetric": choice.grid.symmetric,

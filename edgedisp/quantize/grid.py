@@ -92,6 +92,10 @@ class Packed:
     columns: int
 
     @property
+    def rows(self) -> int:
+        return len(self.data)
+
+    @property
     def size_bytes(self) -> int:
         zero_points = 0 if self.zero_points is None else self.zero_points.nbytes
         return self.data.nbytes + self.scales.nbytes + zero_points

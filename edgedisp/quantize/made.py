@@ -94,10 +94,12 @@ class Made:
     """Blocks of weights and their grids."""
 
     def __init__(self) -> None:
+        self.grids: set[Grid] = set()
         self._parts: Parts[tuple[Blocks, Grid]] = Parts()
 
     def add(self, weight: Tensor, blocks: Blocks, grid: Grid) -> None:
         """`blocks` on `grid` stand for fp32 `weight` [out, in]."""
+        self.grids.add(grid)
         self._parts.put(weight, (blocks, grid))
 
     def find(self, weight: Tensor) -> tuple[Blocks, Grid] | None:
@@ -107,7 +109,9 @@ class Made:
             return None
         grids = {grid for _, grid in found.known}
         if len(grids) > 1:
-            raise ValueError(f"one stored weight was rounded to several grids: {sorted(map(str, grids))}")
+            raise ValueError(
+                f"parts of one weight were rounded to different grids: {sorted(map(str, grids))}"
+            )
         blocks = concatenate([blocks for blocks, _ in found.known])
         return blocks if found.order is None else take_rows(blocks, found.order), grids.pop()
 

@@ -8,10 +8,13 @@ MB more for 49,152 x 576 at 8 bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from onnx import GraphProto, NodeProto, helper
 
 from edgedisp.quantize.grid import Grid, Packed
+from edgedisp.quantize.nf4 import QUANT_TYPE, Levels
 from edgedisp.quantize.store import TensorStore
 from edgedisp.quantize.uses import Use
 
@@ -60,21 +63,38 @@ def _product(
     grid: Grid,
     accuracy_level: int,
 ) -> list[NodeProto]:
-    """`MatMulNBits`, followed by `Add` for a Gemm with a bias."""
-    biased = old.op_type == "Gemm" and len(old.input) > 2
-    output = f"{old.output[0]}.product" if biased else old.output[0]
-    node = helper.make_node(
+    return _in_place_of(
+        old,
         "MatMulNBits",
-        [old.input[0], blocks, *parameters],
-        [output],
-        name=old.name,
-        domain=MICROSOFT,
+        [blocks, *parameters],
         K=columns,
         N=rows,
         bits=grid.bits,
         block_size=grid.group,
         accuracy_level=accuracy_level,
     )
+
+
+def replace_by_levels(
+    graph: GraphProto, name: str, users: list[Use], levels: Levels, store: TensorStore
+) -> dict[int, list[NodeProto]]:
+    """The same for an NF4 weight `name`, whose readers all multiply."""
+    weight = [store.add(f"{name}.nf4", levels.data), store.add(f"{name}.scales", levels.absmax)]
+    size: dict[str, Any] = {
+        "K": levels.columns,
+        "N": levels.rows,
+        "block_size": levels.group,
+        "quant_type": QUANT_TYPE,
+    }
+    return {use.index: _in_place_of(graph.node[use.index], "MatMulBnb4", weight, **size) for use in users}
+
+
+def _in_place_of(old: NodeProto, operator: str, weight: list[str], **attributes: Any) -> list[NodeProto]:
+    """A product by `operator`, followed by `Add` for a Gemm with a bias."""
+    biased = old.op_type == "Gemm" and len(old.input) > 2
+    output = f"{old.output[0]}.product" if biased else old.output[0]
+    inputs = [old.input[0], *weight]
+    node = helper.make_node(operator, inputs, [output], name=old.name, domain=MICROSOFT, **attributes)
     if not biased:
         return [node]
     return [node, helper.make_node("Add", [output, old.input[2]], [old.output[0]], name=f"{old.name}.biased")]

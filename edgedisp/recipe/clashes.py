@@ -158,6 +158,11 @@ def _aware(recipe: Recipe) -> Iterator[Clash]:
             (("train", "compile"), key, method),
             "compiled layers cannot be calibrated in the middle of training; needs false, or method: rtn",
         )
+    if getattr(recipe.quantize, chosen.precision).rescale:
+        yield Clash(
+            (("quantize", chosen.precision, "rescale"), key),
+            "rescaling changes the weights that were trained under rounding; take one of the two out",
+        )
     adapter = recipe.train.adapter
     if adapter is None:
         pass

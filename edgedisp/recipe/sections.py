@@ -252,6 +252,12 @@ class Train(Section):
     )
 
 
+METHODS = (
+    "rtn: round to nearest; clip, k_quant, hqq: ranges searched for each group by the weight alone; gptq: "
+    "rounding errors made up for under calibration on the recipe's training text"
+)
+
+
 class QuantizeBits(Section):
     """One quantized bundle. Changing it never retrains."""
 
@@ -273,23 +279,38 @@ class QuantizeBits(Section):
     head_bits: HeadBits = Field(
         default=8, description="bits of the output head (and of an embedding tied to it)"
     )
-    method: Literal["rtn", "clip", "k_quant", "hqq", "gptq"] = Field(
+    head_group: Group | None = Field(
+        default=None, description="weights of the head that share one scale; null: as group"
+    )
+    method: Literal["rtn", "clip", "k_quant", "hqq", "gptq", "nf4"] = Field(
         default="rtn",
-        description="rtn: round to nearest; clip, k_quant, hqq: ranges searched for each group by the weight "
-        "alone; gptq: rounding errors made up for under calibration on the recipe's training text",
+        description=f"{METHODS}; nf4: bitsandbytes' 16 levels in blocks of `group` (there 64) for "
+        "onnxruntime's MatMulBnb4, slow on CPUs and without an accuracy level; the head stays on the grid",
+    )
+    rescale: Flag = Field(
+        default=False,
+        description="before the method, AWQ's scaling: channels that are large on the training text get "
+        "finer steps, folded into norms and neighbouring weights; clip (nearest to the paper's), k_quant and "
+        "hqq then also weigh errors by their inputs",
     )
     calibration_tokens: Annotated[Whole, Ge(256)] = Field(
-        default=16_384, description="training tokens that gptq calibrates on", examples=["16k"]
+        default=16_384, description="training tokens that gptq and rescale calibrate on", examples=["16k"]
     )
     damping: Positive = Field(
         default=0.01, description="gptq: what is added to the diagonal, as a share of its mean"
     )
     act_order: Flag = Field(default=True, description="gptq: the most important columns first")
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether quantizing reads the model and the training text, not the fp32 bundle alone."""
+        return self.rescale or self.method == "gptq"
+
 
 class Int8(QuantizeBits):
     """The int8 bundle."""
 
+    method: Literal["rtn", "clip", "k_quant", "hqq", "gptq"] = Field(default="rtn", description=METHODS)
     head_bits: HeadBits8 = Field(default=8, description="bits of the output head")
 
 

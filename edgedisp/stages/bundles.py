@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from edgedisp import BuildFailed, Progress, model
 from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.evaluate.divergence import Divergence
-from edgedisp.folder import write_json
+from edgedisp.folder import RECORD, write_json
 from edgedisp.graph import check
 from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
-from edgedisp.quantize.calibrated import gptq_model
-from edgedisp.quantize.grid import Grid
+from edgedisp.quantize import nf4
+from edgedisp.quantize.awq import rescale
+from edgedisp.quantize.calibrated import gptq_model, weighted_model
+from edgedisp.quantize.grid import Grid, dequantize
+from edgedisp.quantize.grid import quantize as grid_quantize
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.rewrite import quantize_bundle
+from edgedisp.quantize.store import DATA, GRAPH
 from edgedisp.recipe import QuantizeBits
 from edgedisp.stages.levels import first_level, measured_levels
 from edgedisp.stages.rounding import trained_blocks, trained_roundings
@@ -49,48 +56,112 @@ def quantize(
     progress: Progress,
     threads: int = 1,
 ) -> dict[str, Any]:
-    """A bundle with `bits`-bit weights from the fp32 one; gptq calibrates the model on the training text,
-    accuracy level auto runs the bundle on it, and other methods need neither folder. `is_trained`: under this
-    very rounding, so gptq's scales are there."""
-    made = None
-    if section.method == "gptq":
-        if model_folder is None or corpus_folder is None:
-            raise ValueError("gptq needs the model and the corpus")
+    """A bundle with `bits`-bit weights from the fp32 one; `gptq` and `rescale` calibrate the model on the
+    training text, accuracy level auto runs the bundle on it, other methods need neither folder. `is_trained`:
+    under this very rounding, so gptq's scales are there."""
+    method, made, source, found = section.method, None, parent, {}
+    with tempfile.TemporaryDirectory(dir=own) as scratch:
+        if section.calibrated:
+            if model_folder is None or corpus_folder is None:
+                raise ValueError("a calibrated method needs the model and the corpus")
+            opened, text = model.load(model_folder), calibration_text(section, corpus_folder)
+            if section.rescale:
+                found["rescaled"] = rescale(
+                    opened, decoder_layers(opened), text, _rounding(section, bits), progress=progress
+                )
+                _save(opened, model_folder, Path(scratch) / "model")
+            if is_trained:
+                made = trained_blocks(section, bits, opened, model_folder)
+            else:
+                made = _calibrated(section, bits, opened, text, progress)
+            del opened
+            if section.rescale:
+                source = _export_like(parent, Path(scratch), progress)
         if is_trained:
-            made = trained_blocks(section, bits, model.load(model_folder), model_folder)
-        else:
-            tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-            grid = Grid(bits, section.group, section.symmetric)
-            made = calibrated(section, grid, model.load(model_folder), tokens, progress)
-    record = quantize_bundle(
-        parent,
-        own,
-        bits=bits,
-        group=section.group,
-        symmetric=section.symmetric,
-        accuracy_level=first_level(section),
-        head_bits=section.head_bits,
-        method="rtn" if made is not None else section.method,
-        made=made,
-        progress=progress,
-    )
-    record = {**record, "method": section.method, "is_trained": is_trained}
+            method = "rtn"  # embedding and head, as training rounded them
+        elif method == "gptq":  # what is left to the rewriter: the embedding, and a head of 8 bits
+            method = "rtn" if section.head_bits == 8 else "k_quant"
+        record = quantize_bundle(
+            source,
+            own,
+            bits=bits,
+            group=section.group,
+            symmetric=section.symmetric,
+            accuracy_level=first_level(section),
+            head_bits=section.head_bits,
+            head_group=section.head_group,
+            method=method,
+            made=made,
+            progress=progress,
+        )
+    record = {**record, **found, "method": section.method, "is_trained": is_trained}
     return measured_levels(section, record, own, corpus_folder, threads, progress)
 
 
-def calibrated(
-    section: QuantizeBits, grid: Grid | dict[str, Grid], opened: Any, tokens: Any, progress: Progress
+def calibration_text(section: QuantizeBits, corpus_folder: Path) -> Any:
+    """Tokens [blocks, context], of the text that every arm is trained on."""
+    tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+    return tokens[: -(-section.calibration_tokens // tokens.shape[1])]
+
+
+def _rounding(section: QuantizeBits, bits: int) -> Callable[[Tensor], Tensor]:
+    """The weight as the bundle's form holds it, rounded to nearest."""
+    if section.method == "nf4":
+        return lambda weight: nf4.dequantize(nf4.quantize(weight, section.group))
+    grid = Grid(bits, section.group, section.symmetric)
+    return lambda weight: dequantize(grid_quantize(weight, grid), grid)
+
+
+def _calibrated(section: QuantizeBits, bits: int, opened: Any, text: Any, progress: Progress) -> Made | None:
+    """The weights that the method rounds on calibration text; None for one that looks at weights alone. A
+    head of 8 bits loses nothing worth the time."""
+    layers, grid = decoder_layers(opened), Grid(bits, section.group, section.symmetric)
+    ends = Grid(section.head_bits, section.head_group or section.group, section.symmetric)
+    head = ends if section.head_bits < 8 else None
+    if section.method == "gptq":
+        return by_gptq(section, grid, opened, text, progress, head)
+    if section.method in ("rtn", "nf4"):
+        return None
+    return weighted_model(opened, layers, text, grid, section.method, head=head, progress=progress)
+
+
+def by_gptq(
+    section: QuantizeBits,
+    grid: Grid | dict[str, Grid],
+    opened: Any,
+    text: Any,
+    progress: Progress,
+    head: Grid | None = None,
 ) -> Made:
     """The layers of `opened` rounded in place by gptq, on one grid or on one for each linear map."""
     return gptq_model(
         opened,
         decoder_layers(opened),
-        tokens[: -(-section.calibration_tokens // tokens.shape[1])],
+        text,
         grid,
+        head=head,
         damping=section.damping,
         act_order=section.act_order,
         progress=progress,
     )
+
+
+def _save(opened: Any, original: Path, folder: Path) -> None:
+    """A changed model, with the tokenizer and the other small files of the folder that it came from."""
+    weights = shutil.ignore_patterns("*.safetensors*", "*.bin*", RECORD)
+    shutil.copytree(original, folder, ignore=weights)
+    opened.save_pretrained(folder)
+
+
+def _export_like(parent: Path, scratch: Path, progress: Progress) -> Path:
+    """The fp32 bundle of scratch/model, its other files those of `parent`: threads, tokenizer, layout."""
+    bundle = scratch / "fp32"
+    bundle.mkdir()
+    export_graph(scratch / "model", bundle, threads=1, progress=progress)
+    for file in parent.iterdir():
+        if file.is_file() and file.name not in (GRAPH, DATA, RECORD):
+            shutil.copyfile(file, bundle / file.name)
+    return bundle
 
 
 def verify(

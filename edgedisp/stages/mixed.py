@@ -18,7 +18,7 @@ from edgedisp.quantize.mixed import Search
 from edgedisp.quantize.rewrite import quantize_assigned
 from edgedisp.quantize.search import Solution
 from edgedisp.recipe import Quantize
-from edgedisp.stages.bundles import calibrated
+from edgedisp.stages.bundles import by_gptq, calibration_text
 from edgedisp.stages.levels import first_level, measured_levels
 
 PIECES, PIECE_TOKENS = 4, 128  # on which KL and gradients are taken
@@ -43,7 +43,7 @@ def quantize_searched(
     BadInput when the goal is out of reach, saying what is not; BuildFailed when gptq ends above the limit.
     """
     int4 = section.int4
-    by_gptq = int4.method == "gptq"
+    is_gptq = int4.method == "gptq"
     tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
     opened = model.load(model_folder)
     search = Search(
@@ -51,7 +51,7 @@ def quantize_searched(
         opened,
         _pieces(tokens, opened.get_output_embeddings().weight.shape[0]),
         [_long(block) for block in tokens[: -(-PERPLEXITY_TOKENS // tokens.shape[1])]],
-        methods=("k_quant",) if by_gptq else METHODS_TRIED,
+        methods=("k_quant",) if is_gptq else METHODS_TRIED,
         accuracy_level=first_level(int4),
         seed=seed,
         progress=progress,
@@ -59,8 +59,9 @@ def quantize_searched(
     chosen, trials = _solve(section, search)
     found = {"perplexity_increase": search.increase(chosen), **search.record(chosen), "trials": trials}
     made = search.made(chosen)
-    if by_gptq:
-        made = calibrated(int4, search.module_grids(chosen), opened, tokens, progress)
+    if is_gptq:
+        text = calibration_text(int4, corpus_folder)
+        made = by_gptq(int4, search.module_grids(chosen), opened, text, progress)
         search.add_ends(made, chosen)
         found["gptq"] = search.as_it_is(chosen)
         _hold(section.max_perplexity_increase, found["gptq"]["perplexity_increase"])
@@ -68,13 +69,13 @@ def quantize_searched(
     record = quantize_assigned(parent, own, assignment, made=made, progress=progress)
     if section.budget is not None and record["size_bytes"] > section.budget:
         raise BuildFailed(f"the bundle takes {record['size_bytes']} bytes, the budget is {section.budget}")
-    if by_gptq:
+    if is_gptq:
         inner = set(search.inner_names)
         record["by_tensor"] = [
             row | {"method": "gptq"} if row["name"] in inner else row for row in record["by_tensor"]
         ]
     goal = {"budget": section.budget, "max_perplexity_increase": section.max_perplexity_increase}
-    named = {"bits": 4, "method": "gptq" if by_gptq else "search"}
+    named = {"bits": 4, "method": "gptq" if is_gptq else "search"}
     record = named | record | {"search": {"goal": goal, "size_bytes": record["size_bytes"], **found}}
     return measured_levels(int4, record, own, corpus_folder, threads, progress)
 

@@ -42,7 +42,7 @@ BITS = {"int8": 8, "int4": 4}
 def grids(section: QuantizeBits, bits: int) -> tuple[Grid, Grid]:
     """Of the layers' maps, and of the embedding and the head."""
     return Grid(bits, section.group, section.symmetric), Grid(
-        section.head_bits, section.group, section.symmetric
+        section.head_bits, section.head_group or section.group, section.symmetric
     )
 
 
