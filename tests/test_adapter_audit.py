@@ -111,7 +111,7 @@ def test_rounded_weights_compute_what_the_int4_bundle_computes(
     for folder in folders.values():
         folder.mkdir()
     bundles.export(tiny_folder[architecture], 1, folders["fp32"], silent)
-    record = bundles.quantize(INT4, 4, folders["fp32"], None, None, False, folders["int4"], silent)
+    record = bundles.quantize(INT4, 4, folders["fp32"], None, None, folders["int4"], silent)
     rounded = model.load(tiny_folder[architecture])
     names = round_weights(rounded, on_grid(4), on_grid(8))
     ids = BLOCKS[:2]

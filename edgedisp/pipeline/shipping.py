@@ -81,10 +81,10 @@ def quantize(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
             folders[parent],
             folders.get(model),
             folders.get("corpus"),
-            is_trained,
             job.own,
             job.progress,
             threads,
+            is_trained,
         )
 
     section = {"bits": BITS[precision], **bits_section(options)}

@@ -51,10 +51,10 @@ def quantize(
     parent: Path,
     model_folder: Path | None,
     corpus_folder: Path | None,
-    is_trained: bool,
     own: Path,
     progress: Progress,
     threads: int = 1,
+    is_trained: bool = False,
 ) -> dict[str, Any]:
     """A bundle with `bits`-bit weights from the fp32 one; `gptq` and `rescale` calibrate the model on the
     training text, accuracy level auto runs the bundle on it, other methods need neither folder. `is_trained`:
