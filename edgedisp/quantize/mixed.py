@@ -30,7 +30,7 @@ from edgedisp.quantize.grid import Blocks, Grid, dequantize
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.rewrite import bundle_bytes
 from edgedisp.quantize.search import Solution, frontier, least_cost, least_loss, solution
-from edgedisp.quantize.sensitivity import Text, fisher_of, loss, measure, moments
+from edgedisp.quantize.sensitivity import Text, fisher_of, loss, measure, moments, shares
 from edgedisp.quantize.units import Unit, find_units, read_unit, written
 
 TRIALS = 6  # whole assignments measured for a limit on perplexity
@@ -64,13 +64,14 @@ class Search:
         self.moments = moments(model, units, pieces, seed, progress)
         usual = {unit.name: USUAL for unit in units}
         self.measured = measure(model, units, self.text, usual, self.moments, progress)
+        share = shares(self.measured)
         self.fisher: dict[str, float] = {}
         self.candidates: list[Candidates] = []
         for done, unit in enumerate(units):
             progress(done, len(units), "candidates for each weight")
             weight, known = read_unit(model, unit), self.moments[unit.name]
             score = self.fisher[unit.name] = fisher_of(weight, USUAL, known)
-            scale = self.measured[unit.name].share / max(score, 1e-30)
+            scale = share[unit.name] / max(score, 1e-30)
             self.candidates.append(candidates(unit, weight, known, scale, methods, accuracy_level))
         self.items = [found.options for found in self.candidates]
         cheapest = frontier(self.items)[0]
@@ -223,8 +224,8 @@ class Search:
         {tokens, perplexity_tokens, predicted_kl, measured_kl, additivity (measured / predicted KL of the
         choice), rank_correlation (Spearman, of the score with what was measured, over weights), curve
         [point], points [point with name and measured_kl], usual {bits, group, symmetric}, sensitivity
-        {weight: measured KL of it alone at `usual`}, sensitivity_last (what it adds to all others rounded)}; a
-        point is {size_bytes, predicted_kl, decode_ratio}. KL is in nats per token.
+        {weight: measured KL of it alone at `usual`}, sensitivity_last (what it adds when all others
+        are rounded)}; a point is {size_bytes, predicted_kl, decode_ratio}. KL is in nats per token.
         """
         line = frontier(self.items)
         step = max(1, math.ceil(len(line) / CURVE_POINTS))
