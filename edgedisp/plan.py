@@ -212,9 +212,9 @@ def _choosing_seconds(precision: str, recipe: Recipe, size: float, forward_s: fl
     if options.rescale:  # three passes, and the search for each scale
         seconds += options.calibration_tokens * 3 * forward_s + 60 * size
     if precision == "int4" and recipe.quantize.searched:
-        # A pass over 512 tokens for each of about 120 weights; whole models rounded and measured.
+        # Two passes over 512 tokens for each of about 120 weights; whole models rounded and measured.
         trials = 2 if recipe.quantize.budget is not None else 8
-        seconds += (120 * 512 + trials * 4096) * forward_s + (60 + 20 * trials) * size
+        seconds += (240 * 512 + trials * 4096) * forward_s + (60 + 20 * trials) * size
     if options.accuracy_level == "auto":  # a session of 128 tokens for each node, ten of 1,024 for all
         seconds += (120 * 128 + 10 * 1024) * forward_s + 60 * size
     return seconds

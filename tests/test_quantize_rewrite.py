@@ -162,7 +162,7 @@ def test_a_weight_is_rounded_the_same_in_slices(
     whole, sliced = tmp_path / "whole", tmp_path / "sliced"
     for out, values in ((whole, 1 << 22), (sliced, 64 * 7)):
         out.mkdir()
-        monkeypatch.setattr("edgedisp.quantize.rewrite.SLICE_VALUES", values)
+        monkeypatch.setattr("edgedisp.quantize.assignment.SLICE_VALUES", values)
         quantize_bundle(exported("gpt2")[1], out, bits=4, symmetric=False)
     assert (whole / "model.onnx.data").read_bytes() == (sliced / "model.onnx.data").read_bytes()
 

@@ -16,7 +16,17 @@ from edgedisp.graph.export import export
 from edgedisp.quantize.assignment import Choice
 from edgedisp.quantize.grid import Grid
 from edgedisp.quantize.rewrite import weights_of
-from edgedisp.quantize.sensitivity import Moments, Text, fisher_of, loss, measure, moments, rounded
+from edgedisp.quantize.sensitivity import (
+    Measured,
+    Moments,
+    Text,
+    fisher_of,
+    loss,
+    measure,
+    moments,
+    rounded,
+    shares,
+)
 from edgedisp.quantize.units import find_units, read_unit, written
 
 UNTIED = "llama, untied, biases, wide heads"
@@ -90,9 +100,32 @@ def test_the_score_ranks_roundings_as_the_divergence_does(tmp_path: Path) -> Non
         found = measure(model, units, measured, usual, known)
         for unit in units:
             pairs.append(
-                (found[unit.name], fisher_of(read_unit(model, unit), usual[unit.name], known[unit.name]))
+                (
+                    found[unit.name].alone,
+                    fisher_of(read_unit(model, unit), usual[unit.name], known[unit.name]),
+                )
             )
     assert spearmanr(*zip(*pairs)).statistic > 0.9
+
+
+def test_the_shares_of_the_weights_add_up_to_the_loss_of_all(tmp_path: Path) -> None:
+    model, bundle = exported(tmp_path, "llama", initializer_range=0.08)
+    units, text = find_units(bundle, model), pieces(6)
+    known, measured = moments(model, units, text, seed=0), Text(model, text)
+    usual = {unit.name: Choice(Grid(4, 32, False)) for unit in units}
+    found = measure(model, units, measured, usual, known)
+    with written(model, units, lambda unit, w: rounded(w, usual[unit.name], None)):
+        whole = measured.kl(model)
+    assert sum(shares(found).values()) == pytest.approx(whole, rel=0.1)
+    assert measured.kl(model) == pytest.approx(0, abs=1e-6)  # the weights are back
+
+
+def test_a_share_that_the_text_cannot_tell_is_the_expected_one() -> None:
+    told = {"a": Measured(0.01, 0.02, 1e-9), "b": Measured(0.01, 0.04, 1e-9)}
+    assert shares(told) == pytest.approx({"a": 0.015, "b": 0.025})
+    unsure = {name: Measured(one.alone, one.last, 1e3) for name, one in told.items()}
+    assert shares(unsure) == pytest.approx({"a": 0.02, "b": 0.02})  # 3 times as much among others
+    assert shares({"a": Measured(0.01, -0.5, 1e-9)}) == {"a": 0.0025}
 
 
 def test_gradients_leave_the_model_as_it_was_and_a_seed_gives_the_same_moments(tmp_path: Path) -> None:

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from edgedisp import BadInput
-from edgedisp.quantize.grid import Grid
+from edgedisp.quantize.grid import Blocks, Grid, concatenate
 from edgedisp.quantize.methods import METHODS
 from edgedisp.quantize.uses import Use, head_name
 
 LEVELS = (0, 1, 4)
 NF4 = "nf4"  # a method of its own kind: levels instead of a grid, of which the group alone counts
+SLICE_VALUES = 1 << 17  # values rounded at a time: half a MB, so that a method works in the cache
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,12 @@ class Choice:
         if self.method not in (*METHODS, NF4):
             known = ", ".join([*METHODS, NF4])
             raise BadInput(f"method {self.method!r} rounds no weight alone; known: {known}")
+
+    def blocks(self, weight: Tensor, importance: Tensor | None = None) -> Blocks:
+        """`weight` fp32 [out, in] rounded by the method, a few rows at a time: rows are independent."""
+        step = max(1, SLICE_VALUES // weight.shape[1])
+        parts = (METHODS[self.method](rows, self.grid, importance) for rows in weight.split(step))
+        return concatenate(list(parts))
 
 
 Assignment = Mapping[str, Choice | None]

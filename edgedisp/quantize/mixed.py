@@ -28,10 +28,9 @@ from edgedisp.quantize.assignment import Choice
 from edgedisp.quantize.candidates import METHODS_TRIED, OUTER, USUAL, Candidates, candidates
 from edgedisp.quantize.grid import Blocks, Grid, dequantize
 from edgedisp.quantize.made import Made
-from edgedisp.quantize.methods import METHODS
 from edgedisp.quantize.rewrite import bundle_bytes
 from edgedisp.quantize.search import Solution, frontier, least_cost, least_loss, solution
-from edgedisp.quantize.sensitivity import Text, fisher_of, loss, measure, moments
+from edgedisp.quantize.sensitivity import Text, fisher_of, loss, measure, moments, shares
 from edgedisp.quantize.units import Unit, find_units, read_unit, written
 
 TRIALS = 6  # whole assignments measured for a limit on perplexity
@@ -65,13 +64,14 @@ class Search:
         self.moments = moments(model, units, pieces, seed, progress)
         usual = {unit.name: USUAL for unit in units}
         self.measured = measure(model, units, self.text, usual, self.moments, progress)
+        share = shares(self.measured)
         self.fisher: dict[str, float] = {}
         self.candidates: list[Candidates] = []
         for done, unit in enumerate(units):
             progress(done, len(units), "candidates for each weight")
             weight, known = read_unit(model, unit), self.moments[unit.name]
             score = self.fisher[unit.name] = fisher_of(weight, USUAL, known)
-            scale = self.measured[unit.name] / max(score, 1e-30)
+            scale = share[unit.name] / max(score, 1e-30)
             self.candidates.append(candidates(unit, weight, known, scale, methods, accuracy_level))
         self.items = [found.options for found in self.candidates]
         cheapest = frontier(self.items)[0]
@@ -156,7 +156,7 @@ class Search:
         return written(self.model, [one.unit for one in self.candidates], change)
 
     def _blocks(self, unit: Unit, weight: Tensor, choice: Choice) -> Blocks:
-        return METHODS[choice.method](weight, choice.grid, self.moments[unit.name].importance)
+        return choice.blocks(weight, self.moments[unit.name].importance)
 
     def made(self, found: Solution) -> Made:
         """The blocks of every weight, for the rewriter: what was measured is what ships."""
@@ -224,8 +224,8 @@ class Search:
         {tokens, perplexity_tokens, predicted_kl, measured_kl, additivity (measured / predicted KL of the
         choice), rank_correlation (Spearman, of the score with what was measured, over weights), curve
         [point], points [point with name and measured_kl], usual {bits, group, symmetric}, sensitivity
-        {weight: measured KL of it alone at `usual`}}; a point is {size_bytes, predicted_kl, decode_ratio}.
-        KL is in nats per token.
+        {weight: measured KL of it alone at `usual`}, sensitivity_last (what it adds when all others
+        are rounded)}; a point is {size_bytes, predicted_kl, decode_ratio}. KL is in nats per token.
         """
         line = frontier(self.items)
         step = max(1, math.ceil(len(line) / CURVE_POINTS))
@@ -241,17 +241,19 @@ class Search:
             for name, found in named.items()
         ]
         scores = [self.fisher[name] for name in self.measured]
+        alone = {name: found.alone for name, found in self.measured.items()}
         return {
             "tokens": self.text.tokens,
             "perplexity_tokens": sum(map(len, self.blocks)),
             "predicted_kl": chosen.loss,
             "measured_kl": points[0]["measured_kl"],
             "additivity": points[0]["measured_kl"] / chosen.loss if chosen.loss else None,
-            "rank_correlation": float(spearmanr(list(self.measured.values()), scores).statistic),
+            "rank_correlation": float(spearmanr(list(alone.values()), scores).statistic),
             "curve": [self._point(found) for found in curve],
             "points": points,
             "usual": {"bits": USUAL.grid.bits, "group": USUAL.grid.group, "symmetric": USUAL.grid.symmetric},
-            "sensitivity": dict(self.measured),
+            "sensitivity": alone,
+            "sensitivity_last": {name: found.last for name, found in self.measured.items()},
         }
 
     def _point(self, found: Solution) -> dict[str, Any]:

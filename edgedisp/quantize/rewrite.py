@@ -29,13 +29,12 @@ from edgedisp import BadInput, BuildFailed, Progress, silent
 from edgedisp.quantize import nf4, operators
 from edgedisp.quantize.assignment import NF4, Assignment, Choice, ends, uniform
 from edgedisp.quantize.components import by_component, tensor_row
-from edgedisp.quantize.grid import Blocks, Grid, Packed, concatenate, dequantize, pack
+from edgedisp.quantize.grid import Blocks, Grid, Packed, dequantize, pack
 from edgedisp.quantize.made import Made
-from edgedisp.quantize.methods import METHODS
 from edgedisp.quantize.store import DATA, GRAPH, SizesOnly, TensorStore
 from edgedisp.quantize.uses import Use, find_uses
 
-SLICE_VALUES = 1 << 22  # weight values rounded at a time: 16 MB of fp32, and a few times that in between
+SLICE_VALUES = 1 << 22  # weight values compared at a time: 16 MB of fp32, and a few times that in between
 
 
 def quantize_bundle(
@@ -177,10 +176,9 @@ def _made_blocks(made: Made, name: str, weight: Tensor, grid: Grid) -> Blocks | 
 def _round(name: str, weight: Tensor, choice: Choice, blocks: Blocks | None) -> tuple[Packed, float, float]:
     """Quantize [out, in] by slices of rows, where there are no blocks yet; also the sums of squares of the
     error and of the weight."""
-    step, grid = max(1, SLICE_VALUES // weight.shape[1]), choice.grid
-    method = METHODS[choice.method]
+    grid = choice.grid
     try:
-        made = blocks or concatenate([method(rows, grid, None) for rows in weight.split(step)])
+        made = blocks or choice.blocks(weight)
     except BadInput as error:
         raise BadInput(f"{name}: {error}") from error
     return pack(made, grid), *_squares(weight, dequantize(made, grid))

@@ -4,7 +4,7 @@ Two roads. Measured: round one weight, run the model over calibration text, comp
 next token. That is the truth for one weight, but a forward pass for each candidate of each weight is too
 much. So it is done once a weight, with one usual rounding, and other candidates follow from it:
 
-    predicted(candidate) = measured(usual) * fisher(candidate) / fisher(usual)
+    predicted(candidate) = share(usual) * fisher(candidate) / fisher(usual)
 
 `fisher` is the second-order term of the KL (the first-order term is zero: the model itself is the minimum).
 For a linear map with inputs x and gradients g of the log-likelihood of tokens drawn from the model itself, an
@@ -16,10 +16,16 @@ which is two vectors a map, from one backward pass over the text (the diagonal o
 2015). On SmolLM2-135M its rank correlation with the measured KL over 30 weights at 4 bits is 0.939; the full
 matrices E[x x^T] and E[g g^T] give 0.941, the error of a map's output without gradients gives 0.26. Measured
 / fisher is 1.1 to 2.5 for most weights (up to 4 for values of the attention, whose errors at different tokens
-add up) and changes little from 4 bits to 8: so the measured value carries over.
+add up). From one grid or method to another it changes by a tenth or so, also from 4 bits to 8.
 
-The loss of a whole assignment is taken as the sum over its weights. It is not exactly that, so whoever uses
-the sum measures the whole, too.
+The loss of a whole assignment is taken as the sum over its weights. Rounding errors meet each other, so
+each weight is measured twice, alone and as the last one, with all others rounded. The mean of the two is
+its Shapley value if the loss is quadratic in the errors, and these `shares` then add up to the whole. A
+search on 128 tokens of SmolLM2-135M's text for 100 MB ended at 0.142 nats on 768 other tokens by shares, at
+0.149 by losses alone, at 0.115 by shares with rounding weighted by E[x^2]; every weight rounded to nearest
+takes 104 MB and loses 0.261. The sum is still a model, and a search picks what it makes look too cheap: on
+its own short text, that choice lost 1.9 times what was predicted. So whoever uses the sum measures the
+whole, too.
 """
 
 from __future__ import annotations
@@ -35,7 +41,6 @@ from torch import Tensor, nn
 from edgedisp import BadInput, Progress, silent
 from edgedisp.quantize.assignment import Choice
 from edgedisp.quantize.grid import dequantize
-from edgedisp.quantize.methods import METHODS
 from edgedisp.quantize.units import Unit, written
 
 ROWS = 64  # of a weight, rounded to see what a candidate costs
@@ -67,6 +72,16 @@ class Moments:
         return total
 
 
+@dataclass(frozen=True)
+class Measured:
+    """KL in nats per token that rounding one weight adds: to the unrounded model, and to one whose other
+    weights are rounded already, with the standard error of the latter over tokens."""
+
+    alone: float
+    last: float
+    error: float
+
+
 class Text:
     """Calibration text, and what the unrounded model says of every next token in it."""
 
@@ -83,11 +98,16 @@ class Text:
 
     def kl(self, model: nn.Module) -> float:
         """KL(unrounded || model), mean over tokens, in nats."""
-        total = 0.0
-        for piece, reference in zip(self.pieces, self._reference):
-            found = _log_probabilities(model, piece)
-            total += float(nn.functional.kl_div(found, reference, reduction="sum", log_target=True))
-        return max(total, 0.0) / self.tokens
+        return max(float(self.by_token(model).mean()), 0.0)
+
+    def by_token(self, model: nn.Module) -> Tensor:
+        """The same of each token, float64 [tokens]."""
+        found = []
+        for piece, known in zip(self.pieces, self._reference):
+            here = _log_probabilities(model, piece)
+            terms = nn.functional.kl_div(here, known, reduction="none", log_target=True)
+            found.append(terms.sum(-1, dtype=torch.float64))
+        return torch.cat(found)
 
 
 @torch.no_grad()
@@ -214,7 +234,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 def rounded(weight: Tensor, choice: Choice, importance: Tensor | None) -> Tensor:
     """fp32 [rows, columns] as the grid holds it."""
-    return dequantize(METHODS[choice.method](weight, choice.grid, importance), choice.grid)
+    return dequantize(choice.blocks(weight, importance), choice.grid)
 
 
 def fisher_of(weight: Tensor, choice: Choice, known: Moments) -> float:
@@ -232,12 +252,43 @@ def measure(
     usual: dict[str, Choice],
     known: dict[str, Moments],
     progress: Progress = silent,
-) -> dict[str, float]:
-    """Unit's name -> KL on `text` of the model with that weight alone rounded, as `usual` has it."""
-    found = {}
+) -> dict[str, Measured]:
+    """Unit's name -> what rounding it as `usual` has it costs on `text`, alone and after all others."""
+    alone, found, steps = {}, {}, 2 * len(units)
+
+    def change(unit: Unit, weight: Tensor) -> Tensor:
+        return rounded(weight, usual[unit.name], known[unit.name].importance)
+
     for done, unit in enumerate(units):
-        progress(done, len(units), "sensitivity of each weight")
-        choice, importance = usual[unit.name], known[unit.name].importance
-        with written(model, [unit], lambda _, weight: rounded(weight, choice, importance)):  # noqa: B023
-            found[unit.name] = text.kl(model)
+        progress(done, steps, "sensitivity of each weight")
+        with written(model, [unit], change):
+            alone[unit.name] = text.kl(model)
+    with written(model, units, change) as exact:
+        whole = text.by_token(model)
+        for done, unit in enumerate(units, start=len(units)):
+            progress(done, steps, "sensitivity of each weight")
+            with written(model, [unit], lambda unit, _: exact[unit]):
+                added = whole - text.by_token(model)
+            error = float(added.std()) / text.tokens**0.5
+            found[unit.name] = Measured(alone[unit.name], float(added.mean()), error)
+    return found
+
+
+def shares(measured: dict[str, Measured]) -> dict[str, float]:
+    """Each weight's share of the whole loss: the mean of what it adds alone and as the last one.
+
+    What it adds last is a small difference of large figures. Where the text is too short to tell it, it is
+    drawn to what the weight costs alone, times what all weights cost more among others (empirical Bayes: the
+    measured value and the expected one are weighted by variance, the latter's taken as its square). No share
+    is less than a quarter of what the weight costs alone.
+    """
+    ratio = sum(one.last for one in measured.values()) / max(
+        sum(one.alone for one in measured.values()), 1e-30
+    )
+    found = {}
+    for name, one in measured.items():
+        expected = one.alone * max(ratio, 0.25)
+        trust = expected**2 / max(expected**2 + one.error**2, 1e-60)
+        last = trust * one.last + (1 - trust) * expected
+        found[name] = max((one.alone + last) / 2, one.alone / 4)
     return found

@@ -107,17 +107,17 @@ def write_unit(model: nn.Module, unit: Unit, values: Tensor) -> None:
 @contextmanager
 def written(
     model: nn.Module, units: Iterable[Unit], change: Callable[[Unit, Tensor], Tensor]
-) -> Iterator[None]:
+) -> Iterator[dict[Unit, Tensor]]:
     """The model with `change(unit, weight)` in the place of each weight [rows, columns] of `units`.
 
-    The old ones are held meanwhile and put back at the end.
+    The old ones, which are given, are held meanwhile and put back at the end.
     """
     before: dict[Unit, Tensor] = {}
     try:
         for unit in units:
             before[unit] = read_unit(model, unit).clone()
             write_unit(model, unit, change(unit, before[unit]))
-        yield
+        yield before
     finally:
         for unit, old in before.items():
             write_unit(model, unit, old)
