@@ -1,0 +1,376 @@
+"""Size, loss and speed of SmolLM2-135M in few bits, by method. Writes results/quantization_frontier.json, .svg.
+
+    python benchmarks/quantization_frontier.py --work FOLDER [--wikitext FILE] [--trained] [--only NAME ...]
+
+Every way to quantize the quickstart's base makes a bundle, in a process of its own, which tells its seconds
+and its peak memory. Each bundle is then scored as it ships (int8 activations) on held-out text of the
+quickstart and, where `--wikitext` names a file of plain text, on that: perplexity over 24 blocks of 256
+tokens each, as a ratio to the fp32 bundle on the same tokens. In the end all are timed together, in turns,
+with the default int4 bundle of onnxruntime-genai's model builder among them, as packed for a laptop: sizes are
+those of packed bundles, 4,096 positions.
+
+`--trained` also trains the base on 80k tokens of the quickstart's text, plainly and under rounding, and
+quantizes that; ratios are to the plainly trained model in fp32.
+
+What is done lies in FOLDER and is not done again, so the benchmark can be stopped and continued. Quantization
+sees training text alone. The quickstart's base is a 4-bit GGUF expanded to fp32: its weights already lie on a
+4-bit grid with other zero points, and the fp32 rows are the best that this model has.
+
+The two ratios of a row are two texts; where a figure has to be one number it is the worse of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from record import RESULTS, write
+
+from edgedisp import data_folder, model, silent, stages
+from edgedisp.bench import local
+from edgedisp.bench.machine import physical_cores
+from edgedisp.graph.device import for_device
+from edgedisp.graph.session import OnnxModel
+from edgedisp.recipe import Recipe, load
+from edgedisp.train.trainer import peak_memory_bytes
+
+BLOCKS, CONTEXT, SMALL_MB = 24, 256, 100.0
+POSITIONS = 4096
+TRAINED_TOKENS = "train.tokens=80k"
+BUILDER = "genai builder, default int4"
+FP32 = "fp32"
+
+# Name -> what the quickstart's recipe is changed in. All quantize to 4 bits but the first.
+BASE: dict[str, list[str]] = {
+    "int8": [],
+    "rtn": [],
+    "rtn, symmetric": ["symmetric=true"],
+    "rtn, symmetric, 4-bit head": ["symmetric=true", "head_bits=4"],
+    "clip": ["method=clip"],
+    "k_quant": ["method=k_quant"],
+    "hqq": ["method=hqq"],
+    "nf4": ["method=nf4", "group=64"],
+    "rescale, rtn": ["rescale=true"],
+    "rescale, k_quant": ["rescale=true", "method=k_quant"],
+    "gptq": ["method=gptq"],
+    "gptq, symmetric": ["method=gptq", "symmetric=true"],
+    "gptq, group 64": ["method=gptq", "group=64"],
+    "gptq, 4-bit head": ["method=gptq", "head_bits=4"],
+    "gptq, head group 64": ["method=gptq", "head_group=64"],
+    "rescale, gptq": ["method=gptq", "rescale=true", "head_group=64"],
+    "search 100 MB": ["budget=100MB"],
+    "search 100 MB, gptq": ["budget=100MB", "method=gptq"],
+    "search 92 MB, gptq": ["budget=92MB", "method=gptq"],
+}
+# The same after training on 80k tokens; `aware` trains under the rounding.
+TRAINED: dict[str, list[str]] = {
+    "trained, rtn": [],
+    "trained, gptq": ["method=gptq", "head_group=64"],
+    "trained, search 100 MB, gptq": ["budget=100MB", "method=gptq"],
+    "aware, rtn": ["aware={precision: int4}"],
+    "aware from half, gptq": ["aware={precision: int4, start: 0.5}", "method=gptq", "head_group=64"],
+}
+
+
+def recipe_of(changes: list[str]) -> Recipe:
+    """The quickstart with the changes of a row."""
+    written = [TRAINED_TOKENS, "arms=[baseline]"]
+    for change in changes:
+        key, _, value = change.partition("=")
+        place = {"budget": "quantize.budget", "aware": "train.quantization_aware"}.get(
+            key, f"quantize.int4.{key}"
+        )
+        written.append(f"{place}={value}")
+    return load(data_folder("recipes") / "quickstart.yaml", written)
+
+
+class Workplace:
+    """The folders of this benchmark; each is made when it is asked for, in a step that is whole or not done."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def made(self, name: str, make: Any) -> Path:
+        done = self.folder / name
+        if not done.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+                own = Path(scratch) / "own"
+                own.mkdir()
+                make(own)
+                own.rename(done)
+        return done
+
+    def base(self) -> Path:
+        recipe = recipe_of([])
+        return self.made("base", lambda own: stages.base(recipe.model, CONTEXT, recipe.folder, own, silent))
+
+    def corpus(self) -> Path:
+        recipe, base = recipe_of([]), self.base()
+        blocks = recipe.steps * recipe.train.batch
+
+        def make(own: Path) -> None:
+            stages.tokens(recipe.data, recipe.seed, blocks, base, recipe.folder, False, own, silent)
+
+        return self.made("corpus", make)
+
+    def model(self, changes: list[str] | None) -> Path:
+        """The base, or for a row of TRAINED the model after its training."""
+        if changes is None:
+            return self.base()
+        recipe = recipe_of(changes)
+        aware = recipe.train.quantization_aware
+        name = "trained" if aware is None else f"aware-{recipe.quantize.int4.method}"
+        base, corpus = self.base(), self.corpus()
+
+        def make(own: Path) -> None:
+            rounded = None if aware is None else recipe.quantize.int4
+            arm = recipe.arm_runs[0]
+            stages.midtrain(
+                recipe.train, recipe.steps, recipe.seed, arm, rounded, base, corpus, own, told(name)
+            )
+
+        return self.made(name, make)
+
+    def fp32(self, source: Path) -> Path:
+        """Its graph, and the seconds that it took."""
+
+        def make(own: Path) -> None:
+            started = time.perf_counter()
+            stages.export(source, physical_cores(), own, silent)
+            (own / "seconds.json").write_text(json.dumps(time.perf_counter() - started))
+
+        return self.made(f"{source.name}-fp32", make)
+
+
+def told(name: str) -> Any:
+    """Progress of a long step on stderr, a line each ten steps."""
+
+    def progress(done: int, total: int, note: str) -> None:
+        if done % 10 == 0:
+            print(f"  {name}: {done} of {total} {note}", file=sys.stderr)
+
+    return progress
+
+
+def cell(work: Workplace, name: str) -> None:
+    """Make the bundle of one row, and leave its record beside it. Runs in a process of its own."""
+    changes = TRAINED.get(name)
+    source = work.model(changes)
+    parent, corpus = work.fp32(source), work.corpus()
+    recipe = recipe_of(BASE.get(name) or changes or [])
+    seconds = time.perf_counter()
+
+    def make(own: Path) -> None:
+        threads, progress = physical_cores(), told(name)
+        if recipe.quantize.searched:
+            record = stages.quantize_searched(
+                recipe.quantize, recipe.seed, parent, source, corpus, threads, own, progress
+            )
+        else:
+            bits = 8 if name == "int8" else 4
+            section = recipe.quantize.int8 if bits == 8 else recipe.quantize.int4
+            is_trained = recipe.train.quantization_aware is not None
+            record = stages.quantize(
+                section, bits, parent, source, corpus, own, progress, threads, is_trained
+            )
+        kept = {key: record[key] for key in ("search", "calibrated_tensors") if key in record}
+        result = {"seconds": time.perf_counter() - seconds, "peak_memory_bytes": peak_memory_bytes(), **kept}
+        (own / "result.json").write_text(json.dumps(result))
+
+    work.made(slug(name), make)
+
+
+def build_default(source: Path, own: Path) -> None:
+    """What onnxruntime-genai's model builder makes of int4 on a CPU without being told anything else."""
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
+    said, started = io.StringIO(), time.perf_counter()
+    logging.disable(logging.WARNING)
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+    ):
+        place = ("", str(source), str(own), "int4", "cpu", cache)
+        create_model(*place, **parse_extra_options(*place, []))
+    logging.disable(logging.NOTSET)
+    result = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes()}
+    (own / "result.json").write_text(json.dumps(result))
+
+
+def slug(name: str) -> str:
+    return "row-" + name.replace(",", "").replace(" ", "-")
+
+
+def texts(work: Workplace, wikitext: Path | None) -> dict[str, np.ndarray]:
+    """Token blocks to score on, int64 [BLOCKS, CONTEXT]."""
+    held = np.load(work.corpus() / "heldout.npy", allow_pickle=False)[:BLOCKS].astype(np.int64)
+    found = {"heldout": held}
+    if wikitext is not None:
+        tokenizer = model.load_tokenizer(work.base())
+        ids = model.encode(tokenizer, wikitext.read_text(encoding="utf-8")[: 40 * BLOCKS * CONTEXT])
+        found["wikitext"] = np.array(ids[: BLOCKS * CONTEXT], np.int64).reshape(BLOCKS, CONTEXT)
+    return found
+
+
+def perplexity(bundle: Path, blocks: np.ndarray) -> float:
+    """Of the bundle's own arithmetic, each block on its own."""
+    shipped, total = OnnxModel(bundle, physical_cores()), 0.0
+    for block in blocks:
+        logits = shipped(block[None], np.ones_like(block[None]))[0, :-1].astype(np.float64)
+        top = logits.max(-1, keepdims=True)
+        normaliser = top[:, 0] + np.log(np.exp(logits - top).sum(-1))
+        total += float((normaliser - logits[np.arange(len(logits)), block[1:]]).sum())
+    return float(np.exp(total / (len(blocks) * (blocks.shape[1] - 1))))
+
+
+def scored(work: Workplace, name: str, bundle: Path, blocks: dict[str, np.ndarray]) -> dict[str, float]:
+    """Perplexity by text; kept beside the bundle."""
+    path = bundle / "perplexity.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    for text in blocks:
+        if text not in found:
+            print(f"scoring {name} on {text}", file=sys.stderr)
+            found[text] = perplexity(bundle, blocks[text])
+            path.write_text(json.dumps(found))
+    return {text: found[text] for text in blocks}
+
+
+def packed(bundles: dict[str, Path], scratch: Path) -> tuple[dict[str, Path], dict[str, float]]:
+    """Bundles as a laptop gets them, and their MB; the builder's stays as it is."""
+    ready, sizes = {}, {}
+    for name, bundle in bundles.items():
+        ready[name] = bundle
+        if name != BUILDER:
+            ready[name] = scratch / slug(name)
+            ready[name].mkdir()
+            for_device(bundle, ready[name], threads=physical_cores(), context=POSITIONS)
+        files = [file for file in ready[name].iterdir() if file.name.startswith("model.onnx")]
+        sizes[name] = sum(file.stat().st_size for file in files) / 1e6
+    return ready, sizes
+
+
+def timed(bundles: dict[str, Path], repetitions: int) -> dict[str, dict[str, Any]]:
+    """Name -> decode and prefill speed, all in turns in one run."""
+    runner = data_folder("export") / "runner" / "edgedisp_runner.py"
+    found = local.measure(bundles, runner=runner, repetitions=repetitions, progress=told("timing"))
+    return {row["label"]: row for row in found["rows"]}
+
+
+def figures(rows: list[dict[str, Any]], fp32_bytes: float) -> dict[str, Any]:
+    """The named ones; those without a row to come from are null."""
+    by_name = {row["name"]: row for row in rows}
+
+    def best(names: Any) -> float | None:
+        fit = [by_name[n]["ratio"] for n in names if n in by_name and by_name[n]["size_mb"] <= SMALL_MB]
+        return min(fit, default=None)
+
+    def fastest(key: str) -> float | None:
+        ours = [by_name[name][key] for name in BASE if name in by_name and name != "int8"]
+        return max(ours) / by_name[BUILDER][key] if ours and BUILDER in by_name else None
+
+    def of(name: str, key: str) -> Any:
+        return by_name.get(name, {}).get(key)
+
+    rtn = of("rtn", "seconds")
+    peaks = [row["peak_memory_bytes"] for row in rows if row.get("peak_memory_bytes")]
+    return {
+        "ptq_perplexity_ratio_100mb": best(BASE),
+        "qat_perplexity_ratio_100mb": best(name for name in TRAINED if name.startswith("aware")),
+        "trained_ptq_perplexity_ratio_100mb": best(n for n in TRAINED if n.startswith("trained")),
+        "decode_ratio_builder": fastest("decode_tokens_per_s"),
+        "prefill_ratio_builder": fastest("prefill_tokens_per_s"),
+        "decode_ratio_llama_cpp": None,
+        "rtn_seconds": None if rtn is None else rtn + of(FP32, "seconds"),
+        "gptq_seconds": of("gptq", "seconds"),
+        "peak_memory_ratio": max(peaks) / fp32_bytes if peaks else None,
+    }
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Size against loss, one point a row, beside the JSON."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    shown = [row for row in rows if row["name"] not in (FP32, "trained, fp32")]
+    for row in shown:
+        kind = "tab:orange" if row["name"] in TRAINED else "black" if row["name"] == BUILDER else "tab:blue"
+        axes.plot(row["size_mb"], 100 * (row["ratio"] - 1), "o", color=kind)
+        axes.annotate(row["name"], (row["size_mb"], 100 * (row["ratio"] - 1)), fontsize=7, xytext=(4, 3),
+                      textcoords="offset points")  # fmt: skip
+    axes.axvline(SMALL_MB, color="grey", linewidth=0.8)
+    axes.axhline(8, color="tab:blue", linewidth=0.8, linestyle="--")
+    axes.axhline(5, color="tab:orange", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="graph and weights, MB", ylabel="perplexity above fp32, % (the worse of two texts)",
+             title="SmolLM2-135M in few bits: the base (blue), trained on 80k tokens (orange)",
+             yscale="symlog", xlim=(75, 160))  # fmt: skip
+    axes.set_yticks([0, 1, 2, 5, 10, 20, 50], ["0", "1", "2", "5", "10", "20", "50"])
+    figure.savefig(RESULTS / "quantization_frontier.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder of what is done; some 5 GB")
+    parser.add_argument("--wikitext", type=Path, help="plain text to score on, beside the held-out text")
+    parser.add_argument("--trained", action="store_true", help="also train: some 20 minutes more")
+    parser.add_argument("--only", nargs="*", help="rows to make; default: all")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    work = Workplace(asked.work)
+    if asked.cell == BUILDER:
+        work.made(slug(BUILDER), lambda own: build_default(work.base(), own))
+        return
+    if asked.cell:
+        cell(work, asked.cell)
+        return
+    names = [name for name in [BUILDER, *BASE, *(TRAINED if asked.trained else ())]
+             if asked.only is None or name in asked.only]  # fmt: skip
+    work.corpus()
+    for name in names:  # in a process each, so that its memory is its own
+        if not (work.folder / slug(name)).exists():
+            print(f"making {name}", file=sys.stderr)
+            command = [sys.executable, __file__, "--work", str(asked.work), "--cell", name]
+            subprocess.run(command, check=True)
+    parents = {FP32: work.fp32(work.base())}
+    if any(name in TRAINED for name in names):
+        parents["trained, fp32"] = work.fp32(work.model([]))
+    bundles = {**parents, **{name: work.folder / slug(name) for name in names}}
+    blocks = texts(work, asked.wikitext)
+    scores = {name: scored(work, name, bundle, blocks) for name, bundle in bundles.items()}
+    with tempfile.TemporaryDirectory(dir=asked.work) as scratch:
+        ready, sizes = packed(bundles, Path(scratch))
+        speed = timed(ready, asked.repetitions)
+    rows = []
+    for name, bundle in bundles.items():
+        against = scores["trained, fp32" if name in TRAINED else FP32]
+        ratios = {text: scores[name][text] / against[text] for text in blocks}
+        result = bundle / "result.json"
+        made = json.loads(result.read_text()) if result.is_file() else {}
+        if name == FP32:
+            made = {"seconds": json.loads((bundle / "seconds.json").read_text())}
+        told_of = {key: speed[name][key] for key in ("decode_tokens_per_s", "prefill_tokens_per_s")}
+        rows.append({"name": name, "size_mb": sizes[name], "ratio": max(ratios.values()), "ratios": ratios,
+                     "perplexity": scores[name], **told_of,
+                     **{key: made.get(key) for key in ("seconds", "peak_memory_bytes")}})  # fmt: skip
+    write("quantization_frontier", figures(rows, sizes[FP32] * 1e6), rows)
+    draw(rows)
+    for row in rows:
+        print(f"{row['name']:30} {row['size_mb']:6.1f} MB  x{row['ratio']:.3f}  "
+              f"decode {row['decode_tokens_per_s']:6.1f}  prefill {row['prefill_tokens_per_s']:6.0f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
