@@ -1,4 +1,4 @@
-"""Size, loss and speed of SmolLM2-135M in few bits, by method. Writes results/quantization_frontier.json, .svg.
+"""Size, loss and speed of SmolLM2-135M in few bits, by method. Writes results/quantization_frontier.*
 
     python benchmarks/quantization_frontier.py --work FOLDER [--wikitext FILE] [--trained] [--only NAME ...]
 
@@ -6,8 +6,8 @@ Every way to quantize the quickstart's base makes a bundle, in a process of its 
 and its peak memory. Each bundle is then scored as it ships (int8 activations) on held-out text of the
 quickstart and, where `--wikitext` names a file of plain text, on that: perplexity over 24 blocks of 256
 tokens each, as a ratio to the fp32 bundle on the same tokens. In the end all are timed together, in turns,
-with the default int4 bundle of onnxruntime-genai's model builder among them, as packed for a laptop: sizes are
-those of packed bundles, 4,096 positions.
+with the default int4 bundle of onnxruntime-genai's model builder among them, as packed for a laptop: sizes
+are those of packed bundles, 4,096 positions.
 
 `--trained` also trains the base on 80k tokens of the quickstart's text, plainly and under rounding, and
 quantizes that; ratios are to the plainly trained model in fp32.
@@ -95,7 +95,7 @@ def recipe_of(changes: list[str]) -> Recipe:
 
 
 class Workplace:
-    """The folders of this benchmark; each is made when it is asked for, in a step that is whole or not done."""
+    """The folders of this benchmark; each is made when it is asked for, whole or not at all."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -284,7 +284,7 @@ def figures(rows: list[dict[str, Any]], fp32_bytes: float) -> dict[str, Any]:
         return by_name.get(name, {}).get(key)
 
     rtn = of("rtn", "seconds")
-    peaks = [row["peak_memory_bytes"] for row in rows if row.get("peak_memory_bytes")]
+    peaks = [row["peak_memory_bytes"] for row in rows if row["name"] in BASE and row.get("peak_memory_bytes")]
     return {
         "ptq_perplexity_ratio_100mb": best(BASE),
         "qat_perplexity_ratio_100mb": best(name for name in TRAINED if name.startswith("aware")),
@@ -369,7 +369,8 @@ def main() -> None:
     draw(rows)
     for row in rows:
         print(f"{row['name']:30} {row['size_mb']:6.1f} MB  x{row['ratio']:.3f}  "
-              f"decode {row['decode_tokens_per_s']:6.1f}  prefill {row['prefill_tokens_per_s']:6.0f}")  # fmt: skip
+              f"decode {row['decode_tokens_per_s']:6.1f}  "
+              f"prefill {row['prefill_tokens_per_s']:6.0f}")  # fmt: skip
 
 
 if __name__ == "__main__":
