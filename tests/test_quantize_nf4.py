@@ -133,7 +133,8 @@ def test_a_bundle_computes_what_torch_computes_with_the_levels(
     rounded.load_state_dict(model.state_dict())
     ends = {}
     for name, module in rounded.named_modules():
-        if (isinstance(module, torch.nn.Embedding) and not name.endswith("wpe")) or name == "lm_head":
+        is_lookup = isinstance(module, torch.nn.Embedding) and not name.endswith(("wpe", "embed_positions"))
+        if is_lookup or name == "lm_head":
             ends[module.weight.data_ptr()] = module.weight.data
         elif isinstance(module, torch.nn.Linear | Conv1D):
             turned = isinstance(module, Conv1D)
