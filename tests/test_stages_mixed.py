@@ -14,8 +14,9 @@ import torch
 
 from edgedisp import BadInput, BuildFailed, model, silent
 from edgedisp.evaluate.divergence import compare
+from edgedisp.folder import Record, finish, making
 from edgedisp.graph.export import export
-from edgedisp.graph.session import OnnxModel, open_session
+from edgedisp.graph.session import OnnxModel, at_accuracy_level, open_session
 from edgedisp.pipeline import stages
 from edgedisp.quantize.levels import choose_levels, with_levels
 from edgedisp.quantize.rewrite import quantize_bundle
@@ -151,6 +152,61 @@ def test_too_little_text_is_refused(folders: Callable[[str], Folders], tmp_path:
         searched({**folders("llama"), "corpus": few}, tmp_path / "a", budget="1MB")
 
 
+def finished(found: Folders, root: Path, arm: str, decided: Path | None = None, **goal: Any) -> Record:
+    """An arm's searched int4 bundle as a build leaves it, with its record."""
+    section = Quantize.model_validate(goal)
+    folder = root / arm / "int4"
+    folder.parent.mkdir(parents=True)
+    with making(folder, {"stage": arm}) as own:
+        reads = (found["fp32"], found["model"], found["corpus"])
+        results = mixed.quantize_searched(section, 0, *reads, 1, own, silent, decided)
+        return finish(own, folder, {"stage": arm}, results, 0.0)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("level", ["auto", 4])
+def test_an_arm_that_follows_is_stored_as_the_one_that_searched(
+    method: str, level: Any, folders: Callable[[str], Folders], sizes: dict[str, int], tmp_path: Path
+) -> None:
+    first = folders("llama")
+    other = {**first, "model": tmp_path / "model", "fp32": tmp_path / "fp32"}
+    changed = model.load(first["model"])
+    with torch.no_grad():
+        for number, parameter in enumerate(changed.parameters()):
+            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+            parameter.add_(0.01 * drawn)
+    model.save(changed, model.load_tokenizer(first["model"]), other["model"])
+    other["fp32"].mkdir()
+    export(other["model"], other["fp32"], threads=1)
+    int4 = {"method": method, "calibration_tokens": 256, "accuracy_level": level, "max_flips": 0.05}
+    middle = round((sizes["4"] + sizes["8"]) / 2)
+    goal = {"budget": f"{middle / 1000}kB", "int4": int4}
+    decider = finished(first, tmp_path, "baseline", **goal)
+    follower = finished(other, tmp_path, "dispersed", decider.folder, **goal)
+    kept = ("name", "bits", "group", "symmetric", "method", "accuracy_level")
+    rows = [
+        [{key: row[key] for key in kept} for row in one.results["by_tensor"]] for one in (decider, follower)
+    ]
+    assert rows[0] == rows[1] and len({row["bits"] for row in rows[0]}) > 1
+    graphs = [
+        onnx.load(one.folder / "model.onnx", load_external_data=False).graph for one in (decider, follower)
+    ]
+    assert [node.SerializeToString() for node in graphs[0].node] == [
+        node.SerializeToString() for node in graphs[1].node
+    ]
+    assert decider.sha256("model.onnx.data") != follower.sha256("model.onnx.data")
+    search = follower.results["search"]
+    assert search["decided_by"] == "baseline" and search["size_bytes"] <= middle
+    pieces = mixed._pieces(TOKENS, twins.VOCABULARY)
+    shipped = OnnxModel(follower.folder, 1, graph=at_accuracy_level(follower.folder, 0))
+    both = [
+        [one(piece[None].numpy(), np.ones((1, len(piece)), np.int64))[0] for piece in pieces]
+        for one in (OnnxModel(other["fp32"], 1), shipped)
+    ]
+    measured = compare(*(np.concatenate(part) for part in both))["mean_kl"]
+    assert search["measured_kl"] == pytest.approx(measured, rel=2e-2)
+
+
 def at_auto(found: Folders, out: Path, limit: float) -> dict[str, Any]:
     out.mkdir()
     section = Int4.model_validate({"accuracy_level": "auto", "max_flips": limit})
@@ -247,3 +303,7 @@ def test_a_budget_makes_the_int4_bundle_again_and_nothing_else(tmp_path: Path) -
     level = keys(tmp_path, "quantize.int8.accuracy_level=auto")
     assert {name for name in plain if level[name] != plain[name]} == {"baseline/int8", "dispersed/int8"}
     assert level["baseline/int8"][1] == ("baseline/fp32", "corpus")
+    assert level["dispersed/int8"][1] == ("dispersed/fp32", "corpus", "baseline/int8")
+    assert budget["dispersed/int4"][1][-1] == "baseline/int4"
+    turned = [stage.name for stage in stages(load(tmp_path / "tiny.yaml", ["arms=[dispersed, baseline]"]), 1)]
+    assert turned.index("baseline/int4") < turned.index("dispersed/int4")

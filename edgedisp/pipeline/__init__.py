@@ -52,17 +52,16 @@ def stages(recipe: Recipe, threads: int) -> list[Stage]:
     first = [run.name for run in runs if run.replica == 0]
     found = [base_stage(recipe), corpus_stage(recipe), shipping.items(recipe)]
     found += [training_stage(recipe, run) for run in runs]
+    decider = decider_of(recipe)
+    ordered = sorted(names, key=lambda name: name != decider)  # others may follow what this one decides
     if (adapter := recipe.train.adapter) is not None:
-        decider = decider_of(recipe)
-        found += [
-            merge_stage(recipe, adapter, name) for name in sorted(names, key=lambda name: name != decider)
-        ]
+        found += [merge_stage(recipe, adapter, name) for name in ordered]
     found += shipping.condensations(first)
     found += [shipping.export(name, threads) for name in names]
     precisions = recipe.precisions
     quantized = [precision for precision in precisions if precision in BITS]
     found += [
-        shipping.quantize(recipe, name, precision, threads) for name in names for precision in quantized
+        shipping.quantize(recipe, name, precision, threads) for name in ordered for precision in quantized
     ]
     for name in first:
         against = "baseline/model" if name != "baseline" and "baseline" in first else None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp.folder import digest
-from edgedisp.pipeline.training import bits_section, plain
+from edgedisp.pipeline.training import bits_section, decider_of, plain
 from edgedisp.pipeline.walk import Stage, Work
 from edgedisp.recipe import Recipe, load_target
 
@@ -70,6 +70,7 @@ def quantize(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
     parent, model = f"{arm}/fp32", f"{arm}/model"
     options = getattr(recipe.quantize, precision)
     is_trained = _is_trained(recipe, precision)
+    decider = _decider(recipe, arm, precision) if options.accuracy_level == "auto" else None
 
     def work(job: Work) -> dict[str, Any]:
         from edgedisp import stages as run
@@ -85,6 +86,7 @@ def quantize(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
             job.progress,
             threads,
             is_trained,
+            None if decider is None else folders[decider],
         )
 
     section = {"bits": BITS[precision], **bits_section(options)}
@@ -93,7 +95,14 @@ def quantize(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
     reads: tuple[str, ...] = (parent, model, "corpus") if options.calibrated else (parent,)
     if options.accuracy_level == "auto":
         section, reads = {**section, "threads": threads}, tuple(dict.fromkeys((*reads, "corpus")))
+        reads += () if decider is None else (decider,)
     return Stage(f"{arm}/{precision}", section, reads, work)
+
+
+def _decider(recipe: Recipe, arm: str, precision: str) -> str | None:
+    """The bundle whose bits and levels hold for `arm` too, as twins are stored alike; None if it decides."""
+    decider = decider_of(recipe)
+    return None if arm == decider else f"{decider}/{precision}"
 
 
 def _is_trained(recipe: Recipe, precision: str) -> bool:
@@ -106,6 +115,7 @@ def _quantize_searched(recipe: Recipe, arm: str, threads: int) -> Stage:
     """The int4 bundle with a choice for each weight; of int4's options, those it reads count."""
     parent, model, goal = f"{arm}/fp32", f"{arm}/model", recipe.quantize
     by_gptq = goal.int4.method == "gptq"
+    decider = _decider(recipe, arm, "int4")
 
     def work(job: Work) -> dict[str, Any]:
         from edgedisp import stages as run
@@ -120,6 +130,7 @@ def _quantize_searched(recipe: Recipe, arm: str, threads: int) -> Stage:
             threads,
             job.own,
             job.progress,
+            None if decider is None else folders[decider],
         )
 
     section: dict[str, Any] = {
@@ -132,7 +143,8 @@ def _quantize_searched(recipe: Recipe, arm: str, threads: int) -> Stage:
         section |= {"threads": threads, "max_flips": goal.int4.max_flips}
     if by_gptq:
         section["gptq"] = goal.int4.model_dump(include={"calibration_tokens", "damping", "act_order"})
-    return Stage(f"{arm}/int4", section, (parent, model, "corpus"), work)
+    reads = (parent, model, "corpus") if decider is None else (parent, model, "corpus", decider)
+    return Stage(f"{arm}/int4", section, reads, work)
 
 
 def survival(arm: str, precision: str, against: str | None) -> Stage:

@@ -51,9 +51,12 @@ def choose_levels(
     *,
     limit: float,
     few: int = 128,
+    given: Collection[str] | None = None,
     progress: Progress = silent,
 ) -> Levels:
     """Decide the level of each `MatMulNBits` of `model` on `tokens` tokens, `few` of them for a node alone.
+
+    `given`: names of the nodes at level 0, decided elsewhere; nothing is searched for then.
 
     The graph is not changed. The record: {limit, tokens, flips_all_4, flips_all_0, flips, kl_all_4, kl,
     nodes, nodes_at_0 [names], kl_by_node {name: KL at 4 alone}, empty where all could stay}; flips are
@@ -64,7 +67,10 @@ def choose_levels(
     exact = run(with_levels(model, ()), tokens)
     all_4 = _compare(exact, run(with_levels(model, names), tokens))
     chosen, figures, alone = set(names), all_4, {}
-    if all_4[0] > limit:
+    if given is not None:
+        chosen -= set(given)
+        figures = _compare(exact, run(with_levels(model, chosen), tokens))
+    elif all_4[0] > limit:
         alone = _each_alone(model, run, exact, names, few, progress)
         order = sorted(names, key=lambda name: (-alone[name], name))
         low, high = 0, len(order)  # worst nodes at level 0: too few, enough (with all of them nothing flips)
@@ -130,6 +136,11 @@ def levels_by_weight(model: onnx.ModelProto) -> dict[str, int]:
         node.input[1].removesuffix(".blocks").rsplit(".q", 1)[0]: _field(node, "accuracy_level")
         for node in _products(model)
     }
+
+
+def levels_by_node(model: onnx.ModelProto) -> dict[str, int]:
+    """Name of each product -> its level."""
+    return {node.name: _field(node, "accuracy_level") for node in _products(model)}
 
 
 def _products(model: onnx.ModelProto) -> list[onnx.NodeProto]:

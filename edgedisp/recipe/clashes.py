@@ -158,6 +158,13 @@ def _aware(recipe: Recipe) -> Iterator[Clash]:
             (("train", "compile"), key, method),
             "compiled layers cannot be calibrated in the middle of training; needs false, or method: rtn",
         )
+    if chosen.precision == "int4" and recipe.quantize.searched:
+        goal = "budget" if recipe.quantize.budget is not None else "max_perplexity_increase"
+        yield Clash(
+            (("quantize", goal), key),
+            "a search chooses each weight's grid after training, so it cannot be trained under; take one of "
+            "the two out",
+        )
     if getattr(recipe.quantize, chosen.precision).rescale:
         yield Clash(
             (("quantize", chosen.precision, "rescale"), key),

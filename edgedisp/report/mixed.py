@@ -17,6 +17,11 @@ Search = dict[str, Any]
 def mixed(summary: Summary, drawn: Collection[str]) -> Section:
     """Empty where no weight was searched for and no level measured."""
     found = list(searches(summary))
+    followed = [
+        (f"int4, {arm}", _followed_words(search))
+        for arm in arms(summary)
+        if (search := branch(summary, "bundles", arm, "int4", "search")) and "decided_by" in search
+    ]
     levels = [
         (f"{precision}, {arm}, accuracy level", _level_words(part))
         for arm in arms(summary)
@@ -34,7 +39,7 @@ def mixed(summary: Summary, drawn: Collection[str]) -> Section:
         "mixed",
         "Bits by weight",
         lead,
-        facts=(*((f"int4, {arm}", _words(search)) for arm, search in found), *levels),
+        facts=(*((f"int4, {arm}", _words(search)) for arm, search in found), *followed, *levels),
         plots=tuple(name for name in (PARETO,) if name in drawn),
         grids=tuple(grids),
     )
@@ -51,9 +56,10 @@ def assignment_text(summary: Summary) -> str:
 
 
 def searches(summary: Summary) -> Iterator[tuple[str, Search]]:
+    """Arms that searched; the others follow one of them."""
     for arm in arms(summary):
         search = branch(summary, "bundles", arm, "int4", "search")
-        if search:
+        if search and "decided_by" not in search:
             yield arm, search
 
 
@@ -77,6 +83,14 @@ def _words(search: Search) -> str:
         kl, higher = (number(after.get(key)) for key in ("measured_kl", "perplexity_increase"))
         parts.append(f"after gptq KL {small(kl)}, perplexity {percent(higher)} higher")
     return ", ".join(parts)
+
+
+def _followed_words(search: Search) -> str:
+    kl, increase = (number(search.get(key)) for key in ("measured_kl", "perplexity_increase"))
+    return (
+        f"stored as {search.get('decided_by')} is: KL {small(kl)} nats, perplexity on training text "
+        f"{percent(increase)} higher"
+    )
 
 
 def _level_words(part: dict[str, Any]) -> str:

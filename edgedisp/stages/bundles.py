@@ -55,10 +55,12 @@ def quantize(
     progress: Progress,
     threads: int = 1,
     is_trained: bool = False,
+    decided: Path | None = None,
 ) -> dict[str, Any]:
     """A bundle with `bits`-bit weights from the fp32 one; `gptq` and `rescale` calibrate the model on the
     training text, accuracy level auto runs the bundle on it, other methods need neither folder. `is_trained`:
-    under this very rounding, so gptq's scales are there."""
+    under this very rounding, so gptq's scales are there. `decided`: the bundle of the arm whose accuracy
+    levels hold for this one too."""
     method, made, source, found = section.method, None, parent, {}
     with tempfile.TemporaryDirectory(dir=own) as scratch:
         if section.calibrated:
@@ -95,7 +97,7 @@ def quantize(
             progress=progress,
         )
     record = {**record, **found, "method": section.method, "is_trained": is_trained}
-    return measured_levels(section, record, own, corpus_folder, threads, progress)
+    return measured_levels(section, record, own, corpus_folder, threads, progress, decided)
 
 
 def calibration_text(section: QuantizeBits, corpus_folder: Path) -> Any:

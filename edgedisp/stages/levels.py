@@ -10,7 +10,7 @@ import onnx
 
 from edgedisp import Progress
 from edgedisp.graph.session import OnnxModel, open_session
-from edgedisp.quantize.levels import choose_levels, levels_by_weight, with_levels
+from edgedisp.quantize.levels import choose_levels, levels_by_node, levels_by_weight, with_levels
 from edgedisp.recipe import QuantizeBits
 
 LEVEL_TOKENS = 1024  # on which flips are counted
@@ -29,9 +29,12 @@ def measured_levels(
     corpus_folder: Path | None,
     threads: int,
     progress: Progress,
+    decided: Path | None = None,
 ) -> dict[str, Any]:
     """The record of a bundle just written, with each node's level measured where the recipe says `auto`.
 
+    `decided`: the bundle of the arm that decides for this one too, so that twins have one graph; what its
+    levels come to here is measured.
     Only the small graph file changes; every variant that is tried lives in memory and reads the same weights.
     """
     record |= {"accuracy_level": section.accuracy_level}
@@ -56,7 +59,11 @@ def measured_levels(
         return np.concatenate(found)
 
     count = min(LEVEL_TOKENS, most, tokens.size)
-    levels = choose_levels(graph, run, count, limit=section.max_flips, progress=progress)
+    given = None
+    if decided is not None:
+        there = levels_by_node(onnx.load(decided / "model.onnx", load_external_data=False))
+        given = [name for name, level in there.items() if level == 0]
+    levels = choose_levels(graph, run, count, limit=section.max_flips, given=given, progress=progress)
     rounding = [node.name for node in graph.graph.node if node.name not in levels.exact]
     path.write_bytes(with_levels(graph, rounding))
     by_weight = levels_by_weight(onnx.load(path, load_external_data=False))

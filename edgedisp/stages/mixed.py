@@ -5,6 +5,7 @@ Sensitivities are measured on the training text, never on what is scored later.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import torch
 from torch import Tensor
 
 from edgedisp import BadInput, BuildFailed, Progress, model
+from edgedisp.folder import read
 from edgedisp.quantize.candidates import METHODS_TRIED
+from edgedisp.quantize.decided import Decided
+from edgedisp.quantize.made import Made
 from edgedisp.quantize.mixed import Search
 from edgedisp.quantize.rewrite import quantize_assigned
 from edgedisp.quantize.search import Solution
@@ -36,8 +40,11 @@ def quantize_searched(
     threads: int,
     own: Path,
     progress: Progress,
+    decided: Path | None = None,
 ) -> dict[str, Any]:
-    """The record is that of `quantize_assigned`, with `search`: {goal, size_bytes, perplexity_increase,
+    """`decided`: the bundle of the arm whose search decides for this one too; None searches.
+
+    The record is that of `quantize_assigned`, with `search`: {goal, size_bytes, perplexity_increase,
     trials} and what `Search.record` gives; with gptq also what its own rounding came to.
 
     BadInput when the goal is out of reach, saying what is not; BuildFailed when gptq ends above the limit.
@@ -46,6 +53,10 @@ def quantize_searched(
     is_gptq = int4.method == "gptq"
     tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
     opened = model.load(model_folder)
+    if decided is not None:
+        return _as_decided(
+            section, seed, parent, opened, tokens, corpus_folder, threads, own, progress, decided
+        )
     search = Search(
         parent,
         opened,
@@ -78,6 +89,57 @@ def quantize_searched(
     named = {"bits": 4, "method": "gptq" if is_gptq else "search"}
     record = named | record | {"search": {"goal": goal, "size_bytes": record["size_bytes"], **found}}
     return measured_levels(int4, record, own, corpus_folder, threads, progress)
+
+
+def _as_decided(
+    section: Quantize,
+    seed: int,
+    parent: Path,
+    opened: Any,
+    tokens: Any,
+    corpus_folder: Path,
+    threads: int,
+    own: Path,
+    progress: Progress,
+    decided: Path,
+) -> dict[str, Any]:
+    """The bundle of an arm that follows another one's search."""
+    int4, there = section.int4, read(decided)
+    if there is None:
+        raise BuildFailed(f"{decided}: the bundle whose search decides is gone; build again")
+    followed = Decided(
+        parent,
+        opened,
+        there.results["by_tensor"],
+        _pieces(tokens, opened.get_output_embeddings().weight.shape[0]),
+        [_long(block) for block in tokens[: -(-PERPLEXITY_TOKENS // tokens.shape[1])]],
+        accuracy_level=first_level(int4),
+        seed=seed,
+        progress=progress,
+    )
+    if int4.method == "gptq":
+        text, again = calibration_text(int4, corpus_folder), copy.deepcopy(opened)
+        made = by_gptq(int4, followed.module_grids(), again, text, progress)
+    else:
+        made = Made()
+    followed.add(made, ends_alone=int4.method == "gptq")
+    record = quantize_assigned(parent, own, followed.assignment, made=made, progress=progress)
+    record["by_tensor"] = [
+        row | {"method": decider["method"]}
+        for row, decider in zip(record["by_tensor"], there.results["by_tensor"], strict=True)
+    ]
+    goal = {"budget": section.budget, "max_perplexity_increase": section.max_perplexity_increase}
+    search = {
+        "goal": goal,
+        "size_bytes": record["size_bytes"],
+        "decided_by": decided.parent.name,
+        "tokens": sum(map(len, followed.pieces)),
+        "perplexity_tokens": sum(map(len, followed.blocks)),
+        **followed.cost(made),
+    }
+    named = {"bits": 4, "method": there.results["method"]}
+    record = named | record | {"search": search}
+    return measured_levels(int4, record, own, corpus_folder, threads, progress, decided)
 
 
 def _solve(section: Quantize, search: Search) -> tuple[Solution, list[dict[str, float]]]:
