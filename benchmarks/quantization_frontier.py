@@ -67,6 +67,7 @@ BASE: dict[str, list[str]] = {
     "gptq, group 64": ["method=gptq", "group=64"],
     "gptq, 4-bit head": ["method=gptq", "head_bits=4"],
     "gptq, head group 64": ["method=gptq", "head_group=64"],
+    "gptq, symmetric, group 64, 4-bit head": ["method=gptq", "symmetric=true", "group=64", "head_bits=4"],
     "rescale, gptq": ["method=gptq", "rescale=true", "head_group=64"],
     "search 100 MB": ["budget=100MB"],
     "search 100 MB, gptq": ["budget=100MB", "method=gptq"],
