@@ -17,10 +17,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgedisp.quantize.grid import Blocks, Grid, check_weight, dequantize, inverse
+from edgedisp.quantize.grid import Blocks, Grid, check_weight, concatenate, dequantize, inverse
 from edgedisp.quantize.methods import k_quant
 
 BLOCK = 128  # columns whose corrections are applied to the rest at once
+ROWS = 4096  # rounded at a time: the search for a head's scales would hold many times its weight
 EDGE = 0.499  # how far from an integer, in steps, a latent value may lie: the next one begins at a half
 
 
@@ -55,18 +56,23 @@ def gptq_latent(
     hessian = hessian.float().clone()
     diagonal = hessian.diagonal()
     diagonal += damping * diagonal.mean().clamp(min=1e-12)
-    start = k_quant(weight, grid, diagonal.clone())
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(columns)
     factor = _upper_factor(hessian[order][:, order])
-    q, before = _rounded(weight[:, order], start, order, factor, grid)
-    padded = start.q.reshape(len(weight), -1).clone()
-    padded[:, order] = q
-    blocks = Blocks(padded.reshape(start.q.shape), start.scales, start.zero_points, columns)
-    if refitted:
-        blocks = refit(blocks, weight, grid, hessian)
-    latent = torch.empty_like(weight)
-    latent[:, order] = before
-    return blocks, latent.mul_(_by_column(blocks.scales, grid, columns))
+    parts, latent = [], torch.empty_like(weight)
+    for first in range(0, len(weight), ROWS):  # rows are independent
+        rows = weight[first : first + ROWS]
+        start = k_quant(rows, grid, diagonal.clone())
+        q, before = _rounded(rows[:, order], start, order, factor, grid)
+        padded = start.q.reshape(len(rows), -1).clone()
+        padded[:, order] = q
+        blocks = Blocks(padded.reshape(start.q.shape), start.scales, start.zero_points, columns)
+        if refitted:
+            blocks = refit(blocks, rows, grid, hessian)
+        here = latent[first : first + ROWS]
+        here[:, order] = before
+        here.mul_(_by_column(blocks.scales, grid, columns))
+        parts.append(blocks)
+    return concatenate(parts), latent
 
 
 def _by_column(values: Tensor, grid: Grid, columns: int) -> Tensor:

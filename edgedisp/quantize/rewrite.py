@@ -6,8 +6,8 @@ Norms, biases and learned positions stay fp32: they are small and sensitive. No 
 weight is left behind, and all other files of the bundle are copied. Each weight has a grid, a method and an
 accuracy level of its own (`assignment.py`); `quantize_bundle` is the case of one for all.
 
-Weights are read through a memory map in slices and written one tensor at a time, so memory is bounded by the
-largest packed tensor. Activations are not touched: `accuracy_level` 4 lets the kernel round them to 8 bits on
+Weights are read, rounded in slices and written one tensor at a time, so memory is bounded by the largest
+tensor. Activations are not touched: `accuracy_level` 4 lets the kernel round them to 8 bits on
 the fly, which is what makes few-bit weights fast on CPUs.
 """
 

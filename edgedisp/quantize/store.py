@@ -1,4 +1,4 @@
-"""Tensors of a bundle on disk: read through a memory map, written one at a time to `model.onnx.data`."""
+"""Tensors of a bundle on disk: read one at a time, written one at a time to `model.onnx.data`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ PAGE = 4096  # offsets of the others are multiples of it, so that a runtime can 
 
 
 def read(bundle: Path, tensor: TensorProto) -> NDArray[Any]:
-    """The tensor's values; mapped, not loaded, when they lie in a file beside the graph.
-
-    The map is copy-on-write, as torch takes no read-only arrays; nothing is ever written back.
-    """
+    """The tensor's values, in memory of their own: the pages of a mapped file would count as resident."""
     if tensor.data_location != TensorProto.EXTERNAL:
         return numpy_helper.to_array(tensor).copy()  # its own array is read-only
     place = {entry.key: entry.value for entry in tensor.external_data}
@@ -29,7 +26,11 @@ def read(bundle: Path, tensor: TensorProto) -> NDArray[Any]:
         outside = place["location"]
         raise BuildFailed(f"{bundle}: tensor {tensor.name} points outside the bundle, to {outside!r}")
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return np.memmap(path, dtype, "c", int(place.get("offset", 0)), tuple(tensor.dims))
+    count = int(np.prod(tensor.dims))
+    values = np.fromfile(path, dtype, count, offset=int(place.get("offset", 0)))
+    if len(values) != count:
+        raise BuildFailed(f"{path}: ends before tensor {tensor.name} does; the file is truncated")
+    return values.reshape(tuple(tensor.dims))
 
 
 class TensorReader:

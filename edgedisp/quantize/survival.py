@@ -128,7 +128,7 @@ def survival(
 
 
 def shipped(bundle: Path) -> Iterator[tuple[str, Packed, Grid]]:
-    """Every weight that a bundle holds on the block grid: name, packed arrays (mapped), grid."""
+    """Every weight that a bundle holds on the block grid: name, packed arrays, grid."""
     graph = onnx.load(bundle / GRAPH, load_external_data=False).graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     seen = set()
