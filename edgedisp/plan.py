@@ -15,9 +15,9 @@ from typing import Any
 
 from edgedisp import BadInput, BuildFailed
 from edgedisp.bench.machine import physical_cores
-from edgedisp.pipeline import BITS, Observer, state
+from edgedisp.pipeline import Observer, state
 from edgedisp.processes import split
-from edgedisp.recipe import Recipe, load_target
+from edgedisp.recipe import BITS, Recipe, load_target
 
 # float32 weights, gradients and the two moments of AdamW.
 TRAINING_BYTES_PER_WEIGHT = 16

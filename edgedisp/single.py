@@ -22,9 +22,9 @@ from edgedisp.folder import MANIFEST, changed_files, check_files
 from edgedisp.graph import check
 from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.layouts import LAYOUTS
-from edgedisp.pipeline import BITS, Observer
+from edgedisp.pipeline import Observer
 from edgedisp.quantize.rewrite import quantize_bundle
-from edgedisp.recipe import Recipe, Target, load_target
+from edgedisp.recipe import BITS, Recipe, Target, load_target
 from edgedisp.report import bundle_card
 from edgedisp.stages import fetch_base, pack, provenance_of, train_settings
 from edgedisp.stages.packing import CARD

@@ -1,9 +1,11 @@
-"""Fixtures that several test files share: tiny models, and a recipe over a text file of made documents."""
+"""Fixtures that several test files share: tiny models, a text file of made documents, the command line."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,30 @@ def text_file(tmp_path: Path) -> Path:
     rows = [json.dumps({"text": document.text}) for document in corpus.made_documents(120, seed=3)]
     path.write_text("\n".join(rows))
     return path
+
+
+@dataclass
+class Ended:
+    """How a command ended, with what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def edgedisp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Run the command line in this process: `edgedisp("build", ...)`."""
+    from edgedisp.cli import main
+
+    def run(*words: str | Path) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["edgedisp", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Ended(code, captured.out, captured.err)
+
+    return run

@@ -9,14 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import onnx
 import pytest
+from conftest import Ended
 
-from edgedisp.cli import main
 from edgedisp.folder import check_files, read
 from edgedisp.recipe import load
 
@@ -36,36 +35,10 @@ latency: {{prompt: 8, generate: 4, repetitions: 2, threads: 1}}
 """
 
 
-@dataclass
-class Ended:
-    """How a command ended, with what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-
 def write_recipe(folder: Path, base: Path | str, text: Path | str) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(RECIPE.format(base=base, text=text))
     return path
-
-
-@pytest.fixture
-def edgedisp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """Run the command line in this process: `edgedisp("build", ...)`."""
-
-    def run(*words: str | Path) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["edgedisp", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Ended(code, captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_build import Ended, edgedisp, write_recipe
+from conftest import Ended
+from test_build import write_recipe
 
 from edgedisp.folder import read
 from edgedisp.report.page import report_json
-
-__all__ = ["edgedisp"]  # a fixture
 
 ARMS = "[baseline, dispersed, {name: strong, dispersion: {weight: 5.0}}, neftune, active_forgetting]"
 NEW = ("strong", "neftune", "active_forgetting")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,38 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgedisp.cli import main
 from edgedisp.folder import check_files, file_digest, list_files
 from edgedisp.graph.session import OnnxModel
 from edgedisp.model import TorchModel, load
 
 NAMES = {"int8": ("model_quantized", "q8"), "int4": ("model_q4", "q4")}
-
-
-@dataclass
-class Ended:
-    """How a command ended, with what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def edgedisp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """Run the command line in this process: `edgedisp("export", ...)`."""
-
-    def run(*words: str | Path) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["edgedisp", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Ended(code, captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture

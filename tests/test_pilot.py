@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ import pytest
 from ruamel.yaml import YAML
 
 from edgedisp import BadInput, silent
-from edgedisp.cli import main
 from edgedisp.folder import Record, making, read
 from edgedisp.pilot import estimate, plan, run, show
 from edgedisp.pilot.halving import COSINE_FLOOR, LOSS_FLOOR, Difference, Judged, ranked, survivors
@@ -100,30 +97,6 @@ def test_a_loss_that_is_lower_by_too_little_is_a_tie() -> None:
 
 
 # What is tried.
-
-
-@dataclass
-class Ended:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def edgedisp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """Run the command line in this process."""
-
-    def command(*words: str | Path) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["edgedisp", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Ended(code, captured.out, captured.err)
-
-    return command
 
 
 @pytest.fixture

@@ -102,9 +102,7 @@ def test_the_function_stays_and_every_exact_fold_is_found(tmp_path: Path, form: 
 def output_error(model: Any, reference: Tensor) -> float:
     """Of the logits, once the layers are rounded to nearest."""
     blocks = torch.from_numpy(TOKENS.astype(np.int64))
-    calibrate(
-        model, decoder_layers(model), blocks, lambda weights, second: {n: held(w) for n, w in weights.items()}
-    )
+    calibrate(model, decoder_layers(model), blocks, lambda wave: {n: held(w) for n, w in wave.wanted.items()})
     return float((logits(model) - reference).square().mean())
 
 

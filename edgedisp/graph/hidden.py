@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from edgedisp import BadInput, BuildFailed
+from edgedisp.graph.last_logits import PRODUCTS
 from edgedisp.graph.session import open_session, read_config
 from edgedisp.graph.writer import GRAPH
 
 ATTENTION = "GroupQueryAttention"
-PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "MatMulBnb4")
 ADDING_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 NORMS = (*ADDING_NORMS, "SimplifiedLayerNormalization", "LayerNormalization", "RMSNormalization")
 SUM = 3  # which output of an adding norm is the sum

@@ -15,13 +15,11 @@ from pathlib import Path
 
 from edgedisp.folder import Record, open_run, read
 from edgedisp.pipeline import shipping
-from edgedisp.pipeline.shipping import BITS
 from edgedisp.pipeline.training import base_stage, corpus_stage, decider_of, merge_stage, training_stage
 from edgedisp.pipeline.walk import Observer, Stage, Walked, Work, walk
-from edgedisp.recipe import Recipe
+from edgedisp.recipe import BITS, Recipe
 
 __all__ = [
-    "BITS",
     "Observer",
     "Stage",
     "Walked",

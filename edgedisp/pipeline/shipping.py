@@ -9,9 +9,8 @@ from typing import Any
 from edgedisp.folder import digest
 from edgedisp.pipeline.training import bits_section, decider_of, plain
 from edgedisp.pipeline.walk import Stage, Work
-from edgedisp.recipe import Recipe, load_target
+from edgedisp.recipe import BITS, Recipe, load_target
 
-BITS = {"int8": 8, "int4": 4}
 UNPACKED = ("description", "notes", "sources", "quantize")  # of a profile: what a packed bundle has not of it
 
 # Raised when the profile of a model gets other figures; 2: intervals, correlations, outliers.
@@ -142,7 +141,9 @@ def _quantize_searched(recipe: Recipe, arm: str, threads: int) -> Stage:
     if goal.int4.accuracy_level == "auto":
         section |= {"threads": threads, "max_flips": goal.int4.max_flips}
     if by_gptq:
-        section["gptq"] = goal.int4.model_dump(include={"calibration_tokens", "damping", "act_order"})
+        section["gptq"] = goal.int4.model_dump(
+            include={"calibration_tokens", "damping", "act_order", "correction"}
+        )
     reads = (parent, model, "corpus") if decider is None else (parent, model, "corpus", decider)
     return Stage(f"{arm}/int4", section, reads, work)
 

@@ -6,15 +6,29 @@ maps that read the same tensor (q, k and v; gate and up) are rounded together, a
 all, in the order of computation: what their inputs say is worked out once. The states before one layer are
 kept, `tokens x features`, and nothing else of the model's activations.
 
+Correction. By the time a map is rounded, its inputs x differ from those of the unrounded model, x0, as
+earlier maps were rounded; and where its output is added to the residual stream, that stream r differs from
+r0. So the output that is wanted is W x0 + (r0 - r), not W x, and what is handed over for rounding is
+
+    W + share * ((W E[(x0 - x) x^T] + E[(r0 - r) x^T]) (H + ridge)^-1),    H = E[x x^T]
+
+which for share 1 and no ridge is the least-squares map from x to the wanted output. (x0 in place of x: GPTAQ,
+Li et al. 2025, arXiv 2504.02692, there column by column; for a quadratic loss, moving the weight that is
+rounded is the same. The residual stream is added here.) Calibration text is little, so all of it overfits
+(SmolLM2-135M trained on 80k tokens, 4 bits, 16k tokens of calibration; share 0, 1/2 and, without the stream,
+1/2 and 1: perplexity 13.49, 13.16, 13.14, 13.26 on held-out text against 12.56 unrounded, 26.8, 26.7, 27.1,
+27.7 on wikitext-2 against 25.4). The unrounded model's states are carried along, and within a layer its
+weights are put back while it runs.
+
 What a layer is called with beside its states (rotary positions, mask) is taken from a pass over the first
 block; it is the same for all, as blocks are of one length and without padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,10 +39,21 @@ from transformers.pytorch_utils import Conv1D
 from edgedisp import BadInput, Progress, silent
 
 LINEAR = nn.Linear | Conv1D  # GPT-2's Conv1D holds [in, out]
+RIDGE = 0.1  # of the correction: a share of H's mean diagonal
 
-Rounding = Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]]
-"""(module name -> weight fp32 [out, in] of the maps that read one tensor, H fp32 [in, in]) -> the same names,
-with the weights as a grid holds them."""
+
+@dataclass(frozen=True)
+class Wave:
+    """Linear maps that read one tensor: by module name, weights fp32 [out, in] as they are and as they are to
+    be rounded (the same without correction), and H fp32 [in, in], the mean of x x^T over all tokens."""
+
+    weights: dict[str, Tensor]
+    wanted: dict[str, Tensor]
+    second: Tensor
+
+
+Rounding = Callable[[Wave], dict[str, Tensor]]
+"""-> the wave's names, with the weights as a grid holds them."""
 
 
 class _Enough(Exception):
@@ -57,11 +82,14 @@ def calibrate(
     rounding: Rounding,
     progress: Progress = silent,
     note: str = "",
+    *,
+    correction: float = 0.0,
 ) -> None:
     """Round every linear map of `layers` in place. blocks: int64 [n, tokens], on the model's device.
 
-    `rounding` is called in the order of computation, with H the mean of x x^T over all tokens of the maps'
-    input x [in]. The model is left in eval mode. BadInput if there are no blocks.
+    `rounding` is called in the order of computation. `correction`: the share, in [0, 1], of what earlier
+    rounding changed that later maps make up for. The model is left in eval mode. BadInput if there are no
+    blocks.
     """
     if not len(blocks):
         raise BadInput("no calibration text: at least one block of tokens is needed")
@@ -69,23 +97,150 @@ def calibrate(
     names = {module: name for name, module in model.named_modules()}
     calls = layer_calls(model, layers, blocks[0])
     states = [states_before(model, layers[0], block) for block in blocks]
+    plain = states if correction else []
     for index, call in enumerate(calls):
         progress(index, len(layers), note)
+        held = _Held()
         for together in waves_of(call, states[0]):
-            second = second_moment(call, together[0], states)
-            _round({names[module]: module for module in together}, second, rounding)
+            weights = {names[module]: _weight(module) for module in together}
+            if correction:
+                second, shift = _moments(call, together, states, plain, held)
+                wanted = _corrected(weights, second, shift, correction)
+            else:
+                second, wanted = second_moment(call, together[0], states), weights
+            _write(together, rounding(Wave(weights, wanted, second)), names, held)
+        with held.unrounded():
+            plain = [call(state) for state in plain]
         states = [call(state) for state in states]
     progress(len(layers), len(layers), note)
 
 
-def _round(modules: dict[str, Any], second: Tensor, rounding: Rounding) -> None:
-    weights = {
-        name: (module.weight.T if isinstance(module, Conv1D) else module.weight).float()
-        for name, module in modules.items()
-    }
-    for name, held in rounding(weights, second).items():
-        module = modules[name]
-        module.weight.copy_(held.T if isinstance(module, Conv1D) else held)
+def _weight(module: Any) -> Tensor:
+    weight: Tensor = module.weight.detach()
+    return (weight.T if isinstance(module, Conv1D) else weight).float()
+
+
+@dataclass
+class _Held:
+    """The unrounded weights of the layer at hand, by module."""
+
+    weights: dict[Any, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def unrounded(self) -> Iterator[None]:
+        """The layer with its own weights."""
+        rounded = {module: module.weight.data for module in self.weights}
+        try:
+            for module, weight in self.weights.items():
+                module.weight.data = weight
+            yield
+        finally:
+            for module, weight in rounded.items():
+                module.weight.data = weight
+
+
+def _write(modules: Sequence[Any], found: dict[str, Tensor], names: dict[Any, str], held: _Held) -> None:
+    for module in modules:
+        values = found[names[module]]
+        held.weights[module] = module.weight.data
+        new = values.T if isinstance(module, Conv1D) else values
+        module.weight.data = new.to(module.weight.dtype).contiguous()
+
+
+def _moments(
+    call: LayerCall,
+    together: Sequence[nn.Module],
+    states: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    held: _Held,
+) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+    """H, and of the difference to the unrounded model: E[(x0 - x) x^T] and E[(r0 - r) x^T]; the latter None
+    where the output is not added to a residual stream."""
+    module = together[0]
+    source = residual_of(call, module, states[0]) if len(together) == 1 else None
+    second = drift = stream = None
+    tokens = 0
+    for state, other in zip(states, plain):
+        x, r = _reached(call, module, source, state)
+        with held.unrounded():
+            x0, r0 = _reached(call, module, source, other)
+        tokens += len(x)
+        second = _added(second, x, x)
+        drift = _added(drift, x0 - x, x)
+        if r is not None and r0 is not None:
+            stream = _added(stream, r0 - r, x)
+    if second is None or drift is None:
+        raise ValueError("no states")
+    return second / tokens, (drift / tokens, None if stream is None else stream / tokens)
+
+
+def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    return left.T @ right if total is None else total.addmm_(left.T, right)
+
+
+def _corrected(
+    weights: dict[str, Tensor], second: Tensor, shift: tuple[Tensor, Tensor | None], share: float
+) -> dict[str, Tensor]:
+    """The weights that give, on the inputs of the rounded model, `share` more of what the unrounded gives."""
+    drift, stream = shift
+    joined = torch.cat(list(weights.values()))
+    missing = joined @ drift
+    if stream is not None:
+        missing += stream
+    metric = second.double()
+    metric.diagonal().add_(RIDGE * metric.diagonal().mean().clamp(min=1e-12))
+    change = torch.cholesky_solve(missing.T.double(), torch.linalg.cholesky(metric)).T.float()
+    wanted = joined.add_(change, alpha=share).split([len(weight) for weight in weights.values()])
+    return dict(zip(weights, wanted))
+
+
+def _reached(
+    call: LayerCall, module: nn.Module, source: nn.Module | None, state: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """In a pass that ends before `module`: its inputs [tokens, in], and those of `source`, both fp32."""
+    found: dict[nn.Module, Tensor] = {}
+
+    def note(which: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found[which] = args[0].reshape(-1, args[0].shape[-1]).float()
+        if which is module:
+            raise _Enough
+
+    hooked = [module] if source is None else [source, module]
+    with_hooks(hooked, note, lambda: call(state))
+    return found[module], None if source is None else found[source]
+
+
+def residual_of(call: LayerCall, module: nn.Module, state: Tensor) -> nn.Module | None:
+    """The module of the layer that reads the residual stream which `module`'s output is added to.
+
+    Found by value: some tensor that is read later, or the layer's output, is that sum to the bit. None where
+    there is no such sum: other maps, a norm in between, a parallel branch.
+    """
+    before: list[tuple[nn.Module, Tensor]] = []
+    outputs: list[Tensor] = []
+    later: list[Tensor] = []
+
+    def read(which: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].numel() == state.numel():
+            tensor = args[0].reshape(state.shape)
+            (later.append(tensor) if outputs else before.append((which, tensor)))
+
+    def written(which: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        outputs.append(output)
+
+    handle = module.register_forward_hook(written)
+    try:
+        with_hooks(list(call.layer.modules()), read, lambda: later.append(call(state)))
+    finally:
+        handle.remove()
+    if outputs[0].numel() != state.numel():
+        return None
+    output = outputs[0].reshape(state.shape)
+    for which, stream in before:
+        whole = stream + output
+        if any(torch.equal(whole, tensor) for tensor in later):
+            return which
+    return None
 
 
 def layer_calls(model: nn.Module, layers: nn.ModuleList, block: Tensor) -> list[LayerCall]:

@@ -21,10 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgedisp import BadInput, Progress, silent
-from edgedisp.quantize.calibrate import calibrate, second_moment
+from edgedisp import Progress, silent
+from edgedisp.quantize.calibrate import Wave, calibrate, second_moment
 from edgedisp.quantize.gptq import gptq
-from edgedisp.quantize.grid import Blocks, Grid, check_weight, dequantize, split_rows
+from edgedisp.quantize.grid import Blocks, Grid, dequantize, split_rows, stacked
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.methods import METHODS
 
@@ -43,15 +43,17 @@ def gptq_model(
     head: Grid | None = None,
     damping: float = 0.01,
     act_order: bool = True,
+    correction: float = 0.0,
     progress: Progress = silent,
 ) -> Made:
     """Round `layers` of `model` in place, in the order of computation, each map by `gptq`; then the head.
 
     tokens: unsigned integers [blocks, context], all real text. `grid`: one for all, or by name of the module;
-    those that are stored as one weight need the same. BadInput names the weight that cannot be quantized.
+    those that are stored as one weight need the same. `correction`: calibrate.py. BadInput names the weight
+    that cannot be quantized.
     """
     method = partial(gptq, damping=damping, act_order=act_order)
-    return _round(model, layers, tokens, grid, head, method, progress)
+    return _round(model, layers, tokens, grid, head, method, correction, progress)
 
 
 def weighted_model(
@@ -62,6 +64,7 @@ def weighted_model(
     method: str,
     *,
     head: Grid | None = None,
+    correction: float = 0.0,
     progress: Progress = silent,
 ) -> Made:
     """The same by a method on weights alone (a name in `METHODS`), told how large the inputs are: an error in
@@ -70,7 +73,7 @@ def weighted_model(
     def by_inputs(weight: Tensor, grid: Grid, second: Tensor) -> Blocks:
         return METHODS[method](weight, grid, second.diagonal().clamp(min=1e-12))
 
-    return _round(model, layers, tokens, grid, head, by_inputs, progress)
+    return _round(model, layers, tokens, grid, head, by_inputs, correction, progress)
 
 
 def _round(
@@ -80,31 +83,28 @@ def _round(
     grid: Grid | Mapping[str, Grid],
     head: Grid | None,
     method: Method,
+    correction: float,
     progress: Progress,
 ) -> Made:
     made = Made()
 
-    def rounding(weights: dict[str, Tensor], second: Tensor) -> dict[str, Tensor]:
-        grids = {name: grid if isinstance(grid, Grid) else grid[name] for name in weights}
+    def rounding(wave: Wave) -> dict[str, Tensor]:
+        grids = {name: grid if isinstance(grid, Grid) else grid[name] for name in wave.weights}
         held: dict[str, Tensor] = {}
         for on in dict.fromkeys(grids.values()):
-            held |= together({name: weights[name] for name in weights if grids[name] == on}, second, on)
+            wanted = {name: weight for name, weight in wave.wanted.items() if grids[name] == on}
+            held |= together(wanted, wave, on)
         return held
 
-    def together(weights: dict[str, Tensor], second: Tensor, on: Grid) -> dict[str, Tensor]:
-        for name, weight in weights.items():
-            try:
-                check_weight(weight)
-            except BadInput as error:
-                raise BadInput(f"{name}: {error}") from error
-        blocks = method(torch.cat(list(weights.values())), on, second)
-        heights = [len(weight) for weight in weights.values()]
-        for weight, part in zip(weights.values(), split_rows(blocks, heights)):
-            made.add(weight, part, on)
-        return dict(zip(weights, dequantize(blocks, on).split(heights)))
+    def together(wanted: dict[str, Tensor], wave: Wave, on: Grid) -> dict[str, Tensor]:
+        joined, heights = stacked(wanted)
+        blocks = method(joined, on, wave.second)
+        for name, part in zip(wanted, split_rows(blocks, heights)):
+            made.add(wave.weights[name], part, on)
+        return dict(zip(wanted, dequantize(blocks, on).split(heights)))
 
     blocks = torch.from_numpy(np.asarray(tokens, np.int64))
-    calibrate(model, layers, blocks, rounding, progress, "rounding layer by layer")
+    calibrate(model, layers, blocks, rounding, progress, "rounding layer by layer", correction=correction)
     if head is not None:
         progress(len(layers), len(layers), "rounding the head")
         output: Any = model.get_output_embeddings()  # type: ignore[operator]
@@ -112,5 +112,6 @@ def _round(
         if output.weight is model.get_input_embeddings().weight:  # type: ignore[operator]
             second += TIED * second.diagonal().mean() * torch.eye(len(second), device=second.device)
         with torch.no_grad():
-            output.weight.copy_(together({"the head": output.weight.float()}, second, head)["the head"])
+            own = {"the head": output.weight.float()}
+            output.weight.copy_(together(own, Wave(own, own, second), head)["the head"])
     return made

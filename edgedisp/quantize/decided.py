@@ -20,7 +20,7 @@ from edgedisp.quantize.grid import Grid, dequantize
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.methods import METHODS
 from edgedisp.quantize.sensitivity import Text, loss, moments
-from edgedisp.quantize.units import Unit, find_units, read_unit, written
+from edgedisp.quantize.units import Unit, find_units, module_grids, read_unit, written
 
 
 class Decided:
@@ -57,12 +57,7 @@ class Decided:
 
     def module_grids(self) -> dict[str, Grid]:
         """Linear map of the layers -> its grid."""
-        return {
-            name: self.assignment[unit.name].grid
-            for unit in self.units
-            if not unit.outer
-            for name in unit.modules
-        }
+        return module_grids(self.units, self.assignment)
 
     def cost(self, made: Made) -> dict[str, float]:
         """{measured_kl on the pieces, perplexity_increase on the blocks} of the model rounded as `made`."""

@@ -170,6 +170,19 @@ def concatenate(parts: list[Blocks]) -> Blocks:
     )
 
 
+def stacked(weights: dict[str, Tensor]) -> tuple[Tensor, list[int]]:
+    """Weights [out, in] of the same columns one above the other, and the rows of each.
+
+    BadInput names a weight that no grid can hold.
+    """
+    for name, weight in weights.items():
+        try:
+            check_weight(weight)
+        except BadInput as error:
+            raise BadInput(f"{name}: {error}") from error
+    return torch.cat(list(weights.values())), [len(weight) for weight in weights.values()]
+
+
 def split_rows(blocks: Blocks, heights: list[int]) -> list[Blocks]:
     """The inverse of `concatenate`: parts of so many rows each."""
     zero_points: Any = [None] * len(heights)

@@ -31,7 +31,7 @@ from edgedisp.quantize.made import Made
 from edgedisp.quantize.rewrite import bundle_bytes
 from edgedisp.quantize.search import Solution, frontier, least_cost, least_loss, solution
 from edgedisp.quantize.sensitivity import Text, fisher_of, loss, measure, moments, shares
-from edgedisp.quantize.units import Unit, find_units, read_unit, written
+from edgedisp.quantize.units import Unit, find_units, module_grids, read_unit, written
 
 TRIALS = 6  # whole assignments measured for a limit on perplexity
 CURVE_POINTS = 24
@@ -193,14 +193,8 @@ class Search:
         return [one.unit.name for one in self.candidates if not one.unit.outer]
 
     def module_grids(self, found: Solution) -> dict[str, Grid]:
-        """Linear map of the layers -> its grid, for a method that goes through the model itself."""
-        chosen = self.assignment(found)
-        return {
-            name: chosen[one.unit.name].grid
-            for one in self.candidates
-            if not one.unit.outer
-            for name in one.unit.modules
-        }
+        """Linear map of the layers -> its grid."""
+        return module_grids([one.unit for one in self.candidates], self.assignment(found))
 
     def uniform(self, body: Grid, outer: Grid) -> Solution:
         """One grid for the layers and one for the ends, with the methods that were found best on them."""

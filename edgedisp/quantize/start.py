@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from edgedisp import BadInput, Progress, silent
-from edgedisp.quantize.calibrate import calibrate
+from edgedisp import Progress, silent
+from edgedisp.quantize.calibrate import Wave, calibrate
 from edgedisp.quantize.gptq import gptq_latent
-from edgedisp.quantize.grid import Grid, check_weight, dequantize, split_rows
+from edgedisp.quantize.grid import Grid, dequantize, split_rows, stacked
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def calibrated_start(
     *,
     damping: float = 0.01,
     act_order: bool = True,
+    correction: float = 0.0,
     progress: Progress = silent,
 ) -> dict[str, Scales]:
     """Put GPTQ's latent weights into `layers`; return parameter name -> the scales they are rounded on.
@@ -53,23 +54,17 @@ def calibrated_start(
     latents: dict[str, Tensor] = {}
     found: dict[str, Scales] = {}
 
-    def rounding(weights: dict[str, Tensor], second: Tensor) -> dict[str, Tensor]:
-        for name, weight in weights.items():
-            try:
-                check_weight(weight)
-            except BadInput as error:
-                raise BadInput(f"{name}: {error}") from error
-        stacked = torch.cat(list(weights.values()))
-        blocks, latent = gptq_latent(stacked, grid, second, damping=damping, act_order=act_order)
-        heights = [len(weight) for weight in weights.values()]
-        latents.update(zip(weights, latent.split(heights)))
-        for name, part in zip(weights, split_rows(blocks, heights)):
+    def rounding(wave: Wave) -> dict[str, Tensor]:
+        joined, heights = stacked(wave.wanted)
+        blocks, latent = gptq_latent(joined, grid, wave.second, damping=damping, act_order=act_order)
+        latents.update(zip(wave.wanted, latent.split(heights)))
+        for name, part in zip(wave.wanted, split_rows(blocks, heights)):
             found[f"{name}.weight"] = Scales(part.scales.clone(), part.zero_points)
-        return dict(zip(weights, dequantize(blocks, grid).split(heights)))
+        return dict(zip(wave.wanted, dequantize(blocks, grid).split(heights)))
 
     device = next(model.parameters()).device
     blocks = torch.from_numpy(np.asarray(tokens, np.int64)).to(device)
-    calibrate(model, layers, blocks, rounding, progress, "calibrating layer by layer")
+    calibrate(model, layers, blocks, rounding, progress, "calibrating layer by layer", correction=correction)
     for name, latent in latents.items():
         module: Any = model.get_submodule(name)
         module.weight.copy_(latent.T if isinstance(module, Conv1D) else latent)

@@ -7,7 +7,7 @@ They are found by their values (`made.py`), the embedding and the head by their 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from edgedisp import BuildFailed
-from edgedisp.quantize.assignment import ends
+from edgedisp.quantize.assignment import Choice, ends
 from edgedisp.quantize.calibrate import LINEAR
+from edgedisp.quantize.grid import Grid
 from edgedisp.quantize.made import Parts
 from edgedisp.quantize.rewrite import weights_of
 from edgedisp.quantize.store import GRAPH, TensorReader
@@ -121,3 +122,9 @@ def written(
     finally:
         for unit, old in before.items():
             write_unit(model, unit, old)
+
+
+def module_grids(units: Iterable[Unit], chosen: Mapping[str, Choice]) -> dict[str, Grid]:
+    """Linear map of the layers -> the grid of its unit, for a method that goes through the model itself."""
+    inner = (unit for unit in units if not unit.outer)
+    return {name: chosen[unit.name].grid for unit in inner for name in unit.modules}

@@ -26,6 +26,7 @@ is one page that can be read alone, and `recipe.lock.yaml` beside a run holds ev
 
 from edgedisp.recipe.arms import Arm, ArmRun
 from edgedisp.recipe.docs import reference
+from edgedisp.recipe.kinds import BITS
 from edgedisp.recipe.read import load
 from edgedisp.recipe.schema import Recipe
 from edgedisp.recipe.sections import (
@@ -47,6 +48,7 @@ from edgedisp.recipe.shrink import smoke
 from edgedisp.recipe.targets import Target, load_target
 
 __all__ = [
+    "BITS",
     "Adapter",
     "Arm",
     "ArmRun",

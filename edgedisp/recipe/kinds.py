@@ -120,6 +120,10 @@ def _task(value: str) -> str:
     return _choice(value, HELDOUT_TASKS, "or any lm-evaluation-harness task") if ours else value
 
 
+BITS = {"int8": 8, "int4": 4}
+"""Bits of a weight in the quantized bundles, by precision."""
+
+
 def target_names(folder: Path | None = None) -> list[str]:
     """The device profiles that the package carries: export/targets/*.yaml, or those in `folder`."""
     return sorted(path.stem for path in (folder or data_folder("export") / "targets").glob("*.yaml"))

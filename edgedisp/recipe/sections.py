@@ -300,6 +300,11 @@ class QuantizeBits(Section):
         default=0.01, description="gptq: what is added to the diagonal, as a share of its mean"
     )
     act_order: Flag = Field(default=True, description="gptq: the most important columns first")
+    correction: Share = Field(
+        default=0.5,
+        description="gptq, and other methods after rescale: the share of what rounding has changed so far "
+        "that later weights make up for; 0: none",
+    )
 
     @property
     def calibrated(self) -> bool:

@@ -124,7 +124,16 @@ def _calibrated(section: QuantizeBits, bits: int, opened: Any, text: Any, progre
         return by_gptq(section, grid, opened, text, progress, head)
     if section.method in ("rtn", "nf4"):
         return None
-    return weighted_model(opened, layers, text, grid, section.method, head=head, progress=progress)
+    return weighted_model(
+        opened,
+        layers,
+        text,
+        grid,
+        section.method,
+        head=head,
+        correction=section.correction,
+        progress=progress,
+    )
 
 
 def by_gptq(
@@ -144,6 +153,7 @@ def by_gptq(
         head=head,
         damping=section.damping,
         act_order=section.act_order,
+        correction=section.correction,
         progress=progress,
     )
 

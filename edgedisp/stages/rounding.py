@@ -29,14 +29,13 @@ from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.quantize.grid import Blocks, Grid, dequantize, in_groups, quantize, round_to
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.start import Scales, calibrated_start
+from edgedisp.recipe import BITS, QuantizeBits
 from edgedisp.recipe import QuantizationAware as Chosen
-from edgedisp.recipe import QuantizeBits
 from edgedisp.train.quantization_aware import QuantizationAware
 from edgedisp.train.rounded import Rounding, weights_of
 
 SCALES = "quantization/scales.safetensors"  # in a folder of its own: model.save clears the top
 SLICE_VALUES = 1 << 22  # weight values rounded at a time: 16 MB of fp32, and a few times that in between
-BITS = {"int8": 8, "int4": 4}
 
 
 def grids(section: QuantizeBits, bits: int) -> tuple[Grid, Grid]:
@@ -117,6 +116,7 @@ def _begin(
         grid,
         damping=section.damping,
         act_order=section.act_order,
+        correction=section.correction,
         progress=progress,
     )
     scales.update(found)
