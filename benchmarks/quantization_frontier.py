@@ -76,10 +76,14 @@ BASE: dict[str, list[str]] = {
 # The same after training on 80k tokens; `aware` trains under the rounding.
 TRAINED: dict[str, list[str]] = {
     "trained, rtn": [],
-    "trained, gptq": ["method=gptq", "head_group=64"],
+    "trained, gptq, symmetric": ["method=gptq", "symmetric=true"],
     "trained, search 100 MB, gptq": ["budget=100MB", "method=gptq"],
     "aware, rtn": ["aware={precision: int4}"],
-    "aware from half, gptq": ["aware={precision: int4, start: 0.5}", "method=gptq", "head_group=64"],
+    "aware from half, gptq, symmetric": [
+        "aware={precision: int4, start: 0.5}",
+        "method=gptq",
+        "symmetric=true",
+    ],
 }
 
 
