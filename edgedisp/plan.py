@@ -16,6 +16,7 @@ from typing import Any
 from edgedisp import BadInput, BuildFailed
 from edgedisp.bench.machine import physical_cores
 from edgedisp.pipeline import Observer, state
+from edgedisp.pipeline.training import BITS_STAGE, searched_before
 from edgedisp.processes import split
 from edgedisp.recipe import BITS, Recipe, load_target
 
@@ -195,6 +196,8 @@ def _stage_seconds(name: str, recipe: Recipe, parameters: int, step_s: float, fo
         return len(recipe.arms) * len(recipe.precisions) * (latency.repetitions + 1) * per_run
     if kind.startswith("condensation"):
         return 16 * recipe.data.context * forward_s + 5
+    if kind == BITS_STAGE:
+        return _search_seconds(recipe, size, forward_s) + 10 * size
     if kind.startswith("verify"):
         return recipe.verify.tokens * 2 * forward_s + 5
     seconds = {"base": 10.0, "corpus": 10.0, "fp32": 8.0, "int8": 5.0, "int4": 5.0}.get(kind, 5.0)
@@ -211,13 +214,17 @@ def _choosing_seconds(precision: str, recipe: Recipe, size: float, forward_s: fl
         seconds += options.calibration_tokens * 3 * forward_s + 45 * size
     if options.rescale:  # three passes, and the search for each scale
         seconds += options.calibration_tokens * 3 * forward_s + 60 * size
-    if precision == "int4" and recipe.quantize.searched:
-        # Two passes over 512 tokens for each of about 120 weights; whole models rounded and measured.
-        trials = 2 if recipe.quantize.budget is not None else 8
-        seconds += (240 * 512 + trials * 4096) * forward_s + (60 + 20 * trials) * size
+    if precision == "int4" and recipe.quantize.searched and not searched_before(recipe):
+        seconds += _search_seconds(recipe, size, forward_s)
     if options.accuracy_level == "auto":  # a session of 128 tokens for each node, ten of 1,024 for all
         seconds += (120 * 128 + 10 * 1024) * forward_s + 60 * size
     return seconds
+
+
+def _search_seconds(recipe: Recipe, size: float, forward_s: float) -> float:
+    """Two passes over 512 tokens for each of about 120 weights; whole models rounded and measured."""
+    trials = 2 if recipe.quantize.budget is not None else 8
+    return (240 * 512 + trials * 4096) * forward_s + (60 + 20 * trials) * size
 
 
 def render(planned: dict[str, Any]) -> str:

@@ -17,7 +17,8 @@ from edgedisp.folder import read
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.pipeline import stages
 from edgedisp.recipe import load
-from edgedisp.stages.rounding import SCALES, trained_roundings
+from edgedisp.stages.bits import chosen_grids, chosen_rows
+from edgedisp.stages.rounding import SCALES, Trained, trained_roundings
 from edgedisp.train.rounded import round_weights
 
 RECIPE = """\
@@ -31,16 +32,20 @@ train:
   quantization_aware: {aware}
   adapter: {adapter}
 precisions: [int4]
-quantize: {{int4: {{method: {method}, calibration_tokens: 256}}}}
+quantize: {{budget: {budget}, int4: {{method: {method}, calibration_tokens: 256}}}}
 verify: {{tokens: 64, int4_top1: 0, int4_kl: 5}}
 evaluate: {{tasks: [heldout_perplexity], limit: 2, perplexity_tokens: 200, bootstrap: 50}}
 latency: {{prompt: 4, generate: 2, repetitions: 1, threads: 1}}
 """
 ARMS = ("baseline", "dispersed")
+LATE, LORA = "{precision: int4, start: 0.5}", "{kind: lora, rank: 4}"
+BUDGET = "130kB"  # the smallest takes 120, 8 bits everywhere 160
 BUILDS = {
-    "rtn": {"aware": "int4", "adapter": "null", "method": "rtn"},
-    "gptq": {"aware": "{precision: int4, start: 0.5}", "adapter": "null", "method": "gptq"},
-    "lora": {"aware": "int4", "adapter": "{kind: lora, rank: 4}", "method": "rtn"},
+    "rtn": {"aware": "int4", "adapter": "null", "method": "rtn", "budget": "null"},
+    "gptq": {"aware": LATE, "adapter": "null", "method": "gptq", "budget": "null"},
+    "lora": {"aware": "int4", "adapter": LORA, "method": "rtn", "budget": "null"},
+    "searched, gptq": {"aware": LATE, "adapter": "null", "method": "gptq", "budget": BUDGET},
+    "searched, lora": {"aware": "int4", "adapter": LORA, "method": "rtn", "budget": BUDGET},
 }
 
 
@@ -70,14 +75,19 @@ def results(folder: Path) -> dict[str, Any]:
     return record.results
 
 
+def rounding_of(folder: Path) -> Trained:
+    searched = folder / "run" / "bits"
+    section = load(folder / "tiny.yaml").quantize.int4
+    return Trained(section, 4, chosen_grids(searched if searched.is_dir() else None))
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_the_graph_in_fp32_arithmetic_gives_the_trained_models_logits_and_text(
     built: tuple[str, Path], arm: str
 ) -> None:
     _, folder = built
-    section = load(folder / "tiny.yaml").quantize.int4
     trained = model.load(folder / "run" / arm / "model")
-    round_weights(trained, *trained_roundings(section, 4, folder / "run" / arm / "model"))
+    round_weights(trained, *trained_roundings(rounding_of(folder), folder / "run" / arm / "model"))
     bundle = folder / "run" / arm / "int4"
     exact = OnnxModel(bundle, 1, graph=at_accuracy_level(bundle, 0))
     held = np.load(folder / "run" / "corpus" / "heldout.npy")[:4].astype(np.int64)
@@ -96,12 +106,11 @@ def test_the_weights_left_behind_are_not_the_rounded_ones_and_scales_lie_beside_
     built: tuple[str, Path],
 ) -> None:
     name, folder = built
-    section = load(folder / "tiny.yaml").quantize.int4
     for arm in ARMS:
         own = folder / "run" / arm / "model"
-        assert (own / SCALES).is_file() == (name == "gptq")
+        assert (own / SCALES).is_file() == name.endswith("gptq")
         plain, rounded = model.load(own), model.load(own)
-        names = round_weights(rounded, *trained_roundings(section, 4, own))
+        names = round_weights(rounded, *trained_roundings(rounding_of(folder), own))
         for key in names:
             assert not torch.equal(plain.get_parameter(key), rounded.get_parameter(key))
         assert results(folder / "run" / arm / "int4")["is_trained"] is True
@@ -109,7 +118,7 @@ def test_the_weights_left_behind_are_not_the_rounded_ones_and_scales_lie_beside_
 
 def test_both_arms_start_from_one_loss(built: tuple[str, Path]) -> None:
     name, folder = built
-    trained = "adapter" if name == "lora" else "model"
+    trained = "adapter" if name.endswith("lora") else "model"
     firsts = {results(folder / "run" / arm / trained)["log"][0]["loss"] for arm in ARMS}
     assert len(firsts) == 1
 
@@ -142,6 +151,7 @@ def test_changed_options_of_the_bundle_train_again_only_where_training_sees_them
         (["train.adapter={kind: lora}", "quantize.int4.method=gptq"], "needs rtn, or no adapter"),
         (["train.distributed={fsdp: full_shard}"], "rounding needs it whole"),
         (["quantize.int4.method=gptq", "train.compile=true"], "cannot be calibrated"),
+        (["quantize.budget=null", "quantize.max_perplexity_increase=3%"], "needs a quantize.budget"),
         (["quantize.int4.method=gptq", "train.quantization_aware={precision: int4, ramp: 0.1}"], "fade in"),
     ],
 )
@@ -159,15 +169,55 @@ def test_scales_of_another_grid_are_refused(tmp_path: Path, tiny_folder: dict[st
     from edgedisp.stages.rounding import _keep, trained_scales
 
     one, other = Grid(4, 32, False), Grid(4, 16, False)
-    _keep({"a.weight": Scales(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.uint8))}, one, tmp_path)
-    assert set(trained_scales(tmp_path, one)) == {"a.weight"}
+    found = {"a.weight": Scales(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.uint8))}
+    _keep(found, lambda name: one, tmp_path)
+    assert set(trained_scales(tmp_path, lambda name: one)) == {"a.weight"}
     with pytest.raises(BadInput, match="were trained on"):
-        trained_scales(tmp_path, other)
+        trained_scales(tmp_path, lambda name: other)
 
 
 def test_every_product_of_the_layers_is_in_the_trained_bundle(built: tuple[str, Path]) -> None:
     name, folder = built
     record = results(folder / "run" / "baseline" / "int4")
-    assert record["calibrated_tensors"] == (8 if name == "gptq" else 0)  # 4 products in each of 2 layers
+    handed = {"gptq": 8, "searched, gptq": 9, "searched, lora": 9}  # 4 products in each of 2 layers, the head
+    assert record["calibrated_tensors"] == handed.get(name, 0)
     graph = onnx.load(folder / "run" / "baseline" / "int4" / "model.onnx", load_external_data=False).graph
     assert sum(node.op_type == "MatMulNBits" for node in graph.node) == 9
+
+
+def test_a_search_comes_before_training_and_every_arm_trains_and_ships_on_what_it_chose(
+    built: tuple[str, Path],
+) -> None:
+    name, folder = built
+    run = folder / "run"
+    if not name.startswith("searched"):
+        assert not (run / "bits").exists()
+        return
+    rows = {row["name"]: row for row in chosen_rows(run / "bits")}
+    kinds = {(row["bits"], row["group"], row["symmetric"]) for row in rows.values()}
+    assert len(kinds) > 1  # or the search would have shown nothing
+    for arm in ARMS:
+        record = results(run / arm / "int4")
+        assert record["size_bytes"] <= record["search"]["goal"]["budget"]
+        for row in record["by_tensor"]:
+            assert all(row[key] == rows[row["name"]][key] for key in ("bits", "group", "symmetric"))
+    parameters = {parameter for row in rows.values() for parameter in row["parameters"]}
+    held = model.load(run / "baseline" / "model")
+    assert parameters - {"lm_head.weight"} == {
+        key for key, value in held.named_parameters() if value.ndim > 1
+    }
+    searches = [results(run / arm / "int4")["search"] for arm in ARMS]
+    assert searches[0]["trained"].keys() == {"measured_kl", "perplexity_increase"}
+    assert searches[1]["decided_by"] == "baseline"
+
+
+def test_a_searched_bundle_trains_again_only_for_another_budget(
+    tmp_path: Path, tiny_folder: dict[str, Path]
+) -> None:
+    path = write(tmp_path, tiny_folder["llama"], "searched, gptq")
+    whole, more = keys(path), keys(path, "quantize.budget=140kB")
+    assert whole["bits"] != more["bits"] and "bits" not in keys(path, "quantize.budget=null")
+    assert whole["bits"] == keys(path, "quantize.int4.accuracy_level=0")["bits"]
+    reads = {stage.name: stage.reads for stage in stages(load(path), threads=1)}
+    for stage in ("baseline/model", "dispersed/model", "baseline/int4", "dispersed/verify-int4"):
+        assert "bits" in reads[stage]

@@ -205,16 +205,17 @@ def test_a_corrected_model_stays_nearer_to_the_unrounded_one(tmp_path: Path, for
 def test_correction_leaves_the_first_maps_and_every_other_parameter_alone(tmp_path: Path) -> None:
     """Nothing was rounded before the first maps; and the unrounded weights are put back whole."""
     model, untouched = twins.make(tmp_path, "llama"), twins.make(tmp_path, "llama")
-    waves: list[Wave] = []
+    held: dict[str, Tensor] = {}
 
     def rounding(wave: Wave) -> dict[str, Tensor]:
-        waves.append(wave)
-        return to_nearest(wave)
+        for name, weight in wave.weights.items():
+            assert torch.equal(weight, untouched.get_parameter(f"{name}.weight"))
+            assert held or torch.equal(weight, wave.wanted[name])
+        found = to_nearest(wave)
+        held.update(found)
+        return found
 
     calibrate(model, decoder_layers(model), BLOCKS, rounding, correction=1.0)
-    for name, weight in waves[0].wanted.items():
-        assert torch.equal(weight, waves[0].weights[name])
-    held = {name: values for wave in waves for name, values in to_nearest(wave).items()}
     for name, parameter in model.named_parameters():
         module = name.removesuffix(".weight")
         expected = held[module] if module in held else untouched.get_parameter(name)

@@ -24,6 +24,7 @@ from edgedisp.quantize.sensitivity import loss
 from edgedisp.recipe import Quantize, load
 from edgedisp.recipe.sections import Int4
 from edgedisp.stages import bundles, mixed
+from edgedisp.stages.texts import pieces_of
 
 TOKENS = np.random.default_rng(0).integers(3, twins.VOCABULARY, (8, 40)).astype(np.uint16)
 Folders = dict[str, Path]
@@ -82,7 +83,7 @@ def test_a_budget_is_held_by_the_files_and_what_was_measured_is_what_ships(
     assert search["size_bytes"] == record["size_bytes"]
     rows = record["by_tensor"]
     assert {row["bits"] for row in rows} == {4, 8} and all(row["calibrated"] for row in rows)
-    pieces = mixed._pieces(TOKENS, twins.VOCABULARY)
+    pieces = pieces_of(TOKENS, model.load(found["model"]))
     shipped, exact = OnnxModel(tmp_path / "int4", 1), model.TorchModel(model.load(found["model"]))
     both = [
         [one(piece[None].numpy(), np.ones((1, len(piece)), np.int64))[0] for piece in pieces]
@@ -197,7 +198,7 @@ def test_an_arm_that_follows_is_stored_as_the_one_that_searched(
     assert decider.sha256("model.onnx.data") != follower.sha256("model.onnx.data")
     search = follower.results["search"]
     assert search["decided_by"] == "baseline" and search["size_bytes"] <= middle
-    pieces = mixed._pieces(TOKENS, twins.VOCABULARY)
+    pieces = pieces_of(TOKENS, model.load(other["model"]))
     shipped = OnnxModel(follower.folder, 1, graph=at_accuracy_level(follower.folder, 0))
     both = [
         [one(piece[None].numpy(), np.ones((1, len(piece)), np.int64))[0] for piece in pieces]

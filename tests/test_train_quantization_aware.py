@@ -160,7 +160,7 @@ def calibrating(folder: Path, model_blocks: np.ndarray, **options: Any) -> Quant
         if continued:
             scales.update(torch.load(path, weights_only=False))
         else:
-            scales.update(calibrated_start(model, decoder_layers(model), model_blocks, BODY))
+            scales.update(calibrated_start(model, decoder_layers(model), model_blocks, lambda name: BODY))
             torch.save(scales, path)
 
     return QuantizationAware(body, ROUNDING[1], grid="calibrated", begin=begin, **options)
@@ -306,7 +306,7 @@ def test_a_calibrated_start_is_the_model_that_gptq_makes(tiny_folder: dict[str, 
 
     for architecture in ("llama", "gpt2"):
         started, calibrated = opened(tiny_folder[architecture]), opened(tiny_folder[architecture])
-        scales = calibrated_start(started, decoder_layers(started), BLOCKS[:8], BODY)
+        scales = calibrated_start(started, decoder_layers(started), BLOCKS[:8], lambda name: BODY)
         gptq_model(calibrated, decoder_layers(calibrated), BLOCKS[:8], BODY)
 
         def body(name: str, weight: Tensor, scales: Any = scales) -> Tensor:

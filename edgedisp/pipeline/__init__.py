@@ -1,8 +1,8 @@
 """The stages in order, what each depends on, and the loop that walks them.
 
-    recipe -> base -> corpus -> items -> midtrain[arm, seed] -> condensation[arm] -> export[arm, seed]
-           -> quantize[arm, seed, precision] -> survival[arm, precision] -> verify -> accuracy -> latency
-           -> pack[arm, target] -> report
+    recipe -> base -> corpus -> items -> (bits) -> midtrain[arm, seed] -> condensation[arm]
+           -> export[arm, seed] -> quantize[arm, seed, precision] -> survival[arm, precision]
+           -> verify -> accuracy -> latency -> pack[arm, target] -> report
 
 A stage's key is its section of the recipe and the content hashes of the stages it reads. A finished stage
 with the same key is kept. So a changed precision retrains nothing, and an unchanged recipe runs nothing:
@@ -15,7 +15,15 @@ from pathlib import Path
 
 from edgedisp.folder import Record, open_run, read
 from edgedisp.pipeline import shipping
-from edgedisp.pipeline.training import base_stage, corpus_stage, decider_of, merge_stage, training_stage
+from edgedisp.pipeline.training import (
+    base_stage,
+    bits_stage,
+    corpus_stage,
+    decider_of,
+    merge_stage,
+    searched_before,
+    training_stage,
+)
 from edgedisp.pipeline.walk import Observer, Stage, Walked, Work, walk
 from edgedisp.recipe import BITS, Recipe
 
@@ -49,6 +57,8 @@ def stages(recipe: Recipe, threads: int) -> list[Stage]:
     names = [run.name for run in runs]
     first = [run.name for run in runs if run.replica == 0]
     found = [base_stage(recipe), corpus_stage(recipe), shipping.items(recipe)]
+    if searched_before(recipe):
+        found.append(bits_stage(recipe, threads))
     found += [training_stage(recipe, run) for run in runs]
     decider = decider_of(recipe)
     ordered = sorted(names, key=lambda name: name != decider)  # others may follow what this one decides

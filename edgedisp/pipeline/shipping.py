@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp.folder import digest
-from edgedisp.pipeline.training import bits_section, decider_of, plain
+from edgedisp.pipeline.training import BITS_STAGE, bits_section, decider_of, plain, searched_before
 from edgedisp.pipeline.walk import Stage, Work
 from edgedisp.recipe import BITS, Recipe, load_target
 
@@ -65,6 +65,8 @@ def export(arm: str, threads: int) -> Stage:
 
 def quantize(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
     if precision == "int4" and recipe.quantize.searched:
+        if searched_before(recipe):
+            return _quantize_as_trained(recipe, arm, threads)
         return _quantize_searched(recipe, arm, threads)
     parent, model = f"{arm}/fp32", f"{arm}/model"
     options = getattr(recipe.quantize, precision)
@@ -148,6 +150,34 @@ def _quantize_searched(recipe: Recipe, arm: str, threads: int) -> Stage:
     return Stage(f"{arm}/int4", section, reads, work)
 
 
+def _quantize_as_trained(recipe: Recipe, arm: str, threads: int) -> Stage:
+    """The int4 bundle on the grids that training went by."""
+    parent, model, goal = f"{arm}/fp32", f"{arm}/model", recipe.quantize
+    decider = _decider(recipe, arm, "int4")
+
+    def work(job: Work) -> dict[str, Any]:
+        from edgedisp import stages as run
+
+        folders = job.folders
+        return run.quantize_as_trained(
+            goal,
+            folders[parent],
+            folders[model],
+            folders["corpus"],
+            folders[BITS_STAGE],
+            threads,
+            job.own,
+            job.progress,
+            None if decider is None else folders[decider],
+        )
+
+    section: dict[str, Any] = {"accuracy_level": goal.int4.accuracy_level, "as_trained": True}
+    if goal.int4.accuracy_level == "auto":
+        section |= {"threads": threads, "max_flips": goal.int4.max_flips}
+    reads = (parent, model, "corpus", BITS_STAGE) + (() if decider is None else (decider,))
+    return Stage(f"{arm}/int4", section, reads, work)
+
+
 def survival(arm: str, precision: str, against: str | None) -> Stage:
     """What is left of training's change in a bundle; `against`: the baseline's model, for other arms."""
     model, parent, bundle = (f"{arm}/{part}" for part in ("model", "fp32", precision))
@@ -169,14 +199,16 @@ def verify(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
     model, bundle = f"{arm}/model", f"{arm}/{precision}"
     limits = recipe.verify.limits(precision)
     blocks = max(1, -(-recipe.verify.tokens // recipe.data.context))
-    trained = None
-    if _is_trained(recipe, precision):
-        trained = getattr(recipe.quantize, precision), BITS[precision]
+    is_trained = _is_trained(recipe, precision)
+    searched = is_trained and searched_before(recipe)
 
     def work(job: Work) -> dict[str, Any]:
         from edgedisp import stages as run
 
-        folders = job.folders
+        folders, trained = job.folders, None
+        if is_trained:
+            chosen = folders[BITS_STAGE] if searched else None
+            trained = getattr(recipe.quantize, precision), BITS[precision], chosen
         return run.verify(
             limits,
             trained,
@@ -190,9 +222,10 @@ def verify(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
         )
 
     section = {"limits": limits, "blocks": blocks, "threads": threads}
-    if trained is not None:
+    if is_trained:
         section["trained"] = True
-    return Stage(f"{arm}/verify-{precision}", section, (model, bundle, "corpus"), work)
+    reads = (model, bundle, "corpus", BITS_STAGE) if searched else (model, bundle, "corpus")
+    return Stage(f"{arm}/verify-{precision}", section, reads, work)
 
 
 def _scoring(recipe: Recipe) -> tuple[dict[str, Any], Callable[[Work], Any]]:

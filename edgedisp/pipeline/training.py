@@ -8,6 +8,8 @@ from edgedisp.pipeline.walk import Stage, Work
 from edgedisp.recipe import Adapter, ArmRun, QuantizeBits, Recipe
 from edgedisp.recipe.schema import ONLOOKERS
 
+BITS_STAGE = "bits"
+
 
 def plain(section: Any) -> dict[str, Any]:
     dumped: dict[str, Any] = section.model_dump(mode="json")
@@ -60,6 +62,33 @@ def corpus_stage(recipe: Recipe) -> Stage:
     return Stage("corpus", section, ("base",), work)
 
 
+def searched_before(recipe: Recipe) -> bool:
+    """Whether bits are searched for on the base, because training sees the bundle's rounding."""
+    chosen = recipe.train.quantization_aware
+    return chosen is not None and chosen.precision == "int4" and recipe.quantize.searched
+
+
+def bits_stage(recipe: Recipe, threads: int) -> Stage:
+    """Bits, group and symmetry of each weight, for every arm to train under and to ship with."""
+    goal = recipe.quantize
+
+    def work(job: Work) -> dict[str, Any]:
+        from edgedisp import stages as run
+
+        folders = job.folders
+        return run.choose_bits(
+            goal, recipe.seed, folders["base"], folders["corpus"], threads, job.own, job.progress
+        )
+
+    section = {
+        "budget": goal.budget,
+        "by_gptq": goal.int4.method == "gptq",
+        "threads": threads,
+        "seed": recipe.seed,
+    }
+    return Stage(BITS_STAGE, section, ("base", "corpus"), work)
+
+
 def training_stage(recipe: Recipe, run: ArmRun) -> Stage:
     """One arm with one seed. Its key holds nothing of other arms, so that adding one retrains none."""
     train = plain(recipe.train)
@@ -72,6 +101,8 @@ def training_stage(recipe: Recipe, run: ArmRun) -> Stage:
 
     chosen = recipe.train.quantization_aware
     rounded = None if chosen is None else getattr(recipe.quantize, chosen.precision)
+
+    searched = searched_before(recipe)
 
     def work(job: Work) -> dict[str, Any]:
         from edgedisp import stages
@@ -86,6 +117,7 @@ def training_stage(recipe: Recipe, run: ArmRun) -> Stage:
             job.folders["corpus"],
             job.own,
             job.progress,
+            job.folders[BITS_STAGE] if searched else None,
         )
 
     section = {"train": train, "steps": recipe.steps, "seed": run.seed}
@@ -96,7 +128,8 @@ def training_stage(recipe: Recipe, run: ArmRun) -> Stage:
     if rounded is not None:
         section["rounded"] = {key: value for key, value in plain(rounded).items() if key != "accuracy_level"}
     name = f"{run.name}/model" if recipe.train.adapter is None else f"{run.name}/adapter"
-    return Stage(name, section, ("base", "corpus"), work, resumable=True, every_process=True)
+    reads = ("base", "corpus", BITS_STAGE) if searched else ("base", "corpus")
+    return Stage(name, section, reads, work, resumable=True, every_process=True)
 
 
 def merge_stage(recipe: Recipe, chosen: Adapter, arm: str) -> Stage:

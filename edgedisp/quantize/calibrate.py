@@ -106,9 +106,10 @@ def calibrate(
             if correction:
                 second, shift = _moments(call, together, states, plain, held)
                 wanted = _corrected(weights, second, shift, correction)
+                held.keep(together)
             else:
                 second, wanted = second_moment(call, together[0], states), weights
-            _write(together, rounding(Wave(weights, wanted, second)), names, held)
+            _write(together, rounding(Wave(weights, wanted, second)), names)
         with held.unrounded():
             plain = [call(state) for state in plain]
         states = [call(state) for state in states]
@@ -126,6 +127,10 @@ class _Held:
 
     weights: dict[Any, Tensor] = field(default_factory=dict)
 
+    def keep(self, modules: Sequence[Any]) -> None:
+        """Copies of theirs, before they are rounded."""
+        self.weights |= {module: module.weight.data.clone() for module in modules}
+
     @contextmanager
     def unrounded(self) -> Iterator[None]:
         """The layer with its own weights."""
@@ -139,12 +144,11 @@ class _Held:
                 module.weight.data = weight
 
 
-def _write(modules: Sequence[Any], found: dict[str, Tensor], names: dict[Any, str], held: _Held) -> None:
+def _write(modules: Sequence[Any], found: dict[str, Tensor], names: dict[Any, str]) -> None:
+    """In place: a model's weights may lie in one piece of memory, which is not freed in parts."""
     for module in modules:
         values = found[names[module]]
-        held.weights[module] = module.weight.data
-        new = values.T if isinstance(module, Conv1D) else values
-        module.weight.data = new.to(module.weight.dtype).contiguous()
+        module.weight.copy_(values.T if isinstance(module, Conv1D) else values)
 
 
 def _moments(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from edgedisp import Progress, silent
 from edgedisp.quantize.calibrate import Wave, calibrate, second_moment
 from edgedisp.quantize.gptq import gptq
-from edgedisp.quantize.grid import Blocks, Grid, dequantize, split_rows, stacked
+from edgedisp.quantize.grid import Blocks, Grid, by_grid, dequantize, split_rows, stacked
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.methods import METHODS
 
@@ -89,10 +89,8 @@ def _round(
     made = Made()
 
     def rounding(wave: Wave) -> dict[str, Tensor]:
-        grids = {name: grid if isinstance(grid, Grid) else grid[name] for name in wave.weights}
         held: dict[str, Tensor] = {}
-        for on in dict.fromkeys(grids.values()):
-            wanted = {name: weight for name, weight in wave.wanted.items() if grids[name] == on}
+        for on, wanted in by_grid(wave.wanted, lambda name: grid if isinstance(grid, Grid) else grid[name]):
             held |= together(wanted, wave, on)
         return held
 

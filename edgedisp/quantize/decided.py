@@ -46,14 +46,15 @@ class Decided:
         self.assignment = {row["name"]: _choice(row, accuracy_level) for row in rows}
         if set(self.assignment) != {unit.name for unit in self.units}:
             raise BuildFailed(f"{source}: its weights are not those of the bundle whose search decides")
-        self.moments = moments(model, self.units, self.pieces, seed, progress)
+        self._seed, self._progress = seed, progress
 
     def add(self, made: Made, *, ends_alone: bool = False) -> None:
         """Round the weights into `made`; or embedding and head alone, which calibration leaves out."""
+        known = moments(self.model, self.units, self.pieces, self._seed, self._progress)
         for unit in self.units:
             if unit.outer or not ends_alone:
                 weight, choice = read_unit(self.model, unit), self.assignment[unit.name]
-                made.add(weight, choice.blocks(weight, self.moments[unit.name].importance), choice.grid)
+                made.add(weight, choice.blocks(weight, known[unit.name].importance), choice.grid)
 
     def module_grids(self) -> dict[str, Grid]:
         """Linear map of the layers -> its grid."""

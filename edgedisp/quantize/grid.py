@@ -26,6 +26,7 @@ Left out: fp16 scales (onnxruntime has no CPU kernels for them).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,6 +169,15 @@ def concatenate(parts: list[Blocks]) -> Blocks:
         torch.cat(zero_points) if zero_points else None,
         parts[0].columns,
     )
+
+
+def by_grid(
+    weights: dict[str, Tensor], grids: Callable[[str], Grid]
+) -> Iterator[tuple[Grid, dict[str, Tensor]]]:
+    """The weights that lie on one grid together, by `grids` of their names."""
+    on = {name: grids(name) for name in weights}
+    for grid in dict.fromkeys(on.values()):
+        yield grid, {name: weight for name, weight in weights.items() if on[name] == grid}
 
 
 def stacked(weights: dict[str, Tensor]) -> tuple[Tensor, list[int]]:

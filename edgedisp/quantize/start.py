@@ -6,6 +6,7 @@ it (gptq.py) and hands out the scales. Rounded on them, the model is the GPTQ-qu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from edgedisp import Progress, silent
 from edgedisp.quantize.calibrate import Wave, calibrate
 from edgedisp.quantize.gptq import gptq_latent
-from edgedisp.quantize.grid import Grid, dequantize, split_rows, stacked
+from edgedisp.quantize.grid import Grid, by_grid, dequantize, split_rows, stacked
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def calibrated_start(
     model: nn.Module,
     layers: nn.ModuleList,
     tokens: NDArray[Any],
-    grid: Grid,
+    grids: Callable[[str], Grid],
     *,
     damping: float = 0.01,
     act_order: bool = True,
@@ -48,19 +49,25 @@ def calibrated_start(
 ) -> dict[str, Scales]:
     """Put GPTQ's latent weights into `layers`; return parameter name -> the scales they are rounded on.
 
-    tokens: unsigned integers [blocks, context], all real text. Scales lie on the model's device. BadInput
-    names a weight that cannot be quantized.
+    tokens: unsigned integers [blocks, context], all real text. `grids`: of each parameter by name. Scales
+    lie on the model's device. BadInput names a weight that cannot be quantized.
     """
     latents: dict[str, Tensor] = {}
     found: dict[str, Scales] = {}
 
     def rounding(wave: Wave) -> dict[str, Tensor]:
-        joined, heights = stacked(wave.wanted)
-        blocks, latent = gptq_latent(joined, grid, wave.second, damping=damping, act_order=act_order)
-        latents.update(zip(wave.wanted, latent.split(heights)))
-        for name, part in zip(wave.wanted, split_rows(blocks, heights)):
+        held: dict[str, Tensor] = {}
+        for grid, wanted in by_grid(wave.wanted, lambda name: grids(f"{name}.weight")):
+            held |= together(wanted, wave.second, grid)
+        return held
+
+    def together(wanted: dict[str, Tensor], second: Tensor, grid: Grid) -> dict[str, Tensor]:
+        joined, heights = stacked(wanted)
+        blocks, latent = gptq_latent(joined, grid, second, damping=damping, act_order=act_order)
+        latents.update(zip(wanted, latent.split(heights)))
+        for name, part in zip(wanted, split_rows(blocks, heights)):
             found[f"{name}.weight"] = Scales(part.scales.clone(), part.zero_points)
-        return dict(zip(wave.wanted, dequantize(blocks, grid).split(heights)))
+        return dict(zip(wanted, dequantize(blocks, grid).split(heights)))
 
     device = next(model.parameters()).device
     blocks = torch.from_numpy(np.asarray(tokens, np.int64)).to(device)

@@ -85,6 +85,14 @@ def weight_of(module: Any) -> Tensor:
     return module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
 
 
+def parameters_of(model: nn.Module, unit: Unit) -> list[str]:
+    """The parameters that the unit is made of, by name; a tied weight by both of its names."""
+    modules = list(unit.modules)
+    if unit.embeds:
+        modules.append(_name_of(model, model.get_input_embeddings()))  # type: ignore[operator]
+    return [f"{name}.weight" for name in modules]
+
+
 def read_unit(model: nn.Module, unit: Unit) -> Tensor:
     """The weight fp32 [rows, columns]; a copy where it has several parts."""
     if not unit.modules:

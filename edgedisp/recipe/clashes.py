@@ -158,12 +158,11 @@ def _aware(recipe: Recipe) -> Iterator[Clash]:
             (("train", "compile"), key, method),
             "compiled layers cannot be calibrated in the middle of training; needs false, or method: rtn",
         )
-    if chosen.precision == "int4" and recipe.quantize.searched:
-        goal = "budget" if recipe.quantize.budget is not None else "max_perplexity_increase"
+    if chosen.precision == "int4" and recipe.quantize.max_perplexity_increase is not None:
         yield Clash(
-            (("quantize", goal), key),
-            "a search chooses each weight's grid after training, so it cannot be trained under; take one of "
-            "the two out",
+            (("quantize", "max_perplexity_increase"), key),
+            "training under rounding needs each weight's grid beforehand, and what it will lose is not known "
+            "then; needs a quantize.budget in its place, or no quantization_aware",
         )
     if getattr(recipe.quantize, chosen.precision).rescale:
         yield Clash(

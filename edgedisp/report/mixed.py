@@ -82,6 +82,13 @@ def _words(search: Search) -> str:
     if after:
         kl, higher = (number(after.get(key)) for key in ("measured_kl", "perplexity_increase"))
         parts.append(f"after gptq KL {small(kl)}, perplexity {percent(higher)} higher")
+    trained = branch(search, "trained")
+    if trained:
+        kl, higher = (number(trained.get(key)) for key in ("measured_kl", "perplexity_increase"))
+        parts.append(
+            "all that of the base, before training; of the model trained under this rounding KL "
+            f"{small(kl)}, perplexity {percent(higher)} higher"
+        )
     return ", ".join(parts)
 
 

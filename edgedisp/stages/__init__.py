@@ -9,7 +9,9 @@ what a stage does not get, it cannot depend on, and the cache key in pipeline/ i
     adapters.py  merge_adapter: an adapter's audit, and the model folder it is merged into
     condensation.py  condensation, bundle_condensation: the geometry of token vectors, before and after export
     bundles.py   export, quantize, verify: ONNX bundles out of a model folder
-    mixed.py     quantize_searched: bits, group and method by weight; levels.py: accuracy level by node
+    mixed.py     quantize_searched, quantize_as_trained: bits, group and method by weight
+    bits.py      choose_bits: the same for a training under rounding, before it
+    texts.py     the training text that such choices are measured on; levels.py: accuracy level by node
     rounding.py  the rounding that quantization-aware training and its bundle share
     packing.py   pack: a bundle for a kind of device, in the layouts of its runtimes, with a manifest
     survival.py  survival: what is left of training's change after quantization
@@ -20,10 +22,11 @@ what a stage does not get, it cannot depend on, and the cache key in pipeline/ i
 
 from edgedisp.stages.accounting import base_skeleton, size_account
 from edgedisp.stages.adapters import merge_adapter
+from edgedisp.stages.bits import choose_bits
 from edgedisp.stages.bundles import export, quantize, verify
 from edgedisp.stages.condensation import bundle_condensation, condensation
 from edgedisp.stages.figures import accuracy, count_items, items, latency
-from edgedisp.stages.mixed import quantize_searched
+from edgedisp.stages.mixed import quantize_as_trained, quantize_searched
 from edgedisp.stages.packing import pack, provenance_of
 from edgedisp.stages.pilot import judging, pilot_candidate
 from edgedisp.stages.start import base, fetch_base, tokens, twin_base
@@ -35,6 +38,7 @@ __all__ = [
     "base",
     "base_skeleton",
     "bundle_condensation",
+    "choose_bits",
     "condensation",
     "count_items",
     "export",
@@ -49,6 +53,7 @@ __all__ = [
     "pilot_candidate",
     "provenance_of",
     "quantize",
+    "quantize_as_trained",
     "quantize_searched",
     "size_account",
     "survival",

@@ -11,7 +11,7 @@ from edgedisp.graph.outline import cache_bytes, outline
 from edgedisp.quantize.account import account
 from edgedisp.quantize.grid import Grid
 from edgedisp.recipe import Model, QuantizeBits
-from edgedisp.stages.rounding import grids as bundle_grids
+from edgedisp.stages.rounding import uniform_grids
 from edgedisp.stages.start import fetch_base
 
 SMOKE_CONTEXT = 512  # positions of the twin, as `start.twin_base` makes it
@@ -36,7 +36,7 @@ def size_account(
     shapes = outline(opened)
     precisions = {"fp32": account(shapes.model)}
     for name, (bits, section) in quantized.items():
-        precisions[name] = account(shapes.model, *bundle_grids(section, bits), (grids or {}).get(name))
+        precisions[name] = account(shapes.model, *uniform_grids(section, bits), (grids or {}).get(name))
     capped = {target: min(most, shapes.context) for target, most in positions.items()}
     return {
         "exact": shapes.exact,

@@ -32,7 +32,7 @@ from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.evaluate.statistics import Metric, paired
 from edgedisp.folder import read
 from edgedisp.recipe import Adapter, QuantizeBits
-from edgedisp.stages.rounding import to_nearest
+from edgedisp.stages.rounding import Trained, to_nearest
 from edgedisp.stages.start import weights_digest
 from edgedisp.train import audit, merge
 from edgedisp.train.adapter import AdapterSettings, attach
@@ -139,7 +139,7 @@ class _Makers:
     def on_int4(self, make: Callable[[], Any]) -> Any:
         """A model whose weights were rounded as quantize/rewrite.py rounds the bundle's."""
         made = make()
-        round_weights(made, *to_nearest(self.int4, bits=4))
+        round_weights(made, *to_nearest(Trained(self.int4, 4)))
         return made
 
     def on_bfloat16(self, make: Callable[[], Any]) -> Any:

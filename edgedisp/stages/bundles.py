@@ -28,8 +28,9 @@ from edgedisp.quantize.made import Made
 from edgedisp.quantize.rewrite import quantize_bundle
 from edgedisp.quantize.store import DATA, GRAPH
 from edgedisp.recipe import QuantizeBits
+from edgedisp.stages.bits import chosen_grids
 from edgedisp.stages.levels import first_level, measured_levels
-from edgedisp.stages.rounding import trained_blocks, trained_roundings
+from edgedisp.stages.rounding import Trained, trained_blocks, trained_roundings
 from edgedisp.stages.start import heldout_documents
 from edgedisp.train.rounded import round_weights
 
@@ -73,7 +74,7 @@ def quantize(
                 )
                 _save(opened, model_folder, Path(scratch) / "model")
             if is_trained:
-                made = trained_blocks(section, bits, opened, model_folder)
+                made = trained_blocks(Trained(section, bits), opened, model_folder)
             else:
                 made = _calibrated(section, bits, opened, text, progress)
             del opened
@@ -178,7 +179,7 @@ def _export_like(parent: Path, scratch: Path, progress: Progress) -> Path:
 
 def verify(
     limits: dict[str, float | None],
-    trained: tuple[QuantizeBits, int] | None,
+    trained: tuple[QuantizeBits, int, Path | None] | None,
     blocks: int,
     model_folder: Path,
     bundle: Path,
@@ -189,8 +190,9 @@ def verify(
 ) -> dict[str, Any]:
     """Open, run and compare what ships with the torch model; BuildFailed with the reason if it disagrees.
 
-    `trained`: section and bits of the rounding that the model was trained under. The torch model is then
-    rounded so, and the graph, its arithmetic set to fp32, has to give its logits.
+    `trained`: section and bits of the rounding that the model was trained under, and the folder of the search
+    that chose its grids. The torch model is then rounded so, and the graph, its arithmetic set to fp32, has
+    to give its logits.
     """
     held = np.load(corpus_folder / "heldout.npy", allow_pickle=False)[:blocks].astype(np.int64)
     prompts = _ragged_prompts(held)
@@ -198,7 +200,9 @@ def verify(
     opened = check.check(bundle, prompts, texts=texts, threads=threads)
     torch_model = model.load(model_folder)
     if trained is not None:
-        round_weights(torch_model, *trained_roundings(*trained, model_folder))
+        section, bits, searched = trained
+        rounding = Trained(section, bits, chosen_grids(searched))
+        round_weights(torch_model, *trained_roundings(rounding, model_folder))
     reference, shipped = model.TorchModel(torch_model), OnnxModel(bundle, threads)
     difference = Divergence()
     for done, block in enumerate(held):

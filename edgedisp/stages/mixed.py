@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from edgedisp import BadInput, BuildFailed, Progress, model
+from edgedisp import BuildFailed, Progress, model
 from edgedisp.folder import read
 from edgedisp.quantize.candidates import METHODS_TRIED
 from edgedisp.quantize.decided import Decided
@@ -22,13 +20,11 @@ from edgedisp.quantize.mixed import Search
 from edgedisp.quantize.rewrite import quantize_assigned
 from edgedisp.quantize.search import Solution
 from edgedisp.recipe import Quantize
+from edgedisp.stages.bits import chosen_grids, chosen_rows
 from edgedisp.stages.bundles import by_gptq, calibration_text
 from edgedisp.stages.levels import first_level, measured_levels
-
-PIECES, PIECE_TOKENS = 4, 128  # on which KL and gradients are taken
-PERPLEXITY_TOKENS = 4096  # on which a limit on perplexity is held
-FEWEST_TOKENS = 64
-REFERENCE_BYTES = 1 << 28  # of the unrounded model's log-probabilities, which are kept
+from edgedisp.stages.rounding import Trained, trained_blocks
+from edgedisp.stages.texts import blocks_of, pieces_of
 
 
 def quantize_searched(
@@ -60,8 +56,8 @@ def quantize_searched(
     search = Search(
         parent,
         opened,
-        _pieces(tokens, opened.get_output_embeddings().weight.shape[0]),
-        [_long(block) for block in tokens[: -(-PERPLEXITY_TOKENS // tokens.shape[1])]],
+        pieces_of(tokens, opened),
+        blocks_of(tokens),
         methods=("k_quant",) if is_gptq else METHODS_TRIED,
         accuracy_level=first_level(int4),
         seed=seed,
@@ -111,8 +107,8 @@ def _as_decided(
         parent,
         opened,
         there.results["by_tensor"],
-        _pieces(tokens, opened.get_output_embeddings().weight.shape[0]),
-        [_long(block) for block in tokens[: -(-PERPLEXITY_TOKENS // tokens.shape[1])]],
+        pieces_of(tokens, opened),
+        blocks_of(tokens),
         accuracy_level=first_level(int4),
         seed=seed,
         progress=progress,
@@ -142,6 +138,46 @@ def _as_decided(
     return measured_levels(int4, record, own, corpus_folder, threads, progress, decided)
 
 
+def quantize_as_trained(
+    section: Quantize,
+    parent: Path,
+    model_folder: Path,
+    corpus_folder: Path,
+    bits_folder: Path,
+    threads: int,
+    own: Path,
+    progress: Progress,
+    decided: Path | None = None,
+) -> dict[str, Any]:
+    """The bundle of a model that was trained under the grids of `bits_folder` (bits.py), rounded as training
+    did. `decided`: the bundle of the arm whose accuracy levels hold for this one too.
+
+    The record is that of `quantize_searched`; the search's figures are of the base, before training, and
+    `trained` {measured_kl, perplexity_increase} of this model. An arm that follows has those alone.
+    """
+    int4, there = section.int4, read(bits_folder)
+    if there is None:
+        raise BuildFailed(f"{bits_folder}: the search that training went by is gone; build again")
+    tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+    opened, level = model.load(model_folder), first_level(int4)
+    rows = chosen_rows(bits_folder)
+    stored = Decided(parent, opened, rows, pieces_of(tokens, opened), blocks_of(tokens), accuracy_level=level)
+    made = trained_blocks(Trained(int4, 4, chosen_grids(bits_folder)), opened, model_folder)
+    record = quantize_assigned(parent, own, stored.assignment, made=made, progress=progress)
+    record["by_tensor"] = [row | {"method": int4.method} for row in record["by_tensor"]]
+    goal = {"budget": section.budget, "max_perplexity_increase": None}
+    search: dict[str, Any] = {"goal": goal}
+    if decided is None:
+        search |= there.results["search"] | {"trained": stored.cost(made)}
+    else:
+        search |= {"decided_by": decided.parent.name, **stored.cost(made)}
+    search["size_bytes"] = record["size_bytes"]
+    if section.budget is not None and record["size_bytes"] > section.budget:
+        raise BuildFailed(f"the bundle takes {record['size_bytes']} bytes, the budget is {section.budget}")
+    record = {"bits": 4, "method": int4.method} | record | {"search": search, "is_trained": True}
+    return measured_levels(int4, record, own, corpus_folder, threads, progress, decided)
+
+
 def _solve(section: Quantize, search: Search) -> tuple[Solution, list[dict[str, float]]]:
     if section.budget is not None:
         return search.within(section.budget), []
@@ -157,22 +193,3 @@ def _hold(limit: float | None, found: float) -> None:
             f"quantize.max_perplexity_increase: after gptq, perplexity on the training text is {found:.2%} "
             f"higher, the limit is {limit:.2%}; another method or more calibration_tokens may hold it"
         )
-
-
-def _pieces(tokens: Any, vocabulary: int) -> list[Tensor]:
-    """Beginnings of blocks from all over the text, as many as memory allows."""
-    length = min(PIECE_TOKENS, tokens.shape[1])
-    count = max(
-        1, min(PIECES * PIECE_TOKENS // length, len(tokens), REFERENCE_BYTES // (4 * vocabulary * length))
-    )
-    if count * length < FEWEST_TOKENS:
-        raise BadInput(
-            f"quantize: a search needs at least {FEWEST_TOKENS} tokens of training text, there are "
-            f"{count * length}; raise train.tokens"
-        )
-    places = np.linspace(0, len(tokens) - 1, count).round().astype(int)
-    return [_long(tokens[place][:length]) for place in places]
-
-
-def _long(block: Any) -> Tensor:
-    return torch.from_numpy(np.asarray(block, np.int64))

@@ -8,12 +8,15 @@ functions over weights that the training room can use. Two methods can be traine
            GPTQ's latent weights, so the first rounded step sees the GPTQ-quantized model. The scales are
            written beside the trained weights (SCALES), and the bundle is rounded on them. Embedding and head
            are rounded to nearest.
+
+Which grid a weight lies on is the section's to say, or that of a search that came before training (bits.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,37 +29,68 @@ from torch import Tensor
 
 from edgedisp import BadInput, Progress
 from edgedisp.dispersion.collect import decoder_layers
+from edgedisp.folder import digest
 from edgedisp.quantize.grid import Blocks, Grid, dequantize, in_groups, quantize, round_to
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.start import Scales, calibrated_start
-from edgedisp.recipe import BITS, QuantizeBits
-from edgedisp.recipe import QuantizationAware as Chosen
+from edgedisp.recipe import QuantizationAware as Asked
+from edgedisp.recipe import QuantizeBits
 from edgedisp.train.quantization_aware import QuantizationAware
 from edgedisp.train.rounded import Rounding, weights_of
 
 SCALES = "quantization/scales.safetensors"  # in a folder of its own: model.save clears the top
 SLICE_VALUES = 1 << 22  # weight values rounded at a time: 16 MB of fp32, and a few times that in between
 
+Grids = Callable[[str], Grid]
+"""Name of a parameter -> the grid that it is rounded on."""
 
-def grids(section: QuantizeBits, bits: int) -> tuple[Grid, Grid]:
+
+def uniform_grids(section: QuantizeBits, bits: int) -> tuple[Grid, Grid]:
     """Of the layers' maps, and of the embedding and the head."""
     return Grid(bits, section.group, section.symmetric), Grid(
         section.head_bits, section.head_group or section.group, section.symmetric
     )
 
 
-def to_nearest(section: QuantizeBits, bits: int) -> tuple[Rounding, Rounding]:
+@dataclass(frozen=True)
+class Trained:
+    """The rounding that training sees and its bundle has: the precision's section and bits, and by name of
+    the parameter the grids that a search chose; None: the section's own."""
+
+    section: QuantizeBits
+    bits: int
+    chosen: Mapping[str, Grid] | None = None
+
+    @property
+    def grids(self) -> tuple[Grids, Grids]:
+        """Of the layers' maps, and of the embedding and the head."""
+        if self.chosen is not None:
+            return self.chosen.__getitem__, self.chosen.__getitem__
+        body, ends = uniform_grids(self.section, self.bits)
+        return (lambda name: body), (lambda name: ends)
+
+    @property
+    def named(self) -> str:
+        """Tells it from others: a checkpoint of a run under another rounding is not resumed from."""
+        if self.chosen is not None:
+            return f"{self.section.method} on {digest({name: str(on) for name, on in self.chosen.items()})}"
+        body, ends = uniform_grids(self.section, self.bits)
+        return f"{self.section.method} {body}, ends {ends}"
+
+
+def to_nearest(trained: Trained) -> tuple[Rounding, Rounding]:
     """How a bundle of method rtn rounds: body, ends."""
-    body, ends = grids(section, bits)
-    return partial(_nearest, grid=body), partial(_nearest, grid=ends)
+    body, ends = trained.grids
+    return partial(_nearest, grids=body), partial(_nearest, grids=ends)
 
 
-def _nearest(name: str, weight: Tensor, grid: Grid) -> Tensor:
+def _nearest(name: str, weight: Tensor, grids: Grids) -> Tensor:
+    grid = grids(name)
     return _in_slices(weight, lambda rows, first: dequantize(quantize(rows, grid), grid))
 
 
-def _on_scales(name: str, weight: Tensor, grid: Grid, scales: dict[str, Scales]) -> Tensor:
-    own = scales[name]
+def _on_scales(name: str, weight: Tensor, grids: Grids, scales: dict[str, Scales]) -> Tensor:
+    own, grid = scales[name], grids(name)
     return _in_slices(
         weight, lambda rows, first: dequantize(_blocks(rows, own.rows(first, len(rows)), grid), grid)
     )
@@ -76,28 +110,24 @@ def _in_slices(weight: Tensor, rounded: Callable[[Tensor, int], Tensor]) -> Tens
 
 
 def aware(
-    chosen: Chosen, section: QuantizeBits, tokens: NDArray[Any], own: Path, progress: Progress
+    asked: Asked, trained: Trained, tokens: NDArray[Any], own: Path, progress: Progress
 ) -> QuantizationAware:
     """The callback that trains under the bundle's rounding; with gptq it leaves its scales in `own`.
 
     tokens [blocks, context]: gptq calibrates on the first of them, when rounding begins.
     """
-    bits = BITS[chosen.precision]
-    grid, ends = grids(section, bits)
-    body, at_ends = to_nearest(section, bits)
+    body, ends = to_nearest(trained)
     begin = None
-    if section.method == "gptq":
+    if trained.section.method == "gptq":
         scales: dict[str, Scales] = {}
-        body = partial(_on_scales, grid=grid, scales=scales)
-        begin = partial(_begin, scales, section, grid, tokens, own, progress)
-    named = f"{section.method} {grid}, ends {ends}"
-    return QuantizationAware(body, at_ends, grid=named, start=chosen.start, ramp=chosen.ramp, begin=begin)
+        body = partial(_on_scales, grids=trained.grids[0], scales=scales)
+        begin = partial(_begin, scales, trained, tokens, own, progress)
+    return QuantizationAware(body, ends, grid=trained.named, start=asked.start, ramp=asked.ramp, begin=begin)
 
 
 def _begin(
     scales: dict[str, Scales],
-    section: QuantizeBits,
-    grid: Grid,
+    trained: Trained,
     tokens: NDArray[Any],
     own: Path,
     progress: Progress,
@@ -105,38 +135,39 @@ def _begin(
     continued: bool,
 ) -> None:
     """Find the scales: by calibrating `model`, or those of the run that is continued."""
+    grids, section = trained.grids[0], trained.section
     if continued:
-        scales.update(trained_scales(own, grid))
+        scales.update(trained_scales(own, grids))
         return
     blocks = -(-section.calibration_tokens // tokens.shape[1])
     found = calibrated_start(
         model,
         decoder_layers(model),
         tokens[:blocks],
-        grid,
+        grids,
         damping=section.damping,
         act_order=section.act_order,
         correction=section.correction,
         progress=progress,
     )
     scales.update(found)
-    _keep(scales, grid, own)
+    _keep(scales, grids, own)
 
 
-def _keep(scales: dict[str, Scales], grid: Grid, own: Path) -> None:
-    """Write the scales beside the weights, where the bundle finds them."""
+def _keep(scales: dict[str, Scales], grids: Grids, own: Path) -> None:
+    """Write the scales beside the weights, where the bundle finds them; the grids as metadata."""
     tensors = {}
     for name, one in scales.items():
         tensors[f"{name}.scales"] = one.scales.contiguous()
         if one.zero_points is not None:
             tensors[f"{name}.zero_points"] = one.zero_points.contiguous()
-    told = {"grid": json.dumps({"bits": grid.bits, "group": grid.group, "symmetric": grid.symmetric})}
+    told = {name: json.dumps(asdict(grids(name))) for name in scales}
     path = own / SCALES
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(save(tensors, told))
 
 
-def trained_scales(model_folder: Path, grid: Grid) -> dict[str, Scales]:
+def trained_scales(model_folder: Path, grids: Grids) -> dict[str, Scales]:
     """The scales that training left beside the weights; empty where it left none.
 
     BadInput if they belong to another grid.
@@ -144,35 +175,45 @@ def trained_scales(model_folder: Path, grid: Grid) -> dict[str, Scales]:
     path = model_folder / SCALES
     if not path.is_file():
         return {}
+    found = {}
     with safe_open(path, "pt") as file:
-        stored = Grid(**json.loads(file.metadata()["grid"]))
-        names = set(file.keys())
-        if stored != grid:
-            raise BadInput(f"{path}: these scales were trained on {stored}, the bundle is made of {grid}")
-        return {
-            name: Scales(
-                file.get_tensor(f"{name}.scales"),
-                file.get_tensor(f"{name}.zero_points") if f"{name}.zero_points" in names else None,
+        known = set(file.keys())
+        for name, told in file.metadata().items():
+            stored = Grid(**json.loads(told))
+            if stored != grids(name):
+                raise BadInput(
+                    f"{path}: the scales of {name} were trained on {stored}, "
+                    f"the bundle is made of {grids(name)}"
+                )
+            points = f"{name}.zero_points"
+            found[name] = Scales(
+                file.get_tensor(f"{name}.scales"), file.get_tensor(points) if points in known else None
             )
-            for name in (key.removesuffix(".scales") for key in names if key.endswith(".scales"))
-        }
+    return found
 
 
-def trained_roundings(section: QuantizeBits, bits: int, model_folder: Path) -> tuple[Rounding, Rounding]:
+def trained_roundings(trained: Trained, model_folder: Path) -> tuple[Rounding, Rounding]:
     """The rounding that a quantization-aware training of `model_folder` ended with: body, ends."""
-    body, ends = to_nearest(section, bits)
-    grid, _ = grids(section, bits)
-    if section.method == "gptq":
-        body = partial(_on_scales, grid=grid, scales=trained_scales(model_folder, grid))
+    body, ends = to_nearest(trained)
+    grids, _ = trained.grids
+    if trained.section.method == "gptq":
+        body = partial(_on_scales, grids=grids, scales=trained_scales(model_folder, grids))
     return body, ends
 
 
-def trained_blocks(section: QuantizeBits, bits: int, opened: Any, model_folder: Path) -> Made:
-    """Blocks of every weight of the layers, rounded on the scales that training left."""
-    grid, _ = grids(section, bits)
-    scales, made = trained_scales(model_folder, grid), Made()
-    for weight in weights_of(opened, *to_nearest(section, bits)):
+def trained_blocks(trained: Trained, opened: Any, model_folder: Path) -> Made:
+    """Blocks of every weight of the layers, rounded on the scales that training left.
+
+    Where a search chose the grids, of every other weight as well, rounded to nearest; else those are left to
+    the rewriter, which does the same.
+    """
+    grids, _ = trained.grids
+    scales, made = trained_scales(model_folder, grids), Made()
+    for weight in weights_of(opened, *to_nearest(trained)):
+        own = weight.parameter.detach()
+        values = (own.T if weight.turned else own).float()
         if weight.name in scales:
-            values = (weight.parameter.detach().T if weight.turned else weight.parameter.detach()).float()
-            made.add(values, _blocks(values, scales[weight.name], grid), grid)
+            made.add(values, _blocks(values, scales[weight.name], grids(weight.name)), grids(weight.name))
+        elif trained.chosen is not None:
+            made.add(values, quantize(values, grids(weight.name)), grids(weight.name))
     return made

@@ -18,10 +18,11 @@ from edgedisp import Progress, model
 from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.dispersion.quick import quick_condensation
 from edgedisp.processes import place, split
-from edgedisp.recipe import ArmRun, QuantizeBits, Train
+from edgedisp.recipe import BITS, ArmRun, QuantizeBits, Train
 from edgedisp.recipe.sections import Dispersion
 from edgedisp.stages import adapters
-from edgedisp.stages.rounding import aware
+from edgedisp.stages.bits import chosen_grids
+from edgedisp.stages.rounding import Trained, aware
 from edgedisp.stages.start import PACKING, weights_digest
 from edgedisp.train.distributed import Sharding, Share, leave
 from edgedisp.train.reporting import Reporting, check_reporters
@@ -43,10 +44,12 @@ def midtrain(
     corpus_folder: Path,
     own: Path,
     progress: Progress,
+    bits_folder: Path | None = None,
 ) -> dict[str, Any]:
     """Train one arm and leave a Hugging Face folder; the arms differ in what `arm` adds, and in nothing else.
 
     `rounded`: how the bundle that `train.quantization_aware` names is rounded; None without that key.
+    `bits_folder`: of the search that chose its grids, if one did.
     An adapter is left as a plain PEFT folder; `merge_adapter` makes a model of it. Logs for others
     (`train.report_to`) are left in `logs`. Of several processes each takes its share; the first writes.
     """
@@ -59,8 +62,9 @@ def midtrain(
     checkpoints = own / "checkpoints"
     name = f"{own.parent.parent.name}/{own.parent.name}"
     callbacks: list[TrainerCallback] = list(callbacks_for(arm.techniques, seed))
-    if train.quantization_aware is not None and rounded is not None:
-        callbacks.append(aware(train.quantization_aware, rounded, tokens, own, progress))
+    if (asked := train.quantization_aware) is not None and rounded is not None:
+        trained_as = Trained(rounded, BITS[asked.precision], chosen_grids(bits_folder))
+        callbacks.append(aware(asked, trained_as, tokens, own, progress))
     done = fit(
         trained,
         packed,

@@ -1,0 +1,92 @@
+"""Bits by weight for a training under rounding: a search on the base, before any arm is trained.
+
+What training sees has to be what ships, so the grids must be known first. They are searched for on the base's
+weights, where no arm has been favoured; every arm then trains under them and ships on them.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedisp import Progress, model
+from edgedisp.folder import write_json
+from edgedisp.graph.export import export as export_graph
+from edgedisp.quantize.grid import Grid
+from edgedisp.quantize.mixed import Search
+from edgedisp.quantize.units import parameters_of
+from edgedisp.recipe import Quantize
+from edgedisp.stages.levels import first_level
+from edgedisp.stages.texts import blocks_of, pieces_of
+
+BITS_FILE = "bits.json"
+
+
+def choose_bits(
+    section: Quantize,
+    seed: int,
+    base_folder: Path,
+    corpus_folder: Path,
+    threads: int,
+    own: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Leave bits.json, a row for each weight of the graph: {name, bits, group, symmetric, method, parameters
+    (names in the model)}. Returns {search: what the search found}, as of the base.
+
+    BadInput says what the smallest bundle is where none fits the budget.
+    """
+    if section.budget is None:
+        raise ValueError("training under a search needs a budget")
+    tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+    opened = model.load(base_folder)
+    with tempfile.TemporaryDirectory(dir=own) as scratch:
+        parent = Path(scratch)
+        export_graph(base_folder, parent, threads=threads, load=model.load, progress=progress)
+        search = Search(
+            parent,
+            opened,
+            pieces_of(tokens, opened),
+            blocks_of(tokens),
+            methods=("k_quant",) if section.int4.method == "gptq" else ("rtn",),
+            accuracy_level=first_level(section.int4),
+            seed=seed,
+            progress=progress,
+        )
+        chosen = search.within(section.budget)
+        found = {"perplexity_increase": search.increase(chosen), **search.record(chosen), "trials": []}
+        size = search.size_bytes(chosen)
+        picked = search.assignment(chosen)
+    rows = [
+        {
+            "name": one.unit.name,
+            "bits": picked[one.unit.name].grid.bits,
+            "group": picked[one.unit.name].grid.group,
+            "symmetric": picked[one.unit.name].grid.symmetric,
+            "method": picked[one.unit.name].method,
+            "parameters": parameters_of(opened, one.unit),
+        }
+        for one in search.candidates
+    ]
+    write_json(own / BITS_FILE, rows)
+    return {"search": {"size_bytes": size, **found}}
+
+
+def chosen_rows(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((folder / BITS_FILE).read_text(encoding="utf-8"))
+    return rows
+
+
+def chosen_grids(folder: Path | None) -> dict[str, Grid] | None:
+    """Parameter of the model -> its grid; None where nothing was searched for."""
+    if folder is None:
+        return None
+    return {
+        name: Grid(row["bits"], row["group"], row["symmetric"])
+        for row in chosen_rows(folder)
+        for name in row["parameters"]
+    }
