@@ -16,7 +16,8 @@ What is done lies in FOLDER and is not done again, so the benchmark can be stopp
 sees training text alone. The quickstart's base is a 4-bit GGUF expanded to fp32: its weights already lie on a
 4-bit grid with other zero points, and the fp32 rows are the best that this model has.
 
-The two ratios of a row are two texts; where a figure has to be one number it is the worse of both.
+The two ratios of a row are two texts; where a figure has to be one number it is the worse of both. Intervals
+are over blocks of text, the bundles as they are: how a calibration happens to fall is not in them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from typing import Any
 
 import numpy as np
 from record import RESULTS, write
+from scipy import stats
 
 from edgedisp import data_folder, model, silent, stages
 from edgedisp.bench import local
@@ -66,24 +68,23 @@ BASE: dict[str, list[str]] = {
     "gptq, symmetric": ["method=gptq", "symmetric=true"],
     "gptq, group 64": ["method=gptq", "group=64"],
     "gptq, 4-bit head": ["method=gptq", "head_bits=4"],
-    "gptq, head group 64": ["method=gptq", "head_group=64"],
+    "gptq, head group 256": ["method=gptq", "head_group=256"],
     "gptq, symmetric, group 64, 4-bit head": ["method=gptq", "symmetric=true", "group=64", "head_bits=4"],
-    "rescale, gptq": ["method=gptq", "rescale=true", "head_group=64"],
+    "rescale, gptq": ["method=gptq", "rescale=true", "head_group=256"],
     "search 100 MB": ["budget=100MB"],
     "search 100 MB, gptq": ["budget=100MB", "method=gptq"],
     "search 92 MB, gptq": ["budget=92MB", "method=gptq"],
 }
 # The same after training on 80k tokens; `aware` trains under the rounding.
+HALF = "aware={precision: int4, start: 0.5}"
 TRAINED: dict[str, list[str]] = {
     "trained, rtn": [],
+    "trained, gptq, head group 256": ["method=gptq", "head_group=256"],
     "trained, gptq, symmetric": ["method=gptq", "symmetric=true"],
     "trained, search 100 MB, gptq": ["budget=100MB", "method=gptq"],
     "aware, rtn": ["aware={precision: int4}"],
-    "aware from half, gptq, symmetric": [
-        "aware={precision: int4, start: 0.5}",
-        "method=gptq",
-        "symmetric=true",
-    ],
+    "aware from half, gptq, head group 256": [HALF, "method=gptq", "head_group=256"],
+    "aware from half, search 100 MB, gptq": [HALF, "budget=100MB", "method=gptq"],
 }
 
 
@@ -129,23 +130,35 @@ class Workplace:
 
         return self.made("corpus", make)
 
-    def model(self, changes: list[str] | None) -> Path:
+    def model(self, name: str) -> Path:
         """The base, or for a row of TRAINED the model after its training."""
+        changes = TRAINED.get(name)
         if changes is None:
             return self.base()
-        recipe = recipe_of(changes)
-        aware = recipe.train.quantization_aware
-        name = "trained" if aware is None else f"aware-{recipe.quantize.int4.method}"
-        base, corpus = self.base(), self.corpus()
+        recipe, base, corpus = recipe_of(changes), self.base(), self.corpus()
+        rounded = None if recipe.train.quantization_aware is None else recipe.quantize.int4
+        called = "trained" if rounded is None else f"{slug(name)}-model"
+        bits = self.bits(name)
 
         def make(own: Path) -> None:
-            rounded = None if aware is None else recipe.quantize.int4
             arm = recipe.arm_runs[0]
             stages.midtrain(
-                recipe.train, recipe.steps, recipe.seed, arm, rounded, base, corpus, own, told(name)
+                recipe.train, recipe.steps, recipe.seed, arm, rounded, base, corpus, own, told(called), bits
             )
 
-        return self.made(name, make)
+        return self.made(called, make)
+
+    def bits(self, name: str) -> Path | None:
+        """What a search on the base chose for a training under it."""
+        recipe = recipe_of(TRAINED[name])
+        if recipe.train.quantization_aware is None or not recipe.quantize.searched:
+            return None
+        base, corpus, threads = self.base(), self.corpus(), physical_cores()
+
+        def make(own: Path) -> None:
+            stages.choose_bits(recipe.quantize, recipe.seed, base, corpus, threads, own, told(name))
+
+        return self.made(f"{slug(name)}-bits", make)
 
     def fp32(self, source: Path) -> Path:
         """Its graph, and the seconds that it took."""
@@ -153,7 +166,8 @@ class Workplace:
         def make(own: Path) -> None:
             started = time.perf_counter()
             stages.export(source, physical_cores(), own, silent)
-            (own / "seconds.json").write_text(json.dumps(time.perf_counter() - started))
+            seconds = time.perf_counter() - started
+            (self.folder / f"{source.name}-fp32.seconds.json").write_text(json.dumps(seconds))
 
         return self.made(f"{source.name}-fp32", make)
 
@@ -170,22 +184,26 @@ def told(name: str) -> Any:
 
 def cell(work: Workplace, name: str) -> None:
     """Make the bundle of one row, and leave its record beside it. Runs in a process of its own."""
-    changes = TRAINED.get(name)
-    source = work.model(changes)
+    source = work.model(name)
     parent, corpus = work.fp32(source), work.corpus()
-    recipe = recipe_of(BASE.get(name) or changes or [])
+    recipe = recipe_of(BASE.get(name) or TRAINED.get(name) or [])
+    is_trained = recipe.train.quantization_aware is not None
+    bits_folder = work.bits(name) if is_trained else None
     seconds = time.perf_counter()
 
     def make(own: Path) -> None:
         threads, progress = physical_cores(), told(name)
-        if recipe.quantize.searched:
+        if bits_folder is not None:
+            record = stages.quantize_as_trained(
+                recipe.quantize, parent, source, corpus, bits_folder, threads, own, progress
+            )
+        elif recipe.quantize.searched:
             record = stages.quantize_searched(
                 recipe.quantize, recipe.seed, parent, source, corpus, threads, own, progress
             )
         else:
             bits = 8 if name == "int8" else 4
             section = recipe.quantize.int8 if bits == 8 else recipe.quantize.int4
-            is_trained = recipe.train.quantization_aware is not None
             record = stages.quantize(
                 section, bits, parent, source, corpus, own, progress, threads, is_trained
             )
@@ -229,27 +247,36 @@ def texts(work: Workplace, wikitext: Path | None) -> dict[str, np.ndarray]:
     return found
 
 
-def perplexity(bundle: Path, blocks: np.ndarray) -> float:
-    """Of the bundle's own arithmetic, each block on its own."""
-    shipped, total = OnnxModel(bundle, physical_cores()), 0.0
+def losses(bundle: Path, blocks: np.ndarray) -> list[float]:
+    """Nats per token of each block on its own, in the bundle's own arithmetic."""
+    shipped, found = OnnxModel(bundle, physical_cores()), []
     for block in blocks:
         logits = shipped(block[None], np.ones_like(block[None]))[0, :-1].astype(np.float64)
         top = logits.max(-1, keepdims=True)
         normaliser = top[:, 0] + np.log(np.exp(logits - top).sum(-1))
-        total += float((normaliser - logits[np.arange(len(logits)), block[1:]]).sum())
-    return float(np.exp(total / (len(blocks) * (blocks.shape[1] - 1))))
+        found.append(float((normaliser - logits[np.arange(len(logits)), block[1:]]).mean()))
+    return found
 
 
-def scored(work: Workplace, name: str, bundle: Path, blocks: dict[str, np.ndarray]) -> dict[str, float]:
-    """Perplexity by text; kept beside the bundle."""
-    path = bundle / "perplexity.json"
+def scored(work: Workplace, name: str, bundle: Path, blocks: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """Losses by text; kept beside the bundle, not in it: what lies there goes along into its offspring."""
+    path = work.folder / f"{bundle.name}.losses.json"
     found = json.loads(path.read_text()) if path.is_file() else {}
     for text in blocks:
         if text not in found:
             print(f"scoring {name} on {text}", file=sys.stderr)
-            found[text] = perplexity(bundle, blocks[text])
+            found[text] = losses(bundle, blocks[text])
             path.write_text(json.dumps(found))
     return {text: found[text] for text in blocks}
+
+
+def ratio(ours: list[float], against: list[float]) -> dict[str, float]:
+    """Of perplexities, with its 95 % interval: blocks are paired, their differences taken as normal."""
+    difference = np.subtract(ours, against)
+    middle = difference.mean()
+    reach = stats.t.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / np.sqrt(len(difference))
+    low, high = np.exp([middle - reach, middle + reach])
+    return {"ratio": float(np.exp(middle)), "low": float(low), "high": float(high)}
 
 
 def packed(bundles: dict[str, Path], scratch: Path) -> tuple[dict[str, Path], dict[str, float]]:
@@ -312,7 +339,8 @@ def draw(rows: list[dict[str, Any]]) -> None:
     shown = [row for row in rows if row["name"] not in (FP32, "trained, fp32")]
     for row in shown:
         kind = "tab:orange" if row["name"] in TRAINED else "black" if row["name"] == BUILDER else "tab:blue"
-        axes.plot(row["size_mb"], 100 * (row["ratio"] - 1), "o", color=kind)
+        low, middle, high = (100 * (row[key] - 1) for key in ("low", "ratio", "high"))
+        axes.errorbar(row["size_mb"], middle, [[middle - low], [high - middle]], fmt="o", color=kind, lw=0.7)
         axes.annotate(row["name"], (row["size_mb"], 100 * (row["ratio"] - 1)), fontsize=7, xytext=(4, 3),
                       textcoords="offset points")  # fmt: skip
     axes.axvline(SMALL_MB, color="grey", linewidth=0.8)
@@ -351,7 +379,7 @@ def main() -> None:
             subprocess.run(command, check=True)
     parents = {FP32: work.fp32(work.base())}
     if any(name in TRAINED for name in names):
-        parents["trained, fp32"] = work.fp32(work.model([]))
+        parents["trained, fp32"] = work.fp32(work.model("trained, rtn"))
     bundles = {**parents, **{name: work.folder / slug(name) for name in names}}
     blocks = texts(work, asked.wikitext)
     scores = {name: scored(work, name, bundle, blocks) for name, bundle in bundles.items()}
@@ -361,19 +389,22 @@ def main() -> None:
     rows = []
     for name, bundle in bundles.items():
         against = scores["trained, fp32" if name in TRAINED else FP32]
-        ratios = {text: scores[name][text] / against[text] for text in blocks}
+        ratios = {text: ratio(scores[name][text], against[text]) for text in blocks}
+        worst = max(ratios.values(), key=lambda found: found["ratio"])
         result = bundle / "result.json"
         made = json.loads(result.read_text()) if result.is_file() else {}
         if name == FP32:
-            made = {"seconds": json.loads((bundle / "seconds.json").read_text())}
+            made = {"seconds": json.loads((work.folder / f"{bundle.name}.seconds.json").read_text())}
         told_of = {key: speed[name][key] for key in ("decode_tokens_per_s", "prefill_tokens_per_s")}
-        rows.append({"name": name, "size_mb": sizes[name], "ratio": max(ratios.values()), "ratios": ratios,
-                     "perplexity": scores[name], **told_of,
+        perplexities = {text: float(np.exp(np.mean(found))) for text, found in scores[name].items()}
+        rows.append({"name": name, "size_mb": sizes[name], **worst, "ratios": ratios,
+                     "perplexity": perplexities, **told_of,
                      **{key: made.get(key) for key in ("seconds", "peak_memory_bytes")}})  # fmt: skip
     write("quantization_frontier", figures(rows, sizes[FP32] * 1e6), rows)
     draw(rows)
     for row in rows:
-        print(f"{row['name']:30} {row['size_mb']:6.1f} MB  x{row['ratio']:.3f}  "
+        print(f"{row['name']:38} {row['size_mb']:6.1f} MB  x{row['ratio']:.3f} "
+              f"[{row['low']:.3f}, {row['high']:.3f}]  "
               f"decode {row['decode_tokens_per_s']:6.1f}  "
               f"prefill {row['prefill_tokens_per_s']:6.0f}")  # fmt: skip
 

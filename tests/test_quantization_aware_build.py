@@ -17,7 +17,7 @@ from edgedisp.folder import read
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.pipeline import stages
 from edgedisp.recipe import load
-from edgedisp.stages.bits import chosen_grids, chosen_rows
+from edgedisp.stages.bits import chosen_bits, chosen_grids
 from edgedisp.stages.rounding import SCALES, Trained, trained_roundings
 from edgedisp.train.rounded import round_weights
 
@@ -193,7 +193,7 @@ def test_a_search_comes_before_training_and_every_arm_trains_and_ships_on_what_i
     if not name.startswith("searched"):
         assert not (run / "bits").exists()
         return
-    rows = {row["name"]: row for row in chosen_rows(run / "bits")}
+    rows = {row["name"]: row for row in chosen_bits(run / "bits")["weights"]}
     kinds = {(row["bits"], row["group"], row["symmetric"]) for row in rows.values()}
     assert len(kinds) > 1  # or the search would have shown nothing
     for arm in ARMS:

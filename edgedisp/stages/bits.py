@@ -35,8 +35,8 @@ def choose_bits(
     own: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Leave bits.json, a row for each weight of the graph: {name, bits, group, symmetric, method, parameters
-    (names in the model)}. Returns {search: what the search found}, as of the base.
+    """Leave bits.json: {search: what was found, as of the base; weights: a row for each weight of the graph,
+    {name, bits, group, symmetric, method, parameters (names in the model)}}. Returns its `search`.
 
     BadInput says what the smallest bundle is where none fits the budget.
     """
@@ -72,13 +72,15 @@ def choose_bits(
         }
         for one in search.candidates
     ]
-    write_json(own / BITS_FILE, rows)
-    return {"search": {"size_bytes": size, **found}}
+    results = {"search": {"size_bytes": size, **found}}
+    write_json(own / BITS_FILE, {**results, "weights": rows})
+    return results
 
 
-def chosen_rows(folder: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads((folder / BITS_FILE).read_text(encoding="utf-8"))
-    return rows
+def chosen_bits(folder: Path) -> dict[str, Any]:
+    """What `choose_bits` left."""
+    found: dict[str, Any] = json.loads((folder / BITS_FILE).read_text(encoding="utf-8"))
+    return found
 
 
 def chosen_grids(folder: Path | None) -> dict[str, Grid] | None:
@@ -87,6 +89,6 @@ def chosen_grids(folder: Path | None) -> dict[str, Grid] | None:
         return None
     return {
         name: Grid(row["bits"], row["group"], row["symmetric"])
-        for row in chosen_rows(folder)
+        for row in chosen_bits(folder)["weights"]
         for name in row["parameters"]
     }

@@ -20,7 +20,7 @@ from edgedisp.quantize.mixed import Search
 from edgedisp.quantize.rewrite import quantize_assigned
 from edgedisp.quantize.search import Solution
 from edgedisp.recipe import Quantize
-from edgedisp.stages.bits import chosen_grids, chosen_rows
+from edgedisp.stages.bits import chosen_bits, chosen_grids
 from edgedisp.stages.bundles import by_gptq, calibration_text
 from edgedisp.stages.levels import first_level, measured_levels
 from edgedisp.stages.rounding import Trained, trained_blocks
@@ -155,20 +155,19 @@ def quantize_as_trained(
     The record is that of `quantize_searched`; the search's figures are of the base, before training, and
     `trained` {measured_kl, perplexity_increase} of this model. An arm that follows has those alone.
     """
-    int4, there = section.int4, read(bits_folder)
-    if there is None:
-        raise BuildFailed(f"{bits_folder}: the search that training went by is gone; build again")
+    int4, there = section.int4, chosen_bits(bits_folder)
     tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
     opened, level = model.load(model_folder), first_level(int4)
-    rows = chosen_rows(bits_folder)
-    stored = Decided(parent, opened, rows, pieces_of(tokens, opened), blocks_of(tokens), accuracy_level=level)
+    stored = Decided(
+        parent, opened, there["weights"], pieces_of(tokens, opened), blocks_of(tokens), accuracy_level=level
+    )
     made = trained_blocks(Trained(int4, 4, chosen_grids(bits_folder)), opened, model_folder)
     record = quantize_assigned(parent, own, stored.assignment, made=made, progress=progress)
     record["by_tensor"] = [row | {"method": int4.method} for row in record["by_tensor"]]
     goal = {"budget": section.budget, "max_perplexity_increase": None}
     search: dict[str, Any] = {"goal": goal}
     if decided is None:
-        search |= there.results["search"] | {"trained": stored.cost(made)}
+        search |= there["search"] | {"trained": stored.cost(made)}
     else:
         search |= {"decided_by": decided.parent.name, **stored.cost(made)}
     search["size_bytes"] = record["size_bytes"]
