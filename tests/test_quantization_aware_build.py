@@ -18,7 +18,7 @@ from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.pipeline import stages
 from edgedisp.recipe import load
 from edgedisp.stages.bits import chosen_bits, chosen_grids
-from edgedisp.stages.rounding import SCALES, Trained, trained_roundings
+from edgedisp.stages.rounding import CALIBRATED, SCALES, Trained, trained_roundings
 from edgedisp.train.rounded import round_weights
 
 RECIPE = """\
@@ -39,11 +39,14 @@ latency: {{prompt: 4, generate: 2, repetitions: 1, threads: 1}}
 """
 ARMS = ("baseline", "dispersed")
 LATE, LORA = "{precision: int4, start: 0.5}", "{kind: lora, rank: 4}"
+LEARNED = "{precision: int4, start: 0.25, learn_scales: true}"
 BUDGET = "130kB"  # the smallest takes 120, 8 bits everywhere 160
 BUILDS = {
     "rtn": {"aware": "int4", "adapter": "null", "method": "rtn", "budget": "null"},
     "gptq": {"aware": LATE, "adapter": "null", "method": "gptq", "budget": "null"},
     "lora": {"aware": "int4", "adapter": LORA, "method": "rtn", "budget": "null"},
+    "learned, rtn": {"aware": LEARNED, "adapter": "null", "method": "rtn", "budget": "null"},
+    "learned, searched, gptq": {"aware": LEARNED, "adapter": "null", "method": "gptq", "budget": BUDGET},
     "searched, gptq": {"aware": LATE, "adapter": "null", "method": "gptq", "budget": BUDGET},
     "searched, lora": {"aware": "int4", "adapter": LORA, "method": "rtn", "budget": BUDGET},
 }
@@ -108,7 +111,8 @@ def test_the_weights_left_behind_are_not_the_rounded_ones_and_scales_lie_beside_
     name, folder = built
     for arm in ARMS:
         own = folder / "run" / arm / "model"
-        assert (own / SCALES).is_file() == name.endswith("gptq")
+        assert (own / SCALES).is_file() == (name.endswith("gptq") or name.startswith("learned"))
+        assert not (own / CALIBRATED).exists()
         plain, rounded = model.load(own), model.load(own)
         names = round_weights(rounded, *trained_roundings(rounding_of(folder), own))
         for key in names:
@@ -149,6 +153,7 @@ def test_changed_options_of_the_bundle_train_again_only_where_training_sees_them
         (["train.adapter={kind: qlora}"], "needs kind: lora"),
         (["train.adapter={kind: lora, dropout: 0.1}"], "needs 0"),
         (["train.adapter={kind: lora}", "quantize.int4.method=gptq"], "needs rtn, or no adapter"),
+        (["train.adapter={kind: lora}", f"train.quantization_aware={LEARNED}"], "frozen, scales too"),
         (["train.distributed={fsdp: full_shard}"], "rounding needs it whole"),
         (["quantize.int4.method=gptq", "train.compile=true"], "cannot be calibrated"),
         (["quantize.budget=null", "quantize.max_perplexity_increase=3%"], "needs a quantize.budget"),
@@ -170,7 +175,7 @@ def test_scales_of_another_grid_are_refused(tmp_path: Path, tiny_folder: dict[st
 
     one, other = Grid(4, 32, False), Grid(4, 16, False)
     found = {"a.weight": Scales(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.uint8))}
-    _keep(found, lambda name: one, tmp_path)
+    _keep(found, lambda name: one, tmp_path / SCALES)
     assert set(trained_scales(tmp_path, lambda name: one)) == {"a.weight"}
     with pytest.raises(BadInput, match="were trained on"):
         trained_scales(tmp_path, lambda name: other)
@@ -179,8 +184,9 @@ def test_scales_of_another_grid_are_refused(tmp_path: Path, tiny_folder: dict[st
 def test_every_product_of_the_layers_is_in_the_trained_bundle(built: tuple[str, Path]) -> None:
     name, folder = built
     record = results(folder / "run" / "baseline" / "int4")
-    handed = {"gptq": 8, "searched, gptq": 9, "searched, lora": 9}  # 4 products in each of 2 layers, the head
-    assert record["calibrated_tensors"] == handed.get(name, 0)
+    in_layers = 8 if name in ("gptq", "learned, rtn") else 0  # 4 products in each of 2 layers
+    expected = 9 if "searched" in name else in_layers  # and the head
+    assert record["calibrated_tensors"] == expected
     graph = onnx.load(folder / "run" / "baseline" / "int4" / "model.onnx", load_external_data=False).graph
     assert sum(node.op_type == "MatMulNBits" for node in graph.node) == 9
 
@@ -190,7 +196,7 @@ def test_a_search_comes_before_training_and_every_arm_trains_and_ships_on_what_i
 ) -> None:
     name, folder = built
     run = folder / "run"
-    if not name.startswith("searched"):
+    if "searched" not in name:
         assert not (run / "bits").exists()
         return
     rows = {row["name"]: row for row in chosen_bits(run / "bits")["weights"]}

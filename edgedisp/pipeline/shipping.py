@@ -93,7 +93,8 @@ def quantize(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
     section = {"bits": BITS[precision], **bits_section(options)}
     if is_trained:
         section["is_trained"] = True
-    reads: tuple[str, ...] = (parent, model, "corpus") if options.calibrated else (parent,)
+    uses_model = options.calibrated or (is_trained and _learns_scales(recipe))
+    reads: tuple[str, ...] = (parent, model, "corpus") if uses_model else (parent,)
     if options.accuracy_level == "auto":
         section, reads = {**section, "threads": threads}, tuple(dict.fromkeys((*reads, "corpus")))
         reads += () if decider is None else (decider,)
@@ -110,6 +111,11 @@ def _is_trained(recipe: Recipe, precision: str) -> bool:
     """Whether training saw the weights as this bundle rounds them."""
     chosen = recipe.train.quantization_aware
     return chosen is not None and chosen.precision == precision
+
+
+def _learns_scales(recipe: Recipe) -> bool:
+    chosen = recipe.train.quantization_aware
+    return chosen is not None and chosen.learn_scales
 
 
 def _quantize_searched(recipe: Recipe, arm: str, threads: int) -> Stage:

@@ -170,6 +170,11 @@ def _aware(recipe: Recipe) -> Iterator[Clash]:
             "rescaling changes the weights that were trained under rounding; take one of the two out",
         )
     adapter = recipe.train.adapter
+    if adapter is not None and chosen.learn_scales:
+        yield Clash(
+            ((*key, "learn_scales"), ("train", "adapter")),
+            "an adapter leaves everything else frozen, scales too; needs false, or no adapter",
+        )
     if adapter is None:
         pass
     elif adapter.kind == "qlora":

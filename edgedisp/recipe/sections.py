@@ -193,6 +193,10 @@ class QuantizationAware(Section):
     )
     start: ShareBelow1 = Field(default=0.0, description="share of the run before rounding begins")
     ramp: Share = Field(default=0.0, description="share of the run over which rounding fades in")
+    learn_scales: Flag = Field(
+        default=False,
+        description="the scales of the layers' weights are trained along, from the method's own",
+    )
 
     @model_validator(mode="before")
     @classmethod

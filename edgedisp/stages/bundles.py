@@ -60,11 +60,13 @@ def quantize(
 ) -> dict[str, Any]:
     """A bundle with `bits`-bit weights from the fp32 one; `gptq` and `rescale` calibrate the model on the
     training text, accuracy level auto runs the bundle on it, other methods need neither folder. `is_trained`:
-    under this very rounding, so gptq's scales are there. `decided`: the bundle of the arm whose accuracy
-    levels hold for this one too."""
+    under this very rounding; where its scales were calibrated or learned they lie in the model's folder.
+    `decided`: the bundle of the arm whose accuracy levels hold for this one too."""
     method, made, source, found = section.method, None, parent, {}
     with tempfile.TemporaryDirectory(dir=own) as scratch:
-        if section.calibrated:
+        if is_trained and model_folder is not None:
+            made = trained_blocks(Trained(section, bits), model.load(model_folder), model_folder)
+        elif section.calibrated:
             if model_folder is None or corpus_folder is None:
                 raise ValueError("a calibrated method needs the model and the corpus")
             opened, text = model.load(model_folder), calibration_text(section, corpus_folder)
@@ -73,10 +75,7 @@ def quantize(
                     opened, decoder_layers(opened), text, _rounding(section, bits), progress=progress
                 )
                 _save(opened, model_folder, Path(scratch) / "model")
-            if is_trained:
-                made = trained_blocks(Trained(section, bits), opened, model_folder)
-            else:
-                made = _calibrated(section, bits, opened, text, progress)
+            made = _calibrated(section, bits, opened, text, progress)
             del opened
             if section.rescale:
                 source = _export_like(parent, Path(scratch), progress)

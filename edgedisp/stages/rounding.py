@@ -9,6 +9,9 @@ functions over weights that the training room can use. Two methods can be traine
            written beside the trained weights (SCALES), and the bundle is rounded on them. Embedding and head
            are rounded to nearest.
 
+With `learn_scales` either one's scales are a starting point that training moves (quantize/learned.py); those
+that it ends with are written beside the weights.
+
 Which grid a weight lies on is the section's to say, or that of a search that came before training (bits.py).
 """
 
@@ -30,7 +33,8 @@ from torch import Tensor
 from edgedisp import BadInput, Progress
 from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.folder import digest
-from edgedisp.quantize.grid import Blocks, Grid, dequantize, in_groups, quantize, round_to
+from edgedisp.quantize.grid import Blocks, Grid, dequantize, in_groups, quantize, ranges, round_to
+from edgedisp.quantize.learned import LearnedScales
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.start import Scales, calibrated_start
 from edgedisp.recipe import QuantizationAware as Asked
@@ -39,6 +43,7 @@ from edgedisp.train.quantization_aware import QuantizationAware
 from edgedisp.train.rounded import Rounding, weights_of
 
 SCALES = "quantization/scales.safetensors"  # in a folder of its own: model.save clears the top
+CALIBRATED = "quantization/calibrated.safetensors"  # those that learned ones start from, while training lasts
 SLICE_VALUES = 1 << 22  # weight values rounded at a time: 16 MB of fp32, and a few times that in between
 
 Grids = Callable[[str], Grid]
@@ -117,19 +122,54 @@ def aware(
     tokens [blocks, context]: gptq calibrates on the first of them, when rounding begins.
     """
     body, ends = to_nearest(trained)
-    begin = None
+    grids = trained.grids[0]
+    begin, scales = None, dict[str, Scales]()
     if trained.section.method == "gptq":
-        scales: dict[str, Scales] = {}
-        body = partial(_on_scales, grids=trained.grids[0], scales=scales)
-        begin = partial(_begin, scales, trained, tokens, own, progress)
-    return QuantizationAware(body, ends, grid=trained.named, start=asked.start, ramp=asked.ramp, begin=begin)
+        body = partial(_on_scales, grids=grids, scales=scales)
+        path = own / (CALIBRATED if asked.learn_scales else SCALES)
+        begin = partial(_begin, scales, trained, tokens, path, progress)
+    return QuantizationAware(
+        body,
+        ends,
+        grid=trained.named + (", learned" if asked.learn_scales else ""),
+        start=asked.start,
+        ramp=asked.ramp,
+        begin=begin,
+        learned=_learned(trained, scales) if asked.learn_scales else None,
+    )
+
+
+def _learned(trained: Trained, scales: dict[str, Scales]) -> LearnedScales:
+    """Starting from gptq's `scales`, or from those that rounding the weights to nearest has at each step."""
+    grids = trained.grids[0]
+
+    def nearest(name: str, weight: Tensor) -> Scales:
+        grid = grids(name)
+        return Scales(*ranges(in_groups(weight, grid.group), grid))
+
+    calibrated = trained.section.method == "gptq"
+    return LearnedScales(grids, (lambda name, weight: scales[name]) if calibrated else nearest)
+
+
+@torch.no_grad()
+def keep_learned(trained: Trained, stretches: dict[str, Tensor], model: Any, own: Path) -> None:
+    """Write the scales that training ended with to where the bundle finds them."""
+    grids, start = trained.grids[0], own / CALIBRATED
+    learned = _learned(trained, _read_scales(start, grids) if start.is_file() else {})
+    found = {
+        weight.name: learned.scales(weight.name, weight.values(), stretches[weight.name])
+        for weight in weights_of(model, *to_nearest(trained))
+        if weight.name in stretches
+    }
+    _keep(found, grids, own / SCALES)
+    start.unlink(missing_ok=True)
 
 
 def _begin(
     scales: dict[str, Scales],
     trained: Trained,
     tokens: NDArray[Any],
-    own: Path,
+    path: Path,
     progress: Progress,
     model: Any,
     continued: bool,
@@ -137,7 +177,7 @@ def _begin(
     """Find the scales: by calibrating `model`, or those of the run that is continued."""
     grids, section = trained.grids[0], trained.section
     if continued:
-        scales.update(trained_scales(own, grids))
+        scales.update(_read_scales(path, grids))
         return
     blocks = -(-section.calibration_tokens // tokens.shape[1])
     found = calibrated_start(
@@ -151,18 +191,17 @@ def _begin(
         progress=progress,
     )
     scales.update(found)
-    _keep(scales, grids, own)
+    _keep(scales, grids, path)
 
 
-def _keep(scales: dict[str, Scales], grids: Grids, own: Path) -> None:
-    """Write the scales beside the weights, where the bundle finds them; the grids as metadata."""
+def _keep(scales: dict[str, Scales], grids: Grids, path: Path) -> None:
+    """Write the scales beside the weights; the grids as metadata."""
     tensors = {}
     for name, one in scales.items():
         tensors[f"{name}.scales"] = one.scales.contiguous()
         if one.zero_points is not None:
             tensors[f"{name}.zero_points"] = one.zero_points.contiguous()
     told = {name: json.dumps(asdict(grids(name))) for name in scales}
-    path = own / SCALES
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(save(tensors, told))
 
@@ -173,8 +212,10 @@ def trained_scales(model_folder: Path, grids: Grids) -> dict[str, Scales]:
     BadInput if they belong to another grid.
     """
     path = model_folder / SCALES
-    if not path.is_file():
-        return {}
+    return _read_scales(path, grids) if path.is_file() else {}
+
+
+def _read_scales(path: Path, grids: Grids) -> dict[str, Scales]:
     found = {}
     with safe_open(path, "pt") as file:
         known = set(file.keys())
@@ -196,8 +237,8 @@ def trained_roundings(trained: Trained, model_folder: Path) -> tuple[Rounding, R
     """The rounding that a quantization-aware training of `model_folder` ended with: body, ends."""
     body, ends = to_nearest(trained)
     grids, _ = trained.grids
-    if trained.section.method == "gptq":
-        body = partial(_on_scales, grids=grids, scales=trained_scales(model_folder, grids))
+    if scales := trained_scales(model_folder, grids):
+        body = partial(_on_scales, grids=grids, scales=scales)
     return body, ends
 
 
@@ -210,8 +251,7 @@ def trained_blocks(trained: Trained, opened: Any, model_folder: Path) -> Made:
     grids, _ = trained.grids
     scales, made = trained_scales(model_folder, grids), Made()
     for weight in weights_of(opened, *to_nearest(trained)):
-        own = weight.parameter.detach()
-        values = (own.T if weight.turned else own).float()
+        values = weight.values()
         if weight.name in scales:
             made.add(values, _blocks(values, scales[weight.name], grids(weight.name)), grids(weight.name))
         elif trained.chosen is not None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from edgedisp import Progress, model
+from edgedisp import BadInput, Progress, model
 from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.dispersion.quick import quick_condensation
 from edgedisp.processes import place, split
@@ -22,7 +22,7 @@ from edgedisp.recipe import BITS, ArmRun, QuantizeBits, Train
 from edgedisp.recipe.sections import Dispersion
 from edgedisp.stages import adapters
 from edgedisp.stages.bits import chosen_grids
-from edgedisp.stages.rounding import Trained, aware
+from edgedisp.stages.rounding import Trained, aware, keep_learned
 from edgedisp.stages.start import PACKING, weights_digest
 from edgedisp.train.distributed import Sharding, Share, leave
 from edgedisp.train.reporting import Reporting, check_reporters
@@ -62,9 +62,14 @@ def midtrain(
     checkpoints = own / "checkpoints"
     name = f"{own.parent.parent.name}/{own.parent.name}"
     callbacks: list[TrainerCallback] = list(callbacks_for(arm.techniques, seed))
+    under, trained_as = None, None
     if (asked := train.quantization_aware) is not None and rounded is not None:
+        if asked.learn_scales and place().count > 1:
+            raise BadInput("train.quantization_aware.learn_scales: needs false where several processes train")
         trained_as = Trained(rounded, BITS[asked.precision], chosen_grids(bits_folder))
-        callbacks.append(aware(asked, trained_as, tokens, own, progress))
+        under = aware(asked, trained_as, tokens, own, progress)
+        under.attach(trained)
+        callbacks.append(under)
     done = fit(
         trained,
         packed,
@@ -78,6 +83,8 @@ def midtrain(
         share=_share(train),
         progress=progress,
     )
+    if under is not None and trained_as is not None and (stretches := under.take(trained)):
+        keep_learned(trained_as, stretches, trained, own)
     if not place().leads:
         return {}
     if done.weights is not None:  # what was trained is in parts; the whole goes into a model as it came

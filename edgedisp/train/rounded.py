@@ -28,7 +28,13 @@ class Weight:
     parameter: Tensor
     turned: bool  # stored [in, out], as Conv1D does
     rounding: Rounding
+    is_end: bool = False  # the embedding or the head
     adapter: Any = None
+
+    def values(self) -> Tensor:
+        """fp32 [out, in], without an adapter's update."""
+        own = self.parameter.detach()
+        return (own.T if self.turned else own).float()
 
     def rounded(self, strength: float = 1.0) -> Tensor:
         """What the parameter's data become, `strength` of the way to the grid; always new memory."""
@@ -65,7 +71,7 @@ def weights_of(model: nn.Module, body: Rounding, ends: Rounding) -> Iterator[Wei
         seen.add(id(weight))
         plain = name.removeprefix("base_model.model.").removesuffix(".base_layer") + ".weight"
         turned = isinstance(module, Conv1D)
-        yield Weight(plain, weight, turned, ends if is_end else body, adapters.get(id(module)))
+        yield Weight(plain, weight, turned, ends if is_end else body, is_end, adapters.get(id(module)))
 
 
 def check_replaceable(weight: Weight) -> None:
