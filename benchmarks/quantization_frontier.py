@@ -68,9 +68,9 @@ BASE: dict[str, list[str]] = {
     "gptq, symmetric": ["method=gptq", "symmetric=true"],
     "gptq, group 64": ["method=gptq", "group=64"],
     "gptq, 4-bit head": ["method=gptq", "head_bits=4"],
-    "gptq, head group 256": ["method=gptq", "head_group=256"],
+    "gptq, head group 64": ["method=gptq", "head_group=64"],
     "gptq, symmetric, group 64, 4-bit head": ["method=gptq", "symmetric=true", "group=64", "head_bits=4"],
-    "rescale, gptq": ["method=gptq", "rescale=true", "head_group=256"],
+    "rescale, gptq": ["method=gptq", "rescale=true", "head_group=64"],
     "search 100 MB": ["budget=100MB"],
     "search 100 MB, gptq": ["budget=100MB", "method=gptq"],
     "search 92 MB, gptq": ["budget=92MB", "method=gptq"],
@@ -79,11 +79,16 @@ BASE: dict[str, list[str]] = {
 HALF = "aware={precision: int4, start: 0.5}"
 TRAINED: dict[str, list[str]] = {
     "trained, rtn": [],
-    "trained, gptq, head group 256": ["method=gptq", "head_group=256"],
+    "trained, gptq, head group 64": ["method=gptq", "head_group=64"],
     "trained, gptq, symmetric": ["method=gptq", "symmetric=true"],
     "trained, search 100 MB, gptq": ["budget=100MB", "method=gptq"],
     "aware, rtn": ["aware={precision: int4}"],
-    "aware from half, gptq, head group 256": [HALF, "method=gptq", "head_group=256"],
+    "aware from half, gptq, symmetric": [HALF, "method=gptq", "symmetric=true"],
+    "aware from half, learned, gptq, symmetric": [
+        "aware={precision: int4, start: 0.5, learn_scales: true}",
+        "method=gptq",
+        "symmetric=true",
+    ],
     "aware from half, search 100 MB, gptq": [HALF, "budget=100MB", "method=gptq"],
 }
 
