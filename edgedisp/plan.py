@@ -210,8 +210,8 @@ def _stage_seconds(name: str, recipe: Recipe, parameters: int, step_s: float, fo
 def _choosing_seconds(precision: str, recipe: Recipe, size: float, forward_s: float) -> float:
     """What a quantized bundle takes beside being written, where that depends on text."""
     options, seconds = getattr(recipe.quantize, precision), 0.0
-    if options.method == "gptq":  # three passes, and the rounding of columns
-        seconds += options.calibration_tokens * 3 * forward_s + 45 * size
+    if options.method == "gptq":  # passes up to each weight, corrected on two models; the rounding of columns
+        seconds += options.calibration_tokens * (7 if options.correction else 3) * forward_s + 45 * size
     if options.rescale:  # three passes, and the search for each scale
         seconds += options.calibration_tokens * 3 * forward_s + 60 * size
     if precision == "int4" and recipe.quantize.searched and not searched_before(recipe):
