@@ -769,7 +769,7 @@ def test_the_lock_file_names_every_key(read: Reader) -> None:
     inside_null = {"kind", "rank", "alpha", "dropout", "merge"}  # no adapter here
     inside_null |= {"neftune", "active_forgetting", "embedding_dropout"}  # no such arm
     inside_null |= {"fsdp", "wrap", "cpu_offload"}  # not divided
-    inside_null |= {"start", "ramp"}  # no rounding in training
+    inside_null |= {"start", "ramp", "learn_scales"}  # no rounding in training
     assert [key for key in keys if key not in inside_null and f"{key}:" not in text] == []
 
 
