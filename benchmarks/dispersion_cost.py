@@ -40,8 +40,7 @@ from edgedisp.dispersion.collect import hidden_states
 from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.dispersion.loss import angular
 from edgedisp.train.fused_head import fused_head
-from edgedisp.train.memory import freed_memory_kept
-from edgedisp.train.trainer import peak_memory_bytes
+from edgedisp.train.memory import freed_memory_kept, peak_memory_bytes
 
 WAYS = ("off", "ours", "paper")
 SETTINGS = {  # name: (batch, context, bf16, gradient checkpointing)

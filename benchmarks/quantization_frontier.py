@@ -44,7 +44,7 @@ from edgedisp.bench.machine import physical_cores
 from edgedisp.graph.device import for_device
 from edgedisp.graph.session import OnnxModel
 from edgedisp.recipe import Recipe, load
-from edgedisp.train.trainer import peak_memory_bytes
+from edgedisp.train.memory import peak_memory_bytes
 
 BLOCKS, CONTEXT, SMALL_MB = 24, 256, 100.0
 POSITIONS = 4096
@@ -76,20 +76,16 @@ BASE: dict[str, list[str]] = {
     "search 92 MB, gptq": ["budget=92MB", "method=gptq"],
 }
 # The same after training on 80k tokens; `aware` trains under the rounding.
-HALF = "aware={precision: int4, start: 0.5}"
+LATE = "aware={precision: int4, start: 0.85}"
 TRAINED: dict[str, list[str]] = {
     "trained, rtn": [],
-    "trained, gptq, head group 64": ["method=gptq", "head_group=64"],
-    "trained, gptq, symmetric": ["method=gptq", "symmetric=true"],
+    "trained, gptq": ["method=gptq"],
     "trained, search 100 MB, gptq": ["budget=100MB", "method=gptq"],
     "aware, rtn": ["aware={precision: int4}"],
-    "aware from half, gptq, symmetric": [HALF, "method=gptq", "symmetric=true"],
-    "aware from half, learned, gptq, symmetric": [
-        "aware={precision: int4, start: 0.5, learn_scales: true}",
-        "method=gptq",
-        "symmetric=true",
-    ],
-    "aware from half, search 100 MB, gptq": [HALF, "budget=100MB", "method=gptq"],
+    "aware from half, gptq": ["aware={precision: int4, start: 0.5}", "method=gptq"],
+    "aware late, gptq": [LATE, "method=gptq"],
+    "aware late, learned, gptq": [LATE.replace("}", ", learn_scales: true}"), "method=gptq"],
+    "aware late, search 100 MB, gptq": [LATE, "budget=100MB", "method=gptq"],
 }
 
 

@@ -26,10 +26,8 @@ from edgedisp.pipeline import Observer
 from edgedisp.quantize.rewrite import quantize_bundle
 from edgedisp.recipe import BITS, Recipe, Target, load_target
 from edgedisp.report import bundle_card
-from edgedisp.stages import fetch_base, pack, provenance_of, train_settings
+from edgedisp.stages import fetch_base, pack, provenance_of
 from edgedisp.stages.packing import CARD
-from edgedisp.train.adapter import adapter_size
-from edgedisp.train.probe import time_steps
 
 
 def export_for_target(
@@ -161,6 +159,10 @@ def render_bench(timed: dict[str, Any]) -> str:
 
 def probe_base(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """Open the base and time a few training steps; see `edgedisp.train.probe`."""
+    from edgedisp.stages import train_settings  # these load the Trainer, which no other command here needs
+    from edgedisp.train.adapter import adapter_size
+    from edgedisp.train.probe import time_steps
+
     opened: Any
     if recipe.is_smoke:
         texts = [document.text for document in corpus.made_documents(50, seed=0)]

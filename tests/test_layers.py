@@ -101,6 +101,18 @@ def test_light_modules_load_nothing_heavy() -> None:
     assert done.stdout.split() == []
 
 
+def test_what_does_not_train_stays_clear_of_the_trainer() -> None:
+    script = """
+import sys
+from edgedisp import single, stages
+print("transformers.trainer" in sys.modules, "peft" in sys.modules)
+assert all(getattr(stages, name) is not None for name in stages.__all__)
+print("transformers.trainer" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False", "True"]
+
+
 def test_the_names_at_the_root_are_there_and_loaded_when_asked_for() -> None:
     script = f"""
 import sys, edgedisp

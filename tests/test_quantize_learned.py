@@ -12,7 +12,7 @@ from test_train_quantization_aware import BLOCKS, BODY, ROUNDING, Stop, check_eq
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from edgedisp.quantize.grid import Grid, dequantize, in_groups, quantize, ranges
+from edgedisp.quantize.grid import Grid, dequantize, in_groups, quantize, ranges, storable
 from edgedisp.quantize.learned import RATE, LearnedScales
 from edgedisp.quantize.start import Scales
 from edgedisp.train.quantization_aware import LEARNED, QuantizationAware
@@ -32,7 +32,8 @@ def nearest(grid: Grid) -> LearnedScales:
 def held(weight: Tensor, start: Scales, stretch: Tensor, grid: Grid) -> Tensor:
     """The held weight as one expression: autograd sees the rounding as the identity, the cut as it is."""
     values = in_groups(weight, grid.group)
-    scales = (start.scales * torch.exp(RATE * stretch))[..., None]
+    scales = start.scales * torch.exp(RATE * stretch)
+    scales = (scales * (storable(scales, grid) / scales).detach())[..., None]
     center = float(grid.middle) if start.zero_points is None else start.zero_points[..., None].float()
     steps = values / scales + center
     integers = (steps + (steps.round() - steps).detach()).clamp(0, grid.highest)

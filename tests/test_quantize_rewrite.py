@@ -130,7 +130,7 @@ def test_the_record_adds_up(exported: Callable[[str], tuple[Any, Path]], tmp_pat
     embedding = by_name["model.embed_tokens.weight"]
     assert (embedding["bits"], embedding["component"]) == (8, "embedding")
     assert embedding["shape"] == [twins.VOCABULARY, 64]
-    assert embedding["size_bytes"] == twins.VOCABULARY * (64 + 2 * 4 + 2)
+    assert embedding["size_bytes"] == twins.VOCABULARY * (64 + 2 * 2 + 2)
     gate_up = by_name["model.layers.1.mlp.gate_up_proj.weight"]
     assert (gate_up["bits"], gate_up["component"], gate_up["shape"]) == (4, "mlp", [192, 64])
     mlp = model.model.layers[1].mlp

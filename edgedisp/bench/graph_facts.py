@@ -50,61 +50,72 @@ def weight_traffic(model: Any) -> dict[str, int]:
     """Of an onnx ModelProto: `weight_bytes_per_token` and `weight_bits`, the bits of most weights.
 
     `weight_bits` is 4 or 8 where MatMulNBits or MatMulBnb4 holds most of the weights, else the bits of the
-    type that does.
+    type that does. A tensor that is cast counts as what it is cast to: the runtime does so once, at load.
     """
     initializers = {i.name: i for i in model.graph.initializer}
-    full, rows = _readers(model.graph, initializers)
+    behind = _origins(model.graph, initializers)
+    full, rows = _readers(model.graph, behind)
+    cast = {behind[n.input[0]]: n.attribute[0].i for n in model.graph.node
+            if n.op_type == "Cast" and n.input[0] in behind}  # fmt: skip
     per_token = 0
     for name, tensor in initializers.items():
-        size = tensor_bytes(tensor)
+        size = tensor_bytes(tensor, cast.get(name))
         if name in full:
             per_token += size
         elif name in rows and tensor.dims:
             per_token += size // max(tensor.dims)  # the longest side is the vocabulary or the positions
-    return {"weight_bytes_per_token": per_token, "weight_bits": _weight_bits(model.graph, initializers, full)}
+    bits = _weight_bits(model.graph, initializers, behind, full)
+    return {"weight_bytes_per_token": per_token, "weight_bits": bits}
 
 
-def tensor_bytes(tensor: Any) -> int:
-    """Bytes of an initializer, from its shape and type; 4-bit types are stored two to a byte."""
+def tensor_bytes(tensor: Any, kind: int | None = None) -> int:
+    """Bytes of an initializer, from its shape and type (or `kind`); 4-bit types are stored two to a byte."""
     import onnx
 
     count = 1
     for size in tensor.dims:
         count *= size
-    if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+    kind = tensor.data_type if kind is None else kind
+    if kind in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
         return (count + 1) // 2
-    return count * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    return count * int(onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize)
 
 
-def _readers(graph: Any, initializers: dict[str, Any]) -> tuple[set[str], set[str]]:
+def _origins(graph: Any, initializers: dict[str, Any]) -> dict[str, str]:
+    """Tensor -> the initializer that it is, or is handed on from."""
+    behind = {name: name for name in initializers}
+    for node in graph.node:  # onnx keeps nodes in the order of computation
+        if node.op_type in HANDS_ON and node.input[0] in behind:
+            behind[node.output[0]] = behind[node.input[0]]
+    return behind
+
+
+def _readers(graph: Any, behind: dict[str, str]) -> tuple[set[str], set[str]]:
     """Names of the initializers that some operator reads in full, and of those read row by row."""
-    behind = {name: name for name in initializers}  # tensor -> the initializer it comes from
     full: set[str] = set()
     rows: set[str] = set()
-    for node in graph.node:  # onnx keeps nodes in the order of computation
+    for node in graph.node:
         for index, name in enumerate(node.input):
-            if name not in behind:
+            if name not in behind or (node.op_type in HANDS_ON and index == 0):
                 continue
             source = behind[name]
-            if node.op_type in HANDS_ON and index == 0:
-                behind[node.output[0]] = source
-            elif index in READS_ROWS.get(node.op_type, ()):
+            if index in READS_ROWS.get(node.op_type, ()):
                 rows.add(source)
             else:
                 full.add(source)
     return full, rows
 
 
-def _weight_bits(graph: Any, initializers: dict[str, Any], full: set[str]) -> int:
+def _weight_bits(graph: Any, initializers: dict[str, Any], behind: dict[str, str], full: set[str]) -> int:
     """Bits that most weights of the matrix products have, counted by number of weights."""
     counts: dict[int, int] = {}
-    packed = set()
+    packed: set[str] = set()
     for node in graph.node:
         if node.op_type in ("MatMulNBits", "MatMulBnb4"):
             size = {a.name: a.i for a in node.attribute}
             bits = size.get("bits", 4)
             counts[bits] = counts.get(bits, 0) + size["K"] * size["N"]
-            packed.update(node.input[1:])
+            packed.update(behind.get(name, name) for name in node.input[1:])
     for name in full - packed:
         tensor = initializers[name]
         if len(tensor.dims) == 2:

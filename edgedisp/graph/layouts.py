@@ -192,7 +192,8 @@ def _plain_gather(graph: GraphProto, node: NodeProto, made: dict[str, TensorProt
     bits, group = int(options.get("bits", 4)), int(options["block_size"])
     data, ids, scales, *zero_points = [name for name in node.input if name]
     shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
-    groups = shapes[scales][1]
+    stored = {cast.output[0]: cast.input[0] for cast in graph.node if cast.op_type == "Cast"}
+    groups = shapes[stored.get(scales, scales)][1]
     name, steps = node.output[0], []
 
     def add(op: str, inputs: Sequence[str], part: str, **attributes: Any) -> str:

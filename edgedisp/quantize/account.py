@@ -98,7 +98,7 @@ def _array(tensor: TensorProto) -> NDArray[Any]:
 def _packed(rows: int, columns: int, grid: Grid) -> Packed:
     """Arrays of the shapes that `grid.pack` gives, without memory of their own."""
     groups = -(-columns // grid.group)
-    byte, scale = np.zeros((), np.uint8), np.zeros((), np.float32)
+    byte, scale = np.zeros((), np.uint8), np.zeros((), np.float16)
     zero_points = None if grid.symmetric else np.broadcast_to(byte, (rows, -(-groups * grid.bits // 8)))
     data = np.broadcast_to(byte, (rows, groups, grid.group * grid.bits // 8))
     return Packed(data, np.broadcast_to(scale, (rows, groups)), zero_points, columns)

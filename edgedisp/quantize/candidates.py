@@ -64,7 +64,12 @@ def _scored(
 def stored_bytes(unit: Unit, grid: Grid) -> int:
     """Of a weight's tensors in the files: large ones in whole pages, small ones as they are."""
     groups = -(-unit.columns // grid.group)
-    parts = [unit.rows * groups * grid.group * grid.bits // 8, 4 * unit.rows * groups]
+    parts = [unit.rows * groups * grid.group * grid.bits // 8, 2 * unit.rows * groups]
     if not grid.symmetric:
         parts.append(unit.rows * -(-groups * grid.bits // 8))
     return sum(part if part <= INLINE_BYTES else part + -part % PAGE for part in parts)
+
+
+def read_bytes(unit: Unit, grid: Grid) -> int:
+    """Of a weight in memory, where its scales are fp32."""
+    return grid.size_bytes(unit.rows, unit.columns) + 2 * unit.rows * -(-unit.columns // grid.group)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgedisp.quantize.grid import Blocks, Grid, check_weight, concatenate, dequantize, inverse
+from edgedisp.quantize.grid import Blocks, Grid, check_weight, concatenate, dequantize, inverse, storable
 from edgedisp.quantize.methods import k_quant
 
 BLOCK = 128  # columns whose corrections are applied to the rest at once
@@ -145,6 +145,7 @@ def refit(blocks: Blocks, weight: Tensor, grid: Grid, hessian: Tensor) -> Blocks
         old = blocks.scales[first : first + 128].double()
         b = b + ridge[:, None] * old
         solved, info = torch.linalg.solve_ex(a, b)
+        solved = storable(solved.float(), grid).double()
         better = (info == 0) & torch.isfinite(solved).all(1) & (_cost(solved, a, b) < _cost(old, a, b))
         found[first : first + 128] = torch.where(better[:, None], solved, old).float()
     return Blocks(blocks.q, found, blocks.zero_points, blocks.columns)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from edgedisp.quantize.grid import Blocks, Grid, dequantize, in_groups, inverse, round_to
+from edgedisp.quantize.grid import Blocks, Grid, dequantize, in_groups, inverse, round_to, storable
 from edgedisp.quantize.start import Scales
 
 RATE = 10.0  # at a learning rate of 1e-4 a scale moves by about a thousandth in a step
@@ -40,7 +40,7 @@ class LearnedScales:
 
     def scales(self, name: str, weight: Tensor, stretch: Tensor) -> Scales:
         own = self._scales(name, weight)
-        return Scales(own.scales * torch.exp(RATE * stretch), own.zero_points)
+        return Scales(storable(own.scales * torch.exp(RATE * stretch), self.grids(name)), own.zero_points)
 
     def rounded(self, name: str, weight: Tensor, stretch: Tensor) -> Tensor:
         return dequantize(self._blocks(name, weight, stretch), self.grids(name))

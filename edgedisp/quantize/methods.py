@@ -38,6 +38,7 @@ from edgedisp.quantize.grid import (
     quantize,
     ranges,
     round_to,
+    storable,
 )
 
 CLIPS = 20  # shrink factors tried, 1.0 down to 1 - CLIPS / 50
@@ -82,13 +83,15 @@ def _least_squares(
     q = round_to(values, scales, zero_points, grid, 0).q.float()
     if zero_points is None:
         q = q - float(grid.middle)
-        return (weights * values * q).sum(-1) / (weights * q * q).sum(-1).clamp(min=1e-30), None
+        fitted = (weights * values * q).sum(-1) / (weights * q * q).sum(-1).clamp(min=1e-30)
+        return storable(fitted, grid), None
     total = weights.sum(-1)
     sum_q, sum_v = (weights * q).sum(-1), (weights * values).sum(-1)
     sum_qq, sum_qv = (weights * q * q).sum(-1), (weights * q * values).sum(-1)
     determinant = total * sum_qq - sum_q * sum_q
     fitted = (total * sum_qv - sum_q * sum_v) / determinant
     fitted = torch.where((determinant > 0) & torch.isfinite(fitted) & (fitted > 0), fitted, scales)
+    fitted = storable(fitted, grid)
     minimum = (sum_v - fitted * sum_q) / total.clamp(min=1e-30)
     center = torch.round(-minimum * inverse(fitted)).clamp(0, grid.highest).to(torch.uint8)
     return fitted, center

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from edgedisp import BadInput, Progress, silent
 from edgedisp.quantize.assignment import Choice
-from edgedisp.quantize.candidates import METHODS_TRIED, OUTER, USUAL, Candidates, candidates
+from edgedisp.quantize.candidates import METHODS_TRIED, OUTER, USUAL, Candidates, candidates, read_bytes
 from edgedisp.quantize.grid import Blocks, Grid, dequantize
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.rewrite import bundle_bytes
@@ -207,7 +207,7 @@ class Search:
     def bytes_read(self, found: Solution) -> int:
         """Bytes of weights that are read for each decoded token; of an embedding alone, next to none."""
         return sum(
-            round(one.options[pick].cost)
+            read_bytes(one.unit, one.choices[pick].grid)
             for one, pick in zip(self.candidates, found.picks)
             if one.unit.modules
         )

@@ -4,6 +4,8 @@ A tied embedding is stored once and read by both operators. It lies in the file 
 [vocab, bytes]; the product sees it through a `Reshape`, which the runtime folds at load and drops once its
 kernel has packed the weight. The other way round (the genai builder's) leaves a second copy in memory: 27
 MB more for 49,152 x 576 at 8 bits.
+
+Scales stored in fp16 are cast to fp32, which the kernels need; the runtime folds that, too.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from onnx import GraphProto, NodeProto, helper
+from onnx import GraphProto, NodeProto, TensorProto, helper
 
 from edgedisp.quantize.grid import Grid, Packed
 from edgedisp.quantize.nf4 import QUANT_TYPE, Levels
@@ -19,6 +21,7 @@ from edgedisp.quantize.store import TensorStore
 from edgedisp.quantize.uses import Use
 
 MICROSOFT = "com.microsoft"
+HALF = ".fp16"  # ends the name of scales that are stored in fp16
 
 
 def replace(
@@ -34,23 +37,29 @@ def replace(
     gathered = any(use.gather for use in users)
     rows, groups, width = packed.data.shape
     data = store.add(f"{name}.q{grid.bits}", packed.data.reshape(rows, -1) if gathered else packed.data)
-    parameters = [store.add(f"{name}.scales", packed.scales)]
+    scales = f"{name}.scales"
+    parameters, setup = [scales], []
+    if packed.scales.dtype == np.float16:
+        half = store.add(f"{scales}{HALF}", packed.scales)
+        setup.append(helper.make_node("Cast", [half], [scales], name=scales, to=TensorProto.FLOAT))
+    else:
+        store.add(scales, packed.scales)
     if packed.zero_points is not None:
         parameters.append(store.add(f"{name}.zero_points", packed.zero_points))
-    blocks, reshape = data, []
+    blocks = data
     if gathered:
         blocks = f"{data}.blocks"
         shape = store.add(f"{data}.shape", np.array([rows, groups, width], np.int64))
-        reshape = [helper.make_node("Reshape", [data, shape], [blocks], name=blocks)]
+        setup.append(helper.make_node("Reshape", [data, shape], [blocks], name=blocks))
     replaced: dict[int, list[NodeProto]] = {}
     for use in users:
         old = graph.node[use.index]
         if use.gather:
-            replaced[use.index] = _gather(old, data, parameters, packed.columns, groups, grid, store)
+            nodes = _gather(old, data, parameters, packed.columns, groups, grid, store)
         else:
-            product = _product(old, blocks, parameters, rows, packed.columns, grid, accuracy_level)
-            replaced[use.index] = [*reshape, *product]
-            reshape = []  # once is enough
+            nodes = _product(old, blocks, parameters, rows, packed.columns, grid, accuracy_level)
+        replaced[use.index] = [*setup, *nodes]
+        setup = []  # once is enough, before the first reader
     return replaced
 
 

@@ -142,7 +142,7 @@ def bundle_bytes(source: Path, assignment: Assignment) -> int:
         groups = -(-columns // grid.group)
         zero_points = None if grid.symmetric else np.zeros((rows, -(-groups * grid.bits // 8)), np.uint8)
         data = np.zeros((rows, groups, grid.group * grid.bits // 8), np.uint8)
-        return Packed(data, np.zeros((rows, groups), np.float32), zero_points, columns)
+        return Packed(data, np.zeros((rows, groups), np.float16), zero_points, columns)
 
     _rewrite(model, uses, assignment, store, empty)
     return store.written + len(model.SerializeToString())

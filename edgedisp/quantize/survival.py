@@ -36,6 +36,7 @@ from torch import Tensor
 from edgedisp import Progress, silent
 from edgedisp.quantize.components import component
 from edgedisp.quantize.grid import Blocks, Grid, Packed, dequantize, in_groups, inverse, round_to, unpack
+from edgedisp.quantize.operators import HALF
 from edgedisp.quantize.origin import Origins, gather
 from edgedisp.quantize.rewrite import SLICE_VALUES
 from edgedisp.quantize.store import GRAPH, read
@@ -144,7 +145,7 @@ def _packed(bundle: Path, node: NodeProto, stored: Mapping[str, TensorProto]) ->
     name = node.input[2].removesuffix(".scales")
     zero_points = stored.get(f"{name}.zero_points")
     grid = Grid(options["bits"], options["block_size"], zero_points is None)
-    scales = read(bundle, stored[node.input[2]])
+    scales = read(bundle, stored.get(f"{name}.scales{HALF}") or stored[f"{name}.scales"])
     rows, groups = scales.shape
     data = read(bundle, stored[f"{name}.q{grid.bits}"]).reshape(rows, groups, -1)
     zeros = None if zero_points is None else read(bundle, zero_points)

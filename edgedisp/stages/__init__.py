@@ -18,20 +18,37 @@ what a stage does not get, it cannot depend on, and the cache key in pipeline/ i
     figures.py   items, accuracy, latency: what is measured of them
     accounting.py  size_account: what every bundle will weigh, before anything runs
     pilot.py     judging, pilot_candidate: a candidate of `edgedisp pilot`, trained and measured
+
+Stages that train are loaded when they are asked for: they need the Trainer, 290 MB of memory, the others do not.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from edgedisp.stages.accounting import base_skeleton, size_account
-from edgedisp.stages.adapters import merge_adapter
 from edgedisp.stages.bits import choose_bits
 from edgedisp.stages.bundles import export, quantize, verify
 from edgedisp.stages.condensation import bundle_condensation, condensation
 from edgedisp.stages.figures import accuracy, count_items, items, latency
 from edgedisp.stages.mixed import quantize_as_trained, quantize_searched
 from edgedisp.stages.packing import pack, provenance_of
-from edgedisp.stages.pilot import judging, pilot_candidate
 from edgedisp.stages.start import base, fetch_base, tokens, twin_base
 from edgedisp.stages.survival import survival
-from edgedisp.stages.training import leave_processes, midtrain, train_settings
+
+if TYPE_CHECKING:
+    from edgedisp.stages.adapters import merge_adapter
+    from edgedisp.stages.pilot import judging, pilot_candidate
+    from edgedisp.stages.training import leave_processes, midtrain, train_settings
+
+TRAINING = {
+    "judging": "pilot",
+    "leave_processes": "training",
+    "merge_adapter": "adapters",
+    "midtrain": "training",
+    "pilot_candidate": "pilot",
+    "train_settings": "training",
+}
+"""Stages that train -> their module here."""
 
 __all__ = [
     "accuracy",
@@ -62,3 +79,9 @@ __all__ = [
     "twin_base",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in TRAINING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{TRAINING[name]}"), name)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
@@ -39,8 +39,10 @@ from edgedisp.quantize.made import Made
 from edgedisp.quantize.start import Scales, calibrated_start
 from edgedisp.recipe import QuantizationAware as Asked
 from edgedisp.recipe import QuantizeBits
-from edgedisp.train.quantization_aware import QuantizationAware
 from edgedisp.train.rounded import Rounding, weights_of
+
+if TYPE_CHECKING:
+    from edgedisp.train.quantization_aware import QuantizationAware
 
 SCALES = "quantization/scales.safetensors"  # in a folder of its own: model.save clears the top
 CALIBRATED = "quantization/calibrated.safetensors"  # those that learned ones start from, while training lasts
@@ -121,6 +123,8 @@ def aware(
 
     tokens [blocks, context]: gptq calibrates on the first of them, when rounding begins.
     """
+    from edgedisp.train.quantization_aware import QuantizationAware  # the Trainer; a bundle needs none
+
     body, ends = to_nearest(trained)
     grids = trained.grids[0]
     begin, scales = None, dict[str, Scales]()

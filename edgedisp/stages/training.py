@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
 
 from edgedisp import BadInput, Progress, model
 from edgedisp.dispersion.config import DispersionConfig
@@ -28,6 +27,7 @@ from edgedisp.train.distributed import Sharding, Share, leave
 from edgedisp.train.reporting import Reporting, check_reporters
 from edgedisp.train.techniques import callbacks_for
 from edgedisp.train.trainer import TrainSettings, fit
+from edgedisp.train.transformers_trainer import TrainerCallback
 from edgedisp.train.watch import Watch
 
 WATCHES = 10  # looks at the condensation in a run

@@ -32,7 +32,8 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+
+from edgedisp.train.transformers_trainer import Trainer, TrainingArguments
 
 TIME_LIMIT = timedelta(hours=6)
 """How long a process waits for another in one operation. A slow disk or a sleeping laptop must not end a run,

@@ -1,4 +1,4 @@
-"""Memory of a training step: freed memory kept in the process, activations computed again instead of kept.
+"""Memory of a process that trains, and of its steps: freed memory kept in the process, activations computed again instead of kept.
 
 A step allocates and frees some gigabytes of activations and gradients. The C library (glibc) gives large
 blocks back to the system at once, and the next step gets them anew: 300,000 page faults, each a page of
@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -83,3 +86,14 @@ def _glibc() -> ctypes.CDLL | None:
         return None
     found = ctypes.CDLL(None)
     return found if hasattr(found, "mallopt") and hasattr(found, "malloc_trim") else None
+
+
+def peak_memory_bytes() -> int:
+    """Highest resident memory of this process so far."""
+    # Linux: not `ru_maxrss`, which a child inherits from the process that started it.
+    if (status := Path("/proc/self/status")).is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

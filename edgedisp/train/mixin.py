@@ -37,10 +37,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from edgedisp import BuildFailed
+from edgedisp.train.transformers_trainer import Trainer, TrainerCallback, get_last_checkpoint
 from edgedisp.train.watch import Watch
 
 if TYPE_CHECKING:

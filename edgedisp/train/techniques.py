@@ -38,7 +38,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, get_scheduler
+
+from edgedisp.train.transformers_trainer import TrainerCallback, get_scheduler
 
 
 def callbacks_for(techniques: Mapping[str, float], seed: int) -> tuple[TrainerCallback, ...]:

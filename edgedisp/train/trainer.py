@@ -13,8 +13,6 @@ the Trainer's own option changed its name within transformers 5.
 from __future__ import annotations
 
 import random
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from edgedisp import BadInput, Progress, silent
@@ -34,11 +31,12 @@ from edgedisp.train.checkpoints import last_checkpoint
 from edgedisp.train.compiled import compiled_layers, why_not_compiled
 from edgedisp.train.data import Blocks
 from edgedisp.train.fused_head import fused_head, why_not_fused
-from edgedisp.train.memory import activations_recomputed, freed_memory_kept
+from edgedisp.train.memory import activations_recomputed, freed_memory_kept, peak_memory_bytes
 from edgedisp.train.mixin import DispersionSettings, DispersionTrainer
 from edgedisp.train.reporting import Reporting, reported_in
 from edgedisp.train.settings import Fit, TrainSettings
 from edgedisp.train.techniques import Technique
+from edgedisp.train.transformers_trainer import PrinterCallback, TrainerCallback, TrainingArguments
 from edgedisp.train.watch import Watch
 
 __all__ = ["Fit", "TrainSettings", "fit", "last_checkpoint", "quiet"]
@@ -322,14 +320,3 @@ def _arguments(
     )
     distributed.gather_in_float32(args)
     return args
-
-
-def peak_memory_bytes() -> int:
-    """Highest resident memory of this process so far."""
-    # Linux: not `ru_maxrss`, which a child inherits from the process that started it.
-    if (status := Path("/proc/self/status")).is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

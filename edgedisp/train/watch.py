@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+
+from edgedisp.train.transformers_trainer import TrainerCallback
 
 
 class Watch(TrainerCallback):
