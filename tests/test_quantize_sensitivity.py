@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from torch import Tensor
 
 from edgedisp import BadInput, BuildFailed
 from edgedisp.graph.export import export
@@ -27,7 +28,7 @@ from edgedisp.quantize.sensitivity import (
     rounded,
     shares,
 )
-from edgedisp.quantize.units import find_units, read_unit, written
+from edgedisp.quantize.units import Unit, find_units, read_unit, written
 
 UNTIED = "llama, untied, biases, wide heads"
 FORMS = ["llama", "qwen3", "gemma3_text", "gpt2", UNTIED]
@@ -96,13 +97,17 @@ def test_the_score_ranks_roundings_as_the_divergence_does(tmp_path: Path) -> Non
     known, measured = moments(model, units, text, seed=0), Text(model, text)
     pairs = []
     for grid in (Grid(4, 16, False), Grid(8, 32, True), Grid(4, 64, True)):
-        usual = {unit.name: Choice(grid) for unit in units}
-        found = measure(model, units, measured, usual, known)
+        usual = Choice(grid)
+
+        def change(unit: Unit, weight: Tensor, usual: Choice = usual) -> Tensor:
+            return rounded(weight, usual, None)
+
+        found = measure(model, units, measured, change)
         for unit in units:
             pairs.append(
                 (
                     found[unit.name].alone,
-                    fisher_of(read_unit(model, unit), usual[unit.name], known[unit.name]),
+                    fisher_of(read_unit(model, unit), usual, known[unit.name]),
                 )
             )
     assert spearmanr(*zip(*pairs)).statistic > 0.9
@@ -111,10 +116,9 @@ def test_the_score_ranks_roundings_as_the_divergence_does(tmp_path: Path) -> Non
 def test_the_shares_of_the_weights_add_up_to_the_loss_of_all(tmp_path: Path) -> None:
     model, bundle = exported(tmp_path, "llama", initializer_range=0.08)
     units, text = find_units(bundle, model), pieces(6)
-    known, measured = moments(model, units, text, seed=0), Text(model, text)
-    usual = {unit.name: Choice(Grid(4, 32, False)) for unit in units}
-    found = measure(model, units, measured, usual, known)
-    with written(model, units, lambda unit, w: rounded(w, usual[unit.name], None)):
+    measured, usual = Text(model, text), Choice(Grid(4, 32, False))
+    found = measure(model, units, measured, lambda _, weight: rounded(weight, usual, None))
+    with written(model, units, lambda _, weight: rounded(weight, usual, None)):
         whole = measured.kl(model)
     assert sum(shares(found).values()) == pytest.approx(whole, rel=0.1)
     assert measured.kl(model) == pytest.approx(0, abs=1e-6)  # the weights are back

@@ -13,14 +13,18 @@ import pytest
 import torch
 
 from edgedisp import BadInput, BuildFailed, model, silent
+from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.evaluate.divergence import compare
 from edgedisp.folder import Record, finish, making
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel, at_accuracy_level, open_session
 from edgedisp.pipeline import stages
+from edgedisp.quantize.calibrated import gptq_model
+from edgedisp.quantize.candidates import USUAL
 from edgedisp.quantize.levels import choose_levels, with_levels
 from edgedisp.quantize.rewrite import quantize_bundle
-from edgedisp.quantize.sensitivity import loss
+from edgedisp.quantize.sensitivity import Text, loss
+from edgedisp.quantize.units import find_units, read_unit, written
 from edgedisp.recipe import Quantize, load
 from edgedisp.recipe.sections import Int4
 from edgedisp.stages import bundles, mixed
@@ -110,6 +114,23 @@ def test_a_search_is_the_same_a_second_time_and_another_budget_costs_less(
     for name in ("model.onnx", "model.onnx.data"):
         assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
     assert records[2]["search"]["predicted_kl"] < records[0]["search"]["predicted_kl"]
+
+
+def test_under_gptq_a_weight_costs_what_gptq_makes_of_it(
+    folders: Callable[[str], Folders], sizes: dict[str, int], tmp_path: Path
+) -> None:
+    found, length = folders("llama"), TOKENS.shape[1]
+    int4 = {"method": "gptq", "calibration_tokens": 7 * length}
+    record = searched(found, tmp_path / "int4", budget=f"{sizes['8'] / 1000}kB", int4=int4)
+    plain, quantized = model.load(found["model"]), model.load(found["model"])
+    gptq_model(quantized, decoder_layers(quantized), TOKENS[:7], USUAL.grid)
+    text = Text(plain, pieces_of(TOKENS, plain))
+    inner = [unit for unit in find_units(found["fp32"], plain) if not unit.outer]
+    for unit in inner:
+        with written(plain, [unit], lambda unit, _: read_unit(quantized, unit)):
+            alone = text.kl(plain)
+        assert record["search"]["sensitivity"][unit.name] == pytest.approx(alone, rel=1e-3), unit.name
+    assert len(inner) > 4
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])

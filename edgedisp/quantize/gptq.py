@@ -21,7 +21,9 @@ from edgedisp.quantize.grid import Blocks, Grid, check_weight, concatenate, dequ
 from edgedisp.quantize.methods import k_quant
 
 BLOCK = 128  # columns whose corrections are applied to the rest at once
-ROWS = 4096  # rounded at a time: the search for a head's scales would hold many times its weight
+ROWS = 4096  # rounded at a time, a column of them in one step
+SEARCHED = 512  # rows whose scales are searched for at a time: that holds ten times their values
+REFITTED = 32  # rows whose scales are solved for at a time: that holds groups x columns values of each
 EDGE = 0.499  # how far from an integer, in steps, a latent value may lie: the next one begins at a half
 
 
@@ -61,7 +63,7 @@ def gptq_latent(
     parts, latent = [], torch.empty_like(weight)
     for first in range(0, len(weight), ROWS):  # rows are independent
         rows = weight[first : first + ROWS]
-        start = k_quant(rows, grid, diagonal.clone())
+        start = concatenate([k_quant(some, grid, diagonal.clone()) for some in rows.split(SEARCHED)])
         q, before = _rounded(rows[:, order], start, order, factor, grid)
         padded = start.q.reshape(len(rows), -1).clone()
         padded[:, order] = q
@@ -134,20 +136,20 @@ def refit(blocks: Blocks, weight: Tensor, grid: Grid, hessian: Tensor) -> Blocks
     metric[: blocks.columns, : blocks.columns] = hessian
     found = blocks.scales.clone()
     by_group = metric.reshape(groups, grid.group, size)
-    for first in range(0, rows, 128):
-        z = padded[first : first + 128].reshape(-1, groups, grid.group)
+    for first in range(0, rows, REFITTED):
+        z = padded[first : first + REFITTED].reshape(-1, groups, grid.group)
         through = torch.bmm(z.transpose(0, 1), by_group).transpose(0, 1)  # z_g H: [rows, groups, size]
         a = torch.einsum("rghk,rhk->rgh", through.reshape(len(z), groups, groups, grid.group), z).double()
-        target = weight[first : first + 128]
+        target = weight[first : first + REFITTED]
         b = (through[..., : blocks.columns] @ target[..., None])[..., 0].double()
         ridge = a.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-20) * 1e-6
         a = a + ridge[:, None, None] * torch.eye(groups, dtype=a.dtype, device=a.device)
-        old = blocks.scales[first : first + 128].double()
+        old = blocks.scales[first : first + REFITTED].double()
         b = b + ridge[:, None] * old
         solved, info = torch.linalg.solve_ex(a, b)
         solved = storable(solved.float(), grid).double()
         better = (info == 0) & torch.isfinite(solved).all(1) & (_cost(solved, a, b) < _cost(old, a, b))
-        found[first : first + 128] = torch.where(better[:, None], solved, old).float()
+        found[first : first + REFITTED] = torch.where(better[:, None], solved, old).float()
     return Blocks(blocks.q, found, blocks.zero_points, blocks.columns)
 
 

@@ -42,7 +42,8 @@ class Search:
 
     `model` is the torch model that the fp32 bundle `source` was made of. `pieces` (int64 [tokens] each) are
     what KL and gradients are taken on, `blocks` the longer text that a limit on perplexity is held to.
-    `methods`: those that may round the layers' weights. Everything is determined by the arguments.
+    `methods`: those that may round the layers' weights. `calibrated`: what a calibrated method makes of them
+    on USUAL's grid; it stands for that choice then. Everything is determined by the arguments.
     """
 
     def __init__(
@@ -54,16 +55,16 @@ class Search:
         *,
         methods: Sequence[str] = METHODS_TRIED,
         accuracy_level: int = 4,
+        calibrated: Made | None = None,
         seed: int = 0,
         progress: Progress = silent,
     ) -> None:
         self.source, self.model, self.blocks = source, model.eval(), list(blocks)
-        self.progress = progress
+        self.progress, self._calibrated = progress, calibrated
         self.text = Text(model, pieces)
         units = find_units(source, model)
         self.moments = moments(model, units, pieces, seed, progress)
-        usual = {unit.name: USUAL for unit in units}
-        self.measured = measure(model, units, self.text, usual, self.moments, progress)
+        self.measured = measure(model, units, self.text, self._usual, progress)
         share = shares(self.measured)
         self.fisher: dict[str, float] = {}
         self.candidates: list[Candidates] = []
@@ -155,7 +156,14 @@ class Search:
 
         return written(self.model, [one.unit for one in self.candidates], change)
 
+    def _usual(self, unit: Unit, weight: Tensor) -> Tensor:
+        return dequantize(self._blocks(unit, weight, USUAL), USUAL.grid)
+
     def _blocks(self, unit: Unit, weight: Tensor, choice: Choice) -> Blocks:
+        if self._calibrated is not None and choice.grid == USUAL.grid:
+            found = self._calibrated.find(weight)
+            if found is not None:  # embedding and head are not among them
+                return found[0]
         return choice.blocks(weight, self.moments[unit.name].importance)
 
     def made(self, found: Solution) -> Made:

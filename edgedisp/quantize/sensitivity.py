@@ -6,6 +6,9 @@ much. So it is done once a weight, with one usual rounding, and other candidates
 
     predicted(candidate) = share(usual) * fisher(candidate) / fisher(usual)
 
+Where GPTQ will round, the usual rounding that is measured is GPTQ's own, as what it makes good differs from
+weight to weight; `fisher` cannot see that, and carries over by k_quant's errors on both sides.
+
 `fisher` is the second-order term of the KL (the first-order term is zero: the model itself is the minimum).
 For a linear map with inputs x and gradients g of the log-likelihood of tokens drawn from the model itself, an
 error dW costs about 1/2 E[(g^T dW x)^2]; with tokens, rows and columns of dW taken as independent,
@@ -30,7 +33,7 @@ whole, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -249,16 +252,11 @@ def measure(
     model: nn.Module,
     units: Sequence[Unit],
     text: Text,
-    usual: dict[str, Choice],
-    known: dict[str, Moments],
+    change: Callable[[Unit, Tensor], Tensor],
     progress: Progress = silent,
 ) -> dict[str, Measured]:
-    """Unit's name -> what rounding it as `usual` has it costs on `text`, alone and after all others."""
+    """Unit's name -> what it costs on `text` that `change` rounds its weight, alone and after all others."""
     alone, found, steps = {}, {}, 2 * len(units)
-
-    def change(unit: Unit, weight: Tensor) -> Tensor:
-        return rounded(weight, usual[unit.name], known[unit.name].importance)
-
     for done, unit in enumerate(units):
         progress(done, steps, "sensitivity of each weight")
         with written(model, [unit], change):

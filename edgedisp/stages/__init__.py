@@ -12,6 +12,7 @@ what a stage does not get, it cannot depend on, and the cache key in pipeline/ i
     mixed.py     quantize_searched, quantize_as_trained: bits, group and method by weight
     bits.py      choose_bits: the same for a training under rounding, before it
     texts.py     the training text that such choices are measured on; levels.py: accuracy level by node
+    calibration.py  weights rounded on the training text
     rounding.py  the rounding that quantization-aware training and its bundle share
     packing.py   pack: a bundle for a kind of device, in the layouts of its runtimes, with a manifest
     survival.py  survival: what is left of training's change after quantization
@@ -19,7 +20,7 @@ what a stage does not get, it cannot depend on, and the cache key in pipeline/ i
     accounting.py  size_account: what every bundle will weigh, before anything runs
     pilot.py     judging, pilot_candidate: a candidate of `edgedisp pilot`, trained and measured
 
-Stages that train are loaded when they are asked for: they need the Trainer, 290 MB of memory, the others do not.
+Stages that train are loaded when they are asked for: they need the Trainer, 290 MB of memory.
 """
 
 from importlib import import_module

@@ -20,6 +20,7 @@ from edgedisp.quantize.grid import Grid
 from edgedisp.quantize.mixed import Search
 from edgedisp.quantize.units import parameters_of
 from edgedisp.recipe import Quantize
+from edgedisp.stages.calibration import usual_by_gptq
 from edgedisp.stages.levels import first_level
 from edgedisp.stages.texts import blocks_of, pieces_of
 
@@ -43,6 +44,8 @@ def choose_bits(
     if section.budget is None:
         raise ValueError("training under a search needs a budget")
     tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+    is_gptq = section.int4.method == "gptq"
+    calibrated = usual_by_gptq(section.int4, base_folder, corpus_folder, progress) if is_gptq else None
     opened = model.load(base_folder)
     with tempfile.TemporaryDirectory(dir=own) as scratch:
         parent = Path(scratch)
@@ -52,8 +55,9 @@ def choose_bits(
             opened,
             pieces_of(tokens, opened),
             blocks_of(tokens),
-            methods=("k_quant",) if section.int4.method == "gptq" else ("rtn",),
+            methods=("k_quant",) if is_gptq else ("rtn",),
             accuracy_level=first_level(section.int4),
+            calibrated=calibrated,
             seed=seed,
             progress=progress,
         )

@@ -21,7 +21,7 @@ from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.quantize import nf4
 from edgedisp.quantize.awq import rescale
-from edgedisp.quantize.calibrated import gptq_model, weighted_model
+from edgedisp.quantize.calibrated import weighted_model
 from edgedisp.quantize.grid import Grid, dequantize
 from edgedisp.quantize.grid import quantize as grid_quantize
 from edgedisp.quantize.made import Made
@@ -29,6 +29,7 @@ from edgedisp.quantize.rewrite import quantize_bundle
 from edgedisp.quantize.store import DATA, GRAPH
 from edgedisp.recipe import QuantizeBits
 from edgedisp.stages.bits import chosen_grids
+from edgedisp.stages.calibration import by_gptq, calibration_text
 from edgedisp.stages.levels import first_level, measured_levels
 from edgedisp.stages.rounding import Trained, trained_blocks, trained_roundings
 from edgedisp.stages.start import heldout_documents
@@ -100,12 +101,6 @@ def quantize(
     return measured_levels(section, record, own, corpus_folder, threads, progress, decided)
 
 
-def calibration_text(section: QuantizeBits, corpus_folder: Path) -> Any:
-    """Tokens [blocks, context], of the text that every arm is trained on."""
-    tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    return tokens[: -(-section.calibration_tokens // tokens.shape[1])]
-
-
 def _rounding(section: QuantizeBits, bits: int) -> Callable[[Tensor], Tensor]:
     """The weight as the bundle's form holds it, rounded to nearest."""
     if section.method == "nf4":
@@ -131,28 +126,6 @@ def _calibrated(section: QuantizeBits, bits: int, opened: Any, text: Any, progre
         grid,
         section.method,
         head=head,
-        correction=section.correction,
-        progress=progress,
-    )
-
-
-def by_gptq(
-    section: QuantizeBits,
-    grid: Grid | dict[str, Grid],
-    opened: Any,
-    text: Any,
-    progress: Progress,
-    head: Grid | None = None,
-) -> Made:
-    """The layers of `opened` rounded in place by gptq, on one grid or on one for each linear map."""
-    return gptq_model(
-        opened,
-        decoder_layers(opened),
-        text,
-        grid,
-        head=head,
-        damping=section.damping,
-        act_order=section.act_order,
         correction=section.correction,
         progress=progress,
     )

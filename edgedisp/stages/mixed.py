@@ -21,7 +21,7 @@ from edgedisp.quantize.rewrite import quantize_assigned
 from edgedisp.quantize.search import Solution
 from edgedisp.recipe import Quantize
 from edgedisp.stages.bits import chosen_bits, chosen_grids
-from edgedisp.stages.bundles import by_gptq, calibration_text
+from edgedisp.stages.calibration import by_gptq, calibration_text, usual_by_gptq
 from edgedisp.stages.levels import first_level, measured_levels
 from edgedisp.stages.rounding import Trained, trained_blocks
 from edgedisp.stages.texts import blocks_of, pieces_of
@@ -48,11 +48,21 @@ def quantize_searched(
     int4 = section.int4
     is_gptq = int4.method == "gptq"
     tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    opened = model.load(model_folder)
     if decided is not None:
         return _as_decided(
-            section, seed, parent, opened, tokens, corpus_folder, threads, own, progress, decided
+            section,
+            seed,
+            parent,
+            model.load(model_folder),
+            tokens,
+            corpus_folder,
+            threads,
+            own,
+            progress,
+            decided,
         )
+    calibrated = usual_by_gptq(int4, model_folder, corpus_folder, progress) if is_gptq else None
+    opened = model.load(model_folder)
     search = Search(
         parent,
         opened,
@@ -60,6 +70,7 @@ def quantize_searched(
         blocks_of(tokens),
         methods=("k_quant",) if is_gptq else METHODS_TRIED,
         accuracy_level=first_level(int4),
+        calibrated=calibrated,
         seed=seed,
         progress=progress,
     )

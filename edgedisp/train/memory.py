@@ -1,4 +1,4 @@
-"""Memory of a process that trains, and of its steps: freed memory kept in the process, activations computed again instead of kept.
+"""Memory of a process that trains: its peak, freed memory kept, activations computed again instead of kept.
 
 A step allocates and frees some gigabytes of activations and gradients. The C library (glibc) gives large
 blocks back to the system at once, and the next step gets them anew: 300,000 page faults, each a page of
