@@ -90,6 +90,28 @@ def test_logits_equal_torch_with_rounded_weights(
         assert np.abs(expected - twins.torch_logits(model, row)).max() > 1e-2  # rounding did something
 
 
+@pytest.mark.parametrize("form", ["llama", UNTIED])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_runtime_that_folds_nothing_computes_no_nonsense(
+    form: str, symmetric: bool, exported: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """Scales that are stored in fp16 are then no constants to the product (operators.py)."""
+    model, bundle = exported(form)
+    quantize_bundle(bundle, tmp_path, symmetric=symmetric, bits=4, head_bits=8, accuracy_level=4)
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    kept = {tensor.name: tensor.data_type for tensor in graph.initializer if ".scales" in tensor.name}
+    assert kept and set(kept.values()) == {TensorProto.FLOAT16}
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    plain = OnnxModel(tmp_path, 1)
+    plain.session = onnxruntime.InferenceSession(tmp_path / "model.onnx", options)
+    grids = Grid(4, 32, symmetric), Grid(8, 32, symmetric)
+    (row,) = rows = twins.ragged([40])
+    expected = twins.torch_logits(round_weights(model, *grids), row)
+    found = plain(*twins.padded(rows))[0]
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_genai_decodes_the_quantized_bundle_like_onnxruntime(
     form: str, exported: Callable[[str], tuple[Any, Path]], tmp_path: Path

@@ -5,7 +5,11 @@ A tied embedding is stored once and read by both operators. It lies in the file 
 kernel has packed the weight. The other way round (the genai builder's) leaves a second copy in memory: 27
 MB more for 49,152 x 576 at 8 bits.
 
-Scales stored in fp16 are cast to fp32, which the kernels need; the runtime folds that, too.
+Scales stored in fp16 are cast to fp32, which the kernels need; the runtime folds that, too. With all graph
+optimizations turned off it does not, and then `MatMulNBits` at level 4 (onnxruntime 1.31) gives wrong numbers
+without a word: it packs a constant weight ahead, for which scales have to be constant as well. So the weight
+goes through an `Identity`, which costs nothing, as it is dropped at load. Where it is not, the weight is no
+constant either, and the product is right, only slow.
 """
 
 from __future__ import annotations
@@ -51,6 +55,9 @@ def replace(
         blocks = f"{data}.blocks"
         shape = store.add(f"{data}.shape", np.array([rows, groups, width], np.int64))
         setup.append(helper.make_node("Reshape", [data, shape], [blocks], name=blocks))
+    elif setup:
+        blocks = f"{data}.blocks"
+        setup.append(helper.make_node("Identity", [data], [blocks], name=blocks))
     replaced: dict[int, list[NodeProto]] = {}
     for use in users:
         old = graph.node[use.index]
