@@ -232,5 +232,6 @@ Modules = Annotated[
 
 Group = Annotated[Literal[16, 32, 64, 128, 256], BeforeValidator(_whole)]
 AccuracyLevel = Annotated[Literal[0, 1, 4, "auto"], BeforeValidator(_level)]
+FixedLevel = Annotated[Literal[0, 1, 4], BeforeValidator(_level)]
 HeadBits8 = Annotated[Literal[8], BeforeValidator(_whole)]
 HeadBits = Annotated[Literal[4, 8], BeforeValidator(_whole)]

@@ -20,8 +20,8 @@ from pydantic import Field, ValidationError
 from edgedisp import BadInput, data_folder
 from edgedisp.recipe.clashes import Key
 from edgedisp.recipe.kinds import (
-    AccuracyLevel,
     Count,
+    FixedLevel,
     Flag,
     FolderName,
     Group,
@@ -45,10 +45,18 @@ class TargetQuantize(Section):
 
     group: Group = Field(default=32, description="weights that share one scale")
     symmetric: Flag = Field(default=False, description="false: each group has a zero point")
-    accuracy_level: AccuracyLevel = Field(
+    accuracy_level: FixedLevel = Field(
         default=4, description="of MatMulNBits: 0 and 1 multiply in float32, 4 in int8"
     )
     head_bits: HeadBits = Field(default=8, description="bits of the output head and of a tied embedding")
+    head_group: Group | None = Field(
+        default=None, description="weights of the head that share one scale; null: as group"
+    )
+    method: Literal["rtn", "clip", "k_quant", "hqq", "nf4"] = Field(
+        default="rtn",
+        description="rtn: round to nearest; clip, k_quant, hqq: ranges searched for each group; nf4: 16 levels; "
+        "those that calibrate need the training text of a recipe",
+    )
 
 
 class Target(Section):

@@ -36,7 +36,9 @@ def size_account(
     shapes = outline(opened)
     precisions = {"fp32": account(shapes.model)}
     for name, (bits, section) in quantized.items():
-        precisions[name] = account(shapes.model, *uniform_grids(section, bits), (grids or {}).get(name))
+        own = (grids or {}).get(name)
+        is_nf4 = section.method == "nf4"
+        precisions[name] = account(shapes.model, *uniform_grids(section, bits), own, in_nf4=is_nf4)
     capped = {target: min(most, shapes.context) for target, most in positions.items()}
     return {
         "exact": shapes.exact,
