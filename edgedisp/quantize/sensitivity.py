@@ -265,7 +265,7 @@ def measure(
         whole = text.by_token(model)
         for done, unit in enumerate(units, start=len(units)):
             progress(done, steps, "sensitivity of each weight")
-            with written(model, [unit], lambda unit, _: exact[unit]):
+            with written(model, [unit], lambda unit, _: exact.get(unit)):
                 added = whole - text.by_token(model)
             error = float(added.std()) / text.tokens**0.5
             found[unit.name] = Measured(alone[unit.name], float(added.mean()), error)

@@ -7,12 +7,15 @@ They are found by their values (`made.py`), the embedding and the head by their 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import SEEK_END
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -113,23 +116,46 @@ def write_unit(model: nn.Module, unit: Unit, values: Tensor) -> None:
         row += len(weight)
 
 
+class Aside:
+    """Weights fp32 [rows, columns] in a file: those of a whole model would be a second model in memory."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._places: dict[Unit, int] = {}
+
+    def __iter__(self) -> Iterator[Unit]:
+        return iter(self._places)
+
+    def put(self, unit: Unit, weight: Tensor) -> None:
+        self._places[unit] = self._file.seek(0, SEEK_END)
+        self._file.write(weight.detach().cpu().contiguous().numpy().data)
+
+    def get(self, unit: Unit) -> Tensor:
+        weight = np.empty((unit.rows, unit.columns), np.float32)
+        self._file.seek(self._places[unit])
+        self._file.readinto(weight.data)  # type: ignore[attr-defined]
+        return torch.from_numpy(weight)
+
+
 @contextmanager
 def written(
     model: nn.Module, units: Iterable[Unit], change: Callable[[Unit, Tensor], Tensor]
-) -> Iterator[dict[Unit, Tensor]]:
+) -> Iterator[Aside]:
     """The model with `change(unit, weight)` in the place of each weight [rows, columns] of `units`.
 
-    The old ones, which are given, are held meanwhile and put back at the end.
+    The old ones, which are given, are put aside meanwhile and put back at the end.
     """
-    before: dict[Unit, Tensor] = {}
-    try:
-        for unit in units:
-            before[unit] = read_unit(model, unit).clone()
-            write_unit(model, unit, change(unit, before[unit]))
-        yield before
-    finally:
-        for unit, old in before.items():
-            write_unit(model, unit, old)
+    with tempfile.TemporaryFile() as file:
+        before = Aside(file)
+        try:
+            for unit in units:
+                weight = read_unit(model, unit)
+                before.put(unit, weight)
+                write_unit(model, unit, change(unit, weight))
+            yield before
+        finally:
+            for unit in before:
+                write_unit(model, unit, before.get(unit))
 
 
 def module_grids(units: Iterable[Unit], chosen: Mapping[str, Choice]) -> dict[str, Grid]:

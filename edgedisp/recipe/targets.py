@@ -54,8 +54,8 @@ class TargetQuantize(Section):
     )
     method: Literal["rtn", "clip", "k_quant", "hqq", "nf4"] = Field(
         default="rtn",
-        description="rtn: round to nearest; clip, k_quant, hqq: ranges searched for each group; nf4: 16 levels; "
-        "those that calibrate need the training text of a recipe",
+        description="rtn: round to nearest; clip, k_quant, hqq: ranges searched for each group; nf4: 16 "
+        "levels; those that calibrate need the training text of a recipe",
     )
 
 
