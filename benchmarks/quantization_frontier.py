@@ -42,12 +42,16 @@ from edgedisp import data_folder, model, silent, stages
 from edgedisp.bench import local
 from edgedisp.bench.machine import physical_cores
 from edgedisp.graph.device import for_device
-from edgedisp.graph.session import OnnxModel
+from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.recipe import Recipe, load
+from edgedisp.stages.bits import chosen_grids
+from edgedisp.stages.rounding import Trained, trained_roundings
 from edgedisp.train.memory import peak_memory_bytes
+from edgedisp.train.rounded import round_weights
 
 BLOCKS, CONTEXT, SMALL_MB = 24, 256, 100.0
 POSITIONS = 4096
+PROMPTS, NEW_TOKENS = 20, 64  # decoded greedily, to compare a bundle with what was trained
 TRAINED_TOKENS = "train.tokens=80k"
 BUILDER = "genai builder, default int4"
 FP32 = "fp32"
@@ -56,24 +60,17 @@ FP32 = "fp32"
 BASE: dict[str, list[str]] = {
     "int8": [],
     "rtn": [],
-    "rtn, symmetric": ["symmetric=true"],
     "rtn, symmetric, 4-bit head": ["symmetric=true", "head_bits=4"],
     "clip": ["method=clip"],
     "k_quant": ["method=k_quant"],
     "hqq": ["method=hqq"],
     "nf4": ["method=nf4", "group=64"],
     "rescale, rtn": ["rescale=true"],
-    "rescale, k_quant": ["rescale=true", "method=k_quant"],
     "gptq": ["method=gptq"],
-    "gptq, symmetric": ["method=gptq", "symmetric=true"],
+    "gptq, 4k tokens": ["method=gptq", "calibration_tokens=4k"],
     "gptq, group 64": ["method=gptq", "group=64"],
-    "gptq, 4-bit head": ["method=gptq", "head_bits=4"],
-    "gptq, head group 64": ["method=gptq", "head_group=64"],
     "gptq, symmetric, group 64, 4-bit head": ["method=gptq", "symmetric=true", "group=64", "head_bits=4"],
-    "rescale, gptq": ["method=gptq", "rescale=true", "head_group=64"],
-    "search 100 MB": ["budget=100MB"],
     "search 100 MB, gptq": ["budget=100MB", "method=gptq"],
-    "search 92 MB, gptq": ["budget=92MB", "method=gptq"],
 }
 # The same after training on 80k tokens; `aware` trains under the rounding.
 LATE = "aware={precision: int4, start: 0.85}"
@@ -210,9 +207,30 @@ def cell(work: Workplace, name: str) -> None:
             )
         kept = {key: record[key] for key in ("search", "calibrated_tensors") if key in record}
         result = {"seconds": time.perf_counter() - seconds, "peak_memory_bytes": peak_memory_bytes(), **kept}
+        if is_trained:
+            rounding = Trained(recipe.quantize.int4, 4, chosen_grids(bits_folder))
+            result["as_trained"] = as_trained(rounding, source, own, corpus)
         (own / "result.json").write_text(json.dumps(result))
 
     work.made(slug(name), make)
+
+
+def as_trained(rounding: Trained, source: Path, bundle: Path, corpus: Path) -> dict[str, float]:
+    """The bundle, in fp32 arithmetic, against the torch model rounded as it was trained: largest difference of a
+    logit, and the share of greedily decoded tokens that agree before the first difference of a text."""
+    opened = model.load(source)
+    round_weights(opened, *trained_roundings(rounding, source))
+    reference = model.TorchModel(opened)
+    exact = OnnxModel(bundle, physical_cores(), graph=at_accuracy_level(bundle, 0))
+    held = np.load(corpus / "heldout.npy", allow_pickle=False)[:PROMPTS].astype(np.int64)
+    largest, same = 0.0, 0
+    for number, block in enumerate(held):
+        ids, mask = block[None], np.ones_like(block[None])
+        largest = max(largest, float(np.abs(reference(ids, mask) - exact(ids, mask)).max()))
+        prompt = block[: 8 + 4 * number].tolist()
+        texts = [one.greedy(prompt, NEW_TOKENS, frozenset()) for one in (reference, exact)]
+        same += next((i for i, pair in enumerate(zip(*texts)) if pair[0] != pair[1]), NEW_TOKENS)
+    return {"max_abs_difference": largest, "greedy_agreement": same / (len(held) * NEW_TOKENS)}
 
 
 def build_default(source: Path, own: Path) -> None:
@@ -317,7 +335,10 @@ def figures(rows: list[dict[str, Any]], fp32_bytes: float) -> dict[str, Any]:
         return by_name.get(name, {}).get(key)
 
     rtn = of("rtn", "seconds")
-    peaks = [row["peak_memory_bytes"] for row in rows if row["name"] in BASE and row.get("peak_memory_bytes")]
+    peaks = {name: found for name in BASE if (found := of(name, "peak_memory_bytes"))}
+    searched = [found for name, found in peaks.items() if name.startswith("search")]
+    plain = [found for name, found in peaks.items() if not name.startswith("search")]
+    trained = [found for name in TRAINED if (found := of(name, "as_trained"))]
     return {
         "ptq_perplexity_ratio_100mb": best(BASE),
         "qat_perplexity_ratio_100mb": best(name for name in TRAINED if name.startswith("aware")),
@@ -327,7 +348,10 @@ def figures(rows: list[dict[str, Any]], fp32_bytes: float) -> dict[str, Any]:
         "decode_ratio_llama_cpp": None,
         "rtn_seconds": None if rtn is None else rtn + of(FP32, "seconds"),
         "gptq_seconds": of("gptq", "seconds"),
-        "peak_memory_ratio": max(peaks) / fp32_bytes if peaks else None,
+        "peak_memory_ratio": max(plain) / fp32_bytes if plain else None,
+        "peak_memory_ratio_search": max(searched) / fp32_bytes if searched else None,
+        "as_trained_max_abs_difference": max((one["max_abs_difference"] for one in trained), default=None),
+        "as_trained_greedy_agreement": min((one["greedy_agreement"] for one in trained), default=None),
     }
 
 
@@ -400,7 +424,7 @@ def main() -> None:
         perplexities = {text: float(np.exp(np.mean(found))) for text, found in scores[name].items()}
         rows.append({"name": name, "size_mb": sizes[name], **worst, "ratios": ratios,
                      "perplexity": perplexities, **told_of,
-                     **{key: made.get(key) for key in ("seconds", "peak_memory_bytes")}})  # fmt: skip
+                     **{key: made.get(key) for key in ("seconds", "peak_memory_bytes", "as_trained")}})  # fmt: skip
     write("quantization_frontier", figures(rows, sizes[FP32] * 1e6), rows)
     draw(rows)
     for row in rows:
