@@ -51,6 +51,7 @@ from edgedisp.train.rounded import round_weights
 
 BLOCKS, CONTEXT, SMALL_MB = 24, 256, 100.0
 POSITIONS = 4096
+KEPT = ("seconds", "peak_memory_bytes", "as_trained")  # of what a cell found
 PROMPTS, NEW_TOKENS = 20, 64  # decoded greedily, to compare a bundle with what was trained
 TRAINED_TOKENS = "train.tokens=80k"
 BUILDER = "genai builder, default int4"
@@ -216,8 +217,8 @@ def cell(work: Workplace, name: str) -> None:
 
 
 def as_trained(rounding: Trained, source: Path, bundle: Path, corpus: Path) -> dict[str, float]:
-    """The bundle, in fp32 arithmetic, against the torch model rounded as it was trained: largest difference of a
-    logit, and the share of greedily decoded tokens that agree before the first difference of a text."""
+    """The bundle in fp32 arithmetic against the torch model, rounded as it was trained: largest difference of
+    a logit, and the share of greedily decoded tokens that agree before the first difference of a text."""
     opened = model.load(source)
     round_weights(opened, *trained_roundings(rounding, source))
     reference = model.TorchModel(opened)
@@ -424,7 +425,7 @@ def main() -> None:
         perplexities = {text: float(np.exp(np.mean(found))) for text, found in scores[name].items()}
         rows.append({"name": name, "size_mb": sizes[name], **worst, "ratios": ratios,
                      "perplexity": perplexities, **told_of,
-                     **{key: made.get(key) for key in ("seconds", "peak_memory_bytes", "as_trained")}})  # fmt: skip
+                     **{key: made.get(key) for key in KEPT}})  # fmt: skip
     write("quantization_frontier", figures(rows, sizes[FP32] * 1e6), rows)
     draw(rows)
     for row in rows:
