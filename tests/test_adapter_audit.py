@@ -47,13 +47,14 @@ def losses_by_loops(scored: nn.Module, blocks: np.ndarray) -> list[float]:
 
 
 def rounded_by_loops(weight: np.ndarray, bits: int) -> np.ndarray:
-    """Groups of 32 along each row over [min(0, lowest), max(0, highest)], to the nearest of 2^bits steps."""
+    """Groups of 32 along each row over [min(0, lowest), max(0, highest)], to the nearest of 2^bits steps,
+    whose size fp16 holds."""
     out = weight.copy()
     for row in out:
         for start in range(0, len(row), 32):
             group = row[start : start + 32]
             low, high = min(0.0, group.min()), max(0.0, group.max())
-            scale = (high - low) / (2**bits - 1) or 1.0  # the padding token's row is all zeros
+            scale = float(np.float16(np.float32(high - low) / np.float32(2**bits - 1))) or 1.0  # zeros: padding
             zero = round(-low / scale)
             group[:] = [
                 (min(max(round(value / scale + zero), 0), 2**bits - 1) - zero) * scale for value in group
