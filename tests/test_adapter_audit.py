@@ -54,7 +54,8 @@ def rounded_by_loops(weight: np.ndarray, bits: int) -> np.ndarray:
         for start in range(0, len(row), 32):
             group = row[start : start + 32]
             low, high = min(0.0, group.min()), max(0.0, group.max())
-            scale = float(np.float16(np.float32(high - low) / np.float32(2**bits - 1))) or 1.0  # zeros: padding
+            scale = float(np.float16(np.float32(high - low) / np.float32(2**bits - 1)))
+            scale = scale or 1.0  # the padding token's row is all zeros
             zero = round(-low / scale)
             group[:] = [
                 (min(max(round(value / scale + zero), 0), 2**bits - 1) - zero) * scale for value in group
