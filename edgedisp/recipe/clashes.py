@@ -137,14 +137,15 @@ def _aware(recipe: Recipe) -> Iterator[Clash]:
             f"found {chosen.precision}, which is not among precisions, so what is trained would not ship; "
             "add it there",
         )
-    if chosen.start + chosen.ramp > 1:
-        yield Clash(
-            ((*key, "ramp"), (*key, "start")),
-            f"found {chosen.ramp:g} after a start at {chosen.start:g}: it would end after the run; "
-            f"needs at most {1 - chosen.start:g}",
-        )
     method: Key = ("quantize", chosen.precision, "method")
     used = getattr(recipe.quantize, chosen.precision).method
+    start = chosen.begins(used)
+    if start + chosen.ramp > 1:
+        yield Clash(
+            ((*key, "ramp"), (*key, "start")),
+            f"found {chosen.ramp:g} after a start at {start:g}: it would end after the run; "
+            f"needs at most {1 - start:g}",
+        )
     if used not in ("rtn", "gptq"):
         yield Clash((method, key), f"found '{used}', which is no rounding to train under; needs rtn or gptq")
     if used == "gptq" and chosen.ramp:

@@ -185,18 +185,30 @@ class Distributed(Section):
     )
 
 
+LATE_START = 0.85  # benchmarks/results/quantization_frontier.json has it beside 0.5
+
+
 class QuantizationAware(Section):
     """Training under the rounding of a bundle; the plain name of a precision stands for it alone."""
 
     precision: Literal["int8", "int4"] = Field(
         description="the bundle whose weights training sees, with grid and method of quantize.<precision>"
     )
-    start: ShareBelow1 = Field(default=0.0, description="share of the run before rounding begins")
+    start: ShareBelow1 | None = Field(
+        default=None,
+        description="share of the run before rounding begins; null: 0, with gptq 0.85, as longer training "
+        "undoes what calibration found",
+        examples=["0.5"],
+    )
     ramp: Share = Field(default=0.0, description="share of the run over which rounding fades in")
     learn_scales: Flag = Field(
         default=False,
         description="the scales of the layers' weights are trained along, from the method's own",
     )
+
+    def begins(self, method: str) -> float:
+        """`start`, or what stands for null under a bundle's method."""
+        return (LATE_START if method == "gptq" else 0.0) if self.start is None else self.start
 
     @model_validator(mode="before")
     @classmethod

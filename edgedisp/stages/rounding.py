@@ -136,7 +136,7 @@ def aware(
         body,
         ends,
         grid=trained.named + (", learned" if asked.learn_scales else ""),
-        start=asked.start,
+        start=asked.begins(trained.section.method),
         ramp=asked.ramp,
         begin=begin,
         learned=_learned(trained, scales) if asked.learn_scales else None,
