@@ -33,7 +33,7 @@ def held(weight: Tensor, start: Scales, stretch: Tensor, grid: Grid) -> Tensor:
     """The held weight as one expression: autograd sees the rounding as the identity, the cut as it is."""
     values = in_groups(weight, grid.group)
     scales = start.scales * torch.exp(RATE * stretch)
-    scales = (scales * (storable(scales, grid) / scales).detach())[..., None]
+    scales = (scales * (storable(scales) / scales).detach())[..., None]
     center = float(grid.middle) if start.zero_points is None else start.zero_points[..., None].float()
     steps = values / scales + center
     integers = (steps + (steps.round() - steps).detach()).clamp(0, grid.highest)

@@ -147,7 +147,7 @@ def refit(blocks: Blocks, weight: Tensor, grid: Grid, hessian: Tensor) -> Blocks
         old = blocks.scales[first : first + REFITTED].double()
         b = b + ridge[:, None] * old
         solved, info = torch.linalg.solve_ex(a, b)
-        solved = storable(solved.float(), grid).double()
+        solved = storable(solved.float()).double()
         better = (info == 0) & torch.isfinite(solved).all(1) & (_cost(solved, a, b) < _cost(old, a, b))
         found[first : first + REFITTED] = torch.where(better[:, None], solved, old).float()
     return Blocks(blocks.q, found, blocks.zero_points, blocks.columns)

@@ -29,6 +29,7 @@ as fast, and to the bit the logits that the same scales give in fp32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ from torch.nn import functional
 
 from edgedisp import BadInput
 
+LARGEST = float(torch.finfo(torch.float16).max)
 GROUPS = (16, 32, 64, 128, 256)
 BITS = (2, 4, 8)
 
@@ -88,11 +90,10 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Packed:
-    """The same as a file stores it. data uint8 [out, groups, group * bits / 8]; scales fp16 where that loses
-    nothing, else fp32."""
+    """The same as a file stores it. data uint8 [out, groups, group * bits / 8]."""
 
     data: NDArray[np.uint8]
-    scales: NDArray[np.floating[Any]]
+    scales: NDArray[np.float16]
     zero_points: NDArray[np.uint8] | None
     columns: int
 
@@ -120,8 +121,14 @@ def check_weight(weight: Tensor) -> None:
         raise BadInput(
             f"a weight of shape {tuple(weight.shape)} cannot be quantized: two dimensions are needed"
         )
-    if not torch.isfinite(weight).all():
+    lowest, highest = (float(end) for end in torch.aminmax(weight)) if weight.numel() else (0.0, 0.0)
+    if not (math.isfinite(lowest) and math.isfinite(highest)):
         raise BadInput("the weight holds values that are not finite; quantizing it would hide a broken model")
+    if max(-lowest, highest) > LARGEST:
+        raise BadInput(
+            f"the weight holds {max(-lowest, highest):.3g}, beyond what scales in fp16 reach ({LARGEST:,.0f}); "
+            "is the model damaged?"
+        )
 
 
 def quantize(weight: Tensor, grid: Grid) -> Blocks:
@@ -137,25 +144,23 @@ def ranges(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     lowest, highest = torch.aminmax(values, dim=-1)
     if grid.symmetric:
         extreme = torch.where(-lowest > highest, lowest, highest)
-        return storable(extreme / -float(grid.middle), grid), None
+        return storable(extreme / -float(grid.middle)), None
     lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
-    scales = storable((highest - lowest) / float(grid.highest), grid)
+    scales = storable((highest - lowest) / float(grid.highest))
     zero_points = torch.round(-lowest * inverse(scales)).clamp(0, grid.highest).to(torch.uint8)
     return scales, zero_points
 
 
-def storable(scales: Tensor, grid: Grid) -> Tensor:
-    """The nearest scales that fp16 holds, fp32.
+def storable(scales: Tensor) -> Tensor:
+    """The scales that fp16 holds, fp32: the nearest, and below its normal range, where it has fixed steps of
+    2^-24, the next larger.
 
-    That moves no value by more than half a step. A scale is left alone where it would: beyond fp16's largest,
-    and among the smallest, where fp16 is coarse. Its weight is then stored with fp32 scales.
+    So a value is cut off by 2^-11 of its size at most, or its step is 2^-24 wider. The largest is 65,504.
     """
-    coarse = 2.0 ** (
-        grid.bits - 24
-    )  # below, half of fp16's finest step (2^-24) is too much over 2^bits steps
     sizes = scales.abs()
-    held = (sizes >= coarse) & (sizes <= torch.finfo(torch.float16).max)
-    return torch.where(held, scales.half().float(), scales)
+    small = torch.ceil(sizes * 2.0**24) * 2.0**-24
+    held = torch.where(sizes < 2.0**-14, small, sizes.clamp(max=LARGEST)).half().float()
+    return torch.copysign(held, scales)
 
 
 def round_to(values: Tensor, scales: Tensor, zero_points: Tensor | None, grid: Grid, columns: int) -> Blocks:
@@ -227,11 +232,12 @@ def take_rows(blocks: Blocks, rows: Tensor) -> Blocks:
 
 
 def pack(blocks: Blocks, grid: Grid) -> Packed:
-    """Join `8 / bits` values to a byte, the first in the low bits; scales to fp16 if it holds them all."""
+    """Join `8 / bits` values to a byte, the first in the low bits. ValueError for scales that fp16 lacks."""
     zero_points = None if blocks.zero_points is None else _join(blocks.zero_points, grid.bits).numpy()
-    scales, half = blocks.scales.cpu(), blocks.scales.cpu().half()
-    kept = half if torch.equal(half.float(), scales) else scales
-    return Packed(_join(blocks.q, grid.bits).numpy(), kept.numpy(), zero_points, blocks.columns)
+    scales = blocks.scales.cpu().half()
+    if not torch.equal(scales.float(), blocks.scales.cpu()):
+        raise ValueError("the scales are none that fp16 holds; `storable` rounds them")
+    return Packed(_join(blocks.q, grid.bits).numpy(), scales.numpy(), zero_points, blocks.columns)
 
 
 def unpack(packed: Packed, grid: Grid) -> Blocks:

@@ -40,7 +40,7 @@ class LearnedScales:
 
     def scales(self, name: str, weight: Tensor, stretch: Tensor) -> Scales:
         own = self._scales(name, weight)
-        return Scales(storable(own.scales * torch.exp(RATE * stretch), self.grids(name)), own.zero_points)
+        return Scales(storable(own.scales * torch.exp(RATE * stretch)), own.zero_points)
 
     def rounded(self, name: str, weight: Tensor, stretch: Tensor) -> Tensor:
         return dequantize(self._blocks(name, weight, stretch), self.grids(name))

@@ -84,14 +84,14 @@ def _least_squares(
     if zero_points is None:
         q = q - float(grid.middle)
         fitted = (weights * values * q).sum(-1) / (weights * q * q).sum(-1).clamp(min=1e-30)
-        return storable(fitted, grid), None
+        return storable(fitted), None
     total = weights.sum(-1)
     sum_q, sum_v = (weights * q).sum(-1), (weights * values).sum(-1)
     sum_qq, sum_qv = (weights * q * q).sum(-1), (weights * q * values).sum(-1)
     determinant = total * sum_qq - sum_q * sum_q
     fitted = (total * sum_qv - sum_q * sum_v) / determinant
     fitted = torch.where((determinant > 0) & torch.isfinite(fitted) & (fitted > 0), fitted, scales)
-    fitted = storable(fitted, grid)
+    fitted = storable(fitted)
     minimum = (sum_v - fitted * sum_q) / total.clamp(min=1e-30)
     center = torch.round(-minimum * inverse(fitted)).clamp(0, grid.highest).to(torch.uint8)
     return fitted, center

@@ -25,7 +25,7 @@ from edgedisp.quantize.store import TensorStore
 from edgedisp.quantize.uses import Use
 
 MICROSOFT = "com.microsoft"
-HALF = ".fp16"  # ends the name of scales that are stored in fp16
+HALF = ".fp16"  # ends the name of scales as they are stored
 
 
 def replace(
@@ -42,21 +42,15 @@ def replace(
     rows, groups, width = packed.data.shape
     data = store.add(f"{name}.q{grid.bits}", packed.data.reshape(rows, -1) if gathered else packed.data)
     scales = f"{name}.scales"
-    parameters, setup = [scales], []
-    if packed.scales.dtype == np.float16:
-        half = store.add(f"{scales}{HALF}", packed.scales)
-        setup.append(helper.make_node("Cast", [half], [scales], name=scales, to=TensorProto.FLOAT))
-    else:
-        store.add(scales, packed.scales)
+    parameters, half = [scales], store.add(f"{scales}{HALF}", packed.scales)
+    setup = [helper.make_node("Cast", [half], [scales], name=scales, to=TensorProto.FLOAT)]
     if packed.zero_points is not None:
         parameters.append(store.add(f"{name}.zero_points", packed.zero_points))
-    blocks = data
+    blocks = f"{data}.blocks"
     if gathered:
-        blocks = f"{data}.blocks"
         shape = store.add(f"{data}.shape", np.array([rows, groups, width], np.int64))
         setup.append(helper.make_node("Reshape", [data, shape], [blocks], name=blocks))
-    elif setup:
-        blocks = f"{data}.blocks"
+    else:
         setup.append(helper.make_node("Identity", [data], [blocks], name=blocks))
     replaced: dict[int, list[NodeProto]] = {}
     for use in users:

@@ -145,7 +145,7 @@ def _packed(bundle: Path, node: NodeProto, stored: Mapping[str, TensorProto]) ->
     name = node.input[2].removesuffix(".scales")
     zero_points = stored.get(f"{name}.zero_points")
     grid = Grid(options["bits"], options["block_size"], zero_points is None)
-    scales = read(bundle, stored.get(f"{name}.scales{HALF}") or stored[f"{name}.scales"])
+    scales = read(bundle, stored[f"{name}.scales{HALF}"])
     rows, groups = scales.shape
     data = read(bundle, stored[f"{name}.q{grid.bits}"]).reshape(rows, groups, -1)
     zeros = None if zero_points is None else read(bundle, zero_points)
