@@ -126,8 +126,8 @@ def check_weight(weight: Tensor) -> None:
         raise BadInput("the weight holds values that are not finite; quantizing it would hide a broken model")
     if max(-lowest, highest) > LARGEST:
         raise BadInput(
-            f"the weight holds {max(-lowest, highest):.3g}, beyond what scales in fp16 reach ({LARGEST:,.0f}); "
-            "is the model damaged?"
+            f"the weight holds {max(-lowest, highest):.3g}, beyond what scales in fp16 reach "
+            f"({LARGEST:,.0f}); is the model damaged?"
         )
 
 
