@@ -88,8 +88,8 @@ TRAINED: dict[str, list[str]] = {
 
 
 def recipe_of(changes: list[str]) -> Recipe:
-    """The quickstart with the changes of a row."""
-    written = [TRAINED_TOKENS, "arms=[baseline]"]
+    """The quickstart with the changes of a row; to round to nearest, where it does not say otherwise."""
+    written = [TRAINED_TOKENS, "arms=[baseline]", "quantize.int4={method: rtn}"]
     for change in changes:
         key, _, value = change.partition("=")
         place = {"budget": "quantize.budget", "aware": "train.quantization_aware"}.get(
