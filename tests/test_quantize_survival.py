@@ -238,9 +238,13 @@ def test_weights_scaled_before_rounding_are_told_and_not_counted(
         folder.mkdir()
     onnx.save(graph, scaled / "model.onnx", save_as_external_data=True, location="model.onnx.data")
     quantize_bundle(scaled, int4, bits=4, symmetric=False)
-    found = survival(int4, fp32, Weights(trained), {"base": Weights(base)})
+    found = survival(int4, fp32, Weights(trained), {"base": Weights(base)}, scaled=True)
     assert found["rescaled"] == [name] and found["nearest"] == 1.0
     assert name not in [row["name"] for row in found["references"]["base"]["tensors"]]
+    # Only what was scaled is left out: a method that moves weights as far keeps the unit of their steps.
+    moved = survival(int4, fp32, Weights(trained), {"base": Weights(base)})
+    assert not moved["rescaled"] and moved["nearest"] < 1.0
+    assert name in [row["name"] for row in moved["references"]["base"]["tensors"]]
 
 
 @pytest.mark.parametrize("bundles", ["llama"], indirect=True)

@@ -150,7 +150,7 @@ class Search:
         def change(unit: Unit, weight: Tensor) -> Tensor:
             choice = chosen[unit.name]
             key = (unit.name, choice)
-            self._held[key] = held[key] if key in held else self._blocks(unit, weight, choice)
+            self._held[key] = held.pop(key) if key in held else self._blocks(unit, weight, choice)
             self.progress(len(self._held), len(chosen), "measuring an assignment")
             return dequantize(self._held[key], choice.grid)
 
@@ -174,6 +174,10 @@ class Search:
             held = self._held.get((one.unit.name, choice))
             made.add(weight, held or self._blocks(one.unit, weight, choice), choice.grid)
         return made
+
+    def release(self) -> None:
+        """Let go of all blocks, where the layers are rounded anew."""
+        self._held, self._calibrated = {}, None
 
     def add_ends(self, made: Made, found: Solution) -> None:
         """The embedding and the head, which calibration leaves out."""

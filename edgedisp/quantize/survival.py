@@ -44,7 +44,8 @@ from edgedisp.quantize.uses import find_uses
 
 PACKED = ("MatMulNBits", "GatherBlockQuantized")
 # Shipped integers off the trained weight by so many times the squared error of plain rounding stand for
-# something else. GPTQ stays below 3; scaled columns at 4 bits are above 8.
+# something else, where scaling was asked for. GPTQ alone stays below 3; scaled columns at 4 bits are above 8.
+# GPTQ's correction for what was rounded before comes as far from the weight, with steps of the same unit.
 RESCALED = 5.0
 
 
@@ -85,11 +86,14 @@ def survival(
     trained: Mapping[str, Tensor],
     references: Mapping[str, Mapping[str, Tensor]],
     progress: Progress = silent,
+    *,
+    scaled: bool = False,
 ) -> dict[str, Any]:
     """What is left in quantized `bundle` of the change from each of `references` to `trained`.
 
     parent: the fp32 bundle that `bundle` was made from. trained: the torch model's tensors by name, of which
-    `parent` was made. references: name -> the tensors of a model of the same shapes.
+    `parent` was made. references: name -> the tensors of a model of the same shapes. scaled: weights of the
+    bundle may have been scaled before they were rounded; those that look so are then left out.
 
     Returns {nearest, unmatched [tensor], rescaled [tensor], references {name: {total, bits {bits: ...},
     components, layers [{layer, ...}], tensors [{name, component, layer, bits, group, ...}]}}}; the figures
@@ -114,7 +118,7 @@ def survival(
             continue
         blocks = unpack(held, grid)
         equal, ratio = fit(weight, blocks, grid)
-        if ratio > RESCALED:
+        if scaled and ratio > RESCALED:
             lost["rescaled"].append(name)
             continue
         nearest, weights = nearest + equal, weights + weight.numel()

@@ -76,13 +76,16 @@ def quantize_searched(
     )
     chosen, trials = _solve(section, search)
     found = {"perplexity_increase": search.increase(chosen), **search.record(chosen), "trials": trials}
-    made = search.made(chosen)
     if is_gptq:
+        calibrated = None
+        search.release()
         text = calibration_text(int4, corpus_folder)
         made = by_gptq(int4, search.module_grids(chosen), opened, text, progress)
         search.add_ends(made, chosen)
         found["gptq"] = search.as_it_is(chosen)
         _hold(section.max_perplexity_increase, found["gptq"]["perplexity_increase"])
+    else:
+        made = search.made(chosen)
     assignment = search.assignment(chosen)
     record = quantize_assigned(parent, own, assignment, made=made, progress=progress)
     if section.budget is not None and record["size_bytes"] > section.budget:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp import Progress
-from edgedisp.folder import write_json
+from edgedisp.folder import read, write_json
 from edgedisp.model.weights import Weights
 from edgedisp.quantize.survival import survival as measure
 
@@ -25,6 +25,8 @@ def survival(
     references = {"base": Weights(base)}
     if baseline is not None:
         references["baseline"] = Weights(baseline)
-    results = measure(bundle, parent, Weights(model_folder), references, progress)
+    record = read(bundle)
+    scaled = record is not None and bool(record.results.get("rescaled"))
+    results = measure(bundle, parent, Weights(model_folder), references, progress, scaled=scaled)
     write_json(own / "survival.json", results)
     return results
