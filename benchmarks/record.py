@@ -31,7 +31,7 @@ def write(script: str, figures: dict[str, float], rows: list[dict[str, Any]], **
         "machine": machine,
         "versions": {name: installed_version(name) for name in PACKAGES},
         "commit": git_commit(),
-        "command": shlex.join(["python", f"benchmarks/{script}.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{script}.py", *map(_from_the_top, sys.argv[1:])]),
         "figures": figures,
         "rows": rows,
         **more,
@@ -40,6 +40,11 @@ def write(script: str, figures: dict[str, float], rows: list[dict[str, Any]], **
     path = RESULTS / f"{script}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"wrote results/{path.name}")
+
+
+def _from_the_top(argument: str) -> str:
+    """A path within the checkout as seen from its top: what lies above is this machine's alone."""
+    return argument.removeprefix(f"{RESULTS.parent.parent}/")
 
 
 def quickstart_base() -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgedisp.quantize import nf4, operators
 from edgedisp.quantize.components import component
-from edgedisp.quantize.grid import Grid, Packed
+from edgedisp.quantize.grid import Grid
 from edgedisp.quantize.rewrite import assemble
 from edgedisp.quantize.store import INLINE_BYTES, PAGE, TensorStore, placed
 from edgedisp.quantize.uses import find_uses, head_name
@@ -59,8 +59,8 @@ def account(
             components[component(tensor.name)] += levels.size_bytes
             replaced |= operators.replace_by_levels(model.graph, tensor.name, users, levels, store)
             continue
-        packed = _packed(rows, columns, grid)
-        components[component(tensor.name)] += grid.size_bytes(rows, columns)
+        packed = grid.empty(rows, columns)
+        components[component(tensor.name)] += packed.size_bytes
         replaced |= operators.replace(model.graph, tensor.name, users, packed, grid, 4, store)
     written = ModelProto()
     written.CopyFrom(model)
@@ -104,16 +104,7 @@ def _array(tensor: TensorProto) -> NDArray[Any]:
 
 
 def _levels(rows: int, columns: int, group: int) -> nf4.Levels:
-    """The same of `nf4.quantize`."""
+    """Arrays of the shapes that `nf4.quantize` gives, without memory of their own."""
     byte, size, values = np.zeros((), np.uint8), np.zeros((), np.float32), rows * columns
     absmax = np.broadcast_to(size, -(-values // group))
     return nf4.Levels(np.broadcast_to(byte, -(-values // 2)), absmax, rows, columns, group)
-
-
-def _packed(rows: int, columns: int, grid: Grid) -> Packed:
-    """Arrays of the shapes that `grid.pack` gives, without memory of their own."""
-    groups = -(-columns // grid.group)
-    byte, scale = np.zeros((), np.uint8), np.zeros((), np.float16)
-    zero_points = None if grid.symmetric else np.broadcast_to(byte, (rows, -(-groups * grid.bits // 8)))
-    data = np.broadcast_to(byte, (rows, groups, grid.group * grid.bits // 8))
-    return Packed(data, np.broadcast_to(scale, (rows, groups)), zero_points, columns)

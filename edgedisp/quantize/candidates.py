@@ -63,13 +63,13 @@ def _scored(
 
 def stored_bytes(unit: Unit, grid: Grid) -> int:
     """Of a weight's tensors in the files: large ones in whole pages, small ones as they are."""
-    groups = -(-unit.columns // grid.group)
-    parts = [unit.rows * groups * grid.group * grid.bits // 8, 2 * unit.rows * groups]
-    if not grid.symmetric:
-        parts.append(unit.rows * -(-groups * grid.bits // 8))
+    stored = grid.empty(unit.rows, unit.columns)
+    arrays = (stored.data, stored.scales, stored.zero_points)
+    parts = [array.nbytes for array in arrays if array is not None]
     return sum(part if part <= INLINE_BYTES else part + -part % PAGE for part in parts)
 
 
 def read_bytes(unit: Unit, grid: Grid) -> int:
     """Of a weight in memory, where its scales are fp32."""
-    return grid.size_bytes(unit.rows, unit.columns) + 2 * unit.rows * -(-unit.columns // grid.group)
+    stored = grid.empty(unit.rows, unit.columns)
+    return stored.size_bytes + stored.scales.nbytes

@@ -70,11 +70,18 @@ class Grid:
     def highest(self) -> int:
         return (1 << self.bits) - 1
 
-    def size_bytes(self, rows: int, columns: int) -> int:
-        """What a weight [rows, columns] takes when it is stored, its scales in fp16."""
+    def empty(self, rows: int, columns: int) -> Packed:
+        """Arrays of the shapes and types that `pack` gives a weight [rows, columns], without memory of their
+        own."""
         groups = -(-columns // self.group)
-        zero_points = 0 if self.symmetric else -(-groups * self.bits // 8)
-        return rows * (groups * self.group * self.bits // 8 + 2 * groups + zero_points)
+        byte, scale = np.zeros((), np.uint8), np.zeros((), np.float16)
+        data = np.broadcast_to(byte, (rows, groups, self.group * self.bits // 8))
+        zero_points = None if self.symmetric else np.broadcast_to(byte, (rows, -(-groups * self.bits // 8)))
+        return Packed(data, np.broadcast_to(scale, (rows, groups)), zero_points, columns)
+
+    def size_bytes(self, rows: int, columns: int) -> int:
+        """What a weight [rows, columns] takes when it is stored."""
+        return self.empty(rows, columns).size_bytes
 
 
 @dataclass(frozen=True)

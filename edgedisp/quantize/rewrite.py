@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from onnx import NodeProto, TensorProto, helper
@@ -136,13 +135,9 @@ def bundle_bytes(source: Path, assignment: Assignment) -> int:
 
     def empty(tensor: TensorProto, users: list[Use], choice: Choice) -> Packed | nf4.Levels:
         rows, columns = tensor.dims if users[0].rows_first else reversed(tensor.dims)
-        grid = choice.grid
         if choice.method == NF4:
             raise ValueError("the size of NF4 weights is nf4.size_bytes's to tell")
-        groups = -(-columns // grid.group)
-        zero_points = None if grid.symmetric else np.zeros((rows, -(-groups * grid.bits // 8)), np.uint8)
-        data = np.zeros((rows, groups, grid.group * grid.bits // 8), np.uint8)
-        return Packed(data, np.zeros((rows, groups), np.float16), zero_points, columns)
+        return choice.grid.empty(rows, columns)
 
     _rewrite(model, uses, assignment, store, empty)
     return store.written + len(model.SerializeToString())

@@ -50,16 +50,7 @@ def quantize_searched(
     tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
     if decided is not None:
         return _as_decided(
-            section,
-            seed,
-            parent,
-            model.load(model_folder),
-            tokens,
-            corpus_folder,
-            threads,
-            own,
-            progress,
-            decided,
+            section, seed, parent, model_folder, tokens, corpus_folder, threads, own, progress, decided
         )
     calibrated = usual_by_gptq(int4, model_folder, corpus_folder, progress) if is_gptq else None
     opened = model.load(model_folder)
@@ -105,7 +96,7 @@ def _as_decided(
     section: Quantize,
     seed: int,
     parent: Path,
-    opened: Any,
+    model_folder: Path,
     tokens: Any,
     corpus_folder: Path,
     threads: int,
@@ -117,6 +108,7 @@ def _as_decided(
     int4, there = section.int4, read(decided)
     if there is None:
         raise BuildFailed(f"{decided}: the bundle whose search decides is gone; build again")
+    opened = model.load(model_folder)
     followed = Decided(
         parent,
         opened,
