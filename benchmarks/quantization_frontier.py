@@ -5,9 +5,9 @@
 Every way to quantize the quickstart's base makes a bundle, in a process of its own, which tells its seconds
 and its peak memory. Each bundle is then scored as it ships (int8 activations) on held-out text of the
 quickstart and, where `--wikitext` names a file of plain text, on that: perplexity over 24 blocks of 256
-tokens each, as a ratio to the fp32 bundle on the same tokens. In the end all are timed together, in turns,
-with the default int4 bundle of onnxruntime-genai's model builder among them, as packed for a laptop: sizes
-are those of packed bundles, 4,096 positions.
+tokens each, as a ratio to the fp32 bundle on the same tokens. In the end one bundle of each graph is timed,
+in turns, with the default int4 bundle of onnxruntime-genai's model builder among them, and llama.cpp at Q4_0
+where llama-cpp-python is installed. Sizes are those of bundles as packed for a laptop, 4,096 positions.
 
 `--trained` also trains the base on 80k tokens of the quickstart's text, plainly and under rounding, and
 quantizes that; ratios are to the plainly trained model in fp32.
@@ -35,12 +35,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import turns
 from record import RESULTS, write
 from scipy import stats
 
 from edgedisp import data_folder, model, silent, stages
-from edgedisp.bench import local
 from edgedisp.bench.machine import physical_cores
+from edgedisp.bench.spread import compare
 from edgedisp.graph.device import for_device
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.recipe import Recipe, load
@@ -55,6 +56,7 @@ KEPT = ("seconds", "peak_memory_bytes", "as_trained")  # of what a cell found
 PROMPTS, NEW_TOKENS = 20, 64  # decoded greedily, to compare a bundle with what was trained
 TRAINED_TOKENS = "train.tokens=80k"
 BUILDER = "genai builder, default int4"
+LLAMA_CPP = "llama.cpp, Q4_0"
 FP32 = "fp32"
 
 # Name -> what the quickstart's recipe is changed in. All quantize to 4 bits but the first.
@@ -313,11 +315,23 @@ def packed(bundles: dict[str, Path], scratch: Path) -> tuple[dict[str, Path], di
     return ready, sizes
 
 
-def timed(bundles: dict[str, Path], repetitions: int) -> dict[str, dict[str, Any]]:
-    """Name -> decode and prefill speed, all in turns in one run."""
-    runner = data_folder("export") / "runner" / "edgedisp_runner.py"
-    found = local.measure(bundles, runner=runner, repetitions=repetitions, progress=told("timing"))
-    return {row["label"]: row for row in found["rows"]}
+def speeds(ready: dict[str, Path], repetitions: int, gguf: Path, folder: Path) -> dict[str, Any]:
+    """Name -> its medians and its ratios to the builder's bundle, paired by round; one timing a graph."""
+    same = turns.graphs(ready)
+    commands = {name: turns.runner(ready[name]) for name in dict.fromkeys(same.values())}
+    if (command := turns.llama_cpp(gguf, folder)) is not None:
+        commands[LLAMA_CPP] = command
+    values = turns.timed(commands, repetitions)
+    found: dict[str, Any] = {}
+    for name, timed_as in {**same, **({LLAMA_CPP: LLAMA_CPP} if LLAMA_CPP in values else {})}.items():
+        mine, row = values[timed_as], {"timed_as": timed_as}
+        for figure in turns.FIGURES:
+            row[figure] = float(np.median(mine[figure]))
+            for other, short in ((BUILDER, "builder"), (LLAMA_CPP, "llama_cpp")):
+                name_of_ratio = figure.replace("tokens_per_s", f"ratio_{short}")
+                row[name_of_ratio] = compare(values[other][figure], mine[figure]) if other in values else None
+        found[name] = row
+    return found
 
 
 def figures(rows: list[dict[str, Any]], fp32_bytes: float) -> dict[str, Any]:
@@ -329,24 +343,25 @@ def figures(rows: list[dict[str, Any]], fp32_bytes: float) -> dict[str, Any]:
         return min(fit, default=None)
 
     def fastest(key: str) -> float | None:
-        ours = [by_name[name][key] for name in BASE if name in by_name and name != "int8"]
-        return max(ours) / by_name[BUILDER][key] if ours and BUILDER in by_name else None
+        ours = [by_name[name]["speed"][key] for name in BASE if name in by_name and name != "int8"]
+        return max((found["ratio"] for found in ours if found is not None), default=None)
 
     def of(name: str, key: str) -> Any:
         return by_name.get(name, {}).get(key)
 
     rtn = of("rtn", "seconds")
-    peaks = {name: found for name in BASE if (found := of(name, "peak_memory_bytes"))}
-    searched = [found for name, found in peaks.items() if name.startswith("search")]
-    plain = [found for name, found in peaks.items() if not name.startswith("search")]
+    peaks = {name: found for name in [*BASE, *TRAINED] if (found := of(name, "peak_memory_bytes"))}
+    searched = [found for name, found in peaks.items() if "search" in name]
+    plain = [found for name, found in peaks.items() if "search" not in name]
     trained = [found for name in TRAINED if (found := of(name, "as_trained"))]
     return {
         "ptq_perplexity_ratio_100mb": best(BASE),
         "qat_perplexity_ratio_100mb": best(name for name in TRAINED if name.startswith("aware")),
         "trained_ptq_perplexity_ratio_100mb": best(n for n in TRAINED if n.startswith("trained")),
-        "decode_ratio_builder": fastest("decode_tokens_per_s"),
-        "prefill_ratio_builder": fastest("prefill_tokens_per_s"),
-        "decode_ratio_llama_cpp": None,
+        "decode_ratio_builder": fastest("decode_ratio_builder"),
+        "prefill_ratio_builder": fastest("prefill_ratio_builder"),
+        "decode_ratio_llama_cpp": fastest("decode_ratio_llama_cpp"),
+        "prefill_ratio_llama_cpp": fastest("prefill_ratio_llama_cpp"),
         "rtn_seconds": None if rtn is None else rtn + of(FP32, "seconds"),
         "gptq_seconds": of("gptq", "seconds"),
         "peak_memory_ratio": max(plain) / fp32_bytes if plain else None,
@@ -385,7 +400,7 @@ def main() -> None:
     parser.add_argument("--wikitext", type=Path, help="plain text to score on, beside the held-out text")
     parser.add_argument("--trained", action="store_true", help="also train: some 20 minutes more")
     parser.add_argument("--only", nargs="*", help="rows to make; default: all")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     work = Workplace(asked.work)
@@ -411,7 +426,8 @@ def main() -> None:
     scores = {name: scored(work, name, bundle, blocks) for name, bundle in bundles.items()}
     with tempfile.TemporaryDirectory(dir=asked.work) as scratch:
         ready, sizes = packed(bundles, Path(scratch))
-        speed = timed(ready, asked.repetitions)
+        gguf = stages.fetch_base(recipe_of([]).model, recipe_of([]).folder, silent)
+        speed = speeds(ready, asked.repetitions, gguf, asked.work)
     rows = []
     for name, bundle in bundles.items():
         against = scores["trained, fp32" if name in TRAINED else FP32]
@@ -421,18 +437,20 @@ def main() -> None:
         made = json.loads(result.read_text()) if result.is_file() else {}
         if name == FP32:
             made = {"seconds": json.loads((work.folder / f"{bundle.name}.seconds.json").read_text())}
-        told_of = {key: speed[name][key] for key in ("decode_tokens_per_s", "prefill_tokens_per_s")}
         perplexities = {text: float(np.exp(np.mean(found))) for text, found in scores[name].items()}
         rows.append({"name": name, "size_mb": sizes[name], **worst, "ratios": ratios,
-                     "perplexity": perplexities, **told_of,
+                     "perplexity": perplexities, "speed": speed[name],
                      **{key: made.get(key) for key in KEPT}})  # fmt: skip
-    write("quantization_frontier", figures(rows, sizes[FP32] * 1e6), rows)
+    found = figures(rows, sizes[FP32] * 1e6)
     draw(rows)
     for row in rows:
         print(f"{row['name']:38} {row['size_mb']:6.1f} MB  x{row['ratio']:.3f} "
               f"[{row['low']:.3f}, {row['high']:.3f}]  "
-              f"decode {row['decode_tokens_per_s']:6.1f}  "
-              f"prefill {row['prefill_tokens_per_s']:6.0f}")  # fmt: skip
+              f"decode {row['speed']['decode_tokens_per_s']:6.1f}  "
+              f"prefill {row['speed']['prefill_tokens_per_s']:6.0f}")  # fmt: skip
+    if LLAMA_CPP in speed:
+        rows.append({"name": LLAMA_CPP, "speed": speed[LLAMA_CPP]})
+    write("quantization_frontier", found, rows)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from ruamel.yaml import YAML
 from edgedisp import BadInput
 from edgedisp.recipe import Arm, Distributed, QuantizationAware, Recipe, Verify, load, reference, smoke
 from edgedisp.recipe.number import read_number, read_whole
-from edgedisp.recipe.sections import Section
+from edgedisp.recipe.section import Section
 
 SMALL = """\
 name: small

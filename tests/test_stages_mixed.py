@@ -26,7 +26,7 @@ from edgedisp.quantize.rewrite import quantize_bundle
 from edgedisp.quantize.sensitivity import Text, loss
 from edgedisp.quantize.units import find_units, read_unit, written
 from edgedisp.recipe import Quantize, load
-from edgedisp.recipe.sections import Int4
+from edgedisp.recipe.quantizing import Int4
 from edgedisp.stages import bundles, mixed
 from edgedisp.stages.texts import pieces_of
 

@@ -9,7 +9,8 @@ problem (misspelt keys, wrong types, numbers out of bounds, keys that contradict
 
     number.py    `40k`, `200M`, `5%`, `5e-5`, `1_000` -> exact numbers
     kinds.py     the types: a count, a share, a folder's name, each with the words that describe it
-    sections.py  the keys: type, bounds, default and meaning of each, as pydantic models
+    sections.py  the keys: type, bounds, default and meaning of each, as pydantic models; those of `train`
+                 stand in training.py, those of `quantize` in quantizing.py
     arms.py      the arms, and the trainings that follow from arms and seeds
     schema.py    `Recipe`: all sections, and what follows from them (steps, identity)
     clashes.py   what single keys cannot see: combinations that cannot work
@@ -27,25 +28,13 @@ is one page that can be read alone, and `recipe.lock.yaml` beside a run holds ev
 from edgedisp.recipe.arms import Arm, ArmRun
 from edgedisp.recipe.docs import reference
 from edgedisp.recipe.kinds import BITS
+from edgedisp.recipe.quantizing import Quantize, QuantizeBits
 from edgedisp.recipe.read import load
 from edgedisp.recipe.schema import Recipe
-from edgedisp.recipe.sections import (
-    Adapter,
-    Data,
-    Dispersion,
-    Distributed,
-    Evaluate,
-    Latency,
-    Model,
-    QuantizationAware,
-    Quantize,
-    QuantizeBits,
-    Source,
-    Train,
-    Verify,
-)
+from edgedisp.recipe.sections import Data, Evaluate, Latency, Model, Source, Verify
 from edgedisp.recipe.shrink import smoke
 from edgedisp.recipe.targets import Target, load_target
+from edgedisp.recipe.training import Adapter, Dispersion, Distributed, QuantizationAware, Train
 
 __all__ = [
     "BITS",

@@ -27,7 +27,8 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from pydantic_core import PydanticCustomError
 
 from edgedisp.recipe.kinds import ArmName, Between0And1, Forgetting, Positive, Works
-from edgedisp.recipe.sections import Dispersion, Section
+from edgedisp.recipe.section import Section
+from edgedisp.recipe.training import Dispersion
 
 if TYPE_CHECKING:
     from edgedisp.recipe.schema import Recipe

@@ -14,7 +14,10 @@ from pydantic_core import PydanticCustomError
 from edgedisp.recipe.arms import PLAIN, Arm, ArmRun, arm_runs, unique_names
 from edgedisp.recipe.clashes import clashes
 from edgedisp.recipe.kinds import FolderName, Precision, Seed, Seeds, Target, Unique, Works
-from edgedisp.recipe.sections import Data, Evaluate, Latency, Model, Quantize, Section, Train, Verify
+from edgedisp.recipe.quantizing import Quantize
+from edgedisp.recipe.section import Section
+from edgedisp.recipe.sections import Data, Evaluate, Latency, Model, Verify
+from edgedisp.recipe.training import Train
 from edgedisp.recipe.written import to_yaml
 
 ONLOOKERS = ("watch_every", "report_to", "checkpoint_every")

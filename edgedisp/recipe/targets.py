@@ -33,7 +33,7 @@ from edgedisp.recipe.kinds import (
     target_names,
 )
 from edgedisp.recipe.problems import Problem, describe, near, summary
-from edgedisp.recipe.sections import Section
+from edgedisp.recipe.section import Section
 from edgedisp.recipe.written import Written, parse, read_text
 
 Layout = Literal["onnxruntime-genai", "transformers.js", "optimum"]

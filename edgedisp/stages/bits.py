@@ -11,18 +11,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgedisp import Progress, model
 from edgedisp.folder import write_json
 from edgedisp.graph.export import export as export_graph
 from edgedisp.quantize.grid import Grid
-from edgedisp.quantize.mixed import Search
 from edgedisp.quantize.units import parameters_of
 from edgedisp.recipe import Quantize
-from edgedisp.stages.calibration import usual_by_gptq
-from edgedisp.stages.levels import first_level
-from edgedisp.stages.texts import blocks_of, pieces_of
+from edgedisp.stages.calibration import opened_search
 
 BITS_FILE = "bits.json"
 
@@ -43,39 +38,20 @@ def choose_bits(
     """
     if section.budget is None:
         raise ValueError("training under a search needs a budget")
-    tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    is_gptq = section.int4.method == "gptq"
-    calibrated = usual_by_gptq(section.int4, base_folder, corpus_folder, progress) if is_gptq else None
-    opened = model.load(base_folder)
     with tempfile.TemporaryDirectory(dir=own) as scratch:
         parent = Path(scratch)
         export_graph(base_folder, parent, threads=threads, load=model.load, progress=progress)
-        search = Search(
-            parent,
-            opened,
-            pieces_of(tokens, opened),
-            blocks_of(tokens),
-            methods=("k_quant",) if is_gptq else ("rtn",),
-            accuracy_level=first_level(section.int4),
-            calibrated=calibrated,
-            seed=seed,
-            progress=progress,
-        )
+        search = opened_search(section, seed, parent, base_folder, corpus_folder, ("rtn",), progress)
         chosen = search.within(section.budget)
         found = {"perplexity_increase": search.increase(chosen), **search.record(chosen), "trials": []}
         size = search.size_bytes(chosen)
         picked = search.assignment(chosen)
-    rows = [
-        {
-            "name": one.unit.name,
-            "bits": picked[one.unit.name].grid.bits,
-            "group": picked[one.unit.name].grid.group,
-            "symmetric": picked[one.unit.name].grid.symmetric,
-            "method": picked[one.unit.name].method,
-            "parameters": parameters_of(opened, one.unit),
-        }
-        for one in search.candidates
-    ]
+    rows = []
+    for one in search.candidates:
+        choice = picked[one.unit.name]
+        grid = {"bits": choice.grid.bits, "group": choice.grid.group, "symmetric": choice.grid.symmetric}
+        parameters = parameters_of(search.model, one.unit)
+        rows.append({"name": one.unit.name, **grid, "method": choice.method, "parameters": parameters})
     results = {"search": {"size_bytes": size, **found}}
     write_json(own / BITS_FILE, {**results, "weights": rows})
     return results

@@ -1,7 +1,8 @@
-"""Weights rounded on the recipe's own training text."""
+"""Weights rounded, and choices about them made, on the recipe's own training text."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from edgedisp.quantize.calibrated import gptq_model
 from edgedisp.quantize.candidates import USUAL
 from edgedisp.quantize.grid import Grid
 from edgedisp.quantize.made import Made
-from edgedisp.recipe import QuantizeBits
+from edgedisp.quantize.mixed import Search
+from edgedisp.recipe import Quantize, QuantizeBits
+from edgedisp.stages.levels import first_level
+from edgedisp.stages.texts import blocks_of, pieces_of
 
 
 def calibration_text(section: QuantizeBits, corpus_folder: Path) -> Any:
@@ -44,8 +48,38 @@ def by_gptq(
     )
 
 
-def usual_by_gptq(section: QuantizeBits, model_folder: Path, corpus_folder: Path, progress: Progress) -> Made:
-    """What gptq makes of the layers on the grid that a search measures weights on (quantize/sensitivity.py).
+def opened_search(
+    section: Quantize,
+    seed: int,
+    parent: Path,
+    model_folder: Path,
+    corpus_folder: Path,
+    methods: Sequence[str],
+    progress: Progress,
+) -> Search:
+    """Of the weights of the graph `parent`; `methods` may round them, unless gptq does in the end."""
+    int4, calibrated = section.int4, None
+    if int4.method == "gptq":
+        methods, calibrated = ("k_quant",), _usual_by_gptq(int4, model_folder, corpus_folder, progress)
+    tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+    opened = model.load(model_folder)
+    return Search(
+        parent,
+        opened,
+        pieces_of(tokens, opened),
+        blocks_of(tokens),
+        methods=methods,
+        accuracy_level=first_level(int4),
+        calibrated=calibrated,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def _usual_by_gptq(
+    section: QuantizeBits, model_folder: Path, corpus_folder: Path, progress: Progress
+) -> Made:
+    """What gptq makes of the layers on the grid that a search measures them on (quantize/sensitivity.py).
 
     Without correction: each weight is looked at alone, too, and then there is nothing to make up for.
     """

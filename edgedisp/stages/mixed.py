@@ -21,7 +21,7 @@ from edgedisp.quantize.rewrite import quantize_assigned
 from edgedisp.quantize.search import Solution
 from edgedisp.recipe import Quantize
 from edgedisp.stages.bits import chosen_bits, chosen_grids
-from edgedisp.stages.calibration import by_gptq, calibration_text, usual_by_gptq
+from edgedisp.stages.calibration import by_gptq, calibration_text, opened_search
 from edgedisp.stages.levels import first_level, measured_levels
 from edgedisp.stages.rounding import Trained, trained_blocks
 from edgedisp.stages.texts import blocks_of, pieces_of
@@ -47,31 +47,17 @@ def quantize_searched(
     """
     int4 = section.int4
     is_gptq = int4.method == "gptq"
-    tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
     if decided is not None:
         return _as_decided(
-            section, seed, parent, model_folder, tokens, corpus_folder, threads, own, progress, decided
+            section, seed, parent, model_folder, corpus_folder, threads, own, progress, decided
         )
-    calibrated = usual_by_gptq(int4, model_folder, corpus_folder, progress) if is_gptq else None
-    opened = model.load(model_folder)
-    search = Search(
-        parent,
-        opened,
-        pieces_of(tokens, opened),
-        blocks_of(tokens),
-        methods=("k_quant",) if is_gptq else METHODS_TRIED,
-        accuracy_level=first_level(int4),
-        calibrated=calibrated,
-        seed=seed,
-        progress=progress,
-    )
+    search = opened_search(section, seed, parent, model_folder, corpus_folder, METHODS_TRIED, progress)
     chosen, trials = _solve(section, search)
     found = {"perplexity_increase": search.increase(chosen), **search.record(chosen), "trials": trials}
     if is_gptq:
-        calibrated = None
         search.release()
         text = calibration_text(int4, corpus_folder)
-        made = by_gptq(int4, search.module_grids(chosen), opened, text, progress)
+        made = by_gptq(int4, search.module_grids(chosen), search.model, text, progress)
         search.add_ends(made, chosen)
         found["gptq"] = search.as_it_is(chosen)
         _hold(section.max_perplexity_increase, found["gptq"]["perplexity_increase"])
@@ -97,7 +83,6 @@ def _as_decided(
     seed: int,
     parent: Path,
     model_folder: Path,
-    tokens: Any,
     corpus_folder: Path,
     threads: int,
     own: Path,
@@ -108,6 +93,7 @@ def _as_decided(
     int4, there = section.int4, read(decided)
     if there is None:
         raise BuildFailed(f"{decided}: the bundle whose search decides is gone; build again")
+    tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
     opened = model.load(model_folder)
     followed = Decided(
         parent,

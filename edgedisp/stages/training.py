@@ -17,8 +17,7 @@ from edgedisp import BadInput, Progress, model
 from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.dispersion.quick import quick_condensation
 from edgedisp.processes import place, split
-from edgedisp.recipe import BITS, ArmRun, QuantizeBits, Train
-from edgedisp.recipe.sections import Dispersion
+from edgedisp.recipe import BITS, ArmRun, Dispersion, QuantizeBits, Train
 from edgedisp.stages import adapters
 from edgedisp.stages.bits import chosen_grids
 from edgedisp.stages.rounding import Trained, aware, keep_learned
