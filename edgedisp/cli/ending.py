@@ -15,7 +15,7 @@ from edgedisp import BadInput, BuildFailed, processes
 from edgedisp.cli.app import app
 
 INTERRUPTED = 130
-INTERRUPTED_MESSAGE = "interrupted; the same command continues where this one stopped"
+CONTINUE = ("build", "pilot")  # the commands that keep what is done
 
 
 def main() -> None:
@@ -25,13 +25,13 @@ def main() -> None:
     try:
         code = _run()  # Typer turns Ctrl-C into the return value 130
         if code == INTERRUPTED:
-            _end(INTERRUPTED_MESSAGE, INTERRUPTED)
+            _interrupted()
     except BadInput as error:
         _end(str(error), 2)
     except BuildFailed as error:
         _end(f"failed: {error}", 1)
     except KeyboardInterrupt:
-        _end(INTERRUPTED_MESSAGE, INTERRUPTED)
+        _interrupted()
     except OSError as error:
         if _disk_is_full(error):
             _end(_disk_message(error), 1)
@@ -44,6 +44,11 @@ def main() -> None:
         if _disk_is_full(error):
             _end(_disk_message(error), 1)
         raise
+
+
+def _interrupted() -> None:
+    continues = "; the same command continues where this one stopped"
+    _end("interrupted" + (continues if sys.argv[1:2] and sys.argv[1] in CONTINUE else ""), INTERRUPTED)
 
 
 def _run() -> Any:
