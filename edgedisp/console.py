@@ -30,7 +30,8 @@ class Screen:
         self.title = title
         self._stage = title
         self._said = time.monotonic()
-        self._first: tuple[float, int] | None = None  # time and count of the stage's first call
+        self._first = 0.0, 0  # time and count of the first call of a stage, or of a part of it
+        self._last = 0, -1  # count and total of the last call
         self._bar: Any = None
         self._task: Any = None
         self._kept: list[str] = []
@@ -54,19 +55,25 @@ class Screen:
     def started(self, name: str, number: int, total: int) -> None:
         self._tell_kept()
         self._stage, self._said = f"[{number:2}/{total}] {name}", time.monotonic()
-        self._first = None
+        self._last = 0, -1
         if self._bar is not None:
             self._bar.reset(self._task, total=None, description=self._stage, note="")
         else:
             self._say(f"{self._stage} ...")
 
     def progress(self, done: int, total: int, note: str) -> None:
+        now = time.monotonic()
+        is_new = total != self._last[1] or done < self._last[0]  # the stage's next part counts anew
+        self._last = done, total
         if self._bar is not None:
+            if is_new:
+                self._bar.reset(self._task)
             self._bar.update(self._task, completed=done, total=total or None, note=note)
             return
-        now = time.monotonic()
         # A resumed stage starts in the middle: only what was done since its first call tells the speed.
-        since, already = self._first = self._first or (now, done)
+        if is_new:
+            self._first = now, done
+        since, already = self._first
         if now - self._said < QUIET_S:
             return
         self._said = now
