@@ -52,6 +52,7 @@ class Table:
     """A bigram model over letters; its greedy text follows the largest logit."""
 
     vocab_size = len(LETTERS)
+    tree_nodes, packs = 0, True
 
     def __init__(self, seed: int = 0, context: int = 64) -> None:
         self.logits = (
@@ -363,6 +364,7 @@ def test_log_likelihoods_and_text_equal_those_of_lm_evals_torch_backend() -> Non
 
     class Llama:
         vocab_size, context = 257, 64
+        tree_nodes, packs = 0, True
 
         def __call__(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
             with torch.inference_mode():

@@ -58,6 +58,7 @@ class Table:
     """A bigram model over a table of logits."""
 
     context = 128
+    tree_nodes, packs = 0, True
 
     def __init__(self, logits: NDArray[np.float32]) -> None:
         self.logits, self.vocab_size = logits, len(logits)
@@ -105,6 +106,7 @@ class Repeating:
     """Expects the words of its context again: P(next) grows with how often a word occurred so far."""
 
     context = 128
+    tree_nodes, packs = 0, True
     vocab_size = len(TOKENIZER.pieces)
 
     def __call__(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:

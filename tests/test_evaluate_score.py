@@ -21,6 +21,8 @@ from edgedisp.evaluate.score import encode_pair, loglikelihoods, rolling_windows
 class Bigram:
     """P(next | previous) from a table of logits; padding positions give rubbish on purpose."""
 
+    tree_nodes, packs = 0, True
+
     def __init__(self, vocab_size: int = 11, context: int = 64, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
         self.table = rng.normal(0, 2, (vocab_size, vocab_size)).astype(np.float32)
@@ -248,6 +250,7 @@ def test_a_torch_model_scores_as_its_own_log_softmax_whatever_the_batch() -> Non
 
     class Llama:
         vocab_size, context = 97, 64
+        tree_nodes, packs = 0, True
 
         def __call__(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
             with torch.inference_mode():

@@ -13,7 +13,7 @@ tasks, not its own mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,13 +70,14 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(sum of log-probabilities, all greedy) of each (context, continuation) text pair."""
         pairs = [encode_pair(self.encode, *request.args) for request in requests]
-        return self._score([self._pieces(context, continuation) for context, continuation in pairs])
+        pieces = [self._pieces(context, continuation) for context, continuation in pairs]
+        return self._score(pieces, [(request.task_name, request.doc_id) for request in requests])
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Log-likelihood of each whole text, every token predicted once, with as much context as fits."""
         texts = [self.encode(request.args[0]) for request in requests]
         pieces = [[*rolling_windows(ids, self.model.context, self.end_of_text)] for ids in texts]
-        return [total for total, _ in self._score(pieces)]
+        return [total for total, _ in self._score(pieces, range(len(pieces)))]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Greedy text after each prompt, up to the first stop string, stop token or max_gen_toks."""
@@ -94,11 +95,14 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
         self.truncated += len(context) > 1
         return [*rolling_windows(continuation, self.model.context, prefix)]
 
-    def _score(self, pieces: Sequence[Sequence[tuple[Any, Any]]]) -> list[tuple[float, bool]]:
+    def _score(
+        self, pieces: Sequence[Sequence[tuple[Any, Any]]], items: Sequence[Hashable]
+    ) -> list[tuple[float, bool]]:
         found = iter(
             loglikelihoods(
                 self.model,
                 [pair for group in pieces for pair in group],
+                items=[item for item, group in zip(items, pieces) for _ in group],
                 batch_tokens=self.batch_tokens,
                 end_of_text=self.end_of_text,
                 progress=self.progress,

@@ -62,9 +62,14 @@ def score(
     progress: Progress = silent,
 ) -> TaskResult:
     """Ask a model the questions that `build` made."""
-    requests = [request for question in asked for request in question.requests]
+    asked_of = [(question.id, request) for question in asked for request in question.requests]
     found = loglikelihoods(
-        model, requests, batch_tokens=batch_tokens, end_of_text=end_of_text, progress=progress
+        model,
+        [request for _, request in asked_of],
+        items=[name for name, _ in asked_of],
+        batch_tokens=batch_tokens,
+        end_of_text=end_of_text,
+        progress=progress,
     )
     answers = iter(found)
     items = []

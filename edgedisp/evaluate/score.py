@@ -1,19 +1,19 @@
 """Log-likelihoods of continuations, given contexts, from a model that is nothing but `ids, mask -> logits`.
 
-The requests are sorted by length, packed into right-padded batches under two limits (a token budget, and
-the memory that the logits of a batch may take: with a vocabulary of 262k entries 256 tokens already fill
-256 MB), scored, and handed back in the order in which they came. Only the positions that predict a
-continuation token are looked at, and their log-softmax is reduced in float64, so that a score does not
-depend on what it was batched with.
+A model that can read trees of tokens gets them as forests (forest.py): what requests share at their
+beginnings is computed once, there is no padding, and only the logits that predict a continuation token are
+made. Any other model gets them sorted by length in right-padded batches. Both stay under two limits, a budget
+of tokens and the memory that logits may take (a vocabulary of 262k entries fills 256 MB with 256 positions).
 
-Requests with the same input tokens share one row of a batch: identical requests are scored once, and so
-are the one-token choices of a question. Longer shared prefixes are computed again for each choice,
-because this small interface has no cache of keys and values to hand from one call to the next.
+A score must not depend on what it was computed with. Log-softmax is reduced in float64, and in fp32 a logit
+moves by 1e-5 at most. But int8 arithmetic rounds activations: a sum taken in another order moves one by 1e-7,
+now and then that is a whole step, and 30 layers later a log-probability has moved by a tenth. So a model with
+`packs` false gets the requests of one item and no others in a forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedisp import BuildFailed, Progress, silent
+from edgedisp.evaluate import forest
+from edgedisp.evaluate.forest import Row
 
 LOGITS_BYTES = 256 * 2**20
 """Most memory that the float32 logits of one batch may take; a single row may exceed it."""
@@ -30,6 +32,7 @@ _POSITIONS = 64  # rows of logits reduced at a time: 64 x 262k x 4 bytes = 64 MB
 Encode = Callable[[str], list[int]]
 Decode = Callable[[list[int]], str]
 Request = tuple[Sequence[int], Sequence[int]]
+ItemRow = tuple[Hashable, Row]
 
 
 class LanguageModel(Protocol):
@@ -45,6 +48,26 @@ class LanguageModel(Protocol):
 
     def __call__(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         """ids, mask int64 [batch, tokens] (0 padding, on the right) -> float32 [batch, tokens, vocab]."""
+        ...
+
+    @property
+    def tree_nodes(self) -> int:
+        """Most nodes in one forest; 0 for a model that cannot read trees of tokens."""
+        ...
+
+    @property
+    def packs(self) -> bool:
+        """Whether a forest of several items gives each the scores that it has alone."""
+        ...
+
+    def tree(
+        self,
+        ids: NDArray[np.int64],
+        depths: NDArray[np.int64],
+        ends: NDArray[np.int64],
+        wanted: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        """Logits float32 [wanted, vocab] of some nodes of a forest; ids, depths, ends int64 [nodes]."""
         ...
 
     def greedy(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> list[int]:
@@ -77,11 +100,14 @@ def loglikelihoods(
     model: LanguageModel,
     requests: Sequence[Request],
     *,
+    items: Sequence[Hashable] | None = None,
     batch_tokens: int = 1024,
     end_of_text: int | None = None,
     progress: Progress = silent,
 ) -> list[Likelihood]:
     """Score every (context_ids, continuation_ids) pair; results come in request order.
+
+    items: which item each request belongs to, such as the question whose choice it is; None: each its own.
 
     An empty context is replaced by `end_of_text`, the token that stands before every document in training.
     A request longer than the model's context loses tokens on the left of its context, never of its
@@ -91,22 +117,23 @@ def loglikelihoods(
     `rolling_windows`), for a token outside the vocabulary, and for an empty context without
     `end_of_text`; BuildFailed when the model gives logits that are not finite.
     """
-    rows: dict[tuple[int, ...], list[int]] = {}
-    targets: list[tuple[int, ...]] = []
+    rows: dict[tuple[Hashable, Row], list[int]] = {}
+    targets: list[Row] = []
     dropped: list[int] = []
     for number, (context_ids, continuation_ids) in enumerate(requests):
         inputs, cut = _inputs(model, context_ids, continuation_ids, end_of_text)
-        rows.setdefault(inputs if continuation_ids else (), []).append(number)
+        item = number if items is None else items[number]
+        rows.setdefault((None if model.packs else item, inputs), []).append(number)
         targets.append(tuple(continuation_ids))
         dropped.append(cut)
 
-    found: dict[int, Likelihood] = {number: Likelihood((), True) for number in rows.pop((), [])}
-    for batch in _batches(sorted(rows, key=lambda row: (-len(row), row)), batch_tokens, model.vocab_size):
-        logits = _run(model, batch)
-        for place, row in enumerate(batch):
-            for number in rows[row]:
-                first = len(row) - len(targets[number])
-                logprobs, greedy = _score(logits[place, first : len(row)], targets[number])
+    found = {number: Likelihood((), True) for number, asked in enumerate(targets) if not asked}
+    wanted = {row: most for row, numbers in rows.items() if (most := max(len(targets[n]) for n in numbers))}
+    for row, logits in _last_logits(model, wanted, batch_tokens):
+        for number in rows[row]:
+            asked = targets[number]
+            if asked:
+                logprobs, greedy = _score(logits[len(logits) - len(asked) :], asked)
                 found[number] = Likelihood(logprobs, greedy, dropped[number])
         progress(len(found), len(requests), "requests")
     return [found[number] for number in range(len(requests))]
@@ -169,14 +196,42 @@ def _inputs(
     return inputs[cut:], cut
 
 
-def _batches(
-    rows: Sequence[tuple[int, ...]], batch_tokens: int, vocab_size: int
-) -> Iterator[list[tuple[int, ...]]]:
-    """Consecutive rows, longest first, so that rows x longest stays within both limits (or is one row)."""
-    most = max(1, min(batch_tokens, LOGITS_BYTES // (4 * vocab_size)))
-    batch: list[tuple[int, ...]] = []
+def _last_logits(
+    model: LanguageModel, wanted: Mapping[ItemRow, int], batch_tokens: int
+) -> Iterator[tuple[ItemRow, NDArray[np.float32]]]:
+    """Each row with the logits of its last tokens, as many as are wanted: float32 [wanted, vocab]."""
+    room = max(1, LOGITS_BYTES // (4 * model.vocab_size))
+    most = min(batch_tokens, room)
+    together: dict[Hashable, dict[Row, int]] = {}
+    for (item, row), count in wanted.items():
+        if len(row) <= model.tree_nodes:
+            together.setdefault(item, {})[row] = count
+    for item, counts in together.items():
+        nodes = min(batch_tokens, model.tree_nodes) if model.packs else model.tree_nodes
+        for part in forest.parted(counts, nodes, most if model.packs else room):
+            for row, logits in _from_forest(model, part):
+                yield (item, row), logits
+    rest = [one for one in wanted if len(one[1]) > model.tree_nodes]
+    for batch in _batches(sorted(rest, key=lambda one: (-len(one[1]), one[1])), most):
+        for one, logits in zip(batch, _run(model, [row for _, row in batch])):
+            end = len(one[1])
+            yield one, logits[end - wanted[one] : end]
+
+
+def _from_forest(model: LanguageModel, wanted: Mapping[Row, int]) -> list[tuple[Row, NDArray[np.float32]]]:
+    planted = forest.plant(list(wanted))
+    asked = {row: planted.paths[row][-count:] for row, count in wanted.items()}
+    nodes = sorted({node for path in asked.values() for node in path})
+    place = {node: index for index, node in enumerate(nodes)}
+    logits = model.tree(planted.ids, planted.depths, planted.ends, np.array(nodes, np.int64))
+    return [(row, logits[[place[node] for node in path]]) for row, path in asked.items()]
+
+
+def _batches(rows: Sequence[ItemRow], most: int) -> Iterator[list[ItemRow]]:
+    """Consecutive rows, longest first, so that rows x longest stays within the limit (or is one row)."""
+    batch: list[ItemRow] = []
     for row in rows:
-        if batch and (len(batch) + 1) * len(batch[0]) > most:
+        if batch and (len(batch) + 1) * len(batch[0][1]) > most:
             yield batch
             batch = []
         batch.append(row)
@@ -184,7 +239,7 @@ def _batches(
         yield batch
 
 
-def _run(model: LanguageModel, batch: Sequence[tuple[int, ...]]) -> NDArray[np.float32]:
+def _run(model: LanguageModel, batch: Sequence[Row]) -> NDArray[np.float32]:
     """Pad on the right and call the model: float32 [rows, longest, vocab]."""
     ids = np.zeros((len(batch), len(batch[0])), dtype=np.int64)
     mask = np.zeros_like(ids)

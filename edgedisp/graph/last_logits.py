@@ -21,6 +21,7 @@ from edgedisp import BadInput
 
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "MatMulBnb4")
 PREFIX = "last_token"
+LAST_HIDDEN = f"{PREFIX}.hidden"
 
 
 def keep_last(model: ModelProto) -> None:
@@ -30,14 +31,14 @@ def keep_last(model: ModelProto) -> None:
     """
     graph = model.graph
     logits = next((value for value in graph.output if value.name == "logits"), None)
-    head = None if logits is None else _head(graph)
+    head = None if logits is None else head_of(graph)
     if logits is None or head is None:
         raise BadInput("the graph makes no logits out of a product with the head's weights")
     if any(node.name.startswith(f"{PREFIX}.") for node in graph.node):
         raise BadInput("the graph keeps the last token's logits alone already")
     at = list(graph.node).index(head)
     before = [*_last_position(graph), *_gathered(graph, head.input[0])]
-    head.input[0] = f"{PREFIX}.hidden"
+    head.input[0] = LAST_HIDDEN
     nodes = [*list(graph.node)[:at], *before, *list(graph.node)[at:]]
     copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
@@ -47,7 +48,7 @@ def keep_last(model: ModelProto) -> None:
     logits.type.tensor_type.shape.dim[1].dim_value = 1
 
 
-def _head(graph: GraphProto) -> NodeProto | None:
+def head_of(graph: GraphProto) -> NodeProto | None:
     """The product nearest to the logits; between them there may be a soft cap, a bias or a cast."""
     makers = {output: node for node in graph.node for output in node.output}
     seen, waiting = set(), ["logits"]

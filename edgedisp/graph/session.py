@@ -14,6 +14,7 @@ Left out: sampling and beams (genai does that), other devices.
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
+from onnx import ModelProto
 
 from edgedisp import BadInput, BuildFailed
+from edgedisp.graph import tree as trees
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -40,7 +43,7 @@ class OnnxModel:
         the path to which onnxruntime writes what each kernel did."""
         if threads < 1:
             raise BadInput(f"threads is {threads}; at least 1 is needed")
-        self.bundle, self.threads = bundle, threads
+        self.bundle, self.threads, self._graph = bundle, threads, graph
         config = read_config(bundle)
         self.context = int(config["context_length"])
         self.vocab_size = int(config["vocab_size"])
@@ -73,6 +76,35 @@ class OnnxModel:
         Rows may have different lengths: a row's token goes to the place after its last real one.
         """
         return self._step(ids, mask, cache)
+
+    def tree(self, ids: Ids, depths: Ids, ends: Ids, wanted: Ids) -> Logits:
+        """Logits float32 [wanted, vocab] of some nodes of a tree of tokens; ids, depths, ends int64 [nodes].
+
+        Node i sees node j where j <= i < ends[j] (evaluate/forest.py). At most `tree_nodes` nodes.
+        """
+        session, windows = self._trees
+        inputs = {"input_ids": ids[None], **trees.feed(depths, ends, wanted, windows)}
+        unseen = {name: np.zeros(self._shape(name, 1, 1), np.float32) for name in self._caches}
+        logits: Logits = session.run(["logits"], {**inputs, **unseen})[0]
+        return logits[0]
+
+    @property
+    def packs(self) -> bool:
+        """No: int8 arithmetic tells apart what a token was computed with (evaluate/score.py)."""
+        return False
+
+    @cached_property
+    def tree_nodes(self) -> int:
+        """Most nodes in a tree; 0 where the graph cannot read trees."""
+        return self.context - 1 if self._trees[1] else 0
+
+    @cached_property
+    def _trees(self) -> tuple[Any, list[int]]:
+        model = onnx.load_model_from_string(self._graph) if self._graph else _graph_of(self.bundle)
+        windows = trees.read_trees(model)
+        if windows is None:
+            return None, []
+        return open_session(self.bundle, self.threads, model.SerializeToString()), windows
 
     def greedy(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> list[int]:
         """The most likely next tokens after `ids`, at most `max_new_tokens` or what the context leaves.
@@ -146,9 +178,13 @@ def read_config(bundle: Path) -> dict[str, Any]:
     return model
 
 
+def _graph_of(bundle: Path) -> ModelProto:
+    return onnx.load(bundle / "model.onnx", load_external_data=False)
+
+
 def at_accuracy_level(bundle: Path, level: int) -> bytes:
     """The bundle's graph with another arithmetic in its products: 0 is fp32, 4 rounds activations to int8."""
-    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    model = _graph_of(bundle)
     for node in model.graph.node:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
