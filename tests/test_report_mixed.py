@@ -6,7 +6,7 @@ from typing import Any
 
 from report_sample import sample
 
-from edgedisp.report import assignment_text
+from edgedisp.report import assignment_text, wording
 from edgedisp.report.mixed import PARETO, mixed
 from edgedisp.report.page import markdown, page, report_json
 from edgedisp.report.plot_mixed import pareto
@@ -76,3 +76,12 @@ def test_the_page_holds_it_escaped_and_the_same_each_time() -> None:
     assert first == again and "layers.0.&lt;b&gt;" in first and "layers.0.<b>" not in first
     assert "plots/pareto.png" in markdown(summary, sections, pictures)
     assert '"budget": 100000000' in report_json(summary)
+
+
+def test_a_perplexity_that_fell_is_said_to_be_lower() -> None:
+    assert [wording.raised(change) for change in (0.081, -0.04, 0.0, None)] == [
+        "8.1 % higher",
+        "4.0 % lower",
+        "0.0 % higher",
+        wording.MISSING,
+    ]

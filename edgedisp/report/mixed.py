@@ -8,7 +8,7 @@ from typing import Any
 
 from edgedisp.report.reading import Summary, arms, at, branch, number, precisions
 from edgedisp.report.section import Grid, Section
-from edgedisp.report.wording import MISSING, count, fixed, megabytes, percent, small
+from edgedisp.report.wording import MISSING, count, fixed, megabytes, percent, raised, small
 
 PARETO = "pareto"
 Search = dict[str, Any]
@@ -76,18 +76,18 @@ def _words(search: Search) -> str:
         f"KL {small(number(search.get('measured_kl')))} nats "
         f"(predicted {small(number(search.get('predicted_kl')))})",
         f"perplexity on {count(number(search.get('perplexity_tokens')))} tokens of training text "
-        f"{percent(number(search.get('perplexity_increase')))} higher",
+        f"{raised(number(search.get('perplexity_increase')))}",
     ]
     after = branch(search, "gptq")
     if after:
-        kl, higher = (number(after.get(key)) for key in ("measured_kl", "perplexity_increase"))
-        parts.append(f"after gptq KL {small(kl)}, perplexity {percent(higher)} higher")
+        kl, change = (number(after.get(key)) for key in ("measured_kl", "perplexity_increase"))
+        parts.append(f"after gptq KL {small(kl)}, perplexity {raised(change)}")
     trained = branch(search, "trained")
     if trained:
-        kl, higher = (number(trained.get(key)) for key in ("measured_kl", "perplexity_increase"))
+        kl, change = (number(trained.get(key)) for key in ("measured_kl", "perplexity_increase"))
         parts.append(
-            "all that of the base, before training; of the model trained under this rounding KL "
-            f"{small(kl)}, perplexity {percent(higher)} higher"
+            "all that of the base, before training; of the model trained under this rounding, against its own "
+            f"unrounded weights, KL {small(kl)}, perplexity {raised(change)}"
         )
     return ", ".join(parts)
 
@@ -96,7 +96,7 @@ def _followed_words(search: Search) -> str:
     kl, increase = (number(search.get(key)) for key in ("measured_kl", "perplexity_increase"))
     return (
         f"stored as {search.get('decided_by')} is: KL {small(kl)} nats, perplexity on training text "
-        f"{percent(increase)} higher"
+        f"{raised(increase)}"
     )
 
 

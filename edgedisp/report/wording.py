@@ -64,6 +64,13 @@ def percent(share: float | None, decimals: int = 1) -> str:
     return MISSING if share is None else f"{fixed(100 * share, decimals)} %"
 
 
+def raised(share: float | None) -> str:
+    """A change as `8.1 % higher` or `4.0 % lower`."""
+    if share is None:
+        return MISSING
+    return f"{percent(abs(share))} {'lower' if share < 0 else 'higher'}"
+
+
 def seconds(value: float | None) -> str:
     """A duration: `0.4 s`, `42 s`, `6 min 05 s`, `2 h 10 min`."""
     if value is None:
