@@ -1,4 +1,4 @@
-"""Forests of tokens: planted right, read alike by torch and by bundles, and no score depends on a neighbour."""
+"""Forests of tokens: planted right, read alike by torch and by bundles; no score depends on a neighbour."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Plain:
 
 
 def questions(count: int, seed: int = 0) -> tuple[list[Request], list[int]]:
-    """Requests, four choices to a context, and the question of each; contexts come in pairs that begin alike."""
+    """Requests, four choices a context, and the question of each; contexts come in pairs that begin alike."""
     rng = np.random.default_rng(seed)
     asked: list[Request] = []
     for _ in range(count // 2):

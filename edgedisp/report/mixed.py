@@ -86,8 +86,8 @@ def _words(search: Search) -> str:
     if trained:
         kl, change = (number(trained.get(key)) for key in ("measured_kl", "perplexity_increase"))
         parts.append(
-            "all that of the base, before training; of the model trained under this rounding, against its own "
-            f"unrounded weights, KL {small(kl)}, perplexity {raised(change)}"
+            "all that of the base, before training; of the model trained under this rounding, against its "
+            f"own unrounded weights, KL {small(kl)}, perplexity {raised(change)}"
         )
     return ", ".join(parts)
 
