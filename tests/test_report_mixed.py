@@ -9,6 +9,7 @@ from report_sample import sample
 from edgedisp.report import assignment_text, wording
 from edgedisp.report.mixed import PARETO, mixed
 from edgedisp.report.page import markdown, page, report_json
+from edgedisp.report.picture import inline_svgs
 from edgedisp.report.plot_mixed import pareto
 from edgedisp.report.plots import plots
 from edgedisp.report.results import result_sections
@@ -65,6 +66,7 @@ def test_the_choice_the_curve_and_the_levels_are_told() -> None:
     assert "1 x 4 bits g64 asymmetric k_quant" in printed and "1 x 8 bits g64 symmetric rtn" in printed
     plot = pareto(summary)
     assert plot is not None and "uniform int4 104.0 MB at KL 0.22" in plot.description
+    assert "mathdefault" not in "".join(inline_svgs(plot))
 
 
 def test_the_page_holds_it_escaped_and_the_same_each_time() -> None:

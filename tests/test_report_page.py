@@ -367,7 +367,7 @@ def test_the_section_tells_weights_by_bits_and_the_word_for_the_loss() -> None:
         "heldout_perplexity, int8, dispersed",
         "heldout_perplexity, int4, dispersed",
     ]
-    assert {row[-1] for row in loss.rows} == {"nothing measurable to survive"}
+    assert {row[1] for row in loss.rows} == {"nothing measurable to survive"}
     assert ("int4, dispersed - baseline", "4") in [row[:2] for row in weights.rows]
     assert ("int4, baseline - baseline", "4") not in [row[:2] for row in weights.rows]
     assert components.folded and found.plots == ("survival",) and not found.notes

@@ -55,7 +55,7 @@ def plant(rows: Sequence[Row]) -> Forest:
         paths[row], before = list(path), row
     for node in path:
         ends[node] = len(ids)
-    return Forest(*(np.array(part, np.int64) for part in (ids, depths, ends)), paths)
+    return Forest(np.array(ids), np.array(depths), np.array(ends), paths)
 
 
 def parted(wanted: Mapping[Row, int], most_nodes: int, most_wanted: int) -> Iterator[dict[Row, int]]:

@@ -81,8 +81,8 @@ class TorchModel:
         Node i sees node j where j <= i < ends[j] (evaluate/forest.py).
         """
         with self._running() as device:
-            here = {"device": device, "dtype": torch.int64}
-            at, deep, end = (torch.as_tensor(part, **here) for part in (np.arange(len(ids)), depths, ends))
+            parts = (ids, np.arange(len(ids)), depths, ends, wanted)
+            tokens, at, deep, end, asked = (torch.from_numpy(part).to(device) for part in parts)
             seen = (at <= at[:, None]) & (at[:, None] < end)
             masks = {
                 kind: self._additive(seen if window is None else seen & (deep[:, None] - deep < window))
@@ -90,15 +90,15 @@ class TorchModel:
             }
             kept: dict[str, Any] = {}
             if "logits_to_keep" in self._accepts:
-                kept["logits_to_keep"] = torch.as_tensor(wanted, **here)
+                kept["logits_to_keep"] = asked
             logits = self.model(
-                input_ids=torch.as_tensor(ids, **here)[None],
+                input_ids=tokens[None],
                 attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
                 position_ids=deep[None],
                 use_cache=False,
                 **kept,
             ).logits[0]
-            chosen = logits if kept else logits[torch.as_tensor(wanted, **here)]
+            chosen = logits if kept else logits[asked]
             found: NDArray[np.float32] = chosen.float().cpu().numpy()
         return found
 

@@ -26,6 +26,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 # Grey-blue and orange stay apart for every common kind of colour blindness; lightness differs as well.
 INK, MUTED, RULE = "#1f2933", "#66727f", "#d5dbe1"
@@ -119,6 +120,15 @@ def arm_mark(arm: str, arms: Sequence[str]) -> str:
 def _place(arm: str, arms: Sequence[str]) -> int:
     others = [name for name in arms if name not in ARM_COLORS]
     return others.index(arm) % len(OTHER_COLORS)
+
+
+def log_ticks(ax: Axes) -> None:
+    """Plain numbers (no text is read as mathematics) at powers of ten, and between them where there are few."""
+    low, high = ax.get_ylim()
+    between = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0)
+    ax.yaxis.set_major_locator(LogLocator(subs=between))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def slug(text: str) -> str:

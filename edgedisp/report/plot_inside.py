@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
-from edgedisp.report.picture import HEAT, INK, Panel, Plot, Series, arm_color, slug
+from edgedisp.report.picture import HEAT, INK, Panel, Plot, Series, arm_color, log_ticks, slug
 from edgedisp.report.reading import BASELINE, DISPERSED, Summary, arms, at, branch, number
 from edgedisp.report.wording import fixed, percent, small
 
@@ -178,20 +178,11 @@ def lines(
         ax.set_xlabel(xlabel)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
         if log:
-            _log_ticks(ax)
+            log_ticks(ax)
         else:
             ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
 
     return draw
-
-
-def _log_ticks(ax: Axes) -> None:
-    """Plain numbers at powers of ten, and between them where there are few."""
-    low, high = ax.get_ylim()
-    between = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0)
-    ax.yaxis.set_major_locator(LogLocator(subs=between))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def series_words(series: Series, x: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from edgedisp.report.mixed import PARETO, Search, rows_of, searches
-from edgedisp.report.picture import MUTED, Panel, Plot, arm_color, arm_mark, slug
+from edgedisp.report.picture import MUTED, Panel, Plot, arm_color, arm_mark, log_ticks, slug
 from edgedisp.report.reading import Summary, arms, number
 from edgedisp.report.wording import MISSING, fixed, small
 
@@ -35,11 +35,14 @@ def _draw(search: Search, arm: str, names: list[str]) -> Callable[[Axes], None]:
             chosen = name == "chosen"
             mark = arm_mark(arm, names) if chosen else "x"
             ax.plot([x], [y], color=color if chosen else MUTED, marker=mark, markersize=8 if chosen else 6)
-            ax.annotate(name, (x, y), (6, 5), textcoords="offset points", color=MUTED)
+            place = (-8, -9) if chosen else (6, 5)  # a uniform bundle of that size lies above it
+            side = "right" if chosen else "left"
+            ax.annotate(name, (x, y), place, textcoords="offset points", color=MUTED, ha=side)
         ax.set_yscale("log")
         ax.set_xlabel("size, MB")
         ax.set_ylabel("KL, nats per token")
-        ax.margins(x=0.2, y=0.12)
+        ax.margins(x=0.3, y=0.12)
+        log_ticks(ax)
 
     return draw
 

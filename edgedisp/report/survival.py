@@ -61,23 +61,23 @@ def _loss(summary: Summary) -> Grid:
             ]
             parts += [_interval(branch(record, name), "value") for name in ("correlation", "slope", "kept")]
             said = WORDS.get(str(record.get("verdict")), MISSING)
-            rows.append((f"{task}, {label(precision)}, {arm}", *parts, said))
+            rows.append((f"{task}, {label(precision)}, {arm}", said, *parts))
     head = (
         "loss",
+        "the difference is",
         "full precision",
         "quantized",
         "change",
         "correlation",
         "slope",
         "kept",
-        "the difference is",
     )
     caption = (
         "Difference of the loss from the baseline, nats per token, before and after quantization, on the "
         "same documents, with 95 % intervals. Change: quantized - full precision. Correlation and slope: of "
         "the two differences over documents. Kept: quantized / full, where full precision is clear"
     )
-    return Grid(head, tuple(rows), caption, (0, 7))
+    return Grid(head, tuple(rows), caption, (0, 1))
 
 
 def _interval(part: Mapping[str, Any], key: str) -> str:
