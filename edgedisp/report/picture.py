@@ -123,7 +123,7 @@ def _place(arm: str, arms: Sequence[str]) -> int:
 
 
 def log_ticks(ax: Axes) -> None:
-    """Plain numbers (no text is read as mathematics) at powers of ten, and between them where there are few."""
+    """Plain numbers (no text is read as mathematics) at powers of ten, or more where those are few."""
     low, high = ax.get_ylim()
     between = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0)
     ax.yaxis.set_major_locator(LogLocator(subs=between))
