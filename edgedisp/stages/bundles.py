@@ -31,7 +31,7 @@ from edgedisp.recipe import QuantizeBits
 from edgedisp.stages.bits import chosen_grids
 from edgedisp.stages.calibration import by_gptq, calibration_text
 from edgedisp.stages.levels import first_level, measured_levels
-from edgedisp.stages.rounding import Trained, trained_blocks, trained_roundings
+from edgedisp.stages.rounding import Trained, has_scales, trained_blocks, trained_roundings
 from edgedisp.stages.start import heldout_documents
 from edgedisp.train.rounded import round_weights
 
@@ -65,7 +65,7 @@ def quantize(
     `decided`: the bundle of the arm whose accuracy levels hold for this one too."""
     method, made, source, found = section.method, None, parent, {}
     with tempfile.TemporaryDirectory(dir=own) as scratch:
-        if is_trained and model_folder is not None:
+        if is_trained and model_folder is not None and (section.calibrated or has_scales(model_folder)):
             made = trained_blocks(Trained(section, bits), model.load(model_folder), model_folder)
         elif section.calibrated:
             if model_folder is None or corpus_folder is None:

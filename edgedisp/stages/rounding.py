@@ -210,6 +210,11 @@ def _keep(scales: dict[str, Scales], grids: Grids, path: Path) -> None:
     path.write_bytes(save(tensors, told))
 
 
+def has_scales(model_folder: Path) -> bool:
+    """Whether training left scales beside the weights: calibrated or learned ones."""
+    return (model_folder / SCALES).is_file()
+
+
 def trained_scales(model_folder: Path, grids: Grids) -> dict[str, Scales]:
     """The scales that training left beside the weights; empty where it left none.
 
