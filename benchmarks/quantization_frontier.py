@@ -402,10 +402,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="rows to make; default: all")
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--train", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     work = Workplace(asked.work)
     if asked.cell == BUILDER:
         work.made(slug(BUILDER), lambda own: build_default(work.base(), own))
+        return
+    if asked.train:
+        work.fp32(work.model(asked.train))
         return
     if asked.cell:
         cell(work, asked.cell)
@@ -416,8 +420,10 @@ def main() -> None:
     for name in names:  # in a process each, so that its memory is its own
         if not (work.folder / slug(name)).exists():
             print(f"making {name}", file=sys.stderr)
-            command = [sys.executable, __file__, "--work", str(asked.work), "--cell", name]
-            subprocess.run(command, check=True)
+            command = [sys.executable, __file__, "--work", str(asked.work)]
+            if name in TRAINED:
+                subprocess.run([*command, "--train", name], check=True)
+            subprocess.run([*command, "--cell", name], check=True)
     parents = {FP32: work.fp32(work.base())}
     if any(name in TRAINED for name in names):
         parents["trained, fp32"] = work.fp32(work.model("trained, rtn"))

@@ -114,6 +114,19 @@ def test_a_stage_that_calibrates_asks_for_its_model(folders: dict[str, Path], tm
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_trained_under_plain_rounding_needs_no_folder_and_may_be_given_it(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    graphs = []
+    for name, model_folder in (("without", None), ("with", folders["model"])):
+        own = tmp_path / name
+        own.mkdir()
+        parent, section = folders["fp32"], Int4(**SMALL)
+        bundles.quantize(section, 4, parent, model_folder, None, own, silent, is_trained=True)
+        graphs.append([(own / file).read_bytes() for file in ("model.onnx", "model.onnx.data")])
+    assert graphs[0] == graphs[1]
+
+
 def test_a_build_with_the_keys_of_a_recipe_reaches_the_report(
     tiny_folder: dict[str, Path],
     text_file: Path,

@@ -14,6 +14,8 @@ from it, as it lies inside the cells of the grid and not on their centers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,8 @@ def gptq(
 
     A column that calibration never excited is rounded to nearest: nothing is known of its cost.
     """
-    return gptq_latent(weight, grid, hessian, damping=damping, act_order=act_order, refitted=refitted)[0]
+    found = _by_rows(weight, grid, hessian, damping, act_order, refitted)
+    return concatenate([blocks for blocks, _ in found])
 
 
 def gptq_latent(
@@ -53,6 +56,19 @@ def gptq_latent(
     refitted: bool = True,
 ) -> tuple[Blocks, Tensor]:
     """`gptq`, and the latent weight fp32 [out, in], which rounds to its integers on its scales."""
+    parts, latent = [], torch.empty_like(weight)
+    for blocks, values in _by_rows(weight, grid, hessian, damping, act_order, refitted):
+        first = sum(len(part.q) for part in parts)
+        latent[first : first + len(values)] = values.mul_(_by_column(blocks.scales, grid, weight.shape[1]))
+        parts.append(blocks)
+    return concatenate(parts), latent
+
+
+def _by_rows(
+    weight: Tensor, grid: Grid, hessian: Tensor, damping: float, act_order: bool, refitted: bool
+) -> Iterator[tuple[Blocks, Tensor]]:
+    """Some rows at a time, as they are independent: their blocks, and the values before rounding in steps
+    from the zero point, fp32 [rows, in]."""
     check_weight(weight)
     columns = weight.shape[1]
     hessian = hessian.float().clone()
@@ -60,8 +76,7 @@ def gptq_latent(
     diagonal += damping * diagonal.mean().clamp(min=1e-12)
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(columns)
     factor = _upper_factor(hessian[order][:, order])
-    parts, latent = [], torch.empty_like(weight)
-    for first in range(0, len(weight), ROWS):  # rows are independent
+    for first in range(0, len(weight), ROWS):
         rows = weight[first : first + ROWS]
         start = concatenate([k_quant(some, grid, diagonal.clone()) for some in rows.split(SEARCHED)])
         q, before = _rounded(rows[:, order], start, order, factor, grid)
@@ -70,11 +85,9 @@ def gptq_latent(
         blocks = Blocks(padded.reshape(start.q.shape), start.scales, start.zero_points, columns)
         if refitted:
             blocks = refit(blocks, rows, grid, hessian)
-        here = latent[first : first + ROWS]
-        here[:, order] = before
-        here.mul_(_by_column(blocks.scales, grid, columns))
-        parts.append(blocks)
-    return concatenate(parts), latent
+        latent = torch.empty_like(rows)
+        latent[:, order] = before
+        yield blocks, latent
 
 
 def _by_column(values: Tensor, grid: Grid, columns: int) -> Tensor:

@@ -186,7 +186,7 @@ def inverse(scales: Tensor) -> Tensor:
 def dequantize(blocks: Blocks, grid: Grid) -> Tensor:
     """The fp32 weight [out, in] that the operators compute with."""
     center = float(grid.middle) if blocks.zero_points is None else blocks.zero_points[..., None].float()
-    values = (blocks.q.float() - center) * blocks.scales[..., None]
+    values = blocks.q.to(torch.float32, copy=True).sub_(center).mul_(blocks.scales[..., None])  # one copy
     return values.reshape(len(values), -1)[:, : blocks.columns]
 
 
