@@ -56,10 +56,11 @@ def gptq_latent(
     refitted: bool = True,
 ) -> tuple[Blocks, Tensor]:
     """`gptq`, and the latent weight fp32 [out, in], which rounds to its integers on its scales."""
-    parts, latent = [], torch.empty_like(weight)
-    for blocks, values in _by_rows(weight, grid, hessian, damping, act_order, refitted):
+    parts: list[Blocks] = []
+    latent = torch.empty_like(weight)
+    for blocks, steps in _by_rows(weight, grid, hessian, damping, act_order, refitted):
         first = sum(len(part.q) for part in parts)
-        latent[first : first + len(values)] = values.mul_(_by_column(blocks.scales, grid, weight.shape[1]))
+        latent[first : first + len(steps)] = steps.mul_(_by_column(blocks.scales, grid, weight.shape[1]))
         parts.append(blocks)
     return concatenate(parts), latent
 
