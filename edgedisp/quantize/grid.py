@@ -220,7 +220,8 @@ def stacked(weights: dict[str, Tensor]) -> tuple[Tensor, list[int]]:
             check_weight(weight)
         except BadInput as error:
             raise BadInput(f"{name}: {error}") from error
-    return torch.cat(list(weights.values())), [len(weight) for weight in weights.values()]
+    parts = list(weights.values())
+    return parts[0] if len(parts) == 1 else torch.cat(parts), [len(part) for part in parts]
 
 
 def split_rows(blocks: Blocks, heights: list[int]) -> list[Blocks]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from edgedisp.quantize.grid import Blocks, Grid, concatenate, take_rows
 
 Known = TypeVar("Known")
+ROWS = 4096  # copied at a time
 
 
 @dataclass(frozen=True)
@@ -118,5 +119,8 @@ class Made:
 
 def _digests(weight: Tensor) -> list[bytes]:
     """Of each row's values and their number; -0.0 and 0.0 are the same, as exporters may add a zero."""
-    plain = (weight.detach().to("cpu", torch.float32) + 0.0).contiguous().numpy()
-    return [hashlib.blake2b(row, digest_size=16).digest() for row in plain]
+    found: list[bytes] = []
+    for first in range(0, len(weight), ROWS):
+        rows = weight[first : first + ROWS].detach().to("cpu", torch.float32) + 0.0
+        found += (hashlib.blake2b(row, digest_size=16).digest() for row in rows.contiguous().numpy())
+    return found
