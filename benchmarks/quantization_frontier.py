@@ -372,25 +372,30 @@ def figures(rows: list[dict[str, Any]], fp32_bytes: float) -> dict[str, Any]:
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    """Size against loss, one point a row, beside the JSON."""
+    """Loss by row, best last, with what it takes in size and speed; beside the JSON."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
     shown = [row for row in rows if row["name"] not in (FP32, "trained, fp32")]
-    for row in shown:
+    shown.sort(key=lambda row: (row["name"] in TRAINED, -row["ratio"]))
+    figure = Figure(figsize=(9, 0.6 + 0.29 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    least = 0.1  # %, where the axis ends
+    for place, row in enumerate(shown):
         kind = "tab:orange" if row["name"] in TRAINED else "black" if row["name"] == BUILDER else "tab:blue"
-        low, middle, high = (100 * (row[key] - 1) for key in ("low", "ratio", "high"))
-        axes.errorbar(row["size_mb"], middle, [[middle - low], [high - middle]], fmt="o", color=kind, lw=0.7)
-        axes.annotate(row["name"], (row["size_mb"], 100 * (row["ratio"] - 1)), fontsize=7, xytext=(4, 3),
-                      textcoords="offset points")  # fmt: skip
-    axes.axvline(SMALL_MB, color="grey", linewidth=0.8)
-    axes.axhline(8, color="tab:blue", linewidth=0.8, linestyle="--")
-    axes.axhline(5, color="tab:orange", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="graph and weights, MB", ylabel="perplexity above fp32, % (the worse of two texts)",
-             title="SmolLM2-135M in few bits: the base (blue), trained on 80k tokens (orange)",
-             yscale="symlog", xlim=(75, 160))  # fmt: skip
-    axes.set_yticks([0, 1, 2, 5, 10, 20, 50], ["0", "1", "2", "5", "10", "20", "50"])
+        low, middle, high = (max(least, 100 * (row[key] - 1)) for key in ("low", "ratio", "high"))
+        axes.errorbar(middle, place, xerr=[[middle - low], [high - middle]], fmt="o", color=kind, lw=1.2)
+        took = f"{row['size_mb']:.1f} MB   {row['speed']['decode_tokens_per_s']:.0f} tokens/s"
+        axes.annotate(took, (1.01, place), xycoords=("axes fraction", "data"), fontsize=8, va="center")
+    axes.axvline(8, color="tab:blue", linewidth=0.8, linestyle="--")
+    axes.axvline(5, color="tab:orange", linewidth=0.8, linestyle="--")
+    axes.set_yticks(range(len(shown)), [row["name"] for row in shown], fontsize=8)
+    axes.set(xscale="log", xlim=(least, 300), ylim=(len(shown) - 0.4, -0.6),
+             xlabel="perplexity above fp32, % (the worse of two texts, 95 % interval)",
+             title="SmolLM2-135M in few bits: the base (blue), trained on 80k tokens (orange)")  # fmt: skip
+    ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.xaxis.minorticks_off()
+    axes.grid(axis="x", linewidth=0.4, alpha=0.6)
     figure.savefig(RESULTS / "quantization_frontier.svg", metadata={"Date": None})
 
 

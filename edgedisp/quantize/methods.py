@@ -44,6 +44,7 @@ from edgedisp.quantize.grid import (
 CLIPS = 20  # shrink factors tried, 1.0 down to 1 - CLIPS / 50
 K_STARTS = 20  # starting scales tried by k_quant
 HQQ_NORM = 0.7  # the authors' p
+HQQ_CLIPS = 4  # of them for hqq
 
 
 def rtn(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Blocks:
@@ -98,14 +99,16 @@ def _least_squares(
 
 
 def hqq(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Blocks:
-    """The shrunk range and shifted zero point with the least weighted l_p norm of the error, p = 0.7.
+    """The range, moved by a step at most, with the least weighted l_p norm of the error, p = 0.7.
 
-    The authors alternate between integers and a zero point that may be any number. An integer zero point
-    does not move under such small steps, so the same norm is searched over neighbours instead.
+    The authors keep the scale, and alternate between integers and a zero point that may be any number. On
+    this grid it is an integer, so the same norm is searched over zero points one step away and over ranges
+    that are shorter by up to a step of 4 bits. Not shorter: the norm gladly gives up a group's largest weight
+    for all others, and with 40 % SmolLM2-135M came to 2.7 times the perplexity of fp32.
     """
     values, weights = _grouped(weight, grid, importance)
     best = _Best(values, weights, grid, HQQ_NORM)
-    for step in range(CLIPS):
+    for step in range(HQQ_CLIPS):
         scales, zero_points = ranges(values * (1.0 - step / 50), grid)
         best.offer(scales, zero_points)
         if zero_points is not None:
