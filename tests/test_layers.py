@@ -18,7 +18,7 @@ LAYERS = {
     "processes": 0,
     "stages": 1, "console": 1,
     "pipeline": 2,
-    "summary": 3, "single": 3, "instrument": 3, "follow": 3,
+    "summary": 3, "single": 3, "instrument": 3, "follow": 3, "lm_eval_models": 3,
     "plan": 4, "pilot": 4,
     "cli": 5,
     "__main__": 6,

@@ -28,6 +28,7 @@ from edgedisp.quantize.units import find_units, read_unit, written
 from edgedisp.recipe import Quantize, load
 from edgedisp.recipe.quantizing import Int4
 from edgedisp.stages import bundles, mixed
+from edgedisp.stages.accounting import check_budget
 from edgedisp.stages.texts import pieces_of
 
 TOKENS = np.random.default_rng(0).integers(3, twins.VOCABULARY, (8, 40)).astype(np.uint16)
@@ -164,6 +165,18 @@ def test_a_goal_out_of_reach_is_refused_with_what_is_possible(
     with pytest.raises(BadInput, match=r"0\.00% cannot be reached; .* rises by"):
         searched(folders("llama"), tmp_path / "b", max_perplexity_increase=1e-9)
     assert not list((tmp_path / "a").iterdir())
+
+
+def test_the_smallest_bundle_is_known_without_a_search(
+    folders: Callable[[str], Folders], tmp_path: Path
+) -> None:
+    record = searched(folders("llama"), tmp_path / "int4", budget="1MB")
+    (smallest,) = (point for point in record["search"]["points"] if point["name"] == "smallest")
+    there = folders("llama")["model"]
+    told = check_budget(10**9, there)["smallest_bytes"]
+    assert told == smallest["size_bytes"]
+    with pytest.raises(BadInput, match=r"fits 0\.0 MB; the smallest, .* takes 0\.\d MB"):
+        check_budget(told // 2, there)
 
 
 def test_too_little_text_is_refused(folders: Callable[[str], Folders], tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """Scores of a language model: what it says about text it has not seen, and how sure the number is.
 
-Everything here works over one plain callable, `ids, mask -> logits` (`score.LanguageModel`), so that the
-torch model and every ONNX bundle are scored by the same code on the same items.
+Everything here works over one small interface, token ids -> logits (`score.LanguageModel`), so that the torch
+model and every ONNX bundle are scored by the same code on the same items.
 
-score.py       log-likelihoods of continuations, batched; rolling windows; joining two texts as tokens
+score.py       log-likelihoods of continuations; rolling windows; joining two texts as tokens
+forest.py      token sequences as trees, so that what they share is computed once
 heldout.py     three tasks made from the recipe's own held-out documents
 questions.py   how their items are made; sentences.py: where sentences end
 harness.py     any lm-evaluation-harness task over the same callable

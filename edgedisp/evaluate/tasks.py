@@ -149,7 +149,7 @@ def prepare(
     """
     check_tasks(tasks, tasks_path)
     text = Text(
-        documents, _encoder(tokenizer), _decoder(tokenizer), end_of_text, context, seed, perplexity_tokens
+        documents, encoder(tokenizer), decoder(tokenizer), end_of_text, context, seed, perplexity_tokens
     )
     names = [*dict.fromkeys(tasks)]
     questions = {name: heldout.build(name, text, limit) for name in names if name in heldout.TASKS}
@@ -197,14 +197,14 @@ def run(
     return suite.run(model, batch_tokens=batch_tokens, bootstrap=bootstrap, progress=progress)
 
 
-def _encoder(tokenizer: Any) -> Encode:
+def encoder(tokenizer: Any) -> Encode:
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     return encode
 
 
-def _decoder(tokenizer: Any) -> Decode:
+def decoder(tokenizer: Any) -> Decode:
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 

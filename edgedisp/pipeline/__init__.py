@@ -1,6 +1,6 @@
 """The stages in order, what each depends on, and the loop that walks them.
 
-    recipe -> base -> corpus -> items -> (bits) -> midtrain[arm, seed] -> condensation[arm]
+    recipe -> base -> corpus -> items -> (budget) -> (bits) -> midtrain[arm, seed] -> condensation[arm]
            -> export[arm, seed] -> quantize[arm, seed, precision] -> survival[arm, precision]
            -> verify -> accuracy -> latency -> pack[arm, target] -> report
 
@@ -18,6 +18,7 @@ from edgedisp.pipeline import shipping
 from edgedisp.pipeline.training import (
     base_stage,
     bits_stage,
+    budget_stage,
     corpus_stage,
     decider_of,
     merge_stage,
@@ -57,6 +58,8 @@ def stages(recipe: Recipe, threads: int) -> list[Stage]:
     names = [run.name for run in runs]
     first = [run.name for run in runs if run.replica == 0]
     found = [base_stage(recipe), corpus_stage(recipe), shipping.items(recipe)]
+    if recipe.quantize.budget is not None:
+        found.append(budget_stage(recipe.quantize.budget))
     if searched_before(recipe):
         found.append(bits_stage(recipe, threads))
     found += [training_stage(recipe, run) for run in runs]

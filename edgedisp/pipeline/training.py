@@ -68,6 +68,17 @@ def searched_before(recipe: Recipe) -> bool:
     return chosen is not None and chosen.precision == "int4" and recipe.quantize.searched
 
 
+def budget_stage(budget: int) -> Stage:
+    """Refuses a budget that no bundle of the base fits, before anything is trained."""
+
+    def work(job: Work) -> dict[str, Any]:
+        from edgedisp import stages as run
+
+        return run.check_budget(budget, job.folders["base"])
+
+    return Stage("budget", {"budget": budget}, ("base",), work)
+
+
 def bits_stage(recipe: Recipe, threads: int) -> Stage:
     """Bits, group and symmetry of each weight, for every arm to train under and to ship with."""
     goal = recipe.quantize

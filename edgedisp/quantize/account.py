@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgedisp.quantize import nf4, operators
+from edgedisp.quantize.candidates import FOUR_BITS, stored_bytes
 from edgedisp.quantize.components import component
 from edgedisp.quantize.grid import Grid
 from edgedisp.quantize.rewrite import assemble
@@ -74,6 +75,19 @@ def account(
         "graph_bytes": graph_bytes,
         "size_bytes": store.end + graph_bytes,
     }
+
+
+def smallest_bytes(model: ModelProto) -> int:
+    """`size_bytes` where each weight has the form of fewest bytes that a search may choose."""
+    uses = find_uses(model.graph)
+    grids = {}
+    for tensor in model.graph.initializer:
+        if users := uses.get(tensor.name):
+            rows, columns = tensor.dims if users[0].rows_first else reversed(tensor.dims)
+            sizes = {grid: stored_bytes(rows, columns, grid) for grid in FOUR_BITS}
+            grids[tensor.name] = min(sizes, key=sizes.__getitem__)
+    size: int = account(model, grids=grids)["size_bytes"]
+    return size
 
 
 class _Places(TensorStore):

@@ -23,6 +23,7 @@ from edgedisp.quantize.units import Unit
 
 METHODS_TRIED = ("rtn", "clip", "k_quant")
 GROUPS_TRIED = (16, 32, 64, 128)
+FOUR_BITS = tuple(Grid(4, group, symmetric) for symmetric in (False, True) for group in GROUPS_TRIED)
 EIGHT_BITS = tuple(Grid(8, group, True) for group in (32, 64, 128))
 USUAL = Choice(Grid(4, 32, False))  # what is measured of each weight, and the uniform bundle's body
 OUTER = Choice(Grid(8, 32, True))  # the uniform bundle's embedding and head
@@ -50,7 +51,9 @@ def candidates(
         others = (Grid(4, group, symmetric) for group in GROUPS_TRIED if group != 32)
         found += _scored(weight, known, others, tried[best].method, accuracy_level)
     found += _scored(weight, known, EIGHT_BITS, "rtn", accuracy_level)
-    options = (Option(stored_bytes(unit, choice.grid), scale * score) for choice, score in found)
+    options = (
+        Option(stored_bytes(unit.rows, unit.columns, choice.grid), scale * score) for choice, score in found
+    )
     return Candidates(unit, tuple(choice for choice, _ in found), tuple(options))
 
 
@@ -61,9 +64,9 @@ def _scored(
     return [(choice, fisher_of(weight, choice, known)) for choice in choices]
 
 
-def stored_bytes(unit: Unit, grid: Grid) -> int:
+def stored_bytes(rows: int, columns: int, grid: Grid) -> int:
     """Of a weight's tensors in the files: large ones in whole pages, small ones as they are."""
-    stored = grid.empty(unit.rows, unit.columns)
+    stored = grid.empty(rows, columns)
     arrays = (stored.data, stored.scales, stored.zero_points)
     parts = [array.nbytes for array in arrays if array is not None]
     return sum(part if part <= INLINE_BYTES else part + -part % PAGE for part in parts)

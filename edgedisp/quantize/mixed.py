@@ -96,11 +96,7 @@ class Search:
             if over <= 0:
                 return found
             allowed -= over  # names and offsets in the graph file: some bytes a weight
-        smallest = self.size_bytes(frontier(self.items)[0])
-        raise BadInput(
-            f"quantize.budget: no bundle of this model fits {_megabytes(budget)}; the smallest, every weight "
-            f"at 4 bits and in wide groups, takes {_megabytes(smallest, up=True)}"
-        )
+        raise out_of_reach(budget, self.size_bytes(frontier(self.items)[0]))
 
     def below(self, increase: float) -> tuple[Solution, list[dict[str, float]]]:
         """The smallest file found whose perplexity on `blocks` is at most 1 + `increase` times the model's,
@@ -269,6 +265,14 @@ class Search:
             "predicted_kl": found.loss,
             "decode_ratio": self.bytes_read(usual) / self.bytes_read(found),
         }
+
+
+def out_of_reach(budget: int, smallest: int) -> BadInput:
+    """What is said of a budget below the smallest bundle, in bytes."""
+    return BadInput(
+        f"quantize.budget: no bundle of this model fits {_megabytes(budget)}; the smallest, every weight "
+        f"at 4 bits and in wide groups, takes {_megabytes(smallest, up=True)}"
+    )
 
 
 def _megabytes(size: float, up: bool = False) -> str:

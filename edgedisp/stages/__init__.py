@@ -26,7 +26,7 @@ Stages that train are loaded when they are asked for: they need the Trainer, 290
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from edgedisp.stages.accounting import base_skeleton, size_account
+from edgedisp.stages.accounting import base_skeleton, check_budget, size_account
 from edgedisp.stages.bits import choose_bits
 from edgedisp.stages.bundles import export, quantize, verify
 from edgedisp.stages.condensation import bundle_condensation, condensation
@@ -56,6 +56,7 @@ __all__ = [
     "base",
     "base_skeleton",
     "bundle_condensation",
+    "check_budget",
     "choose_bits",
     "condensation",
     "count_items",

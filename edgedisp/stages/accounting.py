@@ -8,8 +8,9 @@ from typing import Any
 
 from edgedisp import Progress, corpus, model, sources
 from edgedisp.graph.outline import cache_bytes, outline
-from edgedisp.quantize.account import account
+from edgedisp.quantize.account import account, smallest_bytes
 from edgedisp.quantize.grid import Grid
+from edgedisp.quantize.mixed import out_of_reach
 from edgedisp.recipe import Model, QuantizeBits
 from edgedisp.stages.rounding import uniform_grids
 from edgedisp.stages.start import fetch_base
@@ -53,6 +54,18 @@ def size_account(
             for target, most in capped.items()
         },
     }
+
+
+def check_budget(budget: int, base_folder: Path) -> dict[str, Any]:
+    """The size of the smallest bundle that a search could choose, {smallest_bytes}; null where another
+    program writes the graph. BadInput for a budget below it."""
+    shapes = outline(model.skeleton(base_folder))
+    if not shapes.exact:
+        return {"smallest_bytes": None}
+    smallest = smallest_bytes(shapes.model)
+    if smallest > budget:
+        raise out_of_reach(budget, smallest)
+    return {"smallest_bytes": smallest}
 
 
 def base_skeleton(

@@ -1,0 +1,157 @@
+"""Items per second: our lm-evaluation-harness models against its own. Writes results/scorer_speed.json
+
+    python benchmarks/scorer_speed.py --model FOLDER --bundle FOLDER [--items 40] [--rounds 5]
+
+Two tasks in the form of ARC-Easy (four short answers to one question) and of WinoGrande (two contexts, one
+ending), made of the quickstart's text, so that nothing is fetched. Each of four models scores all items of
+both tasks in turns, every second round backwards: `edgedisp-onnx` and lm-eval's `onnxruntime-genai` on one
+bundle, `edgedisp-torch` and lm-eval's `hf` (batches of 8, fp32) on one folder, all with the physical cores.
+A ratio is the median over rounds of the times of one round, and comes with its interval.
+
+The choices must agree. In int8 arithmetic they do but for near ties, so the share of items with the same
+choice is told beside the accuracies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.model import LM
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
+from record import write
+
+from edgedisp import data_folder, lm_eval_models
+from edgedisp.bench.local import turns
+from edgedisp.bench.machine import physical_cores
+from edgedisp.bench.spread import compare
+from edgedisp.recipe import load
+from edgedisp.stages.start import read_documents
+
+PAIRS = {"edgedisp-onnx": "onnxruntime-genai", "edgedisp-torch": "hf"}
+ARC = """\
+task: like_arc_easy
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{{metric: acc}}]
+"""
+WINO = """\
+task: like_winogrande
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: gold
+doc_to_choice: "{{{{contexts}}}}"
+doc_to_target: ending
+metric_list: [{{metric: acc}}]
+"""
+
+
+def items(count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """`X is a ...` of the text's first sentences: which X is described, and which X goes on so."""
+    recipe = load(data_folder("recipes") / "quickstart.yaml")
+    documents = read_documents(recipe.data, recipe.folder, False, lambda done, total, note: None)
+    found = [re.match(r"([^.,(]{4,40}?) (?:is|was) (an? [^.]{60,160})\.", one.text) for one in documents]
+    known = [match.groups() for match in found if match]
+    arc, wino = [], []
+    for number in range(count):
+        name, said = known[4 * number]
+        others = [known[4 * number + k][0] for k in (1, 2, 3)]
+        gold = number % 4
+        choices = [*others[:gold], name, *others[gold:]]
+        arc.append({"question": f"Which of these is {said}?", "choices": choices, "gold": gold})
+        half = len(said.split()) // 2
+        beginning, ending = " ".join(said.split()[:half]), " ".join(said.split()[half:])
+        pair = [f"This text is about {one}: {one} is {beginning}" for one in (choices[gold], others[0])]
+        wino.append(
+            {"contexts": pair if number % 2 else pair[::-1], "gold": 1 - number % 2, "ending": ending}
+        )
+    return arc, wino
+
+
+def tasks(folder: Path, count: int) -> TaskManager:
+    for name, text, rows in zip(("arc", "wino"), (ARC, WINO), items(count)):
+        data = folder / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (folder / f"{name}.yaml").write_text(text.format(data=data), encoding="utf-8")
+    return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+def scored(subject: LM, manager: TaskManager) -> tuple[float, dict[str, list[int]], dict[str, float]]:
+    """Seconds, the choice of each item, and the accuracies."""
+    names = ["like_arc_easy", "like_winogrande"]
+    started = time.perf_counter()
+    found: Any = simple_evaluate(
+        subject, tasks=names, task_manager=manager, bootstrap_iters=0, verbosity="ERROR"
+    )
+    seconds = time.perf_counter() - started
+    choices = {}
+    for name in names:
+        samples = sorted(found["samples"][name], key=lambda one: one["doc_id"])
+        choices[name] = [
+            max(range(len(one["resps"])), key=lambda k: one["filtered_resps"][k][0]) for one in samples
+        ]
+    return seconds, choices, {name: found["results"][name]["acc,none"] for name in names}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="a Hugging Face folder")
+    parser.add_argument("--bundle", type=Path, required=True, help="a bundle of it")
+    parser.add_argument("--items", type=int, default=40, help="of each task")
+    parser.add_argument("--rounds", type=int, default=5)
+    asked = parser.parse_args()
+    logging.disable(logging.WARNING)
+    threads = physical_cores()
+    torch.set_num_threads(threads)
+    subjects: dict[str, LM] = {
+        "edgedisp-onnx": lm_eval_models.OnnxHarnessModel(str(asked.bundle), threads),
+        "onnxruntime-genai": get_model("onnxruntime-genai")(pretrained=str(asked.bundle)),
+        "edgedisp-torch": lm_eval_models.TorchHarnessModel(str(asked.model), threads),
+        "hf": get_model("hf")(pretrained=str(asked.model), device="cpu", dtype="float32", batch_size=8),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        manager = tasks(Path(scratch), asked.items)
+        first = {name: scored(subject, manager) for name, subject in subjects.items()}  # and a warm-up
+        times: dict[str, list[float]] = {name: [] for name in subjects}
+        for number, name in turns(list(subjects), asked.rounds):
+            times[name].append(scored(subjects[name], manager)[0])
+            print(f"round {number + 1} of {asked.rounds}: {name} {times[name][-1]:.1f} s", file=sys.stderr)
+    requests = 6 * asked.items
+    figures, rows = {"items": 2 * asked.items, "requests": requests, "threads": threads}, []
+    for ours, theirs in PAIRS.items():
+        ratio = compare(times[ours], times[theirs])
+        same = [
+            a == b for task in first[ours][1] for a, b in zip(first[ours][1][task], first[theirs][1][task])
+        ]
+        short = theirs.removeprefix("onnxruntime-")
+        figures[f"items_per_s_ratio_lm_eval_{short}"] = ratio["ratio"]
+        figures[f"same_choice_{short}"] = sum(same) / len(same)
+        rows.append({"ours": ours, "theirs": theirs, "ratio": ratio})
+    for name in subjects:
+        middle = sorted(times[name])[len(times[name]) // 2]
+        rows.append({"name": name, "seconds": times[name], "requests_per_s": requests / middle,
+                     "accuracy": first[name][2]})  # fmt: skip
+        print(f"{name:20} {requests / middle:6.1f} requests/s  {first[name][2]}")
+    print(figures)
+    write("scorer_speed", figures, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Bundles and torch models as models of lm-evaluation-harness: `edgedisp-onnx` and `edgedisp-torch`.
+
+    python -m edgedisp.lm_eval_models run --model edgedisp-onnx --model_args bundle=BUNDLE --tasks arc_easy
+
+is lm-eval's own command with the two models known to it; in a program, importing this file makes
+`lm_eval.simple_evaluate(model="edgedisp-torch", model_args="folder=FOLDER", ...)` work. Every task runs that
+needs log-likelihoods or greedy text. What a build scores goes through the same classes.
+
+Arguments: `bundle` or `folder`; `threads` (default: the physical cores that the process may use); for torch
+also `device`. Left out: sampling, chat templates.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.registry import register_model
+
+from edgedisp import BadInput, model
+from edgedisp.bench.machine import physical_cores
+from edgedisp.evaluate.harness import HarnessModel
+from edgedisp.evaluate.tasks import decoder, encoder
+from edgedisp.folder import check_files
+from edgedisp.graph.session import OnnxModel
+
+
+class _Opened(HarnessModel):
+    """A model with its tokenizer."""
+
+    def __init__(self, opened: Any, folder: Path, batch_tokens: int = 1024) -> None:
+        tokenizer = model.load_tokenizer(folder)
+        end_of_text = model.end_of_text_id(tokenizer)
+        super().__init__(
+            opened,
+            encoder(tokenizer),
+            decoder(tokenizer),
+            end_of_text,
+            stop_ids=frozenset({tokenizer.eos_token_id} - {None}),
+            batch_tokens=int(batch_tokens),
+        )
+
+
+@register_model("edgedisp-onnx")
+class OnnxHarnessModel(_Opened):
+    """A bundle on onnxruntime's CPU provider, in the arithmetic that ships."""
+
+    def __init__(self, bundle: str, threads: int | None = None, **of_lm_eval: Any) -> None:
+        """BadInput for no bundle, or a damaged one. `of_lm_eval`: what its command always hands over."""
+        _refuse(of_lm_eval, {"cpu"})
+        folder = Path(bundle)
+        check_files(folder)
+        super().__init__(OnnxModel(folder, int(threads or physical_cores())), folder)
+
+
+@register_model("edgedisp-torch")
+class TorchHarnessModel(_Opened):
+    """A Hugging Face folder in fp32."""
+
+    def __init__(
+        self, folder: str, threads: int | None = None, device: str | None = None, **of_lm_eval: Any
+    ) -> None:
+        """BadInput for a folder that holds no model."""
+        _refuse(of_lm_eval, set())
+        opened = model.load(Path(folder)).to(device or "cpu")
+        super().__init__(model.TorchModel(opened, int(threads or physical_cores())), Path(folder))
+
+
+def _refuse(given: dict[str, Any], devices: set[str]) -> None:
+    """lm-eval always gives batch sizes, which are chosen by tokens here, and a device."""
+    unknown = given.keys() - {"batch_size", "max_batch_size", "device"}
+    if unknown:
+        raise BadInput(
+            f"model_args: {', '.join(sorted(unknown))}: no such argument; bundle or folder, threads"
+        )
+    device = given.get("device")
+    if device is not None and devices and device not in devices:
+        raise BadInput(f"device {device}: a bundle is scored on the CPU")
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.exit(cli_evaluate())
