@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lm_eval.models  # noqa: F401  makes lm-eval's own known
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.model import LM

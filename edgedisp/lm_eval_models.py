@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 
 from edgedisp import BadInput, model
@@ -48,7 +50,7 @@ class OnnxHarnessModel(_Opened):
 
     def __init__(self, bundle: str, threads: int | None = None, **of_lm_eval: Any) -> None:
         """BadInput for no bundle, or a damaged one. `of_lm_eval`: what its command always hands over."""
-        _refuse(of_lm_eval, {"cpu"})
+        _refuse(of_lm_eval)
         folder = Path(bundle)
         check_files(folder)
         super().__init__(OnnxModel(folder, int(threads or physical_cores())), folder)
@@ -62,24 +64,30 @@ class TorchHarnessModel(_Opened):
         self, folder: str, threads: int | None = None, device: str | None = None, **of_lm_eval: Any
     ) -> None:
         """BadInput for a folder that holds no model."""
-        _refuse(of_lm_eval, set())
-        opened = model.load(Path(folder)).to(device or "cpu")
+        _refuse(of_lm_eval)
+        # Its command asks for cuda:0 where nobody asked for anything.
+        opened = model.load(Path(folder)).to(device if device and torch.cuda.is_available() else "cpu")
         super().__init__(model.TorchModel(opened, int(threads or physical_cores())), Path(folder))
 
 
-def _refuse(given: dict[str, Any], devices: set[str]) -> None:
-    """lm-eval always gives batch sizes, which are chosen by tokens here, and a device."""
+def _refuse(given: dict[str, Any]) -> None:
+    """lm-eval always hands over batch sizes and a device: batches are counted in tokens here, and a bundle
+    runs on the CPU."""
     unknown = given.keys() - {"batch_size", "max_batch_size", "device"}
     if unknown:
         raise BadInput(
             f"model_args: {', '.join(sorted(unknown))}: no such argument; bundle or folder, threads"
         )
-    device = given.get("device")
-    if device is not None and devices and device not in devices:
-        raise BadInput(f"device {device}: a bundle is scored on the CPU")
+
+
+def main() -> None:
+    """lm-eval's command; a user's mistake ends it with one message and exit code 2, as our own commands."""
+    try:
+        cli_evaluate()
+    except BadInput as error:
+        sys.stderr.write(f"edgedisp: {error}\n")
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    from lm_eval.__main__ import cli_evaluate
-
-    sys.exit(cli_evaluate())
+    main()
