@@ -20,6 +20,7 @@ from typing import Any
 from record import RESULTS
 
 from edgedisp import data_folder
+from edgedisp.bench.machine import describe
 from edgedisp.console import Screen
 from edgedisp.folder import digest, open_run, write_json
 from edgedisp.pipeline import Stage, Walked, base_stage, corpus_stage, training_stage, walk
@@ -59,9 +60,15 @@ def recipes(tokens: str, seeds: int, limit: int, is_smoke: bool) -> dict[str, Re
 
 
 def key_of(chosen: dict[str, Recipe]) -> str:
-    """Names all that the cells depend on but for the number of seeds."""
-    texts = {way: recipe.model_copy(update={"seeds": 1}).to_yaml() for way, recipe in chosen.items()}
-    return digest({"form": FORM, **texts})
+    """Names all that the cells depend on; not the number of seeds, nor what is done beside training and
+    scoring."""
+    sections = {"seed", "model", "data", "train", "arms", "quantize"}
+    scored = {"tasks", "limit", "perplexity_tokens"}
+    told = {
+        way: recipe.model_dump(mode="json", include={**dict.fromkeys(sections, True), "evaluate": scored})
+        for way, recipe in chosen.items()
+    }
+    return digest({"form": FORM, **told})
 
 
 def opened(chosen: dict[str, Recipe], path: Path = CELLS) -> dict[str, Any]:
@@ -89,11 +96,12 @@ def make(name: str, recipe: Recipe, run: ArmRun, folder: Path, made: dict[str, A
     """Walk the stages of one cell, put what it scored into `made`, and delete the weights."""
     started = time.perf_counter()
     threads = threads_for(recipe)
-    stages = [base_stage(recipe), corpus_stage(recipe), *_stages(recipe, run, threads)]
+    stages = [base_stage(recipe), corpus_stage(recipe), ship.items(recipe), *_stages(recipe, run, threads)]
     with open_run(folder, recipe.identity(), recipe.name), Screen(name) as screen:
         walked = walk(stages, folder, screen)
     records = {step.name: step.record for step in walked}
     cell: dict[str, Any] = {
+        "machine": describe()["cpu"],
         "seconds": time.perf_counter() - started,
         "training_seconds": records[f"{run.name}/model"].results["seconds"],
         "condensation": _kept(records[f"{run.name}/condensation"].results),

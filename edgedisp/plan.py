@@ -191,6 +191,10 @@ def _stage_seconds(name: str, recipe: Recipe, parameters: int, step_s: float, fo
     if kind.startswith("accuracy"):
         perplexity = min(evaluate.perplexity_tokens or evaluate.limit * recipe.data.context, 50_000)
         return (perplexity + evaluate.limit * (96 + 4 * 90)) * forward_s
+    if kind.startswith("noise"):  # three scorings, one of them known, the other with half the threads or more
+        return 3 * min(evaluate.perplexity_tokens or evaluate.limit * recipe.data.context, 8192) * forward_s
+    if kind.startswith("divergence"):
+        return 3 * evaluate.divergence_tokens * forward_s + 3 * size
     if kind == "latency":
         per_run = (latency.prompt + 8 * latency.generate) * forward_s
         return len(recipe.arms) * len(recipe.precisions) * (latency.repetitions + 1) * per_run

@@ -19,6 +19,7 @@ from typing import Any
 
 from edgedisp import BadInput
 from edgedisp.bench.machine import describe, installed_version
+from edgedisp.evaluate.means import mean_difference
 from edgedisp.evaluate.seeds import average_task, compare_tasks
 from edgedisp.evaluate.survival import is_measured_by, loss_survival
 from edgedisp.folder import MANIFEST, git_commit, write_json
@@ -64,8 +65,12 @@ def summarise(recipe: Recipe, walked: list[Walked]) -> dict[str, Any]:
             arm: {precision: scored.arm(arm, precision) for precision in precisions} for arm in arms
         },
         "comparison": compare_arms(scored, precisions),
+        "means": mean_differences(scored, precisions),
+        "noise": _noise(arms, precisions, results),
+        "divergence": _divergence(recipe, arms, results),
         "survival": {arm: _survival(recipe, arm, results, scored) for arm in arms},
         "replicas": {run.name: _replica(run, recipe, results) for run in recipe.arm_runs if run.replica},
+        "missing_tasks": results["items"]["missing"],
         "latency": _latency(results["latency"]),
         "packed": {arm: [f"{arm}/{target}" for target in recipe.targets] for arm in arms},
         "stages": [{"name": step.name, "seconds": step.record.seconds, "kept": step.kept} for step in walked],
@@ -90,6 +95,23 @@ def _by_precision(
 ) -> dict[str, Any]:
     return {
         arm: {precision: results[f"{arm}/{stage}-{precision}"] for precision in precisions} for arm in arms
+    }
+
+
+def _noise(arms: Sequence[str], precisions: Sequence[str], results: dict[str, Any]) -> dict[str, Any]:
+    steady = BASELINE if BASELINE in arms else arms[0]
+    return {precision: results[f"{steady}/noise-{precision}"] for precision in precisions}
+
+
+def _divergence(recipe: Recipe, arms: Sequence[str], results: dict[str, Any]) -> dict[str, Any]:
+    """Of each bundle that was compared with another."""
+    return {
+        arm: {
+            precision: found
+            for precision in recipe.precisions
+            if (found := results.get(f"{arm}/divergence-{precision}")) is not None
+        }
+        for arm in arms
     }
 
 
@@ -189,6 +211,21 @@ def compare_arms(scored: _Scored, precisions: list[str]) -> dict[str, Any]:
         for arm in arms
         if arm != BASELINE
     }
+
+
+def mean_differences(scored: _Scored, precisions: list[str]) -> dict[str, Any]:
+    """arm -> precision -> the mean over tasks of arm - baseline, where there are two tasks to average."""
+    arms = [arm.name for arm in scored.recipe.arms]
+    if BASELINE not in arms:
+        return {}
+    found: dict[str, Any] = {}
+    for arm in (name for name in arms if name != BASELINE):
+        for precision in precisions:
+            before, after = scored.arm(BASELINE, precision), scored.arm(arm, precision)
+            record = mean_difference(before, after, scored.pair(BASELINE, arm, precision))
+            if record is not None:
+                found.setdefault(arm, {})[precision] = record
+    return found
 
 
 def _renamed(entry: dict[str, Any]) -> dict[str, Any]:

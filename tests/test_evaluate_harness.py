@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import random
+import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ import huggingface_hub
 import lm_eval.api.task
 from lm_eval.api.instance import Instance
 
-from edgedisp import BadInput
+from edgedisp import BadInput, BuildFailed
 from edgedisp.evaluate import catalog, tasks
 from edgedisp.evaluate.harness import HarnessModel
+from edgedisp.evaluate.kept import Kept
 from edgedisp.evaluate.result import compare_task
 
 LETTERS = "\x00\n abcdefghijklmnopqrstuvwxyz?:."
@@ -203,12 +206,14 @@ def test_aggregates_made_from_items_equal_lm_evals_own(folder: Path) -> None:
 
     model = HarnessModel(Table(), encode, decode, 0)
     names = ["toy_choice", "toy_rolling", "toy_lambada"]
-    loaded = catalog.load(names, folder)
+    loaded = {name: task for group in catalog.load(names, folder)[0].values() for name, task in group.items()}
     ours = run(Table(), names, folder)
     with catalog.quiet():
         theirs: Any = evaluate(lm=model, task_dict={"tasks": loaded, "groups": {}}, bootstrap_iters=0)
     for name in names:
         for metric, record in ours[name]["metrics"].items():
+            if metric.startswith("gold_"):
+                continue  # ours alone
             assert record["value"] == pytest.approx(theirs["results"][name][f"{metric},none"], rel=1e-9)
             assert record["low"] <= record["value"] <= record["high"]
 
@@ -283,7 +288,7 @@ def test_items_longer_than_the_context_are_counted(folder: Path) -> None:
 def test_two_models_are_paired_over_an_lm_eval_task(folder: Path) -> None:
     first, second = (run(Table(seed), ["toy_choice"], folder)["toy_choice"] for seed in (0, 1))
     pair = compare_task(first, second)
-    assert set(pair["metrics"]) == {"acc", "acc_norm"}
+    assert set(pair["metrics"]) == {"acc", "acc_norm", "gold_nll", "gold_bits_per_byte"}
     assert pair["difference"] == pytest.approx(second["value"] - first["value"])
 
 
@@ -311,11 +316,12 @@ def test_a_data_set_on_a_hub_that_is_not_there_is_named(
     (folder / "far.yaml").write_text(
         YAML["choice"].format(data="x").replace("toy_choice", "toy_far").replace("json", "no-such/set")
     )
-    with pytest.raises(
-        BadInput,
-        match=r"toy_far cannot be loaded: its data set is no-such/set on the hub.*heldout_.*tasks_path",
-    ):
-        catalog.load(["toy_far"], folder)
+    told = r"toy_far cannot be loaded: its data set is no-such/set on the hub.*heldout_.*tasks_path"
+    found, missing = catalog.load(["toy_far", "toy_choice"], folder)
+    assert [*found] == ["toy_choice"] and [*missing] == ["toy_far"]
+    assert re.search(told, missing["toy_far"])
+    with pytest.raises(BadInput, match=told):  # nothing else is left to score
+        run(Table(), ["toy_far"], folder)
 
 
 def test_a_local_data_file_that_is_missing_is_named(folder: Path) -> None:
@@ -330,7 +336,56 @@ def test_a_tag_gives_its_tasks(folder: Path) -> None:
     for name in ("choice", "lambada"):
         path = folder / f"{name}.yaml"
         path.write_text(path.read_text() + "tag: toys\n")
-    assert sorted(catalog.load(["toys"], folder)) == ["toy_choice", "toy_lambada"]
+    assert sorted(catalog.load(["toys"], folder)[0]) == ["toy_choice", "toy_lambada"]
+
+
+def test_a_group_of_tasks_scored_alike_is_one_result_over_their_items(folder: Path) -> None:
+    other = YAML["choice"].format(data=folder.parent / "others.jsonl").replace("toy_choice", "toy_other")
+    (folder / "other.yaml").write_text(other)
+    rows = [{**row, "question": row["question"][::-1]} for row in QUESTIONS[:3]]
+    (folder.parent / "others.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "group.yaml").write_text("group: toy_both\ntask: [toy_choice, toy_other]\n")
+    model = Table()
+    pooled = run(model, ["toy_both"], folder)["toy_both"]
+    parts = run(model, ["toy_choice", "toy_other"], folder)
+    assert pooled["n"] == 8 and pooled["chance"] == pytest.approx(1 / 3)
+    mean = (5 * parts["toy_choice"]["value"] + 3 * parts["toy_other"]["value"]) / 8
+    assert pooled["value"] == pytest.approx(mean)
+    assert [one["id"] for one in pooled["items"][4:6]] == ["toy_choice#4", "toy_other#0"]
+    halved = run(model, ["toy_both"], folder, limit=4)["toy_both"]
+    each = [f"toy_{name}#{number}" for name in ("choice", "other") for number in (0, 1)]
+    assert [one["id"] for one in halved["items"]] == each
+
+
+def test_a_group_of_unlike_tasks_gives_each(folder: Path) -> None:
+    (folder / "group.yaml").write_text("group: toy_mixed\ntask: [toy_choice, toy_lambada]\n")
+    assert sorted(run(Table(), ["toy_mixed"], folder)) == ["toy_choice", "toy_lambada"]
+
+
+def test_the_right_answers_log_likelihood_is_told_with_its_bytes(folder: Path) -> None:
+    model = Table()
+    result = run(model, ["toy_choice"], folder)["toy_choice"]
+    golds = [" " + row["choices"][row["gold"]] for row in QUESTIONS]
+    nlls = [-model.logprob(f"q: {row['question']}\na:", gold) for row, gold in zip(QUESTIONS, golds)]
+    assert result["metrics"]["gold_nll"]["value"] == pytest.approx(np.mean(nlls), rel=1e-6)
+    bits = sum(nlls) / sum(map(len, golds)) / math.log(2)
+    assert result["metrics"]["gold_bits_per_byte"]["value"] == pytest.approx(bits, rel=1e-6)
+    assert result["chance"] == pytest.approx(1 / 3)
+
+
+def test_what_was_scored_before_is_not_asked_again(folder: Path, tmp_path: Path) -> None:
+    names, store = ["toy_choice", "toy_rolling", "toy_generate"], tmp_path / "scores.sqlite"
+    suite = tasks.prepare(Letters(), names, [], end_of_text=0, tasks_path=folder)
+    plain = suite.run(Table())
+    with closing(Kept(store, "a")) as kept:
+        assert suite.run(Table(), kept=kept) == plain
+    silent = Table()
+    silent.logits = silent.logits * np.nan  # a model that cannot answer anything any more
+    with closing(Kept(store, "a")) as kept:
+        assert suite.run(silent, kept=kept) == plain
+    assert silent.prompts == []
+    with closing(Kept(store, "b")) as kept, pytest.raises(BuildFailed, match="not finite"):
+        suite.run(silent, kept=kept)
 
 
 def test_log_likelihoods_and_text_equal_those_of_lm_evals_torch_backend() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgedisp import data_folder, processes
+from edgedisp import BuildFailed, data_folder, processes
 from edgedisp.cli.app import (
     JsonOption,
     OutOption,
@@ -54,6 +54,11 @@ def build(
 
         summary = publish(loaded, walked, run)
     _show(summary, run, as_json)
+    if missing := summary["missing_tasks"]:
+        raise BuildFailed(
+            f"the report is written, but {', '.join(missing)} could not be scored: "
+            f"{'; '.join(missing.values())}. The same command tries again and keeps the rest"
+        )
 
 
 def _show(summary: dict[str, Any], run: Path, as_json: bool) -> None:

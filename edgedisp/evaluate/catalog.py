@@ -28,26 +28,39 @@ HUB_TIMEOUT_S = 5.0
 _LOCAL_FORMATS = frozenset({"arrow", "csv", "json", "pandas", "parquet", "sql", "text", "webdataset", "xml"})
 
 
-def load(names: Sequence[str], tasks_path: Path | None, seed: int = 0) -> dict[str, Any]:
-    """Read the tasks and their data: {task name: lm-eval task}. Groups and tags become their tasks.
+Loaded = dict[str, dict[str, Any]]
+"""Result -> its tasks by name: one, or those of a group that are scored alike."""
 
-    Raises BadInput naming the task and its data set when the data cannot be had.
+
+def load(names: Sequence[str], tasks_path: Path | None, seed: int = 0) -> tuple[Loaded, dict[str, str]]:
+    """Read the tasks and their data. Returns them, and for each whose data a hub does not give the reason.
+
+    A group whose tasks are scored alike is one entry; other groups, and tags, become their tasks. Raises
+    BadInput for a local task that cannot be read, and for one that runs code or needs pictures.
     """
-    tasks: dict[str, Any] = {}
+    tasks: Loaded = {}
+    missing: dict[str, str] = {}
     with quiet(), seeded(seed):
         manager = _manager(names, tasks_path)
         hub = {name: sorted(_hub_ids(manager, name)) for name in names}
         with _offline_unless_reachable(any(hub.values())) as unreachable:
             for name in names:
-                tasks |= _load_one(manager, name, hub[name], unreachable)
-    for name, task in tasks.items():
+                try:
+                    tasks |= _load_one(manager, name, hub[name], unreachable)
+                except Unreadable as problem:
+                    missing[name] = str(problem)
+    for name, task in (one for group in tasks.values() for one in group.items()):
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise BadInput(
                 f"evaluate.tasks: {name} runs generated code or needs pictures or sound; take it out"
             )
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-    return tasks
+    return tasks, missing
+
+
+class Unreadable(Exception):
+    """A task whose data a hub does not give."""
 
 
 def known_names(tasks_path: Path | None, *, builtin: bool = True) -> list[str]:
@@ -86,20 +99,30 @@ def _hub_ids(manager: TaskManager, name: str) -> set[str]:
     return found
 
 
-def _load_one(manager: TaskManager, name: str, hub_ids: list[str], unreachable: bool) -> dict[str, Any]:
+def _load_one(manager: TaskManager, name: str, hub_ids: list[str], unreachable: bool) -> Loaded:
     try:
-        return dict(manager.load([name])["tasks"])
+        found = manager.load([name])
     except Exception as problem:  # a YAML, Python that it names, or its data: all of it the user's choice
         data = (
             f"its data set is {', '.join(hub_ids[:3])} on the hub" if hub_ids else "its data cannot be read"
         )
         if hub_ids and unreachable:
             data += f", and {huggingface_hub.constants.ENDPOINT} does not answer"
-        raise BadInput(
-            f"evaluate.tasks: {name} cannot be loaded: {data} ({type(problem).__name__}: {problem}). "
+        told = (
+            f"{name} cannot be loaded: {data} ({type(problem).__name__}: {problem}). "
             "Without a hub use the heldout_ tasks, or a local copy: a YAML with `dataset_path: json` and "
             "`data_files` in the folder that evaluate.tasks_path names"
-        ) from problem
+        )
+        raise (Unreadable(told) if hub_ids else BadInput(f"evaluate.tasks: {told}")) from problem
+    tasks = dict(found["tasks"])
+    if name in found["groups"] and alike([*tasks.values()]):
+        return {name: tasks}
+    return {each: {each: task} for each, task in tasks.items()}
+
+
+def alike(tasks: Sequence[Any]) -> bool:
+    """Whether tasks can be one result: one kind of output, the same metrics summed up in the same way."""
+    return len({(task.OUTPUT_TYPE, frozenset(task.aggregation().items())) for task in tasks}) == 1
 
 
 @contextlib.contextmanager

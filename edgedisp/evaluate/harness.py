@@ -6,14 +6,17 @@ result, so that two models can be paired on it, which lm-eval does not offer. It
 again from the items, with intervals; a metric that exists only for a whole task (F1, BLEU) is carried over
 as it is, without an interval.
 
-Left out: chat templates, and tasks that sample, run generated code or look at pictures. A group gives its
-tasks, not its own mean.
+A multiple choice also tells the log-likelihood of its right answer (`gold_nll`, `gold_bits_per_byte`): where
+a small model guesses, as on MMLU, that moves before the accuracy does. A group whose tasks are scored alike
+is one result over all their items, as lm-eval's own mean of it weighted by size; others give their tasks.
+
+Left out: chat templates, and tasks that sample, run generated code or look at pictures.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,19 +26,21 @@ from lm_eval.api.registry import AGGREGATION_REGISTRY
 from lm_eval.evaluator import evaluate
 
 from edgedisp import BadInput, Progress, silent
+from edgedisp.evaluate.answers import Likelihood
 from edgedisp.evaluate.catalog import quiet, seeded
+from edgedisp.evaluate.kept import Kept, name_of
 from edgedisp.evaluate.result import TaskResult, task_result
 from edgedisp.evaluate.score import (
     Decode,
     Encode,
     LanguageModel,
-    Likelihood,
     encode_pair,
     loglikelihoods,
     rolling_windows,
 )
-from edgedisp.evaluate.statistics import Metric
+from edgedisp.evaluate.statistics import GOLD_BITS_PER_BYTE, Metric
 
+GOLD_NLL = Metric("gold_nll", "nll", None, "mean", higher_is_better=False)
 MAX_NEW_TOKENS = 256  # lm-eval's own default for tasks that name no limit
 _FIRST_BLOCK = 32  # tokens generated before the first look for a stop string
 
@@ -55,6 +60,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
         *,
         stop_ids: frozenset[int] = frozenset(),
         batch_tokens: int = 1024,
+        kept: Kept | None = None,
         progress: Progress = silent,
     ) -> None:
         super().__init__()
@@ -64,6 +70,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
         self.end_of_text = end_of_text
         self.stop_ids = stop_ids | {end_of_text}
         self.batch_tokens = batch_tokens
+        self.kept = kept
         self.progress = progress
         self.truncated = 0
 
@@ -105,6 +112,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
                 items=[item for item, group in zip(items, pieces) for _ in group],
                 batch_tokens=self.batch_tokens,
                 end_of_text=self.end_of_text,
+                kept=self.kept,
                 progress=self.progress,
             )
         )
@@ -128,7 +136,12 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
         ids = self.encode(prompt) or [self.end_of_text]
         room = self.model.context - limit
         self.truncated += len(ids) > room
-        return self._until(ids[-room:], limit, stops)
+        if self.kept is None:
+            return self._until(ids[-room:], limit, stops)
+        name = name_of(("until", ids[-room:], limit, stops))
+        if not (known := self.kept.find([name])):
+            self.kept.keep(known := {name: self._until(ids[-room:], limit, stops)})
+        return str(known[name])
 
     def _until(self, prompt: list[int], limit: int, stops: list[str]) -> str:
         """Generate in blocks that double, looking for the stop strings after each.
@@ -151,30 +164,40 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
 def run(
     model: HarnessModel,
     name: str,
-    task: Any,
+    tasks: Mapping[str, Any],
     *,
     limit: int | None = None,
     seed: int = 0,
     bootstrap: int = 2000,
 ) -> TaskResult:
-    """Score one loaded task. `limit`: only its first items."""
+    """Score a loaded task, or the tasks of a group as one. `limit`: only its first items, of each task of a
+    group as many as makes so many together."""
     before = model.truncated
-    task.set_fewshot_seed(seed=seed)
-    with quiet(), seeded(seed):
-        loaded: Any = {"tasks": {name: task}, "groups": {}, "group_map": {}}
-        found: Any = evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
-    samples, aggregates = found["samples"][name], found["results"][name]
-    items, marks = _items(name, task, samples)
-    metrics, unpaired = _metrics(task, aggregates, items)
+    share = None if limit is None else math.ceil(limit / len(tasks))
+    items: list[dict[str, Any]] = []
+    marks: list[str] = []
+    aggregates: dict[str, Any] = {}
+    for each, task in tasks.items():
+        task.set_fewshot_seed(seed=seed)
+        with quiet(), seeded(seed):
+            loaded: Any = {"tasks": {each: task}, "groups": {}, "group_map": {}}
+            found: Any = evaluate(
+                lm=model, task_dict=loaded, limit=share, bootstrap_iters=0, log_samples=True
+            )
+        answered, asked = _items(each, task, found["samples"][each])
+        items, marks, aggregates = [*items, *answered], [*marks, *asked], found["results"][each]
+    first = next(iter(tasks.values()))
+    metrics, unpaired = _metrics(first, aggregates, items)
     return task_result(
         name,
         items,
         metrics,
         fingerprints=marks,
+        chance=_chance(metrics, items),
         truncated=model.truncated - before,
         bootstrap=bootstrap,
         seed=seed,
-        unpaired=unpaired,
+        unpaired=unpaired if len(tasks) == 1 else None,
     )
 
 
@@ -187,10 +210,33 @@ def _items(name: str, task: Any, samples: list[dict[str, Any]]) -> tuple[list[di
         marks[number] = f"{sample['doc_hash']} {sample['prompt_hash']} {sample['target_hash']}"
         item = items.setdefault(number, {"id": f"{name}#{number}", "document": f"{name}#{number}"})
         if task.OUTPUT_TYPE == "multiple_choice":
-            item["logprobs"] = [float(answer[0]) for answer in sample["filtered_resps"]]
+            item |= _choice(task, sample)
         for metric in sample["metrics"]:
             item |= _parts(_label(metric, sample["filter"]), sample[metric], _aggregation(task, metric))
     return list(items.values()), list(marks.values())
+
+
+def _choice(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
+    """Of a multiple choice: the log-probability of every answer, and what is known of the right one."""
+    logprobs = [float(answer[0]) for answer in sample["filtered_resps"]]
+    found: dict[str, Any] = {"logprobs": logprobs}
+    choices = list(task.doc_to_choice(sample["doc"]))
+    gold = task.doc_to_text(sample["doc"]) if task.multiple_input else task.doc_to_target(sample["doc"])
+    if isinstance(gold, str) and gold in choices:
+        gold = choices.index(gold)
+    # Some tasks have several right answers or score choices in ways of their own; those tell no gold.
+    if isinstance(gold, int) and len(choices) == len(logprobs) and 0 <= gold < len(choices):
+        size = len(str(sample["arguments"][gold][1]).encode())
+        found |= {"choices": len(choices), "nll": -logprobs[gold], "bytes": max(1, size)}
+    return found
+
+
+def _chance(metrics: Sequence[Metric], items: Sequence[Mapping[str, Any]]) -> float | None:
+    """What guessing scores where the main metric is the accuracy of a multiple choice, else None."""
+    main = metrics[0].name if metrics else ""
+    if not main.startswith("acc") or not all("choices" in item and item[main] in (0, 1) for item in items):
+        return None
+    return float(np.mean([1 / item["choices"] for item in items]))
 
 
 def _metrics(
@@ -209,6 +255,8 @@ def _metrics(
             metrics.append(made)
         else:
             unpaired[label] = _without_items(label, float(value), len(items), better)
+    if metrics and all("nll" in item for item in items):
+        metrics += [GOLD_NLL, GOLD_BITS_PER_BYTE]
     return metrics, unpaired
 
 

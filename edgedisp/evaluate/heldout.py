@@ -28,13 +28,20 @@ import numpy as np
 
 from edgedisp import BadInput, Progress, silent
 from edgedisp.evaluate import questions
+from edgedisp.evaluate.answers import Likelihood
+from edgedisp.evaluate.kept import Kept
 from edgedisp.evaluate.questions import CHOICES, FEWEST, Document, Question, Text
 from edgedisp.evaluate.result import TaskResult, task_result
-from edgedisp.evaluate.score import LanguageModel, Likelihood, loglikelihoods
-from edgedisp.evaluate.statistics import ACCURACY, BITS_PER_BYTE, PERPLEXITY, Metric
+from edgedisp.evaluate.score import LanguageModel, loglikelihoods
+from edgedisp.evaluate.statistics import (
+    ACCURACY,
+    BITS_PER_BYTE,
+    GOLD_BITS_PER_BYTE,
+    PERPLEXITY,
+    Metric,
+)
 
 WORD_NLL = Metric("word_nll", "nll", None, "mean", higher_is_better=False)
-GOLD_BITS_PER_BYTE = Metric("gold_bits_per_byte", "nll", "bytes", "bits", higher_is_better=False)
 
 
 def build(task: str, text: Text, limit: int) -> list[Question]:
@@ -59,6 +66,7 @@ def score(
     batch_tokens: int = 1024,
     bootstrap: int = 2000,
     seed: int = 0,
+    kept: Kept | None = None,
     progress: Progress = silent,
 ) -> TaskResult:
     """Ask a model the questions that `build` made."""
@@ -69,6 +77,7 @@ def score(
         items=[name for name, _ in asked_of],
         batch_tokens=batch_tokens,
         end_of_text=end_of_text,
+        kept=kept,
         progress=progress,
     )
     answers = iter(found)

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from edgedisp.evaluate.score import Decode, Encode, Request, encode_pair, rolling_windows
+from edgedisp.evaluate.answers import Request
+from edgedisp.evaluate.score import Decode, Encode, encode_pair, rolling_windows
 from edgedisp.evaluate.sentences import sentences
 
 CLOZE_CONTEXT = 96  # tokens

@@ -14,7 +14,6 @@ now and then that is a whole step, and 30 layers later a log-probability has mov
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +21,9 @@ from numpy.typing import NDArray
 
 from edgedisp import BuildFailed, Progress, silent
 from edgedisp.evaluate import forest
+from edgedisp.evaluate.answers import Answers, Likelihood, Request
 from edgedisp.evaluate.forest import Row
+from edgedisp.evaluate.kept import Kept
 
 LOGITS_BYTES = 256 * 2**20
 """Most memory that the float32 logits of one batch may take; a single row may exceed it."""
@@ -31,7 +32,6 @@ _POSITIONS = 64  # rows of logits reduced at a time: 64 x 262k x 4 bytes = 64 MB
 
 Encode = Callable[[str], list[int]]
 Decode = Callable[[list[int]], str]
-Request = tuple[Sequence[int], Sequence[int]]
 ItemRow = tuple[Hashable, Row]
 
 
@@ -75,27 +75,6 @@ class LanguageModel(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Likelihood:
-    """The score of one request.
-
-    logprobs: natural log-probability of each continuation token. greedy: every one of them was the most
-    likely token at its place. dropped: context tokens cut off on the left to fit the model's context.
-    """
-
-    logprobs: tuple[float, ...]
-    greedy: bool
-    dropped: int = 0
-
-    @property
-    def sum_logprob(self) -> float:
-        return float(np.sum(self.logprobs))
-
-    @property
-    def tokens(self) -> int:
-        return len(self.logprobs)
-
-
 def loglikelihoods(
     model: LanguageModel,
     requests: Sequence[Request],
@@ -103,11 +82,13 @@ def loglikelihoods(
     items: Sequence[Hashable] | None = None,
     batch_tokens: int = 1024,
     end_of_text: int | None = None,
+    kept: Kept | None = None,
     progress: Progress = silent,
 ) -> list[Likelihood]:
     """Score every (context_ids, continuation_ids) pair; results come in request order.
 
     items: which item each request belongs to, such as the question whose choice it is; None: each its own.
+    kept: where this very model's scores are read from, and written to item by item.
 
     An empty context is replaced by `end_of_text`, the token that stands before every document in training.
     A request longer than the model's context loses tokens on the left of its context, never of its
@@ -117,26 +98,30 @@ def loglikelihoods(
     `rolling_windows`), for a token outside the vocabulary, and for an empty context without
     `end_of_text`; BuildFailed when the model gives logits that are not finite.
     """
-    rows: dict[tuple[Hashable, Row], list[int]] = {}
-    targets: list[Row] = []
-    dropped: list[int] = []
-    for number, (context_ids, continuation_ids) in enumerate(requests):
-        inputs, cut = _inputs(model, context_ids, continuation_ids, end_of_text)
-        item = number if items is None else items[number]
-        rows.setdefault((None if model.packs else item, inputs), []).append(number)
-        targets.append(tuple(continuation_ids))
-        dropped.append(cut)
+    answers = Answers(requests, range(len(requests)) if items is None else items, kept)
+    rows: dict[ItemRow, list[int]] = {}
+    targets: dict[int, Row] = {}
+    dropped: dict[int, int] = {}
+    for number in answers.missing():
+        context_ids, continuation_ids = requests[number]
+        inputs, dropped[number] = _inputs(model, context_ids, continuation_ids, end_of_text)
+        rows.setdefault((None if model.packs else answers.owners[number], inputs), []).append(number)
+        targets[number] = tuple(continuation_ids)
+        if not targets[number]:
+            answers.add(number, Likelihood((), True))
 
-    found = {number: Likelihood((), True) for number, asked in enumerate(targets) if not asked}
     wanted = {row: most for row, numbers in rows.items() if (most := max(len(targets[n]) for n in numbers))}
-    for row, logits in _last_logits(model, wanted, batch_tokens):
-        for number in rows[row]:
-            asked = targets[number]
-            if asked:
-                logprobs, greedy = _score(logits[len(logits) - len(asked) :], asked)
-                found[number] = Likelihood(logprobs, greedy, dropped[number])
-        progress(len(found), len(requests), "requests")
-    return [found[number] for number in range(len(requests))]
+    try:
+        for row, logits in _last_logits(model, wanted, batch_tokens):
+            for number in rows[row]:
+                asked = targets[number]
+                if asked:
+                    logprobs, greedy = _score(logits[len(logits) - len(asked) :], asked)
+                    answers.add(number, Likelihood(logprobs, greedy, dropped[number]))
+            progress(len(answers.found), len(requests), "requests")
+    finally:  # an interrupted scoring continues
+        answers.write()
+    return [answers.found[number] for number in range(len(requests))]
 
 
 def rolling_windows(

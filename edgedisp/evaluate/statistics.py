@@ -61,6 +61,7 @@ VALUE = Metric("value")
 ACCURACY = Metric("accuracy", "accuracy")
 PERPLEXITY = Metric("perplexity", "nll", "tokens", "exp", higher_is_better=False)
 BITS_PER_BYTE = Metric("bits_per_byte", "nll", "bytes", "bits", higher_is_better=False)
+GOLD_BITS_PER_BYTE = Metric("gold_bits_per_byte", "nll", "bytes", "bits", higher_is_better=False)
 
 
 def single(

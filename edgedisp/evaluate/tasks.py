@@ -19,24 +19,30 @@ from typing import Any
 
 from edgedisp import BadInput, Progress, silent
 from edgedisp.evaluate import heldout
+from edgedisp.evaluate.kept import Kept
 from edgedisp.evaluate.questions import Document, Question, Text
 from edgedisp.evaluate.result import TaskResult
 from edgedisp.evaluate.score import Decode, Encode, LanguageModel
+from edgedisp.evaluate.sets import SETS, expand
 
 CONTEXT = 512  # tokens of a held-out window when nothing else is said
+
+_OURS = [*heldout.TASKS, *SETS]
 
 _NAME = re.compile(r"^[\"']?(?:task|group)[\"']?:[ \t]*[\"']?([^\s\"'#]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks with their items, ready to be asked of any number of models. stop_ids end generated text."""
+    """Tasks with their items, ready to be asked of any number of models. stop_ids end generated text;
+    missing: why the data of a task cannot be had."""
 
     questions: dict[str, list[Question]]
-    harness_tasks: dict[str, Any]
+    harness_tasks: dict[str, dict[str, Any]]
     text: Text
     limit: int
     stop_ids: frozenset[int]
+    missing: dict[str, str]
 
     def run(
         self,
@@ -44,9 +50,13 @@ class Suite:
         *,
         batch_tokens: int = 1024,
         bootstrap: int = 2000,
+        kept: Kept | None = None,
         progress: Progress = silent,
     ) -> dict[str, TaskResult]:
-        """Score a model: {task: result}. Raises BuildFailed for logits that are not finite."""
+        """Score a model: {task: result}. `kept`: this model's scores of earlier.
+
+        Raises BuildFailed for logits that are not finite.
+        """
         results: dict[str, TaskResult] = {}
         for name, questions in self.questions.items():
             results[name] = heldout.score(
@@ -57,14 +67,21 @@ class Suite:
                 batch_tokens=batch_tokens,
                 bootstrap=bootstrap,
                 seed=self.text.seed,
+                kept=kept,
                 progress=_named(progress, name),
             )
         for name in self.harness_tasks:
-            results[name] = self._run_harness(name, model, batch_tokens, bootstrap, progress)
+            results[name] = self._run_harness(name, model, batch_tokens, bootstrap, kept, progress)
         return results
 
     def _run_harness(
-        self, name: str, model: LanguageModel, batch_tokens: int, bootstrap: int, progress: Progress
+        self,
+        name: str,
+        model: LanguageModel,
+        batch_tokens: int,
+        bootstrap: int,
+        kept: Kept | None,
+        progress: Progress,
     ) -> TaskResult:
         from edgedisp.evaluate import harness
 
@@ -75,10 +92,11 @@ class Suite:
             self.text.end_of_text,
             stop_ids=self.stop_ids,
             batch_tokens=batch_tokens,
+            kept=kept,
             progress=_named(progress, name),
         )
-        task = self.harness_tasks[name]
-        return harness.run(subject, name, task, limit=self.limit, seed=self.text.seed, bootstrap=bootstrap)
+        tasks = self.harness_tasks[name]
+        return harness.run(subject, name, tasks, limit=self.limit, seed=self.text.seed, bootstrap=bootstrap)
 
 
 def check_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> None:
@@ -87,9 +105,10 @@ def check_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> None:
     Reads no data set. Held-out names cost nothing; other names are looked up in the text of the task files
     (about a second), and only a name that is not there makes lm-eval read all of its index (some seconds).
     """
-    choices = ", ".join(heldout.TASKS)
+    choices = ", ".join(_OURS)
     if not tasks:
         raise BadInput(f"evaluate.tasks is empty; choose from {choices}, or lm-eval task names")
+    tasks = expand(tasks)
     if tasks_path is not None and not tasks_path.is_dir():
         raise BadInput(
             f"evaluate.tasks_path: {tasks_path} is no folder; name one that holds lm-eval task YAML"
@@ -99,15 +118,16 @@ def check_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> None:
         return
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
+        near = _near(others, [*heldout.TASKS]) or _near(others, [*SETS])
         raise BadInput(
-            f"evaluate.tasks: {', '.join(others)}: not a held-out task{_near(others, [*heldout.TASKS])}. "
+            f"evaluate.tasks: {', '.join(others)}: not a held-out task{near}. "
             f"Held-out tasks are {choices}; those of lm-evaluation-harness need it installed: "
             'pip install "edgedisp[bench]"'
         )
     folders = [Path(place) / "tasks" for place in spec.submodule_search_locations]
     missing = sorted(set(others) - _names_in(folders if tasks_path is None else [tasks_path, *folders]))
     for name in missing:
-        if near := _near([name], [*heldout.TASKS], cutoff=0.8):
+        if near := _near([name], _OURS, cutoff=0.8):
             raise BadInput(f"evaluate.tasks: {name}: no such task{near}. Held-out tasks are {choices}")
     if missing:
         _check_index(missing, tasks_path)
@@ -120,10 +140,10 @@ def _check_index(names: Sequence[str], tasks_path: Path | None) -> None:
     known = set(catalog.known_names(tasks_path))
     unknown = [name for name in names if name not in known]
     if unknown:
-        near = _near(unknown, [*heldout.TASKS, *sorted(known)])
+        near = _near(unknown, [*_OURS, *sorted(known)])
         raise BadInput(
             f"evaluate.tasks: {', '.join(unknown)}: no such task{near}. There are "
-            f"{', '.join(heldout.TASKS)}, "
+            f"{', '.join(_OURS)} "
             f"and {len(known)} names in lm-eval (list: lm_eval ls tasks)"
         )
 
@@ -144,23 +164,26 @@ def prepare(
 
     tokenizer: a transformers tokenizer. end_of_text: the token between documents. context: tokens of a
     held-out window, at most the models' own. limit: most items of each task. perplexity_tokens: most tokens
-    of heldout_perplexity. Raises BadInput as `check_tasks` does, for too little held-out text, and for data
-    that cannot be fetched.
+    of heldout_perplexity. A task whose data a hub does not give is told in `missing`. Raises BadInput as
+    `check_tasks` does, for too little held-out text, and when no task is left.
     """
     check_tasks(tasks, tasks_path)
     text = Text(
         documents, encoder(tokenizer), decoder(tokenizer), end_of_text, context, seed, perplexity_tokens
     )
-    names = [*dict.fromkeys(tasks)]
+    names = expand(tasks)
     questions = {name: heldout.build(name, text, limit) for name in names if name in heldout.TASKS}
-    harness_tasks: dict[str, Any] = {}
+    harness_tasks: dict[str, dict[str, Any]] = {}
+    missing: dict[str, str] = {}
     others = [name for name in names if name not in heldout.TASKS]
     if others:
         from edgedisp.evaluate import catalog
 
-        harness_tasks = catalog.load(others, tasks_path, seed)
+        harness_tasks, missing = catalog.load(others, tasks_path, seed)
+    if not questions and not harness_tasks:
+        raise BadInput(f"evaluate.tasks: {next(iter(missing.values()))}")
     stop_ids = {end_of_text} | ({tokenizer.eos_token_id} - {None})
-    return Suite(questions, harness_tasks, text, limit, frozenset(stop_ids))
+    return Suite(questions, harness_tasks, text, limit, frozenset(stop_ids), missing)
 
 
 def run(

@@ -2,7 +2,7 @@
 
     recipe -> base -> corpus -> items -> (budget) -> (bits) -> midtrain[arm, seed] -> condensation[arm]
            -> export[arm, seed] -> quantize[arm, seed, precision] -> survival[arm, precision]
-           -> verify -> accuracy -> latency -> pack[arm, target] -> report
+           -> verify -> accuracy -> noise, divergence -> latency -> pack[arm, target] -> report
 
 A stage's key is its section of the recipe and the content hashes of the stages it reads. A finished stage
 with the same key is kept. So a changed precision retrains nothing, and an unchanged recipe runs nothing:
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgedisp.folder import Record, open_run, read
+from edgedisp.folder import Record, open_run
 from edgedisp.pipeline import shipping
 from edgedisp.pipeline.training import (
     base_stage,
@@ -81,6 +81,15 @@ def stages(recipe: Recipe, threads: int) -> list[Stage]:
     found += [shipping.bundle_condensation(name, one, threads) for name in first for one in precisions]
     scored = ["torch", *precisions]
     found += [shipping.accuracy(recipe, name, precision, threads) for name in names for precision in scored]
+    steady = "baseline" if "baseline" in first else first[0]
+    found += [shipping.noise(recipe, steady, precision, threads) for precision in scored]
+    for name in first:
+        twin = "baseline" if name != "baseline" and "baseline" in first else None
+        found += [
+            shipping.divergence(recipe, name, precision, twin, threads)
+            for precision in precisions
+            if twin is not None or precision != "fp32"
+        ]
     found.append(shipping.latency(recipe, threads))
     found += [shipping.pack(recipe, name, target, threads) for name in first for target in recipe.targets]
     return found
@@ -91,12 +100,10 @@ def state(recipe: Recipe, run: Path, threads: int) -> list[tuple[Stage, Record |
     records: dict[str, Record] = {}
     found: list[tuple[Stage, Record | None]] = []
     for stage in stages(recipe, threads):
-        record = read(run / stage.name) if all(name in records for name in stage.reads) else None
-        if record is not None and record.key == stage.key(records):
+        record = stage.kept(run, records) if all(name in records for name in stage.reads) else None
+        if record is not None:
             records[stage.name] = record
-            found.append((stage, record))
-        else:
-            found.append((stage, None))
+        found.append((stage, record))
     return found
 
 

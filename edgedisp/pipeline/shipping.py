@@ -13,6 +13,8 @@ from edgedisp.recipe import BITS, Recipe, load_target
 
 UNPACKED = ("description", "notes", "sources", "quantize")  # of a profile: what a packed bundle has not of it
 
+SCORES = "scores.sqlite"  # in the run's folder: every score so far (evaluate/kept.py)
+
 # Raised when the profile of a model gets other figures; 2: intervals, correlations, outliers.
 CONDENSATION_FORM = {"form": 2}
 
@@ -237,6 +239,7 @@ def verify(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
 def _scoring(recipe: Recipe) -> tuple[dict[str, Any], Callable[[Work], Any]]:
     """What the tasks' questions depend on, and how to make them."""
     section = {**plain(recipe.evaluate), "context": recipe.data.context, "seed": recipe.seed}
+    del section["divergence_tokens"]
     path = recipe.evaluate.tasks_path
     tasks_path = None if path is None else (recipe.folder / path).resolve()
     if tasks_path is not None:
@@ -270,12 +273,67 @@ def accuracy(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
         from edgedisp import stages as run
 
         shipped = None if bundle is None else job.folders[bundle]
+        store = job.folders["base"].parent / SCORES
         return run.accuracy(
-            suite(job), recipe.evaluate, job.folders[model], shipped, threads, job.own, job.progress
+            suite(job), recipe.evaluate, job.folders[model], shipped, threads, store, job.own, job.progress
         )
 
-    reads = ("base", "corpus", model) if bundle is None else ("base", "corpus", model, bundle)
+    # "items" changes when data that a hub did not give is there at last.
+    reads = ("base", "corpus", "items", model) + (() if bundle is None else (bundle,))
     return Stage(f"{arm}/accuracy-{precision}", {**section, "threads": threads}, reads, work)
+
+
+def noise(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
+    """How far two scorings of one model differ: what a difference between two must exceed."""
+    section, suite = _scoring(recipe)
+    model, bundle = f"{arm}/model", None if precision == "torch" else f"{arm}/{precision}"
+
+    def work(job: Work) -> dict[str, Any]:
+        from edgedisp import stages as run
+
+        shipped = None if bundle is None else job.folders[bundle]
+        store, chosen = job.folders["base"].parent / SCORES, recipe.evaluate
+        return run.noise(
+            suite(job),
+            chosen.batch_tokens,
+            chosen.bootstrap,
+            job.folders[model],
+            shipped,
+            threads,
+            store,
+            job.own,
+            job.progress,
+        )
+
+    reads = ("base", "corpus", model) + (() if bundle is None else (bundle,))
+    return Stage(f"{arm}/noise-{precision}", {**section, "threads": threads}, reads, work)
+
+
+def divergence(recipe: Recipe, arm: str, precision: str, against: str | None, threads: int) -> Stage:
+    """A bundle against its fp32 parent, and (`against`: the baseline) against its twin of that precision."""
+    bundle = f"{arm}/{precision}"
+    parent = None if precision == "fp32" else f"{arm}/fp32"
+    twin = None if against is None else f"{against}/{precision}"
+    tokens = recipe.evaluate.divergence_tokens
+
+    def work(job: Work) -> dict[str, Any]:
+        from edgedisp import stages as run
+
+        folders = job.folders
+        return run.divergence(
+            tokens,
+            folders[bundle],
+            None if parent is None else folders[parent],
+            None if twin is None else folders[twin],
+            folders["corpus"],
+            folders["base"],
+            threads,
+            job.own,
+            job.progress,
+        )
+
+    reads = ("base", "corpus", bundle, *(name for name in (parent, twin) if name is not None))
+    return Stage(f"{arm}/divergence-{precision}", {"tokens": tokens, "threads": threads}, reads, work)
 
 
 def _folder_digest(folder: Path) -> str:

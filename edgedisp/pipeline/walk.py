@@ -34,7 +34,8 @@ class Work:
 class Stage:
     """One stage: `name` is its folder under the run, `section` and `reads` make its key, `work` does it.
 
-    `every_process`: of a launch takes part in it (follow.py); all other stages are the first's alone.
+    `every_process`: of a launch takes part in it (follow.py); all other stages are the first's alone. A
+    result that holds something under `missing`, data that a hub did not give, is tried again next time.
     """
 
     name: str
@@ -49,6 +50,12 @@ class Stage:
         key = {"stage": self.name, "section": self.section, "reads": sources, "revision": REVISION}
         plain: dict[str, Any] = json.loads(canonical(key))  # as it will be read back
         return plain
+
+    def kept(self, run: Path, records: dict[str, Record]) -> Record | None:
+        """The finished record of an earlier build, if it is what this stage would make."""
+        record = read(run / self.name)
+        fits = record is not None and record.key == self.key(records) and not record.results.get("missing")
+        return record if fits else None
 
 
 class Observer(Protocol):
@@ -86,17 +93,16 @@ def walk(
     shared = [stage.name for stage in todo if stage.every_process]
     last_shared = shared[-1] if shared else None
     for number, stage in enumerate(todo, start=len(walked) + 1):
-        key = stage.key(records)
-        record = read(run / stage.name)
-        kept = record is not None and record.key == key
-        if record is not None and kept:
+        earlier = stage.kept(run, records)
+        if earlier is not None:
+            record = earlier
             observer.kept(stage.name, record)
         else:
             observer.started(stage.name, number, total)
-            record = _make(stage, run, key, records, observer.progress)
+            record = _make(stage, run, stage.key(records), records, observer.progress)
             observer.finished(stage.name, record)
         records[stage.name] = record
-        walked.append(Walked(stage.name, record, kept))
+        walked.append(Walked(stage.name, record, earlier is not None))
         if stage.name == last_shared and any(not step.kept for step in walked if step.name in shared):
             from edgedisp.stages import leave_processes
 

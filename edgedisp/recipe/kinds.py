@@ -21,6 +21,7 @@ from edgedisp import data_folder
 from edgedisp.recipe.number import read_bytes, read_number, read_whole
 
 HELDOUT_TASKS = ("heldout_perplexity", "heldout_cloze", "heldout_continuation")
+TASK_SETS = ("heldout", "paper", "small")
 """Tasks made from the held-out text. Every other task name belongs to lm-evaluation-harness."""
 
 TAKEN_NAMES = {
@@ -116,8 +117,9 @@ def _choice(value: str, choices: Sequence[str], also: str = "") -> str:
 
 def _task(value: str) -> str:
     # A misspelt task of ours would be looked for in lm-evaluation-harness, after training.
-    ours = value.startswith("heldout") or difflib.get_close_matches(value, HELDOUT_TASKS, n=1, cutoff=0.8)
-    return _choice(value, HELDOUT_TASKS, "or any lm-evaluation-harness task") if ours else value
+    known = (*HELDOUT_TASKS, *TASK_SETS)
+    ours = value.startswith("heldout") or difflib.get_close_matches(value, known, n=1, cutoff=0.8)
+    return _choice(value, known, "or any lm-evaluation-harness task") if ours else value
 
 
 BITS = {"int8": 8, "int4": 4}

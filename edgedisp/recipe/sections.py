@@ -106,8 +106,9 @@ class Evaluate(Section):
     tasks: Annotated[tuple[Task, ...], Unique] = Field(
         default=HELDOUT_TASKS,
         min_length=1,
-        description=f"{', '.join(HELDOUT_TASKS)}, and any lm-evaluation-harness task",
-        examples=["[heldout_perplexity, arc_easy]"],
+        description=f"{', '.join(HELDOUT_TASKS)}, any lm-evaluation-harness task, and the sets heldout "
+        "(these three), paper (the ten of the dispersion paper), small (what models below 500M can do)",
+        examples=["[heldout, small]"],
     )
     tasks_path: Text | None = Field(
         default=None, description="folder with your own lm-evaluation-harness tasks"
@@ -120,6 +121,11 @@ class Evaluate(Section):
         default=None, description="most held-out tokens for perplexity; null: all"
     )
     bootstrap: Count = Field(default=2000, description="resamples behind each interval")
+    divergence_tokens: Count = Field(
+        default=2048,
+        description="held-out tokens on which each bundle's next-token distributions are compared with its "
+        "fp32 parent's and with the baseline's",
+    )
 
 
 class Latency(Section):

@@ -49,11 +49,12 @@ def smoke(recipe: Recipe, where: str | None = None) -> Recipe:
     cut["seeds"] = min(cut["seeds"], SEEDS)
     # Tasks of lm-evaluation-harness need a hub for their items, unless the user has them in a folder.
     if evaluate["tasks_path"] is None:
-        evaluate["tasks"] = [task for task in evaluate["tasks"] if task in HELDOUT_TASKS] or list(
+        evaluate["tasks"] = [task for task in evaluate["tasks"] if task.startswith("heldout")] or list(
             HELDOUT_TASKS
         )
     evaluate["limit"], evaluate["bootstrap"] = min(evaluate["limit"], 8), min(evaluate["bootstrap"], 200)
     evaluate["perplexity_tokens"] = min(evaluate["perplexity_tokens"] or 2048, 2048)
+    evaluate["divergence_tokens"] = min(evaluate["divergence_tokens"], 256)
     cut["verify"]["tokens"] = min(cut["verify"]["tokens"], 64)
     # The logits of a barely trained twin are nearly flat, so rounding changes which token is best: bundles of
     # GPT-2, Gemma and Qwen3 twins kept 91-96 % (int8) and 59-77 % (int4); a broken one keeps 0.2 %. The

@@ -9,9 +9,11 @@ opened and no run folder is read, so the same summary gives the same bytes.
     every_arm.py    all arms against the baseline, and the spread between seeds
     comparisons.py  paired comparisons and Holm's correction; claims.py: the verdict, by written rules
     picture.py      a drawing as SVG, PNG, inline SVG; plots.py, plot_inside.py, plot_condensation.py,
-                    plot_survival.py, plot_mixed.py, plot_scores.py: drawings; condensation_page.py: those of
+                    plot_survival.py, plot_mixed.py, plot_scores.py, plot_divergence.py: drawings;
+                    condensation_page.py: those of
                     `edgedisp condensation --out`
-    section.py      the shape of a section; results.py, shipped.py, mixed.py, survival.py, provenance.py
+    section.py      the shape of a section; results.py, means.py, divergence.py, shipped.py, mixed.py,
+                    survival.py, provenance.py
     page.py         all files of the report, HTML through report.html.j2
     card.py         the README of a model folder
     bundle_card.py  the README of a bundle that ships, from its manifest and the summary
@@ -46,6 +48,13 @@ The summary, every part of which may be absent or None:
                 higher_is_better, p_value, mcnemar_p, nll_difference {difference, low, high}, and over several
                 seeds `seeds` (evaluate/seeds.py), in nll_difference as well}}}}; in format 1 without the
                 level of arms, its arm being `dispersed`
+    means       {arm: {precision: {baseline, arm, difference, low, high, tasks [], left_out {task: why}}}}:
+                the mean over tasks (evaluate/means.py)
+    noise       {precision: {variants {threads | attention: {difference, low, high}}, floor}}: of the
+                baseline, nats per token
+    divergence  {arm: {precision: {parent | baseline: {tokens, mean_kl, median_kl, p90_kl, p99_kl, max_kl,
+                top1_agreement, top5_overlap, by_position [{start, end, tokens, mean_kl}], worst [{kl,
+                context, truth, reference, reference_probability, other, other_probability}]}}}}
     survival    {arm: {precision: {weights {nearest, unmatched [], rescaled [], references {base | baseline:
                 {total, bits {}, components {}, layers [{layer}]}}} (quantize/survival.py), loss {task: {full,
                 quantized, change {difference, low, high}, kept, correlation, slope {value, low, high},
@@ -54,6 +63,7 @@ The summary, every part of which may be absent or None:
     replicas    {folder: {arm, seed, midtrain {}, verify {precision}, accuracy {precision}}}: the trainings
                 with other seeds than the first. The first one's stands under the arm's name everywhere else,
                 but accuracy and comparison are over all seeds
+    missing_tasks {task: why its data could not be had}
     latency     {device, threads, warnings [], pairs [{fault}], rows [{arm, precision, load_s, ttft_ms,
                 prefill_tokens_per_s, decode_tokens_per_s, token_ms_p50, token_ms_p90, peak_memory_bytes,
                 weights_bytes, spread {figure: {low, high}}, warnings []}]}

@@ -5,15 +5,17 @@ The rules (`RULES`, printed in every report):
 1. One test is the headline, chosen before any figure is seen: the difference in held-out loss per token,
    dispersed - baseline, paired and clustered by document, at the precision that ships (the fewest bits).
    Without an arm `dispersed` it is the first arm with dispersion; other arms are never the headline.
-2. helps / hurts: the headline's 95 % interval lies wholly below / above 0.
+2. helps / hurts: the headline's 95 % interval lies wholly below / above 0, and the difference is larger than
+   what two scorings of the same model differ by (the noise floor, stages/noise.py).
 3. no measurable difference: it contains 0 and is narrow enough (half-width at most 0.02 nats per token, 2 %
-   of perplexity) to have shown a difference that matters.
+   of perplexity) to have shown a difference that matters; or it leaves 0 out by less than the noise floor.
 4. cannot tell at this size: a smoke run, fewer than 20 held-out documents (a bootstrap over so few clusters
    is too narrow), a wider interval, no loss comparison, supporting tests that contradict a null headline, or
    arms whose losses before the first update differ: one model on one batch, so something was at fault.
 5. All other tasks and precisions are supporting. Their number is told, and one counts only if its interval
    excludes 0 AND it survives Holm's correction at 5 %. By chance alone one in twenty excludes 0.
-6. A null result tells what could have been seen: the interval's half-width.
+6. A null result tells what could have been seen: the difference that would be found 4 times out of 5 (1.43
+   half-widths), and what it would cost to see the smallest published gain.
 7. No baseline, or nothing beside it: nothing is claimed.
 8. With several seeds the intervals hold their spread as well (evaluate/seeds.py). With one, how much the luck
    of training matters is unknown, and the report says so: the interval covers the choice of test text alone.
@@ -63,15 +65,17 @@ RULES = (
     "The headline test is fixed beforehand: the difference in held-out loss per token (dispersed - baseline, "
     "paired, clustered by document) at the precision that ships, the one with the fewest bits. Without an "
     "arm “dispersed” it is the first arm with dispersion.",
-    "“helps” or “hurts”: its 95 % interval lies wholly below or wholly above 0.",
-    f"“no measurable difference”: it contains 0 and its half-width is at most {WIDEST_NULL} nats per token "
-    "(2 % of perplexity).",
+    "“helps” or “hurts”: its 95 % interval lies wholly below or wholly above 0, and the difference is larger "
+    "than the noise floor, which is how far two scorings of the same model differ.",
+    f"“no measurable difference”: the interval contains 0 and its half-width is at most {WIDEST_NULL} nats "
+    "per token (2 % of perplexity); or the difference is below the noise floor.",
     f"“cannot tell at this size”: a smoke run, fewer than {FEWEST_DOCUMENTS} held-out documents, a wider "
     "interval, no loss comparison, supporting tests that contradict a null headline, or arms whose losses "
     "before the first update differ (the same model on the same batch: a fault of the computing).",
     "Every other task and precision is supporting: one counts only if its interval excludes 0 and it "
     "survives Holm's correction at 5 % over all of them. By chance alone one in twenty excludes 0.",
-    "A null result says what could have been seen: the half-width of the interval.",
+    "A null result says what could have been seen: the difference that would be found 4 times out of 5, 1.43 "
+    "half-widths of the interval.",
     "With several training seeds, intervals cover the choice of test text and the luck of training (the "
     "spread between seeds). With one seed they cover the text alone, and how much luck matters is unknown.",
 )
@@ -116,13 +120,20 @@ def _decide(
     if first is None or reason:
         return CANNOT_TELL, [reason, *([_evidence(summary, first)] if first else [])]
     parts = [_evidence(summary, first), *_not_compared(summary, first), _others(supporting)]
-    if first.excludes_zero:
+    if first.clear:
         decided = HELPS if first.gain else HURTS
         return decided, [_claim(summary, first, decided), *parts, _luck(first)]
+    if first.excludes_zero:
+        return NULL, [
+            "No measurable difference: the one found is no larger than what two scorings of the same model "
+            f"differ by ({_amount(first, first.floor)}).",
+            *parts,
+            _luck(first),
+        ]
     if any(one.survives for one in supporting):
         claim = "Cannot tell at this size: the headline loss shows no difference, but supporting tests do."
         return CANNOT_TELL, [claim, *parts, _seen(first), _luck(first)]
-    if any(one.excludes_zero for one in supporting):
+    if any(one.clear for one in supporting):
         claim = f"No measurable difference in held-out loss at {label(first.precision)}."
     else:
         claim = "No measurable difference at this budget."
@@ -182,7 +193,7 @@ def _seen(first: Comparison) -> str:
     """What a null result could have shown."""
     if first.half_width == 0:
         return "Both arms gave the same loss on every document."
-    return f"A difference of {_amount(first, first.half_width)} or more could have been seen."
+    return f"A difference of {_amount(first, first.detectable)} or more would be found 4 times out of 5."
 
 
 def _amount(one: Comparison, size: float) -> str:
@@ -244,7 +255,7 @@ def _not_compared(summary: Summary, first: Comparison) -> list[str]:
 def _others(supporting: Sequence[Comparison]) -> str:
     """The supporting comparisons: how many, how many exclude 0, what survives the correction."""
     total = len(supporting)
-    outside = [one for one in supporting if one.excludes_zero]
+    outside = [one for one in supporting if one.clear]
     survivors = [one for one in supporting if one.survives]
     if not outside:
         none = f"None of the {total} other paired intervals excludes 0." if total > 1 else ""
@@ -292,7 +303,7 @@ def _per_precision(
     out: dict[str, dict[str, str]] = {}
     losses = [one for one in (first, *supporting) if one is not None and "perplexity" in one.task]
     for one in sorted(losses, key=lambda loss: (-bits(loss.precision), loss.task != "heldout_perplexity")):
-        claimed = one.excludes_zero if one is first else one.survives
+        claimed = one.clear if one is first else one.survives
         if _too_small(summary, arm, one):
             decided = CANNOT_TELL
         else:

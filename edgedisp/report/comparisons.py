@@ -16,6 +16,7 @@ from edgedisp.report.before_after import task_metric
 from edgedisp.report.reading import (
     DISPERSED,
     Summary,
+    at,
     bits,
     branch,
     compared,
@@ -28,6 +29,7 @@ from edgedisp.report.reading import (
 
 LEVEL = 0.05  # two-sided
 Z95 = 1.959964  # half-width of a 95 % interval in standard errors
+Z80 = 0.841621  # what is added to find a difference 4 times out of 5 (evaluate/power.py)
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Comparison:
     `gain`: whether the difference is in the better direction, None when that is unknown. With several seeds
     the interval holds their spread too; `by_seed` are their differences, `sd` is the standard deviation of
     those, `item_se` the standard error over items alone, `item_low` and `item_high` the interval of that.
+    `floor`: how far two scorings of one model differ; a difference no larger is none.
     """
 
     precision: str
@@ -57,11 +60,17 @@ class Comparison:
     item_se: float | None = None
     item_low: float | None = None
     item_high: float | None = None
+    floor: float = 0.0
 
     @property
     def half_width(self) -> float:
-        """The smallest difference that could have been seen."""
+        """Half of the interval's width."""
         return (self.high - self.low) / 2
+
+    @property
+    def detectable(self) -> float:
+        """The smallest difference that a comparison like this one finds 4 times out of 5."""
+        return max(detectable(self.half_width), self.floor)
 
     @property
     def more_luck_than_text(self) -> bool:
@@ -76,9 +85,14 @@ class Comparison:
         return self.low > 0 or self.high < 0
 
     @property
+    def clear(self) -> bool:
+        """Excludes 0, and is larger than what two scorings of one model differ by."""
+        return self.excludes_zero and abs(self.difference) > self.floor
+
+    @property
     def survives(self) -> bool:
-        """Excludes 0 and holds after Holm's correction."""
-        return self.excludes_zero and self.p_holm <= LEVEL
+        """Clear, and holds after Holm's correction."""
+        return self.clear and self.p_holm <= LEVEL
 
 
 def comparisons(summary: Summary, arm: str | None = None) -> list[Comparison]:
@@ -94,10 +108,17 @@ def comparisons(summary: Summary, arm: str | None = None) -> list[Comparison]:
     for precision in sorted(by_precision, key=bits):
         by_task = branch(by_precision[precision])
         for task in sorted(by_task, key=lambda name: order.get(name, len(order))):
+            noise = number(at(summary, "noise", precision, "floor")) or 0.0
             found += [
-                replace(one, arm=str(chosen)) for one in _comparison(precision, task, branch(by_task[task]))
+                replace(one, arm=str(chosen), floor=noise if one.unit == "nats" else 0.0)
+                for one in _comparison(precision, task, branch(by_task[task]))
             ]
     return found
+
+
+def detectable(half_width: float) -> float:
+    """What a comparison with a 95 % interval of such a half-width finds 4 times out of 5."""
+    return half_width * (Z95 + Z80) / Z95
 
 
 def _comparison(precision: str, task: str, entry: dict[str, Any]) -> list[Comparison]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgedisp.report.reading import Summary, arms, at, label, number, precisions, tasks
+from edgedisp.report.reading import Summary, arms, at, branch, label, number, precisions, tasks
 
 UNLIKE = {
     "base models": ("model", "weights_sha256"),
@@ -25,6 +25,11 @@ def unlike(summaries: Sequence[Summary]) -> list[str]:
     if not found:
         return []
     return [f"The runs have different {', '.join(found)}: compare arms within a run, not across these runs."]
+
+
+def missing(summary: Summary) -> list[str]:
+    """Tasks that the recipe asked for and that could not be scored."""
+    return [f"Not scored: {reason}" for reason in branch(summary, "missing_tasks").values()]
 
 
 def at_chance(summary: Summary) -> list[str]:

@@ -13,13 +13,26 @@ from edgedisp.report.plot_condensation import (
     condensation_outliers,
     condensation_precisions,
 )
+from edgedisp.report.plot_divergence import DIVERGENCE, divergence
 from edgedisp.report.plot_inside import HEATMAP, TRAINING, condensation_heatmap, training
 from edgedisp.report.plot_mixed import pareto
 from edgedisp.report.plot_scores import DIFFERENCES, SCORES, TRADEOFF, differences, scores, tradeoff
 from edgedisp.report.plot_survival import SURVIVAL, survival
 from edgedisp.report.reading import Summary
 
-NAMES = (HEATMAP, LAYERS, OUTLIERS, PRECISIONS, TRAINING, SURVIVAL, SCORES, DIFFERENCES, TRADEOFF, PARETO)
+NAMES = (
+    HEATMAP,
+    LAYERS,
+    OUTLIERS,
+    PRECISIONS,
+    TRAINING,
+    SURVIVAL,
+    SCORES,
+    DIFFERENCES,
+    DIVERGENCE,
+    TRADEOFF,
+    PARETO,
+)
 
 
 def plots(summary: Summary) -> dict[str, Plot]:
@@ -34,6 +47,7 @@ def plots(summary: Summary) -> dict[str, Plot]:
         survival(summary),
         scores(built),
         differences(built),
+        divergence(summary),
         tradeoff(built),
         pareto(summary),
     ]

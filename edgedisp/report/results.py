@@ -11,7 +11,9 @@ from collections.abc import Collection
 from edgedisp.report.adapters import merge_audit
 from edgedisp.report.comparisons import comparisons, holm
 from edgedisp.report.condensation import condensation
+from edgedisp.report.divergence import divergence
 from edgedisp.report.every_arm import every_arm, wanted
+from edgedisp.report.means import mean_grid
 from edgedisp.report.mixed import mixed
 from edgedisp.report.plot_inside import TRAINING
 from edgedisp.report.plot_scores import DIFFERENCES, SCORES
@@ -51,6 +53,7 @@ def result_sections(summary: Summary, drawn: Collection[str]) -> list[Section]:
     found = [
         every_arm(summary, _existing(drawn, DIFFERENCES)),
         scores(summary, drawn),
+        divergence(summary, drawn),
         condensation(summary, drawn),
         training(summary, drawn),
         merge_audit(summary),
@@ -69,7 +72,9 @@ def _existing(drawn: Collection[str], *names: str) -> tuple[str, ...]:
 
 def scores(summary: Summary, drawn: Collection[str]) -> Section:
     """What quantization costs each arm, and every paired comparison with its corrected p."""
-    grids = [grid for grid in (_comparison_grid(summary), _bits_grid(summary)) if grid.rows]
+    grids = [
+        grid for grid in (_comparison_grid(summary), mean_grid(summary), _bits_grid(summary)) if grid.rows
+    ]
     lead = (
         "The same items scored on the torch model and on every bundle that ships, through the same scorer. "
         "Absolute scores have wide intervals because texts differ in difficulty; the paired difference takes "

@@ -17,6 +17,8 @@ what a stage does not get, it cannot depend on, and the cache key in pipeline/ i
     packing.py   pack: a bundle for a kind of device, in the layouts of its runtimes, with a manifest
     survival.py  survival: what is left of training's change after quantization
     figures.py   items, accuracy, latency: what is measured of them
+    divergence.py  divergence: the KL of a bundle from its fp32 parent, and from the baseline's
+    noise.py     noise: by how much two scorings of one model differ
     accounting.py  size_account: what every bundle will weigh, before anything runs
     pilot.py     judging, pilot_candidate: a candidate of `edgedisp pilot`, trained and measured
 
@@ -30,8 +32,10 @@ from edgedisp.stages.accounting import base_skeleton, check_budget, size_account
 from edgedisp.stages.bits import choose_bits
 from edgedisp.stages.bundles import export, quantize, verify
 from edgedisp.stages.condensation import bundle_condensation, condensation
+from edgedisp.stages.divergence import divergence
 from edgedisp.stages.figures import accuracy, count_items, items, latency
 from edgedisp.stages.mixed import quantize_as_trained, quantize_searched
+from edgedisp.stages.noise import noise
 from edgedisp.stages.packing import pack, provenance_of
 from edgedisp.stages.start import base, fetch_base, tokens, twin_base
 from edgedisp.stages.survival import survival
@@ -60,6 +64,7 @@ __all__ = [
     "choose_bits",
     "condensation",
     "count_items",
+    "divergence",
     "export",
     "fetch_base",
     "items",
@@ -68,6 +73,7 @@ __all__ = [
     "leave_processes",
     "merge_adapter",
     "midtrain",
+    "noise",
     "pack",
     "pilot_candidate",
     "provenance_of",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from edgedisp import Progress, data_folder, model
 from edgedisp.bench import local
+from edgedisp.bench.machine import installed_version
 from edgedisp.evaluate import tasks
-from edgedisp.folder import write_json
+from edgedisp.evaluate.kept import Kept
+from edgedisp.folder import digest, file_digest, read, write_json
 from edgedisp.graph.device import for_device
 from edgedisp.graph.session import OnnxModel
 from edgedisp.recipe import Evaluate, Latency
@@ -42,7 +45,11 @@ def items(
 def count_items(suite: tasks.Suite, own: Path) -> dict[str, Any]:
     """Make the questions before anything is trained, so that too little text or missing data is found now."""
     counts = {name: len(questions) for name, questions in suite.questions.items()}
-    results = {"heldout_items": counts, "harness_tasks": sorted(suite.harness_tasks)}
+    results = {
+        "heldout_items": counts,
+        "harness_tasks": sorted(suite.harness_tasks),
+        "missing": suite.missing,
+    }
     write_json(own / "items.json", results)
     return results
 
@@ -53,21 +60,43 @@ def accuracy(
     model_folder: Path,
     bundle: Path | None,
     threads: int,
+    store: Path,
     own: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Score the torch model (bundle None) or a bundle on the recipe's tasks, per-item results kept."""
+    """Score the torch model (bundle None) or a bundle on the recipe's tasks, per-item results kept.
+
+    `store`: the file that holds what was scored in this run before, so that an interrupted scoring goes on
+    and a task that is added costs no more than itself.
+    """
     scored: Any = (
         model.TorchModel(model.load(model_folder), threads) if bundle is None else OnnxModel(bundle, threads)
     )
-    results = suite.run(
-        scored, batch_tokens=section.batch_tokens, bootstrap=section.bootstrap, progress=progress
-    )
+    with closing(Kept(store, scored_name(bundle or model_folder, threads))) as kept:
+        results = suite.run(
+            scored,
+            batch_tokens=section.batch_tokens,
+            bootstrap=section.bootstrap,
+            kept=kept,
+            progress=progress,
+        )
     write_json(own / "items.json", results)
     return {
         task: {name: value for name, value in result.items() if name != "items"}
         for task, result in results.items()
     }
+
+
+def scored_name(folder: Path, threads: int) -> str:
+    """All that a score depends on beside the question: the files, the runtimes, and how sums are split."""
+    record = read(folder)
+    if record is None:  # a folder from elsewhere
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        content = digest({path.relative_to(folder).as_posix(): file_digest(path) for path in files})
+    else:
+        content = record.content
+    versions = {name: installed_version(name) for name in ("torch", "transformers", "onnxruntime")}
+    return digest({"content": content, "threads": threads, **versions})
 
 
 def latency(

@@ -1,0 +1,74 @@
+"""Scores that were computed before, by model and by what was asked: so that scoring can be stopped and go on,
+and a task or an item that is added costs only itself.
+
+One SQLite file. A model is named by a hash that its owner makes of everything a score depends on: weights,
+runtime, threads. An item is named by a hash of the very tokens that were asked, so a task whose text or
+tokenizer changes finds nothing old. What is kept is exact: a score read back equals the one computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from edgedisp import BadInput
+
+FORM = 1  # raised when scores are computed in another way, so that older ones are not taken
+_AT_ONCE = 500  # names in one question; SQLite allows 999
+
+
+class Kept:
+    """What one model scored. Raises BadInput for a file that is no store."""
+
+    def __init__(self, path: Path, model: str) -> None:
+        self.path, self.model = path, f"{FORM} {model}"
+        self._store = sqlite3.connect(path, timeout=60)
+        with self._told():
+            self._store.execute(
+                "CREATE TABLE IF NOT EXISTS scores (model TEXT, item TEXT, found TEXT, "
+                "PRIMARY KEY (model, item)) WITHOUT ROWID"
+            )
+
+    def find(self, items: Sequence[str]) -> dict[str, Any]:
+        """Item -> what was kept of it, for those there are."""
+        found: dict[str, Any] = {}
+        for start in range(0, len(items), _AT_ONCE):
+            part = items[start : start + _AT_ONCE]
+            marks = ",".join("?" * len(part))
+            with self._told():
+                rows = self._store.execute(
+                    f"SELECT item, found FROM scores WHERE model = ? AND item IN ({marks})",
+                    (self.model, *part),
+                )
+                found |= {item: json.loads(text) for item, text in rows}
+        return found
+
+    def keep(self, found: Mapping[str, Any]) -> None:
+        """Keep JSON-able values by item, all or none."""
+        rows = [(self.model, item, json.dumps(value)) for item, value in found.items()]
+        with self._told(), self._store:
+            self._store.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
+
+    def close(self) -> None:
+        self._store.close()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """SQLite's own errors as ours."""
+        try:
+            yield
+        except sqlite3.Error as problem:
+            raise BadInput(
+                f"{self.path}: cannot be used as the store of scores ({problem}); delete it, and what it "
+                "held is scored again"
+            ) from problem
+
+
+def name_of(asked: Any) -> str:
+    """The hash that names what was asked: anything with a faithful repr, such as tuples of token ids."""
+    return hashlib.sha256(repr(asked).encode()).hexdigest()
