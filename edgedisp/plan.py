@@ -91,7 +91,7 @@ def memory_bytes(parameters: int, trainable: int, others: int) -> int:
 
 
 def make_plan(recipe: Recipe, run: Path, *, probe: bool, observer: Observer) -> dict[str, Any]:
-    """The plan of a build as a JSON-able dict; see `render` for what it says."""
+    """The plan of a build as a JSON-able dict; see plan_text.py for what it says."""
     check_before_start(recipe, run)
     threads = threads_for(recipe)
     walked = state(recipe, run, threads)
@@ -108,6 +108,7 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, observer: Observer) -> 
         ],
         "estimate": None,
     }
+    planned["detectable"] = _detectable(recipe)
     probing = probe and any(not stage["done"] for stage in planned["stages"])
     base = run / "base" if walked[0][1] is not None else None
     planned["sizes"], planned["sizes_unknown"] = _sizes(recipe, base, probing, observer)
@@ -170,6 +171,20 @@ def _estimate(recipe: Recipe, planned: dict[str, Any], observer: Observer) -> di
     }
 
 
+def _detectable(recipe: Recipe) -> dict[str, Any]:
+    """What tasks that count right answers can show, before anything is measured; see evaluate/power.py."""
+    from edgedisp.evaluate import power
+
+    return {
+        "items": recipe.evaluate.limit,
+        "seeds": recipe.seeds,
+        "differing": power.DIFFERING,
+        "points": 100 * power.of_items(recipe.evaluate.limit),
+        "published_points": power.PUBLISHED_POINTS,
+        "items_for_published": power.items_for(power.PUBLISHED_POINTS / 100),
+    }
+
+
 def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.resolve().parent
@@ -229,74 +244,3 @@ def _search_seconds(recipe: Recipe, size: float, forward_s: float) -> float:
     """Two passes over 512 tokens for each of about 120 weights; whole models rounded and measured."""
     trials = 2 if recipe.quantize.budget is not None else 8
     return (240 * 512 + trials * 4096) * forward_s + (60 + 20 * trials) * size
-
-
-def render(planned: dict[str, Any]) -> str:
-    """The plan as text for people."""
-    from edgedisp.console import clock
-
-    lines = [f"{planned['recipe']} -> {planned['run']}"]
-    size = f"{planned['steps']} optimizer steps an arm, {planned['tokens']:,} tokens"
-    lines.append(f"{size}, {planned['threads']} threads")
-    lines.append("")
-    for stage in planned["stages"]:
-        mark, about = ("done", "") if stage["done"] else ("to do", "about ")
-        took = "" if stage["seconds"] is None else about + clock(stage["seconds"])
-        lines.append(f"  {mark:6} {stage['name']:28} {took}")
-    lines += ["", *_size_lines(planned)]
-    found = planned["estimate"]
-    if found is not None:
-        lines += [
-            "",
-            f"left: about {clock(found['seconds_left'])} ({found['step_s']:.2f} s a step, probed)",
-            f"memory: about {found['peak_memory_bytes'] / 1e9:.1f} GB at the peak, "
-            f"{found['memory_bytes'] / 1e9:.1f} GB there",
-            f"disk: about {found['disk_bytes'] / 1e9:.1f} GB, {found['disk_free_bytes'] / 1e9:.1f} GB free",
-        ]
-        if found["peak_memory_bytes"] > found["memory_bytes"]:
-            lines.append(
-                "does not fit in memory: a smaller train.batch, train.gradient_checkpointing, or an adapter"
-            )
-        if found["disk_bytes"] > found["disk_free_bytes"]:
-            lines.append("does not fit on the disk: choose another --out")
-    return "\n".join(lines)
-
-
-# What `size_account` calls a component, in the order of the table, and how it is called there.
-COMPONENTS = {
-    "embedding": "embedding",
-    "attention": "attention",
-    "mlp": "mlp",
-    "head": "head",
-    "norm": "norms",
-    "positions": "positions",
-    "other": "other",
-}
-
-
-def _size_lines(planned: dict[str, Any]) -> list[str]:
-    """A table of megabytes: a row for each component, a column for each precision; then the KV cache."""
-    sizes = planned["sizes"]
-    if sizes is None:
-        return [f"sizes: not known: {planned['sizes_unknown']}"]
-    precisions = sizes["precisions"]
-    told = "" if sizes["exact"] else " (about; the genai builder writes this graph)"
-
-    decimals = 1 if min(one["size_bytes"] for one in precisions.values()) > 1e7 else 3
-
-    def row(name: str, found: list[int]) -> str:
-        return f"  {name:22}" + "".join(f"{size / 1e6:9.{decimals}f}" for size in found)
-
-    lines = [f"{'weights, MB' + told:24}" + "".join(f"{name:>9}" for name in precisions)]
-    for component, name in COMPONENTS.items():
-        found = [one["components"].get(component, 0) for one in precisions.values()]
-        named = "embedding = head" if component == "embedding" and sizes["tied"] else name
-        if max(found) >= 0.5 * 10 ** (6 - decimals):  # what does not show as zero
-            lines.append(row(named, found))
-    rest = [one["size_bytes"] - sum(one["components"].values()) for one in precisions.values()]
-    lines.append(row("graph, padding", rest))
-    lines.append(row("file", [one["size_bytes"] for one in precisions.values()]))
-    for target, cache in sizes["kv_cache"].items():
-        size = f"{cache['size_bytes'] / 1e6:.{decimals}f} MB"
-        lines.append(f"KV cache of {cache['positions']:,} positions ({target}): {size}")
-    return lines

@@ -203,9 +203,7 @@ def compare_arms(scored: _Scored, precisions: list[str]) -> dict[str, Any]:
         return {}
     return {
         arm: {
-            precision: {
-                task: _renamed(entry) for task, entry in scored.pair(BASELINE, arm, precision).items()
-            }
+            precision: {task: renamed(entry) for task, entry in scored.pair(BASELINE, arm, precision).items()}
             for precision in precisions
         }
         for arm in arms
@@ -228,13 +226,13 @@ def mean_differences(scored: _Scored, precisions: list[str]) -> dict[str, Any]:
     return found
 
 
-def _renamed(entry: dict[str, Any]) -> dict[str, Any]:
+def renamed(entry: dict[str, Any]) -> dict[str, Any]:
     """`statistics.paired` calls the other arm `dispersed`; here it may be any, and is called `arm`."""
     names = {"dispersed": "arm", "only_dispersed": "only_arm"}
-    renamed = {names.get(key, key): value for key, value in entry.items()}
-    if "metrics" in renamed:
-        renamed["metrics"] = {name: _renamed(part) for name, part in renamed["metrics"].items()}
-    return renamed
+    found = {names.get(key, key): value for key, value in entry.items()}
+    if "metrics" in found:
+        found["metrics"] = {name: renamed(part) for name, part in found["metrics"].items()}
+    return found
 
 
 def _latency(results: dict[str, Any]) -> dict[str, Any]:

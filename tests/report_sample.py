@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ PERPLEXITY = {"torch": 11.93, "fp32": 11.93, "int8": 11.96, "int4": 14.92}
 CLOZE = {"torch": 0.41, "fp32": 0.41, "int8": 0.40, "int4": 0.36}
 SIZE = {"fp32": 540_100_000, "int8": 163_400_000, "int4": 98_700_000}
 SHIFT = {"fp32": 0.0, "int8": 0.001, "int4": 0.01}  # of the mean cosine, by quantization
+FLOOR = {"torch": 1e-6, "fp32": 1e-6, "int8": 2e-4, "int4": 4e-4}
 DECODE = {"fp32": 53.1, "int8": 118.0, "int4": 143.2}
 
 
@@ -194,6 +196,55 @@ def _figures(layer: int, moved: float) -> dict[str, Any]:
     }
 
 
+def _mean(compared: dict[str, Any]) -> dict[str, Any]:
+    tasks = ["heldout_cloze", "heldout_continuation"]
+    mean = sum(compared[task]["difference"] for task in tasks) / 2
+    common = {"baseline": 0.4, "arm": 0.4 + mean, "tasks": tasks, "left_out": {}, "n": 960}
+    return {**difference(mean, 0.02), **common}
+
+
+def _noise(floor: float) -> dict[str, Any]:
+    variants = {"threads": difference(0.0, floor / 2), "attention": difference(floor, floor / 2)}
+    return {"variants": variants, "floor": floor, "documents": 80, "all_documents": 412}
+
+
+def _divergence(arm: str, precision: str) -> dict[str, Any]:
+    """Of the parent for what is quantized, of the baseline for the other arm."""
+
+    def told(mean: float) -> dict[str, Any]:
+        names = {"median_kl": 0.6, "p90_kl": 2.0, "p99_kl": 8.0, "max_kl": 40.0}
+        edges = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256]
+        worst = {
+            "kl": 40 * mean,
+            "block": 3,
+            "position": 17,
+            "context": "The capital of the country is\nthe city of",
+            "truth": " <Oslo>",
+            "reference": " Oslo",
+            "reference_probability": 0.91,
+            "other": " the",
+            "other_probability": 0.34,
+        }
+        return {
+            "tokens": 2048,
+            "mean_kl": mean,
+            **{name: mean * times for name, times in names.items()},
+            "top1_agreement": 1 - 2 * mean,
+            "top5_overlap": 1 - 3 * mean,
+            "by_position": [
+                {"start": start, "end": end, "tokens": 8 * (end - start), "mean_kl": mean / (1 + index)}
+                for index, (start, end) in enumerate(itertools.pairwise(edges))
+            ],
+            "worst": [worst],
+        }
+
+    kl = {"fp32": 0.0, "int8": 0.004, "int4": 0.06}[precision]
+    return {
+        "parent": told(kl) if kl else None,
+        "baseline": told(0.002 + kl / 2) if arm != "baseline" else None,
+    }
+
+
 def _survival(arm: str, precision: str, loss: tuple[float, float]) -> dict[str, Any]:
     """What is left of training in a bundle; the difference in loss is the sample's."""
     shares = {"base": 0.13 if precision == "int8" else 0.009}
@@ -304,6 +355,9 @@ def sample(loss: float = -0.0008, half: float = 0.0031) -> dict[str, Any]:
             "verify": {arm: {p: _verify(p) for p in onnx} for arm in ARMS},
             "accuracy": {arm: {p: _accuracy(arm, p, compared[p]) for p in PERPLEXITY} for arm in ARMS},
             "comparison": {"dispersed": compared},
+            "means": {"dispersed": {p: _mean(compared[p]) for p in PERPLEXITY}},
+            "noise": {p: _noise(floor) for p, floor in FLOOR.items()},
+            "divergence": {arm: {p: _divergence(arm, p) for p in onnx} for arm in ARMS},
             "survival": {arm: {p: _survival(arm, p, losses[p]) for p in ("int8", "int4")} for arm in ARMS},
             "latency": {
                 "device": "local",

@@ -121,3 +121,38 @@ def test_nothing_added_gives_no_number() -> None:
 
 def test_fewer_than_five_entries_overlap_fully() -> None:
     assert compare(np.array([[1.0, 2.0, 3.0]]), np.array([[3.0, 2.0, 1.0]]))["top5_overlap"] == 1.0
+
+
+def test_positions_and_blocks_are_those_of_the_batches() -> None:
+    reference, logits = two_models(tokens=48)
+    kl = rel_entr(softmax(reference.astype(np.float64), -1), softmax(logits.astype(np.float64), -1)).sum(-1)
+    found = Divergence()
+    found.add(reference[:16].reshape(2, 8, -1), logits[:16].reshape(2, 8, -1))
+    found.add(reference[16:24][None], logits[16:24][None])
+    found.add(reference[24:].reshape(3, 8, -1), logits[24:].reshape(3, 8, -1))
+    by_block = kl.reshape(6, 8)
+    told = [(one["start"], one["end"], one["tokens"]) for one in found.by_position()]
+    assert told == [(0, 1, 6), (1, 2, 6), (2, 4, 12), (4, 8, 24)]
+    for one in found.by_position():
+        assert one["mean_kl"] == pytest.approx(by_block[:, one["start"] : one["end"]].mean(), rel=1e-12)
+    worst = found.worst()
+    order = np.argsort(-kl)[:10]
+    assert [(one["block"], one["position"]) for one in worst] == [(k // 8, k % 8) for k in order.tolist()]
+    for one, k in zip(worst, order):
+        assert one["kl"] == pytest.approx(kl[k], rel=1e-12)
+        assert (one["reference_token"], one["other_token"]) == (reference[k].argmax(), logits[k].argmax())
+        assert one["reference_probability"] == pytest.approx(softmax(reference[k].astype(float)).max())
+        assert one["other_probability"] == pytest.approx(softmax(logits[k].astype(float)).max())
+
+
+def test_padding_has_no_position() -> None:
+    reference, logits = two_models(tokens=12)
+    mask = np.array([[1] * 6, [1, 1, 1, 0, 0, 0]])
+    found = Divergence()
+    found.add(reference.reshape(2, 6, -1), logits.reshape(2, 6, -1), mask)
+    assert sum(one["tokens"] for one in found.by_position()) == 9
+    assert all(one["block"] == 0 or one["position"] < 3 for one in found.worst())
+
+
+def test_nothing_added_has_no_positions() -> None:
+    assert Divergence().by_position() == Divergence().worst() == []

@@ -19,7 +19,7 @@ LAYERS = {
     "stages": 1, "console": 1,
     "pipeline": 2,
     "summary": 3, "single": 3, "instrument": 3, "follow": 3, "lm_eval_models": 3,
-    "plan": 4, "pilot": 4,
+    "comparison": 4, "plan": 4, "plan_text": 4, "pilot": 4,
     "cli": 5,
     "__main__": 6,
 }  # fmt: skip

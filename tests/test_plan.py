@@ -9,7 +9,8 @@ import graph_twins
 import pytest
 
 from edgedisp import BadInput, sources
-from edgedisp.plan import disk_bytes, make_plan, render
+from edgedisp.plan import disk_bytes, make_plan
+from edgedisp.plan_text import render
 from edgedisp.recipe import load
 
 RECIPE = """\

@@ -11,8 +11,10 @@ import pytest
 from report_sample import comparison, difference, sample, single_arm
 from scipy import stats
 
-from edgedisp.report.claims import FEWEST_DOCUMENTS, RULES, WIDEST_NULL, verdict
-from edgedisp.report.comparisons import Z95, Comparison, comparisons, headline, holm, normal_p
+from edgedisp.evaluate import power
+from edgedisp.evaluate.statistics import PERPLEXITY, paired
+from edgedisp.report.claims import FEWEST_DOCUMENTS, PUBLISHED_POINTS, RULES, WIDEST_NULL, verdict
+from edgedisp.report.comparisons import Z95, Comparison, comparisons, detectable, headline, holm, normal_p
 
 
 def entry(p: float) -> Comparison:
@@ -32,7 +34,60 @@ def test_every_interval_contains_zero_no_measurable_difference_at_this_budget() 
         "11 other",
     ):
         assert figure in said["sentence"]
-    assert "0.0031 nats per token (0.31 % of perplexity) or more could have been seen" in said["sentence"]
+    seen = "A difference of 0.0044 nats per token (0.44 % of perplexity) or more would be found 4 times"
+    assert f"{seen} out of 5." in said["sentence"]
+    points = "The mean of 2 tasks, 960 items at int4, would show 2.9 points or more; the smallest published"
+    assert f"{points} gain, 0.7 points, takes about 16,000 items." in said["sentence"]
+
+
+def test_a_difference_below_the_noise_floor_is_none() -> None:
+    summary = sample(-0.0081, 0.0028)
+    assert verdict(summary)["label"] == "helps"
+    summary["noise"]["int4"]["floor"] = 0.009
+    said = verdict(summary)
+    assert said["label"] == said["per_precision"]["int4"]["label"] == "no measurable difference"
+    assert "no larger than what two scorings of the same model differ by (0.009 nats" in said["parts"][0]
+
+
+def test_a_permutation_test_that_objects_is_heard() -> None:
+    summary = sample(-0.0081, 0.0080)
+    assert verdict(summary)["label"] == "helps"
+    summary["comparison"]["dispersed"]["int4"]["heldout_perplexity"]["p_value"] = 0.061
+    said = verdict(summary)
+    assert said["label"] == "no measurable difference" and "p = 0.061" in said["parts"][0]
+
+
+def test_without_a_difference_the_verdict_is_a_claim_at_most_one_time_in_twenty() -> None:
+    rng, repetitions = np.random.default_rng(11), 400
+    claims = 0
+    for repetition in range(repetitions):
+        summary = sample()
+        for precision, by_task in summary["comparison"]["dispersed"].items():
+            nll = rng.normal(3, 0.5, 30) * 100
+            pair = [
+                [{"id": k, "document": k, "nll": float(nll[k] + noise[k]), "tokens": 100} for k in range(30)]
+                for noise in rng.normal(0, 2.0, (2, 30))
+            ]
+            record = paired(*pair, PERPLEXITY, bootstrap=199, seed=repetition)
+            record |= {"arm": record.pop("dispersed"), "documents": 30}
+            by_task["heldout_perplexity"] = record
+            summary["noise"][precision]["floor"] = 0.0
+        claims += verdict(summary)["label"] in ("helps", "hurts")
+    assert claims <= 0.05 * repetitions + 2 * math.sqrt(0.05 * 0.95 * repetitions)
+    assert claims > 0
+
+
+def test_a_supporting_loss_below_the_noise_floor_is_not_counted() -> None:
+    summary = sample()
+    summary["comparison"]["dispersed"]["int8"] = comparison(-0.05, 0.001)
+    assert "1 excludes 0" in verdict(summary)["sentence"]
+    summary["noise"]["int8"]["floor"] = 0.06
+    assert "None of the 11 other paired intervals" in verdict(summary)["sentence"]
+
+
+def test_the_power_constants_are_those_of_the_normal_distribution() -> None:
+    assert detectable(1.0) == pytest.approx(power.of_interval(1.0), rel=1e-6)
+    assert PUBLISHED_POINTS == power.PUBLISHED_POINTS
 
 
 def test_interval_below_zero_helps_and_above_hurts() -> None:
@@ -116,7 +171,7 @@ def test_no_loss_compared_cannot_tell() -> None:
 
 
 def test_identical_arms_are_told_apart_from_unseen_differences() -> None:
-    assert "same loss on every document" in verdict(sample(0.0, 0.0))["sentence"]
+    assert "same loss everywhere" in verdict(sample(0.0, 0.0))["sentence"]
 
 
 def test_headline_is_the_loss_at_the_fewest_bits_compared() -> None:

@@ -13,7 +13,7 @@ from edgedisp import model
 from edgedisp.graph.export import export
 from edgedisp.graph.outline import cache_bytes, outline
 from edgedisp.graph.session import OnnxModel
-from edgedisp.plan import render
+from edgedisp.plan_text import render
 from edgedisp.quantize.account import account
 from edgedisp.quantize.grid import Grid
 from edgedisp.quantize.rewrite import quantize_bundle
@@ -153,7 +153,12 @@ def test_the_plan_shows_the_table() -> None:
         "kv_cache": {"laptop-x64": {"positions": 4096, "size_bytes": 188_743_680}},
     }
     planned = {"recipe": "r", "run": "x", "steps": 1, "tokens": 1, "threads": 1, "stages": []}
-    text = render({**planned, "estimate": None, "sizes": sizes, "sizes_unknown": None})
+    seen = {"items": 500, "seeds": 1, "differing": 0.06, "points": 3.07}
+    seen |= {"published_points": 0.7, "items_for_published": 9611}
+    planned |= {"estimate": None, "sizes": sizes, "sizes_unknown": None, "detectable": seen}
+    text = render(planned)
+    assert "with 500 items a task shows differences of 3.1 points or more" in text
+    assert "0.7 points, takes 9,611 items" in text and "seeds: 3 can" in text
     lines = [line.split() for line in text.splitlines()]
     assert ["embedding", "=", "head", "113.2"] in lines
     assert ["file", "222.0"] in lines and not any(line[:1] == ["mlp"] for line in lines)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgedisp import BuildFailed, data_folder, processes
+from edgedisp import BadInput, BuildFailed, data_folder, processes
 from edgedisp.cli.app import (
     JsonOption,
     OutOption,
@@ -54,11 +54,7 @@ def build(
 
         summary = publish(loaded, walked, run)
     _show(summary, run, as_json)
-    if missing := summary["missing_tasks"]:
-        raise BuildFailed(
-            f"the report is written, but {', '.join(missing)} could not be scored: "
-            f"{'; '.join(missing.values())}. The same command tries again and keeps the rest"
-        )
+    _end_if_missing(summary)
 
 
 def _show(summary: dict[str, Any], run: Path, as_json: bool) -> None:
@@ -91,7 +87,8 @@ def plan(
     """Say what a build would do: stages, which are done, steps, time, memory and disk."""
     from edgedisp.console import Screen
     from edgedisp.pipeline import run_folder
-    from edgedisp.plan import make_plan, render
+    from edgedisp.plan import make_plan
+    from edgedisp.plan_text import render
 
     loaded = load_recipe(recipe, set_, smoke)
     with Screen("plan") as screen:
@@ -152,24 +149,133 @@ def recipes() -> None:
 
 @app.command()
 def compare(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run folders, or their report.json files.")
+    subjects: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Run folders or report.json files; or two models or bundles."),
     ],
+    tasks: Annotated[
+        str | None, typer.Option(metavar="T,T,...", help="For two models: tasks or sets, such as small.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For two models: documents for the held-out tasks.")
+    ] = None,
+    tasks_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="For two models: your own lm-eval tasks.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="For two models: items of each task.")] = 200,
+    context: Annotated[int, typer.Option(min=8, help="For two models: tokens of a held-out window.")] = 256,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="For two models: the folder of the report."),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the comparison as a page.")] = None,
     as_json: JsonOption = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
 ) -> None:
-    """Print the before/after table of one or several runs."""
+    """Print the before/after table of runs, joined item by item, or of two models scored here."""
+    from edgedisp.comparison import is_run
+
+    runs = [path for path in subjects if is_run(path)]
+    if not runs and len(subjects) == 2:
+        names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+        _compare_models(subjects, names, text, tasks_path, limit, context, out, html, as_json, markdown)
+        return
+    if len(runs) < len(subjects):
+        other = next(path for path in subjects if not is_run(path))
+        raise BadInput(
+            f"{other}: holds no report.json, so it is no finished run; compare takes runs, or exactly two "
+            "model folders or bundles"
+        )
+    if given := [name for name, value in (("--tasks", tasks), ("--text", text), ("--out", out)) if value]:
+        raise BadInput(f"{given[0]}: is for two models; runs were scored when they were built")
+    _compare_runs(runs, html, as_json, markdown)
+
+
+def _compare_runs(runs: list[Path], html: Path | None, as_json: bool, markdown: bool) -> None:
     from edgedisp.report import compare as compare_runs
     from edgedisp.report import render_arms, render_markdown, render_text, verdict
     from edgedisp.summary import load
 
     summaries = [load(run) for run in runs]
     compared = compare_runs(summaries)
+    joint = None
+    if len(runs) > 1:
+        from edgedisp.comparison import joined
+
+        joint = joined(runs)
+    if html is not None:
+        _write_page(joint or summaries[0], html)
     if as_json:
-        typer.echo(json.dumps({"table": compared.as_json(), "verdicts": [verdict(one) for one in summaries]}))
+        found = {"table": compared.as_json(), "verdicts": [verdict(one) for one in summaries]}
+        if joint is not None:
+            found["joint"] = {key: joint[key] for key in ("arms", "comparison", "means", "apart")}
+        typer.echo(json.dumps(found, ensure_ascii=False))
         return
     typer.echo(render_markdown(compared) if markdown else render_text(compared, width()))
     for summary in summaries:
         typer.echo(f"\n{summary['name']}: {verdict(summary)['sentence']}")
-        if others := render_arms(summary, width()):
+        if joint is None and (others := render_arms(summary, width())):
             typer.echo(f"\n{others}")
+    if joint is not None:
+        typer.echo(f"\n{render_arms(joint, width())}")
+        for reason in joint["apart"]:
+            typer.echo(f"not paired: {reason}")
+
+
+def _compare_models(
+    subjects: list[Path],
+    names: list[str],
+    text: Path | None,
+    tasks_path: Path | None,
+    limit: int,
+    context: int,
+    out: Path | None,
+    html: Path | None,
+    as_json: bool,
+    markdown: bool,
+) -> None:
+    from edgedisp.comparison import folder_for, scored_pair
+    from edgedisp.console import Screen
+    from edgedisp.report import render_markdown, table, verdict
+
+    first, second = subjects
+    folder = out or folder_for(first, second, names, text)
+    with Screen(f"{first} and {second} -> {folder}") as screen:
+        summary = scored_pair(
+            first,
+            second,
+            names,
+            folder,
+            text=text,
+            tasks_path=tasks_path,
+            limit=limit,
+            context=context,
+            progress=screen.progress,
+        )
+    if html is not None:
+        _write_page(summary, html)
+    if markdown:
+        typer.echo(render_markdown(table(summary)))
+        typer.echo(verdict(summary)["sentence"])
+    else:
+        _show(summary, folder, as_json)
+    _end_if_missing(summary)
+
+
+def _write_page(summary: dict[str, Any], path: Path) -> None:
+    """The report as one page, with nothing beside it."""
+    from edgedisp.report import single_page
+
+    if not path.parent.is_dir():
+        raise BadInput(f"--html {path}: there is no folder {path.parent}")
+    path.write_text(single_page(summary), encoding="utf-8")
+    typer.echo(f"page: {path}", err=True)
+
+
+def _end_if_missing(summary: dict[str, Any]) -> None:
+    """Exit code 1 where a task could not be scored: all else is done, and told."""
+    if missing := summary["missing_tasks"]:
+        raise BuildFailed(
+            f"the report is written, but {', '.join(missing)} could not be scored: "
+            f"{'; '.join(missing.values())}. The same command tries again and keeps the rest"
+        )

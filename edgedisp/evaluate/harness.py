@@ -207,7 +207,8 @@ def _items(name: str, task: Any, samples: list[dict[str, Any]]) -> tuple[list[di
     marks: dict[int, str] = {}
     for sample in samples:
         number = sample["doc_id"]
-        marks[number] = f"{sample['doc_hash']} {sample['prompt_hash']} {sample['target_hash']}"
+        hashes = (sample["doc_hash"], sample["prompt_hash"], sample["target_hash"])
+        marks[number] = name_of(hashes)[:16]
         item = items.setdefault(number, {"id": f"{name}#{number}", "document": f"{name}#{number}"})
         if task.OUTPUT_TYPE == "multiple_choice":
             item |= _choice(task, sample)

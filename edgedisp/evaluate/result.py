@@ -22,7 +22,8 @@ class TaskResult(TypedDict):
 
     chance: the main metric's value for a model that guesses, where that is known. items: {id, document,
     value, weight, ...}; value and weight belong to the main metric. truncated: items whose context was cut
-    on the left to fit the model.
+    on the left to fit the model. An item's `asked` names what was asked of the model, so that items of two
+    results can be told to be the same.
     """
 
     task: str
@@ -74,7 +75,10 @@ def task_result(
         chance=chance,
         metrics=records,
         definitions={metric.name: asdict(metric) for metric in metrics},
-        items=[_with_value(item, metrics[0] if metrics else None) for item in items],
+        items=[
+            {**_with_value(item, metrics[0] if metrics else None), "asked": mark}
+            for item, mark in zip(items, fingerprints, strict=True)
+        ],
         items_sha256=_hash(items, fingerprints),
         truncated=truncated,
     )
@@ -113,6 +117,32 @@ def compare_task(
         "reason": "computed over the whole task, so the two cannot be paired",
     }
     return {**main, "metrics": metrics}
+
+
+def common(results: Sequence[TaskResult]) -> list[TaskResult]:
+    """The results of one task, each cut to the items that all of them hold; metrics stay those of the whole.
+
+    Raises ValueError when they hold no item in common, or belong to different tasks.
+    """
+    first = results[0]
+    if any(one["task"] != first["task"] for one in results):
+        raise ValueError(f"results of {' and '.join(one['task'] for one in results)} cannot be paired")
+    if len({one["items_sha256"] for one in results}) == 1:
+        return [*results]
+    # Results written before items told what was asked match no other's.
+    tables = [
+        {(item["id"], item.get("asked", f"result {place}")): item for item in one["items"]}
+        for place, one in enumerate(results)
+    ]
+    shared = [key for key in tables[0] if all(key in table for table in tables)]
+    if not shared:
+        raise ValueError(f"{first['task']}: no item in common")
+    chosen = [[table[key] for key in shared] for table in tables]
+    sha256 = _hash(chosen[0], [str(asked) for _, asked in shared])
+    return [
+        TaskResult(**{**one, "items": items, "n": len(items), "items_sha256": sha256})
+        for one, items in zip(results, chosen)
+    ]
 
 
 def _with_value(item: Mapping[str, Any], metric: Metric | None) -> dict[str, Any]:

@@ -7,7 +7,8 @@ opened and no run folder is read, so the same summary gives the same bytes.
     wording.py      how figures are written: digits, units, intervals
     before_after.py the table, of one run or several; footnotes.py: below it; rendering.py: as text, Markdown
     every_arm.py    all arms against the baseline, and the spread between seeds
-    comparisons.py  paired comparisons and Holm's correction; claims.py: the verdict, by written rules
+    comparisons.py  paired comparisons and Holm's correction; claims.py: the verdict, by written rules;
+                    saying.py: its words
     picture.py      a drawing as SVG, PNG, inline SVG; plots.py, plot_inside.py, plot_condensation.py,
                     plot_survival.py, plot_mixed.py, plot_scores.py, plot_divergence.py: drawings;
                     condensation_page.py: those of
@@ -69,7 +70,7 @@ The summary, every part of which may be absent or None:
                 weights_bytes, spread {figure: {low, high}}, warnings []}]}
     stages      [{name, seconds, kept}]
 
-All but `write` need the standard library alone, so that a command line can show a table at once.
+All but `write` and `single_page` need the standard library alone: a command line can show a table at once.
 """
 
 from __future__ import annotations
@@ -95,10 +96,18 @@ __all__ = [
     "render_arms",
     "render_markdown",
     "render_text",
+    "single_page",
     "table",
     "verdict",
     "write",
 ]
+
+
+def single_page(summary: Summary) -> str:
+    """The HTML page alone, pictures within."""
+    from edgedisp.report import page  # brings matplotlib and jinja2
+
+    return page.single(summary)
 
 
 def write(summary: Summary, out: Path) -> list[Path]:

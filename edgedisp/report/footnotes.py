@@ -28,8 +28,13 @@ def unlike(summaries: Sequence[Summary]) -> list[str]:
 
 
 def missing(summary: Summary) -> list[str]:
-    """Tasks that the recipe asked for and that could not be scored."""
-    return [f"Not scored: {reason}" for reason in branch(summary, "missing_tasks").values()]
+    """Which model the baseline is, where that is told; tasks that could not be scored, items not paired."""
+    apart = at(summary, "apart")
+    first = at(summary, "baseline_is")
+    named = [f"The baseline here is {first}."] if first else []
+    unpaired = [f"Not paired: {reason}." for reason in apart] if isinstance(apart, list) else []
+    unscored = [f"Not scored: {reason}" for reason in branch(summary, "missing_tasks").values()]
+    return [*named, *unscored, *unpaired]
 
 
 def at_chance(summary: Summary) -> list[str]:

@@ -65,6 +65,13 @@ def write(summary: Summary, out: Path) -> list[Path]:
     ]
 
 
+def single(summary: Summary) -> str:
+    """The page as text, without files beside it."""
+    clean, lost = finite(summary)
+    pictures = plots(clean)
+    return page(clean, _sections(clean, lost, set(pictures)), pictures)
+
+
 def _sections(summary: Summary, lost: list[str], drawn: set[str]) -> list[Section]:
     first = fairness(summary)
     last = [section for section in (stages(summary), reproduce(summary)) if not section.empty]

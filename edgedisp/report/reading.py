@@ -18,6 +18,8 @@ BASELINE, DISPERSED = "baseline", "dispersed"
 PRECISION = re.compile(r"torch|bf16|fp\d+|int\d+")
 CHANGES_FORWARD = ("neftune", "embedding_dropout")
 """Techniques that change what the model is given, so that an arm's first loss is not the baseline's."""
+GIVEN = "as given"
+"""The precision of a model that was not built here but handed over, as `edgedisp compare` takes it."""
 LABELS = {"torch": "torch fp32", "fp32": "onnx fp32"}
 
 
