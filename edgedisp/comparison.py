@@ -76,11 +76,12 @@ def joined(runs: Sequence[Path]) -> dict[str, Any]:
         for arm, label in _labels(place, summary, summaries)
     ]
     comparison, means, apart = _paired(found)
-    if not comparison:
-        raise BadInput(
-            f"{' and '.join(map(str, runs))}: no item in common: {'; '.join(apart) or 'no task in common'}. "
-            "Score both on the same text with the same tokenizer, context, seed and limit"
-        )
+    for place, run in enumerate(runs[1:], start=1):
+        if not any(one.label in comparison for one in found if one.run == place):
+            raise BadInput(
+                f"{runs[0]} and {run}: no item in common: {'; '.join(apart) or 'no task in common'}. Score "
+                "both on the same text with the same tokenizer, context and seed"
+            )
     first = summaries[0]
     joint: dict[str, Any] = {
         **{key: first[key] for key in ("model", "corpus", "machine", "versions", "seeds") if key in first},

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from tiny_build import write_recipe
 
 # The same examples on every run and machine: a red test must be about the change.
 settings.register_profile("fixed", derandomize=True)
@@ -70,3 +72,17 @@ def edgedisp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return Ended(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, tiny_folder: dict[str, Path]) -> tuple[Path, Path, Ended]:
+    """A finished build of the tiny recipe by the installed command: recipe, run folder, how it ended."""
+    from edgedisp import corpus
+
+    folder = tmp_path_factory.mktemp("build")
+    rows = [json.dumps({"text": document.text}) for document in corpus.made_documents(120, seed=3)]
+    (folder / "text.jsonl").write_text("\n".join(rows))
+    recipe = write_recipe(folder, tiny_folder["llama"], "text.jsonl")
+    command = [Path(sys.executable).parent / "edgedisp", "build", recipe, "--out", folder / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return recipe, folder / "run", Ended(done.returncode, done.stdout, done.stderr)

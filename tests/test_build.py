@@ -15,44 +15,10 @@ from pathlib import Path
 import onnx
 import pytest
 from conftest import Ended
+from tiny_build import write_recipe
 
 from edgedisp.folder import check_files, read
 from edgedisp.recipe import load
-
-RECIPE = """\
-name: tiny
-seed: 1
-model: {{base: {base}, architecture: llama}}
-data:
-  train: [{{source: {text}}}]
-  heldout: 20%
-  context: 64
-train: {{tokens: 2k, lr: 1e-3, batch: 4, checkpoint_every: 2, dispersion: {{weight: 0.1, tokens: 16}}}}
-verify: {{tokens: 64, int8_top1: 0, int8_kl: 1, int4_top1: 0, int4_kl: 5}}
-evaluate: {{limit: 6, perplexity_tokens: 500, bootstrap: 200}}
-targets: [phone-arm64]
-latency: {{prompt: 8, generate: 4, repetitions: 2, threads: 1}}
-"""
-
-
-def write_recipe(folder: Path, base: Path | str, text: Path | str) -> Path:
-    path = folder / "tiny.yaml"
-    path.write_text(RECIPE.format(base=base, text=text))
-    return path
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, tiny_folder: dict[str, Path]) -> tuple[Path, Path, Ended]:
-    """A finished build of the tiny recipe by the installed command: recipe, run folder, how it ended."""
-    from edgedisp import corpus
-
-    folder = tmp_path_factory.mktemp("build")
-    rows = [json.dumps({"text": document.text}) for document in corpus.made_documents(120, seed=3)]
-    (folder / "text.jsonl").write_text("\n".join(rows))
-    recipe = write_recipe(folder, tiny_folder["llama"], "text.jsonl")
-    command = [Path(sys.executable).parent / "edgedisp", "build", recipe, "--out", folder / "run"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return recipe, folder / "run", Ended(done.returncode, done.stdout, done.stderr)
 
 
 def test_a_build_ends_with_the_report_and_exit_code_0(built: tuple[Path, Path, Ended]) -> None:
@@ -145,7 +111,7 @@ def test_an_unchanged_recipe_runs_nothing_and_says_what_it_kept(built: tuple[Pat
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "kept 40 finished stages: base, corpus, items" in done.stderr
+    assert "kept 49 finished stages: base, corpus, items" in done.stderr
     assert "no torch" in done.stderr
     assert done.stdout.splitlines()[-1] == f"report: {run / 'report.html'}"
 
@@ -164,8 +130,8 @@ def test_a_changed_precision_retrains_nothing(built, tmp_path, edgedisp) -> None
     assert ended.code == 0, ended
     ran = {line.split("] ")[1].split(":")[0] for line in ended.err.splitlines() if ": done in" in line}
     arms = ("baseline", "dispersed")
-    again = ("int4", "survival-int4", "verify-int4", "condensation-int4", "accuracy-int4")
-    expected = {f"{arm}/{stage}" for arm in arms for stage in again}
+    again = ("int4", "survival-int4", "verify-int4", "condensation-int4", "accuracy-int4", "divergence-int4")
+    expected = {f"{arm}/{stage}" for arm in arms for stage in again} | {"baseline/noise-int4"}
     assert ran == {*expected, "latency", "baseline/phone-arm64", "dispersed/phone-arm64"}
     after = read(run / "dispersed" / "model")
     assert before and after and before.content == after.content

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import Ended
-from test_build import write_recipe
+from tiny_build import write_recipe
 
 from edgedisp.folder import read
 from edgedisp.report.page import report_json
