@@ -16,8 +16,13 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import cells
+import study
+from record import write
+
+from edgedisp.recipe import Recipe
 
 
 def main() -> None:
@@ -41,6 +46,28 @@ def main() -> None:
         cells.make(name, recipe, run, asked.work / recipe.name, made)
         cells.save(made, path)
         print(f"{name}: {made['cells'][name]['seconds']:.0f} s", file=sys.stderr)
+    publish(chosen, made, asked.work if asked.smoke else cells.RESULTS)
+
+
+def publish(chosen: dict[str, Recipe], made: dict[str, Any], folder: Path) -> None:
+    """The tables and the picture of all cells so far."""
+    found = study.results(made)
+    rows = study.rows_of(found, made)
+    said = study.said_of(found, made)
+    planned = sum(len(recipe.arm_runs) for recipe in chosen.values())
+    tokens, seeds = chosen[cells.PLAIN].train.tokens, sorted({seed for *_, seed in found})
+    hours = sum(cell["seconds"] for cell in made["cells"].values()) / 3600
+    machines = sorted({cell["machine"] for cell in made["cells"].values()})
+    about = (
+        f"{len(found)} of {planned} cells: {tokens:,} training tokens each, seeds {seeds}, {hours:.1f} "
+        f"hours on {', '.join(machines)}. Made by `benchmarks/before_after.py`."
+    )
+    text = study.markdown(rows, said, about)
+    (folder / "before_after.md").write_text(text, encoding="utf-8")
+    study.draw(rows, folder / "before_after.svg")
+    print(text)
+    if folder == cells.RESULTS:
+        write("before_after", study.figures_of(rows), rows, verdicts=said, about=about)
 
 
 if __name__ == "__main__":
