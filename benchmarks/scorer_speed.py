@@ -9,7 +9,7 @@ bundle, `edgedisp-torch` and lm-eval's `hf` (batches of 8, fp32) on one folder, 
 A ratio is the median over rounds of the times of one round, and comes with its interval.
 
 The choices must agree. In int8 arithmetic they do but for near ties, so the share of items with the same
-choice is told beside the accuracies.
+choice is told beside the accuracies; and with `--exact BUNDLE`, a bundle in fp32 arithmetic, it must be all.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="a Hugging Face folder")
     parser.add_argument("--bundle", type=Path, required=True, help="a bundle of it")
+    parser.add_argument("--exact", type=Path, help="a bundle in fp32: both backends must choose alike")
     parser.add_argument("--items", type=int, default=40, help="of each task")
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
@@ -134,6 +135,11 @@ def main() -> None:
         for number, name in turns(list(subjects), asked.rounds):
             times[name].append(scored(subjects[name], manager)[0])
             print(f"round {number + 1} of {asked.rounds}: {name} {times[name][-1]:.1f} s", file=sys.stderr)
+        if asked.exact is not None:
+            exact = [
+                scored(lm_eval_models.OnnxHarnessModel(str(asked.exact), threads), manager)[1],
+                scored(get_model("onnxruntime-genai")(pretrained=str(asked.exact)), manager)[1],
+            ]
     requests = 6 * asked.items
     figures, rows = {"items": 2 * asked.items, "requests": requests, "threads": threads}, []
     for ours, theirs in PAIRS.items():
@@ -145,6 +151,8 @@ def main() -> None:
         figures[f"items_per_s_ratio_lm_eval_{short}"] = ratio["ratio"]
         figures[f"same_choice_{short}"] = sum(same) / len(same)
         rows.append({"ours": ours, "theirs": theirs, "ratio": ratio})
+    if asked.exact is not None:
+        figures["same_choice_genai_fp32"] = float(exact[0] == exact[1])
     for name in subjects:
         middle = sorted(times[name])[len(times[name]) // 2]
         rows.append({"name": name, "seconds": times[name], "requests_per_s": requests / middle,

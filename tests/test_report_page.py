@@ -203,6 +203,26 @@ def test_markdown_links_only_pictures_that_exist(made: Path) -> None:
     assert all((made / link).is_file() for link in links)
 
 
+def test_the_verdict_of_each_precision_is_told_at_the_top(made: Path) -> None:
+    said = "Held-out loss by precision: torch fp32: no measurable difference; onnx fp32: no measurable"
+    for name in ("report.html", "report.md"):
+        assert said in (made / name).read_text()[:20_000]
+
+
+def test_divergence_and_noise_are_told_with_the_worst_tokens_escaped(made: Path) -> None:
+    text = (made / "report.html").read_text()
+    assert "“ &lt;Oslo&gt;”" in text and "<Oslo>" not in text
+    assert "noise floor, nats" in text and "Divergence by position" in text
+
+
+def test_items_that_were_cut_are_told() -> None:
+    summary = sample()
+    for by_precision in summary["accuracy"].values():
+        for by_task in by_precision.values():
+            by_task["heldout_cloze"]["truncated"] = 7
+    assert any("heldout_cloze: 7 requests of its 480 items" in note for note in table(summary).notes)
+
+
 def test_infinite_figures_are_told_and_not_written(tmp_path: Path) -> None:
     summary = sample()
     summary["accuracy"]["dispersed"]["int4"]["heldout_perplexity"]["value"] = float("inf")

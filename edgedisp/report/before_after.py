@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from edgedisp.report.footnotes import at_chance, missing, unlike
+from edgedisp.report.footnotes import at_chance, cut_short, missing, unlike
 from edgedisp.report.reading import (
     BASELINE,
     DISPERSED,
@@ -169,7 +169,11 @@ def compare(summaries: Sequence[Summary], every_arm: bool = False) -> Table:
     rows = [row for title, summary in zip(titles, summaries) for row in _rows(title, summary)]
     candidates = [*_task_metrics(summaries), *COSTS]
     metrics = tuple(metric for metric in candidates if _present(metric.key, rows))
-    each = (note for summary in summaries for note in [*missing(summary), *at_chance(summary)])
+    each = (
+        note
+        for summary in summaries
+        for note in [*missing(summary), *at_chance(summary), *cut_short(summary)]
+    )
     notes = [*unlike(summaries), *each]
     against = dict.fromkeys(arm for summary in summaries if (arm := focus(summary)))
     return Table(

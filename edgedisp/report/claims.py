@@ -43,6 +43,7 @@ from edgedisp.report.reading import (
     bits,
     first_losses,
     focus,
+    label,
     seeds,
 )
 from edgedisp.report.saying import PUBLISHED_POINTS, WIDEST_NULL
@@ -156,6 +157,13 @@ def _too_small(summary: Summary, arm: str, first: Comparison | None) -> str:
     if not first.excludes_zero and first.half_width > widest:
         return saying.too_wide(first)
     return ""
+
+
+def by_precision(said: dict[str, Any]) -> str:
+    """`torch fp32: helps; int4: no measurable difference`; empty for a single precision."""
+    found = said["per_precision"]
+    told = "; ".join(f"{label(name)}: {one['label']}" for name, one in found.items())
+    return told if len(found) > 1 else ""
 
 
 def _per_precision(

@@ -38,7 +38,7 @@ def missing(summary: Summary) -> list[str]:
 
 
 def at_chance(summary: Summary) -> list[str]:
-    """Tasks where every arm's interval contains the chance level say nothing at that precision."""
+    """Tasks where no arm is above the chance level, its interval reaching down to it, say nothing there."""
     found: dict[str, list[str]] = {}
     for precision in precisions(summary):
         for task, result in tasks(summary).items():
@@ -46,8 +46,21 @@ def at_chance(summary: Summary) -> list[str]:
             paths = [("accuracy", arm, precision, task) for arm in arms(summary)]
             ends = [[number(at(summary, *path, end)) for end in ("low", "high")] for path in paths]
             known = [(low, high) for low, high in ends if low is not None and high is not None]
-            if chance is not None and known and all(low <= chance <= high for low, high in known):
+            if chance is not None and known and all(low <= chance for low, _ in known):
                 found.setdefault(f"{task} is at chance ({100 * chance:.0f} %)", []).append(label(precision))
     return [
         f"{what} in every arm at {', '.join(where)}: it says nothing there." for what, where in found.items()
     ]
+
+
+def cut_short(summary: Summary) -> list[str]:
+    """Tasks of which some items were longer than the model's context; alike for all arms and precisions."""
+    found = []
+    for task, result in tasks(summary).items():
+        count, items = number(result.get("truncated")), number(result.get("n"))
+        if count and items:
+            found.append(
+                f"{task}: {count:.0f} requests of its {items:.0f} items were longer than the context and "
+                "lost tokens on the left."
+            )
+    return found

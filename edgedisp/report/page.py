@@ -26,7 +26,7 @@ from edgedisp.report.before_after import (
     table,
     value_text,
 )
-from edgedisp.report.claims import verdict
+from edgedisp.report.claims import by_precision, verdict
 from edgedisp.report.picture import Plot, arm_class, inline_svgs, save
 from edgedisp.report.plots import NAMES, plots
 from edgedisp.report.provenance import fairness, limits, reproduce, stages
@@ -100,12 +100,13 @@ def page(summary: Summary, sections: list[Section], pictures: dict[str, Plot]) -
     )
     environment.filters["minus"] = typographic
     source = resources.files("edgedisp.report").joinpath("report.html.j2").read_text(encoding="utf-8")
-    built = table(summary)
+    built, said = table(summary), verdict(summary)
     return environment.from_string(source).render(
         title=run_title(summary),
         facts=subtitle(summary),
         smoke=bool(at(summary, "smoke")),
-        verdict=verdict(summary),
+        verdict=said,
+        by_precision=by_precision(said),
         table=built,
         rows=[_row_view(built, index) for index in range(len(built.rows))],
         legend=any(
@@ -178,6 +179,8 @@ def markdown(summary: Summary, sections: list[Section], pictures: dict[str, Plot
     blocks.append(" · ".join(map(escape_markdown, subtitle(summary))))
     first, *rest = said["parts"]
     blocks.append(f"**{escape_markdown(first)}** {escape_markdown(' '.join(rest))}".rstrip())
+    if each := by_precision(said):
+        blocks.append(escape_markdown(f"Held-out loss by precision: {each}."))
     blocks.append(render_markdown(table(summary)).rstrip())
     blocks += [block for section in sections for block in _section_markdown(section, pictures)]
     return "\n\n".join(block for block in blocks if block) + "\n"
