@@ -180,6 +180,7 @@ def _detectable(recipe: Recipe) -> dict[str, Any]:
         "seeds": recipe.seeds,
         "differing": power.DIFFERING,
         "points": 100 * power.of_items(recipe.evaluate.limit),
+        "nats": {name: power.of_documents(recipe.evaluate.limit, name) for name in recipe.precisions},
         "published_points": power.PUBLISHED_POINTS,
         "items_for_published": power.items_for(power.PUBLISHED_POINTS / 100),
     }

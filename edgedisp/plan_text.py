@@ -88,6 +88,8 @@ def _detectable_lines(found: dict[str, Any]) -> list[str]:
         f"  ({seeds}; assumed: the arms answer {differing} of the items differently; "
         "the report tells what was measured)",
     ]
+    nats = ", ".join(f"{size:.2g} at {name}" for name, size in found["nats"].items())
+    lines.append(f"  held-out loss of {found['items']:,} documents shows {nats}, in nats per token")
     if found["seeds"] == 1:
         lines.append("  one seed cannot tell a gain from the luck of training: seeds: 3 can")
     return lines

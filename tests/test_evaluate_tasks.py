@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from edgedisp import BadInput
+from edgedisp.evaluate import heldout
+from edgedisp.evaluate.sets import SETS, expand
 from edgedisp.evaluate.tasks import check_tasks
+from edgedisp.recipe.kinds import TASK_SETS
 
 
 def test_held_out_names_need_no_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,3 +58,18 @@ def test_unknown_names_get_the_nearest_ones_of_lm_eval_and_of_the_folder(tmp_pat
     assert "arc_esy, qwerty_zebr: no such task" in message
     assert "arc_easy" in message
     assert "qwerty_zebra" in message
+
+
+def test_every_task_of_a_set_exists_and_the_recipe_knows_the_same_sets() -> None:
+    check_tasks([*SETS])
+    assert tuple(SETS) == TASK_SETS
+    assert expand(["heldout_cloze", "heldout", "small", "arc_easy"]) == [
+        "heldout_cloze",
+        *(task for task in heldout.TASKS if task != "heldout_cloze"),
+        *SETS["small"],
+    ]
+
+
+def test_a_misspelt_set_is_guessed() -> None:
+    with pytest.raises(BadInput, match=r"smal: no such task.*did you mean small"):
+        check_tasks(["smal"])

@@ -154,10 +154,11 @@ def test_the_plan_shows_the_table() -> None:
     }
     planned = {"recipe": "r", "run": "x", "steps": 1, "tokens": 1, "threads": 1, "stages": []}
     seen = {"items": 500, "seeds": 1, "differing": 0.06, "points": 3.07}
-    seen |= {"published_points": 0.7, "items_for_published": 9611}
+    seen |= {"published_points": 0.7, "items_for_published": 9611, "nats": {"int4": 0.0065}}
     planned |= {"estimate": None, "sizes": sizes, "sizes_unknown": None, "detectable": seen}
     text = render(planned)
     assert "with 500 items a task shows differences of 3.1 points or more" in text
+    assert "loss of 500 documents shows 0.0065 at int4" in text
     assert "0.7 points, takes 9,611 items" in text and "seeds: 3 can" in text
     lines = [line.split() for line in text.splitlines()]
     assert ["embedding", "=", "head", "113.2"] in lines

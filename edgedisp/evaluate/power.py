@@ -24,8 +24,13 @@ POWER = 0.8
 CONFIDENCE = 0.95
 
 DIFFERING = 0.06
-"""Share of 0/1 items that two models trained alike answer differently: of 0.5 to 10 % measured on
+"""Share of 0/1 items that two models trained alike answer differently: of 0.5 to 7 % measured on
 SmolLM2-135M and the quickstart's text (benchmarks/results/before_after.json), a high one."""
+
+DOCUMENT_SD = {"fp32": 0.0023, "int8": 0.0105, "int4": 0.052}
+"""By how much documents of 100 tokens differ in what the arms' difference in loss is on them: the standard
+deviation in nats per token, measured in the same study. Rounding falls differently in each arm: that is what
+most of it is at int4."""
 
 PUBLISHED_POINTS = 0.7
 """The smallest of the published gains of dispersion, in points of a mean over ten tasks (GPT-2: 34.95 to
@@ -45,6 +50,11 @@ def of_interval(half_width: float, confidence: float = CONFIDENCE) -> float:
 def of_items(items: int, differing: float = DIFFERING) -> float:
     """The difference between two accuracies, in [0, 1], that so many paired items show."""
     return min(1.0, factor() * math.sqrt(differing / items))
+
+
+def of_documents(documents: int, precision: str) -> float:
+    """The difference in held-out loss, nats per token, that so many documents show."""
+    return factor() * DOCUMENT_SD[precision] / math.sqrt(documents)
 
 
 def items_for(effect: float, differing: float = DIFFERING) -> int:
