@@ -84,7 +84,8 @@ def joined(runs: Sequence[Path]) -> dict[str, Any]:
             )
     first = summaries[0]
     joint: dict[str, Any] = {
-        **{key: first[key] for key in ("model", "corpus", "machine", "versions", "seeds") if key in first},
+        **{key: first[key] for key in ("machine", "versions", "seeds") if key in first},
+        "runs": [_about(summary) for summary in summaries],
         "name": " and ".join(dict.fromkeys(summary["name"] for summary in summaries)),
         "smoke": any(summary.get("smoke") for summary in summaries),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -103,6 +104,13 @@ def joined(runs: Sequence[Path]) -> dict[str, Any]:
     for part in PARTS:
         joint[part] = {one.label: summaries[one.run].get(part, {}).get(one.arm, {}) for one in found}
     return joint
+
+
+def _about(summary: dict[str, Any]) -> dict[str, Any]:
+    """What a run was made from."""
+    model_, text = summary["model"], summary["corpus"]
+    found = {"title": run_title(summary), "base": model_["base"], "weights_sha256": model_["weights_sha256"]}
+    return found | {key: text[key] for key in ("tokens_sha256", "context", "heldout_documents")}
 
 
 def _labels(

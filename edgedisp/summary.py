@@ -152,6 +152,7 @@ class _Scored:
     def __init__(self, recipe: Recipe, walked: list[Walked]) -> None:
         self.recipe = recipe
         self.records = {step.name: step.record for step in walked}
+        self._pairs: dict[tuple[str, str, str], dict[str, Any]] = {}  # thousands of resamples each
 
     def arm(self, arm: str, precision: str) -> dict[str, Any]:
         """Task -> the arm's result over all seeds, without items."""
@@ -162,11 +163,14 @@ class _Scored:
 
     def pair(self, before: str, after: str, precision: str) -> dict[str, Any]:
         """Task -> the paired comparison of two arms over all seeds."""
-        by_seed = list(zip(self.items(before, precision), self.items(after, precision), strict=True))
-        return {
-            task: compare_tasks([(left[task], right[task]) for left, right in by_seed], **self._options)
-            for task in by_seed[0][0]
-        }
+        asked = before, after, precision
+        if asked not in self._pairs:
+            by_seed = list(zip(self.items(before, precision), self.items(after, precision), strict=True))
+            self._pairs[asked] = {
+                task: compare_tasks([(left[task], right[task]) for left, right in by_seed], **self._options)
+                for task in by_seed[0][0]
+            }
+        return self._pairs[asked]
 
     def survival(self, before: str, after: str, precision: str) -> dict[str, Any]:
         """Task -> what quantization leaves of the difference between two arms, for tasks that are losses."""

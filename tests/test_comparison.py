@@ -120,6 +120,7 @@ def test_the_joint_page_and_table_name_every_arm(
     ended = edgedisp("compare", run, fewer, "--html", page)
     assert ended.code == 0 and "not paired: " in ended.out
     assert "dispersed of tiny" in ended.out and "dispersed of tiny" in page.read_text()
+    assert "The runs, joined on the items" in page.read_text()
     found = json.loads(edgedisp("compare", run, fewer, "--json").out)
     assert set(found["joint"]["comparison"]) == set(found["joint"]["arms"]) - {"baseline"}
     assert edgedisp("compare", run, "--html", tmp_path / "no" / "where.html").code == 2

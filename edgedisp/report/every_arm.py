@@ -56,6 +56,11 @@ def every_arm(summary: Summary, plots: tuple[str, ...]) -> Section:
         + (" of its seed" if several else "")
         + ". What it adds is told beside its name."
     )
+    if at(summary, "runs"):
+        lead = (
+            "Arms of several runs, each trained as its recipe says, against the baseline of the first on the "
+            "items that both were asked."
+        )
     lead += f" Each was trained with {seeds(summary)} seeds." if several else ""
     grids = [*_task_grids(summary, found), *([_luck_grid(found)] if several else []), _all_grid(found)]
     notes = [*_exempt(summary), *([LUCK, FIRST_SEED] if several else [])]

@@ -65,7 +65,9 @@ def fairness(summary: Summary) -> Section:
     )
     facts = tuple((name, str(value)) for name, value in pairs if value)
     grids = []
-    if focus(summary) is not None:
+    if at(summary, "runs"):
+        return Section("fairness", "What was compared", grids=(_runs_grid(summary),))
+    if focus(summary) is not None and at(summary, "baseline_is") is None:
         grids.append(
             Grid(("condition", "holds", "evidence"), _shared(summary), "Is the comparison fair?", (0, 1, 2))
         )
@@ -73,6 +75,17 @@ def fairness(summary: Summary) -> Section:
     if settings.rows:
         grids.append(settings)
     return Section("fairness", "What was compared", facts=facts, grids=tuple(grids))
+
+
+def _runs_grid(summary: Summary) -> Grid:
+    """The runs of a joint summary: they may differ in anything, and the items that were paired do not."""
+    rows = []
+    for run in summary["runs"]:
+        sizes = (_known(run.get(key)) or MISSING for key in ("context", "heldout_documents"))
+        hashes = (short_hash(run.get(key)) for key in ("weights_sha256", "tokens_sha256"))
+        rows.append((str(run.get("title")), str(run.get("base") or MISSING), *hashes, *sizes))
+    head = ("run", "base model", "its weights", "training text", "context", "held-out documents")
+    return Grid(head, tuple(rows), "The runs, joined on the items that both were asked", (0, 1, 2, 3))
 
 
 def _known(value: Any) -> str | None:
