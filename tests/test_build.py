@@ -414,3 +414,43 @@ def test_a_full_disk_ends_with_1_and_the_next_run_continues(edgedisp, recipe, tm
         assert "kept" in again.err
     finally:
         subprocess.run(["umount", "-l", small], check=False)
+
+
+FAR = """
+task: far_away
+dataset_path: no-such/set
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: gold
+"""
+
+
+def test_a_task_whose_data_cannot_be_had_is_named_and_the_rest_goes_on(  # type: ignore[no-untyped-def]
+    built, tmp_path, edgedisp, monkeypatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    import huggingface_hub
+
+    from edgedisp.evaluate import catalog
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(catalog, "HUB_TIMEOUT_S", 1.0)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    recipe, run = copy_of(built, tmp_path)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "far.yaml").write_text(FAR)
+    words = ["build", recipe, "--out", run, "--set", "evaluate.tasks_path=tasks"]
+    words += ["--set", "evaluate.tasks=[heldout_perplexity, far_away]"]
+    ended = edgedisp(*words)
+    assert ended.code == 1, ended
+    assert "far_away could not be scored: far_away cannot be loaded" in ended.err
+    assert "Not scored: far_away" in (run / "report.md").read_text()
+    assert "perplexity" in ended.out and f"report: {run / 'report.html'}" in ended.out
+    again = edgedisp(*words)
+    assert again.code == 1
+    ran = {line.split("] ")[1].split(":")[0] for line in again.err.splitlines() if ": done in" in line}
+    assert ran == {"items"}  # tried again; as nothing new was found, all else is kept
+    alone = edgedisp(*words[:-1], "evaluate.tasks=[far_away]")
+    assert alone.code == 2 and "far_away cannot be loaded" in alone.err
