@@ -11,7 +11,7 @@ import pytest
 from conftest import Ended
 
 from edgedisp import BadInput, corpus
-from edgedisp.comparison import joined
+from edgedisp.comparison.runs import joined
 from edgedisp.evaluate.result import common, compare_task
 from edgedisp.evaluate.statistics import PERPLEXITY, paired
 

@@ -200,7 +200,7 @@ def _compare_runs(runs: list[Path], html: Path | None, as_json: bool, markdown: 
     compared = compare_runs(summaries)
     joint = None
     if len(runs) > 1:
-        from edgedisp.comparison import joined
+        from edgedisp.comparison.runs import joined
 
         joint = joined(runs)
     if html is not None:
@@ -234,7 +234,7 @@ def _compare_models(
     as_json: bool,
     markdown: bool,
 ) -> None:
-    from edgedisp.comparison import folder_for, scored_pair
+    from edgedisp.comparison.models import folder_for, scored_pair
     from edgedisp.console import Screen
     from edgedisp.report import render_markdown, table, verdict
 

@@ -1,0 +1,135 @@
+"""Two models that need no build: a Hugging Face folder or a bundle, from anywhere, scored on the same items.
+
+The folder of the comparison keeps the scores, so that an interrupted one continues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from edgedisp import BadInput, Progress, corpus, model
+from edgedisp.bench.machine import describe, physical_cores
+from edgedisp.comparison.pairing import Scored, averaged, paired_with_first
+from edgedisp.evaluate import tasks
+from edgedisp.evaluate.kept import Kept
+from edgedisp.evaluate.sets import expand
+from edgedisp.folder import check_files, digest, git_commit, write_json
+from edgedisp.graph.session import OnnxModel
+from edgedisp.report import write as write_report
+from edgedisp.report.reading import GIVEN
+from edgedisp.stages.figures import scored_name
+from edgedisp.summary import BASELINE
+
+
+def scored_pair(
+    first: Path,
+    second: Path,
+    names: Sequence[str],
+    out: Path,
+    *,
+    text: Path | None,
+    tasks_path: Path | None,
+    limit: int,
+    context: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Score two models or bundles on the same items, write a report of it into `out`, return its summary.
+
+    `text`: documents for the held-out tasks. Raises BadInput for what is no model, for tasks that do not
+    exist or whose data cannot be had, and for models without an item in common.
+    """
+    folders = [_checked(first), _checked(second)]
+    chosen = [*names] or (["heldout"] if text is not None else [])
+    if not chosen:
+        raise BadInput(
+            "--tasks: say what to compare the models on, such as small; or --text FILE for held-out text"
+        )
+    documents = [] if text is None else corpus.read_documents(text)
+    if text is None and (held := [name for name in expand(chosen) if name.startswith("heldout")]):
+        raise BadInput(f"--tasks {held[0]}: is made from text; name a file of documents with --text")
+    labels = _short(first, second)
+    suites = []
+    for folder in folders:
+        tokenizer = model.load_tokenizer(folder)
+        suite = tasks.prepare(
+            tokenizer,
+            chosen,
+            documents,
+            end_of_text=model.end_of_text_id(tokenizer),
+            context=context,
+            limit=limit,
+            tasks_path=tasks_path,
+        )
+        suites.append(suite)
+    out.mkdir(parents=True, exist_ok=True)  # from here on there are scores to keep
+    found = []
+    threads = physical_cores()
+    for folder, label, suite in zip(folders, labels, suites):
+        with closing(Kept(out / "scores.sqlite", scored_name(folder, threads))) as kept:
+            results = suite.run(_opened(folder, threads), kept=kept, progress=_named(progress, label))
+        found.append(Scored(label, 0, label, {GIVEN: [results]}))
+    comparison, means, apart = paired_with_first(found)
+    if not comparison:
+        raise BadInput(f"{first} and {second}: no item in common: {'; '.join(apart)}")
+    summary = {
+        "name": f"{labels[1]} against {labels[0]}",
+        "smoke": False,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": f"edgedisp compare {first} {second} --tasks {','.join(chosen)}",
+        "machine": {key: value for key, value in describe().items() if key != "packages"},
+        "git_commit": git_commit(),
+        "arms": [BASELINE, labels[1]],
+        "precisions": [GIVEN],
+        "baseline_is": labels[0],
+        "corpus": {"context": context},
+        "accuracy": {name: averaged(one) for name, one in zip((BASELINE, labels[1]), found)},
+        "comparison": comparison,
+        "means": means,
+        "missing_tasks": {task: why for suite in suites for task, why in suite.missing.items()},
+        "apart": apart,
+    }
+    write_json(out / "items.json", {one.label: one.by_precision[GIVEN][0] for one in found})
+    write_report(summary, out)
+    return summary
+
+
+def folder_for(first: Path, second: Path, chosen: Sequence[str], text: Path | None) -> Path:
+    """Where a comparison of two models is kept unless --out says so."""
+    key = digest([str(first.resolve()), str(second.resolve()), [*chosen], str(text)])[:8]
+    names = [label.replace("/", "-") for label in _short(first, second)]
+    return Path("comparisons") / f"{'-'.join(names)}-{key}"
+
+
+def _checked(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; compare takes runs, Hugging Face folders and bundles")
+    if not any((folder / name).is_file() for name in ("config.json", "model.onnx")):
+        raise BadInput(
+            f"{folder}: is no run (no report.json), no model (no config.json) and no bundle (no model.onnx)"
+        )
+    check_files(folder)
+    return folder
+
+
+def _opened(folder: Path, threads: int) -> Any:
+    if (folder / "model.onnx").is_file():
+        return OnnxModel(folder, threads)
+    return model.TorchModel(model.load(folder), threads)
+
+
+def _short(first: Path, second: Path) -> list[str]:
+    """The shortest endings of both paths that differ; a folder against itself is numbered."""
+    parts = [path.resolve().parts for path in (first, second)]
+    for depth in range(1, max(map(len, parts)) + 1):
+        short = ["/".join(part[-depth:]) for part in parts]
+        if short[0] != short[1]:
+            return short
+    return [f"{first.name} (1)", f"{first.name} (2)"]
+
+
+def _named(progress: Progress, label: str) -> Progress:
+    return lambda done, total, note: progress(done, total, f"{label}: {note}")

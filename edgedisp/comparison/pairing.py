@@ -1,0 +1,74 @@
+"""Results of several trainings, paired with those of the first, item by item."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgedisp.evaluate.means import mean_difference
+from edgedisp.evaluate.result import TaskResult, common
+from edgedisp.evaluate.seeds import average_task, compare_tasks
+from edgedisp.summary import renamed
+
+Results = dict[str, TaskResult]
+Pair = tuple[TaskResult, TaskResult]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One arm of one run: its name in the joint summary, and its results by precision and seed."""
+
+    label: str
+    run: int
+    arm: str
+    by_precision: dict[str, list[Results]]
+
+
+def averaged(one: Scored) -> dict[str, Any]:
+    return {
+        precision: {task: average_task([results[task] for results in by_seed]) for task in by_seed[0]}
+        for precision, by_seed in one.by_precision.items()
+    }
+
+
+def paired_with_first(found: Sequence[Scored]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The comparisons of all others with the first, the means over their tasks, and what was left out."""
+    first, *others = found
+    comparison: dict[str, Any] = {}
+    means: dict[str, Any] = {}
+    apart: list[str] = []
+    for other in others:
+        for precision in (name for name in first.by_precision if name in other.by_precision):
+            seeds = list(zip(first.by_precision[precision], other.by_precision[precision]))
+            pairs, why = _alike(seeds)
+            apart += [f"{other.label}, {reason}" for reason in why]
+            if not pairs:
+                continue
+            entries = {task: compare_tasks(pair) for task, pair in pairs.items()}
+            named = {task: renamed(entry) for task, entry in entries.items()}
+            comparison.setdefault(other.label, {})[precision] = named
+            before, after = ({task: pair[0][side] for task, pair in pairs.items()} for side in (0, 1))
+            if (mean := mean_difference(before, after, entries)) is not None:
+                means.setdefault(other.label, {})[precision] = mean
+    return comparison, means, list(dict.fromkeys(apart))
+
+
+def _alike(seeds: Sequence[tuple[Results, Results]]) -> tuple[dict[str, list[Pair]], list[str]]:
+    """task -> for each seed both results, cut to the items that all were asked; and why tasks are missing."""
+    pairs: dict[str, list[Pair]] = {}
+    why: list[str] = []
+    first, second = seeds[0]
+    for task in first:
+        if task not in second:
+            continue
+        every = [results[task] for pair in seeds for results in pair]
+        try:
+            cut = common(every)
+        except ValueError as problem:
+            why.append(f"{problem} (other text, tokenizer, context or seed)")
+            continue
+        if len(cut[0]["items"]) < max(len(one["items"]) for one in every):
+            why.append(f"{task}: {len(cut[0]['items'])} items in common of {max(one['n'] for one in every)}")
+        pairs[task] = list(zip(cut[::2], cut[1::2]))
+    return pairs, why
