@@ -16,6 +16,7 @@ SMALL = {
     "evaluate.limit": "8",
     "evaluate.perplexity_tokens": "1k",
     "verify.tokens": "256",
+    "quantize.int4.calibration_tokens": "1k",
     "latency.generate": "8",
     "latency.repetitions": "2",
 }

@@ -215,6 +215,13 @@ def test_divergence_and_noise_are_told_with_the_worst_tokens_escaped(made: Path)
     assert "noise floor, nats" in text and "Divergence by position" in text
 
 
+def test_right_answers_log_likelihood_is_told_where_it_was_paired(made: Path) -> None:
+    text = (made / "report.md").read_text()
+    assert "Right answers' negative log-likelihood" in text
+    row = next(line for line in text.splitlines() if line.startswith("| heldout_continuation, int4 | 0.812"))
+    assert "0.810" in row and "-0.0020" in row and "-0.0060, +0.0020" in row and "bits per byte" in row
+
+
 def test_items_that_were_cut_are_told() -> None:
     summary = sample()
     for by_precision in summary["accuracy"].values():

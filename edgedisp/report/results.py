@@ -72,9 +72,8 @@ def _existing(drawn: Collection[str], *names: str) -> tuple[str, ...]:
 
 def scores(summary: Summary, drawn: Collection[str]) -> Section:
     """What quantization costs each arm, and every paired comparison with its corrected p."""
-    grids = [
-        grid for grid in (_comparison_grid(summary), mean_grid(summary), _bits_grid(summary)) if grid.rows
-    ]
+    found = (_comparison_grid, mean_grid, _right_answers_grid, _bits_grid)
+    grids = [grid for grid in (made(summary) for made in found) if grid.rows]
     lead = (
         "The same items scored on the torch model and on every bundle that ships, through the same scorer. "
         "Absolute scores have wide intervals because texts differ in difficulty; the paired difference takes "
@@ -98,6 +97,32 @@ def _comparison_grid(summary: Summary) -> Grid:
     arm = focus(summary) or DISPERSED
     head = ("comparison", "difference", "95 % interval", "unit", "items", "documents", "p", "p (Holm)")
     return Grid((*head, f"{arm} is"), tuple(rows), f"All paired comparisons ({arm} - baseline)", (0, 3, 8))
+
+
+RIGHT_ANSWERS = {"gold_bits_per_byte": "bits per byte", "gold_nll": "nats", "word_nll": "nats"}
+"""Metrics of the right answer's log-likelihood, the first that a task has, and their units."""
+
+
+def _right_answers_grid(summary: Summary) -> Grid:
+    """The log-likelihood of right answers, which moves before they become the likeliest ones."""
+    rows = []
+    arm = focus(summary) or DISPERSED
+    for precision in precisions(summary):
+        for task, entry in branch(summary, "comparison", arm, precision).items():
+            metrics = branch(entry, "metrics")
+            name = next((one for one in RIGHT_ANSWERS if one in metrics), None)
+            found = branch(metrics, name) if name else {}
+            value, low, high = (number(found.get(key)) for key in ("difference", "low", "high"))
+            if name is None or value is None or low is None or high is None:
+                continue
+            decimals = decimals_for((high - low) / 2, 3)
+            sides = (fixed(number(found.get(key)), 3) for key in (BASELINE, "arm"))
+            ends = f"{signed(low, decimals)}, {signed(high, decimals)}"
+            shown = (signed(value, decimals), ends, RIGHT_ANSWERS[name])
+            rows.append((f"{task}, {label(precision)}", *sides, *shown))
+    head = ("task", "baseline", arm, "difference", "95 % interval", "unit")
+    caption = "Right answers' negative log-likelihood: it moves before accuracy does (lower is better)"
+    return Grid(head, tuple(rows), caption, (0, 5), folded=True)
 
 
 def _bits_grid(summary: Summary) -> Grid:
