@@ -72,7 +72,11 @@ def key_of(chosen: dict[str, Recipe]) -> str:
 
 
 def opened(chosen: dict[str, Recipe], path: Path = CELLS) -> dict[str, Any]:
-    """The cells made so far: {key, recipes, items {task: ...}, cells {name: ...}}."""
+    """The cells made so far: {key, recipes, items {task: ...}, cells {name: ...}}.
+
+    Twins are trained on one machine. So where the arms of a seed are not all there, those that another machine
+    made are left out, to be made again.
+    """
     key = key_of(chosen)
     if not path.is_file():
         texts = {way: recipe.to_yaml() for way, recipe in chosen.items()}
@@ -80,6 +84,15 @@ def opened(chosen: dict[str, Recipe], path: Path = CELLS) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if found["key"] != key:
         sys.exit(f"{path}: holds cells of other settings; move it away, or ask for what it was made with")
+    here = describe()["cpu"]
+    for way, recipe in chosen.items():
+        for seed in {run.seed for run in recipe.arm_runs}:
+            names = [f"{way}/{run.arm}/{seed}" for run in recipe.arm_runs if run.seed == seed]
+            there = [name for name in names if name in found["cells"]]
+            for name in there if len(there) < len(names) else ():
+                if found["cells"][name]["machine"] != here:
+                    print(f"{name}: made on another machine, and its twins are not; again", file=sys.stderr)
+                    del found["cells"][name]
     return found
 
 
