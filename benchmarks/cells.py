@@ -74,8 +74,8 @@ def key_of(chosen: dict[str, Recipe]) -> str:
 def opened(chosen: dict[str, Recipe], path: Path = CELLS) -> dict[str, Any]:
     """The cells made so far: {key, recipes, items {task: ...}, cells {name: ...}}.
 
-    Twins are trained on one machine. So where the arms of a seed are not all there, those that another machine
-    made are left out, to be made again.
+    Twins are trained on one machine. So where the arms of a seed are not all there, those that another
+    machine made are left out, to be made again.
     """
     key = key_of(chosen)
     if not path.is_file():
