@@ -226,16 +226,29 @@ def markdown(rows: list[dict[str, Any]], said: dict[str, str], about: str) -> st
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Differences in held-out loss with their intervals, a panel for each precision."""
+    """Differences in held-out loss with their intervals, a panel for each precision. What lies far off, as a
+    model that was trained under rounding and is not rounded, stands at the edge as a number."""
     shown = [row for row in rows if row.get("difference")]
     labels = list(dict.fromkeys((row["way"], row["arm"]) for row in shown))
     figure = Figure(figsize=(10, 1.2 + 0.5 * len(labels)))
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(PRECISIONS), sharey=True)
     for ax, precision in zip(axes, PRECISIONS):
-        for row in (one for one in shown if one["precision"] == precision):
+        here = [row for row in shown if row["precision"] == precision]
+        near = [row["difference"][LOSS] for row in here if row["arm"] != BASELINE]
+        reach = 1.3 * max(abs(one[end]) for one in near for end in ("low", "high"))
+        ax.set_xlim(-reach, reach)
+        for row in here:
             place = len(labels) - 1 - labels.index((row["way"], row["arm"]))
             one, color = row["difference"][LOSS], COLORS[row["arm"]]
+            if abs(one["difference"]) > reach:
+                side = "right" if one["difference"] > 0 else "left"
+                at = reach if side == "right" else -reach
+                arrow = "{} →" if side == "right" else "← {}"
+                ax.text(
+                    at, place, arrow.format(f"{one['difference']:+.3f}"), color=color, ha=side, va="center"
+                )
+                continue
             ax.plot([one["low"], one["high"]], [place, place], color=color, linewidth=2)
             ax.plot([one["difference"]], [place], "o", color=color)
             for value in one.get("by_seed", []):
@@ -247,6 +260,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         ax.locator_params(axis="x", nbins=4)
         for side in ("top", "right", "left"):
             ax.spines[side].set_visible(False)
+        ax.tick_params(axis="y", length=0)
     axes[0].set_yticks(range(len(labels)), [f"{arm}, {NAMES[way]}" for way, arm in reversed(labels)])
     axes[0].set_ylim(-0.6, len(labels) - 0.4)
     figure.tight_layout()
