@@ -121,7 +121,7 @@ def _blocks(opened: _Opened, text: Path | None, sequences: int, context: int) ->
     else:
         documents = corpus.read_documents(text)
     name = str(text or "the made text")
-    encoder, end = model.Encoder(opened.tokenizer), model.end_of_text_id(opened.tokenizer)
+    encoder, end = model.document_encoder(opened.tokenizer), model.end_of_text_id(opened.tokenizer)
     blocks = corpus.pack(documents, encoder, end, context, sequences, name=name)
     if len(blocks) < sequences:
         raise BadInput(f"{name}: holds {len(blocks)} blocks of {context} tokens, not {sequences}")

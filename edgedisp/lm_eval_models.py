@@ -39,6 +39,7 @@ class _Opened(HarnessModel):
             encoder(tokenizer),
             decoder(tokenizer),
             end_of_text,
+            lead=model.lead_id(tokenizer),
             stop_ids=frozenset({tokenizer.eos_token_id} - {None}),
             batch_tokens=int(batch_tokens),
         )

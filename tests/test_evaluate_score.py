@@ -130,6 +130,13 @@ def test_too_long_a_context_is_cut_on_the_left_and_the_continuation_kept() -> No
     assert found.logprobs == pytest.approx(by_hand(model, context, continuation), abs=1e-6)
 
 
+def test_a_context_that_is_cut_keeps_the_token_that_begins_every_text() -> None:
+    model = Bigram(context=8)
+    found = loglikelihoods(model, [([1, 2, 3, 4, 5, 6, 7, 8, 9], [2, 4, 6]), ([], [5])], lead=1)
+    assert sorted(model.rows) == [(1,), (1, 5, 6, 7, 8, 9, 2, 4)]
+    assert found[0].dropped == 3
+
+
 def test_a_continuation_that_alone_is_too_long_is_refused() -> None:
     with pytest.raises(ValueError, match="continuation of 9 tokens does not fit the model's context of 8"):
         loglikelihoods(Bigram(context=8), [([1], [2] * 9)])
@@ -194,6 +201,20 @@ def test_rolling_windows_predict_each_token_once_with_the_text_before_it(length:
         text = [7, *ids]
         start = text.index(after[0])
         assert list(before) == text[start - len(before) : start]
+        predicted += after
+    assert predicted == ids
+
+
+@given(length=st.integers(0, 60), context=st.integers(2, 20))
+def test_every_rolling_window_may_begin_with_the_prefix(length: int, context: int) -> None:
+    ids = list(range(100, 100 + length))
+    predicted: list[int] = []
+    for before, after in rolling_windows(ids, context, prefix=7, each=True):
+        assert before[0] == 7
+        assert len(before) + len(after) - 1 <= context
+        start = ids.index(after[0])
+        assert list(before[1:]) == ids[start - len(before) + 1 : start]
+        assert len(before) > 1 or start == 0
         predicted += after
     assert predicted == ids
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from typing import Any
@@ -17,7 +16,6 @@ from edgedisp.evaluate.statistics import (
     BITS_PER_BYTE,
     PERPLEXITY,
     Metric,
-    holm,
     mcnemar,
     paired,
     single,
@@ -99,20 +97,6 @@ def test_tango_bounds_are_where_the_score_test_just_rejects(n: int, data: st.Dat
 def test_tango_stays_open_when_no_item_differs() -> None:
     z = stats.norm.ppf(0.975)
     assert tango(0, 0, 100) == pytest.approx((-z * z / (100 + z * z), z * z / (100 + z * z)), abs=1e-6)
-
-
-def test_holm_gives_the_step_down_values() -> None:
-    assert holm({"a": 0.04, "b": 0.01, "c": 0.03}) == pytest.approx({"a": 0.06, "b": 0.03, "c": 0.06})
-    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
-    assert holm({}) == {}
-
-
-@given(st.dictionaries(st.text(max_size=3), st.floats(0, 1), min_size=1, max_size=8))
-def test_holm_never_lowers_a_p_value_and_keeps_their_order(p_values: dict[str, float]) -> None:
-    adjusted = holm(p_values)
-    assert all(p_values[name] <= adjusted[name] <= 1 for name in p_values)
-    names = sorted(p_values, key=lambda name: p_values[name])
-    assert all(adjusted[a] <= adjusted[b] for a, b in itertools.pairwise(names))
 
 
 def test_one_accuracy_has_wilsons_interval() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from local_hub import NOWHERE, serving
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 from edgedisp import BadInput
 from edgedisp.corpus import made_documents
@@ -23,8 +24,10 @@ from edgedisp.model import (
     Encoder,
     TorchModel,
     context_length,
+    document_encoder,
     encode,
     end_of_text_id,
+    lead_id,
     load,
     load_tokenizer,
     open_base,
@@ -523,6 +526,24 @@ def test_a_document_ends_with_endoftext_where_there_is_one_else_with_eos() -> No
     assert end_of_text_id(tokenizer_with({"<eos>": 1}, eos=1)) == 1
     with pytest.raises(BadInput, match="no token that ends a document"):
         end_of_text_id(tokenizer_with({"a": 0}, eos=None))
+
+
+def test_a_document_begins_with_the_token_that_its_tokenizer_puts_before_a_text(
+    folders: dict[str, Path],
+) -> None:
+    # Gemma, Llama 3 and Mistral; OPT's is the token that also ends a document, so none is put twice.
+    tokenizer = load_tokenizer(folders["llama"])
+    plain = encode(tokenizer, TEXTS[0])
+    assert lead_id(tokenizer) is None
+    assert document_encoder(tokenizer)(TEXTS[0]) == plain
+    end = end_of_text_id(tokenizer)
+    for name in ("<|im_start|>", "<|endoftext|>"):
+        lead = tokenizer.convert_tokens_to_ids(name)
+        added = [] if lead == end else [lead]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{name} $A", None, [(name, lead)])
+        assert lead_id(tokenizer) == lead
+        assert document_encoder(tokenizer)(TEXTS[0]) == [*added, *plain]
+        assert encode(tokenizer, TEXTS[0]) == plain
 
 
 def test_encoding_one_or_many_is_the_same_and_adds_nothing(folders: dict[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""What the README shows must work: its commands parse, its files exist, its links lead somewhere."""
+"""What the pages show must work: its commands parse, its files exist, its links lead somewhere."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def shown_commands() -> list[str]:
-    """Lines of the README's shell blocks, without comments and prompts."""
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", README, flags=re.DOTALL)
+def shown_commands(*pages: Path) -> list[str]:
+    """Lines of the pages' shell blocks, without comments and prompts."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, flags=re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
 
 def test_the_readme_opens_with_the_two_commands() -> None:
-    commands = shown_commands()
+    commands = shown_commands(ROOT / "README.md")
     assert [line for line in commands if line.startswith("make ")][:2] == ["make quickstart", "make test"]
     assert README.index("make quickstart") < 1500
 
 
-@pytest.mark.parametrize("line", sorted({line for line in shown_commands() if line.startswith("edgedisp")}))
+@pytest.mark.parametrize(
+    "line", sorted({line for line in shown_commands(*PAGES) if line.startswith("edgedisp")})
+)
 def test_every_edgedisp_command_shown_is_one_that_is_accepted(line: str) -> None:
     # Parsed by the real command line, with every option checked; run for real in test_build.py.
     words = shlex.split(line)[1:]
@@ -43,7 +46,7 @@ def test_every_edgedisp_command_shown_is_one_that_is_accepted(line: str) -> None
         assert packaged.is_file(), f"{recipe} is no recipe here"
 
 
-@pytest.mark.parametrize("line", sorted({line for line in shown_commands() if line.startswith("make")}))
+@pytest.mark.parametrize("line", sorted({line for line in shown_commands(*PAGES) if line.startswith("make")}))
 def test_every_make_target_shown_exists(line: str) -> None:
     target = shlex.split(line)[1]
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)

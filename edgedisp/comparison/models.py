@@ -60,6 +60,7 @@ def scored_pair(
             chosen,
             documents,
             end_of_text=model.end_of_text_id(tokenizer),
+            lead=model.lead_id(tokenizer),
             context=context,
             limit=limit,
             tasks_path=tasks_path,

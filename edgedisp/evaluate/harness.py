@@ -48,6 +48,7 @@ _FIRST_BLOCK = 32  # tokens generated before the first look for a stop string
 class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
     """The model side of lm-eval over `LanguageModel`.
 
+    lead: the token that every text begins with, for models that know such (Gemma's <bos>).
     truncated: requests whose context was cut on the left so far (generation prompts included).
     """
 
@@ -58,6 +59,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
         decode: Decode,
         end_of_text: int,
         *,
+        lead: int | None = None,
         stop_ids: frozenset[int] = frozenset(),
         batch_tokens: int = 1024,
         kept: Kept | None = None,
@@ -67,7 +69,9 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
         self.model = model
         self.encode = encode
         self.decode = decode
-        self.end_of_text = end_of_text
+        self.lead = lead
+        self.begin = [] if lead is None else [lead]
+        self.start = end_of_text if lead is None else lead
         self.stop_ids = stop_ids | {end_of_text}
         self.batch_tokens = batch_tokens
         self.kept = kept
@@ -83,7 +87,9 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Log-likelihood of each whole text, every token predicted once, with as much context as fits."""
         texts = [self.encode(request.args[0]) for request in requests]
-        pieces = [[*rolling_windows(ids, self.model.context, self.end_of_text)] for ids in texts]
+        pieces = [
+            [*rolling_windows(ids, self.model.context, self.start, self.lead is not None)] for ids in texts
+        ]
         return [total for total, _ in self._score(pieces, range(len(pieces)))]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -97,10 +103,10 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
     def _pieces(self, context: list[int], continuation: list[int]) -> list[tuple[Any, Any]]:
         """The pair itself, or windows when the continuation alone is longer than the model's context."""
         if len(continuation) <= self.model.context:
-            return [(context, continuation)]
-        prefix = context[-1] if context else self.end_of_text
+            return [([*self.begin, *context], continuation)]
+        prefix = context[-1] if context and self.lead is None else self.start
         self.truncated += len(context) > 1
-        return [*rolling_windows(continuation, self.model.context, prefix)]
+        return [*rolling_windows(continuation, self.model.context, prefix, self.lead is not None)]
 
     def _score(
         self, pieces: Sequence[Sequence[tuple[Any, Any]]], items: Sequence[Hashable]
@@ -111,7 +117,8 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
                 [pair for group in pieces for pair in group],
                 items=[item for item, group in zip(items, pieces) for _ in group],
                 batch_tokens=self.batch_tokens,
-                end_of_text=self.end_of_text,
+                end_of_text=self.start,
+                lead=self.lead,
                 kept=self.kept,
                 progress=self.progress,
             )
@@ -132,15 +139,16 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
         until = options.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         limit = int(options.get("max_gen_toks") or options.get("max_new_tokens") or MAX_NEW_TOKENS)
-        limit = min(limit, self.model.context - 1)
-        ids = self.encode(prompt) or [self.end_of_text]
-        room = self.model.context - limit
+        limit = min(limit, self.model.context - 1 - len(self.begin))
+        room = self.model.context - limit - len(self.begin)
+        ids = self.encode(prompt)
         self.truncated += len(ids) > room
+        ids = [*self.begin, *ids[-room:]] or [self.start]
         if self.kept is None:
-            return self._until(ids[-room:], limit, stops)
-        name = name_of(("until", ids[-room:], limit, stops))
+            return self._until(ids, limit, stops)
+        name = name_of(("until", ids, limit, stops))
         if not (known := self.kept.find([name])):
-            self.kept.keep(known := {name: self._until(ids[-room:], limit, stops)})
+            self.kept.keep(known := {name: self._until(ids, limit, stops)})
         return str(known[name])
 
     def _until(self, prompt: list[int], limit: int, stops: list[str]) -> str:

@@ -61,7 +61,6 @@ def score(
     task: str,
     asked: Sequence[Question],
     model: LanguageModel,
-    end_of_text: int,
     *,
     batch_tokens: int = 1024,
     bootstrap: int = 2000,
@@ -76,7 +75,6 @@ def score(
         [request for _, request in asked_of],
         items=[name for name, _ in asked_of],
         batch_tokens=batch_tokens,
-        end_of_text=end_of_text,
         kept=kept,
         progress=progress,
     )

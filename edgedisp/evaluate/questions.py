@@ -58,7 +58,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Text:
-    """All that the questions are made from. context: most tokens in a question, the same for every model."""
+    """All that the questions are made from.
+
+    context: most tokens in a question, the same for every model. lead: the token that every text begins with,
+    for models that know such (Gemma's <bos>); others begin after `end_of_text`, as in training.
+    """
 
     documents: Sequence[Document]
     encode: Encode
@@ -67,6 +71,12 @@ class Text:
     context: int
     seed: int
     perplexity_tokens: int | None = None
+    lead: int | None = None
+
+    @property
+    def start(self) -> int:
+        """The token that stands before a text."""
+        return self.end_of_text if self.lead is None else self.lead
 
 
 def windows(
@@ -79,7 +89,7 @@ def windows(
     for document in documents:
         ids = text.encode(document.text)
         ends = 0
-        for index, window in enumerate(rolling_windows(ids, text.context, text.end_of_text)):
+        for index, window in enumerate(rolling_windows(ids, text.context, text.start, text.lead is not None)):
             over = text.perplexity_tokens is not None and spent + len(window[1]) > text.perplexity_tokens
             if len(questions) == limit or (over and len(questions) >= FEWEST):
                 return questions
@@ -213,7 +223,7 @@ def _fit(
     """Tokenize the longest passage that fits, whole sentences, with each of its continuations.
 
     It fits when no context has more than `most` tokens and no request more than the model can take. The
-    passage begins like a document, after the end-of-text token (counted in `most`). When even the latest
+    passage begins like a document, after `Text.start` (counted in `most`). When even the latest
     start is too long the context is cut on the left, alike for all continuations.
     """
     best: list[tuple[list[int], list[int]]] = []
@@ -224,9 +234,7 @@ def _fit(
         if best and any(len(context) > room for context, _ in pairs):
             break
         best = pairs
-    return tuple(
-        ((text.end_of_text, *context[max(0, len(context) - room) :]), target) for context, target in best
-    )
+    return tuple(((text.start, *context[max(0, len(context) - room) :]), target) for context, target in best)
 
 
 def _per_document(limit: int, documents: Sequence[object]) -> int:

@@ -82,6 +82,7 @@ def loglikelihoods(
     items: Sequence[Hashable] | None = None,
     batch_tokens: int = 1024,
     end_of_text: int | None = None,
+    lead: int | None = None,
     kept: Kept | None = None,
     progress: Progress = silent,
 ) -> list[Likelihood]:
@@ -90,9 +91,10 @@ def loglikelihoods(
     items: which item each request belongs to, such as the question whose choice it is; None: each its own.
     kept: where this very model's scores are read from, and written to item by item.
 
-    An empty context is replaced by `end_of_text`, the token that stands before every document in training.
-    A request longer than the model's context loses tokens on the left of its context, never of its
-    continuation. An empty continuation has probability 1. `batch_tokens` bounds rows x padded length.
+    An empty context is replaced by `lead`, which begins every text where a model knows such a token, else by
+    `end_of_text`, which stands before every document in training. A request longer than the model's context
+    loses tokens on the left of its context, never of its continuation, nor a `lead` that it begins with. An
+    empty continuation has probability 1. `batch_tokens` bounds rows x padded length.
 
     Raises ValueError for a continuation that alone is longer than the model's context (cut it with
     `rolling_windows`), for a token outside the vocabulary, and for an empty context without
@@ -104,7 +106,9 @@ def loglikelihoods(
     dropped: dict[int, int] = {}
     for number in answers.missing():
         context_ids, continuation_ids = requests[number]
-        inputs, dropped[number] = _inputs(model, context_ids, continuation_ids, end_of_text)
+        inputs, dropped[number] = _inputs(
+            model, context_ids, continuation_ids, end_of_text if lead is None else lead, lead
+        )
         rows.setdefault((None if model.packs else answers.owners[number], inputs), []).append(number)
         targets[number] = tuple(continuation_ids)
         if not targets[number]:
@@ -125,21 +129,24 @@ def loglikelihoods(
 
 
 def rolling_windows(
-    ids: Sequence[int], context: int, prefix: int
+    ids: Sequence[int], context: int, prefix: int, each: bool = False
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Cut a long text into (context_ids, continuation_ids) pairs that predict each token exactly once.
 
     No input (context + continuation but its last token) is longer than `context`. The first window starts
     with the token `prefix`; each later one with the token before it; the last one, when it predicts fewer
-    tokens than fit, is filled up on the left with earlier text.
+    tokens than fit, is filled up on the left with earlier text. `each`: every window begins with `prefix`.
     """
-    if context < 1:
-        raise ValueError(f"a window of {context} tokens cannot predict anything; use 1 or more")
-    for start in range(0, len(ids), context):
-        end = min(start + context, len(ids))
-        reach = max(0, end - 1 - context)
-        before = (prefix,) if start == 0 else tuple(ids[reach:start])
-        yield before, tuple(ids[start:end])
+    if context < 1 + each:
+        raise ValueError(f"a window of {context} tokens cannot predict anything; use {1 + each} or more")
+    start, room = 0, context
+    while start < len(ids):
+        end = min(start + room, len(ids))
+        room = context - each
+        reach = max(0, end - 1 - room)
+        earlier = tuple(ids[reach:start])
+        yield (prefix, *earlier) if each or start == 0 else earlier, tuple(ids[start:end])
+        start = end
 
 
 def encode_pair(encode: Encode, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -160,7 +167,11 @@ def encode_pair(encode: Encode, context: str, continuation: str) -> tuple[list[i
 
 
 def _inputs(
-    model: LanguageModel, context_ids: Sequence[int], continuation_ids: Sequence[int], end_of_text: int | None
+    model: LanguageModel,
+    context_ids: Sequence[int],
+    continuation_ids: Sequence[int],
+    start: int | None,
+    lead: int | None,
 ) -> tuple[tuple[int, ...], int]:
     """The input tokens of a request (the last continuation token is only predicted) and how many were cut."""
     if len(continuation_ids) > model.context:
@@ -169,15 +180,17 @@ def _inputs(
             f"{model.context}; cut it with rolling_windows"
         )
     if not context_ids:
-        if end_of_text is None:
+        if start is None:
             raise ValueError("an empty context needs end_of_text, the token to start from")
-        context_ids = (end_of_text,)
+        context_ids = (start,)
     whole = (*context_ids, *continuation_ids)
     outside = next((token for token in whole if not 0 <= token < model.vocab_size), None)
     if outside is not None:
         raise ValueError(f"token {outside} is outside the model's vocabulary of {model.vocab_size}")
     inputs = whole[:-1]
     cut = max(0, len(inputs) - model.context)
+    if cut and inputs[0] == lead:
+        return (inputs[0], *inputs[cut + 1 :]), cut
     return inputs[cut:], cut
 
 

@@ -179,16 +179,6 @@ def tango(only_first: int, only_second: int, n: int, confidence: float = 0.95) -
     return float(low), float(high)
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down correction: p-values that hold for all tasks looked at together."""
-    adjusted: dict[str, float] = {}
-    running = 0.0
-    for place, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
-        running = max(running, min(1.0, (len(p_values) - place) * p_values[name]))
-        adjusted[name] = running
-    return {name: adjusted[name] for name in p_values}
-
-
 class _Numbers:
     """The two parts of a metric by item, and which document (0..documents-1) each item belongs to."""
 

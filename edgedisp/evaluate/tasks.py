@@ -63,7 +63,6 @@ class Suite:
                 name,
                 questions,
                 model,
-                self.text.end_of_text,
                 batch_tokens=batch_tokens,
                 bootstrap=bootstrap,
                 seed=self.text.seed,
@@ -90,6 +89,7 @@ class Suite:
             self.text.encode,
             self.text.decode,
             self.text.end_of_text,
+            lead=self.text.lead,
             stop_ids=self.stop_ids,
             batch_tokens=batch_tokens,
             kept=kept,
@@ -154,6 +154,7 @@ def prepare(
     documents: Sequence[Document],
     *,
     end_of_text: int,
+    lead: int | None = None,
     context: int = CONTEXT,
     limit: int = 100,
     seed: int = 0,
@@ -162,14 +163,15 @@ def prepare(
 ) -> Suite:
     """Build the items of all tasks; call it before training, so that what cannot be scored is known then.
 
-    tokenizer: a transformers tokenizer. end_of_text: the token between documents. context: tokens of a
-    held-out window, at most the models' own. limit: most items of each task. perplexity_tokens: most tokens
-    of heldout_perplexity. A task whose data a hub does not give is told in `missing`. Raises BadInput as
-    `check_tasks` does, for too little held-out text, and when no task is left.
+    tokenizer: a transformers tokenizer. end_of_text: the token between documents. lead: the one that every
+    text begins with, if the models know such. context: tokens of a held-out window, at most the models' own.
+    limit: most items of each task. perplexity_tokens: most tokens of heldout_perplexity. A task whose data a
+    hub does not give is told in `missing`. Raises BadInput as `check_tasks` does, for too little held-out
+    text, and when no task is left.
     """
     check_tasks(tasks, tasks_path)
     text = Text(
-        documents, encoder(tokenizer), decoder(tokenizer), end_of_text, context, seed, perplexity_tokens
+        documents, encoder(tokenizer), decoder(tokenizer), end_of_text, context, seed, perplexity_tokens, lead
     )
     names = expand(tasks)
     questions = {name: heldout.build(name, text, limit) for name in names if name in heldout.TASKS}
@@ -193,6 +195,7 @@ def run(
     documents: Sequence[Document],
     *,
     end_of_text: int,
+    lead: int | None = None,
     context: int | None = None,
     limit: int = 100,
     seed: int = 0,
@@ -211,6 +214,7 @@ def run(
         tasks,
         documents,
         end_of_text=end_of_text,
+        lead=lead,
         context=min(model.context, CONTEXT if context is None else context),
         limit=limit,
         seed=seed,

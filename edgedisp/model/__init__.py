@@ -23,7 +23,7 @@ from edgedisp.model.licence import licence_of
 from edgedisp.model.opening import load, load_tokenizer, open_base, quiet, save
 from edgedisp.model.scoring import TorchModel, context_length
 from edgedisp.model.skeleton import skeleton
-from edgedisp.model.text import Encoder, encode, end_of_text_id
+from edgedisp.model.text import Encoder, document_encoder, encode, end_of_text_id, lead_id
 from edgedisp.model.twin import twin
 
 __all__ = [
@@ -31,8 +31,10 @@ __all__ = [
     "TorchModel",
     "carry_licence",
     "context_length",
+    "document_encoder",
     "encode",
     "end_of_text_id",
+    "lead_id",
     "licence_of",
     "load",
     "load_tokenizer",

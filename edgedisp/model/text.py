@@ -1,4 +1,4 @@
-"""Text -> token ids, and the token that ends a document."""
+"""Text -> token ids, and the tokens that stand before and behind a document."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 
 
 class Encoder:
-    """`encoder(text) -> ids` without special tokens, and `encoder.batch(texts)`, some times faster."""
+    """`encoder(text) -> ids` without special tokens, and `encoder.batch(texts)`, some times faster.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    lead: a token that is put before every text (`lead_id`).
+    """
+
+    def __init__(self, tokenizer: Any, lead: int | None = None) -> None:
+        self.tokenizer, self.lead = tokenizer, lead
 
     def __call__(self, text: str) -> list[int]:
         return self.batch([text])[0]
@@ -29,7 +32,14 @@ class Encoder:
             list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
         )
         ids: list[list[int]] = found["input_ids"]
-        return ids
+        return ids if self.lead is None else [[self.lead, *row] for row in ids]
+
+
+def document_encoder(tokenizer: Any) -> Encoder:
+    """The encoder of documents that an end-of-text token separates: with the tokenizer's lead before each,
+    unless the separator is that very token (OPT)."""
+    lead = lead_id(tokenizer)
+    return Encoder(tokenizer, None if lead == end_of_text_id(tokenizer) else lead)
 
 
 @overload
@@ -40,6 +50,17 @@ def encode(tokenizer: Any, text: str | Sequence[str]) -> list[int] | list[list[i
     """Token ids of a text (or of each of several) without special tokens around them."""
     encoder = Encoder(tokenizer)
     return encoder(text) if isinstance(text, str) else encoder.batch(text)
+
+
+def lead_id(tokenizer: Any) -> int | None:
+    """The token that the tokenizer puts before every text, or None where it puts none.
+
+    Gemma, Llama 3, Mistral and OPT were trained on texts that begin with one; without it Gemma writes
+    nonsense. SmolLM2, Qwen, GPT-2 and GPT-NeoX have none.
+    """
+    plain, marked = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    leads = marked[: len(marked) - len(plain)] if marked[-len(plain) :] == plain else marked[:1]
+    return int(leads[0]) if leads and leads[0] != plain[0] else None
 
 
 def end_of_text_id(tokenizer: Any) -> int:

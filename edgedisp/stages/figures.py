@@ -34,6 +34,7 @@ def items(
         section.tasks,
         heldout_documents(corpus_folder),
         end_of_text=model.end_of_text_id(tokenizer),
+        lead=model.lead_id(tokenizer),
         context=context,
         limit=section.limit,
         seed=seed,

@@ -75,7 +75,6 @@ def noise(
                 MEASURED_BY,
                 chosen,
                 subject,
-                suite.text.end_of_text,
                 batch_tokens=batch_tokens,
                 bootstrap=bootstrap,
                 seed=suite.text.seed,

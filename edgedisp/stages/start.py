@@ -115,7 +115,7 @@ def tokens(
     training, heldout = corpus.split(documents, data.heldout, seed)
     tokenizer = model.load_tokenizer(base_folder)
     end_of_text = model.end_of_text_id(tokenizer)
-    encode = model.Encoder(tokenizer)
+    encode = model.document_encoder(tokenizer)
     packed, facts = corpus.blocks_for(
         training, encode, end_of_text, data.context, blocks, seed, progress=progress
     )
