@@ -73,6 +73,9 @@ def test_items_asked_in_other_words_are_not_the_same(built: tuple[Path, Path, En
     cut = common([first, second])
     assert [len(one["items"]) for one in cut] == [first["n"] - 1] * 2
     assert compare_task(*cut)["n"] == first["n"] - 1
+    whole = [{**one, "metric": "f1"} for one in (first, second)]
+    with pytest.raises(ValueError, match="f1 is made of all items, and these differ"):
+        common(whole)
     for item in second["items"]:
         item["asked"] += " elsewhere"
     with pytest.raises(ValueError, match="heldout_cloze: no item in common"):
@@ -157,6 +160,21 @@ def test_two_models_are_scored_on_the_same_items_once(
     assert json.loads((out / "items.json").read_text()) == items
     table = edgedisp(*words, "--markdown")
     assert table.code == 0 and "The baseline here is int4" in table.out
+
+
+def test_models_whose_tokenizers_differ_are_refused_before_anything_is_scored(
+    built: tuple[Path, Path, Ended], text: Path, tmp_path: Path, edgedisp: Any
+) -> None:
+    _, run, _ = built
+    other = tmp_path / "other"
+    shutil.copytree(run / "dispersed" / "model", other)
+    (other / "record.json").unlink()  # a folder of somebody else's
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:5]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    ended = edgedisp("compare", run / "baseline" / "model", other, "--text", text, "--out", tmp_path / "out")
+    assert ended.code == 2 and "other tokens, so no item is in common" in ended.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,11 @@ def scored_pair(
             tasks_path=tasks_path,
         )
         suites.append(suite)
+    if not _something_in_common(*suites):
+        raise BadInput(
+            f"{first} and {second}: their tokenizers cut the held-out text into other tokens, so no item is "
+            "in common; compare them on tasks of lm-evaluation-harness, such as --tasks small"
+        )
     out.mkdir(parents=True, exist_ok=True)  # from here on there are scores to keep
     found = []
     threads = physical_cores()
@@ -120,6 +125,17 @@ def _opened(folder: Path, threads: int) -> Any:
     if (folder / "model.onnx").is_file():
         return OnnxModel(folder, threads)
     return model.TorchModel(model.load(folder), threads)
+
+
+def _something_in_common(first: tasks.Suite, second: tasks.Suite) -> bool:
+    """Whether any item may be asked of both models; those of lm-eval tasks are known only once asked."""
+    if first.harness_tasks.keys() & second.harness_tasks.keys():
+        return True
+    asked = (
+        {(task, one.fingerprint()) for task, found in suite.questions.items() for one in found}
+        for suite in (first, second)
+    )
+    return not set.isdisjoint(*asked)
 
 
 def _short(first: Path, second: Path) -> list[str]:

@@ -122,13 +122,16 @@ def compare_task(
 def common(results: Sequence[TaskResult]) -> list[TaskResult]:
     """The results of one task, each cut to the items that all of them hold; metrics stay those of the whole.
 
-    Raises ValueError when they hold no item in common, or belong to different tasks.
+    Raises ValueError when they hold no item in common, belong to different tasks, or would have to be cut and
+    their main metric exists for the whole task only.
     """
     first = results[0]
     if any(one["task"] != first["task"] for one in results):
         raise ValueError(f"results of {' and '.join(one['task'] for one in results)} cannot be paired")
     if len({one["items_sha256"] for one in results}) == 1:
         return [*results]
+    if first["metric"] not in first["definitions"]:
+        raise ValueError(f"{first['task']}: {first['metric']} is made of all items, and these differ")
     # Results written before items told what was asked match no other's.
     tables = [
         {(item["id"], item.get("asked", f"result {place}")): item for item in one["items"]}
