@@ -72,7 +72,7 @@ def key_of(chosen: dict[str, Recipe]) -> str:
 
 
 def opened(chosen: dict[str, Recipe], path: Path = CELLS) -> dict[str, Any]:
-    """The cells made so far: {key, recipes, items {task: ...}, cells {name: ...}}.
+    """The cells made so far: {key, recipes, items {task: ...}, cells {name: ...}, noise {precision: ...}}.
 
     Twins are trained on one machine. So where the arms of a seed are not all there, those that another
     machine made are left out, to be made again.
@@ -80,28 +80,31 @@ def opened(chosen: dict[str, Recipe], path: Path = CELLS) -> dict[str, Any]:
     key = key_of(chosen)
     if not path.is_file():
         texts = {way: recipe.to_yaml() for way, recipe in chosen.items()}
-        return {"key": key, "recipes": texts, "items": {}, "cells": {}}
+        return {"key": key, "recipes": texts, "items": {}, "cells": {}, "noise": {}}
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if found["key"] != key:
         sys.exit(f"{path}: holds cells of other settings; move it away, or ask for what it was made with")
     here = describe()["cpu"]
+    twins: dict[int, list[str]] = {}
     for way, recipe in chosen.items():
-        for seed in {run.seed for run in recipe.arm_runs}:
-            names = [f"{way}/{run.arm}/{seed}" for run in recipe.arm_runs if run.seed == seed]
-            there = [name for name in names if name in found["cells"]]
-            for name in there if len(there) < len(names) else ():
-                if found["cells"][name]["machine"] != here:
-                    print(f"{name}: made on another machine, and its twins are not; again", file=sys.stderr)
-                    del found["cells"][name]
+        for run in recipe.arm_runs:
+            twins.setdefault(run.seed, []).append(f"{way}/{run.arm}/{run.seed}")
+    for names in twins.values():
+        there = [name for name in names if name in found["cells"]]
+        for name in there if len(there) < len(names) else ():
+            if found["cells"][name]["machine"] != here:
+                print(f"{name}: made on another machine, and its twins are not; again", file=sys.stderr)
+                del found["cells"][name]
     return found
 
 
 def todo(chosen: dict[str, Recipe], made: dict[str, Any]) -> Iterator[tuple[str, Recipe, ArmRun]]:
-    """The cells that are missing, the first seed of every arm before the second of any."""
+    """The cells that are missing, the first seed of every arm before the second of any; the first one of all
+    also without the noise floor, which is measured on its bundles."""
     runs = [(way, recipe, run) for way, recipe in chosen.items() for run in recipe.arm_runs]
     for way, recipe, run in sorted(runs, key=lambda one: one[2].replica):
         name = f"{way}/{run.arm}/{run.seed}"
-        if name not in made["cells"]:
+        if name not in made["cells"] or (_tells_noise(name, recipe) and not made["noise"]):
             yield name, recipe, run
 
 
@@ -110,6 +113,8 @@ def make(name: str, recipe: Recipe, run: ArmRun, folder: Path, made: dict[str, A
     started = time.perf_counter()
     threads = threads_for(recipe)
     stages = [base_stage(recipe), corpus_stage(recipe), ship.items(recipe), *_stages(recipe, run, threads)]
+    if _tells_noise(name, recipe):
+        stages += [ship.noise(recipe, run.name, precision, threads) for precision in PRECISIONS]
     with open_run(folder, recipe.identity(), recipe.name), Screen(name) as screen:
         walked = walk(stages, folder, screen)
     records = {step.name: step.record for step in walked}
@@ -122,7 +127,13 @@ def make(name: str, recipe: Recipe, run: ArmRun, folder: Path, made: dict[str, A
         "scores": {one: _scores(walked, run, one, made["items"]) for one in PRECISIONS},
     }
     made["cells"][name] = cell
+    if _tells_noise(name, recipe):
+        made["noise"] = {one: records[f"{run.name}/noise-{one}"].results for one in PRECISIONS}
     shutil.rmtree(folder / run.name)
+
+
+def _tells_noise(name: str, recipe: Recipe) -> bool:
+    return name == f"{PLAIN}/baseline/{recipe.seed}"
 
 
 def _stages(recipe: Recipe, run: ArmRun, threads: int) -> list[Stage]:

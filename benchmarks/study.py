@@ -110,6 +110,7 @@ def summary_of(found: By, made: dict[str, Any], way: str) -> dict[str, Any]:
         "accuracy": accuracy,
         "comparison": comparison,
         "means": means,
+        "noise": made["noise"],
         "techniques": {arm: {"dispersion": {"weight": 1.0}} for arm in arms if arm != BASELINE},
     }
 
@@ -134,6 +135,7 @@ def rows_of(found: By, made: dict[str, Any]) -> list[dict[str, Any]]:
                     "precision": precision,
                     "seeds": seeds,
                     "size_bytes": cells[0]["size_bytes"][precision],
+                    "noise_floor": made["noise"].get(precision, {}).get("floor"),
                     "mean_cosine": sum(cell["condensation"]["mean_cosine"] for cell in cells) / len(cells),
                     **{task: average_task([one[task] for one in own])["value"] for task in own[0]},
                 }
@@ -191,6 +193,8 @@ def markdown(rows: list[dict[str, Any]], said: dict[str, str], about: str) -> st
     ]
     for way, sentence in said.items():
         lines += [f"**{NAMES[way][0].upper()}{NAMES[way][1:]}.** {sentence}", ""]
+    if not rows:
+        return "\n".join(lines)
     lines += ["![differences in held-out loss](before_after.svg)", ""]
     tasks = [key for key in rows[0] if key.startswith("heldout_")]
     head = ["training", "arm", "precision", "MB", "perplexity", "cloze %", "continuation %"]
@@ -219,16 +223,26 @@ def markdown(rows: list[dict[str, Any]], said: dict[str, str], about: str) -> st
         "Differences: arm - baseline of the same training, paired by item; of the baseline under rounding, "
         "against the plain one. Intervals hold the choice of documents and, from two seeds on, the luck of "
         "training. Sees: the difference that would be found 4 times out of 5. Survived: what quantization "
-        "left of the difference in fp32 (nothing: there was none to survive).",
+        "left of the difference in fp32 (nothing: there was none to survive). " + _noise_told(rows),
         "",
     ]
     return "\n".join(lines)
+
+
+def _noise_told(rows: list[dict[str, Any]]) -> str:
+    floors = {row["precision"]: row["noise_floor"] for row in rows if row["noise_floor"] is not None}
+    if not floors:
+        return "The noise floor was not measured."
+    told = ", ".join(f"{floor:.1g} at {precision}" for precision, floor in floors.items())
+    return f"Two scorings of one model differ by {told} (nats per token); no claim is made of less."
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Differences in held-out loss with their intervals, a panel for each precision. What lies far off, as a
     model that was trained under rounding and is not rounded, stands at the edge as a number."""
     shown = [row for row in rows if row.get("difference")]
+    if not shown:
+        return  # a baseline alone
     labels = list(dict.fromkeys((row["way"], row["arm"]) for row in shown))
     figure = Figure(figsize=(10, 1.2 + 0.5 * len(labels)))
     FigureCanvasAgg(figure)

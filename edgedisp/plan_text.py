@@ -89,7 +89,9 @@ def _detectable_lines(found: dict[str, Any]) -> list[str]:
         "the report tells what was measured)",
     ]
     nats = ", ".join(f"{size:.2g} at {name}" for name, size in found["nats"].items())
-    lines.append(f"  held-out loss of {found['items']:,} documents shows {nats}, in nats per token")
+    lines.append(
+        f"  held-out loss shows {nats} in nats per token, if there are {found['items']:,} documents for it"
+    )
     if found["seeds"] == 1:
         lines.append("  one seed cannot tell a gain from the luck of training: seeds: 3 can")
     return lines

@@ -276,9 +276,12 @@ def load(run: Path) -> dict[str, Any]:
     """
     path = run / "report.json" if run.is_dir() else run
     try:
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return report.get("summary", report)
+        report = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise BadInput(f"{run}: holds no report.json; `edgedisp build` writes one when it ends") from None
     except ValueError as error:
         raise BadInput(f"{path}: is damaged ({error}); delete it and run `edgedisp build` again") from None
+    summary = report.get("summary", report) if isinstance(report, dict) else {}
+    if not isinstance(summary, dict) or not {"name", "arms", "precisions"} <= summary.keys():
+        raise BadInput(f"{path}: is no report of a build (it tells no name, arms and precisions)")
+    return summary

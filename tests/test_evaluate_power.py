@@ -29,14 +29,6 @@ def test_items_for_an_effect_see_it(items: int, differing: float) -> None:
         assert power.items_for(effect, differing) == pytest.approx(items, abs=1)
 
 
-def test_half_the_effect_takes_four_times_as_many() -> None:
-    assert power.scaled(100, 0.02, 0.01) == 400
-
-
-def test_an_interval_sees_a_little_more_than_its_half_width() -> None:
-    assert power.of_interval(1.0) == pytest.approx(1.4294, abs=1e-4)
-
-
 def test_the_detectable_difference_is_found_four_times_out_of_five() -> None:
     items, differing, repetitions = 2000, 0.1, 2000
     effect = power.of_items(items, differing)

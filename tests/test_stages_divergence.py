@@ -64,7 +64,7 @@ def test_an_fp32_bundle_is_compared_with_the_baselines_alone(built: tuple[Path, 
 @pytest.mark.parametrize("precision", ["torch", "fp32", "int8", "int4"])
 def test_two_scorings_of_one_model_differ_by_little(built: tuple[Path, Path, Ended], precision: str) -> None:
     _, run, _ = built
-    record = told(run, f"baseline/noise-{precision}/noise.json")
+    record = told(run, f"baseline/noise-{precision}/record.json")["results"]
     assert set(record["variants"]) == {"threads", "attention"}
     limit = 1e-5 if precision in ("torch", "fp32") else 0.05
     assert 0 <= record["floor"] < limit

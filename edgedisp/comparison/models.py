@@ -20,8 +20,9 @@ from edgedisp.evaluate.sets import expand
 from edgedisp.folder import check_files, digest, git_commit, write_json
 from edgedisp.graph.session import OnnxModel
 from edgedisp.report import write as write_report
-from edgedisp.report.reading import GIVEN
+from edgedisp.report.reading import DISPERSED, GIVEN, PRECISION
 from edgedisp.stages.figures import scored_name
+from edgedisp.stages.noise import noise
 from edgedisp.summary import BASELINE
 
 
@@ -74,9 +75,13 @@ def scored_pair(
     out.mkdir(parents=True, exist_ok=True)  # from here on there are scores to keep
     found = []
     threads = physical_cores()
+    noises = []
     for folder, label, suite in zip(folders, labels, suites):
+        told = _named(progress, label)
         with closing(Kept(out / "scores.sqlite", scored_name(folder, threads))) as kept:
-            results = suite.run(_opened(folder, threads), kept=kept, progress=_named(progress, label))
+            results = suite.run(_opened(folder, threads), kept=kept, progress=told)
+        bundle = folder if _is_bundle(folder) else None
+        noises.append(noise(suite, folder, bundle, threads, out / "scores.sqlite", told))
         found.append(Scored(label, 0, label, {GIVEN: [results]}))
     comparison, means, apart = paired_with_first(found)
     if not comparison:
@@ -95,6 +100,7 @@ def scored_pair(
         "accuracy": {name: averaged(one) for name, one in zip((BASELINE, labels[1]), found)},
         "comparison": comparison,
         "means": means,
+        "noise": {GIVEN: max(noises, key=lambda one: one["floor"])} if all(noises) else {},
         "missing_tasks": {task: why for suite in suites for task, why in suite.missing.items()},
         "apart": apart,
     }
@@ -121,8 +127,12 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
+def _is_bundle(folder: Path) -> bool:
+    return (folder / "model.onnx").is_file()
+
+
 def _opened(folder: Path, threads: int) -> Any:
-    if (folder / "model.onnx").is_file():
+    if _is_bundle(folder):
         return OnnxModel(folder, threads)
     return model.TorchModel(model.load(folder), threads)
 
@@ -139,13 +149,18 @@ def _something_in_common(first: tasks.Suite, second: tasks.Suite) -> bool:
 
 
 def _short(first: Path, second: Path) -> list[str]:
-    """The shortest endings of both paths that differ; a folder against itself is numbered."""
+    """The shortest endings of both paths that differ and mean nothing else; equal ones are numbered."""
     parts = [path.resolve().parts for path in (first, second)]
     for depth in range(1, max(map(len, parts)) + 1):
         short = ["/".join(part[-depth:]) for part in parts]
-        if short[0] != short[1]:
+        if short[0] != short[1] and not any(_is_taken(name) for name in short):
             return short
-    return [f"{first.name} (1)", f"{first.name} (2)"]
+    return [f"{first.name} (1)", f"{second.name} (2)"]
+
+
+def _is_taken(name: str) -> bool:
+    """Whether a summary means something else by the name: an arm, a precision."""
+    return name in (BASELINE, DISPERSED) or PRECISION.fullmatch(name) is not None
 
 
 def _named(progress: Progress, label: str) -> Progress:

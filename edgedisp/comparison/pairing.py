@@ -40,15 +40,22 @@ def paired_with_first(found: Sequence[Scored]) -> tuple[dict[str, Any], dict[str
     apart: list[str] = []
     for other in others:
         for precision in (name for name in first.by_precision if name in other.by_precision):
-            seeds = list(zip(first.by_precision[precision], other.by_precision[precision]))
+            before_all, after_all = first.by_precision[precision], other.by_precision[precision]
+            seeds = list(zip(before_all, after_all))
             pairs, why = _alike(seeds)
+            if len(before_all) != len(after_all):
+                most = max(len(before_all), len(after_all))
+                why.append(f"{len(seeds)} of {most} trainings have one to be paired with")
             apart += [f"{other.label}, {reason}" for reason in why]
             if not pairs:
                 continue
             entries = {task: compare_tasks(pair) for task, pair in pairs.items()}
             named = {task: renamed(entry) for task, entry in entries.items()}
             comparison.setdefault(other.label, {})[precision] = named
-            before, after = ({task: pair[0][side] for task, pair in pairs.items()} for side in (0, 1))
+            before, after = (
+                {task: average_task([one[side] for one in pair]) for task, pair in pairs.items()}
+                for side in (0, 1)
+            )
             if (mean := mean_difference(before, after, entries)) is not None:
                 means.setdefault(other.label, {})[precision] = mean
     return comparison, means, list(dict.fromkeys(apart))
@@ -59,9 +66,8 @@ def _alike(seeds: Sequence[tuple[Results, Results]]) -> tuple[dict[str, list[Pai
     pairs: dict[str, list[Pair]] = {}
     why: list[str] = []
     first, second = seeds[0]
-    for task in first:
-        if task not in second:
-            continue
+    why += [f"{task}: scored in one of the two alone" for task in sorted(first.keys() ^ second.keys())]
+    for task in (name for name in first if name in second):
         every = [results[task] for pair in seeds for results in pair]
         try:
             cut = common(every)

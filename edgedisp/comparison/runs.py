@@ -102,7 +102,13 @@ def _items(run: Path, summary: dict[str, Any], arm: str) -> dict[str, list[Resul
                     f"{run}: {path.relative_to(folder)} is not there; comparing runs needs the run folder "
                     "with its items, a report alone holds means"
                 )
-            found.setdefault(precision, []).append(json.loads(path.read_text(encoding="utf-8")))
+            try:
+                results = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as problem:
+                raise BadInput(
+                    f"{path}: is damaged ({problem}); delete its folder and run `edgedisp build` again"
+                ) from None
+            found.setdefault(precision, []).append(results)
     return found
 
 

@@ -264,9 +264,16 @@ def _metrics(
             metrics.append(made)
         else:
             unpaired[label] = _without_items(label, float(value), len(items), better)
+    metrics.sort(key=lambda metric: not _is_share(metric, items))  # the main metric: LAMBADA has a loss first
     if metrics and all("nll" in item for item in items):
         metrics += [GOLD_NLL, GOLD_BITS_PER_BYTE]
     return metrics, unpaired
+
+
+def _is_share(metric: Metric, items: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether it counts right answers, or parts of them."""
+    shares = metric.scale == "mean" and metric.denominator is None and metric.higher_is_better
+    return shares and all(0 <= item[metric.numerator] <= 1 for item in items)
 
 
 def _label(metric: str, filtered: str) -> str:

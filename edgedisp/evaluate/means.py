@@ -20,7 +20,6 @@ import statistics as plain
 from collections.abc import Mapping
 from typing import Any
 
-from edgedisp.evaluate.result import TaskResult
 from edgedisp.evaluate.seeds import combined
 from edgedisp.evaluate.statistics import Record
 
@@ -28,10 +27,13 @@ FEWEST_TASKS = 2
 
 
 def is_share(result: Mapping[str, Any]) -> bool:
-    """Whether a task's main metric is a share of its items, such as an accuracy."""
+    """Whether a task's main metric is a share of its items, such as an accuracy; no score from 0 to 100."""
     definition = result["definitions"].get(result["metric"])
+    value = result["value"]
     return (
         definition is not None
+        and value is not None
+        and 0 <= value <= 1
         and definition["scale"] == "mean"
         and definition["denominator"] is None
         and result["higher_is_better"]
@@ -45,14 +47,15 @@ def at_chance(*results: Mapping[str, Any]) -> bool:
 
 
 def mean_difference(
-    before: Mapping[str, TaskResult],
-    after: Mapping[str, TaskResult],
+    before: Mapping[str, Mapping[str, Any]],
+    after: Mapping[str, Mapping[str, Any]],
     compared: Mapping[str, Record],
     confidence: float = 0.95,
 ) -> Record | None:
     """The mean over tasks of after - before.
 
-    before, after: each task's result; compared: its paired comparison (`result.compare_task`, or over seeds).
+    before, after: each task's result (`result.TaskResult`, or over seeds).
+    compared: its paired comparison (`result.compare_task`, or over seeds).
     Returns {baseline, arm, difference, low, high, tasks [], left_out {task: why}, n, seeds}, values and ends
     in the metric's unit (0 to 1); None where fewer than two tasks are left.
     """

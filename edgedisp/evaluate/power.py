@@ -42,11 +42,6 @@ def factor(power: float = POWER, confidence: float = CONFIDENCE) -> float:
     return float(stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power))
 
 
-def of_interval(half_width: float, confidence: float = CONFIDENCE) -> float:
-    """The effect that a comparison with such an interval would see."""
-    return half_width * factor() / float(stats.norm.ppf((1 + confidence) / 2))
-
-
 def of_items(items: int, differing: float = DIFFERING) -> float:
     """The difference between two accuracies, in [0, 1], that so many paired items show."""
     return min(1.0, factor() * math.sqrt(differing / items))
@@ -60,8 +55,3 @@ def of_documents(documents: int, precision: str) -> float:
 def items_for(effect: float, differing: float = DIFFERING) -> int:
     """Paired 0/1 items that it takes to see a difference of `effect`."""
     return math.ceil(differing * (factor() / effect) ** 2)
-
-
-def scaled(now: int, seen: float, effect: float) -> int:
-    """Documents or items that it takes to see `effect`, where `now` of them see `seen`."""
-    return math.ceil(now * (seen / effect) ** 2)

@@ -120,7 +120,7 @@ def compare_task(
 
 
 def common(results: Sequence[TaskResult]) -> list[TaskResult]:
-    """The results of one task, each cut to the items that all of them hold; metrics stay those of the whole.
+    """The results of one task, each cut to the items that all of them hold and summed up again.
 
     Raises ValueError when they hold no item in common, belong to different tasks, or would have to be cut and
     their main metric exists for the whole task only.
@@ -140,11 +140,16 @@ def common(results: Sequence[TaskResult]) -> list[TaskResult]:
     shared = [key for key in tables[0] if all(key in table for table in tables)]
     if not shared:
         raise ValueError(f"{first['task']}: no item in common")
-    chosen = [[table[key] for key in shared] for table in tables]
-    sha256 = _hash(chosen[0], [str(asked) for _, asked in shared])
     return [
-        TaskResult(**{**one, "items": items, "n": len(items), "items_sha256": sha256})
-        for one, items in zip(results, chosen)
+        task_result(
+            one["task"],
+            [table[key] for key in shared],
+            [Metric(**definition) for definition in one["definitions"].values()],
+            fingerprints=[str(asked) for _, asked in shared],
+            chance=one["chance"],
+            truncated=one["truncated"],
+        )
+        for one, table in zip(results, tables)
     ]
 
 

@@ -33,6 +33,7 @@ Record = dict[str, Any]
 Floats = NDArray[np.float64]
 Statistic = Callable[[list[tuple[Floats, Floats]]], Floats]
 
+FEWEST_SWAPS = 999  # of a permutation test: its smallest p is one in so many
 _CELLS = 4_000_000  # resamples x documents held at a time: 32 MB as float64
 
 
@@ -111,10 +112,10 @@ def paired(
     """The difference dispersed - baseline over the same items, aligned by item id.
 
     Returns {metric, baseline, dispersed, difference, low, high, n, documents, p_value, test, interval,
-    reason, higher_is_better, identical}; for perplexities also `nll_difference` {difference, low, high} in
-    nats per token; for 0/1 items `mcnemar_p`, `only_baseline` and `only_dispersed` (items that only
-    that arm got right). `identical`: no item differs. Raises ValueError when the two lists do not hold the
-    same items, naming some that are missing.
+    reason, higher_is_better, identical}; for perplexities also `nll_difference` {difference, low, high, per}
+    in nats per token, or per whatever else the metric's denominator counts; for 0/1 items `mcnemar_p`,
+    `only_baseline` and `only_dispersed` (items that only that arm got right). `identical`: no item differs.
+    Raises ValueError when the two lists do not hold the same items, naming some that are missing.
     """
     baseline, dispersed = _align(baseline_items, dispersed_items, metric)
     arms = [baseline, dispersed]
@@ -141,7 +142,8 @@ def paired(
     if _binary(baseline, metric) and _binary(dispersed, metric):
         record |= _binary_parts(baseline, dispersed, low, high, confidence)
     if metric.scale == "exp":
-        record["nll_difference"] = _nll_difference(arms, bootstrap, seed, confidence)
+        per = {"per": metric.denominator or "item"}
+        record["nll_difference"] = _nll_difference(arms, bootstrap, seed, confidence) | per
     if "mcnemar_p" in record and baseline.documents == baseline.n:
         return record | {"p_value": record["mcnemar_p"], "test": "mcnemar"}
     return record | {"p_value": _swap_test(arms, difference, bootstrap, seed), "test": "document_swap"}
@@ -299,18 +301,28 @@ def resample(
 
 
 def _swap_test(arms: list[_Numbers], difference: Statistic, swaps: int, seed: int) -> float:
-    """Two-sided p: share of random swaps of the arms, document by document, that differ at least as much."""
+    """Two-sided p: share of random swaps of the arms, document by document, that differ at least as much.
+
+    Where none of them does, ten times as many are drawn: a p that is to survive a correction over a hundred
+    comparisons must be able to fall below 0.0005.
+    """
     rng = np.random.default_rng([seed, 1])
+    swaps = max(swaps, FEWEST_SWAPS)
     sums = [arm.by_document() for arm in arms]
     observed = abs(
         float(difference([(np.asarray(top.sum()), np.asarray(bottom.sum())) for top, bottom in sums]))
     )
-    reached = 0
     (top_0, bottom_0), (top_1, bottom_1) = sums
-    for draws in _blocks(arms[0].documents, swaps):
+
+    def reaches(draws: int) -> int:
         swap = rng.integers(0, 2, size=(draws, arms[0].documents)).astype(np.float64)
         keep = 1 - swap
         first = (keep @ top_0 + swap @ top_1, keep @ bottom_0 + swap @ bottom_1)
         second = (keep @ top_1 + swap @ top_0, keep @ bottom_1 + swap @ bottom_0)
-        reached += int((np.abs(difference([first, second])) >= observed * (1 - 1e-9) - 1e-15).sum())
+        return int((np.abs(difference([first, second])) >= observed * (1 - 1e-9) - 1e-15).sum())
+
+    reached = sum(reaches(draws) for draws in _blocks(arms[0].documents, swaps))
+    if not reached:
+        more = 9 * swaps
+        reached, swaps = sum(reaches(draws) for draws in _blocks(arms[0].documents, more)), swaps + more
     return (1 + reached) / (1 + swaps)

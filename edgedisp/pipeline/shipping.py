@@ -295,14 +295,13 @@ def noise(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
         store, chosen = job.folders["base"].parent / SCORES, recipe.evaluate
         return run.noise(
             suite(job),
-            chosen.batch_tokens,
-            chosen.bootstrap,
             job.folders[model],
             shipped,
             threads,
             store,
-            job.own,
             job.progress,
+            batch_tokens=chosen.batch_tokens,
+            bootstrap=chosen.bootstrap,
         )
 
     reads = ("base", "corpus", model) + (() if bundle is None else (bundle,))

@@ -242,7 +242,9 @@ def _row(title: str, summary: Summary, precision: str) -> Row:
             continue
         for task in {**branch(by_precision.get(precision)), **cells}:
             paired = branch(by_precision, precision, task)
-            difference = _difference(paired, task, arm, cells.get(task, {}))
+            # Of items that are not the same, plain differences say nothing.
+            known = {} if at(summary, "apart") else cells.get(task, {})
+            difference = _difference(paired, task, arm, known)
             if difference is not None:
                 own = cells.setdefault(task, {})
                 own[difference_to(arm)] = difference

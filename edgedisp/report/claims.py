@@ -9,12 +9,13 @@ The rules (`RULES`, printed in every report):
 2. helps / hurts: the headline's 95 % interval lies wholly below / above 0, the permutation test agrees
    (p at most 0.05), and the difference is larger than what two scorings of the same model differ by (the
    noise floor, stages/noise.py).
-3. no measurable difference: it contains 0 and is narrow enough (half-width at most 0.02 nats per token, 2 %
-   of perplexity; for a mean over tasks 0.7 points, the smallest published gain) to have shown a difference
-   that matters; or it leaves 0 out, but test or floor objects.
+3. no measurable difference: it contains 0, or leaves it out but test or floor objects; and it is narrow
+   enough (half-width at most 0.02 nats per token, 2 % of perplexity; for a mean over tasks 0.7 points, the
+   smallest published gain) to have shown a difference that matters.
 4. cannot tell at this size: a smoke run, fewer than 20 held-out documents (a bootstrap over so few clusters
    is too narrow), a wider interval, no loss comparison, supporting tests that contradict a null headline, or
-   arms whose losses before the first update differ: one model on one batch, so something was at fault.
+   arms whose losses before the first update differ: one model on one batch, so something was at fault (within
+   a run; arms of joined runs are no twins).
 5. All other tasks and precisions are supporting. Their number is told, and one counts only if its interval
    excludes 0 AND it survives Holm's correction at 5 %. By chance alone one in twenty excludes 0.
 6. A null result tells what could have been seen: the difference that would be found 4 times out of 5 (1.43
@@ -35,7 +36,14 @@ from dataclasses import asdict
 from typing import Any
 
 from edgedisp.report import saying
-from edgedisp.report.comparisons import Comparison, comparisons, headline, holm, mean_of_tasks
+from edgedisp.report.comparisons import (
+    Comparison,
+    comparisons,
+    headline,
+    holm,
+    is_main_loss,
+    mean_of_tasks,
+)
 from edgedisp.report.reading import (
     Summary,
     arms,
@@ -62,9 +70,9 @@ RULES = (
     "“helps” or “hurts”: its 95 % interval lies wholly below or wholly above 0, the permutation test agrees "
     "(p at most 0.05), and the difference is larger than the noise floor, which is how far two scorings of "
     "the same model differ.",
-    f"“no measurable difference”: the interval contains 0 and its half-width is at most {WIDEST_NULL} nats "
-    f"per token (2 % of perplexity; for a mean over tasks {PUBLISHED_POINTS} points); or it leaves 0 out, "
-    "but the test or the noise floor objects.",
+    "“no measurable difference”: the interval contains 0, or leaves it out but the test or the noise floor "
+    f"objects; and its half-width is at most {WIDEST_NULL} nats per token (2 % of perplexity; for a mean "
+    f"over tasks {PUBLISHED_POINTS} points).",
     f"“cannot tell at this size”: a smoke run, fewer than {FEWEST_DOCUMENTS} held-out documents, a wider "
     "interval, no loss comparison, supporting tests that contradict a null headline, or arms whose losses "
     "before the first update differ (the same model on the same batch: a fault of the computing).",
@@ -75,6 +83,7 @@ RULES = (
     "With several training seeds, intervals cover the choice of test text and the luck of training (the "
     "spread between seeds). With one seed they cover the text alone, and how much luck matters is unknown.",
 )
+NO_FLOOR = "Here the noise floor was not measured, and no difference is held against it."
 
 
 def verdict(summary: Summary) -> dict[str, Any]:
@@ -98,7 +107,7 @@ def verdict(summary: Summary) -> dict[str, Any]:
         "label": decided,
         "sentence": " ".join(parts),
         "parts": parts,
-        "rules": list(RULES),
+        "rules": [*RULES, *([] if at(summary, "noise") else [NO_FLOOR])],
         "arm": arm,
         "seeds": seeds(summary),
         "headline": None if first is None else asdict(first),
@@ -120,12 +129,12 @@ def _decide(
     if first.clear:
         decided = HELPS if first.gain else HURTS
         return decided, [saying.claim(summary, first, decided), *parts, saying.luck(first)]
-    if first.excludes_zero:
-        return NULL, [f"No measurable difference: {saying.objection(first)}.", *parts, saying.luck(first)]
     shown = [saying.seen(first), *saying.points(summary, first), saying.luck(first)]
     if any(one.survives for one in supporting):
         claim = "Cannot tell at this size: the headline shows no difference, but supporting tests do."
         return CANNOT_TELL, [claim, *parts, *shown]
+    if first.excludes_zero:
+        return NULL, [f"No measurable difference: {saying.objection(first)}.", *parts, *shown]
     if any(one.clear for one in supporting):
         claim = f"No measurable difference in {saying.measured(first)}{saying.where(first)}."
     else:
@@ -140,7 +149,9 @@ def _too_small(summary: Summary, arm: str, first: Comparison | None) -> str:
             "Cannot tell at this size: a smoke run proves that the recipe works and says nothing about "
             "dispersion."
         )
-    unlike = [pair for pair in first_losses(summary, arm) or () if pair[0] != pair[1]]
+    # Arms of two runs are no twins: their first losses may well differ.
+    pairs = [] if at(summary, "runs") else first_losses(summary, arm) or []
+    unlike = [pair for pair in pairs if pair[0] != pair[1]]
     if unlike:
         return (
             f"Cannot tell: the arms' losses before the first update differ ({unlike[0][0]:.6f} and "
@@ -154,7 +165,7 @@ def _too_small(summary: Summary, arm: str, first: Comparison | None) -> str:
             f"{FEWEST_DOCUMENTS} needed before an interval can be trusted."
         )
     widest = {"nats": WIDEST_NULL, "share": PUBLISHED_POINTS / 100}.get(first.unit, math.inf)
-    if not first.excludes_zero and first.half_width > widest:
+    if not first.clear and first.half_width > widest:
         return saying.too_wide(first)
     return ""
 
@@ -171,7 +182,7 @@ def _per_precision(
 ) -> dict[str, dict[str, str]]:
     """The loss comparison of each precision under the same rules; supporting ones after Holm's correction."""
     out: dict[str, dict[str, str]] = {}
-    losses = [one for one in (first, *supporting) if one is not None and "perplexity" in one.task]
+    losses = [one for one in (first, *supporting) if one is not None and is_main_loss(one)]
     for one in sorted(losses, key=lambda loss: (-bits(loss.precision), loss.task != "heldout_perplexity")):
         claimed = one.clear if one is first else one.survives
         if _too_small(summary, arm, one):

@@ -144,7 +144,8 @@ def detectable(half_width: float) -> float:
 
 def _comparison(precision: str, task: str, entry: dict[str, Any]) -> list[Comparison]:
     loss = branch(entry, "nll_difference")
-    in_nats = is_loss(entry) and number(loss.get("difference")) is not None
+    per_token = loss.get("per", "tokens") == "tokens"  # LAMBADA's is per item, wikitext's per word
+    in_nats = is_loss(entry) and per_token and number(loss.get("difference")) is not None
     source = loss if in_nats else entry
     value, low, high = (number(source.get(key)) for key in ("difference", "low", "high"))
     if value is None or low is None or high is None:
@@ -185,8 +186,13 @@ def holm(found: Sequence[Comparison]) -> list[Comparison]:
     return [replace(one, p_holm=corrected[index]) for index, one in enumerate(found)]
 
 
+def is_main_loss(one: Comparison) -> bool:
+    """Whether it is of a loss per token, or of a task that is one in reports without losses."""
+    return one.unit == "nats" or "perplexity" in one.task
+
+
 def headline(compared: Sequence[Comparison]) -> Comparison | None:
     """The one test chosen beforehand: the loss at the fewest bits, `heldout_perplexity` before others."""
     losses = [one for one in compared if one.unit == "nats"]
-    losses = losses or [one for one in compared if "perplexity" in one.task]
+    losses = losses or [one for one in compared if is_main_loss(one)]
     return min(losses, key=lambda one: (bits(one.precision), one.task != "heldout_perplexity"), default=None)

@@ -54,13 +54,17 @@ def at_chance(summary: Summary) -> list[str]:
 
 
 def cut_short(summary: Summary) -> list[str]:
-    """Tasks of which some items were longer than the model's context; alike for all arms and precisions."""
+    """Tasks of which some items were longer than a model's context; alike for the arms of a build."""
     found = []
     for task, result in tasks(summary).items():
-        count, items = number(result.get("truncated")), number(result.get("n"))
-        if count and items:
-            found.append(
-                f"{task}: {count:.0f} requests of its {items:.0f} items were longer than the context and "
-                "lost tokens on the left."
-            )
+        counts = {}
+        for arm in arms(summary):
+            cut = [at(one, task, "truncated") for one in branch(summary, "accuracy", arm).values()]
+            counts[arm] = max((number(each) or 0.0 for each in cut), default=0.0)
+        what = f"requests of its {number(result.get('n')) or 0:.0f} items were longer than the context and"
+        if len(set(counts.values())) > 1:
+            each = ", ".join(f"{arm}: {count:.0f}" for arm, count in counts.items())
+            found.append(f"{task}: {what} lost tokens on the left, not alike in all models ({each}).")
+        elif any(counts.values()):
+            found.append(f"{task}: {max(counts.values()):.0f} {what} lost tokens on the left.")
     return found

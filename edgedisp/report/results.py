@@ -90,7 +90,7 @@ def _comparison_grid(summary: Summary) -> Grid:
         scale, unit = (100.0, "points") if one.unit == "share" else (1.0, one.unit and "nats per token")
         decimals = decimals_for(one.half_width * scale, 3)
         value, low, high = (signed(scale * x, decimals) for x in (one.difference, one.low, one.high))
-        way = {True: "better", False: "worse", None: MISSING}[one.gain] if one.excludes_zero else "not clear"
+        way = {True: "better", False: "worse", None: MISSING}[one.gain] if one.clear else "not clear"
         sizes_ = count(one.n), count(one.documents)
         texts = (f"{one.task}, {label(one.precision)}", value, f"{low}, {high}", unit, *sizes_)
         rows.append((*texts, p_value(one.p), p_value(one.p_holm), way))

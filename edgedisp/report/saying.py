@@ -70,13 +70,13 @@ def luck(first: Comparison) -> str:
 
 def too_wide(first: Comparison) -> str:
     """The cost to know: an interval narrows with the square root of the number of documents."""
-    missed = _amount(first, first.half_width)
+    missed = _amount(first, first.detectable)
     text = f"Cannot tell at this size: a difference of less than {missed} would not show."
     if first.more_luck_than_text:
         return f"{text} More of that is the luck of training than the choice of text: more seeds would tell."
     if first.unit == "nats" and first.documents:
-        needed = math.ceil(first.documents * (first.half_width / WIDEST_NULL) ** 2)
-        text += f" About {needed:,} held-out documents are needed to see {WIDEST_NULL} nats per token."
+        needed = math.ceil(first.documents * (first.detectable / WIDEST_NULL) ** 2)
+        text += f" About {_about(needed)} held-out documents are needed to see {WIDEST_NULL} nats per token."
     return text
 
 
@@ -98,7 +98,11 @@ def points(summary: Summary, first: Comparison) -> list[str]:
     text = f"{what} would show {fixed(seen, 1)} points or more"
     if seen <= PUBLISHED_POINTS:
         return [f"{text}."]
-    needed = math.ceil(items * (seen / PUBLISHED_POINTS) ** 2)
+    ends = [number(at(found, "seeds", f"item_{end}")) for end in ("low", "high")]
+    of_items = 100 * detectable(((ends[1] or 0.0) - (ends[0] or 0.0)) / 2) if None not in ends else seen
+    if seen > math.sqrt(2) * of_items:
+        return [f"{text}; more of that is the luck of training than the choice of items."]
+    needed = math.ceil(items * (of_items / PUBLISHED_POINTS) ** 2)
     return [
         f"{text}; the smallest published gain, {PUBLISHED_POINTS} points, takes about {_about(needed)} items."
     ]
@@ -189,16 +193,14 @@ def not_compared(summary: Summary, first: Comparison) -> list[str]:
 
 
 def others(supporting: Sequence[Comparison]) -> str:
-    """The supporting comparisons: how many, how many exclude 0, what survives the correction."""
+    """The supporting comparisons: how many, how many are clear alone, what survives the correction."""
     total = len(supporting)
     outside = [one for one in supporting if one.clear]
     survivors = [one for one in supporting if one.survives]
     if not outside:
-        none = f"None of the {total} other paired intervals excludes 0." if total > 1 else ""
-        return none or (
-            "The other paired interval contains 0 too." if total else "Nothing else was compared."
-        )
-    text = f"Of {plural(total, 'other comparison')}, {len(outside)} {_verb(outside, 'exclude')} 0"
+        none = f"None of the {total} other comparisons shows a difference." if total > 1 else ""
+        return none or ("The other comparison shows none either." if total else "Nothing else was compared.")
+    text = f"Of {plural(total, 'other comparison')}, {len(outside)} {_verb(outside, 'show')} a difference"
     if not survivors:
         return f"{text} ({_named(outside)}); none survives Holm's correction, so no claim rests on them."
     return (

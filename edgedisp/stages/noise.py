@@ -19,7 +19,6 @@ from edgedisp.evaluate.kept import Kept
 from edgedisp.evaluate.questions import Question
 from edgedisp.evaluate.result import TaskResult, compare_task
 from edgedisp.evaluate.tasks import Suite
-from edgedisp.folder import write_json
 from edgedisp.graph.session import OnnxModel
 from edgedisp.stages.figures import scored_name
 
@@ -44,14 +43,14 @@ class _Plain:
 
 def noise(
     suite: Suite,
-    batch_tokens: int,
-    bootstrap: int,
     model_folder: Path,
     bundle: Path | None,
     threads: int,
     store: Path,
-    own: Path,
     progress: Progress,
+    *,
+    batch_tokens: int = 1024,
+    bootstrap: int = 2000,
 ) -> dict[str, Any]:
     """Score one model (the torch model where bundle is None) in three ways on the held-out loss.
 
@@ -103,14 +102,12 @@ def noise(
     }
     measured = usual["documents"]
     documents = len({question.document for question in questions})
-    results = {
+    return {
         "variants": variants,
         "floor": max(_floor(one, measured, documents) for one in variants.values()),
         "documents": measured,
         "all_documents": documents,
     }
-    write_json(own / "noise.json", results)
-    return results
 
 
 def _floor(difference: dict[str, Any], measured: int, documents: int) -> float:
