@@ -56,7 +56,6 @@ def publish(chosen: dict[str, Recipe], made: dict[str, Any], folder: Path) -> No
     said = study.said_of(found, made)
     planned = sum(len(recipe.arm_runs) for recipe in chosen.values())
     tokens, seeds = chosen[cells.PLAIN].train.tokens, sorted({seed for *_, seed in found})
-    made.setdefault("noise", {})
     hours = sum(cell["seconds"] for cell in made["cells"].values()) / 3600
     machines = sorted({cell["machine"] for cell in made["cells"].values()})
     about = (

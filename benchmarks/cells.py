@@ -84,6 +84,7 @@ def opened(chosen: dict[str, Recipe], path: Path = CELLS) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if found["key"] != key:
         sys.exit(f"{path}: holds cells of other settings; move it away, or ask for what it was made with")
+    found.setdefault("noise", {})
     here = describe()["cpu"]
     twins: dict[int, list[str]] = {}
     for way, recipe in chosen.items():
