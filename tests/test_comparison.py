@@ -7,13 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Ended
 
 from edgedisp import BadInput, corpus
+from edgedisp.comparison.models import _short
+from edgedisp.comparison.pairing import Scored, paired_with_first
 from edgedisp.comparison.runs import joined
-from edgedisp.evaluate.result import common, compare_task
-from edgedisp.evaluate.statistics import PERPLEXITY, paired
+from edgedisp.evaluate.result import common, compare_task, task_result
+from edgedisp.evaluate.statistics import ACCURACY, PERPLEXITY, paired
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,55 @@ def test_only_items_in_common_are_paired(built: tuple[Path, Path, Ended], fewer:
     assert any("heldout_perplexity: " in reason and "items in common" in reason for reason in joint["apart"])
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ("a/one", "a/two", ["one", "two"]),
+        ("r/base/int8", "r/base/int4", ["base/int8", "base/int4"]),  # a precision's name means one
+        ("r/x/dispersed", "r/y/model", ["x/dispersed", "y/model"]),
+        ("a/one", "a/one", ["one (1)", "one (2)"]),
+    ],
+)
+def test_two_models_are_called_by_what_is_theirs_alone(first: str, second: str, expected: list[str]) -> None:
+    assert _short(Path(first), Path(second)) == expected
+
+
+def scored(label: str, shares: list[float]) -> Scored:
+    """An arm of as many trainings as shares of right answers, each another 40 items' worth."""
+    results: list[Any] = []
+    for seed, share in enumerate(shares):
+        right = np.random.default_rng(seed).permutation(40) < 40 * share
+        by_task = {
+            task: [{"id": k, "document": k, "accuracy": int(one)} for k, one in enumerate(right)]
+            for task in ("a", "b")
+        }
+        marks = [str(k) for k in range(40)]
+        results.append(
+            {
+                task: task_result(task, items, [ACCURACY], fingerprints=marks)
+                for task, items in by_task.items()
+            }
+        )
+    return Scored(label, 0, label, {"int4": results})
+
+
+def test_means_are_over_all_seeds_and_trainings_without_a_pair_are_told() -> None:
+    first, second = scored("baseline", [0.5, 0.6, 0.7]), scored("other", [0.6, 0.8, 0.9])
+    _, means, apart = paired_with_first([first, second])
+    mean = means["other"]["int4"]
+    assert apart == []
+    assert (mean["baseline"], mean["arm"]) == (pytest.approx(0.6), pytest.approx(2.3 / 3))
+    assert mean["difference"] == pytest.approx(mean["arm"] - mean["baseline"])
+    _, _, apart = paired_with_first([first, scored("other", [0.6])])
+    assert apart == ["other, 1 of 3 trainings have one to be paired with"]
+
+
+def test_a_task_that_one_side_alone_was_asked_is_told() -> None:
+    first, second = scored("baseline", [0.5]), scored("other", [0.6])
+    del second.by_precision["int4"][0]["b"]
+    assert paired_with_first([first, second])[2] == ["other, b: scored in one of the two alone"]
+
+
 def test_items_asked_in_other_words_are_not_the_same(built: tuple[Path, Path, Ended]) -> None:
     _, run, _ = built
     first = results(run, "baseline")["heldout_cloze"]
@@ -71,6 +123,7 @@ def test_items_asked_in_other_words_are_not_the_same(built: tuple[Path, Path, En
     second["items"][0]["asked"] = "another text"
     second["items_sha256"] = "another"
     cut = common([first, second])
+    assert cut[0]["value"] == np.mean([item["accuracy"] for item in first["items"][1:]])
     assert [len(one["items"]) for one in cut] == [first["n"] - 1] * 2
     assert compare_task(*cut)["n"] == first["n"] - 1
     whole = [{**one, "metric": "f1"} for one in (first, second)]
@@ -151,15 +204,16 @@ def test_two_models_are_scored_on_the_same_items_once(
     assert first.code == 0, first
     items = json.loads((out / "items.json").read_text())
     before, after = (one["heldout_perplexity"] for one in items.values())
-    assert before["n"] == after["n"] == 25 and [*items] == ["int4", "model"]
+    assert before["n"] == after["n"] == 25 and [*items] == ["baseline/int4", "dispersed/model"]
     summary = json.loads((out / "report.json").read_text())["summary"]
-    entry = summary["comparison"]["model"]["as given"]["heldout_perplexity"]
+    entry = summary["comparison"]["dispersed/model"]["as given"]["heldout_perplexity"]
+    assert 0 < summary["noise"]["as given"]["floor"] < 0.05
     assert entry["difference"] == pytest.approx(after["value"] - before["value"])
     assert "baseline" in json.loads(first.out)["verdict"]["sentence"]
     assert edgedisp(*words, "--json").out == first.out
     assert json.loads((out / "items.json").read_text()) == items
     table = edgedisp(*words, "--markdown")
-    assert table.code == 0 and "The baseline here is int4" in table.out
+    assert table.code == 0 and "The baseline here is baseline/int4" in table.out
 
 
 def test_models_whose_tokenizers_differ_are_refused_before_anything_is_scored(
@@ -189,6 +243,8 @@ def test_models_whose_tokenizers_differ_are_refused_before_anything_is_scored(
         (["{run}", "{run}/dispersed/int4"], "holds no report.json"),
         (["{run}", "{run}", "--tasks", "small"], "--tasks: is for two models"),
         (["{run}/baseline/int4"], "holds no report.json"),
+        (["{run}/items/items.json"], "is no report of a build"),
+        (["{run}/run.json", "{run}"], "is no report of a build"),
     ],
 )
 def test_what_cannot_be_compared_is_told_and_leaves_nothing(

@@ -219,6 +219,14 @@ def test_aggregates_made_from_items_equal_lm_evals_own(folder: Path) -> None:
             assert record["low"] <= record["value"] <= record["high"]
 
 
+def test_the_main_metric_counts_right_answers_where_one_does(folder: Path) -> None:
+    # LAMBADA's own list has the perplexity first; a mean over tasks takes its accuracy.
+    result = run(Table(), ["toy_lambada"], folder)["toy_lambada"]
+    assert (result["metric"], [*result["metrics"]]) == ("acc", ["acc", "perplexity"])
+    paired = compare_task(result, run(Table(1), ["toy_lambada"], folder)["toy_lambada"])
+    assert paired["metrics"]["perplexity"]["nll_difference"]["per"] == "item"
+
+
 def test_a_metric_of_the_whole_task_is_carried_over_without_interval(folder: Path) -> None:
     text = YAML["choice"].format(data=folder.parent / "questions.jsonl").replace("toy_choice", "toy_f1")
     (folder / "f1.yaml").write_text(text.split("  - {metric: acc,")[0] + "  - {metric: mcc}\n")

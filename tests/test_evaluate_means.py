@@ -46,6 +46,15 @@ def test_each_task_counts_once_and_the_intervals_add_as_squares() -> None:
     assert record["arm"] - record["baseline"] == pytest.approx(record["difference"])
 
 
+def test_a_score_from_0_to_100_is_no_share() -> None:
+    rng = np.random.default_rng(2)
+    before, after = ({task: result(task, some(rng, 0.6)) for task in "ab"} for _ in range(2))
+    for side in (before, after):
+        items = [{**item, "accuracy": 40.0 * item["accuracy"]} for item in side["a"]["items"]]
+        side["bleu"] = task_result("bleu", items, [ACCURACY], fingerprints=[str(k) for k in range(60)])
+    assert means(before, after)["tasks"] == ["a", "b"]
+
+
 def test_a_task_at_chance_for_both_and_a_loss_are_left_out() -> None:
     rng = np.random.default_rng(1)
     tasks = {"good": 0.7, "also": 0.8, "guessed": 0.24, "loss": 0.5}

@@ -99,6 +99,17 @@ def test_tango_stays_open_when_no_item_differs() -> None:
     assert tango(0, 0, 100) == pytest.approx((-z * z / (100 + z * z), z * z / (100 + z * z)), abs=1e-6)
 
 
+def test_a_permutation_test_can_be_sure_enough_for_a_hundred_comparisons() -> None:
+    rng = np.random.default_rng(5)
+    nll = rng.normal(300, 30, 60)
+    pair = [
+        [{"id": k, "document": k, "nll": float(one), "tokens": 100} for k, one in enumerate(values)]
+        for values in (nll, nll - 20)
+    ]
+    assert paired(*pair, PERPLEXITY, bootstrap=50)["p_value"] < 1.1e-4
+    assert paired(*pair, PERPLEXITY, bootstrap=2000)["p_value"] <= 0.05 / 1000
+
+
 def test_one_accuracy_has_wilsons_interval() -> None:
     record = single(binary([1] * 7 + [0] * 13))
     assert (record["value"], record["n"], record["interval"]) == (0.35, 20, "wilson")
