@@ -85,17 +85,10 @@ def scored(label: str, shares: list[float]) -> Scored:
     results: list[Any] = []
     for seed, share in enumerate(shares):
         right = np.random.default_rng(seed).permutation(40) < 40 * share
-        by_task = {
-            task: [{"id": k, "document": k, "accuracy": int(one)} for k, one in enumerate(right)]
-            for task in ("a", "b")
-        }
+        items = [{"id": k, "document": k, "accuracy": int(one)} for k, one in enumerate(right)]
         marks = [str(k) for k in range(40)]
-        results.append(
-            {
-                task: task_result(task, items, [ACCURACY], fingerprints=marks)
-                for task, items in by_task.items()
-            }
-        )
+        by_task = {task: task_result(task, items, [ACCURACY], fingerprints=marks) for task in ("a", "b")}
+        results.append(by_task)
     return Scored(label, 0, label, {"int4": results})
 
 

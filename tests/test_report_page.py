@@ -228,6 +228,9 @@ def test_items_that_were_cut_are_told() -> None:
         for by_task in by_precision.values():
             by_task["heldout_cloze"]["truncated"] = 7
     assert any("heldout_cloze: 7 requests of its 480 items" in note for note in table(summary).notes)
+    summary["accuracy"]["dispersed"]["int4"]["heldout_cloze"]["truncated"] = 9  # as of two models compared
+    told = "not alike in all models (baseline: 7, dispersed: 9)"
+    assert any(told in note for note in table(summary).notes)
 
 
 def test_infinite_figures_are_told_and_not_written(tmp_path: Path) -> None:
