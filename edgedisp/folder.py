@@ -235,7 +235,8 @@ def _git(folder: Path, *words: str) -> str:
 def open_run(path: Path, identity: dict[str, Any], name: str) -> Iterator[Path]:
     """Hold a run folder as its only writer.
 
-    A folder that this call made is removed again after a BadInput, or if nothing was begun in it.
+    A folder that this call made is removed again after a BadInput, or if nothing was begun in it; never one
+    in which an arm has a finished stage: a training may have taken hours.
     Raises BadInput if the folder belongs to another recipe, holds something else, cannot be made, or is
     being written by another process.
     """
@@ -253,7 +254,7 @@ def open_run(path: Path, identity: dict[str, Any], name: str) -> Iterator[Path]:
         _check_owner(path, identity, name)
         yield path
     except BadInput:
-        if made:
+        if made and not any(path.glob(f"*/*/{RECORD}")):
             shutil.rmtree(path, ignore_errors=True)
         raise
     finally:

@@ -281,6 +281,50 @@ def test_a_long_prompt_is_cut_on_the_left_and_counted() -> None:
     assert harness.truncated == 1
 
 
+def test_a_prompt_keeps_half_of_the_context_at_least() -> None:
+    model = Table(context=32)
+    prompt = "the quick brown fox jumps over the lazy dog"
+    generate(model, prompt, max_gen_toks=256)
+    assert decode(model.prompts[0]) == prompt[-16:]
+    model.prompts.clear()
+    generate(model, "fox", max_gen_toks=256)
+    assert decode(model.prompts[0]) == "fox"
+
+
+def test_a_sampling_task_is_refused_before_anything_is_trained(folder: Path) -> None:
+    text = (folder / "generate.yaml").read_text().replace("toy_generate", "sampled")
+    (folder / "sampled.yaml").write_text(
+        text.replace("do_sample: false", "do_sample: true, temperature: 0.7")
+    )
+    with pytest.raises(BadInput, match=r"sampled asks for sampled text .*do_sample: false"):
+        catalog.load(["sampled"], folder)
+
+
+def test_long_texts_read_in_other_contexts_are_not_the_same_items(folder: Path) -> None:
+    names = ["toy_rolling", "toy_choice"]
+    wide, narrow = (run(Table(context=context), names, folder) for context in (64, 16))
+    for name in names:  # all choices are longer than 16
+        asked = [{item["asked"] for item in one[name]["items"]} for one in (wide, narrow)]
+        assert not asked[0] & asked[1]
+    again = run(Table(context=48), ["toy_choice"], folder)["toy_choice"]
+    assert again["items_sha256"] == wide["toy_choice"]["items_sha256"]  # none was cut
+
+
+def test_a_group_of_tasks_without_metrics_by_item_gives_each(folder: Path) -> None:
+    text = YAML["choice"].format(data=folder.parent / "questions.jsonl")
+    for name in ("f1_a", "f1_b"):
+        made = text.replace("toy_choice", name).split("  - {metric: acc,")[0] + "  - {metric: mcc}\n"
+        (folder / f"{name}.yaml").write_text(made)
+    (folder / "both.yaml").write_text("group: both_f1\ntask: [f1_a, f1_b]\n")
+    assert sorted(run(Table(), ["both_f1"], folder)) == ["f1_a", "f1_b"]
+
+
+def test_an_empty_text_is_left_out_of_a_rolling_task(folder: Path) -> None:
+    rows = [*QUESTIONS, {"question": "", "choices": ["a", "b", "c"], "gold": 0}]
+    (folder.parent / "questions.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert run(Table(), ["toy_rolling"], folder)["toy_rolling"]["n"] == len(QUESTIONS)
+
+
 def test_sampling_is_refused_with_what_would_work() -> None:
     with pytest.raises(BadInput, match="do_sample: false"):
         generate(Table(), "a", do_sample=True, temperature=0.7)

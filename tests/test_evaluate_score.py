@@ -130,6 +130,14 @@ def test_too_long_a_context_is_cut_on_the_left_and_the_continuation_kept() -> No
     assert found.logprobs == pytest.approx(by_hand(model, context, continuation), abs=1e-6)
 
 
+def test_a_model_that_does_not_pack_gets_the_rows_of_one_item_at_a_time() -> None:
+    model = Bigram()
+    model.packs = False
+    requests = [([1, 2], [3]), ([1, 2, 4], [5]), ([1, 3], [4])]
+    loglikelihoods(model, requests, items=["a", "a", "b"])
+    assert [rows for rows, _ in model.shapes] == [2, 1]
+
+
 def test_a_context_that_is_cut_keeps_the_token_that_begins_every_text() -> None:
     model = Bigram(context=8)
     found = loglikelihoods(model, [([1, 2, 3, 4, 5, 6, 7, 8, 9], [2, 4, 6]), ([], [5])], lead=1)

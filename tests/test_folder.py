@@ -141,6 +141,11 @@ def test_a_file_in_the_place_of_the_run_folder_is_refused(tmp_path: Path) -> Non
 
 
 def test_bad_input_takes_back_a_run_folder_that_was_just_made(tmp_path: Path) -> None:
+    trained = tmp_path / "runs" / "trained"
+    with pytest.raises(BadInput, match="no text"), open_run(trained, {}, "a") as run:
+        make(run / "baseline" / "model", {})
+        raise BadInput("no text")
+    assert (trained / "baseline" / "model" / "record.json").is_file()  # hours of work are never thrown away
     with pytest.raises(BadInput, match="no text"), open_run(tmp_path / "runs" / "new", {}, "a") as run:
         make(run / "base", {})
         raise BadInput("no text")

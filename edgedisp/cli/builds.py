@@ -162,8 +162,12 @@ def compare(
     tasks_path: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="For two models: your own lm-eval tasks.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="For two models: items of each task.")] = 200,
-    context: Annotated[int, typer.Option(min=8, help="For two models: tokens of a held-out window.")] = 256,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="For two models: items of each task; default 200.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=8, help="For two models: tokens of a held-out window; default 256.")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="For two models: the folder of the report."),
@@ -175,6 +179,7 @@ def compare(
     """Print the before/after table of runs, joined item by item, or of two models scored here."""
     from edgedisp.comparison import is_run
 
+    _check_page(html)
     runs = [path for path in subjects if is_run(path)]
     if not runs and len(subjects) == 2:
         names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
@@ -186,7 +191,11 @@ def compare(
             f"{other}: holds no report.json, so it is no finished run; compare takes runs, or exactly two "
             "model folders or bundles"
         )
-    if given := [name for name, value in (("--tasks", tasks), ("--text", text), ("--out", out)) if value]:
+    of_models = {
+        "--tasks": tasks, "--text": text, "--tasks-path": tasks_path, "--limit": limit, "--context": context,
+        "--out": out,
+    }  # fmt: skip
+    if given := [name for name, value in of_models.items() if value]:
         raise BadInput(f"{given[0]}: is for two models; runs were scored when they were built")
     _compare_runs(runs, html, as_json, markdown)
 
@@ -227,8 +236,8 @@ def _compare_models(
     names: list[str],
     text: Path | None,
     tasks_path: Path | None,
-    limit: int,
-    context: int,
+    limit: int | None,
+    context: int | None,
     out: Path | None,
     html: Path | None,
     as_json: bool,
@@ -248,8 +257,8 @@ def _compare_models(
             folder,
             text=text,
             tasks_path=tasks_path,
-            limit=limit,
-            context=context,
+            limit=limit or 200,
+            context=context or 256,
             progress=screen.progress,
         )
     if html is not None:
@@ -266,10 +275,16 @@ def _write_page(summary: dict[str, Any], path: Path) -> None:
     """The report as one page, with nothing beside it."""
     from edgedisp.report import single_page
 
-    if not path.parent.is_dir():
-        raise BadInput(f"--html {path}: there is no folder {path.parent}")
     path.write_text(single_page(summary), encoding="utf-8")
     typer.echo(f"page: {path}", err=True)
+
+
+def _check_page(path: Path | None) -> None:
+    """Before anything is scored: whether a page can be written there."""
+    if path is not None and not path.parent.is_dir():
+        raise BadInput(f"--html {path}: there is no folder {path.parent}")
+    if path is not None and path.is_dir():
+        raise BadInput(f"--html {path}: is a folder; name a file, such as {path / 'compared.html'}")
 
 
 def _end_if_missing(summary: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from edgedisp.evaluate import tasks
 from edgedisp.evaluate.kept import Kept
 from edgedisp.evaluate.sets import expand
 from edgedisp.folder import check_files, digest, git_commit, write_json
-from edgedisp.graph.session import OnnxModel
+from edgedisp.graph.session import OnnxModel, read_config
 from edgedisp.report import write as write_report
 from edgedisp.report.reading import DISPERSED, GIVEN, PRECISION
 from edgedisp.stages.figures import scored_name
@@ -53,6 +53,9 @@ def scored_pair(
     if text is None and (held := [name for name in expand(chosen) if name.startswith("heldout")]):
         raise BadInput(f"--tasks {held[0]}: is made from text; name a file of documents with --text")
     labels = _short(first, second)
+    most = min(_context(folder) for folder in folders)
+    if context > most:
+        raise BadInput(f"--context {context}: the models read {most} tokens at most; give --context {most}")
     suites = []
     for folder in folders:
         tokenizer = model.load_tokenizer(folder)
@@ -72,7 +75,10 @@ def scored_pair(
             f"{first} and {second}: their tokenizers cut the held-out text into other tokens, so no item is "
             "in common; compare them on tasks of lm-evaluation-harness, such as --tasks small"
         )
-    out.mkdir(parents=True, exist_ok=True)  # from here on there are scores to keep
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # from here on there are scores to keep
+    except OSError as problem:
+        raise BadInput(f"--out {out}: cannot be made ({problem.strerror}); name a folder") from None
     found = []
     threads = physical_cores()
     noises = []
@@ -129,6 +135,13 @@ def _checked(folder: Path) -> Path:
 
 def _is_bundle(folder: Path) -> bool:
     return (folder / "model.onnx").is_file()
+
+
+def _context(folder: Path) -> int:
+    """Most tokens that a model reads."""
+    if _is_bundle(folder):
+        return int(read_config(folder)["context_length"])
+    return model.context_length(model.skeleton(folder).config)
 
 
 def _opened(folder: Path, threads: int) -> Any:

@@ -20,6 +20,7 @@ import datasets
 import huggingface_hub
 import lm_eval.api.task
 import numpy as np
+from lm_eval.api.registry import AGGREGATION_REGISTRY
 from lm_eval.tasks import TaskManager
 
 from edgedisp import BadInput
@@ -54,9 +55,20 @@ def load(names: Sequence[str], tasks_path: Path | None, seed: int = 0) -> tuple[
             raise BadInput(
                 f"evaluate.tasks: {name} runs generated code or needs pictures or sound; take it out"
             )
+        options = task.get_config("generation_kwargs") or {}
+        if options.get("do_sample") and float(options.get("temperature", 1.0)) > 0:
+            raise BadInput(
+                f"evaluate.tasks: {name} asks for sampled text (do_sample: true), but models are decoded "
+                "greedily here; copy its YAML to your own folder with do_sample: false and name that in "
+                "evaluate.tasks_path"
+            )
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
     return tasks, missing
+
+
+BY_ITEMS = ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")
+"""lm-eval's names of the sums that are made of a part per item."""
 
 
 class Unreadable(Exception):
@@ -121,7 +133,11 @@ def _load_one(manager: TaskManager, name: str, hub_ids: list[str], unreachable: 
 
 
 def alike(tasks: Sequence[Any]) -> bool:
-    """Whether tasks can be one result: one kind of output, the same metrics summed up in the same way."""
+    """Whether tasks can be one result: one kind of output, the same metrics summed up in the same way, and by
+    items (F1 and BLEU are of a whole task)."""
+    by_items = [AGGREGATION_REGISTRY.get(name) for name in BY_ITEMS]
+    if not all(any(one in by_items for one in task.aggregation().values()) for task in tasks):
+        return False
     return len({(task.OUTPUT_TYPE, frozenset(task.aggregation().items())) for task in tasks}) == 1
 
 

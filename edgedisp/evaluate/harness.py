@@ -49,7 +49,8 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
     """The model side of lm-eval over `LanguageModel`.
 
     lead: the token that every text begins with, for models that know such (Gemma's <bos>).
-    truncated: requests whose context was cut on the left so far (generation prompts included).
+    truncated: requests whose context was cut on the left so far (generation prompts included); cut: the items
+    of these, (task, number).
     """
 
     def __init__(
@@ -77,12 +78,13 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
         self.kept = kept
         self.progress = progress
         self.truncated = 0
+        self.cut: set[Hashable] = set()
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(sum of log-probabilities, all greedy) of each (context, continuation) text pair."""
         pairs = [encode_pair(self.encode, *request.args) for request in requests]
         pieces = [self._pieces(context, continuation) for context, continuation in pairs]
-        return self._score(pieces, [(request.task_name, request.doc_id) for request in requests])
+        return self._score(pieces, [*map(_item_of, requests)])
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Log-likelihood of each whole text, every token predicted once, with as much context as fits."""
@@ -90,13 +92,16 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
         pieces = [
             [*rolling_windows(ids, self.model.context, self.start, self.lead is not None)] for ids in texts
         ]
-        return [total for total, _ in self._score(pieces, range(len(pieces)))]
+        return [total for total, _ in self._score(pieces, [*map(_item_of, requests)])]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Greedy text after each prompt, up to the first stop string, stop token or max_gen_toks."""
         texts = []
         for done, request in enumerate(requests):
+            before = self.truncated
             texts.append(self._generate(*request.args))
+            if self.truncated > before:
+                self.cut.add(_item_of(request))
             self.progress(done + 1, len(requests), "generations")
         return texts
 
@@ -124,9 +129,11 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
             )
         )
         results = []
-        for group in pieces:
+        for item, group in zip(items, pieces):
             parts: list[Likelihood] = [next(found) for _ in group]
-            self.truncated += sum(part.dropped > 0 for part in parts)
+            if dropped := sum(part.dropped > 0 for part in parts):
+                self.truncated += dropped
+                self.cut.add(item)
             results.append((sum(part.sum_logprob for part in parts), all(part.greedy for part in parts)))
         return results
 
@@ -139,9 +146,11 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
         until = options.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         limit = int(options.get("max_gen_toks") or options.get("max_new_tokens") or MAX_NEW_TOKENS)
-        limit = min(limit, self.model.context - 1 - len(self.begin))
-        room = self.model.context - limit - len(self.begin)
         ids = self.encode(prompt)
+        # Where both do not fit, the prompt keeps at least half of the context.
+        left = self.model.context - len(self.begin)
+        room = max(left - limit, left // 2, 1)
+        limit = min(limit, left - min(len(ids), room))
         self.truncated += len(ids) > room
         ids = [*self.begin, *ids[-room:]] or [self.start]
         if self.kept is None:
@@ -192,7 +201,7 @@ def run(
             found: Any = evaluate(
                 lm=model, task_dict=loaded, limit=share, bootstrap_iters=0, log_samples=True
             )
-        answered, asked = _items(each, task, found["samples"][each])
+        answered, asked = _items(each, task, found["samples"][each], model)
         items, marks, aggregates = [*items, *answered], [*marks, *asked], found["results"][each]
     first = next(iter(tasks.values()))
     metrics, unpaired = _metrics(first, aggregates, items)
@@ -209,20 +218,35 @@ def run(
     )
 
 
-def _items(name: str, task: Any, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """lm-eval's samples (one per item and filter) -> one item each, and what was asked."""
+def _item_of(request: Instance) -> Hashable:
+    return request.task_name, request.doc_id
+
+
+def _items(
+    name: str, task: Any, samples: list[dict[str, Any]], model: HarnessModel
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """lm-eval's samples (one per item and filter) -> one item each, and what was asked.
+
+    What is read of a long text depends on the context, so that is part of what was asked there.
+    """
+    context = model.model.context, model.lead
     items: dict[int, dict[str, Any]] = {}
     marks: dict[int, str] = {}
     for sample in samples:
         number = sample["doc_id"]
         hashes = (sample["doc_hash"], sample["prompt_hash"], sample["target_hash"])
+        if task.OUTPUT_TYPE == "loglikelihood_rolling" or (name, number) in model.cut:
+            hashes += context
         marks[number] = name_of(hashes)[:16]
         item = items.setdefault(number, {"id": f"{name}#{number}", "document": f"{name}#{number}"})
         if task.OUTPUT_TYPE == "multiple_choice":
             item |= _choice(task, sample)
         for metric in sample["metrics"]:
             item |= _parts(_label(metric, sample["filter"]), sample[metric], _aggregation(task, metric))
-    return list(items.values()), list(marks.values())
+    # A text of no words or bytes says nothing, and cannot be weighed.
+    empty = {n for n, item in items.items() if any(k.endswith(":weight") and not item[k] for k in item)}
+    told = [number for number in items if number not in empty]
+    return [items[number] for number in told], [marks[number] for number in told]
 
 
 def _choice(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
@@ -231,6 +255,8 @@ def _choice(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"logprobs": logprobs}
     choices = list(task.doc_to_choice(sample["doc"]))
     gold = task.doc_to_text(sample["doc"]) if task.multiple_input else task.doc_to_target(sample["doc"])
+    if task.config.process_results is not None:
+        gold = None
     if isinstance(gold, str) and gold in choices:
         gold = choices.index(gold)
     # Some tasks have several right answers or score choices in ways of their own; those tell no gold.

@@ -16,19 +16,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput
+from edgedisp import BadInput, BuildFailed
 
 FORM = 1  # raised when scores are computed in another way, so that older ones are not taken
 _AT_ONCE = 500  # names in one question; SQLite allows 999
 
 
 class Kept:
-    """What one model scored. Raises BadInput for a file that is no store."""
+    """What one model scored. Raises BadInput for a file that is no store, BuildFailed where the disk is full
+    or another program holds it."""
 
     def __init__(self, path: Path, model: str) -> None:
         self.path, self.model = path, f"{FORM} {model}"
-        self._store = sqlite3.connect(path, timeout=60)
         with self._told():
+            self._store = sqlite3.connect(path, timeout=60)
             self._store.execute(
                 "CREATE TABLE IF NOT EXISTS scores (model TEXT, item TEXT, found TEXT, "
                 "PRIMARY KEY (model, item)) WITHOUT ROWID"
@@ -62,6 +63,11 @@ class Kept:
         """SQLite's own errors as ours."""
         try:
             yield
+        except sqlite3.OperationalError as problem:
+            raise BuildFailed(
+                f"{self.path}: scores cannot be kept there ({problem}); what is finished is kept, and the "
+                "same command continues"
+            ) from problem
         except sqlite3.Error as problem:
             raise BadInput(
                 f"{self.path}: cannot be used as the store of scores ({problem}); delete it, and what it "

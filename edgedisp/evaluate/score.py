@@ -209,11 +209,15 @@ def _last_logits(
         for part in forest.parted(counts, nodes, most if model.packs else room):
             for row, logits in _from_forest(model, part):
                 yield (item, row), logits
-    rest = [one for one in wanted if len(one[1]) > model.tree_nodes]
-    for batch in _batches(sorted(rest, key=lambda one: (-len(one[1]), one[1])), most):
-        for one, logits in zip(batch, _run(model, [row for _, row in batch])):
-            end = len(one[1])
-            yield one, logits[end - wanted[one] : end]
+    rest: dict[Hashable, list[ItemRow]] = {}  # in batches: all rows, or those of one item
+    for one in wanted:
+        if len(one[1]) > model.tree_nodes:
+            rest.setdefault(one[0], []).append(one)
+    for rows in rest.values():
+        for batch in _batches(sorted(rows, key=lambda one: (-len(one[1]), one[1])), most):
+            for one, logits in zip(batch, _run(model, [row for _, row in batch])):
+                end = len(one[1])
+                yield one, logits[end - wanted[one] : end]
 
 
 def _from_forest(model: LanguageModel, wanted: Mapping[Row, int]) -> list[tuple[Row, NDArray[np.float32]]]:

@@ -174,8 +174,15 @@ def read_config(bundle: Path) -> dict[str, Any]:
     path = bundle / "genai_config.json"
     if not path.is_file():
         raise BadInput(f"{bundle}: no bundle (genai_config.json is missing); `edgedisp export` makes one")
-    model: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model"]
-    return model
+    try:
+        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        int(model["context_length"])
+    except (ValueError, KeyError, TypeError) as problem:
+        raise BadInput(
+            f"{path}: is damaged or no configuration of onnxruntime-genai ({type(problem).__name__}: "
+            f"{problem}); export the bundle again"
+        ) from None
+    return dict(model)
 
 
 def _graph_of(bundle: Path) -> ModelProto:

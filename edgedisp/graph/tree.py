@@ -41,7 +41,14 @@ def read_trees(model: ModelProto) -> list[int] | None:
     graph = model.graph
     head = head_of(graph)
     attention = [node for node in graph.node if node.op_type == ATTENTION]
-    if head is None or not attention or any(len(node.input) > POSITION_INPUT for node in attention):
+    if (
+        head is None
+        or not attention
+        or any(
+            any(node.input[POSITION_INPUT:])
+            for node in attention  # the genai builder writes empty names
+        )
+    ):
         return None
     for node in graph.node:  # learned positions, or rotary ones outside attention
         for place, name in enumerate(node.input):

@@ -275,7 +275,15 @@ def accuracy(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
         shipped = None if bundle is None else job.folders[bundle]
         store = job.folders["base"].parent / SCORES
         return run.accuracy(
-            suite(job), recipe.evaluate, job.folders[model], shipped, threads, store, job.own, job.progress
+            suite(job),
+            recipe.evaluate,
+            job.folders[model],
+            shipped,
+            threads,
+            store,
+            job.folders["items"],
+            job.own,
+            job.progress,
         )
 
     # "items" changes when data that a hub did not give is there at last.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from edgedisp import Progress, data_folder, model
+from edgedisp import BuildFailed, Progress, data_folder, model
 from edgedisp.bench import local
 from edgedisp.bench.machine import installed_version
 from edgedisp.evaluate import tasks
@@ -17,6 +18,8 @@ from edgedisp.graph.device import for_device
 from edgedisp.graph.session import OnnxModel
 from edgedisp.recipe import Evaluate, Latency
 from edgedisp.stages.start import heldout_documents
+
+ITEMS = "items.json"
 
 
 def items(
@@ -51,7 +54,7 @@ def count_items(suite: tasks.Suite, own: Path) -> dict[str, Any]:
         "harness_tasks": sorted(suite.harness_tasks),
         "missing": suite.missing,
     }
-    write_json(own / "items.json", results)
+    write_json(own / ITEMS, results)
     return results
 
 
@@ -62,14 +65,21 @@ def accuracy(
     bundle: Path | None,
     threads: int,
     store: Path,
+    items_folder: Path,
     own: Path,
     progress: Progress,
 ) -> dict[str, Any]:
     """Score the torch model (bundle None) or a bundle on the recipe's tasks, per-item results kept.
 
+    Raises BuildFailed where the data of a task that was there for `items_folder` cannot be read now: every
+    arm answers the same tasks.
+
     `store`: the file that holds what was scored in this run before, so that an interrupted scoring goes on
     and a task that is added costs no more than itself.
     """
+    before = json.loads((items_folder / ITEMS).read_text(encoding="utf-8"))["missing"]
+    if lost := [why for task, why in suite.missing.items() if task not in before]:
+        raise BuildFailed(f"{'; '.join(lost)}. It could be read before; the same command continues")
     scored: Any = (
         model.TorchModel(model.load(model_folder), threads) if bundle is None else OnnxModel(bundle, threads)
     )
@@ -81,7 +91,7 @@ def accuracy(
             kept=kept,
             progress=progress,
         )
-    write_json(own / "items.json", results)
+    write_json(own / ITEMS, results)
     return {
         task: {name: value for name, value in result.items() if name != "items"}
         for task, result in results.items()
