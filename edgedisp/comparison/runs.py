@@ -104,7 +104,9 @@ def _items(run: Path, summary: dict[str, Any], arm: str) -> dict[str, list[Resul
                 )
             try:
                 results = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as problem:
+                if not all("items_sha256" in one for one in dict(results).values()):
+                    raise ValueError("no results of tasks")
+            except (ValueError, TypeError) as problem:
                 raise BadInput(
                     f"{path}: is damaged ({problem}); delete its folder and run `edgedisp build` again"
                 ) from None

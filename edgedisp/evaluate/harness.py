@@ -234,7 +234,7 @@ def _items(
     marks: dict[int, str] = {}
     for sample in samples:
         number = sample["doc_id"]
-        hashes = (sample["doc_hash"], sample["prompt_hash"], sample["target_hash"])
+        hashes: tuple[Any, ...] = (sample["doc_hash"], sample["prompt_hash"], sample["target_hash"])
         if task.OUTPUT_TYPE == "loglikelihood_rolling" or (name, number) in model.cut:
             hashes += context
         marks[number] = name_of(hashes)[:16]
