@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import graph_twins as twins
 import numpy as np
+import onnx
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from edgedisp.evaluate import forest
 from edgedisp.evaluate.score import Request, loglikelihoods
@@ -127,6 +131,43 @@ def int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export(folder / "model", folder / "fp32", threads=1)
     quantize_bundle(folder / "fp32", folder / "int4", bits=4, group=32, accuracy_level=4)
     return folder / "int4"
+
+
+def test_a_bundle_whose_attention_names_empty_inputs_reads_forests_too(int4: Path, tmp_path: Path) -> None:
+    # onnxruntime-genai's builder writes all twelve inputs, the last ones empty.
+    folder = tmp_path / "named"
+    shutil.copytree(int4, folder)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    for node in graph.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            node.input.extend([""] * (12 - len(node.input)))
+    (folder / "model.onnx").write_bytes(graph.SerializeToString())
+    requests, items = questions(4)
+    plain, named = OnnxModel(int4, 1), OnnxModel(folder, 1)
+    assert named.tree_nodes == plain.tree_nodes > 0
+    found = loglikelihoods(named, requests, items=items)
+    assert largest(found, loglikelihoods(plain, requests, items=items)) == 0
+
+
+def test_gpt_neo_which_masks_by_places_in_the_row_reads_no_forest() -> None:
+    config = GPTNeoConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global", "local"], 1]],
+        window_size=6,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = TorchModel(GPTNeoForCausalLM(config).eval(), threads=1)
+    assert model.tree_nodes == 0
+    requests = [([0, 1], [k, 3, 4, k]) for k in range(2, 30)]
+    alone = [loglikelihoods(model, [request])[0] for request in requests]
+    assert largest(loglikelihoods(model, requests), alone) < 1e-4
 
 
 def test_a_score_in_int8_arithmetic_does_not_depend_on_what_else_is_asked(int4: Path) -> None:
