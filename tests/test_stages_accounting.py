@@ -158,7 +158,7 @@ def test_the_plan_shows_the_table() -> None:
     planned |= {"estimate": None, "sizes": sizes, "sizes_unknown": None, "detectable": seen}
     text = render(planned)
     assert "with 500 items a task shows differences of 3.1 points or more" in text
-    assert "loss of 500 documents shows 0.0065 at int4" in text
+    assert "loss shows 0.0065 at int4" in text
     assert "0.7 points, takes 9,611 items" in text and "seeds: 3 can" in text
     lines = [line.split() for line in text.splitlines()]
     assert ["embedding", "=", "head", "113.2"] in lines
