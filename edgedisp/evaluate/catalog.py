@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,7 @@ def load(names: Sequence[str], tasks_path: Path | None, seed: int = 0) -> tuple[
             raise BadInput(
                 f"evaluate.tasks: {name} runs generated code or needs pictures or sound; take it out"
             )
-        options = task.get_config("generation_kwargs") or {}
-        if options.get("do_sample") and float(options.get("temperature", 1.0)) > 0:
-            raise BadInput(
-                f"evaluate.tasks: {name} asks for sampled text (do_sample: true), but models are decoded "
-                "greedily here; copy its YAML to your own folder with do_sample: false and name that in "
-                "evaluate.tasks_path"
-            )
+        refuse_sampling(f"evaluate.tasks: {name}", task.get_config("generation_kwargs") or {})
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
     return tasks, missing
@@ -130,6 +124,15 @@ def _load_one(manager: TaskManager, name: str, hub_ids: list[str], unreachable: 
     if name in found["groups"] and alike([*tasks.values()]):
         return {name: tasks}
     return {each: {each: task} for each, task in tasks.items()}
+
+
+def refuse_sampling(what: str, options: Mapping[str, Any]) -> None:
+    """BadInput if a task's generation options ask for anything but greedy text."""
+    if options.get("do_sample") and float(options.get("temperature", 1.0)) > 0:
+        raise BadInput(
+            f"{what} asks for sampled text (do_sample: true), but models are decoded greedily here; copy its "
+            "YAML to your own folder with do_sample: false and name that in evaluate.tasks_path"
+        )
 
 
 def alike(tasks: Sequence[Any]) -> bool:

@@ -25,9 +25,9 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import AGGREGATION_REGISTRY
 from lm_eval.evaluator import evaluate
 
-from edgedisp import BadInput, Progress, silent
+from edgedisp import Progress, silent
 from edgedisp.evaluate.answers import Likelihood
-from edgedisp.evaluate.catalog import quiet, seeded
+from edgedisp.evaluate.catalog import quiet, refuse_sampling, seeded
 from edgedisp.evaluate.kept import Kept, name_of
 from edgedisp.evaluate.result import TaskResult, task_result
 from edgedisp.evaluate.score import (
@@ -83,8 +83,8 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(sum of log-probabilities, all greedy) of each (context, continuation) text pair."""
         pairs = [encode_pair(self.encode, *request.args) for request in requests]
-        pieces = [self._pieces(context, continuation) for context, continuation in pairs]
-        return self._score(pieces, [*map(_item_of, requests)])
+        pieces = [self._pieces(request, *pair) for request, pair in zip(requests, pairs)]
+        return self._score(requests, pieces)
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Log-likelihood of each whole text, every token predicted once, with as much context as fits."""
@@ -92,35 +92,39 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
         pieces = [
             [*rolling_windows(ids, self.model.context, self.start, self.lead is not None)] for ids in texts
         ]
-        return [total for total, _ in self._score(pieces, [*map(_item_of, requests)])]
+        return [total for total, _ in self._score(requests, pieces)]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Greedy text after each prompt, up to the first stop string, stop token or max_gen_toks."""
         texts = []
         for done, request in enumerate(requests):
-            before = self.truncated
-            texts.append(self._generate(*request.args))
-            if self.truncated > before:
-                self.cut.add(_item_of(request))
+            texts.append(self._generate(request, *request.args))
             self.progress(done + 1, len(requests), "generations")
         return texts
 
-    def _pieces(self, context: list[int], continuation: list[int]) -> list[tuple[Any, Any]]:
+    def _note_cut(self, request: Instance, times: int) -> None:
+        if times:
+            self.truncated += times
+            self.cut.add(_item_of(request))
+
+    def _pieces(
+        self, request: Instance, context: list[int], continuation: list[int]
+    ) -> list[tuple[Any, Any]]:
         """The pair itself, or windows when the continuation alone is longer than the model's context."""
         if len(continuation) <= self.model.context:
             return [([*self.begin, *context], continuation)]
         prefix = context[-1] if context and self.lead is None else self.start
-        self.truncated += len(context) > 1
+        self._note_cut(request, int(len(context) > 1))
         return [*rolling_windows(continuation, self.model.context, prefix, self.lead is not None)]
 
     def _score(
-        self, pieces: Sequence[Sequence[tuple[Any, Any]]], items: Sequence[Hashable]
+        self, requests: Sequence[Instance], pieces: Sequence[Sequence[tuple[Any, Any]]]
     ) -> list[tuple[float, bool]]:
         found = iter(
             loglikelihoods(
                 self.model,
                 [pair for group in pieces for pair in group],
-                items=[item for item, group in zip(items, pieces) for _ in group],
+                items=[_item_of(request) for request, group in zip(requests, pieces) for _ in group],
                 batch_tokens=self.batch_tokens,
                 end_of_text=self.start,
                 lead=self.lead,
@@ -129,20 +133,14 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
             )
         )
         results = []
-        for item, group in zip(items, pieces):
+        for request, group in zip(requests, pieces):
             parts: list[Likelihood] = [next(found) for _ in group]
-            if dropped := sum(part.dropped > 0 for part in parts):
-                self.truncated += dropped
-                self.cut.add(item)
+            self._note_cut(request, sum(part.dropped > 0 for part in parts))
             results.append((sum(part.sum_logprob for part in parts), all(part.greedy for part in parts)))
         return results
 
-    def _generate(self, prompt: str, options: dict[str, Any]) -> str:
-        if options.get("do_sample") and float(options.get("temperature", 1.0)) > 0:
-            raise BadInput(
-                "a task asks for sampled text (do_sample: true), but models are decoded greedily here; copy "
-                "its YAML to your own folder with do_sample: false and name that in evaluate.tasks_path"
-            )
+    def _generate(self, request: Instance, prompt: str, options: dict[str, Any]) -> str:
+        refuse_sampling("a task", options)
         until = options.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         limit = int(options.get("max_gen_toks") or options.get("max_new_tokens") or MAX_NEW_TOKENS)
@@ -151,7 +149,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
         left = self.model.context - len(self.begin)
         room = max(left - limit, left // 2, 1)
         limit = min(limit, left - min(len(ids), room))
-        self.truncated += len(ids) > room
+        self._note_cut(request, int(len(ids) > room))
         ids = [*self.begin, *ids[-room:]] or [self.start]
         if self.kept is None:
             return self._until(ids, limit, stops)

@@ -41,14 +41,8 @@ def read_trees(model: ModelProto) -> list[int] | None:
     graph = model.graph
     head = head_of(graph)
     attention = [node for node in graph.node if node.op_type == ATTENTION]
-    if (
-        head is None
-        or not attention
-        or any(
-            any(node.input[POSITION_INPUT:])
-            for node in attention  # the genai builder writes empty names
-        )
-    ):
+    given = [name for node in attention for name in node.input[POSITION_INPUT:] if name]  # "": not given
+    if head is None or not attention or given:
         return None
     for node in graph.node:  # learned positions, or rotary ones outside attention
         for place, name in enumerate(node.input):
