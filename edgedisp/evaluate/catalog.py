@@ -20,10 +20,10 @@ import datasets
 import huggingface_hub
 import lm_eval.api.task
 import numpy as np
-from lm_eval.api.registry import AGGREGATION_REGISTRY
 from lm_eval.tasks import TaskManager
 
 from edgedisp import BadInput
+from edgedisp.evaluate import shapes
 
 HUB_TIMEOUT_S = 5.0
 _LOCAL_FORMATS = frozenset({"arrow", "csv", "json", "pandas", "parquet", "sql", "text", "webdataset", "xml"})
@@ -59,10 +59,6 @@ def load(names: Sequence[str], tasks_path: Path | None, seed: int = 0) -> tuple[
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
     return tasks, missing
-
-
-BY_ITEMS = ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")
-"""lm-eval's names of the sums that are made of a part per item."""
 
 
 class Unreadable(Exception):
@@ -138,8 +134,7 @@ def refuse_sampling(what: str, options: Mapping[str, Any]) -> None:
 def alike(tasks: Sequence[Any]) -> bool:
     """Whether tasks can be one result: one kind of output, the same metrics summed up in the same way, and by
     items (F1 and BLEU are of a whole task)."""
-    by_items = [AGGREGATION_REGISTRY.get(name) for name in BY_ITEMS]
-    if not all(any(one in by_items for one in task.aggregation().values()) for task in tasks):
+    if not all(any(shapes.is_by_items(task, name) for name in task.aggregation()) for task in tasks):
         return False
     return len({(task.OUTPUT_TYPE, frozenset(task.aggregation().items())) for task in tasks}) == 1
 

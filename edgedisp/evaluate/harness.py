@@ -19,13 +19,12 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
-from lm_eval.api.registry import AGGREGATION_REGISTRY
 from lm_eval.evaluator import evaluate
 
 from edgedisp import Progress, silent
+from edgedisp.evaluate import shapes
 from edgedisp.evaluate.answers import Likelihood
 from edgedisp.evaluate.catalog import quiet, refuse_sampling, seeded
 from edgedisp.evaluate.kept import Kept, name_of
@@ -38,9 +37,7 @@ from edgedisp.evaluate.score import (
     loglikelihoods,
     rolling_windows,
 )
-from edgedisp.evaluate.statistics import GOLD_BITS_PER_BYTE, Metric
 
-GOLD_NLL = Metric("gold_nll", "nll", None, "mean", higher_is_better=False)
 MAX_NEW_TOKENS = 256  # lm-eval's own default for tasks that name no limit
 _FIRST_BLOCK = 32  # tokens generated before the first look for a stop string
 
@@ -202,13 +199,13 @@ def run(
         answered, asked = _items(each, task, found["samples"][each], model)
         items, marks, aggregates = [*items, *answered], [*marks, *asked], found["results"][each]
     first = next(iter(tasks.values()))
-    metrics, unpaired = _metrics(first, aggregates, items)
+    metrics, unpaired = shapes.metrics(first, aggregates, items)
     return task_result(
         name,
         items,
         metrics,
         fingerprints=marks,
-        chance=_chance(metrics, items),
+        chance=shapes.chance(metrics, items),
         truncated=model.truncated - before,
         bootstrap=bootstrap,
         seed=seed,
@@ -238,111 +235,12 @@ def _items(
         marks[number] = name_of(hashes)[:16]
         item = items.setdefault(number, {"id": f"{name}#{number}", "document": f"{name}#{number}"})
         if task.OUTPUT_TYPE == "multiple_choice":
-            item |= _choice(task, sample)
+            item |= shapes.choice(task, sample)
         for metric in sample["metrics"]:
-            item |= _parts(_label(metric, sample["filter"]), sample[metric], _aggregation(task, metric))
+            item |= shapes.parts(
+                shapes.label(metric, sample["filter"]), sample[metric], shapes.aggregation(task, metric)
+            )
     # A text of no words or bytes says nothing, and cannot be weighed.
     empty = {n for n, item in items.items() if any(k.endswith(":weight") and not item[k] for k in item)}
     told = [number for number in items if number not in empty]
     return [items[number] for number in told], [marks[number] for number in told]
-
-
-def _choice(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
-    """Of a multiple choice: the log-probability of every answer, and what is known of the right one."""
-    logprobs = [float(answer[0]) for answer in sample["filtered_resps"]]
-    found: dict[str, Any] = {"logprobs": logprobs}
-    choices = list(task.doc_to_choice(sample["doc"]))
-    gold = task.doc_to_text(sample["doc"]) if task.multiple_input else task.doc_to_target(sample["doc"])
-    if task.config.process_results is not None:
-        gold = None
-    if isinstance(gold, str) and gold in choices:
-        gold = choices.index(gold)
-    # Some tasks have several right answers or score choices in ways of their own; those tell no gold.
-    if isinstance(gold, int) and len(choices) == len(logprobs) and 0 <= gold < len(choices):
-        size = len(str(sample["arguments"][gold][1]).encode())
-        found |= {"choices": len(choices), "nll": -logprobs[gold], "bytes": max(1, size)}
-    return found
-
-
-def _chance(metrics: Sequence[Metric], items: Sequence[Mapping[str, Any]]) -> float | None:
-    """What guessing scores where the main metric is the accuracy of a multiple choice, else None."""
-    main = metrics[0].name if metrics else ""
-    if not main.startswith("acc") or not all("choices" in item and item[main] in (0, 1) for item in items):
-        return None
-    return float(np.mean([1 / item["choices"] for item in items]))
-
-
-def _metrics(
-    task: Any, aggregates: dict[str, Any], items: list[dict[str, Any]]
-) -> tuple[list[Metric], dict[str, dict[str, Any]]]:
-    """Metrics that can be made from the items, and those that lm-eval alone can make."""
-    metrics: list[Metric] = []
-    unpaired: dict[str, dict[str, Any]] = {}
-    for key, value in aggregates.items():
-        name, _, filtered = key.partition(",")
-        if name not in task.aggregation() or not isinstance(value, int | float):
-            continue
-        label, better = _label(name, filtered), bool(task.higher_is_better().get(name, True))
-        made = _metric(label, _aggregation(task, name), better)
-        if made is not None and all(made.numerator in item for item in items):
-            metrics.append(made)
-        else:
-            unpaired[label] = _without_items(label, float(value), len(items), better)
-    metrics.sort(key=lambda metric: not _is_share(metric, items))  # the main metric: LAMBADA has a loss first
-    if metrics and all("nll" in item for item in items):
-        metrics += [GOLD_NLL, GOLD_BITS_PER_BYTE]
-    return metrics, unpaired
-
-
-def _is_share(metric: Metric, items: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether it counts right answers, or parts of them."""
-    shares = metric.scale == "mean" and metric.denominator is None and metric.higher_is_better
-    return shares and all(0 <= item[metric.numerator] <= 1 for item in items)
-
-
-def _label(metric: str, filtered: str) -> str:
-    return metric if filtered in ("none", "") else f"{metric}/{filtered}"
-
-
-def _aggregation(task: Any, metric: str) -> str | None:
-    """The name under which lm-eval knows the function that sums up a metric; None for a task's own."""
-    function = task.aggregation().get(metric)
-    return next((name for name, known in AGGREGATION_REGISTRY.items() if known is function), None)
-
-
-def _parts(label: str, value: Any, aggregation: str | None) -> dict[str, float]:
-    """What an item keeps of one metric: a number, or two for (log-likelihood, weight) pairs."""
-    if aggregation == "perplexity":
-        return {f"{label}:nll": -float(value)}
-    if aggregation in ("weighted_perplexity", "bits_per_byte"):
-        return {f"{label}:nll": -float(value[0]), f"{label}:weight": float(value[1])}
-    number = isinstance(value, bool | int | float | np.number) and math.isfinite(value)
-    return {label: float(value)} if number else {}
-
-
-def _metric(label: str, aggregation: str | None, higher_is_better: bool) -> Metric | None:
-    """The shape of an lm-eval aggregate, when it is one that can be made from items."""
-    match aggregation:
-        case "mean":
-            return Metric(label, label, None, "mean", higher_is_better)
-        case "perplexity":
-            return Metric(label, f"{label}:nll", None, "exp", higher_is_better)
-        case "weighted_perplexity":
-            return Metric(label, f"{label}:nll", f"{label}:weight", "exp", higher_is_better)
-        case "bits_per_byte":
-            return Metric(label, f"{label}:nll", f"{label}:weight", "bits", higher_is_better)
-    return None
-
-
-def _without_items(label: str, value: float, n: int, higher_is_better: bool) -> dict[str, Any]:
-    return {
-        "metric": label,
-        "value": value if math.isfinite(value) else None,
-        "low": None,
-        "high": None,
-        "n": n,
-        "documents": n,
-        "higher_is_better": higher_is_better,
-        "interval": None,
-        "reason": "computed over the whole task, not as a mean of items",
-    }
