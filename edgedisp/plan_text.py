@@ -12,6 +12,8 @@ def render(planned: dict[str, Any]) -> str:
     lines = [f"{planned['recipe']} -> {planned['run']}"]
     size = f"{planned['steps']} optimizer steps an arm, {planned['tokens']:,} tokens"
     lines.append(f"{size}, {planned['threads']} threads")
+    if planned["warning"]:
+        lines.append(f"warning: {planned['warning']}")
     lines.append("")
     for stage in planned["stages"]:
         mark, about = ("done", "") if stage["done"] else ("to do", "about ")

@@ -22,7 +22,7 @@ from edgedisp.folder import MANIFEST, changed_files, check_files
 from edgedisp.graph import check
 from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.layouts import LAYOUTS
-from edgedisp.pipeline import Observer
+from edgedisp.pipeline import Observer, as_computed
 from edgedisp.quantize.rewrite import quantize_bundle
 from edgedisp.recipe import BITS, Recipe, Target, load_target
 from edgedisp.report import bundle_card
@@ -184,7 +184,7 @@ def probe_base(recipe: Recipe, progress: Progress) -> dict[str, Any]:
         else adapter_size(decoder_layers(opened), chosen.rank, chosen.targets),
         "memory_bytes": psutil.virtual_memory().total,
     }
-    settings = train_settings(recipe.train, recipe.steps, recipe.seed)
+    settings = train_settings(as_computed(recipe.train), recipe.steps, recipe.seed)
     vocabulary = opened.config.vocab_size
     return {
         **facts,

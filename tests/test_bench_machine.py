@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgedisp.bench import hardware, machine
+from edgedisp.bench import arithmetic, hardware, machine
 from edgedisp.bench.cores import cpu_quota, physical_cores
 from edgedisp.bench.doctor import doctor
 
@@ -111,6 +111,54 @@ def test_x86_and_arm_processors_are_read_from_their_own_keys(tmp_path: Path) -> 
     assert hardware.cpu_features(tmp_path / "a") == ["neon", "dotprod", "i8mm"]
     put(tmp_path, "a/proc/device-tree/model", "Raspberry Pi 5\0")
     assert hardware.cpu_model(tmp_path / "a") == "Raspberry Pi 5"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "fast"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16", True),
+        ("flags\t\t: fpu avx2 amx_bf16", True),
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni", False),
+        ("flags\t\t: fpu avx2", False),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16", True),
+        ("processor\t: 0\nFeatures\t: fp asimd asimddp", False),
+    ],
+)
+def test_bfloat16_is_for_processors_that_have_it(tmp_path: Path, cpuinfo: str, fast: bool) -> None:
+    put(tmp_path, "proc/cpuinfo", cpuinfo)
+    assert arithmetic.multiplies_bf16(tmp_path) is fast
+
+
+@pytest.mark.parametrize(
+    ("cards", "torch", "hidden", "capability"),
+    [
+        ("9.0\n7.5", "2.13.0+cu130", None, 7.5),
+        ("8.0", "2.13.0", None, 8.0),
+        ("8.0", "2.13.0+cpu", None, None),
+        ("8.0", "2.13.0+cu130", "", None),
+        ("No devices were found", "2.13.0+cu130", None, None),
+    ],
+)
+def test_the_least_gpu_that_torch_would_use_decides(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cards: str,
+    torch: str,
+    hidden: str | None,
+    capability: float | None,
+) -> None:
+    """`nvidia-smi` is a program that answers as the driver's does."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '{cards}\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(arithmetic, "installed_version", lambda package: torch)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert arithmetic.gpu_capability() == capability
+    put(tmp_path, "proc/cpuinfo", "flags\t\t: fpu avx2")
+    assert arithmetic.multiplies_bf16(tmp_path) is (capability is not None and capability >= 8)
 
 
 def test_a_containers_memory_limit_takes_from_what_is_available(tmp_path: Path) -> None:

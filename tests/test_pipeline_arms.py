@@ -50,6 +50,19 @@ def test_a_training_depends_on_what_its_arm_adds_and_on_nothing_of_the_others() 
     assert "techniques" not in before["dispersed/model"].section
 
 
+def test_auto_precision_is_in_a_trainings_key_as_this_machine_computes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So a run that goes on elsewhere trains both twins anew rather than one in another arithmetic."""
+    for fast, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr("edgedisp.pipeline.training.multiplies_bf16", lambda fast=fast: fast)
+        keys = [
+            by_name(quickstart(*asked))["dispersed/model"].section["train"]
+            for asked in ((), (f"train.precision={precision}",))
+        ]
+        assert keys[0] == keys[1] and keys[0]["precision"] == precision
+
+
 def test_each_seed_is_trained_exported_and_scored_and_the_first_also_timed_and_packed() -> None:
     recipe = quickstart("seeds=2", "seed=4")
     found = by_name(recipe)

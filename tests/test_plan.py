@@ -36,6 +36,14 @@ def planned(folder: Path, base: str, *overrides: str) -> dict[str, Any]:
     return make_plan(recipe, folder / "run", probe=False, observer=Watcher())
 
 
+def test_products_that_nothing_here_has_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph_twins.make(tmp_path / "model", "llama")
+    for fast, asked, told in ((False, "bf16", True), (False, "auto", False), (True, "bf16", False)):
+        monkeypatch.setattr("edgedisp.plan.multiplies_bf16", lambda fast=fast: fast)
+        text = render(planned(tmp_path, "model", f"train.precision={asked}"))
+        assert ("--set train.precision=auto" in text) is told
+
+
 def test_without_a_probe_the_configuration_is_enough(tmp_path: Path) -> None:
     graph_twins.make(tmp_path / "model", "llama")
     (tmp_path / "model" / "model.safetensors").unlink()

@@ -315,7 +315,7 @@ latency: {generate: 1} | latency.generate | found 1; needs a whole number of at 
   adapter: {kind: lora, targets: al} | train.adapter.targets | choices: auto, or a list of module names
   adapter: {kind: lora, targets: [q, 3]} | train.adapter.targets | found [q, 3] (not all of it is text)
   schedule: cosin | train.schedule | did you mean 'cosine'? (choices: cosine, linear, constant)
-  precision: BF16 | train.precision | found 'BF16'; did you mean 'bf16'? (choices: bf16, fp32)
+  precision: BF16 | train.precision | found 'BF16'; did you mean 'bf16'? (choices: auto, bf16, fp32)
   gradient_checkpointing: yes | train.gradient_checkpointing | found 'yes'; needs true or false
 arms: [] | arms | found an empty list; needs a list, each one of baseline, dispersed, neftune,
 arms: baseline | arms | found 'baseline'; needs a list, each one of baseline, dispersed, neftune,

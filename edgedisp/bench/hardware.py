@@ -32,6 +32,7 @@ ARM_FEATURES = {
     "dotprod": "asimddp",
     "fp16": "asimdhp",
     "i8mm": "i8mm",
+    "bf16": "bf16",
     "sve": "sve",
     "sme": "sme",
 }

@@ -36,7 +36,7 @@ def build(
     from edgedisp.console import Screen
     from edgedisp.pipeline import build as build_run
     from edgedisp.pipeline import run_folder
-    from edgedisp.plan import check_before_start, check_processes, threads_for
+    from edgedisp.plan import check_before_start, check_processes, slow_products, threads_for
 
     loaded = load_recipe(recipe, set_, smoke)
     run = run_folder(loaded, out)
@@ -48,6 +48,8 @@ def build(
         follow(loaded, run, threads_for(loaded))
         return
     check_before_start(loaded, run)
+    if warning := slow_products(loaded):
+        typer.echo(f"warning: {warning}", err=True)
     with Screen(f"{loaded.name} -> {run}") as screen:
         walked = build_run(loaded, run, threads_for(loaded), screen)
         from edgedisp.summary import publish

@@ -16,6 +16,7 @@ from pathlib import Path
 from edgedisp.folder import Record, open_run
 from edgedisp.pipeline import shipping
 from edgedisp.pipeline.training import (
+    as_computed,
     base_stage,
     bits_stage,
     budget_stage,
@@ -33,6 +34,7 @@ __all__ = [
     "Stage",
     "Walked",
     "Work",
+    "as_computed",
     "base_stage",
     "build",
     "corpus_stage",

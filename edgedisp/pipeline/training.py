@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgedisp.bench.arithmetic import multiplies_bf16
 from edgedisp.pipeline.walk import Stage, Work
-from edgedisp.recipe import Adapter, ArmRun, QuantizeBits, Recipe
+from edgedisp.recipe import Adapter, ArmRun, QuantizeBits, Recipe, Train
 from edgedisp.recipe.schema import ONLOOKERS
 
 BITS_STAGE = "bits"
@@ -100,9 +101,18 @@ def bits_stage(recipe: Recipe, threads: int) -> Stage:
     return Stage(BITS_STAGE, section, ("base", "corpus"), work)
 
 
+def as_computed(train: Train) -> Train:
+    """`train` with `precision: auto` as this machine computes it. It is part of a training's key: twins that
+    are trained on two machines do not differ in it."""
+    if train.precision != "auto":
+        return train
+    return train.model_copy(update={"precision": "bf16" if multiplies_bf16() else "fp32"})
+
+
 def training_stage(recipe: Recipe, run: ArmRun) -> Stage:
     """One arm with one seed. Its key holds nothing of other arms, so that adding one retrains none."""
-    train = plain(recipe.train)
+    computed = as_computed(recipe.train)
+    train = plain(computed)
     for onlooker in ("dispersion", *ONLOOKERS):
         del train[onlooker]
     if run.dispersion is not None:
@@ -119,7 +129,7 @@ def training_stage(recipe: Recipe, run: ArmRun) -> Stage:
         from edgedisp import stages
 
         return stages.midtrain(
-            recipe.train,
+            computed,
             recipe.steps,
             run.seed,
             run,

@@ -168,8 +168,10 @@ class Train(Section):
     weight_decay: NotNegative = Field(default=0.1, description="AdamW's weight decay")
     betas: Betas = Field(default=(0.9, 0.95), description="AdamW's betas", examples=["[0.9, 0.95]"])
     clip: Positive = Field(default=1.0, description="largest norm of the gradient")
-    precision: Literal["bf16", "fp32"] = Field(
-        default="bf16", description="bf16: autocast, the weights stay fp32"
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        default="auto",
+        description="of the products: bf16 is autocast, the weights stay fp32; auto: bf16 where the GPU or "
+        "the processor has it, else fp32",
     )
     gradient_checkpointing: Flag = Field(default=False, description="less memory for about a third more time")
     compile: Flag = Field(
