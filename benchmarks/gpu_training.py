@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -142,7 +142,7 @@ def twins() -> dict[str, float]:
         train(trained[way], data, 4, 6, dispersion)
     continued = fresh(smollm2_135m)
     with tempfile.TemporaryDirectory() as folder:
-        stop = Stop(after=4)
+        Stop.pending.append(4)
         settings = TrainSettings(6, 1e-4, 4, checkpoint_every=2)
         with contextlib.suppress(KeyboardInterrupt):
             fit(
@@ -151,9 +151,10 @@ def twins() -> dict[str, float]:
                 settings,
                 checkpoints=Path(folder),
                 dispersion=DispersionConfig(),
-                callbacks=[stop],
+                callbacks=[Stop()],
             )
-        done = fit(continued, data, settings, checkpoints=Path(folder), dispersion=DispersionConfig())
+        again = {"dispersion": DispersionConfig(), "callbacks": [Stop()]}
+        done = fit(continued, data, settings, checkpoints=Path(folder), **again)
     return {
         "weight_0_is_off": float(same_weights(trained["off"], trained["zero"])),
         "dispersion_changes_weights": float(not same_weights(trained["off"], trained["on"])),
@@ -165,11 +166,11 @@ def twins() -> dict[str, float]:
 class Stop(TrainerCallback):
     """Interrupts a training."""
 
-    def __init__(self, after: int) -> None:
-        self.after = after
+    pending: ClassVar[list[int]] = []  # of the class: a checkpoint remembers a callback's own settings
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.after:
+        if state.global_step in self.pending:
+            self.pending.remove(state.global_step)
             raise KeyboardInterrupt
 
 
@@ -181,6 +182,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("needs a GPU that torch can use")
     figures, rows = twins(), []
+    print(figures, file=sys.stderr)
     for name in SETTINGS:
         found = timed(name, chosen.rounds, chosen.steps)
         rows += found
@@ -189,9 +191,9 @@ def main() -> None:
             figures[f"tokens_per_s_{row['way']}_{name}"] = row["tokens_per_s"]
             ratio = row["peak_memory_bytes"] / found[0]["peak_memory_bytes"]
             figures[f"peak_memory_ratio_{row['way']}_{name}"] = ratio
+        write("gpu_training", figures, rows, gpu=torch.cuda.get_device_name())  # what is done is kept
     for key, value in figures.items():
         print(f"{key:55} {value:.4g}")
-    write("gpu_training", figures, rows, gpu=torch.cuda.get_device_name())
 
 
 if __name__ == "__main__":
