@@ -1,12 +1,15 @@
 """Items per second: our lm-evaluation-harness models against its own. Writes results/scorer_speed.json
 
     python benchmarks/scorer_speed.py --model FOLDER --bundle FOLDER [--items 40] [--rounds 5]
+        [--tasks arc_easy,winogrande] [--include FOLDER]
 
-Two tasks in the form of ARC-Easy (four short answers to one question) and of WinoGrande (two contexts, one
-ending), made of the quickstart's text, so that nothing is fetched. Each of four models scores all items of
-both tasks in turns, every second round backwards: `edgedisp-onnx` and lm-eval's `onnxruntime-genai` on one
-bundle, `edgedisp-torch` and lm-eval's `hf` (batches of 8, fp32) on one folder, all with the physical cores.
-A ratio is the median over rounds of the times of one round, and comes with its interval.
+The first items of tasks of lm-eval, such as ARC-Easy (four short answers to one question) and WinoGrande (two
+contexts that differ in their last word, one ending); without --tasks, two made in these forms of the
+quickstart's text, whose two contexts differ early, so that there is little to share. Nothing is fetched for
+those. Each of four models scores all items of all tasks in turns, every second round backwards:
+`edgedisp-onnx` and lm-eval's `onnxruntime-genai` on one bundle, `edgedisp-torch` and lm-eval's `hf` (batches
+of 8, fp32) on one folder, all with the physical cores. A ratio is the median over rounds of the times of one
+round, and comes with its interval.
 
 The choices must agree. In int8 arithmetic they do but for near ties, so the share of items with the same
 choice is told beside the accuracies; and with `--exact BUNDLE`, a bundle in fp32 arithmetic, it must be all.
@@ -94,21 +97,23 @@ def tasks(folder: Path, count: int) -> TaskManager:
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
-def scored(subject: LM, manager: TaskManager) -> tuple[float, dict[str, list[int]], dict[str, float]]:
-    """Seconds, the choice of each item, and the accuracies."""
-    names = ["like_arc_easy", "like_winogrande"]
+def scored(
+    subject: LM, manager: TaskManager, names: list[str], limit: int
+) -> tuple[float, dict[str, list[int]], dict[str, float], dict[str, int]]:
+    """Seconds, the choice of each item, the accuracies, and the requests of each task."""
     started = time.perf_counter()
     found: Any = simple_evaluate(
-        subject, tasks=names, task_manager=manager, bootstrap_iters=0, verbosity="ERROR"
+        subject, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0, verbosity="ERROR"
     )
     seconds = time.perf_counter() - started
-    choices = {}
+    choices, requests = {}, {}
     for name in names:
         samples = sorted(found["samples"][name], key=lambda one: one["doc_id"])
         choices[name] = [
             max(range(len(one["resps"])), key=lambda k: one["filtered_resps"][k][0]) for one in samples
         ]
-    return seconds, choices, {name: found["results"][name]["acc,none"] for name in names}
+        requests[name] = sum(len(one["resps"]) for one in samples)
+    return seconds, choices, {name: found["results"][name]["acc,none"] for name in names}, requests
 
 
 def main() -> None:
@@ -118,6 +123,8 @@ def main() -> None:
     parser.add_argument("--exact", type=Path, help="a bundle in fp32: both backends must choose alike")
     parser.add_argument("--items", type=int, default=40, help="of each task")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tasks", help="of lm-eval, with commas between; default: made ones")
+    parser.add_argument("--include", type=Path, help="a folder of lm-eval tasks")
     asked = parser.parse_args()
     logging.disable(logging.WARNING)
     threads = physical_cores()
@@ -129,19 +136,25 @@ def main() -> None:
         "hf": get_model("hf")(pretrained=str(asked.model), device="cpu", dtype="float32", batch_size=8),
     }
     with tempfile.TemporaryDirectory() as scratch:
-        manager = tasks(Path(scratch), asked.items)
-        first = {name: scored(subject, manager) for name, subject in subjects.items()}  # and a warm-up
+        names = (asked.tasks or "like_arc_easy,like_winogrande").split(",")
+        if asked.tasks is None:
+            manager = tasks(Path(scratch), asked.items)
+        else:
+            manager = TaskManager(include_path=asked.include and str(asked.include))
+        all_of = {"manager": manager, "names": names, "limit": asked.items}
+        first = {name: scored(subject, **all_of) for name, subject in subjects.items()}  # and a warm-up
         times: dict[str, list[float]] = {name: [] for name in subjects}
         for number, name in turns(list(subjects), asked.rounds):
-            times[name].append(scored(subjects[name], manager)[0])
+            times[name].append(scored(subjects[name], **all_of)[0])
             print(f"round {number + 1} of {asked.rounds}: {name} {times[name][-1]:.1f} s", file=sys.stderr)
         if asked.exact is not None:
             exact = [
-                scored(lm_eval_models.OnnxHarnessModel(str(asked.exact), threads), manager)[1],
-                scored(get_model("onnxruntime-genai")(pretrained=str(asked.exact)), manager)[1],
+                scored(lm_eval_models.OnnxHarnessModel(str(asked.exact), threads), **all_of)[1],
+                scored(get_model("onnxruntime-genai")(pretrained=str(asked.exact)), **all_of)[1],
             ]
-    requests = 6 * asked.items
-    figures, rows = {"items": 2 * asked.items, "requests": requests, "threads": threads}, []
+    requests = sum(first["hf"][3].values())
+    scored_items = sum(len(choices) for choices in first["hf"][1].values())
+    figures, rows = {"items": scored_items, "requests": requests, "threads": threads}, []
     for ours, theirs in PAIRS.items():
         ratio = compare(times[ours], times[theirs])
         same = [

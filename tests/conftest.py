@@ -13,8 +13,8 @@ import pytest
 from hypothesis import settings
 from tiny_build import write_recipe
 
-# The same examples on every run and machine: a red test must be about the change.
-settings.register_profile("fixed", derandomize=True)
+# The same examples on every run and machine, and no clock: a red test must be about the change.
+settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
 
 # Two processes of tests on two cores: one thread each is faster than fighting over them.

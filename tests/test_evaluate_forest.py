@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-from edgedisp.evaluate import forest
+from edgedisp.evaluate import forest, score
 from edgedisp.evaluate.score import Request, loglikelihoods
 from edgedisp.graph.device import for_device
 from edgedisp.graph.export import export
@@ -182,6 +182,37 @@ def test_a_score_in_int8_arithmetic_does_not_depend_on_what_else_is_asked(int4: 
     ]
     assert [one.logprobs for one in together] == [one.logprobs for one in backwards]
     assert [one.logprobs for one in together] == [one.logprobs for one in alone]
+
+
+def test_items_scored_side_by_side_have_the_scores_that_they_have_one_after_the_other(int4: Path) -> None:
+    requests, items = questions(12)
+    one, three = (loglikelihoods(OnnxModel(int4, threads), requests, items=items) for threads in (1, 3))
+    assert [found.logprobs for found in one] == [found.logprobs for found in three]
+
+
+@given(st.lists(st.integers(0, 99), max_size=30), st.integers(1, 4))
+def test_side_by_side_keeps_the_order_and_a_bounded_number_in_hand(jobs: list[int], lanes: int) -> None:
+    begun: list[int] = []
+
+    def work(job: int) -> int:
+        begun.append(job)
+        return job * job
+
+    for number, result in enumerate(score._side_by_side(work, iter(jobs), lanes)):
+        assert result == jobs[number] ** 2
+        assert len(begun) <= number + 1 + lanes
+    assert sorted(begun) == sorted(jobs)
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_a_failure_side_by_side_is_not_lost(lanes: int) -> None:
+    def work(job: int) -> int:
+        if job == 2:
+            raise ValueError("two")
+        return job
+
+    with pytest.raises(ValueError, match="two"):
+        list(score._side_by_side(work, range(9), lanes))
 
 
 def test_a_bundle_packed_for_a_device_is_scored_as_well(int4: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from edgedisp.evaluate.score import encode_pair, loglikelihoods, rolling_windows
 class Bigram:
     """P(next | previous) from a table of logits; padding positions give rubbish on purpose."""
 
-    tree_nodes, packs = 0, True
+    tree_nodes, packs, lanes = 0, True, 1
 
     def __init__(self, vocab_size: int = 11, context: int = 64, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)

@@ -591,6 +591,7 @@ def test_the_logits_are_those_of_the_plain_forward_pass(folders: dict[str, Path]
 
 
 @pytest.mark.parametrize("family", [*MAIN_FAMILIES, "mamba"])
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_greedy_with_the_cache_equals_greedy_without(family: str) -> None:
     model, tokenizer = twin(family, TEXTS, context=128)
     scored = TorchModel(model)

@@ -8,13 +8,16 @@ of tokens and the memory that logits may take (a vocabulary of 262k entries fill
 A score must not depend on what it was computed with. Log-softmax is reduced in float64, and in fp32 a logit
 moves by 1e-5 at most. But int8 arithmetic rounds activations: a sum taken in another order moves one by 1e-7,
 now and then that is a whole step, and 30 layers later a log-probability has moved by a tenth. So a model with
-`packs` false gets the requests of one item and no others in a forward pass.
+`packs` false gets the requests of one item and no others in a forward pass; several items are then computed
+side by side, on a core each: small products gain little from a second thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +36,8 @@ _POSITIONS = 64  # rows of logits reduced at a time: 64 x 262k x 4 bytes = 64 MB
 Encode = Callable[[str], list[int]]
 Decode = Callable[[list[int]], str]
 ItemRow = tuple[Hashable, Row]
+Job = TypeVar("Job")
+Done = TypeVar("Done")
 
 
 class LanguageModel(Protocol):
@@ -58,6 +63,11 @@ class LanguageModel(Protocol):
     @property
     def packs(self) -> bool:
         """Whether a forest of several items gives each the scores that it has alone."""
+        ...
+
+    @property
+    def lanes(self) -> int:
+        """How many forests may be read at once, from as many threads; asked where `packs` is false."""
         ...
 
     def tree(
@@ -204,11 +214,17 @@ def _last_logits(
     for (item, row), count in wanted.items():
         if len(row) <= model.tree_nodes:
             together.setdefault(item, {})[row] = count
-    for item, counts in together.items():
-        nodes = min(batch_tokens, model.tree_nodes) if model.packs else model.tree_nodes
-        for part in forest.parted(counts, nodes, most if model.packs else room):
-            for row, logits in _from_forest(model, part):
-                yield (item, row), logits
+    lanes = 1 if model.packs else model.lanes
+    nodes = min(batch_tokens, model.tree_nodes) if model.packs else model.tree_nodes
+    asked_at_once = most if model.packs else max(1, room // lanes)
+    parts = (
+        (item, part)
+        for item, counts in together.items()
+        for part in forest.parted(counts, nodes, asked_at_once)
+    )
+    for item, read in _side_by_side(lambda one: (one[0], _from_forest(model, one[1])), parts, lanes):
+        for row, logits in read:
+            yield (item, row), logits
     rest: dict[Hashable, list[ItemRow]] = {}  # in batches: all rows, or those of one item
     for one in wanted:
         if len(one[1]) > model.tree_nodes:
@@ -218,6 +234,21 @@ def _last_logits(
             for one, logits in zip(batch, _run(model, [row for _, row in batch])):
                 end = len(one[1])
                 yield one, logits[end - wanted[one] : end]
+
+
+def _side_by_side(work: Callable[[Job], Done], jobs: Iterable[Job], lanes: int) -> Iterator[Done]:
+    """The results in the order of the jobs, `lanes` of them in work at a time and few waiting to be taken."""
+    if lanes == 1:
+        yield from map(work, jobs)
+        return
+    with ThreadPoolExecutor(lanes) as pool:
+        waiting: deque[Future[Done]] = deque()
+        for job in jobs:
+            waiting.append(pool.submit(work, job))
+            if len(waiting) > lanes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _from_forest(model: LanguageModel, wanted: Mapping[Row, int]) -> list[tuple[Row, NDArray[np.float32]]]:

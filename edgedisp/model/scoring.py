@@ -37,6 +37,8 @@ class TorchModel:
         self.context = context_length(self.model.config)
         self.vocab_size = int(self.model.get_output_embeddings().weight.shape[0])
         self._accepts = frozenset(inspect.signature(self.model.forward).parameters)
+        # transformers 5.24 gives the cache of keys and values another name.
+        self._cache = "cache" if "cache" in self._accepts else "past_key_values"
 
     def __call__(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         """ids, mask int64 [batch, tokens], mask 1 real and 0 padding -> float32 [batch, tokens, vocab]."""
@@ -54,6 +56,11 @@ class TorchModel:
     def packs(self) -> bool:
         """Yes: in floating point a token's logits do not depend on what else is computed."""
         return True
+
+    @property
+    def lanes(self) -> int:
+        """One: torch shares its threads out itself."""
+        return 1
 
     @cached_property
     def tree_nodes(self) -> int:
@@ -137,9 +144,7 @@ class TorchModel:
             while len(found) < min(max_new_tokens, self.context - len(ids)):
                 seen = len(ids) + len(found)
                 mask = torch.ones(1, seen, dtype=torch.int64, device=device)
-                cached = (
-                    {"past_key_values": cache, "use_cache": True} if cache is not None or not found else {}
-                )
+                cached = {self._cache: cache, "use_cache": True} if cache is not None or not found else {}
                 out = self.model(input_ids=step, attention_mask=mask, **cached, **last_only)
                 cache = getattr(out, "past_key_values", None)
                 token = int(out.logits[0, -1].argmax())
