@@ -53,7 +53,8 @@ class Table(_Strict):
 
 def load_table(path: Path) -> Table:
     """Raises BadInput for a table that is not as it must be, with the first fault and its place."""
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     try:
         table = Table.model_validate(YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")))
