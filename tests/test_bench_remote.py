@@ -36,7 +36,8 @@ def wanted(**changes: Any) -> Wanted:
 
 def shell(home: Path, **environment: str) -> Callable[[str], list[str]]:
     """A connection: a shell with a home folder of its own."""
-    variables = {"HOME": str(home), "XDG_CACHE_HOME": "", **environment}
+    # pip asks rustc for its version, and where that is rustup's it makes a folder in HOME.
+    variables = {"HOME": str(home), "XDG_CACHE_HOME": "", "RUSTUP_HOME": "/tmp/rustup", **environment}
     words = [f"{name}={value}" for name, value in variables.items()]
     return lambda command: ["env", *words, "sh", "-c", command]
 

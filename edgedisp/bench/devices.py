@@ -115,7 +115,7 @@ def parse(name: str) -> Address:
     text = name.strip()
     kind, slashes, rest = text.partition("://")
     if kind not in KINDS:
-        guess = difflib.get_close_matches(kind.lower(), KINDS, n=1)
+        guess = difflib.get_close_matches(kind.lower(), KINDS, n=1, cutoff=0.5)
         meant = f"did you mean '{KINDS[guess[0]].form}'? " if guess else ""
         raise BadInput(f"--device {name!r}: is not known; {meant}(choices: {_choices()})")
     if kind not in WITH_ADDRESS:
@@ -139,14 +139,14 @@ def _with_host(text: str, kind: str) -> Address:
         raise BadInput(f"--device {text!r}: passwords are not taken; use a key, and write {form}")
     if parts.path.strip("/") or parts.query or parts.fragment:
         raise BadInput(f"--device {text!r}: has more than an address; write {form}")
+    if not host or user == "":
+        raise BadInput(f"--device {text!r}: no host, or an empty user, is named; write {form}")
     # urlsplit lowers the host's letters, and the names in a user's configuration may have capitals.
-    shown = re.search(re.escape(host or ""), text.rpartition("@")[2], re.IGNORECASE)
-    host = shown.group(0) if host and shown else host
+    shown = re.search(re.escape(host), text.rpartition("@")[2], re.IGNORECASE)
+    host = shown.group(0) if shown else host
     for what in (host, user):
         if what is not None and not re.fullmatch(r"[\w.:%][\w.:%+-]*", what):
             raise BadInput(f"--device {text!r}: {what!r} is not a name; write {form}")
-    if not host or user == "":
-        raise BadInput(f"--device {text!r}: no host is named; write {form}")
     return Address(text, kind, host, user, port)
 
 

@@ -141,7 +141,9 @@ class Remote(Host):
 
     def command(self, bundle: Path, options: Sequence[str]) -> list[str]:
         program = f"{self._places[_digest(_listed(self._runner))]}/{self._wanted.runner.name}"
-        words = [self._python, program, *options, self._places[_digest(self._list(bundle))]]
+        # onnxruntime writes files of its own into the cache folder when it is imported.
+        words = ["env", f"XDG_CACHE_HOME={self._told['session']}", self._python, program]
+        words += [*options, self._places[_digest(self._list(bundle))]]
         return self._reach("exec " + " ".join(map(shlex.quote, words)))
 
     def prepare(self, bundles: Mapping[str, Path]) -> None:

@@ -35,6 +35,7 @@ BLOCK_BYTES = 1 << 20
 LARGEST_COPY_BYTES = 1 << 20  # of a system file; /proc/cpuinfo of 256 CPUs is 400 kB
 MODULES = ("numpy", "onnxruntime")
 ROOT = Path("/")
+QUIETLY = ("--disable-pip-version-check", "--no-cache-dir")  # a cache of pip's own would stay behind
 CHECK = (
     "import importlib.metadata, json, sys; names = sys.argv[1:]; [__import__(name) for name in names]; "
     "print(json.dumps({name: importlib.metadata.version(name) for name in names}))"
@@ -120,7 +121,10 @@ class Session:
 
 
 def look(session: Session) -> dict[str, Any]:
-    """{python, executable, modules, architecture, system, cpus, cache, kept, disk_free_bytes, files}."""
+    """{python, executable, modules, architecture, system, cpus, cache, kept, session, disk_free_bytes, files}.
+
+    `session` is a folder that goes when this program does, for what other programs would leave behind.
+    """
     standing = next(folder for folder in (session.cache, *session.cache.parents) if folder.exists())
     cpus = set(range(os.cpu_count() or 1))
     if hasattr(os, "sched_getaffinity"):
@@ -135,6 +139,7 @@ def look(session: Session) -> dict[str, Any]:
         "cpus": sorted(cpus),
         "cache": str(session.cache),
         "kept": kept,
+        "session": str(session.folder(keep=False)),
         "disk_free_bytes": shutil.disk_usage(standing).free,
         "files": copies((*LOOK, *READINGS, *limits())),
     }
@@ -237,7 +242,7 @@ def setup(session: Session, modules: list[str], keep: bool) -> dict[str, Any]:
     final = session.folder(keep) / "venv"
     python = final / "bin" / "python"
     made = [[sys.executable, "-m", "venv", "--clear", str(final)]]
-    made += [[str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *modules]]
+    made += [[str(python), "-m", "pip", "install", "--quiet", *QUIETLY, *modules]]
     made += [[str(python), "-c", CHECK, *modules]]
     for command in made:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
