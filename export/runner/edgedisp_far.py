@@ -121,7 +121,7 @@ class Session:
 
 
 def look(session: Session) -> dict[str, Any]:
-    """{python, executable, modules, architecture, system, cpus, cache, kept, session, disk_free_bytes, files}.
+    """{python, executable, modules, architecture, system, cpus, cache, kept, session, disk_free_bytes ...}.
 
     `session` is a folder that goes when this program does, for what other programs would leave behind.
     """
