@@ -205,7 +205,7 @@ class _Counter:
         self.progress(self.done, self.total, note)
 
 
-def check(bundles: Mapping[str, Path], pairs: Sequence[tuple[str, str]]) -> None:
+def check(bundles: Mapping[str, Path], pairs: Sequence[tuple[str, str]] = ()) -> None:
     """Refuse what cannot work before any process is started."""
     problems = [] if bundles else ["no bundle to time; name at least one bundle folder"]
     problems += [
