@@ -66,7 +66,9 @@ def _side_by_side(devices: list[dict[str, Any]]) -> Grid:
     labels = dict.fromkeys(str(row["label"]) for device in devices for row in device["rows"])
     rows = []
     for label in labels:
-        cells = [next((r for r in device["rows"] if r["label"] == label), {}) for device in devices]
+        cells: list[dict[str, Any]] = [
+            next((r for r in device["rows"] if r["label"] == label), {}) for device in devices
+        ]
         rows.append((label, *(_rate(cell, "decode_tokens_per_s") for cell in cells)))
     head = ("bundle", *(str(device["device"]) for device in devices))
     return Grid(head, tuple(rows), "decode, tokens a second")

@@ -144,7 +144,14 @@ def cached_share(files: Sequence[Path]) -> float | None:
 
     libc = ctypes.CDLL(None)
     libc.mmap.restype = ctypes.c_void_p
-    sizes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    sizes: list[Any] = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_long,
+    ]
     libc.mmap.argtypes = sizes
     libc.munmap.argtypes = sizes[:2]
     libc.mincore.argtypes = [*sizes[:2], ctypes.c_char_p]
