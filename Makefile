@@ -9,7 +9,7 @@ RUNTIMES := .runtimes
 NODE := $(RUNTIMES)/node/.installed
 OPTIMUM := $(RUNTIMES)/optimum/.installed
 
-.PHONY: quickstart test lint types unit real docs wheel clean setup runtimes
+.PHONY: quickstart test lint types unit real emulated docs wheel clean setup runtimes sshd
 
 quickstart: setup
 	$(BIN)/edgedisp build recipes/quickstart.yaml
@@ -26,7 +26,12 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 # Where node or a package cannot be had, the tests of that runtime are skipped and say so.
-runtimes: $(NODE) $(OPTIMUM)
+runtimes: $(NODE) $(OPTIMUM) sshd
+
+# A real server for tests/test_bench_ssh.py. The package is installed where that needs no question.
+sshd:
+	-test -x /usr/sbin/sshd || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || \
+		{ apt-get -qq update; apt-get -qq -y install --no-install-recommends openssh-server; } >/dev/null 2>&1
 
 # Without the variable, onnxruntime-node fetches CUDA libraries that nothing here uses.
 $(NODE):
@@ -51,7 +56,11 @@ types: setup
 TESTERS := 2
 
 unit: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real" -n $(TESTERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not emulated" -n $(TESTERS) --dist loadfile
+
+# ARM64 kernels in qemu: needs qemu-user-static, and fetches an ARM64 Python.
+emulated: setup
+	$(BIN)/python -m pytest -m emulated
 
 # One small build of a real pretrained model, through the real command.
 real: setup

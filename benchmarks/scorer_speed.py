@@ -36,9 +36,9 @@ from lm_eval.tasks import TaskManager
 from record import write
 
 from edgedisp import data_folder, lm_eval_models
-from edgedisp.bench.local import turns
 from edgedisp.bench.machine import physical_cores
 from edgedisp.bench.spread import compare
+from edgedisp.bench.timing import turns
 from edgedisp.recipe import load
 from edgedisp.stages.start import read_documents
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from edgedisp import data_folder
 from edgedisp.bench.graph_facts import same_graph
-from edgedisp.bench.local import turns
 from edgedisp.bench.machine import physical_cores
+from edgedisp.bench.timing import turns
 from edgedisp.bench.worker import Worker
 
 PROMPT, GENERATE = 128, 128

@@ -210,6 +210,23 @@ def check_files(folder: Path) -> bool:
     return True
 
 
+def list_again(folder: Path, names: Sequence[str]) -> None:
+    """Write down the files `names` anew where the folder's manifest lists them, then both in its record.
+
+    For a bundle whose files were changed on purpose after it was made.
+    """
+    for listing, changed in ((MANIFEST, names), (RECORD, (*names, MANIFEST))):
+        path = folder / listing
+        if not path.is_file():
+            continue
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        for name in changed:
+            if name in raw["files"]:
+                place = folder / name
+                raw["files"][name] = {"size_bytes": place.stat().st_size, "sha256": file_digest(place)}
+        write_json(path, raw)
+
+
 _AGAIN = "copy or export the bundle again"
 
 

@@ -8,26 +8,32 @@ from __future__ import annotations
 import difflib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
 from edgedisp import BadInput, Progress, corpus, data_folder, model
-from edgedisp.bench import local
+from edgedisp.bench import devices
 from edgedisp.bench.machine import physical_cores
+from edgedisp.bench.summary import arms_to_compare
 from edgedisp.dispersion.collect import decoder_layers
-from edgedisp.folder import MANIFEST, changed_files, check_files
-from edgedisp.graph import check
+from edgedisp.folder import MANIFEST, changed_files, check_files, list_again, write_json
+from edgedisp.graph import check, layout
 from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.layouts import LAYOUTS
 from edgedisp.pipeline import Observer, as_computed
 from edgedisp.quantize.rewrite import quantize_bundle
 from edgedisp.recipe import BITS, Recipe, Target, load_target
 from edgedisp.report import bundle_card
+from edgedisp.sources import cache_folder
 from edgedisp.stages import fetch_base, pack, provenance_of
 from edgedisp.stages.packing import CARD
+
+COMPARED_TOKENS = 96  # of a text whose logits are compared under another processor's kernels
 
 
 def export_for_target(
@@ -103,37 +109,107 @@ def _checked_bundle(
     return bundle, {**grid, "checked": checked}
 
 
+@dataclass(frozen=True)
+class BenchOptions:
+    """What `edgedisp bench` was asked for, beside bundles and devices. `threads` "sweep": find the best."""
+
+    prompt: int = 128
+    generate: int = 128
+    repetitions: int = 5
+    threads: int | Literal["sweep"] | None = None
+    write_threads: bool = False
+    pause_s: float = 0.0
+    setup: bool = False
+    keep: bool = False
+    remote_python: str | None = None
+
+
 def time_bundles(
-    bundles: list[Path],
-    device: str,
-    prompt: int,
-    generate: int,
-    repetitions: int,
-    threads: int | None,
-    progress: Progress,
+    bundles: list[Path], named: list[str], asked: BenchOptions, progress: Progress
 ) -> dict[str, Any]:
-    """Time bundles on a device, interleaved. Raises BadInput for an unknown device or no bundle."""
-    if device != "local":
-        raise BadInput(f"--device {device}: is not known; there is `local`")
+    """Time bundles on every device, those of one device interleaved.
+
+    Returns {format, devices [one result each, see bench/devices.py]}, and with `write_threads` `written`
+    {label: threads}. All devices are reached before anything is timed. One that is lost in the middle has
+    `lost` in its result; the others are timed all the same. Raises BadInput for a device that is not known or
+    cannot be used, or a bundle that cannot be timed.
+    """
+    addresses = devices.parse_all(named)
+    _check_bench(addresses, asked)
     labels = _labels(bundles)
-    runner = data_folder("export") / "runner" / "edgedisp_runner.py"
-    return local.measure(
-        labels,
-        runner=runner,
-        prompt=prompt,
-        generate=generate,
-        repetitions=repetitions,
-        threads=threads or physical_cores(),
-        seed=0,
-        pause_s=0.0,
-        progress=progress,
+    wanted = devices.Wanted(
+        runner=data_folder("export") / "runner" / "edgedisp_runner.py",
+        cache=cache_folder(),
+        ids=_ids_of_text,
+        prompt=asked.prompt,
+        generate=asked.generate,
+        repetitions=asked.repetitions,
+        threads=None if asked.threads == "sweep" else asked.threads,
+        sweep=asked.threads == "sweep",
+        pause_s=asked.pause_s,
+        pairs=tuple(arms_to_compare(list(labels))),
+        setup=asked.setup,
+        keep=asked.keep,
+        python=asked.remote_python,
     )
+    found = []
+    with ExitStack() as stack:
+        opened = [stack.enter_context(devices.opened(address, labels, wanted)) for address in addresses]
+        for address, device in zip(addresses, opened):
+            try:
+                result = device.measure(progress)
+            except devices.DeviceLost as error:
+                result = error.partial
+            found.append({**result, "device": address.name, "kind": address.kind})
+    timed: dict[str, Any] = {"format": 1, "devices": found}
+    if asked.write_threads and "lost" not in found[0]:
+        best = {label: swept["best"] for label, swept in found[0]["threads"].items()}
+        for label, threads in best.items():
+            write_threads(labels[label], threads)
+        timed["written"] = best
+    return timed
+
+
+def _check_bench(addresses: Sequence[devices.Address], asked: BenchOptions) -> None:
+    if asked.write_threads and asked.threads != "sweep":
+        raise BadInput("--write-threads: writes what a sweep has found; give --threads sweep too")
+    if asked.write_threads and len(addresses) > 1:
+        raise BadInput("--write-threads: a bundle holds the threads of one device; name one --device")
+    if asked.write_threads and not devices.KINDS[addresses[0].kind].times:
+        raise BadInput(f"--write-threads: nothing is timed on {addresses[0].name}")
+
+
+def lost_devices(timed: Mapping[str, Any]) -> list[str]:
+    """`device: why` for each device that was lost in the middle."""
+    return [f"{found['device']}: {found['lost']}" for found in timed["devices"] if "lost" in found]
+
+
+def write_threads(bundle: Path, threads: int) -> None:
+    """Write the thread count into a packed bundle, and keep its manifest (and a run's record) true.
+
+    Raises BadInput for a bundle inside a run that later stages were made from: their record would be wrong.
+    """
+    if not (bundle / MANIFEST).is_file():
+        raise BadInput(
+            f"{bundle}: --write-threads needs a bundle for a device (with {MANIFEST}); `edgedisp export` and "
+            "the `targets` of a build make them"
+        )
+    layout.set_threads(bundle, threads)
+    manifest = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
+    write_json(bundle / MANIFEST, {**manifest, "threads": threads})
+    list_again(bundle, ("genai_config.json",))
+
+
+def _ids_of_text(bundle: Path) -> list[int]:
+    """Token ids of a short made text, the same for every bundle of one tokenizer."""
+    text = corpus.made_documents(1, seed=0)[0].text
+    return model.encode(model.load_tokenizer(bundle), text)[:COMPARED_TOKENS]
 
 
 def _labels(bundles: list[Path]) -> dict[str, Path]:
     """The shortest distinct endings of the paths: `baseline/int4`."""
     for bundle in bundles:
-        if not (bundle / "model.onnx").is_file():
+        if not (bundle / "model.onnx").is_file() and not any(bundle.glob("onnx/*.onnx")):
             raise BadInput(f"{bundle}: holds no model.onnx; a bundle is a folder such as <run>/<arm>/int4")
         check_files(bundle)
     for depth in range(1, 12):
@@ -141,20 +217,6 @@ def _labels(bundles: list[Path]) -> dict[str, Path]:
         if len(labels) == len(bundles):
             return labels
     raise BadInput("the same bundle is named twice")
-
-
-def render_bench(timed: dict[str, Any]) -> str:
-    lines = [
-        f"{'bundle':28} {'ttft ms':>9} {'prefill t/s':>12} {'decode t/s':>11}"
-        f" {'load s':>7} {'peak MB':>8} {'MB':>6}"
-    ]
-    for row in timed["rows"]:
-        lines.append(
-            f"{row['label']:28} {row['ttft_ms']:9.1f} {row['prefill_tokens_per_s']:12.0f}"
-            f" {row['decode_tokens_per_s']:11.1f} {row['load_s']:7.2f} {row['peak_memory_bytes'] / 1e6:8.0f}"
-            f" {row['weights_bytes'] / 1e6:6.0f}"
-        )
-    return "\n".join([*lines, *(f"note: {warning}" for warning in timed.get("warnings", []))])
 
 
 def probe_base(recipe: Recipe, progress: Progress) -> dict[str, Any]:

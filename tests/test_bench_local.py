@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from tiny_bundle import RUNNER, copy_with, tiny_bundles
 
 from edgedisp import BadInput, BuildFailed
-from edgedisp.bench.local import expected_memory_bytes, group_by_memory, measure, turns
+from edgedisp.bench.devices import DeviceLost
+from edgedisp.bench.local import Local
 from edgedisp.bench.summary import FIGURES, warn_about_bits
+from edgedisp.bench.timing import expected_memory_bytes, group_by_memory, measure, turns
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +27,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def quick(bundles: dict[str, Path], **options: Any) -> dict[str, Any]:
-    chosen = {"runner": RUNNER, "prompt": 6, "generate": 5, "repetitions": 2, "threads": 1, **options}
-    return measure(bundles, **chosen)
+    chosen = {"prompt": 6, "generate": 5, "repetitions": 2, "threads": 1, **options}
+    return measure(bundles, Local(chosen.pop("runner", RUNNER)), **chosen)
 
 
 def workers() -> list[psutil.Process]:
@@ -151,6 +153,36 @@ def test_a_worker_that_is_killed_fails_the_measurement_and_takes_the_others_alon
     assert gone()
 
 
+def test_what_was_timed_before_a_worker_died_is_kept(bundles: dict[str, Path]) -> None:
+    def kill_the_second(done: int, total: int, note: str) -> None:
+        if done == 3 + 2:
+            next(p for p in workers() if str(bundles["twin"]) in p.cmdline()).kill()
+
+    with pytest.raises(DeviceLost, match=r"local: lost in the middle: twin: .* code -9") as caught:
+        quick(bundles, repetitions=3, pairs=[("fp32", "twin")], progress=kill_the_second)
+    partial = caught.value.partial
+    assert partial["order"] == ["fp32", "twin", "int4", "int4"]
+    assert {row["label"]: row["repetitions"] for row in partial["rows"]} == {"fp32": 1, "twin": 1, "int4": 2}
+    assert json.dumps(partial, allow_nan=False) and gone()
+
+
+def test_a_cold_load_is_told_only_where_the_files_had_left_the_memory(timed: dict[str, Any]) -> None:
+    for row in timed["rows"]:
+        assert row["load_s"] > 0 and (row["load_cold_s"] is None or row["load_cold_s"] > 0)
+    assert timed["warnings"] == ["3 repetitions are too few to tell a difference from chance; 5 or more can"]
+
+
+def test_energy_is_the_counters_median_or_the_battery_of_a_bundle_alone() -> None:
+    from edgedisp.bench.summary import _energy_j
+
+    counted = [{"energy_j": value, "battery_j": None} for value in (3.0, 1.0, 2.0)]
+    assert _energy_j(counted, alone=False) == 2.0
+    drained = [{"energy_j": None, "battery_j": value} for value in (100.0, 97.0, 92.0)]
+    assert _energy_j(drained, alone=True) == 4.0
+    assert _energy_j(drained, alone=False) is None
+    assert _energy_j([{"energy_j": None, "battery_j": None}] * 2, alone=True) is None
+
+
 def test_an_interrupt_ends_the_workers(bundles: dict[str, Path]) -> None:
     def interrupt(done: int, total: int, note: str) -> None:
         if done == 4:
@@ -218,7 +250,7 @@ def made_row(label: str, bits: int, low: float, high: float, layers: int = 2) ->
 
 def test_fewer_bits_that_are_slower_get_a_warning() -> None:
     rows = [made_row("fp32", 32, 50, 55), made_row("int8", 8, 90, 99), made_row("int4", 4, 20, 30)]
-    warn_about_bits(rows)
+    warn_about_bits(rows, {})
     assert [len(row["warnings"]) for row in rows] == [0, 0, 2]
     assert (
         "4-bit weights decode slower than the 8-bit ones of int8 (25.0 against 94.5" in rows[2]["warnings"][1]
@@ -227,5 +259,5 @@ def test_fewer_bits_that_are_slower_get_a_warning() -> None:
 
 def test_overlapping_intervals_and_other_models_get_none() -> None:
     rows = [made_row("a", 32, 50, 55), made_row("b", 4, 40, 51), made_row("c", 4, 1, 2, layers=9)]
-    warn_about_bits(rows)
+    warn_about_bits(rows, {})
     assert [row["warnings"] for row in rows] == [[], [], []]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -184,3 +185,115 @@ def test_it_is_one_file_for_python_3_9_with_numpy_and_onnxruntime_alone() -> Non
             imported.add((node.module or "").split(".")[0])
     assert imported - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.Match)]
+
+
+# ---------------------------------------------------------------- page cache, energy, logits
+
+
+def runner_module() -> Any:
+    spec = importlib.util.spec_from_file_location("edgedisp_runner", RUNNER)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what is in its page cache")
+def test_files_that_were_read_are_in_the_page_cache(bundles: dict[str, Path]) -> None:
+    options = ["--prompt", "4", "--generate", "2", "--repetitions", "1", "--page-cache", "warm"]
+    found = result(bundles["fp32"], *options)
+    assert found["page_cache"] == "warm" and found["cached_share"] == 1.0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what is in its page cache")
+def test_the_share_in_memory_falls_when_the_system_forgets_and_rises_when_it_is_read(tmp_path: Path) -> None:
+    runner = runner_module()
+    (tmp_path / "a").write_bytes(bytes(1 << 20))
+    assert runner.prepare_page_cache([tmp_path / "a"], "warm") == 1.0
+    assert runner.prepare_page_cache([tmp_path / "a"], "found") == 1.0
+    share = runner.prepare_page_cache([tmp_path / "a"], "dropped")
+    assert share in (0.0, 1.0)  # 1 on file systems that live in memory: then no load is called cold
+    assert runner.prepare_page_cache([tmp_path / "a"], "warm") == 1.0
+
+
+def powercap(root: Path, **zones: tuple[str, int]) -> Path:
+    for zone, (name, energy) in zones.items():
+        folder = root / zone.replace("_", ":").replace("rapl", "intel-rapl")
+        folder.mkdir(exist_ok=True)
+        (folder / "name").write_text(name + "\n")
+        (folder / "energy_uj").write_text(f"{energy}\n")
+        (folder / "max_energy_range_uj").write_text("1000000\n")
+    return root
+
+
+def test_energy_is_the_sum_of_the_packages_over_a_counter_that_starts_again(tmp_path: Path) -> None:
+    runner = runner_module()
+    root = powercap(tmp_path, rapl_0=("package-0", 900_000), rapl_1=("package-1", 5), rapl_0_0=("core", 1))
+    zones = runner.energy_zones(root)
+    assert [zone.name for zone in zones] == ["intel-rapl:0", "intel-rapl:1"]
+    before = runner.energy_uj(zones)
+    powercap(tmp_path, rapl_0=("package-0", 100_000), rapl_1=("package-1", 500_005))
+    assert runner.energy_j(zones, before, runner.energy_uj(zones)) == pytest.approx(0.2 + 0.5)
+
+
+def test_without_a_readable_counter_there_is_no_energy(tmp_path: Path) -> None:
+    runner = runner_module()
+    assert runner.energy_zones(tmp_path) == [] and runner.energy_j([], None, None) is None
+    root = powercap(tmp_path, rapl_0=("package-0", 1))
+    (root / "intel-rapl:0" / "energy_uj").unlink()
+    assert runner.energy_zones(root) == []
+
+
+def written_logits(bundle: Path, tmp_path: Path, ids: list[int], *options: str) -> np.ndarray[Any, Any]:
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    out = tmp_path / "logits.npy"
+    done = start(bundle, "--logits", str(tmp_path / "ids.json"), "--out", str(out), *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == len(ids)
+    return np.load(out)
+
+
+def plain_logits(bundle: Path, ids: list[int]) -> np.ndarray[Any, Any]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(bundle / "model.onnx"), providers=["CPUExecutionProvider"])
+    past = [i for i in session.get_inputs() if i.name.startswith("past")]
+    empty = {i.name: np.zeros((1, i.shape[1], 0, 16), np.float32) for i in past}
+    feed = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
+    return np.asarray(session.run(["logits"], {**feed, **empty})[0][0])
+
+
+def test_logits_are_the_graphs_own(bundles: dict[str, Path], tmp_path: Path) -> None:
+    ids = [3, 7, 11, 2, 9, 30]
+    found = written_logits(bundles["fp32"], tmp_path, ids)
+    assert found.dtype == np.float32 and found.shape[0] == len(ids)
+    np.testing.assert_allclose(found, plain_logits(bundles["fp32"], ids), atol=1e-4)
+
+
+def test_a_graph_for_the_last_token_alone_gives_the_same_logits_one_by_one(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    from edgedisp.graph.device import for_device
+
+    (tmp_path / "last").mkdir()
+    for_device(bundles["fp32"], tmp_path / "last", threads=1)
+    ids = [3, 7, 11, 2, 9, 30]
+    found = written_logits(tmp_path / "last", tmp_path, ids)
+    np.testing.assert_allclose(found, plain_logits(bundles["fp32"], ids), atol=1e-3)
+
+
+def test_session_options_reach_onnxruntime(bundles: dict[str, Path], tmp_path: Path) -> None:
+    written_logits(bundles["int4"], tmp_path, [1, 2], "--session", "mlas.disable_kleidiai=1")
+    assert start(bundles["int4"], "--session", "nonsense").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("[]", "at least one"), ("[1, -2]", "list"), ("{", "JSON"), ("[99999]", "99999")]
+)
+def test_ids_that_cannot_be_are_refused(
+    bundles: dict[str, Path], tmp_path: Path, content: str, said: str
+) -> None:
+    (tmp_path / "ids.json").write_text(content)
+    out = tmp_path / "x.npy"
+    done = start(bundles["fp32"], "--logits", str(tmp_path / "ids.json"), "--out", str(out))
+    assert done.returncode == 2 and said in done.stderr and not out.exists()

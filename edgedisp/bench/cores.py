@@ -41,6 +41,8 @@ def _distinct_cores(root: Path, cpus: Collection[int]) -> int:
     groups = {_siblings(root, cpu) for cpu in cpus}
     if None not in groups:
         return len(groups)
+    if told := read_text(root / "sysctl/hw.physicalcpu"):  # a copy of a Mac's answers
+        return min(int(told), len(cpus)) if told.isdigit() else len(cpus)
     if root == Path("/") and sys.platform != "linux":
         import psutil
 

@@ -46,6 +46,26 @@ def open_graph(bundle: Path) -> Any:
         raise BadInput(f"{path}: not an ONNX graph ({error}); export the bundle again") from error
 
 
+def needed_files(bundle: Path) -> dict[str, Path]:
+    """What the runner opens, by its path in the bundle: the graph, its weights, genai_config.json.
+
+    Raises BadInput where the graph names a file outside the bundle, or one that is not there.
+    """
+    names = ["model.onnx"]
+    for tensor in open_graph(bundle).graph.initializer:
+        names += [entry.value for entry in tensor.external_data if entry.key == "location"]
+    names += ["genai_config.json"] if (bundle / "genai_config.json").is_file() else []
+    found = {}
+    for name in dict.fromkeys(names):
+        path = bundle / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise BadInput(f"{bundle}/model.onnx: names weights outside its folder ({name})")
+        if not path.is_file():
+            raise BadInput(f"{path}: is missing, but model.onnx names it; copy or export the bundle again")
+        found[Path(name).as_posix()] = path
+    return found
+
+
 def weight_traffic(model: Any) -> dict[str, int]:
     """Of an onnx ModelProto: `weight_bytes_per_token` and `weight_bits`, the bits of most weights.
 

@@ -1,8 +1,8 @@
 """Small facts about the hardware, read from system files: processor, memory, clocks, temperature, load.
 
-`root` stands before /sys and /proc, for tests and for copies of another machine's files. What a system does
-not tell is None, never a guess. Linux tells most; macOS is asked through sysctl and psutil, Windows through
-psutil.
+`root` stands before /sys and /proc, for tests and for copies of another machine's files; a Mac's copy holds
+the answers of its sysctl in files under `sysctl/`. What a system does not tell is None, never a guess. Linux
+tells most; macOS is asked through sysctl and psutil, Windows through psutil.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ ARM_FEATURES = {
 }
 MAC_FEATURES = {"dotprod": "FEAT_DotProd", "i8mm": "FEAT_I8MM", "sme": "FEAT_SME"}
 
+HERE = Path("/")
+TICKS_PER_S = 100  # of /proc/stat on every Linux for x86 and ARM, where another machine's is read
 UNLIMITED = 1 << 60  # version 1 control groups write "no limit" as a number near 2^63
 
 
-def cpu_model(root: Path = Path("/")) -> str | None:
+def cpu_model(root: Path = HERE) -> str | None:
     """Name of the processor: /proc/cpuinfo on x86, the board's or chip's name on ARM, sysctl on a Mac."""
     found = _cpuinfo(root)
     named = found.get("model name") or found.get("Hardware") or found.get("Model")
@@ -49,18 +51,18 @@ def cpu_model(root: Path = Path("/")) -> str | None:
     part = None
     if "CPU implementer" in found:
         part = f"ARM implementer {found['CPU implementer']} part {found.get('CPU part')}"
-    asked = _sysctl("machdep.cpu.brand_string") or platform.processor() or None
-    return named or (board and board.rstrip("\0")) or part or asked
+    asked = _sysctl("machdep.cpu.brand_string", root) or (platform.processor() if root == HERE else None)
+    return named or (board and board.rstrip("\0")) or part or asked or None
 
 
-def cpu_features(root: Path = Path("/")) -> list[str]:
+def cpu_features(root: Path = HERE) -> list[str]:
     """Instruction sets that matter here, named as in the tables above; [] where the system tells nothing."""
     found = _cpuinfo(root)
     flags = set((found.get("flags") or found.get("Features") or "").split())
     known = ARM_FEATURES if "Features" in found else X86_FEATURES
     if flags:
         return [name for name, flag in known.items() if flag in flags]
-    return [name for name, key in MAC_FEATURES.items() if _sysctl(f"hw.optional.arm.{key}") == "1"]
+    return [name for name, key in MAC_FEATURES.items() if _sysctl(f"hw.optional.arm.{key}", root) == "1"]
 
 
 def _cpuinfo(root: Path) -> dict[str, str]:
@@ -73,15 +75,17 @@ def _cpuinfo(root: Path) -> dict[str, str]:
     return found
 
 
-def _sysctl(key: str) -> str | None:
+def _sysctl(key: str, root: Path) -> str | None:
     """One value of macOS's sysctl; None elsewhere."""
+    if root != HERE:
+        return read_text(root / "sysctl" / key)
     if sys.platform != "darwin":
         return None
     done = subprocess.run(["/usr/sbin/sysctl", "-n", key], capture_output=True, text=True, timeout=5)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def memory(root: Path = Path("/")) -> dict[str, int | None]:
+def memory(root: Path = HERE) -> dict[str, int | None]:
     """`memory_bytes`, `memory_available_bytes` and the container's `memory_limit_bytes` (None without one).
 
     The available bytes are what the system could give without swapping; a container's limit, less what the
@@ -90,11 +94,13 @@ def memory(root: Path = Path("/")) -> dict[str, int | None]:
     table = dict(re.findall(r"^(\w+):\s+(\d+) kB", read_text(root / "proc/meminfo") or "", re.MULTILINE))
     total = int(table["MemTotal"]) * 1024 if "MemTotal" in table else None
     available = int(table["MemAvailable"]) * 1024 if "MemAvailable" in table else None
-    if total is None and root == Path("/"):
+    if total is None and root == HERE:
         import psutil
 
         seen = psutil.virtual_memory()
         total, available = int(seen.total), int(seen.available)
+    if total is None and (told := _sysctl("hw.memsize", root)) and told.isdigit():
+        total = int(told)
     limit, left = _memory_limit(root)
     if left is not None and available is not None:
         available = min(available, left)
@@ -124,23 +130,53 @@ def _file_cache(folder: Path) -> int:
     return int(table.get("inactive_file", 0))
 
 
-def readings(root: Path = Path("/")) -> dict[str, float | None]:
+def readings(root: Path = HERE) -> dict[str, float | None]:
     """What the machine is doing now: clock in MHz (mean over CPUs), temperature in degrees, load average.
 
     `busy_cpu_s` is the CPU time all processes have used since boot, and `stolen_cpu_s` what a hypervisor gave
     to others: two readings around a run, less the run's own CPU time, tell how much the neighbours took.
+    `battery_j` is the energy left in a battery that is being used.
     """
     ticks = (read_text(root / "proc/stat") or "").splitlines()[:1]
     fields = [int(f) for f in ticks[0].split()[1:]] if ticks else []
-    hertz = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+    hertz = os.sysconf("SC_CLK_TCK") if root == HERE and hasattr(os, "sysconf") else TICKS_PER_S
     # fields: user nice system idle iowait irq softirq steal; guest time is inside user time already
     return {
-        "load_average_1m": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load_average_1m": _load_average(root),
         "clock_mhz": _clock_mhz(root),
         "temperature_c": _temperature(root),
         "busy_cpu_s": (sum(fields[:3]) + sum(fields[5:7])) / hertz if len(fields) >= 8 else None,
         "stolen_cpu_s": fields[7] / hertz if len(fields) >= 8 else None,
+        "battery_j": _battery_j(root),
     }
+
+
+def _load_average(root: Path) -> float | None:
+    """Processes that ran or waited to run, on average over the last minute."""
+    if root == HERE:
+        return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    fields = (read_text(root / "proc/loadavg") or "").split()
+    return float(fields[0]) if fields else None
+
+
+def _battery_j(root: Path) -> float | None:
+    """Joules left in the batteries; None without one, or while one is charged or full.
+
+    Drivers tell energy in microwatt-hours, or charge in microampere-hours with the voltage in microvolts. The
+    counter moves every half minute or so: good for a whole measurement, not for one repetition.
+    """
+    left = []
+    for battery in sorted((root / "sys/class/power_supply").glob("*")):
+        if read_text(battery / "status") != "Discharging":
+            continue
+        energy, charge, voltage = (
+            read_text(battery / name) for name in ("energy_now", "charge_now", "voltage_now")
+        )
+        if energy and energy.isdigit():
+            left.append(int(energy) * 3600e-6)
+        elif charge and voltage and charge.isdigit() and voltage.isdigit():
+            left.append(int(charge) * 3600e-6 * int(voltage) * 1e-6)
+    return sum(left) if left else None
 
 
 def _clock_mhz(root: Path) -> float | None:

@@ -12,16 +12,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgedisp.bench.causes import causes, clock_fell_percent
 from edgedisp.bench.graph_facts import open_graph, same_graph, weight_traffic
 from edgedisp.bench.spread import compare, drift_percent, percentile, spread
 
 FIGURES = ("ttft_ms", "prefill_tokens_per_s", "decode_tokens_per_s")
 DRIFT_TOLD_PERCENT = 10.0  # a fanless laptop loses 20 % within four repetitions
 NEIGHBOUR_TOLD_CPUS = 0.25
+CLOCK_TOLD_PERCENT = 10.0
+BASELINE = "baseline"
 
 
 def row(
-    label: str, bundle: Path, facts: Mapping[str, Any], timed: Sequence[dict[str, Any]]
+    label: str,
+    bundle: Path,
+    facts: Mapping[str, Any],
+    timed: Sequence[dict[str, Any]],
+    machine: Mapping[str, Any],
 ) -> dict[str, Any]:
     """All about one bundle: medians, spreads, memory, traffic, and what to beware of."""
     own = [r for r in timed if r["label"] == label]
@@ -39,11 +46,13 @@ def row(
         "threads": facts["threads"],
         "repetitions": len(own),
         "load_s": facts["load_s"],
+        "load_cold_s": facts.get("load_cold_s"),
         **{name: spreads[name]["median"] for name in FIGURES},
         "token_ms_p50": percentile(pooled, 0.5),
         "token_ms_p90": percentile(pooled, 0.9),
         "peak_memory_bytes": own[-1]["peak_memory_bytes"],
         "proportional_memory_bytes": own[-1]["proportional_memory_bytes"],
+        "energy_j": _energy_j(own, alone=len(own) == len(timed)),
         "weights_bytes": facts["weights_bytes"],
         "shape": {name: facts[name] for name in ("layers", "vocab_size", "kv_cache_bytes_per_position")},
         "weight_bits": traffic["weight_bits"],
@@ -51,13 +60,30 @@ def row(
         "implied_bandwidth_gb_per_s": read * decode / 1e9,
         "spread": spreads,
         "drift_percent": drift_percent([r["decode_tokens_per_s"] for r in own]),
-        "warnings": _warnings(own),
+        "clock_fell_percent": clock_fell_percent(own),
+        "warnings": _warnings(own, facts["threads"], machine),
     }
 
 
-def _warnings(own: Sequence[dict[str, Any]]) -> list[str]:
+def _energy_j(own: Sequence[dict[str, Any]], alone: bool) -> float | None:
+    """Joules of one repetition: the processor's counter, else the battery's where nothing else was timed."""
+    counted = [r["energy_j"] for r in own if r.get("energy_j") is not None]
+    if len(counted) == len(own):
+        return statistics.median(counted)
+    left = [r["battery_j"] for r in own if r.get("battery_j") is not None]
+    taken = left[0] - left[-1] if alone and len(left) == len(own) > 1 else 0.0
+    return taken / (len(own) - 1) if taken > 0 else None
+
+
+def _warnings(own: Sequence[dict[str, Any]], threads: int, machine: Mapping[str, Any]) -> list[str]:
     """What to beware of in one bundle's figures."""
     found = []
+    cores = machine["physical_cores"]
+    if threads > machine["logical_cpus"]:
+        found.append(f"{threads} threads on {cores} cores: those that wait stop the others")
+    fell = clock_fell_percent(own)
+    if fell is not None and fell > CLOCK_TOLD_PERCENT:
+        found.append(f"the clock fell by {fell:.0f} % from the first to the last repetition")
     drift = drift_percent([r["decode_tokens_per_s"] for r in own])
     if drift is not None and abs(drift) > DRIFT_TOLD_PERCENT:
         found.append(f"decode speed drifted by {drift:+.0f} % from the first to the last repetition")
@@ -69,8 +95,8 @@ def _warnings(own: Sequence[dict[str, Any]]) -> list[str]:
     return found
 
 
-def warn_about_bits(rows: Sequence[dict[str, Any]]) -> None:
-    """Fewer bits per weight should not be slower; where they are, say so in the row and what to look at.
+def warn_about_bits(rows: Sequence[dict[str, Any]], machine: Mapping[str, Any]) -> None:
+    """Fewer bits per weight should not be slower; where they are, say so in the row, and why if it is known.
 
     Only rows of equal architecture are compared, and only intervals that do not touch count.
     """
@@ -83,9 +109,14 @@ def warn_about_bits(rows: Sequence[dict[str, Any]]) -> None:
                 mine["warnings"].append(
                     f"{mine['weight_bits']}-bit weights decode slower than the {other['weight_bits']}-bit "
                     f"ones of {other['label']} ({slow['median']:.1f} against {fast['median']:.1f} tokens/s): "
-                    "look for a missing kernel (`edgedisp doctor` lists the CPU's features), too few threads "
-                    "or throttling"
+                    + causes(mine, machine)
                 )
+
+
+def arms_to_compare(labels: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs (`baseline/X`, `OTHER/X`) among labels that name arm and precision: they must have one graph."""
+    twins = [(f"{BASELINE}/{label.partition('/')[2]}", label) for label in labels if "/" in label]
+    return [(before, after) for before, after in twins if before in labels and before != after]
 
 
 def pair(a: str, b: str, bundles: Mapping[str, Path], timed: Sequence[dict[str, Any]]) -> dict[str, Any]:

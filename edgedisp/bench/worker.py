@@ -13,7 +13,8 @@ import queue
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from types import TracebackType
 from typing import Any
 
@@ -23,18 +24,27 @@ TAIL_CHARS = 2000
 POLITE_S = 5.0
 
 
+class Ended(BuildFailed):
+    """The program has died: its exit code (None: it only closed its output), and the end of its stderr."""
+
+    def __init__(self, message: str, code: int | None, said: str) -> None:
+        super().__init__(message)
+        self.code, self.said = code, said
+
+
 class Worker:
     """Context manager: starts `command`, waits until it has loaded and warmed up, ends it at the end.
 
-    Raises BadInput where the program refuses the bundle (its exit code 2) and BuildFailed where it dies,
-    sends something else than JSON, or is silent for `timeout_s`. The process never outlives the block, and
-    not this program either: it ends when its standard input does.
+    `first` is sent before anything else. Raises BadInput where the program refuses the bundle (its exit code
+    2) and BuildFailed where it dies (Ended), sends something else than JSON, or is silent for `timeout_s`.
+    The process never outlives the block, and not this program either: it ends when its standard input does.
     """
 
-    def __init__(self, label: str, command: Sequence[str], timeout_s: float) -> None:
+    def __init__(self, label: str, command: Sequence[str], timeout_s: float, first: bytes = b"") -> None:
         self.label = label
         self.command = list(command)
         self.timeout_s = timeout_s
+        self.first = first
         self.facts: dict[str, Any] = {}
 
     def __enter__(self) -> Worker:
@@ -46,12 +56,12 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            text=True,
-            encoding="utf-8",
             start_new_session=True,
         )
         threading.Thread(target=self._listen, daemon=True).start()
         try:
+            if self.first:
+                self._write([self.first])
             self.facts = self._answer().get("ready", {})
         except BaseException:
             self._end(politely=False)
@@ -70,24 +80,32 @@ class Worker:
 
     def run(self) -> dict[str, Any]:
         """Time one repetition; what it holds stands in the runner's docstring."""
-        self._send({"run": 1})
+        return self.ask({"run": 1})
+
+    def ask(self, command: dict[str, Any], payload: Iterable[bytes] = ()) -> dict[str, Any]:
+        """Send one command, with bytes after it where it takes some, and wait for its answer."""
+        self._send(command, payload)
         return self._answer()
 
-    def _send(self, command: dict[str, Any]) -> None:
+    def _send(self, command: dict[str, Any], payload: Iterable[bytes] = ()) -> None:
+        self._write(chain([json.dumps(command).encode() + b"\n"], payload))
+
+    def _write(self, blocks: Iterable[bytes]) -> None:
         stdin = self._process.stdin
         if stdin is None:
             raise BuildFailed(f"{self.label}: the worker has no standard input")
         try:
-            stdin.write(json.dumps(command) + "\n")
+            for block in blocks:
+                stdin.write(block)
             stdin.flush()
-        except OSError as error:  # the pipe is broken: it has died since its last answer
+        except (OSError, ValueError) as error:  # the pipe is broken or closed: it has died since then
             raise self._died() from error
 
     def _listen(self) -> None:
         """Runs in a thread, so that waiting for a line can time out on every system. None ends the lines."""
         if self._process.stdout is not None:
             for line in self._process.stdout:
-                self._lines.put(line)
+                self._lines.put(line.decode("utf-8", "replace"))
         self._lines.put(None)
 
     def _answer(self) -> dict[str, Any]:
@@ -110,8 +128,8 @@ class Worker:
             code: int | None = self._process.wait(POLITE_S)
         except subprocess.TimeoutExpired:  # it closed its output and lives on; _end kills it
             code = None
-        kind = BadInput if code == 2 else BuildFailed
-        return kind(f"{self.label}: the measuring process ended with code {code}{self._tail()}")
+        message = f"{self.label}: the measuring process ended with code {code}{self._tail()}"
+        return BadInput(message) if code == 2 else Ended(message, code, self._tail().lstrip(":\n"))
 
     def _tail(self) -> str:
         """The end of what the worker wrote to stderr."""

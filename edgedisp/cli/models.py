@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from edgedisp.cli.app import JsonOption, app
+from edgedisp import BadInput, BuildFailed
+from edgedisp.cli.app import JsonOption, app, width
 
 
 @app.command()
@@ -80,20 +81,70 @@ def export(
 @app.command()
 def bench(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Folders with a model.onnx.")],
-    device: Annotated[str, typer.Option(help="Where to run: local.")] = "local",
+    device: Annotated[
+        list[str] | None,
+        typer.Option(help="Where: local, ssh://USER@HOST[:PORT], arm64-emulated; several times for several."),
+    ] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 128,
     generate: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 128,
-    repetitions: Annotated[int, typer.Option(min=1)] = 5,
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: the physical cores available.")] = None,
+    repetitions: Annotated[int, typer.Option(min=1, help="5 or more tell differences from chance.")] = 5,
+    threads: Annotated[
+        str | None,
+        typer.Option(metavar="N|sweep", help="Default: the physical cores; sweep: find the best count."),
+    ] = None,
+    write_threads: Annotated[
+        bool, typer.Option("--write-threads", help="Write the best count of the sweep into the bundles.")
+    ] = False,
+    pause: Annotated[float, typer.Option(min=0.0, help="Seconds of rest between repetitions.")] = 0.5,
+    setup: Annotated[
+        bool, typer.Option("--setup", help="Fetch what the device lacks (numpy and onnxruntime).")
+    ] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave bundles and packages on the device, for the next time.")
+    ] = False,
+    remote_python: Annotated[
+        str | None, typer.Option(metavar="PROGRAM", help="Python on the device; default: python3.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with all devices.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time bundles on a device, interleaved: time to first token, prefill and decode speed, memory."""
+    """Time bundles on devices, interleaved: time to first token, prefill and decode speed, memory."""
     from edgedisp.console import Screen
-    from edgedisp.single import render_bench, time_bundles
+    from edgedisp.report.devices import render_devices
+    from edgedisp.single import BenchOptions, lost_devices, time_bundles
 
-    with Screen(f"bench on {device}") as screen:
-        timed = time_bundles(bundles, device, prompt, generate, repetitions, threads, screen.progress)
-    typer.echo(json.dumps(timed) if as_json else render_bench(timed))
+    named = ["local"] if device is None else device
+    asked = BenchOptions(
+        prompt=prompt,
+        generate=generate,
+        repetitions=repetitions,
+        threads=_threads(threads),
+        write_threads=write_threads,
+        pause_s=pause,
+        setup=setup,
+        keep=keep,
+        remote_python=remote_python,
+    )
+    if html is not None and not html.resolve().parent.is_dir():
+        raise BadInput(f"--html {html}: there is no folder {html.parent}")
+    with Screen(f"bench on {', '.join(named)}") as screen:
+        timed = time_bundles(bundles, named, asked, screen.progress)
+    if html is not None:
+        from edgedisp.report.devices_page import devices_page
+
+        html.write_text(devices_page(timed), encoding="utf-8")
+    typer.echo(json.dumps(timed) if as_json else render_devices(timed, width()))
+    if lost := lost_devices(timed):
+        raise BuildFailed(f"{'; '.join(lost)}. What was measured until then is shown")
+
+
+def _threads(text: str | None) -> Any:
+    """A thread count, "sweep", or None."""
+    if text is None or text == "sweep":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise BadInput(f"--threads {text}: is neither a whole number of at least 1 nor `sweep`")
+    return int(text)
 
 
 @app.command()

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp import BuildFailed, Progress, data_folder, model
-from edgedisp.bench import local
+from edgedisp.bench.local import Local
 from edgedisp.bench.machine import installed_version
+from edgedisp.bench.summary import arms_to_compare
+from edgedisp.bench.timing import measure
 from edgedisp.evaluate import tasks
 from edgedisp.evaluate.kept import Kept
 from edgedisp.folder import digest, file_digest, read, write_json
@@ -117,8 +119,6 @@ def latency(
 
     What is timed is what a device gets: the same weights under a graph for the last token's logits.
     """
-    twins = [(f"baseline/{label.split('/')[1]}", label) for label in bundles]
-    pairs = [(before, after) for before, after in twins if before in bundles and before != after]
     runner = data_folder("export") / "runner" / "edgedisp_runner.py"
     scratch = own / "timed"
     shipped = {}
@@ -126,16 +126,16 @@ def latency(
         shipped[label] = scratch / label.replace("/", "-")
         shipped[label].mkdir(parents=True)
         for_device(bundle, shipped[label], threads=threads)
-    results = local.measure(
+    results = measure(
         shipped,
-        runner=runner,
+        Local(runner),
         prompt=section.prompt,
         generate=section.generate,
         repetitions=section.repetitions,
         threads=threads,
         seed=seed,
         pause_s=section.pause_s,
-        pairs=pairs,
+        pairs=arms_to_compare(list(bundles)),
         progress=progress,
     )
     shutil.rmtree(scratch)

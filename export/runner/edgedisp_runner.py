@@ -5,7 +5,9 @@
 
 prints ONE JSON object on stdout and its progress on stderr. What the figures mean:
 
-- `load_s`: creation of the session (read, optimise, repack the weights); imports are not in it.
+- `load_s`: creation of the session (read, optimise, repack the weights); imports are not in it. The files lie
+  where `--page-cache` puts them before: `warm` reads them first, `dropped` asks the system to forget them
+  (Linux; `cached_share` is the part that was in memory even so), `found` leaves them alone.
 - `ttft_ms`, time to first token: from handing over the prompt to knowing the first new token.
 - `prefill_tokens_per_s`: prompt tokens / time to first token (llama-bench's `pp`).
 - `token_ms`: one entry for each further token, so `generate - 1` entries.
@@ -13,6 +15,8 @@ prints ONE JSON object on stdout and its progress on stderr. What the figures me
   MLPerf Client counts (llama-bench's `tg` starts from an empty cache, so its figure is a little higher).
 - `peak_memory_bytes`: the largest resident size this process ever had, onnxruntime itself included.
 - `weights_bytes`: size of the graph with its weights on disk.
+- `energy_j`: what the processor's own counter (RAPL) took over one repetition, whatever else ran and what it
+  takes at rest included; None where no counter can be read (it often takes root).
 
 Nothing else is inside the timed part: the prompt is made of random token ids (one seed, one prompt), so there
 is no tokenizer; the next token is the argmax, so there is no sampling; and generation never stops early.
@@ -24,7 +28,10 @@ longer cache.
 (A B B A ...) by whoever started the processes. After loading it prints {"ready": ...}; then every line
 {"run": 1} on stdin gives one line with one repetition, and {"quit": 1} or the end of stdin ends it.
 
-Left out on purpose: batching, speculative decoding, other execution providers, energy.
+`--logits IDS.json --out FILE.npy` times nothing: it writes the logits [tokens, vocab] that follow each of the
+token ids listed in IDS.json, to be compared with another machine's.
+
+Left out on purpose: batching, speculative decoding, other execution providers.
 Exit codes: 0 done, 1 the run failed, 2 bad bundle or usage, 130 interrupted.
 """
 
@@ -82,13 +89,18 @@ def decoder_of(config: dict[str, Any]) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def weights_bytes(graph: Path) -> int:
-    """Bytes of the graph and of its weights: files beside it (`model.onnx.data`, `model.onnx_data` ...), or
-    the one in `onnx/` that it shares with the graph for browsers."""
-    files = [f for f in graph.parent.iterdir() if f.is_file() and f.name.startswith(graph.name)]
+def graph_files(graph: Path) -> list[Path]:
+    """The graph and its weights: files beside it (`model.onnx.data`, `model.onnx_data` ...), or the one in
+    `onnx/` that it shares with the graph for browsers."""
+    files = [f for f in sorted(graph.parent.iterdir()) if f.is_file() and f.name.startswith(graph.name)]
     if len(files) == 1:
-        files += (graph.parent / "onnx").glob("*.onnx_data")
-    return sum(f.stat().st_size for f in files)
+        files += sorted((graph.parent / "onnx").glob("*.onnx_data"))
+    return files
+
+
+def weights_bytes(graph: Path) -> int:
+    """Bytes of the graph and of its weights on disk."""
+    return sum(f.stat().st_size for f in graph_files(graph))
 
 
 def default_threads(config: dict[str, Any]) -> int:
@@ -101,6 +113,67 @@ def default_threads(config: dict[str, Any]) -> int:
     return os.cpu_count() or 1
 
 
+# ---------------------------------------------------------------- the page cache
+
+BLOCK_BYTES = 1 << 20
+
+
+def prepare_page_cache(files: Sequence[Path], wanted: str) -> float | None:
+    """Put `files` where `wanted` says: `warm` reads them, `dropped` has them forgotten, `found` does nothing.
+
+    Returns the share of their pages that is in memory now; None where the system does not tell.
+    """
+    for path in files:
+        with path.open("rb") as file:
+            if wanted == "warm":
+                while file.read(BLOCK_BYTES):
+                    pass
+            elif wanted == "dropped" and hasattr(os, "posix_fadvise"):
+                # Pages that wait to be written are not dropped, nor those that another process has mapped.
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return cached_share(files)
+
+
+def cached_share(files: Sequence[Path]) -> float | None:
+    """Share of the files' pages that is in the page cache, as mincore tells; None outside Linux."""
+    if not sys.platform.startswith("linux"):
+        return None
+    import ctypes
+    import mmap
+
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    sizes: list[Any] = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_long,
+    ]
+    libc.mmap.argtypes = sizes
+    libc.munmap.argtypes = sizes[:2]
+    libc.mincore.argtypes = [*sizes[:2], ctypes.c_char_p]
+    pages = cached = 0
+    for path in files:
+        size = path.stat().st_size
+        if size == 0:
+            continue
+        told = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))
+        with path.open("rb") as file:
+            place = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+        if place in (None, ctypes.c_void_p(-1).value):
+            return None
+        failed = libc.mincore(place, size, told)
+        libc.munmap(place, size)
+        if failed:
+            return None
+        pages += len(told)
+        cached += sum(flag & 1 for flag in told.raw)
+    return cached / pages if pages else None
+
+
 # ---------------------------------------------------------------- the session
 
 
@@ -111,7 +184,15 @@ class Decoder:
     new tokens together) do not fit into the model's context.
     """
 
-    def __init__(self, bundle: Path, threads: int, positions: int) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        threads: int,
+        positions: int,
+        *,
+        session: Sequence[tuple[str, str]] = (),
+        page_cache: str = "found",
+    ) -> None:
         import onnxruntime
 
         onnxruntime.disable_telemetry_events()
@@ -126,6 +207,9 @@ class Decoder:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        for key, value in session:
+            options.add_session_config_entry(key, value)
+        self.cached_share = prepare_page_cache(graph_files(self.graph), page_cache)
         started = time.perf_counter()
         try:
             self.session = onnxruntime.InferenceSession(
@@ -252,6 +336,18 @@ class Decoder:
             ids, total = np.array([[token]], np.int64), total + 1
         return tokens, times_ms
 
+    def all_logits(self, ids: Any) -> Any:
+        """Logits float [n, vocab] after each of `ids` int64 [n]: in one go, or token by token where the graph
+        gives the last token's alone."""
+        import numpy as np
+
+        cache = dict(self.past)
+        count = len(ids)
+        if not self.last_alone:
+            return self.step(ids[None], count, cache)[0].copy()
+        rows = [self.step(ids[None, at : at + 1], at + 1, cache)[0, -1].copy() for at in range(count)]
+        return np.stack(rows)
+
 
 # ---------------------------------------------------------------- figures
 
@@ -267,12 +363,15 @@ def one_repetition(decoder: Decoder, prompt: Any, generate: int) -> dict[str, An
     """Time one prompt and `generate` tokens. Garbage collection waits until the clock has stopped."""
     gc.collect()
     gc.disable()
+    zones = energy_zones()
+    energy = energy_uj(zones)
     cpu = time.process_time()
     started = time.perf_counter()
     try:
         tokens, times_ms = decoder.generate(prompt, generate)
     finally:
         gc.enable()
+    wall_s = time.perf_counter() - started
     first, rest = times_ms[0], times_ms[1:]
     return {
         "ttft_ms": first,
@@ -280,8 +379,9 @@ def one_repetition(decoder: Decoder, prompt: Any, generate: int) -> dict[str, An
         "decode_tokens_per_s": len(rest) / sum(rest) * 1000.0,
         "token_ms": rest,
         "tokens": tokens,
-        "wall_s": time.perf_counter() - started,
+        "wall_s": wall_s,
         "cpu_s": time.process_time() - cpu,
+        "energy_j": energy_j(zones, energy, energy_uj(zones)),
         **memory(),
     }
 
@@ -301,6 +401,41 @@ def summary(repetitions: Sequence[dict[str, Any]]) -> dict[str, float]:
     figures = {name: statistics.median([r[name] for r in repetitions]) for name in names}
     pooled = [t for r in repetitions for t in r["token_ms"]]
     return {**figures, "token_ms_p50": percentile(pooled, 0.5), "token_ms_p90": percentile(pooled, 0.9)}
+
+
+def energy_zones(root: Path = Path("/sys/class/powercap")) -> list[Path]:
+    """Folders of the energy counters of whole processors ("package-0" ...) that this process may read."""
+    zones = [zone for zone in sorted(root.glob("intel-rapl:*")) if zone.name.count(":") == 1]
+    named = [zone for zone in zones if (_text(zone / "name") or "").startswith("package")]
+    return named if named and energy_uj(named) is not None else []
+
+
+def energy_uj(zones: Sequence[Path]) -> list[int] | None:
+    """What each counter says, in microjoules; None where there is none or one cannot be read."""
+    texts = [_text(zone / "energy_uj") for zone in zones]
+    found = [int(text) for text in texts if text and text.isdigit()]
+    return found if found and len(found) == len(texts) else None
+
+
+def energy_j(zones: Sequence[Path], before: list[int] | None, after: list[int] | None) -> float | None:
+    """Joules between two readings; a counter that has started again from 0 meanwhile is made up for."""
+    if before is None or after is None:
+        return None
+    total = 0
+    for zone, start, end in zip(zones, before, after):
+        full = _text(zone / "max_energy_range_uj")
+        if end < start and not (full and full.isdigit()):
+            return None
+        total += end - start + (int(full) if end < start and full else 0)
+    return total / 1e6
+
+
+def _text(path: Path) -> str | None:
+    """Stripped text of a small system file; None where it is absent or may not be read."""
+    try:
+        return path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return None
 
 
 def memory() -> dict[str, int | None]:
@@ -387,6 +522,8 @@ def facts(decoder: Decoder, options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "warmup": options.warmup,
         "load_s": decoder.load_s,
+        "page_cache": options.page_cache,
+        "cached_share": decoder.cached_share,
         "weights_bytes": weights_bytes(decoder.graph),
         "kv_cache_bytes_per_position": 2 * layers * decoder.cache_heads * decoder.head_size * item,
         "kv_cache_shared_buffer": decoder.shared,
@@ -435,6 +572,40 @@ def run_interactive(decoder: Decoder, prompt: Any, options: argparse.Namespace) 
             put({"error": f'unknown command {line.strip()[:80]!r}; known are {{"run": 1}} and {{"quit": 1}}'})
 
 
+def write_logits(decoder: Decoder, ids: Sequence[int], out: Path) -> None:
+    """Write float32 logits [tokens, vocab] as a .npy file, whole or not at all, and say so."""
+    import numpy as np
+    import onnxruntime
+
+    found = decoder.all_logits(np.asarray(ids, np.int64)).astype(np.float32)
+    unfinished = out.with_name(out.name + ".partial")
+    with unfinished.open("wb") as file:
+        np.save(file, found)
+    unfinished.replace(out)
+    shape = {"tokens": found.shape[0], "vocab_size": found.shape[1]}
+    versions = {"onnxruntime": onnxruntime.__version__, "machine": platform.machine()}
+    put({"logits": str(out), **shape, **versions, "load_s": decoder.load_s})
+
+
+def read_ids(path: Path) -> list[int]:
+    """The token ids in a JSON file. Raises BadBundle where it holds something else."""
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadBundle(f"{path}: not readable as JSON ({error}); give a list of token ids") from error
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+        raise BadBundle(f"{path}: expected a list of at least one token id")
+    return ids
+
+
+def pair_of(text: str) -> tuple[str, str]:
+    """An argparse type: KEY=VALUE."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, value
+
+
 def at_least(low: int) -> Any:
     """An argparse type: a whole number of at least `low`."""
 
@@ -460,7 +631,26 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the random prompt (default 0)")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between repetitions (default 0)")
     parser.add_argument("--interactive", action="store_true", help="wait for commands on stdin")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--page-cache",
+        choices=("found", "warm", "dropped"),
+        default="found",
+        help="where the files are before they are loaded (default: where they are found)",
+    )
+    parser.add_argument(
+        "--session",
+        type=pair_of,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a session option of onnxruntime, e.g. mlas.disable_kleidiai=1",
+    )
+    parser.add_argument("--logits", type=Path, metavar="IDS.json", help="write logits, time nothing")
+    parser.add_argument("--out", type=Path, metavar="FILE.npy", help="where --logits writes them")
+    options = parser.parse_args(arguments)
+    if (options.logits is None) != (options.out is None):
+        parser.error("--logits and --out go together")
+    return options
 
 
 def work(options: argparse.Namespace) -> None:
@@ -468,8 +658,21 @@ def work(options: argparse.Namespace) -> None:
     find_graph(options.bundle, read_config(options.bundle))
     if options.threads is None:
         options.threads = default_threads(read_config(options.bundle))
-    decoder = Decoder(options.bundle, options.threads, options.prompt + options.generate)
+    ids = read_ids(options.logits) if options.logits else []
+    positions = len(ids) or options.prompt + options.generate
+    decoder = Decoder(
+        options.bundle,
+        options.threads,
+        positions,
+        session=options.session,
+        page_cache=options.page_cache,
+    )
     decoder.allocate()
+    if ids:
+        if max(ids) >= decoder.vocab_size:
+            raise BadBundle(f"{options.logits}: token {max(ids)}, but the model knows {decoder.vocab_size}")
+        write_logits(decoder, ids, options.out)
+        return
     prompt = prompt_ids(decoder.vocab_size, options.prompt, options.seed)
     say(f"{options.bundle}: loaded in {decoder.load_s:.2f} s, {options.threads} threads")
     for _ in range(options.warmup):

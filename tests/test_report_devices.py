@@ -1,0 +1,139 @@
+"""Several devices on one page and in one table: figures, gaps, partial results, escaping."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from edgedisp.report.devices import render_devices, sections
+from edgedisp.report.devices_page import devices_page
+
+
+def row(label: str, decode: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "label": label,
+        "threads": 2,
+        "ttft_ms": 200.0,
+        "prefill_tokens_per_s": 640.0,
+        "decode_tokens_per_s": decode,
+        "token_ms_p50": 8.0,
+        "token_ms_p90": 9.5,
+        "load_s": 0.41,
+        "load_cold_s": 1.25,
+        "peak_memory_bytes": 251_000_000,
+        "proportional_memory_bytes": 240_000_000,
+        "weights_bytes": 87_000_000,
+        "implied_bandwidth_gb_per_s": 10.5,
+        "energy_j": None,
+        "spread": {"decode_tokens_per_s": {"low": decode - 5, "high": decode + 5}},
+        "warnings": [],
+        **changes,
+    }
+
+
+def sample() -> dict[str, Any]:
+    machine = {
+        "cpu": "An <EPYC>",
+        "features": ["avx2"],
+        "physical_cores": 2,
+        "memory_bytes": 16 << 30,
+        "system": "Linux",
+        "packages": {"onnxruntime": "1.31.1"},
+    }
+    local = {
+        "device": "local",
+        "kind": "local",
+        "machine": machine,
+        "rows": [row("baseline/int4", 120.0), row("baseline/fp32", 60.0, warnings=["drifted"])],
+        "load_average": {"before": 0.5, "after": 1.0},
+        "repetitions": [{"clock_mhz": 2400.0, "temperature_c": None}, {"clock_mhz": 2500.0}],
+        "pairs": [{"fault": None}, {"fault": "two graphs"}],
+        "threads": {
+            "baseline/int4": {
+                "best": 2,
+                "rows": [
+                    {"threads": n, "decode_tokens_per_s": 60.0 * n, "low": 1.0, "high": 200.0,
+                     "prefill_tokens_per_s": 300.0} for n in (1, 2)
+                ],
+            }
+        },
+    }  # fmt: skip
+    far = {
+        "device": "ssh://pi",
+        "kind": "ssh",
+        "machine": {},
+        "rows": [{"label": "baseline/int4", "decode_tokens_per_s": 9.0, "spread": {}, "warnings": []}],
+        "lost": "the connection broke",
+    }
+    emulated = {
+        "device": "arm64-emulated",
+        "kind": "arm64-emulated",
+        "machine": {"cpu": "qemu"},
+        "logits": {
+            "tokens": 96,
+            "rows": [
+                {"label": "baseline/int4", "kernels": "ARM64", "perplexity": 40.36, "kl_to_x86": 0.046,
+                 "top1_agreement": 0.93, "kl_to_exact": 0.019}
+            ],
+        },
+        "warnings": ["emulated: correctness alone, no speed can be read from it"],
+    }  # fmt: skip
+    return {"format": 1, "devices": [local, far, emulated]}
+
+
+def test_devices_stand_side_by_side_and_a_missing_figure_is_a_dash() -> None:
+    side = sections(sample())[0].grids[0]
+    assert side.head == ("bundle", "local", "ssh://pi")
+    assert side.rows == (
+        ("baseline/int4", "120.0 [115.0, 125.0]", "9.00"),
+        ("baseline/fp32", "60.00 [55.00, 65.00]", "–"),
+    )
+
+
+def test_every_row_names_its_device() -> None:
+    grid = sections(sample())[1].grids[0]
+    assert [line[:2] for line in grid.rows] == [
+        ("local", "baseline/int4"),
+        ("local", "baseline/fp32"),
+        ("ssh://pi", "baseline/int4"),
+    ]
+    line = dict(zip(grid.head, grid.rows[0]))
+    assert (line["load s"], line["cold load s"], line["J"], line["disk MB"]) == ("0.41", "1.25", "–", "87.0")
+
+
+def test_an_emulated_processor_has_no_speed_column() -> None:
+    (kernels,) = [section for section in sections(sample()) if section.key == "kernels"]
+    head = " ".join(kernels.grids[0].head)
+    assert not re.search("t/s|ms|tokens", head) and "KL to x86" in head
+    timed = [s for s in sections(sample()) if s.key in ("side", "figures")]
+    assert "arm64-emulated" not in str(timed)
+
+
+def test_a_lost_device_a_fault_and_warnings_are_told() -> None:
+    text = render_devices(sample(), 100)
+    assert "note: ssh://pi: lost in the middle, what follows is partial: the connection broke" in text
+    assert "note: local: two graphs" in text and "note: local: baseline/fp32: drifted" in text
+    page = devices_page(sample())
+    assert "lost in the middle" in page and "two graphs" in page
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_the_terminal_table_keeps_its_width_where_one_column_fits(width: int) -> None:
+    table = render_devices(sample(), width).split("note:")[0]
+    assert max(len(line) for line in table.splitlines()) <= max(width, 80)
+    assert "decode t/s" in table and "120.0 [115.0, 125.0]" in table
+
+
+def test_the_page_escapes_names_and_has_neither_script_nor_link() -> None:
+    page = devices_page(sample())
+    assert "An &lt;EPYC&gt;" in page and "<EPYC>" not in page
+    assert not re.search(r"<script|<link|src=|href=|https?://", page)
+    assert "2 (best)" in page and "prefers-color-scheme: dark" in page and "@media print" in page
+
+
+def test_one_device_alone_needs_no_column_for_it() -> None:
+    alone = {"devices": [sample()["devices"][0]]}
+    assert [section.key for section in sections(alone)] == ["figures", "device0"]
+    assert sections(alone)[0].grids[0].head[0] == "bundle"
