@@ -8,13 +8,18 @@ INSTALLED := $(VENV)/.installed
 RUNTIMES := .runtimes
 NODE := $(RUNTIMES)/node/.installed
 OPTIMUM := $(RUNTIMES)/optimum/.installed
+PLAYWRIGHT := $(RUNTIMES)/playwright/.installed
 
-.PHONY: quickstart test lint types unit real docs wheel clean setup runtimes
+# The libraries of the phone page, pinned by version here and by content in export/web/vendor.sha256.
+VENDOR := export/web/vendor
+PACKED := $(RUNTIMES)/web
+
+.PHONY: quickstart test lint types unit real docs wheel clean setup runtimes web
 
 quickstart: setup
 	$(BIN)/edgedisp build recipes/quickstart.yaml
 
-test: setup runtimes lint types unit real
+test: setup runtimes web lint types unit real
 
 setup: $(INSTALLED)
 
@@ -26,7 +31,7 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 # Where node or a package cannot be had, the tests of that runtime are skipped and say so.
-runtimes: $(NODE) $(OPTIMUM)
+runtimes: $(NODE) $(OPTIMUM) $(PLAYWRIGHT)
 
 # Without the variable, onnxruntime-node fetches CUDA libraries that nothing here uses.
 $(NODE):
@@ -39,6 +44,37 @@ $(OPTIMUM):
 	$(PYTHON) -m venv $(@D)
 	-$(@D)/bin/python -m pip install --quiet "optimum-onnx==0.1.0" "transformers<4.58" "onnxruntime>=1.27,<2" \
 		"torch>=2.10,<2.14" && touch $@
+
+# Drives an installed Chromium; it brings no browser of its own.
+$(PLAYWRIGHT):
+	mkdir -p $(@D)
+	-npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(@D) playwright-core@1.65.1 && touch $@
+
+# Of each package the few files that the page loads, with its licence; nothing is built and no script is run.
+# Without npm the page is missing, and `edgedisp phone` says so; the rest works.
+web: $(VENDOR)/.made
+
+$(VENDOR)/.made: export/web/vendor.sha256
+	mkdir -p $(PACKED)
+	if npm pack --silent --pack-destination $(PACKED) \
+		onnxruntime-web@1.30.0 @huggingface/tokenizers@0.2.0 @huggingface/jinja@0.5.11; then $(MAKE) vendored; fi
+
+.PHONY: vendored
+vendored: MADE := $(PACKED)/made
+vendored:
+	rm -rf $(MADE) $(VENDOR)
+	mkdir -p $(MADE)/onnxruntime-web $(MADE)/tokenizers $(MADE)/jinja
+	tar -xzf $(PACKED)/onnxruntime-web-1.30.0.tgz -C $(MADE)/onnxruntime-web --strip-components=2 \
+		package/dist/ort.wasm.min.mjs package/dist/ort-wasm-simd-threaded.mjs package/dist/ort-wasm-simd-threaded.wasm
+	tar -xzf $(PACKED)/huggingface-tokenizers-0.2.0.tgz -C $(MADE)/tokenizers --strip-components=1 \
+		package/LICENSE package/dist/tokenizers.min.mjs
+	tar -xzf $(PACKED)/huggingface-jinja-0.5.11.tgz -C $(MADE)/jinja --strip-components=1 \
+		package/LICENSE package/dist/index.js
+	cp export/web/licences/onnxruntime-web.txt $(MADE)/onnxruntime-web/LICENSE
+	-cp $(VENV)/lib/python3*/site-packages/onnxruntime/ThirdPartyNotices.txt $(MADE)/onnxruntime-web/
+	cd $(MADE) && sha256sum --quiet --check $(abspath export/web/vendor.sha256)
+	touch $(MADE)/.made
+	mv $(MADE) $(VENDOR)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -65,4 +101,4 @@ wheel: setup
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf $(VENV) $(RUNTIMES) build dist *.egg-info
+	rm -rf $(VENV) $(RUNTIMES) $(VENDOR) build dist *.egg-info
