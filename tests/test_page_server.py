@@ -286,7 +286,9 @@ def test_what_a_phone_says_cannot_move_the_terminal(site: Site, plan: PagePlan) 
 
 
 def test_a_crowd_is_turned_away_and_the_server_goes_on(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    crowd = [socket.create_connection(("127.0.0.1", site.server.port)) for _ in range(page_server.MOST_CONNECTIONS)]
+    crowd = [
+        socket.create_connection(("127.0.0.1", site.server.port)) for _ in range(page_server.MOST_CONNECTIONS)
+    ]
     with pytest.raises((http.client.HTTPException, ConnectionError)):
         for _ in range(50):  # the last of the crowd may still be on its way in
             site.get("app.js")
@@ -365,9 +367,7 @@ def test_rows_follow_from_the_times_that_were_sent(plan: PagePlan) -> None:
     pooled = [10.0] * 3 + [13.0] * 3 + [14.0] * 3
     assert row["token_ms_p90"] == pytest.approx(percentile(pooled, 0.9))
     assert row["load_s"] == 0.6 and row["peak_memory_bytes"] == 1 << 26
-    assert row["weights_bytes"] == sum(
-        f.stat().st_size for f in plan.bundles[0].folder.glob("model.onnx*")
-    )
+    assert row["weights_bytes"] == sum(f.stat().st_size for f in plan.bundles[0].folder.glob("model.onnx*"))
     assert found["pairs"][0]["same_graph"]["same"]
     assert json.loads(json.dumps(found, allow_nan=False))["machine"]["cores"] == 8
     assert "fp32" in render(found) and "Test/1.0" in render(found)

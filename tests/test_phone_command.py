@@ -75,12 +75,12 @@ def running(tmp_path: Path, *words: str | Path) -> Iterator[Running]:
 
 def test_figures_are_printed_written_and_ctrl_c_ends_well(bundles: dict[str, Path], tmp_path: Path) -> None:
     two, out = [bundles["fp32"], bundles["twin"]], tmp_path / "phone.json"
-    plan = PagePlan(
-        tuple(read_bundle(path.name, path) for path in two), PROMPT, GENERATE, REPETITIONS
-    )
+    plan = PagePlan(tuple(read_bundle(path.name, path) for path in two), PROMPT, GENERATE, REPETITIONS)
     with running(tmp_path, *two, *SIZES, "--host", "127.0.0.1", "--out", out) as program:
         assert program.post(figures(plan, run="f" * 16)) == 204
-        assert program.post(figures(plan, turns=1)) == 204  # another phone, which is lost after its first turn
+        assert (
+            program.post(figures(plan, turns=1)) == 204
+        )  # another phone, which is lost after its first turn
         assert program.post({"kind": "figures"}) == 400
         program.process.send_signal(signal.SIGINT)
         code, shown = program.ended()
@@ -111,7 +111,9 @@ def test_ctrl_c_before_anything_came_is_an_interruption(bundles: dict[str, Path]
     assert "interrupted" in program.log.read_text()
 
 
-def test_bad_input_is_told_before_anything_is_served(edgedisp, bundles: dict[str, Path], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_bad_input_is_told_before_anything_is_served(
+    edgedisp, bundles: dict[str, Path], tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
     ended = edgedisp("phone", tmp_path / "none")
     assert ended.code == 2 and "no such folder" in ended.err
     ended = edgedisp("phone", bundles["fp32"], "--prompt", "200", "--generate", "100")

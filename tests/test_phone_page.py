@@ -110,7 +110,9 @@ def user(text: str) -> dict[str, str]:
 
 
 @driven
-def test_chat_gives_the_tokens_of_onnxruntime_and_a_reload_downloads_nothing(bundles: dict[str, Path]) -> None:
+def test_chat_gives_the_tokens_of_onnxruntime_and_a_reload_downloads_nothing(
+    bundles: dict[str, Path],
+) -> None:
     with served({"fp32": bundles["fp32"]}, prompt=4, generate=4) as (server, plan):
         found = drive(server, "chat")
     tokens, text = answered(bundles["fp32"], [user(TEXTS[0])])
@@ -193,7 +195,9 @@ def test_the_browser_gives_the_rows_of_the_local_device(bundles: dict[str, Path]
     chosen = {"fp32": bundles["fp32"], "twin": bundles["twin"]}
     pairs = [("fp32", "twin")]
     seen: list[tuple[int, int]] = []
-    found = browser.measure(chosen, **options, pairs=pairs, progress=lambda done, of, note: seen.append((done, of)))
+    found = browser.measure(
+        chosen, **options, pairs=pairs, progress=lambda done, of, note: seen.append((done, of))
+    )
     runner = TOP / "export" / "runner" / "edgedisp_runner.py"
     here = local.measure(chosen, runner=runner, **options, threads=1, pairs=pairs)
     assert set(here) <= set(found)

@@ -94,9 +94,7 @@ def measure(
         raise BadInput(f"pairs: {', '.join(missing)}: not among the bundles")
     if memory_bytes is None and (available := describe()["memory_available_bytes"]) is not None:
         memory_bytes = int(0.8 * available)
-    plan = PagePlan(
-        served, prompt, generate, repetitions, threads or 1, seed, warmup, pause_s, memory_bytes
-    )
+    plan = PagePlan(served, prompt, generate, repetitions, threads or 1, seed, warmup, pause_s, memory_bytes)
     resources = {**page_resources(web or data_folder("export") / "web"), **plan.resources()}
     before = readings()["load_average_1m"]
     with (

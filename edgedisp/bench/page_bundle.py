@@ -95,7 +95,9 @@ def expected_memory_bytes(weights_bytes: int, model: Any) -> int:
     616 MB, fp32 (540 MB) 1,608 MB, weights that are unfolded to fp32 as they load 1,413 MB.
     """
     shapes = {tensor.name: tensor for tensor in model.graph.initializer}
-    unfolded = {node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"} & set(shapes)
+    unfolded = {node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"} & set(
+        shapes
+    )
     grown = sum(tensor_bytes(shapes[name], 1) - tensor_bytes(shapes[name]) for name in unfolded)  # 1: float32
     return 350 * MIB + int(2.3 * (weights_bytes + grown))
 
