@@ -148,8 +148,9 @@ def test_the_token_is_long_and_another_each_time(plan: PagePlan) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "../secret", "bundle/0/../../../etc/passwd", "bundle/0/%2e%2e/%2e%2e/etc/passwd", "bundle/0/..%2f..%2fx",
-        "bundle/0/..\\..\\x", "bundle/0//etc/passwd", "/etc/passwd", "%2fetc%2fpasswd", "bundle/0/record.json",
+        "../secret", "bundle/0/../../../etc/passwd", "bundle/0/%2e%2e/%2e%2e/etc/passwd",
+        "bundle/0/..%2f..%2fx", "bundle/0/..\\..\\x", "bundle/0//etc/passwd", "/etc/passwd",
+        "%2fetc%2fpasswd", "bundle/0/record.json",
         "bundle/0/", "bundle/9/model.onnx", "bundle/0/model.onnx%00.json", "secret.txt", "./index.html",
         "vendor/../index.html", "bundle/0/%6dodel.onnx", "bundle/0/%252e%252e/x",
     ],

@@ -269,7 +269,7 @@ class _Moment:
         self.own_s, self.started = browser.cpu_s(), time.monotonic()
 
     def until_now(self) -> dict[str, Any]:
-        """Clock, temperature, load, and the CPUs that others kept busy since; None where it cannot be told."""
+        """Clock, temperature, load, and the CPUs that others kept busy since; None where it is not told."""
         after, wall_s = readings(), time.monotonic() - self.started
         own_s = self.browser.cpu_s() - self.own_s
         taken = [

@@ -33,7 +33,7 @@ DIFFERENCES_SHOWN = 5
 
 
 def find_graph(bundle: Path) -> Path:
-    """model.onnx of a bundle, or the graph in `onnx/` where there is only one for browsers. Raises BadInput."""
+    """model.onnx of a bundle, or where there is none the graph for browsers in `onnx/`. Raises BadInput."""
     path = bundle / "model.onnx"
     if path.is_file():
         return path

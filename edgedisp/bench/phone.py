@@ -115,7 +115,7 @@ class Results:
 
 
 def local_address() -> str:
-    """This machine's address on the network that its default route leads to; 127.0.0.1 where there is none."""
+    """This machine's address on the network of its default route; 127.0.0.1 where there is none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # an address kept for documentation; UDP sends nothing to connect
