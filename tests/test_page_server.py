@@ -370,7 +370,7 @@ def test_rows_follow_from_the_times_that_were_sent(plan: PagePlan) -> None:
     assert row["load_s"] == 0.6 and row["peak_memory_bytes"] == 1 << 26
     assert row["weights_bytes"] == sum(f.stat().st_size for f in plan.bundles[0].folder.glob("model.onnx*"))
     assert found["pairs"][0]["same_graph"]["same"]
-    assert json.loads(json.dumps(found, allow_nan=False))["machine"]["cores"] == 8
+    assert json.loads(json.dumps(found, allow_nan=False))["machine"]["browser"]["cores"] == 8
     assert "fp32" in render(found) and "Test/1.0" in render(found)
 
 

@@ -99,15 +99,14 @@ def measure(
     before = readings()["load_average_1m"]
     with (
         PageServer(resources, host="127.0.0.1", port=0, accepts=plan.accepts, note=silent_note) as server,
-        opened(program, f"{server.address}?run=bench") as browser,
+        started(program, f"{server.address}?run=bench") as browser,
     ):
         figures, seen = _collect(plan, server, browser, timeout_s, progress)
         facts = browser.facts()
     found = measured(plan, figures, device="browser", pairs=pairs, readings=seen)
-    page = found["machine"]
     return {
         **found,
-        "machine": {**describe(), "browser": {**page, **facts}},
+        "machine": {**describe(), "browser": {**found["machine"]["browser"], **facts}},
         "load_average": {"before": before, "after": readings()["load_average_1m"]},
     }
 
@@ -183,7 +182,7 @@ class Browser:
 
 
 @contextmanager
-def opened(program: str, address: str) -> Iterator[Browser]:
+def started(program: str, address: str) -> Iterator[Browser]:
     """A headless browser on `address`, ended with all its processes and its profile."""
     with tempfile.TemporaryFile() as log, _profile() as profile:
         command = [program, *FLAGS, f"--user-data-dir={profile}", "--window-size=360,740"]
@@ -257,7 +256,8 @@ def _failed(why: str, plan: PagePlan, figures: Figures | None) -> BuildFailed:
     """The error, with the partial result if there is one."""
     error = BuildFailed(f"device browser: {why}")
     if figures is not None and figures.repetitions:
-        error.partial = measured(plan, figures, device="browser")  # type: ignore[attr-defined]
+        partial = measured(plan, figures, device="browser")
+        error.partial = {**partial, "machine": {**describe(), "browser": partial["machine"]["browser"]}}  # type: ignore[attr-defined]
     return error
 
 

@@ -22,6 +22,7 @@ from edgedisp.bench.graph_facts import find_graph, read_graph, tensor_bytes
 
 MIB = 1 << 20
 CONTEXT_CAP = 4096  # of a conversation on the page; the cache of SmolLM2-135M is then 190 MB
+PACKED = ("MatMulNBits", "MatMulBnb4")
 BESIDE = (
     "config.json",
     "generation_config.json",
@@ -55,6 +56,8 @@ class PageBundle:
     """By their place in the bundle."""
     weights_bytes: int
     expected_memory_bytes: int
+    packed: bool
+    """Its products read their weights packed, which WebAssembly unpacks at every token."""
     vocab_size: int
     context: int
 
@@ -82,7 +85,8 @@ def read_bundle(label: str, folder: Path) -> PageBundle:
         external=external,
         files=files,
         weights_bytes=weights_bytes,
-        expected_memory_bytes=expected_memory_bytes(weights_bytes, model),
+        expected_memory_bytes=max(expected_memory_bytes(weights_bytes, model), _told_memory(folder)),
+        packed=any(node.op_type in PACKED for node in model.graph.node),
         vocab_size=_vocab_size(folder, model, config, genai),
         context=_context(config, genai),
     )
@@ -100,6 +104,13 @@ def expected_memory_bytes(weights_bytes: int, model: Any) -> int:
     )
     grown = sum(tensor_bytes(shapes[name], 1) - tensor_bytes(shapes[name]) for name in unfolded)  # 1: float32
     return 350 * MIB + int(2.3 * (weights_bytes + grown))
+
+
+def _told_memory(folder: Path) -> int:
+    """What the manifest says that opening the graph takes, the page's own memory added; 0 if it says nothing."""
+    layouts = _read_json(folder / "manifest.json").get("layouts", {})
+    told = layouts.get("transformers.js", {}).get("unfolded_bytes", 0)
+    return 150 * MIB + int(told) if told else 0
 
 
 def labelled(folders: Sequence[Path]) -> dict[str, Path]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgedisp import BadInput, __version__
+from edgedisp.bench.graph_facts import read_graph, weight_traffic
 from edgedisp.bench.local import turns
 from edgedisp.bench.page_bundle import PageBundle, prompt_ids
 from edgedisp.bench.page_server import Resource, json_resource
@@ -148,11 +149,29 @@ def measured(
         "rows": rows,
         "repetitions": timed,
         "pairs": [pair(a, b, folders, timed) for a, b in pairs] if figures.complete else [],
-        "machine": {**figures.device.model_dump(), "memory_is": "the bundle's WebAssembly heap"},
+        "machine": _machine(figures),
         "load_average": {"before": None, "after": None},
         "order": [found["label"] for found in timed],
         "groups": [held] if figures.held_open else [[label] for label in held],
+        "warnings": [],
         "options": {**plan.options(), "threads": figures.device.threads},
+    }
+
+
+def _machine(figures: Figures) -> dict[str, Any]:
+    """The keys of `machine.describe`, as far as a page can tell, and `browser` with all that it told."""
+    device = figures.device
+    cores = device.cores or device.threads
+    return {
+        "cpu": device.model,
+        "architecture": None,
+        "features": [],
+        "physical_cores": cores,
+        "logical_cpus": cores,
+        "memory_bytes": None,
+        "memory_available_bytes": None,
+        "system": device.platform,
+        "browser": {**device.model_dump(), "peak_memory_is": "the WebAssembly heap of the bundle"},
     }
 
 
@@ -196,6 +215,13 @@ def _row(
         "kv_cache_bytes_per_position": loaded.kv_cache_bytes_per_position,
     }
     made = row(bundle.label, bundle.folder, facts, timed)
+    if bundle.graph != "model.onnx":
+        made |= _traffic(bundle, facts, made["decode_tokens_per_s"])
+    if bundle.packed:
+        made["warnings"].append(
+            f"{made['weight_bits']}-bit weights are unpacked at every token here: WebAssembly has no kernel for "
+            "packed products (`edgedisp export --target browser` makes a bundle that unpacks them once, at load)"
+        )
     hidden = sum(1 for found in timed if found["label"] == bundle.label and found["hidden"])
     if hidden:
         made["warnings"].append(f"the page was in the background during {hidden} repetitions")
@@ -204,4 +230,16 @@ def _row(
         "runtime_load_s": loaded.runtime_load_s,
         "download_s": loaded.download_s,
         "download_bytes": bundle.download_bytes,
+    }
+
+
+def _traffic(bundle: PageBundle, facts: dict[str, Any], decode_tokens_per_s: float) -> dict[str, Any]:
+    """Bytes read per token of the graph that the page opens, where the bundle has another one for others."""
+    traffic = weight_traffic(read_graph(bundle.folder / bundle.graph))
+    positions = facts["prompt"] + facts["generate"] / 2
+    read = traffic["weight_bytes_per_token"] + int(facts["kv_cache_bytes_per_position"] * positions)
+    return {
+        "weight_bits": traffic["weight_bits"],
+        "bytes_read_per_token": read,
+        "implied_bandwidth_gb_per_s": read * decode_tokens_per_s / 1e9,
     }

@@ -143,7 +143,7 @@ def invitation(address: str, fingerprint: str = "") -> str:
 
 def render(result: Mapping[str, Any]) -> str:
     """A result as a table for people, with the device above it and warnings below."""
-    device = result["machine"]
+    device = result["machine"]["browser"]
     name = device["model"] or device["user_agent"]
     facts = [f"{device['cores'] or '?'} cores", f"{device['threads']} threads", device["runtime"]]
     if not result["complete"]:
