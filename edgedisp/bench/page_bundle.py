@@ -107,7 +107,7 @@ def expected_memory_bytes(weights_bytes: int, model: Any) -> int:
 
 
 def _told_memory(folder: Path) -> int:
-    """What the manifest says that opening the graph takes, the page's own memory added; 0 if it says nothing."""
+    """What the manifest says that opening the graph takes, and 150 MiB for the page; 0 if it says nothing."""
     layouts = _read_json(folder / "manifest.json").get("layouts", {})
     told = layouts.get("transformers.js", {}).get("unfolded_bytes", 0)
     return 150 * MIB + int(told) if told else 0

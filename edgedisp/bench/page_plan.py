@@ -219,8 +219,8 @@ def _row(
         made |= _traffic(bundle, facts, made["decode_tokens_per_s"])
     if bundle.packed:
         made["warnings"].append(
-            f"{made['weight_bits']}-bit weights are unpacked at every token here: WebAssembly has no kernel for "
-            "packed products (`edgedisp export --target browser` makes a bundle that unpacks them once, at load)"
+            "packed weights are unpacked at every token in WebAssembly, which is slow; `edgedisp export "
+            "--target browser` makes a bundle that unpacks them once, at load"
         )
     hidden = sum(1 for found in timed if found["label"] == bundle.label and found["hidden"])
     if hidden:
