@@ -7,7 +7,8 @@ import { forget, kept } from "./store.js";
 const FORM = 1; // of the plan
 const at = (id) => document.getElementById(id);
 const show = (id, shown) => (at(id).hidden = !shown);
-const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB`;
+const megabytes = (bytes) =>
+  bytes < 1e5 ? `${Math.ceil(bytes / 1e3)} kB` : `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB`;
 const asked = new URLSearchParams(location.search);
 
 let plan = null;
@@ -93,7 +94,7 @@ function closeChat() {
 async function send(text) {
   trouble("");
   setBusy(true);
-  say(text, "user");
+  const question = say(text, "user");
   show("send", false);
   show("stop", true);
   try {
@@ -103,13 +104,15 @@ async function send(text) {
     if (!opened.kept) say("No room to keep the bundle: a reload fetches it again.", "note");
     answer = say("", "waiting");
     const turn = await current.ask("chat", { text });
-    if (turn.dropped_turns) say("The oldest turns no longer fit and were left out.", "note");
+    if (turn.dropped_turns) question.before(element("li", "The oldest turns no longer fit and were left out.", "note"));
     if (turn.reason === "length") say("The answer was cut at its longest.", "note");
     const speed = turn.decode_tokens_per_s ? `, then ${turn.decode_tokens_per_s.toFixed(1)} tokens/s` : "";
     at("speed").textContent = `${turn.tokens.length} tokens, the first after ${turn.ttft_ms.toFixed(0)} ms${speed}`;
     document.documentElement.dataset.answer = JSON.stringify(turn); // for tests
   } catch (error) {
     answer?.remove();
+    question.remove();
+    at("text").value ||= text; // not lost
     trouble(explained(error.message, chosen().expected_memory_bytes));
     if (current && (await failed(current.opened))) {
       current.close();
@@ -221,8 +224,8 @@ function showResults(result) {
         ["decode", `${found.decode_tokens_per_s.toFixed(1)} tokens/s`],
         ["prefill", `${found.prefill_tokens_per_s.toFixed(0)} tokens/s`],
         ["first token", `${found.ttft_ms.toFixed(0)} ms`],
-        ["a token, half", `${found.token_ms_p50.toFixed(1)} ms`],
-        ["a token, 9 of 10", `${found.token_ms_p90.toFixed(1)} ms`],
+        ["token, p50", `${found.token_ms_p50.toFixed(1)} ms`],
+        ["token, p90", `${found.token_ms_p90.toFixed(1)} ms`],
         ["load", `${load_s.toFixed(2)} s`],
         ["heap", found.heap_bytes ? megabytes(found.heap_bytes) : "not told"],
         ["repetitions", `${found.repetitions} of ${plan.options.repetitions}`],

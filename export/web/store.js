@@ -111,10 +111,10 @@ async function download(file, progress) {
       progress(hash.length);
     }
   } catch {
-    throw new Error("The download broke off. Reload the page to try again.");
+    throw new Error("The download broke off. Try again.");
   }
   if (hash.length !== file.size_bytes || hash.hex() !== file.sha256) {
-    throw new Error(`${file.url} arrived damaged. Reload the page to try again.`);
+    throw new Error(`${file.url} arrived damaged. Try again.`);
   }
   return new Blob(pieces);
 }
