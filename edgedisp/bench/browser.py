@@ -56,6 +56,7 @@ FLAGS = (
 )
 TAIL_CHARS = 2000
 POLITE_S = 5.0
+SHORTEST_TOLD_S = 0.5  # the kernel counts in ticks of 10 ms
 
 
 def measure(
@@ -272,17 +273,22 @@ class _Moment:
         """Clock, temperature, load, and the CPUs that others kept busy since; None where it is not told."""
         after, wall_s = readings(), time.monotonic() - self.started
         own_s = self.browser.cpu_s() - self.own_s
-        taken = [
-            None if self.counters[name] is None or after[name] is None else after[name] - self.counters[name]
-            for name in ("busy_cpu_s", "stolen_cpu_s")
-        ]
-        others = None
-        if wall_s >= 0.5 and None not in taken:  # the kernel counts in ticks of 10 ms
-            others = max(0.0, sum(part for part in taken if part is not None) - own_s) / wall_s
         return {
             "cpu_s": own_s,
-            "other_cpus": others,
+            "other_cpus": self._others(after, own_s, wall_s),
             "load_average_1m": after["load_average_1m"],
             "clock_mhz": after["clock_mhz"],
             "temperature_c": after["temperature_c"],
         }
+
+    def _others(self, after: Mapping[str, float | None], own_s: float, wall_s: float) -> float | None:
+        """CPUs that were busy with something else, on average."""
+        if wall_s < SHORTEST_TOLD_S:
+            return None
+        taken = 0.0
+        for name in ("busy_cpu_s", "stolen_cpu_s"):
+            start, end = self.counters[name], after[name]
+            if start is None or end is None:
+                return None
+            taken += end - start
+        return max(0.0, taken - own_s) / wall_s

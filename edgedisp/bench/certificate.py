@@ -12,6 +12,7 @@ import ssl
 import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from edgedisp import BadInput
 
@@ -58,7 +59,7 @@ def self_signed(host: str) -> tuple[ssl.SSLContext, str]:
     return context, certificate.fingerprint(hashes.SHA256()).hex(":").upper()
 
 
-def _name(host: str) -> object:
+def _name(host: str) -> Any:
     """The host as a certificate names it: an address or a name."""
     from cryptography import x509
 
