@@ -8,7 +8,6 @@ INSTALLED := $(VENV)/.installed
 RUNTIMES := .runtimes
 NODE := $(RUNTIMES)/node/.installed
 OPTIMUM := $(RUNTIMES)/optimum/.installed
-PLAYWRIGHT := $(RUNTIMES)/playwright/.installed
 
 # The libraries of the phone page, pinned by version here and by content in export/web/vendor.sha256.
 VENDOR := export/web/vendor
@@ -31,24 +30,21 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 # Where node or a package cannot be had, the tests of that runtime are skipped and say so.
-runtimes: $(NODE) $(OPTIMUM) $(PLAYWRIGHT)
+runtimes: $(NODE) $(OPTIMUM)
 
-# Without the variable, onnxruntime-node fetches CUDA libraries that nothing here uses.
-$(NODE):
+# Without the variable, onnxruntime-node fetches CUDA libraries that nothing here uses. transformers.js brings the
+# onnxruntime-web that it was built with; playwright-core drives a chromium that is there already, and fetches none.
+# Again where this file, and so a version, has changed.
+$(NODE): Makefile
 	mkdir -p $(@D)
 	-ONNXRUNTIME_NODE_INSTALL=skip npm install --silent --no-audit --no-fund --prefix $(@D) \
-		@huggingface/transformers@4.3.1 && touch $@
+		@huggingface/transformers@4.3.1 playwright-core@1.65.1 && touch $@
 
 # optimum-onnx needs transformers 4.
 $(OPTIMUM):
 	$(PYTHON) -m venv $(@D)
 	-$(@D)/bin/python -m pip install --quiet "optimum-onnx==0.1.0" "transformers<4.58" "onnxruntime>=1.27,<2" \
 		"torch>=2.10,<2.14" && touch $@
-
-# Drives an installed Chromium; it brings no browser of its own.
-$(PLAYWRIGHT):
-	mkdir -p $(@D)
-	-npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(@D) playwright-core@1.65.1 && touch $@
 
 # Of each package the few files that the page loads, with its licence; nothing is built and no script is run.
 # Without npm the page is missing, and `edgedisp phone` says so; the rest works.

@@ -30,7 +30,7 @@ from edgedisp.bench.uploads import Figures
 
 TOP = Path(__file__).resolve().parent.parent
 WEB = TOP / "export" / "web"
-PLAYWRIGHT = TOP / ".runtimes" / "playwright" / "node_modules" / "playwright-core"
+PLAYWRIGHT = TOP / ".runtimes" / "node" / "node_modules" / "playwright-core"
 TEXTS = ["the cat sat on the mat", "and the dog?"]
 CONTEXT, LONGEST = 256, 128  # of the tiny models; an answer has at most half of the context
 SECONDS = 170
