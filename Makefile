@@ -9,11 +9,7 @@ RUNTIMES := .runtimes
 NODE := $(RUNTIMES)/node/.installed
 OPTIMUM := $(RUNTIMES)/optimum/.installed
 
-# The libraries of the phone page, pinned by version here and by content in export/web/vendor.sha256.
-VENDOR := export/web/vendor
-PACKED := $(RUNTIMES)/web
-
-.PHONY: quickstart test lint types unit real docs wheel clean setup runtimes web
+.PHONY: quickstart test lint types unit real docs wheel clean setup runtimes
 
 quickstart: setup
 	$(BIN)/edgedisp build recipes/quickstart.yaml
@@ -46,8 +42,13 @@ $(OPTIMUM):
 	-$(@D)/bin/python -m pip install --quiet "optimum-onnx==0.1.0" "transformers<4.58" "onnxruntime>=1.27,<2" \
 		"torch>=2.10,<2.14" && touch $@
 
-# Of each package the few files that the page loads, with its licence; nothing is built and no script is run.
+# The libraries of the phone page, pinned by version here and by content in export/web/vendor.sha256. Of each
+# package the few files that the page loads, with its licence; nothing is built and no script is run.
 # Without npm the page is missing, and `edgedisp phone` says so; the rest works.
+VENDOR := export/web/vendor
+PACKED := $(RUNTIMES)/web
+
+.PHONY: web vendored
 web: $(VENDOR)/.made
 
 $(VENDOR)/.made: export/web/vendor.sha256
@@ -55,7 +56,6 @@ $(VENDOR)/.made: export/web/vendor.sha256
 	if npm pack --silent --pack-destination $(PACKED) \
 		onnxruntime-web@1.30.0 @huggingface/tokenizers@0.2.0 @huggingface/jinja@0.5.11; then $(MAKE) vendored; fi
 
-.PHONY: vendored
 vendored: MADE := $(PACKED)/made
 vendored:
 	rm -rf $(MADE) $(VENDOR)
