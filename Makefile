@@ -14,7 +14,7 @@ OPTIMUM := $(RUNTIMES)/optimum/.installed
 quickstart: setup
 	$(BIN)/edgedisp build recipes/quickstart.yaml
 
-test: setup runtimes lint types unit real
+test: setup runtimes web lint types unit real
 
 setup: $(INSTALLED)
 
@@ -33,17 +33,49 @@ sshd:
 	-test -x /usr/sbin/sshd || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || \
 		{ apt-get -qq update; apt-get -qq -y install --no-install-recommends openssh-server; } >/dev/null 2>&1
 
-# Without the variable, onnxruntime-node fetches CUDA libraries that nothing here uses.
-$(NODE):
+# Without the variable, onnxruntime-node fetches CUDA libraries that nothing here uses. transformers.js brings the
+# onnxruntime-web that it was built with; playwright-core drives a chromium that is there already, and fetches none.
+# Again where this file, and so a version, has changed.
+$(NODE): Makefile
 	mkdir -p $(@D)
 	-ONNXRUNTIME_NODE_INSTALL=skip npm install --silent --no-audit --no-fund --prefix $(@D) \
-		@huggingface/transformers@4.3.1 && touch $@
+		@huggingface/transformers@4.3.1 playwright-core@1.65.1 && touch $@
 
 # optimum-onnx needs transformers 4.
 $(OPTIMUM):
 	$(PYTHON) -m venv $(@D)
 	-$(@D)/bin/python -m pip install --quiet "optimum-onnx==0.1.0" "transformers<4.58" "onnxruntime>=1.27,<2" \
 		"torch>=2.10,<2.14" && touch $@
+
+# The libraries of the phone page, pinned by version here and by content in export/web/vendor.sha256. Of each
+# package the few files that the page loads, with its licence; nothing is built and no script is run.
+# Without npm the page is missing, and `edgedisp phone` says so; the rest works.
+VENDOR := export/web/vendor
+PACKED := $(RUNTIMES)/web
+
+.PHONY: web vendored
+web: $(VENDOR)/.made
+
+$(VENDOR)/.made: export/web/vendor.sha256
+	mkdir -p $(PACKED)
+	if npm pack --silent --pack-destination $(PACKED) \
+		onnxruntime-web@1.30.0 @huggingface/tokenizers@0.2.0 @huggingface/jinja@0.5.11; then $(MAKE) vendored; fi
+
+vendored: MADE := $(PACKED)/made
+vendored:
+	rm -rf $(MADE) $(VENDOR)
+	mkdir -p $(MADE)/onnxruntime-web $(MADE)/tokenizers $(MADE)/jinja
+	tar -xzf $(PACKED)/onnxruntime-web-1.30.0.tgz -C $(MADE)/onnxruntime-web --strip-components=2 \
+		package/dist/ort.wasm.min.mjs package/dist/ort-wasm-simd-threaded.mjs package/dist/ort-wasm-simd-threaded.wasm
+	tar -xzf $(PACKED)/huggingface-tokenizers-0.2.0.tgz -C $(MADE)/tokenizers --strip-components=1 \
+		package/LICENSE package/dist/tokenizers.min.mjs
+	tar -xzf $(PACKED)/huggingface-jinja-0.5.11.tgz -C $(MADE)/jinja --strip-components=1 \
+		package/LICENSE package/dist/index.js
+	cp export/web/licences/onnxruntime-web.txt $(MADE)/onnxruntime-web/LICENSE
+	-cp $(VENV)/lib/python3*/site-packages/onnxruntime/ThirdPartyNotices.txt $(MADE)/onnxruntime-web/
+	cd $(MADE) && sha256sum --quiet --check $(abspath export/web/vendor.sha256)
+	touch $(MADE)/.made
+	mv $(MADE) $(VENDOR)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -77,4 +109,4 @@ wheel: setup
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf $(VENV) $(RUNTIMES) build dist *.egg-info
+	rm -rf $(VENV) $(RUNTIMES) $(VENDOR) build dist *.egg-info

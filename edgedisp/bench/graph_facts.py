@@ -32,14 +32,27 @@ READS_ROWS = {
 DIFFERENCES_SHOWN = 5
 
 
+def find_graph(bundle: Path) -> Path:
+    """model.onnx of a bundle, or where there is none the graph for browsers in `onnx/`. Raises BadInput."""
+    path = bundle / "model.onnx"
+    if path.is_file():
+        return path
+    for_browsers = sorted((bundle / "onnx").glob("model*.onnx"))
+    if not for_browsers:
+        raise BadInput(f"{bundle}: holds no model.onnx; give a bundle folder made by the export")
+    return for_browsers[0]
+
+
 def open_graph(bundle: Path) -> Any:
-    """model.onnx of a bundle as an onnx ModelProto, without its external weights. Raises BadInput."""
+    """The graph of a bundle as an onnx ModelProto, without its external weights. Raises BadInput."""
+    return read_graph(find_graph(bundle))
+
+
+def read_graph(path: Path) -> Any:
+    """A graph file as an onnx ModelProto, without its external weights. Raises BadInput."""
     import onnx
     from google.protobuf.message import DecodeError
 
-    path = bundle / "model.onnx"
-    if not path.is_file():
-        raise BadInput(f"{bundle}: holds no model.onnx; give a bundle folder made by the export")
     try:
         return onnx.load(str(path), load_external_data=False)
     except DecodeError as error:
@@ -167,9 +180,10 @@ def same_graph(bundle_a: Path, bundle_b: Path) -> dict[str, Any]:
 
 
 def _weight_files(bundle: Path) -> dict[str, int]:
-    """Bytes by name of the files that hold the weights: those beside model.onnx, else model.onnx itself."""
-    found = {f.name: f.stat().st_size for f in sorted(bundle.glob("model.onnx*"))}
-    return {name: size for name, size in found.items() if name != "model.onnx"} or found
+    """Bytes by name of the files that hold the weights: those beside the graph, else the graph itself."""
+    graph = find_graph(bundle)
+    found = {f.name: f.stat().st_size for f in sorted(graph.parent.glob(f"{graph.name}*"))}
+    return {name: size for name, size in found.items() if name != graph.name} or found
 
 
 def _signature(graph: Any) -> dict[str, list[Any]]:
