@@ -21,7 +21,7 @@ from test_runtimes import Quiet
 from tiny_bundle import recompute, tiny_bundles
 
 from edgedisp import BadInput, BuildFailed
-from edgedisp.bench import browser, local
+from edgedisp.bench import browser, local, timing
 from edgedisp.bench.page_bundle import prompt_ids, read_bundle
 from edgedisp.bench.page_plan import PagePlan
 from edgedisp.bench.page_server import PageServer, Received, page_resources
@@ -199,7 +199,7 @@ def test_the_browser_gives_the_rows_of_the_local_device(bundles: dict[str, Path]
         chosen, **options, pairs=pairs, progress=lambda done, of, note: seen.append((done, of))
     )
     runner = TOP / "export" / "runner" / "edgedisp_runner.py"
-    here = local.measure(chosen, runner=runner, **options, threads=1, pairs=pairs)
+    here = timing.measure(chosen, local.Local(runner), **options, threads=1, pairs=pairs)
     assert set(here) <= set(found)
     assert json.loads(json.dumps(found, allow_nan=False))["order"] == here["order"]
     for mine, other in zip(found["rows"], here["rows"]):

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp import BadInput, BuildFailed, Progress, data_folder, silent
+from edgedisp.bench.devices import Address, DeviceLost, Wanted
 from edgedisp.bench.machine import describe, readings
 from edgedisp.bench.page_bundle import read_bundle
 from edgedisp.bench.page_plan import PagePlan, measured
@@ -77,15 +78,15 @@ def measure(
     program: str | None = None,
     **others: Any,
 ) -> dict[str, Any]:
-    """Time every bundle `repetitions` times, in turns; the same dictionary as `local.measure`.
+    """Time every bundle `repetitions` times, in turns; the same dictionary as `timing.measure`.
 
     `threads` None is 1: a second thread made decoding slower in WebAssembly wherever it was tried. `web` is
     the page's folder (default: the packaged one), `program` the browser (default: `find_browser`). `others`
     are options of other devices and not looked at.
 
     Raises BadInput for a bundle that the page cannot use or where no browser is found, BuildFailed where the
-    page or the browser fails, or nothing is heard for `timeout_s`. What was timed until then is in the
-    error's attribute `partial`, if anything was. The browser is ended in every case.
+    page or the browser fails, or nothing is heard for `timeout_s`: DeviceLost where something was timed until
+    then. The browser is ended in every case.
     """
     program = program or find_browser()
     served = tuple(read_bundle(label, folder) for label, folder in bundles.items())
@@ -110,6 +111,42 @@ def measure(
         "machine": {**describe(), "browser": {**found["machine"]["browser"], **facts}},
         "load_average": {"before": before, "after": readings()["load_average_1m"]},
     }
+
+
+class Page:
+    """The browser as a device."""
+
+    def __init__(self, bundles: Mapping[str, Path], wanted: Wanted) -> None:
+        self.bundles, self.wanted, self.program = bundles, wanted, find_browser()
+
+    def measure(self, progress: Progress) -> dict[str, Any]:
+        """See `devices.py`. Raises DeviceLost."""
+        wanted = self.wanted
+        return measure(
+            self.bundles,
+            prompt=wanted.prompt,
+            generate=wanted.generate,
+            repetitions=wanted.repetitions,
+            threads=wanted.threads,
+            seed=wanted.seed,
+            pause_s=wanted.pause_s,
+            warmup=wanted.warmup,
+            pairs=wanted.pairs,
+            timeout_s=wanted.timeout_s,
+            program=self.program,
+            progress=progress,
+        )
+
+
+@contextmanager
+def opened(address: Address, bundles: Mapping[str, Path], wanted: Wanted) -> Iterator[Page]:
+    """The browser as a device; see `devices.py`. Raises BadInput where there is none, or a sweep is asked."""
+    if wanted.sweep:
+        raise BadInput(f"--threads sweep: {address.name} takes a number of threads; without one it is 1")
+    page_resources(data_folder("export") / "web")  # refused before anything is timed where they are missing
+    for label, folder in bundles.items():
+        read_bundle(label, folder)
+    yield Page(bundles, wanted)
 
 
 def silent_note(line: str) -> None:
@@ -255,11 +292,12 @@ def _collect(
 
 def _failed(why: str, plan: PagePlan, figures: Figures | None) -> BuildFailed:
     """The error, with the partial result if there is one."""
-    error = BuildFailed(f"device browser: {why}")
-    if figures is not None and figures.repetitions:
-        partial = measured(plan, figures, device="browser")
-        error.partial = {**partial, "machine": {**describe(), "browser": partial["machine"]["browser"]}}  # type: ignore[attr-defined]
-    return error
+    message = f"device browser: {why}"
+    if figures is None or not figures.repetitions:
+        return BuildFailed(message)
+    partial = measured(plan, figures, device="browser")
+    machine = {**describe(), "browser": partial["machine"]["browser"]}
+    return DeviceLost(message, {**partial, "machine": machine, "lost": why})
 
 
 class _Moment:

@@ -44,6 +44,7 @@ class Kind:
 KINDS = {
     "local": Kind("edgedisp.bench.local", "local"),
     "ssh": Kind("edgedisp.bench.ssh", "ssh://USER@HOST[:PORT]"),
+    "browser": Kind("edgedisp.bench.browser", "browser"),
     "arm64-emulated": Kind("edgedisp.bench.arm64_emulated", "arm64-emulated", times=False),
 }
 WITH_ADDRESS = {"ssh"}  # written KIND://ADDRESS

@@ -2,7 +2,7 @@
 
 The plan is fixed before anything is served: the bundles, one random prompt for each vocabulary (the runner's:
 same seed, same ids), and the order of the turns, A B B A. The page times and sends back raw milliseconds;
-`measured` makes of them what `local.measure` returns, with the same formulas.
+`measured` makes of them what `timing.measure` returns, with the same formulas.
 
 What differs from a measurement by the runner, and is said in the result: `peak_memory_bytes` is the size of
 the bundle's WebAssembly heap, not of a process; clocks, temperature and other processes cannot be seen from a
@@ -18,11 +18,11 @@ from typing import Any
 
 from edgedisp import BadInput, __version__
 from edgedisp.bench.graph_facts import read_graph, weight_traffic
-from edgedisp.bench.local import turns
 from edgedisp.bench.page_bundle import PageBundle, prompt_ids
 from edgedisp.bench.page_server import Resource, json_resource
 from edgedisp.bench.spread import percentile
 from edgedisp.bench.summary import pair, row, warn_about_bits
+from edgedisp.bench.timing import few, turns
 from edgedisp.bench.uploads import Figures, Loaded, Repetition, Upload
 
 FORM = 1  # of the plan; the page refuses another
@@ -128,7 +128,7 @@ def measured(
     pairs: Sequence[tuple[str, str]] = (),
     readings: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """What `local.measure` returns, of a page's figures: rows, repetitions, pairs, machine, order, options.
+    """What `timing.measure` returns, of a page's figures: rows, repetitions, pairs, machine, order, options.
 
     Bundles without a timed turn have no row. `readings`: for each turn what was seen of the machine meanwhile
     (browsers on this machine); a phone gives none.
@@ -139,8 +139,9 @@ def measured(
     loaded = {entry.label: entry for entry in figures.loaded}
     done = {found["label"] for found in timed}
     told = [bundle for bundle in plan.bundles if bundle.label in done]
-    rows = [_row(plan, figures, bundle, loaded[bundle.label], timed) for bundle in told]
-    warn_about_bits(rows)
+    machine = _machine(figures)
+    rows = [_row(plan, figures, bundle, loaded[bundle.label], timed, machine) for bundle in told]
+    warn_about_bits(rows, machine)
     folders = {bundle.label: bundle.folder for bundle in told}
     held = [bundle.label for bundle in plan.bundles]
     return {
@@ -149,11 +150,11 @@ def measured(
         "rows": rows,
         "repetitions": timed,
         "pairs": [pair(a, b, folders, timed) for a, b in pairs] if figures.complete else [],
-        "machine": _machine(figures),
+        "machine": machine,
         "load_average": {"before": None, "after": None},
         "order": [found["label"] for found in timed],
         "groups": [held] if figures.held_open else [[label] for label in held],
-        "warnings": [],
+        "warnings": few(plan.repetitions),
         "options": {**plan.options(), "threads": figures.device.threads},
     }
 
@@ -196,12 +197,19 @@ def _timed(plan: PagePlan, found: Repetition) -> dict[str, Any]:
         "clock_mhz": None,
         "temperature_c": None,
         "other_cpus": None,
+        "energy_j": None,
+        "battery_j": None,
         "hidden": found.hidden,
     }
 
 
 def _row(
-    plan: PagePlan, figures: Figures, bundle: PageBundle, loaded: Loaded, timed: Sequence[dict[str, Any]]
+    plan: PagePlan,
+    figures: Figures,
+    bundle: PageBundle,
+    loaded: Loaded,
+    timed: Sequence[dict[str, Any]],
+    machine: dict[str, Any],
 ) -> dict[str, Any]:
     """The row of `summary.row`, and what only a page has: download, runtime, times in the background."""
     facts = {
@@ -214,7 +222,7 @@ def _row(
         "vocab_size": loaded.vocab_size,
         "kv_cache_bytes_per_position": loaded.kv_cache_bytes_per_position,
     }
-    made = row(bundle.label, bundle.folder, facts, timed)
+    made = row(bundle.label, bundle.folder, facts, timed, machine)
     if bundle.graph != "model.onnx":
         made |= _traffic(bundle, facts, made["decode_tokens_per_s"])
     if bundle.packed:

@@ -83,7 +83,9 @@ def bench(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Folders with a model.onnx.")],
     device: Annotated[
         list[str] | None,
-        typer.Option(help="Where: local, ssh://USER@HOST[:PORT], arm64-emulated; several times for several."),
+        typer.Option(
+            help="Where: local, ssh://USER@HOST[:PORT], browser, arm64-emulated; give several for several."
+        ),
     ] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 128,
     generate: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 128,
