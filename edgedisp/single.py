@@ -17,7 +17,7 @@ from typing import Any, Literal
 import psutil
 
 from edgedisp import BadInput, Progress, corpus, data_folder, model
-from edgedisp.bench import devices
+from edgedisp.bench import devices, projection
 from edgedisp.bench.machine import physical_cores
 from edgedisp.bench.summary import arms_to_compare
 from edgedisp.dispersion.collect import decoder_layers
@@ -168,6 +168,24 @@ def time_bundles(
             write_threads(labels[label], threads)
         timed["written"] = best
     return timed
+
+
+def project(timed: dict[str, Any]) -> dict[str, Any]:
+    """What the timed bundles may decode on the chips of export/socs.yaml: {shares, bundles {label: rows}}.
+
+    See bench/projection.py. Of several devices the one counts on which a token reads the fewest bytes: a
+    browser holds weights unpacked. Raises BadInput where nothing was timed.
+    """
+    table = projection.load_table(data_folder("export") / "socs.yaml")
+    read: dict[str, int] = {}
+    for device in timed["devices"]:
+        for row in device.get("rows", ()):
+            size = row["bytes_read_per_token"]
+            read[row["label"]] = min(size, read.get(row["label"], size))
+    if not read:
+        raise BadInput("--project: nothing is timed on these devices; add --device local")
+    bundles = {label: projection.project(size, table) for label, size in read.items()}
+    return {"shares": projection.shares(table), "bundles": bundles}
 
 
 def _check_bench(addresses: Sequence[devices.Address], asked: BenchOptions) -> None:

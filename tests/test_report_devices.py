@@ -137,3 +137,19 @@ def test_one_device_alone_needs_no_column_for_it() -> None:
     alone = {"devices": [sample()["devices"][0]]}
     assert [section.key for section in sections(alone)] == ["figures", "device0"]
     assert sections(alone)[0].grids[0].head[0] == "bundle"
+
+
+def test_projected_speeds_are_a_section_of_their_own_and_in_no_column_of_measured_ones() -> None:
+    chip = {"soc": "A <Chip>", "devices": "a phone", "bound": 500.0, "low": 90.4, "high": 155.2}
+    projected = {
+        "shares": [{"of": "a model on A <Chip>", "share": 0.18, "source": "a benchmark"}],
+        "bundles": {"baseline/int4": [chip]},
+    }
+    timed = {**sample(), "projected": projected}
+    told = next(section for section in sections(timed) if section.key == "projected")
+    assert told.grids[0].rows == (("A <Chip> (a phone)", "90 to 155"),)
+    assert "Not measured" in told.lead and "18 %" in told.lead
+    others = [section for section in sections(timed) if section.key != "projected"]
+    assert others == sections(sample())
+    assert "Projected, not measured" in render_devices(timed, 100)
+    assert "A &lt;Chip&gt;" in devices_page(timed)

@@ -107,6 +107,9 @@ def bench(
     remote_python: Annotated[
         str | None, typer.Option(metavar="PROGRAM", help="Python on the device; default: python3.")
     ] = None,
+    project: Annotated[
+        bool, typer.Option("--project", help="Add what phones' chips may reach by their bandwidth.")
+    ] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with all devices.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -114,6 +117,7 @@ def bench(
     from edgedisp.console import Screen
     from edgedisp.report.devices import render_devices
     from edgedisp.single import BenchOptions, lost_devices, time_bundles
+    from edgedisp.single import project as project_speeds
 
     named = ["local"] if device is None else device
     asked = BenchOptions(
@@ -131,6 +135,8 @@ def bench(
         raise BadInput(f"--html {html}: there is no folder {html.parent}")
     with Screen(f"bench on {', '.join(named)}") as screen:
         timed = time_bundles(bundles, named, asked, screen.progress)
+    if project:
+        timed["projected"] = project_speeds(timed)
     if html is not None:
         from edgedisp.report.devices_page import devices_page
 

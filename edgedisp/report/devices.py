@@ -44,6 +44,12 @@ KERNELS = (
     "KL is the mean divergence of the next-token distributions, in nats."
 )
 
+PROJECTED = (
+    "Not measured: what memory bandwidth allows on chips that are not at hand. The bound is peak bandwidth "
+    "by the bytes that a token reads; the range is the part of it that models below 500M parameters reached "
+    "where someone measured ({of}). Heat and threads can take it lower."
+)
+
 
 def sections(timed: Timed) -> list[Section]:
     """The whole content: speeds side by side, every figure, kernels compared, then each device by itself."""
@@ -58,7 +64,25 @@ def sections(timed: Timed) -> list[Section]:
         found.append(Section("figures", "Every figure", MEANING, grids=(grid,)))
     if compared:
         found.append(Section("kernels", "Kernels compared", KERNELS, grids=(_kernels(compared),)))
+    if projected := branch(timed.get("projected")):
+        found.append(_projected(projected))
     return [*found, *(_device(device, f"device{index}") for index, device in enumerate(devices))]
+
+
+def _projected(projected: dict[str, Any]) -> Section:
+    """Chips down, bundles across; a section of its own, so that no column mixes it with what was measured."""
+    bundles = branch(projected["bundles"])
+    chips: dict[str, dict[str, Any]] = {}
+    for label, found in bundles.items():
+        for one in found:
+            chips.setdefault(f"{one['soc']} ({one['devices']})", {})[label] = one
+    rows = []
+    for chip, by_bundle in chips.items():
+        ranges = [f"{one['low']:.0f} to {one['high']:.0f}" for one in by_bundle.values()]
+        rows.append((chip, *ranges))
+    seen = ", ".join(f"{one['of']}: {100 * one['share']:.0f} %" for one in projected["shares"])
+    grid = Grid(("chip", *bundles), tuple(rows), "decode, tokens a second, projected")
+    return Section("projected", "Projected, not measured", PROJECTED.format(of=seen), grids=(grid,))
 
 
 def _side_by_side(devices: list[dict[str, Any]]) -> Grid:
