@@ -1,10 +1,10 @@
 """`arm64-emulated`: what a bundle computes under onnxruntime's ARM64 kernels, in an emulator. Never a speed.
 
 qemu-user runs an ARM64 Python with the ARM64 wheels of numpy and of the onnxruntime that is installed here.
-x86 and ARM kernels do not give the same logits for int4 weights: KleidiAI, which onnxruntime uses by default
-on ARM, rounds activations by the row, the x86 kernels by the block. So a bundle is run three ways on the same
-token ids: here, emulated, and emulated with `mlas.disable_kleidiai=1`; each is held against the same weights
-with exact products (kernels.py).
+x86 and ARM kernels do not give the same logits for int4 weights. With KleidiAI, ARM's default, the KL of a
+symmetric graph was six times larger; an asymmetric one showed no such gap (why was not traced). So a bundle
+is run three ways on the same token ids: here, emulated, and emulated with `mlas.disable_kleidiai=1`; each is
+held against the same weights with exact products (kernels.py).
 
 `--setup` fetches the Python from the distribution's own package index (apt, 16 MB) and the wheels from PyPI,
 into the cache; nothing is installed. Two traps: the ARM onnxruntime reads /proc/cpuinfo and dies of the
