@@ -86,9 +86,10 @@ def test_figures_are_printed_written_and_ctrl_c_ends_well(bundles: dict[str, Pat
         code, shown = program.ended()
     assert code == 0, program.log.read_text()
     assert "decode t/s" in shown and "NOT COMPLETE" in shown
-    first, second = json.loads(out.read_text())["results"]
+    first, second = json.loads(out.read_text())["devices"]
     assert [row["label"] for row in first["rows"]] == ["fp32", "twin"]
     assert (first["complete"], second["complete"]) == (True, False)
+    assert "lost" not in first and "not sent the rest" in second["lost"]
     log = program.log.read_text()
     assert log.count("refused what 127.0.0.1 sent") == 1 and "\u2580" in log  # and a QR code
 
@@ -100,7 +101,7 @@ def test_once_ends_by_itself_with_one_line_of_json(bundles: dict[str, Path], tmp
         assert program.post(figures(plan)) == 204
         code, shown = program.ended()
     assert code == 0
-    assert json.loads(shown)["results"][0]["rows"][0]["label"] == "fp32"
+    assert json.loads(shown)["devices"][0]["rows"][0]["label"] == "fp32"
 
 
 def test_ctrl_c_before_anything_came_is_an_interruption(bundles: dict[str, Path], tmp_path: Path) -> None:

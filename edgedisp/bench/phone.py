@@ -110,8 +110,10 @@ class Results:
         return [self._result(*kept) for kept in self.figures.values() if kept[0].repetitions]
 
     def _result(self, figures: Figures, client: str) -> dict[str, Any]:
-        found = measured(self.plan, figures, device="phone")
-        return {**found, "client": client, "run": figures.run}
+        told = figures.device.model
+        found = measured(self.plan, figures, device=f"phone {told}" if told else "phone")
+        lost = {} if figures.complete else {"lost": "the phone has not sent the rest"}
+        return {**found, "kind": "phone", "client": client, "run": figures.run, **lost}
 
 
 def local_address() -> str:

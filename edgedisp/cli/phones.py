@@ -50,7 +50,7 @@ def phone(
     def arrived(result: dict[str, Any]) -> None:
         kept.append(result)
         if out is not None:  # at once: later phones may come or not
-            write_json(out, {"results": kept})
+            write_json(out, {"format": 1, "devices": kept})
         if not as_json:
             typer.echo(serving.render(result) + "\n")
 
@@ -69,7 +69,7 @@ def phone(
     for partial in [result for result in results if not result["complete"] and not as_json]:
         typer.echo(serving.render(partial) + "\n")
     if out is not None:
-        write_json(out, {"results": results})
+        write_json(out, {"format": 1, "devices": results})
         typer.echo(f"results: {out}", err=True)
     if as_json:
-        typer.echo(json.dumps({"results": results}, ensure_ascii=False))
+        typer.echo(json.dumps({"format": 1, "devices": results}, ensure_ascii=False))
