@@ -81,13 +81,15 @@ def test_the_score_of_a_small_error_is_near_the_divergence_it_causes(tmp_path: P
     ratios = []
     for unit in units:
         spread, true, scored = read_unit(model, unit).std(), 0.0, 0.0
-        for _ in range(2):
+        for _ in range(6):  # one error alone can be worth a third of what its like are worth on average
             error = 0.01 * spread * torch.randn(unit.rows, unit.columns, generator=generator)
             with written(model, [unit], lambda unit, weight, error=error: weight + error):
                 true += measured.kl(model)
             scored += known[unit.name].fisher(error)
         ratios.append(true / scored)
-    assert all(0.4 < ratio < 5.0 for ratio in ratios), ratios
+    for unit, ratio in zip(units, ratios):
+        most = 8.0 if "qkv" in unit.name else 2.0
+        assert 0.5 < ratio < most, (unit.name, ratios)
     assert 0.75 < np.exp(np.mean(np.log(ratios))) < 1.6, ratios
 
 

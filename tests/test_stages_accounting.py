@@ -155,7 +155,7 @@ def test_the_plan_shows_the_table() -> None:
     planned = {"recipe": "r", "run": "x", "steps": 1, "tokens": 1, "threads": 1, "stages": []}
     seen = {"items": 500, "seeds": 1, "differing": 0.06, "points": 3.07}
     seen |= {"published_points": 0.7, "items_for_published": 9611, "nats": {"int4": 0.0065}}
-    planned |= {"estimate": None, "sizes": sizes, "sizes_unknown": None, "detectable": seen}
+    planned |= {"warning": None, "estimate": None, "sizes": sizes, "sizes_unknown": None, "detectable": seen}
     text = render(planned)
     assert "with 500 items a task shows differences of 3.1 points or more" in text
     assert "loss shows 0.0065 at int4" in text
