@@ -196,6 +196,8 @@ def _timed(plan: PagePlan, found: Repetition) -> dict[str, Any]:
         "clock_mhz": None,
         "temperature_c": None,
         "other_cpus": None,
+        "energy_j": None,
+        "battery_j": None,
         "hidden": found.hidden,
     }
 
