@@ -28,11 +28,13 @@ $(INSTALLED): pyproject.toml
 # Where node or a package cannot be had, the tests of that runtime are skipped and say so.
 runtimes: $(NODE) $(OPTIMUM)
 
-# Without the variable, onnxruntime-node fetches CUDA libraries that nothing here uses.
-$(NODE):
+# Without the variable, onnxruntime-node fetches CUDA libraries that nothing here uses. transformers.js brings the
+# onnxruntime-web that it was built with; playwright-core drives a chromium that is there already, and fetches none.
+# Again where this file, and so a version, has changed.
+$(NODE): Makefile
 	mkdir -p $(@D)
 	-ONNXRUNTIME_NODE_INSTALL=skip npm install --silent --no-audit --no-fund --prefix $(@D) \
-		@huggingface/transformers@4.3.1 && touch $@
+		@huggingface/transformers@4.3.1 playwright-core@1.65.1 && touch $@
 
 # optimum-onnx needs transformers 4.
 $(OPTIMUM):
