@@ -23,7 +23,7 @@ const HTML = `<!doctype html><meta charset="utf-8"><title>bundle</title>
   env.backends.onnx.wasm.wasmPaths = "/node_modules/onnxruntime-web/dist/"; // the default is a public server
   env.backends.onnx.wasm.numThreads = 1;
   env.useBrowserCache = false;
-  globalThis.found = import("/page.mjs").then((module) => module.default);
+  globalThis.page = { found: import("/page.mjs").then((module) => module.default) };
 </script>`;
 
 function fileOf(path) {
@@ -79,8 +79,8 @@ try {
     tab.on("crash", () => reject(new Error("the page crashed: out of memory?")));
   });
   await tab.goto(`http://127.0.0.1:${server.address().port}/`);
-  await tab.waitForFunction(() => globalThis.found);
-  const result = await Promise.race([tab.evaluate(() => globalThis.found), failed]);
+  await tab.waitForFunction(() => globalThis.page !== undefined);
+  const result = await Promise.race([tab.evaluate(() => globalThis.page.found), failed]);
   console.log(JSON.stringify({ result, renderer_peak_bytes: peakOfRenderers(process.pid), served }));
 } finally {
   await browser.close();

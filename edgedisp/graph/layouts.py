@@ -51,7 +51,7 @@ GENAI, WEB, OPTIMUM = "onnxruntime-genai", "transformers.js", "optimum"
 LAYOUTS = (GENAI, WEB, OPTIMUM)
 
 ROUNDING = 1e-5  # of the largest logit
-UNFOLDED_ROUNDING = 1e-4  # the same, for graphs that sum in another order in every layer
+UNFOLDED_ROUNDING = 1e-5  # the same
 WEB_BYTES = 3_600_000_000  # of the 4 GiB that WebAssembly reaches
 
 # Precision -> what transformers.js calls it (`dtype`), and the end of its file's name.

@@ -4,20 +4,21 @@ There onnxruntime unpacks the whole weight of a `MatMulNBits` at every token, wh
 the product itself. `unfold` writes standard operators instead, between the stored integers and a plain
 `MatMul`:
 
-    integers [out, in] -> fp32 [out, groups, group] -> (q - zero point) * scale -> [in, out] -> MatMul
+    bytes -> integers [out, groups, group] -> fp32 -> (q - zero point) * scale -> [in, out] -> MatMul
 
 All of it but the product is constant, so onnxruntime computes it once, when it opens the graph: the download
-stays small, decoding is as fast as in fp32, and memory is that of fp32. No session option is needed. The
-integers are read where they lie: a tensor of type UINT4 names the same bytes of the file as the packed one.
-What level 4 rounds to int8 (`accuracy_level`) is multiplied in fp32 here.
+stays small, decoding is as fast as in fp32, and memory is that of fp32. No session option is needed. The stored
+bytes are those that the packed product reads. What level 4 rounds to int8 (`accuracy_level`) is multiplied in
+fp32 here.
 
-Folding keeps every step's result of every weight until all are folded: five times the fp32 weights. So the
+Folding keeps every step's result of every weight until all are folded: six times the fp32 weights. So the
 weights are folded in `STAGES`, each after the last one's leftovers are gone. What makes a stage wait is a
-number that its shapes depend on: `Dropout` in a branch of an `If`. onnxruntime takes the branch when the
+shape that it needs, which depends on a `Dropout` in a branch of an `If`. onnxruntime takes the branch when the
 condition is known and drops the Dropout one round later, which is when the next condition becomes known. A
-runtime that does not is slow and right: all the numbers are 0.
+runtime that does not is slow and right: the number that passes through is always 0.
 
-Left out: 2 bits, which no recipe asks for.
+Left out: the type UINT4, which would unpack itself, as WebAssembly has no kernel that casts it
+(onnxruntime-web 1.31); NF4, a table of levels instead of a grid.
 """
 
 from __future__ import annotations
@@ -31,10 +32,9 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from edgedisp import BadInput
 
-STAGES = 4  # onnxruntime goes over a graph at most 10 times; more stages save little
+STAGES = 6  # onnxruntime goes over a graph at most 10 times; more stages save little
 PACKED = ("MatMulNBits", "MatMulBnb4")
 GATE = "unfold.gate"
-INTEGERS = {4: TensorProto.UINT4, 8: TensorProto.UINT8}
 
 
 def holds_packed_products(graph: GraphProto) -> bool:
@@ -53,7 +53,7 @@ def expected_bytes(graph: GraphProto, stored_bytes: int) -> int:
 def unfold(model: ModelProto) -> None:
     """Change the graph in place: every `MatMulNBits` becomes a `MatMul` over constants.
 
-    BadInput for a product that cannot be written so: NF4, or other bits than 4 and 8.
+    BadInput for a product that cannot be written so: NF4, or inputs besides weight, scales and zero points.
     """
     graph = model.graph
     products = [node for node in graph.node if node.op_type in PACKED]
@@ -75,11 +75,10 @@ def _refuse(node: NodeProto) -> None:
             f"{node.name}: NF4 weights ({node.op_type}) have no form that a browser computes at useful "
             "speed; export with another method than nf4"
         )
-    bits = _attributes(node).get("bits", 4)
-    if bits not in INTEGERS or any(node.input[4:]):
+    if any(node.input[4:]):
         raise BadInput(
-            f"{node.name}: MatMulNBits of {bits} bits, or with more inputs than weight, scales and zero "
-            "points, cannot be written for a browser; 4 and 8 bits can"
+            f"{node.name}: a MatMulNBits with more inputs than weight, scales and zero points cannot be written "
+            "for a browser"
         )
 
 
@@ -105,7 +104,7 @@ class _Weights:
     def gates(self, last: int) -> list[NodeProto]:
         """Nodes that make a 0 for each stage up to `last`, each known one round after the one before."""
         self._nodes = []
-        gate = self._constant(f"{GATE}_0", np.array(0, np.float32))
+        gate = self._constant(f"{GATE}_0.float", np.array(0, np.float32))
         for stage in range(1, last + 1):
             name = f"{GATE}_{stage}"
             branches = {
@@ -118,8 +117,8 @@ class _Weights:
                 for branch in ("then_branch", "else_branch")
             }
             known = self._add("Cast", [gate], f"{name}.known", to=TensorProto.BOOL)
-            gate = self._add("If", [known], name, **branches)
-            self._add("Cast", [gate], f"{name}.integer", to=TensorProto.INT64)
+            gate = self._add("If", [known], f"{name}.float", **branches)
+            self._add("Cast", [gate], name, to=TensorProto.INT64)
         return self._nodes
 
     def product(self, node: NodeProto, stage: int) -> list[NodeProto]:
@@ -131,56 +130,57 @@ class _Weights:
         groups = -(-columns // group)
         data, scales, *zero_points = (name for name in node.input[1:] if name)
         own = f"{node.output[0]}.unfolded"
-        wide = self._integers(data, own, bits, [rows, groups * group])
-        shape = self._shape([rows, groups, group])
-        if stage > 0:
-            shape = self._add("Add", [shape, f"{GATE}_{stage}.integer"], f"{own}.shape")
-        if bits < 8:  # no kernel reshapes UINT4
-            wide = self._add("Cast", [wide], f"{own}.bytes", to=TensorProto.UINT8)
-        values = self._add("Reshape", [wide, shape], f"{own}.grouped")
-        values = self._add("Cast", [values], f"{own}.float", to=TensorProto.FLOAT)
-        zeros = self._zero_points(zero_points, f"{own}.zeros", bits, rows, groups)
-        each = self._shape([rows, groups, 1])
-        scale = self._add("Reshape", [scales, each], f"{own}.scales")
+        each = self._constant(f"unfold.each_{groups}_{rows}", np.array([groups, 1, 1, rows], np.int64))
+        values = self._unpacked(data, own, bits, stage, [1, rows, groups, group * bits // 8])
+        zeros = self._zero_points(zero_points, f"{own}.zeros", bits, stage, rows, each)
+        turned = self._add("Transpose", [scales], f"{own}.scales_turned", perm=[1, 0])
+        scale = self._add("Reshape", [turned, each], f"{own}.scales")
         values = self._add("Sub", [values, zeros], f"{own}.centered")
         values = self._add("Mul", [values, scale], f"{own}.scaled")
-        values = self._add("Reshape", [values, self._shape([rows, groups * group])], f"{own}.rows")
-        values = self._cut(values, f"{own}.cut", columns, groups * group)
-        values = self._add("Transpose", [values], own, perm=[1, 0])
+        weight = self._matrix(values, own, columns, rows, groups * group)
         self._nodes.append(
-            helper.make_node("MatMul", [node.input[0], values], list(node.output), name=node.name)
+            helper.make_node("MatMul", [node.input[0], weight], list(node.output), name=node.name)
         )
         return self._nodes
 
-    def _zero_points(self, stored: Sequence[str], own: str, bits: int, rows: int, groups: int) -> str:
-        """fp32 [rows, groups, 1], or the middle of the range where none are stored."""
+    def _zero_points(
+        self, stored: Sequence[str], own: str, bits: int, stage: int, rows: int, each: str
+    ) -> str:
+        """fp32 of shape `each`, or the middle of the range where none are stored."""
         if not stored:
             return self._constant(f"unfold.middle_{bits}", np.array(2.0 ** (bits - 1), np.float32))
-        held = groups + groups % (8 // bits)  # a row fills whole bytes
-        values = self._integers(stored[0], own, bits, [rows, held])
-        values = self._add("Cast", [values], f"{own}.float", to=TensorProto.FLOAT)
-        values = self._cut(values, f"{own}.cut", groups, held)
-        return self._add("Reshape", [values, self._shape([rows, groups, 1])], f"{own}.grouped")
+        groups = int(numpy_helper.to_array(self.made[each])[0])
+        width = -(-groups * bits // 8)
+        values = self._unpacked(stored[0], own, bits, stage, [1, rows, width, 1])
+        values = self._matrix(values, f"{own}.all", groups, rows, width * 8 // bits)
+        return self._add("Reshape", [values, each], f"{own}.each")
 
-    def _integers(self, packed: str, own: str, bits: int, shape: list[int]) -> str:
-        """The stored tensor behind `packed`, as integers of `bits` bits: the same bytes."""
+    def _unpacked(self, packed: str, own: str, bits: int, stage: int, shape: list[int]) -> str:
+        """Stored bytes [1, rows, a, b] -> fp32 [a, b, values in a byte, rows], constant from `stage` on."""
         while packed not in self._stored:
             packed = self._makers[packed].input[0]  # an Identity, or the Reshape of a tied embedding
-        tensor = TensorProto()
-        tensor.CopyFrom(self._stored[packed])
-        tensor.name, tensor.data_type = f"{own}.integers", INTEGERS[bits]
-        tensor.dims[:] = shape
-        self.made[tensor.name] = tensor
-        return tensor.name
+        known = self._constant(f"unfold.shape_{'_'.join(map(str, shape))}", np.array(shape, np.int64))
+        if stage > 0:
+            known = self._add("Add", [known, f"{GATE}_{stage}"], f"{own}.shape")
+        planes = [self._add("Reshape", [packed, known], f"{own}.bytes")]
+        if bits < 8:  # the low bits come first
+            mask = self._constant(f"unfold.mask_{bits}", np.array(2**bits - 1, np.uint8))
+            places = [self._constant(f"unfold.place_{k}", np.array(k, np.uint8)) for k in range(0, 8, bits)]
+            moved = [self._add("BitShift", [*planes, k], f"{own}.{k}", direction="RIGHT") for k in places[1:]]
+            pieces = [*planes, *moved]
+            planes = [self._add("BitwiseAnd", [piece, mask], f"{piece}.low") for piece in pieces[:-1]]
+            planes.append(pieces[-1])
+        joined = self._add("Concat", planes, f"{own}.joined", axis=0)
+        turned = self._add("Transpose", [joined], f"{own}.turned", perm=[2, 3, 0, 1])
+        return self._add("Cast", [turned], f"{own}.float", to=TensorProto.FLOAT)
 
-    def _shape(self, shape: list[int]) -> str:
-        return self._constant(f"unfold.shape_{'_'.join(map(str, shape))}", np.array(shape, np.int64))
-
-    def _cut(self, values: str, own: str, count: int, held: int) -> str:
-        """The first `count` of the last axis."""
+    def _matrix(self, values: str, own: str, count: int, rows: int, held: int) -> str:
+        """fp32 [count, rows] of `held` * rows values; what fills the last group or byte is cut off."""
+        shape = self._constant(f"unfold.shape_{held}_{rows}", np.array([held, rows], np.int64))
         if count == held:
-            return values
-        limits = [self._constant(f"unfold.integer_{value}", np.array([value])) for value in (0, count, -1)]
+            return self._add("Reshape", [values, shape], own)
+        values = self._add("Reshape", [values, shape], f"{own}.held")
+        limits = [self._constant(f"unfold.integer_{value}", np.array([value])) for value in (0, count)]
         return self._add("Slice", [values, *limits], own)
 
     def _constant(self, name: str, values: NDArray[Any]) -> str:
