@@ -4,17 +4,17 @@ There onnxruntime unpacks the whole weight of a `MatMulNBits` at every token, wh
 the product itself. `unfold` writes standard operators instead, between the stored integers and a plain
 `MatMul`:
 
-    bytes -> integers [out, groups, group] -> fp32 -> (q - zero point) * scale -> [in, out] -> MatMul
+    bytes -> integers -> turned to [groups, group, out] -> fp32 (q - zero point) * scale -> [in, out]
 
 All of it but the product is constant, so onnxruntime computes it once, when it opens the graph: the download
-stays small, decoding is as fast as in fp32, and memory is that of fp32. No session option is needed. The stored
-bytes are those that the packed product reads. What level 4 rounds to int8 (`accuracy_level`) is multiplied in
-fp32 here.
+stays small, decoding is as fast as in fp32, and memory is that of fp32. No session option is needed. The
+stored bytes are those that the packed product reads. What level 4 (`accuracy_level`) rounds to int8 is
+multiplied in fp32 here.
 
-Folding keeps every step's result of every weight until all are folded: six times the fp32 weights. So the
+Folding keeps every step's result of every weight until all are folded: five times the fp32 weights. So the
 weights are folded in `STAGES`, each after the last one's leftovers are gone. What makes a stage wait is a
-shape that it needs, which depends on a `Dropout` in a branch of an `If`. onnxruntime takes the branch when the
-condition is known and drops the Dropout one round later, which is when the next condition becomes known. A
+shape that it needs, and that depends on a `Dropout` in a branch of an `If`: onnxruntime takes the branch when
+the condition is known, and drops the Dropout one round later, when the next condition becomes known. A
 runtime that does not is slow and right: the number that passes through is always 0.
 
 Left out: the type UINT4, which would unpack itself, as WebAssembly has no kernel that casts it
@@ -89,8 +89,8 @@ def _refuse(node: NodeProto) -> None:
         )
     if any(node.input[4:]):
         raise BadInput(
-            f"{node.name}: a MatMulNBits with more inputs than weight, scales and zero points cannot be written "
-            "for a browser"
+            f"{node.name}: a MatMulNBits with more inputs than weight, scales and zero points cannot be "
+            "written for a browser"
         )
 
 
