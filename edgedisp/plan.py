@@ -46,6 +46,11 @@ def check_before_start(recipe: Recipe, run: Path) -> None:
                 f"({', '.join(recipe.precisions)}); what ships must have been measured: "
                 "add the precision, or drop the target"
             )
+        if target.for_browser and target.precision == "int4" and recipe.quantize.int4.method == "nf4":
+            raise BadInput(
+                f"targets: {name} runs in WebAssembly, which has no fast product for the nf4 of "
+                "quantize.int4.method; choose another method, or drop the target"
+            )
     missing = [name for name in recipe.train.report_to if importlib.util.find_spec(name) is None]
     if missing:
         raise BadInput(

@@ -1,7 +1,8 @@
 """Each layout of a bundle is opened by its own runtime, with the very lines that its manifest shows.
 
-transformers.js runs in node, optimum in an environment of its own (it needs transformers 4); `make runtimes`
-puts both under `.runtimes`. Where one is missing, its tests are skipped and say so.
+transformers.js runs in node and in headless Chromium, optimum in an environment of its own (it needs
+transformers 4); `make runtimes` puts all but Chromium under `.runtimes`. Where one is missing, its tests are
+skipped and say so.
 """
 
 from __future__ import annotations
@@ -34,11 +35,19 @@ OPTIMUM_PYTHON = RUNTIMES / "optimum" / "bin" / "python"
 TEXT = "the water of the river"
 NEW_TOKENS = 48  # as in the lines of the manifest
 MODELS = ["llama-int4", "llama-fp32", "gpt2-int8", "gemma3_text-int4", "qwen3-int4"]
+# For a browser the products are unfolded and multiply in fp32, so what is expected is computed in fp32, too.
+BROWSER_MODELS = ["llama-int4-browser", "gpt2-int8-browser", "gemma3_text-int4-browser"]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+IN_CHROMIUM = Path(__file__).resolve().parent / "in_chromium.mjs"
 SECONDS = 170  # transformers.js waits forever for a file that is not there
 
 node = pytest.mark.skipif(
     shutil.which("node") is None or not (NODE_MODULES / "@huggingface" / "transformers").is_dir(),
     reason="needs node and @huggingface/transformers: make runtimes",
+)
+browser = pytest.mark.skipif(
+    CHROMIUM is None or not (NODE_MODULES / "playwright-core").is_dir(),
+    reason="needs chromium (apt-get install chromium), and playwright-core: make runtimes",
 )
 optimum = pytest.mark.skipif(
     not any(OPTIMUM_PYTHON.parent.parent.glob("lib/*/site-packages/optimum")),
@@ -87,12 +96,13 @@ def ascii_model(architecture: str, folder: Path) -> Path:
     return folder
 
 
-def export(source: Path, precision: str, root: Path) -> Bundle:
+def export(source: Path, precision: str, root: Path, for_browser: bool) -> Bundle:
     """The model folder as a bundle in all layouts, and its greedy text by onnxruntime without any of them."""
     profile = root / "box.yaml"
     layouts = f"layouts: [{', '.join(LAYOUTS)}]\n"
+    architecture = "wasm32\nquantize: {accuracy_level: 0}" if for_browser else "arm64"
     profile.write_text(
-        "name: box\ndescription: a box\narchitecture: arm64\ncontext: 128\nthreads: 1\n"
+        f"name: box\ndescription: a box\narchitecture: {architecture}\ncontext: 128\nthreads: 1\n"
         f"precision: {precision}\n{layouts}"
     )
     out = root / "bundle"
@@ -108,13 +118,13 @@ def export(source: Path, precision: str, root: Path) -> Bundle:
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
-    """`llama-int4` and the like -> its bundle, made when it is first asked for."""
+    """`llama-int4`, `llama-int4-browser` and the like -> its bundle, made when it is first asked for."""
 
     @cache
     def made(name: str) -> Bundle:
-        family, precision = name.split("-")
+        family, precision, *rest = name.split("-")
         root = tmp_path_factory.mktemp(name)
-        return export(ascii_model(family, root / "model"), precision, root)
+        return export(ascii_model(family, root / "model"), precision, root, for_browser=bool(rest))
 
     return made
 
@@ -160,15 +170,37 @@ def test_optimum_opens_its_layout(name: str, bundles: Callable[[str], Bundle], t
     assert same(found, bundle), (found, bundle.text)
 
 
+def lines(bundle: Bundle, parent: str) -> str:
+    """The manifest's lines, with the words that are the reader's to fill in."""
+    given = {"parent": parent, "name": bundle.folder.name, "text": TEXT}
+    return "\n".join(
+        [*(f"const {key} = {json.dumps(value)};" for key, value in given.items()), bundle.load[WEB]]
+    )
+
+
 @node
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *BROWSER_MODELS])
 def test_transformers_js_opens_its_layout(
     name: str, bundles: Callable[[str], Bundle], tmp_path: Path
 ) -> None:
     bundle = bundles(name)
     (tmp_path / "node_modules").symlink_to(NODE_MODULES.resolve())
-    given = {"parent": f"{bundle.folder.parent}/", "name": bundle.folder.name, "text": TEXT}
-    lines = [f"const {key} = {json.dumps(value)};" for key, value in given.items()]
-    (tmp_path / "load.mjs").write_text("\n".join([*lines, bundle.load[WEB]]))
+    (tmp_path / "load.mjs").write_text(lines(bundle, f"{bundle.folder.parent}/"))
     found = said(["node", tmp_path / "load.mjs"], tmp_path)
     assert same(found, bundle), (found, bundle.text)
+
+
+@node
+@browser
+@pytest.mark.parametrize("name", BROWSER_MODELS)
+def test_the_same_folder_opens_in_a_browser(
+    name: str, bundles: Callable[[str], Bundle], tmp_path: Path
+) -> None:
+    bundle = bundles(name)
+    page = tmp_path / "page.mjs"
+    page.write_text(f"{lines(bundle, '/models/')}\nexport default answer.generated_text;\n")
+    command = ["node", IN_CHROMIUM, str(CHROMIUM), NODE_MODULES.resolve(), bundle.folder.parent, page]
+    found = json.loads(said(command, tmp_path).splitlines()[-1])
+    assert same(found["result"], bundle), (found["result"], bundle.text)
+    once = [path for path in found["served"] if path.endswith("_data")]
+    assert len(once) == 1

@@ -16,7 +16,8 @@ transformers.js they are `model.onnx.data` beside `model.onnx`.
 
 What the graph of transformers.js has of its own: its default WebAssembly build has no kernel for
 `GatherBlockQuantized` (onnxruntime-web 1.31), so the embedding's rows are taken and scaled by standard
-operators, which give the same numbers bit for bit. `config.json` tells it which file to take (`dtype`) and
+operators, which give the same numbers bit for bit. For a browser, products are unfolded too (unfold.py), as
+long as that fits the 4 GB which WebAssembly can hold. `config.json` tells it which file to take (`dtype`) and
 that there are external weights.
 
 optimum needs transformers 4, which does not know the class that transformers 5 writes for its tokenizers; its
@@ -36,19 +37,21 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer
 
 from edgedisp import BadInput, BuildFailed
 from edgedisp.graph import layout
+from edgedisp.graph.session import at_accuracy_level, open_session
+from edgedisp.graph.unfold import expected_bytes, holds_packed_products, unfold
 from edgedisp.graph.writer import DATA, GRAPH
 
 GENAI, WEB, OPTIMUM = "onnxruntime-genai", "transformers.js", "optimum"
 LAYOUTS = (GENAI, WEB, OPTIMUM)
 
 ROUNDING = 1e-5  # of the largest logit
+WEB_BYTES = 4_000_000_000  # of memory: WebAssembly reaches 4 GiB
 
 # Precision -> what transformers.js calls it (`dtype`), and the end of its file's name.
 DTYPES = {"fp32": ("fp32", ""), "int8": ("q8", "_quantized"), "int4": ("q4", "_q4")}
@@ -90,11 +93,16 @@ console.log(answer.generated_text);""",
 """How each runtime opens a bundle. `folder`, `parent`, `name` and `text` are the reader's to fill in."""
 
 
-def arrange(bundle: Path, layouts: Sequence[str], precision: str) -> dict[str, dict[str, Any]]:
+def arrange(
+    bundle: Path, layouts: Sequence[str], precision: str, browser: bool = False
+) -> dict[str, dict[str, Any]]:
     """Turn a bundle (graph and weights at its top) into one of the `layouts`, in place.
 
-    Returns layout -> {graph, weights, load}: paths in the bundle, and how its runtime opens it. BadInput for
-    a layout that is not known, or whose files this bundle lacks.
+    `browser`: the graph of transformers.js runs in WebAssembly, so its products are unfolded where they fit.
+
+    Returns layout -> {graph, weights, load}: paths in the bundle, and how its runtime opens it. Of an
+    unfolded graph there is {unfolded_bytes}, too: the memory that opening it takes. BadInput for a layout
+    that is not known, or whose files this bundle lacks.
     """
     unknown = [name for name in layouts if name not in LAYOUTS]
     if unknown or not layouts:
@@ -105,8 +113,7 @@ def arrange(bundle: Path, layouts: Sequence[str], precision: str) -> dict[str, d
     dtype, suffix = DTYPES[precision]
     web = f"onnx/model{suffix}.onnx"
     weights = f"{web}_data" if WEB in layouts else DATA
-    if WEB in layouts:
-        _write_web(bundle, web, dtype)
+    unfolded = _write_web(bundle, web, dtype, browser) if WEB in layouts else None
     _settle_tokenizer(bundle)
     if GENAI not in layouts:
         (bundle / "genai_config.json").unlink(missing_ok=True)
@@ -117,6 +124,7 @@ def arrange(bundle: Path, layouts: Sequence[str], precision: str) -> dict[str, d
             "graph": web if name == WEB else GRAPH,
             "weights": weights,
             "load": LOAD[name].replace("$DTYPE", dtype),
+            **({"unfolded_bytes": unfolded} if name == WEB and unfolded else {}),
         }
         for name in LAYOUTS
         if name in layouts
@@ -128,8 +136,11 @@ def graphs(layouts: dict[str, dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(entry["graph"] for entry in layouts.values()))
 
 
-def _write_web(bundle: Path, web: str, dtype: str) -> None:
-    """The second graph, and the weights under the name that it and the first one use."""
+def _write_web(bundle: Path, web: str, dtype: str, browser: bool) -> int | None:
+    """The second graph, and the weights under the name that it and the first one use.
+
+    Returns the bytes that opening the graph takes, if its products are unfolded.
+    """
     target = bundle / web
     target.parent.mkdir()
     data = target.with_name(f"{target.name}_data")
@@ -139,10 +150,15 @@ def _write_web(bundle: Path, web: str, dtype: str) -> None:
     (bundle / GRAPH).write_bytes(model.SerializeToString())
     _point(model.graph, data.name)
     plain_gathers(model.graph)
+    needed = expected_bytes(model.graph, data.stat().st_size)
+    unfolded = browser and holds_packed_products(model.graph) and needed <= WEB_BYTES
+    if unfolded:
+        unfold(model)
     target.write_bytes(model.SerializeToString())
     config = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
     config["transformers.js_config"] = {"dtype": dtype, "use_external_data_format": {target.name: 1}}
     layout.dump(bundle / "config.json", config)
+    return needed if unfolded else None
 
 
 def _settle_tokenizer(bundle: Path) -> None:
@@ -241,19 +257,19 @@ def _plain_gather(graph: GraphProto, node: NodeProto, made: dict[str, TensorProt
     return steps
 
 
-def logits(graph: Path, ids: Sequence[int], threads: int) -> NDArray[np.float32]:
-    """Logits [tokens, vocab] of a graph file with an empty cache. BuildFailed if it does not open or run."""
-    onnxruntime.disable_telemetry_events()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+def logits(
+    graph: Path, ids: Sequence[int], threads: int, instead: bytes | None = None
+) -> NDArray[np.float32]:
+    """Logits [tokens, vocab] of a graph file with an empty cache. BuildFailed if it does not open or run.
+
+    `instead`: another graph over the same weights.
+    """
+    session = open_session(graph.parent, threads, instead, name=graph.name)
+    feed = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)}
+    for value in session.get_inputs():
+        if value.name.startswith("past_key_values."):
+            feed[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
     try:
-        session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-        feed = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)}
-        for value in session.get_inputs():
-            if value.name.startswith("past_key_values."):
-                feed[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
         found: NDArray[np.float32] = session.run(["logits"], feed)[0][0]
     except Exception as error:  # onnxruntime has no common base class for its errors
         raise BuildFailed(f"{graph}: onnxruntime cannot run it: {error}") from error
@@ -265,12 +281,28 @@ def check_same(arranged: Path, files: Sequence[str], bundle: Path, ids: Sequence
 
     A graph may give the last position's alone. That one is compared then, to within the rounding of another
     order of summation: a product of one row has a kernel of its own.
+
+    A graph whose products are unfolded multiplies in fp32, whatever the accuracy level of the bundle. Its
+    logits are compared with those of the bundle at level 0, to within such rounding.
     """
     expected = logits(bundle / GRAPH, ids, threads)
+    exact: NDArray[np.float32] | None = None
     for name in files:
         found = logits(arranged / name, ids, threads)
-        wanted = expected[-len(found) :]
+        reference = expected
+        if _unfolded(bundle / GRAPH, arranged / name):
+            if exact is None:
+                exact = logits(bundle / GRAPH, ids, threads, at_accuracy_level(bundle, 0))
+            reference = exact
+        wanted = reference[-len(found) :]
         worst = float(np.abs(found - wanted).max())
-        allowed = 0.0 if len(found) == len(expected) else ROUNDING * float(np.abs(wanted).max())
+        same = len(found) == len(expected) and reference is expected
+        allowed = 0.0 if same else ROUNDING * float(np.abs(wanted).max())
         if not worst <= allowed:
             raise BuildFailed(f"{arranged}: {name} differs from the bundle that was checked, by {worst:.3g}")
+
+
+def _unfolded(source: Path, made: Path) -> bool:
+    """Whether packed products of the graph `source` are packed no more in `made`."""
+    before, after = (onnx.load(path, load_external_data=False).graph for path in (source, made))
+    return holds_packed_products(before) and not holds_packed_products(after)

@@ -209,8 +209,15 @@ def at_accuracy_level(bundle: Path, level: int) -> bytes:
     return changed
 
 
-def open_session(bundle: Path, threads: int, graph: bytes | None = None, profile: Path | None = None) -> Any:
-    """An onnxruntime session on the CPU over the bundle's graph, or over `graph` with the bundle's weights.
+def open_session(
+    bundle: Path,
+    threads: int,
+    graph: bytes | None = None,
+    profile: Path | None = None,
+    name: str = "model.onnx",
+) -> Any:
+    """An onnxruntime session on the CPU over the graph file `name` of a bundle, or over `graph` with the
+    weights that lie in that folder.
 
     BuildFailed with the runtime's reason if it does not open.
     """
@@ -227,7 +234,7 @@ def open_session(bundle: Path, threads: int, graph: bytes | None = None, profile
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     try:
         return onnxruntime.InferenceSession(
-            graph or str(bundle / "model.onnx"), options, providers=["CPUExecutionProvider"]
+            graph or str(bundle / name), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # onnxruntime has no common base class for its errors
-        raise BuildFailed(f"{bundle}: onnxruntime cannot open model.onnx: {error}") from error
+        raise BuildFailed(f"{bundle}: onnxruntime cannot open {name}: {error}") from error

@@ -85,6 +85,11 @@ class Target(Section):
     notes: tuple[Text, ...] = Field(default=(), description="why it is as it is")
     sources: tuple[Text, ...] = Field(default=(), description="where the figures in the notes come from")
 
+    @property
+    def for_browser(self) -> bool:
+        """Whether transformers.js runs in WebAssembly, where a packed product is slow."""
+        return self.architecture == "wasm32" and "transformers.js" in self.layouts
+
 
 def load_target(name: str, folder: Path | None = None) -> Target:
     """The profile `name`, or that of a file `x.yaml`.
@@ -146,6 +151,11 @@ def _clashes(target: Target, data: dict[str, Any]) -> Iterator[tuple[Key, str]]:
             ("quantize", "head_bits"),
             f"found {target.quantize.head_bits}, but int8 weights need a head of 8 bits: it is the most "
             "sensitive matrix",
+        )
+    if target.for_browser and target.precision == "int4" and target.quantize.method == "nf4":
+        yield (
+            ("quantize", "method"),
+            "found 'nf4', which WebAssembly has no fast product for; choose another method",
         )
     if target.notes and not target.sources:
         yield ("notes",), "found without sources; say where its figures come from (sources: a list of text)"

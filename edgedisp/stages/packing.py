@@ -1,7 +1,8 @@
 """The bundle that ships: made ready for a kind of device, laid out for its runtimes, with a manifest.
 
 What was measured is what ships: weights and products are those of the bundle that it is made from, and every
-graph in it must give that bundle's logits bit for bit before the stage is done.
+graph in it must give that bundle's logits bit for bit before the stage is done. The graph for a browser is
+the exception: WebAssembly has fp32 products alone, so its logits are those of the bundle in fp32 arithmetic.
 
 `manifest.json` says all that someone needs who has nothing but the folder: every file with its size and
 SHA-256, the grid of the weights, the base and its licence, how each runtime opens it, and where it comes
@@ -48,7 +49,7 @@ def pack(
     """
     last = target.logits == "last"
     device = for_device(bundle, own, threads=threads, context=target.context, last_logits=last)
-    entries = laid.arrange(own, layouts, target.precision)
+    entries = laid.arrange(own, layouts, target.precision, browser=target.architecture == "wasm32")
     tokenizer = model.load_tokenizer(bundle)
     ids = model.encode(tokenizer, corpus.made_documents(1, seed=0)[0].text)[:COMPARED_TOKENS]
     laid.check_same(own, laid.graphs(entries), bundle, ids, threads)

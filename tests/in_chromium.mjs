@@ -1,0 +1,88 @@
+// Runs one module in a page of headless Chromium, offline, and prints what it found as one line of JSON.
+//
+//     node in_chromium.mjs CHROMIUM NODE_MODULES MODELS PAGE
+//
+// CHROMIUM is the browser's program, MODELS a folder of bundles (served as /models/), PAGE the module: its default
+// export is the result, or a promise of it. In the page, "@huggingface/transformers" is the build for browsers in
+// NODE_MODULES, which finds its WebAssembly there too. A missing graph or file of weights ends the run: the library
+// would wait for it forever. Printed: {result, renderer_peak_bytes, served: {path: bytes}}.
+import { createReadStream, readFileSync, readdirSync, statSync } from "node:fs";
+import { createServer } from "node:http";
+import { extname, join, normalize } from "node:path";
+import { pathToFileURL } from "node:url";
+
+const [, , program, modules, models, page] = process.argv;
+const { chromium } = await import(pathToFileURL(join(modules, "playwright-core", "index.mjs")).href);
+
+const TYPES = { ".html": "text/html", ".mjs": "text/javascript", ".js": "text/javascript", ".wasm": "application/wasm" };
+const TRANSFORMERS = "/node_modules/@huggingface/transformers/dist/transformers.min.js";
+const HTML = `<!doctype html><meta charset="utf-8"><title>bundle</title>
+<script type="importmap">{"imports": {"@huggingface/transformers": "${TRANSFORMERS}"}}</script>
+<script type="module">
+  import { env } from "@huggingface/transformers";
+  env.backends.onnx.wasm.wasmPaths = "/node_modules/onnxruntime-web/dist/"; // the default is a public server
+  env.backends.onnx.wasm.numThreads = 1;
+  env.useBrowserCache = false;
+  globalThis.page = { found: import("/page.mjs").then((module) => module.default) };
+</script>`;
+
+function fileOf(path) {
+  if (path === "/page.mjs") return page;
+  for (const [prefix, folder] of [["/node_modules/", modules], ["/models/", models]]) {
+    const inside = normalize(path.slice(prefix.length));
+    if (path.startsWith(prefix) && !inside.startsWith("..")) return join(folder, inside);
+  }
+  return null;
+}
+
+const served = {};
+let missing = () => {};
+const server = createServer((request, response) => {
+  const path = decodeURIComponent(new URL(request.url, "http://local").pathname);
+  if (path === "/") return response.setHeader("Content-Type", "text/html").end(HTML);
+  const file = fileOf(path);
+  const size = file && statSync(file, { throwIfNoEntry: false })?.size;
+  if (size === undefined || size === null) {
+    response.writeHead(404).end();
+    if (path.includes("/onnx/")) missing(path);
+    return;
+  }
+  served[path] = size;
+  response.writeHead(200, { "Content-Type": TYPES[extname(file)] ?? "application/octet-stream", "Content-Length": size });
+  if (request.method === "HEAD") return response.end();
+  createReadStream(file).pipe(response);
+});
+await new Promise((ready) => server.listen(0, "127.0.0.1", ready));
+
+// The largest resident size that any process of this browser's pages had.
+function peakOfRenderers(parent) {
+  const processes = new Map();
+  for (const id of readdirSync("/proc").filter((name) => /^\d+$/.test(name))) {
+    try {
+      const status = readFileSync(`/proc/${id}/status`, "utf8");
+      const found = (key) => Number(status.match(new RegExp(`^${key}:\\s*(\\d+)`, "m"))?.[1] ?? 0);
+      processes.set(Number(id), [found("PPid"), found("VmHWM") * 1024, readFileSync(`/proc/${id}/cmdline`, "utf8")]);
+    } catch {} // it ended meanwhile
+  }
+  const within = (id) => id === parent || (processes.has(id) && within(processes.get(id)[0]));
+  const peaks = [...processes].filter(([id, [, , line]]) => line.includes("--type=renderer") && within(id));
+  return Math.max(0, ...peaks.map(([, [, peak]]) => peak));
+}
+
+const browser = await chromium.launch({ executablePath: program, args: ["--no-sandbox"] });
+try {
+  const tab = await browser.newPage();
+  tab.on("console", (message) => console.error(message.text()));
+  tab.on("pageerror", (error) => console.error(String(error)));
+  const failed = new Promise((_, reject) => {
+    missing = (path) => reject(new Error(`no such file: ${path}`));
+    tab.on("crash", () => reject(new Error("the page crashed: out of memory?")));
+  });
+  await tab.goto(`http://127.0.0.1:${server.address().port}/`);
+  await tab.waitForFunction(() => globalThis.page !== undefined);
+  const result = await Promise.race([tab.evaluate(() => globalThis.page.found), failed]);
+  console.log(JSON.stringify({ result, renderer_peak_bytes: peakOfRenderers(process.pid), served }));
+} finally {
+  await browser.close();
+  server.close();
+}
