@@ -27,7 +27,7 @@ def test_devices_are_taken_apart() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("", "is not known; (choices: local, ssh://USER@HOST[:PORT], arm64-emulated)"),
+        ("", "is not known; (choices: local, ssh://USER@HOST[:PORT], browser, arm64-emulated)"),
         ("locl", "did you mean 'local'?"),
         ("arm64", "did you mean 'arm64-emulated'?"),
         ("shh://pi", "did you mean 'ssh://USER@HOST[:PORT]'?"),
