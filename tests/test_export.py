@@ -215,6 +215,6 @@ def test_bench_counts_weights_that_lie_with_another_layout(base: Path, tmp_path:
     short = ("--prompt", "4", "--generate", "2", "--repetitions", "1", "--threads", "1", "--json")
     timed = json.loads(edgedisp("bench", tmp_path / "out", *short).out)
     files = ("model.onnx", "onnx/model_q4.onnx_data")
-    assert timed["rows"][0]["weights_bytes"] == sum(
+    assert timed["devices"][0]["rows"][0]["weights_bytes"] == sum(
         (tmp_path / "out" / name).stat().st_size for name in files
     )
