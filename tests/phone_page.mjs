@@ -17,7 +17,7 @@ const context = await browser.newContext({
   ignoreHTTPSErrors: true,
 });
 const page = await context.newPage();
-page.setDefaultTimeout(120_000);
+page.setDefaultTimeout(300_000);
 
 const complaints = [];
 let fetched = [];
