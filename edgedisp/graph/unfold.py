@@ -47,7 +47,8 @@ def expected_bytes(graph: GraphProto, stored_bytes: int) -> int:
     """About the most memory that a page needs to open the graph unfolded.
 
     The file twice (as it came, and in the runtime), the fp32 weights, and what one stage leaves behind, four
-    times its weights; a fifth more for gaps, and the page itself. SmolLM2-135M: 1.6 GB, as measured.
+    times its weights; a fifth more for gaps, and the page itself. SmolLM2-135M: 1.6 GB; measured were
+    1.7 in 6 stages and 1.6 in 9.
     """
     sizes = [_size(node) for node in graph.node if node.op_type in PACKED]
     stage = max([sum(sizes) / STAGES, *sizes], default=0)
