@@ -11,11 +11,14 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from test_runtimes import Quiet
 from tiny_bundle import recompute, tiny_bundles
@@ -140,7 +143,8 @@ def test_an_answer_can_be_stopped_and_a_new_conversation_starts_afresh(bundles: 
     stopped = found["stopped"]
     assert stopped["reason"] in ("stopped", "length", "end")  # the model is tiny: it may be done by then
     assert stopped["tokens"] == tokens[: len(stopped["tokens"])]
-    assert found["again"]["tokens"] == tokens and found["again"]["reused_tokens"] == 0
+    assert found["first"]["tokens"] == found["again"]["tokens"] == tokens
+    assert found["again"]["reused_tokens"] == 0  # the cache was emptied, not only the screen
 
 
 @driven
@@ -243,6 +247,39 @@ def test_a_graph_that_does_not_open_ends_with_what_the_page_says(
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(BuildFailed, match="the page could not go on"):
         browser.measure({"broken": broken}, prompt=4, generate=4, repetitions=1)
+
+
+def test_a_browser_whose_program_is_killed_ends_by_itself(bundles: dict[str, Path], tmp_path: Path) -> None:
+    script = (
+        "import tempfile; from pathlib import Path; from edgedisp.bench import browser; "
+        f"tempfile.tempdir = {str(tmp_path)!r}; "
+        f"browser.measure({{'fp32': Path({str(bundles['fp32'])!r})}}, prompt=100, generate=100, "
+        "repetitions=1000, progress=lambda *step: print(*step, flush=True))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "repetition 2" in line:
+            break
+    assert of_profiles_in(tmp_path)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    for _ in range(600):
+        if not of_profiles_in(tmp_path):
+            break
+        time.sleep(0.1)
+    assert not of_profiles_in(tmp_path)
+
+
+def of_profiles_in(folder: Path) -> list[int]:
+    """Processes that have a file or folder below `folder` on their command line."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(f"--user-data-dir={folder}" in word for word in process.cmdline()):
+                found.append(process.pid)
+    return found
 
 
 def test_no_browser_is_told_with_what_would_work(

@@ -56,6 +56,8 @@ class PageBundle:
     """By their place in the bundle."""
     weights_bytes: int
     expected_memory_bytes: int
+    unfolded: bool
+    """Its weights become fp32 when the graph is opened: what is read per token is not what is stored."""
     packed: bool
     """Its products read their weights packed, which WebAssembly unpacks at every token."""
     vocab_size: int
@@ -86,6 +88,7 @@ def read_bundle(label: str, folder: Path) -> PageBundle:
         files=files,
         weights_bytes=weights_bytes,
         expected_memory_bytes=max(expected_memory_bytes(weights_bytes, model), _told_memory(folder)),
+        unfolded=_told_memory(folder) > 0 and graph.name != "model.onnx",
         packed=any(node.op_type in PACKED for node in model.graph.node),
         vocab_size=_vocab_size(folder, model, config, genai),
         context=_context(config, genai),

@@ -242,10 +242,16 @@ def _row(
 
 
 def _traffic(bundle: PageBundle, facts: dict[str, Any], decode_tokens_per_s: float) -> dict[str, Any]:
-    """Bytes read per token of the graph that the page opens, where the bundle has another one for others."""
+    """Bytes read per token of the graph that the page opens, where the bundle has another one for others.
+
+    None where its weights are unfolded to fp32: the graph does not tell their sizes.
+    """
     traffic = weight_traffic(read_graph(bundle.folder / bundle.graph))
     positions = facts["prompt"] + facts["generate"] / 2
     read = traffic["weight_bytes_per_token"] + int(facts["kv_cache_bytes_per_position"] * positions)
+    if bundle.unfolded:
+        unknown = {"bytes_read_per_token": None, "implied_bandwidth_gb_per_s": None}
+        return {"weight_bits": traffic["weight_bits"], **unknown}
     return {
         "weight_bits": traffic["weight_bits"],
         "bytes_read_per_token": read,

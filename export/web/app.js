@@ -142,6 +142,7 @@ async function report(content) {
     const headers = { "Content-Type": "application/json" };
     return (await fetch("report", { method: "POST", headers, body })).ok;
   } catch {
+    if (asked.get("run") === "bench") close(); // a headless browser whose program was killed ends with its page
     return false;
   }
 }
