@@ -19,7 +19,7 @@ import psutil
 from edgedisp import BadInput, Progress, corpus, data_folder, model
 from edgedisp.bench import devices, projection
 from edgedisp.bench.machine import physical_cores
-from edgedisp.bench.summary import arms_to_compare
+from edgedisp.bench.summary import arms_to_compare, labelled
 from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.folder import MANIFEST, changed_files, check_files, list_again, write_json
 from edgedisp.graph import check, layout
@@ -173,17 +173,17 @@ def time_bundles(
 def project(timed: dict[str, Any]) -> dict[str, Any]:
     """What the timed bundles may decode on the chips of export/socs.yaml: {shares, bundles {label: rows}}.
 
-    See bench/projection.py. Of several devices the one counts on which a token reads the fewest bytes: a
-    browser holds weights unpacked. Raises BadInput where nothing was timed.
+    See bench/projection.py. Of several devices the one counts on which a token reads the fewest bytes; a
+    browser that unfolds weights tells none. Raises BadInput where no device tells any.
     """
     table = projection.load_table(data_folder("export") / "socs.yaml")
     read: dict[str, int] = {}
     for device in timed["devices"]:
         for row in device.get("rows", ()):
-            size = row["bytes_read_per_token"]
-            read[row["label"]] = min(size, read.get(row["label"], size))
+            if (size := row["bytes_read_per_token"]) is not None:
+                read[row["label"]] = min(size, read.get(row["label"], size))
     if not read:
-        raise BadInput("--project: nothing is timed on these devices; add --device local")
+        raise BadInput("--project: these devices do not tell what a token reads; add --device local")
     bundles = {label: projection.project(size, table) for label, size in read.items()}
     return {"shares": projection.shares(table), "bundles": bundles}
 
@@ -205,7 +205,7 @@ def lost_devices(timed: Mapping[str, Any]) -> list[str]:
 def write_threads(bundle: Path, threads: int) -> None:
     """Write the thread count into a packed bundle, and keep its manifest (and a run's record) true.
 
-    Raises BadInput for a bundle inside a run that later stages were made from: their record would be wrong.
+    Raises BadInput for a bundle without a manifest: inside a run, later stages were made from it as it is.
     """
     if not (bundle / MANIFEST).is_file():
         raise BadInput(
@@ -225,16 +225,12 @@ def _ids_of_text(bundle: Path) -> list[int]:
 
 
 def _labels(bundles: list[Path]) -> dict[str, Path]:
-    """The shortest distinct endings of the paths: `baseline/int4`."""
+    """Every bundle by a short name, once it is known to be one, whole and as it was made."""
     for bundle in bundles:
         if not (bundle / "model.onnx").is_file() and not any(bundle.glob("onnx/*.onnx")):
             raise BadInput(f"{bundle}: holds no model.onnx; a bundle is a folder such as <run>/<arm>/int4")
         check_files(bundle)
-    for depth in range(1, 12):
-        labels = {"/".join(bundle.resolve().parts[-depth:]): bundle for bundle in bundles}
-        if len(labels) == len(bundles):
-            return labels
-    raise BadInput("the same bundle is named twice")
+    return labelled(bundles)
 
 
 def probe_base(recipe: Recipe, progress: Progress) -> dict[str, Any]:

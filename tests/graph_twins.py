@@ -164,6 +164,19 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox")
 
 
+def int4_bundle(root: Path, form: str = "llama") -> Path:
+    """The twin's model in `root`/model, its fp32 bundle in `root`/fp32, and its asymmetric int4 bundle."""
+    from edgedisp.graph.export import export
+    from edgedisp.quantize.rewrite import quantize_bundle
+
+    make(root / "model", form)
+    for precision in ("fp32", "int4"):
+        (root / precision).mkdir()
+    export(root / "model", root / "fp32", threads=1)
+    quantize_bundle(root / "fp32", root / "int4", bits=4, symmetric=False)
+    return root / "int4"
+
+
 def make(folder: Path, form: str, **changes: Any) -> Any:
     """Save the twin `form` (a key of FORMS, or an architecture) with a tokenizer; return the torch model."""
     from transformers import AutoConfig, AutoModelForCausalLM

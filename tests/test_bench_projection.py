@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgedisp import BadInput, data_folder
+from edgedisp import BadInput, data_folder, single
 from edgedisp.bench.projection import Table, load_table, project, shares
 
 TABLE = Table.model_validate(
@@ -82,3 +82,12 @@ def test_a_faulty_table_is_refused_with_its_place(tmp_path: Path, text: str, mes
     with pytest.raises(BadInput, match=message) as found:
         load_table(path)
     assert str(path) in str(found.value)
+
+
+def test_the_device_that_reads_the_fewest_bytes_is_projected_and_one_that_tells_none_is_not() -> None:
+    read = [{"label": "a", "bytes_read_per_token": size} for size in (None, 200_000_000, 100_000_000)]
+    found = single.project({"devices": [{"rows": [row]} for row in read]})
+    table = load_table(data_folder("export") / "socs.yaml")
+    assert found["bundles"] == {"a": project(100_000_000, table)}
+    with pytest.raises(BadInput, match="--device local"):
+        single.project({"devices": [{"rows": read[:1]}, {"logits": {}}]})

@@ -117,25 +117,26 @@ def refusal(name: str, bundles: dict[str, Path], **changes: Any) -> str:
 
 
 @needs_sshd
-def test_a_refused_login_is_told(
-    reached: sshd.Sshd, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("IdentityFile", "the login is refused; no password is asked for"),
+        ("UserKnownHostsFile", "its host key is not known here"),
+    ],
+)
+def test_a_refused_login_and_an_unknown_host_key_are_told(
+    reached: sshd.Sshd,
+    bundles: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    key: str,
+    told: str,
 ) -> None:
     config = reached.config.read_text().splitlines()
-    stranger = [line for line in config if not line.startswith("IdentityFile")]
-    (tmp_path / "config").write_text("\n".join([*stranger, f"IdentityFile {tmp_path / 'none'}"]))
+    stranger = [line for line in config if not line.startswith(key)]
+    (tmp_path / "config").write_text("\n".join([*stranger, f"{key} {tmp_path / 'none'}"]))
     monkeypatch.setenv("EDGEDISP_SSH", f"ssh -F {tmp_path / 'config'}")
-    assert "the login is refused; no password is asked for" in refusal(reached.device, bundles)
-
-
-@needs_sshd
-def test_an_unknown_host_key_is_told(
-    reached: sshd.Sshd, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    config = reached.config.read_text().splitlines()
-    stranger = [line for line in config if not line.startswith("UserKnownHostsFile")]
-    (tmp_path / "config").write_text("\n".join([*stranger, f"UserKnownHostsFile {tmp_path / 'none'}"]))
-    monkeypatch.setenv("EDGEDISP_SSH", f"ssh -F {tmp_path / 'config'}")
-    assert "its host key is not known here" in refusal(reached.device, bundles)
+    assert told in refusal(reached.device, bundles)
 
 
 @needs_sshd

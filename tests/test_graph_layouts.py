@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from graph_twins import make, ragged
+from graph_twins import int4_bundle, ragged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -19,9 +19,7 @@ from tokenizers.processors import TemplateProcessing
 
 from edgedisp import BadInput, BuildFailed
 from edgedisp.graph import layouts
-from edgedisp.graph.export import export
 from edgedisp.graph.layouts import GENAI, LAYOUTS, OPTIMUM, WEB
-from edgedisp.quantize.rewrite import quantize_bundle
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 CONFIG = {"config.json", "generation_config.json"}
@@ -29,13 +27,7 @@ CONFIG = {"config.json", "generation_config.json"}
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("layouts")
-    make(root / "model", "llama")
-    for precision in ("fp32", "int4"):
-        (root / precision).mkdir()
-    export(root / "model", root / "fp32", threads=1)
-    quantize_bundle(root / "fp32", root / "int4", bits=4, symmetric=False)
-    return root / "int4"
+    return int4_bundle(tmp_path_factory.mktemp("layouts"))
 
 
 def arranged(bundle: Path, out: Path, *names: str) -> tuple[Path, dict[str, dict[str, str]]]:

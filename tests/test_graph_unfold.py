@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from graph_twins import FAMILIES, make, ragged
+from graph_twins import FAMILIES, int4_bundle, make, ragged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
@@ -176,10 +176,4 @@ def test_what_has_no_form_for_a_browser_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("unfold")
-    make(root / "model", "llama")
-    for precision in ("fp32", "int4"):
-        (root / precision).mkdir()
-    export(root / "model", root / "fp32", threads=1)
-    quantize_bundle(root / "fp32", root / "int4", bits=4, symmetric=False)
-    return root / "int4"
+    return int4_bundle(tmp_path_factory.mktemp("unfold"))

@@ -25,6 +25,7 @@ from tiny_bundle import recompute, tiny_bundles
 
 from edgedisp import BadInput, BuildFailed
 from edgedisp.bench import browser, local, timing
+from edgedisp.bench.chromium import find_browser
 from edgedisp.bench.page_bundle import prompt_ids, read_bundle
 from edgedisp.bench.page_plan import PagePlan
 from edgedisp.bench.page_server import PageServer, Received, page_resources
@@ -41,7 +42,7 @@ SECONDS = 400  # many times what an idle machine takes
 
 def chromium() -> str | None:
     with contextlib.suppress(BadInput):
-        return browser.find_browser()
+        return find_browser()
     return None
 
 

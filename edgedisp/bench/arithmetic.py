@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 from edgedisp.bench.hardware import cpu_features
@@ -34,7 +35,14 @@ def gpu_capability() -> float | None:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
     if program is None or hidden or "+cpu" in (installed_version("torch") or "+cpu"):
         return None
+    return min(_capabilities(program), default=None)
+
+
+@cache
+def _capabilities(program: str) -> tuple[float, ...]:
+    """What the driver says of each card. Asked once: every training of a recipe wants to know."""
     asked = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
     done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False)
-    found = [float(line) for line in done.stdout.split() if re.fullmatch(r"\d+\.\d+", line)]
-    return min(found) if done.returncode == 0 and found else None
+    if done.returncode:
+        return ()
+    return tuple(float(line) for line in done.stdout.split() if re.fullmatch(r"\d+\.\d+", line))

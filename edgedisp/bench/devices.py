@@ -88,6 +88,11 @@ class Wanted:
     python: str | None = None
     timeout_s: float = 900.0
 
+    def timing(self) -> dict[str, Any]:
+        """What every way to time bundles in turns takes by these names; threads are the device's matter."""
+        names = ("prompt", "generate", "repetitions", "seed", "pause_s", "warmup", "pairs", "timeout_s")
+        return {name: getattr(self, name) for name in names}
+
 
 class Device(Protocol):
     """A device that has been reached."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,11 @@ def read_bundle(label: str, folder: Path) -> PageBundle:
     )
 
 
+def read_bundles(bundles: Mapping[str, Path]) -> tuple[PageBundle, ...]:
+    """What the page gets of each bundle, every file hashed. Raises BadInput for one that it cannot use."""
+    return tuple(read_bundle(label, folder) for label, folder in bundles.items())
+
+
 def expected_memory_bytes(weights_bytes: int, model: Any) -> int:
     """Rough memory of a page that has the bundle open: 350 MiB, and 2.3 times the weights as they are used.
 
@@ -114,15 +119,6 @@ def _told_memory(folder: Path) -> int:
     layouts = _read_json(folder / "manifest.json").get("layouts", {})
     told = layouts.get("transformers.js", {}).get("unfolded_bytes", 0)
     return 150 * MIB + int(told) if told else 0
-
-
-def labelled(folders: Sequence[Path]) -> dict[str, Path]:
-    """Label -> folder: the shortest distinct endings of the paths, such as `baseline/int4`."""
-    for depth in range(1, 12):
-        labels = {"/".join(folder.resolve().parts[-depth:]): folder for folder in folders}
-        if len(labels) == len(folders):
-            return labels
-    raise BadInput("the same bundle is named twice")
 
 
 def prompt_ids(vocab_size: int, count: int, seed: int) -> list[int]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgedisp import BadInput
 from edgedisp.bench.causes import causes, clock_fell_percent
 from edgedisp.bench.graph_facts import open_graph, same_graph, weight_traffic
 from edgedisp.bench.spread import compare, drift_percent, percentile, spread
@@ -111,6 +112,15 @@ def warn_about_bits(rows: Sequence[dict[str, Any]], machine: Mapping[str, Any]) 
                     f"ones of {other['label']} ({slow['median']:.1f} against {fast['median']:.1f} tokens/s): "
                     + causes(mine, machine)
                 )
+
+
+def labelled(folders: Sequence[Path]) -> dict[str, Path]:
+    """Label -> folder: the shortest distinct endings of the paths, such as `baseline/int4`."""
+    for depth in range(1, 12):
+        labels = {"/".join(folder.resolve().parts[-depth:]): folder for folder in folders}
+        if len(labels) == len(folders):
+            return labels
+    raise BadInput("the same bundle is named twice")
 
 
 def arms_to_compare(labels: Sequence[str]) -> list[tuple[str, str]]:

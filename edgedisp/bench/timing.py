@@ -58,16 +58,9 @@ class Timed:
         result = measure(
             self.bundles,
             self.host,
-            prompt=wanted.prompt,
-            generate=wanted.generate,
-            repetitions=wanted.repetitions,
             threads=threads,
-            seed=wanted.seed,
-            pause_s=wanted.pause_s,
-            warmup=wanted.warmup,
-            pairs=wanted.pairs,
-            timeout_s=wanted.timeout_s,
             progress=progress,
+            **wanted.timing(),
         )
         return {**result, "threads": found} if found else result
 
@@ -278,11 +271,11 @@ def _one(worker: Worker, host: Host, label: str, repetition: int, turn: int) -> 
         "clock_mhz": after["clock_mhz"],
         "temperature_c": after["temperature_c"],
         "battery_j": after["battery_j"],
-        "other_cpus": _others(before, after, run["cpu_s"], wall),
+        "other_cpus": other_cpus(before, after, run["cpu_s"], wall),
     }
 
 
-def _others(
+def other_cpus(
     before: Mapping[str, float | None], after: Mapping[str, float | None], own_s: float, wall_s: float
 ) -> float | None:
     """CPUs that other processes, or other guests of the host, kept busy on average; None if not told.

@@ -34,8 +34,9 @@ def phone(
 ) -> None:
     """Serve a page for phones: chat with bundles, and time them there; print what phones measured."""
     from edgedisp.bench import phone as serving
-    from edgedisp.bench.page_bundle import labelled, read_bundle
+    from edgedisp.bench.page_bundle import read_bundles
     from edgedisp.bench.page_plan import PagePlan
+    from edgedisp.bench.summary import labelled
     from edgedisp.folder import check_files, write_json
 
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
@@ -43,7 +44,7 @@ def phone(
     for bundle in bundles:
         if bundle.is_dir():
             check_files(bundle)
-    served = tuple(read_bundle(label, folder) for label, folder in labelled(bundles).items())
+    served = read_bundles(labelled(bundles))
     plan = PagePlan(served, prompt, generate, repetitions, threads)
     kept: list[dict[str, Any]] = []
 
