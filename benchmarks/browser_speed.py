@@ -32,8 +32,8 @@ import numpy as np
 from record import write
 
 from edgedisp import data_folder
-from edgedisp.bench.local import turns
 from edgedisp.bench.spread import spread
+from edgedisp.bench.timing import turns
 from edgedisp.recipe import load_target
 from edgedisp.single import export_for_target
 

@@ -1,0 +1,130 @@
+"""One model on every kind of device that a single machine has. Writes results/devices.json and devices.html
+
+    python benchmarks/devices.py --model FOLDER [--repetitions 5]
+
+`--model` is a Hugging Face folder, such as <run>/dispersed/model. Three bundles are exported of it: `laptop`
+(int4, --target laptop-x64), `browser` (int4, --target browser: unfolds to fp32 as it opens), and `fp32` (the
+browser's layout without packed weights). Then, as `edgedisp bench` does it:
+
+- `laptop` on local, on ssh to this machine's loopback, and in the ARM64 emulator (kernels alone, no speed);
+- `browser` and `fp32` in headless Chromium and on local, with ONE thread each: what the browser costs;
+- `laptop` in onnxruntime-genai, with the threads of the physical cores and with none named, in turns.
+
+Needs chromium, sshd, qemu-user-static (docs/devices.md) and an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from browser_speed import Quiet
+from record import RESULTS, write
+from turns import PROMPT, timed
+
+from edgedisp.bench.machine import physical_cores
+from edgedisp.bench.spread import spread
+from edgedisp.console import Screen
+from edgedisp.recipe import load_target
+from edgedisp.report.devices_page import devices_page
+from edgedisp.single import BenchOptions, export_for_target, time_bundles
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import sshd
+
+PAUSE_S = 1.0
+RUNNER = Path(__file__).with_name("genai_runner.py")
+
+
+def exported(model: Path, folder: Path) -> dict[str, Path]:
+    """The three bundles, made under `folder`."""
+    plain = (
+        "name: fp32\ndescription: fp32\narchitecture: wasm32\nprecision: fp32\nthreads: 1\n"
+        f"context: {load_target('browser').context}\nlayouts: [transformers.js]\n"
+    )
+    (folder / "fp32.yaml").write_text(plain, encoding="utf-8")
+    targets = {"laptop": "laptop-x64", "browser": "browser", "fp32": str(folder / "fp32.yaml")}
+    for name, target in targets.items():
+        export_for_target(model, target, folder / name, Quiet())
+    return {name: folder / name for name in targets}
+
+
+def on_devices(bundles: dict[str, Path], repetitions: int, folder: Path) -> dict[str, Any]:
+    """Everything that `edgedisp bench` measures, as one result of it."""
+    usual = BenchOptions(repetitions=repetitions, pause_s=PAUSE_S, setup=True)
+    single = BenchOptions(repetitions=repetitions, pause_s=PAUSE_S, threads=1)
+    with sshd.running(folder / "sshd") as server, Screen("devices") as screen:
+        os.environ["EDGEDISP_SSH"] = server.command
+        kinds = ["local", server.device, "arm64-emulated"]
+        native = time_bundles([bundles["laptop"]], kinds, usual, screen.progress)
+        page = time_bundles(
+            [bundles["browser"], bundles["fp32"]], ["browser", "local"], single, screen.progress
+        )
+    native["devices"][1]["device"] = "ssh, loopback"
+    page["devices"][1]["device"] = "local, 1 thread"
+    return {"format": 1, "devices": [*native["devices"], *page["devices"]]}
+
+
+def in_genai(bundle: Path, rounds: int) -> list[dict[str, Any]]:
+    """Decode and prefill speed in onnxruntime-genai with the cores' threads, with 1, and with none named."""
+    counts = {"cores": physical_cores(), "one": 1, "unset": 0}
+    base = [sys.executable, str(RUNNER), str(bundle), "--prompt", str(PROMPT), "--interactive"]
+    commands = {name: [*base, "--threads", str(count)] for name, count in counts.items()}
+    found = timed(commands, rounds)
+    rows = []
+    for name, one in found.items():
+        spreads = {key: spread(values) for key, values in one.items()}
+        rows.append({"name": f"genai/{name}", "threads": counts[name] or None, **spreads, "each": one})
+    return rows
+
+
+def figures(result: dict[str, Any], genai: list[dict[str, Any]]) -> dict[str, float]:
+    """The numbers that the table's readers ask for."""
+    rows = {(d["device"], r["label"]): r for d in result["devices"] for r in d.get("rows", ())}
+    each = {row["name"]: row["each"]["decode_tokens_per_s"] for row in genai}
+    browser, fp32 = rows["browser", "browser"], rows["browser", "fp32"]
+    native, laptop = rows["local, 1 thread", "fp32"], rows["local", "laptop"]
+    decode = "decode_tokens_per_s"
+    kernels = next(d for d in result["devices"] if d["kind"] == "arm64-emulated")["logits"]["rows"]
+    arm = {row["kernels"]: row for row in kernels}
+    return {
+        "browser_decode_tokens_per_s": browser[decode],
+        "browser_fp32_decode_tokens_per_s": fp32[decode],
+        "browser_ratio_to_native_fp32": fp32[decode] / native[decode],
+        "browser_download_mb": browser["download_bytes"] / 1e6,
+        "local_decode_tokens_per_s": laptop[decode],
+        "local_fp32_one_thread_decode_tokens_per_s": native[decode],
+        "local_fp32_one_thread_gb_per_s": native["implied_bandwidth_gb_per_s"],
+        "ssh_decode_ratio_to_local": rows["ssh, loopback", "laptop"][decode] / laptop[decode],
+        "genai_default_threads_decode_ratio": statistics.median(
+            a / b for a, b in zip(each["genai/cores"], each["genai/unset"])
+        ),
+        "genai_cores_decode_tokens_per_s": statistics.median(each["genai/cores"]),
+        "arm64_kl_to_x86": arm["ARM64"]["kl_to_x86"],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="a Hugging Face folder")
+    parser.add_argument("--repetitions", type=int, default=5)
+    asked = parser.parse_args()
+    if sshd.MISSING:
+        raise SystemExit(sshd.MISSING)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        bundles = exported(asked.model, folder)
+        genai = in_genai(bundles["laptop"], asked.repetitions)
+        result = on_devices(bundles, asked.repetitions, folder)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "devices.html").write_text(devices_page(result), encoding="utf-8")
+    write("devices", figures(result, genai), genai, devices=result["devices"])
+
+
+if __name__ == "__main__":
+    main()
