@@ -3,11 +3,11 @@
     python benchmarks/devices.py --model FOLDER [--repetitions 5]
 
 `--model` is a Hugging Face folder, such as <run>/dispersed/model. Three bundles are exported of it: `laptop`
-(int4, --target laptop-x64), `browser` (int4, --target browser: unfolds to fp32 as it opens), and `fp32` (the
-browser's layout without packed weights). Then, as `edgedisp bench` does it:
+(int4, --target laptop-x64), `browser` (int4, --target browser: unfolds to fp32 as it opens), and `fp32`,
+which has no packed weights. Then, as `edgedisp bench` does it:
 
 - `laptop` on local, on ssh to this machine's loopback, and in the ARM64 emulator (kernels alone, no speed);
-- `browser` and `fp32` in headless Chromium and on local, with ONE thread each: what the browser costs;
+- `browser` and `fp32` in headless Chromium, `fp32` on local, with ONE thread each: what the browser costs;
 - `laptop` in onnxruntime-genai, with the threads of the physical cores and with none named, in turns.
 
 Needs chromium, sshd, qemu-user-static (docs/devices.md) and an idle machine.
@@ -44,8 +44,8 @@ RUNNER = Path(__file__).with_name("genai_runner.py")
 def exported(model: Path, folder: Path) -> dict[str, Path]:
     """The three bundles, made under `folder`."""
     plain = (
-        "name: fp32\ndescription: fp32\narchitecture: wasm32\nprecision: fp32\nthreads: 1\n"
-        f"context: {load_target('browser').context}\nlayouts: [transformers.js]\n"
+        "name: fp32\ndescription: fp32\narchitecture: x86_64\nprecision: fp32\nthreads: 1\n"
+        f"context: {load_target('browser').context}\nlayouts: [onnxruntime-genai]\n"
     )
     (folder / "fp32.yaml").write_text(plain, encoding="utf-8")
     targets = {"laptop": "laptop-x64", "browser": "browser", "fp32": str(folder / "fp32.yaml")}
@@ -62,12 +62,11 @@ def on_devices(bundles: dict[str, Path], repetitions: int, folder: Path) -> dict
         os.environ["EDGEDISP_SSH"] = server.command
         kinds = ["local", server.device, "arm64-emulated"]
         native = time_bundles([bundles["laptop"]], kinds, usual, screen.progress)
-        page = time_bundles(
-            [bundles["browser"], bundles["fp32"]], ["browser", "local"], single, screen.progress
-        )
+        page = time_bundles([bundles["browser"], bundles["fp32"]], ["browser"], single, screen.progress)
+        plain = time_bundles([bundles["fp32"]], ["local"], single, screen.progress)
     native["devices"][1]["device"] = "ssh, loopback"
-    page["devices"][1]["device"] = "local, 1 thread"
-    return {"format": 1, "devices": [*native["devices"], *page["devices"]]}
+    plain["devices"][0]["device"] = "local, 1 thread"
+    return {"format": 1, "devices": [one for part in (native, page, plain) for one in part["devices"]]}
 
 
 def in_genai(bundle: Path, rounds: int) -> list[dict[str, Any]]:
@@ -123,7 +122,15 @@ def main() -> None:
         result = on_devices(bundles, asked.repetitions, folder)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "devices.html").write_text(devices_page(result), encoding="utf-8")
-    write("devices", figures(result, genai), genai, devices=result["devices"])
+    rows = [{"device": one["device"], **row} for one in result["devices"] for row in one.get("rows", ())]
+    write(
+        "devices", figures(result, genai), [*rows, *genai], devices=[_facts(one) for one in result["devices"]]
+    )
+
+
+def _facts(device: dict[str, Any]) -> dict[str, Any]:
+    """A device without its rows and single repetitions."""
+    return {key: value for key, value in device.items() if key not in ("rows", "repetitions", "order")}
 
 
 if __name__ == "__main__":
