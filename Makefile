@@ -14,7 +14,10 @@ OPTIMUM := $(RUNTIMES)/optimum/.installed
 quickstart: setup
 	$(BIN)/edgedisp build recipes/quickstart.yaml
 
-test: setup runtimes web lint types unit real
+# What waits for the network goes beside what waits for the processor.
+test: setup
+	$(MAKE) --jobs=2 --output-sync=target runtimes web lint types
+	$(MAKE) unit real
 
 setup: $(INSTALLED)
 

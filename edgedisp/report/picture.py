@@ -139,7 +139,7 @@ def slug(text: str) -> str:
 def inline_svgs(plot: Plot) -> list[str]:
     """One inline SVG a panel."""
     return [
-        _inline(_svg([panel], ()), f"{plot.name}-{index}-{panel.name}", panel)
+        _inline(_svg(_figure([panel], ())), f"{plot.name}-{index}-{panel.name}", panel)
         for index, panel in enumerate(plot.panels)
     ]
 
@@ -147,8 +147,10 @@ def inline_svgs(plot: Plot) -> list[str]:
 def save(plot: Plot, folder: Path) -> list[Path]:
     """Write `<name>.svg` and `<name>.png` into an existing folder."""
     vector, bitmap = folder / f"{plot.name}.svg", folder / f"{plot.name}.png"
-    vector.write_text(_svg(plot.panels, plot.arms), encoding="utf-8")
-    bitmap.write_bytes(_png(plot.panels, plot.arms))
+    figure = _figure(plot.panels, plot.arms)
+    vector.write_text(_svg(figure), encoding="utf-8")
+    figure.set_layout_engine("none")  # the vector's places hold for the bitmap: finding them takes longest
+    bitmap.write_bytes(_png(figure))
     return [vector, bitmap]
 
 
@@ -158,33 +160,34 @@ def _figure(panels: Sequence[Panel], arms: Sequence[str]) -> Figure:
     in_line = 2 * columns  # names in one line of the legend
     legend = 0.35 * -(-len(arms) // in_line)
     size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * lines + legend)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    for panel, ax in zip(panels, axes):
-        ax.set_title(panel.title)
-        panel.draw(ax)
-    for ax in axes[len(panels) :]:
-        ax.set_axis_off()
-    if arms:
-        marks = [Line2D([], [], color=arm_color(arm, arms), linewidth=4) for arm in arms]
-        figure.legend(marks, list(arms), loc="outside upper right", ncols=min(len(arms), in_line))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(lines, columns, squeeze=False).ravel()
+        for panel, ax in zip(panels, axes):
+            ax.set_title(panel.title)
+            panel.draw(ax)
+        for ax in axes[len(panels) :]:
+            ax.set_axis_off()
+        if arms:
+            marks = [Line2D([], [], color=arm_color(arm, arms), linewidth=4) for arm in arms]
+            figure.legend(marks, list(arms), loc="outside upper right", ncols=min(len(arms), in_line))
     return figure
 
 
-def _svg(panels: Sequence[Panel], arms: Sequence[str]) -> str:
+def _svg(figure: Figure) -> str:
     out = io.StringIO()
     with matplotlib.rc_context(STYLE):
-        canvas = FigureCanvasSVG(_figure(panels, arms))
-        canvas.print_svg(out, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        FigureCanvasSVG(figure).print_svg(out, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return out.getvalue()
 
 
-def _png(panels: Sequence[Panel], arms: Sequence[str]) -> bytes:
+def _png(figure: Figure) -> bytes:
     """On white: a PNG is pasted into slides and pages of any colour."""
     out = io.BytesIO()
-    with matplotlib.rc_context({**STYLE, "savefig.facecolor": "white", "figure.dpi": PNG_DPI}):
-        canvas = FigureCanvasAgg(_figure(panels, arms))
-        canvas.figure.set_facecolor("white")
+    with matplotlib.rc_context(STYLE):
+        canvas = FigureCanvasAgg(figure)
+        figure.set_dpi(PNG_DPI)
+        figure.set_facecolor("white")
         canvas.print_png(out, metadata={"Software": None})
     return out.getvalue()
 
