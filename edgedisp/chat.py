@@ -175,6 +175,10 @@ class Conversation:
 
     def answer(self, text: str, write: Callable[[str], None]) -> str:
         """One turn: streams the answer into `write`; returns a line about its length and speed."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # bytes that the terminal or a pipe gave and that are no UTF-8
+            raise BadInput("the message is not text in UTF-8") from error
         messages = [*self.messages, {"role": "user", "content": text}]
         messages, ids, dropped = fit(messages, self.encode, self.context - self.max_new_tokens)
         if dropped:

@@ -214,6 +214,8 @@ def test_bad_bundles_and_options_are_bad_input(bundles: dict[str, Path], tmp_pat
     assert "--layouts onnxruntime-genai" in why(tmp_path)
     with pytest.raises(BadInput, match="prompt: is empty"):
         Talk(bundles["fp32"], prompt=" ")
+    with pytest.raises(BadInput, match="not text in UTF-8"):
+        Talk(bundles["fp32"], prompt="caf\udce9")
     broken = copy_with(bundles["fp32"], tmp_path / "broken")
     (broken / "model.onnx").write_bytes(b"nothing")
     assert "onnxruntime-genai cannot open it" in why(broken)
