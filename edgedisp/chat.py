@@ -5,12 +5,13 @@ the answer is streamed piece by piece. Between turns the key-value cache is kept
 shares with the old one is not computed again. When the conversation outgrows the context, its oldest turns
 are dropped (the system prompt stays) and the user is told.
 
-Two habits of onnxruntime-genai 0.18 shape this file. It starts ONE thread unless a number is given, so one is
-always given. And the last token that it generated is not in its cache yet: tokens appended at that point are
-computed as if it were not there (logits off by more than 1 in fp32), so the generator is first wound back
-over that token, and the token is appended with the rest.
+Two habits of onnxruntime-genai 0.18 shape this file. Unless a number is given, it starts a thread for every
+second hardware thread of the machine (one, on two), so a number is always given. And the last token that it
+generated is not in its cache yet: tokens appended at that point are computed as if it were not there (logits
+off by more than 1 in fp32), so the generator is first wound back over that token, and the token is appended
+with the rest.
 
-Left out: beams, tools, images, and stopping in the middle of an answer (interrupt the program instead).
+Left out: beams, tools, images.
 """
 
 from __future__ import annotations
@@ -69,9 +70,11 @@ def chat(
     system: str | None = None,
     max_new_tokens: int | None = None,
     threads: int | None = None,
+    cores: int | None = None,
     context: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    interruptible: bool = False,
     write: Callable[[str], None],
     read: Callable[[], str | None],
     note: Callable[[str], None] = lambda text: None,
@@ -81,17 +84,24 @@ def chat(
     `write` takes the answer in pieces, and a line end after it; `note` takes remarks for the user (turns
     dropped, no template, speed of each turn in a conversation). `max_new_tokens` None: 256, or half of a
     small context. Temperature 0 takes the likeliest token.
-    `threads` None: the number written into the bundle, else all CPUs. `context` caps the model's own
-    (default 4096).
+    `threads` None: the number written into the bundle, else all CPUs; at most `cores`, as the bundle may be
+    for another device. `context` caps the model's own (default 4096). `interruptible`: Ctrl-C ends an answer,
+    and the conversation goes on.
 
-    Raises BadInput where onnxruntime-genai is missing or cannot open the bundle, or where one message alone
-    does not fit; BuildFailed where the runtime fails while it answers.
+    Raises BadInput where onnxruntime-genai is missing or cannot open the bundle, for an empty prompt, or if
+    one message alone does not fit; BuildFailed where the runtime fails while it answers.
     """
+    if prompt is not None and not prompt.strip():
+        raise BadInput("prompt: is empty; give a message, or leave it out for a conversation")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise BadInput(f"max_new_tokens: is {max_new_tokens}, at least 1 is needed")
     if temperature < 0:
         raise BadInput(f"temperature: is {temperature}, at least 0 is needed (0 takes the likeliest token)")
-    talk = Conversation(bundle, system, max_new_tokens, threads, context, temperature, seed, note)
+    config = read_config(bundle)
+    threads = threads if threads is not None else threads_for(config, cores)
+    talk = Conversation(
+        bundle, config, system, max_new_tokens, threads, context, temperature, seed, interruptible, note
+    )
     if prompt is not None:
         talk.answer(prompt, write)
         return talk.stats()
@@ -111,15 +121,16 @@ class Conversation:
     def __init__(
         self,
         bundle: Path,
+        config: dict[str, Any],
         system: str | None,
         max_new_tokens: int | None,
-        threads: int | None,
+        threads: int,
         context: int | None,
         temperature: float,
         seed: int,
+        interruptible: bool,
         note: Callable[[str], None],
     ) -> None:
-        config = read_config(bundle)
         own = int(config["model"].get("context_length", CONTEXT_CAP))
         self.context = min(own, context or CONTEXT_CAP)
         if max_new_tokens is None:
@@ -129,25 +140,24 @@ class Conversation:
                 f"max_new_tokens: {max_new_tokens} leaves no room for a prompt: context {self.context}"
             )
         self.bundle, self.max_new_tokens, self.note = bundle, max_new_tokens, note
+        self.interruptible = interruptible
         self.templated = has_template(bundle)
         if not self.templated:
             note(f"{bundle} has no chat template: the text is continued as it stands")
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
-        self._open(config, threads, temperature, seed)
+        self._open(threads, temperature, seed)
         self.turns = self.prompt_tokens = self.reused_tokens = self.new_tokens = self.dropped_turns = 0
         self.ttft_ms: float | None = None
         self.later_tokens, self.later_s = 0, 0.0
 
-    def _open(self, config: dict[str, Any], threads: int | None, temperature: float, seed: int) -> None:
-        """Model, tokenizer and generator of the runtime."""
+    def _open(self, threads: int, temperature: float, seed: int) -> None:
+        """Model, tokenizer and generator of the runtime. `threads` 0: all CPUs."""
         try:
             import onnxruntime_genai as runtime
         except ModuleNotFoundError as error:
             raise BadInput("chat needs onnxruntime-genai: pip install onnxruntime-genai") from error
         getattr(runtime, "disable_telemetry_events", lambda: None)()
-        written = config["model"].get("decoder", {}).get("session_options", {}).get("intra_op_num_threads")
-        count = threads if threads is not None else written or 0  # 0: all CPUs
-        options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": count}}}}
+        options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
         search: dict[str, Any] = {"max_length": self.context, "do_sample": temperature > 0}
         if temperature > 0:
             search.update(temperature=temperature, random_seed=seed)
@@ -165,25 +175,34 @@ class Conversation:
 
     def answer(self, text: str, write: Callable[[str], None]) -> str:
         """One turn: streams the answer into `write`; returns a line about its length and speed."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # bytes that the terminal or a pipe gave and that are no UTF-8
+            raise BadInput("the message is not text in UTF-8") from error
         messages = [*self.messages, {"role": "user", "content": text}]
         messages, ids, dropped = fit(messages, self.encode, self.context - self.max_new_tokens)
         if dropped:
-            self.note(
-                f"the conversation outgrew {self.context} tokens: the oldest {dropped} turns are forgotten"
-            )
+            oldest = "oldest turn is" if dropped == 1 else f"oldest {dropped} turns are"
+            self.note(f"the conversation outgrew {self.context} tokens: the {oldest} forgotten")
         try:
             reply = self._generate(ids, write)
         except RuntimeError as error:
             raise BuildFailed(
                 f"{self.bundle}: onnxruntime-genai failed while it answered: {error}"
             ) from error
+        self.dropped_turns += dropped
+        if reply is None:
+            self.messages = messages[:-1]
+            return "stopped before the first token"
         self.messages = [*messages, {"role": "assistant", "content": reply}]
         self.turns += 1
-        self.dropped_turns += dropped
         return self.last
 
-    def _generate(self, ids: list[int], write: Callable[[str], None]) -> str:
-        """Compute what is new in `ids`, then stream up to `max_new_tokens` tokens. Returns their text."""
+    def _generate(self, ids: list[int], write: Callable[[str], None]) -> str | None:
+        """Compute what is new in `ids`, then stream up to `max_new_tokens` tokens.
+
+        Returns their text, None where it was stopped before the first of them.
+        """
         have = (
             [int(token) for token in self.generator.get_sequence(0)] if self.generator.token_count() else []
         )
@@ -191,23 +210,31 @@ class Conversation:
         stream = self.tokenizer.create_stream()
         pieces: list[str] = []
         model_s: list[float] = []  # time in the model for each token, the prompt's in the first
-        started = time.perf_counter()
-        if have:
-            self.generator.rewind_to(kept)
-        self.generator.append_tokens(ids[kept:])
-        while len(model_s) < self.max_new_tokens and not (model_s and self.generator.is_done()):
-            self.generator.generate_next_token()
-            token = int(self.generator.get_next_tokens()[0])
-            model_s.append(time.perf_counter() - started)
-            if token not in self.ends:
-                pieces.append(stream.decode(token))
-                write(pieces[-1])
+        stopped = False
+        try:
             started = time.perf_counter()
+            if have:
+                self.generator.rewind_to(kept)
+            self.generator.append_tokens(ids[kept:])
+            while len(model_s) < self.max_new_tokens and not (model_s and self.generator.is_done()):
+                self.generator.generate_next_token()
+                token = int(self.generator.get_next_tokens()[0])
+                model_s.append(time.perf_counter() - started)
+                if token not in self.ends:
+                    pieces.append(stream.decode(token))
+                    write(pieces[-1])
+                started = time.perf_counter()
+        except KeyboardInterrupt:  # it comes between calls of the runtime, whose state stays whole
+            if not self.interruptible:
+                raise
+            stopped = True
         write("\n")
-        self._count(len(ids), kept, model_s)
+        if not model_s:
+            return None
+        self._count(len(ids), kept, model_s, stopped)
         return "".join(pieces)
 
-    def _count(self, prompt_tokens: int, kept: int, model_s: list[float]) -> None:
+    def _count(self, prompt_tokens: int, kept: int, model_s: list[float], stopped: bool) -> None:
         self.prompt_tokens += prompt_tokens
         self.reused_tokens += kept
         self.new_tokens += len(model_s)
@@ -216,7 +243,8 @@ class Conversation:
         self.later_tokens += len(model_s) - 1
         self.later_s += later
         speed = f", {(len(model_s) - 1) / later:.1f} tokens/s" if later else ""
-        self.last = f"{len(model_s)} tokens, the first after {self.ttft_ms:.0f} ms{speed}"
+        said = f"{len(model_s)} token{'s' if len(model_s) != 1 else ''}"
+        self.last = f"{'stopped: ' * stopped}{said}, the first after {self.ttft_ms:.0f} ms{speed}"
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, ready for the model's next words."""
@@ -281,11 +309,16 @@ def reusable(have: Sequence[int], ids: Sequence[int]) -> int:
 def read_config(bundle: Path) -> dict[str, Any]:
     """genai_config.json. Raises BadInput where the bundle has none: this runtime cannot open it then."""
     path = bundle / "genai_config.json"
+    if not bundle.is_dir():
+        raise BadInput(f"{bundle}: no such folder; give a bundle such as RUN/ARM/int4")
     if not path.is_file():
-        raise BadInput(
-            f"{bundle}: holds no genai_config.json, so onnxruntime-genai cannot open it; "
-            f"give a bundle folder made by the export, of a family that this runtime knows"
-        )
+        if (bundle / "onnx").is_dir():
+            other = "it is laid out for transformers.js; export it with `--layouts onnxruntime-genai` as well"
+        elif list(bundle.glob("*.safetensors")):
+            other = "it is a model folder; `edgedisp export` makes a bundle of it"
+        else:
+            other = "give a bundle such as RUN/ARM/int4, of a family that this runtime knows"
+        raise BadInput(f"{bundle}: holds no genai_config.json, so onnxruntime-genai cannot open it; {other}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config["model"], dict):
@@ -293,6 +326,12 @@ def read_config(bundle: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path}: not a runtime configuration ({error!r}); export the bundle again") from error
     return dict(config)
+
+
+def threads_for(config: dict[str, Any], cores: int | None) -> int:
+    """The number of threads that a bundle's configuration asks for, at most `cores`; 0 is all CPUs."""
+    written = config["model"].get("decoder", {}).get("session_options", {}).get("intra_op_num_threads")
+    return min(written or cores or 0, cores or written or 0)
 
 
 def has_template(bundle: Path) -> bool:

@@ -3,12 +3,12 @@
 //     node in_chromium.mjs CHROMIUM NODE_MODULES MODELS PAGE
 //
 // CHROMIUM is the browser's program, MODELS a folder of bundles (served as /models/), PAGE the module: its default
-// export is the result, or a promise of it. In the page, "@huggingface/transformers" is the build for browsers in
+// export is the result, or a promise of it. Other modules (.mjs) in PAGE's folder are served beside it. In the page, "@huggingface/transformers" is the build for browsers in
 // NODE_MODULES, which finds its WebAssembly there too. A missing graph or file of weights ends the run: the library
 // would wait for it forever. Printed: {result, renderer_peak_bytes, served: {path: bytes}}.
 import { createReadStream, readFileSync, readdirSync, statSync } from "node:fs";
 import { createServer } from "node:http";
-import { extname, join, normalize } from "node:path";
+import { dirname, extname, join, normalize } from "node:path";
 import { pathToFileURL } from "node:url";
 
 const [, , program, modules, models, page] = process.argv;
@@ -28,6 +28,7 @@ const HTML = `<!doctype html><meta charset="utf-8"><title>bundle</title>
 
 function fileOf(path) {
   if (path === "/page.mjs") return page;
+  if (/^\/\w+\.mjs$/.test(path)) return join(dirname(page), path.slice(1));
   for (const [prefix, folder] of [["/node_modules/", modules], ["/models/", models]]) {
     const inside = normalize(path.slice(prefix.length));
     if (path.startsWith(prefix) && !inside.startsWith("..")) return join(folder, inside);

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny_bundle import copy_with, recompute, tiny_bundles
 
 from edgedisp import BadInput
-from edgedisp.chat import ChatStats, chat, fit, reusable
+from edgedisp.chat import ChatStats, chat, fit, reusable, threads_for
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,65 @@ def test_a_conversation_forgets_its_oldest_turns_and_says_so(bundles: dict[str, 
     assert any("outgrew 96 tokens" in note for note in talk.notes)
 
 
+def test_an_answer_ends_at_the_end_of_a_text_as_at_the_end_of_a_turn(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    tok = tokenizer(bundles["fp32"])
+    ids = tok.apply_chat_template(turn(("user", "the cat")), add_generation_prompt=True)["input_ids"]
+    expected = recompute(bundles["fp32"], ids, 12)
+    first = min(expected.index(expected[3]), expected.index(expected[5]))
+    for number, stops in enumerate(([expected[3], expected[5]], [expected[5], expected[3]])):
+        bundle = copy_with(bundles["fp32"], tmp_path / str(number), model__eos_token_id=stops)
+        assert Talk(bundle, prompt="the cat", max_new_tokens=12).text == tok.decode(expected[:first]) + "\n"
+
+
+@pytest.mark.parametrize("place", [0, 1, 4])
+def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(bundles: dict[str, Path], place: int) -> None:
+    pieces: list[str] = []
+    notes: list[str] = []
+    lines = iter(["the cat", "the dog"])
+
+    def write(piece: str) -> None:
+        pieces.append(piece)
+        if len(pieces) == place + 1:
+            raise KeyboardInterrupt
+
+    def talk(**options: Any) -> ChatStats:
+        return chat(
+            bundles["fp32"],
+            max_new_tokens=8,
+            write=write,
+            read=lambda: next(lines, None),
+            note=notes.append,
+            **options,
+        )
+
+    stats = talk(interruptible=True)
+    assert stats.turns == 2
+    assert notes[0].startswith(f"stopped: {place + 1} token")
+    # The second answer is what the model says after the first as far as it came.
+    first = "".join(pieces[: place + 1])
+    history = turn(("user", "the cat"), ("assistant", first), ("user", "the dog"))
+    tok = tokenizer(bundles["fp32"])
+    ids = tok.apply_chat_template(history, add_generation_prompt=True)["input_ids"]
+    assert "".join(pieces[place + 2 :]) == tok.decode(recompute(bundles["fp32"], ids, 8)) + "\n"
+    pieces.clear()
+    lines = iter(["the cat"])
+    with pytest.raises(KeyboardInterrupt):
+        talk()
+
+
+def test_a_bundles_threads_are_kept_but_no_more_than_the_cores_here() -> None:
+    def asked(written: int | None) -> dict[str, Any]:
+        options = {} if written is None else {"intra_op_num_threads": written}
+        return {"model": {"decoder": {"session_options": options}}}
+
+    assert threads_for(asked(4), 2) == 2
+    assert threads_for(asked(1), 2) == 1
+    assert threads_for(asked(None), 2) == 2
+    assert (threads_for(asked(4), None), threads_for(asked(None), None)) == (4, 0)  # 0: all CPUs
+
+
 def test_a_message_too_long_for_the_context_is_refused_and_a_conversation_goes_on(
     bundles: dict[str, Path],
 ) -> None:
@@ -148,6 +207,15 @@ def test_bad_bundles_and_options_are_bad_input(bundles: dict[str, Path], tmp_pat
         return str(found.value)
 
     assert "no genai_config.json" in why(tmp_path)
+    assert "no such folder" in why(tmp_path / "nowhere")
+    (tmp_path / "model.safetensors").touch()
+    assert "`edgedisp export` makes a bundle" in why(tmp_path)
+    (tmp_path / "onnx").mkdir()
+    assert "--layouts onnxruntime-genai" in why(tmp_path)
+    with pytest.raises(BadInput, match="prompt: is empty"):
+        Talk(bundles["fp32"], prompt=" ")
+    with pytest.raises(BadInput, match="not text in UTF-8"):
+        Talk(bundles["fp32"], prompt="caf\udce9")
     broken = copy_with(bundles["fp32"], tmp_path / "broken")
     (broken / "model.onnx").write_bytes(b"nothing")
     assert "onnxruntime-genai cannot open it" in why(broken)

@@ -16,6 +16,7 @@ from edgedisp import BadInput, BuildFailed
 from edgedisp.graph import layout
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel
+from edgedisp.model import end_of_text_id, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,34 @@ def test_ends_of_text_are_collected_from_every_file_that_names_one(
     (folder / "chat_template.jinja").unlink()
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 4]}))
     assert layout.end_ids(folder) == [9, 4, 0]
+
+
+@pytest.mark.parametrize(("special", "ends"), [(True, [2, 0]), (False, [2])])
+def test_a_chat_model_that_names_the_turns_end_alone_stops_at_the_end_of_a_text_too(
+    special: bool, ends: list[int], model_folder: Path, tmp_path: Path
+) -> None:
+    # As SmolLM2-135M-Instruct does: 2 (<|im_end|>) in every file; its documents ended with 0 (<|endoftext|>).
+    # A token that is text, as Gemma's </s>, ends nothing.
+    folder, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(model_folder, folder)
+    out.mkdir()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 2}))
+    config = read(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 2}))
+    settings = read(folder / "tokenizer_config.json")
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<|im_end|>"}))
+    tokenizer = read(folder / "tokenizer.json")
+    tokenizer["added_tokens"][0]["special"] = special
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert layout.end_ids(folder) == ends
+    layout.copy_files(folder, out)
+    # transformers.js and optimum look here.
+    assert read(out / "generation_config.json") == {"eos_token_id": ends, "pad_token_id": 2}
+
+
+def test_what_separates_documents_in_training_ends_an_answer(tiny_folder: dict[str, Path]) -> None:
+    for folder in tiny_folder.values():
+        assert end_of_text_id(load_tokenizer(folder)) in layout.end_ids(folder)
 
 
 def test_the_chat_template_is_in_both_places(bundle: Path) -> None:
@@ -143,8 +172,9 @@ def test_the_builder_covers_families_that_are_not_written_here(
     graph = onnx.load(tmp_path / "bundle" / "model.onnx", load_external_data=False).graph
     caches = [value for value in graph.input if value.name.startswith("past_key_values.")]
     assert {value.type.tensor_type.shape.dim[3].dim_value for value in caches} == {16}
-    settings = read(tmp_path / "bundle" / "genai_config.json")["model"]["decoder"]["session_options"]
-    assert settings["intra_op_num_threads"] == 2
+    settings = read(tmp_path / "bundle" / "genai_config.json")["model"]
+    assert settings["decoder"]["session_options"]["intra_op_num_threads"] == 2
+    assert settings["eos_token_id"] == [0, 2]  # the builder alone: 0
     assert (tmp_path / "bundle" / "config.json").is_file()
 
 

@@ -104,7 +104,8 @@ def answered(bundle: Path, messages: list[dict[str, str]]) -> tuple[list[int], s
     tokenizer = AutoTokenizer.from_pretrained(bundle)
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     tokens = recompute(bundle, ids, LONGEST)
-    ends = [place for place, token in enumerate(tokens) if token == tokenizer.eos_token_id]
+    stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    ends = [place for place, token in enumerate(tokens) if token in stops]
     tokens = tokens[: ends[0] + 1] if ends else tokens
     return tokens, tokenizer.decode(tokens, skip_special_tokens=True)
 

@@ -1,9 +1,9 @@
 """How many threads are best for a bundle on a host: tried in turns, from one to the cores of the process.
 
 More threads share the work and wait for one another at every operator, so the best count depends on the
-machine: its slow cores, its quota, its memory. onnxruntime-genai starts ONE thread where the bundle says
-nothing. Each count has a worker of its own and the turns are those of any measurement; the answer is kept
-short, since decoding speed alone decides.
+machine: its slow cores, its quota, its memory. Where the bundle says nothing, onnxruntime-genai takes half of
+the hardware threads: one, on two. Each count has a worker of its own and the turns are those of any
+measurement; the answer is kept short, since decoding speed alone decides.
 """
 
 from __future__ import annotations

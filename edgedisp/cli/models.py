@@ -165,9 +165,17 @@ def chat(
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option()] = 0,
-    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Default: the bundle's own, at most the physical cores here.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens kept; default 4096, or the bundle's own if less.")
+    ] = None,
 ) -> None:
-    """Talk to a finished bundle through onnxruntime-genai."""
+    """Talk to a finished bundle through onnxruntime-genai; a line from standard input is one message.
+
+    Answers go to stdout, all else to stderr. At a terminal, Ctrl-C ends an answer, Ctrl-D the conversation.
+    """
     from edgedisp.bench.machine import physical_cores
     from edgedisp.chat import chat as talk
     from edgedisp.folder import check_files
@@ -176,11 +184,15 @@ def chat(
         sys.stdout.write(piece)
         sys.stdout.flush()
 
+    at_terminal = sys.stdin.isatty()
+
     def ask() -> str | None:
         try:
-            return input("> ")
+            return input("> " if at_terminal and sys.stdout.isatty() else "")  # stdout is for the answers
         except EOFError:
             return None
+        except UnicodeDecodeError as error:
+            raise BadInput(f"standard input: is not text in UTF-8 ({error})") from error
 
     check_files(bundle)
     stats = talk(
@@ -190,7 +202,10 @@ def chat(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        threads=threads or physical_cores(),
+        threads=threads,
+        cores=physical_cores(),
+        context=context,
+        interruptible=prompt is None and at_terminal,
         write=write,
         read=ask,
         note=lambda text: typer.echo(text, err=True),

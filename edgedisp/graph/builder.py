@@ -52,6 +52,7 @@ def build(model_folder: Path, out: Path, *, family: str, threads: int, progress:
         ) from error
     _name_head_dimension(out)
     layout.copy_files(model_folder, out)
+    layout.set_end_ids(out)  # the builder knows the configured ones and the tokenizer's eos alone
     layout.set_threads(out, threads)
     progress(1, 1, "graph written")
 

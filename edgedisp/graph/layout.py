@@ -1,15 +1,21 @@
 """What stands beside the graph so that the runtimes open a bundle: onnxruntime-genai, transformers.js,
 optimum.
 
-- `genai_config.json`: shapes, names, end-of-text ids, search defaults, and the number of threads, which
-  genai takes from nowhere else (without it, it runs on one).
+- `genai_config.json`: shapes, names, end-of-text ids, search defaults, and the number of threads (without it,
+  genai takes half of the hardware threads: one, on two).
 - tokenizer files. The chat template is written both as `chat_template.jinja` and inside
   `tokenizer_config.json`: transformers.js reads the second alone.
 - `config.json` and `generation_config.json`, without which optimum and transformers.js do not know the
   family.
 
-A model may end its turn with another token than its end of text: chat templates in ChatML style close a turn
-with `<|im_end|>`. Such a token is added to the end-of-text ids when template and vocabulary both have it.
+What ends an answer is more than a model's `eos_token_id`. A turn may end with another token than a text: chat
+templates in ChatML style close it with `<|im_end|>`. And a chat model may name the turn's end alone:
+SmolLM2-135M-Instruct has 2 (`<|im_end|>`) everywhere, but it was pre-trained, and is mid-trained here, on
+documents that `<|endoftext|>`, its id 0, separates. After that token it begins another text. transformers and
+genai's builder stop at the configured ids and the tokenizer's eos alone; llama.cpp goes by the tokens' texts.
+Here both count: every configured id, the special tokens that end a text, and those that end a turn where the
+chat template writes them. The list goes into `genai_config.json`, and into `generation_config.json`, where
+transformers.js and optimum look. Scoring reads neither: it stops as lm-evaluation-harness does.
 """
 
 from __future__ import annotations
@@ -33,6 +39,7 @@ GENAI_TYPES = {
     "opt": "decoder",
     "gpt_neox": "decoder",
 }
+TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # as special tokens: Gemma has </s> as HTML
 TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>")
 COPIED = (
     "config.json",
@@ -55,15 +62,13 @@ def write_layout(decoder: Decoder, model_folder: Path, out: Path, threads: int) 
 
 
 def copy_files(model_folder: Path, out: Path) -> None:
-    """Copy configuration and tokenizer, with the chat template in both places where it is looked for."""
+    """Copy configuration and tokenizer, with the chat template in both places where it is looked for, and
+    every id that ends an answer in generation_config.json."""
     if not (model_folder / "tokenizer.json").is_file():
         raise BadInput(f"{model_folder}: no tokenizer.json; a bundle needs the fast form of the tokenizer")
     for name in COPIED:
         if (model_folder / name).is_file():
             shutil.copyfile(model_folder / name, out / name)
-    if not (out / "generation_config.json").is_file():
-        config = _load(out / "config.json")
-        dump(out / "generation_config.json", {k: v for k, v in config.items() if k.endswith("_token_id")})
     settings = _load(model_folder / "tokenizer_config.json")
     template = chat_template(model_folder)
     if template is not None:
@@ -72,6 +77,10 @@ def copy_files(model_folder: Path, out: Path) -> None:
     # Without this list, transformers 4 hands a graph token_type_ids that it has no input for.
     settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
     dump(out / "tokenizer_config.json", settings)
+    generation = _load(out / "generation_config.json")
+    if not generation:
+        generation = {k: v for k, v in _load(out / "config.json").items() if k.endswith("_token_id")}
+    dump(out / "generation_config.json", {**generation, "eos_token_id": end_ids(out)})
 
 
 def chat_template(folder: Path) -> str | None:
@@ -86,14 +95,20 @@ def chat_template(folder: Path) -> str | None:
 
 
 def end_ids(folder: Path) -> list[int]:
-    """Ids after which generation stops: the configured ones, then what ends a turn in the template."""
+    """Ids after which an answer ends: the configured ones first, then what ends a text, then what ends a turn
+    in the chat template. A folder without a template does not stop at the end of a turn.
+
+    BadInput where there is none at all.
+    """
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
         found = _load(folder / name).get("eos_token_id")
         ids += found if isinstance(found, list) else [] if found is None else [found]
     vocabulary, template = _added_tokens(folder), chat_template(folder) or ""
+    special = _added_tokens(folder, special=True)
     eos = _content(_load(folder / "tokenizer_config.json").get("eos_token"))
     ids += [vocabulary[token] for token in (eos,) if token in vocabulary]
+    ids += [special[token] for token in TEXT_ENDS if token in special]
     ids += [vocabulary[token] for token in TURN_ENDS if token in vocabulary and token in template]
     if not ids:
         raise BadInput(f"{folder}: no eos_token_id in config.json, and the tokenizer names no end of text")
@@ -109,6 +124,14 @@ def set_threads(bundle: Path, threads: int) -> None:
     if "model" not in config:
         raise BadInput(f"{bundle}: no bundle (genai_config.json is missing); `edgedisp export` makes one")
     config["model"]["decoder"].setdefault("session_options", {})["intra_op_num_threads"] = threads
+    dump(path, config)
+
+
+def set_end_ids(bundle: Path) -> None:
+    """Write every id that ends an answer into a genai_config.json that others wrote."""
+    path = bundle / "genai_config.json"
+    config = _load(path)
+    config["model"]["eos_token_id"] = end_ids(bundle)
     dump(path, config)
 
 
@@ -182,10 +205,10 @@ def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _added_tokens(folder: Path) -> dict[str, int]:
-    return {
-        token["content"]: token["id"] for token in _load(folder / "tokenizer.json").get("added_tokens", [])
-    }
+def _added_tokens(folder: Path, special: bool = False) -> dict[str, int]:
+    """Text -> id of the tokens beside the vocabulary proper; `special`: only those that are no text."""
+    added = _load(folder / "tokenizer.json").get("added_tokens", [])
+    return {token["content"]: token["id"] for token in added if not special or token.get("special")}
 
 
 def _load(path: Path) -> dict[str, Any]:

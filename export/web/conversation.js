@@ -8,6 +8,8 @@ import { Tokenizer } from "./vendor/tokenizers/dist/tokenizers.min.mjs";
 import { Template } from "./vendor/jinja/dist/index.js";
 
 const ANSWER = 256;
+// As in edgedisp/graph/layout.py, for bundles that were made without it or before it wrote all of them.
+const TEXT_ENDS = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"];
 const TURN_ENDS = ["<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>"];
 const contentOf = (token) => (token && typeof token === "object" ? token.content : token);
 
@@ -41,11 +43,13 @@ export class Conversation {
     this.reset();
   }
 
-  /** Ids after which an answer ends: the configured ones, then what ends a turn in the template. */
+  /** Ids after which an answer ends: the configured ones, what ends a text, what ends a turn in the template. */
   endIds(files, source) {
     const told = [files.genai.model?.eos_token_id, files.generation.eos_token_id, files.model.eos_token_id];
     const ids = new Set(told.flat().filter((id) => Number.isInteger(id)));
-    const texts = [this.special.eos_token, ...TURN_ENDS.filter((end) => source.includes(end))];
+    const special = (files.tokenizer.added_tokens ?? []).filter((one) => one.special).map((one) => one.content);
+    const turns = TURN_ENDS.filter((end) => source.includes(end));
+    const texts = [this.special.eos_token, ...TEXT_ENDS.filter((end) => special.includes(end)), ...turns];
     for (const text of texts) {
       const id = text && this.tokenizer.token_to_id(text);
       if (Number.isInteger(id)) ids.add(id);
