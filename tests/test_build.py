@@ -249,8 +249,7 @@ def test_export_gives_a_bundle_that_chat_and_bench_open(built, tmp_path, edgedis
 @pytest.mark.parametrize(
     "recipe",
     [
-        "qwen3_0.6b", "smollm2_135m", "gemma3_270m", "gpt2", "pythia_160m", "qwen3_0.6b_qlora",
-        "smollm2_135m_lora",
+        "qwen3_0.6b", "gemma3_270m", "gpt2", "pythia_160m", "qwen3_0.6b_qlora", "smollm2_135m_lora",
     ],
 )  # fmt: skip
 def test_a_recipe_passes_every_stage_with_its_tiny_twin(recipe: str, tmp_path: Path, edgedisp) -> None:  # type: ignore[no-untyped-def]

@@ -17,6 +17,7 @@ SCORES = "scores.sqlite"  # in the run's folder: every score so far (evaluate/ke
 
 # Raised when the profile of a model gets other figures; 2: intervals, correlations, outliers.
 CONDENSATION_FORM = {"form": 2}
+BUNDLE_FORM = {"form": 2}  # 1: without every id that ends an answer
 
 
 def condensations(arms: list[str]) -> list[Stage]:
@@ -62,7 +63,7 @@ def export(arm: str, threads: int) -> Stage:
 
         return run.export(job.folders[model], threads, job.own, job.progress)
 
-    return Stage(f"{arm}/fp32", {"threads": threads}, (model,), work)
+    return Stage(f"{arm}/fp32", {**BUNDLE_FORM, "threads": threads}, (model,), work)
 
 
 def quantize(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
