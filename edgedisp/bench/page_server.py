@@ -242,7 +242,7 @@ class _Request(BaseHTTPRequestHandler):
             upload = UPLOAD.validate_json(body)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            return HTTPStatus.BAD_REQUEST, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            return HTTPStatus.BAD_REQUEST, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}"
         if wrong := self.server.page.accepts(upload):
             return HTTPStatus.BAD_REQUEST, wrong
         self.server.page.received.put(Received(upload, self.client_address[0]))

@@ -53,6 +53,8 @@ def phone(
     served = read_bundles(named)
     in_runs = places(named) if report else {}
     check_runs(in_runs)
+    for run in sorted({place.run for place in in_runs.values()}):
+        typer.echo(f"What phones measure joins the report of {run} (--no-report: it does not)", err=True)
     plan = PagePlan(served, prompt, generate, repetitions, threads)
     kept: list[dict[str, Any]] = []
     unshown: dict[Path, None] = {}
