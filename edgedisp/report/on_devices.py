@@ -16,7 +16,6 @@ from edgedisp.report.wording import MISSING, fixed, plural
 
 LEFT_OUT = ("side", "projected")  # the one table shows speeds side by side
 FACTS = ("processor", "cores", "memory", "system", "browser", "onnxruntime", "measured")
-PLAIN = ("processor", "system", "browser")  # facts that need no name
 
 
 def on_devices(summary: Summary) -> Section:
@@ -27,7 +26,7 @@ def on_devices(summary: Summary) -> Section:
     asked = sorted(lengths for lengths in told if MISSING not in lengths)
     if len(asked) > 1:
         devices = [_with_lengths(device) for device in devices]
-    facts, grids, folded, notes, leads = [], [], [], list[str](), list[str]()
+    facts, grids, folded, notes, meanings = [], [], [], list[str](), list[str]()
     for section in sections({"devices": devices}, named=True):
         if section.key.startswith("device"):
             facts.append((section.title, _facts(dict(section.facts))))
@@ -37,15 +36,17 @@ def on_devices(summary: Summary) -> Section:
             ]
             notes += [f"{section.title}: {note}" for note in section.notes]
         elif section.key not in LEFT_OUT:
-            leads.append(section.lead)
-            grids += [_shorter(grid, section.title) for grid in section.grids]
-    notes += _outdated(summary)
+            meanings.append(section.lead)
+            title = "All devices" if section.key == "figures" else section.title
+            grids += [_one_name(_shorter(grid, title)) for grid in section.grids]
+    notes += [*_outdated(summary), *meanings]
+    lead = "Measured on the devices themselves after the build, of the bundles as they are."
     if asked:
-        leads.append(f"Prompt and new tokens: {', '.join(asked)}.")
+        lead += f" Prompt and new tokens: {', '.join(asked)}."
     return Section(
         "devices",
         "On devices",
-        " ".join(leads),
+        lead,
         facts=tuple(facts),
         grids=(*grids, *folded),
         notes=tuple(notes),
@@ -53,7 +54,9 @@ def on_devices(summary: Summary) -> Section:
 
 
 def _facts(known: dict[str, str]) -> str:
-    told = [known[name] if name in PLAIN else f"{name} {known[name]}" for name in FACTS if name in known]
+    """`AMD EPYC 7763, 2 cores, 15.6 GiB, Linux, onnxruntime 1.31.1, measured 2026-11-27 15:44 UTC`."""
+    shown = {"cores": "{} cores", "onnxruntime": "onnxruntime {}", "measured": "measured {}"}
+    told = [shown.get(name, "{}").format(known[name]) for name in FACTS if name in known]
     return ", ".join(told) or MISSING
 
 
@@ -66,6 +69,18 @@ def _shorter(grid: Grid, title: str) -> Grid:
         rows=tuple(tuple(row[at] for at in kept) for row in grid.rows),
         caption=grid.caption or title,
         text_columns=tuple(place for place, at in enumerate(kept) if at in grid.text_columns),
+    )
+
+
+def _one_name(grid: Grid) -> Grid:
+    """Device and bundle in one column: a phone's screen holds the first one while the others are moved."""
+    if grid.head[:2] != ("device", "bundle"):
+        return grid
+    return replace(
+        grid,
+        head=("device, bundle", *grid.head[2:]),
+        rows=tuple((f"{row[0]}, {row[1]}", *row[2:]) for row in grid.rows),
+        text_columns=(0, *(place - 1 for place in grid.text_columns if place > 1)),
     )
 
 
