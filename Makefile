@@ -108,7 +108,8 @@ docs: setup
 	sed -i '/^| key |/,$$d' docs/bundles.md
 	$(BIN)/python -c "from edgedisp.recipe import Target, reference; print(reference(Target), end='')" >> docs/bundles.md
 
-wheel: setup
+# With the phone page's libraries where `make web` can fetch them; `edgedisp phone` says so where they are missing.
+wheel: setup web
 	$(BIN)/python -m build --wheel
 
 clean:

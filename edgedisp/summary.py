@@ -22,11 +22,9 @@ from edgedisp.bench.machine import describe, installed_version
 from edgedisp.evaluate.means import mean_difference
 from edgedisp.evaluate.seeds import average_task, compare_tasks
 from edgedisp.evaluate.survival import is_measured_by, loss_survival
-from edgedisp.folder import MANIFEST, git_commit, write_json
+from edgedisp.folder import git_commit
 from edgedisp.pipeline import Walked
 from edgedisp.recipe import ArmRun, Recipe
-from edgedisp.report import bundle_card, model_card
-from edgedisp.report import write as write_report
 
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "peft", "bitsandbytes", "lm-eval")
 BASELINE = "baseline"
@@ -245,28 +243,6 @@ def _latency(results: dict[str, Any]) -> dict[str, Any]:
         arm, precision = row["label"].split("/")
         rows.append({**row, "arm": arm, "precision": precision})
     return {**results, "device": "local", "rows": rows}
-
-
-def publish(recipe: Recipe, walked: list[Walked], run: Path) -> dict[str, Any]:
-    """Write the report into the run folder unless it stands there already, and return the summary."""
-    made_from = {step.name: [step.record.content, step.record.seconds] for step in walked}
-    stamp = run / "report" / "made_from.json"
-    known = {"stages": made_from, "recipe": recipe.to_yaml()}
-    if stamp.is_file() and json.loads(stamp.read_text()) == known and (run / "report.html").is_file():
-        found: dict[str, Any] = load(run)
-        return found
-    summary = summarise(recipe, walked)
-    write_report(summary, run)
-    for one in recipe.arm_runs:  # a Hugging Face folder explains itself in its README
-        (run / one.name / "model" / "README.md").write_text(model_card(summary, one.name), encoding="utf-8")
-    for packed in (path for paths in summary["packed"].values() for path in paths):
-        manifest = json.loads((run / packed / MANIFEST).read_text(encoding="utf-8"))
-        card = bundle_card(manifest, packed, summary)
-        (run / packed / "README.md").write_text(card, encoding="utf-8")
-    (run / "recipe.lock.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    stamp.parent.mkdir(exist_ok=True)
-    write_json(stamp, known)
-    return summary
 
 
 def load(run: Path) -> dict[str, Any]:

@@ -231,6 +231,31 @@ def test_the_report_says_what_quantization_left_of_training(built: tuple[Path, P
     assert (run / "plots" / "survival.svg").is_file()
 
 
+def test_what_a_device_measured_joins_the_report_and_a_later_build_keeps_it(
+    built, tmp_path, edgedisp
+) -> None:  # type: ignore[no-untyped-def]
+    recipe, run = copy_of(built, tmp_path)
+    first = json.loads((run / "report.json").read_text())["summary"]
+    sizes = ["--prompt", "8", "--generate", "4", "--repetitions", "2", "--pause", "0", "--threads", "1"]
+    ended = edgedisp("bench", run / "baseline" / "int4", run / "dispersed" / "int4", *sizes, "--report")
+    assert ended.code == 0 and f"report: {run / 'report.html'} shows it" in ended.err, ended
+    told = json.loads((run / "report.json").read_text())["summary"]
+    assert [row["label"] for row in told["devices"][0]["rows"]] == ["baseline/int4", "dispersed/int4"]
+    assert {**told, "devices": []} == first  # and nothing else has changed
+    files = [run / name for name in ("report.html", "report.md", "report.json")]
+    before = [path.read_bytes() for path in files]
+    assert b"On devices" in before[0] and b"## On devices" in before[1]
+    ended = edgedisp("build", recipe, "--out", run)
+    assert "kept 49 finished stages" in ended.err
+    assert [path.read_bytes() for path in files] == before
+    for kept in (run / "devices").iterdir():
+        kept.unlink()
+    assert edgedisp("build", recipe, "--out", run).code == 0
+    assert "On devices" not in files[0].read_text()
+    outside = shutil.copytree(run / "baseline" / "int4", tmp_path / "int4")
+    refused(edgedisp("bench", outside, *sizes, "--report"), "lies in no run folder")
+
+
 def test_export_gives_a_bundle_that_chat_and_bench_open(built, tmp_path, edgedisp) -> None:  # type: ignore[no-untyped-def]
     _, run, _ = built
     bundle = tmp_path / "bundle"

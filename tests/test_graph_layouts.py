@@ -20,6 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from edgedisp import BadInput, BuildFailed
 from edgedisp.graph import layouts
 from edgedisp.graph.layouts import GENAI, LAYOUTS, OPTIMUM, WEB
+from edgedisp.graph.plain_gather import plain_gathers
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 CONFIG = {"config.json", "generation_config.json"}
@@ -175,6 +176,6 @@ def test_plain_operators_look_up_what_the_fused_one_does(
         return found
 
     fused = looked_up()
-    layouts.plain_gathers(model.graph)
+    plain_gathers(model.graph)
     assert not any(entry.domain for entry in model.graph.node)
     np.testing.assert_array_equal(looked_up(), fused)

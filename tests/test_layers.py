@@ -16,10 +16,10 @@ LAYERS = {
     "recipe": 0, "folder": 0, "sources": 0, "corpus": 0, "model": 0, "dispersion": 0, "train": 0,
     "quantize": 0, "graph": 0, "evaluate": 0, "bench": 0, "report": 0, "chat": 0,
     "processes": 0,
-    "stages": 1, "console": 1,
+    "stages": 1, "console": 1, "device_results": 1,
     "pipeline": 2,
     "summary": 3, "single": 3, "instrument": 3, "follow": 3, "lm_eval_models": 3,
-    "comparison": 4, "plan": 4, "plan_text": 4, "pilot": 4,
+    "comparison": 4, "run_report": 4, "plan": 4, "plan_text": 4, "pilot": 4,
     "cli": 5,
     "__main__": 6,
 }  # fmt: skip

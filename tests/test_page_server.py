@@ -19,7 +19,8 @@ from edgedisp import BadInput
 from edgedisp.bench import page_server
 from edgedisp.bench.page_bundle import prompt_ids, read_bundle
 from edgedisp.bench.page_plan import PagePlan, measured
-from edgedisp.bench.page_server import MOST_UPLOAD_BYTES, PageServer, page_resources
+from edgedisp.bench.page_resources import page_resources
+from edgedisp.bench.page_server import MOST_UPLOAD_BYTES, PageServer
 from edgedisp.bench.phone import Results, render
 from edgedisp.bench.spread import percentile
 from edgedisp.bench.summary import labelled

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from test_page_server import GENERATE, PROMPT, REPETITIONS, figures
 from tiny_bundle import tiny_bundles
 
+from edgedisp import device_results
 from edgedisp.bench.page_bundle import read_bundle
 from edgedisp.bench.page_plan import PagePlan
 
@@ -94,14 +96,22 @@ def test_figures_are_printed_written_and_ctrl_c_ends_well(bundles: dict[str, Pat
     assert log.count("refused what 127.0.0.1 sent") == 1 and "\u2580" in log  # and a QR code
 
 
-def test_once_ends_by_itself_with_one_line_of_json(bundles: dict[str, Path], tmp_path: Path) -> None:
+def test_once_ends_by_itself_with_one_line_of_json_and_the_run_keeps_the_result(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "q-01234567"
+    shutil.copytree(bundles["fp32"], run / "baseline" / "fp32")
+    (run / "run.json").write_text("{}")
     plan = PagePlan((read_bundle("fp32", bundles["fp32"]),), PROMPT, GENERATE, REPETITIONS)
-    words = [bundles["fp32"], *SIZES, "--host", "127.0.0.1", "--once", "--json"]
+    words = [run / "baseline" / "fp32", *SIZES, "--host", "127.0.0.1", "--once", "--json"]
     with running(tmp_path, *words) as program:
         assert program.post(figures(plan)) == 204
         code, shown = program.ended()
     assert code == 0
     assert json.loads(shown)["devices"][0]["rows"][0]["label"] == "fp32"
+    (kept,) = device_results.shown(run)["devices"]
+    assert kept["rows"][0]["label"] == "baseline/fp32" and kept["device"].startswith("phone")
+    assert "the report will show it once `edgedisp build` has ended" in program.log.read_text()
 
 
 def test_ctrl_c_before_anything_came_is_an_interruption(bundles: dict[str, Path], tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from edgedisp.bench import browser, local, timing
 from edgedisp.bench.chromium import find_browser
 from edgedisp.bench.page_bundle import prompt_ids, read_bundle
 from edgedisp.bench.page_plan import PagePlan
-from edgedisp.bench.page_server import PageServer, Received, page_resources
+from edgedisp.bench.page_resources import page_resources
+from edgedisp.bench.page_server import PageServer, Received
 from edgedisp.bench.phone import local_address
 from edgedisp.bench.uploads import Figures
 

@@ -9,6 +9,7 @@ import pytest
 
 from edgedisp.report.devices import render_devices, sections
 from edgedisp.report.devices_page import devices_page
+from edgedisp.report.on_devices import on_devices
 
 
 def row(label: str, decode: float, **changes: Any) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def test_every_row_names_its_device() -> None:
     assert [line[:2] for line in grid.rows] == [
         ("local", "baseline/int4"),
         ("local", "baseline/fp32"),
-        ("ssh://pi", "baseline/int4"),
+        ("ssh://pi (partial)", "baseline/int4"),
     ]
     line = dict(zip(grid.head, grid.rows[0]))
     assert (line["load s"], line["cold load s"], line["J"], line["disk MB"]) == ("0.41", "1.25", "–", "87.0")
@@ -153,3 +154,33 @@ def test_projected_speeds_are_a_section_of_their_own_and_in_no_column_of_measure
     assert others == sections(sample())
     assert "Projected, not measured" in render_devices(timed, 100)
     assert "A &lt;Chip&gt;" in devices_page(timed)
+
+
+def test_a_runs_report_has_all_devices_in_one_table_of_what_was_measured() -> None:
+    local, far, emulated = sample()["devices"]
+    lost = {**far, "rows": [{**far["rows"][0], "partial": True}], "measured": ["2026-11-27T15:44:12+00:00"]}
+    section = on_devices(
+        {"devices": [local, lost, emulated], "devices_outdated": ["dispersed/int4 on phone"]}
+    )
+    figures, kernels, threads = section.grids
+    assert [line[0] for line in figures.rows] == [
+        "local, baseline/int4",
+        "local, baseline/fp32",
+        "ssh://pi (partial), baseline/int4",
+    ]
+    assert "J" not in figures.head and len({len(figures.head), *map(len, figures.rows)}) == 1
+    assert kernels.rows[0][:2] == ("arm64-emulated, baseline/int4", "ARM64") and threads.folded
+    assert dict(section.facts)["ssh://pi"] == "measured 2026-11-27 15:44 UTC"
+    assert "local: two graphs" in section.notes and any(
+        "dispersed/int4 on phone" in note for note in section.notes
+    )
+    assert on_devices({}).empty and on_devices({"devices": [], "devices_outdated": []}).empty
+    alone = on_devices({"devices": [local]}).grids[0]
+    assert alone.head[0] == "device, bundle" and alone.rows[0][0] == "local, baseline/int4"
+
+
+def test_other_lengths_of_prompt_are_named_in_the_row() -> None:
+    rows = [row("int4", 10.0, prompt=prompt, generate=64) for prompt in (128, 512)]
+    section = on_devices({"devices": [{"device": "local", "machine": {}, "rows": rows}]})
+    assert [line[0] for line in section.grids[0].rows] == ["local, int4, 128+64", "local, int4, 512+64"]
+    assert "Prompt and new tokens: 128+64, 512+64." in section.lead

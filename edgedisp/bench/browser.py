@@ -24,7 +24,8 @@ from edgedisp.bench.devices import Address, DeviceLost, Wanted
 from edgedisp.bench.machine import describe, readings
 from edgedisp.bench.page_bundle import PageBundle, read_bundles
 from edgedisp.bench.page_plan import PagePlan, measured
-from edgedisp.bench.page_server import PageServer, page_resources
+from edgedisp.bench.page_resources import page_resources
+from edgedisp.bench.page_server import PageServer
 from edgedisp.bench.timing import other_cpus
 from edgedisp.bench.uploads import Figures, Step, Trouble
 

@@ -22,7 +22,7 @@ DAYS = 7
 def self_signed(host: str) -> tuple[ssl.SSLContext, str]:
     """A server's context for `host`, and the certificate's SHA-256 as browsers write it ("AB:CD:...").
 
-    BadInput where the package `cryptography` is missing.
+    BadInput where the package `cryptography` is missing, or for a host that no certificate can name.
     """
     try:
         from cryptography import x509
@@ -60,10 +60,14 @@ def self_signed(host: str) -> tuple[ssl.SSLContext, str]:
 
 
 def _name(host: str) -> Any:
-    """The host as a certificate names it: an address or a name."""
+    """The host as a certificate names it: an address or a name. BadInput for what can be neither."""
     from cryptography import x509
 
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
+        pass
+    try:
         return x509.DNSName(host)
+    except ValueError as error:
+        raise BadInput(f"--host {host}: is neither an address nor a name in ASCII letters") from error

@@ -19,7 +19,7 @@ from typing import Any
 from edgedisp import BadInput, __version__
 from edgedisp.bench.graph_facts import read_graph, weight_traffic
 from edgedisp.bench.page_bundle import PageBundle, prompt_ids
-from edgedisp.bench.page_server import Resource, json_resource
+from edgedisp.bench.page_resources import Resource, json_resource
 from edgedisp.bench.spread import percentile
 from edgedisp.bench.summary import pair, row, warn_about_bits
 from edgedisp.bench.timing import few, turns

@@ -1,9 +1,9 @@
 """A small web server for the phone page: one page, some bundles, one place for figures, a secret address.
 
-What it allows is a table made before it starts: address -> file. Nothing is looked up in the file system by
-what a client asks for, so there is no path to escape from. Every address begins with a random token; without
-it all is 404, whether or not the rest exists. What a client may send is JSON of bounded size that fits
-`uploads.py` and the plan; anything else is 400, one line in the log, and forgotten.
+What it allows is a table made before it starts: address -> file (page_resources.py). Nothing is looked up in
+the file system by what a client asks for, so there is no path to escape from. Every address begins with a
+random token; without it all is 404, whether or not the rest exists. What a client may send is JSON of bounded
+size that fits `uploads.py` and the plan; anything else is 400, one line in the log, and forgotten.
 
 The headers ask for what the page needs and no more: scripts, workers and data from this server alone,
 WebAssembly allowed, no other page may embed or read it, and the isolation without which browsers give no
@@ -14,9 +14,7 @@ Left out: range requests (a broken download starts again), compression (weights 
 
 from __future__ import annotations
 
-import hashlib
 import hmac
-import json
 import os
 import queue
 import secrets
@@ -37,21 +35,12 @@ from urllib.parse import quote
 from pydantic import ValidationError
 
 from edgedisp import BadInput
+from edgedisp.bench.page_resources import Resource
 from edgedisp.bench.uploads import UPLOAD, Upload, printable
 
 MOST_UPLOAD_BYTES = 2 << 20  # 5 repetitions of 128 tokens for 20 bundles are 200 KB
 MOST_CONNECTIONS = 64
 IDLE_S = 60.0
-TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".mjs": "text/javascript; charset=utf-8",
-    ".json": "application/json",
-    ".svg": "image/svg+xml",
-    ".wasm": "application/wasm",
-}
-PAGE_SUFFIXES = frozenset({".html", ".css", ".js", ".mjs", ".svg", ".wasm"})
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self'; style-src 'self'; "
@@ -66,49 +55,11 @@ HEADERS = {
 
 
 @dataclass(frozen=True)
-class Resource:
-    """What one address gives: a file, or bytes made beforehand. `tag` is its SHA-256."""
-
-    content_type: str
-    size_bytes: int
-    tag: str
-    path: Path | None = None
-    body: bytes = b""
-    revalidated: bool = False
-    """The browser may keep it and ask whether it changed; bundles are kept by the page itself."""
-
-
-@dataclass(frozen=True)
 class Received:
     """An upload that fits, and who sent it."""
 
     upload: Upload
     client: str
-
-
-def page_resources(web: Path) -> dict[str, Resource]:
-    """Address -> file of the page in `export/web/`. BadInput where its vendored libraries are missing."""
-    if not (web / "index.html").is_file():
-        raise BadInput(f"{web}: the phone page is missing; install edgedisp again")
-    if not (web / "vendor" / "onnxruntime-web").is_dir():
-        raise BadInput(
-            f"{web / 'vendor'}: the page's libraries are missing; run `make web` in the checkout (needs npm)"
-        )
-    root, found = web.resolve(), {}
-    for path in sorted(root.rglob("*")):
-        if path.suffix in PAGE_SUFFIXES and path.is_file() and path.resolve().is_relative_to(root):
-            with path.open("rb") as file:
-                tag = hashlib.file_digest(file, "sha256").hexdigest()
-            found[path.relative_to(root).as_posix()] = Resource(
-                TYPES[path.suffix], path.stat().st_size, tag, path.resolve(), revalidated=True
-            )
-    return {**found, "": found["index.html"]}
-
-
-def json_resource(content: Any) -> Resource:
-    """A JSON answer made beforehand."""
-    body = json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
-    return Resource("application/json", len(body), hashlib.sha256(body).hexdigest(), body=body)
 
 
 class PageServer:
@@ -205,7 +156,10 @@ def _bound(host: str, port: int, page: PageServer, tls: ssl.SSLContext | None) -
             ) from error
         if error.errno == errno.EACCES:
             raise BadInput(f"--port {port}: is not allowed to this user; name one above 1023") from error
-        raise BadInput(f"--host {host}: cannot be listened on: {error}") from error
+        raise BadInput(
+            f"--host {host}: cannot be listened on: {error.strerror or error}; it must be an address of this "
+            "machine (leave --host away to have it found)"
+        ) from error
     except OverflowError as error:
         raise BadInput(f"--port {port}: ports are 0 to 65535") from error
     if tls is not None:  # the handshake waits for the connection's own thread
@@ -288,7 +242,7 @@ class _Request(BaseHTTPRequestHandler):
             upload = UPLOAD.validate_json(body)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            return HTTPStatus.BAD_REQUEST, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            return HTTPStatus.BAD_REQUEST, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}"
         if wrong := self.server.page.accepts(upload):
             return HTTPStatus.BAD_REQUEST, wrong
         self.server.page.received.put(Received(upload, self.client_address[0]))

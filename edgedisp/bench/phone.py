@@ -22,7 +22,8 @@ from typing import Any
 from edgedisp import BadInput
 from edgedisp.bench.certificate import self_signed
 from edgedisp.bench.page_plan import PagePlan, measured
-from edgedisp.bench.page_server import PageServer, Received, page_resources
+from edgedisp.bench.page_resources import page_resources
+from edgedisp.bench.page_server import PageServer, Received
 from edgedisp.bench.uploads import Figures, Step, Trouble
 
 PORT = 8717  # a browser keeps what it downloaded by address and port: the same one each time
@@ -59,7 +60,7 @@ def serve(
     Each result is what `page_plan.measured` returns. Raises BadInput for a host or port that cannot be had,
     where packages of the extra [phone] are missing, and where the page's libraries are.
     """
-    host = host or local_address()
+    host = _one_address(host)
     tls, fingerprint = self_signed(host) if https else (None, "")
     found = Results(plan, note, arrived)
     resources = {**page_resources(web), **plan.resources()}
@@ -114,6 +115,16 @@ class Results:
         found = measured(self.plan, figures, device=f"phone {told}" if told else "phone")
         lost = {} if figures.complete else {"lost": "the phone has not sent the rest"}
         return {**found, "kind": "phone", "client": client, "run": figures.run, **lost}
+
+
+def _one_address(host: str | None) -> str:
+    """Where to listen: `host`, else this machine's address on its network. BadInput for all of them."""
+    if host in ("0.0.0.0", "::"):
+        raise BadInput(
+            f"--host {host}: stands for every address of this machine, and a phone cannot open it; name one, "
+            f"or leave --host away ({local_address()})"
+        )
+    return host or local_address()
 
 
 def local_address() -> str:

@@ -52,7 +52,7 @@ def build(
         typer.echo(f"warning: {warning}", err=True)
     with Screen(f"{loaded.name} -> {run}") as screen:
         walked = build_run(loaded, run, threads_for(loaded), screen)
-        from edgedisp.summary import publish
+        from edgedisp.run_report import publish
 
         summary = publish(loaded, walked, run)
     _show(summary, run, as_json)

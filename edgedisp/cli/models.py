@@ -111,6 +111,9 @@ def bench(
         bool, typer.Option("--project", help="Add what phones' chips may reach by their bandwidth.")
     ] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with all devices.")] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Keep results in the bundles' run, and show them in its report.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Time bundles on devices, interleaved: time to first token, prefill and decode speed, memory."""
@@ -133,6 +136,7 @@ def bench(
     )
     if html is not None and not html.resolve().parent.is_dir():
         raise BadInput(f"--html {html}: there is no folder {html.parent}")
+    in_runs = _in_runs(bundles) if report else {}
     with Screen(f"bench on {', '.join(named)}") as screen:
         timed = time_bundles(bundles, named, asked, screen.progress)
     if project:
@@ -142,8 +146,30 @@ def bench(
 
         html.write_text(devices_page(timed), encoding="utf-8")
     typer.echo(json.dumps(timed) if as_json else render_devices(timed, width()))
+    if report:
+        from edgedisp.device_results import keep
+        from edgedisp.run_report import show_devices
+
+        for run in sorted({run for device in timed["devices"] for run in keep(device, in_runs)}):
+            typer.echo(show_devices(run), err=True)
     if lost := lost_devices(timed):
         raise BuildFailed(f"{'; '.join(lost)}. What was measured until then is shown")
+
+
+def _in_runs(bundles: list[Path]) -> dict[str, Any]:
+    """Where the bundles lie in runs, as they are before anything is timed."""
+    from edgedisp.bench.summary import labelled
+    from edgedisp.device_results import places
+    from edgedisp.run_report import check_runs
+
+    found = places(labelled(bundles))
+    if not found:
+        raise BadInput(
+            f"--report: {bundles[0]} lies in no run folder (RUN/ARM/NAME); leave --report away, and take "
+            "--html or --json"
+        )
+    check_runs(found)
+    return found
 
 
 def _threads(text: str | None) -> Any:

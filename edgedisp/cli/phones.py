@@ -30,6 +30,9 @@ def phone(
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="End after the first complete result.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Write every result to this JSON file.")] = None,
+    report: Annotated[
+        bool, typer.Option(help="Keep results in the bundles' run, and show them in its report.")
+    ] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Serve a page for phones: chat with bundles, and time them there; print what phones measured."""
@@ -37,16 +40,24 @@ def phone(
     from edgedisp.bench.page_bundle import read_bundles
     from edgedisp.bench.page_plan import PagePlan
     from edgedisp.bench.summary import labelled
+    from edgedisp.device_results import keep, places
     from edgedisp.folder import check_files, write_json
+    from edgedisp.run_report import check_runs, show_devices
 
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise BadInput(f"--out {out}: is a folder, or in one that is not there; name a file")
     for bundle in bundles:
         if bundle.is_dir():
             check_files(bundle)
-    served = read_bundles(labelled(bundles))
+    named = labelled(bundles)
+    served = read_bundles(named)
+    in_runs = places(named) if report else {}
+    check_runs(in_runs)
+    for run in sorted({place.run for place in in_runs.values()}):
+        typer.echo(f"What phones measure joins the report of {run} (--no-report: it does not)", err=True)
     plan = PagePlan(served, prompt, generate, repetitions, threads)
     kept: list[dict[str, Any]] = []
+    unshown: dict[Path, None] = {}
 
     def arrived(result: dict[str, Any]) -> None:
         kept.append(result)
@@ -54,6 +65,13 @@ def phone(
             write_json(out, {"format": 1, "devices": kept})
         if not as_json:
             typer.echo(serving.render(result) + "\n")
+        keep_in_runs([result])
+
+    def keep_in_runs(found: list[dict[str, Any]]) -> None:
+        unshown.update({run: None for result in found for run in keep(result, in_runs)})
+        for run in list(unshown):  # with what Ctrl-C kept from being shown before
+            typer.echo(show_devices(run), err=True)
+            del unshown[run]
 
     results = serving.serve(
         plan,
@@ -67,10 +85,12 @@ def phone(
     )
     if not results:
         raise KeyboardInterrupt  # ended before anything came
-    for partial in [result for result in results if not result["complete"] and not as_json]:
-        typer.echo(serving.render(partial) + "\n")
+    partial = [result for result in results if not result["complete"]]
+    for result in partial if not as_json else ():
+        typer.echo(serving.render(result) + "\n")
     if out is not None:
         write_json(out, {"format": 1, "devices": results})
         typer.echo(f"results: {out}", err=True)
     if as_json:
         typer.echo(json.dumps({"format": 1, "devices": results}, ensure_ascii=False))
+    keep_in_runs(partial)

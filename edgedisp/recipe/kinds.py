@@ -25,7 +25,7 @@ TASK_SETS = ("heldout", "paper", "small")
 """Tasks made from the held-out text. Every other task name belongs to lm-evaluation-harness."""
 
 TAKEN_NAMES = {
-    *("base", "corpus", "items", "latency", "report", "plots"),
+    *("base", "corpus", "items", "latency", "report", "plots", "devices"),
     *("difference", "torch", "fp32", "int8", "int4"),
 }
 """What an arm cannot be called: folders of a run that belong to no arm, and columns of the report."""

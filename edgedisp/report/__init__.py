@@ -14,7 +14,8 @@ opened and no run folder is read, so the same summary gives the same bytes.
                     condensation_page.py: those of
                     `edgedisp condensation --out`
     section.py      the shape of a section; results.py, means.py, divergence.py, shipped.py, mixed.py,
-                    survival.py, provenance.py
+                    survival.py, provenance.py; devices.py, devices_page.py: `edgedisp bench`, and
+                    on_devices.py: the same in a run's report
     page.py         all files of the report, HTML through report.html.j2
     card.py         the README of a model folder
     bundle_card.py  the README of a bundle that ships, from its manifest and the summary
@@ -68,6 +69,9 @@ The summary, every part of which may be absent or None:
     latency     {device, threads, warnings [], pairs [{fault}], rows [{arm, precision, load_s, ttft_ms,
                 prefill_tokens_per_s, decode_tokens_per_s, token_ms_p50, token_ms_p90, peak_memory_bytes,
                 weights_bytes, spread {figure: {low, high}}, warnings []}]}
+    devices     [what was measured later: one result a device (bench/devices.py), each row with `partial`];
+                devices_outdated [what is not shown, its bundles having changed]
+    not_finite  [paths of figures that were infinite or undefined]
     stages      [{name, seconds, kept}]
 
 All but `write` and `single_page` need the standard library alone: a command line can show a table at once.

@@ -7,6 +7,7 @@ be absent.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ HEAD = (
     "peak MB",
     "share MB",
     "disk MB",
+    "download MB",
     "GB/s",
     "J",
 )
@@ -36,13 +38,28 @@ MEANING = (
     "Batch 1, after a warm-up, bundles in turns; medians, with an interval for the median in brackets. "
     "ttft: from the prompt to the first new token; prefill: prompt tokens by that time; decode: tokens a "
     "second after the first one; p50 and p90: time of one of these; load: from memory, cold load: from the "
-    "disk; peak: largest resident memory, share: its proportional part; GB/s: bytes read for a token times "
+    "disk; peak: largest resident memory (in a browser the WebAssembly heap), share: its proportional part; "
+    "disk: graph and weights, download: all that a browser fetches; GB/s: bytes read for a token times "
     "tokens a second; J: the processor's energy for one prompt and answer."
 )
 KERNELS = (
     "Nothing is timed on an emulated processor. The same bundle and token ids under each kind of kernels; "
     "KL is the mean divergence of the next-token distributions, in nats."
 )
+
+BROWSERS = {
+    "SamsungBrowser": "Samsung Internet",
+    "Edg": "Edge",
+    "EdgA": "Edge",
+    "OPR": "Opera",
+    "Firefox": "Firefox",
+    "FxiOS": "Firefox for iOS",
+    "CriOS": "Chrome for iOS",
+    "HeadlessChrome": "headless Chromium",
+    "Chrome": "Chrome",
+    "Version": "Safari",
+}
+"""Names in a user agent, the telling ones first: most browsers also name the one that they resemble."""
 
 PROJECTED = (
     "Not measured: what memory bandwidth allows on chips that are not at hand. The bound is peak bandwidth "
@@ -51,8 +68,11 @@ PROJECTED = (
 )
 
 
-def sections(timed: Timed) -> list[Section]:
-    """The whole content: speeds side by side, every figure, kernels compared, then each device by itself."""
+def sections(timed: Timed, *, named: bool = False) -> list[Section]:
+    """The whole content: speeds side by side, every figure, kernels compared, then each device by itself.
+
+    `named`: every row names its device, also where there is but one.
+    """
     devices = [branch(device) for device in timed["devices"]]
     speeds = [device for device in devices if device.get("rows")]
     compared = [device for device in devices if device.get("logits")]
@@ -60,7 +80,7 @@ def sections(timed: Timed) -> list[Section]:
     if len(speeds) > 1:
         found.append(Section("side", "Decode speed side by side", grids=(_side_by_side(speeds),)))
     if speeds:
-        grid = _figures(speeds, several=len(devices) > 1)
+        grid = _figures(speeds, several=named or len(devices) > 1)
         found.append(Section("figures", "Every figure", MEANING, grids=(grid,)))
     if compared:
         found.append(Section("kernels", "Kernels compared", KERNELS, grids=(_kernels(compared),)))
@@ -101,8 +121,10 @@ def _side_by_side(devices: list[dict[str, Any]]) -> Grid:
 def _figures(devices: list[dict[str, Any]], several: bool) -> Grid:
     rows = []
     for device in devices:
-        lead = (str(device["device"]),) if several else ()
-        rows += [(*lead, *_texts(branch(row))) for row in device["rows"]]
+        for row in map(branch, device["rows"]):
+            partial = bool(row.get("partial", device.get("lost")))
+            lead = (f"{device['device']}{' (partial)' if partial else ''}",) if several else ()
+            rows.append((*lead, *_texts(row)))
     head = (*(("device",) if several else ()), *HEAD)
     return Grid(head, tuple(rows), text_columns=(0, 1) if several else (0,))
 
@@ -123,6 +145,7 @@ def _texts(row: dict[str, Any]) -> tuple[str, ...]:
         megabytes(value.get("peak_memory_bytes")),
         megabytes(value.get("proportional_memory_bytes")),
         megabytes(value.get("weights_bytes")),
+        megabytes(value.get("download_bytes")),
         fixed(value.get("implied_bandwidth_gb_per_s"), 1),
         figure(value.get("energy_j")),
     )
@@ -174,15 +197,33 @@ def _device(device: dict[str, Any], key: str) -> Section:
         "cores": None if cores is None else fixed(cores, 0),
         "memory": None if memory is None else f"{memory / GIB:.1f} GiB",
         "system": machine.get("system"),
+        "browser": _browser(str(at(machine, "browser", "user_agent") or "")),
         "onnxruntime": at(machine, "packages", "onnxruntime"),
         "load average": _before_after(load.get("before"), load.get("after")),
         "clock": _range([r.get("clock_mhz") for r in device.get("repetitions") or ()], "MHz"),
         "temperature": _range([r.get("temperature_c") for r in device.get("repetitions") or ()], "°C"),
+        "measured": _when(device.get("measured")),
     }
     facts = tuple((name, str(value)) for name, value in known.items() if value)
     return Section(
         key, str(device["device"]), facts=facts, grids=tuple(_sweeps(device)), notes=tuple(warnings(device))
     )
+
+
+def _browser(agent: str) -> str:
+    """`Chrome 156`, `Safari 17`: of the names in a user agent the one that tells most, else the whole."""
+    versions = dict(re.findall(r"(\w+)/(\d+)", agent))
+    for name in BROWSERS:
+        if name in versions:
+            return f"{BROWSERS[name]} {versions[name]}"
+    return agent[:80]
+
+
+def _when(times: Any) -> str | None:
+    """`2026-11-27 15:44 UTC`, from the first measurement to the last."""
+    found = [str(time)[:16].replace("T", " ") for time in times] if isinstance(times, list) else []
+    ends = list(dict.fromkeys([*found[:1], *found[-1:]]))
+    return f"{' to '.join(ends)} UTC" if ends else None
 
 
 def _before_after(before: Any, after: Any) -> str | None:

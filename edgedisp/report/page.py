@@ -44,7 +44,7 @@ def write(summary: Summary, out: Path) -> list[Path]:
 
     Returns the files written. Plots of an earlier report that no longer exist are removed.
     """
-    clean, lost = finite(summary)
+    clean, lost = _finite(summary)
     pictures = plots(clean)
     sections = _sections(clean, lost, set(pictures))
     folder = out / "plots"
@@ -58,7 +58,9 @@ def write(summary: Summary, out: Path) -> list[Path]:
         "report.json": report_json(clean),
     }
     for name, text in files.items():
-        (out / name).write_text(text, encoding="utf-8")
+        unfinished = out / f"{name}.partial"  # whoever reads meanwhile gets the earlier report
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(out / name)
     return [
         *(out / name for name in files),
         *(path for plot in pictures.values() for path in save(plot, folder)),
@@ -67,9 +69,16 @@ def write(summary: Summary, out: Path) -> list[Path]:
 
 def single(summary: Summary) -> str:
     """The page as text, without files beside it."""
-    clean, lost = finite(summary)
+    clean, lost = _finite(summary)
     pictures = plots(clean)
     return page(clean, _sections(clean, lost, set(pictures)), pictures)
+
+
+def _finite(summary: Summary) -> tuple[dict[str, Any], list[str]]:
+    """As `reading.finite`; the paths stay in the summary, for when a report is made from report.json."""
+    clean, lost = finite(summary)
+    lost = [*map(str, at(clean, "not_finite") or ()), *lost]
+    return ({**clean, "not_finite": lost} if lost else clean), lost
 
 
 def _sections(summary: Summary, lost: list[str], drawn: set[str]) -> list[Section]:
@@ -80,7 +89,7 @@ def _sections(summary: Summary, lost: list[str], drawn: set[str]) -> list[Sectio
 
 def report_json(summary: Summary) -> str:
     """The summary, the table's cells and the verdict as one JSON document, keys in the order given."""
-    clean, _ = finite(summary)
+    clean, _ = _finite(summary)
     document = {
         "format": FORMAT,
         "summary": clean,

@@ -15,6 +15,7 @@ from edgedisp.report.divergence import divergence
 from edgedisp.report.every_arm import every_arm, wanted
 from edgedisp.report.means import mean_grid
 from edgedisp.report.mixed import mixed
+from edgedisp.report.on_devices import on_devices
 from edgedisp.report.plot_inside import TRAINING
 from edgedisp.report.plot_scores import DIFFERENCES, SCORES
 from edgedisp.report.reading import (
@@ -59,6 +60,7 @@ def result_sections(summary: Summary, drawn: Collection[str]) -> list[Section]:
         merge_audit(summary),
         survival(summary, drawn),
         latency(summary, drawn),
+        on_devices(summary),
         mixed(summary, drawn),
         verify(summary),
         sizes(summary),
