@@ -1,9 +1,8 @@
 """A stand-in for the device end of adb, for the tests of `adb` devices: the real adb program talks to it.
 
 It speaks enough of the protocol for shell commands (with and without exit codes), `adb reverse` and the
-connections that come back through it. Its "phone" is a folder: shell commands run there with programs of
-their own before the system's (getprop, dumpsys, am, run-as ...), and `am start` opens a headless Chromium on
-the address. Nothing of USB, authorisation, bionic or SELinux is in it.
+connections that come back through it. What stands for the phone is in `android_phone.py`: a folder, whose
+programs come before the system's. Nothing of USB, authorisation, bionic or SELinux is in it.
 """
 
 from __future__ import annotations
@@ -12,75 +11,19 @@ import contextlib
 import itertools
 import os
 import queue
-import shutil
-import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgedisp import BadInput
-from edgedisp.bench.chromium import FLAGS, find_browser
-
-PROGRAM = shutil.which("adb")
-MISSING = None if PROGRAM else "no adb here (apt-get install adb)"
 COMMANDS = (b"CNXN", b"AUTH", b"OPEN", b"OKAY", b"WRTE", b"CLSE")
 CNXN, AUTH, OPEN, OKAY, WRTE, CLSE = (int.from_bytes(name, "little") for name in COMMANDS)
+MODEL = "Test Phone 9"
 VERSION, LARGEST = 0x01000001, 256 * 1024
 STDIN, STDOUT, STDERR, EXIT, STDIN_ENDS = range(5)
-MODEL = "Test Phone 9"
-PROPS = {
-    "ro.product.manufacturer": "Testmaker",
-    "ro.product.model": MODEL,
-    "ro.soc.manufacturer": "Chipmaker",
-    "ro.soc.model": "CM1234",
-    "ro.board.platform": "board",
-    "ro.build.version.release": "14",
-    "ro.build.version.sdk": "34",
-    "ro.product.cpu.abi": "arm64-v8a",
-}
-BATTERY = """Current Battery Service state:
-  AC powered: false
-  USB powered: true
-  status: {status}
-  health: 2
-  present: true
-  level: {level}
-  scale: 100
-  voltage: 4200
-  temperature: 291
-"""
-THERMAL = """IsStatusOverride: false
-Thermal Status: {thermal}
-Cached temperatures:
-\tTemperature{{mValue=0.0, mType=3, mName=skin, mStatus=0}}
-HAL Ready: true
-Current temperatures from HAL:
-\tTemperature{{mValue=48.5, mType=0, mName=CPU0, mStatus=0}}
-\tTemperature{{mValue=31.5, mType=3, mName=skin, mStatus=0}}
-"""
-# The phone's own programs. `run-as` is refused unless Termux is the debug build; a Python is in Termux alone.
-PROGRAMS = {
-    "getprop": 'cat "$PHONE/props"',
-    "dumpsys": 'cat "$PHONE/$1"',
-    "settings": "echo 0",
-    "input": 'echo "$@" >> "$PHONE/input"',
-    "run-as": '[ -e "$PHONE/debuggable" ] || exit 1; shift; PATH="$PHONE/termux:$PATH" exec "$@"',
-    "python3": "exit 127",
-    "python": "exit 127",
-    "am": """echo "Starting: Intent { act=android.intent.action.VIEW }"
-        [ -e "$PHONE/browser" ] || { echo "Error: Activity not started, unable to resolve Intent"; exit 0; }
-        while [ "$1" != -d ]; do shift; done
-        echo "$2" > "$PHONE/opened"
-        setsid "$PHONE/browser" "$2" > /dev/null 2>&1 < /dev/null &
-        echo $! > "$PHONE/browser.pid" """,
-}
 
 
 class Link:
@@ -223,11 +166,6 @@ class Adbd:
         for port in list(self.listeners):
             self._unlisten(port)
 
-    def state(self, *, thermal: int = 0, level: int = 85, status: int = 3) -> None:
-        """What dumpsys tells from now on."""
-        (self.folder / "battery").write_text(BATTERY.format(level=level, status=status))
-        (self.folder / "thermalservice").write_text(THERMAL.format(thermal=thermal))
-
     def service(self, name: str) -> Callable[[Stream], None]:
         self.asked.append(name)
         kind, _, rest = name.partition(":")
@@ -357,66 +295,3 @@ def _fed(stream: Stream, process: subprocess.Popen[bytes]) -> None:
 
 def _counted(text: str) -> bytes:
     return f"{len(text):04x}{text}".encode()
-
-
-@contextmanager
-def phone(folder: Path, **options: object) -> Iterator[Adbd]:
-    """A phone in `folder`, with what it started ended at the end."""
-    for name in ("bin", "termux", "home"):
-        (folder / name).mkdir(parents=True)
-    for name, text in PROGRAMS.items():
-        _program(folder / "bin" / name, text)
-    _program(folder / "termux" / "python3", f'exec {sys.executable} "$@"')
-    with contextlib.suppress(BadInput):
-        root = "--no-sandbox" if os.geteuid() == 0 else ""
-        words = [find_browser(), *FLAGS, root, f"--user-data-dir={folder / 'profile'}"]
-        _program(folder / "browser", f'exec {" ".join(words)} "$@"')
-    (folder / "props").write_text("".join(f"[{name}]: [{value}]\n" for name, value in PROPS.items()))
-    found = Adbd(folder, **options)  # type: ignore[arg-type]
-    found.state()
-    try:
-        yield found
-    finally:
-        found.cut()
-        close_browser(folder)
-
-
-def _program(place: Path, text: str) -> None:
-    place.write_text(f"#!/bin/sh\n{text}\n")
-    place.chmod(0o755)
-
-
-def close_browser(folder: Path) -> None:
-    """End the browser that `am` started, with its helpers, which form one group."""
-    if (told := folder / "browser.pid").exists():
-        group = int(told.read_text())
-        for sign in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, sign)
-                time.sleep(0.3)
-        told.unlink()
-
-
-@contextmanager
-def server(folder: Path) -> Iterator[str]:
-    """An adb server with keys of its own; the command to reach it, for $EDGEDISP_ADB."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = f"env HOME={folder} {PROGRAM} -P {port}"
-    subprocess.run([*command.split(), "start-server"], check=True, capture_output=True, timeout=30)
-    try:
-        yield command
-    finally:
-        subprocess.run([*command.split(), "kill-server"], check=False, capture_output=True, timeout=30)
-
-
-def connect(command: str, found: Adbd) -> None:
-    """Have adb connect to a phone."""
-    words = [*command.split(), "connect", f"127.0.0.1:{found.port}"]
-    subprocess.run(words, check=False, capture_output=True, timeout=30)
-
-
-def disconnect(command: str) -> None:
-    """Have adb forget all phones."""
-    subprocess.run([*command.split(), "disconnect"], check=False, capture_output=True, timeout=30)

@@ -1,16 +1,19 @@
-"""`--device adb`: the real adb program against a stand-in for the phone (`adbd.py`)."""
+"""`--device adb`: the real adb program against a stand-in for the phone (`adbd.py`, `android_phone.py`)."""
 
 from __future__ import annotations
 
 import json
 import re
+import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import adbd
+import android_phone
 import pytest
+from android_phone import MODEL, AndroidPhone
 from test_phone_page import WEB, chromium
 from tiny_bundle import RUNNER, recompute, tiny_bundles
 
@@ -19,7 +22,7 @@ from edgedisp.bench import adb_client, adb_page, android, devices
 from edgedisp.bench.devices import DeviceLost, Wanted
 from edgedisp.bench.page_bundle import prompt_ids, read_bundles
 
-needs_adb = pytest.mark.skipif(adbd.MISSING is not None, reason=str(adbd.MISSING))
+needs_adb = pytest.mark.skipif(android_phone.MISSING is not None, reason=str(android_phone.MISSING))
 needs_page = [
     needs_adb,
     pytest.mark.skipif(chromium() is None, reason="needs Chromium: apt-get install chromium"),
@@ -37,7 +40,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with adbd.server(tmp_path_factory.mktemp("adb")) as found:
+    with android_phone.server(tmp_path_factory.mktemp("adb")) as found:
         yield found
 
 
@@ -47,14 +50,14 @@ def adb(command: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("EDGEDISP_ADB", command)
     monkeypatch.delenv("ANDROID_SERIAL", raising=False)
     yield command
-    adbd.disconnect(command)
+    android_phone.disconnect(command)
 
 
 @pytest.fixture
-def phone(adb: str, tmp_path: Path) -> Iterator[adbd.Adbd]:
+def phone(adb: str, tmp_path: Path) -> Iterator[AndroidPhone]:
     """One attached phone."""
-    with adbd.phone(tmp_path / "phone") as found:
-        adbd.connect(adb, found)
+    with android_phone.phone(tmp_path / "phone") as found:
+        android_phone.connect(adb, found)
         yield found
 
 
@@ -73,7 +76,7 @@ def refusal(name: str, bundles: dict[str, Path], **changes: Any) -> str:
     return str(caught.value)
 
 
-def left(phone: adbd.Adbd, patience_s: float = 10.0) -> list[Path]:
+def left(phone: AndroidPhone, patience_s: float = 10.0) -> list[Path]:
     """What is in the home folder there; a far end whose connection broke takes a moment to clean up."""
     deadline = time.monotonic() + patience_s
     while (found := list(phone.home.rglob("*"))) and time.monotonic() < deadline:
@@ -89,7 +92,7 @@ class TestPage:
     pytestmark = needs_page
 
     def test_the_page_in_its_browser_gives_rows_through_the_reverse_port(  # type: ignore[no-untyped-def]
-        self, phone: adbd.Adbd, bundles: dict[str, Path], tmp_path: Path, edgedisp
+        self, phone: AndroidPhone, bundles: dict[str, Path], tmp_path: Path, edgedisp
     ) -> None:
         page = tmp_path / "devices.html"
         bundle = bundles["fp32"]
@@ -109,7 +112,7 @@ class TestPage:
         assert asked[-1] == f"reverse:killforward:tcp:{there[1]}" and phone.listeners == {}
         machine = found["machine"]
         assert machine["phone"] == {
-            "manufacturer": "Testmaker", "model": adbd.MODEL, "soc": "Chipmaker CM1234", "android": "14",
+            "manufacturer": "Testmaker", "model": MODEL, "soc": "Chipmaker CM1234", "android": "14",
             "api": "34", "abi": "arm64-v8a", "measured_by": "the phone page in its browser",
         }  # fmt: skip
         assert machine["cpu"] == "Chipmaker CM1234" and machine["system"] == "Android 14 (API 34)"
@@ -117,11 +120,11 @@ class TestPage:
         assert found["load_average"]["before"] is not None
         assert machine["state"]["after"]["battery_percent"] == 85
         text = page.read_text()
-        assert f"adb ({adbd.MODEL})" in text and "85 %, discharging, 29.1 °C" in text
+        assert f"adb ({MODEL})" in text and "85 %, discharging, 29.1 °C" in text
         assert "KEYCODE_WAKEUP" in (phone.folder / "input").read_text()
 
     def test_a_phone_that_is_lost_keeps_what_was_measured(
-        self, phone: adbd.Adbd, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+        self, phone: AndroidPhone, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(adb_page, "LOOK_S", 0.1)
         chosen = {"fp32": bundles["fp32"]}
@@ -138,11 +141,11 @@ class TestPage:
             device.measure(cut)
         partial = caught.value.partial
         assert 2 <= len(partial["order"]) < 50 and not partial["complete"] and partial["lost"]
-        assert partial["machine"]["phone"]["model"] == adbd.MODEL
+        assert partial["machine"]["phone"]["model"] == MODEL
         assert partial["machine"]["state"]["after"] is None
 
     def test_a_phone_without_a_browser_is_told_and_its_port_given_back(
-        self, phone: adbd.Adbd, bundles: dict[str, Path]
+        self, phone: AndroidPhone, bundles: dict[str, Path]
     ) -> None:
         (phone.folder / "browser").unlink()
         address = devices.parse("adb")
@@ -166,7 +169,7 @@ def refusal_of_sweep(bundles: dict[str, Path]) -> BadInput:
 
 @needs_adb
 def test_a_python_in_termux_that_adb_may_enter_runs_the_runner_and_leaves_nothing(
-    phone: adbd.Adbd, bundles: dict[str, Path]
+    phone: AndroidPhone, bundles: dict[str, Path]
 ) -> None:
     (phone.folder / "debuggable").touch()
     phone.state(thermal=2, level=15, status=2)
@@ -185,7 +188,7 @@ def test_a_python_in_termux_that_adb_may_enter_runs_the_runner_and_leaves_nothin
 
 @needs_adb
 def test_a_runner_whose_phone_is_lost_keeps_what_was_measured_and_leaves_nothing(
-    phone: adbd.Adbd, bundles: dict[str, Path]
+    phone: AndroidPhone, bundles: dict[str, Path]
 ) -> None:
     (phone.folder / "debuggable").touch()
 
@@ -203,14 +206,12 @@ def test_a_runner_whose_phone_is_lost_keeps_what_was_measured_and_leaves_nothing
 
 
 @needs_adb
-def test_a_named_python_that_is_not_there_is_told(phone: adbd.Adbd, bundles: dict[str, Path]) -> None:
+def test_a_named_python_that_is_not_there_is_told(phone: AndroidPhone, bundles: dict[str, Path]) -> None:
     assert "starts no Python /no/such" in refusal("adb", bundles, python="/no/such")
 
 
 @needs_adb
-def test_bytes_and_exit_codes_pass_through_the_shell(phone: adbd.Adbd) -> None:
-    import subprocess
-
+def test_bytes_and_exit_codes_pass_through_the_shell(phone: AndroidPhone) -> None:
     found = adb_client.find_phone("adb", None)
     every = bytes(range(256)) * 4096 + b"\n~.\n\r\n\x04"
     done = subprocess.run(found.reach("cat; echo said >&2; exit 7"), input=every, capture_output=True)
@@ -218,9 +219,13 @@ def test_bytes_and_exit_codes_pass_through_the_shell(phone: adbd.Adbd) -> None:
 
 
 @needs_adb
-def test_a_port_that_is_taken_on_the_phone_gives_way_to_a_free_one(phone: adbd.Adbd) -> None:
+def test_a_port_that_is_taken_on_the_phone_gives_way_to_a_free_one(phone: AndroidPhone) -> None:
     found = adb_client.find_phone("adb", None)
-    with found.port_that_leads_here(5, 0) as first, found.port_that_leads_here(6, first) as second:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        taken = free.getsockname()[1]
+    with found.port_that_leads_here(5, taken) as first, found.port_that_leads_here(6, first) as second:
+        assert first == taken
         assert second != first and found.leads_here(first) and found.leads_here(second)
     assert phone.listeners == {} and not found.leads_here(first)
 
@@ -228,9 +233,12 @@ def test_a_port_that_is_taken_on_the_phone_gives_way_to_a_free_one(phone: adbd.A
 @needs_adb
 def test_none_several_and_a_stranger_are_told(adb: str, bundles: dict[str, Path], tmp_path: Path) -> None:
     assert "no phone is attached; plug it in" in refusal("adb", bundles)
-    with adbd.phone(tmp_path / "a") as one, adbd.phone(tmp_path / "b", authorised=False) as other:
+    with (
+        android_phone.phone(tmp_path / "a") as one,
+        android_phone.phone(tmp_path / "b", authorised=False) as other,
+    ):
         for found in (one, other):
-            adbd.connect(adb, found)
+            android_phone.connect(adb, found)
         told = refusal("adb", bundles)
         assert "2 devices are attached" in told and f"{one.device} (Test Phone 9)" in told
         assert f"{other.device} (unauthorized)" in told
@@ -275,6 +283,7 @@ def test_what_adb_lists_is_read_with_its_states() -> None:
 )
 def test_what_adb_says_is_explained_in_one_line(said: str, meaning: str) -> None:
     assert meaning in adb_client.explain(1, said) and "\n" not in adb_client.explain(1, said)
+    assert adb_client.explain(0, "") == "the connection to the phone broke"
 
 
 def test_a_phone_that_tells_nothing_leaves_gaps_and_no_warnings() -> None:
@@ -287,8 +296,8 @@ def test_a_phone_that_tells_nothing_leaves_gaps_and_no_warnings() -> None:
 def test_the_state_is_read_from_what_dumpsys_tells() -> None:
     found = android.state(
         {
-            "battery": adbd.BATTERY.format(status=2, level=43),
-            "thermal": adbd.THERMAL.format(thermal=1),
+            "battery": android_phone.BATTERY.format(status=2, level=43),
+            "thermal": android_phone.THERMAL.format(thermal=1),
             "saver": "1\n",
         }
     )

@@ -29,6 +29,7 @@ ATTACH = (
     "use `adb connect ADDRESS:PORT`"
 )
 READY = "device"
+END = "-- edgedisp: end"
 
 # State in `adb devices` -> what to do.
 ADVICE = {
@@ -95,8 +96,14 @@ class Phone:
         return [*self.words, "shell", "-T", command]
 
     def shell(self, command: str) -> str:
-        """What a shell command prints there; its exit code is not asked for. Raises AdbFailed."""
-        return self.run("shell", "-T", f"{command}\ntrue")
+        """What a shell command prints there; its exit code is not asked for. Raises AdbFailed.
+
+        adb ends with 0 also where the connection breaks, so the last line has to be there.
+        """
+        out, end, _ = self.run("shell", "-T", f"{command}\necho '{END}'").rpartition(END)
+        if not end:
+            raise AdbFailed(f"{self.name}: {explain(0, out)}")
+        return out
 
     @property
     def has_clean_pipe(self) -> bool:
@@ -199,5 +206,7 @@ def explain(code: int | None, said: str) -> str:
     for sign, meaning in MEANINGS.items():
         if sign in said.lower():
             return meaning
+    if code == 0:  # what adb makes of it: the other end never told an exit code
+        return "the connection to the phone broke"
     last = said.strip().splitlines()[-1] if said.strip() else "it said nothing"
     return f"adb ended with code {code}: {printable(last)}"
