@@ -34,8 +34,7 @@ WORDS = ["--prompt", "6", "--generate", "5", "--repetitions", "2", "--threads", 
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = tiny_bundles(tmp_path_factory.getbasetemp())
-    return {"fp32": found["fp32"], "int4": found["int4"]}
+    return {"fp32": tiny_bundles(tmp_path_factory.getbasetemp())["fp32"]}
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +126,6 @@ class TestPage:
         self, phone: AndroidPhone, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(adb_page, "LOOK_S", 0.1)
-        chosen = {"fp32": bundles["fp32"]}
 
         def cut(done: int, total: int, note: str) -> None:
             if "repetition 3" in note:
@@ -135,7 +133,7 @@ class TestPage:
 
         address = devices.parse(phone.device)
         with (
-            devices.opened(address, chosen, wanted(repetitions=50)) as device,
+            devices.opened(address, bundles, wanted(repetitions=50)) as device,
             pytest.raises(DeviceLost, match="not attached any more") as caught,
         ):
             device.measure(cut)
@@ -175,7 +173,7 @@ def test_a_python_in_termux_that_adb_may_enter_runs_the_runner_and_leaves_nothin
     phone.state(thermal=2, level=15, status=2)
     with devices.opened(devices.parse(phone.device), bundles, wanted()) as device:
         found = device.measure(lambda *_: None)
-    assert [row["label"] for row in found["rows"]] == ["fp32", "int4"]
+    assert [row["label"] for row in found["rows"]] == ["fp32"]
     vocabulary = found["rows"][0]["shape"]["vocab_size"]
     assert tokens(found)["fp32"] == recompute(bundles["fp32"], prompt_ids(vocabulary, 6, 0), 5)
     assert found["machine"]["phone"]["measured_by"] == "the runner in its Python"
@@ -193,7 +191,7 @@ def test_a_runner_whose_phone_is_lost_keeps_what_was_measured_and_leaves_nothing
     (phone.folder / "debuggable").touch()
 
     def cut(done: int, total: int, note: str) -> None:
-        if "tokens/s" in note and done == 2 + 3:
+        if "tokens/s" in note and done == 1 + 1:
             phone.cut()
 
     with (
@@ -201,7 +199,7 @@ def test_a_runner_whose_phone_is_lost_keeps_what_was_measured_and_leaves_nothing
         pytest.raises(DeviceLost) as caught,
     ):
         device.measure(cut)
-    assert caught.value.partial["order"] == ["fp32", "int4", "int4"]
+    assert caught.value.partial["order"] == ["fp32"]
     assert caught.value.partial["lost"] and left(phone) == []
 
 
