@@ -209,6 +209,16 @@ def test_a_named_python_that_is_not_there_is_told(phone: AndroidPhone, bundles: 
 
 
 @needs_adb
+def test_an_old_phone_without_a_clean_pipe_is_for_the_page_alone(
+    adb: str, bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    with android_phone.phone(tmp_path / "old", features=()) as old:
+        android_phone.connect(adb, old)
+        assert adb_client.find_phone("adb", None).shell("echo said; exit 7 | cat") == "said\n"
+        assert "--remote-python needs Android 7" in refusal("adb", bundles, python="python3")
+
+
+@needs_adb
 def test_bytes_and_exit_codes_pass_through_the_shell(phone: AndroidPhone) -> None:
     found = adb_client.find_phone("adb", None)
     every = bytes(range(256)) * 4096 + b"\n~.\n\r\n\x04"

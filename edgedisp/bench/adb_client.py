@@ -92,7 +92,10 @@ class Phone:
         return out
 
     def reach(self, command: str) -> list[str]:
-        """The program to start here whose streams and exit code are those of a shell command there."""
+        """The program to start here whose streams and exit code are those of a shell command there.
+
+        For a clean pipe alone: adb refuses `-T` for an older phone.
+        """
         return [*self.words, "shell", "-T", command]
 
     def shell(self, command: str) -> str:
@@ -100,7 +103,7 @@ class Phone:
 
         adb ends with 0 also where the connection breaks, so the last line has to be there.
         """
-        out, end, _ = self.run("shell", "-T", f"{command}\necho '{END}'").rpartition(END)
+        out, end, _ = self.run("shell", f"{command}\necho '{END}'").rpartition(END)
         if not end:
             raise AdbFailed(f"{self.name}: {explain(0, out)}")
         return out

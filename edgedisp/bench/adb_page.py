@@ -24,10 +24,10 @@ from edgedisp.bench.page_bundle import PageBundle, read_bundles
 from edgedisp.bench.page_plan import PagePlan, measured
 from edgedisp.bench.page_run import MEMORY_SHARE, Opened
 from edgedisp.bench.page_server import PageServer, page_resources
+from edgedisp.bench.phone import PORT
 from edgedisp.bench.remote import copied
 from edgedisp.bench.uploads import printable
 
-PORT = 8717  # of the phone. Browsers keep downloads by address and port: the same one each time
 MIB = 1 << 20
 PAGE_BYTES = 150 * MIB  # a page without weights
 FIRST_S = 120.0  # for the page to open: a browser that is new there may ask its user something first
