@@ -110,7 +110,7 @@ def _described(told: Mapping[str, str], scratch: Path, name: str) -> dict[str, A
     files = android.files(told.get("files", ""))
     cpus = android.cpus(files.get("sys/devices/system/cpu/online"))
     system = f"Android {phone['android']} (API {phone['api']})" if phone["android"] else "Android"
-    facts = {
+    facts: dict[str, Any] = {
         "cpus": cpus,
         "architecture": told.get("kernel", "").strip() or phone["abi"],
         "system": system,
