@@ -9,7 +9,7 @@ RUNTIMES := .runtimes
 NODE := $(RUNTIMES)/node/.installed
 OPTIMUM := $(RUNTIMES)/optimum/.installed
 
-.PHONY: quickstart test lint types unit real emulated docs wheel clean setup runtimes sshd
+.PHONY: quickstart test lint types unit real emulated docs wheel clean setup runtimes servers
 
 quickstart: setup
 	$(BIN)/edgedisp build recipes/quickstart.yaml
@@ -29,12 +29,14 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 # Where node or a package cannot be had, the tests of that runtime are skipped and say so.
-runtimes: $(NODE) $(OPTIMUM) sshd
+runtimes: $(NODE) $(OPTIMUM) servers
 
-# A real server for tests/test_bench_ssh.py. The package is installed where that needs no question.
-sshd:
-	-test -x /usr/sbin/sshd || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || \
-		{ apt-get -qq update; apt-get -qq -y install --no-install-recommends openssh-server; } >/dev/null 2>&1
+# A real sshd for tests/test_bench_ssh.py, a real adb (with its server) for tests/test_bench_adb.py. The packages are
+# installed where that needs no question.
+servers:
+	-{ test -x /usr/sbin/sshd && command -v adb; } >/dev/null || ! command -v apt-get >/dev/null || \
+		test "$$(id -u)" != 0 || \
+		{ apt-get -qq update; apt-get -qq -y install --no-install-recommends openssh-server adb; } >/dev/null 2>&1
 
 # Without the variable, onnxruntime-node fetches CUDA libraries that nothing here uses. transformers.js brings the
 # onnxruntime-web that it was built with; playwright-core drives a chromium that is there already, and fetches none.

@@ -7,7 +7,7 @@ another hash; what was measured of the old one is named as outdated and not show
 
 Of one device, bundle, prompt, new tokens and threads the latest complete measurement stands. An earlier file
 of which nothing is left is removed; a partial result replaces partial ones alone. A device is the same when
-its name, its processor and, of a browser, its user agent (without versions) and cores are.
+its name, its processor, a phone's model and, of a browser, its user agent (without versions) and cores are.
 
 Stages and their records know nothing of this folder: measuring changes no key, and deleting a file there
 forgets what it holds. Left out: a history of measurements; `edgedisp bench --json` gives each to whoever
@@ -146,9 +146,10 @@ class _Kept:
     def identity(self) -> tuple[Any, ...]:
         """What makes a device the same one another time."""
         machine = self.result.get("machine") or {}
-        browser = machine.get("browser") or {}
+        browser, phone = machine.get("browser") or {}, machine.get("phone") or {}
         agent = re.sub(r"/[\d.]+", "", str(browser.get("user_agent") or ""))
-        return (str(self.result.get("device")), machine.get("cpu"), agent, browser.get("cores"))
+        model = phone.get("model")
+        return (str(self.result.get("device")), machine.get("cpu"), model, agent, browser.get("cores"))
 
     @property
     def keys(self) -> dict[str, tuple[Any, ...]]:

@@ -20,6 +20,15 @@ def test_devices_are_taken_apart() -> None:
     assert parse("local") == Address("local", "local")
     assert parse("ssh://Pi") == Address("ssh://Pi", "ssh", "Pi")
     assert parse("ssh://me@pi.local:2222") == Address("ssh://me@pi.local:2222", "ssh", "pi.local", "me", 2222)
+    assert parse("adb") == Address("adb", "adb")
+    for serial in (
+        "R5CT123",
+        "emulator-5554",
+        "127.0.0.1:15555",
+        "[::1]:5555",
+        "adb-x._adb-tls-connect._tcp",
+    ):
+        assert parse(f"adb:{serial}") == Address(f"adb:{serial}", "adb", serial=serial)
     six = parse("ssh://me@[fe80::1%eth0]:22")
     assert (six.host, six.user, six.port) == ("fe80::1%eth0", "me", 22)
 
@@ -27,7 +36,7 @@ def test_devices_are_taken_apart() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("", "is not known; (choices: local, ssh://USER@HOST[:PORT], browser, arm64-emulated)"),
+        ("", "is not known; (choices: local, ssh://USER@HOST[:PORT], adb[:SERIAL], browser, arm64-emulated)"),
         ("locl", "did you mean 'local'?"),
         ("arm64", "did you mean 'arm64-emulated'?"),
         ("shh://pi", "did you mean 'ssh://USER@HOST[:PORT]'?"),
@@ -43,6 +52,11 @@ def test_devices_are_taken_apart() -> None:
         ("ssh://-x@pi", "is not a name"),
         ("ssh://pi;reboot", "is not a name"),
         ("local://here", "takes no address"),
+        ("adb:", "is not a serial; write adb[:SERIAL]"),
+        ("adb:-s", "is not a serial"),
+        ("adb://phone", "is not a serial"),
+        ("adb:a b", "is not a serial"),
+        ("abd", "did you mean 'adb[:SERIAL]'?"),
     ],
 )
 def test_what_cannot_work_is_refused_with_what_would(name: str, said: str) -> None:
@@ -53,12 +67,12 @@ def test_what_cannot_work_is_refused_with_what_would(name: str, said: str) -> No
 
 @given(st.text(max_size=30))
 def test_any_text_is_an_address_or_bad_input(text: str) -> None:
-    for name in (text, f"ssh://{text}"):
+    for name in (text, f"ssh://{text}", f"adb:{text}"):
         try:
             found = parse(name)
         except BadInput:
             continue
-        assert not found.host.startswith("-") and not (found.user or "").startswith("-")
+        assert not any((word or "").startswith("-") for word in (found.host, found.user, found.serial))
 
 
 def test_no_device_and_the_same_one_twice_are_refused() -> None:

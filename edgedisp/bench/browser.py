@@ -11,23 +11,22 @@ a phone's: Chromium's throttle does not reach workers.
 
 from __future__ import annotations
 
-import queue
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput, BuildFailed, Progress, data_folder, silent
+from edgedisp import BadInput, Progress, data_folder, silent
 from edgedisp.bench.chromium import Browser, find_browser, started
-from edgedisp.bench.devices import Address, DeviceLost, Wanted
+from edgedisp.bench.devices import Address, Wanted
 from edgedisp.bench.machine import describe, readings
 from edgedisp.bench.page_bundle import PageBundle, read_bundles
 from edgedisp.bench.page_plan import PagePlan, measured
 from edgedisp.bench.page_resources import page_resources
+from edgedisp.bench.page_run import MEMORY_SHARE, Opened
 from edgedisp.bench.page_server import PageServer
 from edgedisp.bench.timing import other_cpus
-from edgedisp.bench.uploads import Figures, Step, Trouble
 
 
 def measure(
@@ -65,7 +64,7 @@ def measure(
     if missing := [label for one in pairs for label in one if label not in bundles]:
         raise BadInput(f"pairs: {', '.join(missing)}: not among the bundles")
     if memory_bytes is None and (available := describe()["memory_available_bytes"]) is not None:
-        memory_bytes = int(0.8 * available)
+        memory_bytes = int(MEMORY_SHARE * available)
     plan = PagePlan(served, prompt, generate, repetitions, threads or 1, seed, warmup, pause_s, memory_bytes)
     resources = {**page_resources(web or data_folder("export") / "web"), **plan.resources()}
     before = readings()["load_average_1m"]
@@ -73,12 +72,14 @@ def measure(
         PageServer(resources, host="127.0.0.1", port=0, accepts=plan.accepts, note=silent_note) as server,
         started(program, f"{server.address}?run=bench") as browser,
     ):
-        figures, seen = _collect(plan, server, browser, timeout_s, progress)
+        page = Opened(plan, server, _Watch(browser), "browser", _machine, timeout_s)
+        figures, seen = page.collect(progress)
         facts = browser.facts()
     found = measured(plan, figures, device="browser", pairs=pairs, readings=seen)
+    machine = _machine(found["machine"])
     return {
         **found,
-        "machine": {**describe(), "browser": {**found["machine"]["browser"], **facts}},
+        "machine": {**machine, "browser": {**machine["browser"], **facts}},
         "load_average": {"before": before, "after": readings()["load_average_1m"]},
     }
 
@@ -115,55 +116,29 @@ def silent_note(line: str) -> None:
     """The page is ours: what it sends fits."""
 
 
-def _collect(
-    plan: PagePlan, server: PageServer, browser: Browser, timeout_s: float, progress: Progress
-) -> tuple[Figures, list[dict[str, Any]]]:
-    """Wait for the complete figures; with each turn that arrives, what the machine was doing meanwhile."""
-    figures: Figures | None = None
-    seen: list[dict[str, Any]] = []
-    moment = _Moment(browser)
-    heard = time.monotonic()
-    while figures is None or not figures.complete:
-        try:
-            upload = server.received.get(timeout=0.5).upload
-        except queue.Empty:
-            if browser.process.poll() is not None:
-                raise _failed(f"the browser ended with code {browser.process.returncode}{browser.tail()}",
-                              plan, figures) from None  # fmt: skip
-            if time.monotonic() - heard > timeout_s:
-                raise _failed(f"nothing heard for {timeout_s:g} s{browser.tail()}", plan, figures) from None
-            continue
-        heard = time.monotonic()
-        if isinstance(upload, Step):
-            progress(upload.done, upload.total, upload.note)
-            moment = _Moment(browser)  # a turn begins after the step is told
-        elif isinstance(upload, Trouble):
-            raise _failed(f"the page could not go on: {upload.message}", plan, figures)
-        else:
-            if len(upload.repetitions) > len(seen):
-                seen.append(moment.until_now())
-            figures = upload
-    return figures, seen
+def _machine(told: dict[str, Any]) -> dict[str, Any]:
+    """This machine, with what the page told of its browser."""
+    return {**describe(), "browser": told["browser"]}
 
 
-def _failed(why: str, plan: PagePlan, figures: Figures | None) -> BuildFailed:
-    """The error, with the partial result if there is one."""
-    message = f"device browser: {why}"
-    if figures is None or not figures.repetitions:
-        return BuildFailed(message)
-    partial = measured(plan, figures, device="browser")
-    machine = {**describe(), "browser": partial["machine"]["browser"]}
-    return DeviceLost(message, {**partial, "machine": machine, "lost": why})
-
-
-class _Moment:
-    """The machine's counters at the beginning of a turn."""
+class _Watch:
+    """The browser's process, and this machine's counters during a turn; see `page_run.Watch`."""
 
     def __init__(self, browser: Browser) -> None:
-        self.browser, self.counters = browser, readings()
-        self.own_s, self.started = browser.cpu_s(), time.monotonic()
+        self.browser = browser
+        self.begins()
 
-    def until_now(self) -> dict[str, Any]:
+    def gone(self) -> str | None:
+        code = self.browser.process.poll()
+        return None if code is None else f"the browser ended with code {code}{self.browser.tail()}"
+
+    def hint(self) -> str:
+        return self.browser.tail()
+
+    def begins(self) -> None:
+        self.counters, self.own_s, self.started = readings(), self.browser.cpu_s(), time.monotonic()
+
+    def ended(self) -> dict[str, Any]:
         """Clock, temperature, load, and the CPUs that others kept busy since; None where it is not told."""
         after, wall_s = readings(), time.monotonic() - self.started
         own_s = self.browser.cpu_s() - self.own_s

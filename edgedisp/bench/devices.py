@@ -3,7 +3,7 @@
 A kind's module has `opened(address, bundles, wanted)`, a context manager: it reaches the device, refuses what
 cannot work there (BadInput), and gives an object whose `measure(progress)` returns one JSON object:
 
-    device      as the user named it; kind: local, ssh ...
+    device      as the user named it; kind: local, ssh, adb ...
     machine     {cpu, architecture, features [], physical_cores, memory_bytes, system ...}, what is known
     rows        one for each bundle: {label, threads, prompt, generate, repetitions, load_s, load_cold_s,
                 ttft_ms, prefill_tokens_per_s, decode_tokens_per_s, token_ms_p50, token_ms_p90,
@@ -44,21 +44,24 @@ class Kind:
 KINDS = {
     "local": Kind("edgedisp.bench.local", "local"),
     "ssh": Kind("edgedisp.bench.ssh", "ssh://USER@HOST[:PORT]"),
+    "adb": Kind("edgedisp.bench.adb", "adb[:SERIAL]"),
     "browser": Kind("edgedisp.bench.browser", "browser"),
     "arm64-emulated": Kind("edgedisp.bench.arm64_emulated", "arm64-emulated", times=False),
 }
 WITH_ADDRESS = {"ssh"}  # written KIND://ADDRESS
+WITH_SERIAL = {"adb"}  # written KIND or KIND:SERIAL
 
 
 @dataclass(frozen=True)
 class Address:
-    """A device as the user named it, taken apart; `user`, `host` and `port` where its kind has them."""
+    """A device as the user named it, taken apart; `user`, `host` ... where its kind has them."""
 
     name: str
     kind: str
     host: str = ""
     user: str | None = None
     port: int | None = None
+    serial: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ def opened(address: Address, bundles: Mapping[str, Path], wanted: Wanted) -> Abs
 def parse(name: str) -> Address:
     """Take a device's name apart. Raises BadInput with what would work."""
     text = name.strip()
+    if (before := text.partition(":")[0]) in WITH_SERIAL:
+        return _with_serial(text, before)
     kind, slashes, rest = text.partition("://")
     if kind not in KINDS:
         guess = difflib.get_close_matches(kind.lower(), KINDS, n=1, cutoff=0.5)
@@ -131,6 +136,14 @@ def parse(name: str) -> Address:
     if not slashes or not rest:
         raise BadInput(f"--device {name!r}: no device is named; write {KINDS[kind].form}")
     return _with_host(text, kind)
+
+
+def _with_serial(text: str, kind: str) -> Address:
+    """KIND[:SERIAL]; a serial may hold colons, as in adb:127.0.0.1:5555, and may not look like an option."""
+    _, colon, serial = text.partition(":")
+    if colon and not re.fullmatch(r"[A-Za-z0-9_\[][\w.:%\[\]-]*", serial, re.ASCII):
+        raise BadInput(f"--device {text!r}: {serial!r} is not a serial; write {KINDS[kind].form}")
+    return Address(text, kind, serial=serial or None)
 
 
 def _with_host(text: str, kind: str) -> Address:

@@ -120,17 +120,7 @@ class Remote(Host):
         return found
 
     def _copy(self, name: str, files: Mapping[str, str]) -> Path:
-        """The far end's system files, written below a folder here."""
-        root = self._scratch / name
-        shutil.rmtree(root, ignore_errors=True)
-        root.mkdir()
-        for path, text in files.items():
-            place = root / path
-            if ".." in Path(path).parts or Path(path).is_absolute():
-                raise BuildFailed(f"{self.name}: sent a file named {path!r}")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(text, encoding="utf-8")
-        return root
+        return copied(self._scratch / name, files, self.name)
 
     def describe(self) -> dict[str, Any]:
         packages = {name: self._told["modules"].get(name) for name in PACKAGES}
@@ -215,6 +205,19 @@ class Remote(Host):
 
         request = {"put": key, "files": listed, "keep": self._wanted.keep}
         self._places[key] = self._ask(request, blocks())["path"]
+
+
+def copied(root: Path, files: Mapping[str, str], name: str) -> Path:
+    """`root`, made anew with another machine's system files in it; `name` is that machine's."""
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir()
+    for path, text in files.items():
+        place = root / path
+        if ".." in Path(path).parts or Path(path).is_absolute():
+            raise BuildFailed(f"{name}: sent a file named {path!r}")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text, encoding="utf-8")
+    return root
 
 
 def _listed(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:

@@ -84,7 +84,7 @@ def bench(
     device: Annotated[
         list[str] | None,
         typer.Option(
-            help="Where: local, ssh://USER@HOST[:PORT], browser, arm64-emulated; give several for several."
+            help="Where: local, ssh://USER@HOST[:PORT], adb[:SERIAL], browser, arm64-emulated; or several."
         ),
     ] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 128,

@@ -114,7 +114,7 @@ def _side_by_side(devices: list[dict[str, Any]]) -> Grid:
             next((r for r in device["rows"] if r["label"] == label), {}) for device in devices
         ]
         rows.append((label, *(_rate(cell, "decode_tokens_per_s") for cell in cells)))
-    head = ("bundle", *(str(device["device"]) for device in devices))
+    head = ("bundle", *(_name(device) for device in devices))
     return Grid(head, tuple(rows), "decode, tokens a second")
 
 
@@ -123,7 +123,7 @@ def _figures(devices: list[dict[str, Any]], several: bool) -> Grid:
     for device in devices:
         for row in map(branch, device["rows"]):
             partial = bool(row.get("partial", device.get("lost")))
-            lead = (f"{device['device']}{' (partial)' if partial else ''}",) if several else ()
+            lead = (f"{_name(device)}{' (partial)' if partial else ''}",) if several else ()
             rows.append((*lead, *_texts(row)))
     head = (*(("device",) if several else ()), *HEAD)
     return Grid(head, tuple(rows), text_columns=(0, 1) if several else (0,))
@@ -192,6 +192,7 @@ def _device(device: dict[str, Any], key: str) -> Section:
     memory, cores = number(machine.get("memory_bytes")), number(machine.get("physical_cores"))
     load = branch(device, "load_average")
     known = {
+        **_phone(machine),
         "processor": machine.get("cpu"),
         "features": " ".join(map(str, machine.get("features") or ())),
         "cores": None if cores is None else fixed(cores, 0),
@@ -206,7 +207,7 @@ def _device(device: dict[str, Any], key: str) -> Section:
     }
     facts = tuple((name, str(value)) for name, value in known.items() if value)
     return Section(
-        key, str(device["device"]), facts=facts, grids=tuple(_sweeps(device)), notes=tuple(warnings(device))
+        key, _name(device), facts=facts, grids=tuple(_sweeps(device)), notes=tuple(warnings(device))
     )
 
 
@@ -224,6 +225,37 @@ def _when(times: Any) -> str | None:
     found = [str(time)[:16].replace("T", " ") for time in times] if isinstance(times, list) else []
     ends = list(dict.fromkeys([*found[:1], *found[-1:]]))
     return f"{' to '.join(ends)} UTC" if ends else None
+
+
+def _name(device: Mapping[str, Any]) -> str:
+    """As the user named it, with the model of a phone."""
+    model = at(device, "machine", "phone", "model")
+    return f"{device['device']} ({model})" if model else str(device["device"])
+
+
+def _phone(machine: dict[str, Any]) -> dict[str, str | None]:
+    """What a phone tells beside what every machine does: what it is, its battery and heat over the time."""
+    phone, state = branch(machine, "phone"), branch(machine, "state")
+    if not phone:
+        return {}
+    before, after = branch(state, "before"), branch(state, "after")
+
+    def over(key: str, unit: str) -> str | None:
+        told = [f"{one[key]}{unit}" for one in (before, after) if one.get(key) is not None]
+        return " → ".join(dict.fromkeys(told)) or None
+
+    battery = [
+        over("battery_percent", " %"),
+        over("battery_status", ""),
+        over("battery_temperature_c", " °C"),
+    ]
+    return {
+        "phone": " ".join(str(phone[key]) for key in ("manufacturer", "model") if phone.get(key)) or None,
+        "measured by": phone.get("measured_by"),
+        "battery": ", ".join(text for text in battery if text) or None,
+        "thermal status": over("thermal_status", ""),
+        "skin temperature": over("skin_temperature_c", " °C"),
+    }
 
 
 def _before_after(before: Any, after: Any) -> str | None:

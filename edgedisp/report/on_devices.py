@@ -15,7 +15,10 @@ from edgedisp.report.section import Grid, Section
 from edgedisp.report.wording import MISSING, fixed, plural
 
 LEFT_OUT = ("side", "projected")  # the one table shows speeds side by side
-FACTS = ("processor", "cores", "memory", "system", "browser", "onnxruntime", "measured")
+FACTS = (
+    *("phone", "processor", "cores", "memory", "system", "browser", "onnxruntime"),
+    *("measured by", "battery", "thermal status", "measured"),
+)
 
 
 def on_devices(summary: Summary) -> Section:
@@ -56,6 +59,7 @@ def on_devices(summary: Summary) -> Section:
 def _facts(known: dict[str, str]) -> str:
     """`AMD EPYC 7763, 2 cores, 15.6 GiB, Linux, onnxruntime 1.31.1, measured 2026-11-27 15:44 UTC`."""
     shown = {"cores": "{} cores", "onnxruntime": "onnxruntime {}", "measured": "measured {}"}
+    shown |= {"measured by": "by {}", "battery": "battery {}", "thermal status": "thermal status {}"}
     told = [shown.get(name, "{}").format(known[name]) for name in FACTS if name in known]
     return ", ".join(told) or MISSING
 
