@@ -22,8 +22,8 @@ from edgedisp.bench.devices import Wanted
 from edgedisp.bench.hardware import readings
 from edgedisp.bench.page_bundle import PageBundle, read_bundles
 from edgedisp.bench.page_plan import PagePlan, measured
-from edgedisp.bench.page_run import MEMORY_SHARE, Opened
 from edgedisp.bench.page_resources import page_resources
+from edgedisp.bench.page_run import MEMORY_SHARE, Opened
 from edgedisp.bench.page_server import PageServer
 from edgedisp.bench.phone import PORT
 from edgedisp.bench.remote import copied
