@@ -53,8 +53,9 @@ const chosen = () => plan.bundles[Number(at("bundle").value)];
 function opening(bundle, before = "") {
   return new Bundle(bundle, threads(), (event) => {
     if (event.event === "piece") return piece(event.text);
-    if (event.stage === "download") {
-      const { done, total } = event;
+    const { done, total } = event;
+    if (event.stage === "check") working(`${before}Checking what is kept of ${bundle.label} …`, done, total);
+    else if (event.stage === "download") {
       working(`${before}Fetching ${bundle.label}: ${megabytes(done)} of ${megabytes(total)}`, done, total);
     } else working(`${before}Loading ${bundle.label} …`);
   });
