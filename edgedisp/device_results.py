@@ -5,9 +5,10 @@ the run with a hash of its files, taken before the measurement. `shown` reads th
 labels being folders, such as `dispersed/int4`. A bundle that was made anew with other contents since has
 another hash; what was measured of the old one is named as outdated and not shown.
 
-Of one device, bundle, prompt, new tokens and threads the latest complete measurement stands. An earlier file
-of which nothing is left is removed; a partial result replaces partial ones alone. A device is the same when
-its name, its processor, a phone's model and, of a browser, its user agent (without versions) and cores are.
+Of one device, bundle, prompt, new tokens and threads the latest complete measurement stands, of scores the
+latest of each task. An earlier file of which nothing is left is removed; a partial result replaces partial
+ones alone. A device is the same when its name, its processor, a phone's model and, of a browser, its user
+agent (without versions) and cores are.
 
 Stages and their records know nothing of this folder: measuring changes no key, and deleting a file there
 forgets what it holds. Left out: a history of measurements; `edgedisp bench --json` gives each to whoever
@@ -32,8 +33,13 @@ FOLDER = "devices"
 UNTIMED = {RECORD, MANIFEST, "README.md", "genai_config.json"}
 """Files that may change without changing what is timed; the threads that were used stand in every row."""
 NOT_KEPT = {"client", "run"}  # a phone's address in somebody's network, and its page load
-NOT_SHOWN = {"order", "groups"}
-NAMES = ("label", "baseline", "dispersed")  # keys whose values are labels of bundles
+NOT_SHOWN = {"order", "groups", "answers"}
+LISTS = ("rows", "scores", "repetitions", "pairs", "measured")
+SETTINGS = ("prompt", "generate", "threads")  # of a row: with others it is another measurement
+PARTS = ("rows", "logits", "scores")  # of a result, each of which a later one may replace by itself
+
+Entry = tuple[str, str, str]
+"""Part, label and, of scores, the task: what a result tells of one bundle."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def keep(result: Mapping[str, Any], found: Mapping[str, Place]) -> list[Path]:
 
     Raises OSError where a run cannot be written, ValueError for a figure that is no number.
     """
-    if not any(result.get(part) for part in ("rows", "logits", "scores")):
+    if not any(result.get(part) for part in PARTS):
         return []  # lost before its first turn
     runs = sorted({place.run for place in found.values()})
     now = datetime.now(UTC)
@@ -107,12 +113,12 @@ def shown(run: Path) -> dict[str, Any]:
     outdated = []
     latest_first = sorted(_all(run), key=lambda one: one.measured, reverse=True)
     for one in sorted(latest_first, key=lambda one: one.partial):
-        keys = {label: key for label, key in one.keys.items() if _stands(run, one.bundles[label], current)}
-        fresh = {label for label, key in keys.items() if key not in taken}
+        keys = {entry: key for entry, key in one.keys.items() if _stands(run, one.bundles[entry[1]], current)}
+        fresh = {entry for entry, key in keys.items() if key not in taken}
         taken |= set(keys.values())
         if fresh:
             parts.setdefault(one.identity, []).append(one.part(fresh))
-        elif not keys:
+        elif one.keys and not keys:
             names = ", ".join(sorted(str(bundle["path"]) for bundle in one.bundles.values()))
             outdated.append(f"{names} on {one.result.get('device')}, {one.measured[:10]}")
     merged = sorted((_merged(of_one) for of_one in parts.values()), key=lambda device: device["measured"][0])
@@ -152,39 +158,62 @@ class _Kept:
         return (str(self.result.get("device")), machine.get("cpu"), model, agent, browser.get("cores"))
 
     @property
-    def keys(self) -> dict[str, tuple[Any, ...]]:
-        """Label -> what a later measurement has in common that replaces this one's figures."""
-        rows = {row["label"]: row for row in self.result.get("rows") or ()}
-        compared = {row["label"] for row in (self.result.get("logits") or {}).get("rows") or ()}
-        found = {}
-        for label, bundle in self.bundles.items():
-            if label in rows:
-                how = tuple(rows[label].get(name) for name in ("prompt", "generate", "threads"))
-            elif label in compared or not (rows or compared):
-                how = ("logits",)
-            else:
-                continue  # lost before its first turn
-            found[label] = (*self.identity, bundle["path"], *how)
+    def keys(self) -> dict[Entry, tuple[Any, ...]]:
+        """Entry -> what a later measurement has in common with it that replaces it."""
+        found: dict[Entry, tuple[Any, ...]] = {}
+        for part in PARTS:
+            for told in self._entries(part):
+                label, task = str(told["label"]), str(told.get("task", ""))
+                if label not in self.bundles:
+                    continue  # not of this run
+                how = tuple(told.get(name) for name in SETTINGS) if part == "rows" else ()
+                found[part, label, task] = (*self.identity, self.bundles[label]["path"], part, task, *how)
         return found
+
+    def _entries(self, part: str) -> list[dict[str, Any]]:
+        told = self.result.get(part) or ()
+        return list((told.get("rows") or ()) if part == "logits" and told else told)
 
     def gives_way_to(self, later: _Kept) -> bool:
         """Whether nothing of this one would be left beside `later`."""
         replaced = set(self.keys.values()) <= set(later.keys.values())
         return replaced and (self.partial or not later.partial)
 
-    def part(self, labels: Set[str]) -> dict[str, Any]:
-        """The result of some bundles, called by their folders; without the single times of tokens."""
+    def part(self, wanted: Set[Entry]) -> dict[str, Any]:
+        """The wanted entries of the result, bundles called by their folders; without the times of tokens."""
         names = {label: str(bundle["path"]) for label, bundle in self.bundles.items()}
-        left = {key: value for key, value in self.result.items() if key not in NOT_SHOWN}
-        left["repetitions"] = [
-            {key: value for key, value in repetition.items() if not isinstance(value, list)}
-            for repetition in left.get("repetitions") or ()
-        ]
-        parts = (left.get("rows"), left.get("repetitions"), (left.get("logits") or {}).get("rows"))
-        told = {str(entry["label"]) for entries in parts for entry in entries or ()}
-        part: dict[str, Any] = _relabelled(left, names, (told | set(names)) - set(labels))
-        rows = [{**row, "partial": self.partial} for row in part.get("rows") or ()]
-        return {**part, "measured": [self.measured], **({"rows": rows} if rows else {})}
+        timed = {label for part, label, _ in wanted if part == "rows"}
+        result = self.result
+
+        def entries(part: str) -> list[dict[str, Any]]:
+            return [
+                {**told, "label": names[told["label"]]}
+                for told in self._entries(part)
+                if (part, told["label"], told.get("task", "")) in wanted
+            ]
+
+        return {
+            **{key: value for key, value in result.items() if key not in NOT_SHOWN},
+            "measured": [self.measured],
+            "rows": [{**row, "partial": self.partial} for row in entries("rows")],
+            "logits": {**logits, "rows": entries("logits")} if (logits := result.get("logits")) else None,
+            "scores": entries("scores"),
+            "repetitions": [
+                {**{k: v for k, v in one.items() if not isinstance(v, list)}, "label": names[one["label"]]}
+                for one in result.get("repetitions") or ()
+                if one["label"] in timed
+            ],
+            "pairs": [
+                {**pair, "baseline": names[pair["baseline"]], "dispersed": names[pair["dispersed"]]}
+                for pair in result.get("pairs") or ()
+                if {pair["baseline"], pair["dispersed"]} <= timed
+            ],
+            "threads": {
+                names[label]: swept
+                for label, swept in (result.get("threads") or {}).items()
+                if label in timed
+            },
+        }
 
 
 def _all(run: Path) -> list[_Kept]:
@@ -211,41 +240,25 @@ def _stands(run: Path, bundle: Mapping[str, Any], known: dict[str, str | None]) 
     return known[path] == bundle["content"]
 
 
-def _relabelled(tree: Any, names: Mapping[str, str], dropped: Set[str]) -> Any:
-    """Labels as values of NAMES and as keys become `names`; entries of a list about a dropped label go."""
-    if isinstance(tree, Mapping):
-        return {
-            names.get(key, key): names.get(value, value)
-            if key in NAMES and isinstance(value, str)
-            else _relabelled(value, names, dropped)
-            for key, value in tree.items()
-            if key not in dropped
-        }
-    if isinstance(tree, list):
-        return [
-            _relabelled(entry, names, dropped)
-            for entry in tree
-            if not (isinstance(entry, Mapping) and {str(entry.get(name)) for name in NAMES} & dropped)
-        ]
-    return tree
-
-
 def _merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """One device's parts as one result; its first part, the latest complete one, tells of the machine."""
     found = dict(parts[0])
     for part in parts[1:]:
-        for key in ("rows", "pairs", "repetitions", "measured"):
-            found[key] = [*(found.get(key) or ()), *(part.get(key) or ())]
-        found["warnings"] = list(
-            dict.fromkeys([*(found.get("warnings") or ()), *(part.get("warnings") or ())])
-        )
-        found["threads"] = {**(part.get("threads") or {}), **(found.get("threads") or {})}
-        if part.get("logits"):
-            before = (found.get("logits") or {}).get("rows") or ()
-            found["logits"] = {**part["logits"], "rows": [*before, *part["logits"]["rows"]]}
-        found = {**part, **found}  # what else a device tells
-    rows = sorted(found.get("rows") or (), key=lambda row: str(row["label"]))
-    return {**found, "measured": sorted(found["measured"]), **({"rows": rows} if rows else {})}
+        lists = {key: [*found[key], *part[key]] for key in LISTS}
+        said = [*(found.get("warnings") or ()), *(part.get("warnings") or ())]
+        first, second = (one["logits"] or {} for one in (found, part))
+        compared = [*(first.get("rows") or ()), *(second.get("rows") or ())]
+        found = {
+            **part,  # what else a device tells
+            **found,
+            **lists,
+            "warnings": list(dict.fromkeys(said)),
+            "threads": {**part["threads"], **found["threads"]},
+            "logits": {**second, **first, "rows": compared} if compared else None,
+        }
+    rows = sorted(found["rows"], key=lambda row: str(row["label"]))
+    told = {key: value for key, value in found.items() if value or key not in (*LISTS, "logits", "threads")}
+    return {**told, "measured": sorted(found["measured"]), **({"rows": rows} if rows else {})}
 
 
 def _named_apart(devices: list[dict[str, Any]]) -> list[dict[str, Any]]:

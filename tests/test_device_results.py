@@ -56,7 +56,7 @@ def test_a_result_is_read_back_under_its_bundles_folders(run: Path) -> None:
     assert keep(told, found) == [run]
     assert table(run) == [("local", "baseline/int4", 100.0, False)]  # the row of another place is left out
     (device,) = shown(run)["devices"]
-    assert device["pairs"] == [] and device["repetitions"] == [
+    assert "pairs" not in device and device["repetitions"] == [
         {"label": "baseline/int4", "clock_mhz": 2400.0}
     ]
     (file,) = (run / "devices").iterdir()
@@ -98,6 +98,20 @@ def test_a_bundle_made_anew_is_not_shown_with_old_figures(run: Path) -> None:
     assert table(run) == [] and "baseline/int4 on local" in shown(run)["devices_outdated"][0]
     keep(result("int4", decode=5.0), places({"int4": run / "baseline" / "int4"}))
     assert table(run) == [("local", "baseline/int4", 5.0, False)] and not shown(run)["devices_outdated"]
+
+
+def test_timing_again_leaves_what_was_scored_and_a_label_is_no_key_of_the_machine(run: Path) -> None:
+    found = places({"cpu": run / "baseline" / "int4"})
+    scores = [{"label": "cpu", "task": task, "value": 1.0} for task in ("cloze", "perplexity")]
+    keep(result("cpu", decode=1.0, scores=scores), found)
+    keep(result("cpu", decode=2.0, scores=[{"label": "cpu", "task": "cloze", "value": 2.0}]), found)
+    (device,) = shown(run)["devices"]
+    assert [row["decode_tokens_per_s"] for row in device["rows"]] == [2.0]
+    assert {(one["label"], one["task"], one["value"]) for one in device["scores"]} == {
+        ("baseline/int4", "cloze", 2.0),
+        ("baseline/int4", "perplexity", 1.0),
+    }
+    assert device["machine"] == {"cpu": "A"}
 
 
 def test_phones_that_do_not_tell_their_name_are_told_apart_but_not_by_their_browsers_version(

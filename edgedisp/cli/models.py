@@ -147,10 +147,11 @@ def bench(
         html.write_text(devices_page(timed), encoding="utf-8")
     typer.echo(json.dumps(timed) if as_json else render_devices(timed, width()))
     if report:
-        from edgedisp.device_results import keep
+        from edgedisp import device_results
         from edgedisp.run_report import show_devices
 
-        for run in sorted({run for device in timed["devices"] for run in keep(device, in_runs)}):
+        kept_in = {run for device in timed["devices"] for run in device_results.keep(device, in_runs)}
+        for run in sorted(kept_in):
             typer.echo(show_devices(run), err=True)
     if lost := lost_devices(timed):
         raise BuildFailed(f"{'; '.join(lost)}. What was measured until then is shown")

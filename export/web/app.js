@@ -53,8 +53,9 @@ const chosen = () => plan.bundles[Number(at("bundle").value)];
 function opening(bundle, before = "") {
   return new Bundle(bundle, threads(), (event) => {
     if (event.event === "piece") return piece(event.text);
-    if (event.stage === "download") {
-      const { done, total } = event;
+    const { done, total } = event;
+    if (event.stage === "check") working(`${before}Checking what is kept of ${bundle.label} …`, done, total);
+    else if (event.stage === "download") {
       working(`${before}Fetching ${bundle.label}: ${megabytes(done)} of ${megabytes(total)}`, done, total);
     } else working(`${before}Loading ${bundle.label} …`);
   });
@@ -101,6 +102,7 @@ async function send(text) {
     current ??= opening(chosen());
     const opened = await current.opened;
     working("");
+    refreshKept(); // what was fetched is here now
     if (!opened.kept) say("No room to keep the bundle: a reload fetches it again.", "note");
     answer = say("", "waiting");
     const turn = await current.ask("chat", { text });
@@ -251,8 +253,9 @@ async function refreshKept() {
   const bundle = chosen();
   const left = Object.values(bundle.files).filter((file) => !known.has(file.sha256));
   const missing = left.reduce((sum, file) => sum + file.size_bytes, 0);
-  const state = missing ? `${megabytes(missing)} to fetch` : "all here already";
-  at("about").textContent = `${megabytes(bundle.download_bytes)}, ${state}; needs about ${megabytes(bundle.expected_memory_bytes)} of memory`;
+  const all = megabytes(bundle.download_bytes);
+  const part = missing === bundle.download_bytes ? `${all} to fetch` : `${all}, ${megabytes(missing)} of it to fetch`;
+  at("about").textContent = `${missing ? part : `${all}, all here already`}; needs about ${megabytes(bundle.expected_memory_bytes)} of memory`;
   const memory = navigator.deviceMemory;
   if (memory && bundle.expected_memory_bytes > memory * 2 ** 30 * 0.6) {
     at("about").textContent += `. This device tells ${memory} GB: it may not be enough`;

@@ -66,14 +66,14 @@ async function blobOf(sha256) {
  * Make sure that a file {url, size_bytes, sha256} is here and whole.
  *
  * Resolves to {read, downloaded, kept}: `read` gives its bytes (Uint8Array) from where they are kept. Throws
- * an Error for people where it cannot be had. `progress(bytes)` counts while it arrives.
+ * an Error for people where it cannot be had. `progress(bytes, own)` counts while it arrives; `own`: it was here.
  */
 export async function fetched(file, progress) {
   const own = await blobOf(file.sha256);
   if (own && own.size === file.size_bytes) {
     const hash = new Sha256().update(new Uint8Array(await own.arrayBuffer())).hex();
     if (hash === file.sha256) {
-      progress(file.size_bytes);
+      progress(file.size_bytes, true);
       return { read: () => fromStore(file.sha256), downloaded: false, kept: true };
     }
   }
