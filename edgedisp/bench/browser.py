@@ -24,9 +24,10 @@ from edgedisp.bench.devices import Address, DeviceLost, Wanted
 from edgedisp.bench.machine import describe, readings
 from edgedisp.bench.page_bundle import PageBundle, read_bundles
 from edgedisp.bench.page_plan import PagePlan, measured
+from edgedisp.bench.page_scores import Collected, Requests
 from edgedisp.bench.page_server import PageServer, page_resources
 from edgedisp.bench.timing import other_cpus
-from edgedisp.bench.uploads import Figures, Step, Trouble
+from edgedisp.bench.uploads import Figures, Scores, Step, Trouble
 
 
 def measure(
@@ -46,12 +47,14 @@ def measure(
     web: Path | None = None,
     program: str | None = None,
     served: Sequence[PageBundle] | None = None,
+    requests: Requests | None = None,
 ) -> dict[str, Any]:
     """Time every bundle `repetitions` times, in turns; the same dictionary as `timing.measure`.
 
     `threads` None is 1: a second thread made decoding slower in WebAssembly wherever it was tried. `web` is
     the page's folder (default: the packaged one), `program` the browser (default: `find_browser`), `served`
-    what `read_bundle` gave of the bundles, where that is known already.
+    what `read_bundle` gave of the bundles, where that is known already. `requests`: items to be scored when
+    the timing is done (page_scores.py); the result then has `answers`.
 
     Raises BadInput for a bundle that the page cannot use or where no browser is found, BuildFailed where the
     page or the browser fails, or nothing is heard for `timeout_s`: DeviceLost where something was timed until
@@ -65,18 +68,21 @@ def measure(
         raise BadInput(f"pairs: {', '.join(missing)}: not among the bundles")
     if memory_bytes is None and (available := describe()["memory_available_bytes"]) is not None:
         memory_bytes = int(0.8 * available)
-    plan = PagePlan(served, prompt, generate, repetitions, threads or 1, seed, warmup, pause_s, memory_bytes)
+    options = (prompt, generate, repetitions, threads or 1, seed, warmup, pause_s, memory_bytes)
+    plan = PagePlan(served, *options, requests or {})
+    scores = Collected(plan.requests)
     resources = {**page_resources(web or data_folder("export") / "web"), **plan.resources()}
     before = readings()["load_average_1m"]
     with (
         PageServer(resources, host="127.0.0.1", port=0, accepts=plan.accepts, note=silent_note) as server,
         started(program, f"{server.address}?run=bench") as browser,
     ):
-        figures, seen = _collect(plan, server, browser, timeout_s, progress)
+        figures, seen = _collect(plan, server, browser, timeout_s, progress, scores)
         facts = browser.facts()
     found = measured(plan, figures, device="browser", pairs=pairs, readings=seen)
     return {
         **found,
+        **scores.result(),
         "machine": {**describe(), "browser": {**found["machine"]["browser"], **facts}},
         "load_average": {"before": before, "after": readings()["load_average_1m"]},
     }
@@ -97,6 +103,7 @@ class Page:
             program=self.program,
             served=self.served,
             progress=progress,
+            requests=self.wanted.requests,
             **self.wanted.timing(),
         )
 
@@ -115,29 +122,38 @@ def silent_note(line: str) -> None:
 
 
 def _collect(
-    plan: PagePlan, server: PageServer, browser: Browser, timeout_s: float, progress: Progress
+    plan: PagePlan,
+    server: PageServer,
+    browser: Browser,
+    timeout_s: float,
+    progress: Progress,
+    scores: Collected,
 ) -> tuple[Figures, list[dict[str, Any]]]:
-    """Wait for the complete figures; with each turn that arrives, what the machine was doing meanwhile."""
+    """Wait for the complete figures and scores; with each turn, what the machine was doing meanwhile."""
     figures: Figures | None = None
     seen: list[dict[str, Any]] = []
     moment = _Moment(browser)
     heard = time.monotonic()
-    while figures is None or not figures.complete:
+    while figures is None or not (figures.complete and scores.complete):
         try:
             upload = server.received.get(timeout=0.5).upload
         except queue.Empty:
             if browser.process.poll() is not None:
                 raise _failed(f"the browser ended with code {browser.process.returncode}{browser.tail()}",
-                              plan, figures) from None  # fmt: skip
+                              plan, figures, scores) from None  # fmt: skip
             if time.monotonic() - heard > timeout_s:
-                raise _failed(f"nothing heard for {timeout_s:g} s{browser.tail()}", plan, figures) from None
+                raise _failed(
+                    f"nothing heard for {timeout_s:g} s{browser.tail()}", plan, figures, scores
+                ) from None
             continue
         heard = time.monotonic()
         if isinstance(upload, Step):
             progress(upload.done, upload.total, upload.note)
             moment = _Moment(browser)  # a turn begins after the step is told
         elif isinstance(upload, Trouble):
-            raise _failed(f"the page could not go on: {upload.message}", plan, figures)
+            raise _failed(f"the page could not go on: {upload.message}", plan, figures, scores)
+        elif isinstance(upload, Scores):
+            scores.take(upload)
         else:
             if len(upload.repetitions) > len(seen):
                 seen.append(moment.until_now())
@@ -145,14 +161,14 @@ def _collect(
     return figures, seen
 
 
-def _failed(why: str, plan: PagePlan, figures: Figures | None) -> BuildFailed:
+def _failed(why: str, plan: PagePlan, figures: Figures | None, scores: Collected) -> BuildFailed:
     """The error, with the partial result if there is one."""
     message = f"device browser: {why}"
     if figures is None or not figures.repetitions:
         return BuildFailed(message)
     partial = measured(plan, figures, device="browser")
     machine = {**describe(), "browser": partial["machine"]["browser"]}
-    return DeviceLost(message, {**partial, "machine": machine, "lost": why})
+    return DeviceLost(message, {**partial, **scores.result(), "machine": machine, "lost": why})
 
 
 class _Moment:
