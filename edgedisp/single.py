@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import psutil
 
-from edgedisp import BadInput, Progress, corpus, data_folder, model
+from edgedisp import BadInput, BuildFailed, Progress, corpus, data_folder, model
 from edgedisp.bench import devices, projection
 from edgedisp.bench.machine import physical_cores
 from edgedisp.bench.summary import arms_to_compare, labelled
@@ -172,7 +172,10 @@ def time_bundles(
             found.append({**result, "device": address.name, "kind": address.kind})
     timed: dict[str, Any] = {"format": 1, "devices": found}
     if questions is not None:
-        timed |= device_scores.with_scores(questions, found, physical_cores(), progress)
+        try:
+            timed |= device_scores.with_scores(questions, found, physical_cores(), progress)
+        except BuildFailed as error:  # what the devices gave is shown before it ends the command
+            timed["unscored"] = str(error)
     if asked.write_threads and "lost" not in found[0]:
         best = {label: swept["best"] for label, swept in found[0]["threads"].items()}
         for label, threads in best.items():
@@ -217,8 +220,9 @@ def _check_bench(addresses: Sequence[devices.Address], asked: BenchOptions) -> N
 
 
 def lost_devices(timed: Mapping[str, Any]) -> list[str]:
-    """`device: why` for each device that was lost in the middle."""
-    return [f"{found['device']}: {found['lost']}" for found in timed["devices"] if "lost" in found]
+    """`device: why` for each device that was lost in the middle, and why scores here are missing."""
+    lost = [f"{found['device']}: {found['lost']}" for found in timed["devices"] if "lost" in found]
+    return lost + ([f"scores: {timed['unscored']}"] if "unscored" in timed else [])
 
 
 def write_threads(bundle: Path, threads: int) -> None:
