@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -15,17 +16,19 @@ import sshd
 from test_phone_page import WEB, chromium
 from tiny_bundle import RUNNER, tiny_bundles
 
-from edgedisp import corpus, single
-from edgedisp.bench import browser, scoring
-from edgedisp.bench.devices import Wanted
-from edgedisp.bench.local import Local
+from edgedisp import single
+from edgedisp.bench import browser, local, scoring
+from edgedisp.bench.devices import Address, DeviceLost, Wanted
+from edgedisp.bench.machine import physical_cores
+from edgedisp.bench.page_plan import PagePlan
 from edgedisp.bench.page_scores import Collected
 from edgedisp.bench.uploads import UPLOAD, Scores
 from edgedisp.evaluate import statistics, subset
 from edgedisp.evaluate.result import task_result
-from edgedisp.evaluate.score import loglikelihoods
+from edgedisp.evaluate.score import as_read, loglikelihoods
 from edgedisp.graph.device import for_device
 from edgedisp.graph.scored import scored_model
+from edgedisp.graph.session import OnnxModel
 from edgedisp.report.devices import render_devices, sections
 from edgedisp.single import BenchOptions
 from edgedisp.stages import device_scores
@@ -41,8 +44,15 @@ needs_chromium = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 documents of short sentences, in words that the tiny tokenizer knows."""
+    rng = np.random.default_rng(0)
+    words = ["the", "cat", "sat", "mat", "and", "dog", "log"]
+    rows = []
+    for _ in range(40):
+        said = [" ".join(rng.choice(words, rng.integers(5, 9))).capitalize() for _ in range(12)]
+        rows.append(json.dumps({"text": ". ".join(said) + "."}))
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    path.write_text("\n".join(json.dumps({"text": one.text}) for one in corpus.made_documents(60, seed=5)))
+    path.write_text("\n".join(rows))
     return path
 
 
@@ -85,7 +95,7 @@ def test_the_draw_is_a_permutation_by_seed_and_task_and_a_smaller_one_is_its_beg
 ) -> None:
     suite, sample = questions.suites["fp32"], questions.samples["fp32"]
     asked = suite.questions["heldout_cloze"]
-    key = int.from_bytes(__import__("hashlib").sha256(b"heldout_cloze").digest()[:8], "big")
+    key = int.from_bytes(hashlib.sha256(b"heldout_cloze").digest()[:8], "big")
     places = np.random.default_rng([0, key]).permutation(len(asked))[:ITEMS]
     assert [item.id for item in sample.items["heldout_cloze"]] == [asked[place].id for place in places]
     model = scored_model(questions.bundles["fp32"], 1)
@@ -103,16 +113,16 @@ def test_a_device_in_fp32_gives_the_scores_of_this_machine(
     assert len(records) == 3 * len(bundles)
     for record in records:
         assert record["answered"] == record["drawn"] == min(ITEMS, record["of"])
-        if record["label"] != "int4":
-            assert record["logprob"]["max"] < 1e-4
+        if record["label"] != "int4":  # `packed` sums what it made a token at a time
+            assert record["logprob"]["max"] < (1e-4 if record["label"] == "fp32" else 5e-4)
             assert record["agreement"] is None or record["agreement"]["share"] == 1
             assert record["device"]["value"] == pytest.approx(record["here"]["value"], rel=1e-5)
             assert record["difference"]["low"] <= 0 <= record["difference"]["high"]
         low, high = record["sampling"]["low"], record["sampling"]["high"]
         assert low <= record["here"]["value"] <= high
     by_name = {(one["label"], one["task"]): one for one in records}
-    for task in ("heldout_perplexity", "heldout_cloze", "heldout_continuation"):
-        fp32, packed = by_name["fp32", task], by_name["packed", task]  # one context less to read
+    for task in ("heldout_cloze", "heldout_continuation"):  # the other one's windows are a token shorter
+        fp32, packed = by_name["fp32", task], by_name["packed", task]
         assert fp32["full"]["value"] == pytest.approx(packed["full"]["value"], rel=1e-4)
     json.dumps(timed, allow_nan=False)
 
@@ -126,28 +136,18 @@ def test_the_full_set_is_the_usual_scorer_s_and_is_read_back(
         if record["label"] == "fp32":
             assert record["full"]["value"] == pytest.approx(expected[record["task"]]["value"], rel=1e-5)
             assert record["full"]["n"] == record["of"] == len(suite.questions[record["task"]])
-    from edgedisp.graph.session import OnnxModel
-
     monkeypatch.setattr(OnnxModel, "tree", None)  # nothing is to be computed again
-    again = device_scores.scored(questions, [{}], device_threads(timed), lambda *step: None)
+    again = device_scores.scored(questions, [{}], physical_cores(), lambda *step: None)
     assert {one["reason"] for one in again[0]} == {"nothing was answered"}
     assert [one["full"]["value"] for one in again[0]] == [
         one["full"]["value"] for one in timed["devices"][0]["scores"]
     ]
 
 
-def device_threads(timed: dict[str, Any]) -> int:
-    from edgedisp.bench.machine import physical_cores
-
-    return physical_cores()
-
-
 def test_what_a_device_answers_otherwise_is_found(questions: device_scores.Prepared) -> None:
     """A device that gets three next sentences wrong, all other scores being this machine's."""
     model = scored_model(questions.bundles["fp32"], 1)
     sample = questions.samples["fp32"]
-    from edgedisp.bench.machine import physical_cores
-
     answers, wrong = [], []
     for item in sample.in_turn():
         found = loglikelihoods(model, item.requests)
@@ -207,8 +207,6 @@ def test_long_requests_are_cut_on_the_left_and_counted() -> None:
     class Short:
         context, vocab_size = 8, 100
 
-    from edgedisp.evaluate.score import as_read
-
     context, continuation, dropped = as_read(Short(), [*range(1, 13)], [20, 21, 22], 0, None)  # type: ignore[arg-type]
     assert (context, continuation, dropped) == ((7, 8, 9, 10, 11, 12), (20, 21, 22), 6)
     context, _, dropped = as_read(Short(), [1, *range(3, 13)], [20], 0, 1)  # type: ignore[arg-type]
@@ -244,9 +242,6 @@ def test_the_runner_refuses_what_it_cannot_score(bundles: dict[str, Path]) -> No
 def test_a_host_that_sends_something_else_is_lost_with_what_it_answered_before(
     bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgedisp.bench import local
-    from edgedisp.bench.devices import Address, DeviceLost
-
     item = [([1, 2], [3])]
     real, asked = scoring.checked, []
 
@@ -267,7 +262,6 @@ def test_a_host_that_sends_something_else_is_lost_with_what_it_answered_before(
     partial = caught.value.partial
     assert len(partial["answers"]["fp32"]) == 2 and len(partial["rows"]) == 1
     assert "something else than 1 scores" in partial["lost"]
-    assert isinstance(Local(RUNNER), Local)
 
 
 @pytest.mark.parametrize(
@@ -368,8 +362,6 @@ def test_scores_that_do_not_fit_the_schema_are_refused(changes: dict[str, Any]) 
 
 
 def test_scores_that_do_not_fit_the_plan_are_refused_and_pieces_are_joined() -> None:
-    from edgedisp.bench.page_plan import PagePlan
-
     item = [([1], [2]), ([1], [3])]
     plan = PagePlan((), requests={"a": [item] * 3})
     pair = [[-1.0, True], [-2.0, False]]

@@ -150,6 +150,6 @@ def _difference(record: Mapping[str, Any], share: bool) -> str:
     scale = 100.0 if share else 1.0
     if low is None or high is None:
         return signed(scale * value, 2)
-    decimals = decimals_for(scale * (high - low) / 2, 4)
+    decimals = min(4, decimals_for(scale * (high - low) / 2, 4))
     ends = ", ".join(fixed(scale * end, decimals) for end in (low, high))
     return f"{signed(scale * value, decimals)} [{ends}]"

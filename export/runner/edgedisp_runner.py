@@ -403,6 +403,7 @@ def likelihood(logits: Any, token: int) -> tuple[float, bool]:
     """
     import numpy as np
 
+    logits = logits.astype(np.float32, copy=False)
     peak = logits.max()
     total = np.exp(logits - peak).sum(dtype=np.float64)
     value = float(logits[token]) - float(peak) - float(np.log(total))
