@@ -65,10 +65,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class Sample:
-    """Of every task the items drawn, in the order of the draw, and how many there are in all."""
+    """Of every task the items drawn, in the order of the draw, and how many there are in all.
+
+    cut: some item of the full set loses tokens to the context.
+    """
 
     items: dict[str, list[Asked]]
     of: dict[str, int]
+    cut: bool
 
     def in_turn(self) -> list[Asked]:
         """All items, the tasks by turns: what is lost at the end is lost of each alike."""
@@ -83,13 +87,14 @@ def drawn(suite: Suite, model: Any, count: int, seed: int) -> Sample:
     """
     items: dict[str, list[Asked]] = {}
     of: dict[str, int] = {}
+    cut = False
     for task, asked in _all_asked(suite, model).items():
-        key = int.from_bytes(hashlib.sha256(task.encode()).digest()[:8])
-        order = np.random.default_rng([seed, key]).permutation(len(asked))[:count]
-        chosen = [list(asked)[place] for place in order]
-        items[task] = [_cut(task, one, asked[one], model, suite) for one in chosen]
-        of[task] = len(asked)
-    return Sample(items, of)
+        key = int.from_bytes(hashlib.sha256(task.encode()).digest()[:8], "big")
+        read = [_cut(task, one, requests, model, suite) for one, requests in asked.items()]
+        items[task] = [read[at] for at in np.random.default_rng([seed, key]).permutation(len(read))[:count]]
+        of[task] = len(read)
+        cut |= any(any(item.dropped) for item in read)
+    return Sample(items, of, cut)
 
 
 def _all_asked(suite: Suite, model: Any) -> dict[str, dict[str, tuple[Request, ...]]]:

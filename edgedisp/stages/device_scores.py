@@ -107,7 +107,9 @@ def scored(
     for label, bundle in asked.bundles.items():
         suite, sample = asked.suites[label], asked.samples[label]
         opened, size = scored_model(bundle, threads), scored_size(bundle)
-        name = scored_name(bundle, threads) + ("" if size.whole else f" context {size.context}")
+        name = scored_name(bundle, threads)
+        if sample.cut and not size.whole:  # other scores than those of the model's own context
+            name = f"{name} context {size.context}"
         with closing(Kept(asked.store, name)) as kept:
             full = suite.run(opened, kept=kept, progress=_named(progress, f"here, {label}"))
             for records, told in zip(found, answers):
