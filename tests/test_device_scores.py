@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import sshd
 from test_phone_page import WEB, chromium
+from test_runtimes import Quiet
 from tiny_bundle import RUNNER, tiny_bundles
 
-from edgedisp import single
+from edgedisp import corpus, single
 from edgedisp.bench import browser, local, scoring
 from edgedisp.bench.devices import Address, DeviceLost, Wanted
 from edgedisp.bench.machine import physical_cores
@@ -338,7 +339,23 @@ def test_the_page_gives_the_scores_of_this_machine(
         for item, answers in zip(items, found["answers"][label], strict=True):
             expected = loglikelihoods(model, [(tuple(a), tuple(b)) for a, b in item])
             for (total, greedy), one in zip(answers, expected, strict=True):
-                assert total == pytest.approx(one.sum_logprob, rel=5e-7, abs=1e-4) and greedy == one.greedy
+                assert total == pytest.approx(one.sum_logprob, abs=1e-4 * one.tokens)
+                assert greedy == one.greedy
+
+
+@needs_chromium
+def test_a_bundle_for_browsers_alone_is_scored_there_and_here(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    single.export_for_target(tiny_folder["llama"], "browser", tmp_path / "web", Quiet())
+    assert not (tmp_path / "web" / "model.onnx").exists()
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": one.text}) for one in corpus.made_documents(40, seed=5)))
+    wish = Wish(("heldout_cloze", "heldout_continuation"), items=20, limit=30, text=text)
+    timed = single.time_bundles([tmp_path / "web"], ["browser"], SMALL, lambda *step: None, wish)
+    for record in timed["devices"][0]["scores"]:
+        assert record["answered"] == 20 and record["agreement"]["share"] == 1
+        assert record["logprob"]["max"] < 1e-3 and record["logprob"]["mean_per_token"] < 1e-5
 
 
 def sent(**changes: Any) -> bytes:

@@ -26,26 +26,22 @@ from edgedisp.report.wording import (
 
 CLAIMED_P = 0.05
 HEAD = (
-    "device",
     "bundle",
     "task",
     "items",
-    "metric",
     "on the device",
     "here, same items",
     "device - here",
     "verdict",
     "answered alike",
-    "apart, mean",
-    "apart, most",
+    "nats apart (most)",
     "sample says",
     "all here",
 )
-TEXTS = (0, 1, 2, 3, 4)
 MEANING = (
     "The same bundle and the same token ids, on the device and here. Items are drawn at random; brackets are "
     "95 % intervals. device - here: paired by item (perplexities: nats per token); answered alike: the same "
-    "choice or, where there is none, both right or both wrong; apart: log-likelihoods, in nats by item. The "
+    "choice or, where there is none, both right or both wrong; nats apart: log-likelihoods, by item. The "
     "sample says, by this machine's scores, in which range the set lies that it was drawn from; all here: "
     "where that is."
 )
@@ -53,16 +49,17 @@ MEANING = (
 
 def section(devices: Sequence[Mapping[str, Any]]) -> Section | None:
     """The table; None where nothing was scored."""
+    several = len(devices) > 1
     rows = [
-        (str(device["device"]), *_texts(branch(record)))
+        ((str(device["device"]),) if several else ()) + _texts(branch(record))
         for device in devices
         for record in device.get("scores") or ()
     ]
     if not rows:
         return None
-    return Section(
-        "scores", "Scored on the device", MEANING, grids=(Grid(HEAD, tuple(rows), text_columns=TEXTS),)
-    )
+    head = ("device", *HEAD) if several else HEAD
+    grid = Grid(head, tuple(rows), text_columns=(0, 1, 2) if several else (0, 1))
+    return Section("scores", "Scored on the device", MEANING, grids=(grid,))
 
 
 def warnings(device: Mapping[str, Any]) -> list[str]:
@@ -84,19 +81,28 @@ def _texts(record: dict[str, Any]) -> tuple[str, ...]:
     shares = number(at(record, "full", "high")) is not None and _is_share(record)
     return (
         str(record["label"]),
-        str(record["task"]),
+        _named(str(record["task"]), str(record["metric"])),
         f"{count(number(record['answered']))} of {count(number(record['of']))}",
-        str(record["metric"]),
         _with_ends(branch(record, "device"), shares),
         _value(number(at(record, "here", "value")), shares),
         _difference(record, shares),
         verdict(record),
         _share(branch(record, "agreement")),
-        small(number(at(record, "logprob", "mean"))),
-        small(number(at(record, "logprob", "max"))),
+        _apart(branch(record, "logprob")),
         _range(branch(record, "sampling"), shares),
         _value(number(at(record, "full", "value")), shares),
     )
+
+
+def _named(task: str, metric: str) -> str:
+    """The task, with its metric where the name does not tell it."""
+    return task if metric in task else f"{task}, {metric}"
+
+
+def _apart(found: Mapping[str, Any]) -> str:
+    """`0.645 (2.53)`."""
+    mean, most = (number(found.get(key)) for key in ("mean", "max"))
+    return MISSING if mean is None else f"{small(mean)} ({small(most)})"
 
 
 def verdict(record: Mapping[str, Any]) -> str:
@@ -110,7 +116,7 @@ def verdict(record: Mapping[str, Any]) -> str:
     if low is None or high is None or p is None:
         return "cannot tell"
     if low <= 0 <= high or p >= CLAIMED_P:
-        return f"no measurable difference (p = {p_value(p)})"
+        return "no measurable difference"
     better = (low > 0) == bool(record["higher_is_better"])
     return f"{'better' if better else 'worse'} on the device (p = {p_value(p)})"
 
