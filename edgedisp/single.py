@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import psutil
 
-from edgedisp import BadInput, Progress, corpus, data_folder, model
+from edgedisp import BadInput, BuildFailed, Progress, corpus, data_folder, model
 from edgedisp.bench import devices, projection
 from edgedisp.bench.machine import physical_cores
 from edgedisp.bench.summary import arms_to_compare, labelled
@@ -30,7 +30,8 @@ from edgedisp.quantize.rewrite import quantize_bundle
 from edgedisp.recipe import BITS, Recipe, Target, load_target
 from edgedisp.report import bundle_card
 from edgedisp.sources import cache_folder
-from edgedisp.stages import fetch_base, pack, provenance_of
+from edgedisp.stages import device_scores, fetch_base, pack, provenance_of
+from edgedisp.stages.device_scores import Prepared, Wish
 from edgedisp.stages.packing import CARD
 
 COMPARED_TOKENS = 96  # of a text whose logits are compared under another processor's kernels
@@ -125,18 +126,25 @@ class BenchOptions:
 
 
 def time_bundles(
-    bundles: list[Path], named: list[str], asked: BenchOptions, progress: Progress
+    bundles: list[Path],
+    named: list[str],
+    asked: BenchOptions,
+    progress: Progress,
+    wish: Wish | None = None,
 ) -> dict[str, Any]:
     """Time bundles on every device, those of one device interleaved.
 
     Returns {format, devices [one result each, see bench/devices.py]}, and with `write_threads` `written`
     {label: threads}. All devices are reached before anything is timed. One that is lost in the middle has
-    `lost` in its result; the others are timed all the same. Raises BadInput for a device that is not known or
-    cannot be used, or a bundle that cannot be timed.
+    `lost` in its result; the others are timed all the same. `wish`: score items of tasks there too; devices
+    then have `scores`, and `scored` says what these have in common (stages/device_scores.py).
+
+    Raises BadInput for a device that is not known or cannot be used, or a bundle that cannot be timed.
     """
     addresses = devices.parse_all(named)
     _check_bench(addresses, asked)
     labels = _labels(bundles)
+    questions = None if wish is None else _questions(wish, labels, addresses)
     wanted = devices.Wanted(
         runner=data_folder("export") / "runner" / "edgedisp_runner.py",
         cache=cache_folder(),
@@ -151,6 +159,7 @@ def time_bundles(
         setup=asked.setup,
         keep=asked.keep,
         python=asked.remote_python,
+        requests={} if questions is None else questions.requests,
     )
     found = []
     with ExitStack() as stack:
@@ -162,12 +171,25 @@ def time_bundles(
                 result = error.partial
             found.append({**result, "device": address.name, "kind": address.kind})
     timed: dict[str, Any] = {"format": 1, "devices": found}
+    if questions is not None:
+        try:
+            timed |= device_scores.with_scores(questions, found, physical_cores(), progress)
+        except BuildFailed as error:  # what the devices gave is shown before it ends the command
+            timed["unscored"] = str(error)
     if asked.write_threads and "lost" not in found[0]:
         best = {label: swept["best"] for label, swept in found[0]["threads"].items()}
         for label, threads in best.items():
             write_threads(labels[label], threads)
         timed["written"] = best
     return timed
+
+
+def _questions(wish: Wish, labels: dict[str, Path], addresses: Sequence[devices.Address]) -> Prepared:
+    """The items to score. Raises BadInput also where a device cannot score."""
+    for address in addresses:
+        if not devices.KINDS[address.kind].times:
+            raise BadInput(f"--score: {address.name} computes a few logits alone; name local, ssh or browser")
+    return device_scores.prepared(wish, labels, cache_folder())
 
 
 def project(timed: dict[str, Any]) -> dict[str, Any]:
@@ -198,8 +220,9 @@ def _check_bench(addresses: Sequence[devices.Address], asked: BenchOptions) -> N
 
 
 def lost_devices(timed: Mapping[str, Any]) -> list[str]:
-    """`device: why` for each device that was lost in the middle."""
-    return [f"{found['device']}: {found['lost']}" for found in timed["devices"] if "lost" in found]
+    """`device: why` for each device that was lost in the middle, and why scores here are missing."""
+    lost = [f"{found['device']}: {found['lost']}" for found in timed["devices"] if "lost" in found]
+    return lost + ([f"scores: {timed['unscored']}"] if "unscored" in timed else [])
 
 
 def write_threads(bundle: Path, threads: int) -> None:

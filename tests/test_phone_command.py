@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import pytest
 from test_page_server import GENERATE, PROMPT, REPETITIONS, figures
@@ -22,6 +23,8 @@ from tiny_bundle import tiny_bundles
 from edgedisp import device_results
 from edgedisp.bench.page_bundle import read_bundle
 from edgedisp.bench.page_plan import PagePlan
+from edgedisp.evaluate.score import loglikelihoods
+from edgedisp.graph.scored import scored_model
 
 TOP = Path(__file__).resolve().parent.parent
 SIZES = ["--prompt", str(PROMPT), "--generate", str(GENERATE), "--repetitions", str(REPETITIONS)]
@@ -112,6 +115,45 @@ def test_once_ends_by_itself_with_one_line_of_json_and_the_run_keeps_the_result(
     (kept,) = device_results.shown(run)["devices"]
     assert kept["rows"][0]["label"] == "baseline/fp32" and kept["device"].startswith("phone")
     assert "the report will show it once `edgedisp build` has ended" in program.log.read_text()
+
+
+def test_what_a_phone_scores_is_compared_with_this_machine(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEDISP_CACHE", str(tmp_path / "cache"))
+    said = "The cat sat on the mat and the dog sat on the log and the cat sat on the dog. "
+    rows = [json.dumps({"text": said * 3 + f"And the dog {'and the dog ' * at}sat."}) for at in range(20)]
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(rows))
+    plan = PagePlan((read_bundle("fp32", bundles["fp32"]),), PROMPT, GENERATE, REPETITIONS)
+    words = [
+        *SIZES,
+        "--host",
+        "127.0.0.1",
+        "--score",
+        "heldout_cloze",
+        "--text",
+        text,
+        "--items",
+        "20",
+        "--once",
+        "--json",
+    ]
+    with running(tmp_path, bundles["fp32"], *words) as program:
+        with urlopen(f"{program.address}requests/0.json", timeout=60) as answer:
+            items = json.loads(answer.read())
+        assert program.post(figures(plan)) == 204
+        found = loglikelihoods(scored_model(bundles["fp32"], 1), [(a, b) for item in items for a, b in item])
+        told = [[[one.sum_logprob, one.greedy]] for one in found]
+        for first in (0, 10):
+            piece = {"kind": "scores", "run": figures(plan)["run"], "label": "fp32", "first": first}
+            assert program.post({**piece, "answers": told[first : first + 10]}) == 204
+        code, out = program.ended()
+    (device,) = json.loads(out)["devices"]
+    assert code == 0 and "answers" not in device and "lost" not in device
+    (record,) = device["scores"]
+    assert record["answered"] == len(items) == 20 and record["agreement"]["share"] == 1
+    assert record["logprob"]["max"] < 1e-4 and device["scored"]["tasks"] == ["heldout_cloze"]
 
 
 def test_ctrl_c_before_anything_came_is_an_interruption(bundles: dict[str, Path], tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ class AdbPage:
             wanted.warmup,
             wanted.pause_s,
             None if available is None else int(MEMORY_SHARE * available),
+            wanted.requests,
         )
         self.warnings = tight(phone.name, self.plan.bundles, available)
 
@@ -89,7 +90,8 @@ class AdbPage:
             figures, seen = page.collect(progress)
         found = measured(plan, figures, device=name, pairs=self.wanted.pairs, readings=seen)
         warnings = [*found["warnings"], *self.warnings]
-        return {**found, "machine": self._machine(found["machine"]), "warnings": warnings}
+        machine = self._machine(found["machine"])
+        return {**found, **page.scores.result(), "machine": machine, "warnings": warnings}
 
     def _machine(self, page: dict[str, Any]) -> dict[str, Any]:
         """What adb tells of the phone, and what the page tells where adb does not."""

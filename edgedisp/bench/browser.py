@@ -25,6 +25,7 @@ from edgedisp.bench.page_bundle import PageBundle, read_bundles
 from edgedisp.bench.page_plan import PagePlan, measured
 from edgedisp.bench.page_resources import page_resources
 from edgedisp.bench.page_run import MEMORY_SHARE, Opened
+from edgedisp.bench.page_scores import Requests
 from edgedisp.bench.page_server import PageServer
 from edgedisp.bench.timing import other_cpus
 
@@ -46,12 +47,14 @@ def measure(
     web: Path | None = None,
     program: str | None = None,
     served: Sequence[PageBundle] | None = None,
+    requests: Requests | None = None,
 ) -> dict[str, Any]:
     """Time every bundle `repetitions` times, in turns; the same dictionary as `timing.measure`.
 
     `threads` None is 1: a second thread made decoding slower in WebAssembly wherever it was tried. `web` is
     the page's folder (default: the packaged one), `program` the browser (default: `find_browser`), `served`
-    what `read_bundle` gave of the bundles, where that is known already.
+    what `read_bundle` gave of the bundles, where that is known already. `requests`: items to be scored when
+    the timing is done (page_scores.py); the result then has `answers`.
 
     Raises BadInput for a bundle that the page cannot use or where no browser is found, BuildFailed where the
     page or the browser fails, or nothing is heard for `timeout_s`: DeviceLost where something was timed until
@@ -65,7 +68,8 @@ def measure(
         raise BadInput(f"pairs: {', '.join(missing)}: not among the bundles")
     if memory_bytes is None and (available := describe()["memory_available_bytes"]) is not None:
         memory_bytes = int(MEMORY_SHARE * available)
-    plan = PagePlan(served, prompt, generate, repetitions, threads or 1, seed, warmup, pause_s, memory_bytes)
+    options = (prompt, generate, repetitions, threads or 1, seed, warmup, pause_s, memory_bytes)
+    plan = PagePlan(served, *options, requests or {})
     resources = {**page_resources(web or data_folder("export") / "web"), **plan.resources()}
     before = readings()["load_average_1m"]
     with (
@@ -79,6 +83,7 @@ def measure(
     machine = _machine(found["machine"])
     return {
         **found,
+        **page.scores.result(),
         "machine": {**machine, "browser": {**machine["browser"], **facts}},
         "load_average": {"before": before, "after": readings()["load_average_1m"]},
     }
@@ -99,6 +104,7 @@ class Page:
             program=self.program,
             served=self.served,
             progress=progress,
+            requests=self.wanted.requests,
             **self.wanted.timing(),
         )
 

@@ -11,6 +11,7 @@ cannot work there (BadInput), and gives an object whose `measure(progress)` retu
                 implied_bandwidth_gb_per_s, spread {figure: {low, high}}, drift_percent, warnings []};
                 None or absent: the device does not tell
     logits      instead of rows, where nothing is timed (an emulated processor)
+    answers     where `Wanted.requests` asked for scores: {bundle: items answered}; see scoring.py
     warnings    [] what to beware of on this device as a whole
 
 A device that is lost in the middle raises `DeviceLost`, which holds what was measured until then.
@@ -21,9 +22,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,7 +72,8 @@ class Wanted:
     `threads` None: the physical cores of the device, or what the bundle says where there are none to count.
     `sweep`: find the best thread count of each bundle first. `python`: the program on the device. `setup`:
     fetch there what is missing. `keep`: leave bundles and packages there. `ids`: token ids of a short text
-    for a bundle, where logits are compared. `cache`: a folder for what is fetched to this machine.
+    for a bundle, where logits are compared. `requests`: items of each bundle that are scored when the timing
+    is done (scoring.py). `cache`: a folder for what is fetched to this machine.
     """
 
     runner: Path
@@ -90,6 +92,7 @@ class Wanted:
     keep: bool = False
     python: str | None = None
     timeout_s: float = 900.0
+    requests: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def timing(self) -> dict[str, Any]:
         """What every way to time bundles in turns takes by these names; threads are the device's matter."""

@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from edgedisp import BadInput, __version__
+from edgedisp.bench import page_scores
 from edgedisp.bench.graph_facts import read_graph, weight_traffic
 from edgedisp.bench.page_bundle import PageBundle, prompt_ids
 from edgedisp.bench.page_resources import Resource, json_resource
 from edgedisp.bench.spread import percentile
 from edgedisp.bench.summary import pair, row, warn_about_bits
 from edgedisp.bench.timing import few, turns
-from edgedisp.bench.uploads import Figures, Loaded, Repetition, Upload
+from edgedisp.bench.uploads import Figures, Loaded, Repetition, Scores, Upload
 
 FORM = 1  # of the plan; the page refuses another
 LONGEST_PAUSE_S = 600.0
@@ -46,6 +47,8 @@ class PagePlan:
     pause_s: float = 0.0
     memory_bytes: int | None = None
     """What the open bundles may take together; None: the page decides by what the phone tells."""
+    requests: page_scores.Requests = field(default_factory=dict)
+    """Items of each bundle to be scored after the timing."""
 
     def __post_init__(self) -> None:
         for bundle in self.bundles:
@@ -66,7 +69,8 @@ class PagePlan:
 
     def resources(self) -> dict[str, Resource]:
         """The plan and the bundles' files, by address."""
-        found = {"plan.json": json_resource(self._as_json())}
+        labels = [bundle.label for bundle in self.bundles]
+        found = {"plan.json": json_resource(self._as_json()), **page_scores.resources(labels, self.requests)}
         for place, bundle in enumerate(self.bundles):
             for name, file in bundle.files.items():
                 kind = "application/json" if name.endswith(".json") else "application/octet-stream"
@@ -96,10 +100,13 @@ class PagePlan:
             "expected_memory_bytes": bundle.expected_memory_bytes,
             "context": bundle.context,
             "prompt_ids": prompt_ids(bundle.vocab_size, self.prompt, self.seed),
+            "requests": page_scores.announced(place, bundle.label, self.requests),
         }
 
     def accepts(self, upload: Upload) -> str | None:
         """What is wrong with an upload that fits the schema but not this plan; None if nothing is."""
+        if isinstance(upload, Scores):
+            return page_scores.wrong(upload, self.requests)
         if not isinstance(upload, Figures):
             return None
         order, labels = self.order(), {bundle.label for bundle in self.bundles}

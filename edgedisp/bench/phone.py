@@ -23,8 +23,9 @@ from edgedisp import BadInput
 from edgedisp.bench.certificate import self_signed
 from edgedisp.bench.page_plan import PagePlan, measured
 from edgedisp.bench.page_resources import page_resources
+from edgedisp.bench.page_scores import Collected
 from edgedisp.bench.page_server import PageServer, Received
-from edgedisp.bench.uploads import Figures, Step, Trouble
+from edgedisp.bench.uploads import Figures, Scores, Step, Trouble
 
 PORT = 8717  # a browser keeps what it downloaded by address and port: the same one each time
 MOST_RUNS = 256
@@ -85,11 +86,15 @@ class Results:
     ) -> None:
         self.plan, self.note, self.arrived = plan, note, arrived
         self.figures: dict[str, tuple[Figures, str]] = {}
+        self.scores: dict[str, Collected] = {}
 
     @property
     def complete(self) -> bool:
         """Whether any page came to its end."""
-        return any(figures.complete for figures, _ in self.figures.values())
+        return any(self._ended(run) for run in self.figures)
+
+    def _ended(self, run: str) -> bool:
+        return self.figures[run][0].complete and self.scores[run].complete
 
     def take(self, received: Received) -> None:
         """Keep figures, tell the rest."""
@@ -98,13 +103,25 @@ class Results:
             self.note(f"{client}: {upload.done}/{upload.total} {upload.note}")
         elif isinstance(upload, Trouble):
             self.note(f"{client}: could not go on: {upload.message}")
+        elif isinstance(upload, Scores):
+            self._take_scores(upload)
         elif upload.run not in self.figures and len(self.figures) >= MOST_RUNS:
             self.note(f"{client}: not kept, there are {MOST_RUNS} results already")
         else:
             known = self.figures.get(upload.run)
             self.figures[upload.run] = (upload, client)
-            if upload.complete and not (known and known[0].complete):
+            scores = self.scores.setdefault(upload.run, Collected(self.plan.requests))
+            if upload.complete and scores.complete and not (known and known[0].complete):
                 self.arrived(self._result(upload, client))
+
+    def _take_scores(self, upload: Scores) -> None:
+        """Scores follow the figures of their page; those of a page that sent none are left."""
+        scores = self.scores.get(upload.run)
+        if scores is None or scores.complete:
+            return
+        scores.take(upload)
+        if self._ended(upload.run):
+            self.arrived(self._result(*self.figures[upload.run]))
 
     def results(self) -> list[dict[str, Any]]:
         """Every result with at least one timed turn."""
@@ -113,8 +130,9 @@ class Results:
     def _result(self, figures: Figures, client: str) -> dict[str, Any]:
         told = figures.device.model
         found = measured(self.plan, figures, device=f"phone {told}" if told else "phone")
-        lost = {} if figures.complete else {"lost": "the phone has not sent the rest"}
-        return {**found, "kind": "phone", "client": client, "run": figures.run, **lost}
+        lost = {} if self._ended(figures.run) else {"lost": "the phone has not sent the rest"}
+        scores = self.scores[figures.run].result()
+        return {**found, **scores, "kind": "phone", "client": client, "run": figures.run, **lost}
 
 
 def _one_address(host: str | None) -> str:

@@ -26,6 +26,7 @@ from typing import Any
 from edgedisp import BadInput, BuildFailed, Progress, silent
 from edgedisp.bench.devices import DeviceLost, Wanted
 from edgedisp.bench.host import Host
+from edgedisp.bench.scoring import with_answers
 from edgedisp.bench.spread import percentile
 from edgedisp.bench.summary import pair, row, warn_about_bits
 from edgedisp.bench.worker import Worker
@@ -62,7 +63,10 @@ class Timed:
             progress=progress,
             **wanted.timing(),
         )
-        return {**result, "threads": found} if found else result
+        result = {**result, "threads": found} if found else result
+        if not wanted.requests:
+            return result
+        return with_answers(result, self.host, self.bundles, wanted.requests, wanted.timeout_s, progress)
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""What the phone page may send: progress, trouble, figures. Everything else is refused.
+"""What the phone page may send: progress, trouble, figures, scores. Everything else is refused.
 
 A phone is not trusted: every text has a length and loses its control characters (it is printed on a
 terminal), every list and number has bounds, unknown keys are errors. The page sends raw times alone; speeds
@@ -27,6 +27,8 @@ Milliseconds = Annotated[float, Field(ge=0.0, le=3.6e6, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0.0, le=86400.0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
 Count = Annotated[int, Field(ge=0, le=1 << 31)]
+Score = tuple[Annotated[float, Field(ge=-1e9, le=0.01, allow_inf_nan=False)], bool]
+"""Sum of log-probabilities (rounding may leave it above 0), and whether each token was the likeliest."""
 
 
 class _Strict(BaseModel):
@@ -97,6 +99,17 @@ class Figures(_Strict):
     repetitions: Annotated[list[Repetition], Field(max_length=MOST_REPETITIONS)]
 
 
+class Scores(_Strict):
+    """Answers to some items that were to be scored, in their order (page_scores.py)."""
+
+    kind: Literal["scores"]
+    run: RunId
+    label: Text
+    first: Count
+    """Place of the first of these items among the bundle's."""
+    answers: Annotated[list[Annotated[list[Score], Field(max_length=1000)]], Field(max_length=100)]
+
+
 class Step(_Strict):
     """A line of progress."""
 
@@ -115,6 +128,6 @@ class Trouble(_Strict):
     message: Text
 
 
-Upload = Figures | Step | Trouble
+Upload = Figures | Scores | Step | Trouble
 
 UPLOAD: TypeAdapter[Upload] = TypeAdapter(Annotated[Upload, Field(discriminator="kind")])

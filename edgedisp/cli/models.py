@@ -110,17 +110,34 @@ def bench(
     project: Annotated[
         bool, typer.Option("--project", help="Add what phones' chips may reach by their bandwidth.")
     ] = False,
+    score: Annotated[
+        str | None, typer.Option(metavar="T,T,...", help="Score items of these tasks there too: heldout ...")
+    ] = None,
+    items: Annotated[
+        int | None, typer.Option(help="Items of each task scored there, 20 to 2000; default 200.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Items of each task in the full set, scored here; default 500.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Documents of held-out tasks; default: the run's.")
+    ] = None,
+    tasks_path: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Your own lm-eval tasks.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with all devices.")] = None,
     report: Annotated[
         bool, typer.Option("--report", help="Keep results in the bundles' run, and show them in its report.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Time bundles on devices, interleaved: time to first token, prefill and decode speed, memory."""
+    """Time bundles on devices, interleaved: time to first token, prefill and decode speed, memory.
+
+    With --score also score them there, and compare with this machine's scores.
+    """
     from edgedisp.console import Screen
     from edgedisp.report.devices import render_devices
     from edgedisp.single import BenchOptions, lost_devices, time_bundles
     from edgedisp.single import project as project_speeds
+    from edgedisp.stages.device_scores import wished
 
     named = ["local"] if device is None else device
     asked = BenchOptions(
@@ -138,7 +155,8 @@ def bench(
         raise BadInput(f"--html {html}: there is no folder {html.parent}")
     in_runs = _in_runs(bundles) if report else {}
     with Screen(f"bench on {', '.join(named)}") as screen:
-        timed = time_bundles(bundles, named, asked, screen.progress)
+        wish = wished(score, items=items, limit=limit, text=text, tasks_path=tasks_path)
+        timed = time_bundles(bundles, named, asked, screen.progress, wish)
     if project:
         timed["projected"] = project_speeds(timed)
     if html is not None:

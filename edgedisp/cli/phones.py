@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from edgedisp import BadInput, data_folder
-from edgedisp.cli.app import JsonOption, app
+from edgedisp.cli.app import JsonOption, app, width
 
 
 @app.command()
@@ -28,6 +28,19 @@ def phone(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Default: chosen on the page, 1 unless changed.")
     ] = None,
+    score: Annotated[
+        str | None, typer.Option(metavar="T,T,...", help="Then score items of these tasks there: heldout ...")
+    ] = None,
+    items: Annotated[
+        int | None, typer.Option(help="Items of each task scored there, 20 to 2000; default 200.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Items of each task in the full set, scored here; default 500.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Documents of held-out tasks; default: the run's.")
+    ] = None,
+    tasks_path: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Your own lm-eval tasks.")] = None,
     once: Annotated[bool, typer.Option("--once", help="End after the first complete result.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Write every result to this JSON file.")] = None,
     report: Annotated[
@@ -55,16 +68,18 @@ def phone(
     check_runs(in_runs)
     for run in sorted({place.run for place in in_runs.values()}):
         typer.echo(f"What phones measure joins the report of {run} (--no-report: it does not)", err=True)
-    plan = PagePlan(served, prompt, generate, repetitions, threads)
+    scorer = _scorer(score, bundles, items=items, limit=limit, text=text, tasks_path=tasks_path)
+    plan = PagePlan(served, prompt, generate, repetitions, threads, requests=scorer.requests)
     kept: list[dict[str, Any]] = []
     unshown: dict[Path, None] = {}
 
     def arrived(result: dict[str, Any]) -> None:
+        result = scorer.told(result)
         kept.append(result)
         if out is not None:  # at once: later phones may come or not
             write_json(out, {"format": 1, "devices": kept})
         if not as_json:
-            typer.echo(serving.render(result) + "\n")
+            typer.echo(serving.render(result) + scorer.render(result) + "\n")
         keep_in_runs([result])
 
     def keep_in_runs(found: list[dict[str, Any]]) -> None:
@@ -85,12 +100,53 @@ def phone(
     )
     if not results:
         raise KeyboardInterrupt  # ended before anything came
-    partial = [result for result in results if not result["complete"]]
+    results = [scorer.told(result) for result in results]
+    partial = [result for result in results if "lost" in result]
     for result in partial if not as_json else ():
-        typer.echo(serving.render(result) + "\n")
+        typer.echo(serving.render(result) + scorer.render(result) + "\n")
     if out is not None:
         write_json(out, {"format": 1, "devices": results})
         typer.echo(f"results: {out}", err=True)
     if as_json:
         typer.echo(json.dumps({"format": 1, "devices": results}, ensure_ascii=False))
     keep_in_runs(partial)
+
+
+class _Scorer:
+    """What phones are asked to score, and what is said of their answers; nothing where nothing is asked."""
+
+    def __init__(self, questions: Any = None) -> None:
+        self._questions = questions
+        self.requests: dict[str, Any] = {} if questions is None else questions.requests
+
+    def told(self, result: dict[str, Any]) -> dict[str, Any]:
+        """A phone's result with scores in the place of its answers."""
+        if self._questions is None or "answers" not in result:
+            return result
+        from edgedisp.bench.machine import physical_cores
+        from edgedisp.console import Screen
+        from edgedisp.stages.device_scores import with_scores
+
+        with Screen("scores here") as screen:
+            found = with_scores(self._questions, [result], physical_cores(), screen.progress)
+        return {**found["devices"][0], "scored": found["scored"]}
+
+    def render(self, result: dict[str, Any]) -> str:
+        """The scores as a table for people, on lines of their own."""
+        if "scores" not in result:
+            return ""
+        from edgedisp.report.devices import render_devices
+
+        told = {name: result[name] for name in ("device", "scores")}
+        return "\n\n" + render_devices({"devices": [told]}, width())
+
+
+def _scorer(score: str | None, bundles: list[Path], **options: Any) -> _Scorer:
+    if score is None and not any(options.values()):  # what makes questions takes seconds to load
+        return _Scorer()
+    from edgedisp.bench.summary import labelled
+    from edgedisp.sources import cache_folder
+    from edgedisp.stages.device_scores import prepared, wished
+
+    wish = wished(score, **options)
+    return _Scorer() if wish is None else _Scorer(prepared(wish, labelled(bundles), cache_folder()))

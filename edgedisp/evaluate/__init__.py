@@ -12,6 +12,7 @@ catalog.py     which of those there are, and reading their data
 tasks.py       task names -> results: checks the names, prepares the items, scores a model
 result.py      what a task leaves behind: metrics with intervals, and every item
 statistics.py  intervals and tests for one model, and paired for two
+subset.py      a random part of the items, scored on a device and compared; noting.py: of lm-eval's tasks
 survival.py    differences of differences: is what training changed still there after quantization
 divergence.py  how far one model's next-token distributions are from another's, streamed
 """

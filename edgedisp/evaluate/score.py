@@ -159,6 +159,23 @@ def rolling_windows(
         start = end
 
 
+def as_read(
+    model: LanguageModel,
+    context_ids: Sequence[int],
+    continuation_ids: Sequence[int],
+    start: int | None,
+    lead: int | None,
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """What a model reads of a request: (context, continuation, context tokens dropped); see `loglikelihoods`.
+
+    `start` stands in for an empty context. An empty continuation is asked of nobody.
+    """
+    if not continuation_ids:
+        return tuple(context_ids), (), 0
+    inputs, dropped = _inputs(model, context_ids, continuation_ids, start, lead)
+    return inputs[: len(inputs) - len(continuation_ids) + 1], tuple(continuation_ids), dropped
+
+
 def encode_pair(encode: Encode, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """Tokenize two texts that are read as one: (context_ids, continuation_ids).
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from edgedisp.report import device_scores
 from edgedisp.report.reading import at, branch, number
 from edgedisp.report.section import Grid, Section
 from edgedisp.report.wording import MISSING, figure, fixed, megabytes, percent, small
@@ -84,6 +85,8 @@ def sections(timed: Timed, *, named: bool = False) -> list[Section]:
         found.append(Section("figures", "Every figure", MEANING, grids=(grid,)))
     if compared:
         found.append(Section("kernels", "Kernels compared", KERNELS, grids=(_kernels(compared),)))
+    if scored := device_scores.section(devices):
+        found.append(scored)
     if projected := branch(timed.get("projected")):
         found.append(_projected(projected))
     return [*found, *(_device(device, f"device{index}") for index, device in enumerate(devices))]
@@ -293,7 +296,7 @@ def warnings(device: Timed) -> list[str]:
     said += [str(pair["fault"]) for pair in device.get("pairs") or () if pair.get("fault")]
     for row in device.get("rows") or ():
         said += [f"{row['label']}: {text}" for text in row.get("warnings") or ()]
-    return said
+    return said + device_scores.warnings(device)
 
 
 def render_devices(timed: Timed, width: int) -> str:

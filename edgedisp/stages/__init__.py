@@ -17,6 +17,7 @@ what a stage does not get, it cannot depend on, and the cache key in pipeline/ i
     packing.py   pack: a bundle for a kind of device, in the layouts of its runtimes, with a manifest
     survival.py  survival: what is left of training's change after quantization
     figures.py   items, accuracy, latency: what is measured of them
+    device_scores.py  items for devices to score, and their answers held against this machine's scores
     divergence.py  divergence: the KL of a bundle from its fp32 parent, and from the baseline's
     noise.py     noise: by how much two scorings of one model differ
     accounting.py  size_account: what every bundle will weigh, before anything runs

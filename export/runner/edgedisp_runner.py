@@ -31,6 +31,12 @@ longer cache.
 `--logits IDS.json --out FILE.npy` times nothing: it writes the logits [tokens, vocab] that follow each of the
 token ids listed in IDS.json, to be compared with another machine's.
 
+`--score POSITIONS` times nothing either: it answers commands from stdin as `--interactive` does. The command
+{"score": [[CONTEXT, CONTINUATION], ...]}, lists of token ids, gives {"scores": [[SUM, GREEDY], ...]}: the sum
+of the continuation's log-probabilities, and whether each of its tokens was the most likely one. The two
+together, but for the last token, have at most POSITIONS. A context is computed once for all continuations
+that follow it one after another.
+
 Left out on purpose: batching, speculative decoding, other execution providers.
 Exit codes: 0 done, 1 the run failed, 2 bad bundle or usage, 130 interrupted.
 """
@@ -336,6 +342,42 @@ class Decoder:
             ids, total = np.array([[token]], np.int64), total + 1
         return tokens, times_ms
 
+    def follow(self, ids: Sequence[int], start: int, cache: dict[str, Any]) -> Any:
+        """Yield the logits [vocab] after each of `ids`, which stand at the positions from `start` on.
+
+        A row is to be used before the next is asked for: its memory is used again.
+        """
+        import numpy as np
+
+        most = 1 if self.last_alone else SCORED_AT_ONCE
+        if most not in self.rooms:  # one room, of which shorter steps use the beginning
+            room = np.empty(most * self.vocab_size, self.logits_type)
+            for rows in range(1, most + 1):
+                self.rooms[rows] = room[: rows * self.vocab_size].reshape(1, rows, self.vocab_size)
+        for at in range(0, len(ids), most):
+            part = np.asarray(ids[at : at + most], np.int64)[None]
+            yield from self.step(part, start + at + part.shape[1], cache)[0]
+
+    def score(self, requests: Sequence[Sequence[Sequence[int]]]) -> list[tuple[float, bool]]:
+        """(sum of log-probabilities, all greedy) of each continuation after its context."""
+        found: list[tuple[float, bool]] = []
+        known: Any = None
+        cache: dict[str, Any] = {}
+        after: Any = None
+        for context, continuation in requests:
+            if context != known:
+                cache, known = dict(self.past), context
+                for row in self.follow(context, 0, cache):
+                    after = row
+                after = after.copy()
+            total, greedy = likelihood(after, continuation[0])
+            rest = self.follow(continuation[:-1], len(context), dict(cache))
+            for row, token in zip(rest, continuation[1:]):
+                logprob, likeliest = likelihood(row, token)
+                total, greedy = total + logprob, greedy and likeliest
+            found.append((total, greedy))
+        return found
+
     def all_logits(self, ids: Any) -> Any:
         """Logits float [n, vocab] after each of `ids` int64 [n]: in one go, or token by token where the graph
         gives the last token's alone."""
@@ -347,6 +389,54 @@ class Decoder:
             return self.step(ids[None], count, cache)[0].copy()
         rows = [self.step(ids[None, at : at + 1], at + 1, cache)[0, -1].copy() for at in range(count)]
         return np.stack(rows)
+
+
+# ---------------------------------------------------------------- scores
+
+SCORED_AT_ONCE = 64  # tokens of a step: their logits take 13 MB with a vocabulary of 49,152
+
+
+def likelihood(logits: Any, token: int) -> tuple[float, bool]:
+    """Log-probability of a token from logits [vocab], summed in float64, and whether it is the likeliest.
+
+    Raises ValueError for logits that are not finite.
+    """
+    import numpy as np
+
+    logits = logits.astype(np.float32, copy=False)
+    peak = logits.max()
+    total = np.exp(logits - peak).sum(dtype=np.float64)
+    value = float(logits[token]) - float(peak) - float(np.log(total))
+    if not np.isfinite(value):
+        raise ValueError("logits that are not finite (NaN or infinity)")
+    return value, int(logits.argmax()) == token
+
+
+def requests_of(command: dict[str, Any], decoder: Decoder) -> list[Any]:
+    """The requests of a command. Raises ValueError for what cannot be scored."""
+    requests = command["score"]
+    for context, continuation in requests:
+        ids = [*context, *continuation]
+        if not context or not continuation or not all(type(i) is int for i in ids):
+            raise ValueError("a request is two lists of token ids, neither empty")
+        if len(ids) - 1 > decoder.positions:
+            raise ValueError(f"{len(ids)} tokens, but there is room for {decoder.positions}")
+        if not 0 <= min(ids) <= max(ids) < decoder.vocab_size:
+            raise ValueError(f"a token outside the vocabulary of {decoder.vocab_size}")
+    return list(requests)
+
+
+def run_scoring(decoder: Decoder, options: argparse.Namespace) -> None:
+    """Answer commands from stdin, one line each, until {"quit": 1} or the end of stdin."""
+    put({"ready": facts(decoder, options)})
+    for line in sys.stdin:
+        try:
+            command = json.loads(line)
+            if command.get("quit"):
+                return
+            put({"scores": decoder.score(requests_of(command, decoder))})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            put({"error": f"cannot be scored: {error}"})
 
 
 # ---------------------------------------------------------------- figures
@@ -645,6 +735,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="a session option of onnxruntime, e.g. mlas.disable_kleidiai=1",
     )
+    parser.add_argument(
+        "--score", type=at_least(2), metavar="POSITIONS", help="score requests from stdin, time nothing"
+    )
     parser.add_argument("--logits", type=Path, metavar="IDS.json", help="write logits, time nothing")
     parser.add_argument("--out", type=Path, metavar="FILE.npy", help="where --logits writes them")
     options = parser.parse_args(arguments)
@@ -659,7 +752,7 @@ def work(options: argparse.Namespace) -> None:
     if options.threads is None:
         options.threads = default_threads(read_config(options.bundle))
     ids = read_ids(options.logits) if options.logits else []
-    positions = len(ids) or options.prompt + options.generate
+    positions = len(ids) or options.score or options.prompt + options.generate
     decoder = Decoder(
         options.bundle,
         options.threads,
@@ -672,6 +765,9 @@ def work(options: argparse.Namespace) -> None:
         if max(ids) >= decoder.vocab_size:
             raise BadBundle(f"{options.logits}: token {max(ids)}, but the model knows {decoder.vocab_size}")
         write_logits(decoder, ids, options.out)
+        return
+    if options.score:
+        run_scoring(decoder, options)
         return
     prompt = prompt_ids(decoder.vocab_size, options.prompt, options.seed)
     say(f"{options.bundle}: loaded in {decoder.load_s:.2f} s, {options.threads} threads")

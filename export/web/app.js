@@ -2,6 +2,7 @@
 
 import { Bundle, benchmark, figures, fitTogether } from "./bench.js";
 import { describe, explained, missing, mostThreads } from "./device.js";
+import { itemsOf, scoreAll } from "./score.js";
 import { forget, kept } from "./store.js";
 
 const FORM = 1; // of the plan
@@ -175,20 +176,29 @@ async function measure() {
     const { held_open, loaded, repetitions } = result;
     arrived = await report({ kind: "figures", complete, held_open, device, loaded, repetitions });
   };
+  const common = {
+    made: (label) => opening(plan.bundles.find((bundle) => bundle.label === label)),
+    step: async (done, total, note) => {
+      working(note, done, total);
+      await report({ kind: "step", done, total, note });
+    },
+    cancelled: () => cancelled,
+  };
   try {
     const result = await benchmark(plan, {
-      made: (label) => opening(plan.bundles.find((bundle) => bundle.label === label)),
-      step: async (done, total, note) => {
-        working(note, done, total);
-        await report({ kind: "step", done, total, note });
-      },
+      ...common,
       told: async (result) => {
         await post(result, result.repetitions.length === plan.turns.length);
         showResults(result);
       },
-      cancelled: () => cancelled,
     });
-    const complete = result.repetitions.length === plan.turns.length;
+    let complete = result.repetitions.length === plan.turns.length;
+    if (complete && itemsOf(plan)) {
+      complete = await scoreAll(plan, {
+        ...common,
+        told: (piece) => report({ kind: "scores", ...piece }),
+      });
+    }
     at("sent").textContent = !complete
       ? "Cancelled."
       : arrived
@@ -280,9 +290,10 @@ function fill() {
       : "One thread: more need https (edgedisp phone --https) or localhost.";
   const { prompt, generate, repetitions } = plan.options;
   const together = fitTogether(plan) ? "" : " They do not fit into memory together, so each is loaded anew for its turn.";
+  const scored = itemsOf(plan) ? ` Then ${itemsOf(plan)} items of tasks are scored.` : "";
   const names = plan.bundles.length > 1 ? `${plan.bundles.length} bundles in turns.${together}` : "";
   at("bench-about").textContent =
-    `${prompt} prompt tokens, ${generate} new ones, ${repetitions} times after a warm-up. ${names} Keep this page in front and the screen on.`;
+    `${prompt} prompt tokens, ${generate} new ones, ${repetitions} times after a warm-up.${scored} ${names} Keep this page in front and the screen on.`;
   at("checked").textContent = isSecureContext
     ? "Files are checked by SHA-256 on arrival and whenever they are opened."
     : "Files are checked by SHA-256, but over plain http the sums come on the same wire: damage is found, an attacker in your network is not.";

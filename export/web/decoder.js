@@ -14,6 +14,9 @@ WebAssembly.Memory = class extends WebAssembly.Memory {
   }
 };
 
+import { likelihood } from "./score.js";
+
+const SCORED_AT_ONCE = 64; // tokens of a step: their logits take 13 MB with a vocabulary of 49,152
 const VENDOR = new URL("./vendor/onnxruntime-web/", import.meta.url).href;
 const SESSION = {
   executionProviders: ["wasm"],
@@ -99,6 +102,7 @@ export class Decoder {
     if (!this.heads || !this.headSize || !this.vocabSize) {
       throw new Error("Neither the graph nor its configuration tells the sizes of cache and vocabulary.");
     }
+    this.lastAlone = outputs.logits.shape[1] === 1; // a graph that gives the last token's logits alone
     this.itemBytes = this.type === "float16" ? 2 : 4;
     this.fetches = ["logits", ...this.cache.map(([, present]) => present)];
   }
@@ -120,7 +124,7 @@ export class Decoder {
     return Object.fromEntries(this.cache.map(([past]) => [past, new ort.Tensor(this.type, none, shape)]));
   }
 
-  /** Compute `ids` after the `total - ids.length` positions in `past`: {token, past}, token the likeliest. */
+  /** Compute `ids` after the `total - ids.length` positions in `past`: {token, logits, past}, token the likeliest. */
   async step(ids, total, past) {
     const feeds = { ...past };
     const count = ids.length;
@@ -135,7 +139,7 @@ export class Decoder {
     const made = await this.session.run(feeds, this.fetches);
     const logits = made.logits.data;
     const token = argmax(logits.subarray(logits.length - this.vocabSize));
-    return { token, past: Object.fromEntries(this.cache.map(([name, present]) => [name, made[present]])) };
+    return { token, logits, past: Object.fromEntries(this.cache.map(([name, present]) => [name, made[present]])) };
   }
 
   /** Time `generate` greedy tokens after `prompt` (ids). */
@@ -159,6 +163,45 @@ export class Decoder {
     }
     const [ttft_ms, ...token_ms] = times;
     return { ttft_ms, token_ms, tokens, wall_s: (before - started) / 1000, heap_bytes: heapBytes() };
+  }
+
+  /**
+   * Compute `ids` after `start` positions in `past`, some at a time; `heard(logits)` takes the logits after each,
+   * in their order. Resolves to the cache that holds them too.
+   */
+  async follow(ids, start, past, heard) {
+    const most = this.lastAlone ? 1 : SCORED_AT_ONCE;
+    for (let at = 0; at < ids.length; at += most) {
+      const part = ids.slice(at, at + most);
+      const made = await this.step(part, start + at + part.length, past);
+      for (let i = 0; i < part.length; i++) heard(made.logits.subarray(i * this.vocabSize, (i + 1) * this.vocabSize));
+      past = made.past;
+    }
+    return past;
+  }
+
+  /** [sum of log-probabilities, all greedy] of each [context, continuation]; equal contexts are computed once. */
+  async score(requests) {
+    const found = [];
+    let known = null;
+    let past = null;
+    let after = null;
+    for (const [context, continuation] of requests) {
+      const same = known?.length === context.length && known.every((id, i) => id === context[i]);
+      if (!same) {
+        past = await this.follow(context, 0, this.empty(), (logits) => (after = logits));
+        known = context;
+      }
+      let [sum, greedy] = likelihood(after, continuation[0]);
+      let place = 0;
+      await this.follow(continuation.slice(0, -1), context.length, past, (logits) => {
+        const [value, likeliest] = likelihood(logits, continuation[++place]);
+        sum += value;
+        greedy &&= likeliest;
+      });
+      found.push([sum, greedy]);
+    }
+    return found;
   }
 
   /** The first `length` positions of a cache of `total`: for going on from the beginning of a conversation. */

@@ -1,6 +1,6 @@
 // One bundle in a worker of its own: its session, its cache, its figures. The page stays free for touches.
 //
-// Messages in: {id, ask: "open" | "time" | "chat" | "reset", ...}, {ask: "stop"}. Out: {id, answer} or
+// Messages in: {id, ask: "open" | "time" | "score" | "chat" | "reset", ...}, {ask: "stop"}. Out: {id, answer} or
 // {id, error}, and on the way {event: "progress" | "piece", ...}.
 
 import { Conversation } from "./conversation.js";
@@ -81,6 +81,7 @@ const ASKED = {
   open,
   chat,
   time: ({ prompt, generate }) => decoder.time(prompt, generate),
+  score: ({ requests }) => decoder.score(requests),
   reset: () => typeof conversation === "object" && conversation?.reset(),
 };
 

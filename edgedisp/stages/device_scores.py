@@ -1,0 +1,200 @@
+"""Items of tasks for devices to score, and what they answered, held against this machine's scores.
+
+Three steps, since a device lies between them: `prepared` makes the questions and draws from them; a device
+gets `Prepared.requests`, plain token ids by bundle; `scored` asks this machine the full set (what was scored
+before is read back) and compares. One set of questions serves all bundles of one tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgedisp import BadInput, Progress, corpus, model
+from edgedisp.evaluate import subset, tasks
+from edgedisp.evaluate.kept import Kept
+from edgedisp.evaluate.sets import expand
+from edgedisp.folder import file_digest
+from edgedisp.graph.scored import scored_model, scored_size
+from edgedisp.stages.figures import scored_name
+from edgedisp.stages.start import heldout_documents
+
+CONTEXT = 256  # tokens of a held-out window
+HELDOUT = "corpus"  # where a run keeps the documents that no arm was trained on
+STORE = "scores.sqlite"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to be scored on devices: tasks, items of each there (`items`) and here (`limit`).
+
+    text: documents for the held-out tasks; None: those of the run that the first bundle lies in.
+    """
+
+    tasks: tuple[str, ...]
+    items: int = 200
+    limit: int = 500
+    text: Path | None = None
+    tasks_path: Path | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Questions and draw for each bundle."""
+
+    wish: Wish
+    bundles: Mapping[str, Path]
+    suites: Mapping[str, tasks.Suite]
+    samples: Mapping[str, subset.Sample]
+    store: Path
+
+    @property
+    def requests(self) -> dict[str, list[list[subset.Pair]]]:
+        """Bundle -> items -> requests (context ids, continuation ids), for a device."""
+        return {
+            label: [[pair for pair in item.sent if pair[1]] for item in sample.in_turn()]
+            for label, sample in self.samples.items()
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What the scores of all devices have in common."""
+        wish = self.wish
+        return {"tasks": expand(wish.tasks), "items": wish.items, "limit": wish.limit, "seed": wish.seed}
+
+
+def prepared(wish: Wish, bundles: Mapping[str, Path], cache: Path) -> Prepared:
+    """Make the questions and draw from them; nothing is scored.
+
+    `cache`: a folder for the scores of bundles that lie in no run. Raises BadInput for tasks that are not
+    known or need generated text, held-out tasks without text, a task whose data a hub does not give.
+    """
+    subset.refuse_count(wish.items)
+    if wish.limit < wish.items:
+        raise BadInput(f"--limit {wish.limit}: is less than the {wish.items} --items that are drawn from it")
+    tasks.check_tasks(wish.tasks, wish.tasks_path)
+    run = _run_of(next(iter(bundles.values())))
+    documents = _documents(wish, run)
+    suites: dict[str, tasks.Suite] = {}
+    samples: dict[str, subset.Sample] = {}
+    made: dict[tuple[str, int], tasks.Suite] = {}
+    for label, bundle in bundles.items():
+        if not (bundle / "tokenizer.json").is_file():
+            raise BadInput(f"{bundle}: no tokenizer.json, so --score cannot make its requests")
+        size = scored_size(bundle)
+        key = file_digest(bundle / "tokenizer.json"), min(size.context, CONTEXT)
+        if key not in made:
+            made[key] = _suite(wish, bundle, documents, key[1])
+        suites[label] = made[key]
+        samples[label] = subset.drawn(made[key], size, wish.items, wish.seed)
+    store = cache / STORE if run is None else run / STORE
+    store.parent.mkdir(parents=True, exist_ok=True)
+    return Prepared(wish, bundles, suites, samples, store)
+
+
+def scored(
+    asked: Prepared, answers: Sequence[Mapping[str, Sequence[Any]]], threads: int, progress: Progress
+) -> list[list[dict[str, Any]]]:
+    """For each device its records, one by bundle and task (`subset.compare`), in the order of `answers`.
+
+    answers: for each device, bundle -> the items answered in the order asked (fewer where it was lost), each
+    a list of (sum of log-probabilities, all greedy).
+    """
+    found: list[list[dict[str, Any]]] = [[] for _ in answers]
+    for label, bundle in asked.bundles.items():
+        suite, sample = asked.suites[label], asked.samples[label]
+        opened, size = scored_model(bundle, threads), scored_size(bundle)
+        name = scored_name(bundle, threads)
+        if sample.cut and not size.whole:  # other scores than those of the model's own context
+            name = f"{name} context {size.context}"
+        with closing(Kept(asked.store, name)) as kept:
+            full = suite.run(opened, kept=kept, progress=_named(progress, f"here, {label}"))
+            for records, told in zip(found, answers):
+                by_task = _by_task(sample, told.get(label, ()))
+                for record in subset.compare(suite, sample, by_task, opened, kept, full=full):
+                    records.append({"label": label, **record})
+    return found
+
+
+def wished(score: str | None, **options: Any) -> Wish | None:
+    """What `--score` and the options beside it ask for (None: not given); None without it.
+
+    Raises BadInput for an option that needs `--score`, and where that names no task.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if score is None:
+        for name in given:
+            raise BadInput(f"--{name.replace('_', '-')}: says what is scored; give --score TASKS too")
+        return None
+    names = tuple(name.strip() for name in score.split(",") if name.strip())
+    if not names:
+        raise BadInput("--score: names no task; such as --score heldout")
+    return Wish(names, **given)
+
+
+def with_scores(
+    questions: Prepared, found: Sequence[dict[str, Any]], threads: int, progress: Progress
+) -> dict[str, Any]:
+    """{devices, scored}: the results of devices with `scores` in the place of their answers."""
+    answers = [device.get("answers", {}) for device in found]
+    scores = scored(questions, answers, threads, progress)
+    told = [
+        {**{key: value for key, value in device.items() if key != "answers"}, "scores": records}
+        for device, records in zip(found, scores)
+    ]
+    return {"devices": told, "scored": questions.facts()}
+
+
+def _suite(wish: Wish, bundle: Path, documents: list[corpus.Document], context: int) -> tasks.Suite:
+    tokenizer = model.load_tokenizer(bundle)
+    suite = tasks.prepare(
+        tokenizer,
+        wish.tasks,
+        documents,
+        end_of_text=model.end_of_text_id(tokenizer),
+        lead=model.lead_id(tokenizer),
+        context=context,
+        limit=wish.limit,
+        seed=wish.seed,
+        tasks_path=wish.tasks_path,
+    )
+    if suite.missing:
+        raise BadInput(f"--score: {'; '.join(suite.missing.values())}")
+    return suite
+
+
+def _documents(wish: Wish, run: Path | None) -> list[corpus.Document]:
+    """The documents of the held-out tasks; none where no such task is asked for."""
+    if wish.text is not None:
+        return list(corpus.read_documents(wish.text))
+    held = [name for name in expand(wish.tasks) if name.startswith("heldout")]
+    if not held:
+        return []
+    if run is None:
+        raise BadInput(
+            f"--score {held[0]}: is made from text, and the bundle lies in no run; name documents with --text"
+        )
+    return heldout_documents(run / HELDOUT)
+
+
+def _run_of(bundle: Path) -> Path | None:
+    """The run that a bundle lies in, <run>/<arm>/<bundle>."""
+    run = bundle.resolve().parent.parent
+    return run if (run / "run.json").is_file() and (run / HELDOUT / "heldout.jsonl").is_file() else None
+
+
+def _by_task(sample: subset.Sample, told: Sequence[Any]) -> dict[str, dict[str, list[subset.Answer]]]:
+    """Task -> item -> answers; an empty continuation, of which no device was asked, is certain."""
+    found: dict[str, dict[str, list[subset.Answer]]] = {}
+    for item, answers in zip(sample.in_turn(), told):
+        given = iter(answers)
+        complete = [next(given) if target else (0.0, True) for _, target in item.sent]
+        found.setdefault(item.task, {})[item.id] = [(float(total), bool(sure)) for total, sure in complete]
+    return found
+
+
+def _named(progress: Progress, label: str) -> Progress:
+    return lambda done, total, note: progress(done, total, f"{label}: {note}")

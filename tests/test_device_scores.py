@@ -1,0 +1,427 @@
+"""Items scored on a device: what is drawn, what comes back, and what is said of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sshd
+from test_phone_page import WEB, chromium
+from test_runtimes import Quiet
+from tiny_bundle import RUNNER, tiny_bundles
+
+from edgedisp import corpus, single
+from edgedisp.bench import browser, local, scoring
+from edgedisp.bench.devices import Address, DeviceLost, Wanted
+from edgedisp.bench.machine import physical_cores
+from edgedisp.bench.page_plan import PagePlan
+from edgedisp.bench.page_scores import Collected
+from edgedisp.bench.uploads import UPLOAD, Scores
+from edgedisp.evaluate import statistics, subset
+from edgedisp.evaluate.result import task_result
+from edgedisp.evaluate.score import as_read, loglikelihoods
+from edgedisp.graph.device import for_device
+from edgedisp.graph.scored import scored_model
+from edgedisp.graph.session import OnnxModel
+from edgedisp.report.devices import render_devices, sections
+from edgedisp.single import BenchOptions
+from edgedisp.stages import device_scores
+from edgedisp.stages.device_scores import Wish
+
+SMALL = BenchOptions(prompt=4, generate=4, repetitions=1, threads=1)
+ITEMS, LIMIT = 20, 40
+needs_sshd = pytest.mark.skipif(sshd.MISSING is not None, reason=str(sshd.MISSING))
+needs_chromium = pytest.mark.skipif(
+    chromium() is None or not (WEB / "vendor").is_dir(), reason="needs Chromium and the page's libraries"
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 documents of short sentences, in words that the tiny tokenizer knows."""
+    rng = np.random.default_rng(0)
+    words = ["the", "cat", "sat", "mat", "and", "dog", "log"]
+    rows = []
+    for _ in range(40):
+        said = [" ".join(rng.choice(words, rng.integers(5, 9))).capitalize() for _ in range(12)]
+        rows.append(json.dumps({"text": ". ".join(said) + "."}))
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("\n".join(rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`fp32` and `int4` with all logits, and `packed`: fp32 with the last token's alone."""
+    found = tiny_bundles(tmp_path_factory.getbasetemp())
+    packed = tmp_path_factory.mktemp("packed") / "packed"
+    packed.mkdir()
+    for_device(found["fp32"], packed, threads=1)
+    return {"fp32": found["fp32"], "int4": found["int4"], "packed": packed}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Scores go to a folder of the test's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setattr(single, "cache_folder", lambda: folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def wish(text: Path) -> Wish:
+    return Wish(("heldout",), items=ITEMS, limit=LIMIT, text=text)
+
+
+@pytest.fixture(scope="module")
+def questions(wish: Wish, bundles: dict[str, Path], cache: Path) -> device_scores.Prepared:
+    return device_scores.prepared(wish, bundles, cache)
+
+
+@pytest.fixture(scope="module")
+def timed(wish: Wish, bundles: dict[str, Path]) -> dict[str, Any]:
+    return single.time_bundles([*bundles.values()], ["local"], SMALL, lambda *step: None, wish)
+
+
+def test_the_draw_is_a_permutation_by_seed_and_task_and_a_smaller_one_is_its_beginning(
+    questions: device_scores.Prepared,
+) -> None:
+    suite, sample = questions.suites["fp32"], questions.samples["fp32"]
+    asked = suite.questions["heldout_cloze"]
+    key = int.from_bytes(hashlib.sha256(b"heldout_cloze").digest()[:8], "big")
+    places = np.random.default_rng([0, key]).permutation(len(asked))[:ITEMS]
+    assert [item.id for item in sample.items["heldout_cloze"]] == [asked[place].id for place in places]
+    model = scored_model(questions.bundles["fp32"], 1)
+    fewer = subset.drawn(suite, model, 7, seed=0)
+    assert [item.id for item in fewer.items["heldout_cloze"]] == [asked[place].id for place in places[:7]]
+    assert [item.task for item in sample.in_turn()[:4]] == [*suite.questions, next(iter(suite.questions))]
+
+
+def test_a_device_in_fp32_gives_the_scores_of_this_machine(
+    timed: dict[str, Any], bundles: dict[str, Path]
+) -> None:
+    (device,) = timed["devices"]
+    assert "answers" not in device and len(device["rows"]) == len(bundles)
+    records = device["scores"]
+    assert len(records) == 3 * len(bundles)
+    for record in records:
+        assert record["answered"] == record["drawn"] == min(ITEMS, record["of"])
+        if record["label"] != "int4":
+            assert record["logprob"]["mean_per_token"] < 1e-5
+            assert (
+                record["logprob"]["max"] < 5e-4
+            )  # in float32, of sums up to 1,200: this model knows nothing
+            assert record["agreement"] is None or record["agreement"]["share"] == 1
+            assert record["device"]["value"] == pytest.approx(record["here"]["value"], rel=1e-5)
+            assert record["difference"]["low"] <= 0 <= record["difference"]["high"]
+        low, high = record["sampling"]["low"], record["sampling"]["high"]
+        assert low <= record["here"]["value"] <= high
+    by_name = {(one["label"], one["task"]): one for one in records}
+    for task in ("heldout_cloze", "heldout_continuation"):  # the other one's windows are a token shorter
+        fp32, packed = by_name["fp32", task], by_name["packed", task]
+        assert fp32["full"]["value"] == pytest.approx(packed["full"]["value"], rel=1e-4)
+    json.dumps(timed, allow_nan=False)
+
+
+def test_the_full_set_is_the_usual_scorer_s_and_is_read_back(
+    questions: device_scores.Prepared, timed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = questions.suites["fp32"]
+    expected = suite.run(scored_model(questions.bundles["fp32"], 1))
+    for record in timed["devices"][0]["scores"]:
+        if record["label"] == "fp32":
+            assert record["full"]["value"] == pytest.approx(expected[record["task"]]["value"], rel=1e-5)
+            assert record["full"]["n"] == record["of"] == len(suite.questions[record["task"]])
+    monkeypatch.setattr(OnnxModel, "tree", None)  # nothing is to be computed again
+    again = device_scores.scored(questions, [{}], physical_cores(), lambda *step: None)
+    assert {one["reason"] for one in again[0]} == {"nothing was answered"}
+    assert [one["full"]["value"] for one in again[0]] == [
+        one["full"]["value"] for one in timed["devices"][0]["scores"]
+    ]
+
+
+def test_what_a_device_answers_otherwise_is_found(questions: device_scores.Prepared) -> None:
+    """A device that gets three next sentences wrong, all other scores being this machine's."""
+    model = scored_model(questions.bundles["fp32"], 1)
+    sample = questions.samples["fp32"]
+    answers: list[list[subset.Answer]] = []
+    wrong: list[tuple[str, float]] = []
+    for item in sample.in_turn():
+        found = loglikelihoods(model, item.requests)
+        given = [(one.sum_logprob, one.greedy) for one in found]
+        if item.task == "heldout_continuation" and len(wrong) < 3:
+            question = next(q for q in questions.suites["fp32"].questions[item.task] if q.id == item.id)
+            by_byte = [total / size for (total, _), size in zip(given, question.sizes)]
+            worst = int(np.argmin(by_byte))
+            given[worst] = (0.0, True)
+            wrong.append((item.id, by_byte[worst] * question.sizes[worst]))
+        answers.append(given)
+    told = device_scores.scored(questions, [{"fp32": answers}], physical_cores(), lambda *step: None)[0]
+    record = next(one for one in told if (one["label"], one["task"]) == ("fp32", "heldout_continuation"))
+    assert record["agreement"]["same"] == record["agreement"]["n"] - 3
+    assert record["agreement"]["of"] == "choice"
+    assert record["logprob"]["max"] == pytest.approx(-min(size for _, size in wrong), rel=1e-5)
+    assert record["logprob"]["item"] in [one for one, _ in wrong]
+    changed = record["difference"]
+    assert changed["only_baseline"] + changed["only_dispersed"] <= 3
+    assert changed["mcnemar_p"] == statistics.mcnemar(changed["only_baseline"], changed["only_dispersed"])
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "perplexity"])
+def test_the_sample_s_interval_holds_the_whole_set_s_value(kind: str) -> None:
+    """1,000 draws of 100 of 300 items; without the correction for a finite set it would hold it too often."""
+    rng = np.random.default_rng(1)
+    whole = [
+        {"accuracy": int(rng.random() < 0.3), "nll": rng.gamma(2.0, 10.0), "tokens": int(rng.integers(5, 30))}
+        for _ in range(300)
+    ]
+    metric = statistics.ACCURACY if kind == "accuracy" else statistics.PERPLEXITY
+    truth = subset.sampled(whole, metric, 300)
+    assert truth["low"] == truth["value"] == truth["high"]
+    held, values = 0, []
+    for _ in range(1000):
+        places = rng.permutation(300)[:100]
+        found = subset.sampled([whole[place] for place in places], metric, 300)
+        held += found["low"] <= truth["value"] <= found["high"]
+        values.append(np.log(found["value"]) if kind == "perplexity" else found["value"])
+    assert 930 <= held <= 970
+    assert metric.name == kind and np.std(values) > 0
+
+
+def test_the_sample_s_interval_is_the_formula() -> None:
+    items = [{"accuracy": int(place < 12)} for place in range(40)]
+    found = subset.sampled(items, statistics.ACCURACY, 100)
+    size = 40 * 99 / 60  # p (1 - p) / size is the variance of a draw without replacement
+    assert (found["low"], found["high"]) == subset.wilson_of(0.3, size)
+    assert subset.wilson_of(0.3, 40) == pytest.approx(statistics.wilson(12, 40))
+    losses = [{"value": float(place)} for place in range(10)]
+    found = subset.sampled(losses, statistics.VALUE, 40)
+    half = 2.262157 * np.std(np.arange(10), ddof=1) / np.sqrt(10) * np.sqrt(1 - 10 / 40)
+    assert found["high"] - found["value"] == pytest.approx(half, rel=1e-6)
+
+
+def test_long_requests_are_cut_on_the_left_and_counted() -> None:
+    class Short:
+        context, vocab_size = 8, 100
+
+    context, continuation, dropped = as_read(Short(), [*range(1, 13)], [20, 21, 22], 0, None)  # type: ignore[arg-type]
+    assert (context, continuation, dropped) == ((7, 8, 9, 10, 11, 12), (20, 21, 22), 6)
+    context, _, dropped = as_read(Short(), [1, *range(3, 13)], [20], 0, 1)  # type: ignore[arg-type]
+    assert context == (1, 6, 7, 8, 9, 10, 11, 12) and dropped == 3
+    assert as_read(Short(), [], [5], 0, None) == ((0,), (5,), 0)  # type: ignore[arg-type]
+
+
+def test_the_runner_refuses_what_it_cannot_score(bundles: dict[str, Path]) -> None:
+    asked = [
+        {"score": [[[1, 2], [3]], [[1, 2], [4, 5]], [[9], [3]]]},
+        {"score": [[[1], []]]},
+        {"score": [[[1], [999]]]},
+        {"score": [[[1] * 20, [2]]]},
+        {"score": "text"},
+        [],
+        {"quit": 1},
+    ]
+    done = subprocess.run(
+        [sys.executable, str(RUNNER), "--score", "16", "--threads", "1", str(bundles["fp32"])],
+        input="\n".join(map(json.dumps, asked)), capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    ready, scores, *refused = map(json.loads, done.stdout.splitlines())
+    assert done.returncode == 0 and "ready" in ready
+    expected = loglikelihoods(
+        scored_model(bundles["fp32"], 1),
+        [(tuple(a), tuple(b)) for a, b in asked[0]["score"]],  # type: ignore[index]
+    )
+    for (total, greedy), one in zip(scores["scores"], expected, strict=True):
+        assert total == pytest.approx(one.sum_logprob, abs=1e-4) and greedy == one.greedy
+    assert len(refused) == 5 and all("cannot be scored" in one["error"] for one in refused)
+
+
+def test_a_host_that_sends_something_else_is_lost_with_what_it_answered_before(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = [([1, 2], [3])]
+    real, asked = scoring.checked, []
+
+    def wrong_later(*given: Any) -> Any:
+        asked.append(given)
+        return real(given[0], [[float("nan"), True]] if len(asked) == 3 else given[1], given[2])
+
+    monkeypatch.setattr(scoring, "checked", wrong_later)
+    wanted = Wanted(
+        RUNNER, Path("unused"), lambda _: [], prompt=4, generate=4, repetitions=1, threads=1,
+        requests={"fp32": [item] * 5},
+    )  # fmt: skip
+    with (
+        local.opened(Address("local", "local"), {"fp32": bundles["fp32"]}, wanted) as device,
+        pytest.raises(DeviceLost, match="lost while it scored") as caught,
+    ):
+        device.measure(lambda *step: None)
+    partial = caught.value.partial
+    assert len(partial["answers"]["fp32"]) == 2 and len(partial["rows"]) == 1
+    assert "something else than 1 scores" in partial["lost"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--score", "heldout", "--items", "5"], "--items 5: give 20 to 2000"),
+        (["--score", "heldout", "--items", "50", "--limit", "30"], "less than the 50 --items"),
+        (["--items", "50"], "--items: says what is scored; give --score"),
+        (["--tasks-path", "."], "--tasks-path: says what is scored"),
+        (["--score", "heldout"], "the bundle lies in no run; name documents with --text"),
+        (["--score", ","], "names no task"),
+        (["--score", "heldout_clozes"], "did you mean"),
+        (["--score", "heldout", "--device", "arm64-emulated"], "arm64-emulated computes a few logits alone"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_anything_is_timed(  # type: ignore[no-untyped-def]
+    bundles: dict[str, Path], edgedisp, words: list[str], said: str
+) -> None:
+    ended = edgedisp("bench", bundles["fp32"], *words)
+    assert ended.code == 2 and said in ended.err, ended
+
+
+@needs_sshd
+def test_over_ssh_scores_arrive_and_a_lost_connection_leaves_a_part(  # type: ignore[no-untyped-def]
+    bundles: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edgedisp
+) -> None:
+    real, answered = scoring.checked, []
+
+    with sshd.running(tmp_path / "s") as server:
+        monkeypatch.setenv("EDGEDISP_SSH", server.command)
+        words = ["--prompt", "4", "--generate", "4", "--repetitions", "1", "--threads", "1", "--pause", "0"]
+        words += ["--device", server.device, "--remote-python", sys.executable, "--json"]
+        words += ["--score", "heldout_cloze", "--text", str(text), "--items", "20", "--limit", "40"]
+        page = tmp_path / "page.html"
+        ended = edgedisp("bench", bundles["fp32"], *words, "--html", page)
+        assert ended.code == 0, ended
+        (record,) = json.loads(ended.out)["devices"][0]["scores"]
+        assert record["answered"] == 20 and record["logprob"]["max"] < 1e-4
+        assert record["agreement"]["share"] == 1 and "Scored on the device" in page.read_text()
+
+        def cut(*given: Any) -> Any:
+            answered.append(given)
+            if len(answered) == 6:
+                server.break_connections()
+            return real(*given)
+
+        monkeypatch.setattr(scoring, "checked", cut)
+        ended = edgedisp("bench", bundles["fp32"], *words)
+    assert ended.code == 1 and "What was measured until then is shown" in ended.err
+    (device,) = json.loads(ended.out)["devices"]
+    (record,) = device["scores"]
+    assert device["lost"] and 6 <= record["answered"] < 20 and len(device["rows"]) == 1
+    assert record["device"]["value"] == pytest.approx(record["here"]["value"])
+
+
+@needs_chromium
+def test_the_page_gives_the_scores_of_this_machine(
+    questions: device_scores.Prepared, bundles: dict[str, Path]
+) -> None:
+    chosen = {label: bundles[label] for label in ("fp32", "packed")}
+    few = {label: questions.requests[label][:24] for label in chosen}
+    notes: list[str] = []
+    found = browser.measure(
+        chosen, prompt=4, generate=4, repetitions=1, requests=few,
+        progress=lambda done, total, note: notes.append(note),
+    )  # fmt: skip
+    assert len(found["rows"]) == 2 and any("24 of 24 items scored" in note for note in notes)
+    for label, items in few.items():
+        model = scored_model(bundles["fp32"], 1)
+        for item, answers in zip(items, found["answers"][label], strict=True):
+            expected = loglikelihoods(model, [(tuple(a), tuple(b)) for a, b in item])
+            for (total, greedy), one in zip(answers, expected, strict=True):
+                assert total == pytest.approx(one.sum_logprob, abs=1e-4 * one.tokens)
+                assert greedy == one.greedy
+
+
+@needs_chromium
+def test_a_bundle_for_browsers_alone_is_scored_there_and_here(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    single.export_for_target(tiny_folder["llama"], "browser", tmp_path / "web", Quiet())
+    assert not (tmp_path / "web" / "model.onnx").exists()
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": one.text}) for one in corpus.made_documents(40, seed=5)))
+    wish = Wish(("heldout_cloze", "heldout_continuation"), items=20, limit=30, text=text)
+    timed = single.time_bundles([tmp_path / "web"], ["browser"], SMALL, lambda *step: None, wish)
+    for record in timed["devices"][0]["scores"]:
+        assert record["answered"] == 20 and record["agreement"]["share"] == 1
+        assert record["logprob"]["max"] < 1e-3 and record["logprob"]["mean_per_token"] < 1e-5
+
+
+def sent(**changes: Any) -> bytes:
+    told = {"kind": "scores", "run": "0" * 16, "label": "a", "first": 0, "answers": [[[-1.5, True]]]}
+    return json.dumps({**told, **changes}).encode()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"answers": [[[1.0, True]]]},  # a probability above 1
+        {"answers": [[[-1.0, 1]]]},
+        {"answers": [[[-1.0]]]},
+        {"answers": [[[-1.0, True]]] * 101},
+        {"first": -1},
+        {"more": 1},
+    ],
+)
+def test_scores_that_do_not_fit_the_schema_are_refused(changes: dict[str, Any]) -> None:
+    UPLOAD.validate_json(sent())
+    with pytest.raises(ValueError, match="validation error"):
+        UPLOAD.validate_json(sent(**changes))
+    with pytest.raises(ValueError, match="validation error"):
+        UPLOAD.validate_json(sent().replace(b"-1.5", b"NaN"))
+
+
+def test_scores_that_do_not_fit_the_plan_are_refused_and_pieces_are_joined() -> None:
+    item = [([1], [2]), ([1], [3])]
+    plan = PagePlan((), requests={"a": [item] * 3})
+    pair = [[-1.0, True], [-2.0, False]]
+
+    def upload(**changes: Any) -> Scores:
+        found = UPLOAD.validate_json(sent(**changes))
+        assert isinstance(found, Scores)
+        return found
+
+    assert plan.accepts(upload(answers=[pair])) is None
+    assert "more or fewer" in str(plan.accepts(upload(answers=[pair[:1]])))
+    assert "not asked for" in str(plan.accepts(upload(answers=[pair], first=3)))
+    assert "not asked for" in str(plan.accepts(upload(answers=[pair], label="b")))
+    collected = Collected(plan.requests)
+    for first, count in ((1, 1), (0, 1), (0, 2), (2, 1)):  # a gap is left, what is sent again is known
+        assert not collected.complete
+        collected.take(upload(first=first, answers=[pair] * count))
+    assert collected.complete and len(collected.answers["a"]) == 3
+
+
+def test_the_table_tells_scores_verdict_and_what_is_missing() -> None:
+    def items(right: int) -> list[dict[str, Any]]:
+        return [{"id": str(i), "document": str(i), "accuracy": int(i < right)} for i in range(100)]
+
+    here, there = items(60), items(40)
+    result = task_result("cloze", here, [statistics.ACCURACY], fingerprints=[""] * 100)
+    record = {
+        "label": "a/int4", "task": "cloze", "metric": "accuracy", "higher_is_better": True, "drawn": 120,
+        "answered": 100, "of": 500, "truncated": 2, "full": {**result, "value": 0.58}, "here": dict(result),
+        "device": {"value": 0.4, "low": 0.31, "high": 0.5},
+        "sampling": subset.sampled(here, statistics.ACCURACY, 500),
+        "difference": statistics.paired(here, there, statistics.ACCURACY),
+        "agreement": subset.agreement(here, there, "accuracy"), "logprob": {"mean": 0.01, "max": 0.5},
+        "reason": None,
+    }  # fmt: skip
+    device: dict[str, Any] = {"device": "ssh://pi", "machine": {}, "scores": [record]}
+    shown = render_devices({"devices": [device]}, 400)
+    assert "100 of 500" in shown and "worse on the device (p = <0.001)" in shown
+    assert "80.0 % [71.1 %, 86.7 %]" in shown and "-20" in shown
+    assert "a/int4: cloze: 100 of 120 items answered" in shown
+    assert "2 items longer than the context" in shown
+    assert [one.key for one in sections({"devices": [device]})] == ["scores", "device0"]
