@@ -21,6 +21,8 @@ from edgedisp import BadInput
 from edgedisp.bench import adb_client, adb_page, android, devices
 from edgedisp.bench.devices import DeviceLost, Wanted
 from edgedisp.bench.page_bundle import prompt_ids, read_bundles
+from edgedisp.evaluate.score import loglikelihoods
+from edgedisp.graph.session import OnnxModel
 
 needs_adb = pytest.mark.skipif(android_phone.MISSING is not None, reason=str(android_phone.MISSING))
 needs_page = [
@@ -154,6 +156,18 @@ class TestPage:
             device.measure(lambda *_: None)
         assert phone.listeners == {}
         assert "--threads sweep" in str(refusal_of_sweep(bundles))
+
+    def test_the_page_scores_there_too(self, phone: AndroidPhone, bundles: dict[str, Path]) -> None:
+        items = [[((3, 4, 5), (9, 10)), ((3, 4, 5), (11,))], [((7, 8), (9, 10)), ((7, 8), (11,))]]
+        asked = wanted(requests={"fp32": items})
+        with devices.opened(devices.parse("adb"), bundles, asked) as device:
+            found = device.measure(lambda *_: None)
+        model = OnnxModel(bundles["fp32"], threads=1)
+        expected = [[one.sum_logprob for one in loglikelihoods(model, item)] for item in items]
+        assert [[logprob for logprob, _ in item] for item in found["answers"]["fp32"]] == [
+            pytest.approx(item, abs=1e-4) for item in expected
+        ]
+        assert phone.listeners == {}
 
 
 def refusal_of_sweep(bundles: dict[str, Path]) -> BadInput:

@@ -42,7 +42,7 @@ class Watch(Protocol):
 
 @dataclass
 class Opened:
-    """A page that was opened by us: its plan, where it sends to, the device as it is told of, its scores so far.
+    """A page that was opened by us: its plan, where it sends to, the device as it is told of, its scores.
 
     `machine` makes the whole description of what the page told of it. `first_s`: the longest wait for its
     first word, where that is shorter than for the rest.
