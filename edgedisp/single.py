@@ -188,7 +188,7 @@ def _questions(wish: Wish, labels: dict[str, Path], addresses: Sequence[devices.
     """The items to score. Raises BadInput also where a device cannot score."""
     for address in addresses:
         if not devices.KINDS[address.kind].times:
-            raise BadInput(f"--score: {address.name} computes a few logits alone; name local, ssh or browser")
+            raise BadInput(f"--score: {address.name} computes a few logits alone; name another device")
     return device_scores.prepared(wish, labels, cache_folder())
 
 

@@ -59,12 +59,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """`fp32` and `int4` with all logits, and `packed`: fp32 with the last token's alone."""
+    """`fp32` with all logits, and `packed`, the same with the last token's alone."""
     found = tiny_bundles(tmp_path_factory.getbasetemp())
     packed = tmp_path_factory.mktemp("packed") / "packed"
     packed.mkdir()
     for_device(found["fp32"], packed, threads=1)
-    return {"fp32": found["fp32"], "int4": found["int4"], "packed": packed}
+    return {"fp32": found["fp32"], "packed": packed}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -278,7 +278,6 @@ def test_a_host_that_sends_something_else_is_lost_with_what_it_answered_before(
         (["--tasks-path", "."], "--tasks-path: says what is scored"),
         (["--score", "heldout"], "the bundle lies in no run; name documents with --text"),
         (["--score", ","], "names no task"),
-        (["--score", "heldout_clozes"], "did you mean"),
         (["--score", "heldout", "--device", "arm64-emulated"], "arm64-emulated computes a few logits alone"),
     ],
 )
@@ -326,21 +325,19 @@ def test_over_ssh_scores_arrive_and_a_lost_connection_leaves_a_part(  # type: ig
 def test_the_page_gives_the_scores_of_this_machine(
     questions: device_scores.Prepared, bundles: dict[str, Path]
 ) -> None:
-    chosen = {label: bundles[label] for label in ("fp32", "packed")}
-    few = {label: questions.requests[label][:24] for label in chosen}
+    items = questions.requests["fp32"][:24]
     notes: list[str] = []
     found = browser.measure(
-        chosen, prompt=4, generate=4, repetitions=1, requests=few,
+        {"fp32": bundles["fp32"]}, prompt=4, generate=4, repetitions=1, requests={"fp32": items},
         progress=lambda done, total, note: notes.append(note),
     )  # fmt: skip
-    assert len(found["rows"]) == 2 and any("24 of 24 items scored" in note for note in notes)
-    for label, items in few.items():
-        model = scored_model(bundles["fp32"], 1)
-        for item, answers in zip(items, found["answers"][label], strict=True):
-            expected = loglikelihoods(model, [(tuple(a), tuple(b)) for a, b in item])
-            for (total, greedy), one in zip(answers, expected, strict=True):
-                assert total == pytest.approx(one.sum_logprob, abs=1e-4 * one.tokens)
-                assert greedy == one.greedy
+    assert len(found["rows"]) == 1 and any("of 24 items scored" in note for note in notes)
+    model = scored_model(bundles["fp32"], 1)
+    for item, answers in zip(items, found["answers"]["fp32"], strict=True):
+        expected = loglikelihoods(model, [(tuple(a), tuple(b)) for a, b in item])
+        for (total, greedy), one in zip(answers, expected, strict=True):
+            assert total == pytest.approx(one.sum_logprob, abs=1e-4 * one.tokens)
+            assert greedy == one.greedy
 
 
 @needs_chromium
