@@ -24,7 +24,7 @@ from edgedisp.bench.machine import physical_cores
 from edgedisp.bench.page_plan import PagePlan
 from edgedisp.bench.page_scores import Collected
 from edgedisp.bench.uploads import UPLOAD, Scores
-from edgedisp.evaluate import statistics, subset
+from edgedisp.evaluate import finite_population, statistics, subset
 from edgedisp.evaluate.result import task_result
 from edgedisp.evaluate.score import as_read, loglikelihoods
 from edgedisp.graph.device import for_device
@@ -184,12 +184,12 @@ def test_the_sample_s_interval_holds_the_whole_set_s_value(kind: str) -> None:
         for _ in range(300)
     ]
     metric = statistics.ACCURACY if kind == "accuracy" else statistics.PERPLEXITY
-    truth = subset.sampled(whole, metric, 300)
+    truth = finite_population.sampled(whole, metric, 300)
     assert truth["low"] == truth["value"] == truth["high"]
     held, values = 0, []
     for _ in range(1000):
         places = rng.permutation(300)[:100]
-        found = subset.sampled([whole[place] for place in places], metric, 300)
+        found = finite_population.sampled([whole[place] for place in places], metric, 300)
         held += found["low"] <= truth["value"] <= found["high"]
         values.append(np.log(found["value"]) if kind == "perplexity" else found["value"])
     assert 930 <= held <= 970
@@ -198,12 +198,12 @@ def test_the_sample_s_interval_holds_the_whole_set_s_value(kind: str) -> None:
 
 def test_the_sample_s_interval_is_the_formula() -> None:
     items = [{"accuracy": int(place < 12)} for place in range(40)]
-    found = subset.sampled(items, statistics.ACCURACY, 100)
+    found = finite_population.sampled(items, statistics.ACCURACY, 100)
     size = 40 * 99 / 60  # p (1 - p) / size is the variance of a draw without replacement
-    assert (found["low"], found["high"]) == subset.wilson_of(0.3, size)
-    assert subset.wilson_of(0.3, 40) == pytest.approx(statistics.wilson(12, 40))
+    assert (found["low"], found["high"]) == finite_population.wilson_of(0.3, size)
+    assert finite_population.wilson_of(0.3, 40) == pytest.approx(statistics.wilson(12, 40))
     losses = [{"value": float(place)} for place in range(10)]
-    found = subset.sampled(losses, statistics.VALUE, 40)
+    found = finite_population.sampled(losses, statistics.VALUE, 40)
     half = 2.262157 * np.std(np.arange(10), ddof=1) / np.sqrt(10) * np.sqrt(1 - 10 / 40)
     assert found["high"] - found["value"] == pytest.approx(half, rel=1e-6)
 
@@ -410,7 +410,7 @@ def test_the_table_tells_scores_verdict_and_what_is_missing() -> None:
         "label": "a/int4", "task": "cloze", "metric": "accuracy", "higher_is_better": True, "drawn": 120,
         "answered": 100, "of": 500, "truncated": 2, "full": {**result, "value": 0.58}, "here": dict(result),
         "device": {"value": 0.4, "low": 0.31, "high": 0.5},
-        "sampling": subset.sampled(here, statistics.ACCURACY, 500),
+        "sampling": finite_population.sampled(here, statistics.ACCURACY, 500),
         "difference": statistics.paired(here, there, statistics.ACCURACY),
         "agreement": subset.agreement(here, there, "accuracy"), "logprob": {"mean": 0.01, "max": 0.5},
         "reason": None,
