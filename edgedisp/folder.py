@@ -32,6 +32,7 @@ from edgedisp import BadInput, __version__
 RECORD = "record.json"
 MANIFEST = "manifest.json"  # what a bundle says of itself wherever it is taken
 RUN = "run.json"
+SCORES = "scores.sqlite"  # beside it: every score so far (evaluate/kept.py)
 KEY = "key.json"
 
 

@@ -20,7 +20,7 @@ from edgedisp.bench import android
 from edgedisp.bench.adb_client import AdbFailed, Phone
 from edgedisp.bench.devices import Wanted
 from edgedisp.bench.hardware import readings
-from edgedisp.bench.page_bundle import PageBundle, read_bundles
+from edgedisp.bench.page_bundle import PAGE_BYTES, PageBundle, read_bundles
 from edgedisp.bench.page_plan import PagePlan, measured
 from edgedisp.bench.page_resources import page_resources
 from edgedisp.bench.page_run import MEMORY_SHARE, Opened
@@ -30,7 +30,6 @@ from edgedisp.bench.remote import copied
 from edgedisp.bench.uploads import printable
 
 MIB = 1 << 20
-PAGE_BYTES = 150 * MIB  # a page without weights
 FIRST_S = 120.0  # for the page to open: a browser that is new there may ask its user something first
 LOOK_S = 5.0
 QUIET_S = 0.5  # of pause between turns, in which the phone can be asked something

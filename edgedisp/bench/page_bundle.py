@@ -21,6 +21,7 @@ from edgedisp import BadInput
 from edgedisp.bench.graph_facts import find_graph, read_graph, tensor_bytes
 
 MIB = 1 << 20
+PAGE_BYTES = 150 * MIB  # a page without weights
 CONTEXT_CAP = 4096  # of a conversation on the page; the cache of SmolLM2-135M is then 190 MB
 PACKED = ("MatMulNBits", "MatMulBnb4")
 BESIDE = (
@@ -118,7 +119,7 @@ def _told_memory(folder: Path) -> int:
     """What the manifest says that opening the graph takes, and 150 MiB for the page; 0 if it says nothing."""
     layouts = _read_json(folder / "manifest.json").get("layouts", {})
     told = layouts.get("transformers.js", {}).get("unfolded_bytes", 0)
-    return 150 * MIB + int(told) if told else 0
+    return PAGE_BYTES + int(told) if told else 0
 
 
 def prompt_ids(vocab_size: int, count: int, seed: int) -> list[int]:

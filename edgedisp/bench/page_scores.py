@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgedisp.bench.page_resources import Resource, json_resource
+from edgedisp.bench.scoring import Item
 from edgedisp.bench.uploads import Scores
 
-Item = Sequence[tuple[Sequence[int], Sequence[int]]]
 Requests = Mapping[str, Sequence[Item]]
 """Bundle -> its items."""
 

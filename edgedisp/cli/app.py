@@ -34,6 +34,21 @@ SmokeOption = Annotated[
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="The run folder; default runs/<recipe>-<hash>.")
 ]
+# What devices score, for `bench` and `phone` alike.
+ItemsOption = Annotated[
+    int | None, typer.Option("--items", help="Items of each task scored there, 20 to 2000; default 200.")
+]
+LimitOption = Annotated[
+    int | None,
+    typer.Option("--limit", help="Items of each task in the full set, scored here; default 500."),
+]
+TextOption = Annotated[
+    Path | None,
+    typer.Option("--text", metavar="FILE", help="Documents of held-out tasks; default: the run's."),
+]
+TasksPathOption = Annotated[
+    Path | None, typer.Option("--tasks-path", metavar="FOLDER", help="Your own lm-eval tasks.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from edgedisp import BadInput, BuildFailed
-from edgedisp.cli.app import JsonOption, app, width
+from edgedisp.cli.app import ItemsOption, JsonOption, LimitOption, TasksPathOption, TextOption, app, width
 
 
 @app.command()
@@ -113,16 +113,10 @@ def bench(
     score: Annotated[
         str | None, typer.Option(metavar="T,T,...", help="Score items of these tasks there too: heldout ...")
     ] = None,
-    items: Annotated[
-        int | None, typer.Option(help="Items of each task scored there, 20 to 2000; default 200.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Items of each task in the full set, scored here; default 500.")
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Documents of held-out tasks; default: the run's.")
-    ] = None,
-    tasks_path: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Your own lm-eval tasks.")] = None,
+    items: ItemsOption = None,
+    limit: LimitOption = None,
+    text: TextOption = None,
+    tasks_path: TasksPathOption = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with all devices.")] = None,
     report: Annotated[
         bool, typer.Option("--report", help="Keep results in the bundles' run, and show them in its report.")

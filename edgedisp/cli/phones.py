@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from edgedisp import BadInput, data_folder
-from edgedisp.cli.app import JsonOption, app, width
+from edgedisp.cli.app import ItemsOption, JsonOption, LimitOption, TasksPathOption, TextOption, app, width
 
 
 @app.command()
@@ -31,16 +31,10 @@ def phone(
     score: Annotated[
         str | None, typer.Option(metavar="T,T,...", help="Then score items of these tasks there: heldout ...")
     ] = None,
-    items: Annotated[
-        int | None, typer.Option(help="Items of each task scored there, 20 to 2000; default 200.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Items of each task in the full set, scored here; default 500.")
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Documents of held-out tasks; default: the run's.")
-    ] = None,
-    tasks_path: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Your own lm-eval tasks.")] = None,
+    items: ItemsOption = None,
+    limit: LimitOption = None,
+    text: TextOption = None,
+    tasks_path: TasksPathOption = None,
     once: Annotated[bool, typer.Option("--once", help="End after the first complete result.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Write every result to this JSON file.")] = None,
     report: Annotated[
@@ -68,7 +62,7 @@ def phone(
     check_runs(in_runs)
     for run in sorted({place.run for place in in_runs.values()}):
         typer.echo(f"What phones measure joins the report of {run} (--no-report: it does not)", err=True)
-    scorer = _scorer(score, bundles, items=items, limit=limit, text=text, tasks_path=tasks_path)
+    scorer = _scorer(score, named, items=items, limit=limit, text=text, tasks_path=tasks_path)
     plan = PagePlan(served, prompt, generate, repetitions, threads, requests=scorer.requests)
     kept: list[dict[str, Any]] = []
     unshown: dict[Path, None] = {}
@@ -100,7 +94,8 @@ def phone(
     )
     if not results:
         raise KeyboardInterrupt  # ended before anything came
-    results = [scorer.told(result) for result in results]
+    told = {result["run"]: result for result in kept}  # scored when they arrived
+    results = [("lost" not in one and told.get(one["run"])) or scorer.told(one) for one in results]
     partial = [result for result in results if "lost" in result]
     for result in partial if not as_json else ():
         typer.echo(serving.render(result) + scorer.render(result) + "\n")
@@ -141,12 +136,11 @@ class _Scorer:
         return "\n\n" + render_devices({"devices": [told]}, width())
 
 
-def _scorer(score: str | None, bundles: list[Path], **options: Any) -> _Scorer:
+def _scorer(score: str | None, bundles: dict[str, Path], **options: Any) -> _Scorer:
     if score is None and not any(options.values()):  # what makes questions takes seconds to load
         return _Scorer()
-    from edgedisp.bench.summary import labelled
     from edgedisp.sources import cache_folder
     from edgedisp.stages.device_scores import prepared, wished
 
     wish = wished(score, **options)
-    return _Scorer() if wish is None else _Scorer(prepared(wish, labelled(bundles), cache_folder()))
+    return _Scorer() if wish is None else _Scorer(prepared(wish, bundles, cache_folder()))

@@ -17,7 +17,7 @@ from edgedisp.comparison.pairing import Scored, averaged, paired_with_first
 from edgedisp.evaluate import tasks
 from edgedisp.evaluate.kept import Kept
 from edgedisp.evaluate.sets import expand
-from edgedisp.folder import check_files, digest, git_commit, write_json
+from edgedisp.folder import SCORES, check_files, digest, git_commit, write_json
 from edgedisp.graph.session import OnnxModel, read_config
 from edgedisp.report import write as write_report
 from edgedisp.report.reading import DISPERSED, GIVEN, PRECISION
@@ -84,10 +84,10 @@ def scored_pair(
     noises = []
     for folder, label, suite in zip(folders, labels, suites):
         told = _named(progress, label)
-        with closing(Kept(out / "scores.sqlite", scored_name(folder, threads))) as kept:
+        with closing(Kept(out / SCORES, scored_name(folder, threads))) as kept:
             results = suite.run(_opened(folder, threads), kept=kept, progress=told)
         bundle = folder if _is_bundle(folder) else None
-        noises.append(noise(suite, folder, bundle, threads, out / "scores.sqlite", told))
+        noises.append(noise(suite, folder, bundle, threads, out / SCORES, told))
         found.append(Scored(label, 0, label, {GIVEN: [results]}))
     comparison, means, apart = paired_with_first(found)
     if not comparison:

@@ -6,14 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgedisp.folder import digest
+from edgedisp.folder import SCORES, digest
 from edgedisp.pipeline.training import BITS_STAGE, bits_section, decider_of, plain, searched_before
 from edgedisp.pipeline.walk import Stage, Work
 from edgedisp.recipe import BITS, Recipe, load_target
 
 UNPACKED = ("description", "notes", "sources", "quantize")  # of a profile: what a packed bundle has not of it
-
-SCORES = "scores.sqlite"  # in the run's folder: every score so far (evaluate/kept.py)
 
 # Raised when the profile of a model gets other figures; 2: intervals, correlations, outliers.
 CONDENSATION_FORM = {"form": 2}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edgedisp.report.comparisons import LEVEL
 from edgedisp.report.reading import at, branch, number
 from edgedisp.report.section import Grid, Section
 from edgedisp.report.wording import (
@@ -24,7 +25,6 @@ from edgedisp.report.wording import (
     small,
 )
 
-CLAIMED_P = 0.05
 HEAD = (
     "bundle",
     "task",
@@ -115,7 +115,7 @@ def verdict(record: Mapping[str, Any]) -> str:
         return "the same"
     if low is None or high is None or p is None:
         return "cannot tell"
-    if low <= 0 <= high or p >= CLAIMED_P:
+    if low <= 0 <= high or p >= LEVEL:
         return "no measurable difference"
     better = (low > 0) == bool(record["higher_is_better"])
     return f"{'better' if better else 'worse'} on the device (p = {p_value(p)})"

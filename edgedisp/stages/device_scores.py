@@ -17,14 +17,13 @@ from edgedisp import BadInput, Progress, corpus, model
 from edgedisp.evaluate import subset, tasks
 from edgedisp.evaluate.kept import Kept
 from edgedisp.evaluate.sets import expand
-from edgedisp.folder import file_digest
+from edgedisp.folder import RUN, SCORES, file_digest
 from edgedisp.graph.scored import scored_model, scored_size
 from edgedisp.stages.figures import scored_name
 from edgedisp.stages.start import heldout_documents
 
 CONTEXT = 256  # tokens of a held-out window
 HELDOUT = "corpus"  # where a run keeps the documents that no arm was trained on
-STORE = "scores.sqlite"
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def prepared(wish: Wish, bundles: Mapping[str, Path], cache: Path) -> Prepared:
             made[key] = _suite(wish, bundle, documents, key[1])
         suites[label] = made[key]
         samples[label] = subset.drawn(made[key], size, wish.items, wish.seed)
-    store = cache / STORE if run is None else run / STORE
+    store = cache / SCORES if run is None else run / SCORES
     store.parent.mkdir(parents=True, exist_ok=True)
     return Prepared(wish, bundles, suites, samples, store)
 
@@ -183,7 +182,7 @@ def _documents(wish: Wish, run: Path | None) -> list[corpus.Document]:
 def _run_of(bundle: Path) -> Path | None:
     """The run that a bundle lies in, <run>/<arm>/<bundle>."""
     run = bundle.resolve().parent.parent
-    return run if (run / "run.json").is_file() and (run / HELDOUT / "heldout.jsonl").is_file() else None
+    return run if (run / RUN).is_file() and (run / HELDOUT / "heldout.jsonl").is_file() else None
 
 
 def _by_task(sample: subset.Sample, told: Sequence[Any]) -> dict[str, dict[str, list[subset.Answer]]]:
