@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# The other runtimes that open a bundle, in environments of their own: tests/test_runtimes.py.
+# The other runtimes that open a bundle, in environments of their own: tests/slow/test_runtimes.py.
 RUNTIMES := .runtimes
 NODE := $(RUNTIMES)/node/.installed
 OPTIMUM := $(RUNTIMES)/optimum/.installed
@@ -31,7 +31,7 @@ $(INSTALLED): pyproject.toml
 # Where node or a package cannot be had, the tests of that runtime are skipped and say so.
 runtimes: $(NODE) $(OPTIMUM) servers
 
-# A real sshd for tests/test_bench_ssh.py, a real adb (with its server) for tests/test_bench_adb.py. The packages are
+# A real sshd for tests/slow/test_bench_ssh.py, a real adb (with its server) for tests/slow/test_bench_adb.py. The packages are
 # installed where that needs no question.
 servers:
 	-{ test -x /usr/sbin/sshd && command -v adb; } >/dev/null || ! command -v apt-get >/dev/null || \
@@ -104,7 +104,7 @@ real: setup
 	$(BIN)/python -m pytest -m real
 
 # docs/recipe.md is made from the schema, and so is the table of keys that ends docs/bundles.md;
-# tests/test_readme.py notices when one is out of date.
+# tests/unit/test_readme.py notices when one is out of date.
 docs: setup
 	( echo "# Every key of a recipe"; echo; $(BIN)/python -c "from edgedisp.recipe import reference; print(reference())" ) > docs/recipe.md
 	sed -i '/^| key |/,$$d' docs/bundles.md

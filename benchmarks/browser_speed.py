@@ -31,9 +31,9 @@ from typing import Any
 import numpy as np
 from record import write
 
-from edgedisp import data_folder
 from edgedisp.bench.spread import spread
 from edgedisp.bench.timing import turns
+from edgedisp.core.paths import data_folder
 from edgedisp.recipe import load_target
 from edgedisp.single import export_for_target
 

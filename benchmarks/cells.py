@@ -19,10 +19,10 @@ from typing import Any
 
 from record import RESULTS
 
-from edgedisp import data_folder
 from edgedisp.bench.machine import describe
-from edgedisp.console import Screen
-from edgedisp.folder import digest, open_run, write_json
+from edgedisp.core.paths import data_folder
+from edgedisp.core.progress import Screen
+from edgedisp.core.stage_folder import digest, open_run, write_json
 from edgedisp.pipeline import Stage, Walked, base_stage, corpus_stage, training_stage, walk
 from edgedisp.pipeline import shipping as ship
 from edgedisp.plan import threads_for

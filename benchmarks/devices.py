@@ -29,7 +29,7 @@ from turns import PROMPT, timed
 
 from edgedisp.bench.machine import physical_cores
 from edgedisp.bench.spread import spread
-from edgedisp.console import Screen
+from edgedisp.core.progress import Screen
 from edgedisp.recipe import load_target
 from edgedisp.report.devices_page import devices_page
 from edgedisp.single import BenchOptions, export_for_target, time_bundles

@@ -39,9 +39,11 @@ import turns
 from record import RESULTS, write
 from scipy import stats
 
-from edgedisp import data_folder, model, silent, stages
+from edgedisp import model, stages
 from edgedisp.bench.machine import physical_cores
 from edgedisp.bench.spread import compare
+from edgedisp.core.paths import data_folder
+from edgedisp.core.progress import silent
 from edgedisp.graph.device import for_device
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.recipe import Recipe, load

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from edgedisp import corpus, data_folder, model
+from edgedisp import corpus, model
 from edgedisp.bench.machine import describe, installed_version
-from edgedisp.folder import git_commit
+from edgedisp.core.paths import data_folder
+from edgedisp.core.stage_folder import git_commit
 from edgedisp.recipe import load
 from edgedisp.stages.start import fetch_base, read_documents
 

@@ -35,10 +35,11 @@ from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 from record import write
 
-from edgedisp import data_folder, lm_eval_models
+from edgedisp import lm_eval_models
 from edgedisp.bench.machine import physical_cores
 from edgedisp.bench.spread import compare
 from edgedisp.bench.timing import turns
+from edgedisp.core.paths import data_folder
 from edgedisp.recipe import load
 from edgedisp.stages.start import read_documents
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from edgedisp import data_folder
 from edgedisp.bench.graph_facts import same_graph
 from edgedisp.bench.machine import physical_cores
 from edgedisp.bench.timing import turns
 from edgedisp.bench.worker import Worker
+from edgedisp.core.paths import data_folder
 
 PROMPT, GENERATE = 128, 128
 FIGURES = ("decode_tokens_per_s", "prefill_tokens_per_s")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput, BuildFailed
+from edgedisp.core.errors import BadInput, BuildFailed
 
 DEFAULT_ANSWER = 256
 CONTEXT_CAP = 4096  # the cache is allocated in full at once: 190 MB for SmolLM2-135M

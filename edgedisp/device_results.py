@@ -25,8 +25,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput
-from edgedisp.folder import MANIFEST, RECORD, RUN, digest, list_files, write_json
+from edgedisp.core.errors import BadInput
+from edgedisp.core.stage_folder import MANIFEST, RECORD, RUN, digest, list_files, write_json
 
 FORMAT = 1
 FOLDER = "devices"

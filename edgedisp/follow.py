@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BuildFailed, silent
-from edgedisp.folder import Record, begun, read
+from edgedisp.core.errors import BuildFailed
+from edgedisp.core.progress import silent
+from edgedisp.core.stage_folder import Record, begun, read
 from edgedisp.pipeline import Stage, Work, stages
 from edgedisp.recipe import Recipe
 

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgedisp import BadInput, Progress, corpus, model, sources
+from edgedisp import corpus, model, sources
 from edgedisp.bench.machine import physical_cores
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress
+from edgedisp.core.stage_folder import check_files
 from edgedisp.dispersion.profile import compare
 from edgedisp.dispersion.profile import condensation as measure_torch
-from edgedisp.folder import check_files
 from edgedisp.graph.layout import context_of
 from edgedisp.graph.session import read_config
 from edgedisp.stages.condensation import measure_bundle, without_sequences

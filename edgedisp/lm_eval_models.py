@@ -20,11 +20,12 @@ import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 
-from edgedisp import BadInput, model
+from edgedisp import model
 from edgedisp.bench.machine import physical_cores
+from edgedisp.core.errors import BadInput
+from edgedisp.core.stage_folder import check_files
 from edgedisp.evaluate.harness import HarnessModel
 from edgedisp.evaluate.tasks import decoder, encoder
-from edgedisp.folder import check_files
 from edgedisp.graph.session import OnnxModel
 
 

@@ -13,12 +13,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput, BuildFailed
 from edgedisp.bench.arithmetic import multiplies_bf16
 from edgedisp.bench.machine import physical_cores
+from edgedisp.core.distributed import split
+from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.pipeline import Observer, state
 from edgedisp.pipeline.training import BITS_STAGE, searched_before
-from edgedisp.processes import split
 from edgedisp.recipe import BITS, Recipe, load_target
 
 # float32 weights, gradients and the two moments of AdamW.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgedisp.console import clock
+from edgedisp.core.progress import clock
 
 
 def render(planned: dict[str, Any]) -> str:

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput, device_results
+from edgedisp import device_results
+from edgedisp.core.errors import BadInput
+from edgedisp.core.stage_folder import MANIFEST, digest, write_json
 from edgedisp.device_results import Place
-from edgedisp.folder import MANIFEST, digest, write_json
 from edgedisp.pipeline import Walked
 from edgedisp.recipe import Recipe
 from edgedisp.report import bundle_card, model_card

@@ -16,12 +16,15 @@ from typing import Any, Literal
 
 import psutil
 
-from edgedisp import BadInput, BuildFailed, Progress, corpus, data_folder, model
+from edgedisp import corpus, model
 from edgedisp.bench import devices, projection
 from edgedisp.bench.machine import physical_cores
 from edgedisp.bench.summary import arms_to_compare, labelled
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.paths import data_folder
+from edgedisp.core.progress import Progress
+from edgedisp.core.stage_folder import MANIFEST, changed_files, check_files, list_again, write_json
 from edgedisp.dispersion.collect import decoder_layers
-from edgedisp.folder import MANIFEST, changed_files, check_files, list_again, write_json
 from edgedisp.graph import check, layout
 from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.layouts import LAYOUTS

@@ -17,12 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput
 from edgedisp.bench.machine import describe, installed_version
+from edgedisp.core.errors import BadInput
+from edgedisp.core.stage_folder import git_commit
 from edgedisp.evaluate.means import mean_difference
 from edgedisp.evaluate.seeds import average_task, compare_tasks
 from edgedisp.evaluate.survival import is_measured_by, loss_survival
-from edgedisp.folder import git_commit
 from edgedisp.pipeline import Walked
 from edgedisp.recipe import ArmRun, Recipe
 

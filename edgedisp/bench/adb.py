@@ -18,13 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput, Progress
 from edgedisp.bench import android, machine, remote
 from edgedisp.bench.adb_client import AdbFailed, Phone, explain, find_phone
 from edgedisp.bench.adb_page import AdbPage
 from edgedisp.bench.devices import Address, Device, DeviceLost, Wanted
 from edgedisp.bench.hardware import readings
 from edgedisp.bench.timing import Timed
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress
 
 TERMUX = "/data/data/com.termux/files"
 OLD_ENOUGH = f"import sys; sys.exit(sys.version_info < {remote.OLDEST})"

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from edgedisp import BadInput, BuildFailed
 from edgedisp.bench.uploads import printable
+from edgedisp.core.errors import BadInput, BuildFailed
 
 ANSWER_S = 30.0
 CLEAN_PIPE = "shell_v2"  # as `adb features` names it

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput, BuildFailed, Progress, data_folder
 from edgedisp.bench import android
 from edgedisp.bench.adb_client import AdbFailed, Phone
 from edgedisp.bench.devices import Wanted
@@ -28,6 +27,9 @@ from edgedisp.bench.page_server import PageServer
 from edgedisp.bench.phone import PORT
 from edgedisp.bench.remote import copied
 from edgedisp.bench.uploads import printable
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.paths import data_folder
+from edgedisp.core.progress import Progress
 
 MIB = 1 << 20
 FIRST_S = 120.0  # for the page to open: a browser that is new there may ask its user something first

@@ -26,11 +26,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput, BuildFailed, Progress
 from edgedisp.bench import kernels
 from edgedisp.bench.devices import Address, Wanted
 from edgedisp.bench.machine import installed_version
 from edgedisp.bench.timing import check
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.progress import Progress
 
 QEMU = ("qemu-aarch64-static", "qemu-aarch64")
 PACKAGES = ("python3-minimal", "libpython3-stdlib", "libstdc++6", "libgomp1")

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput, Progress, data_folder, silent
 from edgedisp.bench.chromium import Browser, find_browser, started
 from edgedisp.bench.devices import Address, Wanted
 from edgedisp.bench.machine import describe, readings
@@ -28,6 +27,9 @@ from edgedisp.bench.page_run import MEMORY_SHARE, Opened
 from edgedisp.bench.page_scores import Requests
 from edgedisp.bench.page_server import PageServer
 from edgedisp.bench.timing import other_cpus
+from edgedisp.core.errors import BadInput
+from edgedisp.core.paths import data_folder
+from edgedisp.core.progress import Progress, silent
 
 
 def measure(

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 
 DAYS = 7
 

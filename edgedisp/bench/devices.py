@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from edgedisp import BadInput, BuildFailed, Progress
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.progress import Progress
 
 
 @dataclass(frozen=True)

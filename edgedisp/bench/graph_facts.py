@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 
 # Operators that hand a tensor on with another shape or type; the weight behind them is what counts.
 HANDS_ON = {"Transpose", "Reshape", "Cast", "Identity", "Squeeze", "Unsqueeze", "DequantizeLinear"}

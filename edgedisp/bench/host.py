@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgedisp import Progress
+from edgedisp.core.progress import Progress
 
 
 class Host(ABC):

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedisp import BadInput, BuildFailed
 from edgedisp.bench.graph_facts import needed_files, open_graph
+from edgedisp.core.errors import BadInput, BuildFailed
 
 Logits = NDArray[np.float64]
 EXACT = 0  # accuracy levels of MatMulNBits that leave activations as they are: 0 (default) and 1

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput, Progress
 from edgedisp.bench import machine
 from edgedisp.bench.devices import Address, Wanted
 from edgedisp.bench.host import Host
 from edgedisp.bench.timing import Timed
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress
 
 
 class Local(Host):

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput
 from edgedisp.bench.graph_facts import find_graph, read_graph, tensor_bytes
+from edgedisp.core.errors import BadInput
 
 MIB = 1 << 20
 PAGE_BYTES = 150 * MIB  # a page without weights

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgedisp import BadInput, __version__
+from edgedisp import __version__
 from edgedisp.bench import page_scores
 from edgedisp.bench.graph_facts import read_graph, weight_traffic
 from edgedisp.bench.page_bundle import PageBundle, prompt_ids
@@ -25,6 +25,7 @@ from edgedisp.bench.spread import percentile
 from edgedisp.bench.summary import pair, row, warn_about_bits
 from edgedisp.bench.timing import few, turns
 from edgedisp.bench.uploads import Figures, Loaded, Repetition, Scores, Upload
+from edgedisp.core.errors import BadInput
 
 FORM = 1  # of the plan; the page refuses another
 LONGEST_PAUSE_S = 600.0

@@ -14,12 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from edgedisp import BuildFailed, Progress
 from edgedisp.bench.devices import DeviceLost
 from edgedisp.bench.page_plan import PagePlan, measured
 from edgedisp.bench.page_scores import Collected
 from edgedisp.bench.page_server import PageServer
 from edgedisp.bench.uploads import Figures, Scores, Step, Trouble
+from edgedisp.core.errors import BuildFailed
+from edgedisp.core.progress import Progress
 
 MEMORY_SHARE = 0.8  # of what is available, for all bundles that a page holds open
 

@@ -34,9 +34,9 @@ from urllib.parse import quote
 
 from pydantic import ValidationError
 
-from edgedisp import BadInput
 from edgedisp.bench.page_resources import Resource
 from edgedisp.bench.uploads import UPLOAD, Upload, printable
+from edgedisp.core.errors import BadInput
 
 MOST_UPLOAD_BYTES = 2 << 20  # 5 repetitions of 128 tokens for 20 bundles are 200 KB
 MOST_CONNECTIONS = 64

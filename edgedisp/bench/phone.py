@@ -19,13 +19,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput
 from edgedisp.bench.certificate import self_signed
 from edgedisp.bench.page_plan import PagePlan, measured
 from edgedisp.bench.page_resources import page_resources
 from edgedisp.bench.page_scores import Collected
 from edgedisp.bench.page_server import PageServer, Received
 from edgedisp.bench.uploads import Figures, Scores, Step, Trouble
+from edgedisp.core.errors import BadInput
 
 PORT = 8717  # a browser keeps what it downloaded by address and port: the same one each time
 MOST_RUNS = 256

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 
 
 class _Strict(BaseModel):

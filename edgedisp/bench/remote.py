@@ -21,12 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput, BuildFailed, Progress
 from edgedisp.bench import hardware, machine
 from edgedisp.bench.devices import Wanted
 from edgedisp.bench.graph_facts import needed_files
 from edgedisp.bench.host import Host
 from edgedisp.bench.worker import Ended, Worker
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.progress import Progress
 
 FAR = "edgedisp_far.py"
 NO_PYTHON = 3  # exit code of the command that looks for one

@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput, BuildFailed, Progress
 from edgedisp.bench.devices import DeviceLost
 from edgedisp.bench.host import Host
 from edgedisp.bench.worker import Worker
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.progress import Progress
 
 Item = Sequence[tuple[Sequence[int], Sequence[int]]]
 FEWEST_POSITIONS = 2

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgedisp import BadInput
 from edgedisp.bench import remote
 from edgedisp.bench.devices import Address, Wanted
 from edgedisp.bench.timing import Timed
+from edgedisp.core.errors import BadInput
 
 # No questions, no forwarding that the user's configuration may hold, and a dead connection found within 15 s.
 OPTIONS = (

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput
 from edgedisp.bench.causes import causes, clock_fell_percent
 from edgedisp.bench.graph_facts import open_graph, same_graph, weight_traffic
 from edgedisp.bench.spread import compare, drift_percent, percentile, spread
+from edgedisp.core.errors import BadInput
 
 FIGURES = ("ttft_ms", "prefill_tokens_per_s", "decode_tokens_per_s")
 DRIFT_TOLD_PERCENT = 10.0  # a fanless laptop loses 20 % within four repetitions

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgedisp import Progress
 from edgedisp.bench.devices import Wanted
 from edgedisp.bench.host import Host
 from edgedisp.bench.timing import measure
+from edgedisp.core.progress import Progress
 
 PROMPT, GENERATE, REPETITIONS = 32, 32, 5
 ALL_UP_TO = 8

@@ -23,13 +23,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput, BuildFailed, Progress, silent
 from edgedisp.bench.devices import DeviceLost, Wanted
 from edgedisp.bench.host import Host
 from edgedisp.bench.scoring import with_answers
 from edgedisp.bench.spread import percentile
 from edgedisp.bench.summary import pair, row, warn_about_bits
 from edgedisp.bench.worker import Worker
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.progress import Progress, silent
 
 MIB = 1 << 20
 FEWEST = 5  # repetitions: with fewer, no interval of the median reaches 90 %

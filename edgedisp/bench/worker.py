@@ -18,7 +18,7 @@ from itertools import chain
 from types import TracebackType
 from typing import Any
 
-from edgedisp import BadInput, BuildFailed
+from edgedisp.core.errors import BadInput, BuildFailed
 
 TAIL_CHARS = 2000
 POLITE_S = 5.0

@@ -10,7 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from edgedisp import BadInput, __version__, data_folder, processes
+from edgedisp import __version__
+from edgedisp.core import distributed as processes
+from edgedisp.core.errors import BadInput
+from edgedisp.core.paths import data_folder
 
 app = typer.Typer(
     name="edgedisp",

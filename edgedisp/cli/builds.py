@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from edgedisp import BadInput, BuildFailed, data_folder, processes
 from edgedisp.cli.app import (
     JsonOption,
     OutOption,
@@ -19,6 +18,9 @@ from edgedisp.cli.app import (
     load_recipe,
     width,
 )
+from edgedisp.core import distributed as processes
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.paths import data_folder
 
 
 @app.command()
@@ -33,7 +35,7 @@ def build(
 
     Several processes train together: torchrun --nproc_per_node 2 -m edgedisp build RECIPE
     """
-    from edgedisp.console import Screen
+    from edgedisp.core.progress import Screen
     from edgedisp.pipeline import build as build_run
     from edgedisp.pipeline import run_folder
     from edgedisp.plan import check_before_start, check_processes, slow_products, threads_for
@@ -87,7 +89,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a build would do: stages, which are done, steps, time, memory and disk."""
-    from edgedisp.console import Screen
+    from edgedisp.core.progress import Screen
     from edgedisp.pipeline import run_folder
     from edgedisp.plan import make_plan
     from edgedisp.plan_text import render
@@ -123,7 +125,7 @@ def pilot(
 ) -> None:
     """Find out which dispersion settings do anything, on few tokens, before a build spends hours."""
     from edgedisp import pilot as piloting
-    from edgedisp.console import Screen
+    from edgedisp.core.progress import Screen
     from edgedisp.pilot import show
 
     loaded = load_recipe(recipe, set_, smoke)
@@ -246,7 +248,7 @@ def _compare_models(
     markdown: bool,
 ) -> None:
     from edgedisp.comparison.models import folder_for, scored_pair
-    from edgedisp.console import Screen
+    from edgedisp.core.progress import Screen
     from edgedisp.report import render_markdown, table, verdict
 
     first, second = subjects

@@ -11,8 +11,9 @@ import os
 import sys
 from typing import Any
 
-from edgedisp import BadInput, BuildFailed, processes
 from edgedisp.cli.app import app
+from edgedisp.core import distributed as processes
+from edgedisp.core.errors import BadInput, BuildFailed
 
 INTERRUPTED = 130
 CONTINUE = ("build", "pilot")  # the commands that keep what is done

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from edgedisp import BadInput, BuildFailed
 from edgedisp.cli.app import ItemsOption, JsonOption, LimitOption, TasksPathOption, TextOption, app, width
+from edgedisp.core.errors import BadInput, BuildFailed
 
 
 @app.command()
@@ -32,7 +32,7 @@ def condensation(
 ) -> None:
     """Measure how condensed a model's token vectors are, layer by layer; a bundle's in its own graph."""
     from edgedisp import instrument
-    from edgedisp.console import Screen
+    from edgedisp.core.progress import Screen
 
     if out:
         instrument.check_out(out)
@@ -64,7 +64,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Export a model folder to an ONNX bundle for a device, in the layouts of its runtimes."""
-    from edgedisp.console import Screen
+    from edgedisp.core.progress import Screen
     from edgedisp.single import export_for_target
 
     bundle = out or model.resolve().with_name(f"{model.resolve().name}-{Path(target).stem}")
@@ -127,7 +127,7 @@ def bench(
 
     With --score also score them there, and compare with this machine's scores.
     """
-    from edgedisp.console import Screen
+    from edgedisp.core.progress import Screen
     from edgedisp.report.devices import render_devices
     from edgedisp.single import BenchOptions, lost_devices, time_bundles
     from edgedisp.single import project as project_speeds
@@ -217,7 +217,7 @@ def chat(
     """
     from edgedisp.bench.machine import physical_cores
     from edgedisp.chat import chat as talk
-    from edgedisp.folder import check_files
+    from edgedisp.core.stage_folder import check_files
 
     def write(piece: str) -> None:
         sys.stdout.write(piece)

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from edgedisp import BadInput, data_folder
 from edgedisp.cli.app import ItemsOption, JsonOption, LimitOption, TasksPathOption, TextOption, app, width
+from edgedisp.core.errors import BadInput
+from edgedisp.core.paths import data_folder
 
 
 @app.command()
@@ -47,8 +48,8 @@ def phone(
     from edgedisp.bench.page_bundle import read_bundles
     from edgedisp.bench.page_plan import PagePlan
     from edgedisp.bench.summary import labelled
+    from edgedisp.core.stage_folder import check_files, write_json
     from edgedisp.device_results import keep, places
-    from edgedisp.folder import check_files, write_json
     from edgedisp.run_report import check_runs, show_devices
 
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
@@ -119,7 +120,7 @@ class _Scorer:
         if self._questions is None or "answers" not in result:
             return result
         from edgedisp.bench.machine import physical_cores
-        from edgedisp.console import Screen
+        from edgedisp.core.progress import Screen
         from edgedisp.stages.device_scores import with_scores
 
         with Screen("scores here") as screen:

@@ -11,13 +11,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput, Progress, corpus, model
+from edgedisp import corpus, model
 from edgedisp.bench.machine import describe, physical_cores
 from edgedisp.comparison.pairing import Scored, averaged, paired_with_first
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress
+from edgedisp.core.stage_folder import SCORES, check_files, digest, git_commit, write_json
 from edgedisp.evaluate import tasks
 from edgedisp.evaluate.kept import Kept
 from edgedisp.evaluate.sets import expand
-from edgedisp.folder import SCORES, check_files, digest, git_commit, write_json
 from edgedisp.graph.session import OnnxModel, read_config
 from edgedisp.report import write as write_report
 from edgedisp.report.reading import DISPERSED, GIVEN, PRECISION

@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput
 from edgedisp.comparison.pairing import Results, Scored, averaged, paired_with_first
-from edgedisp.folder import git_commit
+from edgedisp.core.errors import BadInput
+from edgedisp.core.stage_folder import git_commit
 from edgedisp.report.reading import run_title
 from edgedisp.summary import BASELINE
 from edgedisp.summary import load as load_summary

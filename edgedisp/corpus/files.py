@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.corpus.document import Row
 
 SPLITS = {

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.corpus.document import Row
 
 ANSWER_WITHIN_S = 5.0

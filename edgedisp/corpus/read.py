@@ -14,7 +14,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput, Progress, silent
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress, silent
 from edgedisp.corpus import files, hub
 from edgedisp.corpus.document import Document, Documents, Row, unique_id
 

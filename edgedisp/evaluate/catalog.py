@@ -22,7 +22,7 @@ import lm_eval.api.task
 import numpy as np
 from lm_eval.tasks import TaskManager
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.evaluate import shapes
 
 HUB_TIMEOUT_S = 5.0

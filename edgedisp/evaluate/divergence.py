@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedisp import BuildFailed
+from edgedisp.core.errors import BuildFailed
 
 _CELLS = 4_000_000  # positions x vocabulary reduced at a time: 32 MB as float64
 

@@ -23,7 +23,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 
-from edgedisp import Progress, silent
+from edgedisp.core.progress import Progress, silent
 from edgedisp.evaluate import shapes
 from edgedisp.evaluate.answers import Likelihood
 from edgedisp.evaluate.catalog import quiet, refuse_sampling, seeded

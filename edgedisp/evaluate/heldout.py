@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from edgedisp import BadInput, Progress, silent
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress, silent
 from edgedisp.evaluate import questions
 from edgedisp.evaluate.answers import Likelihood
 from edgedisp.evaluate.kept import Kept

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput, BuildFailed
+from edgedisp.core.errors import BadInput, BuildFailed
 
 FORM = 1  # raised when scores are computed in another way, so that older ones are not taken
 _AT_ONCE = 500  # names in one question; SQLite allows 999

@@ -11,7 +11,7 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.evaluate import harness
 from edgedisp.evaluate.answers import Request
 from edgedisp.evaluate.harness import HarnessModel

@@ -22,7 +22,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedisp import BuildFailed, Progress, silent
+from edgedisp.core.errors import BuildFailed
+from edgedisp.core.progress import Progress, silent
 from edgedisp.evaluate import forest
 from edgedisp.evaluate.answers import Answers, Likelihood, Request
 from edgedisp.evaluate.forest import Row

@@ -11,7 +11,7 @@ on each side, where `items` is the distance to that end of the items' interval. 
 independent sources (MOVER: Zou and Donner, Statistics in Medicine 27, 2008), keeps the bootstrap's asymmetry
 and is never narrower than either part. Simulated for 2, 3 and 5 seeds and a seed spread of 0 to 20 times the
 items' error, it covers 95 to 99 %. Left out: one t interval with Satterthwaite's degrees of freedom, which is
-narrower, but covers only 87 % for two seeds whose spread outweighs the items' (tests/test_evaluate_seeds.py).
+narrower, but covers only 87 % for two seeds whose spread outweighs the items'.
 
 What an item's trainings do not share is in both parts, which errs on the careful side. Two seeds give a wide
 interval (t = 12.7): they show that luck matters, and three or more how much.

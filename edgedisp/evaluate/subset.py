@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from edgedisp import BadInput, BuildFailed, Progress, silent
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.progress import Progress, silent
 from edgedisp.evaluate import statistics
 from edgedisp.evaluate.answers import Likelihood, Request
 from edgedisp.evaluate.finite_population import sampled

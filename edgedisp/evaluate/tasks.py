@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput, Progress, silent
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress, silent
 from edgedisp.evaluate import heldout
 from edgedisp.evaluate.kept import Kept
 from edgedisp.evaluate.questions import Document, Question, Text

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import onnx
 
-from edgedisp import BuildFailed, Progress, silent
+from edgedisp.core.errors import BuildFailed
+from edgedisp.core.progress import Progress, silent
 from edgedisp.graph import layout
 from edgedisp.graph.writer import GRAPH
 

@@ -29,7 +29,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-from edgedisp import BuildFailed, Progress, silent
+from edgedisp.core.errors import BuildFailed
+from edgedisp.core.progress import Progress, silent
 from edgedisp.graph.genai import GenaiModel
 from edgedisp.graph.kernels import check_kernels
 from edgedisp.graph.session import Logits, OnnxModel

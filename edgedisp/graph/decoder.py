@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from onnx import TensorProto, ValueInfoProto, helper
 
-from edgedisp import Progress, silent
+from edgedisp.core.progress import Progress, silent
 from edgedisp.graph.description import Decoder, Layer, Linear, Norm
 from edgedisp.graph.writer import MICROSOFT, GraphWriter
 

@@ -25,7 +25,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, TensorProto, numpy_helper
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.graph import layout
 from edgedisp.graph.last_logits import keep_last
 from edgedisp.graph.writer import DATA, GRAPH, PAGE

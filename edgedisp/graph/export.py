@@ -9,7 +9,8 @@ from typing import Any
 
 import onnx
 
-from edgedisp import BadInput, Progress, silent
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress, silent
 from edgedisp.graph import builder, decoder, families, layout
 from edgedisp.graph.writer import DATA, GRAPH
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.graph import gpt, llama
 from edgedisp.graph.description import Decoder
 

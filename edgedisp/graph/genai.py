@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BuildFailed
+from edgedisp.core.errors import BuildFailed
 
 
 class GenaiModel:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.graph import parts
 from edgedisp.graph.description import Decoder, Layer, Linear, Rope
 

@@ -23,7 +23,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from edgedisp import BadInput, BuildFailed
+from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.graph.last_logits import PRODUCTS
 from edgedisp.graph.session import open_session, read_config
 from edgedisp.graph.writer import GRAPH

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto
 
-from edgedisp import BuildFailed
+from edgedisp.core.errors import BuildFailed
 from edgedisp.graph.session import OnnxModel
 
 NATIVE = "CPUExecutionProvider"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "MatMulBnb4")
 PREFIX = "last_token"

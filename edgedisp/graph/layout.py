@@ -25,7 +25,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.graph.description import Decoder
 
 # Family -> genai's model type. Its type `gpt2` wants key and value in one tensor; `decoder` is the plain one.

@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto
 from tokenizers import Tokenizer
 
-from edgedisp import BadInput, BuildFailed
+from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.graph import layout
 from edgedisp.graph.plain_gather import plain_gathers
 from edgedisp.graph.session import at_accuracy_level, open_session

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.graph import parts
 from edgedisp.graph.description import Decoder, Layer, Norm
 

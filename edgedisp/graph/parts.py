@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.graph.description import Linear, Norm, Rope
 
 # transformers' activation name -> what the graph computes. All three tanh forms are the same function.

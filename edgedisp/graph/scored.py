@@ -17,7 +17,7 @@ from pathlib import Path
 
 import onnx
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.graph.last_logits import LAST_HIDDEN
 from edgedisp.graph.session import OnnxModel, open_session, read_config
 from edgedisp.graph.writer import GRAPH

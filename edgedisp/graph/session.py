@@ -24,7 +24,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from edgedisp import BadInput, BuildFailed
+from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.graph import tree as trees
 
 Ids = NDArray[np.int64]

@@ -22,7 +22,7 @@ import onnx
 import onnxruntime
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
-from edgedisp import BuildFailed
+from edgedisp.core.errors import BuildFailed
 
 STANDARD_NAMES = {"SimplifiedLayerNormalization": "RMSNormalization"}
 STANDARD_OPSET = 23  # the first with all of these

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 
 STAGES = 8  # onnxruntime goes over a graph at most 10 times
 PACKED = ("MatMulNBits", "MatMulBnb4")

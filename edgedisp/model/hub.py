@@ -11,7 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput, BuildFailed, Progress, silent
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.progress import Progress, silent
 
 ANSWER_WITHIN_S = 5.0
 WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]

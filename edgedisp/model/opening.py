@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from edgedisp import BadInput, Progress, silent
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress, silent
 from edgedisp.model import hub
 
 GGUF_MAGIC = b"GGUF"

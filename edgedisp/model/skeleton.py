@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.model import hub
 from edgedisp.model.opening import quiet
 

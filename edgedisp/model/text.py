@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, overload
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 
 # Chat models end a TURN with their eos token; what ended a document in pre-training has one of these names.
 # SmolLM2: <|endoftext|> is id 0 while eos is <|im_end|>. Llama 3: <|end_of_text|>, eos <|eot_id|>.

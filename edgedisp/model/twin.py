@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.model.opening import is_causal_family, quiet
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

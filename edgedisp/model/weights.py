@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 
 
 class Weights(Mapping[str, Tensor]):

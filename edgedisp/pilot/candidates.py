@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TypeVar
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.recipe import Dispersion, Recipe
 from edgedisp.recipe.kinds import LAYER_NAMES
 from edgedisp.recipe.number import read_number, read_whole

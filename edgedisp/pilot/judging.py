@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from edgedisp.folder import Record
+from edgedisp.core.stage_folder import Record
 from edgedisp.pilot.halving import Difference, Judged
 
 FILE = "judged.json"

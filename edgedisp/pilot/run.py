@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgedisp import Progress
-from edgedisp.folder import Record, open_run, read, write_json
+from edgedisp.core.progress import Progress
+from edgedisp.core.stage_folder import Record, open_run, read, write_json
 from edgedisp.pilot import show
 from edgedisp.pilot.candidates import Candidate, Pilot
 from edgedisp.pilot.halving import ranked, survivors

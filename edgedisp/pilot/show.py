@@ -166,7 +166,7 @@ def _far(found: dict[str, Any]) -> list[str]:
 
 def announce(left: dict[str, Any], folder: Path) -> str:
     """What a pilot will cost, before it runs."""
-    from edgedisp.console import clock
+    from edgedisp.core.progress import clock
 
     if not left["trainings"]:
         return f"{folder}: every training is there already"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgedisp.folder import Record, open_run
+from edgedisp.core.stage_folder import Record, open_run
 from edgedisp.pipeline import shipping
 from edgedisp.pipeline.training import (
     as_computed,

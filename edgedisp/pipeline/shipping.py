@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgedisp.folder import SCORES, digest
+from edgedisp.core.stage_folder import SCORES, digest
 from edgedisp.pipeline.training import BITS_STAGE, bits_section, decider_of, plain, searched_before
 from edgedisp.pipeline.walk import Stage, Work
 from edgedisp.recipe import BITS, Recipe, load_target

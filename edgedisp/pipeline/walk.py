@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from edgedisp import BadInput, Progress
-from edgedisp.folder import Record, canonical, finish, making, read
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress
+from edgedisp.core.stage_folder import Record, canonical, finish, making, read
 
 # Raised when a stage's code changes what it writes, so that runs made before are not taken for current.
 REVISION = 2

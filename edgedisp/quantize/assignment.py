@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.quantize.grid import Blocks, Grid, concatenate
 from edgedisp.quantize.methods import METHODS
 from edgedisp.quantize.uses import Use, head_name

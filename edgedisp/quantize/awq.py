@@ -34,7 +34,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from edgedisp import BadInput, Progress, silent
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress, silent
 from edgedisp.quantize.calibrate import (
     LayerCall,
     layer_calls,

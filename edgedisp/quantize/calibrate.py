@@ -36,7 +36,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from edgedisp import BadInput, Progress, silent
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress, silent
 
 LINEAR = nn.Linear | Conv1D  # GPT-2's Conv1D holds [in, out]
 RIDGE = 0.1  # of the correction: a share of H's mean diagonal

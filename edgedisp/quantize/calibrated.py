@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgedisp import Progress, silent
+from edgedisp.core.progress import Progress, silent
 from edgedisp.quantize.calibrate import Wave, calibrate, second_moment
 from edgedisp.quantize.gptq import gptq
 from edgedisp.quantize.grid import Blocks, Grid, by_grid, dequantize, split_rows, stacked

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from edgedisp import BuildFailed, Progress, silent
+from edgedisp.core.errors import BuildFailed
+from edgedisp.core.progress import Progress, silent
 from edgedisp.quantize.assignment import Choice
 from edgedisp.quantize.grid import Grid, dequantize
 from edgedisp.quantize.made import Made

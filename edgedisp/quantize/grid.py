@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 
 LARGEST = float(torch.finfo(torch.float16).max)
 GROUPS = (16, 32, 64, 128, 256)

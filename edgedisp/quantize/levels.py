@@ -30,7 +30,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgedisp import Progress, silent
+from edgedisp.core.progress import Progress, silent
 
 Run = Callable[[bytes, int], NDArray[np.float32]]
 """(a graph that reads the bundle's weights, tokens of the text to run) -> logits [tokens, vocabulary]."""

@@ -13,7 +13,7 @@ minimize over a group's scale and zero point:
 `gptq.py` has the method that also lets later columns make up for earlier ones. NF4, which is another set of
 levels, is in `nf4.py`; `awq.py` rescales a model before any of these.
 
-Why not onnxruntime's own (`quantization.matmul_nbits_quantizer` 1.31; tests/test_quantize_comparison.py): its
+Why not onnxruntime's own (`quantization.matmul_nbits_quantizer` 1.31): its
 rounding to nearest is this one. Its `k_quant` has no importance and no symmetric form, fails where a row's
 zero points do not fill whole bytes, and on SmolLM2-135M's own weights finds nothing better than rounding
 (relative error 0.082; here 0.070). Its `hqq` leaves the zero points as fp32, 32 bits a group where this grid

@@ -23,7 +23,8 @@ from typing import Any
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from edgedisp import BadInput, Progress, silent
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress, silent
 from edgedisp.quantize.assignment import Choice
 from edgedisp.quantize.candidates import METHODS_TRIED, OUTER, USUAL, Candidates, candidates, read_bytes
 from edgedisp.quantize.grid import Blocks, Grid, dequantize

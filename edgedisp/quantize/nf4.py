@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.quantize.grid import GROUPS, check_weight
 
 QUANT_TYPE = 1  # the operator's number for NF4

@@ -24,7 +24,8 @@ import torch
 from onnx import NodeProto, TensorProto, helper
 from torch import Tensor
 
-from edgedisp import BadInput, BuildFailed, Progress, silent
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.progress import Progress, silent
 from edgedisp.quantize import nf4, operators
 from edgedisp.quantize.assignment import NF4, Assignment, Choice, ends, uniform
 from edgedisp.quantize.components import by_component, tensor_row

@@ -41,7 +41,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgedisp import BadInput, Progress, silent
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress, silent
 from edgedisp.quantize.assignment import Choice
 from edgedisp.quantize.grid import dequantize
 from edgedisp.quantize.units import Unit, written

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from edgedisp import Progress, silent
+from edgedisp.core.progress import Progress, silent
 from edgedisp.quantize.calibrate import Wave, calibrate
 from edgedisp.quantize.gptq import gptq_latent
 from edgedisp.quantize.grid import Grid, by_grid, dequantize, split_rows, stacked

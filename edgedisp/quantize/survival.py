@@ -33,7 +33,7 @@ import torch
 from onnx import NodeProto, TensorProto, helper
 from torch import Tensor
 
-from edgedisp import Progress, silent
+from edgedisp.core.progress import Progress, silent
 from edgedisp.quantize.components import component
 from edgedisp.quantize.grid import Blocks, Grid, Packed, dequantize, in_groups, inverse, round_to, unpack
 from edgedisp.quantize.operators import HALF

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from edgedisp import BuildFailed
+from edgedisp.core.errors import BuildFailed
 from edgedisp.quantize.assignment import Choice, ends
 from edgedisp.quantize.calibrate import LINEAR
 from edgedisp.quantize.grid import Grid

@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BeforeValidator, Strict
 from pydantic_core import PydanticCustomError
 
-from edgedisp import data_folder
+from edgedisp.core.paths import data_folder
 from edgedisp.recipe.number import read_bytes, read_number, read_whole
 
 HELDOUT_TASKS = ("heldout_perplexity", "heldout_cloze", "heldout_continuation")

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.recipe.clashes import Key, clashes
 from edgedisp.recipe.problems import Problem, describe, summary
 from edgedisp.recipe.schema import Origin, Recipe

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.recipe.kinds import HELDOUT_TASKS
 from edgedisp.recipe.schema import Origin, Recipe
 

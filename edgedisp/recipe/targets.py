@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 from pydantic import Field, ValidationError
 
-from edgedisp import BadInput, data_folder
+from edgedisp.core.errors import BadInput
+from edgedisp.core.paths import data_folder
 from edgedisp.recipe.clashes import Key
 from edgedisp.recipe.kinds import (
     Count,

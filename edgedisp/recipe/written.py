@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.recipe.clashes import Key
 from edgedisp.recipe.problems import Place, Problem, dotted, near, show
 

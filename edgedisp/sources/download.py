@@ -14,7 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from edgedisp import BadInput, BuildFailed, Progress
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.progress import Progress
 
 UNREACHABLE = re.compile(r"(?i)connection broken|could not fetch url|connection error|max retries|timed out")
 

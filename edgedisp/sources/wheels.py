@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from edgedisp import BadInput, BuildFailed, Progress, silent
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.progress import Progress, silent
 from edgedisp.sources.download import download
 
 CHUNK_BYTES = 1 << 20

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgedisp import Progress, corpus, model, sources
+from edgedisp import corpus, model, sources
+from edgedisp.core.progress import Progress
 from edgedisp.graph.outline import cache_bytes, outline
 from edgedisp.quantize.account import account, smallest_bytes
 from edgedisp.quantize.grid import Grid

@@ -27,10 +27,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgedisp import BuildFailed, Progress, model
+from edgedisp import model
+from edgedisp.core.errors import BuildFailed
+from edgedisp.core.progress import Progress
+from edgedisp.core.stage_folder import read
 from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.evaluate.statistics import Metric, paired
-from edgedisp.folder import read
 from edgedisp.recipe import Adapter, QuantizeBits
 from edgedisp.stages.rounding import Trained, to_nearest
 from edgedisp.stages.start import weights_digest

@@ -11,8 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from edgedisp import Progress, model
-from edgedisp.folder import write_json
+from edgedisp import model
+from edgedisp.core.progress import Progress
+from edgedisp.core.stage_folder import write_json
 from edgedisp.graph.export import export as export_graph
 from edgedisp.quantize.grid import Grid
 from edgedisp.quantize.units import parameters_of

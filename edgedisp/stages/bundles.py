@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgedisp import BuildFailed, Progress, model
+from edgedisp import model
+from edgedisp.core.errors import BuildFailed
+from edgedisp.core.progress import Progress
+from edgedisp.core.stage_folder import RECORD, write_json
 from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.evaluate.divergence import Divergence
-from edgedisp.folder import RECORD, write_json
 from edgedisp.graph import check
 from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.session import OnnxModel, at_accuracy_level

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from edgedisp import Progress, model
+from edgedisp import model
+from edgedisp.core.progress import Progress
 from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.quantize.calibrated import gptq_model
 from edgedisp.quantize.candidates import USUAL

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgedisp import Progress, model
+from edgedisp import model
+from edgedisp.core.progress import Progress
+from edgedisp.core.stage_folder import write_json
 from edgedisp.dispersion.profile import compare, profile
 from edgedisp.dispersion.profile import condensation as measure_torch
-from edgedisp.folder import write_json
 from edgedisp.graph.hidden import HiddenStates
 
 CONDENSATION_SEQUENCES = 16  # held-out blocks; a few seconds for 135M parameters

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BadInput, Progress, corpus, model
+from edgedisp import corpus, model
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress
+from edgedisp.core.stage_folder import RUN, SCORES, file_digest
 from edgedisp.evaluate import subset, tasks
 from edgedisp.evaluate.kept import Kept
 from edgedisp.evaluate.sets import expand
-from edgedisp.folder import RUN, SCORES, file_digest
 from edgedisp.graph.scored import scored_model, scored_size
 from edgedisp.stages.figures import scored_name
 from edgedisp.stages.start import heldout_documents

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from edgedisp import Progress, model
+from edgedisp import model
+from edgedisp.core.progress import Progress
+from edgedisp.core.stage_folder import write_json
 from edgedisp.evaluate.divergence import Divergence
-from edgedisp.folder import write_json
 from edgedisp.graph.session import OnnxModel
 
 CONTEXT_SHOWN = 24  # tokens before a place that is shown

@@ -8,14 +8,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from edgedisp import BuildFailed, Progress, data_folder, model
+from edgedisp import model
 from edgedisp.bench.local import Local
 from edgedisp.bench.machine import installed_version
 from edgedisp.bench.summary import arms_to_compare
 from edgedisp.bench.timing import measure
+from edgedisp.core.errors import BuildFailed
+from edgedisp.core.paths import data_folder
+from edgedisp.core.progress import Progress
+from edgedisp.core.stage_folder import digest, file_digest, read, write_json
 from edgedisp.evaluate import tasks
 from edgedisp.evaluate.kept import Kept
-from edgedisp.folder import digest, file_digest, read, write_json
 from edgedisp.graph.device import for_device
 from edgedisp.graph.session import OnnxModel
 from edgedisp.recipe import Evaluate, Latency

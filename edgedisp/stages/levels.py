@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from edgedisp import Progress
+from edgedisp.core.progress import Progress
 from edgedisp.graph.session import OnnxModel, open_session
 from edgedisp.quantize.levels import choose_levels, levels_by_node, levels_by_weight, with_levels
 from edgedisp.recipe import QuantizeBits

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from edgedisp import BuildFailed, Progress, model
-from edgedisp.folder import read
+from edgedisp import model
+from edgedisp.core.errors import BuildFailed
+from edgedisp.core.progress import Progress
+from edgedisp.core.stage_folder import read
 from edgedisp.quantize.candidates import METHODS_TRIED
 from edgedisp.quantize.decided import Decided
 from edgedisp.quantize.made import Made

@@ -13,7 +13,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from edgedisp import Progress, model
+from edgedisp import model
+from edgedisp.core.progress import Progress
 from edgedisp.evaluate import heldout
 from edgedisp.evaluate.kept import Kept
 from edgedisp.evaluate.questions import Question

@@ -18,7 +18,7 @@ from typing import Any
 
 from edgedisp import __version__, corpus, model
 from edgedisp.bench.machine import installed_version
-from edgedisp.folder import MANIFEST, file_digest, git_commit, list_files, read, write_json
+from edgedisp.core.stage_folder import MANIFEST, file_digest, git_commit, list_files, read, write_json
 from edgedisp.graph import layouts as laid
 from edgedisp.graph.device import for_device
 from edgedisp.recipe import Target

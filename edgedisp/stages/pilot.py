@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgedisp import BadInput, Progress, model
+from edgedisp import model
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress
+from edgedisp.core.stage_folder import write_json
 from edgedisp.dispersion.profile import condensation
 from edgedisp.evaluate.tasks import Suite
-from edgedisp.folder import write_json
 from edgedisp.recipe import Adapter, Evaluate
 from edgedisp.stages.condensation import CONDENSATION_SEQUENCES
 from edgedisp.stages.figures import items

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from edgedisp import BadInput, Progress, corpus, model, sources
-from edgedisp.folder import file_digest, write_json
+from edgedisp import corpus, model, sources
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress
+from edgedisp.core.stage_folder import file_digest, write_json
 from edgedisp.recipe import Data, Model
 
 PACKING = "packing.json"  # how the blocks of the corpus folder are to be read in training

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edgedisp import Progress
-from edgedisp.folder import read, write_json
+from edgedisp.core.progress import Progress
+from edgedisp.core.stage_folder import read, write_json
 from edgedisp.model.weights import Weights
 from edgedisp.quantize.survival import survival as measure
 

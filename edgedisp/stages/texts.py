@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 
 PIECES, PIECE_TOKENS = 4, 128  # on which KL and gradients are taken
 PERPLEXITY_TOKENS = 4096  # on which a limit on perplexity is held

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgedisp import BadInput, Progress, model
+from edgedisp import model
+from edgedisp.core.distributed import place, split
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress
 from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.dispersion.quick import quick_condensation
-from edgedisp.processes import place, split
 from edgedisp.recipe import BITS, ArmRun, Dispersion, QuantizeBits, Train
 from edgedisp.stages import adapters
 from edgedisp.stages.bits import chosen_grids

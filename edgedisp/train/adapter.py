@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.train.noise import quiet_peft
 
 LINEAR = nn.Linear | Conv1D  # GPT-2's linear maps are Conv1D; bitsandbytes' layers derive from nn.Linear

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from edgedisp import Progress, silent
+from edgedisp.core.progress import Progress, silent
 from edgedisp.train.noise import quiet_bitsandbytes
 
 LOGITS_AT_ONCE = 1 << 24  # values of one slice of the loss: 64 MB in float32

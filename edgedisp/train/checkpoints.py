@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.train.settings import TrainSettings
 
 MARKER = "edgedisp.json"

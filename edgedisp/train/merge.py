@@ -32,7 +32,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from edgedisp import BadInput, __version__
+from edgedisp import __version__
+from edgedisp.core.errors import BadInput
 from edgedisp.train.noise import quiet_peft
 from edgedisp.train.quantized import expand
 from edgedisp.train.trainer import quiet

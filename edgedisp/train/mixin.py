@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from edgedisp import BuildFailed
+from edgedisp.core.errors import BuildFailed
 from edgedisp.train.transformers_trainer import Trainer, TrainerCallback, get_last_checkpoint
 from edgedisp.train.watch import Watch
 

@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import nn
 
-from edgedisp import Progress, silent
+from edgedisp.core.progress import Progress, silent
 from edgedisp.train.fused_head import fused_head, why_not_fused
 from edgedisp.train.memory import recompute_activations
 from edgedisp.train.settings import TrainSettings

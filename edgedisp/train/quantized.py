@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 from edgedisp.train.noise import quiet_bitsandbytes
 from edgedisp.train.trainer import quiet
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from edgedisp import BadInput
+from edgedisp.core.errors import BadInput
 
 
 @dataclass(frozen=True)

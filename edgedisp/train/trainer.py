@@ -24,7 +24,8 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from edgedisp import BadInput, Progress, silent
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress, silent
 from edgedisp.train import checkpoints as saved
 from edgedisp.train import distributed
 from edgedisp.train.checkpoints import last_checkpoint

@@ -1,4 +1,4 @@
-// Answers from a bundle in React Native: docs/phone_app.md. tests/test_phone_app.py runs it with onnxruntime-node.
+// Answers from a bundle in React Native: docs/phone_app.md. tests/slow/test_phone_app.py runs it with onnxruntime-node.
 
 import { Template } from "@huggingface/jinja";
 import { Tokenizer } from "@huggingface/tokenizers";

@@ -1,0 +1,11 @@
+"""The two kinds of failure that end a command with one line instead of a traceback."""
+
+from __future__ import annotations
+
+
+class BadInput(ValueError):
+    """The user's input cannot work: says what, where, and what would work. Exit code 2, nothing written."""
+
+
+class BuildFailed(RuntimeError):
+    """Valid input, but the work did not succeed: says which step and why. Exit code 1."""

@@ -1,0 +1,133 @@
+"""The progress callback, and progress on stderr: what is being done, how far it is, how long it will take.
+
+On a terminal a live bar (Rich); elsewhere (a log file, CI) a plain line when a stage starts and ends and at
+most one every ten seconds in between.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from edgedisp.core.stage_folder import Record
+
+QUIET_S = 10.0
+
+Progress = Callable[[int, int, str], None]
+"""`progress(done, total, note)`: called by long work; `total` 0 means unknown. Must be cheap."""
+
+
+def silent(done: int, total: int, note: str) -> None:
+    """The progress callback that shows nothing."""
+
+
+def clock(seconds: float) -> str:
+    """`75` -> `1:15`."""
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+class Screen:
+    """Shows a build's progress; fits `pipeline.Observer` and, as `screen.progress`, the progress callback."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._stage = title
+        self._said = time.monotonic()
+        self._first = 0.0, 0  # time and count of the first call of a stage, or of a part of it
+        self._last = 0, -1  # count and total of the last call
+        self._bar: Any = None
+        self._task: Any = None
+        self._kept: list[str] = []
+
+    def __enter__(self) -> Screen:
+        if sys.stderr.isatty():
+            self._bar = _live_bar()
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=None, note="")
+        else:
+            self._say(self.title)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tell_kept()
+        if self._bar is not None:
+            self._bar.stop()
+
+    def started(self, name: str, number: int, total: int) -> None:
+        self._tell_kept()
+        self._stage, self._said = f"[{number:2}/{total}] {name}", time.monotonic()
+        self._last = 0, -1
+        if self._bar is not None:
+            self._bar.reset(self._task, total=None, description=self._stage, note="")
+        else:
+            self._say(f"{self._stage} ...")
+
+    def progress(self, done: int, total: int, note: str) -> None:
+        now = time.monotonic()
+        is_new = total != self._last[1] or done < self._last[0]  # the stage's next part counts anew
+        self._last = done, total
+        if self._bar is not None:
+            if is_new:
+                self._bar.reset(self._task)
+            self._bar.update(self._task, completed=done, total=total or None, note=note)
+            return
+        # A resumed stage starts in the middle: only what was done since its first call tells the speed.
+        if is_new:
+            self._first = now, done
+        since, already = self._first
+        if now - self._said < QUIET_S:
+            return
+        self._said = now
+        new = done - already
+        left = f", {clock((now - since) / new * (total - done))} left" if new > 0 and total else ""
+        of = f"{done}/{total}" if total else str(done)
+        self._say(f"{self._stage}: {of}{', ' + note if note else ''}{left}")
+
+    def finished(self, name: str, record: Record) -> None:
+        self._say(f"{self._stage}: done in {clock(record.seconds)}")
+
+    def kept(self, name: str, record: Record) -> None:
+        self._kept.append(name)
+
+    def _tell_kept(self) -> None:
+        if self._kept:
+            self._say(f"kept {len(self._kept)} finished stages: {', '.join(self._kept)}")
+            self._kept = []
+
+    def _say(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+
+
+def _live_bar() -> Any:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+        transient=True,
+    )

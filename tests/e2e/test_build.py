@@ -1,0 +1,476 @@
+"""The real command on a tiny model, through every stage; stopped, changed and misused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import onnx
+import pytest
+from conftest import Ended
+from tiny_build import write_recipe
+
+from edgedisp.core.stage_folder import check_files, read
+from edgedisp.recipe import load
+
+
+def test_a_build_ends_with_the_report_and_exit_code_0(built: tuple[Path, Path, Ended]) -> None:
+    _, run, ended = built
+    assert ended.code == 0, ended
+    assert ended.out.splitlines()[-1] == f"report: {run / 'report.html'}"
+    for name in ("report.html", "report.md", "report.json", "recipe.lock.yaml"):
+        assert (run / name).is_file()
+    assert "Traceback" not in ended.err
+    assert not list(run.rglob("*.partial"))
+    assert "dispersion" in (run / "dispersed" / "model" / "README.md").read_text()
+
+
+def test_each_arm_leaves_a_model_folder_and_bundles(built: tuple[Path, Path, Ended]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    _, run, _ = built
+    for arm in ("baseline", "dispersed"):
+        assert AutoModelForCausalLM.from_pretrained(run / arm / "model").config.num_hidden_layers == 2
+        for precision, op in (("fp32", "MatMul"), ("int8", "MatMulNBits"), ("int4", "MatMulNBits")):
+            graph = onnx.load(run / arm / precision / "model.onnx", load_external_data=False).graph
+            ops = [node.op_type for node in graph.node]
+            assert ops.count("GroupQueryAttention") == 2 and op in ops
+            assert threads_of(run / arm / precision) == 1
+
+
+def threads_of(bundle: Path) -> int:
+    config = json.loads((bundle / "genai_config.json").read_text())
+    threads: int = config["model"]["decoder"]["session_options"]["intra_op_num_threads"]
+    return threads
+
+
+def test_the_bundle_for_a_device_is_the_one_that_was_measured(built: tuple[Path, Path, Ended]) -> None:
+    _, run, _ = built
+    measured, packed = read(run / "dispersed" / "int4"), read(run / "dispersed" / "phone-arm64")
+    assert measured and packed
+    for name in ("model.onnx.data", "tokenizer.json"):
+        assert packed.sha256(name) == measured.sha256(name)
+    graphs = [
+        onnx.load(one.folder / "model.onnx", load_external_data=False).graph for one in (measured, packed)
+    ]
+    nodes = [[node.op_type for node in graph.node if "last_token" not in node.name] for graph in graphs]
+    assert nodes[0] == nodes[1]  # beside what takes the last token's logits alone
+    assert threads_of(run / "dispersed" / "phone-arm64") == 4
+
+
+def test_what_ships_says_where_it_comes_from_and_what_was_measured(built: tuple[Path, Path, Ended]) -> None:
+    recipe, run, _ = built
+    packed, trained, corpus = (
+        read(run / name) for name in ("dispersed/phone-arm64", "dispersed/model", "corpus")
+    )
+    assert packed and trained and corpus
+    assert check_files(packed.folder) and "README.md" not in packed.files
+    manifest = json.loads((packed.folder / "manifest.json").read_text())
+    origin, owner = manifest["provenance"], load(recipe)
+    assert origin["recipe"] == {"name": "tiny", "hash8": owner.hash8}
+    assert (origin["arm"], origin["seed"], origin["smoke"]) == ("dispersed", 1, False)
+    assert origin["data_sha256"] == corpus.results["tokens_sha256"]
+    assert origin["weights_sha256"] == trained.results["weights_sha256"]
+    assert manifest["base"]["base"] == owner.model.base
+    assert (manifest["grid"]["bits"], manifest["grid"]["method"]) == (4, "rtn")
+    card = (packed.folder / "README.md").read_text()
+    assert "| int4" in card and "| int8" not in card and "Nothing was measured" not in card
+    assert "Licence of the base not found" in card
+
+
+def test_a_target_whose_precision_is_not_built_is_refused(edgedisp, recipe) -> None:  # type: ignore[no-untyped-def]
+    ended = edgedisp("build", recipe, "--set", "precisions=[fp32]")
+    refused(ended, "phone-arm64 ships int4", "must have been measured")
+
+
+def test_the_arms_differ_in_the_dispersion_term_alone(built: tuple[Path, Path, Ended]) -> None:
+    _, run, _ = built
+    baseline, dispersed = read(run / "baseline" / "model"), read(run / "dispersed" / "model")
+    assert baseline and dispersed
+    assert baseline.key["reads"] == dispersed.key["reads"]
+    assert baseline.results["settings"] == dispersed.results["settings"]
+    assert "dispersion" not in baseline.key["section"]["train"]
+    assert baseline.results["log"][0]["loss"] == dispersed.results["log"][0]["loss"]
+    assert baseline.results["weights_sha256"] != dispersed.results["weights_sha256"]
+
+
+def test_an_unchanged_recipe_runs_nothing_and_says_what_it_kept(built: tuple[Path, Path, Ended]) -> None:
+    recipe, run, _ = built
+    script = (
+        "import sys; from edgedisp.cli import main\n"
+        f"sys.argv = ['edgedisp', 'build', {str(recipe)!r}, '--out', {str(run)!r}]\n"
+        "main()\n"
+        "print('loaded torch' if 'torch' in sys.modules else 'no torch', file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "kept 49 finished stages: base, corpus, items" in done.stderr
+    assert "no torch" in done.stderr
+    assert done.stdout.splitlines()[-1] == f"report: {run / 'report.html'}"
+
+
+def copy_of(built: tuple[Path, Path, Ended], folder: Path) -> tuple[Path, Path]:
+    recipe, run, _ = built
+    shutil.copytree(run, folder / "run")
+    shutil.copy(recipe.parent / "text.jsonl", folder / "text.jsonl")
+    return Path(shutil.copy(recipe, folder / "tiny.yaml")), folder / "run"
+
+
+def test_a_changed_precision_retrains_nothing(built, tmp_path, edgedisp) -> None:  # type: ignore[no-untyped-def]
+    recipe, run = copy_of(built, tmp_path)
+    before = read(run / "dispersed" / "model")
+    ended = edgedisp("build", recipe, "--out", run, "--set", "quantize.int4.group=16")
+    assert ended.code == 0, ended
+    ran = {line.split("] ")[1].split(":")[0] for line in ended.err.splitlines() if ": done in" in line}
+    arms = ("baseline", "dispersed")
+    again = ("int4", "survival-int4", "verify-int4", "condensation-int4", "accuracy-int4", "divergence-int4")
+    expected = {f"{arm}/{stage}" for arm in arms for stage in again} | {"baseline/noise-int4"}
+    assert ran == {*expected, "latency", "baseline/phone-arm64", "dispersed/phone-arm64"}
+    after = read(run / "dispersed" / "model")
+    assert before and after and before.content == after.content
+
+
+def test_a_build_killed_in_training_continues_at_its_checkpoint(built, tmp_path, edgedisp) -> None:  # type: ignore[no-untyped-def]
+    recipe, whole, _ = built
+    run = tmp_path / "run"
+    command = [Path(sys.executable).parent / "edgedisp", "build", recipe, "--out", run]
+    command += [
+        "--set",
+        "precisions=[fp32]",
+        "--set",
+        "targets=[]",
+        "--set",
+        "evaluate.tasks=[heldout_perplexity]",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoints = run / "dispersed" / "model.partial" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*/edgedisp.json")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if read(run / "dispersed" / "model") is None:  # else the run had passed the stage before the signal
+        assert not (run / "dispersed" / "model").exists()
+    ended = edgedisp(*command[1:])
+    assert ended.code == 0, ended
+    assert "kept 4 finished stages: base, corpus, items, baseline/model" in ended.err
+    first, second = read(run / "dispersed" / "model"), read(whole / "dispersed" / "model")
+    assert first and second
+    assert first.results["resumed_from"] >= 2
+    assert first.results["weights_sha256"] == second.results["weights_sha256"]
+
+
+def test_an_interrupted_build_ends_with_130_and_says_how_to_go_on(built, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    recipe, _, _ = built
+    command = [Path(sys.executable).parent / "edgedisp", "build", recipe, "--out", tmp_path / "run"]
+    # A shell starts its background jobs with Ctrl-C ignored, and a test run may be one.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=heed
+    )
+    assert process.stderr is not None
+    seen = ""
+    while "corpus: done" not in seen:
+        line = process.stderr.readline()
+        assert line, seen
+        seen += line
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait() == 130, seen + rest
+    assert rest.splitlines()[-1] == "edgedisp: interrupted; the same command continues where this one stopped"
+    assert "Traceback" not in rest
+    assert read(tmp_path / "run" / "corpus") is not None
+
+
+def test_compare_prints_the_table_of_runs(built, edgedisp) -> None:  # type: ignore[no-untyped-def]
+    _, run, _ = built
+    ended = edgedisp("compare", run)
+    assert ended.code == 0 and "int4" in ended.out and "tiny" in ended.out
+    both = edgedisp("compare", run, run / "report.json", "--json")
+    assert len(json.loads(both.out)["verdicts"]) == 2
+
+
+def test_plan_says_what_is_done_and_estimates_what_is_not(built, edgedisp) -> None:  # type: ignore[no-untyped-def]
+    recipe, run, _ = built
+    done = edgedisp("plan", recipe, "--out", run)
+    assert done.code == 0 and "to do" not in done.out
+    ended = edgedisp("plan", recipe, "--set", "train.tokens=4k", "--json")
+    planned = json.loads(ended.out)
+    assert planned["steps"] == 15 and planned["estimate"]["seconds_left"] > 0
+    assert not any(stage["done"] for stage in planned["stages"])
+    assert not Path(planned["run"]).exists()
+    for precision in ("fp32", "int8", "int4"):
+        record = read(run / "baseline" / precision)
+        assert (
+            record and record.results["size_bytes"] == planned["sizes"]["precisions"][precision]["size_bytes"]
+        )
+    assert planned["sizes"]["kv_cache"]["phone-arm64"]["positions"] == 256  # the model's, below the target's
+
+
+def test_the_report_says_what_quantization_left_of_training(built: tuple[Path, Path, Ended]) -> None:
+    _, run, _ = built
+    record = read(run / "dispersed" / "survival-int4")
+    assert record and record.results["nearest"] == 1.0 and not record.results["unmatched"]
+    assert set(record.results["references"]) == {"base", "baseline"}
+    weights = {row["name"]: row for row in record.results["references"]["base"]["tensors"]}
+    assert "model.layers.1.mlp.down_proj.weight" in weights
+    survived = json.loads((run / "report.json").read_text())["summary"]["survival"]
+    assert set(survived["baseline"]) == {"int8", "int4"} and "loss" not in survived["baseline"]["int4"]
+    loss = survived["dispersed"]["int4"]["loss"]["heldout_perplexity"]
+    change = loss["quantized"]["difference"] - loss["full"]["difference"]
+    assert loss["change"]["difference"] == pytest.approx(change)
+    assert "What quantization leaves of training" in (run / "report.md").read_text()
+    assert (run / "plots" / "survival.svg").is_file()
+
+
+def test_what_a_device_measured_joins_the_report_and_a_later_build_keeps_it(
+    built, tmp_path, edgedisp
+) -> None:  # type: ignore[no-untyped-def]
+    recipe, run = copy_of(built, tmp_path)
+    first = json.loads((run / "report.json").read_text())["summary"]
+    sizes = ["--prompt", "8", "--generate", "4", "--repetitions", "2", "--pause", "0", "--threads", "1"]
+    ended = edgedisp("bench", run / "baseline" / "int4", run / "dispersed" / "int4", *sizes, "--report")
+    assert ended.code == 0 and f"report: {run / 'report.html'} shows it" in ended.err, ended
+    told = json.loads((run / "report.json").read_text())["summary"]
+    assert [row["label"] for row in told["devices"][0]["rows"]] == ["baseline/int4", "dispersed/int4"]
+    assert {**told, "devices": []} == first  # and nothing else has changed
+    files = [run / name for name in ("report.html", "report.md", "report.json")]
+    before = [path.read_bytes() for path in files]
+    assert b"On devices" in before[0] and b"## On devices" in before[1]
+    ended = edgedisp("build", recipe, "--out", run)
+    assert "kept 49 finished stages" in ended.err
+    assert [path.read_bytes() for path in files] == before
+    outside = shutil.copytree(run / "baseline" / "int4", tmp_path / "int4")
+    refused(edgedisp("bench", outside, *sizes, "--report"), "lies in no run folder")
+
+
+def test_export_gives_a_bundle_that_chat_and_bench_open(built, tmp_path, edgedisp) -> None:  # type: ignore[no-untyped-def]
+    _, run, _ = built
+    bundle = tmp_path / "bundle"
+    ended = edgedisp("export", run / "dispersed" / "model", "--target", "phone-arm64", "--out", bundle)
+    assert ended.code == 0, ended
+    assert "opened and checked" in ended.out and (bundle / "genai_config.json").is_file()
+    said = edgedisp("chat", bundle, "--prompt", "Hello", "--max-new-tokens", "4")
+    assert said.code == 0, said
+    timed = edgedisp(
+        "bench", bundle, run / "baseline" / "int4", "--prompt", "8", "--generate", "4", "--repetitions", "1"
+    )
+    assert timed.code == 0, timed
+    assert "bundle" in timed.out and "decode t/s" in timed.out
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "qwen3_0.6b", "gemma3_270m", "gpt2", "pythia_160m", "qwen3_0.6b_qlora", "smollm2_135m_lora",
+    ],
+)  # fmt: skip
+def test_a_recipe_passes_every_stage_with_its_tiny_twin(recipe: str, tmp_path: Path, edgedisp) -> None:  # type: ignore[no-untyped-def]
+    ended = edgedisp("build", recipe, "--smoke", "--out", tmp_path / "run")
+    assert ended.code == 0, ended
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    summary = report.get("summary", report)
+    assert summary["smoke"] and set(summary["comparison"]["dispersed"]) == {"torch", "fp32", "int8", "int4"}
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_folder: dict[str, Path], text_file: Path) -> Path:
+    return write_recipe(tmp_path, tiny_folder["llama"], text_file.name)
+
+
+def refused(ended: Ended, *parts: str) -> None:
+    assert ended.code == 2, ended
+    assert ended.out == ""
+    assert "Traceback" not in ended.err
+    for part in parts:
+        assert part in ended.err, ended
+
+
+def edit(recipe: Path, old: str, new: str) -> Path:
+    text = recipe.read_text()
+    assert old in text
+    recipe.write_text(text.replace(old, new))
+    return recipe
+
+
+def test_a_missing_recipe_is_named(edgedisp, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    refused(edgedisp("build", tmp_path / "absent.yaml"), "absent.yaml")
+    refused(edgedisp("build", "quickstrat"), "quickstrat", "quickstart")
+    refused(edgedisp("build", tmp_path), str(tmp_path))
+
+
+def test_a_syntax_error_is_placed(edgedisp, recipe) -> None:  # type: ignore[no-untyped-def]
+    refused(edgedisp("build", edit(recipe, "name: tiny", "name: [tiny")), "tiny.yaml:")
+
+
+def test_every_problem_of_a_recipe_is_reported_with_its_line(edgedisp, recipe) -> None:  # type: ignore[no-untyped-def]
+    edit(recipe, "tokens: 2k", "tokens: 0")
+    edit(recipe, "seed: 1", "sede: 1")
+    edit(recipe, "prompt: 8", "prompt: -8")
+    refused(
+        edgedisp("build", recipe, "--out", recipe.parent / "run"),
+        "tiny.yaml:2", "sede", "did you mean", "seed",
+        "tiny.yaml:8", "train.tokens",
+        "tiny.yaml:12", "latency.prompt",
+    )  # fmt: skip
+    assert not (recipe.parent / "run").exists()
+
+
+@pytest.mark.parametrize("tokens", ["0", "-5"])
+def test_tokens_must_be_positive(edgedisp, recipe, tokens: str) -> None:  # type: ignore[no-untyped-def]
+    refused(edgedisp("build", recipe, "--set", f"train.tokens={tokens}"), "train.tokens", tokens)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ("context: 64", "context: 300", ("data.context", "300", "256")),
+        ("source: text.jsonl", "source: text.jsonl, text: body", ("text.jsonl", "body", "text")),
+        ("source: text.jsonl", "source: empty.jsonl", ("empty.jsonl",)),
+        ("source: text.jsonl", "source: absent.jsonl", ("absent.jsonl",)),
+        ("source: text.jsonl", "source: broken.jsonl", ("broken.jsonl", "2")),
+        ("source: text.jsonl", "source: blank.jsonl", ("blank.jsonl",)),
+        ("source: text.jsonl", "source: short.jsonl", ("64",)),
+    ],
+)
+def test_text_that_cannot_work_is_refused_and_nothing_is_left(edgedisp, recipe, old, new, parts) -> None:  # type: ignore[no-untyped-def]
+    folder = recipe.parent
+    (folder / "empty.jsonl").write_text("")
+    (folder / "broken.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    (folder / "blank.jsonl").write_text('{"text": ""}\n{"text": "  "}\n')
+    (folder / "short.jsonl").write_text('{"text": "one two"}\n{"text": "three"}\n')
+    refused(edgedisp("build", edit(recipe, old, new), "--out", folder / "run"), *parts)
+    assert not (folder / "run").exists()
+
+
+def test_a_base_that_is_no_causal_lm_is_refused(edgedisp, recipe, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    from transformers import BertConfig, BertModel
+
+    bert = tmp_path / "bert"
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    BertModel(config).save_pretrained(bert)
+    ended = edgedisp(
+        "build",
+        recipe,
+        "--out",
+        tmp_path / "run",
+        "--set",
+        f"model.base={bert}",
+        "--set",
+        "model.architecture=bert",
+    )
+    refused(ended, "bert", "causal")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checksum_mismatch_names_both_sums(edgedisp, recipe, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    edit(recipe, "source: text.jsonl", f"source: text.jsonl, sha256: {'ab' * 32}")
+    refused(edgedisp("build", recipe, "--out", tmp_path / "run"), "abab", "text.jsonl")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_hub_that_cannot_be_reached_names_the_id_and_the_choices(
+    edgedisp, recipe, tmp_path, monkeypatch
+) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    ended = edgedisp("build", recipe, "--out", tmp_path / "run", "--set", "model.base=nobody/absent-model")
+    refused(ended, "nobody/absent-model", "pypi:")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_of_another_recipe_is_refused(built, edgedisp) -> None:  # type: ignore[no-untyped-def]
+    recipe, run, _ = built
+    refused(
+        edgedisp("build", recipe, "--out", run, "--set", "train.lr=2e-3"),
+        "belongs to another recipe",
+        "train.lr",
+    )
+
+
+def test_an_unknown_task_and_an_unknown_target_are_refused_before_training(
+    edgedisp, recipe, tmp_path
+) -> None:  # type: ignore[no-untyped-def]
+    run = tmp_path / "run"
+    refused(
+        edgedisp("build", recipe, "--out", run, "--set", "evaluate.tasks=[heldout_cloz]"), "heldout_cloze"
+    )
+    refused(edgedisp("build", recipe, "--out", run, "--set", "targets=[laptop]"), "laptop-x64")
+    assert not run.exists()
+
+
+def test_usage_errors_end_with_2(edgedisp) -> None:  # type: ignore[no-untyped-def]
+    assert edgedisp("bild").code == 2
+    assert edgedisp("build").code == 2
+    assert edgedisp("build", "quickstart", "--oot", "x").code == 2
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs root to mount a small file system")
+def test_a_full_disk_ends_with_1_and_the_next_run_continues(edgedisp, recipe, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", small], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        ended = edgedisp("build", recipe, "--out", small / "run")
+        assert ended.code == 1, ended
+        assert "the disk is full" in ended.err and "Traceback" not in ended.err
+        subprocess.run(["mount", "-o", "remount,size=200m", small], check=True)
+        again = edgedisp("build", recipe, "--out", small / "run")
+        assert again.code == 0, again
+        assert "kept" in again.err
+    finally:
+        subprocess.run(["umount", "-l", small], check=False)
+
+
+FAR = """
+task: far_away
+dataset_path: no-such/set
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: gold
+"""
+
+
+def test_a_task_whose_data_cannot_be_had_is_named_and_the_rest_goes_on(  # type: ignore[no-untyped-def]
+    built, tmp_path, edgedisp, monkeypatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    import huggingface_hub
+
+    from edgedisp.evaluate import catalog
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(catalog, "HUB_TIMEOUT_S", 1.0)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    recipe, run = copy_of(built, tmp_path)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "far.yaml").write_text(FAR)
+    words = ["build", recipe, "--out", run, "--set", "evaluate.tasks_path=tasks"]
+    words += ["--set", "evaluate.tasks=[heldout_perplexity, far_away]"]
+    ended = edgedisp(*words)
+    assert ended.code == 1, ended
+    assert "far_away could not be scored: far_away cannot be loaded" in ended.err
+    assert "Not scored: far_away" in (run / "report.md").read_text()
+    assert "perplexity" in ended.out and f"report: {run / 'report.html'}" in ended.out
+    again = edgedisp(*words)
+    assert again.code == 1
+    ran = {line.split("] ")[1].split(":")[0] for line in again.err.splitlines() if ": done in" in line}
+    assert ran == {"items"}  # tried again; as nothing new was found, all else is kept
+    alone = edgedisp(*words[:-1], "evaluate.tasks=[far_away]")
+    assert alone.code == 2 and "far_away cannot be loaded" in alone.err

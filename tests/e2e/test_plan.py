@@ -1,0 +1,108 @@
+"""What `plan` says of sizes when the base is at hand, and when it is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import graph_twins
+import pytest
+
+from edgedisp import sources
+from edgedisp.core.errors import BadInput
+from edgedisp.plan import disk_bytes, make_plan
+from edgedisp.plan_text import render
+from edgedisp.recipe import load
+
+RECIPE = """\
+name: sized
+model: {{base: {base}}}
+data: {{train: [{{source: text.jsonl}}], heldout: 20%, context: 64}}
+train: {{tokens: 2k, lr: 1e-3}}
+targets: [laptop-x64, phone-arm64]
+"""
+
+
+class Watcher:
+    """Hears nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *words: None
+
+
+def planned(folder: Path, base: str, *overrides: str) -> dict[str, Any]:
+    (folder / "text.jsonl").write_text('{"text": "some text"}\n')
+    (folder / "sized.yaml").write_text(RECIPE.format(base=base))
+    recipe = load(folder / "sized.yaml", overrides)
+    return make_plan(recipe, folder / "run", probe=False, observer=Watcher())
+
+
+def test_products_that_nothing_here_has_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph_twins.make(tmp_path / "model", "llama")
+    for fast, asked, told in ((False, "bf16", True), (False, "auto", False), (True, "bf16", False)):
+        monkeypatch.setattr("edgedisp.plan.multiplies_bf16", lambda fast=fast: fast)
+        text = render(planned(tmp_path, "model", f"train.precision={asked}"))
+        assert ("--set train.precision=auto" in text) is told
+
+
+def test_without_a_probe_the_configuration_is_enough(tmp_path: Path) -> None:
+    graph_twins.make(tmp_path / "model", "llama")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    found = planned(tmp_path, "model")
+    assert found["estimate"] is None and found["sizes_unknown"] is None
+    assert list(found["sizes"]["precisions"]) == ["fp32", "int8", "int4"]
+    assert set(found["sizes"]["kv_cache"]) == {"laptop-x64", "phone-arm64"}
+    assert "embedding = head" in render(found)
+
+
+def test_the_recipe_decides_the_grid(tmp_path: Path) -> None:
+    graph_twins.make(tmp_path / "model", "llama")
+    plain = planned(tmp_path, "model")["sizes"]["precisions"]["int4"]
+    finer = planned(tmp_path, "model", "quantize.int4.group=16")["sizes"]["precisions"]["int4"]
+    head = planned(tmp_path, "model", "quantize.int4.head_bits=4")["sizes"]["precisions"]["int4"]
+    assert finer["components"]["mlp"] > plain["components"]["mlp"]
+    assert head["components"]["embedding"] < plain["components"]["embedding"]
+    assert head["components"]["mlp"] == plain["components"]["mlp"]
+
+
+def test_without_a_probe_nothing_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEDISP_CACHE", str(tmp_path / "cache"))
+    wheel = "pypi:nowhere==1.0/a/model.gguf"
+    found = planned(tmp_path, wheel)
+    assert found["sizes"] is None and "not downloaded" in found["sizes_unknown"]
+    assert f"sizes: not known: {wheel}" in render(found)
+    assert not sources.is_at_hand(wheel) and not (tmp_path / "cache").exists()
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert "nobody/absent-model" in planned(tmp_path, "nobody/absent-model")["sizes_unknown"]
+
+
+def test_a_model_that_no_export_would_take_is_told(tmp_path: Path) -> None:
+    graph_twins.make(tmp_path / "model", "llama", hidden_act="tanh")
+    assert "tanh" in planned(tmp_path, "model")["sizes_unknown"]
+
+
+def test_a_probe_refuses_what_an_export_would_refuse(tmp_path: Path) -> None:
+    graph_twins.make(tmp_path / "model", "llama", hidden_act="tanh")
+    planned(tmp_path, "model")
+    recipe = load(tmp_path / "sized.yaml")
+    with pytest.raises(BadInput, match="tanh"):
+        make_plan(recipe, tmp_path / "run", probe=True, observer=Watcher())
+
+
+def test_the_disk_holds_every_model_bundle_and_packed_copy(tmp_path: Path) -> None:
+    graph_twins.make(tmp_path / "model", "llama")
+    found = planned(tmp_path, "model")
+    recipe = load(tmp_path / "sized.yaml", ["seeds=2"])
+    fp32, int8, int4 = (one["size_bytes"] for one in found["sizes"]["precisions"].values())
+    parameters = 100_000
+    arms, trainings, packed = 2, 4, 2 * int4  # both targets ship int4
+    expected = 4 * parameters + 12 * parameters  # the base and a checkpoint
+    expected += trainings * (4 * parameters + fp32 + int8 + int4) + arms * packed
+    assert disk_bytes(parameters, recipe, found["sizes"]) == expected
+
+
+def test_nf4_is_not_built_for_a_browser(tmp_path: Path) -> None:
+    graph_twins.make(tmp_path / "model", "llama")
+    planned(tmp_path, "model", "quantize.int4.method=nf4")
+    with pytest.raises(BadInput, match="targets: browser runs in WebAssembly, which has no fast product"):
+        planned(tmp_path, "model", "quantize.int4.method=nf4", "targets=[browser]")

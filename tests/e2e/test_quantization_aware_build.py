@@ -1,0 +1,230 @@
+"""The real command with quantization-aware training: what is trained is what ships."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from edgedisp import corpus, model
+from edgedisp.cli import main
+from edgedisp.core.errors import BadInput
+from edgedisp.core.stage_folder import read
+from edgedisp.graph.session import OnnxModel, at_accuracy_level
+from edgedisp.pipeline import stages
+from edgedisp.recipe import load
+from edgedisp.stages.bits import chosen_bits, chosen_grids
+from edgedisp.stages.rounding import CALIBRATED, SCALES, Trained, trained_roundings
+from edgedisp.train.rounded import round_weights
+
+RECIPE = """\
+name: tiny
+model: {{base: {base}, architecture: llama}}
+data: {{train: [{{source: text.jsonl}}], heldout: 20%, context: 32}}
+train:
+  tokens: 1k
+  lr: 1e-2
+  dispersion: {{weight: 0.1, tokens: 16}}
+  quantization_aware: {aware}
+  adapter: {adapter}
+precisions: [int4]
+quantize: {{budget: {budget}, int4: {{method: {method}, calibration_tokens: 256}}}}
+verify: {{tokens: 64, int4_top1: 0, int4_kl: 5}}
+evaluate: {{tasks: [heldout_perplexity], limit: 2, perplexity_tokens: 200, bootstrap: 50}}
+latency: {{prompt: 4, generate: 2, repetitions: 1, threads: 1}}
+"""
+ARMS = ("baseline", "dispersed")
+LATE, LORA = "{precision: int4, start: 0.5}", "{kind: lora, rank: 4}"
+LEARNED = "{precision: int4, start: 0.25, learn_scales: true}"
+BUDGET = "130kB"  # the smallest takes 120, 8 bits everywhere 160
+BUILDS = {
+    "rtn": {"aware": "int4", "adapter": "null", "method": "rtn", "budget": "null"},
+    "gptq": {"aware": LATE, "adapter": "null", "method": "gptq", "budget": "null"},
+    "lora": {"aware": "int4", "adapter": LORA, "method": "rtn", "budget": "null"},
+    "learned, rtn": {"aware": LEARNED, "adapter": "null", "method": "rtn", "budget": "null"},
+    "learned, searched, gptq": {"aware": LEARNED, "adapter": "null", "method": "gptq", "budget": BUDGET},
+    "searched, gptq": {"aware": LATE, "adapter": "null", "method": "gptq", "budget": BUDGET},
+    "searched, lora": {"aware": "int4", "adapter": LORA, "method": "rtn", "budget": BUDGET},
+}
+
+
+def write(folder: Path, base: Path, build: str) -> Path:
+    rows = [json.dumps({"text": document.text}) for document in corpus.made_documents(80, seed=3)]
+    (folder / "text.jsonl").write_text("\n".join(rows))
+    path = folder / "tiny.yaml"
+    path.write_text(RECIPE.format(base=base, **BUILDS[build]))
+    return path
+
+
+@pytest.fixture(scope="module", params=list(BUILDS))
+def built(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_folder: dict[str, Path]
+) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp("aware")
+    recipe = write(folder, tiny_folder["llama"], request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["edgedisp", "build", str(recipe), "--out", str(folder / "run")])
+        main()
+    return request.param, folder
+
+
+def results(folder: Path) -> dict[str, Any]:
+    record = read(folder)
+    assert record is not None
+    return record.results
+
+
+def rounding_of(folder: Path) -> Trained:
+    searched = folder / "run" / "bits"
+    section = load(folder / "tiny.yaml").quantize.int4
+    return Trained(section, 4, chosen_grids(searched if searched.is_dir() else None))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_graph_in_fp32_arithmetic_gives_the_trained_models_logits_and_text(
+    built: tuple[str, Path], arm: str
+) -> None:
+    _, folder = built
+    trained = model.load(folder / "run" / arm / "model")
+    round_weights(trained, *trained_roundings(rounding_of(folder), folder / "run" / arm / "model"))
+    bundle = folder / "run" / arm / "int4"
+    exact = OnnxModel(bundle, 1, graph=at_accuracy_level(bundle, 0))
+    held = np.load(folder / "run" / "corpus" / "heldout.npy")[:4].astype(np.int64)
+    with torch.no_grad():
+        expected = trained(input_ids=torch.from_numpy(held), use_cache=False).logits.numpy()
+    assert np.abs(expected - exact(held, np.ones_like(held))).max() < 1e-3
+    reference = model.TorchModel(trained)
+    for row in held:
+        prompt = row[:8].tolist()
+        assert reference.greedy(prompt, 20, frozenset()) == exact.greedy(prompt, 20, frozenset())
+    as_trained = results(folder / "run" / arm / "verify-int4")["as_trained"]
+    assert as_trained["max_abs_difference"] < 1e-3 and as_trained["greedy_agreement"] == 1
+
+
+def test_the_weights_left_behind_are_not_the_rounded_ones_and_scales_lie_beside_them(
+    built: tuple[str, Path],
+) -> None:
+    name, folder = built
+    for arm in ARMS:
+        own = folder / "run" / arm / "model"
+        assert (own / SCALES).is_file() == (name.endswith("gptq") or name.startswith("learned"))
+        assert not (own / CALIBRATED).exists()
+        plain, rounded = model.load(own), model.load(own)
+        names = round_weights(rounded, *trained_roundings(rounding_of(folder), own))
+        for key in names:
+            assert not torch.equal(plain.get_parameter(key), rounded.get_parameter(key))
+        assert results(folder / "run" / arm / "int4")["is_trained"] is True
+
+
+def test_both_arms_start_from_one_loss(built: tuple[str, Path]) -> None:
+    name, folder = built
+    trained = "adapter" if name.endswith("lora") else "model"
+    firsts = {results(folder / "run" / arm / trained)["log"][0]["loss"] for arm in ARMS}
+    assert len(firsts) == 1
+
+
+def keys(path: Path, *overrides: str) -> dict[str, Any]:
+    return {stage.name: stage.section for stage in stages(load(path, overrides), threads=1)}
+
+
+def test_changed_options_of_the_bundle_train_again_only_where_training_sees_them(
+    tmp_path: Path, tiny_folder: dict[str, Path]
+) -> None:
+    path = write(tmp_path, tiny_folder["llama"], "rtn")
+    plain = "train.quantization_aware=null"
+    grouped, level = "quantize.int4.group=16", "quantize.int4.accuracy_level=0"
+    model_key = "baseline/model"
+    assert keys(path)[model_key] != keys(path, grouped)[model_key]
+    assert keys(path)[model_key] == keys(path, level)[model_key]
+    assert keys(path, plain)[model_key] == keys(path, plain, grouped)[model_key]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["precisions=[int8]"], "is not among precisions"),
+        (["quantize.int4.method=hqq"], "needs rtn or gptq"),
+        (["train.quantization_aware={precision: int4, start: 0.8, ramp: 0.4}"], "needs at most 0.2"),
+        (["train.quantization_aware=int5"], "int8, int4"),
+        (["train.adapter={kind: qlora}"], "needs kind: lora"),
+        (["train.adapter={kind: lora, dropout: 0.1}"], "needs 0"),
+        (["train.adapter={kind: lora}", "quantize.int4.method=gptq"], "needs rtn, or no adapter"),
+        (["train.adapter={kind: lora}", f"train.quantization_aware={LEARNED}"], "frozen, scales too"),
+        (["train.distributed={fsdp: full_shard}"], "rounding needs it whole"),
+        (["quantize.int4.method=gptq", "train.compile=true"], "cannot be calibrated"),
+        (["quantize.budget=null", "quantize.max_perplexity_increase=3%"], "needs a quantize.budget"),
+        (["quantize.int4.method=gptq", "train.quantization_aware={precision: int4, ramp: 0.1}"], "fade in"),
+    ],
+)
+def test_what_cannot_be_trained_under_is_refused(
+    tmp_path: Path, tiny_folder: dict[str, Path], overrides: list[str], words: str
+) -> None:
+    path = write(tmp_path, tiny_folder["llama"], "rtn")
+    with pytest.raises(BadInput, match=words):
+        load(path, overrides)
+
+
+def test_scales_of_another_grid_are_refused(tmp_path: Path, tiny_folder: dict[str, Path]) -> None:
+    from edgedisp.quantize.grid import Grid
+    from edgedisp.quantize.start import Scales
+    from edgedisp.stages.rounding import _keep, trained_scales
+
+    one, other = Grid(4, 32, False), Grid(4, 16, False)
+    found = {"a.weight": Scales(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.uint8))}
+    _keep(found, lambda name: one, tmp_path / SCALES)
+    assert set(trained_scales(tmp_path, lambda name: one)) == {"a.weight"}
+    with pytest.raises(BadInput, match="were trained on"):
+        trained_scales(tmp_path, lambda name: other)
+
+
+def test_every_product_of_the_layers_is_in_the_trained_bundle(built: tuple[str, Path]) -> None:
+    name, folder = built
+    record = results(folder / "run" / "baseline" / "int4")
+    in_layers = 8 if name in ("gptq", "learned, rtn") else 0  # 4 products in each of 2 layers
+    expected = 9 if "searched" in name else in_layers  # and the head
+    assert record["calibrated_tensors"] == expected
+    graph = onnx.load(folder / "run" / "baseline" / "int4" / "model.onnx", load_external_data=False).graph
+    assert sum(node.op_type == "MatMulNBits" for node in graph.node) == 9
+
+
+def test_a_search_comes_before_training_and_every_arm_trains_and_ships_on_what_it_chose(
+    built: tuple[str, Path],
+) -> None:
+    name, folder = built
+    run = folder / "run"
+    if "searched" not in name:
+        assert not (run / "bits").exists()
+        return
+    rows = {row["name"]: row for row in chosen_bits(run / "bits")["weights"]}
+    kinds = {(row["bits"], row["group"], row["symmetric"]) for row in rows.values()}
+    assert len(kinds) > 1  # or the search would have shown nothing
+    for arm in ARMS:
+        record = results(run / arm / "int4")
+        assert record["size_bytes"] <= record["search"]["goal"]["budget"]
+        for row in record["by_tensor"]:
+            assert all(row[key] == rows[row["name"]][key] for key in ("bits", "group", "symmetric"))
+    parameters = {parameter for row in rows.values() for parameter in row["parameters"]}
+    held = model.load(run / "baseline" / "model")
+    assert parameters - {"lm_head.weight"} == {
+        key for key, value in held.named_parameters() if value.ndim > 1
+    }
+    searches = [results(run / arm / "int4")["search"] for arm in ARMS]
+    assert searches[0]["trained"].keys() == {"measured_kl", "perplexity_increase"}
+    assert searches[1]["decided_by"] == "baseline"
+
+
+def test_a_searched_bundle_trains_again_only_for_another_budget(
+    tmp_path: Path, tiny_folder: dict[str, Path]
+) -> None:
+    path = write(tmp_path, tiny_folder["llama"], "searched, gptq")
+    whole, more = keys(path), keys(path, "quantize.budget=140kB")
+    assert whole["bits"] != more["bits"] and "bits" not in keys(path, "quantize.budget=null")
+    assert whole["bits"] == keys(path, "quantize.int4.accuracy_level=0")["bits"]
+    reads = {stage.name: stage.reads for stage in stages(load(path), threads=1)}
+    for stage in ("baseline/model", "dispersed/model", "baseline/int4", "dispersed/verify-int4"):
+        assert "bits" in reads[stage]

@@ -1,0 +1,118 @@
+"""The training stage: what a recipe says about packing, watching and reporting arrives in the training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from edgedisp import stages
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import silent
+from edgedisp.recipe import Recipe, load
+from edgedisp.train.data import Blocks
+from edgedisp.train.probe import time_steps
+from edgedisp.train.settings import TrainSettings
+
+RECIPE = """\
+name: tiny
+model: {{base: {base}, architecture: llama}}
+data: {{train: [{{source: {text}}}], heldout: 20%, context: 256, isolate_documents: {walls}}}
+train: {{tokens: 4k, lr: 1e-3, batch: 2, precision: fp32, watch_every: {every}, report_to: [{report}]}}
+"""
+
+
+def trained(
+    tiny_folder: dict[str, Path],
+    text: Path,
+    folder: Path,
+    *,
+    walls: str = "false",
+    every: str = "null",
+    report: str = "",
+) -> tuple[Recipe, Path, dict[str, Any]]:
+    """The recipe, the run's folder and the record of its dispersed arm, trained by the stages of a build."""
+    path = folder / "tiny.yaml"
+    base = tiny_folder["llama"]
+    path.write_text(RECIPE.format(base=base, text=text, walls=walls, every=every, report=report))
+    recipe = load(path)
+    corpus, own = folder / "run" / "corpus", folder / "run" / "dispersed" / "model.partial"
+    corpus.mkdir(parents=True)
+    own.mkdir(parents=True)
+    blocks = recipe.steps * recipe.train.batch
+    stages.tokens(recipe.data, recipe.seed, blocks, base, folder, False, corpus, silent)
+    arm = next(run for run in recipe.arm_runs if run.name == "dispersed")
+    done = stages.midtrain(recipe.train, recipe.steps, recipe.seed, arm, None, base, corpus, own, silent)
+    return recipe, folder / "run", done
+
+
+def first_loss(base: Path, data: Blocks) -> float:
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    items = [data[index] for index in range(2)]
+    with torch.no_grad():
+        inputs = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+        return float(model(**inputs, use_cache=False).loss)
+
+
+def test_isolated_documents_are_trained_on_as_such(
+    tiny_folder: dict[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    base, losses = tiny_folder["llama"], {}
+    for walls in ("true", "false"):
+        folder = tmp_path / walls
+        folder.mkdir()
+        _, run, done = trained(tiny_folder, text_file, folder, walls=walls)
+        packed = np.load(run / "corpus" / "tokens.npy")
+        packing = json.loads((run / "corpus" / "packing.json").read_text())
+        assert (packed[:2, :-1] == packing["end_of_text"]).any()  # there is a wall to build
+        data = Blocks(packed, packing["end_of_text"] if walls == "true" else None)
+        losses[walls] = done["log"][0]["loss"]
+        assert losses[walls] == pytest.approx(first_loss(base, data), rel=1e-5)
+    assert losses["true"] != pytest.approx(losses["false"], rel=1e-3)
+
+
+def test_the_condensation_is_in_the_record_with_what_it_cost(
+    tiny_folder: dict[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    recipe, _, done = trained(tiny_folder, text_file, tmp_path)
+    steps = [row["step"] for row in done["watched"]]
+    assert steps[0] == 0 and steps[-1] == recipe.steps and 5 <= len(steps) <= 11
+    assert {len(row["cosine_by_layer"]) for row in done["watched"]} == {3}
+    assert 0 < done["watch_seconds"] == pytest.approx(sum(row["seconds"] for row in done["watched"]))
+    assert done["fused_head"] and done["skipped_sequences"] == 0
+    json.dumps(done, allow_nan=False)
+
+
+def test_a_log_for_tensorboard_stays_in_the_arms_folder(
+    tiny_folder: dict[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    _, run, done = trained(tiny_folder, text_file, tmp_path, every="0", report="tensorboard")
+    own = run / "dispersed" / "model.partial"
+    assert done["watched"] == []
+    assert list((own / "logs").glob("events.*"))
+    assert not (own / "checkpoints").exists()
+    AutoModelForCausalLM.from_pretrained(own)
+
+
+def test_a_reporter_that_is_not_installed_stops_before_anything_is_opened(
+    tiny_folder: dict[str, Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import edgedisp.train.reporting as reporting
+
+    monkeypatch.setattr(reporting, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match=r"train.report_to: trackio is not installed"):
+        trained(tiny_folder, text_file, tmp_path, report="trackio")
+    assert not list((tmp_path / "run" / "dispersed" / "model.partial").iterdir())
+
+
+def test_the_probe_times_the_steps_that_training_takes(tiny_folder: dict[str, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder["llama"], dtype=torch.float32)
+    found = time_steps(model, TrainSettings(steps=1, lr=1e-3), 32, vocabulary=400)
+    assert found["micro_step_s"] > found["forward_s_per_token"] * 32 > 0
+    assert found["optimizer_s"] > 0

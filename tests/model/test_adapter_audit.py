@@ -1,0 +1,384 @@
+"""The merge audit: its losses by hand, its rounding against the bundle, its choice by the written rule."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from edgedisp import model
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import silent
+from edgedisp.core.stage_folder import finish, making, read
+from edgedisp.dispersion.collect import decoder_layers
+from edgedisp.graph.session import OnnxModel
+from edgedisp.pipeline import stages
+from edgedisp.quantize.grid import Grid, dequantize, quantize
+from edgedisp.recipe import Adapter, QuantizeBits, load
+from edgedisp.stages import adapters, bundles
+from edgedisp.train import audit
+from edgedisp.train.adapter import AdapterSettings, attach
+from edgedisp.train.merge import Base, fingerprint, merge, opened, save
+from edgedisp.train.quantized import load_quantized
+from edgedisp.train.rounded import Rounding, round_weights
+
+BLOCKS = np.random.default_rng(0).integers(3, 400, (12, 24)).astype(np.int64)
+INT4 = QuantizeBits(group=32, symmetric=False, head_bits=8, accuracy_level=0)
+
+
+def losses_by_loops(scored: nn.Module, blocks: np.ndarray) -> list[float]:
+    found = []
+    for block in blocks:
+        with torch.no_grad():
+            logits = scored.eval()(input_ids=torch.from_numpy(block)[None]).logits[0].double().numpy()
+        nll = 0.0
+        for place in range(len(block) - 1):
+            row = logits[place]
+            total = sum(math.exp(value - row.max()) for value in row)
+            nll -= row[block[place + 1]] - row.max() - math.log(total)
+        found.append(nll)
+    return found
+
+
+def rounded_by_loops(weight: np.ndarray, bits: int) -> np.ndarray:
+    """Groups of 32 along each row over [min(0, lowest), max(0, highest)], to the nearest of 2^bits steps,
+    whose size fp16 holds."""
+    out = weight.copy()
+    for row in out:
+        for start in range(0, len(row), 32):
+            group = row[start : start + 32]
+            low, high = min(0.0, group.min()), max(0.0, group.max())
+            scale = float(np.float16(np.float32(high - low) / np.float32(2**bits - 1)))
+            scale = scale or 1.0  # the padding token's row is all zeros
+            zero = round(-low / scale)
+            group[:] = [
+                (min(max(round(value / scale + zero), 0), 2**bits - 1) - zero) * scale for value in group
+            ]
+    return out
+
+
+def on_grid(bits: int) -> Rounding:
+    grid = Grid(bits, 32, False)
+    return lambda name, weight: dequantize(quantize(weight, grid), grid)
+
+
+# ---------------------------------------------------------------- losses and rounding
+
+
+@pytest.mark.parametrize("at_once", [1, 512 * 5, 1 << 24])
+def test_block_losses_are_the_summed_cross_entropy(
+    tiny_folder: dict[str, Path], monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(audit, "LOGITS_AT_ONCE", at_once)  # slices must not matter
+    scored = model.load(tiny_folder["gpt2"]).train()  # its dropout must not matter
+    np.testing.assert_allclose(
+        audit.block_losses(scored, BLOCKS[:3]), losses_by_loops(scored, BLOCKS[:3]), 1e-5
+    )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_rounding_goes_over_every_matrix_once_and_over_nothing_else(
+    tiny_folder: dict[str, Path], architecture: str
+) -> None:
+    before = model.load(tiny_folder[architecture]).state_dict()
+    changed = model.load(tiny_folder[architecture])
+    names = round_weights(changed, on_grid(4), on_grid(8))
+    after = changed.state_dict()
+    head = {"lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight"}
+    for name, weight in before.items():
+        matrix = weight.ndim == 2 and name != "transformer.wpe.weight"
+        if not matrix:
+            assert torch.equal(after[name], weight), name
+            continue
+        turned = architecture == "gpt2" and name not in head  # Conv1D holds [in, out]
+        values = (weight.T if turned else weight).numpy()
+        expected = rounded_by_loops(values.astype(np.float64), 8 if name in head else 4)
+        found = (after[name].T if turned else after[name]).numpy()
+        off = np.abs(found - expected) > 1e-5  # a value halfway between two steps may go either way
+        assert off.mean() < 1e-3, name
+    assert len(names) == (15 if architecture == "llama" else 9)  # the tied head counts once
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text"])
+def test_rounded_weights_compute_what_the_int4_bundle_computes(
+    tiny_folder: dict[str, Path], tmp_path: Path, architecture: str
+) -> None:
+    folders = {name: tmp_path / name for name in ("fp32", "int4")}
+    for folder in folders.values():
+        folder.mkdir()
+    bundles.export(tiny_folder[architecture], 1, folders["fp32"], silent)
+    record = bundles.quantize(INT4, 4, folders["fp32"], None, None, folders["int4"], silent)
+    rounded = model.load(tiny_folder[architecture])
+    names = round_weights(rounded, on_grid(4), on_grid(8))
+    ids = BLOCKS[:2]
+    shipped = OnnxModel(folders["int4"], 1)(ids, np.ones_like(ids))
+    plain = OnnxModel(folders["fp32"], 1)(ids, np.ones_like(ids))
+    with torch.no_grad():
+        found = rounded.eval()(input_ids=torch.from_numpy(ids)).logits.numpy()
+    np.testing.assert_allclose(found, shipped, atol=2e-3)
+    assert np.abs(shipped - plain).max() > 0.05
+    values = sum(row["shape"][0] * row["shape"][1] for row in record["by_tensor"])
+    assert values == sum(rounded.get_parameter(name).numel() for name in names)
+
+
+def test_bfloat16_rounding_keeps_eight_bits(tiny_folder: dict[str, Path]) -> None:
+    before = model.load(tiny_folder["llama"]).state_dict()
+    changed = model.load(tiny_folder["llama"])
+    audit.to_bfloat16(changed)
+    for name, weight in changed.state_dict().items():
+        assert weight.dtype == torch.float32
+        mantissa = weight.numpy().view(np.uint32) & 0xFFFF
+        assert not mantissa.any() and (weight - before[name]).abs().max() <= before[name].abs().max() / 256
+
+
+# ---------------------------------------------------------------- the stage
+
+
+def stage_folders(root: Path, base: Path, held_as: str | None, arm: str = "baseline") -> dict[str, Path]:
+    """Finished folders of the stages that a merge reads: base, corpus, adapter."""
+    folders = {"base": root / "base", "corpus": root / "corpus", "adapter": root / arm / "adapter"}
+    if not (root / "corpus").exists():
+        with making(folders["base"], {}) as own:
+            for path in base.iterdir():
+                (own / path.name).write_bytes(path.read_bytes())
+            finish(own, folders["base"], {}, {}, 0.0)
+        with making(folders["corpus"], {}) as own:
+            np.save(own / "heldout.npy", BLOCKS.astype(np.uint32))
+            finish(own, folders["corpus"], {}, {}, 0.0)
+    over = load_quantized(base, held_as) if held_as else model.load(base)
+    peft_model = attach(over, decoder_layers(over), AdapterSettings("lora", rank=4), seed=0)
+    ids = torch.from_numpy(BLOCKS)
+    optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=2e-2)
+    for _ in range(6 if arm == "baseline" else 3):
+        optimizer.zero_grad()
+        peft_model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    with making(folders["adapter"], {}) as own:
+        save(peft_model, Base(str(base), fingerprint(model.load(base)), held_as), own)
+        finish(own, folders["adapter"], {}, {"steps": 6, "weights_sha256": "abc"}, 0.0)
+    return folders
+
+
+def merge_stage(
+    folders: dict[str, Path], chosen: Adapter, *, int4_ships: bool = True, decider: Path | None = None
+) -> dict[str, Any]:
+    out = folders["adapter"].parent / "model"
+    with making(out, {}) as own:
+        read_from = (folders["base"], folders["corpus"], folders["adapter"], decider)
+        results = adapters.merge_adapter(chosen, INT4, int4_ships, 0, *read_from, own, silent)
+        finish(own, out, {}, results, 0.0)
+    return results
+
+
+@pytest.mark.parametrize("held_as", [None, "nf4", "int8"])
+def test_the_audit_holds_the_losses_of_models_made_by_hand(
+    tiny_folder: dict[str, Path], tmp_path: Path, held_as: str | None
+) -> None:
+    base = tiny_folder["llama"]
+    folders = stage_folders(tmp_path, base, held_as)
+    chosen = Adapter(kind="qlora", base=held_as) if held_as else Adapter(kind="lora")  # type: ignore[arg-type]
+    results = merge_stage(folders, chosen)
+    over = load_quantized(base, held_as) if held_as else model.load(base)
+    merges = {"full precision": merge(folders["adapter"], model.load(base))}
+    if held_as:
+        quantized = load_quantized(base, held_as)
+        merges[f"dequantized {held_as}"] = merge(folders["adapter"], model.load(base), quantized=quantized)
+    by_hand = {"no adapter": model.load(base), "adapter on": opened(folders["adapter"], over)}
+    by_hand |= {f"merged into {name}": made for name, made in merges.items()}
+    expected = {name: losses_by_loops(made, BLOCKS) for name, made in by_hand.items()}
+    for name in ("no adapter", *(f"merged into {name}" for name in merges)):
+        round_weights(by_hand[name], on_grid(4), on_grid(8))
+        expected[f"{name}, int4"] = losses_by_loops(by_hand[name], BLOCKS)
+    again = merge(folders["adapter"], model.load(base))
+    for parameter in again.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    expected["merged into full precision, bf16"] = losses_by_loops(again, BLOCKS)
+
+    found = results["merge_audit"]
+    tokens = BLOCKS.shape[0] * (BLOCKS.shape[1] - 1)
+    assert (found["tokens"], found["blocks"]) == (tokens, 12)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert set(rows) == set(expected)
+    reference = np.array(expected["adapter on"])
+    for name, losses in expected.items():
+        row = rows[name]
+        assert row["loss"] == pytest.approx(sum(losses) / tokens, rel=1e-5), name
+        each = (np.array(losses) - reference) / (BLOCKS.shape[1] - 1)
+        assert row["difference"] == pytest.approx(each.mean(), abs=1e-5), name
+        # The bootstrap's interval against Student's, which holds for means of 12 alike blocks.
+        half = 2.2 * each.std(ddof=1) / math.sqrt(12)
+        assert row["low"] == pytest.approx(each.mean() - half, abs=0.5 * half + 1e-5), name
+        assert row["high"] == pytest.approx(each.mean() + half, abs=0.5 * half + 1e-5), name
+    assert rows["no adapter"]["low"] > 0  # the adapter was trained on these blocks
+    into = f"dequantized {held_as}" if found["chosen"] == "dequantized" else "full precision"
+    for kind, suffix in (("fp32", ""), ("int4", ", int4")):
+        gain = rows[f"merged into {into}{suffix}"]["loss"] - rows[f"no adapter{suffix}"]["loss"]
+        assert found["gains"][kind]["difference"] == pytest.approx(gain)
+    assert results["steps"] == 6 and results["adapter_sha256"] == "abc"
+    assert results["weights_sha256"] != "abc"
+    assert results["merged_into"].startswith("the full-precision" if found["chosen"] == "full" else "the deq")
+    # What is left in the folder is the merged model that was chosen.
+    kept = losses_by_loops(model.load(tmp_path / "baseline" / "model"), BLOCKS)
+    np.testing.assert_allclose(kept, expected[f"merged into {into}"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("hub_id", ["some/model", None])
+def test_a_kept_adapter_names_its_base_as_others_can_open_it(
+    tiny_folder: dict[str, Path], tmp_path: Path, hub_id: str | None
+) -> None:
+    folders = stage_folders(tmp_path, tiny_folder["llama"], None)
+    with making(folders["base"], {}) as own:
+        shutil.copytree(tiny_folder["llama"], own, dirs_exist_ok=True)
+        finish(own, folders["base"], {}, {"hub_id": hub_id, "revision": "v1"} if hub_id else {}, 0.0)
+    chosen = Adapter(kind="lora", rank=2)
+    adapters.keep_adapter(
+        adapters.model_to_train(chosen, folders["base"], 0), chosen, folders["base"], tmp_path
+    )
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == (hub_id or str(folders["base"].resolve()))
+    assert config["revision"] == ("v1" if hub_id else None)
+
+
+@pytest.mark.parametrize("wanted", ["full", "dequantized"])
+def test_the_recipe_can_fix_the_base(tiny_folder: dict[str, Path], tmp_path: Path, wanted: Any) -> None:
+    folders = stage_folders(tmp_path, tiny_folder["llama"], "nf4")
+    results = merge_stage(folders, Adapter(kind="qlora", base="nf4", merge=wanted))
+    assert results["merge_audit"]["chosen"] == wanted
+    assert results["merge_audit"]["why"] == f"the recipe says merge: {wanted}"
+    quantized = load_quantized(tiny_folder["llama"], "nf4") if wanted == "dequantized" else None
+    expected = merge(folders["adapter"], model.load(tiny_folder["llama"]), quantized=quantized).state_dict()
+    found = model.load(tmp_path / "baseline" / "model").state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_the_baselines_audit_decides_for_another_arm(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    auto = Adapter(kind="qlora", base="nf4")
+    first = merge_stage(stage_folders(tmp_path, tiny_folder["llama"], "nf4"), auto)["merge_audit"]
+    decider = tmp_path / "baseline" / "model"
+    record = read(decider)
+    assert record is not None
+    for chosen in ("full", "dequantized"):  # as if the baseline's audit had said so
+        results = {**record.results, "merge_audit": {**first, "chosen": chosen}}
+        with making(decider, {}) as own:
+            (own / "x").write_text("")
+            finish(own, decider, {}, results, 0.0)
+        folders = stage_folders(tmp_path, tiny_folder["llama"], "nf4", "dispersed")
+        found = merge_stage(folders, auto, decider=decider)["merge_audit"]
+        assert found["chosen"] == chosen
+        assert found["why"] == "the audit of the arm baseline decides for every arm"
+
+
+def test_int4_decides_where_it_ships_and_the_plain_merge_where_it_does_not(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    folders = stage_folders(tmp_path, tiny_folder["llama"], "nf4")
+    for ships, suffix in ((True, ", int4"), (False, "")):
+        found = merge_stage(folders, Adapter(kind="qlora", base="nf4"), int4_ships=ships)["merge_audit"]
+        loss = {row["name"]: row["loss"] for row in found["rows"]}
+        expected = loss[f"merged into dequantized nf4{suffix}"] - loss[f"merged into full precision{suffix}"]
+        assert found["decision"]["difference"] == pytest.approx(expected)
+        assert found["decision"]["judged_by"] == ("int4" if ships else "fp32")
+
+
+AUTO = Adapter(kind="qlora", base="nf4")
+DECISIONS = {
+    # difference, low, high -> chosen, the words
+    "clearly better": ((-0.05, -0.06, -0.04), "dequantized", r"-0.0500 .* \[-0.0600, -0.0400\]: better"),
+    "better within noise": ((-0.05, -0.12, 0.02), "full", "a tie, which goes to full precision"),
+    "worse within noise": ((0.05, -0.02, 0.12), "full", "a tie, which goes to full precision"),
+    "clearly worse": ((0.05, 0.04, 0.06), "full", "worse"),
+    "one block": ((-0.5, None, None), "full", "without an interval .* a tie"),
+}
+
+
+@pytest.mark.parametrize("case", DECISIONS)
+def test_the_dequantized_base_is_taken_only_if_it_is_better_beyond_noise(case: str) -> None:
+    (difference, low, high), chosen, words = DECISIONS[case]
+    decision = {"judged_by": "int4", "difference": difference, "low": low, "high": high}
+    found = adapters._choice(AUTO, decision, None)
+    assert found["chosen"] == chosen and found["warning"] is None
+    assert re.search(words, found["why"]), found["why"]
+
+
+@pytest.mark.parametrize(
+    ("fixed", "interval", "warned"),
+    [
+        ("full", (-0.06, -0.04), True),
+        ("full", (-0.06, 0.04), False),
+        ("full", (0.04, 0.06), False),
+        ("dequantized", (-0.06, -0.04), False),
+        ("dequantized", (-0.06, 0.04), False),  # a tie speaks for neither
+        ("dequantized", (0.04, 0.06), True),
+    ],
+)
+def test_an_audit_that_clearly_speaks_for_the_other_base_is_reported(
+    fixed: Any, interval: tuple[float, float], warned: bool
+) -> None:
+    low, high = interval
+    decision = {"judged_by": "int4", "difference": (low + high) / 2, "low": low, "high": high}
+    found = adapters._choice(AUTO.model_copy(update={"merge": fixed}), decision, None)
+    assert found["chosen"] == fixed and (found["warning"] is not None) == warned
+
+
+# ---------------------------------------------------------------- in a build
+
+RECIPE = """\
+name: tiny
+model: {{base: base}}
+data: {{train: [{{source: text.jsonl}}], context: 64}}
+train: {{tokens: 2k, lr: 1e-3, adapter: {adapter}}}
+"""
+
+
+def keys(tmp_path: Path, adapter: str, *overrides: str) -> dict[str, Any]:
+    """Stage name -> its section and what it reads."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.format(adapter=adapter))
+    return {stage.name: (stage.section, stage.reads) for stage in stages(load(path, overrides), 1)}
+
+
+def test_a_changed_grid_or_merge_merges_again_and_trains_nothing_again(tmp_path: Path) -> None:
+    before = keys(tmp_path, "{kind: qlora}")
+    for override in ("quantize.int4.group=64", "train.adapter.merge=full", "precisions=[fp32]"):
+        after = keys(tmp_path, "{kind: qlora}", override)
+        for arm in ("baseline", "dispersed"):
+            assert after[f"{arm}/adapter"] == before[f"{arm}/adapter"]
+            assert after[f"{arm}/model"] != before[f"{arm}/model"]
+    after = keys(tmp_path, "{kind: qlora}", "quantize.int8.group=64")
+    assert after["baseline/model"] == before["baseline/model"]
+
+
+def test_the_other_arms_wait_for_the_baselines_audit_only_where_it_decides(tmp_path: Path) -> None:
+    alone = ("base", "corpus", "dispersed/adapter")
+    assert keys(tmp_path, "{kind: qlora}")["dispersed/model"][1] == (*alone, "baseline/model")
+    assert keys(tmp_path, "{kind: qlora, merge: full}")["dispersed/model"][1] == alone
+    assert keys(tmp_path, "{kind: lora}")["dispersed/model"][1] == alone
+    assert keys(tmp_path, "{kind: qlora}")["baseline/model"][1] == ("base", "corpus", "baseline/adapter")
+    # The stage that decides comes first, also in a recipe that names it last.
+    turned = list(keys(tmp_path, "{kind: qlora}", "arms=[dispersed, baseline]"))
+    assert turned.index("baseline/model") < turned.index("dispersed/model")
+
+
+def test_without_an_adapter_training_leaves_the_model_itself(tmp_path: Path) -> None:
+    names = list(keys(tmp_path, "null"))
+    assert "baseline/model" in names and not any(name.endswith("adapter") for name in names)
+
+
+def test_an_adapter_can_be_set_where_the_recipe_has_none(tmp_path: Path) -> None:
+    names = list(keys(tmp_path, "null", "train.adapter.kind=lora"))
+    assert "baseline/adapter" in names
+
+
+def test_a_dequantized_base_for_lora_is_a_clash(tmp_path: Path) -> None:
+    with pytest.raises(
+        BadInput, match=r"train.adapter.merge: found 'dequantized', but kind lora keeps its base"
+    ):
+        keys(tmp_path, "{kind: lora, merge: dequantized}")

@@ -1,0 +1,273 @@
+"""Chat: answers are the model's greedy tokens, the conversation stays in its context, errors are clear."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_bundle import copy_with, recompute, tiny_bundles
+
+from edgedisp.chat import ChatStats, chat, fit, reusable, threads_for
+from edgedisp.core.errors import BadInput
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return tiny_bundles(tmp_path_factory.getbasetemp())
+
+
+class Talk:
+    """One call of chat() with all that it wrote and noted."""
+
+    def __init__(self, bundle: Path, *lines: str, prompt: str | None = None, **options: Any) -> None:
+        source: Iterator[str] = iter(lines)
+        self.pieces: list[str] = []
+        self.notes: list[str] = []
+        self.stats: ChatStats = chat(
+            bundle,
+            prompt=prompt,
+            threads=1,
+            write=self.pieces.append,
+            read=lambda: next(source, None),
+            note=self.notes.append,
+            **options,
+        )
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+def tokenizer(bundle: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(bundle)
+
+
+def turn(*messages: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in messages]
+
+
+def test_the_answer_is_the_models_greedy_continuation_of_the_template(bundles: dict[str, Path]) -> None:
+    talk = Talk(bundles["fp32"], prompt="the cat", system="be a dog", max_new_tokens=12)
+    tok = tokenizer(bundles["fp32"])
+    messages = turn(("system", "be a dog"), ("user", "the cat"))
+    ids = tok.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    expected = recompute(bundles["fp32"], ids, 12)
+    assert len(set(expected)) > 3
+    assert talk.text == tok.decode(expected) + "\n"
+    assert (talk.stats.prompt_tokens, talk.stats.new_tokens) == (len(ids), 12)
+    assert talk.stats.chat_template
+    assert len(talk.pieces) == 13  # streamed: a piece for each token, and the line end
+    assert re.fullmatch(r"1 turn, 12 tokens, the first after \d+ ms, then [\d.]+ tokens/s", talk.stats.line())
+
+
+def test_keeping_the_cache_between_turns_changes_no_token(bundles: dict[str, Path]) -> None:
+    lines = ["the cat", "on the mat", "and the dog"]
+    talk = Talk(bundles["fp32"], *lines, max_new_tokens=8)
+    assert talk.stats.turns == 3
+    assert talk.stats.reused_tokens > 0
+    tok = tokenizer(bundles["fp32"])
+    history: list[dict[str, str]] = []
+    for line, answer in zip(lines, "".join(talk.pieces).split("\n")[:-1], strict=True):
+        history += turn(("user", line))
+        ids = tok.apply_chat_template(history, add_generation_prompt=True)["input_ids"]
+        assert answer == tok.decode(recompute(bundles["fp32"], ids, 8))
+        history += turn(("assistant", answer))
+
+
+def test_generation_stops_at_the_end_token_and_does_not_show_it(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    tok = tokenizer(bundles["fp32"])
+    ids = tok.apply_chat_template(turn(("user", "the cat")), add_generation_prompt=True)["input_ids"]
+    expected = recompute(bundles["fp32"], ids, 12)
+    stop = expected[5]
+    first = expected.index(stop)
+    bundle = copy_with(bundles["fp32"], tmp_path / "b", model__eos_token_id=stop)
+    talk = Talk(bundle, prompt="the cat", max_new_tokens=12)
+    assert talk.text == tok.decode(expected[:first]) + "\n"
+    assert talk.stats.new_tokens == first + 1
+
+
+def test_a_conversation_forgets_its_oldest_turns_and_says_so(bundles: dict[str, Path]) -> None:
+    lines = ["the cat sat on the mat"] * 6
+    talk = Talk(bundles["fp32"], *lines, max_new_tokens=6, context=96, system="the log")
+    assert talk.stats.turns == 6
+    assert talk.stats.dropped_turns > 0
+    assert any("outgrew 96 tokens" in note for note in talk.notes)
+
+
+def test_an_answer_ends_at_the_end_of_a_text_as_at_the_end_of_a_turn(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    tok = tokenizer(bundles["fp32"])
+    ids = tok.apply_chat_template(turn(("user", "the cat")), add_generation_prompt=True)["input_ids"]
+    expected = recompute(bundles["fp32"], ids, 12)
+    first = min(expected.index(expected[3]), expected.index(expected[5]))
+    for number, stops in enumerate(([expected[3], expected[5]], [expected[5], expected[3]])):
+        bundle = copy_with(bundles["fp32"], tmp_path / str(number), model__eos_token_id=stops)
+        assert Talk(bundle, prompt="the cat", max_new_tokens=12).text == tok.decode(expected[:first]) + "\n"
+
+
+@pytest.mark.parametrize("place", [0, 1, 4])
+def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(bundles: dict[str, Path], place: int) -> None:
+    pieces: list[str] = []
+    notes: list[str] = []
+    lines = iter(["the cat", "the dog"])
+
+    def write(piece: str) -> None:
+        pieces.append(piece)
+        if len(pieces) == place + 1:
+            raise KeyboardInterrupt
+
+    def talk(**options: Any) -> ChatStats:
+        return chat(
+            bundles["fp32"],
+            max_new_tokens=8,
+            write=write,
+            read=lambda: next(lines, None),
+            note=notes.append,
+            **options,
+        )
+
+    stats = talk(interruptible=True)
+    assert stats.turns == 2
+    assert notes[0].startswith(f"stopped: {place + 1} token")
+    # The second answer is what the model says after the first as far as it came.
+    first = "".join(pieces[: place + 1])
+    history = turn(("user", "the cat"), ("assistant", first), ("user", "the dog"))
+    tok = tokenizer(bundles["fp32"])
+    ids = tok.apply_chat_template(history, add_generation_prompt=True)["input_ids"]
+    assert "".join(pieces[place + 2 :]) == tok.decode(recompute(bundles["fp32"], ids, 8)) + "\n"
+    pieces.clear()
+    lines = iter(["the cat"])
+    with pytest.raises(KeyboardInterrupt):
+        talk()
+
+
+def test_a_bundles_threads_are_kept_but_no_more_than_the_cores_here() -> None:
+    def asked(written: int | None) -> dict[str, Any]:
+        options = {} if written is None else {"intra_op_num_threads": written}
+        return {"model": {"decoder": {"session_options": options}}}
+
+    assert threads_for(asked(4), 2) == 2
+    assert threads_for(asked(1), 2) == 1
+    assert threads_for(asked(None), 2) == 2
+    assert (threads_for(asked(4), None), threads_for(asked(None), None)) == (4, 0)  # 0: all CPUs
+
+
+def test_a_message_too_long_for_the_context_is_refused_and_a_conversation_goes_on(
+    bundles: dict[str, Path],
+) -> None:
+    long = "the mat and the log " * 100
+    with pytest.raises(BadInput, match=r"needs \d+ tokens, 248 fit"):
+        Talk(bundles["fp32"], prompt=long, max_new_tokens=8)
+    talk = Talk(bundles["fp32"], "the cat", long, "", "the dog", max_new_tokens=8)
+    assert talk.stats.turns == 2
+    assert sum("248 fit" in note for note in talk.notes) == 1
+
+
+def test_sampling_repeats_with_its_seed(bundles: dict[str, Path]) -> None:
+    def sampled(seed: int) -> str:
+        return Talk(bundles["fp32"], prompt="the cat", max_new_tokens=16, temperature=1.5, seed=seed).text
+
+    assert sampled(1) == sampled(1)
+    assert len({sampled(seed) for seed in range(4)}) > 1
+
+
+def test_without_a_template_the_text_is_continued_and_the_user_is_told(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    bundle = copy_with(bundles["fp32"], tmp_path / "plain")
+    (bundle / "chat_template.jinja").unlink()
+    talk = Talk(bundle, prompt="the cat", max_new_tokens=5)
+    tok = tokenizer(bundles["fp32"])
+    expected = recompute(bundle, tok.encode("the cat", add_special_tokens=False), 5)
+    assert talk.text == tok.decode(expected) + "\n"
+    assert not talk.stats.chat_template
+    assert any("no chat template" in note for note in talk.notes)
+
+
+def test_an_int4_bundle_talks_too(bundles: dict[str, Path]) -> None:
+    assert Talk(bundles["int4"], prompt="the cat", max_new_tokens=5).stats.new_tokens == 5
+
+
+def test_bad_bundles_and_options_are_bad_input(bundles: dict[str, Path], tmp_path: Path) -> None:
+    def why(bundle: Path, **options: Any) -> str:
+        with pytest.raises(BadInput) as found:
+            Talk(bundle, prompt="the cat", **options)
+        return str(found.value)
+
+    assert "no genai_config.json" in why(tmp_path)
+    assert "no such folder" in why(tmp_path / "nowhere")
+    (tmp_path / "model.safetensors").touch()
+    assert "`edgedisp export` makes a bundle" in why(tmp_path)
+    (tmp_path / "onnx").mkdir()
+    assert "--layouts onnxruntime-genai" in why(tmp_path)
+    with pytest.raises(BadInput, match="prompt: is empty"):
+        Talk(bundles["fp32"], prompt=" ")
+    with pytest.raises(BadInput, match="not text in UTF-8"):
+        Talk(bundles["fp32"], prompt="caf\udce9")
+    broken = copy_with(bundles["fp32"], tmp_path / "broken")
+    (broken / "model.onnx").write_bytes(b"nothing")
+    assert "onnxruntime-genai cannot open it" in why(broken)
+    (broken / "genai_config.json").write_text(json.dumps([]))
+    assert "not a runtime configuration" in why(broken)
+    assert "leaves no room" in why(bundles["fp32"], max_new_tokens=256)
+    assert "at least 1" in why(bundles["fp32"], max_new_tokens=0)
+    assert "temperature" in why(bundles["fp32"], temperature=-1.0)
+
+
+def test_without_the_runtime_the_message_says_how_to_get_it(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        sys.modules, "onnxruntime_genai", None
+    )  # what Python does for a module that is absent
+    with pytest.raises(BadInput, match="pip install onnxruntime-genai"):
+        Talk(bundles["fp32"], prompt="the cat")
+
+
+words = st.lists(st.integers(1, 9), min_size=1, max_size=12)
+
+
+@given(words, st.booleans(), st.integers(1, 60))
+def test_what_is_kept_fits_ends_with_the_newest_and_drops_no_more_than_needed(
+    lengths: list[int], system: bool, limit: int
+) -> None:
+    def encode(messages: Any) -> list[int]:
+        return [0] * sum(int(m["content"]) for m in messages)
+
+    messages = turn(("system", "5")) if system else []
+    for number, length in enumerate(lengths):
+        messages += turn(("user", str(length)))
+        if number < len(lengths) - 1:
+            messages += turn(("assistant", "3"))
+    if lengths[-1] + 5 * system > limit:
+        with pytest.raises(BadInput, match=f"{limit} fit"):
+            fit(messages, encode, limit)
+        return
+    kept, ids, dropped = fit(messages, encode, limit)
+    assert len(ids) == len(encode(kept)) <= limit
+    assert kept[-1] == messages[-1]
+    assert kept[:1] == messages[:1] or not system
+    assert kept[system:] == messages[system + 2 * dropped :]
+    if dropped:
+        assert len(encode(messages[:system] + messages[system + 2 * (dropped - 1) :])) > limit
+
+
+@given(st.lists(st.integers(0, 2), max_size=8), st.lists(st.integers(0, 2), min_size=1, max_size=8))
+def test_reused_tokens_are_a_common_prefix_short_of_the_last_of_both(have: list[int], ids: list[int]) -> None:
+    kept = reusable(have, ids)
+    assert have[:kept] == ids[:kept]
+    assert kept <= max(0, min(len(have), len(ids)) - 1)
+    if kept < min(len(have), len(ids)) - 1:
+        assert have[kept] != ids[kept]

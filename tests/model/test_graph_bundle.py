@@ -1,0 +1,259 @@
+"""What stands beside the graph, the fallback to the genai builder, and running a bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import graph_twins as twins
+import numpy as np
+import onnx
+import pytest
+
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.graph import layout
+from edgedisp.graph.export import export
+from edgedisp.graph.session import OnnxModel
+from edgedisp.model import end_of_text_id, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("twin") / "model"
+    twins.make(folder, "llama")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(model_folder: Path) -> Path:
+    out = model_folder.parent / "bundle"
+    out.mkdir()
+    export(model_folder, out, threads=3)
+    return out
+
+
+def read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+# ---------------------------------------------------------------- layout
+
+
+def test_a_bundle_has_the_files_of_every_runtime(bundle: Path) -> None:
+    assert {path.name for path in bundle.iterdir()} == {
+        "model.onnx",
+        "model.onnx.data",
+        "genai_config.json",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
+
+
+def test_genai_stops_at_the_end_of_text_and_at_the_end_of_a_turn(bundle: Path) -> None:
+    assert read(bundle / "genai_config.json")["model"]["eos_token_id"] == [0, 2]  # <|endoftext|>, <|im_end|>
+
+
+def test_without_a_chat_template_the_turn_token_does_not_stop(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / "chat_template.jinja").unlink()
+    assert layout.end_ids(folder) == [0]
+
+
+def test_ends_of_text_are_collected_from_every_file_that_names_one(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / "chat_template.jinja").unlink()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 4]}))
+    assert layout.end_ids(folder) == [9, 4, 0]
+
+
+@pytest.mark.parametrize(("special", "ends"), [(True, [2, 0]), (False, [2])])
+def test_a_chat_model_that_names_the_turns_end_alone_stops_at_the_end_of_a_text_too(
+    special: bool, ends: list[int], model_folder: Path, tmp_path: Path
+) -> None:
+    # As SmolLM2-135M-Instruct does: 2 (<|im_end|>) in every file; its documents ended with 0 (<|endoftext|>).
+    # A token that is text, as Gemma's </s>, ends nothing.
+    folder, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(model_folder, folder)
+    out.mkdir()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 2}))
+    config = read(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 2}))
+    settings = read(folder / "tokenizer_config.json")
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<|im_end|>"}))
+    tokenizer = read(folder / "tokenizer.json")
+    tokenizer["added_tokens"][0]["special"] = special
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert layout.end_ids(folder) == ends
+    layout.copy_files(folder, out)
+    # transformers.js and optimum look here.
+    assert read(out / "generation_config.json") == {"eos_token_id": ends, "pad_token_id": 2}
+
+
+def test_what_separates_documents_in_training_ends_an_answer(tiny_folder: dict[str, Path]) -> None:
+    for folder in tiny_folder.values():
+        assert end_of_text_id(load_tokenizer(folder)) in layout.end_ids(folder)
+
+
+def test_the_chat_template_is_in_both_places(bundle: Path) -> None:
+    assert read(bundle / "tokenizer_config.json")["chat_template"] == twins.TEMPLATE
+    assert (bundle / "chat_template.jinja").read_text(encoding="utf-8") == twins.TEMPLATE
+
+
+def test_a_template_inside_the_tokenizer_settings_is_found_too(model_folder: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(model_folder, folder)
+    out.mkdir()
+    (folder / "chat_template.jinja").unlink()
+    settings = read(folder / "tokenizer_config.json")
+    named = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": named}))
+    layout.copy_files(folder, out)
+    assert (out / "chat_template.jinja").read_text() == "D"
+    assert read(out / "tokenizer_config.json")["chat_template"] == "D"
+
+
+def test_the_number_of_threads_is_written_and_can_be_changed(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    shutil.copytree(bundle, out)
+    before = read(out / "genai_config.json")
+    assert before["model"]["decoder"]["session_options"]["intra_op_num_threads"] == 3
+    layout.set_threads(out, 5)
+    after = read(out / "genai_config.json")
+    assert after["model"]["decoder"]["session_options"].pop("intra_op_num_threads") == 5
+    before["model"]["decoder"]["session_options"].pop("intra_op_num_threads")
+    assert after == before
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_no_threads_are_refused(threads: int, bundle: Path) -> None:
+    with pytest.raises(BadInput, match="at least 1"):
+        layout.set_threads(bundle, threads)
+    with pytest.raises(BadInput, match="at least 1"):
+        OnnxModel(bundle, threads)
+
+
+def test_a_model_without_a_fast_tokenizer_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(model_folder, folder)
+    out.mkdir()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(BadInput, match=r"no tokenizer\.json"):
+        export(folder, out, threads=1)
+
+
+# ---------------------------------------------------------------- the genai builder's families
+
+
+@pytest.mark.parametrize("family", ["granite", "smollm3"])
+def test_the_builder_covers_families_that_are_not_written_here(
+    family: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = twins.make(tmp_path / "model", family)
+    capfd.readouterr()
+    (tmp_path / "bundle").mkdir()
+    record = export(tmp_path / "model", tmp_path / "bundle", threads=2)
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "")
+    assert (record["family"], record["exporter"]) == (family, "onnxruntime-genai")
+    rows = twins.ragged([30, 8])
+    logits = OnnxModel(tmp_path / "bundle", 1)(*twins.padded(rows))
+    for row, ours in zip(rows, logits):
+        np.testing.assert_allclose(ours[: len(row)], twins.torch_logits(model, row), atol=1e-4, rtol=1e-4)
+    graph = onnx.load(tmp_path / "bundle" / "model.onnx", load_external_data=False).graph
+    caches = [value for value in graph.input if value.name.startswith("past_key_values.")]
+    assert {value.type.tensor_type.shape.dim[3].dim_value for value in caches} == {16}
+    settings = read(tmp_path / "bundle" / "genai_config.json")["model"]
+    assert settings["decoder"]["session_options"]["intra_op_num_threads"] == 2
+    assert settings["eos_token_id"] == [0, 2]  # the builder alone: 0
+    assert (tmp_path / "bundle" / "config.json").is_file()
+
+
+def test_a_family_that_the_builder_writes_wrong_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmo"}))
+    with pytest.raises(BadInput, match="'olmo' cannot be exported"):
+        export(tmp_path, tmp_path, threads=1)
+
+
+def test_a_failure_of_the_builder_is_a_failed_build_with_its_reason(tmp_path: Path) -> None:
+    twins.make(tmp_path / "model", "granite")
+    for file in (tmp_path / "model").glob("*token*"):
+        file.unlink()
+    (tmp_path / "bundle").mkdir()
+    with pytest.raises(BuildFailed, match=r"could not write family 'granite': .*tokenizer"):
+        export(tmp_path / "model", tmp_path / "bundle", threads=1)
+
+
+# ---------------------------------------------------------------- running
+
+
+def test_padding_does_not_change_a_row(bundle: Path) -> None:
+    opened = OnnxModel(bundle, 1)
+    rows = twins.ragged([40, 3, 17])
+    together = opened(*twins.padded(rows))
+    assert together.dtype == np.float32 and together.shape == (3, 40, opened.vocab_size)
+    for row, logits in zip(rows, together):
+        np.testing.assert_allclose(opened(*twins.padded([row]))[0], logits[: len(row)], atol=1e-5)
+
+
+def test_greedy_stops_with_the_stop_token(bundle: Path) -> None:
+    opened, row = OnnxModel(bundle, 1), twins.ragged([12], seed=5)[0]
+    free = opened.greedy(row, 20, frozenset())
+    place = next(i for i, token in enumerate(free) if i > 2 and token not in free[:i])
+    assert len(free) == 20
+    assert opened.greedy(row, 20, frozenset([free[place]])) == free[: place + 1]
+
+
+def test_greedy_ends_where_the_context_ends(bundle: Path) -> None:
+    opened = OnnxModel(bundle, 1)
+    row = twins.ragged([opened.context - 3])[0]
+    assert len(opened.greedy(row, 20, frozenset())) == 3
+    assert opened.greedy([*row, 4, 4, 4], 20, frozenset()) == []
+    for wrong in ([], [*row, 4, 4, 4, 4]):
+        with pytest.raises(ValueError, match="context of 128"):
+            opened.greedy(wrong, 20, frozenset())
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[0, 1, 1]], "padded on the right"),
+        ([[1, 0, 1]], "padded on the right"),
+        ([[0, 0, 0]], "start with a real token"),
+        ([[1, 1]], "must both be"),
+    ],
+)
+def test_batches_that_would_be_computed_wrong_are_refused(
+    mask: list[list[int]], message: str, bundle: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        OnnxModel(bundle, 1)(np.array([[5, 6, 7]]), np.array(mask))
+
+
+def test_more_tokens_than_the_context_are_refused(bundle: Path) -> None:
+    with pytest.raises(ValueError, match="129 tokens do not fit"):
+        OnnxModel(bundle, 1)(*twins.padded(twins.ragged([129])))
+
+
+def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"genai_config\.json is missing"):
+        OnnxModel(tmp_path, 1)
+    with pytest.raises(BadInput, match=r"genai_config\.json is missing"):
+        layout.set_threads(tmp_path, 1)
+
+
+def test_a_graph_that_does_not_open_is_a_failed_build(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    shutil.copytree(bundle, out)
+    (out / "model.onnx.data").unlink()
+    with pytest.raises(BuildFailed, match="onnxruntime cannot open"):
+        OnnxModel(out, 1)

@@ -1,0 +1,158 @@
+"""The check passes what works and names what does not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import graph_twins as twins
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from edgedisp.core.errors import BuildFailed
+from edgedisp.graph.check import check, relative_difference
+from edgedisp.graph.export import export
+from edgedisp.quantize.rewrite import quantize_bundle
+
+PROMPTS = twins.ragged([30, 7, 18])
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("twin")
+    twins.make(root / "model", "gpt2")  # its positions depend on the mask, too
+    (root / "bundle").mkdir()
+    export(root / "model", root / "bundle", threads=1)
+    return root / "bundle"
+
+
+@pytest.fixture
+def copied(bundle: Path, tmp_path: Path) -> Path:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def change_graph(bundle: Path, change: Callable[[Any], None]) -> None:
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    change(model.graph)
+    (bundle / "model.onnx").write_bytes(model.SerializeToString())
+
+
+def change_json(path: Path, change: Callable[[Any], None]) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_a_good_bundle_passes_with_its_facts(bundle: Path) -> None:
+    record = check(bundle, PROMPTS, texts=twins.TEXTS, threads=1)
+    assert record["opened"] and record["stops"]
+    assert record["layers"] == record["attention_fused"] == record["nodes"]["GroupQueryAttention"] == 2
+    assert record["difference_limit"] == 1e-3
+    assert max(record["padded_difference"], record["cached_difference"]) < 1e-5
+    assert record["genai"] == {
+        "opened": True,
+        "greedy_agrees": "3/3",
+        "stops": True,
+        "tokenizer_agrees": "4/4",
+        "round_trips": "4/4",
+    }
+    assert json.loads(json.dumps(record)) == record
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_bundle_passes_with_no_product_left(bits: int, bundle: Path, tmp_path: Path) -> None:
+    quantize_bundle(bundle, tmp_path, bits=bits, group=32, symmetric=bits == 8, head_bits=8)
+    record = check(tmp_path, PROMPTS, threads=1)
+    assert record["products_unfused"] == 0 and record["nodes"]["MatMulNBits"] == 9
+    assert record["difference_limit"] == 0.2
+
+
+def test_a_product_that_was_not_quantized_is_counted(bundle: Path, tmp_path: Path) -> None:
+    def add_product(graph: Any) -> None:
+        weight = numpy_helper.from_array(np.eye(twins.VOCABULARY, dtype=np.float32), "plain")
+        graph.initializer.append(weight)
+        graph.node[-1].output[0] = "before"
+        graph.node.append(helper.make_node("MatMul", ["before", "plain"], ["logits"], name="left_over"))
+
+    quantize_bundle(bundle, tmp_path, bits=8)
+    change_graph(tmp_path, add_product)
+    assert check(tmp_path, PROMPTS, threads=1)["products_unfused"] == 1
+
+
+def test_a_cache_that_is_off_by_one_is_found(copied: Path) -> None:
+    def forget_one(graph: Any) -> None:
+        for node in graph.node:
+            if node.output[0] == "cached_tokens":  # positions while decoding, never below 0 in a prefill
+                node.input[0] = "one_less"
+        less = helper.make_node("Sub", ["cached_or_negative", "index_1"], ["one_less"])
+        place = next(i for i, node in enumerate(graph.node) if node.output[0] == "cached_tokens")
+        graph.node.insert(place, less)
+
+    change_graph(copied, forget_one)
+    with pytest.raises(BuildFailed, match="decoding with the cache and computing in full disagree"):
+        check(copied, PROMPTS, threads=1)
+
+
+def test_padding_that_leaks_into_real_rows_is_found(copied: Path) -> None:
+    def mix_positions(graph: Any) -> None:
+        for node in graph.node:  # the head gets the mean over all positions of all rows on top
+            if node.op_type == "FusedMatMul":
+                node.input[0] = "leaked"
+        mean = helper.make_node("ReduceMean", ["model.norm"], ["leaked_mean"], keepdims=1)
+        graph.node.insert(len(graph.node) - 1, mean)
+        add = helper.make_node("Add", ["model.norm", "leaked_mean"], ["leaked"])
+        graph.node.insert(len(graph.node) - 1, add)
+
+    change_graph(copied, mix_positions)
+    with pytest.raises(BuildFailed, match="a right-padded batch and single rows disagree"):
+        check(copied, PROMPTS, threads=1)
+
+
+def test_attention_that_is_not_fused_fails(copied: Path) -> None:
+    def add_caches(graph: Any) -> None:
+        caches = ["past_key_values.9.key", "past_key_values.9.value"]
+        shape = ["batch_size", 4, "past_sequence_length", 16]
+        graph.input.extend(helper.make_tensor_value_info(name, 1, shape) for name in caches)
+
+    change_graph(copied, add_caches)
+    with pytest.raises(BuildFailed, match="attention was not fused"):
+        check(copied, PROMPTS, threads=1)
+
+
+def test_a_layout_that_genai_does_not_open_fails_with_its_reason(copied: Path) -> None:
+    change_json(copied / "genai_config.json", lambda config: config["model"].update(type="made_up"))
+    with pytest.raises(BuildFailed, match=r"onnxruntime-genai cannot open it: .*made_up"):
+        check(copied, PROMPTS, threads=1)
+
+
+def test_a_tokenizer_that_genai_reads_otherwise_fails(copied: Path) -> None:
+    # genai does not know this normalizer's rule and goes on without it.
+    rule = {"type": "Replace", "pattern": {"String": "o"}, "content": "0"}
+    change_json(copied / "tokenizer.json", lambda tokenizer: tokenizer.update(normalizer=rule))
+    with pytest.raises(BuildFailed, match="tokenizer gives other ids"):
+        check(copied, PROMPTS, texts=twins.TEXTS, threads=1)
+
+
+def test_prompts_too_short_or_too_long_to_check_are_refused(bundle: Path) -> None:
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        check(bundle, [[4]], threads=1)
+    with pytest.raises(ValueError, match="room for 16 tokens in the context of 128"):
+        check(bundle, twins.ragged([113]), threads=1)
+
+
+def test_the_relative_difference_is_the_worst_row_and_blind_to_a_shift() -> None:
+    rng = np.random.default_rng(0)
+    reference = rng.normal(size=(3, 50)).astype(np.float32)
+    assert relative_difference(reference + 7, reference) < 1e-6
+    off = reference.copy()
+    noise = rng.normal(size=50)
+    noise -= noise.mean()
+    centred = reference[1] - reference[1].mean()
+    off[1] += noise * 0.25 * np.sqrt((centred**2).mean() / (noise**2).mean())
+    assert relative_difference(off, reference) == pytest.approx(0.25, rel=1e-4)

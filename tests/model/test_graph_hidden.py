@@ -1,0 +1,173 @@
+"""Hidden states of bundles: the same as torch's in fp32, there in quantized graphs, and no byte changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import graph_twins as twins
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.graph.export import export
+from edgedisp.graph.hidden import HiddenStates, hidden_names
+from edgedisp.quantize.rewrite import quantize_bundle
+
+FORMS = (
+    *twins.FAMILIES,
+    "llama, untied, biases, wide heads",
+    "gemma3_text, capped logits, biases, long rope",
+)
+IDS = np.array(twins.ragged([40])[0])
+
+
+def made(folder: Path, form: str) -> tuple[Any, Path]:
+    """(torch model, fp32 bundle)."""
+    model = twins.make(folder / "model", form)
+    (folder / "fp32").mkdir()
+    export(folder / "model", folder / "fp32", threads=1)
+    return model, folder / "fp32"
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def twin(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return made(tmp_path_factory.mktemp("twin"), request.param)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("llama"), "llama")[1]
+
+
+def torch_states(model: Any) -> list[np.ndarray]:
+    """Embedding, every block, and the last one after the final norm: hooks of the test's own."""
+    blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    seen: list[torch.Tensor] = []
+    hooks = [block.register_forward_hook(lambda _, __, output: seen.append(output)) for block in blocks]
+    with torch.no_grad():
+        listed = model(torch.tensor(IDS)[None], output_hidden_states=True).hidden_states
+    for hook in hooks:
+        hook.remove()
+    return [state[0].numpy() for state in (listed[0], *seen, listed[-1])]
+
+
+def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def test_an_fp32_bundle_has_the_hidden_states_of_torch(twin: tuple[Any, Path]) -> None:
+    model, bundle = twin
+    states = HiddenStates(bundle, 1)
+    found, expected = states(IDS), torch_states(model)
+    assert (states.layers, len(found)) == (2, 4)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == np.float32
+        assert relative(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_bundle_has_them_too_and_they_differ(
+    bits: int, twin: tuple[Any, Path], tmp_path: Path
+) -> None:
+    model, bundle = twin
+    quantize_bundle(bundle, tmp_path, bits=bits)
+    assert HiddenStates(tmp_path, 1).names == HiddenStates(bundle, 1).names
+    for ours, theirs in zip(HiddenStates(tmp_path, 1)(IDS), torch_states(model), strict=True):
+        assert ours.shape == theirs.shape
+        assert 1e-5 < relative(ours, theirs) < (0.1 if bits == 8 else 0.9)
+
+
+def test_measuring_changes_no_byte_of_the_bundle(bundle: Path) -> None:
+    def digests() -> dict[str, str]:
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in bundle.iterdir()}
+
+    before = digests()
+    HiddenStates(bundle, 1)(IDS)
+    assert digests() == before
+
+
+def test_only_what_the_hidden_states_need_is_computed(bundle: Path) -> None:
+    states = HiddenStates(bundle, 1)
+    assert [output.name for output in states._session.get_outputs()] == states.names
+    assert "logits" not in states.names and len(set(states.names)) == 4
+
+
+def test_names_are_not_what_the_tensors_are_found_by(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    path = tmp_path / "bundle" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    kept = {value.name for value in [*model.graph.input, *model.graph.output]}
+    kept |= {tensor.name for tensor in model.graph.initializer} | {""}
+    renamed: dict[str, str] = {}
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            for place, name in enumerate(names):
+                if name not in kept:
+                    names[place] = renamed.setdefault(name, f"tensor_{len(renamed)}")
+    path.write_bytes(model.SerializeToString())
+    again = HiddenStates(tmp_path / "bundle", 1)
+    assert all(name.startswith("tensor_") for name in again.names)
+    for ours, theirs in zip(again(IDS), HiddenStates(bundle, 1)(IDS), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_bundles_of_the_genai_builder_are_measured_as_well(tmp_path: Path) -> None:
+    model, bundle = made(tmp_path, "granite")
+    for ours, theirs in zip(HiddenStates(bundle, 1)(IDS), torch_states(model), strict=True):
+        assert relative(ours, theirs) < 1e-4
+
+
+def test_padding_is_no_part_of_it_so_a_longer_text_has_the_same_start(bundle: Path) -> None:
+    states = HiddenStates(bundle, 1)
+    for short, long in zip(states(IDS[:10]), states(IDS)):
+        np.testing.assert_allclose(short, long[:10], atol=1e-4)
+
+
+# ---------------------------------------------------------------- what cannot be measured
+
+
+def test_a_graph_without_fused_attention_is_refused(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    path = tmp_path / "bundle" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            node.op_type = "MultiHeadAttention"
+    assert len(hidden_names(model.graph)) == 2
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(BadInput, match=r"hidden states of 0 layers are found in model\.onnx but it has 2"):
+        HiddenStates(tmp_path / "bundle", 1)
+
+
+def test_a_folder_that_is_no_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"genai_config\.json is missing"):
+        HiddenStates(tmp_path, 1)
+    shutil.copyfile(bundle / "genai_config.json", tmp_path / "genai_config.json")
+    with pytest.raises(BadInput, match=r"model\.onnx is missing"):
+        HiddenStates(tmp_path, 1)
+    (tmp_path / "model.onnx").write_bytes(b"\xff" * 100)
+    with pytest.raises(BadInput, match="no ONNX graph, or a damaged one"):
+        HiddenStates(tmp_path, 1)
+    with pytest.raises(BadInput, match="at least 1"):
+        HiddenStates(bundle, 0)
+
+
+def test_a_bundle_without_its_weights_fails_with_the_reason(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    (tmp_path / "bundle" / "model.onnx.data").unlink()
+    with pytest.raises(BuildFailed, match=r"cannot open model\.onnx"):
+        HiddenStates(tmp_path / "bundle", 1)
+
+
+def test_more_tokens_than_the_context_are_an_error(bundle: Path) -> None:
+    states = HiddenStates(bundle, 1)
+    assert states.context == json.loads((bundle / "genai_config.json").read_text())["model"]["context_length"]
+    for count in (0, states.context + 1):
+        with pytest.raises(ValueError, match="tokens given"):
+            states(np.full(count, 7))

@@ -1,0 +1,360 @@
+"""A quantized bundle computes what torch computes with the rounded weights, and holds nothing twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import graph_twins as twins
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.graph.export import export
+from edgedisp.graph.genai import GenaiModel
+from edgedisp.graph.session import OnnxModel
+from edgedisp.quantize.assignment import Choice
+from edgedisp.quantize.grid import Grid, dequantize, quantize
+from edgedisp.quantize.rewrite import bundle_bytes, quantize_assigned, quantize_bundle, weights_of
+
+UNTIED = "llama, untied, biases, wide heads"
+POSITIONS = ("wpe", "embed_positions")  # stay fp32
+FORMS = [*twins.FAMILIES, UNTIED]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    """form -> (torch model, fp32 bundle), each made once."""
+    made: dict[str, tuple[Any, Path]] = {}
+
+    def get(form: str) -> tuple[Any, Path]:
+        if form not in made:
+            root = tmp_path_factory.mktemp("twin")
+            model = twins.make(root / "model", form)
+            (root / "bundle").mkdir()
+            export(root / "model", root / "bundle", threads=1)
+            made[form] = (model, root / "bundle")
+        return made[form]
+
+    return get
+
+
+def round_weights(model: Any, body: Grid, ends: Grid) -> Any:
+    """A copy of the torch model with every product's weight and the embedding rounded to the grids."""
+    from transformers.pytorch_utils import Conv1D
+
+    rounded = type(model)(model.config).eval()
+    rounded.load_state_dict(model.state_dict())
+    done = set()
+    for name, module in rounded.named_modules():
+        if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding, Conv1D)) or name.endswith(POSITIONS):
+            continue
+        if module.weight.data_ptr() in done:
+            continue
+        done.add(module.weight.data_ptr())
+        outer = isinstance(module, torch.nn.Embedding) or name == "lm_head"
+        grid = ends if outer else body
+        turned = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
+        values = dequantize(quantize(turned, grid), grid)
+        module.weight.data.copy_(values.T if isinstance(module, Conv1D) else values)
+    return rounded
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "head_bits", "group"), [(4, 8, 32), (8, 8, 16), (4, 4, 128)])
+def test_logits_equal_torch_with_rounded_weights(
+    form: str,
+    symmetric: bool,
+    bits: int,
+    head_bits: int,
+    group: int,
+    exported: Callable[[str], tuple[Any, Path]],
+    tmp_path: Path,
+) -> None:
+    model, bundle = exported(form)
+    options = {"bits": bits, "group": group, "symmetric": symmetric, "head_bits": head_bits}
+    quantize_bundle(bundle, tmp_path, accuracy_level=0, **options)
+    reference = round_weights(model, Grid(bits, group, symmetric), Grid(head_bits, group, symmetric))
+    rows = twins.ragged([40, 11])
+    for row, ours in zip(rows, OnnxModel(tmp_path, 1)(*twins.padded(rows))):
+        expected = twins.torch_logits(reference, row)
+        np.testing.assert_allclose(ours[: len(row)], expected, atol=2e-4, rtol=2e-4)
+        assert np.abs(expected - twins.torch_logits(model, row)).max() > 1e-2  # rounding did something
+
+
+@pytest.mark.parametrize("form", ["llama", UNTIED])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_runtime_that_folds_nothing_computes_no_nonsense(
+    form: str, symmetric: bool, exported: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    """Scales that are stored in fp16 are then no constants to the product (operators.py)."""
+    model, bundle = exported(form)
+    quantize_bundle(bundle, tmp_path, symmetric=symmetric, bits=4, head_bits=8, accuracy_level=4)
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    kept = {tensor.name: tensor.data_type for tensor in graph.initializer if ".scales" in tensor.name}
+    assert kept and set(kept.values()) == {TensorProto.FLOAT16}
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    plain = OnnxModel(tmp_path, 1)
+    plain.session = onnxruntime.InferenceSession(tmp_path / "model.onnx", options)
+    grids = Grid(4, 32, symmetric), Grid(8, 32, symmetric)
+    (row,) = rows = twins.ragged([40])
+    expected = twins.torch_logits(round_weights(model, *grids), row)
+    found = plain(*twins.padded(rows))[0]
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_genai_decodes_the_quantized_bundle_like_onnxruntime(
+    form: str, exported: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    quantize_bundle(exported(form)[1], tmp_path, bits=8)
+    row = twins.ragged([15], seed=3)[0]
+    opened = OnnxModel(tmp_path, 1)
+    assert GenaiModel(tmp_path).greedy(row, 12) == opened.greedy(row, 12, opened.end_ids)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_product_is_replaced_and_no_weight_is_left_in_fp32(
+    form: str, bits: int, exported: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    record = quantize_bundle(exported(form)[1], tmp_path, bits=bits)
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    nodes = record["nodes"]
+    assert nodes["MatMulNBits"] == 9 and nodes["GatherBlockQuantized"] == 1
+    assert not {"MatMul", "FusedMatMul", "Gemm", "Transpose"} & set(nodes)
+    read = {name for node in graph.node for name in node.input}
+    assert {tensor.name for tensor in graph.initializer} <= read
+    plain = [
+        t.name
+        for t in graph.initializer
+        if t.data_type == TensorProto.FLOAT and len(t.dims) == 2 and not t.name.endswith(".scales")
+    ]
+    assert all("_cache" in name or "position" in name for name in plain)
+    assert record["tied"] == (form not in (UNTIED, "gpt_neox"))
+    assert record["tensors"] == (9 if record["tied"] else 10)  # tied: embedding and head are one
+
+
+def test_the_record_adds_up(exported: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> None:
+    model, bundle = exported("llama")
+    record = quantize_bundle(bundle, tmp_path, bits=4, group=32, symmetric=False, head_bits=8)
+    assert json.loads(json.dumps(record)) == record
+    by_name = {row["name"]: row for row in record["by_tensor"]}
+    embedding = by_name["model.embed_tokens.weight"]
+    assert (embedding["bits"], embedding["component"]) == (8, "embedding")
+    assert embedding["shape"] == [twins.VOCABULARY, 64]
+    assert embedding["size_bytes"] == twins.VOCABULARY * (64 + 2 * 2 + 2)
+    gate_up = by_name["model.layers.1.mlp.gate_up_proj.weight"]
+    assert (gate_up["bits"], gate_up["component"], gate_up["shape"]) == (4, "mlp", [192, 64])
+    mlp = model.model.layers[1].mlp
+    weight = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach()
+    error = dequantize(quantize(weight, Grid(4, 32, False)), Grid(4, 32, False)) - weight
+    assert gate_up["mean_squared_error"] == pytest.approx(float(error.square().mean()), rel=1e-5)
+    relative = error.norm() / weight.norm()
+    assert gate_up["relative_error"] == pytest.approx(float(relative), rel=1e-5)
+    components = record["by_component"]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert sum(c["parameters"] for n, c in components.items() if n != "positions") == parameters
+    on_disk = sum((tmp_path / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    assert record["size_bytes"] == on_disk
+    stored = sum(c["size_bytes"] for c in components.values())
+    assert stored <= on_disk <= stored + 4096 * 60 + 30_000  # pages and the graph itself
+
+
+def test_other_files_are_copied(exported: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> None:
+    bundle = exported("llama")[1]
+    quantize_bundle(bundle, tmp_path, bits=8)
+    for path in bundle.iterdir():
+        if not path.name.startswith("model.onnx"):
+            assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_weight_is_rounded_the_same_in_slices(
+    exported: Callable[[str], tuple[Any, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, sliced = tmp_path / "whole", tmp_path / "sliced"
+    for out, values in ((whole, 1 << 22), (sliced, 64 * 7)):
+        out.mkdir()
+        monkeypatch.setattr("edgedisp.quantize.assignment.SLICE_VALUES", values)
+        quantize_bundle(exported("gpt2")[1], out, bits=4, symmetric=False)
+    assert (whole / "model.onnx.data").read_bytes() == (sliced / "model.onnx.data").read_bytes()
+
+
+def test_the_genai_builders_bundle_is_quantized_with_its_embedding_stored_once(tmp_path: Path) -> None:
+    model = twins.make(tmp_path / "model", "granite")
+    for name in ("bundle", "quantized"):
+        (tmp_path / name).mkdir()
+    export(tmp_path / "model", tmp_path / "bundle", threads=1)
+    record = quantize_bundle(tmp_path / "bundle", tmp_path / "quantized", bits=8, accuracy_level=0)
+    assert record["tied"]
+    nodes = record["nodes"]
+    assert "Transpose" not in nodes and "MatMul" not in nodes
+    assert nodes["GatherBlockQuantized"] == 1
+    grid = Grid(8, 32, True)
+    row = twins.ragged([25])[0]
+    ours = OnnxModel(tmp_path / "quantized", 1)(*twins.padded([row]))[0]
+    expected = twins.torch_logits(round_weights(model, grid, grid), row)
+    np.testing.assert_allclose(ours, expected, atol=2e-4, rtol=2e-4)
+
+
+def small_bundle(folder: Path, nodes: list[Any], weights: dict[str, np.ndarray]) -> Path:
+    """A bundle of hand-made nodes from `x` [n, 20] to `y`."""
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 20])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(values, name) for name, values in weights.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    folder.mkdir()
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    (folder / "model.onnx.data").write_bytes(b"")
+    return folder
+
+
+def test_a_gemm_keeps_its_bias_and_a_row_that_fills_no_group_is_right(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weight, bias = rng.normal(size=(12, 20)).astype(np.float32), rng.normal(size=12).astype(np.float32)
+    node = helper.make_node("Gemm", ["x", "weight", "bias"], ["y"], name="gemm", transB=1)
+    source = small_bundle(tmp_path / "source", [node], {"weight": weight, "bias": bias})
+    (tmp_path / "out").mkdir()
+    quantize_bundle(source, tmp_path / "out", bits=4, head_bits=4, accuracy_level=0)
+    x = rng.normal(size=(3, 20)).astype(np.float32)
+    path = str(tmp_path / "out" / "model.onnx")
+    ours = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    grid = Grid(4, 32, True)
+    np.testing.assert_allclose(
+        ours,
+        x @ dequantize(quantize(torch.from_numpy(weight), grid), grid).numpy().T + bias,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_a_weight_that_something_else_reads_stays_as_it_is(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weights = {name: rng.normal(size=(20, 20)).astype(np.float32) for name in ("shared", "own")}
+    nodes = [
+        helper.make_node("MatMul", ["x", "shared"], ["a"]),
+        helper.make_node("ReduceSum", ["shared"], ["total"], keepdims=0),
+        helper.make_node("Add", ["a", "total"], ["b"]),
+        helper.make_node("MatMul", ["b", "own"], ["y"]),
+    ]
+    source = small_bundle(tmp_path / "source", nodes, weights)
+    (tmp_path / "out").mkdir()
+    record = quantize_bundle(source, tmp_path / "out", bits=8)
+    assert [row["name"] for row in record["by_tensor"]] == ["own"]
+    assert record["nodes"]["MatMul"] == record["nodes"]["MatMulNBits"] == 1
+
+
+def test_a_quantized_bundle_is_refused(exported: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> None:
+    for name in ("once", "twice"):
+        (tmp_path / name).mkdir()
+    quantize_bundle(exported("llama")[1], tmp_path / "once", bits=8)
+    with pytest.raises(BadInput, match="quantized already"):
+        quantize_bundle(tmp_path / "once", tmp_path / "twice", bits=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 5}, "bits is 5"),
+        ({"bits": 4, "head_bits": 6}, "bits is 6"),
+        ({"bits": 4, "group": 24}, "group is 24"),
+        ({"bits": 4, "accuracy_level": 2}, "accuracy_level is 2"),
+    ],
+)
+def test_what_no_kernel_computes_is_refused_before_anything_is_written(
+    options: dict[str, int], message: str, exported: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        quantize_bundle(exported("llama")[1], tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_outside_the_bundle_is_not_read(
+    exported: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(exported("llama")[1], source)
+    shutil.move(source / "model.onnx.data", tmp_path / "elsewhere")
+    model = onnx.load(source / "model.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../elsewhere"
+    (source / "model.onnx").write_bytes(model.SerializeToString())
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BuildFailed, match="outside the bundle"):
+        quantize_bundle(source, tmp_path / "out", bits=8)
+
+
+def mixed(bundle: Path) -> dict[str, Choice | None]:
+    """A choice of its own for each weight of a twin, one of them none."""
+    grids = [Grid(4, 16, False), Grid(8, 32, True), Grid(4, 64, True), Grid(2, 32, False), Grid(8, 16, False)]
+    assignment: dict[str, Choice | None] = {
+        name: Choice(grids[index % 5], ("rtn", "k_quant")[index % 2], (0, 1)[index % 2])
+        for index, name in enumerate(weights_of(bundle))
+    }
+    assignment[next(name for name in assignment if "down" in name or "mlp" in name)] = None
+    return assignment
+
+
+@pytest.mark.parametrize("form", ["llama", "gpt2", UNTIED])
+def test_each_weight_is_stored_as_it_was_assigned(
+    form: str, exported: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    bundle = exported(form)[1]
+    assignment = mixed(bundle)
+    record = quantize_assigned(bundle, tmp_path, assignment)
+    rows = {row["name"]: row for row in record["by_tensor"]}
+    assert set(rows) == {name for name, choice in assignment.items() if choice is not None}
+    for name, choice in assignment.items():
+        if choice is not None:
+            row, grid = rows[name], choice.grid
+            assert (row["bits"], row["group"], row["symmetric"]) == (grid.bits, grid.group, grid.symmetric)
+            assert (row["method"], row["accuracy_level"]) == (choice.method, choice.accuracy_level)
+            assert row["size_bytes"] == grid.size_bytes(*row["shape"])
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    fields = [{a.name: a.i for a in node.attribute} for node in graph.node if node.op_type == "MatMulNBits"]
+    wanted = {(rows[name]["bits"], rows[name]["group"], rows[name]["accuracy_level"]) for name in rows}
+    assert {(f["bits"], f["block_size"], f["accuracy_level"]) for f in fields} <= wanted
+    assert len({f["bits"] for f in fields}) == 3
+    values = {t.name: t for t in graph.initializer}
+    for name, choice in assignment.items():
+        assert (name in values) == (choice is None)
+    row = twins.ragged([21])[0]
+    assert np.isfinite(OnnxModel(tmp_path, 1)(*twins.padded([row]))).all()
+
+
+@pytest.mark.parametrize("form", ["llama", "gpt2", UNTIED])
+def test_the_size_of_a_bundle_is_known_before_it_is_written(
+    form: str, exported: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    bundle = exported(form)[1]
+    one = Choice(Grid(4, 32, False))
+    for index, assignment in enumerate([mixed(bundle), dict.fromkeys(weights_of(bundle), one)]):
+        out = tmp_path / str(index)
+        out.mkdir()
+        assert bundle_bytes(bundle, assignment) == quantize_assigned(bundle, out, assignment)["size_bytes"]
+
+
+def test_an_assignment_names_the_weights_of_the_bundle(
+    exported: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    bundle = exported("llama")[1]
+    with pytest.raises(ValueError, match="elsewhere"):
+        quantize_assigned(bundle, tmp_path, mixed(bundle) | {"elsewhere": None})
+    with pytest.raises(BadInput, match="rounds no weight alone"):
+        Choice(Grid(4, 32, True), "gptq")

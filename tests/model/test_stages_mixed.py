@@ -1,0 +1,346 @@
+"""From a recipe's budget to a bundle that holds it, through the stages, on tiny twins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import graph_twins as twins
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from edgedisp import model
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.progress import silent
+from edgedisp.core.stage_folder import Record, finish, making
+from edgedisp.dispersion.collect import decoder_layers
+from edgedisp.evaluate.divergence import compare
+from edgedisp.graph.export import export
+from edgedisp.graph.session import OnnxModel, at_accuracy_level, open_session
+from edgedisp.pipeline import stages
+from edgedisp.quantize.calibrated import gptq_model
+from edgedisp.quantize.candidates import USUAL
+from edgedisp.quantize.levels import choose_levels, with_levels
+from edgedisp.quantize.rewrite import quantize_bundle
+from edgedisp.quantize.sensitivity import Text, loss
+from edgedisp.quantize.units import find_units, read_unit, written
+from edgedisp.recipe import Quantize, load
+from edgedisp.recipe.quantizing import Int4
+from edgedisp.stages import bundles, mixed
+from edgedisp.stages.accounting import check_budget
+from edgedisp.stages.texts import pieces_of
+
+TOKENS = np.random.default_rng(0).integers(3, twins.VOCABULARY, (8, 40)).astype(np.uint16)
+Folders = dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Folders]:
+    """form -> model, fp32 bundle and corpus, each made once."""
+    made: dict[str, Folders] = {}
+
+    def get(form: str) -> Folders:
+        if form not in made:
+            root = tmp_path_factory.mktemp("twin")
+            found = {name: root / name for name in ("model", "fp32", "corpus")}
+            twins.make(found["model"], form, initializer_range=0.08)
+            for name in ("fp32", "corpus"):
+                found[name].mkdir()
+            export(found["model"], found["fp32"], threads=1)
+            np.save(found["corpus"] / "tokens.npy", TOKENS)
+            made[form] = found
+        return made[form]
+
+    return get
+
+
+def searched(found: Folders, out: Path, **goal: Any) -> dict[str, Any]:
+    out.mkdir()
+    section = Quantize.model_validate(goal)
+    return mixed.quantize_searched(section, 0, found["fp32"], found["model"], found["corpus"], 1, out, silent)
+
+
+def size(bundle: Path) -> int:
+    return sum((bundle / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+
+
+@pytest.fixture(scope="module")
+def sizes(folders: Callable[[str], Folders], tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """Bytes of the llama twin's uniform bundles."""
+    found = {}
+    for bits, group in ((4, 128), (8, 32)):
+        out = tmp_path_factory.mktemp("uniform")
+        quantize_bundle(folders("llama")["fp32"], out, bits=bits, group=group, head_bits=bits)
+        found[f"{bits}"] = size(out)
+    return found
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_a_budget_is_held_by_the_files_and_what_was_measured_is_what_ships(
+    share: float, folders: Callable[[str], Folders], sizes: dict[str, int], tmp_path: Path
+) -> None:
+    found = folders("llama")
+    budget = round(sizes["4"] + share * (sizes["8"] - sizes["4"]))
+    record = searched(found, tmp_path / "int4", budget=f"{budget / 1000}kB", int4={"accuracy_level": 0})
+    search = record["search"]
+    assert record["size_bytes"] == size(tmp_path / "int4") <= budget
+    assert search["size_bytes"] == record["size_bytes"]
+    rows = record["by_tensor"]
+    assert {row["bits"] for row in rows} == {4, 8} and all(row["calibrated"] for row in rows)
+    pieces = pieces_of(TOKENS, model.load(found["model"]))
+    shipped, exact = OnnxModel(tmp_path / "int4", 1), model.TorchModel(model.load(found["model"]))
+    both = [
+        [one(piece[None].numpy(), np.ones((1, len(piece)), np.int64))[0] for piece in pieces]
+        for one in (exact, shipped)
+    ]
+    measured = compare(*(np.concatenate(part) for part in both))["mean_kl"]
+    assert search["measured_kl"] == pytest.approx(measured, rel=2e-2)
+    names = [point["name"] for point in search["points"]]
+    assert names == ["chosen", "uniform int4", "uniform int8", "smallest"]
+    losses = [point["predicted_kl"] for point in search["curve"]]
+    assert losses == sorted(losses, reverse=True)
+    assert search["curve"][0]["size_bytes"] <= budget <= search["curve"][-1]["size_bytes"] + 40_000
+
+
+def test_a_search_is_the_same_a_second_time_and_another_budget_costs_less(
+    folders: Callable[[str], Folders], sizes: dict[str, int], tmp_path: Path
+) -> None:
+    budgets = [round(sizes["4"] * (1 - share) + share * sizes["8"]) for share in (0.2, 0.2, 0.5)]
+    records = [
+        searched(folders("llama"), tmp_path / str(index), budget=f"{budget / 1000}kB")
+        for index, budget in enumerate(budgets)
+    ]
+    assert records[0] == records[1]
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
+    assert records[2]["search"]["predicted_kl"] < records[0]["search"]["predicted_kl"]
+
+
+def test_under_gptq_a_weight_costs_what_gptq_makes_of_it(
+    folders: Callable[[str], Folders], sizes: dict[str, int], tmp_path: Path
+) -> None:
+    found, length = folders("llama"), TOKENS.shape[1]
+    int4 = {"method": "gptq", "calibration_tokens": 7 * length}
+    record = searched(found, tmp_path / "int4", budget=f"{sizes['8'] / 1000}kB", int4=int4)
+    plain, quantized = model.load(found["model"]), model.load(found["model"])
+    gptq_model(quantized, decoder_layers(quantized), TOKENS[:7], USUAL.grid)
+    text = Text(plain, pieces_of(TOKENS, plain))
+    inner = [unit for unit in find_units(found["fp32"], plain) if not unit.outer]
+    for unit in inner:
+        with written(plain, [unit], lambda unit, _: read_unit(quantized, unit)):
+            alone = text.kl(plain)
+        assert record["search"]["sensitivity"][unit.name] == pytest.approx(alone, rel=1e-3), unit.name
+    assert len(inner) > 4
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_limit_on_perplexity_holds_on_the_training_text(
+    method: str, folders: Callable[[str], Folders], tmp_path: Path
+) -> None:
+    found = folders("llama")
+    int4 = {"method": method, "accuracy_level": 0, "calibration_tokens": 256}
+    record = searched(found, tmp_path / "int4", max_perplexity_increase="2%", int4=int4)
+    blocks = [torch.from_numpy(block.astype(np.int64)) for block in TOKENS]
+    before, shipped = loss(model.load(found["model"]), blocks), OnnxModel(tmp_path / "int4", 1)
+    after = []
+    for block in blocks:
+        logits = torch.from_numpy(shipped(block[None].numpy(), np.ones((1, 40), np.int64))[0])
+        after.append(torch.nn.functional.cross_entropy(logits[:-1].double(), block[1:]).item())
+    increase = np.exp(np.mean(after) - before) - 1
+    assert increase <= 0.02
+    search = record["search"]
+    last = search["gptq"] if method == "gptq" else search
+    assert last["perplexity_increase"] == pytest.approx(increase, abs=2e-3)
+    assert len(search["trials"]) > 1
+    inner = [row["method"] for row in record["by_tensor"] if row["component"] in ("attention", "mlp")]
+    assert (set(inner) == {"gptq"}) == (method == "gptq")
+
+
+def test_a_goal_out_of_reach_is_refused_with_what_is_possible(
+    folders: Callable[[str], Folders], tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match=r"fits 0\.0 MB; the smallest, .* takes 0\.\d MB"):
+        searched(folders("llama"), tmp_path / "a", budget="10kB")
+    with pytest.raises(BadInput, match=r"0\.00% cannot be reached; .* rises by"):
+        searched(folders("llama"), tmp_path / "b", max_perplexity_increase=1e-9)
+    assert not list((tmp_path / "a").iterdir())
+
+
+def test_the_smallest_bundle_is_known_without_a_search(
+    folders: Callable[[str], Folders], tmp_path: Path
+) -> None:
+    record = searched(folders("llama"), tmp_path / "int4", budget="1MB")
+    (smallest,) = (point for point in record["search"]["points"] if point["name"] == "smallest")
+    there = folders("llama")["model"]
+    told = check_budget(10**9, there)["smallest_bytes"]
+    assert told == smallest["size_bytes"]
+    with pytest.raises(BadInput, match=r"fits 0\.0 MB; the smallest, .* takes 0\.\d MB"):
+        check_budget(told // 2, there)
+
+
+def test_too_little_text_is_refused(folders: Callable[[str], Folders], tmp_path: Path) -> None:
+    few = tmp_path / "corpus"
+    few.mkdir()
+    np.save(few / "tokens.npy", TOKENS[:1])
+    with pytest.raises(BadInput, match="at least 64 tokens of training text, there are 40"):
+        searched({**folders("llama"), "corpus": few}, tmp_path / "a", budget="1MB")
+
+
+def finished(found: Folders, root: Path, arm: str, decided: Path | None = None, **goal: Any) -> Record:
+    """An arm's searched int4 bundle as a build leaves it, with its record."""
+    section = Quantize.model_validate(goal)
+    folder = root / arm / "int4"
+    folder.parent.mkdir(parents=True)
+    with making(folder, {"stage": arm}) as own:
+        reads = (found["fp32"], found["model"], found["corpus"])
+        results = mixed.quantize_searched(section, 0, *reads, 1, own, silent, decided)
+        return finish(own, folder, {"stage": arm}, results, 0.0)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("level", ["auto", 4])
+def test_an_arm_that_follows_is_stored_as_the_one_that_searched(
+    method: str, level: Any, folders: Callable[[str], Folders], sizes: dict[str, int], tmp_path: Path
+) -> None:
+    first = folders("llama")
+    other = {**first, "model": tmp_path / "model", "fp32": tmp_path / "fp32"}
+    changed = model.load(first["model"])
+    with torch.no_grad():
+        for number, parameter in enumerate(changed.parameters()):
+            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+            parameter.add_(0.01 * drawn)
+    model.save(changed, model.load_tokenizer(first["model"]), other["model"])
+    other["fp32"].mkdir()
+    export(other["model"], other["fp32"], threads=1)
+    int4 = {"method": method, "calibration_tokens": 256, "accuracy_level": level, "max_flips": 0.05}
+    middle = round((sizes["4"] + sizes["8"]) / 2)
+    goal = {"budget": f"{middle / 1000}kB", "int4": int4}
+    decider = finished(first, tmp_path, "baseline", **goal)
+    follower = finished(other, tmp_path, "dispersed", decider.folder, **goal)
+    kept = ("name", "bits", "group", "symmetric", "method", "accuracy_level")
+    rows = [
+        [{key: row[key] for key in kept} for row in one.results["by_tensor"]] for one in (decider, follower)
+    ]
+    assert rows[0] == rows[1] and len({row["bits"] for row in rows[0]}) > 1
+    graphs = [
+        onnx.load(one.folder / "model.onnx", load_external_data=False).graph for one in (decider, follower)
+    ]
+    assert [node.SerializeToString() for node in graphs[0].node] == [
+        node.SerializeToString() for node in graphs[1].node
+    ]
+    assert decider.sha256("model.onnx.data") != follower.sha256("model.onnx.data")
+    search = follower.results["search"]
+    assert search["decided_by"] == "baseline" and search["size_bytes"] <= middle
+    pieces = pieces_of(TOKENS, model.load(other["model"]))
+    shipped = OnnxModel(follower.folder, 1, graph=at_accuracy_level(follower.folder, 0))
+    both = [
+        [one(piece[None].numpy(), np.ones((1, len(piece)), np.int64))[0] for piece in pieces]
+        for one in (OnnxModel(other["fp32"], 1), shipped)
+    ]
+    measured = compare(*(np.concatenate(part) for part in both))["mean_kl"]
+    assert search["measured_kl"] == pytest.approx(measured, rel=2e-2)
+
+
+def at_auto(found: Folders, out: Path, limit: float) -> dict[str, Any]:
+    out.mkdir()
+    section = Int4.model_validate({"accuracy_level": "auto", "max_flips": limit})
+    return bundles.quantize(section, 4, found["fp32"], None, found["corpus"], out, silent)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.01, 1.0])
+def test_levels_hold_the_limit_on_flips(
+    limit: float, folders: Callable[[str], Folders], tmp_path: Path
+) -> None:
+    record = at_auto(folders("llama"), tmp_path / "int4", limit)
+    found = record["accuracy_levels"]
+    opened = OnnxModel(tmp_path / "int4", 1)
+    graph = onnx.load(tmp_path / "int4" / "model.onnx", load_external_data=False)
+    exact = OnnxModel(tmp_path / "int4", 1)
+    exact.session = open_session(tmp_path / "int4", 1, with_levels(graph, ()))
+    ids = TOKENS.astype(np.int64)
+    both = [one(ids, np.ones_like(ids)).reshape(-1, twins.VOCABULARY) for one in (exact, opened)]
+    flips = float((both[0].argmax(-1) != both[1].argmax(-1)).mean())
+    assert found["flips"] == pytest.approx(flips, abs=0.004) and found["flips"] <= limit
+    at_0 = {row["name"] for row in record["by_tensor"] if row["accuracy_level"] == 0}
+    assert len(at_0) == len(found["nodes_at_0"])
+    assert found["flips_all_4"] > 0.01  # or the twin would show nothing
+    assert (len(at_0) == 0) == (limit == 1.0)
+    if limit == 0.01:
+        assert 0 < len(at_0) < found["nodes"]
+    assert record["size_bytes"] == size(tmp_path / "int4")
+
+
+def test_the_worst_node_is_found() -> None:
+    """Made logits: one node of five moves the best token, the others move nothing that matters."""
+    nodes = [
+        onnx.helper.make_node(
+            "MatMulNBits",
+            ["x", f"w{i}.q4"],
+            [f"y{i}"],
+            name=f"n{i}",
+            domain="com.microsoft",
+            bits=2 if i == 4 else 4,
+            accuracy_level=4,
+        )
+        for i in range(5)
+    ]
+    graph = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], []))
+    base = np.random.default_rng(0).normal(size=(200, 50)).astype(np.float32)
+
+    def run(variant: bytes, count: int) -> np.ndarray:
+        logits = base.copy()
+        for index, node in enumerate(onnx.ModelProto.FromString(variant).graph.node):
+            if next(a.i for a in node.attribute if a.name == "accuracy_level") == 4:
+                logits += (1.0 if index == 2 else 1e-5) * np.random.default_rng(index + 1).normal(
+                    size=logits.shape
+                )
+        return logits[:count]
+
+    levels = choose_levels(graph, run, 200, limit=0.01)
+    assert set(levels.exact) == {"n2", "n4"}
+    assert levels.record["flips_all_4"] > 0.3 and levels.record["flips"] == 0.0
+    assert max(levels.record["kl_by_node"], key=levels.record["kl_by_node"].__getitem__) == "n2"
+    assert choose_levels(graph, run, 200, limit=1.0).exact == ("n4",)
+
+
+def test_gptq_above_the_limit_fails() -> None:
+    with pytest.raises(BuildFailed, match="after gptq"):
+        mixed._hold(0.01, 0.02)
+    mixed._hold(None, 0.5)
+
+
+RECIPE = """\
+name: tiny
+model: {base: base}
+data: {train: [{source: text.jsonl}], context: 64}
+train: {tokens: 2k, lr: 1e-3}
+"""
+
+
+def keys(folder: Path, *overrides: str) -> dict[str, Any]:
+    """Stage name -> its section and what it reads."""
+    path = folder / "tiny.yaml"
+    path.write_text(RECIPE)
+    return {stage.name: (stage.section, stage.reads) for stage in stages(load(path, overrides), 1)}
+
+
+def test_a_budget_makes_the_int4_bundle_again_and_nothing_else(tmp_path: Path) -> None:
+    plain = keys(tmp_path)
+    assert plain["baseline/int4"][1] == ("baseline/fp32",) and "max_flips" not in plain["baseline/int4"][0]
+    assert keys(tmp_path, "quantize.int4.max_flips=1%") == plain  # read at level auto alone
+    budget = keys(tmp_path, "quantize.budget=100MB")
+    assert {name for name in plain if budget[name] != plain[name]} == {"baseline/int4", "dispersed/int4"}
+    assert budget["baseline/int4"][1] == ("baseline/fp32", "baseline/model", "corpus")
+    assert keys(tmp_path, "quantize.budget=100MB", "quantize.int4.group=64") == budget
+    gptq = keys(tmp_path, "quantize.budget=100MB", "quantize.int4.method=gptq")
+    assert gptq["baseline/int4"] != budget["baseline/int4"]
+    level = keys(tmp_path, "quantize.int8.accuracy_level=auto")
+    assert {name for name in plain if level[name] != plain[name]} == {"baseline/int8", "dispersed/int8"}
+    assert level["baseline/int8"][1] == ("baseline/fp32", "corpus")
+    assert level["dispersed/int8"][1] == ("dispersed/fp32", "corpus", "baseline/int8")
+    assert budget["dispersed/int4"][1][-1] == "baseline/int4"
+    turned = [stage.name for stage in stages(load(tmp_path / "tiny.yaml", ["arms=[dispersed, baseline]"]), 1)]
+    assert turned.index("baseline/int4") < turned.index("dispersed/int4")

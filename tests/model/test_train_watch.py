@@ -1,0 +1,192 @@
+"""Condensation watched as a model trains: the right figures, and a run that does not notice."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from edgedisp.core.errors import BadInput
+from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.dispersion.profile import condensation
+from edgedisp.dispersion.quick import quick_condensation
+from edgedisp.train.reporting import Reporting, check_reporters
+from edgedisp.train.trainer import Fit, TrainSettings, fit
+from edgedisp.train.watch import Watch, undisturbed
+
+BLOCKS = np.random.default_rng(0).integers(3, 400, (64, 24)).astype(np.uint32)
+HELD = torch.randint(3, 400, (3, 20), generator=torch.Generator().manual_seed(5))
+ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox"]
+
+
+def open_tiny(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def flat(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def run(folder: Path, checkpoints: Path, watch: Watch | None, **options: Any) -> tuple[Any, Fit]:
+    settings = TrainSettings(steps=6, lr=1e-3, batch=4, checkpoint_every=3)
+    model = open_tiny(folder)
+    term = DispersionConfig(tokens=8)
+    done = fit(model, BLOCKS, settings, checkpoints=checkpoints, dispersion=term, watch=watch, **options)
+    return model, done
+
+
+def watching(every: int) -> Watch:
+    return Watch(partial(quick_condensation, blocks=HELD), every)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_quick_figures_are_those_of_every_pair_and_token(
+    tiny_folder: dict[str, Path], architecture: str
+) -> None:
+    model = open_tiny(tiny_folder[architecture]).eval()
+    found = quick_condensation(model, HELD)
+    with torch.no_grad():
+        # The last state is returned after the final norm, so the full instrument is asked for that layer.
+        states = model(HELD, output_hidden_states=True).hidden_states[:-1]
+    for layer, state in enumerate(states):
+        by_pairs = [
+            torch.cosine_similarity(one[i], one[j], dim=0)
+            for one in state.double()
+            for i in range(20)
+            for j in range(i)
+        ]
+        assert found["cosine_by_layer"][layer] == pytest.approx(
+            float(sum(by_pairs)) / len(by_pairs), abs=1e-6
+        )
+    full = [row["cosine_raw"] for row in condensation(model, HELD)["layers"]]
+    assert found["cosine_by_layer"] == pytest.approx(full, abs=1e-6)
+
+
+def test_embedding_variance_is_that_of_the_last_layer_without_first_tokens(
+    tiny_folder: dict[str, Path],
+) -> None:
+    model = open_tiny(tiny_folder["llama"]).eval()
+    last: list[torch.Tensor] = []
+    model.model.layers[-1].register_forward_hook(lambda module, args, output: last.append(output))
+    found = quick_condensation(model, HELD)["embedding_variance"]
+    state = last[0].detach().double()[:, 1:]
+    spread = [(one - one.mean(dim=0)).square().mean() for one in state]
+    assert found == pytest.approx(float(sum(spread)) / 3, rel=1e-6)
+
+
+# GPT-2 has dropout, which draws from the global random stream.
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_weights_are_bit_identical_with_and_without_a_watch(
+    tiny_folder: dict[str, Path], tmp_path: Path, architecture: str
+) -> None:
+    folder = tiny_folder[architecture]
+    plain, _ = run(folder, tmp_path / "plain", None)
+    watched, done = run(folder, tmp_path / "watched", watching(2))
+    assert torch.equal(flat(plain), flat(watched))
+    assert [row["step"] for row in done.watched] == [0, 2, 4, 6]
+
+
+def test_the_rows_tell_the_model_as_it_was_at_their_step(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    before = quick_condensation(open_tiny(tiny_folder["llama"]).eval(), HELD)
+    model, done = run(tiny_folder["llama"], tmp_path, watching(4))
+    assert [row["step"] for row in done.watched] == [0, 4, 6]
+    for row, expected in ((done.watched[0], before), (done.watched[-1], quick_condensation(model, HELD))):
+        # During the run the forward pass is autocast to bf16.
+        assert row["cosine_by_layer"] == pytest.approx(expected["cosine_by_layer"], abs=0.02)
+        assert row["embedding_variance"] == pytest.approx(expected["embedding_variance"], rel=0.05)
+    assert done.watch_seconds == pytest.approx(sum(row["seconds"] for row in done.watched)) and (
+        0 < done.watch_seconds < done.seconds
+    )
+    json.dumps(done.watched, allow_nan=False)
+
+
+def test_a_resumed_run_has_the_rows_of_the_whole(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(done: int, total: int, note: str) -> None:
+        if done == 5:
+            raise Killed
+
+    _, whole = run(tiny_folder["llama"], tmp_path / "whole", watching(2))
+    with pytest.raises(Killed):
+        run(tiny_folder["llama"], tmp_path / "cut", watching(2), progress=kill)
+    _, resumed = run(tiny_folder["llama"], tmp_path / "cut", watching(2))
+    assert resumed.resumed_from == 3
+    plain = [
+        [{name: value for name, value in row.items() if name != "seconds"} for row in done.watched]
+        for done in (whole, resumed)
+    ]
+    assert plain[0] == plain[1]
+
+
+def test_every_modules_own_mode_comes_back(tiny_folder: dict[str, Path]) -> None:
+    model = open_tiny(tiny_folder["gpt2"]).train()
+    model.transformer.h[1].eval()
+    before = [module.training for module in model.modules()]
+    with undisturbed(model):
+        assert not any(module.training for module in model.modules())
+        torch.rand(3)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_watching_every_zero_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match="every 0 steps; it needs at least 1"):
+        Watch(lambda model: {}, 0)
+
+
+def test_tensorboard_holds_the_losses_and_the_watched_figures(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logs = tmp_path / "logs"
+    reporting = Reporting(("tensorboard",), logs, "run/dispersed")
+    _, done = run(tiny_folder["llama"], tmp_path / "c", watching(3), reporting=reporting)
+    events = EventAccumulator(str(logs))
+    events.Reload()
+    told = {tag: [(one.step, one.value) for one in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    for tag, name in (("cross_entropy", "loss"), ("dispersion", "dispersion"), ("grad_norm", "grad_norm")):
+        assert told[f"train/{tag}"] == [(row["step"], pytest.approx(row[name], rel=1e-5)) for row in done.log]
+    total = [row["loss"] + 0.1 * row["dispersion"] for row in done.log]  # type: ignore[operator]
+    assert [value for _, value in told["train/loss"]] == pytest.approx(total, rel=1e-4)
+    assert [step for step, _ in told["train/embedding_variance"]] == [3, 6]
+    for layer in range(3):
+        expected = [row["cosine_by_layer"][layer] for row in done.watched[1:]]
+        values = [value for _, value in told[f"train/cosine_by_layer/{layer:02d}"]]
+        assert values == pytest.approx(expected, rel=1e-5)
+
+
+def test_reporting_to_nobody_writes_nothing(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    run(tiny_folder["llama"], tmp_path / "c", None)
+    assert {
+        path.name for path in tmp_path.rglob("*") if "events" in path.name or path.name == "runs"
+    } == set()
+
+
+def test_a_program_that_is_not_installed_is_refused_by_name() -> None:
+    check_reporters([])
+    with pytest.raises(BadInput, match=r"train.report_to: no_such_thing is not installed; pip install"):
+        check_reporters(["no_such_thing"])
+
+
+def test_figures_go_to_the_log_of_their_own_step_alone(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    class Seen(TrainerCallback):
+        steps: list[int] = []  # noqa: RUF012
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **known: Any) -> None:
+            if "embedding_variance" in logs:
+                self.steps.append(state.global_step)
+
+    seen = Seen()
+    run(tiny_folder["llama"], tmp_path, watching(4), callbacks=[seen])
+    assert seen.steps == [4, 6]

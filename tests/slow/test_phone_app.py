@@ -1,0 +1,174 @@
+"""The code of docs/phone_app.md and export/apps, run as it stands: each gives onnxruntime's greedy tokens.
+
+Kotlin and Swift are not among it: nothing here compiles them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_runtimes import CHROMIUM, IN_CHROMIUM, NODE_MODULES, SECONDS, ascii_model, browser, export, node
+
+from edgedisp.graph.session import OnnxModel
+from edgedisp.model import load_tokenizer
+from edgedisp.model.twin import CHAT_TEMPLATE
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "phone_app.md").read_text(encoding="utf-8")
+LINES = ["in 1850", "a"]  # the first answer ends by itself; with it, the second question outgrows the context
+ANSWER = 48  # tokens, where the caller decides; then all fits
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In all layouts, with a chat template."""
+    return chat_bundle(tmp_path_factory.mktemp("app"), for_browser=False)
+
+
+@pytest.fixture(scope="module")
+def web_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chat_bundle(tmp_path_factory.mktemp("web"), for_browser=True)
+
+
+def chat_bundle(root: Path, for_browser: bool) -> Path:
+    ascii_model("llama", root / "model")
+    (root / "model" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return export(root / "model", "int4", root, for_browser).folder
+
+
+def block(name: str) -> str:
+    """The fenced block of the page whose first line names the file."""
+    found = re.findall(rf"```\w+\n(?:#|//) {re.escape(name)}\b.*?\n(.*?)```", PAGE, flags=re.DOTALL)
+    assert len(found) == 1, name
+    return str(found[0])
+
+
+def answers(bundle: Path, most: int | None = None) -> list[str]:
+    """What onnxruntime answers to LINES, within the context by the page's rule."""
+    tokenizer, model = load_tokenizer(bundle), OnnxModel(bundle, 1)
+    most = most or min(256, model.context // 2)
+    messages: list[dict[str, str]] = []
+    said = []
+    for line in LINES:
+        messages.append({"role": "user", "content": line})
+
+        def encoded() -> list[int]:
+            ids: list[int] = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+            return ids
+
+        while len(encoded()) > model.context - most and len(messages) > 2:
+            del messages[:2]
+        tokens = model.greedy(encoded(), most, model.end_ids)
+        assert said or tokens[-1] in model.end_ids
+        said.append(tokenizer.decode(tokens, skip_special_tokens=True))
+        messages.append({"role": "assistant", "content": said[-1]})
+    return said
+
+
+def said(command: list[str | Path], folder: Path, lines: str = "") -> str:
+    """What a program prints that reads `lines`, away from this package."""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command,
+        input=lines,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=env,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def with_modules(folder: Path) -> Path:
+    (folder / "node_modules").symlink_to(NODE_MODULES.resolve())
+    return folder
+
+
+def test_python_holds_the_conversation(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "chat.py").write_text(block("chat.py"))
+    found = said([sys.executable, "chat.py", bundle], tmp_path, "\n".join(LINES))
+    assert found.split() == " ".join(answers(bundle)).split()
+
+
+@node
+def test_node_holds_the_conversation(bundle: Path, tmp_path: Path) -> None:
+    (with_modules(tmp_path) / "chat.mjs").write_text(block("chat.mjs"))
+    found = said(["node", "chat.mjs", bundle], tmp_path, "\n".join(LINES))
+    assert found.split() == " ".join(answers(bundle)).split()
+
+
+@node
+@browser
+def test_a_page_holds_it_in_a_worker(web_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "worker.mjs").write_text(block("worker.mjs"))
+    (tmp_path / "page.mjs").write_text(f"""
+        const worker = new Worker("/worker.mjs", {{ type: "module" }});
+        let [messages, pieces] = [[], ""];
+        const asked = (messages) => new Promise((resolve, reject) => {{
+          worker.onmessage = ({{ data }}) => {{
+            if (data.piece) pieces += data.piece;
+            if (data.messages) resolve(data.messages);
+            if (data.error) reject(new Error(data.error));
+          }};
+          worker.postMessage({{ name: {json.dumps(web_bundle.name)}, messages, most: {ANSWER} }});
+        }});
+        for (const content of {json.dumps(LINES)})
+          messages = await asked([...messages, {{ role: "user", content }}]);
+        export default [messages.filter((one) => one.role === "assistant").map((one) => one.content), pieces];
+    """)
+    command = ["node", IN_CHROMIUM, str(CHROMIUM), NODE_MODULES.resolve(), web_bundle.parent, "page.mjs"]
+    contents, pieces = json.loads(said(command, tmp_path).splitlines()[-1])["result"]
+    expected = answers(web_bundle, ANSWER)
+    assert [one.split() for one in contents] == [one.split() for one in expected]
+    assert "".join(pieces.split()) == "".join("".join(expected).split())
+
+
+@node
+def test_the_loop_for_react_native_gives_the_tokens_in_node(bundle: Path, tmp_path: Path) -> None:
+    code = (ROOT / "export" / "apps" / "answer.mjs").read_text()
+    assert code.count('"onnxruntime-react-native"') == 1
+    instead = code.replace('"onnxruntime-react-native"', '"onnxruntime-node"')
+    (with_modules(tmp_path) / "answer.mjs").write_text(instead)
+    (tmp_path / "ask.mjs").write_text(f"""
+        import {{ readFile }} from "node:fs/promises";
+        import {{ answer, open }} from "./answer.mjs";
+        const folder = process.argv[2];
+        const opened = await open(folder, (name) => readFile(`${{folder}}/${{name}}`, "utf8"));
+        const [messages, answers] = [[], []];
+        for (const content of {json.dumps(LINES)}) {{
+          messages.push({{ role: "user", content }});
+          let pieces = "";
+          answers.push(await answer(opened, messages, {ANSWER}, (piece) => (pieces += piece)));
+          if (pieces !== answers.at(-1)) throw new Error(pieces);
+          messages.push({{ role: "assistant", content: answers.at(-1) }});
+        }}
+        console.log(JSON.stringify(answers));
+    """)
+    found = json.loads(said(["node", "ask.mjs", bundle], tmp_path))
+    assert [one.split() for one in found] == [one.split() for one in answers(bundle, ANSWER)]
+
+
+def test_the_files_that_the_page_names_are_in_the_bundle(bundle: Path) -> None:
+    for row in re.findall(r"(?:N|W): (.*?) \|", PAGE):
+        for name in re.findall(r"`([^`]+)`", row):
+            assert (bundle / name).exists(), name
+
+
+@node
+def test_the_versions_that_the_page_names_are_those_that_run_here() -> None:
+    def version(package: str) -> str:
+        return str(json.loads((NODE_MODULES / package / "package.json").read_text())["version"])
+
+    for package in ("@huggingface/transformers", "@huggingface/tokenizers", "@huggingface/jinja"):
+        assert f'{package}": "{version(package)}"' in PAGE or f"{package}@{version(package)}" in PAGE

@@ -1,0 +1,175 @@
+"""`edgedisp phone` as a program: what it prints, what it writes, and how it ends."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import pytest
+from test_page_server import GENERATE, PROMPT, REPETITIONS, figures
+from tiny_bundle import tiny_bundles
+
+from edgedisp import device_results
+from edgedisp.bench.page_bundle import read_bundle
+from edgedisp.bench.page_plan import PagePlan
+from edgedisp.evaluate.score import loglikelihoods
+from edgedisp.graph.scored import scored_model
+
+TOP = Path(__file__).resolve().parents[2]
+SIZES = ["--prompt", str(PROMPT), "--generate", str(GENERATE), "--repetitions", str(REPETITIONS)]
+
+pytest.importorskip("segno", reason='needs the extra [phone]: pip install "edgedisp[phone]"')
+pytestmark = pytest.mark.skipif(
+    not (TOP / "export" / "web" / "vendor").is_dir(), reason="needs the page's libraries: make web"
+)
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return tiny_bundles(tmp_path_factory.mktemp("commanded"))
+
+
+class Running:
+    """The program with its address."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+        self.process, self.log = process, log
+        for _ in range(600):
+            found = re.search(r"https?://\S+/", log.read_text())
+            if found or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        assert found, log.read_text()
+        self.address = found.group()
+
+    def post(self, content: object) -> int:
+        parts = urlsplit(self.address)
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=10)
+        body = json.dumps(content)
+        connection.request("POST", f"{parts.path}report", body, {"Content-Type": "application/json"})
+        return connection.getresponse().status
+
+    def ended(self) -> tuple[int, str]:
+        out, _ = self.process.communicate(timeout=30)
+        return self.process.returncode, out
+
+
+@contextmanager
+def running(tmp_path: Path, *words: str | Path) -> Iterator[Running]:
+    log = tmp_path / "stderr.txt"
+    command = [sys.executable, "-m", "edgedisp", "phone", *map(str, words), "--port", "0"]
+    with log.open("w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    try:
+        yield Running(process, log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_figures_are_printed_written_and_ctrl_c_ends_well(bundles: dict[str, Path], tmp_path: Path) -> None:
+    two, out = [bundles["fp32"], bundles["twin"]], tmp_path / "phone.json"
+    plan = PagePlan(tuple(read_bundle(path.name, path) for path in two), PROMPT, GENERATE, REPETITIONS)
+    with running(tmp_path, *two, *SIZES, "--host", "127.0.0.1", "--out", out) as program:
+        assert program.post(figures(plan, run="f" * 16)) == 204
+        assert (
+            program.post(figures(plan, turns=1)) == 204
+        )  # another phone, which is lost after its first turn
+        assert program.post({"kind": "figures"}) == 400
+        program.process.send_signal(signal.SIGINT)
+        code, shown = program.ended()
+    assert code == 0, program.log.read_text()
+    assert "decode t/s" in shown and "NOT COMPLETE" in shown
+    first, second = json.loads(out.read_text())["devices"]
+    assert [row["label"] for row in first["rows"]] == ["fp32", "twin"]
+    assert (first["complete"], second["complete"]) == (True, False)
+    assert "lost" not in first and "not sent the rest" in second["lost"]
+    log = program.log.read_text()
+    assert log.count("refused what 127.0.0.1 sent") == 1 and "\u2580" in log  # and a QR code
+
+
+def test_once_ends_by_itself_with_one_line_of_json_and_the_run_keeps_the_result(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "q-01234567"
+    shutil.copytree(bundles["fp32"], run / "baseline" / "fp32")
+    (run / "run.json").write_text("{}")
+    plan = PagePlan((read_bundle("fp32", bundles["fp32"]),), PROMPT, GENERATE, REPETITIONS)
+    words = [run / "baseline" / "fp32", *SIZES, "--host", "127.0.0.1", "--once", "--json"]
+    with running(tmp_path, *words) as program:
+        assert program.post(figures(plan)) == 204
+        code, shown = program.ended()
+    assert code == 0
+    assert json.loads(shown)["devices"][0]["rows"][0]["label"] == "fp32"
+    (kept,) = device_results.shown(run)["devices"]
+    assert kept["rows"][0]["label"] == "baseline/fp32" and kept["device"].startswith("phone")
+    assert "the report will show it once `edgedisp build` has ended" in program.log.read_text()
+
+
+def test_what_a_phone_scores_is_compared_with_this_machine(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEDISP_CACHE", str(tmp_path / "cache"))
+    said = "The cat sat on the mat and the dog sat on the log and the cat sat on the dog. "
+    rows = [json.dumps({"text": said * 3 + f"And the dog {'and the dog ' * at}sat."}) for at in range(20)]
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(rows))
+    plan = PagePlan((read_bundle("fp32", bundles["fp32"]),), PROMPT, GENERATE, REPETITIONS)
+    words = [
+        *SIZES,
+        "--host",
+        "127.0.0.1",
+        "--score",
+        "heldout_cloze",
+        "--text",
+        text,
+        "--items",
+        "20",
+        "--once",
+        "--json",
+    ]
+    with running(tmp_path, bundles["fp32"], *words) as program:
+        with urlopen(f"{program.address}requests/0.json", timeout=60) as answer:
+            items = json.loads(answer.read())
+        assert program.post(figures(plan)) == 204
+        found = loglikelihoods(scored_model(bundles["fp32"], 1), [(a, b) for item in items for a, b in item])
+        told = [[[one.sum_logprob, one.greedy]] for one in found]
+        for first in (0, 10):
+            piece = {"kind": "scores", "run": figures(plan)["run"], "label": "fp32", "first": first}
+            assert program.post({**piece, "answers": told[first : first + 10]}) == 204
+        code, out = program.ended()
+    (device,) = json.loads(out)["devices"]
+    assert code == 0 and "answers" not in device and "lost" not in device
+    (record,) = device["scores"]
+    assert record["answered"] == len(items) == 20 and record["agreement"]["share"] == 1
+    assert record["logprob"]["max"] < 1e-4 and device["scored"]["tasks"] == ["heldout_cloze"]
+
+
+def test_ctrl_c_before_anything_came_is_an_interruption(bundles: dict[str, Path], tmp_path: Path) -> None:
+    with running(tmp_path, bundles["fp32"], *SIZES, "--host", "127.0.0.1") as program:
+        program.process.send_signal(signal.SIGINT)
+        code, shown = program.ended()
+    assert (code, shown) == (130, "")
+    assert "interrupted" in program.log.read_text()
+
+
+def test_bad_input_is_told_before_anything_is_served(
+    edgedisp, bundles: dict[str, Path], tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    ended = edgedisp("phone", tmp_path / "none")
+    assert ended.code == 2 and "no such folder" in ended.err
+    ended = edgedisp("phone", bundles["fp32"], "--prompt", "200", "--generate", "100")
+    assert ended.code == 2 and "its context is 256" in ended.err
+    ended = edgedisp("phone", bundles["fp32"], *SIZES, "--out", tmp_path / "none" / "x.json")
+    assert ended.code == 2 and "--out" in ended.err

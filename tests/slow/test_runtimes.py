@@ -1,0 +1,206 @@
+"""Each layout of a bundle is opened by its own runtime, with the very lines that its manifest shows.
+
+transformers.js runs in node and in headless Chromium, optimum in an environment of its own (it needs
+transformers 4); `make runtimes` puts all but Chromium under `.runtimes`. Where one is missing, its tests are
+skipped and say so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from edgedisp import corpus
+from edgedisp.core.stage_folder import Record
+from edgedisp.graph.layouts import GENAI, LAYOUTS, OPTIMUM, WEB
+from edgedisp.graph.session import OnnxModel
+from edgedisp.model import load_tokenizer, save
+from edgedisp.model.twin import SPECIALS, twin
+from edgedisp.single import export_for_target
+
+RUNTIMES = Path(__file__).resolve().parents[2] / ".runtimes"
+NODE_MODULES = RUNTIMES / "node" / "node_modules"
+OPTIMUM_PYTHON = RUNTIMES / "optimum" / "bin" / "python"
+TEXT = "the water of the river"
+NEW_TOKENS = 48  # as in the lines of the manifest
+MODELS = ["llama-int4", "llama-fp32", "gpt2-int8", "gemma3_text-int4", "qwen3-int4"]
+# For a browser the products are unfolded and multiply in fp32, so what is expected is computed in fp32, too.
+BROWSER_MODELS = ["llama-int4-browser", "gpt2-int8-browser", "gemma3_text-int4-browser"]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+IN_CHROMIUM = Path(__file__).resolve().parent / "in_chromium.mjs"
+SECONDS = 170  # transformers.js waits forever for a file that is not there
+
+node = pytest.mark.skipif(
+    shutil.which("node") is None or not (NODE_MODULES / "@huggingface" / "transformers").is_dir(),
+    reason="needs node and @huggingface/transformers: make runtimes",
+)
+browser = pytest.mark.skipif(
+    CHROMIUM is None or not (NODE_MODULES / "playwright-core").is_dir(),
+    reason="needs chromium (apt-get install chromium), and playwright-core: make runtimes",
+)
+optimum = pytest.mark.skipif(
+    not any(OPTIMUM_PYTHON.parent.parent.glob("lib/*/site-packages/optimum")),
+    reason="needs optimum-onnx in an environment of its own: make runtimes",
+)
+
+
+class Quiet:
+    """An observer that looks away."""
+
+    def started(self, name: str, number: int, total: int) -> None: ...
+    def progress(self, done: int, total: int, note: str) -> None: ...
+    def finished(self, name: str, record: Record) -> None: ...
+    def kept(self, name: str, record: Record) -> None: ...
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle in all layouts, how its runtimes open it, and what greedy decoding must say."""
+
+    folder: Path
+    load: dict[str, str]
+    text: str
+
+
+def ascii_model(architecture: str, folder: Path) -> Path:
+    """A tiny random model whose every token is text: each runtime shows other bytes in its own way."""
+    texts = [document.text for document in corpus.made_documents(120, seed=0)]
+    model, _ = twin(architecture, texts, seed=0, context=128)
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = [chr(code) for code in range(33, 127)] + ["\u0120", "\u010a"]  # with space and line end
+    trainer = trainers.BpeTrainer(
+        vocab_size=model.config.vocab_size, special_tokens=SPECIALS, initial_alphabet=alphabet
+    )
+    inner.train_from_iterator(texts, trainer)
+    if architecture == "gemma3_text":  # begins every text with a token
+        marks = [(SPECIALS[0], 0)]
+        inner.post_processor = processors.TemplateProcessing(f"{SPECIALS[0]} $A", special_tokens=marks)
+    assert inner.get_vocab_size() == model.config.vocab_size
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token=SPECIALS[0], eos_token=SPECIALS[2], pad_token=SPECIALS[2]
+    )
+    save(model, tokenizer, folder)
+    return folder
+
+
+def export(source: Path, precision: str, root: Path, for_browser: bool) -> Bundle:
+    """The model folder as a bundle in all layouts, and its greedy text by onnxruntime without any of them."""
+    profile = root / "box.yaml"
+    layouts = f"layouts: [{', '.join(LAYOUTS)}]\n"
+    architecture = "wasm32\nquantize: {accuracy_level: 0}" if for_browser else "arm64"
+    profile.write_text(
+        f"name: box\ndescription: a box\narchitecture: {architecture}\ncontext: 128\nthreads: 1\n"
+        f"precision: {precision}\n{layouts}"
+    )
+    out = root / "bundle"
+    export_for_target(source, str(profile), out, Quiet())
+    manifest = json.loads((out / "manifest.json").read_text())
+    load = {name: entry["load"] for name, entry in manifest["layouts"].items()}
+    tokenizer = load_tokenizer(out)
+    ids = tokenizer(TEXT)["input_ids"]
+    model = OnnxModel(out, 1)
+    new = model.greedy(ids, NEW_TOKENS, model.end_ids)
+    return Bundle(out, load, tokenizer.decode(ids + new, skip_special_tokens=True))
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    """`llama-int4`, `llama-int4-browser` and the like -> its bundle, made when it is first asked for."""
+
+    @cache
+    def made(name: str) -> Bundle:
+        family, precision, *rest = name.split("-")
+        root = tmp_path_factory.mktemp(name)
+        return export(ascii_model(family, root / "model"), precision, root, for_browser=bool(rest))
+
+    return made
+
+
+def said(command: list[str | Path], folder: Path) -> str:
+    """What a runtime prints, away from this package and from every hub."""
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | offline
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=env, timeout=SECONDS, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def in_python(bundle: Bundle, layout: str, python: str | Path, folder: Path) -> str:
+    given = f"folder, text = {str(bundle.folder)!r}, {TEXT!r}\n"
+    return said([python, "-c", given + bundle.load[layout]], folder)
+
+
+def same(found: str, bundle: Bundle) -> bool:
+    """Equal, but for special tokens, which one runtime prints and the next does not, and spaces."""
+    settings = json.loads((bundle.folder / "tokenizer.json").read_text())
+    for token in settings["added_tokens"]:
+        found = found.replace(token["content"], "")
+    return found.split() == bundle.text.split()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_onnxruntime_genai_opens_its_layout(
+    name: str, bundles: Callable[[str], Bundle], tmp_path: Path
+) -> None:
+    bundle = bundles(name)
+    found = in_python(bundle, GENAI, sys.executable, tmp_path)
+    assert same(found, bundle), (found, bundle.text)
+
+
+@optimum
+@pytest.mark.parametrize("name", ["llama-int4", "gpt2-int8"])  # its start takes ten seconds
+def test_optimum_opens_its_layout(name: str, bundles: Callable[[str], Bundle], tmp_path: Path) -> None:
+    bundle = bundles(name)
+    found = in_python(bundle, OPTIMUM, OPTIMUM_PYTHON, tmp_path)
+    assert same(found, bundle), (found, bundle.text)
+
+
+def lines(bundle: Bundle, parent: str) -> str:
+    """The manifest's lines, with the words that are the reader's to fill in."""
+    given = {"parent": parent, "name": bundle.folder.name, "text": TEXT}
+    return "\n".join(
+        [*(f"const {key} = {json.dumps(value)};" for key, value in given.items()), bundle.load[WEB]]
+    )
+
+
+@node
+@pytest.mark.parametrize("name", [*MODELS, *BROWSER_MODELS])
+def test_transformers_js_opens_its_layout(
+    name: str, bundles: Callable[[str], Bundle], tmp_path: Path
+) -> None:
+    bundle = bundles(name)
+    (tmp_path / "node_modules").symlink_to(NODE_MODULES.resolve())
+    (tmp_path / "load.mjs").write_text(lines(bundle, f"{bundle.folder.parent}/"))
+    found = said(["node", tmp_path / "load.mjs"], tmp_path)
+    assert same(found, bundle), (found, bundle.text)
+
+
+@node
+@browser
+@pytest.mark.parametrize("name", BROWSER_MODELS)
+def test_the_same_folder_opens_in_a_browser(
+    name: str, bundles: Callable[[str], Bundle], tmp_path: Path
+) -> None:
+    bundle = bundles(name)
+    page = tmp_path / "page.mjs"
+    page.write_text(f"{lines(bundle, '/models/')}\nexport default answer.generated_text;\n")
+    command = ["node", IN_CHROMIUM, str(CHROMIUM), NODE_MODULES.resolve(), bundle.folder.parent, page]
+    found = json.loads(said(command, tmp_path).splitlines()[-1])
+    assert same(found["result"], bundle), (found["result"], bundle.text)
+    once = [path for path in found["served"] if path.endswith("_data")]
+    assert len(once) == 1

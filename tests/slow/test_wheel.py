@@ -1,0 +1,63 @@
+"""The wheel carries the device side, with the phone page's libraries where `make web` has fetched them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from edgedisp.bench.page_resources import page_resources
+
+pytest.importorskip("hatchling", reason='builds a wheel: pip install "edgedisp[dev]"')
+
+TOP = Path(__file__).resolve().parents[2]
+WEB = TOP / "export" / "web"
+PLACE = "edgedisp/packaged/export/web/"
+
+
+def built(tree: Path, out: Path) -> zipfile.ZipFile:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = out.glob("*.whl")
+    return zipfile.ZipFile(wheel)
+
+
+@pytest.mark.skipif(not (WEB / "vendor").is_dir(), reason="needs the page's libraries: make web")
+def test_what_is_installed_serves_the_page_of_the_checkout(tmp_path: Path) -> None:
+    with built(TOP, tmp_path) as wheel:
+        for line in (WEB / "vendor.sha256").read_text().splitlines():
+            sha256, name = line.split()
+            assert hashlib.sha256(wheel.read(f"{PLACE}vendor/{name}")).hexdigest() == sha256
+        wheel.extractall(tmp_path / "site")
+    script = (
+        "import json, edgedisp\nfrom edgedisp.core.paths import data_folder\n"
+        "from edgedisp.bench.page_resources import page_resources\n"
+        "found = page_resources(data_folder('export') / 'web')\n"
+        "print(json.dumps([edgedisp.__file__, {name: one.tag for name, one in found.items()}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path / "site", capture_output=True, text=True, check=True
+    )
+    where, served = json.loads(done.stdout)
+    assert Path(where).is_relative_to(tmp_path)
+    assert served == {name: one.tag for name, one in page_resources(WEB).items()}
+
+
+def test_without_the_libraries_a_wheel_is_built_and_lacks_the_page_alone(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    left = shutil.ignore_patterns("vendor", "__pycache__")
+    for name in ("edgedisp", "export", "recipes"):
+        shutil.copytree(TOP / name, tree / name, ignore=left)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(TOP / name, tree / name)
+    with built(tree, tmp_path / "dist") as wheel:
+        names = wheel.namelist()
+    assert f"{PLACE}index.html" in names and "edgedisp/packaged/recipes/quickstart.yaml" in names
+    assert not [name for name in names if name.startswith(f"{PLACE}vendor/")]

@@ -1,0 +1,122 @@
+"""Devices by name: what `--device` accepts, and what it says of the rest."""
+
+from __future__ import annotations
+
+import ast
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_bundle import tiny_bundles
+
+from edgedisp.bench import devices
+from edgedisp.bench.devices import Address, parse, parse_all
+from edgedisp.core.errors import BadInput
+
+
+def test_devices_are_taken_apart() -> None:
+    assert parse("local") == Address("local", "local")
+    assert parse("ssh://Pi") == Address("ssh://Pi", "ssh", "Pi")
+    assert parse("ssh://me@pi.local:2222") == Address("ssh://me@pi.local:2222", "ssh", "pi.local", "me", 2222)
+    assert parse("adb") == Address("adb", "adb")
+    for serial in (
+        "R5CT123",
+        "emulator-5554",
+        "127.0.0.1:15555",
+        "[::1]:5555",
+        "adb-x._adb-tls-connect._tcp",
+    ):
+        assert parse(f"adb:{serial}") == Address(f"adb:{serial}", "adb", serial=serial)
+    six = parse("ssh://me@[fe80::1%eth0]:22")
+    assert (six.host, six.user, six.port) == ("fe80::1%eth0", "me", 22)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("", "is not known; (choices: local, ssh://USER@HOST[:PORT], adb[:SERIAL], browser, arm64-emulated)"),
+        ("locl", "did you mean 'local'?"),
+        ("arm64", "did you mean 'arm64-emulated'?"),
+        ("shh://pi", "did you mean 'ssh://USER@HOST[:PORT]'?"),
+        ("ssh", "no device is named; write ssh://USER@HOST[:PORT]"),
+        ("ssh://", "no device is named"),
+        ("ssh://me@", "no host, or an empty user"),
+        ("ssh://@pi", "no host, or an empty user"),
+        ("ssh://me:secret@pi", "passwords are not taken"),
+        ("ssh://pi/home", "more than an address"),
+        ("ssh://pi:99999", "write ssh://"),
+        ("ssh://pi:port", "write ssh://"),
+        ("ssh://-oProxyCommand=touch", "is not a name"),
+        ("ssh://-x@pi", "is not a name"),
+        ("ssh://pi;reboot", "is not a name"),
+        ("local://here", "takes no address"),
+        ("adb:", "is not a serial; write adb[:SERIAL]"),
+        ("adb:-s", "is not a serial"),
+        ("adb://phone", "is not a serial"),
+        ("adb:a b", "is not a serial"),
+        ("abd", "did you mean 'adb[:SERIAL]'?"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_what_would(name: str, said: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        parse(name)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@given(st.text(max_size=30))
+def test_any_text_is_an_address_or_bad_input(text: str) -> None:
+    for name in (text, f"ssh://{text}", f"adb:{text}"):
+        try:
+            found = parse(name)
+        except BadInput:
+            continue
+        assert not any((word or "").startswith("-") for word in (found.host, found.user, found.serial))
+
+
+def test_no_device_and_the_same_one_twice_are_refused() -> None:
+    with pytest.raises(BadInput, match="no device is named; --device takes one of local"):
+        parse_all([])
+    with pytest.raises(BadInput, match="local: is named twice"):
+        parse_all(["local", "ssh://pi", "local"])
+
+
+def test_every_kind_has_its_file_with_an_opener_and_is_imported_only_when_used() -> None:
+    for kind in devices.KINDS.values():
+        assert callable(import_module(kind.module).opened)
+    tree = ast.parse(Path(devices.__file__).read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not imported & {kind.module for kind in devices.KINDS.values()}
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return tiny_bundles(tmp_path_factory.getbasetemp())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--device", "lokal"], "did you mean 'local'?"),
+        (["--device", "local", "--device", "local"], "is named twice"),
+        (["--threads", "many"], "neither a whole number of at least 1 nor `sweep`"),
+        (["--threads", "0"], "neither a whole number"),
+        (["--write-threads"], "give --threads sweep too"),
+        (["--threads", "sweep", "--write-threads", "--device", "local", "--device", "ssh://pi"], "name one"),
+        (["--threads", "sweep", "--write-threads", "--device", "arm64-emulated"], "nothing is timed"),
+        (["--html", "/no/such/folder/x.html"], "there is no folder"),
+    ],
+)
+def test_options_that_cannot_work_end_with_2(  # type: ignore[no-untyped-def]
+    bundles: dict[str, Path], edgedisp, words: list[str], said: str
+) -> None:
+    ended = edgedisp("bench", bundles["fp32"], *words)
+    assert ended.code == 2 and said in ended.err, ended
+
+
+def test_a_bundle_without_the_layout_is_told_which_export_gives_it(tmp_path: Path, edgedisp) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "b" / "onnx").mkdir(parents=True)
+    (tmp_path / "b" / "onnx" / "model_q4.onnx").touch()
+    ended = edgedisp("bench", tmp_path / "b", "--device", "local")
+    assert ended.code == 2 and "--layouts onnxruntime-genai" in ended.err, ended

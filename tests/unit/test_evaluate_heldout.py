@@ -1,0 +1,383 @@
+"""Held-out tasks: items made from made text, scored by models whose answers are known beforehand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from edgedisp.core.errors import BadInput
+from edgedisp.evaluate import heldout, tasks
+from edgedisp.evaluate.questions import CLOZE_CONTEXT, CONTINUATION_CONTEXT, CONTINUATION_SENTENCE, Question
+from edgedisp.evaluate.result import compare_task
+from edgedisp.evaluate.sentences import sentences
+
+ALL = ["heldout_perplexity", "heldout_cloze", "heldout_continuation"]
+
+
+@dataclass(frozen=True)
+class Text:
+    id: str
+    text: str
+
+
+class Words:
+    """A tokenizer of words with the space before them; id 0 ends a document."""
+
+    eos_token_id = 0
+
+    def __init__(self, texts: list[str]) -> None:
+        pieces = sorted({piece for text in texts for piece in self._split(text)})
+        self.ids = {piece: number for number, piece in enumerate(["<end>", *pieces])}
+        self.pieces = [*self.ids]
+
+    @staticmethod
+    def _split(text: str) -> list[str]:
+        # Every piece also with a space before it: the tasks put one before a sentence.
+        found = re.findall(r" ?\w+| ?[^\w\s]|\s", text)
+        return found + [" " + piece for piece in found if not piece.startswith(" ")] if text else []
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [self.ids[piece] for piece in re.findall(r" ?\w+| ?[^\w\s]|\s", text)]}
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        return "".join(self.pieces[number] for number in ids)
+
+
+class Table:
+    """A bigram model over a table of logits."""
+
+    context = 128
+    tree_nodes, packs = 0, True
+
+    def __init__(self, logits: NDArray[np.float32]) -> None:
+        self.logits, self.vocab_size = logits, len(logits)
+
+    def __call__(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self.logits[ids]
+
+    def greedy(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> list[int]:
+        raise NotImplementedError
+
+
+WORDS = ["river", "stone", "mill", "hill", "road", "bridge", "field", "farm", "town", "gate", "wall", "ship"]
+
+
+def made_text(number: int, sentences_each: int = 7) -> str:
+    """Sentences of 6 to 12 words that go on using the words of their own document."""
+    rng = np.random.default_rng([5, number])
+    own = rng.choice(WORDS, 6, replace=False).tolist()
+    parts = []
+    for _ in range(sentences_each):
+        words = [f"x{number}", *rng.choice(own, rng.integers(5, 11)).tolist()]
+        parts.append(" ".join(words).capitalize() + ".")
+    return " ".join(parts)
+
+
+DOCUMENTS = [Text(f"doc{number}", made_text(number)) for number in range(24)]
+TOKENIZER = Words([document.text for document in DOCUMENTS])
+
+
+def suite(names: list[str] = ALL, documents: list[Text] = DOCUMENTS, **options: Any) -> tasks.Suite:
+    return tasks.prepare(
+        TOKENIZER, names, documents, **{"end_of_text": 0, "context": 96, "limit": 20, **options}
+    )
+
+
+def text_of(ids: Any) -> str:
+    return TOKENIZER.decode(list(ids))
+
+
+def uniform() -> Table:
+    return Table(np.zeros((len(TOKENIZER.pieces), len(TOKENIZER.pieces)), np.float32))
+
+
+class Repeating:
+    """Expects the words of its context again: P(next) grows with how often a word occurred so far."""
+
+    context = 128
+    tree_nodes, packs = 0, True
+    vocab_size = len(TOKENIZER.pieces)
+
+    def __call__(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        seen = np.cumsum(np.eye(self.vocab_size)[ids], axis=1)
+        return np.log(seen + 0.1).astype(np.float32)
+
+    def greedy(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> list[int]:
+        raise NotImplementedError
+
+
+def bigrams() -> Table:
+    """Bigram counts of the documents themselves."""
+    counts = np.full((len(TOKENIZER.pieces),) * 2, 0.01)
+    for document in DOCUMENTS:
+        ids = [0, *TOKENIZER(document.text)["input_ids"]]
+        for before, after in itertools.pairwise(ids):
+            counts[before, after] += 1
+    return Table(np.log(counts).astype(np.float32))
+
+
+# ---------------------------------------------------------------- sentences
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["One ends here.", "Another follows!", "Does a third?", "Yes."],
+        ["J. R. R. Tolkien wrote it.", "He lived in Oxford."],
+        ["Dr. Smith met Mr. Jones in St. Louis.", "They spoke."],
+        ["It was sold to Acme Inc. in 1990.", "The U.S. Army bought it.", "It cost 3.5 million."],
+        ["It was No. 5 on the list.", "The answer was no.", "He left."],
+        ["She said “no.”", "He left (at 5 p.m. sharp).", "“Why?”", "Nobody knows."],
+        ["Some animals, e.g. Asian elephants, are large.", "Others are not."],
+        ["Él nació en Lima.", "¿Dónde murió?", "Ångström war Schwede."],
+        ["no capital at all"],
+    ],
+)
+def test_sentences_end_where_a_reader_would_end_them(parts: list[str]) -> None:
+    text = "  " + " \n".join(parts) + " "
+    assert [text[start:end] for start, end in sentences(text)] == parts
+
+
+@given(st.text("ab .!?A\n1\"')", max_size=60))
+def test_sentences_lose_nothing_but_white_space(text: str) -> None:
+    spans = sentences(text)
+    assert "".join("".join(text[a:b].split()) for a, b in spans) == "".join(text.split())
+    assert all(text[a:b] == text[a:b].strip() != "" for a, b in spans)
+    assert all(first[1] < second[0] for first, second in itertools.pairwise(spans))
+
+
+def test_a_long_document_is_split_in_linear_time() -> None:
+    assert len(sentences("A short one. " * 60_000)) == 60_000
+
+
+# ---------------------------------------------------------------- items
+
+
+def test_items_depend_on_documents_tokenizer_and_seed_alone() -> None:
+    first, second = suite(), suite()
+    assert first.questions == second.questions
+    assert (
+        suite(documents=DOCUMENTS[::-1]).questions["heldout_perplexity"]
+        != first.questions["heldout_perplexity"]
+    )
+    assert all(suite(seed=1).questions[name] != first.questions[name] for name in ALL)
+    alone = suite(["heldout_continuation"]).questions["heldout_continuation"]
+    assert alone == first.questions["heldout_continuation"]
+
+
+def test_item_ids_name_their_document_and_are_unique() -> None:
+    for questions in suite().questions.values():
+        assert len({question.id for question in questions}) == len(questions) == 20
+        assert all(question.id.startswith(question.document + "#") for question in questions)
+
+
+def test_items_are_spread_over_the_documents() -> None:
+    for questions in suite().questions.values():
+        assert len({question.document for question in questions}) == 20
+    few = suite(documents=DOCUMENTS[:6], limit=12).questions
+    for name in ("heldout_cloze", "heldout_continuation"):
+        assert max(Counter(question.document for question in few[name]).values()) == 2
+
+
+def test_windows_start_after_end_of_text_and_predict_every_token_once() -> None:
+    questions = suite(["heldout_perplexity"], documents=DOCUMENTS[:3], context=20, limit=100).questions
+    by_document: dict[str, list[Question]] = {}
+    for question in questions["heldout_perplexity"]:
+        by_document.setdefault(question.document, []).append(question)
+    for document in DOCUMENTS[:3]:
+        windows = by_document[document.id]
+        assert len(windows) > 2
+        assert windows[0].requests[0][0] == (0,)
+        assert "".join(text_of(window.requests[0][1]) for window in windows) == document.text
+        assert sum(window.sizes[0] for window in windows) == len(document.text.encode())
+
+
+def test_windows_keep_within_the_token_budget() -> None:
+    for budget in (150, 300, 600):
+        questions = suite(["heldout_perplexity"], perplexity_tokens=budget).questions["heldout_perplexity"]
+        spent = sum(len(question.requests[0][1]) for question in questions)
+        assert budget - 96 < spent <= budget
+    assert len(suite(["heldout_perplexity"], perplexity_tokens=1).questions["heldout_perplexity"]) == 2
+
+
+def test_cloze_asks_for_the_last_word_of_a_sentence_after_thirty_words() -> None:
+    texts = {document.id: document.text for document in DOCUMENTS}
+    for question in suite().questions["heldout_cloze"]:
+        ((context, word),) = question.requests
+        passage = text_of(context[1:])
+        assert re.fullmatch(r" [a-z]{3,}", text_of(word))
+        assert passage + text_of(word) + "." in texts[question.document]
+        assert len(passage.split()) >= 30
+        assert context[0] == 0
+        assert len(context) <= CLOZE_CONTEXT
+        assert question.notes["seen"] == (text_of(word).strip() in passage.lower().split())
+
+
+def test_cloze_prefers_words_that_occurred_in_the_passage() -> None:
+    start = "Here are thirty words of one passage " * 5
+    known = [
+        Text(f"known{k}", f"{start}and the name is lantern. They all call it lantern.") for k in range(4)
+    ]
+    new = [
+        Text(f"new{k}", f"{start}and nobody would guess anchor. Nor would they guess beacon.")
+        for k in range(4)
+    ]
+    tokenizer = Words([document.text for document in known + new])
+    made = tasks.prepare(tokenizer, ["heldout_cloze"], known + new, end_of_text=0, context=96, limit=6)
+    documents = [question.document for question in made.questions["heldout_cloze"]]
+    assert sorted(documents[:4]) == ["known0", "known1", "known2", "known3"]
+    assert [question.notes["seen"] for question in made.questions["heldout_cloze"]] == [True] * 4 + [
+        False
+    ] * 2
+
+
+def test_continuations_are_the_next_sentence_and_three_of_like_length_from_elsewhere() -> None:
+    spans = {document.id: [document.text[a:b] for a, b in sentences(document.text)] for document in DOCUMENTS}
+    golds = Counter()
+    for question in suite().questions["heldout_continuation"]:
+        contexts = {context for context, _ in question.requests}
+        choices = [text_of(target).strip() for _, target in question.requests]
+        own = spans[question.document]
+        place = own.index(choices[question.gold])
+        passage = text_of(next(iter(contexts))[1:])
+        assert len(contexts) == 1
+        assert place == int(question.id.split("#")[1]) > 0
+        assert " ".join(own[:place]).endswith(passage)
+        assert passage[0].isupper()
+        homes = [next(name for name, parts in spans.items() if choice in parts) for choice in choices]
+        assert len(set(homes)) == 4
+        assert homes[question.gold] == question.document
+        assert max(question.sizes) - min(question.sizes) <= 3
+        assert len(next(iter(contexts))) <= CONTINUATION_CONTEXT
+        assert all(len(target) <= CONTINUATION_SENTENCE for _, target in question.requests)
+        golds[question.gold] += 1
+    assert len(golds) == 4
+
+
+def test_no_question_is_longer_than_the_context() -> None:
+    for context in (24, 40, 96):
+        for questions in suite(context=context).questions.values():
+            longest = max(len(a) + len(b) - 1 for question in questions for a, b in question.requests)
+            assert longest <= context
+
+
+@pytest.mark.parametrize(
+    ("name", "documents", "found"),
+    [
+        ("heldout_perplexity", [Text("a", "")], "found 0 windows of text in 1"),
+        ("heldout_cloze", [Text("a", "Too short. To ask.")], "found 0 passages that end in a word in 1"),
+        (
+            "heldout_continuation",
+            DOCUMENTS[:3],
+            "found 0 sentences with three of like length in other documents in 3",
+        ),
+    ],
+)
+def test_too_little_text_says_how_much_there_is_and_what_helps(
+    name: str, documents: list[Text], found: str
+) -> None:
+    with pytest.raises(BadInput, match=f"{name}: {found} held-out documents, need 2; .*data.heldout"):
+        suite([name], documents=documents)
+
+
+# ---------------------------------------------------------------- scores
+
+
+def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary() -> None:
+    result = suite().run(uniform())["heldout_perplexity"]
+    vocabulary = len(TOKENIZER.pieces)
+    size, tokens = (
+        sum(item["bytes"] for item in result["items"]),
+        sum(item["tokens"] for item in result["items"]),
+    )
+    assert result["value"] == pytest.approx(vocabulary)
+    assert result["metrics"]["bits_per_byte"]["value"] == pytest.approx(tokens * math.log2(vocabulary) / size)
+    assert (result["metric"], result["higher_is_better"]) == ("perplexity", False)
+
+
+def test_a_model_that_knows_nothing_guesses_continuations_at_chance() -> None:
+    result = suite(limit=24).run(uniform())["heldout_continuation"]
+    assert result["chance"] == 0.25
+    assert result["low"] < 0.25 < result["high"]
+
+
+def test_perplexity_equals_the_closed_form_of_a_bigram_table() -> None:
+    model = bigrams()
+    result = suite(limit=24).run(model)["heldout_perplexity"]
+    total = count = 0.0
+    for document in DOCUMENTS:
+        ids = [0, *TOKENIZER(document.text)["input_ids"]]
+        for before, after in itertools.pairwise(ids):
+            row = model.logits[before].astype(np.float64)
+            total -= row[after] - np.log(np.exp(row).sum())
+            count += 1
+    assert result["n"] == 24
+    assert result["value"] == pytest.approx(math.exp(total / count), rel=1e-6)
+    assert result["low"] < result["value"] < result["high"]
+
+
+def test_a_model_that_expects_words_again_finds_the_continuations() -> None:
+    result = suite().run(Repeating())["heldout_continuation"]
+    assert result["value"] > 0.9
+    for item in result["items"]:
+        assert item["accuracy"] == (item["choice"] == item["gold"]) == (item["margin"] > 0) == item["value"]
+
+
+def test_cloze_accuracy_counts_words_whose_every_token_is_most_likely() -> None:
+    model = bigrams()
+    prepared = suite()
+    result = prepared.run(model)["heldout_cloze"]
+    for question, item in zip(prepared.questions["heldout_cloze"], result["items"], strict=True):
+        ((context, word),) = question.requests
+        assert len(word) == 1
+        assert item["accuracy"] == (model.logits[context[-1]].argmax() == word[0])
+    assert 0 < result["value"] < 1
+
+
+def test_results_are_plain_json_and_the_same_again() -> None:
+    first, second = suite().run(bigrams()), suite().run(bigrams())
+    assert json.dumps(first, allow_nan=False) == json.dumps(second, allow_nan=False)
+    assert list(first) == ALL
+
+
+def test_two_models_are_paired_on_the_same_items() -> None:
+    prepared = suite()
+    worse, better = prepared.run(uniform()), prepared.run(Repeating())
+    pair = compare_task(worse["heldout_perplexity"], better["heldout_perplexity"])
+    assert pair["difference"] == pytest.approx(
+        better["heldout_perplexity"]["value"] - worse["heldout_perplexity"]["value"]
+    )
+    assert pair["high"] < 0
+    assert set(pair["metrics"]) == {"perplexity", "bits_per_byte"}
+    accuracy = compare_task(worse["heldout_continuation"], better["heldout_continuation"])
+    assert accuracy["mcnemar_p"] < 0.05
+    assert accuracy["low"] > 0
+
+
+def test_results_from_other_items_are_not_paired() -> None:
+    left, right = suite(seed=0).run(uniform()), suite(seed=1).run(uniform())
+    with pytest.raises(ValueError, match="do not hold the same items"):
+        compare_task(left["heldout_cloze"], right["heldout_cloze"])
+    with pytest.raises(ValueError, match="do not hold the same items"):
+        compare_task(left["heldout_cloze"], left["heldout_continuation"])
+
+
+def test_progress_names_the_task() -> None:
+    notes: list[str] = []
+    suite().run(uniform(), progress=lambda done, total, note: notes.append(note))
+    assert {note.split(":")[0] for note in notes} == set(ALL)
+
+
+def test_every_task_says_what_it_reports() -> None:
+    assert [task.metrics[0].name for task in heldout.TASKS.values()] == ["perplexity", "accuracy", "accuracy"]

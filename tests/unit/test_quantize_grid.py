@@ -1,0 +1,218 @@
+"""The grid computes what ONNX Runtime's kernels compute from the same packed bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from edgedisp.core.errors import BadInput
+from edgedisp.quantize.grid import (
+    BITS,
+    GROUPS,
+    Blocks,
+    Grid,
+    Packed,
+    dequantize,
+    in_groups,
+    pack,
+    quantize,
+    round_to,
+    storable,
+    unpack,
+)
+
+grids = st.builds(Grid, bits=st.sampled_from(BITS), group=st.sampled_from(GROUPS), symmetric=st.booleans())
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> Tensor:
+    """Matrices of odd shapes with rows and stretches of zeros, constants, one-sided values and outliers."""
+    rows, columns = draw(st.integers(1, 9)), draw(st.integers(1, 300))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    weight = rng.normal(size=(rows, columns)) * 10.0 ** rng.uniform(-9, 1, size=(rows, 1))
+    for row in range(rows):
+        kind = draw(st.sampled_from(["plain", "zeros", "zero stretch", "constant", "positive", "outlier"]))
+        if kind == "zeros":
+            weight[row] = 0
+        elif kind == "zero stretch":
+            weight[row, : columns // 2] = 0
+        elif kind == "constant":
+            weight[row] = weight[row, 0]
+        elif kind == "positive":
+            weight[row] = np.abs(weight[row]) + 1
+        elif kind == "outlier":
+            weight[row, rng.integers(columns)] *= 1000
+    return torch.from_numpy(weight.astype(np.float32))
+
+
+def run(
+    op: str, data: np.ndarray, packed: Packed, feed: np.ndarray, width: int, **attributes: int
+) -> np.ndarray:
+    """One node of ONNX Runtime over the packed weight."""
+    tensors = {"data": data, "scales": packed.scales}
+    if packed.zero_points is not None:
+        tensors["zero_points"] = packed.zero_points
+    names = ["data", "scales", *(["zero_points"] if packed.zero_points is not None else [])]
+    inputs = ["x", *names] if op == "MatMulNBits" else ["data", "x", *names[1:]]
+    kind = TensorProto.FLOAT if op == "MatMulNBits" else TensorProto.INT64
+    cast = helper.make_node("Cast", ["scales"], ["cast"], to=TensorProto.FLOAT)
+    inputs = ["cast" if name == "scales" else name for name in inputs]
+    shape: list[str | int | None] = ["n", feed.shape[1]] if op == "MatMulNBits" else ["n"]
+    options: dict[str, Any] = attributes
+    graph = helper.make_graph(
+        [cast, helper.make_node(op, inputs, ["y"], domain="com.microsoft", **options)],
+        "one",
+        [helper.make_tensor_value_info("x", kind, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", width])],
+        [numpy_helper.from_array(tensor, name) for name, tensor in tensors.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    result: np.ndarray = session.run(None, {"x": feed})[0]
+    return result
+
+
+@settings(max_examples=60, deadline=None)
+@given(weight=weights(), grid=grids)
+def test_dequantized_equals_what_matmulnbits_multiplies_with(weight: Tensor, grid: Grid) -> None:
+    packed = pack(quantize(weight, grid), grid)
+    rows, columns = weight.shape
+    identity = np.eye(columns, dtype=np.float32)
+    shape = {"K": columns, "N": rows, "bits": grid.bits, "block_size": grid.group, "accuracy_level": 0}
+    computed = run("MatMulNBits", packed.data, packed, identity, rows, **shape)
+    np.testing.assert_array_equal(computed.T, dequantize(unpack(packed, grid), grid).numpy())
+
+
+@settings(max_examples=60, deadline=None)
+@given(weight=weights(), grid=grids)
+def test_dequantized_equals_what_gatherblockquantized_returns(weight: Tensor, grid: Grid) -> None:
+    packed = pack(quantize(weight, grid), grid)
+    rows, columns = weight.shape
+    padded = packed.data.shape[1] * grid.group
+    shape = {"bits": grid.bits, "block_size": grid.group, "gather_axis": 0, "quantize_axis": 1}
+    data = packed.data.reshape(rows, -1)
+    looked_up = run("GatherBlockQuantized", data, packed, np.arange(rows)[::-1], padded, **shape)
+    np.testing.assert_array_equal(looked_up[::-1, :columns], dequantize(unpack(packed, grid), grid).numpy())
+    assert not looked_up[:, columns:].any()  # padding comes out as zeros
+
+
+@given(weight=weights(), grid=grids)
+def test_unpacking_undoes_packing(weight: Tensor, grid: Grid) -> None:
+    blocks = quantize(weight, grid)
+    packed = pack(blocks, grid)
+    groups = -(-weight.shape[1] // grid.group)
+    assert packed.data.shape == (len(weight), groups, grid.group * grid.bits // 8)
+    assert packed.scales.shape == (len(weight), groups)
+    back = unpack(packed, grid)
+    np.testing.assert_array_equal(back.q, blocks.q)
+    np.testing.assert_array_equal(back.scales, blocks.scales)
+    if grid.symmetric:
+        assert packed.zero_points is back.zero_points is None
+    else:
+        np.testing.assert_array_equal(back.zero_points, blocks.zero_points)
+
+
+@given(weight=weights(), grid=grids)
+def test_the_error_is_half_a_step_or_one_at_a_symmetric_grids_short_end(weight: Tensor, grid: Grid) -> None:
+    blocks = quantize(weight, grid)
+    error = (dequantize(blocks, grid) - weight).abs()
+    steps = blocks.scales.abs().repeat_interleave(grid.group, dim=1)[:, : weight.shape[1]]
+    cut = steps * grid.highest * 2.0**-11  # by the scale, which is rounded to fp16's 11 bits
+    assert (error <= steps * (1.0 if grid.symmetric else 0.5) * 1.0001 + cut).all()
+    # The short end is the one opposite the extreme that decides the sign of the scale.
+    signs = blocks.scales.sign().repeat_interleave(grid.group, dim=1)[:, : weight.shape[1]]
+    short = weight.sign() == signs
+    assert (error[~short] <= steps[~short] * 0.5001 + cut[~short]).all()
+    assert not error[weight == 0].any()
+
+
+@given(size=st.floats(-12, 4))
+def test_scales_are_numbers_that_fp16_holds(size: float) -> None:
+    exact = 10.0**size * (1 + torch.rand(64, generator=torch.Generator().manual_seed(0)))
+    for scales in (exact, -exact):
+        held = storable(scales)
+        assert torch.equal(held, held.half().float()) and torch.equal(storable(held), held)
+        assert torch.equal(held.sign(), scales.sign())
+        wider = held.abs() - exact
+        normal = exact >= 2.0**-14
+        assert (wider.abs()[normal] <= 2.0**-11 * exact[normal]).all()
+        assert ((wider[~normal] >= 0) & (wider[~normal] < 2.0**-24)).all()  # nothing is cut off
+
+
+def test_scales_of_nothing_and_of_too_much() -> None:
+    assert storable(torch.tensor([0.0, 1e9, -1e9])).tolist() == [0.0, 65504.0, -65504.0]
+    with pytest.raises(BadInput, match=r"holds 7e\+04, beyond what scales in fp16 reach \(65,504\)"):
+        quantize(torch.tensor([[1.0, -7e4]]), Grid(8, 16, True))
+    with pytest.raises(ValueError, match="none that fp16 holds"):
+        scales = torch.full((1, 1), 0.1)
+        pack(Blocks(torch.zeros(1, 1, 16, dtype=torch.uint8), scales, None, 16), Grid(8, 16, True))
+
+
+@given(weight=weights(), grid=grids)
+def test_rounding_what_is_on_the_grid_changes_nothing(weight: Tensor, grid: Grid) -> None:
+    once = quantize(weight, grid)
+    values = in_groups(dequantize(once, grid), grid.group)
+    twice = round_to(values, once.scales, once.zero_points, grid, weight.shape[1])
+    assert torch.equal(twice.q, once.q)
+
+
+@given(weight=weights(), bits=st.sampled_from(BITS), group=st.sampled_from(GROUPS))
+def test_a_symmetric_groups_largest_value_is_kept(weight: Tensor, bits: int, group: int) -> None:
+    grid = Grid(bits, group, symmetric=True)
+    blocks = quantize(weight, grid)
+    kept, largest = dequantize(blocks, grid).abs().amax(1), weight.abs().amax(1)
+    # As far as its scale is: 11 bits of it, and fewer below fp16's normal range.
+    assert ((kept - largest).abs() <= largest * 2.0**-11 * 1.001 + 2.0**-24 * grid.middle).all()
+
+
+def test_four_bit_values_by_hand() -> None:
+    # Range -6..9 in 15 steps of 1: zero point 6. Two values to a byte, the first in the low half.
+    weight = torch.zeros(1, 16)
+    weight[0, :4] = torch.tensor([-6.0, 9, 0, 3])
+    packed = pack(quantize(weight, Grid(4, 16, symmetric=False)), Grid(4, 16, symmetric=False))
+    assert packed.scales.tolist() == [[1.0]]
+    assert packed.zero_points is not None and packed.zero_points.tolist() == [[6]]
+    assert packed.data[0, 0, :2].tolist() == [0 | 15 << 4, 6 | 9 << 4]
+    # Symmetric: 9 has the largest magnitude, so it is -8 steps of -9/8, and 0 is the middle.
+    blocks = quantize(weight, Grid(4, 16, symmetric=True))
+    assert blocks.scales.tolist() == [[-1.125]]
+    assert blocks.q[0, 0, :4].tolist() == [13, 0, 8, 5]
+
+
+def test_size_counts_everything_that_is_stored() -> None:
+    packed = pack(quantize(torch.ones(10, 96), Grid(4, 32, False)), Grid(4, 32, False))
+    assert packed.size_bytes == 10 * 96 // 2 + 10 * 3 * 2 + 10 * 2
+    assert Grid(4, 32, False).size_bytes(10, 96) == packed.size_bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [((3, 32, True), "bits is 3"), ((4, 48, True), "group is 48"), ((8, 8, True), "group is 8")],
+)
+def test_grids_without_a_kernel_are_refused(options: tuple[int, int, bool], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        Grid(*options)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_broken_weight_is_refused(bad: float) -> None:
+    weight = torch.ones(2, 32)
+    weight[1, 3] = bad
+    with pytest.raises(BadInput, match="not finite"):
+        quantize(weight, Grid(8, 32, True))
+    with pytest.raises(BadInput, match="two dimensions"):
+        quantize(weight[0], Grid(8, 32, True))
+
+
+def test_blocks_of_a_ragged_row_are_cut_back_to_its_columns() -> None:
+    blocks = Blocks(torch.full((1, 2, 16), 9, dtype=torch.uint8), torch.ones(1, 2), None, columns=20)
+    assert dequantize(blocks, Grid(4, 16, True)).tolist() == [[1.0] * 20]

@@ -1,0 +1,940 @@
+"""The recipe room: what is read, what is refused and in which words, what follows from a recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from edgedisp.core.errors import BadInput
+from edgedisp.recipe import Arm, Distributed, QuantizationAware, Recipe, Verify, load, reference, smoke
+from edgedisp.recipe.number import read_number, read_whole
+from edgedisp.recipe.section import Section
+
+SMALL = """\
+name: small
+model:
+  base: org/name
+data:
+  train:
+    - source: text.txt
+  context: 64
+train:
+  tokens: 10k
+  lr: 1e-4
+"""
+FULL: dict[str, Any] = {
+    "name": "full",
+    "seed": 7,
+    "model": {"base": "org/name", "architecture": "llama", "revision": "main"},
+    "data": {"train": [{"source": "a.txt", "limit": 9}, {"source": "b"}], "heldout": 0.2, "context": 16},
+    "train": {
+        "tokens": 4096,
+        "lr": 1e-3,
+        "dispersion": {"layers": [0, 3], "tokens": "all", "seed": 4},
+        "adapter": {"kind": "qlora", "targets": ["q_proj"]},
+    },
+    "quantize": {"int4": {"head_bits": 4}},
+    "arms": [
+        {"name": "both", "dispersion": {"weight": 2}, "neftune": 5, "embedding_dropout": 0.1},
+        "baseline",
+        "dispersed",
+    ],
+}
+
+Reader = Callable[..., Recipe]
+Refusal = Callable[..., str]
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Reader:
+    """Load a text as tmp_path/r.yaml."""
+
+    def reader(text: str, *overrides: str, smoke: bool = False) -> Recipe:
+        (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+        return load(tmp_path / "r.yaml", overrides, smoke)
+
+    return reader
+
+
+@pytest.fixture
+def refusal(read: Reader, tmp_path: Path) -> Refusal:
+    """The message for a text that must be refused, with the folder cut off."""
+
+    def refuse(text: str, *overrides: str, smoke: bool = False) -> str:
+        with pytest.raises(BadInput) as caught:
+            read(text, *overrides, smoke=smoke)
+        return str(caught.value).replace(f"{tmp_path}/", "")
+
+    return refuse
+
+
+def with_line(line: str) -> str:
+    """SMALL with a line put at the end, which is inside `train` if it is indented: line 11."""
+    return SMALL + line + "\n"
+
+
+# ---------------------------------------------------------------- what is read
+
+
+def test_defaults_are_those_of_the_paper_and_the_contract(read: Reader) -> None:
+    recipe = read(SMALL)
+    assert recipe.train.betas == (0.9, 0.95)
+    assert (recipe.train.weight_decay, recipe.train.clip, recipe.train.schedule) == (0.1, 1.0, "cosine")
+    dispersion = recipe.train.dispersion
+    assert dispersion is not None
+    assert (dispersion.variant, dispersion.weight, dispersion.layers) == ("angular", 0.1, "all")
+    assert (dispersion.temperature, dispersion.tokens, dispersion.clamp) == (1.0, 64, 0.1)
+    assert [arm.name for arm in recipe.arms] == ["baseline", "dispersed"] and recipe.seeds == 1
+    assert recipe.precisions == ("fp32", "int8", "int4")
+    assert recipe.data.heldout == 0.05
+    assert recipe.quantize.int8.symmetric and not recipe.quantize.int4.symmetric
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("40k", 40_000), ("200M", 200_000_000), ("1.5B", 1_500_000_000), ("4e4", 40_000), ("1_000", 1000),
+     ("'40k'", 40_000), ("0.5k", 500), ("40.0", 40), ("+300", 300), ("300 k", 300_000), ("007_000", 7000)],
+)  # fmt: skip
+def test_whole_numbers_as_people_write_them(read: Reader, written: str, meant: int) -> None:
+    tokens = read(
+        SMALL.replace("10k", written).replace("64", "8").replace("  lr", "  batch: 1\n  lr")
+    ).train.tokens
+    assert tokens == meant and type(tokens) is int
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("5e-5", 5e-5),
+        ("'5e-5'", 5e-5),
+        ("1E-4", 1e-4),
+        (".5", 0.5),
+        ("5%", 0.05),
+        ("0.1%", 0.001),
+        ("1_0e-4", 1e-3),
+    ],
+)
+def test_numbers_as_people_write_them(read: Reader, written: str, meant: float) -> None:
+    assert read(SMALL.replace("1e-4", written)).train.lr == meant
+
+
+@given(st.integers(-(10**14), 10**14))
+def test_every_spelling_of_a_whole_number_gives_it_back(number: int) -> None:
+    for spelling in (number, str(number), f"{number:_}", f"{number}.0", f"{number * 1000}e-3", f" {number} "):
+        assert read_whole(spelling) == number
+    assert read_whole(f"{number}k") == read_whole(f"{number}e3") == 1000 * number
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_every_float_survives_being_written(number: float) -> None:
+    assert read_number(repr(number)) == read_number(number) == number
+    assert read_number(f"{number!r}%") == float(Decimal(repr(number)) / 100)
+
+
+@given(st.one_of(st.text(max_size=60), st.text(alphabet="0123456789_.eE+-kKMB% ", max_size=50)))
+def test_any_other_text_is_no_number_or_a_finite_one(text: str) -> None:
+    for reader in (read_whole, read_number):
+        with contextlib.suppress(ValueError):  # the only failure there may be
+            assert abs(reader(text)) < float("inf")
+
+
+@pytest.mark.parametrize(
+    "value", [True, None, [], {}, float("nan"), float("inf"), "", "k", "0x10", "١٠", "1e999"]
+)
+def test_what_is_no_number_is_refused(value: object) -> None:
+    with pytest.raises(ValueError):
+        read_number(value)
+    with pytest.raises(ValueError):
+        read_whole(value)
+
+
+def test_aliases_are_followed_and_a_byte_order_mark_is_ignored(read: Reader) -> None:
+    recipe = read("\ufeff" + SMALL.replace("10k", "&n 10k") + "verify: {tokens: *n}\n")
+    assert recipe.verify.tokens == recipe.train.tokens == 10_000
+
+
+def test_weight_zero_is_allowed(read: Reader) -> None:
+    dispersion = read(with_line("  dispersion: {weight: 0}")).train.dispersion
+    assert dispersion is not None and dispersion.weight == 0
+
+
+def test_an_adapter_resolves_alpha_and_base(read: Reader) -> None:
+    qlora = read(with_line("  adapter: {kind: qlora, rank: 8, alpha: null}")).train.adapter
+    lora = read(with_line("  adapter: {kind: lora}")).train.adapter
+    assert qlora is not None and lora is not None
+    assert (qlora.alpha, qlora.base, lora.alpha, lora.base) == (16, "nf4", 32, None)
+
+
+# ---------------------------------------------------------------- overrides
+
+
+def test_overrides_reach_every_kind_of_key(read: Reader) -> None:
+    recipe = read(
+        SMALL,
+        "train.tokens=20k",
+        "arms=[baseline]",
+        "train.dispersion=null",
+        "data.train.0.limit=10",
+        "train.adapter.kind=lora",
+        "model.base=pypi:name==1.0/file.gguf",
+        "train.tokens=30k",
+    )
+    assert recipe.train.tokens == 30_000
+    assert [arm.name for arm in recipe.arms] == ["baseline"] and recipe.train.dispersion is None
+    assert recipe.data.train[0].limit == 10
+    assert recipe.train.adapter is not None and recipe.train.adapter.rank == 16
+    assert recipe.model.base == "pypi:name==1.0/file.gguf"
+
+
+def test_an_override_keeps_the_other_keys_of_its_section(read: Reader) -> None:
+    dispersion = read(
+        with_line("  dispersion: {weight: 0.5}"), "train.dispersion.layers=[1, 2]"
+    ).train.dispersion
+    assert dispersion is not None and (dispersion.weight, dispersion.layers) == (0.5, (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.tokens=abc", "train.tokens: found 'abc'; needs a whole number of at least 1, such as 40k"),
+        ("train.tokns=5", "train.tokns: unknown key; did you mean 'tokens'?"),
+        ("trian.tokens=5", "trian: unknown key; did you mean 'train'?"),
+        ("train.tokens=",
+         "train.tokens: found nothing (null); needs a whole number of at least 1, such as 40k"),
+        ("train.tokens", "needs key=value, such as train.tokens=10k"),
+        ("=3", "needs key=value, such as train.tokens=10k"),
+        ("train..lr=3", "needs key=value, such as train.tokens=10k"),
+        ("train.tokens.x=3", "train.tokens.x: train.tokens is '10k': it has no keys"),
+        ("data.train.3.limit=9",
+         "data.train.3.limit: data.train is a list, and has no item '3': its only item is 0"),
+        ("data.train.x.limit=9",
+         "data.train.x.limit: data.train is a list, and has no item 'x': its only item is 0"),
+        ("data.train.0.limt=9", "data.train.0.limt: unknown key; did you mean 'limit'?"),
+        ("train.adapter.rank=4", "train.adapter.kind: missing; needs one of lora, qlora"),
+        ("name=12", "name: found the number 12; needs text: put it in quotes, --set name='\"12\"'"),
+        ("train.dispersion=null",
+         "train.dispersion: found null, but the arm 'dispersed' needs it; leave the key out"),
+        ("train.lr=[1", "train.lr: the value is not YAML: expected ',' or ']', but got the end of the file"),
+        ("train.lr=&a [*a]", "train.lr: the value is not YAML: it is nested too deeply, or an alias holds"),
+        ("train.lr=!!python/name:os.system", "train.lr: the tag !!python/name:os.system is not read"),
+    ],
+)  # fmt: skip
+def test_a_faulty_override_is_reported_as_such(refusal: Refusal, override: str, message: str) -> None:
+    said = refusal(SMALL, override)
+    assert said.startswith(f"--set {override}: {message}")
+    assert "\n" not in said
+
+
+# ---------------------------------------------------------------- refusals of keys
+
+
+def test_five_faults_give_five_numbered_lines_in_the_order_of_the_file(refusal: Refusal) -> None:
+    text = (
+        SMALL.replace("context: 64", "contxt: 64")
+        .replace("tokens: 10k", "tokens: -5")
+        .replace("lr: 1e-4", "lr: fast\n  adapter: {kind: lora, base: nf4}")
+    )
+    assert refusal(text + "arms: [baseline, disperse]\n").splitlines() == [
+        "r.yaml: 6 problems",
+        "  1. r.yaml:4: data.context: missing; needs a whole number of at least 8, such as 256",
+        "  2. r.yaml:7: data.contxt: unknown key; did you mean 'context'?",
+        "  3. r.yaml:9: train.tokens: found -5; needs a whole number of at least 1, such as 40k",
+        "  4. r.yaml:10: train.lr: found 'fast'; needs a number above 0 and below 1, such as 5e-5",
+        "  5. r.yaml:11: train.adapter.base: found 'nf4', but kind lora keeps its base in fp32; take it out, "
+        "or write kind: qlora",
+        "  6. r.yaml:12: arms.1: found 'disperse'; did you mean 'dispersed'? (choices: baseline, dispersed, "
+        "neftune, active_forgetting, embedding_dropout, or a mapping such as {name: strong, dispersion: "
+        "{weight: 1.0}})",
+    ]
+
+
+def test_file_and_override_faults_are_reported_together(refusal: Refusal) -> None:
+    lines = refusal(with_line("  batch: 0"), "seed=-1", "nam=x").splitlines()
+    assert lines[0] == "r.yaml: 3 problems"
+    assert [re.sub(r"^  \d\. (\S+ ?\S*): .*", r"\1", line) for line in lines[1:]] == [
+        "r.yaml:11: train.batch", "--set seed=-1", "--set nam=x",
+    ]  # fmt: skip
+
+
+# What is put on line 11 (indented: inside `train`) | the key reported | part of the message
+FAULTS = """\
+  batch: 2.5 | train.batch | found 2.5 (it is not whole); needs a whole number of at least 1
+  batch: true | train.batch | found true; needs a whole number of at least 1
+  batch: 200m | train.batch | found '200m' (for millions write 200M)
+  batch: 1,000 | train.batch | found '1,000' (write it without commas, as 1_000)
+  batch: 1e30 | train.batch | (it is too large)
+  batch: 11111111111111111111111111111111111111111111111111 | train.batch | (it is too long)
+  clip: .inf | train.clip | found '.inf'; needs a number above 0
+  clip: 1e400 | train.clip | found '1e400' (it is too large)
+  clip: 0 | train.clip | found 0; needs a number above 0
+  warmup: 1 | train.warmup | found 1; needs a number of at least 0 and below 1
+  warmup: 150% | train.warmup | found '150%'; needs a number of at least 0 and below 1
+  weight_decay: -0.1 | train.weight_decay | found -0.1; needs a number of at least 0
+  betas: [0.9] | train.betas | found [0.9]; needs a list of two numbers from 0 to below 1
+  betas: 0.9 | train.betas | found 0.9; needs a list of two numbers
+  betas: [0.9, 1] | train.betas.1 | found 1; needs a number of at least 0 and below 1
+  checkpoint_every: 0 | train.checkpoint_every | needs a whole number of at least 1, or null
+seed: -1 | seed | found -1; needs a whole number of at least 0 and below 4294967296
+verify: {fp32_top1: 2} | verify.fp32_top1 | found 2; needs a number of at least 0 and at most 1
+evaluate: {limit: 0} | evaluate.limit | found 0; needs a whole number of at least 1
+latency: {repetitions: 0} | latency.repetitions | found 0; needs a whole number of at least 1
+latency: {generate: 1} | latency.generate | found 1; needs a whole number of at least 2
+  dispersion: {weight: -1} | train.dispersion.weight | found -1; needs a number of at least 0
+  dispersion: {temperature: 0} | train.dispersion.temperature | found 0; needs a number above 0
+  dispersion: {variant: euclid} | train.dispersion.variant | choices: angular, cosine, l2_repel
+  dispersion: {variant: l2_repell} | train.dispersion.variant | did you mean 'l2_repel'?
+  dispersion: {layers: lastt} | train.dispersion.layers | did you mean 'last'? (choices: all, first_half
+  dispersion: {layers: [-1]} | train.dispersion.layers | found [-1] (layers are counted from 0)
+  dispersion: {layers: [1, 1]} | train.dispersion.layers | found '1' twice; name each once
+  dispersion: {layers: []} | train.dispersion.layers | found an empty list; needs all, first_half
+  dispersion: {layers: 2.5} | train.dispersion.layers | found 2.5; needs all, first_half
+  dispersion: {tokens: 1} | train.dispersion.tokens | found 1 (dispersion needs a pair of tokens)
+  dispersion: {tokens: al} | train.dispersion.tokens | did you mean 'all'?
+  dispersion: {clamp: 1} | train.dispersion.clamp | found 1; needs a number of at least 0 and below 1
+  dispersion: on | train.dispersion | found 'on'; needs a mapping with variant, weight, layers
+  adapter: {rank: 4} | train.adapter.kind | missing; needs one of lora, qlora
+  adapter: {kind: dora} | train.adapter.kind | did you mean 'lora'? (choices: lora, qlora)
+  adapter: {kind: lora, rank: 0} | train.adapter.rank | found 0; needs a whole number of at least 1
+  distributed: {wrap: auto} | train.distributed.fsdp | missing; needs one of full_shard, shard_grad_op
+  distributed: {fsdp: full} | train.distributed.fsdp | choices: full_shard, shard_grad_op
+  distributed: {fsdp: full_shard, wrap: all} | train.distributed.wrap | choices: auto, or a list
+  adapter: {kind: lora, targets: al} | train.adapter.targets | choices: auto, or a list of module names
+  adapter: {kind: lora, targets: [q, 3]} | train.adapter.targets | found [q, 3] (not all of it is text)
+  schedule: cosin | train.schedule | did you mean 'cosine'? (choices: cosine, linear, constant)
+  precision: BF16 | train.precision | found 'BF16'; did you mean 'bf16'? (choices: auto, bf16, fp32)
+  gradient_checkpointing: yes | train.gradient_checkpointing | found 'yes'; needs true or false
+arms: [] | arms | found an empty list; needs a list, each one of baseline, dispersed, neftune,
+arms: baseline | arms | found 'baseline'; needs a list, each one of baseline, dispersed, neftune,
+arms: [baseline, baseline] | arms | found 'baseline' twice; name each once
+arms: [{name: a, neftune: 1}, {name: A, neftune: 2}] | arms | found 'A' twice; name each once
+arms: [3] | arms.0 | found 3; needs one of baseline, dispersed, neftune, active_forgetting,
+arms: [{neftune: 1}] | arms.0.name | missing; needs a name of 1 to 60 letters
+arms: [{name: x}] | arms.0 | found a mapping of name (it names no technique)
+arms: [{name: x, dispersion: null}] | arms.0 | (it names no technique)
+arms: [{name: x, neftun: 3}] | arms.0.neftun | unknown key; did you mean 'neftune'?
+arms: [{name: x, dispersion: {weigth: 3}}] | arms.0.dispersion.weigth | unknown key; did you mean 'weight'?
+arms: [{name: x, dispersion: {weight: -3}}] | arms.0.dispersion.weight | found -3; needs a number of at
+arms: [{name: x, dispersion: 3}] | arms.0.dispersion | needs a mapping with any keys of train.dispersion, or
+arms: [{name: baseline, neftune: 3}] | arms.0 | (a baseline adds nothing; give the arm with neftune another
+arms: [{name: neftune, active_forgetting: 3}] | arms.0 | (an arm called 'neftune' adds neftune alone; give
+arms: [{name: dispersed, dispersion: {}, neftune: 3}] | arms.0 | (an arm called 'dispersed' adds dispersion
+arms: [{name: a/b, neftune: 3}] | arms.0.name | found 'a/b' (it names a folder); needs a name of 1 to 60
+arms: [{name: Items, neftune: 3}] | arms.0.name | (that name means something else in a run folder or a report)
+arms: [{name: x-seed1, neftune: 3}] | arms.0.name | (-seed and a number end the folder of another seed)
+arms: [{name: x, neftune: 0}] | arms.0.neftune | found 0; needs a number above 0, or null, such as 5.0
+arms: [{name: x, active_forgetting: 0}] | arms.0.active_forgetting | found 0; needs a whole number of steps of
+arms: [{name: x, active_forgetting: aut}] | arms.0.active_forgetting | did you mean 'auto'?
+arms: [{name: x, active_forgetting: 39}] | arms.0.active_forgetting | found 39 steps, but the run has 39
+arms: [{name: x, embedding_dropout: 1}] | arms.0.embedding_dropout | found 1; needs a number above 0 and
+arms: [dispersed, {name: x, dispersion: {weight: 0.1}}] | arms | the arms 'dispersed' and 'x' train alike
+seeds: 0 | seeds | found 0; needs a whole number of at least 1
+seeds: 1001 | seeds | found 1001; needs a whole number of at least 1 and at most 1000
+precisions: [] | precisions | found an empty list; needs a list with any of fp32, int8, int4
+precisions: [fp32, int2] | precisions.1 | found 'int2'; did you mean
+quantize: {int4: {head_bits: 5}} | quantize.int4.head_bits | found 5; choices: 4, 8
+quantize: {int8: {head_bits: 4}} | quantize.int8.head_bits | found 4; the only choice is 8
+quantize: {int8: {method: nf4}} | quantize.int8.method | found 'nf4'; choices: rtn, clip, k_quant, hqq, gptq
+quantize: {int4: {head_group: 48}} | quantize.int4.head_group | found 48; choices: 16, 32, 64, 128, 256
+quantize: {int4: {group: 100}} | quantize.int4.group | found 100; choices: 16, 32, 64, 128, 256
+quantize: {int4: {accuracy_level: 2}} | quantize.int4.accuracy_level | found 2; choices: 0, 1, 4, auto
+quantize: {int4: {accuracy_level: aut}} | quantize.int4.accuracy_level | did you mean 'auto'?
+quantize: {budget: 100} | quantize.budget | found 100 (it has no unit); needs a size such as 100MB
+quantize: {budget: 100Mb} | quantize.budget | (the units are kB, MB, GB, KiB, MiB, GiB)
+quantize: {max_perplexity_increase: 3} | quantize.max_perplexity_increase | found 3; needs a number above 0
+quantize: {max_perplexity_increase: 0} | quantize.max_perplexity_increase | found 0; needs a number above 0
+quantize: | quantize | found nothing (null); needs a mapping with int8, int4
+evaluate: {tasks: []} | evaluate.tasks | found an empty list; needs a list, each a task name
+evaluate: {tasks: [heldout_cloz]} | evaluate.tasks.0 | did you mean 'heldout_cloze'?
+evaluate: {tasks: [held_out_cloze]} | evaluate.tasks.0 | did you mean 'heldout_cloze'?
+evaluate: {tasks: [piqa, piqa]} | evaluate.tasks | found 'piqa' twice; name each once
+latency: {devices: [phone]} | latency.devices.0 | found 'phone'; the only choice is local
+targets: [laptop] | targets.0 | found 'laptop'; did you mean 'laptop-x64'? (choices: browser, laptop-x64
+  Batch: 3 | train.Batch | unknown key; did you mean 'batch'?
+  weight: 0.2 | train.weight | unknown key; did you mean 'train.dispersion.weight'?
+lr: 3 | lr | unknown key; did you mean 'train.lr'?
+"a\\nb\\e[1m": 3 | a\\nb\\x1b[1m | unknown key; the keys here are
+zzz: 3 | zzz | unknown key; the keys here are name, seed, model, data, train, arms
+12: 3 | 12 | unknown key
+seed: !!set {a, b} | seed | the tag !!set is not read; write the value without it
+seed: !mine 3 | seed | the tag !mine is not read
+train: {} | train | the key is given twice (first at
+<<: {seed: 3} | << | merge keys are not read; write the keys out
+"""
+
+
+@pytest.mark.parametrize("row", FAULTS.splitlines())
+def test_a_faulty_key_is_reported_with_line_path_and_cure(refusal: Refusal, row: str) -> None:
+    line, key, words = row.split(" | ")
+    said = refusal(with_line(line))
+    assert said.startswith(f"r.yaml:11: {key}: ") and words in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "key", "words"),
+    [
+        ("tokens: 10k", "tokens: 40.5", 9, "train.tokens", "found 40.5 (it is not whole)"),
+        ("tokens: 10k", "tokens: 0", 9, "train.tokens", "found 0; needs a whole number of at least 1"),
+        ("tokens: 10k", "tokens:", 9, "train.tokens", "found nothing (null)"),
+        ("lr: 1e-4", "lr: 5", 10, "train.lr", "found 5; needs a number above 0 and below 1"),
+        ("context: 64", "context: 4", 7, "data.context", "found 4; needs a whole number of at least 8"),
+        ("context: 64", "context: 64\n  heldout: 0", 8, "data.heldout",
+         "found 0; needs a number above 0 and below 1"),
+        ("context: 64", "context: 64\n  heldout: 100%", 8, "data.heldout",
+         "found '100%'; needs a number above 0"),
+        ("  context: 64\n", "", 4, "data.context", "missing; needs a whole number of at least 8"),
+        ("    - source: text.txt", "    []", 5, "data.train",
+         "found an empty list; needs a list, each a mapping"),
+        ("    - source: text.txt", "    source: text.txt", 5, "data.train",
+         "found a mapping of source; needs a list"),
+        ("- source: text.txt", "- text.txt", 6, "data.train.0",
+         "found 'text.txt'; needs a mapping with source"),
+        ("- source: text.txt", "- text: x", 6, "data.train.0.source", "missing; needs text"),
+        ("text.txt", "text.txt\n      limit: 0", 7, "data.train.0.limit", "found 0; needs a whole number"),
+        ("text.txt", "text.txt\n      sha256: beef", 7, "data.train.0.sha256",
+         "found 'beef' (it has 4 characters)"),
+        ("text.txt", f"text.txt\n      sha256: {'g' * 64}", 7, "data.train.0.sha256",
+         "(it is not hexadecimal)"),
+        ("org/name", "'org/name '", 3, "model.base", "(it has spaces at an end)"),
+        ("org/name", '"org\\tname"', 3, "model.base", "found 'org\\tname' (it holds an invisible character"),
+        ("org/name", "''", 3, "model.base", "found '' (it is empty); needs text"),
+        ("org/name", "org/name\n  revision: 123", 4, "model.revision",
+         "found the number 123; needs text: put it in"),
+        ("name: small", "name: ../up", 1, "name",
+         "(it names the run's folder); needs 1 to 100 letters, digits"),
+        ("name: small", "name: a/b", 1, "name", "found 'a/b' (it names the run's folder)"),
+        ("name: small", "name: ..", 1, "name", "found '..' (it names the run's folder)"),
+        ("name: small", f"name: {'a' * 101}", 1, "name", "(it names the run's folder)"),
+        ("name: small\n", "", 1, "name", "missing; needs 1 to 100 letters"),
+        ("model:\n  base: org/name\n", "", 1, "model", "missing; needs a mapping with base"),
+        ("model:\n  base: org/name\n", "model: org/name\n", 2, "model",
+         "found 'org/name'; needs a mapping with base"),
+    ],
+)  # fmt: skip
+def test_a_faulty_required_key_too(
+    refusal: Refusal, old: str, new: str, line: int, key: str, words: str
+) -> None:
+    assert old in SMALL
+    said = refusal(SMALL.replace(old, new))
+    assert said.startswith(f"r.yaml:{line}: {key}: ") and words in said
+    assert "\n" not in said
+
+
+# ---------------------------------------------------------------- refusals of combinations
+
+
+def test_fewer_tokens_than_one_step_names_both_numbers(refusal: Refusal) -> None:
+    said = refusal(SMALL.replace("10k", "1000") + "  accumulate: 8\n")
+    assert said == (
+        "r.yaml:9: train.tokens: found 1,000, but one optimizer step takes 2,048 "
+        "(batch 4 x accumulate 8 x context 64); needs at least 2048, "
+        "or a smaller batch, accumulate or context"
+    )
+
+
+def test_the_dispersed_arm_needs_a_dispersion(refusal: Refusal, read: Reader) -> None:
+    off = with_line("  dispersion: null")
+    assert refusal(off) == (
+        "r.yaml:11: train.dispersion: found null, but the arm 'dispersed' needs it; leave the key out for "
+        "the paper's settings, or write arms: [baseline]"
+    )
+    assert read(off + "arms: [baseline]\n").train.dispersion is None
+
+
+def test_an_arm_of_another_name_with_dispersion_needs_one_too(refusal: Refusal, read: Reader) -> None:
+    off = with_line("  dispersion: null")
+    assert "but the arm 'x' needs it" in refusal(off + "arms: [{name: x, dispersion: {weight: 1}}]\n")
+    assert read(off + "arms: [baseline, neftune]\n").arm_runs[1].techniques == {"neftune": 5.0}
+
+
+def test_an_embedding_that_is_frozen_or_never_drawn_anew_is_refused(refusal: Refusal, read: Reader) -> None:
+    line = "arms: [baseline, active_forgetting]\n"
+    assert refusal(with_line("  adapter: {kind: lora}") + line).startswith(
+        "r.yaml:12: arms.1: an adapter leaves the embedding frozen"
+    )
+    said = refusal(SMALL.replace("10k", "256") + line)
+    assert said == (
+        "r.yaml:11: arms.1: the run has a single step, so the embedding would never be drawn anew; "
+        "needs more train.tokens"
+    )
+    assert read(SMALL + line).arm_runs[1].active_forgetting == round(39 * 2 / 3)
+
+
+def test_a_wheel_has_neither_revision_nor_configuration(refusal: Refusal) -> None:
+    text = SMALL.replace("org/name", "pypi:a==1/m\n  revision: main")
+    text = text.replace("text.txt", "pypi:b==1/t\n      config: x\n      revision: y")
+    advice = "but a pypi: file has none, its version stands in its name; take it out"
+    assert refusal(text).splitlines()[1:] == [
+        f"  1. r.yaml:4: model.revision: found 'main', {advice}",
+        f"  2. r.yaml:8: data.train.0.config: found 'x', {advice}",
+        f"  3. r.yaml:9: data.train.0.revision: found 'y', {advice}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("org/name", "../base", "model.base"),
+        ("org/name", "sub/../../base", "model.base"),
+        ("text.txt", "../text.txt", "data.train.0.source"),
+        ("  lr: 1e-4\n", "  lr: 1e-4\nevaluate: {tasks_path: ../tasks}\n", "evaluate.tasks_path"),
+    ],
+)  # fmt: skip
+def test_a_relative_path_stays_in_the_folder(
+    refusal: Refusal, tmp_path: Path, old: str, new: str, key: str
+) -> None:
+    said = refusal(SMALL.replace(old, new))
+    assert f"{key}: found '" in said
+    assert f"which leaves the recipe's folder; if you mean it, write {tmp_path.parent}" in said
+
+
+def test_paths_inside_absolute_ones_and_hub_ids_are_fine(read: Reader, tmp_path: Path) -> None:
+    for base in ("sub/../base", "./base", "/elsewhere/base", "~/base", "gpt2", "pypi:a==1/../m"):
+        assert read(SMALL.replace("org/name", base)).model.base == base
+
+
+def test_a_link_out_of_the_folder_is_seen_through(refusal: Refusal, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path.parent)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "leaves the recipe's folder" in refusal(SMALL.replace("text.txt", "link/text.txt"))
+    assert "unknown key" in refusal(SMALL.replace("text.txt", "loop") + "x: 1\n")  # and no crash
+
+
+def test_a_combination_with_a_faulty_key_is_not_guessed_at(refusal: Refusal) -> None:
+    said = refusal(SMALL.replace("10k", "100").replace("64", "abc"))
+    assert said == "r.yaml:7: data.context: found 'abc'; needs a whole number of at least 8, such as 256"
+
+
+def test_recipes_made_in_python_are_checked_as_well() -> None:
+    Recipe.model_validate(FULL)
+    with pytest.raises(ValidationError, match="kind lora keeps its base in fp32"):
+        Recipe.model_validate(
+            {**FULL, "train": {"tokens": 4096, "lr": 0.1, "adapter": {"kind": "lora", "base": "nf4"}}}
+        )
+
+
+# ---------------------------------------------------------------- refusals of files
+
+
+@pytest.mark.parametrize(
+    ("text", "start"),
+    [
+        ("a: b: c\n", "r.yaml:1:5: not YAML: found an unexpected ': ' ("),
+        ("a: [1,2\nb: 3\n", "r.yaml:2:2: not YAML: expected ',' or ']', but got ':', while parsing a list in "
+         "brackets that starts on line 1 (is a bracket or brace left open?)"),
+        ("a:\n\t- b\n", "r.yaml:2:1: not YAML: found a tab where a key or value should start (indent with"),
+        ("a: 'x\n", "r.yaml:2:1: not YAML: found the end of the file, while scanning a quoted text that "
+         "starts on line 1 (is a quote left open?)"),
+        ("a: *zz\n", "r.yaml:1:4: not YAML: found undefined alias 'zz' (text that starts with *"),
+        ("- a\nb: 2\n", "r.yaml:2:1: not YAML: expected the end of the section, but found another key"),
+        ("a: 1\n---\nb: 2\n", "r.yaml:2:1: not YAML: found a second document (one file holds one recipe"),
+        ('a: "\\q"\n', "r.yaml:1:6: not YAML: found unknown escape character 'q' (use single quotes"),
+        ("a: 1\nb: \x01\n", "r.yaml:2:4: not YAML: an invisible control character; delete it"),
+        ("[" * 5000, "r.yaml: nested too deeply"),
+        ("a: &a [*a]\n", "r.yaml: nested too deeply, or an alias holds itself"),
+        ("", "r.yaml: the file is empty; a recipe needs name, model, data and train"),
+        ("# nothing\n", "r.yaml: the file is empty"),
+        ("\n- a\n", "r.yaml:2: found a list; a recipe is a mapping with name, model, data and train"),
+        ("hello\n", "r.yaml:1: found 'hello'; a recipe is a mapping"),
+        ("a: [" + "1, " * 10_001 + "]\n", "r.yaml: more than 10,000 values; is this a recipe?"),
+        ("#" * 1_000_001, "r.yaml: larger than 1,000,000 bytes; a recipe is a small YAML file"),
+    ],
+)  # fmt: skip
+def test_what_is_no_yaml_mapping_is_refused_with_the_place(refusal: Refusal, text: str, start: str) -> None:
+    assert refusal(text).startswith(start)
+
+
+def test_a_syntax_error_shows_the_line_with_a_caret(refusal: Refusal) -> None:
+    assert refusal(with_line("  clip: 1: 2")).splitlines()[1:] == ["      clip: 1: 2", "             ^"]
+
+
+def test_an_alias_bomb_is_refused_at_once(refusal: Refusal) -> None:
+    levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    assert "more than 10,000 values" in refusal("a0: &a0 [x]\n" + "\n".join(levels))
+
+
+def test_a_tag_builds_nothing(refusal: Refusal, tmp_path: Path) -> None:
+    flag = tmp_path / "ran"
+    text = SMALL.replace("small", f"!!python/object/apply:os.mkdir ['{flag}']")
+    assert refusal(text) == (
+        "r.yaml:1: name: the tag !!python/object/apply:os.mkdir is not read; write the value without it"
+    )
+    assert not flag.exists()
+
+
+def test_a_file_that_is_not_there_or_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml").write_text(SMALL)
+    (tmp_path / "latin.yaml").write_bytes(b"name: x\n# caf\xe9\n")
+    for name, words in {
+        "quikstart.yaml": f"no such file. Did you mean {tmp_path / 'quickstart.yaml'}?",
+        "quickstart.yml": "Did you mean",
+        "quickstart": "Did you mean",
+        "zzz.yaml": "zzz.yaml: no such file",
+        "": "this is a folder; name a recipe file in it: latin.yaml, quickstart.yaml",
+        "quickstart.yaml/x": "cannot be read: Not a directory",
+        "latin.yaml": "latin.yaml:2: byte 0xe9 is not UTF-8; save the file as UTF-8",
+        "a\0b": "cannot be read",
+    }.items():
+        with pytest.raises(BadInput) as caught:
+            load(tmp_path / name)
+        assert words in str(caught.value)
+        assert ("Did you mean" in words) == ("Did you mean" in str(caught.value))
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=12)
+    | st.sampled_from(["all", "40k"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = [
+    "name", "seed", "model", "model.base", "data.train", "data.context", "train", "train.tokens",
+    "train.betas", "train.dispersion", "train.dispersion.layers", "train.dispersion.tokens", "train.adapter",
+    "train.adapter.alpha", "train.adapter.targets", "arms", "seeds", "quantize", "quantize.int4.group",
+    "verify", "evaluate.tasks", "targets", "new",
+]  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=st.sampled_from(KEYS), value=JSON)
+def test_no_value_anywhere_can_do_more_than_be_refused(tmp_path: Path, key: str, value: object) -> None:
+    data: Any = json.loads(json.dumps(FULL))
+    *sections, last = key.split(".")
+    here = data
+    for section in sections:
+        here = here.setdefault(section, {})
+    here[last] = value
+    with (tmp_path / "r.yaml").open("w", encoding="utf-8") as file:
+        YAML(typ="safe", pure=True).dump(data, file)
+    try:
+        assert load(tmp_path / "r.yaml").steps >= 1
+    except BadInput as refused:
+        assert str(refused).startswith(str(tmp_path / "r.yaml"))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    start=st.integers(0, len(SMALL)),
+    length=st.integers(0, 8),
+    text=st.text(max_size=6),
+    override=st.text(max_size=9),
+)
+def test_no_text_can_do_more_than_be_refused(
+    tmp_path: Path, start: int, length: int, text: str, override: str
+) -> None:
+    (tmp_path / "r.yaml").write_bytes((SMALL[:start] + text + SMALL[start + length :]).encode())
+    for overrides in ([], [f"train.lr={override}"], [override]):
+        try:
+            load(tmp_path / "r.yaml", overrides)
+        except BadInput as refused:
+            assert str(refused)
+
+
+# ---------------------------------------------------------------- what follows from a recipe
+
+
+@given(
+    tokens=st.integers(1, 10**9),
+    batch=st.integers(1, 64),
+    accumulate=st.integers(1, 64),
+    context=st.integers(8, 4096),
+)
+def test_steps_are_the_whole_steps_that_the_tokens_pay_for(
+    tokens: int, batch: int, accumulate: int, context: int
+) -> None:
+    data = json.loads(json.dumps(FULL))
+    data["train"] |= {"tokens": tokens, "batch": batch, "accumulate": accumulate}
+    data["data"]["context"] = context
+    per_step = batch * accumulate * context
+    if tokens < per_step:
+        with pytest.raises(ValidationError, match=f"{tokens:,}.*{per_step:,}"):
+            Recipe.model_validate(data)
+        return
+    recipe = Recipe.model_validate(data)
+    assert recipe.tokens_per_step == per_step
+    assert recipe.steps * per_step <= tokens < (recipe.steps + 1) * per_step
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["name=other", "precisions=[int4]", "quantize.int4.group=64", "evaluate.limit=3", "latency.prompt=9",
+     "arms=[baseline]", "arms=[{name: x, neftune: 3}]", "seeds=3",
+     "targets=[phone-arm64]", "verify.tokens=64", "train.tokens=10_000", "train.lr=0.0001",
+     "train.dispersion.weight=10%"],
+)  # fmt: skip
+def test_what_cannot_change_the_weights_keeps_the_hash(read: Reader, override: str) -> None:
+    assert read(SMALL, override).hash8 == read(SMALL).hash8
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=1", "model.base=other", "data.heldout=10%", "data.context=32", "data.train.0.limit=3",
+     "train.lr=2e-4", "train.tokens=20k", "train.dispersion.weight=0.2", "train.adapter.kind=lora"],
+)  # fmt: skip
+def test_what_changes_the_weights_changes_the_hash(read: Reader, override: str) -> None:
+    assert read(SMALL, override).hash8 != read(SMALL).hash8
+
+
+def test_the_identity_is_plain_json_and_spelled_out_defaults_are_the_same(
+    read: Reader,
+) -> None:
+    recipe = read(with_line("  adapter: {kind: qlora}"))
+    assert json.loads(json.dumps(recipe.identity())) == recipe.identity()
+    assert sorted(recipe.identity()) == ["data", "model", "seed", "train"]
+    assert re.fullmatch("[0-9a-f]{8}", recipe.hash8)
+    assert read(with_line("  adapter: {kind: qlora, alpha: 32, base: nf4}")).hash8 == recipe.hash8
+
+
+PRINTABLE = (
+    st.text(st.characters(exclude_categories=["C", "Z"]) | st.just(" "), min_size=1, max_size=20)
+    .map(str.strip)
+    .filter(bool)
+)
+POSITIVE = st.floats(1e-300, 1e300)
+RECIPES = st.fixed_dictionaries(
+    {
+        "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", fullmatch=True),
+        "model": st.fixed_dictionaries({"base": PRINTABLE}, optional={"revision": PRINTABLE | st.none()}),
+        "data": st.fixed_dictionaries(
+            {"train": st.lists(
+                st.fixed_dictionaries({"source": PRINTABLE, "text": PRINTABLE}), min_size=1, max_size=3),
+             "context": st.integers(8, 99), "heldout": st.floats(1e-9, 0.99)}
+        ),
+        "train": st.fixed_dictionaries(
+            {"tokens": st.integers(1000, 10**17), "lr": st.floats(1e-12, 0.5)},
+            optional={
+                "clip": POSITIVE,
+                "adapter": st.just({"kind": "qlora", "dropout": 0.1}) | st.none(),
+                "dispersion": st.fixed_dictionaries(
+                    {"weight": st.just(0) | POSITIVE},
+                    optional={"layers": st.sampled_from(["last", [0, 5]]), "tokens": st.just("all")},
+                ),
+            },
+        ),
+    },
+    optional={
+        "seed": st.integers(0, 2**32 - 1),
+        "arms": st.sampled_from([
+            ["dispersed"],
+            ["baseline", "neftune", {"name": "x", "dispersion": {"weight": 3, "layers": [1]}}],
+            [{"name": "y", "neftune": 2, "active_forgetting": 1, "dispersion": {}}, "active_forgetting"],
+            [{"name": "baseline"}, {"name": "embedding_dropout", "embedding_dropout": 0.5}],
+        ]),
+        "seeds": st.integers(1, 4),
+        "evaluate": st.just({"tasks": ["x"]}),
+    },
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=RECIPES)
+def test_a_recipe_written_out_loads_back_equal(tmp_path: Path, data: dict[str, Any]) -> None:
+    try:
+        recipe = Recipe.model_validate(data)
+    except (
+        ValidationError
+    ):  # a pypi: base with a revision, too few steps to forget in, an adapter beside that
+        return
+    (tmp_path / "recipe.lock.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    try:
+        again = load(tmp_path / "recipe.lock.yaml")
+    except BadInput as refused:
+        assert "leaves the recipe's folder" in str(refused)
+        return
+    assert again == recipe and hash(again) == hash(recipe) and again.hash8 == recipe.hash8
+    assert again.path == tmp_path / "recipe.lock.yaml" and recipe.path is None
+
+
+def test_the_lock_file_names_every_key(read: Reader) -> None:
+    text = read(SMALL).to_yaml()
+    keys = re.findall(r"^\| `[\w.\[\]]*?(\w+)` \|", reference(), re.MULTILINE)
+    inside_null = {"kind", "rank", "alpha", "dropout", "merge"}  # no adapter here
+    inside_null |= {"neftune", "active_forgetting", "embedding_dropout"}  # no such arm
+    inside_null |= {"fsdp", "wrap", "cpu_offload"}  # not divided
+    inside_null |= {"start", "ramp", "learn_scales"}  # no rounding in training
+    assert [key for key in keys if key not in inside_null and f"{key}:" not in text] == []
+
+
+def test_a_recipe_cannot_be_changed(read: Reader) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        read(SMALL).train.tokens = 3
+
+
+def test_limits_are_those_of_the_precision() -> None:
+    verify = Verify(fp32_top1=0.8, int8_kl=0.3, int4_top1=0.2)
+    assert verify.limits("fp32") == {"max_abs_difference": 0.01, "mean_kl": None, "top1_agreement": 0.8}
+    assert verify.limits("int8") == {"max_abs_difference": None, "mean_kl": 0.3, "top1_agreement": 0.9}
+    assert verify.limits("int4") == {"max_abs_difference": None, "mean_kl": 1.0, "top1_agreement": 0.2}
+
+
+# ---------------------------------------------------------------- arms and seeds
+
+
+def test_an_arms_keys_are_laid_over_the_shared_dispersion(read: Reader) -> None:
+    text = with_line("  dispersion: {weight: 0.5, layers: last, seed: 40}")
+    runs = read(text, "arms=[dispersed, {name: x, dispersion: {weight: 2, tokens: all}}]", "seeds=2").arm_runs
+    found = [(run.name, run.seed, run.dispersion) for run in runs]
+    assert [(name, seed) for name, seed, _ in found] == [
+        ("dispersed", 0), ("x", 0), ("dispersed-seed1", 1), ("x-seed1", 1),
+    ]  # fmt: skip
+    laid = [(d.weight, d.tokens, d.layers, d.seed) for *_, d in found if d]
+    assert laid[:2] == [(0.5, read(text).train.dispersion.tokens, "last", 40), (2.0, "all", "last", 40)]  # type: ignore[union-attr]
+    assert [part[:3] for part in laid[2:]] == [part[:3] for part in laid[:2]]
+    assert [part[3] for part in laid[2:]] == [41, 41]
+
+
+def test_a_technique_arm_has_dispersion_off_unless_it_asks(read: Reader) -> None:
+    text = "arms=[baseline, neftune, embedding_dropout, {name: both, neftune: 10, dispersion: {}}]"
+    adds = {run.arm: run.adds for run in read(SMALL, text).arm_runs}
+    assert adds["baseline"] == {} and adds["neftune"] == {"neftune": 5.0}
+    assert adds["embedding_dropout"] == {"embedding_dropout": 0.1}
+    assert adds["both"]["neftune"] == 10 and adds["both"]["dispersion"]["weight"] == 0.1
+
+
+def test_seeds_count_up_from_the_recipes_seed(read: Reader) -> None:
+    runs = read(SMALL, "seeds=3", "seed=7").arm_runs
+    assert [(run.name, run.replica, run.seed) for run in runs] == [
+        ("baseline", 0, 7), ("dispersed", 0, 7), ("baseline-seed8", 1, 8), ("dispersed-seed8", 1, 8),
+        ("baseline-seed9", 2, 9), ("dispersed-seed9", 2, 9),
+    ]  # fmt: skip
+
+
+def test_seeds_end_where_seeds_end(refusal: Refusal, read: Reader) -> None:
+    assert refusal(SMALL, "seed=4294967294", "seeds=3") == (
+        "--set seeds=3: seeds: found 3, but counting up from seed 4294967294 passes 4294967295; "
+        "needs fewer seeds, or a smaller seed"
+    )
+    assert read(SMALL, "seed=4294967294", "seeds=2").arm_runs[-1].seed == 4294967295
+
+
+def test_arms_are_written_back_as_short_as_they_were(read: Reader) -> None:
+    arms = "{name: x, dispersion: {weight: 2.0}, neftune: 1.0}, {name: neftune, neftune: 5}"
+    dumped = read(SMALL, f"arms=[baseline, dispersed, {arms}]").model_dump()["arms"]
+    assert list(dumped) == [
+        "baseline", "dispersed", {"name": "x", "dispersion": {"weight": 2.0}, "neftune": 1.0}, "neftune",
+    ]  # fmt: skip
+
+
+def test_smoke_keeps_the_arms_and_two_seeds(read: Reader) -> None:
+    text = SMALL.replace("org/name", "org/name\n  architecture: llama").replace("10k", "10M")
+    arms = "[baseline, active_forgetting, {name: x, dispersion: {layers: [20]}, active_forgetting: 500}]"
+    small = read(text, f"arms={arms}", "seeds=5", smoke=True)
+    assert [run.name for run in small.arm_runs[:4]] == [
+        "baseline",
+        "active_forgetting",
+        "x",
+        "baseline-seed1",
+    ]
+    assert small.seeds == 2 and [run.active_forgetting for run in small.arm_runs[:3]] == [None, 5, 4]
+    dispersion = small.arm_runs[2].dispersion
+    assert dispersion is not None and dispersion.layers == "all"
+
+
+# ---------------------------------------------------------------- smoke
+
+
+def test_smoke_without_an_architecture_says_what_to_add(refusal: Refusal) -> None:
+    said = refusal(SMALL, smoke=True)
+    assert (
+        said.startswith("r.yaml:2: model.architecture: missing; --smoke builds a tiny twin")
+        and "llama" in said
+    )
+
+
+def test_smoke_cuts_what_costs_time_and_keeps_what_is_proven(read: Reader) -> None:
+    text = SMALL.replace("org/name", "org/name\n  architecture: qwen3").replace("64", "2048")
+    text += "  tokens_: 1\n".replace(
+        "tokens_: 1", "batch: 16\n  accumulate: 8\n  schedule: linear\n  warmup: 0.2"
+    )
+    text = (
+        text.replace("10k", "10M")
+        + "  adapter: {kind: lora}\n  dispersion: {layers: [20, 27], weight: 0.3}\n"
+    )
+    whole = read(text + "precisions: [fp32, int4]\nevaluate: {tasks: [arc_easy, heldout_cloze]}\n")
+    small = smoke(whole)
+    assert small.name == "small-smoke" and small.is_smoke and not whole.is_smoke and small.path == whole.path
+    assert small.steps == 8 and small.train.checkpoint_every == 4 and small.tokens_per_step == 4 * 2 * 128
+    assert small.evaluate.tasks == ("heldout_cloze",) and small.evaluate.limit == 8
+    assert (small.latency.prompt, small.latency.generate, small.latency.repetitions) == (16, 8, 2)
+    kept = ["model", "arms", "precisions", "quantize", "seed", "targets"]
+    assert all(getattr(small, key) == getattr(whole, key) for key in kept)
+    for key in ("lr", "warmup", "schedule", "betas", "clip", "precision", "adapter"):
+        assert getattr(small.train, key) == getattr(whole.train, key)
+    assert small.train.dispersion is not None and small.train.dispersion.weight == 0.3
+    assert small.train.dispersion.layers == "all"  # the twin has no layer 27
+    assert smoke(small) == small
+
+
+def test_a_search_has_one_goal_and_a_bundle(read: Reader, refusal: Refusal) -> None:
+    sizes = ("100MB", "0.1GB", "100_000kB", "100000000", "'100 MB'")
+    assert {read(SMALL + f"quantize: {{budget: {size}}}\n").quantize.budget for size in sizes} == {10**8}
+    assert read(SMALL + "quantize: {budget: 95MiB}\n").quantize.budget == 95 * 2**20
+    recipe = read(SMALL + "quantize: {max_perplexity_increase: 3%}\n")
+    assert recipe.quantize.max_perplexity_increase == 0.03 and recipe.quantize.searched
+    assert not read(SMALL).quantize.searched
+    both = "quantize: {budget: 100MB, max_perplexity_increase: 3%}\n"
+    assert "take one out" in refusal(SMALL + both)
+    for goal in ("budget: 100MB", "max_perplexity_increase: 3%"):
+        said = refusal(SMALL + f"precisions: [fp32, int8]\nquantize: {{{goal}}}\n")
+        assert goal.split(":")[0] in said and "add int4" in said
+
+
+def test_smoke_takes_a_budget_that_a_twin_can_hold(read: Reader) -> None:
+    text = SMALL.replace("org/name", "org/name\n  architecture: llama") + "quantize: {budget: 100MB}\n"
+    small = read(text, smoke=True).quantize
+    assert small.budget is None and small.max_perplexity_increase == 1.0
+
+
+def test_smoke_keeps_local_tasks_and_a_long_name_fits(read: Reader) -> None:
+    text = SMALL.replace("small", "s" * 100).replace("org/name", "b\n  architecture: gpt2")
+    small = read(text + "evaluate: {tasks: [mine], tasks_path: tasks}\n", smoke=True)
+    assert small.evaluate.tasks == ("mine",) and len(small.name) == 100
+
+
+# ---------------------------------------------------------------- the reference, and what an import costs
+
+
+def all_keys(section: type[Section], data: Any, prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in data.items():
+        keys.append(prefix + name)
+        for inner, mark in ((value, ""), (value[0] if isinstance(value, list) and value else None, "[]")):
+            if isinstance(inner, dict):
+                keys += all_keys(section, inner, f"{prefix}{name}{mark}.")
+    return keys
+
+
+def test_the_reference_lists_every_key_once_with_a_meaning() -> None:
+    rows = [line.split(" | ") for line in reference().splitlines()[2:]]
+    listed = [row[0].strip("| `") for row in rows]
+    written = Recipe.model_validate(FULL).model_dump(mode="json")
+    written["train"]["distributed"] = dict.fromkeys(Distributed.model_fields)  # not over this quantized base
+    written["train"]["quantization_aware"] = dict.fromkeys(QuantizationAware.model_fields)  # nor this
+    written["arms"] = [dict.fromkeys(Arm.model_fields)]  # an arm is written without the techniques it lacks
+    assert listed == all_keys(Recipe, written)
+    assert all(len(row) == 4 and row[3].strip(" |") for row in rows)
+
+
+def test_reading_recipes_loads_no_heavy_library() -> None:
+    heavy = "{'torch', 'transformers', 'numpy', 'onnxruntime'}"
+    code = f"import sys, edgedisp.recipe; print(*{heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"

@@ -1,0 +1,118 @@
+"""Device profiles are read as strictly as recipes, and all that are shipped load."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from edgedisp.core.errors import BadInput
+from edgedisp.core.paths import data_folder
+from edgedisp.recipe.kinds import target_names
+from edgedisp.recipe.targets import Layout, load_target
+
+SHIPPED = ["browser", "laptop-x64", "phone-arm64", "raspberry-pi"]
+GOOD = "name: box\ndescription: a box\narchitecture: arm64\ncontext: 512\n"
+
+
+def refused(text: str, folder: Path) -> list[str]:
+    """The problems of a profile, line by line, without their number."""
+    (folder / "box.yaml").write_text(text)
+    with pytest.raises(BadInput) as found:
+        load_target("box", folder)
+    return [re.sub(r"^ *\d+\. ", "", line) for line in str(found.value).replace(str(folder), "").splitlines()]
+
+
+def test_every_shipped_profile_loads_under_its_name_with_sources_for_its_figures() -> None:
+    assert (
+        target_names()
+        == SHIPPED
+        == [path.stem for path in sorted((data_folder("export") / "targets").iterdir())]
+    )
+    for name in SHIPPED:
+        target = load_target(name)
+        assert target.name == name and target.precision == "int4"
+        assert target.notes and target.sources
+
+
+def test_threads_context_and_layouts_are_those_of_the_device() -> None:
+    found = {name: load_target(name) for name in SHIPPED}
+    assert {name: target.threads for name, target in found.items()} == {
+        "browser": 1, "laptop-x64": None, "phone-arm64": 4, "raspberry-pi": 4,
+    }  # fmt: skip
+    assert found["browser"].layouts == ("transformers.js",)
+    assert found["laptop-x64"].layouts == ("onnxruntime-genai", "optimum")
+    assert all(2048 <= target.context <= 4096 for target in found.values())
+
+
+def test_the_layouts_of_profiles_are_those_that_are_written() -> None:
+    from edgedisp.graph.layouts import LAYOUTS
+
+    assert get_args(Layout) == LAYOUTS
+
+
+def test_an_unknown_name_gets_the_closest_one_and_the_choices() -> None:
+    with pytest.raises(BadInput, match="did you mean 'phone-arm64'") as found:
+        load_target("phone-arm")
+    assert ", ".join(SHIPPED) in str(found.value)
+
+
+def test_a_new_device_is_a_new_file_and_ones_own_works_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "box.yaml").write_text(GOOD)
+    target = load_target("box", tmp_path)
+    assert target == load_target(str(tmp_path / "box.yaml"))
+    assert (target.quantize.group, target.layouts) == (32, ("onnxruntime-genai",))
+    with pytest.raises(BadInput, match="no such file"):
+        load_target(str(tmp_path / "cup.yaml"))
+
+
+def test_all_problems_of_a_profile_are_told_at_once_each_with_its_line(tmp_path: Path) -> None:
+    text = GOOD + "colour: red\nthreads: two\nlayouts: [optimun]\nquantize:\n  group: 33\n"
+    assert refused(text, tmp_path) == [
+        "/box.yaml: 4 problems",
+        "/box.yaml:5: colour: unknown key; the keys here are name, description, architecture, precision, "
+        "quantize, threads, context, logits, layouts, notes, sources",
+        "/box.yaml:6: threads: found 'two'; needs a whole number of at least 1, or null",
+        "/box.yaml:7: layouts.0: found 'optimun'; did you mean 'optimum'? (choices: onnxruntime-genai, "
+        "transformers.js, optimum)",
+        "/box.yaml:9: quantize.group: found 33; choices: 16, 32, 64, 128, 256",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            GOOD.replace("box\n", "cup\n", 1),
+            "/box.yaml:1: name: found 'cup', but the file is called box.yaml",
+        ),
+        (GOOD + "layouts: [optimum, optimum]\n", "/box.yaml:5: layouts: found 'optimum' twice"),
+        (GOOD + "layouts: []\n", "/box.yaml:5: layouts: found an empty list"),
+        (
+            GOOD + "precision: int8\nquantize:\n  head_bits: 4\n",
+            "/box.yaml:7: quantize.head_bits: found 4, but",
+        ),
+        (
+            GOOD + "precision: fp32\nquantize: {group: 64}\n",
+            "/box.yaml:6: quantize: found, but precision fp32",
+        ),
+        (
+            GOOD.replace("x86_64", "wasm32").replace("arm64", "wasm32")
+            + "layouts: [transformers.js]\nquantize: {method: nf4}\n",
+            "/box.yaml:6: quantize.method: found 'nf4', which WebAssembly has no fast product for",
+        ),
+        (GOOD + "notes: 3\nsources: [4]\n", "/box.yaml: 2 problems"),
+        (GOOD + "notes: [it is fast]\n", "/box.yaml:5: notes: found without sources"),
+        (GOOD.replace("512", "16"), "/box.yaml:4: context: found 16; needs a whole number of at least 64"),
+        (GOOD.replace("description: a box\n", ""), "/box.yaml:1: description: missing; needs text"),
+        ("", "/box.yaml: the file is empty; a device profile needs name"),
+        ("- a\n", "/box.yaml:1: found a list; a device profile is a mapping with name"),
+        ("a: [", "/box.yaml:1:"),
+    ],
+)
+def test_a_profile_that_cannot_be_is_refused_with_place_and_reason(
+    tmp_path: Path, text: str, problem: str
+) -> None:
+    assert refused(text, tmp_path)[0].startswith(problem)
