@@ -34,7 +34,7 @@ from record import quickstart_base, quickstart_blocks, spread, write
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from edgedisp import model
+from edgedisp import models
 from edgedisp.dispersion.blockwise import blockwise
 from edgedisp.dispersion.collect import hidden_states
 from edgedisp.dispersion.config import DispersionConfig
@@ -136,7 +136,7 @@ def time_steps(rounds: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
 
 def peak_of_steps(name: str, way: str, folder: str) -> dict[str, float]:
     """Run in a fresh process: resident bytes at most in three steps, bytes in tensors at most in a fourth."""
-    steps = Steps(*model.open_base(Path(folder)))
+    steps = Steps(*models.open_base(Path(folder)))
     steps.prepare(name)
     with freed_memory_kept():
         for _ in range(3):

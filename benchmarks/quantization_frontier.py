@@ -39,7 +39,7 @@ import turns
 from record import RESULTS, write
 from scipy import stats
 
-from edgedisp import model, stages
+from edgedisp import models, stages
 from edgedisp.bench.machine import physical_cores
 from edgedisp.bench.spread import compare
 from edgedisp.core.paths import data_folder
@@ -223,9 +223,9 @@ def cell(work: Workplace, name: str) -> None:
 def as_trained(rounding: Trained, source: Path, bundle: Path, corpus: Path) -> dict[str, float]:
     """The bundle in fp32 arithmetic against the torch model, rounded as it was trained: largest difference of
     a logit, and the share of greedily decoded tokens that agree before the first difference of a text."""
-    opened = model.load(source)
+    opened = models.load(source)
     round_weights(opened, *trained_roundings(rounding, source))
-    reference = model.TorchModel(opened)
+    reference = models.TorchModel(opened)
     exact = OnnxModel(bundle, physical_cores(), graph=at_accuracy_level(bundle, 0))
     held = np.load(corpus / "heldout.npy", allow_pickle=False)[:PROMPTS].astype(np.int64)
     largest, same = 0.0, 0
@@ -265,8 +265,8 @@ def texts(work: Workplace, wikitext: Path | None) -> dict[str, np.ndarray]:
     held = np.load(work.corpus() / "heldout.npy", allow_pickle=False)[:BLOCKS].astype(np.int64)
     found = {"heldout": held}
     if wikitext is not None:
-        tokenizer = model.load_tokenizer(work.base())
-        ids = model.encode(tokenizer, wikitext.read_text(encoding="utf-8")[: 40 * BLOCKS * CONTEXT])
+        tokenizer = models.load_tokenizer(work.base())
+        ids = models.encode(tokenizer, wikitext.read_text(encoding="utf-8")[: 40 * BLOCKS * CONTEXT])
         found["wikitext"] = np.array(ids[: BLOCKS * CONTEXT], np.int64).reshape(BLOCKS, CONTEXT)
     return found
 

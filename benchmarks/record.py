@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from edgedisp import corpus, model
+from edgedisp import data, models
 from edgedisp.bench.machine import describe, installed_version
 from edgedisp.core.paths import data_folder
 from edgedisp.core.stage_folder import git_commit
@@ -52,15 +52,15 @@ def quickstart_base() -> tuple[Any, Any]:
     """The quickstart's base, SmolLM2-135M-Instruct in float32, and its tokenizer."""
     recipe = load(data_folder("recipes") / "quickstart.yaml")
     where = fetch_base(recipe.model, recipe.folder, lambda done, total, note: None)
-    return model.open_base(where)
+    return models.open_base(where)
 
 
 def quickstart_blocks(tokenizer: Any, context: int, blocks: int) -> np.ndarray:
     """Packed blocks `(blocks, context)` of the quickstart's text."""
     recipe = load(data_folder("recipes") / "quickstart.yaml")
     documents = read_documents(recipe.data, recipe.folder, False, lambda done, total, note: None)
-    found, _ = corpus.blocks_for(
-        documents, model.Encoder(tokenizer), model.end_of_text_id(tokenizer), context, blocks, recipe.seed
+    found, _ = data.training_blocks(
+        documents, models.Encoder(tokenizer), models.end_of_text_id(tokenizer), context, blocks, recipe.seed
     )
     return found
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgedisp import corpus, model, sources
+from edgedisp import data, models
 from edgedisp.bench.machine import physical_cores
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
@@ -84,15 +84,15 @@ def _measured(opened: _Opened, blocks: Tensor, progress: Progress) -> dict[str, 
 
 
 def _open(base: str, progress: Progress) -> _Opened:
-    where = sources.fetch(base, cache=sources.cache_folder(), beside=Path.cwd(), progress=progress)
+    where = data.fetch(base, cache=data.cache_folder(), beside=Path.cwd(), progress=progress)
     if isinstance(where, Path) and _is_bundle(where):
         return _open_bundle(base, where)
-    loaded, tokenizer = model.open_base(where, progress=progress)
+    loaded, tokenizer = models.open_base(where, progress=progress)
 
     def measure(blocks: Tensor, told: Progress) -> dict[str, Any]:
         return measure_torch(loaded, blocks, told)
 
-    return _Opened(base, "torch", tokenizer, model.context_length(loaded.config), measure)
+    return _Opened(base, "torch", tokenizer, models.context_length(loaded.config), measure)
 
 
 def _is_bundle(folder: Path) -> bool:
@@ -108,7 +108,7 @@ def _open_bundle(base: str, folder: Path) -> _Opened:
     def measure(blocks: Tensor, told: Progress) -> dict[str, Any]:
         return measure_bundle(folder, blocks, physical_cores(), told)
 
-    return _Opened(base, "onnxruntime", model.load_tokenizer(folder), context_of(folder), measure)
+    return _Opened(base, "onnxruntime", models.load_tokenizer(folder), context_of(folder), measure)
 
 
 def _blocks(opened: _Opened, text: Path | None, sequences: int, context: int) -> Tensor:
@@ -119,12 +119,12 @@ def _blocks(opened: _Opened, text: Path | None, sequences: int, context: int) ->
             f"give --context {opened.context} or less"
         )
     if text is None:
-        documents = corpus.made_documents(sequences * context // WORDS_TO_TOKENS + 20, seed=0)
+        documents = data.synthetic_documents(sequences * context // WORDS_TO_TOKENS + 20, seed=0)
     else:
-        documents = corpus.read_documents(text)
+        documents = data.read_documents(text)
     name = str(text or "the made text")
-    encoder, end = model.document_encoder(opened.tokenizer), model.end_of_text_id(opened.tokenizer)
-    blocks = corpus.pack(documents, encoder, end, context, sequences, name=name)
+    encoder, end = models.document_encoder(opened.tokenizer), models.end_of_text_id(opened.tokenizer)
+    blocks = data.pack(documents, encoder, end, context, sequences, name=name)
     if len(blocks) < sequences:
         raise BadInput(f"{name}: holds {len(blocks)} blocks of {context} tokens, not {sequences}")
     return torch.from_numpy(blocks.astype(np.int64))

@@ -20,7 +20,7 @@ import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 
-from edgedisp import model
+from edgedisp import models
 from edgedisp.bench.machine import physical_cores
 from edgedisp.core.errors import BadInput
 from edgedisp.core.stage_folder import check_files
@@ -33,14 +33,14 @@ class _Opened(HarnessModel):
     """A model with its tokenizer."""
 
     def __init__(self, opened: Any, folder: Path, batch_tokens: int = 1024) -> None:
-        tokenizer = model.load_tokenizer(folder)
-        end_of_text = model.end_of_text_id(tokenizer)
+        tokenizer = models.load_tokenizer(folder)
+        end_of_text = models.end_of_text_id(tokenizer)
         super().__init__(
             opened,
             encoder(tokenizer),
             decoder(tokenizer),
             end_of_text,
-            lead=model.lead_id(tokenizer),
+            lead=models.bos_id(tokenizer),
             stop_ids=frozenset({tokenizer.eos_token_id} - {None}),
             batch_tokens=int(batch_tokens),
         )
@@ -68,8 +68,8 @@ class TorchHarnessModel(_Opened):
         """BadInput for a folder that holds no model."""
         _refuse(of_lm_eval)
         # Its command asks for cuda:0 where nobody asked for anything.
-        opened = model.load(Path(folder)).to(device if device and torch.cuda.is_available() else "cpu")
-        super().__init__(model.TorchModel(opened, int(threads or physical_cores())), Path(folder))
+        opened = models.load(Path(folder)).to(device if device and torch.cuda.is_available() else "cpu")
+        super().__init__(models.TorchModel(opened, int(threads or physical_cores())), Path(folder))
 
 
 def _refuse(given: dict[str, Any]) -> None:

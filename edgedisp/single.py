@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import psutil
 
-from edgedisp import corpus, model
+from edgedisp import data, models
 from edgedisp.bench import devices, projection
 from edgedisp.bench.machine import physical_cores
 from edgedisp.bench.summary import arms_to_compare, labelled
@@ -24,6 +24,7 @@ from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.paths import data_folder
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import MANIFEST, changed_files, check_files, list_again, write_json
+from edgedisp.data import cache_folder
 from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.graph import check, layout
 from edgedisp.graph.export import export as export_graph
@@ -32,7 +33,6 @@ from edgedisp.pipeline import Observer, as_computed
 from edgedisp.quantize.rewrite import quantize_bundle
 from edgedisp.recipe import BITS, Recipe, Target, load_target
 from edgedisp.report import bundle_card
-from edgedisp.sources import cache_folder
 from edgedisp.stages import device_scores, fetch_base, pack, provenance_of
 from edgedisp.stages.device_scores import Prepared, Wish
 from edgedisp.stages.packing import CARD
@@ -97,7 +97,7 @@ def _checked_bundle(
         parent,
         threads=threads,
         max_context=target.context,
-        load=model.load,
+        load=models.load,
         progress=observer.progress,
     )
     bundle = parent
@@ -107,8 +107,8 @@ def _checked_bundle(
         options = target.quantize.model_dump()
         bits = BITS[target.precision]
         grid = quantize_bundle(parent, bundle, bits=bits, **options, progress=observer.progress)
-    text = corpus.made_documents(1, seed=0)[0].text
-    ids = model.encode(model.load_tokenizer(folder), text)
+    text = data.synthetic_documents(1, seed=0)[0].text
+    ids = models.encode(models.load_tokenizer(folder), text)
     checked = check.check(bundle, [ids[:8], ids[:24]], texts=[text], threads=threads)
     return bundle, {**grid, "checked": checked}
 
@@ -246,8 +246,8 @@ def write_threads(bundle: Path, threads: int) -> None:
 
 def _ids_of_text(bundle: Path) -> list[int]:
     """Token ids of a short made text, the same for every bundle of one tokenizer."""
-    text = corpus.made_documents(1, seed=0)[0].text
-    return model.encode(model.load_tokenizer(bundle), text)[:COMPARED_TOKENS]
+    text = data.synthetic_documents(1, seed=0)[0].text
+    return models.encode(models.load_tokenizer(bundle), text)[:COMPARED_TOKENS]
 
 
 def _labels(bundles: list[Path]) -> dict[str, Path]:
@@ -267,17 +267,19 @@ def probe_base(recipe: Recipe, progress: Progress) -> dict[str, Any]:
 
     opened: Any
     if recipe.is_smoke:
-        texts = [document.text for document in corpus.made_documents(50, seed=0)]
-        opened, _ = model.twin(recipe.model.architecture or "", texts, seed=0, context=recipe.data.context)
+        texts = [document.text for document in data.synthetic_documents(50, seed=0)]
+        opened, _ = models.tiny_model(
+            recipe.model.architecture or "", texts, seed=0, context=recipe.data.context
+        )
     else:
         where = fetch_base(recipe.model, recipe.folder, progress)
-        opened, _ = model.open_base(
+        opened, _ = models.open_base(
             where,
             revision=recipe.model.revision,
             trust_remote_code=recipe.model.trust_remote_code,
             architecture=recipe.model.architecture,
         )
-    parameters = model.size_by_component(opened)["total"]
+    parameters = models.count_parameters(opened)["total"]
     chosen = recipe.train.adapter
     facts = {
         "parameters": parameters,

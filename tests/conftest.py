@@ -24,25 +24,25 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of tiny random models with a tokenizer of their own, by architecture."""
-    from edgedisp import corpus, model
+    from edgedisp import data, models
 
-    texts = [document.text for document in corpus.made_documents(120, seed=0)]
+    texts = [document.text for document in data.synthetic_documents(120, seed=0)]
     root = tmp_path_factory.mktemp("tiny")
     folders = {}
     for architecture in ("llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox"):
         folders[architecture] = root / architecture
         folders[architecture].mkdir()
-        model.save(*model.twin(architecture, texts, seed=0, context=256), folders[architecture])
+        models.save(*models.tiny_model(architecture, texts, seed=0, context=256), folders[architecture])
     return folders
 
 
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
     """A JSONL file of 120 made documents."""
-    from edgedisp import corpus
+    from edgedisp import data
 
     path = tmp_path / "text.jsonl"
-    rows = [json.dumps({"text": document.text}) for document in corpus.made_documents(120, seed=3)]
+    rows = [json.dumps({"text": document.text}) for document in data.synthetic_documents(120, seed=3)]
     path.write_text("\n".join(rows))
     return path
 
@@ -77,10 +77,10 @@ def edgedisp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, tiny_folder: dict[str, Path]) -> tuple[Path, Path, Ended]:
     """A finished build of the tiny recipe by the installed command: recipe, run folder, how it ended."""
-    from edgedisp import corpus
+    from edgedisp import data
 
     folder = tmp_path_factory.mktemp("build")
-    rows = [json.dumps({"text": document.text}) for document in corpus.made_documents(120, seed=3)]
+    rows = [json.dumps({"text": document.text}) for document in data.synthetic_documents(120, seed=3)]
     (folder / "text.jsonl").write_text("\n".join(rows))
     recipe = write_recipe(folder, tiny_folder["llama"], "text.jsonl")
     command = [Path(sys.executable).parent / "edgedisp", "build", recipe, "--out", folder / "run"]

@@ -256,7 +256,7 @@ def chat(
 def doctor(as_json: JsonOption = False) -> None:
     """Print versions, CPU features, threads and memory, what is missing and how to get it."""
     from edgedisp.bench.machine import doctor as examine
-    from edgedisp.sources import cache_folder
+    from edgedisp.data import cache_folder
 
     rows = examine({"working folder": Path.cwd(), "cache": cache_folder()})
     if as_json:

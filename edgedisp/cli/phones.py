@@ -140,7 +140,7 @@ class _Scorer:
 def _scorer(score: str | None, bundles: dict[str, Path], **options: Any) -> _Scorer:
     if score is None and not any(options.values()):  # what makes questions takes seconds to load
         return _Scorer()
-    from edgedisp.sources import cache_folder
+    from edgedisp.data import cache_folder
     from edgedisp.stages.device_scores import prepared, wished
 
     wish = wished(score, **options)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgedisp import corpus, model
+from edgedisp import data, models
 from edgedisp.bench.machine import describe, physical_cores
 from edgedisp.comparison.pairing import Scored, averaged, paired_with_first
 from edgedisp.core.errors import BadInput
@@ -51,7 +51,7 @@ def scored_pair(
         raise BadInput(
             "--tasks: say what to compare the models on, such as small; or --text FILE for held-out text"
         )
-    documents = [] if text is None else corpus.read_documents(text)
+    documents = [] if text is None else data.read_documents(text)
     if text is None and (held := [name for name in expand(chosen) if name.startswith("heldout")]):
         raise BadInput(f"--tasks {held[0]}: is made from text; name a file of documents with --text")
     labels = _short(first, second)
@@ -60,13 +60,13 @@ def scored_pair(
         raise BadInput(f"--context {context}: the models read {most} tokens at most; give --context {most}")
     suites = []
     for folder in folders:
-        tokenizer = model.load_tokenizer(folder)
+        tokenizer = models.load_tokenizer(folder)
         suite = tasks.prepare(
             tokenizer,
             chosen,
             documents,
-            end_of_text=model.end_of_text_id(tokenizer),
-            lead=model.lead_id(tokenizer),
+            end_of_text=models.end_of_text_id(tokenizer),
+            lead=models.bos_id(tokenizer),
             context=context,
             limit=limit,
             tasks_path=tasks_path,
@@ -143,13 +143,13 @@ def _context(folder: Path) -> int:
     """Most tokens that a model reads."""
     if _is_bundle(folder):
         return int(read_config(folder)["context_length"])
-    return model.context_length(model.skeleton(folder).config)
+    return models.context_length(models.empty_model(folder).config)
 
 
 def _opened(folder: Path, threads: int) -> Any:
     if _is_bundle(folder):
         return OnnxModel(folder, threads)
-    return model.TorchModel(model.load(folder), threads)
+    return models.TorchModel(models.load(folder), threads)
 
 
 def _something_in_common(first: tasks.Suite, second: tasks.Suite) -> bool:

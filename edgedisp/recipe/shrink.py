@@ -2,7 +2,7 @@
 
 What is proven stays: architecture, adapter, dispersion, arms, precisions, schedule, optimizer, quantization.
 What costs time is cut: tokens, sequence length, documents, items, repetitions. The base is replaced by a tiny
-random twin of its architecture (model.py), so that no weights are fetched.
+random twin of its architecture (models/tiny_model.py), so that no weights are fetched.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgedisp import corpus, model, sources
+from edgedisp import data, models
 from edgedisp.core.progress import Progress
 from edgedisp.graph.outline import cache_bytes, outline
 from edgedisp.quantize.account import account, smallest_bytes
@@ -28,8 +28,8 @@ def size_account(
     """Bytes of the fp32 bundle and of each of `quantized` (precision -> bits and options), by component, and
     of the KV cache of one sequence at each of `positions` (target -> positions, capped by the model's).
 
-    opened: a torch model, or one without weights (`model.skeleton`). grids: precision -> tensor -> its own
-    grid, where a precision mixes them.
+    opened: a torch model, or one without weights (`models.empty_model`). grids: precision -> tensor -> its
+    own grid, where a precision mixes them.
 
     Returns {exact, tied, context, precisions {name: {components {name: bytes}, data_bytes, graph_bytes,
     size_bytes}}, kv_cache {target: {positions, size_bytes}}}. BadInput where an export would be refused for
@@ -60,7 +60,7 @@ def size_account(
 def check_budget(budget: int, base_folder: Path) -> dict[str, Any]:
     """The size of the smallest bundle that a search could choose, {smallest_bytes}; null where another
     program writes the graph. BadInput for a budget below it."""
-    shapes = outline(model.skeleton(base_folder))
+    shapes = outline(models.empty_model(base_folder))
     if not shapes.exact:
         return {"smallest_bytes": None}
     smallest = smallest_bytes(shapes.model)
@@ -77,12 +77,12 @@ def base_skeleton(
     None where that would be a download and `download` is off. A smoke run's twin is opened: it is tiny.
     """
     if made is not None:
-        return model.skeleton(made)
+        return models.empty_model(made)
     if smoke:
-        texts = [document.text for document in corpus.made_documents(50, seed=0)]
-        return model.twin(section.architecture or "", texts, seed=0, context=SMOKE_CONTEXT)[0]
-    hub = sources.is_hub_id(section.base, beside)  # of a hub's model, config.json is enough
-    if not (download or hub or sources.is_at_hand(section.base, beside)):
+        texts = [document.text for document in data.synthetic_documents(50, seed=0)]
+        return models.tiny_model(section.architecture or "", texts, seed=0, context=SMOKE_CONTEXT)[0]
+    hub = data.is_hub_id(section.base, beside)  # of a hub's model, config.json is enough
+    if not (download or hub or data.is_local(section.base, beside)):
         return None
     where = section.base if hub else fetch_base(section, beside, progress)
-    return model.skeleton(where, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    return models.empty_model(where, revision=section.revision, trust_remote_code=section.trust_remote_code)

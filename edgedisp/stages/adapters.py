@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgedisp import model
+from edgedisp import models
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import read
@@ -54,8 +54,8 @@ NO_ADAPTER, ADAPTER_ON = "no adapter", "adapter on"
 def model_to_train(chosen: Adapter | None, base_folder: Path, seed: int) -> Any:
     """The base, all of it trainable, or held as the recipe says under a fresh adapter."""
     if chosen is None:
-        return model.load(base_folder)
-    opened = load_quantized(base_folder, chosen.base) if chosen.base else model.load(base_folder)
+        return models.load(base_folder)
+    opened = load_quantized(base_folder, chosen.base) if chosen.base else models.load(base_folder)
     settings = AdapterSettings(chosen.kind, chosen.rank, chosen.alpha, chosen.dropout, chosen.targets)
     return attach(opened, decoder_layers(opened), settings, seed)
 
@@ -64,7 +64,7 @@ def keep_adapter(trained: Any, chosen: Adapter, base_folder: Path, own: Path) ->
     """Write the trained adapter as a PEFT folder that knows its base: by its hub id where it has one."""
     record = read(base_folder)
     results = {} if record is None else record.results
-    sha256 = merge.fingerprint(model.load(base_folder))
+    sha256 = merge.fingerprint(models.load(base_folder))
     name = results.get("hub_id") or str(base_folder.resolve())
     merge.save(trained, merge.Base(name, sha256, chosen.base, results.get("revision")), own)
 
@@ -102,8 +102,8 @@ def merge_adapter(
         "fp32": compare(NO_ADAPTER, row := makers.merges[found["chosen"]]),
         "int4": compare(f"{NO_ADAPTER}, int4", f"{row}, int4"),
     }
-    model.save(makers.merged(found["chosen"]), model.load_tokenizer(base_folder), own)
-    model.carry_licence(base_folder, own)
+    models.save(makers.merged(found["chosen"]), models.load_tokenizer(base_folder), own)
+    models.copy_licence(base_folder, own)
     return {
         **trained.results,
         "adapter_sha256": trained.results.get("weights_sha256"),
@@ -127,7 +127,7 @@ class _Makers:
     int4: QuantizeBits
 
     def base(self) -> Any:
-        return model.load(self.base_folder)
+        return models.load(self.base_folder)
 
     def adapter_on(self) -> Any:
         """As it was trained: over the quantized base for qlora."""

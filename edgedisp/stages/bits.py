@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from edgedisp import model
+from edgedisp import models
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import write_json
 from edgedisp.graph.export import export as export_graph
@@ -41,7 +41,7 @@ def choose_bits(
         raise ValueError("training under a search needs a budget")
     with tempfile.TemporaryDirectory(dir=own) as scratch:
         parent = Path(scratch)
-        export_graph(base_folder, parent, threads=threads, load=model.load, progress=progress)
+        export_graph(base_folder, parent, threads=threads, load=models.load, progress=progress)
         search = opened_search(section, seed, parent, base_folder, corpus_folder, ("rtn",), progress)
         chosen = search.within(section.budget)
         found = {"perplexity_increase": search.increase(chosen), **search.record(chosen), "trials": []}

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgedisp import model
+from edgedisp import models
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import RECORD, write_json
@@ -46,7 +46,7 @@ AS_TRAINED = 1e-3
 
 def export(model_folder: Path, threads: int, own: Path, progress: Progress) -> dict[str, Any]:
     """The fp32 ONNX bundle."""
-    return export_graph(model_folder, own, threads=threads, load=model.load, progress=progress)
+    return export_graph(model_folder, own, threads=threads, load=models.load, progress=progress)
 
 
 def quantize(
@@ -68,11 +68,11 @@ def quantize(
     method, made, source, found = section.method, None, parent, {}
     with tempfile.TemporaryDirectory(dir=own) as scratch:
         if is_trained and model_folder is not None and (section.calibrated or has_scales(model_folder)):
-            made = trained_blocks(Trained(section, bits), model.load(model_folder), model_folder)
+            made = trained_blocks(Trained(section, bits), models.load(model_folder), model_folder)
         elif section.calibrated:
             if model_folder is None or corpus_folder is None:
                 raise ValueError("a calibrated method needs the model and the corpus")
-            opened, text = model.load(model_folder), calibration_text(section, corpus_folder)
+            opened, text = models.load(model_folder), calibration_text(section, corpus_folder)
             if section.rescale:
                 found["rescaled"] = rescale(
                     opened, decoder_layers(opened), text, _rounding(section, bits), progress=progress
@@ -172,12 +172,12 @@ def verify(
     prompts = _ragged_prompts(held)
     texts = [document.text[:400] for document in heldout_documents(corpus_folder)[:VERIFY_PROMPTS]]
     opened = check.check(bundle, prompts, texts=texts, threads=threads)
-    torch_model = model.load(model_folder)
+    torch_model = models.load(model_folder)
     if trained is not None:
         section, bits, searched = trained
         rounding = Trained(section, bits, chosen_grids(searched))
         round_weights(torch_model, *trained_roundings(rounding, model_folder))
-    reference, shipped = model.TorchModel(torch_model), OnnxModel(bundle, threads)
+    reference, shipped = models.TorchModel(torch_model), OnnxModel(bundle, threads)
     difference = Divergence()
     for done, block in enumerate(held):
         ids, mask = block[None], np.ones_like(block[None])

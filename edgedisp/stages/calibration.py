@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edgedisp import model
+from edgedisp import models
 from edgedisp.core.progress import Progress
 from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.quantize.calibrated import gptq_model
@@ -63,7 +63,7 @@ def opened_search(
     if int4.method == "gptq":
         methods, calibrated = ("k_quant",), _usual_by_gptq(int4, model_folder, corpus_folder, progress)
     tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    opened = model.load(model_folder)
+    opened = models.load(model_folder)
     return Search(
         parent,
         opened,
@@ -86,4 +86,4 @@ def _usual_by_gptq(
     """
     alone = section.model_copy(update={"correction": 0.0})
     text = calibration_text(section, corpus_folder)
-    return by_gptq(alone, USUAL.grid, model.load(model_folder), text, progress)
+    return by_gptq(alone, USUAL.grid, models.load(model_folder), text, progress)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgedisp import model
+from edgedisp import models
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import write_json
 from edgedisp.dispersion.profile import compare, profile
@@ -33,7 +33,7 @@ def condensation(
 
     `baseline` is the baseline's finished stage of this kind: what differs from it stands under `change`.
     """
-    measured = measure_torch(model.load(model_folder), _heldout(corpus_folder), progress)
+    measured = measure_torch(models.load(model_folder), _heldout(corpus_folder), progress)
     return _recorded(measured, baseline, own)
 
 

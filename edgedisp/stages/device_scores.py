@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgedisp import corpus, model
+from edgedisp import data, models
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import RUN, SCORES, file_digest
@@ -149,14 +149,14 @@ def with_scores(
     return {"devices": told, "scored": questions.facts()}
 
 
-def _suite(wish: Wish, bundle: Path, documents: list[corpus.Document], context: int) -> tasks.Suite:
-    tokenizer = model.load_tokenizer(bundle)
+def _suite(wish: Wish, bundle: Path, documents: list[data.Document], context: int) -> tasks.Suite:
+    tokenizer = models.load_tokenizer(bundle)
     suite = tasks.prepare(
         tokenizer,
         wish.tasks,
         documents,
-        end_of_text=model.end_of_text_id(tokenizer),
-        lead=model.lead_id(tokenizer),
+        end_of_text=models.end_of_text_id(tokenizer),
+        lead=models.bos_id(tokenizer),
         context=context,
         limit=wish.limit,
         seed=wish.seed,
@@ -167,10 +167,10 @@ def _suite(wish: Wish, bundle: Path, documents: list[corpus.Document], context: 
     return suite
 
 
-def _documents(wish: Wish, run: Path | None) -> list[corpus.Document]:
+def _documents(wish: Wish, run: Path | None) -> list[data.Document]:
     """The documents of the held-out tasks; none where no such task is asked for."""
     if wish.text is not None:
-        return list(corpus.read_documents(wish.text))
+        return list(data.read_documents(wish.text))
     held = [name for name in expand(wish.tasks) if name.startswith("heldout")]
     if not held:
         return []

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from edgedisp import model
+from edgedisp import models
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import write_json
 from edgedisp.evaluate.divergence import Divergence
@@ -44,7 +44,7 @@ def divergence(
         for name, reference in opened.items():
             found[name].add(reference(ids, mask), logits)
         progress(done + 1, len(held), "blocks")
-    tokenizer = model.load_tokenizer(tokenizer_folder)
+    tokenizer = models.load_tokenizer(tokenizer_folder)
     results: dict[str, Any] = dict.fromkeys(references)
     for name, one in found.items():
         worst = [_in_words(place, held, tokenizer) for place in one.worst()]

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from edgedisp import model
+from edgedisp import models
 from edgedisp.bench.local import Local
 from edgedisp.bench.machine import installed_version
 from edgedisp.bench.summary import arms_to_compare
@@ -36,13 +36,13 @@ def items(
     context: int,
 ) -> tasks.Suite:
     """The questions of the recipe's tasks: the same for every arm and precision."""
-    tokenizer = model.load_tokenizer(tokenizer_folder)
+    tokenizer = models.load_tokenizer(tokenizer_folder)
     return tasks.prepare(
         tokenizer,
         section.tasks,
         heldout_documents(corpus_folder),
-        end_of_text=model.end_of_text_id(tokenizer),
-        lead=model.lead_id(tokenizer),
+        end_of_text=models.end_of_text_id(tokenizer),
+        lead=models.bos_id(tokenizer),
         context=context,
         limit=section.limit,
         seed=seed,
@@ -86,7 +86,9 @@ def accuracy(
     if lost := [why for task, why in suite.missing.items() if task not in before]:
         raise BuildFailed(f"{'; '.join(lost)}. It could be read before; the same command continues")
     scored: Any = (
-        model.TorchModel(model.load(model_folder), threads) if bundle is None else OnnxModel(bundle, threads)
+        models.TorchModel(models.load(model_folder), threads)
+        if bundle is None
+        else OnnxModel(bundle, threads)
     )
     with closing(Kept(store, scored_name(bundle or model_folder, threads))) as kept:
         results = suite.run(

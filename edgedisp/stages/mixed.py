@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from edgedisp import model
+from edgedisp import models
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import read
@@ -96,7 +96,7 @@ def _as_decided(
     if there is None:
         raise BuildFailed(f"{decided}: the bundle whose search decides is gone; build again")
     tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    opened = model.load(model_folder)
+    opened = models.load(model_folder)
     followed = Decided(
         parent,
         opened,
@@ -151,7 +151,7 @@ def quantize_as_trained(
     """
     int4, there = section.int4, chosen_bits(bits_folder)
     tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    opened, level = model.load(model_folder), first_level(int4)
+    opened, level = models.load(model_folder), first_level(int4)
     stored = Decided(
         parent, opened, there["weights"], pieces_of(tokens, opened), blocks_of(tokens), accuracy_level=level
     )

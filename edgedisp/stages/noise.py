@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from edgedisp import model
+from edgedisp import models
 from edgedisp.core.progress import Progress
 from edgedisp.evaluate import heldout
 from edgedisp.evaluate.kept import Kept
@@ -122,7 +122,7 @@ def _floor(difference: dict[str, Any], measured: int, documents: int) -> float:
 def _opened(model_folder: Path, bundle: Path | None, threads: int, attention: str | None = None) -> Any:
     if bundle is not None:
         return OnnxModel(bundle, threads)
-    loaded = model.load(model_folder)
+    loaded = models.load(model_folder)
     if attention is not None:
         loaded.set_attn_implementation(attention)
-    return model.TorchModel(loaded, threads)
+    return models.TorchModel(loaded, threads)

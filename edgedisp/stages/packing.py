@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgedisp import __version__, corpus, model
+from edgedisp import __version__, data, models
 from edgedisp.bench.machine import installed_version
 from edgedisp.core.stage_folder import MANIFEST, file_digest, git_commit, list_files, read, write_json
 from edgedisp.graph import layouts as laid
@@ -50,10 +50,10 @@ def pack(
     last = target.logits == "last"
     device = for_device(bundle, own, threads=threads, context=target.context, last_logits=last)
     entries = laid.arrange(own, layouts, target.precision, browser=target.architecture == "wasm32")
-    tokenizer = model.load_tokenizer(bundle)
-    ids = model.encode(tokenizer, corpus.made_documents(1, seed=0)[0].text)[:COMPARED_TOKENS]
+    tokenizer = models.load_tokenizer(bundle)
+    ids = models.encode(tokenizer, data.synthetic_documents(1, seed=0)[0].text)[:COMPARED_TOKENS]
     laid.check_same(own, laid.graphs(entries), bundle, ids, threads)
-    licence = model.carry_licence(licensed, own)
+    licence = models.copy_licence(licensed, own)
     record = read(bundle)
     grid = grid or (record.results if record else {})
     files = list_files(own, without=(MANIFEST, CARD, "key.json"))

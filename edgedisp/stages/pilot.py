@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgedisp import model
+from edgedisp import models
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import write_json
@@ -101,8 +101,8 @@ def _as_trained(adapter: Adapter | None, base_folder: Path, weights: Path) -> An
     """The trained model, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if adapter is None:
-        return model.load(weights).to(device)
-    base = load_quantized(base_folder, adapter.base) if adapter.base else model.load(base_folder)
+        return models.load(weights).to(device)
+    base = load_quantized(base_folder, adapter.base) if adapter.base else models.load(base_folder)
     opened: Any = merge.opened(weights, base)
     return opened.get_base_model().to(device).eval()  # the adapter's layers stay in it
 
@@ -110,7 +110,7 @@ def _as_trained(adapter: Adapter | None, base_folder: Path, weights: Path) -> An
 def _measure(trained: Any, suite: Suite, corpus_folder: Path, progress: Progress) -> dict[str, Any]:
     """`items`: {id, document, nll, tokens} of each window; FIGURES: of each sequence, over the blocks."""
     with quiet_bitsandbytes():
-        scored = suite.run(model.TorchModel(trained), bootstrap=2, progress=progress)[TASK]
+        scored = suite.run(models.TorchModel(trained), bootstrap=2, progress=progress)[TASK]
         profile = condensation(trained, _sequences(corpus_folder), progress)
     wanted = ("id", "document", "nll", "tokens")
     return {

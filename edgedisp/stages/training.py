@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgedisp import model
+from edgedisp import models
 from edgedisp.core.distributed import place, split
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
@@ -94,8 +94,8 @@ def midtrain(
     if train.adapter is not None:
         adapters.keep_adapter(trained, train.adapter, base_folder, own)
     else:
-        model.save(trained, model.load_tokenizer(base_folder), own)
-        model.carry_licence(base_folder, own)
+        models.save(trained, models.load_tokenizer(base_folder), own)
+        models.copy_licence(base_folder, own)
     shutil.rmtree(checkpoints)
     return {
         "steps": steps,

@@ -1,6 +1,6 @@
 """Packed blocks of tokens as a training set, with or without walls between the documents in a block.
 
-A block holds whatever documents fall into it, each followed by the end-of-text token (corpus/blocks.py).
+A block holds whatever documents fall into it, each followed by the end-of-text token (data/packing.py).
 Plain packing lets attention run through the block, as most pre-training does. With walls:
 
 - position ids count from 0 again in each document, and transformers makes a block-diagonal attention mask

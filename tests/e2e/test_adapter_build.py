@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 
-from edgedisp import corpus, model
+from edgedisp import data, models
 from edgedisp.core.stage_folder import read
 
 RECIPE = """\
@@ -42,7 +42,7 @@ def build(folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, tiny_folder: dict[str, Path]) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
-    rows = [json.dumps({"text": document.text}) for document in corpus.made_documents(80, seed=3)]
+    rows = [json.dumps({"text": document.text}) for document in data.synthetic_documents(80, seed=3)]
     (folder / "text.jsonl").write_text("\n".join(rows))
     (folder / "tiny.yaml").write_text(RECIPE.format(base=tiny_folder["llama"]))
     done = build(folder)
@@ -73,7 +73,7 @@ def test_the_adapter_folder_is_opened_by_peft_alone(built: Path) -> None:
     for arm in ARMS:
         folder = built / "run" / arm / "adapter"
         with_adapter = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        merged = model.load(built / "run" / arm / "model")
+        merged = models.load(built / "run" / arm / "model")
         record = read(built / "run" / arm / "model")
         assert record is not None
         with torch.no_grad():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import Ended
 
-from edgedisp import corpus
+from edgedisp import data
 from edgedisp.comparison.models import _short
 from edgedisp.comparison.pairing import Scored, paired_with_first
 from edgedisp.comparison.runs import joined
@@ -179,7 +179,7 @@ def test_the_joint_page_and_table_name_every_arm(
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "held.jsonl"
-    rows = [json.dumps({"text": document.text}) for document in corpus.made_documents(40, seed=9)]
+    rows = [json.dumps({"text": document.text}) for document in data.synthetic_documents(40, seed=9)]
     path.write_text("\n".join(rows))
     return path
 

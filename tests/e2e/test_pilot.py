@@ -264,21 +264,21 @@ def test_figures_are_those_of_the_loss_and_the_cosines_by_loops(recipe: Path, tm
     import numpy as np
     import torch
 
-    from edgedisp import model
+    from edgedisp import models
     from edgedisp.stages.start import heldout_documents
 
     planned = plan(load(recipe, ["train.lr=1e-30", "train.precision=fp32"]), weights="1", tokens="128")
     found = run(planned, tmp_path / "run", Watcher())
     row = found["rungs"][0]["candidates"][0]
-    base = model.load(tmp_path / "run" / "base")
+    base = models.load(tmp_path / "run" / "base")
     judged = json.loads((tmp_path / "run" / "tokens-128" / "baseline" / "judged.json").read_text())
     first_windows = {item["id"]: item for item in judged["items"] if item["id"].endswith("#0")}
     assert len(first_windows) > 5
-    tokenizer = model.load_tokenizer(tmp_path / "run" / "base")
+    tokenizer = models.load_tokenizer(tmp_path / "run" / "base")
     for document in heldout_documents(tmp_path / "run" / "corpus"):
         if (item := first_windows.get(f"{document.id}#0")) is None:
             continue  # the held-out tokens that are scored end before it
-        ids = [model.end_of_text_id(tokenizer), *model.encode(tokenizer, document.text)][:33]
+        ids = [models.end_of_text_id(tokenizer), *models.encode(tokenizer, document.text)][:33]
         with torch.no_grad():
             logits = base(torch.tensor([ids[:-1]])).logits[0].double().log_softmax(-1)
         nats = -sum(float(logits[place, token]) for place, token in enumerate(ids[1:]))

@@ -8,7 +8,7 @@ from typing import Any
 import graph_twins
 import pytest
 
-from edgedisp import sources
+from edgedisp import data
 from edgedisp.core.errors import BadInput
 from edgedisp.plan import disk_bytes, make_plan
 from edgedisp.plan_text import render
@@ -71,7 +71,7 @@ def test_without_a_probe_nothing_is_downloaded(tmp_path: Path, monkeypatch: pyte
     found = planned(tmp_path, wheel)
     assert found["sizes"] is None and "not downloaded" in found["sizes_unknown"]
     assert f"sizes: not known: {wheel}" in render(found)
-    assert not sources.is_at_hand(wheel) and not (tmp_path / "cache").exists()
+    assert not data.is_local(wheel) and not (tmp_path / "cache").exists()
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert "nobody/absent-model" in planned(tmp_path, "nobody/absent-model")["sizes_unknown"]
 

@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 
-from edgedisp import corpus, model
+from edgedisp import data, models
 from edgedisp.cli import main
 from edgedisp.core.errors import BadInput
 from edgedisp.core.stage_folder import read
@@ -54,7 +54,7 @@ BUILDS = {
 
 
 def write(folder: Path, base: Path, build: str) -> Path:
-    rows = [json.dumps({"text": document.text}) for document in corpus.made_documents(80, seed=3)]
+    rows = [json.dumps({"text": document.text}) for document in data.synthetic_documents(80, seed=3)]
     (folder / "text.jsonl").write_text("\n".join(rows))
     path = folder / "tiny.yaml"
     path.write_text(RECIPE.format(base=base, **BUILDS[build]))
@@ -90,7 +90,7 @@ def test_the_graph_in_fp32_arithmetic_gives_the_trained_models_logits_and_text(
     built: tuple[str, Path], arm: str
 ) -> None:
     _, folder = built
-    trained = model.load(folder / "run" / arm / "model")
+    trained = models.load(folder / "run" / arm / "model")
     round_weights(trained, *trained_roundings(rounding_of(folder), folder / "run" / arm / "model"))
     bundle = folder / "run" / arm / "int4"
     exact = OnnxModel(bundle, 1, graph=at_accuracy_level(bundle, 0))
@@ -98,7 +98,7 @@ def test_the_graph_in_fp32_arithmetic_gives_the_trained_models_logits_and_text(
     with torch.no_grad():
         expected = trained(input_ids=torch.from_numpy(held), use_cache=False).logits.numpy()
     assert np.abs(expected - exact(held, np.ones_like(held))).max() < 1e-3
-    reference = model.TorchModel(trained)
+    reference = models.TorchModel(trained)
     for row in held:
         prompt = row[:8].tolist()
         assert reference.greedy(prompt, 20, frozenset()) == exact.greedy(prompt, 20, frozenset())
@@ -114,7 +114,7 @@ def test_the_weights_left_behind_are_not_the_rounded_ones_and_scales_lie_beside_
         own = folder / "run" / arm / "model"
         assert (own / SCALES).is_file() == (name.endswith("gptq") or name.startswith("learned"))
         assert not (own / CALIBRATED).exists()
-        plain, rounded = model.load(own), model.load(own)
+        plain, rounded = models.load(own), models.load(own)
         names = round_weights(rounded, *trained_roundings(rounding_of(folder), own))
         for key in names:
             assert not torch.equal(plain.get_parameter(key), rounded.get_parameter(key))
@@ -209,7 +209,7 @@ def test_a_search_comes_before_training_and_every_arm_trains_and_ships_on_what_i
         for row in record["by_tensor"]:
             assert all(row[key] == rows[row["name"]][key] for key in ("bits", "group", "symmetric"))
     parameters = {parameter for row in rows.values() for parameter in row["parameters"]}
-    held = model.load(run / "baseline" / "model")
+    held = models.load(run / "baseline" / "model")
     assert parameters - {"lm_head.weight"} == {
         key for key, value in held.named_parameters() if value.ndim > 1
     }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from edgedisp import corpus, model
+from edgedisp import data, models
 from edgedisp.core.errors import BadInput
 from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.train.adapter import AdapterSettings, adapter_size, attach, linear_maps, linear_names
@@ -46,11 +46,11 @@ IDS = torch.randint(3, 400, (4, 24), generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def folders(tiny_folder: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    texts = [document.text for document in corpus.made_documents(60, seed=0)]
+    texts = [document.text for document in data.synthetic_documents(60, seed=0)]
     found = dict(tiny_folder)
     for architecture in ("mistral", "qwen2"):
         found[architecture] = tmp_path_factory.mktemp(architecture)
-        model.save(*model.twin(architecture, texts, seed=0, context=256), found[architecture])
+        models.save(*models.tiny_model(architecture, texts, seed=0, context=256), found[architecture])
     return found
 
 
@@ -93,7 +93,7 @@ def test_auto_adapts_every_linear_map_of_attention_and_mlp_and_nothing_else(
     folders: dict[str, Path], architecture: str, held_as: str | None
 ) -> None:
     folder = folders[architecture]
-    opened = load_quantized(folder, held_as) if held_as else model.load(folder)
+    opened = load_quantized(folder, held_as) if held_as else models.load(folder)
     where, parts = ARCHITECTURES[architecture]
     expected = {f"{where}.{layer}.{part}" for layer in range(2) for part in parts}
     # The same set by walking the tree: within the layers, norms alone have weights that are no matrix.
@@ -114,12 +114,12 @@ def test_auto_adapts_every_linear_map_of_attention_and_mlp_and_nothing_else(
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_adapter_size_counts_the_trainable_parameters(folders: dict[str, Path], architecture: str) -> None:
-    opened = model.load(folders[architecture])
+    opened = models.load(folders[architecture])
     layers = decoder_layers(opened)
     some = sorted(name.rsplit(".", 1)[-1] for name in linear_maps(layers))[:1]
     for targets in ("auto", some):
         counted = adapter_size(layers, 4, targets)
-        peft_model = wrapped(model.load(folders[architecture]), targets=targets)
+        peft_model = wrapped(models.load(folders[architecture]), targets=targets)
         assert counted == sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
     with pytest.raises(BadInput, match="nowhere is no linear map"):
         adapter_size(layers, 4, ["nowhere"])
@@ -128,14 +128,14 @@ def test_adapter_size_counts_the_trainable_parameters(folders: dict[str, Path], 
 def test_a_map_outside_the_layers_is_left_alone_even_if_its_name_ends_alike(
     folders: dict[str, Path],
 ) -> None:
-    opened = model.load(folders["llama"])
+    opened = models.load(folders["llama"])
     opened.vision = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
     found = adapted(wrapped(opened))
     assert "vision.q_proj" not in found and len(found) == 14
 
 
 def test_named_targets_alone_are_adapted(folders: dict[str, Path]) -> None:
-    named = adapted(wrapped(model.load(folders["llama"]), targets=["q_proj", "mlp.up_proj"]))
+    named = adapted(wrapped(models.load(folders["llama"]), targets=["q_proj", "mlp.up_proj"]))
     assert named == {
         f"model.layers.{layer}.{part}" for layer in range(2) for part in ("self_attn.q_proj", "mlp.up_proj")
     }
@@ -148,7 +148,7 @@ def test_a_target_that_is_no_linear_map_of_the_layers_is_refused(
     with pytest.raises(
         BadInput, match=rf"{target} is no linear map of this model, which has down_proj, gate"
     ):
-        wrapped(model.load(folders["llama"]), targets=[target, "q_proj"])
+        wrapped(models.load(folders["llama"]), targets=[target, "q_proj"])
 
 
 def test_layers_without_a_linear_map_are_refused() -> None:
@@ -166,11 +166,11 @@ def test_experts_in_one_tensor_are_not_passed_over_in_silence() -> None:
 def test_the_random_half_depends_on_the_seed_alone(folders: dict[str, Path]) -> None:
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    first = wrapped(model.load(folders["llama"]), seed=3).state_dict()
+    first = wrapped(models.load(folders["llama"]), seed=3).state_dict()
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(6)
-    again = wrapped(model.load(folders["llama"]), seed=3).state_dict()
-    other = wrapped(model.load(folders["llama"]), seed=4).state_dict()
+    again = wrapped(models.load(folders["llama"]), seed=3).state_dict()
+    other = wrapped(models.load(folders["llama"]), seed=4).state_dict()
     name = next(name for name in first if "lora_A" in name)
     assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
 
@@ -207,7 +207,7 @@ def int8_by_hand(weight: Tensor) -> Tensor:
 def test_dequantized_weights_follow_the_formula_of_their_format(
     folders: dict[str, Path], architecture: str, held_as: str
 ) -> None:
-    full = dict(model.load(folders[architecture]).named_modules())
+    full = dict(models.load(folders[architecture]).named_modules())
     found = dequantized(load_quantized(folders[architecture], held_as))
     where, parts = ARCHITECTURES[architecture]
     assert set(found) == {f"{where}.{layer}.{part}" for layer in range(2) for part in parts}
@@ -227,7 +227,7 @@ def test_a_quantized_base_computes_with_its_dequantized_weights(
     folders: dict[str, Path], architecture: str, held_as: str
 ) -> None:
     quantized = load_quantized(folders[architecture], held_as)
-    plain = expand(quantized, model.load(folders[architecture]))
+    plain = expand(quantized, models.load(folders[architecture]))
     with torch.no_grad():
         expected = plain(input_ids=IDS).logits
         if held_as == "int8":  # as in training; in eval mode the input is rounded to 8 bits too
@@ -241,7 +241,7 @@ def test_a_quantized_base_computes_with_its_dequantized_weights(
 def test_expanding_into_another_model_is_refused(folders: dict[str, Path]) -> None:
     quantized = load_quantized(folders["llama"], "int8")
     with pytest.raises(ValueError, match=r"is no linear map of the full-precision model"):
-        expand(quantized, model.load(folders["gpt2"]))
+        expand(quantized, models.load(folders["gpt2"]))
 
 
 @pytest.mark.parametrize("held_as", ["nf4", "int8"])
@@ -249,7 +249,7 @@ def test_gradients_through_a_quantized_base_are_those_through_its_dequantized_we
     folders: dict[str, Path], held_as: str
 ) -> None:
     quantized = load_quantized(folders["llama"], held_as)
-    plain = wrapped(expand(quantized, model.load(folders["llama"]))).train()
+    plain = wrapped(expand(quantized, models.load(folders["llama"]))).train()
     held = wrapped(quantized, "qlora").train()
     give_b_values(plain)
     give_b_values(held)
@@ -314,7 +314,7 @@ def test_a_killed_run_continues_to_the_same_adapter(
 
     def fresh() -> nn.Module:
         folder = folders["gpt2"]  # which has dropout, and so needs the random streams to be restored
-        return wrapped(load_quantized(folder, held_as) if held_as else model.load(folder), dropout=0.1)
+        return wrapped(load_quantized(folder, held_as) if held_as else models.load(folder), dropout=0.1)
 
     def adapter_of(opened: nn.Module) -> list[Tensor]:
         return [p.detach() for name, p in opened.named_parameters() if "lora_" in name]
@@ -339,11 +339,11 @@ def test_an_adapter_with_another_alpha_or_dropout_is_another_run(
     blocks = np.random.default_rng(0).integers(3, 400, (4, 24)).astype(np.uint32)
     settings = TrainSettings(steps=2, lr=1e-2, batch=2)
     given: dict[str, Any] = {"alpha": 8, "dropout": 0.1}
-    fit(wrapped(model.load(folders["llama"]), **given), blocks, settings, checkpoints=tmp_path)
+    fit(wrapped(models.load(folders["llama"]), **given), blocks, settings, checkpoints=tmp_path)
     other = given | {field: {"alpha": 64, "dropout": 0.5}[field]}
     said = rf"differs in adapter.default.{told} \({given[field]} there, {other[field]} here\);"
     with pytest.raises(BadInput, match=said):
-        fit(wrapped(model.load(folders["llama"]), **other), blocks, settings, checkpoints=tmp_path)
+        fit(wrapped(models.load(folders["llama"]), **other), blocks, settings, checkpoints=tmp_path)
 
 
 @pytest.mark.parametrize("held_as", ["nf4", "int8"])
@@ -364,7 +364,7 @@ def test_the_scales_of_a_quantized_base_are_part_of_what_a_run_is(
 
 
 def test_what_a_run_is_does_not_depend_on_the_process(folders: dict[str, Path]) -> None:
-    opened = model.load(folders["llama"])
+    opened = models.load(folders["llama"])
     targets = linear_names(decoder_layers(opened))
     held: Any = wrapped(opened)
     held.peft_config["default"].base_model_name_or_path = "/somewhere/else"

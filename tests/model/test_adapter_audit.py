@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgedisp import model
+from edgedisp import models
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import silent
 from edgedisp.core.stage_folder import finish, making, read
@@ -78,7 +78,7 @@ def test_block_losses_are_the_summed_cross_entropy(
     tiny_folder: dict[str, Path], monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
     monkeypatch.setattr(audit, "LOGITS_AT_ONCE", at_once)  # slices must not matter
-    scored = model.load(tiny_folder["gpt2"]).train()  # its dropout must not matter
+    scored = models.load(tiny_folder["gpt2"]).train()  # its dropout must not matter
     np.testing.assert_allclose(
         audit.block_losses(scored, BLOCKS[:3]), losses_by_loops(scored, BLOCKS[:3]), 1e-5
     )
@@ -88,8 +88,8 @@ def test_block_losses_are_the_summed_cross_entropy(
 def test_rounding_goes_over_every_matrix_once_and_over_nothing_else(
     tiny_folder: dict[str, Path], architecture: str
 ) -> None:
-    before = model.load(tiny_folder[architecture]).state_dict()
-    changed = model.load(tiny_folder[architecture])
+    before = models.load(tiny_folder[architecture]).state_dict()
+    changed = models.load(tiny_folder[architecture])
     names = round_weights(changed, on_grid(4), on_grid(8))
     after = changed.state_dict()
     head = {"lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight"}
@@ -116,7 +116,7 @@ def test_rounded_weights_compute_what_the_int4_bundle_computes(
         folder.mkdir()
     bundles.export(tiny_folder[architecture], 1, folders["fp32"], silent)
     record = bundles.quantize(INT4, 4, folders["fp32"], None, None, folders["int4"], silent)
-    rounded = model.load(tiny_folder[architecture])
+    rounded = models.load(tiny_folder[architecture])
     names = round_weights(rounded, on_grid(4), on_grid(8))
     ids = BLOCKS[:2]
     shipped = OnnxModel(folders["int4"], 1)(ids, np.ones_like(ids))
@@ -130,8 +130,8 @@ def test_rounded_weights_compute_what_the_int4_bundle_computes(
 
 
 def test_bfloat16_rounding_keeps_eight_bits(tiny_folder: dict[str, Path]) -> None:
-    before = model.load(tiny_folder["llama"]).state_dict()
-    changed = model.load(tiny_folder["llama"])
+    before = models.load(tiny_folder["llama"]).state_dict()
+    changed = models.load(tiny_folder["llama"])
     audit.to_bfloat16(changed)
     for name, weight in changed.state_dict().items():
         assert weight.dtype == torch.float32
@@ -153,7 +153,7 @@ def stage_folders(root: Path, base: Path, held_as: str | None, arm: str = "basel
         with making(folders["corpus"], {}) as own:
             np.save(own / "heldout.npy", BLOCKS.astype(np.uint32))
             finish(own, folders["corpus"], {}, {}, 0.0)
-    over = load_quantized(base, held_as) if held_as else model.load(base)
+    over = load_quantized(base, held_as) if held_as else models.load(base)
     peft_model = attach(over, decoder_layers(over), AdapterSettings("lora", rank=4), seed=0)
     ids = torch.from_numpy(BLOCKS)
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=2e-2)
@@ -162,7 +162,7 @@ def stage_folders(root: Path, base: Path, held_as: str | None, arm: str = "basel
         peft_model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
     with making(folders["adapter"], {}) as own:
-        save(peft_model, Base(str(base), fingerprint(model.load(base)), held_as), own)
+        save(peft_model, Base(str(base), fingerprint(models.load(base)), held_as), own)
         finish(own, folders["adapter"], {}, {"steps": 6, "weights_sha256": "abc"}, 0.0)
     return folders
 
@@ -186,18 +186,18 @@ def test_the_audit_holds_the_losses_of_models_made_by_hand(
     folders = stage_folders(tmp_path, base, held_as)
     chosen = Adapter(kind="qlora", base=held_as) if held_as else Adapter(kind="lora")  # type: ignore[arg-type]
     results = merge_stage(folders, chosen)
-    over = load_quantized(base, held_as) if held_as else model.load(base)
-    merges = {"full precision": merge(folders["adapter"], model.load(base))}
+    over = load_quantized(base, held_as) if held_as else models.load(base)
+    merges = {"full precision": merge(folders["adapter"], models.load(base))}
     if held_as:
         quantized = load_quantized(base, held_as)
-        merges[f"dequantized {held_as}"] = merge(folders["adapter"], model.load(base), quantized=quantized)
-    by_hand = {"no adapter": model.load(base), "adapter on": opened(folders["adapter"], over)}
+        merges[f"dequantized {held_as}"] = merge(folders["adapter"], models.load(base), quantized=quantized)
+    by_hand = {"no adapter": models.load(base), "adapter on": opened(folders["adapter"], over)}
     by_hand |= {f"merged into {name}": made for name, made in merges.items()}
     expected = {name: losses_by_loops(made, BLOCKS) for name, made in by_hand.items()}
     for name in ("no adapter", *(f"merged into {name}" for name in merges)):
         round_weights(by_hand[name], on_grid(4), on_grid(8))
         expected[f"{name}, int4"] = losses_by_loops(by_hand[name], BLOCKS)
-    again = merge(folders["adapter"], model.load(base))
+    again = merge(folders["adapter"], models.load(base))
     for parameter in again.parameters():
         parameter.data = parameter.data.bfloat16().float()
     expected["merged into full precision, bf16"] = losses_by_loops(again, BLOCKS)
@@ -226,7 +226,7 @@ def test_the_audit_holds_the_losses_of_models_made_by_hand(
     assert results["weights_sha256"] != "abc"
     assert results["merged_into"].startswith("the full-precision" if found["chosen"] == "full" else "the deq")
     # What is left in the folder is the merged model that was chosen.
-    kept = losses_by_loops(model.load(tmp_path / "baseline" / "model"), BLOCKS)
+    kept = losses_by_loops(models.load(tmp_path / "baseline" / "model"), BLOCKS)
     np.testing.assert_allclose(kept, expected[f"merged into {into}"], rtol=1e-5)
 
 
@@ -254,8 +254,8 @@ def test_the_recipe_can_fix_the_base(tiny_folder: dict[str, Path], tmp_path: Pat
     assert results["merge_audit"]["chosen"] == wanted
     assert results["merge_audit"]["why"] == f"the recipe says merge: {wanted}"
     quantized = load_quantized(tiny_folder["llama"], "nf4") if wanted == "dequantized" else None
-    expected = merge(folders["adapter"], model.load(tiny_folder["llama"]), quantized=quantized).state_dict()
-    found = model.load(tmp_path / "baseline" / "model").state_dict()
+    expected = merge(folders["adapter"], models.load(tiny_folder["llama"]), quantized=quantized).state_dict()
+    found = models.load(tmp_path / "baseline" / "model").state_dict()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 

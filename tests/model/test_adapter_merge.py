@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from edgedisp import model
+from edgedisp import models
 from edgedisp.core.errors import BadInput
 from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.train.adapter import AdapterSettings, attach
@@ -29,14 +29,14 @@ IDS = torch.randint(3, 400, (2, 24), generator=torch.Generator().manual_seed(0))
 
 def trained(folder: Path, out: Path, held_as: str | None = None, **changes: object) -> nn.Module:
     """An adapter with weights in both halves, written to `out`; returns the model that carries it."""
-    opened = load_quantized(folder, held_as) if held_as else model.load(folder)
+    opened = load_quantized(folder, held_as) if held_as else models.load(folder)
     settings = AdapterSettings("lora", **{"rank": 4, "alpha": 12, **changes})  # type: ignore[arg-type]
     peft_model = attach(opened, decoder_layers(opened), settings, seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.05, generator=generator)
-    save(peft_model, Base(str(folder), fingerprint(model.load(folder)), held_as), out)
+    save(peft_model, Base(str(folder), fingerprint(models.load(folder)), held_as), out)
     return peft_model.eval()
 
 
@@ -66,7 +66,7 @@ def test_peft_alone_opens_the_folder_and_computes_the_same(
 
 
 def test_the_folder_names_its_base(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
-    opened = model.load(tiny_folder["llama"])
+    opened = models.load(tiny_folder["llama"])
     sha256 = fingerprint(opened)
     peft_model = attach(opened, decoder_layers(opened), AdapterSettings("lora", rank=2), seed=0)
     save(peft_model, Base("some/model", sha256, "nf4", "v1"), tmp_path)
@@ -85,11 +85,11 @@ def test_the_folder_names_its_base(tiny_folder: dict[str, Path], tmp_path: Path)
 def test_the_fingerprint_is_of_the_values_and_not_of_the_files(
     tiny_folder: dict[str, Path], tmp_path: Path
 ) -> None:
-    opened = model.load(tiny_folder["gpt2"])
+    opened = models.load(tiny_folder["gpt2"])
     found = fingerprint(opened)
     opened.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert fingerprint(model.load(tmp_path)) == found
+    assert fingerprint(models.load(tmp_path)) == found
     rounded = opened.bfloat16()
     in_bfloat16 = fingerprint(rounded)
     assert in_bfloat16 != found and fingerprint(rounded.float()) == in_bfloat16
@@ -103,7 +103,7 @@ def test_the_fingerprint_is_of_the_values_and_not_of_the_files(
 
 def expected_weights(folder: Path, adapter: Path, held_as: str | None) -> dict[str, Tensor]:
     """W + (alpha / rank) B A, from the files alone; W dequantized where the base was quantized."""
-    base = model.load(folder)
+    base = models.load(folder)
     config = json.loads((adapter / "adapter_config.json").read_text())
     halves = load_file(adapter / WEIGHTS)
     over = dequantized(load_quantized(folder, held_as)) if held_as else {}
@@ -131,14 +131,14 @@ def test_merged_weights_are_w_plus_the_scaled_product(
     for into, quantized in bases.items():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            merged = merge(tmp_path, model.load(folder), quantized=quantized)
+            merged = merge(tmp_path, models.load(folder), quantized=quantized)
         expected = expected_weights(folder, tmp_path, into)
         found = merged.state_dict()
         assert set(found) == set(expected)
         for name, weight in expected.items():
             torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6, msg=f"{name} into {into}")
     assert any(
-        not torch.equal(found[name], weight) for name, weight in model.load(folder).state_dict().items()
+        not torch.equal(found[name], weight) for name, weight in models.load(folder).state_dict().items()
     )
 
 
@@ -148,12 +148,12 @@ def test_a_merged_model_computes_what_its_adapter_did(
 ) -> None:
     folder = tiny_folder[architecture]
     on = logits(trained(folder, tmp_path / "lora"))
-    merged = merge(tmp_path / "lora", model.load(folder))
+    merged = merge(tmp_path / "lora", models.load(folder))
     torch.testing.assert_close(logits(merged), on, rtol=1e-4, atol=1e-4)
     over_nf4 = logits(trained(folder, tmp_path / "qlora", "nf4"))
-    merged = merge(tmp_path / "qlora", model.load(folder), quantized=load_quantized(folder, "nf4"))
+    merged = merge(tmp_path / "qlora", models.load(folder), quantized=load_quantized(folder, "nf4"))
     torch.testing.assert_close(logits(merged), over_nf4, rtol=1e-4, atol=1e-4)
-    into_full = logits(merge(tmp_path / "qlora", model.load(folder)))
+    into_full = logits(merge(tmp_path / "qlora", models.load(folder)))
     assert (into_full - over_nf4).abs().max() > 1e-2  # the two bases are not the same
 
 
@@ -161,7 +161,7 @@ def test_merging_leaves_the_random_stream_as_it_was(tiny_folder: dict[str, Path]
     trained(tiny_folder["llama"], tmp_path)
     torch.manual_seed(7)
     before = torch.random.get_rng_state()
-    merge(tmp_path, model.load(tiny_folder["llama"]))
+    merge(tmp_path, models.load(tiny_folder["llama"]))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -170,10 +170,10 @@ def test_merging_leaves_the_random_stream_as_it_was(tiny_folder: dict[str, Path]
 
 def test_another_base_is_refused(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
     trained(tiny_folder["llama"], tmp_path)
-    other = model.load(tiny_folder["llama"])
+    other = models.load(tiny_folder["llama"])
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
-    sha256 = fingerprint(model.load(tiny_folder["llama"]))[:12]
+    sha256 = fingerprint(models.load(tiny_folder["llama"]))[:12]
     said = (
         rf"trained on another base: on {tiny_folder['llama']}, whose weights have the fingerprint {sha256}; "
         rf"these have {fingerprint(other)[:12]}. Give the base that it was trained on"
@@ -283,7 +283,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(
     damage, said = DAMAGE[case]
     damage(tmp_path)
     with pytest.raises(BadInput, match=said):
-        merge(tmp_path, model.load(tiny_folder["llama"]))
+        merge(tmp_path, models.load(tiny_folder["llama"]))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -310,5 +310,5 @@ def test_a_folder_from_elsewhere_without_our_mark_is_merged(
     on = logits(trained(tiny_folder["llama"], tmp_path))
     (tmp_path / MARK).unlink()
     torch.testing.assert_close(
-        logits(merge(tmp_path, model.load(tiny_folder["llama"]))), on, rtol=1e-4, atol=1e-4
+        logits(merge(tmp_path, models.load(tiny_folder["llama"]))), on, rtol=1e-4, atol=1e-4
     )

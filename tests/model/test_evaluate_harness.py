@@ -27,7 +27,7 @@ from edgedisp.evaluate import catalog, tasks
 from edgedisp.evaluate.harness import HarnessModel
 from edgedisp.evaluate.kept import Kept
 from edgedisp.evaluate.result import compare_task
-from edgedisp.model import lead_id
+from edgedisp.models import bos_id
 
 LETTERS = "\x00\n abcdefghijklmnopqrstuvwxyz?:."
 
@@ -460,7 +460,7 @@ def test_log_likelihoods_and_text_equal_those_of_lm_evals_torch_backend(lead: in
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bare, eos_token="<end>", pad_token="<end>", bos_token=bos
     )
-    assert lead_id(tokenizer) == lead
+    assert bos_id(tokenizer) == lead
     with torch.random.fork_rng():
         torch.manual_seed(1)
         config = LlamaConfig(

@@ -17,7 +17,7 @@ import pytest
 
 from edgedisp.core.stage_folder import check_files, file_digest, list_files
 from edgedisp.graph.session import OnnxModel
-from edgedisp.model import TorchModel, load
+from edgedisp.models import TorchModel, load
 
 NAMES = {"int8": ("model_quantized", "q8"), "int4": ("model_q4", "q4")}
 

@@ -16,7 +16,7 @@ from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.graph import layout
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel
-from edgedisp.model import end_of_text_id, load_tokenizer
+from edgedisp.models import end_of_text_id, load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgedisp import model
+from edgedisp import models
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.graph.export import export
@@ -36,7 +36,7 @@ def bundles(folder: Path, form: str) -> tuple[Any, Path, dict[str, Any]]:
     for name in ("fp32", "int4"):
         (folder / name).mkdir()
     export(folder / "model", folder / "fp32", threads=1)
-    opened = model.load(folder / "model")
+    opened = models.load(folder / "model")
     made = gptq_model(opened, decoder_layers(opened), TOKENS, GRID)
     record = quantize_bundle(
         folder / "fp32", folder / "int4", bits=4, group=16, symmetric=False, accuracy_level=0, made=made
@@ -69,7 +69,7 @@ def test_a_calibrated_head_is_the_one_in_the_graph_and_a_tied_embedding_with_it(
     for name in ("fp32", "int4"):
         (tmp_path / name).mkdir()
     export(tmp_path / "model", tmp_path / "fp32", threads=1)
-    opened, ends = model.load(tmp_path / "model"), Grid(4, 32, False)
+    opened, ends = models.load(tmp_path / "model"), Grid(4, 32, False)
     made = calibration(opened, decoder_layers(opened), TOKENS, GRID, head=ends)
     options: dict[str, Any] = {"bits": 4, "group": 16, "head_bits": 4, "head_group": 32, "symmetric": False}
     record = quantize_bundle(tmp_path / "fp32", tmp_path / "int4", accuracy_level=0, made=made, **options)
@@ -85,14 +85,14 @@ def test_a_calibrated_head_is_the_one_in_the_graph_and_a_tied_embedding_with_it(
 def test_a_calibrated_head_makes_less_error_in_the_logits_than_a_rounded_one(tmp_path: Path) -> None:
     twins.make(tmp_path / "model", "llama, untied, biases, wide heads")
     ends, errors = Grid(4, 32, False), {}
-    plain = model.load(tmp_path / "model")
+    plain = models.load(tmp_path / "model")
     gptq_model(plain, decoder_layers(plain), TOKENS, GRID)
     head = plain.lm_head.weight.data.clone()
     seen: list[torch.Tensor] = []
     plain.lm_head.register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, 64)))
     with torch.no_grad():
         plain(input_ids=torch.from_numpy(TOKENS.astype(np.int64)))
-    rounded = model.load(tmp_path / "model")
+    rounded = models.load(tmp_path / "model")
     gptq_model(rounded, decoder_layers(rounded), TOKENS, GRID, head=ends)
     heads = {"rtn": dequantize(quantize(head, ends), ends), "gptq": rounded.lm_head.weight.data}
     for name, held in heads.items():
@@ -107,7 +107,7 @@ def test_a_tied_head_spares_the_rows_that_the_lookup_takes(
     ends, errors = Grid(4, 32, False), []
     for share in (0.0, calibrated.TIED):
         monkeypatch.setattr(calibrated, "TIED", share)
-        opened = model.load(tmp_path / "model")
+        opened = models.load(tmp_path / "model")
         rows = opened.get_input_embeddings().weight.data.clone()
         gptq_model(opened, decoder_layers(opened), TOKENS, GRID, head=ends)
         errors.append(float((opened.get_input_embeddings().weight.data - rows).norm() / rows.norm()))
@@ -167,14 +167,14 @@ def test_rows_of_whole_weights_are_found_in_any_order(heights: list[int], chance
 
 def test_a_bundle_of_another_model_is_refused(tmp_path: Path) -> None:
     bundles(tmp_path, "llama")
-    other = model.load(tmp_path / "model")
+    other = models.load(tmp_path / "model")
     for parameter in other.parameters():
         parameter.data += 0.01
     made = gptq_model(other, decoder_layers(other), TOKENS, GRID)
     (tmp_path / "again").mkdir()
     with pytest.raises(BuildFailed, match="no weight of the model that was calibrated"):
         quantize_bundle(tmp_path / "fp32", tmp_path / "again", bits=4, group=16, symmetric=False, made=made)
-    same = model.load(tmp_path / "model")
+    same = models.load(tmp_path / "model")
     made = gptq_model(same, decoder_layers(same), TOKENS, GRID)
     with pytest.raises(ValueError, match="the bundle is made of"):
         quantize_bundle(tmp_path / "fp32", tmp_path / "again", bits=8, group=16, symmetric=False, made=made)

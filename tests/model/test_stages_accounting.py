@@ -9,7 +9,7 @@ import graph_twins
 import onnx
 import pytest
 
-from edgedisp import model
+from edgedisp import models
 from edgedisp.graph.export import export
 from edgedisp.graph.outline import cache_bytes, outline
 from edgedisp.graph.session import OnnxModel
@@ -42,9 +42,9 @@ def test_the_accounting_is_the_files_byte_for_byte(form: str, tmp_path: Path) ->
         f"{bits}-{group}-{symmetric}-{head}": (bits, options(group, symmetric, head))
         for bits, group, symmetric, head in GRIDS
     }
-    found = size_account(model.skeleton(folder), quantized, {})
+    found = size_account(models.empty_model(folder), quantized, {})
     assert found["exact"] and list(found["precisions"]) == ["fp32", *quantized]
-    assert found["tied"] == model.skeleton(folder).config.tie_word_embeddings
+    assert found["tied"] == models.empty_model(folder).config.tie_word_embeddings
     told = {name: (one["data_bytes"], one["graph_bytes"]) for name, one in found["precisions"].items()}
     assert told["fp32"] == sizes_of(fp32)
     for (bits, group, symmetric, head), name in zip(GRIDS, quantized):
@@ -67,7 +67,7 @@ def test_the_accounting_of_nf4_is_the_files_byte_for_byte(form: str, tmp_path: P
         made.mkdir()
     export(folder, fp32, threads=1)
     section = QuantizeBits(method="nf4", group=64)
-    found = size_account(model.skeleton(folder), {"int4": (4, section)}, {})["precisions"]["int4"]
+    found = size_account(models.empty_model(folder), {"int4": (4, section)}, {})["precisions"]["int4"]
     record = quantize_bundle(fp32, bundle, bits=4, group=64, method="nf4", symmetric=section.symmetric)
     assert (found["data_bytes"], found["graph_bytes"]) == sizes_of(bundle)
     for part, row in record["by_component"].items():
@@ -101,7 +101,7 @@ def test_the_cache_is_what_the_session_returns(form: str, tmp_path: Path) -> Non
     present = shipped.session.run(
         names, {"input_ids": ids, "attention_mask": graph_twins.np.ones_like(ids), **feed}
     )
-    shapes = outline(model.skeleton(folder))
+    shapes = outline(models.empty_model(folder))
     assert cache_bytes(shapes.model, 11) == sum(one.nbytes for one in present)
 
 
@@ -121,7 +121,7 @@ def test_a_family_of_the_builder_is_told_within_2_percent(tmp_path: Path) -> Non
     graph_twins.make(folder, "smollm3", **shape)
     fp32.mkdir()
     export(folder, fp32, threads=1)
-    found = size_account(model.skeleton(folder), {"int4": (4, options(32, False, 8))}, {})
+    found = size_account(models.empty_model(folder), {"int4": (4, options(32, False, 8))}, {})
     assert not found["exact"] and found["tied"]
     assert found["precisions"]["fp32"]["size_bytes"] == pytest.approx(sum(sizes_of(fp32)), rel=0.02)
     bundle = tmp_path / "int4"
@@ -133,11 +133,11 @@ def test_a_family_of_the_builder_is_told_within_2_percent(tmp_path: Path) -> Non
 def test_a_skeleton_needs_the_configuration_alone(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     graph_twins.make(folder, "gemma3_text")
-    whole = account(outline(model.load(folder)).model)
+    whole = account(outline(models.load(folder)).model)
     for path in folder.iterdir():
         if path.name != "config.json":
             path.unlink()
-    bare = model.skeleton(folder)
+    bare = models.empty_model(folder)
     assert all(parameter.is_meta for parameter in bare.parameters())
     assert account(outline(bare).model) == whole
 
@@ -169,7 +169,7 @@ def test_the_plan_shows_the_table() -> None:
 
 def _skeleton(tmp_path: Path, form: str) -> object:
     graph_twins.make(tmp_path / "model", form)
-    return model.skeleton(tmp_path / "model")
+    return models.empty_model(tmp_path / "model")
 
 
 def test_the_outline_is_a_graph_that_onnx_can_infer_shapes_of(tmp_path: Path) -> None:

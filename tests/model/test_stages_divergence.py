@@ -13,7 +13,7 @@ from conftest import Ended
 
 from edgedisp.evaluate.divergence import compare
 from edgedisp.graph.session import OnnxModel
-from edgedisp.model import load_tokenizer
+from edgedisp.models import load_tokenizer
 from edgedisp.stages.noise import _floor
 
 

@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 
-from edgedisp import model
+from edgedisp import models
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import silent
 from edgedisp.core.stage_folder import Record, finish, making
@@ -90,8 +90,8 @@ def test_a_budget_is_held_by_the_files_and_what_was_measured_is_what_ships(
     assert search["size_bytes"] == record["size_bytes"]
     rows = record["by_tensor"]
     assert {row["bits"] for row in rows} == {4, 8} and all(row["calibrated"] for row in rows)
-    pieces = pieces_of(TOKENS, model.load(found["model"]))
-    shipped, exact = OnnxModel(tmp_path / "int4", 1), model.TorchModel(model.load(found["model"]))
+    pieces = pieces_of(TOKENS, models.load(found["model"]))
+    shipped, exact = OnnxModel(tmp_path / "int4", 1), models.TorchModel(models.load(found["model"]))
     both = [
         [one(piece[None].numpy(), np.ones((1, len(piece)), np.int64))[0] for piece in pieces]
         for one in (exact, shipped)
@@ -125,7 +125,7 @@ def test_under_gptq_a_weight_costs_what_gptq_makes_of_it(
     found, length = folders("llama"), TOKENS.shape[1]
     int4 = {"method": "gptq", "calibration_tokens": 7 * length}
     record = searched(found, tmp_path / "int4", budget=f"{sizes['8'] / 1000}kB", int4=int4)
-    plain, quantized = model.load(found["model"]), model.load(found["model"])
+    plain, quantized = models.load(found["model"]), models.load(found["model"])
     gptq_model(quantized, decoder_layers(quantized), TOKENS[:7], USUAL.grid)
     text = Text(plain, pieces_of(TOKENS, plain))
     inner = [unit for unit in find_units(found["fp32"], plain) if not unit.outer]
@@ -144,7 +144,7 @@ def test_a_limit_on_perplexity_holds_on_the_training_text(
     int4 = {"method": method, "accuracy_level": 0, "calibration_tokens": 256}
     record = searched(found, tmp_path / "int4", max_perplexity_increase="2%", int4=int4)
     blocks = [torch.from_numpy(block.astype(np.int64)) for block in TOKENS]
-    before, shipped = loss(model.load(found["model"]), blocks), OnnxModel(tmp_path / "int4", 1)
+    before, shipped = loss(models.load(found["model"]), blocks), OnnxModel(tmp_path / "int4", 1)
     after = []
     for block in blocks:
         logits = torch.from_numpy(shipped(block[None].numpy(), np.ones((1, 40), np.int64))[0])
@@ -207,12 +207,12 @@ def test_an_arm_that_follows_is_stored_as_the_one_that_searched(
 ) -> None:
     first = folders("llama")
     other = {**first, "model": tmp_path / "model", "fp32": tmp_path / "fp32"}
-    changed = model.load(first["model"])
+    changed = models.load(first["model"])
     with torch.no_grad():
         for number, parameter in enumerate(changed.parameters()):
             drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
             parameter.add_(0.01 * drawn)
-    model.save(changed, model.load_tokenizer(first["model"]), other["model"])
+    models.save(changed, models.load_tokenizer(first["model"]), other["model"])
     other["fp32"].mkdir()
     export(other["model"], other["fp32"], threads=1)
     int4 = {"method": method, "calibration_tokens": 256, "accuracy_level": level, "max_flips": 0.05}
@@ -234,7 +234,7 @@ def test_an_arm_that_follows_is_stored_as_the_one_that_searched(
     assert decider.sha256("model.onnx.data") != follower.sha256("model.onnx.data")
     search = follower.results["search"]
     assert search["decided_by"] == "baseline" and search["size_bytes"] <= middle
-    pieces = pieces_of(TOKENS, model.load(other["model"]))
+    pieces = pieces_of(TOKENS, models.load(other["model"]))
     shipped = OnnxModel(follower.folder, 1, graph=at_accuracy_level(follower.folder, 0))
     both = [
         [one(piece[None].numpy(), np.ones((1, len(piece)), np.int64))[0] for piece in pieces]

@@ -125,7 +125,7 @@ def test_without_emulator_or_its_python_the_way_to_get_them_is_told(
     not any(shutil.which(name) for name in arm64_emulated.QEMU), reason="no qemu-aarch64 (qemu-user-static)"
 )
 def test_arm64_kernels_agree_with_x86_on_fp32_weights(bundles: dict[str, Path]) -> None:
-    from edgedisp.sources import cache_folder
+    from edgedisp.data import cache_folder
 
     address = devices.parse("arm64-emulated")
     chosen = {name: bundles[name] for name in ("fp32", "int4")}

@@ -17,7 +17,7 @@ from test_phone_page import WEB, chromium
 from test_runtimes import Quiet
 from tiny_bundle import RUNNER, tiny_bundles
 
-from edgedisp import corpus, single
+from edgedisp import data, single
 from edgedisp.bench import browser, local, scoring
 from edgedisp.bench.devices import Address, DeviceLost, Wanted
 from edgedisp.bench.machine import physical_cores
@@ -347,7 +347,7 @@ def test_a_bundle_for_browsers_alone_is_scored_there_and_here(
     single.export_for_target(tiny_folder["llama"], "browser", tmp_path / "web", Quiet())
     assert not (tmp_path / "web" / "model.onnx").exists()
     text = tmp_path / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": one.text}) for one in corpus.made_documents(40, seed=5)))
+    text.write_text("\n".join(json.dumps({"text": one.text}) for one in data.synthetic_documents(40, seed=5)))
     wish = Wish(("heldout_cloze", "heldout_continuation"), items=20, limit=30, text=text)
     timed = single.time_bundles([tmp_path / "web"], ["browser"], SMALL, lambda *step: None, wish)
     for record in timed["devices"][0]["scores"]:

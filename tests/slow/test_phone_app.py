@@ -16,8 +16,8 @@ import pytest
 from test_runtimes import CHROMIUM, IN_CHROMIUM, NODE_MODULES, SECONDS, ascii_model, browser, export, node
 
 from edgedisp.graph.session import OnnxModel
-from edgedisp.model import load_tokenizer
-from edgedisp.model.twin import CHAT_TEMPLATE
+from edgedisp.models import load_tokenizer
+from edgedisp.models.tiny_model import CHAT_TEMPLATE
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "phone_app.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from edgedisp import model
+from edgedisp import models
 from edgedisp.cli import main
 from edgedisp.core.progress import silent
 from edgedisp.graph.session import OnnxModel
@@ -111,7 +111,7 @@ def test_a_stage_that_calibrates_asks_for_its_model(folders: dict[str, Path], tm
         with pytest.raises(ValueError, match="needs the model and the corpus"):
             bundles.quantize(section, 4, folders["fp32"], None, None, tmp_path, silent)
     assert not Int4(method="nf4").calibrated
-    assert model.load(folders["model"]) is not None
+    assert models.load(folders["model"]) is not None
     assert not list(tmp_path.iterdir())
 
 

@@ -21,12 +21,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from edgedisp import corpus
+from edgedisp import data
 from edgedisp.core.stage_folder import Record
 from edgedisp.graph.layouts import GENAI, LAYOUTS, OPTIMUM, WEB
 from edgedisp.graph.session import OnnxModel
-from edgedisp.model import load_tokenizer, save
-from edgedisp.model.twin import SPECIALS, twin
+from edgedisp.models import load_tokenizer, save
+from edgedisp.models.tiny_model import SPECIALS, tiny_model
 from edgedisp.single import export_for_target
 
 RUNTIMES = Path(__file__).resolve().parents[2] / ".runtimes"
@@ -75,8 +75,8 @@ class Bundle:
 
 def ascii_model(architecture: str, folder: Path) -> Path:
     """A tiny random model whose every token is text: each runtime shows other bytes in its own way."""
-    texts = [document.text for document in corpus.made_documents(120, seed=0)]
-    model, _ = twin(architecture, texts, seed=0, context=128)
+    texts = [document.text for document in data.synthetic_documents(120, seed=0)]
+    model, _ = tiny_model(architecture, texts, seed=0, context=128)
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()

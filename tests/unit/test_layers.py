@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "edgedisp"
 # Layer of each room; a room may import rooms of lower layers only. The package root is for everybody.
 LAYERS = {
     "core": 0,
-    "recipe": 1, "sources": 1, "corpus": 1, "data": 1, "model": 1, "models": 1, "dispersion": 1,
+    "recipe": 1, "data": 1, "models": 1, "dispersion": 1,
     "train": 2, "quantize": 2, "graph": 2, "evaluate": 2, "bench": 2, "report": 2, "chat": 2,
     "stages": 3, "device_results": 3,
     "pipeline": 4,

@@ -15,7 +15,7 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 class Encoder:
     """`encoder(text) -> ids` without special tokens, and `encoder.batch(texts)`, some times faster.
 
-    lead: a token that is put before every text (`lead_id`).
+    lead: a token that is put before every text (`bos_id`).
     """
 
     def __init__(self, tokenizer: Any, lead: int | None = None) -> None:
@@ -38,7 +38,7 @@ class Encoder:
 def document_encoder(tokenizer: Any) -> Encoder:
     """The encoder of documents that an end-of-text token separates: with the tokenizer's lead before each,
     unless the separator is that very token (OPT)."""
-    lead = lead_id(tokenizer)
+    lead = bos_id(tokenizer)
     return Encoder(tokenizer, None if lead == end_of_text_id(tokenizer) else lead)
 
 
@@ -52,7 +52,7 @@ def encode(tokenizer: Any, text: str | Sequence[str]) -> list[int] | list[list[i
     return encoder(text) if isinstance(text, str) else encoder.batch(text)
 
 
-def lead_id(tokenizer: Any) -> int | None:
+def bos_id(tokenizer: Any) -> int | None:
     """The token that the tokenizer puts before every text, or None where it puts none.
 
     Gemma, Llama 3, Mistral and OPT were trained on texts that begin with one; without it Gemma writes

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from local_hub import NOWHERE, run_client, serving
 
 from edgedisp.core.errors import BadInput
-from edgedisp.corpus import (
+from edgedisp.data import (
     Document,
-    blocks_for,
     join_at_headings,
-    made_documents,
     pack,
     read_documents,
     split,
+    synthetic_documents,
+    training_blocks,
 )
 
 END = 0
@@ -261,7 +261,7 @@ def test_wikitext_lines_in_a_file_become_articles_and_other_lines_do_not(tmp_pat
 CLIENT = """
     import json, sys
     from edgedisp.core.errors import BadInput
-    from edgedisp.corpus import read_documents
+    from edgedisp.data import read_documents
     for asked in json.loads(sys.argv[1]):
         try:
             print(json.dumps([document.text for document in read_documents(**asked)]))
@@ -398,11 +398,11 @@ def test_too_little_text_names_what_was_packed_and_both_numbers() -> None:
     with pytest.raises(
         BadInput, match="the training text is too short for one block: 4 tokens found, 9 needed"
     ):
-        blocks_for(texts("abc"), encode, END, context=9, blocks=100, seed=0)
+        training_blocks(texts("abc"), encode, END, context=9, blocks=100, seed=0)
     with pytest.raises(BadInput, match="0 tokens found"):
-        blocks_for([], encode, END, context=9, blocks=100, seed=0)
+        training_blocks([], encode, END, context=9, blocks=100, seed=0)
     with pytest.raises(BadInput, match="must be positive"):
-        blocks_for(texts("abc"), encode, END, context=2, blocks=0, seed=0)
+        training_blocks(texts("abc"), encode, END, context=2, blocks=0, seed=0)
 
 
 @given(
@@ -418,7 +418,7 @@ def test_blocks_for_runs_through_newly_shuffled_epochs(
     if len(stream(documents)) < context:
         return
     encoder = InBatches()
-    packed, facts = blocks_for(documents, encoder, END, context, blocks, seed)
+    packed, facts = training_blocks(documents, encoder, END, context, blocks, seed)
     expected: list[int] = []
     epoch = 0
     while len(expected) < blocks * context:
@@ -439,18 +439,18 @@ def test_blocks_for_runs_through_newly_shuffled_epochs(
 def test_blocks_for_encodes_only_what_it_reaches() -> None:
     documents = texts(*(f"document {number}" for number in range(2000)))
     encoder = InBatches()
-    _, facts = blocks_for(documents, encoder, END, context=10, blocks=3, seed=0)
+    _, facts = training_blocks(documents, encoder, END, context=10, blocks=3, seed=0)
     assert len(encoder.encoded) < 500
     assert facts["text_tokens"] is None
-    _, facts = blocks_for(documents, encoder, END, context=10, blocks=6000, seed=0)
+    _, facts = training_blocks(documents, encoder, END, context=10, blocks=6000, seed=0)
     assert facts["text_tokens"] == len(stream(documents))
 
 
 def test_two_arms_get_the_same_blocks_and_another_seed_gets_others() -> None:
-    documents = made_documents(30, seed=0)
-    first, _ = blocks_for(documents, encode, END, 64, 50, seed=7)
-    second, _ = blocks_for(documents, encode, END, 64, 50, seed=7)
-    other, _ = blocks_for(documents, encode, END, 64, 50, seed=8)
+    documents = synthetic_documents(30, seed=0)
+    first, _ = training_blocks(documents, encode, END, 64, 50, seed=7)
+    second, _ = training_blocks(documents, encode, END, 64, 50, seed=7)
+    other, _ = training_blocks(documents, encode, END, 64, 50, seed=8)
     assert np.array_equal(first, second)
     assert not np.array_equal(first, other)
 
@@ -459,7 +459,7 @@ def test_two_arms_get_the_same_blocks_and_another_seed_gets_others() -> None:
 
 
 def test_made_documents_are_varied_of_the_promised_length_and_extend_each_other() -> None:
-    documents = made_documents(500, seed=1)
+    documents = synthetic_documents(500, seed=1)
     assert len({document.text for document in documents}) == 500
     assert len({document.id for document in documents}) == 500
     for document in documents:
@@ -467,7 +467,7 @@ def test_made_documents_are_varied_of_the_promised_length_and_extend_each_other(
         assert document.text.count(". ") >= 3
         assert "{" not in document.text
         assert document.text.isascii()
-    assert made_documents(20, seed=1) == documents[:20]
-    assert made_documents(20, seed=2)[0].text != documents[0].text
+    assert synthetic_documents(20, seed=1) == documents[:20]
+    assert synthetic_documents(20, seed=2)[0].text != documents[0].text
     words = [word for document in documents for word in document.text.split()]
     assert len(set(words)) > 3000

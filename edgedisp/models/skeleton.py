@@ -13,11 +13,13 @@ from typing import Any
 from torch import nn
 
 from edgedisp.core.errors import BadInput
-from edgedisp.model import hub
-from edgedisp.model.opening import quiet
+from edgedisp.models import hub
+from edgedisp.models.loading import quiet
 
 
-def skeleton(base: Path | str, *, revision: str | None = None, trust_remote_code: bool = False) -> nn.Module:
+def empty_model(
+    base: Path | str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> nn.Module:
     """The model of a folder, a .gguf file or a hub id (whose config.json is then all that is fetched).
 
     Raises BadInput: no such model, hub unreachable, a configuration that cannot be used.

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Progress, silent
-from edgedisp.sources.download import download
+from edgedisp.data.download import download
 
 CHUNK_BYTES = 1 << 20
 WHEEL_MEMBER = re.compile(

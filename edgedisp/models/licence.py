@@ -23,7 +23,7 @@ Facts = dict[str, Any]
 """{base, license, license_name, license_link, found_in, files}; None and [] for what was not found."""
 
 
-def licence_of(where: Path, base: str | None = None) -> Facts:
+def read_licence(where: Path, base: str | None = None) -> Facts:
     """What stands beside the weights of a folder or a .gguf file. `base`: how the user named them."""
     if where.is_file():
         return {"base": base, **_from_gguf(where), "files": []}
@@ -35,9 +35,9 @@ def licence_of(where: Path, base: str | None = None) -> Facts:
     return {"base": base or named, **found, "files": [path.name for path in _files(where)]}
 
 
-def carry(where: Path, own: Path, base: str | None = None) -> Facts:
+def copy_licence(where: Path, own: Path, base: str | None = None) -> Facts:
     """Copy the licence files of a model into the folder `own`, with `license.json`; returns what it says."""
-    facts = licence_of(where, base)
+    facts = read_licence(where, base)
     for name in facts["files"]:
         if (where / name).is_file():
             shutil.copyfile(where / name, own / name)

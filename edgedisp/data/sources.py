@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
-from edgedisp.sources.wheels import file_sha256, from_wheels, kept, mismatch
+from edgedisp.data.wheels import file_sha256, from_wheels, kept, mismatch
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 # A name that ends like a file is one: without this a misspelt `data/text.json` would be asked of the hub.
@@ -54,7 +54,7 @@ def fetch(
     return path
 
 
-def is_at_hand(source: str, beside: Path = Path()) -> bool:
+def is_local(source: str, beside: Path = Path()) -> bool:
     """Whether `fetch` needs no download: a local path, or a `pypi:` file that the cache has."""
     if source.startswith("pypi:"):
         return kept(source, cache_folder()) is not None

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
-from edgedisp.corpus.document import Document, Documents, unique_id
+from edgedisp.data.document import Document, Documents, unique_id
 
 Encode = Callable[[str], list[int]]
 """Text -> token ids without special tokens. If it has a method `batch(texts)`, that is used: it is faster."""
@@ -85,7 +85,7 @@ def pack(
     return np.concatenate(pieces)[: whole * context].reshape(whole, context)
 
 
-def blocks_for(
+def training_blocks(
     documents: Sequence[Document],
     encode: Encode,
     end_of_text: int,

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp.core.errors import BadInput
-from edgedisp.corpus.document import Row
+from edgedisp.data.document import Row
 
 SPLITS = {
     "train": {"train", "training"},

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.sources import cache_folder, fetch, file_sha256, is_hub_id, wheel_members
+from edgedisp.data import cache_folder, fetch, file_sha256, is_hub_id, wheel_members
 
 TEXT = b'{"a": "one"}\n' * 5000
 SOURCE = "pypi:tiny-text==1.0/tiny_text/data/text.json"
@@ -212,7 +212,7 @@ def test_two_processes_at_once_both_get_the_file(index: Path, tmp_path: Path) ->
     code = """
         import sys
         from pathlib import Path
-        from edgedisp.sources import fetch
+        from edgedisp.data import fetch
         print(fetch(sys.argv[1], sha256=sys.argv[2], cache=Path(sys.argv[3])))
     """
     command = [sys.executable, "-c", textwrap.dedent(code), SOURCE, sum_of(TEXT), str(tmp_path / "cache")]
@@ -228,7 +228,7 @@ def test_a_killed_fetch_leaves_no_entry_and_the_next_one_succeeds(index: Path, t
     code = """
         import os, sys
         from pathlib import Path
-        from edgedisp.sources import fetch
+        from edgedisp.data import fetch
         die = lambda done, total, note: os._exit(9) if note.startswith("taking") else None
         fetch(sys.argv[1], cache=Path(sys.argv[2]), progress=die)
     """
@@ -248,7 +248,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_nothing(index: Path, tmp_path: Pa
     code = """
         import resource, sys
         from pathlib import Path
-        from edgedisp.sources import fetch
+        from edgedisp.data import fetch
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
         try:
             fetch("pypi:zeros==1.0/zeros/big.bin", cache=Path(sys.argv[1]))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from edgedisp.core.errors import BadInput
-from edgedisp.model.opening import is_causal_family, quiet
+from edgedisp.models.loading import is_causal_family, quiet
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIALS = [END_OF_TEXT, TURN_START, TURN_END]  # ids 0, 1, 2
@@ -53,7 +53,7 @@ SIZES: dict[str, dict[str, Any]] = {
 MOST_PARAMETERS = 2_000_000
 
 
-def twin(
+def tiny_model(
     architecture: str, texts: Iterable[str], vocab_size: int = 512, seed: int = 0, context: int = 512
 ) -> tuple[Any, Any]:
     """(random model in float32, tokenizer). Same arguments, same weights; global random state untouched.

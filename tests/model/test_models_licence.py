@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgedisp.model import carry_licence, licence_of
+from edgedisp.models import copy_licence, read_licence
 
 NOTHING = {"license": None, "license_name": None, "license_link": None, "found_in": None, "files": []}
 
@@ -22,7 +22,7 @@ def test_the_front_matter_of_a_readme_says_it(tmp_path: Path) -> None:
     front = (
         "license: other\nlicense_name: box-terms\nlicense_link: https://example.org/terms\nbase_model: a/b"
     )
-    assert licence_of(readme(tmp_path / "m", front)) == {
+    assert read_licence(readme(tmp_path / "m", front)) == {
         "base": "a/b",
         "license": "other",
         "license_name": "box-terms",
@@ -33,19 +33,19 @@ def test_the_front_matter_of_a_readme_says_it(tmp_path: Path) -> None:
 
 
 def test_several_licences_are_joined_and_the_users_name_of_the_base_goes_first(tmp_path: Path) -> None:
-    found = licence_of(readme(tmp_path / "m", "license: [mit, apache-2.0]\nbase_model: a/b"), "org/model")
+    found = read_licence(readme(tmp_path / "m", "license: [mit, apache-2.0]\nbase_model: a/b"), "org/model")
     assert (found["license"], found["base"]) == ("mit, apache-2.0", "org/model")
 
 
 @pytest.mark.parametrize("front", ["tags: [x]", "license: [", "- a", "license:"])
 def test_where_nothing_is_said_nothing_is_claimed(tmp_path: Path, front: str) -> None:
-    assert licence_of(readme(tmp_path / "m", front)) == {"base": None, **NOTHING}
-    assert licence_of(tmp_path) == {"base": None, **NOTHING}
+    assert read_licence(readme(tmp_path / "m", front)) == {"base": None, **NOTHING}
+    assert read_licence(tmp_path) == {"base": None, **NOTHING}
 
 
 def test_a_readme_for_people_has_no_front_matter(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# A model\nlicense: mit\n")
-    assert licence_of(tmp_path)["license"] is None
+    assert read_licence(tmp_path)["license"] is None
 
 
 def test_texts_are_copied_and_still_known_two_folders_on(tmp_path: Path) -> None:
@@ -56,10 +56,10 @@ def test_texts_are_copied_and_still_known_two_folders_on(tmp_path: Path) -> None
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         folder.mkdir()
-    facts = carry_licence(source, first, "org/model")
+    facts = copy_licence(source, first, "org/model")
     assert facts["files"] == ["LICENSE", "NOTICE.txt", "USE_POLICY.md"]
     (first / "README.md").write_text("---\nlicense: mit\n---\nour own card")
-    assert carry_licence(first, second) == facts
+    assert copy_licence(first, second) == facts
     assert {path.name for path in second.iterdir()} == {*facts["files"], "license.json"}
     assert (second / "NOTICE.txt").read_text() == "NOTICE.txt"
 
@@ -67,7 +67,7 @@ def test_texts_are_copied_and_still_known_two_folders_on(tmp_path: Path) -> None
 def test_a_foreign_license_json_is_looked_through(tmp_path: Path) -> None:
     readme(tmp_path, "license: mit")
     (tmp_path / "license.json").write_text(json.dumps({"MIT": "text"}))
-    assert licence_of(tmp_path)["license"] == "mit"
+    assert read_licence(tmp_path)["license"] == "mit"
 
 
 def test_a_gguf_file_says_it_in_its_metadata(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_gguf_file_says_it_in_its_metadata(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert licence_of(path, "the base") == {
+    assert read_licence(path, "the base") == {
         "base": "the base",
         "license": "gemma",
         "license_name": None,

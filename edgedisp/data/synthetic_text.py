@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgedisp.corpus.document import Document, Documents
+from edgedisp.data.document import Document, Documents
 
 MIN_WORDS, MAX_WORDS = 60, 150
 
@@ -118,7 +118,7 @@ ARTICLES: dict[str, tuple[str, list[str]]] = {
 NAMED_LIKE = {"place": "place", "river": "place", "person": "person", "animal": "thing", "work": "person"}
 
 
-def made_documents(count: int, seed: int) -> Documents:
+def synthetic_documents(count: int, seed: int) -> Documents:
     """`count` made articles of 60 to 150 words each, ids `made-<seed>-<number>`."""
     return Documents(Document(f"made-{seed}-{number}", _article(seed, number)) for number in range(count))
 

@@ -23,7 +23,7 @@ import torch
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
-from edgedisp.model import hub
+from edgedisp.models import hub
 
 GGUF_MAGIC = b"GGUF"
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from edgedisp.core.errors import BadInput
-from edgedisp.corpus.document import Row
+from edgedisp.data.document import Row
 
 ANSWER_WITHIN_S = 5.0
 OFFLINE_CHOICES = (

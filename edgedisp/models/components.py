@@ -18,7 +18,7 @@ MLP = ("mlp", "feed_forward", "ffn", "experts", "moe", "fc1", "fc2", "dense_h_to
 NORM = ("norm", "ln_", "layernorm")
 
 
-def size_by_component(model: nn.Module) -> dict[str, Any]:
+def count_parameters(model: nn.Module) -> dict[str, Any]:
     """Parameter counts, shared ones once: embedding, attention, mlp, norm, head, other, total; and `tied`.
 
     tied: the head's matrix is the embedding's, so `head` counts a bias at most. The counts add up to `total`.
