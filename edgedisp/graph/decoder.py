@@ -157,13 +157,13 @@ def _norm(graph: GraphWriter, norm: Norm, residual: Residual) -> tuple[str, str]
 
 def _linear(graph: GraphWriter, linear: Linear, hidden: str) -> str:
     """hidden W^T without the bias; the weight is stored [in, out] as MatMul reads it."""
-    joined = torch.cat(linear.weights) if len(linear.weights) > 1 else linear.weights[0]
-    return graph.node("MatMul", [hidden, graph.weight(f"{linear.name}.weight", joined.t())], linear.name)
+    weight = linear.joined(linear.weights).t()
+    return graph.node("MatMul", [hidden, graph.weight(f"{linear.name}.weight", weight)], linear.name)
 
 
 def _bias(graph: GraphWriter, linear: Linear) -> str:
     """The stored bias's name, or "" without one: it is left to the next kernel to add."""
-    return graph.weight(f"{linear.name}.bias", torch.cat(linear.biases)) if linear.biases else ""
+    return graph.weight(f"{linear.name}.bias", linear.joined(linear.biases)) if linear.biases else ""
 
 
 def _biased(graph: GraphWriter, linear: Linear, hidden: str) -> str:
@@ -217,16 +217,15 @@ def _normed_heads(
 
 def _mlp(graph: GraphWriter, activation: str, layer: Layer, hidden: str) -> tuple[str, str]:
     name = layer.down.name.rpartition(".")[0]
-    if layer.gate is None:
+    if not layer.is_gated:
         inner = _linear(graph, layer.up, hidden)
         inner = _activation(graph, activation, inner, _bias(graph, layer.up), f"{name}.act")
     else:
-        gate, up = layer.gate, layer.up
-        both = Linear(f"{name}.gate_up_proj", gate.weights + up.weights, gate.biases + up.biases)
-        widths = graph.integers("gate_up_widths", *(sum(map(len, part.weights)) for part in (gate, up)))
-        graph.node("Split", [_biased(graph, both, hidden), widths], gate.name, up.name, axis=-1)
-        opened = _activation(graph, activation, gate.name, "", f"{name}.act")
-        inner = graph.node("Mul", [opened, up.name], f"{name}.gated")
+        widths = graph.integers("gate_up_widths", *map(len, layer.up.weights))
+        gate, up = f"{name}.gate_proj", f"{name}.up_proj"
+        graph.node("Split", [_biased(graph, layer.up, hidden), widths], gate, up, axis=-1)
+        opened = _activation(graph, activation, gate, "", f"{name}.act")
+        inner = graph.node("Mul", [opened, up], f"{name}.gated")
     return _linear(graph, layer.down, inner), _bias(graph, layer.down)
 
 

@@ -16,11 +16,20 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Linear:
-    """`y = x W^T + b`. `weights` [out_i, in] are stored as one [sum(out_i), in]; `biases` alike, if any."""
+    """`y = x W^T + b`. `weights` [out_i, in] are stored as one [sum(out_i), in]; `biases` alike, if any.
+
+    `rows` int64 [sum(out_i)]: the order in which rows (and biases) are stored; None: as they are.
+    """
 
     name: str
     weights: tuple[torch.Tensor, ...]
     biases: tuple[torch.Tensor, ...] = ()
+    rows: torch.Tensor | None = None
+
+    def joined(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """`weights` or `biases` as one tensor, rows in stored order."""
+        whole = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        return whole if self.rows is None else whole[self.rows]
 
 
 @dataclass(frozen=True)
@@ -36,13 +45,13 @@ class Norm:
 @dataclass(frozen=True)
 class Layer:
     """One block: x + attention(norm(x)), then x + mlp(norm(x)). Gemma also norms what is added; a parallel
-    block is x + attention(norm(x)) + mlp(other_norm(x))."""
+    block is x + attention(norm(x)) + mlp(other_norm(x)). A gated MLP has gate and up as one product in `up`.
+    """
 
     attention_norm: Norm
     qkv: Linear
     attention_output: Linear
     mlp_norm: Norm
-    gate: Linear | None
     up: Linear
     down: Linear
     scale: float
@@ -52,7 +61,12 @@ class Layer:
     k_norm: Norm | None = None
     attention_output_norm: Norm | None = None
     mlp_output_norm: Norm | None = None
+    is_gated: bool = False
     is_parallel: bool = False
+
+    def linears(self) -> tuple[Linear, ...]:
+        """Every linear map of the block."""
+        return self.qkv, self.attention_output, self.up, self.down
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,13 @@ from onnx import GraphProto, TensorProto, numpy_helper
 from edgedisp.core.errors import BadInput
 from edgedisp.graph import layout
 from edgedisp.graph.last_logits import keep_last
+from edgedisp.graph.weight_map import WEIGHT_MAP
 from edgedisp.graph.writer import DATA, GRAPH, PAGE
 
 # Inputs of an operator that are tables of positions, one row each.
 TABLES = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3), "MultiHeadAttention": ()}
 LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx")
-NOT_COPIED = ("record.json", "manifest.json", "README.md", GRAPH, DATA)
+NOT_COPIED = ("record.json", "manifest.json", "README.md", WEIGHT_MAP, GRAPH, DATA)
 
 
 def for_device(

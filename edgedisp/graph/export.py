@@ -11,7 +11,7 @@ import onnx
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
-from edgedisp.graph import builder, decoder, families, layout
+from edgedisp.graph import builder, decoder, families, layout, weight_map
 from edgedisp.graph.writer import DATA, GRAPH
 
 
@@ -42,12 +42,16 @@ def export(
         described = families.describe(model, max_context)
         decoder.write(described, out, progress)
         layout.write_layout(described, model_folder, out, threads)
+        weight_map.write(out, weight_map.decoder_weights(described, model))
         exporter = "edgedisp"
     else:
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         del model  # the builder reads the folder itself
         builder.build(model_folder, out, family=family, threads=threads, progress=progress)
         exporter = "onnxruntime-genai"
     graph = onnx.load(out / GRAPH, load_external_data=False).graph
+    if exporter != "edgedisp":
+        weight_map.write(out, weight_map.builder_weights(graph, shapes))
     return {
         "family": family,
         "exporter": exporter,

@@ -33,7 +33,6 @@ def gpt2(model: Any, context: int) -> Decoder:
             qkv=linear(f"model.layers.{i}.attn.qkv_proj", block.attn.c_attn),
             attention_output=linear(f"model.layers.{i}.attn.o_proj", block.attn.c_proj),
             mlp_norm=parts.layer_norm(f"model.layers.{i}.post_attention_layernorm", block.ln_2),
-            gate=None,
             up=linear(f"model.layers.{i}.mlp.up_proj", block.mlp.c_fc),
             down=linear(f"model.layers.{i}.mlp.down_proj", block.mlp.c_proj),
             scale=float(block.attn.scaling),
@@ -95,7 +94,6 @@ def _opt_layer(name: str, block: Any) -> Layer:
         qkv=parts.linear(f"{name}.attn.qkv_proj", attention.q_proj, attention.k_proj, attention.v_proj),
         attention_output=parts.linear(f"{name}.attn.o_proj", attention.out_proj),
         mlp_norm=parts.layer_norm(f"{name}.post_attention_layernorm", block.final_layer_norm),
-        gate=None,
         up=parts.linear(f"{name}.mlp.up_proj", block.fc1),
         down=parts.linear(f"{name}.mlp.down_proj", block.fc2),
         scale=float(attention.scaling),  # torch scales the queries, bias and all: the same product
@@ -141,7 +139,6 @@ def _neox_layer(name: str, block: Any, heads: int, order: torch.Tensor) -> Layer
         qkv=_neox_heads(f"{name}.attn.qkv_proj", attention.query_key_value, heads, order),
         attention_output=output,
         mlp_norm=parts.layer_norm(f"{name}.post_attention_layernorm", block.post_attention_layernorm),
-        gate=None,
         up=parts.linear(f"{name}.mlp.up_proj", mlp.dense_h_to_4h),
         down=down,
         scale=float(attention.scaling),
@@ -152,13 +149,9 @@ def _neox_layer(name: str, block: Any, heads: int, order: torch.Tensor) -> Layer
 
 def _neox_heads(name: str, joined: Any, heads: int, order: torch.Tensor) -> Linear:
     """Rows [heads, (q, k, v), head_dim] as q, k and v [heads * head_dim], q and k in `order` in each head."""
-
-    def cut(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        by_head = values.detach().unflatten(0, (heads, 3, len(order)))
-        turned = (by_head[:, 0, order], by_head[:, 1, order], by_head[:, 2])
-        return tuple(part.flatten(0, 1) for part in turned)
-
-    return Linear(name, cut(joined.weight), () if joined.bias is None else cut(joined.bias))
+    by_head = torch.arange(3 * heads * len(order)).view(heads, 3, len(order))
+    rows = torch.cat([part.flatten() for part in (by_head[:, 0, order], by_head[:, 1, order], by_head[:, 2])])
+    return Linear(name, (joined.weight,), () if joined.bias is None else (joined.bias,), rows)
 
 
 def _rotated_first(head_dim: int, rotated: int) -> torch.Tensor:
