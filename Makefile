@@ -1,46 +1,81 @@
-# Two commands for a fresh machine: `make quickstart` and `make test`. Everything goes into .venv.
+# Everything goes into .venv. `make help` lists the targets.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
-
-# The other runtimes that open a bundle, in environments of their own: tests/slow/test_runtimes.py.
 RUNTIMES := .runtimes
-NODE := $(RUNTIMES)/node/.installed
-OPTIMUM := $(RUNTIMES)/optimum/.installed
+VENDOR := export/web/vendor
+export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint types unit real emulated docs wheel clean setup runtimes servers
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-fast test-all setup setup-all lint types docs lock wheel clean runtimes web vendored
 
-quickstart: setup
-	$(BIN)/edgedisp build recipes/quickstart.yaml
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-# What waits for the network goes beside what waits for the processor.
-test: setup
-	$(MAKE) --jobs=2 --output-sync=target runtimes web lint types
-	$(MAKE) unit real
+quickstart: setup ## build and compare a real model (SmolLM2-135M), from nothing
+	env -u OMP_NUM_THREADS $(BIN)/edgedisp build recipes/quickstart.yaml
 
-setup: $(INSTALLED)
+# Types are checked beside the tests: mypy takes one core for a minute.
+test: setup ## lint, types and every test but tests/slow: what CI runs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(MAKE) --jobs=2 --output-sync=target types tests
+
+.PHONY: tests
+tests:
+	$(BIN)/python -m pytest tests/unit tests/model tests/e2e -n 2
+
+test-fast: setup ## tests/unit alone, under a minute
+	$(BIN)/python -m pytest tests/unit -n 2
+
+test-all: setup-all runtimes web lint types ## every test, with node, Chromium, ssh and adb where they are there
+	$(BIN)/python -m pytest -n 2
+
+lint: setup ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup ## mypy, strict
+	$(BIN)/mypy
 
 # Plain `torch` would bring several GB of CUDA libraries where no CPU build is offered; see README, Install.
-$(INSTALLED): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+setup: $(VENV)/.test ## the environment of `make test`
+$(VENV)/.test: pyproject.toml requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[test]"
 	touch $@
 
-# Where node or a package cannot be had, the tests of that runtime are skipped and say so.
-runtimes: $(NODE) $(OPTIMUM) servers
+setup-all: $(VENV)/.dev ## the environment of `make test-all`
+$(VENV)/.dev: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[dev]"
+	touch $@
 
-# A real sshd for tests/slow/test_bench_ssh.py, a real adb (with its server) for tests/slow/test_bench_adb.py. The packages are
-# installed where that needs no question.
-servers:
-	-{ test -x /usr/sbin/sshd && command -v adb; } >/dev/null || ! command -v apt-get >/dev/null || \
-		test "$$(id -u)" != 0 || \
-		{ apt-get -qq update; apt-get -qq -y install --no-install-recommends openssh-server adb; } >/dev/null 2>&1
+lock: setup-all ## write requirements.lock from what is installed
+	$(BIN)/python -m pip freeze --exclude-editable | sed -E 's/\+cpu$$//' > requirements.lock
+
+# docs/recipe.md is made from the schema, and so is the table of keys that ends docs/bundles.md;
+# tests/unit/test_readme.py notices when one is out of date.
+docs: setup ## write the tables of keys in docs/
+	( echo "# Every key of a recipe"; echo; $(BIN)/python -c "from edgedisp.recipe import reference; print(reference())" ) > docs/recipe.md
+	sed -i '/^| key |/,$$d' docs/bundles.md
+	$(BIN)/python -c "from edgedisp.recipe import Target, reference; print(reference(Target), end='')" >> docs/bundles.md
+
+# With the phone page's libraries where `make web` can fetch them; `edgedisp phone` says so where they are missing.
+wheel: setup-all web ## build the wheel
+	$(BIN)/python -m build --wheel
+
+clean: ## remove environments and build outputs
+	rm -rf $(VENV) $(RUNTIMES) $(VENDOR) build dist *.egg-info
+
+# ---------------------------------------------------------------- runtimes of tests/slow, each optional
+
+NODE := $(RUNTIMES)/node/.installed
+OPTIMUM := $(RUNTIMES)/optimum/.installed
+runtimes: $(NODE) $(OPTIMUM) ## node packages and optimum-onnx for tests/slow
 
 # Without the variable, onnxruntime-node fetches CUDA libraries that nothing here uses. transformers.js brings the
-# onnxruntime-web that it was built with; playwright-core drives a chromium that is there already, and fetches none.
-# Again where this file, and so a version, has changed.
+# onnxruntime-web that it was built with; playwright-core drives a Chromium that is there already, and fetches none.
 $(NODE): Makefile
 	mkdir -p $(@D)
 	-ONNXRUNTIME_NODE_INSTALL=skip npm install --silent --no-audit --no-fund --prefix $(@D) \
@@ -54,12 +89,8 @@ $(OPTIMUM):
 
 # The libraries of the phone page, pinned by version here and by content in export/web/vendor.sha256. Of each
 # package the few files that the page loads, with its licence; nothing is built and no script is run.
-# Without npm the page is missing, and `edgedisp phone` says so; the rest works.
-VENDOR := export/web/vendor
 PACKED := $(RUNTIMES)/web
-
-.PHONY: web vendored
-web: $(VENDOR)/.made
+web: $(VENDOR)/.made ## the phone page's JavaScript libraries (npm)
 
 $(VENDOR)/.made: export/web/vendor.sha256
 	mkdir -p $(PACKED)
@@ -81,38 +112,3 @@ vendored:
 	cd $(MADE) && sha256sum --quiet --check $(abspath export/web/vendor.sha256)
 	touch $(MADE)/.made
 	mv $(MADE) $(VENDOR)
-
-lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-
-types: setup
-	$(BIN)/mypy
-
-# Small models gain little from a second thread, and two processes of tests nearly halve the time.
-TESTERS := 2
-
-unit: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not emulated" -n $(TESTERS) --dist loadfile
-
-# ARM64 kernels in qemu: needs qemu-user-static, and fetches an ARM64 Python.
-emulated: setup
-	$(BIN)/python -m pytest -m emulated
-
-# One small build of a real pretrained model, through the real command.
-real: setup
-	$(BIN)/python -m pytest -m real
-
-# docs/recipe.md is made from the schema, and so is the table of keys that ends docs/bundles.md;
-# tests/unit/test_readme.py notices when one is out of date.
-docs: setup
-	( echo "# Every key of a recipe"; echo; $(BIN)/python -c "from edgedisp.recipe import reference; print(reference())" ) > docs/recipe.md
-	sed -i '/^| key |/,$$d' docs/bundles.md
-	$(BIN)/python -c "from edgedisp.recipe import Target, reference; print(reference(Target), end='')" >> docs/bundles.md
-
-# With the phone page's libraries where `make web` can fetch them; `edgedisp phone` says so where they are missing.
-wheel: setup web
-	$(BIN)/python -m build --wheel
-
-clean:
-	rm -rf $(VENV) $(RUNTIMES) $(VENDOR) build dist *.egg-info

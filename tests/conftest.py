@@ -13,6 +13,8 @@ import pytest
 from hypothesis import settings
 from tiny_build import write_recipe
 
+pytest_plugins = ["budget"]
+
 # The same examples on every run and machine, and no clock: a red test must be about the change.
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
