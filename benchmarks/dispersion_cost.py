@@ -35,10 +35,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from edgedisp import models
-from edgedisp.dispersion.blockwise import blockwise
-from edgedisp.dispersion.collect import hidden_states
 from edgedisp.dispersion.config import DispersionConfig
-from edgedisp.dispersion.loss import angular
+from edgedisp.dispersion.hooks import DispersionLoss, hidden_states
+from edgedisp.dispersion.losses import angular
+from edgedisp.dispersion.pairwise_kernel import pairwise_loss
 from edgedisp.train.fused_head import fused_head
 from edgedisp.train.memory import freed_memory_kept, peak_memory_bytes
 
@@ -76,7 +76,7 @@ class Steps:
     def __init__(self, opened: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = opened.train(), tokenizer
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
-        self.term = DispersionConfig().collector()
+        self.term = DispersionLoss(DispersionConfig())
         self.blocks: Tensor = torch.empty(0)
         self.done = 0
 
@@ -158,7 +158,7 @@ def plain_pairs(vectors: Tensor) -> Tensor:
 
 
 def blockwise_pairs(vectors: Tensor) -> Tensor:
-    return blockwise("angular", vectors).mean()
+    return pairwise_loss("angular", vectors).mean()
 
 
 def gradients(counts: tuple[int, ...] = (32, 64, 128, 256)) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -170,7 +170,7 @@ def gradients(counts: tuple[int, ...] = (32, 64, 128, 256)) -> tuple[dict[str, f
 
         def gradient(tokens: int | None, first: int, ids: Tensor = ids) -> Tensor:
             opened.zero_grad()
-            term = DispersionConfig(tokens=tokens).collector()
+            term = DispersionLoss(DispersionConfig(tokens=tokens))
             with term.watch(opened.model):
                 term.begin(first_sequence=first)
                 opened.model(ids, use_cache=False)

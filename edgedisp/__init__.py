@@ -1,8 +1,7 @@
 """edgedisp: mid-train a small language model under dispersion loss and ship it, measured, to a device.
 
-docs/architecture.md shows the packages. Importing this one loads neither torch nor onnxruntime. Three names
-for training loops of your own are loaded when they are asked for: `DispersionConfig`, `DispersionTrainer` and
-`DispersionMixin`.
+docs/architecture.md shows the packages. Importing this one loads neither torch nor onnxruntime. The names
+in PUBLIC, for training loops of your own, are loaded on first use.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgedisp.dispersion.config import DispersionConfig as DispersionConfig
+    from edgedisp.dispersion.hooks import DispersionLoss as DispersionLoss
     from edgedisp.train.mixin import DispersionMixin as DispersionMixin
     from edgedisp.train.mixin import DispersionTrainer as DispersionTrainer
 
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 PUBLIC = {
     "DispersionConfig": "edgedisp.dispersion.config",
+    "DispersionLoss": "edgedisp.dispersion.hooks",
     "DispersionMixin": "edgedisp.train.mixin",
     "DispersionTrainer": "edgedisp.train.mixin",
 }

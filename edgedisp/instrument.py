@@ -21,8 +21,7 @@ from edgedisp.bench.machine import physical_cores
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import check_files
-from edgedisp.dispersion.profile import compare
-from edgedisp.dispersion.profile import condensation as measure_torch
+from edgedisp.dispersion.condensation import compare, measure_model
 from edgedisp.graph.layout import context_of
 from edgedisp.graph.session import read_config
 from edgedisp.stages.condensation import measure_bundle, without_sequences
@@ -90,7 +89,7 @@ def _open(base: str, progress: Progress) -> _Opened:
     loaded, tokenizer = models.open_base(where, progress=progress)
 
     def measure(blocks: Tensor, told: Progress) -> dict[str, Any]:
-        return measure_torch(loaded, blocks, told)
+        return measure_model(loaded, blocks, told)
 
     return _Opened(base, "torch", tokenizer, models.context_length(loaded.config), measure)
 

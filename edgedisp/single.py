@@ -25,7 +25,7 @@ from edgedisp.core.paths import data_folder
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import MANIFEST, changed_files, check_files, list_again, write_json
 from edgedisp.data import cache_folder
-from edgedisp.dispersion.collect import decoder_layers
+from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.graph import check, layout
 from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.layouts import LAYOUTS

@@ -1,11 +1,14 @@
-"""Dispersion: the loss, its collection in a forward pass, and the geometry it is meant to change.
+"""The dispersion loss, its collection in a forward pass, and the condensation it is meant to change.
 
-`loss.py` holds one function per variant, `blockwise.py` the two of them that training uses most without a
-tokens x tokens matrix, `collect.py` computes a term layer by layer while a model runs, `config.py` is its one
-argument, `geometry.py` measures condensation. The room imports torch alone, so that it can be used in any
-training loop:
+    losses            one function per variant, with formulas and sources
+    pairwise_kernel   the angular and cosine variants without a tokens x tokens matrix
+    hooks             `DispersionLoss`: token sampling and the loss of every layer while a model runs
+    config            `DispersionConfig`, its argument
+    condensation      the condensation profile of a model
 
-    term = DispersionConfig(variant="angular", weight=0.1).collector()
+The package imports torch alone, so that it can be used in any training loop:
+
+    term = DispersionLoss(DispersionConfig(variant="angular", weight=0.1))
     with term.watch(model):
         outputs = model(input_ids, attention_mask=mask, labels=labels)
         loss = outputs.loss + term.weight * term.loss()

@@ -31,7 +31,7 @@ from edgedisp import models
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import read
-from edgedisp.dispersion.collect import decoder_layers
+from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.evaluate.statistics import Metric, paired
 from edgedisp.recipe import Adapter, QuantizeBits
 from edgedisp.stages.rounding import Trained, to_nearest

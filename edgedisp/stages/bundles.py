@@ -16,7 +16,7 @@ from edgedisp import models
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import RECORD, write_json
-from edgedisp.dispersion.collect import decoder_layers
+from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.evaluate.divergence import Divergence
 from edgedisp.graph import check
 from edgedisp.graph.export import export as export_graph

@@ -10,7 +10,7 @@ import numpy as np
 
 from edgedisp import models
 from edgedisp.core.progress import Progress
-from edgedisp.dispersion.collect import decoder_layers
+from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.quantize.calibrated import gptq_model
 from edgedisp.quantize.candidates import USUAL
 from edgedisp.quantize.grid import Grid

@@ -18,8 +18,7 @@ from torch import Tensor
 from edgedisp import models
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import write_json
-from edgedisp.dispersion.profile import compare, profile
-from edgedisp.dispersion.profile import condensation as measure_torch
+from edgedisp.dispersion.condensation import compare, measure_model, profile
 from edgedisp.graph.hidden import HiddenStates
 
 CONDENSATION_SEQUENCES = 16  # held-out blocks; a few seconds for 135M parameters
@@ -33,7 +32,7 @@ def condensation(
 
     `baseline` is the baseline's finished stage of this kind: what differs from it stands under `change`.
     """
-    measured = measure_torch(models.load(model_folder), _heldout(corpus_folder), progress)
+    measured = measure_model(models.load(model_folder), _heldout(corpus_folder), progress)
     return _recorded(measured, baseline, own)
 
 

@@ -20,7 +20,7 @@ from edgedisp import models
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import write_json
-from edgedisp.dispersion.profile import condensation
+from edgedisp.dispersion.condensation import measure_model
 from edgedisp.evaluate.tasks import Suite
 from edgedisp.recipe import Adapter, Evaluate
 from edgedisp.stages.condensation import CONDENSATION_SEQUENCES
@@ -111,7 +111,7 @@ def _measure(trained: Any, suite: Suite, corpus_folder: Path, progress: Progress
     """`items`: {id, document, nll, tokens} of each window; FIGURES: of each sequence, over the blocks."""
     with quiet_bitsandbytes():
         scored = suite.run(models.TorchModel(trained), bootstrap=2, progress=progress)[TASK]
-        profile = condensation(trained, _sequences(corpus_folder), progress)
+        profile = measure_model(trained, _sequences(corpus_folder), progress)
     wanted = ("id", "document", "nll", "tokens")
     return {
         "items": [{name: item[name] for name in wanted} for item in scored["items"]],

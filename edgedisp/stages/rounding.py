@@ -33,7 +33,7 @@ from torch import Tensor
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import digest
-from edgedisp.dispersion.collect import decoder_layers
+from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.quantize.grid import Blocks, Grid, dequantize, in_groups, quantize, ranges, round_to
 from edgedisp.quantize.learned import LearnedScales
 from edgedisp.quantize.made import Made

@@ -17,8 +17,8 @@ from edgedisp import models
 from edgedisp.core.distributed import place, split
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
+from edgedisp.dispersion.condensation import quick_condensation
 from edgedisp.dispersion.config import DispersionConfig
-from edgedisp.dispersion.quick import quick_condensation
 from edgedisp.recipe import BITS, ArmRun, Dispersion, QuantizeBits, Train
 from edgedisp.stages import adapters
 from edgedisp.stages.bits import chosen_grids

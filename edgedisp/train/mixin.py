@@ -31,14 +31,16 @@ from __future__ import annotations
 
 import inspect
 import math
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from edgedisp.core.errors import BuildFailed
+from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.dispersion.hooks import DispersionLoss
 from edgedisp.train.transformers_trainer import Trainer, TrainerCallback, get_last_checkpoint
 from edgedisp.train.watch import Watch
 
@@ -46,32 +48,6 @@ if TYPE_CHECKING:
     Host = Trainer
 else:
     Host = object
-
-
-class Collector(Protocol):
-    """What computes a term in a model's forward passes: `edgedisp.dispersion.collect.Dispersion` fits it."""
-
-    @property
-    def skipped_sequences(self) -> int: ...
-
-    def sequences(self, mask: Tensor) -> Tensor: ...
-
-    def watch(self, model: nn.Module) -> AbstractContextManager[Any]: ...
-
-    def begin(self, mask: Tensor | None = None, first_sequence: int | None = None) -> None: ...
-
-    def loss(self) -> Tensor: ...
-
-    def by_layer(self) -> dict[int, float]: ...
-
-
-class DispersionSettings(Protocol):
-    """What the trainer is told: `edgedisp.dispersion.config.DispersionConfig` fits it."""
-
-    @property
-    def weight(self) -> float: ...
-
-    def collector(self) -> Collector: ...
 
 
 class NotFinite(BuildFailed):
@@ -91,7 +67,7 @@ class DispersionMixin(Host):
     def __init__(
         self,
         *args: Any,
-        dispersion: DispersionSettings | None = None,
+        dispersion: DispersionConfig | None = None,
         watch: Watch | None = None,
         **kwargs: Any,
     ) -> None:
@@ -102,7 +78,7 @@ class DispersionMixin(Host):
                 "process); start one process per GPU with torchrun, or show one GPU with CUDA_VISIBLE_DEVICES"
             )
         self.dispersion = dispersion
-        self.collector = None if dispersion is None else dispersion.collector()
+        self.collector = None if dispersion is None else DispersionLoss(dispersion)
         self.watch = watch
         self._hooks = ExitStack()
         self._micro_batch = 0  # within the optimizer step
@@ -231,7 +207,7 @@ class DispersionMixin(Host):
         self._hooks.close()  # a loop that was begun anew with a smaller batch (auto_find_batch_size)
         if self.dispersion is not None:
             model: Any = self.model
-            self.collector = self.dispersion.collector()  # what it counts is counted by training
+            self.collector = DispersionLoss(self.dispersion)  # what it counts is counted by training
             self._hooks.enter_context(self.collector.watch(model))
             if self.args.torch_compile:
                 torch._dynamo.reset()  # it does not notice new hooks: code from before the watch has none
@@ -306,7 +282,7 @@ def _mask(inputs: dict[str, Any]) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def _sequences(batch: dict[str, Any], collector: Collector) -> Tensor | int:
+def _sequences(batch: dict[str, Any], collector: DispersionLoss) -> Tensor | int:
     """How many sequences of a batch count in the term; a scalar tensor if there is a mask."""
     mask = _mask(batch)
     if mask is not None:

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
+from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.train import checkpoints as saved
 from edgedisp.train import distributed
 from edgedisp.train.checkpoints import last_checkpoint
@@ -33,7 +34,7 @@ from edgedisp.train.compiled import compiled_layers, why_not_compiled
 from edgedisp.train.data import Blocks
 from edgedisp.train.fused_head import fused_head, why_not_fused
 from edgedisp.train.memory import activations_recomputed, freed_memory_kept, peak_memory_bytes
-from edgedisp.train.mixin import DispersionSettings, DispersionTrainer
+from edgedisp.train.mixin import DispersionTrainer
 from edgedisp.train.reporting import Reporting, reported_in
 from edgedisp.train.settings import Fit, TrainSettings
 from edgedisp.train.techniques import Technique
@@ -49,7 +50,7 @@ def fit(
     settings: TrainSettings,
     *,
     checkpoints: Path,
-    dispersion: DispersionSettings | None = None,
+    dispersion: DispersionConfig | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     end_of_text: int | None = None,
     watch: Watch | None = None,

@@ -1,6 +1,6 @@
 """Look at the condensation as training goes on, a dozen times in a run, without disturbing it.
 
-The measuring function is handed in (`edgedisp.dispersion.quick.quick_condensation` over a few fixed blocks),
+The measuring function is handed in (`quick_condensation` over a few fixed blocks),
 as this room knows no other. It runs after an optimizer step, in evaluation mode and without gradients, on
 random streams that are put back afterwards: the weights of a run are bit-identical with and without it.
 

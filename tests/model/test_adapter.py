@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from edgedisp import data, models
 from edgedisp.core.errors import BadInput
-from edgedisp.dispersion.collect import decoder_layers
+from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.train.adapter import AdapterSettings, adapter_size, attach, linear_maps, linear_names
 from edgedisp.train.checkpoints import run_identity
 from edgedisp.train.noise import quiet_bitsandbytes

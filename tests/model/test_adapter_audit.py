@@ -18,7 +18,7 @@ from edgedisp import models
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import silent
 from edgedisp.core.stage_folder import finish, making, read
-from edgedisp.dispersion.collect import decoder_layers
+from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.graph.session import OnnxModel
 from edgedisp.pipeline import stages
 from edgedisp.quantize.grid import Grid, dequantize, quantize

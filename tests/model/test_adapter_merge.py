@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from edgedisp import models
 from edgedisp.core.errors import BadInput
-from edgedisp.dispersion.collect import decoder_layers
+from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.train.adapter import AdapterSettings, attach
 from edgedisp.train.merge import MARK, WEIGHTS, Base, fingerprint, merge, save
 from edgedisp.train.quantized import dequantized, load_quantized

@@ -16,7 +16,7 @@ from edgedisp import instrument
 from edgedisp.cli import app
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import silent
-from edgedisp.dispersion.geometry import FIGURES
+from edgedisp.dispersion.condensation import FIGURES
 from edgedisp.graph.export import export
 from edgedisp.quantize.rewrite import quantize_bundle
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from edgedisp.core.errors import BadInput
-from edgedisp.dispersion.collect import decoder_layers
+from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.quantize.awq import rescale
 from edgedisp.quantize.calibrate import calibrate
 from edgedisp.quantize.grid import Grid, dequantize, quantize

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edgedisp.core.errors import BadInput
-from edgedisp.dispersion.collect import decoder_layers
+from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.quantize.calibrate import (
     LINEAR,
     RIDGE,

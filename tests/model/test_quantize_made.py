@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from edgedisp import models
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.dispersion.collect import decoder_layers
+from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel
 from edgedisp.quantize import calibrated

@@ -16,7 +16,7 @@ from edgedisp import models
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import silent
 from edgedisp.core.stage_folder import Record, finish, making
-from edgedisp.dispersion.collect import decoder_layers
+from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.evaluate.divergence import compare
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel, at_accuracy_level, open_session

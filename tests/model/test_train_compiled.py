@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.dispersion.hooks import DispersionLoss
 from edgedisp.train import compiled as room
 from edgedisp.train.compiled import compiled_layers, why_not_compiled
 
@@ -25,7 +26,7 @@ def test_loss_term_and_gradients_are_those_of_the_plain_layers(tiny_folder: dict
 
     def step() -> list[torch.Tensor]:
         model.zero_grad()
-        term = DispersionConfig(tokens=8).collector()
+        term = DispersionLoss(DispersionConfig(tokens=8))
         with term.watch(model):
             loss = model(ids, labels=ids, use_cache=False).loss
             value = term.loss()

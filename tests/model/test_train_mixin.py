@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from edgedisp import DispersionConfig, DispersionMixin, DispersionTrainer
-from edgedisp.dispersion.collect import Dispersion, decoder_layers
+from edgedisp.dispersion.hooks import DispersionLoss, decoder_layers
 
 Rows = list[dict[str, Tensor]]
 
@@ -95,7 +95,7 @@ def test_loss_is_cross_entropy_plus_weight_times_dispersion_each_logged_apart(
     rows = rows_of([12, 9, 12, 5])
     model = open_tiny(tiny_folder["llama"])
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    term = DispersionConfig(weight=0.7, tokens=None).collector()
+    term = DispersionLoss(DispersionConfig(weight=0.7, tokens=None))
     with term.watch(model):
         cross_entropy = float(model(**batch).loss.detach())
         dispersion = float(term.loss().detach())
@@ -294,30 +294,21 @@ def test_a_log_over_several_steps_is_their_mean(tiny_folder: dict[str, Path], tm
         assert logs[4][0][name] == pytest.approx(mean, rel=1e-5)
 
 
-class Noted(Dispersion):
-    """Notes the numbers of the sequences that it is told."""
-
-    def begin(self, mask: Tensor | None = None, first_sequence: int | None = None) -> None:
-        NOTED.append(first_sequence)
-        super().begin(mask, first_sequence)
-
-
-NOTED: list[int | None] = []
-
-
-class NotedConfig(DispersionConfig):
-    def collector(self) -> Dispersion:
-        return Noted(self)
-
-
 def test_sequences_are_numbered_through_steps_and_micro_batches(
-    tiny_folder: dict[str, Path], tmp_path: Path
+    tiny_folder: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    NOTED.clear()
+    numbers: list[int | None] = []
+    begin = DispersionLoss.begin
+
+    def noting(self: DispersionLoss, mask: Tensor | None = None, first_sequence: int | None = None) -> None:
+        numbers.append(first_sequence)
+        begin(self, mask, first_sequence)
+
+    monkeypatch.setattr(DispersionLoss, "begin", noting)
     rows = without_masks(rows_of([12] * 12))
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 2}
-    run(open_tiny(tiny_folder["llama"]), rows, tmp_path, NotedConfig(), **options)
-    assert NOTED == [0, 2, 4, 6, 8, 10]
+    run(open_tiny(tiny_folder["llama"]), rows, tmp_path, DispersionConfig(), **options)
+    assert numbers == [0, 2, 4, 6, 8, 10]
 
 
 def test_the_users_sampler_is_respected(tiny_folder: dict[str, Path], tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from edgedisp.dispersion.collect import decoder_layers
 from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.quantize.grid import Grid, dequantize, in_groups, quantize, round_to
 from edgedisp.quantize.start import calibrated_start
 from edgedisp.train.adapter import AdapterSettings, attach

@@ -13,9 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from edgedisp.core.errors import BadInput
+from edgedisp.dispersion.condensation import measure_model, quick_condensation
 from edgedisp.dispersion.config import DispersionConfig
-from edgedisp.dispersion.profile import condensation
-from edgedisp.dispersion.quick import quick_condensation
 from edgedisp.train.reporting import Reporting, check_reporters
 from edgedisp.train.trainer import Fit, TrainSettings, fit
 from edgedisp.train.watch import Watch, undisturbed
@@ -64,7 +63,7 @@ def test_quick_figures_are_those_of_every_pair_and_token(
         assert found["cosine_by_layer"][layer] == pytest.approx(
             float(sum(by_pairs)) / len(by_pairs), abs=1e-6
         )
-    full = [row["cosine_raw"] for row in condensation(model, HELD)["layers"]]
+    full = [row["cosine_raw"] for row in measure_model(model, HELD)["layers"]]
     assert found["cosine_by_layer"] == pytest.approx(full, abs=1e-6)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from edgedisp.dispersion.collect import Dispersion
 from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.dispersion.hooks import decoder_layers, select_layers
 
 
 @pytest.mark.parametrize(
@@ -34,8 +35,13 @@ def test_what_cannot_work_is_refused(wrong: dict[str, Any], said: str) -> None:
         DispersionConfig(**wrong)
 
 
-def test_a_config_makes_fresh_collectors() -> None:
-    config = DispersionConfig(weight=0.3, layers=[2, 0])
-    first, second = config.collector(), config.collector()
-    assert isinstance(first, Dispersion) and first is not second and first.weight == 0.3
-    assert config.layers == (2, 0)
+def test_layers_are_named_or_counted_from_zero() -> None:
+    assert DispersionConfig(layers=[2, 0]).layers == (2, 0)
+    assert select_layers("first_half", 5) == [0, 1] and select_layers("last_half", 5) == [2, 3, 4]
+    assert select_layers("last", 5) == [4] and select_layers([3, 1], 5) == [1, 3]
+    with pytest.raises(ValueError, match=r"layers \[5\] are outside"):
+        select_layers([0, 5], 5)
+    with pytest.raises(ValueError, match=r"layers 'first_half' names no layer of a model that has 1"):
+        select_layers("first_half", 1)
+    with pytest.raises(ValueError, match="has no list"):
+        decoder_layers(torch.nn.Linear(2, 2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +11,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy import stats
 
-from edgedisp.dispersion import geometry
-from edgedisp.dispersion.geometry import BINS, FIGURES, cosine_histogram, mean_cosine, measure_layer
-from edgedisp.dispersion.outliers import kurtosis, max_over_median, sinks
-from edgedisp.dispersion.spectrum import effective_rank, maximum_explainable_variance, singular_values
+from edgedisp.dispersion import condensation
+from edgedisp.dispersion.condensation import (
+    BINS,
+    FIGURES,
+    attention_sinks,
+    bootstrap_interval,
+    compare,
+    cosine_histogram,
+    effective_rank,
+    kendall,
+    kurtosis,
+    mean_cosine,
+    measure_layer,
+    profile,
+    singular_values,
+    spearman,
+    student_t,
+)
 
 Vectors = NDArray[np.float64]
 
@@ -76,22 +91,13 @@ def looped_figures(vectors: Vectors) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_every_figure_is_its_definition_on_saved_hidden_states(
-    architecture: str, tiny_folder: dict[str, Path], tmp_path: Path
-) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder[architecture]).eval()
-    ids = torch.randint(5, 100, (1, 20), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        states = model(ids, output_hidden_states=True).hidden_states
-    np.save(tmp_path / "states.npy", torch.stack(states)[:, 0].numpy())
-    for vectors in np.load(tmp_path / "states.npy"):
-        measured, expected = measure_layer(torch.from_numpy(vectors)), looped_figures(vectors.astype(float))
-        assert set(expected) == set(FIGURES)
-        for figure, value in expected.items():
-            assert measured[figure] == pytest.approx(value, rel=1e-5, abs=1e-5), figure
+def test_every_figure_is_its_definition() -> None:
+    vectors = randn(20, 16) + 0.5
+    vectors[7] *= 40
+    measured, expected = measure_layer(vectors), looped_figures(vectors.double().numpy())
+    assert set(expected) == set(FIGURES)
+    for name, value in expected.items():
+        assert measured[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
 
 
 # ---------------------------------------------------------------- cosines
@@ -108,12 +114,6 @@ def test_the_mean_cosine_needs_no_matrix(tokens: int, features: int, offset: flo
     )
 
 
-def test_the_mean_cosine_sees_directions_alone_and_takes_batches() -> None:
-    vectors = randn(3, 10, 6)
-    scaled = vectors * torch.rand(3, 10, 1, generator=torch.Generator().manual_seed(1)).add(0.1)
-    torch.testing.assert_close(mean_cosine(scaled), torch.stack([mean_cosine(one) for one in vectors]))
-
-
 def test_a_zero_vector_has_cosine_0_with_all_others() -> None:
     vectors = torch.ones(4, 3)
     vectors[2] = 0
@@ -128,7 +128,7 @@ def test_the_histogram_in_blocks_is_the_one_of_the_whole_matrix(monkeypatch: pyt
     above = torch.tensor([[i < j for j in range(40)] for i in range(40)])
     counted, _ = np.histogram((directions @ directions.T)[above].numpy(), bins=BINS, range=(-1, 1))
     assert np.abs(np.cumsum(whole.numpy()) - np.cumsum(counted)).max() <= 1  # rounding at a bin's edge
-    monkeypatch.setattr(geometry, "ROWS", 7)
+    monkeypatch.setattr(condensation, "ROWS", 7)
     assert np.abs(np.cumsum(cosine_histogram(vectors)) - np.cumsum(whole)).max() <= 1
 
 
@@ -138,17 +138,6 @@ def test_mean_removed_cosine_sees_through_a_common_offset() -> None:
     assert abs(measured["cosine_mean_removed"]) < 0.02
     assert measured["maximum_explainable_variance"] > 0.98
     assert sum(measured["histogram"]) == 200 * 199 // 2
-
-
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_too_few_tokens_are_an_error(tokens: int) -> None:
-    with pytest.raises(ValueError, match=f"{tokens} tokens are too few"):
-        measure_layer(randn(tokens, 5))
-
-
-def test_half_precision_is_measured_in_full() -> None:
-    vectors = randn(12, 8).bfloat16()
-    assert measure_layer(vectors) == measure_layer(vectors.float())
 
 
 # ---------------------------------------------------------------- directions
@@ -168,11 +157,6 @@ def test_effective_rank_of_an_orthonormal_set_is_its_size() -> None:
     assert effective_rank(singular_values(torch.ones(6, 10))) == pytest.approx(1)
 
 
-def test_maximum_explainable_variance_is_one_for_a_line_and_one_nth_for_an_orthonormal_set() -> None:
-    assert maximum_explainable_variance(singular_values(torch.ones(6, 10))) == pytest.approx(1)
-    assert maximum_explainable_variance(singular_values(torch.eye(6, 10))) == pytest.approx(1 / 6)
-
-
 # ---------------------------------------------------------------- outliers
 
 
@@ -182,24 +166,14 @@ def test_a_token_of_huge_norm_counts_as_a_sink_wherever_it_stands() -> None:
     vectors[20] *= 100
     measured = measure_layer(vectors)
     assert plain["sinks"] == 1 and measured["sinks"] == 2
-    assert sinks(vectors).nonzero().flatten().tolist() == [0, 20]
+    assert attention_sinks(vectors).nonzero().flatten().tolist() == [0, 20]
     rest = torch.cat([vectors[1:20], vectors[21:]])
     assert measured["effective_rank"] == pytest.approx(effective_rank(singular_values(rest)))
     assert measured["cosine_sink_excluded"] == pytest.approx(mean_cosine(rest).item())
     assert measured["max_over_median"] > 10 * measured["max_over_median_sink_excluded"]
 
 
-def test_kurtosis_of_normal_values_is_three_and_a_large_feature_raises_it() -> None:
-    vectors = randn(20, 20_000)
-    assert kurtosis(vectors) == pytest.approx(3, abs=0.05)
-    vectors[:, 7] = 100
-    assert kurtosis(vectors) > 1000
-    assert kurtosis(3 * vectors[:, :50] + 1) == pytest.approx(kurtosis(vectors[:, :50]), rel=1e-5)
-
-
 def test_kurtosis_is_scipys() -> None:
-    from scipy import stats
-
     vectors = randn(5, 40) ** 3
     expected = stats.kurtosis(vectors.double().numpy(), axis=1, fisher=False).mean()
     assert kurtosis(vectors) == pytest.approx(expected, rel=1e-9)
@@ -208,4 +182,92 @@ def test_kurtosis_is_scipys() -> None:
 def test_a_layer_of_zeros_gives_finite_figures() -> None:
     measured = measure_layer(torch.zeros(6, 4))
     assert all(math.isfinite(measured[figure]) for figure in FIGURES)
-    assert max_over_median(torch.zeros(6, 4)) == 0
+
+
+# ---------------------------------------------------------------- rank correlations
+
+curves = st.lists(st.integers(-4, 4), min_size=3, max_size=9).filter(lambda values: len(set(values)) > 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(curves)
+def test_both_correlations_are_scipys_ties_included(values: list[int]) -> None:
+    curve, depth = torch.tensor(values, dtype=torch.float64), range(len(values))
+    assert spearman(curve).item() == pytest.approx(stats.spearmanr(values, depth).statistic, abs=1e-12)
+    assert kendall(curve).item() == pytest.approx(stats.kendalltau(values, depth).statistic, abs=1e-12)
+
+
+def test_a_flat_curve_has_no_trend_and_batches_are_rows() -> None:
+    rows = torch.tensor([[1.0, 1.0, 1.0], [1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    assert spearman(rows).tolist() == pytest.approx([0, 1, -1])
+    assert kendall(rows).tolist() == pytest.approx([0, 1, -1])
+
+
+# ---------------------------------------------------------------- intervals
+
+
+def test_students_t_is_scipys_from_four_degrees_of_freedom_on() -> None:
+    for confidence in (0.8, 0.95, 0.99):
+        tail = 0.5 + confidence / 2
+        for freedom in (4, 7, 15, 100):
+            expected = stats.t.ppf(tail, freedom)
+            assert student_t(stats.norm.ppf(tail), freedom) == pytest.approx(expected, rel=0.03)
+        assert student_t(stats.norm.ppf(tail), 15) == pytest.approx(stats.t.ppf(tail, 15), rel=1e-3)
+
+
+def test_an_interval_of_eight_sequences_covers_the_truth_about_as_often_as_it_says() -> None:
+    generator, hits = torch.Generator().manual_seed(0), 0
+    before = torch.random.get_rng_state()
+    for _ in range(300):
+        low, high = bootstrap_interval(
+            torch.randn(8, generator=generator, dtype=torch.float64), lambda mean: mean
+        ) or (torch.tensor(0), torch.tensor(0))
+        hits += bool(low < 0 < high)
+    assert 0.91 < hits / 300 < 0.985  # plain percentiles: 0.88
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert bootstrap_interval(torch.ones(1, 3), lambda mean: mean) is None
+
+
+# ---------------------------------------------------------------- differences
+
+
+def random_profile(offset: float, layers: int = 3, rows: int = 6, seed: int = 0) -> dict[str, Any]:
+    """A profile of random vectors around a common offset that grows with depth."""
+
+    def states(block: torch.Tensor) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(int(block[0]) + 1000 * seed)
+        noise = torch.randn(layers + 1, 30, 12, generator=generator)
+        return [noise[layer] + offset * layer / layers for layer in range(layers + 1)]
+
+    return profile(states, torch.arange(rows).unsqueeze(1).expand(rows, 30))
+
+
+def test_differences_are_paired_by_sequence() -> None:
+    first, second = random_profile(1.0), random_profile(1.1)
+    change = compare(first, second)
+    assert [row["layer"] for row in change["layers"]] == [0, 1, 2]
+    assert change["layers"][0]["cosine_raw"] == {"difference": 0, "low": 0, "high": 0}  # the same vectors
+    found = change["layers"][2]["cosine_raw"]
+    before, after = (one["layers"][2]["cosine_raw"] for one in (first, second))
+    assert found["difference"] == pytest.approx(after - before)
+    # The same noise is in both, so the pairs say more than the two intervals do.
+    low, high = first["layers"][2]["intervals"]["cosine_raw"]
+    assert 0 < found["low"] < found["high"] and found["high"] - found["low"] < (high - low) / 2
+    whole = change["mean_cosine"]
+    assert whole["difference"] == pytest.approx(
+        second["mean_cosine"]["value"] - first["mean_cosine"]["value"]
+    )
+
+
+def test_models_of_different_depth_are_compared_as_a_whole() -> None:
+    shallow, deep = random_profile(1.0, layers=3), random_profile(1.0, layers=5)
+    change = compare(shallow, deep)
+    assert change["layers"] == [] and set(change["final_norm"]) == set(FIGURES)
+    expected = deep["mean_cosine"]["value"] - shallow["mean_cosine"]["value"]
+    assert change["mean_cosine"]["difference"] == pytest.approx(expected)
+    assert math.isfinite(change["correlations"]["kendall"]["low"])
+
+
+def test_profiles_over_other_sequences_are_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be compared"):
+        compare(random_profile(1.0), random_profile(1.0, rows=5))

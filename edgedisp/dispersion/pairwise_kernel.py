@@ -1,40 +1,32 @@
 """Angular and cosine dispersion over every pair of tokens, without the tokens x tokens matrix.
 
-The plain form (loss.py) keeps half a dozen N x N matrices for its backward pass: 400 MB for 4,096 tokens,
-at every layer. Here the matrix of cosines is walked in square blocks of its upper triangle, since the lower
-one holds the same numbers. Going forward, each block adds to an online log-sum-exp and is thrown away. Going
-backward, each block is computed again, turned into the slope of the loss, and spent on two products with
-the token vectors. What remains is O(tokens x features). The idea is that of FlashAttention
-(arXiv 2205.14135), for a loss instead of an attention.
-
-Up to 256 tokens are one block. Its slopes are no larger than the vectors and are kept from the forward pass,
-so that the whole loss costs two matrix products and some passes over N x N numbers.
+Square blocks of the upper triangle of the cosine matrix each add to an online log-sum-exp and are dropped.
+The backward pass computes each block again and spends its slopes on two products with the vectors, so memory
+is O(tokens x features): the idea of FlashAttention (arXiv 2205.14135) for a loss. Up to BLOCK tokens are a
+single block, whose slopes are kept from the forward pass.
 
 With v a token vector, n its norm, c_ij = v_i v_j / (n_i n_j), D the distance and s = -D / temperature, the
 loss of a sequence of N tokens is `log sum_{i != j} exp(s_ij) - log N(N - 1)`. Its gradient is
 
     dL/dv_i = sum_j M_ij v_j,   M_ij = G_ij / (n_i n_j),   M_ii = -sum_j G_ij c_ij / n_i^2,
 
-with G_ij = 2 P_ij s'(c_ij) and P the softmax of s over the pairs: the vectors are never normalised, only
-the small matrices are.
-
-Values and sums are float32 (float64 for float64 vectors) whatever autocast says.
+with G_ij = 2 P_ij s'(c_ij) and P the softmax of s over the pairs. Values and sums are float32 (float64 for
+float64 vectors) whatever autocast says.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from edgedisp.dispersion.loss import SHORTEST
+from edgedisp.dispersion.losses import SHORTEST
 
-# Rows and columns of a block: small enough for the second-level cache, large enough for the matrix product
-# to run at full speed. Up to so many tokens are one block, whose slopes are kept.
+# Rows and columns of a block: fits the second-level cache, and the matrix product runs at full speed.
 BLOCK = 256
 
 # exp(-60) is 1e-26: scores that spread over less cannot make a float32 sum lose its largest terms, so no
@@ -69,20 +61,16 @@ class _Score:
         return weights.mul_(share * self.factor)
 
 
-def products_in(precision: str) -> AbstractContextManager[None]:
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
     """Let float32 matrix products on the CPU round their inputs to `bf16` and still add up in float32.
 
-    This is what autocast means for the model's own products, except that the result is not rounded to
-    bfloat16, where cosines near 1 have steps of 0.004. `none` changes nothing; so does a CPU without bf16.
-    Compiled code cannot change the setting and computes in float32.
+    Unlike under autocast, the result is not rounded to bfloat16. `none` changes nothing; so does a CPU
+    without bf16. Compiled code cannot change the setting and computes in float32.
     """
     if precision == "none" or torch.compiler.is_compiling():
-        return nullcontext()
-    return _products_in(precision)
-
-
-@contextmanager
-def _products_in(precision: str) -> Iterator[None]:
+        yield
+        return
     backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = backend.fp32_precision
     backend.fp32_precision = precision
@@ -194,17 +182,17 @@ class _LogSumExpOverPairs(torch.autograd.Function):
         form: str,
         temperature: float,
         clamp: float,
-        products: str,
+        precision: str,
     ) -> Tensor:
         matrix = None
-        with products_in(products):
+        with matmul_precision(precision):
             pairs = _Pairs(_zero_where_masked(vectors, mask), mask)
             score = _Score(form, temperature, clamp, pairs.vectors.dtype)
             if pairs.vectors.shape[1] <= BLOCK:
                 log_total, matrix = _in_one_block(pairs, score, any(ctx.needs_input_grad))
             else:
                 log_total = _log_total(pairs, score)
-        ctx.score, ctx.products = score, products
+        ctx.score, ctx.precision = score, precision
         ctx.save_for_backward(vectors, mask, log_total, matrix)
         return log_total
 
@@ -216,7 +204,7 @@ class _LogSumExpOverPairs(torch.autograd.Function):
             raise RuntimeError("the dispersion loss has no second derivative (create_graph=True)")
         vectors, mask, log_total, matrix = ctx.saved_tensors
         taking_part, upstream = _zero_where_masked(vectors, mask), upstream[:, None, None]
-        with products_in(ctx.products):
+        with matmul_precision(ctx.precision):
             if matrix is not None:
                 gradient = torch.bmm(matrix * upstream, taking_part)
             else:
@@ -227,33 +215,32 @@ class _LogSumExpOverPairs(torch.autograd.Function):
         return gradient.to(vectors.dtype), None, None, None, None, None
 
 
-def blockwise(
+def pairwise_loss(
     form: str,
     vectors: Tensor,
     mask: Tensor | None = None,
     *,
     temperature: float = 1.0,
     clamp: float = 0.1,
-    products: str = "none",
+    precision: str = "none",
 ) -> Tensor:
-    """`loss.angular` or `loss.cosine` of each sequence by blocks.
+    """`losses.angular` or `losses.cosine` of each sequence by blocks.
 
     Args:
         form: `angular` or `cosine`.
         vectors: `(batch, tokens, features)`, any float dtype.
         mask: `(batch, tokens)`, true for a real token; None when all are real.
-        temperature, clamp: as in loss.py.
-        products: `bf16` lets matrix products round their inputs; see `products_in`.
+        temperature, clamp: as in losses.py.
+        precision: `bf16` lets matrix products round their inputs; see `matmul_precision`.
     Returns:
         `(batch,)`, float32, or float64 for float64 vectors. Sequences with fewer than two real tokens have
-        value 0 and no gradient. A backward pass with `create_graph`, for second
-        derivatives, raises RuntimeError.
+        value 0 and no gradient. A backward pass with `create_graph` raises RuntimeError.
     """
     if form not in FORMS:
         raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
     tokens = vectors.shape[1]
     with torch.autocast(vectors.device.type, enabled=False):
-        log_total = _LogSumExpOverPairs.apply(vectors, mask, form, temperature, clamp, products)
+        log_total = _LogSumExpOverPairs.apply(vectors, mask, form, temperature, clamp, precision)
     if mask is None and tokens > 1:
         return log_total - math.log(tokens * (tokens - 1))
     count = log_total.new_full(log_total.shape, tokens) if mask is None else mask.sum(dim=1)

@@ -1,0 +1,434 @@
+"""Compute the dispersion loss layer by layer while a model runs.
+
+Forward hooks on the decoder layers sample tokens, compute the values of a few layers at a time, and put nodes
+into the autograd graph, so the gradients of a few layers are alive at a time, not those of all.
+
+- Padding takes no part, nor do vectors that a model puts before its tokens (peft's prompt tuning).
+- Which tokens are sampled depends on (seed, number of the sequence, layer) and the number of real tokens
+  alone. The global random streams stay untouched; micro-batches, data-parallel processes, padding and resumed
+  runs sample what one unbroken run with big batches does.
+- Layers that a pass skips (`layerdrop`) do not count in the mean over layers. Layers that are recomputed in
+  the backward pass with their hooks count once. Reentrant checkpointing hides layers, which `loss` refuses.
+- Which sequences count is decided by the mask alone, so a trainer can weigh micro-batches beforehand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.dispersion.losses import BY_SEQUENCE, has_pair
+from edgedisp.dispersion.pairwise_kernel import FORMS, pairwise_loss
+
+SINK_NORM = 10.0
+"""A token whose norm is more than so many times the sequence's median counts as an attention sink."""
+
+# Layers computed together: one at a time, starting small operations takes longer than doing them; all at
+# once, their vectors and gradients would be a percent of a training step's memory.
+GROUP = 10
+
+# Where sparse gradients can be added to dense ones; elsewhere (MPS) zeros are written out.
+SPARSE_DEVICES = ("cpu", "cuda")
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The transformer blocks of a causal language model, bare or wrapped by peft.
+
+    They are the module list that is as long as `config.num_hidden_layers`.
+    Raises ValueError for a model without such a list.
+    """
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ValueError(f"{type(model).__name__} has no list of {depth} transformer layers to watch")
+
+
+def select_layers(choice: str | Sequence[int], depth: int) -> list[int]:
+    """Indices (from 0) of the layers named by `all`, `first_half`, `last_half`, `last`, or a list.
+
+    Raises ValueError for another word, an index outside the model, or a choice of no layer.
+    """
+    named = {
+        "all": range(depth),
+        "first_half": range(depth // 2),
+        "last_half": range(depth // 2, depth),
+        "last": range(depth - 1, depth),
+    }
+    if isinstance(choice, str) and choice not in named:
+        raise ValueError(f"layers {choice!r} is not one of {', '.join(named)} or a list of indices")
+    indices = sorted(set(named[choice] if isinstance(choice, str) else choice))
+    outside = [index for index in indices if not 0 <= index < depth]
+    if outside:
+        raise ValueError(f"layers {outside} are outside the model, which has layers 0 to {depth - 1}")
+    if not indices:
+        raise ValueError(f"layers {choice!r} names no layer of a model that has {depth}")
+    return indices
+
+
+@contextmanager
+def hidden_states(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Collect the outputs of `layers` (before any final norm) of each forward pass inside the block.
+
+    Yields a dict, layer index -> `(batch, tokens, features)`; clear it between passes.
+    Index -1 stands for the input of the first layer (the embedding output).
+    """
+    blocks = decoder_layers(model)
+    states: dict[int, Tensor] = {}
+
+    def keep_output(index: int) -> Any:
+        def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            states[index] = _first_tensor(output)
+
+        return blocks[index].register_forward_hook(hook)
+
+    def keep_input(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        states[-1] = args[0] if args else kwargs["hidden_states"]
+
+    handles: list[Any] = []
+    try:
+        handles.extend(keep_output(index) for index in layers if index >= 0)
+        if -1 in layers:
+            handles.append(blocks[0].register_forward_pre_hook(keep_input, with_kwargs=True))
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+        states.clear()
+
+
+class DispersionLoss:
+    """The dispersion term of a training loss, averaged over sequences and watched layers.
+
+        term = DispersionLoss(DispersionConfig(weight=0.1))
+        with term.watch(model):
+            outputs = model(input_ids, attention_mask=mask, labels=labels)
+            loss = outputs.loss + term.weight * term.loss()
+
+    Forward passes without gradients (evaluation, generation) are ignored, and those whose `loss` is never
+    asked for are not counted. Under CPU autocast to bfloat16 the products of token vectors round their inputs
+    like all others, and add up in float32.
+    """
+
+    def __init__(self, config: DispersionConfig) -> None:
+        self.config, self.weight = config, config.weight
+        self._pass: _Pass | None = None
+        self._next_pass: _Pass | None = None
+        self._next_sequence = 0
+        self._skipped: int | Tensor = 0
+        self._layers: list[int] = []
+        self._has_run = False  # any watched layer, since `watch`
+        self._last: tuple[list[int], Tensor] = [], torch.empty(0)  # places and values of the last pass
+
+    @property
+    def skipped_sequences(self) -> int:
+        """Sequences so far with fewer than two tokens to compare. They count as 0 and not in the mean."""
+        return int(self._skipped)
+
+    def sequences(self, mask: Tensor) -> Tensor:
+        """How many sequences of a mask `(batch, tokens)` count in the mean; a scalar."""
+        return has_pair(_candidates(mask.bool(), self.config.exclude_sink)).sum()
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[DispersionLoss]:
+        """Compute the term in every training forward pass of `model` inside the block.
+
+        Raises ValueError if the model has no list of layers or lacks one of those in the configuration.
+        """
+        blocks = decoder_layers(model)
+        self._layers, self._has_run = select_layers(self.config.layers, len(blocks)), False
+        handles = [model.register_forward_pre_hook(self._start, with_kwargs=True)]
+        try:
+            for place, index in enumerate(self._layers):
+                handles.append(blocks[index].register_forward_hook(self._hook(place)))
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._pass = self._next_pass = None
+
+    def begin(self, mask: Tensor | None = None, first_sequence: int | None = None) -> None:
+        """Describe the next forward pass; without it, the mask is the call's own `attention_mask`.
+
+        Args:
+            mask: `(batch, tokens)`, true or 1 for a real token.
+            first_sequence: number of the batch's first sequence among all that training sees; it decides
+                which tokens are sampled. None counts on.
+        """
+        self._next_pass = _Pass(mask, self._next_sequence if first_sequence is None else first_sequence)
+
+    def loss(self) -> Tensor:
+        """The mean over layers and sequences of the last forward pass; scalar, float32 or better.
+
+        0 if the pass left out every watched layer. Raises ValueError if there was no training forward pass,
+        if its loss was already returned, or if no watched layer ever ran with gradients.
+        """
+        now = self._pass
+        if now is None or now.is_over:
+            raise ValueError("no forward pass to compute the dispersion of: run the model inside watch()")
+        now.is_over = True
+        if now.waiting:
+            self._compute(now, is_last=True)
+        values, now.values = now.values, []
+        if not values:
+            self._last = [], torch.empty(0)
+            if self._has_run:
+                return torch.zeros(())
+            raise ValueError(
+                "none of the chosen layers ran with gradients, so there is no dispersion to compute; before "
+                "transformers 5.23, reentrant gradient checkpointing hides them (set use_reentrant to False)"
+            )
+        self._has_run = True
+        self._next_sequence = now.first_sequence + now.sample.batch
+        self._skipped = self._skipped + (now.sample.batch - now.sample.sequences)
+        together = torch.cat([value.to(values[0].device) for value in values])
+        self._last = now.places, together.detach()
+        return together.mean()
+
+    def by_layer(self) -> dict[int, float]:
+        """Value of each layer, counted from 0, that ran in the pass of the last `loss`."""
+        places, values = self._last
+        return dict(sorted(zip((self._layers[place] for place in places), values.tolist())))
+
+    def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled() or _in_backward():
+            return
+        self._pass, self._next_pass = self._next_pass or _Pass(None, self._next_sequence), None
+        inputs = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        shapes = [value.shape for value in inputs if isinstance(value, Tensor) and value.dim() > 1]
+        self._pass.length = shapes[0][1] if shapes else None
+        if self._pass.mask is None:
+            mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+            self._pass.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def _hook(self, place: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            if not torch.is_grad_enabled() or (_in_backward() and not _in_checkpoint()):
+                return
+            if (
+                self._next_pass is not None and not _in_backward()
+            ):  # the call skipped the watched model itself
+                self._pass, self._next_pass = self._next_pass, None
+            if self._pass is not None and (_in_backward() or not self._pass.is_over):
+                self._take(self._pass, place, _first_tensor(output))
+
+        return hook
+
+    def _take(self, now: _Pass, place: int, state: Tensor) -> None:
+        """Compute the values of the waiting layers, when there are enough of them or no more to come."""
+        if not now.has_sample:
+            now.sample = _Sample(self.config, len(self._layers), state, now)
+            device = state.device.type
+            is_bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+            now.precision = "bf16" if is_bf16 else "none"
+            now.has_sample = True
+        if _in_checkpoint():
+            # The recomputation has to save what was saved here, so this layer is computed at once and alone.
+            value = self._value(now, [(place, state)], is_last=True)
+            if not _in_backward():
+                now.places.append(place)
+                now.values.append(value)
+            return
+        # A full group waits until another layer comes: as the model may skip layers, it could be the last.
+        size = GROUP if self.config.variant in FORMS else 1
+        first = now.waiting[0][1] if now.waiting else state
+        is_alike = (first.shape, first.dtype, first.device) == (state.shape, state.dtype, state.device)
+        if len(now.waiting) == size or not is_alike:
+            self._compute(now, is_last=False)
+        now.waiting.append((place, state))
+        # Long sequences, without sampling, keep the processor busy alone.
+        if now.sample.picks is None or place == len(self._layers) - 1:
+            self._compute(now, is_last=True)
+
+    def _compute(self, now: _Pass, is_last: bool) -> None:
+        """The values of the waiting layers; `is_last`: no watched layer follows the last of them."""
+        waiting, now.waiting = now.waiting, []
+        now.places.extend(place for place, _ in waiting)
+        now.values.append(self._value(now, waiting, is_last))
+
+    def _value(self, now: _Pass, layers: list[tuple[int, Tensor]], is_last: bool) -> Tensor:
+        """The mean over sequences at each of these layers; `(layers,)`."""
+        config = self.config
+        vectors, mask = now.sample.vectors(layers, is_last)
+        options = {"temperature": config.temperature, "clamp": config.clamp}
+        if config.variant in FORMS:
+            values = pairwise_loss(config.variant, vectors, mask, precision=now.precision, **options)
+        else:
+            if mask is None:
+                mask = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
+            values = BY_SEQUENCE[config.variant](vectors, mask, **options)
+        # Sequences that do not count have value 0. So has one that counts but loses its pairs to sinks here:
+        # what a micro-batch weighs must not depend on its vectors.
+        sums, count = values.view(len(layers), -1).sum(dim=1), now.sample.sequences
+        return sums / (count.clamp_min(1).to(sums.device) if isinstance(count, Tensor) else max(count, 1))
+
+
+class _Pass:
+    """One forward pass: its mask and first sequence, and the values of the layers so far."""
+
+    sample: _Sample  # set by the first watched layer, with `precision`
+    precision: str
+
+    def __init__(self, mask: Tensor | None, first_sequence: int) -> None:
+        self.mask, self.first_sequence = mask, first_sequence
+        self.length: int | None = None  # of the sequences in the model's call, where known
+        self.has_sample = False
+        self.waiting: list[tuple[int, Tensor]] = []  # place and output of layers without a value yet
+        self.places: list[int] = []  # of the layers with a value
+        self.values: list[Tensor] = []  # a vector for each group
+        self.is_over = False
+
+
+class _Sample:
+    """The tokens of one forward pass that take part; `layers` layers are watched, `state` is an output.
+
+    Raises ValueError for an output that is not `(batch, tokens, features)`, or a mask that does not fit it.
+    """
+
+    def __init__(self, config: DispersionConfig, layers: int, state: Tensor, now: _Pass) -> None:
+        if state.dim() != 3:
+            raise ValueError(
+                f"the layers' outputs are {tuple(state.shape)} and not (batch, tokens, features); dispersion "
+                "does not work for models whose layers hand on several streams (Gemma 3n)"
+            )
+        self.batch, length = state.shape[:2]
+        self.length, self.exclude_sink = length, config.exclude_sink
+        before = max(length - now.length, 0) if now.length else 0
+        real = None if now.mask is None else now.mask.to(state.device).bool()
+        if real is not None and real.shape != (text := (self.batch, length - before)):
+            raise ValueError(f"the mask is {tuple(real.shape)}, the token vectors are {text}")
+        if real is not None and real.device.type == "cpu" and bool(real.all()):
+            real = None  # spares a copy of the vectors at every layer
+        if real is None and (before or config.exclude_sink):
+            real = torch.ones(self.batch, length - before, dtype=torch.bool, device=state.device)
+        self.sequences: Tensor | int = self.batch if length > 1 else 0  # how many count in the mean
+        self.mask: Tensor | None = None  # of the candidates (batch, length), or (layers, batch, n) sampled
+        if real is not None:
+            candidates = _candidates(real, config.exclude_sink)
+            self.sequences = has_pair(candidates).sum()
+            real, self.mask = pad(real, (before, 0)), pad(candidates, (before, 0))
+        self.picks: Tensor | None = None  # (layers, batch, n) int64, token indices
+        if config.tokens is not None and config.tokens < length:
+            whole = torch.ones(self.batch, length, dtype=torch.bool)
+            masks = (whole if real is None else real.cpu(), whole if self.mask is None else self.mask.cpu())
+            numbers = config.seed, now.first_sequence
+            self.picks = sample_tokens(config.tokens, layers, *masks, *numbers).to(state.device)
+            if self.mask is not None:
+                self.mask = self.mask.expand(layers, -1, -1).gather(2, self.picks)
+            # For all layers at once, because starting small operations is what sampling costs.
+            sequence = torch.arange(self.batch, device=state.device).repeat_interleave(config.tokens)
+            flat = self.picks.reshape(layers, -1)
+            self._rows = sequence * length + flat  # (layers, batch * n), in a layer's flattened output
+            self._places = torch.stack([sequence.expand(layers, -1), flat], dim=1)  # (layers, 2, batch * n)
+
+    def vectors(self, layers: list[tuple[int, Tensor]], is_last: bool) -> tuple[Tensor, Tensor | None]:
+        """Vectors `(layers * batch, n, features)` and which of them are real; None: all.
+
+        layers: place among the watched layers, and output `(batch, length, features)`, all of one shape and
+        dtype; a single one without sampling. `is_last`: no watched layer follows the last of them.
+        """
+        places, states = [place for place, _ in layers], [state for _, state in layers]
+        vectors = states[0]
+        if self.picks is not None:
+            # A slice is a view; a model that skips layers leaves gaps, for which rows are copied together.
+            run = list(range(places[0], places[0] + len(places)))
+            which = slice(run[0], run[-1] + 1) if places == run else places
+            rows, at = self._rows[which].to(vectors.device), self._places[which].to(vectors.device)
+            drawn: Tensor = _Gather.apply(rows, at, is_last, *states)
+            vectors = drawn.view(len(places) * self.batch, -1, drawn.shape[-1])
+        if self.mask is None:
+            return vectors, None
+        masks = [self.mask if self.picks is None else self.mask[place] for place in places]
+        mask = torch.cat(masks).to(vectors.device)
+        if self.exclude_sink:
+            norms = torch.linalg.vector_norm(vectors.detach().float(), dim=-1)
+            median = torch.where(mask, norms, math.nan).nanmedian(dim=1, keepdim=True).values
+            mask = mask & ~(norms > SINK_NORM * median)
+        return vectors, mask
+
+
+def sample_tokens(
+    count: int, layers: int, real: Tensor, candidates: Tensor, seed: int, first_sequence: int
+) -> Tensor:
+    """Tokens that each layer samples of each sequence, int64 `(layers, batch, count)`, in rising order.
+
+    Args:
+        count: tokens of a sequence, at most `tokens`.
+        real, candidates: `(batch, tokens)` bool on the CPU; others than candidates are a last resort.
+        seed, first_sequence: the sample depends on them; rows of the batch count on.
+    """
+    keys = torch.full((layers, *real.shape), -1.0)
+    for row, mask in enumerate(real):
+        # One stream a sequence, as long as its real tokens: padding shifts nothing. On the CPU, so that CPU
+        # and GPU runs sample the same tokens.
+        hashed = hashlib.blake2b(repr((seed, first_sequence + row)).encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(hashed))
+        keys[:, row, mask] = torch.rand(layers, int(mask.sum()), generator=generator)
+    keys.masked_fill_(~candidates, -1.0)
+    return keys.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of the outputs of some layers, with sparse gradients.
+
+    The gradient is zero nearly everywhere; written out, it would move more memory than the whole dispersion
+    loss. Autograd adds a sparse one to the dense gradient that comes from the layers after it. The last
+    watched layer's output may have no other gradient, so it gets a dense one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, is_last: bool, *states: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, places)
+        ctx.shape, ctx.is_last = states[0].shape, is_last
+        features = states[0].shape[-1]
+        drawn = states[0].new_empty(*rows.shape, features)
+        for state, row, out in zip(states, rows, drawn):
+            torch.index_select(state.reshape(-1, features), 0, row, out=out)
+        return drawn
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, places = ctx.saved_tensors
+        is_sparse = [gradient.device.type in SPARSE_DEVICES] * len(rows)
+        is_sparse[-1] &= not ctx.is_last
+        slopes = [
+            _sparse(place, values, ctx.shape) if sparse else _dense(row, values, ctx.shape)
+            for row, place, values, sparse in zip(rows, places, gradient, is_sparse)
+        ]
+        return None, None, None, *slopes
+
+
+def _sparse(places: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    # Rising and none twice is what coalesced means.
+    return torch.sparse_coo_tensor(places, values, shape, check_invariants=False, is_coalesced=True)
+
+
+def _dense(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    return values.new_zeros(shape[0] * shape[1], shape[2]).index_copy_(0, rows, values).view(shape)
+
+
+def _candidates(real: Tensor, exclude_sink: bool) -> Tensor:
+    """Which real tokens `(batch, tokens)` may be sampled: not the first real one if sinks are excluded."""
+    return real & (real.cumsum(dim=1) > 1) if exclude_sink else real
+
+
+def _first_tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running a backward pass, as when a checkpointed layer is recomputed."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _in_checkpoint() -> bool:
+    """Whether hooks on saved tensors are active, as inside `torch.utils.checkpoint`."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
