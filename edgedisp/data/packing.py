@@ -4,12 +4,12 @@ Every document is followed by the end-of-text token, all are laid end to end, an
 blocks of `context` tokens. Nothing is dropped but the last partial block. A block may hold several documents
 and a document may cross blocks: attention then sees across the separator, as in most pre-training.
 
-All of it follows from the seed alone (`numpy.random.default_rng`), so that two arms read one and the same
-order.
+Everything follows from the seed alone (`numpy.random.default_rng`), so that two arms read the same order.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,42 +18,39 @@ from numpy.typing import NDArray
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
-from edgedisp.data.document import Document, Documents, unique_id
+from edgedisp.data.rows import Document, Documents, unique_id
 
 Encode = Callable[[str], list[int]]
 """Text -> token ids without special tokens. If it has a method `batch(texts)`, that is used: it is faster."""
 
-ENCODE_AT_ONCE = 256  # documents handed to `batch` together: enough for all cores, little memory
+BATCH = 256  # documents encoded together: enough for all cores, little memory
 
 
 def split(documents: Sequence[Document], heldout: float, seed: int) -> tuple[Documents, Documents]:
     """(train, held-out) documents, shuffled, split by document; at least one on each side.
 
     `heldout` is the share of documents, 0 < heldout < 1. Of documents with the same text (white space aside)
-    one is kept, before splitting, so no held-out text is trained on; `.dropped["duplicate"]` of the first
-    result counts the others. Ids are made unique. Raises BadInput for a bad share or fewer than two texts.
+    the first stays, so no held-out text is trained on; `.dropped["duplicate"]` of the first result counts the
+    others. Ids are made unique. Raises BadInput for a bad share or fewer than two texts.
     """
     if not 0.0 < heldout < 1.0:
         raise BadInput(f"heldout must be a share between 0 and 1 (or 0% and 100%), found {heldout}.")
-    kept: dict[str, Document] = {}
+    distinct: dict[bytes, Document] = {}
     ids: set[str] = set()
     for document in documents:
-        text = " ".join(document.text.split())
-        if text not in kept:
-            kept[text] = Document(unique_id(document.id, ids), document.text)
-    if len(kept) < 2:
+        text = hashlib.blake2b(" ".join(document.text.split()).encode()).digest()
+        if text not in distinct:
+            distinct[text] = Document(unique_id(document.id, ids), document.text)
+    if len(distinct) < 2:
         raise BadInput(
-            f"the text holds {len(kept)} different document(s), but 2 are needed: one to train on and one "
-            "held out. Give more documents; in a .txt or .md file a blank line ends a document."
+            f"the text holds {len(distinct)} different document(s), but 2 are needed: one to train on and "
+            "one held out. Give more documents; in a .txt or .md file a blank line ends a document."
         )
-    distinct = list(kept.values())
-    order = np.random.default_rng(seed).permutation(len(distinct))
+    texts = list(distinct.values())
+    shuffled = [texts[i] for i in np.random.default_rng(seed).permutation(len(distinct))]
     count = min(max(1, round(len(distinct) * heldout)), len(distinct) - 1)
-    duplicates = len(documents) - len(distinct)
-    return (
-        Documents((distinct[place] for place in order[count:]), {"duplicate": duplicates}),
-        Documents(distinct[place] for place in order[:count]),
-    )
+    duplicates = {"duplicate": len(documents) - len(distinct)}
+    return Documents(shuffled[count:], duplicates), Documents(shuffled[:count])
 
 
 def pack(
@@ -71,17 +68,16 @@ def pack(
     `blocks` None takes all whole blocks; otherwise at most that many, and documents that are not needed are
     not encoded. `name` is what an error calls the text. Raises BadInput if not even one block is filled.
     """
-    wanted = None if blocks is None else blocks * context
     pieces: list[NDArray[np.uint32]] = []
-    found = 0
+    tokens = 0
     for piece in _encoded(documents, encode, end_of_text, progress):
         pieces.append(piece)
-        found += piece.size
-        if wanted is not None and found >= wanted:
+        tokens += piece.size
+        if blocks is not None and tokens >= blocks * context:
             break
-    whole = found // context if blocks is None else min(blocks, found // context)
+    whole = tokens // context if blocks is None else min(blocks, tokens // context)
     if whole == 0:
-        raise _too_little(name, found, context)
+        raise _too_short(name, tokens, context)
     return np.concatenate(pieces)[: whole * context].reshape(whole, context)
 
 
@@ -108,16 +104,15 @@ def training_blocks(
     if blocks < 1 or context < 1:
         raise BadInput(f"blocks and context must be positive, found {blocks} blocks of {context} tokens.")
     out = np.empty(blocks * context, dtype=np.uint32)
-    filled, read, epoch = 0, 0, 0
+    filled = read = epoch = 0
     encoded: dict[int, NDArray[np.uint32]] = {}
     while filled < out.size:
-        order = np.random.default_rng([seed, epoch]).permutation(len(documents))
-        if epoch == 0:
-            pieces = _encoded([documents[place] for place in order], encode, end_of_text, progress)
-        else:
-            pieces = (encoded[int(place)] for place in order)
-        for place, piece in zip(order, pieces, strict=True):
-            encoded[int(place)] = piece
+        order = np.random.default_rng([seed, epoch]).permutation(len(documents)).tolist()
+        first_pass = _encoded([documents[i] for i in order], encode, end_of_text, progress)
+        for index, piece in zip(
+            order, first_pass if epoch == 0 else (encoded[i] for i in order), strict=True
+        ):
+            encoded[index] = piece
             taken = min(piece.size, out.size - filled)
             out[filled : filled + taken] = piece[:taken]
             filled += taken
@@ -125,7 +120,7 @@ def training_blocks(
             if filled == out.size:
                 break
         if epoch == 0 and filled < min(context, out.size):
-            raise _too_little(name, filled, context)
+            raise _too_short(name, filled, context)
         epoch += 1
     whole = len(encoded) == len(documents)
     return out.reshape(blocks, context), {
@@ -139,18 +134,17 @@ def training_blocks(
 def _encoded(
     documents: Sequence[Document], encode: Encode, end_of_text: int, progress: Progress
 ) -> Iterator[NDArray[np.uint32]]:
-    """The ids of each document, end-of-text behind them, encoded in batches as they are asked for."""
+    """The ids of each document, end-of-text behind them, encoded in batches when they are reached."""
     batch = getattr(encode, "batch", None)
-    for start in range(0, len(documents), ENCODE_AT_ONCE):
-        texts = [document.text for document in documents[start : start + ENCODE_AT_ONCE]]
-        rows = batch(texts) if batch is not None else [encode(text) for text in texts]
-        for ids in rows:
+    for start in range(0, len(documents), BATCH):
+        texts = [document.text for document in documents[start : start + BATCH]]
+        for ids in batch(texts) if batch is not None else map(encode, texts):
             yield np.asarray([*ids, end_of_text], dtype=np.uint32)
         progress(start + len(texts), len(documents), "encoding text")
 
 
-def _too_little(name: str, found: int, needed: int) -> BadInput:
+def _too_short(name: str, tokens: int, context: int) -> BadInput:
     return BadInput(
-        f"{name} is too short for one block: {found} tokens found, {needed} needed (the context). Give more "
-        "text or a shorter context."
+        f"{name} is too short for one block: {tokens} tokens found, {context} needed (the context). Give "
+        "more text or a shorter context."
     )

