@@ -47,7 +47,6 @@ from edgedisp.core.progress import silent
 from edgedisp.graph.device import for_device
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.recipe import Recipe, load
-from edgedisp.stages.bits import chosen_grids
 from edgedisp.stages.rounding import Trained, trained_roundings
 from edgedisp.train.memory import peak_memory_bytes
 from edgedisp.train.rounded import round_weights
@@ -66,11 +65,7 @@ BASE: dict[str, list[str]] = {
     "int8": [],
     "rtn": [],
     "rtn, symmetric, 4-bit head": ["symmetric=true", "head_bits=4"],
-    "clip": ["method=clip"],
     "k_quant": ["method=k_quant"],
-    "hqq": ["method=hqq"],
-    "nf4": ["method=nf4", "group=64"],
-    "rescale, rtn": ["rescale=true"],
     "gptq": ["method=gptq"],
     "gptq, 4k tokens": ["method=gptq", "calibration_tokens=4k"],
     "gptq, group 64": ["method=gptq", "group=64"],
@@ -86,8 +81,6 @@ TRAINED: dict[str, list[str]] = {
     "aware, rtn": ["aware={precision: int4}"],
     "aware from half, gptq": ["aware={precision: int4, start: 0.5}", "method=gptq"],
     "aware late, gptq": [LATE, "method=gptq"],
-    "aware late, learned, gptq": [LATE.replace("}", ", learn_scales: true}"), "method=gptq"],
-    "aware late, search 100 MB, gptq": [LATE, "budget=100MB", "method=gptq"],
 }
 
 
@@ -141,27 +134,14 @@ class Workplace:
         recipe, base, corpus = recipe_of(changes), self.base(), self.corpus()
         rounded = None if recipe.train.quantization_aware is None else recipe.quantize.int4
         called = "trained" if rounded is None else f"{slug(name)}-model"
-        bits = self.bits(name)
 
         def make(own: Path) -> None:
             arm = recipe.arm_runs[0]
             stages.midtrain(
-                recipe.train, recipe.steps, recipe.seed, arm, rounded, base, corpus, own, told(called), bits
+                recipe.train, recipe.steps, recipe.seed, arm, rounded, base, corpus, own, told(called)
             )
 
         return self.made(called, make)
-
-    def bits(self, name: str) -> Path | None:
-        """What a search on the base chose for a training under it."""
-        recipe = recipe_of(TRAINED[name])
-        if recipe.train.quantization_aware is None or not recipe.quantize.searched:
-            return None
-        base, corpus, threads = self.base(), self.corpus(), physical_cores()
-
-        def make(own: Path) -> None:
-            stages.choose_bits(recipe.quantize, recipe.seed, base, corpus, threads, own, told(name))
-
-        return self.made(f"{slug(name)}-bits", make)
 
     def fp32(self, source: Path) -> Path:
         """Its graph, and the seconds that it took."""
@@ -191,29 +171,22 @@ def cell(work: Workplace, name: str) -> None:
     parent, corpus = work.fp32(source), work.corpus()
     recipe = recipe_of(BASE.get(name) or TRAINED.get(name) or [])
     is_trained = recipe.train.quantization_aware is not None
-    bits_folder = work.bits(name) if is_trained else None
     seconds = time.perf_counter()
 
     def make(own: Path) -> None:
-        threads, progress = physical_cores(), told(name)
-        if bits_folder is not None:
-            record = stages.quantize_as_trained(
-                recipe.quantize, parent, source, corpus, bits_folder, threads, own, progress
-            )
-        elif recipe.quantize.searched:
+        progress = told(name)
+        if recipe.quantize.searched:
             record = stages.quantize_searched(
-                recipe.quantize, recipe.seed, parent, source, corpus, threads, own, progress
+                recipe.quantize, recipe.seed, parent, source, corpus, own, progress
             )
         else:
             bits = 8 if name == "int8" else 4
             section = recipe.quantize.int8 if bits == 8 else recipe.quantize.int4
-            record = stages.quantize(
-                section, bits, parent, source, corpus, own, progress, threads, is_trained
-            )
+            record = stages.quantize(section, bits, parent, source, corpus, own, progress, is_trained)
         kept = {key: record[key] for key in ("search", "calibrated_tensors") if key in record}
         result = {"seconds": time.perf_counter() - seconds, "peak_memory_bytes": peak_memory_bytes(), **kept}
         if is_trained:
-            rounding = Trained(recipe.quantize.int4, 4, chosen_grids(bits_folder))
+            rounding = Trained(recipe.quantize.int4, 4)
             result["as_trained"] = as_trained(rounding, source, own, corpus)
         (own / "result.json").write_text(json.dumps(result))
 

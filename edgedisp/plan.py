@@ -18,7 +18,6 @@ from edgedisp.bench.machine import physical_cores
 from edgedisp.core.distributed import split
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.pipeline import Observer, state
-from edgedisp.pipeline.training import BITS_STAGE, searched_before
 from edgedisp.recipe import BITS, Recipe, load_target
 
 # float32 weights, gradients and the two moments of AdamW.
@@ -45,11 +44,6 @@ def check_before_start(recipe: Recipe, run: Path) -> None:
                 f"targets: {name} ships {target.precision}, which is not among precisions "
                 f"({', '.join(recipe.precisions)}); what ships must have been measured: "
                 "add the precision, or drop the target"
-            )
-        if target.for_browser and target.precision == "int4" and recipe.quantize.int4.method == "nf4":
-            raise BadInput(
-                f"targets: {name} runs in WebAssembly, which has no fast product for the nf4 of "
-                "quantize.int4.method; choose another method, or drop the target"
             )
     missing = [name for name in recipe.train.report_to if importlib.util.find_spec(name) is None]
     if missing:
@@ -233,8 +227,6 @@ def _stage_seconds(name: str, recipe: Recipe, parameters: int, step_s: float, fo
         return len(recipe.arms) * len(recipe.precisions) * (latency.repetitions + 1) * per_run
     if kind.startswith("condensation"):
         return 16 * recipe.data.context * forward_s + 5
-    if kind == BITS_STAGE:
-        return _search_seconds(recipe, size, forward_s) + 10 * size
     if kind.startswith("verify"):
         return recipe.verify.tokens * 2 * forward_s + 5
     seconds = {"base": 10.0, "corpus": 10.0, "fp32": 8.0, "int8": 5.0, "int4": 5.0}.get(kind, 5.0)
@@ -248,13 +240,9 @@ def _choosing_seconds(precision: str, recipe: Recipe, size: float, forward_s: fl
     """What a quantized bundle takes beside being written, where that depends on text."""
     options, seconds = getattr(recipe.quantize, precision), 0.0
     if options.method == "gptq":  # passes up to each weight, corrected on two models; the rounding of columns
-        seconds += options.calibration_tokens * (7 if options.correction else 3) * forward_s + 45 * size
-    if options.rescale:  # three passes, and the search for each scale
-        seconds += options.calibration_tokens * 3 * forward_s + 60 * size
-    if precision == "int4" and recipe.quantize.searched and not searched_before(recipe):
+        seconds += options.calibration_tokens * 7 * forward_s + 45 * size
+    if precision == "int4" and recipe.quantize.searched:
         seconds += _search_seconds(recipe, size, forward_s)
-    if options.accuracy_level == "auto":  # a session of 128 tokens for each node, ten of 1,024 for all
-        seconds += (120 * 128 + 10 * 1024) * forward_s + 60 * size
     return seconds
 
 

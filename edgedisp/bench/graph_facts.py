@@ -82,7 +82,7 @@ def needed_files(bundle: Path) -> dict[str, Path]:
 def weight_traffic(model: Any) -> dict[str, int]:
     """Of an onnx ModelProto: `weight_bytes_per_token` and `weight_bits`, the bits of most weights.
 
-    `weight_bits` is 4 or 8 where MatMulNBits or MatMulBnb4 holds most of the weights, else the bits of the
+    `weight_bits` is 4 or 8 where MatMulNBits holds most of the weights, else the bits of the
     type that does. A tensor that is cast counts as what it is cast to: the runtime does so once, at load.
     """
     initializers = {i.name: i for i in model.graph.initializer}
@@ -144,7 +144,7 @@ def _weight_bits(graph: Any, initializers: dict[str, Any], behind: dict[str, str
     counts: dict[int, int] = {}
     packed: set[str] = set()
     for node in graph.node:
-        if node.op_type in ("MatMulNBits", "MatMulBnb4"):
+        if node.op_type == "MatMulNBits":
             size = {a.name: a.i for a in node.attribute}
             bits = size.get("bits", 4)
             counts[bits] = counts.get(bits, 0) + size["K"] * size["N"]

@@ -23,7 +23,7 @@ from edgedisp.core.errors import BadInput
 MIB = 1 << 20
 PAGE_BYTES = 150 * MIB  # a page without weights
 CONTEXT_CAP = 4096  # of a conversation on the page; the cache of SmolLM2-135M is then 190 MB
-PACKED = ("MatMulNBits", "MatMulBnb4")
+PACKED = ("MatMulNBits",)
 BESIDE = (
     "config.json",
     "generation_config.json",

@@ -19,7 +19,7 @@ from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 from edgedisp.core.errors import BadInput
 
-PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "MatMulBnb4")
+PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits")
 PREFIX = "last_token"
 LAST_HIDDEN = f"{PREFIX}.hidden"
 

@@ -18,7 +18,7 @@ the condition is known, and drops the Dropout one round later, when the next con
 runtime that does not is slow and right: the number that passes through is always 0.
 
 Left out: the type UINT4, which would unpack itself, as WebAssembly has no kernel that casts it
-(onnxruntime-web 1.31); NF4, a table of levels instead of a grid.
+(onnxruntime-web 1.31).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from edgedisp.core.errors import BadInput
 
 STAGES = 8  # onnxruntime goes over a graph at most 10 times
-PACKED = ("MatMulNBits", "MatMulBnb4")
+PACKED = ("MatMulNBits",)
 GATE = "unfold.gate"
 PAGE_BYTES = 200_000_000
 
@@ -58,7 +58,7 @@ def expected_bytes(graph: GraphProto, stored_bytes: int) -> int:
 def unfold(model: ModelProto) -> None:
     """Change the graph in place: every `MatMulNBits` becomes a `MatMul` over constants.
 
-    BadInput for a product that cannot be written so: NF4, or inputs besides weight, scales and zero points.
+    BadInput for a product that cannot be written so: inputs besides weight, scales and zero points.
     """
     graph = model.graph
     products = [node for node in graph.node if node.op_type in PACKED]
@@ -83,11 +83,6 @@ def _stages(products: Sequence[NodeProto]) -> dict[str, int]:
 
 
 def _refuse(node: NodeProto) -> None:
-    if node.op_type != "MatMulNBits":
-        raise BadInput(
-            f"{node.name}: NF4 weights ({node.op_type}) have no form that a browser computes at useful "
-            "speed; export with another method than nf4"
-        )
     if any(node.input[4:]):
         raise BadInput(
             f"{node.name}: a MatMulNBits with more inputs than weight, scales and zero points cannot be "

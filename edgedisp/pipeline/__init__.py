@@ -18,12 +18,10 @@ from edgedisp.pipeline import shipping
 from edgedisp.pipeline.training import (
     as_computed,
     base_stage,
-    bits_stage,
     budget_stage,
     corpus_stage,
     decider_of,
     merge_stage,
-    searched_before,
     training_stage,
 )
 from edgedisp.pipeline.walk import Observer, Stage, Walked, Work, walk
@@ -62,8 +60,6 @@ def stages(recipe: Recipe, threads: int) -> list[Stage]:
     found = [base_stage(recipe), corpus_stage(recipe), shipping.items(recipe)]
     if recipe.quantize.budget is not None:
         found.append(budget_stage(recipe.quantize.budget))
-    if searched_before(recipe):
-        found.append(bits_stage(recipe, threads))
     found += [training_stage(recipe, run) for run in runs]
     decider = decider_of(recipe)
     ordered = sorted(names, key=lambda name: name != decider)  # others may follow what this one decides
@@ -73,9 +69,7 @@ def stages(recipe: Recipe, threads: int) -> list[Stage]:
     found += [shipping.export(name, threads) for name in names]
     precisions = recipe.precisions
     quantized = [precision for precision in precisions if precision in BITS]
-    found += [
-        shipping.quantize(recipe, name, precision, threads) for name in ordered for precision in quantized
-    ]
+    found += [shipping.quantize(recipe, name, precision) for name in ordered for precision in quantized]
     for name in first:
         against = "baseline/model" if name != "baseline" and "baseline" in first else None
         found += [shipping.survival(name, precision, against) for precision in quantized]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp.core.stage_folder import SCORES, digest
-from edgedisp.pipeline.training import BITS_STAGE, bits_section, decider_of, plain, searched_before
+from edgedisp.pipeline.training import decider_of, plain
 from edgedisp.pipeline.walk import Stage, Work
 from edgedisp.recipe import BITS, Recipe, load_target
 
@@ -64,15 +64,12 @@ def export(arm: str, threads: int) -> Stage:
     return Stage(f"{arm}/fp32", {**BUNDLE_FORM, "threads": threads}, (model,), work)
 
 
-def quantize(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
+def quantize(recipe: Recipe, arm: str, precision: str) -> Stage:
     if precision == "int4" and recipe.quantize.searched:
-        if searched_before(recipe):
-            return _quantize_as_trained(recipe, arm, threads)
-        return _quantize_searched(recipe, arm, threads)
+        return _quantize_searched(recipe, arm)
     parent, model = f"{arm}/fp32", f"{arm}/model"
     options = getattr(recipe.quantize, precision)
     is_trained = _is_trained(recipe, precision)
-    decider = _decider(recipe, arm, precision) if options.accuracy_level == "auto" else None
 
     def work(job: Work) -> dict[str, Any]:
         from edgedisp import stages as run
@@ -86,24 +83,18 @@ def quantize(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
             folders.get("corpus"),
             job.own,
             job.progress,
-            threads,
             is_trained,
-            None if decider is None else folders[decider],
         )
 
-    section = {"bits": BITS[precision], **bits_section(options)}
+    section = {"bits": BITS[precision], **plain(options)}
     if is_trained:
         section["is_trained"] = True
-    uses_model = options.calibrated or (is_trained and _learns_scales(recipe))
-    reads: tuple[str, ...] = (parent, model, "corpus") if uses_model else (parent,)
-    if options.accuracy_level == "auto":
-        section, reads = {**section, "threads": threads}, tuple(dict.fromkeys((*reads, "corpus")))
-        reads += () if decider is None else (decider,)
+    reads = (parent, model, "corpus") if options.calibrated else (parent,)
     return Stage(f"{arm}/{precision}", section, reads, work)
 
 
 def _decider(recipe: Recipe, arm: str, precision: str) -> str | None:
-    """The bundle whose bits and levels hold for `arm` too, as twins are stored alike; None if it decides."""
+    """The bundle whose bits hold for `arm` too, as twins are stored alike; None if it decides."""
     decider = decider_of(recipe)
     return None if arm == decider else f"{decider}/{precision}"
 
@@ -114,12 +105,7 @@ def _is_trained(recipe: Recipe, precision: str) -> bool:
     return chosen is not None and chosen.precision == precision
 
 
-def _learns_scales(recipe: Recipe) -> bool:
-    chosen = recipe.train.quantization_aware
-    return chosen is not None and chosen.learn_scales
-
-
-def _quantize_searched(recipe: Recipe, arm: str, threads: int) -> Stage:
+def _quantize_searched(recipe: Recipe, arm: str) -> Stage:
     """The int4 bundle with a choice for each weight; of int4's options, those it reads count."""
     parent, model, goal = f"{arm}/fp32", f"{arm}/model", recipe.quantize
     by_gptq = goal.int4.method == "gptq"
@@ -135,7 +121,6 @@ def _quantize_searched(recipe: Recipe, arm: str, threads: int) -> Stage:
             folders[parent],
             folders[model],
             folders["corpus"],
-            threads,
             job.own,
             job.progress,
             None if decider is None else folders[decider],
@@ -147,41 +132,9 @@ def _quantize_searched(recipe: Recipe, arm: str, threads: int) -> Stage:
         "accuracy_level": goal.int4.accuracy_level,
         "seed": recipe.seed,
     }
-    if goal.int4.accuracy_level == "auto":
-        section |= {"threads": threads, "max_flips": goal.int4.max_flips}
     if by_gptq:
-        section["gptq"] = goal.int4.model_dump(
-            include={"calibration_tokens", "damping", "act_order", "correction"}
-        )
+        section["gptq"] = goal.int4.model_dump(include={"calibration_tokens"})
     reads = (parent, model, "corpus") if decider is None else (parent, model, "corpus", decider)
-    return Stage(f"{arm}/int4", section, reads, work)
-
-
-def _quantize_as_trained(recipe: Recipe, arm: str, threads: int) -> Stage:
-    """The int4 bundle on the grids that training went by."""
-    parent, model, goal = f"{arm}/fp32", f"{arm}/model", recipe.quantize
-    decider = _decider(recipe, arm, "int4")
-
-    def work(job: Work) -> dict[str, Any]:
-        from edgedisp import stages as run
-
-        folders = job.folders
-        return run.quantize_as_trained(
-            goal,
-            folders[parent],
-            folders[model],
-            folders["corpus"],
-            folders[BITS_STAGE],
-            threads,
-            job.own,
-            job.progress,
-            None if decider is None else folders[decider],
-        )
-
-    section: dict[str, Any] = {"accuracy_level": goal.int4.accuracy_level, "as_trained": True}
-    if goal.int4.accuracy_level == "auto":
-        section |= {"threads": threads, "max_flips": goal.int4.max_flips}
-    reads = (parent, model, "corpus", BITS_STAGE) + (() if decider is None else (decider,))
     return Stage(f"{arm}/int4", section, reads, work)
 
 
@@ -207,15 +160,13 @@ def verify(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
     limits = recipe.verify.limits(precision)
     blocks = max(1, -(-recipe.verify.tokens // recipe.data.context))
     is_trained = _is_trained(recipe, precision)
-    searched = is_trained and searched_before(recipe)
 
     def work(job: Work) -> dict[str, Any]:
         from edgedisp import stages as run
 
         folders, trained = job.folders, None
         if is_trained:
-            chosen = folders[BITS_STAGE] if searched else None
-            trained = getattr(recipe.quantize, precision), BITS[precision], chosen
+            trained = getattr(recipe.quantize, precision), BITS[precision]
         return run.verify(
             limits,
             trained,
@@ -231,8 +182,7 @@ def verify(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
     section = {"limits": limits, "blocks": blocks, "threads": threads}
     if is_trained:
         section["trained"] = True
-    reads = (model, bundle, "corpus", BITS_STAGE) if searched else (model, bundle, "corpus")
-    return Stage(f"{arm}/verify-{precision}", section, reads, work)
+    return Stage(f"{arm}/verify-{precision}", section, (model, bundle, "corpus"), work)
 
 
 def _scoring(recipe: Recipe) -> tuple[dict[str, Any], Callable[[Work], Any]]:

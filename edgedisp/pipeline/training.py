@@ -6,23 +6,13 @@ from typing import Any
 
 from edgedisp.bench.arithmetic import multiplies_bf16
 from edgedisp.pipeline.walk import Stage, Work
-from edgedisp.recipe import Adapter, ArmRun, QuantizeBits, Recipe, Train
+from edgedisp.recipe import Adapter, ArmRun, Recipe, Train
 from edgedisp.recipe.schema import ONLOOKERS
-
-BITS_STAGE = "bits"
 
 
 def plain(section: Any) -> dict[str, Any]:
     dumped: dict[str, Any] = section.model_dump(mode="json")
     return dumped
-
-
-def bits_section(options: QuantizeBits) -> dict[str, Any]:
-    """The options of a quantized bundle, without what they do not use."""
-    section = plain(options)
-    if options.accuracy_level != "auto":
-        del section["max_flips"]
-    return section
 
 
 def base_stage(recipe: Recipe) -> Stage:
@@ -63,12 +53,6 @@ def corpus_stage(recipe: Recipe) -> Stage:
     return Stage("corpus", section, ("base",), work)
 
 
-def searched_before(recipe: Recipe) -> bool:
-    """Whether bits are searched for on the base, because training sees the bundle's rounding."""
-    chosen = recipe.train.quantization_aware
-    return chosen is not None and chosen.precision == "int4" and recipe.quantize.searched
-
-
 def budget_stage(budget: int) -> Stage:
     """Refuses a budget that no bundle of the base fits, before anything is trained."""
 
@@ -78,27 +62,6 @@ def budget_stage(budget: int) -> Stage:
         return run.check_budget(budget, job.folders["base"])
 
     return Stage("budget", {"budget": budget}, ("base",), work)
-
-
-def bits_stage(recipe: Recipe, threads: int) -> Stage:
-    """Bits, group and symmetry of each weight, for every arm to train under and to ship with."""
-    goal = recipe.quantize
-
-    def work(job: Work) -> dict[str, Any]:
-        from edgedisp import stages as run
-
-        folders = job.folders
-        return run.choose_bits(
-            goal, recipe.seed, folders["base"], folders["corpus"], threads, job.own, job.progress
-        )
-
-    section = {
-        "budget": goal.budget,
-        "by_gptq": goal.int4.method == "gptq",
-        "threads": threads,
-        "seed": recipe.seed,
-    }
-    return Stage(BITS_STAGE, section, ("base", "corpus"), work)
 
 
 def as_computed(train: Train) -> Train:
@@ -123,8 +86,6 @@ def training_stage(recipe: Recipe, run: ArmRun) -> Stage:
     chosen = recipe.train.quantization_aware
     rounded = None if chosen is None else getattr(recipe.quantize, chosen.precision)
 
-    searched = searched_before(recipe)
-
     def work(job: Work) -> dict[str, Any]:
         from edgedisp import stages
 
@@ -138,7 +99,6 @@ def training_stage(recipe: Recipe, run: ArmRun) -> Stage:
             job.folders["corpus"],
             job.own,
             job.progress,
-            job.folders[BITS_STAGE] if searched else None,
         )
 
     section = {"train": train, "steps": recipe.steps, "seed": run.seed}
@@ -149,8 +109,7 @@ def training_stage(recipe: Recipe, run: ArmRun) -> Stage:
     if rounded is not None:
         section["rounded"] = {key: value for key, value in plain(rounded).items() if key != "accuracy_level"}
     name = f"{run.name}/model" if recipe.train.adapter is None else f"{run.name}/adapter"
-    reads = ("base", "corpus", BITS_STAGE) if searched else ("base", "corpus")
-    return Stage(name, section, reads, work, resumable=True, every_process=True)
+    return Stage(name, section, ("base", "corpus"), work, resumable=True, every_process=True)
 
 
 def merge_stage(recipe: Recipe, chosen: Adapter, arm: str) -> Stage:
@@ -181,7 +140,7 @@ def merge_stage(recipe: Recipe, chosen: Adapter, arm: str) -> Stage:
 
     section = {
         "adapter": plain(chosen),
-        "int4": bits_section(recipe.quantize.int4),
+        "int4": plain(recipe.quantize.int4),
         "int4_ships": int4_ships,
         "seed": recipe.seed,
     }

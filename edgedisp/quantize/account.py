@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from edgedisp.quantize import nf4, operators
+from edgedisp.quantize import operators
 from edgedisp.quantize.candidates import FOUR_BITS, stored_bytes
 from edgedisp.quantize.components import component
 from edgedisp.quantize.grid import Grid
@@ -31,14 +31,11 @@ def account(
     body: Grid | None = None,
     ends: Grid | None = None,
     grids: Mapping[str, Grid] | None = None,
-    *,
-    in_nf4: bool = False,
 ) -> dict[str, Any]:
     """Sizes of the bundle that the fp32 graph `model` becomes; its tensors need no values.
 
     body: the grid of the layers' weights, None to leave all in fp32. ends: of the embedding and the head
-    (None: as the body). grids: tensor name -> the grid of its own, before both. in_nf4: the layers' weights
-    are in NF4, of the body's groups.
+    (None: as the body). grids: tensor name -> the grid of its own, before both.
 
     Returns {components {name: bytes}, tied, data_bytes, graph_bytes, size_bytes (of both files)}.
     """
@@ -55,11 +52,6 @@ def account(
             components[component(tensor.name)] += _array(tensor).nbytes
             continue
         rows, columns = tensor.dims if users[0].rows_first else reversed(tensor.dims)
-        if in_nf4 and not is_end:
-            levels = _levels(rows, columns, grid.group)
-            components[component(tensor.name)] += levels.size_bytes
-            replaced |= operators.replace_by_levels(model.graph, tensor.name, users, levels, store)
-            continue
         packed = grid.empty(rows, columns)
         components[component(tensor.name)] += packed.size_bytes
         replaced |= operators.replace(model.graph, tensor.name, users, packed, grid, 4, store)
@@ -115,10 +107,3 @@ def _array(tensor: TensorProto) -> NDArray[Any]:
     """An array of the tensor's shape and type."""
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
     return np.broadcast_to(np.zeros((), dtype), tuple(tensor.dims))
-
-
-def _levels(rows: int, columns: int, group: int) -> nf4.Levels:
-    """Arrays of the shapes that `nf4.quantize` gives, without memory of their own."""
-    byte, size, values = np.zeros((), np.uint8), np.zeros((), np.float32), rows * columns
-    absmax = np.broadcast_to(size, -(-values // group))
-    return nf4.Levels(np.broadcast_to(byte, -(-values // 2)), absmax, rows, columns, group)

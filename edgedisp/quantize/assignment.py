@@ -18,7 +18,6 @@ from edgedisp.quantize.methods import METHODS
 from edgedisp.quantize.uses import Use, head_name
 
 LEVELS = (0, 1, 4)
-NF4 = "nf4"  # a method of its own kind: levels instead of a grid, of which the group alone counts
 SLICE_VALUES = 1 << 17  # values rounded at a time: half a MB, so that a method works in the cache
 
 
@@ -26,7 +25,7 @@ SLICE_VALUES = 1 << 17  # values rounded at a time: half a MB, so that a method 
 class Choice:
     """How one weight is stored and multiplied.
 
-    method: a name in `methods.METHODS`, which rounds it where no blocks are at hand, or NF4. accuracy_level:
+    method: a name in `methods.METHODS`, which rounds it where no blocks are at hand. accuracy_level:
     of its product; 0 and 1 compute in fp32, 4 on activations rounded to 8 bits. BadInput for what no kernel
     has.
     """
@@ -40,10 +39,8 @@ class Choice:
             raise BadInput(
                 f"accuracy_level is {self.accuracy_level}; 0 and 1 compute in fp32, 4 on 8-bit activations"
             )
-        if self.method == NF4 and self.grid.bits != 4:
-            raise BadInput(f"method nf4 has 4 bits, not {self.grid.bits}")
-        if self.method not in (*METHODS, NF4):
-            known = ", ".join([*METHODS, NF4])
+        if self.method not in METHODS:
+            known = ", ".join(METHODS)
             raise BadInput(f"method {self.method!r} rounds no weight alone; known: {known}")
 
     def blocks(self, weight: Tensor, importance: Tensor | None = None) -> Blocks:

@@ -40,6 +40,7 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
 
 LINEAR = nn.Linear | Conv1D  # GPT-2's Conv1D holds [in, out]
+CORRECTION = 0.5  # the share of what earlier rounding changed that later maps make up for
 RIDGE = 0.1  # of the correction: a share of H's mean diagonal
 
 

@@ -13,7 +13,6 @@ head is left to the rewriter, which rounds it once for both.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ from edgedisp.quantize.calibrate import Wave, calibrate, second_moment
 from edgedisp.quantize.gptq import gptq
 from edgedisp.quantize.grid import Blocks, Grid, by_grid, dequantize, split_rows, stacked
 from edgedisp.quantize.made import Made
-from edgedisp.quantize.methods import METHODS
 
 TIED = 1.0  # mean squared activations of the lookup, as it were, as a share of the head's
 
@@ -41,8 +39,6 @@ def gptq_model(
     grid: Grid | Mapping[str, Grid],
     *,
     head: Grid | None = None,
-    damping: float = 0.01,
-    act_order: bool = True,
     correction: float = 0.0,
     progress: Progress = silent,
 ) -> Made:
@@ -52,28 +48,7 @@ def gptq_model(
     those that are stored as one weight need the same. `correction`: calibrate.py. BadInput names the weight
     that cannot be quantized.
     """
-    method = partial(gptq, damping=damping, act_order=act_order)
-    return _round(model, layers, tokens, grid, head, method, correction, progress)
-
-
-def weighted_model(
-    model: nn.Module,
-    layers: nn.ModuleList,
-    tokens: NDArray[Any],
-    grid: Grid | Mapping[str, Grid],
-    method: str,
-    *,
-    head: Grid | None = None,
-    correction: float = 0.0,
-    progress: Progress = silent,
-) -> Made:
-    """The same by a method on weights alone (a name in `METHODS`), told how large the inputs are: an error in
-    a column costs their mean square. `rtn` does not listen."""
-
-    def by_inputs(weight: Tensor, grid: Grid, second: Tensor) -> Blocks:
-        return METHODS[method](weight, grid, second.diagonal().clamp(min=1e-12))
-
-    return _round(model, layers, tokens, grid, head, by_inputs, correction, progress)
+    return _round(model, layers, tokens, grid, head, gptq, correction, progress)
 
 
 def _round(

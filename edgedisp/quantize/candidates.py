@@ -3,8 +3,7 @@
 4 bits in groups of 16 to 128, with and without zero points, each by the method that the Fisher score likes
 best, and 8 bits without zero points (there, rounding to nearest loses next to nothing). The best method is
 found in groups of 32 and taken for the other widths. Left out: 2 bits, which onnxruntime computes in fp32, so
-that they are slower than 4, and which models this small do not survive; `hqq`, which minimizes another norm
-of the error than the one counted here.
+that they are slower than 4, and which models this small do not survive.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from edgedisp.quantize.sensitivity import Moments, fisher_of
 from edgedisp.quantize.store import INLINE_BYTES, PAGE
 from edgedisp.quantize.units import Unit
 
-METHODS_TRIED = ("rtn", "clip", "k_quant")
+METHODS_TRIED = ("rtn", "k_quant")
 GROUPS_TRIED = (16, 32, 64, 128)
 FOUR_BITS = tuple(Grid(4, group, symmetric) for symmetric in (False, True) for group in GROUPS_TRIED)
 EIGHT_BITS = tuple(Grid(8, group, True) for group in (32, 64, 128))

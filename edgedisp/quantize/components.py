@@ -11,7 +11,6 @@ from onnx import GraphProto, TensorProto
 
 from edgedisp.quantize.assignment import Choice
 from edgedisp.quantize.grid import Packed
-from edgedisp.quantize.nf4 import Levels
 
 # The first word found in a tensor's name tells its component; the genai builder uses the same words.
 COMPONENTS = (
@@ -32,7 +31,7 @@ def component(name: str) -> str:
 
 def tensor_row(
     name: str,
-    packed: Packed | Levels,
+    packed: Packed,
     choice: Choice,
     calibrated: bool,
     squared_error: float,

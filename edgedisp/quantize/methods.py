@@ -5,20 +5,16 @@ in an input column costs: the mean of its squared activations), and returns `Blo
 minimize over a group's scale and zero point:
 
 - `rtn`: nothing; the range of the group, rounded to nearest.
-- `clip`: the weighted squared error over ranges shrunk in steps (clipping search, as in AWQ and OmniQuant).
 - `k_quant`: the weighted squared error over starting scales, each followed by the least-squares scale and
   minimum under its integers (llama.cpp's k-quants; onnxruntime's `k_quant`).
-- `hqq`: a robust norm of the error (l_p, p < 1), which lets outliers go (Badri and Shaji 2023).
 
-`gptq.py` has the method that also lets later columns make up for earlier ones. NF4, which is another set of
-levels, is in `nf4.py`; `awq.py` rescales a model before any of these.
+`gptq.py` has the method that also lets later columns make up for earlier ones.
 
 Why not onnxruntime's own (`quantization.matmul_nbits_quantizer` 1.31): its
 rounding to nearest is this one. Its `k_quant` has no importance and no symmetric form, fails where a row's
 zero points do not fill whole bytes, and on SmolLM2-135M's own weights finds nothing better than rounding
-(relative error 0.082; here 0.070). Its `hqq` leaves the zero points as fp32, 32 bits a group where this grid
-has 4. Its GPTQ and AWQ need other packages. And each works on graphs alone, not on a weight that a trainer
-or a search holds.
+(relative error 0.082; here 0.070). Its GPTQ and AWQ need other packages. And each works on graphs alone,
+not on a weight that a trainer or a search holds.
 """
 
 from __future__ import annotations
@@ -41,25 +37,12 @@ from edgedisp.quantize.grid import (
     storable,
 )
 
-CLIPS = 20  # shrink factors tried, 1.0 down to 1 - CLIPS / 50
 K_STARTS = 20  # starting scales tried by k_quant
-HQQ_NORM = 0.7  # the authors' p
-HQQ_CLIPS = 4  # of them for hqq
 
 
 def rtn(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Blocks:
     """Round to nearest over the whole range of each group."""
     return quantize(weight, grid)
-
-
-def clip(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Blocks:
-    """The shrunk range with the least weighted squared error, group by group."""
-    values, weights = _grouped(weight, grid, importance)
-    best = _Best(values, weights, grid)
-    for step in range(CLIPS):
-        factor = 1.0 - step / 50
-        best.offer(*ranges(values * factor, grid))
-    return best.blocks(weight.shape[1])
 
 
 def k_quant(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Blocks:
@@ -98,30 +81,9 @@ def _least_squares(
     return fitted, center
 
 
-def hqq(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Blocks:
-    """The range, moved by a step at most, with the least weighted l_p norm of the error, p = 0.7.
-
-    The authors keep the scale, and alternate between integers and a zero point that may be any number. On
-    this grid it is an integer, so the same norm is searched over zero points one step away and over ranges
-    that are shorter by up to a step of 4 bits. Not shorter: the norm gladly gives up a group's largest weight
-    for all others, and with 40 % SmolLM2-135M came to 2.7 times the perplexity of fp32.
-    """
-    values, weights = _grouped(weight, grid, importance)
-    best = _Best(values, weights, grid, HQQ_NORM)
-    for step in range(HQQ_CLIPS):
-        scales, zero_points = ranges(values * (1.0 - step / 50), grid)
-        best.offer(scales, zero_points)
-        if zero_points is not None:
-            best.offer(scales, zero_points.clamp(max=grid.highest - 1) + 1)
-            best.offer(scales, zero_points.clamp(min=1) - 1)
-    return best.blocks(weight.shape[1])
-
-
 METHODS: dict[str, Callable[[Tensor, Grid, Tensor | None], Blocks]] = {
     "rtn": rtn,
-    "clip": clip,
     "k_quant": k_quant,
-    "hqq": hqq,
 }
 
 
@@ -133,10 +95,10 @@ def _grouped(weight: Tensor, grid: Grid, importance: Tensor | None) -> tuple[Ten
 
 
 class _Best:
-    """The scales and zero points of the least weighted error (to the power `norm`) so far, group by group."""
+    """The scales and zero points of the least weighted error so far, group by group."""
 
-    def __init__(self, values: Tensor, weights: Tensor, grid: Grid, norm: float = 2.0) -> None:
-        self.values, self.weights, self.grid, self.norm = values, weights, grid, norm
+    def __init__(self, values: Tensor, weights: Tensor, grid: Grid) -> None:
+        self.values, self.weights, self.grid = values, weights, grid
         self.error = torch.full(values.shape[:-1], torch.inf, device=values.device)
         self.scales = torch.zeros_like(self.error)
         self.zero_points: Tensor | None = None
@@ -144,8 +106,8 @@ class _Best:
     def offer(self, scales: Tensor, zero_points: Tensor | None) -> None:
         made = round_to(self.values, scales, zero_points, self.grid, 0)
         flat = dequantize(Blocks(made.q, scales, zero_points, self.values[0].numel()), self.grid)
-        difference = (flat.reshape(self.values.shape) - self.values).abs()
-        error = difference.pow(self.norm).mul_(self.weights).sum(-1)
+        difference = flat.reshape(self.values.shape) - self.values
+        error = difference.square().mul_(self.weights).sum(-1)
         better = error < self.error
         self.error = torch.where(better, error, self.error)
         self.scales = torch.where(better, scales, self.scales)

@@ -20,7 +20,6 @@ import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, helper
 
 from edgedisp.quantize.grid import Grid, Packed
-from edgedisp.quantize.nf4 import QUANT_TYPE, Levels
 from edgedisp.quantize.store import TensorStore
 from edgedisp.quantize.uses import Use
 
@@ -83,20 +82,6 @@ def _product(
         block_size=grid.group,
         accuracy_level=accuracy_level,
     )
-
-
-def replace_by_levels(
-    graph: GraphProto, name: str, users: list[Use], levels: Levels, store: TensorStore
-) -> dict[int, list[NodeProto]]:
-    """The same for an NF4 weight `name`, whose readers all multiply."""
-    weight = [store.add(f"{name}.nf4", levels.data), store.add(f"{name}.scales", levels.absmax)]
-    size: dict[str, Any] = {
-        "K": levels.columns,
-        "N": levels.rows,
-        "block_size": levels.group,
-        "quant_type": QUANT_TYPE,
-    }
-    return {use.index: _in_place_of(graph.node[use.index], "MatMulBnb4", weight, **size) for use in users}
 
 
 def _in_place_of(old: NodeProto, operator: str, weight: list[str], **attributes: Any) -> list[NodeProto]:

@@ -1,5 +1,5 @@
-"""From an fp32 bundle to one with quantized weights: `MatMulNBits` for products (`MatMulBnb4` in NF4),
-`GatherBlockQuantized` for the embedding.
+"""From an fp32 bundle to one with quantized weights: `MatMulNBits` for products, `GatherBlockQuantized`
+for the embedding.
 
 Every product with a constant matrix is replaced, whoever wrote the graph (`MatMul`, `FusedMatMul`, `Gemm`).
 Norms, biases and learned positions stay fp32: they are small and sensitive. No fp32 copy of a quantized
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Progress, silent
-from edgedisp.quantize import nf4, operators
-from edgedisp.quantize.assignment import NF4, Assignment, Choice, ends, uniform
+from edgedisp.quantize import operators
+from edgedisp.quantize.assignment import Assignment, Choice, ends, uniform
 from edgedisp.quantize.components import by_component, tensor_row
 from edgedisp.quantize.grid import Blocks, Grid, Packed, dequantize, pack
 from edgedisp.quantize.made import Made
@@ -46,25 +46,22 @@ def quantize_bundle(
     symmetric: bool = True,
     accuracy_level: int = 4,
     head_bits: int = 8,
-    head_group: int | None = None,
     method: str = "rtn",
     made: Made | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the bundle `source` (fp32) into the empty folder `out` with `bits` bits a weight.
 
-    `head_bits` and `head_group` (None: as `group`) hold for the embedding and the head. `method` rounds every
-    weight (a name in `methods.METHODS`) but those that `made` has rounded already, on the same grids; with
-    `made`, every product of the layers must be among them. Method `nf4` gives the layers NF4 in blocks of
-    `group`, and rounds the embedding and the head by `k_quant`.
+    `head_bits` hold for the embedding and the head. `method` rounds every weight (a name in
+    `methods.METHODS`) but those that `made` has rounded already, on the same grids; with `made`, every
+    product of the layers must be among them.
 
-    Returns {bits, group, symmetric, accuracy_level, head_bits, head_group, method} and what
+    Returns {bits, group, symmetric, accuracy_level, head_bits, method} and what
     `quantize_assigned` returns. BadInput for a bundle without fp32 products, a grid that no kernel has, or a
     weight that is not finite.
     """
     body = Choice(Grid(bits, group, symmetric), method, accuracy_level)
-    ends_grid = Grid(head_bits, head_group or group, symmetric)
-    outer = Choice(ends_grid, "k_quant" if method == NF4 else method, accuracy_level)
+    outer = Choice(Grid(head_bits, group, symmetric), method, accuracy_level)
     assignment = uniform(weights_of(source), body, outer)
     chosen = {
         "bits": bits,
@@ -72,7 +69,6 @@ def quantize_bundle(
         "symmetric": symmetric,
         "accuracy_level": accuracy_level,
         "head_bits": head_bits,
-        "head_group": ends_grid.group,
         "method": method,
     }
     return chosen | quantize_assigned(source, out, assignment, made=made, progress=progress)
@@ -97,14 +93,10 @@ def quantize_assigned(
     uses = _checked(source, find_uses(model.graph), assignment)
     outside = ends(uses)
 
-    def packed(tensor: TensorProto, users: list[Use], choice: Choice) -> Packed | nf4.Levels:
+    def packed(tensor: TensorProto, users: list[Use], choice: Choice) -> Packed:
         progress(len(rows), len(uses), "quantizing")
         stored = torch.from_numpy(store.read(tensor))
         values = stored if users[0].rows_first else stored.T
-        if choice.method == NF4:
-            levels, error, norm = _round_to_levels(tensor.name, values, choice.grid.group)
-            rows.append(tensor_row(tensor.name, levels, choice, False, error, norm))
-            return levels
         blocks = None if made is None else _made_blocks(made, tensor.name, values, choice.grid)
         if made is not None and blocks is None and tensor.name not in outside:
             raise BuildFailed(f"{source}: {tensor.name} is no weight of the model that was calibrated")
@@ -134,10 +126,8 @@ def bundle_bytes(source: Path, assignment: Assignment) -> int:
     model, store = onnx.load(source / GRAPH, load_external_data=False), SizesOnly(source)
     uses = _checked(source, find_uses(model.graph), assignment)
 
-    def empty(tensor: TensorProto, users: list[Use], choice: Choice) -> Packed | nf4.Levels:
+    def empty(tensor: TensorProto, users: list[Use], choice: Choice) -> Packed:
         rows, columns = tensor.dims if users[0].rows_first else reversed(tensor.dims)
-        if choice.method == NF4:
-            raise ValueError("the size of NF4 weights is nf4.size_bytes's to tell")
         return choice.grid.empty(rows, columns)
 
     _rewrite(model, uses, assignment, store, empty)
@@ -180,15 +170,6 @@ def _round(name: str, weight: Tensor, choice: Choice, blocks: Blocks | None) -> 
     return pack(made, grid), *_squares(weight, dequantize(made, grid))
 
 
-def _round_to_levels(name: str, weight: Tensor, group: int) -> tuple[nf4.Levels, float, float]:
-    """The same in NF4; of the whole weight at once, as its blocks span rows."""
-    try:
-        levels = nf4.quantize(weight, group)
-    except BadInput as error:
-        raise BadInput(f"{name}: {error}") from error
-    return levels, *_squares(weight, nf4.dequantize(levels))
-
-
 def _squares(weight: Tensor, held: Tensor) -> tuple[float, float]:
     """Sums of squares of the error and of the weight."""
     step = max(1, SLICE_VALUES // weight.shape[1])
@@ -204,7 +185,7 @@ def _rewrite(
     uses: dict[str, list[Use]],
     assignment: Assignment,
     store: TensorStore,
-    packed: Callable[[TensorProto, list[Use], Choice], Packed | nf4.Levels],
+    packed: Callable[[TensorProto, list[Use], Choice], Packed],
 ) -> None:
     """Store every tensor, the assigned ones as `packed`, and put the nodes that read those into the graph."""
     replaced: dict[int, list[NodeProto]] = {}
@@ -215,9 +196,6 @@ def _rewrite(
             continue
         users = uses[tensor.name]
         weight = packed(tensor, users, choice)
-        if isinstance(weight, nf4.Levels):
-            replaced |= operators.replace_by_levels(model.graph, tensor.name, users, weight, store)
-            continue
         level = choice.accuracy_level
         replaced |= operators.replace(model.graph, tensor.name, users, weight, choice.grid, level, store)
     assemble(model, replaced, store.tensors)

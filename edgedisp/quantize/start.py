@@ -42,8 +42,6 @@ def calibrated_start(
     tokens: NDArray[Any],
     grids: Callable[[str], Grid],
     *,
-    damping: float = 0.01,
-    act_order: bool = True,
     correction: float = 0.0,
     progress: Progress = silent,
 ) -> dict[str, Scales]:
@@ -63,7 +61,7 @@ def calibrated_start(
 
     def together(wanted: dict[str, Tensor], second: Tensor, grid: Grid) -> dict[str, Tensor]:
         joined, heights = stacked(wanted)
-        blocks, latent = gptq_latent(joined, grid, second, damping=damping, act_order=act_order)
+        blocks, latent = gptq_latent(joined, grid, second)
         latents.update(zip(wanted, latent.split(heights)))
         for name, part in zip(wanted, split_rows(blocks, heights)):
             found[f"{name}.weight"] = Scales(part.scales.clone(), part.zero_points)

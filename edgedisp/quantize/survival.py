@@ -13,9 +13,8 @@ told of the change d of a weight (trained - reference) under the steps of the sh
 - `rms_steps`: root mean square of d / step.
 
 `nearest` is the share of shipped integers that are the nearest ones to the trained weight: 1 for methods that
-choose scales alone, less for GPTQ, which makes up for errors elsewhere. A weight that was scaled before it
-was rounded (and the scale folded into another tensor) has steps of another unit: it is listed under
-`rescaled`, not counted. What stays in fp32 (norms, biases, positions) keeps every change and is not counted.
+choose scales alone, less for GPTQ, which makes up for errors elsewhere. What stays in fp32
+(norms, biases, positions) keeps every change and is not counted.
 
 One tensor is in memory at a time, and worked on in slices of rows.
 """
@@ -24,7 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from torch import Tensor
 
 from edgedisp.core.progress import Progress, silent
 from edgedisp.quantize.components import component
-from edgedisp.quantize.grid import Blocks, Grid, Packed, dequantize, in_groups, inverse, round_to, unpack
+from edgedisp.quantize.grid import Blocks, Grid, Packed, in_groups, inverse, round_to, unpack
 from edgedisp.quantize.operators import HALF
 from edgedisp.quantize.origin import Origins, gather
 from edgedisp.quantize.rewrite import SLICE_VALUES
@@ -43,10 +42,6 @@ from edgedisp.quantize.store import GRAPH, read
 from edgedisp.quantize.uses import find_uses
 
 PACKED = ("MatMulNBits", "GatherBlockQuantized")
-# Shipped integers off the trained weight by so many times the squared error of plain rounding stand for
-# something else, where scaling was asked for. GPTQ alone stays below 3; scaled columns at 4 bits are above 8.
-# GPTQ's correction for what was rounded before comes as far from the weight, with steps of the same unit.
-RESCALED = 5.0
 
 
 @dataclass
@@ -86,17 +81,14 @@ def survival(
     trained: Mapping[str, Tensor],
     references: Mapping[str, Mapping[str, Tensor]],
     progress: Progress = silent,
-    *,
-    scaled: bool = False,
 ) -> dict[str, Any]:
     """What is left in quantized `bundle` of the change from each of `references` to `trained`.
 
     parent: the fp32 bundle that `bundle` was made from. trained: the torch model's tensors by name, of which
-    `parent` was made. references: name -> the tensors of a model of the same shapes. scaled: weights of the
-    bundle may have been scaled before they were rounded; those that look so are then left out.
+    `parent` was made. references: name -> the tensors of a model of the same shapes.
 
-    Returns {nearest, unmatched [tensor], rescaled [tensor], references {name: {total, bits {bits: ...},
-    components, layers [{layer, ...}], tensors [{name, component, layer, bits, group, ...}]}}}; the figures
+    Returns {nearest, unmatched [tensor], references {name: {total, bits {bits: ...}, components,
+    layers [{layer, ...}], tensors [{name, component, layer, bits, group, ...}]}}}; the figures
     (`Change.figures`) stand in each, `total` is None without a tensor. `unmatched`: packed tensors that are
     no weight of `trained`, or that a reference does not have. ValueError for a reference of other shapes.
     """
@@ -105,7 +97,7 @@ def survival(
     sources = {tensor.name: tensor for tensor in graph.initializer}
     rows_first = {name: users[0].rows_first for name, users in find_uses(graph).items()}
     rows: dict[str, list[_Row]] = {name: [] for name in references}
-    lost: dict[str, list[str]] = {"unmatched": [], "rescaled": []}
+    unmatched: list[str] = []
     nearest = weights = 0
     packed = list(shipped(bundle))
     for done, (name, held, grid) in enumerate(packed):
@@ -114,20 +106,16 @@ def survival(
         weight = stored if rows_first.get(name, True) else stored.T
         runs = origins.find(weight) if len(weight) else None
         if runs is None or not all(run.name in one for run in runs for one in references.values()):
-            lost["unmatched"].append(name)
+            unmatched.append(name)
             continue
         blocks = unpack(held, grid)
-        equal, ratio = fit(weight, blocks, grid)
-        if scaled and ratio > RESCALED:
-            lost["rescaled"].append(name)
-            continue
-        nearest, weights = nearest + equal, weights + weight.numel()
+        nearest, weights = nearest + count_nearest(weight, blocks, grid), weights + weight.numel()
         for reference, before in references.items():
             change = compare(weight, gather(before, runs), blocks, grid)
             rows[reference].append(_Row(name, grid, change))
     return {
         "nearest": nearest / weights if weights else None,
-        **lost,
+        "unmatched": unmatched,
         "references": {name: _summed(found) for name, found in rows.items()},
     }
 
@@ -187,26 +175,16 @@ def compare(trained: Tensor, reference: Tensor, blocks: Blocks, grid: Grid) -> C
     return total
 
 
-def fit(weight: Tensor, blocks: Blocks, grid: Grid) -> tuple[int, float]:
-    """How many shipped integers are the nearest to `weight` [out, in], and the shipped squared error over the
-    one of rounding to nearest with the same scales (0 where both are exact)."""
-    equal, shipped_error, plain_error = 0, 0.0, 0.0
+def count_nearest(weight: Tensor, blocks: Blocks, grid: Grid) -> int:
+    """How many of the stored integers are the nearest to `weight` [out, in], given the stored scales."""
+    equal = 0
     for rows in _slices(weight):
         zero_points = None if blocks.zero_points is None else blocks.zero_points[rows]
         values = in_groups(weight[rows], grid.group)
         plain = round_to(values, blocks.scales[rows], zero_points, grid, values[0].numel())
-        held = replace(plain, q=blocks.q[rows])
-        equal += int((plain.q == held.q).sum()) - (values.numel() - weight[rows].numel())  # without padding
-        plain_error += _squared_error(plain, values, grid)
-        shipped_error += _squared_error(held, values, grid)
-    if not plain_error:
-        return equal, float("inf") if shipped_error else 0.0
-    return equal, shipped_error / plain_error
-
-
-def _squared_error(blocks: Blocks, values: Tensor, grid: Grid) -> float:
-    error = dequantize(blocks, grid).reshape(values.shape) - values
-    return _product(error, error)
+        padding = values.numel() - weight[rows].numel()
+        equal += int((plain.q == blocks.q[rows]).sum()) - padding
+    return equal
 
 
 def _slices(weight: Tensor) -> list[slice]:

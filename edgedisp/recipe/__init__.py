@@ -15,7 +15,7 @@ problem (misspelt keys, wrong types, numbers out of bounds, keys that contradict
     schema.py    `Recipe`: all sections, and what follows from them (steps, identity)
     clashes.py   what single keys cannot see: combinations that cannot work
     written.py   the file as written: plain data, the line of every key, `--set` overrides
-    problems.py  a failed check -> words for the user
+    problems.py  a failed check -> words for the user; removed.py: keys of earlier versions
     read.py      `load`: all of the above, in order
     shrink.py    `smoke`: the same recipe cut down to a minute
     targets.py   `load_target`: device profiles, read the same way

@@ -159,23 +159,13 @@ def _aware(recipe: Recipe) -> Iterator[Clash]:
             (("train", "compile"), key, method),
             "compiled layers cannot be calibrated in the middle of training; needs false, or method: rtn",
         )
-    if chosen.precision == "int4" and recipe.quantize.max_perplexity_increase is not None:
+    if chosen.precision == "int4" and recipe.quantize.searched:
+        goal = "budget" if recipe.quantize.budget is not None else "max_perplexity_increase"
         yield Clash(
-            (("quantize", "max_perplexity_increase"), key),
-            "training under rounding needs each weight's grid beforehand, and what it will lose is not known "
-            "then; needs a quantize.budget in its place, or no quantization_aware",
-        )
-    if getattr(recipe.quantize, chosen.precision).rescale:
-        yield Clash(
-            (("quantize", chosen.precision, "rescale"), key),
-            "rescaling changes the weights that were trained under rounding; take one of the two out",
+            (key, ("quantize", goal)),
+            f"training under rounding and a searched bundle (quantize.{goal}) cannot be combined; drop one",
         )
     adapter = recipe.train.adapter
-    if adapter is not None and chosen.learn_scales:
-        yield Clash(
-            ((*key, "learn_scales"), ("train", "adapter")),
-            "an adapter leaves everything else frozen, scales too; needs false, or no adapter",
-        )
     if adapter is None:
         pass
     elif adapter.kind == "qlora":

@@ -63,10 +63,6 @@ def _bytes(value: object) -> int:
         raise PydanticCustomError("hint", "{hint}", {"hint": str(problem)}) from None
 
 
-def _level(value: object) -> object:
-    return value if isinstance(value, str) and value.isalpha() else _whole(value)
-
-
 def _refuse(hint: str) -> PydanticCustomError:
     return PydanticCustomError("hint", "{hint}", {"hint": hint})
 
@@ -233,7 +229,6 @@ Modules = Annotated[
 ]
 
 Group = Annotated[Literal[16, 32, 64, 128, 256], BeforeValidator(_whole)]
-AccuracyLevel = Annotated[Literal[0, 1, 4, "auto"], BeforeValidator(_level)]
-FixedLevel = Annotated[Literal[0, 1, 4], BeforeValidator(_level)]
+AccuracyLevel = Annotated[Literal[0, 1, 4], BeforeValidator(_whole)]
 HeadBits8 = Annotated[Literal[8], BeforeValidator(_whole)]
 HeadBits = Annotated[Literal[4, 8], BeforeValidator(_whole)]

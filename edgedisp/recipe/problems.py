@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from edgedisp.recipe.clashes import Key
+from edgedisp.recipe.removed import REMOVED
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,8 @@ def _choose(found: object, choices: Sequence[Any], also: str = "") -> str:
 
 
 def _unknown(key: Key, root: type[BaseModel]) -> str:
+    if words := REMOVED.get(dotted(key)):
+        return words
     section, _ = kind_at(root, key[:-1])
     keys = list(bare(section).model_fields)
     name = str(key[-1])

@@ -14,15 +14,14 @@ from edgedisp.recipe.kinds import (
     HeadBits,
     HeadBits8,
     Positive,
-    Share,
     Size,
     Whole,
 )
 from edgedisp.recipe.section import Section
 
 METHODS = (
-    "rtn: round to nearest; clip, k_quant, hqq: ranges searched for each group by the weight alone; gptq: "
-    "rounding errors made up for under calibration on the recipe's training text"
+    "rtn: round to nearest; k_quant: the scale of each group is searched by the weight alone; gptq: later "
+    "columns make up for rounding errors, calibrated on the recipe's training text"
 )
 
 
@@ -35,55 +34,25 @@ class QuantizeBits(Section):
     )
     accuracy_level: AccuracyLevel = Field(
         default=4,
-        description="onnxruntime's arithmetic: 0 and 1 in fp32, 4 in int8, faster but coarser; auto: 4, but "
-        "for the nodes whose rounding of activations changes too many tokens of the training text",
-    )
-    max_flips: Share = Field(
-        default=0.05,
-        description="accuracy_level auto: largest share of tokens whose best next token is another one than "
-        "in fp32 arithmetic; near ties flip in any other",
-        examples=["1%"],
+        description="onnxruntime's arithmetic: 0 and 1 in fp32, 4 in int8, faster but coarser",
     )
     head_bits: HeadBits = Field(
         default=8, description="bits of the output head (and of an embedding tied to it)"
     )
-    head_group: Group | None = Field(
-        default=None, description="weights of the head that share one scale; null: as group"
-    )
-    method: Literal["rtn", "clip", "k_quant", "hqq", "gptq", "nf4"] = Field(
-        default="rtn",
-        description=f"{METHODS}; nf4: bitsandbytes' 16 levels in blocks of `group` (there 64) for "
-        "onnxruntime's MatMulBnb4, slow on CPUs and without an accuracy level; the head stays on the grid",
-    )
-    rescale: Flag = Field(
-        default=False,
-        description="before the method, AWQ's scaling: channels that are large on the training text get "
-        "finer steps, folded into norms and neighbouring weights; clip (nearest to the paper's), k_quant and "
-        "hqq then also weigh errors by their inputs",
-    )
+    method: Literal["rtn", "k_quant", "gptq"] = Field(default="rtn", description=METHODS)
     calibration_tokens: Annotated[Whole, Ge(256)] = Field(
-        default=16_384, description="training tokens that gptq and rescale calibrate on", examples=["16k"]
-    )
-    damping: Positive = Field(
-        default=0.01, description="gptq: what is added to the diagonal, as a share of its mean"
-    )
-    act_order: Flag = Field(default=True, description="gptq: the most important columns first")
-    correction: Share = Field(
-        default=0.5,
-        description="gptq, and other methods after rescale: the share of what rounding has changed so far "
-        "that later weights make up for; 0: none",
+        default=16_384, description="training tokens that gptq calibrates on", examples=["16k"]
     )
 
     @property
     def calibrated(self) -> bool:
         """Whether quantizing reads the model and the training text, not the fp32 bundle alone."""
-        return self.rescale or self.method == "gptq"
+        return self.method == "gptq"
 
 
 class Int8(QuantizeBits):
     """The int8 bundle."""
 
-    method: Literal["rtn", "clip", "k_quant", "hqq", "gptq"] = Field(default="rtn", description=METHODS)
     head_bits: HeadBits8 = Field(default=8, description="bits of the output head")
 
 

@@ -21,8 +21,8 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.paths import data_folder
 from edgedisp.recipe.clashes import Key
 from edgedisp.recipe.kinds import (
+    AccuracyLevel,
     Count,
-    FixedLevel,
     Flag,
     FolderName,
     Group,
@@ -46,17 +46,14 @@ class TargetQuantize(Section):
 
     group: Group = Field(default=32, description="weights that share one scale")
     symmetric: Flag = Field(default=False, description="false: each group has a zero point")
-    accuracy_level: FixedLevel = Field(
+    accuracy_level: AccuracyLevel = Field(
         default=4, description="of MatMulNBits: 0 and 1 multiply in float32, 4 in int8"
     )
     head_bits: HeadBits = Field(default=8, description="bits of the output head and of a tied embedding")
-    head_group: Group | None = Field(
-        default=None, description="weights of the head that share one scale; null: as group"
-    )
-    method: Literal["rtn", "clip", "k_quant", "hqq", "nf4"] = Field(
+    method: Literal["rtn", "k_quant"] = Field(
         default="rtn",
-        description="rtn: round to nearest; clip, k_quant, hqq: ranges searched for each group; nf4: 16 "
-        "levels; those that calibrate need the training text of a recipe",
+        description="rtn: round to nearest; k_quant: the scale of each group is searched; gptq needs the "
+        "training text of a recipe",
     )
 
 
@@ -85,11 +82,6 @@ class Target(Section):
     )
     notes: tuple[Text, ...] = Field(default=(), description="why it is as it is")
     sources: tuple[Text, ...] = Field(default=(), description="where the figures in the notes come from")
-
-    @property
-    def for_browser(self) -> bool:
-        """Whether transformers.js runs in WebAssembly, where a packed product is slow."""
-        return self.architecture == "wasm32" and "transformers.js" in self.layouts
 
 
 def load_target(name: str, folder: Path | None = None) -> Target:
@@ -152,11 +144,6 @@ def _clashes(target: Target, data: dict[str, Any]) -> Iterator[tuple[Key, str]]:
             ("quantize", "head_bits"),
             f"found {target.quantize.head_bits}, but int8 weights need a head of 8 bits: it is the most "
             "sensitive matrix",
-        )
-    if target.for_browser and target.precision == "int4" and target.quantize.method == "nf4":
-        yield (
-            ("quantize", "method"),
-            "found 'nf4', which WebAssembly has no fast product for; choose another method",
         )
     if target.notes and not target.sources:
         yield ("notes",), "found without sources; say where its figures come from (sources: a list of text)"

@@ -135,10 +135,6 @@ class QuantizationAware(Section):
         examples=["0.5"],
     )
     ramp: Share = Field(default=0.0, description="share of the run over which rounding fades in")
-    learn_scales: Flag = Field(
-        default=False,
-        description="the scales of the layers' weights are trained along, from the method's own",
-    )
 
     def begins(self, method: str) -> float:
         """`start`, or what stands for null under a bundle's method."""

@@ -40,8 +40,8 @@ The summary, every part of which may be absent or None:
                 correlations {spearman, kendall: {value, low, high}}, change {layers [{layer, figure:
                 {difference, low, high}}], mean_cosine, correlations}: against the baseline}}
     condensation_bundles {arm: {precision: the same, its change against the arm's torch model}}
-    bundles     {arm: {precision: {size_bytes, nodes {}, by_tensor [], accuracy_levels {}, search {}}}}: the
-                last two where they were asked for (mixed.py)
+    bundles     {arm: {precision: {size_bytes, nodes {}, by_tensor [], search {}}}}: the last where it was
+                asked for (mixed.py)
     verify      {arm: {precision: {max_abs_difference, mean_kl, p99_kl, top1_agreement, greedy_agreement,
                 tokens, genai {opened, reason}, limits {}, passed}}}
     accuracy    {arm: {precision: {task: {metric, value, low, high, n, documents, higher_is_better, chance,
@@ -57,7 +57,7 @@ The summary, every part of which may be absent or None:
     divergence  {arm: {precision: {parent | baseline: {tokens, mean_kl, median_kl, p90_kl, p99_kl, max_kl,
                 top1_agreement, top5_overlap, by_position [{start, end, tokens, mean_kl}], worst [{kl,
                 context, truth, reference, reference_probability, other, other_probability}]}}}}
-    survival    {arm: {precision: {weights {nearest, unmatched [], rescaled [], references {base | baseline:
+    survival    {arm: {precision: {weights {nearest, unmatched [], references {base | baseline:
                 {total, bits {}, components {}, layers [{layer}]}}} (quantize/survival.py), loss {task: {full,
                 quantized, change {difference, low, high}, kept, correlation, slope {value, low, high},
                 verdict}} (evaluate/survival.py)}}}

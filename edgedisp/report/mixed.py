@@ -1,4 +1,4 @@
-"""The section about bits by weight: what a search chose, the curve it chose from, and accuracy levels."""
+"""The section about bits by weight: what a search chose, and the curve it chose from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from edgedisp.report.reading import Summary, arms, at, branch, number, precisions
+from edgedisp.report.reading import Summary, arms, at, branch, number
 from edgedisp.report.section import Grid, Section
 from edgedisp.report.wording import MISSING, count, fixed, megabytes, percent, raised, small
 
@@ -15,18 +15,12 @@ Search = dict[str, Any]
 
 
 def mixed(summary: Summary, drawn: Collection[str]) -> Section:
-    """Empty where no weight was searched for and no level measured."""
+    """Empty where no weight was searched for."""
     found = list(searches(summary))
     followed = [
         (f"int4, {arm}", _followed_words(search))
         for arm in arms(summary)
         if (search := branch(summary, "bundles", arm, "int4", "search")) and "decided_by" in search
-    ]
-    levels = [
-        (f"{precision}, {arm}, accuracy level", _level_words(part))
-        for arm in arms(summary)
-        for precision in precisions(summary)
-        if (part := branch(summary, "bundles", arm, precision, "accuracy_levels"))
     ]
     lead = (
         "Bits, group and method of each weight were chosen by a search: the least predicted KL divergence "
@@ -39,7 +33,7 @@ def mixed(summary: Summary, drawn: Collection[str]) -> Section:
         "mixed",
         "Bits by weight",
         lead,
-        facts=(*((f"int4, {arm}", _words(search)) for arm, search in found), *followed, *levels),
+        facts=(*((f"int4, {arm}", _words(search)) for arm, search in found), *followed),
         plots=tuple(name for name in (PARETO,) if name in drawn),
         grids=tuple(grids),
     )
@@ -82,13 +76,6 @@ def _words(search: Search) -> str:
     if after:
         kl, change = (number(after.get(key)) for key in ("measured_kl", "perplexity_increase"))
         parts.append(f"after gptq KL {small(kl)}, perplexity {raised(change)}")
-    trained = branch(search, "trained")
-    if trained:
-        kl, change = (number(trained.get(key)) for key in ("measured_kl", "perplexity_increase"))
-        parts.append(
-            "all that of the base, before training; of the model trained under this rounding, against its "
-            f"own unrounded weights, KL {small(kl)}, perplexity {raised(change)}"
-        )
     return ", ".join(parts)
 
 
@@ -97,17 +84,6 @@ def _followed_words(search: Search) -> str:
     return (
         f"stored as {search.get('decided_by')} is: KL {small(kl)} nats, perplexity on training text "
         f"{raised(increase)}"
-    )
-
-
-def _level_words(part: dict[str, Any]) -> str:
-    flips, limit, every = (number(part.get(key)) for key in ("flips", "limit", "flips_all_4"))
-    nodes_at_0 = part.get("nodes_at_0")
-    exact = len(nodes_at_0) if isinstance(nodes_at_0, list) else 0
-    return (
-        f"{exact} of {count(number(part.get('nodes')))} products in fp32, the others on 8-bit activations: "
-        f"{percent(flips)} of {count(number(part.get('tokens')))} tokens change (all in 8 bits: "
-        f"{percent(every)}; limit {percent(limit)})"
     )
 
 
@@ -150,9 +126,8 @@ def _weights(summary: Summary, arm: str, search: Search) -> Grid:
             _stored(row),
             megabytes(number(row.get("size_bytes"))),
             small(number(alone.get(str(row.get("name"))))),
-            count(number(row.get("accuracy_level"))),
         )
         for row in rows_of(at(summary, "bundles", arm, "int4", "by_tensor"))
     ]
-    head = ("weight", "stored as", "MB", "KL of it alone at 4 bits", "accuracy level")
+    head = ("weight", "stored as", "MB", "KL of it alone at 4 bits")
     return Grid(head, tuple(rows), f"{arm}: the assignment", (0, 1), folded=True)

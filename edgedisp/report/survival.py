@@ -130,16 +130,10 @@ def _notes(summary: Summary) -> list[str]:
     notes = []
     for precision, arm, found in _each(summary):
         weights, name = branch(found, "weights"), f"{label(precision)}, {arm}"
-        lost = {key: weights.get(key) for key in ("rescaled", "unmatched")}
-        sizes = {key: len(value) if isinstance(value, list) else 0 for key, value in lost.items()}
-        if sizes["rescaled"]:
+        unmatched = weights.get("unmatched")
+        if isinstance(unmatched, list) and unmatched:
             notes.append(
-                f"{name}: {sizes['rescaled']} tensors were scaled before they were rounded; their steps "
-                "cannot be set beside the change, and they are not counted."
-            )
-        if sizes["unmatched"]:
-            notes.append(
-                f"{name}: {sizes['unmatched']} packed tensors were not found in the torch models, and are "
+                f"{name}: {len(unmatched)} packed tensors were not found in the torch models, and are "
                 "not counted."
             )
         if "base" in branch(weights, "references") and at(weights, "references", "base", "total") is None:

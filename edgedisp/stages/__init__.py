@@ -9,9 +9,8 @@ what a stage does not get, it cannot depend on, and the cache key in pipeline/ i
     adapters.py  merge_adapter: an adapter's audit, and the model folder it is merged into
     condensation.py  condensation, bundle_condensation: the geometry of token vectors, before and after export
     bundles.py   export, quantize, verify: ONNX bundles out of a model folder
-    mixed.py     quantize_searched, quantize_as_trained: bits, group and method by weight
-    bits.py      choose_bits: the same for a training under rounding, before it
-    texts.py     the training text that such choices are measured on; levels.py: accuracy level by node
+    mixed.py     quantize_searched: bits, group and method by weight
+    texts.py     the training text that such choices are measured on
     calibration.py  weights rounded on the training text
     rounding.py  the rounding that quantization-aware training and its bundle share
     packing.py   pack: a bundle for a kind of device, in the layouts of its runtimes, with a manifest
@@ -30,12 +29,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from edgedisp.stages.accounting import base_skeleton, check_budget, size_account
-from edgedisp.stages.bits import choose_bits
 from edgedisp.stages.bundles import export, quantize, verify
 from edgedisp.stages.condensation import bundle_condensation, condensation
 from edgedisp.stages.divergence import divergence
 from edgedisp.stages.figures import accuracy, count_items, items, latency
-from edgedisp.stages.mixed import quantize_as_trained, quantize_searched
+from edgedisp.stages.mixed import quantize_searched
 from edgedisp.stages.noise import noise
 from edgedisp.stages.packing import pack, provenance_of
 from edgedisp.stages.start import base, fetch_base, tokens, twin_base
@@ -62,7 +60,6 @@ __all__ = [
     "base_skeleton",
     "bundle_condensation",
     "check_budget",
-    "choose_bits",
     "condensation",
     "count_items",
     "divergence",
@@ -79,7 +76,6 @@ __all__ = [
     "pilot_candidate",
     "provenance_of",
     "quantize",
-    "quantize_as_trained",
     "quantize_searched",
     "size_account",
     "survival",

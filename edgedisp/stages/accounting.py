@@ -39,8 +39,7 @@ def size_account(
     precisions = {"fp32": account(shapes.model)}
     for name, (bits, section) in quantized.items():
         own = (grids or {}).get(name)
-        is_nf4 = section.method == "nf4"
-        precisions[name] = account(shapes.model, *uniform_grids(section, bits), own, in_nf4=is_nf4)
+        precisions[name] = account(shapes.model, *uniform_grids(section, bits), own)
     capped = {target: min(most, shapes.context) for target, most in positions.items()}
     return {
         "exact": shapes.exact,

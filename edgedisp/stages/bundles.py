@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from edgedisp import models
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import Progress
-from edgedisp.core.stage_folder import RECORD, write_json
-from edgedisp.dispersion.hooks import decoder_layers
+from edgedisp.core.stage_folder import write_json
 from edgedisp.evaluate.divergence import Divergence
 from edgedisp.graph import check
 from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
-from edgedisp.quantize import nf4
-from edgedisp.quantize.awq import rescale
-from edgedisp.quantize.calibrated import weighted_model
-from edgedisp.quantize.grid import Grid, dequantize
-from edgedisp.quantize.grid import quantize as grid_quantize
+from edgedisp.quantize.grid import Grid
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.rewrite import quantize_bundle
-from edgedisp.quantize.store import DATA, GRAPH
 from edgedisp.recipe import QuantizeBits
-from edgedisp.stages.bits import chosen_grids
 from edgedisp.stages.calibration import by_gptq, calibration_text
-from edgedisp.stages.levels import first_level, measured_levels
-from edgedisp.stages.rounding import Trained, has_scales, trained_blocks, trained_roundings
+from edgedisp.stages.rounding import Trained, trained_blocks, trained_roundings
 from edgedisp.stages.start import heldout_documents
 from edgedisp.train.rounded import round_weights
 
@@ -57,103 +46,50 @@ def quantize(
     corpus_folder: Path | None,
     own: Path,
     progress: Progress,
-    threads: int = 1,
     is_trained: bool = False,
-    decided: Path | None = None,
 ) -> dict[str, Any]:
-    """A bundle with `bits`-bit weights from the fp32 one; `gptq` and `rescale` calibrate the model on the
-    training text, accuracy level auto runs the bundle on it, other methods need neither folder. `is_trained`:
-    under this very rounding; where its scales were calibrated or learned they lie in the model's folder.
-    `decided`: the bundle of the arm whose accuracy levels hold for this one too."""
-    method, made, source, found = section.method, None, parent, {}
-    with tempfile.TemporaryDirectory(dir=own) as scratch:
-        if is_trained and model_folder is not None and (section.calibrated or has_scales(model_folder)):
-            made = trained_blocks(Trained(section, bits), models.load(model_folder), model_folder)
-        elif section.calibrated:
-            if model_folder is None or corpus_folder is None:
-                raise ValueError("a calibrated method needs the model and the corpus")
-            opened, text = models.load(model_folder), calibration_text(section, corpus_folder)
-            if section.rescale:
-                found["rescaled"] = rescale(
-                    opened, decoder_layers(opened), text, _rounding(section, bits), progress=progress
-                )
-                _save(opened, model_folder, Path(scratch) / "model")
-            made = _calibrated(section, bits, opened, text, progress)
-            del opened
-            if section.rescale:
-                source = _export_like(parent, Path(scratch), progress)
+    """A bundle with `bits`-bit weights from the fp32 one; gptq calibrates the model on the training text,
+    other methods need neither folder. `is_trained`: under this very rounding; with gptq its scales lie in
+    the model's folder."""
+    method, made = section.method, None
+    if section.calibrated:
+        if model_folder is None or corpus_folder is None:
+            raise ValueError("a calibrated method needs the model and the corpus")
+        opened = models.load(model_folder)
         if is_trained:
-            method = "rtn"  # embedding and head, as training rounded them
-        elif method == "gptq":  # what is left to the rewriter: the embedding, and a head of 8 bits
-            method = "rtn" if section.head_bits == 8 else "k_quant"
-        record = quantize_bundle(
-            source,
-            own,
-            bits=bits,
-            group=section.group,
-            symmetric=section.symmetric,
-            accuracy_level=first_level(section),
-            head_bits=section.head_bits,
-            head_group=section.head_group,
-            method=method,
-            made=made,
-            progress=progress,
-        )
-    record = {**record, **found, "method": section.method, "is_trained": is_trained}
-    return measured_levels(section, record, own, corpus_folder, threads, progress, decided)
-
-
-def _rounding(section: QuantizeBits, bits: int) -> Callable[[Tensor], Tensor]:
-    """The weight as the bundle's form holds it, rounded to nearest."""
-    if section.method == "nf4":
-        return lambda weight: nf4.dequantize(nf4.quantize(weight, section.group))
-    grid = Grid(bits, section.group, section.symmetric)
-    return lambda weight: dequantize(grid_quantize(weight, grid), grid)
-
-
-def _calibrated(section: QuantizeBits, bits: int, opened: Any, text: Any, progress: Progress) -> Made | None:
-    """The weights that the method rounds on calibration text; None for one that looks at weights alone. A
-    head of 8 bits loses nothing worth the time."""
-    layers, grid = decoder_layers(opened), Grid(bits, section.group, section.symmetric)
-    ends = Grid(section.head_bits, section.head_group or section.group, section.symmetric)
-    head = ends if section.head_bits < 8 else None
-    if section.method == "gptq":
-        return by_gptq(section, grid, opened, text, progress, head)
-    if section.method in ("rtn", "nf4"):
-        return None
-    return weighted_model(
-        opened,
-        layers,
-        text,
-        grid,
-        section.method,
-        head=head,
-        correction=section.correction,
+            made = trained_blocks(Trained(section, bits), opened, model_folder)
+        else:
+            made = _calibrated(section, bits, opened, calibration_text(section, corpus_folder), progress)
+        del opened
+    if is_trained:
+        method = "rtn"  # embedding and head, as training rounded them
+    elif method == "gptq":  # what is left to the rewriter: the embedding, and a head of 8 bits
+        method = "rtn" if section.head_bits == 8 else "k_quant"
+    record = quantize_bundle(
+        parent,
+        own,
+        bits=bits,
+        group=section.group,
+        symmetric=section.symmetric,
+        accuracy_level=section.accuracy_level,
+        head_bits=section.head_bits,
+        method=method,
+        made=made,
         progress=progress,
     )
+    return {**record, "method": section.method, "is_trained": is_trained}
 
 
-def _save(opened: Any, original: Path, folder: Path) -> None:
-    """A changed model, with the tokenizer and the other small files of the folder that it came from."""
-    weights = shutil.ignore_patterns("*.safetensors*", "*.bin*", RECORD)
-    shutil.copytree(original, folder, ignore=weights)
-    opened.save_pretrained(folder)
-
-
-def _export_like(parent: Path, scratch: Path, progress: Progress) -> Path:
-    """The fp32 bundle of scratch/model, its other files those of `parent`: threads, tokenizer, layout."""
-    bundle = scratch / "fp32"
-    bundle.mkdir()
-    export_graph(scratch / "model", bundle, threads=1, progress=progress)
-    for file in parent.iterdir():
-        if file.is_file() and file.name not in (GRAPH, DATA, RECORD):
-            shutil.copyfile(file, bundle / file.name)
-    return bundle
+def _calibrated(section: QuantizeBits, bits: int, opened: Any, text: Any, progress: Progress) -> Made:
+    """The weights of the layers by gptq, and a head of 4 bits; one of 8 bits loses nothing worth the time."""
+    grid = Grid(bits, section.group, section.symmetric)
+    head = Grid(section.head_bits, section.group, section.symmetric) if section.head_bits < 8 else None
+    return by_gptq(grid, opened, text, progress, head)
 
 
 def verify(
     limits: dict[str, float | None],
-    trained: tuple[QuantizeBits, int, Path | None] | None,
+    trained: tuple[QuantizeBits, int] | None,
     blocks: int,
     model_folder: Path,
     bundle: Path,
@@ -164,9 +100,8 @@ def verify(
 ) -> dict[str, Any]:
     """Open, run and compare what ships with the torch model; BuildFailed with the reason if it disagrees.
 
-    `trained`: section and bits of the rounding that the model was trained under, and the folder of the search
-    that chose its grids. The torch model is then rounded so, and the graph, its arithmetic set to fp32, has
-    to give its logits.
+    `trained`: section and bits of the rounding that the model was trained under. The torch model is
+    then rounded so, and the graph, its arithmetic set to fp32, has to give its logits.
     """
     held = np.load(corpus_folder / "heldout.npy", allow_pickle=False)[:blocks].astype(np.int64)
     prompts = _ragged_prompts(held)
@@ -174,9 +109,7 @@ def verify(
     opened = check.check(bundle, prompts, texts=texts, threads=threads)
     torch_model = models.load(model_folder)
     if trained is not None:
-        section, bits, searched = trained
-        rounding = Trained(section, bits, chosen_grids(searched))
-        round_weights(torch_model, *trained_roundings(rounding, model_folder))
+        round_weights(torch_model, *trained_roundings(Trained(*trained), model_folder))
     reference, shipped = models.TorchModel(torch_model), OnnxModel(bundle, threads)
     difference = Divergence()
     for done, block in enumerate(held):

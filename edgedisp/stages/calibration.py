@@ -11,13 +11,13 @@ import numpy as np
 from edgedisp import models
 from edgedisp.core.progress import Progress
 from edgedisp.dispersion.hooks import decoder_layers
+from edgedisp.quantize.calibrate import CORRECTION
 from edgedisp.quantize.calibrated import gptq_model
 from edgedisp.quantize.candidates import USUAL
 from edgedisp.quantize.grid import Grid
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.mixed import Search
 from edgedisp.recipe import Quantize, QuantizeBits
-from edgedisp.stages.levels import first_level
 from edgedisp.stages.texts import blocks_of, pieces_of
 
 
@@ -28,25 +28,16 @@ def calibration_text(section: QuantizeBits, corpus_folder: Path) -> Any:
 
 
 def by_gptq(
-    section: QuantizeBits,
     grid: Grid | dict[str, Grid],
     opened: Any,
     text: Any,
     progress: Progress,
     head: Grid | None = None,
+    correction: float = CORRECTION,
 ) -> Made:
     """The layers of `opened` rounded in place by gptq, on one grid or on one for each linear map."""
-    return gptq_model(
-        opened,
-        decoder_layers(opened),
-        text,
-        grid,
-        head=head,
-        damping=section.damping,
-        act_order=section.act_order,
-        correction=section.correction,
-        progress=progress,
-    )
+    layers = decoder_layers(opened)
+    return gptq_model(opened, layers, text, grid, head=head, correction=correction, progress=progress)
 
 
 def opened_search(
@@ -70,7 +61,7 @@ def opened_search(
         pieces_of(tokens, opened),
         blocks_of(tokens),
         methods=methods,
-        accuracy_level=first_level(int4),
+        accuracy_level=int4.accuracy_level,
         calibrated=calibrated,
         seed=seed,
         progress=progress,
@@ -84,6 +75,5 @@ def _usual_by_gptq(
 
     Without correction: each weight is looked at alone, too, and then there is nothing to make up for.
     """
-    alone = section.model_copy(update={"correction": 0.0})
     text = calibration_text(section, corpus_folder)
-    return by_gptq(alone, USUAL.grid, models.load(model_folder), text, progress)
+    return by_gptq(USUAL.grid, models.load(model_folder), text, progress, correction=0.0)

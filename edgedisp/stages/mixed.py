@@ -22,10 +22,7 @@ from edgedisp.quantize.mixed import Search
 from edgedisp.quantize.rewrite import quantize_assigned
 from edgedisp.quantize.search import Solution
 from edgedisp.recipe import Quantize
-from edgedisp.stages.bits import chosen_bits, chosen_grids
 from edgedisp.stages.calibration import by_gptq, calibration_text, opened_search
-from edgedisp.stages.levels import first_level, measured_levels
-from edgedisp.stages.rounding import Trained, trained_blocks
 from edgedisp.stages.texts import blocks_of, pieces_of
 
 
@@ -35,7 +32,6 @@ def quantize_searched(
     parent: Path,
     model_folder: Path,
     corpus_folder: Path,
-    threads: int,
     own: Path,
     progress: Progress,
     decided: Path | None = None,
@@ -50,16 +46,14 @@ def quantize_searched(
     int4 = section.int4
     is_gptq = int4.method == "gptq"
     if decided is not None:
-        return _as_decided(
-            section, seed, parent, model_folder, corpus_folder, threads, own, progress, decided
-        )
+        return _as_decided(section, seed, parent, model_folder, corpus_folder, own, progress, decided)
     search = opened_search(section, seed, parent, model_folder, corpus_folder, METHODS_TRIED, progress)
     chosen, trials = _solve(section, search)
     found = {"perplexity_increase": search.increase(chosen), **search.record(chosen), "trials": trials}
     if is_gptq:
         search.release()
         text = calibration_text(int4, corpus_folder)
-        made = by_gptq(int4, search.module_grids(chosen), search.model, text, progress)
+        made = by_gptq(search.module_grids(chosen), search.model, text, progress)
         search.add_ends(made, chosen)
         found["gptq"] = search.as_it_is(chosen)
         _hold(section.max_perplexity_increase, found["gptq"]["perplexity_increase"])
@@ -76,8 +70,9 @@ def quantize_searched(
         ]
     goal = {"budget": section.budget, "max_perplexity_increase": section.max_perplexity_increase}
     named = {"bits": 4, "method": "gptq" if is_gptq else "search"}
-    record = named | record | {"search": {"goal": goal, "size_bytes": record["size_bytes"], **found}}
-    return measured_levels(int4, record, own, corpus_folder, threads, progress)
+    searched = {"goal": goal, "size_bytes": record["size_bytes"], **found}
+    levels = {"accuracy_level": int4.accuracy_level}
+    return named | record | levels | {"search": searched}
 
 
 def _as_decided(
@@ -86,7 +81,6 @@ def _as_decided(
     parent: Path,
     model_folder: Path,
     corpus_folder: Path,
-    threads: int,
     own: Path,
     progress: Progress,
     decided: Path,
@@ -103,13 +97,13 @@ def _as_decided(
         there.results["by_tensor"],
         pieces_of(tokens, opened),
         blocks_of(tokens),
-        accuracy_level=first_level(int4),
+        accuracy_level=int4.accuracy_level,
         seed=seed,
         progress=progress,
     )
     if int4.method == "gptq":
         text, again = calibration_text(int4, corpus_folder), copy.deepcopy(opened)
-        made = by_gptq(int4, followed.module_grids(), again, text, progress)
+        made = by_gptq(followed.module_grids(), again, text, progress)
     else:
         made = Made()
     followed.add(made, ends_alone=int4.method == "gptq")
@@ -128,47 +122,7 @@ def _as_decided(
         **followed.cost(made),
     }
     named = {"bits": 4, "method": there.results["method"]}
-    record = named | record | {"search": search}
-    return measured_levels(int4, record, own, corpus_folder, threads, progress, decided)
-
-
-def quantize_as_trained(
-    section: Quantize,
-    parent: Path,
-    model_folder: Path,
-    corpus_folder: Path,
-    bits_folder: Path,
-    threads: int,
-    own: Path,
-    progress: Progress,
-    decided: Path | None = None,
-) -> dict[str, Any]:
-    """The bundle of a model that was trained under the grids of `bits_folder` (bits.py), rounded as training
-    did. `decided`: the bundle of the arm whose accuracy levels hold for this one too.
-
-    The record is that of `quantize_searched`; the search's figures are of the base, before training, and
-    `trained` {measured_kl, perplexity_increase} of this model. An arm that follows has those alone.
-    """
-    int4, there = section.int4, chosen_bits(bits_folder)
-    tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    opened, level = models.load(model_folder), first_level(int4)
-    stored = Decided(
-        parent, opened, there["weights"], pieces_of(tokens, opened), blocks_of(tokens), accuracy_level=level
-    )
-    made = trained_blocks(Trained(int4, 4, chosen_grids(bits_folder)), opened, model_folder)
-    record = quantize_assigned(parent, own, stored.assignment, made=made, progress=progress)
-    record["by_tensor"] = [row | {"method": int4.method} for row in record["by_tensor"]]
-    goal = {"budget": section.budget, "max_perplexity_increase": None}
-    search: dict[str, Any] = {"goal": goal}
-    if decided is None:
-        search |= there["search"] | {"trained": stored.cost(made)}
-    else:
-        search |= {"decided_by": decided.parent.name, **stored.cost(made)}
-    search["size_bytes"] = record["size_bytes"]
-    if section.budget is not None and record["size_bytes"] > section.budget:
-        raise BuildFailed(f"the bundle takes {record['size_bytes']} bytes, the budget is {section.budget}")
-    record = {"bits": 4, "method": int4.method} | record | {"search": search, "is_trained": True}
-    return measured_levels(int4, record, own, corpus_folder, threads, progress, decided)
+    return named | record | {"accuracy_level": int4.accuracy_level, "search": search}
 
 
 def _solve(section: Quantize, search: Search) -> tuple[Solution, list[dict[str, float]]]:

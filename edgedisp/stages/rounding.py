@@ -9,16 +9,12 @@ functions over weights that the training room can use. Two methods can be traine
            written beside the trained weights (SCALES), and the bundle is rounded on them. Embedding and head
            are rounded to nearest.
 
-With `learn_scales` either one's scales are a starting point that training moves (quantize/learned.py); those
-that it ends with are written beside the weights.
-
-Which grid a weight lies on is the section's to say, or that of a search that came before training (bits.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,10 +28,9 @@ from torch import Tensor
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
-from edgedisp.core.stage_folder import digest
 from edgedisp.dispersion.hooks import decoder_layers
-from edgedisp.quantize.grid import Blocks, Grid, dequantize, in_groups, quantize, ranges, round_to
-from edgedisp.quantize.learned import LearnedScales
+from edgedisp.quantize.calibrate import CORRECTION
+from edgedisp.quantize.grid import Blocks, Grid, dequantize, in_groups, quantize, round_to
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.start import Scales, calibrated_start
 from edgedisp.recipe import QuantizationAware as Asked
@@ -46,7 +41,6 @@ if TYPE_CHECKING:
     from edgedisp.train.quantization_aware import QuantizationAware
 
 SCALES = "quantization/scales.safetensors"  # in a folder of its own: model.save clears the top
-CALIBRATED = "quantization/calibrated.safetensors"  # those that learned ones start from, while training lasts
 SLICE_VALUES = 1 << 22  # weight values rounded at a time: 16 MB of fp32, and a few times that in between
 
 Grids = Callable[[str], Grid]
@@ -56,32 +50,26 @@ Grids = Callable[[str], Grid]
 def uniform_grids(section: QuantizeBits, bits: int) -> tuple[Grid, Grid]:
     """Of the layers' maps, and of the embedding and the head."""
     return Grid(bits, section.group, section.symmetric), Grid(
-        section.head_bits, section.head_group or section.group, section.symmetric
+        section.head_bits, section.group, section.symmetric
     )
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The rounding that training sees and its bundle has: the precision's section and bits, and by name of
-    the parameter the grids that a search chose; None: the section's own."""
+    """The rounding that training sees and its bundle has: the precision's section and bits."""
 
     section: QuantizeBits
     bits: int
-    chosen: Mapping[str, Grid] | None = None
 
     @property
     def grids(self) -> tuple[Grids, Grids]:
         """Of the layers' maps, and of the embedding and the head."""
-        if self.chosen is not None:
-            return self.chosen.__getitem__, self.chosen.__getitem__
         body, ends = uniform_grids(self.section, self.bits)
         return (lambda name: body), (lambda name: ends)
 
     @property
     def named(self) -> str:
         """Tells it from others: a checkpoint of a run under another rounding is not resumed from."""
-        if self.chosen is not None:
-            return f"{self.section.method} on {digest({name: str(on) for name, on in self.chosen.items()})}"
         body, ends = uniform_grids(self.section, self.bits)
         return f"{self.section.method} {body}, ends {ends}"
 
@@ -131,43 +119,15 @@ def aware(
     begin, scales = None, dict[str, Scales]()
     if trained.section.method == "gptq":
         body = partial(_on_scales, grids=grids, scales=scales)
-        path = own / (CALIBRATED if asked.learn_scales else SCALES)
-        begin = partial(_begin, scales, trained, tokens, path, progress)
+        begin = partial(_begin, scales, trained, tokens, own / SCALES, progress)
     return QuantizationAware(
         body,
         ends,
-        grid=trained.named + (", learned" if asked.learn_scales else ""),
+        grid=trained.named,
         start=asked.begins(trained.section.method),
         ramp=asked.ramp,
         begin=begin,
-        learned=_learned(trained, scales) if asked.learn_scales else None,
     )
-
-
-def _learned(trained: Trained, scales: dict[str, Scales]) -> LearnedScales:
-    """Starting from gptq's `scales`, or from those that rounding the weights to nearest has at each step."""
-    grids = trained.grids[0]
-
-    def nearest(name: str, weight: Tensor) -> Scales:
-        grid = grids(name)
-        return Scales(*ranges(in_groups(weight, grid.group), grid))
-
-    calibrated = trained.section.method == "gptq"
-    return LearnedScales(grids, (lambda name, weight: scales[name]) if calibrated else nearest)
-
-
-@torch.no_grad()
-def keep_learned(trained: Trained, stretches: dict[str, Tensor], model: Any, own: Path) -> None:
-    """Write the scales that training ended with to where the bundle finds them."""
-    grids, start = trained.grids[0], own / CALIBRATED
-    learned = _learned(trained, _read_scales(start, grids) if start.is_file() else {})
-    found = {
-        weight.name: learned.scales(weight.name, weight.values(), stretches[weight.name])
-        for weight in weights_of(model, *to_nearest(trained))
-        if weight.name in stretches
-    }
-    _keep(found, grids, own / SCALES)
-    start.unlink(missing_ok=True)
 
 
 def _begin(
@@ -190,9 +150,7 @@ def _begin(
         decoder_layers(model),
         tokens[:blocks],
         grids,
-        damping=section.damping,
-        act_order=section.act_order,
-        correction=section.correction,
+        correction=CORRECTION,
         progress=progress,
     )
     scales.update(found)
@@ -212,7 +170,7 @@ def _keep(scales: dict[str, Scales], grids: Grids, path: Path) -> None:
 
 
 def has_scales(model_folder: Path) -> bool:
-    """Whether training left scales beside the weights: calibrated or learned ones."""
+    """Whether training left scales beside the weights: calibrated ones."""
     return (model_folder / SCALES).is_file()
 
 
@@ -255,8 +213,7 @@ def trained_roundings(trained: Trained, model_folder: Path) -> tuple[Rounding, R
 def trained_blocks(trained: Trained, opened: Any, model_folder: Path) -> Made:
     """Blocks of every weight of the layers, rounded on the scales that training left.
 
-    Where a search chose the grids, of every other weight as well, rounded to nearest; else those are left to
-    the rewriter, which does the same.
+    All others are left to the rewriter, which rounds them to nearest.
     """
     grids, _ = trained.grids
     scales, made = trained_scales(model_folder, grids), Made()
@@ -264,6 +221,4 @@ def trained_blocks(trained: Trained, opened: Any, model_folder: Path) -> Made:
         values = weight.values()
         if weight.name in scales:
             made.add(values, _blocks(values, scales[weight.name], grids(weight.name)), grids(weight.name))
-        elif trained.chosen is not None:
-            made.add(values, quantize(values, grids(weight.name)), grids(weight.name))
     return made

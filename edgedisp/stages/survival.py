@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp.core.progress import Progress
-from edgedisp.core.stage_folder import read, write_json
+from edgedisp.core.stage_folder import write_json
 from edgedisp.models.weights import Weights
 from edgedisp.quantize.survival import survival as measure
 
@@ -25,8 +25,6 @@ def survival(
     references = {"base": Weights(base)}
     if baseline is not None:
         references["baseline"] = Weights(baseline)
-    record = read(bundle)
-    scaled = record is not None and bool(record.results.get("rescaled"))
-    results = measure(bundle, parent, Weights(model_folder), references, progress, scaled=scaled)
+    results = measure(bundle, parent, Weights(model_folder), references, progress)
     write_json(own / "survival.json", results)
     return results

@@ -15,14 +15,12 @@ import torch
 
 from edgedisp import models
 from edgedisp.core.distributed import place, split
-from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
 from edgedisp.dispersion.condensation import quick_condensation
 from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.recipe import BITS, ArmRun, Dispersion, QuantizeBits, Train
 from edgedisp.stages import adapters
-from edgedisp.stages.bits import chosen_grids
-from edgedisp.stages.rounding import Trained, aware, keep_learned
+from edgedisp.stages.rounding import Trained, aware
 from edgedisp.stages.start import PACKING, weights_digest
 from edgedisp.train.distributed import Sharding, Share, leave
 from edgedisp.train.reporting import Reporting, check_reporters
@@ -45,12 +43,10 @@ def midtrain(
     corpus_folder: Path,
     own: Path,
     progress: Progress,
-    bits_folder: Path | None = None,
 ) -> dict[str, Any]:
     """Train one arm and leave a Hugging Face folder; the arms differ in what `arm` adds, and in nothing else.
 
     `rounded`: how the bundle that `train.quantization_aware` names is rounded; None without that key.
-    `bits_folder`: of the search that chose its grids, if one did.
     An adapter is left as a plain PEFT folder; `merge_adapter` makes a model of it. Logs for others
     (`train.report_to`) are left in `logs`. Of several processes each takes its share; the first writes.
     """
@@ -63,14 +59,8 @@ def midtrain(
     checkpoints = own / "checkpoints"
     name = f"{own.parent.parent.name}/{own.parent.name}"
     callbacks: list[TrainerCallback] = list(callbacks_for(arm.techniques, seed))
-    under, trained_as = None, None
     if (asked := train.quantization_aware) is not None and rounded is not None:
-        if asked.learn_scales and place().count > 1:
-            raise BadInput("train.quantization_aware.learn_scales: needs false where several processes train")
-        trained_as = Trained(rounded, BITS[asked.precision], chosen_grids(bits_folder))
-        under = aware(asked, trained_as, tokens, own, progress)
-        under.attach(trained)
-        callbacks.append(under)
+        callbacks.append(aware(asked, Trained(rounded, BITS[asked.precision]), tokens, own, progress))
     done = fit(
         trained,
         packed,
@@ -84,8 +74,6 @@ def midtrain(
         share=_share(train),
         progress=progress,
     )
-    if under is not None and trained_as is not None and (stretches := under.take(trained)):
-        keep_learned(trained_as, stretches, trained, own)
     if not place().leads:
         return {}
     if done.weights is not None:  # what was trained is in parts; the whole goes into a model as it came

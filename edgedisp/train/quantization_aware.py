@@ -15,7 +15,6 @@ computes with Q of the merged weight, and A and B get the straight-through gradi
 
     start   the share of the run after which rounding begins (0: from the first step)
     ramp    the share of the run over which it fades in: W + share * (Q(W) - W)
-    learned the scales of the layers' maps are trained along, each by a parameter of the model while it trains
 
 Between the steps, in checkpoints and afterwards, the model holds the weights themselves. A rounding that is
 chosen for the model as it is when rounding begins (calibrated scales) is made by `begin`, which also may
@@ -28,28 +27,13 @@ replaced. Activations are not rounded, though accuracy level 4 rounds them to 8 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgedisp.train.rounded import Rounding, Weight, check_replaceable, weights_of
 from edgedisp.train.techniques import Technique
-
-LEARNED = "learned_scales"  # of the model while it trains: what its scales are stretched by
-
-
-class Learned(Protocol):
-    """A rounding whose scales are learned: weights fp32 [out, in], one stretch [out, groups] for each."""
-
-    def shape(self, name: str, weight: Tensor) -> tuple[int, int]:
-        """Of the stretch, which starts at zeros."""
-
-    def rounded(self, name: str, weight: Tensor, stretch: Tensor) -> Tensor:
-        """The weight as it is held."""
-
-    def gradient(self, name: str, weight: Tensor, stretch: Tensor, gradient: Tensor) -> Tensor:
-        """Of the loss in the stretch, from that in the held weight."""
 
 
 class QuantizationAware(Technique):
@@ -61,8 +45,6 @@ class QuantizationAware(Technique):
         grid: names the rounding; a checkpoint of a run with another one is not resumed from.
         start, ramp: shares of the run, at least 0 and together at most 1.
         begin: called with the model before the first rounded step; True: that step was in an earlier process.
-        learned: rounds the linear maps of the layers in the place of `body`, with learned scales. The model
-            then has to be handed to `attach` before a Trainer gets it, and to `take` afterwards.
 
     Raises ValueError for other shares, and when training begins for weights that cannot be replaced, or an
     adapter with dropout, which computes with other weights than the merged ones.
@@ -77,53 +59,21 @@ class QuantizationAware(Technique):
         start: float = 0.0,
         ramp: float = 0.0,
         begin: Callable[[Any, bool], None] | None = None,
-        learned: Learned | None = None,
     ) -> None:
         if start < 0 or ramp < 0 or start + ramp > 1:
             raise ValueError(f"start {start} and ramp {ramp} need to be at least 0 and together at most 1")
         self.grid, self.start, self.ramp = grid, start, ramp
-        self._body, self._ends = body if learned is None else self._stretched, ends
-        self._begin, self._learned = begin, learned
-        self._stretches: dict[str, Tensor] = {}
-        self._share = 1.0
+        self._body, self._ends, self._begin = body, ends, begin
         self._has_begun = False
         self._resumed_at = 0
         self._weights: list[Weight] = []
         self._masters: list[Tensor] = []
-
-    def attach(self, model: nn.Module) -> None:
-        """Give `model` the parameters that its scales are learned by; nothing without `learned`.
-
-        They are the model's own while it trains, so optimizer and checkpoints hold them like any other.
-        """
-        if self._learned is None:
-            return
-        rounded = [weight for weight in weights_of(model, self._body, self._ends) if not weight.is_end]
-        shapes = [self._learned.shape(weight.name, weight.values()) for weight in rounded]
-        stretches = [nn.Parameter(torch.zeros(shape, device=weight.parameter.device))
-                     for weight, shape in zip(rounded, shapes)]  # fmt: skip
-        setattr(model, LEARNED, nn.ParameterList(stretches))
-        self._stretches = {weight.name: stretch for weight, stretch in zip(rounded, stretches)}
-
-    def take(self, model: nn.Module) -> dict[str, Tensor]:
-        """Take those parameters off again; name of the weight -> its stretch."""
-        if self._learned is None:
-            return {}
-        delattr(model, LEARNED)
-        return {name: stretch.detach() for name, stretch in self._stretches.items()}
-
-    def _stretched(self, name: str, weight: Tensor) -> Tensor:
-        if self._learned is None:
-            raise ValueError("no scales are learned")
-        return self._learned.rounded(name, weight, self._stretches[name].detach())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:
         super().on_train_begin(args, state, control, **known)
         weights = list(weights_of(known["model"], self._body, self._ends))
         for weight in weights:
             check_replaceable(weight)
-        if self._learned is not None and not hasattr(known["model"], LEARNED):
-            raise ValueError("scales are to be learned, but `attach` was not called with this model")
         self._weights = weights
         self._has_begun, self._resumed_at = False, state.global_step
 
@@ -137,19 +87,7 @@ class QuantizationAware(Technique):
         self.round(strength)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **known: Any) -> None:
-        is_rounded = bool(self._masters)
         self.restore()
-        if is_rounded and self._learned is not None:
-            self._pass_gradients(self._learned)
-
-    @torch.no_grad()
-    def _pass_gradients(self, learned: Learned) -> None:
-        """The gradients of the stretches, out of those that the rounded weights got."""
-        for weight in self._weights:
-            stretch, gradient = self._stretches.get(weight.name), weight.parameter.grad
-            if stretch is not None and gradient is not None:
-                turned = (gradient.T if weight.turned else gradient).float()
-                stretch.grad = self._share * learned.gradient(weight.name, weight.values(), stretch, turned)
 
     def strength(self, done: float) -> float:
         """How far weights are moved to their rounded values when the share `done` of the run lies behind."""
@@ -171,7 +109,6 @@ class QuantizationAware(Technique):
         """Replace the weights by rounded ones."""
         self.restore()
         self._masters = [weight.parameter.data for weight in self._weights]
-        self._share = strength
         for weight in self._weights:
             weight.parameter.data = weight.rounded(strength)
 

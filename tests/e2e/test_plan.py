@@ -99,10 +99,3 @@ def test_the_disk_holds_every_model_bundle_and_packed_copy(tmp_path: Path) -> No
     expected = 4 * parameters + 12 * parameters  # the base and a checkpoint
     expected += trainings * (4 * parameters + fp32 + int8 + int4) + arms * packed
     assert disk_bytes(parameters, recipe, found["sizes"]) == expected
-
-
-def test_nf4_is_not_built_for_a_browser(tmp_path: Path) -> None:
-    graph_twins.make(tmp_path / "model", "llama")
-    planned(tmp_path, "model", "quantize.int4.method=nf4")
-    with pytest.raises(BadInput, match="targets: browser runs in WebAssembly, which has no fast product"):
-        planned(tmp_path, "model", "quantize.int4.method=nf4", "targets=[browser]")

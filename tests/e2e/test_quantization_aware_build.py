@@ -18,8 +18,7 @@ from edgedisp.core.stage_folder import read
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.pipeline import stages
 from edgedisp.recipe import load
-from edgedisp.stages.bits import chosen_bits, chosen_grids
-from edgedisp.stages.rounding import CALIBRATED, SCALES, Trained, trained_roundings
+from edgedisp.stages.rounding import SCALES, Trained, trained_roundings
 from edgedisp.train.rounded import round_weights
 
 RECIPE = """\
@@ -33,23 +32,17 @@ train:
   quantization_aware: {aware}
   adapter: {adapter}
 precisions: [int4]
-quantize: {{budget: {budget}, int4: {{method: {method}, calibration_tokens: 256}}}}
+quantize: {{int4: {{method: {method}, calibration_tokens: 256}}}}
 verify: {{tokens: 64, int4_top1: 0, int4_kl: 5}}
 evaluate: {{tasks: [heldout_perplexity], limit: 2, perplexity_tokens: 200, bootstrap: 50}}
 latency: {{prompt: 4, generate: 2, repetitions: 1, threads: 1}}
 """
 ARMS = ("baseline", "dispersed")
 LATE, LORA = "{precision: int4, start: 0.5}", "{kind: lora, rank: 4}"
-LEARNED = "{precision: int4, start: 0.25, learn_scales: true}"
-BUDGET = "130kB"  # the smallest takes 120, 8 bits everywhere 160
 BUILDS = {
-    "rtn": {"aware": "int4", "adapter": "null", "method": "rtn", "budget": "null"},
-    "gptq": {"aware": LATE, "adapter": "null", "method": "gptq", "budget": "null"},
-    "lora": {"aware": "int4", "adapter": LORA, "method": "rtn", "budget": "null"},
-    "learned, rtn": {"aware": LEARNED, "adapter": "null", "method": "rtn", "budget": "null"},
-    "learned, searched, gptq": {"aware": LEARNED, "adapter": "null", "method": "gptq", "budget": BUDGET},
-    "searched, gptq": {"aware": LATE, "adapter": "null", "method": "gptq", "budget": BUDGET},
-    "searched, lora": {"aware": "int4", "adapter": LORA, "method": "rtn", "budget": BUDGET},
+    "rtn": {"aware": "int4", "adapter": "null", "method": "rtn"},
+    "gptq": {"aware": LATE, "adapter": "null", "method": "gptq"},
+    "lora": {"aware": "int4", "adapter": LORA, "method": "rtn"},
 }
 
 
@@ -80,9 +73,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def rounding_of(folder: Path) -> Trained:
-    searched = folder / "run" / "bits"
-    section = load(folder / "tiny.yaml").quantize.int4
-    return Trained(section, 4, chosen_grids(searched if searched.is_dir() else None))
+    return Trained(load(folder / "tiny.yaml").quantize.int4, 4)
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -112,8 +103,7 @@ def test_the_weights_left_behind_are_not_the_rounded_ones_and_scales_lie_beside_
     name, folder = built
     for arm in ARMS:
         own = folder / "run" / arm / "model"
-        assert (own / SCALES).is_file() == (name.endswith("gptq") or name.startswith("learned"))
-        assert not (own / CALIBRATED).exists()
+        assert (own / SCALES).is_file() == (name == "gptq")
         plain, rounded = models.load(own), models.load(own)
         names = round_weights(rounded, *trained_roundings(rounding_of(folder), own))
         for key in names:
@@ -148,16 +138,15 @@ def test_changed_options_of_the_bundle_train_again_only_where_training_sees_them
     ("overrides", "words"),
     [
         (["precisions=[int8]"], "is not among precisions"),
-        (["quantize.int4.method=hqq"], "needs rtn or gptq"),
+        (["quantize.int4.method=k_quant"], "needs rtn or gptq"),
         (["train.quantization_aware={precision: int4, start: 0.8, ramp: 0.4}"], "needs at most 0.2"),
         (["train.quantization_aware=int5"], "int8, int4"),
         (["train.adapter={kind: qlora}"], "needs kind: lora"),
         (["train.adapter={kind: lora, dropout: 0.1}"], "needs 0"),
         (["train.adapter={kind: lora}", "quantize.int4.method=gptq"], "needs rtn, or no adapter"),
-        (["train.adapter={kind: lora}", f"train.quantization_aware={LEARNED}"], "frozen, scales too"),
         (["train.distributed={fsdp: full_shard}"], "rounding needs it whole"),
         (["quantize.int4.method=gptq", "train.compile=true"], "cannot be calibrated"),
-        (["quantize.budget=null", "quantize.max_perplexity_increase=3%"], "needs a quantize.budget"),
+        (["quantize.budget=1MB"], "cannot be combined; drop one"),
         (["quantize.int4.method=gptq", "train.quantization_aware={precision: int4, ramp: 0.1}"], "fade in"),
     ],
 )
@@ -185,46 +174,6 @@ def test_scales_of_another_grid_are_refused(tmp_path: Path, tiny_folder: dict[st
 def test_every_product_of_the_layers_is_in_the_trained_bundle(built: tuple[str, Path]) -> None:
     name, folder = built
     record = results(folder / "run" / "baseline" / "int4")
-    in_layers = 8 if name in ("gptq", "learned, rtn") else 0  # 4 products in each of 2 layers
-    expected = 9 if "searched" in name else in_layers  # and the head
-    assert record["calibrated_tensors"] == expected
+    assert record["calibrated_tensors"] == (8 if name == "gptq" else 0)  # 4 products in each of 2 layers
     graph = onnx.load(folder / "run" / "baseline" / "int4" / "model.onnx", load_external_data=False).graph
     assert sum(node.op_type == "MatMulNBits" for node in graph.node) == 9
-
-
-def test_a_search_comes_before_training_and_every_arm_trains_and_ships_on_what_it_chose(
-    built: tuple[str, Path],
-) -> None:
-    name, folder = built
-    run = folder / "run"
-    if "searched" not in name:
-        assert not (run / "bits").exists()
-        return
-    rows = {row["name"]: row for row in chosen_bits(run / "bits")["weights"]}
-    kinds = {(row["bits"], row["group"], row["symmetric"]) for row in rows.values()}
-    assert len(kinds) > 1  # or the search would have shown nothing
-    for arm in ARMS:
-        record = results(run / arm / "int4")
-        assert record["size_bytes"] <= record["search"]["goal"]["budget"]
-        for row in record["by_tensor"]:
-            assert all(row[key] == rows[row["name"]][key] for key in ("bits", "group", "symmetric"))
-    parameters = {parameter for row in rows.values() for parameter in row["parameters"]}
-    held = models.load(run / "baseline" / "model")
-    assert parameters - {"lm_head.weight"} == {
-        key for key, value in held.named_parameters() if value.ndim > 1
-    }
-    searches = [results(run / arm / "int4")["search"] for arm in ARMS]
-    assert searches[0]["trained"].keys() == {"measured_kl", "perplexity_increase"}
-    assert searches[1]["decided_by"] == "baseline"
-
-
-def test_a_searched_bundle_trains_again_only_for_another_budget(
-    tmp_path: Path, tiny_folder: dict[str, Path]
-) -> None:
-    path = write(tmp_path, tiny_folder["llama"], "searched, gptq")
-    whole, more = keys(path), keys(path, "quantize.budget=140kB")
-    assert whole["bits"] != more["bits"] and "bits" not in keys(path, "quantize.budget=null")
-    assert whole["bits"] == keys(path, "quantize.int4.accuracy_level=0")["bits"]
-    reads = {stage.name: stage.reads for stage in stages(load(path), threads=1)}
-    for stage in ("baseline/model", "dispersed/model", "baseline/int4", "dispersed/verify-int4"):
-        assert "bits" in reads[stage]

@@ -263,9 +263,7 @@ def _survival(arm: str, precision: str, loss: tuple[float, float]) -> dict[str, 
         }
         for name, moved in shares.items()
     }
-    found: dict[str, Any] = {
-        "weights": {"nearest": 1.0, "unmatched": [], "rescaled": [], "references": references}
-    }
+    found: dict[str, Any] = {"weights": {"nearest": 1.0, "unmatched": [], "references": references}}
     if arm == "dispersed":
         found["loss"] = {
             "heldout_perplexity": {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel
 from edgedisp.quantize import calibrated
-from edgedisp.quantize.calibrated import gptq_model, weighted_model
+from edgedisp.quantize.calibrated import gptq_model
 from edgedisp.quantize.grid import Blocks, Grid, dequantize, quantize
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.rewrite import quantize_bundle
@@ -61,17 +60,16 @@ def test_the_graph_computes_what_the_calibrated_model_computes(tmp_path: Path, f
 
 
 @pytest.mark.parametrize("form", [*twins.FAMILIES, "llama, untied, biases, wide heads"])
-@pytest.mark.parametrize("calibration", [gptq_model, partial(weighted_model, method="k_quant")])
 def test_a_calibrated_head_is_the_one_in_the_graph_and_a_tied_embedding_with_it(
-    tmp_path: Path, form: str, calibration: Any
+    tmp_path: Path, form: str
 ) -> None:
     twins.make(tmp_path / "model", form)
     for name in ("fp32", "int4"):
         (tmp_path / name).mkdir()
     export(tmp_path / "model", tmp_path / "fp32", threads=1)
-    opened, ends = models.load(tmp_path / "model"), Grid(4, 32, False)
-    made = calibration(opened, decoder_layers(opened), TOKENS, GRID, head=ends)
-    options: dict[str, Any] = {"bits": 4, "group": 16, "head_bits": 4, "head_group": 32, "symmetric": False}
+    opened, ends = models.load(tmp_path / "model"), GRID
+    made = gptq_model(opened, decoder_layers(opened), TOKENS, GRID, head=ends)
+    options: dict[str, Any] = {"bits": 4, "group": 16, "head_bits": 4, "symmetric": False}
     record = quantize_bundle(tmp_path / "fp32", tmp_path / "int4", accuracy_level=0, made=made, **options)
     assert record["calibrated_tensors"] == record["tensors"] - (not record["tied"])
     if not record["tied"]:

@@ -59,22 +59,6 @@ def test_the_accounting_is_the_files_byte_for_byte(form: str, tmp_path: Path) ->
         assert found["precisions"][name]["size_bytes"] == record["size_bytes"]
 
 
-@pytest.mark.parametrize("form", ["llama", "gpt2"])
-def test_the_accounting_of_nf4_is_the_files_byte_for_byte(form: str, tmp_path: Path) -> None:
-    folder, fp32, bundle = tmp_path / "model", tmp_path / "fp32", tmp_path / "nf4"
-    graph_twins.make(folder, form)
-    for made in (fp32, bundle):
-        made.mkdir()
-    export(folder, fp32, threads=1)
-    section = QuantizeBits(method="nf4", group=64)
-    found = size_account(models.empty_model(folder), {"int4": (4, section)}, {})["precisions"]["int4"]
-    record = quantize_bundle(fp32, bundle, bits=4, group=64, method="nf4", symmetric=section.symmetric)
-    assert (found["data_bytes"], found["graph_bytes"]) == sizes_of(bundle)
-    for part, row in record["by_component"].items():
-        if part != "other":
-            assert found["components"][part] == row["size_bytes"]
-
-
 def test_a_grid_for_one_tensor_goes_before_the_others(tmp_path: Path) -> None:
     shapes = outline(_skeleton(tmp_path, "llama"))
     body = Grid(4, 32, False)

@@ -19,17 +19,15 @@ from edgedisp.core.stage_folder import Record, finish, making
 from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.evaluate.divergence import compare
 from edgedisp.graph.export import export
-from edgedisp.graph.session import OnnxModel, at_accuracy_level, open_session
+from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.pipeline import stages
 from edgedisp.quantize.calibrated import gptq_model
 from edgedisp.quantize.candidates import USUAL
-from edgedisp.quantize.levels import choose_levels, with_levels
 from edgedisp.quantize.rewrite import quantize_bundle
 from edgedisp.quantize.sensitivity import Text, loss
 from edgedisp.quantize.units import find_units, read_unit, written
 from edgedisp.recipe import Quantize, load
-from edgedisp.recipe.quantizing import Int4
-from edgedisp.stages import bundles, mixed
+from edgedisp.stages import mixed
 from edgedisp.stages.accounting import check_budget
 from edgedisp.stages.texts import pieces_of
 
@@ -60,7 +58,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Folders
 def searched(found: Folders, out: Path, **goal: Any) -> dict[str, Any]:
     out.mkdir()
     section = Quantize.model_validate(goal)
-    return mixed.quantize_searched(section, 0, found["fp32"], found["model"], found["corpus"], 1, out, silent)
+    return mixed.quantize_searched(section, 0, found["fp32"], found["model"], found["corpus"], out, silent)
 
 
 def size(bundle: Path) -> int:
@@ -196,14 +194,13 @@ def finished(found: Folders, root: Path, arm: str, decided: Path | None = None, 
     folder.parent.mkdir(parents=True)
     with making(folder, {"stage": arm}) as own:
         reads = (found["fp32"], found["model"], found["corpus"])
-        results = mixed.quantize_searched(section, 0, *reads, 1, own, silent, decided)
+        results = mixed.quantize_searched(section, 0, *reads, own, silent, decided)
         return finish(own, folder, {"stage": arm}, results, 0.0)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-@pytest.mark.parametrize("level", ["auto", 4])
 def test_an_arm_that_follows_is_stored_as_the_one_that_searched(
-    method: str, level: Any, folders: Callable[[str], Folders], sizes: dict[str, int], tmp_path: Path
+    method: str, folders: Callable[[str], Folders], sizes: dict[str, int], tmp_path: Path
 ) -> None:
     first = folders("llama")
     other = {**first, "model": tmp_path / "model", "fp32": tmp_path / "fp32"}
@@ -215,7 +212,7 @@ def test_an_arm_that_follows_is_stored_as_the_one_that_searched(
     models.save(changed, models.load_tokenizer(first["model"]), other["model"])
     other["fp32"].mkdir()
     export(other["model"], other["fp32"], threads=1)
-    int4 = {"method": method, "calibration_tokens": 256, "accuracy_level": level, "max_flips": 0.05}
+    int4 = {"method": method, "calibration_tokens": 256, "accuracy_level": 4}
     middle = round((sizes["4"] + sizes["8"]) / 2)
     goal = {"budget": f"{middle / 1000}kB", "int4": int4}
     decider = finished(first, tmp_path, "baseline", **goal)
@@ -244,68 +241,6 @@ def test_an_arm_that_follows_is_stored_as_the_one_that_searched(
     assert search["measured_kl"] == pytest.approx(measured, rel=2e-2)
 
 
-def at_auto(found: Folders, out: Path, limit: float) -> dict[str, Any]:
-    out.mkdir()
-    section = Int4.model_validate({"accuracy_level": "auto", "max_flips": limit})
-    return bundles.quantize(section, 4, found["fp32"], None, found["corpus"], out, silent)
-
-
-@pytest.mark.parametrize("limit", [0.0, 0.01, 1.0])
-def test_levels_hold_the_limit_on_flips(
-    limit: float, folders: Callable[[str], Folders], tmp_path: Path
-) -> None:
-    record = at_auto(folders("llama"), tmp_path / "int4", limit)
-    found = record["accuracy_levels"]
-    opened = OnnxModel(tmp_path / "int4", 1)
-    graph = onnx.load(tmp_path / "int4" / "model.onnx", load_external_data=False)
-    exact = OnnxModel(tmp_path / "int4", 1)
-    exact.session = open_session(tmp_path / "int4", 1, with_levels(graph, ()))
-    ids = TOKENS.astype(np.int64)
-    both = [one(ids, np.ones_like(ids)).reshape(-1, twins.VOCABULARY) for one in (exact, opened)]
-    flips = float((both[0].argmax(-1) != both[1].argmax(-1)).mean())
-    assert found["flips"] == pytest.approx(flips, abs=0.004) and found["flips"] <= limit
-    at_0 = {row["name"] for row in record["by_tensor"] if row["accuracy_level"] == 0}
-    assert len(at_0) == len(found["nodes_at_0"])
-    assert found["flips_all_4"] > 0.01  # or the twin would show nothing
-    assert (len(at_0) == 0) == (limit == 1.0)
-    if limit == 0.01:
-        assert 0 < len(at_0) < found["nodes"]
-    assert record["size_bytes"] == size(tmp_path / "int4")
-
-
-def test_the_worst_node_is_found() -> None:
-    """Made logits: one node of five moves the best token, the others move nothing that matters."""
-    nodes = [
-        onnx.helper.make_node(
-            "MatMulNBits",
-            ["x", f"w{i}.q4"],
-            [f"y{i}"],
-            name=f"n{i}",
-            domain="com.microsoft",
-            bits=2 if i == 4 else 4,
-            accuracy_level=4,
-        )
-        for i in range(5)
-    ]
-    graph = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], []))
-    base = np.random.default_rng(0).normal(size=(200, 50)).astype(np.float32)
-
-    def run(variant: bytes, count: int) -> np.ndarray:
-        logits = base.copy()
-        for index, node in enumerate(onnx.ModelProto.FromString(variant).graph.node):
-            if next(a.i for a in node.attribute if a.name == "accuracy_level") == 4:
-                logits += (1.0 if index == 2 else 1e-5) * np.random.default_rng(index + 1).normal(
-                    size=logits.shape
-                )
-        return logits[:count]
-
-    levels = choose_levels(graph, run, 200, limit=0.01)
-    assert set(levels.exact) == {"n2", "n4"}
-    assert levels.record["flips_all_4"] > 0.3 and levels.record["flips"] == 0.0
-    assert max(levels.record["kl_by_node"], key=levels.record["kl_by_node"].__getitem__) == "n2"
-    assert choose_levels(graph, run, 200, limit=1.0).exact == ("n4",)
-
-
 def test_gptq_above_the_limit_fails() -> None:
     with pytest.raises(BuildFailed, match="after gptq"):
         mixed._hold(0.01, 0.02)
@@ -329,18 +264,13 @@ def keys(folder: Path, *overrides: str) -> dict[str, Any]:
 
 def test_a_budget_makes_the_int4_bundle_again_and_nothing_else(tmp_path: Path) -> None:
     plain = keys(tmp_path)
-    assert plain["baseline/int4"][1] == ("baseline/fp32",) and "max_flips" not in plain["baseline/int4"][0]
-    assert keys(tmp_path, "quantize.int4.max_flips=1%") == plain  # read at level auto alone
+    assert plain["baseline/int4"][1] == ("baseline/fp32",)
     budget = keys(tmp_path, "quantize.budget=100MB")
     assert {name for name in plain if budget[name] != plain[name]} == {"baseline/int4", "dispersed/int4"}
     assert budget["baseline/int4"][1] == ("baseline/fp32", "baseline/model", "corpus")
     assert keys(tmp_path, "quantize.budget=100MB", "quantize.int4.group=64") == budget
     gptq = keys(tmp_path, "quantize.budget=100MB", "quantize.int4.method=gptq")
     assert gptq["baseline/int4"] != budget["baseline/int4"]
-    level = keys(tmp_path, "quantize.int8.accuracy_level=auto")
-    assert {name for name in plain if level[name] != plain[name]} == {"baseline/int8", "dispersed/int8"}
-    assert level["baseline/int8"][1] == ("baseline/fp32", "corpus")
-    assert level["dispersed/int8"][1] == ("dispersed/fp32", "corpus", "baseline/int8")
     assert budget["dispersed/int4"][1][-1] == "baseline/int4"
     turned = [stage.name for stage in stages(load(tmp_path / "tiny.yaml", ["arms=[dispersed, baseline]"]), 1)]
     assert turned.index("baseline/int4") < turned.index("dispersed/int4")

@@ -98,11 +98,6 @@ def test_all_problems_of_a_profile_are_told_at_once_each_with_its_line(tmp_path:
             GOOD + "precision: fp32\nquantize: {group: 64}\n",
             "/box.yaml:6: quantize: found, but precision fp32",
         ),
-        (
-            GOOD.replace("x86_64", "wasm32").replace("arm64", "wasm32")
-            + "layouts: [transformers.js]\nquantize: {method: nf4}\n",
-            "/box.yaml:6: quantize.method: found 'nf4', which WebAssembly has no fast product for",
-        ),
         (GOOD + "notes: 3\nsources: [4]\n", "/box.yaml: 2 problems"),
         (GOOD + "notes: [it is fast]\n", "/box.yaml:5: notes: found without sources"),
         (GOOD.replace("512", "16"), "/box.yaml:4: context: found 16; needs a whole number of at least 64"),
