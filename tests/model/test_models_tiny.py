@@ -1,0 +1,128 @@
+"""The tiny random models, and parameter counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgedisp.core.errors import BadInput
+from edgedisp.data import synthetic_documents
+from edgedisp.models import context_length, count_parameters, encode, load, tiny_model
+
+TEXTS = [document.text for document in synthetic_documents(120, seed=0)]
+FAMILIES = ["llama", "qwen2", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox"]
+OTHER_FAMILIES = ["mistral", "bloom", "phi", "gemma2", "starcoder2", "mamba"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tiny_model_is_small_and_shaped_for_the_exporters(family: str) -> None:
+    model, tokenizer = tiny_model(family, TEXTS, vocab_size=400, context=128)
+    config = model.config
+    assert config.model_type == family
+    assert config.num_hidden_layers == 2
+    assert context_length(config) == 128
+    assert len(tokenizer) <= config.vocab_size == 400
+    assert getattr(config, "head_dim", config.hidden_size // config.num_attention_heads) in (16, 32)
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert is_tied == (family != "gpt_neox")  # as Pythia and the small models of the others are
+    assert sum(parameter.numel() for parameter in model.parameters()) < 200_000
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert (config.bos_token_id, config.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if family == "gemma3_text":
+        assert config.layer_types == ["sliding_attention", "full_attention"]
+        assert config.sliding_window < 128
+
+
+def test_the_same_seed_gives_the_same_model_and_leaves_the_random_state_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, tokenizer = tiny_model("qwen3", TEXTS, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    second, other_tokenizer = tiny_model("qwen3", TEXTS, seed=3)
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, second.state_dict()[name])
+    assert tokenizer.get_vocab() == other_tokenizer.get_vocab()
+    other = tiny_model("qwen3", TEXTS, seed=4)[0]
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+
+
+def test_its_tokenizer_is_lossless_and_knows_its_special_tokens() -> None:
+    _, tokenizer = tiny_model("llama", TEXTS)
+    assert [
+        tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("endoftext", "im_start", "im_end")
+    ] == [
+        0,
+        1,
+        2,
+    ]
+    for text in (*TEXTS[:5], " two  spaces\n\ttab", "na\u00efve \u65e5\u672c \U0001f600", "it 's . done ?"):
+        assert tokenizer.decode(encode(tokenizer, text)) == text
+    assert encode(tokenizer, "a<|im_end|>")[-1] == 2
+    learned = sum(len(encode(tokenizer, text)) for text in TEXTS) / sum(len(text) for text in TEXTS)
+    assert learned < 0.6  # tokens a character: it has merged
+    turns = [{"role": "user", "content": "Hi"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_a_model_of_little_text_still_has_a_vocabulary_of_a_multiple_of_16() -> None:
+    model, tokenizer = tiny_model("gpt2", ["a few words only"])
+    assert 259 <= len(tokenizer) < 512
+    assert model.config.vocab_size % 16 == 0
+    assert model.config.vocab_size - len(tokenizer) < 16
+
+
+@pytest.mark.parametrize("family", ["", "nonsense", "bert", "t5", "qwen3_moe", "gptj"])
+def test_a_family_that_cannot_be_made_small_lists_those_that_can(family: str) -> None:
+    with pytest.raises(BadInput, match=rf"{family!r}: .*llama, qwen2, qwen3, gemma3_text, opt, gpt2"):
+        tiny_model(family, TEXTS)
+
+
+@pytest.mark.parametrize("vocab_size", [0, 256, 500])
+def test_a_vocabulary_has_room_for_all_bytes(vocab_size: int) -> None:
+    with pytest.raises(BadInput, match="multiple of 16 from 272"):
+        tiny_model("llama", TEXTS, vocab_size=vocab_size)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHER_FAMILIES])
+def test_the_components_add_up_to_the_models_unique_parameters(family: str) -> None:
+    model, _ = tiny_model(family, TEXTS[:20])
+    sizes = count_parameters(model)
+    unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    parts = [sizes[part] for part in ("embedding", "attention", "mlp", "norm", "head", "other")]
+    assert sum(parts) == sizes["total"] == sum(unique.values())
+    assert sizes["tied"] == (family != "gpt_neox")
+    assert sizes["norm"] > 0
+    if family != "mamba":  # has neither
+        assert min(sizes["attention"], sizes["mlp"]) > 0
+        assert sizes["other"] == 0
+
+
+def test_the_components_of_a_llama_follow_from_its_widths(tiny_folder: dict[str, Path]) -> None:
+    config = load(tiny_folder["llama"]).config
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    assert count_parameters(load(tiny_folder["llama"])) == {
+        "embedding": config.vocab_size * hidden,
+        "attention": layers * hidden * (2 * queries + 2 * keys),
+        "mlp": layers * 3 * hidden * inner,
+        "norm": (2 * layers + 1) * hidden,
+        "head": 0,
+        "other": 0,
+        "total": sum(parameter.numel() for parameter in load(tiny_folder["llama"]).parameters()),
+        "tied": True,
+    }
+
+
+def test_an_untied_head_is_counted_as_head() -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_model("llama", TEXTS[:20])[0].config
+    config.tie_word_embeddings = False
+    sizes = count_parameters(AutoModelForCausalLM.from_config(config))
+    assert sizes["tied"] is False
+    assert sizes["head"] == sizes["embedding"] == config.vocab_size * config.hidden_size

@@ -1,0 +1,61 @@
+"""Text to token ids: what stands before and behind a document, and what a tokenizer may not do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+from edgedisp.core.errors import BadInput
+from edgedisp.data import synthetic_documents
+from edgedisp.models import Encoder, bos_id, document_encoder, encode, end_of_text_id, load_tokenizer
+
+TEXTS = [document.text for document in synthetic_documents(120, seed=0)]
+
+
+def tokenizer_with(vocabulary: dict[str, int], eos: int | None) -> Any:
+    return SimpleNamespace(get_vocab=lambda: vocabulary, eos_token_id=eos)
+
+
+def test_a_document_ends_with_endoftext_where_there_is_one_else_with_eos() -> None:
+    # SmolLM2: <|endoftext|> is 0, while eos ends a turn. Llama 3 calls it otherwise. Gemma has only eos.
+    assert end_of_text_id(tokenizer_with({"<|endoftext|>": 0, "<|im_end|>": 2}, eos=2)) == 0
+    assert end_of_text_id(tokenizer_with({"<|end_of_text|>": 5, "<|eot_id|>": 9}, eos=9)) == 5
+    assert end_of_text_id(tokenizer_with({"<eos>": 1}, eos=1)) == 1
+    with pytest.raises(BadInput, match="no token that ends a document"):
+        end_of_text_id(tokenizer_with({"a": 0}, eos=None))
+
+
+def test_a_document_begins_with_the_token_that_its_tokenizer_puts_before_a_text(
+    tiny_folder: dict[str, Path],
+) -> None:
+    # Gemma, Llama 3 and Mistral; OPT's is the token that also ends a document, so none is put twice.
+    tokenizer = load_tokenizer(tiny_folder["llama"])
+    plain = encode(tokenizer, TEXTS[0])
+    assert bos_id(tokenizer) is None
+    assert document_encoder(tokenizer)(TEXTS[0]) == plain
+    end = end_of_text_id(tokenizer)
+    for name in ("<|im_start|>", "<|endoftext|>"):
+        token = tokenizer.convert_tokens_to_ids(name)
+        added = [] if token == end else [token]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{name} $A", None, [(name, token)])
+        assert bos_id(tokenizer) == token
+        assert document_encoder(tokenizer)(TEXTS[0]) == [*added, *plain]
+        # A chat template writes the token itself: no second one.
+        assert document_encoder(tokenizer)(f"{name}user")[:2] != [token, token]
+        assert encode(tokenizer, TEXTS[0]) == plain
+
+
+def test_encoding_one_or_many_is_the_same_and_adds_nothing(tiny_folder: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer(tiny_folder["llama"])
+    encoder = Encoder(tokenizer)
+    one_by_one = [encode(tokenizer, text) for text in TEXTS[:20]]
+    assert encoder.batch(TEXTS[:20]) == encode(tokenizer, TEXTS[:20]) == one_by_one
+    assert encoder(TEXTS[0]) == one_by_one[0]
+    assert encoder.batch([]) == []
+    assert encode(tokenizer, "") == []
+    long = " ".join(TEXTS)  # far longer than the model's context: nothing is cut off
+    assert tokenizer.decode(encode(tokenizer, long)) == long

@@ -1,0 +1,103 @@
+"""A torch model as the callable ids -> logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edgedisp.core.errors import BadInput
+from edgedisp.data import synthetic_documents
+from edgedisp.models import TorchModel, encode, load, tiny_model
+
+TEXTS = [document.text for document in synthetic_documents(120, seed=0)]
+FAMILIES = ["llama", "qwen2", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox"]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "bloom"])
+def test_a_padded_row_has_the_logits_of_the_row_alone(family: str) -> None:
+    model, tokenizer = tiny_model(family, TEXTS, context=128)
+    scored = TorchModel(model)
+    rows = [encode(tokenizer, TEXTS[number])[:length] for number, length in enumerate((100, 1, 37))]
+    ids = np.full((3, 100), tokenizer.pad_token_id, dtype=np.int64)
+    mask = np.zeros((3, 100), dtype=np.int64)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)], mask[number, : len(row)] = row, 1
+    together = scored(ids, mask)
+    assert together.dtype == np.float32
+    assert together.shape == (3, 100, scored.vocab_size)
+    assert np.isfinite(together).all()
+    for number, row in enumerate(rows):
+        alone = scored(np.array([row]), np.ones((1, len(row)), dtype=np.int64))[0]
+        np.testing.assert_allclose(together[number, : len(row)], alone, atol=2e-5)
+    # And what stands at the padded places does not matter.
+    ids[mask == 0] = 7
+    np.testing.assert_allclose(scored(ids, mask)[mask == 1], together[mask == 1], atol=2e-5)
+
+
+def test_the_logits_are_those_of_the_plain_forward_pass(tiny_folder: dict[str, Path]) -> None:
+    model = load(tiny_folder["llama"])
+    ids = np.arange(3, 43).reshape(2, 20)
+    with torch.no_grad():
+        plain = model(input_ids=torch.from_numpy(ids)).logits.numpy()
+    np.testing.assert_allclose(TorchModel(model)(ids, np.ones_like(ids)), plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "mamba"])
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_greedy_with_the_cache_equals_greedy_without(family: str) -> None:
+    model, tokenizer = tiny_model(family, TEXTS, context=128)
+    scored = TorchModel(model)
+    for length in (1, 80):  # 80 is beyond Gemma's sliding window of 64
+        prompt = encode(tokenizer, TEXTS[length])[:length]
+        plain = list(prompt)
+        for _ in range(6):
+            ids = np.array([plain])
+            plain.append(int(scored(ids, np.ones_like(ids))[0, -1].argmax()))
+        new = plain[length:]
+        assert scored.greedy(prompt, 6, frozenset()) == new
+        stop = new[3]
+        assert scored.greedy(prompt, 6, frozenset({stop})) == new[: new.index(stop) + 1]
+
+
+def test_greedy_ends_with_the_context_and_refuses_what_does_not_fit(tiny_folder: dict[str, Path]) -> None:
+    scored = TorchModel(load(tiny_folder["gpt2"]))
+    assert scored.context == 256
+    assert len(scored.greedy([5] * 248, 50, frozenset())) == 8
+    assert scored.greedy([5] * 256, 50, frozenset()) == []
+    assert scored.greedy([5], 0, frozenset()) == []
+    for prompt in ([], [5] * 257):
+        with pytest.raises(BadInput, match=f"1 to 256 tokens.*found {len(prompt)}"):
+            scored.greedy(prompt, 1, frozenset())
+
+
+def test_the_thread_count_holds_during_a_call_only(tiny_folder: dict[str, Path]) -> None:
+    model = load(tiny_folder["llama"])
+    before = torch.get_num_threads()
+    wanted = 1 if before > 1 else 2
+    during: list[int] = []
+    model.register_forward_hook(lambda *_: during.append(torch.get_num_threads()))
+    ids = np.ones((1, 4), dtype=np.int64)
+    TorchModel(model, threads=wanted)(ids, ids)
+    TorchModel(model)(ids, ids)
+    assert during == [wanted, before]
+    assert torch.get_num_threads() == before
+
+
+def test_scoring_keeps_no_gradients_and_sets_eval_mode(tiny_folder: dict[str, Path]) -> None:
+    model = load(tiny_folder["llama"]).train()
+    scored = TorchModel(model)
+    assert not model.training
+    scored(np.ones((1, 4), dtype=np.int64), np.ones((1, 4), dtype=np.int64))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_model_on_a_gpu_answers_like_one_on_the_cpu(tiny_folder: dict[str, Path]) -> None:
+    ids = np.arange(3, 43).reshape(2, 20)
+    on_cpu = TorchModel(load(tiny_folder["llama"]))
+    on_gpu = TorchModel(load(tiny_folder["llama"]).to("cuda"))
+    np.testing.assert_allclose(on_gpu(ids, np.ones_like(ids)), on_cpu(ids, np.ones_like(ids)), atol=1e-3)
+    assert on_gpu.greedy([5, 6], 8, frozenset()) == on_cpu.greedy([5, 6], 8, frozenset())
