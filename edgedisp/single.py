@@ -23,7 +23,7 @@ from edgedisp.bench.summary import arms_to_compare, labelled
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.paths import data_folder
 from edgedisp.core.progress import Progress
-from edgedisp.core.stage_folder import MANIFEST, changed_files, check_files, list_again, write_json
+from edgedisp.core.stage_folder import MANIFEST, changed_files, check_files, update_listing, write_json
 from edgedisp.data import cache_folder
 from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.graph import check, layout
@@ -241,7 +241,7 @@ def write_threads(bundle: Path, threads: int) -> None:
     layout.set_threads(bundle, threads)
     manifest = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
     write_json(bundle / MANIFEST, {**manifest, "threads": threads})
-    list_again(bundle, ("genai_config.json",))
+    update_listing(bundle, ("genai_config.json",))
 
 
 def _ids_of_text(bundle: Path) -> list[int]:

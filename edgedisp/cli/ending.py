@@ -6,9 +6,12 @@ Exit codes: 0 done, 1 failed, 2 bad recipe or usage, 130 interrupted. No traceba
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
+import signal
 import sys
+import threading
 from typing import Any
 
 from edgedisp.cli.app import app
@@ -21,6 +24,7 @@ CONTINUE = ("build", "pilot")  # the commands that keep what is done
 
 def main() -> None:
     """The entry point: every failure becomes one message and its exit code."""
+    _prepare_process()
     # Says at import that a kernel package is missing which nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
@@ -47,6 +51,19 @@ def main() -> None:
         raise
 
 
+def _prepare_process() -> None:
+    """SIGTERM (docker stop, Slurm) ends a command as Ctrl-C does; a terminal's encoding never does."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _raise_interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _raise_interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def _interrupted() -> None:
     continues = "; the same command continues where this one stopped"
     _end("interrupted" + (continues if sys.argv[1:2] and sys.argv[1] in CONTINUE else ""), INTERRUPTED)
@@ -68,14 +85,14 @@ def _run() -> Any:
     except Exception:
         here = processes.place()
         if here.count > 1 and here.leads:
-            processes.stand_back(1)
+            processes.wait_for_launcher(1)
         _after_the_first()
         raise
 
 
 def _after_the_first() -> None:
     if not processes.leads():
-        processes.stand_back()
+        processes.wait_for_launcher()
 
 
 def _disk_is_full(error: BaseException) -> bool:

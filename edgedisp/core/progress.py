@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from edgedisp.core.stage_folder import Record
@@ -26,23 +25,21 @@ def silent(done: int, total: int, note: str) -> None:
 
 def clock(seconds: float) -> str:
     """`75` -> `1:15`."""
-    whole = max(0, round(seconds))
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
 class Screen:
     """Shows a build's progress; fits `pipeline.Observer` and, as `screen.progress`, the progress callback."""
 
     def __init__(self, title: str) -> None:
-        self.title = title
-        self._stage = title
-        self._said = time.monotonic()
+        self.title = self._stage = title
+        self._last_line = time.monotonic()
         self._first = 0.0, 0  # time and count of the first call of a stage, or of a part of it
         self._last = 0, -1  # count and total of the last call
         self._bar: Any = None
         self._task: Any = None
-        self._kept: list[str] = []
+        self._unchanged: list[str] = []
 
     def __enter__(self) -> Screen:
         if sys.stderr.isatty():
@@ -50,24 +47,22 @@ class Screen:
             self._bar.start()
             self._task = self._bar.add_task(self.title, total=None, note="")
         else:
-            self._say(self.title)
+            self._print(self.title)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._tell_kept()
+    def __exit__(self, *error: object) -> None:
+        self._print_unchanged()
         if self._bar is not None:
             self._bar.stop()
 
     def started(self, name: str, number: int, total: int) -> None:
-        self._tell_kept()
-        self._stage, self._said = f"[{number:2}/{total}] {name}", time.monotonic()
+        self._print_unchanged()
+        self._stage, self._last_line = f"[{number:2}/{total}] {name}", time.monotonic()
         self._last = 0, -1
         if self._bar is not None:
             self._bar.reset(self._task, total=None, description=self._stage, note="")
         else:
-            self._say(f"{self._stage} ...")
+            self._print(f"{self._stage} ...")
 
     def progress(self, done: int, total: int, note: str) -> None:
         now = time.monotonic()
@@ -78,30 +73,28 @@ class Screen:
                 self._bar.reset(self._task)
             self._bar.update(self._task, completed=done, total=total or None, note=note)
             return
-        # A resumed stage starts in the middle: only what was done since its first call tells the speed.
-        if is_new:
+        if is_new:  # a resumed stage starts in the middle: what was done since this call tells the speed
             self._first = now, done
-        since, already = self._first
-        if now - self._said < QUIET_S:
+        if now - self._last_line < QUIET_S:
             return
-        self._said = now
-        new = done - already
-        left = f", {clock((now - since) / new * (total - done))} left" if new > 0 and total else ""
+        self._last_line = now
+        seconds, count = now - self._first[0], done - self._first[1]
+        left = f", {clock(seconds / count * (total - done))} left" if count > 0 and total else ""
         of = f"{done}/{total}" if total else str(done)
-        self._say(f"{self._stage}: {of}{', ' + note if note else ''}{left}")
+        self._print(f"{self._stage}: {of}{', ' + note if note else ''}{left}")
 
     def finished(self, name: str, record: Record) -> None:
-        self._say(f"{self._stage}: done in {clock(record.seconds)}")
+        self._print(f"{self._stage}: done in {clock(record.seconds)}")
 
     def kept(self, name: str, record: Record) -> None:
-        self._kept.append(name)
+        self._unchanged.append(name)
 
-    def _tell_kept(self) -> None:
-        if self._kept:
-            self._say(f"kept {len(self._kept)} finished stages: {', '.join(self._kept)}")
-            self._kept = []
+    def _print_unchanged(self) -> None:
+        if self._unchanged:
+            self._print(f"kept {len(self._unchanged)} finished stages: {', '.join(self._unchanged)}")
+            self._unchanged = []
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False)
         else:
@@ -110,24 +103,17 @@ class Screen:
 
 
 def _live_bar() -> Any:
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(bar_width=24),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[note]}"),
         console=Console(stderr=True),
         transient=True,
     )

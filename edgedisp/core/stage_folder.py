@@ -1,15 +1,14 @@
 """A run's folders: one per stage, each finished or absent.
 
-A stage writes into `<stage>.partial`, then `record.json` last, and the folder is renamed into place: a
-folder with the stage's name is always whole. The record holds the key the stage was made for (its section
-of the recipe and the content hashes of what it read), so that an unchanged stage is recognised without
-opening a model, and the SHA-256 of every file, from which the stage's own content hash is made.
+A stage writes into `<stage>.partial`, then `record.json` last, and the folder is renamed into place: a folder
+with the stage's name is always whole. The record holds the key the stage was made for (its options and the
+content hashes of what it read), so that an unchanged stage is recognised without opening a model, and the
+SHA-256 of every file, from which the stage's own content hash is made. A bundle that leaves its run lists its
+files in the same way in `manifest.json`; `check_files` compares them before a runtime reads one.
 
-A bundle that leaves its run carries `manifest.json`, which lists its files in the same way; whoever opens one
-compares them first (`check_files`), so that a damaged download is found before a runtime reads it.
-
-What was left out: a database of artefacts shared between runs. A run folder can be copied, zipped or
-deleted with ordinary tools, and that is worth more.
+JSON of the wrong shape counts as truncated. Records are synced to the disk; large files are not: a power cut
+may cost the stage, whose file sizes are compared when it is read. There is no database of artefacts: a run
+folder can be copied, zipped or deleted with ordinary tools.
 """
 
 from __future__ import annotations
@@ -33,8 +32,14 @@ from edgedisp.core.errors import BadInput
 RECORD = "record.json"
 MANIFEST = "manifest.json"  # what a bundle says of itself wherever it is taken
 RUN = "run.json"
-SCORES = "scores.sqlite"  # beside it: every score so far (evaluate/kept.py)
+SCORES = "scores.sqlite"  # beside it: the store of all scores
 KEY = "key.json"
+
+Files = dict[str, dict[str, Any]]
+"""File by its path from the folder -> {size_bytes, sha256}."""
+
+
+# --- JSON and hashes -------------------------------------------------------------------------------------
 
 
 def canonical(value: Any) -> str:
@@ -55,11 +60,25 @@ def file_digest(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is either whole or absent; NaN is refused with ValueError."""
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(
-        json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    unfinished.replace(path)
+    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; empty if the file is absent, damaged, or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+# --- records ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,7 @@ class Record:
     folder: Path
     key: dict[str, Any]
     results: dict[str, Any]
-    files: dict[str, dict[str, Any]]
+    files: Files
     seconds: float
 
     @property
@@ -86,17 +105,16 @@ def read(folder: Path) -> Record | None:
 
     File sizes are compared, not hashes: a second build should cost seconds.
     """
-    try:
-        raw = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    raw = _read_object(folder / RECORD)
+    files = _listed_files(raw)
+    key, results, seconds = raw.get("key"), raw.get("results"), raw.get("seconds")
+    if files is None or not isinstance(key, dict) or not isinstance(results, dict):
         return None
-    except ValueError:
-        return None  # a damaged record is no record: the stage is made again
-    for name, entry in raw["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["size_bytes"]:
-            return None
-    return Record(folder, raw["key"], raw["results"], raw["files"], raw["seconds"])
+    if not isinstance(seconds, int | float) or any(
+        _size(folder / n) != f["size_bytes"] for n, f in files.items()
+    ):
+        return None
+    return Record(folder, key, results, files, seconds)
 
 
 def changed_files(folder: Path, pattern: str) -> list[str]:
@@ -104,52 +122,130 @@ def changed_files(folder: Path, pattern: str) -> list[str]:
 
     A folder without a readable record has none.
     """
+    files = _listed_files(_read_object(folder / RECORD)) or {}
+    paths = (path for path in sorted(folder.glob(pattern)) if path.name in files)
+    return [path.name for path in paths if file_digest(path) != files[path.name]["sha256"]]
+
+
+def list_files(folder: Path, without: Sequence[str] = ()) -> Files:
+    """Every file under a folder."""
+    paths = {
+        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    return {name: _entry(path) for name, path in paths.items() if name not in without}
+
+
+def check_files(folder: Path) -> bool:
+    """Compare a folder's files with what its manifest says, or its record: sizes first, then contents.
+
+    Returns False where there is neither. Raises BadInput naming the file, what was expected and what is
+    there, also where the list itself is damaged.
+    """
+    again = "copy or export the bundle again"
+    listing = next((path for path in (folder / MANIFEST, folder / RECORD) if path.is_file()), None)
+    if listing is None:
+        return False
+    files = _listed_files(_read_object(listing))
+    if files is None:
+        raise BadInput(f"{listing}: is damaged: no list of files with their sizes and SHA-256; {again}")
+    for name, entry in files.items():
+        path, size, expected = folder / name, _size(folder / name), entry["size_bytes"]
+        if size is None:
+            raise BadInput(f"{path}: is missing; {listing.name} lists it with {expected:,} bytes; {again}")
+        if size != expected:
+            raise BadInput(
+                f"{path}: has {size:,} bytes, {listing.name} says {expected:,}: truncated or changed; {again}"
+            )
+    for name, entry in files.items():
+        actual, expected = file_digest(folder / name), entry["sha256"]
+        if actual != expected:
+            reason = f"its SHA-256 is {actual}, {listing.name} says {expected}"
+            raise BadInput(f"{folder / name}: is damaged: {reason}; {again}")
+    return True
+
+
+def update_listing(folder: Path, names: Sequence[str]) -> None:
+    """Enter the files `names` anew where the folder's manifest lists them, then both in its record.
+
+    For a bundle whose files were changed on purpose after it was made.
+    """
+    for listing, changed in ((MANIFEST, names), (RECORD, (*names, MANIFEST))):
+        raw = _read_object(folder / listing)
+        files = _listed_files(raw)
+        if files is not None:
+            files |= {name: _entry(folder / name) for name in changed if name in files}
+            write_json(folder / listing, raw)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"size_bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _listed_files(raw: dict[str, Any]) -> Files | None:
+    """The `files` of a record or manifest; None if they are not a list of files."""
+    files = raw.get("files")
+    if isinstance(files, dict) and all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("size_bytes"), int)
+        and isinstance(entry.get("sha256"), str)
+        for entry in files.values()
+    ):
+        return files
+    return None
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that edgedisp runs from, with `+` if it has changes; None outside one."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout
+
     try:
-        files = json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        return []
-    found = (path for path in sorted(folder.glob(pattern)) if path.name in files)
-    return [path.name for path in found if file_digest(path) != files[path.name]["sha256"]]
+        commit = git("rev-parse", "--short=12", "HEAD").strip() if (root / ".git").exists() else None
+        return commit and commit + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# --- making a stage --------------------------------------------------------------------------------------
 
 
 @contextmanager
-def making(folder: Path, key: dict[str, Any], *, resumable: bool = False) -> Iterator[Path]:
-    """Give the folder to write a stage into; what is left there survives a kill only if `resumable`.
+def stage_output(folder: Path, key: dict[str, Any], *, resumable: bool = False) -> Iterator[Path]:
+    """Give the folder to write a stage into; what is there survives a kill only if `resumable`.
 
     On an exception an unresumable partial folder is removed at once, so that a full disk gets its space back.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    if partial.exists() and not (resumable and _key_of(partial) == key):
+    partial = _partial(folder)
+    if partial.exists() and not (resumable and is_started(folder, key)):
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     write_json(partial / KEY, key)
     try:
         yield partial
     except BaseException:
-        if not resumable:
+        if not resumable and not _is_finished(partial):
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def begun(folder: Path, key: dict[str, Any]) -> bool:
+def is_started(folder: Path, key: dict[str, Any]) -> bool:
     """Whether a stage's partial folder is there, made for this key."""
-    return bool(_key_of(folder.with_name(folder.name + ".partial")) == key)
-
-
-def _key_of(partial: Path) -> Any:
-    try:
-        return json.loads((partial / KEY).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
+    path = _partial(folder) / KEY
+    return path.is_file() and _read_object(path) == key
 
 
 def finish(
     partial: Path, folder: Path, key: dict[str, Any], results: dict[str, Any], seconds: float
 ) -> Record:
     """Hash the files, write the record, and rename the folder into place over an outdated one."""
-    (partial / KEY).unlink()
-    (partial / RECORD).unlink(missing_ok=True)  # came along with a folder that the stage copied
-    files = list_files(partial)
+    (partial / RECORD).unlink(missing_ok=True)  # of a folder that the stage copied
+    files = list_files(partial, without=(KEY,))
     raw = {
         "key": key,
         "results": results,
@@ -160,99 +256,47 @@ def finish(
         "git_commit": git_commit(),
     }
     write_json(partial / RECORD, raw)
-    outdated = folder.with_name(folder.name + ".outdated")
+    _move_into_place(folder)
+    return Record(folder, key, results, files, seconds)
+
+
+def _move_into_place(folder: Path) -> None:
+    """Rename a partial folder whose record is whole; a kill at any step leaves something to go on from."""
+    partial, outdated = _partial(folder), folder.with_name(folder.name + ".outdated")
+    (partial / KEY).unlink(missing_ok=True)
     if folder.exists():
         shutil.rmtree(outdated, ignore_errors=True)
         folder.rename(outdated)
     partial.rename(folder)
     shutil.rmtree(outdated, ignore_errors=True)
-    return Record(folder, key, results, files, seconds)
 
 
-def list_files(folder: Path, without: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-    """Every file under a folder, by its path from there: {size_bytes, sha256}."""
-    found = {
-        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
-    }
-    return {
-        name: {"size_bytes": path.stat().st_size, "sha256": file_digest(path)}
-        for name, path in found.items()
-        if name not in without
-    }
+def _recover(run: Path) -> None:
+    """Finish what a killed build left: rename stages whose record is whole, remove outdated folders."""
+    for partial in [path for path in run.rglob("*.partial") if path.is_dir()]:
+        if _is_finished(partial):
+            _move_into_place(partial.with_name(partial.name.removesuffix(".partial")))
+    for outdated in [path for path in run.rglob("*.outdated") if path.is_dir()]:
+        shutil.rmtree(outdated, ignore_errors=True)
 
 
-def check_files(folder: Path) -> bool:
-    """Compare a folder's files with what its manifest says, or its record: sizes first, then contents.
-
-    Returns False where there is neither. Raises BadInput naming the file, what was expected and what is
-    there, also where the list itself is damaged.
-    """
-    listed = next((path for path in (folder / MANIFEST, folder / RECORD) if path.is_file()), None)
-    if listed is None:
-        return False
-    try:
-        files = json.loads(listed.read_text(encoding="utf-8"))["files"]
-        expected = [
-            (str(name), int(entry["size_bytes"]), str(entry["sha256"])) for name, entry in files.items()
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{listed}: is damaged ({error!r}); {_AGAIN}") from error
-    for name, size, _ in expected:
-        path = folder / name
-        if not path.is_file():
-            raise BadInput(f"{path}: is missing; {listed.name} lists it with {size:,} bytes; {_AGAIN}")
-        if path.stat().st_size != size:
-            found = f"has {path.stat().st_size:,} bytes, {listed.name} says {size:,}"
-            raise BadInput(f"{path}: {found}: truncated or changed; {_AGAIN}")
-    for name, _, sha256 in expected:
-        if (found := file_digest(folder / name)) != sha256:
-            raise BadInput(
-                f"{folder / name}: is damaged: its SHA-256 is {found}, {listed.name} says {sha256}; " + _AGAIN
-            )
-    return True
+def _is_finished(partial: Path) -> bool:
+    """Whether a partial folder has its own whole record: not one that came along with copied files."""
+    record = read(partial)
+    key = partial / KEY
+    return record is not None and (not key.is_file() or _read_object(key) == record.key)
 
 
-def list_again(folder: Path, names: Sequence[str]) -> None:
-    """Write down the files `names` anew where the folder's manifest lists them, then both in its record.
-
-    For a bundle whose files were changed on purpose after it was made.
-    """
-    for listing, changed in ((MANIFEST, names), (RECORD, (*names, MANIFEST))):
-        path = folder / listing
-        if not path.is_file():
-            continue
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        for name in changed:
-            if name in raw["files"]:
-                place = folder / name
-                raw["files"][name] = {"size_bytes": place.stat().st_size, "sha256": file_digest(place)}
-        write_json(path, raw)
+def _partial(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".partial")
 
 
-_AGAIN = "copy or export the bundle again"
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout that edgedisp runs from, with `+` if it has changes; None outside one."""
-    here = Path(__file__).resolve().parent.parent
-    if not (here.parent / ".git").exists():
-        return None
-    try:
-        commit = _git(here, "rev-parse", "--short=12", "HEAD")
-        changed = _git(here, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+" if changed else "")
-
-
-def _git(folder: Path, *words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+# --- the run folder --------------------------------------------------------------------------------------
 
 
 @contextmanager
 def open_run(path: Path, identity: dict[str, Any], name: str) -> Iterator[Path]:
-    """Hold a run folder as its only writer.
+    """Hold a run folder as its only writer, after completing what a killed build left.
 
     A folder that this call made is removed again after a BadInput, or if nothing was begun in it; never one
     in which an arm has a finished stage: a training may have taken hours.
@@ -261,7 +305,14 @@ def open_run(path: Path, identity: dict[str, Any], name: str) -> Iterator[Path]:
     """
     from filelock import FileLock, Timeout
 
-    made = _claim(path)
+    is_new = not path.exists()
+    if not is_new and not path.is_dir():
+        raise BadInput(f"{path}: is a file; an output folder is needed (--out FOLDER)")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise BadInput(f"{path}: cannot be made ({reason}); choose another --out") from error
     lock = FileLock(path / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -270,51 +321,37 @@ def open_run(path: Path, identity: dict[str, Any], name: str) -> Iterator[Path]:
             f"{path}: another build is writing there; wait for it to end, or name another folder with --out"
         ) from None
     try:
-        _check_owner(path, identity, name)
+        _check_owner(path, json.loads(canonical(identity)), name)
+        _recover(path)
         yield path
     except BadInput:
-        if made and not any(path.glob(f"*/*/{RECORD}")):
+        if is_new and not any(path.glob(f"*/*/{RECORD}")):
             shutil.rmtree(path, ignore_errors=True)
         raise
     finally:
         lock.release()
-        if made and path.exists() and not any(path.rglob(RECORD)) and not any(path.rglob("*.partial")):
+        if is_new and path.exists() and not any(path.rglob(RECORD)) and not any(path.rglob("*.partial")):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _claim(path: Path) -> bool:
-    """Make the run folder if it is absent; says whether it did."""
-    if path.exists() and not path.is_dir():
-        raise BadInput(f"{path}: is a file; an output folder is needed (--out FOLDER)")
-    if path.is_dir():
-        return False
-    try:
-        path.mkdir(parents=True)
-    except OSError as error:
-        raise BadInput(
-            f"{path}: cannot be made ({os.strerror(error.errno or 0)}); choose another --out"
-        ) from error
-    return True
-
-
 def _check_owner(path: Path, identity: dict[str, Any], name: str) -> None:
-    try:
-        owner = json.loads((path / RUN).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        strangers = [entry.name for entry in path.iterdir() if entry.name != ".lock"]
-        if strangers:
+    if not (path / RUN).exists():
+        entries = {entry.name for entry in path.iterdir()} - {".lock", f"{RUN}.partial"}
+        if entries:
             raise BadInput(
-                f"{path}: is not a run folder and not empty ({', '.join(sorted(strangers)[:3])}, ...); "
+                f"{path}: is not a run folder and not empty ({', '.join(sorted(entries)[:3])}, ...); "
                 "choose another --out"
-            ) from None
-        write_json(
-            path / RUN, {"name": name, "identity": identity, "made": time.strftime("%Y-%m-%dT%H:%M:%S")}
-        )
+            )
+        made = time.strftime("%Y-%m-%dT%H:%M:%S")
+        write_json(path / RUN, {"name": name, "identity": identity, "made": made})
         return
-    if owner["identity"] != json.loads(canonical(identity)):
-        changed = ", ".join(_differences(owner["identity"], json.loads(canonical(identity))))
+    owner = _read_object(path / RUN)
+    if not isinstance(owner.get("identity"), dict):
+        raise BadInput(f"{path / RUN}: is damaged; restore it from a copy, or choose another --out")
+    if owner["identity"] != identity:
+        changed = ", ".join(_differences(owner["identity"], identity))
         raise BadInput(
-            f"{path}: belongs to another recipe ({owner['name']}), which differs in {changed}; "
+            f"{path}: belongs to another recipe ({owner.get('name')}), which differs in {changed}; "
             "choose another --out, or leave --out away to get a folder of its own"
         )
 
@@ -322,8 +359,8 @@ def _check_owner(path: Path, identity: dict[str, Any], name: str) -> None:
 def _differences(left: Any, right: Any, path: str = "") -> list[str]:
     """Dotted paths at which two JSON values differ."""
     if isinstance(left, dict) and isinstance(right, dict):
-        found = []
-        for key in sorted({*left, *right}):
-            found += _differences(left.get(key), right.get(key), f"{path}.{key}" if path else key)
-        return found
+        keys = sorted({*left, *right})
+        return [
+            d for k in keys for d in _differences(left.get(k), right.get(k), f"{path}.{k}" if path else k)
+        ]
     return [] if left == right else [path]

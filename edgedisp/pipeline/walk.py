@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
-from edgedisp.core.stage_folder import Record, canonical, finish, making, read
+from edgedisp.core.stage_folder import Record, canonical, finish, read, stage_output
 
 # Raised when a stage's code changes what it writes, so that runs made before are not taken for current.
 REVISION = 2
@@ -116,7 +116,7 @@ def _make(
 ) -> Record:
     folder = run / stage.name
     started = time.perf_counter()
-    with making(folder, key, resumable=stage.resumable) as own:
+    with stage_output(folder, key, resumable=stage.resumable) as own:
         try:
             results = stage.work(Work(own, {name: records[name].folder for name in stage.reads}, progress))
         except BadInput:

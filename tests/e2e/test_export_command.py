@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from edgedisp.cli import main
 from edgedisp.core.errors import BuildFailed
-from edgedisp.core.stage_folder import finish, making
+from edgedisp.core.stage_folder import finish, stage_output
 from edgedisp.single import export_for_target
 
 Run = Callable[..., tuple[int, str, str]]
@@ -88,7 +88,7 @@ def scramble_header(folder: Path) -> None:
 
 def stray_from_the_record(folder: Path) -> None:
     """A record as a build leaves it, then one bit of a weight."""
-    with making(folder.with_name("recorded"), {}) as partial:
+    with stage_output(folder.with_name("recorded"), {}) as partial:
         for file in folder.iterdir():
             shutil.copyfile(file, partial / file.name)
         finish(partial, folder.with_name("recorded"), {}, {}, 0.0)

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import silent
-from edgedisp.core.stage_folder import Record, making, read
+from edgedisp.core.stage_folder import Record, read, stage_output
 from edgedisp.pilot import estimate, plan, run, show
 from edgedisp.pilot.halving import COSINE_FLOOR, LOSS_FLOOR, Difference, Judged, ranked, survivors
 from edgedisp.recipe import load
@@ -331,7 +331,7 @@ def test_a_training_that_was_finished_is_not_repeated_when_its_measuring_was_cut
 
     for make in (broken, suite):
         try:
-            with making(tmp_path / "own", {"key": 1}, resumable=True) as own:
+            with stage_output(tmp_path / "own", {"key": 1}, resumable=True) as own:
                 stages.pilot_candidate(train, None, make, base, corpus, True, own, silent)
                 assert sorted(path.name for path in own.iterdir()) == ["judged.json", "key.json"]
         except KeyboardInterrupt:

@@ -17,7 +17,7 @@ from torch import nn
 from edgedisp import models
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import silent
-from edgedisp.core.stage_folder import finish, making, read
+from edgedisp.core.stage_folder import finish, read, stage_output
 from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.graph.session import OnnxModel
 from edgedisp.pipeline import stages
@@ -146,11 +146,11 @@ def stage_folders(root: Path, base: Path, held_as: str | None, arm: str = "basel
     """Finished folders of the stages that a merge reads: base, corpus, adapter."""
     folders = {"base": root / "base", "corpus": root / "corpus", "adapter": root / arm / "adapter"}
     if not (root / "corpus").exists():
-        with making(folders["base"], {}) as own:
+        with stage_output(folders["base"], {}) as own:
             for path in base.iterdir():
                 (own / path.name).write_bytes(path.read_bytes())
             finish(own, folders["base"], {}, {}, 0.0)
-        with making(folders["corpus"], {}) as own:
+        with stage_output(folders["corpus"], {}) as own:
             np.save(own / "heldout.npy", BLOCKS.astype(np.uint32))
             finish(own, folders["corpus"], {}, {}, 0.0)
     over = load_quantized(base, held_as) if held_as else models.load(base)
@@ -161,7 +161,7 @@ def stage_folders(root: Path, base: Path, held_as: str | None, arm: str = "basel
         optimizer.zero_grad()
         peft_model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-    with making(folders["adapter"], {}) as own:
+    with stage_output(folders["adapter"], {}) as own:
         save(peft_model, Base(str(base), fingerprint(models.load(base)), held_as), own)
         finish(own, folders["adapter"], {}, {"steps": 6, "weights_sha256": "abc"}, 0.0)
     return folders
@@ -171,7 +171,7 @@ def merge_stage(
     folders: dict[str, Path], chosen: Adapter, *, int4_ships: bool = True, decider: Path | None = None
 ) -> dict[str, Any]:
     out = folders["adapter"].parent / "model"
-    with making(out, {}) as own:
+    with stage_output(out, {}) as own:
         read_from = (folders["base"], folders["corpus"], folders["adapter"], decider)
         results = adapters.merge_adapter(chosen, INT4, int4_ships, 0, *read_from, own, silent)
         finish(own, out, {}, results, 0.0)
@@ -235,7 +235,7 @@ def test_a_kept_adapter_names_its_base_as_others_can_open_it(
     tiny_folder: dict[str, Path], tmp_path: Path, hub_id: str | None
 ) -> None:
     folders = stage_folders(tmp_path, tiny_folder["llama"], None)
-    with making(folders["base"], {}) as own:
+    with stage_output(folders["base"], {}) as own:
         shutil.copytree(tiny_folder["llama"], own, dirs_exist_ok=True)
         finish(own, folders["base"], {}, {"hub_id": hub_id, "revision": "v1"} if hub_id else {}, 0.0)
     chosen = Adapter(kind="lora", rank=2)
@@ -267,7 +267,7 @@ def test_the_baselines_audit_decides_for_another_arm(tiny_folder: dict[str, Path
     assert record is not None
     for chosen in ("full", "dequantized"):  # as if the baseline's audit had said so
         results = {**record.results, "merge_audit": {**first, "chosen": chosen}}
-        with making(decider, {}) as own:
+        with stage_output(decider, {}) as own:
             (own / "x").write_text("")
             finish(own, decider, {}, results, 0.0)
         folders = stage_folders(tmp_path, tiny_folder["llama"], "nf4", "dispersed")

@@ -15,7 +15,7 @@ import torch
 from edgedisp import models
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import silent
-from edgedisp.core.stage_folder import Record, finish, making
+from edgedisp.core.stage_folder import Record, finish, stage_output
 from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.evaluate.divergence import compare
 from edgedisp.graph.export import export
@@ -192,7 +192,7 @@ def finished(found: Folders, root: Path, arm: str, decided: Path | None = None, 
     section = Quantize.model_validate(goal)
     folder = root / arm / "int4"
     folder.parent.mkdir(parents=True)
-    with making(folder, {"stage": arm}) as own:
+    with stage_output(folder, {"stage": arm}) as own:
         reads = (found["fp32"], found["model"], found["corpus"])
         results = mixed.quantize_searched(section, 0, *reads, own, silent, decided)
         return finish(own, folder, {"stage": arm}, results, 0.0)
