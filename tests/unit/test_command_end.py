@@ -1,0 +1,41 @@
+"""How a command ends: by a signal, and on a terminal that lacks characters."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+
+import pytest
+
+from edgedisp.cli import ending
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["edgedisp", "build"])
+    monkeypatch.setattr(ending, "app", lambda **options: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            ending.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == (
+        "edgedisp: interrupted; the same command continues where this one stopped\n"
+    )
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp437"])
+def test_characters_that_a_terminal_lacks_are_replaced(
+    monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    monkeypatch.setattr(ending, "app", lambda **options: sys.stdout.write("table \u2500 \u03bb\n"))
+    ending.main()
+    sys.stdout.flush()
+    assert written.getvalue().startswith(b"table ") and written.getvalue().endswith(b"\n")
