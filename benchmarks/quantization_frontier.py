@@ -44,7 +44,7 @@ from edgedisp.bench.machine import physical_cores
 from edgedisp.bench.spread import compare
 from edgedisp.core.paths import data_folder
 from edgedisp.core.progress import silent
-from edgedisp.graph.device import for_device
+from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.recipe import Recipe, load
 from edgedisp.stages.rounding import Trained, trained_roundings

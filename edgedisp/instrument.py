@@ -22,7 +22,7 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import check_files
 from edgedisp.dispersion.condensation import compare, measure_model
-from edgedisp.graph.layout import context_of
+from edgedisp.graph.genai_config import context_length
 from edgedisp.graph.session import read_config
 from edgedisp.stages.condensation import measure_bundle, without_sequences
 
@@ -107,7 +107,7 @@ def _open_bundle(base: str, folder: Path) -> _Opened:
     def measure(blocks: Tensor, told: Progress) -> dict[str, Any]:
         return measure_bundle(folder, blocks, physical_cores(), told)
 
-    return _Opened(base, "onnxruntime", models.load_tokenizer(folder), context_of(folder), measure)
+    return _Opened(base, "onnxruntime", models.load_tokenizer(folder), context_length(folder), measure)
 
 
 def _blocks(opened: _Opened, text: Path | None, sequences: int, context: int) -> Tensor:

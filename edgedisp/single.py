@@ -26,9 +26,11 @@ from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import MANIFEST, changed_files, check_files, update_listing, write_json
 from edgedisp.data import cache_folder
 from edgedisp.dispersion.hooks import decoder_layers
-from edgedisp.graph import check, layout
+from edgedisp.graph import genai_config
 from edgedisp.graph.export import export as export_graph
-from edgedisp.graph.layouts import LAYOUTS
+from edgedisp.graph.runtime_layouts import LAYOUTS
+from edgedisp.graph.session import OnnxModel
+from edgedisp.graph.verify import check_bundle
 from edgedisp.pipeline import Observer, as_computed
 from edgedisp.quantize.rewrite import quantize_bundle
 from edgedisp.recipe import BITS, Recipe, Target, load_target
@@ -97,7 +99,6 @@ def _checked_bundle(
         parent,
         threads=threads,
         max_context=target.context,
-        load=models.load,
         progress=observer.progress,
     )
     bundle = parent
@@ -109,7 +110,7 @@ def _checked_bundle(
         grid = quantize_bundle(parent, bundle, bits=bits, **options, progress=observer.progress)
     text = data.synthetic_documents(1, seed=0)[0].text
     ids = models.encode(models.load_tokenizer(folder), text)
-    checked = check.check(bundle, [ids[:8], ids[:24]], texts=[text], threads=threads)
+    checked = check_bundle(OnnxModel(bundle, threads), [ids[:8], ids[:24]], texts=[text])
     return bundle, {**grid, "checked": checked}
 
 
@@ -238,7 +239,7 @@ def write_threads(bundle: Path, threads: int) -> None:
             f"{bundle}: --write-threads needs a bundle for a device (with {MANIFEST}); `edgedisp export` and "
             "the `targets` of a build make them"
         )
-    layout.set_threads(bundle, threads)
+    genai_config.set_threads(bundle, threads)
     manifest = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
     write_json(bundle / MANIFEST, {**manifest, "threads": threads})
     update_listing(bundle, ("genai_config.json",))

@@ -1,9 +1,9 @@
 """The graph of a model before there are weights: every node and tensor with its shape, and no values.
 
-Sizes can then be told before anything is downloaded, trained or exported. The graph is made by the very code
-that writes it (`decoder.compose`), over a model whose parameters have shapes alone, so its figures cannot
-drift from the files. Families that onnxruntime-genai's builder writes get an outline from the torch modules
-instead: the same weights, but not the same nodes (`exact` is False).
+Sizes can then be told before anything is downloaded, trained or exported. The graph is made by the very
+code that writes it (`decoder_graph.compose`), over a model whose parameters have shapes alone, so its
+figures cannot drift from the files. Families that onnxruntime-genai's builder writes get an outline from
+the torch modules instead: the same weights, but not the same nodes (`exact` is False).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from onnx import ModelProto, ValueInfoProto, helper, numpy_helper
 from torch import nn
 
-from edgedisp.graph import families
-from edgedisp.graph.decoder import compose
-from edgedisp.graph.writer import DATA, INLINE_BYTES, MICROSOFT, PAGE, GraphWriter, placed
+from edgedisp.graph import architectures
+from edgedisp.graph.decoder_graph import INLINE_BYTES, GraphWriter, compose, external_tensor
+from edgedisp.graph.onnx_graph import DATA, MICROSOFT, PAGE
 
 __all__ = ["DATA", "Outline", "cache_bytes", "outline"]
 
@@ -45,10 +45,10 @@ def outline(model: nn.Module, max_context: int | None = None) -> Outline:
     """
     config: Any = model.config
     shapes = _Shapes()
-    if config.model_type not in families.READERS:
-        context = int(getattr(config, "max_position_embeddings", None) or families.DEFAULT_CONTEXT)
+    if config.model_type not in architectures.READERS:
+        context = int(getattr(config, "max_position_embeddings", None) or architectures.DEFAULT_CONTEXT)
         return Outline(shapes.model(*_by_modules(shapes, model, context)), context, False)
-    decoder = families.describe(model, max_context)
+    decoder = architectures.read_decoder(model, max_context)
     anything: Any = model
     head, embedding = anything.get_output_embeddings().weight, anything.get_input_embeddings().weight
     if (
@@ -86,7 +86,7 @@ class _Shapes(GraphWriter):
     def _place(self, name: str, array: NDArray[Any]) -> Any:
         start = self._end + -self._end % PAGE
         self._end = start + array.nbytes
-        return placed(name, array, start)
+        return external_tensor(name, array, start)
 
 
 def _shaped(values: torch.Tensor | NDArray[Any]) -> NDArray[Any]:

@@ -18,9 +18,9 @@ from pathlib import Path
 import onnx
 
 from edgedisp.core.errors import BadInput
-from edgedisp.graph.last_logits import LAST_HIDDEN
+from edgedisp.graph.device_graph import LAST_HIDDEN
+from edgedisp.graph.onnx_graph import GRAPH
 from edgedisp.graph.session import OnnxModel, open_session, read_config
-from edgedisp.graph.writer import GRAPH
 
 CONTEXT_CAP = 4096  # tokens; more is read nowhere, as the page for phones reads no more
 

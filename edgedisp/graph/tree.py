@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from edgedisp.graph.last_logits import LAST_HIDDEN, head_of
+from edgedisp.graph.device_graph import LAST_HIDDEN
+from edgedisp.graph.onnx_graph import PRODUCTS
 
 ATTENTION = "GroupQueryAttention"
 POSITION_INPUT, BIAS_INPUT = 9, 10
@@ -39,7 +40,7 @@ def read_trees(model: ModelProto) -> list[int] | None:
     Returns the windows (-1: none), or None where the graph cannot be changed so.
     """
     graph = model.graph
-    head = head_of(graph)
+    head = _head_of(graph)
     attention = [node for node in graph.node if node.op_type == ATTENTION]
     given = [name for node in attention for name in node.input[POSITION_INPUT:] if name]  # "": not given
     if head is None or not attention or given:
@@ -83,6 +84,21 @@ def read_trees(model: ModelProto) -> list[int] | None:
             value.type.tensor_type.shape.dim[1].Clear()
             value.type.tensor_type.shape.dim[1].dim_param = "wanted"
     return found
+
+
+def _head_of(graph: GraphProto) -> NodeProto | None:
+    """The product nearest to the logits; between them there may be a soft cap, a bias or a cast."""
+    makers = {output: node for node in graph.node for output in node.output}
+    seen, waiting = set(), ["logits"]
+    while waiting:
+        node = makers.get(waiting.pop(0))
+        if node is None or id(node) in seen:
+            continue
+        if node.op_type in PRODUCTS:
+            return node
+        seen.add(id(node))
+        waiting += node.input
+    return None
 
 
 def feed(

@@ -14,9 +14,9 @@ from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import write_json
 from edgedisp.evaluate.divergence import Divergence
-from edgedisp.graph import check
 from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
+from edgedisp.graph.verify import check_bundle
 from edgedisp.quantize.grid import Grid
 from edgedisp.quantize.made import Made
 from edgedisp.quantize.rewrite import quantize_bundle
@@ -35,7 +35,7 @@ AS_TRAINED = 1e-3
 
 def export(model_folder: Path, threads: int, own: Path, progress: Progress) -> dict[str, Any]:
     """The fp32 ONNX bundle."""
-    return export_graph(model_folder, own, threads=threads, load=models.load, progress=progress)
+    return export_graph(model_folder, own, threads=threads, progress=progress)
 
 
 def quantize(
@@ -106,11 +106,12 @@ def verify(
     held = np.load(corpus_folder / "heldout.npy", allow_pickle=False)[:blocks].astype(np.int64)
     prompts = _ragged_prompts(held)
     texts = [document.text[:400] for document in heldout_documents(corpus_folder)[:VERIFY_PROMPTS]]
-    opened = check.check(bundle, prompts, texts=texts, threads=threads)
+    shipped = OnnxModel(bundle, threads)
+    opened = check_bundle(shipped, prompts, texts=texts)
     torch_model = models.load(model_folder)
     if trained is not None:
         round_weights(torch_model, *trained_roundings(Trained(*trained), model_folder))
-    reference, shipped = models.TorchModel(torch_model), OnnxModel(bundle, threads)
+    reference = models.TorchModel(torch_model)
     difference = Divergence()
     for done, block in enumerate(held):
         ids, mask = block[None], np.ones_like(block[None])

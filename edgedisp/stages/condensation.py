@@ -19,7 +19,7 @@ from edgedisp import models
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import write_json
 from edgedisp.dispersion.condensation import compare, measure_model, profile
-from edgedisp.graph.hidden import HiddenStates
+from edgedisp.graph.hidden_states import HiddenStates
 
 CONDENSATION_SEQUENCES = 16  # held-out blocks; a few seconds for 135M parameters
 MEASURED = "condensation.json"

@@ -19,7 +19,7 @@ from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import digest, file_digest, read, write_json
 from edgedisp.evaluate import tasks
 from edgedisp.evaluate.kept import Kept
-from edgedisp.graph.device import for_device
+from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.session import OnnxModel
 from edgedisp.recipe import Evaluate, Latency
 from edgedisp.stages.start import heldout_documents

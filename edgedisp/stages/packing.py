@@ -19,8 +19,8 @@ from typing import Any
 from edgedisp import __version__, data, models
 from edgedisp.bench.machine import installed_version
 from edgedisp.core.stage_folder import MANIFEST, file_digest, git_commit, list_files, read, write_json
-from edgedisp.graph import layouts as laid
-from edgedisp.graph.device import for_device
+from edgedisp.graph import runtime_layouts
+from edgedisp.graph.device_graph import for_device
 from edgedisp.recipe import Target
 from edgedisp.recipe.schema import hash8
 from edgedisp.stages.start import weights_digest
@@ -49,10 +49,10 @@ def pack(
     """
     last = target.logits == "last"
     device = for_device(bundle, own, threads=threads, context=target.context, last_logits=last)
-    entries = laid.arrange(own, layouts, target.precision, browser=target.architecture == "wasm32")
+    entries = runtime_layouts.arrange(own, layouts, target.precision, browser=target.architecture == "wasm32")
     tokenizer = models.load_tokenizer(bundle)
     ids = models.encode(tokenizer, data.synthetic_documents(1, seed=0)[0].text)[:COMPARED_TOKENS]
-    laid.check_same(own, laid.graphs(entries), bundle, ids, threads)
+    runtime_layouts.check_same(own, runtime_layouts.graphs(entries), bundle, ids, threads)
     licence = models.copy_licence(licensed, own)
     record = read(bundle)
     grid = grid or (record.results if record else {})

@@ -8,7 +8,7 @@ import { Tokenizer } from "./vendor/tokenizers/dist/tokenizers.min.mjs";
 import { Template } from "./vendor/jinja/dist/index.js";
 
 const ANSWER = 256;
-// As in edgedisp/graph/layout.py, for bundles that were made without it or before it wrote all of them.
+// As in edgedisp/graph/genai_config.py, for bundles that were made without it or before it wrote all of them.
 const TEXT_ENDS = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"];
 const TURN_ENDS = ["<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>"];
 const contentOf = (token) => (token && typeof token === "object" ? token.content : token);

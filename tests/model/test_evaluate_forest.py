@@ -17,7 +17,7 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from edgedisp.evaluate import forest, score
 from edgedisp.evaluate.score import Request, loglikelihoods
-from edgedisp.graph.device import for_device
+from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel
 from edgedisp.models import TorchModel

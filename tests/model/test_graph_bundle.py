@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.graph import layout
+from edgedisp.graph import genai_config
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel
 from edgedisp.models import end_of_text_id, load_tokenizer
@@ -46,6 +46,7 @@ def test_a_bundle_has_the_files_of_every_runtime(bundle: Path) -> None:
     assert {path.name for path in bundle.iterdir()} == {
         "model.onnx",
         "model.onnx.data",
+        "weight_map.json",
         "genai_config.json",
         "config.json",
         "generation_config.json",
@@ -63,7 +64,7 @@ def test_without_a_chat_template_the_turn_token_does_not_stop(model_folder: Path
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
     (folder / "chat_template.jinja").unlink()
-    assert layout.end_ids(folder) == [0]
+    assert genai_config.end_ids(folder) == [0]
 
 
 def test_ends_of_text_are_collected_from_every_file_that_names_one(
@@ -73,7 +74,7 @@ def test_ends_of_text_are_collected_from_every_file_that_names_one(
     shutil.copytree(model_folder, folder)
     (folder / "chat_template.jinja").unlink()
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 4]}))
-    assert layout.end_ids(folder) == [9, 4, 0]
+    assert genai_config.end_ids(folder) == [9, 4, 0]
 
 
 @pytest.mark.parametrize(("special", "ends"), [(True, [2, 0]), (False, [2])])
@@ -93,15 +94,15 @@ def test_a_chat_model_that_names_the_turns_end_alone_stops_at_the_end_of_a_text_
     tokenizer = read(folder / "tokenizer.json")
     tokenizer["added_tokens"][0]["special"] = special
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert layout.end_ids(folder) == ends
-    layout.copy_files(folder, out)
+    assert genai_config.end_ids(folder) == ends
+    genai_config.copy_files(folder, out)
     # transformers.js and optimum look here.
     assert read(out / "generation_config.json") == {"eos_token_id": ends, "pad_token_id": 2}
 
 
 def test_what_separates_documents_in_training_ends_an_answer(tiny_folder: dict[str, Path]) -> None:
     for folder in tiny_folder.values():
-        assert end_of_text_id(load_tokenizer(folder)) in layout.end_ids(folder)
+        assert end_of_text_id(load_tokenizer(folder)) in genai_config.end_ids(folder)
 
 
 def test_the_chat_template_is_in_both_places(bundle: Path) -> None:
@@ -117,7 +118,7 @@ def test_a_template_inside_the_tokenizer_settings_is_found_too(model_folder: Pat
     settings = read(folder / "tokenizer_config.json")
     named = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": named}))
-    layout.copy_files(folder, out)
+    genai_config.copy_files(folder, out)
     assert (out / "chat_template.jinja").read_text() == "D"
     assert read(out / "tokenizer_config.json")["chat_template"] == "D"
 
@@ -127,7 +128,7 @@ def test_the_number_of_threads_is_written_and_can_be_changed(bundle: Path, tmp_p
     shutil.copytree(bundle, out)
     before = read(out / "genai_config.json")
     assert before["model"]["decoder"]["session_options"]["intra_op_num_threads"] == 3
-    layout.set_threads(out, 5)
+    genai_config.set_threads(out, 5)
     after = read(out / "genai_config.json")
     assert after["model"]["decoder"]["session_options"].pop("intra_op_num_threads") == 5
     before["model"]["decoder"]["session_options"].pop("intra_op_num_threads")
@@ -137,7 +138,7 @@ def test_the_number_of_threads_is_written_and_can_be_changed(bundle: Path, tmp_p
 @pytest.mark.parametrize("threads", [0, -1])
 def test_no_threads_are_refused(threads: int, bundle: Path) -> None:
     with pytest.raises(BadInput, match="at least 1"):
-        layout.set_threads(bundle, threads)
+        genai_config.set_threads(bundle, threads)
     with pytest.raises(BadInput, match="at least 1"):
         OnnxModel(bundle, threads)
 
@@ -248,7 +249,7 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"genai_config\.json is missing"):
         OnnxModel(tmp_path, 1)
     with pytest.raises(BadInput, match=r"genai_config\.json is missing"):
-        layout.set_threads(tmp_path, 1)
+        genai_config.set_threads(tmp_path, 1)
 
 
 def test_a_graph_that_does_not_open_is_a_failed_build(bundle: Path, tmp_path: Path) -> None:

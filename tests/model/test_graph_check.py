@@ -15,8 +15,9 @@ import pytest
 from onnx import helper, numpy_helper
 
 from edgedisp.core.errors import BuildFailed
-from edgedisp.graph.check import check, relative_difference
 from edgedisp.graph.export import export
+from edgedisp.graph.session import OnnxModel
+from edgedisp.graph.verify import check_bundle, relative_difference
 from edgedisp.quantize.rewrite import quantize_bundle
 
 PROMPTS = twins.ragged([30, 7, 18])
@@ -50,7 +51,7 @@ def change_json(path: Path, change: Callable[[Any], None]) -> None:
 
 
 def test_a_good_bundle_passes_with_its_facts(bundle: Path) -> None:
-    record = check(bundle, PROMPTS, texts=twins.TEXTS, threads=1)
+    record = check_bundle(OnnxModel(bundle, 1), PROMPTS, texts=twins.TEXTS)
     assert record["opened"] and record["stops"]
     assert record["layers"] == record["attention_fused"] == record["nodes"]["GroupQueryAttention"] == 2
     assert record["difference_limit"] == 1e-3
@@ -68,7 +69,7 @@ def test_a_good_bundle_passes_with_its_facts(bundle: Path) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantized_bundle_passes_with_no_product_left(bits: int, bundle: Path, tmp_path: Path) -> None:
     quantize_bundle(bundle, tmp_path, bits=bits, group=32, symmetric=bits == 8, head_bits=8)
-    record = check(tmp_path, PROMPTS, threads=1)
+    record = check_bundle(OnnxModel(tmp_path, 1), PROMPTS)
     assert record["products_unfused"] == 0 and record["nodes"]["MatMulNBits"] == 9
     assert record["difference_limit"] == 0.2
 
@@ -82,7 +83,7 @@ def test_a_product_that_was_not_quantized_is_counted(bundle: Path, tmp_path: Pat
 
     quantize_bundle(bundle, tmp_path, bits=8)
     change_graph(tmp_path, add_product)
-    assert check(tmp_path, PROMPTS, threads=1)["products_unfused"] == 1
+    assert check_bundle(OnnxModel(tmp_path, 1), PROMPTS)["products_unfused"] == 1
 
 
 def test_a_cache_that_is_off_by_one_is_found(copied: Path) -> None:
@@ -96,7 +97,7 @@ def test_a_cache_that_is_off_by_one_is_found(copied: Path) -> None:
 
     change_graph(copied, forget_one)
     with pytest.raises(BuildFailed, match="decoding with the cache and computing in full disagree"):
-        check(copied, PROMPTS, threads=1)
+        check_bundle(OnnxModel(copied, 1), PROMPTS)
 
 
 def test_padding_that_leaks_into_real_rows_is_found(copied: Path) -> None:
@@ -111,7 +112,7 @@ def test_padding_that_leaks_into_real_rows_is_found(copied: Path) -> None:
 
     change_graph(copied, mix_positions)
     with pytest.raises(BuildFailed, match="a right-padded batch and single rows disagree"):
-        check(copied, PROMPTS, threads=1)
+        check_bundle(OnnxModel(copied, 1), PROMPTS)
 
 
 def test_attention_that_is_not_fused_fails(copied: Path) -> None:
@@ -122,13 +123,13 @@ def test_attention_that_is_not_fused_fails(copied: Path) -> None:
 
     change_graph(copied, add_caches)
     with pytest.raises(BuildFailed, match="attention was not fused"):
-        check(copied, PROMPTS, threads=1)
+        check_bundle(OnnxModel(copied, 1), PROMPTS)
 
 
 def test_a_layout_that_genai_does_not_open_fails_with_its_reason(copied: Path) -> None:
     change_json(copied / "genai_config.json", lambda config: config["model"].update(type="made_up"))
     with pytest.raises(BuildFailed, match=r"onnxruntime-genai cannot open it: .*made_up"):
-        check(copied, PROMPTS, threads=1)
+        check_bundle(OnnxModel(copied, 1), PROMPTS)
 
 
 def test_a_tokenizer_that_genai_reads_otherwise_fails(copied: Path) -> None:
@@ -136,14 +137,14 @@ def test_a_tokenizer_that_genai_reads_otherwise_fails(copied: Path) -> None:
     rule = {"type": "Replace", "pattern": {"String": "o"}, "content": "0"}
     change_json(copied / "tokenizer.json", lambda tokenizer: tokenizer.update(normalizer=rule))
     with pytest.raises(BuildFailed, match="tokenizer gives other ids"):
-        check(copied, PROMPTS, texts=twins.TEXTS, threads=1)
+        check_bundle(OnnxModel(copied, 1), PROMPTS, texts=twins.TEXTS)
 
 
 def test_prompts_too_short_or_too_long_to_check_are_refused(bundle: Path) -> None:
     with pytest.raises(ValueError, match="at least 2 tokens"):
-        check(bundle, [[4]], threads=1)
+        check_bundle(OnnxModel(bundle, 1), [[4]])
     with pytest.raises(ValueError, match="room for 16 tokens in the context of 128"):
-        check(bundle, twins.ragged([113]), threads=1)
+        check_bundle(OnnxModel(bundle, 1), twins.ragged([113]))
 
 
 def test_the_relative_difference_is_the_worst_row_and_blind_to_a_shift() -> None:

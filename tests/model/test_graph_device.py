@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from graph_twins import CONTEXT, FAMILIES, make, ragged
 from tiny_bundle import tiny_bundles
 
 from edgedisp.core.errors import BadInput
-from edgedisp.graph import layout
-from edgedisp.graph.device import for_device, position_tables
+from edgedisp.graph import genai_config
+from edgedisp.graph.device_graph import for_device, position_tables
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel
 from edgedisp.quantize.rewrite import quantize_bundle
@@ -61,11 +62,11 @@ def test_tables_keep_one_row_for_each_position_and_nothing_else_goes(
 ) -> None:
     own, short = bundles[family], on_device(bundles[family], tmp_path / "short", SHORT)
     graphs = [onnx.load(one / "model.onnx", load_external_data=False).graph for one in (own, short)]
-    names = position_tables(graphs[0])
+    names = position_tables(ir.load(own / "model.onnx").graph)
     assert len(names) == {"gpt2": 1, "opt": 1, "gemma3_text": 4}.get(family, 2)
     rows = [{t.name: t.dims[0] for t in graph.initializer if t.name in names} for graph in graphs]
     assert set(rows[1].values()) == {SHORT}
-    assert set(rows[0].values()) == {layout.context_of(own)}
+    assert set(rows[0].values()) == {genai_config.context_length(own)}
     stored = [
         sum(int(entry.value) for t in graph.initializer for entry in t.external_data if entry.key == "length")
         for graph in graphs
@@ -88,7 +89,7 @@ def test_a_longer_context_than_the_bundles_leaves_the_weights_as_they_are(
     bundles: dict[str, Path], tmp_path: Path
 ) -> None:
     own, same = bundles["llama"], on_device(bundles["llama"], tmp_path / "same", 10**6)
-    assert layout.context_of(same) == CONTEXT
+    assert genai_config.context_length(same) == CONTEXT
     assert (same / "model.onnx.data").read_bytes() == (own / "model.onnx.data").read_bytes()
 
 
@@ -125,7 +126,7 @@ def test_a_device_gets_the_last_tokens_logits_alone_and_its_own_context_by_defau
     own = bundles["llama"]
     (tmp_path / "device").mkdir()
     record = for_device(own, tmp_path / "device", threads=1)
-    assert record["context"] == layout.context_of(own)
+    assert record["context"] == genai_config.context_length(own)
     ids = np.array([ragged([20])[0]], np.int64)
     whole, last = (OnnxModel(one, 1)(ids, np.ones_like(ids)) for one in (own, tmp_path / "device"))
     assert last.shape[1] == 1

@@ -11,12 +11,13 @@ from typing import Any
 import graph_twins as twins
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.graph.export import export
-from edgedisp.graph.hidden import HiddenStates, hidden_names
+from edgedisp.graph.hidden_states import HiddenStates, hidden_states
 from edgedisp.quantize.rewrite import quantize_bundle
 
 FORMS = (
@@ -139,8 +140,8 @@ def test_a_graph_without_fused_attention_is_refused(bundle: Path, tmp_path: Path
     for node in model.graph.node:
         if node.op_type == "GroupQueryAttention":
             node.op_type = "MultiHeadAttention"
-    assert len(hidden_names(model.graph)) == 2
     path.write_bytes(model.SerializeToString())
+    assert len(hidden_states(ir.load(path).graph)) == 2
     with pytest.raises(BadInput, match=r"hidden states of 0 layers are found in model\.onnx but it has 2"):
         HiddenStates(tmp_path / "bundle", 1)
 

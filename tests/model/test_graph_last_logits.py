@@ -7,23 +7,23 @@ from pathlib import Path
 
 import graph_twins as twins
 import numpy as np
-import onnx
+import onnx_ir as ir
 import pytest
 
 from edgedisp.core.errors import BadInput
-from edgedisp.graph import builder
+from edgedisp.graph import builder_fallback
+from edgedisp.graph.device_graph import keep_last
 from edgedisp.graph.export import export
-from edgedisp.graph.genai import GenaiModel
-from edgedisp.graph.last_logits import keep_last
 from edgedisp.graph.session import OnnxModel
+from edgedisp.graph.verify import GenaiModel
 from edgedisp.quantize.rewrite import quantize_bundle
 
 
 def with_last_logits(bundle: Path, out: Path) -> Path:
     shutil.copytree(bundle, out)
-    model = onnx.load(out / "model.onnx", load_external_data=False)
+    model = ir.load(out / "model.onnx")
     keep_last(model)
-    (out / "model.onnx").write_bytes(model.SerializeToString())
+    ir.save(model, out / "model.onnx")
     return out
 
 
@@ -72,7 +72,7 @@ def test_quantized_bundles_keep_theirs_too(tmp_path: Path, bits: int) -> None:
 
 def test_the_genai_builders_graph_keeps_its_too(tmp_path: Path) -> None:
     twins.make(tmp_path / "model", "llama")
-    builder.build(tmp_path / "model", tmp_path / "whole", family="llama", threads=1)
+    builder_fallback.build(tmp_path / "model", tmp_path / "whole", architecture="llama", threads=1)
     check_same_last_logits(tmp_path / "whole", with_last_logits(tmp_path / "whole", tmp_path / "last"))
 
 
@@ -80,10 +80,10 @@ def test_it_is_done_once_and_needs_a_head(tmp_path: Path) -> None:
     twins.make(tmp_path / "model", "llama")
     (tmp_path / "whole").mkdir()
     export(tmp_path / "model", tmp_path / "whole", threads=1)
-    model = onnx.load(tmp_path / "whole" / "model.onnx", load_external_data=False)
+    model = ir.load(tmp_path / "whole" / "model.onnx")
     keep_last(model)
     with pytest.raises(BadInput, match="already"):
         keep_last(model)
-    del model.graph.output[:]
+    model.graph.outputs.clear()
     with pytest.raises(BadInput, match="no logits"):
         keep_last(model)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from graph_twins import int4_bundle, ragged
@@ -18,11 +19,11 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.graph import layouts
-from edgedisp.graph.layouts import GENAI, LAYOUTS, OPTIMUM, WEB
-from edgedisp.graph.plain_gather import plain_gathers
+from edgedisp.graph import runtime_layouts as layouts
+from edgedisp.graph.browser_graph import replace_quantized_gathers
+from edgedisp.graph.runtime_layouts import GENAI, LAYOUTS, OPTIMUM, WEB
 
-TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "weight_map.json"}
 CONFIG = {"config.json", "generation_config.json"}
 
 
@@ -170,12 +171,13 @@ def test_plain_operators_look_up_what_the_fused_one_does(
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     asked = rng.integers(0, vocabulary, (2, 3))
 
-    def looked_up() -> np.ndarray:
+    def looked_up(model: onnx.ModelProto) -> np.ndarray:
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         found: np.ndarray = session.run(["rows"], {"ids": asked})[0]
         return found
 
-    fused = looked_up()
-    plain_gathers(model.graph)
-    assert not any(entry.domain for entry in model.graph.node)
-    np.testing.assert_array_equal(looked_up(), fused)
+    fused = looked_up(model)
+    changed = ir.from_proto(model)
+    replace_quantized_gathers(changed)
+    assert not any(node.domain for node in changed.graph)
+    np.testing.assert_array_equal(looked_up(ir.to_proto(changed)), fused)

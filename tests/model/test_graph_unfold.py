@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from graph_twins import FAMILIES, int4_bundle, make, ragged
@@ -16,10 +17,10 @@ from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.graph import layouts
+from edgedisp.graph import runtime_layouts as layouts
+from edgedisp.graph.browser_graph import STAGES, unfold
 from edgedisp.graph.export import export
-from edgedisp.graph.layouts import GENAI, OPTIMUM, WEB
-from edgedisp.graph.unfold import STAGES, holds_packed_products, unfold
+from edgedisp.graph.runtime_layouts import GENAI, OPTIMUM, WEB
 from edgedisp.quantize.rewrite import quantize_bundle
 
 
@@ -52,6 +53,16 @@ def run(model: ModelProto, x: np.ndarray) -> np.ndarray:
     return found
 
 
+def ops(graph: onnx.GraphProto) -> set[str]:
+    return {node.op_type for node in graph.node}
+
+
+def unfolded(model: ModelProto) -> ModelProto:
+    changed = ir.from_proto(model)
+    unfold(changed)
+    return ir.to_proto(changed)
+
+
 def optimized(path: Path, folder: Path) -> Counter[str]:
     """What is left of a graph file once onnxruntime has opened it, by operator."""
     options = onnxruntime.SessionOptions()
@@ -78,7 +89,7 @@ def test_the_unfolded_weight_is_the_one_that_the_packed_product_has(
     model = product(rng, bits, group, rows=7, columns=columns, symmetric=symmetric)
     unit = np.eye(columns, dtype=np.float32)
     packed = run(model, unit)
-    unfold(model)
+    model = unfolded(model)
     assert not any(node.domain for node in model.graph.node)
     np.testing.assert_array_equal(run(model, unit), packed)
 
@@ -119,16 +130,15 @@ def test_only_the_graph_of_transformers_js_is_unfolded_and_all_share_the_bytes(
     top, web = (
         onnx.load(tmp_path / "all" / name, load_external_data=False).graph for name in layouts.graphs(entries)
     )
-    assert holds_packed_products(top) and not holds_packed_products(web)
+    assert "MatMulNBits" in ops(top) and "MatMulNBits" not in ops(web)
     data = tmp_path / "all" / "onnx" / "model_q4.onnx_data"
     assert data.read_bytes() == (bundle / "model.onnx.data").read_bytes()
     assert max(len(tensor.raw_data) for tensor in web.initializer) <= 1024
     shutil.copytree(bundle, tmp_path / "packed")
     entries = layouts.arrange(tmp_path / "packed", (WEB,), "int4")
     assert "unfolded_bytes" not in entries[WEB]
-    assert holds_packed_products(
-        onnx.load(tmp_path / "packed" / entries[WEB]["graph"], load_external_data=False).graph
-    )
+    packed = onnx.load(tmp_path / "packed" / entries[WEB]["graph"], load_external_data=False).graph
+    assert "MatMulNBits" in ops(packed)
 
 
 def test_a_model_that_would_not_fit_stays_packed(
@@ -155,7 +165,7 @@ def test_an_unfolded_graph_that_says_something_else_is_not_shipped(bundle: Path,
 
 def test_weights_are_folded_one_stage_after_the_other(bundle: Path) -> None:
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
-    unfold(model)
+    model = unfolded(model)
     gates = [node.name for node in model.graph.node if node.op_type == "If"]
     waiting = {name for node in model.graph.node if node.op_type == "Add" for name in node.input}
     assert 2 < len(gates) < STAGES  # two layers have few products
@@ -167,7 +177,7 @@ def test_what_has_no_form_for_a_browser_is_refused() -> None:
     model = product(rng, 4, 16, rows=3, columns=32, symmetric=False)
     model.graph.node[0].input.append("order")
     with pytest.raises(BadInput, match="product: a MatMulNBits with more inputs"):
-        unfold(model)
+        unfolded(model)
 
 
 @pytest.fixture(scope="module")

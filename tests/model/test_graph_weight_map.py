@@ -13,8 +13,8 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from edgedisp.graph import builder
-from edgedisp.graph.device import for_device
+from edgedisp.graph.builder_fallback import ARCHITECTURES
+from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.export import export
 
 PHI3 = {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
@@ -27,7 +27,7 @@ def exported(root: Path, form: str) -> tuple[Any, Path]:
     return model, root / "bundle"
 
 
-@pytest.mark.parametrize("form", [*twins.FORMS, *builder.FAMILIES])
+@pytest.mark.parametrize("form", [*twins.FORMS, *ARCHITECTURES])
 def test_each_initializer_equals_its_torch_parameters(form: str, tmp_path: Path) -> None:
     model, bundle = exported(tmp_path, form)
     weight_map = json.loads((bundle / "weight_map.json").read_text())

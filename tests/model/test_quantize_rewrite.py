@@ -18,8 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.graph.export import export
-from edgedisp.graph.genai import GenaiModel
 from edgedisp.graph.session import OnnxModel
+from edgedisp.graph.verify import GenaiModel
 from edgedisp.quantize.assignment import Choice
 from edgedisp.quantize.grid import Grid, dequantize, quantize
 from edgedisp.quantize.rewrite import bundle_bytes, quantize_assigned, quantize_bundle, weights_of

@@ -273,7 +273,7 @@ def test_logits_are_the_graphs_own(bundles: dict[str, Path], tmp_path: Path) -> 
 def test_a_graph_for_the_last_token_alone_gives_the_same_logits_one_by_one(
     bundles: dict[str, Path], tmp_path: Path
 ) -> None:
-    from edgedisp.graph.device import for_device
+    from edgedisp.graph.device_graph import for_device
 
     (tmp_path / "last").mkdir()
     for_device(bundles["fp32"], tmp_path / "last", threads=1)

@@ -27,7 +27,7 @@ from edgedisp.bench.uploads import UPLOAD, Scores
 from edgedisp.evaluate import finite_population, statistics, subset
 from edgedisp.evaluate.result import task_result
 from edgedisp.evaluate.score import as_read, loglikelihoods
-from edgedisp.graph.device import for_device
+from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.scored import scored_model
 from edgedisp.graph.session import OnnxModel
 from edgedisp.report.devices import render_devices, sections

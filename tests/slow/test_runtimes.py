@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from edgedisp import data
 from edgedisp.core.stage_folder import Record
-from edgedisp.graph.layouts import GENAI, LAYOUTS, OPTIMUM, WEB
+from edgedisp.graph.runtime_layouts import GENAI, LAYOUTS, OPTIMUM, WEB
 from edgedisp.graph.session import OnnxModel
 from edgedisp.models import load_tokenizer, save
 from edgedisp.models.tiny_model import SPECIALS, tiny_model

@@ -48,7 +48,7 @@ def test_threads_context_and_layouts_are_those_of_the_device() -> None:
 
 
 def test_the_layouts_of_profiles_are_those_that_are_written() -> None:
-    from edgedisp.graph.layouts import LAYOUTS
+    from edgedisp.graph.runtime_layouts import LAYOUTS
 
     assert get_args(Layout) == LAYOUTS
 

@@ -1,21 +1,14 @@
-"""What stands beside the graph so that the runtimes open a bundle: onnxruntime-genai, transformers.js,
-optimum.
+"""The files beside the graph with which onnxruntime-genai, transformers.js and optimum open a bundle.
 
-- `genai_config.json`: shapes, names, end-of-text ids, search defaults, and the number of threads (without it,
-  genai takes half of the hardware threads: one, on two).
-- tokenizer files. The chat template is written both as `chat_template.jinja` and inside
-  `tokenizer_config.json`: transformers.js reads the second alone.
-- `config.json` and `generation_config.json`, without which optimum and transformers.js do not know the
-  family.
+`genai_config.json` has shapes, names, end ids, search defaults and the number of threads (genai would take
+half of the hardware threads). The chat template is written twice: transformers.js reads
+tokenizer_config.json alone.
 
-What ends an answer is more than a model's `eos_token_id`. A turn may end with another token than a text: chat
-templates in ChatML style close it with `<|im_end|>`. And a chat model may name the turn's end alone:
-SmolLM2-135M-Instruct has 2 (`<|im_end|>`) everywhere, but it was pre-trained, and is mid-trained here, on
-documents that `<|endoftext|>`, its id 0, separates. After that token it begins another text. transformers and
-genai's builder stop at the configured ids and the tokenizer's eos alone; llama.cpp goes by the tokens' texts.
-Here both count: every configured id, the special tokens that end a text, and those that end a turn where the
-chat template writes them. The list goes into `genai_config.json`, and into `generation_config.json`, where
-transformers.js and optimum look. Scoring reads neither: it stops as lm-evaluation-harness does.
+An answer ends with more than a model's `eos_token_id`: a chat turn may end with another token than a text
+(`<|im_end|>`), and a chat model may name the turn's end alone, although it was pre-trained on documents
+that `<|endoftext|>` separates (SmolLM2-135M-Instruct). So every configured id counts, the special tokens
+that end a text, and those that end a turn where the chat template writes them. Scoring does not read these
+ids.
 """
 
 from __future__ import annotations
@@ -26,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp.core.errors import BadInput
-from edgedisp.graph.description import Decoder
+from edgedisp.graph.decoder_spec import Decoder
 
-# Family -> genai's model type. Its type `gpt2` wants key and value in one tensor; `decoder` is the plain one.
+# Architecture -> genai's model type. Its type `gpt2` wants key and value in one tensor; `decoder` is the
+# plain one.
 GENAI_TYPES = {
     "llama": "llama",
     "mistral": "mistral",
@@ -53,34 +47,36 @@ COPIED = (
 )
 
 
-def write_layout(decoder: Decoder, model_folder: Path, out: Path, threads: int) -> None:
+def write_configs(decoder: Decoder, model_folder: Path, output_dir: Path, threads: int) -> None:
     """Write every file of a bundle but the graph. BadInput if the model folder has no fast tokenizer."""
-    copy_files(model_folder, out)
-    config = _genai_config(decoder, end_ids(out), _special_ids(out))
-    dump(out / "genai_config.json", config)
-    set_threads(out, threads)
+    copy_files(model_folder, output_dir)
+    config = _genai_config(decoder, end_ids(output_dir), _special_ids(output_dir))
+    write_json(output_dir / "genai_config.json", config)
+    set_threads(output_dir, threads)
 
 
-def copy_files(model_folder: Path, out: Path) -> None:
+def copy_files(model_folder: Path, output_dir: Path) -> None:
     """Copy configuration and tokenizer, with the chat template in both places where it is looked for, and
     every id that ends an answer in generation_config.json."""
     if not (model_folder / "tokenizer.json").is_file():
         raise BadInput(f"{model_folder}: no tokenizer.json; a bundle needs the fast form of the tokenizer")
     for name in COPIED:
         if (model_folder / name).is_file():
-            shutil.copyfile(model_folder / name, out / name)
-    settings = _load(model_folder / "tokenizer_config.json")
+            shutil.copyfile(model_folder / name, output_dir / name)
+    settings = read_json(model_folder / "tokenizer_config.json")
     template = chat_template(model_folder)
     if template is not None:
         settings["chat_template"] = template
-        (out / "chat_template.jinja").write_text(template, encoding="utf-8")
+        (output_dir / "chat_template.jinja").write_text(template, encoding="utf-8")
     # Without this list, transformers 4 hands a graph token_type_ids that it has no input for.
     settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
-    dump(out / "tokenizer_config.json", settings)
-    generation = _load(out / "generation_config.json")
+    write_json(output_dir / "tokenizer_config.json", settings)
+    generation = read_json(output_dir / "generation_config.json")
     if not generation:
-        generation = {k: v for k, v in _load(out / "config.json").items() if k.endswith("_token_id")}
-    dump(out / "generation_config.json", {**generation, "eos_token_id": end_ids(out)})
+        generation = {
+            k: v for k, v in read_json(output_dir / "config.json").items() if k.endswith("_token_id")
+        }
+    write_json(output_dir / "generation_config.json", {**generation, "eos_token_id": end_ids(output_dir)})
 
 
 def chat_template(folder: Path) -> str | None:
@@ -88,7 +84,7 @@ def chat_template(folder: Path) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    template = _load(folder / "tokenizer_config.json").get("chat_template")
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
         template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
     return template
@@ -102,11 +98,11 @@ def end_ids(folder: Path) -> list[int]:
     """
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
-        found = _load(folder / name).get("eos_token_id")
-        ids += found if isinstance(found, list) else [] if found is None else [found]
+        configured = read_json(folder / name).get("eos_token_id")
+        ids += configured if isinstance(configured, list) else [] if configured is None else [configured]
     vocabulary, template = _added_tokens(folder), chat_template(folder) or ""
     special = _added_tokens(folder, special=True)
-    eos = _content(_load(folder / "tokenizer_config.json").get("eos_token"))
+    eos = _content(read_json(folder / "tokenizer_config.json").get("eos_token"))
     ids += [vocabulary[token] for token in (eos,) if token in vocabulary]
     ids += [special[token] for token in TEXT_ENDS if token in special]
     ids += [vocabulary[token] for token in TURN_ENDS if token in vocabulary and token in template]
@@ -120,47 +116,47 @@ def set_threads(bundle: Path, threads: int) -> None:
     if threads < 1:
         raise BadInput(f"threads is {threads}; at least 1 is needed")
     path = bundle / "genai_config.json"
-    config = _load(path)
+    config = read_json(path)
     if "model" not in config:
         raise BadInput(f"{bundle}: no bundle (genai_config.json is missing); `edgedisp export` makes one")
     config["model"]["decoder"].setdefault("session_options", {})["intra_op_num_threads"] = threads
-    dump(path, config)
+    write_json(path, config)
 
 
 def set_end_ids(bundle: Path) -> None:
     """Write every id that ends an answer into a genai_config.json that others wrote."""
     path = bundle / "genai_config.json"
-    config = _load(path)
+    config = read_json(path)
     config["model"]["eos_token_id"] = end_ids(bundle)
-    dump(path, config)
+    write_json(path, config)
 
 
-def context_of(bundle: Path) -> int:
+def context_length(bundle: Path) -> int:
     """Most tokens in one sequence, as written in the bundle."""
-    return int(_load(bundle / "genai_config.json")["model"]["context_length"])
+    return int(read_json(bundle / "genai_config.json")["model"]["context_length"])
 
 
 def _special_ids(folder: Path) -> dict[str, int]:
     """bos and pad ids, as far as they are known."""
-    config, vocabulary = _load(folder / "config.json"), _added_tokens(folder)
-    settings = _load(folder / "tokenizer_config.json")
+    config, vocabulary = read_json(folder / "config.json"), _added_tokens(folder)
+    settings = read_json(folder / "tokenizer_config.json")
     ids = {}
     for kind in ("bos", "pad"):
-        found = config.get(f"{kind}_token_id")
-        if found is None:
-            found = vocabulary.get(_content(settings.get(f"{kind}_token")) or "")
-        if found is not None:
-            ids[kind] = int(found)
+        token_id = config.get(f"{kind}_token_id")
+        if token_id is None:
+            token_id = vocabulary.get(_content(settings.get(f"{kind}_token")) or "")
+        if token_id is not None:
+            ids[kind] = int(token_id)
     return ids
 
 
-def _genai_config(decoder: Decoder, ends: list[int], special: dict[str, int]) -> dict[str, Any]:
+def _genai_config(decoder: Decoder, eos: list[int], special: dict[str, int]) -> dict[str, Any]:
     return {
         "model": {
-            "type": GENAI_TYPES[decoder.family],
-            "bos_token_id": special.get("bos", ends[0]),
-            "eos_token_id": ends,
-            "pad_token_id": special.get("pad", ends[0]),
+            "type": GENAI_TYPES[decoder.architecture],
+            "bos_token_id": special.get("bos", eos[0]),
+            "eos_token_id": eos,
+            "pad_token_id": special.get("pad", eos[0]),
             "context_length": decoder.context,
             "vocab_size": decoder.vocab_size,
             "decoder": {
@@ -207,11 +203,11 @@ def _content(token: Any) -> str | None:
 
 def _added_tokens(folder: Path, special: bool = False) -> dict[str, int]:
     """Text -> id of the tokens beside the vocabulary proper; `special`: only those that are no text."""
-    added = _load(folder / "tokenizer.json").get("added_tokens", [])
+    added = read_json(folder / "tokenizer.json").get("added_tokens", [])
     return {token["content"]: token["id"] for token in added if not special or token.get("special")}
 
 
-def _load(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file, nothing if there is none. BadInput if it is damaged."""
     if not path.is_file():
         return {}
@@ -222,6 +218,6 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def dump(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON as the other files of a bundle are written."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,37 +1,97 @@
-"""Writes the ONNX graph of a decoder with KV cache out of ONNX Runtime's fused operators.
+"""Writes the ONNX graph of a `Decoder` with KV cache out of ONNX Runtime's fused operators.
 
-The interface is the one of onnxruntime-genai's builder, so that genai, transformers.js and optimum open it:
-inputs `input_ids` [batch, tokens], `attention_mask` [batch, past + tokens] and
-`past_key_values.N.key/value` [batch, kv heads, past, head_dim]; outputs `logits` [batch, tokens, vocab] and
-`present.N.key/value`. The head dimension is a number: transformers.js reads unknown symbols as 0. Positions
-come from the sums of the mask, so there is no `position_ids` input, and right-padded prefill and cached
-decode of ragged rows are both right.
+Inputs and outputs are those of onnxruntime-genai's builder, so that genai, transformers.js and optimum open
+it. The head dimension is a number, as transformers.js reads unknown symbols as 0. Positions come from the
+sums of the mask: there is no `position_ids`, and right-padded prefill and ragged cached decoding are both
+right.
 
-What was measured on SmolLM2-135M with 2 threads, against the genai builder's graph:
-- A tied embedding is stored once, [vocab, hidden], and the head is `FusedMatMul` with transB. The builder
-  stores the transpose and turns it back at load: 108 MB more memory, no faster. `Gemm` is no faster either.
-- q, k, v are one product, and so are gate and up: 2-5 % more decode tokens/s at 4 bits than apart.
-- `Sigmoid` and `Mul` stay apart: the runtime fuses them itself, and they are standard operators.
-- Norms of q and k (Qwen3, Gemma 3) stand before the attention, whose own inputs for them have no CPU kernel
-  (onnxruntime 1.31).
-
-Left out: fp16 graphs (no CPU kernels), and a head for the last token alone (scoring needs all positions).
+Measured on SmolLM2-135M with 2 threads: a tied embedding stored once as [vocab, hidden] and read by
+`FusedMatMul` with transB takes 108 MB less memory than the builder's transpose and is as fast; one product
+for q, k, v and one for gate and up decode 2 to 5 % faster at 4 bits. `Sigmoid` and `Mul` stay apart, as
+onnxruntime fuses them; its attention has no CPU kernel for norms of q and k (1.31), so these stand before
+it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from onnx import TensorProto, ValueInfoProto, helper
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from edgedisp.core.progress import Progress, silent
-from edgedisp.graph.description import Decoder, Layer, Linear, Norm
-from edgedisp.graph.writer import MICROSOFT, GraphWriter
+from edgedisp.graph.decoder_spec import Decoder, Layer, Linear, Norm
+from edgedisp.graph.onnx_graph import DATA, GRAPH, MICROSOFT, PAGE
 
+OPSET, IR_VERSION = 21, 10
+INLINE_BYTES = 1024  # smaller tensors stay inside the graph file
 EMBEDDING = "model.embed_tokens.weight"
+
+
+class GraphWriter:
+    """Nodes in order of computation, and initializers under plain readable names, for a bundle's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.nodes: list[NodeProto] = []
+        self._weights: dict[str, TensorProto] = {}
+
+    def node(
+        self, op: str, inputs: Sequence[str], *outputs: str, domain: str = "", **attributes: int | float
+    ) -> str:
+        """Append a node named after its first output; return that. Empty inputs at the end are dropped."""
+        names = list(inputs)
+        while names and not names[-1]:
+            names.pop()
+        options: dict[str, Any] = attributes
+        node = helper.make_node(op, names, list(outputs), name=outputs[0], domain=domain, **options)
+        self.nodes.append(node)
+        return outputs[0]
+
+    def weight(self, name: str, values: torch.Tensor | NDArray[Any]) -> str:
+        """Store a tensor under `name`, once; large ones go to the data file at a page's start."""
+        if name in self._weights:
+            return name
+        array = np.ascontiguousarray(values.detach().numpy() if isinstance(values, torch.Tensor) else values)
+        small = array.nbytes <= INLINE_BYTES
+        self._weights[name] = numpy_helper.from_array(array, name) if small else self._outside(name, array)
+        return name
+
+    def _outside(self, name: str, array: NDArray[Any]) -> TensorProto:
+        """Append `array` to the data file straight from its memory; onnx's own function copies it twice."""
+        with (self.folder / DATA).open("ab") as file:
+            file.write(bytes(-file.tell() % PAGE))
+            tensor = external_tensor(name, array, file.tell())
+            array.tofile(file)
+        return tensor
+
+    def integers(self, name: str, *values: int) -> str:
+        """A constant int64 vector: shapes, axes, splits."""
+        return self.weight(name, np.array(values, np.int64))
+
+    def save(self, inputs: list[ValueInfoProto], outputs: list[ValueInfoProto]) -> None:
+        """Write `model.onnx`; the weights already lie in `model.onnx.data`."""
+        (self.folder / GRAPH).write_bytes(self.model(inputs, outputs).SerializeToString())
+
+    def model(self, inputs: list[ValueInfoProto], outputs: list[ValueInfoProto]) -> ModelProto:
+        """What `save` writes."""
+        graph = helper.make_graph(self.nodes, "decoder", inputs, outputs, list(self._weights.values()))
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgedisp")
+
+
+def external_tensor(name: str, array: NDArray[Any], offset: int) -> TensorProto:
+    """The entry of a tensor whose values lie at `offset` of the data file."""
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    tensor = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", DATA), ("offset", offset), ("length", array.nbytes)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
 
 
 @dataclass(frozen=True)

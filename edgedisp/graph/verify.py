@@ -1,24 +1,17 @@
-"""Proves that a bundle works before anyone ships it: it opens, prefills, decodes with its cache, and stops.
+"""A bundle works: it prefills, decodes with its cache, stops, and onnxruntime-genai does the same.
 
-First the graph itself: it is well formed and every value has a shape (`shapes.py`), kernels of the CPU's
-provider alone run it and read weights packed (`kernels.py`).
-
-Then two roads must give one answer. The logits of every prompt are computed once alone and in full; then all
-prompts go through one right-padded batch, their last tokens one by one through the cache, and both must
-agree. The measure is the root mean square of the difference over that of the logits (each row less its
-mean, which a softmax does not see), the worst row counting. In fp32 arithmetic it is about 1e-6. With 8-bit
-activations (`accuracy_level` 4) the kernels for one row and for many round differently, and SmolLM2-135M
-shows 0.02 to 0.04; logits of a neighbouring token, which a cache off by one would give, differ by 0.35 and
-more.
-
-Then onnxruntime-genai opens the bundle, decodes the same prompts and encodes the given texts. A
-disagreement in a token fails the check only if our logits did not see the two tokens as good as equal.
-
-Left out: the comparison with the torch model, which the caller makes on text of its choice.
+Two ways must give one answer. The logits of every prompt are computed alone and in full; then all prompts
+go through one right-padded batch, their last tokens one by one through the cache. The measure is the root
+mean square of the difference over that of the logits (each row less its mean, which a softmax does not
+see), the worst row counting. In fp32 arithmetic it is about 1e-6. With 8-bit activations (`accuracy_level`
+4) the kernels for one row and for many round differently, and SmolLM2-135M shows 0.02 to 0.04; logits of a
+neighbouring token, which a cache off by one would give, differ by 0.35 and more. Two decoders may differ in
+a token only where the logits see both tokens as good as equal.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,55 +24,47 @@ from onnx import helper
 
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import Progress, silent
-from edgedisp.graph.genai import GenaiModel
-from edgedisp.graph.kernels import check_kernels
+from edgedisp.graph.onnx_graph import GRAPH
 from edgedisp.graph.session import Logits, OnnxModel
-from edgedisp.graph.shapes import check_shapes
 
 FORCED = 4  # tokens at the end of each prompt that go through the cache one by one
 EXACT_LIMIT = 1e-3  # relative difference allowed between the two roads in fp32 arithmetic
 ROUNDED_LIMIT = 0.2  # and with 8-bit activations
 NEW_TOKENS = 16  # decoded greedily after each prompt
-PROFILED = 8  # tokens of the run that shows which kernels are used
 
 
-def check(
-    bundle: Path,
+def check_bundle(
+    model: OnnxModel,
     prompts: Sequence[Sequence[int]],
     *,
     texts: Sequence[str] = (),
-    threads: int,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Run every check on `bundle` with real prompts (token ids, each at least 2 long) and texts.
+    """Run every check on an opened bundle with prompts (token ids, each at least 2 long) and texts.
 
-    Returns {opened, checker, values, nodes: {op: n}, kernels: {op: n}, providers: {name: n}, layers,
-    attention_fused, products_unfused, prompts, padded_difference, cached_difference, difference_limit,
-    decoded_tokens, stops, genai: {opened, greedy_agrees: "n/n", stops, tokenizer_agrees: "n/n",
-    round_trips: "n/n"}}; `checker` to `providers` are of `shapes.py` and `kernels.py`. BuildFailed with the
-    reason where a check fails.
+    Returns {opened, nodes: {op: n}, layers, attention_fused, products_unfused, prompts, padded_difference,
+    cached_difference, difference_limit, decoded_tokens, stops, genai: {opened, greedy_agrees: "n/n", stops,
+    tokenizer_agrees: "n/n", round_trips: "n/n"}}. BuildFailed with the reason where a check fails.
     """
     if not prompts or min(map(len, prompts)) < 2:
-        raise ValueError("check needs prompts of at least 2 tokens each")
-    model = OnnxModel(bundle, threads)
+        raise ValueError("check_bundle needs prompts of at least 2 tokens each")
     if max(map(len, prompts)) + NEW_TOKENS > model.context:
         raise ValueError(f"prompts must leave room for {NEW_TOKENS} tokens in the context of {model.context}")
-    written = onnx.load(bundle / "model.onnx", load_external_data=False)
-    graph, rows = written.graph, [list(prompt) for prompt in prompts]
+    bundle, rows = model.bundle, [list(prompt) for prompt in prompts]
+    graph = onnx.load(bundle / GRAPH, load_external_data=False).graph
     facts = _graph_facts(bundle, graph)
-    facts |= check_shapes(written, str(bundle)) | check_kernels(bundle, graph, rows[0][:PROFILED], threads)
     limit = ROUNDED_LIMIT if _rounds_activations(graph) else EXACT_LIMIT
     progress(0, 3, "prefill and cache")
     alone = [model(np.array([row], np.int64), np.ones((1, len(row)), np.int64))[0] for row in rows]
-    padded, cached = _two_roads(model, rows, alone)
-    _hold(bundle, "a right-padded batch and single rows", padded, limit)
-    _hold(bundle, "decoding with the cache and computing in full", cached, limit)
+    padded, cached = _batch_differences(model, rows, alone)
+    _check_limit(bundle, "a right-padded batch and single rows", padded, limit)
+    _check_limit(bundle, "decoding with the cache and computing in full", cached, limit)
     progress(1, 3, "greedy decoding")
     greedy = [model.greedy(row, NEW_TOKENS, model.end_ids) for row in rows]
-    _check_choices(bundle, model, rows, greedy, limit, "cached greedy decoding")
+    _check_choices(model, rows, greedy, limit, "cached greedy decoding")
     _check_stop(bundle, model.greedy(rows[0], NEW_TOKENS, frozenset(greedy[0][-1:])), greedy[0])
     progress(2, 3, "onnxruntime-genai")
-    genai = _check_genai(bundle, model, rows, greedy, limit, texts)
+    genai = _check_genai(model, rows, greedy, limit, texts)
     progress(3, 3, "checked")
     return {
         "opened": True,
@@ -94,6 +79,40 @@ def check(
     }
 
 
+class GenaiModel:
+    """A bundle opened by onnxruntime-genai. BuildFailed with the runtime's reason if it does not open."""
+
+    def __init__(self, bundle: Path, stop_id: int | None = None) -> None:
+        """`stop_id` ends a text as well; the bundle's own end-of-text ids stay (overlays add to a list)."""
+        import onnxruntime_genai
+
+        self._runtime: Any = onnxruntime_genai
+        getattr(onnxruntime_genai, "disable_telemetry_events", lambda: None)()
+        try:
+            config = onnxruntime_genai.Config(str(bundle))
+            if stop_id is not None:
+                config.overlay(json.dumps({"model": {"eos_token_id": [stop_id]}}))
+            self._model = onnxruntime_genai.Model(config)
+        except Exception as error:  # genai raises bare RuntimeError and its own types
+            raise BuildFailed(f"{bundle}: onnxruntime-genai cannot open it: {error}") from error
+
+    def greedy(self, ids: list[int], max_new_tokens: int) -> list[int]:
+        """The most likely next tokens; a stop token ends it and is the last of the result."""
+        options = self._runtime.GeneratorParams(self._model)
+        options.set_search_options(max_length=len(ids) + max_new_tokens, do_sample=False)
+        generator = self._runtime.Generator(self._model, options)
+        generator.append_tokens(ids)
+        new: list[int] = []
+        while not generator.is_done():
+            generator.generate_next_token()
+            new.append(int(generator.get_next_tokens()[0]))
+        return new
+
+    def tokenizer(self) -> Any:
+        """The bundle's tokenizer as genai reads it: `encode(text)`, `decode(ids)`."""
+        return self._runtime.Tokenizer(self._model)
+
+
 def relative_difference(logits: Logits, reference: Logits) -> float:
     """Worst row of rms(logits - reference) / rms(reference), rows less their means. Both [..., vocab]."""
     left, right = (values - values.mean(axis=-1, keepdims=True) for values in (logits, reference))
@@ -101,7 +120,7 @@ def relative_difference(logits: Logits, reference: Logits) -> float:
     return float((np.sqrt(np.square(left - right).mean(axis=-1)) / scale).max())
 
 
-def _two_roads(model: OnnxModel, rows: list[list[int]], alone: list[Logits]) -> tuple[float, float]:
+def _batch_differences(model: OnnxModel, rows: list[list[int]], alone: list[Logits]) -> tuple[float, float]:
     """Worst relative difference to `alone` of a right-padded prefill, and of ragged decoding with cache."""
     forced = min(FORCED, min(map(len, rows)) - 1)
     lengths = np.array([len(row) - forced for row in rows])
@@ -128,16 +147,16 @@ def _mask(lengths: NDArray[Any]) -> NDArray[np.int64]:
     return (np.arange(lengths.max())[None] < lengths[:, None]).astype(np.int64)
 
 
-def _hold(bundle: Path, what: str, difference: float, limit: float) -> None:
+def _check_limit(bundle: Path, what: str, difference: float, limit: float) -> None:
     if not difference <= limit:  # NaN fails, too
         raise BuildFailed(f"{bundle}: {what} disagree: relative difference {difference:.3g}, limit {limit:g}")
 
 
 def _check_choices(
-    bundle: Path, model: OnnxModel, rows: list[list[int]], chosen: list[list[int]], limit: float, who: str
+    model: OnnxModel, rows: list[list[int]], decoded: list[list[int]], limit: float, who: str
 ) -> None:
-    """Every chosen token must be the likeliest when all before it is computed in full, or as good as that."""
-    for row, new in zip(rows, chosen):
+    """Every decoded token must be the likeliest when all before it is computed in full, or nearly so."""
+    for row, new in zip(rows, decoded):
         ids = np.array([row + new[:-1]], np.int64)
         logits = model(ids, np.ones_like(ids))[0, len(row) - 1 :]
         spread = logits.std(axis=-1) + np.finfo(np.float32).tiny
@@ -145,7 +164,7 @@ def _check_choices(
         worst = int(behind.argmax())
         if not behind[worst] <= 2 * limit:  # both tokens may be off by the limit
             raise BuildFailed(
-                f"{bundle}: {who} chose token {new[worst]} as number {worst + 1} after a prompt, where "
+                f"{model.bundle}: {who} chose token {new[worst]} as number {worst + 1} after a prompt, where "
                 f"{int(logits[worst].argmax())} is likelier by {behind[worst]:.3g} standard deviations"
             )
 
@@ -160,24 +179,21 @@ def _check_stop(bundle: Path, stopped: list[int], free: list[int]) -> None:
 
 
 def _check_genai(
-    bundle: Path,
-    model: OnnxModel,
-    rows: list[list[int]],
-    greedy: list[list[int]],
-    limit: float,
-    texts: Sequence[str],
+    model: OnnxModel, rows: list[list[int]], greedy: list[list[int]], limit: float, texts: Sequence[str]
 ) -> dict[str, Any]:
     """The same decoding, stop and tokens by onnxruntime-genai."""
-    opened = GenaiModel(bundle)
-    said = [opened.greedy(row, NEW_TOKENS) for row in rows]
-    _check_choices(bundle, model, rows, said, limit, "onnxruntime-genai")
-    _check_stop(bundle, GenaiModel(bundle, stop_id=said[0][-1]).greedy(rows[0], NEW_TOKENS), said[0])
-    equal = sum(ours == theirs for ours, theirs in zip(greedy, said))
+    bundle = model.bundle
+    genai = GenaiModel(bundle)
+    decoded = [genai.greedy(row, NEW_TOKENS) for row in rows]
+    _check_choices(model, rows, decoded, limit, "onnxruntime-genai")
+    stopped = GenaiModel(bundle, stop_id=decoded[0][-1]).greedy(rows[0], NEW_TOKENS)
+    _check_stop(bundle, stopped, decoded[0])
+    equal = sum(ours == theirs for ours, theirs in zip(greedy, decoded))
     return {
         "opened": True,
         "greedy_agrees": f"{equal}/{len(rows)}",
         "stops": True,
-        **_check_tokenizer(bundle, opened.tokenizer(), texts),
+        **_check_tokenizer(bundle, genai.tokenizer(), texts),
     }
 
 

@@ -1,4 +1,4 @@
-"""The neutral description of a decoder that lies between a model's family and its graph.
+"""The neutral description of a decoder that lies between a torch model and its graph.
 
 Weights are views of the torch model, not copies: a `Linear` lists the matrices that are stored one above the
 other, and only the writer joins them.
@@ -73,7 +73,7 @@ class Layer:
 class Decoder:
     """What a decoder-only model computes. `embedding` [vocab, hidden]; `head` None means tied to it."""
 
-    family: str
+    architecture: str
     hidden: int
     heads: int
     kv_heads: int

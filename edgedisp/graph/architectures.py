@@ -1,0 +1,342 @@
+"""Reads a torch model into a `Decoder` (decoder_spec.py), whatever its architecture.
+
+Architectures differ in few things: names, norms, biases, activation, positions, window, scaling. The readers
+here know those differences; decoder_graph.py sees a `Decoder` alone. transformers opens the model, so old
+checkpoint names, shards, tied weights and half precision are its business, and rotary tables come from the
+model's own rotary module, so that every `rope_type` is right.
+
+Left out: mixtures of experts, encoder-decoders, ALiBi, vision towers, and OPT-350M, whose norms come after
+each part and whose embedding is narrower than its layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from edgedisp.core.errors import BadInput
+from edgedisp.graph.decoder_spec import Decoder, Layer, Linear, Norm, Rope
+
+DEFAULT_CONTEXT = 8192
+"""Most positions of a bundle unless a caller says otherwise: rotary tables and KV buffers grow with it."""
+
+# transformers' activation name -> what the graph computes. All three tanh forms are the same function.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+}
+
+
+def read_decoder(model: Any, max_context: int | None = None) -> Decoder:
+    """The decoder that a torch model of an architecture in READERS computes; weights are views.
+
+    BadInput for a form of the architecture that the graph writer does not cover.
+    """
+    decoder = READERS[model.config.model_type](model, _context(model.config, max_context))
+    if decoder.ropes and decoder.head_dim % 16:
+        raise BadInput(
+            f"heads of {decoder.head_dim} dimensions with rotary positions: "
+            "onnxruntime's fused attention takes multiples of 16 alone"
+        )
+    return decoder
+
+
+def _context(config: Any, max_context: int | None) -> int:
+    """Positions of the bundle: the model's own, at most `max_context` or 8192."""
+    positions = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for table in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        # These two change their frequencies with the sequence length: one table is right only below that.
+        if table.get("rope_type") in ("dynamic", "longrope"):
+            positions = min(positions, int(table.get("original_max_position_embeddings") or positions))
+    return min(positions, max_context or DEFAULT_CONTEXT)
+
+
+# ---------------------------------------------------------------- parts that every reader needs
+
+
+def _activation(name: str) -> str:
+    if name not in ACTIVATIONS:
+        raise BadInput(
+            f"activation {name!r} has no counterpart in the graph; known: {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[name]
+
+
+def _rotary(module: Any, context: int, layer_types: list[str] | None = None) -> dict[str, Rope]:
+    """Tables of the model's rotary module: one under "rope", or one for each of `layer_types`."""
+    like, positions = torch.zeros(1, dtype=torch.float32), torch.arange(context)[None]
+    ropes = {}
+    for name in layer_types or ["rope"]:
+        with torch.no_grad():
+            cos, sin = module(like, positions, name) if layer_types else module(like, positions)
+        half = cos.shape[-1] // 2  # both halves of a row are the same angles
+        ropes[name] = (cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+    return ropes
+
+
+def _linear(name: str, *modules: Any) -> Linear:
+    """Torch's linear maps as one product. BadInput if only some of them have a bias."""
+    biases = tuple(module.bias for module in modules if module.bias is not None)
+    if biases and len(biases) != len(modules):
+        raise BadInput(f"{name}: some of its parts have a bias and some have none; that form is not written")
+    return Linear(name, tuple(module.weight for module in modules), biases)
+
+
+def _rms_norm(name: str, module: Any, offset: float = 0.0) -> Norm:
+    """RMSNorm; `offset` is what the architecture adds to the stored weight (Gemma: 1)."""
+    epsilon = getattr(module, "variance_epsilon", None) or module.eps
+    return Norm(name, module.weight + offset if offset else module.weight, float(epsilon))
+
+
+def _layer_norm(name: str, module: Any) -> Norm:
+    """LayerNorm; one without parameters multiplies by 1 and adds 0."""
+    width = module.normalized_shape
+    weight = torch.ones(width) if module.weight is None else module.weight
+    bias = torch.zeros(width) if module.bias is None else module.bias
+    return Norm(name, weight, float(module.eps), bias)
+
+
+def _lm_head(model: Any, embedding: torch.Tensor) -> torch.Tensor | None:
+    """The head's matrix [vocab, hidden]; None where it is the embedding's."""
+    weight: torch.Tensor = model.lm_head.weight
+    return None if weight is embedding or weight.data_ptr() == embedding.data_ptr() else weight
+
+
+def _sizes(model: Any, context: int, embedding: torch.Tensor) -> dict[str, Any]:
+    """Fields of a Decoder with one key for each query head, the embedding, and the head."""
+    config = model.config
+    heads = config.num_attention_heads
+    return {
+        "architecture": config.model_type,
+        "hidden": config.hidden_size,
+        "heads": heads,
+        "kv_heads": heads,
+        "head_dim": config.hidden_size // heads,
+        "vocab_size": len(embedding),
+        "context": context,
+        "embedding": embedding,
+        "head": _lm_head(model, embedding),
+    }
+
+
+# ---------------------------------------------------------------- RMSNorm, rotary positions, a gated MLP
+
+
+def _llama_like(model: Any, context: int, offset: float = 0.0, rope_by_layer_type: bool = False) -> Decoder:
+    """Llama, Mistral, Qwen2, Qwen3 and Gemma 3: one shape, parts present or not. `offset`: Gemma's 1 + w."""
+    config, body = model.config, model.model
+    layer_types = list(config.layer_types) if rope_by_layer_type else None
+    ropes = layer_types or ["rope"] * len(body.layers)
+    sizes = _sizes(model, context, body.embed_tokens.weight)
+    sizes |= {"kv_heads": config.num_key_value_heads}
+    sizes |= {"head_dim": getattr(config, "head_dim", None) or sizes["head_dim"]}
+    return Decoder(
+        **sizes,
+        activation=_activation(getattr(config, "hidden_activation", None) or config.hidden_act),
+        embedding_scale=float(getattr(body.embed_tokens, "embed_scale", 1.0)),
+        layers=tuple(
+            _llama_layer(f"model.layers.{index}", block, rope, window, offset)
+            for index, (block, rope, window) in enumerate(zip(body.layers, ropes, _windows(config, context)))
+        ),
+        final_norm=_rms_norm("model.norm", body.norm, offset),
+        ropes=_rotary(body.rotary_emb, context, sorted(set(layer_types)) if layer_types else None),
+        logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
+    )
+
+
+def _llama_layer(name: str, block: Any, rope: str, window: int | None, offset: float) -> Layer:
+    attention, mlp = block.self_attn, block.mlp
+    # Gemma norms around both parts, and what Llama calls post_attention_layernorm has another name there.
+    norms_around = hasattr(block, "pre_feedforward_layernorm")
+    norms_heads = hasattr(attention, "q_norm")
+
+    def norm(part: str) -> Norm:
+        return _rms_norm(f"{name}.{part}", getattr(block, part), offset)
+
+    return Layer(
+        attention_norm=norm("input_layernorm"),
+        qkv=_linear(f"{name}.attn.qkv_proj", attention.q_proj, attention.k_proj, attention.v_proj),
+        attention_output=_linear(f"{name}.attn.o_proj", attention.o_proj),
+        mlp_norm=norm("pre_feedforward_layernorm" if norms_around else "post_attention_layernorm"),
+        up=_linear(f"{name}.mlp.gate_up_proj", mlp.gate_proj, mlp.up_proj),
+        down=_linear(f"{name}.mlp.down_proj", mlp.down_proj),
+        scale=float(attention.scaling),
+        window=window,
+        rope=rope,
+        q_norm=_rms_norm(f"{name}.attn.q_norm", attention.q_norm, offset) if norms_heads else None,
+        k_norm=_rms_norm(f"{name}.attn.k_norm", attention.k_norm, offset) if norms_heads else None,
+        attention_output_norm=norm("post_attention_layernorm") if norms_around else None,
+        mlp_output_norm=norm("post_feedforward_layernorm") if norms_around else None,
+        is_gated=True,
+    )
+
+
+def _windows(config: Any, context: int) -> list[int | None]:
+    """Attention window of each layer in tokens, the current one included; None sees everything."""
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window >= context:
+        window = None
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return [window] * config.num_hidden_layers
+    return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
+
+
+def _gemma3(model: Any, context: int) -> Decoder:
+    if getattr(model.config, "use_bidirectional_attention", False):
+        raise BadInput(
+            "this Gemma 3 attends in both directions (an encoder): it cannot decode with a KV cache"
+        )
+    return _llama_like(model, context, offset=1.0, rope_by_layer_type=True)
+
+
+# ---------------------------------------------------------------- LayerNorm, biases, an MLP without a gate
+
+
+def _gpt2(model: Any, context: int) -> Decoder:
+    """GPT-2: learned positions, one product for q, k and v, and Conv1D, which stores [in, out]."""
+    config, body = model.config, model.transformer
+
+    def linear(name: str, conv: Any) -> Linear:
+        return Linear(name, (conv.weight.t(),), (conv.bias,))
+
+    layers = tuple(
+        Layer(
+            attention_norm=_layer_norm(f"model.layers.{i}.input_layernorm", block.ln_1),
+            qkv=linear(f"model.layers.{i}.attn.qkv_proj", block.attn.c_attn),
+            attention_output=linear(f"model.layers.{i}.attn.o_proj", block.attn.c_proj),
+            mlp_norm=_layer_norm(f"model.layers.{i}.post_attention_layernorm", block.ln_2),
+            up=linear(f"model.layers.{i}.mlp.up_proj", block.mlp.c_fc),
+            down=linear(f"model.layers.{i}.mlp.down_proj", block.mlp.c_proj),
+            scale=float(block.attn.scaling),
+        )
+        for i, block in enumerate(body.h)
+    )
+    return Decoder(
+        **_sizes(model, context, body.wte.weight),
+        activation=_activation(config.activation_function),
+        positions=body.wpe.weight[:context],
+        layers=layers,
+        final_norm=_layer_norm("model.norm", body.ln_f),
+    )
+
+
+def _opt(model: Any, context: int) -> Decoder:
+    """OPT: learned positions, whose table starts with two rows that no token uses."""
+    config, body = model.config, model.model.decoder
+    if not config.do_layer_norm_before or body.final_layer_norm is None:
+        raise BadInput(
+            "this OPT norms after each part, or has no final norm (do_layer_norm_before, "
+            "_remove_final_layer_norm); that form, which of the released sizes only 350M has, is not written"
+        )
+    if body.project_in is not None:
+        raise BadInput(
+            f"this OPT has an embedding of width {config.word_embed_proj_dim} for layers of "
+            f"{config.hidden_size} (word_embed_proj_dim); that form is not written"
+        )
+    positions = body.embed_positions
+    return Decoder(
+        **_sizes(model, context, body.embed_tokens.weight),
+        activation=_activation(config.activation_function),
+        positions=positions.weight[positions.offset : positions.offset + context],
+        layers=tuple(_opt_layer(f"model.layers.{i}", block) for i, block in enumerate(body.layers)),
+        final_norm=_layer_norm("model.norm", body.final_layer_norm),
+    )
+
+
+def _opt_layer(name: str, block: Any) -> Layer:
+    attention = block.self_attn
+    return Layer(
+        attention_norm=_layer_norm(f"{name}.input_layernorm", block.self_attn_layer_norm),
+        qkv=_linear(f"{name}.attn.qkv_proj", attention.q_proj, attention.k_proj, attention.v_proj),
+        attention_output=_linear(f"{name}.attn.o_proj", attention.out_proj),
+        mlp_norm=_layer_norm(f"{name}.post_attention_layernorm", block.final_layer_norm),
+        up=_linear(f"{name}.mlp.up_proj", block.fc1),
+        down=_linear(f"{name}.mlp.down_proj", block.fc2),
+        scale=float(attention.scaling),  # torch scales the queries, bias and all: the same product
+    )
+
+
+def _gpt_neox(model: Any, context: int) -> Decoder:
+    """GPT-NeoX (Pythia): both parts of a layer read its input; q, k and v of one head stand together.
+
+    It rotates only the first part of each head, a quarter in Pythia. The kernel pairs dimension i with i +
+    d/2 of the whole head, so the rows of each query and key head are stored in an order in which the
+    rotated pairs stand so; the angles of all other pairs are zero. A dot product does not depend on the
+    order of its terms, and quantization rounds row by row. The kernel's own partial rotation takes
+    multiples of 16 alone (Pythia 2.8B rotates 20 of 80).
+    """
+    config, body = model.config, model.gpt_neox
+    head_dim = config.hidden_size // config.num_attention_heads
+    cos, sin = _rotary(body.rotary_emb, context)["rope"]
+    order = _rotated_first(head_dim, 2 * cos.shape[1])
+    unrotated = len(cos), head_dim // 2 - cos.shape[1]
+    return Decoder(
+        **_sizes(model, context, body.embed_in.weight),
+        activation=_activation(config.hidden_act),
+        layers=tuple(
+            _neox_layer(f"model.layers.{i}", block, config.num_attention_heads, order)
+            for i, block in enumerate(body.layers)
+        ),
+        final_norm=_layer_norm("model.norm", body.final_layer_norm),
+        ropes={
+            "rope": (
+                torch.cat([cos, torch.ones(unrotated)], dim=1),
+                torch.cat([sin, torch.zeros(unrotated)], dim=1),
+            )
+        },
+    )
+
+
+def _neox_layer(name: str, block: Any, heads: int, order: torch.Tensor) -> Layer:
+    attention, mlp = block.attention, block.mlp
+    output = _linear(f"{name}.attn.o_proj", attention.dense)
+    down = _linear(f"{name}.mlp.down_proj", mlp.dense_4h_to_h)
+    if block.use_parallel_residual and output.biases and down.biases:
+        # Both are added to the same stream, so one of them can carry the sum.
+        down = Linear(down.name, down.weights, (output.biases[0] + down.biases[0],))
+        output = Linear(output.name, output.weights)
+    joined = attention.query_key_value
+    by_head = torch.arange(3 * heads * len(order)).view(heads, 3, len(order))  # rows [heads, (q, k, v), dim]
+    q, k, v = by_head[:, 0, order], by_head[:, 1, order], by_head[:, 2]
+    rows = torch.cat([q.flatten(), k.flatten(), v.flatten()])
+    biases = () if joined.bias is None else (joined.bias,)
+    return Layer(
+        attention_norm=_layer_norm(f"{name}.input_layernorm", block.input_layernorm),
+        qkv=Linear(f"{name}.attn.qkv_proj", (joined.weight,), biases, rows),
+        attention_output=output,
+        mlp_norm=_layer_norm(f"{name}.post_attention_layernorm", block.post_attention_layernorm),
+        up=_linear(f"{name}.mlp.up_proj", mlp.dense_h_to_4h),
+        down=down,
+        scale=float(attention.scaling),
+        rope="rope",
+        is_parallel=block.use_parallel_residual,
+    )
+
+
+def _rotated_first(head_dim: int, rotated: int) -> torch.Tensor:
+    """Old dimension of each new one: pairs (i, i + rotated/2) come to stand as (i, i + head_dim/2)."""
+    lows, highs = torch.arange(rotated).chunk(2)
+    rest = torch.arange(rotated, head_dim).tensor_split(2)
+    return torch.cat([lows, rest[0], highs, rest[1]])
+
+
+READERS: dict[str, Callable[[Any, int], Decoder]] = {
+    "llama": _llama_like,
+    "mistral": _llama_like,
+    "qwen2": _llama_like,
+    "qwen3": _llama_like,
+    "gemma3_text": _gemma3,
+    "gpt2": _gpt2,
+    "opt": _opt,
+    "gpt_neox": _gpt_neox,
+}

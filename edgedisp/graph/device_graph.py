@@ -1,0 +1,169 @@
+"""A bundle for one kind of device: its threads, its context, and logits of the last token alone.
+
+Nothing here changes a logit within the device's context. Three things are set:
+
+- threads: onnxruntime-genai takes their number from the bundle alone.
+- context: tables of positions are cut to the rows that the device will use. With 8,192 positions the tables
+  of SmolLM2-135M are 2 MB of a 104 MB bundle, and the cache that a runtime allocates at once is 380 MB.
+- logits: generating needs those after each row's last token. The head is the widest product of a small model
+  (SmolLM2-135M: 28 of 135M weights); a gather before it saves a fifth of a prompt's work.
+
+Left out: a context longer than the bundle's, whose tables would have to be computed from the model again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from edgedisp.core.errors import BadInput
+from edgedisp.graph import genai_config
+from edgedisp.graph.export import WEIGHT_MAP
+from edgedisp.graph.onnx_graph import DATA, GRAPH, PAGE, NewNodes, find_head, forget_shapes
+
+# Inputs of an operator that are tables of positions, one row each.
+TABLES = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}
+LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx")
+NOT_COPIED = ("record.json", "manifest.json", "README.md", WEIGHT_MAP, GRAPH, DATA)
+PREFIX = "last_token."
+LAST_HIDDEN = f"{PREFIX}hidden"
+
+
+def for_device(
+    bundle: Path, output_dir: Path, *, threads: int, context: int | None = None, last_logits: bool = True
+) -> dict[str, Any]:
+    """Write `bundle` (graph and weights at its top) for a device into the empty folder `output_dir`.
+
+    `context` None: the bundle's. Returns {threads, context, size_bytes}: the context is the smaller of
+    `context` and the bundle's; size_bytes counts graph and weights. BadInput for less than one thread or
+    position, or where there is no bundle.
+    """
+    if context is not None and context < 1:
+        raise BadInput(f"context is {context}; at least 1 position is needed")
+    if not (bundle / GRAPH).is_file():
+        raise BadInput(f"{bundle}: no bundle (model.onnx is missing); `edgedisp export` makes one")
+    available = genai_config.context_length(bundle)
+    positions = available if context is None else min(context, available)
+    for path in sorted(bundle.iterdir()):
+        if path.is_file() and path.name not in NOT_COPIED:
+            shutil.copyfile(path, output_dir / path.name)
+    model = ir.load(bundle / GRAPH)
+    if positions < available:
+        _cut_positions(model.graph, bundle, output_dir, available - positions)
+    elif (bundle / DATA).is_file():
+        shutil.copyfile(bundle / DATA, output_dir / DATA)
+    if last_logits:
+        keep_last(model)
+    ir.save(model, output_dir / GRAPH)
+    genai_config.set_threads(output_dir, threads)
+    _set_context(output_dir, positions)
+    size = sum((output_dir / name).stat().st_size for name in (GRAPH, DATA) if (output_dir / name).is_file())
+    return {"threads": threads, "context": positions, "size_bytes": size}
+
+
+def _set_context(bundle: Path, positions: int) -> None:
+    """Write the number of positions wherever a runtime looks for it."""
+    path = bundle / "genai_config.json"
+    config = genai_config.read_json(path)
+    config["model"]["context_length"] = positions
+    config.setdefault("search", {})["max_length"] = positions
+    genai_config.write_json(path, config)
+    path = bundle / "config.json"
+    if path.is_file():
+        config = genai_config.read_json(path)
+        lengths = {
+            name: min(positions, config[name]) for name in LENGTHS if isinstance(config.get(name), int)
+        }
+        genai_config.write_json(path, {**config, **lengths})
+
+
+def position_tables(graph: ir.Graph) -> set[str]:
+    """Names of the initializers that have one row for each position."""
+    tables: set[ir.Value | None] = set()
+    for node in graph:
+        if node.op_type in TABLES:
+            tables |= {node.inputs[place] for place in TABLES[node.op_type] if place < len(node.inputs)}
+        elif node.op_type == "Gather" and "position" in str(node.inputs[0] and node.inputs[0].name):
+            tables.add(node.inputs[0])  # learned positions
+    return {name for name, value in graph.initializers.items() if value in tables}
+
+
+def _cut_positions(graph: ir.Graph, bundle: Path, output_dir: Path, dropped_rows: int) -> None:
+    """Copy the weights file tensor by tensor, the tables of positions without their last rows.
+
+    Rows are dropped at the end, so that an architecture whose first position has another row than 0 keeps it.
+    """
+    tables = position_tables(graph)
+    offsets: dict[tuple[int | None, int], int] = {}  # two tensors may be views of the same bytes
+    with (output_dir / DATA).open("wb") as file:
+        for name, value in graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None:
+                continue
+            _check_inside(tensor, bundle)
+            array = tensor.numpy()[:-dropped_rows] if name in tables else tensor.numpy()
+            if isinstance(tensor, ir.ExternalTensor):
+                key = (tensor.offset, array.nbytes)
+                if key not in offsets:
+                    file.write(bytes(-file.tell() % PAGE))
+                    offsets[key] = file.tell()
+                    np.ascontiguousarray(array).tofile(file)
+                value.const_value = ir.ExternalTensor(
+                    DATA, offsets[key], array.nbytes, tensor.dtype,
+                    shape=ir.Shape(array.shape), name=name, base_dir=output_dir,
+                )  # fmt: skip
+            elif name in tables:
+                value.const_value = ir.Tensor(array, name=name)
+            value.shape = ir.Shape(array.shape)
+
+
+def _check_inside(tensor: Any, bundle: Path) -> None:
+    if isinstance(tensor, ir.ExternalTensor):
+        path = bundle / tensor.location
+        if path.parent.resolve() != bundle.resolve():
+            raise BadInput(f"{bundle}: tensor {tensor.name} points outside the bundle, to {path}")
+
+
+def keep_last(model: ir.Model) -> None:
+    """Change the graph in place: `logits` become [batch, 1, vocab], of each row's last real token.
+
+    The head is found as the last product before the logits, whoever wrote the graph. BadInput where there is
+    none, or where the graph does so already.
+    """
+    graph = model.graph
+    head = find_head(graph)
+    if head is None:
+        raise BadInput("the graph makes no logits out of a product with the head's weights")
+    if any(node.name and node.name.startswith(PREFIX) for node in graph):
+        raise BadInput("the graph keeps the last token's logits alone already")
+    new = NewNodes(graph, PREFIX)
+    last = new.op(
+        "Unsqueeze", [_last_position(graph, new), new.constant(f"{PREFIX}last_axis", [-1])], "indices"
+    )
+    new.op("GatherND", [head.inputs[0], last], "hidden", batch_dims=1)
+    head.replace_input_with(0, new.nodes[-1].outputs[0])
+    graph.insert_before(head, new.nodes)
+    forget_shapes(graph)
+    logits = next(value for value in graph.outputs if value.name == "logits")
+    logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]]) if logits.shape else None
+
+
+def _last_position(graph: ir.Graph, new: NewNodes) -> ir.Value:
+    """Of each row's new tokens the last real one: int64 [batch, 1].
+
+    real tokens - 1 counts from the start of the row, cached tokens included; a padded row that decodes may
+    have fewer than there are in the cache, and then its one new token is meant.
+    """
+    inputs = {value.name: value for value in graph.inputs}
+    mask, ids = inputs["attention_mask"], inputs["input_ids"]
+    one = new.constant(f"{PREFIX}one", 1)
+    real = new.op("ReduceSum", [mask, new.constant(f"{PREFIX}axis", [1])], "real", keepdims=1)
+    total = new.op("Gather", [new.op("Shape", [mask], "mask_shape"), one], "total", axis=0)
+    count = new.op("Gather", [new.op("Shape", [ids], "ids_shape"), one], "new", axis=0)
+    less_cached = new.op("Sub", [count, total], "less_cached")
+    index = new.op("Sub", [new.op("Add", [real, less_cached], "count"), one], "index_or_negative")
+    return new.op("Max", [index, new.constant(f"{PREFIX}zero", 0)], "index")
