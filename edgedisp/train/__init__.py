@@ -1,15 +1,29 @@
-"""Mid-training: the transformers Trainer with a dispersion term, and low-rank adapters.
+"""Mid-training: the transformers Trainer with a dispersion term, and what an arm can add to it.
 
-trainer.py     `fit`: one arm of a build, from settings.py, over the blocks of data.py
-mixin.py       the dispersion term for any transformers Trainer
-fused_head.py  cross-entropy without the logits
-checkpoints.py what is resumed from, and what never is
-transformers_trainer.py  the one place where the library's Trainer is imported
-watch.py       condensation looked at on the way; reporting.py: who else gets the log
-techniques.py  other ways to train, as callbacks
-probe.py       a few timed steps for the plan
-adapter.py     LoRA over a model: which linear maps, and what is refused
-quantized.py   the nf4 or int8 base of QLoRA, and its dequantized weights
-merge.py       a PEFT folder that knows its base; merging it into plain weights
-audit.py       held-out loss, and weights rounded as a bundle's are: what a merge is judged by
+    trainer                `fit`: one arm of a build
+    dispersion_trainer     the dispersion term for any transformers Trainer
+    packed_dataset         blocks of tokens, with or without walls between documents
+    chunked_cross_entropy  the loss without the logits of a whole batch
+    quantization_aware     training under the rounding of a bundle
+    quantized_weights      the weights that a bundle rounds
+    lora                   LoRA and QLoRA: attach, save, merge
+    arm_callbacks          NEFTune, embedding dropout, active forgetting
+    performance            compiled layers, memory, timed steps
 """
+
+import logging
+
+# Two lines of bitsandbytes that help nobody here: at its import (by transformers' Trainer) on CPUs with bf16,
+# and at every forward pass of an int8 layer.
+_USELESS = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
+}
+
+
+def _is_useful(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_USELESS[record.name])
+
+
+for _name in _USELESS:
+    logging.getLogger(_name).addFilter(_is_useful)

@@ -1,234 +1,311 @@
 """Mid-train a causal language model on packed token blocks, with or without a dispersion term.
 
-The loop is the transformers `Trainer` with `DispersionMixin` (mixin.py). `fit` adds what a fair and exact
-build needs: the blocks are read in the order given, shuffled beforehand once for all arms, so that two arms
-that differ only in the term see the same batches, schedule and random numbers; checkpoints that are whole or
-not there (checkpoints.py); a log with a row per step; and speed that changes no result: no logits kept
-(fused_head.py), freed memory kept (memory.py), on request compiled layers (compiled.py).
+The loop is the transformers `Trainer` with `DispersionMixin`. `fit` adds what a fair and exact build needs: the
+blocks are read in the order of the file, so that two arms see the same batches, schedule and random numbers;
+checkpoints are whole or unused; the log has a row per step; and what makes it faster changes no result.
 
-The Trainer's AdamW decays weights, not norms and biases. Gradient checkpointing is set on the model, because
-the Trainer's own option changed its name within transformers 5.
+Several processes (torchrun, accelerate launch) share each step of `batch x accumulate` sequences. Under DDP
+each has the whole model. Under FSDP2 (`train.distributed`) each has a part of weights, gradients and optimizer
+states; weights are gathered, and gradients added up, in float32, as in a single process. Loss and weights agree
+with one process to float tolerance, dropout aside. A checkpoint can be continued by another number of
+processes, but not from DDP to FSDP or back.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import random
+import shutil
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from transformers.utils import logging as transformers_logging
+import torch.distributed
+from torch import Tensor, nn
+from transformers import PrinterCallback, TrainingArguments
+from transformers.trainer_callback import TrainerCallback
 
+from edgedisp.core.distributed import place, split
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
+from edgedisp.core.stage_folder import write_json
 from edgedisp.dispersion.config import DispersionConfig
-from edgedisp.train import checkpoints as saved
-from edgedisp.train import distributed
-from edgedisp.train.checkpoints import last_checkpoint
-from edgedisp.train.compiled import compiled_layers, why_not_compiled
-from edgedisp.train.data import Blocks
-from edgedisp.train.fused_head import fused_head, why_not_fused
-from edgedisp.train.memory import activations_recomputed, freed_memory_kept, peak_memory_bytes
-from edgedisp.train.mixin import DispersionTrainer
-from edgedisp.train.reporting import Reporting, reported_in
-from edgedisp.train.settings import Fit, TrainSettings
-from edgedisp.train.techniques import Technique
-from edgedisp.train.transformers_trainer import PrinterCallback, TrainerCallback, TrainingArguments
-from edgedisp.train.watch import Watch
+from edgedisp.models import quiet
+from edgedisp.recipe import Train
+from edgedisp.train.arm_callbacks import TrainingTechnique
+from edgedisp.train.chunked_cross_entropy import chunked_head, unsupported
+from edgedisp.train.dispersion_trainer import CondensationWatch, DispersionTrainer
+from edgedisp.train.packed_dataset import PackedDataset
+from edgedisp.train.performance import (
+    cannot_compile,
+    checkpoint_activations,
+    compiled_layers,
+    keep_freed_memory,
+    peak_memory_bytes,
+)
 
-__all__ = ["Fit", "TrainSettings", "fit", "last_checkpoint", "quiet"]
+MARKER = "edgedisp.json"  # the last file of a whole checkpoint
+PREFIX = "checkpoint-"  # the Trainer's own name for checkpoint folders
+TENSORBOARD_DIR = "TENSORBOARD_LOGGING_DIR"  # environment variable of transformers
+TIME_LIMIT = timedelta(hours=6)  # a slow disk or a sleeping laptop must not end a collective operation
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What `fit` takes beside the recipe's `train` section.
+
+    `output_dir`: folder of this run's checkpoints. `end_of_text`: the token that ends a document; with it,
+    attention stays inside documents. `callbacks`: a `TrainingTechnique` among them is detached at the end.
+    `log_dir`, `run_name`: for `train.report_to`.
+    """
+
+    steps: int
+    seed: int
+    output_dir: Path
+    dispersion: DispersionConfig | None = None
+    callbacks: Sequence[TrainerCallback] = ()
+    end_of_text: int | None = None
+    watch: CondensationWatch | None = None
+    log_dir: Path | None = None
+    run_name: str | None = None
+    chunked_cross_entropy: bool = True  # where the model allows it
+
+
+@dataclass
+class FitResult:
+    """What a training run returns.
+
+    `log` has a row per optimizer step (`step`, `loss` = cross-entropy in nats per token, `dispersion`, `lr`,
+    `grad_norm`), `watched` the rows of the condensation watch. `weights` is None unless FSDP divided the model:
+    then it is the whole state dict, on the CPU, in the leading process.
+    """
+
+    log: list[dict[str, Any]]
+    seconds: float
+    tokens: int
+    resumed_from: int
+    peak_memory_bytes: int
+    watched: list[dict[str, Any]] = field(default_factory=list)
+    skipped_sequences: int = 0
+    chunked_cross_entropy: bool = False
+    weights: dict[str, Tensor] | None = None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of this process: steps done before a resume are not counted."""
+        new = self.tokens * (1 - self.resumed_from / len(self.log)) if self.log else 0
+        return new / self.seconds if self.seconds and new else None
+
+    @property
+    def watch_seconds(self) -> float:
+        """Seconds of the whole run spent on the condensation watch."""
+        return math.fsum(row["seconds"] for row in self.watched)
 
 
 def fit(
-    model: nn.Module,
-    tokens: np.ndarray,
-    settings: TrainSettings,
-    *,
-    checkpoints: Path,
-    dispersion: DispersionConfig | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-    end_of_text: int | None = None,
-    watch: Watch | None = None,
-    reporting: Reporting | None = None,
-    share: distributed.Share | None = None,
-    progress: Progress = silent,
-) -> Fit:
-    """Train `model` in place and say how it went.
+    model: nn.Module, tokens: np.ndarray, train: Train, options: FitOptions, progress: Progress = silent
+) -> FitResult:
+    """Train `model` in place; the newest whole checkpoint in `options.output_dir` is resumed from.
 
     Args:
         model: a causal language model, weights float32 (bf16 is autocast), perhaps wrapped by peft.
-        tokens: `(blocks, context)` unsigned integers, already in the order in which they are to be seen;
-            at least `steps * accumulate * batch` blocks.
-        checkpoints: folder for this run's checkpoints; the newest whole one in it is resumed from. Another
-            program's are never touched: a folder that holds some is refused.
-        dispersion: the dispersion term, such as a `DispersionConfig`, or None.
-        callbacks: of transformers, for other techniques; a `Technique` among them is detached at the end.
-            Their kinds and their public numbers, words and flags are part of what a checkpoint is compared
-            by.
-        end_of_text: the token that ends a document; given, nothing looks across documents (data.py).
-        watch: looks at the condensation on the way; its rows are part of the result.
-        share: what this process takes of each step, where several train together (distributed.py). Each
-            of them calls `fit` with the same arguments; `settings` are the step's, not the process's.
-    Raises ValueError if there are too few blocks, BadInput for a checkpoint of another run or another
-    program, NotFinite if the loss or a gradient is NaN or infinite.
+        tokens: `(blocks, context)` unsigned integers, in training order; at least
+            `steps * accumulate * batch` blocks.
+        train: the recipe's section, `precision` resolved to bf16 or fp32. It describes the whole step; in a
+            launch of several processes each calls `fit` alike and takes its share.
+    Raises ValueError if there are too few blocks, BadInput for a checkpoint that cannot be continued, NotFinite
+    if the loss or a gradient is NaN or infinite.
     """
-    needed = settings.steps * settings.accumulate * settings.batch
+    needed = options.steps * train.accumulate * train.batch
     if len(tokens) < needed:
-        raise ValueError(f"{settings.steps} steps need {needed} blocks of tokens, {len(tokens)} were given")
-    used = tokens[:needed]
-    share = share or distributed.Share(1, settings.batch, settings.accumulate)
-    distributed.join(share)
-    run = saved.run_identity(
-        model,
-        used,
-        settings,
-        dispersion=dispersion,
-        end_of_text=end_of_text,
-        callbacks=[_told_apart(callback) for callback in callbacks],
-        weights=share.held,
-    )
-    saved.check_own(checkpoints)
-    resumed = saved.newest(checkpoints)
-    if resumed is not None:
-        saved.check_same_run(resumed, run)
-    distributed.meet()  # all have seen the same checkpoints
-    if distributed.leads():
-        saved.keep_only(checkpoints, None if resumed is None else resumed.folder)
-    kept = _Rows(run, checkpoints, watch, progress)
-    kept.restore(resumed)
-    resumed_from = len(kept.rows)
+        raise ValueError(f"{options.steps} steps need {needed} blocks of tokens, {len(tokens)} were given")
+    if place().count > 1 and not torch.distributed.is_initialized():
+        # On GPUs torch then makes NCCL for them and gloo beside it, which offloading needs.
+        backend = None if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=TIME_LIMIT)
+    is_sharded = train.distributed is not None and place().count > 1
+    newest = newest_checkpoint(options.output_dir)
+    state = {} if newest is None else _read_marker(newest)
+    if newest is not None and state["is_sharded"] != is_sharded:
+        raise BadInput(f"{newest}: a checkpoint cannot be continued from FSDP to DDP or back; remove it")
+    barrier()  # all processes have seen the same checkpoints
+    if place().leads:
+        keep_only(options.output_dir, newest)
+    log = _Log(options, state, is_sharded, progress)
+    resumed_from = len(log.rows)
     started = time.perf_counter()
-    with _prepared(model, settings, callbacks, reporting) as is_fused:
+    with _prepared(model, train, options) as is_chunked:
         trainer = _FitTrainer(
             model=model,
-            args=_arguments(settings, share, checkpoints, reporting),
-            train_dataset=Blocks(used, end_of_text),
-            dispersion=dispersion,
-            watch=watch,
-            callbacks=[*callbacks, kept],
+            args=_arguments(train, options),
+            train_dataset=PackedDataset(tokens[:needed], options.end_of_text),
+            dispersion=options.dispersion,
+            watch=options.watch,
+            callbacks=[*options.callbacks, log],
         )
-        kept.trainer = trainer
-        distributed.check_divided(trainer, share)
+        if is_sharded and not trainer.is_fsdp_enabled:  # as accelerate decides silently on CPUs
+            raise ValueError("accelerate does not divide a model among processes on this kind of device (FSDP)")
         trainer.remove_callback(PrinterCallback)  # it prints every log row to stdout
-        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.folder))
-    weights = distributed.whole_weights(trainer)
-    distributed.meet()
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    # Collective: every process has to call it.
+    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    barrier()
     model.eval()
-    return Fit(
-        log=kept.rows,
+    return FitResult(
+        log=log.rows,
         seconds=time.perf_counter() - started,
         tokens=needed * tokens.shape[1],
         resumed_from=resumed_from,
         peak_memory_bytes=peak_memory_bytes(),
-        watched=[] if watch is None else watch.rows,
-        skipped_sequences=kept.skipped_sequences,
-        fused_head=is_fused,
+        watched=[] if options.watch is None else options.watch.rows,
+        skipped_sequences=log.skipped_sequences,
+        chunked_cross_entropy=is_chunked,
         weights=weights,
     )
 
 
 @contextmanager
-def _prepared(
-    model: nn.Module,
-    settings: TrainSettings,
-    callbacks: Sequence[TrainerCallback],
-    reporting: Reporting | None,
-) -> Iterator[bool]:
-    """All that is different while `fit` trains. Yields whether the logits are spared."""
+def _prepared(model: nn.Module, train: Train, options: FitOptions) -> Iterator[bool]:
+    """All that is different while `fit` trains. Yields whether the loss is computed in chunks."""
     with ExitStack() as stack:
-        for callback in callbacks:
-            if isinstance(callback, Technique):
+        for callback in options.callbacks:
+            if isinstance(callback, TrainingTechnique):
                 stack.callback(callback.detach)
-        if settings.gradient_checkpointing:
-            stack.enter_context(activations_recomputed(model))
-        stack.enter_context(_own_random_state())
+        if train.gradient_checkpointing:  # here, as the Trainer's own option changed its name in transformers 5
+            checkpoint_activations(model)
+        # The Trainer seeds the process's global streams.
+        stack.enter_context(torch.random.fork_rng())
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
         stack.enter_context(quiet())
-        stack.enter_context(distributed.quiet_sharding())
-        stack.enter_context(reported_in(reporting))
-        stack.enter_context(_own_forward(model))
-        stack.enter_context(freed_memory_kept())
-        if settings.compile:
-            if (reason := why_not_compiled(model)) is not None:
+        # The chunked head returns a view, which nothing changes in place.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+        if options.log_dir is not None and TENSORBOARD_DIR not in os.environ:
+            os.environ[TENSORBOARD_DIR] = str(options.log_dir)
+            stack.callback(os.environ.pop, TENSORBOARD_DIR)
+        stack.callback(_restore_model, model, getattr(getattr(model, "config", None), "use_cache", None))
+        stack.enter_context(keep_freed_memory())
+        if train.compile:
+            if (reason := cannot_compile(model)) is not None:
                 raise BadInput(f"train.compile: {reason}; or leave it off")
             stack.enter_context(compiled_layers(model))
-        is_fused = settings.fused_head and why_not_fused(model) is None
-        if is_fused:
-            stack.enter_context(fused_head(model))
-        yield is_fused
+        is_chunked = options.chunked_cross_entropy and unsupported(model) is None
+        if is_chunked:
+            stack.enter_context(chunked_head(model))
+        yield is_chunked
 
 
-@contextmanager
-def _own_forward(model: nn.Module) -> Iterator[None]:
-    """Take out what accelerate leaves in a model, before and after: its autocast, and the mark "prepared".
+def _restore_model(model: nn.Module, use_cache: bool | None) -> None:
+    """Undo what stays in a trained model: accelerate's autocast and its mark, and the Trainer's `use_cache`.
 
     A marked model is not prepared again, so a bf16 training after an fp32 one would silently be fp32. The
-    Trainer leaves `use_cache: false` in the model's config, which would be saved with the model.
+    configuration is saved with the model.
     """
-    config: Any = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
-    _unprepare(model)
-    try:
-        yield
-    finally:
-        _unprepare(model)
-        if use_cache is not None:
-            config.use_cache = use_cache
-
-
-def _unprepare(model: nn.Module) -> None:
-    own = vars(model)
-    own.pop("_is_accelerate_prepared", None)
-    if "_original_forward" in own:
-        original = own.pop("_original_forward")
-        own.pop("forward", None)
+    attributes = vars(model)
+    attributes.pop("_is_accelerate_prepared", None)
+    if "_original_forward" in attributes:
+        original = attributes.pop("_original_forward")
+        attributes.pop("forward", None)
         if getattr(original, "__func__", None) is not type(model).forward:
-            own["forward"] = original
+            attributes["forward"] = original
+    if use_cache is not None:
+        config: Any = model.config
+        config.use_cache = use_cache
 
 
-def _told_apart(callback: TrainerCallback) -> tuple[str, dict[str, Any]]:
-    """A callback's kind and its plain public attributes, such as `alpha` and `seed`."""
-    plain = {
-        name: value
-        for name, value in vars(callback).items()
-        if not name.startswith("_") and isinstance(value, int | float | str | bool)
-    }
-    return type(callback).__name__, plain
+def _arguments(train: Train, options: FitOptions) -> TrainingArguments:
+    batch, accumulate = split(train.batch, train.accumulate, place().count)
+    args = TrainingArguments(
+        output_dir=str(options.output_dir),
+        run_name=options.run_name,
+        report_to=list(train.report_to),
+        max_steps=options.steps,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
+        train_sampling_strategy="sequential",
+        learning_rate=train.lr,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(train.schedule, train.schedule),
+        warmup_steps=round(train.warmup * options.steps),
+        weight_decay=train.weight_decay,  # of weights, not of norms and biases
+        adam_beta1=train.betas[0],
+        adam_beta2=train.betas[1],
+        max_grad_norm=train.clip,
+        bf16=train.precision == "bf16",
+        optim="adamw_torch_fused",
+        seed=options.seed,
+        data_seed=options.seed,
+        save_strategy="steps",
+        # About five in a run, and at least ten steps apart.
+        save_steps=train.checkpoint_every or max(10, math.ceil(options.steps / 5)),
+        save_total_limit=None,  # it would remove the old checkpoint before the new one is marked whole
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # such a loss stops training
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        **_distributed_arguments(train),
+    )
+    if args.fsdp_plugin_args is not None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        # accelerate's own choice for bf16 adds up gradients in bf16, which is another training.
+        args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy()
+    return args
+
+
+def _distributed_arguments(train: Train) -> dict[str, Any]:
+    if place().count == 1:
+        return {}
+    # All parameters are used; looking for unused ones costs time in each step.
+    arguments: dict[str, Any] = {"log_level_replica": "error", "ddp_find_unused_parameters": False}
+    if (sharding := train.distributed) is not None:
+        config = {
+            "version": 2,
+            "reshard_after_forward": sharding.fsdp == "full_shard",
+            "cpu_offload": sharding.cpu_offload,
+            "state_dict_type": "SHARDED_STATE_DICT",  # each process writes its part of a checkpoint
+        }
+        if sharding.wrap != "auto":
+            config["transformer_layer_cls_to_wrap"] = list(sharding.wrap)
+        arguments |= {"fsdp": True, "fsdp_config": config}
+    return arguments
 
 
 class _FitTrainer(DispersionTrainer):
-    """Knows which of its checkpoints are whole."""
-
     def last_checkpoint(self) -> Path | None:
-        return last_checkpoint(Path(self.args.output_dir or ""))
+        return newest_checkpoint(Path(self.args.output_dir or ""))
 
 
-class _Rows(TrainerCallback):
-    """Keeps a row per optimizer step, completes each checkpoint with them, and reports progress."""
-
-    trainer: DispersionTrainer
+class _Log(TrainerCallback):
+    """Collects a row per optimizer step, completes each checkpoint with them, and reports progress."""
 
     def __init__(
-        self, run: dict[str, Any], checkpoints: Path, watch: Watch | None, progress: Progress
+        self, options: FitOptions, state: dict[str, Any], is_sharded: bool, progress: Progress
     ) -> None:
-        self.run, self.checkpoints, self.watch, self.progress = run, checkpoints, watch, progress
-        self.rows: list[dict[str, Any]] = []
-        self.skipped_before = 0  # by the processes that this one continues
-        self.skipped_since = 0  # by this one and those beside it
+        self.output_dir, self.watch, self.progress = options.output_dir, options.watch, progress
+        self.is_sharded = is_sharded
+        self.rows: list[dict[str, Any]] = state.get("rows", [])
+        self.skipped_before: int = state.get("skipped_sequences", 0)  # by processes that this one continues
+        self.skipped_since = 0
+        if self.watch is not None and state:
+            self.watch.rows = state["watched"]
 
     @property
     def skipped_sequences(self) -> int:
         return self.skipped_before + self.skipped_since
-
-    def restore(self, checkpoint: saved.Checkpoint | None) -> None:
-        if checkpoint is not None:
-            self.rows, self.skipped_before = checkpoint.rows, checkpoint.skipped_sequences
-            if self.watch is not None:
-                self.watch.rows = checkpoint.watched
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
@@ -247,78 +324,68 @@ class _Rows(TrainerCallback):
         term = "" if row["dispersion"] is None else f", dispersion {row['dispersion']:.4f}"
         self.progress(state.global_step, state.max_steps, f"loss {row['loss']:.3f}{term}")
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if control.should_save:  # by the Trainer, right after this
-            saved.begin(saved.folder_of(self.checkpoints, state.global_step))
-
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        distributed.meet()  # the other processes' random states are part of the checkpoint
+        barrier()  # the other processes' random states are part of the checkpoint
         if not state.is_world_process_zero:
             return
-        folder = saved.folder_of(self.checkpoints, state.global_step)
-        watched = [] if self.watch is None else self.watch.rows
-        marker = {"rows": self.rows, "watched": watched, "run": self.run}
-        saved.mark(folder, {**marker, "skipped_sequences": self.skipped_sequences})
-        saved.keep_only(self.checkpoints, folder)
+        folder = self.output_dir / f"{PREFIX}{state.global_step}"
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER]
+        marker = {
+            "rows": self.rows,
+            "watched": [] if self.watch is None else self.watch.rows,
+            "skipped_sequences": self.skipped_sequences,
+            "is_sharded": self.is_sharded,
+            "sizes": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
+        }
+        write_json(folder / MARKER, marker)
+        keep_only(self.output_dir, folder)
 
 
-@contextmanager
-def _own_random_state() -> Iterator[None]:
-    """The Trainer seeds the process's global streams; give them back as they were."""
-    python, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy_state)
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint under `output_dir` with a marker and every file as long as the marker says."""
+    return next((path for path in reversed(_checkpoints(output_dir)) if _read_marker(path)), None)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No log lines and no bars of transformers inside the block."""
-    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+def keep_only(output_dir: Path, checkpoint: Path | None) -> None:
+    """Remove every other checkpoint, whole or not."""
+    for path in _checkpoints(output_dir):
+        if path != checkpoint:
+            shutil.rmtree(path)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """Folders named like a checkpoint, oldest first."""
+    steps = {path: path.name.removeprefix(PREFIX) for path in output_dir.glob(f"{PREFIX}*")}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda p: int(steps[p]))
+
+
+def _read_marker(checkpoint: Path) -> dict[str, Any]:
+    """The marker of a whole checkpoint, else empty."""
     try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bar:
-            transformers_logging.enable_progress_bar()
+        marker: dict[str, Any] = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+        sizes = marker["sizes"].items()
+        return marker if all((checkpoint / name).stat().st_size == size for name, size in sizes) else {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}  # absent or damaged
 
 
-def _arguments(
-    settings: TrainSettings, share: distributed.Share, folder: Path, reporting: Reporting | None
-) -> TrainingArguments:
-    args = TrainingArguments(
-        output_dir=str(folder),
-        run_name=None if reporting is None else reporting.name,
-        report_to=[] if reporting is None else list(reporting.to),
-        max_steps=settings.steps,
-        **share.arguments(),
-        train_sampling_strategy="sequential",
-        learning_rate=settings.lr,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
-        warmup_steps=round(settings.warmup * settings.steps),
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.betas[0],
-        adam_beta2=settings.betas[1],
-        max_grad_norm=settings.clip,
-        bf16=settings.precision == "bf16",
-        optim="adamw_torch_fused",
-        seed=settings.seed,
-        data_seed=settings.seed,
-        save_strategy="steps",
-        save_steps=settings.save_steps,
-        save_total_limit=None,  # it would remove the old checkpoint before the new one is marked whole
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # such a loss stops training
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-    )
-    distributed.gather_in_float32(args)
-    return args
+def check_reporters(names: Sequence[str]) -> None:
+    """Raise BadInput if a program that the log should go to is not installed."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise BadInput(
+            f"train.report_to: {', '.join(missing)} is not installed; pip install {' '.join(missing)}, "
+            "or take it out"
+        )
+
+
+def barrier() -> None:
+    """Wait until every process of the launch is here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def leave_processes() -> None:
+    """After the last training: part from the other processes of a launch."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,18 +1,9 @@
 """Packed blocks of tokens as a training set, with or without walls between the documents in a block.
 
-A block holds whatever documents fall into it, each followed by the end-of-text token (data/packing.py).
-Plain packing lets attention run through the block, as most pre-training does. With walls:
-
-- position ids count from 0 again in each document, and transformers makes a block-diagonal attention mask
-  of them (its sign for a packed row is a position that does not follow the one before). The end-of-text
-  token belongs to the document before it.
-- The first token of a document is no target: predicting it from the end of an unrelated document would be
-  the one thing that still looks across. A document that was cut by the block's edge starts at position 0
-  like any other.
-
-Left out: attention kernels that skip the masked blocks (they need a GPU and flash attention; on a CPU a
-block of 256 costs what it costs without walls), and walls for the dispersion loss: its sequence is the
-block, as its pairs do not have to attend to one another.
+Plain packing lets attention run through the block, as most pre-training does. With walls, position ids count
+from 0 in each document, of which transformers makes a block-diagonal attention mask; the end-of-text token
+belongs to the document before it; and the first token of a document is no target. The dispersion loss has no
+walls: its sequence is the block, as its pairs do not have to attend to one another.
 """
 
 from __future__ import annotations
@@ -33,7 +24,7 @@ def document_positions(ids: Tensor, end_of_text: int) -> Tensor:
     return index - starts.cummax(dim=0).values
 
 
-class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
+class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Packed blocks `(blocks, context)` as a data set; labels are the inputs (the model shifts them).
 
     With `end_of_text`, the token id that ends a document, there are walls between documents.

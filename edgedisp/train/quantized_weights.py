@@ -1,7 +1,7 @@
-"""The weights of a model that a bundle quantizes, and their rounding: what training, audit and checks share.
+"""The weights of a model that a bundle quantizes, and their rounding in place.
 
 They are the linear maps of the layers, the embedding and the head, a tied one once. Norms, biases and learned
-positions stay as they are. The rounding is handed in, since the grid is not this room's business.
+positions stay as they are. Callers bring the rounding, which is the code that makes the bundle.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from edgedisp.train.adapter import LINEAR
+LINEAR = nn.Linear | Conv1D  # GPT-2's linear maps are Conv1D; bitsandbytes' layers derive from nn.Linear
 
 Rounding = Callable[[str, Tensor], Tensor]
 """(name of the parameter in the plain model, its values fp32 [out, in]) -> new values, rounded along `in`."""
@@ -26,27 +26,24 @@ class Weight:
 
     name: str
     parameter: Tensor
-    turned: bool  # stored [in, out], as Conv1D does
+    transposed: bool  # stored [in, out], as Conv1D does
     rounding: Rounding
-    is_end: bool = False  # the embedding or the head
     adapter: Any = None
 
     def values(self) -> Tensor:
         """fp32 [out, in], without an adapter's update."""
-        own = self.parameter.detach()
-        return (own.T if self.turned else own).float()
+        stored = self.parameter.detach()
+        return (stored.T if self.transposed else stored).float()
 
-    def rounded(self, strength: float = 1.0) -> Tensor:
-        """What the parameter's data become, `strength` of the way to the grid; always new memory."""
-        own = self.parameter.data
+    def rounded(self) -> Tensor:
+        """What the parameter's data become: Q(W), or Q(W + update) - update with an adapter; new memory."""
+        stored = self.parameter.data
         update = None
         if self.adapter is not None:
             update = sum(self.adapter.get_delta_weight(name) for name in self.adapter.active_adapters)
-        whole = own if update is None else own + update
-        new = self.rounding(self.name, (whole.T if self.turned else whole).float())
-        new = (new.T if self.turned else new).to(own.dtype)
-        if strength < 1:
-            new = torch.lerp(whole, new, strength)
+        whole = stored if update is None else stored + update
+        new = self.rounding(self.name, (whole.T if self.transposed else whole).float())
+        new = (new.T if self.transposed else new).to(stored.dtype)
         return (new if update is None else new - update).contiguous()
 
 
@@ -70,20 +67,8 @@ def weights_of(model: nn.Module, body: Rounding, ends: Rounding) -> Iterator[Wei
             continue
         seen.add(id(weight))
         plain = name.removeprefix("base_model.model.").removesuffix(".base_layer") + ".weight"
-        turned = isinstance(module, Conv1D)
-        yield Weight(plain, weight, turned, ends if is_end else body, is_end, adapters.get(id(module)))
-
-
-def check_replaceable(weight: Weight) -> None:
-    """ValueError for a weight that cannot be replaced by its rounded self while it trains."""
-    parameter, name = weight.parameter, weight.name
-    if type(parameter.data) is not Tensor:
-        raise ValueError(f"{name} is divided among processes (FSDP); rounding in training needs it whole")
-    if parameter.dtype != torch.float32:
-        raise ValueError(f"{name} is stored as {parameter.dtype}; rounding in training needs float32")
-    dropouts = [] if weight.adapter is None else weight.adapter.lora_dropout.values()
-    if any(getattr(dropout, "p", 0) for dropout in dropouts):
-        raise ValueError("the adapter has dropout, so no step computes with the merged weight")
+        rounding, adapter = ends if is_end else body, adapters.get(id(module))
+        yield Weight(plain, weight, isinstance(module, Conv1D), rounding, adapter)
 
 
 @torch.no_grad()

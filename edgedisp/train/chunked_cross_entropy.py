@@ -1,24 +1,14 @@
 """Cross-entropy straight from hidden states, so that the logits of a batch never exist as a whole.
 
-The logits of 4 x 1,024 tokens over a vocabulary of 152,000 are 2.5 GB in float32, and the plain road holds
-several of that size: the product, its float32 copy, the log-probabilities, their gradient. Here a few hundred
-rows at a time are multiplied with the head, their loss and their gradient are taken at once, and the rows are
-dropped. What stays is the gradient of the hidden states and of the head. That is what Liger, Unsloth and
-torch's own `linear_cross_entropy` do; the arithmetic is that of `ForCausalLMLoss`: products in the autocast
-type, log-softmax, loss and the head's gradient in float32, loss and gradients equal to the plain road's.
+The logits of 4 x 1,024 tokens over a vocabulary of 152,000 are 2.5 GB in float32. Here a few hundred rows at a
+time are multiplied with the head, their loss and gradient are taken at once, and the rows are dropped, as
+Liger and Unsloth do. The arithmetic is that of `ForCausalLMLoss`: products in the autocast type; log-softmax,
+loss and the head's gradient in float32. torch's own `linear_cross_entropy` (2.13) returns the loss in the type
+of its inputs (11.06 for 11.02 in bf16) and takes 5 to 12 times as long on a CPU.
 
-`fused_head` puts it into an ordinary causal language model and takes it out again. Inside, and in training
-passes alone, the head hands its input on and the model's loss function does the rest; the call still goes
-through the model, so wrappers of peft and data parallelism do not notice. Beware: `outputs.logits` are then
-the hidden states.
-
-Why not `torch.nn.functional.linear_cross_entropy` (torch 2.13): it gives the loss in the type of its inputs,
-so under bf16 autocast a loss of 11.02 comes back as 11.06 or worse, and on a CPU its own choice of settings
-took 5 to 12 times as long as the plain road (1,024 tokens, 49,152 x 576: 4.4 s in fp32, 6.8 s in bf16,
-against 0.8 and 0.5 s).
-
-Left out: Triton kernels (they need a GPU), heads that are adapted or quantized, and logits that the model
-changes before the loss, such as Gemma 2's soft cap. `why_not_fused` says which; the plain road serves them.
+`chunked_head` puts it into an ordinary causal language model and takes it out again. Inside, and in training
+passes alone, the head returns its input and the model's loss function does the rest, so wrappers of peft and
+data parallelism keep working. Beware: `outputs.logits` are then the hidden states.
 """
 
 from __future__ import annotations
@@ -34,12 +24,11 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 CHUNK_BYTES = 1 << 28
-"""Float32 logits held at a time, 256 MB: 1,365 tokens of a vocabulary of 49,152, 441 of one of 152,000. Fewer
-would save memory that is small beside a model's, and each chunk costs one more pass over the head's gradient
-(49,152 x 576 on one core: 0.06 s, against 0.06 s for all products of 128 tokens and 0.9 s for 1,024)."""
+"""Float32 logits in memory at a time: 1,365 tokens of a vocabulary of 49,152. Each chunk costs one more pass
+over the head's gradient."""
 
 
-class _FusedCrossEntropy(torch.autograd.Function):
+class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropies divided by `items`, with its gradients taken in the forward pass."""
 
     @staticmethod
@@ -56,7 +45,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         if dtype == torch.float16:
             raise ValueError(
-                "the fused cross-entropy takes its gradients before the loss scale; use bfloat16"
+                "the chunked cross-entropy takes its gradients before the loss scale; use bfloat16"
             )
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         with torch.autocast(device, enabled=False):
@@ -66,18 +55,20 @@ class _FusedCrossEntropy(torch.autograd.Function):
             d_head = torch.empty_like(weight, dtype=torch.float32) if wants_weight else None
             d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wants_bias else None
             chunks = list(_chunks(len(hidden), len(weight)))
-            # Made once: on a CPU, fresh memory of this size costs more than what is computed in it.
-            room = _Room(chunks[0].stop if chunks else 0, head, wants_weight)
+            buffers = _Buffers(chunks[0].stop if chunks else 0, head, wants_weight)
             for rows in chunks:
-                loss, d_logits = _one_chunk(inputs[rows], head, bias, labels[rows], items, ignored, room)
+                logits = buffers.product(inputs[rows], head)
+                if bias is not None:
+                    logits += bias
+                loss, d_logits = _loss_and_gradient(logits, labels[rows], items, ignored)
                 total += loss
                 if d_bias is not None:
                     d_bias += d_logits.sum(dim=0)
-                d_logits = room.rounded(d_logits)
+                d_logits = buffers.rounded(d_logits)
                 if d_inputs is not None:
                     torch.mm(d_logits, head, out=d_inputs[rows])
                 if d_head is not None:
-                    room.add_product(d_head, d_logits, inputs[rows], first=rows.start == 0)
+                    buffers.add_product(d_head, d_logits, inputs[rows], first=rows.start == 0)
             if d_head is not None and not chunks:
                 d_head.zero_()
         ctx.gradients = (
@@ -90,7 +81,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         if ctx.gradients is None:
-            raise RuntimeError("the fused cross-entropy keeps no graph: backward can run once")
+            raise RuntimeError("the chunked cross-entropy keeps no graph: backward can run once")
         gradients, ctx.gradients = ctx.gradients, None
         (factor,) = upstream
         if factor.device.type != "cpu" or factor != 1:  # asking a GPU would make the host wait for it
@@ -106,17 +97,17 @@ def _chunks(rows: int, classes: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-class _Room:
-    """Memory for one chunk after another: its logits, the same rounded, what it adds to the head."""
+class _Buffers:
+    """Memory for one chunk after another. Made once: on a CPU, fresh memory costs more than the arithmetic."""
 
     def __init__(self, rows: int, head: Tensor, wants_head: bool) -> None:
         is_exact = head.dtype == torch.float32
         self.logits = head.new_empty((rows, len(head)), dtype=torch.float32)
         self.low = None if is_exact else torch.empty_like(self.logits, dtype=head.dtype)
-        self.product = torch.empty_like(head) if wants_head and not is_exact else None
+        self.d_head = torch.empty_like(head) if wants_head and not is_exact else None
 
-    def multiplied(self, inputs: Tensor, head: Tensor) -> Tensor:
-        """`inputs head^T` as float32, in the room."""
+    def product(self, inputs: Tensor, head: Tensor) -> Tensor:
+        """`inputs head^T` as float32."""
         logits = self.logits[: len(inputs)]
         if self.low is None:
             return torch.mm(inputs, head.T, out=logits)
@@ -128,29 +119,18 @@ class _Room:
 
     def add_product(self, total: Tensor, d_logits: Tensor, inputs: Tensor, *, first: bool) -> None:
         """`total += d_logits^T inputs`, in float32 over the chunks; the first one is written, not added."""
-        if self.product is None:
+        if self.d_head is None:
             torch.addmm(total, d_logits.T, inputs, beta=0 if first else 1, out=total)
             return
-        product = torch.mm(d_logits.T, inputs, out=self.product)
+        product = torch.mm(d_logits.T, inputs, out=self.d_head)
         if first:
             total.copy_(product)
         else:
             total.add_(product)
 
 
-def _one_chunk(
-    inputs: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    items: Tensor,
-    ignored: int,
-    room: _Room,
-) -> tuple[Tensor, Tensor]:
-    """(sum of the rows' losses, gradient of their logits for `sum / items`), both float32."""
-    logits = room.multiplied(inputs, head)
-    if bias is not None:
-        logits += bias
+def _loss_and_gradient(logits: Tensor, labels: Tensor, items: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+    """(sum of the rows' losses, gradient of the logits for `sum / items`, in their memory), both float32."""
     counted = labels != ignored
     targets = torch.where(counted, labels, 0).unsqueeze(1)
     normaliser = logits.logsumexp(dim=1, keepdim=True)
@@ -160,7 +140,7 @@ def _one_chunk(
     return loss, d_logits.mul_((counted / items).unsqueeze(1))
 
 
-def fused_cross_entropy(
+def chunked_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -184,12 +164,12 @@ def fused_cross_entropy(
         items = (labels != ignore_index).sum()
     else:
         items = torch.as_tensor(num_items_in_batch, device=hidden.device)
-    loss: Tensor = _FusedCrossEntropy.apply(hidden, weight, bias, labels, items.float(), ignore_index)
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, items.float(), ignore_index)
     return loss
 
 
-def why_not_fused(model: nn.Module) -> str | None:
-    """Why `fused_head` does not suit a model, or None if it does."""
+def unsupported(model: nn.Module) -> str | None:
+    """Why `chunked_head` does not suit a model (no plain head, changed logits), or None if it does."""
     inner = _causal_model(model)
     if inner is None:
         return "it has no output head"
@@ -202,25 +182,25 @@ def why_not_fused(model: nn.Module) -> str | None:
 
 
 @contextmanager
-def fused_head(model: nn.Module) -> Iterator[None]:
+def chunked_head(model: nn.Module) -> Iterator[None]:
     """Inside the block, training passes of `model` compute their loss without logits; see the module.
 
     model: a transformers causal language model, bare or wrapped by peft, not yet by data parallelism.
-    Raises ValueError if `why_not_fused` finds a reason.
+    Raises ValueError if it is `unsupported`.
     """
-    reason = why_not_fused(model)
+    reason = unsupported(model)
     inner = _causal_model(model)
     if reason is not None or inner is None:
-        raise ValueError(f"the fused head does not suit this model: {reason}")
+        raise ValueError(f"the chunked cross-entropy does not suit this model: {reason}")
     head: Any = inner.get_output_embeddings()
     plain_forward, plain_loss = head.forward, inner.loss_function
 
-    def is_fused() -> bool:
+    def is_training() -> bool:
         return bool(head.training) and torch.is_grad_enabled()
 
     def forward(hidden: Tensor) -> Tensor:
-        handed_on: Tensor = hidden if is_fused() else plain_forward(hidden)
-        return handed_on
+        output: Tensor = hidden if is_training() else plain_forward(hidden)
+        return output
 
     def loss(
         logits: Tensor,
@@ -231,13 +211,13 @@ def fused_head(model: nn.Module) -> Iterator[None]:
         shift_labels: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
-        if not is_fused():
+        if not is_training():
             return plain_loss(
                 logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **others
             )
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        return fused_cross_entropy(
+        return chunked_cross_entropy(
             logits.reshape(-1, logits.shape[-1]),
             head.weight,
             shift_labels.reshape(-1).to(logits.device),
@@ -252,16 +232,14 @@ def fused_head(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _attribute(owner: Any, name: str, value: Callable[..., Any]) -> Iterator[None]:
-    """An attribute of the instance inside the block, whatever its class says; as it was afterwards."""
-    had, before = name in vars(owner), vars(owner).get(name)
+    """An attribute of the instance inside the block; as it was afterwards."""
+    before = {name: vars(owner)[name]} if name in vars(owner) else {}
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if had:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
+        delattr(owner, name)
+        vars(owner).update(before)
 
 
 def _causal_model(model: nn.Module) -> PreTrainedModel | None:
@@ -274,8 +252,8 @@ def _causal_model(model: nn.Module) -> PreTrainedModel | None:
 
 def _logits_are_the_heads(model: PreTrainedModel, head: nn.Linear) -> bool:
     """Whether a small forward pass gives just what its head gives: no soft cap, no scale, no second head."""
-    seen: list[Tensor] = []
-    handle = head.register_forward_hook(lambda module, args, output: seen.append(output))
+    outputs: list[Tensor] = []
+    handle = head.register_forward_hook(lambda module, args, output: outputs.append(output))
     modes = [(module, module.training) for module in model.modules()]
     ids = torch.arange(2, 10, device=head.weight.device)[None] % len(head.weight)
     try:
@@ -286,4 +264,4 @@ def _logits_are_the_heads(model: PreTrainedModel, head: nn.Linear) -> bool:
         handle.remove()
         for module, mode in modes:
             module.training = mode
-    return len(seen) == 1 and seen[0].shape == logits.shape and torch.equal(seen[0].to(logits), logits)
+    return len(outputs) == 1 and outputs[0].shape == logits.shape and torch.equal(outputs[0].to(logits), logits)

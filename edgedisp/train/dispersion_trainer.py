@@ -5,44 +5,42 @@
 
     class DispersionSFT(DispersionMixin, SFTTrainer): ...  # TRL's; the mixin comes first
 
-The loss is `cross-entropy + weight * dispersion`. What the host class computes is left as it is, whatever
-that is; the term comes from hooks in the same forward pass, so nothing is computed twice. Logged beside
-`loss` (their sum): `cross_entropy`, `dispersion` and, if there were any, `skipped_sequences`, the number of
-sequences so far in this training that had fewer than two tokens to compare. Evaluation is untouched.
+The loss is `host's loss + weight * dispersion`, from hooks in the same forward pass. Logged beside `loss`:
+`cross_entropy`, `dispersion`, and `skipped_sequences`, the number so far of those with fewer than two tokens to
+compare. Evaluation is untouched.
 
-Gradient accumulation. Where the Trainer does not divide a micro-batch's loss by the number of micro-batches,
-because the model took `num_items_in_batch` and its cross-entropy is a share of the step's mean already, the
-term is made such a share here: weighted by its sequences among those of the step, over all processes. So n
-micro-batches are one big batch for both terms, also when the last one is smaller.
+Gradient accumulation: where the host's loss of a micro-batch is a share of the step's mean already
+(`num_items_in_batch`), the term is weighted by its sequences among those of the step, over all processes. So n
+micro-batches are one big batch for both terms.
 
-Random numbers. Which tokens the term draws depends on the number of each sequence among all that training
-sees. It follows from step, micro-batch and process alone, so that a resumed run and data-parallel processes
-draw as one unbroken process does.
+Random numbers: the sample of tokens depends on the number of each sequence, which follows from step,
+micro-batch and process, so resumed runs and data-parallel processes sample as one unbroken process does.
 
-A loss that is not finite stops training before the optimizer step that it would spoil (`NotFinite`). On a
-CPU every micro-batch is looked at; elsewhere the device is asked once per optimizer step, as the Trainer
-itself does per micro-batch unless `logging_nan_inf_filter` is off.
+A loss or gradient that is not finite stops training before the optimizer step that it would spoil (`NotFinite`).
+On a CPU every micro-batch is checked; elsewhere the device is asked once per optimizer step.
 
-Left out: `torch.nn.DataParallel` (hooks see one replica alone; use torchrun), and loss functions that run
-several forward passes with gradients: the term is that of the last one.
+Not supported: `torch.nn.DataParallel`, and loss functions that run several forward passes with gradients.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from edgedisp.core.errors import BuildFailed
 from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.dispersion.hooks import DispersionLoss
-from edgedisp.train.transformers_trainer import Trainer, TrainerCallback, get_last_checkpoint
-from edgedisp.train.watch import Watch
 
 if TYPE_CHECKING:
     Host = Trainer
@@ -51,7 +49,7 @@ else:
 
 
 class NotFinite(BuildFailed):
-    """Training met a loss or gradient that is NaN or infinite: says where, and what can be resumed."""
+    """A loss or gradient is NaN or infinite: says where, and what can be resumed."""
 
 
 class DispersionMixin(Host):
@@ -59,7 +57,7 @@ class DispersionMixin(Host):
 
     Args (beside the host's):
         dispersion: the term, or None for the host's loss alone (which is then logged as `cross_entropy` too).
-        watch: looks at the condensation as training goes on; see `edgedisp.train.watch.Watch`.
+        watch: measures the condensation as training goes on.
 
     Raises ValueError for more than one GPU in one process. `train` raises NotFinite.
     """
@@ -68,7 +66,7 @@ class DispersionMixin(Host):
         self,
         *args: Any,
         dispersion: DispersionConfig | None = None,
-        watch: Watch | None = None,
+        watch: CondensationWatch | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -78,7 +76,7 @@ class DispersionMixin(Host):
                 "process); start one process per GPU with torchrun, or show one GPU with CUDA_VISIBLE_DEVICES"
             )
         self.dispersion = dispersion
-        self.collector = None if dispersion is None else DispersionLoss(dispersion)
+        self.dispersion_loss = None if dispersion is None else DispersionLoss(dispersion)
         self.watch = watch
         self._hooks = ExitStack()
         self._micro_batch = 0  # within the optimizer step
@@ -113,8 +111,8 @@ class DispersionMixin(Host):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._takes_use_cache:
             inputs = {**inputs, "use_cache": False}  # a cache would copy all keys and values for nothing
-        if self.collector is not None:
-            self.collector.begin(_mask(inputs), self._first_sequence())
+        if self.dispersion_loss is not None:
+            self.dispersion_loss.begin(_mask(inputs), self._first_sequence())
         computed: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = computed[0] if return_outputs else computed
         loss = self._with_term(loss, num_items_in_batch)
@@ -131,15 +129,15 @@ class DispersionMixin(Host):
     def last_checkpoint(self) -> Path | None:
         """The checkpoint that training can be resumed from, for the message when it has to stop."""
         folder = self.args.output_dir
-        found = get_last_checkpoint(folder) if folder and Path(folder).is_dir() else None
-        return None if found is None else Path(found)
+        last = get_last_checkpoint(folder) if folder and Path(folder).is_dir() else None
+        return None if last is None else Path(last)
 
     def _with_term(self, host_loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """`host_loss + weight * dispersion`, each as the Trainer expects a micro-batch's part of the step."""
         divided_later = 1 if self._is_share(num_items_in_batch) else self.current_gradient_accumulation_steps
         loss, term = host_loss, None
-        if self.dispersion is not None and self.collector is not None:
-            term = self.collector.loss()
+        if self.dispersion is not None and self.dispersion_loss is not None:
+            term = self.dispersion_loss.loss()
             share = self._share()
             self._sums.dispersion = self._sums.dispersion + share * term.detach()
             loss = host_loss + self.dispersion.weight * divided_later * share * term
@@ -153,9 +151,8 @@ class DispersionMixin(Host):
 
     def _is_share(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether the host's loss of a micro-batch is a share of the step's mean, as `training_step` asks."""
-        told: bool | None = self.loss_is_scaled_for_ga
-        if told is not None:
-            return told
+        if self.loss_is_scaled_for_ga is not None:
+            return bool(self.loss_is_scaled_for_ga)
         by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return bool(by_model) or self.compute_loss_func is not None
 
@@ -168,9 +165,9 @@ class DispersionMixin(Host):
 
         Gradients are averaged over processes, so the whole is the mean of the processes' counts.
         """
-        if self.collector is None:
+        if self.dispersion_loss is None:
             return []
-        counts = [_sequences(batch, self.collector) for batch in batches]
+        counts = [_sequences(batch, self.dispersion_loss) for batch in batches]
         whole: Any = sum(counts)
         if self.args.world_size > 1:
             gathered: Any = self.accelerator.gather(torch.as_tensor(whole, device=self.args.device))
@@ -188,14 +185,14 @@ class DispersionMixin(Host):
     def _logged_parts(self) -> dict[str, float]:
         """Means over the optimizer steps since the last log, over all processes."""
         sums, self._sums = self._sums, _Sums()
-        skipped = 0 if self.collector is None else self.collector.skipped_sequences
+        skipped = 0 if self.dispersion_loss is None else self.dispersion_loss.skipped_sequences
         parts = [float(sums.cross_entropy) / sums.steps, float(sums.dispersion) / sums.steps, float(skipped)]
         if self.args.world_size > 1:
             device = self.args.device
             gathered: Any = self.accelerator.gather(torch.tensor([parts], device=device))
             parts = [*gathered[:, :2].mean(dim=0).tolist(), float(gathered[:, 2].sum())]
         logged = {"cross_entropy": parts[0]}
-        if self.collector is not None:
+        if self.dispersion_loss is not None:
             logged["dispersion"] = parts[1]
         if parts[2]:
             logged["skipped_sequences"] = int(parts[2])
@@ -207,8 +204,8 @@ class DispersionMixin(Host):
         self._hooks.close()  # a loop that was begun anew with a smaller batch (auto_find_batch_size)
         if self.dispersion is not None:
             model: Any = self.model
-            self.collector = DispersionLoss(self.dispersion)  # what it counts is counted by training
-            self._hooks.enter_context(self.collector.watch(model))
+            self.dispersion_loss = DispersionLoss(self.dispersion)  # what it counts is counted by training
+            self._hooks.enter_context(self.dispersion_loss.watch(model))
             if self.args.torch_compile:
                 torch._dynamo.reset()  # it does not notice new hooks: code from before the watch has none
         self._sums, self._is_finite = _Sums(), None
@@ -230,17 +227,17 @@ class DispersionMixin(Host):
 
     def _stop(self, host_loss: Tensor | None, term: Tensor | None) -> None:
         """Raise NotFinite, naming what is at fault in the pass just made, as far as that is known."""
-        found = []
+        causes = []
         if host_loss is not None and not torch.isfinite(host_loss):
-            found.append(f"cross-entropy is {float(host_loss.detach())}")
-        layers = {} if self.collector is None else self.collector.by_layer()
+            causes.append(f"cross-entropy is {float(host_loss.detach())}")
+        layers = {} if self.dispersion_loss is None else self.dispersion_loss.by_layer()
         bad = [layer for layer, value in layers.items() if not math.isfinite(value)]
         if bad:
             named = "layer " + str(bad[0]) if len(bad) == 1 else f"layers {', '.join(map(str, bad))}"
-            found.append(f"the dispersion loss is {layers[bad[0]]} at {named} (of {len(layers)} watched)")
+            causes.append(f"the dispersion loss is {layers[bad[0]]} at {named} (of {len(layers)} watched)")
         elif term is not None and not torch.isfinite(term):
-            found.append(f"the dispersion loss is {float(term.detach())}")
-        raise self._not_finite(" and ".join(found) or "the loss of one of its micro-batches is not finite")
+            causes.append(f"the dispersion loss is {float(term.detach())}")
+        raise self._not_finite(" and ".join(causes) or "the loss of one of its micro-batches is not finite")
 
     def _not_finite(self, what: str) -> NotFinite:
         last = self.last_checkpoint()
@@ -282,17 +279,79 @@ def _mask(inputs: dict[str, Any]) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def _sequences(batch: dict[str, Any], collector: DispersionLoss) -> Tensor | int:
+def _sequences(batch: dict[str, Any], term: DispersionLoss) -> Tensor | int:
     """How many sequences of a batch count in the term; a scalar tensor if there is a mask."""
     mask = _mask(batch)
     if mask is not None:
-        return collector.sequences(mask)
+        return term.sequences(mask)
     for value in batch.values():
         if isinstance(value, Tensor) and value.dim() > 1:
-            return int(collector.sequences(torch.ones(value.shape[:2], dtype=torch.bool)))
+            return int(term.sequences(torch.ones(value.shape[:2], dtype=torch.bool)))
     return 1
 
 
 def _innermost(model: Any) -> Any:
     """The model inside a peft wrapper, whose own signature tells nothing."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class CondensationWatch(TrainerCallback):
+    """Calls `measure(model)` before the first step, every `every` optimizer steps and after the last one.
+
+    It runs in evaluation mode and without gradients, on random streams that are put back afterwards: the
+    weights of a run are bit-identical with and without it. Raises ValueError for `every` below 1.
+
+    Args:
+        measure: model -> JSON-able figures, such as those of `quick_condensation` over a few fixed blocks.
+        every: optimizer steps between two measurements.
+
+    `rows` collects `{"step": n, **figures, "seconds": s}`; step 0 is the model before training.
+    """
+
+    def __init__(self, measure: Callable[[nn.Module], dict[str, Any]], every: int) -> None:
+        if every < 1:
+            raise ValueError(f"every is {every}; it has to be at least 1 step")
+        self.measure, self.every = measure, every
+        self.rows: list[dict[str, Any]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0 and not self.rows:
+            self._measure(kwargs["model"], 0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self._measure(kwargs["model"], state.global_step)
+            control.should_log = True
+
+    def to_log(self, step: int) -> dict[str, float]:
+        """The figures of this step as flat numbers for a log, empty if there are none."""
+        if not self.rows or self.rows[-1]["step"] != step:
+            return {}
+        logged: dict[str, float] = {}
+        for name, value in self.rows[-1].items():
+            if isinstance(value, list):
+                logged |= {f"{name}/{index:02d}": number for index, number in enumerate(value)}
+                logged[f"{name}/mean"] = sum(value) / len(value)
+            elif name not in ("step", "seconds"):
+                logged[name] = value
+        return logged
+
+    def _measure(self, model: nn.Module, step: int) -> None:
+        started = time.perf_counter()
+        with undisturbed(model), torch.no_grad():
+            figures = self.measure(model)
+        self.rows.append({"step": step, **figures, "seconds": time.perf_counter() - started})
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; every module's own mode and torch's random streams afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode

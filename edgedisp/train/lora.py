@@ -1,0 +1,320 @@
+"""LoRA (Hu et al. 2021) and QLoRA (Dettmers et al. 2023) through peft: attach, save as a PEFT folder, merge.
+
+A linear map W [out, in] becomes W + (alpha / rank) B A with A [rank, in] random and B [out, rank] zero; only A
+and B are trained. `targets: auto` adapts every linear map of attention and MLP in the transformer layers.
+
+QLoRA's base has its linear maps stored by bitsandbytes: nf4 (blocks of 64 values, w = scale * one of 16
+levels) or int8 (rows, w = scale * q / 127). It computes with the dequantized weights, which `expand` puts into
+the full-precision model, so that an adapter can be merged into the very weights it was trained over. Embedding,
+norms and head stay float32. In eval mode an int8 layer also rounds its input to 8 bits (LLM.int8).
+
+A bundle has no room for an adapter, so it is merged before export: W + (alpha / rank) B A, W in float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from edgedisp import __version__
+from edgedisp.core.errors import BadInput
+from edgedisp.models import quiet
+from edgedisp.recipe import Adapter
+from edgedisp.train.quantized_weights import LINEAR
+
+MARK = "edgedisp.json"
+CONFIG = "adapter_config.json"
+LOGITS_AT_ONCE = 1 << 24  # values of one slice of `block_losses`: 64 MB in float32
+_CARD = """\
+---
+library_name: peft
+pipeline_tag: text-generation
+{base_model}tags:
+- lora
+- edgedisp
+---
+
+# LoRA adapter for {name}
+
+Trained by edgedisp over {held}. Fingerprint of the base's weights (SHA-256): `{sha256}`.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM{imported}
+
+base = AutoModelForCausalLM.from_pretrained({name!r}, {held_by})
+model = PeftModel.from_pretrained(base, "this folder")
+```
+"""
+_LOADED_BY = {
+    None: 'dtype="float32"',
+    "nf4": 'quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")',
+    "int8": "quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
+}
+
+
+def linear_maps(layers: nn.ModuleList) -> dict[str, nn.Module]:
+    """Name within `layers` -> module, for every linear map of attention and MLP."""
+    return {name: module for name, module in layers.named_modules() if isinstance(module, LINEAR)}
+
+
+def target_names(layers: nn.ModuleList, targets: str | Sequence[str] = "auto") -> list[str]:
+    """Last name parts of the linear maps that get an adapter, as peft takes them: q_proj, ...
+
+    Raises BadInput if a target is no linear map of the layers. Under `auto`, raises it if there is none, or if
+    weights in three dimensions (the experts of a mixture) would be left out.
+    """
+    maps = linear_maps(layers)
+    names = _last_parts(maps)
+    if targets != "auto":
+        missing = [end for end in targets if not any(_matches(name, end) for name in maps)]
+        if missing:
+            raise BadInput(
+                f"train.adapter.targets: {', '.join(missing)} is no linear map of this model, "
+                f"which has {', '.join(names)}; `auto` takes them all"
+            )
+        return list(targets)
+    if not maps:
+        raise BadInput(
+            "train.adapter: no linear map was found in the transformer layers, so LoRA has nothing to adapt; "
+            "leave the adapter out to train all weights"
+        )
+    stacked = [name for name, weight in layers.named_parameters() if weight.ndim > 2]
+    if stacked:
+        raise BadInput(
+            f"train.adapter.targets: auto means every linear map of the layers, but {stacked[0]}"
+            f"{f' and {len(stacked) - 1} more' if len(stacked) > 1 else ''} cannot carry an adapter; "
+            f"name the targets yourself: {', '.join(names)}"
+        )
+    return names
+
+
+def _last_parts(names: Iterable[str]) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name in names})
+
+
+def _matches(name: str, end: str) -> bool:
+    """peft's rule for a list of targets."""
+    return name == end or name.endswith(f".{end}")
+
+
+def adapter_size(layers: nn.ModuleList, rank: int, targets: str | Sequence[str] = "auto") -> int:
+    """Trainable parameters of a LoRA adapter over these linear maps of the layers: rank (in + out) each."""
+    ends, maps = target_names(layers, targets), linear_maps(layers)
+    adapted: list[Any] = [m for name, m in maps.items() if any(_matches(name, end) for end in ends)]
+    return sum(rank * sum(module.weight.shape) for module in adapted)
+
+
+def attach(model: nn.Module, layers: nn.ModuleList, adapter: Adapter, seed: int) -> nn.Module:
+    """Wrap `model` with a fresh adapter whose random half depends on `seed` alone; all else is frozen.
+
+    `layers` are the model's transformer layers. Raises BadInput if peft is missing, and as `target_names` does.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise BadInput('train.adapter needs peft: pip install "edgedisp[train]"') from error
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha or 2 * adapter.rank,
+        lora_dropout=adapter.dropout,
+        target_modules=_peft_targets(model, layers, target_names(layers, adapter.targets)),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in layers.modules()),
+        task_type="CAUSAL_LM",
+    )
+    with _quiet_peft(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def _peft_targets(model: nn.Module, layers: nn.ModuleList, ends: list[str]) -> list[str]:
+    """Ends of names, or whole names where an end also matches outside the layers."""
+    maps = linear_maps(layers)
+    inside = {id(module) for name, module in maps.items() if any(_matches(name, end) for end in ends)}
+    matched = {
+        name: module for name, module in model.named_modules() if any(_matches(name, end) for end in ends)
+    }
+    if {id(module) for module in matched.values()} == inside:
+        return ends
+    return [name for name, module in matched.items() if id(module) in inside]
+
+
+def load_quantized(folder: Path, base: str) -> nn.Module:
+    """The model of `folder`, the linear maps of its layers stored by bitsandbytes as `nf4` or `int8`.
+
+    Raises BadInput if bitsandbytes is missing.
+    """
+    bnb = _bitsandbytes()
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if base == "nf4":
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+    else:
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    with quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=config, dtype=torch.float32
+        )
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # On CPUs with AVX512-BF16 the first eval pass would repack the weights for a kernel without a
+            # backward: every training step after it loses the gradient through this layer, without an error.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def dequantized(model: nn.Module) -> dict[str, Tensor]:
+    """Module name -> float32 weight [out, in] for each linear map that bitsandbytes stores in `model`."""
+    bnb = _bitsandbytes()
+    weights: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = module.weight
+            weights[name] = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            # The first forward pass moves the scales from the weight to the layer's state.
+            scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+            weights[name] = module.weight.data.float() * (scales.float() / 127).unsqueeze(1)
+    return weights
+
+
+@torch.no_grad()
+def expand(quantized: nn.Module, full: nn.Module) -> None:
+    """Replace the weights of `full` by the dequantized ones of `quantized`, the same model."""
+    modules = dict(full.named_modules())
+    for name, weight in dequantized(quantized).items():
+        module: Any = modules[name]
+        module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)  # Conv1D stores [in, out]
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise BadInput('a qlora adapter needs bitsandbytes: pip install "edgedisp[train]"') from error
+    return bitsandbytes
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an adapter was trained over.
+
+    `name`: a hub id or a folder, what transformers opens. `sha256`: `fingerprint` of its weights in full
+    precision. `quantization`: `nf4` or `int8` for QLoRA, None for LoRA.
+    """
+
+    name: str
+    sha256: str
+    quantization: str | None = None
+    revision: str | None = None
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names, shapes and float32 values of a model's parameters, in the order of names.
+
+    The same weights give the same fingerprint however they are stored.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name} {list(weight.shape)}\n".encode())
+        digest.update(weight.detach().to("cpu", torch.float32).contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def save_adapter(model: nn.Module, base: Base, folder: Path) -> None:
+    """Write the adapter of `model` (wrapped by `attach`) into `folder`, as a PEFT folder that names its base."""
+    wrapped: Any = model
+    config = wrapped.peft_config["default"]
+    config.base_model_name_or_path, config.revision = base.name, base.revision
+    # Left to itself, peft asks a hub whether the vocabulary grew.
+    wrapped.save_pretrained(folder, save_embedding_layers=False)
+    # peft keeps the targets as a set: without an order, equal trainings would leave unequal files.
+    stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if isinstance(stored["target_modules"], list):
+        stored["target_modules"].sort()
+    for name, value in (
+        (CONFIG, json.dumps(stored, indent=2, sort_keys=True)),
+        (MARK, json.dumps({**asdict(base), "edgedisp": __version__}, indent=1)),
+    ):
+        (folder / name).write_text(value + "\n", encoding="utf-8")
+    is_hub_id = not Path(base.name).is_absolute()
+    card = _CARD.format(
+        base_model=f"base_model: {json.dumps(base.name)}\n" if is_hub_id else "",
+        name=base.name,
+        held="the full-precision base" if base.quantization is None else f"the base held as {base.quantization}",
+        sha256=base.sha256,
+        held_by=_LOADED_BY[base.quantization],
+        imported=", BitsAndBytesConfig" if base.quantization else "",
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def load_adapter(adapter: Path, base: nn.Module) -> nn.Module:
+    """`base` with the PEFT folder `adapter` on, in eval mode."""
+    from peft import PeftModel
+
+    with quiet(), _quiet_peft(), torch.random.fork_rng():
+        return PeftModel.from_pretrained(base, adapter).eval()
+
+
+def merge(adapter: Path, base: nn.Module, *, quantized: nn.Module | None = None) -> nn.Module:
+    """`base` (full precision, changed) with the PEFT folder `adapter` merged into it: W + (alpha / rank) B A.
+
+    With `quantized` (the same base from `load_quantized`), each W that it stores is its dequantized one. Raises
+    BadInput if the adapter was trained on other weights: peft merges into any model whose shapes fit.
+    """
+    trained_on = json.loads((adapter / MARK).read_text(encoding="utf-8"))
+    if trained_on["sha256"] != (here := fingerprint(base)):
+        raise BadInput(
+            f"{adapter}: this adapter was trained on another base: on {trained_on['name']}, whose weights have "
+            f"the fingerprint {trained_on['sha256'][:12]}; these have {here[:12]}. Give the base that it was "
+            "trained on, or train the adapter again"
+        )
+    if quantized is not None:
+        expand(quantized, base)
+    wrapped: Any = load_adapter(adapter, base)
+    merged: nn.Module = wrapped.merge_and_unload()
+    return merged
+
+
+@torch.inference_mode()
+def block_losses(model: nn.Module, blocks: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Cross-entropy of each block, summed over its predicted tokens, in nats: float64 [blocks].
+
+    blocks: int64 [blocks, tokens]; a block of n tokens predicts n - 1. The model is run and left in eval mode.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    losses = np.zeros(len(blocks))
+    for index, block in enumerate(blocks):
+        ids = torch.from_numpy(block).to(device)
+        inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
+        logits = model(**inputs, use_cache=False).logits[0, :-1]
+        step = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+        for part, targets in zip(logits.split(step), ids[1:].split(step)):
+            losses[index] += functional.cross_entropy(part.float(), targets, reduction="sum").item()
+    return losses
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Without peft's warnings of a renamed property, and of GPT-2's Conv1D layers, which it handles."""
+    with warnings.catch_warnings():
+        for beginning in ("fan_in_fan_out", "`is_gradient_checkpointing` is deprecated"):
+            warnings.filterwarnings("ignore", message=beginning)
+        yield

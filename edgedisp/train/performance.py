@@ -1,0 +1,174 @@
+"""Speed and memory of training: compiled layers, recomputed activations, freed memory kept, timed steps.
+
+Compiled layers: outside the matrix products a layer is a chain of small passes over its activations, which
+torch.compile turns into a few loops. All layers share one program (20 to 60 s to compile on two cores). Each
+layer's `forward` is compiled, not its call, so hooks stay outside.
+
+Freed memory: glibc gives large blocks back to the system at once, and the next step faults them in anew, 12 to
+15 % of the time of a step of SmolLM2-135M (4 x 256 tokens). Inside `keep_freed_memory` the process keeps them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import resource
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from edgedisp.core.progress import Progress, silent
+from edgedisp.recipe import Train
+from edgedisp.train.chunked_cross_entropy import chunked_head, unsupported
+
+COMPILERS = ("g++", "clang++", "c++")
+
+# Parameters of mallopt(3) and their defaults.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+KEEPING = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 << 20}
+DEFAULTS = {M_MMAP_MAX: 65536, M_TRIM_THRESHOLD: 128 << 10, M_TOP_PAD: 0}
+
+WARM_UP_STEPS = 2  # allocations and the choice of kernels make these up to three times slower
+TIMED_STEPS = 2
+
+
+def cannot_compile(model: nn.Module) -> str | None:
+    """Why `compiled_layers` cannot serve a model here, with what would help, or None if it can."""
+    if not _layers(model):
+        return "it has no transformer layers that could be compiled alike"
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu and not (os.environ.get("CXX") or any(map(shutil.which, COMPILERS))):
+        return f"there is no C++ compiler ({', '.join(COMPILERS)}): install one, or set CXX to one"
+    return None
+
+
+@contextmanager
+def compiled_layers(model: nn.Module) -> Iterator[None]:
+    """Inside the block the transformer layers of `model` run compiled in training passes."""
+    layers = _layers(model)
+    for layer in layers:
+        layer.forward = _when_training(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _when_training(layer: nn.Module) -> Callable[..., Any]:
+    """Passes without gradients run plain: each of their shapes would be compiled for itself."""
+    plain = layer.forward
+    compiled = torch.compile(plain, dynamic=False)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if layer.training and torch.is_grad_enabled() else plain)(*args, **kwargs)
+
+    return forward
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """What transformers itself treats as the units that can be recomputed: the decoder layers."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Gradient checkpointing: keep each layer's inputs and compute the rest again in the backward pass.
+
+    Hooks on the layers, such as the dispersion term's, are not run again this way.
+    """
+    model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+@contextmanager
+def keep_freed_memory() -> Iterator[None]:
+    """Inside the block the process keeps what it frees (glibc); afterwards it gives back what it can."""
+    libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+    if libc is None or not hasattr(libc, "mallopt"):
+        yield
+        return
+    for parameter, value in KEEPING.items():
+        libc.mallopt(parameter, value)
+    try:
+        yield
+    finally:
+        for parameter, value in DEFAULTS.items():
+            libc.mallopt(parameter, value)
+        libc.malloc_trim(0)
+
+
+def peak_memory_bytes() -> int:
+    """Highest resident memory of this process so far."""
+    # Linux: not `ru_maxrss`, which a child inherits from the process that started it.
+    if (status := Path("/proc/self/status")).is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def time_steps(
+    model: nn.Module, train: Train, context: int, seed: int, progress: Progress = silent
+) -> dict[str, Any]:
+    """Time the parts of full-weight AdamW steps of one micro-batch of random tokens, for `edgedisp plan`.
+
+    The model is changed; throw it away. Returns seconds (`micro_step_s` forward and backward of a micro-batch,
+    `optimizer_s`, `forward_s_per_token`) and bytes: `process_bytes`, what the process holds beside the weights,
+    and `activation_bytes`, what the forward pass adds to it.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device).train()
+    is_chunked = unsupported(model) is None
+    if train.gradient_checkpointing:
+        checkpoint_activations(model)
+    config: Any = model.config
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, config.vocab_size, (train.batch, context), generator=generator).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    process = psutil.Process()
+    before = after_forward = process.memory_info().rss
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    forward, both, update = [], [], []
+    with chunked_head(model) if is_chunked else nullcontext():
+        for step in range(WARM_UP_STEPS + TIMED_STEPS):
+            marks = [_now(device)]
+            with torch.autocast(device, torch.bfloat16, enabled=train.precision == "bf16"):
+                with torch.no_grad():  # separately, as a training pass may hold work of the backward pass
+                    model(input_ids=ids[:1], use_cache=False)
+                marks.append(_now(device))
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            if step == 0:  # later, freed gradients and moments are in the way
+                after_forward = process.memory_info().rss
+            loss.backward()
+            marks.append(_now(device))
+            optimizer.step()
+            optimizer.zero_grad()
+            marks.append(_now(device))
+            forward.append(marks[1] - marks[0])
+            both.append(marks[2] - marks[1])
+            update.append(marks[3] - marks[2])
+            progress(step + 1, WARM_UP_STEPS + TIMED_STEPS, "timing training steps")
+    return {
+        "micro_step_s": statistics.median(both[WARM_UP_STEPS:]),
+        "optimizer_s": statistics.median(update[WARM_UP_STEPS:]),
+        "forward_s_per_token": statistics.median(forward[WARM_UP_STEPS:]) / context,
+        "process_bytes": max(0, before - weights),
+        "activation_bytes": after_forward - before,
+    }
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
