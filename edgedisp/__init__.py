@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgedisp.dispersion.config import DispersionConfig as DispersionConfig
     from edgedisp.dispersion.hooks import DispersionLoss as DispersionLoss
-    from edgedisp.train.mixin import DispersionMixin as DispersionMixin
-    from edgedisp.train.mixin import DispersionTrainer as DispersionTrainer
+    from edgedisp.train.dispersion_trainer import DispersionMixin as DispersionMixin
+    from edgedisp.train.dispersion_trainer import DispersionTrainer as DispersionTrainer
 
 __version__ = "0.1.0"
 
 PUBLIC = {
     "DispersionConfig": "edgedisp.dispersion.config",
     "DispersionLoss": "edgedisp.dispersion.hooks",
-    "DispersionMixin": "edgedisp.train.mixin",
-    "DispersionTrainer": "edgedisp.train.mixin",
+    "DispersionMixin": "edgedisp.train.dispersion_trainer",
+    "DispersionTrainer": "edgedisp.train.dispersion_trainer",
 }
 """Public name -> the module that defines it."""
 

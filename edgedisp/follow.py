@@ -44,7 +44,7 @@ def follow(recipe: Recipe, run: Path, threads: int) -> int:
         if record is not None:
             records[stage.name] = record
     if joined:
-        from edgedisp.stages import leave_processes
+        from edgedisp.train.trainer import leave_processes
 
         leave_processes()
     return joined

@@ -261,10 +261,9 @@ def _labels(bundles: list[Path]) -> dict[str, Path]:
 
 
 def probe_base(recipe: Recipe, progress: Progress) -> dict[str, Any]:
-    """Open the base and time a few training steps; see `edgedisp.train.probe`."""
-    from edgedisp.stages import train_settings  # these load the Trainer, which no other command here needs
-    from edgedisp.train.adapter import adapter_size
-    from edgedisp.train.probe import time_steps
+    """Open the base and time a few training steps; see `time_steps`."""
+    from edgedisp.train.lora import adapter_size
+    from edgedisp.train.performance import time_steps
 
     opened: Any
     if recipe.is_smoke:
@@ -289,9 +288,5 @@ def probe_base(recipe: Recipe, progress: Progress) -> dict[str, Any]:
         else adapter_size(decoder_layers(opened), chosen.rank, chosen.targets),
         "memory_bytes": psutil.virtual_memory().total,
     }
-    settings = train_settings(as_computed(recipe.train), recipe.steps, recipe.seed)
-    vocabulary = opened.config.vocab_size
-    return {
-        **facts,
-        **time_steps(opened, settings, recipe.data.context, vocabulary=vocabulary, progress=progress),
-    }
+    train = as_computed(recipe.train)
+    return {**facts, **time_steps(opened, train, recipe.data.context, recipe.seed, progress)}

@@ -242,7 +242,7 @@ class Training:
     watched: list[Json] = field(default_factory=list)
     watch_seconds: float = 0.0
     skipped_sequences: int = 0
-    fused_head: bool = False
+    chunked_cross_entropy: bool = False
     merged_into: str | None = None
     merge_audit: Json | None = None
 

@@ -139,21 +139,8 @@ def _aware(recipe: Recipe) -> Iterator[Clash]:
         )
     method: Key = ("quantize", chosen.precision, "method")
     used = getattr(recipe.quantize, chosen.precision).method
-    start = chosen.begins(used)
-    if start + chosen.ramp > 1:
-        yield Clash(
-            ((*key, "ramp"), (*key, "start")),
-            f"found {chosen.ramp:g} after a start at {start:g}: it would end after the run; "
-            f"needs at most {1 - start:g}",
-        )
     if used not in ("rtn", "gptq"):
         yield Clash((method, key), f"found '{used}', which is no rounding to train under; needs rtn or gptq")
-    if used == "gptq" and chosen.ramp:
-        yield Clash(
-            ((*key, "ramp"), method),
-            "gptq changes the weights when rounding begins, so there is nothing to fade in; "
-            "take it out, or write method: rtn",
-        )
     if used == "gptq" and recipe.train.compile:
         yield Clash(
             (("train", "compile"), key, method),

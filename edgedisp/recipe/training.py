@@ -23,7 +23,6 @@ from edgedisp.recipe.kinds import (
     Positive,
     Sample,
     Seed,
-    Share,
     ShareBelow1,
     Unique,
     Whole,
@@ -134,7 +133,6 @@ class QuantizationAware(Section):
         "undoes what calibration found",
         examples=["0.5"],
     )
-    ramp: Share = Field(default=0.0, description="share of the run over which rounding fades in")
 
     def begins(self, method: str) -> float:
         """`start`, or what stands for null under a bundle's method."""

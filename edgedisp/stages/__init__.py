@@ -42,15 +42,13 @@ from edgedisp.stages.survival import survival
 if TYPE_CHECKING:
     from edgedisp.stages.adapters import merge_adapter
     from edgedisp.stages.pilot import judging, pilot_candidate
-    from edgedisp.stages.training import leave_processes, midtrain, train_settings
+    from edgedisp.stages.training import midtrain
 
 TRAINING = {
     "judging": "pilot",
-    "leave_processes": "training",
     "merge_adapter": "adapters",
     "midtrain": "training",
     "pilot_candidate": "pilot",
-    "train_settings": "training",
 }
 """Stages that train -> their module here."""
 
@@ -68,7 +66,6 @@ __all__ = [
     "items",
     "judging",
     "latency",
-    "leave_processes",
     "merge_adapter",
     "midtrain",
     "noise",
@@ -80,7 +77,6 @@ __all__ = [
     "size_account",
     "survival",
     "tokens",
-    "train_settings",
     "twin_base",
     "verify",
 ]

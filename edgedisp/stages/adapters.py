@@ -36,10 +36,8 @@ from edgedisp.evaluate.statistics import Metric, paired
 from edgedisp.recipe import Adapter, QuantizeBits
 from edgedisp.stages.rounding import Trained, to_nearest
 from edgedisp.stages.start import weights_digest
-from edgedisp.train import audit, merge
-from edgedisp.train.adapter import AdapterSettings, attach
-from edgedisp.train.quantized import load_quantized
-from edgedisp.train.rounded import round_weights
+from edgedisp.train import lora
+from edgedisp.train.quantized_weights import round_weights
 
 AUDIT_TOKENS = 4096  # held-out tokens a row is scored on; 5 s a row for 135M parameters on 2 cores
 LEAST_BLOCKS = 8
@@ -55,18 +53,17 @@ def model_to_train(chosen: Adapter | None, base_folder: Path, seed: int) -> Any:
     """The base, all of it trainable, or held as the recipe says under a fresh adapter."""
     if chosen is None:
         return models.load(base_folder)
-    opened = load_quantized(base_folder, chosen.base) if chosen.base else models.load(base_folder)
-    settings = AdapterSettings(chosen.kind, chosen.rank, chosen.alpha, chosen.dropout, chosen.targets)
-    return attach(opened, decoder_layers(opened), settings, seed)
+    opened = lora.load_quantized(base_folder, chosen.base) if chosen.base else models.load(base_folder)
+    return lora.attach(opened, decoder_layers(opened), chosen, seed)
 
 
 def keep_adapter(trained: Any, chosen: Adapter, base_folder: Path, own: Path) -> None:
     """Write the trained adapter as a PEFT folder that knows its base: by its hub id where it has one."""
     record = read(base_folder)
     results = {} if record is None else record.results
-    sha256 = merge.fingerprint(models.load(base_folder))
+    sha256 = lora.fingerprint(models.load(base_folder))
     name = results.get("hub_id") or str(base_folder.resolve())
-    merge.save(trained, merge.Base(name, sha256, chosen.base, results.get("revision")), own)
+    lora.save_adapter(trained, lora.Base(name, sha256, chosen.base, results.get("revision")), own)
 
 
 def merge_adapter(
@@ -131,22 +128,23 @@ class _Makers:
 
     def adapter_on(self) -> Any:
         """As it was trained: over the quantized base for qlora."""
-        held = load_quantized(self.base_folder, self.held_as) if self.held_as else self.base()
-        return merge.opened(self.adapter_folder, held)
+        held = lora.load_quantized(self.base_folder, self.held_as) if self.held_as else self.base()
+        return lora.load_adapter(self.adapter_folder, held)
 
     def merged(self, kind: str) -> Any:
-        quantized = load_quantized(self.base_folder, self.held_as or "") if kind == DEQUANTIZED else None
-        return merge.merge(self.adapter_folder, self.base(), quantized=quantized)
+        quantized = lora.load_quantized(self.base_folder, self.held_as or "") if kind == DEQUANTIZED else None
+        return lora.merge(self.adapter_folder, self.base(), quantized=quantized)
 
     def on_int4(self, make: Callable[[], Any]) -> Any:
-        """A model whose weights were rounded as quantize/rewrite.py rounds the bundle's."""
+        """A model whose weights were rounded to nearest on the bundle's grid, whatever its method."""
         made = make()
         round_weights(made, *to_nearest(Trained(self.int4, 4)))
         return made
 
     def on_bfloat16(self, make: Callable[[], Any]) -> Any:
         made = make()
-        audit.to_bfloat16(made)
+        for weight in made.parameters():
+            weight.data = weight.data.bfloat16().float()
         return made
 
     @property
@@ -173,7 +171,7 @@ def _score(makers: _Makers, blocks: NDArray[np.int64], progress: Progress) -> di
     scored = {}
     for done, (name, make) in enumerate(rows.items()):
         progress(done, len(rows), f"merge audit: {name}")
-        losses = audit.block_losses(make().to(device), blocks)
+        losses = lora.block_losses(make().to(device), blocks)
         if not np.isfinite(losses).all():
             raise BuildFailed(f"the merge audit's row `{name}` has a loss that is not finite")
         scored[name] = [

@@ -24,7 +24,7 @@ from edgedisp.recipe import QuantizeBits
 from edgedisp.stages.calibration import by_gptq, calibration_text
 from edgedisp.stages.rounding import Trained, trained_blocks, trained_roundings
 from edgedisp.stages.start import heldout_documents
-from edgedisp.train.rounded import round_weights
+from edgedisp.train.quantized_weights import round_weights
 
 # Real prompts that verify decodes greedily with the cache, and how many tokens of each.
 VERIFY_PROMPTS = 4

@@ -25,10 +25,8 @@ from edgedisp.evaluate.tasks import Suite
 from edgedisp.recipe import Adapter, Evaluate
 from edgedisp.stages.condensation import CONDENSATION_SEQUENCES
 from edgedisp.stages.figures import items
-from edgedisp.train import merge
-from edgedisp.train.mixin import NotFinite
-from edgedisp.train.noise import quiet_bitsandbytes
-from edgedisp.train.quantized import load_quantized
+from edgedisp.train.dispersion_trainer import NotFinite
+from edgedisp.train.lora import load_adapter, load_quantized
 
 TASK = "heldout_perplexity"
 JUDGED = "judged.json"
@@ -103,15 +101,14 @@ def _as_trained(adapter: Adapter | None, base_folder: Path, weights: Path) -> An
     if adapter is None:
         return models.load(weights).to(device)
     base = load_quantized(base_folder, adapter.base) if adapter.base else models.load(base_folder)
-    opened: Any = merge.opened(weights, base)
+    opened: Any = load_adapter(weights, base)
     return opened.get_base_model().to(device).eval()  # the adapter's layers stay in it
 
 
 def _measure(trained: Any, suite: Suite, corpus_folder: Path, progress: Progress) -> dict[str, Any]:
     """`items`: {id, document, nll, tokens} of each window; FIGURES: of each sequence, over the blocks."""
-    with quiet_bitsandbytes():
-        scored = suite.run(models.TorchModel(trained), bootstrap=2, progress=progress)[TASK]
-        profile = measure_model(trained, _sequences(corpus_folder), progress)
+    scored = suite.run(models.TorchModel(trained), bootstrap=2, progress=progress)[TASK]
+    profile = measure_model(trained, _sequences(corpus_folder), progress)
     wanted = ("id", "document", "nll", "tokens")
     return {
         "items": [{name: item[name] for name in wanted} for item in scored["items"]],

@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from edgedisp.core.distributed import place
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
 from edgedisp.dispersion.hooks import decoder_layers
@@ -35,7 +36,7 @@ from edgedisp.quantize.made import Made
 from edgedisp.quantize.start import Scales, calibrated_start
 from edgedisp.recipe import QuantizationAware as Asked
 from edgedisp.recipe import QuantizeBits
-from edgedisp.train.rounded import Rounding, weights_of
+from edgedisp.train.quantized_weights import Rounding, weights_of
 
 if TYPE_CHECKING:
     from edgedisp.train.quantization_aware import QuantizationAware
@@ -66,12 +67,6 @@ class Trained:
         """Of the layers' maps, and of the embedding and the head."""
         body, ends = uniform_grids(self.section, self.bits)
         return (lambda name: body), (lambda name: ends)
-
-    @property
-    def named(self) -> str:
-        """Tells it from others: a checkpoint of a run under another rounding is not resumed from."""
-        body, ends = uniform_grids(self.section, self.bits)
-        return f"{self.section.method} {body}, ends {ends}"
 
 
 def to_nearest(trained: Trained) -> tuple[Rounding, Rounding]:
@@ -123,9 +118,7 @@ def aware(
     return QuantizationAware(
         body,
         ends,
-        grid=trained.named,
         start=asked.begins(trained.section.method),
-        ramp=asked.ramp,
         begin=begin,
     )
 
@@ -142,7 +135,7 @@ def _begin(
     """Find the scales: by calibrating `model`, or those of the run that is continued."""
     grids, section = trained.grids[0], trained.section
     if continued:
-        scales.update(_read_scales(path, grids))
+        scales.update(_read_scales(path, grids, next(model.parameters()).device))
         return
     blocks = -(-section.calibration_tokens // tokens.shape[1])
     found = calibrated_start(
@@ -154,10 +147,11 @@ def _begin(
         progress=progress,
     )
     scales.update(found)
-    _keep(scales, grids, path)
+    if place().leads:  # all processes calibrate alike
+        _write_scales(scales, grids, path)
 
 
-def _keep(scales: dict[str, Scales], grids: Grids, path: Path) -> None:
+def _write_scales(scales: dict[str, Scales], grids: Grids, path: Path) -> None:
     """Write the scales beside the weights; the grids as metadata."""
     tensors = {}
     for name, one in scales.items():
@@ -166,7 +160,9 @@ def _keep(scales: dict[str, Scales], grids: Grids, path: Path) -> None:
             tensors[f"{name}.zero_points"] = one.zero_points.contiguous()
     told = {name: json.dumps(asdict(grids(name))) for name in scales}
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(save(tensors, told))
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_bytes(save(tensors, told))
+    unfinished.replace(path)
 
 
 def has_scales(model_folder: Path) -> bool:
@@ -183,9 +179,9 @@ def trained_scales(model_folder: Path, grids: Grids) -> dict[str, Scales]:
     return _read_scales(path, grids) if path.is_file() else {}
 
 
-def _read_scales(path: Path, grids: Grids) -> dict[str, Scales]:
+def _read_scales(path: Path, grids: Grids, device: torch.device | str = "cpu") -> dict[str, Scales]:
     found = {}
-    with safe_open(path, "pt") as file:
+    with safe_open(path, "pt", device=str(device)) as file:
         known = set(file.keys())
         for name, told in file.metadata().items():
             stored = Grid(**json.loads(told))

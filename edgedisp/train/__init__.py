@@ -9,6 +9,8 @@
     lora                   LoRA and QLoRA: attach, save, merge
     arm_callbacks          NEFTune, embedding dropout, active forgetting
     performance            compiled layers, memory, timed steps
+
+Only `trainer` and `dispersion_trainer` import the Trainer, which costs seconds and 100 MB.
 """
 
 import logging

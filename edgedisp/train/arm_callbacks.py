@@ -99,7 +99,7 @@ class _OnEmbedding(TrainingTechnique):
 
 
 class NoisyEmbedding(_OnEmbedding):
-    """NEFTune: noise of at most alpha / sqrt(tokens x features). Raises ValueError unless alpha is above 0."""
+    """NEFTune: noise of at most alpha / sqrt(tokens x features). Raises ValueError for alpha <= 0."""
 
     def __init__(self, alpha: float, seed: int) -> None:
         if not alpha > 0:
@@ -135,10 +135,10 @@ class ActiveForgetting(TrainingTechnique):
     """Draws the token embedding anew every `every` optimizer steps, but never after the last one.
 
     Up to the first reset the run is the baseline's, bit by bit; each stretch ends its learning rate schedule,
-    also a shorter last one. A tied head is drawn anew with the embedding, a head of its own is left alone. The
-    fresh values are normal with the model's `initializer_range` (0.02 where it has none) as standard deviation,
-    and zero for a padding token. Raises ValueError unless `every` is at least 1, and, when training begins, for
-    an embedding that is frozen or divided among processes.
+    also a shorter last one. A tied head is drawn anew with the embedding, a head of its own is left alone.
+    The fresh values are normal with the model's `initializer_range` (0.02 where it has none) as standard
+    deviation, and zero for a padding token. Raises ValueError unless `every` is at least 1, and, when
+    training begins, for an embedding that is frozen or divided among processes.
     """
 
     def __init__(self, every: float, seed: int) -> None:

@@ -1,10 +1,10 @@
 """Cross-entropy straight from hidden states, so that the logits of a batch never exist as a whole.
 
-The logits of 4 x 1,024 tokens over a vocabulary of 152,000 are 2.5 GB in float32. Here a few hundred rows at a
-time are multiplied with the head, their loss and gradient are taken at once, and the rows are dropped, as
+The logits of 4 x 1,024 tokens over a vocabulary of 152,000 are 2.5 GB in float32. Here a few hundred rows at
+a time are multiplied with the head, their loss and gradient are taken at once, and the rows are dropped, as
 Liger and Unsloth do. The arithmetic is that of `ForCausalLMLoss`: products in the autocast type; log-softmax,
-loss and the head's gradient in float32. torch's own `linear_cross_entropy` (2.13) returns the loss in the type
-of its inputs (11.06 for 11.02 in bf16) and takes 5 to 12 times as long on a CPU.
+loss and the head's gradient in float32. torch's own `linear_cross_entropy` (2.13) returns the loss in the
+type of its inputs (11.06 for 11.02 in bf16) and takes 5 to 12 times as long on a CPU.
 
 `chunked_head` puts it into an ordinary causal language model and takes it out again. Inside, and in training
 passes alone, the head returns its input and the model's loss function does the rest, so wrappers of peft and
@@ -98,7 +98,7 @@ def _chunks(rows: int, classes: int) -> Iterator[slice]:
 
 
 class _Buffers:
-    """Memory for one chunk after another. Made once: on a CPU, fresh memory costs more than the arithmetic."""
+    """Memory for one chunk after another: on a CPU, fresh memory costs more than the arithmetic."""
 
     def __init__(self, rows: int, head: Tensor, wants_head: bool) -> None:
         is_exact = head.dtype == torch.float32
@@ -264,4 +264,6 @@ def _logits_are_the_heads(model: PreTrainedModel, head: nn.Linear) -> bool:
         handle.remove()
         for module, mode in modes:
             module.training = mode
-    return len(outputs) == 1 and outputs[0].shape == logits.shape and torch.equal(outputs[0].to(logits), logits)
+    return (
+        len(outputs) == 1 and outputs[0].shape == logits.shape and torch.equal(outputs[0].to(logits), logits)
+    )

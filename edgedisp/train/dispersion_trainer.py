@@ -6,18 +6,18 @@
     class DispersionSFT(DispersionMixin, SFTTrainer): ...  # TRL's; the mixin comes first
 
 The loss is `host's loss + weight * dispersion`, from hooks in the same forward pass. Logged beside `loss`:
-`cross_entropy`, `dispersion`, and `skipped_sequences`, the number so far of those with fewer than two tokens to
-compare. Evaluation is untouched.
+`cross_entropy`, `dispersion`, and `skipped_sequences`, the number so far of those with fewer than two tokens
+to compare. Evaluation is untouched.
 
 Gradient accumulation: where the host's loss of a micro-batch is a share of the step's mean already
-(`num_items_in_batch`), the term is weighted by its sequences among those of the step, over all processes. So n
-micro-batches are one big batch for both terms.
+(`num_items_in_batch`), the term is weighted by its sequences among those of the step, over all processes. So
+n micro-batches are one big batch for both terms.
 
 Random numbers: the sample of tokens depends on the number of each sequence, which follows from step,
 micro-batch and process, so resumed runs and data-parallel processes sample as one unbroken process does.
 
-A loss or gradient that is not finite stops training before the optimizer step that it would spoil (`NotFinite`).
-On a CPU every micro-batch is checked; elsewhere the device is asked once per optimizer step.
+A loss or gradient that is not finite stops training before the optimizer step that it would spoil
+(`NotFinite`). On a CPU every micro-batch is checked; elsewhere the device is asked once per optimizer step.
 
 Not supported: `torch.nn.DataParallel`, and loss functions that run several forward passes with gradients.
 """

@@ -1,12 +1,12 @@
 """LoRA (Hu et al. 2021) and QLoRA (Dettmers et al. 2023) through peft: attach, save as a PEFT folder, merge.
 
-A linear map W [out, in] becomes W + (alpha / rank) B A with A [rank, in] random and B [out, rank] zero; only A
-and B are trained. `targets: auto` adapts every linear map of attention and MLP in the transformer layers.
+A linear map W [out, in] becomes W + (alpha / rank) B A with A [rank, in] random and B [out, rank] zero; only
+A and B are trained. `targets: auto` adapts every linear map of attention and MLP in the transformer layers.
 
 QLoRA's base has its linear maps stored by bitsandbytes: nf4 (blocks of 64 values, w = scale * one of 16
-levels) or int8 (rows, w = scale * q / 127). It computes with the dequantized weights, which `expand` puts into
-the full-precision model, so that an adapter can be merged into the very weights it was trained over. Embedding,
-norms and head stay float32. In eval mode an int8 layer also rounds its input to 8 bits (LLM.int8).
+levels) or int8 (rows, w = scale * q / 127). It computes with the dequantized weights, which `expand` puts
+into the full-precision model, so that an adapter can be merged into the very weights it was trained over.
+Embedding, norms and head stay float32. In eval mode an int8 layer also rounds its input to 8 bits (LLM.int8).
 
 A bundle has no room for an adapter, so it is merged before export: W + (alpha / rank) B A, W in float32.
 """
@@ -74,8 +74,8 @@ def linear_maps(layers: nn.ModuleList) -> dict[str, nn.Module]:
 def target_names(layers: nn.ModuleList, targets: str | Sequence[str] = "auto") -> list[str]:
     """Last name parts of the linear maps that get an adapter, as peft takes them: q_proj, ...
 
-    Raises BadInput if a target is no linear map of the layers. Under `auto`, raises it if there is none, or if
-    weights in three dimensions (the experts of a mixture) would be left out.
+    Raises BadInput if a target is no linear map of the layers. Under `auto`, raises it if there is none, or
+    if weights in three dimensions (the experts of a mixture) would be left out.
     """
     maps = linear_maps(layers)
     names = _last_parts(maps)
@@ -121,7 +121,8 @@ def adapter_size(layers: nn.ModuleList, rank: int, targets: str | Sequence[str] 
 def attach(model: nn.Module, layers: nn.ModuleList, adapter: Adapter, seed: int) -> nn.Module:
     """Wrap `model` with a fresh adapter whose random half depends on `seed` alone; all else is frozen.
 
-    `layers` are the model's transformer layers. Raises BadInput if peft is missing, and as `target_names` does.
+    `layers` are the model's transformer layers. Raises BadInput if peft is missing, and as `target_names`
+    does.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -237,7 +238,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def save_adapter(model: nn.Module, base: Base, folder: Path) -> None:
-    """Write the adapter of `model` (wrapped by `attach`) into `folder`, as a PEFT folder that names its base."""
+    """Write the adapter of `model` (wrapped by `attach`) as a PEFT folder that names its base."""
     wrapped: Any = model
     config = wrapped.peft_config["default"]
     config.base_model_name_or_path, config.revision = base.name, base.revision
@@ -256,7 +257,9 @@ def save_adapter(model: nn.Module, base: Base, folder: Path) -> None:
     card = _CARD.format(
         base_model=f"base_model: {json.dumps(base.name)}\n" if is_hub_id else "",
         name=base.name,
-        held="the full-precision base" if base.quantization is None else f"the base held as {base.quantization}",
+        held="the full-precision base"
+        if base.quantization is None
+        else f"the base held as {base.quantization}",
         sha256=base.sha256,
         held_by=_LOADED_BY[base.quantization],
         imported=", BitsAndBytesConfig" if base.quantization else "",
@@ -275,15 +278,15 @@ def load_adapter(adapter: Path, base: nn.Module) -> nn.Module:
 def merge(adapter: Path, base: nn.Module, *, quantized: nn.Module | None = None) -> nn.Module:
     """`base` (full precision, changed) with the PEFT folder `adapter` merged into it: W + (alpha / rank) B A.
 
-    With `quantized` (the same base from `load_quantized`), each W that it stores is its dequantized one. Raises
-    BadInput if the adapter was trained on other weights: peft merges into any model whose shapes fit.
+    With `quantized` (the same base from `load_quantized`), each W that it stores is its dequantized one.
+    Raises BadInput if the adapter was trained on other weights: peft merges into any model whose shapes fit.
     """
     trained_on = json.loads((adapter / MARK).read_text(encoding="utf-8"))
     if trained_on["sha256"] != (here := fingerprint(base)):
         raise BadInput(
-            f"{adapter}: this adapter was trained on another base: on {trained_on['name']}, whose weights have "
-            f"the fingerprint {trained_on['sha256'][:12]}; these have {here[:12]}. Give the base that it was "
-            "trained on, or train the adapter again"
+            f"{adapter}: this adapter was trained on another base: on {trained_on['name']}, whose weights "
+            f"have the fingerprint {trained_on['sha256'][:12]}; these have {here[:12]}. Give the base that it "
+            "was trained on, or train the adapter again"
         )
     if quantized is not None:
         expand(quantized, base)
@@ -296,7 +299,8 @@ def merge(adapter: Path, base: nn.Module, *, quantized: nn.Module | None = None)
 def block_losses(model: nn.Module, blocks: NDArray[np.int64]) -> NDArray[np.float64]:
     """Cross-entropy of each block, summed over its predicted tokens, in nats: float64 [blocks].
 
-    blocks: int64 [blocks, tokens]; a block of n tokens predicts n - 1. The model is run and left in eval mode.
+    blocks: int64 [blocks, tokens]; a block of n tokens predicts n - 1. The model is run and left in eval
+    mode.
     """
     model.eval()
     device = next(model.parameters()).device

@@ -4,8 +4,9 @@ Compiled layers: outside the matrix products a layer is a chain of small passes 
 torch.compile turns into a few loops. All layers share one program (20 to 60 s to compile on two cores). Each
 layer's `forward` is compiled, not its call, so hooks stay outside.
 
-Freed memory: glibc gives large blocks back to the system at once, and the next step faults them in anew, 12 to
-15 % of the time of a step of SmolLM2-135M (4 x 256 tokens). Inside `keep_freed_memory` the process keeps them.
+Freed memory: glibc gives large blocks back to the system at once, and the next step faults them in anew, 12
+to 15 % of the time of a step of SmolLM2-135M (4 x 256 tokens). Inside `keep_freed_memory` the process keeps
+them.
 """
 
 from __future__ import annotations
@@ -123,9 +124,9 @@ def time_steps(
 ) -> dict[str, Any]:
     """Time the parts of full-weight AdamW steps of one micro-batch of random tokens, for `edgedisp plan`.
 
-    The model is changed; throw it away. Returns seconds (`micro_step_s` forward and backward of a micro-batch,
-    `optimizer_s`, `forward_s_per_token`) and bytes: `process_bytes`, what the process holds beside the weights,
-    and `activation_bytes`, what the forward pass adds to it.
+    The model is changed; throw it away. Returns seconds (`micro_step_s` forward and backward of a
+    micro-batch, `optimizer_s`, `forward_s_per_token`) and bytes: `process_bytes`, what the process holds
+    beside the weights, and `activation_bytes`, what the forward pass adds to it.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).train()

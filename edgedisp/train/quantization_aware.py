@@ -2,15 +2,15 @@
 
 Before each optimizer step the weights are replaced by rounded ones, and the gradient of those is applied to
 the weights themselves (the straight-through estimator, Bengio et al. 2013, arXiv 1308.3432). The swap happens
-around a whole step, so accumulation, tied weights, gradient checkpointing, the chunked cross-entropy, compiled
-layers and data parallelism need no special case. Under bf16 autocast the products see the rounded weights in
-bf16. Activations are not rounded, though accuracy level 4 rounds them to 8 bits at run time.
+around a whole step, so accumulation, tied weights, gradient checkpointing, the chunked cross-entropy,
+compiled layers and data parallelism need no special case. Under bf16 autocast the products see the rounded
+weights in bf16. Activations are not rounded, though accuracy level 4 rounds them to 8 bits at run time.
 
 LoRA: the frozen weight W is replaced by Q(W + s B A) - s B A. The adapter adds s B A itself, so the layer
 computes with Q of the merged weight, and A and B get the straight-through gradient.
 
-Between the steps, in checkpoints and afterwards, the model has the weights themselves. Weights divided by FSDP
-and bases that are stored quantized (QLoRA) cannot be replaced.
+Between the steps, in checkpoints and afterwards, the model has the weights themselves. Weights divided by
+FSDP and bases that are stored quantized (QLoRA) cannot be replaced.
 """
 
 from __future__ import annotations

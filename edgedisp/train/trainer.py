@@ -1,14 +1,15 @@
 """Mid-train a causal language model on packed token blocks, with or without a dispersion term.
 
-The loop is the transformers `Trainer` with `DispersionMixin`. `fit` adds what a fair and exact build needs: the
-blocks are read in the order of the file, so that two arms see the same batches, schedule and random numbers;
-checkpoints are whole or unused; the log has a row per step; and what makes it faster changes no result.
+The loop is the transformers `Trainer` with `DispersionMixin`. `fit` adds what a fair and exact build needs:
+the blocks are read in the order of the file, so that two arms see the same batches, schedule and random
+numbers; checkpoints are whole or unused; the log has a row per step; and what makes it faster changes no
+result.
 
 Several processes (torchrun, accelerate launch) share each step of `batch x accumulate` sequences. Under DDP
-each has the whole model. Under FSDP2 (`train.distributed`) each has a part of weights, gradients and optimizer
-states; weights are gathered, and gradients added up, in float32, as in a single process. Loss and weights agree
-with one process to float tolerance, dropout aside. A checkpoint can be continued by another number of
-processes, but not from DDP to FSDP or back.
+each has the whole model. Under FSDP2 (`train.distributed`) each has a part of weights, gradients and
+optimizer states; weights are gathered, and gradients added up, in float32, as in a single process. Loss and
+weights agree with one process to float tolerance, dropout aside. A checkpoint can be continued by another
+number of processes, but not from DDP to FSDP or back.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ class FitResult:
     """What a training run returns.
 
     `log` has a row per optimizer step (`step`, `loss` = cross-entropy in nats per token, `dispersion`, `lr`,
-    `grad_norm`), `watched` the rows of the condensation watch. `weights` is None unless FSDP divided the model:
-    then it is the whole state dict, on the CPU, in the leading process.
+    `grad_norm`), `watched` the rows of the condensation watch. `weights` is None unless FSDP divided the
+    model: then it is the whole state dict, on the CPU, in the leading process.
     """
 
     log: list[dict[str, Any]]
@@ -123,8 +124,8 @@ def fit(
             `steps * accumulate * batch` blocks.
         train: the recipe's section, `precision` resolved to bf16 or fp32. It describes the whole step; in a
             launch of several processes each calls `fit` alike and takes its share.
-    Raises ValueError if there are too few blocks, BadInput for a checkpoint that cannot be continued, NotFinite
-    if the loss or a gradient is NaN or infinite.
+    Raises ValueError if there are too few blocks, BadInput for a checkpoint that cannot be continued,
+    NotFinite if the loss or a gradient is NaN or infinite.
     """
     needed = options.steps * train.accumulate * train.batch
     if len(tokens) < needed:
@@ -154,7 +155,9 @@ def fit(
             callbacks=[*options.callbacks, log],
         )
         if is_sharded and not trainer.is_fsdp_enabled:  # as accelerate decides silently on CPUs
-            raise ValueError("accelerate does not divide a model among processes on this kind of device (FSDP)")
+            raise ValueError(
+                "accelerate does not divide a model among processes on this kind of device (FSDP)"
+            )
         trainer.remove_callback(PrinterCallback)  # it prints every log row to stdout
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     # Collective: every process has to call it.
@@ -181,7 +184,9 @@ def _prepared(model: nn.Module, train: Train, options: FitOptions) -> Iterator[b
         for callback in options.callbacks:
             if isinstance(callback, TrainingTechnique):
                 stack.callback(callback.detach)
-        if train.gradient_checkpointing:  # here, as the Trainer's own option changed its name in transformers 5
+        if (
+            train.gradient_checkpointing
+        ):  # here, as the Trainer's own option changed its name in transformers 5
             checkpoint_activations(model)
         # The Trainer seeds the process's global streams.
         stack.enter_context(torch.random.fork_rng())
