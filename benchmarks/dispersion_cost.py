@@ -39,8 +39,8 @@ from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.dispersion.hooks import DispersionLoss, hidden_states
 from edgedisp.dispersion.losses import angular
 from edgedisp.dispersion.pairwise_kernel import pairwise_loss
-from edgedisp.train.fused_head import fused_head
-from edgedisp.train.memory import freed_memory_kept, peak_memory_bytes
+from edgedisp.train.chunked_cross_entropy import chunked_head
+from edgedisp.train.performance import keep_freed_memory, peak_memory_bytes
 
 WAYS = ("off", "ours", "paper")
 SETTINGS = {  # name: (batch, context, bf16, gradient checkpointing)
@@ -95,7 +95,7 @@ class Steps:
         self.done += 1
         started = time.perf_counter()
         with ExitStack() as stack:
-            stack.enter_context(fused_head(self.model))
+            stack.enter_context(chunked_head(self.model))
             if way == "ours":
                 stack.enter_context(self.term.watch(self.model))
             layers = range(self.model.config.num_hidden_layers)
@@ -138,7 +138,7 @@ def peak_of_steps(name: str, way: str, folder: str) -> dict[str, float]:
     """Run in a fresh process: resident bytes at most in three steps, bytes in tensors at most in a fourth."""
     steps = Steps(*models.open_base(Path(folder)))
     steps.prepare(name)
-    with freed_memory_kept():
+    with keep_freed_memory():
         for _ in range(3):
             steps.step(way)
     resident = float(peak_memory_bytes())
@@ -278,7 +278,7 @@ def main() -> None:
         name, *arguments = chosen.task
         print(json.dumps(peak_of_steps(*arguments) if name == "steps" else all_pairs(*arguments)))
         return
-    with freed_memory_kept():  # as in a build
+    with keep_freed_memory():  # as in a build
         timed, time_rows = time_steps(chosen.rounds)
     print(table(time_rows))
     figures, rows = timed, time_rows

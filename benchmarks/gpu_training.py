@@ -28,7 +28,8 @@ from record import spread, write
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
 from edgedisp.dispersion.config import DispersionConfig
-from edgedisp.train.trainer import TrainSettings, fit
+from edgedisp.recipe import Train
+from edgedisp.train.trainer import FitOptions, FitResult, fit
 
 WARM_UP = 2
 
@@ -86,6 +87,10 @@ def blocks(model: Any, count: int, context: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, model.config.vocab_size, (count, context)).astype(np.int32)
 
 
+def section_of(batch: int, **changes: Any) -> Train:
+    return Train.model_validate({"tokens": 1, "lr": 1e-4, "batch": batch, "precision": "bf16", **changes})
+
+
 def train(
     model: Any,
     data: np.ndarray,
@@ -96,10 +101,9 @@ def train(
     **more: Any,
 ) -> Clock:
     clock = Clock()
-    settings = TrainSettings(steps, 1e-4, batch, **{"checkpoint_every": 10**9, **more})
     with tempfile.TemporaryDirectory() as folder:
-        kept = checkpoints or Path(folder)
-        fit(model, data, settings, checkpoints=kept, dispersion=dispersion, callbacks=[clock])
+        section = section_of(batch, **{"checkpoint_every": 10**9, **more})
+        fit(model, data, section, FitOptions(steps, 0, checkpoints or Path(folder), dispersion, [clock]))
     return clock
 
 
@@ -143,18 +147,14 @@ def twins() -> dict[str, float]:
     continued = fresh(smollm2_135m)
     with tempfile.TemporaryDirectory() as folder:
         Stop.pending.append(4)
-        settings = TrainSettings(6, 1e-4, 4, checkpoint_every=2)
+
+        def run(model: Any) -> FitResult:
+            options = FitOptions(6, 0, Path(folder), DispersionConfig(), [Stop()])
+            return fit(model, data, section_of(4, checkpoint_every=2), options)
+
         with contextlib.suppress(KeyboardInterrupt):
-            fit(
-                fresh(smollm2_135m),
-                data,
-                settings,
-                checkpoints=Path(folder),
-                dispersion=DispersionConfig(),
-                callbacks=[Stop()],
-            )
-        again = {"dispersion": DispersionConfig(), "callbacks": [Stop()]}
-        done = fit(continued, data, settings, checkpoints=Path(folder), **again)
+            run(fresh(smollm2_135m))
+        done = run(continued)
     return {
         "weight_0_is_off": float(same_weights(trained["off"], trained["zero"])),
         "dispersion_changes_weights": float(not same_weights(trained["off"], trained["on"])),

@@ -48,8 +48,8 @@ from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.recipe import Recipe, load
 from edgedisp.stages.rounding import Trained, trained_roundings
-from edgedisp.train.memory import peak_memory_bytes
-from edgedisp.train.rounded import round_weights
+from edgedisp.train.performance import peak_memory_bytes
+from edgedisp.train.quantized_weights import round_weights
 
 BLOCKS, CONTEXT, SMALL_MB = 24, 256, 100.0
 POSITIONS = 4096

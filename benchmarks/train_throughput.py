@@ -10,9 +10,9 @@ written beside the speed.
 
 The ways:
     plain      transformers.Trainer as it comes, with bf16 (or fp32), fused AdamW, loss logged at every step
-    fit        this package's loop: no key-value cache, cross-entropy without logits (train/fused_head.py),
-               freed memory kept in the process (train/memory.py)
-    compiled   the same with the layers through torch.compile (train/compiled.py)
+    fit        this package's loop: no key-value cache, cross-entropy without logits (train/),
+               freed memory kept in the process
+    compiled   the same with the layers through torch.compile
     dispersed  `compiled` with the dispersion term in its default settings
 """
 
@@ -32,8 +32,10 @@ from record import quickstart_base, quickstart_blocks, spread, write
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from edgedisp.dispersion.config import DispersionConfig
-from edgedisp.train.data import Blocks
-from edgedisp.train.trainer import TrainSettings, fit, quiet
+from edgedisp.models import quiet
+from edgedisp.recipe import Train
+from edgedisp.train.packed_dataset import PackedDataset
+from edgedisp.train.trainer import FitOptions, fit
 
 SETTINGS = {"bf16_4x256": (4, 256, "bf16"), "bf16_1x1024": (1, 1024, "bf16"), "fp32_4x256": (4, 256, "fp32")}
 WAYS = ("plain", "fit", "compiled", "dispersed")
@@ -80,21 +82,23 @@ def train(way: str, model: Any, blocks: np.ndarray, batch: int, precision: str, 
                 disable_tqdm=True,
                 use_cpu=True,
             )
-            trainer = Trainer(model, arguments, train_dataset=Blocks(blocks), callbacks=[clock])
+            trainer = Trainer(model, arguments, train_dataset=PackedDataset(blocks), callbacks=[clock])
             trainer.remove_callback(PrinterCallback)
             trainer.train()
         else:
-            settings = TrainSettings(
-                steps,
-                LR,
-                batch,
-                warmup=0.0,
-                precision=precision,
-                compile=way != "fit",
-                checkpoint_every=10**9,
+            section = Train.model_validate(
+                {
+                    "tokens": 1,
+                    "lr": LR,
+                    "batch": batch,
+                    "warmup": 0.0,
+                    "precision": precision,
+                    "compile": way != "fit",
+                    "checkpoint_every": 10**9,
+                }
             )
             dispersion = DispersionConfig() if way == "dispersed" else None
-            fit(model, blocks, settings, checkpoints=Path(folder), dispersion=dispersion, callbacks=[clock])
+            fit(model, blocks, section, FitOptions(steps, 0, Path(folder), dispersion, [clock]))
     return clock
 
 

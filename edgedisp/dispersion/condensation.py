@@ -320,8 +320,9 @@ def quick_condensation(model: nn.Module, blocks: Tensor) -> dict[str, Any]:
     """
     device = next(model.parameters()).device
     layers = range(-1, len(decoder_layers(model)))
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type:
-    ignore[operator] few_logits = {"logits_to_keep"} & inspect.signature(inner.forward).parameters.keys()
+    wrapped: Any = model
+    inner = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
+    few_logits = {"logits_to_keep"} & inspect.signature(inner.forward).parameters.keys()
     with hidden_states(model, layers) as states:
         model(input_ids=blocks.to(device), use_cache=False, **dict.fromkeys(few_logits, 1))
         cosines = [float(mean_cosine(states[index].float()).mean()) for index in layers]

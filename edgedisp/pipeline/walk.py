@@ -105,7 +105,7 @@ def walk(
         records[stage.name] = record
         walked.append(Walked(stage.name, record, earlier is not None))
         if stage.name == last_shared and any(not step.kept for step in walked if step.name in shared):
-            from edgedisp.stages import leave_processes
+            from edgedisp.train.trainer import leave_processes
 
             leave_processes()  # the other processes of a launch end here too
     return walked

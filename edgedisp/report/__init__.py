@@ -30,7 +30,8 @@ The summary, every part of which may be absent or None:
                 license}
     midtrain    {arm: {steps, tokens, seconds, tokens_per_s, peak_memory_bytes, weights_sha256, settings {},
                 log [{step, loss, dispersion, lr, grad_norm}], watched [{step, cosine_by_layer,
-                embedding_variance, seconds}], watch_seconds, skipped_sequences, chunked_cross_entropy, processes;
+                embedding_variance, seconds}], watch_seconds, skipped_sequences, chunked_cross_entropy,
+                processes;
                 with an adapter merged_into, merge_audit {rows, tokens, blocks, grid, decision, chosen, why,
                 warning, gains}}}
     condensation {arm: {tokens, sequences, layers [{layer, cosine_raw, cosine_sink_excluded,

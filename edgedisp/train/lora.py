@@ -285,8 +285,8 @@ def merge(adapter: Path, base: nn.Module, *, quantized: nn.Module | None = None)
     if trained_on["sha256"] != (here := fingerprint(base)):
         raise BadInput(
             f"{adapter}: this adapter was trained on another base: on {trained_on['name']}, whose weights "
-            f"have the fingerprint {trained_on['sha256'][:12]}; these have {here[:12]}. Give the base that it "
-            "was trained on, or train the adapter again"
+            f"have the fingerprint {trained_on['sha256'][:12]}; these have {here[:12]}. Give the base that "
+            "it was trained on, or train the adapter again"
         )
     if quantized is not None:
         expand(quantized, base)

@@ -19,7 +19,7 @@ from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.pipeline import stages
 from edgedisp.recipe import load
 from edgedisp.stages.rounding import SCALES, Trained, trained_roundings
-from edgedisp.train.rounded import round_weights
+from edgedisp.train.quantized_weights import round_weights
 
 RECIPE = """\
 name: tiny
@@ -139,7 +139,6 @@ def test_changed_options_of_the_bundle_train_again_only_where_training_sees_them
     [
         (["precisions=[int8]"], "is not among precisions"),
         (["quantize.int4.method=k_quant"], "needs rtn or gptq"),
-        (["train.quantization_aware={precision: int4, start: 0.8, ramp: 0.4}"], "needs at most 0.2"),
         (["train.quantization_aware=int5"], "int8, int4"),
         (["train.adapter={kind: qlora}"], "needs kind: lora"),
         (["train.adapter={kind: lora, dropout: 0.1}"], "needs 0"),
@@ -147,7 +146,6 @@ def test_changed_options_of_the_bundle_train_again_only_where_training_sees_them
         (["train.distributed={fsdp: full_shard}"], "rounding needs it whole"),
         (["quantize.int4.method=gptq", "train.compile=true"], "cannot be calibrated"),
         (["quantize.budget=1MB"], "cannot be combined; drop one"),
-        (["quantize.int4.method=gptq", "train.quantization_aware={precision: int4, ramp: 0.1}"], "fade in"),
     ],
 )
 def test_what_cannot_be_trained_under_is_refused(
@@ -161,11 +159,11 @@ def test_what_cannot_be_trained_under_is_refused(
 def test_scales_of_another_grid_are_refused(tmp_path: Path, tiny_folder: dict[str, Path]) -> None:
     from edgedisp.quantize.grid import Grid
     from edgedisp.quantize.start import Scales
-    from edgedisp.stages.rounding import _keep, trained_scales
+    from edgedisp.stages.rounding import _write_scales, trained_scales
 
     one, other = Grid(4, 32, False), Grid(4, 16, False)
     found = {"a.weight": Scales(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.uint8))}
-    _keep(found, lambda name: one, tmp_path / SCALES)
+    _write_scales(found, lambda name: one, tmp_path / SCALES)
     assert set(trained_scales(tmp_path, lambda name: one)) == {"a.weight"}
     with pytest.raises(BadInput, match="were trained on"):
         trained_scales(tmp_path, lambda name: other)

@@ -12,12 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from edgedisp import stages
-from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import silent
-from edgedisp.recipe import Recipe, load
-from edgedisp.train.data import Blocks
-from edgedisp.train.probe import time_steps
-from edgedisp.train.settings import TrainSettings
+from edgedisp.recipe import Recipe, Train, load
+from edgedisp.train.packed_dataset import PackedDataset
+from edgedisp.train.performance import time_steps
 
 RECIPE = """\
 name: tiny
@@ -51,7 +49,7 @@ def trained(
     return recipe, folder / "run", done
 
 
-def first_loss(base: Path, data: Blocks) -> float:
+def first_loss(base: Path, data: PackedDataset) -> float:
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     items = [data[index] for index in range(2)]
     with torch.no_grad():
@@ -70,7 +68,7 @@ def test_isolated_documents_are_trained_on_as_such(
         packed = np.load(run / "corpus" / "tokens.npy")
         packing = json.loads((run / "corpus" / "packing.json").read_text())
         assert (packed[:2, :-1] == packing["end_of_text"]).any()  # there is a wall to build
-        data = Blocks(packed, packing["end_of_text"] if walls == "true" else None)
+        data = PackedDataset(packed, packing["end_of_text"] if walls == "true" else None)
         losses[walls] = done["log"][0]["loss"]
         assert losses[walls] == pytest.approx(first_loss(base, data), rel=1e-5)
     assert losses["true"] != pytest.approx(losses["false"], rel=1e-3)
@@ -84,7 +82,7 @@ def test_the_condensation_is_in_the_record_with_what_it_cost(
     assert steps[0] == 0 and steps[-1] == recipe.steps and 5 <= len(steps) <= 11
     assert {len(row["cosine_by_layer"]) for row in done["watched"]} == {3}
     assert 0 < done["watch_seconds"] == pytest.approx(sum(row["seconds"] for row in done["watched"]))
-    assert done["fused_head"] and done["skipped_sequences"] == 0
+    assert done["chunked_cross_entropy"] and done["skipped_sequences"] == 0
     json.dumps(done, allow_nan=False)
 
 
@@ -100,19 +98,8 @@ def test_a_log_for_tensorboard_stays_in_the_arms_folder(
     AutoModelForCausalLM.from_pretrained(own)
 
 
-def test_a_reporter_that_is_not_installed_stops_before_anything_is_opened(
-    tiny_folder: dict[str, Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import edgedisp.train.reporting as reporting
-
-    monkeypatch.setattr(reporting, "find_spec", lambda name: None)
-    with pytest.raises(BadInput, match=r"train.report_to: trackio is not installed"):
-        trained(tiny_folder, text_file, tmp_path, report="trackio")
-    assert not list((tmp_path / "run" / "dispersed" / "model.partial").iterdir())
-
-
 def test_the_probe_times_the_steps_that_training_takes(tiny_folder: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_folder["llama"], dtype=torch.float32)
-    found = time_steps(model, TrainSettings(steps=1, lr=1e-3), 32, vocabulary=400)
+    found = time_steps(model, Train(tokens=1, lr=1e-3), 32, seed=0)
     assert found["micro_step_s"] > found["forward_s_per_token"] * 32 > 0
     assert found["optimizer_s"] > 0

@@ -1,6 +1,6 @@
-"""What torchrun starts in test_distributed.py: trainings of a tiny model, one after another in one process.
+"""Trainings of a tiny model in one process or under torchrun, and their comparison.
 
-    python tests/launched_fit.py BASE OUT ddp|fsdp
+    python tests/helpers/launched_fit.py BASE OUT ddp|fsdp
 
 `whole`: unbroken; `broken`: stopped in step 6, after a checkpoint at step 3, and continued, without the
 dispersion term; `stopped`: left there. In one process without a launcher it is the run to compare with.
@@ -10,73 +10,105 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pytest
 import torch
 
-BLOCKS = np.random.default_rng(0).integers(3, 400, (64, 24)).astype(np.uint32)
-CHANGES: dict[str, Any] = {"batch": 2, "accumulate": 2, "steps": 8, "checkpoint_every": 3}
+STEPS = 8
+needs_gloo = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="no gloo"
+)
 
 
 class Stopped(Exception):
     """Instead of a signal, so that one launch can be stopped and continued."""
 
 
-def call_the_processes_gpus() -> None:
-    """accelerate passes FSDP over on CPUs; torch's own works there with gloo."""
-    from accelerate.state import DistributedType, PartialState
+def torchrun(*words: str | Path, count: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([*sys.path])
+    return subprocess.run(
+        [*command, *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=240,
+    )
 
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)  # type: ignore
+
+def launch_trainings(base: Path, out: Path, mode: str) -> None:
+    done = torchrun(Path(__file__), base, out, mode)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr and "[transformers]" not in done.stderr
 
 
-def open_base(base: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+def log_of(run: Path) -> Any:
+    return json.loads((run / "log.json").read_text())
 
 
-def train(base: Path, run: Path, mode: str, *, weight: float | None, stop_after: int | None = None) -> Any:
+def check_equal(one: Path, other: Path, weights: float) -> None:
+    """The same log and weights, to float tolerance."""
+    from training import open_tiny
+
+    logs = [log_of(run)["log"] for run in (one, other)]
+    assert len(logs[0]) == len(logs[1]) == STEPS
+    for name, tolerance in (("loss", 5e-6), ("dispersion", 1e-6), ("grad_norm", 1e-5), ("lr", 0.0)):
+        for before, after in zip(*logs):
+            assert after[name] == pytest.approx(before[name], abs=tolerance), (name, before["step"])
+    models = [open_tiny(run / "model") for run in (one, other)]
+    for left, right in zip(*(model.parameters() for model in models)):
+        torch.testing.assert_close(left, right, rtol=0, atol=weights)
+
+
+def train(base: Path, run: Path, mode: str, *, weight: float | None, stop_after: int | None = None) -> None:
     """Train in this process's share and leave model and log in `run`; Stopped after that step."""
-    from edgedisp.core.distributed import place, split
+    from training import fit_tiny, open_tiny
+
+    from edgedisp.core.distributed import place
     from edgedisp.dispersion.config import DispersionConfig
-    from edgedisp.train import distributed
-    from edgedisp.train.trainer import TrainSettings, fit
 
     def progress(done: int, total: int, note: str) -> None:
         if done == stop_after:
             raise Stopped
 
-    settings = TrainSettings(lr=1e-3, precision="fp32", **CHANGES)
-    count = place().count
-    sharding = distributed.Sharding() if mode == "fsdp" else None
-    model = open_base(base)
-    done = fit(
+    model = open_tiny(base)
+    result = fit_tiny(
         model,
-        BLOCKS,
-        settings,
-        checkpoints=run / "checkpoints",
-        dispersion=None if weight is None else DispersionConfig(tokens=8, weight=weight),
-        share=distributed.Share(count, *split(settings.batch, settings.accumulate, count), sharding),
+        run / "checkpoints",
         progress=progress,
+        steps=STEPS,
+        batch=2,
+        accumulate=2,
+        checkpoint_every=3,
+        precision="fp32",
+        dispersion=None if weight is None else DispersionConfig(tokens=8, weight=weight),
+        distributed={"fsdp": "full_shard"} if mode == "fsdp" else None,
     )
-    if distributed.leads():
-        if done.weights is not None:
-            model = open_base(base)
-            model.load_state_dict(done.weights)
+    if place().leads:
+        if result.weights is not None:
+            model = open_tiny(base)
+            model.load_state_dict(result.weights)
         model.save_pretrained(run / "model")
-        facts = {"fused": done.fused_head, "resumed_from": done.resumed_from, "divided": bool(done.weights)}
-        (run / "log.json").write_text(json.dumps({"log": done.log, **facts}))
-    return model
+        facts = {"chunked": result.chunked_cross_entropy, "resumed_from": result.resumed_from}
+        log = {"log": result.log, **facts, "sharded": bool(result.weights)}
+        (run / "log.json").write_text(json.dumps(log))
 
 
 def main(base: Path, out: Path, mode: str) -> None:
+    from edgedisp.train.trainer import leave_processes
+
     torch.set_num_threads(1)
-    if mode == "fsdp":
-        call_the_processes_gpus()
+    if mode == "fsdp":  # accelerate passes FSDP over on CPUs; torch's own works there with gloo
+        from accelerate.state import DistributedType, PartialState
+
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)  # type: ignore
     train(base, out / "whole", mode, weight=1.0)
     for run, weight in (("broken", None), ("stopped", 1.0)):
         try:
@@ -85,9 +117,7 @@ def main(base: Path, out: Path, mode: str) -> None:
             continue
         raise SystemExit("was not stopped")
     train(base, out / "broken", mode, weight=None)
-    from edgedisp.train.distributed import leave
-
-    leave()
+    leave_processes()
 
 
 if __name__ == "__main__":

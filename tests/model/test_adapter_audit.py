@@ -19,16 +19,13 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import silent
 from edgedisp.core.stage_folder import finish, read, stage_output
 from edgedisp.dispersion.hooks import decoder_layers
-from edgedisp.graph.session import OnnxModel
 from edgedisp.pipeline import stages
 from edgedisp.quantize.grid import Grid, dequantize, quantize
 from edgedisp.recipe import Adapter, QuantizeBits, load
-from edgedisp.stages import adapters, bundles
-from edgedisp.train import audit
-from edgedisp.train.adapter import AdapterSettings, attach
-from edgedisp.train.merge import Base, fingerprint, merge, opened, save
-from edgedisp.train.quantized import load_quantized
-from edgedisp.train.rounded import Rounding, round_weights
+from edgedisp.stages import adapters
+from edgedisp.train import lora
+from edgedisp.train.lora import Base, attach, fingerprint, load_adapter, load_quantized, merge, save_adapter
+from edgedisp.train.quantized_weights import Rounding, round_weights
 
 BLOCKS = np.random.default_rng(0).integers(3, 400, (12, 24)).astype(np.int64)
 INT4 = QuantizeBits(group=32, symmetric=False, head_bits=8, accuracy_level=0)
@@ -73,14 +70,14 @@ def on_grid(bits: int) -> Rounding:
 # ---------------------------------------------------------------- losses and rounding
 
 
-@pytest.mark.parametrize("at_once", [1, 512 * 5, 1 << 24])
+@pytest.mark.parametrize("at_once", [512 * 5, 1 << 24])
 def test_block_losses_are_the_summed_cross_entropy(
     tiny_folder: dict[str, Path], monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr(audit, "LOGITS_AT_ONCE", at_once)  # slices must not matter
+    monkeypatch.setattr(lora, "LOGITS_AT_ONCE", at_once)  # slices must not matter
     scored = models.load(tiny_folder["gpt2"]).train()  # its dropout must not matter
     np.testing.assert_allclose(
-        audit.block_losses(scored, BLOCKS[:3]), losses_by_loops(scored, BLOCKS[:3]), 1e-5
+        lora.block_losses(scored, BLOCKS[:3]), losses_by_loops(scored, BLOCKS[:3]), 1e-5
     )
 
 
@@ -107,42 +104,10 @@ def test_rounding_goes_over_every_matrix_once_and_over_nothing_else(
     assert len(names) == (15 if architecture == "llama" else 9)  # the tied head counts once
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text"])
-def test_rounded_weights_compute_what_the_int4_bundle_computes(
-    tiny_folder: dict[str, Path], tmp_path: Path, architecture: str
-) -> None:
-    folders = {name: tmp_path / name for name in ("fp32", "int4")}
-    for folder in folders.values():
-        folder.mkdir()
-    bundles.export(tiny_folder[architecture], 1, folders["fp32"], silent)
-    record = bundles.quantize(INT4, 4, folders["fp32"], None, None, folders["int4"], silent)
-    rounded = models.load(tiny_folder[architecture])
-    names = round_weights(rounded, on_grid(4), on_grid(8))
-    ids = BLOCKS[:2]
-    shipped = OnnxModel(folders["int4"], 1)(ids, np.ones_like(ids))
-    plain = OnnxModel(folders["fp32"], 1)(ids, np.ones_like(ids))
-    with torch.no_grad():
-        found = rounded.eval()(input_ids=torch.from_numpy(ids)).logits.numpy()
-    np.testing.assert_allclose(found, shipped, atol=2e-3)
-    assert np.abs(shipped - plain).max() > 0.05
-    values = sum(row["shape"][0] * row["shape"][1] for row in record["by_tensor"])
-    assert values == sum(rounded.get_parameter(name).numel() for name in names)
-
-
-def test_bfloat16_rounding_keeps_eight_bits(tiny_folder: dict[str, Path]) -> None:
-    before = models.load(tiny_folder["llama"]).state_dict()
-    changed = models.load(tiny_folder["llama"])
-    audit.to_bfloat16(changed)
-    for name, weight in changed.state_dict().items():
-        assert weight.dtype == torch.float32
-        mantissa = weight.numpy().view(np.uint32) & 0xFFFF
-        assert not mantissa.any() and (weight - before[name]).abs().max() <= before[name].abs().max() / 256
-
-
 # ---------------------------------------------------------------- the stage
 
 
-def stage_folders(root: Path, base: Path, held_as: str | None, arm: str = "baseline") -> dict[str, Path]:
+def stage_folders(root: Path, base: Path, quantization: str | None, arm: str = "baseline") -> dict[str, Path]:
     """Finished folders of the stages that a merge reads: base, corpus, adapter."""
     folders = {"base": root / "base", "corpus": root / "corpus", "adapter": root / arm / "adapter"}
     if not (root / "corpus").exists():
@@ -153,8 +118,8 @@ def stage_folders(root: Path, base: Path, held_as: str | None, arm: str = "basel
         with stage_output(folders["corpus"], {}) as own:
             np.save(own / "heldout.npy", BLOCKS.astype(np.uint32))
             finish(own, folders["corpus"], {}, {}, 0.0)
-    over = load_quantized(base, held_as) if held_as else models.load(base)
-    peft_model = attach(over, decoder_layers(over), AdapterSettings("lora", rank=4), seed=0)
+    over = load_quantized(base, quantization) if quantization else models.load(base)
+    peft_model = attach(over, decoder_layers(over), Adapter(kind="lora", rank=4), seed=0)
     ids = torch.from_numpy(BLOCKS)
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=2e-2)
     for _ in range(6 if arm == "baseline" else 3):
@@ -162,7 +127,7 @@ def stage_folders(root: Path, base: Path, held_as: str | None, arm: str = "basel
         peft_model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
     with stage_output(folders["adapter"], {}) as own:
-        save(peft_model, Base(str(base), fingerprint(models.load(base)), held_as), own)
+        save_adapter(peft_model, Base(str(base), fingerprint(models.load(base)), quantization), own)
         finish(own, folders["adapter"], {}, {"steps": 6, "weights_sha256": "abc"}, 0.0)
     return folders
 
@@ -178,20 +143,22 @@ def merge_stage(
     return results
 
 
-@pytest.mark.parametrize("held_as", [None, "nf4", "int8"])
+@pytest.mark.parametrize("quantization", [None, "nf4"])
 def test_the_audit_holds_the_losses_of_models_made_by_hand(
-    tiny_folder: dict[str, Path], tmp_path: Path, held_as: str | None
+    tiny_folder: dict[str, Path], tmp_path: Path, quantization: str | None
 ) -> None:
     base = tiny_folder["llama"]
-    folders = stage_folders(tmp_path, base, held_as)
-    chosen = Adapter(kind="qlora", base=held_as) if held_as else Adapter(kind="lora")  # type: ignore[arg-type]
+    folders = stage_folders(tmp_path, base, quantization)
+    chosen = Adapter(kind="qlora", base=quantization) if quantization else Adapter(kind="lora")  # type: ignore[arg-type]
     results = merge_stage(folders, chosen)
-    over = load_quantized(base, held_as) if held_as else models.load(base)
+    over = load_quantized(base, quantization) if quantization else models.load(base)
     merges = {"full precision": merge(folders["adapter"], models.load(base))}
-    if held_as:
-        quantized = load_quantized(base, held_as)
-        merges[f"dequantized {held_as}"] = merge(folders["adapter"], models.load(base), quantized=quantized)
-    by_hand = {"no adapter": models.load(base), "adapter on": opened(folders["adapter"], over)}
+    if quantization:
+        quantized = load_quantized(base, quantization)
+        merges[f"dequantized {quantization}"] = merge(
+            folders["adapter"], models.load(base), quantized=quantized
+        )
+    by_hand = {"no adapter": models.load(base), "adapter on": load_adapter(folders["adapter"], over)}
     by_hand |= {f"merged into {name}": made for name, made in merges.items()}
     expected = {name: losses_by_loops(made, BLOCKS) for name, made in by_hand.items()}
     for name in ("no adapter", *(f"merged into {name}" for name in merges)):
@@ -218,7 +185,7 @@ def test_the_audit_holds_the_losses_of_models_made_by_hand(
         assert row["low"] == pytest.approx(each.mean() - half, abs=0.5 * half + 1e-5), name
         assert row["high"] == pytest.approx(each.mean() + half, abs=0.5 * half + 1e-5), name
     assert rows["no adapter"]["low"] > 0  # the adapter was trained on these blocks
-    into = f"dequantized {held_as}" if found["chosen"] == "dequantized" else "full precision"
+    into = f"dequantized {quantization}" if found["chosen"] == "dequantized" else "full precision"
     for kind, suffix in (("fp32", ""), ("int4", ", int4")):
         gain = rows[f"merged into {into}{suffix}"]["loss"] - rows[f"no adapter{suffix}"]["loss"]
         assert found["gains"][kind]["difference"] == pytest.approx(gain)
@@ -274,18 +241,6 @@ def test_the_baselines_audit_decides_for_another_arm(tiny_folder: dict[str, Path
         found = merge_stage(folders, auto, decider=decider)["merge_audit"]
         assert found["chosen"] == chosen
         assert found["why"] == "the audit of the arm baseline decides for every arm"
-
-
-def test_int4_decides_where_it_ships_and_the_plain_merge_where_it_does_not(
-    tiny_folder: dict[str, Path], tmp_path: Path
-) -> None:
-    folders = stage_folders(tmp_path, tiny_folder["llama"], "nf4")
-    for ships, suffix in ((True, ", int4"), (False, "")):
-        found = merge_stage(folders, Adapter(kind="qlora", base="nf4"), int4_ships=ships)["merge_audit"]
-        loss = {row["name"]: row["loss"] for row in found["rows"]}
-        expected = loss[f"merged into dequantized nf4{suffix}"] - loss[f"merged into full precision{suffix}"]
-        assert found["decision"]["difference"] == pytest.approx(expected)
-        assert found["decision"]["judged_by"] == ("int4" if ships else "fp32")
 
 
 AUTO = Adapter(kind="qlora", base="nf4")
@@ -365,16 +320,6 @@ def test_the_other_arms_wait_for_the_baselines_audit_only_where_it_decides(tmp_p
     # The stage that decides comes first, also in a recipe that names it last.
     turned = list(keys(tmp_path, "{kind: qlora}", "arms=[dispersed, baseline]"))
     assert turned.index("baseline/model") < turned.index("dispersed/model")
-
-
-def test_without_an_adapter_training_leaves_the_model_itself(tmp_path: Path) -> None:
-    names = list(keys(tmp_path, "null"))
-    assert "baseline/model" in names and not any(name.endswith("adapter") for name in names)
-
-
-def test_an_adapter_can_be_set_where_the_recipe_has_none(tmp_path: Path) -> None:
-    names = list(keys(tmp_path, "null", "train.adapter.kind=lora"))
-    assert "baseline/adapter" in names
 
 
 def test_a_dequantized_base_for_lora_is_a_clash(tmp_path: Path) -> None:

@@ -7,44 +7,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from training import Interrupt, fit_tiny, flat, open_tiny
+from transformers.trainer_callback import TrainerCallback
 
-from edgedisp.core.errors import BadInput
-from edgedisp.dispersion.condensation import measure_model, quick_condensation
+from edgedisp.dispersion.condensation import quick_condensation
 from edgedisp.dispersion.config import DispersionConfig
-from edgedisp.train.reporting import Reporting, check_reporters
-from edgedisp.train.trainer import Fit, TrainSettings, fit
-from edgedisp.train.watch import Watch, undisturbed
+from edgedisp.train.dispersion_trainer import CondensationWatch
+from edgedisp.train.trainer import FitResult
 
-BLOCKS = np.random.default_rng(0).integers(3, 400, (64, 24)).astype(np.uint32)
 HELD = torch.randint(3, 400, (3, 20), generator=torch.Generator().manual_seed(5))
-ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox"]
 
 
-def open_tiny(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def flat(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-
-
-def run(folder: Path, checkpoints: Path, watch: Watch | None, **options: Any) -> tuple[Any, Fit]:
-    settings = TrainSettings(steps=6, lr=1e-3, batch=4, checkpoint_every=3)
+def run(
+    folder: Path, output_dir: Path, watch: CondensationWatch | None, **options: Any
+) -> tuple[Any, FitResult]:
     model = open_tiny(folder)
     term = DispersionConfig(tokens=8)
-    done = fit(model, BLOCKS, settings, checkpoints=checkpoints, dispersion=term, watch=watch, **options)
-    return model, done
+    return model, fit_tiny(model, output_dir, checkpoint_every=3, dispersion=term, watch=watch, **options)
 
 
-def watching(every: int) -> Watch:
-    return Watch(partial(quick_condensation, blocks=HELD), every)
+def watching(every: int) -> CondensationWatch:
+    return CondensationWatch(partial(quick_condensation, blocks=HELD), every)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["gemma3_text", "gpt2", "opt"])
 def test_quick_figures_are_those_of_every_pair_and_token(
     tiny_folder: dict[str, Path], architecture: str
 ) -> None:
@@ -63,20 +51,6 @@ def test_quick_figures_are_those_of_every_pair_and_token(
         assert found["cosine_by_layer"][layer] == pytest.approx(
             float(sum(by_pairs)) / len(by_pairs), abs=1e-6
         )
-    full = [row["cosine_raw"] for row in measure_model(model, HELD)["layers"]]
-    assert found["cosine_by_layer"] == pytest.approx(full, abs=1e-6)
-
-
-def test_embedding_variance_is_that_of_the_last_layer_without_first_tokens(
-    tiny_folder: dict[str, Path],
-) -> None:
-    model = open_tiny(tiny_folder["llama"]).eval()
-    last: list[torch.Tensor] = []
-    model.model.layers[-1].register_forward_hook(lambda module, args, output: last.append(output))
-    found = quick_condensation(model, HELD)["embedding_variance"]
-    state = last[0].detach().double()[:, 1:]
-    spread = [(one - one.mean(dim=0)).square().mean() for one in state]
-    assert found == pytest.approx(float(sum(spread)) / 3, rel=1e-6)
 
 
 # GPT-2 has dropout, which draws from the global random stream.
@@ -108,16 +82,9 @@ def test_the_rows_tell_the_model_as_it_was_at_their_step(
 
 
 def test_a_resumed_run_has_the_rows_of_the_whole(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
-    class Killed(Exception):
-        pass
-
-    def kill(done: int, total: int, note: str) -> None:
-        if done == 5:
-            raise Killed
-
     _, whole = run(tiny_folder["llama"], tmp_path / "whole", watching(2))
-    with pytest.raises(Killed):
-        run(tiny_folder["llama"], tmp_path / "cut", watching(2), progress=kill)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_folder["llama"], tmp_path / "cut", watching(2), callbacks=[Interrupt(4)])
     _, resumed = run(tiny_folder["llama"], tmp_path / "cut", watching(2))
     assert resumed.resumed_from == 3
     plain = [
@@ -127,21 +94,6 @@ def test_a_resumed_run_has_the_rows_of_the_whole(tiny_folder: dict[str, Path], t
     assert plain[0] == plain[1]
 
 
-def test_every_modules_own_mode_comes_back(tiny_folder: dict[str, Path]) -> None:
-    model = open_tiny(tiny_folder["gpt2"]).train()
-    model.transformer.h[1].eval()
-    before = [module.training for module in model.modules()]
-    with undisturbed(model):
-        assert not any(module.training for module in model.modules())
-        torch.rand(3)
-    assert [module.training for module in model.modules()] == before
-
-
-def test_watching_every_zero_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match="every 0 steps; it needs at least 1"):
-        Watch(lambda model: {}, 0)
-
-
 def test_tensorboard_holds_the_losses_and_the_watched_figures(
     tiny_folder: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -149,8 +101,8 @@ def test_tensorboard_holds_the_losses_and_the_watched_figures(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logs = tmp_path / "logs"
-    reporting = Reporting(("tensorboard",), logs, "run/dispersed")
-    _, done = run(tiny_folder["llama"], tmp_path / "c", watching(3), reporting=reporting)
+    options = {"report_to": ("tensorboard",), "log_dir": logs, "run_name": "run/dispersed"}
+    _, done = run(tiny_folder["llama"], tmp_path / "c", watching(3), **options)
     events = EventAccumulator(str(logs))
     events.Reload()
     told = {tag: [(one.step, one.value) for one in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
@@ -163,19 +115,6 @@ def test_tensorboard_holds_the_losses_and_the_watched_figures(
         expected = [row["cosine_by_layer"][layer] for row in done.watched[1:]]
         values = [value for _, value in told[f"train/cosine_by_layer/{layer:02d}"]]
         assert values == pytest.approx(expected, rel=1e-5)
-
-
-def test_reporting_to_nobody_writes_nothing(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
-    run(tiny_folder["llama"], tmp_path / "c", None)
-    assert {
-        path.name for path in tmp_path.rglob("*") if "events" in path.name or path.name == "runs"
-    } == set()
-
-
-def test_a_program_that_is_not_installed_is_refused_by_name() -> None:
-    check_reporters([])
-    with pytest.raises(BadInput, match=r"train.report_to: no_such_thing is not installed; pip install"):
-        check_reporters(["no_such_thing"])
 
 
 def test_figures_go_to_the_log_of_their_own_step_alone(tiny_folder: dict[str, Path], tmp_path: Path) -> None:

@@ -9,16 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from training import open_tiny
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from edgedisp import DispersionConfig, DispersionMixin, DispersionTrainer
-from edgedisp.dispersion.hooks import DispersionLoss, decoder_layers
+from edgedisp import DispersionConfig, DispersionLoss, DispersionTrainer
 
 Rows = list[dict[str, Tensor]]
-
-
-def open_tiny(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def rows_of(lengths: Sequence[int], tokens: int = 12) -> Rows:
@@ -161,50 +157,6 @@ def test_uneven_micro_batches_count_by_their_sequences(
         assert runs[index][1].get("skipped_sequences", 0) == masked
 
 
-@pytest.mark.parametrize("exclude_sink", [False, True])
-def test_micro_batches_weigh_by_the_sequences_that_the_term_counts(
-    tiny_folder: dict[str, Path], tmp_path: Path, exclude_sink: bool
-) -> None:
-    runs = []
-    for batch, accumulate in ((4, 1), (2, 2)):
-        trainer, gradients = run(
-            open_tiny(tiny_folder["llama"]),
-            rows_of([12, 12, 2, 2]),
-            tmp_path,
-            DispersionConfig(weight=2.0, tokens=None, exclude_sink=exclude_sink),
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulate,
-        )
-        runs.append((gradients.seen[0], train_logs(trainer)[0]))
-        assert runs[-1][1].get("skipped_sequences", 0) == 2 * exclude_sink
-    torch.testing.assert_close(runs[1][0], runs[0][0], rtol=1e-4, atol=1e-6)
-    assert runs[1][1]["dispersion"] == pytest.approx(runs[0][1]["dispersion"], rel=1e-5)
-
-
-def test_short_sequences_without_a_mask_weigh_nothing(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
-    (long,) = without_masks(rows_of([12]))
-    short = {name: value[:2] for name, value in long.items()}
-    config = DispersionConfig(tokens=None, exclude_sink=True)
-    options = {"per_device_train_batch_size": 1, "learning_rate": 0.0}
-    logged = []
-    for rows in ([long], [long, short]):
-        model = open_tiny(tiny_folder["llama"])
-        trainer, _ = run(model, rows, tmp_path, config, gradient_accumulation_steps=len(rows), **options)
-        logged.append(train_logs(trainer)[0]["dispersion"])
-    assert logged[1] == pytest.approx(logged[0], rel=1e-5)
-
-
-def test_padding_changes_neither_term(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
-    rows = rows_of([8, 8, 8, 8])
-    cut = [{name: value[:8] for name, value in row.items()} for row in rows]
-    seen = []
-    for index, data in enumerate((rows, cut)):
-        config = DispersionConfig(weight=1.0, tokens=None)
-        _, gradients = run(open_tiny(tiny_folder["llama"]), data, tmp_path / str(index), config)
-        seen.append(gradients.seen[0])
-    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-6)
-
-
 def test_sequences_without_a_pair_give_no_nan_and_are_counted(
     tiny_folder: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -212,13 +164,6 @@ def test_sequences_without_a_pair_give_no_nan_and_are_counted(
     trainer, gradients = run(model, rows_of([1, 12, 1, 2] * 2), tmp_path, DispersionConfig(), max_steps=2)
     assert [row["skipped_sequences"] for row in train_logs(trainer)] == [2, 4]
     assert all(one.isfinite().all() for one in gradients.seen)
-
-
-def test_skipped_sequences_are_those_of_one_training(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
-    trainer, _ = run(open_tiny(tiny_folder["llama"]), rows_of([1, 12, 1, 12]), tmp_path, DispersionConfig())
-    assert train_logs(trainer)[-1]["skipped_sequences"] == 2
-    trainer.train()
-    assert train_logs(trainer)[-1]["skipped_sequences"] == 2
 
 
 def test_a_training_begun_anew_with_a_smaller_batch_counts_anew(
@@ -242,44 +187,6 @@ def test_a_training_begun_anew_with_a_smaller_batch_counts_anew(
     trainer.train()
     assert trainer._train_batch_size < 4
     assert train_logs(trainer)[0]["skipped_sequences"] == 1
-
-
-def test_a_pass_that_a_callback_makes_is_not_counted(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
-    class Looks(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
-            model = known["model"].eval()
-            model(torch.tensor([[5]]), labels=torch.tensor([[5]]))  # with gradients
-            model.train()
-
-    rows: Any = rows_of([12] * 12)
-    found = []
-    for callbacks in ([], [Looks()]):
-        trainer = DispersionTrainer(
-            model=open_tiny(tiny_folder["llama"]),
-            args=arguments(tmp_path, max_steps=3),
-            train_dataset=rows,
-            dispersion=DispersionConfig(tokens=6),
-            callbacks=callbacks,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        found.append([(row["dispersion"], row.get("skipped_sequences")) for row in train_logs(trainer)])
-    assert found[0] == found[1]
-
-
-def test_a_compiled_model_that_was_trained_before_is_watched(
-    tiny_folder: dict[str, Path], tmp_path: Path
-) -> None:
-    """What was compiled without the collector's hooks must not be run again."""
-    rows = without_masks(rows_of([12] * 4))
-    config = DispersionConfig(tokens=6)
-    logged = []
-    for dispersion, compiled in ((config, False), (None, True), (config, True)):
-        options = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
-        trainer, _ = run(open_tiny(tiny_folder["llama"]), rows, tmp_path, dispersion, **options)
-        logged.append(train_logs(trainer)[0])
-    assert "dispersion" not in logged[1]
-    assert logged[2]["dispersion"] == pytest.approx(logged[0]["dispersion"], rel=1e-5)
 
 
 def test_a_log_over_several_steps_is_their_mean(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
@@ -309,17 +216,6 @@ def test_sequences_are_numbered_through_steps_and_micro_batches(
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 2}
     run(open_tiny(tiny_folder["llama"]), rows, tmp_path, DispersionConfig(), **options)
     assert numbers == [0, 2, 4, 6, 8, 10]
-
-
-def test_the_users_sampler_is_respected(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
-    orders = []
-    for kind in (Trainer, DispersionTrainer):
-        args = arguments(tmp_path, train_sampling_strategy="random", seed=3)
-        rows: Any = without_masks(rows_of([12] * 16))
-        trainer = kind(model=open_tiny(tiny_folder["llama"]), args=args, train_dataset=rows)
-        orders.append([batch["input_ids"] for batch in trainer.get_train_dataloader()])
-    assert all(torch.equal(*pair) for pair in zip(*orders))
-    assert not torch.equal(orders[0][0], torch.stack([row["input_ids"] for row in rows[:4]]))
 
 
 def test_evaluation_is_the_plain_trainers(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
@@ -367,22 +263,6 @@ def test_hooks_are_gone_after_training_however_it_ends(
     assert layer_hooks(model) == 0
 
 
-def test_a_model_made_anew_for_training_is_the_one_that_is_watched(
-    tiny_folder: dict[str, Path], tmp_path: Path
-) -> None:
-    rows: Any = rows_of([12] * 4)
-    trainer = DispersionTrainer(
-        model_init=lambda: open_tiny(tiny_folder["llama"]),
-        args=arguments(tmp_path),
-        train_dataset=rows,
-        dispersion=DispersionConfig(),
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    assert "dispersion" in train_logs(trainer)[0]
-    assert len(decoder_layers(trainer.model)[0]._forward_hooks) == 0  # type: ignore[arg-type]
-
-
 def test_several_gpus_in_one_process_are_refused(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
     args = arguments(tmp_path)
     args._n_gpu = 2
@@ -394,52 +274,3 @@ def test_several_gpus_in_one_process_are_refused(tiny_folder: dict[str, Path], t
             train_dataset=rows,
             dispersion=DispersionConfig(),
         )
-
-
-def test_it_mixes_into_trls_supervised_trainer(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    from transformers import AutoTokenizer
-
-    class DispersionSFT(DispersionMixin, trl.SFTTrainer):  # type: ignore[misc]
-        pass
-
-    texts = datasets.Dataset.from_dict(
-        {"text": ["One sentence after another.", "And a third, longer one."] * 8}
-    )
-    found = {}
-    for accumulate in (1, 2):
-        model = open_tiny(tiny_folder["llama"])
-        tokenizer = AutoTokenizer.from_pretrained(tiny_folder["llama"])
-        gradients = Gradients()
-        trainer = DispersionSFT(
-            model=model,
-            args=trl.SFTConfig(
-                output_dir=str(tmp_path),
-                per_device_train_batch_size=4 // accumulate,
-                gradient_accumulation_steps=accumulate,
-                max_steps=2,
-                max_length=32,
-                logging_steps=1,
-                save_strategy="no",
-                report_to=[],
-                use_cpu=True,
-                bf16=False,
-                gradient_checkpointing=False,
-                max_grad_norm=0.0,
-                disable_tqdm=True,
-                train_sampling_strategy="sequential",
-            ),
-            train_dataset=texts,
-            processing_class=tokenizer,
-            dispersion=DispersionConfig(weight=0.5, tokens=None),
-            callbacks=[gradients],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        found[accumulate] = (train_logs(trainer), gradients.seen)
-        for row in train_logs(trainer):
-            assert row["loss"] == pytest.approx(row["cross_entropy"] + 0.5 * row["dispersion"], rel=1e-4)
-            assert "mean_token_accuracy" in row  # the host's own figures are still there
-    for whole, parts in zip(*(found[accumulate][1] for accumulate in (1, 2))):
-        torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-5)

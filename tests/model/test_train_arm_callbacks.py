@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from training import Interrupt, fit_tiny, flat, open_tiny
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
-from edgedisp.train.techniques import ActiveForgetting, EmbeddingDropout, NoisyEmbedding, callbacks_for
-from edgedisp.train.trainer import TrainSettings, fit
+from edgedisp.train.arm_callbacks import ActiveForgetting, EmbeddingDropout, NoisyEmbedding, callbacks_for
 
 BLOCKS = np.random.default_rng(0).integers(3, 400, (48, 12))
-ARCHITECTURES = ["llama", "gemma3_text", "gpt2"]
+ARCHITECTURES = ["gemma3_text", "gpt2"]  # a scaled embedding, and one to which positions are added
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -32,10 +32,6 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
 class InOrder(Trainer):
     def _get_train_sampler(self, *_: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
-
-
-def open_tiny(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def train(
@@ -62,10 +58,6 @@ def train(
     trainer = InOrder(model=model, args=arguments, train_dataset=Rows(), callbacks=list(callbacks))
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
     return trainer
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 class Seen(TrainerCallback):
@@ -127,7 +119,7 @@ def test_a_sequence_is_changed_alike_however_the_batch_is_cut(
     tiny_folder: dict[str, Path], tmp_path: Path, callback: TrainerCallback
 ) -> None:
     seen = []
-    for batch, accumulate in ((4, 1), (2, 2), (1, 4)):
+    for batch, accumulate in ((4, 1), (1, 4)):
         changed = changes_seen(
             tiny_folder["llama"],
             callback,
@@ -137,7 +129,7 @@ def test_a_sequence_is_changed_alike_however_the_batch_is_cut(
             gradient_accumulation_steps=accumulate,
         )
         seen.append(torch.cat([after for _, after in changed]))
-    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[0][:4], seen[0][4:8])
 
 
@@ -165,58 +157,20 @@ def test_measuring_passes_are_left_alone_and_the_hook_goes_with_the_training(
     assert torch.equal(model.train().get_input_embeddings()(ids), model.get_input_embeddings().weight[ids])
 
 
-class Interrupt(TrainerCallback):
-    """Ends a training before its first step."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **known: Any) -> None:
-        raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("name", ["neftune", "embedding_dropout"])
+@pytest.mark.parametrize("name", ["neftune"])
 def test_the_hook_goes_with_a_training_that_raised_too(
     tiny_folder: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
-    tokens, settings = BLOCKS.astype(np.uint32), TrainSettings(steps=2, lr=1e-3)
     model = open_tiny(tiny_folder["llama"])
     with pytest.raises(KeyboardInterrupt):
         callbacks = [*callbacks_for({name: 0.5}, seed=0), Interrupt()]
-        fit(model, tokens, settings, checkpoints=tmp_path / "raised", callbacks=callbacks)
+        fit_tiny(model, tmp_path / "raised", steps=2, callbacks=callbacks)
     fresh = open_tiny(tiny_folder["llama"])
-    logs = [
-        fit(one, tokens, settings, checkpoints=tmp_path / name).log
-        for name, one in (("next", model), ("fresh", fresh))
-    ]
+    logs = [fit_tiny(one, tmp_path / name, steps=2).log for name, one in (("next", model), ("fresh", fresh))]
     assert logs[0] == logs[1]
 
 
-@pytest.mark.parametrize(
-    "techniques", [{"neftune": 5.0}, {"embedding_dropout": 0.2}, {"active_forgetting": 2}]
-)
-def test_the_global_random_streams_are_what_they_are_without(
-    tiny_folder: dict[str, Path], tmp_path: Path, techniques: dict[str, float]
-) -> None:
-    """GPT-2 draws its dropout masks from the global stream: its place after each step says what was drawn."""
-
-    class Place(TrainerCallback):
-        def __init__(self) -> None:
-            self.states: list[Tensor] = []
-
-        def on_step_end(self, *_: Any, **known: Any) -> None:
-            self.states.append(torch.random.get_rng_state())
-
-    places = []
-    for chosen in ((), callbacks_for(techniques, seed=5)):
-        places.append(Place())
-        train(open_tiny(tiny_folder["gpt2"]), tmp_path, [*chosen, places[-1]], save_strategy="no")
-    assert all(torch.equal(one, other) for one, other in zip(places[0].states, places[1].states, strict=True))
-
-
-TECHNIQUES: list[dict[str, float]] = [
-    {"neftune": 5.0},
-    {"embedding_dropout": 0.2},
-    {"active_forgetting": 3},
-    {"active_forgetting": 2, "neftune": 5.0},
-]
+TECHNIQUES: list[dict[str, float]] = [{"embedding_dropout": 0.2}, {"active_forgetting": 2, "neftune": 5.0}]
 
 
 @pytest.mark.parametrize("techniques", TECHNIQUES)
@@ -248,17 +202,7 @@ class Watch(TrainerCallback):
         self.moments.append(copy.deepcopy(known["optimizer"].state[weight]))
 
 
-def test_up_to_the_first_reset_the_run_is_the_baselines_and_then_it_is_not(
-    tiny_folder: dict[str, Path], tmp_path: Path
-) -> None:
-    plain, forgetting = Watch(), Watch()
-    train(open_tiny(tiny_folder["llama"]), tmp_path, [plain], save_strategy="no")
-    train(open_tiny(tiny_folder["llama"]), tmp_path, [ActiveForgetting(4, 0), forgetting], save_strategy="no")
-    same = [torch.equal(one, other) for one, other in zip(plain.embeddings, forgetting.embeddings)]
-    assert same == [True, True, True, False, False, False]
-
-
-@pytest.mark.parametrize(("every", "resets"), [(2, [2, 4]), (3, [3]), (4, [4]), (6, []), (9, [])])
+@pytest.mark.parametrize(("every", "resets"), [(2, [2, 4]), (4, [4]), (6, [])])
 def test_resets_come_every_so_many_steps_but_never_last(
     tiny_folder: dict[str, Path], tmp_path: Path, every: int, resets: list[int]
 ) -> None:

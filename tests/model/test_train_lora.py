@@ -1,0 +1,324 @@
+"""Adapters: which linear maps get one, QLoRA's base, the PEFT folder, and merged weights by the formula."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from training import Interrupt, fit_tiny
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from edgedisp import models
+from edgedisp.core.errors import BadInput
+from edgedisp.dispersion.hooks import decoder_layers
+from edgedisp.recipe import Adapter
+from edgedisp.train.lora import (
+    MARK,
+    Base,
+    adapter_size,
+    attach,
+    dequantized,
+    expand,
+    fingerprint,
+    load_quantized,
+    merge,
+    save_adapter,
+    target_names,
+)
+
+ATTENTION = {f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+MLP = {f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+OPT = {f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")} | {"fc1", "fc2"}
+NEOX = {"attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"}
+ARCHITECTURES = {
+    "llama": ("model.layers", ATTENTION | MLP),
+    "gemma3_text": ("model.layers", ATTENTION | MLP),
+    "gpt2": ("transformer.h", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
+    "opt": ("model.decoder.layers", OPT),
+    "gpt_neox": ("gpt_neox.layers", NEOX),
+}
+IDS = torch.randint(3, 400, (4, 24), generator=torch.Generator().manual_seed(0))
+
+
+def open_base(folder: Path, quantization: str | None) -> nn.Module:
+    model: nn.Module = load_quantized(folder, quantization) if quantization else models.load(folder)
+    return model
+
+
+def wrapped(model: nn.Module, seed: int = 0, **changes: object) -> nn.Module:
+    adapter = Adapter(kind="lora", **{"rank": 4, **changes})  # type: ignore[arg-type]
+    return attach(model, decoder_layers(model), adapter, seed)
+
+
+def with_values(peft_model: nn.Module) -> nn.Module:
+    """B starts at zero, which would hide A's gradient."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05, generator=generator)
+    return peft_model
+
+
+def saved(folder: Path, out: Path, quantization: str | None = None) -> nn.Module:
+    """An adapter with weights in both halves, written to `out`; returns the model that carries it."""
+    peft_model = with_values(wrapped(open_base(folder, quantization), alpha=12))
+    save_adapter(peft_model, Base(str(folder), fingerprint(models.load(folder)), quantization), out)
+    return peft_model.eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = model.eval()(input_ids=IDS).logits
+    return output
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# ---------------------------------------------------------------- targets
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_auto_adapts_every_linear_map_of_attention_and_mlp_and_nothing_else(
+    tiny_folder: dict[str, Path], architecture: str
+) -> None:
+    where, parts = ARCHITECTURES[architecture]
+    expected = {f"{where}.{layer}.{part}" for layer in range(2) for part in parts}
+    for quantization in (None, "nf4") if architecture in ("llama", "gpt2") else (None,):
+        model = open_base(tiny_folder[architecture], quantization)
+        layers = decoder_layers(model)
+        size = adapter_size(layers, 4)
+        peft_model = wrapped(model)
+        trainable = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
+        assert set(trainable) == {
+            f"base_model.model.{name}.lora_{half}.default.weight" for name in expected for half in "AB"
+        }
+        if quantization is None:
+            assert size == sum(p.numel() for p in trainable.values())
+
+
+def test_a_map_outside_the_layers_is_left_alone_even_if_its_name_ends_alike(
+    tiny_folder: dict[str, Path],
+) -> None:
+    model = models.load(tiny_folder["llama"])
+    model.vision = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
+    adapted = {name for name, module in wrapped(model).named_modules() if hasattr(module, "lora_A")}
+    assert "base_model.model.vision.q_proj" not in adapted and len(adapted) == 14
+
+
+def test_targets_that_cannot_be_adapted_are_refused(tiny_folder: dict[str, Path]) -> None:
+    for target in ("c_attn", "lm_head", "proj", "input_layernorm"):
+        with pytest.raises(BadInput, match=rf"{target} is no linear map of this model, which has down_proj"):
+            wrapped(models.load(tiny_folder["llama"]), targets=[target, "q_proj"])
+    with pytest.raises(BadInput, match="LoRA has nothing to adapt"):
+        target_names(nn.ModuleList([nn.LayerNorm(4)]))
+    layer = nn.Module()
+    layer.q_proj, layer.experts = nn.Linear(4, 4), nn.Parameter(torch.zeros(2, 4, 4))
+    with pytest.raises(BadInput, match=r"but 0.experts cannot carry an adapter; name .* yourself: q_proj"):
+        target_names(nn.ModuleList([layer]))
+
+
+def test_the_random_half_depends_on_the_seed_alone(tiny_folder: dict[str, Path]) -> None:
+    states = []
+    for seed, global_seed in ((3, 5), (3, 6), (4, 6)):
+        torch.manual_seed(global_seed)
+        before = torch.random.get_rng_state()
+        states.append(wrapped(models.load(tiny_folder["llama"]), seed=seed).state_dict())
+        assert torch.equal(torch.random.get_rng_state(), before)
+    name = next(name for name in states[0] if "lora_A" in name)
+    assert torch.equal(states[0][name], states[1][name])
+    assert not torch.equal(states[0][name], states[2][name])
+
+
+# ---------------------------------------------------------------- quantized bases
+
+NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+]  # fmt: skip
+"""The 16 levels of the QLoRA paper (arXiv 2305.14314, appendix E)."""
+
+
+def nf4_by_hand(weight: Tensor) -> Tensor:
+    """Blocks of 64 along the flattened weight: the nearest level times the largest value of the block."""
+    blocks = weight.contiguous().reshape(-1, 64)
+    largest = blocks.abs().amax(1, keepdim=True)
+    levels = torch.tensor(NF4)
+    nearest = (blocks / largest).unsqueeze(-1).sub(levels).abs().argmin(-1)
+    return (levels[nearest] * largest).reshape(weight.shape)
+
+
+def int8_by_hand(weight: Tensor) -> Tensor:
+    """Each row over its largest value in 127 steps, from float16."""
+    halved = weight.half().float()
+    largest = halved.abs().amax(1, keepdim=True)
+    return torch.round(halved * 127 / largest) * largest / 127
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_dequantized_weights_follow_the_formula_of_their_format(
+    tiny_folder: dict[str, Path], architecture: str, quantization: str
+) -> None:
+    full = dict(models.load(tiny_folder[architecture]).named_modules())
+    weights = dequantized(load_quantized(tiny_folder[architecture], quantization))
+    assert len(weights) == 2 * len(ARCHITECTURES[architecture][1])
+    for name, weight in weights.items():
+        module = full[name]
+        original = module.weight.T if isinstance(module, Conv1D) else module.weight
+        by_hand = nf4_by_hand(original) if quantization == "nf4" else int8_by_hand(original)
+        # A value halfway between two steps may go either way.
+        off = (weight - by_hand).abs() > 1e-6 * by_hand.abs().max()
+        assert off.float().mean() < 1e-3, name
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_gradients_through_a_quantized_base_are_those_through_its_dequantized_weights(
+    tiny_folder: dict[str, Path], quantization: str
+) -> None:
+    quantized, plain = (open_base(tiny_folder["llama"], name) for name in (quantization, None))
+    expand(quantized, plain)
+    trained, expected = (
+        with_values(wrapped(quantized)).train(),
+        gradients(with_values(wrapped(plain)).train()),
+    )
+    before = gradients(trained)
+    assert set(before) == set(expected) and len(before) == 28
+    for name, gradient in before.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
+    # bitsandbytes repacks nf4 weights at the first eval pass on some CPUs, for a kernel without a backward.
+    logits(trained)
+    after = gradients(trained.train())
+    assert all(torch.equal(gradient, after[name]) for name, gradient in before.items())
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_an_interrupted_run_continues_to_the_same_adapter_over_an_unchanged_base(
+    tiny_folder: dict[str, Path], tmp_path: Path, quantization: str | None
+) -> None:
+    def fresh() -> nn.Module:  # GPT-2 has dropout, and so needs the random streams to be restored
+        return wrapped(open_base(tiny_folder["gpt2"], quantization), dropout=0.1)
+
+    blocks = np.random.default_rng(0).integers(3, 400, (32, 24)).astype(np.uint32)
+    options = {"blocks": blocks, "lr": 1e-2, "checkpoint_every": 3}
+    whole, continued, untrained = fresh(), fresh(), fresh()
+    fit_tiny(whole, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        fit_tiny(fresh(), tmp_path / "cut", callbacks=[Interrupt(4)], **options)
+    assert fit_tiny(continued, tmp_path / "cut", **options).resumed_from == 3
+    states = [model.state_dict() for model in (whole, continued, untrained)]
+    adapter = [name for name in states[0] if "lora_" in name]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in adapter)
+    assert not all(torch.equal(states[0][name], states[2][name]) for name in adapter)
+    for name in set(states[0]) - set(adapter):
+        if torch.is_tensor(states[0][name]):
+            assert torch.equal(states[0][name], states[2][name]), name
+
+
+# ---------------------------------------------------------------- the folder, and merging
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_peft_alone_opens_the_folder_and_computes_the_same(
+    tiny_folder: dict[str, Path], tmp_path: Path, architecture: str, quantization: str | None
+) -> None:
+    expected = logits(saved(tiny_folder[architecture], tmp_path / "adapter", quantization))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    name = config["base_model_name_or_path"]
+    base = (
+        load_quantized(Path(name), quantization)
+        if quantization
+        else AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    )
+    found = logits(PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_folder_names_its_base(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    model = models.load(tiny_folder["llama"])
+    sha256 = fingerprint(model)
+    save_adapter(wrapped(model), Base("some/model", sha256, "nf4", "v1"), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "some/model" and config["revision"] == "v1"
+    assert config["target_modules"] == sorted(config["target_modules"])
+    mark = json.loads((tmp_path / MARK).read_text())
+    assert (mark["name"], mark["sha256"], mark["quantization"]) == ("some/model", sha256, "nf4")
+    card = (tmp_path / "README.md").read_text()
+    assert 'base_model: "some/model"' in card and sha256 in card
+
+
+def test_the_fingerprint_is_of_the_values_and_not_of_the_files(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    model = models.load(tiny_folder["gpt2"])
+    sha256 = fingerprint(model)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert fingerprint(models.load(tmp_path)) == sha256
+    rounded = model.bfloat16()
+    assert fingerprint(rounded) != sha256 and fingerprint(rounded) == fingerprint(rounded.float())
+
+
+def expected_weights(folder: Path, adapter: Path, quantization: str | None) -> dict[str, Tensor]:
+    """W + (alpha / rank) B A, from the files alone; W dequantized where the base was quantized."""
+    base = models.load(folder)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    halves = load_file(adapter / "adapter_model.safetensors")
+    over = dequantized(load_quantized(folder, quantization)) if quantization else {}
+    expected = {name: weight.clone() for name, weight in base.state_dict().items()}
+    for name, module in base.named_modules():
+        a = halves.get(f"base_model.model.{name}.lora_A.weight")
+        if a is None:
+            continue
+        b = halves[f"base_model.model.{name}.lora_B.weight"]
+        transposed = isinstance(module, Conv1D)
+        w = over.get(name, module.weight.T if transposed else module.weight).detach()
+        new = w + config["lora_alpha"] / config["r"] * (b @ a)
+        expected[f"{name}.weight"] = new.T if transposed else new
+    return expected
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
+def test_merged_weights_are_w_plus_the_scaled_product(
+    tiny_folder: dict[str, Path], tmp_path: Path, architecture: str, quantization: str | None
+) -> None:
+    folder = tiny_folder[architecture]
+    adapter_on = logits(saved(folder, tmp_path, quantization))
+    for into in {None, quantization}:
+        quantized = load_quantized(folder, into) if into else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            merged = merge(tmp_path, models.load(folder), quantized=quantized)
+        expected, found = expected_weights(folder, tmp_path, into), merged.state_dict()
+        assert set(found) == set(expected)
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6, msg=f"{name} into {into}")
+        if into == quantization != "int8":  # whose layers round their input in eval mode
+            torch.testing.assert_close(logits(merged), adapter_on, rtol=1e-4, atol=1e-4)
+
+
+def test_another_base_is_refused(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    saved(tiny_folder["llama"], tmp_path)
+    base = models.load(tiny_folder["llama"])
+    with torch.no_grad():
+        base.model.norm.weight[0] += 1e-3
+    with pytest.raises(
+        BadInput, match=r"was trained on another base: on .*llama, whose weights have the fing"
+    ):
+        merge(tmp_path, base)
