@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from graph_twins import TwinStore
 from hypothesis import settings
+from shared_store import SharedStore, TinyFolders
 from tiny_build import write_recipe
 
 pytest_plugins = ["budget"]
@@ -24,18 +27,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of tiny random models with a tokenizer of their own, by architecture."""
-    from edgedisp import data, models
+def store(tmp_path_factory: pytest.TempPathFactory) -> SharedStore:
+    """Folders that are made once for all processes of this run."""
+    return SharedStore.of_session(tmp_path_factory)
 
-    texts = [document.text for document in data.synthetic_documents(120, seed=0)]
-    root = tmp_path_factory.mktemp("tiny")
-    folders = {}
-    for architecture in ("llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox"):
-        folders[architecture] = root / architecture
-        folders[architecture].mkdir()
-        models.save(*models.tiny_model(architecture, texts, seed=0, context=256), folders[architecture])
-    return folders
+
+@pytest.fixture(scope="session")
+def tiny_folder(store: SharedStore) -> Mapping[str, Path]:
+    """Folders of tiny random models with a tokenizer of their own, by architecture."""
+    return TinyFolders(store)
+
+
+@pytest.fixture(scope="session")
+def twins(store: SharedStore) -> TwinStore:
+    """Random models of every form (graph_twins.FORMS), their fp32 bundles and quantized ones."""
+    return TwinStore(store)
 
 
 @pytest.fixture
@@ -77,7 +83,9 @@ def edgedisp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, tiny_folder: dict[str, Path]) -> tuple[Path, Path, Ended]:
+def built(
+    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Mapping[str, Path]
+) -> tuple[Path, Path, Ended]:
     """A finished build of the tiny recipe by the installed command: recipe, run folder, how it ended."""
     from edgedisp import data
 

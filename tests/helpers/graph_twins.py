@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from shared_store import SharedStore
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCABULARY = 320
@@ -66,7 +67,8 @@ OPT_SHAPE = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
-SHAPES = {"gpt2": GPT2_SHAPE, "opt": OPT_SHAPE}
+PHI3_SHAPE = {**SHAPE, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
+SHAPES = {"gpt2": GPT2_SHAPE, "opt": OPT_SHAPE, "phi3": PHI3_SHAPE}
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 16, "num_key_value_heads": 1}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -164,17 +166,38 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox")
 
 
-def int4_bundle(root: Path, form: str = "llama") -> Path:
-    """The twin's model in `root`/model, its fp32 bundle in `root`/fp32, and its asymmetric int4 bundle."""
-    from edgedisp.graph.export import export
-    from edgedisp.quantize.rewrite import quantize_bundle
+class TwinStore:
+    """Twins by their form (a key of FORMS, or an architecture), each made once and never changed."""
 
-    make(root / "model", form)
-    for precision in ("fp32", "int4"):
-        (root / precision).mkdir()
-    export(root / "model", root / "fp32", threads=1)
-    quantize_bundle(root / "fp32", root / "int4", bits=4, symmetric=False)
-    return root / "int4"
+    def __init__(self, store: SharedStore) -> None:
+        self.store = store
+
+    def model_dir(self, form: str) -> Path:
+        return self.store.folder(f"model-{_key(form)}", lambda path: make(path, form))
+
+    def model(self, form: str) -> Any:
+        """The torch model."""
+        from edgedisp.models import load
+
+        return load(self.model_dir(form))
+
+    def fp32(self, form: str = "llama") -> Path:
+        """The fp32 bundle."""
+        from edgedisp.graph.export import export
+
+        source = self.model_dir(form)
+        return self.store.folder(f"fp32-{_key(form)}", lambda path: export(source, path, threads=1))
+
+    def quantized(self, form: str = "llama", bits: int = 4, **options: Any) -> Path:
+        """A bundle rounded to nearest; options as of `quantize_bundle`."""
+        from edgedisp.quantize.rewrite import quantize_bundle
+
+        source, name = self.fp32(form), f"int{bits}-{_key(form + str(sorted(options.items())))}"
+        return self.store.folder(name, lambda path: quantize_bundle(source, path, bits=bits, **options))
+
+
+def _key(text: str) -> str:
+    return "".join(character if character.isalnum() else "_" for character in text)
 
 
 def make(folder: Path, form: str, **changes: Any) -> Any:

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import graph_twins as twins
 import numpy as np
 import onnx
 import pytest
+from graph_twins import TEMPLATE, TwinStore, make, padded, ragged, torch_logits
 
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.graph import genai_config
@@ -20,18 +20,13 @@ from edgedisp.models import end_of_text_id, load_tokenizer
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("twin") / "model"
-    twins.make(folder, "llama")
-    return folder
+def model_folder(twins: TwinStore) -> Path:
+    return twins.model_dir("llama")
 
 
 @pytest.fixture(scope="module")
-def bundle(model_folder: Path) -> Path:
-    out = model_folder.parent / "bundle"
-    out.mkdir()
-    export(model_folder, out, threads=3)
-    return out
+def bundle(twins: TwinStore) -> Path:
+    return twins.fp32("llama")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -106,8 +101,8 @@ def test_what_separates_documents_in_training_ends_an_answer(tiny_folder: dict[s
 
 
 def test_the_chat_template_is_in_both_places(bundle: Path) -> None:
-    assert read(bundle / "tokenizer_config.json")["chat_template"] == twins.TEMPLATE
-    assert (bundle / "chat_template.jinja").read_text(encoding="utf-8") == twins.TEMPLATE
+    assert read(bundle / "tokenizer_config.json")["chat_template"] == TEMPLATE
+    assert (bundle / "chat_template.jinja").read_text(encoding="utf-8") == TEMPLATE
 
 
 def test_a_template_inside_the_tokenizer_settings_is_found_too(model_folder: Path, tmp_path: Path) -> None:
@@ -127,7 +122,7 @@ def test_the_number_of_threads_is_written_and_can_be_changed(bundle: Path, tmp_p
     out = tmp_path / "bundle"
     shutil.copytree(bundle, out)
     before = read(out / "genai_config.json")
-    assert before["model"]["decoder"]["session_options"]["intra_op_num_threads"] == 3
+    assert before["model"]["decoder"]["session_options"]["intra_op_num_threads"] == 1
     genai_config.set_threads(out, 5)
     after = read(out / "genai_config.json")
     assert after["model"]["decoder"]["session_options"].pop("intra_op_num_threads") == 5
@@ -159,17 +154,17 @@ def test_a_model_without_a_fast_tokenizer_is_refused(model_folder: Path, tmp_pat
 def test_the_builder_covers_families_that_are_not_written_here(
     family: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    model = twins.make(tmp_path / "model", family)
+    model = make(tmp_path / "model", family)
     capfd.readouterr()
     (tmp_path / "bundle").mkdir()
     record = export(tmp_path / "model", tmp_path / "bundle", threads=2)
     said = capfd.readouterr()
     assert (said.out, said.err) == ("", "")
     assert (record["family"], record["exporter"]) == (family, "onnxruntime-genai")
-    rows = twins.ragged([30, 8])
-    logits = OnnxModel(tmp_path / "bundle", 1)(*twins.padded(rows))
+    rows = ragged([30, 8])
+    logits = OnnxModel(tmp_path / "bundle", 1)(*padded(rows))
     for row, ours in zip(rows, logits):
-        np.testing.assert_allclose(ours[: len(row)], twins.torch_logits(model, row), atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(ours[: len(row)], torch_logits(model, row), atol=1e-4, rtol=1e-4)
     graph = onnx.load(tmp_path / "bundle" / "model.onnx", load_external_data=False).graph
     caches = [value for value in graph.input if value.name.startswith("past_key_values.")]
     assert {value.type.tensor_type.shape.dim[3].dim_value for value in caches} == {16}
@@ -186,7 +181,7 @@ def test_a_family_that_the_builder_writes_wrong_is_refused(tmp_path: Path) -> No
 
 
 def test_a_failure_of_the_builder_is_a_failed_build_with_its_reason(tmp_path: Path) -> None:
-    twins.make(tmp_path / "model", "granite")
+    make(tmp_path / "model", "granite")
     for file in (tmp_path / "model").glob("*token*"):
         file.unlink()
     (tmp_path / "bundle").mkdir()
@@ -199,15 +194,15 @@ def test_a_failure_of_the_builder_is_a_failed_build_with_its_reason(tmp_path: Pa
 
 def test_padding_does_not_change_a_row(bundle: Path) -> None:
     opened = OnnxModel(bundle, 1)
-    rows = twins.ragged([40, 3, 17])
-    together = opened(*twins.padded(rows))
+    rows = ragged([40, 3, 17])
+    together = opened(*padded(rows))
     assert together.dtype == np.float32 and together.shape == (3, 40, opened.vocab_size)
     for row, logits in zip(rows, together):
-        np.testing.assert_allclose(opened(*twins.padded([row]))[0], logits[: len(row)], atol=1e-5)
+        np.testing.assert_allclose(opened(*padded([row]))[0], logits[: len(row)], atol=1e-5)
 
 
 def test_greedy_stops_with_the_stop_token(bundle: Path) -> None:
-    opened, row = OnnxModel(bundle, 1), twins.ragged([12], seed=5)[0]
+    opened, row = OnnxModel(bundle, 1), ragged([12], seed=5)[0]
     free = opened.greedy(row, 20, frozenset())
     place = next(i for i, token in enumerate(free) if i > 2 and token not in free[:i])
     assert len(free) == 20
@@ -216,7 +211,7 @@ def test_greedy_stops_with_the_stop_token(bundle: Path) -> None:
 
 def test_greedy_ends_where_the_context_ends(bundle: Path) -> None:
     opened = OnnxModel(bundle, 1)
-    row = twins.ragged([opened.context - 3])[0]
+    row = ragged([opened.context - 3])[0]
     assert len(opened.greedy(row, 20, frozenset())) == 3
     assert opened.greedy([*row, 4, 4, 4], 20, frozenset()) == []
     for wrong in ([], [*row, 4, 4, 4, 4]):
@@ -242,7 +237,7 @@ def test_batches_that_would_be_computed_wrong_are_refused(
 
 def test_more_tokens_than_the_context_are_refused(bundle: Path) -> None:
     with pytest.raises(ValueError, match="129 tokens do not fit"):
-        OnnxModel(bundle, 1)(*twins.padded(twins.ragged([129])))
+        OnnxModel(bundle, 1)(*padded(ragged([129])))
 
 
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:

@@ -1,40 +1,40 @@
-"""A bundle made ready for a device computes within its context what it computed before."""
+"""A bundle for a device computes within its context what it computed before, for the last token alone."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from graph_twins import CONTEXT, FAMILIES, make, ragged
+from graph_twins import CONTEXT, FAMILIES, TwinStore, padded, ragged
+from shared_store import SharedStore
 from tiny_bundle import tiny_bundles
 
 from edgedisp.core.errors import BadInput
-from edgedisp.graph import genai_config
-from edgedisp.graph.device_graph import for_device, position_tables
-from edgedisp.graph.export import export
+from edgedisp.graph import builder_fallback, genai_config
+from edgedisp.graph.device_graph import for_device, keep_last, position_tables
 from edgedisp.graph.session import OnnxModel
-from edgedisp.quantize.rewrite import quantize_bundle
+from edgedisp.graph.verify import GenaiModel
 
 SHORT = 48
+Bundles = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def bundles(twins: TwinStore, store: SharedStore) -> Bundles:
     """Family -> int4 bundle of its twin, for all of its 128 positions; `builder`: onnxruntime-genai's."""
-    root = tmp_path_factory.mktemp("device")
-    found = {"builder": tiny_bundles(root)["int4"]}
-    for family in FAMILIES:
-        make(root / family, family)
-        for precision in ("fp32", "int4"):
-            (root / f"{family}-{precision}").mkdir()
-        export(root / family, root / f"{family}-fp32", threads=1)
-        quantize_bundle(root / f"{family}-fp32", root / f"{family}-int4", bits=4)
-        found[family] = root / f"{family}-int4"
-    return found
+
+    def bundle(family: str) -> Path:
+        if family == "builder":
+            return store.folder("device-builder", lambda path: tiny_bundles(path)) / "tiny_bundles" / "int4"
+        return twins.quantized(family)
+
+    return bundle
 
 
 def on_device(bundle: Path, out: Path, context: int) -> Path:
@@ -44,10 +44,8 @@ def on_device(bundle: Path, out: Path, context: int) -> Path:
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "builder"])
-def test_within_the_shorter_context_no_logit_changes(
-    family: str, bundles: dict[str, Path], tmp_path: Path
-) -> None:
-    own, short = bundles[family], on_device(bundles[family], tmp_path / "short", SHORT)
+def test_within_the_shorter_context_no_logit_changes(family: str, bundles: Bundles, tmp_path: Path) -> None:
+    own, short = bundles(family), on_device(bundles(family), tmp_path / "short", SHORT)
     before, after = OnnxModel(own, 1), OnnxModel(short, 1)
     row = [token % before.vocab_size for token in ragged([SHORT])[0]]
     ids = np.array([row], np.int64)
@@ -58,9 +56,9 @@ def test_within_the_shorter_context_no_logit_changes(
 
 @pytest.mark.parametrize("family", [*FAMILIES, "builder"])
 def test_tables_keep_one_row_for_each_position_and_nothing_else_goes(
-    family: str, bundles: dict[str, Path], tmp_path: Path
+    family: str, bundles: Bundles, tmp_path: Path
 ) -> None:
-    own, short = bundles[family], on_device(bundles[family], tmp_path / "short", SHORT)
+    own, short = bundles(family), on_device(bundles(family), tmp_path / "short", SHORT)
     graphs = [onnx.load(one / "model.onnx", load_external_data=False).graph for one in (own, short)]
     names = position_tables(ir.load(own / "model.onnx").graph)
     assert len(names) == {"gpt2": 1, "opt": 1, "gemma3_text": 4}.get(family, 2)
@@ -77,8 +75,8 @@ def test_tables_keep_one_row_for_each_position_and_nothing_else_goes(
     assert stored[0] - stored[1] == gone > 0
 
 
-def test_configuration_says_threads_and_context(bundles: dict[str, Path], tmp_path: Path) -> None:
-    short = on_device(bundles["gpt2"], tmp_path / "short", SHORT)
+def test_configuration_says_threads_and_context(bundles: Bundles, tmp_path: Path) -> None:
+    short = on_device(bundles("gpt2"), tmp_path / "short", SHORT)
     config = json.loads((short / "genai_config.json").read_text())
     assert config["model"]["context_length"] == config["search"]["max_length"] == SHORT
     assert config["model"]["decoder"]["session_options"]["intra_op_num_threads"] == 3
@@ -86,30 +84,30 @@ def test_configuration_says_threads_and_context(bundles: dict[str, Path], tmp_pa
 
 
 def test_a_longer_context_than_the_bundles_leaves_the_weights_as_they_are(
-    bundles: dict[str, Path], tmp_path: Path
+    bundles: Bundles, tmp_path: Path
 ) -> None:
-    own, same = bundles["llama"], on_device(bundles["llama"], tmp_path / "same", 10**6)
+    own, same = bundles("llama"), on_device(bundles("llama"), tmp_path / "same", 10**6)
     assert genai_config.context_length(same) == CONTEXT
     assert (same / "model.onnx.data").read_bytes() == (own / "model.onnx.data").read_bytes()
 
 
-def test_records_and_cards_of_the_source_stay_behind(bundles: dict[str, Path], tmp_path: Path) -> None:
-    source = on_device(bundles["llama"], tmp_path / "source", SHORT)
-    for name in ("record.json", "manifest.json", "README.md"):
+def test_records_and_cards_of_the_source_stay_behind(bundles: Bundles, tmp_path: Path) -> None:
+    source = on_device(bundles("llama"), tmp_path / "source", SHORT)
+    for name in ("record.json", "manifest.json", "README.md", "weight_map.json"):
         (source / name).write_text("{}")
     out = on_device(source, tmp_path / "out", SHORT)
     assert {path.name for path in source.iterdir()} - {path.name for path in out.iterdir()} == {
-        "record.json", "manifest.json", "README.md",
+        "record.json", "manifest.json", "README.md", "weight_map.json",
     }  # fmt: skip
 
 
-def test_what_cannot_be_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
+def test_what_cannot_be_is_refused(bundles: Bundles, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(BadInput, match="context is 0"):
-        for_device(bundles["llama"], tmp_path / "out", threads=1, context=0)
+        for_device(bundles("llama"), tmp_path / "out", threads=1, context=0)
     with pytest.raises(BadInput, match="no bundle"):
         for_device(tmp_path, tmp_path / "out", threads=1, context=8)
-    source = on_device(bundles["llama"], tmp_path / "source", CONTEXT)
+    source = on_device(bundles("llama"), tmp_path / "source", CONTEXT)
     model = onnx.load(source / "model.onnx", load_external_data=False)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
@@ -121,9 +119,9 @@ def test_what_cannot_be_is_refused(bundles: dict[str, Path], tmp_path: Path) -> 
 
 
 def test_a_device_gets_the_last_tokens_logits_alone_and_its_own_context_by_default(
-    bundles: dict[str, Path], tmp_path: Path
+    bundles: Bundles, tmp_path: Path
 ) -> None:
-    own = bundles["llama"]
+    own = bundles("llama")
     (tmp_path / "device").mkdir()
     record = for_device(own, tmp_path / "device", threads=1)
     assert record["context"] == genai_config.context_length(own)
@@ -131,3 +129,65 @@ def test_a_device_gets_the_last_tokens_logits_alone_and_its_own_context_by_defau
     whole, last = (OnnxModel(one, 1)(ids, np.ones_like(ids)) for one in (own, tmp_path / "device"))
     assert last.shape[1] == 1
     np.testing.assert_allclose(last[0, 0], whole[0, -1], rtol=1e-5, atol=1e-5)
+
+
+def with_last_logits(bundle: Path, out: Path) -> Path:
+    shutil.copytree(bundle, out)
+    model = ir.load(out / "model.onnx")
+    keep_last(model)
+    ir.save(model, out / "model.onnx")
+    return out
+
+
+def check_same_last_logits(whole: Path, last: Path) -> None:
+    """Right-padded prefill of rows of unequal length, then two tokens decoded."""
+    rows, started = ragged([20, 3, 11]), [18, 1, 9]
+    batch = padded([row[:start] for row, start in zip(rows, started)])
+    (all_logits, cache), (ours, own_cache) = (OnnxModel(b, 1).prefill(*batch) for b in (whole, last))
+    assert ours.shape[:2] == (3, 1)
+    for row, start in enumerate(started):
+        np.testing.assert_allclose(ours[row, 0], all_logits[row, start - 1], atol=1e-5, rtol=1e-5)
+    for step in range(2):
+        seen = [row[: start + step + 1] for row, start in zip(rows, started)]
+        tokens = np.array([[row[-1]] for row in seen], np.int64)
+        mask = padded(seen)[1]
+        expected, cache = OnnxModel(whole, 1).decode(tokens, mask, cache)
+        found, own_cache = OnnxModel(last, 1).decode(tokens, mask, own_cache)
+        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
+
+
+CAPPED = "gemma3_text, capped logits, biases, long rope"  # something stands between the head and the logits
+
+
+@pytest.mark.parametrize("form", [*FAMILIES, "llama, untied, biases, wide heads", CAPPED])
+def test_the_last_tokens_logits_are_those_of_the_whole_graph(
+    form: str, twins: TwinStore, tmp_path: Path
+) -> None:
+    whole = twins.fp32(form)
+    last = with_last_logits(whole, tmp_path / "last")
+    check_same_last_logits(whole, last)
+    row = ragged([15], seed=3)[0]
+    expected = OnnxModel(whole, 1).greedy(row, 12, frozenset())
+    assert OnnxModel(last, 1).greedy(row, 12, frozenset()) == expected
+    assert GenaiModel(last).greedy(row, 12) == expected
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_bundles_keep_theirs_too(twins: TwinStore, tmp_path: Path, bits: int) -> None:
+    whole = twins.quantized("llama", bits, accuracy_level=0)
+    check_same_last_logits(whole, with_last_logits(whole, tmp_path / "last"))
+
+
+def test_the_genai_builders_graph_keeps_its_too(twins: TwinStore, tmp_path: Path) -> None:
+    builder_fallback.build(twins.model_dir("llama"), tmp_path / "whole", architecture="llama", threads=1)
+    check_same_last_logits(tmp_path / "whole", with_last_logits(tmp_path / "whole", tmp_path / "last"))
+
+
+def test_it_is_done_once_and_needs_a_head(twins: TwinStore) -> None:
+    model = ir.load(twins.fp32("llama") / "model.onnx")
+    keep_last(model)
+    with pytest.raises(BadInput, match="already"):
+        keep_last(model)
+    model.graph.outputs.clear()
+    with pytest.raises(BadInput, match="no logits"):
+        keep_last(model)

@@ -8,42 +8,27 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import graph_twins as twins
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from graph_twins import FAMILIES, TwinStore, ragged
 
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.graph.export import export
 from edgedisp.graph.hidden_states import HiddenStates, hidden_states
-from edgedisp.quantize.rewrite import quantize_bundle
 
 FORMS = (
-    *twins.FAMILIES,
+    *FAMILIES,
     "llama, untied, biases, wide heads",
     "gemma3_text, capped logits, biases, long rope",
 )
-IDS = np.array(twins.ragged([40])[0])
-
-
-def made(folder: Path, form: str) -> tuple[Any, Path]:
-    """(torch model, fp32 bundle)."""
-    model = twins.make(folder / "model", form)
-    (folder / "fp32").mkdir()
-    export(folder / "model", folder / "fp32", threads=1)
-    return model, folder / "fp32"
-
-
-@pytest.fixture(scope="module", params=FORMS)
-def twin(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    return made(tmp_path_factory.mktemp("twin"), request.param)
+IDS = np.array(ragged([40])[0])
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(tmp_path_factory.mktemp("llama"), "llama")[1]
+def bundle(twins: TwinStore) -> Path:
+    return twins.fp32("llama")
 
 
 def torch_states(model: Any) -> list[np.ndarray]:
@@ -62,26 +47,19 @@ def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
-def test_an_fp32_bundle_has_the_hidden_states_of_torch(twin: tuple[Any, Path]) -> None:
-    model, bundle = twin
-    states = HiddenStates(bundle, 1)
-    found, expected = states(IDS), torch_states(model)
+@pytest.mark.parametrize("form", FORMS)
+def test_fp32_and_quantized_bundles_have_the_hidden_states_of_torch(form: str, twins: TwinStore) -> None:
+    states = HiddenStates(twins.fp32(form), 1)
+    found, expected = states(IDS), torch_states(twins.model(form))
     assert (states.layers, len(found)) == (2, 4)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.shape == theirs.shape and ours.dtype == np.float32
         assert relative(ours, theirs) < 1e-5
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_quantized_bundle_has_them_too_and_they_differ(
-    bits: int, twin: tuple[Any, Path], tmp_path: Path
-) -> None:
-    model, bundle = twin
-    quantize_bundle(bundle, tmp_path, bits=bits)
-    assert HiddenStates(tmp_path, 1).names == HiddenStates(bundle, 1).names
-    for ours, theirs in zip(HiddenStates(tmp_path, 1)(IDS), torch_states(model), strict=True):
-        assert ours.shape == theirs.shape
-        assert 1e-5 < relative(ours, theirs) < (0.1 if bits == 8 else 0.9)
+    for bits in (8, 4):
+        quantized = HiddenStates(twins.quantized(form, bits), 1)
+        assert quantized.names == states.names
+        for ours, theirs in zip(quantized(IDS), expected, strict=True):
+            assert 1e-5 < relative(ours, theirs) < (0.1 if bits == 8 else 0.9)
 
 
 def test_measuring_changes_no_byte_of_the_bundle(bundle: Path) -> None:
@@ -118,9 +96,9 @@ def test_names_are_not_what_the_tensors_are_found_by(bundle: Path, tmp_path: Pat
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_bundles_of_the_genai_builder_are_measured_as_well(tmp_path: Path) -> None:
-    model, bundle = made(tmp_path, "granite")
-    for ours, theirs in zip(HiddenStates(bundle, 1)(IDS), torch_states(model), strict=True):
+def test_bundles_of_the_genai_builder_are_measured_as_well(twins: TwinStore) -> None:
+    expected = torch_states(twins.model("granite"))
+    for ours, theirs in zip(HiddenStates(twins.fp32("granite"), 1)(IDS), expected, strict=True):
         assert relative(ours, theirs) < 1e-4
 
 

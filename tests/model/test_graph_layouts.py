@@ -8,19 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
-import onnxruntime
 import pytest
-from graph_twins import int4_bundle, ragged
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from graph_twins import TwinStore, ragged
+from onnx import numpy_helper
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.graph import runtime_layouts as layouts
-from edgedisp.graph.browser_graph import replace_quantized_gathers
 from edgedisp.graph.runtime_layouts import GENAI, LAYOUTS, OPTIMUM, WEB
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "weight_map.json"}
@@ -28,8 +23,8 @@ CONFIG = {"config.json", "generation_config.json"}
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return int4_bundle(tmp_path_factory.mktemp("layouts"))
+def bundle(twins: TwinStore) -> Path:
+    return twins.quantized("llama", symmetric=False)
 
 
 def arranged(bundle: Path, out: Path, *names: str) -> tuple[Path, dict[str, dict[str, str]]]:
@@ -141,43 +136,3 @@ def test_unknown_layouts_and_those_that_a_family_lacks_are_refused(bundle: Path,
     (tmp_path / "plain" / "genai_config.json").unlink()
     with pytest.raises(BadInput, match=r"there are transformers.js, optimum"):
         layouts.arrange(tmp_path / "plain", LAYOUTS, "int4")
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    bits=st.sampled_from([2, 4, 8]),
-    group=st.sampled_from([16, 32, 64]),
-    groups=st.integers(1, 5),
-    symmetric=st.booleans(),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_plain_operators_look_up_what_the_fused_one_does(
-    bits: int, group: int, groups: int, symmetric: bool, seed: int
-) -> None:
-    rng, vocabulary = np.random.default_rng(seed), 7
-    packed = rng.integers(0, 256, (vocabulary, groups * group * bits // 8), dtype=np.uint8)
-    scales = rng.normal(size=(vocabulary, groups)).astype(np.float32)
-    zeros = rng.integers(0, 256, (vocabulary, -(-groups * bits // 8)), dtype=np.uint8)
-    tensors = {"packed": packed, "scales": scales} | ({} if symmetric else {"zeros": zeros})
-    node = helper.make_node(
-        "GatherBlockQuantized", ["packed", "ids", *list(tensors)[1:]], ["rows"], domain="com.microsoft",
-        bits=bits, block_size=group, gather_axis=0, quantize_axis=1,
-    )  # fmt: skip
-    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "tokens"])
-    rows = helper.make_tensor_value_info("rows", TensorProto.FLOAT, None)
-    stored = [numpy_helper.from_array(values, name) for name, values in tensors.items()]
-    graph = helper.make_graph([node], "lookup", [ids], [rows], stored)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    asked = rng.integers(0, vocabulary, (2, 3))
-
-    def looked_up(model: onnx.ModelProto) -> np.ndarray:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        found: np.ndarray = session.run(["rows"], {"ids": asked})[0]
-        return found
-
-    fused = looked_up(model)
-    changed = ir.from_proto(model)
-    replace_quantized_gathers(changed)
-    assert not any(node.domain for node in changed.graph)
-    np.testing.assert_array_equal(looked_up(ir.to_proto(changed)), fused)

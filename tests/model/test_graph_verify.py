@@ -8,28 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import graph_twins as twins
 import numpy as np
 import onnx
 import pytest
+from graph_twins import TEXTS, VOCABULARY, TwinStore, ragged
 from onnx import helper, numpy_helper
 
 from edgedisp.core.errors import BuildFailed
-from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel
 from edgedisp.graph.verify import check_bundle, relative_difference
-from edgedisp.quantize.rewrite import quantize_bundle
 
-PROMPTS = twins.ragged([30, 7, 18])
+PROMPTS = ragged([30, 7, 18])
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("twin")
-    twins.make(root / "model", "gpt2")  # its positions depend on the mask, too
-    (root / "bundle").mkdir()
-    export(root / "model", root / "bundle", threads=1)
-    return root / "bundle"
+def bundle(twins: TwinStore) -> Path:
+    return twins.fp32("gpt2")  # its positions depend on the mask, too
 
 
 @pytest.fixture
@@ -51,7 +45,7 @@ def change_json(path: Path, change: Callable[[Any], None]) -> None:
 
 
 def test_a_good_bundle_passes_with_its_facts(bundle: Path) -> None:
-    record = check_bundle(OnnxModel(bundle, 1), PROMPTS, texts=twins.TEXTS)
+    record = check_bundle(OnnxModel(bundle, 1), PROMPTS, texts=TEXTS)
     assert record["opened"] and record["stops"]
     assert record["layers"] == record["attention_fused"] == record["nodes"]["GroupQueryAttention"] == 2
     assert record["difference_limit"] == 1e-3
@@ -67,23 +61,22 @@ def test_a_good_bundle_passes_with_its_facts(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantized_bundle_passes_with_no_product_left(bits: int, bundle: Path, tmp_path: Path) -> None:
-    quantize_bundle(bundle, tmp_path, bits=bits, group=32, symmetric=bits == 8, head_bits=8)
-    record = check_bundle(OnnxModel(tmp_path, 1), PROMPTS)
+def test_a_quantized_bundle_passes_with_no_product_left(bits: int, twins: TwinStore) -> None:
+    record = check_bundle(OnnxModel(twins.quantized("gpt2", bits, symmetric=bits == 8), 1), PROMPTS)
     assert record["products_unfused"] == 0 and record["nodes"]["MatMulNBits"] == 9
     assert record["difference_limit"] == 0.2
 
 
-def test_a_product_that_was_not_quantized_is_counted(bundle: Path, tmp_path: Path) -> None:
+def test_a_product_that_was_not_quantized_is_counted(twins: TwinStore, tmp_path: Path) -> None:
     def add_product(graph: Any) -> None:
-        weight = numpy_helper.from_array(np.eye(twins.VOCABULARY, dtype=np.float32), "plain")
+        weight = numpy_helper.from_array(np.eye(VOCABULARY, dtype=np.float32), "plain")
         graph.initializer.append(weight)
         graph.node[-1].output[0] = "before"
         graph.node.append(helper.make_node("MatMul", ["before", "plain"], ["logits"], name="left_over"))
 
-    quantize_bundle(bundle, tmp_path, bits=8)
-    change_graph(tmp_path, add_product)
-    assert check_bundle(OnnxModel(tmp_path, 1), PROMPTS)["products_unfused"] == 1
+    shutil.copytree(twins.quantized("gpt2", 8, symmetric=True), tmp_path / "bundle")
+    change_graph(tmp_path / "bundle", add_product)
+    assert check_bundle(OnnxModel(tmp_path / "bundle", 1), PROMPTS)["products_unfused"] == 1
 
 
 def test_a_cache_that_is_off_by_one_is_found(copied: Path) -> None:
@@ -137,14 +130,14 @@ def test_a_tokenizer_that_genai_reads_otherwise_fails(copied: Path) -> None:
     rule = {"type": "Replace", "pattern": {"String": "o"}, "content": "0"}
     change_json(copied / "tokenizer.json", lambda tokenizer: tokenizer.update(normalizer=rule))
     with pytest.raises(BuildFailed, match="tokenizer gives other ids"):
-        check_bundle(OnnxModel(copied, 1), PROMPTS, texts=twins.TEXTS)
+        check_bundle(OnnxModel(copied, 1), PROMPTS, texts=TEXTS)
 
 
 def test_prompts_too_short_or_too_long_to_check_are_refused(bundle: Path) -> None:
     with pytest.raises(ValueError, match="at least 2 tokens"):
         check_bundle(OnnxModel(bundle, 1), [[4]])
     with pytest.raises(ValueError, match="room for 16 tokens in the context of 128"):
-        check_bundle(OnnxModel(bundle, 1), twins.ragged([113]))
+        check_bundle(OnnxModel(bundle, 1), ragged([113]))
 
 
 def test_the_relative_difference_is_the_worst_row_and_blind_to_a_shift() -> None:

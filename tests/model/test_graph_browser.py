@@ -5,23 +5,27 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from graph_twins import FAMILIES, int4_bundle, make, ragged
+from graph_twins import TwinStore, ragged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.graph import runtime_layouts as layouts
-from edgedisp.graph.browser_graph import STAGES, unfold
-from edgedisp.graph.export import export
+from edgedisp.graph.browser_graph import STAGES, replace_quantized_gathers, unfold
 from edgedisp.graph.runtime_layouts import GENAI, OPTIMUM, WEB
-from edgedisp.quantize.rewrite import quantize_bundle
+
+
+@pytest.fixture(scope="module")
+def bundle(twins: TwinStore) -> Path:
+    return twins.quantized("llama", symmetric=False)
 
 
 def product(
@@ -94,29 +98,26 @@ def test_the_unfolded_weight_is_the_one_that_the_packed_product_has(
     np.testing.assert_array_equal(run(model, unit), packed)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", [
-    {"bits": 4, "symmetric": False},
-    {"bits": 4, "symmetric": True, "head_bits": 4, "group": 16},
-    {"bits": 8, "symmetric": False},
-    {"bits": 8, "symmetric": True, "group": 64},
-], ids=lambda options: "-".join(f"{key}{value}" for key, value in options.items()))  # fmt: skip
+@pytest.mark.parametrize(("family", "options"), [
+    ("llama", {"bits": 4, "symmetric": False}),
+    ("qwen3", {"bits": 4, "symmetric": True, "head_bits": 4, "group": 16}),
+    ("gemma3_text", {"bits": 8, "symmetric": False}),
+    ("gpt2", {"bits": 8, "symmetric": True, "group": 64}),
+    ("opt", {"bits": 4, "symmetric": True, "head_bits": 4, "group": 16}),
+    ("gpt_neox", {"bits": 4, "symmetric": False}),
+])  # fmt: skip
 def test_every_family_says_in_a_browser_what_it_says_in_fp32_arithmetic(
-    family: str, options: dict[str, int], tmp_path: Path
+    family: str, options: dict[str, Any], twins: TwinStore, tmp_path: Path
 ) -> None:
-    make(tmp_path / "model", family)
-    for name in ("fp32", "packed"):
-        (tmp_path / name).mkdir()
-    export(tmp_path / "model", tmp_path / "fp32", threads=1)
-    quantize_bundle(tmp_path / "fp32", tmp_path / "packed", **options)
+    source = twins.quantized(family, **options)
     precision = f"int{options['bits']}"
-    shutil.copytree(tmp_path / "packed", tmp_path / "web")
+    shutil.copytree(source, tmp_path / "web")
     entries = layouts.arrange(tmp_path / "web", (OPTIMUM, WEB), precision, browser=True)
-    layouts.check_same(tmp_path / "web", layouts.graphs(entries), tmp_path / "packed", ragged([17])[0], 1)
+    layouts.check_same(tmp_path / "web", layouts.graphs(entries), source, ragged([17])[0], 1)
     assert entries[WEB]["unfolded_bytes"] > 0
     assert "unfolded_bytes" not in entries[OPTIMUM]
     left = optimized(tmp_path / "web" / entries[WEB]["graph"], tmp_path)
-    packed = onnx.load(tmp_path / "packed/model.onnx", load_external_data=False).graph
+    packed = onnx.load(source / "model.onnx", load_external_data=False).graph
     products = sum(node.op_type == "MatMulNBits" for node in packed.node)
     assert left["MatMul"] + left["FusedMatMul"] + left["Gemm"] == products
     assert not {"If", "Dropout", "Transpose", "MatMulNBits", "GatherBlockQuantized"} & set(left)
@@ -180,6 +181,41 @@ def test_what_has_no_form_for_a_browser_is_refused() -> None:
         unfolded(model)
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return int4_bundle(tmp_path_factory.mktemp("unfold"))
+@settings(max_examples=40, deadline=None)
+@given(
+    bits=st.sampled_from([2, 4, 8]),
+    group=st.sampled_from([16, 32, 64]),
+    groups=st.integers(1, 5),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_plain_operators_look_up_what_the_fused_one_does(
+    bits: int, group: int, groups: int, symmetric: bool, seed: int
+) -> None:
+    rng, vocabulary = np.random.default_rng(seed), 7
+    packed = rng.integers(0, 256, (vocabulary, groups * group * bits // 8), dtype=np.uint8)
+    scales = rng.normal(size=(vocabulary, groups)).astype(np.float32)
+    zeros = rng.integers(0, 256, (vocabulary, -(-groups * bits // 8)), dtype=np.uint8)
+    tensors = {"packed": packed, "scales": scales} | ({} if symmetric else {"zeros": zeros})
+    node = helper.make_node(
+        "GatherBlockQuantized", ["packed", "ids", *list(tensors)[1:]], ["rows"], domain="com.microsoft",
+        bits=bits, block_size=group, gather_axis=0, quantize_axis=1,
+    )  # fmt: skip
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "tokens"])
+    rows = helper.make_tensor_value_info("rows", TensorProto.FLOAT, None)
+    stored = [numpy_helper.from_array(values, name) for name, values in tensors.items()]
+    graph = helper.make_graph([node], "lookup", [ids], [rows], stored)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    asked = rng.integers(0, vocabulary, (2, 3))
+
+    def looked_up(model: onnx.ModelProto) -> np.ndarray:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        found: np.ndarray = session.run(["rows"], {"ids": asked})[0]
+        return found
+
+    fused = looked_up(model)
+    changed = ir.from_proto(model)
+    replace_quantized_gathers(changed)
+    assert not any(node.domain for node in changed.graph)
+    np.testing.assert_array_equal(looked_up(ir.to_proto(changed)), fused)
