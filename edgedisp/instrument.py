@@ -83,7 +83,7 @@ def _measured(opened: _Opened, blocks: Tensor, progress: Progress) -> dict[str, 
 
 
 def _open(base: str, progress: Progress) -> _Opened:
-    where = data.fetch(base, beside=Path.cwd(), progress=progress)
+    where = data.fetch(base, base_dir=Path.cwd(), progress=progress)
     if isinstance(where, Path) and _is_bundle(where):
         return _open_bundle(base, where)
     loaded, tokenizer = models.open_base(where, progress=progress)

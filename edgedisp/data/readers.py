@@ -52,18 +52,18 @@ def files_of(path: Path, config: str | None, split: str) -> tuple[list[Path], di
     if kind is None:
         raise BadInput(f"{folder}: the folder holds no text file; {READABLE}.")
     # A file that names no split belongs to the training text.
-    wanted = next((name for name, words in SPLITS.items() if split in words), split)
+    split_name = next((name for name, words in SPLITS.items() if split in words), split)
     splits = {file: _split_in(file.relative_to(folder)) for file in files if _kind(file) == kind}
     no_split_named = not any(splits.values())
-    chosen = [f for f, name in splits.items() if no_split_named or (name or "train") == wanted]
-    if not chosen:
+    selected = [f for f, name in splits.items() if no_split_named or (name or "train") == split_name]
+    if not selected:
         there = ", ".join(sorted({name for name in splits.values() if name}))
         raise BadInput(f"{folder}: no file of the split {split!r}; the file names speak of {there}.")
     skipped = {}
-    for file in sorted(set(files) - set(chosen)):
+    for file in sorted(set(files) - set(selected)):
         reason = f"split {splits[file] or 'train'}" if file in splits else f"not {kind}"
         skipped[file.relative_to(path).as_posix()] = reason
-    return chosen, skipped
+    return selected, skipped
 
 
 def rows(path: Path, files: Iterable[Path], text: str, config: str | None) -> Iterator[Row]:
@@ -202,8 +202,8 @@ def _paragraphs(path: Path, text: str) -> Iterator[Row]:
 
 def _row_id(value: Any, number: int) -> str:
     """The row's own `id` field if it has one, else its number."""
-    own = value.get("id") if isinstance(value, dict) else None
-    return str(own) if isinstance(own, str | int) and own != "" else str(number)
+    row_id = value.get("id") if isinstance(value, dict) else None
+    return str(row_id) if isinstance(row_id, str | int) and row_id != "" else str(number)
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {

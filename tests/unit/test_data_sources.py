@@ -160,10 +160,10 @@ def test_a_path_is_looked_for_in_the_recipes_folder_then_in_the_working_director
         (folder / "both.txt").write_text(folder.name)
     (work / "one.txt").write_text("work")
     monkeypatch.chdir(work)
-    assert fetch("both.txt", beside=recipes) == recipes / "both.txt"
-    assert fetch("one.txt", beside=recipes) == work / "one.txt"
-    assert fetch(str(work / "one.txt"), beside=recipes) == work / "one.txt"
-    assert fetch("../recipes", beside=recipes) == (recipes / "../recipes").absolute()
+    assert fetch("both.txt", base_dir=recipes) == recipes / "both.txt"
+    assert fetch("one.txt", base_dir=recipes) == work / "one.txt"
+    assert fetch(str(work / "one.txt"), base_dir=recipes) == work / "one.txt"
+    assert fetch("../recipes", base_dir=recipes) == (recipes / "../recipes").absolute()
 
 
 def test_a_local_file_is_checked_too(tmp_path: Path) -> None:
@@ -179,11 +179,11 @@ def test_a_local_file_is_checked_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["gpt2", "Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct"])
 def test_a_hub_id_comes_back_as_it_is(tmp_path: Path, source: str) -> None:
-    assert fetch(source, beside=tmp_path) == source
-    assert is_hub_id(source, beside=tmp_path)
+    assert fetch(source, base_dir=tmp_path) == source
+    assert is_hub_id(source, base_dir=tmp_path)
     (tmp_path / source).mkdir(parents=True)  # what is there is local
-    assert fetch(source, beside=tmp_path) == tmp_path / source
-    assert not is_hub_id(source, beside=tmp_path)
+    assert fetch(source, base_dir=tmp_path) == tmp_path / source
+    assert not is_hub_id(source, base_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -203,8 +203,8 @@ def test_a_path_that_is_not_there_is_bad_input_and_no_hub_id(
 ) -> None:
     (tmp_path / "summaries.json").write_text("{}")
     with pytest.raises(BadInput, match=message):
-        fetch(source, beside=tmp_path)
-    assert not is_hub_id(source, beside=tmp_path)
+        fetch(source, base_dir=tmp_path)
+    assert not is_hub_id(source, base_dir=tmp_path)
 
 
 def test_a_checksum_must_be_whole_and_cannot_go_with_a_hub_id() -> None:
