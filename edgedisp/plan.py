@@ -2,7 +2,7 @@
 
 The time of a training step comes from a short probe: the base model is opened and a few real steps are
 taken on random tokens. The rest is estimated from it: a scored token costs one forward pass. Memory comes
-from the number of parameters. What every bundle weighs is told to the byte, from the base's configuration
+from the number of parameters. What every bundle weighs is told to 2 %, from the base's configuration
 (`stages/accounting.py`), and the disk follows from that. `check_before_start` refuses what cannot fit.
 """
 

@@ -56,21 +56,20 @@ def _size_lines(planned: dict[str, Any]) -> list[str]:
     if sizes is None:
         return [f"sizes: not known: {planned['sizes_unknown']}"]
     precisions = sizes["precisions"]
-    told = "" if sizes["exact"] else " (about; the genai builder writes this graph)"
 
     decimals = 1 if min(one["size_bytes"] for one in precisions.values()) > 1e7 else 3
 
     def row(name: str, found: list[int]) -> str:
         return f"  {name:22}" + "".join(f"{size / 1e6:9.{decimals}f}" for size in found)
 
-    lines = [f"{'weights, MB' + told:24}" + "".join(f"{name:>9}" for name in precisions)]
+    lines = [f"{'weights, MB (2 %)':24}" + "".join(f"{name:>9}" for name in precisions)]
     for component, name in COMPONENTS.items():
         found = [one["components"].get(component, 0) for one in precisions.values()]
         named = "embedding = head" if component == "embedding" and sizes["tied"] else name
         if max(found) >= 0.5 * 10 ** (6 - decimals):  # what does not show as zero
             lines.append(row(named, found))
     rest = [one["size_bytes"] - sum(one["components"].values()) for one in precisions.values()]
-    lines.append(row("graph, padding", rest))
+    lines.append(row("graph", rest))
     lines.append(row("file", [one["size_bytes"] for one in precisions.values()]))
     for target, cache in sizes["kv_cache"].items():
         size = f"{cache['size_bytes'] / 1e6:.{decimals}f} MB"

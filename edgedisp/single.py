@@ -32,7 +32,7 @@ from edgedisp.graph.runtime_layouts import LAYOUTS
 from edgedisp.graph.session import OnnxModel
 from edgedisp.graph.verify import check_bundle
 from edgedisp.pipeline import Observer, as_computed
-from edgedisp.quantize.rewrite import quantize_bundle
+from edgedisp.quantize.onnx_rewrite import quantize_bundle
 from edgedisp.recipe import BITS, Recipe, Target, load_target
 from edgedisp.report import bundle_card
 from edgedisp.stages import device_scores, fetch_base, pack, provenance_of

@@ -33,11 +33,12 @@ def count_parameters(model: nn.Module) -> dict[str, Any]:
     for name, parameter in model.named_parameters():  # yields a shared parameter once
         owner = name.rpartition(".")[0]
         is_head = head is not None and modules[owner] is head and not (tied and parameter is head.weight)
-        counts["head" if is_head else _component(owner, modules[owner])] += parameter.numel()
+        counts["head" if is_head else component_of(owner, modules[owner])] += parameter.numel()
     return {**counts, "total": sum(counts.values()), "tied": tied}
 
 
-def _component(name: str, module: nn.Module) -> str:
+def component_of(name: str, module: nn.Module) -> str:
+    """embedding, attention, mlp, norm or other, for the module `name`."""
     kind, last = type(module).__name__.lower(), name.rpartition(".")[2].lower()
     if "norm" in kind or any(word in last for word in NORM):
         return "norm"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from edgedisp.quantize.grid import Blocks, Grid, check_weight, concatenate, dequantize, inverse, storable
-from edgedisp.quantize.methods import k_quant
+from edgedisp.quantize.rounding_methods import k_quant
 
 BLOCK = 128  # columns whose corrections are applied to the rest at once
 ROWS = 4096  # rounded at a time, a column of them in one step

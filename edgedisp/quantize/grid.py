@@ -1,36 +1,19 @@
-"""The block grid of ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized`: one grid for what is trained,
-what is searched and what ships.
+"""The block grid of ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized`, for training, search and
+bundles.
 
-A weight [out, in] is cut along `in` into groups of `group` values. Each group keeps one scale and, when
+A weight [out, in] is cut along `in` into groups of `group` values. Each group has one scale and, when
 asymmetric, one zero point; its values are unsigned integers of `bits` bits:
 
     value = (q - zero_point) * scale          zero_point = 2^(bits-1) when symmetric (not stored)
 
-Rounding to nearest (`quantize`). Symmetric: the value of largest magnitude lands exactly on the end of the
-range that has one step more (q = 0, that is -2^(bits-1) steps), so its sign decides the sign of the scale. A
-positive scale would waste that step or clip. Asymmetric: the range [min(0, lowest), max(0, highest)] over
-2^bits - 1 steps; zero stays exact, which padding and dead weights need. ONNX Runtime's own quantizer makes
-the same two choices. Other methods choose scales and integers of their own and put them into the same
-`Blocks`.
-
-Packed form, as the two operators read it: `data` [out, groups, group * bits / 8] with the first value in
-the low bits of a byte; `scales` [out, groups]; `zero_points` [out, ceil(groups * bits / 8)], packed along
-the row. The last group of a row may be partly padding (q = zero point); both operators were checked to
-accept that, the second through a reshape to the padded width and a slice.
-
-Everything runs on torch tensors, on whatever device they lie, so that quantization-aware training rounds
-with this very code; `pack` alone leaves numpy arrays, which is what a graph stores.
-
-Scales are numbers that fp16 holds (`storable`), and are stored so: with 4 bits in groups of 32, fp32 scales
-would be a fifth of the file. The CPU kernels read fp32 scales alone, so the graph has a `Cast`, which the
-runtime folds when it loads the model. SmolLM2-135M with an 8-bit embedding: 94.8 MB where 103.1 were, loaded
-as fast, and to the bit the logits that the same scales give in fp32.
+Everything works on torch tensors on any device; `pack` alone returns numpy arrays, as a graph stores them.
+Scales are fp16 numbers (`storable`): fp32 scales would be a fifth of a 4-bit file. The last group of a row
+may be partly padding (q = zero point).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +27,7 @@ from edgedisp.core.errors import BadInput
 
 LARGEST = float(torch.finfo(torch.float16).max)
 GROUPS = (16, 32, 64, 128, 256)
-BITS = (2, 4, 8)
+BITS = (4, 8)
 
 
 @dataclass(frozen=True)
@@ -139,15 +122,20 @@ def check_weight(weight: Tensor) -> None:
 
 
 def quantize(weight: Tensor, grid: Grid) -> Blocks:
-    """Round `weight` fp32 [out, in] to the nearest. BadInput when a value is not finite."""
+    """`weight` fp32 [out, in] rounded to nearest over the range of each group. BadInput if not finite."""
     check_weight(weight)
     values = in_groups(weight, grid.group)
     return round_to(values, *ranges(values, grid), grid, weight.shape[1])
 
 
 def ranges(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points (uint8; None when symmetric), each [out, groups], that hold every value of
-    [out, groups, group]."""
+    """Scales and zero points (uint8; None when symmetric), each [out, groups], for values [out, groups,
+    group].
+
+    Symmetric: the value of largest magnitude lands on q = 0, the end with one step more, so its sign decides
+    the sign of the scale. Asymmetric: [min(0, lowest), max(0, highest)] over 2^bits - 1 steps; zero stays
+    exact. ONNX Runtime's quantizer makes the same two choices.
+    """
     lowest, highest = torch.aminmax(values, dim=-1)
     if grid.symmetric:
         extreme = torch.where(-lowest > highest, lowest, highest)
@@ -201,20 +189,8 @@ def concatenate(parts: list[Blocks]) -> Blocks:
     )
 
 
-def by_grid(
-    weights: dict[str, Tensor], grids: Callable[[str], Grid]
-) -> Iterator[tuple[Grid, dict[str, Tensor]]]:
-    """The weights that lie on one grid together, by `grids` of their names."""
-    on = {name: grids(name) for name in weights}
-    for grid in dict.fromkeys(on.values()):
-        yield grid, {name: weight for name, weight in weights.items() if on[name] == grid}
-
-
 def stacked(weights: dict[str, Tensor]) -> tuple[Tensor, list[int]]:
-    """Weights [out, in] of the same columns one above the other, and the rows of each.
-
-    BadInput names a weight that no grid can hold.
-    """
+    """Weights [out, in] concatenated along `out`, and the rows of each. BadInput names a damaged weight."""
     for name, weight in weights.items():
         try:
             check_weight(weight)

@@ -1,53 +1,116 @@
 """What rounding a weight costs: KL(model || model with that weight rounded), in nats per token.
 
-Two roads. Measured: round one weight, run the model over calibration text, compare the distributions of the
-next token. That is the truth for one weight, but a forward pass for each candidate of each weight is too
-much. So it is done once a weight, with one usual rounding, and other candidates follow from it:
-
-    predicted(candidate) = share(usual) * fisher(candidate) / fisher(usual)
-
-Where GPTQ will round, the usual rounding that is measured is GPTQ's own, as what it makes good differs from
-weight to weight; `fisher` cannot see that, and carries over by k_quant's errors on both sides.
-
-`fisher` is the second-order term of the KL (the first-order term is zero: the model itself is the minimum).
-For a linear map with inputs x and gradients g of the log-likelihood of tokens drawn from the model itself, an
-error dW costs about 1/2 E[(g^T dW x)^2]; with tokens, rows and columns of dW taken as independent,
+Each weight is measured with one usual rounding, alone and as the last of all (`measure`); the mean of the two
+is its Shapley value if the loss is quadratic in the errors (`shares`). Other candidates follow by the Fisher
+score, the second-order term of the KL with tokens, rows and columns taken as independent (the diagonal of
+K-FAC, Martens and Grosse 2015), from one backward pass for inputs x and gradients g of the log-likelihood of
+tokens drawn from the model:
 
     fisher(dW) = 1/2 sum_rc E[g_r^2] dW_rc^2 E[x_c^2]
 
-which is two vectors a map, from one backward pass over the text (the diagonal of K-FAC, Martens and Grosse
-2015). On SmolLM2-135M its rank correlation with the measured KL over 30 weights at 4 bits is 0.939; the full
-matrices E[x x^T] and E[g g^T] give 0.941, the error of a map's output without gradients gives 0.26. Measured
-/ fisher is 1.1 to 2.5 for most weights (up to 4 for values of the attention, whose errors at different tokens
-add up). From one grid or method to another it changes by a tenth or so, also from 4 bits to 8.
-
-The loss of a whole assignment is taken as the sum over its weights. Rounding errors meet each other, so
-each weight is measured twice, alone and as the last one, with all others rounded. The mean of the two is
-its Shapley value if the loss is quadratic in the errors, and these `shares` then add up to the whole. A
-search on 128 tokens of SmolLM2-135M's text for 100 MB ended at 0.142 nats on 768 other tokens by shares, at
-0.149 by losses alone, at 0.115 by shares with rounding weighted by E[x^2]; every weight rounded to nearest
-takes 104 MB and loses 0.261. The sum is still a model, and a search picks what it makes look too cheap: on
-its own short text, that choice lost 1.9 times what was predicted. So whoever uses the sum measures the
-whole, too.
+On SmolLM2-135M its rank correlation with the measured KL over 30 weights at 4 bits is 0.94.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from edgedisp.core.errors import BadInput
+from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Progress, silent
-from edgedisp.quantize.assignment import Choice
+from edgedisp.graph.onnx_graph import GRAPH
 from edgedisp.quantize.grid import dequantize
-from edgedisp.quantize.units import Unit, written
+from edgedisp.quantize.onnx_rewrite import Choice, weights_of
+from edgedisp.quantize.onnx_weights import outer_weights
+from edgedisp.quantize.weight_map import Origin, read_weight_map
 
 ROWS = 64  # of a weight, rounded to see what a candidate costs
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A weight [rows, columns] of the graph, which has one grid. `modules`: the linear maps that multiply by
+    it, in the order of its rows; `embeds`: it is also (or only) the embedding; `outer`: embedding or head."""
+
+    name: str
+    origin: Origin
+    modules: tuple[str, ...]
+    rows: int
+    columns: int
+    embeds: bool
+    outer: bool
+
+
+def find_units(source: Path, model: nn.Module) -> list[Unit]:
+    """The weights of the fp32 bundle `source`, in the graph's order, as parts of the `model` it was made of.
+
+    BuildFailed names a weight of the graph that is none of the model's.
+    """
+    origins, uses = read_weight_map(source), weights_of(source)
+    outer = outer_weights(uses)
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    head = next(name for name, module in model.named_modules() if module is output)
+    units = []
+    for tensor in onnx.load(source / GRAPH, load_external_data=False).graph.initializer:
+        users, origin = uses.get(tensor.name), origins.get(tensor.name)
+        if users is None:
+            continue
+        rows, columns = tensor.dims if users[0].rows_first else reversed(tensor.dims)
+        if origin is None or rows * columns != sum(model.get_parameter(n).numel() for n in origin.parameters):
+            raise BuildFailed(f"{source}: {tensor.name} is no whole weight of the model")
+        modules = tuple(name.removesuffix(".weight") for name in origin.parameters)
+        if tensor.name in outer:
+            modules = (head,) if any(not use.gather for use in users) else ()
+        embeds = any(use.gather for use in users)
+        units.append(Unit(tensor.name, origin, modules, rows, columns, embeds, tensor.name in outer))
+    return units
+
+
+def _matrices(model: nn.Module, unit: Unit) -> list[Tensor]:
+    """Views [out, in] of the parameters that the unit is made of."""
+    views = []
+    for name in unit.origin.parameters:
+        turned = isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D)
+        views.append(model.get_parameter(name).detach().T if turned else model.get_parameter(name).detach())
+    return views
+
+
+def read_unit(model: nn.Module, unit: Unit) -> Tensor:
+    """The weight fp32 [rows, columns], in the order of its parameters; a copy where it has several."""
+    matrices = _matrices(model, unit)
+    return (matrices[0] if len(matrices) == 1 else torch.cat(matrices)).float()
+
+
+def write_unit(model: nn.Module, unit: Unit, values: Tensor) -> None:
+    """Put [rows, columns] into the model in place."""
+    matrices = _matrices(model, unit)
+    for matrix, part in zip(matrices, values.split([len(matrix) for matrix in matrices])):
+        matrix.copy_(part)
+
+
+@contextmanager
+def written(
+    model: nn.Module, units: Iterable[Unit], change: Callable[[Unit, Tensor], Tensor]
+) -> Iterator[dict[Unit, Tensor]]:
+    """The model with `change(unit, weight)` in the place of each weight; yields the original weights, which
+    are put back at the end."""
+    originals: dict[Unit, Tensor] = {}
+    try:
+        for unit in units:
+            originals[unit] = read_unit(model, unit).clone()
+            write_unit(model, unit, change(unit, originals[unit]))
+        yield originals
+    finally:
+        for unit, weight in originals.items():
+            write_unit(model, unit, weight)
 
 
 @dataclass(frozen=True)
@@ -236,17 +299,12 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def rounded(weight: Tensor, choice: Choice, importance: Tensor | None) -> Tensor:
-    """fp32 [rows, columns] as the grid holds it."""
-    return dequantize(choice.blocks(weight, importance), choice.grid)
-
-
 def fisher_of(weight: Tensor, choice: Choice, known: Moments) -> float:
     """`known.fisher` of what `choice` does to `weight` [rows, columns], seen on some of its rows."""
     count = min(ROWS, len(weight))
     rows = torch.linspace(0, len(weight) - 1, count).round().long()
     some = weight[rows]
-    return known.fisher(rounded(some, choice, known.importance) - some, rows)
+    return known.fisher(dequantize(choice.blocks(some, known.importance), choice.grid) - some, rows)
 
 
 def measure(
@@ -262,11 +320,11 @@ def measure(
         progress(done, steps, "sensitivity of each weight")
         with written(model, [unit], change):
             alone[unit.name] = text.kl(model)
-    with written(model, units, change) as exact:
+    with written(model, units, change) as originals:
         whole = text.by_token(model)
         for done, unit in enumerate(units, start=len(units)):
             progress(done, steps, "sensitivity of each weight")
-            with written(model, [unit], lambda unit, _: exact.get(unit)):
+            with written(model, [unit], lambda unit, _: originals[unit]):
                 added = whole - text.by_token(model)
             error = float(added.std()) / text.tokens**0.5
             found[unit.name] = Measured(alone[unit.name], float(added.mean()), error)

@@ -10,8 +10,6 @@ what a stage does not get, it cannot depend on, and the cache key in pipeline/ i
     condensation.py  condensation, bundle_condensation: the geometry of token vectors, before and after export
     bundles.py   export, quantize, verify: ONNX bundles out of a model folder
     mixed.py     quantize_searched: bits, group and method by weight
-    texts.py     the training text that such choices are measured on
-    calibration.py  weights rounded on the training text
     rounding.py  the rounding that quantization-aware training and its bundle share
     packing.py   pack: a bundle for a kind of device, in the layouts of its runtimes, with a manifest
     survival.py  survival: what is left of training's change after quantization

@@ -1,71 +1,115 @@
-"""What every bundle of a recipe will weigh, from the base's configuration alone."""
+"""What every bundle of a recipe will weigh, to 2 %, from the base's configuration alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
 from edgedisp import data, models
 from edgedisp.core.progress import Progress
-from edgedisp.graph.outline import cache_bytes, outline
-from edgedisp.quantize.account import account, smallest_bytes
+from edgedisp.graph import architectures
+from edgedisp.models.parameters import component_of
 from edgedisp.quantize.grid import Grid
-from edgedisp.quantize.mixed import out_of_reach
+from edgedisp.quantize.mixed_precision import FOUR_BITS, out_of_reach
 from edgedisp.recipe import Model, QuantizeBits
 from edgedisp.stages.rounding import uniform_grids
 from edgedisp.stages.start import fetch_base
 
 SMOKE_CONTEXT = 512  # positions of the twin, as `start.twin_base` makes it
+TOLERANCE = 0.02  # of the sizes told here
+GRAPH_BYTES, NODE_BYTES = 6_000, 6_000  # of model.onnx without weights, and of each layer in it
+
+StoredBytes = Callable[[int, int, bool], int]
+"""(rows, columns, whether it is embedding or head) -> bytes of a weight."""
 
 
 def size_account(
-    opened: Any,
-    quantized: Mapping[str, tuple[int, QuantizeBits]],
-    positions: Mapping[str, int],
-    grids: Mapping[str, Mapping[str, Grid]] | None = None,
+    opened: Any, quantized: Mapping[str, tuple[int, QuantizeBits]], positions: Mapping[str, int]
 ) -> dict[str, Any]:
     """Bytes of the fp32 bundle and of each of `quantized` (precision -> bits and options), by component, and
     of the KV cache of one sequence at each of `positions` (target -> positions, capped by the model's).
 
-    opened: a torch model, or one without weights (`models.empty_model`). grids: precision -> tensor -> its
-    own grid, where a precision mixes them.
+    opened: a torch model, or one without weights (`models.empty_model`).
 
-    Returns {exact, tied, context, precisions {name: {components {name: bytes}, data_bytes, graph_bytes,
-    size_bytes}}, kv_cache {target: {positions, size_bytes}}}. BadInput where an export would be refused for
-    the model's configuration.
+    Returns {tied, context, precisions {name: {components {name: bytes}, size_bytes}}, kv_cache {target:
+    {positions, size_bytes}}}. BadInput where an export would be refused for the model's configuration.
     """
-    shapes = outline(opened)
-    precisions = {"fp32": account(shapes.model)}
+    tables, context, a_position = _positions(opened)
+    precisions = {"fp32": _sizes(opened, tables, lambda rows, columns, outer: 4 * rows * columns)}
     for name, (bits, section) in quantized.items():
-        own = (grids or {}).get(name)
-        precisions[name] = account(shapes.model, *uniform_grids(section, bits), own)
-    capped = {target: min(most, shapes.context) for target, most in positions.items()}
+        body, ends = uniform_grids(section, bits)
+        precisions[name] = _sizes(opened, tables, _on(body, ends))
+    capped = {target: min(most, context) for target, most in positions.items()}
     return {
-        "exact": shapes.exact,
-        "tied": precisions["fp32"].get("tied"),
-        "context": shapes.context,
-        "precisions": {
-            name: {key: value for key, value in found.items() if key != "tied"}
-            for name, found in precisions.items()
-        },
+        "tied": models.count_parameters(opened)["tied"],
+        "context": context,
+        "precisions": precisions,
         "kv_cache": {
-            target: {"positions": most, "size_bytes": cache_bytes(shapes.model, most)}
-            for target, most in capped.items()
+            target: {"positions": most, "size_bytes": a_position * most} for target, most in capped.items()
         },
     }
 
 
+def _on(body: Grid, ends: Grid) -> StoredBytes:
+    return lambda rows, columns, outer: (ends if outer else body).size_bytes(rows, columns)
+
+
+def _positions(opened: Any) -> tuple[int, int, int]:
+    """Bytes of the rotary tables, positions of the bundle, and bytes of the cache (fp32) for each position."""
+    config = opened.config
+    if config.model_type in architectures.READERS:
+        decoder = architectures.read_decoder(opened)
+        tables = sum(4 * part.numel() for rope in decoder.ropes.values() for part in rope)
+        heads, width, context = decoder.kv_heads, decoder.head_dim, decoder.context
+    else:
+        context = int(getattr(config, "max_position_embeddings", None) or architectures.DEFAULT_CONTEXT)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        tables = 4 * context * width  # cos and sin, each half as wide
+    return tables, context, 2 * 4 * config.num_hidden_layers * heads * width
+
+
+def _sizes(opened: Any, tables: int, stored: StoredBytes) -> dict[str, Any]:
+    """By component, of a model whose matrices take `stored` bytes; all else stays in fp32."""
+    modules, sizes = dict(opened.named_modules()), Counter[str]({"positions": tables})
+    outer = {id(opened.get_input_embeddings().weight), id(opened.get_output_embeddings().weight)}
+    for name, parameter in opened.named_parameters():  # yields a shared parameter once
+        owner = name.rpartition(".")[0]
+        is_outer = id(parameter) in outer
+        if is_outer or (parameter.ndim == 2 and isinstance(modules[owner], nn.Linear | Conv1D)):
+            rows, columns = (
+                reversed(parameter.shape) if isinstance(modules[owner], Conv1D) else parameter.shape
+            )
+            size = stored(rows, columns, is_outer)
+        else:
+            size = 4 * parameter.numel()
+        part = component_of(owner, modules[owner])
+        if part == "embedding" and not is_outer:
+            part = "positions"
+        elif is_outer and modules[owner] is opened.get_output_embeddings():
+            part = "head"
+        sizes[part] += size
+    graph = GRAPH_BYTES + NODE_BYTES * opened.config.num_hidden_layers
+    return {"components": dict(sorted(sizes.items())), "size_bytes": sum(sizes.values()) + graph}
+
+
 def check_budget(budget: int, base_folder: Path) -> dict[str, Any]:
-    """The size of the smallest bundle that a search could choose, {smallest_bytes}; null where another
-    program writes the graph. BadInput for a budget below it."""
-    shapes = outline(models.empty_model(base_folder))
-    if not shapes.exact:
-        return {"smallest_bytes": None}
-    smallest = smallest_bytes(shapes.model)
-    if smallest > budget:
-        raise out_of_reach(budget, smallest)
-    return {"smallest_bytes": smallest}
+    """The size of the smallest bundle that a search could choose, {smallest_bytes}. BadInput for a budget
+    that is clearly below it; what is closer is found out by the search."""
+    opened = models.empty_model(base_folder)
+
+    def smallest(rows: int, columns: int, outer: bool) -> int:
+        return min(grid.size_bytes(rows, columns) for grid in FOUR_BITS)
+
+    size: int = _sizes(opened, _positions(opened)[0], smallest)["size_bytes"]
+    if size * (1 - TOLERANCE) > budget:
+        raise out_of_reach(budget, size)
+    return {"smallest_bytes": size}
 
 
 def base_skeleton(

@@ -2,8 +2,8 @@
 
 An adapter can be merged into the full-precision base or, if it was trained over a quantized one (QLoRA), into
 that base dequantized, over which it was trained. Which is better depends on the model and on what
-ships, so it is measured: held-out loss with the adapter on, merged either way, rounded to bfloat16, and on
-the int4 grid of the recipe. All on the same blocks, so that differences are paired.
+ships, so it is measured: held-out loss with the adapter on, merged either way, rounded to bfloat16, and by
+the recipe's int4 method on its grid. All on the same blocks, so that differences are paired.
 
 Who decides: with `merge: auto`, the BASELINE's audit, for every arm. Arms that were merged into different
 bases would differ by more than their training. The control is the one to ask: the audit reads held-out text
@@ -34,10 +34,9 @@ from edgedisp.core.stage_folder import read
 from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.evaluate.statistics import Metric, paired
 from edgedisp.recipe import Adapter, QuantizeBits
-from edgedisp.stages.rounding import Trained, to_nearest
+from edgedisp.stages.rounding import Trained, round_as_bundle
 from edgedisp.stages.start import weights_digest
 from edgedisp.train import lora
-from edgedisp.train.quantized_weights import round_weights
 
 AUDIT_TOKENS = 4096  # held-out tokens a row is scored on; 5 s a row for 135M parameters on 2 cores
 LEAST_BLOCKS = 8
@@ -90,7 +89,7 @@ def merge_adapter(
     if trained is None:
         raise BuildFailed(f"{adapter_folder}: the trained adapter is gone; build again")
     held = np.load(corpus_folder / "heldout.npy", allow_pickle=False).astype(np.int64)
-    makers = _Makers(base_folder, adapter_folder, chosen.base, int4)
+    makers = _Makers(base_folder, adapter_folder, chosen.base, int4, corpus_folder)
     scored = _score(makers, held[: max(LEAST_BLOCKS, AUDIT_TOKENS // held.shape[1])], progress)
     compare = partial(_difference, scored, seed)
     found = _figures(scored, makers, int4_ships, compare)
@@ -122,6 +121,7 @@ class _Makers:
     adapter_folder: Path
     held_as: str | None
     int4: QuantizeBits
+    corpus_folder: Path
 
     def base(self) -> Any:
         return models.load(self.base_folder)
@@ -136,9 +136,10 @@ class _Makers:
         return lora.merge(self.adapter_folder, self.base(), quantized=quantized)
 
     def on_int4(self, make: Callable[[], Any]) -> Any:
-        """A model whose weights were rounded to nearest on the bundle's grid, whatever its method."""
+        """A model whose weights were rounded as the int4 bundle's are: by the recipe's method, on its
+        grid."""
         made = make()
-        round_weights(made, *to_nearest(Trained(self.int4, 4)))
+        round_as_bundle(Trained(self.int4, 4), made, self.corpus_folder)
         return made
 
     def on_bfloat16(self, make: Callable[[], Any]) -> Any:
@@ -208,7 +209,7 @@ def _figures(
         "rows": [{"name": name, "loss": loss, **compare(ADAPTER_ON, name)} for name, loss in losses.items()],
         "tokens": tokens,
         "blocks": len(scored[ADAPTER_ON]),
-        "grid": {"bits": 4, **makers.int4.model_dump(include={"group", "symmetric", "head_bits"})},
+        "grid": {"bits": 4, **makers.int4.model_dump(include={"method", "group", "symmetric", "head_bits"})},
         "decision": decision,
     }
 

@@ -17,12 +17,10 @@ from edgedisp.evaluate.divergence import Divergence
 from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.graph.verify import check_bundle
-from edgedisp.quantize.grid import Grid
-from edgedisp.quantize.made import Made
-from edgedisp.quantize.rewrite import quantize_bundle
+from edgedisp.quantize.onnx_rewrite import quantize_bundle
+from edgedisp.quantize.weight_map import read_weight_map
 from edgedisp.recipe import QuantizeBits
-from edgedisp.stages.calibration import by_gptq, calibration_text
-from edgedisp.stages.rounding import Trained, trained_blocks, trained_roundings
+from edgedisp.stages.rounding import Trained, ends_method, gptq_blocks, trained_blocks, trained_roundings
 from edgedisp.stages.start import heldout_documents
 from edgedisp.train.quantized_weights import round_weights
 
@@ -51,20 +49,18 @@ def quantize(
     """A bundle with `bits`-bit weights from the fp32 one; gptq calibrates the model on the training text,
     other methods need neither folder. `is_trained`: under this very rounding; with gptq its scales lie in
     the model's folder."""
-    method, made = section.method, None
+    blocks = None
     if section.calibrated:
         if model_folder is None or corpus_folder is None:
             raise ValueError("a calibrated method needs the model and the corpus")
-        opened = models.load(model_folder)
+        opened, trained = models.load(model_folder), Trained(section, bits)
         if is_trained:
-            made = trained_blocks(Trained(section, bits), opened, model_folder)
+            by_parameter = trained_blocks(trained, opened, model_folder)
         else:
-            made = _calibrated(section, bits, opened, calibration_text(section, corpus_folder), progress)
+            by_parameter = gptq_blocks(trained, opened, corpus_folder, progress)
+        origins = read_weight_map(parent)
+        blocks = lambda name: origins[name].blocks(by_parameter)  # noqa: E731
         del opened
-    if is_trained:
-        method = "rtn"  # embedding and head, as training rounded them
-    elif method == "gptq":  # what is left to the rewriter: the embedding, and a head of 8 bits
-        method = "rtn" if section.head_bits == 8 else "k_quant"
     record = quantize_bundle(
         parent,
         own,
@@ -73,18 +69,11 @@ def quantize(
         symmetric=section.symmetric,
         accuracy_level=section.accuracy_level,
         head_bits=section.head_bits,
-        method=method,
-        made=made,
+        method="rtn" if is_trained else ends_method(section),  # as training rounded embedding and head
+        blocks=blocks,
         progress=progress,
     )
     return {**record, "method": section.method, "is_trained": is_trained}
-
-
-def _calibrated(section: QuantizeBits, bits: int, opened: Any, text: Any, progress: Progress) -> Made:
-    """The weights of the layers by gptq, and a head of 4 bits; one of 8 bits loses nothing worth the time."""
-    grid = Grid(bits, section.group, section.symmetric)
-    head = Grid(section.head_bits, section.group, section.symmetric) if section.head_bits < 8 else None
-    return by_gptq(grid, opened, text, progress, head)
 
 
 def verify(

@@ -8,7 +8,6 @@ functions over weights that the training room can use. Two methods can be traine
            GPTQ's latent weights, so the first rounded step sees the GPTQ-quantized model. The scales are
            written beside the trained weights (SCALES), and the bundle is rounded on them. Embedding and head
            are rounded to nearest.
-
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
@@ -28,15 +28,13 @@ from torch import Tensor
 
 from edgedisp.core.distributed import place
 from edgedisp.core.errors import BadInput
-from edgedisp.core.progress import Progress
-from edgedisp.dispersion.hooks import decoder_layers
-from edgedisp.quantize.calibrate import CORRECTION
+from edgedisp.core.progress import Progress, silent
+from edgedisp.quantize.calibration import Scales, calibrated_start, gptq_model
 from edgedisp.quantize.grid import Blocks, Grid, dequantize, in_groups, quantize, round_to
-from edgedisp.quantize.made import Made
-from edgedisp.quantize.start import Scales, calibrated_start
+from edgedisp.quantize.onnx_rewrite import Choice
 from edgedisp.recipe import QuantizationAware as Asked
 from edgedisp.recipe import QuantizeBits
-from edgedisp.train.quantized_weights import Rounding, weights_of
+from edgedisp.train.quantized_weights import Rounding, round_weights, weights_of
 
 if TYPE_CHECKING:
     from edgedisp.train.quantization_aware import QuantizationAware
@@ -138,14 +136,7 @@ def _begin(
         scales.update(_read_scales(path, grids, next(model.parameters()).device))
         return
     blocks = -(-section.calibration_tokens // tokens.shape[1])
-    found = calibrated_start(
-        model,
-        decoder_layers(model),
-        tokens[:blocks],
-        grids,
-        correction=CORRECTION,
-        progress=progress,
-    )
+    found = calibrated_start(model, tokens[:blocks], grids, progress)
     scales.update(found)
     if place().leads:  # all processes calibrate alike
         _write_scales(scales, grids, path)
@@ -206,15 +197,46 @@ def trained_roundings(trained: Trained, model_folder: Path) -> tuple[Rounding, R
     return body, ends
 
 
-def trained_blocks(trained: Trained, opened: Any, model_folder: Path) -> Made:
-    """Blocks of every weight of the layers, rounded on the scales that training left.
+def trained_blocks(trained: Trained, opened: Any, model_folder: Path) -> dict[str, Blocks]:
+    """Parameter name -> blocks of every weight of the layers, rounded on the scales that training left.
 
     All others are left to the rewriter, which rounds them to nearest.
     """
     grids, _ = trained.grids
-    scales, made = trained_scales(model_folder, grids), Made()
-    for weight in weights_of(opened, *to_nearest(trained)):
-        values = weight.values()
-        if weight.name in scales:
-            made.add(values, _blocks(values, scales[weight.name], grids(weight.name)), grids(weight.name))
-    return made
+    scales = trained_scales(model_folder, grids)
+    return {
+        weight.name: _blocks(weight.values(), scales[weight.name], grids(weight.name))
+        for weight in weights_of(opened, *to_nearest(trained))
+        if weight.name in scales
+    }
+
+
+def ends_method(section: QuantizeBits) -> str:
+    """The method for what gptq leaves to the rewriter: the embedding, and a head of 8 bits."""
+    if section.method != "gptq":
+        return section.method
+    return "rtn" if section.head_bits == 8 else "k_quant"
+
+
+@torch.no_grad()
+def round_as_bundle(trained: Trained, opened: Any, corpus_folder: Path) -> None:
+    """Round the weights of `opened` in place as the bundle of `trained.section` rounds them."""
+    section, (body, ends) = trained.section, uniform_grids(trained.section, trained.bits)
+    rounded = gptq_blocks(trained, opened, corpus_folder, silent) if section.method == "gptq" else {}
+
+    def others(grid: Grid) -> Rounding:
+        choice = Choice(grid, ends_method(section))
+        return lambda name, weight: (
+            weight if name in rounded else dequantize(choice.blocks(weight), choice.grid)
+        )
+
+    round_weights(opened, others(body), others(ends))
+
+
+def gptq_blocks(trained: Trained, opened: Any, corpus_folder: Path, progress: Progress) -> dict[str, Blocks]:
+    """Parameter name -> blocks by GPTQ, which rounds `opened` in place: the layers, and a head of 4 bits; one
+    of 8 bits loses nothing worth the time."""
+    body, ends = uniform_grids(trained.section, trained.bits)
+    tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+    text = tokens[: -(-trained.section.calibration_tokens // tokens.shape[1])]
+    return gptq_model(opened, text, body, head=ends if ends.bits < 8 else None, progress=progress)

@@ -8,7 +8,7 @@ from typing import Any
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import write_json
 from edgedisp.models import Weights
-from edgedisp.quantize.survival import survival as measure
+from edgedisp.quantize.delta_survival import survival as measure
 
 
 def survival(
@@ -21,7 +21,8 @@ def survival(
     progress: Progress,
 ) -> dict[str, Any]:
     """The change of every packed weight since the base, and against the baseline's model where there is one,
-    under the steps of the bundle; see `edgedisp.quantize.survival`. `parent` is the arm's fp32 bundle."""
+    under the steps of the bundle; see `edgedisp.quantize.delta_survival`. `parent` is the arm's fp32
+    bundle."""
     references = {"base": Weights(base)}
     if baseline is not None:
         references["baseline"] = Weights(baseline)

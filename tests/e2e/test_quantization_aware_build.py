@@ -157,8 +157,8 @@ def test_what_cannot_be_trained_under_is_refused(
 
 
 def test_scales_of_another_grid_are_refused(tmp_path: Path, tiny_folder: dict[str, Path]) -> None:
+    from edgedisp.quantize.calibration import Scales
     from edgedisp.quantize.grid import Grid
-    from edgedisp.quantize.start import Scales
     from edgedisp.stages.rounding import _write_scales, trained_scales
 
     one, other = Grid(4, 32, False), Grid(4, 16, False)

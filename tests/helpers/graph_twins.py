@@ -190,7 +190,7 @@ class TwinStore:
 
     def quantized(self, form: str = "llama", bits: int = 4, **options: Any) -> Path:
         """A bundle rounded to nearest; options as of `quantize_bundle`."""
-        from edgedisp.quantize.rewrite import quantize_bundle
+        from edgedisp.quantize.onnx_rewrite import quantize_bundle
 
         source, name = self.fp32(form), f"int{bits}-{_key(form + str(sorted(options.items())))}"
         return self.store.folder(name, lambda path: quantize_bundle(source, path, bits=bits, **options))

@@ -21,7 +21,7 @@ from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel
 from edgedisp.models import TorchModel
-from edgedisp.quantize.rewrite import quantize_bundle
+from edgedisp.quantize.onnx_rewrite import quantize_bundle
 
 ROWS = st.sets(st.lists(st.integers(0, 3), min_size=1, max_size=6).map(tuple), min_size=1, max_size=12)
 

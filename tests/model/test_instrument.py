@@ -18,7 +18,7 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import silent
 from edgedisp.dispersion.condensation import FIGURES
 from edgedisp.graph.export import export
-from edgedisp.quantize.rewrite import quantize_bundle
+from edgedisp.quantize.onnx_rewrite import quantize_bundle
 
 SMALL = ["--sequences", "3", "--context", "24"]
 

@@ -11,7 +11,7 @@ import pytest
 from edgedisp.core.progress import silent
 from edgedisp.graph.export import export
 from edgedisp.pipeline import Stage, stages
-from edgedisp.quantize.rewrite import quantize_bundle
+from edgedisp.quantize.onnx_rewrite import quantize_bundle
 from edgedisp.recipe import load
 from edgedisp.stages import bundle_condensation, condensation
 from edgedisp.stages.condensation import CONDENSATION_SEQUENCES, MEASURED

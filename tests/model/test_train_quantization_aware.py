@@ -16,8 +16,8 @@ from training import Interrupt, fit_tiny, open_tiny
 
 from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.dispersion.hooks import decoder_layers
+from edgedisp.quantize.calibration import calibrated_start, gptq_model
 from edgedisp.quantize.grid import Grid, dequantize, in_groups, quantize, round_to
-from edgedisp.quantize.start import calibrated_start
 from edgedisp.recipe import Adapter
 from edgedisp.train.lora import attach
 from edgedisp.train.quantization_aware import QuantizationAware
@@ -115,7 +115,7 @@ def calibrating(folder: Path, model_blocks: np.ndarray, **options: Any) -> Quant
         if continued:
             scales.update(torch.load(path, weights_only=False))
         else:
-            scales.update(calibrated_start(model, decoder_layers(model), model_blocks, lambda name: BODY))
+            scales.update(calibrated_start(model, model_blocks, lambda name: BODY))
             torch.save(scales, path)
 
     return QuantizationAware(body, ROUNDING[1], begin=begin, **options)
@@ -231,12 +231,10 @@ def test_what_cannot_be_rounded_in_training_is_refused(tiny_folder: dict[str, Pa
 
 
 def test_a_calibrated_start_is_the_model_that_gptq_makes(tiny_folder: dict[str, Path]) -> None:
-    from edgedisp.quantize.calibrated import gptq_model
-
     for architecture in ("llama", "gpt2"):
         started, calibrated = open_tiny(tiny_folder[architecture]), open_tiny(tiny_folder[architecture])
-        scales = calibrated_start(started, decoder_layers(started), BLOCKS[:8], lambda name: BODY)
-        gptq_model(calibrated, decoder_layers(calibrated), BLOCKS[:8], BODY)
+        scales = calibrated_start(started, BLOCKS[:8], lambda name: BODY)
+        gptq_model(calibrated, BLOCKS[:8], BODY)
 
         def body(name: str, weight: Tensor, scales: Any = scales) -> Tensor:
             own = scales[name]

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel
 from edgedisp.graph.verify import check_bundle
-from edgedisp.quantize.rewrite import quantize_bundle
+from edgedisp.quantize.onnx_rewrite import quantize_bundle
 
 TYPES = {
     "tensor(float)": TensorProto.FLOAT,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgedisp.quantize.search import Option, frontier, hull, least_cost, least_loss, solution
+from edgedisp.quantize.knapsack import Option, frontier, hull, least_cost, least_loss, solution
 
 # Whole numbers add up exactly, so equality means equality.
 OPTION = st.builds(Option, st.integers(0, 60).map(float), st.integers(0, 60).map(float))

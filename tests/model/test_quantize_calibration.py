@@ -12,16 +12,9 @@ from torch import Tensor, nn
 
 from edgedisp.core.errors import BadInput
 from edgedisp.dispersion.hooks import decoder_layers
-from edgedisp.quantize.calibrate import (
-    LINEAR,
-    RIDGE,
-    Wave,
-    calibrate,
-    layer_calls,
-    residual_of,
-    states_before,
-)
+from edgedisp.quantize.calibration import RIDGE, Wave, calibrate
 from edgedisp.quantize.grid import Grid, dequantize, quantize
+from edgedisp.quantize.layer_inputs import LINEAR, layer_calls, residual_of, states_before
 
 GRID = Grid(4, 16, False)
 BLOCKS = torch.randint(0, twins.VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -39,7 +32,7 @@ def second_moments(model: nn.Module, blocks: Tensor) -> dict[str, Tensor]:
         return hook
 
     layers = decoder_layers(model)
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: f"{name}.weight" for name, module in model.named_modules()}
     linear = [module for module in layers.modules() if isinstance(module, LINEAR)]
     handles = [module.register_forward_pre_hook(keep(names[module])) for module in linear]
     with torch.no_grad():
@@ -50,7 +43,7 @@ def second_moments(model: nn.Module, blocks: Tensor) -> dict[str, Tensor]:
 
 
 def to_nearest(wave: Wave) -> dict[str, Tensor]:
-    return {name: dequantize(quantize(weight, GRID), GRID) for name, weight in wave.wanted.items()}
+    return {name: dequantize(quantize(weight, GRID), GRID) for name, weight in wave.weights.items()}
 
 
 def rounded(model: nn.Module) -> dict[str, Tensor]:
@@ -58,13 +51,12 @@ def rounded(model: nn.Module) -> dict[str, Tensor]:
     seen = {}
 
     def rounding(wave: Wave) -> dict[str, Tensor]:
-        assert wave.wanted is wave.weights
         for name, weight in wave.weights.items():
             assert weight.shape[1] == len(wave.second) and name not in seen
             seen[name] = wave.second.clone()
         return to_nearest(wave)
 
-    calibrate(model, decoder_layers(model), BLOCKS, rounding)
+    calibrate(model, BLOCKS, rounding, 0.0)
     return seen
 
 
@@ -90,7 +82,7 @@ def test_the_layers_linear_maps_are_on_the_grid_afterwards_and_nothing_else_chan
     for (name, module), (_, original) in zip(model.named_modules(), untouched.named_modules()):
         for key, parameter in module.named_parameters(recurse=False):
             plain = dict(original.named_parameters(recurse=False))[key]
-            if name in names and key == "weight":
+            if f"{name}.{key}" in names:
                 turned = not isinstance(module, nn.Linear)
                 values = plain.T if turned else plain
                 expected = dequantize(quantize(values.detach(), GRID), GRID)
@@ -99,18 +91,12 @@ def test_the_layers_linear_maps_are_on_the_grid_afterwards_and_nothing_else_chan
                 assert torch.equal(parameter, plain)
 
 
-def test_maps_come_in_the_order_of_computation(tmp_path: Path) -> None:
-    order = [name.split(".")[-1] for name in rounded(twins.make(tmp_path, "llama"))]
-    layer = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    assert order == layer * 2
-
-
 def test_no_hook_is_left_and_no_text_is_refused(tmp_path: Path) -> None:
     model = twins.make(tmp_path, "llama")
     rounded(model)
     assert not any(module._forward_pre_hooks for module in model.modules())
     with pytest.raises(BadInput, match="calibration"):
-        calibrate(model, decoder_layers(model), BLOCKS[:0], lambda wave: wave.wanted)
+        calibrate(model, BLOCKS[:0], lambda wave: wave.weights, 0.0)
 
 
 # Whose outputs are added straight to the residual stream; in Gemma a norm lies between, in NeoX's parallel
@@ -164,10 +150,10 @@ def test_the_correction_is_a_ridge_regression_on_what_the_unrounded_model_gives(
     wanted: dict[str, Tensor] = {}
 
     def rounding(wave: Wave) -> dict[str, Tensor]:
-        wanted.update({name: weight.double() for name, weight in wave.wanted.items()})
+        wanted.update({name: weight.double() for name, weight in wave.weights.items()})
         return to_nearest(wave)
 
-    calibrate(model, decoder_layers(model), BLOCKS, rounding, correction=share)
+    calibrate(model, BLOCKS, rounding, share)
     layer = "model.layers.1."
     streams = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
     maps = ["self_attn.q_proj", "mlp.up_proj", *streams]
@@ -183,7 +169,7 @@ def test_the_correction_is_a_ridge_regression_on_what_the_unrounded_model_gives(
         rows = torch.cat([x, ridge.sqrt() * torch.eye(x.shape[1], dtype=torch.float64)])
         targets = torch.cat([target, torch.zeros(x.shape[1], len(weight), dtype=torch.float64)])
         change = torch.linalg.lstsq(rows, targets).solution.T
-        moved = wanted[layer + name] - weight
+        moved = wanted[f"{layer}{name}.weight"] - weight
         assert moved.norm() > 0.01 * weight.norm()
         torch.testing.assert_close(moved, share * change, rtol=1e-3, atol=1e-3 * float(change.abs().max()))
 
@@ -196,7 +182,7 @@ def test_a_corrected_model_stays_nearer_to_the_unrounded_one(tmp_path: Path, for
     errors = []
     for correction in (0.0, 0.5):
         model = twins.make(tmp_path, form)
-        calibrate(model, decoder_layers(model), BLOCKS, to_nearest, correction=correction)
+        calibrate(model, BLOCKS, to_nearest, correction)
         with torch.no_grad():
             errors.append(float((model(input_ids=BLOCKS).logits - reference).square().mean()))
     assert errors[1] < 0.9 * errors[0]
@@ -209,15 +195,13 @@ def test_correction_leaves_the_first_maps_and_every_other_parameter_alone(tmp_pa
 
     def rounding(wave: Wave) -> dict[str, Tensor]:
         for name, weight in wave.weights.items():
-            assert torch.equal(weight, untouched.get_parameter(f"{name}.weight"))
-            assert held or torch.equal(weight, wave.wanted[name])
+            assert held or torch.equal(weight, untouched.get_parameter(name))
         found = to_nearest(wave)
         held.update(found)
         return found
 
-    calibrate(model, decoder_layers(model), BLOCKS, rounding, correction=1.0)
+    calibrate(model, BLOCKS, rounding, 1.0)
     for name, parameter in model.named_parameters():
-        module = name.removesuffix(".weight")
-        expected = held[module] if module in held else untouched.get_parameter(name)
+        expected = held[name] if name in held else untouched.get_parameter(name)
         assert torch.equal(parameter, expected)
     assert not any(module._forward_hooks for module in model.modules())

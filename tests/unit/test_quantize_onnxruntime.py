@@ -1,6 +1,6 @@
 """Ours against the quantizers that onnxruntime carries, on the same grid: no more error, and no fewer forms.
 
-What they are good for is said in quantize/methods.py; here is what it rests on.
+What they are good for is said in quantize/rounding_methods.py; here is what it rests on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from edgedisp.quantize.grid import Grid, dequantize
-from edgedisp.quantize.methods import METHODS
+from edgedisp.quantize.rounding_methods import METHODS
 
 ROWS, COLUMNS = 96, 192
 
