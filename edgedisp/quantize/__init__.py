@@ -5,7 +5,7 @@ rounding_methods.py  rtn and k_quant: scales chosen by the weight alone; gptq.py
 calibration.py       GPTQ over a torch model, layer by layer; layer_inputs.py: what each linear map reads
 weight_map.py        which torch parameters a weight of the graph is made of
 onnx_rewrite.py      from an fp32 bundle to a quantized one; onnx_weights.py: weights found, read and written
-mixed_precision.py   bits, group and method of each weight under a budget; sensitivity.py: what rounding a weight
-                     costs in KL; knapsack.py: the choice under the budget
+mixed_precision.py   bits, group and method of each weight under a budget; sensitivity.py: what
+                     rounding a weight costs in KL; knapsack.py: the choice under the budget
 delta_survival.py    what rounding leaves of what training changed
 """

@@ -60,7 +60,7 @@ def _on(body: Grid, ends: Grid) -> StoredBytes:
 
 
 def _positions(opened: Any) -> tuple[int, int, int]:
-    """Bytes of the rotary tables, positions of the bundle, and bytes of the cache (fp32) for each position."""
+    """Bytes of the rotary tables, positions of the bundle, bytes of the fp32 cache for each position."""
     config = opened.config
     if config.model_type in architectures.READERS:
         decoder = architectures.read_decoder(opened)
