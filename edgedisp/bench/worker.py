@@ -1,7 +1,8 @@
-"""A program spoken to in lines of JSON: the runner with one bundle open, here or at the other end of a pipe.
+"""One bundle held open in a process of its own, timed on request.
 
 A process of its own keeps this program's memory, threads and imports out of the figures, and lets several
-bundles stay loaded while they are timed in turns.
+bundles stay loaded while they are timed in turns. The program is `export/runner/edgedisp_runner.py`, which
+also runs alone on a device; here it is started with `--interactive` and spoken to in lines of JSON.
 """
 
 from __future__ import annotations
@@ -12,36 +13,38 @@ import queue
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from types import TracebackType
 from typing import Any
 
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.paths import data_folder
 
-RUNNER = data_folder("export") / "runner" / "runner.py"
 TAIL_CHARS = 2000
 POLITE_S = 5.0
 
 
-class Exited(BuildFailed):
+class Ended(BuildFailed):
     """The program has died: its exit code (None: it only closed its output), and the end of its stderr."""
 
-    def __init__(self, message: str, code: int | None, stderr: str) -> None:
+    def __init__(self, message: str, code: int | None, said: str) -> None:
         super().__init__(message)
-        self.code, self.stderr = code, stderr
+        self.code, self.said = code, said
 
 
 class Worker:
-    """Context manager: starts `command`, waits for its {"ready": facts}, ends it at the end.
+    """Context manager: starts `command`, waits until it has loaded and warmed up, ends it at the end.
 
-    Raises BadInput where the program refuses the bundle (its exit code 2), and BuildFailed where it dies
-    (Exited), sends something else than JSON, or is silent for `timeout_s`. The process never outlives the
-    block, and not this program either: it ends when its standard input does.
+    `first` is sent before anything else. Raises BadInput where the program refuses the bundle (its exit code
+    2) and BuildFailed where it dies (Ended), sends something else than JSON, or is silent for `timeout_s`.
+    The process never outlives the block, and not this program either: it ends when its standard input does.
     """
 
-    def __init__(self, label: str, command: Sequence[str], timeout_s: float) -> None:
-        self.label, self.command, self.timeout_s = label, list(command), timeout_s
+    def __init__(self, label: str, command: Sequence[str], timeout_s: float, first: bytes = b"") -> None:
+        self.label = label
+        self.command = list(command)
+        self.timeout_s = timeout_s
+        self.first = first
         self.facts: dict[str, Any] = {}
 
     def __enter__(self) -> Worker:
@@ -57,6 +60,8 @@ class Worker:
         )
         threading.Thread(target=self._listen, daemon=True).start()
         try:
+            if self.first:
+                self._write([self.first])
             self.facts = self._answer().get("ready", {})
         except BaseException:
             self._end(politely=False)
@@ -68,21 +73,31 @@ class Worker:
     ) -> None:
         self._end(politely=kind is None)
 
+    @property
+    def pid(self) -> int:
+        """Process id of the worker."""
+        return self._process.pid
+
     def run(self) -> dict[str, Any]:
         """Time one repetition; what it holds stands in the runner's docstring."""
         return self.ask({"run": 1})
 
-    def ask(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Send one command and wait for its answer."""
-        self._send(command)
+    def ask(self, command: dict[str, Any], payload: Iterable[bytes] = ()) -> dict[str, Any]:
+        """Send one command, with bytes after it where it takes some, and wait for its answer."""
+        self._send(command, payload)
         return self._answer()
 
-    def _send(self, command: dict[str, Any]) -> None:
-        if self._process.stdin is None:
+    def _send(self, command: dict[str, Any], payload: Iterable[bytes] = ()) -> None:
+        self._write(chain([json.dumps(command).encode() + b"\n"], payload))
+
+    def _write(self, blocks: Iterable[bytes]) -> None:
+        stdin = self._process.stdin
+        if stdin is None:
             raise BuildFailed(f"{self.label}: the worker has no standard input")
         try:
-            self._process.stdin.write(json.dumps(command).encode() + b"\n")
-            self._process.stdin.flush()
+            for block in blocks:
+                stdin.write(block)
+            stdin.flush()
         except (OSError, ValueError) as error:  # the pipe is broken or closed: it has died since then
             raise self._died() from error
 
@@ -114,7 +129,7 @@ class Worker:
         except subprocess.TimeoutExpired:  # it closed its output and lives on; _end kills it
             code = None
         message = f"{self.label}: the measuring process ended with code {code}{self._tail()}"
-        return BadInput(message) if code == 2 else Exited(message, code, self._tail().lstrip(":\n"))
+        return BadInput(message) if code == 2 else Ended(message, code, self._tail().lstrip(":\n"))
 
     def _tail(self) -> str:
         """The end of what the worker wrote to stderr."""
@@ -123,20 +138,18 @@ class Worker:
         return f":\n{text[-TAIL_CHARS:]}" if text else ""
 
     def _end(self, politely: bool) -> None:
-        """Ask it to quit and close its input, then kill it."""
+        """Ask it to quit, then kill it; close what is open."""
         process = self._process
         if politely and process.poll() is None:
             # Its figures are already here: one that will not quit is killed below, and that is no failure.
-            with contextlib.suppress(BadInput, BuildFailed):
+            with contextlib.suppress(BadInput, BuildFailed, subprocess.TimeoutExpired):
                 self._send({"quit": 1})
-        with contextlib.suppress(OSError):
-            if process.stdin is not None:
-                process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(POLITE_S if politely else 0.5)
+                process.wait(POLITE_S)
         if process.poll() is None:
             process.kill()
         process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):  # what was still to be written to a dead process
+                    stream.close()
         self._log.close()

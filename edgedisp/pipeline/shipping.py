@@ -321,10 +321,8 @@ def pack(recipe: Recipe, arm: str, target: str, threads: int) -> Stage:
         from edgedisp import stages as run
 
         found = run.provenance_of(job.folders[model]) | {"smoke": recipe.is_smoke}
-        licensed = job.folders["base"]
-        return run.pack(
-            profile, profile.layouts, started_with, job.folders[bundle], licensed, None, found, job.own
-        )
+        options = run.PackOptions(profile, profile.layouts, started_with, None, found)
+        return run.pack(options, job.folders[bundle], job.folders["base"], job.own)
 
     section = {key: value for key, value in plain(profile).items() if key not in UNPACKED}
     section |= {"threads": started_with, "recipe": recipe.name}

@@ -33,7 +33,7 @@ from edgedisp.stages.divergence import divergence
 from edgedisp.stages.figures import accuracy, count_items, items, latency
 from edgedisp.stages.mixed import quantize_searched
 from edgedisp.stages.noise import noise
-from edgedisp.stages.packing import pack, provenance_of
+from edgedisp.stages.packing import PackOptions, pack, provenance_of
 from edgedisp.stages.start import base, fetch_base, tokens, twin_base
 from edgedisp.stages.survival import survival
 
@@ -51,6 +51,7 @@ TRAINING = {
 """Stages that train -> their module here."""
 
 __all__ = [
+    "PackOptions",
     "accuracy",
     "base",
     "base_skeleton",

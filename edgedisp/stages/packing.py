@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgedisp import __version__, data, models
-from edgedisp.bench.system import installed_version
+from edgedisp.bench.machine import installed_version
 from edgedisp.core.stage_folder import MANIFEST, file_digest, git_commit, list_files, read, write_json
 from edgedisp.graph import runtime_layouts
 from edgedisp.graph.device_graph import for_device
@@ -31,64 +32,62 @@ PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
 COMPARED_TOKENS = 24
 
 
-def pack(
-    target: Target,
-    layouts: Sequence[str],
-    threads: int,
-    bundle: Path,
-    licensed: Path,
-    grid: dict[str, Any] | None,
-    provenance: dict[str, Any],
-    own: Path,
-) -> dict[str, Any]:
-    """Write `bundle` for a device into the empty folder `own`.
+@dataclass(frozen=True)
+class PackOptions:
+    """`layouts`: runtimes that must open the bundle. `grid`: the record of quantization (None: what the
+    bundle's own record says). `provenance`: what the manifest says of where the bundle comes from."""
 
-    `licensed`: the model folder that has the licence beside it. `grid`: the record of quantization (None:
-    what stands in the bundle's own record). `provenance` goes into the manifest, with versions and commit.
+    target: Target
+    layouts: Sequence[str]
+    threads: int
+    grid: dict[str, Any] | None
+    provenance: dict[str, Any]
+
+
+def pack(options: PackOptions, bundle: Path, model_dir: Path, output_dir: Path) -> dict[str, Any]:
+    """Write `bundle` for a device into the empty folder `output_dir`; the licence lies beside `model_dir`.
+
     Returns {target, layouts, threads, context, precision, size_bytes, files}; size_bytes counts every file.
     """
-    last = target.logits == "last"
-    device = for_device(bundle, own, threads=threads, context=target.context, last_logits=last)
-    entries = runtime_layouts.arrange(own, layouts, target.precision, browser=target.architecture == "wasm32")
+    target = options.target
+    device = for_device(
+        bundle,
+        output_dir,
+        threads=options.threads,
+        context=target.context,
+        last_logits=target.logits == "last",
+    )
+    is_browser = target.architecture == "wasm32"
+    layouts = runtime_layouts.arrange(output_dir, options.layouts, target.precision, browser=is_browser)
     tokenizer = models.load_tokenizer(bundle)
     ids = models.encode(tokenizer, data.synthetic_documents(1, seed=0)[0].text)[:COMPARED_TOKENS]
-    runtime_layouts.check_same(own, runtime_layouts.graphs(entries), bundle, ids, threads)
-    licence = models.copy_licence(licensed, own)
+    runtime_layouts.check_same(output_dir, runtime_layouts.graphs(layouts), bundle, ids, options.threads)
+    licence = models.copy_licence(model_dir, output_dir)
     record = read(bundle)
-    grid = grid or (record.results if record else {})
-    files = list_files(own, without=(MANIFEST, CARD, "key.json"))
-    size = sum(entry["size_bytes"] for entry in files.values())
-    write_json(
-        own / MANIFEST,
-        {
-            "format": 1,
-            "target": target.name,
-            "architecture": target.architecture,
-            "precision": target.precision,
-            "grid": None if target.precision == "fp32" else {key: grid.get(key) for key in GRID},
-            "threads": device["threads"],
-            "context": device["context"],
-            "logits": target.logits,
-            "size_bytes": size,
-            "layouts": entries,
-            "tokenizer_sha256": file_digest(own / "tokenizer.json"),
-            "base": licence,
-            "provenance": {**provenance, **_made_by()},
-            "files": files,
-        },
-    )
-    return {
+    grid = options.grid or (record.results if record else {})
+    files = list_files(output_dir, without=(MANIFEST, CARD, "key.json"))
+    manifest = {
+        "format": 1,
         "target": target.name,
-        "layouts": list(entries),
+        "architecture": target.architecture,
+        "precision": target.precision,
+        "grid": None if target.precision == "fp32" else {key: grid.get(key) for key in GRID},
         "threads": device["threads"],
         "context": device["context"],
-        "precision": target.precision,
-        "size_bytes": size,
-        "files": len(files),
+        "logits": target.logits,
+        "size_bytes": sum(entry["size_bytes"] for entry in files.values()),
+        "layouts": layouts,
+        "tokenizer_sha256": file_digest(output_dir / "tokenizer.json"),
+        "base": licence,
+        "provenance": {**options.provenance, **_versions()},
+        "files": files,
     }
+    write_json(output_dir / MANIFEST, manifest)
+    kept = ("target", "threads", "context", "precision", "size_bytes")
+    return {**{key: manifest[key] for key in kept}, "layouts": list(layouts), "files": len(files)}
 
 
-def _made_by() -> dict[str, Any]:
+def _versions() -> dict[str, Any]:
     versions = {name: version for name in PACKAGES if (version := installed_version(name))}
     return {"edgedisp": __version__, "git_commit": git_commit(), "versions": versions}
 

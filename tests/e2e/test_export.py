@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from edgedisp.core.stage_folder import check_files, file_digest, list_files
+from edgedisp.core.errors import BuildFailed
+from edgedisp.core.stage_folder import check_files, file_digest, finish, list_files, stage_output
 from edgedisp.graph.session import OnnxModel
 from edgedisp.models import TorchModel, load
+from edgedisp.single import export_for_target
 
 NAMES = {"int8": ("model_quantized", "q8"), "int4": ("model_q4", "q4")}
 
 
 @pytest.fixture
-def base(tiny_folder: dict[str, Path], tmp_path: Path) -> Path:
+def base(tiny_folder: Mapping[str, Path], tmp_path: Path) -> Path:
     """A model folder with a licence beside it."""
     folder = tmp_path / "tiny"
     shutil.copytree(tiny_folder["llama"], folder)
@@ -146,19 +149,101 @@ def test_what_cannot_work_is_refused_in_a_line_before_anything_is_written(
     assert "Traceback" not in ended.err and left(base.parent) == before
 
 
+def set_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_weight(folder: Path, name: str, value: float) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[name].view(-1)[5] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def lie_about_width(folder: Path) -> None:
+    set_config(folder, hidden_size=128)
+
+
+def lie_about_depth(folder: Path) -> None:
+    set_config(folder, num_hidden_layers=1)
+
+
+def hold_nan(folder: Path) -> None:
+    change_weight(folder, "model.layers.1.self_attn.k_proj.weight", float("nan"))
+
+
+def cut_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def scramble_header(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(20)
+        file.write(b"\x00\xff\x00")
+
+
+def stray_from_the_record(folder: Path) -> None:
+    """A record as a build leaves it, then one bit of a weight."""
+    with stage_output(folder.with_name("recorded"), {}) as partial:
+        for file in folder.iterdir():
+            shutil.copyfile(file, partial / file.name)
+        finish(partial, folder.with_name("recorded"), {}, {}, 0.0)
+    shutil.rmtree(folder)
+    folder.with_name("recorded").rename(folder)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-3, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+
+
+def be_a_stranger(folder: Path) -> None:
+    set_config(folder, model_type="bloom")
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def break_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("[1,")
+
+
+def lose(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
 @pytest.mark.parametrize(
-    ("gone", "said"),
+    ("spoil", "message"),
     [
-        ("tokenizer.json", "no tokenizer.json; a bundle needs the fast form of the tokenizer"),
-        ("config.json", "no model folder (config.json is missing)"),
-        ("model.safetensors", "save_pretrained"),
+        (
+            lie_about_width,
+            "20 weights have another shape: model.embed_tokens.weight [512, 64] for [512, 128]",
+        ),
+        (lie_about_depth, "9 weights in the files have no place in the model that config.json describes: "),
+        (hold_nan, "model.layers.1.self_attn.k_proj.weight holds 1 values that are not finite"),
+        (cut_weights, "model.safetensors: the file is cut off or damaged"),
+        (scramble_header, "model.safetensors: the file is cut off or damaged"),
+        (stray_from_the_record, "model.safetensors is not the file that record.json was written for"),
+        (be_a_stranger, "models of type 'bloom' cannot be exported; known types: "),
+        (break_config, "config.json: no readable configuration"),
+        (break_tokenizer, "tokenizer"),
+        (lose("config.json"), "no model folder (config.json is missing)"),
+        (lose("tokenizer.json"), "no tokenizer.json; a bundle needs the fast form of the tokenizer"),
+        (lose("model.safetensors"), "save_pretrained"),
     ],
 )
-def test_an_incomplete_model_folder_is_refused(gone: str, said: str, base: Path, edgedisp) -> None:  # type: ignore[no-untyped-def]
-    (base / gone).unlink()
+def test_a_folder_that_cannot_be_exported_is_refused_in_one_line(
+    spoil: Callable[[Path], None], message: str, base: Path, edgedisp
+) -> None:  # type: ignore[no-untyped-def]
+    spoil(base)
+    before = left(base.parent)
     ended = edgedisp("export", base)
-    assert (ended.code, left(base.parent)) == (2, {"tiny"})
-    assert said in ended.err
+    assert (ended.code, ended.out) == (2, "")
+    assert message in ended.err and str(base) in ended.err and "Traceback" not in ended.err
+    lines = [line for line in ended.err.strip().splitlines() if not line.startswith("export -> ")]
+    assert len(lines) == 1 and left(base.parent) == before
 
 
 def test_a_profile_whose_keys_clash_is_refused_with_its_line(base: Path, tmp_path: Path, edgedisp) -> None:  # type: ignore[no-untyped-def]
@@ -184,29 +269,82 @@ def test_a_damaged_bundle_is_refused_before_it_is_opened(
         assert str(weights) in ended.err and word in ended.err
 
 
+def test_a_folder_that_cannot_be_written_to_is_exported_and_left_as_it_was(
+    base: Path, tmp_path: Path, edgedisp
+) -> None:  # type: ignore[no-untyped-def]
+    def state() -> list[tuple[str, int, int]]:
+        return [(p.name, p.stat().st_mtime_ns, p.stat().st_mode) for p in (base, *sorted(base.iterdir()))]
+
+    for path in base.iterdir():
+        path.chmod(0o444)
+    base.chmod(0o555)
+    before = state()
+    try:
+        ended = edgedisp("export", base, "--out", tmp_path / "bundle")
+        assert ended.code == 0 and "opened and checked" in ended.out
+        assert state() == before
+    finally:
+        base.chmod(0o755)
+    # And what is made of a read-only folder can be changed and removed.
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "bundle").iterdir())
+
+
+class Stopping:
+    """Takes reports of progress, and ends the work at one of them as Ctrl-C would."""
+
+    def __init__(self, at: int, error: type[BaseException]) -> None:
+        self.left, self.error, self.reports = at, error, 0
+
+    def progress(self, done: int, total: int, note: str) -> None:
+        self.reports += 1
+        if not self.left:
+            raise self.error
+        self.left -= 1
+
+
 def test_an_interrupted_export_leaves_nothing(base: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "edgedisp",
-        "export",
-        base,
-        "--target",
-        box(tmp_path),
-        "--out",
-        tmp_path / "out",
-    ]
-    before = left(tmp_path)
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job may have it ignored
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=heed)
-    deadline = time.monotonic() + 120
-    while left(tmp_path) == before and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    assert process.poll() is None  # it had begun, and was not done
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=120) == 130
-    assert left(tmp_path) == before
+    out = tmp_path / "there" / "bundle"
+    whole = Stopping(-1, KeyboardInterrupt)
+    export_for_target(base, "laptop-x64", out, whole)  # type: ignore[arg-type]
+    assert out.is_dir() and left(out.parent) == {"bundle"}
+    shutil.rmtree(out.parent)
+    assert whole.reports > 8
+    for at, error in (
+        (0, BuildFailed),
+        (whole.reports // 2, KeyboardInterrupt),
+        (whole.reports - 1, BuildFailed),
+    ):
+        with pytest.raises(error):
+            export_for_target(base, "laptop-x64", out, Stopping(at, error))  # type: ignore[arg-type]
+        assert not left(out.parent), (at, error)
+
+
+def test_a_killed_export_leaves_no_bundle(base: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle: there is no bundle, and the next export makes one."""
+    script = """
+import os, signal, sys
+from pathlib import Path
+from edgedisp.single import export_for_target
+class Killing:
+    def progress(self, done, total, note):
+        if "quantizing" in note and done == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+export_for_target(Path(sys.argv[1]), "laptop-x64", Path(sys.argv[2]), Killing())
+"""
+    out = tmp_path / "bundle"
+    ended = subprocess.run([sys.executable, "-c", script, str(base), str(out)], capture_output=True)
+    assert ended.returncode == -9 and not out.exists()
+    export_for_target(base, "laptop-x64", out, Stopping(-1, KeyboardInterrupt))  # type: ignore[arg-type]
+    assert (out / "model.onnx").is_file()
+
+
+def test_half_precision_weights_are_exported_as_they_are(base: Path, tmp_path: Path, edgedisp) -> None:  # type: ignore[no-untyped-def]
+    """The check of finite values must not trip over values that are large but sound."""
+    weights = {
+        name: weight.to(torch.bfloat16) for name, weight in load_file(base / "model.safetensors").items()
+    }
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    assert edgedisp("export", base, "--out", tmp_path / "bundle").code == 0
 
 
 def test_bench_counts_weights_that_lie_with_another_layout(base: Path, tmp_path: Path, edgedisp) -> None:  # type: ignore[no-untyped-def]

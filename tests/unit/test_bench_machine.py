@@ -1,0 +1,278 @@
+"""What is known about a machine, from made system files, and the doctor's rows."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgedisp.bench import arithmetic, hardware, machine
+from edgedisp.bench.cores import cpu_quota, physical_cores
+from edgedisp.bench.doctor import doctor
+
+
+def put(root: Path, path: str, text: str) -> None:
+    file = root / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text + "\n")
+
+
+def topology(root: Path, cores: int, siblings: int, name: str = "core_cpus_list") -> range:
+    """CPU c and c + cores (+ 2 cores ...) are one core, as most BIOSes number them."""
+    for cpu in range(cores * siblings):
+        shared = ",".join(str(cpu % cores + k * cores) for k in range(siblings))
+        put(root, f"sys/devices/system/cpu/cpu{cpu}/topology/{name}", shared)
+    return range(cores * siblings)
+
+
+def test_smt_siblings_count_as_one_core(tmp_path: Path) -> None:
+    cpus = topology(tmp_path, cores=4, siblings=2)
+    assert physical_cores(tmp_path, cpus) == 4
+    assert physical_cores(tmp_path, {0, 4}) == 1  # pinned to the two halves of one core
+    assert physical_cores(tmp_path, {0, 1}) == 2
+
+
+def test_kernels_before_5_3_name_the_siblings_differently(tmp_path: Path) -> None:
+    cpus = topology(tmp_path, cores=2, siblings=2, name="thread_siblings_list")
+    assert physical_cores(tmp_path, cpus) == 2
+
+
+def test_without_topology_every_cpu_is_a_core(tmp_path: Path) -> None:
+    assert physical_cores(tmp_path, {0, 1, 2}) == 3
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("400000 100000", 4), ("250000 100000", 2), ("50000 100000", 1), ("max 100000", 8)]
+)
+def test_a_quota_of_cgroup_2_limits_the_cores(tmp_path: Path, quota: str, cores: int) -> None:
+    put(tmp_path, "proc/self/cgroup", "0::/system.slice/box")
+    put(tmp_path, "sys/fs/cgroup/system.slice/box/cpu.max", quota)
+    assert physical_cores(tmp_path, topology(tmp_path, 8, 1)) == cores
+
+
+def test_a_quota_of_a_parent_group_counts(tmp_path: Path) -> None:
+    put(tmp_path, "proc/self/cgroup", "0::/pod/box")
+    put(tmp_path, "sys/fs/cgroup/pod/cpu.max", "200000 100000")
+    put(tmp_path, "sys/fs/cgroup/pod/box/cpu.max", "max 100000")
+    assert cpu_quota(tmp_path) == 2.0
+
+
+@pytest.mark.parametrize("controller", ["cpu", "cpu,cpuacct"])
+def test_a_quota_of_cgroup_1_counts_and_minus_1_is_none(tmp_path: Path, controller: str) -> None:
+    put(tmp_path, "proc/self/cgroup", f"5:memory:/box\n4:{controller}:/box\n0::/")
+    folder = f"sys/fs/cgroup/{controller}/box"
+    put(tmp_path, f"{folder}/cpu.cfs_period_us", "100000")
+    put(tmp_path, f"{folder}/cpu.cfs_quota_us", "-1")
+    assert cpu_quota(tmp_path) is None
+    put(tmp_path, f"{folder}/cpu.cfs_quota_us", "300000")
+    assert cpu_quota(tmp_path) == 3.0
+
+
+def test_in_a_container_the_group_at_the_top_counts(tmp_path: Path) -> None:
+    # The path is the host's; the container sees its own group mounted at the top.
+    put(tmp_path, "proc/self/cgroup", "4:cpu,cpuacct:/docker/abc\n0::/docker/abc")
+    put(tmp_path, "sys/fs/cgroup/cpu.max", "150000 100000")
+    assert cpu_quota(tmp_path) == 1.5
+    put(tmp_path, "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us", "100000")
+    put(tmp_path, "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us", "120000")
+    assert cpu_quota(tmp_path) == 1.2
+
+
+@given(cores=st.integers(1, 6), siblings=st.integers(1, 3), quota=st.none() | st.integers(1, 900_000))
+def test_cores_are_the_smaller_of_topology_and_quota_and_at_least_one(
+    tmp_path_factory: pytest.TempPathFactory, cores: int, siblings: int, quota: int | None
+) -> None:
+    root = tmp_path_factory.mktemp("machine")
+    cpus = topology(root, cores, siblings)
+    if quota is not None:
+        put(root, "sys/fs/cgroup/cpu.max", f"{quota} 100000")
+    limit = cores if quota is None else quota // 100_000
+    assert physical_cores(root, cpus) == max(1, min(cores, limit))
+
+
+def test_x86_and_arm_processors_are_read_from_their_own_keys(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        "x/proc/cpuinfo",
+        "model name\t: A Chip\ncpu MHz\t\t: 2000.0\nflags\t\t: fpu avx2 avx512_vnni",
+    )
+    assert hardware.cpu_model(tmp_path / "x") == "A Chip"
+    assert hardware.cpu_features(tmp_path / "x") == ["avx2", "avx512_vnni"]
+    arm = "processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c"
+    put(tmp_path, "a/proc/cpuinfo", arm)
+    assert hardware.cpu_model(tmp_path / "a") == "ARM implementer 0x41 part 0xd0c"
+    assert hardware.cpu_features(tmp_path / "a") == ["neon", "dotprod", "i8mm"]
+    put(tmp_path, "a/proc/device-tree/model", "Raspberry Pi 5\0")
+    assert hardware.cpu_model(tmp_path / "a") == "Raspberry Pi 5"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "fast"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16", True),
+        ("flags\t\t: fpu avx2 amx_bf16", True),
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni", False),
+        ("flags\t\t: fpu avx2", False),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16", True),
+        ("processor\t: 0\nFeatures\t: fp asimd asimddp", False),
+    ],
+)
+def test_bfloat16_is_for_processors_that_have_it(tmp_path: Path, cpuinfo: str, fast: bool) -> None:
+    put(tmp_path, "proc/cpuinfo", cpuinfo)
+    assert arithmetic.multiplies_bf16(tmp_path) is fast
+
+
+@pytest.mark.parametrize(
+    ("cards", "torch", "hidden", "capability"),
+    [
+        ("9.0\n7.5", "2.13.0+cu130", None, 7.5),
+        ("8.0", "2.13.0", None, 8.0),
+        ("8.0", "2.13.0+cpu", None, None),
+        ("8.0", "2.13.0+cu130", "", None),
+        ("No devices were found", "2.13.0+cu130", None, None),
+    ],
+)
+def test_the_least_gpu_that_torch_would_use_decides(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cards: str,
+    torch: str,
+    hidden: str | None,
+    capability: float | None,
+) -> None:
+    """`nvidia-smi` is a program that answers as the driver's does."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '{cards}\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(arithmetic, "installed_version", lambda package: torch)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert arithmetic.gpu_capability() == capability
+    put(tmp_path, "proc/cpuinfo", "flags\t\t: fpu avx2")
+    assert arithmetic.multiplies_bf16(tmp_path) is (capability is not None and capability >= 8)
+
+
+def test_a_containers_memory_limit_takes_from_what_is_available(tmp_path: Path) -> None:
+    put(tmp_path, "proc/meminfo", "MemTotal:       8000000 kB\nMemAvailable:    6000000 kB")
+    gib = 1 << 30
+    expected = {"memory_bytes": 8_192_000_000, "memory_available_bytes": 6_144_000_000}
+    assert hardware.memory(tmp_path) == {**expected, "memory_limit_bytes": None}
+    put(tmp_path, "sys/fs/cgroup/memory.max", str(4 * gib))
+    put(tmp_path, "sys/fs/cgroup/memory.current", str(3 * gib))
+    put(tmp_path, "sys/fs/cgroup/memory.stat", f"anon 5\ninactive_file {gib}")
+    found = hardware.memory(tmp_path)
+    assert found["memory_limit_bytes"] == 4 * gib
+    assert found["memory_available_bytes"] == 2 * gib  # 3 used, of which 1 is file cache that can go
+    put(tmp_path, "sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712")
+    assert hardware.memory(tmp_path) == found  # what version 1 writes for "no limit"
+
+
+def test_readings_come_from_the_kernels_counters(tmp_path: Path) -> None:
+    put(tmp_path, "proc/stat", "cpu  100 10 200 9000 50 5 5 40 60 0\ncpu0 1 1 1 1")
+    put(tmp_path, "sys/class/thermal/thermal_zone0/temp", "41000")
+    put(tmp_path, "sys/class/thermal/thermal_zone1/temp", "55500")
+    put(tmp_path, "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq", "1800000")
+    put(tmp_path, "sys/devices/system/cpu/cpu1/cpufreq/scaling_cur_freq", "2200000")
+    found = hardware.readings(tmp_path)
+    assert found["temperature_c"] == 55.5
+    assert found["clock_mhz"] == 2000.0
+    # user + nice + system + irq + softirq, at 100 ticks a second here; guest time is inside user time
+    assert found["busy_cpu_s"] == pytest.approx((100 + 10 + 200 + 5 + 5) / 100)
+    assert found["stolen_cpu_s"] == pytest.approx(0.4)
+    silent = hardware.readings(tmp_path / "nothing")
+    assert [silent[k] for k in ("temperature_c", "clock_mhz", "busy_cpu_s")] == [None, None, None]
+
+
+def test_this_machine_is_described_in_json_without_importing_torch() -> None:
+    program = (
+        "import sys, json; from edgedisp.bench import machine; json.dumps(machine.doctor());"
+        "print(json.dumps(machine.describe()));"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'onnxruntime', 'onnx', 'numpy')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert 1 <= found["physical_cores"] <= found["logical_cpus"]
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["packages"]["numpy"] == machine.installed_version("numpy")
+
+
+def installed(folder: Path, *lines: str) -> None:
+    """A distribution `madeup` that asks for `lines`."""
+    text = "\n".join(["Metadata-Version: 2.1", "Name: madeup", "Version: 1.0", *lines])
+    put(folder, "madeup-1.0.dist-info/METADATA", text)
+
+
+def test_the_doctor_holds_versions_against_the_distributions_own_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(
+        tmp_path,
+        "Requires-Python: >=99",
+        "Requires-Dist: numpy<1",
+        "Requires-Dist: pytest>=1",
+        "Requires-Dist: no-such-package-of-ours>=2,<3",
+        "Requires-Dist: never; python_version < '3'",
+        "Provides-Extra: fine",
+        "Requires-Dist: pytest; extra == 'fine'",
+        "Provides-Extra: more",
+        "Requires-Dist: another-missing-one>=1; extra == 'more'",
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rows = {row["check"]: row for row in doctor(distribution="madeup")}
+    assert rows["python"]["status"] == "missing"
+    assert rows["numpy"]["status"] == "warn"
+    assert "<1" in rows["numpy"]["found"]
+    assert rows["pytest"] == {**rows["pytest"], "status": "ok", "advice": ""}
+    assert rows["no-such-package-of-ours"]["status"] == "missing"
+    assert 'pip install "no-such-package-of-ours<3,>=2"' in rows["no-such-package-of-ours"]["advice"]
+    assert "never" not in rows
+    assert rows["extra [fine]"]["status"] == "ok"
+    assert rows["extra [more]"]["status"] == "warn"
+    assert 'pip install "another-missing-one>=1"' in rows["extra [more]"]["advice"]
+
+
+def test_the_doctor_says_when_the_package_is_not_installed() -> None:
+    rows = {row["check"]: row for row in doctor(distribution="no-such-distribution")}
+    assert rows["no-such-distribution"]["status"] == "missing"
+    assert "pip install" in rows["no-such-distribution"]["advice"]
+
+
+def test_every_row_that_is_not_ok_gives_advice(tmp_path: Path) -> None:
+    rows = doctor({"working folder": tmp_path, "cache": tmp_path / "not" / "yet"}, root=tmp_path)
+    assert {row["check"] for row in rows} >= {"processor", "threads", "memory", "disk, cache", "pip", "gpu"}
+    assert [row for row in rows if (row["status"] == "ok") == bool(row["advice"])] == []
+    assert (
+        next(row for row in rows if row["check"] == "processor")["status"] == "warn"
+    )  # no /proc/cpuinfo here
+
+
+def test_the_hub_is_asked_only_on_request_and_any_answer_counts() -> None:
+    class NotFound(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_error(404)
+
+        def log_message(self, *text: object) -> None:
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), NotFound)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    try:
+        assert "hub" not in {row["check"] for row in doctor()}
+        assert doctor(hub=address)[-1]["status"] == "ok"
+    finally:
+        server.shutdown()
+        server.server_close()
+    row = doctor(hub=address)[-1]
+    assert row["status"] == "warn"
+    assert address in row["found"]
