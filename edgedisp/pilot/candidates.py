@@ -14,13 +14,11 @@ from typing import TypeVar
 
 from edgedisp.core.errors import BadInput
 from edgedisp.recipe import Dispersion, Recipe
-from edgedisp.recipe.kinds import LAYER_NAMES
-from edgedisp.recipe.number import read_number, read_whole
-from edgedisp.recipe.problems import choices_of, near
-from edgedisp.recipe.shrink import STEPS as SMOKE_STEPS
+from edgedisp.recipe.smoke import STEPS as SMOKE_STEPS
+from edgedisp.recipe.units import read_number, read_whole
+from edgedisp.recipe.values import LAYER_NAMES, VARIANTS, near
 
 HALVINGS = 2  # unless asked for; then a first rung has a quarter of the tokens
-VARIANTS: list[str] = choices_of(Dispersion.model_fields["variant"].annotation)
 
 _Kind = TypeVar("_Kind")
 

@@ -7,7 +7,7 @@ from typing import Any
 from edgedisp.bench.arithmetic import multiplies_bf16
 from edgedisp.pipeline.walk import Stage, Work
 from edgedisp.recipe import Adapter, ArmRun, Recipe, Train
-from edgedisp.recipe.schema import ONLOOKERS
+from edgedisp.recipe.recipe import ONLOOKERS
 
 
 def plain(section: Any) -> dict[str, Any]:

@@ -3,60 +3,30 @@
     recipe = load(Path("recipes/quickstart.yaml"), overrides=["train.tokens=10k"])
     recipe.train.tokens, recipe.steps, recipe.hash8
 
-A mistake must be found before an hour is spent on it, and all mistakes at once. So `load` collects every
-problem (misspelt keys, wrong types, numbers out of bounds, keys that contradict each other) and raises one
-`BadInput` in which each problem has its file and line, its key, what was found and what would work.
-
-    number.py    `40k`, `200M`, `5%`, `5e-5`, `1_000` -> exact numbers
-    kinds.py     the types: a count, a share, a folder's name, each with the words that describe it
-    sections.py  the keys: type, bounds, default and meaning of each, as pydantic models; those of `train`
-                 stand in training.py, those of `quantize` in quantizing.py
-    arms.py      the arms, and the trainings that follow from arms and seeds
-    schema.py    `Recipe`: all sections, and what follows from them (steps, identity)
-    clashes.py   what single keys cannot see: combinations that cannot work
-    written.py   the file as written: plain data, the line of every key, `--set` overrides
-    problems.py  a failed check -> words for the user; removed.py: keys of earlier versions
-    read.py      `load`: all of the above, in order
-    shrink.py    `smoke`: the same recipe cut down to a minute
-    targets.py   `load_target`: device profiles, read the same way
-    docs.py      `reference`: the table of all keys for docs/recipe.md
-
-Left out on purpose: includes, inheritance between recipes, environment variables and Python paths. A recipe
-is one page that can be read alone, and `recipe.lock.yaml` beside a run holds every key with its value.
+All mistakes are found at once, before an hour is spent on them: `load` raises one BadInput with a line for
+each. Start reading at schema.py. There are no includes, inheritance or environment variables: a recipe is one
+page that can be read alone, and `recipe.lock.yaml` beside a run holds every key with its value.
 """
 
-from edgedisp.recipe.arms import Arm, ArmRun
-from edgedisp.recipe.docs import reference
-from edgedisp.recipe.kinds import BITS
-from edgedisp.recipe.quantizing import Quantize, QuantizeBits
-from edgedisp.recipe.read import load
-from edgedisp.recipe.schema import Recipe
-from edgedisp.recipe.sections import Data, Evaluate, Latency, Model, Source, Verify
-from edgedisp.recipe.shrink import smoke
-from edgedisp.recipe.targets import Target, load_target
-from edgedisp.recipe.training import Adapter, Dispersion, Distributed, QuantizationAware, Train
-
-__all__ = [
-    "BITS",
-    "Adapter",
-    "Arm",
-    "ArmRun",
-    "Data",
-    "Dispersion",
-    "Distributed",
-    "Evaluate",
-    "Latency",
-    "Model",
-    "QuantizationAware",
-    "Quantize",
-    "QuantizeBits",
-    "Recipe",
-    "Source",
-    "Target",
-    "Train",
-    "Verify",
-    "load",
-    "load_target",
-    "reference",
-    "smoke",
-]
+from edgedisp.recipe.arms import ArmRun as ArmRun
+from edgedisp.recipe.device_profile import Target as Target
+from edgedisp.recipe.device_profile import load_target as load_target
+from edgedisp.recipe.load import load as load
+from edgedisp.recipe.recipe import Recipe as Recipe
+from edgedisp.recipe.reference import reference as reference
+from edgedisp.recipe.schema import Data as Data
+from edgedisp.recipe.schema import Evaluate as Evaluate
+from edgedisp.recipe.schema import Latency as Latency
+from edgedisp.recipe.schema import Model as Model
+from edgedisp.recipe.schema import Quantize as Quantize
+from edgedisp.recipe.schema import QuantizeBits as QuantizeBits
+from edgedisp.recipe.schema import Source as Source
+from edgedisp.recipe.schema import Verify as Verify
+from edgedisp.recipe.smoke import smoke as smoke
+from edgedisp.recipe.train_schema import Adapter as Adapter
+from edgedisp.recipe.train_schema import Arm as Arm
+from edgedisp.recipe.train_schema import Dispersion as Dispersion
+from edgedisp.recipe.train_schema import Distributed as Distributed
+from edgedisp.recipe.train_schema import QuantizationAware as QuantizationAware
+from edgedisp.recipe.train_schema import Train as Train
+from edgedisp.recipe.values import BITS as BITS

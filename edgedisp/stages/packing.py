@@ -23,7 +23,7 @@ from edgedisp.core.stage_folder import MANIFEST, file_digest, git_commit, list_f
 from edgedisp.graph import runtime_layouts
 from edgedisp.graph.device_graph import for_device
 from edgedisp.recipe import Target
-from edgedisp.recipe.schema import hash8
+from edgedisp.recipe.recipe import hash8
 from edgedisp.stages.start import weights_digest
 
 CARD = "README.md"

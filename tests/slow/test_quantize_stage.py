@@ -12,7 +12,7 @@ import pytest
 
 from edgedisp.core.progress import silent
 from edgedisp.graph.session import OnnxModel
-from edgedisp.recipe.quantizing import Int4, Int8, QuantizeBits
+from edgedisp.recipe.schema import Int4, Int8, QuantizeBits
 from edgedisp.stages import bundles
 
 TOKENS = np.random.default_rng(5).integers(0, twins.VOCABULARY, (12, 64)).astype(np.uint16)

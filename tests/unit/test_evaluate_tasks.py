@@ -11,7 +11,7 @@ from edgedisp.core.errors import BadInput
 from edgedisp.evaluate import heldout
 from edgedisp.evaluate.sets import SETS, expand
 from edgedisp.evaluate.tasks import check_tasks
-from edgedisp.recipe.kinds import TASK_SETS
+from edgedisp.recipe.values import TASK_SETS
 
 
 def test_held_out_names_need_no_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
