@@ -73,24 +73,6 @@ def test_each_map_is_rounded_under_its_inputs_in_the_quantized_model(tmp_path: P
     assert not torch.allclose(before[last], after[last], rtol=1e-2)
 
 
-@pytest.mark.parametrize("form", twins.FAMILIES)
-def test_the_layers_linear_maps_are_on_the_grid_afterwards_and_nothing_else_changes(
-    tmp_path: Path, form: str
-) -> None:
-    model, untouched = twins.make(tmp_path, form), twins.make(tmp_path, form)
-    names = set(rounded(model))
-    for (name, module), (_, original) in zip(model.named_modules(), untouched.named_modules()):
-        for key, parameter in module.named_parameters(recurse=False):
-            plain = dict(original.named_parameters(recurse=False))[key]
-            if f"{name}.{key}" in names:
-                turned = not isinstance(module, nn.Linear)
-                values = plain.T if turned else plain
-                expected = dequantize(quantize(values.detach(), GRID), GRID)
-                torch.testing.assert_close(parameter.detach().T if turned else parameter.detach(), expected)
-            else:
-                assert torch.equal(parameter, plain)
-
-
 def test_no_hook_is_left_and_no_text_is_refused(tmp_path: Path) -> None:
     model = twins.make(tmp_path, "llama")
     rounded(model)
@@ -172,20 +154,6 @@ def test_the_correction_is_a_ridge_regression_on_what_the_unrounded_model_gives(
         moved = wanted[f"{layer}{name}.weight"] - weight
         assert moved.norm() > 0.01 * weight.norm()
         torch.testing.assert_close(moved, share * change, rtol=1e-3, atol=1e-3 * float(change.abs().max()))
-
-
-@pytest.mark.parametrize("form", ["llama", "gpt2", "gemma3_text"])
-def test_a_corrected_model_stays_nearer_to_the_unrounded_one(tmp_path: Path, form: str) -> None:
-    plain = twins.make(tmp_path, form).eval()
-    with torch.no_grad():
-        reference = plain(input_ids=BLOCKS).logits
-    errors = []
-    for correction in (0.0, 0.5):
-        model = twins.make(tmp_path, form)
-        calibrate(model, BLOCKS, to_nearest, correction)
-        with torch.no_grad():
-            errors.append(float((model(input_ids=BLOCKS).logits - reference).square().mean()))
-    assert errors[1] < 0.9 * errors[0]
 
 
 def test_correction_leaves_the_first_maps_and_every_other_parameter_alone(tmp_path: Path) -> None:

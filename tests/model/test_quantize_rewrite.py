@@ -16,10 +16,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.errors import BuildFailed
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel
-from edgedisp.graph.verify import GenaiModel
 from edgedisp.quantize.grid import Grid, dequantize, quantize
 from edgedisp.quantize.onnx_rewrite import (
     Choice,
@@ -73,14 +72,15 @@ def round_weights(model: Any, body: Grid, ends: Grid) -> Any:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("bits", "head_bits", "group"), [(4, 8, 32), (8, 8, 16), (4, 4, 128)])
+@pytest.mark.parametrize(
+    ("bits", "head_bits", "group", "symmetric"), [(4, 8, 32, False), (8, 8, 16, True), (4, 4, 128, True)]
+)
 def test_logits_equal_torch_with_rounded_weights(
     form: str,
-    symmetric: bool,
     bits: int,
     head_bits: int,
     group: int,
+    symmetric: bool,
     exported: Callable[[str], tuple[Any, Path]],
     tmp_path: Path,
 ) -> None:
@@ -115,16 +115,6 @@ def test_a_runtime_that_folds_nothing_computes_no_nonsense(
     expected = twins.torch_logits(round_weights(model, *grids), row)
     found = plain(*twins.padded(rows))[0]
     assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_genai_decodes_the_quantized_bundle_like_onnxruntime(
-    form: str, exported: Callable[[str], tuple[Any, Path]], tmp_path: Path
-) -> None:
-    quantize_bundle(exported(form)[1], tmp_path, bits=8)
-    row = twins.ragged([15], seed=3)[0]
-    opened = OnnxModel(tmp_path, 1)
-    assert GenaiModel(tmp_path).greedy(row, 12) == opened.greedy(row, 12, opened.end_ids)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -173,17 +163,6 @@ def test_the_record_adds_up(exported: Callable[[str], tuple[Any, Path]], tmp_pat
     assert record["size_bytes"] == on_disk
     stored = sum(c["size_bytes"] for c in components.values())
     assert stored <= on_disk <= stored + 4096 * 60 + 30_000  # pages and the graph itself
-
-
-def test_a_weight_is_rounded_the_same_in_slices(
-    exported: Callable[[str], tuple[Any, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, sliced = tmp_path / "whole", tmp_path / "sliced"
-    for out, values in ((whole, 1 << 22), (sliced, 64 * 7)):
-        out.mkdir()
-        monkeypatch.setattr("edgedisp.quantize.onnx_rewrite.ROUNDED_VALUES", values)
-        quantize_bundle(exported("gpt2")[1], out, bits=4, symmetric=False)
-    assert (whole / "model.onnx.data").read_bytes() == (sliced / "model.onnx.data").read_bytes()
 
 
 def test_the_genai_builders_bundle_is_quantized_with_its_embedding_stored_once(tmp_path: Path) -> None:
@@ -237,47 +216,6 @@ def test_a_gemm_keeps_its_bias_and_a_row_that_fills_no_group_is_right(tmp_path: 
         rtol=1e-4,
         atol=1e-5,
     )
-
-
-def test_a_weight_that_something_else_reads_stays_as_it_is(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    weights = {name: rng.normal(size=(20, 20)).astype(np.float32) for name in ("shared", "own")}
-    nodes = [
-        helper.make_node("MatMul", ["x", "shared"], ["a"]),
-        helper.make_node("ReduceSum", ["shared"], ["total"], keepdims=0),
-        helper.make_node("Add", ["a", "total"], ["b"]),
-        helper.make_node("MatMul", ["b", "own"], ["y"]),
-    ]
-    source = small_bundle(tmp_path / "source", nodes, weights)
-    (tmp_path / "out").mkdir()
-    record = quantize_bundle(source, tmp_path / "out", bits=8)
-    assert [row["name"] for row in record["by_tensor"]] == ["own"]
-    assert record["nodes"]["MatMul"] == record["nodes"]["MatMulNBits"] == 1
-
-
-def test_a_quantized_bundle_is_refused(exported: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> None:
-    for name in ("once", "twice"):
-        (tmp_path / name).mkdir()
-    quantize_bundle(exported("llama")[1], tmp_path / "once", bits=8)
-    with pytest.raises(BadInput, match="quantized already"):
-        quantize_bundle(tmp_path / "once", tmp_path / "twice", bits=8)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"bits": 5}, "bits is 5"),
-        ({"bits": 4, "head_bits": 6}, "bits is 6"),
-        ({"bits": 4, "group": 24}, "group is 24"),
-        ({"bits": 4, "accuracy_level": 2}, "accuracy_level is 2"),
-    ],
-)
-def test_what_no_kernel_computes_is_refused_before_anything_is_written(
-    options: dict[str, int], message: str, exported: Callable[[str], tuple[Any, Path]], tmp_path: Path
-) -> None:
-    with pytest.raises(BadInput, match=message):
-        quantize_bundle(exported("llama")[1], tmp_path, **options)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_weight_outside_the_bundle_is_not_read(
@@ -345,13 +283,3 @@ def test_the_size_of_a_bundle_is_known_before_it_is_written(
         out = tmp_path / str(index)
         out.mkdir()
         assert bundle_bytes(bundle, assignment) == quantize_assigned(bundle, out, assignment)["size_bytes"]
-
-
-def test_an_assignment_names_the_weights_of_the_bundle(
-    exported: Callable[[str], tuple[Any, Path]], tmp_path: Path
-) -> None:
-    bundle = exported("llama")[1]
-    with pytest.raises(ValueError, match="elsewhere"):
-        quantize_assigned(bundle, tmp_path, mixed(bundle) | {"elsewhere": None})
-    with pytest.raises(BadInput, match="rounds no weight alone"):
-        Choice(Grid(4, 32, True), "gptq")

@@ -7,12 +7,11 @@ from typing import Any
 
 import graph_twins as twins
 import numpy as np
-import onnx
 import pytest
 
 from edgedisp.core.progress import silent
 from edgedisp.graph.session import OnnxModel
-from edgedisp.recipe.schema import Int4, Int8, QuantizeBits
+from edgedisp.recipe.schema import Int8, QuantizeBits
 from edgedisp.stages import bundles
 
 TOKENS = np.random.default_rng(5).integers(0, twins.VOCABULARY, (12, 64)).astype(np.uint16)
@@ -51,35 +50,3 @@ def test_int8_by_every_method_is_near_lossless(folders: dict[str, Path], tmp_pat
     assert record["method"] == method and record["bits"] == 8
     assert {row["bits"] for row in record["by_tensor"]} == {8}
     assert error < 0.05
-
-
-def test_the_calibrated_head_is_the_one_that_ships_and_is_stored_once(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
-    options: dict[str, Any] = {**SMALL, "head_bits": 4, "group": 64}
-    record, _ = quantized(folders, tmp_path / "gptq", Int4(method="gptq", **options), 4)
-    plain, _ = quantized(folders, tmp_path / "rtn", Int4(method="rtn", **options), 4)
-    assert record["size_bytes"] == plain["size_bytes"]
-    assert record["calibrated_tensors"] == record["tensors"] - (not record["tied"])
-    graph = onnx.load(tmp_path / "gptq" / "model.onnx", load_external_data=False).graph
-    heads = [t for t in graph.initializer if t.name.endswith(".q4") and t.dims[0] == twins.VOCABULARY]
-    assert len(heads) == (1 if record["tied"] else 2) and tuple(heads[0].dims) == (twins.VOCABULARY, 32)
-
-
-def test_a_stage_that_calibrates_asks_for_its_model(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="needs the model and the corpus"):
-        bundles.quantize(Int8(method="gptq"), 8, folders["fp32"], None, None, tmp_path, silent)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_model_trained_under_plain_rounding_needs_no_folder_and_may_be_given_it(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
-    graphs = []
-    for name, model_folder in (("without", None), ("with", folders["model"])):
-        own = tmp_path / name
-        own.mkdir()
-        parent, section = folders["fp32"], Int4(**SMALL)
-        bundles.quantize(section, 4, parent, model_folder, None, own, silent, is_trained=True)
-        graphs.append([(own / file).read_bytes() for file in ("model.onnx", "model.onnx.data")])
-    assert graphs[0] == graphs[1]
