@@ -2,7 +2,8 @@
 
     losses            one function per variant, with formulas and sources
     pairwise_kernel   the angular and cosine variants without a tokens x tokens matrix
-    hooks             `DispersionLoss`: token sampling and the loss of every layer while a model runs
+    hooks             `DispersionLoss`: the loss of every layer while a model runs
+    sampling          which tokens take part, and their vectors
     config            `DispersionConfig`, its argument
     condensation      the condensation profile of a model
 

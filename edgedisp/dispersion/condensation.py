@@ -31,8 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgedisp.dispersion.hooks import SINK_NORM, decoder_layers, hidden_states
+from edgedisp.dispersion.hooks import decoder_layers, hidden_states
 from edgedisp.dispersion.losses import unit_vectors
+from edgedisp.dispersion.sampling import SINK_NORM
 
 BINS = 40  # of the histogram, over cosine -1 .. 1
 ROWS = 512  # of the cosine matrix in memory at a time: 8 MB of float32 for 4,096 tokens

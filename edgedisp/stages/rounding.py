@@ -143,16 +143,16 @@ def _begin(
 
 
 def _write_scales(scales: dict[str, Scales], grids: Grids, path: Path) -> None:
-    """Write the scales beside the weights; the grids as metadata."""
+    """Write the scales beside the weights; the grids as one entry of metadata, whose order is not kept."""
     tensors = {}
     for name, one in scales.items():
         tensors[f"{name}.scales"] = one.scales.contiguous()
         if one.zero_points is not None:
             tensors[f"{name}.zero_points"] = one.zero_points.contiguous()
-    told = {name: json.dumps(asdict(grids(name))) for name in scales}
+    metadata = {"grids": json.dumps({name: asdict(grids(name)) for name in sorted(scales)})}
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_bytes(save(tensors, told))
+    unfinished.write_bytes(save(tensors, metadata))
     unfinished.replace(path)
 
 
@@ -174,8 +174,8 @@ def _read_scales(path: Path, grids: Grids, device: torch.device | str = "cpu") -
     found = {}
     with safe_open(path, "pt", device=str(device)) as file:
         known = set(file.keys())
-        for name, told in file.metadata().items():
-            stored = Grid(**json.loads(told))
+        for name, values in json.loads(file.metadata()["grids"]).items():
+            stored = Grid(**values)
             if stored != grids(name):
                 raise BadInput(
                     f"{path}: the scales of {name} were trained on {stored}, "

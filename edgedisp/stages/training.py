@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from edgedisp import models
 from edgedisp.core.distributed import place
+from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
 from edgedisp.dispersion.condensation import quick_condensation
 from edgedisp.dispersion.config import DispersionConfig
@@ -24,7 +27,7 @@ from edgedisp.stages.rounding import Trained, aware
 from edgedisp.stages.start import PACKING, weights_digest
 from edgedisp.train.arm_callbacks import callbacks_for
 from edgedisp.train.dispersion_trainer import CondensationWatch
-from edgedisp.train.trainer import FitOptions, check_reporters, fit
+from edgedisp.train.trainer import FitOptions, FitResult, fit
 
 WATCHES = 10  # measurements of the condensation in a run
 WATCHED_SEQUENCES, WATCHED_TOKENS = 2, 128  # a quarter of a step's forward pass at the usual batch of 4 x 256
@@ -83,8 +86,13 @@ def midtrain(
         models.save(trained, models.load_tokenizer(base_folder), own)
         models.copy_licence(base_folder, own)
     shutil.rmtree(options.output_dir)
+    return {**_record(train, options, result), "weights_sha256": weights_digest(own)}
+
+
+def _record(train: Train, options: FitOptions, result: FitResult) -> dict[str, Any]:
+    settings = train.model_dump(include=set(SETTINGS))
     return {
-        "steps": steps,
+        "steps": options.steps,
         "tokens": result.tokens,
         "seconds": result.seconds,
         "resumed_from": result.resumed_from,
@@ -92,9 +100,9 @@ def midtrain(
         "peak_memory_bytes": result.peak_memory_bytes,
         "processes": place().count,
         "settings": {
-            "steps": steps,
-            **train.model_dump(include=set(SETTINGS)),
-            "seed": seed,
+            "steps": options.steps,
+            **settings,
+            "seed": options.seed,
             "threads": torch.get_num_threads(),
         },
         "log": result.log,
@@ -102,8 +110,17 @@ def midtrain(
         "watch_seconds": result.watch_seconds,
         "skipped_sequences": result.skipped_sequences,
         "chunked_cross_entropy": result.chunked_cross_entropy,
-        "weights_sha256": weights_digest(own),
     }
+
+
+def check_reporters(names: Sequence[str]) -> None:
+    """Raise BadInput if a program that the log should go to is not installed."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise BadInput(
+            f"train.report_to: {', '.join(missing)} is not installed; pip install {' '.join(missing)}, "
+            "or take it out"
+        )
 
 
 def dispersion_config(section: Dispersion, seed: int) -> DispersionConfig:

@@ -1,6 +1,7 @@
 """Mid-training: the transformers Trainer with a dispersion term, and what an arm can add to it.
 
     trainer                `fit`: one arm of a build
+    checkpoints            what is resumed from
     dispersion_trainer     the dispersion term for any transformers Trainer
     packed_dataset         blocks of tokens, with or without walls between documents
     chunked_cross_entropy  the loss without the logits of a whole batch

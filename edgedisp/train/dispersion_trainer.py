@@ -19,7 +19,7 @@ micro-batch and process, so resumed runs and data-parallel processes sample as o
 A loss or gradient that is not finite stops training before the optimizer step that it would spoil
 (`NotFinite`). On a CPU every micro-batch is checked; elsewhere the device is asked once per optimizer step.
 
-Not supported: `torch.nn.DataParallel`, and loss functions that run several forward passes with gradients.
+Not supported: `torch.nn.DataParallel`, and losses of several forward passes with gradients.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,9 @@ class DispersionMixin(Host):
         self._sums = _Sums()
         self._is_finite: Tensor | None = None  # of the losses of this step, where asking costs a wait
         self._grad_norm: Any = None
-        self._takes_use_cache = "use_cache" in inspect.signature(_innermost(self.model).forward).parameters
+        model: Any = self.model  # a peft wrapper's own signature tells nothing
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._takes_use_cache = "use_cache" in inspect.signature(inner.forward).parameters
         self.add_callback(_Moments(self))
         if watch is not None:
             self.add_callback(watch)
@@ -126,11 +129,11 @@ class DispersionMixin(Host):
                 logs.update(self.watch.to_log(self.state.global_step))
         super().log(logs, *args, **kwargs)
 
-    def last_checkpoint(self) -> Path | None:
+    def last_checkpoint(self) -> str | None:
         """The checkpoint that training can be resumed from, for the message when it has to stop."""
         folder = self.args.output_dir
-        last = get_last_checkpoint(folder) if folder and Path(folder).is_dir() else None
-        return None if last is None else Path(last)
+        last: str | None = get_last_checkpoint(folder) if folder and Path(folder).is_dir() else None
+        return last
 
     def _with_term(self, host_loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """`host_loss + weight * dispersion`, each as the Trainer expects a micro-batch's part of the step."""
@@ -138,7 +141,8 @@ class DispersionMixin(Host):
         loss, term = host_loss, None
         if self.dispersion is not None and self.dispersion_loss is not None:
             term = self.dispersion_loss.loss()
-            share = self._share()
+            # 1 outside of the training loop
+            share = self._shares[self._micro_batch] if self._micro_batch < len(self._shares) else 1.0
             self._sums.dispersion = self._sums.dispersion + share * term.detach()
             loss = host_loss + self.dispersion.weight * divided_later * share * term
         self._sums.cross_entropy = self._sums.cross_entropy + host_loss.detach() / divided_later
@@ -155,10 +159,6 @@ class DispersionMixin(Host):
             return bool(self.loss_is_scaled_for_ga)
         by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return bool(by_model) or self.compute_loss_func is not None
-
-    def _share(self) -> Tensor | float:
-        """What this micro-batch's mean counts in the step's; 1 outside of the training loop."""
-        return self._shares[self._micro_batch] if self._micro_batch < len(self._shares) else 1.0
 
     def _shares_of(self, batches: list[dict[str, Any]]) -> list[Tensor | float]:
         """Sequences of each micro-batch that count in the term, as shares of the step's.
@@ -197,8 +197,6 @@ class DispersionMixin(Host):
         if parts[2]:
             logged["skipped_sequences"] = int(parts[2])
         return logged
-
-    # Called by the moments of the training loop.
 
     def _training_begins(self) -> None:
         self._hooks.close()  # a loop that was begun anew with a smaller batch (auto_find_batch_size)
@@ -265,13 +263,13 @@ class _Moments(TrainerCallback):
         self.trainer._before_the_optimizer_step()
 
 
+@dataclass
 class _Sums:
-    """What was added up since the last log; tensors, so that no step waits for the device."""
+    """Since the last log; tensors, so that no step waits for the device."""
 
-    def __init__(self) -> None:
-        self.steps = 0
-        self.cross_entropy: Tensor | float = 0.0
-        self.dispersion: Tensor | float = 0.0
+    steps: int = 0
+    cross_entropy: Tensor | float = 0.0
+    dispersion: Tensor | float = 0.0
 
 
 def _mask(inputs: dict[str, Any]) -> Tensor | None:
@@ -288,11 +286,6 @@ def _sequences(batch: dict[str, Any], term: DispersionLoss) -> Tensor | int:
         if isinstance(value, Tensor) and value.dim() > 1:
             return int(term.sequences(torch.ones(value.shape[:2], dtype=torch.bool)))
     return 1
-
-
-def _innermost(model: Any) -> Any:
-    """The model inside a peft wrapper, whose own signature tells nothing."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class CondensationWatch(TrainerCallback):

@@ -14,18 +14,15 @@ number of processes, but not from DDP to FSDP or back.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
-import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +36,11 @@ from transformers.trainer_callback import TrainerCallback
 from edgedisp.core.distributed import place, split
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
-from edgedisp.core.stage_folder import write_json
 from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.models import quiet
 from edgedisp.recipe import Train
 from edgedisp.train.arm_callbacks import TrainingTechnique
+from edgedisp.train.checkpoints import PREFIX, keep_only, mark_whole, newest_checkpoint, read_marker
 from edgedisp.train.chunked_cross_entropy import chunked_head, unsupported
 from edgedisp.train.dispersion_trainer import CondensationWatch, DispersionTrainer
 from edgedisp.train.packed_dataset import PackedDataset
@@ -55,8 +52,6 @@ from edgedisp.train.performance import (
     peak_memory_bytes,
 )
 
-MARKER = "edgedisp.json"  # the last file of a whole checkpoint
-PREFIX = "checkpoint-"  # the Trainer's own name for checkpoint folders
 TENSORBOARD_DIR = "TENSORBOARD_LOGGING_DIR"  # environment variable of transformers
 TIME_LIMIT = timedelta(hours=6)  # a slow disk or a sleeping laptop must not end a collective operation
 
@@ -130,13 +125,10 @@ def fit(
     needed = options.steps * train.accumulate * train.batch
     if len(tokens) < needed:
         raise ValueError(f"{options.steps} steps need {needed} blocks of tokens, {len(tokens)} were given")
-    if place().count > 1 and not torch.distributed.is_initialized():
-        # On GPUs torch then makes NCCL for them and gloo beside it, which offloading needs.
-        backend = None if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, timeout=TIME_LIMIT)
+    _join_processes()
     is_sharded = train.distributed is not None and place().count > 1
     newest = newest_checkpoint(options.output_dir)
-    state = {} if newest is None else _read_marker(newest)
+    state = {} if newest is None else read_marker(newest)
     if newest is not None and state["is_sharded"] != is_sharded:
         raise BadInput(f"{newest}: a checkpoint cannot be continued from FSDP to DDP or back; remove it")
     barrier()  # all processes have seen the same checkpoints
@@ -290,32 +282,25 @@ def _distributed_arguments(train: Train) -> dict[str, Any]:
 
 
 class _FitTrainer(DispersionTrainer):
-    def last_checkpoint(self) -> Path | None:
-        return newest_checkpoint(Path(self.args.output_dir or ""))
+    def last_checkpoint(self) -> str | None:
+        newest = newest_checkpoint(Path(self.args.output_dir or ""))
+        return None if newest is None else str(newest)
 
 
 class _Log(TrainerCallback):
     """Collects a row per optimizer step, completes each checkpoint with them, and reports progress."""
 
-    def __init__(
-        self, options: FitOptions, state: dict[str, Any], is_sharded: bool, progress: Progress
-    ) -> None:
+    def __init__(self, options: FitOptions, state: dict[str, Any], is_sharded: bool, progress: Progress):
         self.output_dir, self.watch, self.progress = options.output_dir, options.watch, progress
         self.is_sharded = is_sharded
         self.rows: list[dict[str, Any]] = state.get("rows", [])
-        self.skipped_before: int = state.get("skipped_sequences", 0)  # by processes that this one continues
-        self.skipped_since = 0
+        self.skipped_sequences: int = state.get("skipped_sequences", 0)
+        self._skipped_before = self.skipped_sequences  # in the processes that this one continues
         if self.watch is not None and state:
             self.watch.rows = state["watched"]
 
-    @property
-    def skipped_sequences(self) -> int:
-        return self.skipped_before + self.skipped_since
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
-        if logs is None or "cross_entropy" not in logs:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "cross_entropy" not in (logs or {}):
             return
         row = {
             "step": state.global_step,
@@ -325,7 +310,7 @@ class _Log(TrainerCallback):
             "grad_norm": float(logs["grad_norm"]) if "grad_norm" in logs else None,
         }
         self.rows.append(row)
-        self.skipped_since = logs.get("skipped_sequences", 0)
+        self.skipped_sequences = self._skipped_before + logs.get("skipped_sequences", 0)
         term = "" if row["dispersion"] is None else f", dispersion {row['dispersion']:.4f}"
         self.progress(state.global_step, state.max_steps, f"loss {row['loss']:.3f}{term}")
 
@@ -334,54 +319,22 @@ class _Log(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = self.output_dir / f"{PREFIX}{state.global_step}"
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER]
         marker = {
             "rows": self.rows,
             "watched": [] if self.watch is None else self.watch.rows,
             "skipped_sequences": self.skipped_sequences,
             "is_sharded": self.is_sharded,
-            "sizes": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
         }
-        write_json(folder / MARKER, marker)
+        mark_whole(folder, marker)
         keep_only(self.output_dir, folder)
 
 
-def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint under `output_dir` with a marker and every file as long as the marker says."""
-    return next((path for path in reversed(_checkpoints(output_dir)) if _read_marker(path)), None)
-
-
-def keep_only(output_dir: Path, checkpoint: Path | None) -> None:
-    """Remove every other checkpoint, whole or not."""
-    for path in _checkpoints(output_dir):
-        if path != checkpoint:
-            shutil.rmtree(path)
-
-
-def _checkpoints(output_dir: Path) -> list[Path]:
-    """Folders named like a checkpoint, oldest first."""
-    steps = {path: path.name.removeprefix(PREFIX) for path in output_dir.glob(f"{PREFIX}*")}
-    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda p: int(steps[p]))
-
-
-def _read_marker(checkpoint: Path) -> dict[str, Any]:
-    """The marker of a whole checkpoint, else empty."""
-    try:
-        marker: dict[str, Any] = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-        sizes = marker["sizes"].items()
-        return marker if all((checkpoint / name).stat().st_size == size for name, size in sizes) else {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {}  # absent or damaged
-
-
-def check_reporters(names: Sequence[str]) -> None:
-    """Raise BadInput if a program that the log should go to is not installed."""
-    missing = [name for name in names if find_spec(name) is None]
-    if missing:
-        raise BadInput(
-            f"train.report_to: {', '.join(missing)} is not installed; pip install {' '.join(missing)}, "
-            "or take it out"
-        )
+def _join_processes() -> None:
+    """Meet the other processes of a launch, once in this process's life."""
+    if place().count > 1 and not torch.distributed.is_initialized():
+        # On GPUs torch then makes NCCL for them and gloo beside it, which offloading needs.
+        backend = None if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=TIME_LIMIT)
 
 
 def barrier() -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from edgedisp.core.distributed import Place, place, split
 from edgedisp.core.errors import BadInput
-from edgedisp.train.trainer import newest_checkpoint
+from edgedisp.train.checkpoints import newest_checkpoint
 
 
 def test_without_a_launcher_there_is_one_process() -> None:

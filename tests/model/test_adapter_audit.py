@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,8 @@ import torch
 from torch import nn
 
 from edgedisp import models
-from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import silent
-from edgedisp.core.stage_folder import finish, read, stage_output
+from edgedisp.core.stage_folder import finish, stage_output
 from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.pipeline import stages
 from edgedisp.quantize.grid import Grid, dequantize, quantize
@@ -197,52 +194,6 @@ def test_the_audit_holds_the_losses_of_models_made_by_hand(
     np.testing.assert_allclose(kept, expected[f"merged into {into}"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("hub_id", ["some/model", None])
-def test_a_kept_adapter_names_its_base_as_others_can_open_it(
-    tiny_folder: dict[str, Path], tmp_path: Path, hub_id: str | None
-) -> None:
-    folders = stage_folders(tmp_path, tiny_folder["llama"], None)
-    with stage_output(folders["base"], {}) as own:
-        shutil.copytree(tiny_folder["llama"], own, dirs_exist_ok=True)
-        finish(own, folders["base"], {}, {"hub_id": hub_id, "revision": "v1"} if hub_id else {}, 0.0)
-    chosen = Adapter(kind="lora", rank=2)
-    adapters.keep_adapter(
-        adapters.model_to_train(chosen, folders["base"], 0), chosen, folders["base"], tmp_path
-    )
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == (hub_id or str(folders["base"].resolve()))
-    assert config["revision"] == ("v1" if hub_id else None)
-
-
-@pytest.mark.parametrize("wanted", ["full", "dequantized"])
-def test_the_recipe_can_fix_the_base(tiny_folder: dict[str, Path], tmp_path: Path, wanted: Any) -> None:
-    folders = stage_folders(tmp_path, tiny_folder["llama"], "nf4")
-    results = merge_stage(folders, Adapter(kind="qlora", base="nf4", merge=wanted))
-    assert results["merge_audit"]["chosen"] == wanted
-    assert results["merge_audit"]["why"] == f"the recipe says merge: {wanted}"
-    quantized = load_quantized(tiny_folder["llama"], "nf4") if wanted == "dequantized" else None
-    expected = merge(folders["adapter"], models.load(tiny_folder["llama"]), quantized=quantized).state_dict()
-    found = models.load(tmp_path / "baseline" / "model").state_dict()
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
-
-
-def test_the_baselines_audit_decides_for_another_arm(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
-    auto = Adapter(kind="qlora", base="nf4")
-    first = merge_stage(stage_folders(tmp_path, tiny_folder["llama"], "nf4"), auto)["merge_audit"]
-    decider = tmp_path / "baseline" / "model"
-    record = read(decider)
-    assert record is not None
-    for chosen in ("full", "dequantized"):  # as if the baseline's audit had said so
-        results = {**record.results, "merge_audit": {**first, "chosen": chosen}}
-        with stage_output(decider, {}) as own:
-            (own / "x").write_text("")
-            finish(own, decider, {}, results, 0.0)
-        folders = stage_folders(tmp_path, tiny_folder["llama"], "nf4", "dispersed")
-        found = merge_stage(folders, auto, decider=decider)["merge_audit"]
-        assert found["chosen"] == chosen
-        assert found["why"] == "the audit of the arm baseline decides for every arm"
-
-
 AUTO = Adapter(kind="qlora", base="nf4")
 DECISIONS = {
     # difference, low, high -> chosen, the words
@@ -320,10 +271,3 @@ def test_the_other_arms_wait_for_the_baselines_audit_only_where_it_decides(tmp_p
     # The stage that decides comes first, also in a recipe that names it last.
     turned = list(keys(tmp_path, "{kind: qlora}", "arms=[dispersed, baseline]"))
     assert turned.index("baseline/model") < turned.index("dispersed/model")
-
-
-def test_a_dequantized_base_for_lora_is_a_clash(tmp_path: Path) -> None:
-    with pytest.raises(
-        BadInput, match=r"train.adapter.merge: found 'dequantized', but kind lora keeps its base"
-    ):
-        keys(tmp_path, "{kind: lora, merge: dequantized}")

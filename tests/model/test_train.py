@@ -14,8 +14,9 @@ from transformers.trainer_callback import TrainerCallback
 
 from edgedisp.core.errors import BadInput
 from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.stages.training import check_reporters
+from edgedisp.train.checkpoints import newest_checkpoint
 from edgedisp.train.dispersion_trainer import NotFinite
-from edgedisp.train.trainer import check_reporters, newest_checkpoint
 
 
 class Recorder(TrainerCallback):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from training import Interrupt, fit_tiny, flat, open_tiny
+from training import flat, open_tiny
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from edgedisp.train.arm_callbacks import ActiveForgetting, EmbeddingDropout, NoisyEmbedding, callbacks_for
@@ -133,43 +133,6 @@ def test_a_sequence_is_changed_alike_however_the_batch_is_cut(
     assert not torch.equal(seen[0][:4], seen[0][4:8])
 
 
-@pytest.mark.parametrize("name", ["neftune", "embedding_dropout"])
-def test_measuring_passes_are_left_alone_and_the_hook_goes_with_the_training(
-    tiny_folder: dict[str, Path], tmp_path: Path, name: str
-) -> None:
-    model = open_tiny(tiny_folder["llama"])
-    ids = torch.from_numpy(BLOCKS[:2])
-    (callback,) = callbacks_for({name: 0.5}, seed=0)
-    found: list[bool] = []
-
-    class Measure(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
-            embedding, weight = model.get_input_embeddings(), model.get_input_embeddings().weight
-            embedding.eval()
-            found.append(torch.equal(embedding(ids), weight[ids]))
-            embedding.train()
-            with torch.no_grad():
-                found.append(torch.equal(embedding(ids), weight[ids]))
-            found.append(not torch.equal(embedding(ids), weight[ids]))
-
-    train(model, tmp_path, [callback, Measure()], steps=2, save_strategy="no")
-    assert found == [True] * 6
-    assert torch.equal(model.train().get_input_embeddings()(ids), model.get_input_embeddings().weight[ids])
-
-
-@pytest.mark.parametrize("name", ["neftune"])
-def test_the_hook_goes_with_a_training_that_raised_too(
-    tiny_folder: dict[str, Path], tmp_path: Path, name: str
-) -> None:
-    model = open_tiny(tiny_folder["llama"])
-    with pytest.raises(KeyboardInterrupt):
-        callbacks = [*callbacks_for({name: 0.5}, seed=0), Interrupt()]
-        fit_tiny(model, tmp_path / "raised", steps=2, callbacks=callbacks)
-    fresh = open_tiny(tiny_folder["llama"])
-    logs = [fit_tiny(one, tmp_path / name, steps=2).log for name, one in (("next", model), ("fresh", fresh))]
-    assert logs[0] == logs[1]
-
-
 TECHNIQUES: list[dict[str, float]] = [{"embedding_dropout": 0.2}, {"active_forgetting": 2, "neftune": 5.0}]
 
 
@@ -214,25 +177,6 @@ def test_resets_come_every_so_many_steps_but_never_last(
         assert not seen.moments[step - 1]["exp_avg_sq"].any() and seen.moments[step - 1]["step"] == 0
     drawn = [seen.embeddings[step - 1] for step in resets]
     assert len(drawn) < 2 or not torch.equal(drawn[0], drawn[1])
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_fresh_values_have_the_deviation_of_the_initialisation(
-    tiny_folder: dict[str, Path], tmp_path: Path, architecture: str
-) -> None:
-    model, seen = open_tiny(tiny_folder[architecture]), Watch()
-    model.config.initializer_range = 0.07
-    train(model, tmp_path, [ActiveForgetting(5, 0), seen], save_strategy="no")
-    embedding = model.get_input_embeddings()
-    fresh = seen.embeddings[4]
-    if embedding.padding_idx is not None:
-        assert not fresh[embedding.padding_idx].any()
-        fresh = torch.cat([fresh[: embedding.padding_idx], fresh[embedding.padding_idx + 1 :]])
-    count = fresh.numel()
-    assert abs(fresh.mean()) < 5 * 0.07 / math.sqrt(count)
-    assert abs(fresh.std() - 0.07) < 5 * 0.07 / math.sqrt(2 * count)
-    if model.config.tie_word_embeddings:
-        assert model.get_output_embeddings().weight is embedding.weight
 
 
 def test_after_a_reset_the_embedding_takes_the_steps_of_an_adamw_of_its_own(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from training import Interrupt, fit_tiny, open_tiny
 
-from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.quantize.calibration import calibrated_start, gptq_model
 from edgedisp.quantize.grid import Grid, dequantize, in_groups, quantize, round_to
@@ -187,34 +186,6 @@ def test_with_lora_the_layers_compute_with_the_rounded_merged_weight(
 
 class _State:
     global_step, max_steps = 0, 4
-
-
-def test_lora_learns_under_rounding(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
-    base = open_tiny(tiny_folder["llama"])
-    frozen = {name: value.clone() for name, value in base.state_dict().items()}
-    adapted = attach(base, decoder_layers(base), Adapter(kind="lora", rank=4), seed=0)
-    train(adapted, tmp_path, callbacks=[aware()])
-    after = adapted.state_dict()
-    assert any(bool((after[name] != 0).any()) for name in after if "lora_B" in name)
-    unchanged = {
-        name.replace(".base_layer", ""): value for name, value in after.items() if "lora_" not in name
-    }
-    for name, value in frozen.items():
-        assert torch.equal(unchanged[f"base_model.model.{name}"], value)
-
-
-def test_dispersion_trains_under_rounding_and_weight_0_is_off_bit_by_bit(
-    tiny_folder: dict[str, Path], tmp_path: Path
-) -> None:
-    results = []
-    for weight in (None, 0.0, 0.5):
-        model = open_tiny(tiny_folder["llama"])
-        term = None if weight is None else DispersionConfig(weight=weight, tokens=8)
-        folder = tmp_path / str(weight)
-        train(model, folder, dispersion=term, callbacks=[aware()])
-        results.append(state(model))
-    check_equal(results[0], results[1])
-    assert any(not torch.equal(value, results[2][name]) for name, value in results[0].items())
 
 
 def test_what_cannot_be_rounded_in_training_is_refused(tiny_folder: dict[str, Path], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from training import Interrupt, fit_tiny, flat, open_tiny
 from edgedisp.core.errors import BadInput
 from edgedisp.core.stage_folder import file_digest
 from edgedisp.dispersion.config import DispersionConfig
-from edgedisp.train.trainer import MARKER, newest_checkpoint
+from edgedisp.train.checkpoints import MARKER, newest_checkpoint
 
 KILLED = -signal.SIGKILL
 

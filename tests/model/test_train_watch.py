@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from training import Interrupt, fit_tiny, flat, open_tiny
-from transformers.trainer_callback import TrainerCallback
 
 from edgedisp.dispersion.condensation import quick_condensation
 from edgedisp.dispersion.config import DispersionConfig
@@ -115,16 +114,3 @@ def test_tensorboard_holds_the_losses_and_the_watched_figures(
         expected = [row["cosine_by_layer"][layer] for row in done.watched[1:]]
         values = [value for _, value in told[f"train/cosine_by_layer/{layer:02d}"]]
         assert values == pytest.approx(expected, rel=1e-5)
-
-
-def test_figures_go_to_the_log_of_their_own_step_alone(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
-    class Seen(TrainerCallback):
-        steps: list[int] = []  # noqa: RUF012
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **known: Any) -> None:
-            if "embedding_variance" in logs:
-                self.steps.append(state.global_step)
-
-    seen = Seen()
-    run(tiny_folder["llama"], tmp_path, watching(4), callbacks=[seen])
-    assert seen.steps == [4, 6]

@@ -105,17 +105,6 @@ def test_a_sequence_without_a_pair_is_zero_and_has_no_gradient(tokens: int, temp
     assert torch.isfinite(slope).all() and not slope[:2].any() and slope[2].any()
 
 
-@pytest.mark.parametrize("tokens", [20, 300])
-def test_bfloat16_vectors_are_computed_in_float32(tokens: int) -> None:
-    vectors, _ = vectors_and_mask(2, tokens, 16, dtype=torch.float32)
-    rounded = vectors.detach().bfloat16().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        value = pairwise_loss("cosine", rounded)
-    slope = torch.autograd.grad(value.sum(), rounded)[0]
-    assert value.dtype == torch.float32 and slope.dtype == torch.bfloat16
-    torch.testing.assert_close(value, pairwise_loss("cosine", rounded.detach().float()))
-
-
 def test_rounded_products_stay_near_and_the_setting_is_put_back() -> None:
     vectors, _ = vectors_and_mask(2, 200, 64, dtype=torch.float32)
     before = torch.backends.mkldnn.matmul.fp32_precision

@@ -1,0 +1,169 @@
+"""Which tokens of a forward pass take part in the dispersion loss, and their vectors.
+
+- Padding takes no part, nor do vectors that a model puts before its tokens (peft's prompt tuning).
+- Which tokens are sampled depends on (seed, number of the sequence, layer) and the number of real tokens
+  alone, through generators of this module: the global random streams stay untouched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.dispersion.losses import has_pair
+
+SINK_NORM = 10.0
+"""A token whose norm is more than so many times the sequence's median counts as an attention sink."""
+
+# Where sparse gradients can be added to dense ones; elsewhere (MPS) zeros are written out.
+SPARSE_DEVICES = ("cpu", "cuda")
+
+
+@dataclass
+class Call:
+    """A forward pass: `mask` `(batch, tokens)`, true or 1 for a real token, None if all are; the number of
+    its first sequence; `length` of the sequences in the model's call, where known."""
+
+    mask: Tensor | None
+    first_sequence: int
+    length: int | None = None
+
+
+class TokenSample:
+    """The tokens of one forward pass that take part; `layers` layers are watched, `state` is an output.
+
+    Raises ValueError for an output that is not `(batch, tokens, features)`, or a mask that does not fit it.
+    """
+
+    def __init__(self, config: DispersionConfig, layers: int, state: Tensor, call: Call) -> None:
+        if state.dim() != 3:
+            raise ValueError(
+                f"the layers' outputs are {tuple(state.shape)} and not (batch, tokens, features); dispersion "
+                "does not work for models whose layers hand on several streams (Gemma 3n)"
+            )
+        self.batch, length = state.shape[:2]
+        self.length, self.exclude_sink = length, config.exclude_sink
+        before = max(length - call.length, 0) if call.length else 0
+        real = None if call.mask is None else call.mask.to(state.device).bool()
+        if real is not None and real.shape != (text := (self.batch, length - before)):
+            raise ValueError(f"the mask is {tuple(real.shape)}, the token vectors are {text}")
+        if real is not None and real.device.type == "cpu" and bool(real.all()):
+            real = None  # spares a copy of the vectors at every layer
+        if real is None and (before or config.exclude_sink):
+            real = torch.ones(self.batch, length - before, dtype=torch.bool, device=state.device)
+        self.sequences: Tensor | int = self.batch if length > 1 else 0  # how many count in the mean
+        self.mask: Tensor | None = None  # of the candidates (batch, length), or (layers, batch, n) sampled
+        if real is not None:
+            self.mask = candidates(real, config.exclude_sink)
+            self.sequences = has_pair(self.mask).sum()
+            real, self.mask = pad(real, (before, 0)), pad(self.mask, (before, 0))
+        self.picks: Tensor | None = None  # (layers, batch, n) int64, token indices
+        if config.tokens is not None and config.tokens < length:
+            whole = torch.ones(self.batch, length, dtype=torch.bool)
+            masks = (whole if real is None else real.cpu(), whole if self.mask is None else self.mask.cpu())
+            numbers = config.seed, call.first_sequence
+            self.picks = sample_tokens(config.tokens, layers, *masks, *numbers).to(state.device)
+            if self.mask is not None:
+                self.mask = self.mask.expand(layers, -1, -1).gather(2, self.picks)
+            # For all layers at once, because starting small operations is what sampling costs.
+            sequence = torch.arange(self.batch, device=state.device).repeat_interleave(config.tokens)
+            flat = self.picks.reshape(layers, -1)
+            self._rows = sequence * length + flat  # (layers, batch * n), in a layer's flattened output
+            self._places = torch.stack([sequence.expand(layers, -1), flat], dim=1)  # (layers, 2, batch * n)
+
+    def vectors(self, layers: list[tuple[int, Tensor]], is_last: bool) -> tuple[Tensor, Tensor | None]:
+        """Vectors `(layers * batch, n, features)` and which of them are real; None: all.
+
+        layers: place among the watched layers, and output `(batch, length, features)`, all of one shape and
+        dtype; a single one without sampling. `is_last`: no watched layer follows the last of them.
+        """
+        places, states = [place for place, _ in layers], [state for _, state in layers]
+        vectors = states[0]
+        if self.picks is not None:
+            # A slice is a view; a model that skips layers leaves gaps, for which rows are copied together.
+            run = list(range(places[0], places[0] + len(places)))
+            which = slice(run[0], run[-1] + 1) if places == run else places
+            rows, at = self._rows[which].to(vectors.device), self._places[which].to(vectors.device)
+            drawn: Tensor = _Gather.apply(rows, at, is_last, *states)
+            vectors = drawn.view(len(places) * self.batch, -1, drawn.shape[-1])
+        if self.mask is None:
+            return vectors, None
+        masks = [self.mask if self.picks is None else self.mask[place] for place in places]
+        mask = torch.cat(masks).to(vectors.device)
+        if self.exclude_sink:
+            norms = torch.linalg.vector_norm(vectors.detach().float(), dim=-1)
+            median = torch.where(mask, norms, math.nan).nanmedian(dim=1, keepdim=True).values
+            mask = mask & ~(norms > SINK_NORM * median)
+        return vectors, mask
+
+
+def sample_tokens(
+    count: int, layers: int, real: Tensor, candidates: Tensor, seed: int, first_sequence: int
+) -> Tensor:
+    """Tokens that each layer samples of each sequence, int64 `(layers, batch, count)`, in rising order.
+
+    Args:
+        count: tokens of a sequence, at most `tokens`.
+        real, candidates: `(batch, tokens)` bool on the CPU; others than candidates are a last resort.
+        seed, first_sequence: the sample depends on them; rows of the batch count on.
+    """
+    keys = torch.full((layers, *real.shape), -1.0)
+    for row, mask in enumerate(real):
+        # One stream a sequence, as long as its real tokens: padding shifts nothing. On the CPU, so that CPU
+        # and GPU runs sample the same tokens.
+        hashed = hashlib.blake2b(repr((seed, first_sequence + row)).encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(hashed))
+        keys[:, row, mask] = torch.rand(layers, int(mask.sum()), generator=generator)
+    keys.masked_fill_(~candidates, -1.0)
+    return keys.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of the outputs of some layers, with sparse gradients.
+
+    The gradient is zero nearly everywhere; written out, it would move more memory than the whole dispersion
+    loss. Autograd adds a sparse one to the dense gradient that comes from the layers after it. The last
+    watched layer's output may have no other gradient, so it gets a dense one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, is_last: bool, *states: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, places)
+        ctx.shape, ctx.is_last = states[0].shape, is_last
+        features = states[0].shape[-1]
+        drawn = states[0].new_empty(*rows.shape, features)
+        for state, row, out in zip(states, rows, drawn):
+            torch.index_select(state.reshape(-1, features), 0, row, out=out)
+        return drawn
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, places = ctx.saved_tensors
+        is_sparse = [gradient.device.type in SPARSE_DEVICES] * len(rows)
+        is_sparse[-1] &= not ctx.is_last
+        slopes = [
+            _sparse(place, values, ctx.shape) if sparse else _dense(row, values, ctx.shape)
+            for row, place, values, sparse in zip(rows, places, gradient, is_sparse)
+        ]
+        return None, None, None, *slopes
+
+
+def _sparse(places: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    # Rising and none twice is what coalesced means.
+    return torch.sparse_coo_tensor(places, values, shape, check_invariants=False, is_coalesced=True)
+
+
+def _dense(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    return values.new_zeros(shape[0] * shape[1], shape[2]).index_copy_(0, rows, values).view(shape)
+
+
+def candidates(real: Tensor, exclude_sink: bool) -> Tensor:
+    """Which real tokens `(batch, tokens)` may be sampled: not the first real one if sinks are excluded."""
+    return real & (real.cumsum(dim=1) > 1) if exclude_sink else real
