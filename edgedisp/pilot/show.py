@@ -58,10 +58,10 @@ def result(
 
 
 def _chosen(found: dict[str, Any]) -> dict[str, Any] | None:
-    """The best of the longest rung, if it does anything and does not harm."""
-    best = found["last"][0]
-    useful = best["effect"].startswith(("disperses", "loss better"))
-    return best if useful and best["tokens"] == found["tokens"] else None
+    """The best setting of the longest rung that does something and does not harm, or None."""
+    longest = [row for row in found["last"] if row["tokens"] == found["tokens"]]
+    useful = (row for row in longest if row["effect"].startswith(("disperses", "loss better")))
+    return next(useful, None)
 
 
 def _line(pilot: Pilot, best: dict[str, Any]) -> str:

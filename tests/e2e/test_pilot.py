@@ -406,3 +406,8 @@ def test_a_setting_that_hurts_is_never_recommended(recipe: Path) -> None:
     assert found["chosen"] is None
     assert "Hurts, as far as each went: weight 3 and weight 9." in found["sentences"]
     assert "No setting can be recommended: try smaller weights." in found["sentences"]
+
+
+def test_a_setting_behind_one_that_condenses_is_still_recommended(recipe: Path) -> None:
+    found = told(recipe, [shown(3, -0.02, 0.05), shown(9, -0.015, -0.05)])
+    assert found["chosen"] is not None and "-9" in found["chosen"]
