@@ -19,7 +19,7 @@ from typing import Any
 
 from record import RESULTS
 
-from edgedisp.bench.machine import describe
+from edgedisp.bench.system import describe
 from edgedisp.core.paths import data_folder
 from edgedisp.core.progress import Screen
 from edgedisp.core.stage_folder import digest, open_run, write_json

@@ -6,11 +6,11 @@
 (int4, --target laptop-x64), `browser` (int4, --target browser: unfolds to fp32 as it opens), and `fp32`,
 which has no packed weights. Then, as `edgedisp bench` does it:
 
-- `laptop` on local, on ssh to this machine's loopback, and in the ARM64 emulator (kernels alone, no speed);
+- `laptop` on local and on ssh to this machine's loopback;
 - `browser` and `fp32` in headless Chromium, `fp32` on local, with ONE thread each: what the browser costs;
 - `laptop` in onnxruntime-genai, with the threads of the physical cores and with none named, in turns.
 
-Needs chromium, sshd, qemu-user-static (docs/devices.md) and an idle machine.
+Needs chromium, sshd (docs/devices.md) and an idle machine.
 """
 
 from __future__ import annotations
@@ -23,22 +23,31 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from browser_speed import Quiet
 from record import RESULTS, write
 from turns import PROMPT, timed
 
-from edgedisp.bench.machine import physical_cores
-from edgedisp.bench.spread import spread
+from edgedisp.bench.devices import BenchOptions
+from edgedisp.bench.results import median_interval
+from edgedisp.bench.system import physical_cores
 from edgedisp.core.progress import Screen
 from edgedisp.recipe import load_target
 from edgedisp.report.devices_page import devices_page
-from edgedisp.single import BenchOptions, export_for_target, time_bundles
+from edgedisp.single import export_for_target, time_bundles
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 import sshd
 
 PAUSE_S = 1.0
 RUNNER = Path(__file__).with_name("genai_runner.py")
+
+
+class Quiet:
+    """An observer that shows nothing."""
+
+    def started(self, name: str, number: int, total: int) -> None: ...
+    def progress(self, done: int, total: int, note: str) -> None: ...
+    def finished(self, name: str, record: Any) -> None: ...
+    def kept(self, name: str, record: Any) -> None: ...
 
 
 def exported(model: Path, folder: Path) -> dict[str, Path]:
@@ -60,7 +69,7 @@ def on_devices(bundles: dict[str, Path], repetitions: int, folder: Path) -> dict
     single = BenchOptions(repetitions=repetitions, pause_s=PAUSE_S, threads=1)
     with sshd.running(folder / "sshd") as server, Screen("devices") as screen:
         os.environ["EDGEDISP_SSH"] = server.command
-        kinds = ["local", server.device, "arm64-emulated"]
+        kinds = ["local", server.device]
         native = time_bundles([bundles["laptop"]], kinds, usual, screen.progress)
         page = time_bundles([bundles["browser"], bundles["fp32"]], ["browser"], single, screen.progress)
         plain = time_bundles([bundles["fp32"]], ["local"], single, screen.progress)
@@ -77,7 +86,7 @@ def in_genai(bundle: Path, rounds: int) -> list[dict[str, Any]]:
     found = timed(commands, rounds)
     rows = []
     for name, one in found.items():
-        spreads = {key: spread(values) for key, values in one.items()}
+        spreads = {key: median_interval(values) for key, values in one.items()}
         rows.append({"name": f"genai/{name}", "threads": counts[name] or None, **spreads, "each": one})
     return rows
 
@@ -89,8 +98,6 @@ def figures(result: dict[str, Any], genai: list[dict[str, Any]]) -> dict[str, fl
     browser, fp32 = rows["browser", "browser"], rows["browser", "fp32"]
     native, laptop = rows["local, 1 thread", "fp32"], rows["local", "laptop"]
     decode = "decode_tokens_per_s"
-    kernels = next(d for d in result["devices"] if d["kind"] == "arm64-emulated")["logits"]["rows"]
-    arm = {row["kernels"]: row for row in kernels}
     return {
         "browser_decode_tokens_per_s": browser[decode],
         "browser_fp32_decode_tokens_per_s": fp32[decode],
@@ -104,7 +111,6 @@ def figures(result: dict[str, Any], genai: list[dict[str, Any]]) -> dict[str, fl
             a / b for a, b in zip(each["genai/cores"], each["genai/unset"])
         ),
         "genai_cores_decode_tokens_per_s": statistics.median(each["genai/cores"]),
-        "arm64_kl_to_x86": arm["ARM64"]["kl_to_x86"],
     }  # fmt: skip
 
 

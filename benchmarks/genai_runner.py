@@ -1,4 +1,4 @@
-"""Time a packed bundle in onnxruntime-genai, as export/runner/edgedisp_runner.py times it in onnxruntime:
+"""Time a packed bundle in onnxruntime-genai, as export/runner/runner.py times it in onnxruntime:
 same prompt of random tokens, same lines of JSON. Taking the best token is inside the timed part: genai does
 both in one call.
 

@@ -1,4 +1,4 @@
-"""Time a GGUF model at Q4_0 in llama.cpp, as export/runner/edgedisp_runner.py times a bundle: same prompt of
+"""Time a GGUF model at Q4_0 in llama.cpp, as export/runner/runner.py times a bundle: same prompt of
 random tokens, same greedy loop without tokenizer or sampling, same figures, same lines of JSON.
 
     python benchmarks/llama_cpp_runner.py MODEL.gguf --work FOLDER --threads 2 --interactive

@@ -40,8 +40,8 @@ from record import RESULTS, write
 from scipy import stats
 
 from edgedisp import models, stages
-from edgedisp.bench.machine import physical_cores
-from edgedisp.bench.spread import compare
+from edgedisp.bench.results import compare_speeds
+from edgedisp.bench.system import physical_cores
 from edgedisp.core.paths import data_folder
 from edgedisp.core.progress import silent
 from edgedisp.graph.device_graph import for_device
@@ -304,7 +304,9 @@ def speeds(ready: dict[str, Path], repetitions: int, gguf: Path, folder: Path) -
             row[figure] = float(np.median(mine[figure]))
             for other, short in ((BUILDER, "builder"), (LLAMA_CPP, "llama_cpp")):
                 name_of_ratio = figure.replace("tokens_per_s", f"ratio_{short}")
-                row[name_of_ratio] = compare(values[other][figure], mine[figure]) if other in values else None
+                row[name_of_ratio] = (
+                    compare_speeds(values[other][figure], mine[figure]) if other in values else None
+                )
         found[name] = row
     return found
 

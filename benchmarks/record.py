@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgedisp import data, models
-from edgedisp.bench.machine import describe, installed_version
+from edgedisp.bench.system import describe, installed_version
 from edgedisp.core.paths import data_folder
 from edgedisp.core.stage_folder import git_commit
 from edgedisp.recipe import load

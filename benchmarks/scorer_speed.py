@@ -36,9 +36,9 @@ from lm_eval.tasks import TaskManager
 from record import write
 
 from edgedisp import lm_eval_models
-from edgedisp.bench.machine import physical_cores
-from edgedisp.bench.spread import compare
-from edgedisp.bench.timing import turns
+from edgedisp.bench.interleaved_timing import turns
+from edgedisp.bench.results import compare_speeds
+from edgedisp.bench.system import physical_cores
 from edgedisp.core.paths import data_folder
 from edgedisp.recipe import load
 from edgedisp.stages.start import read_documents
@@ -157,7 +157,7 @@ def main() -> None:
     scored_items = sum(len(choices) for choices in first["hf"][1].values())
     figures, rows = {"items": scored_items, "requests": requests, "threads": threads}, []
     for ours, theirs in PAIRS.items():
-        ratio = compare(times[ours], times[theirs])
+        ratio = compare_speeds(times[ours], times[theirs])
         same = [
             a == b for task in first[ours][1] for a, b in zip(first[ours][1][task], first[theirs][1][task])
         ]

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from edgedisp.bench.graph_facts import same_graph
-from edgedisp.bench.machine import physical_cores
-from edgedisp.bench.timing import turns
-from edgedisp.bench.worker import Worker
-from edgedisp.core.paths import data_folder
+from edgedisp.bench.graph_stats import find_graph, graph_hash
+from edgedisp.bench.interleaved_timing import turns
+from edgedisp.bench.system import physical_cores
+from edgedisp.bench.worker import RUNNER, Worker
 
 PROMPT, GENERATE = 128, 128
 FIGURES = ("decode_tokens_per_s", "prefill_tokens_per_s")
@@ -21,7 +20,7 @@ PATIENCE_S = 900.0
 
 def runner(bundle: Path) -> list[str]:
     """The command that times an ONNX bundle on request."""
-    return _asked(data_folder("export") / "runner" / "edgedisp_runner.py", bundle)
+    return _asked(RUNNER, bundle)
 
 
 def llama_cpp(gguf: Path, folder: Path) -> list[str] | None:
@@ -38,11 +37,8 @@ def _asked(program: Path, what: Path) -> list[str]:
 
 def graphs(bundles: Mapping[str, Path]) -> dict[str, str]:
     """Name -> the first name whose bundle has the same graph: weights' values do not change a speed."""
-    found: dict[str, str] = {}
-    for name, bundle in bundles.items():
-        firsts = dict.fromkeys(found.values())
-        found[name] = next((one for one in firsts if same_graph(bundles[one], bundle)["same"]), name)
-    return found
+    firsts: dict[str, str] = {}
+    return {name: firsts.setdefault(graph_hash(find_graph(path)), name) for name, path in bundles.items()}
 
 
 def timed(commands: Mapping[str, Sequence[str]], repetitions: int) -> dict[str, dict[str, list[float]]]:

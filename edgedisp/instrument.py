@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edgedisp import data, models
-from edgedisp.bench.machine import physical_cores
+from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import check_files

@@ -21,7 +21,7 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 
 from edgedisp import models
-from edgedisp.bench.machine import physical_cores
+from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
 from edgedisp.core.stage_folder import check_files
 from edgedisp.evaluate.harness import HarnessModel

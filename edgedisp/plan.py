@@ -13,8 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from edgedisp.bench.arithmetic import multiplies_bf16
-from edgedisp.bench.machine import physical_cores
+from edgedisp.bench.system import multiplies_bf16, physical_cores
 from edgedisp.core.distributed import split
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.pipeline import Observer, state

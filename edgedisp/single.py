@@ -10,18 +10,18 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 
 from edgedisp import data, models
-from edgedisp.bench import devices, projection
-from edgedisp.bench.machine import physical_cores
-from edgedisp.bench.summary import arms_to_compare, labelled
+from edgedisp.bench import devices
+from edgedisp.bench.devices import BenchOptions
+from edgedisp.bench.results import label_bundles, twin_pairs
+from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.paths import data_folder
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import MANIFEST, changed_files, check_files, update_listing, write_json
 from edgedisp.data import cache_folder
@@ -36,10 +36,8 @@ from edgedisp.quantize.onnx_rewrite import quantize_bundle
 from edgedisp.recipe import BITS, Recipe, Target, load_target
 from edgedisp.report import bundle_card
 from edgedisp.stages import PackOptions, device_scores, fetch_base, pack, provenance_of
-from edgedisp.stages.device_scores import Prepared, Wish
+from edgedisp.stages.device_scores import Wish
 from edgedisp.stages.packing import CARD
-
-COMPARED_TOKENS = 96  # of a text whose logits are compared under another processor's kernels
 
 
 def export_for_target(
@@ -115,113 +113,63 @@ def _checked_bundle(
     return bundle, {**grid, "checked": checked}
 
 
-@dataclass(frozen=True)
-class BenchOptions:
-    """What `edgedisp bench` was asked for, beside bundles and devices. `threads` "sweep": find the best."""
-
-    prompt: int = 128
-    generate: int = 128
-    repetitions: int = 5
-    threads: int | Literal["sweep"] | None = None
-    write_threads: bool = False
-    pause_s: float = 0.0
-    setup: bool = False
-    keep: bool = False
-    remote_python: str | None = None
-
-
 def time_bundles(
     bundles: list[Path],
-    named: list[str],
-    asked: BenchOptions,
+    device_names: list[str],
+    options: BenchOptions,
     progress: Progress,
     wish: Wish | None = None,
+    *,
+    write_threads: bool = False,
 ) -> dict[str, Any]:
     """Time bundles on every device, those of one device interleaved.
 
-    Returns {format, devices [one result each, see bench/devices.py]}, and with `write_threads` `written`
-    {label: threads}. All devices are reached before anything is timed. One that is lost in the middle has
-    `lost` in its result; the others are timed all the same. `wish`: score items of tasks there too; devices
-    then have `scores`, and `scored` says what these have in common (stages/device_scores.py).
+    Returns {format, devices [one result each, see bench/devices.py]}, and with `write_threads`, which writes
+    the best counts of a sweep into the bundles, `written` {label: threads}. All devices are reached before
+    anything is timed. One that is lost in the middle has `lost` in its result; the others are timed all the
+    same. `wish`: score items of tasks there too; devices then have `scores`, and `scored` says what these
+    have in common.
 
     Raises BadInput for a device that is not known or cannot be used, or a bundle that cannot be timed.
     """
-    addresses = devices.parse_all(named)
-    _check_bench(addresses, asked)
+    addresses = devices.parse_all(device_names)
+    if write_threads:
+        _check_write_threads(addresses, options)
     labels = _labels(bundles)
-    questions = None if wish is None else _questions(wish, labels, addresses)
-    wanted = devices.Wanted(
-        runner=data_folder("export") / "runner" / "edgedisp_runner.py",
-        cache=cache_folder(),
-        ids=_ids_of_text,
-        prompt=asked.prompt,
-        generate=asked.generate,
-        repetitions=asked.repetitions,
-        threads=None if asked.threads == "sweep" else asked.threads,
-        sweep=asked.threads == "sweep",
-        pause_s=asked.pause_s,
-        pairs=tuple(arms_to_compare(list(labels))),
-        setup=asked.setup,
-        keep=asked.keep,
-        python=asked.remote_python,
+    questions = None if wish is None else device_scores.prepared(wish, labels, cache_folder())
+    options = replace(
+        options,
+        pairs=twin_pairs(list(labels)),
         requests={} if questions is None else questions.requests,
     )
-    found = []
+    results = []
     with ExitStack() as stack:
-        opened = [stack.enter_context(devices.opened(address, labels, wanted)) for address in addresses]
-        for address, device in zip(addresses, opened):
+        connected = [stack.enter_context(devices.connect(address, labels, options)) for address in addresses]
+        for address, device in zip(addresses, connected):
             try:
                 result = device.measure(progress)
             except devices.DeviceLost as error:
                 result = error.partial
-            found.append({**result, "device": address.name, "kind": address.kind})
-    timed: dict[str, Any] = {"format": 1, "devices": found}
+            results.append({**result, "device": address.name, "kind": address.kind})
+    timed: dict[str, Any] = {"format": 1, "devices": results}
     if questions is not None:
         try:
-            timed |= device_scores.with_scores(questions, found, physical_cores(), progress)
+            timed |= device_scores.with_scores(questions, results, physical_cores(), progress)
         except BuildFailed as error:  # what the devices gave is shown before it ends the command
             timed["unscored"] = str(error)
-    if asked.write_threads and "lost" not in found[0]:
-        best = {label: swept["best"] for label, swept in found[0]["threads"].items()}
+    if write_threads and "lost" not in results[0]:
+        best = {label: sweep["best"] for label, sweep in results[0]["threads"].items()}
         for label, threads in best.items():
-            write_threads(labels[label], threads)
+            write_bundle_threads(labels[label], threads)
         timed["written"] = best
     return timed
 
 
-def _questions(wish: Wish, labels: dict[str, Path], addresses: Sequence[devices.Address]) -> Prepared:
-    """The items to score. Raises BadInput also where a device cannot score."""
-    for address in addresses:
-        if not devices.KINDS[address.kind].times:
-            raise BadInput(f"--score: {address.name} computes a few logits alone; name another device")
-    return device_scores.prepared(wish, labels, cache_folder())
-
-
-def project(timed: dict[str, Any]) -> dict[str, Any]:
-    """What the timed bundles may decode on the chips of export/socs.yaml: {shares, bundles {label: rows}}.
-
-    See bench/projection.py. Of several devices the one counts on which a token reads the fewest bytes; a
-    browser that unfolds weights tells none. Raises BadInput where no device tells any.
-    """
-    table = projection.load_table(data_folder("export") / "socs.yaml")
-    read: dict[str, int] = {}
-    for device in timed["devices"]:
-        for row in device.get("rows", ()):
-            if (size := row["bytes_read_per_token"]) is not None:
-                read[row["label"]] = min(size, read.get(row["label"], size))
-    if not read:
-        raise BadInput("--project: these devices do not tell what a token reads; add --device local")
-    bundles = {label: projection.project(size, table) for label, size in read.items()}
-    return {"shares": projection.shares(table), "bundles": bundles}
-
-
-def _check_bench(addresses: Sequence[devices.Address], asked: BenchOptions) -> None:
-    if asked.write_threads and asked.threads != "sweep":
+def _check_write_threads(addresses: Sequence[devices.Address], options: BenchOptions) -> None:
+    if options.threads != "sweep":
         raise BadInput("--write-threads: writes what a sweep has found; give --threads sweep too")
-    if asked.write_threads and len(addresses) > 1:
+    if len(addresses) > 1:
         raise BadInput("--write-threads: a bundle holds the threads of one device; name one --device")
-    if asked.write_threads and not devices.KINDS[addresses[0].kind].times:
-        raise BadInput(f"--write-threads: nothing is timed on {addresses[0].name}")
 
 
 def lost_devices(timed: Mapping[str, Any]) -> list[str]:
@@ -230,7 +178,7 @@ def lost_devices(timed: Mapping[str, Any]) -> list[str]:
     return lost + ([f"scores: {timed['unscored']}"] if "unscored" in timed else [])
 
 
-def write_threads(bundle: Path, threads: int) -> None:
+def write_bundle_threads(bundle: Path, threads: int) -> None:
     """Write the thread count into a packed bundle, and keep its manifest (and a run's record) true.
 
     Raises BadInput for a bundle without a manifest: inside a run, later stages were made from it as it is.
@@ -246,19 +194,13 @@ def write_threads(bundle: Path, threads: int) -> None:
     update_listing(bundle, ("genai_config.json",))
 
 
-def _ids_of_text(bundle: Path) -> list[int]:
-    """Token ids of a short made text, the same for every bundle of one tokenizer."""
-    text = data.synthetic_documents(1, seed=0)[0].text
-    return models.encode(models.load_tokenizer(bundle), text)[:COMPARED_TOKENS]
-
-
 def _labels(bundles: list[Path]) -> dict[str, Path]:
     """Every bundle by a short name, once it is known to be one, whole and as it was made."""
     for bundle in bundles:
         if not (bundle / "model.onnx").is_file() and not any(bundle.glob("onnx/*.onnx")):
             raise BadInput(f"{bundle}: holds no model.onnx; a bundle is a folder such as <run>/<arm>/int4")
         check_files(bundle)
-    return labelled(bundles)
+    return label_bundles(bundles)
 
 
 def probe_base(recipe: Recipe, progress: Progress) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgedisp.bench.machine import describe, installed_version
+from edgedisp.bench.system import describe, installed_version
 from edgedisp.core.errors import BadInput
 from edgedisp.core.stage_folder import git_commit
 from edgedisp.evaluate.means import mean_difference

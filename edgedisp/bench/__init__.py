@@ -1,8 +1,8 @@
-"""What is timed and how: one file per kind of device, and what is known about this machine.
+"""Time and score bundles on devices: this machine, ssh, an Android phone, a browser, a phone's browser.
 
-`devices.py` knows the kinds of devices, each of which is one file (`local.py`, `ssh.py` ...).
-`timing.py` takes turns on any `Host`, `machine.py` describes one (and is what `edgedisp doctor` shows),
-`arithmetic.py` says what this one is fast in, `graph_facts.py` reads from a graph what a timing should be
-held against, `projection.py` says what chips that are not at hand may reach. The timing itself is done by
-`export/runner/edgedisp_runner.py`, in a process of its own.
+`devices.py` parses `--device` and opens the module of that kind. A host with Python (`local.py`, `ssh.py`)
+runs `export/runner/runner.py`, one process for each bundle (`worker.py`), in turns (`interleaved_timing.py`).
+Browsers (`browser.py`, `adb.py`, `phone.py`) open the page in `export/web` (`page_server.py`,
+`page_protocol.py`). `results.py` makes of repetitions the rows that every device gives; `graph_stats.py`
+reads what a graph costs.
 """

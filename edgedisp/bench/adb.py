@@ -1,163 +1,396 @@
 """`adb[:SERIAL]`: an Android phone on USB, or in the network once `adb connect` has reached it.
 
-Two ways, chosen by what is there. Where adb's shell can start a Python with numpy and onnxruntime, the runner
-is used, as over ssh: a program of its own, native kernels, memory per process. Everywhere else the phone page
-measures in the phone's browser (`adb_page.py`), which needs nothing installed. Termux keeps its files from
-adb's shell, unless it is the debug build (the one on its GitHub page): then `run-as` lets adb in.
-
-Model, chip, battery and thermal status are asked before and after, since heat decides much on a phone.
+The phone page measures in the phone's browser, which needs nothing installed. It is served on this machine's
+127.0.0.1, and a port of the phone's own 127.0.0.1 leads there through the cable (`adb reverse`): no network
+is needed, and the browser takes the page for a local one, with threads and its finest clock. Model, chip,
+battery and thermal status are asked before and after, since heat decides much on a phone. The `adb` program
+is used as a user would, and its messages are passed on; $EDGEDISP_ADB is the command to use in its place,
+such as `adb -P 5038`.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgedisp.bench import android, machine, remote
-from edgedisp.bench.adb_client import AdbFailed, Phone, explain, find_phone
-from edgedisp.bench.adb_page import AdbPage
-from edgedisp.bench.devices import Address, Device, DeviceLost, Wanted
-from edgedisp.bench.hardware import readings
-from edgedisp.bench.timing import Timed
-from edgedisp.core.errors import BadInput
+from edgedisp.bench.browser import Monitor, PageSession, page_plan, refuse_sweep
+from edgedisp.bench.devices import Address, BenchOptions, Device, DeviceLost
+from edgedisp.bench.interleaved_timing import MEMORY_SHARE
+from edgedisp.bench.page_plan import PAGE_BYTES, PagePlan
+from edgedisp.bench.page_protocol import printable
+from edgedisp.bench.page_server import PageServer, page_resources
+from edgedisp.bench.phone import PORT
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.paths import data_folder
 from edgedisp.core.progress import Progress
 
-TERMUX = "/data/data/com.termux/files"
-OLD_ENOUGH = f"import sys; sys.exit(sys.version_info < {remote.OLDEST})"
-ABLE = (
-    "import sys; from importlib.util import find_spec; "
-    f"sys.exit(sys.version_info < {remote.OLDEST} or not (find_spec('numpy') and find_spec('onnxruntime')))"
-)
-PAGE, RUNNER = "the phone page in its browser", "the runner in its Python"
+MIB = 1 << 20
+ANSWER_S = 30.0
+FIRST_S = 120.0  # for the page to open: a browser that is new there may ask its user something first
+LOOK_S = 5.0  # between questions whether the phone is still there: each costs it a little
+QUIET_S = 0.5  # of pause between turns, in which the phone can be asked something
+MARK = "-- edgedisp: "
+# Name -> what the phone's shell is asked. One command for several, as each costs the phone a process.
+IDENTITY = {
+    "props": "getprop",
+    "architecture": "uname -m",
+    "online": "cat /sys/devices/system/cpu/online",
+    "memory": "cat /proc/meminfo",
+}
+SENSORS = {
+    "load": "cat /proc/loadavg",
+    "clock": "cat /sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq",
+}
+STATE = {
+    "battery": "dumpsys battery",
+    "thermal": "dumpsys thermalservice",
+    "saver": "settings get global low_power",
+    **SENSORS,
+}
+# android.os.BatteryManager and android.os.PowerManager
+BATTERY = {1: "unknown", 2: "charging", 3: "discharging", 4: "not charging", 5: "full"}
+THERMAL = {0: "none", 1: "light", 2: "moderate", 3: "severe", 4: "critical", 5: "emergency", 6: "shutdown"}
+SKIN = 3  # kind of temperature: what a hand feels, and what phones throttle by
+LOW_PERCENT = 20
 
-Enter = Callable[[str], str]
+
+class AdbFailed(BuildFailed):
+    """adb could not do what it was asked for; the message ends with adb's own."""
+
+
+@dataclass(frozen=True)
+class Phone:
+    """A phone that takes commands. `command`: adb with its options; `name`: as the user wrote it."""
+
+    command: tuple[str, ...]
+    name: str
+
+    def run(self, *words: str, stdin: str = "") -> str:
+        """What an adb command prints. Raises AdbFailed."""
+        try:
+            done = subprocess.run(
+                [*self.command, *words],
+                input=stdin.encode(),
+                capture_output=True,
+                timeout=ANSWER_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise AdbFailed(f"{self.name}: adb gave no answer within {ANSWER_S:g} s") from None
+        out, said = (
+            text.decode("utf-8", "replace").replace("\r\n", "\n") for text in (done.stdout, done.stderr)
+        )
+        if done.returncode:
+            why = printable((said.strip() or out.strip() or "it said nothing").replace("\n", "; "))
+            raise AdbFailed(f"{self.name}: adb ended with code {done.returncode}: {why[:500]}")
+        return out
+
+    def shell(self, script: str) -> str:
+        """What a script prints in the phone's shell, which reads it from stdin: command lines can be seen."""
+        return self.run("shell", "-T", "sh", stdin=script + "\nexit 0\n")
+
+    def ask(self, commands: Mapping[str, str]) -> dict[str, str]:
+        """Name -> what its command printed there."""
+        script = "; ".join(
+            f"echo '{MARK}{name}'; {command} 2>/dev/null" for name, command in commands.items()
+        )
+        return split_answers(self.shell(script))
+
+    @contextmanager
+    def reverse_port(self, port: int, preferred: int) -> Iterator[int]:
+        """A port of the phone's 127.0.0.1 that leads to ours: `preferred`, or any where that is taken."""
+        try:
+            self.run("reverse", "--no-rebind", f"tcp:{preferred}", f"tcp:{port}")
+            there = preferred
+        except AdbFailed:
+            there = int(self.run("reverse", "tcp:0", f"tcp:{port}").strip() or 0)
+        try:
+            yield there
+        finally:
+            with suppress(AdbFailed):  # the phone is gone, and what led here went with it
+                self.run("reverse", "--remove", f"tcp:{there}")
+
+
+def split_answers(text: str) -> dict[str, str]:
+    """Name -> what its command printed, of the output of `Phone.ask`'s script."""
+    parts = re.split(rf"^{re.escape(MARK)}", text, flags=re.MULTILINE)[1:]
+    return {name.strip(): answer for name, _, answer in (part.partition("\n") for part in parts)}
+
+
+def find_phone(name: str, serial: str | None) -> Phone:
+    """The attached phone with this serial, or the only one. $ANDROID_SERIAL names one too, as for adb.
+
+    Raises BadInput where adb is missing, none or several are attached, or it does not take commands.
+    """
+    program = shlex.split(os.environ.get("EDGEDISP_ADB", "adb"))
+    if not program or shutil.which(program[0]) is None:
+        missing = program[0] if program else "$EDGEDISP_ADB"
+        raise BadInput(f"{name}: there is no `{missing}` here; install adb, such as `apt-get install adb`")
+    try:
+        attached = attached_phones(Phone(tuple(program), name).run("devices", "-l"))
+    except AdbFailed as error:
+        raise BadInput(str(error)) from error
+    listed = ", ".join(f"adb:{serial} ({state})" for serial, state in attached.items()) or "none"
+    serial = (
+        serial or os.environ.get("ANDROID_SERIAL") or (next(iter(attached)) if len(attached) == 1 else None)
+    )
+    if serial not in attached:
+        which = f"{serial} is not attached" if serial else f"{len(attached)} phones are attached"
+        raise BadInput(
+            f"{name}: {which}; name one that is ({listed}), or plug one in, turn on USB debugging in its "
+            "developer options and allow this computer on its screen"
+        )
+    if attached[serial] != "device":
+        raise BadInput(
+            f"{name}: adb says that {serial} is {attached[serial]}; unlock it, allow USB debugging for this "
+            "computer on its screen, or plug it in again"
+        )
+    return Phone((*program, "-s", serial), name)
+
+
+def attached_phones(text: str) -> dict[str, str]:
+    """Serial -> state, of the output of `adb devices -l`, which may begin with news of adb's server."""
+    lines = text.rpartition("List of devices attached")[2].splitlines()
+    found = [re.match(r"(\(no serial number\)|\S+)\s+(no permissions|\S+)", line.strip()) for line in lines]
+    return {printable(match.group(1)): printable(match.group(2)) for match in found if match}
 
 
 @contextmanager
-def opened(address: Address, bundles: Mapping[str, Path], wanted: Wanted) -> Iterator[Measured]:
-    """The phone as a device; see `devices.py`. Raises BadInput where it cannot be used."""
+def connect(address: Address, bundles: Mapping[str, Path], options: BenchOptions) -> Iterator[PhonePage]:
+    """The phone as a device; see `devices.py`."""
+    refuse_sweep(address.name, options)
     phone = find_phone(address.name, address.serial)
     try:
-        told = android.sections(phone.shell(android.script(android.LOOK)))
-        python = _python(phone, wanted)
+        machine = phone_machine(phone.ask(IDENTITY))
     except AdbFailed as error:
         raise BadInput(str(error)) from error
-    with tempfile.TemporaryDirectory(prefix="edgedisp-") as folder:
-        scratch = Path(folder)
-        described = _described(told, scratch, phone.name)
-        if python is None:
-            page = AdbPage(phone, bundles, wanted, described, scratch)
-            yield Measured(phone, page, {**described["phone"], "measured_by": PAGE}, scratch)
-            return
-        enter, program = python
-
-        def reach(command: str) -> list[str]:
-            return phone.reach(enter(command))
-
-        there = replace(wanted, python=program)
-        with remote.opened(phone.name, reach, explain, bundles, there) as host:
-            facts = {**described["phone"], "measured_by": RUNNER}
-            yield Measured(phone, Timed(host, bundles, there), facts, scratch)
+    available = machine["memory_available_bytes"]
+    if options.memory_bytes is None and available is not None:
+        options = replace(options, memory_bytes=int(MEMORY_SHARE * available))
+    yield PhonePage(phone, page_plan(bundles, options), machine)
 
 
-class Measured:
-    """A phone whose state is told with its figures; `device` is what measures there."""
+class PhonePage(Device):
+    """Bundles that are timed by the phone's browser. Raises BadInput where one does not fit into its
+    memory."""
 
-    def __init__(self, phone: Phone, device: Device, facts: Mapping[str, Any], scratch: Path) -> None:
-        self.phone, self.device, self.facts, self.scratch = phone, device, facts, scratch
+    def __init__(self, phone: Phone, plan: PagePlan, machine: Mapping[str, Any]) -> None:
+        self.phone, self.plan, self.machine = phone, plan, machine
+        self.page = page_resources(data_folder("export") / "web")
+        self.warnings = memory_warnings(phone.name, plan, machine["memory_available_bytes"])
 
     def measure(self, progress: Progress) -> dict[str, Any]:
-        """See `devices.py`. Raises DeviceLost."""
-        before = self._state()
+        """See `devices.py`. Raises DeviceLost. The phone's port is given back in every case."""
+        before = phone_state(self.phone.ask(STATE))
         try:
-            found = self.device.measure(progress)
+            result = self._measure(progress)
         except DeviceLost as error:
-            raise DeviceLost(str(error), self._told(error.partial, before, None)) from error
+            raise DeviceLost(str(error), self._with_state(error.partial, before, None)) from error
         try:
-            return self._told(found, before, self._state())
+            return self._with_state(result, before, phone_state(self.phone.ask(STATE)))
         except AdbFailed:  # all figures are here
-            return self._told(found, before, None)
+            return self._with_state(result, before, None)
 
-    def _state(self) -> dict[str, Any]:
-        told = android.sections(self.phone.shell(android.script(android.STATE)))
-        files = android.files(told.get("files", ""))
-        load = readings(remote.copied(self.scratch / "state", files, self.phone.name))["load_average_1m"]
-        return {**android.state(told), "load_average_1m": load}
+    def _measure(self, progress: Progress) -> dict[str, Any]:
+        plan, phone = self.plan, self.phone
+        notes: list[str] = []
+        resources = {**self.page, **plan.resources()}
+        with (
+            PageServer(
+                resources, host="127.0.0.1", port=0, refusal=plan.refusal, note=notes.append
+            ) as server,
+            phone.reverse_port(server.port, PORT) as port,
+        ):
+            monitor = _PhoneMonitor(phone, port, plan.options.pause_s, notes)
+            timeout_s = plan.options.timeout_s
+            session = PageSession(
+                plan, server, monitor, phone.name, self._machine, timeout_s, min(FIRST_S, timeout_s)
+            )
+            open_in_browser(phone, f"http://127.0.0.1:{port}/{server.token}/?run=bench")
+            return session.collect(progress)
 
-    def _told(
-        self, found: dict[str, Any], before: dict[str, Any], after: dict[str, Any] | None
+    def _machine(self, told: dict[str, Any]) -> dict[str, Any]:
+        """What adb tells of the phone, and what the page tells where adb does not."""
+        return {**told, **{name: value for name, value in self.machine.items() if value is not None}}
+
+    def _with_state(
+        self, result: dict[str, Any], before: dict[str, Any], after: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """The result with what the phone is, and how it fared before and after; None: it was gone by then."""
-        chip = self.facts["soc"] or found["machine"]["cpu"]
+        """The result with how the phone fared before and after; None: it was gone by then."""
         state = {"before": before, "after": after}
-        loads = {when: one and one["load_average_1m"] for when, one in state.items()}
         gone = ["the phone was gone when its state was to be read"] if after is None else []
         return {
-            **found,
-            "machine": {**found["machine"], "cpu": chip, "phone": dict(self.facts), "state": state},
-            "load_average": loads if found["load_average"]["before"] is None else found["load_average"],
-            "warnings": [*found["warnings"], *gone, *android.warnings(before, after)],
+            **result,
+            "machine": {**result["machine"], "state": state},
+            "load_average": {when: one and one["load_average_1m"] for when, one in state.items()},
+            "warnings": [*result["warnings"], *self.warnings, *gone, *state_warnings(before, after)],
         }
 
 
-def _described(told: Mapping[str, str], scratch: Path, name: str) -> dict[str, Any]:
-    """The keys of `machine.describe`, and `phone`: what adb's shell tells. What it does not is None."""
-    phone = android.identity(told.get("props", ""))
-    files = android.files(told.get("files", ""))
-    cpus = android.cpus(files.get("sys/devices/system/cpu/online"))
-    system = f"Android {phone['android']} (API {phone['api']})" if phone["android"] else "Android"
-    facts: dict[str, Any] = {
-        "cpus": cpus,
-        "architecture": told.get("kernel", "").strip() or phone["abi"],
-        "system": system,
-        "python": None,
-        "packages": {},
+def open_in_browser(phone: Phone, address: str) -> None:
+    """Wake the screen and open an address in the phone's browser. Raises BuildFailed where none opens it."""
+    said = phone.shell(
+        "input keyevent KEYCODE_WAKEUP >/dev/null 2>&1\n"
+        f"am start -a android.intent.action.VIEW -d {shlex.quote(address)} 2>&1"
+    )
+    errors = [line for line in said.splitlines() if line.startswith("Error")]
+    if errors:
+        why = printable(errors[0])[:200]
+        raise BuildFailed(f"{phone.name}: no browser opens the page there; install or enable one: {why}")
+
+
+class _PhoneMonitor(Monitor):
+    """The phone as adb sees it while its browser has the page open."""
+
+    def __init__(self, phone: Phone, port: int, pause_s: float, notes: list[str]) -> None:
+        self.phone, self.port, self.notes = phone, port, notes
+        self.quiet = pause_s >= QUIET_S
+        self.looked = time.monotonic()
+
+    def gone(self) -> str | None:
+        if time.monotonic() - self.looked < LOOK_S:
+            return None
+        self.looked = time.monotonic()
+        with suppress(AdbFailed):
+            if f"tcp:{self.port}" in self.phone.run("reverse", "--list").split():
+                return None
+        return "it is not attached any more, or its port no longer leads here"
+
+    def hint(self) -> str:
+        return "; unlock the phone, and leave the page in front" + "".join(f"; {n}" for n in self.notes[:1])
+
+    def turn_ends(self) -> dict[str, Any]:
+        """Clock and load, read in the pause after a turn; nothing where there is none."""
+        try:
+            return phone_sensors(self.phone.ask(SENSORS)) if self.quiet else {}
+        except AdbFailed:
+            return {}  # it went away: `gone` says so
+
+
+# ---------------------------------------------------------------- what the phone's commands print
+
+
+def phone_machine(answers: Mapping[str, str]) -> dict[str, Any]:
+    """The keys of the runner's description, and `phone`: what adb's shell tells. What it does not is None."""
+    props = dict(re.findall(r"^\[([^\]]+)\]: \[(.*)\]$", answers.get("props", ""), re.MULTILINE))
+
+    def prop(*names: str) -> str | None:
+        return next((printable(props[n]).strip()[:200] for n in names if props.get(n, "").strip()), None)
+
+    chip = prop("ro.soc.model", "ro.board.platform", "ro.hardware")
+    maker = prop("ro.soc.manufacturer") if prop("ro.soc.model") else None
+    phone = {
+        "manufacturer": prop("ro.product.manufacturer"),
+        "model": prop("ro.product.model"),
+        "soc": f"{maker} {chip}" if maker else chip,
+        "android": prop("ro.build.version.release"),
+        "api": prop("ro.build.version.sdk"),
+        "abi": prop("ro.product.cpu.abi"),
+        "measured_by": "the phone page in its browser",
     }
-    found = machine.describe(remote.copied(scratch / "look", files, name), facts)
-    unknown = {} if cpus else {"physical_cores": None, "logical_cpus": None}
-    return {**found, **unknown, "cpu": phone["soc"] or found["cpu"], "phone": phone}
+    table = dict(re.findall(r"^(\w+):\s+(\d+) kB", answers.get("memory", ""), re.MULTILINE))
+    total, available = (int(table[k]) * 1024 if k in table else None for k in ("MemTotal", "MemAvailable"))
+    cores = count_cpus(answers.get("online", ""))
+    return {
+        "cpu": phone["soc"],
+        "architecture": answers.get("architecture", "").strip() or phone["abi"],
+        "physical_cores": cores,
+        "logical_cpus": cores,
+        "memory_bytes": total,
+        "memory_available_bytes": available,
+        "system": f"Android {phone['android']} (API {phone['api']})" if phone["android"] else "Android",
+        "phone": phone,
+    }
 
 
-def _plainly(command: str) -> str:
-    """adb's own shell; its user may write to /data/local/tmp alone."""
-    return f"export TMPDIR=${{TMPDIR:-/data/local/tmp}}; {command}"
+def count_cpus(text: str) -> int | None:
+    """How many CPUs a kernel list such as `0-3,6` names; None where it is not told."""
+    ranges = re.findall(r"(\d+)(?:-(\d+))?", text)
+    return sum(int(last or first) - int(first) + 1 for first, last in ranges) or None
 
 
-def _in_termux(command: str) -> str:
-    """As Termux's user, with the settings that its terminal has."""
-    settings = (
-        f"export HOME={TERMUX}/home PREFIX={TERMUX}/usr TMPDIR={TERMUX}/usr/tmp PATH={TERMUX}/usr/bin:$PATH"
+def phone_sensors(answers: Mapping[str, str]) -> dict[str, Any]:
+    """{load_average_1m, clock_mhz}, the mean over CPUs."""
+    load = re.match(r"\s*([\d.]+)", answers.get("load", ""))
+    clocks = [int(khz) / 1000 for khz in answers.get("clock", "").split() if khz.isdigit()]
+    return {
+        "load_average_1m": float(load.group(1)) if load else None,
+        "clock_mhz": sum(clocks) / len(clocks) if clocks else None,
+    }
+
+
+def phone_state(answers: Mapping[str, str]) -> dict[str, Any]:
+    """How the phone fares now, of the answers to STATE."""
+    battery = dict(re.findall(r"^\s*([\w ]+): (\S+)$", answers.get("battery", ""), re.MULTILINE))
+    level, scale, tenths, status = (
+        int(battery[name]) if re.fullmatch(r"-?\d{1,9}", battery.get(name, "")) else None
+        for name in ("level", "scale", "temperature", "status")
     )
-    return f"exec run-as com.termux sh -c {shlex.quote(f'{settings}; {command}')}"
+    thermal = answers.get("thermal", "")
+    thermal_status = re.search(r"^\s*Thermal Status: (\d+)", thermal, re.MULTILINE)
+    # The last list holds what the sensors say now; the one before is what was told to listeners.
+    now = thermal.rpartition("Current temperatures")[2] or thermal
+    skin = [float(value) for value in re.findall(rf"mValue=(-?[\d.]+), mType={SKIN},", now)]
+    saver = answers.get("saver", "").strip()
+    return {
+        **phone_sensors(answers),
+        "battery_percent": round(100 * level / scale) if level is not None and scale else None,
+        "battery_status": BATTERY.get(status or 0),
+        "battery_temperature_c": None if tenths is None else tenths / 10,
+        "thermal_status": THERMAL.get(int(thermal_status.group(1))) if thermal_status else None,
+        "skin_temperature_c": max(skin, default=None),
+        "battery_saver": saver == "1" if saver in ("0", "1") else None,
+    }
 
 
-def _python(phone: Phone, wanted: Wanted) -> tuple[Enter, str] | None:
-    """How to get to a Python that can run the runner, and its name; None: there is none, use the page.
-
-    One that was named is taken, whatever it lacks: that is told later. Raises BadInput where it is not there.
-    """
-    named = wanted.python
-    if not phone.has_clean_pipe:
-        if named:
-            raise BadInput(f"{phone.name}: --remote-python needs Android 7 or later; leave it away")
-        return None
-    check = OLD_ENOUGH if named else ABLE
-    tried = shlex.quote(named) if named else "python3 python"
-    search = (
-        f"for p in {tried}; do "
-        f'if "$p" -c {shlex.quote(check)} </dev/null >/dev/null 2>&1; then echo "$p"; break; fi; done'
-    )
-    for enter in (_plainly, _in_termux):
-        found = phone.shell(f"({enter(search)}) 2>/dev/null").strip()
-        if found:
-            return enter, found
-    if named:
-        raise BadInput(
-            f"{phone.name}: adb's shell starts no Python {named} of 3.9 or newer there, nor Termux's"
+def state_warnings(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> list[str]:
+    """What to beware of in figures that were taken between two states; `after` None: it is not known."""
+    warnings = []
+    for when, state in (("before", before), ("after", after or {})):
+        if (status := state.get("thermal_status")) not in (None, "none"):
+            warnings.append(
+                f"thermal status {status} {when} the measurement: the phone slows itself down; let it cool"
+            )
+    states = [state for state in (before, after) if state]
+    if any(state.get("battery_status") == "charging" for state in states):
+        warnings.append("the phone was being charged, which warms it; `adb tcpip` works without cable")
+    levels = [state["battery_percent"] for state in states if state.get("battery_percent") is not None]
+    if levels and min(levels) < LOW_PERCENT:
+        warnings.append(
+            f"battery at {min(levels)} %: many phones run slower below {LOW_PERCENT} %; charge it"
         )
-    return None
+    if any(state.get("battery_saver") for state in states):
+        warnings.append("the battery saver was on: it lowers clocks; turn it off")
+    return warnings
+
+
+def memory_warnings(name: str, plan: PagePlan, available: int | None) -> list[str]:
+    """What to say where memory is short. Raises BadInput where the weights alone do not fit.
+
+    `available`: bytes that the phone could give without ending apps that are in use; None: not told.
+    """
+    if available is None:
+        return []
+    heaviest = max(plan.bundles, key=lambda bundle: bundle.weights_bytes)
+    least = heaviest.weights_bytes + PAGE_BYTES
+    if least > available:
+        raise BadInput(
+            f"{name}: {available / MIB:.0f} MiB of memory are free there, and {heaviest.label} takes at "
+            f"least {least / MIB:.0f}; close apps, or take a bundle of fewer bits"
+        )
+    largest = max(plan.bundles, key=lambda bundle: bundle.expected_memory_bytes)
+    if largest.expected_memory_bytes <= available:
+        return []
+    return [
+        f"{largest.label} needs about {largest.expected_memory_bytes / MIB:.0f} MiB and "
+        f"{available / MIB:.0f} were free: Android ends other apps for it, or the page"
+    ]

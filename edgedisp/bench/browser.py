@@ -1,140 +1,283 @@
 """The device `browser`: bundles timed by the phone page in a headless Chromium on this machine.
 
-The page is the one a phone gets, served on 127.0.0.1 under a token, opened with `?run=bench`, which starts
-the benchmark without a touch. What it sends back becomes the rows of every other device (`page_plan.py`).
-127.0.0.1 counts as a secure context, so the page is cross-origin isolated: threads can be asked for, and its
-clock has steps of 5 microseconds.
-
-Left out: Firefox and WebKit (their headless modes need drivers), and slowing the processor down to look like
-a phone's: Chromium's throttle does not reach workers.
+The page is the one a phone gets, served on 127.0.0.1 under a token and opened with `?run=bench`, which starts
+the benchmark without a touch. 127.0.0.1 counts as a secure context, so threads can be asked for and the clock
+has steps of 5 microseconds. Chromium gets a profile of its own and no background work; its sandbox is on,
+except for root. The address with the token goes to it in a private file, as any user can read a command line.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import queue
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgedisp.bench.chromium import Browser, find_browser, started
-from edgedisp.bench.devices import Address, Wanted
-from edgedisp.bench.machine import describe, readings
-from edgedisp.bench.page_bundle import PageBundle, read_bundles
-from edgedisp.bench.page_plan import PagePlan, measured
-from edgedisp.bench.page_resources import page_resources
-from edgedisp.bench.page_run import MEMORY_SHARE, Opened
-from edgedisp.bench.page_scores import Requests
-from edgedisp.bench.page_server import PageServer
-from edgedisp.bench.timing import other_cpus
-from edgedisp.core.errors import BadInput
+import psutil
+
+from edgedisp.bench.devices import Address, BenchOptions, Device, DeviceLost
+from edgedisp.bench.interleaved_timing import MEMORY_SHARE
+from edgedisp.bench.page_plan import PagePlan, page_result, read_bundle
+from edgedisp.bench.page_protocol import Figures, PendingScores, Scores, Step, Trouble
+from edgedisp.bench.page_server import PageServer, page_resources
+from edgedisp.bench.system import describe, runner
+from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.paths import data_folder
-from edgedisp.core.progress import Progress, silent
+from edgedisp.core.progress import Progress
+
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FLAGS = shlex.split(
+    "--headless --no-first-run --no-default-browser-check --disable-background-networking "
+    "--disable-component-update --disable-default-apps --disable-domain-reliability --disable-extensions "
+    "--disable-sync --disable-breakpad --metrics-recording-only --no-pings --disable-gpu "
+    "--disable-dev-shm-usage --disable-background-timer-throttling --disable-renderer-backgrounding "
+    "--password-store=basic --use-mock-keychain --window-size=360,740"
+)
+POLITE_S = 5.0
 
 
-def measure(
-    bundles: Mapping[str, Path],
-    *,
-    prompt: int = 128,
-    generate: int = 128,
-    repetitions: int = 5,
-    threads: int | None = None,
-    seed: int = 0,
-    pause_s: float = 0.0,
-    warmup: int = 1,
-    pairs: Sequence[tuple[str, str]] = (),
-    memory_bytes: int | None = None,
-    timeout_s: float = 900.0,
-    progress: Progress = silent,
-    web: Path | None = None,
-    program: str | None = None,
-    served: Sequence[PageBundle] | None = None,
-    requests: Requests | None = None,
-) -> dict[str, Any]:
-    """Time every bundle `repetitions` times, in turns; the same dictionary as `timing.measure`.
+class Monitor:
+    """What is known of the browser that has a page open, beside what the page sends."""
 
-    `threads` None is 1: a second thread made decoding slower in WebAssembly wherever it was tried. `web` is
-    the page's folder (default: the packaged one), `program` the browser (default: `find_browser`), `served`
-    what `read_bundle` gave of the bundles, where that is known already. `requests`: items to be scored when
-    the timing is done (page_scores.py); the result then has `answers`.
+    def gone(self) -> str | None:
+        """Why no more can come; None while it may. Asked about twice a second."""
 
-    Raises BadInput for a bundle that the page cannot use or where no browser is found, BuildFailed where the
-    page or the browser fails, or nothing is heard for `timeout_s`: DeviceLost where something was timed until
-    then. The browser is ended in every case.
+    def hint(self) -> str:
+        """What to add where nothing has been heard for too long."""
+        return ""
+
+    def turn_begins(self) -> None:
+        """Called before a turn."""
+
+    def turn_ends(self) -> dict[str, Any]:
+        """What was seen of the machine during the turn that has ended; {} where nothing was."""
+        return {}
+
+
+@dataclass
+class PageSession:
+    """A page that was opened by us: its plan, where it sends to, and who watches its browser.
+
+    machine: makes the whole description of what the page told. first_s: the longest wait for its first word.
     """
-    program = program or find_browser()
-    served = read_bundles(bundles) if served is None else tuple(served)
-    if not served:
-        raise BadInput("no bundle to time; name at least one bundle folder")
-    if missing := [label for one in pairs for label in one if label not in bundles]:
-        raise BadInput(f"pairs: {', '.join(missing)}: not among the bundles")
-    if memory_bytes is None and (available := describe()["memory_available_bytes"]) is not None:
-        memory_bytes = int(MEMORY_SHARE * available)
-    options = (prompt, generate, repetitions, threads or 1, seed, warmup, pause_s, memory_bytes)
-    plan = PagePlan(served, *options, requests or {})
-    resources = {**page_resources(web or data_folder("export") / "web"), **plan.resources()}
-    before = readings()["load_average_1m"]
-    with (
-        PageServer(resources, host="127.0.0.1", port=0, accepts=plan.accepts, note=silent_note) as server,
-        started(program, f"{server.address}?run=bench") as browser,
-    ):
-        page = Opened(plan, server, _Watch(browser), "browser", _machine, timeout_s)
-        figures, seen = page.collect(progress)
-        facts = browser.facts()
-    found = measured(plan, figures, device="browser", pairs=pairs, readings=seen)
-    machine = _machine(found["machine"])
-    return {
-        **found,
-        **page.scores.result(),
-        "machine": {**machine, "browser": {**machine["browser"], **facts}},
-        "load_average": {"before": before, "after": readings()["load_average_1m"]},
-    }
+
+    plan: PagePlan
+    server: PageServer
+    monitor: Monitor
+    device: str
+    machine: Callable[[dict[str, Any]], dict[str, Any]]
+    timeout_s: float
+    first_s: float
+
+    def __post_init__(self) -> None:
+        self.scores = PendingScores(self.plan.options.requests)
+        self.figures: Figures | None = None
+        self.sensors: dict[int, dict[str, Any]] = {}
+
+    def collect(self, progress: Progress) -> dict[str, Any]:
+        """Wait for the complete figures and all scores; the device's result.
+
+        Raises BuildFailed where the page says that it cannot go on, is gone, or silent for `timeout_s`:
+        DeviceLost where something was timed until then.
+        """
+        heard, patience_s = time.monotonic(), self.first_s
+        while self.figures is None or not (self.figures.complete and self.scores.complete):
+            try:
+                upload = self.server.received.get(timeout=0.5).upload
+            except queue.Empty:
+                if why := self.monitor.gone():
+                    raise self._lost(why) from None
+                if time.monotonic() - heard > patience_s:
+                    raise self._lost(f"nothing heard for {patience_s:g} s{self.monitor.hint()}") from None
+                continue
+            heard, patience_s = time.monotonic(), self.timeout_s
+            if isinstance(upload, Step):
+                progress(upload.done, upload.total, upload.note)
+                self.monitor.turn_begins()  # a turn begins after the step is told
+            elif isinstance(upload, Trouble):
+                raise self._lost(f"the page could not go on: {upload.message}")
+            elif isinstance(upload, Scores):
+                self.scores.add(upload)
+            else:
+                if upload.repetitions and upload.repetitions[-1].turn not in self.sensors:
+                    self.sensors[upload.repetitions[-1].turn] = self.monitor.turn_ends()
+                self.figures = upload
+        return self._result()
+
+    def _result(self) -> dict[str, Any]:
+        if self.figures is None:
+            return {}
+        result = page_result(self.plan, self.figures, self.device, self.sensors)
+        return {**result, **self.scores.result(), "machine": self.machine(result["machine"])}
+
+    def _lost(self, why: str) -> BuildFailed:
+        """The error, with the partial result if there is one."""
+        message = f"device {self.device}: {why}"
+        if self.figures is None or not self.figures.repetitions:
+            return BuildFailed(message)
+        return DeviceLost(message, {**self._result(), "lost": why})
 
 
-class Page:
-    """The browser as a device."""
+class BrowserPage(Device):
+    """The browser as a device. `program`: Chromium; None: the one that is found."""
 
-    def __init__(self, bundles: Mapping[str, Path], wanted: Wanted) -> None:
-        self.bundles, self.wanted, self.program = bundles, wanted, find_browser()
-        self.served = read_bundles(bundles)
+    def __init__(
+        self, bundles: Mapping[str, Path], options: BenchOptions, program: str | None = None
+    ) -> None:
+        self.program = program or find_browser()
+        self.page = page_resources(data_folder("export") / "web")
+        available = describe()["memory_available_bytes"]
+        if options.memory_bytes is None and available is not None:
+            options = replace(options, memory_bytes=int(MEMORY_SHARE * available))
+        self.plan = page_plan(bundles, options)
 
     def measure(self, progress: Progress) -> dict[str, Any]:
-        """See `devices.py`. Raises DeviceLost."""
-        return measure(
-            self.bundles,
-            threads=self.wanted.threads,
-            program=self.program,
-            served=self.served,
-            progress=progress,
-            requests=self.wanted.requests,
-            **self.wanted.timing(),
-        )
+        """See `devices.py`. Raises DeviceLost. The browser is ended in every case."""
+        plan, before = self.plan, runner().read_sensors()
+        resources = {**self.page, **plan.resources()}
+        with (
+            PageServer(
+                resources, host="127.0.0.1", port=0, refusal=plan.refusal, note=lambda line: None
+            ) as server,
+            start_browser(self.program, f"{server.address}?run=bench") as browser,
+        ):
+            timeout_s = plan.options.timeout_s
+            monitor = _ProcessMonitor(browser)
+            session = PageSession(plan, server, monitor, "browser", browser.machine, timeout_s, timeout_s)
+            result = session.collect(progress)
+        loads = {
+            "before": before["load_average_1m"],
+            "after": runner().read_sensors()["load_average_1m"],
+        }
+        return {**result, "load_average": loads}
 
 
 @contextmanager
-def opened(address: Address, bundles: Mapping[str, Path], wanted: Wanted) -> Iterator[Page]:
-    """The browser as a device; see `devices.py`. Raises BadInput where there is none, or a sweep is asked."""
-    if wanted.sweep:
-        raise BadInput(f"--threads sweep: {address.name} takes a number of threads; without one it is 1")
-    page_resources(data_folder("export") / "web")  # refused before anything is timed where they are missing
-    yield Page(bundles, wanted)
+def connect(address: Address, bundles: Mapping[str, Path], options: BenchOptions) -> Iterator[BrowserPage]:
+    """The browser as a device; see `devices.py`."""
+    refuse_sweep(address.name, options)
+    yield BrowserPage(bundles, options)
 
 
-def silent_note(line: str) -> None:
-    """The page is ours: what it sends fits."""
+def refuse_sweep(name: str, options: BenchOptions) -> None:
+    """Raises BadInput where a sweep over thread counts is asked of a page."""
+    if options.threads == "sweep":
+        raise BadInput(f"--threads sweep: {name} takes a number of threads; without one it is 1")
 
 
-def _machine(told: dict[str, Any]) -> dict[str, Any]:
-    """This machine, with what the page told of its browser."""
-    return {**describe(), "browser": told["browser"]}
+def page_plan(bundles: Mapping[str, Path], options: BenchOptions) -> PagePlan:
+    """The plan of a page that starts by itself. One thread unless told otherwise: a second one made decoding
+    slower in WebAssembly wherever it was tried. Raises BadInput for bundles or pairs that cannot be."""
+    if not bundles:
+        raise BadInput("no bundle to time; name at least one bundle folder")
+    if missing := [label for pair in options.pairs for label in pair if label not in bundles]:
+        raise BadInput(f"pairs: {', '.join(missing)}: not among the bundles")
+    served = tuple(read_bundle(label, folder) for label, folder in bundles.items())
+    return PagePlan(served, replace(options, threads=options.threads or 1))
 
 
-class _Watch:
-    """The browser's process, and this machine's counters during a turn; see `page_run.Watch`."""
+def find_browser() -> str:
+    """The program named by $CHROME, else the first of PROGRAMS on the PATH. BadInput where there is none."""
+    named = os.environ.get("CHROME")
+    if named:
+        program = shutil.which(named)
+        if program is None:
+            raise BadInput(f"$CHROME names {named}, which is no program; name a Chromium or Chrome")
+        return program
+    for name in PROGRAMS:
+        if program := shutil.which(name):
+            return program
+    raise BadInput(
+        "device browser: no Chromium found (looked for " + ", ".join(PROGRAMS) + "); install one, such as "
+        "`apt-get install chromium`, or name it with the environment variable CHROME"
+    )
+
+
+class Browser:
+    """A headless browser with one page open."""
+
+    def __init__(self, process: subprocess.Popen[bytes], program: str, log: Any) -> None:
+        self.process, self.program, self._log = process, program, log
+
+    def tail(self) -> str:
+        """The end of what it wrote to stderr."""
+        self._log.seek(0)
+        text = self._log.read().decode("utf-8", "replace").strip()
+        return f":\n{text[-2000:]}" if text else ""
+
+    def processes(self) -> list[psutil.Process]:
+        """Its processes; those that end meanwhile are left out."""
+        try:
+            top = psutil.Process(self.process.pid)
+            return [top, *top.children(recursive=True)]
+        except psutil.Error:
+            return []
+
+    def cpu_s(self) -> float:
+        """Processor time of all its processes together."""
+        total = 0.0
+        for process in self.processes():
+            with suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
+
+    def machine(self, told: dict[str, Any]) -> dict[str, Any]:
+        """This machine, with what the page told of its browser, and the peak of the process that ran the
+        page."""
+        peaks = []
+        for process in self.processes():
+            with suppress(psutil.Error, OSError):
+                if "--type=renderer" in process.cmdline():
+                    lines = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii").splitlines()
+                    peaks += [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
+        facts = {"program": Path(self.program).name, "renderer_peak_memory_bytes": max(peaks, default=None)}
+        return {**describe(), "browser": {**told["browser"], **facts}}
+
+
+@contextmanager
+def start_browser(program: str, address: str) -> Iterator[Browser]:
+    """A headless browser on `address`, ended with all its processes and its profile."""
+    # Chromium's helpers may write for a moment after they were ended.
+    profile = tempfile.TemporaryDirectory(prefix="edgedisp-browser-", ignore_cleanup_errors=True)
+    with tempfile.TemporaryFile() as log, profile as folder:
+        start = Path(folder) / "start.html"  # the folder is this user's alone
+        start.write_text(f"<script>location.replace({json.dumps(address)})</script>", encoding="utf-8")
+        command = [program, *FLAGS, f"--user-data-dir={folder}"]
+        command += ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+        process = subprocess.Popen(
+            [*command, start.as_uri()],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # its helpers form one group, and Ctrl-C reaches this program alone
+        )
+        try:
+            yield Browser(process, program, log)
+        finally:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, number)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(POLITE_S)
+
+
+class _ProcessMonitor(Monitor):
+    """The browser's process, and this machine's counters during a turn."""
 
     def __init__(self, browser: Browser) -> None:
         self.browser = browser
-        self.begins()
+        self.turn_begins()
 
     def gone(self) -> str | None:
         code = self.browser.process.poll()
@@ -143,17 +286,19 @@ class _Watch:
     def hint(self) -> str:
         return self.browser.tail()
 
-    def begins(self) -> None:
-        self.counters, self.own_s, self.started = readings(), self.browser.cpu_s(), time.monotonic()
+    def turn_begins(self) -> None:
+        self.before, self.cpu_s, self.started = (
+            runner().read_sensors(),
+            self.browser.cpu_s(),
+            time.monotonic(),
+        )
 
-    def ended(self) -> dict[str, Any]:
-        """Clock, temperature, load, and the CPUs that others kept busy since; None where it is not told."""
-        after, wall_s = readings(), time.monotonic() - self.started
-        own_s = self.browser.cpu_s() - self.own_s
+    def turn_ends(self) -> dict[str, Any]:
+        after, wall_s = runner().read_sensors(), time.monotonic() - self.started
+        cpu_s = self.browser.cpu_s() - self.cpu_s
+        busy = (self.before["busy_cpu_s"], after["busy_cpu_s"])
         return {
-            "cpu_s": own_s,
-            "other_cpus": other_cpus(self.counters, after, own_s, wall_s),
-            "load_average_1m": after["load_average_1m"],
-            "clock_mhz": after["clock_mhz"],
-            "temperature_c": after["temperature_c"],
+            "cpu_s": cpu_s,
+            "other_cpus": runner().other_cpus(*busy, cpu_s, wall_s),
+            **{name: after[name] for name in ("load_average_1m", "clock_mhz", "temperature_c")},
         }

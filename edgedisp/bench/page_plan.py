@@ -1,213 +1,298 @@
-"""What the phone page is asked to time, whether what it sends fits, and the rows that come of it.
+"""What the phone page is asked to time, and the rows that come of what it sends.
 
-The plan is fixed before anything is served: the bundles, one random prompt for each vocabulary (the runner's:
-same seed, same ids), and the order of the turns, A B B A. The page times and sends back raw milliseconds;
-`measured` makes of them what `timing.measure` returns, with the same formulas.
+The plan is fixed before anything is served: the bundles with size and SHA-256 of each file, one random prompt
+for each vocabulary (the runner's), and the order of the turns, A B B A.
 
-What differs from a measurement by the runner, and is said in the result: `peak_memory_bytes` is the size of
-the bundle's WebAssembly heap, not of a process; clocks, temperature and other processes cannot be seen from a
-page; `load_s` includes reading the kept file from the browser's storage, but not making the runtime ready.
+What differs from a measurement by the runner: `peak_memory_bytes` is the size of the bundle's WebAssembly
+heap, `load_s` includes reading the file from the browser's storage, and a page sees neither clocks nor other
+processes.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from edgedisp import __version__
-from edgedisp.bench import page_scores
-from edgedisp.bench.graph_facts import read_graph, weight_traffic
-from edgedisp.bench.page_bundle import PageBundle, prompt_ids
-from edgedisp.bench.page_resources import Resource, json_resource
-from edgedisp.bench.spread import percentile
-from edgedisp.bench.summary import pair, row, warn_about_bits
-from edgedisp.bench.timing import few, turns
-from edgedisp.bench.uploads import Figures, Loaded, Repetition, Scores, Upload
+from edgedisp.bench import results
+from edgedisp.bench.devices import BenchOptions
+from edgedisp.bench.graph_stats import external_files, find_graph, read_graph, read_json, tensor_bytes
+from edgedisp.bench.interleaved_timing import turns
+from edgedisp.bench.page_protocol import DeviceFacts, Figures, Repetition, Scores, Upload
+from edgedisp.bench.system import runner
 from edgedisp.core.errors import BadInput
+from edgedisp.core.stage_folder import MANIFEST, file_digest
 
 FORM = 1  # of the plan; the page refuses another
-LONGEST_PAUSE_S = 600.0
+MIB = 1 << 20
+PAGE_BYTES = 150 * MIB  # a page without weights
+CONTEXT_CAP = 4096  # of a conversation on the page; the cache of SmolLM2-135M is then 190 MB
+SETTINGS_FILES = (
+    *("config.json", "generation_config.json", "genai_config.json", "tokenizer.json"),
+    *("tokenizer_config.json", "chat_template.jinja"),
+)
+
+
+@dataclass(frozen=True)
+class Resource:
+    """What one address of the server gives: a file, or bytes made beforehand. `tag` is its SHA-256."""
+
+    content_type: str
+    size_bytes: int
+    tag: str
+    path: Path | None = None
+    body: bytes = b""
+    revalidated: bool = False
+    """The browser may keep it and ask whether it changed; bundles are kept by the page itself."""
+
+
+def json_resource(content: Any) -> Resource:
+    """A JSON answer made beforehand."""
+    body = json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+    return Resource("application/json", len(body), hashlib.sha256(body).hexdigest(), body=body)
+
+
+@dataclass(frozen=True)
+class PageBundle:
+    """One bundle as the page sees it. Its files are listed once; nothing else of the folder can be fetched.
+
+    graph: such as `onnx/model_q4.onnx`. external: weight files, as the graph names them. unfolded: its
+    weights become fp32 when the graph is opened. packed: products unpack their weights at every token in
+    WebAssembly.
+    """
+
+    label: str
+    folder: Path
+    graph: str
+    external: tuple[str, ...]
+    files: dict[str, Resource]
+    weights_bytes: int
+    expected_memory_bytes: int
+    unfolded: bool
+    packed: bool
+    vocab_size: int
+    context: int
+
+
+def read_bundle(label: str, folder: Path) -> PageBundle:
+    """The bundle's files for the page. Raises BadInput for a folder that the page cannot use."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; give a bundle such as <run>/<arm>/int4")
+    config, genai = (read_json(folder / name) for name in ("config.json", "genai_config.json"))
+    preferred = folder / "onnx" / f"model_{config.get('transformers.js_config', {}).get('dtype')}.onnx"
+    for_browsers = [preferred] if preferred.is_file() else sorted((folder / "onnx").glob("model*.onnx"))
+    graph = for_browsers[0] if for_browsers else find_graph(folder)
+    model = read_graph(graph)
+    external = tuple(sorted(external_files(model)))
+    weights = [graph, *(graph.parent / name for name in external)]
+    settings = [folder / name for name in SETTINGS_FILES if (folder / name).is_file()]
+    files = {path.relative_to(folder).as_posix(): _file(folder, path) for path in [*weights, *settings]}
+    weights_bytes = sum(files[path.relative_to(folder).as_posix()].size_bytes for path in weights)
+    layouts = read_json(folder / MANIFEST).get("layouts", {})
+    unfolded = int(layouts.get("transformers.js", {}).get("unfolded_bytes", 0))
+    context = [genai.get("model", {}).get("context_length"), config.get("max_position_embeddings")]
+    logits = [o.type.tensor_type.shape.dim[-1].dim_value for o in model.graph.output if o.name == "logits"]
+    sizes = [*logits, genai.get("model", {}).get("vocab_size"), config.get("vocab_size")]
+    vocab_size = next((size for size in sizes if isinstance(size, int) and size > 0), None)
+    if vocab_size is None:
+        raise BadInput(f"{folder}: neither the graph nor its configuration tells the size of the vocabulary")
+    return PageBundle(
+        label=label,
+        folder=folder,
+        graph=graph.relative_to(folder).as_posix(),
+        external=external,
+        files=files,
+        weights_bytes=weights_bytes,
+        expected_memory_bytes=max(
+            expected_memory_bytes(weights_bytes, model), PAGE_BYTES + unfolded if unfolded else 0
+        ),
+        unfolded=unfolded > 0 and graph.name != "model.onnx",
+        packed=any(node.op_type == "MatMulNBits" for node in model.graph.node),
+        vocab_size=vocab_size,
+        context=min([CONTEXT_CAP, *(size for size in context if isinstance(size, int) and size > 0)]),
+    )
+
+
+def expected_memory_bytes(weights_bytes: int, model: Any) -> int:
+    """Rough memory of a page that has the bundle open: 350 MiB, and 2.3 times the weights as they are used.
+
+    Measured with SmolLM2-135M in Chromium 156 (resident size of the renderer): int4 as MatMulNBits (86 MB)
+    616 MB, fp32 (540 MB) 1,608 MB, weights that are unfolded to fp32 as they load 1,413 MB.
+    """
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    inputs = {node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    float32 = 1  # onnx.TensorProto.FLOAT
+    grown = sum(tensor_bytes(tensors[n], float32) - tensor_bytes(tensors[n]) for n in inputs & set(tensors))
+    return 350 * MIB + int(2.3 * (weights_bytes + grown))
+
+
+def _file(folder: Path, path: Path) -> Resource:
+    """Hash one file; it must be a regular file inside the bundle, also when links are followed."""
+    real = path.resolve()
+    if not real.is_relative_to(folder.resolve()):
+        raise BadInput(f"{path}: lies outside the bundle ({real}); copy the bundle without links")
+    if not real.is_file():
+        raise BadInput(f"{path}: is missing, and the graph needs it; export the bundle again")
+    kind = "application/json" if path.suffix == ".json" else "application/octet-stream"
+    return Resource(kind, real.stat().st_size, file_digest(real), real)
 
 
 @dataclass(frozen=True)
 class PagePlan:
-    """Bundles and options of one serving. `threads` None: the page's own choice, 1 unless told otherwise.
+    """Bundles and options of one serving. `options.threads` None: the page's own choice, 1 unless changed.
 
     Raises BadInput where the prompt and the new tokens do not fit into a bundle's context.
     """
 
     bundles: tuple[PageBundle, ...]
-    prompt: int = 128
-    generate: int = 128
-    repetitions: int = 5
-    threads: int | None = None
-    seed: int = 0
-    warmup: int = 1
-    pause_s: float = 0.0
-    memory_bytes: int | None = None
-    """What the open bundles may take together; None: the page decides by what the phone tells."""
-    requests: page_scores.Requests = field(default_factory=dict)
-    """Items of each bundle to be scored after the timing."""
+    options: BenchOptions
 
     def __post_init__(self) -> None:
+        needed = self.options.prompt + self.options.generate
         for bundle in self.bundles:
-            if self.prompt + self.generate > bundle.context:
+            if needed > bundle.context:
                 raise BadInput(
-                    f"{bundle.folder}: the run needs {self.prompt + self.generate} positions, its context is "
-                    f"{bundle.context}; ask for less with --prompt and --generate"
+                    f"{bundle.folder}: the run needs {needed} positions, its context is {bundle.context}; "
+                    "ask for less with --prompt and --generate"
                 )
 
-    def options(self) -> dict[str, Any]:
+    def options_json(self) -> dict[str, Any]:
         """As in the other devices' results."""
         names = ("prompt", "generate", "threads", "seed", "warmup", "repetitions", "pause_s")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self.options, name) for name in names}
 
     def order(self) -> list[tuple[int, str]]:
         """(repetition, label) of every turn."""
-        return turns([bundle.label for bundle in self.bundles], self.repetitions)
+        return turns([bundle.label for bundle in self.bundles], self.options.repetitions)
 
     def resources(self) -> dict[str, Resource]:
-        """The plan and the bundles' files, by address."""
-        labels = [bundle.label for bundle in self.bundles]
-        found = {"plan.json": json_resource(self._as_json()), **page_scores.resources(labels, self.requests)}
-        for place, bundle in enumerate(self.bundles):
-            for name, file in bundle.files.items():
-                kind = "application/json" if name.endswith(".json") else "application/octet-stream"
-                found[f"bundle/{place}/{name}"] = Resource(kind, file.size_bytes, file.sha256, file.path)
-        return found
-
-    def _as_json(self) -> dict[str, Any]:
-        return {
+        """The plan, the items to score and the bundles' files, by address."""
+        plan = {
             "form": FORM,
             "edgedisp": __version__,
-            "options": self.options(),
+            "options": self.options_json(),
             "turns": [list(turn) for turn in self.order()],
-            "memory_bytes": self.memory_bytes,
+            "memory_bytes": self.options.memory_bytes,
             "bundles": [self._bundle_json(place, bundle) for place, bundle in enumerate(self.bundles)],
         }
+        resources = {"plan.json": json_resource(plan)}
+        for place, bundle in enumerate(self.bundles):
+            if items := self.options.requests.get(bundle.label):
+                resources[f"requests/{place}.json"] = json_resource(items)
+            resources |= {f"bundle/{place}/{name}": file for name, file in bundle.files.items()}
+        return resources
 
     def _bundle_json(self, place: int, bundle: PageBundle) -> dict[str, Any]:
+        items = self.options.requests.get(bundle.label)
+        prompt = runner().prompt_ids(bundle.vocab_size, self.options.prompt, self.options.seed)
         return {
             "label": bundle.label,
             "graph": bundle.graph,
             "external": list(bundle.external),
             "files": {
-                name: {"url": f"bundle/{place}/{name}", "size_bytes": file.size_bytes, "sha256": file.sha256}
+                name: {"url": f"bundle/{place}/{name}", "size_bytes": file.size_bytes, "sha256": file.tag}
                 for name, file in bundle.files.items()
             },
-            "download_bytes": bundle.download_bytes,
+            "download_bytes": sum(file.size_bytes for file in bundle.files.values()),
             "expected_memory_bytes": bundle.expected_memory_bytes,
             "context": bundle.context,
-            "prompt_ids": prompt_ids(bundle.vocab_size, self.prompt, self.seed),
-            "requests": page_scores.announced(place, bundle.label, self.requests),
+            "prompt_ids": prompt[0].tolist(),
+            "requests": {"url": f"requests/{place}.json", "items": len(items)} if items else None,
         }
 
-    def accepts(self, upload: Upload) -> str | None:
+    def refusal(self, upload: Upload) -> str | None:
         """What is wrong with an upload that fits the schema but not this plan; None if nothing is."""
         if isinstance(upload, Scores):
-            return page_scores.wrong(upload, self.requests)
+            items = self.options.requests.get(upload.label, ())
+            if upload.first + len(upload.answers) > len(items):
+                return "scores of items that were not asked for"
+            if any(len(one) != len(items[upload.first + at]) for at, one in enumerate(upload.answers)):
+                return "an item has more or fewer scores than it has requests"
         if not isinstance(upload, Figures):
             return None
         order, labels = self.order(), {bundle.label for bundle in self.bundles}
-        for turn, found in enumerate(upload.repetitions):
-            if turn >= len(order) or (found.repetition, found.label) != order[turn] or found.turn != turn:
+        generate = self.options.generate
+        for turn, timed in enumerate(upload.repetitions):
+            if turn >= len(order) or (timed.repetition, timed.label) != order[turn] or timed.turn != turn:
                 return f"turn {turn} is not the plan's"
-            if len(found.token_ms) != self.generate - 1 or len(found.tokens) != self.generate:
-                return f"turn {turn} has not {self.generate} tokens"
-            if sum(found.token_ms) <= 0.0:
+            if len(timed.token_ms) != generate - 1 or len(timed.tokens) != generate:
+                return f"turn {turn} has not {generate} tokens"
+            if timed.ttft_ms <= 0.0 or sum(timed.token_ms) <= 0.0:
                 return f"turn {turn} took no time"
-        opened = [loaded.label for loaded in upload.loaded]
-        if len(set(opened)) != len(opened) or not set(opened) <= labels:
+        loaded = [bundle.label for bundle in upload.loaded]
+        if len(set(loaded)) != len(loaded) or not set(loaded) <= labels:
             return "loaded names other bundles than the plan, or one twice"
-        if not {found.label for found in upload.repetitions} <= set(opened):
+        if not {timed.label for timed in upload.repetitions} <= set(loaded):
             return "a bundle was timed that was not loaded"
         if upload.complete and len(upload.repetitions) != len(order):
             return "complete, but turns are missing"
         return None
 
 
-def measured(
-    plan: PagePlan,
-    figures: Figures,
-    *,
-    device: str,
-    pairs: Sequence[tuple[str, str]] = (),
-    readings: Sequence[dict[str, Any]] = (),
+def page_result(
+    plan: PagePlan, figures: Figures, device: str, sensors: Mapping[int, dict[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """What `timing.measure` returns, of a page's figures: rows, repetitions, pairs, machine, order, options.
+    """What `interleaved_timing.measure` returns, of a page's figures, and `complete`.
 
-    Bundles without a timed turn have no row. `readings`: for each turn what was seen of the machine meanwhile
-    (browsers on this machine); a phone gives none.
+    Bundles without a timed turn have no row. sensors: turn -> what was seen of the machine during it.
     """
-    timed = [_timed(plan, found) for found in figures.repetitions]
-    for found, seen in zip(timed, readings):
-        found |= seen
-    loaded = {entry.label: entry for entry in figures.loaded}
-    done = {found["label"] for found in timed}
-    told = [bundle for bundle in plan.bundles if bundle.label in done]
-    machine = _machine(figures)
-    rows = [_row(plan, figures, bundle, loaded[bundle.label], timed, machine) for bundle in told]
-    warn_about_bits(rows, machine)
-    folders = {bundle.label: bundle.folder for bundle in told}
-    held = [bundle.label for bundle in plan.bundles]
+    timed = [
+        _timed(plan, repetition) | (sensors or {}).get(repetition.turn, {})
+        for repetition in figures.repetitions
+    ]
+    labels = {repetition["label"] for repetition in timed}
+    bundles = [bundle for bundle in plan.bundles if bundle.label in labels]
+    machine = _machine(figures.device)
+    rows = [_row(plan, figures, bundle, timed, machine) for bundle in bundles]
+    results.warn_about_bits(rows, machine)
+    folders = {bundle.label: bundle.folder for bundle in bundles}
+    everything = [bundle.label for bundle in plan.bundles]
+    pairs = plan.options.pairs if figures.complete else ()
     return {
         "device": device,
         "complete": figures.complete,
         "rows": rows,
         "repetitions": timed,
-        "pairs": [pair(a, b, folders, timed) for a, b in pairs] if figures.complete else [],
+        "pairs": [results.compare_twins(a, b, folders, timed) for a, b in pairs],
         "machine": machine,
         "load_average": {"before": None, "after": None},
-        "order": [found["label"] for found in timed],
-        "groups": [held] if figures.held_open else [[label] for label in held],
-        "warnings": few(plan.repetitions),
-        "options": {**plan.options(), "threads": figures.device.threads},
+        "order": [repetition["label"] for repetition in timed],
+        "groups": [everything] if figures.held_open else [[label] for label in everything],
+        "warnings": results.few_repetitions(plan.options.repetitions),
+        "options": {**plan.options_json(), "threads": figures.device.threads},
     }
 
 
-def _machine(figures: Figures) -> dict[str, Any]:
-    """The keys of `machine.describe`, as far as a page can tell, and `browser` with all that it told."""
-    device = figures.device
+def _machine(device: DeviceFacts) -> dict[str, Any]:
+    """The keys of the runner's description, as far as a page can tell, and `browser` with all that it
+    told."""
     cores = device.cores or device.threads
+    unknown = ("architecture", "memory_bytes", "memory_available_bytes")
     return {
+        **dict.fromkeys(unknown),
         "cpu": device.model,
-        "architecture": None,
         "features": [],
         "physical_cores": cores,
         "logical_cpus": cores,
-        "memory_bytes": None,
-        "memory_available_bytes": None,
         "system": device.platform,
         "browser": {**device.model_dump(), "peak_memory_is": "the WebAssembly heap of the bundle"},
     }
 
 
-def _timed(plan: PagePlan, found: Repetition) -> dict[str, Any]:
+def _timed(plan: PagePlan, repetition: Repetition) -> dict[str, Any]:
     """One repetition with the speeds that follow from its times."""
+    unknown = ("cpu_s", "load_average_1m", "clock_mhz", "temperature_c", "other_cpus")
     return {
-        "label": found.label,
-        "repetition": found.repetition,
-        "turn": found.turn,
-        "ttft_ms": found.ttft_ms,
-        "prefill_tokens_per_s": plan.prompt / found.ttft_ms * 1000.0,
-        "decode_tokens_per_s": len(found.token_ms) / sum(found.token_ms) * 1000.0,
-        "token_ms": found.token_ms,
-        "tokens": found.tokens,
-        "wall_s": found.wall_s,
-        "cpu_s": None,
-        "peak_memory_bytes": found.heap_bytes,
-        "proportional_memory_bytes": None,
-        "token_ms_p50": percentile(found.token_ms, 0.5),
-        "token_ms_p90": percentile(found.token_ms, 0.9),
-        "load_average_1m": None,
-        "clock_mhz": None,
-        "temperature_c": None,
-        "other_cpus": None,
-        "energy_j": None,
-        "battery_j": None,
-        "hidden": found.hidden,
+        **repetition.model_dump(exclude={"heap_bytes"}),
+        **dict.fromkeys(unknown),
+        "prefill_tokens_per_s": plan.options.prompt / repetition.ttft_ms * 1000.0,
+        "decode_tokens_per_s": len(repetition.token_ms) / sum(repetition.token_ms) * 1000.0,
+        "peak_memory_bytes": repetition.heap_bytes,
     }
 
 
@@ -215,53 +300,32 @@ def _row(
     plan: PagePlan,
     figures: Figures,
     bundle: PageBundle,
-    loaded: Loaded,
     timed: Sequence[dict[str, Any]],
     machine: dict[str, Any],
 ) -> dict[str, Any]:
-    """The row of `summary.row`, and what only a page has: download, runtime, times in the background."""
+    """The row of `results.summarize_bundle`, and what only a page has: download, runtime, background."""
+    loaded = next(entry for entry in figures.loaded if entry.label == bundle.label)
     facts = {
-        "prompt": plan.prompt,
-        "generate": plan.generate,
+        "prompt": plan.options.prompt,
+        "generate": plan.options.generate,
         "threads": figures.device.threads,
-        "load_s": statistics.median(loaded.load_s),
         "weights_bytes": bundle.weights_bytes,
-        "layers": loaded.layers,
-        "vocab_size": loaded.vocab_size,
-        "kv_cache_bytes_per_position": loaded.kv_cache_bytes_per_position,
+        **loaded.model_dump(include={"layers", "vocab_size", "kv_cache_bytes_per_position"}),
+        "load_s": statistics.median(loaded.load_s),
     }
-    made = row(bundle.label, bundle.folder, facts, timed, machine)
-    if bundle.graph != "model.onnx":
-        made |= _traffic(bundle, facts, made["decode_tokens_per_s"])
+    row = results.summarize_bundle(bundle.label, bundle.folder / bundle.graph, facts, timed, machine)
+    if bundle.unfolded:  # the graph does not tell the sizes of what is read
+        row |= {"bytes_read_per_token": None, "implied_bandwidth_gb_per_s": None}
     if bundle.packed:
-        made["warnings"].append(
+        row["warnings"].append(
             "packed weights are unpacked at every token in WebAssembly, which is slow; `edgedisp export "
             "--target browser` makes a bundle that unpacks them once, at load"
         )
-    hidden = sum(1 for found in timed if found["label"] == bundle.label and found["hidden"])
+    hidden = sum(repetition["label"] == bundle.label and repetition["hidden"] for repetition in timed)
     if hidden:
-        made["warnings"].append(f"the page was in the background during {hidden} repetitions")
-    return {
-        **made,
-        "runtime_load_s": loaded.runtime_load_s,
-        "download_s": loaded.download_s,
-        "download_bytes": bundle.download_bytes,
+        row["warnings"].append(f"the page was in the background during {hidden} repetitions")
+    downloads = {
+        **loaded.model_dump(include={"runtime_load_s", "download_s"}),
+        "download_bytes": sum(file.size_bytes for file in bundle.files.values()),
     }
-
-
-def _traffic(bundle: PageBundle, facts: dict[str, Any], decode_tokens_per_s: float) -> dict[str, Any]:
-    """Bytes read per token of the graph that the page opens, where the bundle has another one for others.
-
-    None where its weights are unfolded to fp32: the graph does not tell their sizes.
-    """
-    traffic = weight_traffic(read_graph(bundle.folder / bundle.graph))
-    positions = facts["prompt"] + facts["generate"] / 2
-    read = traffic["weight_bytes_per_token"] + int(facts["kv_cache_bytes_per_position"] * positions)
-    if bundle.unfolded:
-        unknown = {"bytes_read_per_token": None, "implied_bandwidth_gb_per_s": None}
-        return {"weight_bits": traffic["weight_bits"], **unknown}
-    return {
-        "weight_bits": traffic["weight_bits"],
-        "bytes_read_per_token": read,
-        "implied_bandwidth_gb_per_s": read * decode_tokens_per_s / 1e9,
-    }
+    return {**row, **downloads}

@@ -1,19 +1,21 @@
 """A small web server for the phone page: one page, some bundles, one place for figures, a secret address.
 
-What it allows is a table made before it starts: address -> file (page_resources.py). Nothing is looked up in
-the file system by what a client asks for, so there is no path to escape from. Every address begins with a
-random token; without it all is 404, whether or not the rest exists. What a client may send is JSON of bounded
-size that fits `uploads.py` and the plan; anything else is 400, one line in the log, and forgotten.
+What it allows is a table made before it starts: address -> file. Nothing is looked up in the file system by
+what a client asks for, so there is no path to escape from. Every address begins with a random token; without
+it all is 404, whether or not the rest exists. What a client may send is JSON of bounded size that fits
+`page_protocol.py` and the plan; anything else is 400, one line in the log, and forgotten. A connection has
+five seconds to name the token, and only those that did take one of the places, so that strangers cannot fill
+them.
 
 The headers ask for what the page needs and no more: scripts, workers and data from this server alone,
 WebAssembly allowed, no other page may embed or read it, and the isolation without which browsers give no
 threads (COOP, COEP, CORP). Browsers honour isolation over https and on localhost only.
-
-Left out: range requests (a broken download starts again), compression (weights do not shrink), HTTP/2.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import hmac
 import os
 import queue
@@ -22,8 +24,11 @@ import shutil
 import socket
 import socketserver
 import ssl
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -34,12 +39,15 @@ from urllib.parse import quote
 
 from pydantic import ValidationError
 
-from edgedisp.bench.page_resources import Resource
-from edgedisp.bench.uploads import UPLOAD, Upload, printable
+from edgedisp.bench.page_plan import Resource
+from edgedisp.bench.page_protocol import UPLOAD, Upload, printable
 from edgedisp.core.errors import BadInput
+from edgedisp.core.stage_folder import file_digest
 
 MOST_UPLOAD_BYTES = 2 << 20  # 5 repetitions of 128 tokens for 20 bundles are 200 KB
-MOST_CONNECTIONS = 64
+MOST_REQUESTS = 64  # at the same time, of those that know the token
+MOST_STRANGERS = 512  # connections in all; each has FIRST_REQUEST_S to name the token
+FIRST_REQUEST_S = 5.0
 IDLE_S = 60.0
 HEADERS = {
     "Content-Security-Policy": (
@@ -52,6 +60,56 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",  # the address holds the token
 }
+PAGE_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".mjs": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".wasm": "application/wasm",
+}
+
+
+def page_resources(web: Path) -> dict[str, Resource]:
+    """Address -> file of the page in `export/web/`. BadInput where its vendored libraries are missing."""
+    if not (web / "index.html").is_file():
+        raise BadInput(f"{web}: the phone page is missing; install edgedisp again")
+    if not (web / "vendor" / "onnxruntime-web").is_dir():
+        raise BadInput(
+            f"{web / 'vendor'}: the page's libraries are missing, as this was installed without them; in a "
+            "checkout `make web` fetches them (needs npm), and `make wheel` then packs them"
+        )
+    root, resources = web.resolve(), {}
+    for path in sorted(root.rglob("*")):
+        if path.suffix in PAGE_TYPES and path.is_file() and path.resolve().is_relative_to(root):
+            size, kind = path.stat().st_size, PAGE_TYPES[path.suffix]
+            address = path.relative_to(root).as_posix()
+            resources[address] = Resource(kind, size, file_digest(path), path.resolve(), revalidated=True)
+    return {**resources, "": resources["index.html"]}
+
+
+def self_signed(host: str) -> tuple[ssl.SSLContext, str]:
+    """A server's context for `host`, and the certificate's SHA-256 as browsers write it ("AB:CD:...").
+
+    The certificate is made anew for each start and kept nowhere. A phone has no reason to trust it and says
+    so. BadInput where the package `trustme` is missing, or for a host that no certificate can name.
+    """
+    try:
+        import trustme
+    except ModuleNotFoundError as error:
+        raise BadInput('--https needs trustme: pip install "edgedisp[phone]"') from error
+    try:
+        certificate = trustme.CA().issue_cert(host)
+    except ValueError as error:
+        raise BadInput(f"--host {host}: is neither an address nor a name in ASCII letters") from error
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    with tempfile.TemporaryDirectory(prefix="edgedisp-") as folder:  # 0700; ssl reads keys from files alone
+        path = Path(folder) / "server.pem"
+        certificate.private_key_and_cert_chain_pem.write_to_path(str(path))
+        context.load_cert_chain(path)
+    der = ssl.PEM_cert_to_DER_cert(certificate.cert_chain_pems[0].bytes().decode())
+    return context, hashlib.sha256(der).digest().hex(":").upper()
 
 
 @dataclass(frozen=True)
@@ -65,7 +123,7 @@ class Received:
 class PageServer:
     """Context manager: serves `resources` (address below the token -> what it gives) until it ends.
 
-    `received` holds what was sent, in order. `accepts` looks at an upload that fits the schema and says what
+    `received` holds what was sent, in order. `refusal` looks at an upload that fits the schema and says what
     is wrong with it, None if nothing is; `note` takes the lines of the log. `port` 0 takes a free one.
     Raises BadInput where host and port cannot be had.
     """
@@ -76,19 +134,18 @@ class PageServer:
         *,
         host: str,
         port: int,
-        accepts: Callable[[Upload], str | None],
+        refusal: Callable[[Upload], str | None],
         note: Callable[[str], None],
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self.token = secrets.token_urlsafe(16)  # 128 bits
         self.resources = {quote(address): resource for address, resource in resources.items()}
-        self.accepts, self.note = accepts, note
+        self.refusal, self.note = refusal, note
         self.received: queue.Queue[Received] = queue.Queue()
-        self._server = _bound(host, port, self, tls)
+        self._server = _listening(host, port, self, tls)
         self.port: int = self._server.server_address[1]
         shown = f"[{host}]" if ":" in host else host
-        self.origin = f"{'https' if tls else 'http'}://{shown}:{self.port}"
-        self.address = f"{self.origin}/{self.token}/"
+        self.address = f"{'https' if tls else 'http'}://{shown}:{self.port}/{self.token}/"
 
     def __enter__(self) -> PageServer:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True)
@@ -104,62 +161,54 @@ class PageServer:
 
 
 class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """A thread for each connection, up to MOST_CONNECTIONS; one more is closed at once."""
+    """A thread for each connection, up to MOST_STRANGERS; one more is closed at once."""
 
     daemon_threads = True
     block_on_close = False  # a phone in the middle of a download must not hold up the end
-    request_queue_size = 32
+    request_queue_size = 128
     allow_reuse_address = os.name != "nt"  # on Windows it would allow two servers on one port
 
     def __init__(self, address: tuple[str, int], page: PageServer) -> None:
         self.page = page
-        self._free = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        self.requests = threading.BoundedSemaphore(MOST_REQUESTS)
+        self._connections = threading.BoundedSemaphore(MOST_STRANGERS)
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, _Request)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._free.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
-        try:
+        if self._connections.acquire(blocking=False):
             super().process_request(request, client_address)
-        except BaseException:
-            self._free.release()
-            raise
+        else:
+            self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._free.release()
+            self._connections.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that goes away, or does not trust the certificate, is no error of ours."""
-        import sys
-
         error = sys.exception()
         if not isinstance(error, (ConnectionError, TimeoutError, ssl.SSLError)):
             self.page.note(f"{client_address[0]}: {type(error).__name__}: {printable(str(error))[:200]}")
 
 
-def _bound(host: str, port: int, page: PageServer, tls: ssl.SSLContext | None) -> _Server:
+def _listening(host: str, port: int, page: PageServer, tls: ssl.SSLContext | None) -> _Server:
     """The server, listening. Raises BadInput that names host and port."""
-    import errno
-
     try:
         server = _Server((host, port), page)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise BadInput(
-                f"--port {port}: is in use on {host}; name another, or 0 for any free one"
-            ) from error
-        if error.errno == errno.EACCES:
-            raise BadInput(f"--port {port}: is not allowed to this user; name one above 1023") from error
-        raise BadInput(
+        known = {
+            errno.EADDRINUSE: f"--port {port}: is in use on {host}; name another, or 0 for any free one",
+            errno.EACCES: f"--port {port}: is not allowed to this user; name one above 1023",
+        }
+        other = (
             f"--host {host}: cannot be listened on: {error.strerror or error}; it must be an address of this "
             "machine (leave --host away to have it found)"
-        ) from error
+        )
+        raise BadInput(known.get(error.errno or 0, other)) from error
     except OverflowError as error:
         raise BadInput(f"--port {port}: ports are 0 to 65535") from error
     if tls is not None:  # the handshake waits for the connection's own thread
@@ -168,50 +217,61 @@ def _bound(host: str, port: int, page: PageServer, tls: ssl.SSLContext | None) -
 
 
 class _Request(BaseHTTPRequestHandler):
-    """One connection."""
+    """One connection, which may bring several requests."""
 
     protocol_version = "HTTP/1.1"
-    timeout = IDLE_S
     server: _Server
 
+    def setup(self) -> None:
+        super().setup()
+        self._deadline = threading.Timer(FIRST_REQUEST_S, self._cut)
+        self._deadline.daemon = True
+        self._deadline.start()
+
+    def finish(self) -> None:
+        self._deadline.cancel()
+        super().finish()
+
+    def _cut(self) -> None:
+        """The token was not named in time. Also ends a handshake, or a request line that comes in drops."""
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
     def do_GET(self) -> None:
-        self._give(body=True)
-
-    def do_HEAD(self) -> None:
-        self._give(body=False)
-
-    def do_POST(self) -> None:
-        """Take an upload at `<token>/report`."""
-        if self._below_token() != "report":
-            self.close_connection = True  # its body is not read
+        """Answer below the token, in one of the places; all else is 404."""
+        token, slash, address = self.path.partition("?")[0].removeprefix("/").partition("/")
+        right = hmac.compare_digest(token.encode("utf-8", "replace"), self.server.page.token.encode())
+        if not right or not slash:
+            self.close_connection = True
             self._end(HTTPStatus.NOT_FOUND)
             return
-        status, why = self._take()
-        if why:
-            self.server.page.note(f"refused what {self.client_address[0]} sent: {printable(why)[:200]}")
-        self._end(status)
+        self._deadline.cancel()
+        self.connection.settimeout(IDLE_S)
+        if not self.server.requests.acquire(blocking=False):
+            self.close_connection = True
+            self._end(HTTPStatus.SERVICE_UNAVAILABLE)
+            return
+        try:
+            (self._receive if self.command == "POST" else self._give)(address)
+        finally:
+            self.server.requests.release()
 
-    def _below_token(self) -> str | None:
-        """The address after the token, without its query; None where the token is wrong."""
-        token, slash, rest = self.path.partition("?")[0].removeprefix("/").partition("/")
-        right = hmac.compare_digest(token.encode("utf-8", "replace"), self.server.page.token.encode())
-        return rest if right and slash else None
+    do_HEAD = do_POST = do_GET
 
-    def _give(self, body: bool) -> None:
-        address = self._below_token()
-        resource = None if address is None else self.server.page.resources.get(address)
+    def _give(self, address: str) -> None:
+        resource = self.server.page.resources.get(address)
         if resource is None:
             self._end(HTTPStatus.NOT_FOUND)
             return
         tag = f'"{resource.tag}"'
-        if resource.revalidated and self.headers.get("If-None-Match") == tag:
-            self._start(HTTPStatus.NOT_MODIFIED, {"ETag": tag, "Cache-Control": "no-cache"})
+        cache = {"ETag": tag, "Cache-Control": "no-cache"} if resource.revalidated else {}
+        if cache and self.headers.get("If-None-Match") == tag:
+            self._start(HTTPStatus.NOT_MODIFIED, cache)
             return
-        kept = {"ETag": tag, "Cache-Control": "no-cache"} if resource.revalidated else {}
-        length = {"Content-Type": resource.content_type, "Content-Length": str(resource.size_bytes)}
+        headers = {"Content-Type": resource.content_type, "Content-Length": str(resource.size_bytes), **cache}
         if resource.path is None:
-            self._start(HTTPStatus.OK, length | kept)
-            if body:
+            self._start(HTTPStatus.OK, headers)
+            if self.command == "GET":
                 self.wfile.write(resource.body)
             return
         with _open(resource.path) as file:
@@ -220,11 +280,22 @@ class _Request(BaseHTTPRequestHandler):
                 self.server.page.note(f"{resource.path}: has changed since it was first read")
                 self._end(HTTPStatus.INTERNAL_SERVER_ERROR)
                 return
-            self._start(HTTPStatus.OK, length | kept)
-            if body:
+            self._start(HTTPStatus.OK, headers)
+            if self.command == "GET":
                 shutil.copyfileobj(file, self.wfile, 1 << 18)
 
-    def _take(self) -> tuple[HTTPStatus, str | None]:
+    def _receive(self, address: str) -> None:
+        """Take an upload at `<token>/report`."""
+        if address != "report":
+            self.close_connection = True  # its body is not read
+            self._end(HTTPStatus.NOT_FOUND)
+            return
+        status, why = self._read_upload()
+        if why:
+            self.server.page.note(f"refused what {self.client_address[0]} sent: {printable(why)[:200]}")
+        self._end(status)
+
+    def _read_upload(self) -> tuple[HTTPStatus, str | None]:
         """Read, check and keep an upload: status, and why it was refused."""
         length = self.headers.get("Content-Length") or ""
         self.close_connection = True  # unless the whole body is read
@@ -243,7 +314,7 @@ class _Request(BaseHTTPRequestHandler):
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             return HTTPStatus.BAD_REQUEST, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}"
-        if wrong := self.server.page.accepts(upload):
+        if wrong := self.server.page.refusal(upload):
             return HTTPStatus.BAD_REQUEST, wrong
         self.server.page.received.put(Received(upload, self.client_address[0]))
         return HTTPStatus.NO_CONTENT, None

@@ -1,60 +1,69 @@
 """`ssh://USER@HOST[:PORT]`: a Raspberry Pi, a Mac, any server that `ssh` reaches without a question.
 
-The `ssh` program is used, and with it the user's own ~/.ssh/config (names, keys, jump hosts). It never asks:
-a password or an unknown host key is an error that says what to do. $EDGEDISP_SSH is the command to use in its
-place, options included, such as `ssh -F my_config`.
+One connection stays open for the whole measurement: its shell makes a private folder there, and removes it
+when the connection ends, however it ends. Files go there by `tar`, the runner describes the machine, and each
+bundle that is timed has a connection of its own. The `ssh` program is used with the user's ~/.ssh/config, and
+its messages are passed on. $EDGEDISP_SSH is the command to use in its place, such as `ssh -F my_config`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+import subprocess
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from edgedisp.bench import remote
-from edgedisp.bench.devices import Address, Wanted
-from edgedisp.bench.timing import Timed
-from edgedisp.core.errors import BadInput
+from edgedisp.bench.devices import Address, BenchOptions
+from edgedisp.bench.graph_stats import needed_files, read_json
+from edgedisp.bench.interleaved_timing import Host, TimedHost
+from edgedisp.bench.system import installed_version
+from edgedisp.bench.worker import RUNNER, Exited, Worker
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.progress import Progress, silent
+from edgedisp.core.stage_folder import MANIFEST, digest, file_digest
 
 # No questions, no forwarding that the user's configuration may hold, and a dead connection found within 15 s.
-OPTIONS = (
-    "-T",
-    "-a",
-    "-x",
-    *(
-        word
-        for option in (
-            "BatchMode=yes",
-            "ClearAllForwardings=yes",
-            "ConnectTimeout=10",
-            "ServerAliveInterval=5",
-            "ServerAliveCountMax=3",
-        )
-        for word in ("-o", option)
-    ),
+OPTIONS = shlex.split(
+    "-T -a -x -o BatchMode=yes -o ClearAllForwardings=yes -o ConnectTimeout=10 "
+    "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"
 )
-
-# What ssh writes to stderr -> what it means and what would work. The first that fits counts.
-MEANINGS = {
-    "could not resolve hostname": "no host of that name; check its spelling, or give its address",
-    "permission denied": "the login is refused; no password is asked for: load a key with ssh-add, or "
-    "name it in ~/.ssh/config",
-    "remote host identification has changed": "its host key is not the one known here; if that is right, "
-    "remove the old one with `ssh-keygen -R HOST`",
-    "host key verification failed": "its host key is not known here; connect once with `ssh HOST`",
-    "connection refused": "nothing answers at that port; is sshd running there, and is the port right?",
-    "connection timed out": "it does not answer; is it on, and in this network?",
-    "no route to host": "it cannot be reached; is it on, and in this network?",
-    "network is unreachable": "it cannot be reached; is it on, and in this network?",
-}
+MIB = 1 << 20
+SPARE_DISK_BYTES = 32 * MIB
+PROGRAM_BYTES = 64 * MIB  # of memory, for Python with onnxruntime; what is loaded comes on top
+ENVIRONMENT_BYTES = 400 * MIB  # of disk, for numpy and onnxruntime with what pip unpacks
+NO_PYTHON = 3
+PACKAGES = ("numpy", "onnxruntime")
+# C: what outlives sessions, in a folder that must be this user's own; D: what goes with this session.
+SESSION = f"""
+umask 077
+C="${{XDG_CACHE_HOME:-$HOME/.cache}}/edgedisp"
+mkdir -p "$C" || exit 1
+if [ -L "$C" ] || [ ! -O "$C" ]; then
+  echo "$C is a link or belongs to another user; remove it" >&2; exit 1
+fi
+chmod 700 "$C" || exit 1
+P=
+for p in %s; do
+  "$p" -c 'import sys; sys.exit(sys.version_info < (3, 9))' </dev/null >/dev/null 2>&1 && P=$p && break
+done
+if [ -z "$P" ]; then rmdir "$C" 2>/dev/null; exit {NO_PYTHON}; fi
+D=$(mktemp -d "$C/session-XXXXXX") || exit 1
+trap 'rm -rf "$D"; rmdir "$C" 2>/dev/null' EXIT
+trap 'exit 1' HUP INT TERM
+"$P" -c 'import json, sys; print(json.dumps({{"ready": dict(zip("CPD", sys.argv[1:]))}}))' "$C" "$P" "$D"
+cat >/dev/null
+"""
 
 
 @contextmanager
-def opened(address: Address, bundles: Mapping[str, Path], wanted: Wanted) -> Iterator[Timed]:
-    """The host as a device; see `devices.py` and `remote.py`."""
+def connect(address: Address, bundles: Mapping[str, Path], options: BenchOptions) -> Iterator[TimedHost]:
+    """The host as a device; see `devices.py`."""
     program = shlex.split(os.environ.get("EDGEDISP_SSH", "ssh"))
     if not program or shutil.which(program[0]) is None:
         missing = program[0] if program else "$EDGEDISP_SSH"
@@ -62,18 +71,164 @@ def opened(address: Address, bundles: Mapping[str, Path], wanted: Wanted) -> Ite
     words = [*program, *OPTIONS]
     words += ["-p", str(address.port)] if address.port else []
     words += ["-l", address.user] if address.user else []
-
-    def reach(command: str) -> list[str]:
-        return [*words, "--", address.host, command]
-
-    with remote.opened(address.name, reach, explain, bundles, wanted) as host:
-        yield Timed(host, bundles, wanted)
+    with remote_host(address.name, [*words, "--", address.host], bundles, options) as host:
+        yield TimedHost(host, bundles, options)
 
 
-def explain(code: int | None, said: str) -> str:
-    """Why ssh ended, in one line with what would work; its own last line where that is not known."""
-    for sign, meaning in MEANINGS.items():
-        if sign in said.lower():
-            return meaning
-    last = said.strip().splitlines()[-1] if said.strip() else "it said nothing"
-    return f"the connection ended with code {code}: {last}"
+@contextmanager
+def remote_host(
+    name: str, shell: Sequence[str], bundles: Mapping[str, Path], options: BenchOptions
+) -> Iterator[RemoteHost]:
+    """The host, connected, with a Python that has what the runner needs.
+
+    `shell` and a command are the program to start here that runs the command in a POSIX shell there. Raises
+    BadInput for a host that cannot be reached, that lacks Python or packages, or that has too little memory
+    or disk for `bundles`.
+    """
+    pythons = options.remote_python and shlex.quote(options.remote_python)
+    script = SESSION % (pythons or '"$C/venv/bin/python" python3 python')
+    session = Worker(name, [*shell, f"exec sh -c {shlex.quote(script)}"], options.timeout_s)
+    try:
+        session.__enter__()
+    except Exited as error:
+        if error.code == NO_PYTHON:
+            tried = options.remote_python or "python3 and python"
+            raise BadInput(
+                f"{name}: no Python 3.9 or newer there (tried {tried}); install python3, or name one with "
+                "--remote-python"
+            ) from error
+        raise BadInput(f"{name}: the connection ended with code {error.code}:\n{error.stderr}") from error
+    except BuildFailed as error:
+        if "not JSON" not in str(error):
+            raise
+        silent_shell = "its shell prints text before a command runs; let its start-up files be silent then"
+        raise BadInput(f"{error}: {silent_shell}") from error
+    try:
+        host = RemoteHost(name, shell, session.facts, options)
+        host.prepare(bundles)
+        yield host
+    finally:
+        session.__exit__(None, None, None)  # politely also after a failure: it has a folder to remove
+
+
+class RemoteHost(Host):
+    """See `remote_host`."""
+
+    def __init__(
+        self, name: str, shell: Sequence[str], folders: Mapping[str, str], options: BenchOptions
+    ) -> None:
+        self.name, self._shell, self._options = name, list(shell), options
+        self._cache, self._python, self._session = folders["C"], folders["P"], folders["D"]
+        self._folders: dict[Path, str] = {}  # bundle here -> folder there
+        self._send({RUNNER.name: RUNNER}, self._session, "runner", silent)
+        self.machine = self._ask("--describe")
+
+    def command(self, bundle: Path, options: Sequence[str]) -> list[str]:
+        return [*self._shell, self._runner(*options, self._folders[bundle])]
+
+    def _runner(self, *words: str) -> str:
+        # onnxruntime writes files of its own into the cache folder when it is imported.
+        environment = ["env", f"XDG_CACHE_HOME={self._session}"]
+        program = f"{self._session}/{RUNNER.name}"
+        return "exec " + shlex.join([*environment, self._python, program, *words])
+
+    def _run(self, command: str) -> str:
+        """What a shell command prints there. Raises BuildFailed."""
+        done = subprocess.run(
+            [*self._shell, command], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise BuildFailed(
+                f"{self.name}: `{command[:200]}` failed there with code {done.returncode}:\n"
+                f"{(done.stderr.strip() or done.stdout.strip())[-2000:]}"
+            )
+        return done.stdout
+
+    def _ask(self, *words: str) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(self._run(self._runner(*words)))
+        return answer
+
+    def prepare(self, bundles: Mapping[str, Path]) -> None:
+        """Refuse what cannot work there before any bundle is copied; install packages if that is asked."""
+        sizes = {
+            label: sum(p.stat().st_size for p in needed_files(path).values())
+            for label, path in bundles.items()
+        }
+        label, memory = max(sizes, key=lambda name: sizes[name]), self.machine["memory_available_bytes"]
+        if memory is not None and sizes[label] + PROGRAM_BYTES > memory:
+            raise BadInput(
+                f"{self.name}: {memory / MIB:.0f} MiB of memory are free there, and {label} takes at least "
+                f"{(sizes[label] + PROGRAM_BYTES) / MIB:.0f}; a bundle of fewer bits takes less"
+            )
+        lacking = [name for name in PACKAGES if self.machine["packages"][name] is None]
+        needed = sum(sizes.values()) + SPARE_DISK_BYTES + (ENVIRONMENT_BYTES if lacking else 0)
+        if needed > self.machine["disk_free_bytes"]:
+            free = self.machine["disk_free_bytes"] / MIB
+            raise BadInput(
+                f"{self.name}: {free:.0f} MiB of disk are free in {self._cache} there, and "
+                f"{needed / MIB:.0f} are needed; free some, or name fewer bundles"
+            )
+        if lacking and not self._options.setup:
+            raise BadInput(
+                f"{self.name}: {self._python} has no {' and no '.join(lacking)}; --setup installs it there "
+                "into a folder of its own, or name another Python with --remote-python"
+            )
+        if lacking:
+            self._install(onnxruntime_version(bundles))
+
+    def _install(self, version: str | None) -> None:
+        """A virtual environment with numpy and the onnxruntime that the bundles were checked with."""
+        folder = f"{self._cache if self._options.keep else self._session}/venv"
+        packages = ["numpy", f"onnxruntime=={version}" if version else "onnxruntime"]
+        pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
+        self._run(shlex.join([self._python, "-m", "venv", "--clear", folder]))
+        self._python = f"{folder}/bin/python"
+        self._run(shlex.join([self._python, *pip, *packages]))
+        self.machine = self._ask("--describe")
+
+    def copy(self, bundles: Mapping[str, Path], progress: Progress) -> None:
+        """Copy bundles there. One that lies there already is used if the hashes of all its files are
+        right."""
+        for label, bundle in bundles.items():
+            if bundle in self._folders:
+                continue
+            files = needed_files(bundle)
+            hashes = {name: file_digest(path) for name, path in files.items()}
+            kept, fresh = (f"{folder}/{digest(hashes)[:32]}" for folder in (self._cache, self._session))
+            if self._ask("--sha256", kept) == hashes:
+                self._folders[bundle] = kept
+                continue
+            folder = kept if self._options.keep else fresh
+            self._send(files, folder, label, progress)
+            if self._ask("--sha256", folder) != hashes:
+                raise BuildFailed(f"{self.name}: {label} arrived damaged, or {folder} holds other files")
+            self._folders[bundle] = folder
+
+    def _send(self, files: Mapping[str, Path], folder: str, label: str, progress: Progress) -> None:
+        """Copy files into a folder there, as a stream of tar."""
+        place = shlex.quote(folder)
+        unpack = f"umask 077; mkdir -p {place} && exec tar -xf - -C {place}"
+        command = [*self._shell, f"exec sh -c {shlex.quote(unpack)}"]
+        total, sent = sum(path.stat().st_size for path in files.values()), 0
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            with tarfile.open(fileobj=process.stdin, mode="w|", dereference=True) as archive:
+                for name, path in files.items():
+                    archive.add(path, name)
+                    sent += path.stat().st_size
+                    progress(sent, total, f"{label}: {sent / 1e6:.0f} of {total / 1e6:.0f} MB copied")
+        except OSError:
+            pass  # tar has ended: its code and message say why
+        _, stderr = process.communicate()
+        if process.returncode:
+            said = stderr.decode("utf-8", "replace").strip()
+            raise BuildFailed(f"{self.name}: {label} could not be copied, code {process.returncode}:\n{said}")
+
+
+def onnxruntime_version(bundles: Mapping[str, Path]) -> str | None:
+    """The version that a packed bundle was checked with, else this machine's."""
+    for bundle in bundles.values():
+        versions = read_json(bundle / MANIFEST).get("provenance", {}).get("versions", {})
+        if version := versions.get("onnxruntime"):
+            return str(version)
+    return installed_version("onnxruntime")

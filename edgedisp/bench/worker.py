@@ -1,8 +1,7 @@
-"""One bundle held open in a process of its own, timed on request.
+"""A program spoken to in lines of JSON: the runner with one bundle open, here or at the other end of a pipe.
 
 A process of its own keeps this program's memory, threads and imports out of the figures, and lets several
-bundles stay loaded while they are timed in turns. The program is `export/runner/edgedisp_runner.py`, which
-also runs alone on a device; here it is started with `--interactive` and spoken to in lines of JSON.
+bundles stay loaded while they are timed in turns.
 """
 
 from __future__ import annotations
@@ -13,38 +12,36 @@ import queue
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.paths import data_folder
 
+RUNNER = data_folder("export") / "runner" / "runner.py"
 TAIL_CHARS = 2000
 POLITE_S = 5.0
 
 
-class Ended(BuildFailed):
+class Exited(BuildFailed):
     """The program has died: its exit code (None: it only closed its output), and the end of its stderr."""
 
-    def __init__(self, message: str, code: int | None, said: str) -> None:
+    def __init__(self, message: str, code: int | None, stderr: str) -> None:
         super().__init__(message)
-        self.code, self.said = code, said
+        self.code, self.stderr = code, stderr
 
 
 class Worker:
-    """Context manager: starts `command`, waits until it has loaded and warmed up, ends it at the end.
+    """Context manager: starts `command`, waits for its {"ready": facts}, ends it at the end.
 
-    `first` is sent before anything else. Raises BadInput where the program refuses the bundle (its exit code
-    2) and BuildFailed where it dies (Ended), sends something else than JSON, or is silent for `timeout_s`.
-    The process never outlives the block, and not this program either: it ends when its standard input does.
+    Raises BadInput where the program refuses the bundle (its exit code 2), and BuildFailed where it dies
+    (Exited), sends something else than JSON, or is silent for `timeout_s`. The process never outlives the
+    block, and not this program either: it ends when its standard input does.
     """
 
-    def __init__(self, label: str, command: Sequence[str], timeout_s: float, first: bytes = b"") -> None:
-        self.label = label
-        self.command = list(command)
-        self.timeout_s = timeout_s
-        self.first = first
+    def __init__(self, label: str, command: Sequence[str], timeout_s: float) -> None:
+        self.label, self.command, self.timeout_s = label, list(command), timeout_s
         self.facts: dict[str, Any] = {}
 
     def __enter__(self) -> Worker:
@@ -60,8 +57,6 @@ class Worker:
         )
         threading.Thread(target=self._listen, daemon=True).start()
         try:
-            if self.first:
-                self._write([self.first])
             self.facts = self._answer().get("ready", {})
         except BaseException:
             self._end(politely=False)
@@ -73,31 +68,21 @@ class Worker:
     ) -> None:
         self._end(politely=kind is None)
 
-    @property
-    def pid(self) -> int:
-        """Process id of the worker."""
-        return self._process.pid
-
     def run(self) -> dict[str, Any]:
         """Time one repetition; what it holds stands in the runner's docstring."""
         return self.ask({"run": 1})
 
-    def ask(self, command: dict[str, Any], payload: Iterable[bytes] = ()) -> dict[str, Any]:
-        """Send one command, with bytes after it where it takes some, and wait for its answer."""
-        self._send(command, payload)
+    def ask(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Send one command and wait for its answer."""
+        self._send(command)
         return self._answer()
 
-    def _send(self, command: dict[str, Any], payload: Iterable[bytes] = ()) -> None:
-        self._write(chain([json.dumps(command).encode() + b"\n"], payload))
-
-    def _write(self, blocks: Iterable[bytes]) -> None:
-        stdin = self._process.stdin
-        if stdin is None:
+    def _send(self, command: dict[str, Any]) -> None:
+        if self._process.stdin is None:
             raise BuildFailed(f"{self.label}: the worker has no standard input")
         try:
-            for block in blocks:
-                stdin.write(block)
-            stdin.flush()
+            self._process.stdin.write(json.dumps(command).encode() + b"\n")
+            self._process.stdin.flush()
         except (OSError, ValueError) as error:  # the pipe is broken or closed: it has died since then
             raise self._died() from error
 
@@ -129,7 +114,7 @@ class Worker:
         except subprocess.TimeoutExpired:  # it closed its output and lives on; _end kills it
             code = None
         message = f"{self.label}: the measuring process ended with code {code}{self._tail()}"
-        return BadInput(message) if code == 2 else Ended(message, code, self._tail().lstrip(":\n"))
+        return BadInput(message) if code == 2 else Exited(message, code, self._tail().lstrip(":\n"))
 
     def _tail(self) -> str:
         """The end of what the worker wrote to stderr."""
@@ -138,18 +123,20 @@ class Worker:
         return f":\n{text[-TAIL_CHARS:]}" if text else ""
 
     def _end(self, politely: bool) -> None:
-        """Ask it to quit, then kill it; close what is open."""
+        """Ask it to quit and close its input, then kill it."""
         process = self._process
         if politely and process.poll() is None:
             # Its figures are already here: one that will not quit is killed below, and that is no failure.
-            with contextlib.suppress(BadInput, BuildFailed, subprocess.TimeoutExpired):
+            with contextlib.suppress(BadInput, BuildFailed):
                 self._send({"quit": 1})
-                process.wait(POLITE_S)
+        with contextlib.suppress(OSError):
+            if process.stdin is not None:
+                process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(POLITE_S if politely else 0.5)
         if process.poll() is None:
             process.kill()
         process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):  # what was still to be written to a dead process
-                    stream.close()
+        if process.stdout is not None:
+            process.stdout.close()
         self._log.close()

@@ -84,7 +84,7 @@ def bench(
     device: Annotated[
         list[str] | None,
         typer.Option(
-            help="Where: local, ssh://USER@HOST[:PORT], adb[:SERIAL], browser, arm64-emulated; or several."
+            help="Where: local, ssh://USER@HOST[:PORT], adb[:SERIAL] or browser; may be given several times."
         ),
     ] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 128,
@@ -92,14 +92,14 @@ def bench(
     repetitions: Annotated[int, typer.Option(min=1, help="5 or more tell differences from chance.")] = 5,
     threads: Annotated[
         str | None,
-        typer.Option(metavar="N|sweep", help="Default: the physical cores; sweep: find the best count."),
+        typer.Option(metavar="N|sweep", help="Default: what the bundle says; sweep: find the best count."),
     ] = None,
     write_threads: Annotated[
         bool, typer.Option("--write-threads", help="Write the best count of the sweep into the bundles.")
     ] = False,
     pause: Annotated[float, typer.Option(min=0.0, help="Seconds of rest between repetitions.")] = 0.5,
     setup: Annotated[
-        bool, typer.Option("--setup", help="Fetch what the device lacks (numpy and onnxruntime).")
+        bool, typer.Option("--setup", help="Install what the device lacks (numpy and onnxruntime).")
     ] = False,
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave bundles and packages on the device, for the next time.")
@@ -107,9 +107,6 @@ def bench(
     remote_python: Annotated[
         str | None, typer.Option(metavar="PROGRAM", help="Python on the device; default: python3.")
     ] = None,
-    project: Annotated[
-        bool, typer.Option("--project", help="Add what phones' chips may reach by their bandwidth.")
-    ] = False,
     score: Annotated[
         str | None, typer.Option(metavar="T,T,...", help="Score items of these tasks there too: heldout ...")
     ] = None,
@@ -127,19 +124,18 @@ def bench(
 
     With --score also score them there, and compare with this machine's scores.
     """
+    from edgedisp.bench.devices import BenchOptions
     from edgedisp.core.progress import Screen
     from edgedisp.report.devices import render_devices
-    from edgedisp.single import BenchOptions, lost_devices, time_bundles
-    from edgedisp.single import project as project_speeds
+    from edgedisp.single import lost_devices, time_bundles
     from edgedisp.stages.device_scores import wished
 
-    named = ["local"] if device is None else device
-    asked = BenchOptions(
+    names = ["local"] if device is None else device
+    options = BenchOptions(
         prompt=prompt,
         generate=generate,
         repetitions=repetitions,
         threads=_threads(threads),
-        write_threads=write_threads,
         pause_s=pause,
         setup=setup,
         keep=keep,
@@ -148,11 +144,9 @@ def bench(
     if html is not None and not html.resolve().parent.is_dir():
         raise BadInput(f"--html {html}: there is no folder {html.parent}")
     in_runs = _in_runs(bundles) if report else {}
-    with Screen(f"bench on {', '.join(named)}") as screen:
+    with Screen(f"bench on {', '.join(names)}") as screen:
         wish = wished(score, items=items, limit=limit, text=text, tasks_path=tasks_path)
-        timed = time_bundles(bundles, named, asked, screen.progress, wish)
-    if project:
-        timed["projected"] = project_speeds(timed)
+        timed = time_bundles(bundles, names, options, screen.progress, wish, write_threads=write_threads)
     if html is not None:
         from edgedisp.report.devices_page import devices_page
 
@@ -171,11 +165,11 @@ def bench(
 
 def _in_runs(bundles: list[Path]) -> dict[str, Any]:
     """Where the bundles lie in runs, as they are before anything is timed."""
-    from edgedisp.bench.summary import labelled
+    from edgedisp.bench.results import label_bundles
     from edgedisp.device_results import places
     from edgedisp.run_report import check_runs
 
-    found = places(labelled(bundles))
+    found = places(label_bundles(bundles))
     if not found:
         raise BadInput(
             f"--report: {bundles[0]} lies in no run folder (RUN/ARM/NAME); leave --report away, and take "
@@ -215,7 +209,7 @@ def chat(
 
     Answers go to stdout, all else to stderr. At a terminal, Ctrl-C ends an answer, Ctrl-D the conversation.
     """
-    from edgedisp.bench.machine import physical_cores
+    from edgedisp.bench.system import physical_cores
     from edgedisp.chat import chat as talk
     from edgedisp.core.stage_folder import check_files
 
@@ -255,7 +249,7 @@ def chat(
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Print versions, CPU features, threads and memory, what is missing and how to get it."""
-    from edgedisp.bench.machine import doctor as examine
+    from edgedisp.bench.doctor import doctor as examine
     from edgedisp.data import cache_folder
 
     rows = examine({"working folder": Path.cwd(), "cache": cache_folder()})

@@ -44,12 +44,13 @@ def phone(
     as_json: JsonOption = False,
 ) -> None:
     """Serve a page for phones: chat with bundles, and time them there; print what phones measured."""
-    from edgedisp.bench import phone as serving
-    from edgedisp.bench.page_bundle import read_bundles
-    from edgedisp.bench.page_plan import PagePlan
-    from edgedisp.bench.summary import labelled
+    from edgedisp.bench.devices import BenchOptions
+    from edgedisp.bench.page_plan import PagePlan, read_bundle
+    from edgedisp.bench.phone import ServeOptions, serve
+    from edgedisp.bench.results import label_bundles
     from edgedisp.core.stage_folder import check_files, write_json
     from edgedisp.device_results import keep, places
+    from edgedisp.report.devices import render_devices
     from edgedisp.run_report import check_runs, show_devices
 
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
@@ -57,14 +58,15 @@ def phone(
     for bundle in bundles:
         if bundle.is_dir():
             check_files(bundle)
-    named = labelled(bundles)
-    served = read_bundles(named)
-    in_runs = places(named) if report else {}
+    labels = label_bundles(bundles)
+    served = tuple(read_bundle(label, folder) for label, folder in labels.items())
+    in_runs = places(labels) if report else {}
     check_runs(in_runs)
     for run in sorted({place.run for place in in_runs.values()}):
         typer.echo(f"What phones measure joins the report of {run} (--no-report: it does not)", err=True)
-    scorer = _scorer(score, named, items=items, limit=limit, text=text, tasks_path=tasks_path)
-    plan = PagePlan(served, prompt, generate, repetitions, threads, requests=scorer.requests)
+    scorer = _scorer(score, labels, items=items, limit=limit, text=text, tasks_path=tasks_path)
+    timing = BenchOptions(prompt, generate, repetitions, threads, requests=scorer.requests)
+    plan = PagePlan(served, timing)
     kept: list[dict[str, Any]] = []
     unshown: dict[Path, None] = {}
 
@@ -74,7 +76,7 @@ def phone(
         if out is not None:  # at once: later phones may come or not
             write_json(out, {"format": 1, "devices": kept})
         if not as_json:
-            typer.echo(serving.render(result) + scorer.render(result) + "\n")
+            typer.echo(render_devices({"devices": [result]}, width()) + "\n")
         keep_in_runs([result])
 
     def keep_in_runs(found: list[dict[str, Any]]) -> None:
@@ -83,13 +85,10 @@ def phone(
             typer.echo(show_devices(run), err=True)
             del unshown[run]
 
-    results = serving.serve(
+    results = serve(
         plan,
         data_folder("export") / "web",
-        host=host,
-        port=port,
-        https=https,
-        once=once,
+        ServeOptions(host, port, https, once),
         note=lambda line: typer.echo(line, err=True),
         arrived=arrived,
     )
@@ -99,7 +98,7 @@ def phone(
     results = [("lost" not in one and told.get(one["run"])) or scorer.told(one) for one in results]
     partial = [result for result in results if "lost" in result]
     for result in partial if not as_json else ():
-        typer.echo(serving.render(result) + scorer.render(result) + "\n")
+        typer.echo(render_devices({"devices": [result]}, width()) + "\n")
     if out is not None:
         write_json(out, {"format": 1, "devices": results})
         typer.echo(f"results: {out}", err=True)
@@ -119,22 +118,13 @@ class _Scorer:
         """A phone's result with scores in the place of its answers."""
         if self._questions is None or "answers" not in result:
             return result
-        from edgedisp.bench.machine import physical_cores
+        from edgedisp.bench.system import physical_cores
         from edgedisp.core.progress import Screen
         from edgedisp.stages.device_scores import with_scores
 
         with Screen("scores here") as screen:
             found = with_scores(self._questions, [result], physical_cores(), screen.progress)
         return {**found["devices"][0], "scored": found["scored"]}
-
-    def render(self, result: dict[str, Any]) -> str:
-        """The scores as a table for people, on lines of their own."""
-        if "scores" not in result:
-            return ""
-        from edgedisp.report.devices import render_devices
-
-        told = {name: result[name] for name in ("device", "scores")}
-        return "\n\n" + render_devices({"devices": [told]}, width())
 
 
 def _scorer(score: str | None, bundles: dict[str, Path], **options: Any) -> _Scorer:

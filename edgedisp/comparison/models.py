@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp import data, models
-from edgedisp.bench.machine import describe, physical_cores
+from edgedisp.bench.system import describe, physical_cores
 from edgedisp.comparison.pairing import Scored, averaged, paired_with_first
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgedisp.bench.arithmetic import multiplies_bf16
+from edgedisp.bench.system import multiplies_bf16
 from edgedisp.pipeline.walk import Stage, Work
 from edgedisp.recipe import Adapter, ArmRun, Recipe, Train
 from edgedisp.recipe.recipe import ONLOOKERS

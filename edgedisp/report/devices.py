@@ -1,7 +1,6 @@
 """Measurements on devices as tables: what `edgedisp bench` prints and its page shows.
 
-`timed` is {devices [one result for each]}, a result being what `bench/devices.py` describes: `rows` where
-something was timed, `logits` where kernels were compared and nothing may be read as a speed. Any figure may
+`timed` is {devices [one result for each]}, a result being what `bench/devices.py` describes. Any figure may
 be absent.
 """
 
@@ -14,7 +13,7 @@ from typing import Any
 from edgedisp.report import device_scores
 from edgedisp.report.reading import at, branch, number
 from edgedisp.report.section import Grid, Section
-from edgedisp.report.wording import MISSING, figure, fixed, megabytes, percent, small
+from edgedisp.report.wording import MISSING, figure, fixed, megabytes
 
 GIB = 1 << 30
 Timed = Mapping[str, Any]
@@ -27,27 +26,18 @@ HEAD = (
     "p50 ms",
     "p90 ms",
     "load s",
-    "cold load s",
     "peak MB",
-    "share MB",
     "disk MB",
     "download MB",
     "GB/s",
-    "J",
 )
 MEANING = (
     "Batch 1, after a warm-up, bundles in turns; medians, with an interval for the median in brackets. "
     "ttft: from the prompt to the first new token; prefill: prompt tokens by that time; decode: tokens a "
-    "second after the first one; p50 and p90: time of one of these; load: from memory, cold load: from the "
-    "disk; peak: largest resident memory (in a browser the WebAssembly heap), share: its proportional part; "
-    "disk: graph and weights, download: all that a browser fetches; GB/s: bytes read for a token times "
-    "tokens a second; J: the processor's energy for one prompt and answer."
+    "second after the first one; p50 and p90: time of one of these; load: from files in memory; peak: "
+    "largest resident memory (in a browser the WebAssembly heap); disk: graph and weights, download: all "
+    "that a browser fetches; GB/s: bytes read for a token times tokens a second."
 )
-KERNELS = (
-    "Nothing is timed on an emulated processor. The same bundle and token ids under each kind of kernels; "
-    "KL is the mean divergence of the next-token distributions, in nats."
-)
-
 BROWSERS = {
     "SamsungBrowser": "Samsung Internet",
     "Edg": "Edge",
@@ -62,50 +52,23 @@ BROWSERS = {
 }
 """Names in a user agent, the telling ones first: most browsers also name the one that they resemble."""
 
-PROJECTED = (
-    "Not measured: what memory bandwidth allows on chips that are not at hand. The bound is peak bandwidth "
-    "by the bytes that a token reads; the range is the part of it that models below 500M parameters reached "
-    "where someone measured ({of}). Heat and threads can take it lower."
-)
-
 
 def sections(timed: Timed, *, named: bool = False) -> list[Section]:
-    """The whole content: speeds side by side, every figure, kernels compared, then each device by itself.
+    """The whole content: speeds side by side, every figure, then each device by itself.
 
     `named`: every row names its device, also where there is but one.
     """
     devices = [branch(device) for device in timed["devices"]]
     speeds = [device for device in devices if device.get("rows")]
-    compared = [device for device in devices if device.get("logits")]
     found = []
     if len(speeds) > 1:
         found.append(Section("side", "Decode speed side by side", grids=(_side_by_side(speeds),)))
     if speeds:
         grid = _figures(speeds, several=named or len(devices) > 1)
         found.append(Section("figures", "Every figure", MEANING, grids=(grid,)))
-    if compared:
-        found.append(Section("kernels", "Kernels compared", KERNELS, grids=(_kernels(compared),)))
     if scored := device_scores.section(devices):
         found.append(scored)
-    if projected := branch(timed.get("projected")):
-        found.append(_projected(projected))
     return [*found, *(_device(device, f"device{index}") for index, device in enumerate(devices))]
-
-
-def _projected(projected: dict[str, Any]) -> Section:
-    """Chips down, bundles across; a section of its own, so that no column mixes it with what was measured."""
-    bundles = branch(projected["bundles"])
-    chips: dict[str, dict[str, Any]] = {}
-    for label, found in bundles.items():
-        for one in found:
-            chips.setdefault(f"{one['soc']} ({one['devices']})", {})[label] = one
-    rows = []
-    for chip, by_bundle in chips.items():
-        ranges = [f"{one['low']:.0f} to {one['high']:.0f}" for one in by_bundle.values()]
-        rows.append((chip, *ranges))
-    seen = ", ".join(f"{one['of']}: {100 * one['share']:.0f} %" for one in projected["shares"])
-    grid = Grid(("chip", *bundles), tuple(rows), "decode, tokens a second, projected")
-    return Section("projected", "Projected, not measured", PROJECTED.format(of=seen), grids=(grid,))
 
 
 def _side_by_side(devices: list[dict[str, Any]]) -> Grid:
@@ -134,7 +97,6 @@ def _figures(devices: list[dict[str, Any]], several: bool) -> Grid:
 
 def _texts(row: dict[str, Any]) -> tuple[str, ...]:
     value = {key: number(row.get(key)) for key in row}
-    load, cold = value.get("load_s"), value.get("load_cold_s")
     return (
         str(row["label"]),
         fixed(value.get("threads"), 0),
@@ -143,14 +105,11 @@ def _texts(row: dict[str, Any]) -> tuple[str, ...]:
         _rate(row, "decode_tokens_per_s"),
         figure(value.get("token_ms_p50")),
         figure(value.get("token_ms_p90")),
-        fixed(load, 2),
-        fixed(cold, 2),
+        fixed(value.get("load_s"), 2),
         megabytes(value.get("peak_memory_bytes")),
-        megabytes(value.get("proportional_memory_bytes")),
         megabytes(value.get("weights_bytes")),
         megabytes(value.get("download_bytes")),
         fixed(value.get("implied_bandwidth_gb_per_s"), 1),
-        figure(value.get("energy_j")),
     )
 
 
@@ -159,34 +118,6 @@ def _rate(row: Mapping[str, Any], key: str) -> str:
     low, high = (number(at(row, "spread", key, end)) for end in ("low", "high"))
     shown = figure(number(row.get(key)))
     return shown if low is None or high is None else f"{shown} [{figure(low)}, {figure(high)}]"
-
-
-def _kernels(devices: list[dict[str, Any]]) -> Grid:
-    """One row for each bundle and kind of kernels."""
-    rows = []
-    for device in devices:
-        for row in device["logits"]["rows"]:
-            rows.append(
-                (
-                    str(device["device"]),
-                    str(row["label"]),
-                    str(row["kernels"]),
-                    small(number(row.get("kl_to_x86"))),
-                    small(number(row.get("kl_to_exact"))),
-                    percent(number(row.get("top1_agreement"))),
-                    figure(number(row.get("perplexity"))),
-                )
-            )
-    head = (
-        "device",
-        "bundle",
-        "kernels",
-        "KL to x86",
-        "KL to exact products",
-        "same top token",
-        "perplexity",
-    )
-    return Grid(head, tuple(rows), text_columns=(0, 1, 2))
 
 
 def _device(device: dict[str, Any], key: str) -> Section:

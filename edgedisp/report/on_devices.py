@@ -1,7 +1,7 @@
 """The section of a run's report on devices: what `edgedisp bench --report` and `edgedisp phone` measured.
 
 The content of `edgedisp bench --html` (devices.py) as one section: all devices in one table, their facts in a
-line each, their warnings below. Only measurements: what is projected from bandwidths is never kept in a run.
+line each, their warnings below.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from edgedisp.report.reading import Summary, at, branch, number
 from edgedisp.report.section import Grid, Section
 from edgedisp.report.wording import MISSING, fixed, plural
 
-LEFT_OUT = ("side", "projected")  # the one table shows speeds side by side
+LEFT_OUT = ("side",)  # the one table shows speeds side by side
 FACTS = (
     *("phone", "processor", "cores", "memory", "system", "browser", "onnxruntime"),
     *("measured by", "battery", "thermal status", "measured"),
@@ -22,7 +22,7 @@ FACTS = (
 
 
 def on_devices(summary: Summary) -> Section:
-    """One table over all devices, kernels compared, thread sweeps; facts and notes by device."""
+    """One table over all devices, thread sweeps; facts and notes by device."""
     found = at(summary, "devices")
     devices = [branch(device) for device in found] if isinstance(found, list) else []
     told = {_lengths(branch(row)) for device in devices for row in device.get("rows") or ()}

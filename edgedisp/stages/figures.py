@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp import models
+from edgedisp.bench.devices import BenchOptions
+from edgedisp.bench.interleaved_timing import measure
 from edgedisp.bench.local import Local
-from edgedisp.bench.machine import installed_version
-from edgedisp.bench.summary import arms_to_compare
-from edgedisp.bench.timing import measure
+from edgedisp.bench.results import twin_pairs
+from edgedisp.bench.system import installed_version
 from edgedisp.core.errors import BuildFailed
-from edgedisp.core.paths import data_folder
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import digest, file_digest, read, write_json
 from edgedisp.evaluate import tasks
@@ -124,25 +124,22 @@ def latency(
 
     What is timed is what a device gets: the same weights under a graph for the last token's logits.
     """
-    runner = data_folder("export") / "runner" / "edgedisp_runner.py"
     scratch = own / "timed"
     shipped = {}
     for label, bundle in bundles.items():
         shipped[label] = scratch / label.replace("/", "-")
         shipped[label].mkdir(parents=True)
         for_device(bundle, shipped[label], threads=threads)
-    results = measure(
-        shipped,
-        Local(runner),
+    options = BenchOptions(
         prompt=section.prompt,
         generate=section.generate,
         repetitions=section.repetitions,
         threads=threads,
         seed=seed,
         pause_s=section.pause_s,
-        pairs=arms_to_compare(list(bundles)),
-        progress=progress,
+        pairs=twin_pairs(list(bundles)),
     )
+    results = measure(shipped, Local(), options, progress)
     shutil.rmtree(scratch)
     write_json(own / "latency.json", results)
     return results

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp import __version__, data, models
-from edgedisp.bench.machine import installed_version
+from edgedisp.bench.system import installed_version
 from edgedisp.core.stage_folder import MANIFEST, file_digest, git_commit, list_files, read, write_json
 from edgedisp.graph import runtime_layouts
 from edgedisp.graph.device_graph import for_device

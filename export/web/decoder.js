@@ -1,4 +1,4 @@
-// One open session with its cache: the loop of export/runner/edgedisp_runner.py, in WebAssembly.
+// One open session with its cache: the loop of export/runner/runner.py, in WebAssembly.
 //
 // What is timed means the same as there: `ttft_ms` from handing over the prompt to knowing the first token,
 // then one entry of `token_ms` for each further token. No tokenizer, no sampling (argmax), no early end, and

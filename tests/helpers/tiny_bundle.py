@@ -17,7 +17,7 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-RUNNER = Path(__file__).resolve().parents[2] / "export" / "runner" / "edgedisp_runner.py"
+RUNNER = Path(__file__).resolve().parents[2] / "export" / "runner" / "runner.py"
 
 
 def tiny_bundles(root: Path) -> dict[str, Path]:

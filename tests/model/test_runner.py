@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
+import hashlib
 import json
 import shutil
 import subprocess
@@ -99,26 +99,6 @@ def test_the_prompt_depends_on_the_seed_alone(bundles: dict[str, Path]) -> None:
     assert tokens("1") != tokens("2")
 
 
-def test_threads_come_from_the_bundle_where_none_are_asked_for(
-    bundles: dict[str, Path], tmp_path: Path
-) -> None:
-    options = {"intra_op_num_threads": 1, "log_id": "x"}
-    bundle = copy_with(bundles["fp32"], tmp_path / "b", model__decoder__session_options=options)
-    command = [
-        sys.executable,
-        str(RUNNER),
-        str(bundle),
-        "--prompt",
-        "2",
-        "--generate",
-        "2",
-        "--repetitions",
-        "1",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert json.loads(done.stdout)["threads"] == 1
-
-
 def test_peak_memory_is_that_of_the_runner_not_of_its_parent(bundles: dict[str, Path]) -> None:
     ballast = np.ones(500_000_000, np.uint8)  # a child inherits its parent's ru_maxrss on Linux
     found = result(bundles["fp32"], "--prompt", "4", "--generate", "2", "--repetitions", "1")
@@ -126,7 +106,7 @@ def test_peak_memory_is_that_of_the_runner_not_of_its_parent(bundles: dict[str, 
 
 
 def test_interactive_answers_line_by_line_and_survives_nonsense(bundles: dict[str, Path]) -> None:
-    commands = '{"run": 1}\nnonsense\n{"jump": 1}\n\n{"run": 1}\n{"quit": 1}\n{"run": 1}\n'
+    commands = '{"run": 1}\nnonsense\n{"jump": 1}\n{"run": 1}\n{"quit": 1}\n{"run": 1}\n'
     options = ["--interactive", "--prompt", "4", "--generate", "3"]
     done = start(bundles["fp32"], *options, stdin=commands)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -187,113 +167,46 @@ def test_it_is_one_file_for_python_3_9_with_numpy_and_onnxruntime_alone() -> Non
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.Match)]
 
 
-# ---------------------------------------------------------------- page cache, energy, logits
-
-
-def runner_module() -> Any:
-    spec = importlib.util.spec_from_file_location("edgedisp_runner", RUNNER)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what is in its page cache")
-def test_files_that_were_read_are_in_the_page_cache(bundles: dict[str, Path]) -> None:
-    options = ["--prompt", "4", "--generate", "2", "--repetitions", "1", "--page-cache", "warm"]
-    found = result(bundles["fp32"], *options)
-    assert found["page_cache"] == "warm" and found["cached_share"] == 1.0
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what is in its page cache")
-def test_the_share_in_memory_falls_when_the_system_forgets_and_rises_when_it_is_read(tmp_path: Path) -> None:
-    runner = runner_module()
-    (tmp_path / "a").write_bytes(bytes(1 << 20))
-    assert runner.prepare_page_cache([tmp_path / "a"], "warm") == 1.0
-    assert runner.prepare_page_cache([tmp_path / "a"], "found") == 1.0
-    share = runner.prepare_page_cache([tmp_path / "a"], "dropped")
-    assert share in (0.0, 1.0)  # 1 on file systems that live in memory: then no load is called cold
-    assert runner.prepare_page_cache([tmp_path / "a"], "warm") == 1.0
-
-
-def powercap(root: Path, **zones: tuple[str, int]) -> Path:
-    for zone, (name, energy) in zones.items():
-        folder = root / zone.replace("_", ":").replace("rapl", "intel-rapl")
-        folder.mkdir(exist_ok=True)
-        (folder / "name").write_text(name + "\n")
-        (folder / "energy_uj").write_text(f"{energy}\n")
-        (folder / "max_energy_range_uj").write_text("1000000\n")
-    return root
-
-
-def test_energy_is_the_sum_of_the_packages_over_a_counter_that_starts_again(tmp_path: Path) -> None:
-    runner = runner_module()
-    root = powercap(tmp_path, rapl_0=("package-0", 900_000), rapl_1=("package-1", 5), rapl_0_0=("core", 1))
-    zones = runner.energy_zones(root)
-    assert [zone.name for zone in zones] == ["intel-rapl:0", "intel-rapl:1"]
-    before = runner.energy_uj(zones)
-    powercap(tmp_path, rapl_0=("package-0", 100_000), rapl_1=("package-1", 500_005))
-    assert runner.energy_j(zones, before, runner.energy_uj(zones)) == pytest.approx(0.2 + 0.5)
-
-
-def test_without_a_readable_counter_there_is_no_energy(tmp_path: Path) -> None:
-    runner = runner_module()
-    assert runner.energy_zones(tmp_path) == [] and runner.energy_j([], None, None) is None
-    root = powercap(tmp_path, rapl_0=("package-0", 1))
-    (root / "intel-rapl:0" / "energy_uj").unlink()
-    assert runner.energy_zones(root) == []
-
-
-def written_logits(bundle: Path, tmp_path: Path, ids: list[int], *options: str) -> np.ndarray[Any, Any]:
-    (tmp_path / "ids.json").write_text(json.dumps(ids))
-    out = tmp_path / "logits.npy"
-    done = start(bundle, "--logits", str(tmp_path / "ids.json"), "--out", str(out), *options)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["tokens"] == len(ids)
-    return np.load(out)
-
-
-def plain_logits(bundle: Path, ids: list[int]) -> np.ndarray[Any, Any]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(bundle / "model.onnx"), providers=["CPUExecutionProvider"])
-    past = [i for i in session.get_inputs() if i.name.startswith("past")]
-    empty = {i.name: np.zeros((1, i.shape[1], 0, 16), np.float32) for i in past}
-    feed = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
-    return np.asarray(session.run(["logits"], {**feed, **empty})[0][0])
-
-
-def test_logits_are_the_graphs_own(bundles: dict[str, Path], tmp_path: Path) -> None:
-    ids = [3, 7, 11, 2, 9, 30]
-    found = written_logits(bundles["fp32"], tmp_path, ids)
-    assert found.dtype == np.float32 and found.shape[0] == len(ids)
-    np.testing.assert_allclose(found, plain_logits(bundles["fp32"], ids), atol=1e-4)
-
-
-def test_a_graph_for_the_last_token_alone_gives_the_same_logits_one_by_one(
+def test_scores_are_those_of_the_whole_sequence_also_one_token_at_a_time(
     bundles: dict[str, Path], tmp_path: Path
 ) -> None:
     from edgedisp.graph.device_graph import for_device
 
     (tmp_path / "last").mkdir()
     for_device(bundles["fp32"], tmp_path / "last", threads=1)
-    ids = [3, 7, 11, 2, 9, 30]
-    found = written_logits(tmp_path / "last", tmp_path, ids)
-    np.testing.assert_allclose(found, plain_logits(bundles["fp32"], ids), atol=1e-3)
+    requests = [[[3, 7, 11], [2, 9, 30]], [[3, 7, 11], [4]], [[8], [9]]]
+    expected = [(plain_log_prob(bundles["fp32"], *request)) for request in requests]
+    for bundle in (bundles["fp32"], tmp_path / "last"):
+        lines = json.dumps({"score": requests}) + '\n{"score": [[[1], []]]}\n{"score": [[[1], [99999]]]}\n'
+        done = start(bundle, "--interactive", "--positions", "8", stdin=lines)
+        ready, answer, *refused = map(json.loads, done.stdout.splitlines())
+        assert "ready" in ready and ["error" in one for one in refused] == [True, True]
+        assert [greedy for _, greedy in answer["scores"]] == [greedy for _, greedy in expected]
+        np.testing.assert_allclose([s for s, _ in answer["scores"]], [s for s, _ in expected], atol=1e-3)
 
 
-def test_session_options_reach_onnxruntime(bundles: dict[str, Path], tmp_path: Path) -> None:
-    written_logits(bundles["int4"], tmp_path, [1, 2], "--session", "mlas.disable_kleidiai=1")
-    assert start(bundles["int4"], "--session", "nonsense").returncode == 2
+def plain_log_prob(bundle: Path, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(bundle / "model.onnx"), providers=["CPUExecutionProvider"])
+    past = [i for i in session.get_inputs() if i.name.startswith("past")]
+    empty = {i.name: np.zeros((1, i.shape[1], 0, 16), np.float32) for i in past}
+    ids = [*context, *continuation]
+    feed = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
+    logits = np.asarray(session.run(["logits"], {**feed, **empty})[0][0], np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    rows = range(len(context) - 1, len(ids) - 1)
+    greedy = all(int(logits[row].argmax()) == ids[row + 1] for row in rows)
+    return float(sum(log_probs[row, ids[row + 1]] for row in rows)), greedy
 
 
-@pytest.mark.parametrize(
-    ("content", "said"), [("[]", "at least one"), ("[1, -2]", "list"), ("{", "JSON"), ("[99999]", "99999")]
-)
-def test_ids_that_cannot_be_are_refused(
-    bundles: dict[str, Path], tmp_path: Path, content: str, said: str
-) -> None:
-    (tmp_path / "ids.json").write_text(content)
-    out = tmp_path / "x.npy"
-    done = start(bundles["fp32"], "--logits", str(tmp_path / "ids.json"), "--out", str(out))
-    assert done.returncode == 2 and said in done.stderr and not out.exists()
+def test_it_describes_the_machine_and_hashes_files_without_numpy(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a").write_bytes(b"abc")
+    bare = [sys.executable, "-I", "-S", str(RUNNER)]
+    told = [
+        json.loads(subprocess.run([*bare, *words], capture_output=True, text=True, check=True).stdout)
+        for words in (["--describe"], ["--sha256", str(tmp_path)], ["--sha256", str(tmp_path / "none")])
+    ]
+    assert told[0]["physical_cores"] >= 1 and told[0]["packages"] == {"numpy": None, "onnxruntime": None}
+    assert told[1:] == [{"sub/a": hashlib.sha256(b"abc").hexdigest()}, {}]

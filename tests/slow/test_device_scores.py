@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,15 +14,13 @@ import pytest
 import sshd
 from test_phone_page import WEB, chromium
 from test_runtimes import Quiet
-from tiny_bundle import RUNNER, tiny_bundles
+from tiny_bundle import tiny_bundles
 
 from edgedisp import data, single
-from edgedisp.bench import browser, local, scoring
-from edgedisp.bench.devices import Address, DeviceLost, Wanted
-from edgedisp.bench.machine import physical_cores
-from edgedisp.bench.page_plan import PagePlan
-from edgedisp.bench.page_scores import Collected
-from edgedisp.bench.uploads import UPLOAD, Scores
+from edgedisp.bench import interleaved_timing
+from edgedisp.bench.browser import BrowserPage
+from edgedisp.bench.devices import BenchOptions
+from edgedisp.bench.system import physical_cores
 from edgedisp.evaluate import finite_population, statistics, subset
 from edgedisp.evaluate.result import task_result
 from edgedisp.evaluate.score import as_read, loglikelihoods
@@ -31,7 +28,6 @@ from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.scored import scored_model
 from edgedisp.graph.session import OnnxModel
 from edgedisp.report.devices import render_devices, sections
-from edgedisp.single import BenchOptions
 from edgedisp.stages import device_scores
 from edgedisp.stages.device_scores import Wish
 
@@ -219,56 +215,6 @@ def test_long_requests_are_cut_on_the_left_and_counted() -> None:
     assert as_read(Short(), [], [5], 0, None) == ((0,), (5,), 0)  # type: ignore[arg-type]
 
 
-def test_the_runner_refuses_what_it_cannot_score(bundles: dict[str, Path]) -> None:
-    asked = [
-        {"score": [[[1, 2], [3]], [[1, 2], [4, 5]], [[9], [3]]]},
-        {"score": [[[1], []]]},
-        {"score": [[[1], [999]]]},
-        {"score": [[[1] * 20, [2]]]},
-        {"score": "text"},
-        [],
-        {"quit": 1},
-    ]
-    done = subprocess.run(
-        [sys.executable, str(RUNNER), "--score", "16", "--threads", "1", str(bundles["fp32"])],
-        input="\n".join(map(json.dumps, asked)), capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
-    ready, scores, *refused = map(json.loads, done.stdout.splitlines())
-    assert done.returncode == 0 and "ready" in ready
-    expected = loglikelihoods(
-        scored_model(bundles["fp32"], 1),
-        [(tuple(a), tuple(b)) for a, b in asked[0]["score"]],  # type: ignore[index]
-    )
-    for (total, greedy), one in zip(scores["scores"], expected, strict=True):
-        assert total == pytest.approx(one.sum_logprob, abs=1e-4) and greedy == one.greedy
-    assert len(refused) == 5 and all("cannot be scored" in one["error"] for one in refused)
-
-
-def test_a_host_that_sends_something_else_is_lost_with_what_it_answered_before(
-    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    item = [([1, 2], [3])]
-    real, asked = scoring.checked, []
-
-    def wrong_later(*given: Any) -> Any:
-        asked.append(given)
-        return real(given[0], [[float("nan"), True]] if len(asked) == 3 else given[1], given[2])
-
-    monkeypatch.setattr(scoring, "checked", wrong_later)
-    wanted = Wanted(
-        RUNNER, Path("unused"), lambda _: [], prompt=4, generate=4, repetitions=1, threads=1,
-        requests={"fp32": [item] * 5},
-    )  # fmt: skip
-    with (
-        local.opened(Address("local", "local"), {"fp32": bundles["fp32"]}, wanted) as device,
-        pytest.raises(DeviceLost, match="lost while it scored") as caught,
-    ):
-        device.measure(lambda *step: None)
-    partial = caught.value.partial
-    assert len(partial["answers"]["fp32"]) == 2 and len(partial["rows"]) == 1
-    assert "something else than 1 scores" in partial["lost"]
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -278,7 +224,6 @@ def test_a_host_that_sends_something_else_is_lost_with_what_it_answered_before(
         (["--tasks-path", "."], "--tasks-path: says what is scored"),
         (["--score", "heldout"], "the bundle lies in no run; name documents with --text"),
         (["--score", ","], "names no task"),
-        (["--score", "heldout", "--device", "arm64-emulated"], "arm64-emulated computes a few logits alone"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_before_anything_is_timed(  # type: ignore[no-untyped-def]
@@ -292,7 +237,7 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_timed(  # type: ign
 def test_over_ssh_scores_arrive_and_a_lost_connection_leaves_a_part(  # type: ignore[no-untyped-def]
     bundles: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edgedisp
 ) -> None:
-    real, answered = scoring.checked, []
+    real, answered = interleaved_timing._checked_scores, []
 
     with sshd.running(tmp_path / "s") as server:
         monkeypatch.setenv("EDGEDISP_SSH", server.command)
@@ -312,7 +257,7 @@ def test_over_ssh_scores_arrive_and_a_lost_connection_leaves_a_part(  # type: ig
                 server.break_connections()
             return real(*given)
 
-        monkeypatch.setattr(scoring, "checked", cut)
+        monkeypatch.setattr(interleaved_timing, "_checked_scores", cut)
         ended = edgedisp("bench", bundles["fp32"], *words)
     assert ended.code == 1 and "What was measured until then is shown" in ended.err
     (device,) = json.loads(ended.out)["devices"]
@@ -327,10 +272,9 @@ def test_the_page_gives_the_scores_of_this_machine(
 ) -> None:
     items = questions.requests["fp32"][:24]
     notes: list[str] = []
-    found = browser.measure(
-        {"fp32": bundles["fp32"]}, prompt=4, generate=4, repetitions=1, requests={"fp32": items},
-        progress=lambda done, total, note: notes.append(note),
-    )  # fmt: skip
+    options = BenchOptions(prompt=4, generate=4, repetitions=1, requests={"fp32": items})
+    page = BrowserPage({"fp32": bundles["fp32"]}, options)
+    found = page.measure(lambda done, total, note: notes.append(note))
     assert len(found["rows"]) == 1 and any("of 24 items scored" in note for note in notes)
     model = scored_model(bundles["fp32"], 1)
     for item, answers in zip(items, found["answers"]["fp32"], strict=True):
@@ -353,51 +297,6 @@ def test_a_bundle_for_browsers_alone_is_scored_there_and_here(
     for record in timed["devices"][0]["scores"]:
         assert record["answered"] == 20 and record["agreement"]["share"] == 1
         assert record["logprob"]["max"] < 1e-3 and record["logprob"]["mean_per_token"] < 1e-5
-
-
-def sent(**changes: Any) -> bytes:
-    told = {"kind": "scores", "run": "0" * 16, "label": "a", "first": 0, "answers": [[[-1.5, True]]]}
-    return json.dumps({**told, **changes}).encode()
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"answers": [[[1.0, True]]]},  # a probability above 1
-        {"answers": [[[-1.0, 1]]]},
-        {"answers": [[[-1.0]]]},
-        {"answers": [[[-1.0, True]]] * 101},
-        {"first": -1},
-        {"more": 1},
-    ],
-)
-def test_scores_that_do_not_fit_the_schema_are_refused(changes: dict[str, Any]) -> None:
-    UPLOAD.validate_json(sent())
-    with pytest.raises(ValueError, match="validation error"):
-        UPLOAD.validate_json(sent(**changes))
-    with pytest.raises(ValueError, match="validation error"):
-        UPLOAD.validate_json(sent().replace(b"-1.5", b"NaN"))
-
-
-def test_scores_that_do_not_fit_the_plan_are_refused_and_pieces_are_joined() -> None:
-    item = [([1], [2]), ([1], [3])]
-    plan = PagePlan((), requests={"a": [item] * 3})
-    pair = [[-1.0, True], [-2.0, False]]
-
-    def upload(**changes: Any) -> Scores:
-        found = UPLOAD.validate_json(sent(**changes))
-        assert isinstance(found, Scores)
-        return found
-
-    assert plan.accepts(upload(answers=[pair])) is None
-    assert "more or fewer" in str(plan.accepts(upload(answers=[pair[:1]])))
-    assert "not asked for" in str(plan.accepts(upload(answers=[pair], first=3)))
-    assert "not asked for" in str(plan.accepts(upload(answers=[pair], label="b")))
-    collected = Collected(plan.requests)
-    for first, count in ((1, 1), (0, 1), (0, 2), (2, 1)):  # a gap is left, what is sent again is known
-        assert not collected.complete
-        collected.take(upload(first=first, answers=[pair] * count))
-    assert collected.complete and len(collected.answers["a"]) == 3
 
 
 def test_the_table_tells_scores_verdict_and_what_is_missing() -> None:

@@ -23,15 +23,17 @@ import pytest
 from test_runtimes import Quiet
 from tiny_bundle import recompute, tiny_bundles
 
-from edgedisp.bench import browser, local, timing
-from edgedisp.bench.chromium import find_browser
-from edgedisp.bench.page_bundle import prompt_ids, read_bundle
-from edgedisp.bench.page_plan import PagePlan
-from edgedisp.bench.page_resources import page_resources
-from edgedisp.bench.page_server import PageServer, Received
+from edgedisp.bench.browser import BrowserPage, find_browser
+from edgedisp.bench.devices import BenchOptions
+from edgedisp.bench.interleaved_timing import measure
+from edgedisp.bench.local import Local
+from edgedisp.bench.page_plan import PagePlan, read_bundle
+from edgedisp.bench.page_protocol import Figures
+from edgedisp.bench.page_server import PageServer, Received, page_resources
 from edgedisp.bench.phone import local_address
-from edgedisp.bench.uploads import Figures
+from edgedisp.bench.system import runner
 from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.progress import silent
 
 TOP = Path(__file__).resolve().parents[2]
 WEB = TOP / "export" / "web"
@@ -66,13 +68,14 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def served(
     folders: dict[str, Path], host: str = "127.0.0.1", **options: Any
 ) -> Iterator[tuple[PageServer, PagePlan]]:
-    plan = PagePlan(tuple(read_bundle(label, folder) for label, folder in folders.items()), **options)
+    bundles = tuple(read_bundle(label, folder) for label, folder in folders.items())
+    plan = PagePlan(bundles, BenchOptions(**options))
     resources = {**page_resources(WEB), **plan.resources()}
 
     def complain(line: str) -> None:
         raise AssertionError(line)
 
-    with PageServer(resources, host=host, port=0, accepts=plan.accepts, note=complain) as server:
+    with PageServer(resources, host=host, port=0, refusal=plan.refusal, note=complain) as server:
         yield server, plan
 
 
@@ -163,7 +166,7 @@ def test_the_benchmark_arrives_and_its_tokens_are_those_of_onnxruntime(
     assert last.complete and last.held_open
     assert [(one.repetition, one.label) for one in last.repetitions] == plan.order()
     for one in last.repetitions:
-        prompt = prompt_ids(plan.bundles[0].vocab_size, 6, 0)
+        prompt = runner().prompt_ids(plan.bundles[0].vocab_size, 6, 0)[0].tolist()
         assert one.tokens == recompute(bundles[one.label], prompt, 5)
         assert one.heap_bytes is not None and one.heap_bytes >= 1 << 24
     assert last.device.isolated and last.device.simd and last.device.threads == 1
@@ -197,16 +200,15 @@ def test_a_file_that_arrives_damaged_is_not_used_and_fetched_again(bundles: dict
     assert found["again"]["tokens"] == answered(bundles["fp32"], [user(TEXTS[0])])[0]
 
 
+def in_browser(bundles: dict[str, Path], **options: Any) -> dict[str, Any]:
+    return BrowserPage(bundles, BenchOptions(**options)).measure(silent)
+
+
 def test_the_browser_gives_the_rows_of_the_local_device(bundles: dict[str, Path]) -> None:
-    options: dict[str, Any] = {"prompt": 6, "generate": 5, "repetitions": 3}
-    chosen = {"fp32": bundles["fp32"], "twin": bundles["twin"]}
-    pairs = [("fp32", "twin")]
-    seen: list[tuple[int, int]] = []
-    found = browser.measure(
-        chosen, **options, pairs=pairs, progress=lambda done, of, note: seen.append((done, of))
-    )
-    runner = TOP / "export" / "runner" / "edgedisp_runner.py"
-    here = timing.measure(chosen, local.Local(runner), **options, threads=1, pairs=pairs)
+    pair = {"fp32": bundles["fp32"], "twin": bundles["twin"]}
+    options: dict[str, Any] = {"prompt": 6, "generate": 5, "repetitions": 3, "threads": 1}
+    options["pairs"] = (("fp32", "twin"),)
+    found, here = in_browser(pair, **options), measure(pair, Local(), BenchOptions(**options))
     assert set(here) <= set(found)
     assert json.loads(json.dumps(found, allow_nan=False))["order"] == here["order"]
     for mine, other in zip(found["rows"], here["rows"]):
@@ -216,14 +218,12 @@ def test_the_browser_gives_the_rows_of_the_local_device(bundles: dict[str, Path]
     for mine, other in zip(found["repetitions"], here["repetitions"]):
         assert set(other) <= set(mine)
         assert mine["tokens"] == other["tokens"]
-    assert found["pairs"][0]["same_graph"] == here["pairs"][0]["same_graph"]
-    assert found["machine"]["browser"]["isolated"]
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen) and {of for _, of in seen} == {8}
+    assert found["pairs"][0]["same_graph"] and found["machine"]["browser"]["isolated"]
 
 
 def test_bundles_that_do_not_fit_together_are_loaded_for_each_turn(bundles: dict[str, Path]) -> None:
-    chosen = {"fp32": bundles["fp32"], "twin": bundles["twin"]}
-    found = browser.measure(chosen, prompt=6, generate=5, repetitions=2, memory_bytes=1)
+    pair = {"fp32": bundles["fp32"], "twin": bundles["twin"]}
+    found = in_browser(pair, prompt=6, generate=5, repetitions=2, memory_bytes=1)
     assert found["groups"] == [["fp32"], ["twin"]]
     assert found["order"] == ["fp32", "twin", "twin", "fp32"]
     assert found["repetitions"][0]["tokens"] == found["repetitions"][3]["tokens"]
@@ -233,7 +233,7 @@ def test_the_browser_bundle_of_an_export_is_timed(tiny_folder: dict[str, Path], 
     from edgedisp.single import export_for_target
 
     export_for_target(tiny_folder["llama"], "browser", tmp_path / "bundle", Quiet())
-    found = browser.measure({"web": tmp_path / "bundle"}, prompt=6, generate=5, repetitions=2, threads=2)
+    found = in_browser({"web": tmp_path / "bundle"}, prompt=6, generate=5, repetitions=2, threads=2)
     assert found["rows"][0]["weights_bytes"] == sum(
         file.stat().st_size for file in (tmp_path / "bundle" / "onnx").iterdir()
     )
@@ -249,15 +249,16 @@ def test_a_graph_that_does_not_open_ends_with_what_the_page_says(
     weights = broken / "model.onnx.data"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(BuildFailed, match="the page could not go on"):
-        browser.measure({"broken": broken}, prompt=4, generate=4, repetitions=1)
+        in_browser({"broken": broken}, prompt=4, generate=4, repetitions=1)
 
 
 def test_a_browser_whose_program_is_killed_ends_by_itself(bundles: dict[str, Path], tmp_path: Path) -> None:
     script = (
-        "import tempfile; from pathlib import Path; from edgedisp.bench import browser; "
-        f"tempfile.tempdir = {str(tmp_path)!r}; "
-        f"browser.measure({{'fp32': Path({str(bundles['fp32'])!r})}}, prompt=100, generate=100, "
-        "repetitions=1000, progress=lambda *step: print(*step, flush=True))"
+        "import tempfile; from pathlib import Path; from edgedisp.bench.browser import BrowserPage; "
+        "from edgedisp.bench.devices import BenchOptions; "
+        f"tempfile.tempdir = {str(tmp_path)!r}; bundles = {{'fp32': Path({str(bundles['fp32'])!r})}}; "
+        "BrowserPage(bundles, BenchOptions(prompt=100, generate=100, repetitions=1000)).measure("
+        "lambda *step: print(*step, flush=True))"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -283,15 +284,3 @@ def of_profiles_in(folder: Path) -> list[int]:
             if any(f"--user-data-dir={folder}" in word for word in process.cmdline()):
                 found.append(process.pid)
     return found
-
-
-def test_no_browser_is_told_with_what_would_work(
-    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CHROME", "/nowhere/chrome")
-    with pytest.raises(BadInput, match=r"\$CHROME names /nowhere/chrome"):
-        browser.measure({"fp32": bundles["fp32"]})
-    monkeypatch.delenv("CHROME")
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(BadInput, match="apt-get install chromium"):
-        browser.measure({"fp32": bundles["fp32"]})

@@ -51,7 +51,7 @@ def test_a_result_is_read_back_under_its_bundles_folders(run: Path) -> None:
     found = places({"int4": run / "baseline" / "int4", "elsewhere": run.parent})
     assert {label: place.path for label, place in found.items()} == {"int4": "baseline/int4"}
     told = result(
-        "int4", "elsewhere", client="192.0.2.7", pairs=[{"baseline": "int4", "dispersed": "elsewhere"}]
+        "int4", "elsewhere", client="192.0.2.7", pairs=[{"baseline": "int4", "candidate": "elsewhere"}]
     )
     assert keep(told, found) == [run]
     assert table(run) == [("local", "baseline/int4", 100.0, False)]  # the row of another place is left out

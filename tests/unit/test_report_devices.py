@@ -22,12 +22,9 @@ def row(label: str, decode: float, **changes: Any) -> dict[str, Any]:
         "token_ms_p50": 8.0,
         "token_ms_p90": 9.5,
         "load_s": 0.41,
-        "load_cold_s": 1.25,
         "peak_memory_bytes": 251_000_000,
-        "proportional_memory_bytes": 240_000_000,
         "weights_bytes": 87_000_000,
         "implied_bandwidth_gb_per_s": 10.5,
-        "energy_j": None,
         "spread": {"decode_tokens_per_s": {"low": decode - 5, "high": decode + 5}},
         "warnings": [],
         **changes,
@@ -68,20 +65,7 @@ def sample() -> dict[str, Any]:
         "rows": [{"label": "baseline/int4", "decode_tokens_per_s": 9.0, "spread": {}, "warnings": []}],
         "lost": "the connection broke",
     }
-    emulated = {
-        "device": "arm64-emulated",
-        "kind": "arm64-emulated",
-        "machine": {"cpu": "qemu"},
-        "logits": {
-            "tokens": 96,
-            "rows": [
-                {"label": "baseline/int4", "kernels": "ARM64", "perplexity": 40.36, "kl_to_x86": 0.046,
-                 "top1_agreement": 0.93, "kl_to_exact": 0.019}
-            ],
-        },
-        "warnings": ["emulated: correctness alone, no speed can be read from it"],
-    }  # fmt: skip
-    return {"format": 1, "devices": [local, far, emulated]}
+    return {"format": 1, "devices": [local, far]}
 
 
 def test_devices_stand_side_by_side_and_a_missing_figure_is_a_dash() -> None:
@@ -101,15 +85,7 @@ def test_every_row_names_its_device() -> None:
         ("ssh://pi (partial)", "baseline/int4"),
     ]
     line = dict(zip(grid.head, grid.rows[0]))
-    assert (line["load s"], line["cold load s"], line["J"], line["disk MB"]) == ("0.41", "1.25", "–", "87.0")
-
-
-def test_an_emulated_processor_has_no_speed_column() -> None:
-    (kernels,) = [section for section in sections(sample()) if section.key == "kernels"]
-    head = " ".join(kernels.grids[0].head)
-    assert not re.search("t/s|ms|tokens", head) and "KL to x86" in head
-    timed = [s for s in sections(sample()) if s.key in ("side", "figures")]
-    assert "arm64-emulated" not in str(timed)
+    assert (line["load s"], line["download MB"], line["disk MB"]) == ("0.41", "–", "87.0")
 
 
 def test_a_lost_device_a_fault_and_warnings_are_told() -> None:
@@ -140,36 +116,18 @@ def test_one_device_alone_needs_no_column_for_it() -> None:
     assert sections(alone)[0].grids[0].head[0] == "bundle"
 
 
-def test_projected_speeds_are_a_section_of_their_own_and_in_no_column_of_measured_ones() -> None:
-    chip = {"soc": "A <Chip>", "devices": "a phone", "bound": 500.0, "low": 90.4, "high": 155.2}
-    projected = {
-        "shares": [{"of": "a model on A <Chip>", "share": 0.18, "source": "a benchmark"}],
-        "bundles": {"baseline/int4": [chip]},
-    }
-    timed = {**sample(), "projected": projected}
-    told = next(section for section in sections(timed) if section.key == "projected")
-    assert told.grids[0].rows == (("A <Chip> (a phone)", "90 to 155"),)
-    assert "Not measured" in told.lead and "18 %" in told.lead
-    others = [section for section in sections(timed) if section.key != "projected"]
-    assert others == sections(sample())
-    assert "Projected, not measured" in render_devices(timed, 100)
-    assert "A &lt;Chip&gt;" in devices_page(timed)
-
-
 def test_a_runs_report_has_all_devices_in_one_table_of_what_was_measured() -> None:
-    local, far, emulated = sample()["devices"]
+    local, far = sample()["devices"]
     lost = {**far, "rows": [{**far["rows"][0], "partial": True}], "measured": ["2026-11-27T15:44:12+00:00"]}
-    section = on_devices(
-        {"devices": [local, lost, emulated], "devices_outdated": ["dispersed/int4 on phone"]}
-    )
-    figures, kernels, threads = section.grids
+    section = on_devices({"devices": [local, lost], "devices_outdated": ["dispersed/int4 on phone"]})
+    figures, threads = section.grids
     assert [line[0] for line in figures.rows] == [
         "local, baseline/int4",
         "local, baseline/fp32",
         "ssh://pi (partial), baseline/int4",
     ]
-    assert "J" not in figures.head and len({len(figures.head), *map(len, figures.rows)}) == 1
-    assert kernels.rows[0][:2] == ("arm64-emulated, baseline/int4", "ARM64") and threads.folded
+    assert "download MB" not in figures.head and len({len(figures.head), *map(len, figures.rows)}) == 1
+    assert threads.folded
     assert dict(section.facts)["ssh://pi"] == "measured 2026-11-27 15:44 UTC"
     assert "local: two graphs" in section.notes and any(
         "dispersed/int4 on phone" in note for note in section.notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import time
 from pathlib import Path
@@ -14,11 +15,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_bundle import RUNNER, copy_with, tiny_bundles
 
-from edgedisp.bench.devices import DeviceLost
+from edgedisp.bench.devices import BenchOptions, DeviceLost
+from edgedisp.bench.interleaved_timing import (
+    TimedHost,
+    expected_memory_bytes,
+    group_by_memory,
+    measure,
+    sweep_threads,
+    thread_counts,
+    turns,
+)
 from edgedisp.bench.local import Local
-from edgedisp.bench.summary import FIGURES, warn_about_bits
-from edgedisp.bench.timing import expected_memory_bytes, group_by_memory, measure, turns
+from edgedisp.bench.results import FIGURES
 from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.progress import silent
+from edgedisp.core.stage_folder import MANIFEST, RECORD, check_files, list_files, read, write_json
+from edgedisp.single import write_bundle_threads
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +39,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def quick(bundles: dict[str, Path], **options: Any) -> dict[str, Any]:
+    host, progress = Local(options.pop("runner", RUNNER)), options.pop("progress", silent)
     chosen = {"prompt": 6, "generate": 5, "repetitions": 2, "threads": 1, **options}
-    return measure(bundles, Local(chosen.pop("runner", RUNNER)), **chosen)
+    return measure(bundles, host, BenchOptions(**chosen), progress)
 
 
 def workers() -> list[psutil.Process]:
@@ -46,7 +59,7 @@ def gone() -> bool:
 
 @pytest.fixture(scope="module")
 def timed(bundles: dict[str, Path]) -> dict[str, Any]:
-    return quick(bundles, repetitions=3, pairs=[("fp32", "twin"), ("fp32", "int4")])
+    return quick(bundles, repetitions=3, pairs=(("fp32", "twin"), ("fp32", "int4")))
 
 
 def test_turns_are_reversed_every_second_round(timed: dict[str, Any]) -> None:
@@ -91,7 +104,7 @@ def test_the_cache_read_grows_with_prompt_and_answer(bundles: dict[str, Path], t
 
 def test_arms_are_checked_for_one_graph(timed: dict[str, Any]) -> None:
     arms, precisions = timed["pairs"]
-    assert arms["same_graph"]["same"]
+    assert arms["same_graph"]
     assert arms["fault"] is None  # three repetitions are too few to call a difference real
     assert arms["decode"]["differs"] is None
     assert "different graphs" in precisions["fault"]
@@ -159,28 +172,11 @@ def test_what_was_timed_before_a_worker_died_is_kept(bundles: dict[str, Path]) -
             next(p for p in workers() if str(bundles["twin"]) in p.cmdline()).kill()
 
     with pytest.raises(DeviceLost, match=r"local: lost in the middle: twin: .* code -9") as caught:
-        quick(bundles, repetitions=3, pairs=[("fp32", "twin")], progress=kill_the_second)
+        quick(bundles, repetitions=3, pairs=(("fp32", "twin"),), progress=kill_the_second)
     partial = caught.value.partial
     assert partial["order"] == ["fp32", "twin", "int4", "int4"]
     assert {row["label"]: row["repetitions"] for row in partial["rows"]} == {"fp32": 1, "twin": 1, "int4": 2}
     assert json.dumps(partial, allow_nan=False) and gone()
-
-
-def test_a_cold_load_is_told_only_where_the_files_had_left_the_memory(timed: dict[str, Any]) -> None:
-    for row in timed["rows"]:
-        assert row["load_s"] > 0 and (row["load_cold_s"] is None or row["load_cold_s"] > 0)
-    assert timed["warnings"] == ["3 repetitions are too few to tell a difference from chance; 5 or more can"]
-
-
-def test_energy_is_the_counters_median_or_the_battery_of_a_bundle_alone() -> None:
-    from edgedisp.bench.summary import _energy_j
-
-    counted = [{"energy_j": value, "battery_j": None} for value in (3.0, 1.0, 2.0)]
-    assert _energy_j(counted, alone=False) == 2.0
-    drained = [{"energy_j": None, "battery_j": value} for value in (100.0, 97.0, 92.0)]
-    assert _energy_j(drained, alone=True) == 4.0
-    assert _energy_j(drained, alone=False) is None
-    assert _energy_j([{"energy_j": None, "battery_j": None}] * 2, alone=True) is None
 
 
 def test_an_interrupt_ends_the_workers(bundles: dict[str, Path]) -> None:
@@ -225,10 +221,8 @@ def test_a_bundle_that_cannot_be_timed_is_bad_input(bundles: dict[str, Path], tm
         quick({})
     with pytest.raises(BadInput, match=r"a: .*holds no model\.onnx"):
         quick({"a": tmp_path})
-    with pytest.raises(BadInput, match="runner program is missing"):
-        quick({"a": bundles["fp32"]}, runner=tmp_path / "none.py")
     with pytest.raises(BadInput, match="b is not among the bundles"):
-        quick({"a": bundles["fp32"]}, pairs=[("a", "b")])
+        quick({"a": bundles["fp32"]}, pairs=(("a", "b"),))
     with pytest.raises(BadInput, match="context is 256"):
         quick({"a": bundles["fp32"]}, prompt=300)
     headless = copy_with(bundles["fp32"], tmp_path / "h", model__decoder__head_size=None)
@@ -236,28 +230,99 @@ def test_a_bundle_that_cannot_be_timed_is_bad_input(bundles: dict[str, Path], tm
         quick({"a": headless})
 
 
-def made_row(label: str, bits: int, low: float, high: float, layers: int = 2) -> dict[str, Any]:
-    speed = {"median": (low + high) / 2, "low": low, "high": high}
-    shape = {"layers": layers}
-    return {
-        "label": label,
-        "weight_bits": bits,
-        "shape": shape,
-        "spread": {"decode_tokens_per_s": speed},
-        "warnings": [],
-    }
+@pytest.mark.parametrize(
+    ("cores", "cpus", "counts"),
+    [
+        (1, 2, [1, 2]),
+        (4, 8, [1, 2, 3, 4, 8]),
+        (20, 20, [*range(1, 9), 16, 20]),
+        (64, 128, [*range(1, 9), 16, 32, 64, 128]),
+    ],
+)
+def test_every_count_up_to_eight_is_tried_then_doublings(cores: int, cpus: int, counts: list[int]) -> None:
+    assert thread_counts(cores, cpus) == counts
 
 
-def test_fewer_bits_that_are_slower_get_a_warning() -> None:
-    rows = [made_row("fp32", 32, 50, 55), made_row("int8", 8, 90, 99), made_row("int4", 4, 20, 30)]
-    warn_about_bits(rows, {})
-    assert [len(row["warnings"]) for row in rows] == [0, 0, 2]
-    assert (
-        "4-bit weights decode slower than the 8-bit ones of int8 (25.0 against 94.5" in rows[2]["warnings"][1]
-    )
+def four_cores() -> Local:
+    """This machine, taken for one of two cores with two threads each, and a quota."""
+    host = Local()
+    host.machine |= {"physical_cores": 2, "logical_cpus": 4, "cpu_quota": 3.5}
+    return host
 
 
-def test_overlapping_intervals_and_other_models_get_none() -> None:
-    rows = [made_row("a", 32, 50, 55), made_row("b", 4, 40, 51), made_row("c", 4, 1, 2, layers=9)]
-    warn_about_bits(rows, {})
-    assert [row["warnings"] for row in rows] == [[], [], []]
+def test_the_best_count_has_the_highest_median_and_is_then_timed(bundles: dict[str, Path]) -> None:
+    options = BenchOptions(prompt=4, generate=4, repetitions=1, threads="sweep")
+    found = sweep_threads({"a": bundles["fp32"]}, four_cores(), options, silent)["a"]
+    assert [row["threads"] for row in found["rows"]] == [1, 2, 3]
+    speeds = {row["threads"]: row["decode_tokens_per_s"] for row in found["rows"]}
+    assert speeds[found["best"]] == max(speeds.values())
+    assert all(row["low"] <= row["decode_tokens_per_s"] <= row["high"] for row in found["rows"])
+    timed = TimedHost(four_cores(), {"a": bundles["fp32"]}, options).measure(silent)
+    assert timed["rows"][0]["threads"] == timed["threads"]["a"]["best"]
+
+
+def test_the_count_in_the_bundle_is_used_unless_another_is_asked_for(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    session = {"intra_op_num_threads": 2, "log_id": "x"}
+    two = copy_with(bundles["int4"], tmp_path / "two", model__decoder__session_options=session)
+    plain = copy_with(bundles["int4"], tmp_path / "plain", model__decoder__session_options={"log_id": "x"})
+    options = BenchOptions(prompt=4, generate=4, repetitions=1)
+    host = four_cores()
+    host.machine["physical_cores"] = 1
+    rows = measure({"two": two, "plain": plain}, host, options)["rows"]
+    assert [row["threads"] for row in rows] == [2, 1]
+    assert quick({"two": two}, threads=1)["rows"][0]["threads"] == 1
+
+
+def packed(source: Path, out: Path) -> Path:
+    """A bundle with a manifest, as `edgedisp export` leaves one."""
+    shutil.copytree(source, out)
+    write_json(out / MANIFEST, {"format": 1, "threads": 99, "files": list_files(out)})
+    return out
+
+
+def test_the_best_count_is_written_and_the_manifest_stays_true(  # type: ignore[no-untyped-def]
+    bundles: dict[str, Path], tmp_path: Path, edgedisp
+) -> None:
+    bundle = packed(bundles["int4"], tmp_path / "bundle")
+    words = ["--threads", "sweep", "--write-threads", "--prompt", "4", "--generate", "4", "--pause", "0"]
+    ended = edgedisp("bench", bundle, *words, "--repetitions", "1", "--json")
+    assert ended.code == 0, ended
+    found = json.loads(ended.out)
+    best = found["written"]["bundle"]
+    assert best == found["devices"][0]["threads"]["bundle"]["best"]
+    config = json.loads((bundle / "genai_config.json").read_text())
+    assert config["model"]["decoder"]["session_options"]["intra_op_num_threads"] == best
+    assert json.loads((bundle / MANIFEST).read_text())["threads"] == best
+    assert check_files(bundle)
+
+
+def test_threads_written_into_a_run_keep_its_record_true_and_stages_are_left_alone(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    bundle = packed(bundles["int4"], tmp_path / "bundle")
+    write_json(bundle / RECORD, {"key": {}, "results": {}, "files": list_files(bundle), "seconds": 1.0})
+    write_bundle_threads(bundle, 123)
+    record = read(bundle)
+    assert record is not None and record.files == list_files(bundle, without=(RECORD,))
+    (bundle / MANIFEST).unlink()  # a stage of a build, which later stages read
+    with pytest.raises(BadInput, match=r"needs a bundle for a device .*edgedisp export"):
+        write_bundle_threads(bundle, 2)
+
+
+def test_a_host_answers_items_after_the_timing_and_keeps_those_before_it_is_lost(
+    bundles: dict[str, Path],
+) -> None:
+    items = [[([3, 4, 5], [9, 10]), ([3, 4, 5], [11])]] * 3
+
+    def kill(done: int, total: int, note: str) -> None:
+        if note == "fp32: scored" and done == 2:
+            workers()[0].kill()
+
+    options = BenchOptions(prompt=4, generate=4, repetitions=1, threads=1, requests={"fp32": items})
+    answers = TimedHost(Local(), bundles, options).measure(silent)["answers"]["fp32"]
+    assert len(answers) == 3 and [len(item) for item in answers] == [2, 2, 2]
+    with pytest.raises(DeviceLost, match="lost while it scored") as caught:
+        TimedHost(Local(), bundles, options).measure(kill)
+    assert caught.value.partial["answers"] == {"fp32": answers[:2]} and len(caught.value.partial["rows"]) == 3

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import socket
 import ssl
+import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from tiny_bundle import RUNNER, tiny_bundles
+from fake_page import DEVICE, RUN, figures
+from tiny_bundle import tiny_bundles
 
 from edgedisp.bench import page_server
-from edgedisp.bench.page_bundle import prompt_ids, read_bundle
-from edgedisp.bench.page_plan import PagePlan, measured
-from edgedisp.bench.page_resources import page_resources
-from edgedisp.bench.page_server import MOST_UPLOAD_BYTES, PageServer
-from edgedisp.bench.phone import Results, render
-from edgedisp.bench.spread import percentile
-from edgedisp.bench.summary import labelled
-from edgedisp.bench.uploads import UPLOAD
+from edgedisp.bench.devices import BenchOptions
+from edgedisp.bench.page_plan import PagePlan, page_result, read_bundle
+from edgedisp.bench.page_protocol import UPLOAD, PendingScores, Scores
+from edgedisp.bench.page_server import MOST_UPLOAD_BYTES, PageServer, page_resources, self_signed
+from edgedisp.bench.phone import PhoneResults
+from edgedisp.bench.results import label_bundles, percentile
+from edgedisp.bench.system import runner
 from edgedisp.core.errors import BadInput
 
-RUN = "0123456789abcdef"
 PROMPT, GENERATE, REPETITIONS = 6, 4, 3
-DEVICE = {
-    "user_agent": "Test/1.0", "model": None, "platform": "Linux", "cores": 8, "device_memory_gb": 8.0,
-    "simd": True, "isolated": False, "secure": False, "threads": 1, "clock_resolution_ms": 0.1,
-    "runtime": "onnxruntime-web 1.30.0", "width": 360, "height": 640,
-}  # fmt: skip
+SIZES = BenchOptions(PROMPT, GENERATE, REPETITIONS)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,13 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def plan(bundles: dict[str, Path]) -> PagePlan:
     served = tuple(read_bundle(label, bundles[label]) for label in ("fp32", "twin"))
-    return PagePlan(served, PROMPT, GENERATE, REPETITIONS)
+    return PagePlan(served, SIZES)
+
+
+@pytest.fixture(scope="module")
+def told(plan: PagePlan) -> dict[str, Any]:
+    """plan.json, as a page gets it."""
+    return dict(json.loads(plan.resources()["plan.json"].body))
 
 
 @pytest.fixture(scope="module")
@@ -90,32 +95,8 @@ class Site:
 def site(plan: PagePlan, web: Path) -> Iterator[Site]:
     log: list[str] = []
     resources = {**page_resources(web), **plan.resources()}
-    with PageServer(resources, host="127.0.0.1", port=0, accepts=plan.accepts, note=log.append) as server:
+    with PageServer(resources, host="127.0.0.1", port=0, refusal=plan.refusal, note=log.append) as server:
         yield Site(server, log)
-
-
-def figures(plan: PagePlan, turns: int | None = None, **changes: Any) -> dict[str, Any]:
-    """Figures as a page sends them after `turns` turns: turn t takes 100 + t ms, then 10 + t ms a token."""
-    order = plan.order()[:turns]
-    timed = [
-        {
-            "label": label, "repetition": repetition, "turn": turn, "ttft_ms": 100.0 + turn,
-            "token_ms": [10.0 + turn] * (GENERATE - 1), "tokens": [1] * GENERATE, "wall_s": 1.0,
-            "heap_bytes": 1 << 26, "hidden": False,
-        }
-        for turn, (repetition, label) in enumerate(order)
-    ]  # fmt: skip
-    loaded = [
-        {
-            "label": bundle.label, "load_s": [0.5, 0.7, 0.6], "runtime_load_s": 0.2, "download_s": None,
-            "layers": 2, "vocab_size": bundle.vocab_size, "kv_cache_bytes_per_position": 512,
-        }
-        for bundle in plan.bundles
-    ]  # fmt: skip
-    return {
-        "kind": "figures", "run": RUN, "complete": turns is None, "held_open": True, "device": DEVICE,
-        "loaded": loaded, "repetitions": timed, **changes,
-    }  # fmt: skip
 
 
 def test_the_page_its_plan_and_every_file_of_a_bundle_come_whole(site: Site, plan: PagePlan) -> None:
@@ -140,7 +121,7 @@ def test_without_the_token_all_is_404(site: Site) -> None:
 
 def test_the_token_is_long_and_another_each_time(plan: PagePlan) -> None:
     def token() -> str:
-        with PageServer({}, host="127.0.0.1", port=0, accepts=plan.accepts, note=print) as server:
+        with PageServer({}, host="127.0.0.1", port=0, refusal=plan.refusal, note=print) as server:
             return server.token
 
     first, second = token(), token()
@@ -183,10 +164,10 @@ def test_a_file_that_is_changed_or_linked_later_is_not_given(
     for file in bundles["fp32"].iterdir():
         if file.is_file():
             (bundle / file.name).write_bytes(file.read_bytes())
-    later = PagePlan((read_bundle("later", bundle),), PROMPT, GENERATE)
+    later = PagePlan((read_bundle("later", bundle),), SIZES)
     log: list[str] = []
     resources = later.resources()
-    with PageServer(resources, host="127.0.0.1", port=0, accepts=later.accepts, note=log.append) as server:
+    with PageServer(resources, host="127.0.0.1", port=0, refusal=later.refusal, note=log.append) as server:
         site = Site(server, log)
         (bundle / "genai_config.json").write_text("{}")
         assert site.get("bundle/0/genai_config.json")[0] == 500
@@ -222,13 +203,13 @@ def test_head_gives_sizes_without_bodies_and_other_methods_are_refused(site: Sit
     assert {site.ask(method, f"/{site.token}/app.js")[0] for method in ("PUT", "DELETE", "OPTIONS")} == {501}
 
 
-def test_figures_that_fit_are_received(site: Site, plan: PagePlan) -> None:
-    assert site.post(figures(plan)) == 204
+def test_figures_that_fit_are_received(site: Site, told: dict[str, Any]) -> None:
+    assert site.post(figures(told)) == 204
     assert site.server.received.get(timeout=5).upload.run == RUN
     assert site.log == []
 
 
-def broken(plan: PagePlan) -> dict[str, Any]:
+def broken(plan: dict[str, Any]) -> dict[str, Any]:
     """Uploads that must be refused, by what is wrong with them."""
     good = figures(plan)
     first, *rest = good["repetitions"]
@@ -260,21 +241,21 @@ def broken(plan: PagePlan) -> dict[str, Any]:
     }
 
 
-def test_nonsense_is_refused_with_one_line_and_nothing_is_kept(site: Site, plan: PagePlan) -> None:
-    cases = broken(plan)
+def test_nonsense_is_refused_with_one_line_and_nothing_is_kept(site: Site, told: dict[str, Any]) -> None:
+    cases = broken(told)
     for count, (name, content) in enumerate(cases.items(), 1):
         assert site.post(content) == 400, name
         assert len(site.log) == count and "\n" not in site.log[-1], (name, site.log[-1])
     assert site.server.received.empty()
-    assert site.post(figures(plan)) == 204  # and it goes on
+    assert site.post(figures(told)) == 204  # and it goes on
 
 
-def test_uploads_have_a_size_a_length_and_a_type(site: Site, plan: PagePlan) -> None:
+def test_uploads_have_a_size_a_length_and_a_type(site: Site, told: dict[str, Any]) -> None:
     path, kind = f"/{site.token}/report", {"Content_Type": "application/json"}
     assert site.ask("POST", path, b"", Content_Length=str(MOST_UPLOAD_BYTES + 1), **kind)[0] == 413
     assert site.ask("POST", path, b"", Content_Length="9" * 40, **kind)[0] == 413
     assert site.ask("POST", path, b"", Content_Length="-1", **kind)[0] == 411
-    body = json.dumps(figures(plan)).encode()
+    body = json.dumps(figures(told)).encode()
     assert site.ask("POST", path, body, Content_Type="text/plain")[0] == 415
     assert site.ask("POST", f"/{site.token}/plan.json", body, **kind)[0] == 404
     assert site.server.received.empty()
@@ -283,33 +264,40 @@ def test_uploads_have_a_size_a_length_and_a_type(site: Site, plan: PagePlan) -> 
 def test_what_a_phone_says_cannot_move_the_terminal(site: Site, plan: PagePlan) -> None:
     assert site.post({"kind": "trouble", "run": RUN, "message": "a\x1b[2J\nb"}) == 204
     lines: list[str] = []
-    results = Results(plan, lines.append, lambda result: None)
-    results.take(site.server.received.get(timeout=5))
+    results = PhoneResults(plan, lines.append, lambda result: None)
+    results.add(site.server.received.get(timeout=5))
     assert lines == ["127.0.0.1: could not go on: a [2J b"]
 
 
-def test_a_crowd_is_turned_away_and_the_server_goes_on(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    crowd = [
-        socket.create_connection(("127.0.0.1", site.server.port)) for _ in range(page_server.MOST_CONNECTIONS)
-    ]
-    with pytest.raises((http.client.HTTPException, ConnectionError)):
-        for _ in range(50):  # the last of the crowd may still be on its way in
-            site.get("app.js")
-    for one in crowd:
-        one.close()
-    for _ in range(200):
-        try:
-            assert site.get("app.js")[0] == 200
-            break
-        except (http.client.HTTPException, ConnectionError):
-            continue
-    else:
-        pytest.fail("no place became free")
+def test_strangers_cannot_fill_the_places_and_have_a_moment_to_name_the_token(
+    plan: PagePlan, web: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_server, "FIRST_REQUEST_S", 0.5)
+    with PageServer(
+        page_resources(web), host="127.0.0.1", port=0, refusal=plan.refusal, note=print
+    ) as server:
+        crowd = [
+            socket.create_connection(("127.0.0.1", server.port), timeout=5)
+            for _ in range(2 * page_server.MOST_REQUESTS)
+        ]
+        crowd[0].sendall(b"GET /")
+        assert Site(server, []).get("app.js")[0] == 200
+        assert crowd[0].recv(9) == crowd[1].recv(9) == b""  # cut, also in the middle of a request line
+        known = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+        for pause_s in (0.0, 0.8):  # whoever named it may rest
+            time.sleep(pause_s)
+            known.request("GET", f"/{server.token}/app.js")
+            assert known.getresponse().read() == b"1"
+        time.sleep(0.2)  # until its place is free again
+        monkeypatch.setattr(server._server, "requests", threading.Semaphore(0))
+        assert Site(server, []).get("app.js")[0] == 503
+        for one in crowd:
+            one.close()
 
 
 def test_a_port_in_use_and_an_address_of_others_are_named(plan: PagePlan) -> None:
     def start(host: str, port: int) -> PageServer:
-        return PageServer({}, host=host, port=port, accepts=plan.accepts, note=print)
+        return PageServer({}, host=host, port=port, refusal=plan.refusal, note=print)
 
     with start("127.0.0.1", 0) as first, pytest.raises(BadInput, match=rf"--port {first.port}: is in use"):
         start("127.0.0.1", first.port)
@@ -318,14 +306,12 @@ def test_a_port_in_use_and_an_address_of_others_are_named(plan: PagePlan) -> Non
 
 
 def test_https_has_a_certificate_of_its_own(plan: PagePlan, web: Path) -> None:
-    pytest.importorskip("cryptography", reason='needs the extra [phone]: pip install "edgedisp[phone]"')
-    from edgedisp.bench.certificate import self_signed
-
+    pytest.importorskip("trustme", reason='needs the extra [phone]: pip install "edgedisp[phone]"')
     tls, fingerprint = self_signed("127.0.0.1")
     log: list[str] = []
     resources = page_resources(web)
     with PageServer(
-        resources, host="127.0.0.1", port=0, accepts=plan.accepts, note=log.append, tls=tls
+        resources, host="127.0.0.1", port=0, refusal=plan.refusal, note=log.append, tls=tls
     ) as server:
         assert server.address.startswith("https://127.0.0.1:")
         silent = socket.create_connection(("127.0.0.1", server.port))  # no handshake: must not block others
@@ -336,32 +322,30 @@ def test_https_has_a_certificate_of_its_own(plan: PagePlan, web: Path) -> None:
         # The certificate is trusted if it is given, for this address alone.
         pem = ssl.get_server_certificate(("127.0.0.1", server.port))
         context = ssl.create_default_context(cadata=pem)
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # its issuer is thrown away
         asked = http.client.HTTPSConnection("127.0.0.1", server.port, context=context, timeout=10)
         asked.request("GET", urlsplit(server.address).path)
         assert asked.getresponse().read() == b"<!doctype html>hello"
         der = ssl.PEM_cert_to_DER_cert(pem)
-        import hashlib
-
         assert hashlib.sha256(der).hexdigest().upper() == fingerprint.replace(":", "")
         silent.close()
     assert log == []
 
 
-def test_the_prompt_is_the_runners(plan: PagePlan) -> None:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("edgedisp_runner", RUNNER)
-    assert spec is not None and spec.loader is not None
-    runner = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(runner)
-    for vocabulary, count, seed in ((160, 128, 0), (49152, 7, 3)):
-        assert prompt_ids(vocabulary, count, seed) == runner.prompt_ids(vocabulary, count, seed)[0].tolist()
+def test_the_prompt_is_the_runners(told: dict[str, Any], plan: PagePlan) -> None:
+    expected = runner().prompt_ids(plan.bundles[0].vocab_size, PROMPT, 0)[0].tolist()
+    assert [bundle["prompt_ids"] for bundle in told["bundles"]] == [expected, expected]
 
 
-def test_rows_follow_from_the_times_that_were_sent(plan: PagePlan) -> None:
-    upload = UPLOAD.validate_json(json.dumps(figures(plan)))
-    found = measured(plan, upload, device="phone", pairs=[("fp32", "twin")])
+def upload(content: dict[str, Any]) -> Any:
+    return UPLOAD.validate_json(json.dumps(content))
+
+
+def test_rows_follow_from_the_times_that_were_sent(plan: PagePlan, told: dict[str, Any]) -> None:
+    twins = PagePlan(plan.bundles, replace(SIZES, pairs=(("fp32", "twin"),)))
+    found = page_result(twins, upload(figures(told)), "phone", {3: {"clock_mhz": 7.0}})
     assert found["order"] == ["fp32", "twin", "twin", "fp32", "fp32", "twin"]
+    assert [one["clock_mhz"] for one in found["repetitions"]] == [None, None, None, 7.0, None, None]
     row, _ = found["rows"]
     first = [100.0, 103.0, 104.0]  # turns 0, 3, 4
     assert row["ttft_ms"] == 103.0
@@ -371,35 +355,67 @@ def test_rows_follow_from_the_times_that_were_sent(plan: PagePlan) -> None:
     assert row["token_ms_p90"] == pytest.approx(percentile(pooled, 0.9))
     assert row["load_s"] == 0.6 and row["peak_memory_bytes"] == 1 << 26
     assert row["weights_bytes"] == sum(f.stat().st_size for f in plan.bundles[0].folder.glob("model.onnx*"))
-    assert found["pairs"][0]["same_graph"]["same"]
+    assert found["pairs"][0]["same_graph"]
     assert json.loads(json.dumps(found, allow_nan=False))["machine"]["browser"]["cores"] == 8
-    assert "fp32" in render(found) and "Test/1.0" in render(found)
 
 
-def test_a_phone_lost_in_the_middle_leaves_what_it_had(plan: PagePlan) -> None:
-    upload = UPLOAD.validate_json(json.dumps(figures(plan, turns=1)))
-    found = measured(plan, upload, device="phone")
-    assert not found["complete"] and [row["label"] for row in found["rows"]] == ["fp32"]
-    assert "NOT COMPLETE" in render(found)
-
-
-def test_time_in_the_background_is_told(plan: PagePlan) -> None:
-    sent = figures(plan)
+def test_a_phone_lost_in_the_middle_leaves_what_it_had_and_time_in_the_background_is_told(
+    plan: PagePlan, told: dict[str, Any]
+) -> None:
+    sent = figures(told, turns=1)
     sent["repetitions"][0]["hidden"] = True
-    found = measured(plan, UPLOAD.validate_json(json.dumps(sent)), device="phone")
+    found = page_result(plan, upload(sent), "phone")
+    assert not found["complete"] and [row["label"] for row in found["rows"]] == ["fp32"]
     assert "the page was in the background during 1 repetitions" in found["rows"][0]["warnings"]
+
+
+def scores(**changes: Any) -> dict[str, Any]:
+    return {"kind": "scores", "run": RUN, "label": "a", "first": 0, "answers": [[[-1.5, True]]], **changes}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"answers": [[[1.0, True]]]},  # a probability above 1
+        {"answers": [[[-1.0, 1]]]},
+        {"answers": [[[float("nan"), True]]]},
+        {"answers": [[[-1.0, True]]] * 101},
+        {"first": -1},
+    ],
+)
+def test_scores_that_do_not_fit_the_schema_are_refused(changes: dict[str, Any]) -> None:
+    upload(scores())
+    with pytest.raises(ValueError, match="validation error"):
+        upload(scores(**changes))
+
+
+def test_scores_that_do_not_fit_the_plan_are_refused_and_pieces_are_joined() -> None:
+    item = [([1], [2]), ([1], [3])]
+    plan = PagePlan((), BenchOptions(requests={"a": [item] * 3}))
+    pair = [[-1.0, True], [-2.0, False]]
+    assert plan.refusal(upload(scores(answers=[pair]))) is None
+    assert "more or fewer" in str(plan.refusal(upload(scores(answers=[pair[:1]]))))
+    assert "not asked for" in str(plan.refusal(upload(scores(answers=[pair], first=3))))
+    assert "not asked for" in str(plan.refusal(upload(scores(answers=[pair], label="b"))))
+    pending = PendingScores(plan.options.requests)
+    for first, count in ((1, 1), (0, 1), (0, 2), (2, 1)):  # a gap is left, what is sent again is known
+        assert not pending.complete
+        piece = upload(scores(first=first, answers=[pair] * count))
+        assert isinstance(piece, Scores)
+        pending.add(piece)
+    assert pending.complete and len(pending.answers["a"]) == 3
 
 
 def test_a_context_too_short_is_told_before_anything_is_served(bundles: dict[str, Path]) -> None:
     with pytest.raises(BadInput, match=r"needs 300 positions, its context is 256"):
-        PagePlan((read_bundle("fp32", bundles["fp32"]),), 200, 100)
+        PagePlan((read_bundle("fp32", bundles["fp32"]),), BenchOptions(200, 100))
 
 
 def test_the_same_bundle_twice_and_a_folder_without_graph_are_refused(
     bundles: dict[str, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(BadInput, match="named twice"):
-        labelled([bundles["fp32"], bundles["fp32"]])
+        label_bundles([bundles["fp32"], bundles["fp32"]])
     with pytest.raises(BadInput, match=r"holds no model\.onnx"):
         read_bundle("empty", tmp_path)
     with pytest.raises(BadInput, match="no such folder"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tiny_bundle import tiny_bundles
 
-from edgedisp.bench.graph_facts import open_graph, same_graph, tensor_bytes, weight_traffic
+from edgedisp.bench.graph_stats import (
+    find_graph,
+    graph_hash,
+    needed_files,
+    read_graph,
+    tensor_bytes,
+    weight_traffic,
+)
 from edgedisp.core.errors import BadInput
 
 
@@ -27,24 +33,24 @@ ROTARY_ROW = 2 * 8 * 4  # one row of the cosine and one of the sine table, 8 flo
 
 
 def vocabulary(bundle: Path) -> int:
-    return int(open_graph(bundle).graph.output[0].type.tensor_type.shape.dim[2].dim_value)
+    return int(read_graph(find_graph(bundle)).graph.output[0].type.tensor_type.shape.dim[2].dim_value)
 
 
 def small_constants(bundle: Path) -> int:
     """Bytes of the integer constants that the graph computes shapes with."""
-    tensors = open_graph(bundle).graph.initializer
+    tensors = read_graph(find_graph(bundle)).graph.initializer
     return sum(tensor_bytes(t) for t in tensors if t.data_type == TensorProto.INT64)
 
 
 def test_fp32_reads_every_weight_once_and_one_row_of_the_tables(bundles: dict[str, Path]) -> None:
-    found = weight_traffic(open_graph(bundles["fp32"]))
+    found = weight_traffic(read_graph(find_graph(bundles["fp32"])))
     head = vocabulary(bundles["fp32"]) * HIDDEN  # tied: the embedding's rows are inside the head
     expected = 4 * (PRODUCTS + NORMS + head) + ROTARY_ROW + small_constants(bundles["fp32"])
     assert found == {"weight_bytes_per_token": expected, "weight_bits": 32}
 
 
 def test_int4_reads_half_a_byte_per_weight_and_a_scale_per_group_of_32(bundles: dict[str, Path]) -> None:
-    found = weight_traffic(open_graph(bundles["int4"]))
+    found = weight_traffic(read_graph(find_graph(bundles["int4"])))
     weights = PRODUCTS + vocabulary(bundles["int4"]) * HIDDEN
     expected = weights // 2 + 4 * weights // 32 + 4 * NORMS + ROTARY_ROW
     assert found["weight_bits"] == 4
@@ -78,33 +84,36 @@ def test_a_tied_embedding_is_found_behind_a_transpose() -> None:
     assert weight_traffic(model) == {"weight_bytes_per_token": 16 * 100 * 2, "weight_bits": 16}
 
 
-def test_arms_with_other_weights_have_the_same_graph(bundles: dict[str, Path]) -> None:
+def test_a_cast_counts_as_what_it_is_cast_to_whatever_its_other_attributes() -> None:
+    model = graph_of(
+        helper.make_node("Cast", ["scales"], ["wide"], saturate=1, to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["x", "wide"], ["out"]),
+        scales=np.zeros((16, 100), np.float16),
+    )
+    assert weight_traffic(model)["weight_bytes_per_token"] == 16 * 100 * 4
+
+
+def test_arms_with_other_weights_have_the_same_graph_and_one_attribute_makes_another(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
     files = [bundles[name] / "model.onnx.data" for name in ("fp32", "twin")]
     assert files[0].read_bytes() != files[1].read_bytes()
-    found = same_graph(bundles["fp32"], bundles["twin"])
-    assert (found["same"], found["differences"]) == (True, [])
-    assert found["weight_files"] == {"model.onnx.data": files[0].stat().st_size}
-
-
-def test_another_precision_is_another_graph(bundles: dict[str, Path]) -> None:
-    found = same_graph(bundles["fp32"], bundles["int4"])
-    assert not found["same"]
-    assert any("weight files" in line for line in found["differences"])
-
-
-def test_one_attribute_makes_another_graph(bundles: dict[str, Path], tmp_path: Path) -> None:
-    shutil.copytree(bundles["int4"], tmp_path / "b")
-    model = onnx.load(str(tmp_path / "b/model.onnx"), load_external_data=False)
-    place, node = next((i, n) for i, n in enumerate(model.graph.node) if n.op_type == "MatMulNBits")
+    hashes = {name: graph_hash(find_graph(path)) for name, path in bundles.items()}
+    assert hashes["fp32"] == hashes["twin"] != hashes["int4"]
+    model = onnx.load(str(find_graph(bundles["int4"])), load_external_data=False)
+    node = next(n for n in model.graph.node if n.op_type == "MatMulNBits")
     next(a for a in node.attribute if a.name == "accuracy_level").i = 0
-    onnx.save(model, str(tmp_path / "b/model.onnx"))
-    found = same_graph(bundles["int4"], tmp_path / "b")
-    assert [line.split(":")[0] for line in found["differences"]] == [f"node {place}"]
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    assert graph_hash(tmp_path / "model.onnx") != hashes["int4"]
+
+
+def test_only_what_the_runner_opens_is_needed(bundles: dict[str, Path]) -> None:
+    assert set(needed_files(bundles["fp32"])) == {"model.onnx", "model.onnx.data", "genai_config.json"}
 
 
 def test_a_folder_without_a_graph_or_with_a_broken_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"holds no model\.onnx"):
-        open_graph(tmp_path)
+        read_graph(find_graph(tmp_path))
     (tmp_path / "model.onnx").write_bytes(b"\xff" * 50)
     with pytest.raises(BadInput, match="not an ONNX graph"):
-        open_graph(tmp_path)
+        read_graph(find_graph(tmp_path))

@@ -1,0 +1,658 @@
+#!/usr/bin/env python3
+"""Time or score one ONNX bundle on this machine. Needs Python 3.9, numpy, onnxruntime, and this one file.
+
+    python runner.py BUNDLE --prompt 128 --generate 128 --threads 4      prints one JSON object on stdout
+
+Batch is 1, the prompt is random token ids, the next token is the argmax, and generation never stops early.
+`load_s`: the session is made from files in the page cache. `ttft_ms`: from handing over the prompt to knowing
+the first new token. `prefill_tokens_per_s`: prompt tokens / that time. `token_ms`: each of the `generate - 1`
+further tokens. `decode_tokens_per_s`: their number / their time (as MLPerf Client counts). Sensors are read
+after a repetition; `other_cpus`: CPUs that other processes kept busy during it.
+
+`--interactive` keeps the session open and answers lines of JSON on stdin, after {"ready": facts}:
+    {"run": 1}                                      one repetition
+    {"score": [[CONTEXT, CONTINUATION], ...]}       token ids; gives {"scores": [[SUM, GREEDY], ...]},
+        the continuation's log-probability and whether each of its tokens was the likeliest. Equal contexts
+        that follow one another are computed once. `--positions`: most tokens of a request, less its last.
+    {"quit": 1}                                     or the end of stdin: ends it
+`--describe` prints what this machine is, `--sha256` the hash of every file in BUNDLE; neither needs numpy.
+Exit codes: 0 done, 1 the run failed, 2 bad bundle or usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+np: Any = None  # numpy and onnxruntime, imported by `load_libraries`: --describe works without them
+ort: Any = None
+NUMPY_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
+SCORED_AT_ONCE = 64  # tokens of a step: their logits take 13 MB with a vocabulary of 49,152
+BLOCK_BYTES = 1 << 20
+
+
+class BadBundle(ValueError):
+    """The bundle or the options cannot work; the message says what, where and what would. Exit code 2."""
+
+
+def load_libraries() -> None:
+    """Import numpy and onnxruntime."""
+    global np, ort
+    import numpy
+    import onnxruntime
+
+    np, ort = numpy, onnxruntime
+    ort.disable_telemetry_events()
+
+
+# ---------------------------------------------------------------- the bundle
+
+
+def read_config(bundle: Path) -> dict[str, Any]:
+    """genai_config.json of the bundle, or {} where there is none (the graph may say enough by itself)."""
+    path = bundle / "genai_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadBundle(f"{path}: not readable as JSON ({error}); export the bundle again") from error
+    if not isinstance(config, dict):
+        raise BadBundle(f"{path}: expected a JSON object; export the bundle again")
+    return config
+
+
+def decoder_section(config: dict[str, Any]) -> dict[str, Any]:
+    """Section `model.decoder` of genai_config.json."""
+    section = config.get("model", {}).get("decoder", {})
+    return section if isinstance(section, dict) else {}
+
+
+def find_graph(bundle: Path, config: dict[str, Any]) -> Path:
+    """The .onnx file of the bundle."""
+    if not bundle.is_dir():
+        raise BadBundle(f"{bundle}: no such folder; give a bundle folder that holds model.onnx")
+    graph = bundle / str(decoder_section(config).get("filename", "model.onnx"))
+    if not graph.is_file():
+        raise BadBundle(f"{bundle}: holds no {graph.name}; give a bundle folder made by the export")
+    return graph
+
+
+def graph_files(graph: Path) -> list[Path]:
+    """The graph and its weights: the files beside it, or the one in `onnx/` shared with a browser's graph."""
+    files = [f for f in sorted(graph.parent.iterdir()) if f.is_file() and f.name.startswith(graph.name)]
+    return files if len(files) > 1 else [*files, *sorted((graph.parent / "onnx").glob("*.onnx_data"))]
+
+
+def default_threads(config: dict[str, Any]) -> int:
+    """The thread count written into the bundle, else the physical cores of this process."""
+    written = decoder_section(config).get("session_options", {}).get("intra_op_num_threads")
+    return written if isinstance(written, int) and written > 0 else physical_cores()
+
+
+# ---------------------------------------------------------------- the decoder
+
+
+class Decoder:
+    """One open session with its cache: `generate(prompt, count)` gives tokens and the time of each.
+
+    Raises BadBundle where the graph has inputs this program cannot feed, or where `positions` (prompt and
+    new tokens together) do not fit into the model's context.
+    """
+
+    def __init__(self, bundle: Path, threads: int, positions: int) -> None:
+        self.config = read_config(bundle)
+        self.graph = find_graph(bundle, self.config)
+        context = self.config.get("model", {}).get("context_length")
+        if isinstance(context, int) and positions > context:
+            raise BadBundle(f"{bundle}: the run needs {positions} positions, its context is {context}")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        for path in graph_files(self.graph):  # into the page cache: `load_s` is a warm load
+            with path.open("rb") as file:
+                while file.read(BLOCK_BYTES):
+                    pass
+        started = time.perf_counter()
+        try:
+            self.session = ort.InferenceSession(str(self.graph), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises a dozen types of its own that share no base
+            raise BadBundle(f"{self.graph}: onnxruntime cannot open it: {error}") from error
+        self.load_s = time.perf_counter() - started
+        self.positions = positions
+        self._read_signature()
+        self._allocate()
+
+    def _read_signature(self) -> None:
+        """Names, shapes and types of the cache; what the graph leaves open is in genai_config.json."""
+        decoder = decoder_section(self.config)
+        inputs, outputs = decoder.get("inputs", {}), decoder.get("outputs", {})
+        self.inputs = {i.name: i for i in self.session.get_inputs()}
+        present = {o.name: o for o in self.session.get_outputs()}
+        self.logits = str(outputs.get("logits", "logits"))
+        self.ids = str(inputs.get("input_ids", "input_ids"))
+        self.mask = str(inputs.get("attention_mask", "attention_mask"))
+        self.position_ids = str(inputs.get("position_ids", "position_ids"))
+        self.cache: dict[str, str] = {}  # past name -> present name
+        for kind in ("key", "value"):
+            past = str(inputs.get(f"past_{kind}_names", f"past_key_values.%d.{kind}"))
+            now = str(outputs.get(f"present_{kind}_names", f"present.%d.{kind}"))
+            layer = 0
+            while past % layer in self.inputs:
+                self.cache[past % layer] = now % layer
+                layer += 1
+        unknown = sorted(set(self.inputs) - set(self.cache) - {self.ids, self.mask, self.position_ids})
+        missing = sorted(({self.logits} | set(self.cache.values())) - set(present))
+        if unknown or missing or not self.cache or self.ids not in self.inputs:
+            raise BadBundle(
+                f"{self.graph}: not a decoder graph with a key-value cache: "
+                f"inputs not known {unknown}, outputs missing {missing}, cache tensors {len(self.cache)}"
+            )
+        self.vocab_size = self._size(present[self.logits].shape[-1], "model.vocab_size")
+        first = self.inputs[next(iter(self.cache))]
+        self.cache_type = NUMPY_TYPES.get(first.type)
+        if self.cache_type is None:
+            raise BadBundle(f"{self.graph}: cache of type {first.type}; known are {sorted(NUMPY_TYPES)}")
+        self.cache_heads = self._size(first.shape[1], "model.decoder.num_key_value_heads")
+        self.head_size = self._size(first.shape[3], "model.decoder.head_size")
+        self.last_token_only = present[self.logits].shape[1] == 1  # logits of the last token alone
+        self.logits_type = NUMPY_TYPES.get(present[self.logits].type, "float32")
+        self.shared = bool(self.config.get("search", {}).get("past_present_share_buffer", False))
+
+    def _size(self, in_graph: Any, key: str) -> int:
+        """A size from the graph, or from genai_config.json where the graph has only a symbol."""
+        if isinstance(in_graph, int):
+            return in_graph
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(value, int):
+            raise BadBundle(
+                f"{self.graph}: the graph leaves {in_graph!r} open and genai_config.json has no {key}; "
+                f"export the bundle again"
+            )
+        return value
+
+    def _allocate(self) -> None:
+        """Allocate all that runs need, once; buffers for logits come at the warm-up."""
+        new = ort.OrtValue.ortvalue_from_numpy
+        shape = (1, self.cache_heads, self.positions if self.shared else 0, self.head_size)
+        self.past = {name: new(np.zeros(shape, self.cache_type)) for name in self.cache}
+        self.ones = np.ones((1, self.positions), np.int64)
+        self.arange = np.arange(self.positions, dtype=np.int64)[None]
+        self.binding = self.session.io_binding()
+        self.buffers: dict[int, Any] = {}  # tokens with logits -> [1, tokens, vocab]
+        if self.shared:
+            for past, now in self.cache.items():
+                self.binding.bind_ortvalue_input(past, self.past[past])
+                self.binding.bind_ortvalue_output(now, self.past[past])
+
+    def step(self, ids: Any, total: int, cache: dict[str, Any]) -> Any:
+        """Run `ids` int64 [1, n] at positions total-n .. total-1; logits [1, n or 1, vocab]; fills cache."""
+        count = ids.shape[1]
+        rows = 1 if self.last_token_only else count
+        if rows not in self.buffers:
+            self.buffers[rows] = np.empty((1, rows, self.vocab_size), self.logits_type)
+        buffer = self.buffers[rows]
+        binding = self.binding
+        binding.bind_cpu_input(self.ids, ids)
+        if self.mask in self.inputs:
+            binding.bind_cpu_input(self.mask, self.ones[:, :total])
+        if self.position_ids in self.inputs:
+            binding.bind_cpu_input(self.position_ids, self.arange[:, total - count : total])
+        binding.bind_output(self.logits, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
+        if not self.shared:
+            for past, now in self.cache.items():
+                binding.bind_ortvalue_input(past, cache[past])
+                binding.bind_output(now)
+        self.session.run_with_iobinding(binding)
+        if not self.shared:  # outputs come back in the order in which they were bound
+            values = dict(zip([self.logits, *self.cache.values()], binding.get_outputs()))
+            cache.update({past: values[now] for past, now in self.cache.items()})
+        return buffer
+
+    def generate(self, prompt: Any, count: int) -> tuple[list[int], list[float]]:
+        """`count` greedy tokens after `prompt` int64 [1, n], and the ms of each; the first reads the prompt.
+
+        The shared cache is not cleared: attention reads no further than the mask is long.
+        """
+        cache = dict(self.past)
+        ids, total = prompt, prompt.shape[1]
+        tokens: list[int] = []
+        times_ms: list[float] = []
+        clock = time.perf_counter
+        before = clock()
+        for _ in range(count):
+            token = int(self.step(ids, total, cache)[0, -1].argmax())
+            now = clock()
+            tokens.append(token)
+            times_ms.append((now - before) * 1000.0)
+            before = now
+            ids, total = np.array([[token]], np.int64), total + 1
+        return tokens, times_ms
+
+    def logits_after(self, ids: Sequence[int], start: int, cache: dict[str, Any]) -> Iterator[Any]:
+        """Yield the logits [vocab] after each of `ids`, which stand at the positions from `start` on.
+
+        A row is to be used before the next is asked for: its memory is used again.
+        """
+        most = 1 if self.last_token_only else SCORED_AT_ONCE
+        if most not in self.buffers:  # one buffer, of which shorter steps use the beginning
+            buffer = np.empty(most * self.vocab_size, self.logits_type)
+            for rows in range(1, most + 1):
+                self.buffers[rows] = buffer[: rows * self.vocab_size].reshape(1, rows, self.vocab_size)
+        for at in range(0, len(ids), most):
+            part = np.asarray(ids[at : at + most], np.int64)[None]
+            yield from self.step(part, start + at + part.shape[1], cache)[0]
+
+    def score(self, requests: Sequence[Sequence[Sequence[int]]]) -> list[tuple[float, bool]]:
+        """(sum of log-probabilities, all greedy) of each continuation after its context."""
+        scores: list[tuple[float, bool]] = []
+        last_context: Any = None
+        cache: dict[str, Any] = {}
+        logits: Any = None
+        for context, continuation in requests:
+            if context != last_context:
+                cache, last_context = dict(self.past), context
+                for row in self.logits_after(context, 0, cache):
+                    logits = row
+                logits = logits.copy()
+            total, greedy = log_prob(logits, continuation[0])
+            rest = self.logits_after(continuation[:-1], len(context), dict(cache))
+            for row, token in zip(rest, continuation[1:]):
+                value, likeliest = log_prob(row, token)
+                total, greedy = total + value, greedy and likeliest
+            scores.append((total, greedy))
+        return scores
+
+
+def log_prob(logits: Any, token: int) -> tuple[float, bool]:
+    """Log-probability of a token from logits [vocab], summed in float64, and whether it is the likeliest.
+
+    Raises ValueError for logits that are not finite.
+    """
+    logits = logits.astype(np.float32, copy=False)
+    peak = logits.max()
+    total = np.exp(logits - peak).sum(dtype=np.float64)
+    value = float(logits[token]) - float(peak) - float(np.log(total))
+    if not np.isfinite(value):
+        raise ValueError("logits that are not finite (NaN or infinity)")
+    return value, int(logits.argmax()) == token
+
+
+def check_requests(requests: Any, decoder: Decoder) -> None:
+    """Raises ValueError for requests that cannot be scored."""
+    for context, continuation in requests:
+        ids = [*context, *continuation]
+        if not context or not continuation or not all(type(i) is int for i in ids):
+            raise ValueError("a request is two lists of token ids, neither empty")
+        if len(ids) - 1 > decoder.positions:
+            raise ValueError(f"{len(ids)} tokens, but --positions is {decoder.positions}")
+        if not 0 <= min(ids) <= max(ids) < decoder.vocab_size:
+            raise ValueError(f"a token outside the vocabulary of {decoder.vocab_size}")
+
+
+# ---------------------------------------------------------------- figures
+
+
+def prompt_ids(vocab_size: int, count: int, seed: int) -> Any:
+    """Random token ids int64 [1, count]; the same for every bundle of one vocabulary size."""
+    import numpy
+
+    return numpy.random.default_rng(seed).integers(0, vocab_size, (1, count), dtype=numpy.int64)
+
+
+def time_repetition(decoder: Decoder, prompt: Any, generate: int) -> dict[str, Any]:
+    """Time one prompt and `generate` tokens. Garbage collection waits until the clock has stopped."""
+    gc.collect()
+    gc.disable()
+    before = read_sensors()
+    cpu, started = time.process_time(), time.perf_counter()
+    try:
+        tokens, times_ms = decoder.generate(prompt, generate)
+    finally:
+        gc.enable()
+    wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu
+    after = read_sensors()
+    first, rest = times_ms[0], times_ms[1:]
+    return {
+        "ttft_ms": first,
+        "prefill_tokens_per_s": prompt.shape[1] / first * 1000.0,
+        "decode_tokens_per_s": len(rest) / sum(rest) * 1000.0,
+        "token_ms": rest,
+        "tokens": tokens,
+        "wall_s": wall_s,
+        "cpu_s": cpu_s,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "other_cpus": other_cpus(before["busy_cpu_s"], after["busy_cpu_s"], cpu_s, wall_s),
+        **{name: after[name] for name in ("load_average_1m", "clock_mhz", "temperature_c")},
+    }
+
+
+def summary(repetitions: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Medians over the repetitions; the token times of all repetitions are pooled for p50 and p90."""
+    names = ("ttft_ms", "prefill_tokens_per_s", "decode_tokens_per_s")
+    pooled = [t for r in repetitions for t in r["token_ms"]]
+    return {
+        **{name: float(np.median([r[name] for r in repetitions])) for name in names},
+        "token_ms_p50": float(np.percentile(pooled, 50)),
+        "token_ms_p90": float(np.percentile(pooled, 90)),
+    }
+
+
+def facts(decoder: Decoder, options: argparse.Namespace) -> dict[str, Any]:
+    """All that does not change from repetition to repetition."""
+    layers = len(decoder.cache) // 2
+    item = np.dtype(decoder.cache_type).itemsize
+    return {
+        "bundle": str(options.bundle),
+        "prompt": options.prompt,
+        "generate": options.generate,
+        "threads": options.threads,
+        "seed": options.seed,
+        "warmup": options.warmup,
+        "load_s": decoder.load_s,
+        "weights_bytes": sum(f.stat().st_size for f in graph_files(decoder.graph)),
+        "kv_cache_bytes_per_position": 2 * layers * decoder.cache_heads * decoder.head_size * item,
+        "kv_cache_shared_buffer": decoder.shared,
+        "vocab_size": decoder.vocab_size,
+        "layers": layers,
+        "provider": "CPUExecutionProvider",
+    }
+
+
+# ---------------------------------------------------------------- the machine
+
+FEATURES = (
+    "avx2 fma avx512f avx512_vnni avx_vnni avx512_bf16 amx_int8 amx_bf16 asimd asimddp asimdhp i8mm bf16 sve"
+)
+"""Flags of /proc/cpuinfo that decide which matrix kernels onnxruntime picks."""
+ROOT = Path("/")  # stands before /proc and /sys; another folder in tests
+
+
+def describe(packages: Sequence[str] = ("numpy", "onnxruntime")) -> dict[str, Any]:
+    """The machine in plain JSON values; what the system does not tell is None."""
+    return {
+        **cpu(),
+        "architecture": platform.machine(),
+        "physical_cores": physical_cores(),
+        "logical_cpus": len(logical_cpus()),
+        "cpu_quota": cpu_quota(),
+        **memory(),
+        "load_average_1m": read_sensors()["load_average_1m"],
+        "disk_free_bytes": shutil.disk_usage(Path(__file__).parent).free,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: installed_version(name) for name in packages},
+    }
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed distribution; None where it is not installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def read_text(path: Path) -> str:
+    """Stripped text of a small system file; "" where the system does not offer it."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip().rstrip("\0")
+    except OSError:
+        return ""
+
+
+def sysctl(key: str) -> str:
+    """One value of macOS's sysctl; "" elsewhere."""
+    if sys.platform != "darwin":
+        return ""
+    done = subprocess.run(["/usr/sbin/sysctl", "-n", key], capture_output=True, text=True, timeout=5)
+    return done.stdout.strip()
+
+
+def cpu(root: Path = ROOT) -> dict[str, Any]:
+    """`cpu`, the processor's or board's name, and `features`, those of FEATURES that it has."""
+    text = read_text(root / "proc/cpuinfo")
+    info = dict(reversed(re.findall(r"^([^:\n]+?)\s*:[ \t]*(.*)$", text, re.MULTILINE)))  # the first CPU's
+    named = info.get("model name") or info.get("Hardware") or read_text(root / "proc/device-tree/model")
+    flags = (info.get("flags") or info.get("Features") or "").split()
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        flags = ["asimd", "asimddp"]  # every Mac on ARM has both
+    part = f"ARM part {info['CPU part']}" if "CPU part" in info else None
+    name = named or part or sysctl("machdep.cpu.brand_string") or platform.processor() or None
+    return {"cpu": name, "features": [flag for flag in FEATURES.split() if flag in flags]}
+
+
+def logical_cpus() -> set[int]:
+    """Numbers of the logical CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
+    return set(range(os.cpu_count() or 1))
+
+
+def physical_cores(root: Path = ROOT, cpus: set[int] | None = None) -> int:
+    """Physical cores that this process may really use, at least 1: siblings among `cpus` count once.
+
+    A quota of 2.5 CPUs gives 2: onnxruntime's threads wait for one another, so one that is stopped stops all.
+    """
+    cpus = logical_cpus() if cpus is None else cpus
+    folders = [root / f"sys/devices/system/cpu/cpu{cpu}/topology" for cpu in cpus]
+    siblings = {read_text(f / "core_cpus_list") or read_text(f / "thread_siblings_list") for f in folders}
+    cores = len(cpus) if "" in siblings else len(siblings)
+    cores = min(cores, int(sysctl("hw.physicalcpu") or cores))
+    quota = cpu_quota(root)
+    return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+def cgroup_folders(root: Path) -> list[Path]:
+    """This process's control group (version 2) and its parents. A container sees its own at the top."""
+    own = re.search(r"^0::/(.*)$", read_text(root / "proc/self/cgroup"), re.MULTILINE)
+    path = Path(own.group(1) if own else "")
+    return [root / "sys/fs/cgroup" / part for part in (path, *path.parents)]
+
+
+def cpu_quota(root: Path = ROOT) -> float | None:
+    """CPUs' worth of time that the control groups of this process allow; None without a limit."""
+    texts = [read_text(folder / "cpu.max") for folder in cgroup_folders(root)]
+    limits = [text.split() for text in texts if text and not text.startswith("max")]
+    return min((int(quota) / int(period) for quota, period in limits), default=None)
+
+
+def memory(root: Path = ROOT) -> dict[str, int | None]:
+    """`memory_bytes`, `memory_available_bytes` (a container's limit considered) and `memory_limit_bytes`."""
+    table = dict(re.findall(r"^(\w+):\s+(\d+) kB", read_text(root / "proc/meminfo"), re.MULTILINE))
+    total, available = (int(table[k]) * 1024 if k in table else None for k in ("MemTotal", "MemAvailable"))
+    limits, free = [], []
+    for folder in cgroup_folders(root):
+        limit, used = read_text(folder / "memory.max"), read_text(folder / "memory.current")
+        if limit.isdigit() and used.isdigit():
+            cache = re.search(r"^inactive_file (\d+)$", read_text(folder / "memory.stat"), re.MULTILINE)
+            limits.append(int(limit))
+            free.append(max(0, int(limit) - int(used) + int(cache.group(1) if cache else 0)))
+    return {
+        "memory_bytes": total or int(sysctl("hw.memsize") or 0) or None,
+        "memory_available_bytes": None if available is None else min([available, *free]),
+        "memory_limit_bytes": min(limits, default=None),
+    }
+
+
+def read_sensors(root: Path = ROOT) -> dict[str, float | None]:
+    """Load average, mean clock in MHz, hottest zone in degrees, CPU seconds since boot that were not idle.
+
+    The last includes what a hypervisor gave to other guests.
+    """
+    ticks = [int(field) for field in read_text(root / "proc/stat").partition("\n")[0].split()[1:9]]
+    clocks = [
+        float(read_text(f) or 0) / 1000
+        for f in root.glob("sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq")
+    ]
+    if not clocks:  # x86 without cpufreq
+        clocks = [float(mhz) for mhz in re.findall(r"cpu MHz\s*: ([\d.]+)", read_text(root / "proc/cpuinfo"))]
+    zones = [read_text(f) for f in root.glob("sys/class/thermal/thermal_zone*/temp")]
+    return {
+        "load_average_1m": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "clock_mhz": sum(clocks) / len(clocks) if clocks else None,
+        "temperature_c": max((int(text) / 1000 for text in zones if text), default=None),
+        # user nice system idle iowait irq softirq steal; guest time is inside user time already
+        "busy_cpu_s": (sum(ticks) - sum(ticks[3:5])) / os.sysconf("SC_CLK_TCK") if ticks else None,
+    }
+
+
+def other_cpus(before: float | None, after: float | None, cpu_s: float, wall_s: float) -> float | None:
+    """CPUs that others kept busy on average; None if not told, or too short for ticks of 10 ms."""
+    if before is None or after is None or wall_s < 0.5:
+        return None
+    return max(0.0, after - before - cpu_s) / wall_s
+
+
+def peak_memory_bytes() -> int | None:
+    """Largest resident size of this process. Linux: VmHWM, as a child inherits its parent's `ru_maxrss`."""
+    if told := re.search(r"VmHWM:\s*(\d+) kB", read_text(Path("/proc/self/status"))):
+        return int(told.group(1)) * 1024
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Path in the folder -> SHA-256 of each file; {} where there is no folder."""
+    hashes = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                digest.update(block)
+        hashes[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return hashes
+
+
+# ---------------------------------------------------------------- the program
+
+
+def say(text: str) -> None:
+    """One line of progress on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def put(value: dict[str, Any]) -> None:
+    """One result as one line of JSON on stdout."""
+    print(json.dumps(value), flush=True)
+
+
+def run_batch(decoder: Decoder, prompt: Any, options: argparse.Namespace) -> None:
+    """Warm-up is done; time `--repetitions` repetitions and print everything as one JSON object."""
+    repetitions = []
+    for index in range(options.repetitions):
+        if index and options.pause:
+            time.sleep(options.pause)
+        repetitions.append(time_repetition(decoder, prompt, options.generate))
+        decode = repetitions[-1]["decode_tokens_per_s"]
+        say(f"repetition {index + 1}/{options.repetitions}: decode {decode:.1f} tokens/s")
+    memory_peak = {"peak_memory_bytes": peak_memory_bytes()}
+    put({**facts(decoder, options), **summary(repetitions), **memory_peak, "repetitions": repetitions})
+
+
+def run_interactive(decoder: Decoder, prompt: Any, options: argparse.Namespace) -> None:
+    """Answer commands from stdin, one line each, until {"quit": 1} or the end of stdin."""
+    put({"ready": facts(decoder, options)})
+    for line in sys.stdin:
+        try:
+            command = json.loads(line)
+            if command.get("quit"):
+                return
+            if command.get("run"):
+                put(time_repetition(decoder, prompt, options.generate))
+            else:
+                check_requests(command["score"], decoder)
+                put({"scores": decoder.score(command["score"])})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            put({"error": f"{line.strip()[:80]!r} is no command that can be answered: {error}"})
+
+
+def at_least(low: int) -> Any:
+    """An argparse type: a whole number of at least `low`."""
+
+    def read(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        return int(text)
+
+    return read
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line; argparse ends with exit code 2 on its own where it is wrong."""
+    parser = argparse.ArgumentParser(description="Time one ONNX bundle; one JSON object on stdout.")
+    add = parser.add_argument
+    add("bundle", type=Path, nargs="?", default=Path(), help="folder with model.onnx and genai_config.json")
+    add("--prompt", type=at_least(1), default=128, help="prompt tokens (default 128)")
+    add("--generate", type=at_least(2), default=128, help="new tokens, the first included (default 128)")
+    add("--threads", type=at_least(1), help="default: what the bundle says, else the physical cores")
+    add("--repetitions", type=at_least(1), default=5, help="timed runs (default 5)")
+    add("--warmup", type=at_least(0), default=1, help="untimed runs before (default 1)")
+    add("--seed", type=at_least(0), default=0, help="of the random prompt (default 0)")
+    add("--pause", type=float, default=0.0, help="seconds between repetitions (default 0)")
+    add("--positions", type=at_least(2), help="most tokens of a request (default: prompt and new tokens)")
+    add("--interactive", action="store_true", help="wait for commands on stdin")
+    add("--describe", action="store_true", help="print what this machine is")
+    add("--sha256", action="store_true", help="print the hash of each file in BUNDLE")
+    return parser.parse_args(arguments)
+
+
+def work(options: argparse.Namespace) -> None:
+    """Open the bundle, warm up, then time it."""
+    if options.describe or options.sha256:
+        put(describe() if options.describe else file_hashes(options.bundle))
+        return
+    load_libraries()
+    config = read_config(options.bundle)
+    find_graph(options.bundle, config)
+    options.threads = options.threads or default_threads(config)
+    positions = options.positions or options.prompt + options.generate
+    decoder = Decoder(options.bundle, options.threads, positions)
+    prompt = prompt_ids(decoder.vocab_size, options.prompt, options.seed)
+    say(f"{options.bundle}: loaded in {decoder.load_s:.2f} s, {options.threads} threads")
+    for _ in range(0 if options.positions else options.warmup):
+        decoder.generate(prompt, options.generate)
+    (run_interactive if options.interactive else run_batch)(decoder, prompt, options)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        work(options)
+    except BadBundle as error:
+        say(f"error: {error}")
+        return 2
+    except ModuleNotFoundError as error:
+        say(f"error: {error.name} is missing; install it: {sys.executable} -m pip install numpy onnxruntime")
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except Exception as error:  # the program ends here; the kind of failure goes into the message
+        say(f"error: {options.bundle}: the run failed: {type(error).__name__}: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
