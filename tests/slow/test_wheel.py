@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from edgedisp.bench.page_resources import page_resources
+from edgedisp.bench.page_server import page_resources
 
 pytest.importorskip("hatchling", reason='builds a wheel: pip install "edgedisp[dev]"')
 
@@ -38,7 +38,7 @@ def test_what_is_installed_serves_the_page_of_the_checkout(tmp_path: Path) -> No
         wheel.extractall(tmp_path / "site")
     script = (
         "import json, edgedisp\nfrom edgedisp.core.paths import data_folder\n"
-        "from edgedisp.bench.page_resources import page_resources\n"
+        "from edgedisp.bench.page_server import page_resources\n"
         "found = page_resources(data_folder('export') / 'web')\n"
         "print(json.dumps([edgedisp.__file__, {name: one.tag for name, one in found.items()}]))"
     )
