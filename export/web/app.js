@@ -50,15 +50,14 @@ function setBusy(now) {
 const threads = () => Number(at("threads").value);
 const chosen = () => plan.bundles[Number(at("bundle").value)];
 
-/** A worker for a bundle, whose progress is shown with `before` in front. */
-function opening(bundle, before = "") {
+/** A worker for a bundle, whose progress is shown. */
+function opening(bundle) {
   return new Bundle(bundle, threads(), (event) => {
     if (event.event === "piece") return piece(event.text);
     const { done, total } = event;
-    if (event.stage === "check") working(`${before}Checking what is kept of ${bundle.label} …`, done, total);
-    else if (event.stage === "download") {
-      working(`${before}Fetching ${bundle.label}: ${megabytes(done)} of ${megabytes(total)}`, done, total);
-    } else working(`${before}Loading ${bundle.label} …`);
+    if (event.stage === "download") {
+      working(`Fetching ${bundle.label}: ${megabytes(done)} of ${megabytes(total)}`, done, total);
+    } else working(`Loading ${bundle.label} …`);
   });
 }
 
@@ -295,7 +294,7 @@ function fill() {
   at("bench-about").textContent =
     `${prompt} prompt tokens, ${generate} new ones, ${repetitions} times after a warm-up.${scored} ${names} Keep this page in front and the screen on.`;
   at("checked").textContent = isSecureContext
-    ? "Files are checked by SHA-256 on arrival and whenever they are opened."
+    ? "Files are checked by SHA-256 on arrival."
     : "Files are checked by SHA-256, but over plain http the sums come on the same wire: damage is found, an attacker in your network is not.";
 }
 

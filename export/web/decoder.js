@@ -51,7 +51,7 @@ export function heapBytes() {
   return sizes.length ? sizes.reduce((sum, size) => sum + size, 0) : null;
 }
 
-export function argmax(values) {
+function argmax(values) {
   let best = 0;
   for (let i = 1; i < values.length; i++) if (values[i] > values[best]) best = i;
   return best;
@@ -216,9 +216,5 @@ export class Decoder {
       return [name, new ort.Tensor(this.type, kept, [1, this.heads, length, this.headSize])];
     };
     return Object.fromEntries(Object.entries(past).map(cut));
-  }
-
-  async close() {
-    await this.session.release();
   }
 }

@@ -1,8 +1,8 @@
 // Files of a bundle, kept in the browser by their SHA-256, so that a reload downloads nothing twice.
 //
 // IndexedDB, because it is there on plain http too; Cache Storage and OPFS exist in secure contexts alone.
-// Every file is checked against the SHA-256 that the server names: on arrival, and again when it is opened.
-// Over plain http that name comes on the same wire as the file, so it finds damage, not an attacker.
+// Every file is checked on arrival against the SHA-256 that the server names. Over plain http that name comes on
+// the same wire as the file, so it finds damage, not an attacker.
 
 import { Sha256 } from "./sha256.js";
 
@@ -63,20 +63,14 @@ async function blobOf(sha256) {
 }
 
 /**
- * Make sure that a file {url, size_bytes, sha256} is here and whole.
+ * Make sure that a file {url, size_bytes, sha256} is here.
  *
  * Resolves to {read, downloaded, kept}: `read` gives its bytes (Uint8Array) from where they are kept. Throws
- * an Error for people where it cannot be had. `progress(bytes, own)` counts while it arrives; `own`: it was here.
+ * an Error for people where it cannot be had. `progress(bytes)` counts while it arrives.
  */
 export async function fetched(file, progress) {
   const own = await blobOf(file.sha256);
-  if (own && own.size === file.size_bytes) {
-    const hash = new Sha256().update(new Uint8Array(await own.arrayBuffer())).hex();
-    if (hash === file.sha256) {
-      progress(file.size_bytes, true);
-      return { read: () => fromStore(file.sha256), downloaded: false, kept: true };
-    }
-  }
+  if (own?.size === file.size_bytes) return { read: () => fromStore(file.sha256), downloaded: false, kept: true };
   const blob = await download(file, progress);
   try {
     await withFiles("readwrite", (files) => files.put(blob, file.sha256));

@@ -23,10 +23,10 @@ async function open({ bundle, threads }) {
   const started = performance.now();
   for (const name of names) {
     let last = 0;
-    files[name] = await fetched(bundle.files[name], (bytes, own) => {
+    files[name] = await fetched(bundle.files[name], (bytes) => {
       if (bytes - last < 1 << 20 && bytes < bundle.files[name].size_bytes) return;
       last = bytes;
-      tell("progress", { stage: own ? "check" : "download", done: before + bytes, total: bundle.download_bytes });
+      tell("progress", { stage: "download", done: before + bytes, total: bundle.download_bytes });
     });
     before += bundle.files[name].size_bytes;
     downloaded ||= files[name].downloaded;

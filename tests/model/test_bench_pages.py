@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny_bundle import tiny_bundles
 
-from edgedisp.bench import adb, browser, devices
+from edgedisp.bench import adb, android, browser, devices
 from edgedisp.bench.devices import BenchOptions, DeviceLost
 from edgedisp.bench.page_plan import PagePlan, read_bundle
 from edgedisp.core.errors import BadInput, BuildFailed
@@ -213,14 +213,16 @@ def test_what_adb_lists_is_read_with_its_states() -> None:
 
 
 def test_a_phone_that_tells_nothing_leaves_gaps_and_no_warnings() -> None:
-    silent_phone = adb.phone_state({})
+    silent_phone = android.phone_state({})
     assert set(silent_phone.values()) == {None}
-    assert adb.state_warnings(silent_phone, None) == adb.state_warnings(silent_phone, silent_phone) == []
-    machine = adb.phone_machine({})
+    assert (
+        android.state_warnings(silent_phone, None) == android.state_warnings(silent_phone, silent_phone) == []
+    )
+    machine = android.phone_machine({})
     assert machine["cpu"] is None and machine["physical_cores"] is None and machine["system"] == "Android"
-    assert adb.count_cpus("0-3,6\n") == 5
+    assert android.count_cpus("0-3,6\n") == 5
     told = {"saver": "1\n", "clock": "1800000\n2200000\n", "load": "0.50 0.40 0.3 1/9 8"}
-    state = adb.phone_state(told)
+    state = android.phone_state(told)
     assert (state["battery_saver"], state["clock_mhz"], state["load_average_1m"]) == (True, 2000.0, 0.5)
 
 
