@@ -156,11 +156,6 @@ def _write_scales(scales: dict[str, Scales], grids: Grids, path: Path) -> None:
     unfinished.replace(path)
 
 
-def has_scales(model_folder: Path) -> bool:
-    """Whether training left scales beside the weights: calibrated ones."""
-    return (model_folder / SCALES).is_file()
-
-
 def trained_scales(model_folder: Path, grids: Grids) -> dict[str, Scales]:
     """The scales that training left beside the weights; empty where it left none.
 
