@@ -19,6 +19,7 @@ from edgedisp.core import distributed as processes
 from edgedisp.core.errors import BadInput, BuildFailed
 
 INTERRUPTED = 130
+TRACE = "EDGEDISP_TRACE"  # an environment variable; set, an unexpected error keeps its traceback
 CONTINUE = ("build", "pilot")  # the commands that keep what is done
 
 
@@ -37,10 +38,6 @@ def main() -> None:
         _end(f"failed: {error}", 1)
     except KeyboardInterrupt:
         _interrupted()
-    except OSError as error:
-        if _disk_is_full(error):
-            _end(_disk_message(error), 1)
-        raise
     except Exception as error:
         # click's own usage errors carry their exit code and their message.
         if hasattr(error, "show") and hasattr(error, "exit_code"):
@@ -48,7 +45,10 @@ def main() -> None:
             sys.exit(error.exit_code)
         if _disk_is_full(error):
             _end(_disk_message(error), 1)
-        raise
+        if os.environ.get(TRACE):
+            raise
+        reason = " ".join(str(error).split())[:400]
+        _end(f"failed: {type(error).__name__}: {reason} ({TRACE}=1 shows where)", 1)
 
 
 def _prepare_process() -> None:

@@ -39,3 +39,22 @@ def test_characters_that_a_terminal_lacks_are_replaced(
     ending.main()
     sys.stdout.flush()
     assert written.getvalue().startswith(b"table ") and written.getvalue().endswith(b"\n")
+
+
+def test_an_unexpected_error_is_one_line_that_says_how_to_see_the_trace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(**options: object) -> None:
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setattr(ending, "app", fails)
+    monkeypatch.delenv(ending.TRACE, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        ending.main()
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == (
+        "edgedisp: failed: RuntimeError: no kernel for this (EDGEDISP_TRACE=1 shows where)\n"
+    )
+    monkeypatch.setenv(ending.TRACE, "1")
+    with pytest.raises(RuntimeError):
+        ending.main()
