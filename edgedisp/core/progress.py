@@ -85,6 +85,8 @@ class Screen:
 
     def finished(self, name: str, record: Record) -> None:
         self._print(f"{self._stage}: done in {clock(record.seconds)}")
+        for note in record.results.get("notes", ()):
+            self._print(f"{self._stage}: {note}")
 
     def kept(self, name: str, record: Record) -> None:
         self._unchanged.append(name)

@@ -106,15 +106,14 @@ def read(folder: Path) -> Record | None:
     File sizes are compared, not hashes: a second build should cost seconds.
     """
     raw = _read_object(folder / RECORD)
-    files = _listed_files(raw)
-    key, results, seconds = raw.get("key"), raw.get("results"), raw.get("seconds")
-    if files is None or not isinstance(key, dict) or not isinstance(results, dict):
+    try:
+        record = Record(
+            folder, dict(raw["key"]), dict(raw["results"]), _listed_files(raw), float(raw["seconds"])
+        )
+    except _WRONG_SHAPE:
         return None
-    if not isinstance(seconds, int | float) or any(
-        _size(folder / n) != f["size_bytes"] for n, f in files.items()
-    ):
-        return None
-    return Record(folder, key, results, files, seconds)
+    whole = all(_size(folder / name) == entry["size_bytes"] for name, entry in record.files.items())
+    return record if whole else None
 
 
 def changed_files(folder: Path, pattern: str) -> list[str]:
@@ -122,17 +121,20 @@ def changed_files(folder: Path, pattern: str) -> list[str]:
 
     A folder without a readable record has none.
     """
-    files = _listed_files(_read_object(folder / RECORD)) or {}
+    try:
+        files = _listed_files(_read_object(folder / RECORD))
+    except _WRONG_SHAPE:
+        return []
     paths = (path for path in sorted(folder.glob(pattern)) if path.name in files)
     return [path.name for path in paths if file_digest(path) != files[path.name]["sha256"]]
 
 
 def list_files(folder: Path, without: Sequence[str] = ()) -> Files:
     """Every file under a folder."""
-    paths = {
-        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
-    }
-    return {name: _entry(path) for name, path in paths.items() if name not in without}
+    files = (
+        (path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")) if path.is_file()
+    )
+    return {name: _entry(path) for name, path in files if name not in without}
 
 
 def check_files(folder: Path) -> bool:
@@ -145,9 +147,10 @@ def check_files(folder: Path) -> bool:
     listing = next((path for path in (folder / MANIFEST, folder / RECORD) if path.is_file()), None)
     if listing is None:
         return False
-    files = _listed_files(_read_object(listing))
-    if files is None:
-        raise BadInput(f"{listing}: is damaged: no list of files with their sizes and SHA-256; {again}")
+    try:
+        files = _listed_files(_read_object(listing))
+    except _WRONG_SHAPE as error:
+        raise BadInput(f"{listing}: is damaged ({error!r}); {again}") from error
     for name, entry in files.items():
         path, size, expected = folder / name, _size(folder / name), entry["size_bytes"]
         if size is None:
@@ -171,8 +174,8 @@ def update_listing(folder: Path, names: Sequence[str]) -> None:
     """
     for listing, changed in ((MANIFEST, names), (RECORD, (*names, MANIFEST))):
         raw = _read_object(folder / listing)
-        files = _listed_files(raw)
-        if files is not None:
+        files = raw.get("files")
+        if isinstance(files, dict):
             files |= {name: _entry(folder / name) for name in changed if name in files}
             write_json(folder / listing, raw)
 
@@ -185,17 +188,15 @@ def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _listed_files(raw: dict[str, Any]) -> Files | None:
-    """The `files` of a record or manifest; None if they are not a list of files."""
-    files = raw.get("files")
-    if isinstance(files, dict) and all(
-        isinstance(entry, dict)
-        and isinstance(entry.get("size_bytes"), int)
-        and isinstance(entry.get("sha256"), str)
-        for entry in files.values()
-    ):
-        return files
-    return None
+_WRONG_SHAPE = (KeyError, TypeError, ValueError, AttributeError)
+
+
+def _listed_files(raw: dict[str, Any]) -> Files:
+    """The `files` of a record or manifest; one of _WRONG_SHAPE is raised if they are not a list of files."""
+    return {
+        name: {"size_bytes": int(entry["size_bytes"]), "sha256": str(entry["sha256"])}
+        for name, entry in raw["files"].items()
+    }
 
 
 def git_commit() -> str | None:

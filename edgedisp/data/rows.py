@@ -65,6 +65,18 @@ class Documents(list[Document]):
             "files_skipped": self.files_skipped,
         }
 
+    def notes(self) -> list[str]:
+        """One line each on dropped rows and skipped files, for the screen; empty if everything was used."""
+        lines = []
+        if self.dropped:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+            lines.append(f"text: {sum(self.dropped.values())} of {self.rows_read} rows dropped ({reasons})")
+        if self.files_skipped:
+            shown = [f"{name} ({reason})" for name, reason in list(self.files_skipped.items())[:3]]
+            more = ", ..." if len(self.files_skipped) > 3 else ""
+            lines.append(f"text: {len(self.files_skipped)} files not read: {', '.join(shown)}{more}")
+        return lines
+
 
 def unique_id(name: str, taken: set[str]) -> str:
     """`name`, or `name#2`, `name#3` ... if it is taken; the answer is added to `taken`."""

@@ -132,6 +132,7 @@ def tokens(
         "duplicate_documents": training.dropped.get("duplicate", 0),
         "heldout_tokens": int(held.size),
         "text": documents.counts(),
+        "notes": documents.notes(),
         "epochs": facts["epochs"],
         "context": section.context,
         "sources": [_said(source.source, beside, smoke) for source in section.train],

@@ -61,6 +61,7 @@ def test_every_row_is_counted_as_a_document_or_with_the_reason_it_was_dropped(tm
         "characters": 8,
         "files_skipped": {},
     }
+    assert documents.notes() == ["text: 3 of 5 rows dropped (2 blank, 1 null)"]
     documents.add(read_documents(path, limit=1))
     assert documents.counts() | {"dropped": 0} == {
         "rows_read": 6,
@@ -147,7 +148,7 @@ def test_of_a_folder_one_kind_and_one_split_is_read_and_the_rest_reported(tmp_pa
     assert [document.text for document in raw] == ["raw train-00000-of-00002", "raw train-00001-of-00002"]
     assert len({document.id for document in raw}) == 2
     assert raw.files_skipped == {"raw/test-00000-of-00001.jsonl": "split test"}
-    assert read_documents(tmp_path).files_skipped["README.md"] == "not .jsonl"
+    assert "README.md (not .jsonl)" in read_documents(tmp_path).notes()[0]
     test = read_documents(tmp_path, config="clean", split="test")
     assert [document.text for document in test] == ["clean test-00000-of-00001"]
     with pytest.raises(BadInput, match=r"no file of the split 'validation'.*test, train"):
