@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,9 +20,10 @@ from ruamel.yaml import YAML
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.paths import data_folder
-from edgedisp.recipe import Recipe, Verify, load, reference, smoke
+from edgedisp.recipe import Dispersion, Recipe, Verify, load, reference, smoke
 from edgedisp.recipe.rules import REMOVED
 from edgedisp.recipe.units import read_number, read_whole
+from edgedisp.recipe.values import LAYER_NAMES, VARIANTS
 
 SMALL = """\
 name: small
@@ -828,3 +829,13 @@ def test_reading_recipes_loads_no_heavy_library() -> None:
     code = f"import sys, edgedisp.recipe; print(*{heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
+
+
+def test_choices_and_defaults_of_dispersion_are_those_of_the_dispersion_package() -> None:
+    from edgedisp.dispersion.config import LAYER_WORDS, DispersionConfig
+    from edgedisp.dispersion.losses import VARIANTS as LOSSES
+
+    assert get_args(Dispersion.model_fields["variant"].annotation) == VARIANTS
+    assert set(VARIANTS) == set(LOSSES) and LAYER_NAMES == LAYER_WORDS
+    for key, value in Dispersion().model_dump(exclude={"seed"}).items():
+        assert getattr(DispersionConfig(), key) == value
