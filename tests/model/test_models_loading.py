@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import stat
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,10 @@ def change(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
+def change_config(changes: dict[str, Any], folder: Path) -> None:
+    change(folder / "config.json", **changes)
+
+
 def same_weights(first: torch.nn.Module, second: torch.nn.Module) -> bool:
     one, two = first.state_dict(), second.state_dict()
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
@@ -56,28 +60,21 @@ def test_load_gives_bit_for_bit_what_save_got(family: str, tiny_folder: dict[str
         assert getattr(again, token) == getattr(tokenizer, token)
 
 
-def test_a_saved_folder_is_plain_whole_and_holds_tied_weights_once(tiny_folder: dict[str, Path]) -> None:
-    from safetensors import safe_open
-
+def test_a_saved_folder_is_plain_whole_and_holds_tied_weights_once(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
     names = {path.name for path in tiny_folder["llama"].iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors"} <= names
     assert {"tokenizer.json", "tokenizer_config.json"} <= names
-    with safe_open(tiny_folder["llama"] / "model.safetensors", framework="pt") as weights:
-        assert "model.embed_tokens.weight" in weights.keys()  # noqa: SIM118 -- not a dict
-        assert "lm_head.weight" not in weights.keys()  # noqa: SIM118
+    weights = load_file(tiny_folder["llama"] / "model.safetensors")
+    assert "model.embed_tokens.weight" in weights and "lm_head.weight" not in weights
     config = json.loads((tiny_folder["llama"] / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     everything = "".join(path.read_text() for path in tiny_folder["llama"].glob("*.json"))
     assert str(tiny_folder["llama"].parent) not in everything  # no path of this machine is shipped
-
-
-@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX")
-def test_saved_files_have_the_permissions_of_any_new_file(
-    tiny_folder: dict[str, Path], tmp_path: Path
-) -> None:
     (tmp_path / "plain").touch()
-    expected = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
-    assert {stat.S_IMODE(path.stat().st_mode) for path in tiny_folder["gpt2"].iterdir()} == {expected}
+    expected = (tmp_path / "plain").stat().st_mode  # safetensors itself writes for the owner alone
+    assert {path.stat().st_mode for path in tiny_folder["llama"].iterdir()} == {expected}
 
 
 def test_a_model_can_be_saved_over_the_folder_it_was_loaded_from(llama: Path) -> None:
@@ -107,61 +104,9 @@ def test_loading_is_silent_and_the_settings_come_back(llama: Path, capfd: pytest
     load(llama)
     with pytest.raises(RuntimeError, match="inside"), quiet():
         raise RuntimeError("inside")
-    assert (
-        logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-        are_progress_bars_disabled(),
-    ) == before
+    after = (logging.get_verbosity(), logging.is_progress_bar_enabled(), are_progress_bars_disabled())
+    assert after == before
     assert capfd.readouterr() == ("", "")
-
-
-def no_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
-
-
-def broken_config(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": ')
-
-
-def unknown_family(folder: Path) -> None:
-    change(folder / "config.json", model_type="nonsense")
-
-
-def masked_model(folder: Path) -> None:
-    change(folder / "config.json", model_type="bert", architectures=["BertForMaskedLM"])
-
-
-def masked_family(folder: Path) -> None:
-    change(folder / "config.json", model_type="bert", architectures=None)
-
-
-def encoder_decoder(folder: Path) -> None:
-    change(folder / "config.json", model_type="t5", architectures=["T5ForConditionalGeneration"])
-
-
-def classifier(folder: Path) -> None:
-    change(folder / "config.json", architectures=["LlamaForSequenceClassification"])
-
-
-def already_quantized(folder: Path) -> None:
-    change(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-
-
-def only_pickle(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def only_adapter(folder: Path) -> None:
-    (folder / "config.json").rename(folder / "adapter_config.json")
-
-
-def cut_weights(folder: Path) -> None:
-    content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-
-
-def no_weights_at_all(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"not safetensors")
 
 
 def lost_shard(folder: Path) -> None:
@@ -169,35 +114,11 @@ def lost_shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def lost_layer(folder: Path) -> None:
-    change(folder / "config.json", num_hidden_layers=3)
-
-
-def left_over_layer(folder: Path) -> None:
-    change(folder / "config.json", num_hidden_layers=1)
-
-
-def left_over_biases(folder: Path) -> None:
+def unused_biases(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     biases = {f"model.layers.{layer}.self_attn.q_proj.bias": torch.ones(64) for layer in range(2)}
     old_buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}  # harmless
     save_file(weights | biases | old_buffer, folder / "model.safetensors", {"format": "pt"})
-
-
-def other_width(folder: Path) -> None:
-    change(folder / "config.json", intermediate_size=256)
-
-
-def adapter_beside_weights(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text("{}")
-
-
-def padding_outside(folder: Path) -> None:
-    change(folder / "config.json", pad_token_id=4000)
-
-
-def unknown_dtype(folder: Path) -> None:
-    change(folder / "config.json", dtype="fp16")
 
 
 def token_without_a_row(folder: Path) -> None:
@@ -207,49 +128,54 @@ def token_without_a_row(folder: Path) -> None:
 
 
 def sentencepiece_alone(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer.model").write_bytes(b"pieces")
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
     change(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
 
 
-def no_tokenizer(folder: Path) -> None:
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
+BAD_FOLDERS: list[tuple[Callable[[Path], Any], str]] = [
+    (lambda f: (f / "config.json").unlink(), "there is no config.json"),
+    (lambda f: (f / "config.json").write_text('{"model_type": '), "config.json cannot be used"),
+    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pytorch_model.bin is a pickle"),
+    (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "holds a PEFT adapter: merge it"),
+    (lambda f: (f / "adapter_config.json").write_text("{}"), "holds a PEFT adapter .* and a whole model"),
+    (lambda f: os.truncate(f / "model.safetensors", 9000), "damaged: its 9000 bytes do not fit"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"other"), "damaged: its 5 bytes do not fit"),
+    (lambda f: [path.unlink() for path in f.glob("tokenizer*")], "no usable tokenizer"),
+    (lost_shard, "1 weight files are missing: model-00001-of-00002"),
+    (unused_biases, r"2 weights in the files have no place .*: model.layers.0.self_attn.q_proj.bias"),
+    (token_without_a_row, "1 tokens of the tokenizer have no row .* of 512 rows: <tool>"),
+    (sentencepiece_alone, "no usable tokenizer .*pip install sentencepiece"),
+]
+BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
+    ({"model_type": "nonsense"}, "config.json cannot be used.*nonsense"),
+    ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "not a causal .*: BertForMaskedLM"),
+    (
+        {"model_type": "bert", "architectures": None},
+        r"not a causal .*: no architecture named \(model_type bert",
+    ),
+    ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "not a causal .*: T5ForCond"),
+    (
+        {"architectures": ["LlamaForSequenceClassification"]},
+        "not a causal .*: LlamaForSequenceClassification",
+    ),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"already quantized \(gptq\)"),
+    ({"num_hidden_layers": 1}, "9 weights in the files have no place in the model .*: model.layers.1.input"),
+    ({"num_hidden_layers": 3}, "9 weights are not in the files: model.layers.2"),
+    ({"intermediate_size": 256}, "6 weights have another shape: model.layers.0.mlp"),
+    ({"pad_token_id": 4000}, "pad_token_id 4000, but the embedding has 512 rows"),
+    ({"dtype": "fp16"}, "dtype 'fp16'; write float32"),
+]
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (no_config, "there is no config.json"),
-        (broken_config, "config.json cannot be used"),
-        (unknown_family, r"config.json cannot be used.*nonsense"),
-        (masked_model, r"not a causal language model: BertForMaskedLM \(model_type bert\)"),
-        (masked_family, r"not a causal language model: no architecture named \(model_type bert\)"),
-        (encoder_decoder, "not a causal language model: T5ForConditionalGeneration"),
-        (classifier, "not a causal language model: LlamaForSequenceClassification"),
-        (already_quantized, r"already quantized \(gptq\)"),
-        (only_pickle, r"pytorch_model.bin is a pickle.*never opened"),
-        (only_adapter, r"PEFT adapter: merge it"),
-        (cut_weights, r"model.safetensors: the file is cut off or damaged: its \d+ bytes do not fit"),
-        (no_weights_at_all, r"model.safetensors: the file is cut off or damaged: its 15 bytes do not fit"),
-        (left_over_layer, r"9 weights in the files have no place in the model .*: model.layers.1.input"),
-        (left_over_biases, r"2 weights in the files have no place .*: model.layers.0.self_attn.q_proj.bias"),
-        (lost_shard, "1 weight files are missing: model-00001-of-00002"),
-        (lost_layer, r"9 weights are not in the files: model.layers.2"),
-        (other_width, r"6 weights have another shape: model.layers.0.mlp"),
-        (adapter_beside_weights, "holds a PEFT adapter .* and a whole model"),
-        (padding_outside, "pad_token_id 4000, but the embedding has 512 rows"),
-        (unknown_dtype, "dtype 'fp16'; write float32"),
-        (token_without_a_row, "1 tokens of the tokenizer have no row .* of 512 rows: <tool>"),
-        (sentencepiece_alone, "no usable tokenizer .*pip install sentencepiece"),
-        (no_tokenizer, "no usable tokenizer"),
-    ],
+    ("spoil", "message"),
+    [*BAD_FOLDERS, *((partial(change_config, changes), message) for changes, message in BAD_CONFIGS)],
 )
 def test_a_base_that_cannot_work_is_refused_with_the_reason(
-    llama: Path, spoil: Callable[[Path], None], said: str
+    llama: Path, spoil: Callable[[Path], Any], message: str
 ) -> None:
     spoil(llama)
-    with pytest.raises(BadInput, match=said) as problem:
+    with pytest.raises(BadInput, match=message) as problem:
         open_base(llama)
     assert str(problem.value).startswith(str(llama))
     assert len(str(problem.value)) < 700
@@ -383,19 +309,20 @@ def test_a_hub_model_that_cannot_be_opened_is_told_before_anything_is_fetched(
     tiny_folder: dict[str, Path], tmp_path: Path, at_hub: Callable[[str], None]
 ) -> None:
     models = tmp_path / "hub" / "models" / "some"
-    only_pickle(shutil.copytree(tiny_folder["qwen3"], models / "pickled"))
+    pickled = Path(shutil.copytree(tiny_folder["qwen3"], models / "pickled"))
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     (models / "nothing").mkdir()
     (models / "nothing" / "README.md").write_text("no model")
     with serving(tmp_path / "hub") as endpoint:
         at_hub(endpoint)
-        with pytest.raises(BadInput, match="some/pickled: the model has no safetensors weights"):
-            open_base("some/pickled")
-        with pytest.raises(BadInput, match=r"some/nothing: .*no config.json.* It holds: README.md"):
-            open_base("some/nothing")
-        with pytest.raises(BadInput, match="some/x: the hub has no such model"):
-            open_base("some/x")
-        with pytest.raises(BadInput, match="the hub has no such model"):
-            open_base("not/a/hub id")
+        for name, message in (
+            ("some/pickled", "some/pickled: the model has no safetensors weights"),
+            ("some/nothing", r"some/nothing: .*no config.json.* It holds: README.md"),
+            ("some/x", "some/x: the hub has no such model"),
+            ("not/a/hub id", "the hub has no such model"),
+        ):
+            with pytest.raises(BadInput, match=message):
+                open_base(name)
     assert not list((tmp_path / "home").rglob("*.json"))
 
 

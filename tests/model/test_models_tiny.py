@@ -51,13 +51,8 @@ def test_the_same_seed_gives_the_same_model_and_leaves_the_random_state_alone() 
 
 def test_its_tokenizer_is_lossless_and_knows_its_special_tokens() -> None:
     _, tokenizer = tiny_model("llama", TEXTS)
-    assert [
-        tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("endoftext", "im_start", "im_end")
-    ] == [
-        0,
-        1,
-        2,
-    ]
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    assert tokenizer.convert_tokens_to_ids(names) == [0, 1, 2]
     for text in (*TEXTS[:5], " two  spaces\n\ttab", "na\u00efve \u65e5\u672c \U0001f600", "it 's . done ?"):
         assert tokenizer.decode(encode(tokenizer, text)) == text
     assert encode(tokenizer, "a<|im_end|>")[-1] == 2
