@@ -22,11 +22,14 @@ from record import RESULTS
 from edgedisp.bench.system import describe
 from edgedisp.core.paths import data_folder
 from edgedisp.core.progress import Screen
+from edgedisp.core.results import Measurement
+from edgedisp.core.serialization import from_json
 from edgedisp.core.stage_folder import digest, open_run, write_json
 from edgedisp.pipeline import Stage, Walked, base_stage, corpus_stage, training_stage, walk
 from edgedisp.pipeline import shipping as ship
 from edgedisp.plan import threads_for
 from edgedisp.recipe import ArmRun, Recipe, load, smoke
+from edgedisp.summary import condensation_record, noise_record
 
 CELLS = RESULTS / "before_after_cells.json"
 PRECISIONS = ("fp32", "int8", "int4")
@@ -114,22 +117,33 @@ def make(name: str, recipe: Recipe, run: ArmRun, folder: Path, made: dict[str, A
     started = time.perf_counter()
     threads = threads_for(recipe)
     stages = [base_stage(recipe), corpus_stage(recipe), ship.items(recipe), *_stages(recipe, run, threads)]
-    if _tells_noise(name, recipe):
-        stages += [ship.noise(recipe, run.name, precision, threads) for precision in PRECISIONS]
+    noise = _tells_noise(name, recipe)
+    stages += [
+        ship.measure(recipe, ship.Measured(run.name, precision, None, precision == "torch", noise), threads)
+        for precision in ("torch", *PRECISIONS)
+    ]
     with open_run(folder, recipe.identity(), recipe.name), Screen(name) as screen:
         walked = walk(stages, folder, screen)
     records = {step.name: step.record for step in walked}
+    measured = {
+        one: from_json(Measurement, records[f"{run.name}/measure-{one}"].results)
+        for one in ("torch", *PRECISIONS)
+    }
     cell: dict[str, Any] = {
         "machine": describe()["cpu"],
         "seconds": time.perf_counter() - started,
         "training_seconds": records[f"{run.name}/model"].results["seconds"],
-        "condensation": _kept(records[f"{run.name}/condensation"].results),
+        "condensation": _kept(condensation_record(measured["torch"].condensation)),
         "size_bytes": {one: records[f"{run.name}/{one}"].results["size_bytes"] for one in PRECISIONS},
         "scores": {one: _scores(walked, run, one, made["items"]) for one in PRECISIONS},
     }
     made["cells"][name] = cell
     if _tells_noise(name, recipe):
-        made["noise"] = {one: records[f"{run.name}/noise-{one}"].results for one in PRECISIONS}
+        made["noise"] = {
+            one: noise_record(found.noise)
+            for one, found in measured.items()
+            if one in PRECISIONS and found.noise is not None
+        }
     shutil.rmtree(folder / run.name)
 
 
@@ -140,11 +154,8 @@ def _tells_noise(name: str, recipe: Recipe) -> bool:
 def _stages(recipe: Recipe, run: ArmRun, threads: int) -> list[Stage]:
     return [
         training_stage(recipe, run),
-        *ship.condensations([run.name]),
         ship.export(run.name, threads),
         *(ship.quantize(recipe, run.name, precision, threads) for precision in PRECISIONS[1:]),
-        *(ship.verify(recipe, run.name, precision, threads) for precision in PRECISIONS),
-        *(ship.accuracy(recipe, run.name, precision, threads) for precision in PRECISIONS),
     ]
 
 
@@ -157,14 +168,14 @@ def _kept(condensation: dict[str, Any]) -> dict[str, Any]:
 
 def _scores(walked: list[Walked], run: ArmRun, precision: str, items: dict[str, Any]) -> dict[str, Any]:
     """Task -> what each item scored. Fills `items`, or checks that it was asked the same."""
-    (folder,) = [step.record.folder for step in walked if step.name == f"{run.name}/accuracy-{precision}"]
+    (folder,) = [step.record.folder for step in walked if step.name == f"{run.name}/measure-{precision}"]
     found: dict[str, Any] = {}
     for task, result in json.loads((folder / "items.json").read_text(encoding="utf-8")).items():
         fixed = {
             "definitions": result["definitions"],
-            "metric": result["metric"],
-            "chance": result["chance"],
-            "items_sha256": result["items_sha256"],
+            "metric": next(iter(result["score"]["metrics"])),
+            "chance": result["score"]["chance"],
+            "items_sha256": result["score"]["items_sha256"],
             "items": [
                 {key: one[key] for key in ("id", "document", "tokens", "bytes")} for one in result["items"]
             ],

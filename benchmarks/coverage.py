@@ -21,12 +21,14 @@ import numpy as np
 from record import write
 from scipy import stats
 
-from edgedisp.evaluate.means import mean_difference
-from edgedisp.evaluate.result import TaskResult, compare_task, task_result
-from edgedisp.evaluate.seeds import difference as over_seeds
-from edgedisp.evaluate.statistics import ACCURACY, PERPLEXITY, Metric, paired
-from edgedisp.evaluate.survival import loss_survival
+from edgedisp.core.results import Estimate, TaskDifference, TaskScore
+from edgedisp.evaluate.quantization_survival import loss_survival
+from edgedisp.evaluate.seeds_and_means import difference as over_seeds
+from edgedisp.evaluate.seeds_and_means import mean_difference
+from edgedisp.evaluate.statistics import ACCURACY, PERPLEXITY, Metric, Resampling, difference
+from edgedisp.evaluate.task_result import TaskResult, compare_task, task_result
 from edgedisp.report import verdict
+from edgedisp.summary import differences_record
 
 BOOTSTRAP = 500
 DIFFICULTY, SPREAD, TRUTH = 0.5, 0.02, 0.004
@@ -69,28 +71,30 @@ def answers(rng: Rng, items: int, differing: float) -> tuple[Items, Items]:
 
 
 def a_result(items: Items, task: str, metric: Metric) -> TaskResult:
-    return task_result(task, items, [metric], fingerprints=[str(one["id"]) for one in items], bootstrap=2)
+    asked = [{**item, "asked": str(item["id"])} for item in items]
+    return task_result(TaskScore(task, {}), asked, [metric], Resampling(2))
+
+
+def held(found: Estimate, truth: float) -> dict[str, Any]:
+    """Whether an interval holds the truth, and how wide it is."""
+    if found.low is None or found.high is None:
+        raise ValueError("no interval")
+    return {"holds": found.low <= truth <= found.high, "width": found.high - found.low}
 
 
 def of_losses(documents: int, per_document: int) -> Callable[[Rng], dict[str, Any]]:
     def draw(rng: Rng) -> dict[str, Any]:
         pair = losses(rng, documents, [0.0, TRUTH], per_document)
-        found = paired(*pair, LOSS, bootstrap=BOOTSTRAP, seed=int(rng.integers(2**31)))
-        return {"holds": found["low"] <= TRUTH <= found["high"], "width": found["high"] - found["low"]}
+        return held(difference(*pair, LOSS, Resampling(BOOTSTRAP, int(rng.integers(2**31)))).estimate, TRUTH)
 
     return draw
 
 
 def of_accuracies(items: int, differing: float) -> Callable[[Rng], dict[str, Any]]:
     def draw(rng: Rng) -> dict[str, Any]:
-        found = paired(
-            *answers(rng, items, differing), ACCURACY, bootstrap=BOOTSTRAP, seed=int(rng.integers(2**31))
-        )
-        return {
-            "holds": found["low"] <= 0 <= found["high"],
-            "width": found["high"] - found["low"],
-            "rejects": found["p_value"] <= 0.05,
-        }
+        pair = answers(rng, items, differing)
+        found = difference(*pair, ACCURACY, Resampling(BOOTSTRAP, int(rng.integers(2**31)))).estimate
+        return {**held(found, 0), "rejects": (found.p or 0) <= 0.05}
 
     return draw
 
@@ -102,13 +106,14 @@ def of_means(tasks: int, items: int) -> Callable[[Rng], dict[str, Any]]:
             {task: a_result(pair[side], task, ACCURACY) for task, pair in pairs.items()} for side in (0, 1)
         )
         compared = {
-            task: compare_task(before[task], after[task], bootstrap=BOOTSTRAP, seed=int(rng.integers(2**31)))
+            task: compare_task(before[task], after[task], Resampling(BOOTSTRAP, int(rng.integers(2**31))))
             for task in pairs
         }
-        found = mean_difference(before, after, compared)
+        scores = [{task: one.score for task, one in side.items()} for side in (before, after)]
+        found = mean_difference(*scores, compared)
         if found is None:
             raise ValueError("no mean")
-        return {"holds": found["low"] <= 0 <= found["high"], "width": found["high"] - found["low"]}
+        return held(found.estimate, 0)
 
     return draw
 
@@ -120,8 +125,7 @@ def of_seeds(documents: int, seeds: int, luck: float) -> Callable[[Rng], dict[st
         shifts = [0.0, *(TRUTH + rng.normal(0, luck) for _ in range(seeds))]
         first, *others = losses(rng, documents, shifts)
         pairs = [(first, other) for other in others]
-        found = over_seeds(pairs, LOSS, bootstrap=BOOTSTRAP, seed=int(rng.integers(2**31)))
-        return {"holds": found["low"] <= TRUTH <= found["high"], "width": found["high"] - found["low"]}
+        return held(over_seeds(pairs, LOSS, Resampling(BOOTSTRAP, int(rng.integers(2**31)))).estimate, TRUTH)
 
     return draw
 
@@ -132,8 +136,8 @@ def of_survival(documents: int) -> Callable[[Rng], dict[str, Any]]:
     def draw(rng: Rng) -> dict[str, Any]:
         four = losses(rng, documents, [0.0, -0.02, 0.1, 0.085])
         results = tuple(a_result(items, "heldout_perplexity", PERPLEXITY) for items in four)
-        found = loss_survival([results], bootstrap=BOOTSTRAP, seed=int(rng.integers(2**31)))["change"]  # type: ignore[list-item]
-        return {"holds": found["low"] <= 0.005 <= found["high"], "width": found["high"] - found["low"]}
+        found = loss_survival([results], Resampling(BOOTSTRAP, int(rng.integers(2**31))))  # type: ignore[list-item]
+        return held(found.change, 0.005)
 
     return draw
 
@@ -144,14 +148,14 @@ def of_verdicts(documents: int) -> Callable[[Rng], dict[str, Any]]:
     def draw(rng: Rng) -> dict[str, Any]:
         comparison: dict[str, Any] = {}
         for precision in ("torch", "int8", "int4"):
-            seed = int(rng.integers(2**31))
+            resampling = Resampling(BOOTSTRAP, int(rng.integers(2**31)))
             pair = losses(rng, documents, [0.0, 0.0])
-            by_task = {"heldout_perplexity": paired(*pair, PERPLEXITY, bootstrap=BOOTSTRAP, seed=seed)}
+            by_task = {"heldout_perplexity": difference(*pair, PERPLEXITY, resampling)}
             for task in ("heldout_cloze", "heldout_continuation"):
-                by_task[task] = paired(
-                    *answers(rng, documents, 0.06), ACCURACY, bootstrap=BOOTSTRAP, seed=seed
-                )
-            comparison[precision] = by_task
+                by_task[task] = difference(*answers(rng, documents, 0.06), ACCURACY, resampling)
+            comparison[precision] = differences_record(
+                {task: TaskDifference(task, {one.metric: one}) for task, one in by_task.items()}
+            )
         summary = {
             "arms": ["baseline", "dispersed"],
             "precisions": ["torch", "int8", "int4"],

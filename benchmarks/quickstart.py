@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quickstart.json"
-KINDS = {"model": "training", "accuracy": "scoring", "verify": "checks", "latency": "timing"}
+KINDS = {"model": "training", "measure": "checks and scoring", "latency": "timing"}
 
 
 def kind(stage: str) -> str:

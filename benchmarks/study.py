@@ -13,14 +13,14 @@ from cells import ARMS, AWARE, PLAIN, PRECISIONS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from edgedisp.evaluate.means import mean_difference
-from edgedisp.evaluate.result import TaskResult, task_result
-from edgedisp.evaluate.seeds import average_task, compare_tasks
-from edgedisp.evaluate.statistics import Metric
-from edgedisp.evaluate.survival import loss_survival
+from edgedisp.core.results import Difference, TaskDifference, TaskScore
+from edgedisp.evaluate.quantization_survival import loss_survival
+from edgedisp.evaluate.seeds_and_means import average_task, compare_tasks, mean_difference
+from edgedisp.evaluate.statistics import Metric, Resampling
+from edgedisp.evaluate.task_result import TaskResult, task_result
 from edgedisp.report import verdict
 from edgedisp.report.comparisons import detectable
-from edgedisp.summary import renamed
+from edgedisp.summary import differences_record, mean_record, scores_record, survival_record
 
 LOSS = "heldout_perplexity"
 BASELINE = "baseline"
@@ -44,12 +44,11 @@ def results(made: dict[str, Any]) -> By:
 
 def _result(task: str, fixed: dict[str, Any], scores: dict[str, list[float]]) -> TaskResult:
     items = [
-        {**item, **{key: values[place] for key, values in scores.items()}}
+        {**item, **{key: values[place] for key, values in scores.items()}, "asked": str(item["id"])}
         for place, item in enumerate(fixed["items"])
     ]
     metrics = [Metric(**definition) for definition in fixed["definitions"].values()]
-    marks = [str(item["id"]) for item in items]
-    return task_result(task, items, metrics, fingerprints=marks, chance=fixed["chance"], bootstrap=200)
+    return task_result(TaskScore(task, {}, fixed["chance"]), items, metrics, Resampling(200))
 
 
 def pairs_of(found: By, first: tuple[str, str], second: tuple[str, str]) -> list[int]:
@@ -58,7 +57,9 @@ def pairs_of(found: By, first: tuple[str, str], second: tuple[str, str]) -> list
     return sorted(seeds[0] & seeds[1])
 
 
-def compared(found: By, first: tuple[str, str], second: tuple[str, str]) -> dict[str, dict[str, Any]]:
+def compared(
+    found: By, first: tuple[str, str], second: tuple[str, str]
+) -> dict[str, dict[str, TaskDifference]]:
     """precision -> task -> second - first, over the seeds that both have."""
     seeds = pairs_of(found, first, second)
     return {
@@ -94,11 +95,10 @@ def summary_of(found: By, made: dict[str, Any], way: str) -> dict[str, Any]:
     for arm in arms[1:]:
         by_precision = compared(found, (way, BASELINE), (way, arm))
         comparison[arm] = {
-            precision: {task: renamed(one) for task, one in by_task.items()}
-            for precision, by_task in by_precision.items()
+            precision: differences_record(by_task) for precision, by_task in by_precision.items()
         }
         means[arm] = {
-            precision: mean
+            precision: mean_record(mean)
             for precision, by_task in by_precision.items()
             if (mean := mean_difference(accuracy[BASELINE][precision], accuracy[arm][precision], by_task))
         }
@@ -107,7 +107,10 @@ def summary_of(found: By, made: dict[str, Any], way: str) -> dict[str, Any]:
         "arms": arms,
         "seeds": seeds,
         "precisions": [*PRECISIONS],
-        "accuracy": accuracy,
+        "accuracy": {
+            arm: {precision: scores_record(scores) for precision, scores in by_precision.items()}
+            for arm, by_precision in accuracy.items()
+        },
         "comparison": comparison,
         "means": means,
         "noise": made["noise"],
@@ -137,11 +140,13 @@ def rows_of(found: By, made: dict[str, Any]) -> list[dict[str, Any]]:
                     "size_bytes": cells[0]["size_bytes"][precision],
                     "noise_floor": made["noise"].get(precision, {}).get("floor"),
                     "mean_cosine": sum(cell["condensation"]["mean_cosine"] for cell in cells) / len(cells),
-                    **{task: average_task([one[task] for one in own])["value"] for task in own[0]},
+                    **{task: average_task([one[task] for one in own]).main.estimate.value for task in own[0]},
                 }
                 if differences is not None:
                     row["against"] = "/".join(against)
-                    row["difference"] = {task: _short(one) for task, one in differences[precision].items()}
+                    row["difference"] = {
+                        task: _short(one.main) for task, one in differences[precision].items()
+                    }
                 if arm != BASELINE and precision != "fp32":
                     fours = [
                         tuple(
@@ -151,26 +156,28 @@ def rows_of(found: By, made: dict[str, Any]) -> list[dict[str, Any]]:
                         )
                         for seed in seeds
                     ]
-                    kept = loss_survival(fours)  # type: ignore[arg-type]
+                    kept = survival_record(loss_survival(fours))  # type: ignore[arg-type]
                     row["survival"] = {key: kept[key] for key in ("full", "quantized", "change", "verdict")}
                 rows.append(row)
     return rows
 
 
-def _short(one: dict[str, Any]) -> dict[str, Any]:
+def _short(one: Difference) -> dict[str, Any]:
     """The difference in nats per token for losses, else in the metric's unit."""
-    part = one.get("nll_difference", one)
-    keys = ("difference", "low", "high")
-    told: dict[str, Any] = {key: part[key] for key in keys} | {
-        "p_value": one["p_value"],
-        "documents": one["documents"],
+    part = one.nats or one.estimate
+    row: dict[str, Any] = {
+        "difference": part.value,
+        "low": part.low,
+        "high": part.high,
+        "p_value": one.estimate.p,
+        "documents": part.documents,
+        "detectable": detectable(part.half_width or 0.0),
     }
-    told["detectable"] = detectable((part["high"] - part["low"]) / 2)
-    if "seeds" in part:
-        told |= {"by_seed": part["seeds"]["values"], "sd_of_seeds": part["seeds"]["sd"]}
-    if "only_baseline" in one:
-        told["differing"] = (one["only_baseline"] + one["only_dispersed"]) / one["n"]
-    return told
+    if part.seeds is not None:
+        row |= {"by_seed": part.seeds.values, "sd_of_seeds": part.seeds.sd}
+    if one.only_first is not None and one.only_second is not None and one.estimate.n:
+        row["differing"] = (one.only_first + one.only_second) / one.estimate.n
+    return row
 
 
 def figures_of(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -24,56 +24,49 @@ from edgedisp import models
 from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
 from edgedisp.core.stage_folder import check_files
-from edgedisp.evaluate.harness import HarnessModel
-from edgedisp.evaluate.tasks import decoder, encoder
+from edgedisp.evaluate.lm_eval_adapter import HarnessModel
+from edgedisp.evaluate.task_suite import stop_ids, tokenizer_text
 from edgedisp.graph.session import OnnxModel
 
 
-class _Opened(HarnessModel):
+class _WithTokenizer(HarnessModel):
     """A model with its tokenizer."""
 
-    def __init__(self, opened: Any, folder: Path, batch_tokens: int = 1024) -> None:
+    def __init__(self, model: Any, folder: Path) -> None:
         tokenizer = models.load_tokenizer(folder)
         end_of_text = models.end_of_text_id(tokenizer)
-        super().__init__(
-            opened,
-            encoder(tokenizer),
-            decoder(tokenizer),
-            end_of_text,
-            lead=models.bos_id(tokenizer),
-            stop_ids=frozenset({tokenizer.eos_token_id} - {None}),
-            batch_tokens=int(batch_tokens),
-        )
+        text = tokenizer_text(tokenizer, end_of_text, models.bos_id(tokenizer), model.context)
+        super().__init__(model, text, stop_ids(tokenizer, end_of_text))
 
 
 @register_model("edgedisp-onnx")
-class OnnxHarnessModel(_Opened):
+class OnnxHarnessModel(_WithTokenizer):
     """A bundle on onnxruntime's CPU provider, in the arithmetic that ships."""
 
-    def __init__(self, bundle: str, threads: int | None = None, **of_lm_eval: Any) -> None:
-        """BadInput for no bundle, or a damaged one. `of_lm_eval`: what its command always hands over."""
-        _refuse(of_lm_eval)
+    def __init__(self, bundle: str, threads: int | None = None, **lm_eval_options: Any) -> None:
+        """BadInput for no bundle, or a damaged one. `lm_eval_options`: what its command always hands over."""
+        _refuse(lm_eval_options)
         folder = Path(bundle)
         check_files(folder)
         super().__init__(OnnxModel(folder, int(threads or physical_cores())), folder)
 
 
 @register_model("edgedisp-torch")
-class TorchHarnessModel(_Opened):
+class TorchHarnessModel(_WithTokenizer):
     """A Hugging Face folder in fp32."""
 
     def __init__(
-        self, folder: str, threads: int | None = None, device: str | None = None, **of_lm_eval: Any
+        self, folder: str, threads: int | None = None, device: str | None = None, **lm_eval_options: Any
     ) -> None:
         """BadInput for a folder that holds no model."""
-        _refuse(of_lm_eval)
+        _refuse(lm_eval_options)
         # Its command asks for cuda:0 where nobody asked for anything.
         opened = models.load(Path(folder)).to(device if device and torch.cuda.is_available() else "cpu")
         super().__init__(models.TorchModel(opened, int(threads or physical_cores())), Path(folder))
 
 
 def _refuse(given: dict[str, Any]) -> None:
-    """lm-eval always hands over batch sizes and a device: batches are counted in tokens here, and a bundle
+    """lm-eval always hands over batch sizes and a device: each sequence is scored alone here, and a bundle
     runs on the CPU."""
     unknown = given.keys() - {"batch_size", "max_batch_size", "device"}
     if unknown:

@@ -34,7 +34,7 @@ def check_before_start(recipe: Recipe, run: Path) -> None:
 
     Raises BadInput.
     """
-    from edgedisp.evaluate.tasks import check_tasks
+    from edgedisp.evaluate.task_suite import check_tasks
 
     for name in recipe.targets:
         target = load_target(name)

@@ -12,17 +12,33 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from edgedisp.bench.system import describe, installed_version
 from edgedisp.core.errors import BadInput
+from edgedisp.core.results import (
+    Condensation,
+    Difference,
+    Estimate,
+    LayerProfile,
+    LossSurvival,
+    MeanDifference,
+    Measurement,
+    NoiseFloor,
+    Parity,
+    Score,
+    Seeds,
+    TaskDifference,
+    TaskScore,
+)
+from edgedisp.core.serialization import from_json, to_json
 from edgedisp.core.stage_folder import git_commit
-from edgedisp.evaluate.means import mean_difference
-from edgedisp.evaluate.seeds import average_task, compare_tasks
-from edgedisp.evaluate.survival import is_measured_by, loss_survival
+from edgedisp.evaluate.quantization_survival import is_loss, loss_survival
+from edgedisp.evaluate.seeds_and_means import average_task, compare_tasks, mean_difference
+from edgedisp.evaluate.statistics import Resampling
+from edgedisp.evaluate.task_result import Results
 from edgedisp.pipeline import Walked
 from edgedisp.recipe import ArmRun, Recipe
 
@@ -37,6 +53,7 @@ def summarise(recipe: Recipe, walked: list[Walked]) -> dict[str, Any]:
     scored = _Scored(recipe, walked)
     arms = [arm.name for arm in recipe.arms]
     machine = describe()
+    measured = {arm: {one: _measurement(results, arm, one) for one in precisions} for arm in arms}
     return {
         "name": recipe.name,
         "hash8": recipe.hash8,
@@ -55,17 +72,35 @@ def summarise(recipe: Recipe, walked: list[Walked]) -> dict[str, Any]:
         "model": {"base": _base_name(recipe), **results["base"]},
         "corpus": results["corpus"],
         "midtrain": {arm: results[f"{arm}/model"] for arm in arms},
-        "condensation": {arm: results[f"{arm}/condensation"] for arm in arms},
-        "condensation_bundles": _by_precision(arms, recipe.precisions, "condensation", results),
+        "condensation": {arm: condensation_record(measured[arm]["torch"].condensation) for arm in arms},
+        "condensation_bundles": {
+            arm: {one: condensation_record(measured[arm][one].condensation) for one in recipe.precisions}
+            for arm in arms
+        },
         "bundles": {arm: _bundles(recipe, arm, results) for arm in arms},
-        "verify": _by_precision(arms, recipe.precisions, "verify", results),
+        "verify": {
+            arm: {one: parity_record(measured[arm][one].parity) for one in recipe.precisions} for arm in arms
+        },
         "accuracy": {
-            arm: {precision: scored.arm(arm, precision) for precision in precisions} for arm in arms
+            arm: {precision: scores_record(scored.arm(arm, precision)) for precision in precisions}
+            for arm in arms
         },
         "comparison": compare_arms(scored, precisions),
         "means": mean_differences(scored, precisions),
-        "noise": _noise(arms, precisions, results),
-        "divergence": _divergence(recipe, arms, results),
+        "noise": {
+            precision: noise_record(found.noise)
+            for by_precision in measured.values()
+            for precision, found in by_precision.items()
+            if found.noise is not None
+        },
+        "divergence": {
+            arm: {
+                precision: {name: to_json(one) for name, one in found.divergence.items()}
+                for precision, found in measured[arm].items()
+                if found.divergence
+            }
+            for arm in arms
+        },
         "survival": {arm: _survival(recipe, arm, results, scored) for arm in arms},
         "replicas": {run.name: _replica(run, recipe, results) for run in recipe.arm_runs if run.replica},
         "missing_tasks": results["items"]["missing"],
@@ -88,40 +123,19 @@ def _bundles(recipe: Recipe, arm: str, results: dict[str, Any]) -> dict[str, Any
     }
 
 
-def _by_precision(
-    arms: Sequence[str], precisions: Sequence[str], stage: str, results: dict[str, Any]
-) -> dict[str, Any]:
-    return {
-        arm: {precision: results[f"{arm}/{stage}-{precision}"] for precision in precisions} for arm in arms
-    }
-
-
-def _noise(arms: Sequence[str], precisions: Sequence[str], results: dict[str, Any]) -> dict[str, Any]:
-    steady = BASELINE if BASELINE in arms else arms[0]
-    return {precision: results[f"{steady}/noise-{precision}"] for precision in precisions}
-
-
-def _divergence(recipe: Recipe, arms: Sequence[str], results: dict[str, Any]) -> dict[str, Any]:
-    """Of each bundle that was compared with another."""
-    return {
-        arm: {
-            precision: found
-            for precision in recipe.precisions
-            if (found := results.get(f"{arm}/divergence-{precision}")) is not None
-        }
-        for arm in arms
-    }
+def _measurement(results: dict[str, Any], arm: str, precision: str) -> Measurement:
+    return from_json(Measurement, results[f"{arm}/measure-{precision}"])
 
 
 def _replica(run: ArmRun, recipe: Recipe, results: dict[str, Any]) -> dict[str, Any]:
     """What is told of one training with another seed than the first."""
-    scored = ["torch", *recipe.precisions]
+    measured = {one: _measurement(results, run.name, one) for one in ("torch", *recipe.precisions)}
     return {
         "arm": run.arm,
         "seed": run.seed,
         "midtrain": results[f"{run.name}/model"],
-        "verify": _by_precision([run.name], recipe.precisions, "verify", results)[run.name],
-        "accuracy": _by_precision([run.name], scored, "accuracy", results)[run.name],
+        "verify": {one: parity_record(measured[one].parity) for one in recipe.precisions},
+        "accuracy": {precision: scores_record(found.scores) for precision, found in measured.items()},
     }
 
 
@@ -150,25 +164,23 @@ class _Scored:
     def __init__(self, recipe: Recipe, walked: list[Walked]) -> None:
         self.recipe = recipe
         self.records = {step.name: step.record for step in walked}
-        self._pairs: dict[tuple[str, str, str], dict[str, Any]] = {}  # thousands of resamples each
+        self._pairs: dict[tuple[str, str, str], dict[str, TaskDifference]] = {}  # thousands of resamples each
 
-    def arm(self, arm: str, precision: str) -> dict[str, Any]:
-        """Task -> the arm's result over all seeds, without items."""
-        if self.recipe.seeds == 1:
-            return self.records[f"{arm}/accuracy-{precision}"].results
+    def arm(self, arm: str, precision: str) -> dict[str, TaskScore]:
+        """Task -> the arm's score over all seeds."""
         by_seed = self.items(arm, precision)
-        return {task: average_task([one[task] for one in by_seed], **self._options) for task in by_seed[0]}
+        return {task: average_task([one[task] for one in by_seed], self._resampling) for task in by_seed[0]}
 
-    def pair(self, before: str, after: str, precision: str) -> dict[str, Any]:
+    def pair(self, before: str, after: str, precision: str) -> dict[str, TaskDifference]:
         """Task -> the paired comparison of two arms over all seeds."""
-        asked = before, after, precision
-        if asked not in self._pairs:
+        key = before, after, precision
+        if key not in self._pairs:
             by_seed = list(zip(self.items(before, precision), self.items(after, precision), strict=True))
-            self._pairs[asked] = {
-                task: compare_tasks([(left[task], right[task]) for left, right in by_seed], **self._options)
+            self._pairs[key] = {
+                task: compare_tasks([(left[task], right[task]) for left, right in by_seed], self._resampling)
                 for task in by_seed[0][0]
             }
-        return self._pairs[asked]
+        return self._pairs[key]
 
     def survival(self, before: str, after: str, precision: str) -> dict[str, Any]:
         """Task -> what quantization leaves of the difference between two arms, for tasks that are losses."""
@@ -181,21 +193,25 @@ class _Scored:
                 strict=True,
             )
         )
-        tasks = [task for task, result in fours[0][0].items() if is_measured_by(result)]
         return {
-            task: loss_survival([tuple(one[task] for one in four) for four in fours], **self._options)
-            for task in tasks
+            task: survival_record(
+                loss_survival(
+                    [(a[task], b[task], c[task], d[task]) for a, b, c, d in fours], self._resampling
+                )
+            )
+            for task, result in fours[0][0].items()
+            if is_loss(result)
         }
 
-    def items(self, arm: str, precision: str) -> list[dict[str, Any]]:
+    def items(self, arm: str, precision: str) -> list[Results]:
         """For each seed, task -> result with its items."""
         runs = [run.name for run in self.recipe.arm_runs if run.arm == arm]
-        paths = [self.records[f"{run}/accuracy-{precision}"].folder / "items.json" for run in runs]
-        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        paths = [self.records[f"{run}/measure-{precision}"].folder / "items.json" for run in runs]
+        return [from_json(Results, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
     @property
-    def _options(self) -> dict[str, int]:
-        return {"bootstrap": self.recipe.evaluate.bootstrap, "seed": self.recipe.seed}
+    def _resampling(self) -> Resampling:
+        return Resampling(self.recipe.evaluate.bootstrap, self.recipe.seed)
 
 
 def compare_arms(scored: _Scored, precisions: list[str]) -> dict[str, Any]:
@@ -205,8 +221,7 @@ def compare_arms(scored: _Scored, precisions: list[str]) -> dict[str, Any]:
         return {}
     return {
         arm: {
-            precision: {task: renamed(entry) for task, entry in scored.pair(BASELINE, arm, precision).items()}
-            for precision in precisions
+            precision: differences_record(scored.pair(BASELINE, arm, precision)) for precision in precisions
         }
         for arm in arms
         if arm != BASELINE
@@ -222,19 +237,145 @@ def mean_differences(scored: _Scored, precisions: list[str]) -> dict[str, Any]:
     for arm in (name for name in arms if name != BASELINE):
         for precision in precisions:
             before, after = scored.arm(BASELINE, precision), scored.arm(arm, precision)
-            record = mean_difference(before, after, scored.pair(BASELINE, arm, precision))
-            if record is not None:
-                found.setdefault(arm, {})[precision] = record
+            mean = mean_difference(before, after, scored.pair(BASELINE, arm, precision))
+            if mean is not None:
+                found.setdefault(arm, {})[precision] = mean_record(mean)
     return found
 
 
-def renamed(entry: dict[str, Any]) -> dict[str, Any]:
-    """`statistics.paired` calls the other arm `dispersed`; here it may be any, and is called `arm`."""
-    names = {"dispersed": "arm", "only_dispersed": "only_arm"}
-    found = {names.get(key, key): value for key, value in entry.items()}
-    if "metrics" in found:
-        found["metrics"] = {name: renamed(part) for name, part in found["metrics"].items()}
-    return found
+# Typed results as the plain records that the report reads.
+
+
+def _seeds(seeds: Seeds | None) -> dict[str, Any]:
+    return {} if seeds is None else {"seeds": {"n": len(seeds.values), **to_json(seeds)}}
+
+
+def _estimate(estimate: Estimate, key: str = "value") -> dict[str, Any]:
+    return {key: estimate.value, "low": estimate.low, "high": estimate.high, **_seeds(estimate.seeds)}
+
+
+def _score(score: Score) -> dict[str, Any]:
+    estimate = score.estimate
+    return {
+        "metric": score.metric,
+        **_estimate(estimate),
+        "n": estimate.n,
+        "documents": estimate.documents,
+        "higher_is_better": score.higher_is_better,
+        "reason": estimate.reason,
+    }
+
+
+def scores_record(scores: dict[str, TaskScore]) -> dict[str, Any]:
+    return {
+        name: {
+            "task": task.task,
+            **_score(task.main),
+            "chance": task.chance,
+            "truncated": task.truncated,
+            "items_sha256": task.items_sha256,
+            "metrics": {metric: _score(score) for metric, score in task.metrics.items()},
+        }
+        for name, task in scores.items()
+    }
+
+
+def _difference(one: Difference) -> dict[str, Any]:
+    estimate = one.estimate
+    record = {
+        "metric": one.metric,
+        "baseline": one.first,
+        "arm": one.second,
+        **_estimate(estimate, "difference"),
+        "n": estimate.n,
+        "documents": estimate.documents,
+        "higher_is_better": one.higher_is_better,
+        "reason": estimate.reason,
+        "p_value": estimate.p,
+        "test": one.test,
+    }
+    if one.only_first is not None:
+        record |= {"only_baseline": one.only_first, "only_arm": one.only_second}
+    if one.nats is not None:
+        record["nll_difference"] = {**_estimate(one.nats, "difference"), "per": one.per}
+    return record
+
+
+def differences_record(tasks: dict[str, TaskDifference]) -> dict[str, Any]:
+    return {
+        name: {
+            **_difference(task.main),
+            "metrics": {metric: _difference(one) for metric, one in task.metrics.items()},
+        }
+        for name, task in tasks.items()
+    }
+
+
+def mean_record(mean: MeanDifference) -> dict[str, Any]:
+    return {
+        "baseline": mean.first,
+        "arm": mean.second,
+        **_estimate(mean.estimate, "difference"),
+        "tasks": list(mean.tasks),
+        "left_out": mean.left_out,
+        "n": mean.estimate.n,
+    }
+
+
+def survival_record(survival: LossSurvival) -> dict[str, Any]:
+    parts = {"full": survival.full, "quantized": survival.quantized, "change": survival.change}
+    return {
+        **{name: _estimate(one, "difference") for name, one in parts.items()},
+        "verdict": survival.verdict,
+        "n": survival.full.n,
+        "documents": survival.full.documents,
+        "reason": survival.full.reason,
+    }
+
+
+def noise_record(noise: NoiseFloor) -> dict[str, Any]:
+    variants = {name: _estimate(one, "difference") for name, one in noise.variants.items()}
+    documents = next((one.documents for one in noise.variants.values()), None)
+    return {"floor": noise.floor, "variants": variants, "documents": documents}
+
+
+def parity_record(parity: Parity | None) -> dict[str, Any]:
+    if parity is None:
+        return {}
+    record = dict(to_json(parity))
+    return {**record.pop("graph"), **record}
+
+
+def condensation_record(found: Condensation | None) -> dict[str, Any]:
+    if found is None:
+        return {}
+    record: dict[str, Any] = {
+        "layers": [{"layer": row.layer, **_layer(row)} for row in found.layers],
+        "final_norm": None if found.final_norm is None else _layer(found.final_norm),
+        "mean_cosine": _estimate(found.mean_cosine),
+        "correlations": {name: _estimate(one) for name, one in found.correlations.items()},
+        "sequences": found.sequences,
+        "tokens": found.tokens,
+    }
+    if (change := found.change) is not None:
+        record["change"] = {
+            "layers": [
+                {"layer": row.layer, **{k: _estimate(one, "difference") for k, one in row.figures.items()}}
+                for row in change.layers
+            ],
+            "final_norm": None
+            if change.final_norm is None
+            else {k: _estimate(one, "difference") for k, one in change.final_norm.figures.items()},
+            "mean_cosine": _estimate(change.mean_cosine, "difference"),
+            "correlations": {name: _estimate(one, "difference") for name, one in change.correlations.items()},
+        }
+    return record
+
+
+def _layer(row: LayerProfile) -> dict[str, Any]:
+    ends = {name: [one.low, one.high] for name, one in row.figures.items() if one.has_interval}
+    values = {name: one.value for name, one in row.figures.items()}
+    return {**values, "intervals": ends, "histogram": list(row.histogram)}
 
 
 def _latency(results: dict[str, Any]) -> dict[str, Any]:

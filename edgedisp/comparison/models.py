@@ -6,7 +6,6 @@ The folder of the comparison keeps the scores, so that an interrupted one contin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,16 @@ from edgedisp.bench.system import describe, physical_cores
 from edgedisp.comparison.pairing import Scored, averaged, paired_with_first
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
+from edgedisp.core.serialization import to_json
 from edgedisp.core.stage_folder import SCORES, check_files, digest, git_commit, write_json
-from edgedisp.evaluate import tasks
-from edgedisp.evaluate.kept import Kept
-from edgedisp.evaluate.sets import expand
-from edgedisp.graph.session import OnnxModel, read_config
+from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, expand, prepare
+from edgedisp.graph.session import read_config
 from edgedisp.report import write as write_report
 from edgedisp.report.reading import DISPERSED, GIVEN, PRECISION
-from edgedisp.stages.figures import scored_name
-from edgedisp.stages.noise import noise
-from edgedisp.summary import BASELINE
+from edgedisp.stages.scoring import ModelSource, noise_floor, score_tasks
+from edgedisp.summary import BASELINE, noise_record
+
+BOOTSTRAP = 2000  # resamples behind each interval
 
 
 def scored_pair(
@@ -61,16 +60,9 @@ def scored_pair(
     suites = []
     for folder in folders:
         tokenizer = models.load_tokenizer(folder)
-        suite = tasks.prepare(
-            tokenizer,
-            chosen,
-            documents,
-            end_of_text=models.end_of_text_id(tokenizer),
-            lead=models.bos_id(tokenizer),
-            context=context,
-            limit=limit,
-            tasks_path=tasks_path,
-        )
+        options = SuiteOptions(tuple(chosen), context, limit, tasks_path=tasks_path)
+        end_of_text, bos_token = models.end_of_text_id(tokenizer), models.bos_id(tokenizer)
+        suite = prepare(tokenizer, documents, options, end_of_text, bos_token)
         suites.append(suite)
     if not _something_in_common(*suites):
         raise BadInput(
@@ -86,10 +78,11 @@ def scored_pair(
     noises = []
     for folder, label, suite in zip(folders, labels, suites):
         told = _named(progress, label)
-        with closing(Kept(out / SCORES, scored_name(folder, threads))) as kept:
-            results = suite.run(_opened(folder, threads), kept=kept, progress=told)
-        bundle = folder if _is_bundle(folder) else None
-        noises.append(noise(suite, folder, bundle, threads, out / SCORES, told))
+        source = ModelSource(folder, threads, out / SCORES)
+        opened = source.open()
+        results = score_tasks(source, opened, suite, BOOTSTRAP, told)
+        if (floor := noise_floor(source, opened, suite, BOOTSTRAP, told)) is not None:
+            noises.append(floor)
         found.append(Scored(label, 0, label, {GIVEN: [results]}))
     comparison, means, apart = paired_with_first(found)
     if not comparison:
@@ -108,11 +101,11 @@ def scored_pair(
         "accuracy": {name: averaged(one) for name, one in zip((BASELINE, labels[1]), found)},
         "comparison": comparison,
         "means": means,
-        "noise": {GIVEN: max(noises, key=lambda one: one["floor"])} if all(noises) else {},
+        "noise": {GIVEN: noise_record(max(noises, key=lambda one: one.floor))} if len(noises) == 2 else {},
         "missing_tasks": {task: why for suite in suites for task, why in suite.missing.items()},
         "apart": apart,
     }
-    write_json(out / "items.json", {one.label: one.by_precision[GIVEN][0] for one in found})
+    write_json(out / "items.json", to_json({one.label: one.by_precision[GIVEN][0] for one in found}))
     write_report(summary, out)
     return summary
 
@@ -146,13 +139,7 @@ def _context(folder: Path) -> int:
     return models.context_length(models.empty_model(folder).config)
 
 
-def _opened(folder: Path, threads: int) -> Any:
-    if _is_bundle(folder):
-        return OnnxModel(folder, threads)
-    return models.TorchModel(models.load(folder), threads)
-
-
-def _something_in_common(first: tasks.Suite, second: tasks.Suite) -> bool:
+def _something_in_common(first: TaskSuite, second: TaskSuite) -> bool:
     """Whether any item may be asked of both models; those of lm-eval tasks are known only once asked."""
     if first.harness_tasks.keys() & second.harness_tasks.keys():
         return True

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgedisp.evaluate.means import mean_difference
-from edgedisp.evaluate.result import TaskResult, common
-from edgedisp.evaluate.seeds import average_task, compare_tasks
-from edgedisp.summary import renamed
+from edgedisp.evaluate.seeds_and_means import average_task, compare_tasks, mean_difference
+from edgedisp.evaluate.task_result import Results, TaskResult, common_items
+from edgedisp.summary import differences_record, mean_record, scores_record
 
-Results = dict[str, TaskResult]
 Pair = tuple[TaskResult, TaskResult]
 
 
@@ -27,7 +25,9 @@ class Scored:
 
 def averaged(one: Scored) -> dict[str, Any]:
     return {
-        precision: {task: average_task([results[task] for results in by_seed]) for task in by_seed[0]}
+        precision: scores_record(
+            {task: average_task([results[task] for results in by_seed]) for task in by_seed[0]}
+        )
         for precision, by_seed in one.by_precision.items()
     }
 
@@ -50,14 +50,13 @@ def paired_with_first(found: Sequence[Scored]) -> tuple[dict[str, Any], dict[str
             if not pairs:
                 continue
             entries = {task: compare_tasks(pair) for task, pair in pairs.items()}
-            named = {task: renamed(entry) for task, entry in entries.items()}
-            comparison.setdefault(other.label, {})[precision] = named
+            comparison.setdefault(other.label, {})[precision] = differences_record(entries)
             before, after = (
                 {task: average_task([one[side] for one in pair]) for task, pair in pairs.items()}
                 for side in (0, 1)
             )
             if (mean := mean_difference(before, after, entries)) is not None:
-                means.setdefault(other.label, {})[precision] = mean
+                means.setdefault(other.label, {})[precision] = mean_record(mean)
     return comparison, means, list(dict.fromkeys(apart))
 
 
@@ -70,11 +69,13 @@ def _alike(seeds: Sequence[tuple[Results, Results]]) -> tuple[dict[str, list[Pai
     for task in (name for name in first if name in second):
         every = [results[task] for pair in seeds for results in pair]
         try:
-            cut = common(every)
+            cut = common_items(every)
         except ValueError as problem:
             why.append(f"{problem} (other text, tokenizer, context or seed)")
             continue
-        if len(cut[0]["items"]) < max(len(one["items"]) for one in every):
-            why.append(f"{task}: {len(cut[0]['items'])} items in common of {max(one['n'] for one in every)}")
+        if len(cut[0].items) < max(len(one.items) for one in every):
+            why.append(
+                f"{task}: {len(cut[0].items)} items in common of {max(len(one.items) for one in every)}"
+            )
         pairs[task] = list(zip(cut[::2], cut[1::2]))
     return pairs, why

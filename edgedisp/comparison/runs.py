@@ -11,9 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgedisp.comparison.pairing import Results, Scored, averaged, paired_with_first
+from edgedisp.comparison.pairing import Scored, averaged, paired_with_first
 from edgedisp.core.errors import BadInput
+from edgedisp.core.serialization import from_json
 from edgedisp.core.stage_folder import git_commit
+from edgedisp.evaluate.task_result import Results
 from edgedisp.report.reading import run_title
 from edgedisp.summary import BASELINE
 from edgedisp.summary import load as load_summary
@@ -96,17 +98,15 @@ def _items(run: Path, summary: dict[str, Any], arm: str) -> dict[str, list[Resul
     found: dict[str, list[Results]] = {}
     for precision in summary["precisions"]:
         for training in trainings:
-            path = folder / training / f"accuracy-{precision}" / "items.json"
+            path = folder / training / f"measure-{precision}" / "items.json"
             if not path.is_file():
                 raise BadInput(
                     f"{run}: {path.relative_to(folder)} is not there; comparing runs needs the run folder "
                     "with its items, a report alone holds means"
                 )
             try:
-                results = json.loads(path.read_text(encoding="utf-8"))
-                if not all("items_sha256" in one for one in dict(results).values()):
-                    raise ValueError("no results of tasks")
-            except (ValueError, TypeError) as problem:
+                results = from_json(Results, json.loads(path.read_text(encoding="utf-8")))
+            except ValueError as problem:
                 raise BadInput(
                     f"{path}: is damaged ({problem}); delete its folder and run `edgedisp build` again"
                 ) from None

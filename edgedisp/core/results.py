@@ -59,11 +59,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one model on one task."""
+    """One metric of one model on one task.
+
+    is_share: a mean of parts between 0 and 1, such as an accuracy; means over tasks hold such metrics alone.
+    """
 
     metric: str
     estimate: Estimate
     higher_is_better: bool
+    is_share: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ model.onnx is taken where there is one. A bundle for browsers alone has another 
 configuration of onnxruntime-genai: sizes come from config.json and the graph then. Its products are unfolded
 to fp32, here as in a page.
 
-A graph packed for a device makes the last token's logits alone. As a reader of trees (tree.py) it makes those
-of any token, with the weights and products that ship; a row of the whole context does not fit such a tree,
-so one token less is read.
+A graph packed for a device gives the last token's logits alone. It reads a continuation token by token,
+through its cache, as a device does.
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ from pathlib import Path
 import onnx
 
 from edgedisp.core.errors import BadInput
-from edgedisp.graph.device_graph import LAST_HIDDEN
 from edgedisp.graph.onnx_graph import GRAPH
-from edgedisp.graph.session import OnnxModel, open_session, read_config
+from edgedisp.graph.session import OnnxModel, read_config
 
 CONTEXT_CAP = 4096  # tokens; more is read nowhere, as the page for phones reads no more
 
@@ -41,26 +39,16 @@ class BrowserModel(OnnxModel):
         config = _config(bundle)
         self.context, self.vocab_size = config["max_position_embeddings"], config["vocab_size"]
         self.end_ids = frozenset()
-        self.session = open_session(bundle, threads, self._graph)
-        shapes = {value.name: value.shape for value in self.session.get_inputs()}
-        self._caches = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
+        self._open()
         sizes = {shape[3] for shape in self._caches.values() if isinstance(shape[3], int)}
         self._head_dim = max(sizes, default=config.get("head_dim", 0))
 
 
 def scored_model(bundle: Path, threads: int) -> OnnxModel:
-    """The bundle, ready to be scored in the context that `scored_size` tells.
-
-    BadInput for a graph that gives the last token's logits alone and cannot be read as trees.
-    """
-    found = OnnxModel(bundle, threads) if (bundle / GRAPH).is_file() else BrowserModel(bundle, threads)
-    if _last_alone(bundle) and not found.tree_nodes:
-        raise BadInput(
-            f"{bundle}: its graph gives the logits of the last token alone, so it cannot be scored here; "
-            "score the bundle that it was packed from"
-        )
-    found.context = scored_size(bundle).context
-    return found
+    """The bundle, ready to be scored in the context that `scored_size` gives."""
+    model = OnnxModel(bundle, threads) if (bundle / GRAPH).is_file() else BrowserModel(bundle, threads)
+    model.context = scored_size(bundle).context
+    return model
 
 
 @dataclass(frozen=True)
@@ -80,7 +68,7 @@ def scored_size(bundle: Path) -> Size:
     else:
         config = _config(bundle)
         told, vocab_size = config["max_position_embeddings"], config["vocab_size"]
-    context = min(told - _last_alone(bundle), CONTEXT_CAP)
+    context = min(told, CONTEXT_CAP)
     return Size(context, vocab_size, context == told)
 
 
@@ -90,11 +78,6 @@ def graph_of(bundle: Path) -> Path:
     if not found:
         raise BadInput(f"{bundle}: holds no model.onnx; a bundle is a folder such as <run>/<arm>/int4")
     return found[0]
-
-
-def _last_alone(bundle: Path) -> bool:
-    graph = onnx.load(graph_of(bundle), load_external_data=False).graph
-    return any(LAST_HIDDEN in node.output for node in graph.node)
 
 
 def _config(bundle: Path) -> dict[str, int]:

@@ -1,6 +1,7 @@
-"""Runs a bundle with onnxruntime on the CPU, behind the same callable that the torch model offers.
+"""Runs a bundle with onnxruntime on the CPU, behind the same interface that the torch model offers.
 
-`OnnxModel(bundle, threads)` takes right-padded batches for scoring and decodes greedily with the KV cache.
+`OnnxModel(bundle, threads)` gives the logits of single sequences (scoring) and of right-padded batches, and
+decodes greedily with the KV cache. Whatever it does, it runs the graph that ships, as it ships.
 Greedy decoding binds one buffer per layer as past AND present: attention then appends in place, as
 onnxruntime-genai does, instead of copying the cache at every token.
 
@@ -14,7 +15,7 @@ Left out: sampling and beams (genai does that), other devices.
 from __future__ import annotations
 
 import json
-from functools import cached_property
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.graph import tree as trees
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -49,11 +49,17 @@ class OnnxModel:
         self.vocab_size = int(config["vocab_size"])
         ends = config["eos_token_id"]
         self.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
-        self.session = open_session(bundle, threads, graph, profile)
-        shapes = {value.name: value.shape for value in self.session.get_inputs()}
-        self._caches = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
+        self._open(profile)
         # The genai builder leaves the head dimension symbolic in the graph; genai_config.json knows it.
         self._head_dim = int(config["decoder"]["head_size"])
+
+    def _open(self, profile: Path | None = None) -> None:
+        self.session = open_session(self.bundle, self.threads, self._graph, profile)
+        self._lock = threading.Lock()
+        self._single = self.session if self.threads == 1 else None
+        shapes = {value.name: value.shape for value in self.session.get_inputs()}
+        self._caches = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
+        self.last_only = self.session.get_outputs()[0].shape[1] == 1
 
     def __call__(self, ids: Ids, mask: Ids) -> Logits:
         """ids, mask int64 [batch, tokens] (0: padding, on the right) -> float32 [batch, tokens, vocab].
@@ -77,43 +83,38 @@ class OnnxModel:
         """
         return self._step(ids, mask, cache)
 
-    def tree(self, ids: Ids, depths: Ids, ends: Ids, wanted: Ids) -> Logits:
-        """Logits float32 [wanted, vocab] of some nodes of a tree of tokens; ids, depths, ends int64 [nodes].
-
-        Node i sees node j where j <= i < ends[j] (evaluate/forest.py). At most `tree_nodes` nodes.
-        """
-        session, windows = self._trees
-        inputs = {"input_ids": ids[None], **trees.feed(depths, ends, wanted, windows)}
-        unseen = {name: np.zeros(self._shape(name, 1, 1), np.float32) for name in self._caches}
-        logits: Logits = session.run(["logits"], {**inputs, **unseen})[0]
-        return logits[0]
-
     @property
-    def packs(self) -> bool:
-        """No: int8 arithmetic tells apart what a token was computed with (evaluate/score.py)."""
-        return False
+    def parallel(self) -> int:
+        """How many calls of `logits` may run at once: each takes one thread.
 
-    @property
-    def lanes(self) -> int:
-        """Trees are read by one thread each, as many at once as this model has threads.
-
-        On 2 cores that is 1.25 times as fast as both on one tree after the other (33 nodes, int4), with the
-        same logits to the bit.
+        Small products gain little from a second thread: on 2 cores two sequences side by side are 1.25 times
+        as fast as one after the other (33 tokens, int4), with the same logits to the bit.
         """
         return self.threads
 
-    @cached_property
-    def tree_nodes(self) -> int:
-        """Most nodes in a tree; 0 where the graph cannot read trees."""
-        return self.context - 1 if self._trees[1] else 0
+    def logits(self, ids: Ids, last: int) -> Logits:
+        """ids int64 [tokens] -> logits float32 [last, vocab] at its `last` positions.
 
-    @cached_property
-    def _trees(self) -> tuple[Any, list[int]]:
-        model = onnx.load_model_from_string(self._graph) if self._graph else _graph_of(self.bundle)
-        windows = trees.read_trees(model)
-        if windows is None:
-            return None, []
-        return open_session(self.bundle, 1, model.SerializeToString()), windows
+        A graph that gives the last token's logits alone reads these positions one by one, through its cache.
+        """
+        session, row = self._one_thread(), np.asarray(ids, np.int64)[None]
+        names = ["logits"] if not self.last_only else ["logits", *(_present(name) for name in self._caches)]
+        read = row.shape[1] - (last - 1 if self.last_only else 0)
+        cache, rows = self._empty(1), []
+        for start, end in [(0, read), *((place, place + 1) for place in range(read, row.shape[1]))]:
+            feed = {"input_ids": row[:, start:end], "attention_mask": np.ones((1, end), np.int64), **cache}
+            logits, *present = session.run(names, feed)
+            cache = dict(zip(self._caches, present))
+            rows.append(logits[0])
+        found: Logits = np.concatenate(rows) if self.last_only else rows[0][-last:]
+        return found
+
+    def _one_thread(self) -> Any:
+        """A session of one thread over the same graph."""
+        with self._lock:
+            if self._single is None:
+                self._single = open_session(self.bundle, 1, self._graph)
+            return self._single
 
     def greedy(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> list[int]:
         """The most likely next tokens after `ids`, at most `max_new_tokens` or what the context leaves.

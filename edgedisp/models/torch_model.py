@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,80 +52,18 @@ class TorchModel:
         return found
 
     @property
-    def packs(self) -> bool:
-        """Yes: in floating point a token's logits do not depend on what else is computed."""
-        return True
-
-    @property
-    def lanes(self) -> int:
-        """One: torch shares its threads out itself."""
+    def parallel(self) -> int:
+        """Calls of `logits` at once: one, as torch shares its threads out itself."""
         return 1
 
-    @cached_property
-    def tree_nodes(self) -> int:
-        """Most nodes in a tree of tokens; 0 where the family does not read one, which a small one shows."""
-        branches = np.array([[0, 1, 2], [0, 2, 1]])
-        ids, depths, ends = np.array([0, 1, 2, 2, 1]), np.array([0, 1, 2, 1, 2]), np.array([5, 3, 3, 5, 5])
-        if "position_ids" not in self._accepts or self.vocab_size < 3 or self._windows is None:
-            return 0
-        if getattr(self.model.config, "attention_types", None) is not None:
-            return 0  # GPT-Neo masks by places in the row, farther apart than is tried here
-        try:
-            found = self.tree(ids, depths, ends, np.array([1, 2, 3, 4]))
-        except (TypeError, ValueError, RuntimeError, IndexError):
-            return 0
-        plain = self(branches, np.ones_like(branches))[:, 1:].reshape(found.shape)
-        return self.context if np.allclose(found, plain, rtol=1e-3, atol=1e-3) else 0
-
-    def tree(
-        self,
-        ids: NDArray[np.int64],
-        depths: NDArray[np.int64],
-        ends: NDArray[np.int64],
-        wanted: NDArray[np.int64],
-    ) -> NDArray[np.float32]:
-        """Logits float32 [wanted, vocab] of some nodes of a tree of tokens; ids, depths, ends int64 [nodes].
-
-        Node i sees node j where j <= i < ends[j] (evaluate/forest.py).
-        """
+    def logits(self, ids: NDArray[np.int64], last: int) -> NDArray[np.float32]:
+        """ids int64 [tokens] -> logits float32 [last, vocab] at its `last` positions."""
+        extra: dict[str, Any] = {"logits_to_keep": last} if "logits_to_keep" in self._accepts else {}
         with self._running() as device:
-            parts = (ids, np.arange(len(ids)), depths, ends, wanted)
-            tokens, at, deep, end, asked = (torch.from_numpy(part).to(device) for part in parts)
-            seen = (at <= at[:, None]) & (at[:, None] < end)
-            masks = {
-                kind: self._additive(seen if window is None else seen & (deep[:, None] - deep < window))
-                for kind, window in (self._windows or {}).items()
-            }
-            kept: dict[str, Any] = {}
-            if "logits_to_keep" in self._accepts:
-                kept["logits_to_keep"] = asked
-            logits = self.model(
-                input_ids=tokens[None],
-                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-                position_ids=deep[None],
-                use_cache=False,
-                **kept,
-            ).logits[0]
-            chosen = logits if kept else logits[asked]
-            found: NDArray[np.float32] = chosen.float().cpu().numpy()
+            row = torch.as_tensor(ids, dtype=torch.int64, device=device)[None]
+            logits = self.model(input_ids=row, use_cache=False, **extra).logits[0, -last:]
+            found: NDArray[np.float32] = logits.float().cpu().numpy()
         return found
-
-    @cached_property
-    def _windows(self) -> dict[str, int | None] | None:
-        """Kind of layer -> how far back it sees, None for all the way; None for kinds that are not known."""
-        config = self.model.config.get_text_config()
-        near = getattr(config, "sliding_window", None)
-        kinds = getattr(config, "layer_types", None)
-        if not kinds:
-            return {"full_attention": near}
-        known: dict[str, int | None] = {"full_attention": None, "sliding_attention": near}
-        return {kind: known[kind] for kind in sorted(set(kinds))} if set(kinds) <= set(known) else None
-
-    def _additive(self, seen: torch.Tensor) -> torch.Tensor:
-        """bool [nodes, nodes] -> what is added to the scores, [1, 1, nodes, nodes]."""
-        kind = next(self.model.parameters()).dtype
-        mask = torch.zeros(seen.shape, dtype=kind, device=seen.device)
-        return mask.masked_fill(~seen, torch.finfo(kind).min)[None, None]
 
     def greedy(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> list[int]:
         """The new tokens, most likely one by one, with the model's own cache of keys and values.

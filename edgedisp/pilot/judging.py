@@ -47,17 +47,19 @@ def _read(record: Record) -> dict[str, Any]:
 
 
 def _paired(figure: str, before: dict[str, Any], after: dict[str, Any], seed: int) -> dict[str, Any]:
-    from edgedisp.evaluate.statistics import VALUE, Metric, paired  # brings scipy
+    from edgedisp.evaluate.statistics import VALUE, Metric, Resampling, difference  # brings scipy
 
     metric = Metric("loss", "nll", "tokens", higher_is_better=False) if figure == "loss" else VALUE
     first, second = (
         side["items"] if figure == "loss" else _by_sequence(side[figure]) for side in (before, after)
     )
-    whole = paired(first, second, metric, bootstrap=BOOTSTRAP, seed=seed)
+    whole = difference(first, second, metric, Resampling(BOOTSTRAP, seed))
     return {
-        "baseline": whole["baseline"],
-        "candidate": whole["dispersed"],
-        **{name: whole[name] for name in ("difference", "low", "high")},
+        "baseline": whole.first,
+        "candidate": whole.second,
+        "difference": whole.estimate.value,
+        "low": whole.estimate.low,
+        "high": whole.estimate.high,
     }
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import Record, open_run, read, write_json
@@ -25,6 +25,9 @@ from edgedisp.pilot.halving import ranked, survivors
 from edgedisp.pilot.judging import compared, judged
 from edgedisp.pipeline import Observer, Stage, Work, base_stage, corpus_stage, training_stage, walk
 from edgedisp.recipe import ArmRun, Dispersion, Evaluate
+
+if TYPE_CHECKING:
+    from edgedisp.evaluate.task_suite import SuiteOptions
 
 BASELINE = "baseline"
 RESULT = "pilot.json"
@@ -100,13 +103,11 @@ def _start(pilot: Pilot) -> list[Stage]:
 
 
 def _judging(pilot: Pilot) -> Stage:
-    recipe = pilot.recipe
-
     def work(job: Work) -> dict[str, Any]:
         from edgedisp import stages
 
         base, corpus = job.folders["base"], job.folders["corpus"]
-        return stages.judging(_judged_by(pilot), recipe.seed, recipe.data.context, base, corpus, job.own)
+        return stages.judging(_suite_options(pilot), base, corpus, job.own)
 
     return Stage("judging", _judging_section(pilot), ("base", "corpus"), work)
 
@@ -118,6 +119,14 @@ def _judged_by(pilot: Pilot) -> Evaluate:
         limit=MOST_WINDOWS,
         perplexity_tokens=SMOKE_TOKENS if pilot.recipe.is_smoke else JUDGED_TOKENS,
     )
+
+
+def _suite_options(pilot: Pilot) -> SuiteOptions:
+    from edgedisp.evaluate.task_suite import SuiteOptions
+
+    chosen, recipe = _judged_by(pilot), pilot.recipe
+    context = recipe.data.context
+    return SuiteOptions(chosen.tasks, context, chosen.limit, recipe.seed, chosen.perplexity_tokens)
 
 
 def _judging_section(pilot: Pilot) -> dict[str, Any]:
@@ -142,11 +151,10 @@ def _training(pilot: Pilot, steps: int, candidate: Candidate | None) -> Stage:
         from edgedisp import stages
 
         base, corpus = job.folders["base"], job.folders["corpus"]
-        evaluate, context = _judged_by(pilot), recipe.data.context
         return stages.pilot_candidate(
             lambda own: training.work(Work(own, job.folders, job.progress)),
             recipe.train.adapter,
-            partial(stages.items, evaluate, recipe.seed, None, base, corpus, context),
+            partial(stages.items, _suite_options(pilot), base, corpus),
             base,
             corpus,
             candidate is not None,

@@ -1,8 +1,8 @@
 """The stages in order, what each depends on, and the loop that walks them.
 
-    recipe -> base -> corpus -> items -> (budget) -> (bits) -> midtrain[arm, seed] -> condensation[arm]
+    recipe -> base -> corpus -> items -> (budget) -> (bits) -> midtrain[arm, seed]
            -> export[arm, seed] -> quantize[arm, seed, precision] -> survival[arm, precision]
-           -> verify -> accuracy -> noise, divergence -> latency -> pack[arm, target] -> report
+           -> measure[arm, seed, precision] -> latency -> pack[arm, target] -> report
 
 A stage's key is its section of the recipe and the content hashes of the stages it reads. A finished stage
 with the same key is kept. So a changed precision retrains nothing, and an unchanged recipe runs nothing:
@@ -65,7 +65,6 @@ def stages(recipe: Recipe, threads: int) -> list[Stage]:
     ordered = sorted(names, key=lambda name: name != decider)  # others may follow what this one decides
     if (adapter := recipe.train.adapter) is not None:
         found += [merge_stage(recipe, adapter, name) for name in ordered]
-    found += shipping.condensations(first)
     found += [shipping.export(name, threads) for name in names]
     precisions = recipe.precisions
     quantized = [precision for precision in precisions if precision in BITS]
@@ -73,19 +72,7 @@ def stages(recipe: Recipe, threads: int) -> list[Stage]:
     for name in first:
         against = "baseline/model" if name != "baseline" and "baseline" in first else None
         found += [shipping.survival(name, precision, against) for precision in quantized]
-    found += [shipping.verify(recipe, name, precision, threads) for name in names for precision in precisions]
-    found += [shipping.bundle_condensation(name, one, threads) for name in first for one in precisions]
-    scored = ["torch", *precisions]
-    found += [shipping.accuracy(recipe, name, precision, threads) for name in names for precision in scored]
-    steady = "baseline" if "baseline" in first else first[0]
-    found += [shipping.noise(recipe, steady, precision, threads) for precision in scored]
-    for name in first:
-        twin = "baseline" if name != "baseline" and "baseline" in first else None
-        found += [
-            shipping.divergence(recipe, name, precision, twin, threads)
-            for precision in precisions
-            if twin is not None or precision != "fp32"
-        ]
+    found += shipping.measurements(recipe, threads)
     found.append(shipping.latency(recipe, threads))
     found += [shipping.pack(recipe, name, target, threads) for name in first for target in recipe.targets]
     return found

@@ -2,55 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgedisp.core.stage_folder import SCORES, digest
 from edgedisp.pipeline.training import decider_of, plain
 from edgedisp.pipeline.walk import Stage, Work
 from edgedisp.recipe import BITS, Recipe, load_target
 
+if TYPE_CHECKING:
+    from edgedisp.evaluate.task_suite import SuiteOptions
+
 UNPACKED = ("description", "notes", "sources", "quantize")  # of a profile: what a packed bundle has not of it
 
-# Raised when the profile of a model gets other figures; 2: intervals, correlations, outliers.
-CONDENSATION_FORM = {"form": 2}
 BUNDLE_FORM = {"form": 2}  # 1: without every id that ends an answer
-
-
-def condensations(arms: list[str]) -> list[Stage]:
-    """The torch models' profiles, the baseline's first: the others are compared with it."""
-    ordered = sorted(arms, key=lambda arm: arm != "baseline")
-    against = "baseline/condensation" if "baseline" in arms else None
-    return [_condensation(arm, None if arm == "baseline" else against) for arm in ordered]
-
-
-def _condensation(arm: str, against: str | None) -> Stage:
-    model = f"{arm}/model"
-
-    def work(job: Work) -> dict[str, Any]:
-        from edgedisp import stages as run
-
-        baseline = None if against is None else job.folders[against]
-        return run.condensation(job.folders[model], job.folders["corpus"], baseline, job.own, job.progress)
-
-    reads = (model, "corpus") if against is None else (model, "corpus", against)
-    return Stage(f"{arm}/condensation", CONDENSATION_FORM, reads, work)
-
-
-def bundle_condensation(arm: str, precision: str, threads: int) -> Stage:
-    bundle, measured = f"{arm}/{precision}", f"{arm}/condensation"
-
-    def work(job: Work) -> dict[str, Any]:
-        from edgedisp import stages as run
-
-        folders = job.folders
-        return run.bundle_condensation(
-            folders[bundle], folders[measured], folders["corpus"], threads, job.own, job.progress
-        )
-
-    section = {**CONDENSATION_FORM, "threads": threads}
-    return Stage(f"{arm}/condensation-{precision}", section, (bundle, measured, "corpus"), work)
 
 
 def export(arm: str, threads: int) -> Stage:
@@ -155,141 +121,126 @@ def survival(arm: str, precision: str, against: str | None) -> Stage:
     return Stage(f"{arm}/survival-{precision}", {}, reads, work)
 
 
-def verify(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
-    model, bundle = f"{arm}/model", f"{arm}/{precision}"
-    limits = recipe.verify.limits(precision)
-    blocks = max(1, -(-recipe.verify.tokens // recipe.data.context))
-    is_trained = _is_trained(recipe, precision)
-
-    def work(job: Work) -> dict[str, Any]:
-        from edgedisp import stages as run
-
-        folders, trained = job.folders, None
-        if is_trained:
-            trained = getattr(recipe.quantize, precision), BITS[precision]
-        return run.verify(
-            limits,
-            trained,
-            blocks,
-            folders[model],
-            folders[bundle],
-            folders["corpus"],
-            threads,
-            job.own,
-            job.progress,
-        )
-
-    section = {"limits": limits, "blocks": blocks, "threads": threads}
-    if is_trained:
-        section["trained"] = True
-    return Stage(f"{arm}/verify-{precision}", section, (model, bundle, "corpus"), work)
-
-
-def _scoring(recipe: Recipe) -> tuple[dict[str, Any], Callable[[Work], Any]]:
-    """What the tasks' questions depend on, and how to make them."""
+def suite_section(recipe: Recipe) -> dict[str, Any]:
+    """What the tasks' questions depend on, for a key."""
     section = {**plain(recipe.evaluate), "context": recipe.data.context, "seed": recipe.seed}
-    del section["divergence_tokens"]
+    del section["divergence_tokens"], section["bootstrap"]
+    if (path := _tasks_path(recipe)) is not None:
+        section["tasks_content"] = _folder_digest(path)
+    return section
+
+
+def suite_options(recipe: Recipe) -> SuiteOptions:
+    """The same for a stage."""
+    from edgedisp.evaluate.task_suite import SuiteOptions
+
+    chosen, context = recipe.evaluate, recipe.data.context
+    return SuiteOptions(
+        chosen.tasks, context, chosen.limit, recipe.seed, chosen.perplexity_tokens, _tasks_path(recipe)
+    )
+
+
+def _tasks_path(recipe: Recipe) -> Path | None:
     path = recipe.evaluate.tasks_path
-    tasks_path = None if path is None else (recipe.folder / path).resolve()
-    if tasks_path is not None:
-        section["tasks_content"] = _folder_digest(tasks_path)
-
-    def suite(job: Work) -> Any:
-        from edgedisp import stages as run
-
-        base, corpus = job.folders["base"], job.folders["corpus"]
-        return run.items(recipe.evaluate, recipe.seed, tasks_path, base, corpus, recipe.data.context)
-
-    return section, suite
+    return None if path is None else (recipe.folder / path).resolve()
 
 
 def items(recipe: Recipe) -> Stage:
-    section, suite = _scoring(recipe)
-
     def work(job: Work) -> dict[str, Any]:
         from edgedisp import stages as run
 
-        return run.count_items(suite(job), job.own)
+        return run.count_items(suite_options(recipe), job.folders["base"], job.folders["corpus"], job.own)
 
-    return Stage("items", section, ("base", "corpus"), work)
+    return Stage("items", suite_section(recipe), ("base", "corpus"), work)
 
 
-def accuracy(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
-    section, suite = _scoring(recipe)
-    model, bundle = f"{arm}/model", None if precision == "torch" else f"{arm}/{precision}"
+@dataclass(frozen=True)
+class Measured:
+    """A training at a precision (`torch`: before export) that is measured.
+
+    baseline: the baseline's name, for other arms. in_depth: also its hidden states and its divergence from
+    other bundles. noise: also the noise floor.
+    """
+
+    arm: str
+    precision: str
+    baseline: str | None = None
+    in_depth: bool = True
+    noise: bool = False
+
+    @property
+    def stage(self) -> str:
+        return f"{self.arm}/measure-{self.precision}"
+
+    def reads(self) -> dict[str, str]:
+        """Input of the stage -> stage that it comes from."""
+        arm, precision, baseline = self.arm, self.precision, self.baseline
+        # "items" changes when data that a hub did not give is there at last.
+        found = {"model": f"{arm}/model", "base": "base", "corpus": "corpus", "items": "items"}
+        if precision != "torch":
+            found["bundle"] = f"{arm}/{precision}"
+        if self.in_depth and precision == "torch" and baseline is not None:
+            found["reference"] = f"{baseline}/measure-torch"
+        if self.in_depth and precision != "torch":
+            found["reference"] = f"{arm}/measure-torch"
+            if precision != "fp32":
+                found["parent"] = f"{arm}/fp32"
+            if baseline is not None:
+                found["baseline"] = f"{baseline}/{precision}"
+        return found
+
+
+def measurements(recipe: Recipe, threads: int) -> list[Stage]:
+    """The measuring of every training at every precision, each after those that it is compared with."""
+    runs = sorted(recipe.arm_runs, key=lambda run: run.arm != "baseline")
+    first = [run.name for run in runs if run.replica == 0]
+    found = []
+    for precision in ("torch", *recipe.precisions):
+        for run in runs:
+            baseline = "baseline" if run.name != "baseline" and "baseline" in first else None
+            subject = Measured(run.name, precision, baseline, run.replica == 0, run.name == first[0])
+            found.append(measure(recipe, subject, threads))
+    return found
+
+
+def measure(recipe: Recipe, subject: Measured, threads: int) -> Stage:
+    """All that is found out about one model in one stage."""
+    precision, reads = subject.precision, subject.reads()
+    is_trained = _is_trained(recipe, precision)
+    section: dict[str, Any] = {
+        "tasks": suite_section(recipe),
+        "bootstrap": recipe.evaluate.bootstrap,
+        "threads": threads,
+        "in_depth": subject.in_depth,
+        "noise": subject.noise,
+    }
+    if precision != "torch":
+        section["verify"] = {"tokens": recipe.verify.tokens, "limits": recipe.verify.limits(precision)}
+        section["divergence_tokens"] = recipe.evaluate.divergence_tokens
+    if is_trained:
+        section["trained"] = True
 
     def work(job: Work) -> dict[str, Any]:
         from edgedisp import stages as run
+        from edgedisp.stages.measure import MeasureInputs, MeasureOptions
+        from edgedisp.stages.parity import ParityOptions
 
-        shipped = None if bundle is None else job.folders[bundle]
-        store = job.folders["base"].parent / SCORES
-        return run.accuracy(
-            suite(job),
-            recipe.evaluate,
-            job.folders[model],
-            shipped,
+        limits = {} if precision == "torch" else recipe.verify.limits(precision)
+        trained = (getattr(recipe.quantize, precision), BITS[precision]) if is_trained else None
+        options = MeasureOptions(
+            suite_options(recipe),
             threads,
-            store,
-            job.folders["items"],
-            job.own,
-            job.progress,
+            recipe.evaluate.bootstrap,
+            recipe.evaluate.divergence_tokens,
+            subject.in_depth,
+            subject.noise,
+            ParityOptions(recipe.verify.tokens, limits, trained),
         )
+        folders = {name: job.folders[stage] for name, stage in reads.items()}
+        cache = job.folders["base"].parent / SCORES
+        return run.measure(options, MeasureInputs(cache=cache, **folders), job.own, job.progress)
 
-    # "items" changes when data that a hub did not give is there at last.
-    reads = ("base", "corpus", "items", model) + (() if bundle is None else (bundle,))
-    return Stage(f"{arm}/accuracy-{precision}", {**section, "threads": threads}, reads, work)
-
-
-def noise(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
-    """How far two scorings of one model differ: what a difference between two must exceed."""
-    section, suite = _scoring(recipe)
-    model, bundle = f"{arm}/model", None if precision == "torch" else f"{arm}/{precision}"
-
-    def work(job: Work) -> dict[str, Any]:
-        from edgedisp import stages as run
-
-        shipped = None if bundle is None else job.folders[bundle]
-        store, chosen = job.folders["base"].parent / SCORES, recipe.evaluate
-        return run.noise(
-            suite(job),
-            job.folders[model],
-            shipped,
-            threads,
-            store,
-            job.progress,
-            batch_tokens=chosen.batch_tokens,
-            bootstrap=chosen.bootstrap,
-        )
-
-    reads = ("base", "corpus", model) + (() if bundle is None else (bundle,))
-    return Stage(f"{arm}/noise-{precision}", {**section, "threads": threads}, reads, work)
-
-
-def divergence(recipe: Recipe, arm: str, precision: str, against: str | None, threads: int) -> Stage:
-    """A bundle against its fp32 parent, and (`against`: the baseline) against its twin of that precision."""
-    bundle = f"{arm}/{precision}"
-    parent = None if precision == "fp32" else f"{arm}/fp32"
-    twin = None if against is None else f"{against}/{precision}"
-    tokens = recipe.evaluate.divergence_tokens
-
-    def work(job: Work) -> dict[str, Any]:
-        from edgedisp import stages as run
-
-        folders = job.folders
-        return run.divergence(
-            tokens,
-            folders[bundle],
-            None if parent is None else folders[parent],
-            None if twin is None else folders[twin],
-            folders["corpus"],
-            folders["base"],
-            threads,
-            job.own,
-            job.progress,
-        )
-
-    reads = ("base", "corpus", bundle, *(name for name in (parent, twin) if name is not None))
-    return Stage(f"{arm}/divergence-{precision}", {"tokens": tokens, "threads": threads}, reads, work)
+    return Stage(subject.stage, section, tuple(dict.fromkeys(reads.values())), work)
 
 
 def _folder_digest(folder: Path) -> str:

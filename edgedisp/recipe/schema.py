@@ -181,8 +181,6 @@ class Evaluate(Section):
     """folder with your own lm-evaluation-harness tasks"""
     limit: Count = 100
     """items scored in each task"""
-    batch_tokens: Count = 1024
-    """tokens scored in one forward pass, padding counted"""
     perplexity_tokens: Count | None = None
     """most held-out tokens for perplexity; null: all"""
     bootstrap: Annotated[int, Ge(1), Le(10**6), WHOLE] = 2000

@@ -1,7 +1,7 @@
 """What devices scored, held against this machine: one table, a row for each device, bundle and task.
 
-A result's `scores` are records of `evaluate/subset.py`. A difference is called one by the rule of every
-comparison here: the interval leaves 0 out and the test agrees.
+A result's `scores` are records of `evaluate/device_sample.py`. A difference is called one by the rule of
+every comparison here: the interval leaves 0 out and the test agrees.
 """
 
 from __future__ import annotations
@@ -35,15 +35,13 @@ HEAD = (
     "verdict",
     "answered alike",
     "nats apart (most)",
-    "sample says",
     "all here",
 )
 MEANING = (
     "The same bundle and the same token ids, on the device and here. Items are drawn at random; brackets are "
     "95 % intervals. device - here: paired by item (perplexities: nats per token); answered alike: the same "
-    "choice or, where there is none, both right or both wrong; nats apart: log-likelihoods, by item. The "
-    "sample says, by this machine's scores, in which range the set lies that it was drawn from; all here: "
-    "where that is."
+    "choice or, where there is none, both right or both wrong; nats apart: log-likelihoods, by item. all "
+    "here: the whole set that they were drawn from, on this machine."
 )
 
 
@@ -89,7 +87,6 @@ def _texts(record: dict[str, Any]) -> tuple[str, ...]:
         verdict(record),
         _share(branch(record, "agreement")),
         _apart(branch(record, "logprob")),
-        _range(branch(record, "sampling"), shares),
         _value(number(at(record, "full", "value")), shares),
     )
 
@@ -149,13 +146,14 @@ def _share(found: Mapping[str, Any]) -> str:
 def _difference(record: Mapping[str, Any], share: bool) -> str:
     """In points for shares, in nats for perplexities, else in the metric's own unit."""
     found = branch(record, "difference")
-    found = {**found, **branch(found, "nll_difference")}
-    value, low, high = (number(found.get(key)) for key in ("difference", "low", "high"))
+    nats = branch(found, "nats")
+    ends = {**nats, "difference": nats["value"]} if nats else found
+    value, low, high = (number(ends.get(key)) for key in ("difference", "low", "high"))
     if value is None:
         return MISSING
     scale = 100.0 if share else 1.0
     if low is None or high is None:
         return signed(scale * value, 2)
     decimals = min(4, decimals_for(scale * (high - low) / 2, 4))
-    ends = ", ".join(fixed(scale * end, decimals) for end in (low, high))
-    return f"{signed(scale * value, decimals)} [{ends}]"
+    shown = ", ".join(fixed(scale * end, decimals) for end in (low, high))
+    return f"{signed(scale * value, decimals)} [{shown}]"

@@ -7,16 +7,16 @@ what a stage does not get, it cannot depend on, and the cache key in pipeline/ i
     start.py     base, tokens: the weights and the tokens file that every arm starts from
     training.py  midtrain: an arm's model folder, or its adapter
     adapters.py  merge_adapter: an adapter's audit, and the model folder it is merged into
-    condensation.py  condensation, bundle_condensation: the geometry of token vectors, before and after export
-    bundles.py   export, quantize, verify: ONNX bundles out of a model folder
+    condensation.py  the geometry of token vectors, of torch models and bundles
+    bundles.py   export, quantize: ONNX bundles out of a model folder
     mixed.py     quantize_searched: bits, group and method by weight
     rounding.py  the rounding that quantization-aware training and its bundle share
     packing.py   pack: a bundle for a kind of device, in the layouts of its runtimes, with a manifest
     survival.py  survival: what is left of training's change after quantization
-    figures.py   items, accuracy, latency: what is measured of them
+    measure.py   measure: all that is found out about one model; items: the questions of the tasks
+    scoring.py   scores through the cache, noise floor; parity.py: a bundle against its torch model
+    figures.py   latency: how fast bundles are on this machine
     device_scores.py  items for devices to score, and their answers held against this machine's scores
-    divergence.py  divergence: the KL of a bundle from its fp32 parent, and from the baseline's
-    noise.py     noise: by how much two scorings of one model differ
     accounting.py  size_account: what every bundle will weigh, before anything runs
     pilot.py     judging, pilot_candidate: a candidate of `edgedisp pilot`, trained and measured
 
@@ -27,12 +27,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from edgedisp.stages.accounting import base_skeleton, check_budget, size_account
-from edgedisp.stages.bundles import export, quantize, verify
-from edgedisp.stages.condensation import bundle_condensation, condensation
-from edgedisp.stages.divergence import divergence
-from edgedisp.stages.figures import accuracy, count_items, items, latency
+from edgedisp.stages.bundles import export, quantize
+from edgedisp.stages.figures import latency
+from edgedisp.stages.measure import count_items, items, measure
 from edgedisp.stages.mixed import quantize_searched
-from edgedisp.stages.noise import noise
 from edgedisp.stages.packing import PackOptions, pack, provenance_of
 from edgedisp.stages.start import base, fetch_base, tokens, twin_base
 from edgedisp.stages.survival import survival
@@ -52,22 +50,18 @@ TRAINING = {
 
 __all__ = [
     "PackOptions",
-    "accuracy",
     "base",
     "base_skeleton",
-    "bundle_condensation",
     "check_budget",
-    "condensation",
     "count_items",
-    "divergence",
     "export",
     "fetch_base",
     "items",
     "judging",
     "latency",
+    "measure",
     "merge_adapter",
     "midtrain",
-    "noise",
     "pack",
     "pilot_candidate",
     "provenance_of",
@@ -77,7 +71,6 @@ __all__ = [
     "survival",
     "tokens",
     "twin_base",
-    "verify",
 ]
 
 

@@ -32,7 +32,7 @@ from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import read
 from edgedisp.dispersion.hooks import decoder_layers
-from edgedisp.evaluate.statistics import Metric, paired
+from edgedisp.evaluate.statistics import Metric, Resampling, difference
 from edgedisp.recipe import Adapter, QuantizeBits
 from edgedisp.stages.rounding import Trained, round_as_bundle
 from edgedisp.stages.start import weights_digest
@@ -187,8 +187,8 @@ def _difference(
     scored: dict[str, list[dict[str, Any]]], seed: int, before: str, after: str
 ) -> dict[str, Any]:
     """{difference, low, high} of two rows, after - before, nats per token."""
-    compared = paired(scored[before], scored[after], NATS, bootstrap=BOOTSTRAP, seed=seed)
-    return {name: compared[name] for name in ("difference", "low", "high")}
+    change = difference(scored[before], scored[after], NATS, Resampling(BOOTSTRAP, seed)).estimate
+    return {"difference": change.value, "low": change.low, "high": change.high}
 
 
 def _figures(

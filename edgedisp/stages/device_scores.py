@@ -17,11 +17,12 @@ from edgedisp import data, models
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import RUN, SCORES, file_digest
-from edgedisp.evaluate import subset, tasks
-from edgedisp.evaluate.kept import Kept
-from edgedisp.evaluate.sets import expand
+from edgedisp.evaluate import device_sample
+from edgedisp.evaluate.loglikelihood import ScoreOptions
+from edgedisp.evaluate.score_cache import ScoreCache
+from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, check_tasks, expand, prepare
 from edgedisp.graph.scored import scored_model, scored_size
-from edgedisp.stages.figures import scored_name
+from edgedisp.stages.scoring import score_key
 from edgedisp.stages.start import heldout_documents
 
 CONTEXT = 256  # tokens of a held-out window
@@ -49,12 +50,12 @@ class Prepared:
 
     wish: Wish
     bundles: Mapping[str, Path]
-    suites: Mapping[str, tasks.Suite]
-    samples: Mapping[str, subset.Sample]
+    suites: Mapping[str, TaskSuite]
+    samples: Mapping[str, device_sample.Sample]
     store: Path
 
     @property
-    def requests(self) -> dict[str, list[list[subset.Pair]]]:
+    def requests(self) -> dict[str, list[list[device_sample.Pair]]]:
         """Bundle -> items -> requests (context ids, continuation ids), for a device."""
         return {
             label: [[pair for pair in item.sent if pair[1]] for item in sample.in_turn()]
@@ -73,15 +74,15 @@ def prepared(wish: Wish, bundles: Mapping[str, Path], cache: Path) -> Prepared:
     `cache`: a folder for the scores of bundles that lie in no run. Raises BadInput for tasks that are not
     known or need generated text, held-out tasks without text, a task whose data a hub does not give.
     """
-    subset.refuse_count(wish.items)
+    device_sample.check_count(wish.items)
     if wish.limit < wish.items:
         raise BadInput(f"--limit {wish.limit}: is less than the {wish.items} --items that are drawn from it")
-    tasks.check_tasks(wish.tasks, wish.tasks_path)
+    check_tasks(wish.tasks, wish.tasks_path)
     run = _run_of(next(iter(bundles.values())))
     documents = _documents(wish, run)
-    suites: dict[str, tasks.Suite] = {}
-    samples: dict[str, subset.Sample] = {}
-    made: dict[tuple[str, int], tasks.Suite] = {}
+    suites: dict[str, TaskSuite] = {}
+    samples: dict[str, device_sample.Sample] = {}
+    made: dict[tuple[str, int], TaskSuite] = {}
     for label, bundle in bundles.items():
         if not (bundle / "tokenizer.json").is_file():
             raise BadInput(f"{bundle}: no tokenizer.json, so --score cannot make its requests")
@@ -90,7 +91,7 @@ def prepared(wish: Wish, bundles: Mapping[str, Path], cache: Path) -> Prepared:
         if key not in made:
             made[key] = _suite(wish, bundle, documents, key[1])
         suites[label] = made[key]
-        samples[label] = subset.drawn(made[key], size, wish.items, wish.seed)
+        samples[label] = device_sample.draw(made[key], size, wish.items, wish.seed)
     store = cache / SCORES if run is None else run / SCORES
     store.parent.mkdir(parents=True, exist_ok=True)
     return Prepared(wish, bundles, suites, samples, store)
@@ -99,7 +100,7 @@ def prepared(wish: Wish, bundles: Mapping[str, Path], cache: Path) -> Prepared:
 def scored(
     asked: Prepared, answers: Sequence[Mapping[str, Sequence[Any]]], threads: int, progress: Progress
 ) -> list[list[dict[str, Any]]]:
-    """For each device its records, one by bundle and task (`subset.compare`), in the order of `answers`.
+    """For each device its records, by bundle and task (`device_sample.compare`), in the order of `answers`.
 
     answers: for each device, bundle -> the items answered in the order asked (fewer where it was lost), each
     a list of (sum of log-probabilities, all greedy).
@@ -108,14 +109,15 @@ def scored(
     for label, bundle in asked.bundles.items():
         suite, sample = asked.suites[label], asked.samples[label]
         opened, size = scored_model(bundle, threads), scored_size(bundle)
-        name = scored_name(bundle, threads)
+        name = score_key(bundle, 1)
         if sample.cut and not size.whole:  # other scores than those of the model's own context
             name = f"{name} context {size.context}"
-        with closing(Kept(asked.store, name)) as kept:
-            full = suite.run(opened, kept=kept, progress=_named(progress, f"here, {label}"))
+        with closing(ScoreCache(asked.store, name)) as cache:
+            options = ScoreOptions(cache=cache, progress=_named(progress, f"here, {label}"))
+            here = device_sample.Here(opened, cache, suite.run(opened, options))
             for records, told in zip(found, answers):
                 by_task = _by_task(sample, told.get(label, ()))
-                for record in subset.compare(suite, sample, by_task, opened, kept, full=full):
+                for record in device_sample.compare(suite, sample, by_task, here):
                     records.append({"label": label, **record})
     return found
 
@@ -149,19 +151,11 @@ def with_scores(
     return {"devices": told, "scored": questions.facts()}
 
 
-def _suite(wish: Wish, bundle: Path, documents: list[data.Document], context: int) -> tasks.Suite:
+def _suite(wish: Wish, bundle: Path, documents: list[data.Document], context: int) -> TaskSuite:
     tokenizer = models.load_tokenizer(bundle)
-    suite = tasks.prepare(
-        tokenizer,
-        wish.tasks,
-        documents,
-        end_of_text=models.end_of_text_id(tokenizer),
-        lead=models.bos_id(tokenizer),
-        context=context,
-        limit=wish.limit,
-        seed=wish.seed,
-        tasks_path=wish.tasks_path,
-    )
+    options = SuiteOptions(wish.tasks, context, wish.limit, wish.seed, None, wish.tasks_path)
+    end_of_text, bos_token = models.end_of_text_id(tokenizer), models.bos_id(tokenizer)
+    suite = prepare(tokenizer, documents, options, end_of_text, bos_token)
     if suite.missing:
         raise BadInput(f"--score: {'; '.join(suite.missing.values())}")
     return suite
@@ -187,9 +181,11 @@ def _run_of(bundle: Path) -> Path | None:
     return run if (run / RUN).is_file() and (run / HELDOUT / "heldout.jsonl").is_file() else None
 
 
-def _by_task(sample: subset.Sample, told: Sequence[Any]) -> dict[str, dict[str, list[subset.Answer]]]:
+def _by_task(
+    sample: device_sample.Sample, told: Sequence[Any]
+) -> dict[str, dict[str, list[device_sample.Answer]]]:
     """Task -> item -> answers; an empty continuation, of which no device was asked, is certain."""
-    found: dict[str, dict[str, list[subset.Answer]]] = {}
+    found: dict[str, dict[str, list[device_sample.Answer]]] = {}
     for item, answers in zip(sample.in_turn(), told):
         given = iter(answers)
         complete = [next(given) if target else (0.0, True) for _, target in item.sent]

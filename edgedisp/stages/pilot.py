@@ -1,8 +1,8 @@
 """A pilot's candidate: trained as a build trains, measured on held-out text, and thrown away.
 
-Measured are the loss of each held-out window, the very items that a build scores (evaluate/heldout.py), and
-the mean cosine of each of the sequences on which a build measures condensation. An adapter is measured as it
-was trained, over its base and not merged.
+Measured are the loss of each held-out window, the very items that a build scores, and the mean cosine of each
+of the sequences on which a build measures condensation. An adapter is measured as it was trained, over its
+base and not merged.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import write_json
 from edgedisp.dispersion.condensation import measure_model
-from edgedisp.evaluate.tasks import Suite
-from edgedisp.recipe import Adapter, Evaluate
+from edgedisp.evaluate.loglikelihood import ScoreOptions
+from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite
+from edgedisp.recipe import Adapter
 from edgedisp.stages.condensation import CONDENSATION_SEQUENCES
-from edgedisp.stages.figures import items
+from edgedisp.stages.measure import items
 from edgedisp.train.dispersion_trainer import NotFinite
 from edgedisp.train.lora import load_adapter, load_quantized
 
@@ -33,14 +34,12 @@ JUDGED = "judged.json"
 FIGURES = ("cosine_raw", "cosine_mean_removed")
 
 
-def judging(
-    section: Evaluate, seed: int, context: int, base_folder: Path, corpus_folder: Path, own: Path
-) -> dict[str, Any]:
+def judging(options: SuiteOptions, base_folder: Path, corpus_folder: Path, own: Path) -> dict[str, Any]:
     """Count what candidates will be judged by, before any is trained.
 
     Raises BadInput where the held-out text is too little for an interval.
     """
-    suite = items(section, seed, None, base_folder, corpus_folder, context)
+    suite = items(options, base_folder, corpus_folder)
     counts = {
         "windows": len(suite.questions[TASK]),
         "documents": len({question.document for question in suite.questions[TASK]}),
@@ -60,7 +59,7 @@ def judging(
 def pilot_candidate(
     train_into: Callable[[Path], dict[str, Any]],
     adapter: Adapter | None,
-    suite: Callable[[], Suite],
+    suite: Callable[[], TaskSuite],
     base_folder: Path,
     corpus_folder: Path,
     may_diverge: bool,
@@ -105,13 +104,13 @@ def _as_trained(adapter: Adapter | None, base_folder: Path, weights: Path) -> An
     return opened.get_base_model().to(device).eval()  # the adapter's layers stay in it
 
 
-def _measure(trained: Any, suite: Suite, corpus_folder: Path, progress: Progress) -> dict[str, Any]:
+def _measure(trained: Any, suite: TaskSuite, corpus_folder: Path, progress: Progress) -> dict[str, Any]:
     """`items`: {id, document, nll, tokens} of each window; FIGURES: of each sequence, over the blocks."""
-    scored = suite.run(models.TorchModel(trained), bootstrap=2, progress=progress)[TASK]
+    scored = suite.run(models.TorchModel(trained), ScoreOptions(progress=progress), bootstrap=2)[TASK]
     profile = measure_model(trained, _sequences(corpus_folder), progress)
     wanted = ("id", "document", "nll", "tokens")
     return {
-        "items": [{name: item[name] for name in wanted} for item in scored["items"]],
+        "items": [{name: item[name] for name in wanted} for item in scored.items],
         # Without the embedding's output, which no candidate disperses, and the final norm's.
         **{
             figure: [float(np.mean(layers[1:-1])) for layers in profile["by_sequence"][figure]]

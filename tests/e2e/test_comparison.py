@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from edgedisp.comparison.models import _short
 from edgedisp.comparison.pairing import Scored, paired_with_first
 from edgedisp.comparison.runs import joined
 from edgedisp.core.errors import BadInput
-from edgedisp.evaluate.result import common, compare_task, task_result
-from edgedisp.evaluate.statistics import ACCURACY, PERPLEXITY, paired
+from edgedisp.core.results import TaskScore
+from edgedisp.core.serialization import from_json
+from edgedisp.evaluate.statistics import ACCURACY, PERPLEXITY, difference
+from edgedisp.evaluate.task_result import Results, common_items, compare_task, task_result
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +38,9 @@ def fewer(built: tuple[Path, Path, Ended], tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def results(run: Path, arm: str, precision: str = "int4") -> Any:
-    return json.loads((run / arm / f"accuracy-{precision}" / "items.json").read_text())
+def results(run: Path, arm: str, precision: str = "int4") -> Results:
+    path = run / arm / f"measure-{precision}" / "items.json"
+    return from_json(Results, json.loads(path.read_text()))
 
 
 def test_a_run_joined_with_itself_differs_by_nothing(built: tuple[Path, Path, Ended]) -> None:
@@ -45,7 +49,7 @@ def test_a_run_joined_with_itself_differs_by_nothing(built: tuple[Path, Path, En
     assert joint["arms"][:2] == ["baseline", "dispersed"] and len(joint["arms"]) == 4
     again = next(arm for arm in joint["arms"][2:] if arm.startswith("baseline of"))
     for by_task in joint["comparison"][again].values():
-        assert all(entry["difference"] == 0 and entry["identical"] for entry in by_task.values())
+        assert all(entry["difference"] == 0 for entry in by_task.values())
     assert joint["apart"] == []
     own = json.loads((run / "report.json").read_text())["summary"]["comparison"]["dispersed"]["int4"]
     for task, entry in joint["comparison"]["dispersed"]["int4"].items():
@@ -61,10 +65,10 @@ def test_only_items_in_common_are_paired(built: tuple[Path, Path, Ended], fewer:
         results(run, "baseline")["heldout_perplexity"],
         results(fewer, "dispersed")["heldout_perplexity"],
     )
-    asked = {item["asked"] for item in first["items"]} & {item["asked"] for item in second["items"]}
-    assert 0 < entry["n"] == len(asked) < first["n"]
-    parts = [[item for item in one["items"] if item["asked"] in asked] for one in (first, second)]
-    assert entry["difference"] == paired(*parts, PERPLEXITY, bootstrap=50)["difference"]
+    asked = {item["asked"] for item in first.items} & {item["asked"] for item in second.items}
+    assert 0 < entry["n"] == len(asked) < len(first.items)
+    parts = [[item for item in one.items if item["asked"] in asked] for one in (first, second)]
+    assert entry["difference"] == difference(*parts, PERPLEXITY).estimate.value
     assert any("heldout_perplexity: " in reason and "items in common" in reason for reason in joint["apart"])
 
 
@@ -86,9 +90,8 @@ def scored(label: str, shares: list[float]) -> Scored:
     results: list[Any] = []
     for seed, share in enumerate(shares):
         right = np.random.default_rng(seed).permutation(40) < 40 * share
-        items = [{"id": k, "document": k, "accuracy": int(one)} for k, one in enumerate(right)]
-        marks = [str(k) for k in range(40)]
-        by_task = {task: task_result(task, items, [ACCURACY], fingerprints=marks) for task in ("a", "b")}
+        items = [{"id": k, "document": k, "accuracy": int(one), "asked": k} for k, one in enumerate(right)]
+        by_task = {task: task_result(TaskScore(task, {}), items, [ACCURACY]) for task in ("a", "b")}
         results.append(by_task)
     return Scored(label, 0, label, {"int4": results})
 
@@ -113,20 +116,20 @@ def test_a_task_that_one_side_alone_was_asked_is_told() -> None:
 def test_items_asked_in_other_words_are_not_the_same(built: tuple[Path, Path, Ended]) -> None:
     _, run, _ = built
     first = results(run, "baseline")["heldout_cloze"]
-    second = json.loads(json.dumps(results(run, "dispersed")["heldout_cloze"]))
-    second["items"][0]["asked"] = "another text"
-    second["items_sha256"] = "another"
-    cut = common([first, second])
-    assert cut[0]["value"] == np.mean([item["accuracy"] for item in first["items"][1:]])
-    assert [len(one["items"]) for one in cut] == [first["n"] - 1] * 2
-    assert compare_task(*cut)["n"] == first["n"] - 1
-    whole = [{**one, "metric": "f1"} for one in (first, second)]
-    with pytest.raises(ValueError, match="f1 is made of all items, and these differ"):
-        common(whole)
-    for item in second["items"]:
+    second = results(run, "dispersed")["heldout_cloze"]
+    second.items[0]["asked"] = "another text"
+    second = replace(second, score=replace(second.score, items_sha256="another"))
+    cut = common_items([first, second])
+    left = len(first.items) - 1
+    assert cut[0].score.main.estimate.value == np.mean([item["accuracy"] for item in first.items[1:]])
+    assert [len(one.items) for one in cut] == [left] * 2
+    assert compare_task(*cut).main.estimate.n == left
+    with pytest.raises(ValueError, match="accuracy is made of all items, and these differ"):
+        common_items([replace(one, definitions={}) for one in (first, second)])
+    for item in second.items:
         item["asked"] += " elsewhere"
     with pytest.raises(ValueError, match="heldout_cloze: no item in common"):
-        common([first, second])
+        common_items([first, second])
 
 
 def test_runs_without_a_common_item_are_refused(

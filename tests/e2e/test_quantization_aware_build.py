@@ -92,7 +92,7 @@ def test_the_graph_in_fp32_arithmetic_gives_the_trained_models_logits_and_text(
     for row in held:
         prompt = row[:8].tolist()
         assert reference.greedy(prompt, 20, frozenset()) == exact.greedy(prompt, 20, frozenset())
-    as_trained = results(folder / "run" / arm / "verify-int4")["as_trained"]
+    as_trained = results(folder / "run" / arm / "measure-int4")["parity"]["as_trained"]
     assert as_trained["max_abs_difference"] < 1e-3 and as_trained["greedy_agreement"] == 1
 
 

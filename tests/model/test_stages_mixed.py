@@ -16,7 +16,7 @@ from edgedisp import models
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import silent
 from edgedisp.core.stage_folder import Record, finish, stage_output
-from edgedisp.evaluate.divergence import compare
+from edgedisp.evaluate.divergence import DivergenceMeter
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.pipeline import stages
@@ -95,7 +95,9 @@ def test_a_budget_is_held_by_the_files_and_what_was_measured_is_what_ships(
         [one(piece[None].numpy(), np.ones((1, len(piece)), np.int64))[0] for piece in pieces]
         for one in (exact, shipped)
     ]
-    measured = compare(*(np.concatenate(part) for part in both))["mean_kl"]
+    meter = DivergenceMeter()
+    meter.add(*(np.concatenate(part) for part in both))
+    measured = meter.result().mean_kl
     assert search["measured_kl"] == pytest.approx(measured, rel=2e-2)
     names = [point["name"] for point in search["points"]]
     assert names == ["chosen", "uniform int4", "uniform int8", "smallest"]
@@ -216,7 +218,9 @@ def test_an_arm_that_follows_is_stored_as_the_one_that_searched(
         [one(piece[None].numpy(), np.ones((1, len(piece)), np.int64))[0] for piece in pieces]
         for one in (OnnxModel(other["fp32"], 1), shipped)
     ]
-    measured = compare(*(np.concatenate(part) for part in both))["mean_kl"]
+    meter = DivergenceMeter()
+    meter.add(*(np.concatenate(part) for part in both))
+    measured = meter.result().mean_kl
     assert search["measured_kl"] == pytest.approx(measured, rel=2e-2)
 
 

@@ -20,7 +20,7 @@ from fake_page import RUN, figures, post
 from tiny_bundle import tiny_bundles
 
 from edgedisp import device_results
-from edgedisp.evaluate.score import loglikelihoods
+from edgedisp.evaluate.loglikelihood import loglikelihoods
 from edgedisp.graph.scored import scored_model
 
 TOP = Path(__file__).resolve().parents[2]

@@ -68,10 +68,13 @@ def test_each_seed_is_trained_exported_and_scored_and_the_first_also_timed_and_p
     found = by_name(recipe)
     assert found["dispersed/model"].section["seed"] == 4
     assert found["dispersed-seed5/model"].section["seed"] == 5
-    for name in ("model", "fp32", "int8", "int4", "verify-int4", "accuracy-torch", "accuracy-int4"):
+    for name in ("model", "fp32", "int8", "int4", "measure-torch", "measure-int4"):
         assert f"dispersed-seed5/{name}" in found
-    assert found["dispersed-seed5/accuracy-int4"].section == found["dispersed/accuracy-int4"].section
-    assert not any(name in found for name in ("dispersed-seed5/condensation", "dispersed-seed5/phone-arm64"))
+    assert found["dispersed-seed5/measure-int4"].section == {
+        **found["dispersed/measure-int4"].section,
+        "in_depth": False,
+    }
+    assert "dispersed-seed5/phone-arm64" not in found
     assert set(found["latency"].reads) == {
         f"{arm}/{precision}" for arm in ("baseline", "dispersed") for precision in recipe.precisions
     }

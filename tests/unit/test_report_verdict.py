@@ -11,10 +11,13 @@ import pytest
 from report_sample import comparison, difference, sample, single_arm
 from scipy import stats
 
+from edgedisp.core.results import TaskDifference
 from edgedisp.evaluate import power
-from edgedisp.evaluate.statistics import PERPLEXITY, paired
+from edgedisp.evaluate.statistics import PERPLEXITY, Resampling
+from edgedisp.evaluate.statistics import difference as paired
 from edgedisp.report.claims import FEWEST_DOCUMENTS, PUBLISHED_POINTS, RULES, WIDEST_NULL, verdict
 from edgedisp.report.comparisons import Z95, Comparison, comparisons, detectable, headline, holm, normal_p
+from edgedisp.summary import differences_record
 
 
 def entry(p: float) -> Comparison:
@@ -68,9 +71,9 @@ def test_without_a_difference_the_verdict_is_a_claim_at_most_one_time_in_twenty(
                 [{"id": k, "document": k, "nll": float(nll[k] + noise[k]), "tokens": 100} for k in range(30)]
                 for noise in rng.normal(0, 2.0, (2, 30))
             ]
-            record = paired(*pair, PERPLEXITY, bootstrap=199, seed=repetition)
-            record |= {"arm": record.pop("dispersed"), "documents": 30}
-            by_task["heldout_perplexity"] = record
+            change = paired(*pair, PERPLEXITY, Resampling(199, repetition))
+            record = differences_record({"heldout_perplexity": TaskDifference("", {"perplexity": change})})
+            by_task.update(record)
             summary["noise"][precision]["floor"] = 0.0
         claims += verdict(summary)["label"] in ("helps", "hurts")
     assert claims <= 0.05 * repetitions + 2 * math.sqrt(0.05 * 0.95 * repetitions)

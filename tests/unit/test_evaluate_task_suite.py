@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from edgedisp.core.errors import BadInput
-from edgedisp.evaluate import heldout
-from edgedisp.evaluate.sets import SETS, expand
-from edgedisp.evaluate.tasks import check_tasks
+from edgedisp.evaluate.heldout_tasks import TASKS
+from edgedisp.evaluate.task_suite import SETS, check_tasks, expand
 from edgedisp.recipe.values import TASK_SETS
 
 
@@ -65,7 +64,7 @@ def test_every_task_of_a_set_exists_and_the_recipe_knows_the_same_sets() -> None
     assert tuple(SETS) == TASK_SETS
     assert expand(["heldout_cloze", "heldout", "small", "arc_easy"]) == [
         "heldout_cloze",
-        *(task for task in heldout.TASKS if task != "heldout_cloze"),
+        *(task for task in TASKS if task != "heldout_cloze"),
         *SETS["small"],
     ]
 

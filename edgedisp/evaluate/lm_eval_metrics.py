@@ -1,7 +1,9 @@
-"""lm-eval's metrics as ours: what an item keeps of each, and how they are summed up again from the items.
+"""What lm-evaluation-harness sums up, as metrics over our items.
 
 Of lm-eval's aggregates four can be made of a part per item: means, two kinds of perplexity, bits per byte.
 All others (F1, BLEU) exist for a whole task only, and are carried over as they are, without an interval.
+A multiple choice also gives the log-likelihood of its right answer (`gold_nll`, `gold_bits_per_byte`): where
+a small model guesses, as on MMLU, that moves before the accuracy does.
 """
 
 from __future__ import annotations
@@ -13,26 +15,28 @@ from typing import Any
 import numpy as np
 from lm_eval.api.registry import AGGREGATION_REGISTRY
 
+from edgedisp.core.results import Estimate, Score
 from edgedisp.evaluate.statistics import GOLD_BITS_PER_BYTE, Metric
+from edgedisp.evaluate.task_result import WHOLE_TASK
 
 GOLD_NLL = Metric("gold_nll", "nll", None, "mean", higher_is_better=False)
 
 
 def choice(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
-    """Of a multiple choice: the log-probability of every answer, and what is known of the right one."""
+    """Fields of a multiple choice: the log-probability of every answer; loss and size of the right one."""
     logprobs = [float(answer[0]) for answer in sample["filtered_resps"]]
-    found: dict[str, Any] = {"logprobs": logprobs}
+    fields: dict[str, Any] = {"logprobs": logprobs}
     choices = list(task.doc_to_choice(sample["doc"]))
     gold = task.doc_to_text(sample["doc"]) if task.multiple_input else task.doc_to_target(sample["doc"])
     if task.config.process_results is not None:
         gold = None
     if isinstance(gold, str) and gold in choices:
         gold = choices.index(gold)
-    # Some tasks have several right answers or score choices in ways of their own; those tell no gold.
+    # Some tasks have several right answers or score choices in ways of their own; those give no gold.
     if isinstance(gold, int) and len(choices) == len(logprobs) and 0 <= gold < len(choices):
         size = len(str(sample["arguments"][gold][1]).encode())
-        found |= {"choices": len(choices), "nll": -logprobs[gold], "bytes": max(1, size)}
-    return found
+        fields |= {"choices": len(choices), "nll": -logprobs[gold], "bytes": max(1, size)}
+    return fields
 
 
 def chance(metrics: Sequence[Metric], items: Sequence[Mapping[str, Any]]) -> float | None:
@@ -45,10 +49,10 @@ def chance(metrics: Sequence[Metric], items: Sequence[Mapping[str, Any]]) -> flo
 
 def metrics(
     task: Any, aggregates: dict[str, Any], items: list[dict[str, Any]]
-) -> tuple[list[Metric], dict[str, dict[str, Any]]]:
-    """Metrics that can be made from the items, and those that lm-eval alone can make."""
+) -> tuple[list[Metric], dict[str, Score]]:
+    """Metrics that can be made from the items, and the scores that lm-eval alone can make."""
     paired: list[Metric] = []
-    unpaired: dict[str, dict[str, Any]] = {}
+    whole: dict[str, Score] = {}
     for key, value in aggregates.items():
         name, _, filtered = key.partition(",")
         if name not in task.aggregation() or not isinstance(value, int | float):
@@ -58,17 +62,20 @@ def metrics(
         if made is not None and all(made.numerator in item for item in items):
             paired.append(made)
         else:
-            unpaired[named] = _without_items(named, float(value), len(items), better)
+            known = float(value) if math.isfinite(value) else None
+            estimate = Estimate(known, n=len(items), documents=len(items), reason=WHOLE_TASK)
+            whole[named] = Score(named, estimate, better)
     paired.sort(key=lambda metric: not _is_share(metric, items))  # the main metric: LAMBADA has a loss first
     if paired and all("nll" in item for item in items):
         paired += [GOLD_NLL, GOLD_BITS_PER_BYTE]
-    return paired, unpaired
+    return paired, whole
 
 
 def _is_share(metric: Metric, items: Sequence[Mapping[str, Any]]) -> bool:
     """Whether it counts right answers, or parts of them."""
-    shares = metric.scale == "mean" and metric.denominator is None and metric.higher_is_better
-    return shares and all(0 <= item[metric.numerator] <= 1 for item in items)
+    return (metric.may_be_share and metric.higher_is_better) and all(
+        0 <= item[metric.numerator] <= 1 for item in items
+    )
 
 
 def label(metric: str, filtered: str) -> str:
@@ -108,17 +115,3 @@ def _metric(label: str, aggregation: str | None, higher_is_better: bool) -> Metr
         case "bits_per_byte":
             return Metric(label, f"{label}:nll", f"{label}:weight", "bits", higher_is_better)
     return None
-
-
-def _without_items(label: str, value: float, n: int, higher_is_better: bool) -> dict[str, Any]:
-    return {
-        "metric": label,
-        "value": value if math.isfinite(value) else None,
-        "low": None,
-        "high": None,
-        "n": n,
-        "documents": n,
-        "higher_is_better": higher_is_better,
-        "interval": None,
-        "reason": "computed over the whole task, not as a mean of items",
-    }

@@ -1,9 +1,8 @@
-"""Scores that were computed before, by model and by what was asked: so that scoring can be stopped and go on,
-and a task or an item that is added costs only itself.
+"""Scores that were computed before, by model and by what was asked: scoring can be stopped and go on, and a
+task or an item that is added costs only itself.
 
-One SQLite file. A model is named by a hash that its owner makes of everything a score depends on: weights,
-runtime, threads. An item is named by a hash of the very tokens that were asked, so a task whose text or
-tokenizer changes finds nothing old. What is kept is exact: a score read back equals the one computed.
+One SQLite file. A model is named by a hash of everything a score depends on (files, runtime, processor), an
+item by a hash of the very tokens asked. Values are exact: a score read back equals the one computed.
 """
 
 from __future__ import annotations
@@ -18,48 +17,48 @@ from typing import Any
 
 from edgedisp.core.errors import BadInput, BuildFailed
 
-FORM = 1  # raised when scores are computed in another way, so that older ones are not taken
-_AT_ONCE = 500  # names in one question; SQLite allows 999
+FORM = 2  # raised when scores are computed in another way, so that older ones are not taken
+_AT_ONCE = 500  # names in one query; SQLite allows 999
 
 
-class Kept:
-    """What one model scored. Raises BadInput for a file that is no store, BuildFailed where the disk is full
+class ScoreCache:
+    """What one model scored. Raises BadInput for a file that is no cache, BuildFailed where the disk is full
     or another program holds it."""
 
     def __init__(self, path: Path, model: str) -> None:
         self.path, self.model = path, f"{FORM} {model}"
-        with self._told():
-            self._store = sqlite3.connect(path, timeout=60)
-            self._store.execute(
+        with self._errors():
+            self._connection = sqlite3.connect(path, timeout=60)
+            self._connection.execute(
                 "CREATE TABLE IF NOT EXISTS scores (model TEXT, item TEXT, found TEXT, "
                 "PRIMARY KEY (model, item)) WITHOUT ROWID"
             )
 
-    def find(self, items: Sequence[str]) -> dict[str, Any]:
-        """Item -> what was kept of it, for those there are."""
-        found: dict[str, Any] = {}
+    def read(self, items: Sequence[str]) -> dict[str, Any]:
+        """Item -> its value, for those there are."""
+        values: dict[str, Any] = {}
         for start in range(0, len(items), _AT_ONCE):
             part = items[start : start + _AT_ONCE]
             marks = ",".join("?" * len(part))
-            with self._told():
-                rows = self._store.execute(
+            with self._errors():
+                rows = self._connection.execute(
                     f"SELECT item, found FROM scores WHERE model = ? AND item IN ({marks})",
                     (self.model, *part),
                 )
-                found |= {item: json.loads(text) for item, text in rows}
-        return found
+                values |= {item: json.loads(text) for item, text in rows}
+        return values
 
-    def keep(self, found: Mapping[str, Any]) -> None:
-        """Keep JSON-able values by item, all or none."""
-        rows = [(self.model, item, json.dumps(value)) for item, value in found.items()]
-        with self._told(), self._store:
-            self._store.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Store JSON-able values by item, all or none."""
+        rows = [(self.model, item, json.dumps(value)) for item, value in values.items()]
+        with self._errors(), self._connection:
+            self._connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
 
     def close(self) -> None:
-        self._store.close()
+        self._connection.close()
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _errors(self) -> Iterator[None]:
         """SQLite's own errors as ours."""
         try:
             yield

@@ -1,10 +1,9 @@
 """Which lm-evaluation-harness tasks there are, and reading them with their data, quietly.
 
-A hub is asked only for tasks that name a data set there, and only when one short request shows that it can be
-reached, because the client library would try again for half a minute or longer; without it, what is in the
-client's cache still works. Some tasks shuffle with the global random generators: these are seeded for the
-time of a call and put back. A folder of one's own tasks may name Python functions, which lm-eval runs: name
-only folders whose code you would run.
+Before a hub is used one short request shows whether it can be reached, because the client library would try
+for half a minute or longer; without it, the client's cache still works. Some tasks shuffle with the global
+random generators: these are seeded for the time of a call. A folder of one's own tasks may name Python
+functions, which lm-eval runs: name only folders whose code you would run.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import numpy as np
 from lm_eval.tasks import TaskManager
 
 from edgedisp.core.errors import BadInput
-from edgedisp.evaluate import shapes
+from edgedisp.evaluate import lm_eval_metrics
 
 HUB_TIMEOUT_S = 5.0
 _LOCAL_FORMATS = frozenset({"arrow", "csv", "json", "pandas", "parquet", "sql", "text", "webdataset", "xml"})
@@ -103,21 +102,21 @@ def _hub_ids(manager: TaskManager, name: str) -> set[str]:
 
 def _load_one(manager: TaskManager, name: str, hub_ids: list[str], unreachable: bool) -> Loaded:
     try:
-        found = manager.load([name])
+        loaded = manager.load([name])
     except Exception as problem:  # a YAML, Python that it names, or its data: all of it the user's choice
         data = (
             f"its data set is {', '.join(hub_ids[:3])} on the hub" if hub_ids else "its data cannot be read"
         )
         if hub_ids and unreachable:
             data += f", and {huggingface_hub.constants.ENDPOINT} does not answer"
-        told = (
+        message = (
             f"{name} cannot be loaded: {data} ({type(problem).__name__}: {problem}). "
             "Without a hub use the heldout_ tasks, or a local copy: a YAML with `dataset_path: json` and "
             "`data_files` in the folder that evaluate.tasks_path names"
         )
-        raise (Unreadable(told) if hub_ids else BadInput(f"evaluate.tasks: {told}")) from problem
-    tasks = dict(found["tasks"])
-    if name in found["groups"] and alike([*tasks.values()]):
+        raise (Unreadable(message) if hub_ids else BadInput(f"evaluate.tasks: {message}")) from problem
+    tasks = dict(loaded["tasks"])
+    if name in loaded["groups"] and alike([*tasks.values()]):
         return {name: tasks}
     return {each: {each: task} for each, task in tasks.items()}
 
@@ -134,7 +133,7 @@ def refuse_sampling(what: str, options: Mapping[str, Any]) -> None:
 def alike(tasks: Sequence[Any]) -> bool:
     """Whether tasks can be one result: one kind of output, the same metrics summed up in the same way, and by
     items (F1 and BLEU are of a whole task)."""
-    if not all(any(shapes.is_by_items(task, name) for name in task.aggregation()) for task in tasks):
+    if not all(any(lm_eval_metrics.is_by_items(task, name) for name in task.aggregation()) for task in tasks):
         return False
     return len({(task.OUTPUT_TYPE, frozenset(task.aggregation().items())) for task in tasks}) == 1
 

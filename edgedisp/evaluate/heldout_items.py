@@ -1,7 +1,11 @@
-"""Making test items from documents: windows of text, last words, next sentences (the tasks: heldout.py).
+"""Making test items from documents: windows of text, last words, next sentences (for heldout_tasks.py).
 
 Every maker takes the documents in an order already shuffled and a random generator of its own, and returns at
-most `limit` questions, spread over as many documents as there are.
+most `limit` questions, spread over as many documents as there are. Contexts are whole sentences and short.
+
+Sentences end by rule, with no model and no language pack: at . ! or ? before white space and something that
+can begin a sentence, but not after an initial ("J. R. R. Tolkien"), a known abbreviation or one with inner
+full stops ("e.g."). A missed end makes a longer sentence, a false one a harder item, for every model alike.
 """
 
 from __future__ import annotations
@@ -15,9 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from edgedisp.evaluate.answers import Request
-from edgedisp.evaluate.score import Decode, Encode, encode_pair, rolling_windows
-from edgedisp.evaluate.sentences import sentences
+from edgedisp.evaluate.loglikelihood import Decode, Encode, Request, encode_pair, rolling_windows
 
 CLOZE_CONTEXT = 96  # tokens
 CLOZE_WORDS = 30
@@ -25,9 +27,17 @@ CONTINUATION_CONTEXT = 64  # tokens
 CONTINUATION_SENTENCE = 40  # tokens
 CONTINUATION_WORDS = 4
 CHOICES = 4
-FEWEST = 2  # questions of a task; with one there is no interval
+LEAST = 2  # questions of a task; with one there is no interval
 _SENTENCES = 24  # looked back at most: more than fit in any context here
 _LAST_WORD = re.compile(r"\s+([^\W\d_]{3,})[.!?]+[\"'”’)\]]*$")
+_END = re.compile(r"([.!?]+[\"'”’)\]]*)\s+(?=[\"'“‘(\[¿¡]*[^\W_a-z])")
+_WORD_AT_END = re.compile(r"\S+$")
+_ABBREVIATION = re.compile(
+    "mr|mrs|ms|dr|prof|rev|hon|st|mt|ft|jr|sr|gen|col|capt|lt|maj|sgt|adm|gov|sen|rep|pres|"
+    "vs|etc|approx|ca|cf|al|ed|eds|vol|(?-i:No|Nos)|pp|fig|inc|ltd|co|corp|bros|dept|univ|est|"
+    "jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec",
+    re.IGNORECASE,
+)
 
 
 class Document(Protocol):
@@ -60,8 +70,8 @@ class Question:
 class Text:
     """All that the questions are made from.
 
-    context: most tokens in a question, the same for every model. lead: the token that every text begins with,
-    for models that know such (Gemma's <bos>); others begin after `end_of_text`, as in training.
+    context: most tokens in a question, the same for every model. bos_token: the one that every text begins
+    with, for models that know such (Gemma's <bos>); others begin after `end_of_text`, as in training.
     """
 
     documents: Sequence[Document]
@@ -71,12 +81,12 @@ class Text:
     context: int
     seed: int
     perplexity_tokens: int | None = None
-    lead: int | None = None
+    bos_token: int | None = None
 
     @property
     def start(self) -> int:
         """The token that stands before a text."""
-        return self.end_of_text if self.lead is None else self.lead
+        return self.end_of_text if self.bos_token is None else self.bos_token
 
 
 def windows(
@@ -89,9 +99,11 @@ def windows(
     for document in documents:
         ids = text.encode(document.text)
         ends = 0
-        for index, window in enumerate(rolling_windows(ids, text.context, text.start, text.lead is not None)):
+        for index, window in enumerate(
+            rolling_windows(ids, text.context, text.start, text.bos_token is not None)
+        ):
             over = text.perplexity_tokens is not None and spent + len(window[1]) > text.perplexity_tokens
-            if len(questions) == limit or (over and len(questions) >= FEWEST):
+            if len(questions) == limit or (over and len(questions) >= LEAST):
                 return questions
             if index == most:
                 break
@@ -247,3 +259,28 @@ def _bytes(text: Text, document: Document, ids: Sequence[int], end: int) -> int:
     if end in (0, len(ids)):
         return len(document.text.encode()) if end else 0
     return len(text.decode(list(ids[:end])).encode())
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Spans (start, end) of the sentences of a text, in order, without the white space around them."""
+    spans: list[tuple[int, int]] = []
+    start = len(text) - len(text.lstrip())
+    for match in _END.finditer(text):
+        if not _abbreviated(text[start : match.start()], match.group(1)):
+            spans.append((start, match.end(1)))
+            start = match.end()
+    end = len(text.rstrip())
+    if end > start:
+        spans.append((start, end))
+    return spans
+
+
+def _abbreviated(before: str, mark: str) -> bool:
+    """Whether the full stop after `before` belongs to its last word and ends no sentence."""
+    word = _WORD_AT_END.search(before)
+    if word is None or mark != ".":
+        return False
+    bare = word.group().lstrip("\"'“‘([")
+    inner_stops = "." in bare and all(len(part) <= 2 for part in bare.split("."))
+    initial = len(bare) == 1 and bare.isupper()
+    return initial or inner_stops or _ABBREVIATION.fullmatch(bare) is not None

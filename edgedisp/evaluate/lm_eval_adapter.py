@@ -1,0 +1,235 @@
+"""Any lm-evaluation-harness task over a `LanguageModel`.
+
+lm-eval keeps its part: prompts, filters, and the score of each item. Ours is the model side (log-likelihoods,
+rolling log-likelihoods, greedy text) and what happens with the items: each becomes one line of a result, so
+that two models can be paired on it. A group whose tasks are scored alike is one result over all their items.
+
+Left out: chat templates, and tasks that sample, run generated code or look at pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.evaluator import evaluate
+
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress, silent
+from edgedisp.core.results import TaskScore
+from edgedisp.evaluate import lm_eval_metrics
+from edgedisp.evaluate.heldout_items import Text
+from edgedisp.evaluate.lm_eval_tasks import quiet, refuse_sampling, seeded
+from edgedisp.evaluate.loglikelihood import (
+    LanguageModel,
+    Request,
+    ScoreOptions,
+    encode_pair,
+    loglikelihoods,
+    rolling_windows,
+)
+from edgedisp.evaluate.score_cache import ScoreCache, name_of
+from edgedisp.evaluate.statistics import DEFAULT, Resampling
+from edgedisp.evaluate.task_result import TaskResult, task_result
+
+MAX_NEW_TOKENS = 256  # lm-eval's own default for tasks that name no limit
+_FIRST_BLOCK = 32  # tokens generated before the first look for a stop string
+
+
+class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
+    """The model side of lm-eval.
+
+    truncated: requests whose context was cut on the left so far (generation prompts included); cut: the items
+    of these, (task, number).
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        text: Text,
+        stop_ids: frozenset[int] = frozenset(),
+        cache: ScoreCache | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        super().__init__()
+        self.model, self.text, self.cache, self.progress = model, text, cache, progress
+        self.bos = [] if text.bos_token is None else [text.bos_token]
+        self.stop_ids = stop_ids | {text.end_of_text}
+        self.truncated = 0
+        self.cut: set[Hashable] = set()
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """(sum of log-probabilities, all greedy) of each (context, continuation) text pair."""
+        return self._score(requests)
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Log-likelihood of each whole text, every token predicted once, with as much context as fits."""
+        return [total for total, _ in self._score(requests)]
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Greedy text after each prompt, up to the first stop string, stop token or max_gen_toks."""
+        texts = []
+        for done, request in enumerate(requests, start=1):
+            texts.append(self._generate(request, *request.args))
+            self.progress(done, len(requests), "generations")
+        return texts
+
+    def token_requests(self, instance: Instance) -> list[Request]:
+        """What is asked of the model: the pair itself; windows for a rolling likelihood, and where the
+        continuation alone is longer than the model's context."""
+        each, context = self.text.bos_token is not None, self.model.context
+        if instance.request_type == "loglikelihood_rolling":
+            return [*rolling_windows(self.text.encode(instance.args[0]), context, self.text.start, each)]
+        before, after = encode_pair(self.text.encode, *instance.args)
+        if len(after) <= context:
+            return [([*self.bos, *before], after)]
+        prefix = before[-1] if before and not each else self.text.start
+        self._count_cut(instance, int(len(before) > 1))
+        return [*rolling_windows(after, context, prefix, each)]
+
+    def _score(self, instances: Sequence[Instance]) -> list[tuple[float, bool]]:
+        requests = [self.token_requests(instance) for instance in instances]
+        likelihoods = iter(
+            loglikelihoods(
+                self.model,
+                [pair for group in requests for pair in group],
+                [_item_of(instance) for instance, group in zip(instances, requests) for _ in group],
+                ScoreOptions(self.text.end_of_text, self.text.bos_token, self.cache, self.progress),
+            )
+        )
+        results = []
+        for instance, group in zip(instances, requests):
+            parts = [next(likelihoods) for _ in group]
+            self._count_cut(instance, sum(part.dropped > 0 for part in parts))
+            results.append((sum(part.sum_logprob for part in parts), all(part.greedy for part in parts)))
+        return results
+
+    def _count_cut(self, instance: Instance, times: int) -> None:
+        if times:
+            self.truncated += times
+            self.cut.add(_item_of(instance))
+
+    def _generate(self, instance: Instance, prompt: str, options: dict[str, Any]) -> str:
+        refuse_sampling("a task", options)
+        until = options.get("until") or []
+        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+        limit = int(options.get("max_gen_toks") or options.get("max_new_tokens") or MAX_NEW_TOKENS)
+        ids = self.text.encode(prompt)
+        # Where both do not fit, the prompt keeps at least half of the context.
+        left = self.model.context - len(self.bos)
+        room = max(left - limit, left // 2, 1)
+        limit = min(limit, left - min(len(ids), room))
+        self._count_cut(instance, int(len(ids) > room))
+        ids = [*self.bos, *ids[-room:]] or [self.text.start]
+        if self.cache is None:
+            return self._until(ids, limit, stops)
+        name = name_of(("until", ids, limit, stops))
+        if not (known := self.cache.read([name])):
+            self.cache.write(known := {name: self._until(ids, limit, stops)})
+        return str(known[name])
+
+    def _until(self, prompt: list[int], limit: int, stops: list[str]) -> str:
+        """Generate in blocks that double, looking for the stop strings after each.
+
+        A stop string can be any text, not a token, so the model cannot stop at it by itself. Each block reads
+        the prompt once more, which costs less than 256 tokens when 5 were wanted.
+        """
+        new: list[int] = []
+        while True:
+            block = min(max(_FIRST_BLOCK, len(new)), limit - len(new))
+            fresh = self.model.greedy([*prompt, *new], block, self.stop_ids)
+            ended = len(fresh) < block or bool(self.stop_ids & set(fresh))
+            new += [token for token in fresh if token not in self.stop_ids]
+            text = self.text.decode(new)
+            cuts = [place for stop in stops if (place := text.find(stop)) >= 0]
+            if cuts or ended or len(new) >= limit:
+                return text[: min(cuts)] if cuts else text
+
+
+def score(
+    model: HarnessModel,
+    name: str,
+    tasks: Mapping[str, Any],
+    limit: int | None = None,
+    resampling: Resampling = DEFAULT,
+) -> TaskResult:
+    """Score a loaded task, or the tasks of a group as one result.
+
+    limit: only the first items, of each task of a group as many as make at least so many together.
+    """
+    before = model.truncated
+    items: list[dict[str, Any]] = []
+    aggregates: dict[str, Any] = {}
+    for each, task in tasks.items():
+        task.set_fewshot_seed(seed=model.text.seed)
+        with quiet(), seeded(model.text.seed):
+            loaded: Any = {"tasks": {each: task}, "groups": {}, "group_map": {}}
+            result: Any = evaluate(
+                lm=model, task_dict=loaded, limit=_share(limit, tasks), bootstrap_iters=0, log_samples=True
+            )
+        items += _items(each, task, result["samples"][each], model)
+        aggregates = result["results"][each]
+    metrics, whole = lm_eval_metrics.metrics(next(iter(tasks.values())), aggregates, items)
+    chance = lm_eval_metrics.chance(metrics, items)
+    facts = TaskScore(name, whole if len(tasks) == 1 else {}, chance, model.truncated - before)
+    return task_result(facts, items, metrics, resampling)
+
+
+def item_requests(
+    tasks: Mapping[str, Any], model: Any, text: Text, limit: int
+) -> dict[str, tuple[Request, ...]]:
+    """Item -> its requests; of `model` only `context` is read, and nothing is computed.
+
+    Raises BadInput for a task that needs generated text, and for one that asks an item in several ways.
+    """
+    adapter = HarnessModel(model, text)
+    requests: dict[str, list[Request]] = {}
+    for name, task in tasks.items():
+        task.set_fewshot_seed(seed=text.seed)
+        with quiet(), seeded(text.seed):
+            task.build_all_requests(limit=_share(limit, tasks))
+        kinds = {instance.request_type for instance in task.instances}
+        if "generate_until" in kinds:
+            raise BadInput(f"--score {name}: needs generated text; on a device only likelihoods are scored")
+        if len(kinds) > 1:
+            raise BadInput(f"--score: {name}#0 is asked in two ways, which no device can be")
+        for instance in task.instances:
+            requests.setdefault(f"{name}#{instance.doc_id}", []).extend(adapter.token_requests(instance))
+    return {item: tuple(pairs) for item, pairs in requests.items()}
+
+
+def _share(limit: int | None, tasks: Mapping[str, Any]) -> int | None:
+    return None if limit is None else math.ceil(limit / len(tasks))
+
+
+def _item_of(instance: Instance) -> Hashable:
+    return instance.task_name, instance.doc_id
+
+
+def _items(name: str, task: Any, samples: list[dict[str, Any]], model: HarnessModel) -> list[dict[str, Any]]:
+    """lm-eval's samples (one per item and filter) -> one item each, with a hash of what was asked.
+
+    What is read of a long text depends on the context, so that is part of what was asked there.
+    """
+    context = model.model.context, model.text.bos_token
+    items: dict[int, dict[str, Any]] = {}
+    for sample in samples:
+        number = sample["doc_id"]
+        hashes: tuple[Any, ...] = (sample["doc_hash"], sample["prompt_hash"], sample["target_hash"])
+        if task.OUTPUT_TYPE == "loglikelihood_rolling" or (name, number) in model.cut:
+            hashes += context
+        item = items.setdefault(number, {"id": f"{name}#{number}", "document": f"{name}#{number}"})
+        item["asked"] = name_of(hashes)[:16]
+        if task.OUTPUT_TYPE == "multiple_choice":
+            item |= lm_eval_metrics.choice(task, sample)
+        for metric in sample["metrics"]:
+            item |= lm_eval_metrics.parts(
+                lm_eval_metrics.label(metric, sample["filter"]),
+                sample[metric],
+                lm_eval_metrics.aggregation(task, metric),
+            )
+    # A text of no words or bytes says nothing, and cannot be weighed.
+    return [item for item in items.values() if all(item[key] for key in item if key.endswith(":weight"))]

@@ -1,0 +1,48 @@
+"""Items of made scores: right and wrong answers, and losses of two models over the same documents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from edgedisp.core.results import TaskScore
+from edgedisp.evaluate.statistics import Metric, Resampling
+from edgedisp.evaluate.task_result import TaskResult, task_result
+
+Items = list[dict[str, Any]]
+FEW = Resampling(200)
+
+
+def binary(values: Any, per_document: int = 1, field: str = "value") -> Items:
+    return [
+        {"id": f"i{k}", "document": f"d{k // per_document}", field: int(value)}
+        for k, value in enumerate(values)
+    ]
+
+
+def losses(
+    rng: np.random.Generator, documents: int, per_document: int, shift: float, spread: float
+) -> tuple[Items, Items]:
+    """Two models over the same items; documents differ in difficulty and in how much the second gains."""
+    hardness, gain = rng.normal(3, 0.3, documents), rng.normal(shift, spread, documents)
+    first, second = [], []
+    for document in range(documents):
+        for index in range(per_document):
+            tokens = int(rng.integers(20, 60))
+            loss = hardness[document] + rng.normal(0, 0.2)
+            other = loss + gain[document] + rng.normal(0, 0.03)
+            item = {
+                "id": f"{document}.{index}",
+                "document": str(document),
+                "tokens": tokens,
+                "bytes": 4 * tokens,
+            }
+            first.append({**item, "nll": loss * tokens})
+            second.append({**item, "nll": other * tokens})
+    return first, second
+
+
+def result(task: str, items: Items, metric: Metric, chance: float | None = None) -> TaskResult:
+    asked = [{**item, "asked": str(item["id"])} for item in items]
+    return task_result(TaskScore(task, {}, chance), asked, [metric], FEW)

@@ -1,0 +1,349 @@
+"""lm-evaluation-harness tasks over our models: local tasks, and lm-eval's own backend as the reference."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import re
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval")
+
+import huggingface_hub
+import lm_eval.api.task
+from harness_tasks import QUESTIONS, choice_yaml, folder
+from lm_eval.api.instance import Instance
+from score_models import LETTERS, Letters, Speller
+
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.results import Score
+from edgedisp.evaluate import lm_eval_tasks
+from edgedisp.evaluate.lm_eval_adapter import HarnessModel
+from edgedisp.evaluate.loglikelihood import ScoreOptions
+from edgedisp.evaluate.score_cache import ScoreCache
+from edgedisp.evaluate.statistics import wilson
+from edgedisp.evaluate.task_result import Results, TaskResult, compare_task
+from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, prepare, tokenizer_text
+from edgedisp.models import TorchModel, bos_id
+
+__all__ = ["folder"]  # a fixture
+
+
+def suite(names: list[str], place: Path, limit: int = 100) -> TaskSuite:
+    return prepare(Letters(), [], SuiteOptions(tuple(names), limit=limit, tasks_path=place), end_of_text=0)
+
+
+def run(model: Any, names: list[str], place: Path, limit: int = 100) -> Results:
+    return suite(names, place, limit).run(model)
+
+
+def value(result: TaskResult, metric: str | None = None) -> Any:
+    score: Score = result.score.main if metric is None else result.score.metrics[metric]
+    return score.estimate.value
+
+
+def harness(model: Any) -> HarnessModel:
+    return HarnessModel(model, tokenizer_text(Letters(), 0, None, model.context))
+
+
+def test_choices_are_scored_as_by_hand(folder: Path) -> None:
+    model = Speller()
+    result = run(model, ["toy_choice"], folder)["toy_choice"]
+    right = normed = 0
+    for row, item in zip(QUESTIONS, result.items, strict=True):
+        expected = [model.logprob(f"q: {row['question']}\na:", " " + choice) for choice in row["choices"]]
+        assert item["logprobs"] == pytest.approx(expected, abs=1e-5)
+        by_length = [one / len(choice) for one, choice in zip(expected, row["choices"], strict=True)]
+        assert item["acc"] == (int(np.argmax(expected)) == row["gold"])
+        assert item["acc_norm"] == (int(np.argmax(by_length)) == row["gold"])
+        right, normed = right + int(item["acc"]), normed + int(item["acc_norm"])
+    assert (value(result), value(result, "acc_norm")) == (right / 5, normed / 5)
+    main = result.score.main
+    assert (main.metric, main.estimate.n, main.higher_is_better, main.is_share) == ("acc", 5, True, True)
+    assert (main.estimate.low, main.estimate.high) == wilson(right, 5)
+    golds = [" " + row["choices"][row["gold"]] for row in QUESTIONS]
+    nlls = [-model.logprob(f"q: {row['question']}\na:", gold) for row, gold in zip(QUESTIONS, golds)]
+    assert value(result, "gold_nll") == pytest.approx(np.mean(nlls), rel=1e-6)
+    bits = sum(nlls) / sum(map(len, golds)) / math.log(2)
+    assert value(result, "gold_bits_per_byte") == pytest.approx(bits, rel=1e-6)
+    assert result.score.chance == pytest.approx(1 / 3)
+
+
+def test_limit_takes_the_first_items(folder: Path) -> None:
+    result = run(Speller(), ["toy_choice"], folder, limit=2)["toy_choice"]
+    assert [item["id"] for item in result.items] == ["toy_choice#0", "toy_choice#1"]
+
+
+def test_rolling_texts_longer_than_the_context_are_predicted_once(folder: Path) -> None:
+    model = Speller(context=16)
+    result = run(model, ["toy_rolling"], folder)["toy_rolling"]
+    texts = [row["question"] * 9 for row in QUESTIONS]
+    nll = -sum(model.logprob("", text) for text in texts)
+    words = sum(len(text.split()) for text in texts)
+    assert value(result, "word_perplexity") == pytest.approx(math.exp(nll / words), rel=1e-6)
+    bits = nll / sum(map(len, texts)) / math.log(2)
+    assert value(result, "bits_per_byte") == pytest.approx(bits, rel=1e-6)
+
+
+def test_aggregates_made_from_items_equal_lm_evals_own(folder: Path) -> None:
+    from lm_eval.evaluator import evaluate
+
+    names = ["toy_choice", "toy_rolling", "toy_lambada"]
+    loaded = {
+        name: task for group in lm_eval_tasks.load(names, folder)[0].values() for name, task in group.items()
+    }
+    ours = run(Speller(), names, folder)
+    with lm_eval_tasks.quiet():
+        theirs: Any = evaluate(
+            lm=harness(Speller()), task_dict={"tasks": loaded, "groups": {}}, bootstrap_iters=0
+        )
+    for name in names:
+        for metric, score in ours[name].score.metrics.items():
+            if metric.startswith("gold_"):
+                continue  # ours alone
+            estimate: Any = score.estimate
+            assert estimate.value == pytest.approx(theirs["results"][name][f"{metric},none"], rel=1e-9)
+            assert estimate.low <= estimate.value <= estimate.high
+
+
+def test_the_main_metric_counts_right_answers_where_one_does(folder: Path) -> None:
+    # LAMBADA's own list has the perplexity first; a mean over tasks takes its accuracy.
+    first, second = (run(Speller(seed), ["toy_lambada"], folder)["toy_lambada"] for seed in (0, 1))
+    assert [*first.score.metrics] == ["acc", "perplexity"]
+    assert compare_task(first, second).metrics["perplexity"].per == "item"
+
+
+def test_a_metric_of_the_whole_task_is_carried_over_without_interval(folder: Path) -> None:
+    (folder / "f1.yaml").write_text(choice_yaml("toy_f1", folder.parent / "questions.jsonl", whole_task=True))
+    first, second = (run(Speller(seed), ["toy_f1"], folder)["toy_f1"] for seed in (0, 1))
+    main = first.score.main
+    assert (main.metric, main.estimate.low, first.definitions) == ("mcc", None, {})
+    assert "whole task" in (main.estimate.reason or "")
+    pair = compare_task(first, second).main.estimate
+    assert pair.low is None and pair.value == value(second) - value(first)
+
+
+def test_generated_text_ends_at_the_stop_string(folder: Path) -> None:
+    model = Speller()
+    model.say("?rain.")
+    result = run(model, ["toy_generate"], folder)["toy_generate"]
+    assert [item["exact_match"] for item in result.items] == [0, 0, 0, 0, 1]
+
+
+def generate(model: Speller, prompt: str, **options: Any) -> str:
+    request = Instance("generate_until", {}, (prompt, options), 0, ("t", 0, 1))
+    return harness(model).generate_until([request])[0]
+
+
+def test_stop_strings_are_found_past_the_first_block() -> None:
+    model = Speller(context=200)
+    model.table[:] = 0
+    cycle = "abcdefghijklmnopqrstuvwxyz"
+    model.say(cycle)
+    model.table[LETTERS.index("z"), LETTERS.index("a")] = 50.0
+    whole = (cycle * 9)[1:]
+    assert generate(model, "a", max_gen_toks=150) == whole[:150]
+    assert generate(model, "a", max_gen_toks=150, until="zab") == whole[: whole.index("zab")]
+    model.prompts.clear()
+    assert generate(model, "a", max_gen_toks=150, until=["yz", "nothing"]) == whole[: whole.index("yz")]
+    assert len(model.prompts) == 1
+
+
+def test_generation_ends_at_end_of_text_and_at_the_limit() -> None:
+    model = Speller()
+    model.say("abc\x00")
+    assert generate(model, "a") == "bc"
+    assert generate(model, "a", max_gen_toks=1) == "b"
+    assert generate(model, "a", max_new_tokens=1) == "b"
+
+
+def test_a_long_prompt_is_cut_on_the_left_and_keeps_half_of_the_context() -> None:
+    model = Speller(context=32)
+    prompt = "the quick brown fox jumps over the lazy dog"
+    adapter = harness(model)
+    adapter.generate_until([Instance("generate_until", {}, (prompt, {"max_gen_toks": 8}), 0, ("t", 0, 1))])
+    assert adapter.truncated == 1
+    for text, most in ((prompt, 256), ("fox", 256)):
+        generate(model, text, max_gen_toks=most)
+    assert [Letters().decode(ids) for ids in model.prompts] == [prompt[-24:], prompt[-16:], "fox"]
+
+
+def test_a_sampling_task_is_refused_before_anything_is_trained(folder: Path) -> None:
+    text = (folder / "generate.yaml").read_text().replace("toy_generate", "sampled")
+    (folder / "sampled.yaml").write_text(
+        text.replace("do_sample: false", "do_sample: true, temperature: 0.7")
+    )
+    with pytest.raises(BadInput, match=r"sampled asks for sampled text .*do_sample: false"):
+        lm_eval_tasks.load(["sampled"], folder)
+
+
+def test_long_texts_read_in_other_contexts_are_not_the_same_items(folder: Path) -> None:
+    names = ["toy_rolling", "toy_choice"]
+    wide, narrow = (run(Speller(context=context), names, folder) for context in (64, 16))
+    for name in names:  # all choices are longer than 16
+        asked = [{item["asked"] for item in one[name].items} for one in (wide, narrow)]
+        assert not asked[0] & asked[1]
+    again = run(Speller(context=48), ["toy_choice"], folder)["toy_choice"]
+    assert again.score.items_sha256 == wide["toy_choice"].score.items_sha256  # none was cut
+    cut = narrow["toy_choice"]
+    assert cut.score.truncated == sum(len(row["choices"]) for row in QUESTIONS)
+    expected = Speller(context=16).logprob("q: which is a fruit?\na:", " apple")
+    assert cut.items[0]["logprobs"][0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_group_of_unlike_tasks_or_without_metrics_by_item_gives_each_and_so_does_a_tag(
+    folder: Path,
+) -> None:
+    for name in ("f1_a", "f1_b"):
+        text = choice_yaml(name, folder.parent / "questions.jsonl", whole_task=True)
+        (folder / f"{name}.yaml").write_text(text + "tag: toys\n")
+    (folder / "both.yaml").write_text("group: both_f1\ntask: [f1_a, f1_b]\n")
+    (folder / "group.yaml").write_text("group: toy_mixed\ntask: [toy_choice, toy_lambada]\n")
+    assert sorted(run(Speller(), ["both_f1"], folder)) == ["f1_a", "f1_b"]
+    assert sorted(lm_eval_tasks.load(["toy_mixed"], folder)[0]) == ["toy_choice", "toy_lambada"]
+    assert sorted(lm_eval_tasks.load(["toys"], folder)[0]) == ["f1_a", "f1_b"]
+
+
+def test_an_empty_text_is_left_out_of_a_rolling_task(folder: Path) -> None:
+    rows = [*QUESTIONS, {"question": "", "choices": ["a", "b", "c"], "gold": 0}]
+    (folder.parent / "questions.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert len(run(Speller(), ["toy_rolling"], folder)["toy_rolling"].items) == len(QUESTIONS)
+
+
+def test_sampling_is_refused_with_what_would_work() -> None:
+    with pytest.raises(BadInput, match="do_sample: false"):
+        generate(Speller(), "a", do_sample=True, temperature=0.7)
+
+
+def test_scoring_is_silent_and_leaves_global_random_state_logging_and_bars_as_they_were(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    random.seed(5)
+    np.random.seed(5)
+    logger = logging.getLogger("lm_eval")
+    before = random.getstate(), np.random.get_state()[1].tolist(), logger.level, lm_eval.api.task.tqdm
+    run(Speller(), ["toy_choice"], folder)
+    after = random.getstate(), np.random.get_state()[1].tolist(), logger.level, lm_eval.api.task.tqdm
+    assert after == before and capfd.readouterr() == ("", "")
+
+
+def test_a_data_set_on_a_hub_that_is_not_there_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(lm_eval_tasks, "HUB_TIMEOUT_S", 1.0)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    (folder / "far.yaml").write_text(choice_yaml("toy_far", "x").replace("json", "no-such/set"))
+    told = r"toy_far cannot be loaded: its data set is no-such/set on the hub.*heldout_.*tasks_path"
+    found, missing = lm_eval_tasks.load(["toy_far", "toy_choice"], folder)
+    assert [*found] == ["toy_choice"] and [*missing] == ["toy_far"]
+    assert re.search(told, missing["toy_far"])
+    with pytest.raises(BadInput, match=told):  # nothing else is left to score
+        run(Speller(), ["toy_far"], folder)
+
+
+def test_a_local_data_file_that_is_missing_is_named(folder: Path) -> None:
+    (folder / "gone.yaml").write_text(choice_yaml("toy_gone", "gone.jsonl"))
+    with pytest.raises(BadInput, match=r"toy_gone cannot be loaded: its data cannot be read .*gone\.jsonl"):
+        lm_eval_tasks.load(["toy_gone"], folder)
+
+
+def test_a_group_of_tasks_scored_alike_is_one_result_over_their_items(folder: Path) -> None:
+    (folder / "other.yaml").write_text(choice_yaml("toy_other", folder.parent / "others.jsonl"))
+    rows = [{**row, "question": row["question"][::-1]} for row in QUESTIONS[:3]]
+    (folder.parent / "others.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "group.yaml").write_text("group: toy_both\ntask: [toy_choice, toy_other]\n")
+    model = Speller()
+    pooled = run(model, ["toy_both"], folder)["toy_both"]
+    parts = run(model, ["toy_choice", "toy_other"], folder)
+    mean = (5 * value(parts["toy_choice"]) + 3 * value(parts["toy_other"])) / 8
+    assert value(pooled) == pytest.approx(mean) and pooled.score.chance == pytest.approx(1 / 3)
+    assert [one["id"] for one in pooled.items[4:6]] == ["toy_choice#4", "toy_other#0"]
+    halved = run(model, ["toy_both"], folder, limit=4)["toy_both"]
+    each = [f"toy_{name}#{number}" for name in ("choice", "other") for number in (0, 1)]
+    assert [one["id"] for one in halved.items] == each
+
+
+def test_what_was_scored_before_is_not_asked_again(folder: Path, tmp_path: Path) -> None:
+    prepared = suite(["toy_choice", "toy_rolling", "toy_generate"], folder)
+    plain, path = prepared.run(Speller()), tmp_path / "scores.sqlite"
+    with closing(ScoreCache(path, "a")) as cache:
+        assert prepared.run(Speller(), ScoreOptions(cache=cache)) == plain
+    silent = Speller()
+    silent.table = silent.table * np.nan  # a model that cannot answer anything any more
+    with closing(ScoreCache(path, "a")) as cache:
+        assert prepared.run(silent, ScoreOptions(cache=cache)) == plain
+    assert silent.prompts == []
+    with closing(ScoreCache(path, "b")) as cache, pytest.raises(BuildFailed, match="not finite"):
+        prepared.run(silent, ScoreOptions(cache=cache))
+
+
+@pytest.mark.parametrize("lead", [None, 257])
+def test_log_likelihoods_and_text_equal_those_of_lm_evals_torch_backend(lead: int | None) -> None:
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bare = Tokenizer(
+        models.BPE(vocab={letter: k for k, letter in enumerate(["<end>", *letters, "<begin>"])}, merges=[])
+    )
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.decoder = decoders.ByteLevel()
+    if lead is not None:  # a tokenizer like Gemma's or Llama 3's
+        bare.post_processor = processors.TemplateProcessing("<begin> $A", None, [("<begin>", lead)])
+    bos = "<end>" if lead is None else "<begin>"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bare, eos_token="<end>", pad_token="<end>", bos_token=bos
+    )
+    assert bos_id(tokenizer) == lead
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = LlamaConfig(
+            vocab_size=258,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        llama = LlamaForCausalLM(config)
+
+    model = TorchModel(llama, threads=1)
+    ours = HarnessModel(model, tokenizer_text(tokenizer, 0, lead, 64))
+    theirs = HFLM(pretrained=llama, tokenizer=tokenizer, batch_size=3, device="cpu", max_length=64)
+    texts = [
+        "the tide was out and the boats lay on their sides",
+        "a bell rang twice",
+        "snow fell on the mill all day",
+    ]
+
+    def ask(kind: str, *arguments: Any) -> list[Instance]:
+        return [Instance(kind, {}, args, 0, ("t", 0, 1)) for args in arguments]
+
+    pairs = ask("loglikelihood", *[(text[:cut], text[cut : cut + 9]) for text in texts for cut in (0, 5, 13)])
+    rolling = ask("loglikelihood_rolling", *[(text * 4,) for text in texts])
+    # A prompt that is cut keeps its lead here, not there.
+    options = {"until": ["e"], "max_gen_toks": 20 if lead is None else 13, "do_sample": False}
+    prompts = ask("generate_until", *[(text, dict(options)) for text in texts])
+    expected = theirs.loglikelihood(pairs, disable_tqdm=True)
+    found = ours.loglikelihood(pairs)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    if lead is None:  # theirs forgets the lead from the second window on
+        assert ours.loglikelihood_rolling(rolling) == pytest.approx(
+            theirs.loglikelihood_rolling(rolling, disable_tqdm=True), abs=2e-3
+        )
+    assert ours.generate_until(prompts) == theirs.generate_until(prompts, disable_tqdm=True)

@@ -1,0 +1,217 @@
+"""Log-likelihoods against closed forms, and scores that are read back from the cache."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from score_models import Bigram, some_requests
+
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.evaluate import loglikelihood
+from edgedisp.evaluate.loglikelihood import ScoreOptions, encode_pair, loglikelihoods, rolling_windows
+from edgedisp.evaluate.score_cache import ScoreCache, name_of
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_scores_equal_the_closed_form_and_come_in_request_order(parallel: int) -> None:
+    model = Bigram(parallel=parallel)
+    requests = some_requests(model.vocab_size)
+    progress: list[int] = []
+    options = ScoreOptions(progress=lambda done, total, note: progress.append(done))
+    for request, found in zip(requests, loglikelihoods(model, requests, options=options), strict=True):
+        assert found.logprobs == pytest.approx(model.logprobs(*request), abs=1e-6)
+        assert found.tokens == len(request[1])
+    assert progress == sorted(progress) and progress[-1] == len(requests)
+
+
+def test_scores_do_not_depend_on_the_other_requests_or_their_order() -> None:
+    model = Bigram(parallel=2)
+    requests = some_requests(model.vocab_size)
+    alone = [loglikelihoods(model, [request])[0] for request in requests]
+    order = np.random.default_rng(2).permutation(len(requests))
+    assert loglikelihoods(model, [requests[k] for k in order]) == [alone[k] for k in order]
+
+
+def test_greedy_means_that_every_token_was_the_most_likely_one() -> None:
+    model = Bigram()
+    chain = [3, *model.greedy([3], 4, frozenset())]
+    wrong = [*chain[:-1], (chain[-1] + 1) % model.vocab_size]
+    right, missed = loglikelihoods(model, [(chain[:1], chain[1:]), (wrong[:1], wrong[1:])])
+    assert right.greedy and not missed.greedy
+
+
+def test_requests_with_the_same_input_are_computed_once() -> None:
+    model = Bigram()
+    same, choices = ([1, 2, 3], [4, 5]), [([1, 2], [last]) for last in range(4)]
+    found = loglikelihoods(model, [same, *choices, same, ([1, 2, 3, 4], [5])])
+    assert sorted(model.rows) == [(1, 2), (1, 2, 3, 4)] and found[0] == found[5]
+    sums = [one.sum_logprob for one in found[1:5]]
+    assert sums == pytest.approx([model.logprobs([2], [k])[0] for k in range(4)], abs=1e-6)
+    assert found[6].sum_logprob == pytest.approx(model.logprobs([4], [5])[0], abs=1e-6)
+
+
+def test_too_long_a_context_is_cut_on_the_left_and_keeps_its_bos_token() -> None:
+    model, request = Bigram(context=8), ([1, 2, 3, 4, 5, 6, 7, 8, 9], [2, 4, 6])
+    found = loglikelihoods(model, [request])[0]
+    assert model.rows == [(4, 5, 6, 7, 8, 9, 2, 4)] and found.dropped == 3
+    assert found.logprobs == pytest.approx(model.logprobs(*request), abs=1e-6)
+    model.rows.clear()
+    found = loglikelihoods(model, [request, ([], [5])], options=ScoreOptions(bos_token=1))[0]
+    assert sorted(model.rows) == [(1,), (1, 5, 6, 7, 8, 9, 2, 4)] and found.dropped == 3
+
+
+def test_an_empty_context_starts_after_end_of_text_and_an_empty_continuation_is_certain() -> None:
+    model = Bigram()
+    found = loglikelihoods(model, [([], [5, 6]), ([1, 2], [])], options=ScoreOptions(end_of_text=0))
+    assert found[0].logprobs == pytest.approx(model.logprobs([0], [5, 6]), abs=1e-6)
+    assert (found[1].sum_logprob, found[1].tokens, found[1].greedy) == (0.0, 0, True)
+    assert model.rows == [(0, 5)]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (([1], [2] * 9), "continuation of 9 tokens does not fit the model's context of 8"),
+        (([1], [99]), "token 99 is outside"),
+        (([], [5]), "needs end_of_text"),
+    ],
+)
+def test_requests_that_no_model_can_answer_are_refused(
+    request_: tuple[list[int], list[int]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        loglikelihoods(Bigram(context=8), [request_])
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_logits_that_are_not_finite_fail_the_build_and_large_ones_do_not_overflow(parallel: int) -> None:
+    model = Bigram(parallel=parallel)
+    model.table[4, 7] = np.nan
+    model.table[3] = -3e4
+    model.table[3, 5] = 3e4
+    assert loglikelihoods(model, [([3], [5])])[0].sum_logprob == 0.0
+    assert loglikelihoods(model, [([3], [6])])[0].sum_logprob == pytest.approx(-6e4)
+    with pytest.raises(BuildFailed, match="not finite"):
+        loglikelihoods(model, [([1], [2]), ([4], [2]), ([5], [2])])
+
+
+@given(length=st.integers(0, 60), context=st.integers(2, 20), each=st.booleans())
+def test_rolling_windows_predict_each_token_once_with_the_text_before_it(
+    length: int, context: int, each: bool
+) -> None:
+    ids, predicted = list(range(100, 100 + length)), list[int]()
+    for before, after in rolling_windows(ids, context, prefix=7, each=each):
+        assert len(before) + len(after) - 1 <= context
+        text = [7, *ids]
+        start = text.index(after[0])
+        assert before[0] == 7 or not each
+        earlier = before[1:] if each and start > 1 else before
+        assert list(earlier) == text[start - len(earlier) : start]
+        predicted += after
+    assert predicted == ids
+
+
+def test_the_last_rolling_window_is_filled_up_with_earlier_text() -> None:
+    windows = list(rolling_windows(range(10), context=4, prefix=99))
+    assert windows == [((99,), (0, 1, 2, 3)), ((3,), (4, 5, 6, 7)), ((5, 6, 7), (8, 9))]
+
+
+def pieces(text: str) -> list[int]:
+    """A toy tokenizer with the habit that matters: a space goes with the letter after it; 'ab' is a token."""
+    ids, k = [], 0
+    while k < len(text):
+        step = next((n for n in (3, 2, 1) if text[k : k + n] in (" ab", "ab", " a", " b")), 1)
+        ids.append(int.from_bytes(text[k : k + step].encode(), "big"))
+        k += step
+    return ids
+
+
+@given(context=st.text("ab ", max_size=12), continuation=st.text("ab ", min_size=1, max_size=6))
+@settings(max_examples=200)
+def test_joined_texts_keep_the_tokens_of_the_whole(context: str, continuation: str) -> None:
+    before, after = encode_pair(pieces, context, continuation)
+    assert before + after == pieces(context + continuation) and after
+
+
+def test_a_space_or_a_token_across_the_join_belongs_to_the_continuation() -> None:
+    assert encode_pair(pieces, "b ", "ab") == encode_pair(pieces, "b", " ab") == (pieces("b"), pieces(" ab"))
+    assert encode_pair(pieces, "ba", "b") == (pieces("b"), pieces("ab"))
+
+
+def test_scoring_loads_neither_torch_nor_lm_eval() -> None:
+    code = (
+        "import sys, edgedisp.evaluate.task_suite; print({'torch', 'lm_eval', 'datasets'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+# ---------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[ScoreCache]:
+    with closing(ScoreCache(tmp_path / "scores.sqlite", "a model")) as opened:
+        yield opened
+
+
+def test_values_are_read_back_to_the_bit_by_their_model_alone(cache: ScoreCache) -> None:
+    values = {str(number): [number + 0.1 + 0.2, -1e-300] for number in range(1200)}
+    cache.write(values)
+    assert cache.read([*values, "other"]) == values
+    with closing(ScoreCache(cache.path, "another model")) as other:
+        assert other.read(["0"]) == {}
+
+
+def test_a_file_that_is_no_cache_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "scores.sqlite"
+    path.write_text("hello " * 400)
+    with pytest.raises(BadInput, match=r"scores\.sqlite: cannot be used .*delete it"):
+        ScoreCache(path, "a model")
+
+
+def test_only_new_items_are_computed(cache: ScoreCache) -> None:
+    model, requests = Bigram(), some_requests(11)
+    first = loglikelihoods(model, requests[:30], options=ScoreOptions(cache=cache))
+    before = len(model.rows)
+    both = loglikelihoods(model, requests, options=ScoreOptions(cache=cache))
+    assert both[:30] == first and both == loglikelihoods(Bigram(), requests)
+    assert len(model.rows) - before == len({(*context, *target[:-1]) for context, target in requests[30:]})
+
+
+def test_an_item_of_which_a_part_is_missing_is_asked_whole(cache: ScoreCache) -> None:
+    model, requests, options = Bigram(), some_requests(11, n=4), ScoreOptions(cache=cache)
+    loglikelihoods(model, requests[:3], ["q", "q", "r"], options)
+    model.rows.clear()
+    loglikelihoods(model, requests, ["q", "q", "r", "q"], options)
+    assert len(model.rows) == 3  # "r" is known; "q" has one choice more
+
+
+def test_what_was_scored_before_an_interruption_is_there(
+    cache: ScoreCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loglikelihood, "_WRITE_EVERY_S", 0.0)
+    requests, options = some_requests(11), ScoreOptions(cache=cache)
+    names = [name_of([tuple(map(tuple, one))]) for one in requests]
+
+    class Interrupted(Bigram):
+        def logits(self, ids: NDArray[np.int64], last: int) -> NDArray[np.float32]:
+            if len(self.rows) == 13:
+                assert len(cache.read(names)) >= 12  # written down while others are computed
+                raise KeyboardInterrupt
+            return super().logits(ids, last)
+
+    with pytest.raises(KeyboardInterrupt):
+        loglikelihoods(Interrupted(), requests, options=options)
+    model = Bigram()
+    assert loglikelihoods(model, requests, options=options) == loglikelihoods(Bigram(), requests)
+    assert 0 < len(model.rows) <= len(requests) - 13
