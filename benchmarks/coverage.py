@@ -21,14 +21,13 @@ import numpy as np
 from record import write
 from scipy import stats
 
-from edgedisp.core.results import Estimate, TaskDifference, TaskScore
+from edgedisp.core.results import Estimate, Run, TaskDifference, TaskScore
 from edgedisp.evaluate.quantization_survival import loss_survival
 from edgedisp.evaluate.seeds_and_means import difference as over_seeds
 from edgedisp.evaluate.seeds_and_means import mean_difference
 from edgedisp.evaluate.statistics import ACCURACY, PERPLEXITY, Metric, Resampling, difference
 from edgedisp.evaluate.task_result import TaskResult, compare_task, task_result
 from edgedisp.report import verdict
-from edgedisp.summary import differences_record
 
 BOOTSTRAP = 500
 DIFFICULTY, SPREAD, TRUTH = 0.5, 0.02, 0.004
@@ -146,22 +145,18 @@ def of_verdicts(documents: int) -> Callable[[Rng], dict[str, Any]]:
     """A build whose arms do not differ: held-out loss and two accuracies at three precisions."""
 
     def draw(rng: Rng) -> dict[str, Any]:
-        comparison: dict[str, Any] = {}
+        compared: dict[str, dict[str, TaskDifference]] = {}
         for precision in ("torch", "int8", "int4"):
             resampling = Resampling(BOOTSTRAP, int(rng.integers(2**31)))
             pair = losses(rng, documents, [0.0, 0.0])
             by_task = {"heldout_perplexity": difference(*pair, PERPLEXITY, resampling)}
             for task in ("heldout_cloze", "heldout_continuation"):
                 by_task[task] = difference(*answers(rng, documents, 0.06), ACCURACY, resampling)
-            comparison[precision] = differences_record(
-                {task: TaskDifference(task, {one.metric: one}) for task, one in by_task.items()}
-            )
-        summary = {
-            "arms": ["baseline", "dispersed"],
-            "precisions": ["torch", "int8", "int4"],
-            "comparison": {"dispersed": comparison},
-        }
-        return {"claims": verdict(summary)["label"] in ("helps", "hurts")}
+            compared[precision] = {
+                task: TaskDifference(task, {one.metric: one}) for task, one in by_task.items()
+            }
+        run = Run("simulated", ["baseline", "dispersed"], [*compared], comparisons={"dispersed": compared})
+        return {"claims": verdict(run).label in ("helps", "hurts")}
 
     return draw
 

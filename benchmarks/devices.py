@@ -30,8 +30,9 @@ from edgedisp.bench.devices import BenchOptions
 from edgedisp.bench.results import median_interval
 from edgedisp.bench.system import physical_cores
 from edgedisp.core.progress import Screen
+from edgedisp.pipeline.run_results import device_result
 from edgedisp.recipe import load_target
-from edgedisp.report.devices_page import devices_page
+from edgedisp.report.render import devices_page
 from edgedisp.single import export_for_target, time_bundles
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
@@ -127,7 +128,9 @@ def main() -> None:
         genai = in_genai(bundles["laptop"], asked.repetitions)
         result = on_devices(bundles, asked.repetitions, folder)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "devices.html").write_text(devices_page(result), encoding="utf-8")
+    (RESULTS / "devices.html").write_text(
+        devices_page([device_result(one) for one in result["devices"]]), encoding="utf-8"
+    )
     rows = [{"device": one["device"], **row} for one in result["devices"] for row in one.get("rows", ())]
     write(
         "devices", figures(result, genai), [*rows, *genai], devices=[_facts(one) for one in result["devices"]]

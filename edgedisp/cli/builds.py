@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,10 @@ from edgedisp.cli.app import (
 from edgedisp.core import distributed as processes
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.paths import data_folder
+from edgedisp.core.results import Run
+
+if TYPE_CHECKING:
+    from edgedisp.commands.compare import CompareOptions
 
 
 @app.command()
@@ -54,29 +58,30 @@ def build(
         typer.echo(f"warning: {warning}", err=True)
     with Screen(f"{loaded.name} -> {run}") as screen:
         walked = build_run(loaded, run, threads_for(loaded), screen)
-        from edgedisp.run_report import publish
+        from edgedisp.commands.run_report import publish
 
-        summary = publish(loaded, walked, run)
-    _show(summary, run, as_json)
-    _end_if_missing(summary)
+        results = publish(loaded, walked, run)
+    _show(results, run, as_json)
+    _fail_if_missing(results)
 
 
-def _show(summary: dict[str, Any], run: Path, as_json: bool) -> None:
-    from edgedisp.report import assignment_text, render_arms, render_text, table, verdict
+def _show(results: Run, run: Path, as_json: bool) -> None:
+    from edgedisp import report
+    from edgedisp.core.serialization import to_json
 
+    verdict = report.verdict(results)
     if as_json:
-        shown = {"run": str(run), "report": str(run / "report.html"), "verdict": verdict(summary)}
+        page = str(run / "report.html")
+        shown = {
+            "run": str(run),
+            "report": page,
+            "verdict": {**to_json(verdict), "sentence": verdict.sentence},
+        }
         typer.echo(json.dumps(shown, ensure_ascii=False))
         return
-    typer.echo(render_text(table(summary), width()))
-    if chosen := assignment_text(summary):
-        typer.echo(f"\n{chosen}")
-    typer.echo("")
-    if others := render_arms(summary, width()):
-        typer.echo(f"{others}\n")
-    typer.echo(verdict(summary)["sentence"])
-    typer.echo("")
-    typer.echo(f"report: {run / 'report.html'}")
+    blocks = [report.table_text(report.table(results), width()), report.search_text(results)]
+    blocks += [report.arms_text(results, width()), verdict.sentence, f"report: {run / 'report.html'}"]
+    typer.echo("\n\n".join(block for block in blocks if block))
 
 
 @app.command()
@@ -181,13 +186,25 @@ def compare(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
 ) -> None:
     """Print the before/after table of runs, joined item by item, or of two models scored here."""
-    from edgedisp.comparison import is_run
+    from edgedisp import report
+    from edgedisp.pipeline.run_results import is_run
 
     _check_page(html)
     runs = [path for path in subjects if is_run(path)]
     if not runs and len(subjects) == 2:
-        names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-        _compare_models(subjects, names, text, tasks_path, limit, context, out, html, as_json, markdown)
+        from edgedisp.commands.compare import CompareOptions
+
+        names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+        options = CompareOptions(names, text, tasks_path, limit or 200, context or 256)
+        folder, results = _compare_models(subjects, options, out)
+        if html is not None:
+            _write_page(results, html)
+        if markdown:
+            typer.echo(report.table_markdown(report.table(results)))
+            typer.echo(report.verdict(results).sentence)
+        else:
+            _show(results, folder, as_json)
+        _fail_if_missing(results)
         return
     if len(runs) < len(subjects):
         other = next(path for path in subjects if not is_run(path))
@@ -204,82 +221,54 @@ def compare(
     _compare_runs(runs, html, as_json, markdown)
 
 
-def _compare_runs(runs: list[Path], html: Path | None, as_json: bool, markdown: bool) -> None:
-    from edgedisp.report import compare as compare_runs
-    from edgedisp.report import render_arms, render_markdown, render_text, verdict
-    from edgedisp.summary import load
+def _compare_runs(paths: list[Path], html: Path | None, as_json: bool, markdown: bool) -> None:
+    from edgedisp import report
+    from edgedisp.core.serialization import to_json
+    from edgedisp.pipeline.run_results import load
 
-    summaries = [load(run) for run in runs]
-    compared = compare_runs(summaries)
-    joint = None
-    if len(runs) > 1:
-        from edgedisp.comparison.runs import joined
+    runs = [load(path) for path in paths]
+    table = report.compare(runs)
+    joined = None
+    if len(paths) > 1:
+        from edgedisp.commands.compare import join_runs
 
-        joint = joined(runs)
+        joined = join_runs(paths)
     if html is not None:
-        _write_page(joint or summaries[0], html)
+        _write_page(joined or runs[0], html)
     if as_json:
-        found = {"table": compared.as_json(), "verdicts": [verdict(one) for one in summaries]}
-        if joint is not None:
-            found["joint"] = {key: joint[key] for key in ("arms", "comparison", "means", "apart")}
-        typer.echo(json.dumps(found, ensure_ascii=False))
+        verdicts = [{**to_json(one), "sentence": one.sentence} for one in map(report.verdict, runs)]
+        shown = {"table": to_json(table), "verdicts": verdicts, "joined": to_json(joined)}
+        typer.echo(json.dumps(shown, ensure_ascii=False))
         return
-    typer.echo(render_markdown(compared) if markdown else render_text(compared, width()))
-    for summary in summaries:
-        typer.echo(f"\n{summary['name']}: {verdict(summary)['sentence']}")
-        if joint is None and (others := render_arms(summary, width())):
-            typer.echo(f"\n{others}")
-    if joint is not None:
-        typer.echo(f"\n{render_arms(joint, width())}")
-        for reason in joint["apart"]:
-            typer.echo(f"not paired: {reason}")
+    blocks = [report.table_markdown(table) if markdown else report.table_text(table, width())]
+    for run in runs:
+        blocks += [
+            f"{run.name}: {report.verdict(run).sentence}",
+            "" if joined else report.arms_text(run, width()),
+        ]
+    if joined is not None:
+        blocks += [
+            report.arms_text(joined, width()),
+            *(f"not paired: {reason}" for reason in joined.unpaired),
+        ]
+    typer.echo("\n\n".join(block for block in blocks if block))
 
 
-def _compare_models(
-    subjects: list[Path],
-    names: list[str],
-    text: Path | None,
-    tasks_path: Path | None,
-    limit: int | None,
-    context: int | None,
-    out: Path | None,
-    html: Path | None,
-    as_json: bool,
-    markdown: bool,
-) -> None:
-    from edgedisp.comparison.models import folder_for, scored_pair
+def _compare_models(subjects: list[Path], options: CompareOptions, out: Path | None) -> tuple[Path, Run]:
+    from edgedisp.commands.compare import compare_models, default_folder
     from edgedisp.core.progress import Screen
-    from edgedisp.report import render_markdown, table, verdict
 
     first, second = subjects
-    folder = out or folder_for(first, second, names, text)
+    folder = out or default_folder(first, second, options)
     with Screen(f"{first} and {second} -> {folder}") as screen:
-        summary = scored_pair(
-            first,
-            second,
-            names,
-            folder,
-            text=text,
-            tasks_path=tasks_path,
-            limit=limit or 200,
-            context=context or 256,
-            progress=screen.progress,
-        )
-    if html is not None:
-        _write_page(summary, html)
-    if markdown:
-        typer.echo(render_markdown(table(summary)))
-        typer.echo(verdict(summary)["sentence"])
-    else:
-        _show(summary, folder, as_json)
-    _end_if_missing(summary)
+        return folder, compare_models(first, second, options, folder, screen.progress)
 
 
-def _write_page(summary: dict[str, Any], path: Path) -> None:
+def _write_page(results: Run, path: Path) -> None:
     """The report as one page, with nothing beside it."""
-    from edgedisp.report import single_page
+    from edgedisp.report.render import single_page
 
-    path.write_text(single_page(summary), encoding="utf-8")
+    path.write_text(single_page(results), encoding="utf-8")
     typer.echo(f"page: {path}", err=True)
 
 
@@ -291,9 +280,9 @@ def _check_page(path: Path | None) -> None:
         raise BadInput(f"--html {path}: is a folder; name a file, such as {path / 'compared.html'}")
 
 
-def _end_if_missing(summary: dict[str, Any]) -> None:
-    """Exit code 1 where a task could not be scored: all else is done, and told."""
-    if missing := summary["missing_tasks"]:
+def _fail_if_missing(results: Run) -> None:
+    """Exit code 1 where a task could not be scored: all else is done, and shown."""
+    if missing := results.missing_tasks:
         raise BuildFailed(
             f"the report is written, but {', '.join(missing)} could not be scored: "
             f"{'; '.join(missing.values())}. The same command tries again and keeps the rest"

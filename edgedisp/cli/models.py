@@ -31,18 +31,22 @@ def condensation(
     as_json: JsonOption = False,
 ) -> None:
     """Measure how condensed a model's token vectors are, layer by layer; a bundle's in its own graph."""
-    from edgedisp import instrument
+    from edgedisp.commands import condensation as command
     from edgedisp.core.progress import Screen
+    from edgedisp.core.serialization import to_json
 
     if out:
-        instrument.check_out(out)
+        command.check_out(out)
+    options = command.CondensationOptions(text, sequences, context)
     with Screen("condensation") as screen:
-        found = instrument.condensation(
-            model, compare, text=text, sequences=sequences, context=context, progress=screen.progress
-        )
-        files = instrument.write(found, out) if out else []
-    typer.echo(json.dumps(instrument.plain(found)) if as_json else instrument.render(found))
-    if files and not as_json:
+        names = [model] if compare is None else [model, compare]
+        profiles = command.measure(names, options, screen.progress)
+        files = command.write(profiles, out) if out else []
+    if as_json:
+        typer.echo(json.dumps(to_json(profiles)))
+        return
+    typer.echo(command.text(profiles, width()))
+    if files:
         typer.echo(f"\npage: {files[0]}")
 
 
@@ -126,7 +130,8 @@ def bench(
     """
     from edgedisp.bench.devices import BenchOptions
     from edgedisp.core.progress import Screen
-    from edgedisp.report.devices import render_devices
+    from edgedisp.pipeline.run_results import device_result
+    from edgedisp.report import devices_text
     from edgedisp.single import lost_devices, time_bundles
     from edgedisp.stages.device_scores import wished
 
@@ -147,14 +152,17 @@ def bench(
     with Screen(f"bench on {', '.join(names)}") as screen:
         wish = wished(score, items=items, limit=limit, text=text, tasks_path=tasks_path)
         timed = time_bundles(bundles, names, options, screen.progress, wish, write_threads=write_threads)
+    results = [device_result(device) for device in timed["devices"]]
     if html is not None:
-        from edgedisp.report.devices_page import devices_page
+        from edgedisp.report.render import devices_page
 
-        html.write_text(devices_page(timed), encoding="utf-8")
-    typer.echo(json.dumps(timed) if as_json else render_devices(timed, width()))
+        html.write_text(devices_page(results), encoding="utf-8")
+    typer.echo(json.dumps(timed) if as_json else devices_text(results, width()))
+    for label, count in (timed.get("written") or {}).items() if not as_json else ():
+        typer.echo(f"{label}: {count} threads written into the bundle")
     if report:
         from edgedisp import device_results
-        from edgedisp.run_report import show_devices
+        from edgedisp.commands.run_report import show_devices
 
         kept_in = {run for device in timed["devices"] for run in device_results.keep(device, in_runs)}
         for run in sorted(kept_in):
@@ -166,8 +174,8 @@ def bench(
 def _in_runs(bundles: list[Path]) -> dict[str, Any]:
     """Where the bundles lie in runs, as they are before anything is timed."""
     from edgedisp.bench.results import label_bundles
+    from edgedisp.commands.run_report import check_runs
     from edgedisp.device_results import places
-    from edgedisp.run_report import check_runs
 
     found = places(label_bundles(bundles))
     if not found:

@@ -48,10 +48,11 @@ def phone(
     from edgedisp.bench.page_plan import PagePlan, read_bundle
     from edgedisp.bench.phone import ServeOptions, serve
     from edgedisp.bench.results import label_bundles
+    from edgedisp.commands.run_report import check_runs, show_devices
     from edgedisp.core.stage_folder import check_files, write_json
     from edgedisp.device_results import keep, places
-    from edgedisp.report.devices import render_devices
-    from edgedisp.run_report import check_runs, show_devices
+    from edgedisp.pipeline.run_results import device_result
+    from edgedisp.report import devices_text
 
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise BadInput(f"--out {out}: is a folder, or in one that is not there; name a file")
@@ -76,7 +77,7 @@ def phone(
         if out is not None:  # at once: later phones may come or not
             write_json(out, {"format": 1, "devices": kept})
         if not as_json:
-            typer.echo(render_devices({"devices": [result]}, width()) + "\n")
+            typer.echo(devices_text([device_result(result)], width()) + "\n")
         keep_in_runs([result])
 
     def keep_in_runs(found: list[dict[str, Any]]) -> None:
@@ -98,7 +99,7 @@ def phone(
     results = [("lost" not in one and told.get(one["run"])) or scorer.told(one) for one in results]
     partial = [result for result in results if "lost" in result]
     for result in partial if not as_json else ():
-        typer.echo(render_devices({"devices": [result]}, width()) + "\n")
+        typer.echo(devices_text([device_result(result)], width()) + "\n")
     if out is not None:
         write_json(out, {"format": 1, "devices": results})
         typer.echo(f"results: {out}", err=True)

@@ -8,10 +8,30 @@ An interval is a 95 % interval. A difference is always second - first (arm - bas
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 Json = dict[str, Any]
+
+BASELINE = "baseline"
+"""The arm that all others are compared with."""
+DISPERSED = "dispersed"
+AS_GIVEN = "as given"
+"""The precision of a model that was not built here, as `edgedisp compare` takes it."""
+CHANGES_FORWARD = ("neftune", "embedding_dropout")
+"""Techniques that change the input of the model, so an arm's first loss is not the baseline's."""
+Z95 = 1.959963984540054
+"""Half-width of a 95 % interval in standard errors."""
+Z80 = 0.8416212335729143
+PUBLISHED_POINTS = 0.7
+"""The smallest published gain of dispersion, in points of a mean over ten tasks (GPT-2: 34.95 to 35.61;
+arXiv 2602.00217)."""
+
+
+def detectable(half_width: float) -> float:
+    """The difference that a comparison with such a 95 % interval finds 4 times out of 5."""
+    return half_width * (Z95 + Z80) / Z95
 
 
 @dataclass(frozen=True)
@@ -55,6 +75,15 @@ class Estimate:
     @property
     def excludes_zero(self) -> bool:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+    @property
+    def test_p(self) -> float | None:
+        """`p`, or where no test was made the normal approximation of it from the interval."""
+        if self.p is not None or self.value is None or self.half_width is None:
+            return self.p
+        if self.half_width <= 0:
+            return 1.0 if self.value == 0 else 0.0
+        return math.erfc(abs(self.value) * Z95 / self.half_width / math.sqrt(2))
 
 
 @dataclass(frozen=True)
@@ -173,8 +202,6 @@ class Divergence:
     max_kl: float
     top1_agreement: float
     top5_overlap: float
-    by_position: list[Json] = field(default_factory=list)
-    worst: list[Json] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -292,22 +319,35 @@ class Timing:
     weights_bytes: int | None = None
     bytes_read_per_token: int | None = None
     bandwidth_gb_per_s: float | None = None
-    drift_percent: float | None = None
+    download_bytes: int | None = None
     warnings: tuple[str, ...] = ()
+    partial: bool = False
 
 
 @dataclass(frozen=True)
 class DeviceResult:
-    """What one device measured. pairs: twins compared {baseline, arm, same_graph, decode, fault}."""
+    """What one device measured.
+
+    pairs: twins compared {baseline, dispersed, same_graph, decode, fault}. scores: records of
+    evaluate/device_sample.py. threads: label -> {best, rows} of a thread sweep. clock_mhz, temperature_c:
+    lowest and highest over the repetitions. lost: why the device was lost in the middle.
+    """
 
     device: str
-    kind: str
     machine: Json = field(default_factory=dict)
     rows: list[Timing] = field(default_factory=list)
     pairs: list[Json] = field(default_factory=list)
     scores: list[Json] = field(default_factory=list)
+    threads: dict[str, Json] = field(default_factory=dict)
+    load_average: Json = field(default_factory=dict)
+    clock_mhz: tuple[float, float] | None = None
+    temperature_c: tuple[float, float] | None = None
+    measured: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    partial: bool = False
+    lost: str | None = None
+
+    def timing(self, label: str) -> Timing | None:
+        return next((row for row in self.rows if row.label == label), None)
 
 
 @dataclass(frozen=True)
@@ -333,8 +373,10 @@ class Replica:
 class Run:
     """A finished build, or several joined: the input of the report and of `compare`.
 
-    Outer keys are arms, then precisions (`torch` is the model before export), then tasks. Scores and
-    comparisons are over all seeds; all else under an arm's name is its first training's.
+    Outer keys are arms, then precisions (`torch` is the model before export), then tasks. `arms` begins with
+    the baseline; `precisions` begins with the most bits. Scores and comparisons are over all seeds; all else
+    under an arm's name is its first training's. `runs`: of joined runs what each was made from {title, base,
+    weights_sha256, tokens_sha256, context, heldout_documents}. `unpaired`: what could not be paired, and why.
     """
 
     name: str
@@ -363,9 +405,54 @@ class Run:
     missing_tasks: dict[str, str] = field(default_factory=dict)
     latency: DeviceResult | None = None
     devices: list[DeviceResult] = field(default_factory=list)
+    devices_outdated: list[str] = field(default_factory=list)
     packages: dict[str, list[str]] = field(default_factory=dict)
     stages: list[Stage] = field(default_factory=list)
     runs: list[Json] = field(default_factory=list)
-    """Joined runs: what each was made from {title, base, weights_sha256, tokens_sha256 ...}."""
+    baseline_is: str | None = None
     unpaired: list[str] = field(default_factory=list)
-    """Joined runs: what could not be paired with the first baseline, and why."""
+
+    @property
+    def title(self) -> str:
+        """`name-hash8`, as the run folder is called."""
+        return f"{self.name}-{self.hash8}" if self.hash8 else self.name
+
+    @property
+    def compared_arms(self) -> list[str]:
+        """All arms but the baseline; none without a baseline."""
+        return [arm for arm in self.arms if arm != BASELINE] if BASELINE in self.arms else []
+
+    @property
+    def main_arm(self) -> str | None:
+        """The arm of the verdict: `dispersed`, else the first with dispersion, else the first other."""
+        arms = self.compared_arms
+        if DISPERSED in arms:
+            return DISPERSED
+        dispersed = [arm for arm in arms if self.techniques.get(arm, {}).get("dispersion")]
+        return next(iter(dispersed or arms), None)
+
+    def measured(self, arm: str, precision: str) -> Measurement:
+        return self.measurements.get(arm, {}).get(precision, Measurement())
+
+    def trainings(self, arm: str) -> dict[str, Training]:
+        """Folder -> each training of an arm, that of the first seed first."""
+        first = {arm: self.training[arm]} if arm in self.training else {}
+        return first | {name: one.training for name, one in self.replicas.items() if one.arm == arm}
+
+    def first_losses(self, arm: str) -> list[tuple[float, float]]:
+        """Per seed the loss of (baseline, arm) before the first update: one model on one batch.
+
+        Empty where it was not logged, and for an arm whose technique changes the model's input.
+        """
+        if any(self.techniques.get(arm, {}).get(name) is not None for name in CHANGES_FORWARD):
+            return []
+        pairs = zip(self.trainings(BASELINE).values(), self.trainings(arm).values())
+        logs = [(first.log[:1], second.log[:1]) for first, second in pairs]
+        if any(not rows or rows[0].get("step") != 1 for pair in logs for rows in pair):
+            return []
+        return [(first[0]["loss"], second[0]["loss"]) for first, second in logs]
+
+
+def arms_in_order(names: list[str]) -> list[str]:
+    """The baseline first, `dispersed` second, then the others as given."""
+    return sorted(names, key=lambda arm: (arm != BASELINE, arm != DISPERSED))

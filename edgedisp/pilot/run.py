@@ -185,7 +185,7 @@ def _publish(found: dict[str, Any], folder: Path) -> None:
     picture = folder / "pilot.png"
     if path.is_file() and picture.is_file() and json.loads(path.read_text(encoding="utf-8")) == found:
         return
-    from edgedisp.report.picture import save
+    from edgedisp.report.figure import save
     from edgedisp.report.plot_pilot import pilot_plot
 
     save(pilot_plot(found), folder)

@@ -1,8 +1,10 @@
-"""The paired comparisons of a summary, with p values and Holm's correction.
+"""The paired comparisons of a run, and the one rule that calls a difference better or worse.
 
-Intervals come with the summary (a paired bootstrap, clustered by document). p values are only for the
-correction over many comparisons: the recorded one (`p_value`, which respects documents, before an exact
-McNemar test), else read off the interval by the normal approximation, which needs no item-level data.
+A difference is clear where its 95 % interval leaves out 0, its test agrees (p at most 0.05: a bootstrap alone
+gives 5 to 7 % false alarms on few documents), and it is larger than two scorings of one model differ by. All
+but the headline are one family: they must also survive Holm's correction over it (Holm 1979).
+
+Tables, plots, `compare` and the verdict take `Comparison.outcome`; nothing else decides.
 """
 
 from __future__ import annotations
@@ -10,63 +12,75 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from edgedisp.report.before_after import task_metric
-from edgedisp.report.reading import (
-    DISPERSED,
-    Summary,
-    at,
-    bits,
-    branch,
-    compared,
-    focus,
-    is_loss,
-    number,
-    tasks,
-    whole,
-)
+from edgedisp.core.results import Difference, Estimate, Run, detectable
+from edgedisp.report.formatting import bits, format_estimate
 
 MEAN = "mean of tasks"
+LOSS = "heldout_perplexity"
 LEVEL = 0.05  # two-sided
-Z95 = 1.959964  # half-width of a 95 % interval in standard errors
-Z80 = 0.841621  # what is added to find a difference 4 times out of 5 (evaluate/power.py)
+BETTER, WORSE, NOT_CLEAR = "better", "worse", "not clear"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One paired comparison, arm - baseline.
+    """One difference arm - baseline.
 
-    `unit`: "nats" (a loss per token), "share" (an accuracy in [0, 1]) or "" (the task's own unit).
-    `gain`: whether the difference is in the better direction, None when that is unknown. With several seeds
-    the interval holds their spread too; `by_seed` are their differences, `sd` is the standard deviation of
-    those, `item_se` the standard error over items alone, `item_low` and `item_high` the interval of that.
-    `floor`: how far two scorings of one model differ; a difference no larger is none.
+    unit: `nats` (a loss per token), `share` (of right answers) or empty (the task's own). floor: how far two
+    scorings of one model differ. p_holm: corrected over all but the headline, whose own p stands alone.
     """
 
+    arm: str
     precision: str
     task: str
-    difference: float
-    low: float
-    high: float
+    estimate: Estimate
     unit: str
-    gain: bool | None
-    n: int | None
-    documents: int | None
-    p: float
-    p_holm: float = 1.0
-    arm: str = DISPERSED
-    by_seed: tuple[float, ...] = ()
-    sd: float | None = None
-    item_se: float | None = None
-    item_low: float | None = None
-    item_high: float | None = None
+    higher_is_better: bool
     floor: float = 0.0
+    p_holm: float | None = None
+    is_headline: bool = False
+
+    @property
+    def p(self) -> float:
+        p = self.estimate.test_p
+        return 1.0 if p is None else p
+
+    @property
+    def value(self) -> float:
+        return self.estimate.value or 0.0
 
     @property
     def half_width(self) -> float:
-        """Half of the interval's width."""
-        return (self.high - self.low) / 2
+        return self.estimate.half_width or 0.0
+
+    @property
+    def scale(self) -> float:
+        """Shares are shown as points."""
+        return 100.0 if self.unit == "share" else 1.0
+
+    @property
+    def unit_text(self) -> str:
+        return {"share": "points", "nats": "nats per token"}.get(self.unit, "")
+
+    @property
+    def is_clear(self) -> bool:
+        """Clear by itself, before the correction."""
+        return self.estimate.excludes_zero and self.p <= LEVEL and abs(self.value) > self.floor
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is called a difference: clear, and not the headline only after Holm's correction."""
+        corrected = self.is_headline or (self.p_holm is not None and self.p_holm <= LEVEL)
+        return self.is_clear and corrected
+
+    @property
+    def direction(self) -> str:
+        return BETTER if (self.value > 0) == self.higher_is_better else WORSE
+
+    @property
+    def outcome(self) -> str:
+        """`better`, `worse` or `not clear`: what every table and plot says of it."""
+        return self.direction if self.counts else NOT_CLEAR
 
     @property
     def detectable(self) -> float:
@@ -74,125 +88,90 @@ class Comparison:
         return max(detectable(self.half_width), self.floor)
 
     @property
-    def more_luck_than_text(self) -> bool:
+    def is_mostly_seeds(self) -> bool:
         """Whether the spread between seeds takes more of the interval than the choice of items."""
-        if self.item_low is None or self.item_high is None:
+        seeds = self.estimate.seeds
+        if seeds is None or seeds.item_low is None or seeds.item_high is None:
             return False
-        return self.half_width > math.sqrt(2) * (self.item_high - self.item_low) / 2
+        return self.half_width > math.sqrt(2) * (seeds.item_high - seeds.item_low) / 2
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether 0 lies outside the interval."""
-        return self.low > 0 or self.high < 0
-
-    @property
-    def clear(self) -> bool:
-        """Excludes 0, its test agrees, and it is larger than what two scorings of one model differ by.
-
-        The test holds the rate of false alarms at 5 % exactly; a bootstrap alone gives 5 to 7 % on few
-        documents.
-        """
-        return self.excludes_zero and self.p <= LEVEL and abs(self.difference) > self.floor
-
-    @property
-    def survives(self) -> bool:
-        """Clear, and holds after Holm's correction."""
-        return self.clear and self.p_holm <= LEVEL
+    def text(self, style: str = "full") -> str:
+        return format_estimate(self.estimate, self.scale, signs=True, style=style)
 
 
-def comparisons(summary: Summary, arm: str | None = None) -> list[Comparison]:
-    """Every paired comparison of an arm that has an interval: fewest bits first, perplexities first in each.
+def is_loss(metric: str) -> bool:
+    return "perplexity" in metric
 
-    Without `arm`, of the one that the verdict is about. A perplexity is compared by its loss per token where
-    that was recorded: the logarithm is what was paired.
+
+def is_share(metric: str) -> bool:
+    return metric.startswith(("acc", "exact_match", "f1"))
+
+
+def comparisons(run: Run) -> list[Comparison]:
+    """Every comparison of every arm that has an interval, the headline among them, with corrected p.
+
+    Per arm: fewest bits first, perplexities first in each. A perplexity is compared by its loss per token.
     """
-    found = []
-    chosen = arm or focus(summary)
-    order = {task: index for index, task in enumerate(tasks(summary))}
-    by_precision = compared(summary).get(chosen, {}) if chosen else {}
-    for precision in sorted(by_precision, key=bits):
-        by_task = branch(by_precision[precision])
-        for task in sorted(by_task, key=lambda name: order.get(name, len(order))):
-            noise = number(at(summary, "noise", precision, "floor")) or 0.0
-            found += [
-                replace(one, arm=str(chosen), floor=noise if one.unit == "nats" else 0.0)
-                for one in _comparison(precision, task, branch(by_task[task]))
-            ]
-    return found
+    rows = [
+        row
+        for arm in run.compared_arms
+        for precision in sorted(run.comparisons.get(arm, {}), key=bits)
+        for row in _of_precision(run, arm, precision)
+    ]
+    headline = _headline(run, rows)
+    supporting = holm([row for row in rows if row is not headline])
+    first = [] if headline is None else [replace(headline, is_headline=True)]
+    order = {(row.arm, row.precision, row.task): place for place, row in enumerate(rows)}
+    return sorted([*first, *supporting], key=lambda row: order.get((row.arm, row.precision, row.task), -1))
 
 
-def mean_of_tasks(summary: Summary, arm: str) -> Comparison | None:
-    """The mean over tasks at the fewest bits, as a comparison; for a summary without any loss."""
-    by_precision = branch(summary, "means", arm)
-    precision = min(by_precision, key=bits, default=None)
-    if precision is None:
+def _of_precision(run: Run, arm: str, precision: str) -> list[Comparison]:
+    tasks = run.comparisons[arm][precision]
+    found = [one[precision].noise for one in run.measurements.values() if precision in one]
+    noise = next((one for one in found if one is not None), None)
+    rows = []
+    for task in sorted(tasks, key=lambda name: not is_loss(tasks[name].main.metric)):
+        row = comparison_of(arm, precision, task, tasks[task].main)
+        if row.estimate.has_interval:
+            rows.append(replace(row, floor=noise.floor) if noise and row.unit == "nats" else row)
+    return rows
+
+
+def comparison_of(arm: str, precision: str, task: str, difference: Difference) -> Comparison:
+    """One difference by the rule; a perplexity by its loss per token."""
+    nats = difference.nats
+    if nats is not None and difference.per == "tokens" and is_loss(difference.metric):
+        whole = difference.estimate
+        estimate = replace(
+            nats, p=whole.p if nats.p is None else nats.p, n=whole.n, documents=whole.documents
+        )
+        return Comparison(arm, precision, task, estimate, "nats", False)
+    unit = "share" if is_share(difference.metric) else ""
+    return Comparison(arm, precision, task, difference.estimate, unit, difference.higher_is_better)
+
+
+def _headline(run: Run, rows: Sequence[Comparison]) -> Comparison | None:
+    """The one test chosen beforehand: the main arm's loss at the fewest bits, else its mean over tasks."""
+    arm = run.main_arm
+    losses = [row for row in rows if row.arm == arm and row.unit == "nats"]
+    losses = losses or [row for row in rows if row.arm == arm and is_loss(row.task)]
+    if losses:
+        return min(losses, key=lambda row: (bits(row.precision), row.task != LOSS))
+    means = run.means.get(arm or "", {})
+    precision = min(means, key=bits, default=None)
+    if precision is None or not means[precision].estimate.has_interval:
         return None
-    found = branch(by_precision[precision])
-    value, low, high = (number(found.get(key)) for key in ("difference", "low", "high"))
-    if value is None or low is None or high is None:
-        return None
-    gain = None if value == 0 else value > 0
-    p = normal_p(value, low, high)
-    items = whole(found.get("n"))
-    return Comparison(precision, MEAN, value, low, high, "share", gain, items, None, p, arm=arm)
+    return Comparison(str(arm), precision, MEAN, means[precision].estimate, "share", True)
 
 
-def detectable(half_width: float) -> float:
-    """What a comparison with a 95 % interval of such a half-width finds 4 times out of 5."""
-    return half_width * (Z95 + Z80) / Z95
+def headline(rows: Sequence[Comparison]) -> Comparison | None:
+    return next((row for row in rows if row.is_headline), None)
 
 
-def _comparison(precision: str, task: str, entry: dict[str, Any]) -> list[Comparison]:
-    loss = branch(entry, "nll_difference")
-    per_token = loss.get("per", "tokens") == "tokens"  # LAMBADA's is per item, wikitext's per word
-    in_nats = is_loss(entry) and per_token and number(loss.get("difference")) is not None
-    source = loss if in_nats else entry
-    value, low, high = (number(source.get(key)) for key in ("difference", "low", "high"))
-    if value is None or low is None or high is None:
-        return []
-    metric = task_metric(task, entry)
-    gain = None if metric.higher_is_better is None or value == 0 else (value > 0) == metric.higher_is_better
-    recorded = [p for key in ("p_value", "mcnemar_p") if (p := number(entry.get(key))) is not None]
-    p = recorded[0] if recorded else normal_p(value, low, high)
-    unit = "nats" if in_nats else "share" if metric.unit == "%" else ""
-    sizes = whole(entry.get("n")), whole(entry.get("documents"))
-    one = Comparison(precision, task, value, low, high, unit, gain, *sizes, p)
-    spread = branch(source, "seeds")
-    return [replace(one, **_spread(spread))] if spread else [one]
-
-
-def _spread(spread: dict[str, Any]) -> dict[str, Any]:
-    listed = spread.get("values")
-    values = [number(value) for value in listed] if isinstance(listed, list | tuple) else []
-    figures = {key: number(spread.get(key)) for key in ("sd", "item_se", "item_low", "item_high")}
-    return {"by_seed": tuple(value for value in values if value is not None), **figures}
-
-
-def normal_p(value: float, low: float, high: float) -> float:
-    """Two-sided p of a difference, its standard error read off its 95 % interval."""
-    error = (high - low) / (2 * Z95)
-    if error <= 0:
-        return 1.0 if value == 0 else 0.0
-    return math.erfc(abs(value) / error / math.sqrt(2))
-
-
-def holm(found: Sequence[Comparison]) -> list[Comparison]:
-    """The same comparisons in the same order, with Holm's step-down corrected p (Holm 1979)."""
-    running = 0.0
-    corrected = {}
-    for rank, index in enumerate(sorted(range(len(found)), key=lambda index: found[index].p)):
-        running = max(running, min(1.0, found[index].p * (len(found) - rank)))
-        corrected[index] = running
-    return [replace(one, p_holm=corrected[index]) for index, one in enumerate(found)]
-
-
-def is_main_loss(one: Comparison) -> bool:
-    """Whether it is of a loss per token, or of a task that is one in reports without losses."""
-    return one.unit == "nats" or "perplexity" in one.task
-
-
-def headline(compared: Sequence[Comparison]) -> Comparison | None:
-    """The one test chosen beforehand: the loss at the fewest bits, `heldout_perplexity` before others."""
-    losses = [one for one in compared if one.unit == "nats"]
-    losses = losses or [one for one in compared if is_main_loss(one)]
-    return min(losses, key=lambda one: (bits(one.precision), one.task != "heldout_perplexity"), default=None)
+def holm(rows: Sequence[Comparison]) -> list[Comparison]:
+    """The same comparisons in the same order, with Holm's step-down corrected p."""
+    largest, corrected = 0.0, {}
+    for rank, index in enumerate(sorted(range(len(rows)), key=lambda index: rows[index].p)):
+        largest = max(largest, min(1.0, rows[index].p * (len(rows) - rank)))
+        corrected[index] = largest
+    return [replace(row, p_holm=corrected[index]) for index, row in enumerate(rows)]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from conftest import Ended
 from tiny_build import write_recipe
 
 from edgedisp.core.stage_folder import check_files, read
+from edgedisp.pipeline.run_results import load as load_results
 from edgedisp.recipe import load
 
 
@@ -222,26 +224,26 @@ def test_the_report_says_what_quantization_left_of_training(built: tuple[Path, P
     assert set(record.results["references"]) == {"base", "baseline"}
     weights = {row["name"]: row for row in record.results["references"]["base"]["tensors"]}
     assert "model.layers.1.mlp.down_proj.weight" in weights
-    survived = json.loads((run / "report.json").read_text())["summary"]["survival"]
-    assert set(survived["baseline"]) == {"int8", "int4"} and "loss" not in survived["baseline"]["int4"]
-    loss = survived["dispersed"]["int4"]["loss"]["heldout_perplexity"]
-    change = loss["quantized"]["difference"] - loss["full"]["difference"]
-    assert loss["change"]["difference"] == pytest.approx(change)
+    results = load_results(run)
+    assert set(results.delta_survival["baseline"]) == {"int8", "int4"}
+    assert "baseline" not in results.loss_survival
+    loss = results.loss_survival["dispersed"]["int4"]["heldout_perplexity"]
+    assert loss.change.value == pytest.approx(loss.quantized.value - loss.full.value)  # type: ignore[operator]
     assert "What quantization leaves of training" in (run / "report.md").read_text()
-    assert (run / "plots" / "survival.svg").is_file()
+    assert (run / "plots" / "survival.png").is_file()
 
 
 def test_what_a_device_measured_joins_the_report_and_a_later_build_keeps_it(
     built, tmp_path, edgedisp
 ) -> None:  # type: ignore[no-untyped-def]
     recipe, run = copy_of(built, tmp_path)
-    first = json.loads((run / "report.json").read_text())["summary"]
+    first = load_results(run)
     sizes = ["--prompt", "8", "--generate", "4", "--repetitions", "2", "--pause", "0", "--threads", "1"]
     ended = edgedisp("bench", run / "baseline" / "int4", run / "dispersed" / "int4", *sizes, "--report")
     assert ended.code == 0 and f"report: {run / 'report.html'} shows it" in ended.err, ended
-    told = json.loads((run / "report.json").read_text())["summary"]
-    assert [row["label"] for row in told["devices"][0]["rows"]] == ["baseline/int4", "dispersed/int4"]
-    assert {**told, "devices": []} == first  # and nothing else has changed
+    results = load_results(run)
+    assert [row.label for row in results.devices[0].rows] == ["baseline/int4", "dispersed/int4"]
+    assert replace(results, devices=[]) == first  # and nothing else has changed
     files = [run / name for name in ("report.html", "report.md", "report.json")]
     before = [path.read_bytes() for path in files]
     assert b"On devices" in before[0] and b"## On devices" in before[1]
@@ -276,9 +278,8 @@ def test_export_gives_a_bundle_that_chat_and_bench_open(built, tmp_path, edgedis
 def test_a_recipe_passes_every_stage_with_its_tiny_twin(recipe: str, tmp_path: Path, edgedisp) -> None:  # type: ignore[no-untyped-def]
     ended = edgedisp("build", recipe, "--smoke", "--out", tmp_path / "run")
     assert ended.code == 0, ended
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    summary = report.get("summary", report)
-    assert summary["smoke"] and set(summary["comparison"]["dispersed"]) == {"torch", "fp32", "int8", "int4"}
+    results = load_results(tmp_path / "run")
+    assert results.smoke and set(results.comparisons["dispersed"]) == {"torch", "fp32", "int8", "int4"}
 
 
 # ---------------------------------------------------------------- bad input

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import Ended
 from tiny_build import write_recipe
 
+from edgedisp.core.results import Run
 from edgedisp.core.stage_folder import read
-from edgedisp.report.page import report_json
+from edgedisp.pipeline.run_results import load
 
 ARMS = "[baseline, dispersed, {name: strong, dispersion: {weight: 5.0}}, neftune, active_forgetting]"
 NEW = ("strong", "neftune", "active_forgetting")
@@ -44,52 +43,46 @@ def test_more_arms_and_seeds_train_what_is_new_and_are_all_told(
         after = read(run / arm / "model")
         assert record and after and record.content == after.content
 
-    summary = json.loads((run / "report.json").read_text())["summary"]
-    _arms_start_alike(summary)
-    _all_are_compared(summary)
-    assert "All arms against the baseline: heldout_perplexity, nats per token, 2 seeds" in ended.out
+    results = load(run)
+    _arms_start_alike(results)
+    _all_are_compared(results)
+    assert "All arms against the baseline, 2 seeds\nheldout_perplexity, nats per token" in ended.out
     assert "All arms against the baseline" in edgedisp("compare", run).out
     assert 'id="arms"' in (run / "report.html").read_text()
     assert "seed 2" in (run / "neftune-seed2" / "model" / "README.md").read_text()
-    assert json.loads(report_json(summary))["verdict"]["seeds"] == 2
 
 
-def _losses(summary: dict[str, Any], name: str) -> list[float]:
-    trainings = {other: replica["midtrain"] for other, replica in summary["replicas"].items()}
-    training = {**summary["midtrain"], **trainings}[name]
-    return [row["loss"] for row in training["log"]]
+def _losses(results: Run, name: str) -> list[float]:
+    trainings = {**results.training, **{other: one.training for other, one in results.replicas.items()}}
+    return [row["loss"] for row in trainings[name].log]
 
 
-def _arms_start_alike(summary: dict[str, Any]) -> None:
+def _arms_start_alike(results: Run) -> None:
     """Arms of one seed see one model and one batch; noise is what sets an arm apart at the first loss."""
     for tail in ("", "-seed2"):
-        baseline = _losses(summary, f"baseline{tail}")
+        baseline = _losses(results, f"baseline{tail}")
         for arm in ("dispersed", "strong", "active_forgetting"):
-            assert _losses(summary, f"{arm}{tail}")[0] == baseline[0]
-        assert _losses(summary, f"neftune{tail}")[0] != baseline[0]
-        forgetting = _losses(summary, f"active_forgetting{tail}")
-        after = summary["techniques"]["active_forgetting"]["active_forgetting"]
+            assert _losses(results, f"{arm}{tail}")[0] == baseline[0]
+        assert _losses(results, f"neftune{tail}")[0] != baseline[0]
+        forgetting = _losses(results, f"active_forgetting{tail}")
+        after = results.techniques["active_forgetting"]["active_forgetting"]
         assert forgetting[:after] == baseline[:after] and forgetting[after] != baseline[after]
-    assert _losses(summary, "baseline")[0] != _losses(summary, "baseline-seed2")[0]  # another order
-    weights = [training["weights_sha256"] for training in summary["midtrain"].values()]
-    weights += [replica["midtrain"]["weights_sha256"] for replica in summary["replicas"].values()]
+    assert _losses(results, "baseline")[0] != _losses(results, "baseline-seed2")[0]  # another order
+    weights = [one.weights_sha256 for arm in results.arms for one in results.trainings(arm).values()]
     assert len(set(weights)) == 10
 
 
-def _all_are_compared(summary: dict[str, Any]) -> None:
-    assert summary["seeds"] == [1, 2] and set(summary["comparison"]) == {"dispersed", *NEW}
-    for arm, by_precision in summary["comparison"].items():
+def _all_are_compared(results: Run) -> None:
+    assert results.seeds == [1, 2] and set(results.comparisons) == {"dispersed", *NEW}
+    for by_precision in results.comparisons.values():
         for precision in ("torch", "int4"):
-            loss = by_precision[precision]["heldout_perplexity"]["nll_difference"]
-            scores = [summary["replicas"][f"{one}-seed2"]["accuracy"] for one in ("baseline", arm)]
-            values = [score[precision]["heldout_perplexity"]["value"] for score in scores]
-            assert loss["seeds"]["n"] == 2 and len(loss["seeds"]["values"]) == 2
-            assert loss["low"] <= loss["seeds"]["item_low"] <= loss["seeds"]["item_high"] <= loss["high"]
-            assert (loss["seeds"]["values"][1] > 0) == (values[1] > values[0])
-    labels = {row["label"] for row in summary["latency"]["rows"]}
-    assert labels == {f"{arm}/int4" for arm in summary["arms"]}
-    assert all(pair["same_graph"]["same"] for pair in summary["latency"]["pairs"])
-    assert len(summary["latency"]["pairs"]) == 4
+            loss = by_precision[precision]["heldout_perplexity"].main.nats
+            assert loss and loss.seeds and len(loss.seeds.values) == 2
+            assert loss.low <= loss.seeds.item_low <= loss.seeds.item_high <= loss.high  # type: ignore[operator]
+    assert results.latency and {row.label for row in results.latency.rows} == {
+        f"{arm}/int4" for arm in results.arms
+    }
+    assert [pair["same_graph"]["same"] for pair in results.latency.pairs] == [True] * 4
 
 
 @pytest.mark.parametrize("arms", ["[dispersed, strong]", "[neftune]"])

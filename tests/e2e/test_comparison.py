@@ -13,14 +13,13 @@ import pytest
 from conftest import Ended
 
 from edgedisp import data
-from edgedisp.comparison.models import _short
-from edgedisp.comparison.pairing import Scored, paired_with_first
-from edgedisp.comparison.runs import joined
+from edgedisp.commands.compare import ScoredArm, join_runs, pair_with_first, short_names
 from edgedisp.core.errors import BadInput
 from edgedisp.core.results import TaskScore
 from edgedisp.core.serialization import from_json
 from edgedisp.evaluate.statistics import ACCURACY, PERPLEXITY, difference
 from edgedisp.evaluate.task_result import Results, common_items, compare_task, task_result
+from edgedisp.pipeline.run_results import load
 
 
 @pytest.fixture(scope="module")
@@ -45,31 +44,31 @@ def results(run: Path, arm: str, precision: str = "int4") -> Results:
 
 def test_a_run_joined_with_itself_differs_by_nothing(built: tuple[Path, Path, Ended]) -> None:
     _, run, _ = built
-    joint = joined([run, run])
-    assert joint["arms"][:2] == ["baseline", "dispersed"] and len(joint["arms"]) == 4
-    again = next(arm for arm in joint["arms"][2:] if arm.startswith("baseline of"))
-    for by_task in joint["comparison"][again].values():
-        assert all(entry["difference"] == 0 for entry in by_task.values())
-    assert joint["apart"] == []
-    own = json.loads((run / "report.json").read_text())["summary"]["comparison"]["dispersed"]["int4"]
-    for task, entry in joint["comparison"]["dispersed"]["int4"].items():
-        assert entry["difference"] == own[task]["difference"]
+    joint = join_runs([run, run])
+    assert joint.arms[:2] == ["baseline", "dispersed"] and len(joint.arms) == 4
+    again = next(arm for arm in joint.arms[2:] if arm.startswith("baseline of"))
+    for by_task in joint.comparisons[again].values():
+        assert all(entry.main.estimate.value == 0 for entry in by_task.values())
+    assert joint.unpaired == []
+    alone = load(run).comparisons["dispersed"]["int4"]
+    for task, entry in joint.comparisons["dispersed"]["int4"].items():
+        assert entry.main.estimate.value == alone[task].main.estimate.value
 
 
 def test_only_items_in_common_are_paired(built: tuple[Path, Path, Ended], fewer: Path) -> None:
     _, run, _ = built
-    joint = joined([run, fewer])
-    other = next(arm for arm in joint["arms"] if arm.startswith("dispersed of"))
-    entry = joint["comparison"][other]["int4"]["heldout_perplexity"]
+    joint = join_runs([run, fewer])
+    other = next(arm for arm in joint.arms if arm.startswith("dispersed of"))
+    entry = joint.comparisons[other]["int4"]["heldout_perplexity"].main.estimate
     first, second = (
         results(run, "baseline")["heldout_perplexity"],
         results(fewer, "dispersed")["heldout_perplexity"],
     )
     asked = {item["asked"] for item in first.items} & {item["asked"] for item in second.items}
-    assert 0 < entry["n"] == len(asked) < len(first.items)
+    assert 0 < entry.n == len(asked) < len(first.items)
     parts = [[item for item in one.items if item["asked"] in asked] for one in (first, second)]
-    assert entry["difference"] == difference(*parts, PERPLEXITY).estimate.value
-    assert any("heldout_perplexity: " in reason and "items in common" in reason for reason in joint["apart"])
+    assert entry.value == difference(*parts, PERPLEXITY).estimate.value
+    assert any("heldout_perplexity: " in reason and "items in common" in reason for reason in joint.unpaired)
 
 
 @pytest.mark.parametrize(
@@ -82,10 +81,10 @@ def test_only_items_in_common_are_paired(built: tuple[Path, Path, Ended], fewer:
     ],
 )
 def test_two_models_are_called_by_what_is_theirs_alone(first: str, second: str, expected: list[str]) -> None:
-    assert _short(Path(first), Path(second)) == expected
+    assert short_names(Path(first), Path(second)) == expected
 
 
-def scored(label: str, shares: list[float]) -> Scored:
+def scored(label: str, shares: list[float]) -> ScoredArm:
     """An arm of as many trainings as shares of right answers, each another 40 items' worth."""
     results: list[Any] = []
     for seed, share in enumerate(shares):
@@ -93,24 +92,24 @@ def scored(label: str, shares: list[float]) -> Scored:
         items = [{"id": k, "document": k, "accuracy": int(one), "asked": k} for k, one in enumerate(right)]
         by_task = {task: task_result(TaskScore(task, {}), items, [ACCURACY]) for task in ("a", "b")}
         results.append(by_task)
-    return Scored(label, 0, label, {"int4": results})
+    return ScoredArm(label, 0, label, {"int4": results})
 
 
 def test_means_are_over_all_seeds_and_trainings_without_a_pair_are_told() -> None:
     first, second = scored("baseline", [0.5, 0.6, 0.7]), scored("other", [0.6, 0.8, 0.9])
-    _, means, apart = paired_with_first([first, second])
-    mean = means["other"]["int4"]
-    assert apart == []
-    assert (mean["baseline"], mean["arm"]) == (pytest.approx(0.6), pytest.approx(2.3 / 3))
-    assert mean["difference"] == pytest.approx(mean["arm"] - mean["baseline"])
-    _, _, apart = paired_with_first([first, scored("other", [0.6])])
-    assert apart == ["other, 1 of 3 trainings have one to be paired with"]
+    paired = pair_with_first([first, second])
+    mean = paired.means["other"]["int4"]
+    assert paired.unpaired == []
+    assert (mean.first, mean.second) == (pytest.approx(0.6), pytest.approx(2.3 / 3))
+    assert mean.estimate.value == pytest.approx(mean.second - mean.first)
+    paired = pair_with_first([first, scored("other", [0.6])])
+    assert paired.unpaired == ["other, 1 of 3 trainings have one to be paired with"]
 
 
 def test_a_task_that_one_side_alone_was_asked_is_told() -> None:
     first, second = scored("baseline", [0.5]), scored("other", [0.6])
     del second.by_precision["int4"][0]["b"]
-    assert paired_with_first([first, second])[2] == ["other, b: scored in one of the two alone"]
+    assert pair_with_first([first, second]).unpaired == ["other, b: scored in one of the two alone"]
 
 
 def test_items_asked_in_other_words_are_not_the_same(built: tuple[Path, Path, Ended]) -> None:
@@ -143,7 +142,7 @@ def test_runs_without_a_common_item_are_refused(
     for path in other.rglob("items.json"):
         found = json.loads(path.read_text())
         for one in found.values() if "heldout_items" not in found else ():
-            one["items_sha256"] = "another"
+            one["score"]["items_sha256"] = "another"
             for item in one["items"]:
                 item["asked"] = "another text"
         path.write_text(json.dumps(found))
@@ -159,7 +158,7 @@ def test_a_report_without_its_run_folder_cannot_be_joined(
     alone = tmp_path / "report.json"
     shutil.copyfile(run / "report.json", alone)
     with pytest.raises(BadInput, match="needs the run folder"):
-        joined([run, alone])
+        join_runs([run, alone])
 
 
 def test_the_joint_page_and_table_name_every_arm(
@@ -175,7 +174,7 @@ def test_the_joint_page_and_table_name_every_arm(
     assert "dispersed of tiny" in ended.out and "dispersed of tiny" in page.read_text()
     assert "The runs, joined on the items" in page.read_text()
     found = json.loads(edgedisp("compare", run, fewer, "--json").out)
-    assert set(found["joint"]["comparison"]) == set(found["joint"]["arms"]) - {"baseline"}
+    assert set(found["joined"]["comparisons"]) == set(found["joined"]["arms"]) - {"baseline"}
     assert edgedisp("compare", run, "--html", tmp_path / "no" / "where.html").code == 2
 
 
@@ -200,12 +199,16 @@ def test_two_models_are_scored_on_the_same_items_once(
     first = edgedisp(*words, "--json")
     assert first.code == 0, first
     items = json.loads((out / "items.json").read_text())
-    before, after = (one["heldout_perplexity"] for one in items.values())
-    assert before["n"] == after["n"] == 25 and [*items] == ["baseline/int4", "dispersed/model"]
-    summary = json.loads((out / "report.json").read_text())["summary"]
-    entry = summary["comparison"]["dispersed/model"]["as given"]["heldout_perplexity"]
-    assert 0 < summary["noise"]["as given"]["floor"] < 0.05
-    assert entry["difference"] == pytest.approx(after["value"] - before["value"])
+    assert [*items] == ["baseline/int4", "dispersed/model"]
+    results = load(out)
+    before, after = (
+        results.measured(arm, "as given").scores["heldout_perplexity"].main for arm in results.arms
+    )
+    entry = results.comparisons["dispersed/model"]["as given"]["heldout_perplexity"].main
+    assert before.estimate.n == after.estimate.n == entry.estimate.n == 25
+    assert 0 < results.measured("baseline", "as given").noise.floor < 0.05  # type: ignore[union-attr]
+    assert entry.estimate.value == pytest.approx(after.estimate.value - before.estimate.value)  # type: ignore[operator]
+    assert "--tasks heldout_perplexity --limit 25" in results.command and str(text) in results.command
     assert "baseline" in json.loads(first.out)["verdict"]["sentence"]
     assert edgedisp(*words, "--json").out == first.out
     assert json.loads((out / "items.json").read_text()) == items
@@ -240,8 +243,8 @@ def test_models_whose_tokenizers_differ_are_refused_before_anything_is_scored(
         (["{run}", "{run}/dispersed/int4"], "holds no report.json"),
         (["{run}", "{run}", "--tasks", "small"], "--tasks: is for two models"),
         (["{run}/baseline/int4"], "holds no report.json"),
-        (["{run}/items/items.json"], "is no report of a build"),
-        (["{run}/run.json", "{run}"], "is no report of a build"),
+        (["{run}/items/items.json"], "is no report of format 3"),
+        (["{run}/run.json", "{run}"], "is no report of format 3"),
     ],
 )
 def test_what_cannot_be_compared_is_told_and_leaves_nothing(

@@ -26,7 +26,8 @@ from edgedisp.evaluate.loglikelihood import ScoreOptions, loglikelihoods, model_
 from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.scored import scored_model
 from edgedisp.graph.session import OnnxModel
-from edgedisp.report.devices import render_devices, sections
+from edgedisp.pipeline.run_results import device_result
+from edgedisp.report.devices import device_sections, devices_text
 from edgedisp.stages import device_scores
 from edgedisp.stages.device_scores import Wish
 
@@ -281,9 +282,9 @@ def test_the_table_tells_scores_verdict_and_what_is_missing() -> None:
         "reason": None,
     }  # fmt: skip
     device: dict[str, Any] = {"device": "ssh://pi", "machine": {}, "scores": [record]}
-    shown = render_devices({"devices": [device]}, 400)
+    shown = devices_text([device_result(device)], 400)
     assert "100 of 500" in shown and "worse on the device (p = <0.001)" in shown
-    assert "80.0 % [71.1 %, 86.7 %]" in shown and "-20" in shown
+    assert "80.0 [71.1, 86.7] %" in shown and "-20" in shown
     assert "a/int4: cloze: 100 of 120 items answered" in shown
     assert "2 items longer than the context" in shown
-    assert [one.key for one in sections({"devices": [device]})] == ["scores", "device0"]
+    assert [one.key for one in device_sections([device_result(device)])] == ["scores", "device0"]

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from edgedisp.core.results import Run
+from edgedisp.pipeline.run_results import load
+
 pytestmark = pytest.mark.real
 
 SMALL = {
@@ -35,57 +38,61 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def summary(run: Path) -> dict:  # type: ignore[type-arg]
-    return json.loads((run / "report.json").read_text())["summary"]
+def results(run: Path) -> Run:
+    return load(run)
 
 
-def test_the_base_is_a_pretrained_model_and_the_text_is_real(summary) -> None:  # type: ignore[no-untyped-def]
+def test_the_base_is_a_pretrained_model_and_the_text_is_real(results: Run) -> None:
     # A random model has a perplexity near its vocabulary, 49,152; this one had 15.9 on this text.
-    assert summary["model"]["parameters"]["total"] == 134_515_008
-    assert summary["accuracy"]["baseline"]["torch"]["heldout_perplexity"]["value"] < 40
-    assert summary["corpus"]["train_documents"] > 9000
+    assert results.model["parameters"]["total"] == 134_515_008
+    assert (results.measured("baseline", "torch").scores["heldout_perplexity"].main.estimate.value or 99) < 40
+    assert results.corpus["train_documents"] > 9000
 
 
-def test_both_arms_started_from_one_point(summary) -> None:  # type: ignore[no-untyped-def]
-    baseline, dispersed = (summary["midtrain"][arm] for arm in ("baseline", "dispersed"))
-    assert baseline["log"][0]["loss"] == dispersed["log"][0]["loss"]
-    assert dispersed["log"][0]["dispersion"] is not None and baseline["log"][0]["dispersion"] is None
+def test_both_arms_started_from_one_point(results: Run) -> None:
+    baseline, dispersed = (results.training[arm] for arm in ("baseline", "dispersed"))
+    assert baseline.log[0]["loss"] == dispersed.log[0]["loss"]
+    assert dispersed.log[0]["dispersion"] is not None and baseline.log[0]["dispersion"] is None
 
 
-def test_the_fp32_bundle_is_the_torch_model(summary) -> None:  # type: ignore[no-untyped-def]
+def test_the_fp32_bundle_is_the_torch_model(results: Run) -> None:
     for arm in ("baseline", "dispersed"):
-        figures = summary["verify"][arm]["fp32"]
-        assert figures["max_abs_difference"] < 1e-2 and figures["top1_agreement"] == 1.0
-        assert figures["genai"]["opened"]
+        figures = results.measured(arm, "fp32").parity
+        assert figures is not None
+        assert figures.max_abs_difference < 1e-2 and figures.top1_agreement == 1.0
+        assert figures.genai["opened"]
         torch_score, onnx_score = (
-            summary["accuracy"][arm][precision]["heldout_perplexity"]["value"]
+            results.measured(arm, precision).scores["heldout_perplexity"].main.estimate.value
             for precision in ("torch", "fp32")
         )
         assert onnx_score == pytest.approx(torch_score, rel=1e-4)
 
 
-def test_quantized_bundles_are_smaller_and_fused(summary) -> None:  # type: ignore[no-untyped-def]
-    bundles = summary["bundles"]["dispersed"]
-    sizes = {precision: bundles[precision]["size_bytes"] for precision in ("fp32", "int8", "int4")}
+def test_quantized_bundles_are_smaller_and_fused(results: Run) -> None:
+    bundles = results.bundles["dispersed"]
+    sizes = {precision: bundles[precision].size_bytes for precision in ("fp32", "int8", "int4")}
     assert sizes["fp32"] < 545e6 and sizes["int8"] < 160e6 and sizes["int4"] < 105e6
-    nodes = summary["bundles"]["dispersed"]["int4"]["nodes"]
+    nodes = bundles["int4"].nodes
     assert nodes["GroupQueryAttention"] == 30 and nodes["MatMulNBits"] >= 121 and "MatMul" not in nodes
 
 
-def test_condensation_rises_with_depth(summary) -> None:  # type: ignore[no-untyped-def]
+def test_condensation_rises_with_depth(results: Run) -> None:
     # Measured for this model: .10 at the embedding, .48-.70 in the deep layers.
-    layers = summary["condensation"]["baseline"]["layers"]
+    profile = results.measured("baseline", "torch").condensation
+    assert profile is not None
+    layers = [row.figures["cosine_raw"].value or 0.0 for row in profile.layers]
     assert len(layers) == 31
-    assert layers[0]["cosine_raw"] < 0.25 < 0.4 < layers[28]["cosine_raw"]
+    assert layers[0] < 0.25 < 0.4 < layers[28]
 
 
-def test_condensation_is_known_on_the_models_that_ship(summary) -> None:  # type: ignore[no-untyped-def]
-    measured = summary["condensation_bundles"]["dispersed"]
+def test_condensation_is_known_on_the_models_that_ship(results: Run) -> None:
     for precision, least, most in (("fp32", 0.0, 1e-5), ("int8", 1e-5, 0.01), ("int4", 1e-4, 0.1)):
-        change = [row["cosine_raw"]["difference"] for row in measured[precision]["change"]["layers"]]
+        measured = results.measured("dispersed", precision).condensation
+        assert measured is not None and measured.change is not None
+        change = [row.figures["cosine_raw"].value or 0.0 for row in measured.change.layers]
         assert len(change) == 31 and least <= max(map(abs, change)) < most
     # An attention sink grows to thousands of times the median value, and quantization keeps it.
-    assert max(row["max_over_median"] for row in measured["int4"]["layers"]) > 1000
+    assert max(row.figures["max_over_median"].value or 0.0 for row in measured.layers) > 1000
 
 
 def test_the_verdict_of_four_steps_claims_nothing(run: Path) -> None:

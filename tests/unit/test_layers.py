@@ -18,8 +18,8 @@ LAYERS = {
     "train": 2, "quantize": 2, "graph": 2, "evaluate": 2, "bench": 2, "report": 2, "chat": 2,
     "stages": 3, "device_results": 3,
     "pipeline": 4,
-    "summary": 5, "single": 5, "instrument": 5, "follow": 5, "lm_eval_models": 5,
-    "comparison": 6, "run_report": 6, "plan": 6, "plan_text": 6, "pilot": 6, "commands": 6,
+    "single": 5, "follow": 5, "lm_eval_models": 5,
+    "plan": 6, "plan_text": 6, "pilot": 6, "commands": 6,
     "cli": 7,
     "__main__": 8,
 }  # fmt: skip

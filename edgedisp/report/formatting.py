@@ -1,0 +1,162 @@
+"""How figures are written: digits, units, intervals.
+
+Rules: a missing figure is an en dash, never 0. An interval decides the digits of its estimate: two in the
+half-width. Sizes are decimal megabytes. Minus is the ASCII hyphen, so tables can be parsed; the HTML page
+swaps in the typographic one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from edgedisp.core.results import Estimate
+
+MISSING = "–"
+PRECISION_NAMES = {"torch": "torch fp32", "fp32": "onnx fp32"}
+
+
+def fixed(value: float | None, decimals: int) -> str:
+    """`value` with that many decimals and thousands separated; `-0.00` is written `0.00`."""
+    if value is None:
+        return MISSING
+    text = f"{value:,.{decimals}f}"
+    return text[1:] if text.startswith("-") and not text.strip("-0.,") else text
+
+
+def signed(value: float | None, decimals: int) -> str:
+    """Like `fixed`, with `+` for positive values."""
+    text = fixed(value, decimals)
+    return f"+{text}" if value is not None and value > 0 and text.strip("0.,") else text
+
+
+def significant(value: float | None, digits: int = 4) -> str:
+    """A score or a rate: `digits` significant digits, scientific beyond a million or below 0.0001."""
+    if value is None:
+        return MISSING
+    size = abs(value)
+    if size >= 1e6 or 0 < size < 1e-4:
+        return f"{value:.2e}"
+    return fixed(value, max(0, digits - 1 - math.floor(math.log10(size))) if size else 2)
+
+
+def small(value: float | None) -> str:
+    """A small quantity (a divergence, a learning rate): three significant digits."""
+    return MISSING if value is None else "0" if value == 0 else f"{value:.3g}"
+
+
+def decimals_for(half_width: float | None, fallback: int) -> int:
+    """Decimals that show two digits of an interval's half-width, between 0 and 6."""
+    if not half_width or half_width <= 0:
+        return fallback
+    return min(6, max(0, 1 - math.floor(math.log10(half_width))))
+
+
+def estimate_texts(estimate: Estimate, scale: float = 1.0, signs: bool = False) -> tuple[str, str, str]:
+    """(value, interval `low, high`, half-width) of an estimate times `scale`; the last two may be empty.
+
+    signs: for differences, a plus before positive figures.
+    """
+    write, value = signed if signs else fixed, estimate.value
+    if value is None:
+        return MISSING, "", ""
+    if estimate.low is None or estimate.high is None or estimate.half_width is None:
+        text = significant(scale * value)
+        return f"+{text}" if signs and value > 0 else text, "", ""
+    half = scale * estimate.half_width
+    decimals = decimals_for(half, 2 if abs(scale * value) >= 1 else 4)
+    low, high = (write(scale * end, decimals) for end in (estimate.low, estimate.high))
+    return write(scale * value, decimals), f"{low}, {high}", fixed(half, decimals)
+
+
+def format_estimate(
+    estimate: Estimate | None, scale: float = 1.0, *, signs: bool = False, style: str = "full"
+) -> str:
+    """`0.523 [0.511, 0.535]`; style `short`: `0.523 ±0.012`, `bare`: `0.523`."""
+    if estimate is None:
+        return MISSING
+    value, interval, half = estimate_texts(estimate, scale, signs)
+    if not interval or style == "bare":
+        return value
+    return f"{value} [{interval}]" if style == "full" else f"{value} ±{half}"
+
+
+def p_value(value: float | None) -> str:
+    """Three decimals, `<0.001` below."""
+    return MISSING if value is None else "<0.001" if value < 0.0005 else f"{value:.3f}"
+
+
+def count(value: float | None) -> str:
+    """A count with thousands separated."""
+    return MISSING if value is None else f"{round(value):,}"
+
+
+def megabytes(size_bytes: float | None) -> str:
+    """Bytes as decimal MB."""
+    return MISSING if size_bytes is None else fixed(size_bytes / 1e6, 1 if size_bytes < 1e8 else 0)
+
+
+def percent(share: float | None, decimals: int = 1) -> str:
+    """A share in [0, 1] as `12.3 %`."""
+    return MISSING if share is None else f"{fixed(100 * share, decimals)} %"
+
+
+def change(share: float | None) -> str:
+    """A relative change as `8.1 % higher` or `4.0 % lower`."""
+    return MISSING if share is None else f"{percent(abs(share))} {'lower' if share < 0 else 'higher'}"
+
+
+def duration(seconds: float | None) -> str:
+    """`0.4 s`, `42 s`, `6 min 05 s`, `2 h 10 min`."""
+    if seconds is None:
+        return MISSING
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def short_hash(value: object) -> str:
+    """The first 12 characters of a hash."""
+    return str(value)[:12] if value else "not recorded"
+
+
+def plural(number: int, word: str) -> str:
+    """`1 item`, `2 items`."""
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
+
+
+def setting(value: Any) -> str:
+    """A value of a recipe or a machine."""
+    if value is None or value in ([], ()):
+        return MISSING
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return "yes" if value is True else "no" if value is False else str(value)
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of nested mappings as (dotted path, value); a list is a leaf."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+def bits(precision: str) -> float:
+    """Bits of a weight, from the precision's name; `torch`, the original, sorts above fp32."""
+    digits = re.search(r"\d+", precision)
+    return 33.0 if precision == "torch" else float(digits.group()) if digits else 32.5
+
+
+def label(precision: str) -> str:
+    """How tables call a precision: `torch fp32`, `onnx fp32`, `int8`, `int4`."""
+    return PRECISION_NAMES.get(precision, precision)
+
+
+def typographic(text: str) -> str:
+    """For HTML: the minus sign before figures, and no line break before a percent sign."""
+    return re.sub(r"(?<=\d) %", "\u00a0%", re.sub(r"(?<![\w.])-(?=\d)", "−", text))

@@ -1,0 +1,329 @@
+"""The before/after table: precisions down, one group of columns a metric across.
+
+A group has one column an arm and one for the paired difference of the main arm; then what a bundle costs on
+the device. The table holds raw values (shares, bytes, milliseconds); `Metric.scale` turns them into what is
+shown. Whether a difference is better or worse comes from comparisons.py.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgedisp.core.results import BASELINE, DISPERSED, Estimate, Run, arms_in_order
+from edgedisp.report.comparisons import NOT_CLEAR, Comparison, comparisons, headline, is_loss, is_share
+from edgedisp.report.formatting import bits, format_estimate, label, megabytes, plural
+from edgedisp.report.layout import Grid, escape_markdown, grid_markdown, grid_text, printable
+
+DIFFERENCE = "difference"
+UNLIKE = {
+    "base models": ("model", "weights_sha256"),
+    "training texts (and so held-out texts)": ("corpus", "tokens_sha256"),
+    "context lengths": ("corpus", "context"),
+    "numbers of held-out documents": ("corpus", "heldout_documents"),
+}
+"""What must be the same in two runs whose figures are compared."""
+INTERVAL = "[low, high]: 95 % interval."
+PAIRED = "Difference: {arm} - baseline, paired; *: better or worse by the verdict's rule."
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A group of columns. `scale` multiplies raw values for display in `unit`; kind: loss, task or cost."""
+
+    key: str
+    title: str
+    unit: str = ""
+    scale: float = 1.0
+    higher_is_better: bool = False
+    kind: str = "task"
+    is_paired: bool = False
+
+    @property
+    def heading(self) -> str:
+        """`heldout_cloze, % ↑`."""
+        return f"{self.title}{', ' + self.unit if self.unit else ''} {'↑' if self.higher_is_better else '↓'}"
+
+    def text(self, value: Estimate | None, style: str = "full") -> str:
+        if self.key == "size_bytes":
+            return megabytes(None if value is None else value.value)
+        return format_estimate(value, self.scale, style=style)
+
+
+COSTS = (
+    Metric("size_bytes", "size", "MB", 1e-6, False, "cost"),
+    Metric("decode_tokens_per_s", "decode", "tokens/s", 1.0, True, "cost"),
+    Metric("ttft_ms", "first token", "ms", 1.0, False, "cost"),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A difference from the baseline. outcome: better, worse or not clear."""
+
+    estimate: Estimate
+    outcome: str = NOT_CLEAR
+
+    def text(self, metric: Metric, style: str = "full") -> str:
+        star = "" if self.outcome == NOT_CLEAR else "*"
+        return format_estimate(self.estimate, metric.scale, signs=True, style=style) + star
+
+
+@dataclass(frozen=True)
+class Row:
+    """One precision of one run. values, differences (arm - baseline): metric -> arm -> figure."""
+
+    run: str
+    precision: str
+    label: str
+    main_arm: str | None
+    values: dict[str, dict[str, Estimate]]
+    differences: dict[str, dict[str, Cell]]
+
+    def value(self, metric: Metric, arm: str) -> Estimate | None:
+        return self.values.get(metric.key, {}).get(arm)
+
+    def difference(self, metric: Metric, arm: str | None = None) -> Cell | None:
+        """The arm's difference; without `arm` the main arm's."""
+        return self.differences.get(metric.key, {}).get(arm or self.main_arm or "")
+
+    def text(self, metric: Metric, column: str, style: str = "full") -> str:
+        if column != DIFFERENCE:
+            return metric.text(self.value(metric, column), style)
+        cell = self.difference(metric)
+        return "–" if cell is None else cell.text(metric, style)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The whole table. `runs` keeps the order asked for; `notes` are footnotes."""
+
+    arms: tuple[str, ...]
+    metrics: tuple[Metric, ...]
+    rows: tuple[Row, ...]
+    runs: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def columns(self, metric: Metric) -> tuple[str, ...]:
+        return (*self.arms, DIFFERENCE) if metric.is_paired else self.arms
+
+    @property
+    def compared(self) -> str:
+        """`dispersed`, or over several runs `dispersed or strong`."""
+        return " or ".join(dict.fromkeys(row.main_arm for row in self.rows if row.main_arm)) or DISPERSED
+
+    @property
+    def legend(self) -> str:
+        values = [one for row in self.rows for group in row.values.values() for one in group.values()]
+        paired = any(row.difference(metric) for row in self.rows for metric in self.metrics)
+        has_interval = any(one.has_interval for one in values)
+        return " ".join([INTERVAL] * has_interval + [PAIRED.format(arm=self.compared)] * paired)
+
+
+def table(run: Run, all_arms: bool = False) -> Table:
+    """The table of one run: the baseline and the main arm, or all arms."""
+    return compare([run], all_arms)
+
+
+def compare(runs: Sequence[Run], all_arms: bool = False) -> Table:
+    """The same table over several runs: rows grouped by run, columns the union, missing cells empty."""
+    titles = numbered([run.title for run in runs])
+    arms = arms_in_order(list(dict.fromkeys(arm for run in runs for arm in _columns(run, all_arms))))
+    rows = tuple(row for title, run in zip(titles, runs) for row in _rows(title, run))
+    metrics = [
+        metric for metric in (*_task_metrics(runs), *COSTS) if any(metric.key in row.values for row in rows)
+    ]
+    notes = [*_unlike(runs), *(note for run in runs for note in footnotes(run))]
+    return Table(tuple(arms), tuple(metrics), rows, tuple(titles), tuple(dict.fromkeys(notes)))
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names, a repeated one numbered: `a`, `b`, `a (2)`."""
+    return [
+        name if name not in names[:place] else f"{name} ({names[:place].count(name) + 1})"
+        for place, name in enumerate(names)
+    ]
+
+
+def _columns(run: Run, all_arms: bool) -> list[str]:
+    return run.arms if all_arms or run.main_arm is None else [BASELINE, run.main_arm]
+
+
+def _task_metrics(runs: Sequence[Run]) -> list[Metric]:
+    metrics: dict[str, Metric] = {}
+    for run in runs:
+        paired = {task for one in run.comparisons.values() for tasks in one.values() for task in tasks}
+        measured = [one for by_precision in run.measurements.values() for one in by_precision.values()]
+        for task, score in ((task, score) for one in measured for task, score in one.scores.items()):
+            is_paired = task in paired or (task in metrics and metrics[task].is_paired)
+            metrics[task] = _metric(task, score.main.metric, score.main.higher_is_better, is_paired)
+    return sorted(metrics.values(), key=lambda metric: metric.kind != "loss")
+
+
+def _metric(task: str, metric: str, higher_is_better: bool, is_paired: bool) -> Metric:
+    """A share is shown as percent, a perplexity as it is."""
+    if is_loss(metric):
+        title = "perplexity" if task in ("heldout_perplexity", "perplexity") else f"{task} perplexity"
+        return Metric(task, title, "", 1.0, False, "loss", is_paired)
+    unit, scale = ("%", 100.0) if is_share(metric) else ("", 1.0)
+    return Metric(task, task, unit, scale, higher_is_better, "task", is_paired)
+
+
+def _rows(title: str, run: Run) -> list[Row]:
+    outcomes = {(one.arm, one.precision, one.task): one.outcome for one in comparisons(run)}
+    return [_row(title, run, precision, outcomes) for precision in run.precisions]
+
+
+def _row(title: str, run: Run, precision: str, outcomes: dict[tuple[str, str, str], str]) -> Row:
+    values: dict[str, dict[str, Estimate]] = {}
+    for arm in run.arms:
+        for task, score in run.measured(arm, precision).scores.items():
+            values.setdefault(task, {})[arm] = score.main.estimate
+        bundle = run.bundles.get(arm, {}).get(precision)
+        if bundle is not None:
+            values.setdefault("size_bytes", {})[arm] = Estimate(bundle.size_bytes)
+        timing = run.latency.timing(f"{arm}/{precision}") if run.latency else None
+        for key in ("decode_tokens_per_s", "ttft_ms"):
+            if timing is not None and (estimate := getattr(timing, key)) is not None:
+                values.setdefault(key, {})[arm] = Estimate(estimate.value)
+    differences: dict[str, dict[str, Cell]] = {}
+    for arm in run.compared_arms:
+        for task, difference in run.comparisons.get(arm, {}).get(precision, {}).items():
+            outcome = outcomes.get((arm, precision, task), NOT_CLEAR)
+            differences.setdefault(task, {})[arm] = Cell(difference.main.estimate, outcome)
+    return Row(title, precision, label(precision), run.main_arm, values, differences)
+
+
+def _unlike(runs: Sequence[Run]) -> list[str]:
+    """What differs between runs so that their figures must not be compared with each other."""
+    unlike = []
+    for what, (part, key) in UNLIKE.items():
+        values = {str(value) for run in runs if (value := getattr(run, part).get(key)) is not None}
+        unlike += [what] if len(values) > 1 else []
+    text = f"The runs have different {', '.join(unlike)}: compare arms within a run, not across these runs."
+    return [text] if unlike else []
+
+
+def footnotes(run: Run) -> list[str]:
+    """The baseline's name, tasks not scored or paired, tasks at chance, and items longer than the context."""
+    notes = [f"The baseline here is {run.baseline_is}."] if run.baseline_is else []
+    notes += [f"Not scored: {reason}" for reason in run.missing_tasks.values()]
+    notes += [f"Not paired: {reason}." for reason in run.unpaired]
+    at_chance: dict[str, list[str]] = {}
+    truncated: dict[str, dict[str, int]] = {}
+    for precision in run.precisions:
+        scores = {arm: run.measured(arm, precision).scores for arm in run.arms}
+        for task in next(iter(scores.values()), {}):
+            ones = {arm: tasks[task] for arm, tasks in scores.items() if task in tasks}
+            lows = [(one.chance, one.main.estimate.low) for one in ones.values()]
+            if all(chance is not None and low is not None and low <= chance for chance, low in lows):
+                chance = next(one.chance for one in ones.values()) or 0.0
+                at_chance.setdefault(f"{task} is at chance ({100 * chance:.0f} %)", []).append(
+                    label(precision)
+                )
+            counts = truncated.setdefault(task, {})
+            counts |= {arm: max(one.truncated, counts.get(arm, 0)) for arm, one in ones.items()}
+    for what, where in at_chance.items():
+        notes.append(f"{what} in every arm at {', '.join(where)}: it says nothing there.")
+    for task, counts in truncated.items():
+        what = "requests were longer than the context and lost tokens on the left"
+        if len(set(counts.values())) > 1:
+            each = ", ".join(f"{arm}: {number}" for arm, number in counts.items())
+            notes.append(f"{task}: {what}, not alike in all models ({each}).")
+        elif any(counts.values()):
+            notes.append(f"{task}: {max(counts.values())} {what}.")
+    return notes
+
+
+# Forms
+
+
+def table_text(table: Table, width: int = 80) -> str:
+    """The table for a terminal: one block a metric, the costs in one."""
+    if not table.rows or not table.metrics:
+        return "No figures."
+    blocks = [[(metric, column) for column in table.columns(metric)] for metric in table.metrics]
+    costs = [column for block in blocks if block[0][0].kind == "cost" for column in block]
+    texts = []
+    for block in [*(block for block in blocks if block[0][0].kind != "cost"), *([costs] if costs else [])]:
+        styles = [_block(table, block, style) for style in ("full", "short", "bare")]
+        fitting = (grid for grid in styles if _width(grid) <= width)
+        texts.append(grid_text(next(fitting, styles[-1]), width))
+    found = [printable(note) for note in (table.legend, *table.notes) if note]
+    notes = [textwrap.fill(note, width, subsequent_indent="  ") for note in found]
+    return "\n\n".join([*texts, "\n".join(notes)] if notes else texts)
+
+
+def _block(table: Table, block: Sequence[tuple[Metric, str]], style: str) -> Grid:
+    is_cost = block[0][0].kind == "cost"
+    several = len(table.runs) > 1
+    head = [f"{metric.title}, {column}" if is_cost else column for metric, column in block]
+    rows = [
+        (
+            *([row.run] if several else []),
+            row.label,
+            *(row.text(metric, column, style) for metric, column in block),
+        )
+        for row in table.rows
+    ]
+    units = {f"{metric.title}, {metric.unit}": None for metric, _ in block}
+    caption = "; ".join(units) if is_cost else block[0][0].heading
+    names = (*(["run"] if several else []), "precision")
+    return Grid((*names, *head), tuple(rows), caption, (0, 1) if several else (0,))
+
+
+def _width(grid: Grid) -> int:
+    return sum(max(len(row[at]) for row in (grid.head, *grid.rows)) + 2 for at in range(len(grid.head)))
+
+
+def table_markdown(table: Table) -> str:
+    """One Markdown table; with several runs the first column names the run."""
+    columns = [(metric, column) for metric in table.metrics for column in table.columns(metric)]
+    several = len(table.runs) > 1
+    head = (*["run"] * several, "precision", *(f"{metric.heading}: {column}" for metric, column in columns))
+    rows = [
+        (*[row.run] * several, row.label, *(row.text(metric, column) for metric, column in columns))
+        for row in table.rows
+    ]
+    notes = [escape_markdown(note) for note in (table.legend, *table.notes) if note]
+    grid = Grid(head, tuple(rows), "", tuple(range(1 + several)))
+    return "\n\n".join([grid_markdown(grid), *notes]) + "\n"
+
+
+# All arms
+
+
+def has_more_arms(run: Run) -> bool:
+    """Whether there is more to tell than the before/after table does."""
+    return run.main_arm is not None and (len(run.arms) > 2 or len(run.seeds) > 1)
+
+
+def arms_grid(run: Run, task: str, precisions: Sequence[str], style: str = "short") -> Grid:
+    """Arms down, precisions across: each arm's difference from the baseline on one task."""
+    rows = [row for row in comparisons(run) if row.task == task]
+    by_cell = {(row.arm, row.precision): row for row in rows}
+
+    def text(row: Comparison | None) -> str:
+        return "–" if row is None else row.text(style) + ("" if row.outcome == NOT_CLEAR else "*")
+
+    names = [name for name in precisions if any(row.precision == name for row in rows)]
+    body = [(arm, *(text(by_cell.get((arm, name))) for name in names)) for arm in run.compared_arms]
+    unit = next((f", {row.unit_text}" for row in rows if row.unit_text), "")
+    caption = f"{task}{unit}: arm - baseline (*: better or worse by the verdict's rule)"
+    return Grid(("arm", *map(label, names)), tuple(body), caption)
+
+
+def arms_text(run: Run, width: int = 80) -> str:
+    """For a terminal: each arm at the fewest and the most bits; empty where the table says it all."""
+    first = headline(comparisons(run))
+    if not has_more_arms(run) or first is None or first.task not in _tasks(run):
+        return ""
+    names = sorted({row.precision for row in comparisons(run) if row.task == first.task}, key=bits)
+    grid = arms_grid(run, first.task, list(dict.fromkeys((names[0], names[-1]))))
+    over = f", {plural(len(run.seeds), 'seed')}" if len(run.seeds) > 1 else ""
+    return f"All arms against the baseline{over}\n" + grid_text(grid, width)
+
+
+def _tasks(run: Run) -> set[str]:
+    return {task for one in run.comparisons.values() for tasks in one.values() for task in tasks}

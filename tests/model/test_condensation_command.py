@@ -1,0 +1,182 @@
+"""`edgedisp condensation` through its command: models, bundles, comparisons, files, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from edgedisp.cli import app
+from edgedisp.commands import condensation as command
+from edgedisp.commands.condensation import CondensationOptions
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import silent
+from edgedisp.dispersion.condensation import FIGURES
+from edgedisp.graph.export import export
+from edgedisp.quantize.onnx_rewrite import quantize_bundle
+
+SMALL = ["--sequences", "3", "--context", "24"]
+
+
+def run(*arguments: str | Path) -> str:
+    done = CliRunner().invoke(app, ["condensation", *map(str, arguments), *SMALL], catch_exceptions=False)
+    assert done.exit_code == 0
+    return done.stdout
+
+
+def refused(*arguments: str | Path, match: str) -> None:
+    with pytest.raises(BadInput, match=match):
+        CliRunner().invoke(app, ["condensation", *map(str, arguments)], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def bundles(tiny_folder: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bundles")
+    folders = {name: root / name for name in ("fp32", "int4")}
+    for folder in folders.values():
+        folder.mkdir()
+    export(tiny_folder["llama"], folders["fp32"], threads=1)
+    quantize_bundle(folders["fp32"], folders["int4"], bits=4)
+    return folders
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def test_a_model_gives_every_layer_with_intervals(tiny_folder: dict[str, Path]) -> None:
+    assert "layer by layer" in run(tiny_folder["qwen3"])
+    found = json.loads(run(tiny_folder["gpt2"], "--json"))[tiny_folder["gpt2"].name]
+    assert (found["sequences"], found["tokens"]) == (3, 72)
+    for row in [*found["layers"], found["final_norm"]]:
+        assert set(row["figures"]) == set(FIGURES)
+        assert all(one["low"] <= one["value"] <= one["high"] for one in row["figures"].values())
+    assert set(found["correlations"]) == {"spearman", "kendall"}
+
+
+def test_a_bundle_is_measured_in_its_own_graph(
+    bundles: dict[str, Path], tiny_folder: dict[str, Path]
+) -> None:
+    names = [str(tiny_folder["llama"]), str(bundles["fp32"])]
+    first, second = command.measure(names, CondensationOptions(None, 3, 24), silent).values()
+    assert second.change is not None and first.change is None
+    for row in second.change.layers:
+        assert abs(row.figures["cosine_raw"].value or 0.0) < 1e-5
+
+
+def test_two_models_are_compared_pair_by_pair(bundles: dict[str, Path]) -> None:
+    assert "int4 - fp32, paired over sequences" in run(bundles["fp32"], "--compare", bundles["int4"])
+    names = [str(bundles["fp32"]), str(bundles["int4"])]
+    profiles = command.measure(names, CondensationOptions(None, 3, 24), silent)
+    assert [*profiles] == ["fp32", "int4"]
+    values = [one.layers[2].figures["cosine_raw"].value or 0.0 for one in profiles.values()]
+    change = profiles["int4"].change
+    assert change is not None and values[0] != values[1]
+    assert change.layers[2].figures["cosine_raw"].value == pytest.approx(values[1] - values[0])
+
+
+def test_models_of_different_depth_are_compared_as_a_whole(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shutil.copytree(tiny_folder["llama"], tmp_path / "deep")
+    config = AutoConfig.from_pretrained(tmp_path / "deep", num_hidden_layers=3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "deep")
+    run(tiny_folder["llama"], "--compare", tmp_path / "deep", "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "condensation.html").is_file()
+
+
+def test_out_holds_a_page_the_data_and_the_pictures(bundles: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "some" / "where"
+    text = run(bundles["fp32"], "--compare", bundles["int4"], "--text", _text(tmp_path), "--out", out)
+    assert text.splitlines()[-1] == f"page: {out / 'condensation.html'}"
+    pictures = {f"condensation_{name}.png" for name in ("heatmap", "layers", "outliers")}
+    assert {path.name for path in out.iterdir()} == {"condensation.html", "condensation.json", *pictures}
+    assert set(json.loads((out / "condensation.json").read_text())) == {"fp32", "int4"}
+    page = (out / "condensation.html").read_text()
+    assert page.count("<img") == 3 + 6 + 3 and "://" not in page and "<script" not in page
+
+
+def _text(folder: Path) -> Path:
+    path = folder / "text.txt"
+    path.write_text("Some sentences about a river and the town on its banks. " * 60)
+    return path
+
+
+def test_one_sequence_has_no_intervals(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    profiles = command.measure([str(tiny_folder["llama"])], CondensationOptions(None, 1, 16), silent)
+    assert command.write(profiles, tmp_path)[0].is_file()
+    assert "[" not in command.text(profiles, 200)
+
+
+def test_a_hostile_name_stays_text(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    profiles = command.measure([str(tiny_folder["llama"])], CondensationOptions(None, 2, 16), silent)
+    page = command.write({"<script>alert(1)</script>": next(iter(profiles.values()))}, tmp_path)[0]
+    assert "<script" not in page.read_text()
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path, bundles: dict[str, Path]) -> None:
+    (tmp_path / "notes.txt").write_text("not a model")
+    refused(tmp_path / "notes.txt", match=r"not a \.gguf file")
+    refused(tmp_path, match=r"no config\.json")
+    shutil.copyfile(bundles["fp32"] / "model.onnx", tmp_path / "model.onnx")
+    refused(tmp_path, match=r"genai_config\.json is missing")
+    refused(tmp_path / "nowhere", match="no such file or folder")
+
+
+def test_a_bundle_whose_hidden_states_cannot_be_found_is_refused(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    import onnx
+
+    shutil.copytree(bundles["fp32"], tmp_path / "bundle")
+    path = tmp_path / "bundle" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        node.op_type = node.op_type.replace("GroupQueryAttention", "Attention")
+    path.write_bytes(model.SerializeToString())
+    refused(tmp_path / "bundle", *SMALL, match="hidden states of 0 layers are found")
+
+
+def test_too_little_text_is_refused(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("A few words are no corpus, and will not make eight blocks. " * 3)
+    refused(
+        tiny_folder["llama"], "--text", tmp_path / "short.txt", "--sequences", "8", "--context", "16",
+        match=r"short\.txt: holds \d+ blocks of 16 tokens, not 8",
+    )  # fmt: skip
+    refused(
+        tiny_folder["llama"], "--text", tmp_path / "short.txt", "--context", "250",
+        match=r"short\.txt is too short for one block",
+    )  # fmt: skip
+
+
+def test_more_tokens_than_the_model_takes_are_refused(
+    tiny_folder: dict[str, Path], bundles: dict[str, Path]
+) -> None:
+    for model in (tiny_folder["gpt2"], bundles["int4"]):
+        refused(model, "--context", "257", match="takes 256 tokens at most, --context is 257")
+
+
+def test_models_with_other_tokens_are_not_compared(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+    import graph_twins as twins
+
+    twins.make(tmp_path / "other", "llama")
+    refused(
+        tiny_folder["llama"], "--compare", tmp_path / "other", *SMALL,
+        match="its tokenizer makes other tokens of the text",
+    )  # fmt: skip
+    run(tiny_folder["llama"], "--compare", tiny_folder["qwen3"])  # other models, the same tokens
+
+
+def test_a_file_in_the_place_of_out_is_refused_before_anything_is_measured(
+    tiny_folder: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").write_text("")
+    monkeypatch.setattr(command, "measure", None)  # would fail if it were called
+    refused(tiny_folder["llama"], "--out", tmp_path / "out", match="is a file")
