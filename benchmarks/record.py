@@ -16,8 +16,8 @@ import numpy as np
 
 from edgedisp import data, models
 from edgedisp.bench.system import describe, installed_version
+from edgedisp.core.files import git_commit
 from edgedisp.core.paths import data_folder
-from edgedisp.core.stage_folder import git_commit
 from edgedisp.recipe import load
 from edgedisp.stages.start import fetch_base, read_documents
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.stage_folder import MANIFEST, RECORD, RUN, digest, list_files, write_json
+from edgedisp.core.files import MANIFEST, RECORD, digest, list_files, write_json
+from edgedisp.core.stage_folder import RUN
 
 FORMAT = 1
 FOLDER = "devices"

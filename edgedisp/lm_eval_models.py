@@ -23,7 +23,7 @@ from lm_eval.api.registry import register_model
 from edgedisp import models
 from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
-from edgedisp.core.stage_folder import check_files
+from edgedisp.core.files import check_files
 from edgedisp.evaluate.lm_eval_adapter import HarnessModel
 from edgedisp.evaluate.task_suite import stop_ids, tokenizer_text
 from edgedisp.graph.session import OnnxModel

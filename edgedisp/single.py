@@ -22,8 +22,8 @@ from edgedisp.bench.devices import BenchOptions
 from edgedisp.bench.results import label_bundles, twin_pairs
 from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.files import MANIFEST, changed_files, check_files, update_listing, write_json
 from edgedisp.core.progress import Progress
-from edgedisp.core.stage_folder import MANIFEST, changed_files, check_files, update_listing, write_json
 from edgedisp.data import cache_folder
 from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.graph import genai_config

@@ -26,7 +26,7 @@ from edgedisp.bench.interleaved_timing import turns
 from edgedisp.bench.page_protocol import DeviceFacts, Figures, Repetition, Scores, Upload
 from edgedisp.bench.system import runner
 from edgedisp.core.errors import BadInput
-from edgedisp.core.stage_folder import MANIFEST, file_digest
+from edgedisp.core.files import MANIFEST, file_digest
 
 FORM = 1  # of the plan; the page refuses another
 MIB = 1 << 20

@@ -42,7 +42,7 @@ from pydantic import ValidationError
 from edgedisp.bench.page_plan import Resource
 from edgedisp.bench.page_protocol import UPLOAD, Upload, printable
 from edgedisp.core.errors import BadInput
-from edgedisp.core.stage_folder import file_digest
+from edgedisp.core.files import file_digest
 
 MOST_UPLOAD_BYTES = 2 << 20  # 5 repetitions of 128 tokens for 20 bundles are 200 KB
 MOST_REQUESTS = 64  # at the same time, of those that know the token

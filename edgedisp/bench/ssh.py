@@ -25,8 +25,8 @@ from edgedisp.bench.interleaved_timing import Host, TimedHost
 from edgedisp.bench.system import installed_version
 from edgedisp.bench.worker import RUNNER, Exited, Worker
 from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.files import MANIFEST, digest, file_digest
 from edgedisp.core.progress import Progress, silent
-from edgedisp.core.stage_folder import MANIFEST, digest, file_digest
 
 # No questions, no forwarding that the user's configuration may hold, and a dead connection found within 15 s.
 OPTIONS = shlex.split(

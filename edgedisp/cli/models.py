@@ -219,7 +219,7 @@ def chat(
     """
     from edgedisp.bench.system import physical_cores
     from edgedisp.chat import chat as talk
-    from edgedisp.core.stage_folder import check_files
+    from edgedisp.core.files import check_files
 
     def write(piece: str) -> None:
         sys.stdout.write(piece)

@@ -49,7 +49,7 @@ def phone(
     from edgedisp.bench.phone import ServeOptions, serve
     from edgedisp.bench.results import label_bundles
     from edgedisp.commands.run_report import check_runs, show_devices
-    from edgedisp.core.stage_folder import check_files, write_json
+    from edgedisp.core.files import check_files, write_json
     from edgedisp.device_results import keep, places
     from edgedisp.pipeline.run_results import device_result
     from edgedisp.report import devices_text

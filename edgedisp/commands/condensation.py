@@ -17,10 +17,10 @@ from torch import Tensor
 from edgedisp import data, models
 from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
+from edgedisp.core.files import check_files
 from edgedisp.core.progress import Progress
 from edgedisp.core.results import Condensation
 from edgedisp.core.serialization import to_json
-from edgedisp.core.stage_folder import check_files
 from edgedisp.dispersion.condensation import measure_model
 from edgedisp.graph.genai_config import context_length
 from edgedisp.graph.session import read_config

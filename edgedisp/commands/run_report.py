@@ -16,8 +16,8 @@ from typing import Any
 
 from edgedisp import device_results
 from edgedisp.core.errors import BadInput
+from edgedisp.core.files import MANIFEST, digest, write_json
 from edgedisp.core.results import Run
-from edgedisp.core.stage_folder import MANIFEST, digest, write_json
 from edgedisp.device_results import Place
 from edgedisp.pipeline import Walked
 from edgedisp.pipeline.run_results import device_result, load, run_results

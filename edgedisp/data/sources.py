@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from edgedisp.core.errors import BadInput
+from edgedisp.core.files import file_digest
 from edgedisp.core.progress import Progress, silent
-from edgedisp.core.stage_folder import file_digest
 from edgedisp.data.wheels import cached_member, checksum_error, fetch_member
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)

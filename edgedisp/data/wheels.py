@@ -30,8 +30,8 @@ from typing import Any, BinaryIO
 from filelock import FileLock
 
 from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.files import file_digest
 from edgedisp.core.progress import Progress
-from edgedisp.core.stage_folder import file_digest
 
 CHUNK_BYTES = 1 << 20
 LARGEST_BYTES = 32 << 30  # of one member, unpacked: more is a damaged or hostile archive

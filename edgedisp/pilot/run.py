@@ -17,8 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgedisp.core.files import write_json
 from edgedisp.core.progress import Progress
-from edgedisp.core.stage_folder import Record, open_run, read, write_json
+from edgedisp.core.stage_folder import Record, open_run, read
 from edgedisp.pilot import show
 from edgedisp.pilot.candidates import Candidate, Pilot
 from edgedisp.pilot.halving import ranked, survivors

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgedisp.core.stage_folder import SCORES, digest
+from edgedisp.core.files import digest
+from edgedisp.core.stage_folder import SCORES
 from edgedisp.pipeline.training import decider_of, plain
 from edgedisp.pipeline.walk import Stage, Work
 from edgedisp.recipe import BITS, Recipe, load_target

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgedisp.core.errors import BadInput
+from edgedisp.core.files import canonical
 from edgedisp.core.progress import Progress
-from edgedisp.core.stage_folder import Record, canonical, finish, read, stage_output
+from edgedisp.core.stage_folder import Record, finish, read, stage_output
 
 # Raised when a stage's code changes what it writes, so that runs made before are not taken for current.
 REVISION = 2

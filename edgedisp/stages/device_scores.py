@@ -15,8 +15,9 @@ from typing import Any
 
 from edgedisp import data, models
 from edgedisp.core.errors import BadInput
+from edgedisp.core.files import file_digest
 from edgedisp.core.progress import Progress
-from edgedisp.core.stage_folder import RUN, SCORES, file_digest
+from edgedisp.core.stage_folder import RUN, SCORES
 from edgedisp.evaluate import device_sample
 from edgedisp.evaluate.loglikelihood import ScoreOptions
 from edgedisp.evaluate.score_cache import ScoreCache

@@ -10,8 +10,8 @@ from edgedisp.bench.devices import BenchOptions
 from edgedisp.bench.interleaved_timing import measure
 from edgedisp.bench.local import Local
 from edgedisp.bench.results import twin_pairs
+from edgedisp.core.files import write_json
 from edgedisp.core.progress import Progress
-from edgedisp.core.stage_folder import write_json
 from edgedisp.graph.device_graph import for_device
 from edgedisp.recipe import Latency
 

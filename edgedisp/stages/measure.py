@@ -16,10 +16,10 @@ import numpy as np
 
 from edgedisp import models
 from edgedisp.core.errors import BuildFailed
+from edgedisp.core.files import write_json
 from edgedisp.core.progress import Progress
 from edgedisp.core.results import Condensation, Divergence, Measurement
 from edgedisp.core.serialization import to_json
-from edgedisp.core.stage_folder import write_json
 from edgedisp.dispersion.condensation import measure_model
 from edgedisp.evaluate.divergence import DivergenceMeter
 from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, prepare

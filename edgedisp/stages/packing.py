@@ -19,7 +19,8 @@ from typing import Any
 
 from edgedisp import __version__, data, models
 from edgedisp.bench.system import installed_version
-from edgedisp.core.stage_folder import MANIFEST, file_digest, git_commit, list_files, read, write_json
+from edgedisp.core.files import MANIFEST, file_digest, git_commit, list_files, write_json
+from edgedisp.core.stage_folder import read
 from edgedisp.graph import runtime_layouts
 from edgedisp.graph.device_graph import for_device
 from edgedisp.recipe import Target

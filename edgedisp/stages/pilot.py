@@ -18,8 +18,8 @@ import torch
 
 from edgedisp import models
 from edgedisp.core.errors import BadInput
+from edgedisp.core.files import write_json
 from edgedisp.core.progress import Progress
-from edgedisp.core.stage_folder import write_json
 from edgedisp.dispersion.condensation import measure_model
 from edgedisp.evaluate.loglikelihood import ScoreOptions
 from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite

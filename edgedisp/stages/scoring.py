@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 
 from edgedisp import models
 from edgedisp.bench.system import installed_version, runner
+from edgedisp.core.files import digest, file_digest
 from edgedisp.core.progress import Progress
 from edgedisp.core.results import Estimate, NoiseFloor
-from edgedisp.core.stage_folder import digest, file_digest, read
+from edgedisp.core.stage_folder import read
 from edgedisp.evaluate import heldout_tasks
 from edgedisp.evaluate.heldout_items import Question
 from edgedisp.evaluate.loglikelihood import ScoreOptions

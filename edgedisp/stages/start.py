@@ -11,8 +11,8 @@ import numpy as np
 
 from edgedisp import data, models
 from edgedisp.core.errors import BadInput
+from edgedisp.core.files import file_digest, write_json
 from edgedisp.core.progress import Progress
-from edgedisp.core.stage_folder import file_digest, write_json
 from edgedisp.recipe import Data, Model
 
 PACKING = "packing.json"  # how the blocks of the corpus folder are to be read in training

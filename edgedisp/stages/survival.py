@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from edgedisp.core.files import write_json
 from edgedisp.core.progress import Progress
-from edgedisp.core.stage_folder import write_json
 from edgedisp.models import Weights
 from edgedisp.quantize.delta_survival import survival as measure
 

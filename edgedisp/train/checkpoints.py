@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from edgedisp.core.stage_folder import write_json
+from edgedisp.core.files import write_json
 
 MARKER = "edgedisp.json"
 PREFIX = "checkpoint-"  # the Trainer's own name for checkpoint folders

@@ -18,7 +18,8 @@ import pytest
 from conftest import Ended
 from tiny_build import write_recipe
 
-from edgedisp.core.stage_folder import check_files, read
+from edgedisp.core.files import check_files
+from edgedisp.core.stage_folder import read
 from edgedisp.pipeline.run_results import load as load_results
 from edgedisp.recipe import load
 

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgedisp.core.errors import BuildFailed
-from edgedisp.core.stage_folder import check_files, file_digest, finish, list_files, stage_output
+from edgedisp.core.files import check_files, file_digest, list_files
+from edgedisp.core.stage_folder import finish, stage_output
 from edgedisp.graph.session import OnnxModel
 from edgedisp.models import TorchModel, load
 from edgedisp.single import export_for_target

@@ -16,8 +16,8 @@ from tiny_bundle import tiny_bundles
 from edgedisp.bench import devices, ssh
 from edgedisp.bench.devices import BenchOptions, DeviceLost
 from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.files import write_json
 from edgedisp.core.progress import silent
-from edgedisp.core.stage_folder import write_json
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 from training import Interrupt, fit_tiny, flat, open_tiny
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.stage_folder import file_digest
+from edgedisp.core.files import file_digest
 from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.train.checkpoints import MARKER, newest_checkpoint
 

@@ -10,7 +10,7 @@ import pytest
 from test_report_devices import row
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.stage_folder import file_digest, write_json
+from edgedisp.core.files import file_digest, write_json
 from edgedisp.device_results import keep, places, shown
 
 

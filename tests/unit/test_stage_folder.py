@@ -14,21 +14,18 @@ from typing import Any
 import pytest
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.stage_folder import (
+from edgedisp.core.files import (
     MANIFEST,
     RECORD,
     canonical,
     changed_files,
     check_files,
     file_digest,
-    finish,
     list_files,
-    open_run,
-    read,
-    stage_output,
     update_listing,
     write_json,
 )
+from edgedisp.core.stage_folder import finish, open_run, read, stage_output
 
 WRONG_SHAPES = ["{", "{}", "[]", "null", '"text"', '{"files": []}', '{"files": {"a": {"size_bytes": 1}}}']
 
