@@ -16,6 +16,7 @@ from typing import Any
 from edgedisp.bench.system import multiplies_bf16, physical_cores
 from edgedisp.core.distributed import split
 from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.results import PUBLISHED_POINTS
 from edgedisp.pipeline import Observer, state
 from edgedisp.recipe import BITS, Recipe, load_target
 
@@ -191,8 +192,8 @@ def _detectable(recipe: Recipe) -> dict[str, Any]:
         "differing": power.DIFFERING,
         "points": 100 * power.of_items(recipe.evaluate.limit),
         "nats": {name: power.of_documents(recipe.evaluate.limit, name) for name in recipe.precisions},
-        "published_points": power.PUBLISHED_POINTS,
-        "items_for_published": power.items_for(power.PUBLISHED_POINTS / 100),
+        "published_points": PUBLISHED_POINTS,
+        "items_for_published": power.items_for(PUBLISHED_POINTS / 100),
     }
 
 

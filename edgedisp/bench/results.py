@@ -18,6 +18,7 @@ from typing import Any
 
 from edgedisp.bench.graph_stats import find_graph, graph_hash, read_graph, weight_traffic
 from edgedisp.core.errors import BadInput
+from edgedisp.core.results import BASELINE
 
 FIGURES = ("ttft_ms", "prefill_tokens_per_s", "decode_tokens_per_s")
 LEVEL = 0.95
@@ -26,7 +27,6 @@ FEWEST_REPETITIONS = 5  # with fewer, no interval of the median reaches LEAST_CO
 NOTABLE_DIFFERENCE = 0.03  # two bundles with the same graph: less than 3 % is not worth a warning
 NOTABLE_DRIFT_PERCENT = 10.0  # a fanless laptop loses 20 % within four repetitions
 NOTABLE_OTHER_CPUS = 0.25
-BASELINE = "baseline"
 # Flags of /proc/cpuinfo any of which gives the fast 8-bit product that accuracy level 4 needs.
 FAST_ON_X86 = {"avx512_vnni", "avx_vnni", "amx_int8"}
 FAST_ON_ARM = {"asimddp", "i8mm"}

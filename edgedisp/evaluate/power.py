@@ -32,10 +32,6 @@ DOCUMENT_SD = {"fp32": 0.0023, "int8": 0.0105, "int4": 0.052}
 deviation in nats per token, measured in the same study. Rounding falls differently in each arm: that is what
 most of it is at int4."""
 
-PUBLISHED_POINTS = 0.7
-"""The smallest of the published gains of dispersion, in points of a mean over ten tasks (GPT-2: 34.95 to
-35.61; arXiv 2602.00217)."""
-
 
 def factor(power: float = POWER, confidence: float = CONFIDENCE) -> float:
     """Detectable effect in standard errors: 2.80 at the usual power and confidence."""

@@ -21,14 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
-from edgedisp.core.results import Difference, Estimate
+from edgedisp.core.results import Z95, Difference, Estimate
 
 Item = Mapping[str, Any]
 Floats = NDArray[np.float64]
 Sums = tuple[Floats, ...]
 """Numerator and denominator of the first model by document, then of the next; float64 [documents]."""
 
-Z95 = 1.959963984540054
 ONE_DOCUMENT = "one document: no interval can be given"
 _LEAST_SWAPS = 999  # of a swap test: its smallest p is one in so many
 _CELLS = 4_000_000  # resamples x documents held at a time: 32 MB as float64

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgedisp.core.files import write_json
 from edgedisp.core.progress import Progress
+from edgedisp.core.results import BASELINE
 from edgedisp.core.stage_folder import Record, open_run, read
 from edgedisp.pilot import show
 from edgedisp.pilot.candidates import Candidate, Pilot
@@ -30,7 +31,6 @@ from edgedisp.recipe import ArmRun, Dispersion, Evaluate
 if TYPE_CHECKING:
     from edgedisp.evaluate.task_suite import SuiteOptions
 
-BASELINE = "baseline"
 RESULT = "pilot.json"
 # Held-out tokens a candidate is scored on. Twice as many took as long as the training of a first rung, and
 # gave paired intervals of +-0.001 nats after one step at weight 3 on SmolLM2-135M: finer than the floor asks.
