@@ -59,10 +59,8 @@ def quickstart_blocks(tokenizer: Any, context: int, blocks: int) -> np.ndarray:
     """Packed blocks `(blocks, context)` of the quickstart's text."""
     recipe = load(data_folder("recipes") / "quickstart.yaml")
     documents = read_documents(recipe.data, recipe.folder, False, lambda done, total, note: None)
-    found, _ = data.training_blocks(
-        documents, models.Encoder(tokenizer), models.end_of_text_id(tokenizer), context, blocks, recipe.seed
-    )
-    return found
+    encode = models.document_encoder(tokenizer)
+    return data.training_blocks(documents, encode, context, blocks, recipe.seed)[0]
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:

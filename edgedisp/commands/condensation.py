@@ -93,8 +93,7 @@ def _blocks(name: str, tokenizer: Any, longest: int, options: CondensationOption
     else:
         documents = data.read_documents(options.text)
     text = str(options.text or "the synthetic text")
-    encoder, end = models.document_encoder(tokenizer), models.end_of_text_id(tokenizer)
-    blocks = data.pack(documents, encoder, end, context, sequences, name=text)
+    blocks = data.pack(documents, models.document_encoder(tokenizer), context, sequences, name=text)
     if len(blocks) < sequences:
         raise BadInput(f"{text}: holds {len(blocks)} blocks of {context} tokens, not {sequences}")
     return torch.from_numpy(blocks.astype(np.int64))

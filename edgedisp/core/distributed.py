@@ -1,8 +1,8 @@
 """This process among those of a launch by torchrun or accelerate launch.
 
-Both launchers start the same command several times and tell each process by the environment who it is. Only
-training is shared. Process 0 alone prints, holds the run's lock, writes, and makes every other stage; the
-others follow it (follow.py). Read from the environment, so that a build with nothing to do loads no torch.
+Both launchers start the same command several times and set variables that number the processes. Only training
+is shared: process 0 alone prints, holds the run's lock, writes, and runs every other stage; the others follow
+it (follow.py). No torch is needed, so that a build with nothing to do does not load it.
 """
 
 from __future__ import annotations
@@ -28,22 +28,19 @@ class Place:
         return self.index == 0
 
 
-def place(environment: Mapping[str, str] | None = None) -> Place:
+def place(environment: Mapping[str, str] = os.environ) -> Place:
     """From RANK and WORLD_SIZE, if LOCAL_RANK says that a launcher set them (accelerate's rule too).
 
     Raises BadInput for values that are no numbers.
     """
-    values = os.environ if environment is None else environment
-    if "LOCAL_RANK" not in values:
+    if "LOCAL_RANK" not in environment:
         return Place()
-    rank, count = values.get("RANK", "0"), values.get("WORLD_SIZE", "1")
+    rank, count = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
     try:
         return Place(int(rank), int(count))
     except ValueError:
-        raise BadInput(
-            f"RANK={rank} WORLD_SIZE={count}: not numbers; torchrun and accelerate launch set them for "
-            "several processes; for one, unset LOCAL_RANK"
-        ) from None
+        message = f"RANK={rank} WORLD_SIZE={count}: not numbers; for one process, unset LOCAL_RANK"
+        raise BadInput(message) from None
 
 
 def leads() -> bool:
@@ -54,9 +51,8 @@ def leads() -> bool:
 def split(batch: int, accumulate: int, processes: int) -> tuple[int, int]:
     """(batch, accumulate) of each process, so that all together take the same step.
 
-    A recipe's step is `batch x accumulate` sequences whatever the number of processes. The micro-batches are
-    dealt out first; where they are too few, each is cut. Raises BadInput if the number of processes does not
-    divide the number of sequences.
+    The micro-batches are dealt out first; where they are too few, each is cut. Raises BadInput if the number
+    of processes does not divide the number of sequences, `batch x accumulate`.
     """
     step = batch * accumulate
     if step % processes:
@@ -73,7 +69,6 @@ def split(batch: int, accumulate: int, processes: int) -> tuple[int, int]:
 def wait_for_launcher(seconds: float = 10.0) -> None:
     """Give the launcher time to end this process, because another has failed; returns if it does not.
 
-    The launcher ends all processes within a second of the first that fails, and what a process met, process 0
-    has nearly always met too: so the others wait before they report a failure.
+    What a process meets, process 0 has nearly always met too: so the others wait before they report it.
     """
     time.sleep(seconds)

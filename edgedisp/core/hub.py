@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from edgedisp.core.errors import BadInput
 
-ANSWER_WITHIN_S = 5.0
+TIMEOUT_S = 5.0
 KINDS = {"model": "model", "dataset": "data set"}
 
 
@@ -17,30 +17,23 @@ def repository_info(
 
     Raises BadInput if the hub answers that the repository or the revision does not exist or is gated.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import HfApi, errors
 
     what = KINDS[kind]
     try:
-        info = HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=ANSWER_WITHIN_S)
-        return info, None
-    except GatedRepoError as problem:
+        return HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=TIMEOUT_S), None
+    except errors.GatedRepoError as problem:
         raise BadInput(
             f"{name}: the {what} is gated. Accept its terms on its page, then log in with `hf auth login`."
         ) from problem
-    except RevisionNotFoundError as problem:
+    except errors.RevisionNotFoundError as problem:
         raise BadInput(f"{name}: the {what} has no revision {revision!r}.") from problem
-    except (RepositoryNotFoundError, HFValidationError) as problem:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as problem:
         raise BadInput(
             f"{name}: the hub has no such {what}, or it is private (then `hf auth login`). {_choices(kind)}"
         ) from problem
     except Exception as problem:  # what the HTTP client raises differs between its versions
-        return None, first_line(problem)
+        return None, one_line(problem)
 
 
 def unreachable_error(kind: Literal["model", "dataset"], name: str, reason: str) -> BadInput:
@@ -51,10 +44,9 @@ def unreachable_error(kind: Literal["model", "dataset"], name: str, reason: str)
     )
 
 
-def first_line(problem: BaseException) -> str:
-    """The first line of an exception's message, at most 200 characters; its type if it has none."""
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(problem).__name__
+def one_line(problem: BaseException) -> str:
+    """An exception's message on one line, at most 300 characters; its type if it has none."""
+    return " ".join(str(problem).split())[:300] or type(problem).__name__
 
 
 def _choices(kind: str) -> str:

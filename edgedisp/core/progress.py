@@ -1,7 +1,5 @@
-"""The progress callback, and progress on stderr: what is being done, how far it is, how long it will take.
-
-On a terminal a live bar (Rich); elsewhere (a log file, CI) a plain line when a stage starts and ends and at
-most one every ten seconds in between.
+"""The progress callback, and progress on stderr: a live bar (Rich) on a terminal; elsewhere a plain line when
+a stage starts and ends and at most one every ten seconds in between.
 """
 
 from __future__ import annotations

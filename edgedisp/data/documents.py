@@ -1,77 +1,155 @@
-"""Files, folders and data sets of the hub -> documents.
+"""Files, folders and data sets of the hub -> documents, with a count of what was read and dropped.
 
-Rows come from `readers` (local) or `hub` (data sets). The named text field of each row becomes a document; a
-row without text is dropped and counted. Language-model sets such as wikitext come as LINES: an article starts
-at ` = Title = `, and most rows are a paragraph or blank. When the first non-empty row is such a heading, all
-rows up to the next one are joined to one document.
+The text field of each row becomes a document; a row without text is dropped and counted. In sets such as
+wikitext a row is one LINE and an article starts at ` = Title = `: when the first non-empty row is such a
+heading, the rows up to the next one are joined to one document.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
-from edgedisp.data import hub, readers
-from edgedisp.data.rows import Document, Documents, Row, unique_id
+from edgedisp.data.readers import DEFAULTS, ReadOptions, Row, hub_rows, local_rows
 
 HEADING = re.compile(r"\s*= (?!=)(\S|\S.*\S)(?<!=) =\s*")  # ` = Title = `, but not ` = = Section = = `
 
 
+@dataclass(frozen=True)
+class Document:
+    """One text with a name. Scores are clustered by `id`, so two different texts need different ids."""
+
+    id: str
+    text: str
+
+
+class Documents(list[Document]):
+    """A list of documents that also counts what it was made from.
+
+    rows_read, characters_read: of the source. dropped: reason ("null", "blank", "duplicate") -> rows that
+    became no document. files_skipped: file of a folder -> why it was not read.
+    """
+
+    def __init__(self, documents: Iterable[Document] = (), dropped: Mapping[str, int] | None = None) -> None:
+        super().__init__(documents)
+        self.rows_read = self.characters_read = 0
+        self.dropped = Counter(dropped)
+        self.files_skipped: dict[str, str] = {}
+
+    def add(self, other: Documents) -> None:
+        """Append another source's documents and counts."""
+        self.extend(other)
+        self.rows_read += other.rows_read
+        self.characters_read += other.characters_read
+        self.files_skipped |= other.files_skipped
+        self.dropped.update(other.dropped)
+
+    def counts(self) -> dict[str, Any]:
+        """The record of the reading, as JSON."""
+        return {
+            "rows_read": self.rows_read,
+            "documents": len(self),
+            "dropped": dict(self.dropped),
+            "characters_read": self.characters_read,
+            "characters": sum(len(document.text) for document in self),
+            "files_skipped": self.files_skipped,
+        }
+
+    def notes(self) -> list[str]:
+        """A line on dropped rows and one on skipped files, for the screen; empty if everything was used."""
+        lines = []
+        if self.dropped:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+            lines.append(f"text: {self.dropped.total()} of {self.rows_read} rows dropped ({reasons})")
+        if self.files_skipped:
+            names = [f"{name} ({reason})" for name, reason in self.files_skipped.items()]
+            more = ", ..." if len(names) > 3 else ""
+            lines.append(f"text: {len(names)} files not read: {', '.join(names[:3])}{more}")
+        return lines
+
+
 def read_documents(
-    path_or_id: Path | str,
-    text: str = "text",
-    config: str | None = None,
-    split: str = "train",
-    revision: str | None = None,
-    limit: int | None = None,
-    progress: Progress = silent,
+    path_or_id: Path | str, options: ReadOptions = DEFAULTS, progress: Progress = silent
 ) -> Documents:
     """The documents of a local file or folder, or of a data set on the hub, in their order there.
 
-    text: the field that holds the text, where rows have fields. config, split, revision: for hub sets and
-    folders laid out like one. limit: at most so many documents, the first ones. The result counts the rows
-    and characters read, what was dropped and why, and the files of a folder that were not read.
-
-    Raises BadInput: unreadable or unknown file (with the line), a row without the field (with the fields
-    found and the nearest name), a text that is no string, no document at all, hub unreachable.
+    Raises BadInput: unreadable or unknown file (with the line), a row without the field (with the nearest
+    name), a text that is no string, no document at all, hub unreachable.
     """
     documents = Documents()
     path = Path(path_or_id)
     if isinstance(path_or_id, Path) or path.exists():
-        files, documents.files_skipped = readers.files_of(path, config, split)
-        rows = readers.rows(path, files, text, config)
+        rows, documents.files_skipped = local_rows(path, options)
     else:
-        rows = hub.rows(path_or_id, text=text, config=config, split=split, revision=revision, limit=limit)
+        rows = hub_rows(path_or_id, options)
     ids: set[str] = set()
-    for row, content in _articles_or_rows(_texts(rows, text, documents)):
-        if not content.strip():
-            documents.drop("blank")
+    for row, text in _articles_or_rows(_texts(rows, options.text, documents)):
+        if not text.strip():
+            documents.dropped["blank"] += 1
             continue
-        documents.append(Document(unique_id(row.id, ids), content))
-        if len(documents) == limit:
+        documents.append(Document(unique_id(row.id, ids), text))
+        if len(documents) == options.limit:
             break
         if len(documents) % 1000 == 0:
-            progress(len(documents), limit or 0, f"reading {path.name}")
+            progress(len(documents), options.limit or 0, f"reading {path.name}")
     if not documents:
         raise BadInput(f"{path_or_id}: no text found ({documents.rows_read} rows, none of them holds text).")
     return documents
 
 
+def unique_id(name: str, used: set[str]) -> str:
+    """`name`, or the first free one of `name#2`, `name#3` ...; it is added to `used`."""
+    candidate, count = name, 1
+    while candidate in used:
+        count += 1
+        candidate = f"{name}#{count}"
+    used.add(candidate)
+    return candidate
+
+
 def _texts(rows: Iterable[Row], field: str, documents: Documents) -> Iterator[tuple[Row, str]]:
     for row in rows:
-        content = _text_of(row, field)
+        text = _text(row, field)
         documents.rows_read += 1
-        documents.characters_read += len(content or "")
-        if content is None:
-            documents.drop("null")
+        documents.characters_read += len(text or "")
+        if text is None:
+            documents.dropped["null"] += 1
         else:
-            yield row, content
+            yield row, text
+
+
+def _text(row: Row, field: str) -> str | None:
+    """The row's text, None for a null. BadInput for everything else that is no text."""
+    value: Any = row.value
+    if isinstance(value, dict):
+        if field not in value:
+            fields = [str(name) for name in value]
+            near = difflib.get_close_matches(field, fields, n=1, cutoff=0.5)
+            raise BadInput(
+                f"{row.place}: no text field {field!r}.{f' Did you mean {near[0]!r}?' if near else ''} "
+                f"Fields found: {', '.join(fields)}. Name the one that holds the text with `text:`."
+            )
+        value = value[field]
+        if value is None:
+            return None
+    if not isinstance(value, str):
+        raise BadInput(f"{row.place}: the text must be a string, found {type(value).__name__}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as problem:
+        raise BadInput(
+            f"{row.place}: character {problem.start} of the text is half of a surrogate pair, which no "
+            "tokenizer can read."
+        ) from problem
+    return value
 
 
 def _articles_or_rows(rows: Iterator[tuple[Row, str]]) -> Iterator[tuple[Row, str]]:
@@ -90,45 +168,10 @@ def _articles(rows: Iterable[tuple[Row, str]]) -> Iterator[tuple[Row, str]]:
     first: Row | None = None
     lines: list[str] = []
     for row, line in rows:
-        if HEADING.fullmatch(line) and any(earlier.strip() for earlier in lines) and first is not None:
+        if first is not None and HEADING.fullmatch(line) and any(map(str.strip, lines)):
             yield first, "".join(lines).strip()
             first, lines = None, []
         first = first or row
         lines.append(line if line.endswith("\n") else line + "\n")
     if first is not None:
         yield first, "".join(lines).strip()
-
-
-def _text_of(row: Row, field: str) -> str | None:
-    """The row's text, None for a null. BadInput for everything else that is no text."""
-    value: Any = row.value
-    if isinstance(value, dict):
-        if field not in value:
-            raise BadInput(_missing_field(row, field, [str(name) for name in value]))
-        value = value[field]
-        if value is None:
-            return None
-    if not isinstance(value, str):
-        raise BadInput(
-            f"{row.place}: the text must be a string, found {type(value).__name__}"
-            + (f" in field {field!r}." if isinstance(row.value, dict) else "; rows are objects or strings.")
-        )
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as problem:
-            raise BadInput(
-                f"{row.place}: character {problem.start} of the text is half of a surrogate pair "
-                f"(\\u{ord(value[problem.start]):04x}), which no tokenizer can read. Write the whole "
-                "character, or remove it."
-            ) from problem
-    return value
-
-
-def _missing_field(row: Row, field: str, fields: list[str]) -> str:
-    near = difflib.get_close_matches(field, fields, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return (
-        f"{row.place}: no text field {field!r}.{hint} Fields found: {', '.join(fields) or 'none'}. "
-        "Name the one that holds the text with `text:`."
-    )

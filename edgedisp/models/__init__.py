@@ -12,11 +12,10 @@ from edgedisp.models.licence import copy_licence, read_licence
 from edgedisp.models.loading import empty_model, load, load_tokenizer, open_base, quiet, save
 from edgedisp.models.parameters import Weights, count_parameters
 from edgedisp.models.tiny_model import tiny_model
-from edgedisp.models.tokenizer import Encoder, bos_id, document_encoder, encode, end_of_text_id
+from edgedisp.models.tokenizer import bos_id, document_encoder, encode, end_of_text_id
 from edgedisp.models.torch_model import TorchModel, context_length
 
 __all__ = [
-    "Encoder",
     "TorchModel",
     "Weights",
     "bos_id",

@@ -12,73 +12,55 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from edgedisp.core.errors import BadInput
+from edgedisp.core.hub import one_line
 
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
-IN_A_LAYER = re.compile(r"\.\d+\.")  # model.layers.3.mlp.up_proj.weight; old files also keep inv_freq there
+IN_A_LAYER = re.compile(r"\.\d+\.")  # model.layers.3.mlp.up_proj.weight
 
 
-def one_line(problem: BaseException) -> str:
-    """An exception's message on one line, at most 300 characters."""
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return " ".join(lines)[:300] or type(problem).__name__
-
-
-def check_files(folder: Path, name: str) -> None:
+def check_files(folder: Path) -> None:
     """Refuse a folder without configuration or whole safetensors files, and one that holds an adapter."""
     if not folder.is_dir():
-        raise BadInput(f"{name}: no such model folder.")
-    names = sorted(path.name for path in folder.iterdir())
-    if "config.json" not in names:
-        ggufs = [entry for entry in names if entry.endswith(".gguf")]
-        hint = f" Did you mean {folder / ggufs[0]}?" if ggufs else ""
-        if "adapter_config.json" in names:
-            hint = " It holds a PEFT adapter: merge it into its base first."
-        raise BadInput(f"{name}: not a model folder, there is no config.json.{hint}")
-    if "adapter_config.json" in names:
-        raise BadInput(
-            f"{name}: holds a PEFT adapter (adapter_config.json) and a whole model, and does not say whether "
-            "the weights contain the adapter. If they do (merge_and_unload), move adapter_config.json and "
-            "adapter_model.safetensors away; if not, merge it first."
-        )
-    files = _weight_files(folder, names, name)
-    missing = sorted(set(files) - set(names))
-    if missing:
-        raise BadInput(f"{name}: {len(missing)} weight files are missing: {', '.join(missing[:5])}.")
-    for file in files:
-        _check_header(folder / file)
+        raise BadInput(f"{folder}: no such model folder.")
+    if (folder / "adapter_config.json").exists():
+        raise BadInput(f"{folder}: holds a PEFT adapter: merge it into its base (merge_and_unload) first.")
+    if not (folder / "config.json").exists():
+        ggufs = sorted(folder.glob("*.gguf"))
+        hint = f" Did you mean {ggufs[0]}?" if ggufs else ""
+        raise BadInput(f"{folder}: not a model folder, there is no config.json.{hint}")
+    for path in weight_files(folder):
+        _check_header(path)
 
 
-def _weight_files(folder: Path, names: list[str], name: str) -> list[str]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, sharded or not. BadInput if there are none, or one is missing."""
     index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
     if index.is_file():
         try:
-            return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as problem:
-            raise BadInput(f"{name}: {index.name} is not a readable index of weight files.") from problem
-    if "model.safetensors" in names:
-        return ["model.safetensors"]
-    pickles = [entry for entry in names if entry.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    reason = f"{pickles[0]} is a pickle, which can run any code and is never opened. " if pickles else ""
-    raise BadInput(
-        f"{name}: there is no model.safetensors. {reason}Save the model again with "
-        "`model.save_pretrained(folder)` of a recent transformers, in a place that you trust."
-    )
+            raise BadInput(f"{index}: is not a readable index of weight files.") from problem
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise BadInput(
+            f"{folder}: there is no {', '.join(missing[:5])}. Pickled weights (.bin, .pt), which can run any "
+            "code, are never opened: save the model again with `model.save_pretrained(folder)`."
+        )
+    return [folder / name for name in names]
 
 
-def _check_header(file: Path) -> None:
+def _check_header(path: Path) -> None:
     """Refuse a file that is cut off or damaged by its header, before its weights are read."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="np"):
+        with safe_open(path, framework="np"):
             pass
     except (SafetensorError, OSError) as problem:
         raise BadInput(
-            f"{file}: the file is cut off or damaged: its {file.stat().st_size} bytes do not fit its "
-            f"header ({one_line(problem)}). Fetch or save it again."
+            f"{path}: the file is cut off or damaged ({one_line(problem)}). Fetch or save it again."
         ) from problem
 
 
@@ -91,19 +73,16 @@ def is_causal_family(model_type: str) -> bool:
 
 
 def check_config(config: Any, architecture: str | None, name: str) -> None:
-    """Refuse what is no causal language model in full precision, or not of the promised `architecture`.
-
-    An attention kernel in the configuration is set aside.
-    """
+    """Refuse what is no causal language model in full precision, or not of the promised `architecture`."""
     classes = list(getattr(config, "architectures", None) or [])
-    causal = any(entry.endswith(CAUSAL_ENDINGS) for entry in classes) if classes else True
+    causal = not classes or any(entry.endswith(CAUSAL_ENDINGS) for entry in classes)
     custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    known = is_causal_family(config.model_type) or custom
+    known = custom or is_causal_family(config.model_type)
     if getattr(config, "is_encoder_decoder", False) or not (causal and known):
         what = f"{', '.join(classes) or 'no architecture named'} (model_type {config.model_type})"
         raise BadInput(
-            f"{name}: not a causal language model: {what}. What works: a decoder such as llama, qwen2, "
-            "qwen3, gemma3_text or gpt2, whose config.json names a ...ForCausalLM or ...LMHeadModel."
+            f"{name}: not a causal language model: {what}. What works: a decoder such as "
+            "llama, qwen3, gemma3_text or gpt2."
         )
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
@@ -113,20 +92,6 @@ def check_config(config: Any, architecture: str | None, name: str) -> None:
             "export start from full precision: name the original model, or a .gguf file, which is expanded."
         )
     check_architecture(config, architecture, name)
-    text = config.get_text_config()
-    padding, vocabulary = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
-    if isinstance(padding, int) and isinstance(vocabulary, int) and padding >= vocabulary:
-        raise BadInput(
-            f"{name}: config.json has pad_token_id {padding}, but the embedding has {vocabulary} rows. Set "
-            "pad_token_id to a token of the vocabulary, such as the eos token, or to null."
-        )
-    reset_attention(config)
-
-
-def reset_attention(config: Any) -> None:
-    """Take out a kernel such as flash_attention_2: it belongs to the machine that saved the model."""
-    if config._attn_implementation not in (None, "eager", "sdpa"):
-        config._attn_implementation = None
 
 
 def check_architecture(config: Any, architecture: str | None, name: str) -> None:
@@ -137,33 +102,25 @@ def check_architecture(config: Any, architecture: str | None, name: str) -> None
         )
 
 
-def check_dtype(folder: Path, name: str) -> None:
-    """Refuse a dtype that torch does not have, on which transformers fails without naming the file."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        return  # transformers names the place
-    dtype = config.get("dtype") if isinstance(config, dict) else None
-    if dtype is not None and not (
-        isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
-    ):
-        raise BadInput(f"{name}: config.json has dtype {dtype!r}; write float32, float16 or bfloat16.")
+def reset_attention(config: Any) -> None:
+    """Take out a kernel such as flash_attention_2: it belongs to the machine that saved the model."""
+    if config._attn_implementation not in (None, "eager", "sdpa"):
+        config._attn_implementation = None
 
 
-def check_whole(report: dict[str, Any], name: str) -> None:
+def check_loading(report: dict[str, Any], name: str) -> None:
     """Refuse weights that transformers had to make up (absent ones, and ones of another shape), and layers,
     or parts of layers, that it left unused in the files."""
-    missing = sorted(report["missing_keys"])
-    others = sorted(
-        f"{key} {list(found)} for {list(expected)}" for key, found, expected in report["mismatched_keys"]
-    )
-    unused = sorted(
+    shapes = [
+        f"{key} {list(actual)} for {list(expected)}" for key, actual, expected in report["mismatched_keys"]
+    ]
+    unused = [  # old files also keep inv_freq, which is computed now
         key for key in report["unexpected_keys"] if IN_A_LAYER.search(key) and not key.endswith("inv_freq")
-    )
+    ]
     for what, keys in (
-        ("weights are not in the files", missing),
-        ("weights have another shape", others),
-        ("weights in the files have no place in the model that config.json describes", unused),
+        ("weights are not in the files", sorted(report["missing_keys"])),
+        ("weights have another shape", sorted(shapes)),
+        ("weights in the files have no place in the model that config.json describes", sorted(unused)),
     ):
         if keys:
             raise BadInput(
@@ -180,9 +137,7 @@ def check_tokenizer(tokenizer: Any, vocab_size: int | None, name: str) -> None:
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-    if vocab_size is None:
-        return
-    outside = [token for token, number in tokenizer.get_vocab().items() if number >= vocab_size]
+    outside = [] if vocab_size is None else [t for t, i in tokenizer.get_vocab().items() if i >= vocab_size]
     if outside:
         raise BadInput(
             f"{name}: {len(outside)} tokens of the tokenizer have no row in the model's embedding of "

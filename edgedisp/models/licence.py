@@ -2,7 +2,7 @@
 
 In a Hugging Face folder it is the `license` field in the front matter of README.md, and files named LICENSE,
 NOTICE or USE_POLICY; in a .gguf file it is `general.license`. Nothing is guessed or looked up. `license.json`
-says what was found and where, so that a trained model's folder still knows it when it is exported.
+records it, so that a trained model's folder still has it when it is exported.
 
 Left out: the licence of the training text, and whether two licences go together. That is for people.
 """
@@ -20,7 +20,7 @@ LARGEST_BYTES = 1_000_000  # a licence is a text
 FIELDS = {"license": "license", "license_name": "license.name", "license_link": "license.link"}  # as in GGUF
 
 Facts = dict[str, Any]
-"""{base, license, license_name, license_link, found_in, files}; None and [] for what was not found."""
+"""{base, license, license_name, license_link, found_in, files}; None and [] for what there is not."""
 
 
 def read_licence(path: Path, base: str | None = None) -> Facts:
@@ -28,10 +28,10 @@ def read_licence(path: Path, base: str | None = None) -> Facts:
     if path.is_file():
         from gguf import GGUFReader
 
-        fields = GGUFReader(path).fields
-        values = {key: fields.get(f"general.{name}") for key, name in FIELDS.items()}
-        contents = {key: field.contents() for key, field in values.items() if field is not None}
-        return {"base": base, **_facts(contents, "general.license"), "files": []}
+        gguf = GGUFReader(path).fields
+        fields = {key: gguf[f"general.{name}"] for key, name in FIELDS.items() if f"general.{name}" in gguf}
+        texts = {key: field.contents() for key, field in fields.items()}
+        return _facts(base, texts, "general.license", [])
     try:
         facts = json.loads((path / FILE).read_text(encoding="utf-8"))
         if isinstance(facts["files"], list):
@@ -39,15 +39,11 @@ def read_licence(path: Path, base: str | None = None) -> Facts:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not written here, or damaged
     front = _front_matter(path / "README.md")
-    named = front.get("base_model")
-    files = {
-        file for pattern in PATTERNS for file in path.glob(pattern) if file.is_file() and file.name != FILE
-    }
-    return {
-        "base": base or (named if isinstance(named, str) else None),
-        **_facts(front, "README.md"),
-        "files": sorted(file.name for file in files if file.stat().st_size <= LARGEST_BYTES),
-    }
+    if base is None and isinstance(front.get("base_model"), str):
+        base = front["base_model"]
+    files = {file for pattern in PATTERNS for file in path.glob(pattern) if file.is_file()}
+    texts_only = [f.name for f in files if f.name != FILE and f.stat().st_size <= LARGEST_BYTES]
+    return _facts(base, front, "README.md", sorted(texts_only))
 
 
 def copy_licence(source: Path, output_dir: Path, base: str | None = None) -> Facts:
@@ -60,14 +56,14 @@ def copy_licence(source: Path, output_dir: Path, base: str | None = None) -> Fac
     return facts
 
 
-def _facts(fields: dict[str, Any], found_in: str) -> Facts:
-    """The three fields as text; a list (the hub allows one) is joined."""
-    facts: Facts = {}
+def _facts(base: str | None, fields: dict[str, Any], place: str, files: list[str]) -> Facts:
+    """A field that is a list (the hub allows one) is joined."""
+    facts: Facts = {"base": base}
     for key in FIELDS:
         value = fields.get(key)
         text = ", ".join(map(str, value)) if isinstance(value, list) else value
         facts[key] = str(text) if text else None
-    return {**facts, "found_in": found_in if facts["license"] else None}
+    return {**facts, "found_in": place if facts["license"] else None, "files": files}
 
 
 def _front_matter(path: Path) -> dict[str, Any]:
@@ -78,7 +74,7 @@ def _front_matter(path: Path) -> dict[str, Any]:
     if not text.startswith("---\n"):
         return {}
     try:
-        fields: Any = YAML(typ="safe", pure=True).load(text[4:].split("\n---", 1)[0])
+        front: Any = YAML(typ="safe", pure=True).load(text[4:].split("\n---", 1)[0])
     except YAMLError:
         return {}
-    return fields if isinstance(fields, dict) else {}
+    return front if isinstance(front, dict) else {}

@@ -19,12 +19,15 @@ import torch
 from torch import nn
 
 from edgedisp.core.errors import BadInput
+from edgedisp.core.hub import one_line
 from edgedisp.core.progress import Progress, silent
-from edgedisp.models import checks, hub
-from edgedisp.models.checks import one_line
+from edgedisp.models import checks
+from edgedisp.models.hub import CONFIG, PATTERNS, snapshot
 
 # What transformers raises over a file that it cannot use.
-UNUSABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError)
+UNUSABLE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, AssertionError,
+)  # fmt: skip
 
 
 def open_base(
@@ -43,30 +46,75 @@ def open_base(
     Raises BadInput: not there, not a causal language model, incomplete or damaged weights, pickled weights
     only, already quantized, another architecture than promised, no tokenizer, hub unreachable.
     """
-    path, name = Path(base), str(base)
+    path = Path(base)
     if isinstance(base, str) and not path.exists():
-        path = hub.snapshot(base, revision, trust_remote_code, progress)
-    if not path.exists():
-        raise BadInput(f"{name}: no such model file or folder.")
+        patterns = PATTERNS + (["*.py"] if trust_remote_code else [])
+        path = snapshot(base, revision, patterns, progress)
     if path.is_file():
         model, tokenizer = _open_gguf(path, progress)
-        checks.check_architecture(model.config, architecture, name)
+        checks.check_architecture(model.config, architecture, str(base))
         return model, tokenizer
-    model = _open_folder(path, name, torch.float32, trust_remote_code, architecture)
-    return model, _open_tokenizer(path, name, trust_remote_code)
+    model = load(path, trust_remote_code=trust_remote_code, architecture=architecture)
+    return model, load_tokenizer(path, trust_remote_code)
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
+def load(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    architecture: str | None = None,
+) -> Any:
     """The model of a Hugging Face folder in eval mode; in float32 its weights are bit for bit what was saved.
 
     Raises BadInput like `open_base`.
     """
-    return _open_folder(Path(folder), str(folder), dtype, trust_remote_code, None)
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    checks.check_files(folder)
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except UNUSABLE as problem:
+            raise BadInput(f"{folder}: config.json cannot be used: {one_line(problem)}") from problem
+        checks.check_config(config, architecture, str(folder))
+        checks.reset_attention(config)
+        try:
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `check_loading` refuses them with their names
+                trust_remote_code=trust_remote_code,
+            )
+        except (SafetensorError, *UNUSABLE) as problem:
+            raise BadInput(f"{folder}: the weights cannot be opened: {one_line(problem)}") from problem
+    model, report = opened
+    checks.check_loading(report, str(folder))
+    return model.eval()
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder. Raises BadInput if there is none, or for tokens outside the embedding."""
-    return _open_tokenizer(Path(folder), str(folder), trust_remote_code)
+    from transformers import AutoTokenizer
+
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except UNUSABLE as problem:
+            raise BadInput(
+                f"{folder}: no usable tokenizer in the folder: {one_line(problem)} (a SentencePiece file "
+                "alone needs `pip install sentencepiece protobuf`)"
+            ) from problem
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        rows = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    except (OSError, ValueError, AttributeError):
+        rows = None
+    checks.check_tokenizer(tokenizer, rows if isinstance(rows, int) else None, str(folder))
+    return tokenizer
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -103,7 +151,7 @@ def empty_model(
 
     path = Path(base)
     if isinstance(base, str) and not path.exists():
-        path = hub.configuration(base, revision)
+        path = snapshot(base, revision, CONFIG)
     folder, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
     with quiet(), init_empty_weights():
         try:
@@ -128,14 +176,14 @@ def quiet(progress: Progress = silent) -> Iterator[None]:
     hub_bars = not hub_utils.are_progress_bars_disabled()
     gguf_bar: Any = gguf.tqdm
 
-    def counted(tensors: Any, desc: str = "") -> Iterator[Any]:
-        for done, tensor in enumerate(tensors):
-            progress(done, len(tensors), "expanding the .gguf file")
+    def tensors_counted(tensors: Any, desc: str = "") -> Iterator[Any]:
+        for number, tensor in enumerate(tensors):
+            progress(number, len(tensors), "expanding the .gguf file")
             yield tensor
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    gguf.tqdm = counted  # this one bar does not ask the setting
+    gguf.tqdm = tensors_counted  # this one bar ignores the setting
     try:
         yield
     finally:
@@ -143,66 +191,10 @@ def quiet(progress: Progress = silent) -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-        if hub_bars:
-            hub_utils.enable_progress_bars()
-        else:
+        if not hub_bars:
             hub_utils.disable_progress_bars()
-
-
-def _open_folder(
-    folder: Path, name: str, dtype: torch.dtype, trust_remote_code: bool, architecture: str | None
-) -> Any:
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    checks.check_files(folder, name)
-    checks.check_dtype(folder, name)
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except UNUSABLE as problem:
-            raise BadInput(f"{name}: config.json cannot be used: {one_line(problem)}") from problem
-        checks.check_config(config, architecture, name)
-        try:
-            opened: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # `check_whole` refuses them with their names
-                trust_remote_code=trust_remote_code,
-            )
-        except (SafetensorError, *UNUSABLE) as problem:
-            raise BadInput(f"{name}: the weights cannot be opened: {one_line(problem)}") from problem
-    model, report = opened
-    checks.check_whole(report, name)
-    return model.eval()
-
-
-def _open_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    with quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except UNUSABLE as problem:
-            pieces = [file for file in ("tokenizer.model", "spiece.model") if (folder / file).is_file()]
-            reason = one_line(problem)
-            if pieces and not (folder / "tokenizer.json").is_file():
-                reason = (
-                    f"{pieces[0]} is a SentencePiece file and there is no tokenizer.json. `pip install "
-                    "sentencepiece protobuf`, or save the tokenizer with `tokenizer.save_pretrained(folder)` "
-                    "where these are installed."
-                )
-            raise BadInput(f"{name}: no usable tokenizer in the folder: {reason}") from problem
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        rows = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    except (OSError, ValueError, AttributeError):
-        rows = None
-    checks.check_tokenizer(tokenizer, rows if isinstance(rows, int) else None, name)
-    return tokenizer
+        else:
+            hub_utils.enable_progress_bars()
 
 
 def _open_gguf(path: Path, progress: Progress) -> tuple[Any, Any]:
@@ -210,9 +202,7 @@ def _open_gguf(path: Path, progress: Progress) -> tuple[Any, Any]:
 
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise BadInput(
-                f"{path}: not a .gguf file. A single file must be GGUF; otherwise name the model's folder."
-            )
+            raise BadInput(f"{path}: not a .gguf file. Name a .gguf file or the model's folder.")
     with quiet(progress):
         try:
             opened: Any = AutoModelForCausalLM.from_pretrained(
@@ -226,7 +216,7 @@ def _open_gguf(path: Path, progress: Progress) -> tuple[Any, Any]:
         except UNUSABLE as problem:
             raise BadInput(f"{path}: the .gguf file cannot be opened: {one_line(problem)}") from problem
     model, report = opened
-    checks.check_whole(report, str(path))
+    checks.check_loading(report, str(path))
     _remove_gguf_marks(model)
     checks.check_tokenizer(tokenizer, int(model.get_input_embeddings().weight.shape[0]), str(path))
     return model.float().eval(), tokenizer
@@ -235,7 +225,7 @@ def _open_gguf(path: Path, progress: Progress) -> tuple[Any, Any]:
 def _remove_gguf_marks(model: Any) -> None:
     """Take off the marks of a quantized model: its weights were expanded while loading."""
     config = getattr(model.config, "quantization_config", None)
-    if config is None or getattr(getattr(config, "quant_method", None), "value", None) != "gguf":
+    if getattr(getattr(config, "quant_method", None), "value", None) != "gguf":
         return
     del model.config.quantization_config
     model.hf_quantizer = None

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from edgedisp.core.errors import BadInput
+from edgedisp.models.checks import weight_files
 
 # Parts of module names, as the families write them: self_attn, attn, attention, self_attention; mlp,
 # feed_forward, and OPT's bare fc1 and fc2.
-ATTENTION = ("attn", "attention")
-MLP = ("mlp", "feed_forward", "ffn", "experts", "moe", "fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h")
+COMPONENTS = {
+    "attention": ("attn", "attention"),
+    "mlp": ("mlp", "feed_forward", "ffn", "experts", "moe", "fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h"),
+}
 NORM = ("norm", "ln_", "layernorm")
 
 
@@ -22,11 +23,10 @@ def count_parameters(model: nn.Module) -> dict[str, Any]:
     """Parameter counts, shared ones once: embedding, attention, mlp, norm, head, other, total; and `tied`.
 
     Small models carry a large part of their weights in the embedding (SmolLM2-135M 21 %, Gemma-3-270M 63 %).
-    tied: the head's matrix is the embedding's, so `head` counts a bias at most. A parameter is sorted by the
-    module that owns it, so a new family needs no entry; what fits nowhere is `other`.
+    tied: the head's matrix is the embedding's, so `head` counts a bias at most.
     """
-    anything: Any = model
-    embedding, head = anything.get_input_embeddings(), anything.get_output_embeddings()
+    transformer: Any = model
+    embedding, head = transformer.get_input_embeddings(), transformer.get_output_embeddings()
     tied = head is not None and embedding is not None and head.weight is embedding.weight
     counts = dict.fromkeys(("embedding", "attention", "mlp", "norm", "head", "other"), 0)
     modules = dict(model.named_modules())
@@ -45,7 +45,7 @@ def component_of(name: str, module: nn.Module) -> str:
     if "embedding" in kind:
         return "embedding"
     for part in reversed(name.lower().split(".")):  # the innermost name decides: `attention.mlp` is an mlp
-        for component, words in (("attention", ATTENTION), ("mlp", MLP)):
+        for component, words in COMPONENTS.items():
             if any(word in part for word in words):
                 return component
     return "other"
@@ -54,32 +54,26 @@ def component_of(name: str, module: nn.Module) -> str:
 class Weights(Mapping[str, Tensor]):
     """Tensor name -> its values as float32, from a folder's safetensors files, sharded or not.
 
-    Each tensor is read when it is asked for. A tied weight is there once, as it was saved. Raises BadInput
-    for a folder without such files.
+    Each tensor is read on access. A tied weight is there once, as it was saved. Raises BadInput for a folder
+    without such files.
     """
 
     def __init__(self, folder: Path) -> None:
         from safetensors import safe_open
 
-        index = folder / "model.safetensors.index.json"
-        names = {"model.safetensors"}
-        if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         self._open = safe_open
-        self._file: dict[str, Path] = {}
-        for name in sorted(names):
-            if not (folder / name).is_file():
-                raise BadInput(f"{folder}: there is no {name}")
-            with safe_open(folder / name, framework="pt") as file:
-                self._file |= dict.fromkeys(file.keys(), folder / name)
+        self._path: dict[str, Path] = {}
+        for path in weight_files(folder):
+            with safe_open(path, framework="pt") as file:
+                self._path |= dict.fromkeys(file.keys(), path)
 
     def __getitem__(self, name: str) -> Tensor:
-        with self._open(self._file[name], framework="pt") as file:
+        with self._open(self._path[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name).float()
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file)
+        return iter(self._path)
 
     def __len__(self) -> int:
-        return len(self._file)
+        return len(self._path)

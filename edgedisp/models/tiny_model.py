@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from edgedisp.core.errors import BadInput
+from edgedisp.core.hub import one_line
 from edgedisp.models.checks import is_causal_family
 from edgedisp.models.loading import quiet
 
@@ -28,35 +29,24 @@ CHAT_TEMPLATE = (  # ChatML
 
 # Widths are multiples of 32, the group of the quantizers. Weights start with a standard deviation of 0.1,
 # about 1/sqrt(64): the usual 0.02 is meant for wide models and would leave all logits nearly equal here.
-COMMON: dict[str, Any] = {
+NEOX: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1, "tie_word_embeddings": True,
+    "initializer_range": 0.1,
 }  # fmt: skip
+COMMON = NEOX | {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}
 GEMMA = {
     "num_key_value_heads": 1, "query_pre_attn_scalar": 16, "sliding_window": 64,
     "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
-NEOX_KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "initializer_range",
-)
+OPT = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "init_std": 0.1}
 SIZES: dict[str, dict[str, Any]] = {
     "llama": COMMON,
     "qwen2": COMMON,
     "qwen3": COMMON,
     "gemma3_text": COMMON | GEMMA,
-    "opt": {
-        "hidden_size": 64,
-        "ffn_dim": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "init_std": 0.1,
-    },
+    "opt": OPT,
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.1},
-    "gpt_neox": {key: COMMON[key] for key in NEOX_KEYS},
+    "gpt_neox": NEOX,
 }
 LARGEST_PARAMETERS = 2_000_000  # a family that does not know our field names keeps its own, large sizes
 
@@ -71,16 +61,20 @@ def tiny_model(
     """
     if vocab_size < 272 or vocab_size % 16:
         raise BadInput(f"a tiny model's vocab_size must be a multiple of 16 from 272 on, found {vocab_size}.")
-    if not is_causal_family(architecture):
-        raise _not_possible(architecture, "not a family of causal language models that transformers knows")
     with quiet():
         try:
+            if not is_causal_family(architecture):
+                raise ValueError("not a family of causal language models that transformers knows")
             config = _config(architecture, context)
             tokenizer = _tokenizer(texts, vocab_size, context, architecture)
             config.vocab_size = -(-len(tokenizer) // 16) * 16
             return _random_model(config, seed), tokenizer
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as problem:
-            raise _not_possible(architecture, problem) from problem
+            reason = one_line(problem).partition(". ")[0].rstrip(".")
+            raise BadInput(
+                f"no tiny model of the architecture {architecture!r}: {reason}. Those that were tried: "
+                f"{', '.join(SIZES)}."
+            ) from problem
 
 
 def _config(architecture: str, context: int) -> Any:
@@ -107,14 +101,6 @@ def _random_model(config: Any, seed: int) -> Any:
         model(input_ids=torch.arange(8).reshape(2, 4))
     model.config.architectures = [type(model).__name__]
     return model
-
-
-def _not_possible(architecture: str, reason: object) -> BadInput:
-    first = str(reason).partition("\n")[0].partition(". ")[0].rstrip(".")
-    return BadInput(
-        f"no tiny model of the architecture {architecture!r}: {first[:200]}. Those that were tried: "
-        f"{', '.join(SIZES)}."
-    )
 
 
 def _tokenizer(texts: Iterable[str], vocab_size: int, context: int, architecture: str) -> Any:

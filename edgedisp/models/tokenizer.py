@@ -1,8 +1,8 @@
-"""Text -> token ids, and the tokens that stand before and behind a document."""
+"""Text -> token ids, and the tokens before and behind a document."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 from edgedisp.core.errors import BadInput
@@ -12,47 +12,31 @@ from edgedisp.core.errors import BadInput
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 
 
-class Encoder:
-    """`encoder(text) -> ids` without special tokens, and `encoder.batch(texts)`, some times faster.
-
-    bos: a token that is put before every text (`bos_id`) which does not begin with it, as text that a chat
-    template rendered does.
-    """
-
-    def __init__(self, tokenizer: Any, bos: int | None = None) -> None:
-        self.tokenizer, self.bos = tokenizer, bos
-
-    def __call__(self, text: str) -> list[int]:
-        return self.batch([text])[0]
-
-    def batch(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        # verbose=False: no warning that a document is longer than the context; it will be cut into blocks.
-        encoded = self.tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
-        ids: list[list[int]] = encoded["input_ids"]
-        if self.bos is None:
-            return ids
-        return [row if row[:1] == [self.bos] else [self.bos, *row] for row in ids]
-
-
-def document_encoder(tokenizer: Any) -> Encoder:
-    """The encoder of documents that an end-of-text token separates: with the tokenizer's BOS before each,
-    unless the separator is that very token (OPT)."""
-    bos = bos_id(tokenizer)
-    return Encoder(tokenizer, None if bos == end_of_text_id(tokenizer) else bos)
-
-
 @overload
 def encode(tokenizer: Any, text: str) -> list[int]: ...
 @overload
 def encode(tokenizer: Any, text: Sequence[str]) -> list[list[int]]: ...
-def encode(tokenizer: Any, text: str | Sequence[str]) -> list[int] | list[list[int]]:
-    """Token ids of a text (or of each of several) without special tokens around them."""
-    encoder = Encoder(tokenizer)
-    return encoder(text) if isinstance(text, str) else encoder.batch(text)
+def encode(tokenizer: Any, text: str | Sequence[str]) -> Any:
+    """Token ids of a text, or of each of several, without special tokens around them."""
+    texts = text if isinstance(text, str) else list(text)
+    # verbose=False: no warning that a text is longer than the context; it will be cut into blocks.
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def document_encoder(tokenizer: Any) -> Callable[[Sequence[str]], list[list[int]]]:
+    """Texts of documents -> token ids of each: BOS (where the tokenizer has one), text, end-of-text.
+
+    No BOS is added to a text that begins with it, as one rendered by a chat template does, nor where it is
+    the end-of-text token itself (OPT).
+    """
+    bos, end_of_text = bos_id(tokenizer), end_of_text_id(tokenizer)
+    start = [] if bos is None or bos == end_of_text else [bos]
+
+    def encode_documents(texts: Sequence[str]) -> list[list[int]]:
+        rows = encode(tokenizer, texts)
+        return [[*(start if row[:1] != start else []), *row, end_of_text] for row in rows]
+
+    return encode_documents
 
 
 def bos_id(tokenizer: Any) -> int | None:
@@ -72,12 +56,10 @@ def end_of_text_id(tokenizer: Any) -> int:
     Raises BadInput for a tokenizer that has neither.
     """
     vocabulary = tokenizer.get_vocab()
-    for name in END_OF_TEXT:
-        if name in vocabulary:
-            return int(vocabulary[name])
-    if tokenizer.eos_token_id is None:
+    ids = [vocabulary[name] for name in END_OF_TEXT if name in vocabulary] or [tokenizer.eos_token_id]
+    if ids[0] is None:
         raise BadInput(
             f"the tokenizer has no token that ends a document: neither {' nor '.join(END_OF_TEXT)} nor an "
             "eos token. Set `eos_token` in its tokenizer_config.json."
         )
-    return int(tokenizer.eos_token_id)
+    return int(ids[0])

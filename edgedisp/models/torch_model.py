@@ -26,9 +26,11 @@ CONTEXT_WITHOUT_LIMIT = 2048
 class TorchModel:
     """`model(ids, mask) -> logits` and greedy decoding, on whatever device the model is.
 
-    threads: CPU threads while a call runs, None leaves torch's setting. The setting is put back after each
-    call. The model is set to eval mode.
+    threads: CPU threads during a call, None leaves torch's setting. The model is set to eval mode.
     """
+
+    parallel = 1
+    """Calls of `logits` at once: torch shares its threads out itself."""
 
     def __init__(self, model: Any, threads: int | None = None) -> None:
         self.model = model.eval()
@@ -42,28 +44,19 @@ class TorchModel:
     def __call__(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         """ids, mask int64 [batch, tokens], mask 1 real and 0 padding -> float32 [batch, tokens, vocab]."""
         with self._running() as device:
-            ids_here = torch.as_tensor(ids, dtype=torch.int64, device=device)
-            mask_here = torch.as_tensor(mask, dtype=torch.int64, device=device)
-            extra = {}
+            options = {"attention_mask": torch.as_tensor(mask, dtype=torch.int64, device=device)}
             if "position_ids" in self._accepts:
-                extra["position_ids"] = (mask_here.cumsum(1) - 1).clamp(min=0)
-            logits = self.model(input_ids=ids_here, attention_mask=mask_here, use_cache=False, **extra).logits
-            found: NDArray[np.float32] = logits.float().cpu().numpy()
-        return found
-
-    @property
-    def parallel(self) -> int:
-        """Calls of `logits` at once: one, as torch shares its threads out itself."""
-        return 1
+                options["position_ids"] = (options["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            rows = torch.as_tensor(ids, dtype=torch.int64, device=device)
+            logits = self.model(input_ids=rows, use_cache=False, **options).logits.float().cpu()
+        return np.asarray(logits)
 
     def logits(self, ids: NDArray[np.int64], last: int) -> NDArray[np.float32]:
         """ids int64 [tokens] -> logits float32 [last, vocab] at its `last` positions."""
-        extra: dict[str, Any] = {"logits_to_keep": last} if "logits_to_keep" in self._accepts else {}
         with self._running() as device:
             row = torch.as_tensor(ids, dtype=torch.int64, device=device)[None]
-            logits = self.model(input_ids=row, use_cache=False, **extra).logits[0, -last:]
-            found: NDArray[np.float32] = logits.float().cpu().numpy()
-        return found
+            logits = self.model(input_ids=row, use_cache=False, **self._keep(last)).logits[0, -last:]
+            return np.asarray(logits.float().cpu())
 
     def greedy(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> list[int]:
         """The new tokens, most likely one by one, with the model's own cache of keys and values.
@@ -73,25 +66,24 @@ class TorchModel:
         """
         if not ids or len(ids) > self.context:
             raise BadInput(f"a prompt needs 1 to {self.context} tokens (the context), found {len(ids)}.")
-        last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {}
-        found: list[int] = []
+        new: list[int] = []
         cache: Any = None
         with self._running() as device:
-            step = torch.tensor([ids], dtype=torch.int64, device=device)
-            while len(found) < min(max_new_tokens, self.context - len(ids)):
-                seen = len(ids) + len(found)
-                mask = torch.ones(1, seen, dtype=torch.int64, device=device)
-                cached = {self._cache: cache, "use_cache": True} if cache is not None or not found else {}
-                out = self.model(input_ids=step, attention_mask=mask, **cached, **last_only)
+            while len(new) < min(max_new_tokens, self.context - len(ids)):
+                # A family without such a cache (Mamba) reads the whole text again.
+                step = new[-1:] if cache is not None else [*ids, *new]
+                row = torch.tensor([step], dtype=torch.int64, device=device)
+                mask = torch.ones(1, len(ids) + len(new), dtype=torch.int64, device=device)
+                cached = {self._cache: cache, "use_cache": True} if cache is not None or not new else {}
+                out = self.model(input_ids=row, attention_mask=mask, **cached, **self._keep(1))
                 cache = getattr(out, "past_key_values", None)
-                token = int(out.logits[0, -1].argmax())
-                found.append(token)
-                if token in stop_ids:
+                new.append(int(out.logits[0, -1].argmax()))
+                if new[-1] in stop_ids:
                     break
-                # A family without such a cache (Mamba) is given the whole text again.
-                rest = [token] if cache is not None else [*ids, *found]
-                step = torch.tensor([rest], dtype=torch.int64, device=device)
-        return found
+        return new
+
+    def _keep(self, last: int) -> dict[str, int]:
+        return {"logits_to_keep": last} if "logits_to_keep" in self._accepts else {}
 
     @contextmanager
     def _running(self) -> Iterator[torch.device]:

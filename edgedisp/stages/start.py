@@ -30,12 +30,8 @@ def read_documents(section: Data, beside: Path, smoke: bool, progress: Progress)
         documents.add(
             data.read_documents(
                 path,
-                text=source.text,
-                config=source.config,
-                split=source.split,
-                revision=source.revision,
-                limit=source.limit,
-                progress=progress,
+                data.ReadOptions(source.text, source.config, source.split, source.revision, source.limit),
+                progress,
             )
         )
     return documents
@@ -113,12 +109,8 @@ def tokens(
     tokenizer = models.load_tokenizer(base_folder)
     end_of_text = models.end_of_text_id(tokenizer)
     encode = models.document_encoder(tokenizer)
-    packed, facts = data.training_blocks(
-        training, encode, end_of_text, section.context, blocks, seed, progress=progress
-    )
-    held = data.pack(
-        heldout, encode, end_of_text, section.context, name="the held-out text", progress=progress
-    )
+    packed, epochs = data.training_blocks(training, encode, section.context, blocks, seed, progress)
+    held = data.pack(heldout, encode, section.context, name="the held-out text", progress=progress)
     np.save(own / "tokens.npy", packed, allow_pickle=False)
     np.save(own / "heldout.npy", held, allow_pickle=False)
     write_json(own / PACKING, {"end_of_text": end_of_text, "isolate_documents": section.isolate_documents})
@@ -133,7 +125,7 @@ def tokens(
         "heldout_tokens": int(held.size),
         "text": documents.counts(),
         "notes": documents.notes(),
-        "epochs": facts["epochs"],
+        "epochs": epochs,
         "context": section.context,
         "sources": [_said(source.source, beside, smoke) for source in section.train],
     }

@@ -41,11 +41,6 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def run_fetch(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", textwrap.dedent(code), SOURCE, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
-
 def test_the_wheel_of_the_named_version_is_used_alone(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,17 +71,8 @@ def test_an_unreachable_index_is_a_failed_build_with_the_reason(
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # the discard port: refused at once
     monkeypatch.setenv("PIP_RETRIES", "1")
-    with pytest.raises(BuildFailed, match=r"tiny-else==1.0 .* cannot be reached \(Connection refused\)"):
+    with pytest.raises(BuildFailed, match=r"tiny-else==1.0: .*Connection refused"):
         fetch("pypi:tiny-else==1.0/x", cache=tmp_path / "cache")
-
-
-def test_a_python_without_pip_is_told_how_to_get_it(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
-    with pytest.raises(BuildFailed, match=r"has no pip.*ensurepip"):
-        fetch(SOURCE, cache=tmp_path / "cache")
 
 
 def test_two_processes_at_once_both_get_the_file(index: Path, tmp_path: Path) -> None:
@@ -113,25 +99,9 @@ def test_a_killed_fetch_leaves_no_entry_and_the_next_one_succeeds(index: Path, t
         die = lambda done, total, note: os._exit(9) if note.startswith("taking") else None
         fetch(sys.argv[1], cache=Path(sys.argv[2]), progress=die)
     """
-    assert run_fetch(code, tmp_path / "cache").returncode == 9
+    command = [sys.executable, "-c", textwrap.dedent(code), SOURCE, str(tmp_path / "cache")]
+    assert subprocess.run(command, timeout=60).returncode == 9
     assert any(path.suffix == ".part" for path in files_in(tmp_path / "cache"))
     path = fetch(SOURCE, sha256=SHA256, cache=tmp_path / "cache")
     assert isinstance(path, Path) and path.read_bytes() == TEXT
     assert len(files_in(tmp_path / "cache")) == 3
-
-
-def test_a_full_disk_is_an_os_error_and_leaves_nothing(index: Path, tmp_path: Path) -> None:
-    make_wheel(index, "zeros", "1.0", {"zeros/big.bin": bytes(8_000_000)})  # 8 kB as a wheel
-    code = """
-        import resource, sys
-        from pathlib import Path
-        from edgedisp.data import fetch
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-        try:
-            fetch("pypi:zeros==1.0/zeros/big.bin", cache=Path(sys.argv[2]))
-        except OSError as problem:
-            print("OSError", problem.errno)
-    """
-    done = run_fetch(code, tmp_path / "cache")
-    assert done.stdout.startswith("OSError"), done.stderr
-    assert files_in(tmp_path / "cache") == []

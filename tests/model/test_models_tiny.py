@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from edgedisp.core.errors import BadInput
 from edgedisp.data import synthetic_documents
-from edgedisp.models import context_length, count_parameters, encode, load, tiny_model
+from edgedisp.models import context_length, count_parameters, encode, tiny_model
 
 TEXTS = [document.text for document in synthetic_documents(120, seed=0)]
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox"]
-OTHER_FAMILIES = ["mistral", "bloom", "phi", "gemma2", "starcoder2", "mamba"]
+OTHER_FAMILIES = ["mistral", "bloom", "phi", "mamba"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -64,23 +62,10 @@ def test_its_tokenizer_is_lossless_and_knows_its_special_tokens() -> None:
     )
 
 
-def test_a_model_of_little_text_still_has_a_vocabulary_of_a_multiple_of_16() -> None:
-    model, tokenizer = tiny_model("gpt2", ["a few words only"])
-    assert 259 <= len(tokenizer) < 512
-    assert model.config.vocab_size % 16 == 0
-    assert model.config.vocab_size - len(tokenizer) < 16
-
-
-@pytest.mark.parametrize("family", ["", "nonsense", "bert", "t5", "qwen3_moe", "gptj"])
+@pytest.mark.parametrize("family", ["nonsense", "bert", "qwen3_moe"])
 def test_a_family_that_cannot_be_made_small_lists_those_that_can(family: str) -> None:
     with pytest.raises(BadInput, match=rf"{family!r}: .*llama, qwen2, qwen3, gemma3_text, opt, gpt2"):
         tiny_model(family, TEXTS)
-
-
-@pytest.mark.parametrize("vocab_size", [0, 256, 500])
-def test_a_vocabulary_has_room_for_all_bytes(vocab_size: int) -> None:
-    with pytest.raises(BadInput, match="multiple of 16 from 272"):
-        tiny_model("llama", TEXTS, vocab_size=vocab_size)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHER_FAMILIES])
@@ -95,22 +80,6 @@ def test_the_components_add_up_to_the_models_unique_parameters(family: str) -> N
     if family != "mamba":  # has neither
         assert min(sizes["attention"], sizes["mlp"]) > 0
         assert sizes["other"] == 0
-
-
-def test_the_components_of_a_llama_follow_from_its_widths(tiny_folder: dict[str, Path]) -> None:
-    config = load(tiny_folder["llama"]).config
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    assert count_parameters(load(tiny_folder["llama"])) == {
-        "embedding": config.vocab_size * hidden,
-        "attention": layers * hidden * (2 * queries + 2 * keys),
-        "mlp": layers * 3 * hidden * inner,
-        "norm": (2 * layers + 1) * hidden,
-        "head": 0,
-        "other": 0,
-        "total": sum(parameter.numel() for parameter in load(tiny_folder["llama"]).parameters()),
-        "tied": True,
-    }
 
 
 def test_an_untied_head_is_counted_as_head() -> None:

@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 
 from edgedisp.core.errors import BadInput
 from edgedisp.data import synthetic_documents
-from edgedisp.models import Encoder, bos_id, document_encoder, encode, end_of_text_id, load_tokenizer
+from edgedisp.models import bos_id, document_encoder, encode, end_of_text_id, load_tokenizer
 
 TEXTS = [document.text for document in synthetic_documents(120, seed=0)]
 
@@ -34,28 +34,23 @@ def test_a_document_begins_with_the_token_that_its_tokenizer_puts_before_a_text(
 ) -> None:
     # Gemma, Llama 3 and Mistral; OPT's is the token that also ends a document, so none is put twice.
     tokenizer = load_tokenizer(tiny_folder["llama"])
-    plain = encode(tokenizer, TEXTS[0])
+    plain, end = encode(tokenizer, TEXTS[0]), end_of_text_id(tokenizer)
     assert bos_id(tokenizer) is None
-    assert document_encoder(tokenizer)(TEXTS[0]) == plain
-    end = end_of_text_id(tokenizer)
+    assert document_encoder(tokenizer)(TEXTS[:1]) == [[*plain, end]]
     for name in ("<|im_start|>", "<|endoftext|>"):
         token = tokenizer.convert_tokens_to_ids(name)
-        added = [] if token == end else [token]
+        start = [] if token == end else [token]
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{name} $A", None, [(name, token)])
         assert bos_id(tokenizer) == token
-        assert document_encoder(tokenizer)(TEXTS[0]) == [*added, *plain]
-        # A chat template writes the token itself: no second one.
-        assert document_encoder(tokenizer)(f"{name}user")[:2] != [token, token]
+        first, second = document_encoder(tokenizer)([TEXTS[0], f"{name}user"])
+        assert first == [*start, *plain, end]
+        assert second[:2] != [token, token]  # a chat template writes the token itself: no second one
         assert encode(tokenizer, TEXTS[0]) == plain
 
 
 def test_encoding_one_or_many_is_the_same_and_adds_nothing(tiny_folder: dict[str, Path]) -> None:
     tokenizer = load_tokenizer(tiny_folder["llama"])
-    encoder = Encoder(tokenizer)
-    one_by_one = [encode(tokenizer, text) for text in TEXTS[:20]]
-    assert encoder.batch(TEXTS[:20]) == encode(tokenizer, TEXTS[:20]) == one_by_one
-    assert encoder(TEXTS[0]) == one_by_one[0]
-    assert encoder.batch([]) == []
-    assert encode(tokenizer, "") == []
+    assert encode(tokenizer, TEXTS[:20]) == [encode(tokenizer, text) for text in TEXTS[:20]]
+    assert encode(tokenizer, "") == encode(tokenizer, []) == []
     long = " ".join(TEXTS)  # far longer than the model's context: nothing is cut off
     assert tokenizer.decode(encode(tokenizer, long)) == long

@@ -37,14 +37,6 @@ def test_a_padded_row_has_the_logits_of_the_row_alone(family: str) -> None:
     np.testing.assert_allclose(scored(ids, mask)[mask == 1], together[mask == 1], atol=2e-5)
 
 
-def test_the_logits_are_those_of_the_plain_forward_pass(tiny_folder: dict[str, Path]) -> None:
-    model = load(tiny_folder["llama"])
-    ids = np.arange(3, 43).reshape(2, 20)
-    with torch.no_grad():
-        plain = model(input_ids=torch.from_numpy(ids)).logits.numpy()
-    np.testing.assert_allclose(TorchModel(model)(ids, np.ones_like(ids)), plain, atol=1e-5)
-
-
 @pytest.mark.parametrize("family", [*FAMILIES, "mamba"])
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_greedy_with_the_cache_equals_greedy_without(family: str) -> None:
@@ -84,14 +76,6 @@ def test_the_thread_count_holds_during_a_call_only(tiny_folder: dict[str, Path])
     TorchModel(model)(ids, ids)
     assert during == [wanted, before]
     assert torch.get_num_threads() == before
-
-
-def test_scoring_keeps_no_gradients_and_sets_eval_mode(tiny_folder: dict[str, Path]) -> None:
-    model = load(tiny_folder["llama"]).train()
-    scored = TorchModel(model)
-    assert not model.training
-    scored(np.ones((1, 4), dtype=np.int64), np.ones((1, 4), dtype=np.int64))
-    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -13,10 +13,11 @@ WIKITEXT = ["", " = First = \n", "", " One two . \n", " = Second = \n", "", " x 
 CLIENT = """
     import json, sys
     from edgedisp.core.errors import BadInput
-    from edgedisp.data import read_documents
-    for asked in json.loads(sys.argv[1]):
+    from edgedisp.data import ReadOptions, read_documents
+    for name, options in json.loads(sys.argv[1]):
         try:
-            print(json.dumps([document.text for document in read_documents(**asked)]))
+            documents = read_documents(name, ReadOptions(**options))
+            print(json.dumps([document.text for document in documents]))
         except BadInput as problem:
             print(json.dumps(str(problem)))
 """
@@ -32,34 +33,32 @@ def test_a_hub_data_set_is_read_cached_and_its_errors_are_clear(tmp_path: Path) 
     config = "- config_name: raw\n  data_files:\n"
     config += "  - {split: train, path: raw/train-*}\n  - {split: test, path: raw/test-*}\n"
     (folder / "README.md").write_text(f"---\nconfigs:\n{config}---\n")
-    lines = {"path_or_id": "some/lines", "config": "raw"}
-    asked = [
-        lines,
-        lines | {"limit": 1},  # streamed
-        lines | {"split": "test"},
-        lines | {"split": "validation"},
-        lines | {"config": "row"},
-        lines | {"text": "texts"},
-        lines | {"revision": "v2"},
-        {"path_or_id": "some/thing-else"},
+    name, raw = "some/lines", {"config": "raw"}
+    reads = [
+        (name, raw),
+        (name, raw | {"limit": 1}),  # streamed
+        (name, raw | {"split": "test"}),
+        (name, raw | {"split": "validation"}),
+        (name, {"config": "row"}),
+        (name, raw | {"text": "texts"}),
+        (name, raw | {"revision": "v2"}),
+        ("some/thing-else", {}),
     ]
     with serving(tmp_path / "hub") as endpoint:
-        found = [
-            json.loads(line) for line in run_client(CLIENT, endpoint, tmp_path / "home", json.dumps(asked))
-        ]
-    assert found[0] == ["= First = \n\n One two .", "= Second = \n\n x = y"]
-    assert found[1] == found[0][:1]
-    assert found[2] == ["test"]
-    assert "Should be one of ['train', 'test']" in found[3]
-    assert "Available: ['raw']" in found[4]
-    assert "Did you mean 'text'?" in found[5]
-    assert "no revision 'v2'" in found[6]
-    assert found[7].startswith("some/thing-else: the hub has no such data set")
+        lines = run_client(CLIENT, endpoint, tmp_path / "home", json.dumps(reads))
+    results = [json.loads(line) for line in lines]
+    assert results[0] == ["= First = \n\n One two .", "= Second = \n\n x = y"]
+    assert results[1] == results[0][:1]
+    assert results[2] == ["test"]
+    assert "Should be one of ['train', 'test']" in results[3]
+    assert "Available: ['raw']" in results[4]
+    assert "Did you mean 'text'?" in results[5]
+    assert "no revision 'v2'" in results[6]
+    assert results[7].startswith("some/thing-else: the hub has no such data set")
 
     # The hub is gone: what was read before is in the cache, the rest is one clear error.
-    again = run_client(CLIENT, NOWHERE, tmp_path / "home", json.dumps([lines, asked[7]]))
-    assert json.loads(again[0]) == found[0]
-    said = json.loads(again[1])
-    assert said.startswith("some/thing-else: the hub cannot be reached (")
-    assert "pypi:NAME==VERSION/PATH" in said
-    assert "\n" not in said
+    again = run_client(CLIENT, NOWHERE, tmp_path / "home", json.dumps([reads[0], reads[7]]))
+    assert json.loads(again[0]) == results[0]
+    error = json.loads(again[1])
+    assert error.startswith("some/thing-else: the hub cannot be reached (")
+    assert "pypi:NAME==VERSION/PATH" in error and "\n" not in error

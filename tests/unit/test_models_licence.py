@@ -41,10 +41,7 @@ def test_several_licences_are_joined_and_the_users_name_of_the_base_goes_first(t
 def test_where_nothing_is_said_nothing_is_claimed(tmp_path: Path, front: str) -> None:
     assert read_licence(readme(tmp_path / "m", front)) == {"base": None, **NOTHING}
     assert read_licence(tmp_path) == {"base": None, **NOTHING}
-
-
-def test_a_readme_for_people_has_no_front_matter(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("# A model\nlicense: mit\n")
+    (tmp_path / "README.md").write_text("# A model\nlicense: mit\n")  # no front matter
     assert read_licence(tmp_path)["license"] is None
 
 
