@@ -18,12 +18,12 @@ from matplotlib.figure import Figure
 from record import RESULTS, write
 
 from edgedisp.commands.compare import join_runs
+from edgedisp.commands.plan import threads_for
 from edgedisp.commands.run_report import publish
 from edgedisp.core.paths import data_folder
 from edgedisp.core.progress import Screen
 from edgedisp.core.results import BASELINE, Run
 from edgedisp.pipeline import build
-from edgedisp.plan import threads_for
 from edgedisp.recipe import load, smoke
 from edgedisp.report import verdict
 from edgedisp.report.comparisons import LOSS, Comparison, comparisons

@@ -29,11 +29,12 @@ from turns import PROMPT, timed
 from edgedisp.bench.devices import BenchOptions
 from edgedisp.bench.results import median_interval
 from edgedisp.bench.system import physical_cores
+from edgedisp.commands.bench import time_bundles
+from edgedisp.commands.export import export_bundle
 from edgedisp.core.progress import Screen
 from edgedisp.pipeline.run_results import device_result
 from edgedisp.recipe import load_target
 from edgedisp.report.render import devices_page
-from edgedisp.single import export_for_target, time_bundles
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 import sshd
@@ -60,7 +61,7 @@ def exported(model: Path, folder: Path) -> dict[str, Path]:
     (folder / "fp32.yaml").write_text(plain, encoding="utf-8")
     targets = {"laptop": "laptop-x64", "browser": "browser", "fp32": str(folder / "fp32.yaml")}
     for name, target in targets.items():
-        export_for_target(model, target, folder / name, Quiet())
+        export_bundle(model, target, folder / name, Quiet())
     return {name: folder / name for name in targets}
 
 

@@ -3,7 +3,7 @@
 Results go to stdout, progress to stderr.
 """
 
-from edgedisp.cli import builds, models, phones  # noqa: F401  (their commands exist once they are imported)
+from edgedisp.cli import builds, devices, models  # noqa: F401  (their commands exist once they are imported)
 from edgedisp.cli.app import app
 from edgedisp.cli.ending import main
 

@@ -39,10 +39,10 @@ def build(
 
     Several processes train together: torchrun --nproc_per_node 2 -m edgedisp build RECIPE
     """
+    from edgedisp.commands.plan import check_before_start, check_processes, slow_products, threads_for
     from edgedisp.core.progress import Screen
     from edgedisp.pipeline import build as build_run
     from edgedisp.pipeline import run_folder
-    from edgedisp.plan import check_before_start, check_processes, slow_products, threads_for
 
     loaded = load_recipe(recipe, set_, smoke)
     run = run_folder(loaded, out)
@@ -53,7 +53,7 @@ def build(
 
         follow(loaded, run, threads_for(loaded))
         return
-    check_before_start(loaded, run)
+    check_before_start(loaded)
     if warning := slow_products(loaded):
         typer.echo(f"warning: {warning}", err=True)
     with Screen(f"{loaded.name} -> {run}") as screen:
@@ -94,10 +94,9 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a build would do: stages, which are done, steps, time, memory and disk."""
+    from edgedisp.commands.plan import make_plan, render
     from edgedisp.core.progress import Screen
     from edgedisp.pipeline import run_folder
-    from edgedisp.plan import make_plan
-    from edgedisp.plan_text import render
 
     loaded = load_recipe(recipe, set_, smoke)
     with Screen("plan") as screen:

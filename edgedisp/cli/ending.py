@@ -1,4 +1,4 @@
-"""How a command ends: every failure becomes one message and its exit code.
+"""The entry point: every failure becomes one message and its exit code.
 
 Exit codes: 0 done, 1 failed, 2 bad recipe or usage, 130 interrupted. No traceback for a user's mistake.
 """
@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import threading
-from typing import Any
 
 from edgedisp.cli.app import app
 from edgedisp.core import distributed as processes
@@ -20,104 +19,81 @@ from edgedisp.core.errors import BadInput, BuildFailed
 
 INTERRUPTED = 130
 TRACE = "EDGEDISP_TRACE"  # an environment variable; set, an unexpected error keeps its traceback
-CONTINUE = ("build", "pilot")  # the commands that keep what is done
+RESUMABLE = ("build", "pilot")  # commands that keep finished stages
 
 
 def main() -> None:
-    """The entry point: every failure becomes one message and its exit code."""
-    _prepare_process()
-    # Says at import that a kernel package is missing which nothing here uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        code = _run()  # Typer turns Ctrl-C into the return value 130
-        if code == INTERRUPTED:
-            _interrupted()
-    except BadInput as error:
-        _end(str(error), 2)
-    except BuildFailed as error:
-        _end(f"failed: {error}", 1)
-    except KeyboardInterrupt:
-        _interrupted()
-    except Exception as error:
-        # click's own usage errors carry their exit code and their message.
-        if hasattr(error, "show") and hasattr(error, "exit_code"):
-            error.show()
-            sys.exit(error.exit_code)
-        if _disk_is_full(error):
-            _end(_disk_message(error), 1)
-        if os.environ.get(TRACE):
-            raise
-        reason = " ".join(str(error).split())[:400]
-        _end(f"failed: {type(error).__name__}: {reason} ({TRACE}=1 shows where)", 1)
-
-
-def _prepare_process() -> None:
-    """SIGTERM (docker stop, Slurm) ends a command as Ctrl-C does; a terminal's encoding never does."""
+    """Run the command of sys.argv; SIGTERM (docker stop, Slurm) ends it as Ctrl-C does."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _raise_interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-
-
-def _raise_interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _interrupted() -> None:
-    continues = "; the same command continues where this one stopped"
-    _end("interrupted" + (continues if sys.argv[1:2] and sys.argv[1] in CONTINUE else ""), INTERRUPTED)
-
-
-def _run() -> Any:
-    """The command. What fails in one of several processes has nearly always failed in process 0 too.
-
-    So the others wait before they tell, in which time the launcher ends them. Process 0 waits a moment with
-    an error that has no message of ours: it may come from another process that went away.
-    """
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character
+    # Warns at import of a missing kernel package that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        return app(standalone_mode=False)
-    except KeyboardInterrupt:
-        raise
-    except (BadInput, BuildFailed):
-        _after_the_first()
-        raise
-    except Exception:
-        here = processes.place()
-        if here.count > 1 and here.leads:
-            processes.wait_for_launcher(1)
-        _after_the_first()
-        raise
-
-
-def _after_the_first() -> None:
-    if not processes.leads():
-        processes.wait_for_launcher()
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    """Also when a library has put its own error in the place of the system's (safetensors, torch.save)."""
-    full = {errno.ENOSPC, errno.EDQUOT}
-    words = (os.strerror(errno.ENOSPC), "iostream error")
-    seen: BaseException | None = error
-    while seen is not None:
-        if getattr(seen, "errno", None) in full or any(word in str(seen) for word in words):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
-
-
-def _disk_message(error: BaseException) -> str:
-    where = getattr(error, "filename", None)
-    return (
-        f"failed: the disk is full{f' ({where})' if where else ''}; free some space and run the same "
-        "command again: finished stages are kept"
-    )
-
-
-def _end(message: str, code: int) -> None:
+        if app(standalone_mode=False) == INTERRUPTED:  # what Typer makes of Ctrl-C
+            raise KeyboardInterrupt
+        return
+    except (Exception, KeyboardInterrupt) as problem:
+        error = problem
+    _wait_for_launcher(error)
+    if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors
+        error.show()
+        sys.exit(error.exit_code)
+    message, code = _ending(error)
     if processes.leads():
         sys.stderr.write(f"edgedisp: {message}\n")
     elif code != INTERRUPTED:
         sys.stderr.write(f"edgedisp: process {processes.place().index}: {message}\n")
     sys.exit(code)
+
+
+def _ending(error: BaseException) -> tuple[str, int]:
+    """Message and exit code. Raises the error itself where a traceback is wanted."""
+    if isinstance(error, KeyboardInterrupt):
+        continues = "; the same command continues where this one stopped"
+        return "interrupted" + (continues if sys.argv[1:2] and sys.argv[1] in RESUMABLE else ""), INTERRUPTED
+    if isinstance(error, BadInput):
+        return str(error), 2
+    if isinstance(error, BuildFailed):
+        return f"failed: {error}", 1
+    if _disk_is_full(error):
+        name = getattr(error, "filename", None)
+        where = f" ({name})" if name else ""
+        advice = "free some space and run the same command again: finished stages are kept"
+        return f"failed: the disk is full{where}; {advice}", 1
+    if os.environ.get(TRACE):
+        raise error
+    reason = " ".join(str(error).split())[:400]
+    return f"failed: {type(error).__name__}: {reason} ({TRACE}=1 shows where)", 1
+
+
+def _wait_for_launcher(error: BaseException) -> None:
+    """What fails in one of several processes nearly always fails in process 0, which then reports it.
+
+    So the others wait, in which time the launcher ends them. Process 0 waits a moment with an unexpected
+    error: it may come from another process that went away.
+    """
+    here = processes.place()
+    if isinstance(error, KeyboardInterrupt):
+        return
+    if not here.leads:
+        processes.wait_for_launcher()
+    elif here.count > 1 and not isinstance(error, BadInput | BuildFailed):
+        processes.wait_for_launcher(1)
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Also where a library has replaced the system's error with its own (safetensors, torch.save)."""
+    codes, words = {errno.ENOSPC, errno.EDQUOT}, (os.strerror(errno.ENOSPC), "iostream error")
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "errno", None) in codes or any(word in str(cause) for word in words):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def _raise_interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt

@@ -238,7 +238,7 @@ def _kept(todo: list[Stage], folder: Path, records: dict[str, Record]) -> dict[s
 
 
 def _probed(pilot: Pilot, left: list[tuple[int, int]], progress: Progress) -> float:
-    from edgedisp.single import probe_base
+    from edgedisp.commands.plan import probe_base
     from edgedisp.stages.condensation import CONDENSATION_SEQUENCES
 
     measured = probe_base(pilot.recipe, progress)

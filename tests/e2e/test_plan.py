@@ -9,9 +9,8 @@ import graph_twins
 import pytest
 
 from edgedisp import data
+from edgedisp.commands.plan import disk_bytes, make_plan, render
 from edgedisp.core.errors import BadInput
-from edgedisp.plan import disk_bytes, make_plan
-from edgedisp.plan_text import render
 from edgedisp.recipe import load
 
 RECIPE = """\
@@ -40,7 +39,7 @@ def planned(folder: Path, base: str, *overrides: str) -> dict[str, Any]:
 def test_products_that_nothing_here_has_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph_twins.make(tmp_path / "model", "llama")
     for fast, asked, told in ((False, "bf16", True), (False, "auto", False), (True, "bf16", False)):
-        monkeypatch.setattr("edgedisp.plan.multiplies_bf16", lambda fast=fast: fast)
+        monkeypatch.setattr("edgedisp.commands.plan.multiplies_bf16", lambda fast=fast: fast)
         text = render(planned(tmp_path, "model", f"train.precision={asked}"))
         assert ("--set train.precision=auto" in text) is told
 

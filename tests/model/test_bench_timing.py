@@ -27,11 +27,11 @@ from edgedisp.bench.interleaved_timing import (
 )
 from edgedisp.bench.local import Local
 from edgedisp.bench.results import FIGURES
+from edgedisp.commands.bench import write_bundle_threads
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import MANIFEST, RECORD, check_files, list_files, write_json
 from edgedisp.core.progress import silent
 from edgedisp.core.stage_folder import read
-from edgedisp.single import write_bundle_threads
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from edgedisp import models
+from edgedisp.commands.plan import render
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel
-from edgedisp.plan_text import render
 from edgedisp.quantize.onnx_rewrite import quantize_bundle
 from edgedisp.recipe import QuantizeBits
 from edgedisp.stages import size_account

@@ -16,11 +16,13 @@ from test_phone_page import WEB, chromium
 from test_runtimes import Quiet
 from tiny_bundle import tiny_bundles
 
-from edgedisp import data, single
+from edgedisp import data
 from edgedisp.bench import interleaved_timing
 from edgedisp.bench.browser import BrowserPage
 from edgedisp.bench.devices import BenchOptions
 from edgedisp.bench.system import physical_cores
+from edgedisp.commands.bench import time_bundles
+from edgedisp.commands.export import export_bundle
 from edgedisp.evaluate import device_sample, statistics
 from edgedisp.evaluate.loglikelihood import ScoreOptions, loglikelihoods, model_input
 from edgedisp.graph.device_graph import for_device
@@ -68,7 +70,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Scores go to a folder of the test's own."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
-        patch.setattr(single, "cache_folder", lambda: folder)
+        patch.setattr("edgedisp.commands.bench.cache_folder", lambda: folder)
         yield folder
 
 
@@ -84,7 +86,7 @@ def questions(wish: Wish, bundles: dict[str, Path], cache: Path) -> device_score
 
 @pytest.fixture(scope="module")
 def timed(wish: Wish, bundles: dict[str, Path]) -> dict[str, Any]:
-    return single.time_bundles([*bundles.values()], ["local"], SMALL, lambda *step: None, wish)
+    return time_bundles([*bundles.values()], ["local"], SMALL, lambda *step: None, wish)
 
 
 def test_the_draw_is_a_permutation_by_seed_and_task_and_a_smaller_one_is_its_beginning(
@@ -254,12 +256,12 @@ def test_the_page_gives_the_scores_of_this_machine(
 def test_a_bundle_for_browsers_alone_is_scored_there_and_here(
     tiny_folder: dict[str, Path], tmp_path: Path
 ) -> None:
-    single.export_for_target(tiny_folder["llama"], "browser", tmp_path / "web", Quiet())
+    export_bundle(tiny_folder["llama"], "browser", tmp_path / "web", Quiet())
     assert not (tmp_path / "web" / "model.onnx").exists()
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": one.text}) for one in data.synthetic_documents(40, seed=5)))
     wish = Wish(("heldout_cloze", "heldout_continuation"), items=20, limit=30, text=text)
-    timed = single.time_bundles([tmp_path / "web"], ["browser"], SMALL, lambda *step: None, wish)
+    timed = time_bundles([tmp_path / "web"], ["browser"], SMALL, lambda *step: None, wish)
     for record in timed["devices"][0]["scores"]:
         assert record["answered"] == 20 and record["agreement"]["share"] == 1
         assert record["logprob"]["max"] < 1e-3 and record["logprob"]["mean_per_token"] < 1e-5

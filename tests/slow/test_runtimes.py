@@ -22,12 +22,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from edgedisp import data
+from edgedisp.commands.export import export_bundle
 from edgedisp.core.stage_folder import Record
 from edgedisp.graph.runtime_layouts import GENAI, LAYOUTS, OPTIMUM, WEB
 from edgedisp.graph.session import OnnxModel
 from edgedisp.models import load_tokenizer, save
 from edgedisp.models.tiny_model import SPECIALS, tiny_model
-from edgedisp.single import export_for_target
 
 RUNTIMES = Path(__file__).resolve().parents[2] / ".runtimes"
 NODE_MODULES = RUNTIMES / "node" / "node_modules"
@@ -106,7 +106,7 @@ def export(source: Path, precision: str, root: Path, for_browser: bool) -> Bundl
         f"precision: {precision}\n{layouts}"
     )
     out = root / "bundle"
-    export_for_target(source, str(profile), out, Quiet())
+    export_bundle(source, str(profile), out, Quiet())
     manifest = json.loads((out / "manifest.json").read_text())
     load = {name: entry["load"] for name, entry in manifest["layouts"].items()}
     tokenizer = load_tokenizer(out)

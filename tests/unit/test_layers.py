@@ -15,13 +15,13 @@ PACKAGE = Path(__file__).resolve().parents[2] / "edgedisp"
 LAYERS = {
     "core": 0,
     "recipe": 1, "data": 1, "models": 1, "dispersion": 1,
-    "train": 2, "quantize": 2, "graph": 2, "evaluate": 2, "bench": 2, "report": 2, "chat": 2,
+    "train": 2, "quantize": 2, "graph": 2, "evaluate": 2, "bench": 2, "report": 2,
     "stages": 3, "device_results": 3,
     "pipeline": 4,
-    "single": 5, "follow": 5, "lm_eval_models": 5,
-    "plan": 6, "plan_text": 6, "pilot": 6, "commands": 6,
-    "cli": 7,
-    "__main__": 8,
+    "follow": 5, "lm_eval_models": 5,
+    "commands": 6, "pilot": 7,
+    "cli": 8,
+    "__main__": 9,
 }  # fmt: skip
 
 HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "scipy", "matplotlib", "lm_eval", "datasets", "peft"}
@@ -98,7 +98,7 @@ def test_the_runner_needs_numpy_and_onnxruntime_alone() -> None:
 
 
 def test_light_modules_load_nothing_heavy() -> None:
-    light = ("cli", "recipe", "core.stage_folder", "core.progress", "pipeline", "plan", "report")
+    light = ("cli", "recipe", "core.stage_folder", "core.progress", "pipeline", "commands.plan", "report")
     names = ", ".join(f"edgedisp.{name}" for name in light)
     script = f"import sys, {names}; print(*sorted({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -108,7 +108,8 @@ def test_light_modules_load_nothing_heavy() -> None:
 def test_what_does_not_train_stays_clear_of_the_trainer() -> None:
     script = """
 import sys
-from edgedisp import single, stages
+from edgedisp import stages
+from edgedisp.commands import bench, export
 print("transformers.trainer" in sys.modules, "peft" in sys.modules)
 assert all(getattr(stages, name) is not None for name in stages.__all__)
 print("transformers.trainer" in sys.modules)

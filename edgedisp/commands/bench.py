@@ -1,0 +1,124 @@
+"""`edgedisp bench`: bundles timed on devices, interleaved; with a `Wish` also scored there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from edgedisp import device_results
+from edgedisp.bench import devices
+from edgedisp.bench.devices import BenchOptions
+from edgedisp.bench.results import label_bundles, twin_pairs
+from edgedisp.bench.system import physical_cores
+from edgedisp.commands.run_report import check_runs, show_devices
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.files import MANIFEST, check_files, update_listing, write_json
+from edgedisp.core.progress import Progress
+from edgedisp.data import cache_folder
+from edgedisp.graph import genai_config
+from edgedisp.stages import device_scores
+from edgedisp.stages.device_scores import Wish
+
+
+def time_bundles(
+    bundles: list[Path],
+    device_names: list[str],
+    options: BenchOptions,
+    progress: Progress,
+    wish: Wish | None = None,
+    *,
+    write_threads: bool = False,
+) -> dict[str, Any]:
+    """Time bundles on every device, those of one device interleaved.
+
+    Returns {format, devices [one result each, see bench/devices.py]}, and with `write_threads`, which writes
+    the best counts of a sweep into the bundles, `written` {label: threads}. All devices are reached before
+    anything is timed; the result of one that is lost in the middle has `lost`. `wish`: items of tasks to
+    score there too; devices then have `scores`, and `scored` says what these have in common.
+
+    Raises BadInput for a device that is not known or cannot be used, or a bundle that cannot be timed.
+    """
+    addresses = devices.parse_all(device_names)
+    if write_threads and options.threads != "sweep":
+        raise BadInput("--write-threads: writes what a sweep has found; give --threads sweep too")
+    if write_threads and len(addresses) > 1:
+        raise BadInput("--write-threads: a bundle holds the threads of one device; name one --device")
+    labels = _labels(bundles)
+    questions = None if wish is None else device_scores.prepared(wish, labels, cache_folder())
+    requests = {} if questions is None else questions.requests
+    options = replace(options, pairs=twin_pairs(list(labels)), requests=requests)
+    results = []
+    with ExitStack() as stack:
+        connected = [stack.enter_context(devices.connect(address, labels, options)) for address in addresses]
+        for address, device in zip(addresses, connected):
+            try:
+                result = device.measure(progress)
+            except devices.DeviceLost as error:
+                result = error.partial
+            results.append({**result, "device": address.name, "kind": address.kind})
+    timed: dict[str, Any] = {"format": 1, "devices": results}
+    if questions is not None:
+        try:
+            timed |= device_scores.with_scores(questions, results, physical_cores(), progress)
+        except BuildFailed as error:  # what the devices gave is shown before it ends the command
+            timed["unscored"] = str(error)
+    if write_threads and "lost" not in results[0]:
+        timed["written"] = {label: sweep["best"] for label, sweep in results[0]["threads"].items()}
+        for label, threads in timed["written"].items():
+            write_bundle_threads(labels[label], threads)
+    return timed
+
+
+def lost_devices(timed: Mapping[str, Any]) -> list[str]:
+    """`device: why` for each device that was lost in the middle, and why scores here are missing."""
+    lost = [f"{result['device']}: {result['lost']}" for result in timed["devices"] if "lost" in result]
+    return lost + ([f"scores: {timed['unscored']}"] if "unscored" in timed else [])
+
+
+def write_bundle_threads(bundle: Path, threads: int) -> None:
+    """Write the thread count into a bundle for a device, its manifest and the record of its stage.
+
+    Raises BadInput for a bundle without a manifest: inside a run, later stages were made from it as it is.
+    """
+    if not (bundle / MANIFEST).is_file():
+        raise BadInput(
+            f"{bundle}: --write-threads needs a bundle for a device (with {MANIFEST}); `edgedisp export` and "
+            "the `targets` of a build make them"
+        )
+    genai_config.set_threads(bundle, threads)
+    manifest = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
+    write_json(bundle / MANIFEST, {**manifest, "threads": threads})
+    update_listing(bundle, ("genai_config.json",))
+
+
+def run_places(bundles: list[Path]) -> dict[str, device_results.Place]:
+    """Where the bundles lie in runs. BadInput if none lies in one, or a run is damaged."""
+    places = device_results.places(label_bundles(bundles))
+    if not places:
+        raise BadInput(
+            f"--report: {bundles[0]} lies in no run folder (RUN/ARM/NAME); leave --report away, and take "
+            "--html or --json"
+        )
+    check_runs(places)
+    return places
+
+
+def add_to_reports(
+    results: Sequence[Mapping[str, Any]], places: Mapping[str, device_results.Place]
+) -> list[str]:
+    """Store devices' results in the runs of their bundles and write the reports again; a line for each."""
+    runs = {run for result in results for run in device_results.keep(result, places)}
+    return [show_devices(run) for run in sorted(runs)]
+
+
+def _labels(bundles: list[Path]) -> dict[str, Path]:
+    """Every bundle by a short name. BadInput where one is no bundle or damaged."""
+    for bundle in bundles:
+        if not (bundle / "model.onnx").is_file() and not any(bundle.glob("onnx/*.onnx")):
+            raise BadInput(f"{bundle}: holds no model.onnx; a bundle is a folder such as <run>/<arm>/int4")
+        check_files(bundle)
+    return label_bundles(bundles)

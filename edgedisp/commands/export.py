@@ -1,0 +1,92 @@
+"""`edgedisp export`: a model folder becomes a bundle for a device profile, opened and checked."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgedisp import data, models
+from edgedisp.bench.system import physical_cores
+from edgedisp.core.errors import BadInput
+from edgedisp.core.files import MANIFEST, changed_files
+from edgedisp.graph.export import export as export_graph
+from edgedisp.graph.runtime_layouts import LAYOUTS
+from edgedisp.graph.session import OnnxModel
+from edgedisp.graph.verify import check_bundle
+from edgedisp.pipeline import Observer
+from edgedisp.quantize.onnx_rewrite import quantize_bundle
+from edgedisp.recipe import BITS, Target, load_target
+from edgedisp.recipe.values import choice
+from edgedisp.report import bundle_card
+from edgedisp.stages import PackOptions, pack, provenance_of
+from edgedisp.stages.packing import CARD
+
+
+def export_bundle(
+    folder: Path, target_name: str, out: Path, observer: Observer, layouts: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Export a Hugging Face folder to a bundle for a device profile; `out` appears whole or not at all.
+
+    `layouts` None: the profile's. Raises BadInput for an unknown target or layout, a folder without a model
+    or a tokenizer, or an `out` that exists.
+    """
+    target = load_target(target_name)
+    chosen = _check_export(folder, out, layouts or target.layouts)
+    threads = target.threads or physical_cores()
+    out.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.resolve().parent) as scratch:
+        parent, package = Path(scratch) / "fp32", Path(scratch) / "package"
+        parent.mkdir()
+        package.mkdir()
+        bundle, grid = _checked_bundle(folder, target, threads, parent, observer)
+        options = PackOptions(target, chosen, threads, grid, provenance_of(folder))
+        record = pack(options, bundle, folder, package)
+        manifest = json.loads((package / MANIFEST).read_text(encoding="utf-8"))
+        (package / CARD).write_text(bundle_card(manifest, out.name), encoding="utf-8")
+        package.rename(out)
+    return {**record, "checked": grid["checked"]}
+
+
+def _check_export(folder: Path, out: Path, layouts: Sequence[str]) -> list[str]:
+    """Refuse what would fail later; returns the layouts, each once and in their usual order."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; `edgedisp build` leaves one under <run>/<arm>/model")
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"{folder}: no model folder (config.json is missing); name a Hugging Face folder")
+    if not (folder / "tokenizer.json").is_file():
+        raise BadInput(f"{folder}: no tokenizer.json; a bundle needs the fast form of the tokenizer")
+    if out.exists():
+        raise BadInput(f"{out}: exists already; choose another --out")
+    if changed := changed_files(folder, "*.safetensors"):
+        raise BadInput(
+            f"{folder}: {changed[0]} is not the file that record.json was written for (its SHA-256 differs): "
+            "damaged, or changed since; if you changed it, remove record.json"
+        )
+    for name in layouts:
+        try:
+            choice(name, tuple(LAYOUTS))
+        except ValueError as problem:
+            raise BadInput(f"--layouts: '{name}' is not known; {problem}") from None
+    return [name for name in LAYOUTS if name in layouts]
+
+
+def _checked_bundle(
+    folder: Path, target: Target, threads: int, parent: Path, observer: Observer
+) -> tuple[Path, dict[str, Any]]:
+    """The bundle at the target's precision, opened and checked, and the record of its grid."""
+    observer.progress(0, 3, "writing the graph")
+    progress = observer.progress
+    grid = export_graph(folder, parent, threads=threads, max_context=target.context, progress=progress)
+    bundle = parent
+    if target.precision != "fp32":
+        bundle = parent.with_name(target.precision)
+        bundle.mkdir()
+        options = target.quantize.model_dump()
+        grid = quantize_bundle(parent, bundle, bits=BITS[target.precision], **options, progress=progress)
+    text = data.synthetic_documents(1, seed=0)[0].text
+    ids = models.encode(models.load_tokenizer(folder), text)
+    checked = check_bundle(OnnxModel(bundle, threads), [ids[:8], ids[:24]], texts=[text])
+    return bundle, {**grid, "checked": checked}

@@ -1,0 +1,325 @@
+"""`edgedisp plan`: what a build would do: stages, steps, time, peak memory, disk, detectable differences.
+
+The time of a training step comes from a probe: the base is opened and a few real steps are taken on random
+tokens. A scored token costs one forward pass. Sizes of bundles are estimated to 2 % from the base's
+configuration. `check_before_start` finds what would stop a build late.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+from edgedisp.bench.system import multiplies_bf16, physical_cores
+from edgedisp.core.distributed import split
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.progress import Progress, clock
+from edgedisp.core.results import PUBLISHED_POINTS
+from edgedisp.pipeline import Observer, as_computed, state
+from edgedisp.recipe import BITS, Recipe, load_target
+
+TRAINING_BYTES_PER_WEIGHT = 16  # float32 weight, gradient and the two moments of AdamW
+CHECKPOINT_BYTES_PER_WEIGHT = 12
+
+
+def threads_for(recipe: Recipe) -> int:
+    """Threads for scoring and timing, written into the bundles: the recipe's, else the physical cores."""
+    return recipe.latency.threads or physical_cores()
+
+
+def check_before_start(recipe: Recipe) -> None:
+    """Raise BadInput for unknown tasks, a target without its precision, a missing folder or package."""
+    from edgedisp.evaluate.task_suite import check_tasks
+
+    for name in recipe.targets:
+        precision = load_target(name).precision
+        if precision not in recipe.precisions:
+            raise BadInput(
+                f"targets: {name} ships {precision}, which is not among precisions "
+                f"({', '.join(recipe.precisions)}); what ships must have been measured: "
+                "add the precision, or drop the target"
+            )
+    missing = [name for name in recipe.train.report_to if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BadInput(
+            f"train.report_to: {', '.join(missing)} is not installed: pip install {' '.join(missing)}, "
+            "or leave it out"
+        )
+    path = recipe.evaluate.tasks_path
+    folder = None if path is None else (recipe.folder / path).resolve()
+    if folder is not None and not folder.is_dir():
+        raise BadInput(f"evaluate.tasks_path: {folder} is no folder of lm-evaluation-harness tasks")
+    check_tasks(recipe.evaluate.tasks, folder)
+
+
+def slow_products(recipe: Recipe) -> str | None:
+    """A warning where the recipe asks for bfloat16 products that this machine has no instructions for."""
+    if recipe.train.precision != "bf16" or multiplies_bf16():
+        return None
+    return (
+        "train.precision is bf16, but nothing here multiplies bfloat16 (AVX512-BF16, AMX, a recent GPU); "
+        "a step takes 20 times as long as in fp32: --set train.precision=auto takes what is fast here"
+    )
+
+
+def check_processes(recipe: Recipe, count: int) -> None:
+    """Raise BadInput if `count` processes cannot share the recipe's training."""
+    split(recipe.train.batch, recipe.train.accumulate, count)
+    if count > 1 and recipe.train.distributed is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise BadInput(
+                "train.distributed: FSDP needs GPUs, and there are none (accelerate does not divide a model "
+                "on CPUs); --set train.distributed=null lets each process hold the whole model"
+            )
+
+
+def make_plan(recipe: Recipe, run: Path, *, probe: bool, observer: Observer) -> dict[str, Any]:
+    """The plan as JSON values: recipe, run, steps, tokens, threads, warning, stages [{name, done, seconds}],
+    detectable, sizes or sizes_unknown, and with `probe` estimate (None where nothing is left to do)."""
+    check_before_start(recipe)
+    threads = threads_for(recipe)
+    stages = state(recipe, run, threads)
+    planned: dict[str, Any] = {
+        "recipe": recipe.name,
+        "run": str(run),
+        "steps": recipe.steps,
+        "tokens": recipe.steps * recipe.tokens_per_step,
+        "threads": threads,
+        "warning": slow_products(recipe),
+        "stages": [
+            {"name": stage.name, "done": record is not None, "seconds": record.seconds if record else None}
+            for stage, record in stages
+        ],
+        "estimate": None,
+        "detectable": _detectable(recipe),
+    }
+    probing = probe and any(record is None for _, record in stages)
+    base = run / "base" if stages[0][1] is not None else None
+    planned["sizes"], planned["sizes_unknown"] = _sizes(recipe, base, probing, observer)
+    if probing:
+        planned["estimate"] = _estimate(recipe, planned, observer)
+    return planned
+
+
+def _sizes(
+    recipe: Recipe, base: Path | None, probing: bool, observer: Observer
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Sizes of the recipe's bundles, or None and the reason; with a probe, what is wrong is an error."""
+    from edgedisp.stages import base_skeleton, size_account
+
+    quantized: dict[str, tuple[int, Any]] = {
+        name: (BITS[name], getattr(recipe.quantize, name)) for name in recipe.precisions if name in BITS
+    }
+    positions = {name: load_target(name).context for name in recipe.targets}
+    try:
+        skeleton = base_skeleton(
+            recipe.model, recipe.folder, base, recipe.is_smoke, observer.progress, download=probing
+        )
+        if skeleton is None:
+            return None, f"{recipe.model.base} is not downloaded yet"
+        return size_account(skeleton, quantized, positions), None
+    except (BadInput, BuildFailed) as error:
+        if probing:
+            raise
+        return None, str(error)
+
+
+def _detectable(recipe: Recipe) -> dict[str, Any]:
+    """Differences that the recipe's items can show; see evaluate/power.py."""
+    from edgedisp.evaluate import power
+
+    limit = recipe.evaluate.limit
+    return {
+        "items": limit,
+        "seeds": recipe.seeds,
+        "differing": power.DIFFERING,
+        "points": 100 * power.of_items(limit),
+        "nats": {name: power.of_documents(limit, name) for name in recipe.precisions},
+        "published_points": PUBLISHED_POINTS,
+        "items_for_published": power.items_for(PUBLISHED_POINTS / 100),
+    }
+
+
+def _estimate(recipe: Recipe, planned: dict[str, Any], observer: Observer) -> dict[str, Any]:
+    """Fill in the seconds of the stages that are to do; time, memory and disk of the whole build."""
+    probed = probe_base(recipe, observer.progress)
+    todo = [stage for stage in planned["stages"] if not stage["done"]]
+    for stage in todo:
+        stage["seconds"] = _stage_seconds(stage["name"], recipe, probed)
+    parameters, trainable = probed["parameters"], probed["trainable"]
+    folder = Path(planned["run"]).resolve()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    training_bytes = 4 * parameters + trainable * (TRAINING_BYTES_PER_WEIGHT - 4)
+    return {
+        "step_s": _step_seconds(recipe, probed),
+        "seconds_left": sum(stage["seconds"] for stage in todo),
+        "parameters": parameters,
+        "peak_memory_bytes": training_bytes + probed["process_bytes"] + probed["activation_bytes"],
+        "memory_bytes": probed["memory_bytes"],
+        "disk_bytes": disk_bytes(parameters, recipe, planned["sizes"]),
+        "disk_free_bytes": shutil.disk_usage(existing).free,
+    }
+
+
+def disk_bytes(parameters: int, recipe: Recipe, sizes: dict[str, Any]) -> int:
+    """Bytes of a finished run and its one checkpoint at a time, without tokenizers and reports.
+
+    Every training leaves its model and its bundles (fp32 in any case), the first of each arm also a bundle
+    for every target. sizes: of `size_account`.
+    """
+    bundle_bytes = {name: found["size_bytes"] for name, found in sizes["precisions"].items()}
+    bundles = sum(bundle_bytes[name] for name in {"fp32", *recipe.precisions})
+    packages = sum(bundle_bytes[load_target(name).precision] for name in recipe.targets)
+    trained = len(recipe.arm_runs) * (4 * parameters + bundles) + len(recipe.arms) * packages
+    return (4 + CHECKPOINT_BYTES_PER_WEIGHT) * parameters + trained
+
+
+def probe_base(recipe: Recipe, progress: Progress) -> dict[str, Any]:
+    """Open the base and time a few training steps: parameters, trainable, memory_bytes, and `time_steps`'."""
+    import psutil
+
+    from edgedisp import data, models
+    from edgedisp.dispersion.hooks import decoder_layers
+    from edgedisp.stages import fetch_base
+    from edgedisp.train.lora import adapter_size
+    from edgedisp.train.performance import time_steps
+
+    section, adapter = recipe.model, recipe.train.adapter
+    if recipe.is_smoke:
+        texts = [document.text for document in data.synthetic_documents(50, seed=0)]
+        base, _ = models.tiny_model(section.architecture or "", texts, seed=0, context=recipe.data.context)
+    else:
+        base, _ = models.open_base(
+            fetch_base(section, recipe.folder, progress),
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            architecture=section.architecture,
+        )
+    parameters = models.count_parameters(base)["total"]
+    trainable = parameters
+    if adapter is not None:
+        trainable = adapter_size(decoder_layers(base), adapter.rank, adapter.targets)
+    return {
+        "parameters": parameters,
+        "trainable": trainable,
+        "memory_bytes": psutil.virtual_memory().total,
+        **time_steps(base, as_computed(recipe.train), recipe.data.context, recipe.seed, progress),
+    }
+
+
+def _step_seconds(recipe: Recipe, probed: dict[str, Any]) -> float:
+    return float(probed["micro_step_s"] * recipe.train.accumulate + probed["optimizer_s"])
+
+
+def _stage_seconds(name: str, recipe: Recipe, probed: dict[str, Any]) -> float:
+    """Rough seconds of a stage. The constants were measured on SmolLM2-135M with 2 cores."""
+    kind = name.rsplit("/", 1)[-1]
+    size, forward_s = probed["parameters"] / 135e6, probed["forward_s_per_token"]
+    evaluate, latency, adapter = recipe.evaluate, recipe.latency, recipe.train.adapter
+    if kind == "model" and adapter is not None:  # the merge audit: a held-out loss for each way to merge
+        return float((6 if adapter.kind == "lora" else 8) * 4096 * forward_s + 5 * size)
+    if kind in ("adapter", "model"):
+        return float(recipe.steps * _step_seconds(recipe, probed) + 5 * size)
+    if kind.startswith("measure"):
+        heldout = evaluate.perplexity_tokens or evaluate.limit * recipe.data.context
+        tokens = min(heldout, 50_000) + evaluate.limit * (96 + 4 * 90) + 16 * recipe.data.context
+        tokens += 2 * recipe.verify.tokens + 3 * evaluate.divergence_tokens
+        return float(tokens * forward_s + 5 + 3 * size)
+    if kind == "latency":
+        per_bundle = (latency.repetitions + 1) * (latency.prompt + 8 * latency.generate) * forward_s
+        return float(len(recipe.arms) * len(recipe.precisions) * per_bundle)
+    seconds = {"base": 10.0, "corpus": 10.0, "fp32": 8.0}.get(kind, 5.0) * max(size, 0.1)
+    if kind in BITS and getattr(recipe.quantize, kind).method == "gptq":  # passes up to each weight, rounding
+        seconds += getattr(recipe.quantize, kind).calibration_tokens * 7 * forward_s + 45 * size
+    if kind == "int4" and recipe.quantize.searched:
+        # Two passes over 512 tokens for each of about 120 weights; whole models rounded and measured.
+        trials = 2 if recipe.quantize.budget is not None else 8
+        seconds += (240 * 512 + trials * 4096) * forward_s + (60 + 20 * trials) * size
+    return float(seconds)
+
+
+def render(planned: dict[str, Any]) -> str:
+    """The plan as text for a terminal."""
+    lines = [
+        f"{planned['recipe']} -> {planned['run']}",
+        f"{planned['steps']} optimizer steps an arm, {planned['tokens']:,} tokens, "
+        f"{planned['threads']} threads",
+    ]
+    if planned["warning"]:
+        lines.append(f"warning: {planned['warning']}")
+    lines.append("")
+    for stage in planned["stages"]:
+        mark, about = ("done", "") if stage["done"] else ("to do", "about ")
+        took = "" if stage["seconds"] is None else about + clock(stage["seconds"])
+        lines.append(f"  {mark:6} {stage['name']:28} {took}".rstrip())
+    lines += ["", *_size_lines(planned), "", *_detectable_lines(planned["detectable"])]
+    estimate = planned["estimate"]
+    if estimate is not None:
+        lines += [
+            "",
+            f"left: about {clock(estimate['seconds_left'])} ({estimate['step_s']:.2f} s a step, probed)",
+            f"memory: about {estimate['peak_memory_bytes'] / 1e9:.1f} GB at the peak, "
+            f"{estimate['memory_bytes'] / 1e9:.1f} GB there",
+            f"disk: about {estimate['disk_bytes'] / 1e9:.1f} GB, {estimate['disk_free_bytes'] / 1e9:.1f} GB "
+            "free",
+        ]
+        if estimate["peak_memory_bytes"] > estimate["memory_bytes"]:
+            lines.append(
+                "does not fit in memory: a smaller train.batch, train.gradient_checkpointing, or an adapter"
+            )
+        if estimate["disk_bytes"] > estimate["disk_free_bytes"]:
+            lines.append("does not fit on the disk: choose another --out")
+    return "\n".join(lines)
+
+
+COMPONENTS = {"embedding": "embedding", "attention": "attention", "mlp": "mlp", "head": "head"}
+COMPONENTS |= {"norm": "norms", "positions": "positions", "other": "other"}
+"""A component of `size_account` -> its row, in the order of the table."""
+
+
+def _size_lines(planned: dict[str, Any]) -> list[str]:
+    """Megabytes: a row for each component, a column for each precision; then the KV cache."""
+    sizes = planned["sizes"]
+    if sizes is None:
+        return [f"sizes: not known: {planned['sizes_unknown']}"]
+    precisions = sizes["precisions"].values()
+    decimals = 1 if min(found["size_bytes"] for found in precisions) > 1e7 else 3
+
+    def row(name: str, values: list[int]) -> str:
+        return f"  {name:22}" + "".join(f"{value / 1e6:9.{decimals}f}" for value in values)
+
+    lines = [f"{'weights, MB (2 %)':24}" + "".join(f"{name:>9}" for name in sizes["precisions"])]
+    for component, name in COMPONENTS.items():
+        values = [found["components"].get(component, 0) for found in precisions]
+        if max(values) >= 0.5 * 10 ** (6 - decimals):  # else it would show as zero
+            is_tied = component == "embedding" and sizes["tied"]
+            lines.append(row("embedding = head" if is_tied else name, values))
+    files = [found["size_bytes"] for found in precisions]
+    weights = [sum(found["components"].values()) for found in precisions]
+    lines.append(row("graph", [file - weight for file, weight in zip(files, weights)]))
+    lines.append(row("file", files))
+    for target, cache in sizes["kv_cache"].items():
+        size = f"{cache['size_bytes'] / 1e6:.{decimals}f} MB"
+        lines.append(f"KV cache of {cache['positions']:,} positions ({target}): {size}")
+    return lines
+
+
+def _detectable_lines(found: dict[str, Any]) -> list[str]:
+    seeds = f"{found['seeds']} seed" + ("s" if found["seeds"] > 1 else "")
+    nats = ", ".join(f"{size:.2g} at {name}" for name, size in found["nats"].items())
+    lines = [
+        f"what this can see: with {found['items']:,} items a task shows differences of {found['points']:.1f} "
+        "points or more, 4 times",
+        f"  out of 5; the smallest published gain, {found['published_points']} points, takes "
+        f"{found['items_for_published']:,} items over all tasks (evaluate.limit)",
+        f"  ({seeds}; assumed: the arms answer {100 * found['differing']:.0f} % of the items differently; "
+        "the report tells what was measured)",
+        f"  held-out loss shows {nats} in nats per token, if there are {found['items']:,} documents for it",
+    ]
+    if found["seeds"] == 1:
+        lines.append("  one seed cannot tell a gain from the luck of training: seeds: 3 can")
+    return lines
