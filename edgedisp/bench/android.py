@@ -1,7 +1,7 @@
-"""What an Android phone is and how it fares, from the texts of its own commands.
+"""An Android phone's model, chip, battery and heat, from the output of its own commands.
 
 `getprop` tells model and chip, `dumpsys battery` and `dumpsys thermalservice` (Android 10) its battery and
-whether it slows itself down, and a few files of /proc and /sys the rest. What a phone does not tell is None.
+whether it slows itself down, and a few files of /proc and /sys the rest. What is not known is None.
 """
 
 from __future__ import annotations
@@ -20,15 +20,11 @@ IDENTITY = {
     "online": "cat /sys/devices/system/cpu/online",
     "memory": "cat /proc/meminfo",
 }
-SENSORS = {
-    "load": "cat /proc/loadavg",
-    "clock": "cat /sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq",
-}
 STATE = {
     "battery": "dumpsys battery",
     "thermal": "dumpsys thermalservice",
     "saver": "settings get global low_power",
-    **SENSORS,
+    "load": "cat /proc/loadavg",
 }
 # android.os.BatteryManager and android.os.PowerManager
 BATTERY = {1: "unknown", 2: "charging", 3: "discharging", 4: "not charging", 5: "full"}
@@ -87,18 +83,8 @@ def count_cpus(text: str) -> int | None:
     return sum(int(last or first) - int(first) + 1 for first, last in ranges) or None
 
 
-def phone_sensors(answers: Mapping[str, str]) -> dict[str, Any]:
-    """{load_average_1m, clock_mhz}, the mean over CPUs."""
-    load = re.match(r"\s*([\d.]+)", answers.get("load", ""))
-    clocks = [int(khz) / 1000 for khz in answers.get("clock", "").split() if khz.isdigit()]
-    return {
-        "load_average_1m": float(load.group(1)) if load else None,
-        "clock_mhz": sum(clocks) / len(clocks) if clocks else None,
-    }
-
-
 def phone_state(answers: Mapping[str, str]) -> dict[str, Any]:
-    """How the phone fares now, of the answers to STATE."""
+    """Load, battery and heat, from the answers to STATE."""
     battery = dict(re.findall(r"^\s*([\w ]+): (\S+)$", answers.get("battery", ""), re.MULTILINE))
     level, scale, tenths, status = (
         int(battery[name]) if re.fullmatch(r"-?\d{1,9}", battery.get(name, "")) else None
@@ -110,8 +96,9 @@ def phone_state(answers: Mapping[str, str]) -> dict[str, Any]:
     now = thermal.rpartition("Current temperatures")[2] or thermal
     skin = [float(value) for value in re.findall(rf"mValue=(-?[\d.]+), mType={SKIN},", now)]
     saver = answers.get("saver", "").strip()
+    load = re.match(r"\s*([\d.]+)", answers.get("load", ""))
     return {
-        **phone_sensors(answers),
+        "load_average_1m": float(load.group(1)) if load else None,
         "battery_percent": round(100 * level / scale) if level is not None and scale else None,
         "battery_status": BATTERY.get(status or 0),
         "battery_temperature_c": None if tenths is None else tenths / 10,
@@ -122,8 +109,8 @@ def phone_state(answers: Mapping[str, str]) -> dict[str, Any]:
 
 
 def state_warnings(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> list[str]:
-    """What to beware of in figures that were taken between two states; `after` None: it is not known."""
-    warnings = []
+    """Warnings for figures that were measured between two states; `after` None: the phone was gone."""
+    warnings = [] if after else ["the phone was gone when its state was to be read"]
     for when, state in (("before", before), ("after", after or {})):
         if (status := state.get("thermal_status")) not in (None, "none"):
             warnings.append(

@@ -1,15 +1,13 @@
-"""Devices by name: what `--device` accepts, and which module knows each kind.
+"""Devices: what `--device` accepts, and the module of each kind.
 
-A kind's module has `connect(address, bundles, options)`, a context manager: it reaches the device, refuses
-what cannot work there (BadInput), and gives a `Device`. Its `measure(progress)` returns one JSON object:
+A kind's module has `connect(address, bundles, options)`, a context manager that gives a `Device` or raises
+BadInput. `Device.measure(progress)` returns one JSON object:
 
     device      as the user named it
-    machine     {cpu, architecture, features [], physical_cores, memory_bytes, system ...}, what is known
-    rows        one for each bundle, see results.summarize_bundle; None or absent: the device does not tell
-    answers     where `BenchOptions.requests` asked for scores: bundle -> items answered
-    warnings    [] what to beware of on this device as a whole
-
-docs/devices.md says what each figure means.
+    machine     {cpu, architecture, features [], physical_cores, memory_bytes, system ...}; None: not known
+    rows        one for each bundle, see results.summarize_bundle
+    answers     with `BenchOptions.requests`: bundle -> items answered
+    warnings    [] about the device as a whole
 """
 
 from __future__ import annotations
@@ -101,21 +99,19 @@ def connect(
 
 
 def parse(name: str) -> Address:
-    """Take a device's name apart. Raises BadInput with what would work."""
+    """An address from its text. Raises BadInput with what would work."""
     text = name.strip()
     kind, colon, rest = text.partition(":")
     if kind not in FORMS:
         guess = difflib.get_close_matches(kind.lower(), FORMS, n=1, cutoff=0.5)
         meant = f"did you mean '{FORMS[guess[0]]}'? " if guess else ""
         raise BadInput(f"--device {name!r}: is not known; {meant}(choices: {CHOICES})")
-    if kind == "adb":  # a serial may hold colons, as in adb:127.0.0.1:5555, and may not look like an option
+    if kind == "ssh":
+        return _parse_ssh(text)
+    if kind == "adb":  # a serial may have colons, as in adb:127.0.0.1:5555, and may not look like an option
         if colon and not re.fullmatch(r"[A-Za-z0-9_\[][\w.:%\[\]-]*", rest, re.ASCII):
             raise BadInput(f"--device {text!r}: {rest!r} is not a serial; write {FORMS[kind]}")
         return Address(text, kind, serial=rest or None)
-    if kind == "ssh":
-        if len(rest) < 3 or not rest.startswith("//"):
-            raise BadInput(f"--device {name!r}: no device is named; write {FORMS[kind]}")
-        return _parse_ssh(text)
     if colon:
         raise BadInput(f"--device {name!r}: takes no address; write {FORMS[kind]}")
     return Address(text, kind)
@@ -123,25 +119,27 @@ def parse(name: str) -> Address:
 
 def _parse_ssh(text: str) -> Address:
     """ssh://[USER@]HOST[:PORT]; an IPv6 address in brackets. Nothing in it may look like an option."""
-    form = FORMS["ssh"]
     try:
         parts = urlsplit(text)
         host, port, user = parts.hostname, parts.port, parts.username
     except ValueError as error:
-        raise BadInput(f"--device {text!r}: {error}; write {form}") from error
-    if parts.password is not None:
-        raise BadInput(f"--device {text!r}: passwords are not taken; use a key, and write {form}")
-    if parts.path.strip("/") or parts.query or parts.fragment:
-        raise BadInput(f"--device {text!r}: has more than an address; write {form}")
-    if not host or user == "":
-        raise BadInput(f"--device {text!r}: no host, or an empty user, is named; write {form}")
+        raise BadInput(f"--device {text!r}: {error}; write {FORMS['ssh']}") from error
     # urlsplit lowers the host's letters, and the names in a user's configuration may have capitals.
-    shown = re.search(re.escape(host), text.rpartition("@")[2], re.IGNORECASE)
+    shown = re.search(re.escape(host), text.rpartition("@")[2], re.IGNORECASE) if host else None
     host = shown.group(0) if shown else host
-    for part in (host, user):
-        if part is not None and not re.fullmatch(r"[\w.:%][\w.:%+-]*", part):
-            raise BadInput(f"--device {text!r}: {part!r} is not a name; write {form}")
-    return Address(text, "ssh", host, user, port)
+    names = [part for part in (host, user) if part is not None]
+    fault = None
+    if parts.password is not None:
+        fault = "passwords are not taken; use a key"
+    elif not host or user == "":
+        fault = "no host, or an empty user, is named"
+    elif parts.path.strip("/") or parts.query or parts.fragment:
+        fault = "has more than an address"
+    elif not all(re.fullmatch(r"[\w.:%][\w.:%+-]*", part) for part in names):
+        fault = f"{' or '.join(map(repr, names))} is not a name"
+    if fault:
+        raise BadInput(f"--device {text!r}: {fault}; write {FORMS['ssh']}")
+    return Address(text, "ssh", host or "", user, port)
 
 
 def parse_all(names: list[str]) -> list[Address]:

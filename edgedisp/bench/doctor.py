@@ -1,8 +1,8 @@
-"""`edgedisp doctor`: is all here that a build needs, and if not, which command gets it?
+"""`edgedisp doctor`: is everything installed that a build needs, and if not, which command installs it?
 
 Each row is {check, status, found, advice}: status `ok`, `warn` (works, but worse than it could) or `missing`
-(something will not work), advice "" where there is nothing to do. Versions are compared with the bounds in
-the installed distribution's own metadata. No package is imported for it, and no network is asked.
+(something will not work). Versions are compared with the bounds in the installed distribution's own metadata.
+No package is imported for it, and no network is used.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from edgedisp.bench.results import FAST_ON_ARM, FAST_ON_X86
-from edgedisp.bench.system import describe
+from edgedisp.bench.system import FAST_ON_ARM, FAST_ON_X86, describe
 
 Status = Literal["ok", "warn", "missing"]
 
@@ -49,36 +48,33 @@ def _row(check: str, status: Status, found: str, advice: str = "") -> Row:
 def _packages(distribution: str) -> Iterator[Row]:
     """Rows for Python, the distribution, each of its requirements and each of its extras."""
     from packaging.requirements import Requirement
-    from packaging.specifiers import SpecifierSet
 
-    python = platform.python_version()
     try:
-        requirements = [Requirement(text) for text in metadata.requires(distribution) or []]
-        bounds = SpecifierSet((metadata.metadata(distribution).get_all("Requires-Python") or [""])[0])
-        fits = bounds.contains(python, prereleases=True)
-        yield _row("python", "ok" if fits else "missing", python, "" if fits else f"install Python {bounds}")
-        yield _row(distribution, "ok", metadata.version(distribution))
+        about = metadata.metadata(distribution)
     except metadata.PackageNotFoundError:
         advice = f"{sys.executable} -m pip install -e . in a checkout, or pip install {distribution}"
         yield _row(distribution, "missing", "not installed as a distribution", advice)
         return
+    python = Requirement(f"python{(about.get_all('Requires-Python') or [''])[0]}")
+    version = platform.python_version()
+    fits = python.specifier.contains(version, prereleases=True)
+    yield _row("python", "ok" if fits else "missing", version, "" if fits else f"install {python}")
+    yield _row(distribution, "ok", metadata.version(distribution))
+    requirements = [Requirement(text) for text in metadata.requires(distribution) or []]
+    optional = [r for r in requirements if r.marker and not r.marker.evaluate({"extra": ""})]
     for requirement in requirements:
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+        if requirement not in optional:
             status, version = _version(requirement)
             yield _row(requirement.name, status, version, "" if status == "ok" else _install([requirement]))
-    for extra in metadata.metadata(distribution).get_all("Provides-Extra") or []:
-        optional = [r for r in requirements if r.marker and not r.marker.evaluate({"extra": ""})]
-        members = [r for r in optional if r.name != distribution and _in_extra(r, extra)]
+    for extra in about.get_all("Provides-Extra") or []:
+        members = [r for r in optional if r.name != distribution and r.marker.evaluate({"extra": extra})]  # type: ignore[union-attr]
         lacking = [r for r in members if _version(r)[0] != "ok"]
         text = (
             "without " + ", ".join(f"{r.name} ({_version(r)[1]})" for r in lacking) if lacking else "complete"
         )
-        advice = _install(lacking) if lacking else ""
-        yield _row(f"extra [{extra}]", "warn" if lacking else "ok", text, advice)
-
-
-def _in_extra(requirement: Any, extra: str) -> bool:
-    return bool(requirement.marker.evaluate({"extra": extra}))
+        yield _row(
+            f"extra [{extra}]", "warn" if lacking else "ok", text, _install(lacking) if lacking else ""
+        )
 
 
 def _version(requirement: Any) -> tuple[Status, str]:

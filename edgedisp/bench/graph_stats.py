@@ -1,16 +1,17 @@
-"""What a graph says about the speed it should have: bytes read per token, bits per weight, same graph or not.
+"""What a graph says about its speed: bytes read per token, bits per weight, and whether two graphs are the same.
 
 Decoding one token reads every weight matrix once, so on most devices it is bound by memory: tokens/s times
-bytes per token is the bandwidth that was really used. Only model.onnx is read, never the weights. Counted as
-read in full are the initializers of all operators except tables of which a token needs one row: the embedding
-(unless the output head multiplies with the same tensor) and the rotary tables. What a kernel repacks when it
-loads may be larger or smaller, and a cache with a sliding window is counted as if it were read in full.
+bytes per token is the bandwidth that was really used. Only model.onnx is read, never the weights. Counted in
+full are the initializers of all operators except tables of which a token needs one row: the embedding (unless
+the output head multiplies with the same tensor) and the rotary tables.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,6 @@ def weight_traffic(model: Any) -> dict[str, int]:
 
 def tensor_bytes(tensor: Any, kind: int | None = None) -> int:
     """Bytes of an initializer, from its shape and type (or `kind`); 4-bit types are stored two to a byte."""
-    import math
-
     import onnx
 
     count = math.prod(tensor.dims)
@@ -139,29 +138,25 @@ def tensor_bytes(tensor: Any, kind: int | None = None) -> int:
 
 def _weight_bits(graph: Any, initializers: dict[str, Any], origin: dict[str, str], full: set[str]) -> int:
     """Bits that most weights of the matrix products have, counted by number of weights."""
-    counts: dict[int, int] = {}
+    counts: Counter[int] = Counter()
     packed: set[str] = set()
     for node in graph.node:
         if node.op_type == "MatMulNBits":
             size = {a.name: a.i for a in node.attribute}
-            bits = size.get("bits", 4)
-            counts[bits] = counts.get(bits, 0) + size["K"] * size["N"]
+            counts[size.get("bits", 4)] += size["K"] * size["N"]
             packed.update(origin.get(name, name) for name in node.input[1:])
-    for name in full - packed:
-        tensor = initializers[name]
+    for tensor in (initializers[name] for name in full - packed):
         if len(tensor.dims) == 2:
-            count = max(1, tensor.dims[0] * tensor.dims[1])
-            bits = round(8 * tensor_bytes(tensor) / count)
-            counts[bits] = counts.get(bits, 0) + count
+            count = max(1, math.prod(tensor.dims))
+            counts[round(8 * tensor_bytes(tensor) / count)] += count
     return max(counts, key=lambda bits: counts[bits]) if counts else 32
 
 
 def graph_hash(path: Path) -> str:
     """SHA-256 of a graph without the values of its weights.
 
-    Two arms of one recipe must agree in it: mid-training changes values alone, and then their latencies
-    cannot truly differ. Hashed are the operators in order with attributes, the graph's inputs and outputs,
-    and the initializers' names, shapes and types.
+    Hashed are the operators in order with attributes, the graph's inputs and outputs, and the initializers'
+    names, shapes and types. Two arms of one recipe agree in it, as training changes values alone.
     """
     graph = read_graph(path).graph
     digest = hashlib.sha256()

@@ -1,11 +1,9 @@
-"""Time bundles on a host, in turns, and score them there when the timing is done.
+"""Time bundles on a host in turns, then score items there.
 
-Each bundle is loaded by a worker process of its own (`worker.py`) and warmed up once. Then the workers take
-turns, one at a time: A B C, C B A, A B C ... Whatever changes slowly (heat, clocks, a neighbour's job) meets
-all bundles alike; over an even number of rounds the reversal takes out what is linear in time. What a figure
-means stands in `export/runner/runner.py`, which does the timing.
-
-Bundles are open together as long as they fit into memory; else bundles of equal size stay together.
+Each bundle has a worker process of its own (`worker.py`), loaded and warmed up once. The workers take turns:
+A B C, C B A, A B C ... Whatever changes slowly (heat, clocks, another job) affects all bundles alike; over an
+even number of rounds the reversal cancels what is linear in time. `export/runner/runner.py` does the timing
+and defines the figures. Bundles are open together as far as they fit into memory.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +27,26 @@ from edgedisp.core.progress import Progress, silent
 MIB = 1 << 20
 MEMORY_SHARE = 0.8  # of what is available, for all bundles that are open together
 SWEEP_PROMPT, SWEEP_GENERATE, SWEEP_REPETITIONS = 32, 32, 5
-SWEEP_ALL_UP_TO = 8
 
 
 class Host(ABC):
-    """A machine with Python, reached and ready: what it is, and a way to start the runner there."""
+    """A machine with Python, connected: what it is, and how to start the runner there.
+
+    name: as it is shown, `local` or `ssh://pi@192.0.2.7`. machine: what the runner's `--describe` gives.
+    """
 
     name: str
-    """As it is shown: `local`, `ssh://pi@192.0.2.7`."""
     machine: dict[str, Any]
-    """What the runner's `--describe` gives."""
 
     @abstractmethod
     def command(self, bundle: Path, options: Sequence[str]) -> list[str]:
-        """The program to start HERE whose standard streams are those of the runner THERE.
+        """The command to start HERE whose standard streams and exit code are those of the runner THERE.
 
-        `bundle` is the folder on this machine, `options` the runner's. The exit code is the runner's.
+        `bundle` is the folder on this machine, `options` the runner's.
         """
 
     def copy(self, bundles: Mapping[str, Path], progress: Progress) -> None:  # noqa: B027 (nothing to do here)
-        """Put there what the runner needs and is not there yet."""
+        """Copy there what the runner needs."""
 
 
 class TimedHost(Device):
@@ -59,7 +57,7 @@ class TimedHost(Device):
         self.host, self.bundles, self.options = host, bundles, options
 
     def measure(self, progress: Progress) -> dict[str, Any]:
-        """Sweep threads where that is asked for, time, then score. Raises DeviceLost."""
+        """Sweep threads if the options say so, time, then score. Raises DeviceLost."""
         host, bundles, options = self.host, self.bundles, self.options
         if options.threads == "sweep":
             sweeps = sweep_threads(bundles, host, options, progress)
@@ -67,7 +65,35 @@ class TimedHost(Device):
             result = {**measure(bundles, host, options, progress, threads), "threads": sweeps}
         else:
             result = measure(bundles, host, options, progress)
-        return _score(result, host, bundles, options, progress) if options.requests else result
+        return self._score(result, progress) if options.requests else result
+
+    def _score(self, result: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """`result` with `answers`: bundle -> items answered, (sum of log-probabilities, greedy) by request.
+
+        An item is one line to a bundle's worker, so a lost host leaves the items before.
+        """
+        requests = self.options.requests
+        answers: dict[str, list[Any]] = {label: [] for label in requests}
+        threads = {row["label"]: row["threads"] for row in result["rows"]}
+        total = sum(map(len, requests.values()))
+        try:
+            for label, items in requests.items():
+                words = [
+                    "--interactive",
+                    "--positions",
+                    str(_positions(items)),
+                    "--threads",
+                    str(threads[label]),
+                ]
+                command = self.host.command(self.bundles[label], words)
+                with Worker(label, command, self.options.timeout_s) as worker:
+                    for item in items:
+                        answers[label].append(_checked_scores(item, worker.ask({"score": item}), label))
+                        progress(sum(map(len, answers.values())), total, f"{label}: scored")
+        except (BadInput, BuildFailed) as error:
+            lost = f"{self.host.name}: lost while it scored: {error}"
+            raise DeviceLost(lost, {**result, "answers": answers, "lost": str(error)}) from error
+        return {**result, "answers": answers}
 
 
 def measure(
@@ -79,87 +105,78 @@ def measure(
 ) -> dict[str, Any]:
     """Time every bundle `options.repetitions` times, in turns.
 
-    bundles: label -> folder; their order is that of the turns, so put arms of one precision side by side.
-    threads: by label; None: as `options.threads` says. Returns {device, rows, repetitions, pairs, machine,
-    load_average, order, groups, warnings, options}, all JSON.
-
-    Raises BadInput for a bundle that cannot be timed, BuildFailed where a worker dies or is silent for
-    `timeout_s`, and of these DeviceLost once something has been timed. Workers are ended in every case.
+    bundles: label -> folder, in the order of the turns; put arms of one precision side by side. threads: by
+    label; None: as `options.threads` says. Returns {device, rows, repetitions, pairs, machine, load_average,
+    order, groups, warnings, options}, all JSON. Raises BadInput for a bundle that cannot be timed. Where a
+    worker ends or is silent for `timeout_s`: BuildFailed, or DeviceLost if something was timed before.
     """
     _check(bundles, options.pairs)
     available = host.machine["memory_available_bytes"]
-    room = options.memory_bytes or (None if available is None else int(MEMORY_SHARE * available))
-    groups = group_by_memory(bundles, room)
-    turns_left = _Turns(host, bundles, options, threads or _threads(bundles, host, options), progress)
+    limit = options.memory_bytes or (None if available is None else int(MEMORY_SHARE * available))
+    groups = group_by_memory(bundles, limit)
+    measurement = _Measurement(host, bundles, options, threads or _threads(bundles, host, options), progress)
     host.copy(bundles, progress)
     try:
         for group in groups:
-            turns_left.time(group)
-        return turns_left.result(groups)
+            measurement.time(group)
     except BuildFailed as error:
-        if not turns_left.timed:
+        if not measurement.timed:
             raise
-        lost = f"{host.name}: lost in the middle: {error}"
-        raise DeviceLost(lost, {**turns_left.result(groups), "lost": str(error)}) from error
+        partial = {**measurement.result(groups), "lost": str(error)}
+        raise DeviceLost(f"{host.name}: lost in the middle: {error}", partial) from error
+    return measurement.result(groups)
 
 
 def _threads(bundles: Mapping[str, Path], host: Host, options: BenchOptions) -> dict[str, int]:
-    """Label -> the count asked for, else the one written into the bundle, else the host's physical cores."""
+    """Label -> the option's count, else the one written into the bundle, else the host's physical cores."""
     if isinstance(options.threads, int):
         return dict.fromkeys(bundles, options.threads)
     return {label: written_threads(path) or host.machine["physical_cores"] for label, path in bundles.items()}
 
 
-class _Turns:
-    """The turns of one measurement, and what has come of them so far."""
+@dataclass
+class _Measurement:
+    """The turns of one measurement so far. facts: label -> what its worker said when it was ready."""
 
-    def __init__(
-        self,
-        host: Host,
-        bundles: Mapping[str, Path],
-        options: BenchOptions,
-        threads: Mapping[str, int],
-        progress: Progress,
-    ) -> None:
-        self.host, self.bundles, self.options, self.threads = host, bundles, options, threads
-        self.progress, self.done = progress, 0
-        self.timed: list[dict[str, Any]] = []
-        self.facts: dict[str, dict[str, Any]] = {}
+    host: Host
+    bundles: Mapping[str, Path]
+    options: BenchOptions
+    threads: Mapping[str, int]
+    progress: Progress
+    timed: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def time(self, group: Sequence[str]) -> None:
         """Open the group's bundles and time them in turns."""
         with ExitStack() as stack:
             workers = {}
             for label in group:  # one after another: a worker answers when it has loaded and warmed up
-                workers[label] = stack.enter_context(self._worker(label))
+                words = ["--interactive", "--threads", str(self.threads[label])]
+                for name in ("prompt", "generate", "seed", "warmup"):
+                    words += [f"--{name}", str(getattr(self.options, name))]
+                command = self.host.command(self.bundles[label], words)
+                workers[label] = stack.enter_context(Worker(label, command, self.options.timeout_s))
                 self.facts[label] = workers[label].facts
                 self._step(f"{label}: loaded in {self.facts[label]['load_s']:.1f} s")
             for repetition, label in turns(group, self.options.repetitions):
                 if self.timed and self.options.pause_s:
                     time.sleep(self.options.pause_s)
-                place = {"label": label, "repetition": repetition, "turn": len(self.timed)}
-                self.timed.append({**place, **workers[label].run()})
+                turn = {"label": label, "repetition": repetition, "turn": len(self.timed)}
+                self.timed.append({**turn, **workers[label].run()})
                 self._step(f"{label}: {self.timed[-1]['decode_tokens_per_s']:.1f} tokens/s")
 
-    def _worker(self, label: str) -> Worker:
-        words = ["--interactive", "--threads", str(self.threads[label])]
-        for name in ("prompt", "generate", "seed", "warmup"):
-            words += [f"--{name}", str(getattr(self.options, name))]
-        return Worker(label, self.host.command(self.bundles[label], words), self.options.timeout_s)
-
     def _step(self, note: str) -> None:
-        self.done += 1
-        self.progress(self.done, (self.options.repetitions + 1) * len(self.bundles), note)
+        total = (self.options.repetitions + 1) * len(self.bundles)
+        self.progress(len(self.facts) + len(self.timed), total, note)
 
     def result(self, groups: list[list[str]]) -> dict[str, Any]:
         """What `measure` returns, of the turns so far."""
-        options, machine, timed = self.options, self.host.machine, self.timed
-        labels = [label for label in self.bundles if any(r["label"] == label for r in timed)]
+        options, machine, timed, bundles = self.options, self.host.machine, self.timed, self.bundles
+        order = [repetition["label"] for repetition in timed]
         rows = [
-            results.summarize_bundle(
-                label, find_graph(self.bundles[label]), self.facts[label], timed, machine
-            )
-            for label in labels
+            results.summarize_bundle(label, find_graph(bundles[label]), self.facts[label], timed, machine)
+            for label in bundles
+            if label in order
         ]
         results.warn_about_bits(rows, machine)
         counts = set(self.threads.values())
@@ -169,16 +186,14 @@ class _Turns:
             "rows": rows,
             "repetitions": timed,
             "pairs": [
-                results.compare_twins(a, b, self.bundles, timed)
-                for a, b in options.pairs
-                if {a, b} <= set(labels)
+                results.compare_twins(a, b, bundles, timed) for a, b in options.pairs if {a, b} <= {*order}
             ],
             "machine": machine,
             "load_average": {
                 "before": machine.get("load_average_1m"),
                 "after": timed[-1]["load_average_1m"] if timed else None,
             },
-            "order": [repetition["label"] for repetition in timed],
+            "order": order,
             "groups": groups,
             "warnings": results.few_repetitions(options.repetitions),
             "options": {
@@ -188,26 +203,23 @@ class _Turns:
         }
 
 
-def _check(bundles: Mapping[str, Path], pairs: Sequence[tuple[str, str]] = ()) -> None:
+def _check(bundles: Mapping[str, Path], pairs: Sequence[tuple[str, str]]) -> None:
     """Refuse what cannot work before any process is started."""
-    problems = [] if bundles else ["no bundle to time; name at least one bundle folder"]
-    problems += [
-        f"{label}: {path} holds no model.onnx; give a bundle folder made by the export"
-        + (" with --layouts onnxruntime-genai" if (path / "onnx").is_dir() else "")
-        for label, path in bundles.items()
-        if not (path / "model.onnx").is_file()
-    ]
-    problems += [
-        f"pair {a}, {b}: {x} is not among the bundles" for a, b in pairs for x in (a, b) if x not in bundles
-    ]
-    if problems:
-        raise BadInput("\n".join(problems))
+    if not bundles:
+        raise BadInput("no bundle to time; name at least one bundle folder")
+    for label, path in bundles.items():
+        if not (path / "model.onnx").is_file():
+            layouts = " with --layouts onnxruntime-genai" if (path / "onnx").is_dir() else ""
+            raise BadInput(
+                f"{label}: {path} holds no model.onnx; give a bundle folder made by the export{layouts}"
+            )
+    if missing := [label for pair in pairs for label in pair if label not in bundles]:
+        raise BadInput(f"pairs: {missing[0]} is not among the bundles")
 
 
 def turns(labels: Sequence[str], repetitions: int) -> list[tuple[int, str]]:
     """(repetition, label) in the order of timing: every second round is reversed, A B B A A B ..."""
-    rounds = [list(labels) if r % 2 == 0 else list(reversed(labels)) for r in range(repetitions)]
-    return [(r, label) for r, labels_of_round in enumerate(rounds) for label in labels_of_round]
+    return [(r, label) for r in range(repetitions) for label in (labels if r % 2 == 0 else labels[::-1])]
 
 
 def group_by_memory(bundles: Mapping[str, Path], memory_bytes: int | None) -> list[list[str]]:
@@ -234,7 +246,7 @@ def expected_memory_bytes(bundle: Path) -> int:
     """Rough resident size of a worker: 256 MiB for the program, and 1.6 times the weights.
 
     Measured with SmolLM2-135M on x86: fp32 (540 MB of weights) 827 MB, int8 (267 MB) 315 MB, int4 (87 MB)
-    251 MB; the factor covers weights that are held both as read and as repacked.
+    251 MB; the factor covers weights that are in memory both as read and as repacked.
     """
     files = list(bundle.glob("model.onnx*"))
     if len(files) == 1:  # a bundle whose graphs share their weights
@@ -245,9 +257,8 @@ def expected_memory_bytes(bundle: Path) -> int:
 
 def thread_counts(physical_cores: int, logical_cpus: int) -> list[int]:
     """1 .. cores; beyond 8 only doublings, the physical cores, and all CPUs where a core has two of them."""
-    counts = set(range(1, min(physical_cores, SWEEP_ALL_UP_TO) + 1))
-    counts |= {count for count in (16, 32, 64, 128) if count < physical_cores}
-    return sorted({*counts, physical_cores, max(physical_cores, logical_cpus)})
+    counts = {*range(1, min(physical_cores, 8) + 1), physical_cores, max(physical_cores, logical_cpus)}
+    return sorted(counts | {count for count in (16, 32, 64, 128) if count < physical_cores})
 
 
 def sweep_threads(
@@ -259,8 +270,8 @@ def sweep_threads(
     speed; of equal ones the fewest threads.
     """
     machine = host.machine
-    quota = machine["cpu_quota"]
-    cpus = machine["logical_cpus"] if quota is None else min(machine["logical_cpus"], max(1, int(quota)))
+    quota, cpus = machine["cpu_quota"], machine["logical_cpus"]
+    cpus = cpus if quota is None else min(cpus, max(1, int(quota)))
     short = replace(
         options,
         prompt=min(SWEEP_PROMPT, options.prompt),
@@ -270,65 +281,34 @@ def sweep_threads(
     )
     sweeps = {}
     for label, bundle in bundles.items():
-        threads = {
-            f"{label}, {count} threads": count for count in thread_counts(machine["physical_cores"], cpus)
-        }
-        timed = measure(dict.fromkeys(threads, bundle), host, short, progress, threads)
+        counts = thread_counts(machine["physical_cores"], cpus)
+        threads = {f"{label}, {count} threads": count for count in counts}
         rows = [
             {
                 **{name: row[name] for name in ("threads", "decode_tokens_per_s", "prefill_tokens_per_s")},
-                **{name: row["spread"]["decode_tokens_per_s"][name] for name in ("low", "high")},
+                **{end: row["spread"]["decode_tokens_per_s"][end] for end in ("low", "high")},
             }
-            for row in timed["rows"]
+            for row in measure(dict.fromkeys(threads, bundle), host, short, progress, threads)["rows"]
         ]
         best = max(rows, key=lambda row: (row["decode_tokens_per_s"], -row["threads"]))
         sweeps[label] = {"best": best["threads"], "rows": rows}
     return sweeps
 
 
-def _score(
-    result: dict[str, Any],
-    host: Host,
-    bundles: Mapping[str, Path],
-    options: BenchOptions,
-    progress: Progress,
-) -> dict[str, Any]:
-    """`result` with `answers`: bundle -> items answered, (sum of log-probabilities, all greedy) by request.
-
-    An item is one line to a bundle's worker, so a host that is lost leaves the items that it had answered.
-    Raises DeviceLost with these where a worker refuses, dies, says something else, or is silent.
-    """
-    answers: dict[str, list[Any]] = {label: [] for label in options.requests}
-    threads = {row["label"]: row["threads"] for row in result["rows"]}
-    done, total = 0, sum(map(len, options.requests.values()))
-    try:
-        for label, items in options.requests.items():
-            words = ["--interactive", "--positions", str(positions(items)), "--threads", str(threads[label])]
-            with Worker(label, host.command(bundles[label], words), options.timeout_s) as worker:
-                for item in items:
-                    scores = worker.ask({"score": item}).get("scores")
-                    answers[label].append(_checked_scores(item, scores, label))
-                    done += 1
-                    progress(done, total, f"{label}: scored")
-    except (BadInput, BuildFailed) as error:
-        lost = f"{host.name}: lost while it scored: {error}"
-        raise DeviceLost(lost, {**result, "answers": answers, "lost": str(error)}) from error
-    return {**result, "answers": answers}
-
-
-def positions(items: Sequence[Item]) -> int:
+def _positions(items: Sequence[Item]) -> int:
     """Most positions that a request takes: the last token is only predicted."""
     sizes = [len(context) + len(continuation) - 1 for item in items for context, continuation in item]
     return max([2, *sizes])
 
 
-def _checked_scores(item: Item, scores: Any, label: str) -> list[tuple[float, bool]]:
-    """The answers to one item. BuildFailed for anything else."""
+def _checked_scores(item: Item, answer: Mapping[str, Any], label: str) -> list[tuple[float, bool]]:
+    """The scores of one item. BuildFailed for anything else."""
+    scores = answer.get("scores")
     try:
-        pairs = [(float(total), greedy) for total, greedy in scores]
-        fits = all(math.isfinite(total) and isinstance(greedy, bool) for total, greedy in pairs)
+        pairs = [(float(total), greedy) for total, greedy in scores or ()]
     except (TypeError, ValueError):
-        pairs, fits = [], False
-    if not fits or len(pairs) != len(item):
+        pairs = []
+    valid = all(math.isfinite(total) and isinstance(greedy, bool) for total, greedy in pairs)
+    if not valid or len(pairs) != len(item):
         raise BuildFailed(f"{label}: sent something else than {len(item)} scores: {str(scores)[:200]}")
     return pairs

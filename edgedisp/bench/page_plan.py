@@ -1,11 +1,9 @@
-"""What the phone page is asked to time, and the rows that come of what it sends.
+"""What the phone page is to time, and the rows from what it sends.
 
 The plan is fixed before anything is served: the bundles with size and SHA-256 of each file, one random prompt
-for each vocabulary (the runner's), and the order of the turns, A B B A.
-
-What differs from a measurement by the runner: `peak_memory_bytes` is the size of the bundle's WebAssembly
-heap, `load_s` includes reading the file from the browser's storage, and a page sees neither clocks nor other
-processes.
+for each vocabulary (the runner's), and the order of the turns, A B B A. Other than with the runner,
+`peak_memory_bytes` is the size of the bundle's WebAssembly heap, `load_s` includes reading the file from the
+browser's storage, and a page sees neither clocks nor other processes.
 """
 
 from __future__ import annotations
@@ -59,7 +57,7 @@ def json_resource(content: Any) -> Resource:
 
 @dataclass(frozen=True)
 class PageBundle:
-    """One bundle as the page sees it. Its files are listed once; nothing else of the folder can be fetched.
+    """One bundle as the page sees it; nothing but `files` can be fetched.
 
     graph: such as `onnx/model_q4.onnx`. external: weight files, as the graph names them. unfolded: its
     weights become fp32 when the graph is opened. packed: products unpack their weights at every token in
@@ -78,12 +76,17 @@ class PageBundle:
     vocab_size: int
     context: int
 
+    @property
+    def download_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files.values())
+
 
 def read_bundle(label: str, folder: Path) -> PageBundle:
     """The bundle's files for the page. Raises BadInput for a folder that the page cannot use."""
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; give a bundle such as <run>/<arm>/int4")
     config, genai = (read_json(folder / name) for name in ("config.json", "genai_config.json"))
+    genai = genai.get("model", {})
     preferred = folder / "onnx" / f"model_{config.get('transformers.js_config', {}).get('dtype')}.onnx"
     for_browsers = [preferred] if preferred.is_file() else sorted((folder / "onnx").glob("model*.onnx"))
     graph = for_browsers[0] if for_browsers else find_graph(folder)
@@ -95,12 +98,11 @@ def read_bundle(label: str, folder: Path) -> PageBundle:
     weights_bytes = sum(files[path.relative_to(folder).as_posix()].size_bytes for path in weights)
     layouts = read_json(folder / MANIFEST).get("layouts", {})
     unfolded = int(layouts.get("transformers.js", {}).get("unfolded_bytes", 0))
-    context = [genai.get("model", {}).get("context_length"), config.get("max_position_embeddings")]
     logits = [o.type.tensor_type.shape.dim[-1].dim_value for o in model.graph.output if o.name == "logits"]
-    sizes = [*logits, genai.get("model", {}).get("vocab_size"), config.get("vocab_size")]
-    vocab_size = next((size for size in sizes if isinstance(size, int) and size > 0), None)
-    if vocab_size is None:
-        raise BadInput(f"{folder}: neither the graph nor its configuration tells the size of the vocabulary")
+    sizes = _positive(*logits, genai.get("vocab_size"), config.get("vocab_size"))
+    if not sizes:
+        raise BadInput(f"{folder}: neither the graph nor its configuration has the size of the vocabulary")
+    memory = PAGE_BYTES + unfolded if unfolded else 0
     return PageBundle(
         label=label,
         folder=folder,
@@ -108,14 +110,16 @@ def read_bundle(label: str, folder: Path) -> PageBundle:
         external=external,
         files=files,
         weights_bytes=weights_bytes,
-        expected_memory_bytes=max(
-            expected_memory_bytes(weights_bytes, model), PAGE_BYTES + unfolded if unfolded else 0
-        ),
+        expected_memory_bytes=max(expected_memory_bytes(weights_bytes, model), memory),
         unfolded=unfolded > 0 and graph.name != "model.onnx",
         packed=any(node.op_type == "MatMulNBits" for node in model.graph.node),
-        vocab_size=vocab_size,
-        context=min([CONTEXT_CAP, *(size for size in context if isinstance(size, int) and size > 0)]),
+        vocab_size=sizes[0],
+        context=min(CONTEXT_CAP, *_positive(genai.get("context_length"), config.get("max_position_embeddings"))),
     )
+
+
+def _positive(*values: Any) -> list[int]:
+    return [value for value in values if isinstance(value, int) and value > 0]
 
 
 def expected_memory_bytes(weights_bytes: int, model: Any) -> int:
@@ -172,38 +176,43 @@ class PagePlan:
 
     def resources(self) -> dict[str, Resource]:
         """The plan, the items to score and the bundles' files, by address."""
+        resources, shown = {}, []
+        for place, bundle in enumerate(self.bundles):
+            requests = None
+            if items := self.options.requests.get(bundle.label):
+                requests = {"url": f"requests/{place}.json", "items": len(items)}
+                resources[f"requests/{place}.json"] = json_resource(items)
+            resources |= {f"bundle/{place}/{name}": file for name, file in bundle.files.items()}
+            prompt = runner().prompt_ids(bundle.vocab_size, self.options.prompt, self.options.seed)
+            shown.append(
+                {
+                    "label": bundle.label,
+                    "graph": bundle.graph,
+                    "external": list(bundle.external),
+                    "files": {
+                        name: {
+                            "url": f"bundle/{place}/{name}",
+                            "size_bytes": file.size_bytes,
+                            "sha256": file.tag,
+                        }
+                        for name, file in bundle.files.items()
+                    },
+                    "download_bytes": bundle.download_bytes,
+                    "expected_memory_bytes": bundle.expected_memory_bytes,
+                    "context": bundle.context,
+                    "prompt_ids": prompt[0].tolist(),
+                    "requests": requests,
+                }
+            )
         plan = {
             "form": FORM,
             "edgedisp": __version__,
             "options": self.options_json(),
             "turns": [list(turn) for turn in self.order()],
             "memory_bytes": self.options.memory_bytes,
-            "bundles": [self._bundle_json(place, bundle) for place, bundle in enumerate(self.bundles)],
+            "bundles": shown,
         }
-        resources = {"plan.json": json_resource(plan)}
-        for place, bundle in enumerate(self.bundles):
-            if items := self.options.requests.get(bundle.label):
-                resources[f"requests/{place}.json"] = json_resource(items)
-            resources |= {f"bundle/{place}/{name}": file for name, file in bundle.files.items()}
-        return resources
-
-    def _bundle_json(self, place: int, bundle: PageBundle) -> dict[str, Any]:
-        items = self.options.requests.get(bundle.label)
-        prompt = runner().prompt_ids(bundle.vocab_size, self.options.prompt, self.options.seed)
-        return {
-            "label": bundle.label,
-            "graph": bundle.graph,
-            "external": list(bundle.external),
-            "files": {
-                name: {"url": f"bundle/{place}/{name}", "size_bytes": file.size_bytes, "sha256": file.tag}
-                for name, file in bundle.files.items()
-            },
-            "download_bytes": sum(file.size_bytes for file in bundle.files.values()),
-            "expected_memory_bytes": bundle.expected_memory_bytes,
-            "context": bundle.context,
-            "prompt_ids": prompt[0].tolist(),
-            "requests": {"url": f"requests/{place}.json", "items": len(items)} if items else None,
-        }
+        return {"plan.json": json_resource(plan), **resources}
 
     def refusal(self, upload: Upload) -> str | None:
         """What is wrong with an upload that fits the schema but not this plan; None if nothing is."""
@@ -237,21 +246,19 @@ class PagePlan:
 def page_result(
     plan: PagePlan, figures: Figures, device: str, sensors: Mapping[int, dict[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """What `interleaved_timing.measure` returns, of a page's figures, and `complete`.
+    """What `interleaved_timing.measure` returns, from a page's figures, and `complete`.
 
-    Bundles without a timed turn have no row. sensors: turn -> what was seen of the machine during it.
+    Bundles without a timed turn have no row. sensors: turn -> readings of the machine after it.
     """
     timed = [
         _timed(plan, repetition) | (sensors or {}).get(repetition.turn, {})
         for repetition in figures.repetitions
     ]
-    labels = {repetition["label"] for repetition in timed}
-    bundles = [bundle for bundle in plan.bundles if bundle.label in labels]
+    order = [repetition["label"] for repetition in timed]
     machine = _machine(figures.device)
-    rows = [_row(plan, figures, bundle, timed, machine) for bundle in bundles]
+    rows = [_row(plan, figures, bundle, timed, machine) for bundle in plan.bundles if bundle.label in order]
     results.warn_about_bits(rows, machine)
-    folders = {bundle.label: bundle.folder for bundle in bundles}
-    everything = [bundle.label for bundle in plan.bundles]
+    folders = {bundle.label: bundle.folder for bundle in plan.bundles}
     pairs = plan.options.pairs if figures.complete else ()
     return {
         "device": device,
@@ -261,26 +268,24 @@ def page_result(
         "pairs": [results.compare_twins(a, b, folders, timed) for a, b in pairs],
         "machine": machine,
         "load_average": {"before": None, "after": None},
-        "order": [repetition["label"] for repetition in timed],
-        "groups": [everything] if figures.held_open else [[label] for label in everything],
+        "order": order,
+        "groups": [[*folders]] if figures.held_open else [[label] for label in folders],
         "warnings": results.few_repetitions(plan.options.repetitions),
         "options": {**plan.options_json(), "threads": figures.device.threads},
     }
 
 
 def _machine(device: DeviceFacts) -> dict[str, Any]:
-    """The keys of the runner's description, as far as a page can tell, and `browser` with all that it
-    told."""
+    """The keys of the runner's description, as far as a page knows them, and `browser`."""
     cores = device.cores or device.threads
-    unknown = ("architecture", "memory_bytes", "memory_available_bytes")
     return {
-        **dict.fromkeys(unknown),
+        **dict.fromkeys(("architecture", "memory_bytes", "memory_available_bytes")),
         "cpu": device.model,
         "features": [],
         "physical_cores": cores,
         "logical_cpus": cores,
         "system": device.platform,
-        "browser": {**device.model_dump(), "peak_memory_is": "the WebAssembly heap of the bundle"},
+        "browser": device.model_dump(),
     }
 
 
@@ -303,7 +308,7 @@ def _row(
     timed: Sequence[dict[str, Any]],
     machine: dict[str, Any],
 ) -> dict[str, Any]:
-    """The row of `results.summarize_bundle`, and what only a page has: download, runtime, background."""
+    """The row of `results.summarize_bundle`, and what only a page has: download and background."""
     loaded = next(entry for entry in figures.loaded if entry.label == bundle.label)
     facts = {
         "prompt": plan.options.prompt,
@@ -314,7 +319,7 @@ def _row(
         "load_s": statistics.median(loaded.load_s),
     }
     row = results.summarize_bundle(bundle.label, bundle.folder / bundle.graph, facts, timed, machine)
-    if bundle.unfolded:  # the graph does not tell the sizes of what is read
+    if bundle.unfolded:  # the graph does not hold the sizes of what is read
         row |= {"bytes_read_per_token": None, "implied_bandwidth_gb_per_s": None}
     if bundle.packed:
         row["warnings"].append(
@@ -324,8 +329,4 @@ def _row(
     hidden = sum(repetition["label"] == bundle.label and repetition["hidden"] for repetition in timed)
     if hidden:
         row["warnings"].append(f"the page was in the background during {hidden} repetitions")
-    downloads = {
-        **loaded.model_dump(include={"runtime_load_s", "download_s"}),
-        "download_bytes": sum(file.size_bytes for file in bundle.files.values()),
-    }
-    return {**row, **downloads}
+    return {**row, "download_bytes": bundle.download_bytes}

@@ -1,8 +1,8 @@
 """What the phone page may send: progress, trouble, figures, scores. Everything else is refused.
 
-A phone is not trusted: every text has a length and loses its control characters (it is printed on a
+A phone is not trusted: texts have a length and lose their control characters (they are printed on a
 terminal), lists and numbers have bounds, unknown keys are errors. The page sends raw milliseconds; speeds are
-computed here (`page_plan.py`), so that they mean the same as on every other device.
+computed in `page_plan.py`, as for every other device.
 """
 
 from __future__ import annotations

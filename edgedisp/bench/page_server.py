@@ -1,15 +1,11 @@
 """A small web server for the phone page: one page, some bundles, one place for figures, a secret address.
 
-What it allows is a table made before it starts: address -> file. Nothing is looked up in the file system by
-what a client asks for, so there is no path to escape from. Every address begins with a random token; without
-it all is 404, whether or not the rest exists. What a client may send is JSON of bounded size that fits
-`page_protocol.py` and the plan; anything else is 400, one line in the log, and forgotten. A connection has
-five seconds to name the token, and only those that did take one of the places, so that strangers cannot fill
-them.
-
-The headers ask for what the page needs and no more: scripts, workers and data from this server alone,
-WebAssembly allowed, no other page may embed or read it, and the isolation without which browsers give no
-threads (COOP, COEP, CORP). Browsers honour isolation over https and on localhost only.
+Addresses are a table made before it starts: no request is looked up in the file system. Every address begins
+with a random token; without it all is 404. A client may send JSON of bounded size that fits `page_protocol`
+and the plan; anything else is 400 and one line in the log. A connection has five seconds to name the token,
+and only those that did count towards MOST_REQUESTS, so strangers cannot lock phones out. The headers allow
+what the page needs (its own scripts, WebAssembly) and give it the isolation without which browsers have no
+threads (COOP, COEP, CORP); browsers honour isolation over https and on localhost only.
 """
 
 from __future__ import annotations
@@ -17,6 +13,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import hmac
+import io
 import os
 import queue
 import secrets
@@ -89,10 +86,9 @@ def page_resources(web: Path) -> dict[str, Resource]:
 
 
 def self_signed(host: str) -> tuple[ssl.SSLContext, str]:
-    """A server's context for `host`, and the certificate's SHA-256 as browsers write it ("AB:CD:...").
+    """A TLS context for `host` with a new certificate, and its SHA-256 as browsers write it ("AB:CD:...").
 
-    The certificate is made anew for each start and kept nowhere. A phone has no reason to trust it and says
-    so. BadInput where the package `trustme` is missing, or for a host that no certificate can name.
+    BadInput where the package `trustme` is missing, or for a host that no certificate can name.
     """
     try:
         import trustme
@@ -123,9 +119,8 @@ class Received:
 class PageServer:
     """Context manager: serves `resources` (address below the token -> what it gives) until it ends.
 
-    `received` holds what was sent, in order. `refusal` looks at an upload that fits the schema and says what
-    is wrong with it, None if nothing is; `note` takes the lines of the log. `port` 0 takes a free one.
-    Raises BadInput where host and port cannot be had.
+    received: the uploads, in order. refusal: what is wrong with an upload that fits the schema, or None.
+    note: takes the lines of the log. port: 0 is any free one. Raises BadInput for a host or port it cannot use.
     """
 
     def __init__(
@@ -189,7 +184,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self._connections.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away, or does not trust the certificate, is no error of ours."""
+        """Not an error: a client that goes away, or does not trust the certificate."""
         error = sys.exception()
         if not isinstance(error, (ConnectionError, TimeoutError, ssl.SSLError)):
             self.page.note(f"{client_address[0]}: {type(error).__name__}: {printable(str(error))[:200]}")
@@ -200,15 +195,14 @@ def _listening(host: str, port: int, page: PageServer, tls: ssl.SSLContext | Non
     try:
         server = _Server((host, port), page)
     except OSError as error:
-        known = {
-            errno.EADDRINUSE: f"--port {port}: is in use on {host}; name another, or 0 for any free one",
-            errno.EACCES: f"--port {port}: is not allowed to this user; name one above 1023",
-        }
-        other = (
-            f"--host {host}: cannot be listened on: {error.strerror or error}; it must be an address of this "
-            "machine (leave --host away to have it found)"
-        )
-        raise BadInput(known.get(error.errno or 0, other)) from error
+        if error.errno == errno.EADDRINUSE:
+            raise BadInput(
+                f"--port {port}: is in use on {host}; name another, or 0 for any free one"
+            ) from error
+        raise BadInput(
+            f"--host {host} --port {port}: cannot be listened on: {error.strerror or error}; the host must be "
+            "an address of this machine (leave --host away to have it found)"
+        ) from error
     except OverflowError as error:
         raise BadInput(f"--port {port}: ports are 0 to 65535") from error
     if tls is not None:  # the handshake waits for the connection's own thread
@@ -263,19 +257,14 @@ class _Request(BaseHTTPRequestHandler):
         if resource is None:
             self._end(HTTPStatus.NOT_FOUND)
             return
-        tag = f'"{resource.tag}"'
-        cache = {"ETag": tag, "Cache-Control": "no-cache"} if resource.revalidated else {}
-        if cache and self.headers.get("If-None-Match") == tag:
-            self._start(HTTPStatus.NOT_MODIFIED, cache)
-            return
-        headers = {"Content-Type": resource.content_type, "Content-Length": str(resource.size_bytes), **cache}
-        if resource.path is None:
-            self._start(HTTPStatus.OK, headers)
-            if self.command == "GET":
-                self.wfile.write(resource.body)
-            return
-        with _open(resource.path) as file:
-            if os.fstat(file.fileno()).st_size != resource.size_bytes:
+        headers = {"Content-Type": resource.content_type, "Content-Length": str(resource.size_bytes)}
+        if resource.revalidated:
+            headers |= {"ETag": f'"{resource.tag}"', "Cache-Control": "no-cache"}
+            if self.headers.get("If-None-Match") == headers["ETag"]:
+                self._start(HTTPStatus.NOT_MODIFIED, {"ETag": headers["ETag"], "Cache-Control": "no-cache"})
+                return
+        with io.BytesIO(resource.body) if resource.path is None else _open(resource.path) as file:
+            if resource.path and os.fstat(file.fileno()).st_size != resource.size_bytes:
                 self.close_connection = True
                 self.server.page.note(f"{resource.path}: has changed since it was first read")
                 self._end(HTTPStatus.INTERNAL_SERVER_ERROR)
@@ -285,12 +274,9 @@ class _Request(BaseHTTPRequestHandler):
                 shutil.copyfileobj(file, self.wfile, 1 << 18)
 
     def _receive(self, address: str) -> None:
-        """Take an upload at `<token>/report`."""
-        if address != "report":
-            self.close_connection = True  # its body is not read
-            self._end(HTTPStatus.NOT_FOUND)
-            return
-        status, why = self._read_upload()
+        """Take an upload at `<token>/report`; what is refused is one line in the log."""
+        self.close_connection = True  # unless the whole body is read
+        status, why = self._read_upload() if address == "report" else (HTTPStatus.NOT_FOUND, None)
         if why:
             self.server.page.note(f"refused what {self.client_address[0]} sent: {printable(why)[:200]}")
         self._end(status)
@@ -298,7 +284,6 @@ class _Request(BaseHTTPRequestHandler):
     def _read_upload(self) -> tuple[HTTPStatus, str | None]:
         """Read, check and keep an upload: status, and why it was refused."""
         length = self.headers.get("Content-Length") or ""
-        self.close_connection = True  # unless the whole body is read
         if not (length.isascii() and length.isdigit()) or self.headers.get("Transfer-Encoding"):
             return HTTPStatus.LENGTH_REQUIRED, "no Content-Length"
         if len(length) > 9 or int(length) > MOST_UPLOAD_BYTES:

@@ -1,9 +1,8 @@
 """`edgedisp phone`: serve the phone page on the local network and collect what phones measure.
 
-The address and its QR code are shown, then whatever arrives. Several phones may measure at the same time;
-each page load is one result, and its later sendings replace the earlier ones, so that a phone that is lost in
-the middle leaves what it had. The server listens on one address of this machine, the one that leads to the
-network.
+Several phones may measure at the same time. Each page load is one result, and each of its uploads replaces
+the one before, so a phone that is lost in the middle leaves what it had. The server listens on one address of
+this machine, the one that leads to the network.
 """
 
 from __future__ import annotations
@@ -48,9 +47,8 @@ def serve(
 ) -> list[dict[str, Any]]:
     """Serve until Ctrl-C, or until the first complete result; the results, in order of arrival.
 
-    `web` is export/web. `note` takes lines for people, `arrived` each complete result, which is what
-    `page_plan.page_result` returns. Raises BadInput for a host or port that cannot be had, where packages of
-    the extra [phone] are missing, and where the page's libraries are.
+    `web` is export/web. `note` takes lines for people, `arrived` each complete result. Raises BadInput for a
+    host or port that cannot be used, and without the extra [phone] or the page's libraries.
     """
     if options.host in ("0.0.0.0", "::"):
         raise BadInput(
@@ -84,34 +82,26 @@ class PhoneResults:
         self.plan, self.note, self.arrived = plan, note, arrived
         self.figures: dict[str, tuple[Figures, str]] = {}
         self.scores: dict[str, PendingScores] = {}
-        self._announced: set[str] = set()
-
-    @property
-    def complete(self) -> bool:
-        """Whether any page came to its end."""
-        return bool(self._announced)
+        self.complete: set[str] = set()
 
     def add(self, received: Received) -> None:
-        """Keep figures and scores, tell the rest. Scores of a page that sent no figures are left."""
-        upload, client = received.upload, received.client
+        """Keep figures and scores, note the rest. Scores of a page that sent no figures are ignored."""
+        upload, client, run = received.upload, received.client, received.upload.run
         if isinstance(upload, Step):
             self.note(f"{client}: {upload.done}/{upload.total} {upload.note}")
         elif isinstance(upload, Trouble):
             self.note(f"{client}: could not go on: {upload.message}")
         elif isinstance(upload, Scores):
-            if upload.run in self.scores:
-                self.scores[upload.run].add(upload)
-                self._announce(upload.run)
-        elif upload.run not in self.figures and len(self.figures) >= MOST_RUNS:
+            if run in self.scores:
+                self.scores[run].add(upload)
+        elif run not in self.figures and len(self.figures) >= MOST_RUNS:
             self.note(f"{client}: not kept, there are {MOST_RUNS} results already")
         else:
-            self.figures[upload.run] = (upload, client)
-            self.scores.setdefault(upload.run, PendingScores(self.plan.options.requests))
-            self._announce(upload.run)
-
-    def _announce(self, run: str) -> None:
-        if self.figures[run][0].complete and self.scores[run].complete and run not in self._announced:
-            self._announced.add(run)
+            self.figures[run] = (upload, client)
+            self.scores.setdefault(run, PendingScores(self.plan.options.requests))
+        is_complete = run in self.figures and self.figures[run][0].complete and self.scores[run].complete
+        if is_complete and run not in self.complete:
+            self.complete.add(run)
             self.arrived(self._result(run))
 
     def all(self) -> list[dict[str, Any]]:
@@ -120,10 +110,10 @@ class PhoneResults:
 
     def _result(self, run: str) -> dict[str, Any]:
         figures, client = self.figures[run]
-        model = figures.device.model
-        result = page_result(self.plan, figures, f"phone {model}" if model else "phone")
-        lost = {} if run in self._announced else {"lost": "the phone has not sent the rest"}
-        return {**result, **self.scores[run].result(), "kind": "phone", "client": client, "run": run, **lost}
+        name = " ".join(filter(None, ("phone", figures.device.model)))
+        lost = {} if run in self.complete else {"lost": "the phone has not sent the rest"}
+        result = {**page_result(self.plan, figures, name), **self.scores[run].result(), **lost}
+        return {**result, "kind": "phone", "client": client, "run": run}
 
 
 def local_address() -> str:

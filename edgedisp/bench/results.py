@@ -1,4 +1,4 @@
-"""From timed repetitions to what a table shows: one row for each bundle, one verdict for each pair of twins.
+"""From timed repetitions to one row for each bundle and one comparison for each pair of twins.
 
 Timings on a busy machine have long tails in one direction, so nothing here assumes a normal distribution. The
 interval of a median comes from order statistics: the k-th smallest and the k-th largest of n values enclose
@@ -16,7 +16,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgedisp.bench.graph_stats import find_graph, graph_hash, read_graph, weight_traffic
+from edgedisp.bench.system import FAST_ON_ARM, FAST_ON_X86
 from edgedisp.core.errors import BadInput
 from edgedisp.core.results import BASELINE
 
@@ -27,44 +30,25 @@ FEWEST_REPETITIONS = 5  # with fewer, no interval of the median reaches LEAST_CO
 NOTABLE_DIFFERENCE = 0.03  # two bundles with the same graph: less than 3 % is not worth a warning
 NOTABLE_DRIFT_PERCENT = 10.0  # a fanless laptop loses 20 % within four repetitions
 NOTABLE_OTHER_CPUS = 0.25
-# Flags of /proc/cpuinfo any of which gives the fast 8-bit product that accuracy level 4 needs.
-FAST_ON_X86 = {"avx512_vnni", "avx_vnni", "amx_int8"}
-FAST_ON_ARM = {"asimddp", "i8mm"}
 
 
-def median_interval(values: Sequence[float], level: float = LEVEL) -> dict[str, float]:
-    """{median, low, high, coverage, p10, p50, p90} of one or more values; `low` to `high` is the interval.
+def median_interval(values: Sequence[float]) -> dict[str, float]:
+    """{median, low, high, coverage} of one or more values.
 
-    The narrowest pair of order statistics whose coverage reaches `level`; smallest and largest where none
-    does. `coverage` is exact: 1 - 2 P(fewer than k of n values lie below the median).
+    The narrowest pair of order statistics whose coverage reaches 95 %; smallest and largest where none does.
+    `coverage` is exact: 1 - 2 P(fewer than k of n values lie below the median).
     """
-    ordered = sorted(values)
-    n = len(ordered)
-    k = 1
-    while k + 1 <= n // 2 and _coverage(n, k + 1) >= level:
+    ordered, n, k = sorted(values), len(values), 1
+    while k + 1 <= n // 2 and _coverage(n, k + 1) >= LEVEL:
         k += 1
-    return {
-        "median": statistics.median(ordered),
-        "low": ordered[k - 1],
-        "high": ordered[n - k],
-        "coverage": _coverage(n, k),
-        **{f"p{percent}": percentile(ordered, percent / 100) for percent in (10, 50, 90)},
-    }
+    low, high = ordered[k - 1], ordered[n - k]
+    return {"median": statistics.median(ordered), "low": low, "high": high, "coverage": _coverage(n, k)}
 
 
 def _coverage(n: int, k: int) -> float:
     """Probability that the k-th smallest and k-th largest of n values enclose the true median."""
     outside: float = sum(math.comb(n, i) for i in range(k)) / 2**n
     return max(0.0, 1.0 - 2.0 * outside)
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` of the values lie, linear between neighbours (numpy's default)."""
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * share
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def drift_percent(values: Sequence[float]) -> float | None:
@@ -77,7 +61,7 @@ def drift_percent(values: Sequence[float]) -> float | None:
 
 
 def clock_drop_percent(repetitions: Sequence[Mapping[str, Any]]) -> float | None:
-    """By how much the clock after the last repetition is below the first's; None where it is not told."""
+    """By how much the clock after the last repetition is below the first's; None where it is not known."""
     first, last = repetitions[0].get("clock_mhz"), repetitions[-1].get("clock_mhz")
     return None if not first or last is None else 100.0 * (first - last) / first
 
@@ -104,7 +88,7 @@ def summarize_bundle(
     timed: Sequence[dict[str, Any]],
     machine: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The row of one bundle: medians, intervals (`spread`), memory, traffic, and what to beware of.
+    """The row of one bundle: medians, their intervals (`spread`), memory, traffic and warnings.
 
     graph: the graph file that was timed. timed: the repetitions of all bundles, in the order of the turns.
     """
@@ -114,40 +98,36 @@ def summarize_bundle(
     traffic = weight_traffic(read_graph(graph))
     positions = facts["prompt"] + facts["generate"] / 2  # mean of cached positions that a token attends to
     read = traffic["weight_bytes_per_token"] + int(facts["kv_cache_bytes_per_position"] * positions)
-    decode = [r["decode_tokens_per_s"] for r in repetitions]
-    return {
+    row = {
         "label": label,
-        "prompt": facts["prompt"],
-        "generate": facts["generate"],
-        "threads": facts["threads"],
+        **{name: facts[name] for name in ("prompt", "generate", "threads", "load_s", "weights_bytes")},
         "repetitions": len(repetitions),
-        "load_s": facts["load_s"],
         **{name: spread[name]["median"] for name in FIGURES},
-        "token_ms_p50": percentile(token_ms, 0.5),
-        "token_ms_p90": percentile(token_ms, 0.9),
+        "token_ms_p50": float(np.percentile(token_ms, 50)),
+        "token_ms_p90": float(np.percentile(token_ms, 90)),
         "peak_memory_bytes": repetitions[-1]["peak_memory_bytes"],
-        "weights_bytes": facts["weights_bytes"],
         "shape": {name: facts[name] for name in ("layers", "vocab_size", "kv_cache_bytes_per_position")},
         "weight_bits": traffic["weight_bits"],
         "bytes_read_per_token": read,
         "implied_bandwidth_gb_per_s": read * spread["decode_tokens_per_s"]["median"] / 1e9,
         "spread": spread,
-        "drift_percent": drift_percent(decode),
+        "drift_percent": drift_percent([r["decode_tokens_per_s"] for r in repetitions]),
         "clock_fell_percent": clock_drop_percent(repetitions),
-        "warnings": _warnings(repetitions, facts["threads"], machine),
     }
+    return {**row, "warnings": _warnings(row, repetitions, machine)}
 
 
-def _warnings(repetitions: Sequence[dict[str, Any]], threads: int, machine: Mapping[str, Any]) -> list[str]:
-    """What to beware of in one bundle's figures."""
+def _warnings(
+    row: Mapping[str, Any], repetitions: Sequence[dict[str, Any]], machine: Mapping[str, Any]
+) -> list[str]:
     warnings = []
-    if machine.get("logical_cpus") and threads > machine["logical_cpus"]:
-        cores = machine["physical_cores"]
-        warnings.append(f"{threads} threads on {cores} cores: those that wait stop the others")
-    fell = clock_drop_percent(repetitions)
+    if machine.get("logical_cpus") and row["threads"] > machine["logical_cpus"]:
+        warnings.append(
+            f"{row['threads']} threads on {machine['physical_cores']} cores: those that wait stop the others"
+        )
+    fell, drift = row["clock_fell_percent"], row["drift_percent"]
     if fell is not None and fell > NOTABLE_DRIFT_PERCENT:
         warnings.append(f"the clock fell by {fell:.0f} % from the first to the last repetition")
-    drift = drift_percent([r["decode_tokens_per_s"] for r in repetitions])
     if drift is not None and abs(drift) > NOTABLE_DRIFT_PERCENT:
         warnings.append(f"decode speed drifted by {drift:+.0f} % from the first to the last repetition")
     others = [r["other_cpus"] for r in repetitions if r.get("other_cpus") is not None]

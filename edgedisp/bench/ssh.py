@@ -1,9 +1,9 @@
 """`ssh://USER@HOST[:PORT]`: a Raspberry Pi, a Mac, any server that `ssh` reaches without a question.
 
 One connection stays open for the whole measurement: its shell makes a private folder there, and removes it
-when the connection ends, however it ends. Files go there by `tar`, the runner describes the machine, and each
-bundle that is timed has a connection of its own. The `ssh` program is used with the user's ~/.ssh/config, and
-its messages are passed on. $EDGEDISP_SSH is the command to use in its place, such as `ssh -F my_config`.
+when the connection ends. Files go there by `tar`, the runner describes the machine, and each bundle that is
+timed has a connection of its own. $EDGEDISP_SSH is the command to use in place of `ssh`, such as
+`ssh -F my_config`.
 """
 
 from __future__ import annotations
@@ -63,28 +63,19 @@ cat >/dev/null
 
 @contextmanager
 def connect(address: Address, bundles: Mapping[str, Path], options: BenchOptions) -> Iterator[TimedHost]:
-    """The host as a device; see `devices.py`."""
-    program = shlex.split(os.environ.get("EDGEDISP_SSH", "ssh"))
+    """The host as a device; see `devices.py`.
+
+    Raises BadInput for a host that cannot be reached, that lacks Python or packages, or that has too little
+    memory or disk for `bundles`.
+    """
+    name, program = address.name, shlex.split(os.environ.get("EDGEDISP_SSH", "ssh"))
     if not program or shutil.which(program[0]) is None:
         missing = program[0] if program else "$EDGEDISP_SSH"
-        raise BadInput(f"{address.name}: there is no `{missing}` here; install OpenSSH's client")
-    words = [*program, *OPTIONS]
-    words += ["-p", str(address.port)] if address.port else []
-    words += ["-l", address.user] if address.user else []
-    with remote_host(address.name, [*words, "--", address.host], bundles, options) as host:
-        yield TimedHost(host, bundles, options)
-
-
-@contextmanager
-def remote_host(
-    name: str, shell: Sequence[str], bundles: Mapping[str, Path], options: BenchOptions
-) -> Iterator[RemoteHost]:
-    """The host, connected, with a Python that has what the runner needs.
-
-    `shell` and a command are the program to start here that runs the command in a POSIX shell there. Raises
-    BadInput for a host that cannot be reached, that lacks Python or packages, or that has too little memory
-    or disk for `bundles`.
-    """
+        raise BadInput(f"{name}: there is no `{missing}` here; install OpenSSH's client")
+    shell = [*program, *OPTIONS]
+    shell += ["-p", str(address.port)] if address.port else []
+    shell += ["-l", address.user] if address.user else []
+    shell += ["--", address.host]
     pythons = options.remote_python and shlex.quote(options.remote_python)
     script = SESSION % (pythons or '"$C/venv/bin/python" python3 python')
     session = Worker(name, [*shell, f"exec sh -c {shlex.quote(script)}"], options.timeout_s)
@@ -101,18 +92,18 @@ def remote_host(
     except BuildFailed as error:
         if "not JSON" not in str(error):
             raise
-        silent_shell = "its shell prints text before a command runs; let its start-up files be silent then"
-        raise BadInput(f"{error}: {silent_shell}") from error
+        fault = "its shell prints text before a command runs; let its start-up files be silent then"
+        raise BadInput(f"{error}: {fault}") from error
     try:
         host = RemoteHost(name, shell, session.facts, options)
         host.prepare(bundles)
-        yield host
+        yield TimedHost(host, bundles, options)
     finally:
         session.__exit__(None, None, None)  # politely also after a failure: it has a folder to remove
 
 
 class RemoteHost(Host):
-    """See `remote_host`."""
+    """The host, connected, with a Python. `shell` and a command: runs the command in a POSIX shell there."""
 
     def __init__(
         self, name: str, shell: Sequence[str], folders: Mapping[str, str], options: BenchOptions
@@ -134,9 +125,8 @@ class RemoteHost(Host):
 
     def _run(self, command: str) -> str:
         """What a shell command prints there. Raises BuildFailed."""
-        done = subprocess.run(
-            [*self._shell, command], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
+        words = [*self._shell, command]
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode:
             raise BuildFailed(
                 f"{self.name}: `{command[:200]}` failed there with code {done.returncode}:\n"
@@ -187,8 +177,7 @@ class RemoteHost(Host):
         self.machine = self._ask("--describe")
 
     def copy(self, bundles: Mapping[str, Path], progress: Progress) -> None:
-        """Copy bundles there. One that lies there already is used if the hashes of all its files are
-        right."""
+        """Copy bundles there. One that is there already is used if the hashes of all its files are right."""
         for label, bundle in bundles.items():
             if bundle in self._folders:
                 continue

@@ -26,7 +26,7 @@ from edgedisp.bench.page_plan import PagePlan, page_result, read_bundle
 from edgedisp.bench.page_protocol import UPLOAD, PendingScores, Scores
 from edgedisp.bench.page_server import MOST_UPLOAD_BYTES, PageServer, page_resources, self_signed
 from edgedisp.bench.phone import PhoneResults
-from edgedisp.bench.results import label_bundles, percentile
+from edgedisp.bench.results import label_bundles
 from edgedisp.bench.system import runner
 from edgedisp.core.errors import BadInput
 
@@ -301,7 +301,7 @@ def test_a_port_in_use_and_an_address_of_others_are_named(plan: PagePlan) -> Non
 
     with start("127.0.0.1", 0) as first, pytest.raises(BadInput, match=rf"--port {first.port}: is in use"):
         start("127.0.0.1", first.port)
-    with pytest.raises(BadInput, match=r"--host 192\.0\.2\.1: cannot be listened on"):
+    with pytest.raises(BadInput, match=r"--host 192\.0\.2\.1 .*cannot be listened on"):
         start("192.0.2.1", 0)
 
 
@@ -352,7 +352,7 @@ def test_rows_follow_from_the_times_that_were_sent(plan: PagePlan, told: dict[st
     assert row["prefill_tokens_per_s"] == pytest.approx(np.median([PROMPT / t * 1000 for t in first]))
     assert row["decode_tokens_per_s"] == pytest.approx(1000 / 13.0)
     pooled = [10.0] * 3 + [13.0] * 3 + [14.0] * 3
-    assert row["token_ms_p90"] == pytest.approx(percentile(pooled, 0.9))
+    assert row["token_ms_p90"] == pytest.approx(np.percentile(pooled, 90))
     assert row["load_s"] == 0.6 and row["peak_memory_bytes"] == 1 << 26
     assert row["weights_bytes"] == sum(f.stat().st_size for f in plan.bundles[0].folder.glob("model.onnx*"))
     assert found["pairs"][0]["same_graph"]

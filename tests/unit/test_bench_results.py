@@ -15,7 +15,6 @@ from edgedisp.bench.results import (
     compare_speeds,
     drift_percent,
     median_interval,
-    percentile,
     slow_causes,
     twin_pairs,
     warn_about_bits,
@@ -52,11 +51,6 @@ def test_the_interval_holds_the_true_median_as_often_as_it_says() -> None:
     found = [median_interval(row.tolist()) for row in draws]
     held = np.mean([f["low"] <= 1.0 <= f["high"] for f in found])  # the median of a log-normal is 1
     assert held == pytest.approx(found[0]["coverage"], abs=0.015)
-
-
-@given(st.lists(speeds, min_size=1, max_size=30), st.floats(0, 1))
-def test_percentiles_are_numpys(values: list[float], share: float) -> None:
-    assert percentile(values, share) == pytest.approx(np.percentile(values, 100 * share))
 
 
 def test_drift_is_the_change_along_the_line() -> None:
