@@ -1,4 +1,4 @@
-"""What a graph says about its speed: bytes read per token, bits per weight, and whether two graphs are the same.
+"""What a graph says about its speed: bytes read per token, bits per weight, and a hash without the weights.
 
 Decoding one token reads every weight matrix once, so on most devices it is bound by memory: tokens/s times
 bytes per token is the bandwidth that was really used. Only model.onnx is read, never the weights. Counted in

@@ -114,7 +114,9 @@ def read_bundle(label: str, folder: Path) -> PageBundle:
         unfolded=unfolded > 0 and graph.name != "model.onnx",
         packed=any(node.op_type == "MatMulNBits" for node in model.graph.node),
         vocab_size=sizes[0],
-        context=min(CONTEXT_CAP, *_positive(genai.get("context_length"), config.get("max_position_embeddings"))),
+        context=min(
+            CONTEXT_CAP, *_positive(genai.get("context_length"), config.get("max_position_embeddings"))
+        ),
     )
 
 

@@ -54,8 +54,6 @@ class Loaded(_Strict):
 
     label: Text
     load_s: Annotated[list[Number], Field(min_length=1, max_length=2000)]
-    runtime_load_s: Number  # fetching and compiling the WebAssembly runtime
-    download_s: Number | None  # None: nothing was downloaded, all was kept from before
     layers: Count
     vocab_size: Count
     kv_cache_bytes_per_position: Count

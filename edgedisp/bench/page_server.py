@@ -120,7 +120,8 @@ class PageServer:
     """Context manager: serves `resources` (address below the token -> what it gives) until it ends.
 
     received: the uploads, in order. refusal: what is wrong with an upload that fits the schema, or None.
-    note: takes the lines of the log. port: 0 is any free one. Raises BadInput for a host or port it cannot use.
+    note: takes the lines of the log. port: 0 is any free one. Raises BadInput for a host or port that cannot
+    be used.
     """
 
     def __init__(
@@ -200,8 +201,8 @@ def _listening(host: str, port: int, page: PageServer, tls: ssl.SSLContext | Non
                 f"--port {port}: is in use on {host}; name another, or 0 for any free one"
             ) from error
         raise BadInput(
-            f"--host {host} --port {port}: cannot be listened on: {error.strerror or error}; the host must be "
-            "an address of this machine (leave --host away to have it found)"
+            f"--host {host} --port {port}: cannot be listened on: {error.strerror or error}; the host must "
+            "be an address of this machine (leave --host away to have it found)"
         ) from error
     except OverflowError as error:
         raise BadInput(f"--port {port}: ports are 0 to 65535") from error

@@ -18,9 +18,7 @@ async function open({ bundle, threads }) {
   const names = Object.keys(bundle.files);
   const files = {};
   let before = 0;
-  let downloaded = false;
   let kept = true;
-  const started = performance.now();
   for (const name of names) {
     let last = 0;
     files[name] = await fetched(bundle.files[name], (bytes) => {
@@ -29,10 +27,8 @@ async function open({ bundle, threads }) {
       tell("progress", { stage: "download", done: before + bytes, total: bundle.download_bytes });
     });
     before += bundle.files[name].size_bytes;
-    downloaded ||= files[name].downloaded;
     kept &&= files[name].kept;
   }
-  const download_s = downloaded ? (performance.now() - started) / 1000 : null;
   tell("progress", { stage: "load", done: 0, total: 0 });
   const text = async (name) => (files[name] ? new TextDecoder().decode(await files[name].read()) : null);
   const json = async (name) => JSON.parse((await text(name)) ?? "{}");
@@ -58,8 +54,6 @@ async function open({ bundle, threads }) {
     ...decoder.facts(),
     load_s: decoder.load_s,
     runtime: `onnxruntime-web ${runtime.version}`,
-    runtime_load_s: runtime.seconds,
-    download_s,
     kept,
     heap_bytes: heapBytes(),
   };

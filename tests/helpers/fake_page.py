@@ -35,7 +35,7 @@ def figures(plan: dict[str, Any], turns: int | None = None, **changes: Any) -> d
     ]  # fmt: skip
     loaded = [
         {
-            "label": bundle["label"], "load_s": [0.5, 0.7, 0.6], "runtime_load_s": 0.2, "download_s": None,
+            "label": bundle["label"], "load_s": [0.5, 0.7, 0.6],
             "layers": 2, "vocab_size": 160, "kv_cache_bytes_per_position": 512,
         }
         for bundle in plan["bundles"]
