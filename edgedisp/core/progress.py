@@ -35,13 +35,11 @@ class Screen:
         self._last_line = time.monotonic()
         self._first = 0.0, 0  # time and count of the first call of a stage, or of a part of it
         self._last = 0, -1  # count and total of the last call
-        self._bar: Any = None
-        self._task: Any = None
+        self._bar: Any = _live_bar() if sys.stderr.isatty() else None
         self._unchanged: list[str] = []
 
     def __enter__(self) -> Screen:
-        if sys.stderr.isatty():
-            self._bar = _live_bar()
+        if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task(self.title, total=None, note="")
         else:
@@ -71,7 +69,7 @@ class Screen:
                 self._bar.reset(self._task)
             self._bar.update(self._task, completed=done, total=total or None, note=note)
             return
-        if is_new:  # a resumed stage starts in the middle: what was done since this call tells the speed
+        if is_new:  # a resumed stage starts in the middle: the speed is that since this call
             self._first = now, done
         if now - self._last_line < QUIET_S:
             return
@@ -107,13 +105,13 @@ def _live_bar() -> Any:
     from rich.console import Console
 
     return progress.Progress(
-        progress.TextColumn("{task.description}"),
+        "{task.description}",
         progress.BarColumn(bar_width=24),
         progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(),
-        progress.TextColumn("left"),
+        "left",
         progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.fields[note]}"),
+        "{task.fields[note]}",
         console=Console(stderr=True),
         transient=True,
     )

@@ -21,7 +21,6 @@ import gzip
 import io
 import json
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -197,16 +196,13 @@ def _parsed(content: str, path: Path, lines_before: int) -> Any:
 
 
 def _csv(path: Path, text: str) -> Iterator[Row]:
-    # The csv module's limit (128 kB a field) is for the whole process: lift it only while we read.
-    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    csv.field_size_limit(2**31 - 1)  # its default, 128 kB a field, is less than a document
+    lines = io.StringIO(_content(path), newline="")
     try:
-        lines = io.StringIO(_content(path), newline="")
         table = csv.reader(lines, delimiter="\t" if _kind(path) == ".tsv" else ",", strict=True)
         records = [(table.line_num, record) for record in table if record]
     except csv.Error as problem:
         raise BadInput(f"{path}: not a readable {_kind(path)[1:]} table ({problem}).") from problem
-    finally:
-        csv.field_size_limit(limit)
     header = records[0][1] if records else []
     for number, (line, values) in enumerate(records[1:]):
         if len(values) != len(header):

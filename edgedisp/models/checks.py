@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.hub import one_line
 
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 IN_A_LAYER = re.compile(r"\.\d+\.")  # model.layers.3.mlp.up_proj.weight
@@ -29,8 +28,7 @@ def check_files(folder: Path) -> None:
         ggufs = sorted(folder.glob("*.gguf"))
         hint = f" Did you mean {ggufs[0]}?" if ggufs else ""
         raise BadInput(f"{folder}: not a model folder, there is no config.json.{hint}")
-    for path in weight_files(folder):
-        _check_header(path)
+    weight_files(folder)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -49,19 +47,6 @@ def weight_files(folder: Path) -> list[Path]:
             "code, are never opened: save the model again with `model.save_pretrained(folder)`."
         )
     return [folder / name for name in names]
-
-
-def _check_header(path: Path) -> None:
-    """Refuse a file that is cut off or damaged by its header, before its weights are read."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np"):
-            pass
-    except (SafetensorError, OSError) as problem:
-        raise BadInput(
-            f"{path}: the file is cut off or damaged ({one_line(problem)}). Fetch or save it again."
-        ) from problem
 
 
 def is_causal_family(model_type: str) -> bool:

@@ -10,7 +10,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from edgedisp.core.errors import BadInput
 from edgedisp.core.hub import one_line, repository_info, unreachable_error
 from edgedisp.core.progress import Progress, silent
 
@@ -28,19 +27,12 @@ def snapshot(
 ) -> Path:
     """The folder of `name` at `revision` (branch, tag or commit; None: main), from the hub or its cache.
 
-    Raises BadInput: hub unreachable and nothing cached, no such model or revision, gated, no safetensors,
-    the download breaks off.
+    Raises BadInput: hub unreachable and nothing cached, no such model or revision, gated, download broke off.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    info, unreachable = repository_info("model", name, revision)
-    files = [sibling.rfilename for sibling in info.siblings or []] if info is not None else []
-    if files and not ("config.json" in files and any(file.endswith(".safetensors") for file in files)):
-        raise BadInput(
-            f"{name}: has no config.json or no safetensors weights (pickled ones are never opened), but "
-            f"{', '.join(files[:8])}."
-        )
+    _, unreachable = repository_info("model", name, revision)
     try:
         return Path(
             huggingface_hub.snapshot_download(

@@ -1,8 +1,8 @@
 """Open, load and save: model folders, .gguf files and hub ids through transformers, always checked first.
 
-A base is either whole and a causal language model, or it is refused with the reason (checks.py). Loading is
-silent. A .gguf file is expanded to float32; transformers marks the result as quantized, which it no longer
-is, and then refuses to train or save it; the marks are taken off.
+A base is either whole and a causal language model, or it is refused with the reason (checks.py). A .gguf file
+is expanded to float32; transformers marks the result as quantized, which it no longer is, and then refuses to
+train or save it; the marks are taken off.
 """
 
 from __future__ import annotations
@@ -38,13 +38,11 @@ def open_base(
     architecture: str | None = None,
     progress: Progress = silent,
 ) -> tuple[Any, Any]:
-    """(model in float32 and eval mode, tokenizer) from a folder, a .gguf file or a hub id.
+    """(model in float32 and eval mode, tokenizer) from a folder, a .gguf file or a hub id (at a revision).
 
-    architecture: the `model_type` that the recipe promises (llama, qwen3, gemma3_text, gpt2, ...), compared
-    with the model's own. revision is for hub ids.
-
-    Raises BadInput: not there, not a causal language model, incomplete or damaged weights, pickled weights
-    only, already quantized, another architecture than promised, no tokenizer, hub unreachable.
+    architecture: the `model_type` that the recipe promises. Raises BadInput: not there, not a causal language
+    model, incomplete, damaged or pickled weights, already quantized, another architecture, no tokenizer,
+    tokens outside the embedding, hub unreachable.
     """
     path = Path(base)
     if isinstance(base, str) and not path.exists():
@@ -58,16 +56,8 @@ def open_base(
     return model, load_tokenizer(path, trust_remote_code)
 
 
-def load(
-    folder: Path,
-    dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
-    architecture: str | None = None,
-) -> Any:
-    """The model of a Hugging Face folder in eval mode; in float32 its weights are bit for bit what was saved.
-
-    Raises BadInput like `open_base`.
-    """
+def load(folder: Path, trust_remote_code: bool = False, architecture: str | None = None) -> Any:
+    """The model of a Hugging Face folder, float32 and in eval mode. Raises BadInput like `open_base`."""
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -83,7 +73,7 @@ def load(
             opened: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
-                dtype=dtype,
+                dtype=torch.float32,
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # `check_loading` refuses them with their names
@@ -143,8 +133,8 @@ def empty_model(
 ) -> nn.Module:
     """The model of a folder, a .gguf file or a hub id without its weights: config.json is all that is read.
 
-    Parameters are on the meta device; buffers (rotary frequencies, embedding scales) are real. It costs a
-    second and no memory. Raises BadInput: no such model, hub unreachable, an unusable configuration.
+    Parameters are on the meta device; buffers are real. Raises BadInput: no such model, hub unreachable, an
+    unusable configuration.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -170,10 +160,8 @@ def quiet(progress: Progress = silent) -> Iterator[None]:
     """No progress bars and no warnings of transformers and its hub client inside; as before afterwards."""
     from transformers.utils import logging
 
-    hub_utils: Any = import_module("huggingface_hub.utils")
     gguf: Any = import_module("transformers.modeling_gguf_pytorch_utils")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    hub_bars = not hub_utils.are_progress_bars_disabled()
     gguf_bar: Any = gguf.tqdm
 
     def tensors_counted(tensors: Any, desc: str = "") -> Iterator[Any]:
@@ -191,10 +179,6 @@ def quiet(progress: Progress = silent) -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-        if not hub_bars:
-            hub_utils.disable_progress_bars()
-        else:
-            hub_utils.enable_progress_bars()
 
 
 def _open_gguf(path: Path, progress: Progress) -> tuple[Any, Any]:

