@@ -183,7 +183,7 @@ def cell(work: Workplace, name: str) -> None:
             bits = 8 if name == "int8" else 4
             section = recipe.quantize.int8 if bits == 8 else recipe.quantize.int4
             record = stages.quantize(section, bits, parent, source, corpus, own, progress, is_trained)
-        kept = {key: record[key] for key in ("search", "calibrated_tensors") if key in record}
+        kept = {key: record[key] for key in ("search",) if key in record}
         result = {"seconds": time.perf_counter() - seconds, "peak_memory_bytes": peak_memory_bytes(), **kept}
         if is_trained:
             rounding = Trained(recipe.quantize.int4, 4)

@@ -1,14 +1,13 @@
-"""The block grid of ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized`, for training, search and
-bundles.
+"""The block grid of ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized`.
 
 A weight [out, in] is cut along `in` into groups of `group` values. Each group has one scale and, when
-asymmetric, one zero point; its values are unsigned integers of `bits` bits:
+asymmetric, one zero point. Its values are unsigned integers of `bits` bits:
 
     value = (q - zero_point) * scale          zero_point = 2^(bits-1) when symmetric (not stored)
 
-Everything works on torch tensors on any device; `pack` alone returns numpy arrays, as a graph stores them.
-Scales are fp16 numbers (`storable`): fp32 scales would be a fifth of a 4-bit file. The last group of a row
-may be partly padding (q = zero point).
+Training, search and bundles use these functions, on torch tensors on any device. Only `pack` returns numpy
+arrays. Scales are fp16 numbers (`storable`): fp32 scales would be a fifth of a 4-bit file. The last group of
+a row may be partly padding (q = zero point).
 """
 
 from __future__ import annotations
@@ -54,8 +53,7 @@ class Grid:
         return (1 << self.bits) - 1
 
     def empty(self, rows: int, columns: int) -> Packed:
-        """Arrays of the shapes and types that `pack` gives a weight [rows, columns], without memory of their
-        own."""
+        """What `pack` returns for a weight [rows, columns], in shape and type; its arrays take no memory."""
         groups = -(-columns // self.group)
         byte, scale = np.zeros((), np.uint8), np.zeros((), np.float16)
         data = np.broadcast_to(byte, (rows, groups, self.group * self.bits // 8))
@@ -63,7 +61,7 @@ class Grid:
         return Packed(data, np.broadcast_to(scale, (rows, groups)), zero_points, columns)
 
     def size_bytes(self, rows: int, columns: int) -> int:
-        """What a weight [rows, columns] takes when it is stored."""
+        """Stored bytes of a weight [rows, columns]."""
         return self.empty(rows, columns).size_bytes
 
 
@@ -77,10 +75,15 @@ class Blocks:
     zero_points: Tensor | None
     columns: int  # `in` before padding
 
+    def rows(self, index: slice | Tensor) -> Blocks:
+        """Some rows, in the order of `index`."""
+        zero_points = None if self.zero_points is None else self.zero_points[index]
+        return Blocks(self.q[index], self.scales[index], zero_points, self.columns)
+
 
 @dataclass(frozen=True)
 class Packed:
-    """The same as a file stores it. data uint8 [out, groups, group * bits / 8]."""
+    """A quantized weight as a file stores it. data: uint8 [out, groups, group * bits / 8]."""
 
     data: NDArray[np.uint8]
     scales: NDArray[np.float16]
@@ -88,17 +91,17 @@ class Packed:
     columns: int
 
     @property
-    def rows(self) -> int:
-        return len(self.data)
+    def arrays(self) -> list[NDArray[Any]]:
+        """Data, scales and, when asymmetric, zero points."""
+        return [array for array in (self.data, self.scales, self.zero_points) if array is not None]
 
     @property
     def size_bytes(self) -> int:
-        zero_points = 0 if self.zero_points is None else self.zero_points.nbytes
-        return self.data.nbytes + self.scales.nbytes + zero_points
+        return sum(array.nbytes for array in self.arrays)
 
 
 def in_groups(weight: Tensor, group: int) -> Tensor:
-    """[out, in] -> [out, ceil(in / group), group], padded with zeros at the end of each row."""
+    """[out, in] -> [out, ceil(in / group), group], each row padded with zeros at its end."""
     padding = -weight.shape[1] % group
     if padding:
         weight = functional.pad(weight, (0, padding))
@@ -106,12 +109,8 @@ def in_groups(weight: Tensor, group: int) -> Tensor:
 
 
 def check_weight(weight: Tensor) -> None:
-    """BadInput for what no grid can hold."""
-    if weight.ndim != 2:
-        raise BadInput(
-            f"a weight of shape {tuple(weight.shape)} cannot be quantized: two dimensions are needed"
-        )
-    lowest, highest = (float(end) for end in torch.aminmax(weight)) if weight.numel() else (0.0, 0.0)
+    """BadInput for values that are not finite, or larger than fp16 scales reach."""
+    lowest, highest = (float(end) for end in torch.aminmax(weight))
     if not (math.isfinite(lowest) and math.isfinite(highest)):
         raise BadInput("the weight holds values that are not finite; quantizing it would hide a broken model")
     if max(-lowest, highest) > LARGEST:
@@ -122,18 +121,17 @@ def check_weight(weight: Tensor) -> None:
 
 
 def quantize(weight: Tensor, grid: Grid) -> Blocks:
-    """`weight` fp32 [out, in] rounded to nearest over the range of each group. BadInput if not finite."""
+    """`weight` fp32 [out, in] rounded to nearest over the range of each group. BadInput as `check_weight`."""
     check_weight(weight)
     values = in_groups(weight, grid.group)
     return round_to(values, *ranges(values, grid), grid, weight.shape[1])
 
 
 def ranges(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points (uint8; None when symmetric), each [out, groups], for values [out, groups,
-    group].
+    """Scales fp32 and zero points uint8 (None when symmetric), [out, groups], of values [out, groups, n].
 
-    Symmetric: the value of largest magnitude lands on q = 0, the end with one step more, so its sign decides
-    the sign of the scale. Asymmetric: [min(0, lowest), max(0, highest)] over 2^bits - 1 steps; zero stays
+    Symmetric: the value of largest magnitude lands on q = 0, the end with one step more, so its sign is the
+    opposite of the scale's. Asymmetric: [min(0, lowest), max(0, highest)] over 2^bits - 1 steps; zero stays
     exact. ONNX Runtime's quantizer makes the same two choices.
     """
     lowest, highest = torch.aminmax(values, dim=-1)
@@ -147,15 +145,12 @@ def ranges(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
 
 
 def storable(scales: Tensor) -> Tensor:
-    """The scales that fp16 holds, fp32: the nearest, and below its normal range, where it has fixed steps of
-    2^-24, the next larger.
-
-    So a value is cut off by 2^-11 of its size at most, or its step is 2^-24 wider. The largest is 65,504.
-    """
+    """The nearest scales that fp16 has, as fp32; below 2^-14, where fp16 has fixed steps of 2^-24, the next
+    larger, so that no value is cut off. The largest is 65,504."""
     sizes = scales.abs()
     small = torch.ceil(sizes * 2.0**24) * 2.0**-24
-    held = torch.where(sizes < 2.0**-14, small, sizes.clamp(max=LARGEST)).half().float()
-    return torch.copysign(held, scales)
+    rounded = torch.where(sizes < 2.0**-14, small, sizes.clamp(max=LARGEST)).half().float()
+    return torch.copysign(rounded, scales)
 
 
 def round_to(values: Tensor, scales: Tensor, zero_points: Tensor | None, grid: Grid, columns: int) -> Blocks:
@@ -189,38 +184,12 @@ def concatenate(parts: list[Blocks]) -> Blocks:
     )
 
 
-def stacked(weights: dict[str, Tensor]) -> tuple[Tensor, list[int]]:
-    """Weights [out, in] concatenated along `out`, and the rows of each. BadInput names a damaged weight."""
-    for name, weight in weights.items():
-        try:
-            check_weight(weight)
-        except BadInput as error:
-            raise BadInput(f"{name}: {error}") from error
-    parts = list(weights.values())
-    return parts[0] if len(parts) == 1 else torch.cat(parts), [len(part) for part in parts]
-
-
-def split_rows(blocks: Blocks, heights: list[int]) -> list[Blocks]:
-    """The inverse of `concatenate`: parts of so many rows each."""
-    zero_points: Any = [None] * len(heights)
-    if blocks.zero_points is not None:
-        zero_points = blocks.zero_points.split(heights)
-    parts = zip(blocks.q.split(heights), blocks.scales.split(heights), zero_points)
-    return [Blocks(q, scales, points, blocks.columns) for q, scales, points in parts]
-
-
-def take_rows(blocks: Blocks, rows: Tensor) -> Blocks:
-    """The rows with these indices (int64 [n]), in this order."""
-    zero_points = None if blocks.zero_points is None else blocks.zero_points[rows]
-    return Blocks(blocks.q[rows], blocks.scales[rows], zero_points, blocks.columns)
-
-
 def pack(blocks: Blocks, grid: Grid) -> Packed:
-    """Join `8 / bits` values to a byte, the first in the low bits. ValueError for scales that fp16 lacks."""
+    """`8 / bits` values to a byte, the first in the low bits. ValueError for scales that fp16 lacks."""
     zero_points = None if blocks.zero_points is None else _join(blocks.zero_points, grid.bits).numpy()
     scales = blocks.scales.cpu().half()
     if not torch.equal(scales.float(), blocks.scales.cpu()):
-        raise ValueError("the scales are none that fp16 holds; `storable` rounds them")
+        raise ValueError("the scales are not fp16 numbers; `storable` rounds them")
     return Packed(_join(blocks.q, grid.bits).numpy(), scales.numpy(), zero_points, blocks.columns)
 
 

@@ -2,9 +2,8 @@
 
 The candidates of a weight: 4 bits in groups of 16 to 128, with and without zero points, each by the method
 with the least Fisher score in groups of 32, and 8 bits rounded to nearest. Their losses follow from
-sensitivity.py, their bytes from the layout of the file, knapsack.py chooses. A limit on perplexity is a limit
-on real text: the knapsack is solved for a limit on predicted KL, the result measured, and the limit moved by
-bisection.
+sensitivity.py, their bytes from the layout of the file, and knapsack.py chooses. For a limit on perplexity,
+the limit on predicted KL is moved by bisection until the measured perplexity holds.
 
 One arm's search decides for all, so that twins are stored alike; the others follow its record
 (`MixedPrecision`).
@@ -37,21 +36,20 @@ from edgedisp.quantize.sensitivity import (
     Moments,
     Text,
     Unit,
+    changed,
     find_units,
-    fisher_of,
     loss,
     measure,
     moments,
     read_unit,
     shares,
-    written,
 )
 
 GROUPS_TRIED = (16, 32, 64, 128)
 FOUR_BITS = tuple(Grid(4, group, symmetric) for symmetric in (False, True) for group in GROUPS_TRIED)
 EIGHT_BITS = tuple(Grid(8, group, True) for group in (32, 64, 128))
-USUAL = Choice(Grid(4, 32, False))  # what is measured of each weight, and the uniform bundle's body
-OUTER = Choice(Grid(8, 32, True))  # the uniform bundle's embedding and head
+USUAL = Choice(Grid(4, 32, False))  # the rounding whose loss is measured, and the uniform bundle's layers
+OUTER = Grid(8, 32, True)  # the uniform bundle's embedding and head
 TRIALS = 6  # whole assignments measured for a limit on perplexity
 CURVE_POINTS = 24
 
@@ -68,14 +66,13 @@ class SearchText:
 
     pieces: list[Tensor]
     blocks: list[Tensor]
-    calibration: NDArray[Any] | None = None
+    calibration: NDArray[Any] | None
 
     @classmethod
     def of(cls, tokens: NDArray[Any], model: Any, calibration_tokens: int | None) -> SearchText:
         """From a corpus [blocks, context]: pieces from all over it, as many as memory allows; blocks and
         calibration from its beginning. BadInput for too little text."""
-        context = tokens.shape[1]
-        vocabulary = model.get_output_embeddings().weight.shape[0]
+        context, vocabulary = tokens.shape[1], model.get_output_embeddings().weight.shape[0]
         length = min(PIECE_TOKENS, context)
         fitting = REFERENCE_BYTES // (4 * vocabulary * length)
         count = max(1, min(PIECES * PIECE_TOKENS // length, len(tokens), fitting))
@@ -85,14 +82,10 @@ class SearchText:
                 f"{count * length}; raise train.tokens"
             )
         places = np.linspace(0, len(tokens) - 1, count).round().astype(int)
-        return cls(
-            [torch.from_numpy(np.asarray(tokens[place][:length], np.int64)) for place in places],
-            [
-                torch.from_numpy(np.asarray(one, np.int64))
-                for one in tokens[: -(-PERPLEXITY_TOKENS // context)]
-            ],
-            None if calibration_tokens is None else tokens[: -(-calibration_tokens // context)],
-        )
+        rows = [np.asarray(tokens[place][:length], np.int64) for place in places]
+        blocks = np.asarray(tokens[: -(-PERPLEXITY_TOKENS // context)], np.int64)
+        calibration = None if calibration_tokens is None else tokens[: -(-calibration_tokens // context)]
+        return cls([torch.from_numpy(row) for row in rows], list(torch.from_numpy(blocks)), calibration)
 
 
 class MixedPrecision:
@@ -106,7 +99,9 @@ class MixedPrecision:
         self.units = find_units(source, model)
         self.moments = moments(model, self.units, text.pieces, seed, progress)
         self.reference = Text(model, text.pieces)
-        self.before = loss(model, text.blocks)
+        self._loss = loss(model, text.blocks)  # of the unrounded model
+        self._usual_by_gptq: dict[str, Blocks] = {}  # by parameter name
+        self._rounded: dict[tuple[str, Choice], Blocks] = {}  # of the assignment measured last
 
     def assignment_of(self, rows: Sequence[dict[str, Any]], accuracy_level: int) -> dict[str, Choice]:
         """The choices of another bundle's record (`by_tensor`). BuildFailed if it is of another graph."""
@@ -123,23 +118,16 @@ class MixedPrecision:
         """The blocks of every weight for the rewriter, and what they cost: {measured_kl on the pieces,
         perplexity_increase on the blocks}. With calibration text, the layers of the model are rounded in
         place."""
+        self._rounded, self._usual_by_gptq = {}, {}  # the memory is needed
         by_parameter: dict[str, Blocks] = {}
         units = self.units
         if self.text.calibration is not None:
-            grids = {
-                name: assignment[unit.name].grid
-                for unit in units
-                if not unit.outer
-                for name in unit.origin.parameters
-            }
+            inner, units = [u for u in units if not u.outer], [u for u in units if u.outer]
+            grids = {name: assignment[u.name].grid for u in inner for name in u.origin.parameters}
             by_parameter = gptq_model(self.model, self.text.calibration, grids, progress=self.progress)
-            units = [unit for unit in units if unit.outer]
-        by_unit = {
-            unit.name: self._blocks(unit, read_unit(self.model, unit), assignment[unit.name])
-            for unit in units
-        }
-        with written(self.model, units, lambda u, _: dequantize(by_unit[u.name], assignment[u.name].grid)):
-            cost = {"measured_kl": self.reference.kl(self.model), "perplexity_increase": self._increase()}
+        by_unit = {u.name: self._blocks(u, read_unit(self.model, u), assignment[u.name]) for u in units}
+        with changed(self.model, units, lambda u, _: dequantize(by_unit[u.name], assignment[u.name].grid)):
+            cost = self._cost()
         origins = {unit.name: unit.origin for unit in self.units}
 
         def blocks(name: str) -> Blocks | None:
@@ -150,11 +138,14 @@ class MixedPrecision:
         return blocks, cost
 
     def _blocks(self, unit: Unit, weight: Tensor, choice: Choice) -> Blocks:
+        if self._usual_by_gptq and choice.grid == USUAL.grid and not unit.outer:
+            return concatenate([self._usual_by_gptq[name] for name in unit.origin.parameters])
         return choice.blocks(weight, self.moments[unit.name].importance)
 
-    def _increase(self) -> float:
-        """Perplexity of the model as it is over the unrounded model's, less 1."""
-        return math.expm1(loss(self.model, self.text.blocks) - self.before)
+    def _cost(self) -> dict[str, float]:
+        """Of the model as it is, against the unrounded one."""
+        increase = math.expm1(loss(self.model, self.text.blocks) - self._loss)
+        return {"measured_kl": self.reference.kl(self.model), "perplexity_increase": increase}
 
 
 class Search(MixedPrecision):
@@ -172,11 +163,8 @@ class Search(MixedPrecision):
         progress: Progress = silent,
     ) -> None:
         super().__init__(source, model, text, seed=seed, progress=progress)
-        self._usual_by_gptq: dict[str, Blocks] = {}
         methods: tuple[str, ...] = ("rtn", "k_quant")
-        if (
-            text.calibration is not None
-        ):  # what GPTQ makes good differs from weight to weight: measure its own
+        if text.calibration is not None:  # what GPTQ makes up for differs from weight to weight: measure it
             methods = ("k_quant",)
             # Without correction: a weight is looked at alone, and then there is nothing to make up for.
             self._usual_by_gptq = gptq_model(
@@ -191,16 +179,15 @@ class Search(MixedPrecision):
         share = shares(measured)
         self.choices: list[list[Choice]] = []
         self.items: list[list[Option]] = []
-        for done, unit in enumerate(self.units):
-            progress(done, len(self.units), "candidates for each weight")
+        for index, unit in enumerate(self.units):
+            progress(index, len(self.units), "candidates for each weight")
             weight, known = read_unit(model, unit), self.moments[unit.name]
-            scale = share[unit.name] / max(fisher_of(weight, USUAL, known), 1e-30)
-            scored = candidates(weight, known, methods, accuracy_level)
+            scale = share[unit.name] / max(known.fisher_of(weight, USUAL), 1e-30)
+            scored = _candidates(weight, known, methods, accuracy_level)
             self.choices.append([choice for choice, _ in scored])
             self.items.append([Option(_stored_bytes(unit, c.grid), scale * score) for c, score in scored])
         cheapest = frontier(self.items)[0]
-        self._fixed = bundle_bytes(source, self.assignment(cheapest)) - round(cheapest.cost)
-        self._rounded: dict[tuple[str, Choice], Blocks] = {}
+        self._fixed_bytes = self.size_bytes(cheapest) - round(cheapest.cost)
 
     def assignment(self, chosen: Solution) -> dict[str, Choice]:
         """Weight of the graph -> its choice."""
@@ -213,37 +200,38 @@ class Search(MixedPrecision):
 
     def within(self, budget: int) -> Solution:
         """The least predicted KL in at most `budget` bytes. BadInput says what the smallest bundle takes."""
-        allowed = budget - self._fixed
-        while (found := least_loss(self.items, allowed)) is not None:
-            over = self.size_bytes(found) - budget
+        allowed = budget - self._fixed_bytes
+        while (best := least_loss(self.items, allowed)) is not None:
+            over = self.size_bytes(best) - budget
             if over <= 0:
-                return found
+                return best
             allowed -= over  # names and offsets in the graph file: some bytes a weight
         raise out_of_reach(budget, self.size_bytes(frontier(self.items)[0]))
 
     def below(self, increase: float) -> tuple[Solution, list[dict[str, float]]]:
-        """The smallest file found whose perplexity on the blocks is at most 1 + `increase` times the model's,
-        and what was measured on the way. BadInput says what can be reached."""
-        allowed, good = math.log1p(increase), frontier(self.items)[-1]
-        trials = [self._trial(good)]
+        """The smallest file whose perplexity on the blocks is at most 1 + `increase` times the model's, and
+        what was measured on the way. BadInput says what can be reached."""
+        line = frontier(self.items)
+        best = line[-1]
+        trials = [self._trial(best)]
         if trials[0]["perplexity_increase"] > increase:
             raise BadInput(
                 f"quantize.max_perplexity_increase: {increase:.2%} cannot be reached; with the least loss "
                 f"there is, perplexity on the training text rises by {trials[0]['perplexity_increase']:.2%}"
             )
-        low, high = good.loss, frontier(self.items)[0].loss
-        limit = min(max(allowed, low), high)
+        low, high = best.loss, line[0].loss
+        limit = min(max(math.log1p(increase), low), high)
         while len(trials) < TRIALS:
-            found = least_cost(self.items, limit) or good
-            trials.append(self._trial(found))
+            smallest = least_cost(self.items, limit) or best
+            trials.append(self._trial(smallest))
             if trials[-1]["perplexity_increase"] <= increase:
-                good, low = found, limit
+                best, low = smallest, limit
             else:
                 high = limit
             if high <= low * 1.02:
                 break
             limit = math.sqrt(max(low, high * 1e-3) * high)
-        return good, trials
+        return best, trials
 
     def _trial(self, chosen: Solution) -> dict[str, float]:
         increase = self.cost(chosen)["perplexity_increase"]
@@ -262,18 +250,8 @@ class Search(MixedPrecision):
             self.progress(len(self._rounded), len(assignment), "measuring an assignment")
             return dequantize(self._rounded[key], choice.grid)
 
-        with written(self.model, self.units, change):
-            return {"measured_kl": self.reference.kl(self.model), "perplexity_increase": self._increase()}
-
-    def _blocks(self, unit: Unit, weight: Tensor, choice: Choice) -> Blocks:
-        if self._usual_by_gptq and choice.grid == USUAL.grid and not unit.outer:
-            parts = [self._usual_by_gptq[name] for name in unit.origin.parameters]
-            return concatenate(parts)
-        return super()._blocks(unit, weight, choice)
-
-    def round(self, assignment: Mapping[str, Choice]) -> tuple[BlocksOf, dict[str, float]]:
-        self._rounded, self._usual_by_gptq = {}, {}  # the memory is needed
-        return super().round(assignment)
+        with changed(self.model, self.units, change):
+            return self._cost()
 
     def record(self, chosen: Solution) -> dict[str, Any]:
         """What the search found, JSON-able: {tokens, perplexity_tokens, perplexity_increase, predicted_kl,
@@ -284,75 +262,71 @@ class Search(MixedPrecision):
         step = max(1, math.ceil(len(line) / CURVE_POINTS))
         named = {
             "chosen": chosen,
-            "uniform int4": self._uniform(USUAL.grid, OUTER.grid),
-            "uniform int8": self._uniform(OUTER.grid, OUTER.grid),
+            "uniform int4": self._uniform(USUAL.grid),
+            "uniform int8": self._uniform(OUTER),
             "smallest": line[0],
         }
-        costs = {name: self.cost(found) for name, found in named.items()}
+        costs = {name: self.cost(point) for name, point in named.items()}
         return {
             "tokens": self.reference.tokens,
             "perplexity_tokens": sum(map(len, self.text.blocks)),
-            "perplexity_increase": costs["chosen"]["perplexity_increase"],
             "predicted_kl": chosen.loss,
-            "measured_kl": costs["chosen"]["measured_kl"],
-            "curve": [self._point(found) for found in [*line[:-1:step], line[-1]]],
+            **costs["chosen"],
+            "curve": [self._point(point) for point in [*line[:-1:step], line[-1]]],
             "points": [
-                {"name": name, **self._point(found), "measured_kl": costs[name]["measured_kl"]}
-                for name, found in named.items()
+                {"name": name, **self._point(point), "measured_kl": costs[name]["measured_kl"]}
+                for name, point in named.items()
             ],
             "sensitivity": self.sensitivity,
         }
 
-    def _uniform(self, body: Grid, outer: Grid) -> Solution:
-        """One grid for the layers and one for the ends, with the methods that were found best on them."""
+    def _uniform(self, grid: Grid) -> Solution:
+        """The layers on `grid`, embedding and head on `OUTER`, with the methods found best on them."""
         picks = []
         for unit, choices in zip(self.units, self.choices):
-            grid = outer if unit.outer else body
-            picks.append(next(i for i, choice in enumerate(choices) if choice.grid == grid))
+            grids = [choice.grid for choice in choices]
+            picks.append(grids.index(OUTER if unit.outer else grid))
         return solution(self.items, picks)
 
-    def _point(self, found: Solution) -> dict[str, Any]:
+    def _point(self, point: Solution) -> dict[str, Any]:
         """The decode ratio to the uniform int4 bundle is that of the bytes that a token reads."""
-        usual = self._uniform(USUAL.grid, OUTER.grid)
         return {
-            "size_bytes": self._fixed + round(found.cost),
-            "predicted_kl": found.loss,
-            "decode_ratio": self._bytes_read(usual) / self._bytes_read(found),
+            "size_bytes": self._fixed_bytes + round(point.cost),
+            "predicted_kl": point.loss,
+            "decode_ratio": self._bytes_read(self._uniform(USUAL.grid)) / self._bytes_read(point),
         }
 
-    def _bytes_read(self, found: Solution) -> int:
+    def _bytes_read(self, point: Solution) -> int:
         """Bytes in memory, scales in fp32; of an embedding alone next to none is read for a token."""
         total = 0
-        for unit, choice in zip(self.units, self.assignment(found).values()):
+        for unit, choice in zip(self.units, self.assignment(point).values()):
             if unit.modules:
                 stored = choice.grid.empty(unit.rows, unit.columns)
                 total += stored.size_bytes + stored.scales.nbytes
         return total
 
 
-def candidates(
+def _candidates(
     weight: Tensor, known: Moments, methods: Sequence[str], accuracy_level: int
 ) -> list[tuple[Choice, float]]:
     """What `weight` could be stored as, each with its Fisher score."""
 
-    def scored(choice: Choice) -> tuple[Choice, float]:
-        return choice, fisher_of(weight, choice, known)
+    def scored(grid: Grid, method: str) -> tuple[Choice, float]:
+        choice = Choice(grid, method, accuracy_level)
+        return choice, known.fisher_of(weight, choice)
 
-    found: list[tuple[Choice, float]] = []
+    result: list[tuple[Choice, float]] = []
     for symmetric in (False, True):
-        tried = [scored(Choice(Grid(4, 32, symmetric), name, accuracy_level)) for name in methods]
-        best = min(tried, key=lambda one: one[1])
+        best = min((scored(Grid(4, 32, symmetric), name) for name in methods), key=lambda one: one[1])
         others = [Grid(4, group, symmetric) for group in GROUPS_TRIED if group != 32]
-        found += [best, *(scored(Choice(grid, best[0].method, accuracy_level)) for grid in others)]
-    return found + [scored(Choice(grid, "rtn", accuracy_level)) for grid in EIGHT_BITS]
+        result += [best, *(scored(grid, best[0].method) for grid in others)]
+    return result + [scored(grid, "rtn") for grid in EIGHT_BITS]
 
 
 def _stored_bytes(unit: Unit, grid: Grid) -> int:
     """Of a weight's tensors in the files: large ones in whole pages, small ones as they are."""
-    stored = grid.empty(unit.rows, unit.columns)
-    arrays = (stored.data, stored.scales, stored.zero_points)
-    parts = [array.nbytes for array in arrays if array is not None]
-    return sum(part if part <= INLINE_BYTES else part + -part % PAGE for part in parts)
+    sizes = [array.nbytes for array in grid.empty(unit.rows, unit.columns).arrays]
+    return sum(size if size <= INLINE_BYTES else size + -size % PAGE for size in sizes)
 
 
 def out_of_reach(budget: int, smallest: int) -> BadInput:

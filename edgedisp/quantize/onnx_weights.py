@@ -1,8 +1,8 @@
 """The weights of a bundle: found in the graph, read from and written to `model.onnx.data` one at a time.
 
-A weight can be quantized when it is a constant fp32 matrix that matrix products and the embedding's gather
-alone read; anything else would need it in fp32 beside the packed form. onnx-ir is not used here: it aligns
-only tensors above 1 MB to pages, and phones map the file.
+A weight can be quantized when it is a constant fp32 matrix that only matrix products and the embedding's
+gather read; another reader would need it in fp32 as well. onnx-ir is not used here: it aligns only tensors
+above 1 MB to pages, and phones map the file.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
-from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from edgedisp.core.errors import BuildFailed
 from edgedisp.graph.decoder_graph import INLINE_BYTES, external_tensor
-from edgedisp.graph.onnx_graph import DATA, PAGE
+from edgedisp.graph.onnx_graph import DATA, GRAPH, PAGE
 
 # The first word found in a tensor's name tells its component; the genai builder uses the same words.
 COMPONENTS = (
@@ -38,6 +38,11 @@ class Use:
     index: int  # of the node in the graph
     gather: bool
     rows_first: bool  # the weight is stored as [out, in], else as [in, out]
+
+
+def read_graph(bundle: Path) -> ModelProto:
+    """The graph of a bundle, without the weights of its data file."""
+    return onnx.load(bundle / GRAPH, load_external_data=False)
 
 
 def component(name: str) -> str:
@@ -65,11 +70,8 @@ def find_uses(graph: GraphProto) -> dict[str, list[Use]]:
             else:
                 use = Use(index, node.op_type == "Gather", rows_first == as_stored)
                 uses.setdefault(weight, []).append(use)
-    return {
-        name: users
-        for name, users in uses.items()
-        if name not in other and len({use.rows_first for use in users}) == 1
-    }
+    mixed = {name for name, users in uses.items() if len({use.rows_first for use in users}) > 1}
+    return {name: users for name, users in uses.items() if name not in other | mixed}
 
 
 def _rows_first(node: NodeProto, position: int) -> bool | None:
@@ -100,31 +102,24 @@ def read_tensor(bundle: Path, tensor: TensorProto) -> NDArray[Any]:
     """The tensor's values, in memory of their own: the pages of a mapped file would count as resident."""
     if tensor.data_location != TensorProto.EXTERNAL:
         return numpy_helper.to_array(tensor).copy()  # its own array is read-only
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    path = bundle / place["location"]
-    if path.parent.resolve() != bundle.resolve():
-        outside = place["location"]
-        raise BuildFailed(f"{bundle}: tensor {tensor.name} points outside the bundle, to {outside!r}")
+    entries = {entry.key: entry.value for entry in tensor.external_data}
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    count = int(np.prod(tensor.dims))
-    values = np.fromfile(path, dtype, count, offset=int(place.get("offset", 0)))
-    if len(values) != count:
-        raise BuildFailed(f"{path}: ends before tensor {tensor.name} does; the file is truncated")
-    return values.reshape(tuple(tensor.dims))
+    count, offset = int(np.prod(tensor.dims)), int(entries.get("offset", 0))
+    return np.fromfile(bundle / entries["location"], dtype, count, offset=offset).reshape(tuple(tensor.dims))
 
 
 class TensorStore:
-    """Lays tensors out for the bundle `out`, large ones at page starts of its data file.
+    """Lays tensors out for the bundle `output_dir`, large ones at page starts of its data file.
 
-    `out` None: nothing is written, for the size alone. `tensors` are the initializers so far, `size_bytes`
-    the length of the data file.
+    `output_dir` None: nothing is written, for the size alone. `tensors`: the initializers so far;
+    `size_bytes`: the length of the data file.
     """
 
-    def __init__(self, source: Path, out: Path | None) -> None:
+    def __init__(self, source: Path, output_dir: Path | None) -> None:
         self.source = source
         self.tensors: list[TensorProto] = []
         self.size_bytes = 0
-        self._data = None if out is None else out / DATA
+        self._data = None if output_dir is None else output_dir / DATA
         if self._data is not None:
             self._data.write_bytes(b"")  # also where every tensor is small
 

@@ -3,8 +3,8 @@
 Each weight is measured with one usual rounding, alone and as the last of all (`measure`); the mean of the two
 is its Shapley value if the loss is quadratic in the errors (`shares`). Other candidates follow by the Fisher
 score, the second-order term of the KL with tokens, rows and columns taken as independent (the diagonal of
-K-FAC, Martens and Grosse 2015), from one backward pass for inputs x and gradients g of the log-likelihood of
-tokens drawn from the model:
+K-FAC, Martens and Grosse 2015). For inputs x and gradients g of the log-likelihood of tokens drawn from the
+model:
 
     fisher(dW) = 1/2 sum_rc E[g_r^2] dW_rc^2 E[x_c^2]
 
@@ -19,20 +19,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import Progress, silent
-from edgedisp.graph.onnx_graph import GRAPH
 from edgedisp.quantize.grid import dequantize
-from edgedisp.quantize.onnx_rewrite import Choice, weights_of
-from edgedisp.quantize.onnx_weights import outer_weights
+from edgedisp.quantize.onnx_rewrite import Choice
+from edgedisp.quantize.onnx_weights import find_uses, outer_weights, read_graph
 from edgedisp.quantize.weight_map import Origin, read_weight_map
 
 ROWS = 64  # of a weight, rounded to see what a candidate costs
+
+
+# ---------------------------------------------------------------- the weights
 
 
 @dataclass(frozen=True)
@@ -51,26 +52,25 @@ class Unit:
 
 def find_units(source: Path, model: nn.Module) -> list[Unit]:
     """The weights of the fp32 bundle `source`, in the graph's order, as parts of the `model` it was made of.
-
-    BuildFailed names a weight of the graph that is none of the model's.
-    """
-    origins, uses = read_weight_map(source), weights_of(source)
+    BuildFailed names a weight of the graph that is none of the model's."""
+    graph, origins = read_graph(source).graph, read_weight_map(source)
+    uses = find_uses(graph)
     outer = outer_weights(uses)
     output = model.get_output_embeddings()  # type: ignore[operator]
     head = next(name for name, module in model.named_modules() if module is output)
     units = []
-    for tensor in onnx.load(source / GRAPH, load_external_data=False).graph.initializer:
-        users, origin = uses.get(tensor.name), origins.get(tensor.name)
+    for tensor in graph.initializer:
+        name, users = tensor.name, uses.get(tensor.name)
         if users is None:
             continue
+        if name not in origins:
+            raise BuildFailed(f"{source}: {name} is no weight of the model")
+        modules = tuple(parameter.removesuffix(".weight") for parameter in origins[name].parameters)
+        if name in outer:
+            modules = () if all(use.gather for use in users) else (head,)
         rows, columns = tensor.dims if users[0].rows_first else reversed(tensor.dims)
-        if origin is None or rows * columns != sum(model.get_parameter(n).numel() for n in origin.parameters):
-            raise BuildFailed(f"{source}: {tensor.name} is no whole weight of the model")
-        modules = tuple(name.removesuffix(".weight") for name in origin.parameters)
-        if tensor.name in outer:
-            modules = (head,) if any(not use.gather for use in users) else ()
         embeds = any(use.gather for use in users)
-        units.append(Unit(tensor.name, origin, modules, rows, columns, embeds, tensor.name in outer))
+        units.append(Unit(name, origins[name], modules, rows, columns, embeds, name in outer))
     return units
 
 
@@ -78,8 +78,9 @@ def _matrices(model: nn.Module, unit: Unit) -> list[Tensor]:
     """Views [out, in] of the parameters that the unit is made of."""
     views = []
     for name in unit.origin.parameters:
-        turned = isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D)
-        views.append(model.get_parameter(name).detach().T if turned else model.get_parameter(name).detach())
+        weight = model.get_parameter(name).detach()
+        is_conv1d = isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D)
+        views.append(weight.T if is_conv1d else weight)
     return views
 
 
@@ -89,15 +90,14 @@ def read_unit(model: nn.Module, unit: Unit) -> Tensor:
     return (matrices[0] if len(matrices) == 1 else torch.cat(matrices)).float()
 
 
-def write_unit(model: nn.Module, unit: Unit, values: Tensor) -> None:
-    """Put [rows, columns] into the model in place."""
+def _write_unit(model: nn.Module, unit: Unit, values: Tensor) -> None:
     matrices = _matrices(model, unit)
     for matrix, part in zip(matrices, values.split([len(matrix) for matrix in matrices])):
         matrix.copy_(part)
 
 
 @contextmanager
-def written(
+def changed(
     model: nn.Module, units: Iterable[Unit], change: Callable[[Unit, Tensor], Tensor]
 ) -> Iterator[dict[Unit, Tensor]]:
     """The model with `change(unit, weight)` in the place of each weight; yields the original weights, which
@@ -106,11 +106,14 @@ def written(
     try:
         for unit in units:
             originals[unit] = read_unit(model, unit).clone()
-            write_unit(model, unit, change(unit, originals[unit]))
+            _write_unit(model, unit, change(unit, originals[unit]))
         yield originals
     finally:
         for unit, weight in originals.items():
-            write_unit(model, unit, weight)
+            _write_unit(model, unit, weight)
+
+
+# ---------------------------------------------------------------- the Fisher score
 
 
 @dataclass(frozen=True)
@@ -138,26 +141,82 @@ class Moments:
             total += 0.5 * scale * float(here.double() @ (squared @ by_column).double())
         return total
 
+    def fisher_of(self, weight: Tensor, choice: Choice) -> float:
+        """The score of what `choice` does to `weight` [rows, columns], seen on some of its rows."""
+        rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight))).round().long()
+        some = weight[rows]
+        return self.fisher(dequantize(choice.blocks(some, self.importance), choice.grid) - some, rows)
 
-@dataclass(frozen=True)
-class Measured:
-    """KL in nats per token that rounding one weight adds: to the unrounded model, and to one whose other
-    weights are rounded already, with the standard error of the latter over tokens."""
 
-    alone: float
-    last: float
-    error: float
+def moments(
+    model: Any, units: Sequence[Unit], pieces: Sequence[Tensor], seed: int, progress: Progress = silent
+) -> dict[str, Moments]:
+    """Unit's name -> its moments over `pieces` (int64 [tokens] each), from one backward pass for each.
+
+    `seed` draws the tokens whose likelihood is differentiated. The model is left in eval mode, its parameters
+    without gradients.
+    """
+    model.eval().requires_grad_(False)
+    embedding, generator = model.get_input_embeddings(), torch.Generator().manual_seed(seed)
+    looked_up, scale = torch.zeros(len(embedding.weight)), 1.0  # Gemma scales what is looked up
+    inputs: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}  # "": of the embedding's output
+
+    def add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:
+        squares = values.detach().reshape(-1, values.shape[-1]).float().square().sum(0)
+        sums[name] = sums[name] + squares if name in sums else squares
+
+    def start(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Gradients begin at what the embedding gives."""
+        nonlocal scale
+        scale = float(output.detach().norm() / module.weight.detach()[args[0]].norm().clamp(min=1e-30))
+        first = output.detach().requires_grad_()
+        first.register_hook(lambda gradient: add(gradients, "", gradient))
+        return first
+
+    handles = [embedding.register_forward_hook(start)]
+    for name in {name for unit in units for name in unit.modules}:
+        module = model.get_submodule(name)
+        handles += [
+            module.register_forward_pre_hook(lambda _, args, name=name: add(inputs, name, args[0])),
+            module.register_full_backward_hook(
+                lambda _, inner, outer, name=name: add(gradients, name, outer[0])
+            ),
+        ]
+    try:
+        for index, piece in enumerate(pieces):
+            progress(index, len(pieces), "gradients on calibration text")
+            likelihood = torch.log_softmax(
+                model(input_ids=piece[None], use_cache=False).logits[0].float(), -1
+            )
+            drawn = torch.multinomial(likelihood.detach().exp(), 1, generator=generator)
+            likelihood.gather(1, drawn).sum().backward()
+            looked_up += torch.bincount(piece, minlength=len(looked_up)).float()
+    finally:
+        for handle in handles:
+            handle.remove()
+    tokens, result = sum(map(len, pieces)), {}
+    for unit in units:
+        terms = []
+        if unit.modules:
+            by_row = torch.cat([gradients[name] for name in unit.modules])
+            terms.append((by_row / tokens, inputs[unit.modules[0]] / tokens))
+        if unit.embeds:
+            terms.append((looked_up / tokens, gradients[""] * scale**2 / tokens))
+        result[unit.name] = Moments(tuple(terms))
+    return result
+
+
+# ---------------------------------------------------------------- measured KL
 
 
 class Text:
     """Calibration text, and what the unrounded model says of every next token in it."""
 
     def __init__(self, model: nn.Module, pieces: Sequence[Tensor]) -> None:
-        """pieces: int64 [tokens] each. Holds float32 [tokens, vocabulary]. BadInput without any."""
-        if not pieces:
-            raise BadInput("no calibration text: at least one block of tokens is needed")
+        """pieces: int64 [tokens] each. Holds float32 [tokens, vocabulary]."""
         self.pieces = list(pieces)
-        self._reference = [_log_probabilities(model, piece) for piece in self.pieces]
+        self._reference = [_log_probs(model, piece) for piece in self.pieces]
 
     @property
     def tokens(self) -> int:
@@ -169,142 +228,40 @@ class Text:
 
     def by_token(self, model: nn.Module) -> Tensor:
         """The same of each token, float64 [tokens]."""
-        found = []
-        for piece, known in zip(self.pieces, self._reference):
-            here = _log_probabilities(model, piece)
-            terms = nn.functional.kl_div(here, known, reduction="none", log_target=True)
-            found.append(terms.sum(-1, dtype=torch.float64))
-        return torch.cat(found)
+        parts = []
+        for piece, reference in zip(self.pieces, self._reference):
+            terms = nn.functional.kl_div(
+                _log_probs(model, piece), reference, reduction="none", log_target=True
+            )
+            parts.append(terms.sum(-1, dtype=torch.float64))
+        return torch.cat(parts)
 
 
-@torch.no_grad()
 def loss(model: nn.Module, pieces: Sequence[Tensor]) -> float:
     """Mean negative log-likelihood of the pieces' own next tokens, in nats."""
     total, count = 0.0, 0
     for piece in pieces:
-        found = _log_probabilities(model, piece)[:-1]
-        total -= float(found.gather(1, piece[1:, None]).double().sum())
-        count += len(found)
+        log_probs = _log_probs(model, piece)[:-1]
+        total -= float(log_probs.gather(1, piece[1:, None]).double().sum())
+        count += len(log_probs)
     return total / count
 
 
 @torch.no_grad()
-def _log_probabilities(model: nn.Module, piece: Tensor) -> Tensor:
+def _log_probs(model: nn.Module, piece: Tensor) -> Tensor:
     """float32 [tokens, vocabulary]."""
     logits: Tensor = model(input_ids=piece[None], use_cache=False).logits[0]
     return torch.log_softmax(logits.float(), dim=-1)
 
 
-def moments(
-    model: nn.Module,
-    units: Sequence[Unit],
-    pieces: Sequence[Tensor],
-    seed: int,
-    progress: Progress = silent,
-) -> dict[str, Moments]:
-    """Unit's name -> its moments over `pieces` (int64 [tokens] each), from one backward pass for each.
+@dataclass(frozen=True)
+class Measured:
+    """KL in nats per token that rounding one weight adds: to the unrounded model, and to one whose other
+    weights are rounded already, with the standard error of the latter over tokens."""
 
-    `seed` draws the tokens whose likelihood is differentiated. The model is left in eval mode.
-    """
-    model.eval()
-    names = {name for unit in units for name in unit.modules}
-    gathered = _Gathered(model)
-    generator = torch.Generator().manual_seed(seed)
-    with _frozen(model), gathered.watching(names):
-        for done, piece in enumerate(pieces):
-            progress(done, len(pieces), "gradients on calibration text")
-            likelihood = torch.log_softmax(
-                model(input_ids=piece[None], use_cache=False).logits[0].float(), dim=-1
-            )
-            drawn = torch.multinomial(likelihood.detach().exp(), 1, generator=generator)
-            likelihood.gather(1, drawn).sum().backward()
-            gathered.count(piece)
-    return {unit.name: gathered.moments(unit) for unit in units}
-
-
-class _Gathered:
-    """Sums of x^2 and g^2 over tokens, by module; of the embedding, how often each row is looked up."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-        self.inputs: dict[str, Tensor] = {}
-        self.gradients: dict[str, Tensor] = {}
-        self.looked_up = torch.zeros(len(self.embedding.weight))
-        self.scale = 1.0  # of what is looked up; Gemma multiplies it
-        self.tokens = 0
-
-    @contextmanager
-    def watching(self, names: set[str]) -> Iterator[None]:
-        handles = [self.embedding.register_forward_hook(self._start)]
-        for name in names:
-            module = self.model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(self._before(name)))
-            handles.append(module.register_full_backward_hook(self._after(name)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _start(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Gradients begin at what the embedding gives."""
-        plain = module.weight.detach()[args[0]]
-        self.scale = float(output.detach().norm() / plain.norm().clamp(min=1e-30))
-        start = output.detach().requires_grad_()
-        start.register_hook(lambda gradient: self._add(self.gradients, "", gradient))
-        return start
-
-    def _before(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._add(self.inputs, name, args[0].detach())
-
-        return hook
-
-    def _after(self, name: str) -> Any:
-        def hook(module: nn.Module, inner: Any, outer: tuple[Tensor, ...]) -> None:
-            self._add(self.gradients, name, outer[0])
-
-        return hook
-
-    def _add(self, sums: dict[str, Tensor], name: str, values: Tensor) -> None:
-        found = values.reshape(-1, values.shape[-1]).float().square().sum(0)
-        sums[name] = sums[name] + found if name in sums else found
-
-    def count(self, piece: Tensor) -> None:
-        self.looked_up += torch.bincount(piece, minlength=len(self.looked_up)).float()
-        self.tokens += len(piece)
-
-    def moments(self, unit: Unit) -> Moments:
-        terms = []
-        if unit.modules:
-            by_row = torch.cat([self.gradients[name] for name in unit.modules])
-            terms.append((by_row / self.tokens, self.inputs[unit.modules[0]] / self.tokens))
-        if unit.embeds:
-            by_column = self.gradients[""] * self.scale**2
-            terms.append((self.looked_up / self.tokens, by_column / self.tokens))
-        return Moments(tuple(terms))
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Without gradients of the weights, which nobody asks for here."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-
-
-def fisher_of(weight: Tensor, choice: Choice, known: Moments) -> float:
-    """`known.fisher` of what `choice` does to `weight` [rows, columns], seen on some of its rows."""
-    count = min(ROWS, len(weight))
-    rows = torch.linspace(0, len(weight) - 1, count).round().long()
-    some = weight[rows]
-    return known.fisher(dequantize(choice.blocks(some, known.importance), choice.grid) - some, rows)
+    alone: float
+    last: float
+    error: float
 
 
 def measure(
@@ -315,20 +272,20 @@ def measure(
     progress: Progress = silent,
 ) -> dict[str, Measured]:
     """Unit's name -> what it costs on `text` that `change` rounds its weight, alone and after all others."""
-    alone, found, steps = {}, {}, 2 * len(units)
-    for done, unit in enumerate(units):
-        progress(done, steps, "sensitivity of each weight")
-        with written(model, [unit], change):
+    alone, measured, steps = {}, {}, 2 * len(units)
+    for index, unit in enumerate(units):
+        progress(index, steps, "sensitivity of each weight")
+        with changed(model, [unit], change):
             alone[unit.name] = text.kl(model)
-    with written(model, units, change) as originals:
-        whole = text.by_token(model)
-        for done, unit in enumerate(units, start=len(units)):
-            progress(done, steps, "sensitivity of each weight")
-            with written(model, [unit], lambda unit, _: originals[unit]):
-                added = whole - text.by_token(model)
+    with changed(model, units, change) as originals:
+        of_all = text.by_token(model)
+        for index, unit in enumerate(units, start=len(units)):
+            progress(index, steps, "sensitivity of each weight")
+            with changed(model, [unit], lambda unit, _: originals[unit]):
+                added = of_all - text.by_token(model)
             error = float(added.std()) / text.tokens**0.5
-            found[unit.name] = Measured(alone[unit.name], float(added.mean()), error)
-    return found
+            measured[unit.name] = Measured(alone[unit.name], float(added.mean()), error)
+    return measured
 
 
 def shares(measured: dict[str, Measured]) -> dict[str, float]:
@@ -339,13 +296,12 @@ def shares(measured: dict[str, Measured]) -> dict[str, float]:
     measured value and the expected one are weighted by variance, the latter's taken as its square). No share
     is less than a quarter of what the weight costs alone.
     """
-    ratio = sum(one.last for one in measured.values()) / max(
-        sum(one.alone for one in measured.values()), 1e-30
-    )
-    found = {}
+    alone, last = (sum(getattr(one, key) for one in measured.values()) for key in ("alone", "last"))
+    ratio = max(last / max(alone, 1e-30), 0.25)
+    result = {}
     for name, one in measured.items():
-        expected = one.alone * max(ratio, 0.25)
+        expected = one.alone * ratio
         trust = expected**2 / max(expected**2 + one.error**2, 1e-60)
-        last = trust * one.last + (1 - trust) * expected
-        found[name] = max((one.alone + last) / 2, one.alone / 4)
-    return found
+        added_last = trust * one.last + (1 - trust) * expected
+        result[name] = max((one.alone + added_last) / 2, one.alone / 4)
+    return result

@@ -223,8 +223,7 @@ def test_the_report_says_what_quantization_left_of_training(built: tuple[Path, P
     record = read(run / "dispersed" / "survival-int4")
     assert record and record.results["nearest"] == 1.0 and not record.results["unmatched"]
     assert set(record.results["references"]) == {"base", "baseline"}
-    weights = {row["name"]: row for row in record.results["references"]["base"]["tensors"]}
-    assert "model.layers.1.mlp.down_proj.weight" in weights
+    assert len(record.results["references"]["base"]["layers"]) > 1
     results = load_results(run)
     assert set(results.delta_survival["baseline"]) == {"int8", "int4"}
     assert "baseline" not in results.loss_survival

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from edgedisp.core.errors import BadInput
 from edgedisp.dispersion.hooks import decoder_layers
-from edgedisp.quantize.calibration import RIDGE, Wave, calibrate
-from edgedisp.quantize.grid import Grid, dequantize, quantize
-from edgedisp.quantize.layer_inputs import LINEAR, layer_calls, residual_of, states_before
+from edgedisp.quantize import calibration
+from edgedisp.quantize.calibration import LINEAR, RIDGE, calibrate, layer_calls, residual_of
+from edgedisp.quantize.grid import Blocks, Grid, dequantize, quantize
 
 GRID = Grid(4, 16, False)
 BLOCKS = torch.randint(0, twins.VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -42,29 +43,39 @@ def second_moments(model: nn.Module, blocks: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def to_nearest(wave: Wave) -> dict[str, Tensor]:
-    return {name: dequantize(quantize(weight, GRID), GRID) for name, weight in wave.weights.items()}
+@dataclass
+class Seen:
+    """What GPTQ was called with for each parameter, and what the parameter became."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    seconds: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
 
 
-def rounded(model: nn.Module) -> dict[str, Tensor]:
-    """Rounds to nearest; what `calibrate` handed over as H."""
-    seen = {}
+def rounded(model: nn.Module, share: float, monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """`calibrate`, with rounding to nearest in the place of GPTQ."""
+    seen, seconds = Seen(), list[Tensor]()
 
-    def rounding(wave: Wave) -> dict[str, Tensor]:
-        for name, weight in wave.weights.items():
-            assert weight.shape[1] == len(wave.second) and name not in seen
-            seen[name] = wave.second.clone()
-        return to_nearest(wave)
+    def nearest(weight: Tensor, grid: Grid, second: Tensor) -> tuple[Blocks, Tensor]:
+        seconds.append(second.clone())
+        return quantize(weight, grid), weight.clone()
 
-    calibrate(model, BLOCKS, rounding, 0.0)
+    monkeypatch.setattr(calibration, "gptq", nearest)
+    for together in calibrate(model, BLOCKS, lambda name: GRID, share):
+        for name, (blocks, weight) in together.items():
+            assert name not in seen.weights
+            seen.weights[name], seen.seconds[name] = weight, seconds[-1]
+            seen.values[name] = dequantize(blocks, GRID)
     return seen
 
 
 @pytest.mark.parametrize("form", twins.FORMS)
-def test_each_map_is_rounded_under_its_inputs_in_the_quantized_model(tmp_path: Path, form: str) -> None:
+def test_each_map_is_rounded_under_its_inputs_in_the_quantized_model(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = twins.make(tmp_path, form)
     before = second_moments(model, BLOCKS)
-    seen = rounded(model)
+    seen = rounded(model, 0.0, monkeypatch).seconds
     after = second_moments(model, BLOCKS)
     assert list(seen) and set(seen) == set(after)
     for name, second in seen.items():
@@ -73,12 +84,9 @@ def test_each_map_is_rounded_under_its_inputs_in_the_quantized_model(tmp_path: P
     assert not torch.allclose(before[last], after[last], rtol=1e-2)
 
 
-def test_no_hook_is_left_and_no_text_is_refused(tmp_path: Path) -> None:
-    model = twins.make(tmp_path, "llama")
-    rounded(model)
-    assert not any(module._forward_pre_hooks for module in model.modules())
+def test_calibration_without_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="calibration"):
-        calibrate(model, BLOCKS[:0], lambda wave: wave.weights, 0.0)
+        list(calibrate(twins.make(tmp_path, "llama"), BLOCKS[:0], lambda name: GRID, 0.0))
 
 
 # Whose outputs are added straight to the residual stream; in Gemma a norm lies between, in NeoX's parallel
@@ -96,10 +104,9 @@ def test_the_residual_stream_is_found_by_value(tmp_path: Path, form: str) -> Non
     model = twins.make(tmp_path, form).eval()
     layers = decoder_layers(model)
     with torch.no_grad():
-        call = layer_calls(model, layers, BLOCKS[0])[0]
-        state = states_before(model, layers[0], BLOCKS[0])
+        calls, states = layer_calls(model, layers, BLOCKS[:1])
         found = {
-            name: residual_of(call, module, state)
+            name: residual_of(calls[0], module, states[0])
             for name, module in layers[0].named_modules()
             if isinstance(module, LINEAR)
         }
@@ -126,16 +133,10 @@ def reads(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_the_correction_is_a_ridge_regression_on_what_the_unrounded_model_gives(
-    tmp_path: Path, share: float
+    tmp_path: Path, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, plain = twins.make(tmp_path, "llama"), twins.make(tmp_path, "llama")
-    wanted: dict[str, Tensor] = {}
-
-    def rounding(wave: Wave) -> dict[str, Tensor]:
-        wanted.update({name: weight.double() for name, weight in wave.weights.items()})
-        return to_nearest(wave)
-
-    calibrate(model, BLOCKS, rounding, share)
+    corrected = rounded(model, share, monkeypatch).weights
     layer = "model.layers.1."
     streams = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
     maps = ["self_attn.q_proj", "mlp.up_proj", *streams]
@@ -151,25 +152,19 @@ def test_the_correction_is_a_ridge_regression_on_what_the_unrounded_model_gives(
         rows = torch.cat([x, ridge.sqrt() * torch.eye(x.shape[1], dtype=torch.float64)])
         targets = torch.cat([target, torch.zeros(x.shape[1], len(weight), dtype=torch.float64)])
         change = torch.linalg.lstsq(rows, targets).solution.T
-        moved = wanted[f"{layer}{name}.weight"] - weight
+        moved = corrected[f"{layer}{name}.weight"].double() - weight
         assert moved.norm() > 0.01 * weight.norm()
         torch.testing.assert_close(moved, share * change, rtol=1e-3, atol=1e-3 * float(change.abs().max()))
 
 
-def test_correction_leaves_the_first_maps_and_every_other_parameter_alone(tmp_path: Path) -> None:
+def test_correction_leaves_the_first_maps_and_every_other_parameter_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing was rounded before the first maps; and the unrounded weights are put back whole."""
     model, untouched = twins.make(tmp_path, "llama"), twins.make(tmp_path, "llama")
-    held: dict[str, Tensor] = {}
-
-    def rounding(wave: Wave) -> dict[str, Tensor]:
-        for name, weight in wave.weights.items():
-            assert held or torch.equal(weight, untouched.get_parameter(name))
-        found = to_nearest(wave)
-        held.update(found)
-        return found
-
-    calibrate(model, BLOCKS, rounding, 1.0)
+    seen = rounded(model, 1.0, monkeypatch)
+    first = next(iter(seen.weights))
+    assert torch.equal(seen.weights[first], untouched.get_parameter(first))
     for name, parameter in model.named_parameters():
-        expected = held[name] if name in held else untouched.get_parameter(name)
-        assert torch.equal(parameter, expected)
-    assert not any(module._forward_hooks for module in model.modules())
+        assert torch.equal(parameter, seen.values.get(name, untouched.get_parameter(name)))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -11,7 +11,7 @@ import torch
 
 from edgedisp.graph.export import export
 from edgedisp.models import Weights
-from edgedisp.quantize.delta_survival import compare, shipped, survival
+from edgedisp.quantize.delta_survival import compare, survival
 from edgedisp.quantize.grid import Grid, quantize
 from edgedisp.quantize.onnx_rewrite import quantize_bundle
 from edgedisp.quantize.rounding_methods import METHODS
@@ -59,7 +59,7 @@ def test_the_figures_are_those_of_plain_loops(grid: Grid) -> None:
     trained = random_weight(6, 80, 0)
     reference = trained + 0.04 * random_weight(6, 80, 1)
     found = compare(trained, reference, quantize(trained, grid), grid).figures()
-    assert found["weights"] == 480 and found["changed"] == 1.0
+    assert found["weights"] == 480
     expected = by_loops(trained, reference, grid)
     assert expected["integers_moved"] > 0
     for name, value in expected.items():
@@ -83,7 +83,7 @@ def test_a_change_below_half_a_step_vanishes_and_one_above_survives() -> None:
     inner[:, :: grid.group] = 0  # the ends stay, and with them the scale
     small = compare(trained, trained - 0.49 / 64 * inner, blocks, grid).figures()
     assert small["beyond_half_step"] == small["integers_moved"] == small["slope"] == 0.0
-    assert small["changed"] == pytest.approx(31 / 32) and small["cosine"] is None
+    assert small["cosine"] is None
     large = compare(trained, trained - 0.51 / 64 * inner, blocks, grid).figures()
     assert large["beyond_half_step"] == large["integers_moved"] == pytest.approx(31 / 32)
     assert large["slope"] == pytest.approx(1 / 0.51) and large["cosine"] == pytest.approx(1.0)
@@ -93,9 +93,6 @@ def test_a_change_below_half_a_step_vanishes_and_one_above_survives() -> None:
 def test_methods_on_the_weight_alone_ship_the_nearest_integers(method: str) -> None:
     weight, grid = random_weight(8, 80, 2), Grid(4, 32, False)
     assert compare(weight, weight, METHODS[method](weight, grid, None), grid).nearest == weight.numel()
-
-
-# ---------------------------------------------------------------- finding rows
 
 
 # ---------------------------------------------------------------- whole bundles
@@ -135,14 +132,13 @@ def test_every_packed_tensor_is_found_in_the_torch_models(bundles: tuple[Path, P
     found = survival(int4, fp32, Weights(trained), {"base": Weights(base), "itself": Weights(trained)})
     assert found["nearest"] == 1.0 and not found["unmatched"]
     told = found["references"]["base"]
-    assert [row["name"] for row in told["tensors"]] == [name for name, _, _ in shipped(int4)]
     matrices = sum(one.numel() for name, one in Weights(base).items() if one.ndim == 2)
     if "wpe.weight" in " ".join(Weights(base)):
         matrices -= Weights(base)["transformer.wpe.weight"].numel()  # positions stay in fp32
     assert told["total"]["weights"] == matrices
-    assert told["total"]["changed"] > 0.99 and 0 < told["total"]["integers_moved"] < 0.5
+    assert 0 < told["total"]["integers_moved"] < 0.5 and told["total"]["rms_steps"] > 0
     assert [row["layer"] for row in told["layers"]] == [0, 1][: len(told["layers"])]
     for parts in (told["components"], told["bits"]):
         assert sum(part["weights"] for part in parts.values()) == matrices
     assert set(told["bits"]) == {"4", "8"}  # the embedding and the head have 8
-    assert found["references"]["itself"]["total"]["changed"] == 0.0
+    assert found["references"]["itself"]["total"]["rms_steps"] == 0.0

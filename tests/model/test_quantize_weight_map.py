@@ -27,7 +27,7 @@ def in_graph(bundle: Path, by_parameter: dict[str, Blocks]) -> Any:
     return lambda name: origins[name].blocks(by_parameter)
 
 
-def bundles(folder: Path, form: str) -> tuple[Any, Path, dict[str, Any]]:
+def bundles(folder: Path, form: str) -> tuple[Any, Path]:
     """The torch model as gptq left it, and the int4 bundle made of the same blocks, in exact arithmetic."""
     twins.make(folder / "model", form)
     for name in ("fp32", "int4"):
@@ -35,15 +35,15 @@ def bundles(folder: Path, form: str) -> tuple[Any, Path, dict[str, Any]]:
     export(folder / "model", folder / "fp32", threads=1)
     opened = models.load(folder / "model")
     blocks = in_graph(folder / "fp32", gptq_model(opened, TOKENS, GRID))
-    record = quantize_bundle(
+    quantize_bundle(
         folder / "fp32", folder / "int4", bits=4, group=16, symmetric=False, accuracy_level=0, blocks=blocks
     )
-    return opened, folder / "int4", record
+    return opened, folder / "int4"
 
 
 @pytest.mark.parametrize("form", twins.FORMS)
 def test_the_graph_computes_what_the_calibrated_model_computes(tmp_path: Path, form: str) -> None:
-    opened, bundle, record = bundles(tmp_path, form)
+    opened, bundle = bundles(tmp_path, form)
     outer = (opened.get_input_embeddings(), opened.get_output_embeddings())
     ends = {id(part.weight): part.weight for part in outer}
     for weight in ends.values():
@@ -54,7 +54,6 @@ def test_the_graph_computes_what_the_calibrated_model_computes(tmp_path: Path, f
         np.testing.assert_allclose(
             shipped(ids, np.ones_like(ids))[0], twins.torch_logits(opened, row), rtol=1e-3, atol=2e-3
         )
-    assert record["calibrated_tensors"] == record["tensors"] - len(ends)
 
 
 @pytest.mark.parametrize("form", [*twins.FAMILIES, "llama, untied, biases, wide heads"])
@@ -68,11 +67,10 @@ def test_a_calibrated_head_is_the_one_in_the_graph_and_a_tied_embedding_with_it(
     opened, ends = models.load(tmp_path / "model"), GRID
     blocks = in_graph(tmp_path / "fp32", gptq_model(opened, TOKENS, GRID, head=ends))
     options: dict[str, Any] = {"bits": 4, "group": 16, "head_bits": 4, "symmetric": False}
-    record = quantize_bundle(tmp_path / "fp32", tmp_path / "int4", accuracy_level=0, blocks=blocks, **options)
-    assert record["calibrated_tensors"] == record["tensors"] - (not record["tied"])
-    if not record["tied"]:
-        embedding = opened.get_input_embeddings().weight.data
-        embedding.copy_(dequantize(quantize(embedding, ends), ends))
+    quantize_bundle(tmp_path / "fp32", tmp_path / "int4", accuracy_level=0, blocks=blocks, **options)
+    embedding = opened.get_input_embeddings().weight
+    if embedding is not opened.get_output_embeddings().weight:  # gptq rounded the head alone
+        embedding.data.copy_(dequantize(quantize(embedding.data, ends), ends))
     row = twins.ragged([30])[0]
     shipped = OnnxModel(tmp_path / "int4", 1)(np.array([row]), np.ones((1, len(row)), np.int64))[0]
     np.testing.assert_allclose(shipped, twins.torch_logits(opened, row), rtol=1e-3, atol=2e-3)

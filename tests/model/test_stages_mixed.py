@@ -23,7 +23,7 @@ from edgedisp.pipeline import stages
 from edgedisp.quantize.calibration import gptq_model
 from edgedisp.quantize.mixed_precision import USUAL, SearchText
 from edgedisp.quantize.onnx_rewrite import quantize_bundle
-from edgedisp.quantize.sensitivity import Text, find_units, loss, read_unit, written
+from edgedisp.quantize.sensitivity import Text, changed, find_units, loss, read_unit
 from edgedisp.recipe import Quantize, load
 from edgedisp.stages import mixed
 from edgedisp.stages.accounting import check_budget
@@ -88,7 +88,7 @@ def test_a_budget_is_held_by_the_files_and_what_was_measured_is_what_ships(
     assert record["size_bytes"] == size(tmp_path / "int4") <= budget
     assert search["size_bytes"] == record["size_bytes"]
     rows = record["by_tensor"]
-    assert {row["bits"] for row in rows} == {4, 8} and all(row["calibrated"] for row in rows)
+    assert {row["bits"] for row in rows} == {4, 8}
     pieces = pieces_of(TOKENS, models.load(found["model"]))
     shipped, exact = OnnxModel(tmp_path / "int4", 1), models.TorchModel(models.load(found["model"]))
     both = [
@@ -117,7 +117,7 @@ def test_under_gptq_a_weight_costs_what_gptq_makes_of_it(
     text = Text(plain, pieces_of(TOKENS, plain))
     inner = [unit for unit in find_units(found["fp32"], plain) if not unit.outer]
     for unit in inner:
-        with written(plain, [unit], lambda unit, _: read_unit(quantized, unit)):
+        with changed(plain, [unit], lambda unit, _: read_unit(quantized, unit)):
             alone = text.kl(plain)
         assert record["search"]["sensitivity"][unit.name] == pytest.approx(alone, rel=1e-3), unit.name
     assert len(inner) > 4
@@ -198,7 +198,7 @@ def test_an_arm_that_follows_is_stored_as_the_one_that_searched(
     goal = {"budget": f"{middle / 1000}kB", "int4": int4}
     decider = finished(first, tmp_path, "baseline", **goal)
     follower = finished(other, tmp_path, "dispersed", decider.folder, **goal)
-    kept = ("name", "bits", "group", "symmetric", "method", "accuracy_level")
+    kept = ("name", "bits", "group", "symmetric", "method")
     rows = [
         [{key: row[key] for key in kept} for row in one.results["by_tensor"]] for one in (decider, follower)
     ]

@@ -137,7 +137,7 @@ def test_scales_of_nothing_and_of_too_much() -> None:
     assert storable(torch.tensor([0.0, 1e9, -1e9])).tolist() == [0.0, 65504.0, -65504.0]
     with pytest.raises(BadInput, match=r"holds 7e\+04, beyond what scales in fp16 reach \(65,504\)"):
         quantize(torch.tensor([[1.0, -7e4]]), Grid(8, 16, True))
-    with pytest.raises(ValueError, match="none that fp16 holds"):
+    with pytest.raises(ValueError, match="not fp16 numbers"):
         scales = torch.full((1, 1), 0.1)
         pack(Blocks(torch.zeros(1, 1, 16, dtype=torch.uint8), scales, None, 16), Grid(8, 16, True))
 
@@ -162,5 +162,3 @@ def test_a_broken_weight_is_refused(bad: float) -> None:
     weight[1, 3] = bad
     with pytest.raises(BadInput, match="not finite"):
         quantize(weight, Grid(8, 32, True))
-    with pytest.raises(BadInput, match="two dimensions"):
-        quantize(weight[0], Grid(8, 32, True))
