@@ -1,0 +1,134 @@
+"""What the function of each stage sees of a recipe; with its inputs, all that its result depends on.
+
+These classes load no torch, so that planning a build stays fast. Paths are not among them: local files reach
+a stage as `files` and are hashed by content.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgedisp.pipeline.stage import UNHASHED
+from edgedisp.recipe import (
+    Adapter,
+    ArmRun,
+    Data,
+    Evaluate,
+    Latency,
+    Model,
+    QuantizeBits,
+    Target,
+    Train,
+)
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    """smoke_text, seed: of a smoke run alone, whose tiny random model gets a tokenizer made from the text."""
+
+    model: Model
+    context: int
+    smoke_text: Data | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class CorpusOptions:
+    """blocks: how many blocks of data.context tokens the longest training reads."""
+
+    data: Data
+    seed: int
+    blocks: int
+    smoke: bool
+
+
+@dataclass(frozen=True)
+class ItemsOptions:
+    evaluate: Evaluate
+    context: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """budget: bytes."""
+
+    budget: int
+
+
+@dataclass(frozen=True)
+class Logging:
+    """What looks at a training and changes no weight. checkpoint_every, watch_every: steps; None: auto."""
+
+    report_to: tuple[str, ...] = ()
+    checkpoint_every: int | None = None
+    watch_every: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """One training. train: without what only looks on, and without the arms' techniques, which are in `arm`.
+
+    rounding: of the bundle that train.quantization_aware names.
+    """
+
+    train: Train
+    steps: int
+    arm: ArmRun
+    rounding: QuantizeBits | None = None
+    logging: Logging = field(default=Logging(), metadata=UNHASHED)
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How an adapter is audited and merged; int4_ships: whether the audit judges by the int4 rounding."""
+
+    adapter: Adapter
+    int4: QuantizeBits
+    int4_ships: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    threads: int
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """is_trained: the model was trained under this very rounding."""
+
+    bits: int
+    quantize: QuantizeBits
+    is_trained: bool = False
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """A goal for the int4 bundle (bytes, or a share of perplexity), and how its weights are rounded."""
+
+    int4: QuantizeBits
+    budget: int | None
+    max_perplexity_increase: float | None
+    seed: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class LatencyOptions:
+    latency: Latency
+    seed: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class PackageOptions:
+    """target: without the words of the profile and without how it would quantize: what was measured ships.
+
+    origin: recipe, arm and seed, for the manifest.
+    """
+
+    target: Target
+    threads: int
+    origin: dict[str, Any] = field(default_factory=dict)
