@@ -23,7 +23,7 @@ from edgedisp.commands.run_report import publish
 from edgedisp.core.paths import data_folder
 from edgedisp.core.progress import Screen
 from edgedisp.core.results import BASELINE, Run
-from edgedisp.pipeline import build
+from edgedisp.pipeline.build_plan import build
 from edgedisp.recipe import load, smoke
 from edgedisp.report import verdict
 from edgedisp.report.comparisons import LOSS, Comparison, comparisons

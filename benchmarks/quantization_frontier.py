@@ -46,8 +46,8 @@ from edgedisp.core.paths import data_folder
 from edgedisp.core.progress import silent
 from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
+from edgedisp.pipeline.rounding import Trained, trained_roundings
 from edgedisp.recipe import Recipe, load
-from edgedisp.stages.rounding import Trained, trained_roundings
 from edgedisp.train.performance import peak_memory_bytes
 from edgedisp.train.quantized_weights import round_weights
 

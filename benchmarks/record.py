@@ -18,8 +18,9 @@ from edgedisp import data, models
 from edgedisp.bench.system import describe, installed_version
 from edgedisp.core.files import git_commit
 from edgedisp.core.paths import data_folder
+from edgedisp.core.progress import silent
+from edgedisp.pipeline.prepare import read_documents
 from edgedisp.recipe import load
-from edgedisp.stages.start import fetch_base, read_documents
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "peft")
@@ -51,14 +52,14 @@ def _from_the_top(argument: str) -> str:
 def quickstart_base() -> tuple[Any, Any]:
     """The quickstart's base, SmolLM2-135M-Instruct in float32, and its tokenizer."""
     recipe = load(data_folder("recipes") / "quickstart.yaml")
-    where = fetch_base(recipe.model, recipe.folder, lambda done, total, note: None)
+    where = data.fetch(recipe.model.base, sha256=recipe.model.sha256)
     return models.open_base(where)
 
 
 def quickstart_blocks(tokenizer: Any, context: int, blocks: int) -> np.ndarray:
     """Packed blocks `(blocks, context)` of the quickstart's text."""
     recipe = load(data_folder("recipes") / "quickstart.yaml")
-    documents = read_documents(recipe.data, recipe.folder, False, lambda done, total, note: None)
+    documents = read_documents(recipe.data, False, silent)
     encode = models.document_encoder(tokenizer)
     return data.training_blocks(documents, encode, context, blocks, recipe.seed)[0]
 

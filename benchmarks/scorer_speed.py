@@ -40,8 +40,8 @@ from edgedisp.bench.interleaved_timing import turns
 from edgedisp.bench.results import compare_speeds
 from edgedisp.bench.system import physical_cores
 from edgedisp.core.paths import data_folder
+from edgedisp.pipeline.prepare import read_documents
 from edgedisp.recipe import load
-from edgedisp.stages.start import read_documents
 
 PAIRS = {"edgedisp-onnx": "onnxruntime-genai", "edgedisp-torch": "hf"}
 ARC = """\

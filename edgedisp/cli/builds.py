@@ -41,15 +41,15 @@ def build(
     """
     from edgedisp.commands.plan import check_before_start, check_processes, slow_products, threads_for
     from edgedisp.core.progress import Screen
-    from edgedisp.pipeline import build as build_run
-    from edgedisp.pipeline import run_folder
+    from edgedisp.pipeline.build_plan import build as build_run
+    from edgedisp.pipeline.build_plan import run_folder
 
     loaded = load_recipe(recipe, set_, smoke)
     run = run_folder(loaded, out)
     here = processes.place()
     check_processes(loaded, here.count)
     if not here.leads:
-        from edgedisp.follow import follow
+        from edgedisp.pipeline.follow import follow
 
         follow(loaded, run, threads_for(loaded))
         return
@@ -57,10 +57,10 @@ def build(
     if warning := slow_products(loaded):
         typer.echo(f"warning: {warning}", err=True)
     with Screen(f"{loaded.name} -> {run}") as screen:
-        walked = build_run(loaded, run, threads_for(loaded), screen)
+        passed = build_run(loaded, run, threads_for(loaded), screen)
         from edgedisp.commands.run_report import publish
 
-        results = publish(loaded, walked, run)
+        results = publish(loaded, passed, run)
     _show(results, run, as_json)
     _fail_if_missing(results)
 
@@ -96,7 +96,7 @@ def plan(
     """Say what a build would do: stages, which are done, steps, time, memory and disk."""
     from edgedisp.commands.plan import make_plan, render
     from edgedisp.core.progress import Screen
-    from edgedisp.pipeline import run_folder
+    from edgedisp.pipeline.build_plan import run_folder
 
     loaded = load_recipe(recipe, set_, smoke)
     with Screen("plan") as screen:

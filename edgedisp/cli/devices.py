@@ -65,9 +65,9 @@ def bench(
     from edgedisp.bench.devices import BenchOptions
     from edgedisp.commands.bench import add_to_reports, lost_devices, run_places, time_bundles
     from edgedisp.core.progress import Screen
+    from edgedisp.pipeline.device_scores import wished
     from edgedisp.pipeline.run_results import device_result
     from edgedisp.report import devices_text
-    from edgedisp.stages.device_scores import wished
 
     names = device or ["local"]
     options = BenchOptions(

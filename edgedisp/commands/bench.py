@@ -20,8 +20,8 @@ from edgedisp.core.files import MANIFEST, check_files, update_listing, write_jso
 from edgedisp.core.progress import Progress
 from edgedisp.data import cache_folder
 from edgedisp.graph import genai_config
-from edgedisp.stages import device_scores
-from edgedisp.stages.device_scores import Wish
+from edgedisp.pipeline import device_scores
+from edgedisp.pipeline.device_scores import Wish
 
 
 def time_bundles(

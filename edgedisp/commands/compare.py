@@ -36,8 +36,8 @@ from edgedisp.evaluate.task_result import Results, TaskResult, common_items
 from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, expand, prepare
 from edgedisp.graph.session import read_config
 from edgedisp.pipeline.run_results import load, surroundings
+from edgedisp.pipeline.scoring import ModelSource, noise_floor, score_tasks
 from edgedisp.report.results_table import numbered
-from edgedisp.stages.scoring import ModelSource, noise_floor, score_tasks
 
 BOOTSTRAP = 2000  # resamples behind each interval
 Pair = tuple[TaskResult, TaskResult]

@@ -24,9 +24,9 @@ from edgedisp.core.serialization import to_json
 from edgedisp.dispersion.condensation import measure_model
 from edgedisp.graph.genai_config import context_length
 from edgedisp.graph.session import read_config
+from edgedisp.pipeline.condensation import condensation, measure_bundle
 from edgedisp.report.layout import Grid, grid_text
 from edgedisp.report.result_sections import layer_grid, model_grid
-from edgedisp.stages.condensation import condensation, measure_bundle
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 TOKENS_PER_DOCUMENT = 50  # or more, of synthetic text

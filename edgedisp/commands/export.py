@@ -16,13 +16,12 @@ from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.runtime_layouts import LAYOUTS
 from edgedisp.graph.session import OnnxModel
 from edgedisp.graph.verify import check_bundle
-from edgedisp.pipeline import Observer
+from edgedisp.pipeline.package import CARD, BundlePlan, provenance_of, write_package
+from edgedisp.pipeline.stage import Observer
 from edgedisp.quantize.onnx_rewrite import quantize_bundle
 from edgedisp.recipe import BITS, Target, load_target
 from edgedisp.recipe.values import choice
 from edgedisp.report import bundle_card
-from edgedisp.stages import PackOptions, pack, provenance_of
-from edgedisp.stages.packing import CARD
 
 
 def export_bundle(
@@ -42,8 +41,8 @@ def export_bundle(
         parent.mkdir()
         package.mkdir()
         bundle, grid = _checked_bundle(folder, target, threads, parent, observer)
-        options = PackOptions(target, chosen, threads, grid, provenance_of(folder))
-        record = pack(options, bundle, folder, package)
+        plan = BundlePlan(target, chosen, threads, grid, provenance_of(folder))
+        record = write_package(plan, bundle, folder, package)
         manifest = json.loads((package / MANIFEST).read_text(encoding="utf-8"))
         (package / CARD).write_text(bundle_card(manifest, out.name), encoding="utf-8")
         package.rename(out)

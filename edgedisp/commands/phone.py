@@ -46,7 +46,7 @@ class Results:
         check_runs(self.places)
         self.questions: Any = None
         if any(score.values()):  # what makes questions takes seconds to load
-            from edgedisp.stages.device_scores import prepared, wished
+            from edgedisp.pipeline.device_scores import prepared, wished
 
             if (wish := wished(**score)) is not None:
                 self.questions = prepared(wish, bundles, cache_folder())
@@ -57,7 +57,7 @@ class Results:
         """The result with scores instead of the phone's answers."""
         if self.questions is None or "answers" not in result:
             return result
-        from edgedisp.stages.device_scores import with_scores
+        from edgedisp.pipeline.device_scores import with_scores
 
         with Screen("scores here") as screen:
             scores = with_scores(self.questions, [result], physical_cores(), screen.progress)

@@ -17,7 +17,8 @@ from edgedisp.core.distributed import split
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Progress, clock
 from edgedisp.core.results import PUBLISHED_POINTS
-from edgedisp.pipeline import Observer, as_computed, state
+from edgedisp.pipeline.build_plan import as_computed, stages
+from edgedisp.pipeline.stage import Observer, state
 from edgedisp.recipe import BITS, Recipe, load_target
 
 TRAINING_BYTES_PER_WEIGHT = 16  # float32 weight, gradient and the two moments of AdamW
@@ -82,7 +83,7 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, observer: Observer) -> 
     detectable, sizes or sizes_unknown, and with `probe` estimate (None where nothing is left to do)."""
     check_before_start(recipe)
     threads = threads_for(recipe)
-    stages = state(recipe, run, threads)
+    passed = state(stages(recipe, threads), run)
     planned: dict[str, Any] = {
         "recipe": recipe.name,
         "run": str(run),
@@ -92,13 +93,13 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, observer: Observer) -> 
         "warning": slow_products(recipe),
         "stages": [
             {"name": stage.name, "done": record is not None, "seconds": record.seconds if record else None}
-            for stage, record in stages
+            for stage, record in passed
         ],
         "estimate": None,
         "detectable": _detectable(recipe),
     }
-    probing = probe and any(record is None for _, record in stages)
-    base = run / "base" if stages[0][1] is not None else None
+    probing = probe and any(record is None for _, record in passed)
+    base = run / "base" if passed[0][1] is not None else None
     planned["sizes"], planned["sizes_unknown"] = _sizes(recipe, base, probing, observer)
     if probing:
         planned["estimate"] = _estimate(recipe, planned, observer)
@@ -109,7 +110,7 @@ def _sizes(
     recipe: Recipe, base: Path | None, probing: bool, observer: Observer
 ) -> tuple[dict[str, Any] | None, str | None]:
     """Sizes of the recipe's bundles, or None and the reason; with a probe, what is wrong is an error."""
-    from edgedisp.stages import base_skeleton, size_account
+    from edgedisp.pipeline.size_estimate import base_skeleton, size_account
 
     quantized: dict[str, tuple[int, Any]] = {
         name: (BITS[name], getattr(recipe.quantize, name)) for name in recipe.precisions if name in BITS
@@ -184,7 +185,6 @@ def probe_base(recipe: Recipe, progress: Progress) -> dict[str, Any]:
 
     from edgedisp import data, models
     from edgedisp.dispersion.hooks import decoder_layers
-    from edgedisp.stages import fetch_base
     from edgedisp.train.lora import adapter_size
     from edgedisp.train.performance import time_steps
 
@@ -194,7 +194,7 @@ def probe_base(recipe: Recipe, progress: Progress) -> dict[str, Any]:
         base, _ = models.tiny_model(section.architecture or "", texts, seed=0, context=recipe.data.context)
     else:
         base, _ = models.open_base(
-            fetch_base(section, recipe.folder, progress),
+            data.fetch(section.base, sha256=section.sha256, base_dir=recipe.folder, progress=progress),
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
             architecture=section.architecture,

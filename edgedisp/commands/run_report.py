@@ -19,25 +19,25 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.files import MANIFEST, digest, write_json
 from edgedisp.core.results import Run
 from edgedisp.device_results import Place
-from edgedisp.pipeline import Walked
 from edgedisp.pipeline.run_results import device_result, load, run_results
+from edgedisp.pipeline.stage import Passed
 from edgedisp.recipe import Recipe
 from edgedisp.report import bundle_card, model_card
 
 PAGE = "report.html"
 
 
-def publish(recipe: Recipe, walked: list[Walked], run: Path) -> Run:
+def publish(recipe: Recipe, passed: list[Passed], run: Path) -> Run:
     """Write the report into the run folder unless it stands there already, and return the results."""
     from edgedisp.report import render  # brings matplotlib
 
-    content = {step.name: [step.record.content, step.record.seconds] for step in walked}
+    content = {step.name: [step.record.content, step.record.seconds] for step in passed}
     with _lock(run) as stamp:
         measured = device_results.shown(run)
         key = {"stages": content, "recipe": recipe.to_yaml(), "devices": digest(measured)}
         if stamp.is_file() and json.loads(stamp.read_text()) == key and (run / PAGE).is_file():
             return load(run)
-        results = _with_devices(run_results(recipe, walked), measured)
+        results = _with_devices(run_results(recipe, passed), measured)
         render.write(results, run)
         for one in recipe.arm_runs:  # a Hugging Face folder explains itself in its README
             (run / one.name / "model" / "README.md").write_text(

@@ -12,7 +12,7 @@ because a held-out document must not be trained on.
 from edgedisp.data.documents import Document, Documents, read_documents
 from edgedisp.data.packing import pack, split, training_blocks
 from edgedisp.data.readers import ReadOptions
-from edgedisp.data.sources import cache_folder, fetch, is_hub_id, is_local
+from edgedisp.data.sources import cache_folder, fetch, is_hub_id, is_local, local_path
 from edgedisp.data.synthetic_text import synthetic_documents
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "fetch",
     "is_hub_id",
     "is_local",
+    "local_path",
     "pack",
     "read_documents",
     "split",

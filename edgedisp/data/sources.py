@@ -54,6 +54,11 @@ def fetch(
     return path or source
 
 
+def local_path(source: str, base_dir: Path = Path()) -> Path | None:
+    """The local file or folder that a source names, None for a hub id or `pypi:`. BadInput as `fetch`."""
+    return None if source.startswith("pypi:") else _local_path(source, base_dir)
+
+
 def is_local(source: str, base_dir: Path = Path()) -> bool:
     """Whether `fetch` needs no download: a local path, or a `pypi:` file that the cache has."""
     if source.startswith("pypi:"):

@@ -13,32 +13,29 @@ another folder.
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgedisp.core.files import write_json
 from edgedisp.core.progress import Progress
 from edgedisp.core.results import BASELINE
-from edgedisp.core.stage_folder import Record, open_run, read
+from edgedisp.core.stage_folder import Record, open_run
 from edgedisp.pilot import show
 from edgedisp.pilot.candidates import Candidate, Pilot
 from edgedisp.pilot.halving import ranked, survivors
 from edgedisp.pilot.judging import compared, judged
-from edgedisp.pipeline import Observer, Stage, Work, base_stage, corpus_stage, training_stage, walk
+from edgedisp.pipeline import build_plan
+from edgedisp.pipeline.options import CandidateOptions, ItemsOptions
+from edgedisp.pipeline.stage import Observer, Stage, Walk
 from edgedisp.recipe import ArmRun, Dispersion, Evaluate
 
-if TYPE_CHECKING:
-    from edgedisp.evaluate.task_suite import SuiteOptions
-
+CANDIDATE = "edgedisp.pipeline.pilot_candidate"
 RESULT = "pilot.json"
 # Held-out tokens a candidate is scored on. Twice as many took as long as the training of a first rung, and
 # gave paired intervals of +-0.001 nats after one step at weight 3 on SmolLM2-135M: finer than the floor asks.
 JUDGED_TOKENS = 4096
 SMOKE_TOKENS = 1024
 MOST_WINDOWS = 400
-# Raised when a candidate is measured in another way.
-FORM = 1
 
 
 def pilot_folder(pilot: Pilot, out: Path | None) -> Path:
@@ -57,21 +54,33 @@ def run(pilot: Pilot, folder: Path, observer: Observer) -> dict[str, Any]:
     """
     total = 3 + sum(count for count, _ in pilot.trainings)
     with open_run(folder, _identity(pilot), f"a pilot of {pilot.recipe.name}"):
-        walked = walk(_start(pilot), folder, observer, total=total)
-        records = {step.name: step.record for step in walked}
+        way = Walk(folder)
+        _pass(way, _start(pilot), observer, total)
         rungs = []
         going = pilot.candidates
         for steps in pilot.steps:
             todo = _trainings(pilot, steps, going)
-            walked = walk(todo, folder, observer, before=walked, total=total)
-            records |= {step.name: step.record for step in walked}
-            rungs.append(_judge(pilot, steps, going, [records[stage.name] for stage in todo]))
+            _pass(way, todo, observer, total)
+            rungs.append(_judge(pilot, steps, going, [way.records[stage.name] for stage in todo]))
             going = _going_on(going, rungs[-1])
             if not going:
                 break
-        found = show.result(pilot, folder, rungs, records["judging"].results)
+        found = show.result(pilot, folder, rungs, way.records["judging"].results)
         _publish(found, folder)
     return found
+
+
+def _pass(way: Walk, stages: list[Stage], observer: Observer, total: int) -> None:
+    for stage in stages:
+        record = way.finished(stage)
+        if record is None:
+            observer.started(stage.name, len(way.records) + 1, total)
+            record = way.execute(stage, observer.progress)
+            observer.finished(stage.name, record)
+        else:
+            observer.kept(stage.name, record)
+        way.records[stage.name] = record
+    way.hashes.save()
 
 
 def _judge(pilot: Pilot, steps: int, tried: tuple[Candidate, ...], records: list[Record]) -> dict[str, Any]:
@@ -100,17 +109,11 @@ def _said(one: Candidate) -> dict[str, Any]:
 
 def _start(pilot: Pilot) -> list[Stage]:
     """The weights and tokens that a build of the recipe would start from, and what is judged by."""
-    return [base_stage(pilot.recipe), corpus_stage(pilot.recipe), _judging(pilot)]
+    return [build_plan.base(pilot.recipe), build_plan.corpus(pilot.recipe), _judging(pilot)]
 
 
 def _judging(pilot: Pilot) -> Stage:
-    def work(job: Work) -> dict[str, Any]:
-        from edgedisp import stages
-
-        base, corpus = job.folders["base"], job.folders["corpus"]
-        return stages.judging(_suite_options(pilot), base, corpus, job.own)
-
-    return Stage("judging", _judging_section(pilot), ("base", "corpus"), work)
+    return Stage("judging", f"{CANDIDATE}:judging", _items(pilot), {"base": "base", "corpus": "corpus"})
 
 
 def _judged_by(pilot: Pilot) -> Evaluate:
@@ -122,17 +125,8 @@ def _judged_by(pilot: Pilot) -> Evaluate:
     )
 
 
-def _suite_options(pilot: Pilot) -> SuiteOptions:
-    from edgedisp.evaluate.task_suite import SuiteOptions
-
-    chosen, recipe = _judged_by(pilot), pilot.recipe
-    context = recipe.data.context
-    return SuiteOptions(chosen.tasks, context, chosen.limit, recipe.seed, chosen.perplexity_tokens)
-
-
-def _judging_section(pilot: Pilot) -> dict[str, Any]:
-    chosen = _judged_by(pilot).model_dump(mode="json", include={"limit", "perplexity_tokens"})
-    return {**chosen, "seed": pilot.recipe.seed, "context": pilot.recipe.data.context, "form": FORM}
+def _items(pilot: Pilot) -> ItemsOptions:
+    return ItemsOptions(_judged_by(pilot), pilot.recipe.data.context, pilot.recipe.seed)
 
 
 def _trainings(pilot: Pilot, steps: int, tried: tuple[Candidate, ...]) -> list[Stage]:
@@ -146,25 +140,15 @@ def _training(pilot: Pilot, steps: int, candidate: Candidate | None) -> Stage:
     short = recipe.model_copy(update={"train": recipe.train.model_copy(update={"tokens": tokens})})
     name = BASELINE if candidate is None else candidate.name
     dispersion = None if candidate is None else candidate.laid_over(pilot.dispersion)
-    training = training_stage(short, ArmRun(name, name, 0, recipe.seed, dispersion))
-
-    def work(job: Work) -> dict[str, Any]:
-        from edgedisp import stages
-
-        base, corpus = job.folders["base"], job.folders["corpus"]
-        return stages.pilot_candidate(
-            lambda own: training.work(Work(own, job.folders, job.progress)),
-            recipe.train.adapter,
-            partial(stages.items, _suite_options(pilot), base, corpus),
-            base,
-            corpus,
-            candidate is not None,
-            job.own,
-            job.progress,
-        )
-
-    section = {"training": training.section, "judging": _judging_section(pilot)}
-    return Stage(f"tokens-{tokens}/{name}", section, ("base", "corpus"), work, resumable=True)
+    training = build_plan.training(short, ArmRun(name, name, 0, recipe.seed, dispersion)).options
+    options = {"training": training, "items": _items(pilot), "may_diverge": candidate is not None}
+    return Stage(
+        f"tokens-{tokens}/{name}",
+        f"{CANDIDATE}:pilot_candidate",
+        CandidateOptions(**options),
+        {"base": "base", "corpus": "corpus"},
+        resumable=True,
+    )
 
 
 def _without_choice(pilot: Pilot) -> Dispersion:
@@ -229,17 +213,17 @@ def _left(pilot: Pilot, folder: Path) -> tuple[list[tuple[int, int]], list[Recor
 
 def _kept(todo: list[Stage], folder: Path, records: dict[str, Record]) -> dict[str, Record]:
     """`records` and those of the stages that a walk would keep."""
-    kept = dict(records)
+    way = Walk(folder)
+    way.records |= records
     for stage in todo:
-        record = read(folder / stage.name) if all(name in kept for name in stage.reads) else None
-        if record is not None and record.key == stage.key(kept):
-            kept[stage.name] = record
-    return kept
+        if (record := way.finished(stage)) is not None:
+            way.records[stage.name] = record
+    return way.records
 
 
 def _probed(pilot: Pilot, left: list[tuple[int, int]], progress: Progress) -> float:
     from edgedisp.commands.plan import probe_base
-    from edgedisp.stages.condensation import CONDENSATION_SEQUENCES
+    from edgedisp.pipeline.condensation import CONDENSATION_SEQUENCES
 
     measured = probe_base(pilot.recipe, progress)
     step_s = measured["micro_step_s"] * pilot.recipe.train.accumulate + measured["optimizer_s"]

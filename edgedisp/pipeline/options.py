@@ -22,6 +22,9 @@ from edgedisp.recipe import (
     Train,
 )
 
+TASKS_PATH = "evaluate.tasks_path"
+"""Name of the folder of lm-evaluation-harness tasks among a stage's files."""
+
 
 @dataclass(frozen=True)
 class BaseOptions:
@@ -116,6 +119,31 @@ class SearchOptions:
 
 
 @dataclass(frozen=True)
+class ParityOptions:
+    """tokens: held-out text compared. limits: figure -> the limit it has to keep, None for none. trained:
+    section and bits of the rounding that the model was trained under; the torch model is then rounded so, and
+    the graph, its arithmetic set to fp32, has to give its logits."""
+
+    tokens: int = 512
+    limits: dict[str, float | None] | None = None
+    trained: tuple[QuantizeBits, int] | None = None
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """What is measured. hidden_states: also their condensation, and the divergence from other bundles, which
+    are looked at for the first seed alone. noise: also the noise floor."""
+
+    items: ItemsOptions
+    threads: int
+    bootstrap: int = 2000
+    divergence_tokens: int = 2048
+    hidden_states: bool = True
+    noise: bool = False
+    parity: ParityOptions = field(default_factory=ParityOptions)
+
+
+@dataclass(frozen=True)
 class LatencyOptions:
     latency: Latency
     seed: int
@@ -132,3 +160,12 @@ class PackageOptions:
     target: Target
     threads: int
     origin: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CandidateOptions:
+    """may_diverge: not the baseline, whose loss has to stay finite."""
+
+    training: TrainOptions
+    items: ItemsOptions
+    may_diverge: bool

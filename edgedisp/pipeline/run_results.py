@@ -42,7 +42,7 @@ from edgedisp.evaluate.quantization_survival import is_loss, loss_survival
 from edgedisp.evaluate.seeds_and_means import average_task, compare_tasks, mean_difference
 from edgedisp.evaluate.statistics import Resampling
 from edgedisp.evaluate.task_result import Results
-from edgedisp.pipeline import Walked
+from edgedisp.pipeline.stage import Passed
 from edgedisp.recipe import Recipe
 
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "peft", "bitsandbytes", "lm-eval")
@@ -50,12 +50,12 @@ FORMAT = 3
 RATES = ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_ms")
 
 
-def run_results(recipe: Recipe, walked: list[Walked]) -> Run:
+def run_results(recipe: Recipe, passed: list[Passed]) -> Run:
     """The results of a build that has passed all its stages."""
-    records = {step.name: step.record.results for step in walked}
+    records = {step.name: step.record.results for step in passed}
     arms = arms_in_order([arm.name for arm in recipe.arms])
     precisions = ["torch", *sorted(recipe.precisions, key=lambda name: -int(name.strip("fpint")))]
-    scored = _Scored(recipe, {step.name: step.record.folder for step in walked})
+    scored = _Scored(recipe, {step.name: step.record.folder for step in passed})
     measured = {arm: {one: _measurement(records, arm, one) for one in precisions} for arm in arms}
     for arm in arms if recipe.seeds > 1 else []:
         for one, measurement in measured[arm].items():
@@ -95,7 +95,7 @@ def run_results(recipe: Recipe, walked: list[Walked]) -> Run:
         missing_tasks=records["items"]["missing"],
         latency=device_result({"device": "local", **records["latency"]}),
         packages={arm: [f"{arm}/{target}" for target in recipe.targets] for arm in arms},
-        stages=[Stage(step.name, step.record.seconds, step.kept) for step in walked],
+        stages=[Stage(step.name, step.record.seconds, step.cached) for step in passed],
         **surroundings(),
     )
 

@@ -34,7 +34,7 @@ class Stage:
     """name: its folder under the run. function: `module:name`. options: frozen; None where there are none.
 
     inputs: keyword of the function -> name of the stage whose folder it gets.
-    files: local files and folders outside the run; the function gets them as `files` where there are any.
+    files: name -> local file or folder outside the run, which the function gets as `files`.
     resumable: a partial folder with the same key is continued. every_process: every process of a launch takes
     part; all other stages are run by the first alone. A result with entries under `missing` (data that a hub
     did not give) is tried again next time.
@@ -44,7 +44,7 @@ class Stage:
     function: str
     options: Any
     inputs: Mapping[str, str] = field(default_factory=dict)
-    files: tuple[Path, ...] = ()
+    files: Mapping[str, Path] = field(default_factory=dict)
     resumable: bool = False
     every_process: bool = False
 
@@ -143,7 +143,7 @@ class Walk:
             "function": stage.function,
             "options": plain(stage.options),
             "inputs": {keyword: self.records[name].content for keyword, name in stage.inputs.items()},
-            "files": [self.hashes.of(path) for path in stage.files],
+            "files": {name: self.hashes.of(path) for name, path in stage.files.items()},
             "revision": REVISION,
         }
         as_read: dict[str, Any] = json.loads(canonical(key))
@@ -157,9 +157,6 @@ class Walk:
         if record is None or record.key != self.key(stage) or record.results.get("missing"):
             return None
         return record
-
-    def pass_by(self, stage: Stage, record: Record) -> None:
-        self.records[stage.name] = record
 
     def execute(self, stage: Stage, progress: Progress) -> Record:
         """Run the stage in a partial folder and move that into place; BuildFailed for a damaged input."""
@@ -219,7 +216,7 @@ def walk(stages: Sequence[Stage], run: Path, observer: Observer) -> list[Passed]
             trained = trained or stage.every_process
         else:
             observer.kept(stage.name, record)
-        way.pass_by(stage, record)
+        way.records[stage.name] = record
         passed.append(Passed(stage.name, record, cached))
         if shared and stage.name == shared[-1] and trained:
             from edgedisp.train.trainer import leave_processes
@@ -236,6 +233,6 @@ def state(stages: Iterable[Stage], run: Path) -> list[tuple[Stage, Record | None
     for stage in stages:
         record = way.finished(stage)
         if record is not None:
-            way.pass_by(stage, record)
+            way.records[stage.name] = record
         result.append((stage, record))
     return result

@@ -1,154 +1,129 @@
-"""The stages from the recipe to trained models: base, corpus, training, the merge of adapters."""
+"""An arm's training."""
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from edgedisp.bench.system import multiplies_bf16
-from edgedisp.pipeline.walk import Stage, Work
-from edgedisp.recipe import Adapter, ArmRun, Recipe, Train
-from edgedisp.recipe.recipe import ONLOOKERS
+import numpy as np
+import torch
+from transformers.trainer_callback import TrainerCallback
+
+from edgedisp import models
+from edgedisp.core.distributed import place
+from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Progress
+from edgedisp.dispersion.condensation import quick_condensation
+from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.pipeline import adapters
+from edgedisp.pipeline.options import TrainOptions
+from edgedisp.pipeline.prepare import PACKING, weights_digest
+from edgedisp.pipeline.rounding import Trained, aware
+from edgedisp.recipe import BITS, ArmRun, Dispersion, Train
+from edgedisp.train.arm_callbacks import callbacks_for
+from edgedisp.train.dispersion_trainer import CondensationWatch
+from edgedisp.train.trainer import FitOptions, FitResult, fit
+
+WATCHES = 10  # measurements of the condensation in a run
+WATCHED_SEQUENCES, WATCHED_TOKENS = 2, 128  # a quarter of a step's forward pass at the usual batch of 4 x 256
+SETTINGS = (
+    "lr", "batch", "accumulate", "warmup", "schedule", "weight_decay", "betas", "clip", "precision",
+    "gradient_checkpointing", "checkpoint_every", "compile",
+)  # fmt: skip
+"""Keys of `train` that the record repeats."""
 
 
-def plain(section: Any) -> dict[str, Any]:
-    dumped: dict[str, Any] = section.model_dump(mode="json")
-    return dumped
+def train(
+    options: TrainOptions, *, base: Path, corpus: Path, output_dir: Path, progress: Progress
+) -> dict[str, Any]:
+    """Train one arm and leave a Hugging Face folder; arms differ in what `options.arm` adds alone.
 
-
-def base_stage(recipe: Recipe) -> Stage:
-    """The weights that every training starts from."""
-
-    def work(job: Work) -> dict[str, Any]:
-        from edgedisp import stages as run
-
-        if recipe.is_smoke:
-            return run.twin_base(recipe.model, recipe.data, recipe.seed, recipe.folder, job.own, job.progress)
-        return run.base(recipe.model, recipe.data.context, recipe.folder, job.own, job.progress)
-
-    section = {"model": plain(recipe.model), "smoke": recipe.is_smoke, "context": recipe.data.context}
-    if recipe.is_smoke:
-        section |= {"data": plain(recipe.data), "seed": recipe.seed}
-    return Stage("base", section, (), work)
-
-
-def corpus_stage(recipe: Recipe) -> Stage:
-    """The tokens file that every training reads; one of fewer steps reads its beginning."""
-    blocks = recipe.steps * recipe.train.batch * recipe.train.accumulate
-
-    def work(job: Work) -> dict[str, Any]:
-        from edgedisp import stages as run
-
-        return run.tokens(
-            recipe.data,
-            recipe.seed,
-            blocks,
-            job.folders["base"],
-            recipe.folder,
-            recipe.is_smoke,
-            job.own,
-            job.progress,
-        )
-
-    section = {"data": plain(recipe.data), "seed": recipe.seed, "blocks": blocks, "smoke": recipe.is_smoke}
-    return Stage("corpus", section, ("base",), work)
-
-
-def budget_stage(budget: int) -> Stage:
-    """Refuses a budget that no bundle of the base fits, before anything is trained."""
-
-    def work(job: Work) -> dict[str, Any]:
-        from edgedisp import stages as run
-
-        return run.check_budget(budget, job.folders["base"])
-
-    return Stage("budget", {"budget": budget}, ("base",), work)
-
-
-def as_computed(train: Train) -> Train:
-    """`train` with `precision: auto` as this machine computes it. It is part of a training's key: twins that
-    are trained on two machines do not differ in it."""
-    if train.precision != "auto":
-        return train
-    return train.model_copy(update={"precision": "bf16" if multiplies_bf16() else "fp32"})
-
-
-def training_stage(recipe: Recipe, run: ArmRun) -> Stage:
-    """One arm with one seed. Its key holds nothing of other arms, so that adding one retrains none."""
-    computed = as_computed(recipe.train)
-    train = plain(computed)
-    for onlooker in ("dispersion", *ONLOOKERS):
-        del train[onlooker]
-    if run.dispersion is not None:
-        train["dispersion"] = plain(run.dispersion)
-    if recipe.train.adapter is not None:
-        del train["adapter"]["merge"]  # decides what is done with the trained adapter
-
-    chosen = recipe.train.quantization_aware
-    rounded = None if chosen is None else getattr(recipe.quantize, chosen.precision)
-
-    def work(job: Work) -> dict[str, Any]:
-        from edgedisp import stages
-
-        return stages.midtrain(
-            computed,
-            recipe.steps,
-            run.seed,
-            run,
-            rounded,
-            job.folders["base"],
-            job.folders["corpus"],
-            job.own,
-            job.progress,
-        )
-
-    section = {"train": train, "steps": recipe.steps, "seed": run.seed}
-    if run.techniques:
-        section["techniques"] = run.techniques
-    if run.replica:
-        section["replica"] = run.replica  # reads the tokens in another order
-    if rounded is not None:
-        section["rounded"] = {key: value for key, value in plain(rounded).items() if key != "accuracy_level"}
-    name = f"{run.name}/model" if recipe.train.adapter is None else f"{run.name}/adapter"
-    return Stage(name, section, ("base", "corpus"), work, resumable=True, every_process=True)
-
-
-def merge_stage(recipe: Recipe, chosen: Adapter, arm: str) -> Stage:
-    """A stage of its own: changed int4 options can change the base that is better, and must retrain nothing.
-
-    The baseline's audit decides for every arm, so that twins are merged into the same kind of base.
+    An adapter is left as a plain PEFT folder; `adapters.merge` makes a model of it. Logs for others
+    (`train.report_to`) are left in `logs`. Of several processes each takes its share; the first writes.
     """
-    adapter = f"{arm}/adapter"
-    asked = chosen.kind == "qlora" and chosen.merge == "auto"
-    decider = f"{decider_of(recipe)}/model" if asked and arm != decider_of(recipe) else None
-    int4_ships = "int4" in recipe.precisions
+    section, arm, logging = options.train, options.arm, options.logging
+    check_reporters(logging.report_to)
+    tokens = np.load(corpus / "tokens.npy", mmap_mode="r", allow_pickle=False)
+    packing = json.loads((corpus / PACKING).read_text(encoding="utf-8"))
+    model = adapters.model_to_train(section.adapter, base, arm.seed)
+    callbacks: list[TrainerCallback] = list(callbacks_for(arm.techniques, arm.seed))
+    if (under := section.quantization_aware) is not None and options.rounding is not None:
+        rounding = Trained(options.rounding, BITS[under.precision])
+        callbacks.append(aware(under, rounding, tokens, output_dir, progress))
+    fit_options = FitOptions(
+        steps=options.steps,
+        seed=arm.seed,
+        output_dir=output_dir / "checkpoints",
+        dispersion=None if arm.dispersion is None else dispersion_config(arm.dispersion, arm.seed),
+        callbacks=callbacks,
+        end_of_text=packing["end_of_text"] if packing["isolate_documents"] else None,
+        watch=_watch(logging.watch_every, options.steps, corpus),
+        log_dir=output_dir / "logs" if logging.report_to else None,
+        run_name=f"{output_dir.parent.parent.name}/{output_dir.parent.name}",
+    )
+    logged = section.model_copy(
+        update={"report_to": logging.report_to, "checkpoint_every": logging.checkpoint_every}
+    )
+    result = fit(model, _in_order(tokens, arm), logged, fit_options, progress)
+    if not place().leads:
+        return {}
+    if result.weights is not None:  # what was trained is in parts; the whole goes into a model as it came
+        model = adapters.model_to_train(section.adapter, base, arm.seed)
+        model.load_state_dict(result.weights)
+    if section.adapter is not None:
+        adapters.save_adapter(model, section.adapter, base, output_dir)
+    else:
+        models.save(model, models.load_tokenizer(base), output_dir)
+        models.copy_licence(base, output_dir)
+    shutil.rmtree(fit_options.output_dir)
+    return _results(options, logged, result) | {"weights_sha256": weights_digest(output_dir)}
 
-    def work(job: Work) -> dict[str, Any]:
-        from edgedisp import stages as run
 
-        return run.merge_adapter(
-            chosen,
-            recipe.quantize.int4,
-            int4_ships,
-            recipe.seed,
-            job.folders["base"],
-            job.folders["corpus"],
-            job.folders[adapter],
-            None if decider is None else job.folders[decider],
-            job.own,
-            job.progress,
+def _results(options: TrainOptions, section: Train, result: FitResult) -> dict[str, Any]:
+    settings = {
+        "steps": options.steps,
+        **section.model_dump(include=set(SETTINGS)),
+        "seed": options.arm.seed,
+        "threads": torch.get_num_threads(),
+    }
+    figures = {part.name: getattr(result, part.name) for part in fields(result) if part.name != "weights"}
+    return {"steps": options.steps, **figures, "processes": place().count, "settings": settings}
+
+
+def check_reporters(names: Sequence[str]) -> None:
+    """Raise BadInput if a program that the log should go to is not installed."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise BadInput(
+            f"train.report_to: {', '.join(missing)} is not installed; pip install {' '.join(missing)}, "
+            "or take it out"
         )
 
-    section = {
-        "adapter": plain(chosen),
-        "int4": plain(recipe.quantize.int4),
-        "int4_ships": int4_ships,
-        "seed": recipe.seed,
-    }
-    reads = ("base", "corpus", adapter) if decider is None else ("base", "corpus", adapter, decider)
-    return Stage(f"{arm}/model", section, reads, work)
+
+def dispersion_config(section: Dispersion, seed: int) -> DispersionConfig:
+    """A recipe's `dispersion`; its seed is the training's unless it has one."""
+    values = section.model_dump()
+    values["tokens"] = None if section.tokens == "all" else section.tokens
+    values["seed"] = seed if section.seed is None else section.seed
+    return DispersionConfig(**values)
 
 
-def decider_of(recipe: Recipe) -> str:
-    """The training whose merge audit decides for all: the baseline's, with the first seed."""
-    names = [arm.name for arm in recipe.arms]
-    return "baseline" if "baseline" in names else names[0]
+def _in_order(packed: np.ndarray, arm: ArmRun) -> np.ndarray:
+    """The blocks as a replica reads them: the first in the order of the file, others in their seed's own."""
+    return packed[np.random.default_rng(arm.seed).permutation(len(packed))] if arm.replica else packed
+
+
+def _watch(every: int | None, steps: int, corpus: Path) -> CondensationWatch | None:
+    """Of the first tokens of the first held-out blocks; None where the recipe turns it off."""
+    if every == 0:
+        return None
+    held = np.load(corpus / "heldout.npy", mmap_mode="r", allow_pickle=False)
+    blocks = torch.from_numpy(held[:WATCHED_SEQUENCES, :WATCHED_TOKENS].astype(np.int64))
+    return CondensationWatch(partial(quick_condensation, blocks=blocks), every or math.ceil(steps / WATCHES))

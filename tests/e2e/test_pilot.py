@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import silent
-from edgedisp.core.stage_folder import Record, read, stage_output
+from edgedisp.core.stage_folder import Record, read
 from edgedisp.pilot import estimate, plan, run, show
 from edgedisp.pilot.halving import COSINE_FLOOR, LOSS_FLOOR, Difference, Judged, ranked, survivors
 from edgedisp.recipe import load
@@ -245,12 +245,13 @@ def test_a_stopped_pilot_continues_and_another_weight_trains_what_is_new(
 
 
 def test_the_last_rung_is_what_a_build_of_as_many_tokens_trains(recipe: Path, tmp_path: Path) -> None:
-    from edgedisp.pipeline import base_stage, corpus_stage, training_stage, walk
+    from edgedisp.pipeline.build_plan import base, corpus, training
+    from edgedisp.pipeline.stage import walk
 
     planned = plan(load(recipe), weights="2", tokens="256")
     run(planned, tmp_path / "pilot", Watcher())
     built = load(recipe, ["train.tokens=256", "train.dispersion.weight=2"])
-    todo = [base_stage(built), corpus_stage(built), *(training_stage(built, one) for one in built.arm_runs)]
+    todo = [base(built), corpus(built), *(training(built, one) for one in built.arm_runs)]
     (tmp_path / "build").mkdir()
     walked = {step.name: step.record for step in walk(todo, tmp_path / "build", Watcher())}
     for piloted, arm in (("baseline", "baseline"), ("angular-all-2", "dispersed")):
@@ -265,7 +266,7 @@ def test_figures_are_those_of_the_loss_and_the_cosines_by_loops(recipe: Path, tm
     import torch
 
     from edgedisp import models
-    from edgedisp.stages.start import heldout_documents
+    from edgedisp.pipeline.prepare import heldout_documents
 
     planned = plan(load(recipe, ["train.lr=1e-30", "train.precision=fp32"]), weights="1", tokens="128")
     found = run(planned, tmp_path / "run", Watcher())
@@ -301,42 +302,6 @@ def test_figures_are_those_of_the_loss_and_the_cosines_by_loops(recipe: Path, tm
     by_sequence = np.reshape(cosines, (len(blocks), 2)).mean(axis=1)
     np.testing.assert_allclose(judged["cosine_raw"], by_sequence, atol=1e-4)
     assert row["cosine_raw"]["baseline"] == pytest.approx(float(by_sequence.mean()), abs=1e-4)
-
-
-def test_a_training_that_was_finished_is_not_repeated_when_its_measuring_was_cut_off(
-    tmp_path: Path, tiny_folder: dict[str, Path], recipe: Path
-) -> None:
-    import shutil
-
-    from edgedisp import stages
-
-    loaded, base = load(recipe, ["evaluate.tasks=[heldout_perplexity]"]), tiny_folder["llama"]
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    stages.tokens(loaded.data, 1, 4, base, loaded.folder, False, corpus, silent)
-    trained: list[Path] = []
-
-    def train(own: Path) -> dict[str, Any]:
-        trained.append(own)
-        shutil.copytree(base, own, dirs_exist_ok=True)
-        return dict.fromkeys(
-            ("steps", "tokens", "seconds", "tokens_per_s", "peak_memory_bytes", "weights_sha256"), 1
-        )
-
-    def broken() -> Any:
-        raise KeyboardInterrupt
-
-    def suite() -> Any:
-        return stages.items(loaded.evaluate, 1, None, base, corpus, 32)
-
-    for make in (broken, suite):
-        try:
-            with stage_output(tmp_path / "own", {"key": 1}, resumable=True) as own:
-                stages.pilot_candidate(train, None, make, base, corpus, True, own, silent)
-                assert sorted(path.name for path in own.iterdir()) == ["judged.json", "key.json"]
-        except KeyboardInterrupt:
-            assert make is broken
-    assert len(trained) == 1
 
 
 def test_an_adapter_is_piloted_as_the_recipe_trains_it(recipe: Path, tmp_path: Path) -> None:

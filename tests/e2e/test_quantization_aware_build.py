@@ -15,9 +15,10 @@ from edgedisp.cli import main
 from edgedisp.core.errors import BadInput
 from edgedisp.core.stage_folder import read
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
-from edgedisp.pipeline import stages
+from edgedisp.pipeline.build_plan import stages
+from edgedisp.pipeline.rounding import SCALES, Trained, trained_roundings
+from edgedisp.pipeline.stage import plain
 from edgedisp.recipe import load
-from edgedisp.stages.rounding import SCALES, Trained, trained_roundings
 from edgedisp.train.quantized_weights import round_weights
 
 RECIPE = """\
@@ -111,19 +112,19 @@ def test_the_weights_left_behind_are_not_the_rounded_ones_and_scales_lie_beside_
 
 
 def keys(path: Path, *overrides: str) -> dict[str, Any]:
-    return {stage.name: stage.section for stage in stages(load(path, overrides), threads=1)}
+    return {one.name: plain(one.options) for one in stages(load(path, overrides), threads=1)}
 
 
 def test_changed_options_of_the_bundle_train_again_only_where_training_sees_them(
     tmp_path: Path, tiny_folder: dict[str, Path]
 ) -> None:
     path = write(tmp_path, tiny_folder["llama"], "rtn")
-    plain = "train.quantization_aware=null"
+    unaware = "train.quantization_aware=null"
     grouped, level = "quantize.int4.group=16", "quantize.int4.accuracy_level=0"
     model_key = "baseline/model"
     assert keys(path)[model_key] != keys(path, grouped)[model_key]
     assert keys(path)[model_key] == keys(path, level)[model_key]
-    assert keys(path, plain)[model_key] == keys(path, plain, grouped)[model_key]
+    assert keys(path, unaware)[model_key] == keys(path, unaware, grouped)[model_key]
 
 
 @pytest.mark.parametrize(
@@ -149,9 +150,9 @@ def test_what_cannot_be_trained_under_is_refused(
 
 
 def test_scales_of_another_grid_are_refused(tmp_path: Path, tiny_folder: dict[str, Path]) -> None:
+    from edgedisp.pipeline.rounding import _write_scales, trained_scales
     from edgedisp.quantize.calibration import Scales
     from edgedisp.quantize.grid import Grid
-    from edgedisp.stages.rounding import _write_scales, trained_scales
 
     one, other = Grid(4, 32, False), Grid(4, 16, False)
     found = {"a.weight": Scales(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.uint8))}

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from edgedisp import stages
 from edgedisp.core.progress import silent
+from edgedisp.pipeline import build_plan, prepare, training
 from edgedisp.recipe import Recipe, Train, load
 from edgedisp.train.packed_dataset import PackedDataset
 from edgedisp.train.performance import time_steps
@@ -42,10 +42,11 @@ def trained(
     corpus, own = folder / "run" / "corpus", folder / "run" / "dispersed" / "model.partial"
     corpus.mkdir(parents=True)
     own.mkdir(parents=True)
-    blocks = recipe.steps * recipe.train.batch
-    stages.tokens(recipe.data, recipe.seed, blocks, base, folder, False, corpus, silent)
+    stage = build_plan.corpus(recipe)
+    prepare.corpus(stage.options, base=base, output_dir=corpus, progress=silent, files=stage.files)
     arm = next(run for run in recipe.arm_runs if run.name == "dispersed")
-    done = stages.midtrain(recipe.train, recipe.steps, recipe.seed, arm, None, base, corpus, own, silent)
+    options = build_plan.training(recipe, arm).options
+    done = training.train(options, base=base, corpus=corpus, output_dir=own, progress=silent)
     return recipe, folder / "run", done
 
 

@@ -16,10 +16,12 @@ from edgedisp import models
 from edgedisp.core.progress import silent
 from edgedisp.core.stage_folder import finish, stage_output
 from edgedisp.dispersion.hooks import decoder_layers
-from edgedisp.pipeline import stages
+from edgedisp.pipeline import adapters
+from edgedisp.pipeline.build_plan import stages
+from edgedisp.pipeline.options import MergeOptions
+from edgedisp.pipeline.stage import plain
 from edgedisp.quantize.grid import Grid, dequantize, quantize
 from edgedisp.recipe import Adapter, QuantizeBits, load
-from edgedisp.stages import adapters
 from edgedisp.train import lora
 from edgedisp.train.lora import Base, attach, fingerprint, load_adapter, load_quantized, merge, save_adapter
 from edgedisp.train.quantized_weights import Rounding, round_weights
@@ -134,8 +136,9 @@ def merge_stage(
 ) -> dict[str, Any]:
     out = folders["adapter"].parent / "model"
     with stage_output(out, {}) as own:
-        read_from = (folders["base"], folders["corpus"], folders["adapter"], decider)
-        results = adapters.merge_adapter(chosen, INT4, int4_ships, 0, *read_from, own, silent)
+        inputs = {**folders, **({} if decider is None else {"decider": decider})}
+        options = MergeOptions(chosen, INT4, int4_ships, 0)
+        results = adapters.merge(options, output_dir=own, progress=silent, **inputs)
         finish(own, out, {}, results, 0.0)
     return results
 
@@ -245,10 +248,10 @@ train: {{tokens: 2k, lr: 1e-3, adapter: {adapter}}}
 
 
 def keys(tmp_path: Path, adapter: str, *overrides: str) -> dict[str, Any]:
-    """Stage name -> its section and what it reads."""
+    """Stage name -> its options and inputs."""
     path = tmp_path / "tiny.yaml"
     path.write_text(RECIPE.format(adapter=adapter))
-    return {stage.name: (stage.section, stage.reads) for stage in stages(load(path, overrides), 1)}
+    return {one.name: (plain(one.options), dict(one.inputs)) for one in stages(load(path, overrides), 1)}
 
 
 def test_a_changed_grid_or_merge_merges_again_and_trains_nothing_again(tmp_path: Path) -> None:
@@ -263,11 +266,11 @@ def test_a_changed_grid_or_merge_merges_again_and_trains_nothing_again(tmp_path:
 
 
 def test_the_other_arms_wait_for_the_baselines_audit_only_where_it_decides(tmp_path: Path) -> None:
-    alone = ("base", "corpus", "dispersed/adapter")
-    assert keys(tmp_path, "{kind: qlora}")["dispersed/model"][1] == (*alone, "baseline/model")
+    alone = {"base": "base", "corpus": "corpus", "adapter": "dispersed/adapter"}
+    assert keys(tmp_path, "{kind: qlora}")["dispersed/model"][1] == {**alone, "decider": "baseline/model"}
     assert keys(tmp_path, "{kind: qlora, merge: full}")["dispersed/model"][1] == alone
     assert keys(tmp_path, "{kind: lora}")["dispersed/model"][1] == alone
-    assert keys(tmp_path, "{kind: qlora}")["baseline/model"][1] == ("base", "corpus", "baseline/adapter")
+    assert keys(tmp_path, "{kind: qlora}")["baseline/model"][1] == {**alone, "adapter": "baseline/adapter"}
     # The stage that decides comes first, also in a recipe that names it last.
     turned = list(keys(tmp_path, "{kind: qlora}", "arms=[dispersed, baseline]"))
     assert turned.index("baseline/model") < turned.index("dispersed/model")

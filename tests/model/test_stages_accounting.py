@@ -13,9 +13,9 @@ from edgedisp import models
 from edgedisp.commands.plan import render
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel
+from edgedisp.pipeline.size_estimate import size_account
 from edgedisp.quantize.onnx_rewrite import quantize_bundle
 from edgedisp.recipe import QuantizeBits
-from edgedisp.stages import size_account
 
 # bits, group, symmetric, head bits
 GRIDS = [(8, 32, True, 8), (4, 32, False, 8), (4, 16, True, 4)]

@@ -19,14 +19,16 @@ from edgedisp.core.stage_folder import Record, finish, stage_output
 from edgedisp.evaluate.divergence import DivergenceMeter
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
-from edgedisp.pipeline import stages
+from edgedisp.pipeline.build_plan import stages
+from edgedisp.pipeline.options import SearchOptions
+from edgedisp.pipeline.search import quantize_searched
+from edgedisp.pipeline.size_estimate import smallest_bytes
+from edgedisp.pipeline.stage import plain
 from edgedisp.quantize.calibration import gptq_model
 from edgedisp.quantize.mixed_precision import USUAL, SearchText
 from edgedisp.quantize.onnx_rewrite import quantize_bundle
 from edgedisp.quantize.sensitivity import Text, changed, find_units, loss, read_unit
 from edgedisp.recipe import Quantize, load
-from edgedisp.stages import mixed
-from edgedisp.stages.accounting import check_budget
 
 TOKENS = np.random.default_rng(0).integers(3, twins.VOCABULARY, (8, 40)).astype(np.uint16)
 Folders = dict[str, Path]
@@ -54,8 +56,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Folders
 
 def searched(found: Folders, out: Path, **goal: Any) -> dict[str, Any]:
     out.mkdir()
+    return search(found, out, goal)
+
+
+def search(found: Folders, out: Path, goal: dict[str, Any], **decider: Path) -> dict[str, Any]:
     section = Quantize.model_validate(goal)
-    return mixed.quantize_searched(section, 0, found["fp32"], found["model"], found["corpus"], out, silent)
+    options = SearchOptions(section.int4, section.budget, section.max_perplexity_increase, 0, 1)
+    folders = {"bundle": found["fp32"], "model": found["model"], "corpus": found["corpus"], **decider}
+    return quantize_searched(options, output_dir=out, progress=silent, **folders)
 
 
 def pieces_of(tokens: np.ndarray, model: Any) -> list[torch.Tensor]:
@@ -162,20 +170,18 @@ def test_the_smallest_bundle_is_known_without_a_search(
     record = searched(folders("llama"), tmp_path / "int4", budget="1MB")
     (smallest,) = (point for point in record["search"]["points"] if point["name"] == "smallest")
     there = folders("llama")["model"]
-    told = check_budget(10**9, there)["smallest_bytes"]
+    told = smallest_bytes(10**9, models.empty_model(there))
     assert told == pytest.approx(smallest["size_bytes"], rel=0.15)  # pages and names weigh in a twin
     with pytest.raises(BadInput, match=r"fits 0\.0 MB; the smallest, .* takes 0\.\d MB"):
-        check_budget(told // 2, there)
+        smallest_bytes(told // 2, models.empty_model(there))
 
 
 def finished(found: Folders, root: Path, arm: str, decided: Path | None = None, **goal: Any) -> Record:
     """An arm's searched int4 bundle as a build leaves it, with its record."""
-    section = Quantize.model_validate(goal)
     folder = root / arm / "int4"
     folder.parent.mkdir(parents=True)
     with stage_output(folder, {"stage": arm}) as own:
-        reads = (found["fp32"], found["model"], found["corpus"])
-        results = mixed.quantize_searched(section, 0, *reads, own, silent, decided)
+        results = search(found, own, goal, **({} if decided is None else {"decider": decided}))
         return finish(own, folder, {"stage": arm}, results, 0.0)
 
 
@@ -233,21 +239,21 @@ train: {tokens: 2k, lr: 1e-3}
 
 
 def keys(folder: Path, *overrides: str) -> dict[str, Any]:
-    """Stage name -> its section and what it reads."""
+    """Stage name -> its options and inputs."""
     path = folder / "tiny.yaml"
     path.write_text(RECIPE)
-    return {stage.name: (stage.section, stage.reads) for stage in stages(load(path, overrides), 1)}
+    return {one.name: (plain(one.options), dict(one.inputs)) for one in stages(load(path, overrides), 1)}
 
 
 def test_a_budget_makes_the_int4_bundle_again_and_nothing_else(tmp_path: Path) -> None:
-    plain = keys(tmp_path)
-    assert plain["baseline/int4"][1] == ("baseline/fp32",)
+    uniform = keys(tmp_path)
+    assert uniform["baseline/int4"][1] == {"bundle": "baseline/fp32"}
     budget = keys(tmp_path, "quantize.budget=100MB")
-    assert {name for name in plain if budget[name] != plain[name]} == {"baseline/int4", "dispersed/int4"}
-    assert budget["baseline/int4"][1] == ("baseline/fp32", "baseline/model", "corpus")
+    assert {name for name in uniform if budget[name] != uniform[name]} == {"baseline/int4", "dispersed/int4"}
+    assert set(budget["baseline/int4"][1].values()) == {"baseline/fp32", "baseline/model", "corpus"}
     assert keys(tmp_path, "quantize.budget=100MB", "quantize.int4.group=64") == budget
     gptq = keys(tmp_path, "quantize.budget=100MB", "quantize.int4.method=gptq")
     assert gptq["baseline/int4"] != budget["baseline/int4"]
-    assert budget["dispersed/int4"][1][-1] == "baseline/int4"
+    assert budget["dispersed/int4"][1]["decider"] == "baseline/int4"
     turned = [stage.name for stage in stages(load(tmp_path / "tiny.yaml", ["arms=[dispersed, baseline]"]), 1)]
     assert turned.index("baseline/int4") < turned.index("dispersed/int4")

@@ -14,7 +14,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from edgedisp.core.errors import BadInput
 from edgedisp.dispersion.config import DispersionConfig
-from edgedisp.stages.training import check_reporters
+from edgedisp.pipeline.training import check_reporters
 from edgedisp.train.checkpoints import newest_checkpoint
 from edgedisp.train.dispersion_trainer import NotFinite
 

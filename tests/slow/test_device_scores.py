@@ -28,10 +28,10 @@ from edgedisp.evaluate.loglikelihood import ScoreOptions, loglikelihoods, model_
 from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.scored import scored_model
 from edgedisp.graph.session import OnnxModel
+from edgedisp.pipeline import device_scores
+from edgedisp.pipeline.device_scores import Wish
 from edgedisp.pipeline.run_results import device_result
 from edgedisp.report.devices import device_sections, devices_text
-from edgedisp.stages import device_scores
-from edgedisp.stages.device_scores import Wish
 
 SMALL = BenchOptions(prompt=4, generate=4, repetitions=1, threads=1)
 ITEMS, LIMIT = 20, 40

@@ -11,8 +11,9 @@ import pytest
 
 from edgedisp.core.progress import silent
 from edgedisp.graph.session import OnnxModel
+from edgedisp.pipeline import bundles
+from edgedisp.pipeline.options import ExportOptions, QuantizeOptions
 from edgedisp.recipe.schema import Int8, QuantizeBits
-from edgedisp.stages import bundles
 
 TOKENS = np.random.default_rng(5).integers(0, twins.VOCABULARY, (12, 64)).astype(np.uint16)
 SMALL: dict[str, Any] = {"group": 16, "accuracy_level": 0, "calibration_tokens": 512}
@@ -27,7 +28,7 @@ def folders(request: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     for name in ("corpus", "fp32"):
         found[name].mkdir()
     np.save(found["corpus"] / "tokens.npy", TOKENS)
-    bundles.export(found["model"], 3, found["fp32"], silent)
+    bundles.export(ExportOptions(3), model=found["model"], output_dir=found["fp32"], progress=silent)
     return found
 
 
@@ -36,8 +37,9 @@ def quantized(
 ) -> tuple[dict[str, Any], float]:
     """The record, and the relative error of the bundle's logits."""
     own.mkdir()
-    reads = (folders["model"], folders["corpus"]) if section.calibrated else (None, None)
-    record = bundles.quantize(section, bits, folders["fp32"], *reads, own, silent)
+    names = ("model", "corpus") if section.calibrated else ()
+    inputs = {"bundle": folders["fp32"], **{name: folders[name] for name in names}}
+    record = bundles.quantize(QuantizeOptions(bits, section), output_dir=own, progress=silent, **inputs)
     ids = TOKENS[8:, :32].astype(np.int64)
     expected = OnnxModel(folders["fp32"], 1)(ids, np.ones_like(ids))
     found = OnnxModel(own, 1)(ids, np.ones_like(ids))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report_devices import row
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import file_digest, write_json
@@ -22,6 +21,25 @@ def run(tmp_path: Path) -> Path:
         bundle(folder / arm / "int4", arm)
     write_json(folder / "run.json", {"name": "q"})
     return folder
+
+
+def row(label: str, decode: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "label": label,
+        "threads": 2,
+        "ttft_ms": 200.0,
+        "prefill_tokens_per_s": 640.0,
+        "decode_tokens_per_s": decode,
+        "token_ms_p50": 8.0,
+        "token_ms_p90": 9.5,
+        "load_s": 0.41,
+        "peak_memory_bytes": 251_000_000,
+        "weights_bytes": 87_000_000,
+        "implied_bandwidth_gb_per_s": 10.5,
+        "spread": {"decode_tokens_per_s": {"low": decode - 5, "high": decode + 5}},
+        "warnings": [],
+        **changes,
+    }
 
 
 def bundle(folder: Path, weights: str) -> None:

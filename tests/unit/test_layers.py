@@ -16,7 +16,7 @@ LAYERS = {
     "core": 0,
     "recipe": 1, "data": 1, "models": 1, "dispersion": 1,
     "train": 2, "quantize": 2, "graph": 2, "evaluate": 2, "bench": 2, "report": 2,
-    "stages": 3, "device_results": 3,
+    "device_results": 3,
     "pipeline": 4,
     "follow": 5, "lm_eval_models": 5,
     "commands": 6, "pilot": 7,
@@ -108,14 +108,11 @@ def test_light_modules_load_nothing_heavy() -> None:
 def test_what_does_not_train_stays_clear_of_the_trainer() -> None:
     script = """
 import sys
-from edgedisp import stages
-from edgedisp.commands import bench, export
+from edgedisp.pipeline import bundles, measure, package, prepare
 print("transformers.trainer" in sys.modules, "peft" in sys.modules)
-assert all(getattr(stages, name) is not None for name in stages.__all__)
-print("transformers.trainer" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False", "True"]
+    assert done.stdout.split() == ["False", "False"]
 
 
 def test_the_names_at_the_root_are_there_and_loaded_when_asked_for() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,17 @@ class Options:
 
 
 def write(
-    options: Options, *, output_dir: Path, progress: Any, files: tuple[Path, ...] = (), **inputs: Path
+    options: Options,
+    *,
+    output_dir: Path,
+    progress: Any,
+    files: Mapping[str, Path] | None = None,
+    **inputs: Path,
 ) -> Any:
     """A stage function for the tests: what it writes is all that it got."""
     text = [str((options.number, options.words))]
     text += [(folder / "out.txt").read_text() for _, folder in sorted(inputs.items())]
-    text += [path.read_text() for path in files]
+    text += [path.read_text() for path in (files or {}).values()]
     (output_dir / "out.txt").write_text("\n".join(text))
     return {"number": options.number}
 
@@ -60,7 +66,7 @@ def plan(text: Path, changed: dict[str, Options] | None = None) -> list[Stage]:
         Stage(
             name, f"{HERE}:write", (changed or {}).get(name, Options()),
             {f"from_{place}": source for place, source in enumerate(sources)},
-            files=(text,) if name == "corpus" else (),
+            files={"text": text} if name == "corpus" else {},
         )
         for name, sources in GRAPH.items()
     ]  # fmt: skip

@@ -7,7 +7,7 @@ and its greedy text are compared with those of the torch model that it was made 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,13 @@ from edgedisp.core.results import Parity
 from edgedisp.evaluate.divergence import DivergenceMeter
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.graph.verify import check_bundle
-from edgedisp.recipe import QuantizeBits
-from edgedisp.stages.rounding import Trained, trained_roundings
-from edgedisp.stages.start import heldout_documents
+from edgedisp.pipeline.options import ParityOptions
+from edgedisp.pipeline.prepare import heldout_documents
+from edgedisp.pipeline.rounding import Trained, trained_roundings
 from edgedisp.train.quantized_weights import round_weights
 
 PROMPTS, NEW_TOKENS = 4, 16  # real prompts decoded greedily with the cache, and how many tokens of each
 AS_TRAINED = 1e-3  # largest difference of a logit between the graph in fp32 and the torch model rounded alike
-
-
-@dataclass(frozen=True)
-class ParityOptions:
-    """tokens: held-out text compared. limits: figure -> the limit it has to keep, None for none. trained:
-    section and bits of the rounding that the model was trained under; the torch model is then rounded so, and
-    the graph, its arithmetic set to fp32, has to give its logits."""
-
-    tokens: int = 512
-    limits: dict[str, float | None] | None = None
-    trained: tuple[QuantizeBits, int] | None = None
 
 
 def parity(

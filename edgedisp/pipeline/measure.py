@@ -8,43 +8,35 @@ item by item; and, for one model of a precision, the noise floor (scoring.py).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgedisp import models
+from edgedisp.bench.devices import BenchOptions
+from edgedisp.bench.interleaved_timing import measure as measure_speed
+from edgedisp.bench.local import Local
+from edgedisp.bench.results import twin_pairs
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.files import write_json
 from edgedisp.core.progress import Progress
 from edgedisp.core.results import Condensation, Divergence, Measurement
 from edgedisp.core.serialization import to_json
+from edgedisp.core.stage_folder import SCORES
 from edgedisp.dispersion.condensation import measure_model
 from edgedisp.evaluate.divergence import DivergenceMeter
-from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, prepare
+from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.session import OnnxModel
-from edgedisp.stages.condensation import condensation, heldout_blocks, measure_bundle
-from edgedisp.stages.parity import ParityOptions, parity
-from edgedisp.stages.scoring import ModelSource, noise_floor, score_tasks
-from edgedisp.stages.start import heldout_documents
+from edgedisp.pipeline.condensation import condensation, heldout_blocks, measure_bundle
+from edgedisp.pipeline.options import LatencyOptions, MeasureOptions
+from edgedisp.pipeline.parity import parity
+from edgedisp.pipeline.prepare import ITEMS, task_suite
+from edgedisp.pipeline.scoring import ModelSource, noise_floor, score_tasks
 
-ITEMS = "items.json"
 PROFILE = "condensation.json"  # with the figures of every sequence
-
-
-@dataclass(frozen=True)
-class MeasureOptions:
-    """What is measured. hidden_states: also their condensation, and the divergence from other bundles, which
-    are looked at for the first seed alone. noise: also the noise floor."""
-
-    suite: SuiteOptions
-    threads: int
-    bootstrap: int = 2000
-    divergence_tokens: int = 2048
-    hidden_states: bool = True
-    noise: bool = False
-    parity: ParityOptions = field(default_factory=ParityOptions)
 
 
 @dataclass(frozen=True)
@@ -57,43 +49,32 @@ class MeasureInputs:
     base: Path
     corpus: Path
     items: Path
-    cache: Path
     bundle: Path | None = None
     parent: Path | None = None
     baseline: Path | None = None
     reference: Path | None = None
 
 
-def items(options: SuiteOptions, base: Path, corpus: Path) -> TaskSuite:
-    """The questions of the recipe's tasks: the same for every arm and precision."""
-    tokenizer = models.load_tokenizer(base)
-    end_of_text, bos_token = models.end_of_text_id(tokenizer), models.bos_id(tokenizer)
-    return prepare(tokenizer, heldout_documents(corpus), options, end_of_text, bos_token)
-
-
-def count_items(options: SuiteOptions, base: Path, corpus: Path, own: Path) -> dict[str, Any]:
-    """Make the questions before anything is trained, so that too little text or missing data is found now."""
-    suite = items(options, base, corpus)
-    results = {
-        "heldout_items": {name: len(questions) for name, questions in suite.questions.items()},
-        "harness_tasks": sorted(suite.harness_tasks),
-        "missing": suite.missing,
-    }
-    write_json(own / ITEMS, results)
-    return results
-
-
-def measure(options: MeasureOptions, inputs: MeasureInputs, own: Path, progress: Progress) -> dict[str, Any]:
-    """Measure a model: a `Measurement` as JSON, and the results with their items in items.json.
+def measure(
+    options: MeasureOptions,
+    *,
+    output_dir: Path,
+    progress: Progress,
+    files: Mapping[str, Path] | None = None,
+    **folders: Path,
+) -> dict[str, Any]:
+    """Measure a model, `folders` as in MeasureInputs: a `Measurement` as JSON, and every item in items.json.
 
     Raises BuildFailed where a bundle does not agree with the torch model, and where the data of a task that
-    was there for `inputs.items` cannot be read now: every arm answers the same tasks.
+    was there for the items cannot be read now: every arm answers the same tasks.
     """
-    suite = items(options.suite, inputs.base, inputs.corpus)
+    inputs = MeasureInputs(**folders)
+    suite = task_suite(options.items, inputs.base, inputs.corpus, files)
     before = json.loads((inputs.items / ITEMS).read_text(encoding="utf-8"))["missing"]
     if lost := [why for task, why in suite.missing.items() if task not in before]:
         raise BuildFailed(f"{'; '.join(lost)}. It could be read before; the same command continues")
-    source = ModelSource(inputs.bundle or inputs.model, options.threads, inputs.cache)
+    # One cache serves the run, whatever is measured: its entries are named by all that a score depends on.
+    source = ModelSource(inputs.bundle or inputs.model, options.threads, inputs.base.parent / SCORES)
     model = source.open()
     verdict = profile = None
     divergences: dict[str, Divergence] = {}
@@ -101,9 +82,9 @@ def measure(options: MeasureOptions, inputs: MeasureInputs, own: Path, progress:
         verdict = parity(options.parity, inputs.model, model, inputs.corpus, progress)
     if options.hidden_states:
         divergences = _divergences(options, inputs, model, progress)
-        profile = _condensation(inputs, model, own, progress)
+        profile = _condensation(inputs, model, output_dir, progress)
     results = score_tasks(source, model, suite, options.bootstrap, progress)
-    write_json(own / ITEMS, to_json(results))
+    write_json(output_dir / ITEMS, to_json(results))
     floor = noise_floor(source, model, suite, options.bootstrap, progress) if options.noise else None
     scores = {task: result.score for task, result in results.items()}
     return dict(to_json(Measurement(scores, profile, divergences, verdict, floor)))
@@ -131,14 +112,43 @@ def _divergences(
     return {name: meter.result() for name, meter in meters.items()}
 
 
-def _condensation(inputs: MeasureInputs, model: Any, own: Path, progress: Progress) -> Condensation:
+def _condensation(inputs: MeasureInputs, model: Any, output_dir: Path, progress: Progress) -> Condensation:
     blocks = heldout_blocks(inputs.corpus)
     if inputs.bundle is None:
         measured = measure_model(model.model, blocks, progress)
     else:
         measured = measure_bundle(inputs.bundle, blocks, model.threads, progress)
-    write_json(own / PROFILE, measured)
+    write_json(output_dir / PROFILE, measured)
     reference = None
     if inputs.reference is not None:
         reference = json.loads((inputs.reference / PROFILE).read_text(encoding="utf-8"))
     return condensation(measured, reference)
+
+
+def latency(
+    options: LatencyOptions, *, output_dir: Path, progress: Progress, **bundles: Path
+) -> dict[str, Any]:
+    """Time every bundle (label -> folder) on this machine in turns; twins must have one graph.
+
+    What is timed is what a device gets: the same weights under a graph for the last token's logits.
+    """
+    section, threads = options.latency, options.threads
+    scratch = output_dir / "timed"
+    shipped = {}
+    for label, bundle in bundles.items():
+        shipped[label] = scratch / label.replace("/", "-")
+        shipped[label].mkdir(parents=True)
+        for_device(bundle, shipped[label], threads=threads)
+    bench = BenchOptions(
+        prompt=section.prompt,
+        generate=section.generate,
+        repetitions=section.repetitions,
+        threads=threads,
+        seed=options.seed,
+        pause_s=section.pause_s,
+        pairs=twin_pairs(list(bundles)),
+    )
+    results = measure_speed(shipped, Local(), bench, progress)
+    shutil.rmtree(scratch)
+    write_json(output_dir / "latency.json", results)
+    return results

@@ -16,7 +16,8 @@ from typing import Any
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import silent
 from edgedisp.core.stage_folder import Record, is_started, read
-from edgedisp.pipeline import Work, stages
+from edgedisp.pipeline.build_plan import stages
+from edgedisp.pipeline.stage import Walk
 from edgedisp.recipe import Recipe
 
 POLL_S = 0.2
@@ -28,21 +29,21 @@ def follow(recipe: Recipe, run: Path, threads: int) -> int:
     Raises BuildFailed if the launcher is gone, and whatever training raises.
     """
     launcher = os.getppid()
-    records: dict[str, Record] = {}
+    way = Walk(run)
     joined = 0
     everything = stages(recipe, threads)
     last = max(index for index, stage in enumerate(everything) if stage.every_process)
     for stage in everything[: last + 1]:
-        key = stage.key(records)
+        key = way.key(stage)
         folder = run / stage.name
         record = _wait(folder, key, launcher, or_started=stage.every_process)
         if record is None:
             joined += 1
             output_dir = folder.with_name(f"{folder.name}.partial")
-            stage.work(Work(output_dir, {name: records[name].folder for name in stage.reads}, silent))
+            stage.run(way.records, output_dir, silent)
             record = _wait(folder, key, launcher)
         if record is not None:
-            records[stage.name] = record
+            way.records[stage.name] = record
     if joined:
         from edgedisp.train.trainer import leave_processes
 

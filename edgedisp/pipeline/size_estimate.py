@@ -14,11 +14,10 @@ from edgedisp import data, models
 from edgedisp.core.progress import Progress
 from edgedisp.graph import architectures
 from edgedisp.models.parameters import component_of
+from edgedisp.pipeline.rounding import uniform_grids
 from edgedisp.quantize.grid import Grid
 from edgedisp.quantize.mixed_precision import FOUR_BITS, out_of_reach
 from edgedisp.recipe import Model, QuantizeBits
-from edgedisp.stages.rounding import uniform_grids
-from edgedisp.stages.start import fetch_base
 
 SMOKE_CONTEXT = 512  # positions of the twin, as `start.twin_base` makes it
 TOLERANCE = 0.02  # of the sizes told here
@@ -98,10 +97,9 @@ def _sizes(opened: Any, tables: int, stored: StoredBytes) -> dict[str, Any]:
     return {"components": dict(sorted(sizes.items())), "size_bytes": sum(sizes.values()) + graph}
 
 
-def check_budget(budget: int, base_folder: Path) -> dict[str, Any]:
-    """The size of the smallest bundle that a search could choose, {smallest_bytes}. BadInput for a budget
-    that is clearly below it; what is closer is found out by the search."""
-    opened = models.empty_model(base_folder)
+def smallest_bytes(budget: int, opened: Any) -> int:
+    """Bytes of the smallest bundle that a search could choose. BadInput for a budget clearly below it; what
+    is closer is found out by the search."""
 
     def smallest(rows: int, columns: int, outer: bool) -> int:
         return min(grid.size_bytes(rows, columns) for grid in FOUR_BITS)
@@ -109,7 +107,7 @@ def check_budget(budget: int, base_folder: Path) -> dict[str, Any]:
     size: int = _sizes(opened, _positions(opened)[0], smallest)["size_bytes"]
     if size * (1 - TOLERANCE) > budget:
         raise out_of_reach(budget, size)
-    return {"smallest_bytes": size}
+    return size
 
 
 def base_skeleton(
@@ -127,5 +125,7 @@ def base_skeleton(
     hub = data.is_hub_id(section.base, beside)  # of a hub's model, config.json is enough
     if not (download or hub or data.is_local(section.base, beside)):
         return None
-    where = section.base if hub else fetch_base(section, beside, progress)
+    where: Path | str = section.base
+    if not hub:
+        where = data.fetch(section.base, sha256=section.sha256, base_dir=beside, progress=progress)
     return models.empty_model(where, revision=section.revision, trust_remote_code=section.trust_remote_code)

@@ -5,6 +5,7 @@ Sensitivities are measured on the training text, never on what is scored later.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,26 @@ from edgedisp import models
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import read
+from edgedisp.pipeline.options import SearchOptions
 from edgedisp.quantize.knapsack import Solution
 from edgedisp.quantize.mixed_precision import MixedPrecision, Search, SearchText
 from edgedisp.quantize.onnx_rewrite import quantize_assigned
-from edgedisp.recipe import Quantize
+
+
+@dataclass(frozen=True)
+class SearchInputs:
+    """bundle: the fp32 one. decider: the bundle of the arm whose search decides for this one too."""
+
+    bundle: Path
+    model: Path
+    corpus: Path
+    decider: Path | None = None
 
 
 def quantize_searched(
-    section: Quantize,
-    seed: int,
-    parent: Path,
-    model_folder: Path,
-    corpus_folder: Path,
-    own: Path,
-    progress: Progress,
-    decided: Path | None = None,
+    options: SearchOptions, *, output_dir: Path, progress: Progress, **folders: Path
 ) -> dict[str, Any]:
-    """`decided`: the bundle of the arm whose search decides for this one too; None searches.
+    """Search, or take the assignment of the arm that decides; `folders` as in SearchInputs.
 
     The record is that of `quantize_assigned`, with `search`: {goal, size_bytes} and, of a search, {trials}
     and what `Search.record` gives, with gptq also what its own rounding came to; else {decided_by,
@@ -38,37 +42,38 @@ def quantize_searched(
 
     BadInput when the goal is out of reach, saying what is not; BuildFailed when gptq ends above the limit.
     """
-    int4 = section.int4
+    int4, seed, inputs = options.int4, options.seed, SearchInputs(**folders)
+    bundle, decider = inputs.bundle, inputs.decider
     is_gptq = int4.method == "gptq"
-    opened = models.load(model_folder)
-    tokens = np.load(corpus_folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    text = SearchText.of(tokens, opened, int4.calibration_tokens if is_gptq else None)
+    torch_model = models.load(inputs.model)
+    tokens = np.load(inputs.corpus / "tokens.npy", mmap_mode="r", allow_pickle=False)
+    text = SearchText.of(tokens, torch_model, int4.calibration_tokens if is_gptq else None)
     search: dict[str, Any] = {
-        "goal": {"budget": section.budget, "max_perplexity_increase": section.max_perplexity_increase}
+        "goal": {"budget": options.budget, "max_perplexity_increase": options.max_perplexity_increase}
     }
-    if decided is None:
+    if decider is None:
         searched = Search(
-            parent, opened, text, accuracy_level=int4.accuracy_level, seed=seed, progress=progress
+            bundle, torch_model, text, accuracy_level=int4.accuracy_level, seed=seed, progress=progress
         )
-        chosen, trials = _solve(section, searched)
+        chosen, trials = _solve(options, searched)
         search |= {**searched.record(chosen), "trials": trials}
         assignment = searched.assignment(chosen)
         blocks, cost = searched.round(assignment)
         if is_gptq:
             search["gptq"] = cost
-            _check_limit(section.max_perplexity_increase, cost["perplexity_increase"])
+            _check_limit(options.max_perplexity_increase, cost["perplexity_increase"])
     else:
-        there = read(decided)
+        there = read(decider)
         if there is None:
-            raise BuildFailed(f"{decided}: the bundle whose search decides is gone; build again")
-        follower = MixedPrecision(parent, opened, text, seed=seed, progress=progress)
+            raise BuildFailed(f"{decider}: the bundle whose search decides is gone; build again")
+        follower = MixedPrecision(bundle, torch_model, text, seed=seed, progress=progress)
         assignment = follower.assignment_of(there.results["by_tensor"], int4.accuracy_level)
         blocks, cost = follower.round(assignment)
-        search |= {"decided_by": decided.parent.name, "tokens": follower.reference.tokens}
+        search |= {"decided_by": decider.parent.name, "tokens": follower.reference.tokens}
         search |= {"perplexity_tokens": sum(map(len, text.blocks)), **cost}
-    record = quantize_assigned(parent, own, assignment, blocks=blocks, progress=progress)
-    if section.budget is not None and record["size_bytes"] > section.budget:
-        raise BuildFailed(f"the bundle takes {record['size_bytes']} bytes, the budget is {section.budget}")
+    record = quantize_assigned(bundle, output_dir, assignment, blocks=blocks, progress=progress)
+    if options.budget is not None and record["size_bytes"] > options.budget:
+        raise BuildFailed(f"the bundle takes {record['size_bytes']} bytes, the budget is {options.budget}")
     search["size_bytes"] = record["size_bytes"]
     if is_gptq:
         record["by_tensor"] = [
@@ -79,12 +84,12 @@ def quantize_searched(
     return {**named, **record, "search": search}
 
 
-def _solve(section: Quantize, search: Search) -> tuple[Solution, list[dict[str, float]]]:
-    if section.budget is not None:
-        return search.within(section.budget), []
-    if section.max_perplexity_increase is None:
+def _solve(options: SearchOptions, search: Search) -> tuple[Solution, list[dict[str, float]]]:
+    if options.budget is not None:
+        return search.within(options.budget), []
+    if options.max_perplexity_increase is None:
         raise ValueError("a search needs a goal")
-    return search.below(section.max_perplexity_increase)
+    return search.below(options.max_perplexity_increase)
 
 
 def _check_limit(limit: float | None, found: float) -> None:

@@ -23,8 +23,8 @@ from edgedisp.evaluate.loglikelihood import ScoreOptions
 from edgedisp.evaluate.score_cache import ScoreCache
 from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, check_tasks, expand, prepare
 from edgedisp.graph.scored import scored_model, scored_size
-from edgedisp.stages.scoring import score_key
-from edgedisp.stages.start import heldout_documents
+from edgedisp.pipeline.prepare import heldout_documents
+from edgedisp.pipeline.scoring import score_key
 
 CONTEXT = 256  # tokens of a held-out window
 HELDOUT = "corpus"  # where a run keeps the documents that no arm was trained on

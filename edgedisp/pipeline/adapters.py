@@ -33,9 +33,10 @@ from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import read
 from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.evaluate.statistics import Metric, Resampling, difference
+from edgedisp.pipeline.options import MergeOptions
+from edgedisp.pipeline.prepare import weights_digest
+from edgedisp.pipeline.rounding import Trained, round_as_bundle
 from edgedisp.recipe import Adapter, QuantizeBits
-from edgedisp.stages.rounding import Trained, round_as_bundle
-from edgedisp.stages.start import weights_digest
 from edgedisp.train import lora
 
 AUDIT_TOKENS = 4096  # held-out tokens a row is scored on; 5 s a row for 135M parameters on 2 cores
@@ -56,56 +57,55 @@ def model_to_train(chosen: Adapter | None, base_folder: Path, seed: int) -> Any:
     return lora.attach(opened, decoder_layers(opened), chosen, seed)
 
 
-def keep_adapter(trained: Any, chosen: Adapter, base_folder: Path, own: Path) -> None:
+def save_adapter(trained: Any, chosen: Adapter, base_folder: Path, output_dir: Path) -> None:
     """Write the trained adapter as a PEFT folder that knows its base: by its hub id where it has one."""
     record = read(base_folder)
     results = {} if record is None else record.results
     sha256 = lora.fingerprint(models.load(base_folder))
     name = results.get("hub_id") or str(base_folder.resolve())
-    lora.save_adapter(trained, lora.Base(name, sha256, chosen.base, results.get("revision")), own)
+    lora.save_adapter(trained, lora.Base(name, sha256, chosen.base, results.get("revision")), output_dir)
 
 
-def merge_adapter(
-    chosen: Adapter,
-    int4: QuantizeBits,
-    int4_ships: bool,
-    seed: int,
-    base_folder: Path,
-    corpus_folder: Path,
-    adapter_folder: Path,
-    decider: Path | None,
-    own: Path,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Audit the adapter, merge it, and leave a Hugging Face folder.
+@dataclass(frozen=True)
+class MergeInputs:
+    """decider: the model folder of the arm whose audit decides; None if this arm decides itself."""
 
-    `decider`: the model folder of the arm whose audit decides; None if this arm decides itself. Returns the
-    results of the training with `merged_into` and `merge_audit` {rows [{name, loss, difference, low, high}]:
-    nats per token, differences from the adapter on; tokens, blocks, grid; decision {judged_by, difference,
-    low, high}: dequantized - full, None for lora; chosen: full or dequantized; why; warning; gains {fp32,
-    int4}: the merged model that was chosen - the base without adapter}.
+    base: Path
+    corpus: Path
+    adapter: Path
+    decider: Path | None = None
+
+
+def merge(options: MergeOptions, *, output_dir: Path, progress: Progress, **folders: Path) -> dict[str, Any]:
+    """Audit the adapter, merge it, and leave a Hugging Face folder; `folders` as in MergeInputs.
+
+    Returns the results of the training with `merged_into` and `merge_audit` {rows [{name, loss, difference,
+    low, high}]: nats per token, differences from the adapter on; tokens, blocks, grid; decision {judged_by,
+    difference, low, high}: dequantized - full, None for lora; chosen: full or dequantized; why; warning;
+    gains {fp32, int4}: the merged model that was chosen - the base without adapter}.
     """
-    trained = read(adapter_folder)
+    inputs, adapter = MergeInputs(**folders), options.adapter
+    trained = read(inputs.adapter)
     if trained is None:
-        raise BuildFailed(f"{adapter_folder}: the trained adapter is gone; build again")
-    held = np.load(corpus_folder / "heldout.npy", allow_pickle=False).astype(np.int64)
-    makers = _Makers(base_folder, adapter_folder, chosen.base, int4, corpus_folder)
+        raise BuildFailed(f"{inputs.adapter}: the trained adapter is gone; build again")
+    held = np.load(inputs.corpus / "heldout.npy", allow_pickle=False).astype(np.int64)
+    makers = _Makers(inputs.base, inputs.adapter, adapter.base, options.int4, inputs.corpus)
     scored = _score(makers, held[: max(LEAST_BLOCKS, AUDIT_TOKENS // held.shape[1])], progress)
-    compare = partial(_difference, scored, seed)
-    found = _figures(scored, makers, int4_ships, compare)
-    found |= _choice(chosen, found["decision"], decider)
-    found["gains"] = {
-        "fp32": compare(NO_ADAPTER, row := makers.merges[found["chosen"]]),
+    compare = partial(_difference, scored, options.seed)
+    audit = _figures(scored, makers, options.int4_ships, compare)
+    audit |= _choice(adapter, audit["decision"], inputs.decider)
+    audit["gains"] = {
+        "fp32": compare(NO_ADAPTER, row := makers.merges[audit["chosen"]]),
         "int4": compare(f"{NO_ADAPTER}, int4", f"{row}, int4"),
     }
-    models.save(makers.merged(found["chosen"]), models.load_tokenizer(base_folder), own)
-    models.copy_licence(base_folder, own)
+    models.save(makers.merged(audit["chosen"]), models.load_tokenizer(inputs.base), output_dir)
+    models.copy_licence(inputs.base, output_dir)
     return {
         **trained.results,
         "adapter_sha256": trained.results.get("weights_sha256"),
-        "merged_into": _named(found["chosen"], chosen.base),
-        "merge_audit": found,
-        "weights_sha256": weights_digest(own),
+        "merged_into": _named(audit["chosen"], adapter.base),
+        "merge_audit": audit,
+        "weights_sha256": weights_digest(output_dir),
     }
 
 

@@ -20,12 +20,14 @@ from typing import Any
 from edgedisp import __version__, data, models
 from edgedisp.bench.system import installed_version
 from edgedisp.core.files import MANIFEST, file_digest, git_commit, list_files, write_json
+from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import read
 from edgedisp.graph import runtime_layouts
 from edgedisp.graph.device_graph import for_device
+from edgedisp.pipeline.options import PackageOptions
+from edgedisp.pipeline.prepare import weights_digest
 from edgedisp.recipe import Target
 from edgedisp.recipe.recipe import hash8
-from edgedisp.stages.start import weights_digest
 
 CARD = "README.md"
 GRID = ("bits", "group", "symmetric", "head_bits", "method", "accuracy_level")
@@ -34,19 +36,41 @@ COMPARED_TOKENS = 24
 
 
 @dataclass(frozen=True)
-class PackOptions:
-    """`layouts`: runtimes that must open the bundle. `grid`: the record of quantization (None: what the
-    bundle's own record says). `provenance`: what the manifest says of where the bundle comes from."""
+class BundlePlan:
+    """A bundle for a device. layouts: runtimes that must open it. grid: the record of its quantization.
+    provenance: where it comes from, for the manifest."""
 
     target: Target
     layouts: Sequence[str]
     threads: int
-    grid: dict[str, Any] | None
+    grid: dict[str, Any]
     provenance: dict[str, Any]
 
 
-def pack(options: PackOptions, bundle: Path, model_dir: Path, output_dir: Path) -> dict[str, Any]:
-    """Write `bundle` for a device into the empty folder `output_dir`; the licence lies beside `model_dir`.
+def package(
+    options: PackageOptions,
+    *,
+    bundle: Path,
+    model: Path,
+    base: Path,
+    corpus: Path,
+    output_dir: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """What was measured, for a device: the stage of a build."""
+    record, text = read(bundle), read(corpus)
+    provenance = {
+        **options.origin,
+        "data_sha256": text.results.get("tokens_sha256") if text else None,
+        "weights_sha256": weights_digest(model),
+    }
+    grid = record.results if record else {}
+    plan = BundlePlan(options.target, options.target.layouts, options.threads, grid, provenance)
+    return write_package(plan, bundle, base, output_dir)
+
+
+def write_package(options: BundlePlan, bundle: Path, licence_dir: Path, output_dir: Path) -> dict[str, Any]:
+    """Write `bundle` for a device into the empty folder `output_dir`; the licence lies in `licence_dir`.
 
     Returns {target, layouts, threads, context, precision, size_bytes, files}; size_bytes counts every file.
     """
@@ -63,9 +87,8 @@ def pack(options: PackOptions, bundle: Path, model_dir: Path, output_dir: Path) 
     tokenizer = models.load_tokenizer(bundle)
     ids = models.encode(tokenizer, data.synthetic_documents(1, seed=0)[0].text)[:COMPARED_TOKENS]
     runtime_layouts.check_same(output_dir, runtime_layouts.graphs(layouts), bundle, ids, options.threads)
-    licence = models.copy_licence(model_dir, output_dir)
-    record = read(bundle)
-    grid = options.grid or (record.results if record else {})
+    licence = models.copy_licence(licence_dir, output_dir)
+    grid = options.grid
     files = list_files(output_dir, without=(MANIFEST, CARD, "key.json"))
     manifest = {
         "format": 1,
@@ -113,5 +136,5 @@ def provenance_of(model_folder: Path) -> dict[str, Any]:
     if kind == "model" and corpus_record is not None:
         found["recipe"] = {"name": owner["name"], "hash8": hash8(owner["identity"])}
         found["data_sha256"] = corpus_record.results.get("tokens_sha256")
-        found |= {"arm": arm, "seed": record.key["section"].get("seed")}
+        found |= {"arm": arm, "seed": record.results.get("settings", {}).get("seed")}
     return found

@@ -1,0 +1,201 @@
+"""The start that all arms share: the base weights, and the one tokens file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedisp import data, models
+from edgedisp.core.errors import BadInput
+from edgedisp.core.files import file_digest, write_json
+from edgedisp.core.progress import Progress
+from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, prepare
+from edgedisp.pipeline.options import TASKS_PATH, BaseOptions, BudgetOptions, CorpusOptions, ItemsOptions
+from edgedisp.pipeline.size_estimate import smallest_bytes
+from edgedisp.recipe import Data
+
+ITEMS = "items.json"
+PACKING = "packing.json"  # how the blocks of the corpus folder are to be read in training
+SYNTHETIC_DOCUMENTS = 200  # for a smoke run whose text is on a hub; 10 % held out make every task's items
+
+
+def read_documents(
+    section: Data, smoke: bool, progress: Progress, files: Mapping[str, Path] | None = None
+) -> data.Documents:
+    """The documents of a recipe; files: source -> local path, for its local sources.
+
+    A smoke run of hub data takes synthetic text instead of the hub's.
+    """
+    documents = data.Documents()
+    for source in section.train:
+        local = str((files or {}).get(source.source, source.source))
+        path = data.fetch(local, sha256=source.sha256, progress=progress)
+        if smoke and isinstance(path, str):
+            documents += data.synthetic_documents(source.limit or SYNTHETIC_DOCUMENTS, seed=len(documents))
+            continue
+        documents.add(
+            data.read_documents(
+                path,
+                data.ReadOptions(source.text, source.config, source.split, source.revision, source.limit),
+                progress,
+            )
+        )
+    return documents
+
+
+def base(
+    options: BaseOptions, *, output_dir: Path, progress: Progress, files: Mapping[str, Path] | None = None
+) -> dict[str, Any]:
+    """The base model as a Hugging Face folder in float32: the one set of weights that all arms start from.
+
+    A smoke run gets a tiny random model of the recipe's architecture, with a tokenizer made from the text.
+    Raises BadInput if the recipe's context is longer than the model's.
+    """
+    section = options.model
+    if options.smoke_text is not None:
+        text = options.smoke_text
+        texts = [document.text for document in read_documents(text, True, progress, files)]
+        model, tokenizer = models.tiny_model(
+            section.architecture or "", texts, seed=options.seed, context=max(512, options.context)
+        )
+        return _save_base(model, tokenizer, output_dir)
+    source = data.fetch(
+        str((files or {}).get(section.base, section.base)), sha256=section.sha256, progress=progress
+    )
+    model, tokenizer = models.open_base(
+        source,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+        architecture=section.architecture,
+        progress=progress,
+    )
+    longest = models.context_length(model.config)
+    if options.context > longest:
+        raise BadInput(
+            f"data.context: {options.context} is longer than the {longest} positions of {section.base}"
+        )
+    # By a hub's name others can open the base that an adapter needs.
+    hub = {"hub_id": source, "revision": section.revision} if isinstance(source, str) else {}
+    record = _save_base(model, tokenizer, output_dir)
+    fetched = Path(model.name_or_path) if isinstance(source, str) else source
+    licence = models.copy_licence(fetched, output_dir, section.base)
+    return record | hub | {"license": licence["license"], "license_files": licence["files"]}
+
+
+def _save_base(model: Any, tokenizer: Any, output_dir: Path) -> dict[str, Any]:
+    models.save(model, tokenizer, output_dir)
+    return {
+        "architecture": model.config.model_type,
+        "parameters": models.count_parameters(model),
+        "max_context": models.context_length(model.config),
+        "weights_sha256": weights_digest(output_dir),
+    }
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over the weight files of a Hugging Face folder."""
+    digests = [file_digest(path) for path in sorted(folder.glob("*.safetensors"))]
+    return digests[0] if len(digests) == 1 else "+".join(digests)
+
+
+def corpus(
+    options: CorpusOptions,
+    *,
+    base: Path,
+    output_dir: Path,
+    progress: Progress,
+    files: Mapping[str, Path] | None = None,
+) -> dict[str, Any]:
+    """The one tokens file that every arm reads, in the order it is read, and the documents held out of it."""
+    section = options.data
+    documents = read_documents(section, options.smoke, progress, files)
+    training, heldout = data.split(documents, section.heldout, options.seed)
+    tokenizer = models.load_tokenizer(base)
+    end_of_text = models.end_of_text_id(tokenizer)
+    encode = models.document_encoder(tokenizer)
+    packed, epochs = data.training_blocks(
+        training, encode, section.context, options.blocks, options.seed, progress
+    )
+    held = data.pack(heldout, encode, section.context, name="the held-out text", progress=progress)
+    np.save(output_dir / "tokens.npy", packed, allow_pickle=False)
+    np.save(output_dir / "heldout.npy", held, allow_pickle=False)
+    write_json(
+        output_dir / PACKING, {"end_of_text": end_of_text, "isolate_documents": section.isolate_documents}
+    )
+    lines = [json.dumps(asdict(document), ensure_ascii=False) for document in heldout]
+    (output_dir / "heldout.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {
+        "tokens_sha256": file_digest(output_dir / "tokens.npy"),
+        "train_tokens": int(packed.size),
+        "train_documents": len(training),
+        "heldout_documents": len(heldout),
+        "duplicate_documents": training.dropped.get("duplicate", 0),
+        "heldout_tokens": int(held.size),
+        "text": documents.counts(),
+        "notes": documents.notes(),
+        "epochs": epochs,
+        "context": section.context,
+        "sources": [_source_name(source.source, options.smoke, files or {}) for source in section.train],
+    }
+
+
+def _source_name(source: str, smoke: bool, files: Mapping[str, Path]) -> str:
+    """The source as a report names it: a smoke run does not read the hub's."""
+    from_hub = source not in files and not source.startswith("pypi:")
+    return f"made text in the place of {source}" if smoke and from_hub else source
+
+
+def heldout_documents(folder: Path) -> list[data.Document]:
+    # Not splitlines(): it would also cut at the Unicode line separators inside a document.
+    lines = (folder / "heldout.jsonl").read_text(encoding="utf-8").split("\n")
+    return [data.Document(**json.loads(line)) for line in lines if line]
+
+
+def task_suite(
+    options: ItemsOptions, base: Path, corpus: Path, files: Mapping[str, Path] | None = None
+) -> TaskSuite:
+    """The questions of the recipe's tasks: the same for every arm and precision."""
+    evaluate = options.evaluate
+    tokenizer = models.load_tokenizer(base)
+    suite = SuiteOptions(
+        evaluate.tasks,
+        options.context,
+        evaluate.limit,
+        options.seed,
+        evaluate.perplexity_tokens,
+        (files or {}).get(TASKS_PATH),
+    )
+    end_of_text, bos_token = models.end_of_text_id(tokenizer), models.bos_id(tokenizer)
+    return prepare(tokenizer, heldout_documents(corpus), suite, end_of_text, bos_token)
+
+
+def items(
+    options: ItemsOptions,
+    *,
+    base: Path,
+    corpus: Path,
+    output_dir: Path,
+    progress: Progress,
+    files: Mapping[str, Path] | None = None,
+) -> dict[str, Any]:
+    """Make the questions before anything is trained, to find too little text or missing data early."""
+    suite = task_suite(options, base, corpus, files)
+    results = {
+        "heldout_items": {name: len(questions) for name, questions in suite.questions.items()},
+        "harness_tasks": sorted(suite.harness_tasks),
+        "missing": suite.missing,
+    }
+    write_json(output_dir / ITEMS, results)
+    return results
+
+
+def check_budget(
+    options: BudgetOptions, *, base: Path, output_dir: Path, progress: Progress
+) -> dict[str, Any]:
+    """Refuse a budget that no bundle of the base fits; {smallest_bytes}."""
+    return {"smallest_bytes": smallest_bytes(options.budget, models.empty_model(base))}

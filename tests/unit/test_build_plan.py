@@ -1,0 +1,125 @@
+"""The stages of a recipe: own folders, keys that know nothing of other arms, one declaration for each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from edgedisp.core.paths import data_folder
+from edgedisp.pipeline import build_plan
+from edgedisp.pipeline.stage import Stage, plain
+from edgedisp.recipe import Recipe, load
+
+BOTH = {"baseline/model", "dispersed/model"}
+MANY = "arms=[baseline, dispersed, neftune, {name: strong, dispersion: {weight: 1.0}}]"
+
+
+def quickstart(*overrides: str) -> Recipe:
+    return load(data_folder("recipes") / "quickstart.yaml", overrides)
+
+
+def by_name(recipe: Recipe) -> dict[str, Stage]:
+    return {stage.name: stage for stage in build_plan.stages(recipe, threads=2)}
+
+
+def key(stage: Stage) -> Any:
+    return plain(stage.options), dict(stage.inputs)
+
+
+def changed(before: dict[str, Stage], after: dict[str, Stage]) -> set[str]:
+    """Without the packages, whose manifests name the hash of the whole recipe."""
+    both = [name for name in before if name in after and not name.endswith(("-x64", "-arm64"))]
+    return {name for name in both if key(before[name]) != key(after[name])}
+
+
+def test_an_arm_or_a_seed_more_changes_no_key_but_the_timings() -> None:
+    before = by_name(quickstart())
+    for overrides in ((MANY,), ("seeds=3",), (MANY, "seeds=2"), ("arms=[dispersed, baseline]",)):
+        after = by_name(quickstart(*overrides))
+        assert changed(before, after) <= {"latency"}
+        assert set(before) <= set(after)
+
+
+def test_a_training_depends_on_what_its_arm_adds_and_on_nothing_of_the_others() -> None:
+    before = by_name(quickstart(MANY))
+    heavier = by_name(quickstart(MANY, "train.dispersion.weight=0.5"))
+    assert changed(before, heavier) == {"dispersed/model"}  # `strong` has a weight of its own
+    arms = {name: plain(before[f"{name}/model"].options)["arm"] for name in ("baseline", "neftune", "strong")}
+    assert arms["baseline"]["dispersion"] is None and arms["neftune"]["neftune"] == 5.0
+    assert arms["strong"]["dispersion"]["weight"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.lr=2e-4", BOTH),
+        ("train.checkpoint_every=3", set()),
+        ("train.watch_every=3", set()),
+        ("data.context=128", {"base", "corpus", "items", *BOTH, "baseline/measure-*", "dispersed/measure-*"}),
+        ("quantize.int4.group=64", {"baseline/int4", "dispersed/int4"}),
+        ("quantize.int4.calibration_tokens=8k", {"baseline/int4", "dispersed/int4"}),
+        ("evaluate.limit=9", {"items", "baseline/measure-*", "dispersed/measure-*"}),
+        ("evaluate.bootstrap=300", {"baseline/measure-*", "dispersed/measure-*"}),
+        ("verify.int4_kl=3", {"baseline/measure-int4", "dispersed/measure-int4"}),
+        ("latency.prompt=9", {"latency"}),
+    ],
+)
+def test_a_changed_key_changes_the_stages_whose_options_hold_it(override: str, expected: set[str]) -> None:
+    before = by_name(quickstart())
+    found = changed(before, by_name(quickstart(override)))
+    named = {name.split("measure-")[0] + "measure-*" if name not in expected else name for name in found
+             if "measure-" in name} | {name for name in found if "measure-" not in name}  # fmt: skip
+    assert named == expected
+
+
+def test_auto_precision_is_in_a_trainings_key_as_this_machine_computes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run that goes on elsewhere trains both twins anew rather than one in another arithmetic."""
+    for fast, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(build_plan, "multiplies_bf16", lambda fast=fast: fast)
+        auto, fixed = (
+            plain(by_name(quickstart(*asked))["dispersed/model"].options)["train"]
+            for asked in ((), (f"train.precision={precision}",))
+        )
+        assert auto == fixed and auto["precision"] == precision
+
+
+def test_each_seed_is_trained_exported_and_scored_and_the_first_also_timed_and_packaged() -> None:
+    recipe = quickstart("seeds=2", "seed=4")
+    stages = by_name(recipe)
+    assert stages["dispersed/model"].options.arm.seed == 4
+    assert stages["dispersed-seed5/model"].options.arm.seed == 5
+    for name in ("model", "fp32", "int8", "int4", "measure-torch", "measure-int4"):
+        assert f"dispersed-seed5/{name}" in stages
+    assert stages["dispersed/measure-int4"].options.hidden_states
+    assert not stages["dispersed-seed5/measure-int4"].options.hidden_states
+    assert "dispersed-seed5/phone-arm64" not in stages
+    assert set(stages["latency"].inputs.values()) == {
+        f"{arm}/{precision}" for arm in ("baseline", "dispersed") for precision in recipe.precisions
+    }
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (MANY, "seeds=3"),
+        ("arms=[neftune, dispersed, baseline]", "seeds=2", "train.adapter.kind=qlora"),
+        ("arms=[neftune, embedding_dropout]", "train.adapter.kind=lora"),
+        ("arms=[dispersed, baseline]", "quantize.budget=100MB"),
+    ],
+)
+def test_every_stage_comes_after_those_it_reads_under_a_name_of_its_own(overrides: tuple[str, ...]) -> None:
+    recipe = quickstart(*overrides)
+    stages = build_plan.stages(recipe, threads=2)
+    order = [stage.name for stage in stages]
+    assert len(order) == len(set(order))
+    for place, stage in enumerate(stages):
+        assert set(stage.inputs.values()) <= set(order[:place])
+    tops = {name.split("/")[0] for name in order} - {"budget"}
+    assert tops == {"base", "corpus", "items", "latency", *(run.name for run in recipe.arm_runs)}
+
+
+def test_two_arms_at_three_precisions_walk_in_under_thirty_stages() -> None:
+    assert len(build_plan.stages(quickstart(), threads=2)) <= 28
