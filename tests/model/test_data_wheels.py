@@ -65,7 +65,7 @@ def test_a_version_or_package_without_a_wheel_is_bad_input(index: Path, tmp_path
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_unreachable_index_is_a_failed_build_with_the_reason(
+def test_a_download_that_fails_is_a_failed_build_with_the_reason(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PIP_NO_INDEX")

@@ -15,41 +15,22 @@ def times(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    return capsys.readouterr().err.splitlines()
-
-
-def test_the_time_left_is_told_by_the_speed_so_far(
+def test_the_time_left_follows_from_the_speed_of_the_part_that_is_being_done(
     times: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def last_line() -> str:
+        return capsys.readouterr().err.splitlines()[-1]
+
     with console.Screen("a build") as screen:
         screen.started("train", 1, 2)
-        screen.progress(0, 100, "")
+        screen.progress(50, 100, "")  # a resumed stage counts what it did itself
         times.append(20.0)
-        screen.progress(10, 100, "loss 2.5")
-    assert lines(capsys)[-1] == "[ 1/2] train: 10/100, loss 2.5, 3:00 left"
-
-
-def test_a_resumed_stage_counts_what_it_did_itself(
-    times: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with console.Screen("a build") as screen:
-        screen.started("train", 1, 2)
-        screen.progress(50, 100, "")
-        times.append(20.0)
-        screen.progress(60, 100, "")
-    assert lines(capsys)[-1] == "[ 1/2] train: 60/100, 1:20 left"
-
-
-def test_the_next_part_of_a_stage_has_a_clock_of_its_own(
-    times: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with console.Screen("a build") as screen:
-        screen.started("bits", 1, 2)
-        for second in range(0, 1000, 100):
-            times.append(float(second))
-            screen.progress(second // 100 + 1, 10, "first")
-        screen.progress(1, 10, "second")
-        times.append(times[-1] + 20.0)
-        screen.progress(2, 10, "second")
-    assert lines(capsys)[-1] == "[ 1/2] bits: 2/10, second, 2:40 left"
+        screen.progress(60, 100, "loss 2.5")
+        assert last_line() == "[ 1/2] train: 60/100, loss 2.5, 1:20 left"
+        screen.started("bits", 2, 2)
+        for part, seconds in (("first", 1.0), ("second", 20.0)):  # each part has a clock of its own
+            for step in range(1, 11):
+                times.append(times[-1] + seconds)
+                screen.progress(step, 10, part)
+                if (part, step) == ("second", 2):
+                    assert last_line() == "[ 2/2] bits: 2/10, second, 2:40 left"
