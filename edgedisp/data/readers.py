@@ -131,8 +131,12 @@ def hub_rows(name: str, options: ReadOptions) -> Iterator[Row]:
         if unreachable is not None or isinstance(problem, ConnectionError):
             raise unreachable_error("dataset", name, unreachable or one_line(problem)) from problem
         raise BadInput(f"{name}: the hub's data set cannot be read: {one_line(problem)}") from problem
-    for number, record in enumerate(table):
-        yield Row(f"{name} row {number}", str(number), record)
+    number = 0
+    for batch in table.iter(batch_size=1024):  # many times faster than row by row
+        for value in batch.get(options.text, [None]):
+            record = {options.text: value} if options.text in batch else dict.fromkeys(batch)
+            yield Row(f"{name} row {number}", str(number), record)
+            number += 1
 
 
 def _reader(path: Path) -> Callable[[Path, str], Iterator[Row]]:
