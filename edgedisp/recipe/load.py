@@ -24,7 +24,7 @@ from ruamel.yaml.reader import ReaderError
 
 from edgedisp.core.errors import BadInput
 from edgedisp.recipe.recipe import Origin, Recipe
-from edgedisp.recipe.rules import REMOVED, Key
+from edgedisp.recipe.rules import Key
 from edgedisp.recipe.smoke import smoke as shrink
 from edgedisp.recipe.values import near
 
@@ -75,30 +75,19 @@ class Document:
             raise BadInput(_one_line(f"{place}: needs key=value, such as train.tokens=10k"))
         try:
             node = _compose(text)
-            here: Any = self.data
+            parent: Any = {"": self.data}
             key: Key = ()
+            index: str | int = ""
             for part in parts:
-                if len(key):
-                    here = here[key[-1]]
-                key = (*key, self._step(here, part))
+                parent = parent[index]
+                index = _index(parent, part)
+                key = (*key, index)
                 self.places.setdefault(key, place)
-            self.places = {old: where for old, where in self.places.items() if old[: len(key)] != key}
+            self.places = {old: line for old, line in self.places.items() if old[: len(key)] != key}
             self.places[key] = place
-            here[key[-1]] = None if node is None else self.plain(node, key, place)
+            parent[index] = None if node is None else self.plain(node, key, place)
         except (YAMLError, RecursionError, ValueError) as problem:
             raise BadInput(_one_line(f"{place}: {path.strip()}: {_reason(problem)}")) from None
-
-    def _step(self, here: Any, part: str) -> str | int:
-        """One part of an override's path as an index of `here`; an absent section is created."""
-        if isinstance(here, list):
-            if not part.isdecimal() or int(part) >= len(here):
-                raise ValueError(f"the list has no item '{part}': it has {len(here)}, counted from 0")
-            return int(part)
-        if not isinstance(here, dict):
-            raise ValueError(f"{show(here)} has no keys")
-        if here.get(part) is None:
-            here[part] = {}
-        return part
 
     def plain(self, node: Any, key: Key, place: str | None = None) -> Any:
         """A node as None, bool, int, float, str, list or dict. `place` is fixed for overrides."""
@@ -155,16 +144,28 @@ class Document:
             line = self.place(problem[0]).rpartition(":")[2]
             return int(line) if line.isdecimal() else math.inf
 
-        ordered = sorted(problems, key=line_number)
         lines = [
             _one_line(f"{self.place(key)}: {'.'.join(map(str, key))}: {words}")
-            for key, words in ordered[:MOST_SHOWN]
+            for key, words in sorted(problems, key=line_number)
         ]
-        if len(ordered) == 1:
+        if len(lines) == 1:
             return lines[0]
-        lines = [f"  {number}. {line}" for number, line in enumerate(lines, 1)]
-        more = [f"  and {len(ordered) - MOST_SHOWN:,} more"] if len(ordered) > MOST_SHOWN else []
-        return "\n".join([f"{self.name}: {len(ordered):,} problems", *lines, *more])
+        numbered = [f"  {number}. {line}" for number, line in enumerate(lines[:MOST_SHOWN], 1)]
+        more = [f"  and {len(lines) - MOST_SHOWN:,} more"] if len(lines) > MOST_SHOWN else []
+        return "\n".join([f"{self.name}: {len(lines):,} problems", *numbered, *more])
+
+
+def _index(parent: Any, part: str) -> str | int:
+    """One part of an override's path as an index of `parent`; an absent section is created."""
+    if isinstance(parent, list):
+        if not part.isdecimal() or int(part) >= len(parent):
+            raise ValueError(f"the list has no item '{part}': it has {len(parent)}, counted from 0")
+        return int(part)
+    if not isinstance(parent, dict):
+        raise ValueError(f"{show(parent)} has no keys")
+    if parent.get(part) is None:
+        parent[part] = {}
+    return part
 
 
 def read_yaml(path: Path, what: str = "a recipe", keys: str = "name, model, data and train") -> Document:
@@ -177,14 +178,14 @@ def read_yaml(path: Path, what: str = "a recipe", keys: str = "name, model, data
         with path.open("rb") as file:
             raw = file.read(MOST_BYTES + 1)
         text = raw.decode("utf-8-sig")
-        if len(raw) > MOST_BYTES or sum(map(text.count, "\n,[{")) > 2 * MOST_VALUES:
+        if len(raw) > MOST_BYTES:
             raise BadInput(f"{path}: too large; {what} is a small YAML file")
         node = _compose(text)
         if not isinstance(node, MappingNode):
             raise BadInput(f"{path}:1: {what} is a mapping with {keys}")
         document.data = document.plain(node, ())
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such file{_near_file(path)}") from None
+        raise BadInput(f"{path}: no such file") from None
     except BadInput:
         raise
     except (OSError, ValueError, YAMLError, RecursionError) as problem:
@@ -209,7 +210,7 @@ def _describe(error: Any, model: type[BaseModel]) -> str:
     """One item of `ValidationError.errors()` in words: the message, the value and a hint."""
     key, kind, value, message = error["loc"], error["type"], error["input"], error["msg"]
     if kind == "extra_forbidden":
-        return REMOVED.get(".".join(map(str, key))) or _unknown(key, model)
+        return _unknown(key, model)
     if kind in ("missing", "rule"):
         return "missing" if kind == "missing" else str(message)
     if kind == "value_error":
@@ -284,13 +285,6 @@ def _reason(problem: BaseException) -> str:
     if isinstance(problem, YAMLError):
         return f"not YAML: {getattr(problem, 'problem', None) or 'a character that YAML does not allow'}"
     return f"cannot be read: {problem.strerror}" if isinstance(problem, OSError) else str(problem)
-
-
-def _near_file(path: Path) -> str:
-    """`. Did you mean ...?` from the YAML files beside a path that does not exist, or nothing."""
-    stems = {entry.stem: entry for pattern in ("*.yaml", "*.yml") for entry in path.parent.glob(pattern)}
-    guess = near(path.stem, list(stems))
-    return f". Did you mean {stems[guess]}?" if guess else ""
 
 
 def _one_line(text: str) -> str:

@@ -102,18 +102,6 @@ def test_a_conversation_forgets_its_oldest_turns_and_says_so(bundles: dict[str, 
     assert any("outgrew 96 tokens" in note for note in talk.notes)
 
 
-def test_an_answer_ends_at_the_end_of_a_text_as_at_the_end_of_a_turn(
-    bundles: dict[str, Path], tmp_path: Path
-) -> None:
-    tok = tokenizer(bundles["fp32"])
-    ids = tok.apply_chat_template(turn(("user", "the cat")), add_generation_prompt=True)["input_ids"]
-    expected = recompute(bundles["fp32"], ids, 12)
-    first = min(expected.index(expected[3]), expected.index(expected[5]))
-    for number, stops in enumerate(([expected[3], expected[5]], [expected[5], expected[3]])):
-        bundle = copy_with(bundles["fp32"], tmp_path / str(number), model__eos_token_id=stops)
-        assert Talk(bundle, prompt="the cat", max_new_tokens=12).text == tok.decode(expected[:first]) + "\n"
-
-
 @pytest.mark.parametrize("place", [0, 1, 4])
 def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(bundles: dict[str, Path], place: int) -> None:
     pieces: list[str] = []
@@ -189,10 +177,6 @@ def test_without_a_template_the_text_is_continued_and_the_user_is_told(
     expected = recompute(bundle, tok.encode("the cat", add_special_tokens=False), 5)
     assert talk.text == tok.decode(expected) + "\n"
     assert any("no chat template" in note for note in talk.notes)
-
-
-def test_an_int4_bundle_talks_too(bundles: dict[str, Path]) -> None:
-    assert Talk(bundles["int4"], prompt="the cat", max_new_tokens=5).stats.new_tokens == 5
 
 
 def test_bad_bundles_and_options_are_bad_input(bundles: dict[str, Path], tmp_path: Path) -> None:
