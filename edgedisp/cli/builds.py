@@ -110,15 +110,12 @@ def pilot(
     weights: Annotated[
         str, typer.Option(metavar="W,W,...", help="Weights to try, each with all layers and variants.")
     ] = "0.03,0.1,0.3,1,3",
-    tokens: Annotated[str, typer.Option(metavar="COUNT", help="Training tokens of the last rung.")] = "20k",
+    tokens: Annotated[str, typer.Option(metavar="COUNT", help="Training tokens of each candidate.")] = "20k",
     layers: Annotated[
         str | None, typer.Option(metavar="L,L,...", help="Such as all,last_half; default: the recipe's.")
     ] = None,
     variants: Annotated[
         str | None, typer.Option(metavar="V,V,...", help="Such as angular,cosine; default: the recipe's.")
-    ] = None,
-    halvings: Annotated[
-        int | None, typer.Option(min=0, help="How often the better half goes on; default: 2 where possible.")
     ] = None,
     set_: SetOption = None,
     smoke: SmokeOption = False,
@@ -128,23 +125,15 @@ def pilot(
     as_json: JsonOption = False,
 ) -> None:
     """Find out which dispersion settings do anything, on few tokens, before a build spends hours."""
-    from edgedisp import pilot as piloting
+    from edgedisp.commands import sweep as command
     from edgedisp.core.progress import Screen
-    from edgedisp.pilot import show
 
     loaded = load_recipe(recipe, set_, smoke)
-    planned = piloting.plan(
-        loaded, weights=weights, tokens=tokens, layers=layers, variants=variants, halvings=halvings
-    )
-    folder = piloting.pilot_folder(planned, out)
-    with Screen(f"pilot of {loaded.name}") as screen:
-        left = piloting.estimate(planned, folder, screen.progress)
-    typer.echo(show.announce(left, folder), err=True)
+    sweep = command.plan(loaded, weights=weights, tokens=tokens, layers=layers, variants=variants)
+    folder = command.run_folder(sweep, out)
     with Screen(f"{loaded.name} -> {folder}") as screen:
-        found = piloting.run(planned, folder, screen)
-    typer.echo(json.dumps(found, ensure_ascii=False) if as_json else show.render(found))
-    if not as_json:
-        typer.echo(f"\npicture: {folder / 'pilot.png'}")
+        results = command.run(sweep, folder, screen)
+    typer.echo(json.dumps(results, ensure_ascii=False) if as_json else command.render(results))
 
 
 @app.command()

@@ -19,9 +19,9 @@ LAYERS = {
     "device_results": 3,
     "pipeline": 4,
     "follow": 5, "lm_eval_models": 5,
-    "commands": 6, "pilot": 7,
-    "cli": 8,
-    "__main__": 9,
+    "commands": 6,
+    "cli": 7,
+    "__main__": 8,
 }  # fmt: skip
 
 HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "scipy", "matplotlib", "lm_eval", "datasets", "peft"}
