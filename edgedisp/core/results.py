@@ -258,7 +258,7 @@ class Measurement:
 @dataclass(frozen=True)
 class Training:
     """One finished training. log: rows {step, loss, dispersion, lr, grad_norm}. watched: looks at the
-    condensation in between, rows {step, cosine_by_layer, embedding_variance}."""
+    condensation in between, rows {step, cosine_by_layer}."""
 
     steps: int
     tokens: int

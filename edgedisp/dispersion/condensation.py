@@ -14,14 +14,13 @@ cone, so their pairwise cosines rise. The figures of a sequence at a layer (FIGU
 The trend is the paper's (figure 2): the rank correlation of a layer's mean cosine with its depth, over the
 hidden states as transformers lists them (embedding output first, the last block AFTER the final norm).
 
-Intervals are a bootstrap over sequences, as the tokens of one sequence are not independent. All figures use
-the same draws. Percentiles of few sequences are too narrow, so they are moved outwards (Hesterberg, The
-American Statistician 69, 2015) to those that Student's t needs, times sqrt(n / (n - 1)).
+Intervals are a bootstrap over sequences, whose tokens are not independent. Percentiles of few sequences are
+too narrow, so they are moved outwards (Hesterberg, The American Statistician 69, 2015) to those that
+Student's t needs, times sqrt(n / (n - 1)).
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgedisp.core.progress import Progress, silent
 from edgedisp.dispersion.hooks import decoder_layers, hidden_states
 from edgedisp.dispersion.losses import unit_vectors
 from edgedisp.dispersion.sampling import SINK_NORM
@@ -47,18 +47,14 @@ FIGURES = (
 States = Callable[[Tensor], Sequence[Tensor]]
 """Token ids int64 `(tokens,)` -> depth + 2 tensors `(tokens, features)`: embedding, blocks, final norm."""
 
-Report = Callable[[int, int, str], None]
-"""Progress: sequences so far, of how many, a note."""
-
 Statistic = Callable[[Tensor], Tensor]
 """Of curves `(..., layers)`, one number each."""
 
 
 def mean_cosine(vectors: Tensor) -> Tensor:
-    """Mean cosine of the pairs of different tokens, without a matrix of pairs.
+    """Mean cosine of the pairs of different tokens: `(..., tokens, features)` -> float64 `(...)`.
 
-    `(..., tokens, features)`, at least 2 tokens -> float64 `(...)`. N unit vectors with the sum s have
-    the mean (|s|^2 - N) / (N (N - 1)). A zero vector has cosine 0 with all.
+    N unit vectors with the sum s have the mean (|s|^2 - N) / (N (N - 1)). A zero vector has cosine 0.
     """
     directions = unit_vectors(vectors.double())
     tokens = vectors.shape[-2]
@@ -177,8 +173,8 @@ def student_t(z: float, freedom: int) -> float:
 
 def spearman(values: Tensor) -> Tensor:
     """Spearman's correlation of `(..., layers)` with the layers' order; 0 where all values are equal."""
-    own, others = values.unsqueeze(-1), values.unsqueeze(-2)
-    ranks = (others < own).sum(dim=-1) + ((others == own).sum(dim=-1) + 1) / 2  # ties share their mean rank
+    each, others = values.unsqueeze(-1), values.unsqueeze(-2)
+    ranks = (others < each).sum(dim=-1) + ((others == each).sum(dim=-1) + 1) / 2  # ties share their mean rank
     centred = ranks.double() - (values.shape[-1] + 1) / 2
     order = torch.arange(values.shape[-1], dtype=torch.float64) - (values.shape[-1] - 1) / 2
     spread = centred.square().sum(dim=-1) * order.square().sum()
@@ -209,14 +205,14 @@ def torch_states(model: nn.Module) -> Iterator[States]:
         yield run
 
 
-def measure_model(model: nn.Module, blocks: Tensor, progress: Report = lambda *_: None) -> dict[str, Any]:
+def measure_model(model: nn.Module, blocks: Tensor, progress: Progress = silent) -> dict[str, Any]:
     """The profile of a causal language model in evaluation mode over token blocks; see `profile`."""
     with torch_states(model) as states:
         return profile(states, blocks, progress)
 
 
 @torch.inference_mode()
-def profile(states: States, blocks: Tensor, progress: Report = lambda *_: None) -> dict[str, Any]:
+def profile(states: States, blocks: Tensor, progress: Progress = silent) -> dict[str, Any]:
     """Measure every layer over every sequence.
 
     Args:
@@ -247,7 +243,7 @@ def profile(states: States, blocks: Tensor, progress: Report = lambda *_: None) 
     return {
         "layers": [{"layer": layer, **row} for layer, row in enumerate(rows[:-1])],
         "final_norm": rows[-1],
-        **_over_layers(torch.tensor(by_sequence["cosine_raw"], dtype=torch.float64)),
+        **_over_layers("value", [torch.tensor(by_sequence["cosine_raw"], dtype=torch.float64)]),
         "sequences": len(blocks),
         "tokens": int(blocks.numel()),
         "by_sequence": by_sequence,
@@ -263,70 +259,58 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """
     if any(first[size] != second[size] for size in ("sequences", "tokens")):
         raise ValueError("profiles of different numbers of sequences or tokens cannot be compared")
-    same_depth = len(first["layers"]) == len(second["layers"])
-    rows: list[dict[str, Any]] = [
-        {"layer": layer} for layer in range(len(first["layers"]) if same_depth else 0)
-    ]
+    depths = {len(each["layers"]) for each in (first, second)}
+    rows: list[dict[str, Any]] = [{"layer": n} for n in range(depths.pop() if len(depths) == 1 else 0)]
     last: dict[str, Any] = {}
-    for name in FIGURES:
-        before, after = (
-            torch.tensor(each["by_sequence"][name], dtype=torch.float64) for each in (first, second)
-        )
-        if name == "cosine_raw":
-            over_layers = _over_layers(torch.cat([before, after], dim=1), before.shape[1])
-        change = after - before if same_depth else after[:, -1:] - before[:, -1:]
-        for layer, row in enumerate([*rows, last]):
-            row[name] = _estimate("difference", change[:, layer], lambda mean: mean)
-    return {"layers": rows, "final_norm": last, **over_layers}
+    figures = {
+        name: [torch.tensor(each["by_sequence"][name], dtype=torch.float64) for each in (first, second)]
+        for name in FIGURES
+    }
+    for name, (before, after) in figures.items():
+        for layer, row in ((-1, last), *enumerate(rows)):
+            row[name] = _estimate("difference", after[:, layer] - before[:, layer], lambda mean: mean)
+    return {"layers": rows, "final_norm": last, **_over_layers("difference", figures["cosine_raw"])}
 
 
 def _estimate(name: str, values: Tensor, statistic: Statistic) -> dict[str, float | None]:
     """{name, low, high} of a statistic of the mean over sequences."""
-    low, high = bootstrap_interval(values, statistic) or (None, None)
-    bounds = {"low": None if low is None else float(low), "high": None if high is None else float(high)}
-    return {name: float(statistic(values.mean(dim=0))), **bounds}
+    bounds = bootstrap_interval(values, statistic)
+    low, high = (None, None) if bounds is None else map(float, bounds)
+    return {name: float(statistic(values.mean(dim=0))), "low": low, "high": high}
 
 
-def _over_layers(cosines: Tensor, split: int | None = None) -> dict[str, Any]:
-    """`mean_cosine` and `correlations` of curves `(sequences, layers + 1)`, the final norm last.
+def _over_layers(name: str, curves: list[Tensor]) -> dict[str, Any]:
+    """`mean_cosine` and `correlations` of a model's mean cosines `(sequences, layers + 1)`, the final norm
+    last, or the differences between two models."""
+    widths = [curve.shape[1] for curve in curves]
 
-    With `split` the curves of two models stand one after the other, and the difference is estimated.
-    """
+    def estimate(statistic: Statistic) -> dict[str, float | None]:
+        def of_all(mean: Tensor) -> Tensor:
+            parts = [statistic(part) for part in mean.split(widths, dim=-1)]
+            return parts[-1] - parts[0] if len(parts) > 1 else parts[0]
 
-    def estimate(figure: Statistic) -> dict[str, float | None]:
-        if split is None:
-            return _estimate("value", cosines, figure)
-        return _estimate("difference", cosines, lambda c: figure(c[..., split:]) - figure(c[..., :split]))
+        return _estimate(name, torch.cat(curves, dim=1), of_all)
 
-    def trend(correlation: Statistic) -> Statistic:
-        return lambda curve: correlation(torch.cat([curve[..., :-2], curve[..., -1:]], dim=-1))
+    def as_listed(curve: Tensor) -> Tensor:
+        return torch.cat([curve[..., :-2], curve[..., -1:]], dim=-1)
 
     return {
         "mean_cosine": estimate(lambda curve: curve[..., 1:-1].mean(dim=-1)),
-        "correlations": {"spearman": estimate(trend(spearman)), "kendall": estimate(trend(kendall))},
+        "correlations": {
+            "spearman": estimate(lambda curve: spearman(as_listed(curve))),
+            "kendall": estimate(lambda curve: kendall(as_listed(curve))),
+        },
     }
 
 
 @torch.no_grad()
-def quick_condensation(model: nn.Module, blocks: Tensor) -> dict[str, Any]:
-    """Condensation in two figures, cheap enough to look at while a model trains.
+def quick_condensation(model: nn.Module, blocks: Tensor) -> dict[str, list[float]]:
+    """`cosine_by_layer`, cheap enough to look at while a model trains: the raw mean cosine, averaged over
+    sequences; index 0 is the embedding output, i the output of the i-th block.
 
-    Args:
-        model: in evaluation mode, bare or wrapped by peft.
-        blocks: `(sequences, tokens)` int64, full blocks without padding, tokens >= 3.
-    Returns:
-        `cosine_by_layer`: raw mean cosine, averaged over sequences; index 0 is the embedding output, i the
-        output of the i-th block. `embedding_variance`: variance over the tokens of a sequence at the last
-        block, averaged over features and sequences, without the first token, whose norm would dominate.
+    model: in evaluation mode, bare or wrapped by peft. blocks: `(sequences, tokens)` int64, without padding.
     """
-    device = next(model.parameters()).device
     layers = range(-1, len(decoder_layers(model)))
-    wrapped: Any = model
-    inner = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
-    few_logits = {"logits_to_keep"} & inspect.signature(inner.forward).parameters.keys()
     with hidden_states(model, layers) as states:
-        model(input_ids=blocks.to(device), use_cache=False, **dict.fromkeys(few_logits, 1))
-        cosines = [float(mean_cosine(states[index].float()).mean()) for index in layers]
-        last = states[layers[-1]].float()
-    variance = float(last[:, 1:].var(dim=1, correction=0).mean())
-    return {"cosine_by_layer": cosines, "embedding_variance": variance}
+        model(input_ids=blocks.to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
+        return {"cosine_by_layer": [float(mean_cosine(states[index]).mean()) for index in layers]}

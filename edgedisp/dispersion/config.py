@@ -43,33 +43,24 @@ class DispersionConfig:
     def __post_init__(self) -> None:
         if isinstance(self.layers, list | range):
             object.__setattr__(self, "layers", tuple(self.layers))
-        is_tuple = isinstance(self.layers, tuple)
-        indices = self.layers if isinstance(self.layers, tuple) else ()
         rules = {
             "variant": (self.variant in list(VARIANTS), f"one of {', '.join(VARIANTS)}"),
-            "weight": (_is_number(self.weight) and self.weight >= 0, "a number of at least 0"),
-            "temperature": (_is_number(self.temperature) and self.temperature > 0, "a number above 0"),
+            "weight": (0 <= self.weight < math.inf, "a number of at least 0"),
+            "temperature": (0 < self.temperature < math.inf, "a number above 0"),
             "tokens": (
-                self.tokens is None or (_is_whole(self.tokens) and self.tokens >= 2),
+                self.tokens is None or (isinstance(self.tokens, int) and self.tokens >= 2),
                 "a whole number of at least 2, or None for all",
             ),
-            "clamp": (_is_number(self.clamp) and 0 <= self.clamp < 1, "a number from 0 to below 1"),
-            "seed": (_is_whole(self.seed) and self.seed >= 0, "a whole number of at least 0"),
-            "layers": (
-                0 < len(indices) == len(set(indices)) and all(_is_whole(i) and i >= 0 for i in indices)
-                if is_tuple
-                else self.layers in LAYER_WORDS,
-                f"{', '.join(LAYER_WORDS)}, or indices from 0, none twice",
-            ),
+            "clamp": (0 <= self.clamp < 1, "a number from 0 to below 1"),
+            "seed": (isinstance(self.seed, int) and self.seed >= 0, "a whole number of at least 0"),
+            "layers": (_are_layers(self.layers), f"{', '.join(LAYER_WORDS)}, or indices from 0, none twice"),
         }
         for field, (is_valid, works) in rules.items():
             if not is_valid:
                 raise ValueError(f"dispersion {field} is {getattr(self, field)!r}; it needs {works}")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _are_layers(layers: object) -> bool:
+    if not isinstance(layers, tuple):
+        return layers in LAYER_WORDS
+    return 0 < len(layers) == len(set(layers)) and all(isinstance(i, int) and i >= 0 for i in layers)

@@ -1,18 +1,17 @@
 """Compute the dispersion loss layer by layer while a model runs.
 
-Forward hooks on the decoder layers sample tokens (sampling.py), compute the values of a few layers at a time,
-and put nodes into the autograd graph, so the gradients of a few layers are alive at a time, not those of all.
+Forward hooks on the decoder layers sample tokens (sampling.py) and compute the values of a few layers at a
+time, so the gradients of a few layers are alive at a time, not those of all.
 
-- Micro-batches, data-parallel processes, padding and resumed runs sample what one unbroken run does.
-- Layers that a pass skips (`layerdrop`) do not count in the mean over layers. Layers that are recomputed in
-  the backward pass with their hooks count once. Reentrant checkpointing hides layers, which `loss` refuses.
-- Which sequences count is decided by the mask alone, so a trainer can weigh micro-batches beforehand.
+Layers that a pass skips (`layerdrop`) do not count in the mean over layers. Layers that are recomputed in the
+backward pass with their hooks count once. Reentrant checkpointing hides layers, which `loss` refuses. Which
+sequences count is decided by the mask alone, so a trainer can weigh micro-batches beforehand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from edgedisp.dispersion.config import DispersionConfig
-from edgedisp.dispersion.losses import BY_SEQUENCE, has_pair
+from edgedisp.dispersion.losses import VARIANTS, has_pair
 from edgedisp.dispersion.pairwise_kernel import FORMS, pairwise_loss
-from edgedisp.dispersion.sampling import Call, TokenSample, candidates
+from edgedisp.dispersion.sampling import TokenSample, candidates
 
 # Layers computed together: one at a time, starting small operations takes longer than doing them; all at
 # once, their vectors and gradients would be a percent of a training step's memory.
@@ -30,11 +29,8 @@ GROUP = 10
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The transformer blocks of a causal language model, bare or wrapped by peft.
-
-    They are the module list that is as long as `config.num_hidden_layers`.
-    Raises ValueError for a model without such a list.
-    """
+    """The transformer blocks of a causal language model, bare or wrapped by peft: the module list that is as
+    long as `config.num_hidden_layers`. Raises ValueError for a model without such a list."""
     depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
@@ -45,7 +41,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def select_layers(choice: str | Sequence[int], depth: int) -> list[int]:
     """Indices (from 0) of the layers named by `all`, `first_half`, `last_half`, `last`, or a list.
 
-    Raises ValueError for another word, an index outside the model, or a choice of no layer.
+    Raises ValueError for an index outside the model, or a choice of no layer.
     """
     named = {
         "all": range(depth),
@@ -53,8 +49,6 @@ def select_layers(choice: str | Sequence[int], depth: int) -> list[int]:
         "last_half": range(depth // 2, depth),
         "last": range(depth - 1, depth),
     }
-    if isinstance(choice, str) and choice not in named:
-        raise ValueError(f"layers {choice!r} is not one of {', '.join(named)} or a list of indices")
     indices = sorted(set(named[choice] if isinstance(choice, str) else choice))
     outside = [index for index in indices if not 0 <= index < depth]
     if outside:
@@ -74,25 +68,38 @@ def hidden_states(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int,
     blocks = decoder_layers(model)
     states: dict[int, Tensor] = {}
 
-    def keep_output(index: int) -> Any:
+    def collect_output(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
             states[index] = _first_tensor(output)
 
-        return blocks[index].register_forward_hook(hook)
+        return hook
 
-    def keep_input(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+    def collect_input(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         states[-1] = args[0] if args else kwargs["hidden_states"]
 
-    handles: list[Any] = []
-    try:
-        handles.extend(keep_output(index) for index in layers if index >= 0)
-        if -1 in layers:
-            handles.append(blocks[0].register_forward_pre_hook(keep_input, with_kwargs=True))
+    with ExitStack() as stack:
+        stack.callback(states.clear)
+        for index in layers:
+            if index < 0:
+                handle = blocks[0].register_forward_pre_hook(collect_input, with_kwargs=True)
+            else:
+                handle = blocks[index].register_forward_hook(collect_output(index))
+            stack.callback(handle.remove)
         yield states
-    finally:
-        for handle in handles:
-            handle.remove()
-        states.clear()
+
+
+@dataclass
+class _Pass:
+    """A forward pass. `mask` `(batch, tokens)`: true or 1 for a real token, None if all are."""
+
+    mask: Tensor | None
+    first_sequence: int
+    length: int | None = None  # of the sequences in the model's call, where known
+    sample: TokenSample | None = None  # set by the first watched layer
+    waiting: list[tuple[int, Tensor]] = field(default_factory=list)  # place, output; without a value yet
+    places: list[int] = field(default_factory=list)  # of the layers with a value
+    values: list[Tensor] = field(default_factory=list)  # a vector for each group
+    is_over: bool = False
 
 
 class DispersionLoss:
@@ -135,15 +142,14 @@ class DispersionLoss:
         """
         blocks = decoder_layers(model)
         self._layers, self._has_run = select_layers(self.config.layers, len(blocks)), False
-        handles = [model.register_forward_pre_hook(self._start, with_kwargs=True)]
-        try:
+        with ExitStack() as stack:
+            stack.callback(model.register_forward_pre_hook(self._start, with_kwargs=True).remove)
             for place, index in enumerate(self._layers):
-                handles.append(blocks[index].register_forward_hook(self._hook(place)))
-            yield self
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._pass = self._next_pass = None
+                stack.callback(blocks[index].register_forward_hook(self._hook(place)).remove)
+            try:
+                yield self
+            finally:
+                self._pass = self._next_pass = None
 
     def begin(self, mask: Tensor | None = None, first_sequence: int | None = None) -> None:
         """Describe the next forward pass; without it, the mask is the call's own `attention_mask`.
@@ -165,10 +171,10 @@ class DispersionLoss:
         if now is None or now.is_over:
             raise ValueError("no forward pass to compute the dispersion of: run the model inside watch()")
         now.is_over = True
-        if now.waiting:
-            self._compute(now, is_last=True)
+        if now.waiting and now.sample is not None:
+            self._compute(now, now.sample, is_last=True)
         values, now.values = now.values, []
-        if not values:
+        if not values or now.sample is None:
             self._last = [], torch.empty(0)
             if self._has_run:
                 return torch.zeros(())
@@ -203,10 +209,8 @@ class DispersionLoss:
         def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
             if not torch.is_grad_enabled() or (_in_backward() and not _in_checkpoint()):
                 return
-            if (
-                self._next_pass is not None and not _in_backward()
-            ):  # the call skipped the watched model itself
-                self._pass, self._next_pass = self._next_pass, None
+            if self._next_pass is not None and not _in_backward():
+                self._pass, self._next_pass = self._next_pass, None  # the call skipped the watched model
             if self._pass is not None and (_in_backward() or not self._pass.is_over):
                 self._take(self._pass, place, _first_tensor(output))
 
@@ -214,64 +218,48 @@ class DispersionLoss:
 
     def _take(self, now: _Pass, place: int, state: Tensor) -> None:
         """Compute the values of the waiting layers, when there are enough of them or no more to come."""
-        if not now.has_sample:
-            now.sample = TokenSample(self.config, len(self._layers), state, now)
-            device = state.device.type
-            is_bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
-            now.precision = "bf16" if is_bf16 else "none"
-            now.has_sample = True
+        if now.sample is None:
+            depth, first = len(self._layers), now.first_sequence
+            now.sample = TokenSample(self.config, depth, state, now.mask, now.length, first)
         if _in_checkpoint():
             # The recomputation has to save what was saved here, so this layer is computed at once and alone.
-            value = self._value(now, [(place, state)], is_last=True)
+            value = self._value(now.sample, [(place, state)], is_last=True)
             if not _in_backward():
                 now.places.append(place)
                 now.values.append(value)
             return
         # A full group waits until another layer comes: as the model may skip layers, it could be the last.
         size = GROUP if self.config.variant in FORMS else 1
-        first = now.waiting[0][1] if now.waiting else state
-        is_alike = (first.shape, first.dtype, first.device) == (state.shape, state.dtype, state.device)
+        other = now.waiting[0][1] if now.waiting else state
+        is_alike = (other.shape, other.dtype, other.device) == (state.shape, state.dtype, state.device)
         if len(now.waiting) == size or not is_alike:
-            self._compute(now, is_last=False)
+            self._compute(now, now.sample, is_last=False)
         now.waiting.append((place, state))
         # Long sequences, without sampling, keep the processor busy alone.
         if now.sample.picks is None or place == len(self._layers) - 1:
-            self._compute(now, is_last=True)
+            self._compute(now, now.sample, is_last=True)
 
-    def _compute(self, now: _Pass, is_last: bool) -> None:
+    def _compute(self, now: _Pass, sample: TokenSample, is_last: bool) -> None:
         """The values of the waiting layers; `is_last`: no watched layer follows the last of them."""
         waiting, now.waiting = now.waiting, []
         now.places.extend(place for place, _ in waiting)
-        now.values.append(self._value(now, waiting, is_last))
+        now.values.append(self._value(sample, waiting, is_last))
 
-    def _value(self, now: _Pass, layers: list[tuple[int, Tensor]], is_last: bool) -> Tensor:
+    def _value(self, sample: TokenSample, layers: list[tuple[int, Tensor]], is_last: bool) -> Tensor:
         """The mean over sequences at each of these layers; `(layers,)`."""
         config = self.config
-        vectors, mask = now.sample.vectors(layers, is_last)
+        vectors, mask = sample.vectors(layers, is_last)
         options = {"temperature": config.temperature, "clamp": config.clamp}
         if config.variant in FORMS:
-            values = pairwise_loss(config.variant, vectors, mask, precision=now.precision, **options)
+            values = pairwise_loss(config.variant, vectors, mask, precision=sample.precision, **options)
         else:
             if mask is None:
                 mask = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
-            values = BY_SEQUENCE[config.variant](vectors, mask, **options)
+            values = VARIANTS[config.variant](vectors, mask, **options)
         # Sequences that do not count have value 0. So has one that counts but loses its pairs to sinks here:
         # what a micro-batch weighs must not depend on its vectors.
-        sums, count = values.view(len(layers), -1).sum(dim=1), now.sample.sequences
+        sums, count = values.view(len(layers), -1).sum(dim=1), sample.sequences
         return sums / (count.clamp_min(1).to(sums.device) if isinstance(count, Tensor) else max(count, 1))
-
-
-@dataclass
-class _Pass(Call):
-    """A forward pass with the values of the layers so far."""
-
-    sample: TokenSample = field(init=False)  # set by the first watched layer, with `precision`
-    precision: str = field(init=False)
-    has_sample: bool = False
-    waiting: list[tuple[int, Tensor]] = field(default_factory=list)  # place, output; without a value yet
-    places: list[int] = field(default_factory=list)  # of the layers with a value
-    values: list[Tensor] = field(default_factory=list)  # a vector for each group
-    is_over: bool = False
 
 
 def _first_tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -11,16 +11,12 @@ With z_i the real tokens of a sequence, c_ij their cosines and D_ij = arccos(c_i
 | orthogonalization | mean_{i != j} max(0, 1/2 - D_ij)^2 | 0 .. 1/4 without a clamp |
 | spectral_entropy | -log(effective rank) of the directions z_i / |z_i| | -log(features) .. 0 |
 
-`angular` is the loss of arXiv 2602.00217 (section 4); l2-repel, decorrelation and orthogonalization are its
-alternatives; `cosine` is a form of Diffuse and Disperse (arXiv 2506.09027). A clamp narrows the range: with
-the default of 0.1 and temperature 1, `angular` is -0.144 for equal and -0.856 for opposite vectors.
+`angular`, l2-repel, decorrelation and orthogonalization are of arXiv 2602.00217 (section 4); `cosine` is a
+form of Diffuse and Disperse (arXiv 2506.09027). With clamp 0.1 and temperature 1, `angular` is -0.144 for
+equal and -0.856 for opposite vectors. Differences from the code published with 2602.00217:
 
-Differences from the code published with 2602.00217:
-
-- Padding takes part in no pair, mean or spectrum.
-- Vectors are divided by their norm, there by the norm + 0.01. No loss depends on the unit of the vectors,
-  whose norms grow from 100 to 20,000 with depth. The published `angular` also contains a constant 0.01.
-- Pairs i = i are left out of l2-repel; see `l2_repel` for its unit.
+- Padding takes part in no pair, mean or spectrum, and pairs i = i are left out of l2-repel.
+- Vectors are divided by their norm, there by the norm + 0.01; `angular` there also adds a constant 0.01.
 - Decorrelation correlates features over tokens, not tokens over features.
 - Means replace sums, so that no value grows with the length of the sequence or the number of features.
 - The last layer's vectors are taken before the final norm (hooks.py), there after it.
@@ -39,25 +35,17 @@ import torch
 from torch import Tensor
 
 Loss = Callable[..., Tensor]
-"""`(vectors, mask, *, temperature, clamp) -> Tensor`: vectors `(..., tokens, features)`, any floating dtype,
-mask `(..., tokens)`, true for a real token. Raises ValueError for a temperature or clamp out of bounds, or a
-mask that does not fit the vectors. A loss without a use for `temperature` or `clamp` only checks it."""
+"""`(vectors, mask, *, temperature, clamp)` -> a value for each sequence, `(...)`: vectors `(..., tokens,
+features)`, any floating dtype; mask `(..., tokens)`, true for a real token. Value and gradient are 0 for a
+sequence without a pair. Raises ValueError for a temperature or clamp out of bounds, or a mask that does not
+fit. A loss without a use for `temperature` or `clamp` only checks it."""
 
 VARIANTS: dict[str, Loss] = {}
-"""The losses by the name that a recipe uses: a scalar, the mean over the sequences (all leading dimensions)
-with at least one pair of real tokens. Without any such sequence, value and gradient are 0."""
+"""The losses by the name that a recipe uses."""
 
-BY_SEQUENCE: dict[str, Loss] = {}
-"""The same losses, one value for each sequence, shape `(...)`; 0 for a sequence without a pair."""
-
-# A vector shorter than this is treated as this long: the direction of a zero vector is undefined.
-SHORTEST = 1e-6
-
-# A feature that deviates from its mean by less than so many rounding steps of its size does not vary.
-ROUNDING_STEPS = 100
-
-NORM_PENALTY = 0.1
-"""Weight of the norm penalty in `l2_repel`, that of the paper's code."""
+SHORTEST = 1e-6  # shorter vectors are treated as this long: a zero vector has no direction
+ROUNDING_STEPS = 100  # a feature within so many rounding steps of its mean does not vary
+NORM_PENALTY = 0.1  # of `l2_repel`, as in the paper's code
 
 
 def has_pair(mask: Tensor) -> Tensor:
@@ -70,10 +58,9 @@ def unit_vectors(vectors: Tensor) -> Tensor:
     return vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(SHORTEST)
 
 
-def cosine_matrix(vectors: Tensor) -> Tensor:
-    """Cosine of every pair: `(..., tokens, features)` -> `(..., tokens, tokens)`, float32 or better."""
-    directions = unit_vectors(_precise(vectors))
-    return directions @ directions.transpose(-1, -2)
+def precise(vectors: Tensor) -> Tensor:
+    """In float32, or float64 if they are."""
+    return vectors if vectors.dtype == torch.float64 else vectors.float()
 
 
 def clamp_straight_through(values: Tensor, low: float, high: float) -> Tensor:
@@ -92,10 +79,7 @@ def angular_distance(cosine: Tensor, clamp: float) -> Tensor:
 
 
 def log_mean_exp_over_pairs(scores: Tensor, mask: Tensor) -> Tensor:
-    """`log mean exp(scores)` over ordered pairs i != j of real tokens: `(..., N, N)` -> `(...)`.
-
-    A sequence with fewer than two real tokens has the value 0 and no gradient.
-    """
+    """`log mean exp(scores)` over ordered pairs i != j of real tokens: `(..., N, N)` -> `(...)`."""
     pairs = _pairs(mask)
     count = pairs.sum(dim=(-1, -2))
     # An all-masked row would give log(0) = -inf and a NaN gradient: let such a sequence see zeros instead.
@@ -106,30 +90,20 @@ def log_mean_exp_over_pairs(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def _variant(formula: Loss) -> Loss:
-    """Register a formula under its name, and turn it into the public function that gives a scalar.
-
-    The formula sees checked arguments, vectors of float32 or better, and zeros in place of padding. It gives
-    a value for each sequence, which counts only where there is a pair.
-    """
+    """Register a formula. It sees checked arguments, float32 or better, and zeros in place of padding."""
 
     @functools.wraps(formula)
-    def by_sequence(vectors: Tensor, mask: Tensor, **options: float) -> Tensor:
+    def loss(vectors: Tensor, mask: Tensor, **options: float) -> Tensor:
         _check(vectors, mask, **options)
         mask = mask.bool()
         # A selection and no product: 0 * inf is NaN, and its gradient too.
-        clean = torch.where(mask.unsqueeze(-1), _precise(vectors), 0.0)
+        clean = torch.where(mask.unsqueeze(-1), precise(vectors), 0.0)
         with torch.autocast(device_type=vectors.device.type, enabled=False):
             values = formula(clean, mask, **options)
         return torch.where(has_pair(mask), values, 0.0)
 
-    @functools.wraps(formula)
-    def mean(vectors: Tensor, mask: Tensor, **options: float) -> Tensor:
-        values = by_sequence(vectors, mask, **options)
-        return values.sum() / has_pair(mask).sum().clamp_min(1)
-
-    BY_SEQUENCE[formula.__name__] = by_sequence
-    VARIANTS[formula.__name__] = mean
-    return mean
+    VARIANTS[formula.__name__] = loss
+    return loss
 
 
 @_variant
@@ -139,18 +113,14 @@ def angular(vectors: Tensor, mask: Tensor, *, temperature: float = 1.0, clamp: f
     A small temperature looks at the nearest pairs alone, a large one at the mean angle. About
     -1 / (2 temperature) for orthogonal vectors. See `angular_distance` for the clamp.
     """
-    distance = angular_distance(cosine_matrix(vectors), clamp)
+    distance = angular_distance(_cosines(vectors), clamp)
     return log_mean_exp_over_pairs(-distance / temperature, mask)
 
 
 @_variant
 def cosine(vectors: Tensor, mask: Tensor, *, temperature: float = 1.0, clamp: float = 0.0) -> Tensor:
-    """The cosine form of Diffuse and Disperse: `log mean exp(-D / temperature)`, D = 1 - cosine in [0, 2].
-
-    That paper writes D = -cosine, which differs by the constant 1 / temperature. No clamp is needed, as the
-    slope is 1 everywhere.
-    """
-    clamped = clamp_straight_through(cosine_matrix(vectors), -1 + clamp, 1 - clamp)
+    """`log mean exp(-D / temperature)`, D = 1 - cosine; Diffuse and Disperse has D = -cosine."""
+    clamped = clamp_straight_through(_cosines(vectors), -1 + clamp, 1 - clamp)
     return log_mean_exp_over_pairs((clamped - 1) / temperature, mask)
 
 
@@ -159,11 +129,9 @@ def l2_repel(vectors: Tensor, mask: Tensor, *, temperature: float = 1.0, clamp: 
     """`log mean exp(-|r_i - r_j|^2 / temperature) + 0.1 mean |r_i|^2`, r = z / (mean norm of the tokens).
 
     The paper's l2-repel with its norm penalty, but with lengths measured in mean norms of the sequence. Raw
-    vectors, as in its code, fail at norms of hundreds: every exponential but the largest vanishes, one pair
-    takes the whole gradient, and longer vectors gain more by their distances than the penalty costs.
-
-    0.1 for equal vectors; near 0.1 - 2 / temperature for orthogonal ones of equal norm. An attention sink of
-    80 times the norm of 255 others adds 1.5 of penalty: exclude it if it is to stay as it is.
+    vectors, as in its code, fail at norms of hundreds: one pair takes the whole gradient. 0.1 for equal
+    vectors; near 0.1 - 2 / temperature for orthogonal ones of equal norm. Attention sinks dominate the
+    penalty: exclude them if they are to stay as they are.
     """
     unit = vectors.norm(dim=-1).sum(dim=-1) / mask.sum(dim=-1).clamp_min(1)
     scaled = vectors / unit.clamp_min(SHORTEST)[..., None, None]
@@ -180,7 +148,7 @@ def decorrelation(vectors: Tensor, mask: Tensor, *, temperature: float = 1.0, cl
 
     The paper's sum of squared off-diagonal covariances after standardising, divided by their number
     `features * (features - 1)`: 0 for uncorrelated features, 1 when one number decides them all. A feature
-    that does not vary counts as 0. Features are centred, so an offset common to all tokens goes unseen.
+    that does not vary counts as 0.
     """
     count = mask.sum(dim=-1).clamp_min(1)[..., None, None]
     mean = vectors.sum(dim=-2, keepdim=True) / count
@@ -202,7 +170,7 @@ def orthogonalization(
     vectors: Tensor, mask: Tensor, *, temperature: float = 1.0, clamp: float = 0.1
 ) -> Tensor:
     """`mean max(0, 1/2 - D)^2` over pairs, D the angle over pi: pairs beyond a right angle are left alone."""
-    gap = (0.5 - angular_distance(cosine_matrix(vectors), clamp)).clamp_min(0)
+    gap = (0.5 - angular_distance(_cosines(vectors), clamp)).clamp_min(0)
     pairs = _pairs(mask)
     return torch.where(pairs, gap.square(), 0.0).sum(dim=(-1, -2)) / pairs.sum(dim=(-1, -2)).clamp_min(1)
 
@@ -214,9 +182,8 @@ def spectral_entropy(
     """`sum p log p`, p the eigenvalues of the tokens' cosine matrix over their sum: -log(effective rank).
 
     The matrix-based entropy of Giraldo, Rao and Principe (2014) at order 1: from 0, all vectors in one line,
-    down to -log(min(tokens, features)). Unlike the effective rank that condensation.py reports (Roy and
-    Vetterli 2007) it takes directions and not vectors, and eigenvalues, whose entropy has a gradient also
-    where a singular value is 0. Costs min(tokens, features)^3 for each sequence and layer.
+    down to -log(min(tokens, features)). condensation.py's effective rank (Roy and Vetterli 2007) is of
+    vectors and singular values instead. Costs min(tokens, features)^3 for each sequence and layer.
     """
     gram = _smaller_gram(unit_vectors(vectors))
     # The decomposition refuses NaN and inf; the value shall be NaN, for the training loop to find.
@@ -230,8 +197,10 @@ def spectral_entropy(
     return torch.where(finite, (share * share.log()).sum(dim=-1), math.nan)
 
 
-def _precise(vectors: Tensor) -> Tensor:
-    return vectors if vectors.dtype == torch.float64 else vectors.float()
+def _cosines(vectors: Tensor) -> Tensor:
+    """Of every pair: `(..., tokens, features)` -> `(..., tokens, tokens)`."""
+    directions = unit_vectors(vectors)
+    return directions @ directions.transpose(-1, -2)
 
 
 def _pairs(mask: Tensor) -> Tensor:
@@ -247,11 +216,6 @@ def _smaller_gram(rows: Tensor) -> Tensor:
 
 
 def _check(vectors: Tensor, mask: Tensor, temperature: float = 1.0, clamp: float = 0.0) -> None:
-    if vectors.dim() < 2 or not vectors.is_floating_point():
-        raise ValueError(
-            f"vectors are {vectors.dtype} of shape {tuple(vectors.shape)}; "
-            "they must be floating point, (..., tokens, features)"
-        )
     if mask.shape != vectors.shape[:-1]:
         raise ValueError(
             f"the mask has shape {tuple(mask.shape)} and the vectors {tuple(vectors.shape)}; "

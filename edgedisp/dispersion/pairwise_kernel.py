@@ -1,17 +1,15 @@
 """Angular and cosine dispersion over every pair of tokens, without the tokens x tokens matrix.
 
 Square blocks of the upper triangle of the cosine matrix each add to an online log-sum-exp and are dropped.
-The backward pass computes each block again and spends its slopes on two products with the vectors, so memory
-is O(tokens x features): the idea of FlashAttention (arXiv 2205.14135) for a loss. Up to BLOCK tokens are a
-single block, whose slopes are kept from the forward pass.
+The backward pass computes each block again, so memory is O(tokens x features): the idea of FlashAttention
+(arXiv 2205.14135) for a loss. Up to BLOCK tokens are a single block, whose slopes the forward pass saves.
 
 With v a token vector, n its norm, c_ij = v_i v_j / (n_i n_j), D the distance and s = -D / temperature, the
 loss of a sequence of N tokens is `log sum_{i != j} exp(s_ij) - log N(N - 1)`. Its gradient is
 
     dL/dv_i = sum_j M_ij v_j,   M_ij = G_ij / (n_i n_j),   M_ii = -sum_j G_ij c_ij / n_i^2,
 
-with G_ij = 2 P_ij s'(c_ij) and P the softmax of s over the pairs. Values and sums are float32 (float64 for
-float64 vectors) whatever autocast says.
+with G_ij = 2 P_ij s'(c_ij) and P the softmax of s over the pairs.
 """
 
 from __future__ import annotations
@@ -24,10 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgedisp.dispersion.losses import SHORTEST
+from edgedisp.dispersion.losses import SHORTEST, precise
 
-# Rows and columns of a block: fits the second-level cache, and the matrix product runs at full speed.
-BLOCK = 256
+BLOCK = 256  # fits the second-level cache, and the matrix product runs at full speed
 
 # exp(-60) is 1e-26: scores that spread over less cannot make a float32 sum lose its largest terms, so no
 # running maximum is needed.
@@ -65,8 +62,8 @@ class _Score:
 def matmul_precision(precision: str) -> Iterator[None]:
     """Let float32 matrix products on the CPU round their inputs to `bf16` and still add up in float32.
 
-    Unlike under autocast, the result is not rounded to bfloat16. `none` changes nothing; so does a CPU
-    without bf16. Compiled code cannot change the setting and computes in float32.
+    Unlike under autocast, the result is not rounded. `none` changes nothing. Compiled code cannot change the
+    setting and computes in float32.
     """
     if precision == "none" or torch.compiler.is_compiling():
         yield
@@ -82,12 +79,12 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 def _zero_where_masked(vectors: Tensor, mask: Tensor | None) -> Tensor:
     """The vectors in float32 or better. Padding may hold anything, NaN too."""
-    vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
+    vectors = precise(vectors)
     return vectors if mask is None else torch.where(mask.unsqueeze(-1), vectors, 0.0)
 
 
 class _Pairs:
-    """Token vectors `(batch, n, features)` and the blocks of their cosines; `inverse` holds 1 / norm."""
+    """Token vectors `(batch, n, features)` and the blocks of their cosines; `inverse` is 1 / norm."""
 
     def __init__(self, vectors: Tensor, mask: Tensor | None) -> None:
         self.vectors, self.mask = vectors, mask
@@ -103,8 +100,9 @@ class _Pairs:
         products = torch.bmm(self.vectors[:, rows], self.vectors[:, columns].mT)
         return products.mul_(self.inverse[:, rows, None]).mul_(self.inverse[:, None, columns])
 
-    def hide(self, scores: Tensor, rows: slice, columns: slice) -> Tensor:
-        """Minus infinity for pairs of a token with itself and for pairs with padding, in place."""
+    def scores(self, score: _Score, clamped: Tensor, rows: slice, columns: slice) -> Tensor:
+        """s, minus infinity for pairs of a token with itself and for pairs with padding."""
+        scores = score.value(clamped)
         if rows == columns:
             scores.diagonal(dim1=-2, dim2=-1).fill_(-math.inf)
         if self.mask is not None:
@@ -117,10 +115,10 @@ def _log_total(pairs: _Pairs, score: _Score) -> Tensor:
     total = pairs.inverse.new_zeros(len(pairs.vectors))
     highest = torch.full_like(total, 0.0 if score.is_safe else -math.inf)
     for rows, columns in pairs.blocks():
-        scores = pairs.hide(score.value(score.clamped(pairs.cosines(rows, columns))), rows, columns)
+        scores = pairs.scores(score, score.clamped(pairs.cosines(rows, columns)), rows, columns)
         if not score.is_safe:
             top = torch.maximum(highest, scores.amax(dim=(-2, -1)))
-            # Until a pair is seen both are -inf; their difference must not become NaN.
+            # Both are -inf until a pair is seen, and their difference must not become NaN.
             total *= torch.exp(torch.where(highest == top, 0.0, highest - top))
             highest = top
             scores -= torch.where(top == -math.inf, 0.0, top)[:, None, None]
@@ -135,7 +133,7 @@ def _gradient(pairs: _Pairs, score: _Score, log_total: Tensor) -> Tensor:
     for rows, columns in pairs.blocks():
         cosines = pairs.cosines(rows, columns)
         clamped = score.clamped(cosines)
-        scores = pairs.hide(score.value(clamped), rows, columns)
+        scores = pairs.scores(score, clamped, rows, columns)
         slopes = score.times_slope(scores.sub_(log_total[:, None, None]).exp_(), clamped)
         along = cosines.mul_(slopes)
         radial[:, rows] += along.sum(dim=-1)
@@ -153,7 +151,7 @@ def _in_one_block(pairs: _Pairs, score: _Score, differentiate: bool) -> tuple[Te
     everything = slice(0, pairs.vectors.shape[1])
     cosines = pairs.cosines(everything, everything)
     clamped = score.clamped(cosines)
-    scores = pairs.hide(score.value(clamped), everything, everything)
+    scores = pairs.scores(score, clamped, everything, everything)
     highest: Tensor | float = 0.0
     if not score.is_safe:
         highest = scores.amax(dim=(-2, -1)).nan_to_num(neginf=0.0)
@@ -176,14 +174,9 @@ class _LogSumExpOverPairs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        vectors: Tensor,
-        mask: Tensor | None,
-        form: str,
-        temperature: float,
-        clamp: float,
-        precision: str,
+        ctx: Any, vectors: Tensor, mask: Tensor | None, options: tuple[str, float, float, str]
     ) -> Tensor:
+        form, temperature, clamp, precision = options
         matrix = None
         with matmul_precision(precision):
             pairs = _Pairs(_zero_where_masked(vectors, mask), mask)
@@ -198,21 +191,20 @@ class _LogSumExpOverPairs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # Autograd would take the slopes kept from the forward pass for constants. `once_differentiable`
-        # refuses only where `upstream` depends on the vectors, and not a term that is just added to others.
+        # Autograd would take the slopes of the forward pass for constants. `once_differentiable` refuses only
+        # where `upstream` depends on the vectors, and not a term that is just added to others.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("the dispersion loss has no second derivative (create_graph=True)")
         vectors, mask, log_total, matrix = ctx.saved_tensors
-        taking_part, upstream = _zero_where_masked(vectors, mask), upstream[:, None, None]
+        real, upstream = _zero_where_masked(vectors, mask), upstream[:, None, None]
         with matmul_precision(ctx.precision):
             if matrix is not None:
-                gradient = torch.bmm(matrix * upstream, taking_part)
+                gradient = torch.bmm(matrix * upstream, real)
             else:
                 # Without a pair the sum is 0 and the softmax must come out as zeros.
                 no_nan = log_total.masked_fill(log_total == -math.inf, math.inf)
-                gradient = _gradient(_Pairs(taking_part, mask), ctx.score, no_nan)
-                gradient.mul_(upstream)
-        return gradient.to(vectors.dtype), None, None, None, None, None
+                gradient = _gradient(_Pairs(real, mask), ctx.score, no_nan).mul_(upstream)
+        return gradient.to(vectors.dtype), None, None
 
 
 def pairwise_loss(
@@ -224,23 +216,19 @@ def pairwise_loss(
     clamp: float = 0.1,
     precision: str = "none",
 ) -> Tensor:
-    """`losses.angular` or `losses.cosine` of each sequence by blocks.
+    """`losses.angular` or `losses.cosine` by blocks: `(batch,)`, float32, or float64 for float64 vectors.
 
     Args:
         form: `angular` or `cosine`.
         vectors: `(batch, tokens, features)`, any float dtype.
         mask: `(batch, tokens)`, true for a real token; None when all are real.
-        temperature, clamp: as in losses.py.
         precision: `bf16` lets matrix products round their inputs; see `matmul_precision`.
-    Returns:
-        `(batch,)`, float32, or float64 for float64 vectors. Sequences with fewer than two real tokens have
-        value 0 and no gradient. A backward pass with `create_graph` raises RuntimeError.
+    Sequences with fewer than two real tokens have value 0 and no gradient. A backward pass with
+    `create_graph` raises RuntimeError.
     """
-    if form not in FORMS:
-        raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
     tokens = vectors.shape[1]
     with torch.autocast(vectors.device.type, enabled=False):
-        log_total = _LogSumExpOverPairs.apply(vectors, mask, form, temperature, clamp, precision)
+        log_total = _LogSumExpOverPairs.apply(vectors, mask, (form, temperature, clamp, precision))
     if mask is None and tokens > 1:
         return log_total - math.log(tokens * (tokens - 1))
     count = log_total.new_full(log_total.shape, tokens) if mask is None else mask.sum(dim=1)

@@ -1,15 +1,14 @@
 """Which tokens of a forward pass take part in the dispersion loss, and their vectors.
 
-- Padding takes no part, nor do vectors that a model puts before its tokens (peft's prompt tuning).
-- Which tokens are sampled depends on (seed, number of the sequence, layer) and the number of real tokens
-  alone, through generators of this module: the global random streams stay untouched.
+Padding takes no part, nor do vectors that a model puts before its tokens (peft's prompt tuning). Which tokens
+are sampled depends on (seed, number of the sequence, layer) and the number of real tokens alone, through
+generators of this module: the global random streams stay untouched.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,69 +18,71 @@ from torch.nn.functional import pad
 from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.dispersion.losses import has_pair
 
-SINK_NORM = 10.0
-"""A token whose norm is more than so many times the sequence's median counts as an attention sink."""
+SINK_NORM = 10.0  # medians of a sequence's norms, above which a token counts as an attention sink
 
 # Where sparse gradients can be added to dense ones; elsewhere (MPS) zeros are written out.
 SPARSE_DEVICES = ("cpu", "cuda")
 
 
-@dataclass
-class Call:
-    """A forward pass: `mask` `(batch, tokens)`, true or 1 for a real token, None if all are; the number of
-    its first sequence; `length` of the sequences in the model's call, where known."""
-
-    mask: Tensor | None
-    first_sequence: int
-    length: int | None = None
-
-
 class TokenSample:
-    """The tokens of one forward pass that take part; `layers` layers are watched, `state` is an output.
+    """The tokens of one forward pass that take part, over `layers` watched layers.
 
+    state: a layer's output. mask: `(batch, tokens)`, true or 1 for a real token; None: all. length: of the
+    sequences in the model's call, where known. first_sequence: number of the batch's first sequence.
     Raises ValueError for an output that is not `(batch, tokens, features)`, or a mask that does not fit it.
     """
 
-    def __init__(self, config: DispersionConfig, layers: int, state: Tensor, call: Call) -> None:
+    def __init__(
+        self,
+        config: DispersionConfig,
+        layers: int,
+        state: Tensor,
+        mask: Tensor | None,
+        length: int | None,
+        first_sequence: int,
+    ) -> None:
         if state.dim() != 3:
             raise ValueError(
                 f"the layers' outputs are {tuple(state.shape)} and not (batch, tokens, features); dispersion "
                 "does not work for models whose layers hand on several streams (Gemma 3n)"
             )
-        self.batch, length = state.shape[:2]
-        self.length, self.exclude_sink = length, config.exclude_sink
-        before = max(length - call.length, 0) if call.length else 0
-        real = None if call.mask is None else call.mask.to(state.device).bool()
-        if real is not None and real.shape != (text := (self.batch, length - before)):
+        device = state.device.type
+        is_bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+        self.precision = "bf16" if is_bf16 else "none"  # of the products of vectors
+        self.batch, whole = state.shape[:2]
+        self.exclude_sink = config.exclude_sink
+        virtual = max(whole - length, 0) if length else 0
+        real = None if mask is None else mask.to(state.device).bool()
+        if real is not None and real.shape != (text := (self.batch, whole - virtual)):
             raise ValueError(f"the mask is {tuple(real.shape)}, the token vectors are {text}")
         if real is not None and real.device.type == "cpu" and bool(real.all()):
             real = None  # spares a copy of the vectors at every layer
-        if real is None and (before or config.exclude_sink):
-            real = torch.ones(self.batch, length - before, dtype=torch.bool, device=state.device)
-        self.sequences: Tensor | int = self.batch if length > 1 else 0  # how many count in the mean
-        self.mask: Tensor | None = None  # of the candidates (batch, length), or (layers, batch, n) sampled
+        if real is None and (virtual or config.exclude_sink):
+            real = torch.ones(self.batch, whole - virtual, dtype=torch.bool, device=state.device)
+        self.sequences: Tensor | int = self.batch if whole > 1 else 0  # how many count in the mean
+        self.mask: Tensor | None = None  # of the candidates (batch, tokens), or (layers, batch, n) sampled
         if real is not None:
             self.mask = candidates(real, config.exclude_sink)
             self.sequences = has_pair(self.mask).sum()
-            real, self.mask = pad(real, (before, 0)), pad(self.mask, (before, 0))
+            real, self.mask = pad(real, (virtual, 0)), pad(self.mask, (virtual, 0))
         self.picks: Tensor | None = None  # (layers, batch, n) int64, token indices
-        if config.tokens is not None and config.tokens < length:
-            whole = torch.ones(self.batch, length, dtype=torch.bool)
-            masks = (whole if real is None else real.cpu(), whole if self.mask is None else self.mask.cpu())
-            numbers = config.seed, call.first_sequence
-            self.picks = sample_tokens(config.tokens, layers, *masks, *numbers).to(state.device)
+        if config.tokens is not None and config.tokens < whole:
+            every = torch.ones(self.batch, whole, dtype=torch.bool)
+            masks = [every if mask is None else mask.cpu() for mask in (real, self.mask)]
+            picks = sample_tokens(config.tokens, layers, masks[0], masks[1], config.seed, first_sequence)
+            self.picks = picks.to(state.device)
             if self.mask is not None:
                 self.mask = self.mask.expand(layers, -1, -1).gather(2, self.picks)
             # For all layers at once, because starting small operations is what sampling costs.
             sequence = torch.arange(self.batch, device=state.device).repeat_interleave(config.tokens)
             flat = self.picks.reshape(layers, -1)
-            self._rows = sequence * length + flat  # (layers, batch * n), in a layer's flattened output
+            self._rows = sequence * whole + flat  # (layers, batch * n), in a layer's flattened output
             self._places = torch.stack([sequence.expand(layers, -1), flat], dim=1)  # (layers, 2, batch * n)
 
     def vectors(self, layers: list[tuple[int, Tensor]], is_last: bool) -> tuple[Tensor, Tensor | None]:
         """Vectors `(layers * batch, n, features)` and which of them are real; None: all.
 
-        layers: place among the watched layers, and output `(batch, length, features)`, all of one shape and
+        layers: place among the watched layers, and output `(batch, tokens, features)`, all of one shape and
         dtype; a single one without sampling. `is_last`: no watched layer follows the last of them.
         """
         places, states = [place for place, _ in layers], [state for _, state in layers]
@@ -102,6 +103,11 @@ class TokenSample:
             median = torch.where(mask, norms, math.nan).nanmedian(dim=1, keepdim=True).values
             mask = mask & ~(norms > SINK_NORM * median)
         return vectors, mask
+
+
+def candidates(real: Tensor, exclude_sink: bool) -> Tensor:
+    """Which real tokens `(batch, tokens)` may be sampled: not the first real one if sinks are excluded."""
+    return real & (real.cumsum(dim=1) > 1) if exclude_sink else real
 
 
 def sample_tokens(
@@ -146,24 +152,15 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, places = ctx.saved_tensors
-        is_sparse = [gradient.device.type in SPARSE_DEVICES] * len(rows)
-        is_sparse[-1] &= not ctx.is_last
-        slopes = [
-            _sparse(place, values, ctx.shape) if sparse else _dense(row, values, ctx.shape)
-            for row, place, values, sparse in zip(rows, places, gradient, is_sparse)
-        ]
+        (batch, tokens, features), slopes = ctx.shape, list[Tensor]()
+        for index, (row, place, values) in enumerate(zip(rows, places, gradient)):
+            is_last = ctx.is_last and index == len(rows) - 1
+            if gradient.device.type in SPARSE_DEVICES and not is_last:
+                # Rising and none twice is what coalesced means.
+                slope = torch.sparse_coo_tensor(
+                    place, values, ctx.shape, check_invariants=False, is_coalesced=True
+                )
+            else:
+                slope = values.new_zeros(batch * tokens, features).index_copy_(0, row, values).view(ctx.shape)
+            slopes.append(slope)
         return None, None, None, *slopes
-
-
-def _sparse(places: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
-    # Rising and none twice is what coalesced means.
-    return torch.sparse_coo_tensor(places, values, shape, check_invariants=False, is_coalesced=True)
-
-
-def _dense(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
-    return values.new_zeros(shape[0] * shape[1], shape[2]).index_copy_(0, rows, values).view(shape)
-
-
-def candidates(real: Tensor, exclude_sink: bool) -> Tensor:
-    """Which real tokens `(batch, tokens)` may be sampled: not the first real one if sinks are excluded."""
-    return real & (real.cumsum(dim=1) > 1) if exclude_sink else real

@@ -7,15 +7,15 @@
   optimizer state is emptied, and its learning rate goes through the schedule once more.
 
 Noise and dropout depend on (seed, number of the sequence), a fresh embedding on (seed, step), through
-generators of their own: the model's dropout stays what it is without them, a resumed run continues exactly,
-and micro-batches or data-parallel processes change nothing.
+separate generators: the model's dropout stays what it is without them, a resumed run continues exactly, and
+micro-batches or data-parallel processes change nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,12 +42,11 @@ def callbacks_for(techniques: Mapping[str, float], seed: int) -> tuple[TrainerCa
 class TrainingTechnique(TrainerCallback):
     """A callback that changes the model while it trains.
 
-    A Trainer calls no callback when a training ends with an error: `trainer.fit` calls `detach` itself, and
-    under other Trainers the next training with the same callback does.
+    A Trainer calls no callback when a training ends with an error: `trainer.fit` calls `detach` itself.
     """
 
     def detach(self) -> None:
-        """Take the technique off the model and forget the training, if there is one."""
+        """Take the technique off the model, if a training is running."""
         raise NotImplementedError
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -88,13 +87,18 @@ class _OnEmbedding(TrainingTechnique):
     def _change(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         if not (module.training and torch.is_grad_enabled()):
             return None
-        first = self._first + self._micro_batch * self._stride
-        numbers = range(first, first + len(output))
-        name = type(self).__name__
-        return self.changed(output, (_generator(output.device, self.seed, name, n) for n in numbers))
+        random, first = torch.empty_like(output, requires_grad=False), self._first
+        first += self._micro_batch * self._stride
+        for number, row in enumerate(random, start=first):
+            self.draw(row, _generator(output.device, self.seed, type(self).__name__, number))
+        return self.apply(output, random)
 
-    def changed(self, output: Tensor, generators: Iterator[torch.Generator]) -> Tensor:
-        """`output` (batch, tokens, features) changed, with one generator for each sequence."""
+    def draw(self, row: Tensor, generator: torch.Generator) -> None:
+        """Fill `row` (tokens, features) with the random numbers of one sequence."""
+        raise NotImplementedError
+
+    def apply(self, output: Tensor, random: Tensor) -> Tensor:
+        """`output` (batch, tokens, features) changed."""
         raise NotImplementedError
 
 
@@ -107,12 +111,12 @@ class NoisyEmbedding(_OnEmbedding):
         super().__init__(seed)
         self.alpha = alpha
 
-    def changed(self, output: Tensor, generators: Iterator[torch.Generator]) -> Tensor:
-        bound = self.alpha / math.sqrt(output.shape[-2] * output.shape[-1])
-        noise = torch.empty_like(output, requires_grad=False)
-        for row, generator in zip(noise, generators):
-            row.uniform_(-bound, bound, generator=generator)
-        return output + noise
+    def draw(self, row: Tensor, generator: torch.Generator) -> None:
+        bound = self.alpha / math.sqrt(row.numel())
+        row.uniform_(-bound, bound, generator=generator)
+
+    def apply(self, output: Tensor, random: Tensor) -> Tensor:
+        return output + random
 
 
 class EmbeddingDropout(_OnEmbedding):
@@ -124,21 +128,20 @@ class EmbeddingDropout(_OnEmbedding):
         super().__init__(seed)
         self.rate = rate
 
-    def changed(self, output: Tensor, generators: Iterator[torch.Generator]) -> Tensor:
-        mask = torch.empty_like(output, requires_grad=False)
-        for row, generator in zip(mask, generators):
-            row.bernoulli_(1 - self.rate, generator=generator)
-        return output * mask / (1 - self.rate)
+    def draw(self, row: Tensor, generator: torch.Generator) -> None:
+        row.bernoulli_(1 - self.rate, generator=generator)
+
+    def apply(self, output: Tensor, random: Tensor) -> Tensor:
+        return output * random / (1 - self.rate)
 
 
 class ActiveForgetting(TrainingTechnique):
     """Draws the token embedding anew every `every` optimizer steps, but never after the last one.
 
-    Up to the first reset the run is the baseline's, bit by bit; each stretch ends its learning rate schedule,
-    also a shorter last one. A tied head is drawn anew with the embedding, a head of its own is left alone.
-    The fresh values are normal with the model's `initializer_range` (0.02 where it has none) as standard
-    deviation, and zero for a padding token. Raises ValueError unless `every` is at least 1, and, when
-    training begins, for an embedding that is frozen or divided among processes.
+    Each stretch between resets goes through the learning rate schedule. A tied head is drawn anew with the
+    embedding. The fresh values are normal with the model's `initializer_range` (0.02 where it has none) as
+    standard deviation, and zero for a padding token. Raises ValueError unless `every` is at least 1, and,
+    when training begins, for an embedding that is frozen or divided among processes.
     """
 
     def __init__(self, every: float, seed: int) -> None:
@@ -153,9 +156,7 @@ class ActiveForgetting(TrainingTechnique):
         if not weight.requires_grad:
             raise ValueError("the embedding is frozen (an adapter?), so it would not learn after a reset")
         if type(weight.data) is not Tensor:
-            raise ValueError(
-                "the embedding is divided among processes (FSDP); active forgetting needs it whole"
-            )
+            raise ValueError("the embedding is divided among processes; active forgetting needs it whole")
 
     def detach(self) -> None:
         self._before = None
@@ -165,11 +166,8 @@ class ActiveForgetting(TrainingTechnique):
             self._before = _embedding(kwargs["model"]).detach().clone()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Scale the embedding's update to its own learning rate.
-
-        AdamW's update is proportional to the learning rate, weight decay included, so no parameter group of
-        its own is needed, and checkpoints stay those of a plain run.
-        """
+        """Scale the embedding's update to its own learning rate: AdamW's update is proportional to the rate,
+        weight decay included, so no parameter group of its own is needed."""
         if self._before is None:
             return
         before, self._before = self._before, None

@@ -2,7 +2,7 @@
 
 The Trainer writes a checkpoint as a folder of several files; the marker comes last, with the sizes of all of
 them. A checkpoint without one, or with a file of another size, is never resumed from. The one before it is
-removed only when the marker is there, so `save_total_limit`, which removes it earlier, stays off.
+removed only when the marker is there.
 """
 
 from __future__ import annotations

@@ -6,9 +6,8 @@ Liger and Unsloth do. The arithmetic is that of `ForCausalLMLoss`: products in t
 loss and the head's gradient in float32. torch's own `linear_cross_entropy` (2.13) returns the loss in the
 type of its inputs (11.06 for 11.02 in bf16) and takes 5 to 12 times as long on a CPU.
 
-`chunked_head` puts it into an ordinary causal language model and takes it out again. Inside, and in training
-passes alone, the head returns its input and the model's loss function does the rest, so wrappers of peft and
-data parallelism keep working. Beware: `outputs.logits` are then the hidden states.
+`chunked_head` puts it into a causal language model for training passes: the head returns its input and the
+model's loss function does the rest, so wrappers keep working. `outputs.logits` are then the hidden states.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from edgedisp.train.packed_dataset import IGNORED
+
 CHUNK_BYTES = 1 << 28
 """Float32 logits in memory at a time: 1,365 tokens of a vocabulary of 49,152. Each chunk costs one more pass
 over the head's gradient."""
@@ -32,38 +33,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropies divided by `items`, with its gradients taken in the forward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        items: Tensor,
-        ignored: int,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, items: Tensor) -> Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         if dtype == torch.float16:
             raise ValueError(
                 "the chunked cross-entropy takes its gradients before the loss scale; use bfloat16"
             )
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         with torch.autocast(device, enabled=False):
             inputs, head = hidden.to(dtype), weight.to(dtype)
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-            d_inputs = torch.empty_like(inputs) if wants_hidden else None
-            d_head = torch.empty_like(weight, dtype=torch.float32) if wants_weight else None
-            d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wants_bias else None
+            d_inputs = torch.empty_like(inputs) if needs_hidden else None
+            d_head = torch.empty_like(weight, dtype=torch.float32) if needs_weight else None
             chunks = list(_chunks(len(hidden), len(weight)))
-            buffers = _Buffers(chunks[0].stop if chunks else 0, head, wants_weight)
+            buffers = _Buffers(chunks[0].stop if chunks else 0, head, needs_weight)
             for rows in chunks:
                 logits = buffers.product(inputs[rows], head)
-                if bias is not None:
-                    logits += bias
-                loss, d_logits = _loss_and_gradient(logits, labels[rows], items, ignored)
+                loss, d_logits = _loss_and_gradient(logits, labels[rows], items)
                 total += loss
-                if d_bias is not None:
-                    d_bias += d_logits.sum(dim=0)
                 d_logits = buffers.rounded(d_logits)
                 if d_inputs is not None:
                     torch.mm(d_logits, head, out=d_inputs[rows])
@@ -74,7 +62,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx.gradients = (
             None if d_inputs is None else d_inputs.to(hidden.dtype),
             None if d_head is None else d_head.to(weight.dtype),
-            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
         )
         return total / items
 
@@ -86,7 +73,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (factor,) = upstream
         if factor.device.type != "cpu" or factor != 1:  # asking a GPU would make the host wait for it
             gradients = tuple(None if gradient is None else gradient.mul_(factor) for gradient in gradients)
-        return (*gradients, None, None, None)
+        return (*gradients, None, None)
 
 
 def _chunks(rows: int, classes: int) -> Iterator[slice]:
@@ -100,11 +87,11 @@ def _chunks(rows: int, classes: int) -> Iterator[slice]:
 class _Buffers:
     """Memory for one chunk after another: on a CPU, fresh memory costs more than the arithmetic."""
 
-    def __init__(self, rows: int, head: Tensor, wants_head: bool) -> None:
+    def __init__(self, rows: int, head: Tensor, needs_head: bool) -> None:
         is_exact = head.dtype == torch.float32
         self.logits = head.new_empty((rows, len(head)), dtype=torch.float32)
         self.low = None if is_exact else torch.empty_like(self.logits, dtype=head.dtype)
-        self.d_head = torch.empty_like(head) if wants_head and not is_exact else None
+        self.d_head = torch.empty_like(head) if needs_head and not is_exact else None
 
     def product(self, inputs: Tensor, head: Tensor) -> Tensor:
         """`inputs head^T` as float32."""
@@ -123,15 +110,12 @@ class _Buffers:
             torch.addmm(total, d_logits.T, inputs, beta=0 if first else 1, out=total)
             return
         product = torch.mm(d_logits.T, inputs, out=self.d_head)
-        if first:
-            total.copy_(product)
-        else:
-            total.add_(product)
+        total.copy_(product) if first else total.add_(product)
 
 
-def _loss_and_gradient(logits: Tensor, labels: Tensor, items: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+def _loss_and_gradient(logits: Tensor, labels: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
     """(sum of the rows' losses, gradient of the logits for `sum / items`, in their memory), both float32."""
-    counted = labels != ignored
+    counted = labels != IGNORED
     targets = torch.where(counted, labels, 0).unsqueeze(1)
     normaliser = logits.logsumexp(dim=1, keepdim=True)
     loss = torch.where(counted, (normaliser - logits.gather(1, targets)).squeeze(1), 0.0).sum()
@@ -141,30 +125,24 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor, items: Tensor, ignored: i
 
 
 def chunked_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
+    hidden: Tensor, weight: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """`cross_entropy(hidden @ weight.T + bias, labels)` without the logits; scalar float32.
+    """`cross_entropy(hidden @ weight.T, labels)` without the logits; scalar float32.
 
     Args:
         hidden: `(tokens, features)`, float32 or bfloat16; products are in its type, or autocast's.
-        weight: `(classes, features)`, bias: `(classes,)`.
-        labels: `(tokens,)` int64, already shifted; `ignore_index` takes no part.
+        weight: `(classes, features)`.
+        labels: `(tokens,)` int64, already shifted; -100 takes no part.
         num_items_in_batch: the sum is divided by it; None divides by the number of labels that count.
 
-    The gradients are taken in the forward pass, so `backward` can run once and not be differentiated again.
-    Raises ValueError for float16, whose small gradients would vanish.
+    `backward` can run once and not be differentiated again. Raises ValueError for float16, whose small
+    gradients would vanish.
     """
     if num_items_in_batch is None:
-        items = (labels != ignore_index).sum()
+        items = (labels != IGNORED).sum()
     else:
         items = torch.as_tensor(num_items_in_batch, device=hidden.device)
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, items.float(), ignore_index)
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, items.float())
     return loss
 
 
@@ -176,6 +154,8 @@ def unsupported(model: nn.Module) -> str | None:
     head = inner.get_output_embeddings()
     if type(head) is not nn.Linear:
         return f"its head is a {type(head).__name__}, no plain linear map"
+    if head.bias is not None:
+        return "its head has a bias"
     if inner.loss_function is not ForCausalLMLoss:
         return "its loss is not the usual one of causal language models"
     return None if _logits_are_the_heads(inner, head) else "it changes its logits before the loss"
@@ -183,7 +163,7 @@ def unsupported(model: nn.Module) -> str | None:
 
 @contextmanager
 def chunked_head(model: nn.Module) -> Iterator[None]:
-    """Inside the block, training passes of `model` compute their loss without logits; see the module.
+    """Inside the block, training passes of `model` compute their loss without logits.
 
     model: a transformers causal language model, bare or wrapped by peft, not yet by data parallelism.
     Raises ValueError if it is `unsupported`.
@@ -198,33 +178,17 @@ def chunked_head(model: nn.Module) -> Iterator[None]:
     def is_training() -> bool:
         return bool(head.training) and torch.is_grad_enabled()
 
-    def forward(hidden: Tensor) -> Tensor:
-        output: Tensor = hidden if is_training() else plain_forward(hidden)
-        return output
+    def forward(hidden: Tensor) -> Any:
+        return hidden if is_training() else plain_forward(hidden)
 
-    def loss(
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int,
-        num_items_in_batch: Tensor | int | None = None,
-        ignore_index: int = -100,
-        shift_labels: Tensor | None = None,
-        **others: Any,
-    ) -> Tensor:
+    def loss(logits: Tensor, labels: Tensor, vocab_size: int, **options: Any) -> Any:
         if not is_training():
-            return plain_loss(
-                logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **others
-            )
-        if shift_labels is None:
-            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        return chunked_cross_entropy(
-            logits.reshape(-1, logits.shape[-1]),
-            head.weight,
-            shift_labels.reshape(-1).to(logits.device),
-            bias=head.bias,
-            num_items_in_batch=num_items_in_batch,
-            ignore_index=ignore_index,
-        )
+            return plain_loss(logits, labels, vocab_size, **options)
+        targets = options.get("shift_labels")
+        if targets is None:
+            targets = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+        hidden, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).to(logits.device)
+        return chunked_cross_entropy(hidden, head.weight, targets, options.get("num_items_in_batch"))
 
     with _attribute(head, "forward", forward), _attribute(inner, "_loss_function", loss):
         yield

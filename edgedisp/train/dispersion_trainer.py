@@ -5,21 +5,18 @@
 
     class DispersionSFT(DispersionMixin, SFTTrainer): ...  # TRL's; the mixin comes first
 
-The loss is `host's loss + weight * dispersion`, from hooks in the same forward pass. Logged beside `loss`:
+The loss is `host's loss + weight * dispersion`, from hooks in the same forward pass. Logged with `loss`:
 `cross_entropy`, `dispersion`, and `skipped_sequences`, the number so far of those with fewer than two tokens
-to compare. Evaluation is untouched.
+to compare. Evaluation is untouched. Not supported: `torch.nn.DataParallel`, and losses of several forward
+passes with gradients.
 
 Gradient accumulation: where the host's loss of a micro-batch is a share of the step's mean already
 (`num_items_in_batch`), the term is weighted by its sequences among those of the step, over all processes. So
-n micro-batches are one big batch for both terms.
+n micro-batches are one big batch for both terms. The sample of tokens depends on the number of each
+sequence, which follows from step, micro-batch and process, so resumed and data-parallel runs sample alike.
 
-Random numbers: the sample of tokens depends on the number of each sequence, which follows from step,
-micro-batch and process, so resumed runs and data-parallel processes sample as one unbroken process does.
-
-A loss or gradient that is not finite stops training before the optimizer step that it would spoil
-(`NotFinite`). On a CPU every micro-batch is checked; elsewhere the device is asked once per optimizer step.
-
-Not supported: `torch.nn.DataParallel`, and losses of several forward passes with gradients.
+A loss or gradient that is not finite stops training before the optimizer step that it would spoil. On a CPU
+every micro-batch is checked; elsewhere the device is asked once per optimizer step.
 """
 
 from __future__ import annotations
@@ -27,8 +24,8 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,9 +51,9 @@ class NotFinite(BuildFailed):
 
 
 class DispersionMixin(Host):
-    """Adds a dispersion term to a Trainer class; see the module docstring. It comes first among the bases.
+    """Adds a dispersion term to a Trainer class; it comes first among the bases.
 
-    Args (beside the host's):
+    Args (in addition to the host's):
         dispersion: the term, or None for the host's loss alone (which is then logged as `cross_entropy` too).
         watch: measures the condensation as training goes on.
 
@@ -132,8 +129,7 @@ class DispersionMixin(Host):
     def last_checkpoint(self) -> str | None:
         """The checkpoint that training can be resumed from, for the message when it has to stop."""
         folder = self.args.output_dir
-        last: str | None = get_last_checkpoint(folder) if folder and Path(folder).is_dir() else None
-        return last
+        return get_last_checkpoint(folder) if folder and Path(folder).is_dir() else None
 
     def _with_term(self, host_loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """`host_loss + weight * dispersion`, each as the Trainer expects a micro-batch's part of the step."""
@@ -154,11 +150,11 @@ class DispersionMixin(Host):
         return loss
 
     def _is_share(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Whether the host's loss of a micro-batch is a share of the step's mean, as `training_step` asks."""
+        """Whether the host's loss of a micro-batch is a share of the step's mean, as in `training_step`."""
         if self.loss_is_scaled_for_ga is not None:
             return bool(self.loss_is_scaled_for_ga)
-        by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return bool(by_model) or self.compute_loss_func is not None
+        is_by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return is_by_model or self.compute_loss_func is not None
 
     def _shares_of(self, batches: list[dict[str, Any]]) -> list[Tensor | float]:
         """Sequences of each micro-batch that count in the term, as shares of the step's.
@@ -239,10 +235,10 @@ class DispersionMixin(Host):
 
     def _not_finite(self, what: str) -> NotFinite:
         last = self.last_checkpoint()
-        kept = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
+        resume = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
         return NotFinite(
             f"training stopped in step {self.state.global_step + 1}: {what}. No weight was changed by it; "
-            f"{kept}. A lower learning rate, a longer warm-up or fp32 may hold it."
+            f"{resume}. A lower learning rate, a longer warm-up or fp32 may hold it."
         )
 
 
@@ -291,17 +287,14 @@ def _sequences(batch: dict[str, Any], term: DispersionLoss) -> Tensor | int:
 class CondensationWatch(TrainerCallback):
     """Calls `measure(model)` before the first step, every `every` optimizer steps and after the last one.
 
-    It runs in evaluation mode and without gradients, on random streams that are put back afterwards: the
+    It runs in evaluation mode and without gradients, on random streams that are restored afterwards: the
     weights of a run are bit-identical with and without it. Raises ValueError for `every` below 1.
 
-    Args:
-        measure: model -> JSON-able figures, such as those of `quick_condensation` over a few fixed blocks.
-        every: optimizer steps between two measurements.
-
+    measure: model -> figures by layer, such as those of `quick_condensation` over a few fixed blocks.
     `rows` collects `{"step": n, **figures, "seconds": s}`; step 0 is the model before training.
     """
 
-    def __init__(self, measure: Callable[[nn.Module], dict[str, Any]], every: int) -> None:
+    def __init__(self, measure: Callable[[nn.Module], dict[str, list[float]]], every: int) -> None:
         if every < 1:
             raise ValueError(f"every is {every}; it has to be at least 1 step")
         self.measure, self.every = measure, every
@@ -321,30 +314,18 @@ class CondensationWatch(TrainerCallback):
         if not self.rows or self.rows[-1]["step"] != step:
             return {}
         logged: dict[str, float] = {}
-        for name, value in self.rows[-1].items():
-            if isinstance(value, list):
-                logged |= {f"{name}/{index:02d}": number for index, number in enumerate(value)}
-                logged[f"{name}/mean"] = sum(value) / len(value)
-            elif name not in ("step", "seconds"):
-                logged[name] = value
+        for name, values in self.rows[-1].items():
+            if isinstance(values, list):
+                logged |= {f"{name}/{index:02d}": value for index, value in enumerate(values)}
+                logged[f"{name}/mean"] = sum(values) / len(values)
         return logged
 
     def _measure(self, model: nn.Module, step: int) -> None:
         started = time.perf_counter()
-        with undisturbed(model), torch.no_grad():
-            figures = self.measure(model)
+        modes = [(module, module.training) for module in model.modules()]
+        device = next(model.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+            figures = self.measure(model.eval())
+        for module, mode in modes:
+            module.training = mode
         self.rows.append({"step": step, **figures, "seconds": time.perf_counter() - started})
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; every module's own mode and torch's random streams afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode

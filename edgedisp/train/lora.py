@@ -1,14 +1,10 @@
 """LoRA (Hu et al. 2021) and QLoRA (Dettmers et al. 2023) through peft: attach, save as a PEFT folder, merge.
 
 A linear map W [out, in] becomes W + (alpha / rank) B A with A [rank, in] random and B [out, rank] zero; only
-A and B are trained. `targets: auto` adapts every linear map of attention and MLP in the transformer layers.
-
-QLoRA's base has its linear maps stored by bitsandbytes: nf4 (blocks of 64 values, w = scale * one of 16
-levels) or int8 (rows, w = scale * q / 127). It computes with the dequantized weights, which `expand` puts
-into the full-precision model, so that an adapter can be merged into the very weights it was trained over.
-Embedding, norms and head stay float32. In eval mode an int8 layer also rounds its input to 8 bits (LLM.int8).
-
-A bundle has no room for an adapter, so it is merged before export: W + (alpha / rank) B A, W in float32.
+A and B are trained. QLoRA's base has the linear maps of its layers stored by bitsandbytes: nf4 (blocks of 64
+values, w = scale * one of 16 levels) or int8 (rows, w = scale * q / 127). It computes with the dequantized
+weights, so an adapter can be merged into the very weights it was trained over. Embedding, norms and head stay
+float32. In eval mode an int8 layer also rounds its input to 8 bits (LLM.int8).
 """
 
 from __future__ import annotations
@@ -16,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,39 +45,34 @@ pipeline_tag: text-generation
 
 # LoRA adapter for {name}
 
-Trained by edgedisp over {held}. Fingerprint of the base's weights (SHA-256): `{sha256}`.
+Trained by edgedisp over {precision}. Fingerprint of the base's weights (SHA-256): `{sha256}`.
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM{imported}
 
-base = AutoModelForCausalLM.from_pretrained({name!r}, {held_by})
+base = AutoModelForCausalLM.from_pretrained({name!r}, {options})
 model = PeftModel.from_pretrained(base, "this folder")
 ```
 """
-_LOADED_BY = {
+_LOAD_OPTIONS = {
     None: 'dtype="float32"',
     "nf4": 'quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")',
     "int8": "quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
 }
 
 
-def linear_maps(layers: nn.ModuleList) -> dict[str, nn.Module]:
-    """Name within `layers` -> module, for every linear map of attention and MLP."""
-    return {name: module for name, module in layers.named_modules() if isinstance(module, LINEAR)}
-
-
 def target_names(layers: nn.ModuleList, targets: str | Sequence[str] = "auto") -> list[str]:
     """Last name parts of the linear maps that get an adapter, as peft takes them: q_proj, ...
 
-    Raises BadInput if a target is no linear map of the layers. Under `auto`, raises it if there is none, or
-    if weights in three dimensions (the experts of a mixture) would be left out.
+    `auto`: every linear map of attention and MLP. Raises BadInput if a target is no linear map of the layers.
+    Under `auto`, raises it if there is none, or if weights in three dimensions (the experts of a mixture)
+    would be left out.
     """
-    maps = linear_maps(layers)
-    names = _last_parts(maps)
+    maps = _linear_maps(layers)
+    names = sorted({name.rsplit(".", 1)[-1] for name in maps})
     if targets != "auto":
-        missing = [end for end in targets if not any(_matches(name, end) for name in maps)]
-        if missing:
+        if missing := [target for target in targets if not _matching(maps, [target])]:
             raise BadInput(
                 f"train.adapter.targets: {', '.join(missing)} is no linear map of this model, "
                 f"which has {', '.join(names)}; `auto` takes them all"
@@ -92,8 +83,7 @@ def target_names(layers: nn.ModuleList, targets: str | Sequence[str] = "auto") -
             "train.adapter: no linear map was found in the transformer layers, so LoRA has nothing to adapt; "
             "leave the adapter out to train all weights"
         )
-    stacked = [name for name, weight in layers.named_parameters() if weight.ndim > 2]
-    if stacked:
+    if stacked := [name for name, weight in layers.named_parameters() if weight.ndim > 2]:
         raise BadInput(
             f"train.adapter.targets: auto means every linear map of the layers, but {stacked[0]}"
             f"{f' and {len(stacked) - 1} more' if len(stacked) > 1 else ''} cannot carry an adapter; "
@@ -102,28 +92,28 @@ def target_names(layers: nn.ModuleList, targets: str | Sequence[str] = "auto") -
     return names
 
 
-def _last_parts(names: Iterable[str]) -> list[str]:
-    return sorted({name.rsplit(".", 1)[-1] for name in names})
+def _linear_maps(layers: nn.ModuleList) -> dict[str, Any]:
+    return {name: module for name, module in layers.named_modules() if isinstance(module, LINEAR)}
 
 
-def _matches(name: str, end: str) -> bool:
-    """peft's rule for a list of targets."""
-    return name == end or name.endswith(f".{end}")
+def _matching(modules: dict[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+    """Those that peft adapts for a list of targets: whole names or ends of names."""
+    return {
+        name: module
+        for name, module in modules.items()
+        if any(name == target or name.endswith(f".{target}") for target in targets)
+    }
 
 
 def adapter_size(layers: nn.ModuleList, rank: int, targets: str | Sequence[str] = "auto") -> int:
     """Trainable parameters of a LoRA adapter over these linear maps of the layers: rank (in + out) each."""
-    ends, maps = target_names(layers, targets), linear_maps(layers)
-    adapted: list[Any] = [m for name, m in maps.items() if any(_matches(name, end) for end in ends)]
-    return sum(rank * sum(module.weight.shape) for module in adapted)
+    adapted = _matching(_linear_maps(layers), target_names(layers, targets))
+    return sum(rank * sum(module.weight.shape) for module in adapted.values())
 
 
 def attach(model: nn.Module, layers: nn.ModuleList, adapter: Adapter, seed: int) -> nn.Module:
-    """Wrap `model` with a fresh adapter whose random half depends on `seed` alone; all else is frozen.
-
-    `layers` are the model's transformer layers. Raises BadInput if peft is missing, and as `target_names`
-    does.
-    """
+    """Wrap `model` with a fresh adapter over its transformer `layers`; all else is frozen. The random half
+    depends on `seed` alone. Raises BadInput if peft is missing, and as `target_names` does."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -132,7 +122,7 @@ def attach(model: nn.Module, layers: nn.ModuleList, adapter: Adapter, seed: int)
         r=adapter.rank,
         lora_alpha=adapter.alpha or 2 * adapter.rank,
         lora_dropout=adapter.dropout,
-        target_modules=_peft_targets(model, layers, target_names(layers, adapter.targets)),
+        target_modules=_peft_targets(model, layers, adapter),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in layers.modules()),
         task_type="CAUSAL_LM",
     )
@@ -141,32 +131,24 @@ def attach(model: nn.Module, layers: nn.ModuleList, adapter: Adapter, seed: int)
         return get_peft_model(model, config)
 
 
-def _peft_targets(model: nn.Module, layers: nn.ModuleList, ends: list[str]) -> list[str]:
+def _peft_targets(model: nn.Module, layers: nn.ModuleList, adapter: Adapter) -> list[str]:
     """Ends of names, or whole names where an end also matches outside the layers."""
-    maps = linear_maps(layers)
-    inside = {id(module) for name, module in maps.items() if any(_matches(name, end) for end in ends)}
-    matched = {
-        name: module for name, module in model.named_modules() if any(_matches(name, end) for end in ends)
-    }
-    if {id(module) for module in matched.values()} == inside:
-        return ends
-    return [name for name, module in matched.items() if id(module) in inside]
+    targets = target_names(layers, adapter.targets)
+    inside = {id(module) for module in _matching(_linear_maps(layers), targets).values()}
+    matching = _matching(dict(model.named_modules()), targets)
+    if {id(module) for module in matching.values()} == inside:
+        return targets
+    return [name for name, module in matching.items() if id(module) in inside]
 
 
 def load_quantized(folder: Path, base: str) -> nn.Module:
-    """The model of `folder`, the linear maps of its layers stored by bitsandbytes as `nf4` or `int8`.
-
-    Raises BadInput if bitsandbytes is missing.
-    """
+    """The model of `folder` with the linear maps of its layers stored by bitsandbytes as `nf4` or `int8`.
+    Raises BadInput if bitsandbytes is missing."""
     bnb = _bitsandbytes()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    if base == "nf4":
-        config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-        )
-    else:
-        config = BitsAndBytesConfig(load_in_8bit=True)
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    config = BitsAndBytesConfig(**nf4 if base == "nf4" else {"load_in_8bit": True})
     with quiet():
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, quantization_config=config, dtype=torch.float32
@@ -213,11 +195,8 @@ def _bitsandbytes() -> Any:
 
 @dataclass(frozen=True)
 class Base:
-    """What an adapter was trained over.
-
-    `name`: a hub id or a folder, what transformers opens. `sha256`: `fingerprint` of its weights in full
-    precision. `quantization`: `nf4` or `int8` for QLoRA, None for LoRA.
-    """
+    """What an adapter was trained over: `name`, a hub id or a folder; `sha256`, the `fingerprint` of its
+    weights in full precision; `quantization`, `nf4` or `int8` for QLoRA."""
 
     name: str
     sha256: str
@@ -226,10 +205,7 @@ class Base:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes and float32 values of a model's parameters, in the order of names.
-
-    The same weights give the same fingerprint however they are stored.
-    """
+    """SHA-256 over the names, shapes and float32 values of a model's parameters, in the order of names."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         digest.update(f"{name} {list(weight.shape)}\n".encode())
@@ -244,24 +220,22 @@ def save_adapter(model: nn.Module, base: Base, folder: Path) -> None:
     config.base_model_name_or_path, config.revision = base.name, base.revision
     # Left to itself, peft asks a hub whether the vocabulary grew.
     wrapped.save_pretrained(folder, save_embedding_layers=False)
-    # peft keeps the targets as a set: without an order, equal trainings would leave unequal files.
+    # peft has the targets as a set: without an order, equal trainings would leave unequal files.
     stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if isinstance(stored["target_modules"], list):
         stored["target_modules"].sort()
-    for name, value in (
-        (CONFIG, json.dumps(stored, indent=2, sort_keys=True)),
-        (MARK, json.dumps({**asdict(base), "edgedisp": __version__}, indent=1)),
-    ):
-        (folder / name).write_text(value + "\n", encoding="utf-8")
+    mark = {**asdict(base), "edgedisp": __version__}
+    (folder / CONFIG).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
     is_hub_id = not Path(base.name).is_absolute()
     card = _CARD.format(
         base_model=f"base_model: {json.dumps(base.name)}\n" if is_hub_id else "",
         name=base.name,
-        held="the full-precision base"
-        if base.quantization is None
-        else f"the base held as {base.quantization}",
+        precision=f"the base stored as {base.quantization}"
+        if base.quantization
+        else "the full-precision base",
         sha256=base.sha256,
-        held_by=_LOADED_BY[base.quantization],
+        options=_LOAD_OPTIONS[base.quantization],
         imported=", BitsAndBytesConfig" if base.quantization else "",
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -297,11 +271,8 @@ def merge(adapter: Path, base: nn.Module, *, quantized: nn.Module | None = None)
 
 @torch.inference_mode()
 def block_losses(model: nn.Module, blocks: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Cross-entropy of each block, summed over its predicted tokens, in nats: float64 [blocks].
-
-    blocks: int64 [blocks, tokens]; a block of n tokens predicts n - 1. The model is run and left in eval
-    mode.
-    """
+    """Cross-entropy of each block of int64 [blocks, tokens], summed over its tokens - 1 predictions, in nats:
+    float64 [blocks]. The model is left in eval mode."""
     model.eval()
     device = next(model.parameters()).device
     losses = np.zeros(len(blocks))
@@ -319,6 +290,5 @@ def block_losses(model: nn.Module, blocks: NDArray[np.int64]) -> NDArray[np.floa
 def _quiet_peft() -> Iterator[None]:
     """Without peft's warnings of a renamed property, and of GPT-2's Conv1D layers, which it handles."""
     with warnings.catch_warnings():
-        for beginning in ("fan_in_fan_out", "`is_gradient_checkpointing` is deprecated"):
-            warnings.filterwarnings("ignore", message=beginning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out|`is_gradient_checkpointing` is deprecated")
         yield

@@ -1,12 +1,8 @@
 """Speed and memory of training: compiled layers, recomputed activations, freed memory kept, timed steps.
 
-Compiled layers: outside the matrix products a layer is a chain of small passes over its activations, which
-torch.compile turns into a few loops. All layers share one program (20 to 60 s to compile on two cores). Each
-layer's `forward` is compiled, not its call, so hooks stay outside.
-
-Freed memory: glibc gives large blocks back to the system at once, and the next step faults them in anew, 12
-to 15 % of the time of a step of SmolLM2-135M (4 x 256 tokens). Inside `keep_freed_memory` the process keeps
-them.
+Outside the matrix products a layer is a chain of small passes over its activations, which torch.compile turns
+into a few loops (20 to 60 s to compile on two cores). glibc gives large blocks back to the system at once,
+and the next step faults them in anew: 12 to 15 % of the time of a step of SmolLM2-135M (4 x 256 tokens).
 """
 
 from __future__ import annotations
@@ -21,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +32,13 @@ from edgedisp.train.chunked_cross_entropy import chunked_head, unsupported
 
 COMPILERS = ("g++", "clang++", "c++")
 
-# Parameters of mallopt(3) and their defaults.
+# Parameter of mallopt(3) -> value, default.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-KEEPING = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 << 20}
-DEFAULTS = {M_MMAP_MAX: 65536, M_TRIM_THRESHOLD: 128 << 10, M_TOP_PAD: 0}
+MALLOC_OPTIONS = {
+    M_MMAP_MAX: (0, 65536),
+    M_TRIM_THRESHOLD: (2**31 - 1, 128 << 10),
+    M_TOP_PAD: (64 << 20, 0),
+}
 
 WARM_UP_STEPS = 2  # allocations and the choice of kernels make these up to three times slower
 TIMED_STEPS = 2
@@ -56,7 +56,8 @@ def cannot_compile(model: nn.Module) -> str | None:
 
 @contextmanager
 def compiled_layers(model: nn.Module) -> Iterator[None]:
-    """Inside the block the transformer layers of `model` run compiled in training passes."""
+    """Inside the block the transformer layers of `model` run compiled in training passes. Each layer's
+    `forward` is compiled, not its call, so hooks stay outside, and all layers share one program."""
     layers = _layers(model)
     for layer in layers:
         layer.forward = _when_training(layer)
@@ -84,10 +85,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Gradient checkpointing: keep each layer's inputs and compute the rest again in the backward pass.
-
-    Hooks on the layers, such as the dispersion term's, are not run again this way.
-    """
+    """Save each layer's inputs alone and compute the rest again in the backward pass, without its hooks."""
     model.activation_checkpointing_enable({"use_reentrant": False})
 
 
@@ -98,13 +96,13 @@ def keep_freed_memory() -> Iterator[None]:
     if libc is None or not hasattr(libc, "mallopt"):
         yield
         return
-    for parameter, value in KEEPING.items():
+    for parameter, (value, _) in MALLOC_OPTIONS.items():
         libc.mallopt(parameter, value)
     try:
         yield
     finally:
-        for parameter, value in DEFAULTS.items():
-            libc.mallopt(parameter, value)
+        for parameter, (_, default) in MALLOC_OPTIONS.items():
+            libc.mallopt(parameter, default)
         libc.malloc_trim(0)
 
 
@@ -125,12 +123,11 @@ def time_steps(
     """Time the parts of full-weight AdamW steps of one micro-batch of random tokens, for `edgedisp plan`.
 
     The model is changed; throw it away. Returns seconds (`micro_step_s` forward and backward of a
-    micro-batch, `optimizer_s`, `forward_s_per_token`) and bytes: `process_bytes`, what the process holds
-    beside the weights, and `activation_bytes`, what the forward pass adds to it.
+    micro-batch, `optimizer_s`, `forward_s_per_token`) and bytes: `process_bytes`, the process without the
+    weights, and `activation_bytes`, what the forward pass adds to it.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).train()
-    is_chunked = unsupported(model) is None
     if train.gradient_checkpointing:
         checkpoint_activations(model)
     config: Any = model.config
@@ -140,8 +137,8 @@ def time_steps(
     process = psutil.Process()
     before = after_forward = process.memory_info().rss
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    forward, both, update = [], [], []
-    with chunked_head(model) if is_chunked else nullcontext():
+    times = []
+    with chunked_head(model) if unsupported(model) is None else nullcontext():
         for step in range(WARM_UP_STEPS + TIMED_STEPS):
             marks = [_now(device)]
             with torch.autocast(device, torch.bfloat16, enabled=train.precision == "bf16"):
@@ -156,14 +153,13 @@ def time_steps(
             optimizer.step()
             optimizer.zero_grad()
             marks.append(_now(device))
-            forward.append(marks[1] - marks[0])
-            both.append(marks[2] - marks[1])
-            update.append(marks[3] - marks[2])
+            times.append([end - start for start, end in pairwise(marks)])
             progress(step + 1, WARM_UP_STEPS + TIMED_STEPS, "timing training steps")
+    forward, both, update = map(statistics.median, zip(*times[WARM_UP_STEPS:]))
     return {
-        "micro_step_s": statistics.median(both[WARM_UP_STEPS:]),
-        "optimizer_s": statistics.median(update[WARM_UP_STEPS:]),
-        "forward_s_per_token": statistics.median(forward[WARM_UP_STEPS:]) / context,
+        "micro_step_s": both,
+        "optimizer_s": update,
+        "forward_s_per_token": forward / context,
         "process_bytes": max(0, before - weights),
         "activation_bytes": after_forward - before,
     }

@@ -1,16 +1,13 @@
 """Quantization-aware training: the steps see the weights as the bundle will store them.
 
-Before each optimizer step the weights are replaced by rounded ones, and the gradient of those is applied to
-the weights themselves (the straight-through estimator, Bengio et al. 2013, arXiv 1308.3432). The swap happens
-around a whole step, so accumulation, tied weights, gradient checkpointing, the chunked cross-entropy,
-compiled layers and data parallelism need no special case. Under bf16 autocast the products see the rounded
-weights in bf16. Activations are not rounded, though accuracy level 4 rounds them to 8 bits at run time.
+Before each step the weights are replaced by rounded ones, and the gradient of those is applied to the weights
+themselves (the straight-through estimator, Bengio et al. 2013, arXiv 1308.3432). The swap happens around a
+whole step, so accumulation, tied weights, gradient checkpointing and compiled layers need no special case.
+Under bf16 autocast the products see the rounded weights in bf16. Activations are not rounded, though accuracy
+level 4 rounds them to 8 bits at run time.
 
 LoRA: the frozen weight W is replaced by Q(W + s B A) - s B A. The adapter adds s B A itself, so the layer
 computes with Q of the merged weight, and A and B get the straight-through gradient.
-
-Between the steps, in checkpoints and afterwards, the model has the weights themselves. Weights divided by
-FSDP and bases that are stored quantized (QLoRA) cannot be replaced.
 """
 
 from __future__ import annotations
@@ -33,10 +30,10 @@ class QuantizationAware(TrainingTechnique):
         ends: rounds the embedding and the head.
         start: share of the run, from 0 to 1, after which rounding begins.
         begin: called with the model before the first rounded step, which it may change (calibration); True:
-            that step was in an earlier process, so what it found then must be used again.
+            that step was in an earlier process, so its results must be used again.
 
-    Raises ValueError for another share, and when training begins for weights that cannot be replaced, or an
-    adapter with dropout, which computes with other weights than the merged ones.
+    Raises ValueError for another share, and when training begins for weights that cannot be replaced (divided
+    by FSDP, stored quantized), or an adapter with dropout, which never computes with the merged weight.
     """
 
     def __init__(

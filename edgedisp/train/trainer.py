@@ -1,15 +1,12 @@
 """Mid-train a causal language model on packed token blocks, with or without a dispersion term.
 
-The loop is the transformers `Trainer` with `DispersionMixin`. `fit` adds what a fair and exact build needs:
-the blocks are read in the order of the file, so that two arms see the same batches, schedule and random
-numbers; checkpoints are whole or unused; the log has a row per step; and what makes it faster changes no
-result.
+The loop is the transformers `Trainer` with `DispersionMixin`. `fit` reads the blocks in order, so that two
+arms see the same batches, schedule and random numbers; checkpoints are whole or unused.
 
 Several processes (torchrun, accelerate launch) share each step of `batch x accumulate` sequences. Under DDP
-each has the whole model. Under FSDP2 (`train.distributed`) each has a part of weights, gradients and
-optimizer states; weights are gathered, and gradients added up, in float32, as in a single process. Loss and
-weights agree with one process to float tolerance, dropout aside. A checkpoint can be continued by another
-number of processes, but not from DDP to FSDP or back.
+each has the whole model, under FSDP2 (`train.distributed`) a part of it; weights are gathered, and gradients
+added up, in float32. Loss and weights agree with one process to float tolerance, dropout aside. A checkpoint
+can be continued by another number of processes, but not from DDP to FSDP or back.
 """
 
 from __future__ import annotations
@@ -58,11 +55,11 @@ TIME_LIMIT = timedelta(hours=6)  # a slow disk or a sleeping laptop must not end
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What `fit` takes beside the recipe's `train` section.
+    """What `fit` needs besides the recipe's `train` section.
 
-    `output_dir`: folder of this run's checkpoints. `end_of_text`: the token that ends a document; with it,
-    attention stays inside documents. `callbacks`: a `TrainingTechnique` among them is detached at the end.
-    `log_dir`, `run_name`: for `train.report_to`.
+    `output_dir`: folder of the checkpoints. `end_of_text`: the token that ends a document; with it, attention
+    stays inside documents. `log_dir`, `run_name`: for `train.report_to`. `chunked_cross_entropy`: use it
+    where the model allows it.
     """
 
     steps: int
@@ -74,16 +71,14 @@ class FitOptions:
     watch: CondensationWatch | None = None
     log_dir: Path | None = None
     run_name: str | None = None
-    chunked_cross_entropy: bool = True  # where the model allows it
+    chunked_cross_entropy: bool = True
 
 
 @dataclass
 class FitResult:
-    """What a training run returns.
-
-    `log` has a row per optimizer step (`step`, `loss` = cross-entropy in nats per token, `dispersion`, `lr`,
-    `grad_norm`), `watched` the rows of the condensation watch. `weights` is None unless FSDP divided the
-    model: then it is the whole state dict, on the CPU, in the leading process.
+    """`log` has a row per optimizer step (`step`, `loss` = cross-entropy in nats per token, `dispersion`,
+    `lr`, `grad_norm`), `watched` the rows of the condensation watch. `weights` is None unless FSDP divided
+    the model: then it is the whole state dict, on the CPU, in the leading process.
     """
 
     log: list[dict[str, Any]]
@@ -115,10 +110,9 @@ def fit(
 
     Args:
         model: a causal language model, weights float32 (bf16 is autocast), perhaps wrapped by peft.
-        tokens: `(blocks, context)` unsigned integers, in training order; at least
-            `steps * accumulate * batch` blocks.
-        train: the recipe's section, `precision` resolved to bf16 or fp32. It describes the whole step; in a
-            launch of several processes each calls `fit` alike and takes its share.
+        tokens: `(blocks, context)` unsigned integers, at least `steps * accumulate * batch` blocks.
+        train: `precision` resolved to bf16 or fp32. In a launch of several processes each calls `fit` alike
+            and takes its share of the step.
     Raises ValueError if there are too few blocks, BadInput for a checkpoint that cannot be continued,
     NotFinite if the loss or a gradient is NaN or infinite.
     """
@@ -147,9 +141,7 @@ def fit(
             callbacks=[*options.callbacks, log],
         )
         if is_sharded and not trainer.is_fsdp_enabled:  # as accelerate decides silently on CPUs
-            raise ValueError(
-                "accelerate does not divide a model among processes on this kind of device (FSDP)"
-            )
+            raise ValueError("accelerate does not divide a model on this kind of device (FSDP)")
         trainer.remove_callback(PrinterCallback)  # it prints every log row to stdout
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     # Collective: every process has to call it.
@@ -176,9 +168,7 @@ def _prepared(model: nn.Module, train: Train, options: FitOptions) -> Iterator[b
         for callback in options.callbacks:
             if isinstance(callback, TrainingTechnique):
                 stack.callback(callback.detach)
-        if (
-            train.gradient_checkpointing
-        ):  # here, as the Trainer's own option changed its name in transformers 5
+        if train.gradient_checkpointing:  # the Trainer's option has another name before transformers 5
             checkpoint_activations(model)
         # The Trainer seeds the process's global streams.
         stack.enter_context(torch.random.fork_rng())
@@ -204,11 +194,8 @@ def _prepared(model: nn.Module, train: Train, options: FitOptions) -> Iterator[b
 
 
 def _restore_model(model: nn.Module, use_cache: bool | None) -> None:
-    """Undo what stays in a trained model: accelerate's autocast and its mark, and the Trainer's `use_cache`.
-
-    A marked model is not prepared again, so a bf16 training after an fp32 one would silently be fp32. The
-    configuration is saved with the model.
-    """
+    """Undo what stays in a trained model: the Trainer's `use_cache`, accelerate's autocast and its mark, for
+    which a bf16 training after an fp32 one would silently be fp32."""
     attributes = vars(model)
     attributes.pop("_is_accelerate_prepared", None)
     if "_original_forward" in attributes:

@@ -75,30 +75,6 @@ def test_isolated_documents_are_trained_on_as_such(
     assert losses["true"] != pytest.approx(losses["false"], rel=1e-3)
 
 
-def test_the_condensation_is_in_the_record_with_what_it_cost(
-    tiny_folder: dict[str, Path], text_file: Path, tmp_path: Path
-) -> None:
-    recipe, _, done = trained(tiny_folder, text_file, tmp_path)
-    steps = [row["step"] for row in done["watched"]]
-    assert steps[0] == 0 and steps[-1] == recipe.steps and 5 <= len(steps) <= 11
-    assert {len(row["cosine_by_layer"]) for row in done["watched"]} == {3}
-    assert 0 < done["watch_seconds"] == pytest.approx(sum(row["seconds"] for row in done["watched"]))
-    assert done["chunked_cross_entropy"] and done["skipped_sequences"] == 0
-    json.dumps(done, allow_nan=False)
-
-
-def test_a_log_for_tensorboard_stays_in_the_arms_folder(
-    tiny_folder: dict[str, Path], text_file: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("tensorboard")
-    _, run, done = trained(tiny_folder, text_file, tmp_path, every="0", report="tensorboard")
-    own = run / "dispersed" / "model.partial"
-    assert done["watched"] == []
-    assert list((own / "logs").glob("events.*"))
-    assert not (own / "checkpoints").exists()
-    AutoModelForCausalLM.from_pretrained(own)
-
-
 def test_the_probe_times_the_steps_that_training_takes(tiny_folder: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_folder["llama"], dtype=torch.float32)
     found = time_steps(model, Train(tokens=1, lr=1e-3), 32, seed=0)

@@ -58,30 +58,6 @@ def test_weight_zero_gives_bit_identical_weights_to_dispersion_off(
     assert np.array_equal(np.random.get_state()[1], before[1])
 
 
-@pytest.mark.parametrize("tokens", [None, 8])
-def test_accumulated_micro_batches_are_one_big_batch(
-    tiny_folder: dict[str, Path], tmp_path: Path, tokens: int | None
-) -> None:
-    # The norm is of plain gradients: AdamW's first step would hide their scale.
-    norms, weights = [], []
-    for batch, accumulate in ((8, 1), (2, 4)):
-        model = open_tiny(tiny_folder["llama"])
-        result = fit_tiny(
-            model,
-            tmp_path / f"{batch}",
-            steps=2,
-            batch=batch,
-            accumulate=accumulate,
-            warmup=0,
-            precision="fp32",
-            dispersion=DispersionConfig(weight=0.7, tokens=tokens),
-        )
-        norms.append([(row["loss"], row["dispersion"], row["grad_norm"]) for row in result.log])
-        weights.append(flat(model))
-    np.testing.assert_allclose(norms[0], norms[1], rtol=2e-5)
-    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=2e-5)
-
-
 def test_gradient_checkpointing_changes_no_gradient(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
     runs = []
     for is_on in (False, True):

@@ -11,53 +11,19 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from training import flat, open_tiny
-from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from training import Interrupt, fit_tiny, flat, open_tiny
+from transformers import TrainerCallback, get_scheduler
 
 from edgedisp.train.arm_callbacks import ActiveForgetting, EmbeddingDropout, NoisyEmbedding, callbacks_for
+from edgedisp.train.trainer import FitResult
 
 BLOCKS = np.random.default_rng(0).integers(3, 400, (48, 12))
 ARCHITECTURES = ["gemma3_text", "gpt2"]  # a scaled embedding, and one to which positions are added
 
 
-class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    def __len__(self) -> int:
-        return len(BLOCKS)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids = torch.from_numpy(BLOCKS[index])
-        return {"input_ids": ids, "labels": ids}
-
-
-class InOrder(Trainer):
-    def _get_train_sampler(self, *_: Any) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
-
-
-def train(
-    model: Any, folder: Path, callbacks: Any, *, resume: bool = False, steps: int = 6, **changes: Any
-) -> InOrder:
-    settings: dict[str, Any] = {
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "cosine",
-        "weight_decay": 0.1,
-        "logging_steps": 1,
-        "save_steps": 2,
-    }
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        seed=5,
-        **{**settings, **changes},
-    )
-    trainer = InOrder(model=model, args=arguments, train_dataset=Rows(), callbacks=list(callbacks))
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
-    return trainer
+def train(model: Any, folder: Path, callbacks: Any, **changes: Any) -> FitResult:
+    options = {"precision": "fp32", "warmup": 0.0, "blocks": BLOCKS, "seed": 5, **changes}
+    return fit_tiny(model, folder, callbacks=list(callbacks), **options)
 
 
 class Seen(TrainerCallback):
@@ -76,9 +42,9 @@ def changes_seen(
 ) -> list[tuple[Tensor, Tensor]]:
     """(what the embedding returns without the callback, with it) for each micro-batch; nothing is learnt."""
     runs = []
-    for chosen in ([], [callback]):
+    for name, callbacks in (("plain", []), ("changed", [callback])):
         seen = Seen()
-        train(open_tiny(folder), out, [*chosen, seen], learning_rate=0.0, save_strategy="no", **changes)
+        train(open_tiny(folder), out / name, [*callbacks, seen], lr=1e-12, **changes)
         runs.append(seen.outputs)
     return list(zip(*runs, strict=True))
 
@@ -96,9 +62,7 @@ def test_the_noise_is_uniform_within_alpha_over_the_root_of_tokens_and_features(
     rounding = 1e-6 * float(pairs[0][0].abs().max())
     assert noise.abs().max() <= bound + rounding
     scaled = (noise.flatten() / bound).double()
-    count = (
-        scaled.numel()
-    )  # of independent numbers: the mean is 0 +- 1/sqrt(3 n), the square 1/3 +- 0.3/sqrt(n)
+    count = scaled.numel()  # the mean is 0 +- 1/sqrt(3 n), the square 1/3 +- 0.3/sqrt(n)
     assert abs(scaled.mean()) < 5 / math.sqrt(3 * count)
     assert abs(scaled.square().mean() - 1 / 3) < 5 * 0.3 / math.sqrt(count)
     assert abs(torch.corrcoef(noise.flatten(1)[:2])[0, 1]) < 5 / math.sqrt(noise[0].numel())
@@ -120,14 +84,8 @@ def test_a_sequence_is_changed_alike_however_the_batch_is_cut(
 ) -> None:
     seen = []
     for batch, accumulate in ((4, 1), (1, 4)):
-        changed = changes_seen(
-            tiny_folder["llama"],
-            callback,
-            tmp_path,
-            steps=3,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulate,
-        )
+        options = {"steps": 3, "batch": batch, "accumulate": accumulate}
+        changed = changes_seen(tiny_folder["llama"], callback, tmp_path / str(batch), **options)
         seen.append(torch.cat([after for _, after in changed]))
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[0][:4], seen[0][4:8])
@@ -140,12 +98,14 @@ TECHNIQUES: list[dict[str, float]] = [{"embedding_dropout": 0.2}, {"active_forge
 def test_a_resumed_run_ends_with_the_same_weights(
     tiny_folder: dict[str, Path], tmp_path: Path, techniques: dict[str, float]
 ) -> None:
-    whole, cut = open_tiny(tiny_folder["gpt2"]), open_tiny(tiny_folder["gpt2"])
-    train(whole, tmp_path, callbacks_for(techniques, seed=1))
-    train(cut, tmp_path, callbacks_for(techniques, seed=1), resume=True)
-    assert torch.equal(flat(whole), flat(cut))
-    other = open_tiny(tiny_folder["gpt2"])
-    train(other, tmp_path, callbacks_for(techniques, seed=2), save_strategy="no")
+    whole, cut, other = (open_tiny(tiny_folder["gpt2"]) for _ in range(3))
+    train(whole, tmp_path / "whole", callbacks_for(techniques, seed=1))
+    interrupted = [*callbacks_for(techniques, seed=1), Interrupt(3)]
+    with pytest.raises(KeyboardInterrupt):
+        train(open_tiny(tiny_folder["gpt2"]), tmp_path / "cut", interrupted, checkpoint_every=2)
+    again = train(cut, tmp_path / "cut", callbacks_for(techniques, seed=1), checkpoint_every=2)
+    assert again.resumed_from == 2 and torch.equal(flat(whole), flat(cut))
+    train(other, tmp_path / "other", callbacks_for(techniques, seed=2))
     assert not torch.equal(flat(whole), flat(other))
 
 
@@ -170,7 +130,7 @@ def test_resets_come_every_so_many_steps_but_never_last(
     tiny_folder: dict[str, Path], tmp_path: Path, every: int, resets: list[int]
 ) -> None:
     seen = Watch()
-    train(open_tiny(tiny_folder["llama"]), tmp_path, [ActiveForgetting(every, 0), seen], save_strategy="no")
+    train(open_tiny(tiny_folder["llama"]), tmp_path, [ActiveForgetting(every, 0), seen])
     fresh = [step for step, moment in enumerate(seen.moments, 1) if not moment["exp_avg"].any()]
     assert fresh == resets
     for step in resets:
@@ -191,18 +151,11 @@ def test_after_a_reset_the_embedding_takes_the_steps_of_an_adamw_of_its_own(
             gradients.append(known["model"].get_input_embeddings().weight.grad.clone())
 
     seen = Watch()
-    train(
-        open_tiny(tiny_folder["llama"]),
-        tmp_path,
-        [ActiveForgetting(every, 0), Gradients(), seen],
-        steps=steps,
-        learning_rate=rate,
-        warmup_steps=1,
-        save_strategy="no",
-    )
+    callbacks = [ActiveForgetting(every, 0), Gradients(), seen]
+    train(open_tiny(tiny_folder["llama"]), tmp_path, callbacks, steps=steps, lr=rate, warmup=1 / steps)
     for start in (2, 4, 6):
         weight = nn.Parameter(seen.embeddings[start - 1].clone())
-        optimizer = torch.optim.AdamW([weight], lr=rate, weight_decay=0.1)
+        optimizer = torch.optim.AdamW([weight], lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
         length = min(every, steps - start)
         schedule = get_scheduler(
             "cosine", optimizer, num_warmup_steps=round(length / steps), num_training_steps=length
@@ -219,7 +172,7 @@ def test_a_frozen_embedding_is_refused(tiny_folder: dict[str, Path], tmp_path: P
     model = open_tiny(tiny_folder["llama"])
     model.get_input_embeddings().weight.requires_grad_(False)
     with pytest.raises(ValueError, match="the embedding is frozen"):
-        train(model, tmp_path, [ActiveForgetting(2, 0)], save_strategy="no")
+        train(model, tmp_path, [ActiveForgetting(2, 0)])
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from training import fit_tiny, open_tiny
+from training import open_tiny
 
-from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.train.packed_dataset import IGNORED, PackedDataset, document_positions
 
 END = 1
@@ -51,12 +50,6 @@ def test_the_first_token_of_a_document_is_no_target_and_the_end_of_text_is() -> 
     assert torch.equal(labels[kept], ids[kept])
 
 
-def test_without_an_end_of_text_blocks_are_as_they_were() -> None:
-    block = PackedDataset(document(12, 0)[None])[0]
-    assert set(block) == {"input_ids", "labels"}
-    assert torch.equal(block["input_ids"], block["labels"])
-
-
 # Gemma's twin has a sliding window of 64 in its first layer: 100 tokens reach over it.
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2"])
 def test_a_document_in_a_block_computes_what_it_computes_alone(
@@ -82,21 +75,3 @@ def test_a_document_in_a_block_computes_what_it_computes_alone(
         for logits, one in zip(alone, (first, second))
     ]
     torch.testing.assert_close(packed.loss, sum(losses) / (99 + 79), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("architecture", ["gemma3_text", "gpt2"])
-def test_training_with_walls_starts_at_the_loss_of_the_documents_alone(
-    tiny_folder: dict[str, Path], tmp_path: Path, architecture: str
-) -> None:
-    model = open_tiny(tiny_folder[architecture]).eval()
-    model.config.attn_pdrop = model.config.resid_pdrop = 0.0
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    rows = [np.concatenate([document(40, 2 * index), document(30, 2 * index + 1)]) for index in range(4)]
-    with torch.no_grad():
-        expected = float(model(**batch(*rows), use_cache=False).loss)
-    options = {"steps": 1, "lr": 1e-12, "warmup": 0, "precision": "fp32", "end_of_text": END}
-    term = DispersionConfig(tokens=8)
-    done = fit_tiny(model, tmp_path, blocks=np.stack(rows), dispersion=term, **options)
-    assert done.log[0]["loss"] == pytest.approx(expected, rel=1e-5)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import Interrupt, fit_tiny, flat, open_tiny
+from training import fit_tiny, open_tiny
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import file_digest
@@ -96,17 +96,6 @@ def test_a_run_killed_at_three_points_ends_with_the_weights_of_the_unbroken_run(
     logs = [json.loads((run / "log.json").read_text()) for run in (whole, broken)]
     assert logs[0] == logs[1] and len(logs[0]) == 10
     assert [path.name for path in (broken / "checkpoints").iterdir()] == ["checkpoint-10"]
-
-
-def test_the_log_of_a_resumed_run_is_that_of_the_whole(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
-    options = {"dispersion": DispersionConfig(tokens=8), "checkpoint_every": 2}
-    with pytest.raises(KeyboardInterrupt):
-        fit_tiny(open_tiny(tiny_folder["llama"]), tmp_path / "cut", callbacks=[Interrupt(4)], **options)
-    models = [open_tiny(tiny_folder["llama"]) for _ in range(2)]
-    results = [fit_tiny(model, tmp_path / name, **options) for model, name in zip(models, ("whole", "cut"))]
-    assert [result.resumed_from for result in results] == [0, 4]
-    assert results[0].log == results[1].log
-    assert torch.equal(flat(models[0]), flat(models[1]))
 
 
 def test_a_checkpoint_that_is_not_whole_is_passed_over_for_the_one_before(
