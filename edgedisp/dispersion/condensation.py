@@ -64,7 +64,7 @@ def mean_cosine(vectors: Tensor) -> Tensor:
 
 
 def cosine_histogram(vectors: Tensor) -> Tensor:
-    """Counts of the unordered pairs by cosine: `(tokens, features)` -> int64 `(BINS,)` over -1 .. 1."""
+    """Counts of the pairs by cosine: `(tokens, features)` -> int64 `(BINS,)` over -1 .. 1."""
     directions = unit_vectors(vectors.float())
     counts = torch.zeros(BINS, dtype=torch.int64, device=vectors.device)
     for start in range(0, len(directions), ROWS):
@@ -83,10 +83,8 @@ def attention_sinks(vectors: Tensor) -> Tensor:
 
 
 def singular_values(vectors: Tensor) -> Tensor:
-    """Singular values of `(tokens, features)`, float64, in rising order, by the smaller Gram matrix.
-
-    Exact to 1e-7 of the largest one, the rounding of float32 vectors; what is below counts as 0.
-    """
+    """Singular values of `(tokens, features)`, float64, in rising order, by the smaller Gram matrix. Exact to
+    1e-7 of the largest one, the rounding of float32 vectors; what is below counts as 0."""
     wide = vectors.double()
     gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
     squares = torch.linalg.eigvalsh(gram)
@@ -115,9 +113,7 @@ def max_over_median(vectors: Tensor) -> float:
 
 def measure_layer(vectors: Tensor) -> dict[str, Any]:
     """FIGURES and `histogram` (BINS counts) of one sequence at one layer: `(tokens, features)`, no padding.
-
-    Raises ValueError for fewer than 4 tokens.
-    """
+    Raises ValueError for fewer than 4 tokens."""
     if len(vectors) < FEWEST_TOKENS:
         raise ValueError(f"{len(vectors)} tokens are too few to measure: at least {FEWEST_TOKENS} are needed")
     vectors = vectors.float()
@@ -141,9 +137,7 @@ def measure_layer(vectors: Tensor) -> dict[str, Any]:
 
 def bootstrap_interval(values: Tensor, statistic: Statistic) -> list[Tensor] | None:
     """95 % [low, high] of `statistic(mean over sequences)`: `(sequences, ...)`; None for a single sequence.
-
-    It holds the estimate: rank correlations are lower in nearly every draw, as noise only disturbs an order.
-    """
+    Contains the estimate: rank correlations are lower in nearly every draw, as noise disturbs an order."""
     count = len(values)
     if count < 2:
         return None
@@ -158,10 +152,8 @@ def bootstrap_interval(values: Tensor, statistic: Statistic) -> list[Tensor] | N
 
 
 def student_t(z: float, freedom: int) -> float:
-    """Student's t with the normal quantile z's probability (Fisher and Cornish).
-
-    Right to 0.3 % from 4 degrees of freedom on; too small below, where the interval is all draws anyway.
-    """
+    """Student's t with the normal quantile z's probability (Fisher and Cornish): right to 0.3 % from 4
+    degrees of freedom on; too small below, where the interval is all draws anyway."""
     terms = (
         z,
         (z**3 + z) / 4,

@@ -39,10 +39,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def select_layers(choice: str | Sequence[int], depth: int) -> list[int]:
-    """Indices (from 0) of the layers named by `all`, `first_half`, `last_half`, `last`, or a list.
-
-    Raises ValueError for an index outside the model, or a choice of no layer.
-    """
+    """Indices (from 0) of the layers named by `all`, `first_half`, `last_half`, `last`, or a list. Raises
+    ValueError for an index outside the model, or a choice of no layer."""
     named = {
         "all": range(depth),
         "first_half": range(depth // 2),
@@ -136,10 +134,8 @@ class DispersionLoss:
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[DispersionLoss]:
-        """Compute the term in every training forward pass of `model` inside the block.
-
-        Raises ValueError if the model has no list of layers or lacks one of those in the configuration.
-        """
+        """Compute the term in every training forward pass of `model` inside the block. Raises ValueError if
+        the model has no list of layers or lacks one of those in the configuration."""
         blocks = decoder_layers(model)
         self._layers, self._has_run = select_layers(self.config.layers, len(blocks)), False
         with ExitStack() as stack:

@@ -58,8 +58,7 @@ class FitOptions:
     """What `fit` needs besides the recipe's `train` section.
 
     `output_dir`: folder of the checkpoints. `end_of_text`: the token that ends a document; with it, attention
-    stays inside documents. `log_dir`, `run_name`: for `train.report_to`. `chunked_cross_entropy`: use it
-    where the model allows it.
+    stays inside documents. `log_dir`, `run_name`: for `train.report_to`.
     """
 
     steps: int
@@ -71,7 +70,6 @@ class FitOptions:
     watch: CondensationWatch | None = None
     log_dir: Path | None = None
     run_name: str | None = None
-    chunked_cross_entropy: bool = True
 
 
 @dataclass
@@ -187,7 +185,7 @@ def _prepared(model: nn.Module, train: Train, options: FitOptions) -> Iterator[b
             if (reason := cannot_compile(model)) is not None:
                 raise BadInput(f"train.compile: {reason}; or leave it off")
             stack.enter_context(compiled_layers(model))
-        is_chunked = options.chunked_cross_entropy and unsupported(model) is None
+        is_chunked = unsupported(model) is None
         if is_chunked:
             stack.enter_context(chunked_head(model))
         yield is_chunked

@@ -152,29 +152,6 @@ def test_uneven_micro_batches_count_by_their_sequences(
         assert runs[index][1].get("skipped_sequences", 0) == masked
 
 
-def test_a_training_begun_anew_with_a_smaller_batch_counts_anew(
-    tiny_folder: dict[str, Path], tmp_path: Path
-) -> None:
-    class Full(DispersionTrainer):
-        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-            loss = super().training_step(*args, **kwargs)
-            if self._train_batch_size == 4:
-                raise RuntimeError("CUDA out of memory.")
-            return loss
-
-    rows: Any = rows_of([12, 12, 1, 12] * 4)
-    trainer = Full(
-        model=open_tiny(tiny_folder["llama"]),
-        args=arguments(tmp_path, auto_find_batch_size=True),
-        train_dataset=rows,
-        dispersion=DispersionConfig(),
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    assert trainer._train_batch_size < 4
-    assert train_logs(trainer)[0]["skipped_sequences"] == 1
-
-
 def test_evaluation_is_the_plain_trainers(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
     rows: Any = rows_of([12, 9, 12, 5])
     options = {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0}

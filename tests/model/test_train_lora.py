@@ -9,11 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from training import Interrupt, fit_tiny
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from edgedisp import models
@@ -189,23 +187,6 @@ def test_an_interrupted_run_continues_to_the_same_adapter_over_an_unchanged_base
 
 
 # ---------------------------------------------------------------- the folder, and merging
-
-
-@pytest.mark.parametrize("quantization", [None, "nf4"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_peft_alone_opens_the_folder_and_computes_the_same(
-    tiny_folder: dict[str, Path], tmp_path: Path, architecture: str, quantization: str | None
-) -> None:
-    expected = logits(saved(tiny_folder[architecture], tmp_path / "adapter", quantization))
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    name = config["base_model_name_or_path"]
-    base = (
-        load_quantized(Path(name), quantization)
-        if quantization
-        else AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    )
-    found = logits(PeftModel.from_pretrained(base, tmp_path / "adapter"))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_folder_names_its_base(tiny_folder: dict[str, Path], tmp_path: Path) -> None:

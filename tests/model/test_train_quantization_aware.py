@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,53 +98,24 @@ def test_before_its_start_nothing_is_rounded(tiny_folder: dict[str, Path], tmp_p
     assert same == [True, True, True, False, False, False]
 
 
-def calibrating(folder: Path, model_blocks: np.ndarray, **options: Any) -> QuantizationAware:
-    """Rounding on scales that are calibrated when it begins, kept in `folder` as a build keeps them."""
-    scales: dict[str, Any] = {}
-
-    def body(name: str, weight: Tensor) -> Tensor:
-        own = scales[name]
-        values = in_groups(weight, BODY.group)
-        blocks = round_to(values, own.scales, own.zero_points, BODY, weight.shape[1])
-        return dequantize(blocks, BODY)
-
-    def begin(model: Any, continued: bool) -> None:
-        path = folder / "scales.pt"
-        if continued:
-            scales.update(torch.load(path, weights_only=False))
-        else:
-            scales.update(calibrated_start(model, model_blocks, lambda name: BODY))
-            torch.save(scales, path)
-
-    return QuantizationAware(body, ROUNDING[1], begin=begin, **options)
-
-
-@pytest.mark.parametrize("calibrated", [False, True])
-@pytest.mark.parametrize("stopped_in", [3, 5])
-def test_a_resumed_run_continues_exactly(
-    tiny_folder: dict[str, Path], tmp_path: Path, stopped_in: int, calibrated: bool
-) -> None:
-    """Rounding begins in step 4: before or after the process that is stopped."""
+@pytest.mark.parametrize("stop", [3, 7])
+def test_a_resumed_run_continues_exactly(tiny_folder: dict[str, Path], tmp_path: Path, stop: int) -> None:
+    """Rounding begins in step 4: before or after the process that is stopped, which `begin` is told."""
     options = {"steps": 8, "checkpoint_every": 2}
-    made: Callable[..., QuantizationAware] = (
-        (lambda folder: calibrating(folder, BLOCKS[:8], start=0.5))
-        if calibrated
-        else (lambda folder: aware(start=0.5))
-    )
-    results = []
-    for name, stop in (("whole", None), ("broken", stopped_in)):
-        folder = tmp_path / name
-        folder.mkdir()
-        model = open_tiny(tiny_folder["llama"])
-        if stop is not None:
-            with pytest.raises(KeyboardInterrupt):
-                train(model, folder, callbacks=[made(folder), Interrupt(stop)], **options)
-            model = open_tiny(tiny_folder["llama"])
-        done = train(model, folder, callbacks=[made(folder)], **options)
-        assert bool(done.resumed_from) == (stop is not None)
-        results.append((state(model), [row["loss"] for row in done.log]))
-    check_equal(results[0][0], results[1][0])
-    assert results[0][1] == results[1][1]
+    whole, continued = open_tiny(tiny_folder["llama"]), open_tiny(tiny_folder["llama"])
+    begun: list[bool] = []
+
+    def callback() -> QuantizationAware:
+        return aware(start=0.5, begin=lambda model, is_continued: begun.append(is_continued))
+
+    unbroken = train(whole, tmp_path / "whole", callbacks=[callback()], **options)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted = [callback(), Interrupt(stop)]
+        train(open_tiny(tiny_folder["llama"]), tmp_path / "cut", callbacks=interrupted, **options)
+    rest = train(continued, tmp_path / "cut", callbacks=[callback()], **options)
+    assert rest.resumed_from == stop - 1 and begun == ([False, False] if stop == 3 else [False, False, True])
+    check_equal(state(whole), state(continued))
+    assert [row["loss"] for row in unbroken.log] == [row["loss"] for row in rest.log]
 
 
 def test_a_training_that_raised_leaves_the_weights_themselves(
