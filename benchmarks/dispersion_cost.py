@@ -154,7 +154,7 @@ def peak_of_steps(name: str, way: str, folder: str) -> dict[str, float]:
 
 
 def plain_pairs(vectors: Tensor) -> Tensor:
-    return angular(vectors, torch.ones(vectors.shape[:2], dtype=torch.bool), clamp=0.1)
+    return angular(vectors, torch.ones(vectors.shape[:2], dtype=torch.bool), clamp=0.1).mean()
 
 
 def blockwise_pairs(vectors: Tensor) -> Tensor:
