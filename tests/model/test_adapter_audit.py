@@ -203,6 +203,7 @@ def keys(tmp_path: Path, adapter: str, *overrides: str) -> dict[str, Any]:
     """Stage name -> its options and inputs."""
     path = tmp_path / "tiny.yaml"
     path.write_text(RECIPE.format(adapter=adapter))
+    (tmp_path / "text.jsonl").write_text('{"text": "A sentence."}\n')
     return {one.name: (plain(one.options), dict(one.inputs)) for one in stages(load(path, overrides), 1)}
 
 
