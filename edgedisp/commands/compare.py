@@ -34,7 +34,7 @@ from edgedisp.core.stage_folder import SCORES
 from edgedisp.evaluate.seeds_and_means import average_task, compare_tasks, mean_difference
 from edgedisp.evaluate.task_result import Results, TaskResult, common_items
 from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, expand, prepare
-from edgedisp.graph.session import read_config
+from edgedisp.graph.genai_config import read_config
 from edgedisp.pipeline.run_results import load, surroundings
 from edgedisp.pipeline.scoring import ModelSource, noise_floor, score_tasks
 from edgedisp.report.results_table import numbered

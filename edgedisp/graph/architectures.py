@@ -1,17 +1,16 @@
 """Reads a torch model into a `Decoder` (decoder_spec.py), whatever its architecture.
 
-Architectures differ in few things: names, norms, biases, activation, positions, window, scaling. The readers
-here know those differences; decoder_graph.py sees a `Decoder` alone. transformers opens the model, so old
-checkpoint names, shards, tied weights and half precision are its business, and rotary tables come from the
-model's own rotary module, so that every `rope_type` is right.
+Architectures differ in names, norms, biases, activation, positions, window and scaling. Rotary tables come
+from the model's rotary module, so every `rope_type` is right.
 
-Left out: mixtures of experts, encoder-decoders, ALiBi, vision towers, and OPT-350M, whose norms come after
-each part and whose embedding is narrower than its layers.
+Left out: mixtures of experts, encoder-decoders, ALiBi, vision towers, and OPT-350M (norms after each part, an
+embedding narrower than its layers).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from edgedisp.core.errors import BadInput
 from edgedisp.graph.decoder_spec import Decoder, Layer, Linear, Norm, Rope
 
 DEFAULT_CONTEXT = 8192
-"""Most positions of a bundle unless a caller says otherwise: rotary tables and KV buffers grow with it."""
+"""Default for the most positions of a bundle: rotary tables and KV buffers grow with it."""
 
 # transformers' activation name -> what the graph computes. All three tanh forms are the same function.
 ACTIVATIONS = {
@@ -63,7 +62,9 @@ def _context(config: Any, max_context: int | None) -> int:
 # ---------------------------------------------------------------- parts that every reader needs
 
 
-def _activation(name: str) -> str:
+def _activation(config: Any) -> str:
+    fields = ("activation_function", "hidden_activation", "hidden_act")  # Gemma has both of the last two
+    name = next(value for field in fields if (value := getattr(config, field, None)))
     if name not in ACTIVATIONS:
         raise BadInput(
             f"activation {name!r} has no counterpart in the graph; known: {', '.join(ACTIVATIONS)}"
@@ -88,7 +89,9 @@ def _linear(name: str, *modules: Any) -> Linear:
     biases = tuple(module.bias for module in modules if module.bias is not None)
     if biases and len(biases) != len(modules):
         raise BadInput(f"{name}: some of its parts have a bias and some have none; that form is not written")
-    return Linear(name, tuple(module.weight for module in modules), biases)
+    # Conv1D (GPT-2, with the attribute nf) stores [in, out].
+    weights = (module.weight.t() if hasattr(module, "nf") else module.weight for module in modules)
+    return Linear(name, tuple(weights), biases)
 
 
 def _rms_norm(name: str, module: Any, offset: float = 0.0) -> Norm:
@@ -105,15 +108,9 @@ def _layer_norm(name: str, module: Any) -> Norm:
     return Norm(name, weight, float(module.eps), bias)
 
 
-def _lm_head(model: Any, embedding: torch.Tensor) -> torch.Tensor | None:
-    """The head's matrix [vocab, hidden]; None where it is the embedding's."""
-    weight: torch.Tensor = model.lm_head.weight
-    return None if weight is embedding or weight.data_ptr() == embedding.data_ptr() else weight
-
-
-def _sizes(model: Any, context: int, embedding: torch.Tensor) -> dict[str, Any]:
-    """Fields of a Decoder with one key for each query head, the embedding, and the head."""
-    config = model.config
+def _common(model: Any, context: int, embedding: torch.Tensor) -> dict[str, Any]:
+    """Fields of a Decoder that are read alike in every architecture."""
+    config, head = model.config, model.lm_head.weight
     heads = config.num_attention_heads
     return {
         "architecture": config.model_type,
@@ -123,8 +120,9 @@ def _sizes(model: Any, context: int, embedding: torch.Tensor) -> dict[str, Any]:
         "head_dim": config.hidden_size // heads,
         "vocab_size": len(embedding),
         "context": context,
+        "activation": _activation(config),
         "embedding": embedding,
-        "head": _lm_head(model, embedding),
+        "head": None if head.data_ptr() == embedding.data_ptr() else head,
     }
 
 
@@ -136,12 +134,11 @@ def _llama_like(model: Any, context: int, offset: float = 0.0, rope_by_layer_typ
     config, body = model.config, model.model
     layer_types = list(config.layer_types) if rope_by_layer_type else None
     ropes = layer_types or ["rope"] * len(body.layers)
-    sizes = _sizes(model, context, body.embed_tokens.weight)
-    sizes |= {"kv_heads": config.num_key_value_heads}
-    sizes |= {"head_dim": getattr(config, "head_dim", None) or sizes["head_dim"]}
+    common = _common(model, context, body.embed_tokens.weight)
+    common["kv_heads"] = config.num_key_value_heads
+    common["head_dim"] = getattr(config, "head_dim", None) or common["head_dim"]
     return Decoder(
-        **sizes,
-        activation=_activation(getattr(config, "hidden_activation", None) or config.hidden_act),
+        **common,
         embedding_scale=float(getattr(body.embed_tokens, "embed_scale", 1.0)),
         layers=tuple(
             _llama_layer(f"model.layers.{index}", block, rope, window, offset)
@@ -202,30 +199,36 @@ def _gemma3(model: Any, context: int) -> Decoder:
 # ---------------------------------------------------------------- LayerNorm, biases, an MLP without a gate
 
 
-def _gpt2(model: Any, context: int) -> Decoder:
-    """GPT-2: learned positions, one product for q, k and v, and Conv1D, which stores [in, out]."""
-    config, body = model.config, model.transformer
-
-    def linear(name: str, conv: Any) -> Linear:
-        return Linear(name, (conv.weight.t(),), (conv.bias,))
-
-    layers = tuple(
-        Layer(
-            attention_norm=_layer_norm(f"model.layers.{i}.input_layernorm", block.ln_1),
-            qkv=linear(f"model.layers.{i}.attn.qkv_proj", block.attn.c_attn),
-            attention_output=linear(f"model.layers.{i}.attn.o_proj", block.attn.c_proj),
-            mlp_norm=_layer_norm(f"model.layers.{i}.post_attention_layernorm", block.ln_2),
-            up=linear(f"model.layers.{i}.mlp.up_proj", block.mlp.c_fc),
-            down=linear(f"model.layers.{i}.mlp.down_proj", block.mlp.c_proj),
-            scale=float(block.attn.scaling),
-        )
-        for i, block in enumerate(body.h)
+def _plain_layer(
+    index: int, norms: Sequence[Any], linears: Iterable[Sequence[Any]], scale: float, **options: Any
+) -> Layer:
+    """`norms`: before attention and MLP; `linears`: the modules of qkv, attention output, up and down."""
+    name = f"model.layers.{index}"
+    parts = ("attn.qkv_proj", "attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    qkv, output, up, down = (_linear(f"{name}.{part}", *modules) for part, modules in zip(parts, linears))
+    return Layer(
+        attention_norm=_layer_norm(f"{name}.input_layernorm", norms[0]),
+        qkv=qkv,
+        attention_output=output,
+        mlp_norm=_layer_norm(f"{name}.post_attention_layernorm", norms[1]),
+        up=up,
+        down=down,
+        scale=float(scale),
+        **options,
     )
+
+
+def _gpt2(model: Any, context: int) -> Decoder:
+    """GPT-2: learned positions, one product for q, k and v."""
+    body, layers = model.transformer, []
+    for index, block in enumerate(body.h):
+        attention, mlp = block.attn, block.mlp
+        linears = [[attention.c_attn], [attention.c_proj], [mlp.c_fc], [mlp.c_proj]]
+        layers.append(_plain_layer(index, (block.ln_1, block.ln_2), linears, attention.scaling))
     return Decoder(
-        **_sizes(model, context, body.wte.weight),
-        activation=_activation(config.activation_function),
+        **_common(model, context, body.wte.weight),
         positions=body.wpe.weight[:context],
-        layers=layers,
+        layers=tuple(layers),
         final_norm=_layer_norm("model.norm", body.ln_f),
     )
 
@@ -243,26 +246,20 @@ def _opt(model: Any, context: int) -> Decoder:
             f"this OPT has an embedding of width {config.word_embed_proj_dim} for layers of "
             f"{config.hidden_size} (word_embed_proj_dim); that form is not written"
         )
+    layers = []
+    for index, block in enumerate(body.layers):
+        attention = block.self_attn
+        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+        linears = [qkv, [attention.out_proj], [block.fc1], [block.fc2]]
+        norms = (block.self_attn_layer_norm, block.final_layer_norm)
+        # torch scales the queries, bias and all: the same product
+        layers.append(_plain_layer(index, norms, linears, attention.scaling))
     positions = body.embed_positions
     return Decoder(
-        **_sizes(model, context, body.embed_tokens.weight),
-        activation=_activation(config.activation_function),
+        **_common(model, context, body.embed_tokens.weight),
         positions=positions.weight[positions.offset : positions.offset + context],
-        layers=tuple(_opt_layer(f"model.layers.{i}", block) for i, block in enumerate(body.layers)),
+        layers=tuple(layers),
         final_norm=_layer_norm("model.norm", body.final_layer_norm),
-    )
-
-
-def _opt_layer(name: str, block: Any) -> Layer:
-    attention = block.self_attn
-    return Layer(
-        attention_norm=_layer_norm(f"{name}.input_layernorm", block.self_attn_layer_norm),
-        qkv=_linear(f"{name}.attn.qkv_proj", attention.q_proj, attention.k_proj, attention.v_proj),
-        attention_output=_linear(f"{name}.attn.o_proj", attention.out_proj),
-        mlp_norm=_layer_norm(f"{name}.post_attention_layernorm", block.final_layer_norm),
-        up=_linear(f"{name}.mlp.up_proj", block.fc1),
-        down=_linear(f"{name}.mlp.down_proj", block.fc2),
-        scale=float(attention.scaling),  # torch scales the queries, bias and all: the same product
     )
 
 
@@ -280,47 +277,29 @@ def _gpt_neox(model: Any, context: int) -> Decoder:
     cos, sin = _rotary(body.rotary_emb, context)["rope"]
     order = _rotated_first(head_dim, 2 * cos.shape[1])
     unrotated = len(cos), head_dim // 2 - cos.shape[1]
+    ones, zeros = torch.ones(unrotated), torch.zeros(unrotated)
     return Decoder(
-        **_sizes(model, context, body.embed_in.weight),
-        activation=_activation(config.hidden_act),
-        layers=tuple(
-            _neox_layer(f"model.layers.{i}", block, config.num_attention_heads, order)
-            for i, block in enumerate(body.layers)
-        ),
+        **_common(model, context, body.embed_in.weight),
+        layers=tuple(_neox_layer(index, block, order) for index, block in enumerate(body.layers)),
         final_norm=_layer_norm("model.norm", body.final_layer_norm),
-        ropes={
-            "rope": (
-                torch.cat([cos, torch.ones(unrotated)], dim=1),
-                torch.cat([sin, torch.zeros(unrotated)], dim=1),
-            )
-        },
+        ropes={"rope": (torch.cat([cos, ones], dim=1), torch.cat([sin, zeros], dim=1))},
     )
 
 
-def _neox_layer(name: str, block: Any, heads: int, order: torch.Tensor) -> Layer:
+def _neox_layer(index: int, block: Any, order: torch.Tensor) -> Layer:
     attention, mlp = block.attention, block.mlp
-    output = _linear(f"{name}.attn.o_proj", attention.dense)
-    down = _linear(f"{name}.mlp.down_proj", mlp.dense_4h_to_h)
-    if block.use_parallel_residual and output.biases and down.biases:
+    linears = [[attention.query_key_value], [attention.dense], [mlp.dense_h_to_4h], [mlp.dense_4h_to_h]]
+    norms, is_parallel = (block.input_layernorm, block.post_attention_layernorm), block.use_parallel_residual
+    layer = _plain_layer(index, norms, linears, attention.scaling, rope="rope", is_parallel=is_parallel)
+    rows = torch.arange(len(layer.qkv.weights[0])).view(-1, 3, len(order))  # [heads, (q, k, v), dim]
+    q, k, v = rows[:, 0, order], rows[:, 1, order], rows[:, 2]
+    layer = replace(layer, qkv=replace(layer.qkv, rows=torch.cat([q.flatten(), k.flatten(), v.flatten()])))
+    output, down = layer.attention_output, layer.down
+    if is_parallel and output.biases and down.biases:
         # Both are added to the same stream, so one of them can carry the sum.
-        down = Linear(down.name, down.weights, (output.biases[0] + down.biases[0],))
-        output = Linear(output.name, output.weights)
-    joined = attention.query_key_value
-    by_head = torch.arange(3 * heads * len(order)).view(heads, 3, len(order))  # rows [heads, (q, k, v), dim]
-    q, k, v = by_head[:, 0, order], by_head[:, 1, order], by_head[:, 2]
-    rows = torch.cat([q.flatten(), k.flatten(), v.flatten()])
-    biases = () if joined.bias is None else (joined.bias,)
-    return Layer(
-        attention_norm=_layer_norm(f"{name}.input_layernorm", block.input_layernorm),
-        qkv=Linear(f"{name}.attn.qkv_proj", (joined.weight,), biases, rows),
-        attention_output=output,
-        mlp_norm=_layer_norm(f"{name}.post_attention_layernorm", block.post_attention_layernorm),
-        up=_linear(f"{name}.mlp.up_proj", mlp.dense_h_to_4h),
-        down=down,
-        scale=float(attention.scaling),
-        rope="rope",
-        is_parallel=block.use_parallel_residual,
-    )
+        down = replace(down, biases=(output.biases[0] + down.biases[0],))
+        layer = replace(layer, attention_output=replace(output, biases=()), down=down)
+    return layer
 
 
 def _rotated_first(head_dim: int, rotated: int) -> torch.Tensor:

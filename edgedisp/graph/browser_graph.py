@@ -1,20 +1,15 @@
 """A graph for WebAssembly: products over few-bit weights unfolded, embeddings read with standard operators.
 
 onnxruntime-web unpacks the whole weight of a `MatMulNBits` at every token, which takes ten times as long as
-the product itself, and has no kernel for `GatherBlockQuantized`. `unfold` writes instead
+the product, and has no kernel for `GatherBlockQuantized`. `unfold` writes constant nodes instead, which
+onnxruntime folds once when it opens the graph: the download stays small, products and memory are as in fp32.
 
-    bytes -> integers -> turned to [groups, group, out] -> fp32 (q - zero point) * scale -> [in, out] ->
-    MatMul
+    bytes -> integers -> [groups, group, out] -> fp32 (q - zero point) * scale -> [in, out] -> MatMul
 
-All of it but the product is constant, so onnxruntime computes it once, when it opens the graph: the download
-stays small, decoding is as fast as in fp32, and memory is that of fp32. Products are in fp32 then, whatever
-`accuracy_level` says. The type UINT4, which would unpack itself, has no cast in WebAssembly (1.31).
-
-Folding keeps every step's result of every weight until all are folded: five times the fp32 weights. So
-weights are folded in `STAGES`, each after the last one's leftovers are gone. What makes a stage wait is a
-shape that depends on a `Dropout` in a branch of an `If`: onnxruntime takes the branch when the condition is
-known, and drops the Dropout one round later, when the next condition becomes known. A runtime that does not
-is slow and right: the number that passes through is always 0.
+Folding keeps every step's result until all weights are folded, five times the fp32 weights. So weights are
+folded in `STAGES`. A stage waits for a shape that depends on a `Dropout` in a branch of an `If`: onnxruntime
+takes the branch when the condition is known, and drops the Dropout one round later. A runtime that does not
+is slow and right: the number that passes through is always 0. Type UINT4 has no cast in WebAssembly (1.31).
 """
 
 from __future__ import annotations
@@ -25,10 +20,9 @@ import numpy as np
 import onnx_ir as ir
 
 from edgedisp.core.errors import BadInput
-from edgedisp.graph.onnx_graph import NewNodes, remove_unused
+from edgedisp.graph.onnx_graph import PACKED, NewNodes, remove_unused
 
 STAGES = 8  # onnxruntime goes over a graph at most 10 times
-PACKED = "MatMulNBits"
 GATE = "unfold.gate"
 PAGE_BYTES = 200_000_000
 
@@ -41,9 +35,8 @@ def has_packed_products(graph: ir.Graph) -> bool:
 def expected_bytes(graph: ir.Graph, stored_bytes: int) -> int:
     """About the most memory that a page needs to open the graph unfolded.
 
-    The file twice (as it came, and in the runtime), the fp32 weights, and what one stage leaves behind, four
-    times its weights; a fifth more for gaps, and the page itself. SmolLM2-135M: 1.6 GB; measured were
-    1.7 in 6 stages and 1.6 in 9.
+    The file twice (download and runtime), the fp32 weights, and what one stage leaves behind, four times its
+    weights; a fifth more for gaps, and the page itself. SmolLM2-135M: 1.6 GB; measured 1.6 to 1.7.
     """
     sizes = [_size(node) for node in graph if node.op_type == PACKED]
     stage = max([sum(sizes) / STAGES, *sizes], default=0)
@@ -57,21 +50,16 @@ def unfold(model: ir.Model) -> None:
     """
     graph = model.graph
     products = [node for node in graph if node.op_type == PACKED]
-    for node in products:
-        _check_supported(node)
     stages = _stages(products)
     gates = _gates(graph, max(stages.values(), default=0))
     for node in products:
-        _Unfolded(graph, node, gates[stages[node]]).replace(node)
+        if any(value is not None for value in node.inputs[4:]):
+            raise BadInput(
+                f"{node.name}: a MatMulNBits with more inputs than weight, scales and zero points cannot be "
+                "written for a browser"
+            )
+        _Product(graph, node, gates[stages[node]]).replace(node)
     remove_unused(model)
-
-
-def _check_supported(node: ir.Node) -> None:
-    if any(value is not None for value in node.inputs[4:]):
-        raise BadInput(
-            f"{node.name}: a MatMulNBits with more inputs than weight, scales and zero points cannot be "
-            "written for a browser"
-        )
 
 
 def _size(node: ir.Node) -> int:
@@ -80,8 +68,7 @@ def _size(node: ir.Node) -> int:
 
 
 def _stages(products: Sequence[ir.Node]) -> dict[ir.Node, int]:
-    """Stage of each product; about as many weight values in each, the largest weights first: what those leave
-    behind has room for the others."""
+    """Stage of each product; about as many weight values in each, the largest weights first."""
     total, before, stages = sum(map(_size, products)), 0, {}
     for node in sorted(products, key=_size, reverse=True):
         stages[node] = before * STAGES // total
@@ -98,9 +85,8 @@ def _gates(graph: ir.Graph, last: int) -> list[ir.Value | None]:
         name = f"{GATE}_{stage}"
         branches = {}
         for branch in ("then_branch", "else_branch"):
-            output = ir.Value(
-                name=f"{name}.{branch}", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.FLOAT)
-            )
+            kind = ir.TensorType(ir.DataType.FLOAT)
+            output = ir.Value(name=f"{name}.{branch}", shape=ir.Shape([]), type=kind)
             dropout = ir.Node("", "Dropout", [gate], outputs=[output])
             branches[branch] = ir.Graph([], [output], nodes=[dropout], name=output.name)
         is_known = new.op("Cast", [gate], f"{name}.known", to=ir.DataType.BOOL)
@@ -110,14 +96,43 @@ def _gates(graph: ir.Graph, last: int) -> list[ir.Value | None]:
     return gates
 
 
-class _Unfolded(NewNodes):
+class _Unpacked(NewNodes):
+    """New nodes that unpack values of `bits` bits."""
+
+    bits: int
+
+    def planes(self, packed: ir.Value, part: str) -> list[ir.Value]:
+        """The 8 / bits values of each byte as uint8 tensors of the same shape, the low bits first."""
+        if self.bits == 8:
+            return [packed]
+        mask = self.constant(f"unpack.mask_{self.bits}", np.array(2**self.bits - 1, np.uint8))
+        planes = []
+        for place in range(0, 8, self.bits):
+            plane = packed
+            if place > 0:
+                shift = self.constant(f"unpack.shift_{place}", np.array(place, np.uint8))
+                plane = self.op("BitShift", [plane, shift], f"{part}.shifted_{place}", direction="RIGHT")
+            if place < 8 - self.bits:
+                plane = self.op("BitwiseAnd", [plane, mask], f"{part}.low_{place}")
+            planes.append(plane)
+        return planes
+
+    def middle(self) -> ir.Value:
+        """The zero point of symmetric grids."""
+        return self.constant(f"unpack.middle_{self.bits}", np.array(2.0 ** (self.bits - 1), np.float32))
+
+    def scaled(self, values: ir.Value, zero: ir.Value, scale: ir.Value) -> ir.Value:
+        return self.op("Mul", [self.op("Sub", [values, zero], ".centered"), scale], ".scaled")
+
+
+class _Product(_Unpacked):
     """The nodes of one `MatMulNBits` with its weight unfolded; `gate`: what the weight's stage waits for."""
 
     def __init__(self, graph: ir.Graph, node: ir.Node, gate: ir.Value | None) -> None:
         super().__init__(graph, f"{node.outputs[0].name}.unfolded")
-        self.gate = gate
+        self.gate, self.bits = gate, node.attributes.get_int("bits", 4)
         columns, rows = node.attributes["K"].as_int(), node.attributes["N"].as_int()
-        group, self.bits = node.attributes["block_size"].as_int(), node.attributes.get_int("bits", 4)
+        group = node.attributes["block_size"].as_int()
         groups = -(-columns // group)
         packed, scales, *zero_points = node.inputs[1:4]
         each = self.constant(f"unfold.each_{groups}_{rows}", [groups, 1, 1, rows])
@@ -126,26 +141,21 @@ class _Unfolded(NewNodes):
             width = -(-groups * self.bits // 8)
             zeros = self._integers(zero_points[0], [1, rows, width, 1], ".zeros")
             zeros = self._matrix(zeros, groups, rows, width * 8 // self.bits, ".zeros.all")
-            middle = self.op("Reshape", [zeros, each], ".zeros.each")
+            zero = self.op("Reshape", [zeros, each], ".zeros.each")
         else:
-            middle = self.constant(f"unfold.middle_{self.bits}", np.array(2.0 ** (self.bits - 1), np.float32))
+            zero = self.middle()
         scale = self.op("Transpose", [scales], ".scales_turned", perm=[1, 0])
         scale = self.op("Reshape", [scale, each], ".scales")
-        centered = self.op("Sub", [values, middle], ".centered")
-        weight = self._matrix(
-            self.op("Mul", [centered, scale], ".scaled"), columns, rows, groups * group, ".weight"
-        )
+        weight = self._matrix(self.scaled(values, zero, scale), columns, rows, groups * group, ".weight")
         self.op("MatMul", [node.inputs[0], weight], ".product")
 
     def _integers(self, packed: ir.Value | None, shape: list[int], part: str) -> ir.Value:
         """Stored bytes [1, rows, a, b] -> fp32 [a, b, values in a byte, rows], constant from the stage on."""
-        while packed is not None and not packed.is_initializer():
-            maker = packed.producer()  # an Identity, or the Reshape of a tied embedding
-            packed = maker.inputs[0] if maker else None
+        packed = _stored(packed)  # not the Reshape of a tied embedding
         known = self.constant(f"unfold.shape_{'_'.join(map(str, shape))}", shape)
         if self.gate is not None:
             known = self.op("Add", [known, self.gate], f"{part}.shape")
-        planes = unpack(self, self.op("Reshape", [packed, known], f"{part}.bytes"), self.bits, part)
+        planes = self.planes(self.op("Reshape", [packed, known], f"{part}.bytes"), part)
         joined = self.op("Concat", planes, f"{part}.joined", axis=0)
         turned = self.op("Transpose", [joined], f"{part}.turned", perm=[2, 3, 0, 1])
         return self.op("Cast", [turned], f"{part}.float", to=ir.DataType.FLOAT)
@@ -160,21 +170,12 @@ class _Unfolded(NewNodes):
         return self.op("Slice", [values, *limits], part)
 
 
-def unpack(new: NewNodes, packed: ir.Value, bits: int, part: str) -> list[ir.Value]:
-    """The 8 / bits values of each byte as uint8 tensors of the same shape, the low bits first."""
-    if bits == 8:
-        return [packed]
-    mask = new.constant(f"unpack.mask_{bits}", np.array(2**bits - 1, np.uint8))
-    planes = []
-    for place in range(0, 8, bits):
-        plane = packed
-        if place > 0:
-            shift = new.constant(f"unpack.shift_{place}", np.array(place, np.uint8))
-            plane = new.op("BitShift", [plane, shift], f"{part}.shifted_{place}", direction="RIGHT")
-        if place < 8 - bits:
-            plane = new.op("BitwiseAnd", [plane, mask], f"{part}.low_{place}")
-        planes.append(plane)
-    return planes
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """The initializer behind a `Cast`, an `Identity` or a `Reshape`."""
+    while value is not None and not value.is_initializer():
+        node = value.producer()
+        value = node.inputs[0] if node else None
+    return value
 
 
 def replace_quantized_gathers(model: ir.Model) -> None:
@@ -183,44 +184,41 @@ def replace_quantized_gathers(model: ir.Model) -> None:
     The numbers are the same bit for bit, and weights, scales and zero points are read where they are.
     """
     for node in [node for node in model.graph if node.op_type == "GatherBlockQuantized"]:
-        _Gathered(model.graph, node).replace(node)
+        _Rows(model.graph, node).replace(node)
 
 
-class _Gathered(NewNodes):
+class _Rows(_Unpacked):
     """Rows of packed bytes [vocab, groups * group * bits / 8], looked up as fp32 [..., groups * group]."""
 
     def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
         super().__init__(graph, f"{node.outputs[0].name}.plain")
         self.bits, group = node.attributes.get_int("bits", 4), node.attributes["block_size"].as_int()
         packed, ids, scales, *zero_points = node.inputs
-        stored = scales
-        while stored is not None and not stored.is_initializer():
-            stored = stored.producer().inputs[0]  # type: ignore[union-attr]  # the Cast of fp16 scales
-        groups = int(stored.shape[1])  # type: ignore[union-attr, index, arg-type]
-        name = self.prefix
-        blocks = self.constant(f"{name}.blocks", [0, 0, groups, group])
-        each = self.constant(f"{name}.each", [0, 0, groups, 1])
+        groups = int(_stored(scales).shape[1])  # type: ignore[union-attr, index, arg-type]
+        blocks, each, whole = (
+            self.constant(f"{self.prefix}.{name}", shape)
+            for name, shape in (
+                ("blocks", [0, 0, groups, group]),
+                ("each", [0, 0, groups, 1]),
+                ("whole", [0, 0, groups * group]),
+            )
+        )
         rows = self._values(self.op("Gather", [packed, ids], ".rows", axis=0), groups * group, ".row_values")
-        grouped = self.op("Reshape", [rows, blocks], ".grouped")
-        scale = self.op("Gather", [scales, ids], ".scale", axis=0)
-        scale = self.op("Reshape", [scale, each], ".scales")
+        scale = self.op("Reshape", [self.op("Gather", [scales, ids], ".scale", axis=0), each], ".scales")
         if zero_points and zero_points[0] is not None:
             zeros = self.op("Gather", [zero_points[0], ids], ".zeros", axis=0)
             zero = self.op("Reshape", [self._values(zeros, groups, ".zero_values"), each], ".zero_points")
         else:
-            zero = self.constant(f"{name}.middle", np.array(2.0 ** (self.bits - 1), np.float32))
-        scaled = self.op("Mul", [self.op("Sub", [grouped, zero], ".centered"), scale], ".scaled")
-        self.op("Reshape", [scaled, self.constant(f"{name}.whole", [0, 0, groups * group])], ".all")
+            zero = self.middle()
+        grouped = self.op("Reshape", [rows, blocks], ".grouped")
+        self.op("Reshape", [self.scaled(grouped, zero, scale), whole], ".all")
 
     def _values(self, packed: ir.Value, count: int, part: str) -> ir.Value:
         """Bytes -> fp32 values; `count` a row, what fills the last byte cut off."""
-        planes = unpack(self, packed, self.bits, part)
-        values = packed
+        values, planes = packed, self.planes(packed, part)
         if len(planes) > 1:
             axis = self.constant("unpack.last_axis", [-1])
-            pieces = [
-                self.op("Unsqueeze", [plane, axis], f"{part}.piece_{i}") for i, plane in enumerate(planes)
-            ]
+            pieces = [self.op("Unsqueeze", [p, axis], f"{part}.piece_{i}") for i, p in enumerate(planes)]
             joined = self.op("Concat", pieces, f"{part}.joined", axis=-1)
             flat = self.op("Reshape", [joined, self.constant("unpack.flat", [0, 0, -1])], f"{part}.flat")
             limits = [self.constant(f"unpack.integer_{value}", [value]) for value in (0, count, -1)]

@@ -1,25 +1,23 @@
 """Architectures that this package does not write itself, through onnxruntime-genai's model builder.
 
-The builder reads the same model folder and leaves a bundle with the same interface. What it prints is shown
-only if it fails. Its head dimension is a symbol in the graph, which is replaced by the number, as
-transformers.js needs. Left out: vision, audio, mixtures of experts.
+The bundle has the same interface. The builder's output is shown only if it fails. Left out: vision, audio,
+mixtures of experts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import onnx
-from onnx import GraphProto
+import onnx_ir as ir
 
 from edgedisp.core.errors import BuildFailed
+from edgedisp.core.files import write_json
 from edgedisp.core.progress import Progress, silent
 from edgedisp.graph import genai_config
 from edgedisp.graph.onnx_graph import GRAPH
@@ -29,13 +27,10 @@ from edgedisp.graph.onnx_graph import GRAPH
 # gemma2 (its cache holds the window alone, which only genai handles).
 ARCHITECTURES = ("ernie4_5", "gemma", "granite", "phi", "phi3", "smollm3")
 
-# What onnxruntime-genai's builder calls a linear map -> the torch modules that it may stand for.
+# The builder's name of a linear map -> the torch modules that it may stand for.
 BUILDER_NAMES = {
-    "attn.qkv_proj": (
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("self_attn.qkv_proj",),
-    ),
-    "attn.o_proj": (("self_attn.o_proj",), ("self_attn.dense",)),
+    "attn.qkv_proj": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.qkv_proj"]],
+    "attn.o_proj": [["self_attn.o_proj"], ["self_attn.dense"]],
 }
 
 
@@ -62,12 +57,14 @@ def build(
             f"{model_folder}: onnxruntime-genai's builder could not write family {architecture!r}: "
             f"{type(error).__name__}: {error}. It said last: {last}"
         ) from error
-    _name_head_dimension(output_dir)
     genai_config.copy_files(model_folder, output_dir)
-    genai_config.set_end_ids(
+    config = genai_config.read_json(output_dir / genai_config.GENAI_CONFIG)
+    config["model"]["eos_token_id"] = genai_config.end_ids(
         output_dir
-    )  # the builder knows the configured ones and the tokenizer's eos alone
+    )  # the builder writes configured ones alone
+    write_json(output_dir / genai_config.GENAI_CONFIG, config)
     genai_config.set_threads(output_dir, threads)
+    _set_head_dimension(output_dir, config["model"]["decoder"]["head_size"])
     progress(1, 1, "graph written")
 
 
@@ -85,43 +82,39 @@ def _quiet(printed: io.StringIO) -> Iterator[None]:
         root.setLevel(level)
 
 
-def _name_head_dimension(bundle: Path) -> None:
-    """Give the caches' last dimension its number."""
-    config = json.loads((bundle / "genai_config.json").read_text(encoding="utf-8"))
-    model = onnx.load(bundle / GRAPH, load_external_data=False)
-    for value in [*model.graph.input, *model.graph.output]:
-        if value.name.startswith(("past_key_values.", "present.")):
-            value.type.tensor_type.shape.dim[3].dim_value = config["model"]["decoder"]["head_size"]
-    (bundle / GRAPH).write_bytes(model.SerializeToString())
+def _set_head_dimension(bundle: Path, head_dim: int) -> None:
+    """Replace the symbol of the caches' last dimension, which transformers.js reads as 0, by its number."""
+    model = ir.load(bundle / GRAPH)
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if str(value.name).startswith(("past_key_values.", "present.")) and value.shape is not None:
+            value.shape = ir.Shape([*value.shape[:3], head_dim])
+    ir.save(model, bundle / GRAPH)
 
 
-def weight_map(graph: GraphProto, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, Any]]:
-    """The map of a graph that onnxruntime-genai's builder wrote for a model with parameters of `shapes`."""
-    entries: dict[str, dict[str, Any]] = {}
-    stored = {tensor.name for tensor in graph.initializer}
-    embedding = "model.embed_tokens.weight"
-    for name in stored & {embedding}:
-        entries[name] = {"torch": [embedding], "transposed": False}
-    for name in stored & {"lm_head.MatMul.weight"}:
-        is_tied = "lm_head.weight" not in shapes
-        entries[name] = {"torch": [embedding if is_tied else "lm_head.weight"], "transposed": True}
-        if is_tied:
-            entries[name]["tied_head"] = True
-    for name in sorted(stored):
+def weight_map(names: Iterable[str], shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, Any]]:
+    """The map of a graph with the initializers `names` of a torch model with parameters of `shapes`."""
+    embedding, entries = "model.embed_tokens.weight", {}
+    for name in sorted(names):
         words = name.removesuffix(".MatMul.weight").split(".")
-        if words[:2] == ["model", "layers"] and name.endswith(".MatMul.weight"):
-            entries[name] = _builder_linear(".".join(words[:3]), ".".join(words[3:]), shapes)
+        if name == embedding:
+            entries[name] = {"torch": [embedding], "transposed": False}
+        elif name == "lm_head.MatMul.weight" and "lm_head.weight" in shapes:
+            entries[name] = {"torch": ["lm_head.weight"], "transposed": True}
+        elif name == "lm_head.MatMul.weight":
+            entries[name] = {"torch": [embedding], "transposed": True, "tied_head": True}
+        elif words[:2] == ["model", "layers"] and name.endswith(".MatMul.weight"):
+            entries[name] = _linear(".".join(words[:3]), ".".join(words[3:]), shapes)
     return entries
 
 
-def _builder_linear(layer: str, linear: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+def _linear(layer: str, linear: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """One linear map of one layer. Phi-3's gate and up are one torch parameter, which the builder cuts."""
     joined = f"{layer}.mlp.gate_up_proj.weight"
     if linear in ("mlp.gate_proj", "mlp.up_proj") and joined in shapes:
         half = shapes[joined][0] // 2
         first = 0 if linear == "mlp.gate_proj" else half
         return {"torch": [joined], "transposed": True, "rows": list(range(first, first + half))}
-    for modules in BUILDER_NAMES.get(linear, ((linear.replace("attn.", "self_attn."),),)):
+    for modules in BUILDER_NAMES.get(linear, [[linear.replace("attn.", "self_attn.")]]):
         names = [f"{layer}.{module}.weight" for module in modules]
         if all(name in shapes for name in names):
             return {"torch": names, "transposed": True}

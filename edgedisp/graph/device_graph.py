@@ -1,14 +1,9 @@
 """A bundle for one kind of device: its threads, its context, and logits of the last token alone.
 
-Nothing here changes a logit within the device's context. Three things are set:
-
-- threads: onnxruntime-genai takes their number from the bundle alone.
-- context: tables of positions are cut to the rows that the device will use. With 8,192 positions the tables
-  of SmolLM2-135M are 2 MB of a 104 MB bundle, and the cache that a runtime allocates at once is 380 MB.
-- logits: generating needs those after each row's last token. The head is the widest product of a small model
-  (SmolLM2-135M: 28 of 135M weights); a gather before it saves a fifth of a prompt's work.
-
-Left out: a context longer than the bundle's, whose tables would have to be computed from the model again.
+Logits within the device's context do not change. Tables of positions are cut to the context: with 8,192
+positions those of SmolLM2-135M are 2 MB of a 104 MB bundle, and the cache that a runtime allocates at once
+is 380 MB. Generating needs logits after each row's last token alone: a gather before the head, the widest
+product of a small model, saves a fifth of a prompt's work.
 """
 
 from __future__ import annotations
@@ -21,16 +16,15 @@ import numpy as np
 import onnx_ir as ir
 
 from edgedisp.core.errors import BadInput
-from edgedisp.graph import genai_config
+from edgedisp.core.files import write_json
 from edgedisp.graph.export import WEIGHT_MAP
+from edgedisp.graph.genai_config import GENAI_CONFIG, LENGTHS, context_length, read_json, set_threads
 from edgedisp.graph.onnx_graph import DATA, GRAPH, PAGE, NewNodes, find_head, forget_shapes
 
 # Inputs of an operator that are tables of positions, one row each.
 TABLES = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}
-LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx")
 NOT_COPIED = ("record.json", "manifest.json", "README.md", WEIGHT_MAP, GRAPH, DATA)
 PREFIX = "last_token."
-LAST_HIDDEN = f"{PREFIX}hidden"
 
 
 def for_device(
@@ -46,7 +40,7 @@ def for_device(
         raise BadInput(f"context is {context}; at least 1 position is needed")
     if not (bundle / GRAPH).is_file():
         raise BadInput(f"{bundle}: no bundle (model.onnx is missing); `edgedisp export` makes one")
-    available = genai_config.context_length(bundle)
+    available = context_length(bundle)
     positions = available if context is None else min(context, available)
     for path in sorted(bundle.iterdir()):
         if path.is_file() and path.name not in NOT_COPIED:
@@ -59,7 +53,7 @@ def for_device(
     if last_logits:
         keep_last(model)
     ir.save(model, output_dir / GRAPH)
-    genai_config.set_threads(output_dir, threads)
+    set_threads(output_dir, threads)
     _set_context(output_dir, positions)
     size = sum((output_dir / name).stat().st_size for name in (GRAPH, DATA) if (output_dir / name).is_file())
     return {"threads": threads, "context": positions, "size_bytes": size}
@@ -67,18 +61,12 @@ def for_device(
 
 def _set_context(bundle: Path, positions: int) -> None:
     """Write the number of positions wherever a runtime looks for it."""
-    path = bundle / "genai_config.json"
-    config = genai_config.read_json(path)
-    config["model"]["context_length"] = positions
-    config.setdefault("search", {})["max_length"] = positions
-    genai_config.write_json(path, config)
-    path = bundle / "config.json"
-    if path.is_file():
-        config = genai_config.read_json(path)
-        lengths = {
-            name: min(positions, config[name]) for name in LENGTHS if isinstance(config.get(name), int)
-        }
-        genai_config.write_json(path, {**config, **lengths})
+    genai, config = read_json(bundle / GENAI_CONFIG), read_json(bundle / "config.json")
+    genai["model"]["context_length"] = positions
+    genai["search"] = {**genai.get("search", {}), "max_length": positions}
+    write_json(bundle / GENAI_CONFIG, genai)
+    lengths = {name: min(positions, config[name]) for name in LENGTHS if isinstance(config.get(name), int)}
+    write_json(bundle / "config.json", {**config, **lengths})
 
 
 def position_tables(graph: ir.Graph) -> set[str]:
@@ -104,8 +92,12 @@ def _cut_positions(graph: ir.Graph, bundle: Path, output_dir: Path, dropped_rows
             tensor = value.const_value
             if tensor is None:
                 continue
-            _check_inside(tensor, bundle)
+            if isinstance(tensor, ir.ExternalTensor):
+                path = bundle / tensor.location
+                if path.parent.resolve() != bundle.resolve():
+                    raise BadInput(f"{bundle}: tensor {name} points outside the bundle, to {path}")
             array = tensor.numpy()[:-dropped_rows] if name in tables else tensor.numpy()
+            value.shape = ir.Shape(array.shape)
             if isinstance(tensor, ir.ExternalTensor):
                 key = (tensor.offset, array.nbytes)
                 if key not in offsets:
@@ -114,18 +106,10 @@ def _cut_positions(graph: ir.Graph, bundle: Path, output_dir: Path, dropped_rows
                     np.ascontiguousarray(array).tofile(file)
                 value.const_value = ir.ExternalTensor(
                     DATA, offsets[key], array.nbytes, tensor.dtype,
-                    shape=ir.Shape(array.shape), name=name, base_dir=output_dir,
+                    shape=value.shape, name=name, base_dir=output_dir,
                 )  # fmt: skip
             elif name in tables:
                 value.const_value = ir.Tensor(array, name=name)
-            value.shape = ir.Shape(array.shape)
-
-
-def _check_inside(tensor: Any, bundle: Path) -> None:
-    if isinstance(tensor, ir.ExternalTensor):
-        path = bundle / tensor.location
-        if path.parent.resolve() != bundle.resolve():
-            raise BadInput(f"{bundle}: tensor {tensor.name} points outside the bundle, to {path}")
 
 
 def keep_last(model: ir.Model) -> None:
@@ -140,30 +124,21 @@ def keep_last(model: ir.Model) -> None:
         raise BadInput("the graph makes no logits out of a product with the head's weights")
     if any(node.name and node.name.startswith(PREFIX) for node in graph):
         raise BadInput("the graph keeps the last token's logits alone already")
-    new = NewNodes(graph, PREFIX)
-    last = new.op(
-        "Unsqueeze", [_last_position(graph, new), new.constant(f"{PREFIX}last_axis", [-1])], "indices"
-    )
-    new.op("GatherND", [head.inputs[0], last], "hidden", batch_dims=1)
-    head.replace_input_with(0, new.nodes[-1].outputs[0])
-    graph.insert_before(head, new.nodes)
-    forget_shapes(graph)
-    logits = next(value for value in graph.outputs if value.name == "logits")
-    logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]]) if logits.shape else None
-
-
-def _last_position(graph: ir.Graph, new: NewNodes) -> ir.Value:
-    """Of each row's new tokens the last real one: int64 [batch, 1].
-
-    real tokens - 1 counts from the start of the row, cached tokens included; a padded row that decodes may
-    have fewer than there are in the cache, and then its one new token is meant.
-    """
-    inputs = {value.name: value for value in graph.inputs}
+    inputs, new = {value.name: value for value in graph.inputs}, NewNodes(graph, PREFIX)
     mask, ids = inputs["attention_mask"], inputs["input_ids"]
-    one = new.constant(f"{PREFIX}one", 1)
+    one, last_axis = new.constant(f"{PREFIX}one", 1), new.constant(f"{PREFIX}last_axis", [-1])
+    # real tokens - 1 counts from the start of the row, cached tokens included; a padded row that decodes may
+    # have fewer than there are in the cache, and then its one new token is meant.
     real = new.op("ReduceSum", [mask, new.constant(f"{PREFIX}axis", [1])], "real", keepdims=1)
     total = new.op("Gather", [new.op("Shape", [mask], "mask_shape"), one], "total", axis=0)
     count = new.op("Gather", [new.op("Shape", [ids], "ids_shape"), one], "new", axis=0)
     less_cached = new.op("Sub", [count, total], "less_cached")
     index = new.op("Sub", [new.op("Add", [real, less_cached], "count"), one], "index_or_negative")
-    return new.op("Max", [index, new.constant(f"{PREFIX}zero", 0)], "index")
+    index = new.op("Max", [index, new.constant(f"{PREFIX}zero", 0)], "index")  # int64 [batch, 1]
+    index = new.op("Unsqueeze", [index, last_axis], "indices")
+    hidden = new.op("GatherND", [head.inputs[0], index], "hidden", batch_dims=1)
+    head.replace_input_with(0, hidden)
+    graph.insert_before(head, new.nodes)
+    forget_shapes(graph)
+    logits = next(value for value in graph.outputs if value.name == "logits")
+    logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]]) if logits.shape else None

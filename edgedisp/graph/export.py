@@ -14,12 +14,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import onnx
+import onnx_ir as ir
 
 from edgedisp import models
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
 from edgedisp.graph import architectures, builder_fallback, decoder_graph, genai_config
+from edgedisp.graph.decoder_graph import EMBEDDING
 from edgedisp.graph.decoder_spec import Decoder, Linear
 from edgedisp.graph.onnx_graph import DATA, GRAPH
 
@@ -50,38 +51,33 @@ def export(
             f"known types: {', '.join(sorted(known))}"
         )
     model = models.load(model_folder)
-    _check_finite(model, str(model_folder))
-    if architecture in architectures.READERS:
-        exporter = "edgedisp"
+    _check_finite(model, model_folder)
+    is_written_here = architecture in architectures.READERS
+    if is_written_here:
         decoder = architectures.read_decoder(model, max_context)
         decoder_graph.write(decoder, output_dir, progress)
         genai_config.write_configs(decoder, model_folder, output_dir, threads)
+        graph = ir.load(output_dir / GRAPH).graph
         weight_map = _weight_map(decoder, model)
-        graph = _graph(output_dir)
     else:
-        exporter = "onnxruntime-genai"
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         del model  # the builder reads the folder itself
         builder_fallback.build(
             model_folder, output_dir, architecture=architecture, threads=threads, progress=progress
         )
-        graph = _graph(output_dir)
-        weight_map = builder_fallback.weight_map(graph, shapes)
+        graph = ir.load(output_dir / GRAPH).graph
+        weight_map = builder_fallback.weight_map(graph.initializers, shapes)
     lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in weight_map.items()]
     (output_dir / WEIGHT_MAP).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     return {
         "family": architecture,
-        "exporter": exporter,
+        "exporter": "edgedisp" if is_written_here else "onnxruntime-genai",
         "runtime_layout": "onnxruntime-genai",
         "context": genai_config.context_length(output_dir),
         "threads": threads,
         "size_bytes": sum((output_dir / name).stat().st_size for name in (GRAPH, DATA)),
-        "nodes": dict(sorted(Counter(node.op_type for node in graph.node).items())),
+        "nodes": dict(sorted(Counter(node.op_type for node in graph).items())),
     }
-
-
-def _graph(bundle: Path) -> onnx.GraphProto:
-    return onnx.load(bundle / GRAPH, load_external_data=False).graph
 
 
 def _architecture(folder: Path) -> str:
@@ -95,14 +91,14 @@ def _architecture(folder: Path) -> str:
         raise BadInput(f"{path}: no readable configuration: {error}") from error
 
 
-def _check_finite(model: Any, name: str) -> None:
+def _check_finite(model: Any, folder: Path) -> None:
     """BadInput names the first weight with NaN or infinity: no graph is worth writing from it."""
     for key, weight in model.named_parameters():
         # A sum is not finite if a value is not, and needs no array of flags; but it may also overflow.
         if not weight.sum().isfinite() and not weight.isfinite().all():
             bad = int((~weight.isfinite()).sum())
             raise BadInput(
-                f"{name}: {key} holds {bad} values that are not finite (NaN or infinity) of "
+                f"{folder}: {key} holds {bad} values that are not finite (NaN or infinity) of "
                 f"{weight.numel()}; the model is damaged, or its training diverged"
             )
 
@@ -118,12 +114,11 @@ def _weight_map(decoder: Decoder, model: Any) -> dict[str, dict[str, Any]]:
         rows = {} if linear.rows is None else {"rows": linear.rows.tolist()}
         return {"torch": [name for name, _ in pairs], "transposed": not is_view, **rows}
 
-    embedding: dict[str, Any] = {"torch": [parameters[decoder.embedding.data_ptr()][0]], "transposed": False}
-    if decoder.head is None:
-        embedding["tied_head"] = True
-    entries = {"model.embed_tokens.weight": embedding}
+    entries = {EMBEDDING: {"torch": [parameters[decoder.embedding.data_ptr()][0]], "transposed": False}}
     for layer in decoder.layers:
         entries |= {f"{linear.name}.weight": entry(linear) for linear in layer.linears()}
-    if decoder.head is not None:
+    if decoder.head is None:
+        entries[EMBEDDING]["tied_head"] = True
+    else:
         entries["lm_head.weight"] = entry(Linear("lm_head", (decoder.head,)))
     return entries

@@ -1,14 +1,12 @@
 """The files beside the graph with which onnxruntime-genai, transformers.js and optimum open a bundle.
 
-`genai_config.json` has shapes, names, end ids, search defaults and the number of threads (genai would take
-half of the hardware threads). The chat template is written twice: transformers.js reads
-tokenizer_config.json alone.
+`genai_config.json` has shapes, names, end ids, search defaults and the number of threads. The chat template
+is written twice, as transformers.js reads tokenizer_config.json alone.
 
 An answer ends with more than a model's `eos_token_id`: a chat turn may end with another token than a text
-(`<|im_end|>`), and a chat model may name the turn's end alone, although it was pre-trained on documents
-that `<|endoftext|>` separates (SmolLM2-135M-Instruct). So every configured id counts, the special tokens
-that end a text, and those that end a turn where the chat template writes them. Scoring does not read these
-ids.
+(`<|im_end|>`), and a chat model may name the turn's end alone (SmolLM2-135M-Instruct). So every configured id
+counts, the special tokens that end a text, and those that end a turn where the chat template writes them.
+Scoring does not read these ids.
 """
 
 from __future__ import annotations
@@ -19,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp.core.errors import BadInput
+from edgedisp.core.files import write_json
 from edgedisp.graph.decoder_spec import Decoder
 
-# Architecture -> genai's model type. Its type `gpt2` wants key and value in one tensor; `decoder` is the
-# plain one.
+# Architecture -> genai's model type; `gpt2` has key and value in one tensor, `decoder` is the plain type.
 GENAI_TYPES = {
     "llama": "llama",
     "mistral": "mistral",
@@ -35,23 +33,18 @@ GENAI_TYPES = {
 }
 TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # as special tokens: Gemma has </s> as HTML
 TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>")
-COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
+TOKENIZER_FILES = (
+    *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     "tokenizer.model",
 )
+GENAI_CONFIG = "genai_config.json"
+LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx")  # names of the context in config.json
 
 
 def write_configs(decoder: Decoder, model_folder: Path, output_dir: Path, threads: int) -> None:
     """Write every file of a bundle but the graph. BadInput if the model folder has no fast tokenizer."""
     copy_files(model_folder, output_dir)
-    config = _genai_config(decoder, end_ids(output_dir), _special_ids(output_dir))
-    write_json(output_dir / "genai_config.json", config)
+    write_json(output_dir / GENAI_CONFIG, _genai_config(decoder, output_dir))
     set_threads(output_dir, threads)
 
 
@@ -60,7 +53,7 @@ def copy_files(model_folder: Path, output_dir: Path) -> None:
     every id that ends an answer in generation_config.json."""
     if not (model_folder / "tokenizer.json").is_file():
         raise BadInput(f"{model_folder}: no tokenizer.json; a bundle needs the fast form of the tokenizer")
-    for name in COPIED:
+    for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
         if (model_folder / name).is_file():
             shutil.copyfile(model_folder / name, output_dir / name)
     settings = read_json(model_folder / "tokenizer_config.json")
@@ -71,11 +64,9 @@ def copy_files(model_folder: Path, output_dir: Path) -> None:
     # Without this list, transformers 4 hands a graph token_type_ids that it has no input for.
     settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
     write_json(output_dir / "tokenizer_config.json", settings)
+    config = read_json(output_dir / "config.json")
     generation = read_json(output_dir / "generation_config.json")
-    if not generation:
-        generation = {
-            k: v for k, v in read_json(output_dir / "config.json").items() if k.endswith("_token_id")
-        }
+    generation = generation or {key: ids for key, ids in config.items() if key.endswith("_token_id")}
     write_json(output_dir / "generation_config.json", {**generation, "eos_token_id": end_ids(output_dir)})
 
 
@@ -91,8 +82,8 @@ def chat_template(folder: Path) -> str | None:
 
 
 def end_ids(folder: Path) -> list[int]:
-    """Ids after which an answer ends: the configured ones first, then what ends a text, then what ends a turn
-    in the chat template. A folder without a template does not stop at the end of a turn.
+    """Ids after which an answer ends: the configured ones, then what ends a text, then what ends a turn in
+    the chat template. A folder without a template does not stop at the end of a turn.
 
     BadInput where there is none at all.
     """
@@ -100,63 +91,59 @@ def end_ids(folder: Path) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         configured = read_json(folder / name).get("eos_token_id")
         ids += configured if isinstance(configured, list) else [] if configured is None else [configured]
-    vocabulary, template = _added_tokens(folder), chat_template(folder) or ""
-    special = _added_tokens(folder, special=True)
-    eos = _content(read_json(folder / "tokenizer_config.json").get("eos_token"))
-    ids += [vocabulary[token] for token in (eos,) if token in vocabulary]
+    vocabulary, special, template = _added_tokens(folder), _added_tokens(folder, True), chat_template(folder)
+    if (eos := _special_token(folder, "eos")) in vocabulary:
+        ids.append(vocabulary[eos])
     ids += [special[token] for token in TEXT_ENDS if token in special]
-    ids += [vocabulary[token] for token in TURN_ENDS if token in vocabulary and token in template]
+    ids += [vocabulary[token] for token in TURN_ENDS if token in vocabulary and token in (template or "")]
     if not ids:
         raise BadInput(f"{folder}: no eos_token_id in config.json, and the tokenizer names no end of text")
     return list(dict.fromkeys(ids))
+
+
+def read_config(bundle: Path) -> dict[str, Any]:
+    """The `model` part of a bundle's genai_config.json. BadInput if the folder has none."""
+    if not (bundle / GENAI_CONFIG).is_file():
+        raise BadInput(f"{bundle}: no bundle ({GENAI_CONFIG} is missing); `edgedisp export` makes one")
+    try:
+        model = json.loads((bundle / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]
+        int(model["context_length"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(
+            f"{bundle / GENAI_CONFIG}: is damaged or no configuration of onnxruntime-genai "
+            f"({type(error).__name__}: {error}); export the bundle again"
+        ) from None
+    return dict(model)
+
+
+def context_length(bundle: Path) -> int:
+    """Most tokens in one sequence, as written in the bundle."""
+    return int(read_config(bundle)["context_length"])
 
 
 def set_threads(bundle: Path, threads: int) -> None:
     """Write the number of threads that onnxruntime-genai starts for this bundle."""
     if threads < 1:
         raise BadInput(f"threads is {threads}; at least 1 is needed")
-    path = bundle / "genai_config.json"
-    config = read_json(path)
-    if "model" not in config:
-        raise BadInput(f"{bundle}: no bundle (genai_config.json is missing); `edgedisp export` makes one")
-    config["model"]["decoder"].setdefault("session_options", {})["intra_op_num_threads"] = threads
-    write_json(path, config)
+    model = read_config(bundle)
+    model["decoder"].setdefault("session_options", {})["intra_op_num_threads"] = threads
+    write_json(bundle / GENAI_CONFIG, {**read_json(bundle / GENAI_CONFIG), "model": model})
 
 
-def set_end_ids(bundle: Path) -> None:
-    """Write every id that ends an answer into a genai_config.json that others wrote."""
-    path = bundle / "genai_config.json"
-    config = read_json(path)
-    config["model"]["eos_token_id"] = end_ids(bundle)
-    write_json(path, config)
+def _genai_config(decoder: Decoder, folder: Path) -> dict[str, Any]:
+    config, vocabulary, eos = read_json(folder / "config.json"), _added_tokens(folder), end_ids(folder)
 
+    def special_id(kind: str) -> int:
+        configured = config.get(f"{kind}_token_id")
+        ids = (configured, vocabulary.get(_special_token(folder, kind)), eos[0])
+        return int(next(token_id for token_id in ids if token_id is not None))
 
-def context_length(bundle: Path) -> int:
-    """Most tokens in one sequence, as written in the bundle."""
-    return int(read_json(bundle / "genai_config.json")["model"]["context_length"])
-
-
-def _special_ids(folder: Path) -> dict[str, int]:
-    """bos and pad ids, as far as they are known."""
-    config, vocabulary = read_json(folder / "config.json"), _added_tokens(folder)
-    settings = read_json(folder / "tokenizer_config.json")
-    ids = {}
-    for kind in ("bos", "pad"):
-        token_id = config.get(f"{kind}_token_id")
-        if token_id is None:
-            token_id = vocabulary.get(_content(settings.get(f"{kind}_token")) or "")
-        if token_id is not None:
-            ids[kind] = int(token_id)
-    return ids
-
-
-def _genai_config(decoder: Decoder, eos: list[int], special: dict[str, int]) -> dict[str, Any]:
     return {
         "model": {
             "type": GENAI_TYPES[decoder.architecture],
-            "bos_token_id": special.get("bos", eos[0]),
+            "bos_token_id": special_id("bos"),
             "eos_token_id": eos,
-            "pad_token_id": special.get("pad", eos[0]),
+            "pad_token_id": special_id("pad"),
             "context_length": decoder.context,
             "vocab_size": decoder.vocab_size,
             "decoder": {
@@ -196,19 +183,20 @@ def _genai_config(decoder: Decoder, eos: list[int], special: dict[str, int]) -> 
     }
 
 
-def _content(token: Any) -> str | None:
-    """A special token's text; old files wrap it in a dictionary."""
-    return token.get("content") if isinstance(token, dict) else token
+def _special_token(folder: Path, kind: str) -> str:
+    """Text of the special token `kind`, "" without one; old files wrap it in a dictionary."""
+    token = read_json(folder / "tokenizer_config.json").get(f"{kind}_token")
+    return str((token.get("content") if isinstance(token, dict) else token) or "")
 
 
-def _added_tokens(folder: Path, special: bool = False) -> dict[str, int]:
-    """Text -> id of the tokens beside the vocabulary proper; `special`: only those that are no text."""
-    added = read_json(folder / "tokenizer.json").get("added_tokens", [])
-    return {token["content"]: token["id"] for token in added if not special or token.get("special")}
+def _added_tokens(folder: Path, only_special: bool = False) -> dict[str, int]:
+    """Text -> id of the tokens beside the vocabulary proper."""
+    tokens = read_json(folder / "tokenizer.json").get("added_tokens", [])
+    return {token["content"]: token["id"] for token in tokens if token.get("special") or not only_special}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file, nothing if there is none. BadInput if it is damaged."""
+    """The object in a JSON file, empty without the file. BadInput if it is damaged."""
     if not path.is_file():
         return {}
     try:
@@ -216,8 +204,3 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise BadInput(f"{path}: not readable as JSON: {error}") from error
     return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON as the other files of a bundle are written."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

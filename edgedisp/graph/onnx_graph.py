@@ -1,8 +1,9 @@
-"""What writing and rewriting graphs share: file names, where weights lie in their file, new nodes."""
+"""What writing and rewriting graphs share: file and operator names, new nodes, finding head and layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,12 @@ GRAPH, DATA = "model.onnx", "model.onnx.data"
 MICROSOFT = "com.microsoft"
 PAGE = 4096  # weights start at multiples of it in their file, so that a runtime can map them
 
-PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits")
-"""Operators that may multiply with a weight."""
+ATTENTION = "GroupQueryAttention"
+PACKED = "MatMulNBits"
+PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", PACKED)  # operators that may multiply with a weight
+ADDING_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
+NORMS = (*ADDING_NORMS, "SimplifiedLayerNormalization", "LayerNormalization", "RMSNormalization")
+SUM = 3  # which output of an adding norm is the sum
 
 
 class NewNodes:
@@ -52,13 +57,13 @@ class NewNodes:
 
 
 def remove_unused(model: ir.Model) -> None:
-    """Drop nodes and weights that no output needs; shapes that were noted are forgotten."""
+    """Drop nodes and weights that no output needs, and noted shapes."""
     RemoveUnusedNodesPass()(model)
     forget_shapes(model.graph)
 
 
 def forget_shapes(graph: ir.Graph) -> None:
-    """Take noted shapes off the values between the nodes: after a rewrite some are others."""
+    """Drop the noted shapes of values between the nodes: a rewrite changes some of them."""
     outputs = set(graph.outputs)
     for node in graph:
         for value in node.outputs:
@@ -69,6 +74,17 @@ def forget_shapes(graph: ir.Graph) -> None:
 def to_bytes(model: ir.Model) -> bytes:
     """The graph as a file's content; weights stay in their file."""
     return ir.to_proto(model).SerializeToString()
+
+
+def move_weights(model: ir.Model, location: str, base_dir: Path) -> None:
+    """Name another file, relative to `base_dir`, as that of the weights; it must have the same content."""
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.ExternalTensor(
+                location, tensor.offset, tensor.length, tensor.dtype,
+                shape=ir.Shape(tensor.shape), name=name, base_dir=base_dir,
+            )  # fmt: skip
 
 
 def find_head(graph: ir.Graph) -> ir.Node | None:
@@ -84,3 +100,50 @@ def find_head(graph: ir.Graph) -> ir.Node | None:
         seen.add(node)
         waiting += [value.producer() for value in node.inputs if value is not None]
     return None
+
+
+def hidden_states(graph: ir.Graph) -> list[ir.Value]:
+    """The embedding's output, each layer's output, and the final normed state, in order; fewer where a norm
+    cannot be found. An adding norm that does not write its sum is changed to write it.
+
+    Values are found by what they do, whoever wrote the graph. Attention with a cache marks a layer; the norm
+    before its projection reads the layer's input or, where adding and norming are one kernel, writes the sum
+    beside the normed one. The norm before the head has the last layer's output and the final normed state.
+    """
+    starts = [node.inputs[0] for node in graph if node.op_type == ATTENTION]
+    starts += [value for value in graph.outputs if value.name == "logits"]
+    states: list[ir.Value] = []
+    norm = None
+    for value in starts:
+        norm = _norm_before(value)
+        if norm is None:
+            return states
+        states.append(_residual(norm))
+    return states if norm is None else [*states, norm.outputs[0]]
+
+
+def _norm_before(value: ir.Value | None) -> ir.Node | None:
+    """The norm whose output went through one product, and perhaps more, to become `value`. Norms of queries
+    and keys come after that product."""
+    passed_product = False
+    node = value.producer() if value is not None else None
+    while node is not None:
+        if passed_product and node.op_type in NORMS:
+            return node
+        passed_product = passed_product or node.op_type in PRODUCTS
+        producers = (value.producer() for value in node.inputs if value is not None)
+        node = next((producer for producer in producers if producer is not None), None)
+    return None
+
+
+def _residual(norm: ir.Node) -> Any:
+    """The stream that a norm reads, summed."""
+    if norm.op_type not in ADDING_NORMS:
+        return norm.inputs[0]
+    if len(norm.outputs) <= SUM:
+        norm.resize_outputs(SUM + 1)
+        for value in norm.outputs[1:]:
+            value.name = value.name or ""
+    total = norm.outputs[SUM]
+    total.name = total.name or f"{norm.outputs[0].name}.stream"
+    return total

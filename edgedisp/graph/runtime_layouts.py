@@ -8,15 +8,8 @@
       onnx/model_q4.onnx                       transformers.js
       onnx/model_q4.onnx_data                  the weights of both graphs
 
-A graph names the file of its weights by a path from its own folder; onnxruntime takes one that goes down and
-refuses `../`. So with transformers.js the weights lie in `onnx/` under the name that it looks for, and
-`model.onnx` names them there. Its graph has standard operators for embeddings, and for products where it runs
-in a browser and they fit the memory of WebAssembly (browser_graph.py).
-
-optimum needs transformers 4, which does not know the tokenizer class that transformers 5 writes. A
-tokenizer that begins every text with a token (Gemma) does so in optimum by itself, in transformers.js if
-`add_bos_token` says so, and in onnxruntime-genai if it is asked to. Left out: fp16 graphs for WebGPU,
-weights in parts.
+onnxruntime refuses a weights file in `../`. So with transformers.js the weights lie in `onnx/` under the name
+that it looks for, and `model.onnx` names them there. Left out: fp16 graphs for WebGPU, weights in parts.
 """
 
 from __future__ import annotations
@@ -26,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.files import write_json
 from edgedisp.graph import browser_graph
-from edgedisp.graph.genai_config import read_json, write_json
-from edgedisp.graph.onnx_graph import DATA, GRAPH
+from edgedisp.graph.genai_config import GENAI_CONFIG, read_json
+from edgedisp.graph.onnx_graph import DATA, GRAPH, move_weights
 from edgedisp.graph.session import at_accuracy_level, open_session
 
 GENAI, WEB, OPTIMUM = "onnxruntime-genai", "transformers.js", "optimum"
@@ -97,28 +90,25 @@ def arrange(
     unknown = [name for name in layouts if name not in LAYOUTS]
     if unknown or not layouts:
         raise BadInput(f"layouts: {', '.join(unknown) or 'none given'}; choices: {', '.join(LAYOUTS)}")
-    if GENAI in layouts and not (bundle / "genai_config.json").is_file():
+    if GENAI in layouts and not (bundle / GENAI_CONFIG).is_file():
         others = ", ".join(name for name in LAYOUTS if name != GENAI)
         raise BadInput(f"layouts: {GENAI} cannot run this family; there are {others}")
     dtype, suffix = DTYPES[precision]
     web = f"onnx/model{suffix}.onnx"
     weights = f"{web}_data" if WEB in layouts else DATA
-    unfolded = _write_web(bundle, web, dtype, browser) if WEB in layouts else None
     _write_tokenizer_settings(bundle)
-    if GENAI not in layouts:
-        (bundle / "genai_config.json").unlink(missing_ok=True)
-    if GENAI not in layouts and OPTIMUM not in layouts:
-        (bundle / GRAPH).unlink()
-    return {
-        name: {
-            "graph": web if name == WEB else GRAPH,
-            "weights": weights,
-            "load": LOAD[name].replace("$DTYPE", dtype),
-            **({"unfolded_bytes": unfolded} if name == WEB and unfolded else {}),
-        }
+    entries: dict[str, dict[str, Any]] = {
+        name: {"graph": GRAPH, "weights": weights, "load": LOAD[name].replace("$DTYPE", dtype)}
         for name in LAYOUTS
         if name in layouts
     }
+    if WEB in layouts:
+        entries[WEB] |= {"graph": web, **_write_web(bundle, web, dtype, browser)}
+    if GENAI not in layouts:
+        (bundle / GENAI_CONFIG).unlink(missing_ok=True)
+    if GENAI not in layouts and OPTIMUM not in layouts:
+        (bundle / GRAPH).unlink()
+    return entries
 
 
 def graphs(layouts: dict[str, dict[str, Any]]) -> list[str]:
@@ -126,32 +116,36 @@ def graphs(layouts: dict[str, dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(entry["graph"] for entry in layouts.values()))
 
 
-def _write_web(bundle: Path, web: str, dtype: str, browser: bool) -> int | None:
-    """The second graph, and the weights under the name that it and the first one use.
+def _write_web(bundle: Path, web: str, dtype: str, browser: bool) -> dict[str, int]:
+    """Write the graph of transformers.js, and move the weights to where it and the first graph find them.
 
-    Returns the bytes that opening the graph takes, if its products are unfolded.
+    Returns {unfolded_bytes}: the memory that opening takes, if its products are unfolded.
     """
-    target = bundle / web
-    target.parent.mkdir()
-    data = target.with_name(f"{target.name}_data")
+    path, data = bundle / web, bundle / f"{web}_data"
+    path.parent.mkdir()
     (bundle / DATA).rename(data)
     model = ir.load(bundle / GRAPH)
-    _set_location(bundle / GRAPH, f"{target.parent.name}/{data.name}")
+    move_weights(model, f"{path.parent.name}/{data.name}", bundle)
+    ir.save(model, bundle / GRAPH)
+    move_weights(model, data.name, path.parent)
     browser_graph.replace_quantized_gathers(model)
     needed = browser_graph.expected_bytes(model.graph, data.stat().st_size)
-    unfolds = browser and browser_graph.has_packed_products(model.graph) and needed <= WEB_BYTES
-    if unfolds:
+    is_unfolded = browser and browser_graph.has_packed_products(model.graph) and needed <= WEB_BYTES
+    if is_unfolded:
         browser_graph.unfold(model)
-    ir.save(model, target)
-    _set_location(target, data.name)
+    ir.save(model, path)
     config = read_json(bundle / "config.json")
-    config["transformers.js_config"] = {"dtype": dtype, "use_external_data_format": {target.name: 1}}
+    config["transformers.js_config"] = {"dtype": dtype, "use_external_data_format": {path.name: 1}}
     write_json(bundle / "config.json", config)
-    return needed if unfolds else None
+    return {"unfolded_bytes": needed} if is_unfolded else {}
 
 
 def _write_tokenizer_settings(bundle: Path) -> None:
-    """Write what the runtimes would otherwise read in ways of their own; see above."""
+    """Write what the runtimes would otherwise read in ways of their own.
+
+    optimum needs transformers 4, which does not know the tokenizer class of transformers 5. A tokenizer that
+    begins every text with a token (Gemma) does so in transformers.js only with `add_bos_token`.
+    """
     path = bundle / "tokenizer_config.json"
     settings = read_json(path)
     if settings.get("tokenizer_class") == "TokenizersBackend":
@@ -171,22 +165,12 @@ def _begins_texts(bundle: Path) -> bool:
     return len(marked) > len(plain) and marked[0] != plain[0]
 
 
-def _set_location(path: Path, location: str) -> None:
-    """Name the file of the weights in the graph file `path`."""
-    model = onnx.load(path, load_external_data=False)
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = location
-    path.write_bytes(model.SerializeToString())
-
-
 def logits(path: Path, ids: Sequence[int], threads: int, graph: bytes | None = None) -> NDArray[np.float32]:
     """Logits [tokens, vocab] of a graph file with an empty cache. BuildFailed if it does not open or run.
 
     `graph`: another graph over the same weights.
     """
-    session = open_session(path.parent, threads, graph, name=path.name)
+    session = open_session(path, threads, graph)
     feed = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)}
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
@@ -205,19 +189,15 @@ def check_same(arranged: Path, files: Sequence[str], bundle: Path, ids: Sequence
     which multiplies in fp32, is compared with the bundle at accuracy level 0; both to within the rounding of
     another order of summation.
     """
-    expected = logits(bundle / GRAPH, ids, threads)
-    exact: NDArray[np.float32] | None = None
     is_packed = browser_graph.has_packed_products(ir.load(bundle / GRAPH).graph)
+    shipped = logits(bundle / GRAPH, ids, threads)
     for name in files:
-        values = logits(arranged / name, ids, threads)
-        reference = expected
+        values, reference = logits(arranged / name, ids, threads), shipped
         if is_packed and not browser_graph.has_packed_products(ir.load(arranged / name).graph):
-            if exact is None:
-                exact = logits(bundle / GRAPH, ids, threads, at_accuracy_level(bundle, 0))
-            reference = exact
-        is_same_work = len(values) == len(expected) and reference is expected
+            reference = logits(bundle / GRAPH, ids, threads, at_accuracy_level(bundle, 0))
+        is_same_work = len(values) == len(shipped) and reference is shipped
         reference = reference[-len(values) :]
         worst = float(np.abs(values - reference).max())
         allowed = 0.0 if is_same_work else ROUNDING * float(np.abs(reference).max())
-        if not worst <= allowed:
+        if not worst <= allowed:  # NaN fails, too
             raise BuildFailed(f"{arranged}: {name} differs from the bundle that was checked, by {worst:.3g}")

@@ -1,31 +1,32 @@
 """Runs a bundle with onnxruntime on the CPU, behind the same interface that the torch model offers.
 
-`OnnxModel(bundle, threads)` gives the logits of single sequences (scoring) and of right-padded batches, and
-decodes greedily with the KV cache. Whatever it does, it runs the graph that ships, as it ships.
-Greedy decoding binds one buffer per layer as past AND present: attention then appends in place, as
-onnxruntime-genai does, instead of copying the cache at every token.
+`OnnxModel` gives logits and decodes greedily over the graph that ships, as it ships; `HiddenStates` gives
+what every layer of that graph computes. Greedy decoding binds one buffer per layer as past AND present, so
+that attention appends in place, as in onnxruntime-genai.
 
 Threads wait without spinning. SmolLM2-135M at 4 bits, 2 threads: on 2 cores that others use too, scoring is
 1.3 times and decoding 1.7 times as fast as with spinning; on an idle machine scoring is equal and decoding
-0.8 times as fast. Scoring is what this class is for. What a report times runs in a program of its own.
-
-Left out: sampling and beams (genai does that), other devices.
+0.8 times as fast. Left out: sampling, beams, other devices.
 """
 
 from __future__ import annotations
 
 import json
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import ModelProto
 
 from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.graph.genai_config import GENAI_CONFIG, LENGTHS, read_config
+from edgedisp.graph.onnx_graph import ATTENTION, GRAPH, hidden_states, remove_unused, to_bytes
+
+CONTEXT_CAP = 4096  # tokens of a scored request; the page for phones reads no more
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -39,41 +40,44 @@ class OnnxModel:
     def __init__(
         self, bundle: Path, threads: int, graph: bytes | None = None, profile: Path | None = None
     ) -> None:
-        """`graph`: another graph than the bundle's model.onnx over the same weights. `profile`: the start of
-        the path to which onnxruntime writes what each kernel did."""
+        """`graph`: another graph over the same weights. `profile`: the start of the path to which onnxruntime
+        writes what each kernel did."""
         if threads < 1:
             raise BadInput(f"threads is {threads}; at least 1 is needed")
         self.bundle, self.threads, self._graph = bundle, threads, graph
-        config = read_config(bundle)
-        self.context = int(config["context_length"])
-        self.vocab_size = int(config["vocab_size"])
-        ends = config["eos_token_id"]
-        self.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
-        self._open(profile)
-        # The genai builder leaves the head dimension symbolic in the graph; genai_config.json knows it.
-        self._head_dim = int(config["decoder"]["head_size"])
-
-    def _open(self, profile: Path | None = None) -> None:
-        self.session = open_session(self.bundle, self.threads, self._graph, profile)
+        config = _sizes(bundle)
+        self.context, self.vocab_size = int(config["context_length"]), int(config["vocab_size"])
+        ids = config["eos_token_id"]
+        self.end_ids = frozenset(ids if isinstance(ids, list) else [ids])
+        self._path = graph_path(bundle)
+        self.session = open_session(self._path, threads, graph, profile)
         self._lock = threading.Lock()
-        self._single = self.session if self.threads == 1 else None
+        self._single = self.session if threads == 1 else None
         shapes = {value.name: value.shape for value in self.session.get_inputs()}
         self._caches = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
-        self.last_only = self.session.get_outputs()[0].shape[1] == 1
+        # onnxruntime-genai's builder leaves the head dimension symbolic in the graph.
+        numbers = {shape[3] for shape in self._caches.values() if isinstance(shape[3], int)}
+        self._head_dim = max(numbers) if numbers else int(config["decoder"]["head_size"])
+        outputs = self.session.get_outputs()
+        self.last_only = any(value.name == "logits" and value.shape[1] == 1 for value in outputs)
 
     def __call__(self, ids: Ids, mask: Ids) -> Logits:
         """ids, mask int64 [batch, tokens] (0: padding, on the right) -> float32 [batch, tokens, vocab].
 
         Logits at padding mean nothing. ValueError for left padding, empty rows, more tokens than the context.
         """
-        self._refuse(ids, mask)
+        self._check(ids, mask)
+        return self.run(["logits"], ids, mask)[0]
+
+    def run(self, names: list[str], ids: Ids, mask: Ids, session: Any = None) -> list[NDArray[np.float32]]:
+        """The graph's outputs `names` with an empty cache; ids and mask as of a call."""
         feed = {"input_ids": ids, "attention_mask": mask, **self._empty(len(ids))}
-        logits: Logits = self.session.run(["logits"], feed)[0]
-        return logits
+        outputs: list[NDArray[np.float32]] = (session or self.session).run(names, feed)
+        return outputs
 
     def prefill(self, ids: Ids, mask: Ids) -> tuple[Logits, Cache]:
         """The same as a call, and the cache to decode from."""
-        self._refuse(ids, mask)
+        self._check(ids, mask)
         return self._step(ids, mask, self._empty(len(ids)))
 
     def decode(self, ids: Ids, mask: Ids, cache: Cache) -> tuple[Logits, Cache]:
@@ -98,22 +102,20 @@ class OnnxModel:
         A graph that gives the last token's logits alone reads these positions one by one, through its cache.
         """
         session, row = self._one_thread(), np.asarray(ids, np.int64)[None]
-        names = ["logits"] if not self.last_only else ["logits", *(_present(name) for name in self._caches)]
-        read = row.shape[1] - (last - 1 if self.last_only else 0)
+        if not self.last_only:
+            return self.run(["logits"], row, np.ones_like(row), session)[0][0, -last:]
+        first = row.shape[1] - last + 1
         cache, rows = self._empty(1), []
-        for start, end in [(0, read), *((place, place + 1) for place in range(read, row.shape[1]))]:
-            feed = {"input_ids": row[:, start:end], "attention_mask": np.ones((1, end), np.int64), **cache}
-            logits, *present = session.run(names, feed)
-            cache = dict(zip(self._caches, present))
+        for start, end in [(0, first), *((place, place + 1) for place in range(first, row.shape[1]))]:
+            logits, cache = self._step(row[:, start:end], np.ones((1, end), np.int64), cache, session)
             rows.append(logits[0])
-        found: Logits = np.concatenate(rows) if self.last_only else rows[0][-last:]
-        return found
+        return np.concatenate(rows)
 
     def _one_thread(self) -> Any:
         """A session of one thread over the same graph."""
         with self._lock:
             if self._single is None:
-                self._single = open_session(self.bundle, 1, self._graph)
+                self._single = open_session(self._path, 1, self._graph)
             return self._single
 
     def greedy(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> list[int]:
@@ -137,9 +139,10 @@ class OnnxModel:
             step = np.array([new[-1:]], np.int64)
         return new
 
-    def _step(self, ids: Ids, mask: Ids, cache: Cache) -> tuple[Logits, Cache]:
+    def _step(self, ids: Ids, mask: Ids, cache: Cache, session: Any = None) -> tuple[Logits, Cache]:
         names = ["logits", *(_present(name) for name in self._caches)]
-        logits, *present = self.session.run(names, {"input_ids": ids, "attention_mask": mask, **cache})
+        feed = {"input_ids": ids, "attention_mask": mask, **cache}
+        logits, *present = (session or self.session).run(names, feed)
         return logits, dict(zip(self._caches, present))
 
     def _in_place(self, ids: Ids, total: int, buffers: dict[str, Any]) -> Logits:
@@ -165,7 +168,7 @@ class OnnxModel:
         make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
         return {name: make(self._shape(name, 1, tokens), np.float32, "cpu") for name in self._caches}
 
-    def _refuse(self, ids: Ids, mask: Ids) -> None:
+    def _check(self, ids: Ids, mask: Ids) -> None:
         """ValueError for what the graph would compute silently wrong."""
         if ids.shape != mask.shape or ids.ndim != 2:
             raise ValueError(f"ids {ids.shape} and mask {mask.shape} must both be [batch, tokens]")
@@ -179,46 +182,112 @@ def _present(past: str) -> str:
     return past.replace("past_key_values", "present")
 
 
-def read_config(bundle: Path) -> dict[str, Any]:
-    """The `model` part of a bundle's genai_config.json. BadInput if the folder has none."""
-    path = bundle / "genai_config.json"
-    if not path.is_file():
-        raise BadInput(f"{bundle}: no bundle (genai_config.json is missing); `edgedisp export` makes one")
+class HiddenStates:
+    """A bundle as a source of hidden states: `HiddenStates(bundle, threads)(ids)`.
+
+    A bundle's graph has no outputs for them, which would cost copies at every token on the device. A copy in
+    memory over the same weights has them, and lacks what only serves the logits. BadInput if the folder is no
+    bundle or its graph shows no hidden states, BuildFailed if onnxruntime cannot open it.
+    """
+
+    def __init__(self, bundle: Path, threads: int) -> None:
+        layers = int(read_config(bundle)["decoder"]["num_hidden_layers"])
+        path = graph_path(bundle)
+        try:
+            model = ir.load(path)
+        except Exception as error:  # protobuf's errors have no base class that it promises
+            raise BadInput(f"{path}: is no ONNX graph, or a damaged one: {error}") from error
+        states = hidden_states(model.graph)
+        if len(states) != layers + 2:
+            raise BadInput(
+                f"{bundle}: hidden states of {max(0, len(states) - 2)} layers are found in {path.name} but "
+                f"it has {layers}; graphs with {ATTENTION} can be measured, as `edgedisp export` and "
+                "onnxruntime-genai's builder write them"
+            )
+        self.names = [str(state.name) for state in states]
+        model.graph.outputs.clear()
+        model.graph.outputs.extend(states)
+        remove_unused(model)
+        for state in states:
+            state.type, state.shape = ir.TensorType(ir.DataType.FLOAT), None
+        self._model = OnnxModel(bundle, threads, graph=to_bytes(model))
+        self.context = self._model.context
+
+    def __call__(self, ids: Ids) -> list[NDArray[np.float32]]:
+        """ids int64 [tokens] -> layers + 2 arrays float32 [tokens, features].
+
+        The first is the embedding's output, then each block's, then the last one after the final norm.
+        ValueError for no tokens, or more than the context. BuildFailed if onnxruntime cannot run the graph.
+        """
+        if not 0 < len(ids) <= self.context:
+            raise ValueError(f"{len(ids)} tokens given; 1 to {self.context} (the context) are possible")
+        try:
+            row = np.asarray(ids, np.int64)[None]
+            states = self._model.run(self.names, row, np.ones_like(row))
+        except Exception as error:  # onnxruntime has no common base class for its errors
+            raise BuildFailed(f"{self._model.bundle}: onnxruntime cannot run {GRAPH}: {error}") from error
+        return [state[0] for state in states]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What of a bundle decides how requests are cut. whole: `context` is all that the model reads."""
+
+    context: int
+    vocab_size: int
+    whole: bool
+
+
+def scored_size(bundle: Path) -> Size:
+    """Most tokens of a request, here and on every device, and the size of the vocabulary."""
+    config = _sizes(bundle)
+    context = min(int(config["context_length"]), CONTEXT_CAP)
+    return Size(context, int(config["vocab_size"]), context == int(config["context_length"]))
+
+
+def scored_model(bundle: Path, threads: int) -> OnnxModel:
+    """The bundle, ready to be scored in the context that `scored_size` gives."""
+    model = OnnxModel(bundle, threads)
+    model.context = scored_size(bundle).context
+    return model
+
+
+def graph_path(bundle: Path) -> Path:
+    """The bundle's model.onnx, else the graph of transformers.js. BadInput where there is none."""
+    paths = [bundle / GRAPH] if (bundle / GRAPH).is_file() else sorted(bundle.glob("onnx/model*.onnx"))
+    if not paths:
+        raise BadInput(f"{bundle}: holds no {GRAPH}; a bundle is a folder such as <run>/<arm>/int4")
+    return paths[0]
+
+
+def _sizes(bundle: Path) -> dict[str, Any]:
+    """`read_config`; of a bundle for browsers alone the same sizes out of config.json."""
+    path = bundle / "config.json"
+    if (bundle / GENAI_CONFIG).is_file() or (bundle / GRAPH).is_file() or not path.is_file():
+        return read_config(bundle)
     try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
-        int(model["context_length"])
-    except (ValueError, KeyError, TypeError) as problem:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        context = next(int(config[name]) for name in LENGTHS if name in config)
+        return {"context_length": context, "vocab_size": int(config["vocab_size"]), "eos_token_id": []}
+    except (ValueError, KeyError, TypeError, StopIteration) as error:
         raise BadInput(
-            f"{path}: is damaged or no configuration of onnxruntime-genai ({type(problem).__name__}: "
-            f"{problem}); export the bundle again"
+            f"{path}: tells no context or vocabulary ({type(error).__name__}); export the bundle again"
         ) from None
-    return dict(model)
-
-
-def _graph_of(bundle: Path) -> ModelProto:
-    return onnx.load(bundle / "model.onnx", load_external_data=False)
 
 
 def at_accuracy_level(bundle: Path, level: int) -> bytes:
     """The bundle's graph with another arithmetic in its products: 0 is fp32, 4 rounds activations to int8."""
-    model = _graph_of(bundle)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = level
-    changed: bytes = model.SerializeToString()
-    return changed
+    model = ir.load(bundle / GRAPH)
+    for node in model.graph:
+        if "accuracy_level" in node.attributes:
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
+    return to_bytes(model)
 
 
 def open_session(
-    bundle: Path,
-    threads: int,
-    graph: bytes | None = None,
-    profile: Path | None = None,
-    name: str = "model.onnx",
-) -> Any:
-    """An onnxruntime session on the CPU over the graph file `name` of a bundle, or over `graph` with the
-    weights that lie in that folder.
+    path: Path, threads: int, graph: bytes | None = None, profile: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """An onnxruntime session on the CPU over the graph file `path`, or over `graph` with the same weights.
 
     BuildFailed with the runtime's reason if it does not open.
     """
@@ -231,11 +300,9 @@ def open_session(
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     if graph is not None:
-        folder = str(bundle.resolve())  # where the weights of a graph that is no file are looked for
+        folder = str(path.parent.resolve())  # where the weights of a graph that is no file are looked for
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     try:
-        return onnxruntime.InferenceSession(
-            graph or str(bundle / name), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(graph or str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has no common base class for its errors
-        raise BuildFailed(f"{bundle}: onnxruntime cannot open {name}: {error}") from error
+        raise BuildFailed(f"{path}: onnxruntime cannot open {path.name}: {error}") from error

@@ -1,12 +1,10 @@
 """A bundle works: it prefills, decodes with its cache, stops, and onnxruntime-genai does the same.
 
-Two ways must give one answer. The logits of every prompt are computed alone and in full; then all prompts
-go through one right-padded batch, their last tokens one by one through the cache. The measure is the root
-mean square of the difference over that of the logits (each row less its mean, which a softmax does not
-see), the worst row counting. In fp32 arithmetic it is about 1e-6. With 8-bit activations (`accuracy_level`
-4) the kernels for one row and for many round differently, and SmolLM2-135M shows 0.02 to 0.04; logits of a
-neighbouring token, which a cache off by one would give, differ by 0.35 and more. Two decoders may differ in
-a token only where the logits see both tokens as good as equal.
+The logits of every prompt are computed alone and in full; then all prompts go through one right-padded
+batch, their last tokens one by one through the cache. The measure is rms(difference) / rms(logits), each row
+less its mean, which a softmax does not see; the worst row counts. It is about 1e-6 in fp32 arithmetic and
+0.02 to 0.04 with 8-bit activations (SmolLM2-135M), where kernels for one row and for many round differently;
+a cache off by one gives 0.35 and more. Two decoders may differ in a token where both are as good as equal.
 """
 
 from __future__ import annotations
@@ -18,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import helper
+from tokenizers import Tokenizer
 
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import Progress, silent
-from edgedisp.graph.onnx_graph import GRAPH
+from edgedisp.graph.onnx_graph import ATTENTION, GRAPH, PACKED, PRODUCTS
 from edgedisp.graph.session import Logits, OnnxModel
 
 FORCED = 4  # tokens at the end of each prompt that go through the cache one by one
-EXACT_LIMIT = 1e-3  # relative difference allowed between the two roads in fp32 arithmetic
+EXACT_LIMIT = 1e-3  # relative difference that is allowed in fp32 arithmetic
 ROUNDED_LIMIT = 0.2  # and with 8-bit activations
 NEW_TOKENS = 16  # decoded greedily after each prompt
 
@@ -51,9 +49,10 @@ def check_bundle(
     if max(map(len, prompts)) + NEW_TOKENS > model.context:
         raise ValueError(f"prompts must leave room for {NEW_TOKENS} tokens in the context of {model.context}")
     bundle, rows = model.bundle, [list(prompt) for prompt in prompts]
-    graph = onnx.load(bundle / GRAPH, load_external_data=False).graph
+    graph = ir.load(bundle / GRAPH).graph
     facts = _graph_facts(bundle, graph)
-    limit = ROUNDED_LIMIT if _rounds_activations(graph) else EXACT_LIMIT
+    rounds = any(node.attributes.get_int("accuracy_level", 0) == 4 for node in graph)
+    limit = ROUNDED_LIMIT if rounds else EXACT_LIMIT
     progress(0, 3, "prefill and cache")
     alone = [model(np.array([row], np.int64), np.ones((1, len(row)), np.int64))[0] for row in rows]
     padded, cached = _batch_differences(model, rows, alone)
@@ -64,7 +63,13 @@ def check_bundle(
     _check_choices(model, rows, greedy, limit, "cached greedy decoding")
     _check_stop(bundle, model.greedy(rows[0], NEW_TOKENS, frozenset(greedy[0][-1:])), greedy[0])
     progress(2, 3, "onnxruntime-genai")
-    genai = _check_genai(model, rows, greedy, limit, texts)
+    genai = GenaiModel(bundle)
+    genai_greedy = [genai.greedy(row, NEW_TOKENS) for row in rows]
+    _check_choices(model, rows, genai_greedy, limit, "onnxruntime-genai")
+    stopped = GenaiModel(bundle, stop_id=genai_greedy[0][-1]).greedy(rows[0], NEW_TOKENS)
+    _check_stop(bundle, stopped, genai_greedy[0])
+    equal = sum(ours == theirs for ours, theirs in zip(greedy, genai_greedy))
+    tokenizer_facts = _check_tokenizer(bundle, genai.tokenizer(), texts)
     progress(3, 3, "checked")
     return {
         "opened": True,
@@ -75,7 +80,12 @@ def check_bundle(
         "difference_limit": limit,
         "decoded_tokens": sum(map(len, greedy)),
         "stops": True,
-        "genai": genai,
+        "genai": {
+            "opened": True,
+            "greedy_agrees": f"{equal}/{len(rows)}",
+            "stops": True,
+            **tokenizer_facts,
+        },
     }
 
 
@@ -153,7 +163,7 @@ def _check_limit(bundle: Path, what: str, difference: float, limit: float) -> No
 
 
 def _check_choices(
-    model: OnnxModel, rows: list[list[int]], decoded: list[list[int]], limit: float, who: str
+    model: OnnxModel, rows: list[list[int]], decoded: list[list[int]], limit: float, runtime: str
 ) -> None:
     """Every decoded token must be the likeliest when all before it is computed in full, or nearly so."""
     for row, new in zip(rows, decoded):
@@ -164,8 +174,8 @@ def _check_choices(
         worst = int(behind.argmax())
         if not behind[worst] <= 2 * limit:  # both tokens may be off by the limit
             raise BuildFailed(
-                f"{model.bundle}: {who} chose token {new[worst]} as number {worst + 1} after a prompt, where "
-                f"{int(logits[worst].argmax())} is likelier by {behind[worst]:.3g} standard deviations"
+                f"{model.bundle}: {runtime} chose token {new[worst]} as number {worst + 1} after a prompt, "
+                f"where {int(logits[worst].argmax())} is likelier by {behind[worst]:.3g} standard deviations"
             )
 
 
@@ -178,29 +188,8 @@ def _check_stop(bundle: Path, stopped: list[int], free: list[int]) -> None:
         )
 
 
-def _check_genai(
-    model: OnnxModel, rows: list[list[int]], greedy: list[list[int]], limit: float, texts: Sequence[str]
-) -> dict[str, Any]:
-    """The same decoding, stop and tokens by onnxruntime-genai."""
-    bundle = model.bundle
-    genai = GenaiModel(bundle)
-    decoded = [genai.greedy(row, NEW_TOKENS) for row in rows]
-    _check_choices(model, rows, decoded, limit, "onnxruntime-genai")
-    stopped = GenaiModel(bundle, stop_id=decoded[0][-1]).greedy(rows[0], NEW_TOKENS)
-    _check_stop(bundle, stopped, decoded[0])
-    equal = sum(ours == theirs for ours, theirs in zip(greedy, decoded))
-    return {
-        "opened": True,
-        "greedy_agrees": f"{equal}/{len(rows)}",
-        "stops": True,
-        **_check_tokenizer(bundle, genai.tokenizer(), texts),
-    }
-
-
 def _check_tokenizer(bundle: Path, genai: Any, texts: Sequence[str]) -> dict[str, Any]:
     """genai reads tokenizer.json with code of its own; its ids must be those of the library that made it."""
-    from tokenizers import Tokenizer
-
     reference = Tokenizer.from_file(str(bundle / "tokenizer.json"))
     round_trips = 0
     for text in texts:
@@ -218,31 +207,20 @@ def _check_tokenizer(bundle: Path, genai: Any, texts: Sequence[str]) -> dict[str
     return {"tokenizer_agrees": f"{len(texts)}/{len(texts)}", "round_trips": f"{round_trips}/{len(texts)}"}
 
 
-def _graph_facts(bundle: Path, graph: onnx.GraphProto) -> dict[str, Any]:
+def _graph_facts(bundle: Path, graph: ir.Graph) -> dict[str, Any]:
     """Operator counts, and what is not in its fused form: attention, and products among quantized ones."""
-    nodes = Counter(node.op_type for node in graph.node)
-    layers = sum(value.name.startswith("past_key_values.") for value in graph.input) // 2
-    matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
-    products = ("MatMul", "FusedMatMul", "Gemm")
-    plain = [n.name for n in graph.node if n.op_type in products and n.input[1] in matrices]
-    if nodes["GroupQueryAttention"] != layers:
+    nodes = Counter(node.op_type for node in graph)
+    layers = sum(str(value.name).startswith("past_key_values.") for value in graph.inputs) // 2
+    products = [node for node in graph if node.op_type in PRODUCTS and node.op_type != PACKED]
+    weights = [node.inputs[1] for node in products if node.inputs[1] in set(graph.initializers.values())]
+    if nodes[ATTENTION] != layers:
         raise BuildFailed(
-            f"{bundle}: {layers} layers have a cache, but the graph has {nodes['GroupQueryAttention']} "
-            "GroupQueryAttention nodes: attention was not fused"
+            f"{bundle}: {layers} layers have a cache, but the graph has {nodes[ATTENTION]} {ATTENTION} "
+            "nodes: attention was not fused"
         )
     return {
         "nodes": dict(sorted(nodes.items())),
         "layers": layers,
-        "attention_fused": nodes["GroupQueryAttention"],
-        "products_unfused": len(plain) if nodes["MatMulNBits"] else 0,
+        "attention_fused": nodes[ATTENTION],
+        "products_unfused": len(weights) if nodes[PACKED] else 0,
     }
-
-
-def _rounds_activations(graph: onnx.GraphProto) -> bool:
-    levels = [
-        helper.get_attribute_value(attribute)
-        for node in graph.node
-        for attribute in node.attribute
-        if attribute.name == "accuracy_level"
-    ]
-    return 4 in levels

@@ -17,7 +17,7 @@ from torch import Tensor
 from edgedisp.core.progress import Progress
 from edgedisp.core.results import Condensation, Estimate, LayerProfile
 from edgedisp.dispersion.condensation import FIGURES, compare, profile
-from edgedisp.graph.hidden_states import HiddenStates
+from edgedisp.graph.session import HiddenStates
 
 CONDENSATION_SEQUENCES = 16  # held-out blocks; a few seconds for 135M parameters
 

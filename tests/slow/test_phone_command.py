@@ -21,7 +21,7 @@ from tiny_bundle import tiny_bundles
 
 from edgedisp import device_results
 from edgedisp.evaluate.loglikelihood import loglikelihoods
-from edgedisp.graph.scored import scored_model
+from edgedisp.graph.session import scored_model
 
 TOP = Path(__file__).resolve().parents[2]
 SIZES = ["--prompt", "6", "--generate", "4", "--repetitions", "3"]
