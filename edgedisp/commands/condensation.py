@@ -22,8 +22,7 @@ from edgedisp.core.progress import Progress
 from edgedisp.core.results import Condensation
 from edgedisp.core.serialization import to_json
 from edgedisp.dispersion.condensation import measure_model
-from edgedisp.graph.genai_config import context_length
-from edgedisp.graph.session import read_config
+from edgedisp.graph.genai_config import context_length, read_config
 from edgedisp.pipeline.condensation import condensation, measure_bundle
 from edgedisp.report.layout import Grid, grid_text
 from edgedisp.report.result_sections import layer_grid, model_grid

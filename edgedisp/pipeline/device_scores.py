@@ -22,7 +22,7 @@ from edgedisp.evaluate import device_sample
 from edgedisp.evaluate.loglikelihood import ScoreOptions
 from edgedisp.evaluate.score_cache import ScoreCache
 from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, check_tasks, expand, prepare
-from edgedisp.graph.scored import scored_model, scored_size
+from edgedisp.graph.session import scored_model, scored_size
 from edgedisp.pipeline.prepare import heldout_documents
 from edgedisp.pipeline.scoring import score_key
 

@@ -31,138 +31,90 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# fmt: off
+IDS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
 SHAPE = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": CONTEXT,
-    "initializer_range": 0.15,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-    "tie_word_embeddings": True,
+    **IDS, "pad_token_id": 0, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.15, "tie_word_embeddings": True,
 }
 GPT2_SHAPE = {
-    "n_embd": 64,
-    "n_layer": 2,
-    "n_head": 4,
-    "vocab_size": VOCABULARY,
-    "n_positions": CONTEXT,
-    "initializer_range": 0.15,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
+    **IDS, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "initializer_range": 0.15,
 }
 OPT_SHAPE = {
-    "hidden_size": 64,
-    "ffn_dim": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": CONTEXT,
-    "init_std": 0.25,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
+    **IDS, "pad_token_id": 0, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": CONTEXT, "init_std": 0.25,
 }
 PHI3_SHAPE = {**SHAPE, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
 SHAPES = {"gpt2": GPT2_SHAPE, "opt": OPT_SHAPE, "phi3": PHI3_SHAPE}
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 16, "num_key_value_heads": 1}
+ROPE = {"rope_type": "default", "rope_theta": 100.0}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-
-NEOX = {
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25},
-    "tie_word_embeddings": False,
-    "hidden_act": "gelu",
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
 }
 
 # name -> (architecture, what differs from SHAPE)
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, untied, biases, wide heads": (
-        "llama",
-        {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "head_dim": 32},
+        "llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "head_dim": 32},
     ),
     "llama, llama3 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
-    "llama, yarn rope": (
-        "llama",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 100.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 32,
-            }
-        },
-    ),
+    "llama, yarn rope": ("llama", {"rope_parameters": YARN}),
     "mistral, window": ("mistral", {"sliding_window": 16}),
     "qwen2, window in one layer": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        "qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     ),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "gemma3_text": ("gemma3_text", {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]}),
     "gemma3_text, capped logits, biases, long rope": (
         "gemma3_text",
         {
-            **GEMMA,
-            "layer_types": ["full_attention", "sliding_attention"],
-            "final_logit_softcapping": 4.0,
+            **GEMMA, "layer_types": ["full_attention", "sliding_attention"], "final_logit_softcapping": 4.0,
             "attention_bias": True,
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "sliding_attention": ROPE,
             },
         },
     ),
     "gpt2": ("gpt2", {}),
     "gpt2, scaled by layer, exact gelu": (
-        "gpt2",
-        {"scale_attn_by_inverse_layer_idx": True, "activation_function": "gelu", "n_inner": 80},
+        "gpt2", {"scale_attn_by_inverse_layer_idx": True, "activation_function": "gelu", "n_inner": 80},
     ),
     "opt": ("opt", {}),
     "opt, plain norms, no biases, untied": (
         "opt",
         {
-            "layer_norm_elementwise_affine": False,
-            "enable_bias": False,
-            "activation_function": "gelu",
+            "layer_norm_elementwise_affine": False, "enable_bias": False, "activation_function": "gelu",
             "tie_word_embeddings": False,
         },
     ),
-    "gpt_neox": ("gpt_neox", NEOX),
+    "gpt_neox": (
+        "gpt_neox",
+        {
+            "rope_parameters": {**ROPE, "partial_rotary_factor": 0.25}, "tie_word_embeddings": False,
+            "hidden_act": "gelu",
+        },
+    ),
     "gpt_neox, one part after the other, a third of each head rotated": (
         "gpt_neox",
         {
-            "use_parallel_residual": False,
-            "num_attention_heads": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.32},
+            "use_parallel_residual": False, "num_attention_heads": 2,
+            "rope_parameters": {**ROPE, "partial_rotary_factor": 0.32},
         },
     ),
     "gpt_neox, no attention biases, untied, yarn rope": (
         "gpt_neox",
         {
-            "attention_bias": False,
-            "tie_word_embeddings": False,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 100.0,
-                "partial_rotary_factor": 0.5,
-                "factor": 4.0,
-                "original_max_position_embeddings": 32,
-            },
+            "attention_bias": False, "tie_word_embeddings": False,
+            "rope_parameters": {**YARN, "partial_rotary_factor": 0.5},
         },
     ),
 }
+# fmt: on
 FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from shared_store import SharedStore
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -20,16 +21,19 @@ TEMPLATE = (
 RUNNER = Path(__file__).resolve().parents[2] / "export" / "runner" / "runner.py"
 
 
-def tiny_bundles(root: Path) -> dict[str, Path]:
-    """Bundles `fp32`, `twin` (fp32, other weights) and `int4` under `root`; made on the first call."""
-    folders = {name: root / "tiny_bundles" / name for name in ("fp32", "twin", "int4")}
-    if not (root / "tiny_bundles").exists():
-        for seed, name, precision in ((1, "fp32", "fp32"), (2, "twin", "fp32"), (1, "int4", "int4")):
-            source = root / "tiny_models" / str(seed)
-            if not source.exists():
-                _model(source, seed)
-            _build(source, folders[name], precision, root / "tiny_cache")
-    return folders
+def tiny_bundles(store: SharedStore) -> dict[str, Path]:
+    """Bundles `fp32`, `twin` (fp32, other weights) and `int4`, each made once."""
+
+    def bundle(name: str, seed: int, precision: str) -> Path:
+        source = store.folder(f"builder-model-{seed}", lambda path: _model(path, seed))
+        cache = store.root / "builder-cache"
+        return store.folder(f"builder-{name}", lambda path: _build(source, path, precision, cache))
+
+    return {
+        "fp32": bundle("fp32", 1, "fp32"),
+        "twin": bundle("twin", 2, "fp32"),
+        "int4": bundle("int4", 1, "int4"),
+    }
 
 
 def _model(folder: Path, seed: int) -> None:

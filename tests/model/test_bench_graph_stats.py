@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from shared_store import SharedStore
 from tiny_bundle import tiny_bundles
 
 from edgedisp.bench.graph_stats import (
@@ -22,8 +23,8 @@ from edgedisp.core.errors import BadInput
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return tiny_bundles(tmp_path_factory.getbasetemp())
+def bundles(store: SharedStore) -> dict[str, Path]:
+    return tiny_bundles(store)
 
 
 HIDDEN, INNER, KV, LAYERS = 64, 128, 32, 2

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shared_store import SharedStore
 from tiny_bundle import tiny_bundles
 
 from edgedisp.bench import adb, android, browser, devices
@@ -30,8 +31,8 @@ OPTIONS = BenchOptions(prompt=6, generate=5, repetitions=2)
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {"fp32": tiny_bundles(tmp_path_factory.getbasetemp())["fp32"]}
+def bundles(store: SharedStore) -> dict[str, Path]:
+    return {"fp32": tiny_bundles(store)["fp32"]}
 
 
 @pytest.fixture(autouse=True)

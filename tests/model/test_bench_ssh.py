@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from shared_store import SharedStore
 from tiny_bundle import tiny_bundles
 
 from edgedisp.bench import devices, ssh
@@ -21,8 +22,8 @@ from edgedisp.core.progress import silent
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return tiny_bundles(tmp_path_factory.getbasetemp())
+def bundles(store: SharedStore) -> dict[str, Path]:
+    return tiny_bundles(store)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shared_store import SharedStore
 from tiny_bundle import RUNNER, copy_with, tiny_bundles
 
 from edgedisp.bench.devices import BenchOptions, DeviceLost
@@ -35,8 +36,8 @@ from edgedisp.core.stage_folder import read
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return tiny_bundles(tmp_path_factory.getbasetemp())
+def bundles(store: SharedStore) -> dict[str, Path]:
+    return tiny_bundles(store)
 
 
 def quick(bundles: dict[str, Path], **options: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shared_store import SharedStore
 from tiny_bundle import copy_with, recompute, tiny_bundles
 
 from edgedisp.commands.chat import ChatOptions, ChatStats, chat, common_prefix, fit, threads_for
@@ -19,8 +20,8 @@ from edgedisp.core.errors import BadInput
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return tiny_bundles(tmp_path_factory.getbasetemp())
+def bundles(store: SharedStore) -> dict[str, Path]:
+    return tiny_bundles(store)
 
 
 class Talk:

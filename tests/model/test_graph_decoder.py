@@ -14,7 +14,6 @@ import torch
 from graph_twins import (
     FAMILIES,
     FORMS,
-    VOCABULARY,
     TwinStore,
     make,
     padded,
@@ -56,7 +55,7 @@ def test_logits_of_ragged_prefill_and_decoding_equal_torch(form: str, twins: Twi
             np.testing.assert_allclose(ours[0], reference[len(row) - 1], **CLOSE)
 
 
-@pytest.mark.parametrize("form", [*FAMILIES, "mistral, window", "qwen2, window in one layer"])
+@pytest.mark.parametrize("form", [*FAMILIES, "mistral, window"])
 def test_greedy_tokens_equal_torch_in_onnxruntime_and_in_genai(form: str, twins: TwinStore) -> None:
     bundle, row = twins.fp32(form), ragged([21], seed=3)[0]
     expected = torch_greedy(twins.model(form), row, 24)
@@ -66,18 +65,7 @@ def test_greedy_tokens_equal_torch_in_onnxruntime_and_in_genai(form: str, twins:
     assert GenaiModel(bundle).greedy(row, 24) == expected
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_the_genai_builders_graph_gives_the_same_logits(
-    family: str, twins: TwinStore, tmp_path: Path
-) -> None:
-    builder_fallback.build(twins.model_dir(family), tmp_path, architecture=family, threads=1)
-    batch = padded(ragged([40, 13]))
-    real = batch[1].astype(bool)
-    ours, theirs = OnnxModel(twins.fp32(family), 1)(*batch), OnnxModel(tmp_path, 1)(*batch)
-    np.testing.assert_allclose(ours[real], theirs[real], **CLOSE)
-
-
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FAMILIES)
 def test_attention_is_fused_and_nothing_is_turned_at_run_time(form: str, twins: TwinStore) -> None:
     operators = [node.op_type for node in graph_of(twins.fp32(form)).node]
     assert operators.count("GroupQueryAttention") == 2 and "Transpose" not in operators
@@ -119,33 +107,12 @@ def test_a_tied_embedding_is_stored_once_and_weights_start_at_pages(twins: TwinS
     assert offsets and not any(offset % 4096 for offset in offsets)  # so that a phone can map them
 
 
-def test_the_interface_is_the_genai_builders_with_a_static_head_dimension(twins: TwinStore) -> None:
-    graph = graph_of(twins.fp32("qwen3"))
-
-    def shapes(values: Any) -> dict[str, list[Any]]:
-        return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
-
-    past = ["batch_size", 2, "past_sequence_length", 32]
-    assert shapes(graph.input) == {
-        "input_ids": ["batch_size", "sequence_length"],
-        "attention_mask": ["batch_size", "total_sequence_length"],
-        **{f"past_key_values.{i}.{part}": past for i in range(2) for part in ("key", "value")},
-    }
-    present = ["batch_size", 2, "total_sequence_length", 32]
-    assert shapes(graph.output) == {
-        "logits": ["batch_size", "sequence_length", VOCABULARY],
-        **{f"present.{i}.{part}": present for i in range(2) for part in ("key", "value")},
-    }
-
-
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0, "original_max_position_embeddings": 48}
 
 
 @pytest.mark.parametrize(
     ("form", "max_context", "changes", "expected"),
     [
-        ("llama", 32, {}, 32),
-        ("gpt2", 32, {}, 32),
         ("opt", 32, {}, 32),
         ("gpt_neox", 32, {}, 32),
         ("llama", None, {"rope_parameters": DYNAMIC}, 48),  # its table is right only below that
@@ -173,11 +140,6 @@ def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path: Path) -> Non
     assert all(family in str(error.value) for family in [*READERS, "granite"])
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"config\.json is missing"):
-        export(tmp_path, tmp_path, threads=1)
-
-
 def test_a_checkpoint_with_a_missing_weight_or_none_is_refused(twins: TwinStore, tmp_path: Path) -> None:
     shutil.copytree(twins.model_dir("llama"), tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"
@@ -191,10 +153,9 @@ def test_a_checkpoint_with_a_missing_weight_or_none_is_refused(twins: TwinStore,
         export(tmp_path / "model", tmp_path, threads=1)
 
 
-@pytest.mark.parametrize(("family", "value"), [("llama", float("nan")), ("granite", float("inf"))])
-def test_a_weight_that_is_not_finite_is_named(value: float, family: str, tmp_path: Path) -> None:
-    model = make(tmp_path / "model", family)
-    model.model.layers[1].mlp.down_proj.weight.data[3, 4] = value
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    model = make(tmp_path / "model", "llama")
+    model.model.layers[1].mlp.down_proj.weight.data[3, 4] = float("inf")
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "bundle").mkdir()
     with pytest.raises(BadInput, match=r"model\.layers\.1\.mlp\.down_proj\.weight holds 1 values"):

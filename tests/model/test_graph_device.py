@@ -16,7 +16,7 @@ from shared_store import SharedStore
 from tiny_bundle import tiny_bundles
 
 from edgedisp.core.errors import BadInput
-from edgedisp.graph import builder_fallback, genai_config
+from edgedisp.graph import genai_config
 from edgedisp.graph.device_graph import for_device, keep_last, position_tables
 from edgedisp.graph.session import OnnxModel
 from edgedisp.graph.verify import GenaiModel
@@ -31,7 +31,7 @@ def bundles(twins: TwinStore, store: SharedStore) -> Bundles:
 
     def bundle(family: str) -> Path:
         if family == "builder":
-            return store.folder("device-builder", lambda path: tiny_bundles(path)) / "tiny_bundles" / "int4"
+            return tiny_bundles(store)["int4"]
         return twins.quantized(family)
 
     return bundle
@@ -73,22 +73,18 @@ def test_tables_keep_one_row_for_each_position_and_nothing_else_goes(
     outside = [t.name for t in graphs[0].initializer if t.name in names and t.external_data]
     gone = sum(4 * columns[name] * (rows[0][name] - SHORT) for name in outside)
     assert stored[0] - stored[1] == gone > 0
-
-
-def test_configuration_says_threads_and_context(bundles: Bundles, tmp_path: Path) -> None:
-    short = on_device(bundles("gpt2"), tmp_path / "short", SHORT)
     config = json.loads((short / "genai_config.json").read_text())
     assert config["model"]["context_length"] == config["search"]["max_length"] == SHORT
     assert config["model"]["decoder"]["session_options"]["intra_op_num_threads"] == 3
-    assert json.loads((short / "config.json").read_text())["n_positions"] == SHORT
 
 
 def test_a_longer_context_than_the_bundles_leaves_the_weights_as_they_are(
     bundles: Bundles, tmp_path: Path
 ) -> None:
-    own, same = bundles("llama"), on_device(bundles("llama"), tmp_path / "same", 10**6)
-    assert genai_config.context_length(same) == CONTEXT
-    assert (same / "model.onnx.data").read_bytes() == (own / "model.onnx.data").read_bytes()
+    record = for_device(bundles("llama"), tmp_path, threads=1, context=10**6)
+    assert record["context"] == genai_config.context_length(tmp_path) == CONTEXT
+    assert (tmp_path / "model.onnx.data").read_bytes() == (bundles("llama") / "model.onnx.data").read_bytes()
+    assert OnnxModel(tmp_path, 1).last_only
 
 
 def test_records_and_cards_of_the_source_stay_behind(bundles: Bundles, tmp_path: Path) -> None:
@@ -116,19 +112,6 @@ def test_what_cannot_be_is_refused(bundles: Bundles, tmp_path: Path) -> None:
     (source / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(BadInput, match="points outside the bundle"):
         for_device(source, tmp_path / "out", threads=1, context=8)
-
-
-def test_a_device_gets_the_last_tokens_logits_alone_and_its_own_context_by_default(
-    bundles: Bundles, tmp_path: Path
-) -> None:
-    own = bundles("llama")
-    (tmp_path / "device").mkdir()
-    record = for_device(own, tmp_path / "device", threads=1)
-    assert record["context"] == genai_config.context_length(own)
-    ids = np.array([ragged([20])[0]], np.int64)
-    whole, last = (OnnxModel(one, 1)(ids, np.ones_like(ids)) for one in (own, tmp_path / "device"))
-    assert last.shape[1] == 1
-    np.testing.assert_allclose(last[0, 0], whole[0, -1], rtol=1e-5, atol=1e-5)
 
 
 def with_last_logits(bundle: Path, out: Path) -> Path:
@@ -159,10 +142,12 @@ def check_same_last_logits(whole: Path, last: Path) -> None:
 CAPPED = "gemma3_text, capped logits, biases, long rope"  # something stands between the head and the logits
 
 
-@pytest.mark.parametrize("form", [*FAMILIES, "llama, untied, biases, wide heads", CAPPED])
+@pytest.mark.parametrize("form", [*FAMILIES, "granite", "llama, untied, biases, wide heads", CAPPED])
 def test_the_last_tokens_logits_are_those_of_the_whole_graph(
     form: str, twins: TwinStore, tmp_path: Path
 ) -> None:
+    quantized = twins.quantized(form, 8, accuracy_level=0)
+    check_same_last_logits(quantized, with_last_logits(quantized, tmp_path / "quantized"))
     whole = twins.fp32(form)
     last = with_last_logits(whole, tmp_path / "last")
     check_same_last_logits(whole, last)
@@ -170,17 +155,6 @@ def test_the_last_tokens_logits_are_those_of_the_whole_graph(
     expected = OnnxModel(whole, 1).greedy(row, 12, frozenset())
     assert OnnxModel(last, 1).greedy(row, 12, frozenset()) == expected
     assert GenaiModel(last).greedy(row, 12) == expected
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_bundles_keep_theirs_too(twins: TwinStore, tmp_path: Path, bits: int) -> None:
-    whole = twins.quantized("llama", bits, accuracy_level=0)
-    check_same_last_logits(whole, with_last_logits(whole, tmp_path / "last"))
-
-
-def test_the_genai_builders_graph_keeps_its_too(twins: TwinStore, tmp_path: Path) -> None:
-    builder_fallback.build(twins.model_dir("llama"), tmp_path / "whole", architecture="llama", threads=1)
-    check_same_last_logits(tmp_path / "whole", with_last_logits(tmp_path / "whole", tmp_path / "last"))
 
 
 def test_it_is_done_once_and_needs_a_head(twins: TwinStore) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from graph_twins import TEXTS, VOCABULARY, TwinStore, ragged
-from onnx import helper, numpy_helper
+from graph_twins import TEXTS, TwinStore, ragged
+from onnx import helper
 
 from edgedisp.core.errors import BuildFailed
 from edgedisp.graph.session import OnnxModel
@@ -38,12 +38,6 @@ def change_graph(bundle: Path, change: Callable[[Any], None]) -> None:
     (bundle / "model.onnx").write_bytes(model.SerializeToString())
 
 
-def change_json(path: Path, change: Callable[[Any], None]) -> None:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    change(content)
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
 def test_a_good_bundle_passes_with_its_facts(bundle: Path) -> None:
     record = check_bundle(OnnxModel(bundle, 1), PROMPTS, texts=TEXTS)
     assert record["opened"] and record["stops"]
@@ -65,18 +59,6 @@ def test_a_quantized_bundle_passes_with_no_product_left(bits: int, twins: TwinSt
     record = check_bundle(OnnxModel(twins.quantized("gpt2", bits, symmetric=bits == 8), 1), PROMPTS)
     assert record["products_unfused"] == 0 and record["nodes"]["MatMulNBits"] == 9
     assert record["difference_limit"] == 0.2
-
-
-def test_a_product_that_was_not_quantized_is_counted(twins: TwinStore, tmp_path: Path) -> None:
-    def add_product(graph: Any) -> None:
-        weight = numpy_helper.from_array(np.eye(VOCABULARY, dtype=np.float32), "plain")
-        graph.initializer.append(weight)
-        graph.node[-1].output[0] = "before"
-        graph.node.append(helper.make_node("MatMul", ["before", "plain"], ["logits"], name="left_over"))
-
-    shutil.copytree(twins.quantized("gpt2", 8, symmetric=True), tmp_path / "bundle")
-    change_graph(tmp_path / "bundle", add_product)
-    assert check_bundle(OnnxModel(tmp_path / "bundle", 1), PROMPTS)["products_unfused"] == 1
 
 
 def test_a_cache_that_is_off_by_one_is_found(copied: Path) -> None:
@@ -120,7 +102,8 @@ def test_attention_that_is_not_fused_fails(copied: Path) -> None:
 
 
 def test_a_layout_that_genai_does_not_open_fails_with_its_reason(copied: Path) -> None:
-    change_json(copied / "genai_config.json", lambda config: config["model"].update(type="made_up"))
+    path = copied / "genai_config.json"
+    path.write_text(path.read_text().replace('"type": "decoder"', '"type": "made_up"'))
     with pytest.raises(BuildFailed, match=r"onnxruntime-genai cannot open it: .*made_up"):
         check_bundle(OnnxModel(copied, 1), PROMPTS)
 
@@ -128,7 +111,8 @@ def test_a_layout_that_genai_does_not_open_fails_with_its_reason(copied: Path) -
 def test_a_tokenizer_that_genai_reads_otherwise_fails(copied: Path) -> None:
     # genai does not know this normalizer's rule and goes on without it.
     rule = {"type": "Replace", "pattern": {"String": "o"}, "content": "0"}
-    change_json(copied / "tokenizer.json", lambda tokenizer: tokenizer.update(normalizer=rule))
+    tokenizer = json.loads((copied / "tokenizer.json").read_text())
+    (copied / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": rule}))
     with pytest.raises(BuildFailed, match="tokenizer gives other ids"):
         check_bundle(OnnxModel(copied, 1), PROMPTS, texts=TEXTS)
 

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from fake_page import DEVICE, RUN, figures
+from shared_store import SharedStore
 from tiny_bundle import tiny_bundles
 
 from edgedisp.bench import page_server
@@ -35,8 +36,8 @@ SIZES = BenchOptions(PROMPT, GENERATE, REPETITIONS)
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return tiny_bundles(tmp_path_factory.mktemp("served"))
+def bundles(store: SharedStore) -> dict[str, Path]:
+    return tiny_bundles(store)
 
 
 @pytest.fixture(scope="module")

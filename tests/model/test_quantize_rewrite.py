@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from shared_store import SharedStore
 
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel
@@ -28,20 +29,10 @@ FORMS = [*twins.FAMILIES, UNTIED]
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
-    """form -> (torch model, fp32 bundle), each made once."""
-    made: dict[str, tuple[Any, Path]] = {}
-
-    def get(form: str) -> tuple[Any, Path]:
-        if form not in made:
-            root = tmp_path_factory.mktemp("twin")
-            model = twins.make(root / "model", form)
-            (root / "bundle").mkdir()
-            export(root / "model", root / "bundle", threads=1)
-            made[form] = (model, root / "bundle")
-        return made[form]
-
-    return get
+def exported(store: SharedStore) -> Callable[[str], tuple[Any, Path]]:
+    """form -> (torch model, fp32 bundle)."""
+    stored = twins.TwinStore(store)
+    return lambda form: (stored.model(form), stored.fp32(form))
 
 
 def round_weights(model: Any, body: Grid, ends: Grid) -> Any:

@@ -8,9 +8,9 @@ from typing import Any
 import graph_twins as twins
 import numpy as np
 import pytest
+from shared_store import SharedStore
 
 from edgedisp import models
-from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel
 from edgedisp.quantize import calibration
 from edgedisp.quantize.calibration import gptq_model
@@ -27,23 +27,15 @@ def in_graph(bundle: Path, by_parameter: dict[str, Blocks]) -> Any:
     return lambda name: origins[name].blocks(by_parameter)
 
 
-def bundles(folder: Path, form: str) -> tuple[Any, Path]:
-    """The torch model as gptq left it, and the int4 bundle made of the same blocks, in exact arithmetic."""
-    twins.make(folder / "model", form)
-    for name in ("fp32", "int4"):
-        (folder / name).mkdir()
-    export(folder / "model", folder / "fp32", threads=1)
-    opened = models.load(folder / "model")
-    blocks = in_graph(folder / "fp32", gptq_model(opened, TOKENS, GRID))
-    quantize_bundle(
-        folder / "fp32", folder / "int4", bits=4, group=16, symmetric=False, accuracy_level=0, blocks=blocks
-    )
-    return opened, folder / "int4"
-
-
 @pytest.mark.parametrize("form", twins.FORMS)
-def test_the_graph_computes_what_the_calibrated_model_computes(tmp_path: Path, form: str) -> None:
-    opened, bundle = bundles(tmp_path, form)
+def test_the_graph_computes_what_the_calibrated_model_computes(
+    store: SharedStore, tmp_path: Path, form: str
+) -> None:
+    stored = twins.TwinStore(store)
+    opened, fp32, bundle = stored.model(form), stored.fp32(form), tmp_path
+    options: dict[str, Any] = {"bits": 4, "group": 16, "symmetric": False, "accuracy_level": 0}
+    blocks = in_graph(fp32, gptq_model(opened, TOKENS, GRID))
+    quantize_bundle(fp32, bundle, blocks=blocks, **options)
     outer = (opened.get_input_embeddings(), opened.get_output_embeddings())
     ends = {id(part.weight): part.weight for part in outer}
     for weight in ends.values():
@@ -58,21 +50,18 @@ def test_the_graph_computes_what_the_calibrated_model_computes(tmp_path: Path, f
 
 @pytest.mark.parametrize("form", [*twins.FAMILIES, "llama, untied, biases, wide heads"])
 def test_a_calibrated_head_is_the_one_in_the_graph_and_a_tied_embedding_with_it(
-    tmp_path: Path, form: str
+    store: SharedStore, tmp_path: Path, form: str
 ) -> None:
-    twins.make(tmp_path / "model", form)
-    for name in ("fp32", "int4"):
-        (tmp_path / name).mkdir()
-    export(tmp_path / "model", tmp_path / "fp32", threads=1)
-    opened, ends = models.load(tmp_path / "model"), GRID
-    blocks = in_graph(tmp_path / "fp32", gptq_model(opened, TOKENS, GRID, head=ends))
+    stored = twins.TwinStore(store)
+    opened, fp32, ends = stored.model(form), stored.fp32(form), GRID
+    blocks = in_graph(fp32, gptq_model(opened, TOKENS, GRID, head=ends))
     options: dict[str, Any] = {"bits": 4, "group": 16, "head_bits": 4, "symmetric": False}
-    quantize_bundle(tmp_path / "fp32", tmp_path / "int4", accuracy_level=0, blocks=blocks, **options)
+    quantize_bundle(fp32, tmp_path, accuracy_level=0, blocks=blocks, **options)
     embedding = opened.get_input_embeddings().weight
     if embedding is not opened.get_output_embeddings().weight:  # gptq rounded the head alone
         embedding.data.copy_(dequantize(quantize(embedding.data, ends), ends))
     row = twins.ragged([30])[0]
-    shipped = OnnxModel(tmp_path / "int4", 1)(np.array([row]), np.ones((1, len(row)), np.int64))[0]
+    shipped = OnnxModel(tmp_path, 1)(np.array([row]), np.ones((1, len(row)), np.int64))[0]
     np.testing.assert_allclose(shipped, twins.torch_logits(opened, row), rtol=1e-3, atol=2e-3)
 
 

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from shared_store import SharedStore
 from tiny_bundle import RUNNER, copy_with, recompute, tiny_bundles
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return tiny_bundles(tmp_path_factory.getbasetemp())
+def bundles(store: SharedStore) -> dict[str, Path]:
+    return tiny_bundles(store)
 
 
 def start(bundle: Path, *options: str, stdin: str = "") -> subprocess.CompletedProcess[str]:

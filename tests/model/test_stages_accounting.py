@@ -8,6 +8,7 @@ from pathlib import Path
 import graph_twins as twins
 import numpy as np
 import pytest
+from shared_store import SharedStore
 
 from edgedisp import models
 from edgedisp.commands.plan import render
@@ -53,11 +54,9 @@ def test_the_accounting_is_the_files_within_two_percent(form: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("form", twins.FAMILIES)
-def test_the_cache_is_what_the_session_returns(form: str, tmp_path: Path) -> None:
-    folder, bundle = tmp_path / "model", tmp_path / "fp32"
-    twins.make(folder, form)
-    bundle.mkdir()
-    export(folder, bundle, threads=1)
+def test_the_cache_is_what_the_session_returns(form: str, store: SharedStore) -> None:
+    stored = twins.TwinStore(store)
+    folder, bundle = stored.model_dir(form), stored.fp32(form)
     shipped = OnnxModel(bundle, 1)
     names = [one.name for one in shipped.session.get_outputs() if one.name.startswith("present")]
     feed = {

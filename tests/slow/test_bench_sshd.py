@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import sshd
+from shared_store import SharedStore
 from tiny_bundle import tiny_bundles
 
 from edgedisp.bench import devices
@@ -21,8 +22,8 @@ OPTIONS = BenchOptions(prompt=6, generate=5, repetitions=2, threads=1, remote_py
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return tiny_bundles(tmp_path_factory.getbasetemp())
+def bundles(store: SharedStore) -> dict[str, Path]:
+    return tiny_bundles(store)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sshd
+from shared_store import SharedStore
 from test_phone_page import WEB, chromium
 from test_runtimes import Quiet
 from tiny_bundle import tiny_bundles
@@ -26,8 +27,7 @@ from edgedisp.commands.export import export_bundle
 from edgedisp.evaluate import device_sample, statistics
 from edgedisp.evaluate.loglikelihood import ScoreOptions, loglikelihoods, model_input
 from edgedisp.graph.device_graph import for_device
-from edgedisp.graph.scored import scored_model
-from edgedisp.graph.session import OnnxModel
+from edgedisp.graph.session import OnnxModel, scored_model
 from edgedisp.pipeline import device_scores
 from edgedisp.pipeline.device_scores import Wish
 from edgedisp.pipeline.run_results import device_result
@@ -56,9 +56,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def bundles(store: SharedStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """`fp32` with all logits, and `packed`, the same with the last token's alone."""
-    found = tiny_bundles(tmp_path_factory.getbasetemp())
+    found = tiny_bundles(store)
     packed = tmp_path_factory.mktemp("packed") / "packed"
     packed.mkdir()
     for_device(found["fp32"], packed, threads=1)

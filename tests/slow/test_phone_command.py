@@ -17,6 +17,7 @@ from urllib.request import urlopen
 
 import pytest
 from fake_page import RUN, figures, post
+from shared_store import SharedStore
 from tiny_bundle import tiny_bundles
 
 from edgedisp import device_results
@@ -33,8 +34,8 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return tiny_bundles(tmp_path_factory.mktemp("commanded"))
+def bundles(store: SharedStore) -> dict[str, Path]:
+    return tiny_bundles(store)
 
 
 class Running:

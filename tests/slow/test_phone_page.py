@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
+from shared_store import SharedStore
 from test_runtimes import Quiet
 from tiny_bundle import recompute, tiny_bundles
 
@@ -60,8 +61,8 @@ driven = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return tiny_bundles(tmp_path_factory.mktemp("phone"))
+def bundles(store: SharedStore) -> dict[str, Path]:
+    return tiny_bundles(store)
 
 
 @contextmanager
