@@ -24,6 +24,7 @@ from ruamel.yaml.reader import ReaderError
 
 from edgedisp.core.errors import BadInput
 from edgedisp.recipe.recipe import Origin, Recipe
+from edgedisp.recipe.removed import REMOVED
 from edgedisp.recipe.rules import Key
 from edgedisp.recipe.smoke import smoke as shrink
 from edgedisp.recipe.values import near
@@ -210,7 +211,7 @@ def _describe(error: Any, model: type[BaseModel]) -> str:
     """One item of `ValidationError.errors()` in words: the message, the value and a hint."""
     key, kind, value, message = error["loc"], error["type"], error["input"], error["msg"]
     if kind == "extra_forbidden":
-        return _unknown(key, model)
+        return REMOVED.get(".".join(map(str, key))) or _unknown(key, model)
     if kind in ("missing", "rule"):
         return "missing" if kind == "missing" else str(message)
     if kind == "value_error":

@@ -20,6 +20,7 @@ from ruamel.yaml import YAML
 from edgedisp.core.errors import BadInput
 from edgedisp.core.paths import data_folder
 from edgedisp.recipe import Dispersion, Recipe, load, reference, smoke
+from edgedisp.recipe.removed import REMOVED
 from edgedisp.recipe.units import read_number, read_whole
 from edgedisp.recipe.values import LAYER_NAMES, VARIANTS
 
@@ -301,6 +302,12 @@ def test_a_faulty_required_or_repeated_key_too(
     said = refusal(SMALL.replace(old, new))
     assert said.startswith(f"r.yaml:{line}: {key}: ")
     assert "\n" not in said
+
+
+def test_a_removed_key_is_answered_with_what_replaced_it(refusal: Refusal) -> None:
+    for key, words in REMOVED.items():
+        if key != "quantize.head_group":  # of a device profile
+            assert f"{key}: {words}" in refusal(SMALL, f"{key}=1")
 
 
 # ---------------------------------------------------------------- refusals of combinations
