@@ -22,18 +22,17 @@ RUNNER = Path(__file__).resolve().parents[2] / "export" / "runner" / "runner.py"
 
 
 def tiny_bundles(store: SharedStore) -> dict[str, Path]:
-    """Bundles `fp32`, `twin` (fp32, other weights) and `int4`, each made once."""
+    """Bundles `fp32`, `twin` (fp32, other weights) and `int4`, made once, in folders of these names: a
+    bundle's label is the name of its folder."""
 
-    def bundle(name: str, seed: int, precision: str) -> Path:
-        source = store.folder(f"builder-model-{seed}", lambda path: _model(path, seed))
-        cache = store.root / "builder-cache"
-        return store.folder(f"builder-{name}", lambda path: _build(source, path, precision, cache))
+    def make(root: Path) -> None:
+        for seed in (1, 2):
+            _model(root / f"model-{seed}", seed)
+        for seed, name, precision in ((1, "fp32", "fp32"), (2, "twin", "fp32"), (1, "int4", "int4")):
+            _build(root / f"model-{seed}", root / name, precision, root / "cache")
 
-    return {
-        "fp32": bundle("fp32", 1, "fp32"),
-        "twin": bundle("twin", 2, "fp32"),
-        "int4": bundle("int4", 1, "int4"),
-    }
+    root = store.folder("tiny_bundles", make)
+    return {name: root / name for name in ("fp32", "twin", "int4")}
 
 
 def _model(folder: Path, seed: int) -> None:
