@@ -25,7 +25,7 @@ from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import check_files
 from edgedisp.evaluate.lm_eval_adapter import HarnessModel
-from edgedisp.evaluate.task_suite import stop_ids, tokenizer_text
+from edgedisp.evaluate.task_suite import tokenizer_text
 from edgedisp.graph.session import OnnxModel
 
 
@@ -35,8 +35,8 @@ class _WithTokenizer(HarnessModel):
     def __init__(self, model: Any, folder: Path) -> None:
         tokenizer = models.load_tokenizer(folder)
         end_of_text = models.end_of_text_id(tokenizer)
-        text = tokenizer_text(tokenizer, end_of_text, models.bos_id(tokenizer), model.context)
-        super().__init__(model, text, stop_ids(tokenizer, end_of_text))
+        bos_token = models.bos_id(tokenizer)
+        super().__init__(model, tokenizer_text(tokenizer, end_of_text, bos_token, model.context))
 
 
 @register_model("edgedisp-onnx")

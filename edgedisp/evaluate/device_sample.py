@@ -1,13 +1,12 @@
-"""A random part of a task's items, scored on a device, compared with the same items and the whole set here.
+"""A random sample of a task's items, scored on a device and compared with this machine's scores.
 
-A phone is too slow for thousands of items. It gets a simple random sample, drawn without replacement by a
-seed, as token ids: the very tokens that the scorer here reads. Back come, for each request, the sum of its
-log-probabilities and whether every token was the most likely one. They replace this machine's scores
-(`_Replaced`), and the task then reads its answers as always. Device - here over the same items, paired, is
-what the device's arithmetic changes.
+A phone is too slow for thousands of items, so it gets a simple random sample (without replacement, by a seed)
+as token ids: the very tokens that the scorer here reads. It answers each request with the sum of its
+log-probabilities and whether every token was the most likely one. The task then reads these answers as usual,
+and device - here over the same items, paired, is what the device's arithmetic changes.
 
-Items go out in the order of the draw: what a device answered before it was lost is a random sample too.
-Left out: tasks that need generated text.
+Items are sent in the order of the draw, so what was answered before a device was lost is a random sample too.
+Tasks that need generated text are not supported.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import numpy as np
 
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Progress, silent
-from edgedisp.core.results import Estimate
 from edgedisp.core.serialization import to_json
 from edgedisp.evaluate import statistics
 from edgedisp.evaluate.loglikelihood import LanguageModel, Likelihood, Request, ScoreOptions, model_input
@@ -40,10 +38,8 @@ Answer = tuple[float, bool]
 
 @dataclass(frozen=True)
 class SampledItem:
-    """One item: its requests as the scorer makes them, and what of them is read in a model's context.
-
-    sent: token ids of contexts and continuations after the cut; dropped: context tokens cut off, by request.
-    """
+    """One item: its requests as the scorer makes them; `sent`, the token ids of contexts and continuations
+    after the cut to the model's context; `dropped`, the context tokens cut off, by request."""
 
     task: str
     id: str
@@ -52,17 +48,14 @@ class SampledItem:
     dropped: tuple[int, ...]
 
     @property
-    def name(self) -> str:
-        """The name of the item in a score cache."""
+    def cache_name(self) -> str:
         return name_of([tuple(map(tuple, request)) for request in self.requests])
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Of every task the items drawn, in the order of the draw, and how many there are in all.
-
-    cut: some item of the full set loses tokens to the context.
-    """
+    """The items drawn of each task, in the order of the draw, and how many the task has in all. cut: some
+    item of the full set loses tokens to the context."""
 
     items: dict[str, list[SampledItem]]
     total: dict[str, int]
@@ -74,24 +67,17 @@ class Sample:
         return [item for turn in turns for item in turn if item is not None]
 
 
+def check_count(count: int) -> None:
+    """Raises BadInput for a sample too small to say anything, or larger than a device should be asked."""
+    if not LEAST <= count <= MOST:
+        raise BadInput(f"--items {count}: give {LEAST} to {MOST}; 100 to 300 are usual")
+
+
 def draw(suite: TaskSuite, model: Any, count: int, seed: int) -> Sample:
-    """Draw at most `count` items of each task; of `model` `context` and `vocab_size` are read.
+    """Draw at most `count` items of each task; of `model`, `context` and `vocab_size` are read.
 
     Raises BadInput for a task that needs generated text, or that asks one item in several ways.
     """
-    sample = Sample({}, {}, False)
-    for task, requests in _all_requests(suite, model).items():
-        key = int.from_bytes(hashlib.sha256(task.encode()).digest()[:8], "big")
-        items = [_read(task, item, pairs, model, suite) for item, pairs in requests.items()]
-        order = np.random.default_rng([seed, key]).permutation(len(items))
-        sample.items[task] = [items[place] for place in order[:count]]
-        sample.total[task] = len(items)
-        sample = replace(sample, cut=sample.cut or any(any(item.dropped) for item in items))
-    return sample
-
-
-def _all_requests(suite: TaskSuite, model: Any) -> dict[str, dict[str, tuple[Request, ...]]]:
-    """Task -> item -> its requests, of the full set."""
     requests = {
         task: {question.id: question.requests for question in questions}
         for task, questions in suite.questions.items()
@@ -101,32 +87,39 @@ def _all_requests(suite: TaskSuite, model: Any) -> dict[str, dict[str, tuple[Req
 
         for task, tasks in suite.harness_tasks.items():
             requests[task] = item_requests(tasks, model, suite.text, suite.limit)
-    return requests
-
-
-def _read(task: str, item: str, requests: tuple[Request, ...], model: Any, suite: TaskSuite) -> SampledItem:
     options = ScoreOptions(suite.text.end_of_text, suite.text.bos_token)
+    sample: dict[str, list[SampledItem]] = {}
+    cut = False
+    for task, by_item in requests.items():
+        items = [_item(task, name, pairs, model, options) for name, pairs in by_item.items()]
+        key = int.from_bytes(hashlib.sha256(task.encode()).digest()[:8], "big")
+        order = np.random.default_rng([seed, key]).permutation(len(items))
+        sample[task] = [items[place] for place in order[:count]]
+        cut = cut or any(any(item.dropped) for item in items)
+    return Sample(sample, {task: len(by_item) for task, by_item in requests.items()}, cut)
+
+
+def _item(
+    task: str, name: str, requests: tuple[Request, ...], model: Any, options: ScoreOptions
+) -> SampledItem:
     sent: list[Pair] = []
     dropped = []
     for context, continuation in requests:
-        if not continuation:  # certain, so no device is asked
-            sent.append((list(context), []))
-            dropped.append(0)
-            continue
-        row, cut = model_input(model, context, continuation, options)
-        sent.append((list(row[: len(row) - len(continuation) + 1]), list(continuation)))
+        # An empty continuation is certain: no device is asked.
+        row, cut = model_input(model, context, continuation, options) if continuation else (context, 0)
+        sent.append((list(row[: len(row) - max(0, len(continuation) - 1)]), list(continuation)))
         dropped.append(cut)
-    return SampledItem(task, item, requests, tuple(sent), tuple(dropped))
+    return SampledItem(task, name, requests, tuple(sent), tuple(dropped))
 
 
-class _Replaced(ScoreCache):
-    """A cache some of whose scores are a device's. Nothing new may be computed over it."""
+class _DeviceScores(ScoreCache):
+    """A cache in which a device's scores replace this machine's. Nothing new may be computed over it."""
 
-    def __init__(self, below: ScoreCache, above: Mapping[str, Any]) -> None:
-        self.below, self.above = below, above
+    def __init__(self, cache: ScoreCache, scores: Mapping[str, Any]) -> None:
+        self.cache, self.scores = cache, scores
 
     def read(self, items: Sequence[str]) -> dict[str, Any]:
-        return self.below.read(items) | {item: self.above[item] for item in items if item in self.above}
+        return self.cache.read(items) | {item: self.scores[item] for item in items if item in self.scores}
 
     def write(self, values: Mapping[str, Any]) -> None:
         raise BuildFailed(f"{len(values)} items of the full set have no score here to compare with")
@@ -146,23 +139,23 @@ def compare(
     sample: Sample,
     answers: Mapping[str, Mapping[str, Sequence[Answer]]],
     here: Here,
-    bootstrap: int = 2000,
     progress: Progress = silent,
 ) -> list[dict[str, Any]]:
     """A record for each task: what a device scored, against this machine.
 
     answers: task -> item -> an answer for each of its requests. Each record holds {task, metric,
-    higher_is_better, drawn, answered, of, truncated, device, here, full, difference, agreement, logprob,
-    reason}; where nothing was answered, or the main metric has no part per item, the last ones are None and
-    `reason` says why.
+    higher_is_better, drawn, answered, of, truncated, full, device, here, difference, agreement, logprob,
+    reason}; full, device and here are an `Estimate`, difference a `Difference`, as JSON. Where nothing was
+    answered, or the main metric has no part per item, those from `device` on are None and `reason` says why.
     """
-    above = {}
-    for task, items in sample.items.items():
-        for item in items:
-            if (given := answers.get(task, {}).get(item.id)) is not None:
-                above[item.name] = [asdict(likelihood) for likelihood in likelihoods(item, given)]
-    there = suite.run(here.model, ScoreOptions(cache=_Replaced(here.cache, above), progress=progress), 2)
-    resampling = Resampling(bootstrap, suite.text.seed)
+    scores = {
+        item.cache_name: [asdict(one) for one in _likelihoods(item, answers[task][item.id])]
+        for task, items in sample.items.items()
+        for item in items
+        if item.id in answers.get(task, {})
+    }
+    options = ScoreOptions(cache=_DeviceScores(here.cache, scores), progress=progress)
+    device = suite.run(here.model, options, 2)
     records = []
     for task, items in sample.items.items():
         full = here.results[task]
@@ -176,7 +169,7 @@ def compare(
             "answered": len(answered),
             "of": sample.total[task],
             "truncated": sum(any(item.dropped) for item in answered),
-            "full": _ends(main.estimate),
+            "full": to_json(main.estimate),
             **dict.fromkeys(("device", "here", "difference", "agreement", "logprob", "reason")),
         }
         if not answered:
@@ -184,14 +177,15 @@ def compare(
         elif main.metric not in full.definitions:
             record["reason"] = "the metric exists for a whole task only, not as a mean of items"
         else:
-            record |= _compared(full, there[task], answered, resampling)
-            record["logprob"] = _largest_differences(answered, answers[task], here.cache)
+            names = [item.id for item in answered]
+            record |= _compared(full, device[task], names, Resampling(seed=suite.text.seed))
+            record["logprob"] = _logprob_differences(answered, answers[task], here.cache)
         records.append(record)
     return records
 
 
-def likelihoods(item: SampledItem, answers: Sequence[Answer]) -> list[Likelihood]:
-    """A device's answers as the scorer's own. Of these only sums are read, so tokens share them equally."""
+def _likelihoods(item: SampledItem, answers: Sequence[Answer]) -> list[Likelihood]:
+    """A device's answers as the scorer's own. Only sums are read of them, so tokens share a sum equally."""
     if len(answers) != len(item.sent):
         raise BuildFailed(f"{item.task} {item.id}: {len(answers)} answers to {len(item.sent)} requests")
     return [
@@ -201,34 +195,21 @@ def likelihoods(item: SampledItem, answers: Sequence[Answer]) -> list[Likelihood
 
 
 def _compared(
-    full: TaskResult, there: TaskResult, answered: Sequence[SampledItem], resampling: Resampling
+    full: TaskResult, scored_there: TaskResult, names: Sequence[str], resampling: Resampling
 ) -> dict[str, Any]:
     metric = full.definitions[full.score.main.metric]
     results = []
-    for result in (full, there):
+    for result in (full, scored_there):
         by_id = {item["id"]: item for item in result.items}
-        items = [by_id[item.id] for item in answered]
+        items = [by_id[name] for name in names]
         results.append(task_result(replace(result.score, metrics={}), items, [metric], resampling))
     here, device = results
-    change = statistics.difference(here.items, device.items, metric, resampling)
-    both = list(zip(here.items, device.items, strict=True))
     return {
-        "device": _ends(device.score.main.estimate),
-        "here": _ends(here.score.main.estimate),
-        "difference": {
-            "difference": change.estimate.value,
-            "low": change.estimate.low,
-            "high": change.estimate.high,
-            "p_value": change.estimate.p,
-            "identical": all(a[metric.numerator] == b[metric.numerator] for a, b in both),
-            "nats": None if change.nats is None else to_json(change.nats),
-        },
+        "device": to_json(device.score.main.estimate),
+        "here": to_json(here.score.main.estimate),
+        "difference": to_json(statistics.difference(here.items, device.items, metric, resampling)),
         "agreement": agreement(here.items, device.items, metric.name),
     }
-
-
-def _ends(estimate: Estimate) -> dict[str, Any]:
-    return {key: getattr(estimate, key) for key in ("value", "low", "high", "n", "documents")}
 
 
 def agreement(
@@ -238,50 +219,42 @@ def agreement(
 
     of: "choice", the answer chosen among several; "right", whether it was right. None for losses.
     """
-    of = "choice" if all(_choice(item) is not None for item in here) else "right"
-    if of == "right" and not all(item.get(metric) in (0, 1) for item in (*here, *device)):
-        return None
-    read = _choice if of == "choice" else (lambda item: item[metric])
-    same = sum(read(a) == read(b) for a, b in zip(here, device, strict=True))
+    choices = [[_choice(item) for item in items] for items in (here, device)]
+    of = "right" if None in choices[0] else "choice"
+    if of == "right":
+        choices = [[item.get(metric) for item in items] for items in (here, device)]
+        if not {*choices[0], *choices[1]} <= {0, 1}:
+            return None
+    same = sum(a == b for a, b in zip(*choices, strict=True))
     low, high = statistics.wilson(same, len(here))
     return {"share": same / len(here), "low": low, "high": high, "same": same, "n": len(here), "of": of}
 
 
 def _choice(item: Mapping[str, Any]) -> int | None:
-    """Which of several answers was the likeliest, where there are several."""
+    """The likeliest of several answers; None where there is one."""
     if "choice" in item:
         return int(item["choice"])
     logprobs = item.get("logprobs", ())
     return int(np.argmax(logprobs)) if len(logprobs) > 1 else None
 
 
-def _largest_differences(
+def _logprob_differences(
     answered: Sequence[SampledItem], answers: Mapping[str, Sequence[Answer]], cache: ScoreCache
 ) -> dict[str, Any]:
-    """How far log-likelihoods lie apart, in nats, by item (its largest): {mean, max, item, mean_per_token}.
-
-    item: where the largest is. mean_per_token: by the tokens of the request with the largest difference.
-    """
-    known = cache.read([item.name for item in answered])
-    sizes, by_token = [], []
-    for item in answered:
-        apart = [
-            (abs(total - float(np.sum(one["logprobs"]))), max(1, len(target)))
-            for (total, _), one, (_, target) in zip(answers[item.id], known[item.name], item.sent)
-        ]
-        most, tokens = max(apart)
-        sizes.append(most)
-        by_token.append(most / tokens)
-    largest = int(np.argmax(sizes))
+    """Absolute differences of log-likelihoods in nats, the largest of each item: {mean, max, item,
+    mean_per_token}. item: the one with the largest."""
+    scores = cache.read([item.cache_name for item in answered])
+    largest = [  # (nats, tokens) of each item
+        max(
+            (abs(total - float(np.sum(score["logprobs"]))), max(1, len(target)))
+            for (total, _), score, (_, target) in zip(answers[item.id], scores[item.cache_name], item.sent)
+        )
+        for item in answered
+    ]
+    worst = max(range(len(largest)), key=lambda place: largest[place][0])
     return {
-        "mean": float(np.mean(sizes)),
-        "max": sizes[largest],
-        "item": answered[largest].id,
-        "mean_per_token": float(np.mean(by_token)),
+        "mean": float(np.mean([nats for nats, _ in largest])),
+        "max": largest[worst][0],
+        "item": answered[worst].id,
+        "mean_per_token": float(np.mean([nats / tokens for nats, tokens in largest])),
     }
-
-
-def check_count(count: int) -> None:
-    """BadInput for a sample that is too small to say anything, or larger than a device should be asked."""
-    if not LEAST <= count <= MOST:
-        raise BadInput(f"--items {count}: give {LEAST} to {MOST}; 100 to 300 are usual")

@@ -1,8 +1,7 @@
-"""How far one model's next-token distributions lie from another's, without writing the logits down.
+"""KL(reference || model) of two models' next-token distributions, in nats, and their top tokens.
 
-Logits are handed in block by block and one number per token is kept: KL(reference || model) in nats. A file
-of logits would need tokens x vocabulary x 4 bytes (10 GB for a usual text). Left out: KL in the other
-direction, which blows up where the model is sure and wrong.
+Logits are added block by block and one number per token is stored: a file of logits would take 10 GB for a
+usual text. KL in the other direction is not measured: it blows up where the model is sure and wrong.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _CELLS = 4_000_000  # positions x vocabulary reduced at a time: 32 MB as float64
 
 
 class DivergenceMeter:
-    """Gathers blocks with `add` and sums them up with `result`. max_abs_difference: of a logit."""
+    """Adds up blocks of logits. max_abs_difference: the largest of a logit."""
 
     def __init__(self) -> None:
         self.max_abs_difference = 0.0

@@ -1,11 +1,10 @@
-"""Making test items from documents: windows of text, last words, next sentences (for heldout_tasks.py).
+"""Test items from documents: windows of text, last words, next sentences (for heldout_tasks.py).
 
-Every maker takes the documents in an order already shuffled and a random generator of its own, and returns at
-most `limit` questions, spread over as many documents as there are. Contexts are whole sentences and short.
+Each builder takes shuffled documents and a random generator of its own, and returns at most `limit`
+questions, spread over as many documents as there are. Contexts are whole sentences and short.
 
-Sentences end by rule, with no model and no language pack: at . ! or ? before white space and something that
-can begin a sentence, but not after an initial ("J. R. R. Tolkien"), a known abbreviation or one with inner
-full stops ("e.g."). A missed end makes a longer sentence, a false one a harder item, for every model alike.
+Sentences end by rule: at . ! or ? before white space and something that can begin a sentence, but not after
+an initial ("J. R. R. Tolkien"), a known abbreviation or one with inner full stops ("e.g.").
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _ABBREVIATION = re.compile(
 
 
 class Document(Protocol):
-    """A text with a name; corpus.Document fits."""
+    """A text with a name, such as data.Document."""
 
     @property
     def id(self) -> str: ...
@@ -68,10 +67,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Text:
-    """All that the questions are made from.
+    """Documents and a tokenizer, from which questions are made.
 
     context: most tokens in a question, the same for every model. bos_token: the one that every text begins
     with, for models that know such (Gemma's <bos>); others begin after `end_of_text`, as in training.
+    stop_ids: tokens that end generated text.
     """
 
     documents: Sequence[Document]
@@ -79,9 +79,10 @@ class Text:
     decode: Decode
     end_of_text: int
     context: int
-    seed: int
+    seed: int = 0
     perplexity_tokens: int | None = None
     bos_token: int | None = None
+    stop_ids: frozenset[int] = frozenset()
 
     @property
     def start(self) -> int:
@@ -94,22 +95,20 @@ def windows(
 ) -> list[Question]:
     """Windows of documents, the first ones of each, within `limit` and (beyond two) the token budget."""
     questions: list[Question] = []
-    spent = 0
-    most = _per_document(limit, documents)
+    budget = math.inf if text.perplexity_tokens is None else text.perplexity_tokens
+    share = _per_document(limit, documents)
     for document in documents:
         ids = text.encode(document.text)
-        ends = 0
-        for index, window in enumerate(
-            rolling_windows(ids, text.context, text.start, text.bos_token is not None)
-        ):
-            over = text.perplexity_tokens is not None and spent + len(window[1]) > text.perplexity_tokens
-            if len(questions) == limit or (over and len(questions) >= LEAST):
+        end = 0
+        windows = rolling_windows(ids, text.context, text.start, text.bos_token is not None)
+        for index, window in enumerate(windows):
+            start, end = end, end + len(window[1])
+            if len(questions) == limit or (end - start > budget and len(questions) >= LEAST):
                 return questions
-            if index == most:
+            if index == share:
                 break
-            ends += len(window[1])
-            size = _bytes(text, document, ids, ends) - _bytes(text, document, ids, ends - len(window[1]))
-            spent += len(window[1])
+            budget -= end - start
+            size = _bytes(text, document, ids, end) - _bytes(text, document, ids, start)
             questions.append(Question(f"{document.id}#{index}", document.id, (window,), (max(1, size),)))
     return questions
 
@@ -121,10 +120,10 @@ def cloze(text: Text, documents: Sequence[Document], limit: int, rng: np.random.
     unseen: list[Question] = []
     for document in documents:
         places = [*_last_words(document.text)]
-        tried = [places[number] for number in rng.permutation(len(places))[: 8 + 4 * share]]
-        made = [_last_word(text, document, *place) for place in tried]
-        made.sort(key=lambda question: not question.notes["seen"])
-        for question in made[:share]:
+        drawn = [places[number] for number in rng.permutation(len(places))[: 8 + 4 * share]]
+        questions = [_last_word(text, document, *place) for place in drawn]
+        questions.sort(key=lambda question: not question.notes["seen"])
+        for question in questions[:share]:
             (seen if question.notes["seen"] else unseen).append(question)
         if len(seen) >= limit:
             break
@@ -149,13 +148,13 @@ def _last_word(
     text: Text, document: Document, index: int, starts: list[int], stop: int, word: str
 ) -> Question:
     (request,) = _fit(text, document.text[:stop], starts, [" " + word], CLOZE_CONTEXT)
-    shown = re.findall(r"[^\W\d_]+", text.decode(list(request[0][1:])).lower())
-    notes = {"seen": word.lower() in shown}
+    words = re.findall(r"[^\W\d_]+", text.decode(list(request[0][1:])).lower())
+    notes = {"seen": word.lower() in words}
     return Question(f"{document.id}#{index}", document.id, (request,), (len(word.encode()) + 1,), notes=notes)
 
 
-class _Next(NamedTuple):
-    """A sentence that may be asked for, and the places where the sentences up to it start and end."""
+class _Sentence(NamedTuple):
+    """A sentence of a document, by its number, and the spans of all of the document's sentences."""
 
     document: Document
     number: int
@@ -168,7 +167,7 @@ def continuation(
 ) -> list[Question]:
     """The next sentence against sentences of nearest length in bytes from three other documents."""
     share = _per_document(limit, documents)
-    pool: list[_Next] = []
+    pool: list[_Sentence] = []
     for document in documents:
         pool += _next_sentences(text, document, 8 + 2 * share, rng)
         if len(pool) >= max(2000, 4 * limit):
@@ -188,21 +187,21 @@ def continuation(
     return questions
 
 
-def _next_sentences(text: Text, document: Document, most: int, rng: np.random.Generator) -> list[_Next]:
+def _next_sentences(text: Text, document: Document, most: int, rng: np.random.Generator) -> list[_Sentence]:
     """At most `most` sentences, never the first, short enough for a choice, long enough to say something."""
     spans = sentences(document.text)
     tokens = min(CONTINUATION_SENTENCE, text.context // 2)
-    found: list[_Next] = []
+    result: list[_Sentence] = []
     for index in (rng.permutation(len(spans) - 1) + 1).tolist() if len(spans) > 1 else []:
         sentence = document.text[slice(*spans[index])]
         if len(sentence.split()) >= CONTINUATION_WORDS and len(text.encode(" " + sentence)) <= tokens:
-            found.append(_Next(document, index, sentence, spans))
-        if len(found) == most:
+            result.append(_Sentence(document, index, sentence, spans))
+        if len(result) == most:
             break
-    return found
+    return result
 
 
-def _nearest(pool: Sequence[_Next], sizes: Any, place: int, rng: np.random.Generator) -> list[int]:
+def _nearest(pool: Sequence[_Sentence], sizes: Any, place: int, rng: np.random.Generator) -> list[int]:
     """Places in the pool of the sentences nearest in length, each from another document; ties by chance."""
     taken = {pool[place].document.id}
     texts = {pool[place].sentence}
@@ -218,7 +217,7 @@ def _nearest(pool: Sequence[_Next], sizes: Any, place: int, rng: np.random.Gener
     return others
 
 
-def _choices(text: Text, pool: Sequence[_Next], place: int, others: list[int], gold: int) -> Question:
+def _choices(text: Text, pool: Sequence[_Sentence], place: int, others: list[int], gold: int) -> Question:
     """One question; the true sentence stands at `gold`, drawn at random, so that a tie favours no one."""
     document, number, _, spans = pool[place]
     order = [*others[:gold], place, *others[gold:]]
@@ -232,11 +231,10 @@ def _choices(text: Text, pool: Sequence[_Next], place: int, others: list[int], g
 def _fit(
     text: Text, passage: str, starts: Sequence[int], continuations: Sequence[str], most: int
 ) -> tuple[Request, ...]:
-    """Tokenize the longest passage that fits, whole sentences, with each of its continuations.
+    """Tokenize the longest passage of whole sentences that fits, with each of its continuations.
 
-    It fits when no context has more than `most` tokens and no request more than the model can take. The
-    passage begins like a document, after `Text.start` (counted in `most`). When even the latest
-    start is too long the context is cut on the left, alike for all continuations.
+    It fits when no context has more than `most` tokens (`Text.start` included) and no request more than the
+    model can take. When even the latest start is too long, all contexts are cut on the left alike.
     """
     best: list[tuple[list[int], list[int]]] = []
     room = 0

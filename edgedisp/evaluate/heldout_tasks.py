@@ -1,15 +1,13 @@
 """Three tasks made from the recipe's own held-out documents: no hub, no download, any language with spaces.
 
 heldout_perplexity    Every token of the documents, in windows of `context` tokens, each document after the
-                      end-of-text token: perplexity and bits per byte (comparable between vocabularies).
-heldout_cloze         The last word of a sentence after at least 30 words of passage, in the manner of LAMBADA
-                      (Paperno et al., 2016): right when each of its tokens is the most likely one. Words that
-                      occurred earlier in the passage, and so can be known from it alone, come first.
+end-of-text token: perplexity and bits per byte (comparable between vocabularies). heldout_cloze         The
+last word of a sentence after at least 30 words of passage, as in LAMBADA (Paperno et al., 2016): right when
+each of its tokens is the most likely one. Words that occurred earlier in the passage come first.
 heldout_continuation  The sentence that follows, against three of nearest length from three other documents,
-                      in the manner of HellaSwag: right when it has the highest log-likelihood per byte.
+as in HellaSwag: right when it has the highest log-likelihood per byte.
 
-Items depend on the documents, the tokenizer and the seed alone, never on a model. They are spread over as
-many documents as there are, since documents are what the intervals count.
+Items depend on the documents, the tokenizer and the seed alone, never on a model.
 """
 
 from __future__ import annotations
@@ -75,25 +73,17 @@ def score(
 ) -> TaskResult:
     """Ask a model the questions that `build` made."""
     requests = [(question.id, request) for question in questions for request in question.requests]
-    likelihoods = loglikelihoods(
-        model, [request for _, request in requests], [item for item, _ in requests], options
-    )
+    ids, pairs = zip(*requests)
+    likelihoods = loglikelihoods(model, pairs, ids, options)
     remaining = iter(likelihoods)
     items = []
     for question in questions:
-        parts = TASKS[task].read([next(remaining) for _ in question.requests], question)
-        items.append(
-            {
-                "id": question.id,
-                "document": question.document,
-                **parts,
-                **question.notes,
-                "asked": question.fingerprint(),
-            }
-        )
+        fields = TASKS[task].read([next(remaining) for _ in question.requests], question)
+        name = {"id": question.id, "document": question.document}
+        items.append({**name, **fields, **question.notes, "asked": question.fingerprint()})
     truncated = sum(likelihood.dropped > 0 for likelihood in likelihoods)
-    facts = TaskScore(task, {}, TASKS[task].chance, truncated)
-    return task_result(facts, items, TASKS[task].metrics, resampling)
+    task_score = TaskScore(task, {}, TASKS[task].chance, truncated)
+    return task_result(task_score, items, TASKS[task].metrics, resampling)
 
 
 def _read_window(likelihoods: Sequence[Likelihood], question: Question) -> dict[str, Any]:
@@ -123,7 +113,7 @@ def _read_continuation(likelihoods: Sequence[Likelihood], question: Question) ->
 
 @dataclass(frozen=True)
 class HeldoutTask:
-    """How a task is made, how an answer is read, and what is reported (the main metric first)."""
+    """build: its questions. read: the fields of an item. metrics: the main one first. unit: for messages."""
 
     build: Callable[[Text, Sequence[Document], int, np.random.Generator], list[Question]]
     read: Callable[[Sequence[Likelihood], Question], dict[str, Any]]

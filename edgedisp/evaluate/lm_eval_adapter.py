@@ -1,10 +1,10 @@
 """Any lm-evaluation-harness task over a `LanguageModel`.
 
-lm-eval keeps its part: prompts, filters, and the score of each item. Ours is the model side (log-likelihoods,
-rolling log-likelihoods, greedy text) and what happens with the items: each becomes one line of a result, so
-that two models can be paired on it. A group whose tasks are scored alike is one result over all their items.
+lm-eval makes prompts, filters answers and scores each item. This module is the model side (log-likelihoods,
+rolling log-likelihoods, greedy text), and turns lm-eval's samples into items, so that two models can be
+paired. A group whose tasks are scored alike is one result over all their items.
 
-Left out: chat templates, and tasks that sample, run generated code or look at pictures.
+Not supported: chat templates, and tasks that sample, run generated code or look at pictures.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from lm_eval.evaluator import evaluate
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
 from edgedisp.core.results import TaskScore
-from edgedisp.evaluate import lm_eval_metrics
+from edgedisp.evaluate import lm_eval_tasks
 from edgedisp.evaluate.heldout_items import Text
-from edgedisp.evaluate.lm_eval_tasks import quiet, refuse_sampling, seeded
+from edgedisp.evaluate.lm_eval_tasks import quiet, refuse_sampling
 from edgedisp.evaluate.loglikelihood import (
     LanguageModel,
     Request,
@@ -40,24 +40,19 @@ _FIRST_BLOCK = 32  # tokens generated before the first look for a stop string
 
 
 class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
-    """The model side of lm-eval.
-
-    truncated: requests whose context was cut on the left so far (generation prompts included); cut: the items
-    of these, (task, number).
-    """
+    """The model side of lm-eval. truncated: requests whose context was cut on the left so far; cut: the items
+    of these, (task, number)."""
 
     def __init__(
         self,
         model: LanguageModel,
         text: Text,
-        stop_ids: frozenset[int] = frozenset(),
         cache: ScoreCache | None = None,
         progress: Progress = silent,
     ) -> None:
         super().__init__()
         self.model, self.text, self.cache, self.progress = model, text, cache, progress
         self.bos = [] if text.bos_token is None else [text.bos_token]
-        self.stop_ids = stop_ids | {text.end_of_text}
         self.truncated = 0
         self.cut: set[Hashable] = set()
 
@@ -72,14 +67,14 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Greedy text after each prompt, up to the first stop string, stop token or max_gen_toks."""
         texts = []
-        for done, request in enumerate(requests, start=1):
+        for number, request in enumerate(requests, start=1):
             texts.append(self._generate(request, *request.args))
-            self.progress(done, len(requests), "generations")
+            self.progress(number, len(requests), "generations")
         return texts
 
     def token_requests(self, instance: Instance) -> list[Request]:
-        """What is asked of the model: the pair itself; windows for a rolling likelihood, and where the
-        continuation alone is longer than the model's context."""
+        """The pair itself; windows for a rolling likelihood, and for a continuation longer than the
+        context."""
         each, context = self.text.bos_token is not None, self.model.context
         if instance.request_type == "loglikelihood_rolling":
             return [*rolling_windows(self.text.encode(instance.args[0]), context, self.text.start, each)]
@@ -127,22 +122,19 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
         if self.cache is None:
             return self._until(ids, limit, stops)
         name = name_of(("until", ids, limit, stops))
-        if not (known := self.cache.read([name])):
-            self.cache.write(known := {name: self._until(ids, limit, stops)})
-        return str(known[name])
+        if not (cached := self.cache.read([name])):
+            self.cache.write(cached := {name: self._until(ids, limit, stops)})
+        return str(cached[name])
 
     def _until(self, prompt: list[int], limit: int, stops: list[str]) -> str:
-        """Generate in blocks that double, looking for the stop strings after each.
-
-        A stop string can be any text, not a token, so the model cannot stop at it by itself. Each block reads
-        the prompt once more, which costs less than 256 tokens when 5 were wanted.
-        """
+        """Generate in blocks that double, looking for the stop strings after each: they are any text, not
+        tokens, so the model cannot stop at them by itself. Each block reads the prompt once more."""
         new: list[int] = []
         while True:
             block = min(max(_FIRST_BLOCK, len(new)), limit - len(new))
-            fresh = self.model.greedy([*prompt, *new], block, self.stop_ids)
-            ended = len(fresh) < block or bool(self.stop_ids & set(fresh))
-            new += [token for token in fresh if token not in self.stop_ids]
+            fresh = self.model.greedy([*prompt, *new], block, self.text.stop_ids)
+            ended = len(fresh) < block or bool(self.text.stop_ids & set(fresh))
+            new += [token for token in fresh if token not in self.text.stop_ids]
             text = self.text.decode(new)
             cuts = [place for stop in stops if (place := text.find(stop)) >= 0]
             if cuts or ended or len(new) >= limit:
@@ -165,23 +157,23 @@ def score(
     aggregates: dict[str, Any] = {}
     for each, task in tasks.items():
         task.set_fewshot_seed(seed=model.text.seed)
-        with quiet(), seeded(model.text.seed):
+        with quiet(model.text.seed):
             loaded: Any = {"tasks": {each: task}, "groups": {}, "group_map": {}}
             result: Any = evaluate(
                 lm=model, task_dict=loaded, limit=_share(limit, tasks), bootstrap_iters=0, log_samples=True
             )
         items += _items(each, task, result["samples"][each], model)
         aggregates = result["results"][each]
-    metrics, whole = lm_eval_metrics.metrics(next(iter(tasks.values())), aggregates, items)
-    chance = lm_eval_metrics.chance(metrics, items)
-    facts = TaskScore(name, whole if len(tasks) == 1 else {}, chance, model.truncated - before)
-    return task_result(facts, items, metrics, resampling)
+    metrics, whole = lm_eval_tasks.task_metrics(next(iter(tasks.values())), aggregates, items)
+    chance = lm_eval_tasks.chance(metrics, items)
+    task_score = TaskScore(name, whole if len(tasks) == 1 else {}, chance, model.truncated - before)
+    return task_result(task_score, items, metrics, resampling)
 
 
 def item_requests(
     tasks: Mapping[str, Any], model: Any, text: Text, limit: int
 ) -> dict[str, tuple[Request, ...]]:
-    """Item -> its requests; of `model` only `context` is read, and nothing is computed.
+    """Item -> its requests; of `model` only `context` is read.
 
     Raises BadInput for a task that needs generated text, and for one that asks an item in several ways.
     """
@@ -189,7 +181,7 @@ def item_requests(
     requests: dict[str, list[Request]] = {}
     for name, task in tasks.items():
         task.set_fewshot_seed(seed=text.seed)
-        with quiet(), seeded(text.seed):
+        with quiet(text.seed):
             task.build_all_requests(limit=_share(limit, tasks))
         kinds = {instance.request_type for instance in task.instances}
         if "generate_until" in kinds:
@@ -210,10 +202,8 @@ def _item_of(instance: Instance) -> Hashable:
 
 
 def _items(name: str, task: Any, samples: list[dict[str, Any]], model: HarnessModel) -> list[dict[str, Any]]:
-    """lm-eval's samples (one per item and filter) -> one item each, with a hash of what was asked.
-
-    What is read of a long text depends on the context, so that is part of what was asked there.
-    """
+    """lm-eval's samples (one per item and filter) -> one item each, with a hash of what was asked: of a cut
+    or rolling text that depends on the context."""
     context = model.model.context, model.text.bos_token
     items: dict[int, dict[str, Any]] = {}
     for sample in samples:
@@ -224,12 +214,10 @@ def _items(name: str, task: Any, samples: list[dict[str, Any]], model: HarnessMo
         item = items.setdefault(number, {"id": f"{name}#{number}", "document": f"{name}#{number}"})
         item["asked"] = name_of(hashes)[:16]
         if task.OUTPUT_TYPE == "multiple_choice":
-            item |= lm_eval_metrics.choice(task, sample)
+            item |= lm_eval_tasks.choice_fields(task, sample)
         for metric in sample["metrics"]:
-            item |= lm_eval_metrics.parts(
-                lm_eval_metrics.label(metric, sample["filter"]),
-                sample[metric],
-                lm_eval_metrics.aggregation(task, metric),
-            )
+            label = lm_eval_tasks.label(metric, sample["filter"])
+            aggregation = lm_eval_tasks.aggregation(task, metric)
+            item |= lm_eval_tasks.metric_parts(label, sample[metric], aggregation)
     # A text of no words or bytes says nothing, and cannot be weighed.
     return [item for item in items.values() if all(item[key] for key in item if key.endswith(":weight"))]

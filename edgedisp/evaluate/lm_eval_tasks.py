@@ -1,168 +1,49 @@
-"""Which lm-evaluation-harness tasks there are, and reading them with their data, quietly.
+"""Tasks of lm-evaluation-harness: reading them with their data, and what their items and metrics are here.
 
-Before a hub is used one short request shows whether it can be reached, because the client library would try
-for half a minute or longer; without it, the client's cache still works. Some tasks shuffle with the global
-random generators: these are seeded for the time of a call. A folder of one's own tasks may name Python
-functions, which lm-eval runs: name only folders whose code you would run.
+Of lm-eval's aggregates four can be made of a part per item: means, two kinds of perplexity, bits per byte.
+All others (F1, BLEU) exist for a whole task only, and are carried over as they are, without an interval. A
+multiple choice also gives the log-likelihood of its right answer (`gold_nll`, `gold_bits_per_byte`): where a
+small model guesses, as on MMLU, that moves before the accuracy does.
+
+A folder of one's own tasks may name Python functions, which lm-eval runs: name only folders you trust.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub
 import lm_eval.api.task
 import numpy as np
+from lm_eval.api.registry import AGGREGATION_REGISTRY
 from lm_eval.tasks import TaskManager
 
 from edgedisp.core.errors import BadInput
-from edgedisp.evaluate import lm_eval_metrics
+from edgedisp.core.results import Estimate, Score
+from edgedisp.evaluate.statistics import GOLD_BITS_PER_BYTE, Metric
+from edgedisp.evaluate.task_result import WHOLE_TASK
 
-HUB_TIMEOUT_S = 5.0
-_LOCAL_FORMATS = frozenset({"arrow", "csv", "json", "pandas", "parquet", "sql", "text", "webdataset", "xml"})
-
+GOLD_NLL = Metric("gold_nll", "nll", None, "mean", higher_is_better=False)
 
 Loaded = dict[str, dict[str, Any]]
 """Result -> its tasks by name: one, or those of a group that are scored alike."""
 
 
-def load(names: Sequence[str], tasks_path: Path | None, seed: int = 0) -> tuple[Loaded, dict[str, str]]:
-    """Read the tasks and their data. Returns them, and for each whose data a hub does not give the reason.
-
-    A group whose tasks are scored alike is one entry; other groups, and tags, become their tasks. Raises
-    BadInput for a local task that cannot be read, and for one that runs code or needs pictures.
-    """
-    tasks: Loaded = {}
-    missing: dict[str, str] = {}
-    with quiet(), seeded(seed):
-        manager = _manager(names, tasks_path)
-        hub = {name: sorted(_hub_ids(manager, name)) for name in names}
-        with _offline_unless_reachable(any(hub.values())) as unreachable:
-            for name in names:
-                try:
-                    tasks |= _load_one(manager, name, hub[name], unreachable)
-                except Unreadable as problem:
-                    missing[name] = str(problem)
-    for name, task in (one for group in tasks.values() for one in group.items()):
-        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise BadInput(
-                f"evaluate.tasks: {name} runs generated code or needs pictures or sound; take it out"
-            )
-        refuse_sampling(f"evaluate.tasks: {name}", task.get_config("generation_kwargs") or {})
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-    return tasks, missing
-
-
-class Unreadable(Exception):
-    """A task whose data a hub does not give."""
-
-
-def known_names(tasks_path: Path | None, *, builtin: bool = True) -> list[str]:
-    """Names of all tasks, groups and tags, the built-in ones (14,000, some seconds) and those of a folder."""
-    with quiet():
-        return list(TaskManager(include_path=_paths(tasks_path), include_defaults=builtin).all_tasks)
-
-
-def _paths(tasks_path: Path | None) -> list[str | Path] | None:
-    return None if tasks_path is None else [tasks_path]
-
-
-def _manager(names: Sequence[str], tasks_path: Path | None) -> TaskManager:
-    """The index of tasks; the built-in ones (seconds) only when the folder does not hold all names."""
-    if tasks_path is not None:
-        local = TaskManager(include_path=_paths(tasks_path), include_defaults=False)
-        if set(names) <= set(local.all_tasks):
-            return local
-    return TaskManager(include_path=_paths(tasks_path))
-
-
-def _hub_ids(manager: TaskManager, name: str) -> set[str]:
-    """Data sets that a task, or the tasks of a group or tag, would fetch from a hub."""
-    entry = manager.task_index.get(name)
-    if entry is None:
-        return set()
-    config = entry.cfg or {}
-    members = [*entry.tags] if not config else config.get("task")
-    found: set[str] = set()
-    for member in members if isinstance(members, list) else []:
-        inner = member if isinstance(member, str) else str(member.get("task") or member.get("group"))
-        found |= _hub_ids(manager, inner) if inner != name else set()
-    path = config.get("dataset_path")
-    if path and not config.get("custom_dataset") and path not in _LOCAL_FORMATS and not Path(path).exists():
-        found.add(str(path))
-    return found
-
-
-def _load_one(manager: TaskManager, name: str, hub_ids: list[str], unreachable: bool) -> Loaded:
-    try:
-        loaded = manager.load([name])
-    except Exception as problem:  # a YAML, Python that it names, or its data: all of it the user's choice
-        data = (
-            f"its data set is {', '.join(hub_ids[:3])} on the hub" if hub_ids else "its data cannot be read"
-        )
-        if hub_ids and unreachable:
-            data += f", and {huggingface_hub.constants.ENDPOINT} does not answer"
-        message = (
-            f"{name} cannot be loaded: {data} ({type(problem).__name__}: {problem}). "
-            "Without a hub use the heldout_ tasks, or a local copy: a YAML with `dataset_path: json` and "
-            "`data_files` in the folder that evaluate.tasks_path names"
-        )
-        raise (Unreadable(message) if hub_ids else BadInput(f"evaluate.tasks: {message}")) from problem
-    tasks = dict(loaded["tasks"])
-    if name in loaded["groups"] and alike([*tasks.values()]):
-        return {name: tasks}
-    return {each: {each: task} for each, task in tasks.items()}
-
-
-def refuse_sampling(what: str, options: Mapping[str, Any]) -> None:
-    """BadInput if a task's generation options ask for anything but greedy text."""
-    if options.get("do_sample") and float(options.get("temperature", 1.0)) > 0:
-        raise BadInput(
-            f"{what} asks for sampled text (do_sample: true), but models are decoded greedily here; copy its "
-            "YAML to your own folder with do_sample: false and name that in evaluate.tasks_path"
-        )
-
-
-def alike(tasks: Sequence[Any]) -> bool:
-    """Whether tasks can be one result: one kind of output, the same metrics summed up in the same way, and by
-    items (F1 and BLEU are of a whole task)."""
-    if not all(any(lm_eval_metrics.is_by_items(task, name) for name in task.aggregation()) for task in tasks):
-        return False
-    return len({(task.OUTPUT_TYPE, frozenset(task.aggregation().items())) for task in tasks}) == 1
-
-
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No logging below errors and no progress bars from lm-eval and datasets, for the time of a call."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub", "httpx")]
-    levels = [logger.level for logger in loggers]
-    bars = datasets.are_progress_bars_disabled()
-    bar = lm_eval.api.task.tqdm
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+def quiet(seed: int = 0) -> Iterator[None]:
+    """No logging below errors and no progress bars of lm-eval and datasets; random and numpy seeded, because
+    some tasks shuffle with the global generators. All is put back after."""
+    disabled, bars = logging.root.manager.disable, datasets.are_progress_bars_disabled()
+    bar, state, numpy_state = lm_eval.api.task.tqdm, random.getstate(), np.random.get_state()
+    logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = lambda items, **options: items  # it offers no switch for this one
-    try:
-        yield
-    finally:
-        lm_eval.api.task.tqdm = bar
-        if not bars:
-            datasets.enable_progress_bars()
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """The global generators of random and numpy, seeded inside and put back after."""
-    state, numpy_state = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     try:
@@ -170,27 +51,166 @@ def seeded(seed: int) -> Iterator[None]:
     finally:
         random.setstate(state)
         np.random.set_state(numpy_state)
+        lm_eval.api.task.tqdm = bar
+        if not bars:
+            datasets.enable_progress_bars()
+        logging.disable(disabled)
 
 
-@contextlib.contextmanager
-def _offline_unless_reachable(wanted: bool) -> Iterator[bool]:
-    """Whether a hub is wanted and not there; then only the cache is read, instead of trying for minutes."""
-    constants, config = huggingface_hub.constants, datasets.config
-    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
-    unreachable = wanted and not before[0] and not _hub_reachable()
-    if unreachable:
-        constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
-    try:
-        yield unreachable
-    finally:
-        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
+def task_index(names: Sequence[str], tasks_path: Path | None) -> TaskManager:
+    """lm-eval's index of tasks, groups and tags, with those of a folder. The built-in ones (14,000, seconds)
+    are read only when the folder does not hold all names."""
+    if tasks_path is None:
+        return TaskManager()
+    local = TaskManager(include_path=[tasks_path], include_defaults=False)
+    return local if set(names) <= set(local.all_tasks) else TaskManager(include_path=[tasks_path])
 
 
-def _hub_reachable() -> bool:
-    """One request through the client's own session, so that proxies and mirrors count."""
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
-    except Exception as problem:  # the client's errors differ between its releases; all mean "not reachable"
-        logging.getLogger(__name__).info("the hub cannot be reached: %s", problem)
-        return False
-    return True
+def load(names: Sequence[str], tasks_path: Path | None, seed: int = 0) -> tuple[Loaded, dict[str, str]]:
+    """Read tasks and their data. Returns them, and task -> reason for those whose data a hub does not give.
+
+    A group whose tasks are scored alike is one entry; other groups, and tags, become their tasks. Raises
+    BadInput for a local task that cannot be read, and for one that runs code or needs pictures.
+    """
+    loaded: Loaded = {}
+    missing: dict[str, str] = {}
+    with quiet(seed):
+        index = task_index(names, tasks_path)
+        for name in names:
+            try:
+                loaded |= _load(index, name)
+            except Exception as problem:  # of a YAML, Python that it names, or its data: a user's choice
+                message = (
+                    f"{name} cannot be loaded: {type(problem).__name__}: {problem}. Without a hub use the "
+                    "heldout_ tasks, or a local copy: a YAML with `dataset_path: json` and `data_files` in "
+                    "the folder that evaluate.tasks_path names"
+                )
+                # OfflineModeIsEnabled and a hub that does not answer are ConnectionErrors too.
+                if not isinstance(problem, ConnectionError | datasets.exceptions.DatasetNotFoundError):
+                    raise BadInput(f"evaluate.tasks: {message}") from problem
+                missing[name] = message
+    for name, task in (entry for tasks in loaded.values() for entry in tasks.items()):
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise BadInput(
+                f"evaluate.tasks: {name} runs generated code or needs pictures or sound; take it out"
+            )
+        refuse_sampling(f"evaluate.tasks: {name}", task.get_config("generation_kwargs") or {})
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+    return loaded, missing
+
+
+def _load(index: TaskManager, name: str) -> Loaded:
+    loaded = index.load([name])
+    tasks = dict(loaded["tasks"])
+    if name in loaded["groups"] and _scored_alike([*tasks.values()]):
+        return {name: tasks}
+    return {each: {each: task} for each, task in tasks.items()}
+
+
+def refuse_sampling(where: str, options: Mapping[str, Any]) -> None:
+    """BadInput if a task's generation options ask for anything but greedy text."""
+    if options.get("do_sample") and float(options.get("temperature", 1.0)) > 0:
+        raise BadInput(
+            f"{where} asks for sampled text (do_sample: true), but models are decoded greedily here; copy "
+            "its YAML to your own folder with do_sample: false and name that in evaluate.tasks_path"
+        )
+
+
+def _scored_alike(tasks: Sequence[Any]) -> bool:
+    """Whether tasks can be one result: the same kind of output and metrics, one of them at least by items."""
+    for task in tasks:
+        if not any(metric(name, aggregation(task, name), True) for name in task.aggregation()):
+            return False
+    return len({(task.OUTPUT_TYPE, frozenset(task.aggregation().items())) for task in tasks}) == 1
+
+
+# ---------------------------------------------------------------- metrics and items
+
+
+def label(metric: str, filtered: str) -> str:
+    return metric if filtered in ("none", "") else f"{metric}/{filtered}"
+
+
+def aggregation(task: Any, metric: str) -> str | None:
+    """lm-eval's name of the function that sums up a metric; None for a task's own."""
+    function = task.aggregation().get(metric)
+    return next((name for name, known in AGGREGATION_REGISTRY.items() if known is function), None)
+
+
+def metric(label: str, aggregation: str | None, higher_is_better: bool) -> Metric | None:
+    """An lm-eval aggregate as a metric over items; None for one that cannot be made of them."""
+    match aggregation:
+        case "mean":
+            return Metric(label, label, None, "mean", higher_is_better)
+        case "perplexity":
+            return Metric(label, f"{label}:nll", None, "exp", higher_is_better)
+        case "weighted_perplexity":
+            return Metric(label, f"{label}:nll", f"{label}:weight", "exp", higher_is_better)
+        case "bits_per_byte":
+            return Metric(label, f"{label}:nll", f"{label}:weight", "bits", higher_is_better)
+    return None
+
+
+def metric_parts(label: str, value: Any, aggregation: str | None) -> dict[str, float]:
+    """The fields of an item that `metric` names: a number, or two for (log-likelihood, weight) pairs."""
+    if aggregation == "perplexity":
+        return {f"{label}:nll": -float(value)}
+    if aggregation in ("weighted_perplexity", "bits_per_byte"):
+        return {f"{label}:nll": -float(value[0]), f"{label}:weight": float(value[1])}
+    is_number = isinstance(value, bool | int | float | np.number) and math.isfinite(value)
+    return {label: float(value)} if is_number else {}
+
+
+def choice_fields(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a multiple choice: the log-probability of every answer; loss and bytes of the right one."""
+    logprobs = [float(answer[0]) for answer in sample["filtered_resps"]]
+    fields: dict[str, Any] = {"logprobs": logprobs}
+    choices = list(task.doc_to_choice(sample["doc"]))
+    gold = task.doc_to_text(sample["doc"]) if task.multiple_input else task.doc_to_target(sample["doc"])
+    if task.config.process_results is not None:
+        gold = None
+    if isinstance(gold, str) and gold in choices:
+        gold = choices.index(gold)
+    # Some tasks have several right answers or score choices in ways of their own; those give no gold.
+    if isinstance(gold, int) and len(choices) == len(logprobs) and 0 <= gold < len(choices):
+        size = len(str(sample["arguments"][gold][1]).encode())
+        fields |= {"choices": len(choices), "nll": -logprobs[gold], "bytes": max(1, size)}
+    return fields
+
+
+def task_metrics(
+    task: Any, aggregates: dict[str, Any], items: list[dict[str, Any]]
+) -> tuple[list[Metric], dict[str, Score]]:
+    """Metrics that can be made from the items, the main one first, and scores that lm-eval alone can make."""
+    by_items: list[Metric] = []
+    whole: dict[str, Score] = {}
+    for key, value in aggregates.items():
+        name, _, filtered = key.partition(",")
+        if name not in task.aggregation() or not isinstance(value, int | float):
+            continue
+        title, better = label(name, filtered), bool(task.higher_is_better().get(name, True))
+        found = metric(title, aggregation(task, name), better)
+        if found is not None and all(found.numerator in item for item in items):
+            by_items.append(found)
+        else:
+            finite = float(value) if math.isfinite(value) else None
+            estimate = Estimate(finite, n=len(items), documents=len(items), reason=WHOLE_TASK)
+            whole[title] = Score(title, estimate, better)
+
+    def is_loss(metric: Metric) -> bool:
+        is_share = metric.may_be_share and metric.higher_is_better
+        return not is_share or not all(0 <= item[metric.numerator] <= 1 for item in items)
+
+    by_items.sort(key=is_loss)  # LAMBADA has a loss first
+    if by_items and all("nll" in item for item in items):
+        by_items += [GOLD_NLL, GOLD_BITS_PER_BYTE]
+    return by_items, whole
+
+
+def chance(metrics: Sequence[Metric], items: Sequence[Mapping[str, Any]]) -> float | None:
+    """What guessing scores where the main metric is the accuracy of a multiple choice, else None."""
+    main = metrics[0].name if metrics else ""
+    if not main.startswith("acc") or not all("choices" in item and item[main] in (0, 1) for item in items):
+        return None
+    return float(np.mean([1 / item["choices"] for item in items]))

@@ -1,18 +1,16 @@
 """Log-likelihoods of continuations, given contexts, from a model that gives the logits of one sequence.
 
-Each sequence is computed alone, by the model as it ships: nothing is padded, packed or shared, so a score
-cannot depend on what it was computed with, nor on the order. Int8 arithmetic would show it: a sum taken in
-another order moves an activation by 1e-7, now and then that is a whole rounding step, and 30 layers later a
-log-probability has moved by a tenth. Several sequences run side by side where the model says how many may.
-Log-softmax is reduced in float64.
+Each sequence is computed alone by the model as it ships. Nothing is padded, packed or shared, so a score
+depends neither on the other requests nor on their order: in int8 arithmetic a sum in another order can move a
+log-probability by a tenth. Sequences run side by side where the model says how many may. Log-softmax is
+reduced in float64.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -23,9 +21,7 @@ from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import Progress, silent
 from edgedisp.evaluate.score_cache import ScoreCache, name_of
 
-LOGITS_BYTES = 2**30
-"""Most memory that the float32 logits of sequences computed side by side may take; one may exceed it."""
-
+LOGITS_BYTES = 2**30  # most memory for the float32 logits of sequences side by side; one may exceed it
 _POSITIONS = 64  # rows of logits reduced at a time: 64 x 262k x 4 bytes = 64 MB of working memory
 _WRITE_EVERY_S = 2.0  # what an interruption can lose
 
@@ -37,18 +33,14 @@ Request = tuple[Sequence[int], Sequence[int]]
 
 
 class LanguageModel(Protocol):
-    """What can be scored: the torch model, a bundle, or a table in a test.
-
-    context: most tokens in a sequence.
-    """
+    """What can be scored: the torch model, a bundle, or a table in a test. context: most tokens of a
+    sequence; parallel: how many calls of `logits` may run at once, from as many threads."""
 
     context: int
     vocab_size: int
 
     @property
-    def parallel(self) -> int:
-        """How many calls of `logits` may run at once, from as many threads."""
-        ...
+    def parallel(self) -> int: ...
 
     def logits(self, ids: NDArray[np.int64], last: int) -> NDArray[np.float32]:
         """ids int64 [tokens] -> logits float32 [last, vocab] at its `last` positions."""
@@ -61,11 +53,8 @@ class LanguageModel(Protocol):
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The score of one request.
-
-    logprobs: natural log-probability of each continuation token. greedy: every one of them was the most
-    likely token at its place. dropped: context tokens cut off on the left to fit the model's context.
-    """
+    """The score of one request. logprobs: natural log-probability of each continuation token. greedy: each of
+    them was the most likely token. dropped: context tokens cut off on the left to fit the model's context."""
 
     logprobs: tuple[float, ...]
     greedy: bool
@@ -82,12 +71,9 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """How requests are scored.
-
-    end_of_text stands before every document in training, and in for an empty context. bos_token begins every
-    text, for models that know one (Gemma's <bos>); it is then the one that stands in, and stays when a
-    context is cut. cache: this very model's earlier scores.
-    """
+    """How requests are scored. end_of_text: the token between documents. bos_token: the one that begins every
+    text, for models that know one (Gemma's <bos>); it stays when a context is cut. An empty context is
+    replaced by bos_token, or else end_of_text. cache: this very model's earlier scores."""
 
     end_of_text: int | None = None
     bos_token: int | None = None
@@ -111,19 +97,19 @@ def loglikelihoods(
     """Score every (context, continuation) pair; results come in request order.
 
     items: which item each request belongs to, such as the question whose choice it is; the cache holds whole
-    items. None: each its own. A request longer than the model's context loses tokens on the left of its
-    context, never of its continuation. An empty continuation has probability 1.
+    items. A request longer than the model's context loses tokens on the left of its context, never of its
+    continuation. An empty continuation has probability 1.
 
     Raises ValueError for a continuation that alone is longer than the model's context (cut it with
     `rolling_windows`), for a token outside the vocabulary, and for an empty context without a token to start
     from; BuildFailed when the model gives logits that are not finite.
     """
-    scores = _Scores(requests, range(len(requests)) if items is None else items, options.cache)
+    results = _Results(requests, range(len(requests)) if items is None else items, options.cache)
     rows: dict[Row, list[int]] = {}
     dropped: dict[int, int] = {}
-    for number in scores.missing():
+    for number in (number for number in range(len(requests)) if number not in results):
         if not requests[number][1]:
-            scores.add(number, Likelihood((), True))
+            results.add(number, Likelihood((), True))
             continue
         row, dropped[number] = model_input(model, *requests[number], options)
         rows.setdefault(row, []).append(number)  # choices of one token share theirs
@@ -137,14 +123,19 @@ def loglikelihoods(
         ]
 
     room = LOGITS_BYTES // (4 * model.vocab_size * max(map(len, rows), default=1))
+    parallel = max(1, min(model.parallel, room))
+    pool = ThreadPoolExecutor(parallel)
     try:
-        for results in _side_by_side(score, rows, max(1, min(model.parallel, room))):
-            for number, likelihood in results:
-                scores.add(number, likelihood)
-            options.progress(len(scores.results), len(requests), "requests")
+        scored: Iterable[list[tuple[int, Likelihood]]]
+        scored = map(score, rows) if parallel == 1 else pool.map(score, rows)
+        for likelihoods in scored:
+            for number, likelihood in likelihoods:
+                results.add(number, likelihood)
+            options.progress(len(results), len(requests), "requests")
     finally:  # an interrupted scoring continues
-        scores.write()
-    return [scores.results[number] for number in range(len(requests))]
+        pool.shutdown(cancel_futures=True)
+        results.write()
+    return [results[number] for number in range(len(requests))]
 
 
 def rolling_windows(
@@ -153,8 +144,8 @@ def rolling_windows(
     """Cut a long text into (context_ids, continuation_ids) pairs that predict each token exactly once.
 
     No input (context + continuation but its last token) is longer than `context`. The first window starts
-    with the token `prefix`; each later one with the token before it; the last one, when it predicts fewer
-    tokens than fit, is filled up on the left with earlier text. `each`: every window begins with `prefix`.
+    with the token `prefix`, each later one with the token before it; the last one is filled up on the left
+    with earlier text. `each`: every window begins with `prefix`.
     """
     if context < 1 + each:
         raise ValueError(f"a window of {context} tokens cannot predict anything; use {1 + each} or more")
@@ -171,9 +162,8 @@ def rolling_windows(
 def encode_pair(encode: Encode, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """Tokenize two texts that are read as one: (context_ids, continuation_ids).
 
-    The whole is tokenized, and split where it stops sharing tokens with the context alone, less its white
-    space at the end. So a token that reaches over the join belongs to the continuation, where
-    lm-evaluation-harness splits at the context's number of tokens.
+    The whole is split where it stops sharing tokens with the context alone (less its white space at the end),
+    so a token across the join belongs to the continuation; lm-eval splits at the context's number of tokens.
     """
     stripped = context.rstrip()
     whole = encode(context + continuation)
@@ -208,67 +198,46 @@ def model_input(
     return row[cut:], cut
 
 
-class _Scores:
-    """Likelihoods by the request's number: those of the cache, and new ones, which it gets item by item."""
+class _Results(dict[int, Likelihood]):
+    """Likelihoods by request number. The cached ones are there from the start; complete items are written."""
 
     def __init__(
         self, requests: Sequence[Request], items: Sequence[Hashable], cache: ScoreCache | None
     ) -> None:
-        self.results: dict[int, Likelihood] = {}
-        self._items, self._cache = items, cache
-        self._numbers: dict[Hashable, list[int]] = {}
+        super().__init__()
+        self.items_by_number, self.cache = items, cache
+        self.numbers: dict[Hashable, list[int]] = {}
         for number, item in enumerate(items):
-            self._numbers.setdefault(item, []).append(number)
-        self._names: dict[Hashable, str] = {}
-        self._unwritten: set[Hashable] = set()
-        self._written = time.monotonic()
+            self.numbers.setdefault(item, []).append(number)
+        self.names: dict[Hashable, str] = {}
+        self.unwritten: list[Hashable] = []
+        self.written_at = time.monotonic()
         if cache is None:
             return
-        for item, numbers in self._numbers.items():
-            self._names[item] = name_of([tuple(map(tuple, requests[number])) for number in numbers])
-        known = cache.read([*self._names.values()])
-        for item, numbers in self._numbers.items():
-            for number, values in zip(numbers, known.get(self._names[item], ())):
-                self.results[number] = Likelihood(
-                    tuple(values["logprobs"]), values["greedy"], values["dropped"]
-                )
-
-    def missing(self) -> list[int]:
-        return [number for number in range(len(self._items)) if number not in self.results]
+        for item, numbers in self.numbers.items():
+            self.names[item] = name_of([tuple(map(tuple, requests[number])) for number in numbers])
+        cached = cache.read([*self.names.values()])
+        for item, numbers in self.numbers.items():
+            for number, values in zip(numbers, cached.get(self.names[item], ())):
+                self[number] = Likelihood(tuple(values["logprobs"]), values["greedy"], values["dropped"])
 
     def add(self, number: int, likelihood: Likelihood) -> None:
-        self.results[number] = likelihood
-        item = self._items[number]
-        if self._cache is not None and all(other in self.results for other in self._numbers[item]):
-            self._unwritten.add(item)
-            if time.monotonic() - self._written > _WRITE_EVERY_S:
+        self[number] = likelihood
+        item = self.items_by_number[number]
+        if self.cache is not None and all(other in self for other in self.numbers[item]):
+            self.unwritten.append(item)
+            if time.monotonic() - self.written_at > _WRITE_EVERY_S:
                 self.write()
 
     def write(self) -> None:
-        if self._cache is not None and self._unwritten:
-            values = {
-                self._names[item]: [asdict(self.results[number]) for number in self._numbers[item]]
-                for item in self._unwritten
-            }
-            self._cache.write(values)
-        self._unwritten, self._written = set(), time.monotonic()
-
-
-def _side_by_side(
-    work: Callable[[Row], list[tuple[int, Likelihood]]], rows: Iterable[Row], parallel: int
-) -> Iterator[list[tuple[int, Likelihood]]]:
-    """The results in the order of the rows, `parallel` of them in work at a time and few waiting."""
-    if parallel == 1:
-        yield from map(work, rows)
-        return
-    with ThreadPoolExecutor(parallel) as pool:
-        waiting: deque[Future[list[tuple[int, Likelihood]]]] = deque()
-        for row in rows:
-            waiting.append(pool.submit(work, row))
-            if len(waiting) > parallel:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        if self.cache is not None and self.unwritten:
+            self.cache.write(
+                {
+                    self.names[item]: [asdict(self[number]) for number in self.numbers[item]]
+                    for item in self.unwritten
+                }
+            )
+        self.unwritten, self.written_at = [], time.monotonic()
 
 
 def _score(logits: NDArray[np.float32], targets: tuple[int, ...]) -> tuple[tuple[float, ...], bool]:
@@ -276,9 +245,9 @@ def _score(logits: NDArray[np.float32], targets: tuple[int, ...]) -> tuple[tuple
     logprobs: list[float] = []
     greedy = True
     for start in range(0, len(targets), _POSITIONS):
-        wanted = np.asarray(targets[start : start + _POSITIONS])
+        ids = np.asarray(targets[start : start + _POSITIONS])
         part = logits[start : start + _POSITIONS]
-        right = part[np.arange(len(wanted)), wanted].astype(np.float64)
+        right = part[np.arange(len(ids)), ids].astype(np.float64)
         peak = part.max(axis=-1, keepdims=True)
         total = np.exp(part - peak).sum(axis=-1, dtype=np.float64)
         values = right - peak[:, 0].astype(np.float64) - np.log(total)
@@ -287,5 +256,5 @@ def _score(logits: NDArray[np.float32], targets: tuple[int, ...]) -> tuple[tuple
                 "scoring: the model gave logits that are not finite (NaN or infinity); its weights are broken"
             )
         logprobs += values.tolist()
-        greedy = greedy and bool((part.argmax(axis=-1) == wanted).all())
+        greedy = greedy and bool((part.argmax(axis=-1) == ids).all())
     return tuple(logprobs), greedy

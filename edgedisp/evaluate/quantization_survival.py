@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from edgedisp.core.results import Estimate, LossSurvival
 from edgedisp.evaluate.seeds_and_means import averaged, combined
-from edgedisp.evaluate.statistics import DEFAULT, Floats, Parts, Resampling, Sums, interval
+from edgedisp.evaluate.statistics import DEFAULT, Floats, Metric, Parts, Resampling, Sums, interval
 from edgedisp.evaluate.task_result import TaskResult, check_same_items
 
 Four = tuple[TaskResult, TaskResult, TaskResult, TaskResult]
@@ -40,42 +40,39 @@ def loss_survival(results: Sequence[Four], resampling: Resampling = DEFAULT) -> 
     if not is_loss(first):
         raise ValueError(f"{first.task}: {first.score.main.metric} is no loss per token")
     metric = first.definitions[first.score.main.metric]
-    means = [averaged([four[place].items for four in results], metric) for place in range(4)]
-    sums = _sums([Parts(items, metric) for items in means])
-    by_seed = [_sums([Parts(averaged([one.items], metric), metric) for one in four]) for four in results]
+    sums = _sums(results, metric)
+    by_seed = [_sums([four], metric) for four in results]
 
-    def estimated(statistic: Callable[..., Floats]) -> Estimate:
-        estimate = replace(interval(sums, statistic, _value(statistic, sums), resampling), n=len(means[0]))
-        if len(results) == 1:
-            return estimate
-        return combined(estimate, [_value(statistic, one) for one in by_seed])
+    def estimate(statistic: Callable[..., Floats]) -> Estimate:
+        value, *values = (float(statistic(*(part.sum() for part in one))) for one in (sums, *by_seed))
+        result = replace(interval(sums, statistic, value, resampling), n=len(first.items))
+        return result if len(results) == 1 else combined(result, values)
 
-    full, quantized, change = (estimated(statistic) for statistic in (_full, _quantized, _change))
+    full, quantized, change = (estimate(statistic) for statistic in (_full, _quantized, _change))
     return LossSurvival(full, quantized, change, verdict(full, quantized, change))
 
 
 def verdict(full: Estimate, quantized: Estimate, change: Estimate) -> str:
     """`nothing` (full is not clear), `unclear` (quantized is not), `reversed`, `kept` (the change is not
     clear), `weaker` or `stronger`. An estimate whose interval leaves 0 out is clear."""
-    signs = [
+    before, after, moved = (
         0 if not one.excludes_zero else 1 if (one.low or 0) > 0 else -1 for one in (full, quantized, change)
-    ]
-    if not signs[0]:
+    )
+    if not before:
         return "nothing"
-    if not signs[1]:
+    if not after:
         return "unclear"
-    if signs[1] != signs[0]:
+    if after != before:
         return "reversed"
-    return "kept" if not signs[2] else "stronger" if signs[2] == signs[0] else "weaker"
+    return "kept" if not moved else "stronger" if moved == before else "weaker"
 
 
-def _sums(parts: Sequence[Parts]) -> Sums:
-    """Losses by document of the four models, then the tokens, which are the same for all."""
-    return (*(one.by_document()[0] for one in parts), parts[0].by_document()[1])
-
-
-def _value(statistic: Callable[..., Floats], sums: Sums) -> float:
-    return float(statistic(*(part.sum() for part in sums)))
+def _sums(results: Sequence[Four], metric: Metric) -> Sums:
+    """Losses by document of the four models (means over seeds), then the tokens, which are the same for
+    all."""
+    means = [averaged([four[place].items for four in results], metric) for place in range(4)]
+    parts = [Parts(items, metric).by_document() for items in means]
+    return (*(losses for losses, _ in parts), parts[0][1])
 
 
 def _full(baseline: Floats, arm: Floats, q_baseline: Floats, q_arm: Floats, tokens: Floats) -> Floats:

@@ -1,8 +1,8 @@
-"""Scores that were computed before, by model and by what was asked: scoring can be stopped and go on, and a
-task or an item that is added costs only itself.
+"""Scores that were computed before, by model and by the tokens asked, in one SQLite file.
 
-One SQLite file. A model is named by a hash of everything a score depends on (files, runtime, processor), an
-item by a hash of the very tokens asked. Values are exact: a score read back equals the one computed.
+An interrupted scoring continues, and an added task costs only itself. A model is named by a hash of
+everything a score depends on (files, runtime, processor), an item by a hash of its tokens. Values are read
+back exactly.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 from edgedisp.core.errors import BadInput, BuildFailed
 
 FORM = 2  # raised when scores are computed in another way, so that older ones are not taken
-_AT_ONCE = 500  # names in one query; SQLite allows 999
+_NAMES_PER_QUERY = 500  # SQLite allows 999
 
 
 class ScoreCache:
-    """What one model scored. Raises BadInput for a file that is no cache, BuildFailed where the disk is full
-    or another program holds it."""
+    """The scores of one model. Raises BadInput for a file that is no cache, BuildFailed for a full disk or a
+    locked file."""
 
     def __init__(self, path: Path, model: str) -> None:
         self.path, self.model = path, f"{FORM} {model}"
@@ -37,8 +37,8 @@ class ScoreCache:
     def read(self, items: Sequence[str]) -> dict[str, Any]:
         """Item -> its value, for those there are."""
         values: dict[str, Any] = {}
-        for start in range(0, len(items), _AT_ONCE):
-            part = items[start : start + _AT_ONCE]
+        for start in range(0, len(items), _NAMES_PER_QUERY):
+            part = items[start : start + _NAMES_PER_QUERY]
             marks = ",".join("?" * len(part))
             with self._errors():
                 rows = self._connection.execute(
@@ -59,7 +59,6 @@ class ScoreCache:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """SQLite's own errors as ours."""
         try:
             yield
         except sqlite3.OperationalError as problem:
@@ -74,6 +73,6 @@ class ScoreCache:
             ) from problem
 
 
-def name_of(asked: Any) -> str:
-    """The hash that names what was asked: anything with a faithful repr, such as tuples of token ids."""
-    return hashlib.sha256(repr(asked).encode()).hexdigest()
+def name_of(content: Any) -> str:
+    """The hash of anything with a faithful repr, such as tuples of token ids."""
+    return hashlib.sha256(repr(content).encode()).hexdigest()

@@ -1,16 +1,10 @@
 """Several trainings of each arm, and the mean over tasks: intervals put together from independent parts.
 
-Seeds. With n seeds a model's score on an item is the mean over its n trainings, and everything of
-`statistics` is computed from these means. That interval says nothing of the luck of training, which shows in
-how the n differences (one per seed, same items) spread. Both are combined:
+Seeds. With n seeds a model's score on an item is the mean over its n trainings. The luck of training shows in
+how the n differences (one per seed, same items) spread. Both are combined on each side, `items` being the
+distance to that end of the items' interval (MOVER: Zou and Donner, Statistics in Medicine 27, 2008):
 
     half-width = sqrt(items^2 + seeds^2),   seeds = t(n - 1) * sd / sqrt(n)
-
-on each side, `items` being the distance to that end of the items' interval (MOVER: Zou and Donner, Statistics
-in Medicine 27, 2008). Simulated for 2, 3 and 5 seeds it covers 95 to 99 %. A single t interval with
-Satterthwaite's degrees of freedom is narrower, but covers only 87 % for two seeds whose spread outweighs the
-items'. Two seeds give a wide interval (t = 12.7). The mean of a loss over seeds is a geometric mean of
-perplexities.
 
 Tasks. Each counts once; their items are independent: low = mean - sqrt(sum (d_k - low_k)^2) / K.
 With seeds, which the tasks share, the items' intervals are combined so, then the seeds' spread is added.
@@ -19,9 +13,9 @@ With seeds, which the tasks share, the items' intervals are combined so, then th
 from __future__ import annotations
 
 import math
-import statistics as plain
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -37,12 +31,10 @@ from edgedisp.core.results import (
     TaskScore,
 )
 from edgedisp.evaluate import statistics
-from edgedisp.evaluate.statistics import DEFAULT, Item, Metric, Resampling, metric_of, tango
+from edgedisp.evaluate.statistics import DEFAULT, Item, Metric, Resampling, metric_of, no_narrower, tango
 from edgedisp.evaluate.task_result import TaskResult, check_same_items, compare_task, with_main
 
 Items = Sequence[Item]
-
-_LEAST_TASKS = 2  # of a mean over tasks
 
 
 def average_task(results: Sequence[TaskResult], resampling: Resampling = DEFAULT) -> TaskScore:
@@ -56,13 +48,14 @@ def average_task(results: Sequence[TaskResult], resampling: Resampling = DEFAULT
     check_same_items(results)
     metrics: dict[str, Score] = {}
     for name, old in first.metrics.items():
-        if name in results[0].definitions:
-            metric = results[0].definitions[name]
-            metrics[name] = replace(old, estimate=score([one.items for one in results], metric, resampling))
+        if metric := results[0].definitions.get(name):
+            estimate = score([result.items for result in results], metric, resampling)
         else:
-            values = [one.score.metrics[name].estimate.value for one in results]
-            mean = None if None in values else plain.fmean(value for value in values if value is not None)
-            metrics[name] = replace(old, estimate=replace(old.estimate, value=mean))
+            values = [result.score.metrics[name].estimate.value for result in results]
+            finite = [value for value in values if value is not None]
+            mean = fmean(finite) if len(finite) == len(values) else None
+            estimate = replace(old.estimate, value=mean)
+        metrics[name] = replace(old, estimate=estimate)
     return replace(first, metrics=metrics)
 
 
@@ -100,8 +93,8 @@ def difference(
 ) -> Difference:
     """`statistics.difference` of the items' means over n seeds, with the spread between seeds put in.
 
-    p belongs to the combined interval: the smallest error rate at which that would leave out 0 (the items'
-    errors taken as t-distributed). Raises ValueError when two of the 2n lists do not hold the same items.
+    p: the smallest error rate at which the combined interval leaves out 0 (the items' errors taken as
+    t-distributed). Raises ValueError when two of the 2n lists do not hold the same items.
     """
     befores, afters = [before for before, _ in pairs], [after for _, after in pairs]
     result = statistics.difference(averaged(befores, metric), averaged(afters, metric), metric, resampling)
@@ -114,7 +107,7 @@ def difference(
     estimate = combined(_no_narrower_than_tango(result.estimate, pairs, metric), by_seed(metric))
     nats = result.nats
     if nats is not None:
-        nats = combined(nats, by_seed(Metric(metric.name, metric.numerator, metric.denominator)))
+        nats = combined(nats, by_seed(replace(metric, scale="mean")))
     p, test = combined_p(estimate if nats is None else nats), "items_and_seeds"
     if p is None:
         p, test = result.estimate.p, result.test or ""
@@ -135,7 +128,7 @@ def averaged(trainings: Sequence[Items], metric: Metric) -> list[dict[str, Any]]
         same = [table[name] for table in tables]
         if weight is not None and any(other[weight] != item[weight] for other in same):
             raise ValueError(f"item {name} weighs differently in two trainings; score all with one tokenizer")
-        result.append({**item, metric.numerator: plain.fmean(other[metric.numerator] for other in same)})
+        result.append({**item, metric.numerator: fmean(other[metric.numerator] for other in same)})
     return result
 
 
@@ -177,26 +170,22 @@ def _no_narrower_than_tango(
 ) -> Estimate:
     """For 0/1 items: at least as wide as the mean of the seeds' Tango intervals, which is what would hold if
     the seeds shared all of their luck with the items."""
-    if not metric.may_be_share or estimate.low is None or estimate.high is None:
+    if not metric.may_be_share:
         return estimate
     ends = []
-    for before, after in pairs:
-        first, second = (
-            {str(item["id"]): item[metric.numerator] for item in part} for part in (before, after)
-        )
+    for pair in pairs:
+        first, second = ({str(item["id"]): item[metric.numerator] for item in items} for items in pair)
         if not {*first.values(), *second.values()} <= {0, 1}:
             return estimate
         only_first = sum(first[name] > second[name] for name in first)
         only_second = sum(second[name] > first[name] for name in first)
         ends.append(tango(only_first, only_second, len(first)))
     lows, highs = zip(*ends)
-    return replace(
-        estimate, low=min(estimate.low, plain.fmean(lows)), high=max(estimate.high, plain.fmean(highs))
-    )
+    return no_narrower(estimate, fmean(lows), fmean(highs))
 
 
 def at_chance(*scores: TaskScore) -> bool:
-    """Whether none of the scores is above what guessing gives: each interval reaches down to it."""
+    """Whether the interval of every score reaches down to what guessing gives."""
     ends = [(score.chance, score.main.estimate.low) for score in scores]
     return all(chance is not None and low is not None and low <= chance for chance, low in ends)
 
@@ -208,8 +197,8 @@ def mean_difference(
 ) -> MeanDifference | None:
     """The mean over tasks of second - first, in the metric's unit (0 to 1).
 
-    A task at chance in both models says nothing about either, and only dilutes: it is left out, and named.
-    Losses and everything that is no share are left out. None where fewer than two tasks are left.
+    Left out are tasks at chance in both models (named in `left_out`: they only dilute), and everything that
+    is no share. None where fewer than two tasks are left.
     """
     shares = [
         task
@@ -218,10 +207,10 @@ def mean_difference(
     ]
     left_out = {task: "at chance" for task in shares if at_chance(first[task], second[task])}
     tasks = [task for task in shares if task not in left_out]
-    if len(tasks) < _LEAST_TASKS:
+    if len(tasks) < 2:
         return None
     estimates = [compared[task].main.estimate for task in tasks]
-    value = plain.fmean(estimate.value or 0.0 for estimate in estimates)
+    value = fmean(estimate.value or 0.0 for estimate in estimates)
 
     def distance(end: str) -> float:
         ends = [getattr(one.seeds, f"item_{end}") if one.seeds else getattr(one, end) for one in estimates]
@@ -236,8 +225,6 @@ def mean_difference(
     )
     seeds = [estimate.seeds for estimate in estimates if estimate.seeds is not None]
     if len(seeds) == len(estimates):
-        mean = combined(mean, [plain.fmean(values) for values in zip(*(one.values for one in seeds))])
-    means = [
-        plain.fmean(scores[task].main.estimate.value or 0.0 for task in tasks) for scores in (first, second)
-    ]
+        mean = combined(mean, [fmean(values) for values in zip(*(one.values for one in seeds))])
+    means = [fmean(scores[task].main.estimate.value or 0.0 for task in tasks) for scores in (first, second)]
     return MeanDifference(means[0], means[1], mean, tuple(tasks), left_out)

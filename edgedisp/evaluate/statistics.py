@@ -8,6 +8,10 @@ bootstrap), and both models together (paired): what makes an item hard is common
 - A difference: the paired bootstrap; for 0/1 items never narrower than Tango's score interval, since the
   bootstrap of a handful of disagreements is too sure of itself.
 - A test: exact McNemar for 0/1 items with a document each; else the models are swapped at random by document.
+
+Power: a two-sided test at 5 % finds a true difference of (z(0.975) + z(0.8)) * SE = 2.80 * SE in 4 of 5
+repetitions (Cohen, Statistical Power Analysis, 1988; Miller, Adding Error Bars to Evals, arXiv 2411.00640).
+For paired 0/1 items SE = sqrt(share / n), share being the items that one of the two models alone gets right.
 """
 
 from __future__ import annotations
@@ -79,8 +83,7 @@ GOLD_BITS_PER_BYTE = Metric("gold_bits_per_byte", "nll", "bytes", "bits", higher
 
 def metric_of(items: Sequence[Item], metric: Metric) -> float:
     """The metric over some items. Raises ValueError for no items or for parts that are not finite."""
-    parts = Parts(items, metric)
-    return float(metric.of(parts.top.sum(), parts.bottom.sum()))
+    return Parts(items, metric).value
 
 
 def score(items: Sequence[Item], metric: Metric = VALUE, resampling: Resampling = DEFAULT) -> Estimate:
@@ -89,13 +92,13 @@ def score(items: Sequence[Item], metric: Metric = VALUE, resampling: Resampling 
     The interval is None, with `reason`, where there is a single document. Raises ValueError for no items.
     """
     parts = Parts(items, metric)
-    value = float(metric.of(parts.top.sum(), parts.bottom.sum()))
-    estimate = interval(parts.by_document(), metric.of, value, resampling)
-    estimate = replace(estimate, n=parts.n)
-    if parts.is_binary and parts.documents == parts.n:
-        low, high = wilson(round(parts.top.sum()), parts.n)
+    estimate = replace(interval(parts.by_document(), metric.of, parts.value, resampling), n=parts.n)
+    if not parts.is_binary:
+        return estimate
+    low, high = wilson(round(parts.top.sum()), parts.n)
+    if parts.documents == parts.n:
         return replace(estimate, low=low, high=high, reason=None)
-    return _no_narrower(estimate, *wilson(round(parts.top.sum()), parts.n)) if parts.is_binary else estimate
+    return no_narrower(estimate, low, high)
 
 
 def difference(
@@ -107,47 +110,36 @@ def difference(
     one differently.
     """
     before, after = _align(first, second, metric)
-    values = [float(metric.of(one.top.sum(), one.bottom.sum())) for one in (before, after)]
     sums = (*before.by_document(), *after.by_document())
 
-    def change(top0: Floats, bottom0: Floats, top1: Floats, bottom1: Floats) -> Any:
-        return metric.of(top1, bottom1) - metric.of(top0, bottom0)
+    def change(of: Metric) -> Estimate:
+        first, second = (float(of.of(parts.top.sum(), parts.bottom.sum())) for parts in (before, after))
+        estimate = interval(sums, lambda a, b, c, d: of.of(c, d) - of.of(a, b), second - first, resampling)
+        return replace(estimate, n=before.n)
 
-    estimate = replace(interval(sums, change, values[1] - values[0], resampling), n=before.n)
-    nats, counts = None, {}
+    estimate = change(metric)
+    nats = change(replace(metric, scale="mean")) if metric.scale == "exp" else None
+    counts = {}
     p, test = None, "document_swap"
     if before.is_binary and after.is_binary:
         only_first = int((before.top > after.top).sum())
         only_second = int((after.top > before.top).sum())
         counts = {"only_first": only_first, "only_second": only_second}
-        estimate = _no_narrower(estimate, *tango(only_first, only_second, before.n))
+        estimate = no_narrower(estimate, *tango(only_first, only_second, before.n))
         if before.documents == before.n:
             p, test = mcnemar(only_first, only_second), "mcnemar"
-    if metric.scale == "exp":
-        loss = Metric(metric.name, metric.numerator, metric.denominator)
-        nats = replace(
-            interval(sums, lambda a, b, c, d: c / d - a / b, loss_change(before, after, loss), resampling),
-            n=before.n,
-        )
     if p is None:
         p = swap_test(sums[2] - sums[0], resampling)
     return Difference(
         metric=metric.name,
-        first=values[0],
-        second=values[1],
+        first=before.value,
+        second=after.value,
         estimate=replace(estimate, p=p),
         higher_is_better=metric.higher_is_better,
         nats=nats,
         per=None if nats is None else metric.denominator or "item",
         test=test,
         **counts,
-    )
-
-
-def loss_change(before: Parts, after: Parts, loss: Metric) -> float:
-    """The difference before exponentiation: steadier than a difference of perplexities."""
-    return float(
-        loss.of(after.top.sum(), after.bottom.sum()) - loss.of(before.top.sum(), before.bottom.sum())
     )
 
 
@@ -219,8 +211,8 @@ def swap_test(differences: Floats, resampling: Resampling = DEFAULT) -> float:
     """Two-sided p: share of random swaps of the two models, document by document, that differ at least as
     much. `differences`: of the numerators, float64 [documents]; exact at any size where nothing differs.
 
-    Where none does, ten times as many are drawn: a p that is to survive a correction over a hundred
-    comparisons must be able to fall below 0.0005.
+    Where none does, ten times as many are drawn: to survive a correction over a hundred comparisons, p must
+    be able to fall below 0.0005.
     """
     rng = np.random.default_rng([resampling.seed, 1])
     observed = abs(float(differences.sum())) * (1 - 1e-9) - 1e-15
@@ -234,10 +226,10 @@ def swap_test(differences: Floats, resampling: Resampling = DEFAULT) -> float:
         return count
 
     swaps = max(resampling.bootstrap, _LEAST_SWAPS)
-    found = reached(swaps)
-    if not found:
-        found, swaps = reached(9 * swaps), 10 * swaps
-    return (1 + found) / (1 + swaps)
+    count = reached(swaps)
+    if not count:
+        count, swaps = reached(9 * swaps), 10 * swaps
+    return (1 + count) / (1 + swaps)
 
 
 class Parts:
@@ -246,7 +238,7 @@ class Parts:
     def __init__(self, items: Sequence[Item], metric: Metric) -> None:
         if not items:
             raise ValueError(f"no items to compute {metric.name} from")
-        self.n = len(items)
+        self.n, self.metric = len(items), metric
         self.top: Floats = np.array([item[metric.numerator] for item in items], dtype=np.float64)
         self.bottom: Floats = np.ones(self.n)
         if metric.denominator is not None:
@@ -261,13 +253,18 @@ class Parts:
         self.documents = len(places)
         self.is_binary = metric.may_be_share and bool(np.isin(self.top, (0.0, 1.0)).all())
 
+    @property
+    def value(self) -> float:
+        return float(self.metric.of(self.top.sum(), self.bottom.sum()))
+
     def by_document(self) -> Sums:
         """Both parts summed over each document: float64 [documents] twice."""
         tops, bottoms = (np.bincount(self.index, part) for part in (self.top, self.bottom))
         return tops.astype(np.float64), bottoms.astype(np.float64)
 
 
-def _no_narrower(estimate: Estimate, low: float, high: float) -> Estimate:
+def no_narrower(estimate: Estimate, low: float, high: float) -> Estimate:
+    """The estimate with its interval widened to reach from low to high."""
     if estimate.low is None or estimate.high is None:
         return estimate
     return replace(estimate, low=min(estimate.low, low), high=max(estimate.high, high))
@@ -290,3 +287,34 @@ def _align(first: Sequence[Item], second: Sequence[Item], metric: Metric) -> tup
     if not np.array_equal(parts[0].bottom, parts[1].bottom):
         raise ValueError(f"{metric.name}: an item weighs differently in the two lists; score both alike")
     return parts
+
+
+# ---------------------------------------------------------------- power
+
+DIFFERING = 0.06
+"""Share of 0/1 items that two models trained alike answer differently: a high one of the 0.5 to 7 % measured
+on SmolLM2-135M and the quickstart's text (benchmarks/results/before_after.json)."""
+
+DOCUMENT_SD = {"fp32": 0.0023, "int8": 0.0105, "int4": 0.052}
+"""Standard deviation over documents of 100 tokens of the arms' difference in loss, nats per token, measured
+in the same study. At int4 most of it is rounding, which falls differently in each arm."""
+
+
+def power_factor(power: float = 0.8, confidence: float = 0.95) -> float:
+    """Detectable effect in standard errors: 2.80 at the usual power and confidence."""
+    return float(stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power))
+
+
+def detectable_accuracy(items: int, differing: float = DIFFERING) -> float:
+    """The difference between two accuracies, in [0, 1], that so many paired items show."""
+    return min(1.0, power_factor() * math.sqrt(differing / items))
+
+
+def detectable_loss(documents: int, precision: str) -> float:
+    """The difference in held-out loss, nats per token, that so many documents show."""
+    return power_factor() * DOCUMENT_SD[precision] / math.sqrt(documents)
+
+
+def items_for(effect: float, differing: float = DIFFERING) -> int:
+    """Paired 0/1 items that it takes to see a difference of `effect`."""
+    return math.ceil(differing * (power_factor() / effect) ** 2)

@@ -2,14 +2,12 @@
 
 Three steps, so that nothing fails late: `check_tasks` reads names only; `prepare` builds the held-out items
 and reads the data sets; `TaskSuite.run` scores one model. One suite serves all arms and precisions of a
-build, so all of them answer the same items.
+build. lm-eval is an extra (`edgedisp[bench]`), imported only for tasks that are not held-out.
 
-lm-eval is an extra (`edgedisp[bench]`): it is imported only when a task is asked for that is not held-out.
-
-Names that stand for several tasks: `heldout`, the three made from the recipe's own text; `paper`, the ten of
-the dispersion paper (arXiv 2602.00217, table 1), about half of which models below 500M guess; `small`, those
-that models of 100M to 600M do answer above chance (SmolLM2-135M's model card: HellaSwag 42 %, ARC 44 %, PIQA
-68 %, OpenBookQA 35 %, where guessing gives 25, 25, 50 and 25).
+Names of several tasks: `heldout`, the three made from the recipe's own text; `paper`, the ten of the
+dispersion paper (arXiv 2602.00217, table 1), about half of which models below 500M guess; `small`, those that
+models of 100M to 600M answer above chance (SmolLM2-135M's model card: HellaSwag 42 %, ARC 44 %, PIQA 68 %,
+OpenBookQA 35 %, where guessing gives 25, 25, 50 and 25).
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
 from edgedisp.evaluate import heldout_tasks
 from edgedisp.evaluate.heldout_items import Document, Question, Text
-from edgedisp.evaluate.loglikelihood import DEFAULT_OPTIONS, Decode, Encode, LanguageModel, ScoreOptions
+from edgedisp.evaluate.loglikelihood import DEFAULT_OPTIONS, LanguageModel, ScoreOptions
 from edgedisp.evaluate.statistics import DEFAULT, Resampling
 from edgedisp.evaluate.task_result import Results
 
@@ -48,12 +46,6 @@ SETS: dict[str, tuple[str, ...]] = {
 }
 
 
-def expand(names: Iterable[str]) -> list[str]:
-    """The tasks that the names stand for, each once, in order."""
-    return [*dict.fromkeys(task for name in names for task in SETS.get(name, (name,)))]
-
-
-_OURS = [*heldout_tasks.TASKS, *SETS]
 _NAME = re.compile(r"^[\"']?(?:task|group)[\"']?:[ \t]*[\"']?([^\s\"'#]+)", re.MULTILINE)
 
 
@@ -75,14 +67,12 @@ class SuiteOptions:
 
 @dataclass(frozen=True)
 class TaskSuite:
-    """Tasks with their items, ready to be asked of any number of models. stop_ids end generated text;
-    missing: task -> why its data cannot be had."""
+    """Tasks with their items, ready for any number of models. missing: task -> why its data cannot be had."""
 
     questions: dict[str, list[Question]]
     harness_tasks: dict[str, dict[str, Any]]
     text: Text
     limit: int
-    stop_ids: frozenset[int]
     missing: dict[str, str]
 
     def run(
@@ -91,73 +81,80 @@ class TaskSuite:
         options: ScoreOptions = DEFAULT_OPTIONS,
         bootstrap: int = DEFAULT.bootstrap,
     ) -> Results:
-        """Score a model: task -> result. Of `options` cache and progress count.
+        """Score a model. Of `options` cache and progress count.
 
         Raises BuildFailed for logits that are not finite.
         """
         text, resampling, results = self.text, Resampling(bootstrap, self.text.seed), {}
         for name, questions in self.questions.items():
-            named = ScoreOptions(
-                text.end_of_text, text.bos_token, options.cache, _named(options.progress, name)
-            )
+            progress = _named(options.progress, name)
+            named = ScoreOptions(text.end_of_text, text.bos_token, options.cache, progress)
             results[name] = heldout_tasks.score(name, questions, model, named, resampling)
         if self.harness_tasks:
             from edgedisp.evaluate import lm_eval_adapter
         for name, tasks in self.harness_tasks.items():
-            adapter = lm_eval_adapter.HarnessModel(
-                model, text, self.stop_ids, options.cache, _named(options.progress, name)
-            )
+            progress = _named(options.progress, name)
+            adapter = lm_eval_adapter.HarnessModel(model, text, options.cache, progress)
             results[name] = lm_eval_adapter.score(adapter, name, tasks, self.limit, resampling)
         return results
 
 
-def check_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> None:
-    """Raise BadInput for any unknown name, a missing lm-eval, or a tasks_path that is no folder.
+def expand(names: Iterable[str]) -> list[str]:
+    """The tasks that the names stand for, each once, in order."""
+    return [*dict.fromkeys(task for name in names for task in SETS.get(name, (name,)))]
 
-    Reads no data set. Held-out names cost nothing; other names are looked up in the text of the task files
-    (about a second), and only a name that is not there makes lm-eval read all of its index (some seconds).
+
+def check_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> None:
+    """Raise BadInput for an unknown name, a missing lm-eval, or a tasks_path that is no folder.
+
+    Reads no data set. Held-out names cost nothing; others are looked up in the text of the task files (a
+    second), and only a name that is not there makes lm-eval read its index of 14,000 (some seconds).
     """
-    choices = ", ".join(_OURS)
+    known = [*heldout_tasks.TASKS, *SETS]
+    choices = ", ".join(known)
     if not tasks:
         raise BadInput(f"evaluate.tasks is empty; choose from {choices}, or lm-eval task names")
-    tasks = expand(tasks)
     if tasks_path is not None and not tasks_path.is_dir():
         raise BadInput(
             f"evaluate.tasks_path: {tasks_path} is no folder; name one that holds lm-eval task YAML"
         )
-    others = [task for task in tasks if task not in heldout_tasks.TASKS]
+    others = [task for task in expand(tasks) if task not in heldout_tasks.TASKS]
     if not others:
         return
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
-        near = _near(others, [*heldout_tasks.TASKS]) or _near(others, [*SETS])
         raise BadInput(
-            f"evaluate.tasks: {', '.join(others)}: not a held-out task{near}. "
+            f"evaluate.tasks: {', '.join(others)}: not a held-out task{_nearest(others, known)}. "
             f"Held-out tasks are {choices}; those of lm-evaluation-harness need it installed: "
             'pip install "edgedisp[bench]"'
         )
     folders = [Path(place) / "tasks" for place in spec.submodule_search_locations]
-    missing = sorted(set(others) - _names_in(folders if tasks_path is None else [tasks_path, *folders]))
-    for name in missing:
-        if near := _near([name], _OURS, cutoff=0.8):
-            raise BadInput(f"evaluate.tasks: {name}: no such task{near}. Held-out tasks are {choices}")
-    if missing:
-        _check_index(missing, tasks_path)
-
-
-def _check_index(names: Sequence[str], tasks_path: Path | None) -> None:
-    """Look names up in lm-eval's own index, which also knows tags and names made by its templates."""
+    names = _names_in(folders if tasks_path is None else [tasks_path, *folders])
+    if set(others) <= names:
+        return
     from edgedisp.evaluate import lm_eval_tasks
 
-    known = set(lm_eval_tasks.known_names(tasks_path))
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        near = _near(unknown, [*_OURS, *sorted(known)])
+    with lm_eval_tasks.quiet():  # the index also knows tags and names made by templates
+        names = set(lm_eval_tasks.task_index(others, tasks_path).all_tasks)
+    if unknown := [name for name in others if name not in names]:
+        near = _nearest(unknown, [*known, *sorted(names)])
         raise BadInput(
-            f"evaluate.tasks: {', '.join(unknown)}: no such task{near}. There are "
-            f"{', '.join(_OURS)} "
-            f"and {len(known)} names in lm-eval (list: lm_eval ls tasks)"
+            f"evaluate.tasks: {', '.join(unknown)}: no such task{near}. "
+            f"There are {choices} and {len(names)} names in lm-eval (list: lm_eval ls tasks)"
         )
+
+
+def _names_in(folders: Sequence[Path]) -> set[str]:
+    """Names of the tasks and groups that YAML files give themselves, found without parsing them."""
+    paths = (path for folder in folders for path in folder.rglob("*.yaml"))
+    texts = (path.read_text(encoding="utf-8", errors="replace") for path in paths)
+    return {name for text in texts for name in _NAME.findall(text)}
+
+
+def _nearest(names: Sequence[str], known: Sequence[str]) -> str:
+    """' (did you mean a, b?)' for names that resemble known ones, or nothing."""
+    close = [match for name in names for match in difflib.get_close_matches(name, known)]
+    return f" (did you mean {', '.join(dict.fromkeys(close))}?)" if close else ""
 
 
 def prepare(
@@ -188,45 +185,20 @@ def prepare(
         harness_tasks, missing = lm_eval_tasks.load(others, options.tasks_path, options.seed)
     if not questions and not harness_tasks:
         raise BadInput(f"evaluate.tasks: {next(iter(missing.values()))}")
-    return TaskSuite(questions, harness_tasks, text, options.limit, stop_ids(tokenizer, end_of_text), missing)
+    return TaskSuite(questions, harness_tasks, text, options.limit, missing)
 
 
 def tokenizer_text(tokenizer: Any, end_of_text: int, bos_token: int | None, context: int) -> Text:
     """A `Text` without documents: how a tokenizer's models read."""
-    return Text((), encoder(tokenizer), decoder(tokenizer), end_of_text, context, 0, None, bos_token)
 
-
-def stop_ids(tokenizer: Any, end_of_text: int) -> frozenset[int]:
-    """The tokens that end generated text."""
-    return frozenset({end_of_text} | ({tokenizer.eos_token_id} - {None}))
-
-
-def encoder(tokenizer: Any) -> Encode:
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    return encode
-
-
-def decoder(tokenizer: Any) -> Decode:
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
-    return decode
-
-
-def _names_in(folders: Sequence[Path]) -> set[str]:
-    """Names of the tasks and groups that YAML files give themselves, found without parsing them."""
-    names: set[str] = set()
-    for path in (path for folder in folders for path in folder.rglob("*.yaml")):
-        names.update(_NAME.findall(path.read_text(encoding="utf-8", errors="replace")))
-    return names
-
-
-def _near(names: Sequence[str], known: Sequence[str], cutoff: float = 0.6) -> str:
-    """' (did you mean a, b?)' for names that resemble known ones, or nothing."""
-    close = [match for name in names for match in difflib.get_close_matches(name, known, n=3, cutoff=cutoff)]
-    return f" (did you mean {', '.join(dict.fromkeys(close))}?)" if close else ""
+    stop_ids = frozenset({end_of_text} | ({tokenizer.eos_token_id} - {None}))
+    return Text((), encode, decode, end_of_text, context, bos_token=bos_token, stop_ids=stop_ids)
 
 
 def _named(progress: Progress, task: str) -> Progress:

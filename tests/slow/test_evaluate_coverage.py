@@ -10,10 +10,16 @@ from scipy import stats
 from score_items import FEW, binary, losses, result
 
 from edgedisp.core.results import Estimate
-from edgedisp.evaluate import power
 from edgedisp.evaluate.quantization_survival import loss_survival
 from edgedisp.evaluate.seeds_and_means import combined, mean_difference
-from edgedisp.evaluate.statistics import ACCURACY, PERPLEXITY, Resampling, difference, mcnemar
+from edgedisp.evaluate.statistics import (
+    ACCURACY,
+    PERPLEXITY,
+    Resampling,
+    detectable_accuracy,
+    difference,
+    mcnemar,
+)
 from edgedisp.evaluate.task_result import compare_task
 
 
@@ -103,7 +109,7 @@ def test_the_interval_of_what_quantization_changes_covers_the_truth() -> None:
 
 def test_the_detectable_difference_is_found_four_times_out_of_five() -> None:
     items, differing, repetitions = 2000, 0.1, 2000
-    effect = power.of_items(items, differing)
+    effect = detectable_accuracy(items, differing)
     rng = np.random.default_rng(3)
     better, worse = (differing + effect) / 2, (differing - effect) / 2
     counts = rng.multinomial(items, [better, worse, 1 - differing], size=repetitions)

@@ -13,14 +13,16 @@ from scipy import optimize, stats
 from score_items import binary, losses
 
 from edgedisp.core.serialization import to_json
-from edgedisp.evaluate import power
 from edgedisp.evaluate.statistics import (
     BITS_PER_BYTE,
     PERPLEXITY,
     Metric,
     Resampling,
+    detectable_accuracy,
     difference,
+    items_for,
     mcnemar,
+    power_factor,
     score,
     tango,
     wilson,
@@ -180,7 +182,7 @@ def test_degenerate_input_gives_no_nan() -> None:
 
 
 def test_power_is_the_textbooks() -> None:
-    assert power.factor() == pytest.approx(2.8016, abs=1e-4)
-    assert 100 * power.of_items(500) == pytest.approx(3.07, abs=0.01)
-    assert power.items_for(0.007) == pytest.approx(9600, rel=0.01)
-    assert power.items_for(power.of_items(5000)) == pytest.approx(5000, abs=1)
+    assert power_factor() == pytest.approx(2.8016, abs=1e-4)
+    assert 100 * detectable_accuracy(500) == pytest.approx(3.07, abs=0.01)
+    assert items_for(0.007) == pytest.approx(9600, rel=0.01)
+    assert items_for(detectable_accuracy(5000)) == pytest.approx(5000, abs=1)
