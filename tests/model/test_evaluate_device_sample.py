@@ -1,0 +1,101 @@
+"""Items of lm-eval tasks drawn for a device, and its answers compared with this machine's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from harness_tasks import folder
+from score_models import Letters, Speller
+
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.results import Difference
+from edgedisp.core.serialization import from_json
+from edgedisp.evaluate import device_sample
+from edgedisp.evaluate.device_sample import Here, Sample
+from edgedisp.evaluate.loglikelihood import ScoreOptions, loglikelihoods
+from edgedisp.evaluate.score_cache import ScoreCache
+from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, prepare
+
+__all__ = ["folder"]  # a fixture
+
+NAMES = ("toy_choice", "toy_rolling", "toy_lambada")
+
+
+def suite(place: Path, *names: str) -> TaskSuite:
+    return prepare(Letters(), [], SuiteOptions(names, tasks_path=place), end_of_text=0)
+
+
+def answers(sample: Sample, model: Speller) -> dict[str, dict[str, list[device_sample.Answer]]]:
+    """What a device with `model` answers to the tokens that were sent."""
+    return {
+        task: {
+            item.id: [(one.sum_logprob, one.greedy) for one in loglikelihoods(model, item.sent)]
+            for item in items
+        }
+        for task, items in sample.items.items()
+    }
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[ScoreCache]:
+    with closing(ScoreCache(tmp_path / "scores.sqlite", "this machine")) as opened:
+        yield opened
+
+
+def compare(folder: Path, cache: ScoreCache, device: Speller, count: int = 5) -> dict[str, dict[str, Any]]:
+    tasks, here = suite(folder, *NAMES), Speller(context=16)
+    sample = device_sample.draw(tasks, here, count, seed=0)
+    results = tasks.run(here, ScoreOptions(cache=cache))
+    records = device_sample.compare(tasks, sample, answers(sample, device), Here(here, cache, results))
+    return {record["task"]: record for record in records}
+
+
+def test_the_same_model_gives_the_same_scores(folder: Path, cache: ScoreCache) -> None:
+    records = compare(folder, cache, Speller(context=16))
+    assert {task: record["metric"] for task, record in records.items()} == {
+        "toy_choice": "acc", "toy_rolling": "word_perplexity", "toy_lambada": "acc",
+    }  # fmt: skip
+    for record in records.values():
+        assert (record["drawn"], record["answered"], record["of"]) == (5, 5, 5)
+        assert record["device"]["value"] == pytest.approx(record["here"]["value"])
+        assert record["here"]["value"] == pytest.approx(record["full"]["value"])
+        assert from_json(Difference, record["difference"]).estimate.value == pytest.approx(0)
+        assert record["logprob"]["max"] < 1e-4
+    assert records["toy_choice"]["agreement"]["of"] == "choice"
+    assert records["toy_lambada"]["agreement"]["of"] == "right"
+    assert records["toy_rolling"]["agreement"] is None
+    assert records["toy_choice"]["truncated"] == 5  # of 16 tokens of context
+
+
+def test_another_model_is_seen_in_scores_choices_and_log_probabilities(
+    folder: Path, cache: ScoreCache
+) -> None:
+    records = compare(folder, cache, Speller(seed=3, context=16), count=4)
+    record = records["toy_choice"]
+    assert record["answered"] == 4 < record["of"] and record["logprob"]["max"] > 1
+    assert record["agreement"]["same"] < record["agreement"]["n"] == 4
+    change = from_json(Difference, records["toy_rolling"]["difference"])
+    assert change.second == records["toy_rolling"]["device"]["value"] != change.first
+
+
+def test_nothing_answered_and_too_few_answers_are_told_apart(folder: Path, cache: ScoreCache) -> None:
+    tasks, model = suite(folder, "toy_choice"), Speller()
+    sample = device_sample.draw(tasks, model, 2, seed=0)
+    here = Here(model, cache, tasks.run(model, ScoreOptions(cache=cache)))
+    (record,) = device_sample.compare(tasks, sample, {}, here)
+    assert (record["answered"], record["reason"], record["device"]) == (0, "nothing was answered", None)
+    item = sample.items["toy_choice"][0]
+    with pytest.raises(BuildFailed, match="1 answers to 3 requests"):
+        device_sample.compare(tasks, sample, {"toy_choice": {item.id: [(0.0, True)]}}, here)
+
+
+def test_a_task_that_generates_text_is_refused(folder: Path) -> None:
+    with pytest.raises(BadInput, match="toy_generate: needs generated text"):
+        device_sample.draw(suite(folder, "toy_generate"), Speller(), 5, seed=0)

@@ -1,0 +1,114 @@
+"""Measuring a torch model, its fp32 bundle and an int4 one: one pass each, over the same held-out blocks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from graph_twins import VOCABULARY, TwinStore
+import numpy as np
+import pytest
+import torch
+
+from edgedisp import data, models
+from edgedisp.core.errors import BuildFailed
+from edgedisp.core.paths import data_folder
+from edgedisp.core.results import Measurement
+from edgedisp.core.serialization import from_json
+from edgedisp.dispersion.condensation import measure_model
+from edgedisp.evaluate.task_suite import SuiteOptions
+from edgedisp.pipeline import shipping
+from edgedisp.recipe import load
+from edgedisp.stages.measure import MeasureInputs, MeasureOptions, count_items, measure
+from edgedisp.stages.parity import ParityOptions
+
+SUITE = SuiteOptions(("heldout_perplexity",), context=32, limit=4)
+PARITY = ParityOptions(tokens=64, limits={"top1_agreement": 0.0})
+OPTIONS = MeasureOptions(SUITE, threads=1, bootstrap=50, divergence_tokens=96, parity=PARITY)
+
+
+def silent(done: int, total: int, note: str) -> None:
+    pass
+
+
+class Run:
+    """Folders of a run, and measuring into them."""
+
+    def __init__(self, root: Path, store: TwinStore) -> None:
+        self.root, self.store = root, store
+        corpus = root / "corpus"
+        corpus.mkdir()
+        rows = [json.dumps({"id": one.id, "text": one.text}) for one in data.synthetic_documents(6, seed=1)]
+        (corpus / "heldout.jsonl").write_text("\n".join(rows))
+        blocks = np.random.default_rng(0).integers(3, VOCABULARY, (20, 32))
+        np.save(corpus / "heldout.npy", blocks.astype(np.uint16))
+        (root / "items").mkdir()
+        count_items(SUITE, store.model_dir("llama"), corpus, root / "items")
+
+    def measure(self, name: str, options: MeasureOptions = OPTIONS, **inputs: Path) -> Measurement:
+        model, output = self.store.model_dir("llama"), self.root / name
+        output.mkdir()
+        folders = MeasureInputs(
+            model, model, self.root / "corpus", self.root / "items", self.root / "scores.sqlite", **inputs
+        )
+        return from_json(Measurement, measure(options, folders, output, silent))
+
+
+@pytest.fixture
+def run(tmp_path: Path, twins: TwinStore) -> Run:
+    return Run(tmp_path, twins)
+
+
+def test_torch_and_bundles_are_measured_on_the_same_blocks_and_items(run: Run) -> None:
+    fp32, int4 = run.store.fp32("llama"), run.store.quantized("llama", 4, group=32)
+    trained = run.measure("torch")
+    exact = run.measure("fp32", bundle=fp32, reference=run.root / "torch")
+    rounded = run.measure("int4", bundle=int4, parent=fp32, baseline=fp32, reference=run.root / "torch")
+
+    blocks = np.load(run.root / "corpus" / "heldout.npy")[:16].astype(np.int64)
+    expected = measure_model(models.load(run.store.model_dir("llama")), torch.from_numpy(blocks), silent)
+    assert trained.condensation is not None and trained.condensation.sequences == 16
+    assert trained.condensation.mean_cosine.value == pytest.approx(expected["mean_cosine"]["value"], abs=1e-6)
+    assert trained.condensation.change is None and not trained.divergence and trained.parity is None
+
+    changes = [one.condensation.change for one in (exact, rounded) if one.condensation is not None]
+    moved = [abs(change.mean_cosine.value or 0.0) for change in changes if change is not None]
+    assert len(moved) == 2 and moved[0] < 1e-5 < moved[1]
+
+    assert exact.parity is not None and exact.parity.passed and exact.parity.max_abs_difference < 1e-3
+    assert not exact.divergence and rounded.divergence["parent"].tokens == 96  # three blocks of 32
+    assert rounded.divergence["parent"] == rounded.divergence["baseline"]
+    assert rounded.divergence["parent"].mean_kl > 0
+
+    losses = [one.scores["heldout_perplexity"].main.estimate.value for one in (trained, exact, rounded)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] != losses[1]
+    items: list[Any] = [json.loads((run.root / name / "items.json").read_text()) for name in ("torch", "int4")]
+    assert len({one["heldout_perplexity"]["score"]["items_sha256"] for one in items}) == 1
+
+
+def test_a_task_that_could_be_read_before_must_be_read_now(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from edgedisp.stages import measure as stage
+
+    made = stage.items
+    monkeypatch.setattr(stage, "items", lambda *inputs: replace(made(*inputs), missing={"piqa": "piqa: gone"}))
+    with pytest.raises(BuildFailed, match=r"piqa: gone\. It could be read before; the same command continues"):
+        run.measure("torch")
+
+
+def test_a_bundle_that_disagrees_with_torch_stops_the_build(run: Run) -> None:
+    limits = ParityOptions(tokens=64, limits={"mean_kl": 1e-9})
+    with pytest.raises(BuildFailed, match=r"does not agree with the torch model: mean_kl is .*limit is 1e-09"):
+        run.measure("int4", MeasureOptions(SUITE, 1, parity=limits), bundle=run.store.quantized("llama", 4))
+
+
+def test_what_a_measurement_is_compared_with_is_measured_before_it() -> None:
+    stages = shipping.measurements(load(data_folder("recipes") / "quickstart.yaml"), threads=1)
+    names = [stage.name for stage in stages]
+    assert names[0] == "baseline/measure-torch" and len(set(names)) == len(names) > 4
+    for place, stage in enumerate(stages):
+        assert {name for name in stage.reads if "/measure-" in name} <= set(names[:place])
