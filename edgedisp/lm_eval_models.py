@@ -4,10 +4,8 @@
 
 is lm-eval's own command with the two models known to it; in a program, importing this file makes
 `lm_eval.simple_evaluate(model="edgedisp-torch", model_args="folder=FOLDER", ...)` work. Every task runs that
-needs log-likelihoods or greedy text. What a build scores goes through the same classes.
-
-Arguments: `bundle` or `folder`; `threads` (default: the physical cores that the process may use); for torch
-also `device`. Left out: sampling, chat templates.
+needs log-likelihoods or greedy text. Arguments: `bundle` or `folder`; `threads` (default: the physical
+cores); for torch also `device`.
 """
 
 from __future__ import annotations
@@ -29,8 +27,8 @@ from edgedisp.evaluate.task_suite import tokenizer_text
 from edgedisp.graph.session import OnnxModel
 
 
-class _WithTokenizer(HarnessModel):
-    """A model with its tokenizer."""
+class _FolderModel(HarnessModel):
+    """A model with the tokenizer of its folder."""
 
     def __init__(self, model: Any, folder: Path) -> None:
         tokenizer = models.load_tokenizer(folder)
@@ -40,35 +38,34 @@ class _WithTokenizer(HarnessModel):
 
 
 @register_model("edgedisp-onnx")
-class OnnxHarnessModel(_WithTokenizer):
+class OnnxHarnessModel(_FolderModel):
     """A bundle on onnxruntime's CPU provider, in the arithmetic that ships."""
 
     def __init__(self, bundle: str, threads: int | None = None, **lm_eval_options: Any) -> None:
-        """BadInput for no bundle, or a damaged one. `lm_eval_options`: what its command always hands over."""
-        _refuse(lm_eval_options)
+        """Raises BadInput for no bundle, or a damaged one."""
+        _check_options(lm_eval_options)
         folder = Path(bundle)
         check_files(folder)
         super().__init__(OnnxModel(folder, int(threads or physical_cores())), folder)
 
 
 @register_model("edgedisp-torch")
-class TorchHarnessModel(_WithTokenizer):
+class TorchHarnessModel(_FolderModel):
     """A Hugging Face folder in fp32."""
 
     def __init__(
         self, folder: str, threads: int | None = None, device: str | None = None, **lm_eval_options: Any
     ) -> None:
-        """BadInput for a folder that holds no model."""
-        _refuse(lm_eval_options)
-        # Its command asks for cuda:0 where nobody asked for anything.
-        opened = models.load(Path(folder)).to(device if device and torch.cuda.is_available() else "cpu")
-        super().__init__(models.TorchModel(opened, int(threads or physical_cores())), Path(folder))
+        """Raises BadInput for a folder that holds no model."""
+        _check_options(lm_eval_options)
+        # lm-eval's command asks for cuda:0 by default.
+        model = models.load(Path(folder)).to(device if device and torch.cuda.is_available() else "cpu")
+        super().__init__(models.TorchModel(model, int(threads or physical_cores())), Path(folder))
 
 
-def _refuse(given: dict[str, Any]) -> None:
-    """lm-eval always hands over batch sizes and a device: each sequence is scored alone here, and a bundle
-    runs on the CPU."""
-    unknown = given.keys() - {"batch_size", "max_batch_size", "device"}
+def _check_options(options: dict[str, Any]) -> None:
+    """lm-eval's command always hands over batch sizes and a device, which have no meaning for a bundle."""
+    unknown = options.keys() - {"batch_size", "max_batch_size", "device"}
     if unknown:
         raise BadInput(
             f"model_args: {', '.join(sorted(unknown))}: no such argument; bundle or folder, threads"

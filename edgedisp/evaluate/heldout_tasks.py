@@ -1,11 +1,12 @@
 """Three tasks made from the recipe's own held-out documents: no hub, no download, any language with spaces.
 
 heldout_perplexity    Every token of the documents, in windows of `context` tokens, each document after the
-end-of-text token: perplexity and bits per byte (comparable between vocabularies). heldout_cloze         The
-last word of a sentence after at least 30 words of passage, as in LAMBADA (Paperno et al., 2016): right when
-each of its tokens is the most likely one. Words that occurred earlier in the passage come first.
+                      end-of-text token: perplexity and bits per byte (comparable between vocabularies).
+heldout_cloze         The last word of a sentence after at least 30 words of passage, as in LAMBADA (Paperno
+                      et al., 2016): right when each of its tokens is the most likely one. Words that occurred
+                      earlier in the passage come first.
 heldout_continuation  The sentence that follows, against three of nearest length from three other documents,
-as in HellaSwag: right when it has the highest log-likelihood per byte.
+                      as in HellaSwag: right when it has the highest log-likelihood per byte.
 
 Items depend on the documents, the tokenizer and the seed alone, never on a model.
 """

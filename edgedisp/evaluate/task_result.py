@@ -1,7 +1,6 @@
-"""What a task leaves behind: its scores, and every item, so that two results can be paired.
+"""One model's result on one task: its scores, and every item, so that two results can be paired.
 
-`definitions` says from which fields of the items each metric is made, so that anyone can compute it again. A
-hash of what was asked goes with the scores: results are compared only when they come from the same items.
+A hash of what was asked goes with the scores: results are compared only when they come from the same items.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ class TaskResult:
     """One model's result on one task.
 
     definitions: metric -> its parts, for metrics that have a part per item. items: {id, document, asked, and
-    the fields that the metrics name}; `asked` names what was asked of the model, so that the items of two
-    results can be told to be the same.
+    the fields that the metrics name}; `asked` is a hash of the tokens or texts that were asked.
     """
 
     score: TaskScore
@@ -71,8 +69,8 @@ def _score(metric: Metric, items: Sequence[Mapping[str, Any]], resampling: Resam
 def compare_task(first: TaskResult, second: TaskResult, resampling: Resampling = DEFAULT) -> TaskDifference:
     """Pair two results of one task, second - first of every metric.
 
-    A main metric that has no part per item cannot be paired: it has no interval, and a `reason`. Raises
-    ValueError when the results come from different tasks or different items.
+    A main metric without a part per item gets no interval, and a `reason`. Raises ValueError when the results
+    come from different tasks or different items.
     """
     check_same_items([first, second])
     metrics = {
@@ -126,9 +124,7 @@ def common_items(results: Sequence[TaskResult]) -> list[TaskResult]:
         raise ValueError(f"{first.task}: no item in common")
     return [
         task_result(
-            replace(result.score, metrics={}),
-            [table[key] for key in shared],
-            [*result.definitions.values()],
+            replace(result.score, metrics={}), [table[key] for key in shared], [*result.definitions.values()]
         )
         for result, table in zip(results, tables)
     ]

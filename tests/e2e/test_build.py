@@ -452,13 +452,11 @@ def test_a_task_whose_data_cannot_be_had_is_named_and_the_rest_goes_on(  # type:
     built, tmp_path, edgedisp, monkeypatch
 ) -> None:
     pytest.importorskip("lm_eval")
+    import datasets
     import huggingface_hub
 
-    from edgedisp.evaluate import lm_eval_tasks
-
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(lm_eval_tasks, "HUB_TIMEOUT_S", 1.0)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     recipe, run = copy_of(built, tmp_path)
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "far.yaml").write_text(FAR)

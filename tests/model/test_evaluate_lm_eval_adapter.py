@@ -77,11 +77,6 @@ def test_choices_are_scored_as_by_hand(folder: Path) -> None:
     assert result.score.chance == pytest.approx(1 / 3)
 
 
-def test_limit_takes_the_first_items(folder: Path) -> None:
-    result = run(Speller(), ["toy_choice"], folder, limit=2)["toy_choice"]
-    assert [item["id"] for item in result.items] == ["toy_choice#0", "toy_choice#1"]
-
-
 def test_rolling_texts_longer_than_the_context_are_predicted_once(folder: Path) -> None:
     model = Speller(context=16)
     result = run(model, ["toy_rolling"], folder)["toy_rolling"]
@@ -216,11 +211,6 @@ def test_an_empty_text_is_left_out_of_a_rolling_task(folder: Path) -> None:
     rows = [*QUESTIONS, {"question": "", "choices": ["a", "b", "c"], "gold": 0}]
     (folder.parent / "questions.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     assert len(run(Speller(), ["toy_rolling"], folder)["toy_rolling"].items) == len(QUESTIONS)
-
-
-def test_sampling_is_refused_with_what_would_work() -> None:
-    with pytest.raises(BadInput, match="do_sample: false"):
-        generate(Speller(), "a", do_sample=True, temperature=0.7)
 
 
 def test_scoring_is_silent_and_leaves_global_random_state_logging_and_bars_as_they_were(

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from graph_twins import VOCABULARY, TwinStore
 import numpy as np
 import pytest
 import torch
+from graph_twins import VOCABULARY, TwinStore
 
 from edgedisp import data, models
 from edgedisp.core.errors import BuildFailed
@@ -83,26 +83,32 @@ def test_torch_and_bundles_are_measured_on_the_same_blocks_and_items(run: Run) -
 
     losses = [one.scores["heldout_perplexity"].main.estimate.value for one in (trained, exact, rounded)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] != losses[1]
-    items: list[Any] = [json.loads((run.root / name / "items.json").read_text()) for name in ("torch", "int4")]
+    items: list[Any] = [
+        json.loads((run.root / name / "items.json").read_text()) for name in ("torch", "int4")
+    ]
     assert len({one["heldout_perplexity"]["score"]["items_sha256"] for one in items}) == 1
 
 
-def test_a_task_that_could_be_read_before_must_be_read_now(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_task_that_could_be_read_before_must_be_read_now(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
     from edgedisp.stages import measure as stage
 
     made = stage.items
-    monkeypatch.setattr(stage, "items", lambda *inputs: replace(made(*inputs), missing={"piqa": "piqa: gone"}))
-    with pytest.raises(BuildFailed, match=r"piqa: gone\. It could be read before; the same command continues"):
+    monkeypatch.setattr(
+        stage, "items", lambda *inputs: replace(made(*inputs), missing={"piqa": "piqa: gone"})
+    )
+    with pytest.raises(
+        BuildFailed, match=r"piqa: gone\. It could be read before; the same command continues"
+    ):
         run.measure("torch")
 
 
 def test_a_bundle_that_disagrees_with_torch_stops_the_build(run: Run) -> None:
     limits = ParityOptions(tokens=64, limits={"mean_kl": 1e-9})
-    with pytest.raises(BuildFailed, match=r"does not agree with the torch model: mean_kl is .*limit is 1e-09"):
+    with pytest.raises(
+        BuildFailed, match=r"does not agree with the torch model: mean_kl is .*limit is 1e-09"
+    ):
         run.measure("int4", MeasureOptions(SUITE, 1, parity=limits), bundle=run.store.quantized("llama", 4))
 
 

@@ -173,12 +173,6 @@ def test_items_depend_on_documents_tokenizer_and_seed_alone() -> None:
     assert alone == first.questions["heldout_continuation"]
 
 
-def test_item_ids_name_their_document_and_are_unique() -> None:
-    for questions in suite().questions.values():
-        assert len({question.id for question in questions}) == len(questions) == 20
-        assert all(question.id.startswith(question.document + "#") for question in questions)
-
-
 def test_items_are_spread_over_the_documents() -> None:
     for questions in suite().questions.values():
         assert len({question.document for question in questions}) == 20

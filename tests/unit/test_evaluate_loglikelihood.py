@@ -33,14 +33,6 @@ def test_scores_equal_the_closed_form_and_come_in_request_order(parallel: int) -
     assert progress == sorted(progress) and progress[-1] == len(requests)
 
 
-def test_scores_do_not_depend_on_the_other_requests_or_their_order() -> None:
-    model = Bigram(parallel=2)
-    requests = some_requests(model.vocab_size)
-    alone = [loglikelihoods(model, [request])[0] for request in requests]
-    order = np.random.default_rng(2).permutation(len(requests))
-    assert loglikelihoods(model, [requests[k] for k in order]) == [alone[k] for k in order]
-
-
 def test_greedy_means_that_every_token_was_the_most_likely_one() -> None:
     model = Bigram()
     chain = [3, *model.greedy([3], 4, frozenset())]

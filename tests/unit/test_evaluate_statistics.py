@@ -69,11 +69,6 @@ def test_tango_bounds_are_where_the_score_test_just_rejects(n: int, data: st.Dat
             assert abs(z) == pytest.approx(stats.norm.ppf(0.975), abs=2e-3)
 
 
-def test_one_accuracy_has_wilsons_interval() -> None:
-    found = score(binary([1] * 7 + [0] * 13))
-    assert (found.value, found.n, (found.low, found.high)) == (0.35, 20, wilson(7, 20))
-
-
 def test_perplexity_weighs_tokens_and_bits_weigh_bytes() -> None:
     items = [
         {"id": "a", "document": "a", "nll": 30.0, "tokens": 10, "bytes": 50},
@@ -129,12 +124,6 @@ def test_unlike_items_are_refused_by_name() -> None:
     first, second = losses(np.random.default_rng(0), 3, 1, 0, 0)
     with pytest.raises(ValueError, match="weighs differently"):
         difference(first, [{**item, "tokens": 5} for item in second], PERPLEXITY)
-
-
-def test_the_seed_decides_the_interval() -> None:
-    first, second = losses(np.random.default_rng(0), 20, 1, 0.0, 0.1)
-    one, again, other = (difference(first, second, PERPLEXITY, Resampling(500, k)) for k in (4, 4, 5))
-    assert one == again and one.estimate.low != other.estimate.low
 
 
 def test_accuracies_carry_the_exact_test_and_the_counts() -> None:
