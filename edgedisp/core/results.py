@@ -291,7 +291,6 @@ class Bundle:
     group: int | None = None
     symmetric: bool | None = None
     accuracy_level: int | None = None
-    components: dict[str, Json] = field(default_factory=dict)
     tensors: list[Json] = field(default_factory=list)
     search: Json | None = None
     is_trained: bool = False

@@ -148,8 +148,8 @@ def _measurement(records: Mapping[str, Any], arm: str, precision: str) -> Measur
 
 def _bundle(records: Mapping[str, Any], arm: str, precision: str) -> Bundle:
     record = records[f"{arm}/{precision}"]
-    parts = {"components": record.get("by_component", {}), "tensors": record.get("by_tensor", [])}
-    found: Bundle = _known(Bundle, record, path=f"{arm}/{precision}", **parts)
+    tensors = record.get("by_tensor", [])
+    found: Bundle = _known(Bundle, record, path=f"{arm}/{precision}", tensors=tensors)
     return found
 
 

@@ -212,9 +212,8 @@ def test_plan_says_what_is_done_and_estimates_what_is_not(built, edgedisp) -> No
     assert not Path(planned["run"]).exists()
     for precision in ("fp32", "int8", "int4"):
         record = read(run / "baseline" / precision)
-        assert (
-            record and record.results["size_bytes"] == planned["sizes"]["precisions"][precision]["size_bytes"]
-        )
+        estimate = planned["sizes"]["precisions"][precision]["size_bytes"]
+        assert record and record.results["size_bytes"] == pytest.approx(estimate, rel=0.05)
     assert planned["sizes"]["kv_cache"]["phone-arm64"]["positions"] == 256  # the model's, below the target's
 
 

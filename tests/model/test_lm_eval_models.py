@@ -83,5 +83,5 @@ def test_lm_eval_opens_both_by_name_and_they_agree_on_log_likelihoods_and_text(
 def test_an_argument_that_does_not_exist_is_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(BadInput, match="thread: no such argument"):
         lm_eval_models.OnnxHarnessModel(str(folders["fp32"]), thread=1)
-    with pytest.raises(BadInput, match="no bundle"):
+    with pytest.raises(BadInput, match="a bundle is a folder"):
         lm_eval_models.OnnxHarnessModel(str(folders["model"]))

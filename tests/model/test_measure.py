@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from edgedisp.core.paths import data_folder
 from edgedisp.core.results import Measurement
 from edgedisp.core.serialization import from_json
 from edgedisp.dispersion.condensation import measure_model
-from edgedisp.evaluate.task_suite import SuiteOptions
-from edgedisp.pipeline import shipping
-from edgedisp.recipe import load
-from edgedisp.stages.measure import MeasureInputs, MeasureOptions, count_items, measure
-from edgedisp.stages.parity import ParityOptions
+from edgedisp.pipeline import build_plan
+from edgedisp.pipeline import measure as stage
+from edgedisp.pipeline.options import ItemsOptions, MeasureOptions, ParityOptions
+from edgedisp.pipeline.prepare import items
+from edgedisp.recipe import Evaluate, load
 
-SUITE = SuiteOptions(("heldout_perplexity",), context=32, limit=4)
+ITEMS = ItemsOptions(Evaluate(tasks=("heldout_perplexity",), limit=4), context=32, seed=0)
 PARITY = ParityOptions(tokens=64, limits={"top1_agreement": 0.0})
-OPTIONS = MeasureOptions(SUITE, threads=1, bootstrap=50, divergence_tokens=96, parity=PARITY)
+OPTIONS = MeasureOptions(ITEMS, threads=1, bootstrap=50, divergence_tokens=96, parity=PARITY)
 
 
 def silent(done: int, total: int, note: str) -> None:
@@ -44,15 +45,20 @@ class Run:
         blocks = np.random.default_rng(0).integers(3, VOCABULARY, (20, 32))
         np.save(corpus / "heldout.npy", blocks.astype(np.uint16))
         (root / "items").mkdir()
-        count_items(SUITE, store.model_dir("llama"), corpus, root / "items")
+        model = store.model_dir("llama")
+        items(ITEMS, base=model, corpus=corpus, output_dir=root / "items", progress=silent)
 
     def measure(self, name: str, options: MeasureOptions = OPTIONS, **inputs: Path) -> Measurement:
         model, output = self.store.model_dir("llama"), self.root / name
         output.mkdir()
-        folders = MeasureInputs(
-            model, model, self.root / "corpus", self.root / "items", self.root / "scores.sqlite", **inputs
-        )
-        return from_json(Measurement, measure(options, folders, output, silent))
+        folders = {
+            "model": model,
+            "base": model,
+            "corpus": self.root / "corpus",
+            "items": self.root / "items",
+        }
+        results = stage.measure(options, output_dir=output, progress=silent, **folders, **inputs)
+        return from_json(Measurement, results)
 
 
 @pytest.fixture
@@ -90,13 +96,9 @@ def test_torch_and_bundles_are_measured_on_the_same_blocks_and_items(run: Run) -
 
 
 def test_a_task_that_could_be_read_before_must_be_read_now(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
-    from edgedisp.stages import measure as stage
-
-    made = stage.items
+    suite = stage.task_suite
     monkeypatch.setattr(
-        stage, "items", lambda *inputs: replace(made(*inputs), missing={"piqa": "piqa: gone"})
+        stage, "task_suite", lambda *inputs: replace(suite(*inputs), missing={"piqa": "piqa: gone"})
     )
     with pytest.raises(
         BuildFailed, match=r"piqa: gone\. It could be read before; the same command continues"
@@ -109,12 +111,12 @@ def test_a_bundle_that_disagrees_with_torch_stops_the_build(run: Run) -> None:
     with pytest.raises(
         BuildFailed, match=r"does not agree with the torch model: mean_kl is .*limit is 1e-09"
     ):
-        run.measure("int4", MeasureOptions(SUITE, 1, parity=limits), bundle=run.store.quantized("llama", 4))
+        run.measure("int4", MeasureOptions(ITEMS, 1, parity=limits), bundle=run.store.quantized("llama", 4))
 
 
 def test_what_a_measurement_is_compared_with_is_measured_before_it() -> None:
-    stages = shipping.measurements(load(data_folder("recipes") / "quickstart.yaml"), threads=1)
+    stages = build_plan.measurements(load(data_folder("recipes") / "quickstart.yaml"), threads=1)
     names = [stage.name for stage in stages]
     assert names[0] == "baseline/measure-torch" and len(set(names)) == len(names) > 4
-    for place, stage in enumerate(stages):
-        assert {name for name in stage.reads if "/measure-" in name} <= set(names[:place])
+    for place, one in enumerate(stages):
+        assert {name for name in one.inputs.values() if "/measure-" in name} <= set(names[:place])

@@ -242,6 +242,7 @@ def keys(folder: Path, *overrides: str) -> dict[str, Any]:
     """Stage name -> its options and inputs."""
     path = folder / "tiny.yaml"
     path.write_text(RECIPE)
+    (folder / "text.jsonl").touch()
     return {one.name: (plain(one.options), dict(one.inputs)) for one in stages(load(path, overrides), 1)}
 
 
