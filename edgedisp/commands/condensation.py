@@ -20,7 +20,6 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.files import check_files
 from edgedisp.core.progress import Progress
 from edgedisp.core.results import Condensation
-from edgedisp.core.serialization import to_json
 from edgedisp.dispersion.condensation import measure_model
 from edgedisp.graph.genai_config import context_length, read_config
 from edgedisp.pipeline.condensation import condensation, measure_bundle
@@ -119,7 +118,7 @@ def write(profiles: dict[str, Condensation], folder: Path) -> list[Path]:
     from edgedisp.report import render  # brings matplotlib
 
     check_out(folder)
-    return render.write_condensation(profiles, to_json(profiles), folder)
+    return render.write_condensation(profiles, folder)
 
 
 def text(profiles: dict[str, Condensation], width: int) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 
 Json = dict[str, Any]
 
+REPORT_FORMAT = 3
+"""Of report.json; raised when a key changes its meaning."""
 BASELINE = "baseline"
 """The arm that all others are compared with."""
 DISPERSED = "dispersed"

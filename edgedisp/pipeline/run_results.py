@@ -21,6 +21,7 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.files import git_commit
 from edgedisp.core.results import (
     BASELINE,
+    REPORT_FORMAT,
     Bundle,
     DeviceResult,
     Estimate,
@@ -46,7 +47,6 @@ from edgedisp.pipeline.stage import Passed
 from edgedisp.recipe import Recipe
 
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "peft", "bitsandbytes", "lm-eval")
-FORMAT = 3
 RATES = ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_ms")
 
 
@@ -125,8 +125,8 @@ def load(run: Path) -> Run:
     path = run / "report.json" if run.is_dir() else run
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise ValueError(f"it is no report of format {FORMAT}")
+        if not isinstance(document, dict) or document.get("format") != REPORT_FORMAT:
+            raise ValueError(f"it is no report of format {REPORT_FORMAT}")
         return from_json(Run, document["run"])
     except OSError:
         raise BadInput(f"{run}: holds no report.json; `edgedisp build` writes one when it ends") from None

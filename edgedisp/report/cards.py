@@ -19,6 +19,7 @@ from edgedisp.report.formatting import count, leaves, megabytes, setting, short_
 from edgedisp.report.layout import Grid, escape_markdown, fenced, grid_markdown
 from edgedisp.report.result_sections import technique_text
 from edgedisp.report.results_table import table, table_markdown
+from edgedisp.report.run_sections import sources_text
 from edgedisp.report.verdict import verdict
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -30,14 +31,10 @@ def model_card(run: Run, name: str) -> str:
     replica = run.replicas.get(name)
     arm = replica.arm if replica else name
     title = f"{arm} arm" + (f", seed {replica.seed}" if replica else "")
-    parts = {
-        "title": f"{run.title}, {title}",
-        "licence": run.model.get("license"),
-        "text_licence": run.corpus.get("license"),
-    }
-    return _render(
-        "model_card.md.j2", **_about(run, arm, name), **parts, results=table_markdown(table(run)).rstrip()
-    )
+    licences = {"licence": run.model.get("license"), "text_licence": run.corpus.get("license")}
+    results = table_markdown(table(run)).rstrip()
+    about = _about(run, arm, name)
+    return _render("model_card.md.j2", **about, **licences, title=f"{run.title}, {title}", results=results)
 
 
 def bundle_card(manifest: Manifest, name: str, run: Run | None = None) -> str:
@@ -58,13 +55,9 @@ def bundle_card(manifest: Manifest, name: str, run: Run | None = None) -> str:
         whole = table(run, all_arms=arm not in table(run).arms)
         rows = tuple(row for row in whole.rows if row.precision == manifest.get("precision"))
         results = table_markdown(replace(whole, rows=rows)).rstrip()
+    languages = {"transformers.js": "js"}
     loading = [
-        (
-            layout,
-            entry["graph"],
-            entry["weights"],
-            fenced(entry["load"], "js" if layout == "transformers.js" else "python"),
-        )
+        (layout, entry["graph"], entry["weights"], fenced(entry["load"], languages.get(layout, "python")))
         for layout, entry in layouts.items()
     ]
     title = f"{run.title}, {arm} arm" if run else name
@@ -77,7 +70,7 @@ def bundle_card(manifest: Manifest, name: str, run: Run | None = None) -> str:
         results=results,
         loading=loading,
         licence=base,
-        origin=grid_markdown(Grid(("what", "value"), _origin(manifest), "", (0, 1))),
+        origin=grid_markdown(Grid(("what", "value"), _origin(manifest))),
     )
 
 
@@ -104,20 +97,17 @@ def _about(run: Run, arm: str, name: str) -> dict[str, Any]:
 def _settings(run: Run, arm: str, name: str) -> str:
     """The table of what a model was trained with."""
     training, corpus = run.trainings(arm).get(name), run.corpus
-    sources = [
-        one.get("source", one) if isinstance(one, dict) else one for one in corpus.get("sources") or []
-    ]
     rows = [
         ("training tokens", count(training.tokens if training else None)),
         ("steps", count(training.steps if training else None)),
         ("context", count(corpus.get("context"))),
         ("documents", count(corpus.get("train_documents"))),
-        ("text", "; ".join(map(str, sources)) or "not recorded"),
+        ("text", sources_text(corpus) or "not recorded"),
         ("tokens file, SHA-256", short_hash(corpus.get("tokens_sha256"))),
         ("weights, SHA-256", short_hash(training.weights_sha256 if training else None)),
         *((key, setting(value)) for key, value in leaves(training.settings if training else {})),
     ]
-    return grid_markdown(Grid(("setting", "value"), tuple(rows), "", (0, 1)))
+    return grid_markdown(Grid(("setting", "value"), tuple(rows)))
 
 
 def _origin(manifest: Manifest) -> tuple[tuple[str, str], ...]:
@@ -125,10 +115,7 @@ def _origin(manifest: Manifest) -> tuple[tuple[str, str], ...]:
     recipe = provenance.get("recipe")
     rows = [
         ("base", (manifest.get("base") or {}).get("base") or "not recorded"),
-        (
-            "recipe",
-            f"{recipe.get('name')} ({recipe.get('hash8')})" if recipe else "none: exported on its own",
-        ),
+        ("recipe", f"{recipe['name']} ({recipe['hash8']})" if recipe else "none: exported on its own"),
         ("seed", provenance.get("seed")),
         ("tokens file, SHA-256", provenance.get("data_sha256")),
         ("trained weights, SHA-256", provenance.get("weights_sha256")),

@@ -1,9 +1,8 @@
-"""Measurements on devices as tables: for a terminal, for a page, and as the section of a report."""
+"""Measurements on devices as tables: for a terminal, for a page, and as sections of a report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from edgedisp.core.results import DeviceResult, Difference, Estimate, Json, Run, Timing
@@ -14,237 +13,211 @@ from edgedisp.report.formatting import (
     count,
     fixed,
     format_estimate,
+    label,
     megabytes,
     p_value,
+    percent,
     plural,
     significant,
     small,
 )
-from edgedisp.report.layout import Grid, Section, grid_text, section
-from edgedisp.report.run_sections import warnings as timing_warnings
+from edgedisp.report.layout import Grid, Section, grid, grid_text, section
+from edgedisp.report.texts import TERMS
 
-GIB = 1 << 30
-TIMING_HEAD = (
-    "bundle",
-    "threads",
-    "ttft ms",
-    "prefill t/s",
-    "decode t/s",
-    "p50 ms",
-    "p90 ms",
-    "load s",
-    "peak MB",
-    "disk MB",
-    "download MB",
-    "GB/s",
-)
-TIMING_MEANING = (
-    "Batch 1, after a warm-up, bundles in turns; medians, with an interval for the median in brackets. "
-    "ttft: from the prompt to the first new token; prefill: prompt tokens by that time; decode: tokens a "
-    "second after the first one; p50 and p90: time of one of these; load: from files in memory; peak: "
-    "largest resident memory (in a browser the WebAssembly heap); disk: graph and weights, download: all "
-    "that a browser fetches; GB/s: bytes read for a token times tokens a second."
-)
-SCORES_HEAD = (
-    "bundle",
-    "task",
-    "items",
-    "on the device",
-    "here, same items",
-    "device - here",
-    "verdict",
-    "answered alike",
-    "nats apart (most)",
-    "all here",
-)
-SCORES_MEANING = (
-    "The same bundle and the same token ids, on the device and here. Items are drawn at random; brackets are "
-    "95 % intervals. device - here: paired by item (perplexities: nats per token); answered alike: the same "
-    "choice or, where there is none, both right or both wrong; nats apart: log-likelihoods, by item; all "
-    "here: "
-    "the whole set that the items were drawn from."
-)
-REPORT_FACTS = {
-    "phone": "{}",
-    "processor": "{}",
-    "cores": "{} cores",
-    "memory": "{}",
-    "system": "{}",
-    "browser": "{}",
-    "onnxruntime": "onnxruntime {}",
-    "measured by": "by {}",
-    "battery": "battery {}",
-    "thermal status": "thermal status {}",
-    "measured": "measured {}",
+TIMING_COLUMNS: dict[str, Callable[[Timing], str]] = {
+    "threads": lambda row: fixed(row.threads, 0),
+    "prompt+new": lambda row: f"{row.prompt}+{row.generate}",
+    "ttft ms": lambda row: format_estimate(row.ttft_ms),
+    "prefill t/s": lambda row: format_estimate(row.prefill_tokens_per_s),
+    "decode t/s": lambda row: format_estimate(row.decode_tokens_per_s),
+    "p50 ms": lambda row: significant(row.token_ms_p50),
+    "p90 ms": lambda row: significant(row.token_ms_p90),
+    "load s": lambda row: fixed(row.load_s, 2),
+    "peak MB": lambda row: megabytes(row.peak_memory_bytes),
+    "disk MB": lambda row: megabytes(row.weights_bytes),
+    "download MB": lambda row: megabytes(row.download_bytes),
+    "GB/s": lambda row: fixed(row.bandwidth_gb_per_s, 1),
 }
-"""The facts of a device that a report gives in one line, and how."""
 
 
-def device_sections(devices: Sequence[DeviceResult]) -> list[Section]:
-    """Speeds side by side, every figure, scores, then each device by itself."""
-    timed = [device for device in devices if device.rows]
-    several = len(devices) > 1
-    found = [
-        section("side", "Decode speed side by side", [_side_by_side(timed)] if len(timed) > 1 else []),
-        section("figures", "Every figure", [_timing_grid(timed, several)], TIMING_MEANING),
-        section("scores", "Scored on the device", [_scores_grid(devices, several)], SCORES_MEANING),
-        *(_device_section(device, f"device{place}") for place, device in enumerate(devices)),
+# The report of a run
+
+
+def latency_section(run: Run) -> Section:
+    """Every bundle's timing on this machine, the measurement's own noise, and quality against cost."""
+    result = run.latency or DeviceResult("local")
+    names = [
+        (f"{label(precision)}, {arm}", arm, precision) for precision in run.precisions for arm in run.arms
     ]
-    return [one for one in found if not one.is_empty or one.key.startswith("device")]
+    timed = [(name, result.timing(f"{arm}/{precision}"), precision) for name, arm, precision in names]
+    rows = [(name, timing) for name, timing, _ in timed if timing]
+    speeds: dict[str, list[float]] = {}
+    for _, timing, precision in timed:
+        if timing and timing.decode_tokens_per_s and timing.decode_tokens_per_s.value:
+            speeds.setdefault(precision, []).append(timing.decode_tokens_per_s.value)
+    gaps = [max(values) / min(values) - 1 for values in speeds.values() if len(values) > 1]
+    notes = [
+        f"Training does not change a graph, so arms are equally fast: the largest gap in decode speed, "
+        f"{percent(max(gaps))}, is the noise of this measurement."
+    ] if gaps else []  # fmt: skip
+    notes += ["Timed: the first seed of each arm."] if rows and len(run.seeds) > 1 else []
+    return section(
+        "latency",
+        [grid("bundle", rows, TIMING_COLUMNS)],
+        plots=("tradeoff",),
+        notes=[*notes, *_warnings(result), TERMS["timing"]] if rows else [],
+    )
 
 
 def on_devices_section(run: Run) -> Section:
-    """The same in a run's report: one table over all devices, their facts in a line each."""
-    devices = run.devices
-    lengths = sorted({_lengths(row) for device in devices for row in device.rows})
-    if len(lengths) > 1:
-        devices = [
-            replace(one, rows=[replace(row, label=f"{row.label}, {_lengths(row)}") for row in one.rows])
-            for one in devices
-        ]
-    lead = "Measured on the devices themselves after the build, of the bundles as they are."
-    lead += f" Prompt and new tokens: {', '.join(lengths)}." if lengths else ""
-    timings, scores = _timing_grid(devices, True), _scores_grid(devices, True)
-    sweeps = [
-        replace(grid, caption=f"{_name(device)}, {grid.caption}", folded=True)
-        for device in devices
-        for grid in _sweep_grids(device)
+    """What devices measured after the build: one table over all of them, their facts in a line each."""
+    timings, scores = _timing_grid(run.devices), _scores_grid(run.devices)
+    facts = [
+        (_name(device), ", ".join(f"{name} {text}" for name, text in _facts(device)) or MISSING)
+        for device in run.devices
     ]
-    notes = [f"{_name(device)}: {note}" for device in devices for note in warnings(device)]
+    notes = [f"{_name(device)}: {note}" for device in run.devices for note in _warnings(device)]
     if run.devices_outdated:
         names = "; ".join(run.devices_outdated)
         number = plural(len(run.devices_outdated), "measurement")
         notes.append(f"Not shown, as the bundles were made anew since: {number} ({names}).")
-    notes += [TIMING_MEANING] if timings.rows else []
-    notes += [SCORES_MEANING] if scores.rows else []
-    return section(
-        "devices",
-        "On devices",
-        [_first_joined(timings, "All devices"), _first_joined(scores, "Scored on the device"), *sweeps],
-        lead,
-        facts=tuple((_name(device), _fact_line(device)) for device in devices),
-        notes=tuple(notes),
-    )
+    notes += [TERMS["timing"]] if timings.rows and not run.latency else []
+    notes += [TERMS["device_scores"]] if scores.rows else []
+    sweeps = [one for device in run.devices for one in _sweep_grids(device)]
+    return section("devices", [timings, scores, *sweeps], facts=facts, notes=notes)
 
 
-def _fact_line(device: DeviceResult) -> str:
-    """`AMD EPYC 7763, 2 cores, 15.6 GiB, Linux, onnxruntime 1.31.1, measured 2026-11-27 15:44 UTC`."""
-    facts = dict(_facts(device))
-    return ", ".join(form.format(facts[key]) for key, form in REPORT_FACTS.items() if key in facts) or MISSING
+# One measurement
 
 
-def _first_joined(grid: Grid, caption: str) -> Grid:
-    """Device and bundle in one column, which a phone's screen holds while the others are moved."""
-    grid = grid.without_empty_columns()
-    rows = tuple((f"{row[0]}, {row[1]}", *row[2:]) for row in grid.rows)
-    columns = (0, *(at - 1 for at in grid.text_columns if at > 1))
-    return replace(
-        grid, head=("device, bundle", *grid.head[2:]), rows=rows, caption=caption, text_columns=columns
-    )
+def device_sections(devices: Sequence[DeviceResult]) -> list[Section]:
+    """Speeds side by side, every figure, scores, then each device by itself."""
+    side = [_side_by_side(devices)] if sum(bool(device.rows) for device in devices) > 1 else []
+    tables = [
+        section("side", side),
+        section("figures", [_timing_grid(devices)], TERMS["timing"]),
+        section("device_scores", [_scores_grid(devices)], TERMS["device_scores"]),
+    ]
+    singles = [
+        Section(
+            f"device{place}",
+            _name(one),
+            tuple(_sweep_grids(one)),
+            "",
+            tuple(_facts(one)),
+            (),
+            tuple(_warnings(one)),
+        )
+        for place, one in enumerate(devices)
+    ]
+    return [*(one for one in tables if not one.is_empty), *singles]
 
 
-def _lengths(row: Timing) -> str:
-    return f"{row.prompt}+{row.generate}"
-
-
-# Timings
+def devices_text(devices: Sequence[DeviceResult], width: int = 80) -> str:
+    """The same for a terminal: the tables, and each device's warnings."""
+    blocks = []
+    for part in device_sections(devices):
+        blocks += [grid_text(one, width) for one in part.grids]
+        if part.notes:
+            blocks.append("\n".join(f"note: {part.title}: {note}" for note in part.notes))
+    return "\n\n".join(blocks) or "No figures."
 
 
 def _side_by_side(devices: Sequence[DeviceResult]) -> Grid:
     """Bundles down, devices across."""
     labels = dict.fromkeys(row.label for device in devices for row in device.rows)
-    cells = {label: [device.timing(label) for device in devices] for label in labels}
-    rows = tuple(
-        (label, *(format_estimate(row.decode_tokens_per_s) if row else MISSING for row in rows))
-        for label, rows in cells.items()
-    )
-    return Grid(("bundle", *map(_name, devices)), rows, "decode, tokens a second")
+    columns = {
+        _name(device): lambda bundle, device=device: format_estimate(
+            row.decode_tokens_per_s if (row := device.timing(bundle)) else None
+        )
+        for device in devices
+        if device.rows
+    }
+    return grid("bundle", [(one, one) for one in labels], columns, "Decode speed, tokens a second")
 
 
-def _timing_grid(devices: Sequence[DeviceResult], several: bool) -> Grid:
-    rows = []
-    for device in devices:
-        for row in device.rows:
-            partial = " (partial)" if row.partial or device.lost else ""
-            rows.append((*((f"{_name(device)}{partial}",) if several else ()), *_timing_texts(row)))
-    head = (*(("device",) if several else ()), *TIMING_HEAD)
-    return Grid(head, tuple(rows), text_columns=(0, 1) if several else (0,))
+def _prefix(device: DeviceResult, devices: Sequence[DeviceResult]) -> str:
+    return f"{_name(device)}, " if len(devices) > 1 else ""
 
 
-def _timing_texts(row: Timing) -> tuple[str, ...]:
-    return (
-        row.label,
-        fixed(row.threads, 0),
-        format_estimate(row.ttft_ms),
-        format_estimate(row.prefill_tokens_per_s),
-        format_estimate(row.decode_tokens_per_s),
-        significant(row.token_ms_p50),
-        significant(row.token_ms_p90),
-        fixed(row.load_s, 2),
-        megabytes(row.peak_memory_bytes),
-        megabytes(row.weights_bytes),
-        megabytes(row.download_bytes),
-        fixed(row.bandwidth_gb_per_s, 1),
-    )
+def _timing_grid(devices: Sequence[DeviceResult]) -> Grid:
+    rows = [
+        (f"{_prefix(device, devices)}{row.label}{' (partial)' * bool(row.partial or device.lost)}", row)
+        for device in devices
+        for row in device.rows
+    ]
+    return grid("bundle", rows, TIMING_COLUMNS, "All timings")
 
 
 def _sweep_grids(device: DeviceResult) -> list[Grid]:
+    columns: dict[str, Callable[[Json], str]] = {
+        "decode t/s": lambda row: format_estimate(
+            Estimate(row["decode_tokens_per_s"], row["low"], row["high"])
+        ),
+        "prefill t/s": lambda row: significant(row["prefill_tokens_per_s"]),
+    }
     grids = []
-    for label, sweep in device.threads.items():
-        rows = tuple(
-            (
-                fixed(row["threads"], 0) + (" (best)" if row["threads"] == sweep["best"] else ""),
-                format_estimate(Estimate(row["decode_tokens_per_s"], row["low"], row["high"])),
-                significant(row["prefill_tokens_per_s"]),
-            )
-            for row in sweep["rows"]
-        )
-        grids.append(Grid(("threads", "decode t/s", "prefill t/s"), rows, f"{label}: threads"))
+    for bundle, sweep in device.threads.items():
+        rows = [
+            (f"{row['threads']}{' (best)' * (row['threads'] == sweep['best'])}", row) for row in sweep["rows"]
+        ]
+        grids.append(grid("threads", rows, columns, f"{_name(device)}, {bundle}: threads", folded=True))
     return grids
 
 
 # Scores
 
 
-def _scores_grid(devices: Sequence[DeviceResult], several: bool) -> Grid:
+def _scores_grid(devices: Sequence[DeviceResult]) -> Grid:
+    columns: dict[str, Callable[[Json], str]] = {
+        "items": lambda record: f"{count(record['answered'])} of {count(record['of'])}",
+        "on the device": lambda record: _score(record, "device"),
+        "here, same items": lambda record: _score(record, "here"),
+        "device - here": _score_difference,
+        "verdict": score_verdict,
+        "answered alike": _agreement,
+        "nats apart (most)": lambda record: (
+            f"{small(apart['mean'])} ({small(apart['max'])})" if (apart := record.get("logprob")) else MISSING
+        ),
+        "all here": lambda record: _score(record, "full"),
+    }
     rows = [
-        ((_name(device),) if several else ()) + _score_texts(record)
+        (f"{_prefix(device, devices)}{record['label']}: {_task(record)}", record)
         for device in devices
         for record in device.scores
     ]
-    head = ("device", *SCORES_HEAD) if several else SCORES_HEAD
-    return Grid(head, tuple(rows), text_columns=(0, 1, 2) if several else (0, 1))
+    return grid("bundle: task", rows, columns, "Scored on the device")
 
 
-def _score_texts(record: Json) -> tuple[str, ...]:
-    is_percent = bool(record["higher_is_better"]) and 0 <= record["full"]["value"] <= 1
-    scale, unit = (100.0, " %") if is_percent else (1.0, "")
-    apart = record.get("logprob")
+def _task(record: Json) -> str:
     task, metric = str(record["task"]), str(record["metric"])
-    shift = MISSING
-    if record.get("difference"):
-        row = comparison_of("", "", task, from_json(Difference, record["difference"]))
-        shift = format_estimate(row.estimate, scale, signs=True)
+    return task if metric in task else f"{task}, {metric}"
 
-    def figure(part: str) -> str:
-        if not record.get(part):
-            return MISSING
-        return format_estimate(from_json(Estimate, record[part]), scale) + unit
 
+def _scale(record: Json) -> float:
+    """100 for shares, which are shown as percent."""
+    return 100.0 if record["higher_is_better"] and 0 <= record["full"]["value"] <= 1 else 1.0
+
+
+def _score(record: Json, part: str) -> str:
+    if not record.get(part):
+        return MISSING
+    scale = _scale(record)
+    return format_estimate(from_json(Estimate, record[part]), scale) + " %" * (scale == 100)
+
+
+def _score_difference(record: Json) -> str:
+    if not record.get("difference"):
+        return MISSING
+    row = comparison_of("", "", str(record["task"]), from_json(Difference, record["difference"]))
+    return format_estimate(row.estimate, _scale(record), signs=True)
+
+
+def _agreement(record: Json) -> str:
     alike = record.get("agreement")
-    share = Estimate(alike["share"], alike["low"], alike["high"]) if alike else None
-    return (
-        str(record["label"]),
-        task if metric in task else f"{task}, {metric}",
-        f"{count(record['answered'])} of {count(record['of'])}",
-        figure("device"),
-        figure("here"),
-        shift,
-        score_verdict(record),
-        MISSING if share is None else f"{format_estimate(share, 100)} %",
-        MISSING if not apart else f"{small(apart['mean'])} ({small(apart['max'])})",
-        figure("full"),
-    )
+    if not alike:
+        return MISSING
+    return f"{format_estimate(Estimate(alike['share'], alike['low'], alike['high']), 100)} %"
 
 
 def score_verdict(record: Json) -> str:
@@ -256,18 +229,14 @@ def score_verdict(record: Json) -> str:
         return "cannot tell"
     if row.value == 0 and (record.get("agreement") or {}).get("share") == 1:
         return "the same"
-    if not row.is_clear:
-        return "no measurable difference"
-    return f"{row.direction} on the device (p = {p_value(row.p)})"
+    return (
+        f"{row.direction} on the device (p = {p_value(row.p)})"
+        if row.is_clear
+        else "no measurable difference"
+    )
 
 
-# One device
-
-
-def _device_section(device: DeviceResult, key: str) -> Section:
-    """What the device is, how its threads were chosen, and what to beware of."""
-    grids = tuple(_sweep_grids(device))
-    return Section(key, _name(device), facts=_facts(device), grids=grids, notes=tuple(warnings(device)))
+# Facts and warnings
 
 
 def _name(device: DeviceResult) -> str:
@@ -276,85 +245,62 @@ def _name(device: DeviceResult) -> str:
     return f"{device.device} ({model})" if model else device.device
 
 
-def _facts(device: DeviceResult) -> tuple[tuple[str, str], ...]:
-    machine = device.machine
-    memory, load = machine.get("memory_bytes"), device.load_average
-    before_after = (
-        f"{load['before']:.2f} before, {fixed(load.get('after'), 2)} after" if load.get("before") else None
-    )
-    known = {
+def _facts(device: DeviceResult) -> list[tuple[str, str]]:
+    machine, load = device.machine, device.load_average
+    memory, minutes = machine.get("memory_bytes"), [time[:16].replace("T", " ") for time in device.measured]
+    facts = {
         **_phone_facts(machine),
         "processor": machine.get("cpu"),
         "features": " ".join(map(str, machine.get("features") or ())),
         "cores": machine.get("physical_cores"),
-        "memory": f"{memory / GIB:.1f} GiB" if memory else None,
+        "memory": memory and f"{memory / (1 << 30):.1f} GiB",
         "system": machine.get("system"),
         "browser": str((machine.get("browser") or {}).get("user_agent") or "")[:120],
         "onnxruntime": (machine.get("packages") or {}).get("onnxruntime"),
-        "load average": before_after,
-        "clock": _range(device.clock_mhz, "MHz"),
-        "temperature": _range(device.temperature_c, "°C"),
-        "measured": _times(device.measured),
+        "load average": load.get("before") and f"{fixed(load['before'], 2)} → {fixed(load.get('after'), 2)}",
+        "clock": device.clock_mhz and _range(device.clock_mhz, "MHz"),
+        "temperature": device.temperature_c and _range(device.temperature_c, "°C"),
+        "measured": minutes and f"{' to '.join(dict.fromkeys([minutes[0], minutes[-1]]))} UTC",
     }
-    return tuple((name, str(value)) for name, value in known.items() if value)
+    return [(name, str(value)) for name, value in facts.items() if value]
 
 
 def _phone_facts(machine: Json) -> dict[str, Any]:
     """A phone's model, battery and heat, before and after."""
-    phone, state = machine.get("phone"), machine.get("state") or {}
-    if not phone:
-        return {}
-    moments = [state.get("before") or {}, state.get("after") or {}]
+    phone, state = machine.get("phone") or {}, machine.get("state") or {}
 
-    def over(key: str, unit: str) -> str:
+    def over(key: str, unit: str = "") -> str:
+        moments = [state.get("before") or {}, state.get("after") or {}]
         values = [f"{one[key]}{unit}" for one in moments if one.get(key) is not None]
         return " → ".join(dict.fromkeys(values))
 
-    battery = over("battery_percent", " %"), over("battery_status", ""), over("battery_temperature_c", " °C")
+    battery = over("battery_percent", " %"), over("battery_status"), over("battery_temperature_c", " °C")
     return {
         "phone": " ".join(str(phone[key]) for key in ("manufacturer", "model") if phone.get(key)),
         "measured by": phone.get("measured_by"),
         "battery": ", ".join(text for text in battery if text),
-        "thermal status": over("thermal_status", ""),
+        "thermal status": over("thermal_status"),
         "skin temperature": over("skin_temperature_c", " °C"),
     }
 
 
-def _range(ends: tuple[float, float] | None, unit: str) -> str | None:
-    if ends is None:
-        return None
-    low, high = fixed(ends[0], 0), fixed(ends[1], 0)
-    return f"{low} {unit}" if low == high else f"{low} to {high} {unit}"
+def _range(limits: tuple[float, float], unit: str) -> str:
+    return f"{' to '.join(dict.fromkeys(fixed(value, 0) for value in limits))} {unit}"
 
 
-def _times(times: Sequence[str]) -> str | None:
-    """`2026-11-27 15:44 UTC`, from the first measurement to the last."""
-    minutes = [time[:16].replace("T", " ") for time in times]
-    return f"{' to '.join(dict.fromkeys([minutes[0], minutes[-1]]))} UTC" if minutes else None
-
-
-def warnings(device: DeviceResult) -> list[str]:
-    """What to beware of: in the timings, and items that were not answered or lost some context."""
-    notes = timing_warnings(device)
+def _warnings(device: DeviceResult) -> Iterator[str]:
+    """A lost device, unequal twins, unsteady bundles, items without an answer or with a cut context."""
+    if device.lost:
+        yield f"lost in the middle, what follows is partial: {device.lost}"
+    yield from device.warnings
+    yield from (str(pair["fault"]) for pair in device.pairs if pair.get("fault"))
+    yield from (f"{row.label}: {text}" for row in device.rows for text in row.warnings)
     for record in device.scores:
         which = f"{record['label']}: {record['task']}"
         if record["answered"] < record["drawn"]:
-            notes.append(f"{which}: {record['answered']} of {plural(record['drawn'], 'item')} answered")
+            yield f"{which}: {record['answered']} of {plural(record['drawn'], 'item')} answered"
         if record.get("reason") and record["answered"]:
-            notes.append(f"{which}: {record['reason']}")
+            yield f"{which}: {record['reason']}"
         if record["truncated"]:
             cut = plural(record["truncated"], "item")
-            notes.append(f"{which}: {cut} longer than the context, cut on the left, here as there")
-    return notes
-
-
-def devices_text(devices: Sequence[DeviceResult], width: int = 80) -> str:
-    """The same for a terminal: the tables, and each device's warnings."""
-    blocks = []
-    for part in device_sections(devices):
-        for grid in part.grids:
-            title = [part.title] if part.key != "figures" and not part.key.startswith("device") else []
-            blocks.append("\n".join([*title, grid_text(grid, width)]))
-        if part.key.startswith("device") and part.notes:
-            blocks.append("\n".join(f"note: {part.title}: {note}" for note in part.notes))
-    return "\n\n".join(blocks) or "No figures."
+            yield f"{which}: {cut} longer than the context, cut on the left, here as there"

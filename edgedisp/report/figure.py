@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from edgedisp.core.results import BASELINE, DISPERSED
+from edgedisp.core.results import BASELINE, DISPERSED, Estimate
+from edgedisp.report.texts import TEXTS
 
 # Grey-blue and orange stay apart for every common kind of colour blindness; lightness differs as well.
 INK, MUTED, RULE, HEAT = "#1f2933", "#66727f", "#d5dbe1", "#3f7fb5"
@@ -69,13 +70,19 @@ class Panel:
 
 @dataclass(frozen=True)
 class Plot:
-    """Panels that belong together; `arms` are those shown in the legend."""
+    """Panels that belong together; `arms` are those shown in the legend. Its title is in texts.toml."""
 
     name: str
-    title: str
-    caption: str
     panels: tuple[Panel, ...]
     arms: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        return str(TEXTS["plots"][self.name][0])
+
+    @property
+    def caption(self) -> str:
+        return str(TEXTS["plots"][self.name][1])
 
 
 def arm_color(arm: str, arms: Sequence[str]) -> str:
@@ -95,6 +102,34 @@ def log_ticks(ax: Axes) -> None:
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+Curves = Mapping[str, tuple[Sequence[float], Sequence[Estimate]]]
+"""Model -> x and y with intervals."""
+
+
+def draw_lines(curves: Curves, arms: Sequence[str], xlabel: str, ax: Axes, *, log: bool = False) -> None:
+    """One line a model over the shaded intervals of all; the first is thick and shows under others."""
+    if log:
+        ax.set_yscale("log")
+    for place, (arm, (x, estimates)) in enumerate(curves.items()):
+        color = arm_color(arm, arms)
+        if all(one.has_interval for one in estimates):
+            low, high = ([getattr(one, limit) for one in estimates] for limit in ("low", "high"))
+            ax.fill_between(x, low, high, color=color, alpha=0.16, linewidth=0)
+        width = 3.4 if place == 0 and len(curves) > 1 else 1.7
+        marker = "o" if len(x) < 3 else None
+        ax.plot(x, [number(one) for one in estimates], color=color, linewidth=width, marker=marker)
+    ax.set_xlabel(xlabel)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    if log:
+        log_ticks(ax)
+    else:
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
+
+
+def number(estimate: Estimate | None) -> float:
+    return float("nan") if estimate is None or estimate.value is None else estimate.value
 
 
 def data_urls(plot: Plot) -> list[tuple[str, str]]:

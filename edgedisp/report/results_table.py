@@ -1,8 +1,7 @@
 """The before/after table: precisions down, one group of columns a metric across.
 
-A group has one column an arm and one for the paired difference of the main arm; then what a bundle costs on
-the device. The table holds raw values (shares, bytes, milliseconds); `Metric.scale` turns them into what is
-shown. Whether a difference is better or worse comes from comparisons.py.
+A group has one column an arm and one for the paired difference of the main arm; the last groups are costs.
+The table holds raw values (shares, bytes, milliseconds); `Metric.scale` turns them into what is shown.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgedisp.core.results import BASELINE, DISPERSED, Estimate, Run, arms_in_order
-from edgedisp.report.comparisons import NOT_CLEAR, Comparison, comparisons, headline, is_loss, is_share
-from edgedisp.report.formatting import bits, format_estimate, label, megabytes, plural
+from edgedisp.core.results import BASELINE, DISPERSED, Estimate, Run, TaskScore, arms_in_order
+from edgedisp.report.comparisons import MEAN, NOT_CLEAR, comparisons, headline, is_loss, is_share
+from edgedisp.report.formatting import MISSING, bits, format_estimate, label, megabytes, plural
 from edgedisp.report.layout import Grid, escape_markdown, grid_markdown, grid_text, printable
 
 DIFFERENCE = "difference"
@@ -92,7 +91,7 @@ class Row:
         if column != DIFFERENCE:
             return metric.text(self.value(metric, column), style)
         cell = self.difference(metric)
-        return "–" if cell is None else cell.text(metric, style)
+        return MISSING if cell is None else cell.text(metric, style)
 
 
 @dataclass(frozen=True)
@@ -114,11 +113,10 @@ class Table:
         return " or ".join(dict.fromkeys(row.main_arm for row in self.rows if row.main_arm)) or DISPERSED
 
     @property
-    def legend(self) -> str:
-        values = [one for row in self.rows for group in row.values.values() for one in group.values()]
-        paired = any(row.difference(metric) for row in self.rows for metric in self.metrics)
-        has_interval = any(one.has_interval for one in values)
-        return " ".join([INTERVAL] * has_interval + [PAIRED.format(arm=self.compared)] * paired)
+    def legend(self) -> list[str]:
+        """What brackets and stars mean, then the footnotes."""
+        is_paired = any(row.difference(metric) for row in self.rows for metric in self.metrics)
+        return [INTERVAL + f" {PAIRED.format(arm=self.compared)}" * is_paired, *self.notes]
 
 
 def table(run: Run, all_arms: bool = False) -> Table:
@@ -129,13 +127,12 @@ def table(run: Run, all_arms: bool = False) -> Table:
 def compare(runs: Sequence[Run], all_arms: bool = False) -> Table:
     """The same table over several runs: rows grouped by run, columns the union, missing cells empty."""
     titles = numbered([run.title for run in runs])
-    arms = arms_in_order(list(dict.fromkeys(arm for run in runs for arm in _columns(run, all_arms))))
-    rows = tuple(row for title, run in zip(titles, runs) for row in _rows(title, run))
-    metrics = [
-        metric for metric in (*_task_metrics(runs), *COSTS) if any(metric.key in row.values for row in rows)
-    ]
-    notes = [*_unlike(runs), *(note for run in runs for note in footnotes(run))]
-    return Table(tuple(arms), tuple(metrics), rows, tuple(titles), tuple(dict.fromkeys(notes)))
+    shown = [run.arms if all_arms or run.main_arm is None else [BASELINE, run.main_arm] for run in runs]
+    arms = arms_in_order(list(dict.fromkeys(arm for names in shown for arm in names)))
+    rows = [row for title, run in zip(titles, runs) for row in _rows(title, run)]
+    metrics = [one for one in (*_task_metrics(runs), *COSTS) if any(one.key in row.values for row in rows)]
+    notes = dict.fromkeys([*_unlike(runs), *(note for run in runs for note in footnotes(run))])
+    return Table(tuple(arms), tuple(metrics), tuple(rows), tuple(titles), tuple(notes))
 
 
 def numbered(names: Sequence[str]) -> list[str]:
@@ -144,10 +141,6 @@ def numbered(names: Sequence[str]) -> list[str]:
         name if name not in names[:place] else f"{name} ({names[:place].count(name) + 1})"
         for place, name in enumerate(names)
     ]
-
-
-def _columns(run: Run, all_arms: bool) -> list[str]:
-    return run.arms if all_arms or run.main_arm is None else [BASELINE, run.main_arm]
 
 
 def _task_metrics(runs: Sequence[Run]) -> list[Metric]:
@@ -172,10 +165,20 @@ def _metric(task: str, metric: str, higher_is_better: bool, is_paired: bool) -> 
 
 def _rows(title: str, run: Run) -> list[Row]:
     outcomes = {(one.arm, one.precision, one.task): one.outcome for one in comparisons(run)}
-    return [_row(title, run, precision, outcomes) for precision in run.precisions]
+    rows = []
+    for precision in run.precisions:
+        differences: dict[str, dict[str, Cell]] = {}
+        for arm in run.compared_arms:
+            for task, one in run.comparisons.get(arm, {}).get(precision, {}).items():
+                outcome = outcomes.get((arm, precision, task), NOT_CLEAR)
+                differences.setdefault(task, {})[arm] = Cell(one.main.estimate, outcome)
+        values = _values(run, precision)
+        rows.append(Row(title, precision, label(precision), run.main_arm, values, differences))
+    return rows
 
 
-def _row(title: str, run: Run, precision: str, outcomes: dict[tuple[str, str, str], str]) -> Row:
+def _values(run: Run, precision: str) -> dict[str, dict[str, Estimate]]:
+    """metric -> arm -> figure."""
     values: dict[str, dict[str, Estimate]] = {}
     for arm in run.arms:
         for task, score in run.measured(arm, precision).scores.items():
@@ -187,12 +190,7 @@ def _row(title: str, run: Run, precision: str, outcomes: dict[tuple[str, str, st
         for key in ("decode_tokens_per_s", "ttft_ms"):
             if timing is not None and (estimate := getattr(timing, key)) is not None:
                 values.setdefault(key, {})[arm] = Estimate(estimate.value)
-    differences: dict[str, dict[str, Cell]] = {}
-    for arm in run.compared_arms:
-        for task, difference in run.comparisons.get(arm, {}).get(precision, {}).items():
-            outcome = outcomes.get((arm, precision, task), NOT_CLEAR)
-            differences.setdefault(task, {})[arm] = Cell(difference.main.estimate, outcome)
-    return Row(title, precision, label(precision), run.main_arm, values, differences)
+    return values
 
 
 def _unlike(runs: Sequence[Run]) -> list[str]:
@@ -213,26 +211,25 @@ def footnotes(run: Run) -> list[str]:
     at_chance: dict[str, list[str]] = {}
     truncated: dict[str, dict[str, int]] = {}
     for precision in run.precisions:
-        scores = {arm: run.measured(arm, precision).scores for arm in run.arms}
-        for task in next(iter(scores.values()), {}):
-            ones = {arm: tasks[task] for arm, tasks in scores.items() if task in tasks}
-            lows = [(one.chance, one.main.estimate.low) for one in ones.values()]
+        by_task: dict[str, dict[str, TaskScore]] = {}
+        for arm in run.arms:
+            for task, score in run.measured(arm, precision).scores.items():
+                by_task.setdefault(task, {})[arm] = score
+                counts = truncated.setdefault(task, {})
+                counts[arm] = max(score.truncated, counts.get(arm, 0))
+        for task, scores in by_task.items():
+            lows = [(one.chance, one.main.estimate.low) for one in scores.values()]
             if all(chance is not None and low is not None and low <= chance for chance, low in lows):
-                chance = next(one.chance for one in ones.values()) or 0.0
-                at_chance.setdefault(f"{task} is at chance ({100 * chance:.0f} %)", []).append(
+                at_chance.setdefault(f"{task} is at chance ({100 * (lows[0][0] or 0):.0f} %)", []).append(
                     label(precision)
                 )
-            counts = truncated.setdefault(task, {})
-            counts |= {arm: max(one.truncated, counts.get(arm, 0)) for arm, one in ones.items()}
-    for what, where in at_chance.items():
-        notes.append(f"{what} in every arm at {', '.join(where)}: it says nothing there.")
+    for what, precisions in at_chance.items():
+        notes.append(f"{what} in every arm at {', '.join(precisions)}: it says nothing there.")
     for task, counts in truncated.items():
-        what = "requests were longer than the context and lost tokens on the left"
-        if len(set(counts.values())) > 1:
+        if any(counts.values()):
             each = ", ".join(f"{arm}: {number}" for arm, number in counts.items())
-            notes.append(f"{task}: {what}, not alike in all models ({each}).")
-        elif any(counts.values()):
-            notes.append(f"{task}: {max(counts.values())} {what}.")
+            alike = "" if len(set(counts.values())) == 1 else ", not alike in all models"
+            notes.append(f"{task}: requests longer than the context lost tokens on the left{alike} ({each}).")
     return notes
 
 
@@ -243,34 +240,39 @@ def table_text(table: Table, width: int = 80) -> str:
     """The table for a terminal: one block a metric, the costs in one."""
     if not table.rows or not table.metrics:
         return "No figures."
-    blocks = [[(metric, column) for column in table.columns(metric)] for metric in table.metrics]
-    costs = [column for block in blocks if block[0][0].kind == "cost" for column in block]
+    blocks = {metric.key: [(metric, column) for column in table.columns(metric)] for metric in table.metrics}
+    costs = [column for cost in COSTS for column in blocks.pop(cost.key, [])]
+    names = 2 if len(table.runs) > 1 else 1
     texts = []
-    for block in [*(block for block in blocks if block[0][0].kind != "cost"), *([costs] if costs else [])]:
-        styles = [_block(table, block, style) for style in ("full", "short", "bare")]
-        fitting = (grid for grid in styles if _width(grid) <= width)
-        texts.append(grid_text(next(fitting, styles[-1]), width))
-    found = [printable(note) for note in (table.legend, *table.notes) if note]
-    notes = [textwrap.fill(note, width, subsequent_indent="  ") for note in found]
-    return "\n\n".join([*texts, "\n".join(notes)] if notes else texts)
+    for block in [*blocks.values(), *([costs] if costs else [])]:
+        grids = [_block(table, block, style) for style in ("full", "short", "bare")]
+        fitting = (one for one in grids if _width(one) <= width)
+        texts.append(grid_text(next(fitting, grids[-1]), width, names))
+    notes = [textwrap.fill(printable(note), width, subsequent_indent="  ") for note in table.legend]
+    return "\n\n".join([*texts, "\n".join(notes)])
 
 
 def _block(table: Table, block: Sequence[tuple[Metric, str]], style: str) -> Grid:
     is_cost = block[0][0].kind == "cost"
-    several = len(table.runs) > 1
     head = [f"{metric.title}, {column}" if is_cost else column for metric, column in block]
-    rows = [
-        (
-            *([row.run] if several else []),
-            row.label,
-            *(row.text(metric, column, style) for metric, column in block),
-        )
+    units = "; ".join(dict.fromkeys(f"{metric.title}, {metric.unit}" for metric, _ in block))
+    return _grid(table, block, head, units if is_cost else block[0][0].heading, style)
+
+
+def _grid(
+    table: Table,
+    columns: Sequence[tuple[Metric, str]],
+    head: Sequence[str],
+    caption: str = "",
+    style: str = "full",
+) -> Grid:
+    """With several runs the first column names the run."""
+    several = len(table.runs) > 1
+    rows = tuple(
+        (*[row.run] * several, row.label, *(row.text(metric, column, style) for metric, column in columns))
         for row in table.rows
-    ]
-    units = {f"{metric.title}, {metric.unit}": None for metric, _ in block}
-    caption = "; ".join(units) if is_cost else block[0][0].heading
-    names = (*(["run"] if several else []), "precision")
-    return Grid((*names, *head), tuple(rows), caption, (0, 1) if several else (0,))
+    )
+    return Grid((*["run"] * several, "precision", *head), rows, caption)
 
 
 def _width(grid: Grid) -> int:
@@ -278,17 +280,10 @@ def _width(grid: Grid) -> int:
 
 
 def table_markdown(table: Table) -> str:
-    """One Markdown table; with several runs the first column names the run."""
+    """One Markdown table and its notes."""
     columns = [(metric, column) for metric in table.metrics for column in table.columns(metric)]
-    several = len(table.runs) > 1
-    head = (*["run"] * several, "precision", *(f"{metric.heading}: {column}" for metric, column in columns))
-    rows = [
-        (*[row.run] * several, row.label, *(row.text(metric, column) for metric, column in columns))
-        for row in table.rows
-    ]
-    notes = [escape_markdown(note) for note in (table.legend, *table.notes) if note]
-    grid = Grid(head, tuple(rows), "", tuple(range(1 + several)))
-    return "\n\n".join([grid_markdown(grid), *notes]) + "\n"
+    grid = _grid(table, columns, [f"{metric.heading}: {column}" for metric, column in columns])
+    return "\n\n".join([grid_markdown(grid), *map(escape_markdown, table.legend)]) + "\n"
 
 
 # All arms
@@ -302,13 +297,9 @@ def has_more_arms(run: Run) -> bool:
 def arms_grid(run: Run, task: str, precisions: Sequence[str], style: str = "short") -> Grid:
     """Arms down, precisions across: each arm's difference from the baseline on one task."""
     rows = [row for row in comparisons(run) if row.task == task]
-    by_cell = {(row.arm, row.precision): row for row in rows}
-
-    def text(row: Comparison | None) -> str:
-        return "–" if row is None else row.text(style) + ("" if row.outcome == NOT_CLEAR else "*")
-
+    texts = {(row.arm, row.precision): row.text(style) + "*" * (row.outcome != NOT_CLEAR) for row in rows}
     names = [name for name in precisions if any(row.precision == name for row in rows)]
-    body = [(arm, *(text(by_cell.get((arm, name))) for name in names)) for arm in run.compared_arms]
+    body = [(arm, *(texts.get((arm, name), MISSING) for name in names)) for arm in run.compared_arms]
     unit = next((f", {row.unit_text}" for row in rows if row.unit_text), "")
     caption = f"{task}{unit}: arm - baseline (*: better or worse by the verdict's rule)"
     return Grid(("arm", *map(label, names)), tuple(body), caption)
@@ -316,14 +307,11 @@ def arms_grid(run: Run, task: str, precisions: Sequence[str], style: str = "shor
 
 def arms_text(run: Run, width: int = 80) -> str:
     """For a terminal: each arm at the fewest and the most bits; empty where the table says it all."""
-    first = headline(comparisons(run))
-    if not has_more_arms(run) or first is None or first.task not in _tasks(run):
+    rows = comparisons(run)
+    first = headline(rows)
+    if not has_more_arms(run) or first is None or first.task == MEAN:
         return ""
-    names = sorted({row.precision for row in comparisons(run) if row.task == first.task}, key=bits)
+    names = sorted({row.precision for row in rows if row.task == first.task}, key=bits)
     grid = arms_grid(run, first.task, list(dict.fromkeys((names[0], names[-1]))))
-    over = f", {plural(len(run.seeds), 'seed')}" if len(run.seeds) > 1 else ""
-    return f"All arms against the baseline{over}\n" + grid_text(grid, width)
-
-
-def _tasks(run: Run) -> set[str]:
-    return {task for one in run.comparisons.values() for tasks in one.values() for task in tasks}
+    seeds = f", {plural(len(run.seeds), 'seed')}" if len(run.seeds) > 1 else ""
+    return f"All arms against the baseline{seeds}\n" + grid_text(grid, width)

@@ -27,31 +27,16 @@ from edgedisp.report.formatting import (
     significant,
     small,
 )
+from edgedisp.report.texts import TEXTS
 
 HELPS, HURTS, NULL = "helps", "hurts", "no measurable difference"
 CANNOT_TELL, SINGLE = "cannot tell at this size", "single arm"
+SMALL = "Cannot tell at this size"
 FEWEST_DOCUMENTS = 20
 WIDEST_NULL = 0.02  # nats per token: a wider interval cannot support "no difference"
-RULES = (
-    "The headline test is fixed beforehand: the difference in held-out loss per token (dispersed - baseline, "
-    "paired, clustered by document) at the precision that ships, the one with the fewest bits. Without an "
-    "arm “dispersed” it is the first arm with dispersion. Where no loss was compared, it is the mean over "
-    "the tasks that count right answers.",
-    "“helps” or “hurts”: its 95 % interval lies wholly below or wholly above 0, its test agrees (p at most "
-    "0.05), and the difference is larger than the noise floor, which is how far two scorings of the same "
-    "model differ.",
-    "“no measurable difference”: the interval contains 0, or leaves it out but the test or the noise floor "
-    f"objects; and its half-width is at most {WIDEST_NULL} nats per token (2 % of perplexity; for a mean "
-    f"over tasks {PUBLISHED_POINTS} points).",
-    f"“cannot tell at this size”: a smoke run, fewer than {FEWEST_DOCUMENTS} held-out documents, a wider "
-    "interval, no loss comparison, supporting tests that contradict a null headline, or arms whose losses "
-    "before the first update differ (the same model on the same batch: a fault of the computing).",
-    "Every other comparison of every arm is supporting: it counts as better or worse only by the same rule "
-    "and if it survives Holm's correction at 5 % over all of them.",
-    "A null result says what could have been seen: the difference that would be found 4 times out of 5, 1.43 "
-    "half-widths of the interval.",
-    "With several training seeds, intervals cover the choice of test text and the luck of training (the "
-    "spread between seeds). With one seed they cover the text alone, and how much luck matters is unknown.",
+RULES = tuple(
+    rule.format(nats=WIDEST_NULL, points=PUBLISHED_POINTS, documents=FEWEST_DOCUMENTS)
+    for rule in TEXTS["lists"]["rules"]
 )
 NO_FLOOR = "Here the noise floor was not measured, and no difference is held against it."
 
@@ -103,7 +88,7 @@ def _decide(run: Run, first: Comparison | None, supporting: Sequence[Comparison]
         return decided, [_claim(run, first, decided), *parts, _luck(first)]
     visible = [_visible(first), *_points(run, first), _luck(first)]
     if any(row.counts for row in supporting):
-        claim = "Cannot tell at this size: the headline shows no difference, but supporting tests do."
+        claim = f"{SMALL}: the headline shows no difference, but supporting tests do."
         return CANNOT_TELL, [claim, *parts, *visible]
     if first.estimate.excludes_zero:
         return NULL, [f"No measurable difference: {_objection(first)}.", *parts, *visible]
@@ -116,10 +101,7 @@ def _decide(run: Run, first: Comparison | None, supporting: Sequence[Comparison]
 def _too_small(run: Run, first: Comparison | None) -> str:
     """Why no claim is made at this size, or an empty string."""
     if run.smoke:
-        return (
-            "Cannot tell at this size: a smoke run proves that the recipe works and says nothing about "
-            "dispersion."
-        )
+        return f"{SMALL}: a smoke run proves that the recipe works and says nothing about dispersion."
     # The arms of joined runs are no twins: their first losses may well differ.
     pairs = [] if run.runs or first is None else run.first_losses(first.arm)
     unlike = [pair for pair in pairs if pair[0] != pair[1]]
@@ -129,13 +111,10 @@ def _too_small(run: Run, first: Comparison | None) -> str:
             f"{unlike[0][1]:.6f}), so the machine did not compute both alike. Build again."
         )
     if first is None:
-        return "Cannot tell at this size: neither a held-out loss nor a mean over tasks was compared."
+        return f"{SMALL}: neither a held-out loss nor a mean over tasks was compared."
     documents = first.estimate.documents
     if documents is not None and documents < FEWEST_DOCUMENTS:
-        return (
-            f"Cannot tell at this size: {plural(documents, 'held-out document')} compared, "
-            f"{FEWEST_DOCUMENTS} needed before an interval can be trusted."
-        )
+        return f"{SMALL}: {plural(documents, 'held-out document')} compared, {FEWEST_DOCUMENTS} are needed."
     widest = {"nats": WIDEST_NULL, "share": PUBLISHED_POINTS / 100}.get(first.unit, math.inf)
     return _too_wide(first) if not first.is_clear and first.half_width > widest else ""
 
@@ -155,23 +134,20 @@ def _per_precision(run: Run, arm: str, rows: Sequence[Comparison]) -> dict[str, 
 
 def evidence(run: Run, row: Comparison) -> str:
     """The figure, its interval, what it was measured on and after how much training."""
-    tokens = {run.training[arm].tokens for arm in (BASELINE, row.arm) if arm in run.training}
-    value, low_high, _ = estimate_texts(row.estimate, row.scale, signs=True)
+    tokens = sorted({run.training[arm].tokens for arm in (BASELINE, row.arm) if arm in run.training})
     estimate = row.estimate
+    value, low_high, _ = estimate_texts(estimate, row.scale, signs=True)
     sizes = [plural(n, word) for n, word in ((estimate.n, "item"), (estimate.documents, "document")) if n]
-    seeds = len(estimate.seeds.values) if estimate.seeds else 1
-    measured_on = [text for text in (" from ".join(sizes), f"{seeds} seeds" if seeds > 1 else "") if text]
-    interval = f"(95 % interval {low_high.replace(', ', ' to ')}"
-    interval += f"; {', '.join(measured_on)})" if measured_on else ")"
-    unit = f" {row.unit_text}" if row.unit_text else ""
-    what = _measured(row) if unit else f"{row.task} (a perplexity)"
+    parts = [f"95 % interval {low_high.replace(', ', ' to ')}", *([" from ".join(sizes)] if sizes else [])]
+    what = f"{_measured(row) if row.unit_text else f'{row.task} (a perplexity)'}{_where(row)}"
+    figure = " ".join(text for text in (value, row.unit_text, f"({'; '.join(parts)})") if text)
     if row.precision == AS_GIVEN:
-        text = f"{what} of {row.arm} - baseline is {value}{unit} {interval}."
+        text = f"{what} of {row.arm} - baseline is {figure}."
     else:
-        text = f"{what}{_where(row)} changes by {value}{unit} with {_cause(row.arm)} {interval}."
+        text = f"{what} changes by {figure} with {_cause(row.arm)}."
     if not tokens:
         return text[0].upper() + text[1:]
-    return f"After {' or '.join(count(one) for one in sorted(tokens))} training tokens per arm, {text}"
+    return f"After {' or '.join(map(count, tokens))} training tokens per arm, {text}"
 
 
 def _claim(run: Run, row: Comparison, decided: str) -> str:
@@ -201,62 +177,48 @@ def _luck(row: Comparison) -> str:
     """What is known of the luck of training."""
     seeds = row.estimate.seeds
     if row.precision == AS_GIVEN:
-        return (
-            "How these models were trained is not known here: the interval covers the choice of items alone."
-        )
+        return "How these models were trained is not known: the interval covers the choice of items alone."
     if seeds is None or seeds.sd is None:
-        return (
-            "One training seed per arm: how much the luck of training matters is unknown, and not in the "
-            "interval."
-        )
+        return "One training seed per arm: the luck of training is unknown, and not in the interval."
     decimals = decimals_for(row.half_width, 4)
     each = ", ".join(signed(value, decimals) for value in seeds.values)
-    return (
-        f"The {len(seeds.values)} seeds differ by {fixed(seeds.sd, decimals)} (standard deviation; {each}), "
-        "which the interval includes."
-    )
+    sd = fixed(seeds.sd, decimals)
+    return f"The {len(seeds.values)} seeds differ by {sd} (standard deviation; {each}), within the interval."
 
 
 def _too_wide(row: Comparison) -> str:
     """What could be seen, and the documents to see more: an interval narrows with their square root."""
-    text = (
-        f"Cannot tell at this size: a difference of less than {_amount(row, row.detectable)} would not show."
-    )
+    size = _amount(row, row.detectable)
+    text = f"{SMALL}: a difference of less than {size} would not show."
     if row.is_mostly_seeds:
         return f"{text} More of that is the luck of training than the choice of text: more seeds would tell."
     if row.unit == "nats" and row.estimate.documents:
-        needed = math.ceil(row.estimate.documents * (row.detectable / WIDEST_NULL) ** 2)
-        text += f" About {_about(needed)} held-out documents are needed to see {WIDEST_NULL} nats per token."
+        needed = _about(row.estimate.documents * (row.detectable / WIDEST_NULL) ** 2)
+        text += f" About {needed} held-out documents are needed to see {WIDEST_NULL} nats per token."
     return text
 
 
 def _visible(row: Comparison) -> str:
     """What a null result could have shown."""
-    if row.half_width == 0:
+    if row.half_width == 0 and row.value == 0:
         return f"Both arms gave the same {'answer' if row.task == MEAN else 'loss'} everywhere."
     return f"A difference of {_amount(row, row.detectable)} or more would be found 4 times out of 5."
 
 
 def _points(run: Run, row: Comparison) -> list[str]:
-    """What the tasks that count right answers could have shown, and what the published gain would take."""
+    """What the mean over tasks could have shown, and the items that the published gain would take."""
     mean = run.means.get(row.arm, {}).get(row.precision)
     if mean is None or not mean.estimate.half_width or not mean.estimate.n:
         return []
-    estimate, seeds = mean.estimate, mean.estimate.seeds
     points = 100 * detectable(mean.estimate.half_width)
     what = f"The mean of {len(mean.tasks)} tasks, {plural(mean.estimate.n, 'item')}{_where(row)},"
     text = f"{what} would show {fixed(points, 1)} points or more"
     if points <= PUBLISHED_POINTS:
         return [f"{text}."]
-    of_items = points
-    if seeds is not None and seeds.item_low is not None and seeds.item_high is not None:
-        of_items = 100 * detectable((seeds.item_high - seeds.item_low) / 2)
-    if points > math.sqrt(2) * of_items:
-        return [f"{text}; more of that is the luck of training than the choice of items."]
-    needed = math.ceil((estimate.n or 0) * (of_items / PUBLISHED_POINTS) ** 2)
-    return [
-        f"{text}; the smallest published gain, {PUBLISHED_POINTS} points, takes about {_about(needed)} items."
-    ]
+    if mean.estimate.seeds is not None:
+        return [f"{text}; the smallest published gain is {PUBLISHED_POINTS} points."]
+    needed = _about(mean.estimate.n * (points / PUBLISHED_POINTS) ** 2)
+    return [f"{text}; the smallest published gain, {PUBLISHED_POINTS} points, takes about {needed} items."]
 
 
 def _not_compared(run: Run, row: Comparison) -> list[str]:
@@ -267,21 +229,17 @@ def _not_compared(run: Run, row: Comparison) -> list[str]:
 
 def _others(supporting: Sequence[Comparison]) -> str:
     """The supporting comparisons: how many, how many are clear alone, what survives the correction."""
-    total, clear = len(supporting), [row for row in supporting if row.is_clear]
+    if not supporting:
+        return "Nothing else was compared."
+    clear = [row for row in supporting if row.is_clear]
     survivors = [row for row in clear if row.counts]
+    text = f"Of {plural(len(supporting), 'other comparison')}, {len(clear) or 'none'} alone "
+    text += f"{'shows' if len(clear) < 2 else 'show'} a difference"
     if not clear:
-        none = f"None of the {total} other comparisons shows a difference." if total > 1 else ""
-        return none or ("The other comparison shows none either." if total else "Nothing else was compared.")
-    text = f"Of {plural(total, 'other comparison')}, {len(clear)} {_verb(clear, 'show')} a difference"
+        return f"{text}."
     if not survivors:
         return f"{text} ({_named(clear)}); none survives Holm's correction, so no claim rests on them."
-    return (
-        f"{text} and {len(survivors)} {_verb(survivors, 'survive')} Holm's correction: {_named(survivors)}."
-    )
-
-
-def _verb(rows: Sequence[Comparison], verb: str) -> str:
-    return f"{verb}s" if len(rows) == 1 else verb
+    return f"{text}; after Holm's correction there remain {len(survivors)}: {_named(survivors)}."
 
 
 def _named(rows: Sequence[Comparison]) -> str:
@@ -292,20 +250,16 @@ def _named(rows: Sequence[Comparison]) -> str:
 
 def _single(run: Run) -> list[str]:
     """What there is to say without a comparison: the arm and its loss at the fewest bits."""
-    if not run.arms:
-        return ["No arm was built."]
-    if len(run.arms) > 1:
-        return [
-            f"No baseline was built beside {' and '.join(run.arms)}, so there is nothing to compare with."
-        ]
+    if len(run.arms) != 1:
+        names = " and ".join(run.arms) or "nothing"
+        return [f"No baseline was built beside {names}, so there is nothing to compare with."]
     arm = run.arms[0]
     parts = [f"Single arm: only {arm} was built, so there is nothing to compare."]
     for precision in reversed(run.precisions):
         for task, score in run.measured(arm, precision).scores.items():
-            value = score.main.estimate.value
-            if is_loss(score.main.metric) and value is not None:
-                name = task.replace("_", " ")
-                return [*parts, f"Its {name} at {label(precision)} is {significant(value)}."]
+            if is_loss(score.main.metric):
+                value = significant(score.main.estimate.value)
+                return [*parts, f"Its {task.replace('_', ' ')} at {label(precision)} is {value}."]
     return parts
 
 
@@ -330,7 +284,7 @@ def _amount(row: Comparison, size: float) -> str:
     return f"{fixed(100 * size, 1)} points" if row.unit == "share" else small(size)
 
 
-def _about(number: int) -> str:
-    """Two significant digits."""
-    digits = len(str(number)) - 2
-    return f"{round(number, -digits) if digits > 0 else number:,}"
+def _about(number: float) -> str:
+    """A count rounded up, with two significant digits."""
+    whole = math.ceil(number)
+    return f"{round(whole, min(0, 2 - len(str(whole)))):,}"

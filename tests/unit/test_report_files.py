@@ -142,13 +142,13 @@ def test_fairness_names_what_differs() -> None:
         "dispersion.weight",
     ]
     rows = {row[0]: row[1] for row in fairness_section(run).grids[0].rows}
-    assert set(rows.values()) == {"yes"} and len(rows) == 6
+    assert set(rows.values()) == {"yes"} and len(rows) == 4
     other = replace(run.training["dispersed"], steps=41, settings={"lr": 2.0}, weights_sha256="a0" * 32)
     broken = replace(run, training={**run.training, "dispersed": other})
     rows = {row[0]: row[1] for row in fairness_section(broken).grids[0].rows}
     assert (
-        rows["same steps and tokens"]
-        == rows["same optimizer, schedule, seed"]
+        rows["steps and tokens"]
+        == rows["optimizer, schedule, seed"]
         == rows["trained weights differ"]
         == "NO"
     )
@@ -248,7 +248,7 @@ def test_a_run_shows_what_was_measured_later() -> None:
     page = single_page(run)
     assert 'id="devices"' in page and "128+64" in page and "Not shown, as the bundles were made anew" in page
     other = replace(run.devices[0], rows=[*run.devices[0].rows, timing("dispersed/int4", 80.0)])
-    assert "dispersed/int4, 128+128" in single_page(replace(run, devices=[other]))
+    assert ">128+128<" in single_page(replace(run, devices=[other]))
 
 
 def test_a_device_without_figures_gives_no_table() -> None:
