@@ -136,10 +136,7 @@ def markdown(rows: list[dict[str, Any]], sentences: dict[str, str]) -> str:
     )
     title = "# Before and after: what dispersion does to SmolLM2-135M, and what is left of it"
     picture = "![differences in held-out loss](before_after.svg)"
-    return (
-        "\n\n".join([title, *said, picture, grid_markdown(Grid(head, tuple(texts))), note])
-        + "\n"
-    )
+    return "\n\n".join([title, *said, picture, grid_markdown(Grid(head, tuple(texts))), note]) + "\n"
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

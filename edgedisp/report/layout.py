@@ -73,7 +73,7 @@ class Section:
 
 
 def section(key: str, grids: Iterable[Grid] = (), lead: str = "", **parts: Iterable[Any]) -> Section:
-    """A section without empty grids and columns, with its title and lead. parts: facts, plots, notes, code."""
+    """A section without empty grids and columns, with its title and lead. parts: facts, plots, notes."""
     title, usual_lead = TEXTS["sections"][key]
     filled = tuple(one.without_empty_columns() for one in grids if one.rows)
     return Section(

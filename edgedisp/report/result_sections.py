@@ -262,8 +262,8 @@ def model_grid(profiles: dict[str, Condensation]) -> Grid:
         ),
     }
     caption = (
-        "Mean cosine over all layers. Change, paired by sequence: of an arm from the baseline, of a bundle from "
-        "its torch model"
+        "Mean cosine over all layers. Change, paired by sequence: of an arm from the baseline, of a bundle "
+        "from its torch model"
     )
     return grid("model", profiles.items(), columns, caption)
 

@@ -39,7 +39,9 @@ def fairness_section(run: Run) -> Section:
             "held-out documents": lambda one: count(one.get("heldout_documents")),
         }
         rows = [(str(one.get("title")), one) for one in run.runs]
-        return section("fairness", [grid("run", rows, of_run, "The runs, joined on common items")])
+        return section(
+            "fairness", [grid("run", rows, of_run, "The runs, joined on the items that both were asked")]
+        )
     model, corpus = run.model, run.corpus
     texts = {
         "base model": model.get("base"),

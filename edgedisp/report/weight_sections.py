@@ -80,7 +80,7 @@ def survival_section(run: Run) -> Section:
 def _survival_notes(run: Run, records: list[tuple[str, Json]]) -> Iterator[str]:
     for name, record in records:
         if unmatched := record.get("unmatched"):
-            yield f"{name}: {len(unmatched)} packed tensors have no counterpart in the torch model: not counted."
+            yield f"{name}: {len(unmatched)} packed tensors have no counterpart in torch: not counted."
         if record["references"].get("base", {"total": 1}).get("total") is None:
             yield f"{name}: no weight is stored on a block grid that the change could be compared on."
         if record.get("nearest") is not None and record["nearest"] < 0.9999:

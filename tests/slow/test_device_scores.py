@@ -276,4 +276,4 @@ def test_the_table_tells_scores_verdict_and_what_is_missing() -> None:
     assert "80.0 [71.1, 86.7] %" in shown and "-20" in shown
     assert "a/int4: cloze: 100 of 120 items answered" in shown
     assert "2 items longer than the context" in shown
-    assert [one.key for one in device_sections([device_result(device)])] == ["scores", "device0"]
+    assert [one.key for one in device_sections([device_result(device)])] == ["device_scores", "device0"]
