@@ -13,9 +13,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from _results_file import RESULTS, write
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from record import RESULTS, write
 
 from edgedisp.commands.compare import join_runs
 from edgedisp.commands.plan import threads_for

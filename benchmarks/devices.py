@@ -2,13 +2,11 @@
 
     python benchmarks/devices.py --model FOLDER [--repetitions 5]
 
-`--model` is a Hugging Face folder, such as <run>/dispersed/model. Three bundles are exported of it: `laptop`
-(int4, --target laptop-x64), `browser` (int4, --target browser: unfolds to fp32 as it opens), and `fp32`,
-which has no packed weights. Then, as `edgedisp bench` does it:
-
-- `laptop` on local and on ssh to this machine's loopback;
-- `browser` and `fp32` in headless Chromium, `fp32` on local, with ONE thread each: what the browser costs;
-- `laptop` in onnxruntime-genai, with the threads of the physical cores and with none named, in turns.
+`--model` is a Hugging Face folder, such as <run>/dispersed/model. Three bundles are exported: `laptop` (int4,
+--target laptop-x64), `browser` (int4, --target browser: unfolds to fp32 as it opens), and `fp32`, without
+packed weights. Then `laptop` is timed on local and on ssh to this machine's loopback; `browser` and `fp32` in
+headless Chromium and `fp32` on local with ONE thread each, which is what the browser costs; and `laptop` in
+onnxruntime-genai with the threads of the physical cores, with one, and with none in its configuration.
 
 Needs chromium, sshd (docs/devices.md) and an idle machine.
 """
@@ -23,8 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS, write
-from turns import PROMPT, timed
+from _results_file import RESULTS, write
+from other_runtimes import genai_command, time_in_turns
 
 from edgedisp.bench.devices import BenchOptions
 from edgedisp.bench.results import median_interval
@@ -39,20 +37,10 @@ from edgedisp.report.render import devices_page
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 import sshd
 
-PAUSE_S = 1.0
-RUNNER = Path(__file__).with_name("genai_runner.py")
+DECODE = "decode_tokens_per_s"
 
 
-class Quiet:
-    """An observer that shows nothing."""
-
-    def started(self, name: str, number: int, total: int) -> None: ...
-    def progress(self, done: int, total: int, note: str) -> None: ...
-    def finished(self, name: str, record: Any) -> None: ...
-    def kept(self, name: str, record: Any) -> None: ...
-
-
-def exported(model: Path, folder: Path) -> dict[str, Path]:
+def exported(model: Path, folder: Path, screen: Screen) -> dict[str, Path]:
     """The three bundles, made under `folder`."""
     plain = (
         "name: fp32\ndescription: fp32\narchitecture: x86_64\nprecision: fp32\nthreads: 1\n"
@@ -61,86 +49,62 @@ def exported(model: Path, folder: Path) -> dict[str, Path]:
     (folder / "fp32.yaml").write_text(plain, encoding="utf-8")
     targets = {"laptop": "laptop-x64", "browser": "browser", "fp32": str(folder / "fp32.yaml")}
     for name, target in targets.items():
-        export_bundle(model, target, folder / name, Quiet())
+        export_bundle(model, target, folder / name, screen)
     return {name: folder / name for name in targets}
 
 
-def on_devices(bundles: dict[str, Path], repetitions: int, folder: Path) -> dict[str, Any]:
-    """Everything that `edgedisp bench` measures, as one result of it."""
-    usual = BenchOptions(repetitions=repetitions, pause_s=PAUSE_S, setup=True)
-    single = BenchOptions(repetitions=repetitions, pause_s=PAUSE_S, threads=1)
-    with sshd.running(folder / "sshd") as server, Screen("devices") as screen:
-        os.environ["EDGEDISP_SSH"] = server.command
-        kinds = ["local", server.device]
-        native = time_bundles([bundles["laptop"]], kinds, usual, screen.progress)
-        page = time_bundles([bundles["browser"], bundles["fp32"]], ["browser"], single, screen.progress)
-        plain = time_bundles([bundles["fp32"]], ["local"], single, screen.progress)
-    native["devices"][1]["device"] = "ssh, loopback"
-    plain["devices"][0]["device"] = "local, 1 thread"
-    return {"format": 1, "devices": [one for part in (native, page, plain) for one in part["devices"]]}
-
-
-def in_genai(bundle: Path, rounds: int) -> list[dict[str, Any]]:
-    """Decode and prefill speed in onnxruntime-genai with the cores' threads, with 1, and with none named."""
-    counts = {"cores": physical_cores(), "one": 1, "unset": 0}
-    base = [sys.executable, str(RUNNER), str(bundle), "--prompt", str(PROMPT), "--interactive"]
-    commands = {name: [*base, "--threads", str(count)] for name, count in counts.items()}
-    found = timed(commands, rounds)
-    rows = []
-    for name, one in found.items():
-        spreads = {key: median_interval(values) for key, values in one.items()}
-        rows.append({"name": f"genai/{name}", "threads": counts[name] or None, **spreads, "each": one})
-    return rows
-
-
-def figures(result: dict[str, Any], genai: list[dict[str, Any]]) -> dict[str, float]:
-    """The numbers that the table's readers ask for."""
-    rows = {(d["device"], r["label"]): r for d in result["devices"] for r in d.get("rows", ())}
-    each = {row["name"]: row["each"]["decode_tokens_per_s"] for row in genai}
-    browser, fp32 = rows["browser", "browser"], rows["browser", "fp32"]
-    native, laptop = rows["local, 1 thread", "fp32"], rows["local", "laptop"]
-    decode = "decode_tokens_per_s"
-    return {
-        "browser_decode_tokens_per_s": browser[decode],
-        "browser_fp32_decode_tokens_per_s": fp32[decode],
-        "browser_ratio_to_native_fp32": fp32[decode] / native[decode],
-        "browser_download_mb": browser["download_bytes"] / 1e6,
-        "local_decode_tokens_per_s": laptop[decode],
-        "local_fp32_one_thread_decode_tokens_per_s": native[decode],
-        "local_fp32_one_thread_gb_per_s": native["implied_bandwidth_gb_per_s"],
-        "ssh_decode_ratio_to_local": rows["ssh, loopback", "laptop"][decode] / laptop[decode],
-        "genai_default_threads_decode_ratio": statistics.median(
-            a / b for a, b in zip(each["genai/cores"], each["genai/unset"])
-        ),
-        "genai_cores_decode_tokens_per_s": statistics.median(each["genai/cores"]),
-    }  # fmt: skip
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="a Hugging Face folder")
     parser.add_argument("--repetitions", type=int, default=5)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     if sshd.MISSING:
         raise SystemExit(sshd.MISSING)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        bundles = exported(asked.model, folder)
-        genai = in_genai(bundles["laptop"], asked.repetitions)
-        result = on_devices(bundles, asked.repetitions, folder)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "devices.html").write_text(
-        devices_page([device_result(one) for one in result["devices"]]), encoding="utf-8"
-    )
-    rows = [{"device": one["device"], **row} for one in result["devices"] for row in one.get("rows", ())]
-    write(
-        "devices", figures(result, genai), [*rows, *genai], devices=[_facts(one) for one in result["devices"]]
-    )
-
-
-def _facts(device: dict[str, Any]) -> dict[str, Any]:
-    """A device without its rows and single repetitions."""
-    return {key: value for key, value in device.items() if key not in ("rows", "repetitions", "order")}
+    usual = BenchOptions(repetitions=options.repetitions, pause_s=1.0, setup=True)
+    single = BenchOptions(repetitions=options.repetitions, pause_s=1.0, threads=1)
+    with tempfile.TemporaryDirectory() as scratch, Screen("devices") as screen:
+        bundles = exported(options.model, Path(scratch), screen)
+        laptop, browser, fp32 = bundles.values()
+        counts = {"cores": physical_cores(), "one": 1, "unset": 0}
+        commands = {name: genai_command(laptop, count) for name, count in counts.items()}
+        speeds = time_in_turns(commands, options.repetitions)
+        with sshd.running(Path(scratch) / "sshd") as server:
+            os.environ["EDGEDISP_SSH"] = server.command
+            native = time_bundles([laptop], ["local", server.device], usual, screen.progress)
+            page = time_bundles([browser, fp32], ["browser"], single, screen.progress)
+            plain = time_bundles([fp32], ["local"], single, screen.progress)
+    native["devices"][1]["device"] = "ssh, loopback"
+    plain["devices"][0]["device"] = "local, 1 thread"
+    devices = [device for part in (native, page, plain) for device in part["devices"]]
+    (RESULTS / "devices.html").write_text(devices_page([device_result(one) for one in devices]), "utf-8")
+    genai: list[dict[str, Any]] = [
+        {
+            "name": f"genai/{name}",
+            "threads": counts[name] or None,
+            **{key: median_interval(values) for key, values in found.items()},
+            "each": found,
+        }
+        for name, found in speeds.items()
+    ]
+    rows = [{"device": device["device"], **row} for device in devices for row in device["rows"]]
+    by_name = {(row["device"], row["label"]): row for row in rows}
+    one_thread, local = by_name["local, 1 thread", "fp32"], by_name["local", "laptop"]
+    ratios = [a / b for a, b in zip(speeds["cores"][DECODE], speeds["unset"][DECODE])]
+    figures = {
+        "browser_decode_tokens_per_s": by_name["browser", "browser"][DECODE],
+        "browser_fp32_decode_tokens_per_s": by_name["browser", "fp32"][DECODE],
+        "browser_ratio_to_native_fp32": by_name["browser", "fp32"][DECODE] / one_thread[DECODE],
+        "browser_download_mb": by_name["browser", "browser"]["download_bytes"] / 1e6,
+        "local_decode_tokens_per_s": local[DECODE],
+        "local_fp32_one_thread_decode_tokens_per_s": one_thread[DECODE],
+        "local_fp32_one_thread_gb_per_s": one_thread["implied_bandwidth_gb_per_s"],
+        "ssh_decode_ratio_to_local": by_name["ssh, loopback", "laptop"][DECODE] / local[DECODE],
+        "genai_default_threads_decode_ratio": statistics.median(ratios),
+        "genai_cores_decode_tokens_per_s": statistics.median(speeds["cores"][DECODE]),
+    }
+    left_out = ("rows", "repetitions", "order")
+    facts = [{key: value for key, value in one.items() if key not in left_out} for one in devices]
+    write("devices", figures, [*rows, *genai], devices=facts)
 
 
 if __name__ == "__main__":

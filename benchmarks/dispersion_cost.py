@@ -1,18 +1,14 @@
-"""What the dispersion term costs in time and memory. Writes results/dispersion_cost.json.
+"""What the dispersion term costs in time and memory. Writes results/dispersion_cost.json
 
     python benchmarks/dispersion_cost.py [--rounds 30]
 
 Time: whole training steps (forward, backward, clip, AdamW) of SmolLM2-135M on real text, three ways in turn:
 without the term, with ours in its default settings, and with the paper's form (256 tokens drawn for each
-layer, all layers, written here from its formula over the collected hidden states; in every third round). The
-order is reversed in every other round, and a ratio is the median over rounds of two steps of one round.
-
-Gradient: how near the one of the drawn tokens is to the one of all pairs, so that the default can be judged.
-
-Memory: the most bytes that tensors hold at one moment of such a step (weights, optimizer and every
-allocation that torch's profiler counts), the same in every run; beside it the highest resident memory of a
-fresh process, which differs by 2 % between two runs of the same code. For the loss over every pair of 4,096
-tokens of 1,024 features at 4 layers: what a fresh process grows by beyond its inputs.
+layer, all layers, written here from its formula; in every third round). A ratio is the median over rounds of
+two steps of one round. Gradient: how near that of the drawn tokens is to that of all pairs. Memory: the most
+bytes that tensors take at one moment of such a step, as torch's profiler counts, and the highest resident
+memory of a fresh process, which differs by 2 % between two runs. For the loss over every pair of 4,096 tokens
+of 1,024 features at 4 layers: what a fresh process grows by beyond its inputs.
 """
 
 from __future__ import annotations
@@ -30,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import quickstart_base, quickstart_blocks, spread, write
+from _results_file import median_and_quartiles, quickstart_base, quickstart_blocks, write
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -126,8 +122,15 @@ def time_steps(rounds: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         print(file=sys.stderr)
         for way in WAYS:
             counted = {turn: seconds for turn, seconds in taken[way].items() if turn}  # the first warms up
-            ratio, low, high = spread([here / taken["off"][turn] for turn, here in counted.items()])
-            row = {"setting": name, "way": way, "step_s": spread(list(counted.values()))[0], "ratio": ratio}
+            ratio, low, high = median_and_quartiles(
+                [here / taken["off"][turn] for turn, here in counted.items()]
+            )
+            row = {
+                "setting": name,
+                "way": way,
+                "step_s": median_and_quartiles(list(counted.values()))[0],
+                "ratio": ratio,
+            }
             rows.append({**row, "ratio_quartiles": [low, high], "rounds": len(counted)})
         figures[f"step_time_ratio_{name}"] = rows[-2]["ratio"]
         figures[f"paper_form_step_time_ratio_{name}"] = rows[-1]["ratio"]
@@ -153,12 +156,12 @@ def peak_of_steps(name: str, way: str, folder: str) -> dict[str, float]:
     return {"resident": resident, "tensors": float(held + grown)}
 
 
-def plain_pairs(vectors: Tensor) -> Tensor:
-    return angular(vectors, torch.ones(vectors.shape[:2], dtype=torch.bool), clamp=0.1).mean()
-
-
-def blockwise_pairs(vectors: Tensor) -> Tensor:
-    return pairwise_loss("angular", vectors).mean()
+PAIRS: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda vectors: angular(
+        vectors, torch.ones(vectors.shape[:2], dtype=torch.bool), clamp=0.1
+    ).mean(),
+    "blockwise": lambda vectors: pairwise_loss("angular", vectors).mean(),
+}
 
 
 def gradients(counts: tuple[int, ...] = (32, 64, 128, 256)) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -187,9 +190,6 @@ def gradients(counts: tuple[int, ...] = (32, 64, 128, 256)) -> tuple[dict[str, f
             rows.append({"setting": name, "cosines": cosines})
             print(f"{name}: {figures[name]:.5f}", file=sys.stderr)
     return figures, rows
-
-
-PAIRS: dict[str, Callable[[Tensor], Tensor]] = {"plain": plain_pairs, "blockwise": blockwise_pairs}
 
 
 def all_pairs(way: str) -> dict[str, float]:
@@ -248,25 +248,13 @@ def memory_of_pairs() -> tuple[dict[str, float], list[dict[str, Any]]]:
     figures, rows = {}, []
     pairs = {way: [in_fresh_process("pairs", way) for _ in range(3)] for way in PAIRS}
     best = {way: min(runs, key=lambda run: run["seconds"]) for way, runs in pairs.items()}
-    grown = {way: spread([run["bytes"] for run in runs])[0] for way, runs in pairs.items()}
+    grown = {way: median_and_quartiles([run["bytes"] for run in runs])[0] for way, runs in pairs.items()}
     figures["blockwise_memory_ratio_4096"] = grown["blockwise"] / grown["plain"]
     figures["blockwise_time_ratio_4096"] = best["blockwise"]["seconds"] / best["plain"]["seconds"]
     for way, run in best.items():
         rows.append({"setting": f"all pairs of {LAYERS} x {TOKENS} x {FEATURES}", "way": way, **run})
         rows[-1]["bytes"] = grown[way]
     return figures, rows
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| setting | way | step | ratio | quartiles |", "|---|---|---|---|---|"]
-    for row in rows:
-        if "step_s" in row:
-            low, high = row["ratio_quartiles"]
-            lines.append(
-                f"| {row['setting']} | {row['way']} | {row['step_s']:.3f} s | {row['ratio']:.3f} "
-                f"| {low:.3f} to {high:.3f} |"
-            )
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -280,7 +268,6 @@ def main() -> None:
         return
     with keep_freed_memory():  # as in a build
         timed, time_rows = time_steps(chosen.rounds)
-    print(table(time_rows))
     figures, rows = timed, time_rows
     for part in (memory_of_steps, memory_of_pairs, gradients):
         found, found_rows = part()

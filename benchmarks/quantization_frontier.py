@@ -2,64 +2,58 @@
 
     python benchmarks/quantization_frontier.py --work FOLDER [--wikitext FILE] [--trained] [--only NAME ...]
 
-Every way to quantize the quickstart's base makes a bundle, in a process of its own, which tells its seconds
-and its peak memory. Each bundle is then scored as it ships (int8 activations) on held-out text of the
-quickstart and, where `--wikitext` names a file of plain text, on that: perplexity over 24 blocks of 256
-tokens each, as a ratio to the fp32 bundle on the same tokens. In the end one bundle of each graph is timed,
-in turns, with the default int4 bundle of onnxruntime-genai's model builder among them, and llama.cpp at Q4_0
-where llama-cpp-python is installed. Sizes are those of bundles as packed for a laptop, 4,096 positions.
+Every row quantizes the quickstart's base in a process of its own, so that its peak memory is its own. Each
+bundle is scored as it ships (int8 activations) on 24 blocks of 256 tokens of the quickstart's held-out text
+and, where `--wikitext` names a file, of that: perplexity as a ratio to the fp32 bundle on the same tokens.
+One bundle of each graph is timed, in turns, with the default int4 bundle of onnxruntime-genai's model
+builder, and with llama.cpp at Q4_0 where llama-cpp-python is installed. Sizes are those of bundles as packed
+for a laptop, 4,096 positions. `--trained` also trains the base on 80k tokens, plainly and under
+rounding, and quantizes that; its ratios are to the plainly trained model in fp32.
 
-`--trained` also trains the base on 80k tokens of the quickstart's text, plainly and under rounding, and
-quantizes that; ratios are to the plainly trained model in fp32.
-
-What is done lies in FOLDER and is not done again, so the benchmark can be stopped and continued. Quantization
-sees training text alone. The quickstart's base is a 4-bit GGUF expanded to fp32: its weights already lie on a
-4-bit grid with other zero points, and the fp32 rows are the best that this model has.
-
-The two ratios of a row are two texts; where a figure has to be one number it is the worse of both. Intervals
-are over blocks of text, the bundles as they are: how a calibration happens to fall is not in them.
+Finished rows stay in FOLDER (5 GB), so the benchmark can be stopped and continued. The quickstart's base is a
+4-bit GGUF expanded to fp32: its weights lie on a 4-bit grid with other zero points. Of two texts a figure is
+the worse. Intervals are over blocks of text: how a calibration happens to fall is not in them.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
-import logging
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import turns
-from record import RESULTS, write
+from _results_file import RESULTS, write
+from other_runtimes import FIGURES, llama_cpp_command, onnxruntime_command, time_in_turns
 from scipy import stats
 
-from edgedisp import models, stages
+from edgedisp import data, models
+from edgedisp.bench.graph_stats import find_graph, graph_hash
 from edgedisp.bench.results import compare_speeds
 from edgedisp.bench.system import physical_cores
+from edgedisp.core.files import write_json
 from edgedisp.core.paths import data_folder
-from edgedisp.core.progress import silent
+from edgedisp.core.progress import Screen
 from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
+from edgedisp.pipeline import build_plan
 from edgedisp.pipeline.rounding import Trained, trained_roundings
+from edgedisp.pipeline.stage import Stage, walk
 from edgedisp.recipe import Recipe, load
 from edgedisp.train.performance import peak_memory_bytes
 from edgedisp.train.quantized_weights import round_weights
 
-BLOCKS, CONTEXT, SMALL_MB = 24, 256, 100.0
-POSITIONS = 4096
-KEPT = ("seconds", "peak_memory_bytes", "as_trained")  # of what a cell found
+BLOCKS, CONTEXT, POSITIONS, SMALL_MB = 24, 256, 4096, 100.0
 PROMPTS, NEW_TOKENS = 20, 64  # decoded greedily, to compare a bundle with what was trained
-TRAINED_TOKENS = "train.tokens=80k"
-BUILDER = "genai builder, default int4"
-LLAMA_CPP = "llama.cpp, Q4_0"
-FP32 = "fp32"
-
+BUILDER, LLAMA_CPP = "genai builder, default int4", "llama.cpp, Q4_0"
+FP32, TRAINED_FP32 = "fp32", "trained, fp32"
+LATE = "aware={precision: int4, start: 0.85}"
 # Name -> what the quickstart's recipe is changed in. All quantize to 4 bits but the first.
 BASE: dict[str, list[str]] = {
     "int8": [],
@@ -73,7 +67,6 @@ BASE: dict[str, list[str]] = {
     "search 100 MB, gptq": ["budget=100MB", "method=gptq"],
 }
 # The same after training on 80k tokens; `aware` trains under the rounding.
-LATE = "aware={precision: int4, start: 0.85}"
 TRAINED: dict[str, list[str]] = {
     "trained, rtn": [],
     "trained, gptq": ["method=gptq"],
@@ -84,113 +77,66 @@ TRAINED: dict[str, list[str]] = {
 }
 
 
-def recipe_of(changes: list[str]) -> Recipe:
-    """The quickstart with the changes of a row; to round to nearest, where it does not say otherwise."""
-    written = [TRAINED_TOKENS, "arms=[baseline]", "quantize.int4={method: rtn}"]
-    for change in changes:
+def recipe_of(name: str) -> Recipe:
+    """The quickstart with the changes of a row; rounding to nearest unless it says otherwise."""
+    keys = {"budget": "quantize.budget", "aware": "train.quantization_aware"}
+    changes = ["train.tokens=80k", "arms=[baseline]", "quantize.int4={method: rtn}"]
+    for change in (BASE | TRAINED).get(name, []):
         key, _, value = change.partition("=")
-        place = {"budget": "quantize.budget", "aware": "train.quantization_aware"}.get(
-            key, f"quantize.int4.{key}"
-        )
-        written.append(f"{place}={value}")
-    return load(data_folder("recipes") / "quickstart.yaml", written)
+        changes.append(f"{keys.get(key, f'quantize.int4.{key}')}={value}")
+    return load(data_folder("recipes") / "quickstart.yaml", changes)
 
 
-class Workplace:
-    """The folders of this benchmark; each is made when it is asked for, whole or not at all."""
+def row_folder(name: str) -> str:
+    return "row-" + name.replace(",", "").replace(" ", "-")
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
 
-    def made(self, name: str, make: Any) -> Path:
-        done = self.folder / name
-        if not done.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
-                own = Path(scratch) / "own"
-                own.mkdir()
-                make(own)
-                own.rename(done)
-        return done
+def stages_of(name: str) -> list[Stage]:
+    """The stages of a row, as a build has them; the last makes its bundle. All rows share one run folder."""
+    recipe, threads, row = recipe_of(name), physical_cores(), row_folder(name)
+    stages, model = [build_plan.base(recipe), build_plan.corpus(recipe)], "base"
+    if name in TRAINED:
+        model = "trained" if recipe.train.quantization_aware is None else f"{row}-model"
+        stages.append(replace(build_plan.training(recipe, recipe.arm_runs[0]), name=model))
+    fp32 = replace(build_plan.export("baseline", threads), name=f"{model}-fp32", inputs={"model": model})
+    if name in (FP32, TRAINED_FP32):
+        return [*stages, fp32]
+    bundle = build_plan.quantize(recipe, "baseline", "int8" if name == "int8" else "int4", threads)
+    inputs = {"bundle": fp32.name, "model": model, "corpus": "corpus"}
+    return [*stages, fp32, replace(bundle, name=row, inputs={key: inputs[key] for key in bundle.inputs})]
 
-    def base(self) -> Path:
-        recipe = recipe_of([])
-        return self.made("base", lambda own: stages.base(recipe.model, CONTEXT, recipe.folder, own, silent))
 
-    def corpus(self) -> Path:
-        recipe, base = recipe_of([]), self.base()
-        blocks = recipe.steps * recipe.train.batch
-
-        def make(own: Path) -> None:
-            stages.tokens(recipe.data, recipe.seed, blocks, base, recipe.folder, False, own, silent)
-
-        return self.made("corpus", make)
-
-    def model(self, name: str) -> Path:
-        """The base, or for a row of TRAINED the model after its training."""
-        changes = TRAINED.get(name)
-        if changes is None:
-            return self.base()
-        recipe, base, corpus = recipe_of(changes), self.base(), self.corpus()
-        rounded = None if recipe.train.quantization_aware is None else recipe.quantize.int4
-        called = "trained" if rounded is None else f"{slug(name)}-model"
-
-        def make(own: Path) -> None:
-            arm = recipe.arm_runs[0]
-            stages.midtrain(
-                recipe.train, recipe.steps, recipe.seed, arm, rounded, base, corpus, own, told(called)
-            )
-
-        return self.made(called, make)
-
-    def fp32(self, source: Path) -> Path:
-        """Its graph, and the seconds that it took."""
-
-        def make(own: Path) -> None:
+def make(name: str, work: Path, stages: list[Stage] | None = None) -> Path:
+    """The bundle of a row; its seconds and this process's peak memory are in a file beside it."""
+    if name == BUILDER:
+        folder = work / row_folder(name)
+        if not folder.exists():
             started = time.perf_counter()
-            stages.export(source, physical_cores(), own, silent)
-            seconds = time.perf_counter() - started
-            (self.folder / f"{source.name}-fp32.seconds.json").write_text(json.dumps(seconds))
+            genai_builder(work / "base", folder)
+            usage = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes()}
+            write_json(folder.with_suffix(".usage.json"), usage)
+        return folder
+    stages = stages or stages_of(name)
+    with Screen("frontier") as screen:
+        last = walk(stages, work, screen)[-1]
+    folder, path = work / last.name, work / f"{last.name}.usage.json"
+    if not path.exists():
+        usage = {"seconds": last.record.seconds, "peak_memory_bytes": peak_memory_bytes()}
+        recipe = recipe_of(name)
+        if recipe.train.quantization_aware is not None:
+            model = work / f"{last.name}-model"
+            usage["as_trained"] = as_trained(Trained(recipe.quantize.int4, 4), model, folder, work / "corpus")
+        write_json(path, usage)
+    return folder
 
-        return self.made(f"{source.name}-fp32", make)
 
+def genai_builder(source: Path, out: Path) -> None:
+    """What onnxruntime-genai's model builder makes of int4 on a CPU with its own defaults."""
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
-def told(name: str) -> Any:
-    """Progress of a long step on stderr, a line each ten steps."""
-
-    def progress(done: int, total: int, note: str) -> None:
-        if done % 10 == 0:
-            print(f"  {name}: {done} of {total} {note}", file=sys.stderr)
-
-    return progress
-
-
-def cell(work: Workplace, name: str) -> None:
-    """Make the bundle of one row, and leave its record beside it. Runs in a process of its own."""
-    source = work.model(name)
-    parent, corpus = work.fp32(source), work.corpus()
-    recipe = recipe_of(BASE.get(name) or TRAINED.get(name) or [])
-    is_trained = recipe.train.quantization_aware is not None
-    seconds = time.perf_counter()
-
-    def make(own: Path) -> None:
-        progress = told(name)
-        if recipe.quantize.searched:
-            record = stages.quantize_searched(
-                recipe.quantize, recipe.seed, parent, source, corpus, own, progress
-            )
-        else:
-            bits = 8 if name == "int8" else 4
-            section = recipe.quantize.int8 if bits == 8 else recipe.quantize.int4
-            record = stages.quantize(section, bits, parent, source, corpus, own, progress, is_trained)
-        kept = {key: record[key] for key in ("search",) if key in record}
-        result = {"seconds": time.perf_counter() - seconds, "peak_memory_bytes": peak_memory_bytes(), **kept}
-        if is_trained:
-            rounding = Trained(recipe.quantize.int4, 4)
-            result["as_trained"] = as_trained(rounding, source, own, corpus)
-        (own / "result.json").write_text(json.dumps(result))
-
-    work.made(slug(name), make)
+    with tempfile.TemporaryDirectory() as cache:
+        words = ("", str(source), str(out), "int4", "cpu", cache)
+        create_model(*words, **parse_extra_options(*words, []))
 
 
 def as_trained(rounding: Trained, source: Path, bundle: Path, corpus: Path) -> dict[str, float]:
@@ -200,151 +146,101 @@ def as_trained(rounding: Trained, source: Path, bundle: Path, corpus: Path) -> d
     round_weights(opened, *trained_roundings(rounding, source))
     reference = models.TorchModel(opened)
     exact = OnnxModel(bundle, physical_cores(), graph=at_accuracy_level(bundle, 0))
-    held = np.load(corpus / "heldout.npy", allow_pickle=False)[:PROMPTS].astype(np.int64)
+    blocks = np.load(corpus / "heldout.npy", allow_pickle=False)[:PROMPTS].astype(np.int64)
     largest, same = 0.0, 0
-    for number, block in enumerate(held):
+    for number, block in enumerate(blocks):
         ids, mask = block[None], np.ones_like(block[None])
         largest = max(largest, float(np.abs(reference(ids, mask) - exact(ids, mask)).max()))
         prompt = block[: 8 + 4 * number].tolist()
-        texts = [one.greedy(prompt, NEW_TOKENS, frozenset()) for one in (reference, exact)]
+        texts = [model.greedy(prompt, NEW_TOKENS, frozenset()) for model in (reference, exact)]
         same += next((i for i, pair in enumerate(zip(*texts)) if pair[0] != pair[1]), NEW_TOKENS)
-    return {"max_abs_difference": largest, "greedy_agreement": same / (len(held) * NEW_TOKENS)}
+    return {"max_abs_difference": largest, "greedy_agreement": same / (len(blocks) * NEW_TOKENS)}
 
 
-def build_default(source: Path, own: Path) -> None:
-    """What onnxruntime-genai's model builder makes of int4 on a CPU without being told anything else."""
-    from onnxruntime_genai.models.builder import create_model, parse_extra_options
-
-    said, started = io.StringIO(), time.perf_counter()
-    logging.disable(logging.WARNING)
-    with (
-        tempfile.TemporaryDirectory() as cache,
-        contextlib.redirect_stdout(said),
-        contextlib.redirect_stderr(said),
-    ):
-        place = ("", str(source), str(own), "int4", "cpu", cache)
-        create_model(*place, **parse_extra_options(*place, []))
-    logging.disable(logging.NOTSET)
-    result = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes()}
-    (own / "result.json").write_text(json.dumps(result))
-
-
-def slug(name: str) -> str:
-    return "row-" + name.replace(",", "").replace(" ", "-")
-
-
-def texts(work: Workplace, wikitext: Path | None) -> dict[str, np.ndarray]:
+def text_blocks(work: Path, wikitext: Path | None) -> dict[str, np.ndarray]:
     """Token blocks to score on, int64 [BLOCKS, CONTEXT]."""
-    held = np.load(work.corpus() / "heldout.npy", allow_pickle=False)[:BLOCKS].astype(np.int64)
-    found = {"heldout": held}
-    if wikitext is not None:
-        tokenizer = models.load_tokenizer(work.base())
-        ids = models.encode(tokenizer, wikitext.read_text(encoding="utf-8")[: 40 * BLOCKS * CONTEXT])
-        found["wikitext"] = np.array(ids[: BLOCKS * CONTEXT], np.int64).reshape(BLOCKS, CONTEXT)
-    return found
+    heldout = np.load(work / "corpus" / "heldout.npy", allow_pickle=False)[:BLOCKS].astype(np.int64)
+    if wikitext is None:
+        return {"heldout": heldout}
+    text = wikitext.read_text(encoding="utf-8")[: 40 * BLOCKS * CONTEXT]
+    ids = models.encode(models.load_tokenizer(work / "base"), text)[: BLOCKS * CONTEXT]
+    return {"heldout": heldout, "wikitext": np.array(ids, np.int64).reshape(BLOCKS, CONTEXT)}
 
 
-def losses(bundle: Path, blocks: np.ndarray) -> list[float]:
+def losses(bundle: Path, blocks: np.ndarray) -> np.ndarray:
     """Nats per token of each block on its own, in the bundle's own arithmetic."""
-    shipped, found = OnnxModel(bundle, physical_cores()), []
+    session, values = OnnxModel(bundle, physical_cores()), []
     for block in blocks:
-        logits = shipped(block[None], np.ones_like(block[None]))[0, :-1].astype(np.float64)
-        top = logits.max(-1, keepdims=True)
-        normaliser = top[:, 0] + np.log(np.exp(logits - top).sum(-1))
-        found.append(float((normaliser - logits[np.arange(len(logits)), block[1:]]).mean()))
-    return found
+        logits = session(block[None], np.ones_like(block[None]))[0, :-1].astype(np.float64)
+        log_probs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        values.append(-log_probs[np.arange(len(logits)), block[1:]].mean())
+    return np.array(values)
 
 
-def scored(work: Workplace, name: str, bundle: Path, blocks: dict[str, np.ndarray]) -> dict[str, list[float]]:
-    """Losses by text; kept beside the bundle, not in it: what lies there goes along into its offspring."""
-    path = work.folder / f"{bundle.name}.losses.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    for text in blocks:
-        if text not in found:
-            print(f"scoring {name} on {text}", file=sys.stderr)
-            found[text] = losses(bundle, blocks[text])
-            path.write_text(json.dumps(found))
-    return {text: found[text] for text in blocks}
+def perplexity_ratio(ours: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """With its 95 % interval: blocks are paired, their differences taken as normal."""
+    change = ours - reference
+    half = stats.t.ppf(0.975, len(change) - 1) * change.std(ddof=1) / np.sqrt(len(change))
+    low, middle, high = np.exp(change.mean() + np.array([-half, 0.0, half]))
+    return {"ratio": float(middle), "low": float(low), "high": float(high)}
 
 
-def ratio(ours: list[float], against: list[float]) -> dict[str, float]:
-    """Of perplexities, with its 95 % interval: blocks are paired, their differences taken as normal."""
-    difference = np.subtract(ours, against)
-    middle = difference.mean()
-    reach = stats.t.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / np.sqrt(len(difference))
-    low, high = np.exp([middle - reach, middle + reach])
-    return {"ratio": float(np.exp(middle)), "low": float(low), "high": float(high)}
-
-
-def packed(bundles: dict[str, Path], scratch: Path) -> tuple[dict[str, Path], dict[str, float]]:
-    """Bundles as a laptop gets them, and their MB; the builder's stays as it is."""
-    ready, sizes = {}, {}
-    for name, bundle in bundles.items():
-        ready[name] = bundle
-        if name != BUILDER:
-            ready[name] = scratch / slug(name)
-            ready[name].mkdir()
-            for_device(bundle, ready[name], threads=physical_cores(), context=POSITIONS)
-        files = [file for file in ready[name].iterdir() if file.name.startswith("model.onnx")]
-        sizes[name] = sum(file.stat().st_size for file in files) / 1e6
-    return ready, sizes
-
-
-def speeds(ready: dict[str, Path], repetitions: int, gguf: Path, folder: Path) -> dict[str, Any]:
-    """Name -> its medians and its ratios to the builder's bundle, paired by round; one timing a graph."""
-    same = turns.graphs(ready)
-    commands = {name: turns.runner(ready[name]) for name in dict.fromkeys(same.values())}
-    if (command := turns.llama_cpp(gguf, folder)) is not None:
+def speeds(bundles: dict[str, Path], repetitions: int, work: Path) -> dict[str, dict[str, Any]]:
+    """Name -> medians, and ratios to the builder's bundle and llama.cpp; one timing for each graph."""
+    first: dict[str, str] = {}
+    timed_as = {name: first.setdefault(graph_hash(find_graph(path)), name) for name, path in bundles.items()}
+    commands = {name: onnxruntime_command(bundles[name]) for name in first.values()}
+    model = recipe_of("").model
+    if command := llama_cpp_command(data.fetch(model.base, sha256=model.sha256), work):
         commands[LLAMA_CPP] = command
-    values = turns.timed(commands, repetitions)
-    found: dict[str, Any] = {}
-    for name, timed_as in {**same, **({LLAMA_CPP: LLAMA_CPP} if LLAMA_CPP in values else {})}.items():
-        mine, row = values[timed_as], {"timed_as": timed_as}
-        for figure in turns.FIGURES:
-            row[figure] = float(np.median(mine[figure]))
+        timed_as[LLAMA_CPP] = LLAMA_CPP
+    values = time_in_turns(commands, repetitions)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, same in timed_as.items():
+        rows[name] = {"timed_as": same, **{key: float(np.median(values[same][key])) for key in FIGURES}}
+        for key in FIGURES:
             for other, short in ((BUILDER, "builder"), (LLAMA_CPP, "llama_cpp")):
-                name_of_ratio = figure.replace("tokens_per_s", f"ratio_{short}")
-                row[name_of_ratio] = (
-                    compare_speeds(values[other][figure], mine[figure]) if other in values else None
-                )
-        found[name] = row
-    return found
+                ratio = compare_speeds(values[other][key], values[same][key]) if other in values else None
+                rows[name][key.replace("tokens_per_s", f"ratio_{short}")] = ratio
+    return rows
 
 
-def figures(rows: list[dict[str, Any]], fp32_bytes: float) -> dict[str, Any]:
+def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The named ones; those without a row to come from are null."""
     by_name = {row["name"]: row for row in rows}
 
-    def best(names: Any) -> float | None:
-        fit = [by_name[n]["ratio"] for n in names if n in by_name and by_name[n]["size_mb"] <= SMALL_MB]
-        return min(fit, default=None)
+    def of(names: Iterable[str], value: Callable[[dict[str, Any]], Any], choose: Any) -> Any:
+        values = [value(by_name[name]) for name in names if name in by_name]
+        return choose((value for value in values if value is not None), default=None)
 
-    def fastest(key: str) -> float | None:
-        ours = [by_name[name]["speed"][key] for name in BASE if name in by_name and name != "int8"]
-        return max((found["ratio"] for found in ours if found is not None), default=None)
+    def best(names: Iterable[str]) -> Any:
+        return of(names, lambda row: row["ratio"] if row["size_mb"] <= SMALL_MB else None, min)
 
-    def of(name: str, key: str) -> Any:
-        return by_name.get(name, {}).get(key)
+    def fastest(key: str) -> Any:
+        names = [name for name in BASE if name != "int8"]
+        return of(names, lambda row: row["speed"][key] and row["speed"][key]["ratio"], max)
 
-    rtn = of("rtn", "seconds")
-    peaks = {name: found for name in [*BASE, *TRAINED] if (found := of(name, "peak_memory_bytes"))}
-    searched = [found for name, found in peaks.items() if "search" in name]
-    plain = [found for name, found in peaks.items() if "search" not in name]
-    trained = [found for name in TRAINED if (found := of(name, "as_trained"))]
+    def memory(searched: bool) -> Any:
+        names = [name for name in (*BASE, *TRAINED) if ("search" in name) == searched]
+        peak, size = of(names, lambda row: row["peak_memory_bytes"], max), by_name[FP32]["size_mb"] * 1e6
+        return peak and peak / size
+
+    def trained(key: str, choose: Any) -> Any:
+        return of(TRAINED, lambda row: (row.get("as_trained") or {}).get(key), choose)
+
+    seconds = {name: of([name], lambda row: row["seconds"], max) for name in (FP32, "rtn", "gptq")}
+    ratios = [f"{part}_ratio_{other}" for other in ("builder", "llama_cpp") for part in ("decode", "prefill")]
     return {
         "ptq_perplexity_ratio_100mb": best(BASE),
         "qat_perplexity_ratio_100mb": best(name for name in TRAINED if name.startswith("aware")),
-        "trained_ptq_perplexity_ratio_100mb": best(n for n in TRAINED if n.startswith("trained")),
-        "decode_ratio_builder": fastest("decode_ratio_builder"),
-        "prefill_ratio_builder": fastest("prefill_ratio_builder"),
-        "decode_ratio_llama_cpp": fastest("decode_ratio_llama_cpp"),
-        "prefill_ratio_llama_cpp": fastest("prefill_ratio_llama_cpp"),
-        "rtn_seconds": None if rtn is None else rtn + of(FP32, "seconds"),
-        "gptq_seconds": of("gptq", "seconds"),
-        "peak_memory_ratio": max(plain) / fp32_bytes if plain else None,
-        "peak_memory_ratio_search": max(searched) / fp32_bytes if searched else None,
-        "as_trained_max_abs_difference": max((one["max_abs_difference"] for one in trained), default=None),
-        "as_trained_greedy_agreement": min((one["greedy_agreement"] for one in trained), default=None),
+        "trained_ptq_perplexity_ratio_100mb": best(name for name in TRAINED if name.startswith("trained")),
+        **{key: fastest(key) for key in ratios},
+        "rtn_seconds": seconds["rtn"] and seconds["rtn"] + seconds[FP32],
+        "gptq_seconds": seconds["gptq"],
+        "peak_memory_ratio": memory(False),
+        "peak_memory_ratio_search": memory(True),
+        "as_trained_max_abs_difference": trained("max_abs_difference", max),
+        "as_trained_greedy_agreement": trained("greedy_agreement", min),
     }
 
 
@@ -352,7 +248,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
     """Loss by row, best last, with what it takes in size and speed; beside the JSON."""
     from matplotlib.figure import Figure
 
-    shown = [row for row in rows if row["name"] not in (FP32, "trained, fp32")]
+    shown = [row for row in rows if row["name"] not in (FP32, TRAINED_FP32)]
     shown.sort(key=lambda row: (row["name"] in TRAINED, -row["ratio"]))
     figure = Figure(figsize=(9, 0.6 + 0.29 * len(shown)), layout="constrained")
     axes = figure.subplots()
@@ -377,68 +273,67 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder of what is done; some 5 GB")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder of finished rows; some 5 GB")
     parser.add_argument("--wikitext", type=Path, help="plain text to score on, beside the held-out text")
     parser.add_argument("--trained", action="store_true", help="also train: some 20 minutes more")
     parser.add_argument("--only", nargs="*", help="rows to make; default: all")
     parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
-    parser.add_argument("--train", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    work = Workplace(asked.work)
-    if asked.cell == BUILDER:
-        work.made(slug(BUILDER), lambda own: build_default(work.base(), own))
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    work: Path = options.work
+    if options.row:
+        make(options.row, work)
         return
-    if asked.train:
-        work.fp32(work.model(asked.train))
-        return
-    if asked.cell:
-        cell(work, asked.cell)
-        return
-    names = [name for name in [BUILDER, *BASE, *(TRAINED if asked.trained else ())]
-             if asked.only is None or name in asked.only]  # fmt: skip
-    work.corpus()
-    for name in names:  # in a process each, so that its memory is its own
-        if not (work.folder / slug(name)).exists():
-            print(f"making {name}", file=sys.stderr)
-            command = [sys.executable, __file__, "--work", str(asked.work)]
-            if name in TRAINED:
-                subprocess.run([*command, "--train", name], check=True)
-            subprocess.run([*command, "--cell", name], check=True)
-    parents = {FP32: work.fp32(work.base())}
+    work.mkdir(parents=True, exist_ok=True)
+    names = [
+        name
+        for name in [BUILDER, *BASE, *(TRAINED if options.trained else ())]
+        if options.only is None or name in options.only
+    ]
+    bundles = {FP32: make(FP32, work)}
     if any(name in TRAINED for name in names):
-        parents["trained, fp32"] = work.fp32(work.model("trained, rtn"))
-    bundles = {**parents, **{name: work.folder / slug(name) for name in names}}
-    blocks = texts(work, asked.wikitext)
-    scores = {name: scored(work, name, bundle, blocks) for name, bundle in bundles.items()}
-    with tempfile.TemporaryDirectory(dir=asked.work) as scratch:
-        ready, sizes = packed(bundles, Path(scratch))
-        gguf = stages.fetch_base(recipe_of([]).model, recipe_of([]).folder, silent)
-        speed = speeds(ready, asked.repetitions, gguf, asked.work)
-    rows = []
-    for name, bundle in bundles.items():
-        against = scores["trained, fp32" if name in TRAINED else FP32]
-        ratios = {text: ratio(scores[name][text], against[text]) for text in blocks}
-        worst = max(ratios.values(), key=lambda found: found["ratio"])
-        result = bundle / "result.json"
-        made = json.loads(result.read_text()) if result.is_file() else {}
-        if name == FP32:
-            made = {"seconds": json.loads((work.folder / f"{bundle.name}.seconds.json").read_text())}
-        perplexities = {text: float(np.exp(np.mean(found))) for text, found in scores[name].items()}
-        rows.append({"name": name, "size_mb": sizes[name], **worst, "ratios": ratios,
-                     "perplexity": perplexities, "speed": speed[name],
-                     **{key: made.get(key) for key in KEPT}})  # fmt: skip
-    found = figures(rows, sizes[FP32] * 1e6)
+        bundles[TRAINED_FP32] = make(TRAINED_FP32, work, stages_of("trained, rtn")[:-1])
+    for name in names:
+        print(f"making {name}", file=sys.stderr)
+        if name in TRAINED:  # trained here, so that the row's peak memory is quantization's
+            with Screen("frontier") as screen:
+                walk(stages_of(name)[:-1], work, screen)
+        command = [sys.executable, __file__, "--work", str(work), "--row", name]
+        subprocess.run(command, check=True)
+        bundles[name] = work / row_folder(name)
+    blocks = text_blocks(work, options.wikitext)
+    scores = {
+        name: {text: losses(path, ids) for text, ids in blocks.items()} for name, path in bundles.items()
+    }
+    with tempfile.TemporaryDirectory(dir=work) as scratch:
+        packed = {name: path for name, path in bundles.items() if name == BUILDER}
+        for name, path in bundles.items():
+            if name != BUILDER:
+                packed[name] = Path(scratch) / row_folder(name)
+                packed[name].mkdir()
+                for_device(path, packed[name], threads=physical_cores(), context=POSITIONS)
+        sizes = {
+            name: sum(file.stat().st_size for file in path.glob("model.onnx*")) / 1e6
+            for name, path in packed.items()
+        }
+        speed = speeds(packed, options.repetitions, work)
+    rows: list[dict[str, Any]] = []
+    for name, path in bundles.items():
+        reference = scores[TRAINED_FP32 if name in TRAINED else FP32]
+        ratios = {text: perplexity_ratio(scores[name][text], reference[text]) for text in blocks}
+        row = {"name": name, "size_mb": sizes[name], **max(ratios.values(), key=lambda one: one["ratio"])}
+        row |= {"ratios": ratios, "perplexity": {t: float(np.exp(v.mean())) for t, v in scores[name].items()}}
+        usage = json.loads((work / f"{path.name}.usage.json").read_text())
+        rows.append({**row, "speed": speed[name], "as_trained": None, **usage})
+        print(
+            f"{name:38} {row['size_mb']:6.1f} MB  x{row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]  "
+            + "  ".join(f"{key} {speed[name][key]:.1f}" for key in FIGURES)
+        )
     draw(rows)
-    for row in rows:
-        print(f"{row['name']:38} {row['size_mb']:6.1f} MB  x{row['ratio']:.3f} "
-              f"[{row['low']:.3f}, {row['high']:.3f}]  "
-              f"decode {row['speed']['decode_tokens_per_s']:6.1f}  "
-              f"prefill {row['speed']['prefill_tokens_per_s']:6.0f}")  # fmt: skip
     if LLAMA_CPP in speed:
         rows.append({"name": LLAMA_CPP, "speed": speed[LLAMA_CPP]})
-    write("quantization_frontier", found, rows)
+    write("quantization_frontier", figures(rows[: len(bundles)]), rows)
 
 
 if __name__ == "__main__":

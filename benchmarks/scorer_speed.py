@@ -26,10 +26,10 @@ from typing import Any
 import lm_eval.models  # noqa: F401  makes lm-eval's own known
 import numpy as np
 import torch
+from _results_file import write
 from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.api.registry import get_model
-from record import write
 
 from edgedisp.bench.interleaved_timing import turns
 from edgedisp.bench.results import compare_speeds

@@ -1,24 +1,21 @@
-"""How often intervals hold the truth, and how often the verdict claims what is not there: by simulation.
+"""How often intervals contain the truth, and how often the verdict claims what is not there: by simulation.
 
-    python benchmarks/coverage.py [--repetitions 2000]
+    python benchmarks/statistics_coverage.py [--repetitions 2000]
 
-Every row draws items from a known truth, many times, and asks the statistics of `edgedisp.evaluate` for a
-95 % interval. Losses are clustered by document and correlated between the models, as held-out losses are; a
-document's difficulty has a standard deviation of 0.5 nats per token and the arms' difference one of 0.02.
-Accuracies disagree on a share of the items, right and wrong alike. The verdict is that of a build without any
-difference. Writes results/coverage.json. Numbers alone: no model is opened.
+Every row draws items from a known truth, many times, and asks `edgedisp.evaluate` for a 95 % interval. Losses
+are clustered by document and correlated between the models: a document's difficulty has a standard deviation
+of 0.5 nats per token, the arms' difference one of 0.02. Accuracies differ on a share of the items, either way
+alike. The verdict is that of a build without any difference. Writes results/statistics_coverage.json
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from record import write
+from _results_file import write
 from scipy import stats
 
 from edgedisp.core.results import Estimate, Run, TaskDifference, TaskScore
@@ -40,23 +37,17 @@ def losses(rng: Rng, documents: int, models: list[float], per_document: int = 1)
     """The same items under several models, whose true losses are 3 + each value, in nats per token."""
     hard = rng.normal(3, DIFFICULTY, documents)
     tokens = rng.integers(60, 256, (documents, per_document))
-    found: list[Items] = []
+    models_items: list[Items] = []
     for shift in models:
         own = rng.normal(shift, SPREAD / np.sqrt(2), (documents, 1))
-        each = hard[:, None] + own + rng.normal(0, SPREAD / 4, tokens.shape)
-        found.append(
+        nll = (hard[:, None] + own + rng.normal(0, SPREAD / 4, tokens.shape)) * tokens
+        models_items.append(
             [
-                {
-                    "id": f"{d}.{k}",
-                    "document": d,
-                    "nll": float(each[d, k] * tokens[d, k]),
-                    "tokens": int(tokens[d, k]),
-                }
-                for d in range(documents)
-                for k in range(per_document)
+                {"id": f"{d}.{k}", "document": d, "nll": float(nll[d, k]), "tokens": int(tokens[d, k])}
+                for d, k in np.ndindex(tokens.shape)
             ]
         )
-    return found
+    return models_items
 
 
 def answers(rng: Rng, items: int, differing: float) -> tuple[Items, Items]:
@@ -179,34 +170,32 @@ ROWS: dict[str, Callable[[Rng], dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=2000)
-    asked = parser.parse_args()
+    parser.add_argument("--only", nargs="*", help="rows; nothing is recorded")
+    options = parser.parse_args()
     rows, figures = [], {}
     for number, (name, draw) in enumerate(ROWS.items()):
-        started = time.perf_counter()
+        if options.only is not None and name not in options.only:
+            continue
         rng = np.random.default_rng([1, number])
-        drawn = [draw(rng) for _ in range(asked.repetitions)]
-        row: dict[str, Any] = {"name": name, "repetitions": asked.repetitions}
-        for key in ("holds", "rejects", "claims"):
-            if key in drawn[0]:
-                hits = sum(one[key] for one in drawn)
-                interval = stats.binomtest(hits, len(drawn)).proportion_ci(method="wilson")
-                row |= {
-                    key: hits / len(drawn),
-                    f"{key}_low": float(interval.low),
-                    f"{key}_high": float(interval.high),
-                }
-                figures[f"{key}: {name}"] = hits / len(drawn)
+        drawn = [draw(rng) for _ in range(options.repetitions)]
+        row: dict[str, Any] = {"name": name, "repetitions": options.repetitions}
+        for key in [key for key in ("holds", "rejects", "claims") if key in drawn[0]]:
+            hits = sum(one[key] for one in drawn)
+            interval = stats.binomtest(hits, len(drawn)).proportion_ci(method="wilson")
+            row |= {
+                key: hits / len(drawn),
+                f"{key}_low": float(interval.low),
+                f"{key}_high": float(interval.high),
+            }
+            figures[f"{key}: {name}"] = hits / len(drawn)
+            print(f"{name:46} {key} {100 * row[key]:.1f} %")
         if "width" in drawn[0]:
             row["mean_width"] = float(np.mean([one["width"] for one in drawn]))
         rows.append(row)
-        shown = ", ".join(
-            f"{key} {100 * row[key]:.1f} %" for key in ("holds", "rejects", "claims") if key in row
-        )
-        print(f"{name:46} {shown}")
-        print(f"  {time.perf_counter() - started:.0f} s", file=sys.stderr)
-    write("coverage", figures, rows)
+    if options.only is None:
+        write("statistics_coverage", figures, rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What benchmarks share: the model they train, and the JSON that keeps a figure together with its origin.
+"""What benchmarks share: the quickstart's model and text, and the JSON file of a result.
 
-`results/<script>.json` holds `machine`, `versions`, `commit`, `command`, `figures` (name: number) and `rows`.
+`results/<script>.json` has `machine`, `versions`, `commit`, `command`, `figures` (name: number) and `rows`.
 """
 
 from __future__ import annotations
@@ -26,34 +26,26 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "peft")
 
 
-def write(script: str, figures: dict[str, float], rows: list[dict[str, Any]], **more: Any) -> None:
-    """Write results/<script>.json."""
-    machine = {key: value for key, value in describe().items() if key != "packages"}
+def write(script: str, figures: dict[str, Any], rows: list[Any], *, suffix: str = "", **more: Any) -> None:
+    """Write results/<script><suffix>.json. Paths in the command are shown from the top of the checkout."""
+    words = [word.removeprefix(f"{RESULTS.parent.parent}/") for word in sys.argv[1:]]
     result = {
-        "machine": machine,
+        "machine": {key: value for key, value in describe().items() if key != "packages"},
         "versions": {name: installed_version(name) for name in PACKAGES},
         "commit": git_commit(),
-        "command": shlex.join(["python", f"benchmarks/{script}.py", *map(_from_the_top, sys.argv[1:])]),
+        "command": shlex.join(["python", f"benchmarks/{script}.py", *words]),
         "figures": figures,
         "rows": rows,
-        **more,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{script}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path = RESULTS / f"{script}{suffix}.json"
+    path.write_text(json.dumps({**result, **more}, indent=1) + "\n", encoding="utf-8")
     print(f"wrote results/{path.name}")
-
-
-def _from_the_top(argument: str) -> str:
-    """A path within the checkout as seen from its top: what lies above is this machine's alone."""
-    return argument.removeprefix(f"{RESULTS.parent.parent}/")
 
 
 def quickstart_base() -> tuple[Any, Any]:
     """The quickstart's base, SmolLM2-135M-Instruct in float32, and its tokenizer."""
     recipe = load(data_folder("recipes") / "quickstart.yaml")
-    where = data.fetch(recipe.model.base, sha256=recipe.model.sha256)
-    return models.open_base(where)
+    return models.open_base(data.fetch(recipe.model.base, sha256=recipe.model.sha256))
 
 
 def quickstart_blocks(tokenizer: Any, context: int, blocks: int) -> np.ndarray:
@@ -64,7 +56,6 @@ def quickstart_blocks(tokenizer: Any, context: int, blocks: int) -> np.ndarray:
     return data.training_blocks(documents, encode, context, blocks, recipe.seed)[0]
 
 
-def spread(values: list[float]) -> tuple[float, float, float]:
-    """Median and the quartiles around it."""
+def median_and_quartiles(values: list[float]) -> tuple[float, float, float]:
     ordered = sorted(values)
     return median(ordered), ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]
