@@ -132,6 +132,7 @@ def time_steps(rounds: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
                 "ratio": ratio,
             }
             rows.append({**row, "ratio_quartiles": [low, high], "rounds": len(counted)})
+            print(f"{name:26} {way:6} {row['step_s']:.3f} s  {ratio:.3f} [{low:.3f}, {high:.3f}]")
         figures[f"step_time_ratio_{name}"] = rows[-2]["ratio"]
         figures[f"paper_form_step_time_ratio_{name}"] = rows[-1]["ratio"]
     return figures, rows
