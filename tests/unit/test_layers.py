@@ -33,13 +33,12 @@ SIBLINGS = {("quantize", "graph")}
 
 MODULE_LINES, FUNCTION_LINES, PARAMETERS = 350, 60, 6
 # Ceilings that only go down: the aim is 20,000 lines in 120 modules, 15,000 of tests, 1,600 of benchmarks.
-PACKAGE_LINES, PACKAGE_MODULES, TEST_LINES, BENCHMARK_LINES = 28_800, 156, 19_100, 2_250
+PACKAGE_LINES, PACKAGE_MODULES, TEST_LINES, BENCHMARK_LINES = 28_115, 155, 19_088, 1_750
 LONGER = {"export/runner/runner.py"}  # copied to devices as one file
 # Still to be cut; nothing joins this list.
 TO_CUT = {
     "edgedisp/cli/builds.py", "edgedisp/cli/devices.py", "edgedisp/commands/compare.py",
     "edgedisp/core/results.py", "edgedisp/pipeline/package.py", "edgedisp/pipeline/rounding.py",
-    "edgedisp/report/devices.py", "edgedisp/report/result_sections.py", "edgedisp/report/run_sections.py",
 }  # fmt: skip
 
 HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "scipy", "matplotlib", "lm_eval", "datasets", "peft"}
