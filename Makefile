@@ -19,7 +19,7 @@ quickstart: setup ## build and compare a real model (SmolLM2-135M), from nothing
 test: setup ## lint, types and every test but tests/slow: what CI runs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(MAKE) --jobs=2 --output-sync=target types tests
+	$(MAKE) --jobs=2 types tests
 
 .PHONY: tests
 tests:
