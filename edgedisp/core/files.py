@@ -63,7 +63,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def changed_files(folder: Path, pattern: str) -> list[str]:
-    """Names of the files that match `pattern` whose SHA-256 is no longer what the folder's record says.
+    """Paths, from the folder, of files that match `pattern` and whose SHA-256 is not what its record says.
 
     A folder without a readable record has none.
     """
@@ -71,8 +71,8 @@ def changed_files(folder: Path, pattern: str) -> list[str]:
         files = listed_files(read_object(folder / RECORD))
     except WRONG_SHAPE:
         return []
-    paths = (path for path in sorted(folder.glob(pattern)) if path.name in files)
-    return [path.name for path in paths if file_digest(path) != files[path.name]["sha256"]]
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.glob(pattern)))
+    return [name for name in names if name in files and file_digest(folder / name) != files[name]["sha256"]]
 
 
 def list_files(folder: Path, without: Sequence[str] = ()) -> Files:

@@ -251,10 +251,13 @@ def measurements(recipe: Recipe, threads: int) -> list[Stage]:
     ]
 
 
-def _parity(recipe: Recipe, precision: str) -> options.ParityOptions:
+def _parity(recipe: Recipe, precision: str) -> options.ParityOptions | None:
+    """None for the torch model, which is what bundles are held against."""
+    if precision == TORCH:
+        return None
     aware = recipe.train.quantization_aware
     is_trained = aware is not None and aware.precision == precision
-    limits = {} if precision == TORCH else recipe.verify.limits(precision)
+    limits = recipe.verify.limits(precision)
     trained = (getattr(recipe.quantize, precision), BITS[precision]) if is_trained else None
     return options.ParityOptions(recipe.verify.tokens, limits, trained)
 

@@ -78,7 +78,7 @@ def measure(
     model = source.open()
     verdict = profile = None
     divergences: dict[str, Divergence] = {}
-    if inputs.bundle is not None:
+    if inputs.bundle is not None and options.parity is not None:
         verdict = parity(options.parity, inputs.model, model, inputs.corpus, progress)
     if options.hidden_states:
         divergences = _divergences(options, inputs, model, progress)

@@ -140,7 +140,7 @@ class MeasureOptions:
     divergence_tokens: int = 2048
     hidden_states: bool = True
     noise: bool = False
-    parity: ParityOptions = field(default_factory=ParityOptions)
+    parity: ParityOptions | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.files import canonical, digest, file_digest, write_json
+from edgedisp.core.files import canonical, changed_files, digest, file_digest, write_json
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import Record, finish, read, stage_output
 
@@ -62,15 +62,14 @@ UNHASHED = {"hashed": False}
 
 
 def plain(options: Any) -> Any:
-    """Options (dataclasses, pydantic models, tuples) as plain JSON values, without their unhashed fields."""
+    """Options (dataclasses, also within one another; pydantic models) as plain JSON values, without their
+    unhashed fields."""
     from pydantic import TypeAdapter
 
-    values = TypeAdapter(Any).dump_python(options, mode="json")
-    if is_dataclass(options):
-        for part in fields(options):
-            if not part.metadata.get("hashed", True):
-                del values[part.name]
-    return values
+    if not is_dataclass(options):
+        return TypeAdapter(Any).dump_python(options, mode="json")
+    hashed = (part.name for part in fields(options) if part.metadata.get("hashed", True))
+    return {name: plain(getattr(options, name)) for name in hashed}
 
 
 class Observer(Protocol):
@@ -180,25 +179,13 @@ class Walk:
         for name in stage.inputs.values():
             if name in self._verified:
                 continue
-            if (path := _damaged_file(self.records[name])) is not None:
+            folder = self.records[name].folder
+            if changed := changed_files(folder, "**/*"):
                 raise BuildFailed(
-                    f"{path}: is not the file that stage {name} wrote (another SHA-256), and {stage.name} "
-                    f"would build on it; delete {self.run / name} and build again: it is made anew"
+                    f"{folder / changed[0]}: is not the file that stage {name} wrote (another SHA-256), and {stage.name} "
+                    f"would build on it; delete {folder} and build again: it is made anew"
                 )
             self._verified.add(name)
-
-
-def _damaged_file(record: Record) -> Path | None:
-    """The first file whose SHA-256 is not what the record says."""
-    paths = (record.folder / name for name in record.files)
-    return next(
-        (
-            path
-            for path, entry in zip(paths, record.files.values(), strict=True)
-            if file_digest(path) != entry["sha256"]
-        ),
-        None,
-    )
 
 
 def walk(stages: Sequence[Stage], run: Path, observer: Observer) -> list[Passed]:
