@@ -182,8 +182,8 @@ class Walk:
             folder = self.records[name].folder
             if changed := changed_files(folder, "**/*"):
                 raise BuildFailed(
-                    f"{folder / changed[0]}: is not the file that stage {name} wrote (another SHA-256), and {stage.name} "
-                    f"would build on it; delete {folder} and build again: it is made anew"
+                    f"{folder / changed[0]}: is not the file that stage {name} wrote (another SHA-256), and "
+                    f"{stage.name} would build on it; delete {folder} and build again: it is made anew"
                 )
             self._verified.add(name)
 
