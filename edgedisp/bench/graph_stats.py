@@ -9,13 +9,13 @@ the output head multiplies with the same tensor) and the rotary tables.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from edgedisp.core.errors import BadInput
+from edgedisp.core.files import read_json
 
 # Operators that hand a tensor on with another shape or type; the weight behind them is what counts.
 PASS_THROUGH = {"Transpose", "Reshape", "Cast", "Identity", "Squeeze", "Unsqueeze", "DequantizeLinear"}
@@ -48,19 +48,6 @@ def read_graph(path: Path) -> Any:
         return onnx.load(str(path), load_external_data=False)
     except DecodeError as error:
         raise BadInput(f"{path}: not an ONNX graph ({error}); export the bundle again") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, {} where there is no file. Raises BadInput for a damaged one."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{path}: not readable as JSON ({error}); export the bundle again") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{path}: expected a JSON object; export the bundle again")
-    return content
 
 
 def written_threads(bundle: Path) -> int | None:

@@ -19,12 +19,12 @@ from typing import Any
 from edgedisp import __version__
 from edgedisp.bench import results
 from edgedisp.bench.devices import BenchOptions
-from edgedisp.bench.graph_stats import external_files, find_graph, read_graph, read_json, tensor_bytes
+from edgedisp.bench.graph_stats import external_files, find_graph, read_graph, tensor_bytes
 from edgedisp.bench.interleaved_timing import turns
 from edgedisp.bench.page_protocol import DeviceFacts, Figures, Repetition, Scores, Upload
 from edgedisp.bench.system import runner
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import MANIFEST, file_digest
+from edgedisp.core.files import MANIFEST, file_digest, read_json
 
 FORM = 1  # of the plan; the page refuses another
 MIB = 1 << 20

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp.bench.devices import Address, BenchOptions
-from edgedisp.bench.graph_stats import needed_files, read_json
+from edgedisp.bench.graph_stats import needed_files
 from edgedisp.bench.interleaved_timing import Host, TimedHost
 from edgedisp.bench.system import installed_version
 from edgedisp.bench.worker import RUNNER, Exited, Worker
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.files import MANIFEST, digest, file_digest
+from edgedisp.core.files import MANIFEST, digest, file_digest, read_json
 from edgedisp.core.progress import Progress, silent
 
 # No questions, no forwarding that the user's configuration may hold, and a dead connection found within 15 s.

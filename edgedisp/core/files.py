@@ -62,6 +62,19 @@ def read_object(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file, empty where there is no file. Raises BadInput for one that is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{path}: not readable as JSON ({error}); restore or export it again") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: expected a JSON object; restore or export it again")
+    return content
+
+
 def changed_files(folder: Path, pattern: str) -> list[str]:
     """Paths, from the folder, of files that match `pattern` and whose SHA-256 is not what its record says.
 

@@ -17,7 +17,7 @@ from typing import Any
 import onnx_ir as ir
 
 from edgedisp.core.errors import BuildFailed
-from edgedisp.core.files import write_json
+from edgedisp.core.files import read_json, write_json
 from edgedisp.core.progress import Progress, silent
 from edgedisp.graph import genai_config
 from edgedisp.graph.onnx_graph import GRAPH
@@ -58,7 +58,7 @@ def build(
             f"{type(error).__name__}: {error}. It said last: {last}"
         ) from error
     genai_config.copy_files(model_folder, output_dir)
-    config = genai_config.read_json(output_dir / genai_config.GENAI_CONFIG)
+    config = read_json(output_dir / genai_config.GENAI_CONFIG)
     config["model"]["eos_token_id"] = genai_config.end_ids(
         output_dir
     )  # the builder writes configured ones alone

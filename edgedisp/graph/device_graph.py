@@ -16,9 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import write_json
+from edgedisp.core.files import read_json, write_json
 from edgedisp.graph.export import WEIGHT_MAP
-from edgedisp.graph.genai_config import GENAI_CONFIG, LENGTHS, context_length, read_json, set_threads
+from edgedisp.graph.genai_config import GENAI_CONFIG, LENGTHS, context_length, set_threads
 from edgedisp.graph.onnx_graph import DATA, GRAPH, PAGE, NewNodes, find_head, forget_shapes
 
 # Inputs of an operator that are tables of positions, one row each.

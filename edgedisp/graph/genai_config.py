@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import write_json
+from edgedisp.core.files import read_json, write_json
 from edgedisp.graph.decoder_spec import Decoder
 
 # Architecture -> genai's model type; `gpt2` has key and value in one tensor, `decoder` is the plain type.
@@ -193,14 +193,3 @@ def _added_tokens(folder: Path, only_special: bool = False) -> dict[str, int]:
     """Text -> id of the tokens beside the vocabulary proper."""
     tokens = read_json(folder / "tokenizer.json").get("added_tokens", [])
     return {token["content"]: token["id"] for token in tokens if token.get("special") or not only_special}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty without the file. BadInput if it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{path}: not readable as JSON: {error}") from error
-    return content

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.files import write_json
+from edgedisp.core.files import read_json, write_json
 from edgedisp.graph import browser_graph
-from edgedisp.graph.genai_config import GENAI_CONFIG, read_json
+from edgedisp.graph.genai_config import GENAI_CONFIG
 from edgedisp.graph.onnx_graph import DATA, GRAPH, move_weights
 from edgedisp.graph.session import at_accuracy_level, open_session
 
