@@ -139,9 +139,8 @@ def join_runs(paths: Sequence[Path]) -> Run:
         if not any(one.label in paired.comparisons for one in arms if one.run == place):
             reasons = "; ".join(paired.unpaired) or "no task in common"
             raise BadInput(
-                f"{paths[0]} and {path}: no item in common: {reasons}. Score both on the same text with the "
-                "same "
-                "tokenizer, context and seed"
+                f"{paths[0]} and {path}: no item in common: {reasons}. "
+                "Score both on the same text with the same tokenizer, context and seed"
             )
     sources = {one.label: (runs[one.run], one.arm) for one in arms}
     measurements = {
@@ -197,9 +196,8 @@ def _items(path: Path, run: Run, arm: str) -> dict[str, list[Results]]:
             file = folder / training / f"measure-{precision}" / "items.json"
             if not file.is_file():
                 raise BadInput(
-                    f"{path}: {file.relative_to(folder)} is not there; comparing runs needs the run folder "
-                    "with "
-                    "its items, a report alone holds means"
+                    f"{path}: {file.relative_to(folder)} is not there; "
+                    "comparing runs needs the run folder with its items, a report alone holds means"
                 )
             try:
                 results = from_json(Results, json.loads(file.read_text(encoding="utf-8")))
@@ -255,9 +253,8 @@ def compare_models(first: Path, second: Path, options: CompareOptions, out: Path
     suites = _suites(folders, options)
     if not _has_common_items(*suites):
         raise BadInput(
-            f"{first} and {second}: their tokenizers cut the held-out text into other tokens, so no item is "
-            "in "
-            "common; compare them on tasks of lm-evaluation-harness, such as --tasks small"
+            f"{first} and {second}: their tokenizers cut the held-out text into other tokens, "
+            "so no item is in common; compare them on tasks of lm-evaluation-harness, such as --tasks small"
         )
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -83,8 +83,8 @@ def _blocks(name: str, tokenizer: Any, longest: int, options: CondensationOption
     sequences, context = options.sequences, options.context
     if context > longest:
         raise BadInput(
-            f"{name}: takes {longest} tokens at most, --context is {context}; give --context {longest} or "
-            "less"
+            f"{name}: takes {longest} tokens at most, --context is {context}; "
+            f"give --context {longest} or less"
         )
     if options.text is None:
         documents = data.synthetic_documents(sequences * context // TOKENS_PER_DOCUMENT + 20, seed=0)
@@ -102,8 +102,7 @@ def _check_same_tokens(name: str, blocks: Tensor, before: list[Tensor]) -> None:
         place = int((before[0] != blocks).flatten().int().argmax())
         raise BadInput(
             f"{name}: its tokenizer makes other tokens of the text than the first model's, from token "
-            f"{place} on; "
-            "vectors of different tokens cannot be compared. Compare models with the same tokenizer"
+            f"{place} on; vectors of different tokens cannot be compared. Compare models with the same tokenizer"
         )
 
 

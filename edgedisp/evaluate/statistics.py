@@ -278,8 +278,8 @@ def _align(first: Sequence[Item], second: Sequence[Item], metric: Metric) -> tup
         if missing:
             shown = ", ".join(sorted(missing)[:5])
             raise ValueError(
-                f"{len(missing)} items are missing from the {name} list: {shown}; only the same items can be "
-                "paired"
+                f"{len(missing)} items are missing from the {name} list: {shown}; "
+                "only the same items can be paired"
             )
     if moved := [name for name in left if left[name]["document"] != right[name]["document"]]:
         raise ValueError(f"item {moved[0]} belongs to different documents in the two lists")
