@@ -197,7 +197,8 @@ def _files(run: Path) -> list[tuple[Path, dict[str, Any]]]:
             raise BadInput(f"{path}: is damaged ({error!r}); delete it, or measure again") from error
         if measurement.get("format") == FORMAT:
             found.append((path, measurement))
-    found.sort(key=lambda one: one[1]["measured"], reverse=True)
+    # Names hold microseconds: two results may be of one millisecond, and a folder lists files in any order.
+    found.sort(key=lambda one: (one[1]["measured"], one[0].name), reverse=True)
     return sorted(found, key=lambda one: bool(one[1]["result"].get("lost")))
 
 

@@ -102,7 +102,8 @@ def _check_same_tokens(name: str, blocks: Tensor, before: list[Tensor]) -> None:
         place = int((before[0] != blocks).flatten().int().argmax())
         raise BadInput(
             f"{name}: its tokenizer makes other tokens of the text than the first model's, from token "
-            f"{place} on; vectors of different tokens cannot be compared. Compare models with the same tokenizer"
+            f"{place} on; vectors of different tokens cannot be compared. "
+            "Compare models with the same tokenizer"
         )
 
 
