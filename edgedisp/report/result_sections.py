@@ -201,6 +201,7 @@ def divergence_section(run: Run) -> Section:
     noise: dict[str, Callable[[NoiseFloor], str]] = {
         "other number of threads": lambda one: _shift(one.variants.get("threads")),
         "other attention kernel": lambda one: _shift(one.variants.get("attention")),
+        "token by token": lambda one: _shift(one.variants.get("decoding")),
         "noise floor": lambda one: small(one.floor),
     }
     parents = measured(run, lambda one: one.divergence.get("parent"))

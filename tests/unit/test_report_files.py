@@ -25,8 +25,10 @@ from edgedisp.report import (
     table_text,
     verdict,
 )
+from edgedisp.report.formatting import MISSING
 from edgedisp.report.plots import plots, running_mean
 from edgedisp.report.render import devices_page, report_json, single_page, write
+from edgedisp.report.result_sections import divergence_section
 from edgedisp.report.run_sections import differing_settings, fairness_section
 
 
@@ -128,6 +130,13 @@ def test_every_plot_is_drawn_and_parts_may_be_absent(tmp_path: Path) -> None:
     assert plots(bare) == {} and "No figures." in table_text(compare([Run("empty", [], [])]))
     assert len(write(bare, tmp_path)) == 3
     assert single_page(several_arms(seeds=2)).count('id="arms"') == 1
+
+
+def test_every_way_of_scoring_again_has_its_figures_in_the_noise_table() -> None:
+    *_, noise = divergence_section(sample()).grids
+    ways = ("other number of threads", "other attention kernel", "token by token")
+    assert noise.head == ("model", *ways, "noise floor")
+    assert all(any(cell not in ("", MISSING) for cell in row[1:-1]) for row in noise.rows)
 
 
 def test_running_mean_is_centred_and_shorter_at_the_ends() -> None:
