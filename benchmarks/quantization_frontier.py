@@ -101,7 +101,7 @@ def stages_of(name: str) -> list[Stage]:
     fp32 = replace(build_plan.export("baseline", threads), name=f"{model}-fp32", inputs={"model": model})
     if name in (FP32, TRAINED_FP32):
         return [*stages, fp32]
-    bundle = build_plan.quantize(recipe, "baseline", "int8" if name == "int8" else "int4", threads)
+    bundle = build_plan.quantize(recipe, "baseline", "int8" if name == "int8" else "int4")
     inputs = {"bundle": fp32.name, "model": model, "corpus": "corpus"}
     return [*stages, fp32, replace(bundle, name=row, inputs={key: inputs[key] for key in bundle.inputs})]
 

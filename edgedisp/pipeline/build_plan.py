@@ -52,7 +52,7 @@ def stages(recipe: Recipe, threads: int) -> list[Stage]:
     if (adapter := recipe.train.adapter) is not None:
         plan += [merge(recipe, adapter, name) for name in names]
     plan += [export(name, threads) for name in names]
-    plan += [quantize(recipe, name, precision, threads) for name in names for precision in quantized]
+    plan += [quantize(recipe, name, precision) for name in names for precision in quantized]
     plan += [delta_survival(recipe, name, precision) for name in first for precision in quantized]
     plan += measurements(recipe, threads)
     plan.append(latency(recipe, threads))
@@ -187,7 +187,7 @@ def export(arm: str, threads: int) -> Stage:
     )
 
 
-def quantize(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
+def quantize(recipe: Recipe, arm: str, precision: str) -> Stage:
     inputs = {"bundle": f"{arm}/fp32", "model": f"{arm}/model", "corpus": "corpus"}
     goal, decider = recipe.quantize, deciding_arm(recipe)
     if precision == "int4" and goal.searched:
@@ -198,7 +198,7 @@ def quantize(recipe: Recipe, arm: str, precision: str, threads: int) -> Stage:
             {"method", "calibration_tokens"} if goal.int4.method == "gptq" else set()
         )
         int4 = type(goal.int4)(**goal.int4.model_dump(include=kept))
-        search = options.SearchOptions(int4, goal.budget, goal.max_perplexity_increase, recipe.seed, threads)
+        search = options.SearchOptions(int4, goal.budget, goal.max_perplexity_increase, recipe.seed)
         return Stage(f"{arm}/int4", f"{HERE}.search:quantize_searched", search, inputs)
     aware, rounding = recipe.train.quantization_aware, getattr(goal, precision)
     is_trained = aware is not None and aware.precision == precision

@@ -115,7 +115,6 @@ class SearchOptions:
     budget: int | None
     max_perplexity_increase: float | None
     seed: int
-    threads: int
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def searched(found: Folders, out: Path, **goal: Any) -> dict[str, Any]:
 
 def search(found: Folders, out: Path, goal: dict[str, Any], **decider: Path) -> dict[str, Any]:
     section = Quantize.model_validate(goal)
-    options = SearchOptions(section.int4, section.budget, section.max_perplexity_increase, 0, 1)
+    options = SearchOptions(section.int4, section.budget, section.max_perplexity_increase, 0)
     folders = {"bundle": found["fp32"], "model": found["model"], "corpus": found["corpus"], **decider}
     return quantize_searched(options, output_dir=out, progress=silent, **folders)
 
