@@ -45,3 +45,14 @@ class Interrupt(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+
+class Gradients(TrainerCallback):
+    """The gradient of every optimizer step, unclipped, as one vector."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        parameters = kwargs["model"].parameters()
+        self.seen.append(torch.cat([one.grad.flatten() for one in parameters if one.grad is not None]))

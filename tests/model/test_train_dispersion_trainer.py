@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training import open_tiny
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from training import Gradients, open_tiny
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from edgedisp import DispersionConfig, DispersionLoss, DispersionTrainer
 
@@ -47,17 +47,6 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
         **changes,
     }
     return TrainingArguments(output_dir=str(folder), **options)
-
-
-class Gradients(TrainerCallback):
-    """The gradient of every optimizer step, unclipped, as one vector."""
-
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **known: Any) -> None:
-        parameters = known["model"].parameters()
-        self.seen.append(torch.cat([one.grad.flatten() for one in parameters if one.grad is not None]))
 
 
 def run(

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from training import open_tiny
-from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+from training import Gradients, open_tiny
+from transformers import AutoTokenizer, PrinterCallback
 
 from edgedisp import DispersionConfig, DispersionMixin
-
-
-class Gradients(TrainerCallback):
-    """The gradient of every optimizer step, as one vector."""
-
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        parameters = kwargs["model"].parameters()
-        self.seen.append(torch.cat([one.grad.flatten() for one in parameters if one.grad is not None]))
 
 
 def test_it_mixes_into_trls_supervised_trainer(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
