@@ -28,6 +28,7 @@ def test_the_readme_opens_with_the_two_commands() -> None:
     commands = shown_commands(ROOT / "README.md")
     assert [line for line in commands if line.startswith("make ")][:2] == ["make quickstart", "make test"]
     assert README.index("make quickstart") < 1500
+    assert len(README.splitlines()) <= 150
 
 
 @pytest.mark.parametrize(
