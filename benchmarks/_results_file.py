@@ -16,8 +16,7 @@ import numpy as np
 
 from edgedisp import data, models
 from edgedisp.bench.system import describe, installed_version
-from edgedisp.core.files import git_commit
-from edgedisp.core.paths import data_folder
+from edgedisp.core.files import data_folder, git_commit
 from edgedisp.core.progress import silent
 from edgedisp.pipeline.prepare import read_documents
 from edgedisp.recipe import load

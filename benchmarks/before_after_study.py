@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from edgedisp.commands.compare import join_runs
 from edgedisp.commands.plan import threads_for
 from edgedisp.commands.run_report import publish
-from edgedisp.core.paths import data_folder
+from edgedisp.core.files import data_folder
 from edgedisp.core.progress import Screen
 from edgedisp.core.results import BASELINE, Run
 from edgedisp.pipeline.build_plan import build

@@ -37,8 +37,7 @@ from edgedisp import data, models
 from edgedisp.bench.graph_stats import find_graph, graph_hash
 from edgedisp.bench.results import compare_speeds
 from edgedisp.bench.system import physical_cores
-from edgedisp.core.files import write_json
-from edgedisp.core.paths import data_folder
+from edgedisp.core.files import data_folder, write_json
 from edgedisp.core.progress import Screen
 from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.session import OnnxModel, at_accuracy_level

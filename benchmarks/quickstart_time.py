@@ -17,7 +17,7 @@ from pathlib import Path
 
 from _results_file import write
 
-from edgedisp.core.serialization import to_json
+from edgedisp.core.files import to_json
 from edgedisp.pipeline.run_results import load
 from edgedisp.report import verdict
 

@@ -31,7 +31,7 @@ from edgedisp.bench.page_protocol import Figures, PendingScores, Scores, Step, T
 from edgedisp.bench.page_server import PageServer, page_resources
 from edgedisp.bench.system import describe, runner
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.paths import data_folder
+from edgedisp.core.files import data_folder
 from edgedisp.core.progress import Progress
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

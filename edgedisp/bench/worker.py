@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.paths import data_folder
+from edgedisp.core.files import data_folder
 
 RUNNER = data_folder("export") / "runner" / "runner.py"
 TAIL_CHARS = 2000

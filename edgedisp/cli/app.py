@@ -13,7 +13,7 @@ import typer
 from edgedisp import __version__
 from edgedisp.core import distributed as processes
 from edgedisp.core.errors import BadInput
-from edgedisp.core.paths import data_folder
+from edgedisp.core.files import data_folder
 
 app = typer.Typer(
     name="edgedisp",

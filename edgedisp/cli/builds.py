@@ -20,7 +20,7 @@ from edgedisp.cli.app import (
 )
 from edgedisp.core import distributed as processes
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.paths import data_folder
+from edgedisp.core.files import data_folder
 from edgedisp.core.results import Run
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def build(
 
 def _show(results: Run, run: Path, as_json: bool) -> None:
     from edgedisp import report
-    from edgedisp.core.serialization import to_json
+    from edgedisp.core.files import to_json
 
     verdict = report.verdict(results)
     if as_json:
@@ -211,7 +211,7 @@ def compare(
 
 def _compare_runs(paths: list[Path], html: Path | None, as_json: bool, markdown: bool) -> None:
     from edgedisp import report
-    from edgedisp.core.serialization import to_json
+    from edgedisp.core.files import to_json
     from edgedisp.pipeline.run_results import load
 
     runs = [load(path) for path in paths]

@@ -32,8 +32,8 @@ def condensation(
 ) -> None:
     """Measure how condensed a model's token vectors are, layer by layer; a bundle's in its own graph."""
     from edgedisp.commands import condensation as command
+    from edgedisp.core.files import to_json
     from edgedisp.core.progress import Screen
-    from edgedisp.core.serialization import to_json
 
     if out:
         command.check_out(out)

@@ -15,7 +15,7 @@ from pathlib import Path
 from edgedisp import data, models
 from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import check_files, digest, write_json
+from edgedisp.core.files import check_files, digest, from_json, to_json, write_json
 from edgedisp.core.progress import Progress
 from edgedisp.core.results import (
     AS_GIVEN,
@@ -29,7 +29,6 @@ from edgedisp.core.results import (
     TaskDifference,
     TaskScore,
 )
-from edgedisp.core.serialization import from_json, to_json
 from edgedisp.core.stage_folder import SCORES
 from edgedisp.evaluate.seeds_and_means import average_task, compare_tasks, mean_difference
 from edgedisp.evaluate.task_result import Results, TaskResult, common_items

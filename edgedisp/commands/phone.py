@@ -16,8 +16,7 @@ from edgedisp.bench.results import label_bundles
 from edgedisp.bench.system import physical_cores
 from edgedisp.commands.run_report import check_runs, show_devices
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import check_files, write_json
-from edgedisp.core.paths import data_folder
+from edgedisp.core.files import check_files, data_folder, write_json
 from edgedisp.core.progress import Screen
 from edgedisp.data import cache_folder
 from edgedisp.pipeline.run_results import device_result

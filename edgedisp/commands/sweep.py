@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import write_json
+from edgedisp.core.files import to_json, write_json
 from edgedisp.core.results import BASELINE, Estimate
-from edgedisp.core.serialization import to_json
 from edgedisp.core.stage_folder import Record, open_run
 from edgedisp.pipeline import build_plan
 from edgedisp.pipeline.options import CandidateOptions, ItemsOptions

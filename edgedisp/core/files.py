@@ -1,18 +1,19 @@
-"""JSON files that are whole or absent, hashes of values and files, and listings of a folder's files.
+"""JSON files, hashes of values and files, and the lists of files in `record.json` and `manifest.json`.
 
-A stage's `record.json` and a bundle's `manifest.json` list files in the same way; `check_files` compares them
-before a runtime reads one. JSON of the wrong shape counts as truncated.
+JSON is written whole or not at all; JSON of the wrong shape counts as truncated when it is read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import math
 import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edgedisp.core.errors import BadInput
 
@@ -22,8 +23,39 @@ MANIFEST = "manifest.json"  # what a bundle says of itself wherever it is taken
 Files = dict[str, dict[str, Any]]
 """File by its path from the folder -> {size_bytes, sha256}."""
 
+Result = TypeVar("Result")
+PACKAGE = Path(__file__).resolve().parents[1]
+
 WRONG_SHAPE = (KeyError, TypeError, ValueError, AttributeError)
 """What reading JSON of another shape raises."""
+
+
+def data_folder(name: str) -> Path:
+    """Folder of packaged data: `recipes` or `export`, from the wheel or from the top of a checkout."""
+    packaged = PACKAGE / "packaged" / name
+    return packaged if packaged.is_dir() else PACKAGE.parent / name
+
+
+def to_json(result: Any) -> Any:
+    """Plain JSON of a record; figures that are not finite become None, tuples lists."""
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        return {field.name: to_json(getattr(result, field.name)) for field in dataclasses.fields(result)}
+    if isinstance(result, dict):
+        return {str(key): to_json(value) for key, value in result.items()}
+    if isinstance(result, list | tuple):
+        return [to_json(value) for value in result]
+    return None if isinstance(result, float) and not math.isfinite(result) else result
+
+
+def from_json(kind: type[Result], data: Any) -> Result:
+    """A record from JSON. Raises ValueError naming the values of the wrong type by their path."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(data)
+    except ValidationError as invalid:
+        faults = [f"{'.'.join(map(str, e['loc'])) or 'the whole'}: {e['msg']}" for e in invalid.errors()]
+        raise ValueError("; ".join(faults[:3]) + ("; ..." if len(faults) > 3 else "")) from None
 
 
 def canonical(value: Any) -> str:
@@ -157,7 +189,7 @@ def listed_files(raw: dict[str, Any]) -> Files:
 
 def git_commit() -> str | None:
     """The commit of the checkout that edgedisp runs from, with `+` if it has changes; None outside one."""
-    root = Path(__file__).resolve().parents[2]
+    root = PACKAGE.parent
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout

@@ -1,7 +1,7 @@
 """The figures of a run as small typed records.
 
 Stage records, the report, `compare`, the benchmarks and every JSON file share these classes;
-core/serialization.py reads and writes them.
+core/files.py reads and writes them.
 
 An interval is a 95 % interval. A difference is always second - first (arm - baseline).
 """

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.files import to_json
 from edgedisp.core.progress import Progress, silent
-from edgedisp.core.serialization import to_json
 from edgedisp.evaluate import statistics
 from edgedisp.evaluate.loglikelihood import LanguageModel, Likelihood, Request, ScoreOptions, model_input
 from edgedisp.evaluate.score_cache import ScoreCache, name_of

@@ -21,10 +21,9 @@ from edgedisp.bench.interleaved_timing import measure as measure_speed
 from edgedisp.bench.local import Local
 from edgedisp.bench.results import twin_pairs
 from edgedisp.core.errors import BuildFailed
-from edgedisp.core.files import write_json
+from edgedisp.core.files import to_json, write_json
 from edgedisp.core.progress import Progress
 from edgedisp.core.results import Condensation, Divergence, Measurement
-from edgedisp.core.serialization import to_json
 from edgedisp.core.stage_folder import SCORES
 from edgedisp.dispersion.condensation import measure_model
 from edgedisp.evaluate.divergence import DivergenceMeter

@@ -18,7 +18,7 @@ from typing import Any
 
 from edgedisp.bench.system import describe, installed_version
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import git_commit
+from edgedisp.core.files import from_json, git_commit
 from edgedisp.core.results import (
     BASELINE,
     REPORT_FORMAT,
@@ -38,7 +38,6 @@ from edgedisp.core.results import (
     Training,
     arms_in_order,
 )
-from edgedisp.core.serialization import from_json
 from edgedisp.evaluate.quantization_survival import is_loss, loss_survival
 from edgedisp.evaluate.seeds_and_means import average_task, compare_tasks, mean_difference
 from edgedisp.evaluate.statistics import Resampling

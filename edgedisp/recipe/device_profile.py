@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le, MinLen
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.paths import data_folder
+from edgedisp.core.files import data_folder
 from edgedisp.recipe.load import read_yaml
 from edgedisp.recipe.rules import Problem
 from edgedisp.recipe.values import (

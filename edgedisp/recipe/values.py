@@ -15,7 +15,7 @@ from typing import Annotated, Literal, TypeVar
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Strict, WithJsonSchema
 
-from edgedisp.core.paths import data_folder
+from edgedisp.core.files import data_folder
 from edgedisp.recipe.units import read_bytes, read_number, read_whole
 
 HELDOUT_TASKS = ("heldout_perplexity", "heldout_cloze", "heldout_continuation")

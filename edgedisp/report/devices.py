@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from edgedisp.core.files import from_json
 from edgedisp.core.results import DeviceResult, Difference, Estimate, Json, Run, Timing
-from edgedisp.core.serialization import from_json
 from edgedisp.report.comparisons import comparison_of
 from edgedisp.report.formatting import (
     MISSING,

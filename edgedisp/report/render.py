@@ -13,8 +13,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from edgedisp.core.files import to_json
 from edgedisp.core.results import REPORT_FORMAT, Condensation, DeviceResult, Run
-from edgedisp.core.serialization import to_json
 from edgedisp.report import plots_condensation
 from edgedisp.report.devices import device_sections, latency_section, on_devices_section
 from edgedisp.report.figure import Plot, arm_color, data_urls, save

@@ -15,8 +15,8 @@ from conftest import Ended
 from edgedisp import data
 from edgedisp.commands.compare import ScoredArm, join_runs, pair_with_first, short_names
 from edgedisp.core.errors import BadInput
+from edgedisp.core.files import from_json
 from edgedisp.core.results import TaskScore
-from edgedisp.core.serialization import from_json
 from edgedisp.evaluate.statistics import ACCURACY, PERPLEXITY, difference
 from edgedisp.evaluate.task_result import Results, common_items, compare_task, task_result
 from edgedisp.pipeline.run_results import load

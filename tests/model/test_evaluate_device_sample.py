@@ -15,8 +15,8 @@ from harness_tasks import folder
 from score_models import Letters, Speller
 
 from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.files import from_json
 from edgedisp.core.results import Difference
-from edgedisp.core.serialization import from_json
 from edgedisp.evaluate import device_sample
 from edgedisp.evaluate.device_sample import Here, Sample
 from edgedisp.evaluate.loglikelihood import ScoreOptions, loglikelihoods

@@ -14,9 +14,8 @@ from graph_twins import VOCABULARY, TwinStore
 
 from edgedisp import data, models
 from edgedisp.core.errors import BuildFailed
-from edgedisp.core.paths import data_folder
+from edgedisp.core.files import data_folder, from_json
 from edgedisp.core.results import Measurement
-from edgedisp.core.serialization import from_json
 from edgedisp.dispersion.condensation import measure_model
 from edgedisp.pipeline import build_plan
 from edgedisp.pipeline import measure as stage

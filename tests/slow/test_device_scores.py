@@ -24,7 +24,7 @@ from edgedisp.bench.devices import BenchOptions
 from edgedisp.bench.system import physical_cores
 from edgedisp.commands.bench import time_bundles
 from edgedisp.commands.export import export_bundle
-from edgedisp.core.serialization import to_json
+from edgedisp.core.files import to_json
 from edgedisp.evaluate import device_sample, statistics
 from edgedisp.evaluate.loglikelihood import loglikelihoods
 from edgedisp.graph.device_graph import for_device

@@ -37,7 +37,7 @@ def test_what_is_installed_serves_the_page_of_the_checkout(tmp_path: Path) -> No
             assert hashlib.sha256(wheel.read(f"{PLACE}vendor/{name}")).hexdigest() == sha256
         wheel.extractall(tmp_path / "site")
     script = (
-        "import json, edgedisp\nfrom edgedisp.core.paths import data_folder\n"
+        "import json, edgedisp\nfrom edgedisp.core.files import data_folder\n"
         "from edgedisp.bench.page_server import page_resources\n"
         "found = page_resources(data_folder('export') / 'web')\n"
         "print(json.dumps([edgedisp.__file__, {name: one.tag for name, one in found.items()}]))"

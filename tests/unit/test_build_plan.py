@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from edgedisp.core.paths import data_folder
+from edgedisp.core.files import data_folder
 from edgedisp.pipeline import build_plan
 from edgedisp.pipeline.stage import Stage, plain
 from edgedisp.recipe import Recipe, load

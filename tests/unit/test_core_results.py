@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgedisp.core.files import from_json, to_json
 from edgedisp.core.results import Estimate, Run, Seeds, TaskDifference
-from edgedisp.core.serialization import from_json, to_json
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 ESTIMATES = st.builds(

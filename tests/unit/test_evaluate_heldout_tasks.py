@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.serialization import from_json, to_json
+from edgedisp.core.files import from_json, to_json
 from edgedisp.evaluate.heldout_items import (
     CLOZE_CONTEXT,
     CONTINUATION_CONTEXT,

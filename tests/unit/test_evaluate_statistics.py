@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 from score_items import binary, losses
 
-from edgedisp.core.serialization import to_json
+from edgedisp.core.files import to_json
 from edgedisp.evaluate.statistics import (
     BITS_PER_BYTE,
     PERPLEXITY,

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.paths import data_folder
+from edgedisp.core.files import data_folder
 from edgedisp.recipe import Dispersion, Recipe, load, reference, smoke
 from edgedisp.recipe.removed import REMOVED
 from edgedisp.recipe.units import read_number, read_whole

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edgedisp.core.distributed import split
-from edgedisp.core.paths import data_folder
+from edgedisp.core.files import data_folder
 from edgedisp.recipe import load
 
 FILES = sorted(data_folder("recipes").rglob("*.y*ml"))

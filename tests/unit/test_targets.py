@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.paths import data_folder
+from edgedisp.core.files import data_folder
 from edgedisp.recipe.device_profile import Layout, load_target
 from edgedisp.recipe.values import target_names
 
