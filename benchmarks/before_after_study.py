@@ -22,7 +22,8 @@ from edgedisp.commands.plan import threads_for
 from edgedisp.commands.run_report import publish
 from edgedisp.core.files import data_folder
 from edgedisp.core.progress import Screen
-from edgedisp.core.results import BASELINE, Run
+from edgedisp.core.results import BASELINE
+from edgedisp.core.run import Run
 from edgedisp.pipeline.build_plan import build
 from edgedisp.recipe import load, smoke
 from edgedisp.report import verdict

@@ -18,7 +18,8 @@ import numpy as np
 from _results_file import write
 from scipy import stats
 
-from edgedisp.core.results import Estimate, Run, TaskDifference, TaskScore
+from edgedisp.core.results import Estimate, TaskDifference, TaskScore
+from edgedisp.core.run import Run
 from edgedisp.evaluate.quantization_survival import loss_survival
 from edgedisp.evaluate.seeds_and_means import difference as over_seeds
 from edgedisp.evaluate.seeds_and_means import mean_difference

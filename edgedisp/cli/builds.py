@@ -21,7 +21,7 @@ from edgedisp.cli.app import (
 from edgedisp.core import distributed as processes
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import data_folder
-from edgedisp.core.results import Run
+from edgedisp.core.run import Run
 
 if TYPE_CHECKING:
     from edgedisp.commands.compare import CompareOptions

@@ -25,10 +25,10 @@ from edgedisp.core.results import (
     Json,
     MeanDifference,
     Measurement,
-    Run,
     TaskDifference,
     TaskScore,
 )
+from edgedisp.core.run import Run
 from edgedisp.core.stage_folder import SCORES
 from edgedisp.evaluate.seeds_and_means import average_task, compare_tasks, mean_difference
 from edgedisp.evaluate.task_result import Results, TaskResult, common_items

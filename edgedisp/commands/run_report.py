@@ -17,7 +17,7 @@ from typing import Any
 from edgedisp import device_results
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import MANIFEST, digest, write_json
-from edgedisp.core.results import Run
+from edgedisp.core.run import Run
 from edgedisp.device_results import Place
 from edgedisp.pipeline.run_results import device_result, load, run_results
 from edgedisp.pipeline.stage import Passed

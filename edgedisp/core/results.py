@@ -1,9 +1,7 @@
-"""The figures of a run as small typed records.
+"""Typed results, shared by stage records, the report, `compare` and the benchmarks.
 
-Stage records, the report, `compare`, the benchmarks and every JSON file share these classes;
-core/files.py reads and writes them.
-
-An interval is a 95 % interval. A difference is always second - first (arm - baseline).
+core/files.py reads and writes them as JSON. Intervals are 95 % intervals. A difference is always
+second - first (arm - baseline).
 """
 
 from __future__ import annotations
@@ -14,34 +12,21 @@ from typing import Any
 
 Json = dict[str, Any]
 
-REPORT_FORMAT = 3
-"""Of report.json; raised when a key changes its meaning."""
-BASELINE = "baseline"
-"""The arm that all others are compared with."""
-DISPERSED = "dispersed"
-AS_GIVEN = "as given"
-"""The precision of a model that was not built here, as `edgedisp compare` takes it."""
-CHANGES_FORWARD = ("neftune", "embedding_dropout")
-"""Techniques that change the input of the model, so an arm's first loss is not the baseline's."""
-Z95 = 1.959963984540054
-"""Half-width of a 95 % interval in standard errors."""
-Z80 = 0.8416212335729143
-PUBLISHED_POINTS = 0.7
-"""The smallest published gain of dispersion, in points of a mean over ten tasks (GPT-2: 34.95 to 35.61;
-arXiv 2602.00217)."""
+REPORT_FORMAT = 3  # of report.json; raised when a key changes its meaning
+BASELINE, DISPERSED = "baseline", "dispersed"  # the arm that others are compared with, and the main other
+AS_GIVEN = "as given"  # the precision of a model that `edgedisp compare` scored as it is
+Z95, Z80 = 1.959963984540054, 0.8416212335729143  # normal quantiles of a 95 % interval and of 80 % power
+PUBLISHED_POINTS = 0.7  # smallest published gain, mean of ten tasks (GPT-2: 34.95 to 35.61, arXiv 2602.00217)
 
 
 def detectable(half_width: float) -> float:
-    """The difference that a comparison with such a 95 % interval finds 4 times out of 5."""
+    """The difference that a comparison with such a 95 % interval detects with 80 % power."""
     return half_width * (Z95 + Z80) / Z95
 
 
 @dataclass(frozen=True)
 class Seeds:
-    """The spread of an estimate over training seeds; the interval of the estimate holds it already.
-
-    item_low, item_high, item_se: the interval and the standard error over items alone.
-    """
+    """Spread over training seeds, included in the estimate's interval. item_*: over items alone."""
 
     values: tuple[float, ...]
     sd: float | None = None
@@ -52,7 +37,7 @@ class Seeds:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % interval; low and high are None where there is none, `reason` says why.
+    """A value and its 95 % interval; without one, low and high are None and `reason` says why.
 
     p: two-sided, of the test that a difference is 0. n: items. documents: the clusters they come from.
     """
@@ -80,7 +65,7 @@ class Estimate:
 
     @property
     def test_p(self) -> float | None:
-        """`p`, or where no test was made the normal approximation of it from the interval."""
+        """`p`; without a test its normal approximation from the interval."""
         if self.p is not None or self.value is None or self.half_width is None:
             return self.p
         if self.half_width <= 0:
@@ -90,10 +75,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one model on one task.
-
-    is_share: a mean of parts between 0 and 1, such as an accuracy; means over tasks hold such metrics alone.
-    """
+    """One metric of a task. is_share: a mean of values in [0, 1], as means over tasks take."""
 
     metric: str
     estimate: Estimate
@@ -165,7 +147,7 @@ class MeanDifference:
 
 @dataclass(frozen=True)
 class LossSurvival:
-    """What quantization leaves of a difference in loss, nats: `change` = quantized - full, paired."""
+    """A difference in loss before and after quantization, nats: `change` = quantized - full, paired."""
 
     full: Estimate
     quantized: Estimate
@@ -175,10 +157,7 @@ class LossSurvival:
 
 @dataclass(frozen=True)
 class Parity:
-    """A bundle against the torch model it was made from, and what its runtimes did with it.
-
-    limits: figure -> the limit it had to keep. genai: what onnxruntime-genai did (opened, greedy_agrees ...).
-    """
+    """A bundle against its torch model. limits: figure -> limit. genai: what its runtime did with it."""
 
     tokens: int
     max_abs_difference: float
@@ -208,9 +187,9 @@ class Divergence:
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """Geometry of the token vectors after one layer: figure -> estimate (cosine_raw, effective_rank ...).
+    """Geometry of token vectors after a layer (None: the final norm): figure -> estimate (cosine_raw ...).
 
-    layer None: after the final norm. histogram: counts of pairwise cosines over [-1, 1].
+    histogram: counts of pairwise cosines over [-1, 1].
     """
 
     layer: int | None
@@ -220,10 +199,9 @@ class LayerProfile:
 
 @dataclass(frozen=True)
 class Condensation:
-    """The profile of a model over held-out sequences; correlations: of cosine with depth (spearman, kendall).
+    """Profile of a model over held-out sequences; correlations: of cosine with depth (spearman, kendall).
 
-    `change`, where there is a reference (the baseline, or the arm's torch model), holds the same figures as
-    paired differences from it.
+    change: the same figures as paired differences from a reference (the baseline, or the arm's torch model).
     """
 
     layers: list[LayerProfile]
@@ -237,7 +215,7 @@ class Condensation:
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """How far two scorings of one model differ: variant -> other way - usual way, nats per token."""
+    """How far two scorings of one model differ: variant -> its loss - the usual one, nats per token."""
 
     floor: float
     variants: dict[str, Estimate] = field(default_factory=dict)
@@ -245,10 +223,7 @@ class NoiseFloor:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Everything one pass finds out about one model (arm and precision).
-
-    divergence: reference (`parent`: the fp32 bundle; `baseline`: the baseline's bundle) -> divergence.
-    """
+    """One model. divergence: from `parent` (its fp32 bundle) and `baseline` (the baseline's bundle)."""
 
     scores: dict[str, TaskScore] = field(default_factory=dict)
     condensation: Condensation | None = None
@@ -259,8 +234,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Training:
-    """One finished training. log: rows {step, loss, dispersion, lr, grad_norm}. watched: looks at the
-    condensation in between, rows {step, cosine_by_layer}."""
+    """log: rows {step, loss, dispersion, lr, grad_norm}; watched: rows {step, cosine_by_layer}."""
 
     steps: int
     tokens: int
@@ -282,8 +256,8 @@ class Training:
 
 @dataclass(frozen=True)
 class Bundle:
-    """What quantization wrote: `tensors` {name, component, shape, bits, group, symmetric, method, size_bytes,
-    relative_error}; `search`: how the bits of each weight were chosen, where they were searched."""
+    """tensors: {name, component, shape, bits, group, symmetric, method, size_bytes, relative_error}.
+    search: how the bits of each weight were searched, if they were."""
 
     path: str
     size_bytes: int
@@ -300,10 +274,7 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Timing:
-    """One bundle timed on one device; tokens per second and milliseconds are medians with their intervals.
-
-    A figure that a device does not give is None.
-    """
+    """One bundle timed on one device: medians with intervals; None for what a device does not give."""
 
     label: str
     threads: int | None
@@ -329,7 +300,7 @@ class Timing:
 class DeviceResult:
     """What one device measured.
 
-    pairs: twins compared {baseline, dispersed, same_graph, decode, fault}. scores: records of
+    pairs: twins compared {baseline, candidate, same_graph, decode, fault}. scores: records of
     evaluate/device_sample.py. threads: label -> {best, rows} of a thread sweep. clock_mhz, temperature_c:
     lowest and highest over the repetitions. lost: why the device was lost in the middle.
     """
@@ -349,111 +320,3 @@ class DeviceResult:
 
     def timing(self, label: str) -> Timing | None:
         return next((row for row in self.rows if row.label == label), None)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage that a build passed; cached: taken from an earlier build."""
-
-    name: str
-    seconds: float
-    cached: bool
-
-
-@dataclass(frozen=True)
-class Replica:
-    """A training of an arm with another seed than the first."""
-
-    arm: str
-    seed: int
-    training: Training
-    measurements: dict[str, Measurement] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished build, or several joined: the input of the report and of `compare`.
-
-    Outer keys are arms, then precisions (`torch` is the model before export), then tasks. `arms` begins with
-    the baseline; `precisions` begins with the most bits. Scores and comparisons are over all seeds; all else
-    under an arm's name is its first training's. `runs`: of joined runs what each was made from {title, base,
-    weights_sha256, tokens_sha256, context, heldout_documents}. `unpaired`: what could not be paired, and why.
-    """
-
-    name: str
-    arms: list[str]
-    precisions: list[str]
-    hash8: str = ""
-    smoke: bool = False
-    created: str = ""
-    command: str = ""
-    recipe_yaml: str = ""
-    git_commit: str | None = None
-    machine: Json = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    seeds: list[int] = field(default_factory=list)
-    techniques: dict[str, Json] = field(default_factory=dict)
-    model: Json = field(default_factory=dict)
-    corpus: Json = field(default_factory=dict)
-    training: dict[str, Training] = field(default_factory=dict)
-    bundles: dict[str, dict[str, Bundle]] = field(default_factory=dict)
-    measurements: dict[str, dict[str, Measurement]] = field(default_factory=dict)
-    comparisons: dict[str, dict[str, dict[str, TaskDifference]]] = field(default_factory=dict)
-    means: dict[str, dict[str, MeanDifference]] = field(default_factory=dict)
-    loss_survival: dict[str, dict[str, dict[str, LossSurvival]]] = field(default_factory=dict)
-    delta_survival: dict[str, dict[str, Json]] = field(default_factory=dict)
-    replicas: dict[str, Replica] = field(default_factory=dict)
-    missing_tasks: dict[str, str] = field(default_factory=dict)
-    latency: DeviceResult | None = None
-    devices: list[DeviceResult] = field(default_factory=list)
-    devices_outdated: list[str] = field(default_factory=list)
-    packages: dict[str, list[str]] = field(default_factory=dict)
-    stages: list[Stage] = field(default_factory=list)
-    runs: list[Json] = field(default_factory=list)
-    baseline_is: str | None = None
-    unpaired: list[str] = field(default_factory=list)
-
-    @property
-    def title(self) -> str:
-        """`name-hash8`, as the run folder is called."""
-        return f"{self.name}-{self.hash8}" if self.hash8 else self.name
-
-    @property
-    def compared_arms(self) -> list[str]:
-        """All arms but the baseline; none without a baseline."""
-        return [arm for arm in self.arms if arm != BASELINE] if BASELINE in self.arms else []
-
-    @property
-    def main_arm(self) -> str | None:
-        """The arm of the verdict: `dispersed`, else the first with dispersion, else the first other."""
-        arms = self.compared_arms
-        if DISPERSED in arms:
-            return DISPERSED
-        dispersed = [arm for arm in arms if self.techniques.get(arm, {}).get("dispersion")]
-        return next(iter(dispersed or arms), None)
-
-    def measured(self, arm: str, precision: str) -> Measurement:
-        return self.measurements.get(arm, {}).get(precision, Measurement())
-
-    def trainings(self, arm: str) -> dict[str, Training]:
-        """Folder -> each training of an arm, that of the first seed first."""
-        first = {arm: self.training[arm]} if arm in self.training else {}
-        return first | {name: one.training for name, one in self.replicas.items() if one.arm == arm}
-
-    def first_losses(self, arm: str) -> list[tuple[float, float]]:
-        """Per seed the loss of (baseline, arm) before the first update: one model on one batch.
-
-        Empty where it was not logged, and for an arm whose technique changes the model's input.
-        """
-        if any(self.techniques.get(arm, {}).get(name) is not None for name in CHANGES_FORWARD):
-            return []
-        pairs = zip(self.trainings(BASELINE).values(), self.trainings(arm).values())
-        logs = [(first.log[:1], second.log[:1]) for first, second in pairs]
-        if any(not rows or rows[0].get("step") != 1 for pair in logs for rows in pair):
-            return []
-        return [(first[0]["loss"], second[0]["loss"]) for first, second in logs]
-
-
-def arms_in_order(names: list[str]) -> list[str]:
-    """The baseline first, `dispersed` second, then the others as given."""
-    return sorted(names, key=lambda arm: (arm != BASELINE, arm != DISPERSED))

@@ -29,15 +29,12 @@ from edgedisp.core.results import (
     LossSurvival,
     MeanDifference,
     Measurement,
-    Replica,
-    Run,
-    Stage,
     TaskDifference,
     TaskScore,
     Timing,
     Training,
-    arms_in_order,
 )
+from edgedisp.core.run import Replica, Run, Stage, arms_in_order
 from edgedisp.evaluate.quantization_survival import is_loss, loss_survival
 from edgedisp.evaluate.seeds_and_means import average_task, compare_tasks, mean_difference
 from edgedisp.evaluate.statistics import Resampling

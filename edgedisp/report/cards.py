@@ -14,7 +14,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from edgedisp.core.results import BASELINE, Run
+from edgedisp.core.results import BASELINE
+from edgedisp.core.run import Run
 from edgedisp.report.formatting import count, leaves, megabytes, setting, short_hash
 from edgedisp.report.layout import Grid, escape_markdown, fenced, grid_markdown
 from edgedisp.report.result_sections import technique_text

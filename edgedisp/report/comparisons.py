@@ -13,7 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from edgedisp.core.results import Difference, Estimate, Run, detectable
+from edgedisp.core.results import Difference, Estimate, detectable
+from edgedisp.core.run import Run
 from edgedisp.report.formatting import bits, format_estimate
 
 MEAN = "mean of tasks"

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from edgedisp.core.files import from_json
-from edgedisp.core.results import DeviceResult, Difference, Estimate, Json, Run, Timing
+from edgedisp.core.results import DeviceResult, Difference, Estimate, Json, Timing
+from edgedisp.core.run import Run
 from edgedisp.report.comparisons import comparison_of
 from edgedisp.report.formatting import (
     MISSING,
@@ -21,8 +22,7 @@ from edgedisp.report.formatting import (
     significant,
     small,
 )
-from edgedisp.report.layout import Grid, Section, grid, grid_text, section
-from edgedisp.report.texts import TERMS
+from edgedisp.report.layout import TERMS, Grid, Section, grid, grid_text, section
 
 TIMING_COLUMNS: dict[str, Callable[[Timing], str]] = {
     "threads": lambda row: fixed(row.threads, 0),

@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from edgedisp.core.results import BASELINE, DISPERSED, Estimate
-from edgedisp.report.texts import TEXTS
+from edgedisp.report.layout import TEXTS
 
 # Grey-blue and orange stay apart for every common kind of colour blindness; lightness differs as well.
 INK, MUTED, RULE, HEAT = "#1f2933", "#66727f", "#d5dbe1", "#3f7fb5"

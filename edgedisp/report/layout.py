@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import html
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from typing import Any, TypeVar
 
 from edgedisp.report.formatting import MISSING
-from edgedisp.report.texts import TEXTS
 
+TEXTS: dict[str, Any] = tomllib.loads(
+    files("edgedisp.report").joinpath("templates/texts.toml").read_text(encoding="utf-8")
+)
+TERMS: dict[str, str] = TEXTS["terms"]
 HARMLESS = re.compile(r"[0-9A-Za-z\s.,:+\-–±%\[\]*/]*")  # figures and plain words need no escaping
 FIGURE = re.compile(rf"[-+<]?\d|{MISSING}$")
 T = TypeVar("T")

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from edgedisp.core.results import BASELINE, Estimate, Json, Run
+from edgedisp.core.results import BASELINE, Estimate, Json
+from edgedisp.core.run import Run
 from edgedisp.report.comparisons import BETTER, WORSE
 from edgedisp.report.figure import INK, MUTED, Panel, Plot, arm_color, arm_marker, draw_lines, log_ticks
 from edgedisp.report.formatting import label

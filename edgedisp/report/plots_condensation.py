@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import MaxNLocator
 
-from edgedisp.core.results import BASELINE, DISPERSED, Condensation, Estimate, Run
+from edgedisp.core.results import BASELINE, DISPERSED, Condensation, Estimate
+from edgedisp.core.run import Run
 from edgedisp.report.figure import HEAT, INK, RULE, Panel, Plot, arm_color, draw_lines, number
 from edgedisp.report.formatting import label, percent
 

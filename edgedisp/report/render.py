@@ -14,12 +14,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from edgedisp.core.files import to_json
-from edgedisp.core.results import REPORT_FORMAT, Condensation, DeviceResult, Run
+from edgedisp.core.results import REPORT_FORMAT, Condensation, DeviceResult
+from edgedisp.core.run import Run
 from edgedisp.report import plots_condensation
 from edgedisp.report.devices import device_sections, latency_section, on_devices_section
 from edgedisp.report.figure import Plot, arm_color, data_urls, save
 from edgedisp.report.formatting import count, plural, typographic
-from edgedisp.report.layout import Section, escape_markdown, fenced, grid_markdown, section
+from edgedisp.report.layout import TERMS, Section, escape_markdown, fenced, grid_markdown, section
 from edgedisp.report.plots import plots
 from edgedisp.report.result_sections import (
     arms_section,
@@ -39,7 +40,6 @@ from edgedisp.report.run_sections import (
     stages_section,
     training_section,
 )
-from edgedisp.report.texts import TERMS
 from edgedisp.report.verdict import verdict
 from edgedisp.report.weight_sections import merge_section, mixed_section, survival_section
 

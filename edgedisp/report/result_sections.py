@@ -8,15 +8,14 @@ from typing import Any
 
 from edgedisp.core.results import (
     BASELINE,
-    CHANGES_FORWARD,
     Condensation,
     Divergence,
     Estimate,
     Measurement,
     NoiseFloor,
-    Run,
     detectable,
 )
+from edgedisp.core.run import CHANGES_FORWARD, Run
 from edgedisp.report.comparisons import Comparison, comparisons
 from edgedisp.report.formatting import (
     MISSING,
@@ -31,9 +30,8 @@ from edgedisp.report.formatting import (
     signed,
     small,
 )
-from edgedisp.report.layout import Grid, Section, grid, section
+from edgedisp.report.layout import TERMS, Grid, Section, grid, section
 from edgedisp.report.results_table import arms_grid, has_more_arms
-from edgedisp.report.texts import TERMS
 
 LOG_LIKELIHOODS = {"gold_bits_per_byte": "bits per byte", "gold_nll": "nats", "word_nll": "nats"}
 """Metrics of the right answer's log-likelihood, the first that a task has, and their units."""

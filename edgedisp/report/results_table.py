@@ -10,7 +10,8 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgedisp.core.results import BASELINE, DISPERSED, Estimate, Run, TaskScore, arms_in_order
+from edgedisp.core.results import BASELINE, DISPERSED, Estimate, TaskScore
+from edgedisp.core.run import Run, arms_in_order
 from edgedisp.report.comparisons import MEAN, NOT_CLEAR, comparisons, headline, is_loss, is_share
 from edgedisp.report.formatting import MISSING, bits, format_estimate, label, megabytes, plural
 from edgedisp.report.layout import Grid, escape_markdown, grid_markdown, grid_text, printable

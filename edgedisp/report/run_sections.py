@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from edgedisp.core.results import BASELINE, Bundle, Json, Parity, Run, Stage, Training
+from edgedisp.core.results import BASELINE, Bundle, Json, Parity, Training
+from edgedisp.core.run import Run, Stage
 from edgedisp.report.formatting import (
     MISSING,
     count,
@@ -20,9 +21,8 @@ from edgedisp.report.formatting import (
     significant,
     small,
 )
-from edgedisp.report.layout import Grid, Section, grid, section
+from edgedisp.report.layout import TERMS, TEXTS, Grid, Section, grid, section
 from edgedisp.report.result_sections import measured
-from edgedisp.report.texts import TERMS, TEXTS
 from edgedisp.report.verdict import RULES
 
 # Fairness

@@ -11,7 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from edgedisp.core.results import AS_GIVEN, BASELINE, DISPERSED, PUBLISHED_POINTS, Run, detectable
+from edgedisp.core.results import AS_GIVEN, BASELINE, DISPERSED, PUBLISHED_POINTS, detectable
+from edgedisp.core.run import Run
 from edgedisp.report.comparisons import LOSS, MEAN, Comparison, comparisons, headline, is_loss
 from edgedisp.report.formatting import (
     bits,
@@ -27,7 +28,7 @@ from edgedisp.report.formatting import (
     significant,
     small,
 )
-from edgedisp.report.texts import TEXTS
+from edgedisp.report.layout import TEXTS
 
 HELPS, HURTS, NULL = "helps", "hurts", "no measurable difference"
 CANNOT_TELL, SINGLE = "cannot tell at this size", "single arm"

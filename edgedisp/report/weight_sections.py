@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from edgedisp.core.results import Estimate, Json, Run
+from edgedisp.core.results import Estimate, Json
+from edgedisp.core.run import Run
 from edgedisp.report.formatting import (
     MISSING,
     change,
@@ -17,8 +18,7 @@ from edgedisp.report.formatting import (
     percent,
     small,
 )
-from edgedisp.report.layout import Section, grid, section
-from edgedisp.report.texts import TERMS
+from edgedisp.report.layout import TERMS, Section, grid, section
 
 SURVIVED = {
     "nothing": "nothing measurable to survive",

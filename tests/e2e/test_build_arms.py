@@ -9,7 +9,7 @@ import pytest
 from conftest import Ended
 from tiny_build import write_recipe
 
-from edgedisp.core.results import Run
+from edgedisp.core.run import Run
 from edgedisp.core.stage_folder import read
 from edgedisp.pipeline.run_results import load
 

@@ -19,16 +19,14 @@ from edgedisp.core.results import (
     Measurement,
     NoiseFloor,
     Parity,
-    Replica,
-    Run,
     Score,
     Seeds,
-    Stage,
     TaskDifference,
     TaskScore,
     Timing,
     Training,
 )
+from edgedisp.core.run import Replica, Run, Stage
 
 LOSS, CLOZE = "heldout_perplexity", "heldout_cloze"
 PRECISIONS = ["torch", "fp32", "int8", "int4"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edgedisp.core.results import Run
+from edgedisp.core.run import Run
 from edgedisp.pipeline.run_results import load
 
 pytestmark = pytest.mark.real

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgedisp.core.files import from_json, to_json
-from edgedisp.core.results import Estimate, Run, Seeds, TaskDifference
+from edgedisp.core.results import Estimate, Seeds, TaskDifference
+from edgedisp.core.run import Run
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 ESTIMATES = st.builds(

@@ -14,7 +14,8 @@ import pytest
 from report_sample import PRECISIONS, sample, several_arms, timing
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.results import BASELINE, DeviceResult, Run, Timing
+from edgedisp.core.results import BASELINE, DeviceResult, Timing
+from edgedisp.core.run import Run
 from edgedisp.pipeline.run_results import device_result, load
 from edgedisp.report import (
     bundle_card,

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from report_sample import CLOZE, LOSS, loss_difference, sample, several_arms, share_difference
 
-from edgedisp.core.results import Estimate, Run
+from edgedisp.core.results import Estimate
+from edgedisp.core.run import Run
 from edgedisp.report import arms_text, table, table_text, verdict
 from edgedisp.report.comparisons import NOT_CLEAR, comparisons, headline, holm
 from edgedisp.report.result_sections import arms_section, scores_section
