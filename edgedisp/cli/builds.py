@@ -125,15 +125,19 @@ def pilot(
     as_json: JsonOption = False,
 ) -> None:
     """Find out which dispersion settings do anything, on few tokens, before a build spends hours."""
-    from edgedisp.commands import sweep as command
+    from edgedisp.commands import pilot as command
     from edgedisp.core.progress import Screen
 
     loaded = load_recipe(recipe, set_, smoke)
-    sweep = command.plan(loaded, weights=weights, tokens=tokens, layers=layers, variants=variants)
-    folder = command.run_folder(sweep, out)
+    trials = command.plan(loaded, weights=weights, tokens=tokens, layers=layers, variants=variants)
+    folder = command.run_folder(trials, out)
     with Screen(f"{loaded.name} -> {folder}") as screen:
-        results = command.run(sweep, folder, screen)
-    typer.echo(json.dumps(results, ensure_ascii=False) if as_json else command.render(results))
+        trials = command.run(trials, folder, screen)
+    if as_json:
+        typer.echo(json.dumps({"run": str(folder), **command.summary(trials)}, ensure_ascii=False))
+    else:
+        typer.echo(command.render(trials, width()))
+        typer.echo(f"\npicture: {folder / 'pilot.png'}")
 
 
 @app.command()

@@ -14,7 +14,17 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from edgedisp.core.results import BASELINE, Estimate, Json
 from edgedisp.core.run import Run
 from edgedisp.report.comparisons import BETTER, WORSE
-from edgedisp.report.figure import INK, MUTED, Panel, Plot, arm_color, arm_marker, draw_lines, log_ticks
+from edgedisp.report.figure import (
+    INK,
+    MUTED,
+    Panel,
+    Plot,
+    arm_color,
+    arm_marker,
+    draw_lines,
+    log_ticks,
+    number,
+)
 from edgedisp.report.formatting import label
 from edgedisp.report.plots_condensation import (
     condensation_heatmap,
@@ -247,47 +257,34 @@ def _draw_pareto(search: Json, color: str, ax: Axes) -> None:
 
 # Pilot
 
-
-def pilot_plot(results: Mapping[str, Any]) -> Plot:
-    """The picture of a pilot.json: a panel for each variant and layers, a colour for each weight."""
-    groups: dict[str, dict[str, list[Json]]] = {}
-    for rung in results["rungs"]:
-        for row in rung["candidates"]:
-            if "loss" in row:  # a training that diverged has no figures
-                layers = (
-                    row["layers"] if isinstance(row["layers"], str) else "+".join(map(str, row["layers"]))
-                )
-                rows = groups.setdefault(f"{row['variant']}, layers {layers}", {})
-                rows.setdefault(f"weight {row['weight']:g}", []).append({**row, "tokens": rung["tokens"]})
-    weights = {name for rows in groups.values() for name in rows}
-    ordered = sorted(weights, key=lambda name: float(name.split()[1]))
-    box = (results["floors"]["cosine"], results["floors"]["loss"])
-    panels = [Panel(name, partial(_draw_pilot, groups[name], ordered, box)) for name in sorted(groups)]
-    return Plot("pilot", tuple(panels), tuple(ordered))
+PilotPoints = Mapping[str, tuple[Estimate, Estimate]]
+"""Weight -> differences of (cosine, loss) to the baseline."""
 
 
-def _draw_pilot(
-    rows: Mapping[str, Sequence[Json]], weights: Sequence[str], box: tuple[float, float], ax: Axes
-) -> None:
+def pilot_plot(panels: Mapping[str, PilotPoints], floors: tuple[float, float]) -> Plot:
+    """The candidates of a pilot, a panel for each title. floors: sizes of (cosine, loss) that count."""
+    weights = tuple(dict.fromkeys(weight for points in panels.values() for weight in points))
+    drawn = [Panel(title, partial(_draw_pilot, points, weights, floors)) for title, points in panels.items()]
+    return Plot("pilot", tuple(drawn), weights)
+
+
+def _draw_pilot(points: PilotPoints, weights: Sequence[str], floors: tuple[float, float], ax: Axes) -> None:
+    x, y = floors
     ax.axhline(0, color=MUTED, linewidth=0.8)
     ax.axvline(0, color=MUTED, linewidth=0.8)
-    size = (2 * box[0], 2 * box[1])
-    ax.add_patch(Rectangle((-box[0], -box[1]), *size, fill=False, edgecolor=MUTED, linestyle="--"))
-    for weight, rungs in rows.items():
-        color, marker = arm_color(weight, weights), arm_marker(weight, weights)
-        xs, ys = ([row[figure]["difference"] for row in rungs] for figure in ("cosine_raw", "loss"))
-        ax.plot(xs, ys, color=color, linewidth=1, marker=marker, markersize=3.5, alpha=0.6)
-        bars: dict[str, Any] = {"xerr": _bars(rungs[-1]["cosine_raw"]), "yerr": _bars(rungs[-1]["loss"])}
-        ax.errorbar(xs[-1], ys[-1], **bars, color=color, marker=marker, markersize=7)
-        ax.annotate(f"{rungs[-1]['tokens']:,}", (xs[-1], ys[-1]), fontsize="small", color=MUTED, **NEAR)
+    ax.add_patch(Rectangle((-x, -y), 2 * x, 2 * y, fill=False, edgecolor=MUTED, linestyle="--"))
+    for weight, (cosine, loss) in points.items():
+        style: dict[str, Any] = {"color": arm_color(weight, weights), "marker": arm_marker(weight, weights)}
+        bars: dict[str, Any] = {"xerr": _bars(cosine), "yerr": _bars(loss)}
+        ax.errorbar(number(cosine), number(loss), **bars, **style, markersize=7)
     ax.margins(0.08)
     ax.set_xlabel("mean cosine, difference")
     ax.set_ylabel("held-out loss, difference (nats)")
 
 
-def _bars(part: Mapping[str, float | None]) -> list[list[float]] | None:
+def _bars(estimate: Estimate) -> list[list[float]] | None:
     """How far the limits are below and above the value."""
-    value, low, high = part["difference"], part["low"], part["high"]
+    value, low, high = estimate.value, estimate.low, estimate.high
     if value is None or low is None or high is None:
         return None
     return [[max(0.0, value - low)], [max(0.0, high - value)]]

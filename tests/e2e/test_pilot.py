@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from edgedisp.commands.sweep import (
+from edgedisp.commands.pilot import (
     LOSS_FLOOR,
-    Row,
-    moved,
+    Candidate,
+    Pilot,
+    advice,
+    direction,
     plan,
     ranked,
     recipe_line,
-    render,
     run,
-    verdict,
 )
 from edgedisp.core.errors import BadInput
 from edgedisp.core.results import Estimate
@@ -41,67 +41,54 @@ def difference(value: float, half_width: float = 0.001) -> Estimate:
     return Estimate(value, value - half_width, value + half_width)
 
 
-def row(weight: float, loss: float, cosine: float) -> Row:
-    return Row("angular", "all", weight, difference(loss), difference(cosine))
+def candidate(weight: float, loss: float, cosine: float) -> Candidate:
+    return Candidate(Dispersion(weight=weight), difference(loss), difference(cosine))
 
 
 def test_a_difference_counts_if_its_interval_excludes_0_and_it_reaches_the_floor() -> None:
-    assert moved(difference(0.006), 0.005) == "up"
-    assert moved(difference(-0.005), 0.005) == "down"
-    assert moved(difference(-0.0049), 0.005) == "still"  # sure, but too small to matter
-    assert moved(difference(-0.2, half_width=0.3), 0.005) == "still"  # large, but not sure
-    assert moved(Estimate(-0.2), 0.005) == "still"
-    assert moved(Estimate(0.006, 0.0, 0.012), 0.005) == "still"  # the interval touches 0
+    assert direction(difference(0.006), 0.005) == 1
+    assert direction(difference(-0.005), 0.005) == -1
+    assert direction(difference(-0.0049), 0.005) == 0  # sure, but too small to matter
+    assert direction(difference(-0.2, half_width=0.3), 0.005) == 0  # large, but not sure
+    assert direction(Estimate(-0.2), 0.005) == 0
+    assert direction(Estimate(0.006, 0.0, 0.012), 0.005) == 0  # the interval touches 0
 
 
 def test_the_effect_follows_from_both_differences() -> None:
     for loss, cosine, effect in (
-        (0.004, -0.004, "nothing measurable"),
         (0.0017, -0.001, "nothing measurable"),  # weight 0.1 at 80k tokens on SmolLM2-135M
         (-0.0017, -0.017, "disperses, loss unchanged"),  # weight 1
         (-0.02, -0.02, "disperses, loss better"),
         (-0.02, 0.0, "loss better, not dispersed"),
         (0.0, 0.02, "condenses, loss unchanged"),
-        (-0.02, 0.02, "condenses, loss better"),
         (0.02, -0.02, "hurts"),
     ):
-        assert row(1, loss, cosine).effect == effect
+        assert candidate(1, loss, cosine).effect == effect
 
 
 def test_lower_losses_rank_first_then_what_disperses_then_what_hurts_then_what_diverged() -> None:
-    rows = [
-        Row("angular", "all", 9, diverged="NaN"),
-        row(8, 0.02, -0.3),
-        row(7, 0.03, -0.4),
-        row(6, -LOSS_FLOOR + 0.0001, -0.001),  # lower by too little: a tie
-        row(5, 0.002, -0.02),
-        row(4, -0.01, 0.0),
-        row(3, -0.02, 0.0),
+    candidates = [
+        Candidate(Dispersion(weight=9), diverged="NaN"),
+        candidate(8, 0.02, -0.3),
+        candidate(7, 0.03, -0.4),
+        candidate(6, -LOSS_FLOOR + 0.0001, -0.001),  # lower by too little: a tie
+        candidate(5, 0.002, -0.02),
+        candidate(4, -0.01, 0.0),
+        candidate(3, -0.02, 0.0),
     ]
-    assert [one.weight for one in ranked(rows)] == [3, 4, 5, 6, 8, 7, 9]
+    assert [row.dispersion.weight for row in ranked(candidates)] == [3, 4, 5, 6, 8, 7, 9]
 
 
-def test_the_verdict_covers_every_row() -> None:
-    rows = [row(3, 0.0, -0.03), row(0.1, 0.0, 0.0), row(9, 0.02, -0.1), row(30, 0.03, -0.2)]
-    words = verdict(rows, 20_000, 200_000)
-    assert words[:3] == [
-        "Disperses, loss unchanged: weight 3.",
-        "Nothing measurable: weight 0.1.",
-        "Hurts: weight 9, weight 30.",
-    ]
-    assert "The recipe trains on 200,000 tokens, 10 times as many" in words[3]
-    assert "No setting does anything measurable" in verdict(rows[1:2], 20_000, 20_000)[0]
-    assert verdict(rows[2:], 20_000, 20_000)[-1] == "No setting can be recommended: try smaller weights."
-    other = replace(rows[0], variant="cosine")
-    assert "weight 3 angular, weight 3 cosine" in verdict([rows[0], other], 1, 1)[0]
-
-
-def test_the_recipe_line_reads_back_as_the_row() -> None:
-    line = recipe_line(Dispersion(tokens=16), row(3, 0.0, -0.03))
-    section = YAML(typ="safe").load(line)["dispersion"]
-    assert section == {"variant": "angular", "weight": 3, "layers": "all", "tokens": 16}
-    listed = recipe_line(Dispersion(exclude_sink=True), replace(row(3, 0.0, -0.03), layers=(0, 2)))
-    assert YAML(typ="safe").load(listed)["dispersion"]["layers"] == [0, 2] and "sink: true" in listed
+def test_the_best_useful_setting_is_recommended_as_a_line_that_reads_back(recipe: Path) -> None:
+    useful = replace(candidate(3, 0.0, -0.03), dispersion=Dispersion(weight=3, tokens=16, layers=(0, 2)))
+    pilot = Pilot(load(recipe, ["train.tokens=256"]), 2560, [candidate(2, -0.02, 0.02), useful])
+    first, second = advice(pilot)
+    assert first.endswith(recipe_line(useful.dispersion)) and "2,560 tokens, 10 times as many" in second
+    section = YAML(typ="safe").load(recipe_line(useful.dispersion))["dispersion"]
+    assert section == {"variant": "angular", "weight": 3, "layers": [0, 2], "tokens": 16}
+    assert "exclude_sink: true" in recipe_line(Dispersion(exclude_sink=True))
+    assert "try smaller weights" in advice(replace(pilot, candidates=[candidate(9, 0.02, -0.1)]))[0]
+    assert "try larger weights" in advice(replace(pilot, candidates=[candidate(0.1, 0.0, 0.0)]))[0]
 
 
 @pytest.fixture
@@ -112,26 +99,26 @@ def recipe(tmp_path: Path, text_file: Path, tiny_folder: dict[str, Path]) -> Pat
 
 
 def test_every_weight_is_tried_with_all_layers_and_variants(recipe: Path) -> None:
-    sweep = plan(
+    pilot = plan(
         load(recipe), weights="0.03,3", tokens="2k", layers="all,last_half", variants="angular,cosine"
     )
-    names = [one.name for one in sweep.rows]
+    names = [row.name for row in pilot.candidates]
     assert len(set(names)) == 8 and names[0] == "angular-all-0.03" and names[-1] == "cosine-last_half-3"
-    assert sweep.tokens == 15 * STEP and sweep.dispersion.tokens == 16
+    assert pilot.tokens == 15 * STEP and pilot.candidates[0].dispersion.tokens == 16
     plain = plan(load(recipe, ["train.dispersion=null", "arms=[baseline]"]), weights="1", tokens="2k")
-    assert [one.name for one in plain.rows] == ["angular-all-1"]
+    assert [row.name for row in plain.candidates] == ["angular-all-1"]
 
 
 def test_bad_input_ends_with_2_and_writes_nothing(edgedisp, recipe: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     for options, words in (
-        (["--weights", "0.1,x"], ["'x' is no number", "0.03,0.1,0.3"]),
-        (["--weights", "0.1,,3"], ["a value is missing"]),
+        (["--weights", "0.1,x"], ["--weights 0.1,x: 'x': ", "a number, such as 0.1"]),
+        (["--weights", "0.1,,3"], ["--weights 0.1,,3: ''"]),
         (["--weights", "0,1"], ["baseline", "above 0"]),
-        (["--weights", "0.1,1e-1"], ["0.1 is listed twice"]),
-        (["--layers", "all,lst"], ["'lst' is not known", "did you mean 'last'?", "first_half"]),
+        (["--weights", "0.1,1e-1"], ["1e-1 is listed twice"]),
+        (["--layers", "all,lst"], ["'lst': did you mean 'last'?", "first_half"]),
         (["--variants", "cosine,cosine"], ["cosine is listed twice"]),
         (["--tokens", "100"], ["--tokens 100: too few", "at least 128"]),
-        (["--tokens", "many"], ["whole number", "20k"]),
+        (["--tokens", "many"], ["--tokens many", "a whole number"]),
         (["--set", "data.heldout=0.1%"], ["1 document", "data.heldout"]),
     ):
         ended = edgedisp("pilot", recipe, "--out", tmp_path / "run", *options)
@@ -150,21 +137,19 @@ def test_the_command_trains_and_measures_and_a_second_one_runs_nothing(  # type:
     assert ended.code == 0, ended
     results = json.loads((run_dir / "pilot.json").read_text())
     assert results["tokens"] == 8 * STEP and len(results["candidates"]) == 2
-    strong = next(one for one in results["candidates"] if one["weight"] == 30)
+    strong = next(row for row in results["candidates"] if row["weight"] == 30)
     assert strong["cosine"]["high"] < 0
-    for one in results["candidates"]:
-        assert all(one[name]["low"] <= one[name]["value"] <= one[name]["high"] for name in ("loss", "cosine"))
-        assert f"{one['loss']['value']:+.4f}" in ended.out and one["effect"] in ended.out
-    assert ended.out.strip() == render(results)
+    for row in results["candidates"]:
+        assert all(row[name]["low"] <= row[name]["value"] <= row[name]["high"] for name in ("loss", "cosine"))
+        assert f"angular, all, {row['weight']:g}" in ended.out and row["effect"] in ended.out
+    assert (run_dir / "pilot.png").read_bytes()[1:4] == b"PNG" and str(run_dir / "pilot.png") in ended.out
     weights = [path.parent.name for path in run_dir.rglob("*.safetensors")]
     assert weights == ["base"]  # trained ones are thrown away
     assert not [*run_dir.rglob("*.partial")]
 
-    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*.json")}
     again = edgedisp(*words, "--json")
-    assert again.code == 0 and "kept" in again.err and json.loads(again.out) == results
-    after = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*.json")}
-    assert {path.name for path in after if before.get(path) != after[path]} <= {"file_hashes.json"}
+    assert again.code == 0 and "kept 6 finished stages" in again.err
+    assert json.loads(again.out) == {"run": str(run_dir), **results}
 
 
 class Watcher:
@@ -203,14 +188,13 @@ def test_a_stopped_pilot_continues_and_another_weight_trains_what_is_new(
 
     monkeypatch.setattr(sweep_candidate, "train", train)
     folder = tmp_path / "run"
-    sweep = plan(load(recipe), weights="0.1,7", tokens="256")
+    pilot = plan(load(recipe), weights="0.1,7", tokens="256")
     with pytest.raises(KeyboardInterrupt):
-        run(sweep, folder, Watcher(stop_after="angular-all-0.1"))
+        run(pilot, folder, Watcher(stop_after="angular-all-0.1"))
     rest = Watcher()
-    results = run(sweep, folder, rest)
+    last = run(pilot, folder, rest).candidates[-1]
     assert rest.executed == ["angular-all-7"]
-    last = results["candidates"][-1]
-    assert last["effect"] == "diverges" and last["loss"] is None and last["diverged"]
+    assert last.effect == "diverges" and last.loss is None and last.diverged
     more = Watcher()
     run(plan(load(recipe), weights="0.1,1", tokens="256"), folder, more)
     assert more.executed == ["angular-all-1"] and "baseline" in more.cached
@@ -244,8 +228,8 @@ def test_figures_are_those_of_the_loss_and_the_cosines_by_loops(recipe: Path, tm
     from edgedisp import models
     from edgedisp.pipeline.prepare import heldout_documents
 
-    sweep = plan(load(recipe, ["train.lr=1e-30", "train.precision=fp32"]), weights="1", tokens="128")
-    run(sweep, tmp_path / "run", Watcher())
+    pilot = plan(load(recipe, ["train.lr=1e-30", "train.precision=fp32"]), weights="1", tokens="128")
+    run(pilot, tmp_path / "run", Watcher())
     base = models.load(tmp_path / "run" / "base")
     judged = json.loads((tmp_path / "run" / "baseline" / "judged.json").read_text())
     first_windows = {item["id"]: item for item in judged["items"] if item["id"].endswith("#0")}
@@ -283,7 +267,7 @@ def test_a_training_that_was_finished_is_not_repeated_when_its_measuring_was_cut
 ) -> None:
     from edgedisp.pipeline import sweep_candidate
 
-    sweep, trained, real = plan(load(recipe), weights="1", tokens="128"), [], sweep_candidate.train
+    pilot, trained, real = plan(load(recipe), weights="1", tokens="128"), [], sweep_candidate.train
 
     def train(options: Any, **inputs: Any) -> dict[str, Any]:
         trained.append(options.arm.name)
@@ -295,12 +279,12 @@ def test_a_training_that_was_finished_is_not_repeated_when_its_measuring_was_cut
     monkeypatch.setattr(sweep_candidate, "train", train)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sweep_candidate, "_measure", interrupted)
-        run(sweep, tmp_path / "run", Watcher())
-    run(sweep, tmp_path / "run", Watcher())
+        run(pilot, tmp_path / "run", Watcher())
+    run(pilot, tmp_path / "run", Watcher())
     assert trained == ["baseline", "angular-all-1"]
 
 
 def test_an_adapter_is_measured_as_the_recipe_trains_it(recipe: Path, tmp_path: Path) -> None:
     loaded = load(recipe, ["train.adapter.kind=lora", "train.lr=1e-2"])
     results = run(plan(loaded, weights="30", tokens="512"), tmp_path / "run", Watcher())
-    assert results["candidates"][0]["cosine"]["high"] < 0
+    assert (results.candidates[0].cosine or Estimate(0)).high < 0
