@@ -20,9 +20,9 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.files import check_files
 from edgedisp.core.progress import Progress
 from edgedisp.core.results import Condensation
-from edgedisp.dispersion.condensation import measure_model
+from edgedisp.dispersion.condensation import Profile, measure_model, summary
 from edgedisp.graph.genai_config import context_length, read_config
-from edgedisp.pipeline.condensation import condensation, measure_bundle
+from edgedisp.pipeline.condensation import measure_bundle
 from edgedisp.report.layout import Grid, grid_text
 from edgedisp.report.result_sections import layer_grid, model_grid
 
@@ -45,19 +45,19 @@ def measure(names: list[str], options: CondensationOptions, progress: Progress) 
     Raises BadInput for what is no model, a bundle whose hidden states cannot be found, too little text, more
     tokens than a model takes, and tokenizers that differ on the text.
     """
-    measured: list[dict[str, Any]] = []
+    measured: list[Profile] = []
     tokens: list[Tensor] = []
     for name in names:  # one model in memory at a time
         profile, blocks = _measure(name, options, tokens, progress)
         measured.append(profile)
         tokens.append(blocks)
-    results = [condensation(one, measured[0] if place else None) for place, one in enumerate(measured)]
+    results = [summary(profile, measured[0] if index else None) for index, profile in enumerate(measured)]
     return dict(zip(_distinct(names), results))
 
 
 def _measure(
     name: str, options: CondensationOptions, before: list[Tensor], progress: Progress
-) -> tuple[dict[str, Any], Tensor]:
+) -> tuple[Profile, Tensor]:
     where = data.fetch(name, base_dir=Path.cwd(), progress=progress)
     named = _named(progress, name)
     if isinstance(where, Path) and _is_bundle(where):

@@ -21,15 +21,15 @@ from edgedisp.bench.interleaved_timing import measure as measure_speed
 from edgedisp.bench.local import Local
 from edgedisp.bench.results import twin_pairs
 from edgedisp.core.errors import BuildFailed
-from edgedisp.core.files import to_json, write_json
+from edgedisp.core.files import from_json, to_json, write_json
 from edgedisp.core.progress import Progress
 from edgedisp.core.results import Condensation, Divergence, Measurement
 from edgedisp.core.stage_folder import SCORES
-from edgedisp.dispersion.condensation import measure_model
+from edgedisp.dispersion.condensation import Profile, measure_model, summary
 from edgedisp.evaluate.divergence import DivergenceMeter
 from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.session import OnnxModel
-from edgedisp.pipeline.condensation import condensation, heldout_blocks, measure_bundle
+from edgedisp.pipeline.condensation import heldout_blocks, measure_bundle
 from edgedisp.pipeline.options import LatencyOptions, MeasureOptions
 from edgedisp.pipeline.parity import parity
 from edgedisp.pipeline.prepare import ITEMS, task_suite
@@ -117,11 +117,11 @@ def _condensation(inputs: MeasureInputs, model: Any, output_dir: Path, progress:
         measured = measure_model(model.model, blocks, progress)
     else:
         measured = measure_bundle(inputs.bundle, blocks, model.threads, progress)
-    write_json(output_dir / PROFILE, measured)
+    write_json(output_dir / PROFILE, to_json(measured))
     reference = None
     if inputs.reference is not None:
-        reference = json.loads((inputs.reference / PROFILE).read_text(encoding="utf-8"))
-    return condensation(measured, reference)
+        reference = from_json(Profile, json.loads((inputs.reference / PROFILE).read_text(encoding="utf-8")))
+    return summary(measured, reference)
 
 
 def latency(

@@ -99,7 +99,7 @@ def _measure(model: Any, suite: TaskSuite, corpus: Path, progress: Progress) -> 
     windows = suite.run(models.TorchModel(model), ScoreOptions(progress=progress), bootstrap=2)[TASK].items
     profile = measure_model(model, heldout_blocks(corpus), progress)
     # The mean over the blocks: the embedding's output, which no loss disperses, and the final norm's are out.
-    cosines = [float(np.mean(layers[1:-1])) for layers in profile["by_sequence"]["cosine_raw"]]
+    cosines = [float(np.mean(layers[1:-1])) for layers in profile.figures["cosine_raw"]]
     return {
         "items": [{name: item[name] for name in ("id", "document", "nll", "tokens")} for item in windows],
         "cosine": [

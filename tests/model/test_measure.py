@@ -16,7 +16,7 @@ from edgedisp import data, models
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.files import data_folder, from_json
 from edgedisp.core.results import Measurement
-from edgedisp.dispersion.condensation import measure_model
+from edgedisp.dispersion.condensation import measure_model, summary
 from edgedisp.pipeline import build_plan
 from edgedisp.pipeline import measure as stage
 from edgedisp.pipeline.options import ItemsOptions, MeasureOptions, ParityOptions
@@ -74,7 +74,9 @@ def test_torch_and_bundles_are_measured_on_the_same_blocks_and_items(run: Run) -
     blocks = np.load(run.root / "corpus" / "heldout.npy")[:16].astype(np.int64)
     expected = measure_model(models.load(run.store.model_dir("llama")), torch.from_numpy(blocks), silent)
     assert trained.condensation is not None and trained.condensation.sequences == 16
-    assert trained.condensation.mean_cosine.value == pytest.approx(expected["mean_cosine"]["value"], abs=1e-6)
+    assert trained.condensation.mean_cosine.value == pytest.approx(
+        summary(expected).mean_cosine.value, abs=1e-6
+    )
     assert trained.condensation.change is None and not trained.divergence and trained.parity is None
 
     changes = [one.condensation.change for one in (exact, rounded) if one.condensation is not None]

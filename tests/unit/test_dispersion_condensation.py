@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +16,15 @@ from edgedisp.dispersion import condensation
 from edgedisp.dispersion.condensation import (
     BINS,
     FIGURES,
-    bootstrap_interval,
-    compare,
+    Profile,
     cosine_histogram,
+    estimates,
     kendall,
     measure_layer,
     profile,
     spearman,
     student_t,
+    summary,
 )
 
 Vectors = NDArray[np.float64]
@@ -112,27 +112,24 @@ def test_students_t_is_scipys_from_four_degrees_of_freedom_on() -> None:
 
 
 def test_an_interval_of_eight_sequences_covers_the_truth_about_as_often_as_it_says() -> None:
-    generator, hits = torch.Generator().manual_seed(0), 0
     before = torch.random.get_rng_state()
-    for _ in range(300):
-        low, high = bootstrap_interval(
-            torch.randn(8, generator=generator, dtype=torch.float64), lambda mean: mean
-        ) or (torch.tensor(0), torch.tensor(0))
-        hits += bool(low < 0 < high)
-    assert 0.91 < hits / 300 < 0.985  # plain percentiles: 0.88
+    columns = torch.randn(8, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    results = estimates(lambda mean: mean, columns)
+    covered = sum(row.low < 0 < row.high for row in results if row.low is not None and row.high is not None)
+    assert 0.91 < covered / 300 < 0.985  # plain percentiles: 0.88
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert bootstrap_interval(torch.ones(1, 3), lambda mean: mean) is None
+    assert [row.value for row in results] == pytest.approx(columns.mean(dim=0).tolist())
+    assert not estimates(lambda mean: mean, torch.ones(1, 3, dtype=torch.float64))[0].has_interval
 
 
 # ---------------------------------------------------------------- differences
 
 
-def random_profile(offset: float, layers: int = 3, rows: int = 6, seed: int = 0) -> dict[str, Any]:
+def random_profile(offset: float, layers: int = 3, rows: int = 6) -> Profile:
     """A profile of random vectors around a common offset that grows with depth."""
 
     def states(block: torch.Tensor) -> list[torch.Tensor]:
-        generator = torch.Generator().manual_seed(int(block[0]) + 1000 * seed)
-        noise = torch.randn(layers + 1, 30, 12, generator=generator)
+        noise = randn(layers + 1, 30, 12, seed=int(block[0]))
         return [noise[layer] + offset * layer / layers for layer in range(layers + 1)]
 
     return profile(states, torch.arange(rows).unsqueeze(1).expand(rows, 30))
@@ -140,33 +137,30 @@ def random_profile(offset: float, layers: int = 3, rows: int = 6, seed: int = 0)
 
 def test_differences_are_paired_by_sequence() -> None:
     first, second = random_profile(1.0), random_profile(1.1)
-    change = compare(first, second)
-    assert [row["layer"] for row in change["layers"]] == [0, 1, 2]
-    assert change["layers"][0]["cosine_raw"] == {"difference": 0, "low": 0, "high": 0}  # the same vectors
-    difference = change["layers"][2]["cosine_raw"]
-    before, after = (one["layers"][2]["cosine_raw"] for one in (first, second))
-    assert difference["difference"] == pytest.approx(after - before)
+    before, result = summary(first), summary(second, first)
+    change = result.change
+    assert change is not None and [row.layer for row in change.layers] == [0, 1, 2]
+    unchanged = change.layers[0].figures["cosine_raw"]  # the same vectors
+    assert (unchanged.value, unchanged.low, unchanged.high) == (0, 0, 0)
+    plain, after, paired = (row.layers[2].figures["cosine_raw"] for row in (before, result, change))
+    assert plain.value is not None and after.value is not None and paired.low is not None
+    assert paired.value == pytest.approx(after.value - plain.value) and paired.low > 0
     # The same noise is in both, so the pairs say more than the two intervals do.
-    low, high = first["layers"][2]["intervals"]["cosine_raw"]
-    assert (
-        0 < difference["low"] < difference["high"]
-        and difference["high"] - difference["low"] < (high - low) / 2
-    )
-    whole = change["mean_cosine"]
-    assert whole["difference"] == pytest.approx(
-        second["mean_cosine"]["value"] - first["mean_cosine"]["value"]
-    )
+    assert (paired.half_width or 0) < (plain.half_width or 0) / 2
+    means = [row.mean_cosine.value for row in (before, result, change)]
+    assert means[2] == pytest.approx((means[1] or 0) - (means[0] or 0))
 
 
 def test_models_of_different_depth_are_compared_as_a_whole() -> None:
     shallow, deep = random_profile(1.0, layers=3), random_profile(1.0, layers=5)
-    change = compare(shallow, deep)
-    assert change["layers"] == [] and set(change["final_norm"]) == set(FIGURES)
-    expected = deep["mean_cosine"]["value"] - shallow["mean_cosine"]["value"]
-    assert change["mean_cosine"]["difference"] == pytest.approx(expected)
-    assert math.isfinite(change["correlations"]["kendall"]["low"])
+    change = summary(deep, shallow).change
+    assert change is not None and change.final_norm is not None
+    assert change.layers == [] and set(change.final_norm.figures) == set(FIGURES)
+    means = [summary(each).mean_cosine.value or 0 for each in (shallow, deep)]
+    assert change.mean_cosine.value == pytest.approx(means[1] - means[0])
+    assert change.correlations["kendall"].has_interval
 
 
 def test_profiles_over_other_sequences_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot be compared"):
-        compare(random_profile(1.0), random_profile(1.0, rows=5))
+        summary(random_profile(1.0, rows=5), random_profile(1.0))
