@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from edgedisp.bench.results import median_interval
 from edgedisp.bench.system import physical_cores
 from edgedisp.commands.bench import time_bundles
 from edgedisp.commands.export import export_bundle
+from edgedisp.core.files import to_json
 from edgedisp.core.progress import Screen
-from edgedisp.pipeline.run_results import device_result
 from edgedisp.recipe import load_target
 from edgedisp.report.render import devices_page
 
@@ -73,10 +74,10 @@ def main() -> None:
             native = time_bundles([laptop], ["local", server.device], usual, screen.progress)
             page = time_bundles([browser, fp32], ["browser"], single, screen.progress)
             plain = time_bundles([fp32], ["local"], single, screen.progress)
-    native["devices"][1]["device"] = "ssh, loopback"
-    plain["devices"][0]["device"] = "local, 1 thread"
     devices = [device for part in (native, page, plain) for device in part["devices"]]
-    (RESULTS / "devices.html").write_text(devices_page([device_result(one) for one in devices]), "utf-8")
+    names = ("local", "ssh, loopback", "browser", "local, 1 thread")
+    devices = [replace(device, device=name) for device, name in zip(devices, names, strict=True)]
+    (RESULTS / "devices.html").write_text(devices_page(devices), "utf-8")
     genai: list[dict[str, Any]] = [
         {
             "name": f"genai/{name}",
@@ -86,25 +87,26 @@ def main() -> None:
         }
         for name, found in speeds.items()
     ]
-    rows = [{"device": device["device"], **row} for device in devices for row in device["rows"]]
-    by_name = {(row["device"], row["label"]): row for row in rows}
-    one_thread, local = by_name["local, 1 thread", "fp32"], by_name["local", "laptop"]
+    rows = {(device.device, row.label): row for device in devices for row in device.rows}
+    speed = {name: row.decode_tokens_per_s.value for name, row in rows.items() if row.decode_tokens_per_s}
+    one_thread, local = ("local, 1 thread", "fp32"), ("local", "laptop")
     ratios = [a / b for a, b in zip(speeds["cores"][DECODE], speeds["unset"][DECODE])]
+    download = rows["browser", "browser"].download_bytes or 0
     figures = {
-        "browser_decode_tokens_per_s": by_name["browser", "browser"][DECODE],
-        "browser_fp32_decode_tokens_per_s": by_name["browser", "fp32"][DECODE],
-        "browser_ratio_to_native_fp32": by_name["browser", "fp32"][DECODE] / one_thread[DECODE],
-        "browser_download_mb": by_name["browser", "browser"]["download_bytes"] / 1e6,
-        "local_decode_tokens_per_s": local[DECODE],
-        "local_fp32_one_thread_decode_tokens_per_s": one_thread[DECODE],
-        "local_fp32_one_thread_gb_per_s": one_thread["implied_bandwidth_gb_per_s"],
-        "ssh_decode_ratio_to_local": by_name["ssh, loopback", "laptop"][DECODE] / local[DECODE],
+        "browser_decode_tokens_per_s": speed["browser", "browser"],
+        "browser_fp32_decode_tokens_per_s": speed["browser", "fp32"],
+        "browser_ratio_to_native_fp32": speed["browser", "fp32"] / speed[one_thread],
+        "browser_download_mb": download / 1e6,
+        "local_decode_tokens_per_s": speed[local],
+        "local_fp32_one_thread_decode_tokens_per_s": speed[one_thread],
+        "local_fp32_one_thread_gb_per_s": rows[one_thread].bandwidth_gb_per_s,
+        "ssh_decode_ratio_to_local": speed["ssh, loopback", "laptop"] / speed[local],
         "genai_default_threads_decode_ratio": statistics.median(ratios),
         "genai_cores_decode_tokens_per_s": statistics.median(speeds["cores"][DECODE]),
     }
-    left_out = ("rows", "repetitions", "order")
-    facts = [{key: value for key, value in one.items() if key not in left_out} for one in devices]
-    write("devices", figures, [*rows, *genai], devices=facts)
+    timings = [{"device": name, **to_json(row)} for (name, _), row in rows.items()]
+    facts = [to_json(replace(device, rows=[], repetitions=[])) for device in devices]
+    write("devices", figures, [*timings, *genai], devices=facts)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from edgedisp.bench.page_server import PageServer
 from edgedisp.bench.phone import PORT
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Progress
+from edgedisp.core.results import DeviceResult
 
 MIB = 1 << 20
 ANSWER_S = 30.0
@@ -141,7 +142,7 @@ class PhonePage(PageDevice):
                 f"takes at least {least / MIB:.0f}; close apps, or take a bundle of fewer bits"
             )
 
-    def measure(self, progress: Progress) -> dict[str, Any]:
+    def measure(self, progress: Progress) -> DeviceResult:
         """See `devices.py`. Raises DeviceLost."""
         before = android.phone_state(self.phone.ask(android.STATE))
         try:
@@ -194,14 +195,12 @@ class PhonePage(PageDevice):
         return {**page, **{name: value for name, value in self.machine.items() if value is not None}}
 
 
-def _with_state(
-    result: dict[str, Any], before: dict[str, Any], after: dict[str, Any] | None
-) -> dict[str, Any]:
+def _with_state(result: DeviceResult, before: dict[str, Any], after: dict[str, Any] | None) -> DeviceResult:
     """The result with the phone's state before and after; None: it was gone by then."""
     state = {"before": before, "after": after}
-    return {
-        **result,
-        "machine": {**result["machine"], "state": state},
-        "load_average": {when: one and one["load_average_1m"] for when, one in state.items()},
-        "warnings": [*result["warnings"], *android.state_warnings(before, after)],
-    }
+    return replace(
+        result,
+        machine={**result.machine, "state": state},
+        load_average={when: facts and facts["load_average_1m"] for when, facts in state.items()},
+        warnings=(*result.warnings, *android.state_warnings(before, after)),
+    )

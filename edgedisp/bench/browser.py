@@ -33,6 +33,7 @@ from edgedisp.bench.system import describe, runner
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import data_folder
 from edgedisp.core.progress import Progress
+from edgedisp.core.results import DeviceResult
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = shlex.split(
@@ -88,7 +89,7 @@ class PageDevice(Device):
         """The machine's sensors after a turn."""
         return {}
 
-    def measure(self, progress: Progress) -> dict[str, Any]:
+    def measure(self, progress: Progress) -> DeviceResult:
         """Serve the page and wait for the complete figures and all scores; see `devices.py`.
 
         Raises BuildFailed where the page cannot go on, is gone, or is silent for `timeout_s`: DeviceLost if
@@ -103,22 +104,21 @@ class PageDevice(Device):
         ):
             return self._collect(server, progress)
 
-    def _collect(self, server: PageServer, progress: Progress) -> dict[str, Any]:
+    def _collect(self, server: PageServer, progress: Progress) -> DeviceResult:
         timeout_s = self.plan.options.timeout_s
         figures: Figures | None = None
         scores = PendingScores(self.plan.options.requests)
         sensors: dict[int, dict[str, Any]] = {}
 
-        def result() -> dict[str, Any]:
-            if figures is None:
-                return {}
-            found = page_result(self.plan, figures, self.name, sensors)
-            return {**found, **scores.result(), "machine": self.describe(found["machine"])}
+        def result(figures: Figures) -> DeviceResult:
+            measured = page_result(self.plan, figures, self.name, sensors)
+            return replace(measured, answers=scores.answers, machine=self.describe(measured.machine))
 
         def lost(why: str) -> BuildFailed:
             message = f"device {self.name}: {why}"
-            timed = figures is not None and figures.repetitions
-            return DeviceLost(message, {**result(), "lost": why}) if timed else BuildFailed(message)
+            if figures is None or not figures.repetitions:
+                return BuildFailed(message)
+            return DeviceLost(message, replace(result(figures), lost=why))
 
         heard = time.monotonic()
         while figures is None or not (figures.complete and scores.complete):
@@ -141,7 +141,7 @@ class PageDevice(Device):
                 figures = upload
                 if upload.repetitions and upload.repetitions[-1].turn not in sensors:
                     sensors[upload.repetitions[-1].turn] = self.sensors()
-        return result()
+        return result(figures)
 
 
 class BrowserPage(PageDevice):
@@ -151,11 +151,11 @@ class BrowserPage(PageDevice):
         self.program = find_browser()
         super().__init__("browser", bundles, options, describe()["memory_available_bytes"])
 
-    def measure(self, progress: Progress) -> dict[str, Any]:
+    def measure(self, progress: Progress) -> DeviceResult:
         before = runner().read_sensors()["load_average_1m"]
         result = super().measure(progress)
         loads = {"before": before, "after": runner().read_sensors()["load_average_1m"]}
-        return {**result, "load_average": loads}
+        return replace(result, load_average=loads)
 
     @contextmanager
     def open(self, server: PageServer) -> Iterator[None]:

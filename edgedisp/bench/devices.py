@@ -1,13 +1,7 @@
 """Devices: what `--device` accepts, and the module of each kind.
 
 A kind's module has `connect(address, bundles, options)`, a context manager that gives a `Device` or raises
-BadInput. `Device.measure(progress)` returns one JSON object:
-
-    device      as the user named it
-    machine     {cpu, architecture, features [], physical_cores, memory_bytes, system ...}; None: not known
-    rows        one for each bundle, see results.summarize_bundle
-    answers     with `BenchOptions.requests`: bundle -> items answered
-    warnings    [] about the device as a whole
+BadInput.
 """
 
 from __future__ import annotations
@@ -20,11 +14,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Progress
+from edgedisp.core.results import DeviceResult
 
 FORMS = {"local": "local", "ssh": "ssh://USER@HOST[:PORT]", "adb": "adb[:SERIAL]", "browser": "browser"}
 """Kind, which is also the name of its module here -> how it is written."""
@@ -77,14 +72,14 @@ class Device(ABC):
     """A device that has been reached."""
 
     @abstractmethod
-    def measure(self, progress: Progress) -> dict[str, Any]:
+    def measure(self, progress: Progress) -> DeviceResult:
         """Time the bundles, then score. Raises DeviceLost where it goes away in the middle."""
 
 
 class DeviceLost(BuildFailed):
     """The device went away in the middle; `partial` is the result so far, with `lost` saying why."""
 
-    def __init__(self, message: str, partial: dict[str, Any]) -> None:
+    def __init__(self, message: str, partial: DeviceResult) -> None:
         super().__init__(message)
         self.partial = partial
 

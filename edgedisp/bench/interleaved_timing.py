@@ -23,6 +23,7 @@ from edgedisp.bench.graph_stats import find_graph, written_threads
 from edgedisp.bench.worker import Worker
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Progress, silent
+from edgedisp.core.results import DeviceResult
 
 MIB = 1 << 20
 MEMORY_SHARE = 0.8  # of what is available, for all bundles that are open together
@@ -56,44 +57,36 @@ class TimedHost(Device):
         _check(bundles, options.pairs)
         self.host, self.bundles, self.options = host, bundles, options
 
-    def measure(self, progress: Progress) -> dict[str, Any]:
+    def measure(self, progress: Progress) -> DeviceResult:
         """Sweep threads if the options say so, time, then score. Raises DeviceLost."""
         host, bundles, options = self.host, self.bundles, self.options
         if options.threads == "sweep":
             sweeps = sweep_threads(bundles, host, options, progress)
             threads = {label: sweep["best"] for label, sweep in sweeps.items()}
-            result = {**measure(bundles, host, options, progress, threads), "threads": sweeps}
+            result = replace(measure(bundles, host, options, progress, threads), threads=sweeps)
         else:
             result = measure(bundles, host, options, progress)
         return self._score(result, progress) if options.requests else result
 
-    def _score(self, result: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        """`result` with `answers`: bundle -> items answered, (sum of log-probabilities, greedy) by request.
-
-        An item is one line to a bundle's worker, so a lost host leaves the items before.
-        """
+    def _score(self, result: DeviceResult, progress: Progress) -> DeviceResult:
+        """`result` with `answers`. Items go to a worker one by one, so a lost host leaves those before."""
         requests = self.options.requests
         answers: dict[str, list[Any]] = {label: [] for label in requests}
-        threads = {row["label"]: row["threads"] for row in result["rows"]}
+        result = replace(result, answers=answers)
+        threads = {row.label: row.threads for row in result.rows}
         total = sum(map(len, requests.values()))
         try:
             for label, items in requests.items():
-                words = [
-                    "--interactive",
-                    "--positions",
-                    str(_positions(items)),
-                    "--threads",
-                    str(threads[label]),
-                ]
-                command = self.host.command(self.bundles[label], words)
+                words = ["--positions", str(_positions(items)), "--threads", str(threads[label])]
+                command = self.host.command(self.bundles[label], ["--interactive", *words])
                 with Worker(label, command, self.options.timeout_s) as worker:
                     for item in items:
                         answers[label].append(_checked_scores(item, worker.ask({"score": item}), label))
                         progress(sum(map(len, answers.values())), total, f"{label}: scored")
         except (BadInput, BuildFailed) as error:
             lost = f"{self.host.name}: lost while it scored: {error}"
-            raise DeviceLost(lost, {**result, "answers": answers, "lost": str(error)}) from error
-        return {**result, "answers": answers}
+            raise DeviceLost(lost, replace(result, lost=str(error))) from error
+        return result
 
 
 def measure(
@@ -102,13 +95,12 @@ def measure(
     options: BenchOptions,
     progress: Progress = silent,
     threads: Mapping[str, int] | None = None,
-) -> dict[str, Any]:
+) -> DeviceResult:
     """Time every bundle `options.repetitions` times, in turns.
 
     bundles: label -> folder, in the order of the turns; put arms of one precision side by side. threads: by
-    label; None: as `options.threads` says. Returns {device, rows, repetitions, pairs, machine, load_average,
-    order, groups, warnings, options}, all JSON. Raises BadInput for a bundle that cannot be timed. Where a
-    worker ends or is silent for `timeout_s`: BuildFailed, or DeviceLost if something was timed before.
+    label; None: as `options.threads` says. Raises BadInput for a bundle that cannot be timed. Where a worker
+    ends or is silent for `timeout_s`: BuildFailed, or DeviceLost if something was timed before.
     """
     _check(bundles, options.pairs)
     available = host.machine["memory_available_bytes"]
@@ -122,7 +114,7 @@ def measure(
     except BuildFailed as error:
         if not measurement.timed:
             raise
-        partial = {**measurement.result(groups), "lost": str(error)}
+        partial = replace(measurement.result(groups), lost=str(error))
         raise DeviceLost(f"{host.name}: lost in the middle: {error}", partial) from error
     return measurement.result(groups)
 
@@ -169,38 +161,12 @@ class _Measurement:
         total = (self.options.repetitions + 1) * len(self.bundles)
         self.progress(len(self.facts) + len(self.timed), total, note)
 
-    def result(self, groups: list[list[str]]) -> dict[str, Any]:
+    def result(self, groups: list[list[str]]) -> DeviceResult:
         """What `measure` returns, of the turns so far."""
-        options, machine, timed, bundles = self.options, self.host.machine, self.timed, self.bundles
-        order = [repetition["label"] for repetition in timed]
-        rows = [
-            results.summarize_bundle(label, find_graph(bundles[label]), self.facts[label], timed, machine)
-            for label in bundles
-            if label in order
-        ]
-        results.warn_about_bits(rows, machine)
-        counts = set(self.threads.values())
-        names = ("prompt", "generate", "seed", "warmup", "repetitions", "pause_s")
-        return {
-            "device": self.host.name,
-            "rows": rows,
-            "repetitions": timed,
-            "pairs": [
-                results.compare_twins(a, b, bundles, timed) for a, b in options.pairs if {a, b} <= {*order}
-            ],
-            "machine": machine,
-            "load_average": {
-                "before": machine.get("load_average_1m"),
-                "after": timed[-1]["load_average_1m"] if timed else None,
-            },
-            "order": order,
-            "groups": groups,
-            "warnings": results.few_repetitions(options.repetitions),
-            "options": {
-                **{name: getattr(options, name) for name in names},
-                "threads": counts.pop() if len(counts) == 1 else dict(self.threads),
-            },
-        }
+        bundles = {label: (find_graph(self.bundles[label]), facts) for label, facts in self.facts.items()}
+        host = self.host
+        result = results.device_result(host.name, host.machine, self.timed, bundles, self.options)
+        return replace(result, options={**result.options, "groups": groups})
 
 
 def _check(bundles: Mapping[str, Path], pairs: Sequence[tuple[str, str]]) -> None:
@@ -283,12 +249,17 @@ def sweep_threads(
     for label, bundle in bundles.items():
         counts = thread_counts(machine["physical_cores"], cpus)
         threads = {f"{label}, {count} threads": count for count in counts}
-        rows = [
+        timings = measure(dict.fromkeys(threads, bundle), host, short, progress, threads).rows
+        rows: list[dict[str, Any]] = [
             {
-                **{name: row[name] for name in ("threads", "decode_tokens_per_s", "prefill_tokens_per_s")},
-                **{end: row["spread"]["decode_tokens_per_s"][end] for end in ("low", "high")},
+                "threads": row.threads,
+                "decode_tokens_per_s": row.decode_tokens_per_s.value,
+                "low": row.decode_tokens_per_s.low,
+                "high": row.decode_tokens_per_s.high,
+                "prefill_tokens_per_s": row.prefill_tokens_per_s.value,
             }
-            for row in measure(dict.fromkeys(threads, bundle), host, short, progress, threads)["rows"]
+            for row in timings
+            if row.decode_tokens_per_s and row.prefill_tokens_per_s
         ]
         best = max(rows, key=lambda row: (row["decode_tokens_per_s"], -row["threads"]))
         sweeps[label] = {"best": best["threads"], "rows": rows}

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from edgedisp.bench.page_protocol import DeviceFacts, Figures, Repetition, Score
 from edgedisp.bench.system import runner
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import MANIFEST, file_digest, read_json
+from edgedisp.core.results import DeviceResult, Timing
 
 FORM = 1  # of the plan; the page refuses another
 MIB = 1 << 20
@@ -247,34 +249,23 @@ class PagePlan:
 
 def page_result(
     plan: PagePlan, figures: Figures, device: str, sensors: Mapping[int, dict[str, Any]] | None = None
-) -> dict[str, Any]:
-    """What `interleaved_timing.measure` returns, from a page's figures, and `complete`.
-
-    Bundles without a timed turn have no row. sensors: turn -> readings of the machine after it.
-    """
-    timed = [
+) -> DeviceResult:
+    """The result of a page's figures. sensors: turn -> readings of the machine after it."""
+    turns = [
         _timed(plan, repetition) | (sensors or {}).get(repetition.turn, {})
         for repetition in figures.repetitions
     ]
-    order = [repetition["label"] for repetition in timed]
-    machine = _machine(figures.device)
-    rows = [_row(plan, figures, bundle, timed, machine) for bundle in plan.bundles if bundle.label in order]
-    results.warn_about_bits(rows, machine)
-    folders = {bundle.label: bundle.folder for bundle in plan.bundles}
-    pairs = plan.options.pairs if figures.complete else ()
-    return {
-        "device": device,
-        "complete": figures.complete,
-        "rows": rows,
-        "repetitions": timed,
-        "pairs": [results.compare_twins(a, b, folders, timed) for a, b in pairs],
-        "machine": machine,
-        "load_average": {"before": None, "after": None},
-        "order": order,
-        "groups": [[*folders]] if figures.held_open else [[label] for label in folders],
-        "warnings": results.few_repetitions(plan.options.repetitions),
-        "options": {**plan.options_json(), "threads": figures.device.threads},
+    bundles = {bundle.label: bundle for bundle in plan.bundles}
+    opened = {
+        label: (bundle.folder / bundle.graph, _facts(plan, figures, bundle))
+        for label, bundle in bundles.items()
+        if label in {turn["label"] for turn in turns}
     }
+    result = results.device_result(device, _machine(figures.device), turns, opened, plan.options)
+    hidden = Counter(turn["label"] for turn in turns if turn["hidden"])
+    rows = [_row(row, bundles[row.label], hidden[row.label]) for row in result.rows]
+    groups = [[*bundles]] if figures.held_open else [[label] for label in bundles]
+    return replace(result, rows=rows, options={**result.options, "groups": groups})
 
 
 def _machine(device: DeviceFacts) -> dict[str, Any]:
@@ -303,32 +294,29 @@ def _timed(plan: PagePlan, repetition: Repetition) -> dict[str, Any]:
     }
 
 
-def _row(
-    plan: PagePlan,
-    figures: Figures,
-    bundle: PageBundle,
-    timed: Sequence[dict[str, Any]],
-    machine: dict[str, Any],
-) -> dict[str, Any]:
-    """The row of `results.summarize_bundle`, and what only a page has: download and background."""
+def _facts(plan: PagePlan, figures: Figures, bundle: PageBundle) -> dict[str, Any]:
+    """As the runner gives them."""
     loaded = next(entry for entry in figures.loaded if entry.label == bundle.label)
-    facts = {
+    return {
         "prompt": plan.options.prompt,
         "generate": plan.options.generate,
         "threads": figures.device.threads,
         "weights_bytes": bundle.weights_bytes,
-        **loaded.model_dump(include={"layers", "vocab_size", "kv_cache_bytes_per_position"}),
+        **loaded.model_dump(include=set(results.SHAPE)),
         "load_s": statistics.median(loaded.load_s),
     }
-    row = results.summarize_bundle(bundle.label, bundle.folder / bundle.graph, facts, timed, machine)
+
+
+def _row(row: Timing, bundle: PageBundle, hidden: int) -> Timing:
+    """The row with what only a page has. hidden: repetitions in the background."""
+    warnings = [*row.warnings]
     if bundle.unfolded:  # the graph does not hold the sizes of what is read
-        row |= {"bytes_read_per_token": None, "implied_bandwidth_gb_per_s": None}
+        row = replace(row, bytes_read_per_token=None, bandwidth_gb_per_s=None)
     if bundle.packed:
-        row["warnings"].append(
+        warnings.append(
             "packed weights are unpacked at every token in WebAssembly, which is slow; `edgedisp export "
             "--target browser` makes a bundle that unpacks them once, at load"
         )
-    hidden = sum(repetition["label"] == bundle.label and repetition["hidden"] for repetition in timed)
     if hidden:
-        row["warnings"].append(f"the page was in the background during {hidden} repetitions")
-    return {**row, "download_bytes": bundle.download_bytes}
+        warnings.append(f"the page was in the background during {hidden} repetitions")
+    return replace(row, download_bytes=bundle.download_bytes, warnings=tuple(warnings))

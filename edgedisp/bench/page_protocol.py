@@ -8,7 +8,7 @@ computed in `page_plan.py`, as for every other device.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
 
@@ -134,7 +134,3 @@ class PendingScores:
     def complete(self) -> bool:
         """Whether every item of every bundle is answered."""
         return all(len(self.answers[label]) == len(items) for label, items in self._requests.items())
-
-    def result(self) -> dict[str, Any]:
-        """What goes into a device's result: {answers}, or nothing where nothing was asked."""
-        return {"answers": self.answers} if self._requests else {}

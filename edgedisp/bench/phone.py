@@ -13,14 +13,14 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from edgedisp.bench.page_plan import PagePlan, page_result
 from edgedisp.bench.page_protocol import Figures, PendingScores, Scores, Step, Trouble
 from edgedisp.bench.page_server import PageServer, Received, page_resources, self_signed
 from edgedisp.core.errors import BadInput
+from edgedisp.core.results import DeviceResult
 
 PORT = 8717  # a browser keeps what it downloaded by address and port: the same one each time
 MOST_RUNS = 256
@@ -43,9 +43,9 @@ def serve(
     options: ServeOptions,
     *,
     note: Callable[[str], None],
-    arrived: Callable[[dict[str, Any]], None],
-) -> list[dict[str, Any]]:
-    """Serve until Ctrl-C, or until the first complete result; the results, in order of arrival.
+    arrived: Callable[[str, DeviceResult], None],
+) -> dict[str, DeviceResult]:
+    """Serve until Ctrl-C, or until the first complete result; page load -> result, in order of arrival.
 
     `web` is export/web. `note` takes lines for people, `arrived` each complete result. Raises BadInput for a
     host or port that cannot be used, and without the extra [phone] or the page's libraries.
@@ -77,10 +77,10 @@ class PhoneResults:
     """What has been received, by page load."""
 
     def __init__(
-        self, plan: PagePlan, note: Callable[[str], None], arrived: Callable[[dict[str, Any]], None]
+        self, plan: PagePlan, note: Callable[[str], None], arrived: Callable[[str, DeviceResult], None]
     ) -> None:
         self.plan, self.note, self.arrived = plan, note, arrived
-        self.figures: dict[str, tuple[Figures, str]] = {}
+        self.figures: dict[str, Figures] = {}
         self.scores: dict[str, PendingScores] = {}
         self.complete: set[str] = set()
 
@@ -97,23 +97,22 @@ class PhoneResults:
         elif run not in self.figures and len(self.figures) >= MOST_RUNS:
             self.note(f"{client}: not kept, there are {MOST_RUNS} results already")
         else:
-            self.figures[run] = (upload, client)
+            self.figures[run] = upload
             self.scores.setdefault(run, PendingScores(self.plan.options.requests))
-        is_complete = run in self.figures and self.figures[run][0].complete and self.scores[run].complete
+        is_complete = run in self.figures and self.figures[run].complete and self.scores[run].complete
         if is_complete and run not in self.complete:
             self.complete.add(run)
-            self.arrived(self._result(run))
+            self.arrived(run, self._result(run))
 
-    def all(self) -> list[dict[str, Any]]:
+    def all(self) -> dict[str, DeviceResult]:
         """Every result with at least one timed turn."""
-        return [self._result(run) for run, (figures, _) in self.figures.items() if figures.repetitions]
+        return {run: self._result(run) for run, figures in self.figures.items() if figures.repetitions}
 
-    def _result(self, run: str) -> dict[str, Any]:
-        figures, client = self.figures[run]
+    def _result(self, run: str) -> DeviceResult:
+        figures = self.figures[run]
         name = " ".join(filter(None, ("phone", figures.device.model)))
-        lost = {} if run in self.complete else {"lost": "the phone has not sent the rest"}
-        result = {**page_result(self.plan, figures, name), **self.scores[run].result(), **lost}
-        return {**result, "kind": "phone", "client": client, "run": run}
+        lost = None if run in self.complete else "the phone has not sent the rest"
+        return replace(page_result(self.plan, figures, name), answers=self.scores[run].answers, lost=lost)
 
 
 def local_address() -> str:

@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgedisp.bench.graph_stats import find_graph, graph_hash, read_graph, weight_traffic
+from edgedisp.bench.devices import BenchOptions
+from edgedisp.bench.graph_stats import graph_hash, read_graph, weight_traffic
 from edgedisp.bench.system import FAST_ON_ARM, FAST_ON_X86
 from edgedisp.core.errors import BadInput
-from edgedisp.core.results import BASELINE
+from edgedisp.core.results import BASELINE, DeviceResult, Estimate, Json, Timing
 
 FIGURES = ("ttft_ms", "prefill_tokens_per_s", "decode_tokens_per_s")
+SHAPE = ("layers", "vocab_size", "kv_cache_bytes_per_position")  # of models whose bits can be compared
 LEVEL = 0.95
 LEAST_COVERAGE = 0.9  # below it (four values or fewer) no difference between bundles is called real
 FEWEST_REPETITIONS = 5  # with fewer, no interval of the median reaches LEAST_COVERAGE
@@ -32,21 +35,28 @@ NOTABLE_DRIFT_PERCENT = 10.0  # a fanless laptop loses 20 % within four repetiti
 NOTABLE_OTHER_CPUS = 0.25
 
 
-def median_interval(values: Sequence[float]) -> dict[str, float]:
-    """{median, low, high, coverage} of one or more values.
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(median, low, high) of one or more values.
 
-    The narrowest pair of order statistics whose coverage reaches 95 %; smallest and largest where none does.
-    `coverage` is exact: 1 - 2 P(fewer than k of n values lie below the median).
+    low and high are the narrowest pair of order statistics with 95 % coverage; smallest and largest where no
+    pair reaches it.
     """
-    ordered, n, k = sorted(values), len(values), 1
-    while k + 1 <= n // 2 and _coverage(n, k + 1) >= LEVEL:
-        k += 1
-    low, high = ordered[k - 1], ordered[n - k]
-    return {"median": statistics.median(ordered), "low": low, "high": high, "coverage": _coverage(n, k)}
+    ordered, k = sorted(values), _rank(len(values))
+    return statistics.median(ordered), ordered[k - 1], ordered[-k]
+
+
+def coverage(n: int) -> float:
+    """Probability that the interval of `median_interval` from n values holds the true median, exactly."""
+    return _coverage(n, _rank(n))
+
+
+def _rank(n: int) -> int:
+    """The largest k whose coverage reaches LEVEL; 1 where none does."""
+    return next((k for k in range(n // 2, 1, -1) if _coverage(n, k) >= LEVEL), 1)
 
 
 def _coverage(n: int, k: int) -> float:
-    """Probability that the k-th smallest and k-th largest of n values enclose the true median."""
+    """Of the k-th smallest and k-th largest: 1 - 2 P(fewer than k of n values lie below the median)."""
     outside: float = sum(math.comb(n, i) for i in range(k)) / 2**n
     return max(0.0, 1.0 - 2.0 * outside)
 
@@ -73,119 +83,154 @@ def compare_speeds(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     `differs` is None where too few repetitions were made to tell, and true only where the whole interval lies
     on one side of 1 and the median is off by more than 3 %.
     """
-    ratio = median_interval([right / left for left, right in zip(a, b)])
-    low, high, middle = ratio["low"], ratio["high"], ratio["median"]
+    ratios = [right / left for left, right in zip(a, b)]
+    middle, low, high = median_interval(ratios)
     differs = None
-    if ratio["coverage"] >= LEAST_COVERAGE:
+    if coverage(len(ratios)) >= LEAST_COVERAGE:
         differs = not low <= 1.0 <= high and abs(middle - 1.0) > NOTABLE_DIFFERENCE
-    return {"ratio": middle, "low": low, "high": high, "coverage": ratio["coverage"], "differs": differs}
+    return {
+        "ratio": middle, "low": low, "high": high, "coverage": coverage(len(ratios)), "differs": differs,
+    }  # fmt: skip
 
 
-def summarize_bundle(
+def device_result(
+    device: str,
+    machine: Json,
+    turns: Sequence[Json],
+    bundles: Mapping[str, tuple[Path, Mapping[str, Any]]],
+    options: BenchOptions,
+) -> DeviceResult:
+    """The result of a device from its timed repetitions, `turns`, in the order of timing.
+
+    bundles: label -> (graph file that was timed, facts as the runner gives them). A bundle without a turn has
+    no row, and a pair without turns of both no comparison.
+    """
+    turns_of = {label: [turn for turn in turns if turn["label"] == label] for label in bundles}
+    timed = {label: repetitions for label, repetitions in turns_of.items() if repetitions}
+    graphs = {label: graph for label, (graph, _) in bundles.items()}
+    rows = [_timing(label, *bundles[label], repetitions, machine) for label, repetitions in timed.items()]
+    shapes = {label: [facts[name] for name in SHAPE] for label, (_, facts) in bundles.items()}
+    for index, row in enumerate(rows):
+        alike = [other for other in rows if shapes[other.label] == shapes[row.label]]
+        cause = slow_causes(row, clock_drop_percent(timed[row.label]), machine)
+        rows[index] = replace(row, warnings=(*row.warnings, *slower_with_fewer_bits(row, alike, cause)))
+    return DeviceResult(
+        device,
+        machine,
+        rows,
+        [compare_twins(a, b, graphs, timed) for a, b in options.pairs if {a, b} <= timed.keys()],
+        load_average={
+            "before": machine.get("load_average_1m"),
+            "after": turns[-1]["load_average_1m"] if turns else None,
+        },
+        clock_mhz=_range(turn["clock_mhz"] for turn in turns),
+        temperature_c=_range(turn["temperature_c"] for turn in turns),
+        warnings=few_repetitions(options.repetitions),
+        options={name: getattr(options, name) for name in ("seed", "warmup", "pause_s")},
+        repetitions=list(turns),
+    )
+
+
+def _range(values: Iterable[float | None]) -> tuple[float, float] | None:
+    known = [value for value in values if value is not None]
+    return (min(known), max(known)) if known else None
+
+
+def _timing(
     label: str,
     graph: Path,
     facts: Mapping[str, Any],
-    timed: Sequence[dict[str, Any]],
+    repetitions: Sequence[Json],
     machine: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The row of one bundle: medians, their intervals (`spread`), memory, traffic and warnings.
-
-    graph: the graph file that was timed. timed: the repetitions of all bundles, in the order of the turns.
-    """
-    repetitions = [r for r in timed if r["label"] == label]
-    spread = {name: median_interval([r[name] for r in repetitions]) for name in FIGURES}
+) -> Timing:
+    """One bundle's medians with their intervals, memory, traffic and warnings."""
     token_ms = [t for r in repetitions for t in r["token_ms"]]
     traffic = weight_traffic(read_graph(graph))
     positions = facts["prompt"] + facts["generate"] / 2  # mean of cached positions that a token attends to
     read = traffic["weight_bytes_per_token"] + int(facts["kv_cache_bytes_per_position"] * positions)
-    row = {
-        "label": label,
-        **{name: facts[name] for name in ("prompt", "generate", "threads", "load_s", "weights_bytes")},
-        "repetitions": len(repetitions),
-        **{name: spread[name]["median"] for name in FIGURES},
-        "token_ms_p50": float(np.percentile(token_ms, 50)),
-        "token_ms_p90": float(np.percentile(token_ms, 90)),
-        "peak_memory_bytes": repetitions[-1]["peak_memory_bytes"],
-        "shape": {name: facts[name] for name in ("layers", "vocab_size", "kv_cache_bytes_per_position")},
-        "weight_bits": traffic["weight_bits"],
-        "bytes_read_per_token": read,
-        "implied_bandwidth_gb_per_s": read * spread["decode_tokens_per_s"]["median"] / 1e9,
-        "spread": spread,
-        "drift_percent": drift_percent([r["decode_tokens_per_s"] for r in repetitions]),
-        "clock_fell_percent": clock_drop_percent(repetitions),
-    }
-    return {**row, "warnings": _warnings(row, repetitions, machine)}
+    decode = [r["decode_tokens_per_s"] for r in repetitions]
+    drift = drift_percent(decode)
+    return Timing(
+        label,
+        **{name: facts[name] for name in ("threads", "prompt", "generate", "load_s", "weights_bytes")},
+        repetitions=len(repetitions),
+        ttft_ms=_estimate("ttft_ms", repetitions),
+        prefill_tokens_per_s=_estimate("prefill_tokens_per_s", repetitions),
+        decode_tokens_per_s=_estimate("decode_tokens_per_s", repetitions),
+        token_ms_p50=float(np.percentile(token_ms, 50)),
+        token_ms_p90=float(np.percentile(token_ms, 90)),
+        peak_memory_bytes=repetitions[-1]["peak_memory_bytes"],
+        bytes_read_per_token=read,
+        bandwidth_gb_per_s=read * statistics.median(decode) / 1e9,
+        weight_bits=traffic["weight_bits"],
+        drift_percent=drift,
+        warnings=tuple(_warnings(facts["threads"], drift, repetitions, machine)),
+    )
+
+
+def _estimate(name: str, repetitions: Sequence[Json]) -> Estimate:
+    return Estimate(*median_interval([r[name] for r in repetitions]))
 
 
 def _warnings(
-    row: Mapping[str, Any], repetitions: Sequence[dict[str, Any]], machine: Mapping[str, Any]
-) -> list[str]:
-    warnings = []
-    if machine.get("logical_cpus") and row["threads"] > machine["logical_cpus"]:
-        warnings.append(
-            f"{row['threads']} threads on {machine['physical_cores']} cores: those that wait stop the others"
-        )
-    fell, drift = row["clock_fell_percent"], row["drift_percent"]
-    if fell is not None and fell > NOTABLE_DRIFT_PERCENT:
-        warnings.append(f"the clock fell by {fell:.0f} % from the first to the last repetition")
+    threads: int, drift: float | None, repetitions: Sequence[Json], machine: Mapping[str, Any]
+) -> Iterator[str]:
+    if machine.get("logical_cpus") and threads > machine["logical_cpus"]:
+        yield f"{threads} threads on {machine['physical_cores']} cores: those that wait stop the others"
+    drop = clock_drop_percent(repetitions)
+    if drop is not None and drop > NOTABLE_DRIFT_PERCENT:
+        yield f"the clock fell by {drop:.0f} % from the first to the last repetition"
     if drift is not None and abs(drift) > NOTABLE_DRIFT_PERCENT:
-        warnings.append(f"decode speed drifted by {drift:+.0f} % from the first to the last repetition")
-    others = [r["other_cpus"] for r in repetitions if r.get("other_cpus") is not None]
-    if others and statistics.median(others) > NOTABLE_OTHER_CPUS:
-        warnings.append(f"other processes kept {statistics.median(others):.1f} CPUs busy meanwhile")
+        yield f"decode speed drifted by {drift:+.0f} % from the first to the last repetition"
+    busy = [r["other_cpus"] for r in repetitions if r["other_cpus"] is not None]
+    if busy and statistics.median(busy) > NOTABLE_OTHER_CPUS:
+        yield f"other processes kept {statistics.median(busy):.1f} CPUs busy meanwhile"
     if any(r["tokens"] != repetitions[0]["tokens"] for r in repetitions):
-        warnings.append("repetitions gave different tokens from the same prompt")
-    return warnings
+        yield "repetitions gave different tokens from the same prompt"
 
 
-def warn_about_bits(rows: Sequence[dict[str, Any]], machine: Mapping[str, Any]) -> None:
-    """Fewer bits per weight should not be slower; where they are, say so in the row, and why if it is known.
+def slower_with_fewer_bits(row: Timing, rows: Sequence[Timing], cause: str) -> Iterator[str]:
+    """Warnings for rows of the same architecture with more bits that decode faster than `row`.
 
-    Only rows of equal architecture are compared, and only intervals that do not touch count.
+    Only intervals that do not touch count.
     """
-    for row in rows:
-        for other in rows:
-            if row["shape"] != other["shape"] or row["weight_bits"] >= other["weight_bits"]:
-                continue
-            slow, fast = row["spread"]["decode_tokens_per_s"], other["spread"]["decode_tokens_per_s"]
-            if slow["high"] < fast["low"]:
-                row["warnings"].append(
-                    f"{row['weight_bits']}-bit weights decode slower than the {other['weight_bits']}-bit "
-                    f"ones of {other['label']} ({slow['median']:.1f} against {fast['median']:.1f} tokens/s): "
-                    + slow_causes(row, machine)
-                )
+    for other in rows:
+        slow, fast = row.decode_tokens_per_s, other.decode_tokens_per_s
+        if not (slow and fast and row.weight_bits and other.weight_bits):
+            continue
+        if row.weight_bits < other.weight_bits and (slow.high or 0) < (fast.low or 0):
+            yield (
+                f"{row.weight_bits}-bit weights decode slower than the {other.weight_bits}-bit ones of "
+                f"{other.label} ({slow.value:.1f} against {fast.value:.1f} tokens/s): {cause}"
+            )
 
 
-def slow_causes(row: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
+def slow_causes(row: Timing, clock_drop: float | None, machine: Mapping[str, Any]) -> str:
     """The known reasons why `row` may be slower than a bundle with more bits, as the end of a sentence."""
     causes = []
     features = set(machine.get("features") or ())
     if features and not features & (FAST_ON_X86 | FAST_ON_ARM):
         lacking = "dotprod nor i8mm" if "asimd" in features else "avx512_vnni nor avx_vnni (VNNI)"
         causes.append(f"kernel missing: this CPU has neither {lacking}, so 8-bit products take several steps")
-    threads, cores = row.get("threads"), machine.get("physical_cores")
-    if threads and cores and threads != cores:
-        few = "too few threads" if threads < cores else "too many threads"
-        causes.append(f"{few}: {threads} on {cores} cores (`--threads sweep` finds the best count)")
-    fell, drift = row.get("clock_fell_percent"), row.get("drift_percent")
-    if fell is not None and fell > NOTABLE_DRIFT_PERCENT:
-        causes.append(f"throttling: the clock fell by {fell:.0f} %")
-    elif drift is not None and drift < -NOTABLE_DRIFT_PERCENT:
-        causes.append(f"throttling is likely: decode slowed down by {-drift:.0f} % over the repetitions")
+    cores = machine.get("physical_cores")
+    if row.threads and cores and row.threads != cores:
+        few = "too few threads" if row.threads < cores else "too many threads"
+        causes.append(f"{few}: {row.threads} on {cores} cores (`--threads sweep` finds the best count)")
+    if clock_drop is not None and clock_drop > NOTABLE_DRIFT_PERCENT:
+        causes.append(f"throttling: the clock fell by {clock_drop:.0f} %")
+    elif row.drift_percent is not None and row.drift_percent < -NOTABLE_DRIFT_PERCENT:
+        slowed = -row.drift_percent
+        causes.append(f"throttling is likely: decode slowed down by {slowed:.0f} % over the repetitions")
     unknown = (
         "look for a missing kernel (`edgedisp doctor` lists CPU features), too few threads or throttling"
     )
     return "; ".join(causes) or unknown
 
 
-def few_repetitions(repetitions: int) -> list[str]:
+def few_repetitions(repetitions: int) -> tuple[str, ...]:
     """The warning of a measurement with too few repetitions."""
-    if repetitions >= FEWEST_REPETITIONS:
-        return []
-    return [
-        f"{repetitions} repetitions are too few to tell a difference from chance; "
-        f"{FEWEST_REPETITIONS} or more can"
-    ]
+    few = f"{repetitions} repetitions are too few to tell a difference from chance; "
+    return () if repetitions >= FEWEST_REPETITIONS else (f"{few}{FEWEST_REPETITIONS} or more can",)
 
 
 def label_bundles(folders: Sequence[Path]) -> dict[str, Path]:
@@ -204,16 +249,14 @@ def twin_pairs(labels: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 
 def compare_twins(
-    baseline: str, candidate: str, bundles: Mapping[str, Path], timed: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+    baseline: str, candidate: str, graphs: Mapping[str, Path], turns: Mapping[str, Sequence[Json]]
+) -> Json:
     """Two bundles that ought to be one graph: are they, and do their speeds differ?
 
     Training changes values, not the graph, so a difference in speed is a fault of the measurement.
     """
-    same = graph_hash(find_graph(bundles[baseline])) == graph_hash(find_graph(bundles[candidate]))
-    speeds = [
-        [r["decode_tokens_per_s"] for r in timed if r["label"] == label] for label in (baseline, candidate)
-    ]
+    same = graph_hash(graphs[baseline]) == graph_hash(graphs[candidate])
+    speeds = [[r["decode_tokens_per_s"] for r in turns[label]] for label in (baseline, candidate)]
     decode = compare_speeds(*speeds)
     fault = None
     if not same:

@@ -64,9 +64,9 @@ def bench(
     """
     from edgedisp.bench.devices import BenchOptions
     from edgedisp.commands.bench import add_to_reports, lost_devices, run_places, time_bundles
+    from edgedisp.core.files import to_json
     from edgedisp.core.progress import Screen
     from edgedisp.pipeline.device_scores import wished
-    from edgedisp.pipeline.run_results import device_result
     from edgedisp.report import devices_text
 
     names = device or ["local"]
@@ -86,12 +86,11 @@ def bench(
     with Screen(f"bench on {', '.join(names)}") as screen:
         wish = wished(score, items=items, limit=limit, text=text, tasks_path=tasks_path)
         timed = time_bundles(bundles, names, options, screen.progress, wish, write_threads=write_threads)
-    results = [device_result(result) for result in timed["devices"]]
     if html is not None:
         from edgedisp.report.render import devices_page
 
-        html.write_text(devices_page(results), encoding="utf-8")
-    typer.echo(json.dumps(timed) if as_json else devices_text(results, width()))
+        html.write_text(devices_page(timed["devices"]), encoding="utf-8")
+    typer.echo(json.dumps(to_json(timed)) if as_json else devices_text(timed["devices"], width()))
     for label, count in (timed.get("written") or {}).items() if not as_json else ():
         typer.echo(f"{label}: {count} threads written into the bundle")
     for line in add_to_reports(timed["devices"], places):

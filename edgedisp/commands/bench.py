@@ -18,6 +18,7 @@ from edgedisp.commands.run_report import check_runs, show_devices
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import MANIFEST, check_files, update_listing, write_json
 from edgedisp.core.progress import Progress
+from edgedisp.core.results import DeviceResult
 from edgedisp.data import cache_folder
 from edgedisp.graph import genai_config
 from edgedisp.pipeline import device_scores
@@ -35,7 +36,7 @@ def time_bundles(
 ) -> dict[str, Any]:
     """Time bundles on every device, those of one device interleaved.
 
-    Returns {format, devices [one result each, see bench/devices.py]}, and with `write_threads`, which writes
+    Returns {format, devices [DeviceResult]}, and with `write_threads`, which writes
     the best counts of a sweep into the bundles, `written` {label: threads}. All devices are reached before
     anything is timed; the result of one that is lost in the middle has `lost`. `wish`: items of tasks to
     score there too; devices then have `scores`, and `scored` says what these have in common.
@@ -59,15 +60,16 @@ def time_bundles(
                 result = device.measure(progress)
             except devices.DeviceLost as error:
                 result = error.partial
-            results.append({**result, "device": address.name, "kind": address.kind})
-    timed: dict[str, Any] = {"format": 1, "devices": results}
+            results.append(replace(result, device=address.name))
+    timed: dict[str, Any] = {"format": 2, "devices": results}
     if questions is not None:
         try:
-            timed |= device_scores.with_scores(questions, results, physical_cores(), progress)
+            timed["devices"] = device_scores.with_scores(questions, results, physical_cores(), progress)
+            timed["scored"] = questions.facts()
         except BuildFailed as error:  # what the devices gave is shown before it ends the command
             timed["unscored"] = str(error)
-    if write_threads and "lost" not in results[0]:
-        timed["written"] = {label: sweep["best"] for label, sweep in results[0]["threads"].items()}
+    if write_threads and results[0].lost is None:
+        timed["written"] = {label: sweep["best"] for label, sweep in results[0].threads.items()}
         for label, threads in timed["written"].items():
             write_bundle_threads(labels[label], threads)
     return timed
@@ -75,7 +77,7 @@ def time_bundles(
 
 def lost_devices(timed: Mapping[str, Any]) -> list[str]:
     """`device: why` for each device that was lost in the middle, and why scores here are missing."""
-    lost = [f"{result['device']}: {result['lost']}" for result in timed["devices"] if "lost" in result]
+    lost = [f"{result.device}: {result.lost}" for result in timed["devices"] if result.lost]
     return lost + ([f"scores: {timed['unscored']}"] if "unscored" in timed else [])
 
 
@@ -107,9 +109,7 @@ def run_places(bundles: list[Path]) -> dict[str, device_results.Place]:
     return places
 
 
-def add_to_reports(
-    results: Sequence[Mapping[str, Any]], places: Mapping[str, device_results.Place]
-) -> list[str]:
+def add_to_reports(results: Sequence[DeviceResult], places: Mapping[str, device_results.Place]) -> list[str]:
     """Store devices' results in the runs of their bundles and write the reports again; a line for each."""
     runs = {run for result in results for run in device_results.keep(result, places)}
     return [show_devices(run) for run in sorted(runs)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from edgedisp.bench.results import label_bundles
 from edgedisp.bench.system import physical_cores
 from edgedisp.commands.run_report import check_runs, show_devices
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import check_files, data_folder, write_json
+from edgedisp.core.files import check_files, data_folder, to_json, write_json
 from edgedisp.core.progress import Screen
+from edgedisp.core.results import DeviceResult
 from edgedisp.data import cache_folder
-from edgedisp.pipeline.run_results import device_result
 from edgedisp.report import devices_text
 
 
@@ -49,31 +49,35 @@ class Results:
 
             if (wish := wished(**score)) is not None:
                 self.questions = prepared(wish, bundles, cache_folder())
-        self.complete: dict[str, dict[str, Any]] = {}
+        self.complete: dict[str, DeviceResult] = {}
         self.unreported: set[Path] = set()
 
-    def scored(self, result: dict[str, Any]) -> dict[str, Any]:
+    def scored(self, result: DeviceResult) -> DeviceResult:
         """The result with scores instead of the phone's answers."""
-        if self.questions is None or "answers" not in result:
+        if self.questions is None:
             return result
         from edgedisp.pipeline.device_scores import with_scores
 
         with Screen("scores here") as screen:
-            scores = with_scores(self.questions, [result], physical_cores(), screen.progress)
-        return {**scores["devices"][0], "scored": scores["scored"]}
+            return with_scores(self.questions, [result], physical_cores(), screen.progress)[0]
 
-    def show(self, result: dict[str, Any], echo: Callable[..., None], note: Callable[[str], None]) -> None:
+    def show(self, result: DeviceResult, echo: Callable[..., None], note: Callable[[str], None]) -> None:
         """Print a result, and add it to the reports."""
         if not self.output.as_json:
-            echo(devices_text([device_result(result)], self.output.width) + "\n")
+            echo(devices_text([result], self.output.width) + "\n")
         self.unreported |= set(device_results.keep(result, self.places))
         for run in sorted(self.unreported):  # with those of a call that Ctrl-C cut off
             note(show_devices(run))
             self.unreported.discard(run)
 
-    def write(self, results: list[dict[str, Any]]) -> None:
+    def write(self, results: Iterable[DeviceResult]) -> None:
         if self.output.json_file is not None:
-            write_json(self.output.json_file, {"format": 1, "devices": results})
+            write_json(self.output.json_file, self.document(results))
+
+    def document(self, results: Iterable[DeviceResult]) -> dict[str, Any]:
+        """As `edgedisp bench --json` prints it."""
+        scored = {} if self.questions is None else {"scored": self.questions.facts()}
+        return {"format": 2, "devices": [to_json(result) for result in results], **scored}
 
 
 def measure_on_phones(
@@ -104,25 +108,22 @@ def measure_on_phones(
     for run in sorted({place.run for place in arrivals.places.values()}):
         note(f"What phones measure joins the report of {run} (--no-report: it does not)")
 
-    def arrived(result: dict[str, Any]) -> None:
-        arrivals.complete[result["run"]] = result = arrivals.scored(result)
-        arrivals.write(list(arrivals.complete.values()))  # at once: later phones may come or not
+    def arrived(run: str, result: DeviceResult) -> None:
+        arrivals.complete[run] = result = arrivals.scored(result)
+        arrivals.write(arrivals.complete.values())  # at once: later phones may come or not
         arrivals.show(result, echo, note)
 
     requests = {} if arrivals.questions is None else arrivals.questions.requests
     plan = PagePlan(served, replace(timing, requests=requests))
-    results = serve(plan, data_folder("export") / "web", server, note=note, arrived=arrived)
-    if not results:
+    received = serve(plan, data_folder("export") / "web", server, note=note, arrived=arrived)
+    if not received:
         raise KeyboardInterrupt  # ended before anything came
-    results = [
-        ("lost" not in result and arrivals.complete.get(result["run"])) or arrivals.scored(result)
-        for result in results
-    ]
+    results = [arrivals.complete.get(run) or arrivals.scored(result) for run, result in received.items()]
     arrivals.write(results)
     if file is not None:
         note(f"results: {file}")
     for result in results:
-        if "lost" in result:
+        if result.lost:
             arrivals.show(result, echo, note)
     if output.as_json:
-        echo(json.dumps({"format": 1, "devices": results}, ensure_ascii=False))
+        echo(json.dumps(arrivals.document(results), ensure_ascii=False))

@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from edgedisp import device_results
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import MANIFEST, digest, write_json
+from edgedisp.core.files import MANIFEST, digest, to_json, write_json
+from edgedisp.core.results import DeviceResult
 from edgedisp.core.run import Run
 from edgedisp.device_results import Place
-from edgedisp.pipeline.run_results import device_result, load, run_results
+from edgedisp.pipeline.run_results import load, run_results
 from edgedisp.pipeline.stage import Passed
 from edgedisp.recipe import Recipe
 from edgedisp.report import bundle_card, model_card
@@ -34,7 +34,7 @@ def publish(recipe: Recipe, passed: list[Passed], run: Path) -> Run:
     content = {step.name: [step.record.content, step.record.seconds] for step in passed}
     with _lock(run) as stamp:
         measured = device_results.shown(run)
-        key = {"stages": content, "recipe": recipe.to_yaml(), "devices": digest(measured)}
+        key = {"stages": content, "recipe": recipe.to_yaml(), "devices": digest(to_json(measured))}
         if stamp.is_file() and json.loads(stamp.read_text()) == key and (run / PAGE).is_file():
             return load(run)
         results = _with_devices(run_results(recipe, passed), measured)
@@ -78,13 +78,12 @@ def show_devices(run: Path) -> str:
         measured = device_results.shown(run)
         render.write(_with_devices(load(run), measured), run)
         if stamp.is_file():
-            write_json(stamp, {**json.loads(stamp.read_text()), "devices": digest(measured)})
+            write_json(stamp, {**json.loads(stamp.read_text()), "devices": digest(to_json(measured))})
     return f"report: {run / PAGE} shows it under On devices"
 
 
-def _with_devices(run: Run, measured: Mapping[str, Any]) -> Run:
-    devices = [device_result(one) for one in measured["devices"]]
-    return replace(run, devices=devices, devices_outdated=list(measured["devices_outdated"]))
+def _with_devices(run: Run, measured: tuple[list[DeviceResult], list[str]]) -> Run:
+    return replace(run, devices=measured[0], devices_outdated=measured[1])
 
 
 @contextmanager

@@ -274,7 +274,10 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Timing:
-    """One bundle timed on one device: medians with intervals; None for what a device does not give."""
+    """One bundle timed on one device: medians with intervals; None for what a device does not give.
+
+    weight_bits: of most weights. drift_percent: of the decode speed, from the first to the last repetition.
+    """
 
     label: str
     threads: int | None
@@ -292,6 +295,8 @@ class Timing:
     bytes_read_per_token: int | None = None
     bandwidth_gb_per_s: float | None = None
     download_bytes: int | None = None
+    weight_bits: int | None = None
+    drift_percent: float | None = None
     warnings: tuple[str, ...] = ()
     partial: bool = False
 
@@ -302,7 +307,10 @@ class DeviceResult:
 
     pairs: twins compared {baseline, candidate, same_graph, decode, fault}. scores: records of
     evaluate/device_sample.py. threads: label -> {best, rows} of a thread sweep. clock_mhz, temperature_c:
-    lowest and highest over the repetitions. lost: why the device was lost in the middle.
+    lowest and highest over the repetitions. lost: why the device was lost in the middle. options: {seed,
+    warmup, pause_s, groups of labels that were open together}. repetitions: in the order of timing, each as
+    the runner gives it, with `label`, `repetition` and `turn`. answers: label -> scored items, each a list of
+    (sum of log-probabilities, all greedy), until `scores` are made of them.
     """
 
     device: str
@@ -317,6 +325,9 @@ class DeviceResult:
     measured: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     lost: str | None = None
+    options: Json = field(default_factory=dict)
+    repetitions: list[Json] = field(default_factory=list)
+    answers: dict[str, list[Any]] = field(default_factory=dict)
 
     def timing(self, label: str) -> Timing | None:
         return next((row for row in self.rows if row.label == label), None)

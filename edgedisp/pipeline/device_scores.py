@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from edgedisp import data, models
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import file_digest
 from edgedisp.core.progress import Progress
+from edgedisp.core.results import DeviceResult
 from edgedisp.core.stage_folder import RUN, SCORES
 from edgedisp.evaluate import device_sample
 from edgedisp.evaluate.loglikelihood import ScoreOptions
@@ -140,16 +141,11 @@ def wished(score: str | None, **options: Any) -> Wish | None:
 
 
 def with_scores(
-    questions: Prepared, found: Sequence[dict[str, Any]], threads: int, progress: Progress
-) -> dict[str, Any]:
-    """{devices, scored}: the results of devices with `scores` in the place of their answers."""
-    answers = [device.get("answers", {}) for device in found]
-    scores = scored(questions, answers, threads, progress)
-    told = [
-        {**{key: value for key, value in device.items() if key != "answers"}, "scores": records}
-        for device, records in zip(found, scores)
-    ]
-    return {"devices": told, "scored": questions.facts()}
+    questions: Prepared, results: Sequence[DeviceResult], threads: int, progress: Progress
+) -> list[DeviceResult]:
+    """The results of devices with `scores` in the place of their answers."""
+    scores = scored(questions, [result.answers for result in results], threads, progress)
+    return [replace(result, answers={}, scores=records) for result, records in zip(results, scores)]
 
 
 def _suite(wish: Wish, bundle: Path, documents: list[data.Document], context: int) -> TaskSuite:

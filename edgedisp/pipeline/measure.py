@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,5 +149,6 @@ def latency(
     )
     results = measure_speed(shipped, Local(), bench, progress)
     shutil.rmtree(scratch)
-    write_json(output_dir / "latency.json", results)
-    return results
+    write_json(output_dir / "latency.json", to_json(results))
+    record: dict[str, Any] = to_json(replace(results, repetitions=[]))
+    return record

@@ -24,14 +24,12 @@ from edgedisp.core.results import (
     REPORT_FORMAT,
     Bundle,
     DeviceResult,
-    Estimate,
     Json,
     LossSurvival,
     MeanDifference,
     Measurement,
     TaskDifference,
     TaskScore,
-    Timing,
     Training,
 )
 from edgedisp.core.run import Replica, Run, Stage, arms_in_order
@@ -43,7 +41,6 @@ from edgedisp.pipeline.stage import Passed
 from edgedisp.recipe import Recipe
 
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "peft", "bitsandbytes", "lm-eval")
-RATES = ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_ms")
 
 
 def run_results(recipe: Recipe, passed: list[Passed]) -> Run:
@@ -89,7 +86,7 @@ def run_results(recipe: Recipe, passed: list[Passed]) -> Run:
             if run.replica
         },
         missing_tasks=records["items"]["missing"],
-        latency=device_result({"device": "local", **records["latency"]}),
+        latency=from_json(DeviceResult, records["latency"]),
         packages={arm: [f"{arm}/{target}" for target in recipe.targets] for arm in arms},
         stages=[Stage(step.name, step.record.seconds, step.cached) for step in passed],
         **surroundings(),
@@ -222,39 +219,3 @@ class _Scored:
                 if is_loss(result)
             }
         return found
-
-
-# Devices
-
-
-def device_result(record: Mapping[str, Any]) -> DeviceResult:
-    """What one device measured (bench/devices.py) as a typed result."""
-    repetitions = record.get("repetitions") or []
-    more: dict[str, Any] = {
-        "rows": [],
-        "clock_mhz": _ends([one.get("clock_mhz") for one in repetitions]),
-        "temperature_c": _ends([one.get("temperature_c") for one in repetitions]),
-    }
-    given = {key: value for key, value in record.items() if value is not None}
-    found: DeviceResult = _known(DeviceResult, given, **more)
-    return dataclasses.replace(found, rows=[_timing(row) for row in record.get("rows") or []])
-
-
-def _timing(row: Mapping[str, Any]) -> Timing:
-    spread = row.get("spread") or {}
-    more: dict[str, Any] = {
-        "shared_memory_bytes": row.get("proportional_memory_bytes"),
-        "bandwidth_gb_per_s": row.get("implied_bandwidth_gb_per_s"),
-        "partial": bool(row.get("partial")),
-    }
-    for name in RATES:
-        ends = spread.get(name) or {}
-        value = row.get(name)
-        more[name] = None if value is None else Estimate(value, ends.get("low"), ends.get("high"))
-    found: Timing = _known(Timing, row, **more)
-    return found
-
-
-def _ends(values: list[float | None]) -> tuple[float, float] | None:
-    known = [value for value in values if value is not None]
-    return (min(known), max(known)) if known else None

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from shared_store import SharedStore
 
+from edgedisp.core.results import DeviceResult
+
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -33,6 +35,11 @@ def tiny_bundles(store: SharedStore) -> dict[str, Path]:
 
     root = store.folder("tiny_bundles", make)
     return {name: root / name for name in ("fp32", "twin", "int4")}
+
+
+def order(result: DeviceResult) -> list[str]:
+    """The labels of the timed repetitions, in the order of timing."""
+    return [turn["label"] for turn in result.repetitions]
 
 
 def _model(folder: Path, seed: int) -> None:

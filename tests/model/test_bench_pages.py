@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from shared_store import SharedStore
-from tiny_bundle import tiny_bundles
+from tiny_bundle import order, tiny_bundles
 
 from edgedisp.bench import adb, android, browser, devices
 from edgedisp.bench.devices import BenchOptions, DeviceLost
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import silent
+from edgedisp.core.results import DeviceResult
 
 PAGE = Path(__file__).resolve().parents[1] / "helpers" / "fake_page.py"
 BATTERY = "  USB powered: true\n  status: {status}\n  level: {level}\n  scale: 100\n  temperature: 291\n"
@@ -86,7 +86,7 @@ def state(there: Path, *, thermal: int = 0, level: int = 85, status: int = 3) ->
     (there / "thermalservice").write_text(THERMAL.format(thermal=thermal))
 
 
-def measure(name: str, bundles: dict[str, Path], options: BenchOptions = OPTIONS) -> dict[str, Any]:
+def measure(name: str, bundles: dict[str, Path], options: BenchOptions = OPTIONS) -> DeviceResult:
     with devices.connect(devices.parse(name), bundles, options) as device:
         return device.measure(silent)
 
@@ -100,10 +100,11 @@ def test_a_browser_is_started_without_the_token_on_its_command_line(
     monkeypatch.setenv("CHROME", str(program(tmp_path / "chrome", chromium)))
     options = BenchOptions(6, 5, 2, requests={"fp32": [[([1], [2])]]})
     result = measure("browser", bundles, options)
-    assert result["order"] == ["fp32", "fp32"] and result["rows"][0]["ttft_ms"] == 100.5
-    assert result["answers"] == {"fp32": [[(-1.0, False)]]}
-    assert result["machine"]["browser"]["program"] == "chrome" and result["machine"]["physical_cores"] >= 1
-    assert all(one["load_average_1m"] is not None for one in result["repetitions"])
+    assert order(result) == ["fp32", "fp32"]
+    assert result.rows[0].ttft_ms and result.rows[0].ttft_ms.value == 100.5
+    assert result.answers == {"fp32": [[(-1.0, False)]]}
+    assert result.machine["browser"]["program"] == "chrome" and result.machine["physical_cores"] >= 1
+    assert all(turn["load_average_1m"] is not None for turn in result.repetitions)
     assert "127.0.0.1" not in (tmp_path / "words").read_text()
     assert not list(Path(tmp_path).glob("edgedisp-browser-*"))
 
@@ -115,7 +116,7 @@ def test_a_browser_that_ends_in_the_middle_leaves_what_was_timed(
     monkeypatch.setenv("CHROME", str(program(tmp_path / "chrome", chromium)))
     with pytest.raises(DeviceLost, match=r"the browser ended with code 9:\nout of memory") as caught:
         measure("browser", bundles)
-    assert caught.value.partial["order"] == ["fp32"] and not caught.value.partial["complete"]
+    assert order(caught.value.partial) == ["fp32"]
 
 
 def test_no_browser_is_told_with_what_would_work(
@@ -138,8 +139,8 @@ def test_a_phones_page_gives_rows_with_what_the_phone_is_and_how_it_fared(
 ) -> None:
     state(phone, thermal=2, level=15, status=2)
     result = measure("adb:R5CT1", bundles, OPTIONS)
-    assert result["order"] == ["fp32", "fp32"]
-    machine = result["machine"]
+    assert order(result) == ["fp32", "fp32"]
+    machine = result.machine
     assert machine["phone"] == {
         "manufacturer": "Testmaker", "model": "Test Phone 9", "soc": "Chipmaker CM1234", "android": "14",
         "api": "34", "abi": "arm64-v8a", "measured_by": "the phone page in its browser",
@@ -147,8 +148,8 @@ def test_a_phones_page_gives_rows_with_what_the_phone_is_and_how_it_fared(
     assert machine["cpu"] == "Chipmaker CM1234" and machine["system"] == "Android 14 (API 34)"
     assert machine["memory_bytes"] > 0 and machine["browser"]["user_agent"] == "Test/1.0"
     assert machine["state"]["after"]["skin_temperature_c"] == 31.5
-    assert result["load_average"]["before"] is not None
-    said = "\n".join(result["warnings"])
+    assert result.load_average["before"] is not None
+    said = "\n".join(result.warnings)
     for text in ("thermal status moderate before", "thermal status moderate after", "charged", "at 15 %"):
         assert text in said
     assert not (phone / "reversed").exists()  # its port was given back
@@ -169,8 +170,8 @@ def test_a_phone_that_goes_away_keeps_what_was_measured(
     ):
         device.measure(unplug)
     partial = caught.value.partial
-    assert partial["order"] == ["fp32"] and partial["machine"]["phone"]["model"] == "Test Phone 9"
-    assert partial["machine"]["state"]["after"] is None
+    assert order(partial) == ["fp32"] and partial.machine["phone"]["model"] == "Test Phone 9"
+    assert partial.machine["state"]["after"] is None
 
 
 def test_a_phone_without_a_browser_is_told(bundles: dict[str, Path], phone: Path) -> None:

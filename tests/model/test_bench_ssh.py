@@ -12,13 +12,14 @@ from typing import Any
 import psutil
 import pytest
 from shared_store import SharedStore
-from tiny_bundle import tiny_bundles
+from tiny_bundle import order, tiny_bundles
 
 from edgedisp.bench import devices, ssh
 from edgedisp.bench.devices import BenchOptions, DeviceLost
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import write_json
 from edgedisp.core.progress import silent
+from edgedisp.core.results import DeviceResult
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
-def measure(bundles: dict[str, Path], progress: Any = silent, **changes: Any) -> dict[str, Any]:
+def measure(bundles: dict[str, Path], progress: Any = silent, **changes: Any) -> DeviceResult:
     sizes: dict[str, Any] = {"prompt": 6, "generate": 5, "repetitions": 2, "threads": 1}
     options = BenchOptions(**{**sizes, "remote_python": sys.executable, **changes})
     with devices.connect(devices.parse("ssh://box"), bundles, options) as device:
@@ -72,10 +73,10 @@ def test_bundles_are_timed_and_scored_there_and_nothing_is_left(bundles: dict[st
     during: list[str] = []
     requests = {"fp32": [[([3, 4], [5]), ([3, 4], [6])]]}
     timed = measure(bundles, lambda *_: during.extend(files(home)), requests=requests)
-    assert timed["order"] == ["fp32", "twin", "int4", "int4", "twin", "fp32"]
-    assert timed["device"] == "ssh://box" and timed["machine"]["packages"]["onnxruntime"]
+    assert order(timed) == ["fp32", "twin", "int4", "int4", "twin", "fp32"]
+    assert timed.device == "ssh://box" and timed.machine["packages"]["onnxruntime"]
     assert {"runner.py", "model.onnx", "model.onnx.data"} <= set(during) and "tokenizer.json" not in during
-    assert len(timed["answers"]["fp32"][0]) == 2 and not left(home)
+    assert len(timed.answers["fp32"][0]) == 2 and not left(home)
 
 
 def test_what_is_kept_is_used_again_only_if_its_hashes_are_right(
@@ -119,7 +120,7 @@ def test_a_connection_that_breaks_keeps_what_was_measured(bundles: dict[str, Pat
 
     with pytest.raises(DeviceLost, match="ssh://box: lost in the middle") as caught:
         measure(bundles, cut)
-    assert caught.value.partial["order"] == ["fp32", "twin", "int4", "int4"] and not left(home)
+    assert order(caught.value.partial) == ["fp32", "twin", "int4", "int4"] and not left(home)
 
 
 @pytest.mark.parametrize(

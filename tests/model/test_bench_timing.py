@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shared_store import SharedStore
-from tiny_bundle import RUNNER, copy_with, tiny_bundles
+from tiny_bundle import RUNNER, copy_with, order, tiny_bundles
 
 from edgedisp.bench.devices import BenchOptions, DeviceLost
 from edgedisp.bench.interleaved_timing import (
@@ -27,11 +27,11 @@ from edgedisp.bench.interleaved_timing import (
     turns,
 )
 from edgedisp.bench.local import Local
-from edgedisp.bench.results import FIGURES
 from edgedisp.commands.bench import write_bundle_threads
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.files import MANIFEST, RECORD, check_files, list_files, write_json
+from edgedisp.core.files import MANIFEST, RECORD, check_files, from_json, list_files, to_json, write_json
 from edgedisp.core.progress import silent
+from edgedisp.core.results import DeviceResult
 from edgedisp.core.stage_folder import read
 
 
@@ -40,7 +40,7 @@ def bundles(store: SharedStore) -> dict[str, Path]:
     return tiny_bundles(store)
 
 
-def quick(bundles: dict[str, Path], **options: Any) -> dict[str, Any]:
+def quick(bundles: dict[str, Path], **options: Any) -> DeviceResult:
     host, progress = Local(options.pop("runner", RUNNER)), options.pop("progress", silent)
     chosen = {"prompt": 6, "generate": 5, "repetitions": 2, "threads": 1, **options}
     return measure(bundles, host, BenchOptions(**chosen), progress)
@@ -60,13 +60,13 @@ def gone() -> bool:
 
 
 @pytest.fixture(scope="module")
-def timed(bundles: dict[str, Path]) -> dict[str, Any]:
+def timed(bundles: dict[str, Path]) -> DeviceResult:
     return quick(bundles, repetitions=3, pairs=(("fp32", "twin"), ("fp32", "int4")))
 
 
-def test_turns_are_reversed_every_second_round(timed: dict[str, Any]) -> None:
-    assert timed["order"] == ["fp32", "twin", "int4", "int4", "twin", "fp32", "fp32", "twin", "int4"]
-    assert [r["turn"] for r in timed["repetitions"]] == list(range(9))
+def test_turns_are_reversed_every_second_round(timed: DeviceResult) -> None:
+    assert order(timed) == ["fp32", "twin", "int4", "int4", "twin", "fp32", "fp32", "twin", "int4"]
+    assert [r["turn"] for r in timed.repetitions] == list(range(9))
 
 
 @given(st.integers(1, 5), st.integers(0, 4))
@@ -76,47 +76,46 @@ def test_after_an_even_number_of_rounds_all_labels_met_the_same_mean_turn(count:
     assert len({sum(p) for p in places.values()}) <= 1
 
 
-def test_rows_are_medians_of_their_own_repetitions(timed: dict[str, Any]) -> None:
-    assert [row["label"] for row in timed["rows"]] == ["fp32", "twin", "int4"]
-    for row in timed["rows"]:
-        own = [r for r in timed["repetitions"] if r["label"] == row["label"]]
-        assert row["repetitions"] == len(own) == 3
-        for name in FIGURES:
-            assert row[name] == statistics.median([r[name] for r in own])
-            assert row["spread"][name]["low"] <= row[name] <= row["spread"][name]["high"]
-        for one in own:
-            assert one["decode_tokens_per_s"] == pytest.approx(1000 * 4 / sum(one["token_ms"]))
+def test_rows_are_medians_of_their_own_repetitions(timed: DeviceResult) -> None:
+    assert [row.label for row in timed.rows] == ["fp32", "twin", "int4"]
+    for row in timed.rows:
+        repetitions = [turn for turn in timed.repetitions if turn["label"] == row.label]
+        assert row.repetitions == len(repetitions) == 3
+        for name in ("ttft_ms", "prefill_tokens_per_s", "decode_tokens_per_s"):
+            estimate = getattr(row, name)
+            assert estimate.value == statistics.median([turn[name] for turn in repetitions])
+            assert estimate.low <= estimate.value <= estimate.high
+        for turn in repetitions:
+            assert turn["decode_tokens_per_s"] == pytest.approx(1000 * 4 / sum(turn["token_ms"]))
 
 
-def test_a_row_says_what_its_speed_means_in_memory_traffic(timed: dict[str, Any]) -> None:
-    fp32, _, int4 = timed["rows"]
-    assert (fp32["weight_bits"], int4["weight_bits"]) == (32, 4)
-    assert int4["bytes_read_per_token"] < fp32["bytes_read_per_token"] < fp32["weights_bytes"]
+def test_a_row_says_what_its_speed_means_in_memory_traffic(timed: DeviceResult) -> None:
+    fp32, _, int4 = timed.rows
+    assert (fp32.weight_bits, int4.weight_bits) == (32, 4)
+    assert int4.bytes_read_per_token < fp32.bytes_read_per_token < fp32.weights_bytes  # type: ignore[operator]
     for row in (fp32, int4):
-        bandwidth = row["bytes_read_per_token"] * row["decode_tokens_per_s"] / 1e9
-        assert row["implied_bandwidth_gb_per_s"] == pytest.approx(bandwidth)
+        bandwidth = row.bytes_read_per_token * row.decode_tokens_per_s.value / 1e9  # type: ignore
+        assert row.bandwidth_gb_per_s == pytest.approx(bandwidth)
 
 
-def test_the_cache_read_grows_with_prompt_and_answer(bundles: dict[str, Path], timed: dict[str, Any]) -> None:
-    longer = quick({"fp32": bundles["fp32"]}, prompt=16, generate=9, repetitions=1)["rows"][0]
+def test_the_cache_read_grows_with_prompt_and_answer(bundles: dict[str, Path], timed: DeviceResult) -> None:
+    longer = quick({"fp32": bundles["fp32"]}, prompt=16, generate=9, repetitions=1).rows[0]
     per_position = 2 * 2 * 2 * 16 * 4
     more = (16 + 9 / 2) - (6 + 5 / 2)
-    assert longer["bytes_read_per_token"] - timed["rows"][0]["bytes_read_per_token"] == per_position * more
+    assert longer.bytes_read_per_token - timed.rows[0].bytes_read_per_token == per_position * more
 
 
-def test_arms_are_checked_for_one_graph(timed: dict[str, Any]) -> None:
-    arms, precisions = timed["pairs"]
+def test_arms_are_checked_for_one_graph(timed: DeviceResult) -> None:
+    arms, precisions = timed.pairs
     assert arms["same_graph"]
     assert arms["fault"] is None  # three repetitions are too few to call a difference real
     assert arms["decode"]["differs"] is None
     assert "different graphs" in precisions["fault"]
 
 
-def test_the_result_is_plain_json_with_the_machine_in_it(timed: dict[str, Any]) -> None:
-    again = json.loads(json.dumps(timed, allow_nan=False))
-    assert again["machine"]["physical_cores"] >= 1
-    assert again["options"]["threads"] == 1
-    assert set(again["load_average"]) == {"before", "after"}
+def test_the_result_survives_json(timed: DeviceResult) -> None:
+    assert from_json(DeviceResult, json.loads(json.dumps(to_json(timed), allow_nan=False))) == timed
+    assert timed.machine["physical_cores"] >= 1 and timed.options["groups"] == [["fp32", "twin", "int4"]]
 
 
 def test_no_worker_is_left_behind(bundles: dict[str, Path]) -> None:
@@ -136,7 +135,7 @@ def test_bundles_that_do_not_fit_together_are_open_one_after_another(bundles: di
     alive = []
     room = expected_memory_bytes(bundles["fp32"]) + 1
     found = quick(bundles, memory_bytes=room, progress=lambda *_: alive.append(len(workers())))
-    assert found["groups"] == [["fp32"], ["twin"], ["int4"]]
+    assert found.options["groups"] == [["fp32"], ["twin"], ["int4"]]
     assert max(alive) == 1
 
 
@@ -176,9 +175,9 @@ def test_what_was_timed_before_a_worker_died_is_kept(bundles: dict[str, Path]) -
     with pytest.raises(DeviceLost, match=r"local: lost in the middle: twin: .* code -9") as caught:
         quick(bundles, repetitions=3, pairs=(("fp32", "twin"),), progress=kill_the_second)
     partial = caught.value.partial
-    assert partial["order"] == ["fp32", "twin", "int4", "int4"]
-    assert {row["label"]: row["repetitions"] for row in partial["rows"]} == {"fp32": 1, "twin": 1, "int4": 2}
-    assert json.dumps(partial, allow_nan=False) and gone()
+    assert order(partial) == ["fp32", "twin", "int4", "int4"]
+    assert {row.label: row.repetitions for row in partial.rows} == {"fp32": 1, "twin": 1, "int4": 2}
+    assert partial.lost and gone()
 
 
 def test_an_interrupt_ends_the_workers(bundles: dict[str, Path]) -> None:
@@ -260,7 +259,7 @@ def test_the_best_count_has_the_highest_median_and_is_then_timed(bundles: dict[s
     assert speeds[found["best"]] == max(speeds.values())
     assert all(row["low"] <= row["decode_tokens_per_s"] <= row["high"] for row in found["rows"])
     timed = TimedHost(four_cores(), {"a": bundles["fp32"]}, options).measure(silent)
-    assert timed["rows"][0]["threads"] == timed["threads"]["a"]["best"]
+    assert timed.rows[0].threads == timed.threads["a"]["best"]
 
 
 def test_the_count_in_the_bundle_is_used_unless_another_is_asked_for(
@@ -272,9 +271,9 @@ def test_the_count_in_the_bundle_is_used_unless_another_is_asked_for(
     options = BenchOptions(prompt=4, generate=4, repetitions=1)
     host = four_cores()
     host.machine["physical_cores"] = 1
-    rows = measure({"two": two, "plain": plain}, host, options)["rows"]
-    assert [row["threads"] for row in rows] == [2, 1]
-    assert quick({"two": two}, threads=1)["rows"][0]["threads"] == 1
+    rows = measure({"two": two, "plain": plain}, host, options).rows
+    assert [row.threads for row in rows] == [2, 1]
+    assert quick({"two": two}, threads=1).rows[0].threads == 1
 
 
 def packed(source: Path, out: Path) -> Path:
@@ -323,8 +322,8 @@ def test_a_host_answers_items_after_the_timing_and_keeps_those_before_it_is_lost
             workers()[0].kill()
 
     options = BenchOptions(prompt=4, generate=4, repetitions=1, threads=1, requests={"fp32": items})
-    answers = TimedHost(Local(), bundles, options).measure(silent)["answers"]["fp32"]
+    answers = TimedHost(Local(), bundles, options).measure(silent).answers["fp32"]
     assert len(answers) == 3 and [len(item) for item in answers] == [2, 2, 2]
     with pytest.raises(DeviceLost, match="lost while it scored") as caught:
         TimedHost(Local(), bundles, options).measure(kill)
-    assert caught.value.partial["answers"] == {"fp32": answers[:2]} and len(caught.value.partial["rows"]) == 3
+    assert caught.value.partial.answers == {"fp32": answers[:2]} and len(caught.value.partial.rows) == 3

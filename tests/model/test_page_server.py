@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from fake_page import DEVICE, RUN, figures
 from shared_store import SharedStore
-from tiny_bundle import tiny_bundles
+from tiny_bundle import order, tiny_bundles
 
 from edgedisp.bench import page_server
 from edgedisp.bench.devices import BenchOptions
@@ -30,6 +30,7 @@ from edgedisp.bench.phone import PhoneResults
 from edgedisp.bench.results import label_bundles
 from edgedisp.bench.system import runner
 from edgedisp.core.errors import BadInput
+from edgedisp.core.results import Estimate
 
 PROMPT, GENERATE, REPETITIONS = 6, 4, 3
 SIZES = BenchOptions(PROMPT, GENERATE, REPETITIONS)
@@ -345,19 +346,20 @@ def upload(content: dict[str, Any]) -> Any:
 def test_rows_follow_from_the_times_that_were_sent(plan: PagePlan, told: dict[str, Any]) -> None:
     twins = PagePlan(plan.bundles, replace(SIZES, pairs=(("fp32", "twin"),)))
     found = page_result(twins, upload(figures(told)), "phone", {3: {"clock_mhz": 7.0}})
-    assert found["order"] == ["fp32", "twin", "twin", "fp32", "fp32", "twin"]
-    assert [one["clock_mhz"] for one in found["repetitions"]] == [None, None, None, 7.0, None, None]
-    row, _ = found["rows"]
+    assert order(found) == ["fp32", "twin", "twin", "fp32", "fp32", "twin"]
+    assert [turn["clock_mhz"] for turn in found.repetitions] == [None, None, None, 7.0, None, None]
+    row, _ = found.rows
     first = [100.0, 103.0, 104.0]  # turns 0, 3, 4
-    assert row["ttft_ms"] == 103.0
-    assert row["prefill_tokens_per_s"] == pytest.approx(np.median([PROMPT / t * 1000 for t in first]))
-    assert row["decode_tokens_per_s"] == pytest.approx(1000 / 13.0)
+    assert row.ttft_ms == Estimate(103.0, 100.0, 104.0)
+    assert row.prefill_tokens_per_s and row.decode_tokens_per_s
+    assert row.prefill_tokens_per_s.value == pytest.approx(np.median([PROMPT / t * 1000 for t in first]))
+    assert row.decode_tokens_per_s.value == pytest.approx(1000 / 13.0)
     pooled = [10.0] * 3 + [13.0] * 3 + [14.0] * 3
-    assert row["token_ms_p90"] == pytest.approx(np.percentile(pooled, 90))
-    assert row["load_s"] == 0.6 and row["peak_memory_bytes"] == 1 << 26
-    assert row["weights_bytes"] == sum(f.stat().st_size for f in plan.bundles[0].folder.glob("model.onnx*"))
-    assert found["pairs"][0]["same_graph"]
-    assert json.loads(json.dumps(found, allow_nan=False))["machine"]["browser"]["cores"] == 8
+    assert row.token_ms_p90 == pytest.approx(np.percentile(pooled, 90))
+    assert row.load_s == 0.6 and row.peak_memory_bytes == 1 << 26
+    assert row.weights_bytes == sum(f.stat().st_size for f in plan.bundles[0].folder.glob("model.onnx*"))
+    assert found.pairs[0]["same_graph"]
+    assert found.machine["browser"]["cores"] == 8
 
 
 def test_a_phone_lost_in_the_middle_leaves_what_it_had_and_time_in_the_background_is_told(
@@ -366,8 +368,8 @@ def test_a_phone_lost_in_the_middle_leaves_what_it_had_and_time_in_the_backgroun
     sent = figures(told, turns=1)
     sent["repetitions"][0]["hidden"] = True
     found = page_result(plan, upload(sent), "phone")
-    assert not found["complete"] and [row["label"] for row in found["rows"]] == ["fp32"]
-    assert "the page was in the background during 1 repetitions" in found["rows"][0]["warnings"]
+    assert [row.label for row in found.rows] == ["fp32"]
+    assert "the page was in the background during 1 repetitions" in found.rows[0].warnings
 
 
 def scores(**changes: Any) -> dict[str, Any]:

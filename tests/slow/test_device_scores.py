@@ -25,13 +25,13 @@ from edgedisp.bench.system import physical_cores
 from edgedisp.commands.bench import time_bundles
 from edgedisp.commands.export import export_bundle
 from edgedisp.core.files import to_json
+from edgedisp.core.results import DeviceResult
 from edgedisp.evaluate import device_sample, statistics
 from edgedisp.evaluate.loglikelihood import loglikelihoods
 from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.session import OnnxModel, scored_model
 from edgedisp.pipeline import device_scores
 from edgedisp.pipeline.device_scores import Wish
-from edgedisp.pipeline.run_results import device_result
 from edgedisp.report.devices import device_sections, devices_text
 
 SMALL = BenchOptions(prompt=4, generate=4, repetitions=1, threads=1)
@@ -108,8 +108,8 @@ def test_a_device_in_fp32_gives_the_scores_of_this_machine(
     timed: dict[str, Any], bundles: dict[str, Path]
 ) -> None:
     (device,) = timed["devices"]
-    assert "answers" not in device and len(device["rows"]) == len(bundles)
-    records = device["scores"]
+    assert not device.answers and len(device.rows) == len(bundles)
+    records = device.scores
     assert len(records) == 3 * len(bundles)
     for record in records:
         assert record["answered"] == record["drawn"] == min(ITEMS, record["of"])
@@ -133,7 +133,7 @@ def test_the_full_set_is_the_usual_scorer_s_and_is_read_back(
 ) -> None:
     suite = questions.suites["fp32"]
     expected = suite.run(scored_model(questions.bundles["fp32"], 1))
-    for record in timed["devices"][0]["scores"]:
+    for record in timed["devices"][0].scores:
         if record["label"] == "fp32":
             assert record["full"]["value"] == pytest.approx(
                 expected[record["task"]].score.main.estimate.value, rel=1e-5
@@ -143,7 +143,7 @@ def test_the_full_set_is_the_usual_scorer_s_and_is_read_back(
     again = device_scores.scored(questions, [{}], physical_cores(), lambda *step: None)
     assert {one["reason"] for one in again[0]} == {"nothing was answered"}
     assert [one["full"]["value"] for one in again[0]] == [
-        one["full"]["value"] for one in timed["devices"][0]["scores"]
+        one["full"]["value"] for one in timed["devices"][0].scores
     ]
 
 
@@ -232,9 +232,9 @@ def test_the_page_gives_the_scores_of_this_machine(
     options = BenchOptions(prompt=4, generate=4, repetitions=1, requests={"fp32": items})
     page = BrowserPage({"fp32": bundles["fp32"]}, options)
     found = page.measure(lambda done, total, note: notes.append(note))
-    assert len(found["rows"]) == 1 and any("of 24 items scored" in note for note in notes)
+    assert len(found.rows) == 1 and any("of 24 items scored" in note for note in notes)
     model = scored_model(bundles["fp32"], 1)
-    for item, answers in zip(items, found["answers"]["fp32"], strict=True):
+    for item, answers in zip(items, found.answers["fp32"], strict=True):
         expected = loglikelihoods(model, [(tuple(a), tuple(b)) for a, b in item])
         for (total, greedy), one in zip(answers, expected, strict=True):
             assert total == pytest.approx(one.sum_logprob, abs=1e-4 * one.tokens)
@@ -251,7 +251,7 @@ def test_a_bundle_for_browsers_alone_is_scored_there_and_here(
     text.write_text("\n".join(json.dumps({"text": one.text}) for one in data.synthetic_documents(40, seed=5)))
     wish = Wish(("heldout_cloze", "heldout_continuation"), items=20, limit=30, text=text)
     timed = time_bundles([tmp_path / "web"], ["browser"], SMALL, lambda *step: None, wish)
-    for record in timed["devices"][0]["scores"]:
+    for record in timed["devices"][0].scores:
         assert record["answered"] == 20 and record["agreement"]["share"] == 1
         assert record["logprob"]["max"] < 1e-3 and record["logprob"]["mean_per_token"] < 1e-5
 
@@ -270,10 +270,10 @@ def test_the_table_tells_scores_verdict_and_what_is_missing() -> None:
         "agreement": device_sample.agreement(here, there, "accuracy"), "logprob": {"mean": 0.01, "max": 0.5},
         "reason": None,
     }  # fmt: skip
-    device: dict[str, Any] = {"device": "ssh://pi", "machine": {}, "scores": [record]}
-    shown = devices_text([device_result(device)], 400)
+    device = DeviceResult("ssh://pi", scores=[record])
+    shown = devices_text([device], 400)
     assert "100 of 500" in shown and "worse on the device (p = <0.001)" in shown
     assert "80.0 [71.1, 86.7] %" in shown and "-20" in shown
     assert "a/int4: cloze: 100 of 120 items answered" in shown
     assert "2 items longer than the context" in shown
-    assert [one.key for one in device_sections([device_result(device)])] == ["device_scores", "device0"]
+    assert [one.key for one in device_sections([device])] == ["device_scores", "device0"]

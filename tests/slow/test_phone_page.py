@@ -22,7 +22,7 @@ import psutil
 import pytest
 from shared_store import SharedStore
 from test_runtimes import Quiet
-from tiny_bundle import recompute, tiny_bundles
+from tiny_bundle import order, recompute, tiny_bundles
 
 from edgedisp.bench.browser import BrowserPage, find_browser
 from edgedisp.bench.devices import BenchOptions
@@ -35,6 +35,7 @@ from edgedisp.bench.phone import local_address
 from edgedisp.bench.system import runner
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import silent
+from edgedisp.core.results import DeviceResult
 
 TOP = Path(__file__).resolve().parents[2]
 WEB = TOP / "export" / "web"
@@ -201,7 +202,7 @@ def test_a_file_that_arrives_damaged_is_not_used_and_fetched_again(bundles: dict
     assert found["again"]["tokens"] == answered(bundles["fp32"], [user(TEXTS[0])])[0]
 
 
-def in_browser(bundles: dict[str, Path], **options: Any) -> dict[str, Any]:
+def in_browser(bundles: dict[str, Path], **options: Any) -> DeviceResult:
     return BrowserPage(bundles, BenchOptions(**options)).measure(silent)
 
 
@@ -210,24 +211,20 @@ def test_the_browser_gives_the_rows_of_the_local_device(bundles: dict[str, Path]
     options: dict[str, Any] = {"prompt": 6, "generate": 5, "repetitions": 3, "threads": 1}
     options["pairs"] = (("fp32", "twin"),)
     found, here = in_browser(pair, **options), measure(pair, Local(), BenchOptions(**options))
-    assert set(here) <= set(found)
-    assert json.loads(json.dumps(found, allow_nan=False))["order"] == here["order"]
-    for mine, other in zip(found["rows"], here["rows"]):
-        assert set(other) <= set(mine)
-        for name in ("label", "shape", "weights_bytes", "weight_bits", "bytes_read_per_token", "repetitions"):
-            assert mine[name] == other[name], name
-    for mine, other in zip(found["repetitions"], here["repetitions"]):
-        assert set(other) <= set(mine)
-        assert mine["tokens"] == other["tokens"]
-    assert found["pairs"][0]["same_graph"] and found["machine"]["browser"]["isolated"]
+    assert order(found) == order(here)
+    for mine, other in zip(found.rows, here.rows):
+        for name in ("label", "weights_bytes", "weight_bits", "bytes_read_per_token", "repetitions"):
+            assert getattr(mine, name) == getattr(other, name), name
+    assert [turn["tokens"] for turn in found.repetitions] == [turn["tokens"] for turn in here.repetitions]
+    assert found.pairs[0]["same_graph"] and found.machine["browser"]["isolated"]
 
 
 def test_bundles_that_do_not_fit_together_are_loaded_for_each_turn(bundles: dict[str, Path]) -> None:
     pair = {"fp32": bundles["fp32"], "twin": bundles["twin"]}
     found = in_browser(pair, prompt=6, generate=5, repetitions=2, memory_bytes=1)
-    assert found["groups"] == [["fp32"], ["twin"]]
-    assert found["order"] == ["fp32", "twin", "twin", "fp32"]
-    assert found["repetitions"][0]["tokens"] == found["repetitions"][3]["tokens"]
+    assert found.options["groups"] == [["fp32"], ["twin"]]
+    assert order(found) == ["fp32", "twin", "twin", "fp32"]
+    assert found.repetitions[0]["tokens"] == found.repetitions[3]["tokens"]
 
 
 def test_the_browser_bundle_of_an_export_is_timed(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
@@ -235,11 +232,11 @@ def test_the_browser_bundle_of_an_export_is_timed(tiny_folder: dict[str, Path], 
 
     export_bundle(tiny_folder["llama"], "browser", tmp_path / "bundle", Quiet())
     found = in_browser({"web": tmp_path / "bundle"}, prompt=6, generate=5, repetitions=2, threads=2)
-    assert found["rows"][0]["weights_bytes"] == sum(
+    assert found.rows[0].weights_bytes == sum(
         file.stat().st_size for file in (tmp_path / "bundle" / "onnx").iterdir()
     )
-    assert found["options"]["threads"] == 2
-    assert found["repetitions"][0]["tokens"] == found["repetitions"][1]["tokens"]
+    assert found.rows[0].threads == 2
+    assert found.repetitions[0]["tokens"] == found.repetitions[1]["tokens"]
 
 
 def test_a_graph_that_does_not_open_ends_with_what_the_page_says(

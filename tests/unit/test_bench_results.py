@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,26 +14,28 @@ from scipy import stats
 from edgedisp.bench.results import (
     clock_drop_percent,
     compare_speeds,
+    coverage,
     drift_percent,
     median_interval,
     slow_causes,
+    slower_with_fewer_bits,
     twin_pairs,
-    warn_about_bits,
 )
+from edgedisp.core.results import Estimate, Timing
 
 speeds = st.floats(0.1, 1e4)
 
 
 @given(st.lists(speeds, min_size=1, max_size=40))
 def test_the_interval_is_made_of_order_statistics_with_exact_coverage(values: list[float]) -> None:
-    found = median_interval(values)
+    median, low, high = median_interval(values)
     ordered = sorted(values)
     n = len(values)
-    k = next(k for k in range(1, n + 1) if ordered[k - 1] == found["low"] and ordered[n - k] == found["high"])
-    assert found["low"] <= found["median"] <= found["high"]
-    assert found["coverage"] == pytest.approx(max(0.0, 1 - 2 * stats.binom.cdf(_rank(n) - 1, n, 0.5)))
+    k = next(k for k in range(1, n + 1) if ordered[k - 1] == low and ordered[n - k] == high)
+    assert low <= median <= high
+    assert coverage(n) == pytest.approx(max(0.0, 1 - 2 * stats.binom.cdf(_rank(n) - 1, n, 0.5)))
     assert k <= max(1, _rank(n))
-    assert found["median"] == pytest.approx(np.median(values))
+    assert median == pytest.approx(np.median(values))
 
 
 def _rank(n: int) -> int:
@@ -42,15 +45,14 @@ def _rank(n: int) -> int:
 
 
 def test_five_repetitions_give_smallest_to_largest_at_93_75_percent() -> None:
-    found = median_interval([5.0, 1.0, 4.0, 2.0, 3.0])
-    assert (found["low"], found["high"], found["coverage"]) == (1.0, 5.0, 0.9375)
+    assert median_interval([5.0, 1.0, 4.0, 2.0, 3.0]) == (3.0, 1.0, 5.0) and coverage(5) == 0.9375
 
 
 def test_the_interval_holds_the_true_median_as_often_as_it_says() -> None:
     draws = np.random.default_rng(0).lognormal(size=(2000, 7))
-    found = [median_interval(row.tolist()) for row in draws]
-    held = np.mean([f["low"] <= 1.0 <= f["high"] for f in found])  # the median of a log-normal is 1
-    assert held == pytest.approx(found[0]["coverage"], abs=0.015)
+    intervals = [median_interval(row.tolist()) for row in draws]
+    share = np.mean([low <= 1.0 <= high for _, low, high in intervals])  # the median of a log-normal is 1
+    assert share == pytest.approx(coverage(7), abs=0.015)
 
 
 def test_drift_is_the_change_along_the_line() -> None:
@@ -83,16 +85,24 @@ X86 = {"architecture": "x86_64", "features": ["avx2", "fma"], "physical_cores": 
 VNNI = {**X86, "features": ["avx2", "fma", "avx512_vnni"]}
 
 
+def timing(label: str, bits: int = 4, low: float = 20.0, high: float = 30.0, **changes: Any) -> Timing:
+    speed = Estimate((low + high) / 2, low, high)
+    row = Timing(label, 4, 128, 128, 5, weight_bits=bits, decode_tokens_per_s=speed)
+    return replace(row, **changes)
+
+
 def test_all_known_causes_of_slow_products_are_named() -> None:
-    row = {"threads": 1, "clock_fell_percent": 30.0, "drift_percent": -20.0}
-    said = slow_causes(row, X86)
+    said = slow_causes(timing("a", threads=1, drift_percent=-20.0), 30.0, X86)
     assert "no VNNI" in said or "avx512_vnni" in said
     assert "too few threads: 1 on 4 cores" in said and "throttling: the clock fell by 30 %" in said
-    assert "neither dotprod nor i8mm" in slow_causes({"threads": 4}, {**X86, "features": ["asimd"]})
-    slow = {"threads": 4, "clock_fell_percent": None, "drift_percent": -20.0}
-    assert slow_causes(slow, VNNI) == "throttling is likely: decode slowed down by 20 % over the repetitions"
+    assert "neither dotprod nor i8mm" in slow_causes(timing("a"), None, {**X86, "features": ["asimd"]})
+    slow = timing("a", drift_percent=-20.0)
+    assert (
+        slow_causes(slow, None, VNNI)
+        == "throttling is likely: decode slowed down by 20 % over the repetitions"
+    )
     for machine in (VNNI, {"features": ["asimd", "asimddp"]}, {}):
-        assert slow_causes({"threads": 4}, machine).startswith("look for a missing kernel")
+        assert slow_causes(timing("a"), None, machine).startswith("look for a missing kernel")
 
 
 def test_the_fall_of_the_clock_is_that_from_first_to_last() -> None:
@@ -105,25 +115,11 @@ def test_arms_of_one_precision_are_compared_with_the_baseline() -> None:
     assert twin_pairs(labels) == (("baseline/int4", "dispersed/int4"), ("baseline/int4", "neftune/int4"))
 
 
-def row(label: str, bits: int, low: float, high: float, layers: int = 2) -> dict[str, Any]:
-    speed = {"median": (low + high) / 2, "low": low, "high": high}
-    shape = {"layers": layers}
-    spread = {"decode_tokens_per_s": speed}
-    return {"label": label, "weight_bits": bits, "shape": shape, "spread": spread, "warnings": []}
-
-
-def test_fewer_bits_that_are_slower_get_a_warning_unless_intervals_overlap_or_models_differ() -> None:
-    rows = [
-        row("fp32", 32, 50, 55),
-        row("int8", 8, 90, 99),
-        row("int4", 4, 20, 30),
-        row("x", 4, 1, 2, layers=9),
-    ]
-    warn_about_bits(rows, {})
-    assert [len(one["warnings"]) for one in rows] == [0, 0, 2, 0]
-    assert (
-        "4-bit weights decode slower than the 8-bit ones of int8 (25.0 against 94.5" in rows[2]["warnings"][1]
-    )
-    rows = [row("a", 32, 50, 55), row("b", 4, 40, 51)]
-    warn_about_bits(rows, {})
-    assert [one["warnings"] for one in rows] == [[], []]
+def test_fewer_bits_that_are_slower_get_a_warning_unless_intervals_overlap() -> None:
+    rows = [timing("fp32", 32, 50, 55), timing("int8", 8, 90, 99), timing("int4", 4, 20, 30)]
+    warnings = [list(slower_with_fewer_bits(row, rows, "why")) for row in rows]
+    assert [len(texts) for texts in warnings] == [0, 0, 2]
+    expected = "4-bit weights decode slower than the 8-bit ones of int8 (25.0 against 94.5 tokens/s): why"
+    assert warnings[2][1] == expected
+    rows = [timing("a", 32, 50, 55), timing("b", 4, 40, 51)]
+    assert not list(slower_with_fewer_bits(rows[1], rows, ""))

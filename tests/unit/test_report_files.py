@@ -14,9 +14,9 @@ import pytest
 from report_sample import PRECISIONS, sample, several_arms, timing
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.results import BASELINE, DeviceResult, Timing
+from edgedisp.core.results import BASELINE, DeviceResult, Estimate, Timing
 from edgedisp.core.run import Run
-from edgedisp.pipeline.run_results import device_result, load
+from edgedisp.pipeline.run_results import load
 from edgedisp.report import (
     bundle_card,
     compare,
@@ -190,19 +190,9 @@ def test_the_table_names_runs_apart_and_warns_of_unlike_text() -> None:
 # Devices
 
 
-def record(device: str, speed: float) -> dict[str, object]:
-    spread = {"decode_tokens_per_s": {"low": speed - 2, "high": speed + 2}}
-    row = {
-        "label": "dispersed/int4",
-        "threads": 4,
-        "prompt": 128,
-        "generate": 64,
-        "repetitions": 5,
-        "ttft_ms": 90.0,
-        "decode_tokens_per_s": speed,
-        "spread": spread,
-        "warnings": ["drifted"],
-    }
+def measured(device: str, speed: float) -> DeviceResult:
+    decode = Estimate(speed, speed - 2, speed + 2)
+    row = Timing("dispersed/int4", 4, 128, 64, 5, decode, ttft_ms=Estimate(90.0), warnings=("drifted",))
     machine = {"cpu": "Cortex", "memory_bytes": 1 << 33, "phone": {"model": "<b>Pixel</b>"}}
     difference = {
         "metric": "accuracy",
@@ -229,19 +219,18 @@ def record(device: str, speed: float) -> dict[str, object]:
         "logprob": {"mean": 0.1, "max": 2.0},
         "reason": None,
     }
-    return {
-        "device": device,
-        "machine": machine,
-        "rows": [row],
-        "scores": [score],
-        "lost": None,
-        "repetitions": [{"clock_mhz": 1800.0}, {"clock_mhz": 2400.0}],
-        "measured": ["2026-11-27T15:44:12"],
-    }
+    return DeviceResult(
+        device,
+        machine,
+        [row],
+        scores=[score],
+        clock_mhz=(1800.0, 2400.0),
+        measured=("2026-11-27T15:44:12",),
+    )
 
 
 def test_devices_are_shown_side_by_side_with_their_warnings() -> None:
-    devices = [device_result(record("adb", 90.0)), device_result(record("local", 150.0))]
+    devices = [measured("adb", 90.0), measured("local", 150.0)]
     text = devices_text(devices, 100)
     assert "90.0 [88.0, 92.0]" in text and "150.0 [148.0, 152.0]" in text
     assert "worse on the device" in text and "90 of 100 items answered" in text and "drifted" in text
@@ -252,9 +241,7 @@ def test_devices_are_shown_side_by_side_with_their_warnings() -> None:
 
 
 def test_a_run_shows_what_was_measured_later() -> None:
-    run = replace(
-        sample(), devices=[device_result(record("adb", 90.0))], devices_outdated=["dispersed/int8 on x"]
-    )
+    run = replace(sample(), devices=[measured("adb", 90.0)], devices_outdated=["dispersed/int8 on x"])
     page = single_page(run)
     assert 'id="devices"' in page and "128+64" in page and "Not shown, as the bundles were made anew" in page
     other = replace(run.devices[0], rows=[*run.devices[0].rows, timing("dispersed/int4", 80.0)])
