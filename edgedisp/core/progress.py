@@ -21,6 +21,11 @@ def silent(done: int, total: int, note: str) -> None:
     """The progress callback that shows nothing."""
 
 
+def warn(line: str) -> None:
+    """One line on stderr, above a live bar: what a user should know and can be done without an answer."""
+    sys.stderr.write(line + "\n")
+
+
 def clock(seconds: float) -> str:
     """`75` -> `1:15`."""
     minutes, rest = divmod(max(0, round(seconds)), 60)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.hub import one_line, repository_info, unreachable_error
+from edgedisp.core.hub import check_repository, one_line, unreachable, unreachable_error
 
 SPLITS = {
     "train": {"train", "training"},
@@ -115,21 +115,20 @@ def hub_rows(name: str, options: ReadOptions) -> Iterator[Row]:
         raise BadInput(
             f'{name}: data sets of a hub need the package `datasets`: pip install "edgedisp[train]"'
         ) from problem
-    _, unreachable = repository_info("dataset", name, options.revision)
+    check_repository("dataset", name, options.revision)
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
-    datasets.config.HF_HUB_OFFLINE = unreachable is not None
     try:
         table: Any = datasets.load_dataset(
             name,
             options.config,
             split=options.split,
             revision=options.revision,
-            streaming=options.limit is not None and unreachable is None,
+            streaming=options.limit is not None and unreachable() is None,
         )
     except (ConnectionError, FileNotFoundError, ValueError, RuntimeError) as problem:
-        if unreachable is not None or isinstance(problem, ConnectionError):
-            raise unreachable_error("dataset", name, unreachable or one_line(problem)) from problem
+        if unreachable() or isinstance(problem, ConnectionError):
+            raise unreachable_error("dataset", name, problem) from problem
         raise BadInput(f"{name}: the hub's data set cannot be read: {one_line(problem)}") from problem
     number = 0
     for batch in table.iter(batch_size=1024):  # many times faster than row by row

@@ -24,6 +24,7 @@ import numpy as np
 from lm_eval.api.registry import AGGREGATION_REGISTRY
 from lm_eval.tasks import TaskManager
 
+from edgedisp.core import hub
 from edgedisp.core.errors import BadInput
 from edgedisp.core.results import Estimate, Score
 from edgedisp.evaluate.statistics import GOLD_BITS_PER_BYTE, Metric
@@ -60,10 +61,12 @@ def quiet(seed: int = 0) -> Iterator[None]:
 def task_index(names: Sequence[str], tasks_path: Path | None) -> TaskManager:
     """lm-eval's index of tasks, groups and tags, with those of a folder. The built-in ones (14,000, seconds)
     are read only when the folder does not hold all names."""
-    if tasks_path is None:
-        return TaskManager()
-    local = TaskManager(include_path=[tasks_path], include_defaults=False)
-    return local if set(names) <= set(local.all_tasks) else TaskManager(include_path=[tasks_path])
+    return _local_index(names, tasks_path) or TaskManager(include_path=[tasks_path] if tasks_path else None)
+
+
+def _local_index(names: Sequence[str], tasks_path: Path | None) -> TaskManager | None:
+    local = TaskManager(include_path=[tasks_path], include_defaults=False) if tasks_path else None
+    return local if local and set(names) <= set(local.all_tasks) else None
 
 
 def load(names: Sequence[str], tasks_path: Path | None, seed: int = 0) -> tuple[Loaded, dict[str, str]]:
@@ -76,6 +79,8 @@ def load(names: Sequence[str], tasks_path: Path | None, seed: int = 0) -> tuple[
     missing: dict[str, str] = {}
     with quiet(seed):
         index = task_index(names, tasks_path)
+        if _local_index(names, tasks_path) is None:  # the data of lm-eval's own tasks lie on the hub
+            hub.unreachable()
         for name in names:
             try:
                 loaded |= _load(index, name)
@@ -88,6 +93,7 @@ def load(names: Sequence[str], tasks_path: Path | None, seed: int = 0) -> tuple[
                 # OfflineModeIsEnabled and a hub that does not answer are ConnectionErrors too.
                 if not isinstance(problem, ConnectionError | datasets.exceptions.DatasetNotFoundError):
                     raise BadInput(f"evaluate.tasks: {message}") from problem
+                hub.unreachable()  # no second data set waits for it
                 missing[name] = message
     for name, task in (entry for tasks in loaded.values() for entry in tasks.items()):
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):

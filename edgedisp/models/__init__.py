@@ -4,33 +4,25 @@
     save(model, tokenizer, folder)                         # a plain Hugging Face folder, safetensors only
     model, tokenizer = load(folder), load_tokenizer(folder)
 
-Left out on purpose: pickled weights (`pytorch_model.bin`), which can run any code when opened; models that
+Refused on purpose: pickled weights (`pytorch_model.bin`), which can run any code when opened; models that
 are already quantized, because training needs full-precision weights; encoder-decoder and masked models.
 """
 
-from edgedisp.models.licence import copy_licence, read_licence
-from edgedisp.models.loading import empty_model, load, load_tokenizer, open_base, quiet, save
-from edgedisp.models.parameters import Weights, count_parameters
-from edgedisp.models.tiny_model import tiny_model
-from edgedisp.models.tokenizer import bos_id, document_encoder, encode, end_of_text_id
-from edgedisp.models.torch_model import TorchModel, context_length
-
-__all__ = [
-    "TorchModel",
-    "Weights",
-    "bos_id",
-    "context_length",
-    "copy_licence",
-    "count_parameters",
-    "document_encoder",
-    "empty_model",
-    "encode",
-    "end_of_text_id",
-    "load",
-    "load_tokenizer",
-    "open_base",
-    "quiet",
-    "read_licence",
-    "save",
-    "tiny_model",
-]
+from edgedisp.models.licence import copy_licence as copy_licence
+from edgedisp.models.licence import read_licence as read_licence
+from edgedisp.models.loading import empty_model as empty_model
+from edgedisp.models.loading import load as load
+from edgedisp.models.loading import load_tokenizer as load_tokenizer
+from edgedisp.models.loading import load_weights as load_weights
+from edgedisp.models.loading import open_base as open_base
+from edgedisp.models.loading import quiet as quiet
+from edgedisp.models.loading import save as save
+from edgedisp.models.tiny_model import tiny_model as tiny_model
+from edgedisp.models.tokenizer import bos_id as bos_id
+from edgedisp.models.tokenizer import document_encoder as document_encoder
+from edgedisp.models.tokenizer import encode as encode
+from edgedisp.models.tokenizer import end_of_text_id as end_of_text_id
+from edgedisp.models.torch_model import TorchModel as TorchModel
+from edgedisp.models.torch_model import component_of as component_of
+from edgedisp.models.torch_model import context_length as context_length
+from edgedisp.models.torch_model import count_parameters as count_parameters

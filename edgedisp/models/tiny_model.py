@@ -1,9 +1,8 @@
-"""The tiny random model of an architecture, with a tokenizer trained on the given text.
+"""The tiny random model of an architecture, with a byte-level BPE tokenizer trained on given text.
 
-A smoke run puts it in the place of the real model and runs every stage in a minute, so a recipe is proven
-before money is spent on it. What the stages depend on stays: the family's own modules (grouped heads, query
-norms, sliding windows, tied embeddings), a byte-level BPE tokenizer with special tokens and a chat template.
-What costs time is cut: width 64, two layers, a vocabulary of some hundred tokens.
+A smoke run uses it instead of the real model, so that every stage runs in a minute. It has the family's own
+modules (grouped heads, query norms, sliding windows, tied embeddings), special tokens and a chat template,
+but width 64, two layers and a vocabulary of some hundred tokens.
 """
 
 from __future__ import annotations
@@ -56,19 +55,15 @@ def tiny_model(
 ) -> tuple[Any, Any]:
     """(random model in float32, tokenizer). Same arguments, same weights; global random state untouched.
 
-    architecture: transformers' `model_type`. vocab_size: at most so many tokens, a multiple of 16; the
-    model's is the tokenizer's, rounded up to 16. Raises BadInput for a family that cannot be made small.
+    architecture: transformers' `model_type`. vocab_size: at most so many tokens; the model's is the
+    tokenizer's, rounded up to 16. Raises BadInput for a family that cannot be made small.
     """
-    if vocab_size < 272 or vocab_size % 16:
-        raise BadInput(f"a tiny model's vocab_size must be a multiple of 16 from 272 on, found {vocab_size}.")
     with quiet():
         try:
             if not is_causal_family(architecture):
                 raise ValueError("not a family of causal language models that transformers knows")
-            config = _config(architecture, context)
             tokenizer = _tokenizer(texts, vocab_size, context, architecture)
-            config.vocab_size = -(-len(tokenizer) // 16) * 16
-            return _random_model(config, seed), tokenizer
+            return _random_model(_config(architecture, context, len(tokenizer)), seed), tokenizer
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as problem:
             reason = one_line(problem).partition(". ")[0].rstrip(".")
             raise BadInput(
@@ -77,14 +72,13 @@ def tiny_model(
             ) from problem
 
 
-def _config(architecture: str, context: int) -> Any:
+def _config(architecture: str, context: int, tokens: int) -> Any:
     from transformers import AutoConfig
 
     positions = "n_positions" if architecture == "gpt2" else "max_position_embeddings"
     options = SIZES.get(architecture, COMMON) | {positions: context}
     options |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
-    # A small vocabulary at once: some families check their special ids against it.
-    return AutoConfig.for_model(architecture, **options, vocab_size=512)
+    return AutoConfig.for_model(architecture, **options, vocab_size=-(-tokens // 16) * 16)
 
 
 def _random_model(config: Any, seed: int) -> Any:
@@ -115,11 +109,9 @@ def _tokenizer(texts: Iterable[str], vocab_size: int, context: int, architecture
         family = Qwen2Tokenizer().backend_tokenizer
         inner.normalizer, inner.pre_tokenizer = family.normalizer, family.pre_tokenizer
     inner.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # every byte: no text is unknown
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIALS,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # every byte: no text is unknown
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
     )
     inner.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(

@@ -1,4 +1,4 @@
-"""Text -> token ids, and the tokens before and behind a document."""
+"""Text -> token ids, and the tokens before and after a document."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def document_encoder(tokenizer: Any) -> Callable[[Sequence[str]], list[list[int]
 
 
 def bos_id(tokenizer: Any) -> int | None:
-    """The token that the tokenizer puts before every text, or None where it puts none.
+    """The token that the tokenizer puts before every text, or None.
 
     Gemma, Llama 3, Mistral and OPT were trained on texts that begin with one; without it Gemma writes
     nonsense. SmolLM2, Qwen, GPT-2 and GPT-NeoX have none.
@@ -56,10 +56,10 @@ def end_of_text_id(tokenizer: Any) -> int:
     Raises BadInput for a tokenizer that has neither.
     """
     vocabulary = tokenizer.get_vocab()
-    ids = [vocabulary[name] for name in END_OF_TEXT if name in vocabulary] or [tokenizer.eos_token_id]
-    if ids[0] is None:
+    token = next((vocabulary[name] for name in END_OF_TEXT if name in vocabulary), tokenizer.eos_token_id)
+    if token is None:
         raise BadInput(
             f"the tokenizer has no token that ends a document: neither {' nor '.join(END_OF_TEXT)} nor an "
             "eos token. Set `eos_token` in its tokenizer_config.json."
         )
-    return int(ids[0])
+    return int(token)

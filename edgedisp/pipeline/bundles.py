@@ -10,7 +10,7 @@ from edgedisp import models
 from edgedisp.core.files import write_json
 from edgedisp.core.progress import Progress
 from edgedisp.graph.export import export as export_graph
-from edgedisp.models import Weights
+from edgedisp.models import load_weights
 from edgedisp.pipeline.options import ExportOptions, QuantizeOptions
 from edgedisp.pipeline.rounding import Trained, ends_method, gptq_blocks, trained_blocks
 from edgedisp.quantize.delta_survival import survival
@@ -74,9 +74,9 @@ def delta_survival(options: None, *, output_dir: Path, progress: Progress, **fol
     """What is left of every packed weight's change since the base, and from the baseline's model where there
     is one, on the steps of the bundle (quantize/delta_survival.py); `folders` as in SurvivalInputs."""
     inputs = SurvivalInputs(**folders)
-    references = {"base": Weights(inputs.base)}
+    references = {"base": load_weights(inputs.base)}
     if inputs.baseline is not None:
-        references["baseline"] = Weights(inputs.baseline)
-    results = survival(inputs.bundle, inputs.parent, Weights(inputs.model), references, progress)
+        references["baseline"] = load_weights(inputs.baseline)
+    results = survival(inputs.bundle, inputs.parent, load_weights(inputs.model), references, progress)
     write_json(output_dir / "survival.json", results)
     return results

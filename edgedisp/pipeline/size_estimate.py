@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from edgedisp import data, models
 from edgedisp.core.progress import Progress
 from edgedisp.graph import architectures
-from edgedisp.models.parameters import component_of
+from edgedisp.models import component_of
 from edgedisp.pipeline.rounding import uniform_grids
 from edgedisp.quantize.grid import Grid
 from edgedisp.quantize.mixed_precision import FOUR_BITS, out_of_reach

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,6 @@ def test_load_gives_bit_for_bit_what_save_got(family: str, tiny_folder: dict[str
     loaded, again = load(tiny_folder[family]), load_tokenizer(tiny_folder[family])
     assert same_weights(model, loaded)
     assert not loaded.training
-    is_tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
-    assert is_tied == (family != "gpt_neox")
-    assert again.get_vocab() == tokenizer.get_vocab()
     assert [encode(again, text) for text in TEXTS[:10]] == [encode(tokenizer, text) for text in TEXTS[:10]]
     for name in ("chat_template", "bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(again, name) == getattr(tokenizer, name)
@@ -82,15 +79,13 @@ def test_a_model_can_be_saved_over_the_folder_it_was_loaded_from(llama: Path) ->
 
 
 def test_loading_is_silent_and_the_settings_come_back(llama: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from huggingface_hub.utils import are_progress_bars_disabled
     from transformers.utils import logging
 
-    before = (logging.get_verbosity(), logging.is_progress_bar_enabled(), are_progress_bars_disabled())
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     load(llama)
     with pytest.raises(RuntimeError, match="inside"), quiet():
         raise RuntimeError("inside")
-    after = (logging.get_verbosity(), logging.is_progress_bar_enabled(), are_progress_bars_disabled())
-    assert after == before
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
     assert capfd.readouterr() == ("", "")
 
 
@@ -118,7 +113,10 @@ BAD_FOLDERS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "Pickled weights"),
     (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "holds a PEFT adapter: merge it"),
     (lambda f: (f / "adapter_config.json").write_text("{}"), "holds a PEFT adapter: merge it"),
-    (lambda f: os.truncate(f / "model.safetensors", 9000), "the weights cannot be opened"),
+    (
+        lambda f: os.truncate(f / "model.safetensors", 9000),
+        r"model\.safetensors: is cut off: 9,000 bytes, its header needs \d\d\d,",
+    ),
     (lambda f: [path.unlink() for path in f.glob("tokenizer*")], "no usable tokenizer"),
     (lost_shard, "there is no model-00001-of-00002"),
     (unused_biases, r"2 weights in the files have no place .*: model.layers.0.self_attn.q_proj.bias"),
@@ -151,7 +149,9 @@ def test_a_base_that_cannot_work_is_refused_with_the_reason(
     assert str(problem.value).startswith(str(llama))
 
 
-def test_choices_of_the_machine_that_saved_a_model_are_set_aside(llama: Path) -> None:
+def test_choices_of_the_machine_that_saved_a_model_are_set_aside(
+    llama: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     expected, text = load(llama), " ".join(TEXTS[:5])
     ids = encode(load_tokenizer(llama), text)
     change(llama / "config.json", _attn_implementation="flash_attention_2", dtype="bfloat16")
@@ -162,8 +162,10 @@ def test_choices_of_the_machine_that_saved_a_model_are_set_aside(llama: Path) ->
     model, tokenizer = open_base(llama)
     assert same_weights(model, expected)
     assert encode(tokenizer, text) == ids
+    assert "truncation and padding in tokenizer.json switched off" in capfd.readouterr().err
     save(model, tokenizer, llama)
     assert json.loads((llama / "tokenizer.json").read_text())["truncation"] is None
+    assert load_tokenizer(llama) and not capfd.readouterr().err
 
 
 def test_a_head_of_its_own_is_opened_although_the_configuration_calls_it_tied(llama: Path) -> None:
@@ -174,7 +176,6 @@ def test_a_head_of_its_own_is_opened_although_the_configuration_calls_it_tied(ll
 
 
 def test_the_promised_architecture_is_checked(tiny_folder: dict[str, Path]) -> None:
-    assert open_base(tiny_folder["llama"], architecture="llama")[0].config.model_type == "llama"
     with pytest.raises(BadInput, match="the model's architecture is 'llama', the recipe says 'qwen3'"):
         open_base(tiny_folder["llama"], architecture="qwen3")
     with pytest.raises(BadInput, match="no such model"):
@@ -193,7 +194,7 @@ def test_a_gguf_file_opens_in_float32_and_saves_as_a_plain_folder(
     )
     assert same_weights(opened, model)
     assert encode(its_tokenizer, TEXTS[0]) == encode(tokenizer, TEXTS[0])
-    assert notes == ["expanding the .gguf file"] * len(list(model.parameters()))
+    assert notes == [f"opening {tmp_path / 'tiny.gguf'}"]
     assert getattr(opened.config, "quantization_config", None) is None
     save(opened, its_tokenizer, tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
@@ -204,27 +205,25 @@ def test_a_gguf_file_opens_in_float32_and_saves_as_a_plain_folder(
 def test_a_gguf_file_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
     model, tokenizer = tiny_model("qwen2", TEXTS[:30])
     save(model, tokenizer, tmp_path / "qwen2")
-    path = tmp_path / "tiny.gguf"
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / "folder" / "tiny.gguf"
     write_gguf(path, model, tmp_path / "qwen2" / "tokenizer.json", family="nonsense")
     with pytest.raises(BadInput, match=r"tiny.gguf: .*architecture nonsense is not supported"):
         open_base(path)
-    write_gguf(path, model, tmp_path / "qwen2" / "tokenizer.json")
-    path.write_bytes(path.read_bytes()[:100_000])
-    with pytest.raises(BadInput, match=r"tiny.gguf: the .gguf file cannot be opened"):
-        open_base(path)
-    path.write_bytes(b"PK\x03\x04 something else")
-    with pytest.raises(BadInput, match=r"not a \.gguf file"):
-        open_base(path)
-    (tmp_path / "folder").mkdir()
-    path.rename(tmp_path / "folder" / "tiny.gguf")
+    for content in (path.read_bytes()[:100_000], b"PK\x03\x04 something else"):
+        path.write_bytes(content)
+        with pytest.raises(BadInput, match=r"tiny.gguf: (the .* cannot be opened|not a \.gguf file)"):
+            open_base(path)
     with pytest.raises(BadInput, match=r"no config.json. Did you mean .*tiny.gguf"):
         open_base(tmp_path / "folder")
 
 
 @pytest.fixture
-def at_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+def at_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
     """Point the hub's client at an address, with an empty cache of its own."""
     from huggingface_hub import constants
+
+    from edgedisp.core.hub import unreachable
 
     def point(endpoint: str) -> None:
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
@@ -232,8 +231,10 @@ def at_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], N
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        unreachable.cache_clear()
 
-    return point
+    yield point
+    unreachable.cache_clear()
 
 
 def test_a_hub_model_is_fetched_once_and_without_its_pickles(
@@ -253,14 +254,17 @@ def test_a_hub_model_is_fetched_once_and_without_its_pickles(
         with pytest.raises(BadInput, match="some/tiny: the model has no revision 'v2'"):
             open_base("some/tiny", revision="v2")
     assert same_weights(model, load(tiny_folder["qwen3"]))
-    assert steps[-1][0] >= (folder / "model.safetensors").stat().st_size
-    assert steps[-1][2] == "downloading some/tiny"
+    assert steps[-2][0] >= (folder / "model.safetensors").stat().st_size
+    assert [step[2] for step in steps[-2:]] == ["downloading some/tiny", "opening some/tiny"]
     assert capfd.readouterr() == ("", "")
     names = {path.name for path in (tmp_path / "home").rglob("*")}
     assert "model.safetensors" in names and not names & {"pytorch_model.bin", "onnx"}
 
-    at_hub(NOWHERE)  # the hub is gone, the cache is not
+    at_hub(NOWHERE)  # the hub is gone, the cache is not; that is said once
     assert same_weights(open_base("some/tiny")[0], model)
+    assert capfd.readouterr().err.count("the hub cannot be reached") == 1
+    open_base("some/tiny")
+    assert capfd.readouterr().err == ""
 
 
 def test_a_hub_model_that_cannot_be_opened_says_why(

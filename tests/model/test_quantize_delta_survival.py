@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from edgedisp.graph.export import export
-from edgedisp.models import Weights
+from edgedisp.models import load_weights
 from edgedisp.quantize.delta_survival import compare, survival
 from edgedisp.quantize.grid import Grid, quantize
 from edgedisp.quantize.onnx_rewrite import quantize_bundle
@@ -129,12 +129,14 @@ def bundles(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path,
 )
 def test_every_packed_tensor_is_found_in_the_torch_models(bundles: tuple[Path, Path, Path, Path]) -> None:
     base, trained, fp32, int4 = bundles
-    found = survival(int4, fp32, Weights(trained), {"base": Weights(base), "itself": Weights(trained)})
+    found = survival(
+        int4, fp32, load_weights(trained), {"base": load_weights(base), "itself": load_weights(trained)}
+    )
     assert found["nearest"] == 1.0 and not found["unmatched"]
     told = found["references"]["base"]
-    matrices = sum(one.numel() for name, one in Weights(base).items() if one.ndim == 2)
-    if "wpe.weight" in " ".join(Weights(base)):
-        matrices -= Weights(base)["transformer.wpe.weight"].numel()  # positions stay in fp32
+    matrices = sum(one.numel() for name, one in load_weights(base).items() if one.ndim == 2)
+    if "wpe.weight" in " ".join(load_weights(base)):
+        matrices -= load_weights(base)["transformer.wpe.weight"].numel()  # positions stay in fp32
     assert told["total"]["weights"] == matrices
     assert 0 < told["total"]["integers_moved"] < 0.5 and told["total"]["rms_steps"] > 0
     assert [row["layer"] for row in told["layers"]] == [0, 1][: len(told["layers"])]

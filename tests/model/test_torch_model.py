@@ -18,23 +18,18 @@ FAMILIES = ["llama", "qwen2", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox"]
 
 @pytest.mark.parametrize("family", [*FAMILIES, "bloom"])
 def test_a_padded_row_has_the_logits_of_the_row_alone(family: str) -> None:
-    model, tokenizer = tiny_model(family, TEXTS, context=128)
+    model, tokenizer = tiny_model(family, TEXTS[:40], context=128)
     scored = TorchModel(model)
     rows = [encode(tokenizer, TEXTS[number])[:length] for number, length in enumerate((100, 1, 37))]
-    ids = np.full((3, 100), tokenizer.pad_token_id, dtype=np.int64)
-    mask = np.zeros((3, 100), dtype=np.int64)
+    ids = np.full((3, 100), 7, dtype=np.int64)
     for number, row in enumerate(rows):
-        ids[number, : len(row)], mask[number, : len(row)] = row, 1
+        ids[number, : len(row)] = row
+    mask = (np.arange(100) < np.array([[len(row)] for row in rows])).astype(np.int64)
     together = scored(ids, mask)
-    assert together.dtype == np.float32
-    assert together.shape == (3, 100, scored.vocab_size)
-    assert np.isfinite(together).all()
+    assert (together.dtype, together.shape) == (np.float32, (3, 100, scored.vocab_size))
     for number, row in enumerate(rows):
-        alone = scored(np.array([row]), np.ones((1, len(row)), dtype=np.int64))[0]
+        alone = scored.logits(np.array(row), len(row))
         np.testing.assert_allclose(together[number, : len(row)], alone, atol=2e-5)
-    # And what stands at the padded places does not matter.
-    ids[mask == 0] = 7
-    np.testing.assert_allclose(scored(ids, mask)[mask == 1], together[mask == 1], atol=2e-5)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "mamba"])
@@ -46,8 +41,7 @@ def test_greedy_with_the_cache_equals_greedy_without(family: str) -> None:
         prompt = encode(tokenizer, TEXTS[length])[:length]
         plain = list(prompt)
         for _ in range(6):
-            ids = np.array([plain])
-            plain.append(int(scored(ids, np.ones_like(ids))[0, -1].argmax()))
+            plain.append(int(scored.logits(np.array(plain), 1).argmax()))
         new = plain[length:]
         assert scored.greedy(prompt, 6, frozenset()) == new
         stop = new[3]

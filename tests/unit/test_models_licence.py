@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-
-import pytest
 
 from edgedisp.models import copy_licence, read_licence
 
@@ -26,12 +23,14 @@ def test_the_front_matter_of_a_readme_says_it(tmp_path: Path) -> None:
     assert (several["license"], several["base"]) == ("mit, apache-2.0", "org/model")
 
 
-@pytest.mark.parametrize("front", ["tags: [x]", "license: [", "- a", "license:"])
-def test_where_nothing_is_said_nothing_is_claimed(tmp_path: Path, front: str) -> None:
-    assert read_licence(readme(tmp_path / "m", front)) == {"base": None, **NOTHING}
+def test_where_nothing_is_said_nothing_is_claimed(tmp_path: Path) -> None:
+    for front in ("tags: [x]", "license: [", "- a", "license:"):
+        assert read_licence(readme(tmp_path / "m", front)) == {"base": None, **NOTHING}
     assert read_licence(tmp_path) == {"base": None, **NOTHING}
     (tmp_path / "README.md").write_text("# A model\nlicense: mit\n")  # no front matter
     assert read_licence(tmp_path)["license"] is None
+    (tmp_path / "license.json").write_text('{"MIT": "a text of somebody else"}')
+    assert read_licence(readme(tmp_path, "license: mit"))["license"] == "mit"
 
 
 def test_texts_are_copied_and_still_known_two_folders_on(tmp_path: Path) -> None:
@@ -48,12 +47,6 @@ def test_texts_are_copied_and_still_known_two_folders_on(tmp_path: Path) -> None
     assert copy_licence(first, second) == facts
     assert {path.name for path in second.iterdir()} == {*facts["files"], "license.json"}
     assert (second / "NOTICE.txt").read_text() == "NOTICE.txt"
-
-
-def test_a_foreign_license_json_is_looked_through(tmp_path: Path) -> None:
-    readme(tmp_path, "license: mit")
-    (tmp_path / "license.json").write_text(json.dumps({"MIT": "text"}))
-    assert read_licence(tmp_path)["license"] == "mit"
 
 
 def test_a_gguf_file_says_it_in_its_metadata(tmp_path: Path) -> None:
