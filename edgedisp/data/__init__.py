@@ -5,28 +5,19 @@
     train, heldout = split(documents, heldout=0.05, seed=0)
     blocks, epochs = training_blocks(train, encode, context=256, blocks=160, seed=0)
 
-Left out on purpose: cleaning, filtering and near-duplicate search. Only exact duplicates are taken out,
-because a held-out document must not be trained on.
+Nothing is cleaned or filtered. Only exact duplicates are taken out, because a held-out document must not be
+trained on.
 """
 
-from edgedisp.data.documents import Document, Documents, read_documents
-from edgedisp.data.packing import pack, split, training_blocks
-from edgedisp.data.readers import ReadOptions
-from edgedisp.data.sources import cache_folder, fetch, is_hub_id, is_local, local_path
-from edgedisp.data.synthetic_text import synthetic_documents
-
-__all__ = [
-    "Document",
-    "Documents",
-    "ReadOptions",
-    "cache_folder",
-    "fetch",
-    "is_hub_id",
-    "is_local",
-    "local_path",
-    "pack",
-    "read_documents",
-    "split",
-    "synthetic_documents",
-    "training_blocks",
-]
+from edgedisp.data.documents import Document as Document
+from edgedisp.data.documents import Documents as Documents
+from edgedisp.data.documents import read_documents as read_documents
+from edgedisp.data.packing import pack as pack
+from edgedisp.data.packing import split as split
+from edgedisp.data.packing import training_blocks as training_blocks
+from edgedisp.data.readers import ReadOptions as ReadOptions
+from edgedisp.data.sources import cache_folder as cache_folder
+from edgedisp.data.sources import fetch as fetch
+from edgedisp.data.sources import local_path as local_path
+from edgedisp.data.sources import needs_download as needs_download
+from edgedisp.data.synthetic_text import synthetic_documents as synthetic_documents

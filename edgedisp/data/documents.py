@@ -18,7 +18,7 @@ from typing import Any
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
-from edgedisp.data.readers import DEFAULTS, ReadOptions, Row, hub_rows, local_rows
+from edgedisp.data.readers import ReadOptions, Row, hub_rows, local_rows
 
 HEADING = re.compile(r"\s*= (?!=)(\S|\S.*\S)(?<!=) =\s*")  # ` = Title = `, but not ` = = Section = = `
 
@@ -77,21 +77,20 @@ class Documents(list[Document]):
 
 
 def read_documents(
-    path_or_id: Path | str, options: ReadOptions = DEFAULTS, progress: Progress = silent
+    path_or_id: Path | str, options: ReadOptions | None = None, progress: Progress = silent
 ) -> Documents:
     """The documents of a local file or folder, or of a data set on the hub, in their order there.
 
     Raises BadInput: unreadable or unknown file (with the line), a row without the field (with the nearest
     name), a text that is no string, no document at all, hub unreachable.
     """
-    documents = Documents()
-    path = Path(path_or_id)
+    documents, options, path = Documents(), options or ReadOptions(), Path(path_or_id)
     if isinstance(path_or_id, Path) or path.exists():
         rows, documents.files_skipped = local_rows(path, options)
     else:
         rows = hub_rows(path_or_id, options)
     ids: set[str] = set()
-    for row, text in _articles_or_rows(_texts(rows, options.text, documents)):
+    for row, text in _join_articles(_texts(rows, options.text, documents)):
         if not text.strip():
             documents.dropped["blank"] += 1
             continue
@@ -116,62 +115,54 @@ def unique_id(name: str, used: set[str]) -> str:
 
 
 def _texts(rows: Iterable[Row], field: str, documents: Documents) -> Iterator[tuple[Row, str]]:
+    """Rows with their text; nulls are counted as dropped, everything else that is no text is BadInput."""
     for row in rows:
-        text = _text(row, field)
-        documents.rows_read += 1
-        documents.characters_read += len(text or "")
-        if text is None:
-            documents.dropped["null"] += 1
-        else:
-            yield row, text
-
-
-def _text(row: Row, field: str) -> str | None:
-    """The row's text, None for a null. BadInput for everything else that is no text."""
-    value: Any = row.value
-    if isinstance(value, dict):
-        if field not in value:
-            fields = [str(name) for name in value]
-            near = difflib.get_close_matches(field, fields, n=1, cutoff=0.5)
+        text = row.value
+        if isinstance(text, dict):
+            if field not in text:
+                fields = [str(name) for name in text]
+                near = difflib.get_close_matches(field, fields, n=1, cutoff=0.5)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise BadInput(
+                    f"{row.place}: no text field {field!r}.{hint} Fields found: {', '.join(fields)}. "
+                    "Name the one that holds the text with `text:`."
+                )
+            text = text[field]
+            if text is None:
+                documents.rows_read += 1
+                documents.dropped["null"] += 1
+                continue
+        if not isinstance(text, str):
+            raise BadInput(f"{row.place}: the text must be a string, found {type(text).__name__}.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as problem:
             raise BadInput(
-                f"{row.place}: no text field {field!r}.{f' Did you mean {near[0]!r}?' if near else ''} "
-                f"Fields found: {', '.join(fields)}. Name the one that holds the text with `text:`."
-            )
-        value = value[field]
-        if value is None:
-            return None
-    if not isinstance(value, str):
-        raise BadInput(f"{row.place}: the text must be a string, found {type(value).__name__}.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as problem:
-        raise BadInput(
-            f"{row.place}: character {problem.start} of the text is half of a surrogate pair, which no "
-            "tokenizer can read."
-        ) from problem
-    return value
+                f"{row.place}: character {problem.start} of the text is half of a surrogate pair, which no "
+                "tokenizer can read."
+            ) from problem
+        documents.rows_read += 1
+        documents.characters_read += len(text)
+        yield row, text
 
 
-def _articles_or_rows(rows: Iterator[tuple[Row, str]]) -> Iterator[tuple[Row, str]]:
-    """The rows as they are, or as articles if the first non-empty one is a top-level heading."""
+def _join_articles(rows: Iterator[tuple[Row, str]]) -> Iterator[tuple[Row, str]]:
+    """The rows as they are, or joined to articles if the first non-empty one is a top-level heading.
+
+    A line without a newline gets one, so that words stay apart.
+    """
     head: list[tuple[Row, str]] = []
-    for row in rows:
-        head.append(row)
-        if row[1].strip():
+    for pair in rows:
+        head.append(pair)
+        if pair[1].strip():
             break
-    everything = chain(head, rows)
-    return _articles(everything) if head and HEADING.fullmatch(head[-1][1]) else everything
-
-
-def _articles(rows: Iterable[tuple[Row, str]]) -> Iterator[tuple[Row, str]]:
-    """Rows joined to articles. A line without a newline gets one, so that words stay apart."""
-    first: Row | None = None
-    lines: list[str] = []
-    for row, line in rows:
-        if first is not None and HEADING.fullmatch(line) and any(map(str.strip, lines)):
+    if not head or not HEADING.fullmatch(head[-1][1]):
+        yield from chain(head, rows)
+        return
+    first, lines = head[0][0], [""]
+    for row, line in chain(head, rows):
+        if HEADING.fullmatch(line) and any(map(str.strip, lines)):
             yield first, "".join(lines).strip()
-            first, lines = None, []
-        first = first or row
+            first, lines = row, []
         lines.append(line if line.endswith("\n") else line + "\n")
-    if first is not None:
-        yield first, "".join(lines).strip()
+    yield first, "".join(lines).strip()

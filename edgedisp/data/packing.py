@@ -30,7 +30,7 @@ def split(documents: Sequence[Document], heldout: float, seed: int) -> tuple[Doc
 
     `heldout` is the share of documents, 0 < heldout < 1. Of documents with the same text (white space aside)
     the first stays, so no held-out text is trained on; `.dropped["duplicate"]` of the first result counts the
-    others. Ids become unique. Raises BadInput for a bad share or fewer than two texts.
+    rest. Ids become unique. Raises BadInput for a bad share or fewer than two texts.
     """
     if not 0.0 < heldout < 1.0:
         raise BadInput(f"heldout must be a share between 0 and 1 (or 0% and 100%), found {heldout}.")
@@ -60,12 +60,12 @@ def pack(
     name: str = "the text",
     progress: Progress = silent,
 ) -> NDArray[np.uint32]:
-    """Token ids uint32 [blocks, context], the documents in the given order, once.
+    """Token ids uint32 [blocks, context]: the documents in the given order, once, in whole blocks.
 
-    `blocks` None takes all whole blocks; otherwise at most that many, and documents that are not needed are
-    not encoded. `name` is what an error calls the text. Raises BadInput if not even one block is filled.
+    `blocks` None takes all; otherwise at most that many, and documents that are not needed are not encoded.
+    `name` is what an error calls the text. Raises BadInput if not even one block is filled.
     """
-    pieces: list[NDArray[np.uint32]] = []
+    pieces = [np.empty(0, np.uint32)]
     tokens = 0
     for piece in _encoded(documents, encode, progress):
         pieces.append(piece)

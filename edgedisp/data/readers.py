@@ -9,9 +9,6 @@
 | .txt, .md | one paragraph: lines up to a blank one |
 
 All but .parquet may be gzipped (`.jsonl.gz`). Lines end at newlines alone: U+2028, NEL, form feeds are text.
-Of a folder all files of ONE kind are read, in the order of their paths: the first kind of READERS that it
-has, so that a README next to the data is not read as text. A file whose name speaks of another split is left
-out (`test-00000.parquet`). Every file left out is reported with the reason.
 """
 
 from __future__ import annotations
@@ -35,6 +32,7 @@ SPLITS = {
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing"},
 }
+EXTRA = 'pip install "edgedisp[train]"'
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,6 @@ class ReadOptions:
     limit: int | None = None
 
 
-DEFAULTS = ReadOptions()
-
-
 @dataclass(frozen=True)
 class Row:
     """One entry of a source: its place for messages (`text.jsonl:7`), an id, and a string or a dict."""
@@ -64,26 +59,34 @@ class Row:
     value: Any
 
 
+Parsed = Iterator[tuple[str, int | str, Any]]
+"""Place within the file, number (or key) of the row, value."""
+
+
 def local_rows(path: Path, options: ReadOptions) -> tuple[Iterator[Row], dict[str, str]]:
     """(rows of a file, or of a folder's files, {file of the folder: why it is left out}).
 
-    A subfolder named like the configuration is entered. Raises BadInput: nothing there, no file of a known
-    kind or split, or (while reading) content that is not what the suffix says.
+    Of a folder (its subfolder named like the configuration, if there is one) the files of ONE kind are read,
+    by path: the first kind of KINDS that it has, so that a README is not read as text. Files whose name
+    speaks of another split (`test-00000.parquet`) are left out. Raises BadInput: nothing there, no file of a
+    known kind or split, or (while reading) content that is not what the suffix says.
     """
     if path.is_file():
-        return _reader(path)(path, options.text), {}
+        if _kind(path) not in KINDS:
+            what = path.suffix or "a file without suffix"
+            raise BadInput(f"{path}: cannot read text from {what}; {READABLE}.")
+        return _rows(path, options.text), {}
     if not path.is_dir():
         raise BadInput(f"{path}: no such file or folder.")
     folder = path / options.config if options.config and (path / options.config).is_dir() else path
     files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
-    kind = next((kind for kind in READERS if any(_kind(file) == kind for file in files)), None)
+    kind = next((kind for kind in KINDS if any(_kind(file) == kind for file in files)), None)
     if kind is None:
         raise BadInput(f"{folder}: the folder holds no text file; {READABLE}.")
-    splits = {file: _split_in(file.relative_to(folder)) for file in files if _kind(file) == kind}
-    selected = list(splits)
-    if any(splits.values()):  # a file that names no split belongs to the training text
-        split = next((name for name, words in SPLITS.items() if options.split in words), options.split)
-        selected = [file for file, name in splits.items() if (name or "train") == split]
+    splits = {file: _split_of(file.relative_to(folder)) for file in files if _kind(file) == kind}
+    split = next((name for name, words in SPLITS.items() if options.split in words), options.split)
+    # A file that names no split belongs to the training text; where no file names one, all are read.
+    selected = [f for f, name in splits.items() if not any(splits.values()) or (name or "train") == split]
     if not selected:
         names = ", ".join(sorted({name for name in splits.values() if name}))
         raise BadInput(f"{folder}: no file of the split {options.split!r}; the file names speak of {names}.")
@@ -97,7 +100,7 @@ def local_rows(path: Path, options: ReadOptions) -> tuple[Iterator[Row], dict[st
     rows = (
         Row(row.place, f"{file.relative_to(folder).as_posix()}:{row.id}", row.value)
         for file in selected
-        for row in READERS[kind](file, options.text)
+        for row in _rows(file, options.text)
     )
     return rows, skipped
 
@@ -112,9 +115,7 @@ def hub_rows(name: str, options: ReadOptions) -> Iterator[Row]:
     try:
         import datasets
     except ImportError as problem:
-        raise BadInput(
-            f'{name}: data sets of a hub need the package `datasets`: pip install "edgedisp[train]"'
-        ) from problem
+        raise BadInput(f"{name}: data sets of a hub need the package `datasets`: {EXTRA}") from problem
     check_repository("dataset", name, options.revision)
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
@@ -138,32 +139,33 @@ def hub_rows(name: str, options: ReadOptions) -> Iterator[Row]:
             number += 1
 
 
-def _reader(path: Path) -> Callable[[Path, str], Iterator[Row]]:
-    reader = READERS.get(_kind(path))
-    if reader is None:
-        raise BadInput(f"{path}: cannot read text from {path.suffix or 'a file without suffix'}; {READABLE}.")
-    return reader
-
-
 def _kind(path: Path) -> str:
-    """The suffix that says how to read the file, without a `.gz` behind it."""
+    """The suffix that says how to read the file, without a `.gz` after it."""
     suffix = path.suffix.lower()
     inner = path.with_suffix("").suffix.lower()
     return inner if suffix == ".gz" and inner != ".parquet" else suffix
 
 
-def _split_in(path: Path) -> str | None:
+def _split_of(path: Path) -> str | None:
     words = set(re.split(r"[^a-z]+", path.as_posix().lower()))
-    return next((name for name, known in SPLITS.items() if words & known), None)
+    return next((name for name, spellings in SPLITS.items() if words & spellings), None)
+
+
+def _rows(path: Path, field: str) -> Iterator[Row]:
+    """The rows of a file; a row's id is its own `id` field if it has one, else its number or key."""
+    kind = _kind(path)
+    parsed = _parquet(path, field) if kind == ".parquet" else PARSERS[kind](_content(path), path)
+    for place, number, value in parsed:
+        row_id = value.get("id") if isinstance(value, dict) and isinstance(number, int) else None
+        has_id = isinstance(row_id, str | int) and row_id != ""
+        yield Row(f"{path}{place}", str(row_id if has_id else number), value)
 
 
 def _content(path: Path) -> str:
     """The file's text, unpacked; line ends become newlines."""
     data = path.read_bytes()
     try:
-        if path.suffix.lower() == ".gz":
-            data = gzip.decompress(data)
-        content = data.decode("utf-8-sig")
+        content = (gzip.decompress(data) if path.suffix.lower() == ".gz" else data).decode("utf-8-sig")
     except UnicodeDecodeError as problem:
         raise BadInput(f"{path}: not UTF-8 text (byte {problem.start}: {problem.reason}).") from problem
     except (OSError, EOFError, zlib.error) as problem:
@@ -171,41 +173,39 @@ def _content(path: Path) -> str:
     return content.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _json(path: Path, text: str) -> Iterator[Row]:
-    content = _parsed(_content(path), path, 0)
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield Row(f"{path} entry {key!r}", key, value)
-    elif isinstance(content, list):
-        for number, value in enumerate(content):
-            yield Row(f"{path} item {number}", _row_id(value, number), value)
+def _json(content: str, path: Path) -> Parsed:
+    rows = _load(content, path)
+    if isinstance(rows, dict):
+        yield from ((f" entry {key!r}", key, value) for key, value in rows.items())
+    elif isinstance(rows, list):
+        yield from ((f" item {number}", number, value) for number, value in enumerate(rows))
     else:
-        raise BadInput(f"{path}: holds one {type(content).__name__}; a list or a dict of rows is needed.")
+        raise BadInput(f"{path}: holds one {type(rows).__name__}; a list or a dict of rows is needed.")
 
 
-def _json_lines(path: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(_content(path).split("\n")):
+def _json_lines(content: str, path: Path) -> Parsed:
+    for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
-            value = _parsed(line, path, number)
-            yield Row(f"{path}:{number + 1}", _row_id(value, number + 1), value)
+            yield f":{number}", number, _load(line, path, number)
 
 
-def _parsed(content: str, path: Path, lines_before: int) -> Any:
+def _load(content: str, path: Path, first_line: int = 1) -> Any:
     try:
         return json.loads(content)
     except json.JSONDecodeError as problem:
-        line = lines_before + problem.lineno
+        line = first_line - 1 + problem.lineno
         raise BadInput(f"{path}:{line}: not valid JSON ({problem.msg}, column {problem.colno}).") from problem
 
 
-def _csv(path: Path, text: str) -> Iterator[Row]:
+def _csv(content: str, path: Path) -> Parsed:
     csv.field_size_limit(2**31 - 1)  # its default, 128 kB a field, is less than a document
-    lines = io.StringIO(_content(path), newline="")
+    kind = _kind(path)
+    separator = "\t" if kind == ".tsv" else ","
+    table = csv.reader(io.StringIO(content, newline=""), delimiter=separator, strict=True)
     try:
-        table = csv.reader(lines, delimiter="\t" if _kind(path) == ".tsv" else ",", strict=True)
         records = [(table.line_num, record) for record in table if record]
     except csv.Error as problem:
-        raise BadInput(f"{path}: not a readable {_kind(path)[1:]} table ({problem}).") from problem
+        raise BadInput(f"{path}: not a readable {kind[1:]} table ({problem}).") from problem
     header = records[0][1] if records else []
     for number, (line, values) in enumerate(records[1:]):
         if len(values) != len(header):
@@ -213,50 +213,40 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
                 f"{path}:{line}: the record that ends here has {len(values)} fields, the header "
                 f"{len(header)}. Put a field that holds the separator in quotes."
             )
-        record = dict(zip(header, values, strict=True))
-        yield Row(f"{path} record {number + 1}", _row_id(record, number), record)
+        yield f" record {number + 1}", number, dict(zip(header, values, strict=True))
 
 
-def _parquet(path: Path, text: str) -> Iterator[Row]:
+def _paragraphs(content: str, path: Path) -> Parsed:
+    paragraph: list[str] = []
+    for number, line in enumerate([*content.split("\n"), ""], start=1):
+        if line.strip(" \t"):
+            paragraph.append(line)
+        elif paragraph:
+            start = number - len(paragraph)
+            yield f":{start}", start, "\n".join(paragraph)
+            paragraph = []
+
+
+def _parquet(path: Path, field: str) -> Parsed:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as problem:
-        raise BadInput(f'{path}: parquet files need pyarrow: pip install "edgedisp[train]"') from problem
+        raise BadInput(f"{path}: parquet files need pyarrow: {EXTRA}") from problem
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            columns = table.schema_arrow.names
-            if text in columns:  # else all of them, for the message
-                columns = [name for name in columns if name in (text, "id")]
+            names = table.schema_arrow.names  # without the field all of them, for the message
+            columns = [name for name in names if field not in names or name in (field, "id")]
             number = 0
             for batch in table.iter_batches(batch_size=1024, columns=columns):
                 for record in batch.to_pylist():
-                    yield Row(f"{path} record {number + 1}", _row_id(record, number), record)
+                    yield f" record {number + 1}", number, record
                     number += 1
     except pyarrow.ArrowInvalid as problem:
         raise BadInput(f"{path}: not a readable parquet file ({problem}).") from problem
 
 
-def _paragraphs(path: Path, text: str) -> Iterator[Row]:
-    paragraph: list[str] = []
-    start = 1
-    for number, line in enumerate([*_content(path).split("\n"), ""], start=1):
-        if line.strip(" \t"):
-            start = start if paragraph else number
-            paragraph.append(line)
-        elif paragraph:
-            yield Row(f"{path}:{start}", str(start), "\n".join(paragraph))
-            paragraph = []
-
-
-def _row_id(value: Any, number: int) -> str:
-    """The row's own `id` field if it has one, else its number."""
-    row_id = value.get("id") if isinstance(value, dict) else None
-    return str(row_id) if isinstance(row_id, str | int) and row_id != "" else str(number)
-
-
-READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
-    ".parquet": _parquet,
+PARSERS: dict[str, Callable[[str, Path], Parsed]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".csv": _csv,
@@ -265,4 +255,5 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     ".txt": _paragraphs,
     ".md": _paragraphs,
 }
-READABLE = f"what can be read: {', '.join(READERS)}"
+KINDS = (".parquet", *PARSERS)
+READABLE = f"what can be read: {', '.join(KINDS)}"

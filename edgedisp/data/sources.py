@@ -2,8 +2,7 @@
 
 A source is one string: `pypi:NAME==VERSION/MEMBER/PATH` (wheels.py), a path, looked for in the recipe's
 folder first and then in the working directory, or a hub id (`org/name`, `gpt2`), which is returned as it is.
-
-Plain URLs are not fetched: a package index already has names, versions, mirrors and credentials.
+URLs are not fetched: a package index already has names, versions, mirrors and credentials.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ def fetch(
     base_dir: Path = Path(),
     progress: Progress = silent,
 ) -> Path | str:
-    """The local file or folder behind `source`, or the hub id as it came.
+    """The local file or folder of `source`, or the hub id as it is.
 
-    `sha256` (64 lower-case hex digits) is compared with the whole file; None accepts what is there. `cache`
+    `sha256` (64 lower-case hex digits) is compared with the whole file; None accepts any content. `cache`
     None means `cache_folder()`. Relative paths start from `base_dir`, the recipe's folder. Progress counts
     bytes.
 
@@ -42,7 +41,7 @@ def fetch(
     """
     if source.startswith("pypi:"):
         return fetch_member(source, sha256, cache or cache_folder(), progress)
-    path = _local_path(source, base_dir)
+    path = local_path(source, base_dir)
     if sha256 is not None:
         if path is None:
             raise BadInput(f"{source}: a hub id takes no checksum; set `revision` to a commit instead.")
@@ -54,36 +53,22 @@ def fetch(
     return path or source
 
 
-def local_path(source: str, base_dir: Path = Path()) -> Path | None:
-    """The local file or folder that a source names, None for a hub id or `pypi:`. BadInput as `fetch`."""
-    return None if source.startswith("pypi:") else _local_path(source, base_dir)
-
-
-def is_local(source: str, base_dir: Path = Path()) -> bool:
-    """Whether `fetch` needs no download: a local path, or a `pypi:` file that the cache has."""
-    if source.startswith("pypi:"):
-        return is_cached(source, cache_folder())
-    return not is_hub_id(source, base_dir)
-
-
-def is_hub_id(source: str, base_dir: Path = Path()) -> bool:
-    """True if `fetch` would return the source as a hub id: no `pypi:`, and nothing local of that name."""
-    try:
-        return not source.startswith("pypi:") and _local_path(source, base_dir) is None
-    except BadInput:
-        return False
+def needs_download(source: str) -> bool:
+    """Whether `fetch` would download: a `pypi:` file that the cache lacks."""
+    return source.startswith("pypi:") and not is_cached(source, cache_folder())
 
 
 def cache_folder() -> Path:
     """$EDGEDISP_CACHE, else `edgedisp` in $XDG_CACHE_HOME, else ~/.cache/edgedisp. Not created here."""
-    configured = os.environ.get("EDGEDISP_CACHE")
-    if configured:
+    if configured := os.environ.get("EDGEDISP_CACHE"):
         return Path(configured).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgedisp"
 
 
-def _local_path(source: str, base_dir: Path) -> Path | None:
-    """The existing file or folder, or None for something that can only be a hub id."""
+def local_path(source: str, base_dir: Path = Path()) -> Path | None:
+    """The local file or folder that a source names, None for a hub id or `pypi:`. BadInput as `fetch`."""
+    if source.startswith("pypi:"):
+        return None
     if not source.strip() or "\0" in source:
         raise BadInput(
             f"source {source!r} is empty or unreadable: name a path, a `pypi:` source or a hub id."
@@ -101,14 +86,8 @@ def _local_path(source: str, base_dir: Path) -> Path | None:
             return candidate.absolute()
     if HUB_ID.fullmatch(source) and not FILE_SUFFIXES.fullmatch(source):
         return None
-    names = [
-        entry.name
-        for folder in {c.parent for c in candidates}
-        if folder.is_dir()
-        for entry in folder.iterdir()
-    ]
-    near = difflib.get_close_matches(path.name, names, n=3)
-    raise BadInput(
-        f"{source}: no such file or folder (looked for {' or '.join(map(str, candidates))})."
-        + (f" Did you mean {', '.join(near)}?" if near else "")
-    )
+    folders = {candidate.parent for candidate in candidates if candidate.parent.is_dir()}
+    near = difflib.get_close_matches(path.name, [e.name for folder in folders for e in folder.iterdir()])
+    hint = f" Did you mean {', '.join(near)}?" if near else ""
+    places = " or ".join(map(str, candidates))
+    raise BadInput(f"{source}: no such file or folder (looked for {places}).{hint}")

@@ -1,8 +1,8 @@
 """Synthetic English-like documents, for runs that only prove a recipe whose data lie on a hub.
 
-Each is a short encyclopedic article about an invented thing. Names are built from syllables and come back
+Each is a short encyclopedic article about an invented thing. Names are built from syllables and repeated
 within an article, so that a tokenizer and the tasks made from text have something to learn. Document i
-depends on (seed, i) alone: asking for more documents leaves the earlier ones as they were.
+depends on (seed, i) alone.
 """
 
 from __future__ import annotations

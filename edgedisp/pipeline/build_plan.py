@@ -16,7 +16,7 @@ from typing import Any
 from edgedisp.bench.system import multiplies_bf16
 from edgedisp.core.results import BASELINE
 from edgedisp.core.stage_folder import open_run
-from edgedisp.data.sources import local_path
+from edgedisp.data import local_path
 from edgedisp.pipeline import options
 from edgedisp.pipeline.stage import Observer, Passed, Stage, walk
 from edgedisp.recipe import BITS, Adapter, ArmRun, Recipe, Train, load_target

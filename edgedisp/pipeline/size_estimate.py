@@ -122,10 +122,7 @@ def base_skeleton(
     if smoke:
         texts = [document.text for document in data.synthetic_documents(50, seed=0)]
         return models.tiny_model(section.architecture or "", texts, seed=0, context=SMOKE_CONTEXT)[0]
-    hub = data.is_hub_id(section.base, beside)  # of a hub's model, config.json is enough
-    if not (download or hub or data.is_local(section.base, beside)):
+    if not download and data.needs_download(section.base):
         return None
-    where: Path | str = section.base
-    if not hub:
-        where = data.fetch(section.base, sha256=section.sha256, base_dir=beside, progress=progress)
+    where = data.fetch(section.base, sha256=section.sha256, base_dir=beside, progress=progress)
     return models.empty_model(where, revision=section.revision, trust_remote_code=section.trust_remote_code)

@@ -70,7 +70,7 @@ def test_without_a_probe_nothing_is_downloaded(tmp_path: Path, monkeypatch: pyte
     found = planned(tmp_path, wheel)
     assert found["sizes"] is None and "not downloaded" in found["sizes_unknown"]
     assert f"sizes: not known: {wheel}" in render(found)
-    assert not data.is_local(wheel) and not (tmp_path / "cache").exists()
+    assert data.needs_download(wheel) and not (tmp_path / "cache").exists()
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert "nobody/absent-model" in planned(tmp_path, "nobody/absent-model")["sizes_unknown"]
 
