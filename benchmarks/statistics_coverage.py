@@ -20,11 +20,8 @@ from scipy import stats
 
 from edgedisp.core.results import Estimate, TaskDifference, TaskScore
 from edgedisp.core.run import Run
-from edgedisp.evaluate.quantization_survival import loss_survival
-from edgedisp.evaluate.seeds_and_means import difference as over_seeds
-from edgedisp.evaluate.seeds_and_means import mean_difference
+from edgedisp.evaluate.comparison import TaskResult, compare_task, loss_survival, mean_difference, task_result
 from edgedisp.evaluate.statistics import ACCURACY, PERPLEXITY, Metric, Resampling, difference
-from edgedisp.evaluate.task_result import TaskResult, compare_task, task_result
 from edgedisp.report import verdict
 
 BOOTSTRAP = 500
@@ -75,8 +72,11 @@ def held(found: Estimate, truth: float) -> dict[str, Any]:
 
 def of_losses(documents: int, per_document: int) -> Callable[[Rng], dict[str, Any]]:
     def draw(rng: Rng) -> dict[str, Any]:
-        pair = losses(rng, documents, [0.0, TRUTH], per_document)
-        return held(difference(*pair, LOSS, Resampling(BOOTSTRAP, int(rng.integers(2**31)))).estimate, TRUTH)
+        first, second = losses(rng, documents, [0.0, TRUTH], per_document)
+        return held(
+            difference([(first, second)], LOSS, Resampling(BOOTSTRAP, int(rng.integers(2**31)))).estimate,
+            TRUTH,
+        )
 
     return draw
 
@@ -84,7 +84,7 @@ def of_losses(documents: int, per_document: int) -> Callable[[Rng], dict[str, An
 def of_accuracies(items: int, differing: float) -> Callable[[Rng], dict[str, Any]]:
     def draw(rng: Rng) -> dict[str, Any]:
         pair = answers(rng, items, differing)
-        found = difference(*pair, ACCURACY, Resampling(BOOTSTRAP, int(rng.integers(2**31)))).estimate
+        found = difference([pair], ACCURACY, Resampling(BOOTSTRAP, int(rng.integers(2**31)))).estimate
         return {**held(found, 0), "rejects": (found.p or 0) <= 0.05}
 
     return draw
@@ -97,7 +97,7 @@ def of_means(tasks: int, items: int) -> Callable[[Rng], dict[str, Any]]:
             {task: a_result(pair[side], task, ACCURACY) for task, pair in pairs.items()} for side in (0, 1)
         )
         compared = {
-            task: compare_task(before[task], after[task], Resampling(BOOTSTRAP, int(rng.integers(2**31))))
+            task: compare_task([(before[task], after[task])], Resampling(BOOTSTRAP, int(rng.integers(2**31))))
             for task in pairs
         }
         scores = [{task: one.score for task, one in side.items()} for side in (before, after)]
@@ -116,7 +116,7 @@ def of_seeds(documents: int, seeds: int, luck: float) -> Callable[[Rng], dict[st
         shifts = [0.0, *(TRUTH + rng.normal(0, luck) for _ in range(seeds))]
         first, *others = losses(rng, documents, shifts)
         pairs = [(first, other) for other in others]
-        return held(over_seeds(pairs, LOSS, Resampling(BOOTSTRAP, int(rng.integers(2**31)))).estimate, TRUTH)
+        return held(difference(pairs, LOSS, Resampling(BOOTSTRAP, int(rng.integers(2**31)))).estimate, TRUTH)
 
     return draw
 
@@ -140,10 +140,10 @@ def of_verdicts(documents: int) -> Callable[[Rng], dict[str, Any]]:
         compared: dict[str, dict[str, TaskDifference]] = {}
         for precision in ("torch", "int8", "int4"):
             resampling = Resampling(BOOTSTRAP, int(rng.integers(2**31)))
-            pair = losses(rng, documents, [0.0, 0.0])
-            by_task = {"heldout_perplexity": difference(*pair, PERPLEXITY, resampling)}
+            first, second = losses(rng, documents, [0.0, 0.0])
+            by_task = {"heldout_perplexity": difference([(first, second)], PERPLEXITY, resampling)}
             for task in ("heldout_cloze", "heldout_continuation"):
-                by_task[task] = difference(*answers(rng, documents, 0.06), ACCURACY, resampling)
+                by_task[task] = difference([answers(rng, documents, 0.06)], ACCURACY, resampling)
             compared[precision] = {
                 task: TaskDifference(task, {one.metric: one}) for task, one in by_task.items()
             }

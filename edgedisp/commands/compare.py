@@ -30,8 +30,14 @@ from edgedisp.core.results import (
 )
 from edgedisp.core.run import Run
 from edgedisp.core.stage_folder import SCORES
-from edgedisp.evaluate.seeds_and_means import average_task, compare_tasks, mean_difference
-from edgedisp.evaluate.task_result import Results, TaskResult, common_items
+from edgedisp.evaluate.comparison import (
+    Pair,
+    Results,
+    average_task,
+    common_items,
+    compare_task,
+    mean_difference,
+)
 from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, expand, prepare
 from edgedisp.graph.genai_config import read_config
 from edgedisp.pipeline.run_results import load, surroundings
@@ -39,7 +45,6 @@ from edgedisp.pipeline.scoring import ModelSource, noise_floor, score_tasks
 from edgedisp.report.results_table import numbered
 
 BOOTSTRAP = 2000  # resamples behind each interval
-Pair = tuple[TaskResult, TaskResult]
 
 
 # Pairing
@@ -84,7 +89,7 @@ def pair_with_first(arms: Sequence[ScoredArm]) -> Paired:
             paired.unpaired += [text for text in dict.fromkeys(texts) if text not in paired.unpaired]
             if not pairs:
                 continue
-            differences = {task: compare_tasks(pair) for task, pair in pairs.items()}
+            differences = {task: compare_task(pair) for task, pair in pairs.items()}
             before, after = (
                 {task: average_task([one[side] for one in pair]) for task, pair in pairs.items()}
                 for side in (0, 1)

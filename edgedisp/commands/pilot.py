@@ -216,8 +216,8 @@ def _measure(candidate: Candidate, records: dict[str, Record], seed: int) -> Can
         for folder in (records[BASELINE].folder, record.folder)
     )
     resampling, loss = Resampling(BOOTSTRAP, seed), Metric("loss", "nll", "tokens", higher_is_better=False)
-    losses = difference(first["items"], second["items"], loss, resampling).estimate
-    cosines = difference(first["cosine"], second["cosine"], VALUE, resampling).estimate
+    losses = difference([(first["items"], second["items"])], loss, resampling).estimate
+    cosines = difference([(first["cosine"], second["cosine"])], VALUE, resampling).estimate
     return replace(candidate, loss=losses, cosine=cosines)
 
 

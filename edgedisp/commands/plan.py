@@ -130,18 +130,18 @@ def _sizes(
 
 
 def _detectable(recipe: Recipe) -> dict[str, Any]:
-    """Differences that the recipe's items can show; see evaluate/statistics.py."""
-    from edgedisp.evaluate import statistics
+    """Differences that the recipe's items can show; see evaluate/comparison.py."""
+    from edgedisp.evaluate import comparison
 
     limit = recipe.evaluate.limit
     return {
         "items": limit,
         "seeds": recipe.seeds,
-        "differing": statistics.DIFFERING,
-        "points": 100 * statistics.detectable_accuracy(limit),
-        "nats": {name: statistics.detectable_loss(limit, name) for name in recipe.precisions},
+        "differing": comparison.DIFFERING,
+        "points": 100 * comparison.detectable_accuracy(limit),
+        "nats": {name: comparison.detectable_loss(limit, name) for name in recipe.precisions},
         "published_points": PUBLISHED_POINTS,
-        "items_for_published": statistics.items_for(PUBLISHED_POINTS / 100),
+        "items_for_published": comparison.items_for(PUBLISHED_POINTS / 100),
     }
 
 

@@ -23,10 +23,10 @@ from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import to_json
 from edgedisp.core.progress import Progress, silent
 from edgedisp.evaluate import statistics
+from edgedisp.evaluate.comparison import Results, TaskResult, task_result
 from edgedisp.evaluate.loglikelihood import LanguageModel, Likelihood, Request, ScoreOptions, model_input
 from edgedisp.evaluate.score_cache import ScoreCache, name_of
 from edgedisp.evaluate.statistics import Resampling
-from edgedisp.evaluate.task_result import Results, TaskResult, task_result
 from edgedisp.evaluate.task_suite import TaskSuite
 
 LEAST, MOST = 20, 2000  # items of a task that a device may be asked
@@ -207,7 +207,7 @@ def _compared(
     return {
         "device": to_json(device.score.main.estimate),
         "here": to_json(here.score.main.estimate),
-        "difference": to_json(statistics.difference(here.items, device.items, metric, resampling)),
+        "difference": to_json(statistics.difference([(here.items, device.items)], metric, resampling)),
         "agreement": agreement(here.items, device.items, metric.name),
     }
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.results import TaskScore
+from edgedisp.evaluate.comparison import TaskResult, task_result
 from edgedisp.evaluate.heldout_items import (
     CHOICES,
     LEAST,
@@ -47,7 +48,6 @@ from edgedisp.evaluate.statistics import (
     Metric,
     Resampling,
 )
-from edgedisp.evaluate.task_result import TaskResult, task_result
 
 WORD_NLL = Metric("word_nll", "nll", None, "mean", higher_is_better=False)
 

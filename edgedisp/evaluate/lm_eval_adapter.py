@@ -21,6 +21,7 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
 from edgedisp.core.results import TaskScore
 from edgedisp.evaluate import lm_eval_tasks
+from edgedisp.evaluate.comparison import TaskResult, task_result
 from edgedisp.evaluate.heldout_items import Text
 from edgedisp.evaluate.lm_eval_tasks import quiet, refuse_sampling
 from edgedisp.evaluate.loglikelihood import (
@@ -33,7 +34,6 @@ from edgedisp.evaluate.loglikelihood import (
 )
 from edgedisp.evaluate.score_cache import ScoreCache, name_of
 from edgedisp.evaluate.statistics import DEFAULT, Resampling
-from edgedisp.evaluate.task_result import TaskResult, task_result
 
 MAX_NEW_TOKENS = 256  # lm-eval's own default for tasks that name no limit
 _FIRST_BLOCK = 32  # tokens generated before the first look for a stop string

@@ -27,8 +27,8 @@ from lm_eval.tasks import TaskManager
 from edgedisp.core import hub
 from edgedisp.core.errors import BadInput
 from edgedisp.core.results import Estimate, Score
+from edgedisp.evaluate.comparison import WHOLE_TASK
 from edgedisp.evaluate.statistics import GOLD_BITS_PER_BYTE, Metric
-from edgedisp.evaluate.task_result import WHOLE_TASK
 
 GOLD_NLL = Metric("gold_nll", "nll", None, "mean", higher_is_better=False)
 

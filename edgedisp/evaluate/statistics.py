@@ -1,17 +1,15 @@
 """How sure a score is, and whether two models differ: intervals and tests over the items of a task.
 
-A metric is a sum over items divided by another sum, then perhaps exponentiated: accuracy, perplexity and bits
-per byte have that shape. Items of one document are not independent, so documents are resampled (a clustered
-bootstrap), and both models together (paired): what makes an item hard is common to both and cancels.
+Documents are resampled (a clustered bootstrap), since items of one document depend on one another, and both
+models together (paired), since what makes an item hard is common to both. Accuracies have Wilson's interval;
+a difference of 0/1 items is never narrower than Tango's score interval, because the bootstrap of a handful of
+disagreements is too sure of itself. Tests: exact McNemar for 0/1 items with a document each, else the models
+are swapped at random by document.
 
-- One score: Wilson's interval for accuracies, the bootstrap for everything else.
-- A difference: the paired bootstrap; for 0/1 items never narrower than Tango's score interval, since the
-  bootstrap of a handful of disagreements is too sure of itself.
-- A test: exact McNemar for 0/1 items with a document each; else the models are swapped at random by document.
+With n training seeds an item's score is its mean over the trainings. The items' interval and the spread of
+the n values are combined on each side (MOVER: Zou and Donner, Statistics in Medicine 27, 2008):
 
-Power: a two-sided test at 5 % finds a true difference of (z(0.975) + z(0.8)) * SE = 2.80 * SE in 4 of 5
-repetitions (Cohen, Statistical Power Analysis, 1988; Miller, Adding Error Bars to Evals, arXiv 2411.00640).
-For paired 0/1 items SE = sqrt(share / n), share being the items that one of the two models alone gets right.
+    half-width = sqrt(items^2 + seeds^2),   seeds = t(n - 1) * sd / sqrt(n)
 """
 
 from __future__ import annotations
@@ -19,22 +17,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
-from edgedisp.core.results import Z95, Difference, Estimate
+from edgedisp.core.results import Z95, Difference, Estimate, Seeds
 
-Item = Mapping[str, Any]
+Items = Sequence[Mapping[str, Any]]
+"""The items of one training: {id, document, and the fields that a metric names}."""
 Floats = NDArray[np.float64]
 Sums = tuple[Floats, ...]
-"""Numerator and denominator of the first model by document, then of the next; float64 [documents]."""
+"""Parts of a statistic by document, float64 [documents] each."""
 
 ONE_DOCUMENT = "one document: no interval can be given"
 _LEAST_SWAPS = 999  # of a swap test: its smallest p is one in so many
-_CELLS = 4_000_000  # resamples x documents held at a time: 32 MB as float64
+_CELLS = 4_000_000  # resamples x documents in memory at a time: 32 MB as float64
 
 
 @dataclass(frozen=True)
@@ -81,66 +81,137 @@ BITS_PER_BYTE = Metric("bits_per_byte", "nll", "bytes", "bits", higher_is_better
 GOLD_BITS_PER_BYTE = Metric("gold_bits_per_byte", "nll", "bytes", "bits", higher_is_better=False)
 
 
-def metric_of(items: Sequence[Item], metric: Metric) -> float:
-    """The metric over some items. Raises ValueError for no items or for parts that are not finite."""
-    return Parts(items, metric).value
+class Parts:
+    """Both parts of a metric by item, float64 [n]; the numerator is the mean over the trainings.
 
-
-def score(items: Sequence[Item], metric: Metric = VALUE, resampling: Resampling = DEFAULT) -> Estimate:
-    """One model's score. Items carry `document` and the fields that the metric names.
-
-    The interval is None, with `reason`, where there is a single document. Raises ValueError for no items.
+    Raises ValueError for no items and for parts that are not finite or weigh 0.
     """
-    parts = Parts(items, metric)
-    estimate = replace(interval(parts.by_document(), metric.of, parts.value, resampling), n=parts.n)
-    if not parts.is_binary:
-        return estimate
-    low, high = wilson(round(parts.top.sum()), parts.n)
-    if parts.documents == parts.n:
-        return replace(estimate, low=low, high=high, reason=None)
-    return no_narrower(estimate, low, high)
+
+    def __init__(self, trainings: Sequence[Items], metric: Metric) -> None:
+        items = trainings[0]
+        if not items:
+            raise ValueError(f"no items to compute {metric.name} from")
+        self.n, self.metric = len(items), metric
+        tables = [[item[metric.numerator] for item in training] for training in trainings]
+        self.by_training: Floats = np.array(tables, dtype=np.float64)
+        self.numerator: Floats = np.array([fmean(values) for values in zip(*tables)])
+        self.denominator: Floats = np.ones(self.n)
+        if metric.denominator is not None:
+            self.denominator = np.array([item[metric.denominator] for item in items], dtype=np.float64)
+        finite = np.isfinite(self.numerator).all() and np.isfinite(self.denominator).all()
+        if not (finite and (self.denominator > 0).all()):
+            raise ValueError(f"{metric.name}: a part of an item is not a finite number, or weighs 0")
+        indices: dict[Any, int] = {}
+        index = [indices.setdefault(item["document"], len(indices)) for item in items]
+        self.documents = len(indices)
+        both = self.numerator, self.denominator
+        self.by_document: Sums = tuple(np.bincount(index, part).astype(np.float64) for part in both)
+        self.is_binary = metric.may_be_share and bool(np.isin(self.numerator, (0.0, 1.0)).all())
+
+    def value(self, metric: Metric) -> float:
+        return float(metric.of(self.numerator.sum(), self.denominator.sum()))
+
+    def values(self, metric: Metric) -> list[float]:
+        """The metric of each training."""
+        return [float(metric.of(part.sum(), self.denominator.sum())) for part in self.by_training]
+
+
+def aligned(trainings: Sequence[Items], metric: Metric) -> list[Items]:
+    """All lists in the order of the first.
+
+    Raises ValueError when they do not hold the same items, naming some that are missing, or when an item
+    belongs to other documents or weighs differently in two lists.
+    """
+    first, weight = trainings[0], metric.denominator
+    tables = [{str(item["id"]): item for item in items} for items in trainings]
+    if any(len(table) != len(items) for table, items in zip(tables, trainings)):
+        raise ValueError("two items of one list have the same id")
+    for table in tables[1:]:
+        if unmatched := sorted(table.keys() ^ tables[0].keys()):
+            shown = ", ".join(unmatched[:5])
+            raise ValueError(f"{len(unmatched)} items are missing from one of the lists: {shown}")
+        for name, item in tables[0].items():
+            if table[name]["document"] != item["document"]:
+                raise ValueError(f"item {name} belongs to different documents in two lists")
+            if weight is not None and table[name][weight] != item[weight]:
+                raise ValueError(f"{metric.name}: item {name} weighs differently in two lists")
+    return [first, *([table[name] for name in tables[0]] for table in tables[1:])]
+
+
+def score(trainings: Sequence[Items], metric: Metric = VALUE, resampling: Resampling = DEFAULT) -> Estimate:
+    """One model's score; `trainings`: the items of each of its training seeds, with one or several.
+
+    The interval is None, with `reason`, where there is a single document. Raises ValueError for no items and
+    for trainings that do not hold the same ones.
+    """
+    parts = Parts(aligned(trainings, metric), metric)
+    estimate = interval(parts.by_document, metric.of, parts.value(metric), resampling)
+    estimate = replace(estimate, n=parts.n)
+    if parts.is_binary:
+        low, high = wilson(round(parts.numerator.sum()), parts.n)
+        if parts.documents == parts.n:
+            estimate = replace(estimate, low=low, high=high, reason=None)
+        estimate = no_narrower(estimate, low, high)
+    return combined(estimate, parts.values(metric))
 
 
 def difference(
-    first: Sequence[Item], second: Sequence[Item], metric: Metric = VALUE, resampling: Resampling = DEFAULT
+    pairs: Sequence[tuple[Items, Items]], metric: Metric = VALUE, resampling: Resampling = DEFAULT
 ) -> Difference:
-    """The paired difference second - first over the same items, aligned by id.
+    """The paired difference second - first over the same items; one pair (first, second) a training seed.
 
-    Raises ValueError when the two lists do not hold the same items, naming some that are missing, or weigh
-    one differently.
+    `nats`, for a perplexity, is the difference of the mean loss. Raises ValueError when the lists do not hold
+    the same items.
     """
-    before, after = _align(first, second, metric)
-    sums = (*before.by_document(), *after.by_document())
+    lists = aligned([pair[side] for side in (0, 1) for pair in pairs], metric)
+    before, after = Parts(lists[: len(pairs)], metric), Parts(lists[len(pairs) :], metric)
+    sums = (*before.by_document, *after.by_document)
 
-    def change(of: Metric) -> Estimate:
-        first, second = (float(of.of(parts.top.sum(), parts.bottom.sum())) for parts in (before, after))
-        estimate = interval(sums, lambda a, b, c, d: of.of(c, d) - of.of(a, b), second - first, resampling)
-        return replace(estimate, n=before.n)
+    def change(of: Metric, *least: tuple[float, float]) -> Estimate:
+        value = after.value(of) - before.value(of)
+        estimate = interval(sums, lambda a, b, c, d: of.of(c, d) - of.of(a, b), value, resampling)
+        for low, high in least:
+            estimate = no_narrower(estimate, low, high)
+        by_seed = [second - first for first, second in zip(before.values(of), after.values(of))]
+        return combined(replace(estimate, n=before.n), by_seed)
 
-    estimate = change(metric)
+    estimate = change(metric, *_mean_tango(before, after))
     nats = change(replace(metric, scale="mean")) if metric.scale == "exp" else None
-    counts = {}
-    p, test = None, "document_swap"
+    counts = None
     if before.is_binary and after.is_binary:
-        only_first = int((before.top > after.top).sum())
-        only_second = int((after.top > before.top).sum())
-        counts = {"only_first": only_first, "only_second": only_second}
-        estimate = no_narrower(estimate, *tango(only_first, only_second, before.n))
-        if before.documents == before.n:
-            p, test = mcnemar(only_first, only_second), "mcnemar"
-    if p is None:
-        p = swap_test(sums[2] - sums[0], resampling)
+        counts = disagreements(before.numerator, after.numerator)
+    p, test = combined_p(nats or estimate), "items_and_seeds"
+    if p is None and counts is not None and before.documents == before.n:
+        p, test = mcnemar(*counts), "mcnemar"
+    elif p is None:
+        p, test = swap_test(sums[2] - sums[0], resampling), "document_swap"
     return Difference(
         metric=metric.name,
-        first=before.value,
-        second=after.value,
+        first=before.value(metric),
+        second=after.value(metric),
         estimate=replace(estimate, p=p),
         higher_is_better=metric.higher_is_better,
         nats=nats,
         per=None if nats is None else metric.denominator or "item",
+        only_first=counts and counts[0],
+        only_second=counts and counts[1],
         test=test,
-        **counts,
     )
+
+
+def disagreements(first: Floats, second: Floats) -> tuple[int, int]:
+    """How many 0/1 items the first alone got right, and how many the second."""
+    return int((first > second).sum()), int((second > first).sum())
+
+
+def _mean_tango(before: Parts, after: Parts) -> list[tuple[float, float]]:
+    """For 0/1 items the mean of the trainings' Tango intervals, which is what would hold if the seeds shared
+    all of their luck with the items."""
+    both = np.stack([before.by_training, after.by_training], axis=1)
+    if not before.metric.may_be_share or not np.isin(both, (0.0, 1.0)).all():
+        return []
+    lows, highs = zip(*(tango(*disagreements(*pair), before.n) for pair in both))
+    return [(fmean(lows), fmean(highs))]
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -192,7 +263,7 @@ def interval(
     def over_documents(*drawn: Floats, axis: int) -> Any:
         return statistic(*(part.sum(axis=axis) for part in drawn))
 
-    ends = stats.bootstrap(
+    result = stats.bootstrap(
         sums,
         over_documents,
         n_resamples=resampling.bootstrap,
@@ -204,15 +275,15 @@ def interval(
         method="percentile",
         rng=np.random.default_rng(resampling.seed),
     ).confidence_interval
-    return Estimate(value, float(ends.low), float(ends.high), documents=documents)
+    return Estimate(value, float(result.low), float(result.high), documents=documents)
 
 
 def swap_test(differences: Floats, resampling: Resampling = DEFAULT) -> float:
     """Two-sided p: share of random swaps of the two models, document by document, that differ at least as
-    much. `differences`: of the numerators, float64 [documents]; exact at any size where nothing differs.
+    much. `differences`: of the numerators, float64 [documents].
 
-    Where none does, ten times as many are drawn: to survive a correction over a hundred comparisons, p must
-    be able to fall below 0.0005.
+    Where no swap does, ten times as many are drawn: to survive a correction over a hundred comparisons, p
+    must be able to fall below 0.0005.
     """
     rng = np.random.default_rng([resampling.seed, 1])
     observed = abs(float(differences.sum())) * (1 - 1e-9) - 1e-15
@@ -232,37 +303,6 @@ def swap_test(differences: Floats, resampling: Resampling = DEFAULT) -> float:
     return (1 + count) / (1 + swaps)
 
 
-class Parts:
-    """Both parts of a metric by item, float64 [n], and which document (0 .. documents - 1) an item is of."""
-
-    def __init__(self, items: Sequence[Item], metric: Metric) -> None:
-        if not items:
-            raise ValueError(f"no items to compute {metric.name} from")
-        self.n, self.metric = len(items), metric
-        self.top: Floats = np.array([item[metric.numerator] for item in items], dtype=np.float64)
-        self.bottom: Floats = np.ones(self.n)
-        if metric.denominator is not None:
-            self.bottom = np.array([item[metric.denominator] for item in items], dtype=np.float64)
-        if not (np.isfinite(self.top).all() and np.isfinite(self.bottom).all() and (self.bottom > 0).all()):
-            raise ValueError(
-                f"{metric.name}: an item has a part that is not a finite number, or a weight of 0"
-            )
-        names = [item["document"] for item in items]
-        places = {name: place for place, name in enumerate(dict.fromkeys(names))}
-        self.index = np.array([places[name] for name in names])
-        self.documents = len(places)
-        self.is_binary = metric.may_be_share and bool(np.isin(self.top, (0.0, 1.0)).all())
-
-    @property
-    def value(self) -> float:
-        return float(self.metric.of(self.top.sum(), self.bottom.sum()))
-
-    def by_document(self) -> Sums:
-        """Both parts summed over each document: float64 [documents] twice."""
-        tops, bottoms = (np.bincount(self.index, part) for part in (self.top, self.bottom))
-        return tops.astype(np.float64), bottoms.astype(np.float64)
-
-
 def no_narrower(estimate: Estimate, low: float, high: float) -> Estimate:
     """The estimate with its interval widened to reach from low to high."""
     if estimate.low is None or estimate.high is None:
@@ -270,51 +310,38 @@ def no_narrower(estimate: Estimate, low: float, high: float) -> Estimate:
     return replace(estimate, low=min(estimate.low, low), high=max(estimate.high, high))
 
 
-def _align(first: Sequence[Item], second: Sequence[Item], metric: Metric) -> tuple[Parts, Parts]:
-    left, right = ({str(item["id"]): item for item in items} for items in (first, second))
-    if len(left) != len(first) or len(right) != len(second):
-        raise ValueError("two items of one list have the same id")
-    for name, missing in (("second", left.keys() - right.keys()), ("first", right.keys() - left.keys())):
-        if missing:
-            shown = ", ".join(sorted(missing)[:5])
-            raise ValueError(
-                f"{len(missing)} items are missing from the {name} list: {shown}; "
-                "only the same items can be paired"
-            )
-    if moved := [name for name in left if left[name]["document"] != right[name]["document"]]:
-        raise ValueError(f"item {moved[0]} belongs to different documents in the two lists")
-    parts = Parts([*left.values()], metric), Parts([right[name] for name in left], metric)
-    if not np.array_equal(parts[0].bottom, parts[1].bottom):
-        raise ValueError(f"{metric.name}: an item weighs differently in the two lists; score both alike")
-    return parts
+def combined(estimate: Estimate, values: Sequence[float]) -> Estimate:
+    """The estimate with its interval widened by the spread of the trainings' `values`, which it carries as
+    `seeds`; unchanged for one training."""
+    if len(values) == 1:
+        return estimate
+    sd, low, high, value = float(np.std(values, ddof=1)), estimate.low, estimate.high, estimate.value
+    if low is None or high is None or value is None:
+        return replace(estimate, seeds=Seeds(tuple(values), sd, low, high))
+    spread = float(stats.t.ppf(0.975, len(values) - 1)) * sd / math.sqrt(len(values))
+    item_se = (high - low) / (2 * float(stats.t.ppf(0.975, (estimate.documents or 2) - 1)))
+    return replace(
+        estimate,
+        low=value - math.hypot(value - low, spread),
+        high=value + math.hypot(high - value, spread),
+        seeds=Seeds(tuple(values), sd, low, high, item_se),
+    )
 
 
-# ---------------------------------------------------------------- power
+def combined_p(estimate: Estimate) -> float | None:
+    """Two-sided p at which the combined interval would just touch 0, from 1e-12 to 1, the items' errors taken
+    as t-distributed; None without seeds or without an interval."""
+    seeds, value = estimate.seeds, estimate.value
+    if seeds is None or seeds.item_se is None or seeds.sd is None or value is None:
+        return None
+    if value == 0:
+        return 1.0
+    n, sd, item_se, freedom = len(seeds.values), seeds.sd, seeds.item_se, (estimate.documents or 2) - 1
 
-DIFFERING = 0.06
-"""Share of 0/1 items that two models trained alike answer differently: a high one of the 0.5 to 7 % measured
-on SmolLM2-135M and the quickstart's text (benchmarks/results/before_after.json)."""
+    def beyond(log_p: float) -> float:
+        tail = math.exp(log_p) / 2
+        spread = stats.t.isf(tail, n - 1) * sd / math.sqrt(n)
+        return float(value**2 - (stats.t.isf(tail, freedom) * item_se) ** 2 - spread**2)
 
-DOCUMENT_SD = {"fp32": 0.0023, "int8": 0.0105, "int4": 0.052}
-"""Standard deviation over documents of 100 tokens of the arms' difference in loss, nats per token, measured
-in the same study. At int4 most of it is rounding, which falls differently in each arm."""
-
-
-def power_factor(power: float = 0.8, confidence: float = 0.95) -> float:
-    """Detectable effect in standard errors: 2.80 at the usual power and confidence."""
-    return float(stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power))
-
-
-def detectable_accuracy(items: int, differing: float = DIFFERING) -> float:
-    """The difference between two accuracies, in [0, 1], that so many paired items show."""
-    return min(1.0, power_factor() * math.sqrt(differing / items))
-
-
-def detectable_loss(documents: int, precision: str) -> float:
-    """The difference in held-out loss, nats per token, that so many documents show."""
-    return power_factor() * DOCUMENT_SD[precision] / math.sqrt(documents)
-
-
-def items_for(effect: float, differing: float = DIFFERING) -> int:
-    """Paired 0/1 items that it takes to see a difference of `effect`."""
-    return math.ceil(differing * (power_factor() / effect) ** 2)
+    least = math.log(1e-12)
+    return 1e-12 if beyond(least) >= 0 else math.exp(optimize.brentq(beyond, least, 0.0))

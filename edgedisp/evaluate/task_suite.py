@@ -23,10 +23,10 @@ from typing import Any
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
 from edgedisp.evaluate import heldout_tasks
+from edgedisp.evaluate.comparison import Results
 from edgedisp.evaluate.heldout_items import Document, Question, Text
 from edgedisp.evaluate.loglikelihood import DEFAULT_OPTIONS, LanguageModel, ScoreOptions
 from edgedisp.evaluate.statistics import DEFAULT, Resampling
-from edgedisp.evaluate.task_result import Results
 
 SETS: dict[str, tuple[str, ...]] = {
     "heldout": tuple(heldout_tasks.TASKS),

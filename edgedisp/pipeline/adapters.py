@@ -187,7 +187,7 @@ def _difference(
     scored: dict[str, list[dict[str, Any]]], seed: int, before: str, after: str
 ) -> dict[str, Any]:
     """{difference, low, high} of two rows, after - before, nats per token."""
-    change = difference(scored[before], scored[after], NATS, Resampling(BOOTSTRAP, seed)).estimate
+    change = difference([(scored[before], scored[after])], NATS, Resampling(BOOTSTRAP, seed)).estimate
     return {"difference": change.value, "low": change.low, "high": change.high}
 
 

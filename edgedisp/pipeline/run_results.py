@@ -33,10 +33,15 @@ from edgedisp.core.results import (
     Training,
 )
 from edgedisp.core.run import Replica, Run, Stage, arms_in_order
-from edgedisp.evaluate.quantization_survival import is_loss, loss_survival
-from edgedisp.evaluate.seeds_and_means import average_task, compare_tasks, mean_difference
+from edgedisp.evaluate.comparison import (
+    Results,
+    average_task,
+    compare_task,
+    is_loss,
+    loss_survival,
+    mean_difference,
+)
 from edgedisp.evaluate.statistics import Resampling
-from edgedisp.evaluate.task_result import Results
 from edgedisp.pipeline.stage import Passed
 from edgedisp.recipe import Recipe
 
@@ -188,7 +193,7 @@ class _Scored:
         if (arm, precision) not in self._differences:
             pairs = list(zip(self.items(BASELINE, precision), self.items(arm, precision), strict=True))
             self._differences[arm, precision] = {
-                task: compare_tasks([(first[task], second[task]) for first, second in pairs], self.resampling)
+                task: compare_task([(first[task], second[task]) for first, second in pairs], self.resampling)
                 for task in pairs[0][0]
             }
         return self._differences[arm, precision]

@@ -27,11 +27,11 @@ from edgedisp.core.progress import Progress
 from edgedisp.core.results import Estimate, NoiseFloor
 from edgedisp.core.stage_folder import read
 from edgedisp.evaluate import heldout_tasks
+from edgedisp.evaluate.comparison import Results, TaskResult, compare_task
 from edgedisp.evaluate.heldout_items import Question
 from edgedisp.evaluate.loglikelihood import ScoreOptions
 from edgedisp.evaluate.score_cache import ScoreCache
 from edgedisp.evaluate.statistics import Resampling
-from edgedisp.evaluate.task_result import Results, TaskResult, compare_task
 from edgedisp.evaluate.task_suite import TaskSuite
 from edgedisp.graph.session import OnnxModel
 
@@ -149,7 +149,7 @@ def noise_floor(
         usual = scored(model, cache, "as scored")
     variants: dict[str, Estimate] = {}
     for name, other in others.items():
-        change = compare_task(usual, scored(other, None, f"other {name}"), resampling).main
+        change = compare_task([(usual, scored(other, None, f"other {name}"))], resampling).main
         variants[name] = change.nats or change.estimate
     measured = usual.score.main.estimate.documents or 1
     documents = len({question.document for question in questions})

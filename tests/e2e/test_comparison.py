@@ -17,8 +17,8 @@ from edgedisp.commands.compare import ScoredArm, join_runs, pair_with_first, sho
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import from_json
 from edgedisp.core.results import TaskScore
+from edgedisp.evaluate.comparison import Results, common_items, compare_task, task_result
 from edgedisp.evaluate.statistics import ACCURACY, PERPLEXITY, difference
-from edgedisp.evaluate.task_result import Results, common_items, compare_task, task_result
 from edgedisp.pipeline.run_results import load
 
 
@@ -66,8 +66,8 @@ def test_only_items_in_common_are_paired(built: tuple[Path, Path, Ended], fewer:
     )
     asked = {item["asked"] for item in first.items} & {item["asked"] for item in second.items}
     assert 0 < entry.n == len(asked) < len(first.items)
-    parts = [[item for item in one.items if item["asked"] in asked] for one in (first, second)]
-    assert entry.value == difference(*parts, PERPLEXITY).estimate.value
+    before, after = ([item for item in one.items if item["asked"] in asked] for one in (first, second))
+    assert entry.value == difference([(before, after)], PERPLEXITY).estimate.value
     assert any("heldout_perplexity: " in reason and "items in common" in reason for reason in joint.unpaired)
 
 
@@ -122,7 +122,7 @@ def test_items_asked_in_other_words_are_not_the_same(built: tuple[Path, Path, En
     left = len(first.items) - 1
     assert cut[0].score.main.estimate.value == np.mean([item["accuracy"] for item in first.items[1:]])
     assert [len(one.items) for one in cut] == [left] * 2
-    assert compare_task(*cut).main.estimate.n == left
+    assert compare_task([(cut[0], cut[1])]).main.estimate.n == left
     with pytest.raises(ValueError, match="accuracy is made of all items, and these differ"):
         common_items([replace(one, definitions={}) for one in (first, second)])
     for item in second.items:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from edgedisp.core.results import TaskScore
+from edgedisp.evaluate.comparison import TaskResult, task_result
 from edgedisp.evaluate.statistics import Metric, Resampling
-from edgedisp.evaluate.task_result import TaskResult, task_result
 
 Items = list[dict[str, Any]]
 FEW = Resampling(200)

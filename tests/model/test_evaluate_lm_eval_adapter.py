@@ -26,11 +26,11 @@ from score_models import LETTERS, Letters, Speller
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.results import Score
 from edgedisp.evaluate import lm_eval_tasks
+from edgedisp.evaluate.comparison import Results, TaskResult, compare_task
 from edgedisp.evaluate.lm_eval_adapter import HarnessModel
 from edgedisp.evaluate.loglikelihood import ScoreOptions
 from edgedisp.evaluate.score_cache import ScoreCache
 from edgedisp.evaluate.statistics import wilson
-from edgedisp.evaluate.task_result import Results, TaskResult, compare_task
 from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, prepare, tokenizer_text
 from edgedisp.models import TorchModel, bos_id
 
@@ -113,7 +113,7 @@ def test_the_main_metric_counts_right_answers_where_one_does(folder: Path) -> No
     # LAMBADA's own list has the perplexity first; a mean over tasks takes its accuracy.
     first, second = (run(Speller(seed), ["toy_lambada"], folder)["toy_lambada"] for seed in (0, 1))
     assert [*first.score.metrics] == ["acc", "perplexity"]
-    assert compare_task(first, second).metrics["perplexity"].per == "item"
+    assert compare_task([(first, second)]).metrics["perplexity"].per == "item"
 
 
 def test_a_metric_of_the_whole_task_is_carried_over_without_interval(folder: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_metric_of_the_whole_task_is_carried_over_without_interval(folder: Pat
     main = first.score.main
     assert (main.metric, main.estimate.low, first.definitions) == ("mcc", None, {})
     assert "whole task" in (main.estimate.reason or "")
-    pair = compare_task(first, second).main.estimate
+    pair = compare_task([(first, second)]).main.estimate
     assert pair.low is None and pair.value == value(second) - value(first)
 
 

@@ -261,7 +261,7 @@ def test_the_table_tells_scores_verdict_and_what_is_missing() -> None:
         return [{"id": str(i), "document": str(i), "accuracy": int(i < right)} for i in range(100)]
 
     here, there = items(60), items(40)
-    change = to_json(statistics.difference(here, there, statistics.ACCURACY))
+    change = to_json(statistics.difference([(here, there)], statistics.ACCURACY))
     record = {
         "label": "a/int4", "task": "cloze", "metric": "accuracy", "higher_is_better": True, "drawn": 120,
         "answered": 100, "of": 500, "truncated": 2, "full": {"value": 0.58, "low": 0.5, "high": 0.6},

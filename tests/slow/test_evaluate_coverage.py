@@ -10,17 +10,8 @@ from scipy import stats
 from score_items import FEW, binary, losses, result
 
 from edgedisp.core.results import Estimate
-from edgedisp.evaluate.quantization_survival import loss_survival
-from edgedisp.evaluate.seeds_and_means import combined, mean_difference
-from edgedisp.evaluate.statistics import (
-    ACCURACY,
-    PERPLEXITY,
-    Resampling,
-    detectable_accuracy,
-    difference,
-    mcnemar,
-)
-from edgedisp.evaluate.task_result import compare_task
+from edgedisp.evaluate.comparison import compare_task, detectable_accuracy, loss_survival, mean_difference
+from edgedisp.evaluate.statistics import ACCURACY, PERPLEXITY, Resampling, combined, difference, mcnemar
 
 
 @pytest.mark.parametrize(("documents", "per_document"), [(20, 3), (60, 1)])
@@ -29,7 +20,7 @@ def test_paired_intervals_cover_the_truth_95_times_in_100(documents: int, per_do
     covered = rejected = 0
     for repetition in range(repetitions):
         pair = losses(rng, documents, per_document, 0.0, 0.05)
-        found = difference(*pair, PERPLEXITY, Resampling(300, repetition))
+        found = difference([pair], PERPLEXITY, Resampling(300, repetition))
         covered += found.nats.low <= 0 <= found.nats.high
         rejected += found.estimate.p <= 0.05
     # Three standard errors of a share of 600 are 2.7 points: 0.90 (too sure) and 0.99 (too wide) both fail.
@@ -43,7 +34,7 @@ def test_accuracy_intervals_cover_and_the_exact_test_rarely_cries_wolf() -> None
     for repetition in range(repetitions):
         first = rng.random(n) < 0.6
         second = np.where(rng.random(n) < 0.7, first, rng.random(n) < 0.6)
-        found = difference(binary(first), binary(second), resampling=Resampling(300, repetition)).estimate
+        found = difference([(binary(first), binary(second))], resampling=Resampling(300, repetition)).estimate
         covered += found.low <= 0 <= found.high
         rejected += found.p <= 0.05
     assert 0.93 < covered / repetitions < 0.99
@@ -77,7 +68,7 @@ def test_the_mean_over_tasks_covers_a_true_difference_of_zero() -> None:
             second = np.where(rng.random(80) < 0.8, first, rng.random(80) < 0.6)
             for side, right in zip(pair, (first, second)):
                 side[task] = result(task, binary(right, field="accuracy"), ACCURACY)
-        compared = {task: compare_task(pair[0][task], pair[1][task], FEW) for task in "abcd"}
+        compared = {task: compare_task([(pair[0][task], pair[1][task])], FEW) for task in "abcd"}
         scores = [{task: one.score for task, one in side.items()} for side in pair]
         mean = mean_difference(*scores, compared).estimate
         covered += mean.low <= 0 <= mean.high

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import from_json, to_json
+from edgedisp.evaluate.comparison import Results, compare_task
 from edgedisp.evaluate.heldout_items import (
     CLOZE_CONTEXT,
     CONTINUATION_CONTEXT,
@@ -26,7 +27,6 @@ from edgedisp.evaluate.heldout_items import (
     sentences,
 )
 from edgedisp.evaluate.loglikelihood import ScoreOptions
-from edgedisp.evaluate.task_result import Results, compare_task
 from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, prepare
 
 ALL = ["heldout_perplexity", "heldout_cloze", "heldout_continuation"]
@@ -337,10 +337,10 @@ def test_results_survive_json_and_are_the_same_again() -> None:
 def test_two_models_are_paired_on_the_same_items_alone() -> None:
     prepared = suite()
     worse, better = prepared.run(uniform()), prepared.run(Repeating())
-    pair = compare_task(worse["heldout_perplexity"], better["heldout_perplexity"])
+    pair = compare_task([(worse["heldout_perplexity"], better["heldout_perplexity"])])
     assert pair.main.estimate.high < 0 and set(pair.metrics) == {"perplexity", "bits_per_byte"}  # type: ignore[operator]
-    accuracy = compare_task(worse["heldout_continuation"], better["heldout_continuation"]).main
+    accuracy = compare_task([(worse["heldout_continuation"], better["heldout_continuation"])]).main
     assert accuracy.test == "mcnemar" and accuracy.estimate.low > 0  # type: ignore[operator]
     for other in (suite(seed=1).run(uniform())["heldout_cloze"], worse["heldout_continuation"]):
         with pytest.raises(ValueError, match="do not hold the same items"):
-            compare_task(worse["heldout_cloze"], other)
+            compare_task([(worse["heldout_cloze"], other)])

@@ -1,32 +1,66 @@
-"""Intervals and tests against formulas, published examples and other ways to compute them; power."""
+"""Intervals and tests against formulas, published examples and other ways to compute them."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
-from score_items import binary, losses
+from score_items import Items, binary, losses
 
 from edgedisp.core.files import to_json
+from edgedisp.core.results import Difference, Estimate, Seeds
 from edgedisp.evaluate.statistics import (
+    ACCURACY,
     BITS_PER_BYTE,
+    DEFAULT,
     PERPLEXITY,
+    VALUE,
     Metric,
     Resampling,
-    detectable_accuracy,
+    combined,
+    combined_p,
     difference,
-    items_for,
     mcnemar,
-    power_factor,
     score,
+    swap_test,
     tango,
     wilson,
 )
+
+SEEDS, ITEMS = 3, 60
+
+
+def values(numbers: Any, per_document: int = 1) -> Items:
+    return [
+        {"id": f"i{k}", "document": f"d{k // per_document}", "value": float(number)}
+        for k, number in enumerate(numbers)
+    ]
+
+
+def trainings(seeds: int = SEEDS, luck: float = 0.0, gain: float = 0.0, rng_seed: int = 0) -> list[Items]:
+    """`seeds` trainings' items: two a document, 20 tokens each; `luck` moves all items of one training."""
+    rng = np.random.default_rng(rng_seed)
+    hard, shifts = rng.normal(3, 1, ITEMS), rng.normal(0, 1, seeds) * luck
+    noise = np.random.default_rng([rng_seed, 7]).normal(0, 0.05, (seeds, ITEMS))
+    table = 20 * (hard + shifts[:, None] - gain + noise)
+    return [
+        [{"id": f"i{i}", "document": f"d{i // 2}", "nll": row[i], "tokens": 20} for i in range(ITEMS)]
+        for row in table
+    ]
+
+
+def pair_of(*sides: Items, metric: Metric = VALUE, resampling: Resampling = DEFAULT) -> Difference:
+    return difference([(sides[0], sides[1])], metric, resampling)
+
+
+# Shares of right answers
 
 
 @given(n=st.integers(1, 300), share=st.floats(0, 1))
@@ -49,6 +83,10 @@ def test_tango_gives_the_published_interval_and_stays_open_when_no_item_differs(
     assert tango(7, 1, 21) == pytest.approx((-0.517, -0.026), abs=5e-4)
     z = stats.norm.ppf(0.975)
     assert tango(0, 0, 100) == pytest.approx((-z * z / (100 + z * z), z * z / (100 + z * z)), abs=1e-6)
+    for second in (1, 7, 30):  # swapping the models mirrors the interval; one that holds 1 ends there
+        low, high = tango(2, second, 30 + second)
+        assert tango(second, 2, 30 + second) == pytest.approx((-high, -low), abs=1e-9)
+    assert tango(0, 9, 9)[1] == 1.0 and tango(9, 0, 9)[0] == -1.0 and -1 < tango(9, 0, 9)[1] < 0
 
 
 @given(n=st.integers(5, 80), data=st.data())
@@ -69,109 +107,204 @@ def test_tango_bounds_are_where_the_score_test_just_rejects(n: int, data: st.Dat
             assert abs(z) == pytest.approx(stats.norm.ppf(0.975), abs=2e-3)
 
 
+def test_accuracies_carry_wilsons_interval_the_exact_test_and_the_counts() -> None:
+    first, second = binary([1, 1, 1, 0, 0, 0, 0, 0, 1, 1]), binary([1, 0, 1, 1, 1, 1, 1, 1, 1, 1])
+    estimate = score([first])
+    assert (estimate.value, (estimate.low, estimate.high)) == (0.5, wilson(5, 10))
+    found: Any = pair_of(first, second)
+    assert (found.only_first, found.only_second, found.test) == (1, 5, "mcnemar")
+    assert found.estimate.p == mcnemar(1, 5)
+    low, high = tango(1, 5, 10)
+    assert found.estimate.low <= low < found.estimate.value < high <= found.estimate.high
+    halves = pair_of(values([0.5] * 4), values([0, 1, 1, 1]))  # parts of an answer: neither count nor test
+    assert (halves.only_first, halves.only_second, halves.test) == (None, None, "document_swap")
+
+
+def test_clustered_accuracies_are_tested_by_document_and_no_narrower_than_wilson() -> None:
+    first, second = binary([0] * 12, per_document=6), binary([1] * 6 + [0] * 6, per_document=6)
+    found = pair_of(first, second)
+    assert mcnemar(0, 6) < 0.05
+    assert found.test == "document_swap" and (found.estimate.p or 0) > 0.3
+    alike: Any = score([binary([1, 0] * 6, per_document=2)])  # every document has the same share
+    assert (alike.low, alike.high) == wilson(6, 12)
+
+
+# Any metric
+
+
 def test_perplexity_weighs_tokens_and_bits_weigh_bytes() -> None:
     items = [
         {"id": "a", "document": "a", "nll": 30.0, "tokens": 10, "bytes": 50},
         {"id": "b", "document": "b", "nll": 10.0, "tokens": 30, "bytes": 90},
     ]
-    assert score(items, PERPLEXITY).value == pytest.approx(math.exp(40 / 40))
-    assert score(items, BITS_PER_BYTE).value == pytest.approx(40 / 140 / math.log(2))
-    assert score(items, Metric("tokens_per_byte", "tokens", "bytes")).value == 40 / 140
+    assert score([items], PERPLEXITY).value == pytest.approx(math.exp(40 / 40))
+    assert score([items], BITS_PER_BYTE).value == pytest.approx(40 / 140 / math.log(2))
+    assert score([items], Metric("tokens_per_byte", "tokens", "bytes")).value == 40 / 140
 
 
-def test_the_bootstrap_of_a_mean_agrees_with_the_t_interval() -> None:
-    values = np.random.default_rng(3).normal(5, 2, 60)
-    found = score(
-        [{"id": k, "document": k, "value": v} for k, v in enumerate(values)], resampling=Resampling(20_000)
-    )
-    expected = stats.t.interval(0.95, 59, values.mean(), stats.sem(values))
-    assert (found.low, found.high) == pytest.approx(expected, abs=0.05)
+@pytest.mark.parametrize("n", [8, 60])
+def test_the_bootstrap_of_a_mean_agrees_with_the_t_interval(n: int) -> None:
+    sample = np.random.default_rng(3).normal(5, 2, n)
+    estimate = score([values(sample)], resampling=Resampling(20_000))
+    low, high = stats.t.interval(0.95, n - 1, sample.mean(), stats.sem(sample))
+    assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=0.05 * (high - low))
+    assert (estimate.n, estimate.documents, estimate.reason) == (n, n, None)
 
 
 def test_items_of_one_document_do_not_count_as_independent() -> None:
-    values = np.random.default_rng(0).normal(0, 1, 30)
-    apart = [{"id": k, "document": k, "value": values[k // 10]} for k in range(300)]
-    together = [{**item, "document": k // 10} for k, item in enumerate(apart)]
-    assert (score(together).half_width or 0) > 2.5 * (score(apart).half_width or 1)
+    sample = np.random.default_rng(0).normal(0, 1, 30).repeat(10)
+    apart, together = score([values(sample)]), score([values(sample, per_document=10)])
+    assert (together.half_width or 0) > 2.5 * (apart.half_width or 1)
+    assert (together.n, together.documents) == (300, 30)
 
 
 def test_pairing_aligns_items_by_id_and_sees_what_two_separate_intervals_hide() -> None:
     first, second = losses(np.random.default_rng(1), 40, 2, -0.05, 0.02)
-    found = difference(first, second, PERPLEXITY)
-    assert difference(first, second[::-1], PERPLEXITY) == found
+    found: Any = pair_of(first, second, metric=PERPLEXITY)
+    assert pair_of(first, second[::-1], metric=PERPLEXITY) == found
     means = [sum(i["nll"] for i in arm) / sum(i["tokens"] for i in arm) for arm in (first, second)]
     assert found.estimate.value == pytest.approx(math.exp(means[1]) - math.exp(means[0]))
-    assert found.nats is not None and found.nats.value == pytest.approx(means[1] - means[0])
+    assert (found.first, found.second) == pytest.approx((math.exp(means[0]), math.exp(means[1])))
+    assert found.nats.value == pytest.approx(means[1] - means[0])
     assert (found.estimate.n, found.estimate.documents, found.per) == (80, 40, "tokens")
-    assert score(second, PERPLEXITY).high > score(first, PERPLEXITY).low  # type: ignore[operator]
-    assert found.estimate.high < 0 and found.estimate.p < 0.01  # type: ignore[operator]
+    assert score([second], PERPLEXITY).high > score([first], PERPLEXITY).low  # type: ignore[operator]
+    assert found.estimate.high < 0 and found.estimate.p < 0.01
+    bits = pair_of(first, second, metric=BITS_PER_BYTE)
+    assert bits.nats is None and bits.per is None and not bits.higher_is_better
+    assert pair_of(first, second, metric=replace(PERPLEXITY, denominator=None)).per == "item"
 
 
 def test_unlike_items_are_refused_by_name() -> None:
     items = binary([0, 1, 1])
-    with pytest.raises(ValueError, match="1 items are missing from the second list: i2"):
-        difference(items, items[:2])
-    with pytest.raises(ValueError, match="1 items are missing from the first list: i2"):
-        difference(items[:2], items)
+    for pair in ((items, items[:2]), (items[:2], items)):
+        with pytest.raises(ValueError, match="1 items are missing from one of the lists: i2"):
+            difference([pair])
     with pytest.raises(ValueError, match="i1 belongs to different documents"):
-        difference(items, [items[0], {**items[1], "document": "other"}, items[2]])
+        pair_of(items, [items[0], {**items[1], "document": "other"}, items[2]])
     with pytest.raises(ValueError, match="same id"):
-        difference([*items, items[0]], items)
+        pair_of([*items, items[0]], items)
     with pytest.raises(ValueError, match="no items"):
-        difference([], [])
-    with pytest.raises(ValueError, match="not a finite number"):
-        score([{"id": 1, "document": 1, "value": math.nan}])
+        pair_of([], [])
+    with pytest.raises(ValueError, match="missing"):
+        score([items, items[1:]])
     first, second = losses(np.random.default_rng(0), 3, 1, 0, 0)
     with pytest.raises(ValueError, match="weighs differently"):
-        difference(first, [{**item, "tokens": 5} for item in second], PERPLEXITY)
+        pair_of(first, [{**item, "tokens": 5} for item in second], metric=PERPLEXITY)
+    for broken in ({"nll": math.nan}, {"tokens": 0}, {"tokens": math.inf}):
+        with pytest.raises(ValueError, match="not a finite number, or weighs 0"):
+            score([[{**first[0], **broken}, *first[1:]]], PERPLEXITY)
 
 
-def test_accuracies_carry_the_exact_test_and_the_counts() -> None:
-    found = difference(binary([1, 1, 1, 0, 0, 0, 0, 0, 1, 1]), binary([1, 0, 1, 1, 1, 1, 1, 1, 1, 1]))
-    assert (found.only_first, found.only_second, found.test) == (1, 5, "mcnemar")
-    assert found.estimate.p == mcnemar(1, 5)
-    low, high = tango(1, 5, 10)
-    assert found.estimate.low <= low < found.estimate.value < high <= found.estimate.high  # type: ignore[operator]
-
-
-def test_clustered_accuracies_are_tested_by_document() -> None:
-    first, second = binary([0] * 12, per_document=6), binary([1] * 6 + [0] * 6, per_document=6)
-    found = difference(first, second)
-    assert mcnemar(0, 6) < 0.05
-    assert found.test == "document_swap" and (found.estimate.p or 0) > 0.3
-
-
-def test_the_swap_test_is_the_exact_permutation_test_and_can_be_very_sure() -> None:
-    first, second = losses(np.random.default_rng(3), 9, 1, -0.02, 0.05)
-    deltas = np.array([b["nll"] - a["nll"] for a, b in zip(first, second)])
+def test_the_swap_test_is_the_exact_permutation_test() -> None:
+    deltas = np.random.default_rng(3).normal(-0.3, 0.5, 9)
     exact = stats.permutation_test((deltas,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue
-    assert difference(first, second, PERPLEXITY, Resampling(50_000)).estimate.p == pytest.approx(
-        exact, abs=0.01
-    )
-    nll = np.random.default_rng(5).normal(300, 30, 60)
-    pair = [
-        [{"id": k, "document": k, "nll": float(one), "tokens": 100} for k, one in enumerate(values)]
-        for values in (nll, nll - 20)
-    ]
-    assert difference(*pair, PERPLEXITY, Resampling(50)).estimate.p < 1.1e-4  # type: ignore[operator]
+    assert 0.02 < exact < 0.9
+    assert swap_test(deltas, Resampling(50_000)) == pytest.approx(exact, abs=0.01)
+    assert swap_test(np.zeros(5)) == 1.0
+    first, second = losses(np.random.default_rng(3), 9, 1, -0.02, 0.05)
+    by_document = np.array([b["nll"] - a["nll"] for a, b in zip(first, second)])
+    found = pair_of(first, second, metric=PERPLEXITY, resampling=Resampling(500, 4))
+    assert found.estimate.p == swap_test(by_document, Resampling(500, 4)) and found.test == "document_swap"
+
+
+@pytest.mark.parametrize(("bootstrap", "least"), [(50, 9991), (1500, 15001)])
+def test_a_clear_difference_gets_ten_times_the_swaps(bootstrap: int, least: int) -> None:
+    assert swap_test(np.ones(60), Resampling(bootstrap)) == 1 / least
+
+
+def test_long_lists_are_resampled_in_blocks_of_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = losses(np.random.default_rng(1), 40, 1, 0.01, 0.05)
+    whole = pair_of(first, second, metric=PERPLEXITY, resampling=Resampling(300))
+    monkeypatch.setattr("edgedisp.evaluate.statistics._CELLS", 40 * 300)
+    assert pair_of(first, second, metric=PERPLEXITY, resampling=Resampling(300)).nats == whole.nats
 
 
 def test_degenerate_input_gives_no_nan() -> None:
     first, _ = losses(np.random.default_rng(0), 5, 2, 0, 0)
-    equal = difference(first, first, PERPLEXITY)
+    equal = pair_of(first, first, metric=PERPLEXITY)
     assert [getattr(equal.estimate, name) for name in ("value", "low", "high", "p")] == [0, 0, 0, 1]
-    same = difference(binary([1, 0, 1]), binary([1, 0, 1]))
+    same = pair_of(binary([1, 0, 1]), binary([1, 0, 1]))
     assert same.estimate.low < 0 < same.estimate.high and same.estimate.p == 1  # type: ignore[operator]
-    one = difference(binary([1]), binary([0])).estimate
-    assert not one.has_interval and "one document" in (one.reason or "")
-    assert not score(first[:1], PERPLEXITY).has_interval and score(binary([1] * 4)).high == 1.0
-    huge = score([{"id": k, "document": k, "nll": 1e6, "tokens": 1} for k in range(3)], PERPLEXITY)
-    for found in (equal, same, one, huge):
+    single = pair_of(binary([1]), binary([0])).estimate
+    assert not single.has_interval and "one document" in (single.reason or "")
+    assert not score([first[:1]], PERPLEXITY).has_interval and score([binary([1] * 4)]).high == 1.0
+    assert score([binary([1])]).has_interval  # Wilson's needs no second document
+    huge = score([[{"id": k, "document": k, "nll": 1e6, "tokens": 1} for k in range(3)]], PERPLEXITY)
+    for found in (equal, same, single, huge):
         json.dumps(to_json(found), allow_nan=False)
 
 
-def test_power_is_the_textbooks() -> None:
-    assert power_factor() == pytest.approx(2.8016, abs=1e-4)
-    assert 100 * detectable_accuracy(500) == pytest.approx(3.07, abs=0.01)
-    assert items_for(0.007) == pytest.approx(9600, rel=0.01)
-    assert items_for(detectable_accuracy(5000)) == pytest.approx(5000, abs=1)
+# Several training seeds
+
+
+def test_values_are_the_seeds_and_the_items_interval_is_that_of_the_items_means() -> None:
+    before, after = trainings(luck=0.01), trainings(luck=0.03, gain=0.02)
+    found: Any = difference(list(zip(before, after)), PERPLEXITY)
+    each = [
+        sum(b["nll"] - a["nll"] for a, b in zip(first, second)) / (20 * ITEMS)
+        for first, second in zip(before, after)
+    ]
+    assert found.nats.seeds.values == pytest.approx(each) and found.nats.value == pytest.approx(np.mean(each))
+    assert found.nats.seeds.sd == pytest.approx(np.std(each, ddof=1))
+    means = []
+    for side in (before, after):
+        table = np.array([[item["nll"] for item in items] for items in side]).mean(axis=0)
+        means.append([{**item, "nll": nll} for item, nll in zip(side[0], table)])
+    plain: Any = pair_of(*means, metric=PERPLEXITY)
+    for estimate, alone in ((found.estimate, plain.estimate), (found.nats, plain.nats)):
+        items_alone = (estimate.seeds.item_low, estimate.seeds.item_high)
+        assert items_alone == pytest.approx((alone.low, alone.high))
+    assert found.test == "items_and_seeds" and found.estimate.p == combined_p(found.nats)
+    bits: Any = difference(list(zip(before, after)), Metric("nll", "nll", None, "bits"))
+    assert bits.estimate.p == combined_p(bits.estimate)
+    one: Any = score(before, PERPLEXITY)
+    assert one.value == pytest.approx(np.exp(np.mean(np.log(one.seeds.values))))  # losses are averaged
+
+
+def test_both_ends_follow_the_formula() -> None:
+    estimate: Any = combined(Estimate(1.0, 0.7, 1.2, documents=30), [0.9, 1.0, 1.4])
+    spread = stats.t.ppf(0.975, 2) * np.std([0.9, 1.0, 1.4], ddof=1) / math.sqrt(3)
+    assert estimate.low == pytest.approx(1.0 - math.hypot(0.3, spread))
+    assert estimate.high == pytest.approx(1.0 + math.hypot(0.2, spread))
+    assert estimate.seeds.item_se == pytest.approx(0.25 / stats.t.ppf(0.975, 29))
+    assert combined(Estimate(1.0, 0.7, 1.2), [1.0]) == Estimate(1.0, 0.7, 1.2)
+
+
+@pytest.mark.parametrize(("n", "sd"), [(2, 0.3), (3, 1.0), (4, 0.0)])
+def test_p_is_the_error_rate_at_which_the_interval_touches_zero(n: int, sd: float) -> None:
+    def p_of(value: float, item_se: float = 1.0) -> Any:
+        return combined_p(Estimate(value, documents=50, seeds=Seeds((0.0,) * n, sd, item_se=item_se)))
+
+    for value in (0.4, 1.7, 3.0):
+        p = p_of(value)
+        items, seeds = stats.t.isf(p / 2, 49), stats.t.isf(p / 2, n - 1) * sd / math.sqrt(n)
+        assert math.hypot(items, seeds) == pytest.approx(value)
+    assert p_of(0.0) == 1.0
+    if sd == 0:
+        assert p_of(1e9) == pytest.approx(1e-12) == p_of(1.0, item_se=0.0)
+
+
+def test_right_and_wrong_answers_keep_tangos_interval_over_seeds() -> None:
+    rng = np.random.default_rng(1)
+    before = [binary(rng.random(ITEMS) < 0.5, field="accuracy") for _ in range(SEEDS)]
+    after = [binary(rng.random(ITEMS) < 0.9, field="accuracy") for _ in range(SEEDS)]
+    same: Any = difference(list(zip(before, before)), ACCURACY).estimate
+    ends = tango(0, 0, ITEMS)  # no item differs in any seed: not "exactly zero"
+    assert (same.seeds.item_low, same.seeds.item_high) == pytest.approx(ends)
+    assert same.value == 0 and same.p == 1.0
+    other: Any = difference(list(zip(before, after)), ACCURACY)
+    counts = [
+        [sum(a["accuracy"] > b["accuracy"] for a, b in zip(*pair)) for pair in ((x, y), (y, x))]
+        for x, y in zip(before, after)
+    ]
+    lows, highs = zip(*(tango(*pair, ITEMS) for pair in counts))
+    assert other.estimate.seeds.item_low <= np.mean(lows) < np.mean(highs) <= other.estimate.seeds.item_high
+    assert other.estimate.value > 0.2 and other.estimate.p < 0.05 and other.only_first is None
+
+
+def test_one_document_has_seeds_but_no_interval() -> None:
+    lists = [[{**item, "document": "d"} for item in items] for items in trainings(luck=0.1)]
+    found: Any = difference(list(zip(lists, reversed(lists))), PERPLEXITY)
+    estimate = found.estimate
+    assert estimate.low is None and estimate.seeds.sd and estimate.seeds.item_se is None
+    assert found.test == "document_swap" and estimate.p is not None
