@@ -42,7 +42,8 @@ from edgedisp.core.progress import Screen
 from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.pipeline import build_plan
-from edgedisp.pipeline.rounding import Trained, trained_roundings
+from edgedisp.pipeline.options import BundleRounding
+from edgedisp.pipeline.rounding import trained_roundings
 from edgedisp.pipeline.stage import Stage, walk
 from edgedisp.recipe import Recipe, load
 from edgedisp.train.performance import peak_memory_bytes
@@ -124,7 +125,9 @@ def make(name: str, work: Path, stages: list[Stage] | None = None) -> Path:
         recipe = recipe_of(name)
         if recipe.train.quantization_aware is not None:
             model = work / f"{last.name}-model"
-            usage["as_trained"] = as_trained(Trained(recipe.quantize.int4, 4), model, folder, work / "corpus")
+            usage["as_trained"] = as_trained(
+                BundleRounding(4, recipe.quantize.int4), model, folder, work / "corpus"
+            )
         write_json(path, usage)
     return folder
 
@@ -138,7 +141,7 @@ def genai_builder(source: Path, out: Path) -> None:
         create_model(*words, **parse_extra_options(*words, []))
 
 
-def as_trained(rounding: Trained, source: Path, bundle: Path, corpus: Path) -> dict[str, float]:
+def as_trained(rounding: BundleRounding, source: Path, bundle: Path, corpus: Path) -> dict[str, float]:
     """The bundle in fp32 arithmetic against the torch model, rounded as it was trained: largest difference of
     a logit, and the share of greedily decoded tokens that agree before the first difference of a text."""
     opened = models.load(source)

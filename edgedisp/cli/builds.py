@@ -49,9 +49,10 @@ def build(
     here = processes.place()
     check_processes(loaded, here.count)
     if not here.leads:
-        from edgedisp.pipeline.follow import follow
+        from edgedisp.pipeline.build_plan import stages
+        from edgedisp.pipeline.stage import follow
 
-        follow(loaded, run, threads_for(loaded))
+        follow(stages(loaded, threads_for(loaded)), run)
         return
     check_before_start(loaded)
     if warning := slow_products(loaded):

@@ -22,7 +22,7 @@ from edgedisp.core.progress import Progress
 from edgedisp.core.results import Condensation
 from edgedisp.dispersion.condensation import Profile, measure_model, summary
 from edgedisp.graph.genai_config import context_length, read_config
-from edgedisp.pipeline.condensation import measure_bundle
+from edgedisp.pipeline.measure import measure_bundle
 from edgedisp.report.layout import Grid, grid_text
 from edgedisp.report.result_sections import layer_grid, model_grid
 

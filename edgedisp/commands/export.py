@@ -16,7 +16,8 @@ from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.runtime_layouts import LAYOUTS
 from edgedisp.graph.session import OnnxModel
 from edgedisp.graph.verify import check_bundle
-from edgedisp.pipeline.package import CARD, BundlePlan, provenance_of, write_package
+from edgedisp.pipeline.bundles import CARD, provenance_of, write_package
+from edgedisp.pipeline.options import PackageOptions
 from edgedisp.pipeline.stage import Observer
 from edgedisp.quantize.onnx_rewrite import quantize_bundle
 from edgedisp.recipe import BITS, Target, load_target
@@ -41,8 +42,9 @@ def export_bundle(
         parent.mkdir()
         package.mkdir()
         bundle, grid = _checked_bundle(folder, target, threads, parent, observer)
-        plan = BundlePlan(target, chosen, threads, grid, provenance_of(folder))
-        record = write_package(plan, bundle, folder, package)
+        target = target.model_copy(update={"layouts": chosen})
+        options = PackageOptions(target, threads, provenance_of(folder))
+        record = write_package(options, grid, bundle, folder, package)
         manifest = json.loads((package / MANIFEST).read_text(encoding="utf-8"))
         (package / CARD).write_text(bundle_card(manifest, out.name), encoding="utf-8")
         package.rename(out)

@@ -33,7 +33,7 @@ from edgedisp.recipe.values import LAYER_NAMES, VARIANTS, choice
 from edgedisp.report.formatting import format_estimate
 from edgedisp.report.layout import Grid, grid_text
 
-FUNCTIONS = "edgedisp.pipeline.sweep_candidate"
+FUNCTIONS = "edgedisp.pipeline.training"
 BOOTSTRAP = 2000
 LOSS_FLOOR = 0.005  # nats per token: half a percent of perplexity
 COSINE_FLOOR = 0.005  # 80,000 tokens at weight 1 moved the mean cosine of SmolLM2-135M by 0.017, of 0.54

@@ -17,7 +17,7 @@ from edgedisp.core.distributed import split
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Progress, clock
 from edgedisp.core.results import PUBLISHED_POINTS
-from edgedisp.pipeline.build_plan import as_computed, stages
+from edgedisp.pipeline.build_plan import as_computed, bundle_rounding, stages
 from edgedisp.pipeline.stage import Observer, state
 from edgedisp.recipe import BITS, Recipe, load_target
 
@@ -110,19 +110,17 @@ def _sizes(
     recipe: Recipe, base: Path | None, probing: bool, observer: Observer
 ) -> tuple[dict[str, Any] | None, str | None]:
     """Sizes of the recipe's bundles, or None and the reason; with a probe, what is wrong is an error."""
-    from edgedisp.pipeline.size_estimate import base_skeleton, size_account
+    from edgedisp.pipeline.size_estimate import base_without_weights, size_account
 
-    quantized: dict[str, tuple[int, Any]] = {
-        name: (BITS[name], getattr(recipe.quantize, name)) for name in recipe.precisions if name in BITS
+    roundings: dict[str, Any] = {
+        name: bundle_rounding(recipe, name) for name in recipe.precisions if name in BITS
     }
     positions = {name: load_target(name).context for name in recipe.targets}
     try:
-        skeleton = base_skeleton(
-            recipe.model, recipe.folder, base, recipe.is_smoke, observer.progress, download=probing
-        )
-        if skeleton is None:
+        model = base_without_weights(recipe, base, observer.progress, download=probing)
+        if model is None:
             return None, f"{recipe.model.base} is not downloaded yet"
-        return size_account(skeleton, quantized, positions), None
+        return size_account(model, roundings, positions), None
     except (BadInput, BuildFailed) as error:
         if probing:
             raise

@@ -2,7 +2,7 @@
 
 Both launchers start the same command several times and set variables that number the processes. Only training
 is shared: process 0 alone prints, holds the run's lock, writes, and runs every other stage; the others follow
-it (follow.py). No torch is needed, so that a build with nothing to do does not load it.
+it (pipeline/stage.py). No torch is needed, so that a build with nothing to do does not load it.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class Screen:
         for note in record.results.get("notes", ()):
             self._print(f"{self._stage}: {note}")
 
-    def kept(self, name: str, record: Record) -> None:
+    def cached(self, name: str, record: Record) -> None:
         self._unchanged.append(name)
 
     def _print_unchanged(self) -> None:

@@ -17,7 +17,22 @@ from edgedisp.bench.system import multiplies_bf16
 from edgedisp.core.results import BASELINE
 from edgedisp.core.stage_folder import open_run
 from edgedisp.data import local_path
-from edgedisp.pipeline import options
+from edgedisp.pipeline.options import (
+    TASKS_PATH,
+    BaseOptions,
+    BundleRounding,
+    CorpusOptions,
+    ItemsOptions,
+    LatencyOptions,
+    Logging,
+    MeasureOptions,
+    MergeOptions,
+    PackageOptions,
+    ParityOptions,
+    QuantizeOptions,
+    SearchOptions,
+    TrainOptions,
+)
 from edgedisp.pipeline.stage import Observer, Passed, Stage, walk
 from edgedisp.recipe import BITS, Adapter, ArmRun, Recipe, Train, load_target
 
@@ -47,7 +62,8 @@ def stages(recipe: Recipe, threads: int) -> list[Stage]:
     quantized = [precision for precision in recipe.precisions if precision in BITS]
     plan = [base(recipe), corpus(recipe), items(recipe)]
     if recipe.quantize.budget is not None:
-        plan.append(budget(recipe.quantize.budget))
+        check = f"{HERE}.size_estimate:check_budget"
+        plan.append(Stage("budget", check, recipe.quantize.budget, {"base": "base"}))
     plan += [training(recipe, run) for run in runs]
     if (adapter := recipe.train.adapter) is not None:
         plan += [merge(recipe, adapter, name) for name in names]
@@ -62,39 +78,38 @@ def stages(recipe: Recipe, threads: int) -> list[Stage]:
 
 def reference_arm(recipe: Recipe, arm: str) -> str | None:
     """The baseline, for every other arm of a recipe that has one."""
-    names = [one.name for one in recipe.arms]
-    return BASELINE if BASELINE in names and arm != BASELINE else None
+    has_baseline = any(other.name == BASELINE for other in recipe.arms)
+    return BASELINE if has_baseline and arm != BASELINE else None
 
 
 def deciding_arm(recipe: Recipe) -> str:
     """The arm whose merge audit and search for bits hold for all, so that twins are stored alike."""
-    names = [arm.name for arm in recipe.arms]
-    return BASELINE if BASELINE in names else names[0]
+    first = recipe.arms[0].name
+    return reference_arm(recipe, first) or first
 
 
-# ---------------------------------------------------------------- the shared start
+# The shared start
 
 
 def base(recipe: Recipe) -> Stage:
-    """The weights that every training starts from."""
-    chosen = options.BaseOptions(recipe.model, recipe.data.context)
-    files = {} if recipe.is_smoke else _local([recipe.model.base], recipe)
+    """The weights that every training starts from; a smoke run's tokenizer is made from the text."""
+    options = BaseOptions(recipe.model, recipe.data.context)
+    files = _local([recipe.model.base], recipe)
     if recipe.is_smoke:
-        chosen = options.BaseOptions(recipe.model, recipe.data.context, recipe.data, recipe.seed)
-        files = _local([source.source for source in recipe.data.train], recipe)
-    return Stage("base", f"{HERE}.prepare:base", chosen, files=files)
+        options = BaseOptions(recipe.model, recipe.data.context, recipe.data, recipe.seed)
+        files = _texts(recipe)
+    return Stage("base", f"{HERE}.prepare:base", options, files=files)
 
 
 def corpus(recipe: Recipe) -> Stage:
     """The tokens file that every training reads; one of fewer steps reads its beginning."""
     blocks = recipe.steps * recipe.train.batch * recipe.train.accumulate
-    return Stage(
-        "corpus",
-        f"{HERE}.prepare:corpus",
-        options.CorpusOptions(recipe.data, recipe.seed, blocks, recipe.is_smoke),
-        {"base": "base"},
-        files=_local([source.source for source in recipe.data.train], recipe),
-    )
+    options = CorpusOptions(recipe.data, recipe.seed, blocks, recipe.is_smoke)
+    return Stage("corpus", f"{HERE}.prepare:corpus", options, {"base": "base"}, _texts(recipe))
+
+
+def _texts(recipe: Recipe) -> dict[str, Path]:
+    return _local([source.source for source in recipe.data.train], recipe)
 
 
 def _local(sources: list[str], recipe: Recipe) -> dict[str, Path]:
@@ -105,34 +120,24 @@ def _local(sources: list[str], recipe: Recipe) -> dict[str, Path]:
 
 def items(recipe: Recipe) -> Stage:
     """The questions of the recipe's tasks: the same for every arm and precision."""
-    return Stage(
-        "items",
-        f"{HERE}.prepare:items",
-        items_options(recipe),
-        {"base": "base", "corpus": "corpus"},
-        files=_tasks(recipe),
-    )
+    inputs = {"base": "base", "corpus": "corpus"}
+    return Stage("items", f"{HERE}.prepare:items", _items_options(recipe), inputs, _tasks(recipe))
 
 
-def items_options(recipe: Recipe) -> options.ItemsOptions:
+def _items_options(recipe: Recipe) -> ItemsOptions:
     """What the questions depend on, without what only their scoring does."""
     fields = type(recipe.evaluate).model_fields
     scoring = {name: fields[name].default for name in ("bootstrap", "divergence_tokens")}
     evaluate = recipe.evaluate.model_copy(update=scoring)
-    return options.ItemsOptions(evaluate, recipe.data.context, recipe.seed)
+    return ItemsOptions(evaluate, recipe.data.context, recipe.seed)
 
 
 def _tasks(recipe: Recipe) -> dict[str, Path]:
     path = recipe.evaluate.tasks_path
-    return {} if path is None else {options.TASKS_PATH: (recipe.folder / path).resolve()}
+    return {} if path is None else {TASKS_PATH: (recipe.folder / path).resolve()}
 
 
-def budget(size: int) -> Stage:
-    """Refuses a budget that no bundle of the base fits, before anything is trained."""
-    return Stage("budget", f"{HERE}.prepare:check_budget", options.BudgetOptions(size), {"base": "base"})
-
-
-# ---------------------------------------------------------------- training
+# Training
 
 
 def as_computed(train: Train) -> Train:
@@ -145,27 +150,34 @@ def as_computed(train: Train) -> Train:
 def training(recipe: Recipe, run: ArmRun) -> Stage:
     """One arm with one seed. Its key holds nothing of other arms, so that adding one retrains none."""
     train = as_computed(recipe.train)
-    logging = options.Logging(train.report_to, train.checkpoint_every, train.watch_every)
-    unread: dict[str, Any] = {
-        "report_to": (),
-        "checkpoint_every": None,
-        "watch_every": None,
-        "dispersion": None,
-    }
+    logging = Logging(train.report_to, train.checkpoint_every, train.watch_every)
+    unread: dict[str, Any] = {"report_to": (), "checkpoint_every": None, "watch_every": None}
+    unread["dispersion"] = None
     if train.adapter is not None:  # `merge` decides what is done with the trained adapter
         unread["adapter"] = train.adapter.model_copy(update={"merge": "auto"})
-    aware = train.quantization_aware
     rounding = None
-    if aware is not None:  # training sees rounded weights, in fp32 products
-        rounding = getattr(recipe.quantize, aware.precision).model_copy(update={"accuracy_level": 4})
+    if train.quantization_aware is not None:  # training sees rounded weights, in fp32 products
+        rounding = bundle_rounding(recipe, train.quantization_aware.precision, accuracy_level=4)
     return Stage(
         f"{run.name}/{'model' if train.adapter is None else 'adapter'}",
         f"{HERE}.training:train",
-        options.TrainOptions(train.model_copy(update=unread), recipe.steps, run, rounding, logging),
+        TrainOptions(train.model_copy(update=unread), recipe.steps, run, rounding, logging),
         {"base": "base", "corpus": "corpus"},
         resumable=True,
         every_process=True,
     )
+
+
+def bundle_rounding(recipe: Recipe, precision: str, **changes: int) -> BundleRounding:
+    """How the bundle of a precision is rounded, with `changes` to its section."""
+    section = getattr(recipe.quantize, precision).model_copy(update=changes)
+    return BundleRounding(BITS[precision], section)
+
+
+def _trains_under(recipe: Recipe, precision: str) -> bool:
+    """Whether quantization-aware training sees the rounding of this precision."""
+    aware = recipe.train.quantization_aware
+    return aware is not None and aware.precision == precision
 
 
 def merge(recipe: Recipe, adapter: Adapter, arm: str) -> Stage:
@@ -174,38 +186,34 @@ def merge(recipe: Recipe, adapter: Adapter, arm: str) -> Stage:
     decider = deciding_arm(recipe)
     if adapter.kind == "qlora" and adapter.merge == "auto" and arm != decider:
         inputs["decider"] = f"{decider}/model"
-    chosen = options.MergeOptions(adapter, recipe.quantize.int4, "int4" in recipe.precisions, recipe.seed)
-    return Stage(f"{arm}/model", f"{HERE}.adapters:merge", chosen, inputs)
+    int4_ships = "int4" in recipe.precisions
+    options = MergeOptions(adapter, recipe.quantize.int4, int4_ships, recipe.seed)
+    return Stage(f"{arm}/model", f"{HERE}.adapters:merge", options, inputs)
 
 
-# ---------------------------------------------------------------- bundles
+# Bundles
 
 
 def export(arm: str, threads: int) -> Stage:
-    return Stage(
-        f"{arm}/fp32", f"{HERE}.bundles:export", options.ExportOptions(threads), {"model": f"{arm}/model"}
-    )
+    return Stage(f"{arm}/fp32", f"{HERE}.bundles:export", threads, {"model": f"{arm}/model"})
 
 
 def quantize(recipe: Recipe, arm: str, precision: str) -> Stage:
-    inputs = {"bundle": f"{arm}/fp32", "model": f"{arm}/model", "corpus": "corpus"}
-    goal, decider = recipe.quantize, deciding_arm(recipe)
-    if precision == "int4" and goal.searched:
-        if arm != decider:
-            inputs["decider"] = f"{decider}/int4"
-        # Of int4's options a search reads these; grids and bits are what it searches.
-        kept = {"accuracy_level"} | (
-            {"method", "calibration_tokens"} if goal.int4.method == "gptq" else set()
-        )
-        int4 = type(goal.int4)(**goal.int4.model_dump(include=kept))
-        search = options.SearchOptions(int4, goal.budget, goal.max_perplexity_increase, recipe.seed)
-        return Stage(f"{arm}/int4", f"{HERE}.search:quantize_searched", search, inputs)
-    aware, rounding = recipe.train.quantization_aware, getattr(goal, precision)
-    is_trained = aware is not None and aware.precision == precision
-    if not rounding.calibrated:
-        del inputs["model"], inputs["corpus"]
-    chosen = options.QuantizeOptions(BITS[precision], rounding, is_trained)
-    return Stage(f"{arm}/{precision}", f"{HERE}.bundles:quantize", chosen, inputs)
+    name, inputs = f"{arm}/{precision}", {"bundle": f"{arm}/fp32"}
+    training_text = {"model": f"{arm}/model", "corpus": "corpus"}
+    section, decider = recipe.quantize, deciding_arm(recipe)
+    if precision != "int4" or not section.searched:
+        rounding = bundle_rounding(recipe, precision)
+        if rounding.section.calibrated:
+            inputs |= training_text
+        options = QuantizeOptions(rounding, _trains_under(recipe, precision))
+        return Stage(name, f"{HERE}.bundles:quantize", options, inputs)
+    # Of int4's options a search reads these; grids and bits are what it searches.
+    read = {"accuracy_level"} | ({"method", "calibration_tokens"} if section.int4.method == "gptq" else set())
+    int4 = type(section.int4)(**section.int4.model_dump(include=read))
+    search = SearchOptions(int4, section.budget, section.max_perplexity_increase, recipe.seed)
+    inputs |= training_text | ({} if arm == decider else {"decider": f"{decider}/int4"})
+    return Stage(name, f"{HERE}.bundles:quantize_searched", search, inputs)
 
 
 def delta_survival(recipe: Recipe, arm: str, precision: str) -> Stage:
@@ -221,88 +229,74 @@ def delta_survival(recipe: Recipe, arm: str, precision: str) -> Stage:
     return Stage(f"{arm}/survival-{precision}", f"{HERE}.bundles:delta_survival", None, inputs)
 
 
-# ---------------------------------------------------------------- figures
+def package(recipe: Recipe, arm: str, target: str, threads: int) -> Stage:
+    """What was measured, for a device. The profile's words are no part of the key, nor how it quantizes."""
+    profile = load_target(target)
+    unread = {"description": "", "notes": (), "sources": (), "quantize": type(profile.quantize)()}
+    run = next(run for run in recipe.arm_runs if run.name == arm)
+    named = {"recipe": {"name": recipe.name, "hash8": recipe.hash8}, "arm": run.arm, "seed": run.seed}
+    options = PackageOptions(
+        profile.model_copy(update=unread), profile.threads or threads, {**named, "smoke": recipe.is_smoke}
+    )
+    inputs = {
+        "bundle": f"{arm}/{profile.precision}",
+        "model": f"{arm}/model",
+        "base": "base",
+        "corpus": "corpus",
+    }
+    return Stage(f"{arm}/{target}", f"{HERE}.bundles:package", options, inputs)
+
+
+# Figures
 
 
 def measurements(recipe: Recipe, threads: int) -> list[Stage]:
-    """The measuring of every training at every precision, each after those that it is compared with.
-
-    Hidden states and divergence are looked at for the first seed alone, noise for one model of a precision.
-    """
+    """The measuring of every training at every precision, each after those that it is compared with."""
     runs = sorted(recipe.arm_runs, key=lambda run: run.arm != BASELINE)
-    first = [run.name for run in runs if run.replica == 0]
+    precisions = (TORCH, *recipe.precisions)
     return [
-        measure(
-            recipe,
-            run,
-            precision,
-            options.MeasureOptions(
-                items_options(recipe),
-                threads,
-                recipe.evaluate.bootstrap,
-                recipe.evaluate.divergence_tokens,
-                hidden_states=run.replica == 0,
-                noise=run.name == first[0],
-                parity=_parity(recipe, precision),
-            ),
-        )
-        for precision in (TORCH, *recipe.precisions)
+        measure(recipe, run, precision, threads, noise=run is runs[0])
+        for precision in precisions
         for run in runs
     ]
 
 
-def _parity(recipe: Recipe, precision: str) -> options.ParityOptions | None:
-    """None for the torch model, which is what bundles are held against."""
-    if precision == TORCH:
-        return None
-    aware = recipe.train.quantization_aware
-    is_trained = aware is not None and aware.precision == precision
-    limits = recipe.verify.limits(precision)
-    trained = (getattr(recipe.quantize, precision), BITS[precision]) if is_trained else None
-    return options.ParityOptions(recipe.verify.tokens, limits, trained)
+def measure(recipe: Recipe, run: ArmRun, precision: str, threads: int, *, noise: bool) -> Stage:
+    """All that is measured of one model, in one stage; precision `torch`: before export.
 
-
-def measure(recipe: Recipe, run: ArmRun, precision: str, chosen: options.MeasureOptions) -> Stage:
-    """All that is found out about one model, in one stage; precision `torch`: before export."""
-    arm, reference = run.name, reference_arm(recipe, run.arm)
+    Hidden states and divergence are looked at for the first seed alone, noise for one model of a precision.
+    """
+    arm, reference, is_first = run.name, reference_arm(recipe, run.arm), run.replica == 0
     inputs = {"model": f"{arm}/model", "base": "base", "corpus": "corpus", "items": "items"}
-    if precision != TORCH:
+    parity = None
+    if precision == TORCH:
+        if is_first and reference is not None:
+            inputs["reference"] = f"{reference}/measure-{TORCH}"
+    else:
         inputs["bundle"] = f"{arm}/{precision}"
-    if chosen.hidden_states and precision == TORCH and reference is not None:
-        inputs["reference"] = f"{reference}/measure-{TORCH}"
-    if chosen.hidden_states and precision != TORCH:
-        inputs["reference"] = f"{arm}/measure-{TORCH}"
-        if precision != "fp32":
-            inputs["parent"] = f"{arm}/fp32"
-        if reference is not None:
-            inputs["baseline"] = f"{reference}/{precision}"
-    name = f"{arm}/measure-{precision}"
-    return Stage(name, f"{HERE}.measure:measure", chosen, inputs, files=_tasks(recipe))
+        trained_under = bundle_rounding(recipe, precision) if _trains_under(recipe, precision) else None
+        limits = recipe.verify.limits(precision)
+        parity = ParityOptions(recipe.verify.tokens, limits, trained_under)
+        if is_first:
+            inputs["reference"] = f"{arm}/measure-{TORCH}"
+            if precision != "fp32":
+                inputs["parent"] = f"{arm}/fp32"
+            if reference is not None:
+                inputs["baseline"] = f"{reference}/{precision}"
+    options = MeasureOptions(
+        _items_options(recipe),
+        threads,
+        recipe.evaluate.bootstrap,
+        recipe.evaluate.divergence_tokens,
+        hidden_states=is_first,
+        noise=noise,
+        parity=parity,
+    )
+    return Stage(f"{arm}/measure-{precision}", f"{HERE}.measure:measure", options, inputs, _tasks(recipe))
 
 
 def latency(recipe: Recipe, threads: int) -> Stage:
     """Every bundle of every arm's first seed, timed in turns; the keywords are the labels of the bundles."""
     names = [f"{arm.name}/{precision}" for precision in recipe.precisions for arm in recipe.arms]
-    chosen = options.LatencyOptions(recipe.latency, recipe.seed, threads)
-    return Stage("latency", f"{HERE}.measure:latency", chosen, dict(zip(names, names, strict=True)))
-
-
-def package(recipe: Recipe, arm: str, target: str, threads: int) -> Stage:
-    """What was measured, for a device. The profile's words are no part of the key, nor how it quantizes."""
-    profile = load_target(target)
-    plain = profile.model_copy(
-        update={"description": "", "notes": (), "sources": (), "quantize": type(profile.quantize)()}
-    )
-    run = next(run for run in recipe.arm_runs if run.name == arm)
-    origin = {
-        "recipe": {"name": recipe.name, "hash8": recipe.hash8},
-        "arm": run.arm,
-        "seed": run.seed,
-        "smoke": recipe.is_smoke,
-    }
-    return Stage(
-        f"{arm}/{target}",
-        f"{HERE}.package:package",
-        options.PackageOptions(plain, profile.threads or threads, origin),
-        {"bundle": f"{arm}/{profile.precision}", "model": f"{arm}/model", "base": "base", "corpus": "corpus"},
-    )
+    options = LatencyOptions(recipe.latency, recipe.seed, threads)
+    return Stage("latency", f"{HERE}.measure:latency", options, {name: name for name in names})

@@ -1,82 +1,226 @@
-"""ONNX bundles: exported, quantized, and what quantization leaves of training's change."""
+"""ONNX bundles: exported, quantized (with or without a search for the bits), compared, packaged for devices.
+
+What was measured is what ships: a package has the weights and products of the bundle that it is made from,
+and every graph in it must give that bundle's logits bit for bit. The graph for a browser is the exception:
+WebAssembly has fp32 products alone, so its logits are those of the bundle in fp32 arithmetic.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgedisp import models
-from edgedisp.core.files import write_json
+import numpy as np
+
+from edgedisp import __version__, data, models
+from edgedisp.bench.system import installed_version
+from edgedisp.core.errors import BuildFailed
+from edgedisp.core.files import MANIFEST, file_digest, git_commit, list_files, read_object, write_json
 from edgedisp.core.progress import Progress
+from edgedisp.core.stage_folder import RUN, read
+from edgedisp.graph import runtime_layouts
+from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.export import export as export_graph
-from edgedisp.models import load_weights
-from edgedisp.pipeline.options import ExportOptions, QuantizeOptions
-from edgedisp.pipeline.rounding import Trained, ends_method, gptq_blocks, trained_blocks
+from edgedisp.pipeline.options import PackageOptions, QuantizeOptions, SearchOptions
+from edgedisp.pipeline.prepare import weights_digest
+from edgedisp.pipeline.rounding import gptq_blocks, outer_method, trained_blocks
+from edgedisp.pipeline.stage import Inputs, results_of
 from edgedisp.quantize.delta_survival import survival
-from edgedisp.quantize.onnx_rewrite import quantize_bundle
+from edgedisp.quantize.grid import Blocks
+from edgedisp.quantize.mixed_precision import MixedPrecision, Search, SearchText
+from edgedisp.quantize.onnx_rewrite import BlocksOf, quantize_assigned, quantize_bundle
 from edgedisp.quantize.weight_map import read_weight_map
+from edgedisp.recipe.recipe import hash8
+
+CARD = "README.md"
+GRID = ("bits", "group", "symmetric", "head_bits", "method", "accuracy_level")
+PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
+COMPARED_TOKENS = 24
 
 
-def export(options: ExportOptions, *, model: Path, output_dir: Path, progress: Progress) -> dict[str, Any]:
+def export(threads: int, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
     """The fp32 ONNX bundle."""
-    return export_graph(model, output_dir, threads=options.threads, progress=progress)
+    return export_graph(inputs["model"], output_dir, threads=threads, progress=progress)
 
 
 def quantize(
-    options: QuantizeOptions,
-    *,
-    bundle: Path,
-    output_dir: Path,
-    progress: Progress,
-    model: Path | None = None,
-    corpus: Path | None = None,
+    options: QuantizeOptions, inputs: Inputs, output_dir: Path, progress: Progress
 ) -> dict[str, Any]:
-    """A quantized bundle from the fp32 one; gptq calibrates the model on the training text, others read
-    neither. Where the model was trained under gptq's rounding, its scales lie in the model's folder."""
-    section, is_trained, blocks = options.quantize, options.is_trained, None
-    if model is not None and corpus is not None:
-        torch_model, trained = models.load(model), Trained(section, options.bits)
-        if is_trained:
-            by_parameter = trained_blocks(trained, torch_model, model)
+    """A quantized bundle from the fp32 one; gptq also reads the model and calibrates it on the training text.
+    Where the model was trained under gptq's rounding, its scales lie in the model's folder."""
+    rounding, section, blocks = options.rounding, options.rounding.section, None
+    if (folder := inputs.get("model")) is not None:
+        model = models.load(folder)
+        if options.is_trained:
+            by_parameter = trained_blocks(rounding, model, folder)
         else:
-            by_parameter = gptq_blocks(trained, torch_model, corpus, progress)
-        origins = read_weight_map(bundle)
-        blocks = lambda name: origins[name].blocks(by_parameter)  # noqa: E731
-        del torch_model
+            by_parameter = gptq_blocks(rounding, model, inputs["corpus"], progress)
+        blocks = _graph_blocks(inputs["bundle"], by_parameter)
+        del model
     record = quantize_bundle(
-        bundle,
+        inputs["bundle"],
         output_dir,
-        bits=options.bits,
+        bits=rounding.bits,
         group=section.group,
         symmetric=section.symmetric,
         accuracy_level=section.accuracy_level,
         head_bits=section.head_bits,
-        method="rtn" if is_trained else ends_method(section),  # as training rounded embedding and head
+        method="rtn"
+        if options.is_trained
+        else outer_method(section),  # as training rounded the outer weights
         blocks=blocks,
         progress=progress,
     )
-    return {**record, "method": section.method, "is_trained": is_trained}
+    return {**record, "method": section.method, "is_trained": options.is_trained}
 
 
-@dataclass(frozen=True)
-class SurvivalInputs:
-    """parent: the arm's fp32 bundle. baseline: the baseline's model, for other arms."""
-
-    base: Path
-    model: Path
-    parent: Path
-    bundle: Path
-    baseline: Path | None = None
+def _graph_blocks(bundle: Path, by_parameter: Mapping[str, Blocks]) -> BlocksOf:
+    origins = read_weight_map(bundle)
+    return lambda name: origins[name].blocks(by_parameter)
 
 
-def delta_survival(options: None, *, output_dir: Path, progress: Progress, **folders: Path) -> dict[str, Any]:
+def quantize_searched(
+    options: SearchOptions, inputs: Inputs, output_dir: Path, progress: Progress
+) -> dict[str, Any]:
+    """The int4 bundle whose weights' bits, groups and methods are searched for under the recipe's budget.
+
+    Inputs: bundle (fp32), model, corpus; decider: the bundle of the arm whose assignment this one takes.
+    Sensitivities are measured on the training text, never on what is scored later. The record is that of
+    `quantize_assigned`, with `search`: {goal, size_bytes} and, of a search, {trials} and what `Search.record`
+    gives, with gptq also what its own rounding came to; else {decided_by, measured_kl, perplexity_increase}.
+    BadInput when the goal is out of reach, saying what is not; BuildFailed when gptq ends above the limit.
+    """
+    int4, seed, bundle, decider = options.int4, options.seed, inputs["bundle"], inputs.get("decider")
+    is_gptq, limit = int4.method == "gptq", options.max_perplexity_increase
+    model = models.load(inputs["model"])
+    tokens = np.load(inputs["corpus"] / "tokens.npy", mmap_mode="r", allow_pickle=False)
+    text = SearchText.of(tokens, model, int4.calibration_tokens if is_gptq else None)
+    search: dict[str, Any] = {"goal": {"budget": options.budget, "max_perplexity_increase": limit}}
+    if decider is None:
+        level = int4.accuracy_level
+        searched = Search(bundle, model, text, accuracy_level=level, seed=seed, progress=progress)
+        if options.budget is not None:
+            solution, search["trials"] = searched.within(options.budget), []
+        else:
+            solution, search["trials"] = searched.below(limit or 0.0)
+        search |= searched.record(solution)
+        assignment = searched.assignment(solution)
+        blocks, cost = searched.round(assignment)
+        if is_gptq:
+            search["gptq"] = cost
+            _check_limit(limit, cost["perplexity_increase"])
+    else:
+        follower = MixedPrecision(bundle, model, text, seed=seed, progress=progress)
+        assignment = follower.assignment_of(results_of(decider)["by_tensor"], int4.accuracy_level)
+        blocks, cost = follower.round(assignment)
+        search |= {"decided_by": decider.parent.name, "tokens": follower.reference.tokens}
+        search |= {"perplexity_tokens": sum(map(len, text.blocks)), **cost}
+    record = quantize_assigned(bundle, output_dir, assignment, blocks=blocks, progress=progress)
+    search["size_bytes"] = record["size_bytes"]
+    if options.budget is not None and record["size_bytes"] > options.budget:
+        raise BuildFailed(f"the bundle takes {record['size_bytes']} bytes, the budget is {options.budget}")
+    for row in record["by_tensor"] if is_gptq else ():
+        if row["component"] not in ("embedding", "head"):
+            row["method"] = "gptq"
+    grid = {"bits": 4, "method": "gptq" if is_gptq else "search", "accuracy_level": int4.accuracy_level}
+    return {**grid, **record, "search": search}
+
+
+def _check_limit(limit: float | None, increase: float) -> None:
+    """The searched bundle held the limit with weights rounded one by one; gptq's must as well."""
+    if limit is not None and increase > limit:
+        raise BuildFailed(
+            f"quantize.max_perplexity_increase: after gptq, perplexity on the training "
+            f"text is {increase:.2%} higher, the limit is {limit:.2%}; another method or more "
+            "calibration_tokens may hold it"
+        )
+
+
+def delta_survival(options: None, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
     """What is left of every packed weight's change since the base, and from the baseline's model where there
-    is one, on the steps of the bundle (quantize/delta_survival.py); `folders` as in SurvivalInputs."""
-    inputs = SurvivalInputs(**folders)
-    references = {"base": load_weights(inputs.base)}
-    if inputs.baseline is not None:
-        references["baseline"] = load_weights(inputs.baseline)
-    results = survival(inputs.bundle, inputs.parent, load_weights(inputs.model), references, progress)
+    is one, on the steps of the bundle (quantize/delta_survival.py)."""
+    references = {name: models.load_weights(inputs[name]) for name in ("base", "baseline") if name in inputs}
+    trained = models.load_weights(inputs["model"])
+    results = survival(inputs["bundle"], inputs["parent"], trained, references, progress)
     write_json(output_dir / "survival.json", results)
     return results
+
+
+# Packages for devices
+
+
+def package(options: PackageOptions, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
+    """What was measured, for a device: the stage of a build."""
+    origin = {
+        **options.origin,
+        "data_sha256": results_of(inputs["corpus"])["tokens_sha256"],
+        "weights_sha256": weights_digest(inputs["model"]),
+    }
+    grid = results_of(inputs["bundle"])
+    return write_package(replace(options, origin=origin), grid, inputs["bundle"], inputs["base"], output_dir)
+
+
+def write_package(
+    options: PackageOptions, grid: Mapping[str, Any], bundle: Path, licence_dir: Path, output_dir: Path
+) -> dict[str, Any]:
+    """Write `bundle` for a device into the empty folder `output_dir`; the licence lies in `licence_dir`.
+
+    grid: the record of its quantization. `manifest.json` says all that someone needs who has nothing but the
+    folder: every file with its size and SHA-256 (but README.md, the card, which may be written later), the
+    grid of the weights, the base and its licence, how each runtime opens it, and where it comes from.
+    Returns {target, layouts, threads, context, precision, size_bytes, files}; size_bytes counts every file.
+    """
+    target = options.target
+    last_logits = target.logits == "last"
+    device = for_device(
+        bundle, output_dir, threads=options.threads, context=target.context, last_logits=last_logits
+    )
+    is_browser = target.architecture == "wasm32"
+    layouts = runtime_layouts.arrange(output_dir, target.layouts, target.precision, browser=is_browser)
+    tokenizer = models.load_tokenizer(bundle)
+    ids = models.encode(tokenizer, data.synthetic_documents(1, seed=0)[0].text)[:COMPARED_TOKENS]
+    runtime_layouts.check_same(output_dir, runtime_layouts.graphs(layouts), bundle, ids, options.threads)
+    licence = models.copy_licence(licence_dir, output_dir)
+    files = list_files(output_dir, without=(MANIFEST, CARD, "key.json"))
+    summary = {
+        "target": target.name,
+        "threads": device["threads"],
+        "context": device["context"],
+        "precision": target.precision,
+        "size_bytes": sum(entry["size_bytes"] for entry in files.values()),
+    }
+    versions = {name: version for name in PACKAGES if (version := installed_version(name))}
+    tools = {"edgedisp": __version__, "git_commit": git_commit(), "versions": versions}
+    manifest = {
+        "format": 1,
+        **summary,
+        "architecture": target.architecture,
+        "grid": None if target.precision == "fp32" else {key: grid.get(key) for key in GRID},
+        "logits": target.logits,
+        "layouts": layouts,
+        "tokenizer_sha256": file_digest(output_dir / "tokenizer.json"),
+        "base": licence,
+        "provenance": {**options.origin, **tools},
+        "files": files,
+    }
+    write_json(output_dir / MANIFEST, manifest)
+    return {**summary, "layouts": list(layouts), "files": len(files)}
+
+
+def provenance_of(model: Path) -> dict[str, Any]:
+    """Where a model folder comes from, by the records of its run: {recipe: {name, hash8}, data_sha256, seed,
+    arm, weights_sha256}; None for what is not known."""
+    origin: dict[str, Any] = dict.fromkeys(("recipe", "data_sha256", "seed", "arm"))
+    origin["weights_sha256"] = weights_digest(model)
+    run, record = model.resolve().parent.parent, read(model)
+    owner, corpus = read_object(run / RUN), read(run / "corpus")
+    if record is None or corpus is None or "identity" not in owner:
+        return origin  # no stage's folder, or copied out of its run
+    arm, _, kind = str(record.key.get("stage", "")).rpartition("/")
+    if kind == "model":
+        origin["recipe"] = {"name": owner["name"], "hash8": hash8(owner["identity"])}
+        origin["data_sha256"] = corpus.results.get("tokens_sha256")
+        origin |= {"arm": arm, "seed": record.results.get("settings", {}).get("seed")}
+    return origin

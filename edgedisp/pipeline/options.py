@@ -1,29 +1,28 @@
 """What the function of each stage sees of a recipe; with its inputs, all that its result depends on.
 
 These classes load no torch, so that planning a build stays fast. Paths are not among them: local files reach
-a stage as `files` and are hashed by content.
+a stage as `inputs.files` and are hashed by content.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from edgedisp.pipeline.stage import UNHASHED
-from edgedisp.recipe import (
-    Adapter,
-    ArmRun,
-    Data,
-    Evaluate,
-    Latency,
-    Model,
-    QuantizeBits,
-    Target,
-    Train,
-)
+from edgedisp.recipe import Adapter, ArmRun, Data, Evaluate, Latency, Model, QuantizeBits, Target, Train
 
 TASKS_PATH = "evaluate.tasks_path"
 """Name of the folder of lm-evaluation-harness tasks among a stage's files."""
+
+
+@dataclass(frozen=True)
+class BundleRounding:
+    """How a quantized bundle rounds its weights: bits of the layers, and the precision's section."""
+
+    bits: int
+    section: QuantizeBits
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,6 @@ class ItemsOptions:
 
 
 @dataclass(frozen=True)
-class BudgetOptions:
-    """budget: bytes."""
-
-    budget: int
-
-
-@dataclass(frozen=True)
 class Logging:
     """What looks at a training and changes no weight. checkpoint_every, watch_every: steps; None: auto."""
 
@@ -79,8 +71,17 @@ class TrainOptions:
     train: Train
     steps: int
     arm: ArmRun
-    rounding: QuantizeBits | None = None
+    rounding: BundleRounding | None = None
     logging: Logging = field(default=Logging(), metadata=UNHASHED)
+
+
+@dataclass(frozen=True)
+class CandidateOptions:
+    """A training of `edgedisp pilot`. may_diverge: not the baseline, whose loss has to stay finite."""
+
+    training: TrainOptions
+    items: ItemsOptions
+    may_diverge: bool
 
 
 @dataclass(frozen=True)
@@ -94,16 +95,10 @@ class MergeOptions:
 
 
 @dataclass(frozen=True)
-class ExportOptions:
-    threads: int
-
-
-@dataclass(frozen=True)
 class QuantizeOptions:
     """is_trained: the model was trained under this very rounding."""
 
-    bits: int
-    quantize: QuantizeBits
+    rounding: BundleRounding
     is_trained: bool = False
 
 
@@ -119,13 +114,15 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class ParityOptions:
-    """tokens: held-out text compared. limits: figure -> the limit it has to keep, None for none. trained:
-    section and bits of the rounding that the model was trained under; the torch model is then rounded so, and
-    the graph, its arithmetic set to fp32, has to give its logits."""
+    """tokens: held-out text compared. limits: figure -> the limit it has to keep, None for none.
+
+    trained_under: the rounding that training saw. The torch model is then rounded alike, and the graph, its
+    arithmetic set to fp32, has to give its logits.
+    """
 
     tokens: int = 512
-    limits: dict[str, float | None] | None = None
-    trained: tuple[QuantizeBits, int] | None = None
+    limits: Mapping[str, float | None] = field(default_factory=dict)
+    trained_under: BundleRounding | None = None
 
 
 @dataclass(frozen=True)
@@ -153,18 +150,9 @@ class LatencyOptions:
 class PackageOptions:
     """target: without the words of the profile and without how it would quantize: what was measured ships.
 
-    origin: recipe, arm and seed, for the manifest.
+    origin: where the bundle comes from, for the manifest.
     """
 
     target: Target
     threads: int
-    origin: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class CandidateOptions:
-    """may_diverge: not the baseline, whose loss has to stay finite."""
-
-    training: TrainOptions
-    items: ItemsOptions
-    may_diverge: bool
+    origin: Mapping[str, Any] = field(default_factory=dict)

@@ -1,26 +1,28 @@
-"""The start that all arms share: the base weights, and the one tokens file."""
+"""The start that all arms share: the base weights, the one tokens file, the questions; and reading these."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgedisp import data, models
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import file_digest, write_json
 from edgedisp.core.progress import Progress
 from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, prepare
-from edgedisp.pipeline.options import TASKS_PATH, BaseOptions, BudgetOptions, CorpusOptions, ItemsOptions
-from edgedisp.pipeline.size_estimate import smallest_bytes
+from edgedisp.pipeline.options import TASKS_PATH, BaseOptions, CorpusOptions, ItemsOptions
+from edgedisp.pipeline.stage import Inputs
 from edgedisp.recipe import Data
 
 ITEMS = "items.json"
 PACKING = "packing.json"  # how the blocks of the corpus folder are to be read in training
+CONDENSATION_BLOCKS = 16  # held-out; a few seconds for 135M parameters
 SYNTHETIC_DOCUMENTS = 200  # for a smoke run whose text is on a hub; 10 % held out make every task's items
 
 
@@ -38,19 +40,12 @@ def read_documents(
         if smoke and isinstance(path, str):
             documents += data.synthetic_documents(source.limit or SYNTHETIC_DOCUMENTS, seed=len(documents))
             continue
-        documents.add(
-            data.read_documents(
-                path,
-                data.ReadOptions(source.text, source.config, source.split, source.revision, source.limit),
-                progress,
-            )
-        )
+        options = data.ReadOptions(source.text, source.config, source.split, source.revision, source.limit)
+        documents.add(data.read_documents(path, options, progress))
     return documents
 
 
-def base(
-    options: BaseOptions, *, output_dir: Path, progress: Progress, files: Mapping[str, Path] | None = None
-) -> dict[str, Any]:
+def base(options: BaseOptions, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
     """The base model as a Hugging Face folder in float32: the one set of weights that all arms start from.
 
     A smoke run gets a tiny random model of the recipe's architecture, with a tokenizer made from the text.
@@ -58,15 +53,14 @@ def base(
     """
     section = options.model
     if options.smoke_text is not None:
-        text = options.smoke_text
-        texts = [document.text for document in read_documents(text, True, progress, files)]
-        model, tokenizer = models.tiny_model(
-            section.architecture or "", texts, seed=options.seed, context=max(512, options.context)
+        documents = read_documents(options.smoke_text, True, progress, inputs.files)
+        texts = [document.text for document in documents]
+        architecture, context = section.architecture or "", max(512, options.context)
+        return _save_base(
+            *models.tiny_model(architecture, texts, seed=options.seed, context=context), output_dir
         )
-        return _save_base(model, tokenizer, output_dir)
-    source = data.fetch(
-        str((files or {}).get(section.base, section.base)), sha256=section.sha256, progress=progress
-    )
+    local = str(inputs.files.get(section.base, section.base))
+    source = data.fetch(local, sha256=section.sha256, progress=progress)
     model, tokenizer = models.open_base(
         source,
         revision=section.revision,
@@ -79,12 +73,12 @@ def base(
         raise BadInput(
             f"data.context: {options.context} is longer than the {longest} positions of {section.base}"
         )
-    # By a hub's name others can open the base that an adapter needs.
-    hub = {"hub_id": source, "revision": section.revision} if isinstance(source, str) else {}
     record = _save_base(model, tokenizer, output_dir)
-    fetched = Path(model.name_or_path) if isinstance(source, str) else source
-    licence = models.copy_licence(fetched, output_dir, section.base)
-    return record | hub | {"license": licence["license"], "license_files": licence["files"]}
+    if isinstance(source, str):  # by a hub's name others can open the base that an adapter needs
+        record |= {"hub_id": source, "revision": section.revision}
+        source = Path(model.name_or_path)
+    licence = models.copy_licence(source, output_dir, section.base)
+    return record | {"license": licence["license"], "license_files": licence["files"]}
 
 
 def _save_base(model: Any, tokenizer: Any, output_dir: Path) -> dict[str, Any]:
@@ -98,49 +92,42 @@ def _save_base(model: Any, tokenizer: Any, output_dir: Path) -> dict[str, Any]:
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 over the weight files of a Hugging Face folder."""
-    digests = [file_digest(path) for path in sorted(folder.glob("*.safetensors"))]
-    return digests[0] if len(digests) == 1 else "+".join(digests)
+    """SHA-256 of the weight files of a Hugging Face folder, joined by `+`."""
+    return "+".join(file_digest(path) for path in sorted(folder.glob("*.safetensors")))
 
 
-def corpus(
-    options: CorpusOptions,
-    *,
-    base: Path,
-    output_dir: Path,
-    progress: Progress,
-    files: Mapping[str, Path] | None = None,
-) -> dict[str, Any]:
+def corpus(options: CorpusOptions, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
     """The one tokens file that every arm reads, in the order it is read, and the documents held out of it."""
     section = options.data
-    documents = read_documents(section, options.smoke, progress, files)
+    documents = read_documents(section, options.smoke, progress, inputs.files)
     training, heldout = data.split(documents, section.heldout, options.seed)
-    tokenizer = models.load_tokenizer(base)
-    end_of_text = models.end_of_text_id(tokenizer)
+    tokenizer = models.load_tokenizer(inputs["base"])
     encode = models.document_encoder(tokenizer)
-    packed, epochs = data.training_blocks(
+    blocks, epochs = data.training_blocks(
         training, encode, section.context, options.blocks, options.seed, progress
     )
-    held = data.pack(heldout, encode, section.context, name="the held-out text", progress=progress)
-    np.save(output_dir / "tokens.npy", packed, allow_pickle=False)
-    np.save(output_dir / "heldout.npy", held, allow_pickle=False)
-    write_json(
-        output_dir / PACKING, {"end_of_text": end_of_text, "isolate_documents": section.isolate_documents}
-    )
+    heldout_blocks = data.pack(heldout, encode, section.context, name="the held-out text", progress=progress)
+    np.save(output_dir / "tokens.npy", blocks, allow_pickle=False)
+    np.save(output_dir / "heldout.npy", heldout_blocks, allow_pickle=False)
+    packing = {
+        "end_of_text": models.end_of_text_id(tokenizer),
+        "isolate_documents": section.isolate_documents,
+    }
+    write_json(output_dir / PACKING, packing)
     lines = [json.dumps(asdict(document), ensure_ascii=False) for document in heldout]
     (output_dir / "heldout.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return {
         "tokens_sha256": file_digest(output_dir / "tokens.npy"),
-        "train_tokens": int(packed.size),
+        "train_tokens": int(blocks.size),
         "train_documents": len(training),
         "heldout_documents": len(heldout),
         "duplicate_documents": training.dropped.get("duplicate", 0),
-        "heldout_tokens": int(held.size),
+        "heldout_tokens": int(heldout_blocks.size),
         "text": documents.counts(),
         "notes": documents.notes(),
         "epochs": epochs,
         "context": section.context,
-        "sources": [_source_name(source.source, options.smoke, files or {}) for source in section.train],
+        "sources": [_source_name(source.source, options.smoke, inputs.files) for source in section.train],
     }
 
 
@@ -150,41 +137,49 @@ def _source_name(source: str, smoke: bool, files: Mapping[str, Path]) -> str:
     return f"made text in the place of {source}" if smoke and from_hub else source
 
 
-def heldout_documents(folder: Path) -> list[data.Document]:
+def training_blocks(corpus: Path, tokens: int) -> NDArray[Any]:
+    """The first blocks of the training text, with at least `tokens` tokens: unsigned [blocks, context]."""
+    blocks: NDArray[Any] = np.load(corpus / "tokens.npy", mmap_mode="r", allow_pickle=False)
+    return blocks[: -(-tokens // blocks.shape[1])]
+
+
+def heldout_blocks(corpus: Path, *, blocks: int = 1, tokens: int = 0) -> NDArray[np.int64]:
+    """The first held-out blocks, int64 [blocks, context]: at least so many, and at least so many tokens."""
+    heldout = np.load(corpus / "heldout.npy", mmap_mode="r", allow_pickle=False)
+    first: NDArray[np.int64] = heldout[: max(blocks, -(-tokens // heldout.shape[1]))].astype(np.int64)
+    return first
+
+
+def heldout_documents(corpus: Path) -> list[data.Document]:
     # Not splitlines(): it would also cut at the Unicode line separators inside a document.
-    lines = (folder / "heldout.jsonl").read_text(encoding="utf-8").split("\n")
+    lines = (corpus / "heldout.jsonl").read_text(encoding="utf-8").split("\n")
     return [data.Document(**json.loads(line)) for line in lines if line]
 
 
-def task_suite(
-    options: ItemsOptions, base: Path, corpus: Path, files: Mapping[str, Path] | None = None
-) -> TaskSuite:
+def task_suite(options: ItemsOptions, inputs: Inputs) -> TaskSuite:
     """The questions of the recipe's tasks: the same for every arm and precision."""
     evaluate = options.evaluate
-    tokenizer = models.load_tokenizer(base)
     suite = SuiteOptions(
         evaluate.tasks,
         options.context,
         evaluate.limit,
         options.seed,
         evaluate.perplexity_tokens,
-        (files or {}).get(TASKS_PATH),
+        inputs.files.get(TASKS_PATH),
     )
+    return make_suite(inputs["base"], heldout_documents(inputs["corpus"]), suite)
+
+
+def make_suite(folder: Path, documents: Sequence[data.Document], options: SuiteOptions) -> TaskSuite:
+    """The questions for models with the tokenizer of `folder`."""
+    tokenizer = models.load_tokenizer(folder)
     end_of_text, bos_token = models.end_of_text_id(tokenizer), models.bos_id(tokenizer)
-    return prepare(tokenizer, heldout_documents(corpus), suite, end_of_text, bos_token)
+    return prepare(tokenizer, documents, options, end_of_text, bos_token)
 
 
-def items(
-    options: ItemsOptions,
-    *,
-    base: Path,
-    corpus: Path,
-    output_dir: Path,
-    progress: Progress,
-    files: Mapping[str, Path] | None = None,
-) -> dict[str, Any]:
+def items(options: ItemsOptions, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
     """Make the questions before anything is trained, to find too little text or missing data early."""
-    suite = task_suite(options, base, corpus, files)
+    suite = task_suite(options, inputs)
     results = {
         "heldout_items": {name: len(questions) for name, questions in suite.questions.items()},
         "harness_tasks": sorted(suite.harness_tasks),
@@ -192,10 +187,3 @@ def items(
     }
     write_json(output_dir / ITEMS, results)
     return results
-
-
-def check_budget(
-    options: BudgetOptions, *, base: Path, output_dir: Path, progress: Progress
-) -> dict[str, Any]:
-    """Refuse a budget that no bundle of the base fits; {smallest_bytes}."""
-    return {"smallest_bytes": smallest_bytes(options.budget, models.empty_model(base))}

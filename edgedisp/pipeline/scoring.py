@@ -1,7 +1,6 @@
 """Scores of one model on a suite of tasks, and the noise floor of such scores.
 
-Scores are kept in a cache, so an interrupted scoring continues, and a task that is added costs no more than
-itself.
+Scores are cached, so an interrupted scoring continues, and a task that is added costs no more than itself.
 
 The noise floor says how far two scorings of one model differ when nothing about it has changed. Sums taken in
 another order give other last bits: 1e-6 of a log-probability in fp32; in int8 arithmetic now and then a whole
@@ -12,8 +11,9 @@ that is no larger means nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 
 from edgedisp import models
 from edgedisp.bench.system import installed_version, runner
-from edgedisp.core.files import digest, file_digest
+from edgedisp.core.files import digest, list_files
 from edgedisp.core.progress import Progress
 from edgedisp.core.results import Estimate, NoiseFloor
 from edgedisp.core.stage_folder import read
-from edgedisp.evaluate import heldout_tasks
 from edgedisp.evaluate.comparison import Results, TaskResult, compare_task
 from edgedisp.evaluate.heldout_items import Question
 from edgedisp.evaluate.loglikelihood import ScoreOptions
@@ -67,13 +66,15 @@ def score_key(folder: Path, threads: int) -> str:
     """Hash of all that a score depends on beside the question: the files, the runtimes, the processor, and
     the threads of one sequence (a bundle's take one each, however many run side by side)."""
     record = read(folder)
-    if record is None:  # a folder from elsewhere
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        content = digest({path.relative_to(folder).as_posix(): file_digest(path) for path in files})
-    else:
-        content = record.content
-    versions = {name: installed_version(name) for name in ("torch", "transformers", "onnxruntime")}
-    return digest({"content": content, "threads": threads, "processor": runner().cpu(), **versions})
+    files = list_files(folder) if record is None else record.files
+    return digest(
+        {
+            "content": digest({name: entry["sha256"] for name, entry in files.items()}),
+            "threads": threads,
+            "processor": runner().cpu(),
+            **{name: installed_version(name) for name in ("torch", "transformers", "onnxruntime")},
+        }
+    )
 
 
 def score_tasks(
@@ -82,6 +83,9 @@ def score_tasks(
     """Score an open model on all tasks, through the score cache."""
     with closing(source.scores()) as cache:
         return suite.run(model, ScoreOptions(cache=cache, progress=progress), bootstrap)
+
+
+# The noise floor
 
 
 class _TokenByToken:
@@ -94,20 +98,18 @@ class _TokenByToken:
 
     def __init__(self, model: OnnxModel) -> None:
         self.model, self.context, self.vocab_size = model, model.context, model.vocab_size
+        self.greedy = model.greedy
 
     def logits(self, ids: NDArray[np.int64], last: int) -> NDArray[np.float32]:
         row, half = ids[None], max(1, len(ids) // 2)
         logits, cache = self.model.prefill(row[:, :half], np.ones((1, half), np.int64))
         rows = [logits[0]]
-        for place in range(half, len(ids)):
-            mask = np.ones((1, place + 1), np.int64)
-            logits, cache = self.model.decode(row[:, place : place + 1], mask, cache)
+        for position in range(half, len(ids)):
+            mask = np.ones((1, position + 1), np.int64)
+            logits, cache = self.model.decode(row[:, position : position + 1], mask, cache)
             rows.append(logits[0])
         joined: NDArray[np.float32] = np.concatenate(rows)[-last:]
         return joined
-
-    def greedy(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> list[int]:
-        return self.model.greedy(ids, max_new_tokens, stop_ids)
 
 
 def noise_floor(
@@ -121,48 +123,41 @@ def noise_floor(
     questions = suite.questions.get(NOISE_TASK, [])
     if not questions:
         return None
-    part, resampling = (
-        _part(questions, NOISE_TOKENS["bundle" if source.is_bundle else "torch"]),
-        Resampling(bootstrap, suite.text.seed),
-    )
     if source.is_bundle:
-        others: dict[str, Any] = {"decoding": _TokenByToken(model)}
+        variants: dict[str, Any] = {"decoding": _TokenByToken(model)}
     else:
         eager = models.load(source.folder)
         eager.set_attn_implementation("eager")
-        other_threads = source.threads - 1 if source.threads > 1 else 2
-        others = {
-            "threads": models.TorchModel(model.model, other_threads),
+        threads = source.threads - 1 if source.threads > 1 else 2
+        variants = {
+            "threads": models.TorchModel(model.model, threads),
             "attention": models.TorchModel(eager, source.threads),
         }
+    part = _first_tokens(questions, NOISE_TOKENS["bundle" if source.is_bundle else "torch"])
+    sample = replace(suite, questions={NOISE_TASK: part}, harness_tasks={})
 
-    def scored(model: Any, cache: ScoreCache | None, note: str) -> TaskResult:
-        named = ScoreOptions(
-            suite.text.end_of_text,
-            suite.text.bos_token,
-            cache,
-            lambda done, total, _: progress(done, total, f"noise floor, {note}"),
-        )
-        return heldout_tasks.score(NOISE_TASK, part, model, named, resampling)
+    def score(model: Any, cache: ScoreCache | None, note: str) -> TaskResult:
+        options = ScoreOptions(cache=cache, progress=labelled(progress, f"noise floor, {note}"))
+        return sample.run(model, options, bootstrap)[NOISE_TASK]
 
     with closing(source.scores()) as cache:
-        usual = scored(model, cache, "as scored")
-    variants: dict[str, Estimate] = {}
-    for name, other in others.items():
-        change = compare_task([(usual, scored(other, None, f"other {name}"))], resampling).main
-        variants[name] = change.nats or change.estimate
-    measured = usual.score.main.estimate.documents or 1
+        usual = score(model, cache, "as scored")
+    changes: dict[str, Estimate] = {}
+    for name, variant in variants.items():
+        resampling = Resampling(bootstrap, suite.text.seed)
+        change = compare_task([(usual, score(variant, None, f"other {name}"))], resampling).main
+        changes[name] = change.nats or change.estimate
     documents = len({question.document for question in questions})
-    return NoiseFloor(max(_floor(one, measured / documents) for one in variants.values()), variants)
+    share = (usual.score.main.estimate.documents or 1) / documents
+    return NoiseFloor(max(_floor(change, share) for change in changes.values()), changes)
 
 
-def _part(questions: list[Question], tokens: int) -> list[Question]:
-    """The first questions, so many tokens of text."""
+def _first_tokens(questions: Sequence[Question], tokens: int) -> list[Question]:
+    """The first questions, so many tokens of text, one at least."""
     part: list[Question] = []
-    spent = 0
     for question in questions:
-        spent += sum(len(target) for _, target in question.requests)
-        if part and spent > tokens:
+        tokens -= sum(len(target) for _, target in question.requests)
+        if part and tokens < 0:
             break
         part.append(question)
     return part
@@ -174,3 +169,8 @@ def _floor(difference: Estimate, share: float) -> float:
     shift = abs(difference.value or 0.0)
     half = difference.half_width
     return shift if half is None else max(shift, half * math.sqrt(share))
+
+
+def labelled(progress: Progress, label: str) -> Progress:
+    """`progress` with a label before each note."""
+    return lambda done, total, note: progress(done, total, f"{label}: {note}")

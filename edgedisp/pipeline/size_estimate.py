@@ -14,55 +14,51 @@ from edgedisp import data, models
 from edgedisp.core.progress import Progress
 from edgedisp.graph import architectures
 from edgedisp.models import component_of
-from edgedisp.pipeline.rounding import uniform_grids
-from edgedisp.quantize.grid import Grid
+from edgedisp.pipeline.options import BundleRounding
+from edgedisp.pipeline.rounding import grids
+from edgedisp.pipeline.stage import Inputs
 from edgedisp.quantize.mixed_precision import FOUR_BITS, out_of_reach
-from edgedisp.recipe import Model, QuantizeBits
+from edgedisp.recipe import Recipe
 
-SMOKE_CONTEXT = 512  # positions of the twin, as `start.twin_base` makes it
-TOLERANCE = 0.02  # of the sizes told here
+SMOKE_CONTEXT = 512  # positions of a smoke run's base
+TOLERANCE = 0.02  # of the sizes computed here
 GRAPH_BYTES, NODE_BYTES = 6_000, 6_000  # of model.onnx without weights, and of each layer in it
 
-StoredBytes = Callable[[int, int, bool], int]
-"""(rows, columns, whether it is embedding or head) -> bytes of a weight."""
+StoredBytes = Callable[[int, int], int]
+"""(rows, columns) of a weight -> its bytes."""
 
 
 def size_account(
-    opened: Any, quantized: Mapping[str, tuple[int, QuantizeBits]], positions: Mapping[str, int]
+    model: Any, roundings: Mapping[str, BundleRounding], contexts: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Bytes of the fp32 bundle and of each of `quantized` (precision -> bits and options), by component, and
-    of the KV cache of one sequence at each of `positions` (target -> positions, capped by the model's).
+    """Bytes of the fp32 bundle and of each rounding (precision -> rounding), by component, and of the KV
+    cache of one sequence at each of `contexts` (target -> positions, capped by the model's).
 
-    opened: a torch model, or one without weights (`models.empty_model`).
-
+    model: a torch model, or one without weights (`models.empty_model`).
     Returns {tied, context, precisions {name: {components {name: bytes}, size_bytes}}, kv_cache {target:
     {positions, size_bytes}}}. BadInput where an export would be refused for the model's configuration.
     """
-    tables, context, a_position = _positions(opened)
-    precisions = {"fp32": _sizes(opened, tables, lambda rows, columns, outer: 4 * rows * columns)}
-    for name, (bits, section) in quantized.items():
-        body, ends = uniform_grids(section, bits)
-        precisions[name] = _sizes(opened, tables, _on(body, ends))
-    capped = {target: min(most, context) for target, most in positions.items()}
+    tables, context, a_position = _positions(model)
+    precisions = {"fp32": _sizes(model, tables, _fp32_bytes, _fp32_bytes)}
+    for name, rounding in roundings.items():
+        precisions[name] = _sizes(model, tables, *(grid.size_bytes for grid in grids(rounding)))
+    capped = {target: min(positions, context) for target, positions in contexts.items()}
     return {
-        "tied": models.count_parameters(opened)["tied"],
+        "tied": models.count_parameters(model)["tied"],
         "context": context,
         "precisions": precisions,
         "kv_cache": {
-            target: {"positions": most, "size_bytes": a_position * most} for target, most in capped.items()
+            target: {"positions": positions, "size_bytes": a_position * positions}
+            for target, positions in capped.items()
         },
     }
 
 
-def _on(body: Grid, ends: Grid) -> StoredBytes:
-    return lambda rows, columns, outer: (ends if outer else body).size_bytes(rows, columns)
-
-
-def _positions(opened: Any) -> tuple[int, int, int]:
+def _positions(model: Any) -> tuple[int, int, int]:
     """Bytes of the rotary tables, positions of the bundle, bytes of the fp32 cache for each position."""
-    config = opened.config
+    config = model.config
     if config.model_type in architectures.READERS:
-        decoder = architectures.read_decoder(opened)
+        decoder = architectures.read_decoder(model)
         tables = sum(4 * part.numel() for rope in decoder.ropes.values() for part in rope)
         heads, width, context = decoder.kv_heads, decoder.head_dim, decoder.context
     else:
@@ -73,56 +69,62 @@ def _positions(opened: Any) -> tuple[int, int, int]:
     return tables, context, 2 * 4 * config.num_hidden_layers * heads * width
 
 
-def _sizes(opened: Any, tables: int, stored: StoredBytes) -> dict[str, Any]:
-    """By component, of a model whose matrices take `stored` bytes; all else stays in fp32."""
-    modules, sizes = dict(opened.named_modules()), Counter[str]({"positions": tables})
-    outer = {id(opened.get_input_embeddings().weight), id(opened.get_output_embeddings().weight)}
-    for name, parameter in opened.named_parameters():  # yields a shared parameter once
-        owner = name.rpartition(".")[0]
-        is_outer = id(parameter) in outer
-        if is_outer or (parameter.ndim == 2 and isinstance(modules[owner], nn.Linear | Conv1D)):
-            rows, columns = (
-                reversed(parameter.shape) if isinstance(modules[owner], Conv1D) else parameter.shape
-            )
-            size = stored(rows, columns, is_outer)
-        else:
-            size = 4 * parameter.numel()
-        part = component_of(owner, modules[owner])
+def _fp32_bytes(rows: int, columns: int) -> int:
+    return 4 * rows * columns
+
+
+def _sizes(model: Any, tables: int, stored: StoredBytes, stored_outer: StoredBytes) -> dict[str, Any]:
+    """By component: `stored` gives the bytes of the layers' matrices, `stored_outer` those of embedding and
+    lm_head; all else stays in fp32."""
+    modules, sizes = dict(model.named_modules()), Counter[str]({"positions": tables})
+    embedding, lm_head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    for name, parameter in model.named_parameters():  # yields a shared parameter once
+        module = modules[name.rpartition(".")[0]]
+        is_outer = parameter is embedding or parameter is lm_head
+        size = 4 * parameter.numel()
+        if is_outer or (parameter.ndim == 2 and isinstance(module, nn.Linear | Conv1D)):
+            rows, columns = reversed(parameter.shape) if isinstance(module, Conv1D) else parameter.shape
+            size = (stored_outer if is_outer else stored)(rows, columns)
+        part = component_of(name.rpartition(".")[0], module)
         if part == "embedding" and not is_outer:
             part = "positions"
-        elif is_outer and modules[owner] is opened.get_output_embeddings():
+        elif is_outer and parameter is not embedding:
             part = "head"
         sizes[part] += size
-    graph = GRAPH_BYTES + NODE_BYTES * opened.config.num_hidden_layers
+    graph = GRAPH_BYTES + NODE_BYTES * model.config.num_hidden_layers
     return {"components": dict(sorted(sizes.items())), "size_bytes": sum(sizes.values()) + graph}
 
 
-def smallest_bytes(budget: int, opened: Any) -> int:
-    """Bytes of the smallest bundle that a search could choose. BadInput for a budget clearly below it; what
-    is closer is found out by the search."""
+def check_budget(budget: int, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
+    """{smallest_bytes} of the smallest bundle that a search could choose, before anything is trained.
 
-    def smallest(rows: int, columns: int, outer: bool) -> int:
+    Raises BadInput for a budget (bytes) clearly below it; what is closer is found out by the search.
+    """
+    model = models.empty_model(inputs["base"])
+
+    def smallest(rows: int, columns: int) -> int:
         return min(grid.size_bytes(rows, columns) for grid in FOUR_BITS)
 
-    size: int = _sizes(opened, _positions(opened)[0], smallest)["size_bytes"]
+    size: int = _sizes(model, _positions(model)[0], smallest, smallest)["size_bytes"]
     if size * (1 - TOLERANCE) > budget:
         raise out_of_reach(budget, size)
-    return size
+    return {"smallest_bytes": size}
 
 
-def base_skeleton(
-    section: Model, beside: Path, made: Path | None, smoke: bool, progress: Progress, *, download: bool = True
+def base_without_weights(
+    recipe: Recipe, base: Path | None, progress: Progress, *, download: bool = True
 ) -> Any:
-    """The base without its weights: from the stage folder `made` if there is one, else from the source.
+    """The recipe's base, from the stage folder `base` if there is one, else from the source.
 
-    None where that would be a download and `download` is off. A smoke run's twin is opened: it is tiny.
+    None where that would be a download and `download` is off. A smoke run's model is opened: it is tiny.
     """
-    if made is not None:
-        return models.empty_model(made)
-    if smoke:
+    section, folder = recipe.model, recipe.folder
+    if base is not None:
+        return models.empty_model(base)
+    if recipe.is_smoke:
         texts = [document.text for document in data.synthetic_documents(50, seed=0)]
         return models.tiny_model(section.architecture or "", texts, seed=0, context=SMOKE_CONTEXT)[0]
     if not download and data.needs_download(section.base):
         return None
-    where = data.fetch(section.base, sha256=section.sha256, base_dir=beside, progress=progress)
-    return models.empty_model(where, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    source = data.fetch(section.base, sha256=section.sha256, base_dir=folder, progress=progress)
+    return models.empty_model(source, revision=section.revision, trust_remote_code=section.trust_remote_code)

@@ -1,14 +1,15 @@
 """A stage is declared once: its function, its options, its inputs, the local files it reads.
 
 A stage's key is the hash of just these: options by value, inputs and local files by content. Its function
-gets just these, too: `function(options, **{keyword: folder of an input}, output_dir=, progress=)`. It returns
-the results for its record. So what is not in the key cannot be read, and a finished stage with the same key
-is reused. Functions are named by text and imported when they run: planning a build loads no torch.
+gets just these, too: `function(options, inputs, output_dir, progress)`. It returns the results for its
+record. So what is not in the key cannot be read, and a finished stage with the same key is reused. Functions
+are named by text and imported when they run: planning a build loads no torch.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,9 +19,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.files import canonical, changed_files, digest, file_digest, write_json
-from edgedisp.core.progress import Progress
-from edgedisp.core.stage_folder import Record, finish, read, stage_output
+from edgedisp.core.files import canonical, changed_files, digest, file_digest, read_object, write_json
+from edgedisp.core.progress import Progress, silent
+from edgedisp.core.stage_folder import Record, finish, is_started, read, stage_output
 
 REVISION = 3
 """Raised when stage functions write something else from the same inputs; older runs are then made again."""
@@ -28,13 +29,26 @@ REVISION = 3
 HASHES = "file_hashes.json"
 """In the run folder: SHA-256 of local files, remembered by size, modification time and inode."""
 
+UNHASHED = {"hashed": False}
+"""Metadata of a field of options that changes no result, such as how often training is logged."""
+
+POLL_S = 0.2
+
+
+class Inputs(dict[str, Path]):
+    """What a stage reads: keyword -> folder of an earlier stage. files: name in the recipe -> local path."""
+
+    def __init__(self, files: Mapping[str, Path] | None = None, /, **folders: Path) -> None:
+        super().__init__(folders)
+        self.files = files or {}
+
 
 @dataclass(frozen=True)
 class Stage:
     """name: its folder under the run. function: `module:name`. options: frozen; None where there are none.
 
-    inputs: keyword of the function -> name of the stage whose folder it gets.
-    files: name -> local file or folder outside the run, which the function gets as `files`.
+    inputs: keyword -> name of the stage whose folder the function gets under it.
+    files: name in the recipe -> local file or folder outside the run.
     resumable: a partial folder with the same key is continued. every_process: every process of a launch takes
     part; all other stages are run by the first alone. A result with entries under `missing` (data that a hub
     did not give) is tried again next time.
@@ -51,14 +65,8 @@ class Stage:
     def run(self, records: Mapping[str, Record], output_dir: Path, progress: Progress) -> dict[str, Any]:
         module, _, name = self.function.partition(":")
         function: Callable[..., dict[str, Any]] = getattr(import_module(module), name)
-        arguments: dict[str, Any] = {key: records[stage].folder for key, stage in self.inputs.items()}
-        if self.files:
-            arguments["files"] = self.files
-        return function(self.options, **arguments, output_dir=output_dir, progress=progress)
-
-
-UNHASHED = {"hashed": False}
-"""Metadata of a field of options that changes no result, such as how often training is logged."""
+        folders = {keyword: records[stage].folder for keyword, stage in self.inputs.items()}
+        return function(self.options, Inputs(self.files, **folders), output_dir, progress)
 
 
 def plain(options: Any) -> Any:
@@ -72,6 +80,14 @@ def plain(options: Any) -> Any:
     return {name: plain(getattr(options, name)) for name in hashed}
 
 
+def results_of(folder: Path) -> dict[str, Any]:
+    """The results in a finished stage's record. Raises BuildFailed if the record is gone or damaged."""
+    record = read(folder)
+    if record is None:
+        raise BuildFailed(f"{folder}: its record is gone or damaged; build again")
+    return record.results
+
+
 class Observer(Protocol):
     """Shows how a build goes (core/progress.py)."""
 
@@ -81,7 +97,7 @@ class Observer(Protocol):
 
     def finished(self, name: str, record: Record) -> None: ...
 
-    def kept(self, name: str, record: Record) -> None: ...
+    def cached(self, name: str, record: Record) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -98,36 +114,30 @@ class FileHashes:
 
     def __init__(self, run: Path) -> None:
         self._path = run / HASHES
-        self._known: dict[str, list[Any]] = {}
-        try:
-            known = json.loads(self._path.read_text(encoding="utf-8"))
-            self._known = known if isinstance(known, dict) else {}
-        except (OSError, ValueError):
-            pass  # they are computed again
+        self._hashes: dict[str, list[Any]] = read_object(self._path)
 
     def of(self, path: Path) -> str:
         """The hash of a file, or of the names and hashes of all files in a folder; `absent` for neither."""
         path = path.resolve()
         if path.is_dir():
-            files = sorted(one for one in path.rglob("*") if one.is_file() and one.suffix != ".pyc")
-            return digest({one.relative_to(path).as_posix(): self._file(one) for one in files})
+            files = (file for file in path.rglob("*") if file.is_file() and file.suffix != ".pyc")
+            return digest({file.relative_to(path).as_posix(): self._file(file) for file in files})
         return self._file(path) if path.is_file() else "absent"
 
     def save(self) -> None:
-        write_json(self._path, self._known)
+        write_json(self._path, self._hashes)
 
     def _file(self, path: Path) -> str:
         status = path.stat()
         state = [status.st_size, status.st_mtime_ns, status.st_ino]
-        known = self._known.get(str(path))
-        if isinstance(known, list) and known[:-1] == state:
-            return str(known[-1])
-        self._known[str(path)] = [*state, file_digest(path)]
-        return str(self._known[str(path)][-1])
+        cached = self._hashes.get(str(path))
+        if not isinstance(cached, list) or cached[:-1] != state:
+            self._hashes[str(path)] = cached = [*state, file_digest(path)]
+        return str(cached[-1])
 
 
-class Walk:
-    """One way through the stages of a run: what is finished, what has to run, and running it."""
+class StageRunner:
+    """Runs stages into a run's folders; `records` holds those of the stages passed so far."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -153,8 +163,9 @@ class Walk:
         if any(name not in self.records for name in stage.inputs.values()):
             return None
         record = read(self.run / stage.name)
-        if record is None or record.key != self.key(stage) or record.results.get("missing"):
+        if record is None or record.results.get("missing") or record.key != self.key(stage):
             return None
+        self.records[stage.name] = record
         return record
 
     def execute(self, stage: Stage, progress: Progress) -> Record:
@@ -176,9 +187,7 @@ class Walk:
 
     def _verify(self, stage: Stage) -> None:
         """Compare the files of every input with the SHA-256 of its record, once in a build."""
-        for name in stage.inputs.values():
-            if name in self._verified:
-                continue
+        for name in sorted(set(stage.inputs.values()) - self._verified):
             folder = self.records[name].folder
             if changed := changed_files(folder, "**/*"):
                 raise BuildFailed(
@@ -190,36 +199,70 @@ class Walk:
 
 def walk(stages: Sequence[Stage], run: Path, observer: Observer) -> list[Passed]:
     """Pass every stage of an open run, in order; runs those without a finished folder of the same key."""
-    way, passed = Walk(run), []
+    runner = StageRunner(run)
+    passed: list[Passed] = []
     shared = [stage.name for stage in stages if stage.every_process]
     trained = False
     for number, stage in enumerate(stages, start=1):
-        record = way.finished(stage)
+        record = runner.finished(stage)
         cached = record is not None
-        if record is None:
+        if record is not None:
+            observer.cached(stage.name, record)
+        else:
             observer.started(stage.name, number, len(stages))
-            record = way.execute(stage, observer.progress)
+            record = runner.execute(stage, observer.progress)
             observer.finished(stage.name, record)
             trained = trained or stage.every_process
-        else:
-            observer.kept(stage.name, record)
-        way.records[stage.name] = record
         passed.append(Passed(stage.name, record, cached))
-        if shared and stage.name == shared[-1] and trained:
-            from edgedisp.train.trainer import leave_processes
-
-            leave_processes()  # the other processes of a launch end here, too
-    way.hashes.save()
+        if trained and stage.name == shared[-1]:
+            _leave_processes()
+    runner.hashes.save()
     return passed
 
 
 def state(stages: Iterable[Stage], run: Path) -> list[tuple[Stage, Record | None]]:
     """Each stage with its finished record, or None where a build would run it. Writes nothing."""
-    way = Walk(run)
-    result = []
-    for stage in stages:
-        record = way.finished(stage)
+    runner = StageRunner(run)
+    return [(stage, runner.finished(stage)) for stage in stages]
+
+
+def follow(stages: Sequence[Stage], run: Path) -> None:
+    """Non-zero ranks join each training stage and wait for rank 0 with the others.
+
+    They compute the same keys as rank 0 as far as the last training, and wait for a stage that is not shared
+    by looking for its record in the run folder: no process waits in a collective operation with a time limit
+    while rank 0 downloads, quantizes or scores. They write their part of a checkpoint and nothing else. All
+    must see the run folder: one machine or one file system. Raises BuildFailed if the launcher is gone.
+    """
+    launcher, runner, trained = os.getppid(), StageRunner(run), False
+    last = max(index for index, stage in enumerate(stages) if stage.every_process)
+    for stage in stages[: last + 1]:
+        key, folder = runner.key(stage), run / stage.name
+        record = _wait(folder, key, launcher, or_started=stage.every_process)
+        if record is None:
+            trained = True
+            stage.run(runner.records, folder.with_name(f"{folder.name}.partial"), silent)
+            record = _wait(folder, key, launcher)
         if record is not None:
-            way.records[stage.name] = record
-        result.append((stage, record))
-    return result
+            runner.records[stage.name] = record
+    if trained:
+        _leave_processes()
+
+
+def _wait(folder: Path, key: dict[str, Any], launcher: int, *, or_started: bool = False) -> Record | None:
+    """The record of the stage, once it is finished; None once rank 0 has started it, if that will do."""
+    while True:
+        record = read(folder)
+        if record is not None and record.key == key:
+            return record
+        if or_started and is_started(folder, key):
+            return None
+        if os.getppid() != launcher:
+            raise BuildFailed(f"the launcher ended while {folder} was waited for")
+        time.sleep(POLL_S)
+
+
+def _leave_processes() -> None:
+    from edgedisp.train.trainer import leave_processes  # brings torch
+
+    leave_processes()

@@ -1,4 +1,4 @@
-"""An arm's training."""
+"""The training of an arm, and of a candidate of `edgedisp pilot`, which is measured and thrown away."""
 
 from __future__ import annotations
 
@@ -19,16 +19,25 @@ from transformers.trainer_callback import TrainerCallback
 from edgedisp import models
 from edgedisp.core.distributed import place
 from edgedisp.core.errors import BadInput
+from edgedisp.core.files import write_json
 from edgedisp.core.progress import Progress
-from edgedisp.dispersion.condensation import quick_condensation
+from edgedisp.dispersion.condensation import measure_model, quick_condensation
 from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.evaluate.loglikelihood import ScoreOptions
 from edgedisp.pipeline import adapters
-from edgedisp.pipeline.options import TrainOptions
-from edgedisp.pipeline.prepare import PACKING, weights_digest
-from edgedisp.pipeline.rounding import Trained, aware
-from edgedisp.recipe import BITS, ArmRun, Dispersion, Train
+from edgedisp.pipeline.options import CandidateOptions, ItemsOptions, TrainOptions
+from edgedisp.pipeline.prepare import (
+    CONDENSATION_BLOCKS,
+    PACKING,
+    heldout_blocks,
+    task_suite,
+    weights_digest,
+)
+from edgedisp.pipeline.rounding import aware_callback
+from edgedisp.pipeline.stage import Inputs
+from edgedisp.recipe import Dispersion
 from edgedisp.train.arm_callbacks import callbacks_for
-from edgedisp.train.dispersion_trainer import CondensationWatch
+from edgedisp.train.dispersion_trainer import CondensationWatch, NotFinite
 from edgedisp.train.trainer import FitOptions, FitResult, fit
 
 WATCHES = 10  # measurements of the condensation in a run
@@ -38,25 +47,26 @@ SETTINGS = (
     "gradient_checkpointing", "checkpoint_every", "compile",
 )  # fmt: skip
 """Keys of `train` that the record repeats."""
+CANDIDATE_TASK = "heldout_perplexity"
 
 
-def train(
-    options: TrainOptions, *, base: Path, corpus: Path, output_dir: Path, progress: Progress
-) -> dict[str, Any]:
+def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
     """Train one arm and leave a Hugging Face folder; arms differ in what `options.arm` adds alone.
 
     An adapter is left as a plain PEFT folder; `adapters.merge` makes a model of it. Logs for others
     (`train.report_to`) are left in `logs`. Of several processes each takes its share; the first writes.
     """
-    section, arm, logging = options.train, options.arm, options.logging
-    check_reporters(logging.report_to)
+    arm, logging, base, corpus = options.arm, options.logging, inputs["base"], inputs["corpus"]
+    changes = {"report_to": logging.report_to, "checkpoint_every": logging.checkpoint_every}
+    section = options.train.model_copy(update=changes)
+    check_reporters(section.report_to)
     tokens = np.load(corpus / "tokens.npy", mmap_mode="r", allow_pickle=False)
     packing = json.loads((corpus / PACKING).read_text(encoding="utf-8"))
     model = adapters.model_to_train(section.adapter, base, arm.seed)
     callbacks: list[TrainerCallback] = list(callbacks_for(arm.techniques, arm.seed))
-    if (under := section.quantization_aware) is not None and options.rounding is not None:
-        rounding = Trained(options.rounding, BITS[under.precision])
-        callbacks.append(aware(under, rounding, tokens, output_dir, progress))
+    if (aware := section.quantization_aware) is not None and options.rounding is not None:
+        start = aware.begins(options.rounding.section.method)
+        callbacks.append(aware_callback(options.rounding, start, tokens, output_dir, progress))
     fit_options = FitOptions(
         steps=options.steps,
         seed=arm.seed,
@@ -65,16 +75,17 @@ def train(
         callbacks=callbacks,
         end_of_text=packing["end_of_text"] if packing["isolate_documents"] else None,
         watch=_watch(logging.watch_every, options.steps, corpus),
-        log_dir=output_dir / "logs" if logging.report_to else None,
+        log_dir=output_dir / "logs" if section.report_to else None,
         run_name=f"{output_dir.parent.parent.name}/{output_dir.parent.name}",
     )
-    logged = section.model_copy(
-        update={"report_to": logging.report_to, "checkpoint_every": logging.checkpoint_every}
-    )
-    result = fit(model, _in_order(tokens, arm), logged, fit_options, progress)
+    if (
+        arm.replica
+    ):  # the first seed reads the blocks in the order of the file, others in an order of their own
+        tokens = tokens[np.random.default_rng(arm.seed).permutation(len(tokens))]
+    result = fit(model, tokens, section, fit_options, progress)
     if not place().leads:
         return {}
-    if result.weights is not None:  # what was trained is in parts; the whole goes into a model as it came
+    if result.weights is not None:  # FSDP trained parts of the model; the whole goes into a fresh one
         model = adapters.model_to_train(section.adapter, base, arm.seed)
         model.load_state_dict(result.weights)
     if section.adapter is not None:
@@ -83,18 +94,25 @@ def train(
         models.save(model, models.load_tokenizer(base), output_dir)
         models.copy_licence(base, output_dir)
     shutil.rmtree(fit_options.output_dir)
-    return _results(options, logged, result) | {"weights_sha256": weights_digest(output_dir)}
-
-
-def _results(options: TrainOptions, section: Train, result: FitResult) -> dict[str, Any]:
     settings = {
         "steps": options.steps,
         **section.model_dump(include=set(SETTINGS)),
-        "seed": options.arm.seed,
+        "seed": arm.seed,
         "threads": torch.get_num_threads(),
     }
+    return {
+        **_figures(result),
+        "steps": options.steps,
+        "settings": settings,
+        "weights_sha256": weights_digest(output_dir),
+    }
+
+
+def _figures(result: FitResult) -> dict[str, Any]:
+    """The fields of core.results.Training that a fit gives."""
     figures = {part.name: getattr(result, part.name) for part in fields(result) if part.name != "weights"}
-    return {"steps": options.steps, **figures, "processes": place().count, "settings": settings}
+    more = {"tokens_per_s": result.tokens_per_s, "watch_seconds": result.watch_seconds}
+    return {**figures, **more, "processes": place().count}
 
 
 def check_reporters(names: Sequence[str]) -> None:
@@ -115,15 +133,79 @@ def dispersion_config(section: Dispersion, seed: int) -> DispersionConfig:
     return DispersionConfig(**values)
 
 
-def _in_order(packed: np.ndarray, arm: ArmRun) -> np.ndarray:
-    """The blocks as a replica reads them: the first in the order of the file, others in their seed's own."""
-    return packed[np.random.default_rng(arm.seed).permutation(len(packed))] if arm.replica else packed
-
-
 def _watch(every: int | None, steps: int, corpus: Path) -> CondensationWatch | None:
     """Of the first tokens of the first held-out blocks; None where the recipe turns it off."""
     if every == 0:
         return None
-    held = np.load(corpus / "heldout.npy", mmap_mode="r", allow_pickle=False)
-    blocks = torch.from_numpy(held[:WATCHED_SEQUENCES, :WATCHED_TOKENS].astype(np.int64))
+    blocks = torch.from_numpy(heldout_blocks(corpus, blocks=WATCHED_SEQUENCES)[:, :WATCHED_TOKENS])
     return CondensationWatch(partial(quick_condensation, blocks=blocks), every or math.ceil(steps / WATCHES))
+
+
+# Candidates of a pilot
+
+
+def judging(options: ItemsOptions, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
+    """Counts of what every candidate is scored on. BadInput where it is too little for an interval."""
+    questions = task_suite(options, inputs).questions[CANDIDATE_TASK]
+    counts = {
+        "windows": len(questions),
+        "documents": len({question.document for question in questions}),
+        "tokens": sum(len(target) for question in questions for _, target in question.requests),
+        "sequences": len(heldout_blocks(inputs["corpus"], blocks=CONDENSATION_BLOCKS)),
+    }
+    for unit in ("documents", "sequences"):
+        if counts[unit] < 2:
+            raise BadInput(
+                f"the held-out text has {counts[unit]} {unit[:-1]}, and a paired interval needs 2: "
+                "hold out more (data.heldout), give more text, or a smaller data.context"
+            )
+    write_json(output_dir / "judging.json", counts)
+    return counts
+
+
+def candidate(
+    options: CandidateOptions, inputs: Inputs, output_dir: Path, progress: Progress
+) -> dict[str, Any]:
+    """Train one candidate and leave its figures in judged.json: {items: {id, document, nll, tokens} of each
+    held-out window that a build scores, cosine: {id, document, value} of each sequence}.
+
+    A training that an earlier, interrupted call finished is not repeated. Results are {"diverged": reason}
+    where the loss becomes NaN or infinite; a baseline may not diverge (NotFinite). An adapter is measured
+    over its base, not merged.
+    """
+    weights = output_dir / "weights"
+    trained = weights / "trained.json"
+    if not trained.is_file():
+        weights.mkdir(exist_ok=True)
+        try:
+            write_json(trained, train(options.training, inputs, weights, progress))
+        except NotFinite as problem:
+            if not options.may_diverge:
+                raise
+            shutil.rmtree(weights)
+            return {"diverged": str(problem)}
+    results = json.loads(trained.read_text(encoding="utf-8"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = adapters.trained_model(options.training.train.adapter, inputs["base"], weights).to(device)
+    write_json(output_dir / "judged.json", _judge(model, options.items, inputs, progress))
+    if (weights / "logs").is_dir():  # for train.report_to
+        shutil.move(weights / "logs", output_dir / "logs")
+    shutil.rmtree(weights)
+    names = ("steps", "tokens", "seconds", "peak_memory_bytes", "weights_sha256")
+    return {name: results[name] for name in names}
+
+
+def _judge(model: Any, options: ItemsOptions, inputs: Inputs, progress: Progress) -> dict[str, Any]:
+    suite = task_suite(options, inputs)
+    windows = suite.run(models.TorchModel(model), ScoreOptions(progress=progress), bootstrap=2)
+    blocks = torch.from_numpy(heldout_blocks(inputs["corpus"], blocks=CONDENSATION_BLOCKS))
+    profile = measure_model(model, blocks, progress)
+    # The mean over the blocks: the embedding's output, which no loss disperses, and the final norm's are out.
+    cosines = [float(np.mean(layers[1:-1])) for layers in profile.figures["cosine_raw"]]
+    names = ("id", "document", "nll", "tokens")
+    return {
+        "items": [{name: item[name] for name in names} for item in windows[CANDIDATE_TASK].items],
+        "cosine": [
+            {"id": str(index), "document": index, "value": value} for index, value in enumerate(cosines)
+        ],
+    }

@@ -158,7 +158,7 @@ class Watcher:
     def __init__(self, stop_after: str | None = None) -> None:
         self.stop_after = stop_after
         self.executed: list[str] = []
-        self.cached: list[str] = []
+        self.reused: list[str] = []
 
     def started(self, name: str, number: int, total: int) -> None: ...
 
@@ -169,24 +169,24 @@ class Watcher:
         if name == self.stop_after:
             raise KeyboardInterrupt
 
-    def kept(self, name: str, record: Record) -> None:
-        self.cached.append(name)
+    def cached(self, name: str, record: Record) -> None:
+        self.reused.append(name)
 
 
 def test_a_stopped_pilot_continues_and_another_weight_trains_what_is_new(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgedisp.pipeline import sweep_candidate
+    from edgedisp.pipeline import training
     from edgedisp.train.dispersion_trainer import NotFinite
 
-    real = sweep_candidate.train
+    real = training.train
 
-    def train(options: Any, **inputs: Any) -> dict[str, Any]:
+    def train(options: Any, *inputs: Any) -> dict[str, Any]:
         if options.arm.name == "angular-all-7":
             raise NotFinite("the loss is NaN")
-        return real(options, **inputs)
+        return real(options, *inputs)
 
-    monkeypatch.setattr(sweep_candidate, "train", train)
+    monkeypatch.setattr(training, "train", train)
     folder = tmp_path / "run"
     pilot = plan(load(recipe), weights="0.1,7", tokens="256")
     with pytest.raises(KeyboardInterrupt):
@@ -197,7 +197,7 @@ def test_a_stopped_pilot_continues_and_another_weight_trains_what_is_new(
     assert last.effect == "diverges" and last.loss is None and last.diverged
     more = Watcher()
     run(plan(load(recipe), weights="0.1,1", tokens="256"), folder, more)
-    assert more.executed == ["angular-all-1"] and "baseline" in more.cached
+    assert more.executed == ["angular-all-1"] and "baseline" in more.reused
     with pytest.raises(BadInput, match=r"train\.tokens"):
         run(plan(load(recipe), weights="0.1,1", tokens="512"), folder, Watcher())
 
@@ -265,20 +265,20 @@ def test_figures_are_those_of_the_loss_and_the_cosines_by_loops(recipe: Path, tm
 def test_a_training_that_was_finished_is_not_repeated_when_its_measuring_was_cut_off(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgedisp.pipeline import sweep_candidate
+    from edgedisp.pipeline import training
 
-    pilot, trained, real = plan(load(recipe), weights="1", tokens="128"), [], sweep_candidate.train
+    pilot, trained, real = plan(load(recipe), weights="1", tokens="128"), [], training.train
 
-    def train(options: Any, **inputs: Any) -> dict[str, Any]:
+    def train(options: Any, *inputs: Any) -> dict[str, Any]:
         trained.append(options.arm.name)
-        return real(options, **inputs)
+        return real(options, *inputs)
 
     def interrupted(*arguments: Any) -> Iterator[None]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep_candidate, "train", train)
+    monkeypatch.setattr(training, "train", train)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sweep_candidate, "_measure", interrupted)
+        patch.setattr(training, "_judge", interrupted)
         run(pilot, tmp_path / "run", Watcher())
     run(pilot, tmp_path / "run", Watcher())
     assert trained == ["baseline", "angular-all-1"]

@@ -16,8 +16,11 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.stage_folder import read
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.pipeline.build_plan import stages
-from edgedisp.pipeline.rounding import SCALES, Trained, trained_roundings
+from edgedisp.pipeline.options import BundleRounding
+from edgedisp.pipeline.rounding import SCALES, read_scales, trained_roundings, write_scales
 from edgedisp.pipeline.stage import plain
+from edgedisp.quantize.calibration import Scales
+from edgedisp.quantize.grid import Grid
 from edgedisp.recipe import load
 from edgedisp.train.quantized_weights import round_weights
 
@@ -72,8 +75,8 @@ def results(folder: Path) -> dict[str, Any]:
     return record.results
 
 
-def rounding_of(folder: Path) -> Trained:
-    return Trained(load(folder / "tiny.yaml").quantize.int4, 4)
+def rounding_of(folder: Path) -> BundleRounding:
+    return BundleRounding(4, load(folder / "tiny.yaml").quantize.int4)
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -150,13 +153,9 @@ def test_what_cannot_be_trained_under_is_refused(
 
 
 def test_scales_of_another_grid_are_refused(tmp_path: Path, tiny_folder: dict[str, Path]) -> None:
-    from edgedisp.pipeline.rounding import _write_scales, trained_scales
-    from edgedisp.quantize.calibration import Scales
-    from edgedisp.quantize.grid import Grid
-
-    one, other = Grid(4, 32, False), Grid(4, 16, False)
-    found = {"a.weight": Scales(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.uint8))}
-    _write_scales(found, lambda name: one, tmp_path / SCALES)
-    assert set(trained_scales(tmp_path, lambda name: one)) == {"a.weight"}
+    scales = {"a.weight": Scales(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.uint8))}
+    path, grid = tmp_path / SCALES, Grid(4, 32, False)
+    write_scales(scales, grid, path)
+    assert set(read_scales(path, grid)) == {"a.weight"}
     with pytest.raises(BadInput, match="were trained on"):
-        trained_scales(tmp_path, lambda name: other)
+        read_scales(path, Grid(4, 16, False))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from edgedisp.core.progress import silent
 from edgedisp.pipeline import build_plan, prepare, training
+from edgedisp.pipeline.stage import Inputs
 from edgedisp.recipe import Recipe, Train, load
 from edgedisp.train.packed_dataset import PackedDataset
 from edgedisp.train.performance import time_steps
@@ -43,10 +44,10 @@ def trained(
     corpus.mkdir(parents=True)
     own.mkdir(parents=True)
     stage = build_plan.corpus(recipe)
-    prepare.corpus(stage.options, base=base, output_dir=corpus, progress=silent, files=stage.files)
+    prepare.corpus(stage.options, Inputs(stage.files, base=base), corpus, silent)
     arm = next(run for run in recipe.arm_runs if run.name == "dispersed")
     options = build_plan.training(recipe, arm).options
-    done = training.train(options, base=base, corpus=corpus, output_dir=own, progress=silent)
+    done = training.train(options, Inputs(base=base, corpus=corpus), own, silent)
     return recipe, folder / "run", done
 
 

@@ -19,7 +19,7 @@ from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.pipeline import adapters
 from edgedisp.pipeline.build_plan import stages
 from edgedisp.pipeline.options import MergeOptions
-from edgedisp.pipeline.stage import plain
+from edgedisp.pipeline.stage import Inputs, plain
 from edgedisp.quantize.grid import Grid, dequantize, quantize
 from edgedisp.recipe import Adapter, QuantizeBits, load
 from edgedisp.train import lora
@@ -90,7 +90,7 @@ def merge_stage(
     with stage_output(out, {}) as own:
         inputs = {**folders, **({} if decider is None else {"decider": decider})}
         options = MergeOptions(chosen, INT4, int4_ships, 0)
-        results = adapters.merge(options, output_dir=own, progress=silent, **inputs)
+        results = adapters.merge(options, Inputs(**inputs), own, silent)
         finish(own, out, {}, results, 0.0)
     return results
 
@@ -164,7 +164,7 @@ DECISIONS = {
 def test_the_dequantized_base_is_taken_only_if_it_is_better_beyond_noise(case: str) -> None:
     (difference, low, high), chosen, words = DECISIONS[case]
     decision = {"judged_by": "int4", "difference": difference, "low": low, "high": high}
-    found = adapters._choice(AUTO, decision, None)
+    found = adapters.choose_base(AUTO, decision, None)
     assert found["chosen"] == chosen and found["warning"] is None
     assert re.search(words, found["why"]), found["why"]
 
@@ -185,7 +185,7 @@ def test_an_audit_that_clearly_speaks_for_the_other_base_is_reported(
 ) -> None:
     low, high = interval
     decision = {"judged_by": "int4", "difference": (low + high) / 2, "low": low, "high": high}
-    found = adapters._choice(AUTO.model_copy(update={"merge": fixed}), decision, None)
+    found = adapters.choose_base(AUTO.model_copy(update={"merge": fixed}), decision, None)
     assert found["chosen"] == fixed and (found["warning"] is not None) == warned
 
 

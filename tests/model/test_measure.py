@@ -21,6 +21,7 @@ from edgedisp.pipeline import build_plan
 from edgedisp.pipeline import measure as stage
 from edgedisp.pipeline.options import ItemsOptions, MeasureOptions, ParityOptions
 from edgedisp.pipeline.prepare import items
+from edgedisp.pipeline.stage import Inputs
 from edgedisp.recipe import Evaluate, load
 
 ITEMS = ItemsOptions(Evaluate(tasks=("heldout_perplexity",), limit=4), context=32, seed=0)
@@ -45,7 +46,7 @@ class Run:
         np.save(corpus / "heldout.npy", blocks.astype(np.uint16))
         (root / "items").mkdir()
         model = store.model_dir("llama")
-        items(ITEMS, base=model, corpus=corpus, output_dir=root / "items", progress=silent)
+        items(ITEMS, Inputs(base=model, corpus=corpus), root / "items", silent)
 
     def measure(self, name: str, options: MeasureOptions = OPTIONS, **inputs: Path) -> Measurement:
         model, output = self.store.model_dir("llama"), self.root / name
@@ -56,7 +57,7 @@ class Run:
             "corpus": self.root / "corpus",
             "items": self.root / "items",
         }
-        results = stage.measure(options, output_dir=output, progress=silent, **folders, **inputs)
+        results = stage.measure(options, Inputs(**folders, **inputs), output, silent)
         return from_json(Measurement, results)
 
 

@@ -14,6 +14,7 @@ from edgedisp import models
 from edgedisp.commands.plan import render
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel
+from edgedisp.pipeline.options import BundleRounding
 from edgedisp.pipeline.size_estimate import size_account
 from edgedisp.quantize.onnx_rewrite import quantize_bundle
 from edgedisp.recipe import QuantizeBits
@@ -38,7 +39,9 @@ def test_the_accounting_is_the_files_within_two_percent(form: str, tmp_path: Pat
     sections = [
         QuantizeBits(group=group, symmetric=symmetric, head_bits=head) for _, group, symmetric, head in GRIDS
     ]
-    quantized = {str(n): (bits, section) for n, ((bits, *_), section) in enumerate(zip(GRIDS, sections))}
+    quantized = {
+        str(n): BundleRounding(bits, section) for n, ((bits, *_), section) in enumerate(zip(GRIDS, sections))
+    }
     found = size_account(models.empty_model(folder), quantized, {})
     assert found["tied"] == models.empty_model(folder).config.tie_word_embeddings
     told = {name: one["size_bytes"] for name, one in found["precisions"].items()}

@@ -20,10 +20,10 @@ from edgedisp.evaluate.divergence import DivergenceMeter
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.pipeline.build_plan import stages
+from edgedisp.pipeline.bundles import quantize_searched
 from edgedisp.pipeline.options import SearchOptions
-from edgedisp.pipeline.search import quantize_searched
-from edgedisp.pipeline.size_estimate import smallest_bytes
-from edgedisp.pipeline.stage import plain
+from edgedisp.pipeline.size_estimate import check_budget
+from edgedisp.pipeline.stage import Inputs, plain
 from edgedisp.quantize.calibration import gptq_model
 from edgedisp.quantize.mixed_precision import USUAL, SearchText
 from edgedisp.quantize.onnx_rewrite import quantize_bundle
@@ -63,7 +63,7 @@ def search(found: Folders, out: Path, goal: dict[str, Any], **decider: Path) -> 
     section = Quantize.model_validate(goal)
     options = SearchOptions(section.int4, section.budget, section.max_perplexity_increase, 0)
     folders = {"bundle": found["fp32"], "model": found["model"], "corpus": found["corpus"], **decider}
-    return quantize_searched(options, output_dir=out, progress=silent, **folders)
+    return quantize_searched(options, Inputs(**folders), out, silent)
 
 
 def pieces_of(tokens: np.ndarray, model: Any) -> list[torch.Tensor]:
@@ -169,11 +169,11 @@ def test_the_smallest_bundle_is_known_without_a_search(
 ) -> None:
     record = searched(folders("llama"), tmp_path / "int4", budget="1MB")
     (smallest,) = (point for point in record["search"]["points"] if point["name"] == "smallest")
-    there = folders("llama")["model"]
-    told = smallest_bytes(10**9, models.empty_model(there))
+    base = Inputs(base=folders("llama")["model"])
+    told = check_budget(10**9, base, tmp_path, silent)["smallest_bytes"]
     assert told == pytest.approx(smallest["size_bytes"], rel=0.15)  # pages and names weigh in a twin
     with pytest.raises(BadInput, match=r"fits 0\.0 MB; the smallest, .* takes 0\.\d MB"):
-        smallest_bytes(told // 2, models.empty_model(there))
+        check_budget(told // 2, base, tmp_path, silent)
 
 
 def finished(found: Folders, root: Path, arm: str, decided: Path | None = None, **goal: Any) -> Record:

@@ -35,7 +35,7 @@ def test_a_divided_model_trains_like_a_whole_one_and_comes_back_whole(
 
 
 def test_a_process_that_waits_ends_when_its_launcher_is_gone(tmp_path: Path) -> None:
-    from edgedisp.pipeline.follow import _wait
+    from edgedisp.pipeline.stage import _wait
 
     with pytest.raises(BuildFailed, match=r"the launcher ended while .*base was waited for"):
         _wait(tmp_path / "base", {}, launcher=os.getppid() + 1)

@@ -12,7 +12,8 @@ import pytest
 from edgedisp.core.progress import silent
 from edgedisp.graph.session import OnnxModel
 from edgedisp.pipeline import bundles
-from edgedisp.pipeline.options import ExportOptions, QuantizeOptions
+from edgedisp.pipeline.options import BundleRounding, QuantizeOptions
+from edgedisp.pipeline.stage import Inputs
 from edgedisp.recipe.schema import Int8, QuantizeBits
 
 TOKENS = np.random.default_rng(5).integers(0, twins.VOCABULARY, (12, 64)).astype(np.uint16)
@@ -28,7 +29,7 @@ def folders(request: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     for name in ("corpus", "fp32"):
         found[name].mkdir()
     np.save(found["corpus"] / "tokens.npy", TOKENS)
-    bundles.export(ExportOptions(3), model=found["model"], output_dir=found["fp32"], progress=silent)
+    bundles.export(3, Inputs(model=found["model"]), found["fp32"], silent)
     return found
 
 
@@ -39,7 +40,7 @@ def quantized(
     own.mkdir()
     names = ("model", "corpus") if section.calibrated else ()
     inputs = {"bundle": folders["fp32"], **{name: folders[name] for name in names}}
-    record = bundles.quantize(QuantizeOptions(bits, section), output_dir=own, progress=silent, **inputs)
+    record = bundles.quantize(QuantizeOptions(BundleRounding(bits, section)), Inputs(**inputs), own, silent)
     ids = TOKENS[8:, :32].astype(np.int64)
     expected = OnnxModel(folders["fp32"], 1)(ids, np.ones_like(ids))
     found = OnnxModel(own, 1)(ids, np.ones_like(ids))

@@ -38,7 +38,6 @@ LONGER = {"export/runner/runner.py"}  # copied to devices as one file
 # Still to be cut; nothing joins this list.
 TO_CUT = {
     "edgedisp/cli/builds.py", "edgedisp/cli/devices.py", "edgedisp/commands/compare.py",
-    "edgedisp/pipeline/package.py", "edgedisp/pipeline/rounding.py",
 }  # fmt: skip
 
 HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "scipy", "matplotlib", "lm_eval", "datasets", "peft"}

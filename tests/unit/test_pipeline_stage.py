@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.stage_folder import Record
-from edgedisp.pipeline.stage import UNHASHED, Stage, plain, state, walk
+from edgedisp.pipeline.stage import UNHASHED, Inputs, Stage, plain, state, walk
 
 HERE = __name__
 
@@ -25,18 +24,11 @@ class Options:
     interval: int = field(default=10, metadata=UNHASHED)
 
 
-def write(
-    options: Options,
-    *,
-    output_dir: Path,
-    progress: Any,
-    files: Mapping[str, Path] | None = None,
-    **inputs: Path,
-) -> Any:
+def write(options: Options, inputs: Inputs, output_dir: Path, progress: Any) -> Any:
     """A stage function for the tests: what it writes is all that it got."""
     text = [str((options.number, options.words))]
     text += [(folder / "out.txt").read_text() for _, folder in sorted(inputs.items())]
-    text += [path.read_text() for path in (files or {}).values()]
+    text += [path.read_text() for path in inputs.files.values()]
     (output_dir / "out.txt").write_text("\n".join(text))
     return {"number": options.number}
 
@@ -59,7 +51,7 @@ class Seen:
     def finished(self, name: str, record: Record) -> None:
         self.ran.append(name)
 
-    def kept(self, name: str, record: Record) -> None: ...
+    def cached(self, name: str, record: Record) -> None: ...
 
 
 GRAPH = {"base": (), "corpus": ("base",), "a/model": ("base", "corpus"), "b/model": ("base", "corpus"),
@@ -166,5 +158,5 @@ def test_an_input_that_was_made_again_runs_its_readers_only_where_its_files_diff
     assert run(stages, tmp_path / "run") == {"base"}
 
 
-def write_again(options: Options, *, output_dir: Path, progress: Any) -> Any:
-    return write(options, output_dir=output_dir, progress=progress)
+def write_again(options: Options, inputs: Inputs, output_dir: Path, progress: Any) -> Any:
+    return write(options, inputs, output_dir, progress)
