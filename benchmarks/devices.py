@@ -50,7 +50,7 @@ def exported(model: Path, folder: Path, screen: Screen) -> dict[str, Path]:
     (folder / "fp32.yaml").write_text(plain, encoding="utf-8")
     targets = {"laptop": "laptop-x64", "browser": "browser", "fp32": str(folder / "fp32.yaml")}
     for name, target in targets.items():
-        export_bundle(model, target, folder / name, screen)
+        export_bundle(model, target, folder / name, screen.progress)
     return {name: folder / name for name in targets}
 
 

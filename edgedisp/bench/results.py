@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -233,13 +233,13 @@ def few_repetitions(repetitions: int) -> tuple[str, ...]:
     return () if repetitions >= FEWEST_REPETITIONS else (f"{few}{FEWEST_REPETITIONS} or more can",)
 
 
-def label_bundles(folders: Sequence[Path]) -> dict[str, Path]:
-    """Label -> folder: the shortest distinct endings of the paths, such as `baseline/int4`."""
+def label_bundles(folders: Sequence[Path], reserved: Collection[str] = ()) -> dict[str, Path]:
+    """Label -> folder: the shortest distinct endings of the paths that are not `reserved`."""
     for depth in range(1, 12):
         labels = {"/".join(folder.resolve().parts[-depth:]): folder for folder in folders}
-        if len(labels) == len(folders):
+        if len(labels) == len(folders) and labels.keys().isdisjoint(reserved):
             return labels
-    raise BadInput("the same bundle is named twice")
+    raise BadInput(f"{folders[0]}: the same folder is named twice")
 
 
 def twin_pairs(labels: Sequence[str]) -> tuple[tuple[str, str], ...]:

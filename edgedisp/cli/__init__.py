@@ -1,10 +1,7 @@
-"""The command line: what is typed, what is shown, and which exit code it ends with.
+"""The command line: what is typed, what is shown, and the exit code. Results: stdout; progress: stderr."""
 
-Results go to stdout, progress to stderr.
-"""
-
-from edgedisp.cli import builds, devices, models  # noqa: F401  (their commands exist once they are imported)
+from edgedisp.cli import builds, devices, models  # noqa: F401  (importing them registers their commands)
 from edgedisp.cli.app import app
-from edgedisp.cli.ending import main
+from edgedisp.cli.exit_codes import main
 
 __all__ = ["app", "main"]

@@ -1,14 +1,16 @@
-"""The application itself, what its commands share, and how a recipe is found by name.
+"""The application, options that several commands share, and the recipe that a name stands for.
 
 Each command imports what it needs when it runs, so that help answers at once.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from edgedisp import __version__
 from edgedisp.core import distributed as processes
@@ -24,39 +26,32 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a packaged recipe.")
-]
+
+def output_file(option: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Refuse, before any work is done, a file that cannot be written."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise BadInput(f"{option.opts[0]} {path}: is a folder, or in one that is not there; name a file")
+    return path
+
+
+RecipeArgument = Annotated[str, Argument(metavar="RECIPE", help="A recipe file or packaged recipe.")]
 SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set train.tokens=10k"),
+    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a key: --set train.tokens=10k")
 ]
-SmokeOption = Annotated[
-    bool, typer.Option("--smoke", help="A tiny random model of the same architecture, every stage.")
-]
-OutOption = Annotated[
-    Path | None, typer.Option("--out", help="The run folder; default runs/<recipe>-<hash>.")
-]
-# What devices score, for `bench` and `phone` alike.
-ItemsOption = Annotated[
-    int | None, typer.Option("--items", help="Items of each task scored there, 20 to 2000; default 200.")
-]
-LimitOption = Annotated[
-    int | None,
-    typer.Option("--limit", help="Items of each task in the full set, scored here; default 500."),
-]
+SmokeOption = Annotated[bool, Option("--smoke", help="A tiny random model of the same architecture.")]
+OutOption = Annotated[Path | None, Option("--out", help="The run folder; default runs/<recipe>-<hash>.")]
+JsonOption = Annotated[bool, Option("--json", help="Print one line of JSON.")]
 TextOption = Annotated[
-    Path | None,
-    typer.Option("--text", metavar="FILE", help="Documents of held-out tasks; default: the run's."),
+    Path | None, Option(metavar="FILE", help="Text for held-out tasks; of a run: its own.")
 ]
-TasksPathOption = Annotated[
-    Path | None, typer.Option("--tasks-path", metavar="FOLDER", help="Your own lm-eval tasks.")
+TasksPathOption = Annotated[Path | None, Option(metavar="FOLDER", help="Your own lm-eval tasks.")]
+HtmlOption = Annotated[
+    Path | None, Option(metavar="FILE", callback=output_file, help="Write the result as one page.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(is_asked: bool) -> None:
+    if is_asked:
         typer.echo(f"edgedisp {__version__}")
         raise typer.Exit
 
@@ -64,9 +59,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _main(
     context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+    version: Annotated[bool, Option(callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Common to all commands."""
     count = processes.place().count
@@ -78,25 +71,24 @@ def _main(
 
 
 def load_recipe(recipe: str, overrides: list[str] | None, smoke: bool) -> Any:
+    """The recipe of a file, or the packaged one of that name."""
     from edgedisp.recipe import load
 
     path = Path(recipe)
+    packaged = {file.stem: file for file in sorted(data_folder("recipes").glob("*.yaml"))}
     name = path.stem if path.suffix in (".yaml", ".yml") else path.name  # `qwen3_0.6b` has no suffix
-    packaged = data_folder("recipes") / f"{name}.yaml"
-    if not path.exists() and path.parent == Path() and packaged.is_file():
-        path = packaged
-    elif not path.exists() and packaged.is_file():
+    if path.exists() or (name not in packaged and path.parent != Path()):
+        return load(path, overrides or (), smoke)
+    if name not in packaged:
+        names = ", ".join(packaged)
+        raise BadInput(f"{recipe}: no such file, and no packaged recipe of that name (there are {names})")
+    if path.parent != Path():
         raise BadInput(
             f"{recipe}: no such file; the packaged recipe of that name is `{name}`, without a folder"
         )
-    elif not path.exists() and path.parent == Path():
-        names = ", ".join(sorted(found.stem for found in data_folder("recipes").glob("*.yaml")))
-        raise BadInput(f"{recipe}: no such file, and no packaged recipe of that name (there are {names})")
-    return load(path, overrides or (), smoke)
+    return load(packaged[name], overrides or (), smoke)
 
 
 def width() -> int:
     """Columns of the terminal; 100 where there is none."""
-    import shutil
-
     return shutil.get_terminal_size((100, 24)).columns

@@ -7,55 +7,48 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
-from edgedisp.cli.app import ItemsOption, JsonOption, LimitOption, TasksPathOption, TextOption, app, width
+from edgedisp.cli.app import HtmlOption, JsonOption, TasksPathOption, TextOption, app, output_file, width
 from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.progress import Screen
 
-PromptOption = Annotated[int, typer.Option(min=1, help="Prompt tokens.")]
-GenerateOption = Annotated[int, typer.Option(min=2, help="Tokens to generate.")]
-ScoreOption = Annotated[
-    str | None, typer.Option(metavar="T,T,...", help="Score items of these tasks there too: heldout ...")
+BundlesArgument = Annotated[list[Path], Argument(metavar="BUNDLE...", help="Folders with a model.onnx.")]
+DeviceOption = Annotated[
+    list[str] | None, Option(help="local, ssh://USER@HOST[:PORT], adb[:SERIAL] or browser; may be repeated.")
+]
+PromptOption = Annotated[int, Option(min=1, help="Prompt tokens.")]
+GenerateOption = Annotated[int, Option(min=2, help="Tokens to generate.")]
+RepetitionsOption = Annotated[int, Option(min=1, help="5 or more, to tell differences.")]
+ScoreOption = Annotated[str | None, Option(metavar="T,...", help="Score items of these tasks: heldout ...")]
+ItemsOption = Annotated[int | None, Option(help="Items of each task scored there; default 200.")]
+LimitOption = Annotated[int | None, Option(help="Items of each task scored here; default 500.")]
+ReportOption = Annotated[bool, Option(help="Keep results in the bundles' run and show them in its report.")]
+JsonFileOption = Annotated[
+    Path | None, Option("--out", callback=output_file, help="Write every result to this JSON file.")
 ]
 
 
 @app.command()
 def bench(
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Folders with a model.onnx.")],
-    device: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Where: local, ssh://USER@HOST[:PORT], adb[:SERIAL] or browser; may be given several times."
-        ),
-    ] = None,
+    bundles: BundlesArgument,
+    device: DeviceOption = None,
     prompt: PromptOption = 128,
     generate: GenerateOption = 128,
-    repetitions: Annotated[int, typer.Option(min=1, help="5 or more tell differences from chance.")] = 5,
-    threads: Annotated[
-        str | None,
-        typer.Option(metavar="N|sweep", help="Default: what the bundle says; sweep: find the best count."),
-    ] = None,
-    write_threads: Annotated[
-        bool, typer.Option("--write-threads", help="Write the best count of the sweep into the bundles.")
-    ] = False,
-    pause: Annotated[float, typer.Option(min=0.0, help="Seconds of rest between repetitions.")] = 0.5,
-    setup: Annotated[
-        bool, typer.Option("--setup", help="Install what the device lacks (numpy and onnxruntime).")
-    ] = False,
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Leave bundles and packages on the device, for the next time.")
-    ] = False,
-    remote_python: Annotated[
-        str | None, typer.Option(metavar="PROGRAM", help="Python on the device; default: python3.")
-    ] = None,
+    repetitions: RepetitionsOption = 5,
+    threads: Annotated[str | None, Option(metavar="N|sweep", help="Default: the bundle's.")] = None,
+    write_threads: Annotated[bool, Option(help="Write the sweep's best count into bundles.")] = False,
+    pause: Annotated[float, Option(min=0.0, help="Seconds between repetitions.")] = 0.5,
+    setup: Annotated[bool, Option("--setup", help="Install numpy and onnxruntime there.")] = False,
+    keep: Annotated[bool, Option("--keep", help="Leave bundles and packages on the device.")] = False,
+    remote_python: Annotated[str | None, Option(metavar="PROGRAM", help="The device's Python.")] = None,
     score: ScoreOption = None,
     items: ItemsOption = None,
     limit: LimitOption = None,
     text: TextOption = None,
     tasks_path: TasksPathOption = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with all devices.")] = None,
-    report: Annotated[
-        bool, typer.Option("--report", help="Keep results in the bundles' run, and show them in its report.")
-    ] = False,
+    html: HtmlOption = None,
+    report: ReportOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Time bundles on devices, interleaved: time to first token, prefill and decode speed, memory.
@@ -63,40 +56,34 @@ def bench(
     With --score also score them there, and compare with this machine's scores.
     """
     from edgedisp.bench.devices import BenchOptions
-    from edgedisp.commands.bench import add_to_reports, lost_devices, run_places, time_bundles
+    from edgedisp.commands import bench as command
     from edgedisp.core.files import to_json
-    from edgedisp.core.progress import Screen
     from edgedisp.pipeline.device_scores import wished
     from edgedisp.report import devices_text
 
     names = device or ["local"]
     options = BenchOptions(
-        prompt=prompt,
-        generate=generate,
-        repetitions=repetitions,
-        threads=_threads(threads),
+        *(prompt, generate, repetitions, _threads(threads)),
         pause_s=pause,
         setup=setup,
         keep=keep,
         remote_python=remote_python,
     )
-    if html is not None and not html.resolve().parent.is_dir():
-        raise BadInput(f"--html {html}: there is no folder {html.parent}")
-    places = run_places(bundles) if report else {}
+    places = command.run_places(bundles) if report else {}
     with Screen(f"bench on {', '.join(names)}") as screen:
         wish = wished(score, items=items, limit=limit, text=text, tasks_path=tasks_path)
-        timed = time_bundles(bundles, names, options, screen.progress, wish, write_threads=write_threads)
+        timed = command.time_bundles(
+            bundles, names, options, screen.progress, wish, write_threads=write_threads
+        )
+    typer.echo(json.dumps(to_json(timed)) if as_json else devices_text(timed["devices"], width()))
     if html is not None:
         from edgedisp.report.render import devices_page
 
         html.write_text(devices_page(timed["devices"]), encoding="utf-8")
-    typer.echo(json.dumps(to_json(timed)) if as_json else devices_text(timed["devices"], width()))
-    for label, count in (timed.get("written") or {}).items() if not as_json else ():
-        typer.echo(f"{label}: {count} threads written into the bundle")
-    for line in add_to_reports(timed["devices"], places):
+    for line in command.add_to_reports(timed, places):
         typer.echo(line, err=True)
-    if lost := lost_devices(timed):
-        raise BuildFailed(f"{'; '.join(lost)}. What was measured until then is shown")
+    if problems := command.problems(timed):
+        raise BuildFailed(f"{'; '.join(problems)}. What was measured until then is shown")
 
 
 def _threads(text: str | None) -> Any:
@@ -110,30 +97,22 @@ def _threads(text: str | None) -> Any:
 
 @app.command()
 def phone(
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Folders made by the export.")],
-    host: Annotated[
-        str | None, typer.Option(help="Address to listen on; default: this machine's on its network.")
-    ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8717,
-    https: Annotated[
-        bool, typer.Option("--https", help="Encrypt, with a certificate made now: allows threads.")
-    ] = False,
+    bundles: BundlesArgument,
+    host: Annotated[str | None, Option(help="Address to listen on.")] = None,
+    port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one.")] = 8717,
+    https: Annotated[bool, Option("--https", help="Encrypt; allows threads.")] = False,
     prompt: PromptOption = 128,
     generate: GenerateOption = 128,
-    repetitions: Annotated[int, typer.Option(min=1)] = 5,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Default: chosen on the page, 1 unless changed.")
-    ] = None,
+    repetitions: RepetitionsOption = 5,
+    threads: Annotated[int | None, Option(min=1, help="Default: as chosen on the page.")] = None,
     score: ScoreOption = None,
     items: ItemsOption = None,
     limit: LimitOption = None,
     text: TextOption = None,
     tasks_path: TasksPathOption = None,
-    once: Annotated[bool, typer.Option("--once", help="End after the first complete result.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Write every result to this JSON file.")] = None,
-    report: Annotated[
-        bool, typer.Option(help="Keep results in the bundles' run, and show them in its report.")
-    ] = True,
+    once: Annotated[bool, Option("--once", help="End after the first complete result.")] = False,
+    out: JsonFileOption = None,
+    report: ReportOption = True,
     as_json: JsonOption = False,
 ) -> None:
     """Serve a page for phones: chat with bundles, and time them there; print what phones measured."""
@@ -146,6 +125,5 @@ def phone(
         BenchOptions(prompt, generate, repetitions, threads),
         ServeOptions(host, port, https, once),
         {"score": score, "items": items, "limit": limit, "text": text, "tasks_path": tasks_path},
-        PhoneOutput(out, report, as_json, width()),
-        typer.echo,
+        PhoneOutput(out, report, as_json, width(), typer.echo),
     )

@@ -4,77 +4,65 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from edgedisp.cli.app import JsonOption, app, width
 from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Screen
+
+ModelArgument = Annotated[
+    str, Argument(metavar="MODEL", help="A hub id, model folder, .gguf file or bundle.")
+]
+LayoutsOption = Annotated[
+    str | None,
+    Option(metavar="L,...", help="onnxruntime-genai, transformers.js, optimum."),
+]
 
 
 @app.command()
 def condensation(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="A hub id, a Hugging Face folder, a .gguf file or a bundle."),
-    ],
-    compare: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="A second model, measured on the same sequences.")
-    ] = None,
-    text: Annotated[Path | None, typer.Option(help="Text to measure on; default: made text.")] = None,
-    sequences: Annotated[int, typer.Option(min=1, help="How many sequences.")] = 16,
-    context: Annotated[int, typer.Option(min=8, help="Tokens in each.")] = 256,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="A folder for condensation.json, pictures and a page.")
-    ] = None,
+    model: ModelArgument,
+    compare: Annotated[str | None, Option(metavar="MODEL", help="Another, on the same sequences.")] = None,
+    text: Annotated[Path | None, Option(help="Default: synthetic text.")] = None,
+    sequences: Annotated[int, Option(min=1, help="How many sequences.")] = 16,
+    context: Annotated[int, Option(min=8, help="Tokens in each.")] = 256,
+    out: Annotated[Path | None, Option("--out", file_okay=False, help="Folder of a page.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how condensed a model's token vectors are, layer by layer; a bundle's in its own graph."""
     from edgedisp.commands import condensation as command
     from edgedisp.core.files import to_json
-    from edgedisp.core.progress import Screen
 
-    if out:
-        command.check_out(out)
     options = command.CondensationOptions(text, sequences, context)
     with Screen("condensation") as screen:
-        names = [model] if compare is None else [model, compare]
-        profiles = command.measure(names, options, screen.progress)
-        files = command.write(profiles, out) if out else []
-    if as_json:
-        typer.echo(json.dumps(to_json(profiles)))
-        return
-    typer.echo(command.text(profiles, width()))
-    if files:
-        typer.echo(f"\npage: {files[0]}")
+        profiles = command.measure([model, *([compare] if compare else [])], options, screen.progress)
+    typer.echo(json.dumps(to_json(profiles)) if as_json else command.text(profiles, width()))
+    if out:
+        from edgedisp.report.render import write_condensation
+
+        typer.echo(f"\npage: {write_condensation(profiles, out)[0]}", err=as_json)
 
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder.")],
-    target: Annotated[
-        str, typer.Option(help="Device profile: a name under export/targets, or a file of your own.")
-    ] = "laptop-x64",
-    layouts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="L,L,...", help="onnxruntime-genai, transformers.js, optimum; default: the profile's."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="The bundle; default MODEL-TARGET beside it.")
-    ] = None,
+    model: Annotated[Path, Argument(metavar="MODEL", help="A Hugging Face folder.")],
+    target: Annotated[str, Option(help="Device profile: a name or a file.")] = "laptop-x64",
+    layouts: LayoutsOption = None,
+    out: Annotated[Path | None, Option("--out", help="Default MODEL-TARGET beside it.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Export a model folder to an ONNX bundle for a device, in the layouts of its runtimes."""
     from edgedisp.commands.export import export_bundle
-    from edgedisp.core.progress import Screen
 
     bundle = out or model.resolve().with_name(f"{model.resolve().name}-{Path(target).stem}")
-    chosen = None if layouts is None else [name.strip() for name in layouts.split(",")]
+    names = None if layouts is None else [name.strip() for name in layouts.split(",")]
     with Screen(f"export -> {bundle}") as screen:
-        record = export_bundle(model, target, bundle, screen, chosen)
+        record = export_bundle(model, target, bundle, screen.progress, names)
     if as_json:
         typer.echo(json.dumps({"bundle": str(bundle), **record}))
         return
@@ -84,58 +72,45 @@ def export(
 
 @app.command()
 def chat(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle with a genai_config.json.")],
-    prompt: Annotated[str | None, typer.Option(help="Answer this one message and stop.")] = None,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Default 256, less in a small context.")
-    ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option()] = 0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Default: the bundle's own, at most the physical cores here.")
-    ] = None,
-    context: Annotated[
-        int | None, typer.Option(min=2, help="Most tokens kept; default 4096, or the bundle's own if less.")
-    ] = None,
+    bundle: Annotated[Path, Argument(metavar="BUNDLE", help="A bundle with a genai_config.json.")],
+    prompt: Annotated[str | None, Option(help="Answer this one message and stop.")] = None,
+    system: Annotated[str | None, Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int | None, Option(min=1, help="Default: 256 at most.")] = None,
+    temperature: Annotated[float, Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: int = 0,
+    threads: Annotated[int | None, Option(min=1, help="Default: the bundle's.")] = None,
+    context: Annotated[int | None, Option(min=2, help="Default: 4096 at most.")] = None,
 ) -> None:
     """Talk to a finished bundle through onnxruntime-genai; a line from standard input is one message.
 
     Answers go to stdout, all else to stderr. At a terminal, Ctrl-C ends an answer, Ctrl-D the conversation.
     """
-    from edgedisp.bench.system import physical_cores
-    from edgedisp.commands.chat import ChatOptions
-    from edgedisp.commands.chat import chat as run_chat
-    from edgedisp.core.files import check_files
+    from edgedisp.commands.chat import ChatOptions, Conversation
 
     def write(piece: str) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    at_terminal = sys.stdin.isatty()
+    interruptible = prompt is None and sys.stdin.isatty()
+    options = ChatOptions(system, max_new_tokens, threads, context, temperature, seed, interruptible)
+    conversation = Conversation(bundle, options, write, lambda line: typer.echo(line, err=True))
+    if prompt is None:
+        conversation.converse(_lines())
+        typer.echo(conversation.summary(), err=True)
+    else:
+        conversation.answer(prompt)
 
-    def read() -> str | None:
+
+def _lines() -> Iterator[str]:
+    """What the user types, until Ctrl-D; the prompt sign only where stdout is no file of answers."""
+    sign = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    while True:
         try:
-            return input("> " if at_terminal and sys.stdout.isatty() else "")  # stdout is for the answers
+            yield input(sign)
         except EOFError:
-            return None
+            return
         except UnicodeDecodeError as error:
             raise BadInput(f"standard input: is not text in UTF-8 ({error})") from error
-
-    check_files(bundle)
-    options = ChatOptions(
-        prompt=prompt,
-        system=system,
-        max_new_tokens=max_new_tokens,
-        threads=threads,
-        cores=physical_cores(),
-        context=context,
-        temperature=temperature,
-        seed=seed,
-        interruptible=prompt is None and at_terminal,
-    )
-    stats = run_chat(bundle, options, write=write, read=read, note=lambda text: typer.echo(text, err=True))
-    typer.echo(stats.line(), err=True)
 
 
 @app.command()
@@ -149,6 +124,5 @@ def doctor(as_json: JsonOption = False) -> None:
         typer.echo(json.dumps(rows))
         return
     for row in rows:
-        mark = {"ok": "ok     ", "warn": "warn   ", "missing": "missing"}[row["status"]]
         advice = f"\n{'':38}{row['advice']}" if row["advice"] else ""
-        typer.echo(f"{mark}  {row['check']:28} {row['found']}{advice}")
+        typer.echo(f"{row['status']:7}  {row['check']:28} {row['found']}{advice}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,6 @@ from edgedisp.commands.run_report import check_runs, show_devices
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import MANIFEST, check_files, update_listing, write_json
 from edgedisp.core.progress import Progress
-from edgedisp.core.results import DeviceResult
 from edgedisp.data import cache_folder
 from edgedisp.graph import genai_config
 from edgedisp.pipeline import device_scores
@@ -36,10 +35,10 @@ def time_bundles(
 ) -> dict[str, Any]:
     """Time bundles on every device, those of one device interleaved.
 
-    Returns {format, devices [DeviceResult]}, and with `write_threads`, which writes
-    the best counts of a sweep into the bundles, `written` {label: threads}. All devices are reached before
-    anything is timed; the result of one that is lost in the middle has `lost`. `wish`: items of tasks to
-    score there too; devices then have `scores`, and `scored` says what these have in common.
+    Returns {format, devices [DeviceResult]}. `wish`: tasks to score there too; devices then have `scores`,
+    and `scored` says what these have in common, or `unscored` why there are none. `write_threads`: write the
+    best counts of a sweep into the bundles, and return them as `written` {label: threads}. All devices are
+    reached before anything is timed; a device that went away in the middle has `lost`.
 
     Raises BadInput for a device that is not known or cannot be used, or a bundle that cannot be timed.
     """
@@ -48,7 +47,11 @@ def time_bundles(
         raise BadInput("--write-threads: writes what a sweep has found; give --threads sweep too")
     if write_threads and len(addresses) > 1:
         raise BadInput("--write-threads: a bundle holds the threads of one device; name one --device")
-    labels = _labels(bundles)
+    for bundle in bundles:
+        if not (bundle / "model.onnx").is_file() and not any(bundle.glob("onnx/*.onnx")):
+            raise BadInput(f"{bundle}: holds no model.onnx; a bundle is a folder such as <run>/<arm>/int4")
+        check_files(bundle)
+    labels = label_bundles(bundles)
     questions = None if wish is None else device_scores.prepared(wish, labels, cache_folder())
     requests = {} if questions is None else questions.requests
     options = replace(options, pairs=twin_pairs(list(labels)), requests=requests)
@@ -75,7 +78,7 @@ def time_bundles(
     return timed
 
 
-def lost_devices(timed: Mapping[str, Any]) -> list[str]:
+def problems(timed: Mapping[str, Any]) -> list[str]:
     """`device: why` for each device that was lost in the middle, and why scores here are missing."""
     lost = [f"{result.device}: {result.lost}" for result in timed["devices"] if result.lost]
     return lost + ([f"scores: {timed['unscored']}"] if "unscored" in timed else [])
@@ -109,16 +112,8 @@ def run_places(bundles: list[Path]) -> dict[str, device_results.Place]:
     return places
 
 
-def add_to_reports(results: Sequence[DeviceResult], places: Mapping[str, device_results.Place]) -> list[str]:
-    """Store devices' results in the runs of their bundles and write the reports again; a line for each."""
-    runs = {run for result in results for run in device_results.keep(result, places)}
-    return [show_devices(run) for run in sorted(runs)]
-
-
-def _labels(bundles: list[Path]) -> dict[str, Path]:
-    """Every bundle by a short name. BadInput where one is no bundle or damaged."""
-    for bundle in bundles:
-        if not (bundle / "model.onnx").is_file() and not any(bundle.glob("onnx/*.onnx")):
-            raise BadInput(f"{bundle}: holds no model.onnx; a bundle is a folder such as <run>/<arm>/int4")
-        check_files(bundle)
-    return label_bundles(bundles)
+def add_to_reports(timed: Mapping[str, Any], places: Mapping[str, device_results.Place]) -> list[str]:
+    """Store results in the runs of their bundles and write the reports again; a line for each change."""
+    lines = [f"{label}: {count} threads written into it" for label, count in timed.get("written", {}).items()]
+    runs = {run for result in timed["devices"] for run in device_results.keep(result, places)}
+    return lines + [show_devices(run) for run in sorted(runs)]

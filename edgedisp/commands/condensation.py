@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from edgedisp import data, models
+from edgedisp.bench.results import label_bundles
 from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import check_files
-from edgedisp.core.progress import Progress
+from edgedisp.core.progress import Progress, labelled
 from edgedisp.core.results import Condensation
 from edgedisp.dispersion.condensation import Profile, measure_model, summary
-from edgedisp.graph.genai_config import context_length, read_config
+from edgedisp.graph.genai_config import context_length
 from edgedisp.pipeline.measure import measure_bundle
-from edgedisp.report.layout import Grid, grid_text
+from edgedisp.report.layout import grid_text
 from edgedisp.report.result_sections import layer_grid, model_grid
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
@@ -45,31 +46,44 @@ def measure(names: list[str], options: CondensationOptions, progress: Progress) 
     Raises BadInput for what is no model, a bundle whose hidden states cannot be found, too little text, more
     tokens than a model takes, and tokenizers that differ on the text.
     """
-    measured: list[Profile] = []
-    tokens: list[Tensor] = []
+    profiles: list[Profile] = []
+    first: Tensor | None = None
     for name in names:  # one model in memory at a time
-        profile, blocks = _measure(name, options, tokens, progress)
-        measured.append(profile)
-        tokens.append(blocks)
-    results = [summary(profile, measured[0] if index else None) for index, profile in enumerate(measured)]
-    return dict(zip(_distinct(names), results))
+        profile, first = _measure(name, options, first, labelled(progress, name))
+        profiles.append(profile)
+    results = [summary(profile, profiles[0] if index else None) for index, profile in enumerate(profiles)]
+    return dict(zip(label_bundles([Path(name) for name in names]), results))
 
 
 def _measure(
-    name: str, options: CondensationOptions, before: list[Tensor], progress: Progress
+    name: str, options: CondensationOptions, first: Tensor | None, progress: Progress
 ) -> tuple[Profile, Tensor]:
-    where = data.fetch(name, base_dir=Path.cwd(), progress=progress)
-    named = _named(progress, name)
-    if isinstance(where, Path) and _is_bundle(where):
-        read_config(where)  # says what is missing before the tokenizer does
-        check_files(where)
-        blocks = _blocks(name, models.load_tokenizer(where), context_length(where), options)
-        _check_same_tokens(name, blocks, before)
-        return measure_bundle(where, blocks, physical_cores(), named), blocks
-    model, tokenizer = models.open_base(where, progress=progress)
-    blocks = _blocks(name, tokenizer, models.context_length(model.config), options)
-    _check_same_tokens(name, blocks, before)
-    return measure_model(model, blocks, named), blocks
+    """The profile, and the token blocks, which must be those of the first model."""
+    path = data.fetch(name, base_dir=Path.cwd(), progress=progress)
+    model: Any = None
+    if isinstance(path, Path) and _is_bundle(path):
+        longest = context_length(path)  # says what is missing before the tokenizer does
+        check_files(path)
+        tokenizer = models.load_tokenizer(path)
+    else:
+        model, tokenizer = models.open_base(path, progress=progress)
+        longest = models.context_length(model.config)
+    if options.context > longest:
+        raise BadInput(
+            f"{name}: takes {longest} tokens at most, --context is {options.context}; "
+            f"give --context {longest} or less"
+        )
+    blocks = _blocks(tokenizer, options)
+    if first is not None and not torch.equal(first, blocks):
+        index = int((first != blocks).flatten().int().argmax())
+        raise BadInput(
+            f"{name}: its tokenizer makes other tokens of the text than the first model's, from token "
+            f"{index} on; vectors of different tokens cannot be compared. "
+            "Compare models with the same tokenizer"
+        )
+    if model is None:
+        return measure_bundle(Path(path), blocks, physical_cores(), progress), blocks
+    return measure_model(model, blocks, progress), blocks
 
 
 def _is_bundle(folder: Path) -> bool:
@@ -78,14 +92,9 @@ def _is_bundle(folder: Path) -> bool:
     return (folder / "model.onnx").is_file() and not weights
 
 
-def _blocks(name: str, tokenizer: Any, longest: int, options: CondensationOptions) -> Tensor:
+def _blocks(tokenizer: Any, options: CondensationOptions) -> Tensor:
     """Token ids int64 [sequences, context] of the text, as the model's own tokenizer cuts it."""
     sequences, context = options.sequences, options.context
-    if context > longest:
-        raise BadInput(
-            f"{name}: takes {longest} tokens at most, --context is {context}; "
-            f"give --context {longest} or less"
-        )
     if options.text is None:
         documents = data.synthetic_documents(sequences * context // TOKENS_PER_DOCUMENT + 20, seed=0)
     else:
@@ -97,51 +106,10 @@ def _blocks(name: str, tokenizer: Any, longest: int, options: CondensationOption
     return torch.from_numpy(blocks.astype(np.int64))
 
 
-def _check_same_tokens(name: str, blocks: Tensor, before: list[Tensor]) -> None:
-    if before and not torch.equal(before[0], blocks):
-        place = int((before[0] != blocks).flatten().int().argmax())
-        raise BadInput(
-            f"{name}: its tokenizer makes other tokens of the text than the first model's, from token "
-            f"{place} on; vectors of different tokens cannot be compared. "
-            "Compare models with the same tokenizer"
-        )
-
-
-def check_out(folder: Path) -> None:
-    """BadInput if there is a file in the folder's place."""
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"--out {folder}: is a file; name a folder, or one that does not exist yet")
-
-
-def write(profiles: dict[str, Condensation], folder: Path) -> list[Path]:
-    """Write condensation.html, condensation.json and the pictures into `folder`; returns the files."""
-    from edgedisp.report import render  # brings matplotlib
-
-    check_out(folder)
-    return render.write_condensation(profiles, folder)
-
-
 def text(profiles: dict[str, Condensation], width: int) -> str:
     """The tables for a terminal: all layers of each model, then what differs."""
-    names = list(profiles)
-    last = profiles[names[-1]].change
-    grids: list[Grid] = [model_grid(profiles), *(layer_grid(name, one) for name, one in profiles.items())]
-    if last is not None:
-        grids.append(layer_grid(f"{names[-1]} - {names[0]}, paired over sequences", last, signs=True))
+    first, last = next(iter(profiles)), next(reversed(profiles))
+    grids = [model_grid(profiles), *(layer_grid(name, profile) for name, profile in profiles.items())]
+    if (change := profiles[last].change) is not None:
+        grids.append(layer_grid(f"{last} - {first}, paired over sequences", change, signs=True))
     return "\n\n".join(grid_text(grid, width) for grid in grids if grid.rows)
-
-
-def _distinct(names: list[str]) -> list[str]:
-    """The shortest endings of the paths that tell the models apart; equal names are numbered."""
-    if len(set(names)) < len(names):
-        return [f"{name} ({place})" for place, name in enumerate(names, start=1)]
-    parts = [Path(name).parts for name in names]
-    for depth in range(1, max(map(len, parts)) + 1):
-        short = ["/".join(part[-depth:]) for part in parts]
-        if len(set(short)) == len(names):
-            return short
-    return names
-
-
-def _named(progress: Progress, name: str) -> Progress:
-    return lambda done, total, note: progress(done, total, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any
 from edgedisp import data, models
 from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import MANIFEST, changed_files
+from edgedisp.core.files import MANIFEST, changed_files, read_json
+from edgedisp.core.progress import Progress
 from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.runtime_layouts import LAYOUTS
 from edgedisp.graph.session import OnnxModel
 from edgedisp.graph.verify import check_bundle
 from edgedisp.pipeline.bundles import CARD, provenance_of, write_package
 from edgedisp.pipeline.options import PackageOptions
-from edgedisp.pipeline.stage import Observer
 from edgedisp.quantize.onnx_rewrite import quantize_bundle
 from edgedisp.recipe import BITS, Target, load_target
 from edgedisp.recipe.values import choice
@@ -26,7 +25,7 @@ from edgedisp.report import bundle_card
 
 
 def export_bundle(
-    folder: Path, target_name: str, out: Path, observer: Observer, layouts: Sequence[str] | None = None
+    folder: Path, target_name: str, out: Path, progress: Progress, layouts: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """Export a Hugging Face folder to a bundle for a device profile; `out` appears whole or not at all.
 
@@ -34,31 +33,31 @@ def export_bundle(
     or a tokenizer, or an `out` that exists.
     """
     target = load_target(target_name)
-    chosen = _check_export(folder, out, layouts or target.layouts)
+    names = _check_export(folder, out, layouts or target.layouts)
     threads = target.threads or physical_cores()
     out.resolve().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.resolve().parent) as scratch:
         parent, package = Path(scratch) / "fp32", Path(scratch) / "package"
         parent.mkdir()
         package.mkdir()
-        bundle, grid = _checked_bundle(folder, target, threads, parent, observer)
-        target = target.model_copy(update={"layouts": chosen})
+        bundle, grid = _checked_bundle(folder, target, threads, parent, progress)
+        target = target.model_copy(update={"layouts": names})
         options = PackageOptions(target, threads, provenance_of(folder))
         record = write_package(options, grid, bundle, folder, package)
-        manifest = json.loads((package / MANIFEST).read_text(encoding="utf-8"))
-        (package / CARD).write_text(bundle_card(manifest, out.name), encoding="utf-8")
+        card = bundle_card(read_json(package / MANIFEST), out.name)
+        (package / CARD).write_text(card, encoding="utf-8")
         package.rename(out)
     return {**record, "checked": grid["checked"]}
 
 
 def _check_export(folder: Path, out: Path, layouts: Sequence[str]) -> list[str]:
     """Refuse what would fail later; returns the layouts, each once and in their usual order."""
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: no such folder; `edgedisp build` leaves one under <run>/<arm>/model")
-    if not (folder / "config.json").is_file():
-        raise BadInput(f"{folder}: no model folder (config.json is missing); name a Hugging Face folder")
-    if not (folder / "tokenizer.json").is_file():
-        raise BadInput(f"{folder}: no tokenizer.json; a bundle needs the fast form of the tokenizer")
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise BadInput(
+                f"{folder}: no {name}; export takes a Hugging Face folder with a fast tokenizer, such as "
+                "<run>/<arm>/model"
+            )
     if out.exists():
         raise BadInput(f"{out}: exists already; choose another --out")
     if changed := changed_files(folder, "*.safetensors"):
@@ -75,11 +74,10 @@ def _check_export(folder: Path, out: Path, layouts: Sequence[str]) -> list[str]:
 
 
 def _checked_bundle(
-    folder: Path, target: Target, threads: int, parent: Path, observer: Observer
+    folder: Path, target: Target, threads: int, parent: Path, progress: Progress
 ) -> tuple[Path, dict[str, Any]]:
     """The bundle at the target's precision, opened and checked, and the record of its grid."""
-    observer.progress(0, 3, "writing the graph")
-    progress = observer.progress
+    progress(0, 3, "writing the graph")
     grid = export_graph(folder, parent, threads=threads, max_context=target.context, progress=progress)
     bundle = parent
     if target.precision != "fp32":

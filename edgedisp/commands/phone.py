@@ -15,7 +15,6 @@ from edgedisp.bench.phone import ServeOptions, serve
 from edgedisp.bench.results import label_bundles
 from edgedisp.bench.system import physical_cores
 from edgedisp.commands.run_report import check_runs, show_devices
-from edgedisp.core.errors import BadInput
 from edgedisp.core.files import check_files, data_folder, to_json, write_json
 from edgedisp.core.progress import Screen
 from edgedisp.core.results import DeviceResult
@@ -27,22 +26,28 @@ from edgedisp.report import devices_text
 class PhoneOutput:
     """json_file: every result is written to it. report: results join the reports of the bundles' runs.
 
-    as_json: one line of JSON at the end instead of tables. width: of the tables.
+    as_json: one line of JSON at the end instead of tables, of `width` columns. echo(text, err=False) prints.
     """
 
-    json_file: Path | None = None
-    report: bool = True
-    as_json: bool = False
-    width: int = 100
+    json_file: Path | None
+    report: bool
+    as_json: bool
+    width: int
+    echo: Callable[..., None]
+
+    def note(self, line: str) -> None:
+        self.echo(line, err=True)
 
 
-class Results:
+class Arrivals:
     """The results of phones as they arrive."""
 
     def __init__(self, bundles: dict[str, Path], score: dict[str, Any], output: PhoneOutput) -> None:
         self.output = output
         self.places = device_results.places(bundles) if output.report else {}
         check_runs(self.places)
+        for run in sorted({place.run for place in self.places.values()}):
+            output.note(f"What phones measure joins the report of {run} (--no-report: it does not)")
         self.questions: Any = None
         if any(score.values()):  # what makes questions takes seconds to load
             from edgedisp.pipeline.device_scores import prepared, wished
@@ -51,6 +56,11 @@ class Results:
                 self.questions = prepared(wish, bundles, cache_folder())
         self.complete: dict[str, DeviceResult] = {}
         self.unreported: set[Path] = set()
+
+    def complete_result(self, run: str, result: DeviceResult) -> None:
+        self.complete[run] = result = self.scored(result)
+        self.write(self.complete.values())  # at once: later phones may come or not
+        self.show(result)
 
     def scored(self, result: DeviceResult) -> DeviceResult:
         """The result with scores instead of the phone's answers."""
@@ -61,13 +71,13 @@ class Results:
         with Screen("scores here") as screen:
             return with_scores(self.questions, [result], physical_cores(), screen.progress)[0]
 
-    def show(self, result: DeviceResult, echo: Callable[..., None], note: Callable[[str], None]) -> None:
+    def show(self, result: DeviceResult) -> None:
         """Print a result, and add it to the reports."""
         if not self.output.as_json:
-            echo(devices_text([result], self.output.width) + "\n")
+            self.output.echo(devices_text([result], self.output.width) + "\n")
         self.unreported |= set(device_results.keep(result, self.places))
         for run in sorted(self.unreported):  # with those of a call that Ctrl-C cut off
-            note(show_devices(run))
+            self.output.note(show_devices(run))
             self.unreported.discard(run)
 
     def write(self, results: Iterable[DeviceResult]) -> None:
@@ -86,44 +96,27 @@ def measure_on_phones(
     server: ServeOptions,
     score: dict[str, Any],
     output: PhoneOutput,
-    echo: Callable[..., None],
 ) -> None:
-    """Serve until Ctrl-C, or once. `score`: arguments of `wished`; `echo(text, err=False)` prints.
+    """Serve until Ctrl-C, or once. `score`: arguments of `wished`.
 
     Raises BadInput for what the user can mend, KeyboardInterrupt where nothing arrived.
     """
-
-    def note(line: str) -> None:
-        echo(line, err=True)
-
-    file = output.json_file
-    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise BadInput(f"--out {file}: is a folder, or in one that is not there; name a file")
     for bundle in bundles:
-        if bundle.is_dir():
-            check_files(bundle)
+        check_files(bundle)
     labels = label_bundles(bundles)
     served = tuple(read_bundle(label, folder) for label, folder in labels.items())
-    arrivals = Results(labels, score, output)
-    for run in sorted({place.run for place in arrivals.places.values()}):
-        note(f"What phones measure joins the report of {run} (--no-report: it does not)")
-
-    def arrived(run: str, result: DeviceResult) -> None:
-        arrivals.complete[run] = result = arrivals.scored(result)
-        arrivals.write(arrivals.complete.values())  # at once: later phones may come or not
-        arrivals.show(result, echo, note)
-
+    arrivals = Arrivals(labels, score, output)
     requests = {} if arrivals.questions is None else arrivals.questions.requests
-    plan = PagePlan(served, replace(timing, requests=requests))
-    received = serve(plan, data_folder("export") / "web", server, note=note, arrived=arrived)
+    plan, web = PagePlan(served, replace(timing, requests=requests)), data_folder("export") / "web"
+    received = serve(plan, web, server, note=output.note, arrived=arrivals.complete_result)
     if not received:
         raise KeyboardInterrupt  # ended before anything came
     results = [arrivals.complete.get(run) or arrivals.scored(result) for run, result in received.items()]
     arrivals.write(results)
-    if file is not None:
-        note(f"results: {file}")
+    if output.json_file is not None:
+        output.note(f"results: {output.json_file}")
     for result in results:
         if result.lost:
-            arrivals.show(result, echo, note)
+            arrivals.show(result)
     if output.as_json:
-        echo(json.dumps(arrivals.document(results), ensure_ascii=False))
+        output.echo(json.dumps(arrivals.document(results), ensure_ascii=False))

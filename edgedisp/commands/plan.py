@@ -20,6 +20,8 @@ from edgedisp.core.results import PUBLISHED_POINTS
 from edgedisp.pipeline.build_plan import as_computed, bundle_rounding, stages
 from edgedisp.pipeline.stage import Observer, state
 from edgedisp.recipe import BITS, Recipe, load_target
+from edgedisp.report.formatting import fixed, plural
+from edgedisp.report.layout import Grid, grid_text
 
 TRAINING_BYTES_PER_WEIGHT = 16  # float32 weight, gradient and the two moments of AdamW
 CHECKPOINT_BYTES_PER_WEIGHT = 12
@@ -42,8 +44,7 @@ def check_before_start(recipe: Recipe) -> None:
                 f"({', '.join(recipe.precisions)}); what ships must have been measured: "
                 "add the precision, or drop the target"
             )
-    missing = [name for name in recipe.train.report_to if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := [name for name in recipe.train.report_to if importlib.util.find_spec(name) is None]:
         raise BadInput(
             f"train.report_to: {', '.join(missing)} is not installed: pip install {' '.join(missing)}, "
             "or leave it out"
@@ -81,10 +82,12 @@ def check_processes(recipe: Recipe, count: int) -> None:
 def make_plan(recipe: Recipe, run: Path, *, probe: bool, observer: Observer) -> dict[str, Any]:
     """The plan as JSON values: recipe, run, steps, tokens, threads, warning, stages [{name, done, seconds}],
     detectable, sizes or sizes_unknown, and with `probe` estimate (None where nothing is left to do)."""
+    from edgedisp.evaluate import comparison
+
     check_before_start(recipe)
-    threads = threads_for(recipe)
+    threads, limit = threads_for(recipe), recipe.evaluate.limit
     passed = state(stages(recipe, threads), run)
-    planned: dict[str, Any] = {
+    plan: dict[str, Any] = {
         "recipe": recipe.name,
         "run": str(run),
         "steps": recipe.steps,
@@ -92,74 +95,66 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, observer: Observer) -> 
         "threads": threads,
         "warning": slow_products(recipe),
         "stages": [
-            {"name": stage.name, "done": record is not None, "seconds": record.seconds if record else None}
+            {"name": stage.name, "done": record is not None, "seconds": record and record.seconds}
             for stage, record in passed
         ],
         "estimate": None,
-        "detectable": _detectable(recipe),
+        "detectable": {
+            "items": limit,
+            "seeds": recipe.seeds,
+            "differing": comparison.DIFFERING,
+            "points": 100 * comparison.detectable_accuracy(limit),
+            "nats": {name: comparison.detectable_loss(limit, name) for name in recipe.precisions},
+            "published_points": PUBLISHED_POINTS,
+            "items_for_published": comparison.items_for(PUBLISHED_POINTS / 100),
+        },
+        "sizes": None,
+        "sizes_unknown": None,
     }
-    probing = probe and any(record is None for _, record in passed)
+    probe = probe and any(record is None for _, record in passed)
     base = run / "base" if passed[0][1] is not None else None
-    planned["sizes"], planned["sizes_unknown"] = _sizes(recipe, base, probing, observer)
-    if probing:
-        planned["estimate"] = _estimate(recipe, planned, observer)
-    return planned
+    try:
+        plan["sizes"] = _sizes(recipe, base, probe, observer.progress)
+    except (BadInput, BuildFailed) as error:
+        if probe:
+            raise
+        plan["sizes_unknown"] = str(error)
+    if probe:
+        plan["estimate"] = _estimate(recipe, plan, observer.progress)
+    return plan
 
 
-def _sizes(
-    recipe: Recipe, base: Path | None, probing: bool, observer: Observer
-) -> tuple[dict[str, Any] | None, str | None]:
-    """Sizes of the recipe's bundles, or None and the reason; with a probe, what is wrong is an error."""
+def _sizes(recipe: Recipe, base: Path | None, download: bool, progress: Progress) -> dict[str, Any]:
+    """`size_account` of the recipe's bundles. Raises BadInput where the base is not at hand."""
     from edgedisp.pipeline.size_estimate import base_without_weights, size_account
 
     roundings: dict[str, Any] = {
         name: bundle_rounding(recipe, name) for name in recipe.precisions if name in BITS
     }
-    positions = {name: load_target(name).context for name in recipe.targets}
-    try:
-        model = base_without_weights(recipe, base, observer.progress, download=probing)
-        if model is None:
-            return None, f"{recipe.model.base} is not downloaded yet"
-        return size_account(model, roundings, positions), None
-    except (BadInput, BuildFailed) as error:
-        if probing:
-            raise
-        return None, str(error)
+    model = base_without_weights(recipe, base, progress, download=download)
+    if model is None:
+        raise BadInput(f"{recipe.model.base} is not downloaded yet")
+    return size_account(model, roundings, {name: load_target(name).context for name in recipe.targets})
 
 
-def _detectable(recipe: Recipe) -> dict[str, Any]:
-    """Differences that the recipe's items can show; see evaluate/comparison.py."""
-    from edgedisp.evaluate import comparison
-
-    limit = recipe.evaluate.limit
-    return {
-        "items": limit,
-        "seeds": recipe.seeds,
-        "differing": comparison.DIFFERING,
-        "points": 100 * comparison.detectable_accuracy(limit),
-        "nats": {name: comparison.detectable_loss(limit, name) for name in recipe.precisions},
-        "published_points": PUBLISHED_POINTS,
-        "items_for_published": comparison.items_for(PUBLISHED_POINTS / 100),
-    }
-
-
-def _estimate(recipe: Recipe, planned: dict[str, Any], observer: Observer) -> dict[str, Any]:
+def _estimate(recipe: Recipe, plan: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Fill in the seconds of the stages that are to do; time, memory and disk of the whole build."""
-    probed = probe_base(recipe, observer.progress)
-    todo = [stage for stage in planned["stages"] if not stage["done"]]
-    for stage in todo:
-        stage["seconds"] = _stage_seconds(stage["name"], recipe, probed)
+    probed = probe_base(recipe, progress)
+    step_s = float(probed["micro_step_s"] * recipe.train.accumulate + probed["optimizer_s"])
+    left = [stage for stage in plan["stages"] if not stage["done"]]
+    for stage in left:
+        stage["seconds"] = _stage_seconds(stage["name"], recipe, probed, step_s)
     parameters, trainable = probed["parameters"], probed["trainable"]
-    folder = Path(planned["run"]).resolve()
+    folder = Path(plan["run"]).resolve()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     training_bytes = 4 * parameters + trainable * (TRAINING_BYTES_PER_WEIGHT - 4)
     return {
-        "step_s": _step_seconds(recipe, probed),
-        "seconds_left": sum(stage["seconds"] for stage in todo),
+        "step_s": step_s,
+        "seconds_left": sum(stage["seconds"] for stage in left),
         "parameters": parameters,
         "peak_memory_bytes": training_bytes + probed["process_bytes"] + probed["activation_bytes"],
         "memory_bytes": probed["memory_bytes"],
-        "disk_bytes": disk_bytes(parameters, recipe, planned["sizes"]),
+        "disk_bytes": disk_bytes(parameters, recipe, plan["sizes"]),
         "disk_free_bytes": shutil.disk_usage(existing).free,
     }
 
@@ -170,7 +165,7 @@ def disk_bytes(parameters: int, recipe: Recipe, sizes: dict[str, Any]) -> int:
     Every training leaves its model and its bundles (fp32 in any case), the first of each arm also a bundle
     for every target. sizes: of `size_account`.
     """
-    bundle_bytes = {name: found["size_bytes"] for name, found in sizes["precisions"].items()}
+    bundle_bytes = {name: bundle["size_bytes"] for name, bundle in sizes["precisions"].items()}
     bundles = sum(bundle_bytes[name] for name in {"fp32", *recipe.precisions})
     packages = sum(bundle_bytes[load_target(name).precision] for name in recipe.targets)
     trained = len(recipe.arm_runs) * (4 * parameters + bundles) + len(recipe.arms) * packages
@@ -209,11 +204,7 @@ def probe_base(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _step_seconds(recipe: Recipe, probed: dict[str, Any]) -> float:
-    return float(probed["micro_step_s"] * recipe.train.accumulate + probed["optimizer_s"])
-
-
-def _stage_seconds(name: str, recipe: Recipe, probed: dict[str, Any]) -> float:
+def _stage_seconds(name: str, recipe: Recipe, probed: dict[str, Any], step_s: float) -> float:
     """Rough seconds of a stage. The constants were measured on SmolLM2-135M with 2 cores."""
     kind = name.rsplit("/", 1)[-1]
     size, forward_s = probed["parameters"] / 135e6, probed["forward_s_per_token"]
@@ -221,7 +212,7 @@ def _stage_seconds(name: str, recipe: Recipe, probed: dict[str, Any]) -> float:
     if kind == "model" and adapter is not None:  # the merge audit: a held-out loss for each way to merge
         return float((6 if adapter.kind == "lora" else 8) * 4096 * forward_s + 5 * size)
     if kind in ("adapter", "model"):
-        return float(recipe.steps * _step_seconds(recipe, probed) + 5 * size)
+        return float(recipe.steps * step_s + 5 * size)
     if kind.startswith("measure"):
         heldout = evaluate.perplexity_tokens or evaluate.limit * recipe.data.context
         tokens = min(heldout, 50_000) + evaluate.limit * (96 + 4 * 90) + 16 * recipe.data.context
@@ -240,30 +231,32 @@ def _stage_seconds(name: str, recipe: Recipe, probed: dict[str, Any]) -> float:
     return float(seconds)
 
 
-def render(planned: dict[str, Any]) -> str:
-    """The plan as text for a terminal."""
-    lines = [
-        f"{planned['recipe']} -> {planned['run']}",
-        f"{planned['steps']} optimizer steps an arm, {planned['tokens']:,} tokens, "
-        f"{planned['threads']} threads",
+# As text
+
+
+def render(plan: dict[str, Any], width: int = 100) -> str:
+    """The plan for a terminal of `width` columns."""
+    head = [
+        f"{plan['recipe']} -> {plan['run']}",
+        f"{plan['steps']} optimizer steps an arm, {plan['tokens']:,} tokens, {plan['threads']} threads",
     ]
-    if planned["warning"]:
-        lines.append(f"warning: {planned['warning']}")
-    lines.append("")
-    for stage in planned["stages"]:
+    if plan["warning"]:
+        head.append(f"warning: {plan['warning']}")
+    rows = []
+    for stage in plan["stages"]:
         mark, about = ("done", "") if stage["done"] else ("to do", "about ")
         took = "" if stage["seconds"] is None else about + clock(stage["seconds"])
-        lines.append(f"  {mark:6} {stage['name']:28} {took}".rstrip())
-    lines += ["", *_size_lines(planned), "", *_detectable_lines(planned["detectable"])]
-    estimate = planned["estimate"]
-    if estimate is not None:
-        lines += [
-            "",
+        rows.append(f"  {mark:6} {stage['name']:28} {took}".rstrip())
+    sizes = f"sizes: not known: {plan['sizes_unknown']}"
+    if plan["sizes"] is not None:
+        sizes = _sizes_text(plan["sizes"], width)
+    blocks = ["\n".join(head), "\n".join(rows), sizes, _detectable_text(plan["detectable"])]
+    if (estimate := plan["estimate"]) is not None:
+        gb = {name: f"{estimate[name] / 1e9:.1f} GB" for name in estimate if name.endswith("bytes")}
+        lines = [
             f"left: about {clock(estimate['seconds_left'])} ({estimate['step_s']:.2f} s a step, probed)",
-            f"memory: about {estimate['peak_memory_bytes'] / 1e9:.1f} GB at the peak, "
-            f"{estimate['memory_bytes'] / 1e9:.1f} GB there",
-            f"disk: about {estimate['disk_bytes'] / 1e9:.1f} GB, {estimate['disk_free_bytes'] / 1e9:.1f} GB "
-            "free",
+            f"memory: about {gb['peak_memory_bytes']} at the peak, {gb['memory_bytes']} there",
+            f"disk: about {gb['disk_bytes']}, {gb['disk_free_bytes']} free",
         ]
         if estimate["peak_memory_bytes"] > estimate["memory_bytes"]:
             lines.append(
@@ -271,53 +264,43 @@ def render(planned: dict[str, Any]) -> str:
             )
         if estimate["disk_bytes"] > estimate["disk_free_bytes"]:
             lines.append("does not fit on the disk: choose another --out")
-    return "\n".join(lines)
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
 
 
-COMPONENTS = {"embedding": "embedding", "attention": "attention", "mlp": "mlp", "head": "head"}
-COMPONENTS |= {"norm": "norms", "positions": "positions", "other": "other"}
-"""A component of `size_account` -> its row, in the order of the table."""
-
-
-def _size_lines(planned: dict[str, Any]) -> list[str]:
+def _sizes_text(sizes: dict[str, Any], width: int) -> str:
     """Megabytes: a row for each component, a column for each precision; then the KV cache."""
-    sizes = planned["sizes"]
-    if sizes is None:
-        return [f"sizes: not known: {planned['sizes_unknown']}"]
-    precisions = sizes["precisions"].values()
-    decimals = 1 if min(found["size_bytes"] for found in precisions) > 1e7 else 3
-
-    def row(name: str, values: list[int]) -> str:
-        return f"  {name:22}" + "".join(f"{value / 1e6:9.{decimals}f}" for value in values)
-
-    lines = [f"{'weights, MB (2 %)':24}" + "".join(f"{name:>9}" for name in sizes["precisions"])]
-    for component, name in COMPONENTS.items():
-        values = [found["components"].get(component, 0) for found in precisions]
-        if max(values) >= 0.5 * 10 ** (6 - decimals):  # else it would show as zero
-            is_tied = component == "embedding" and sizes["tied"]
-            lines.append(row("embedding = head" if is_tied else name, values))
-    files = [found["size_bytes"] for found in precisions]
-    weights = [sum(found["components"].values()) for found in precisions]
-    lines.append(row("graph", [file - weight for file, weight in zip(files, weights)]))
-    lines.append(row("file", files))
-    for target, cache in sizes["kv_cache"].items():
-        size = f"{cache['size_bytes'] / 1e6:.{decimals}f} MB"
-        lines.append(f"KV cache of {cache['positions']:,} positions ({target}): {size}")
-    return lines
-
-
-def _detectable_lines(found: dict[str, Any]) -> list[str]:
-    seeds = f"{found['seeds']} seed" + ("s" if found["seeds"] > 1 else "")
-    nats = ", ".join(f"{size:.2g} at {name}" for name, size in found["nats"].items())
-    lines = [
-        f"what this can see: with {found['items']:,} items a task shows differences of {found['points']:.1f} "
-        "points or more, 4 times",
-        f"  out of 5; the smallest published gain, {found['published_points']} points, takes "
-        f"{found['items_for_published']:,} items over all tasks (evaluate.limit)",
-        f"  ({seeds}; assumed: the arms answer {100 * found['differing']:.0f} % of the items differently; "
-        "the report tells what was measured)",
-        f"  held-out loss shows {nats} in nats per token, if there are {found['items']:,} documents for it",
+    precisions = sizes["precisions"]
+    files = [bundle["size_bytes"] for bundle in precisions.values()]
+    weights = [sum(bundle["components"].values()) for bundle in precisions.values()]
+    table = {
+        name: [bundle["components"].get(name, 0) for bundle in precisions.values()]
+        for name in precisions["fp32"]["components"]
+    }
+    if sizes["tied"]:
+        table["embedding = head"] = table.pop("embedding")
+    table |= {"graph": [file - weight for file, weight in zip(files, weights)], "file": files}
+    decimals = 1 if min(files) > 1e7 else 3
+    rows = [(name, *(fixed(value / 1e6, decimals) for value in values)) for name, values in table.items()]
+    caches = [
+        f"KV cache of {cache['positions']:,} positions ({target}): "
+        f"{fixed(cache['size_bytes'] / 1e6, decimals)} MB"
+        for target, cache in sizes["kv_cache"].items()
     ]
-    if found["seeds"] == 1:
+    return "\n".join([grid_text(Grid(("weights, MB (2 %)", *precisions), tuple(rows)), width), *caches])
+
+
+def _detectable_text(detectable: dict[str, Any]) -> str:
+    nats = ", ".join(f"{size:.2g} at {name}" for name, size in detectable["nats"].items())
+    lines = [
+        f"what this can see: with {detectable['items']:,} items a task shows differences of "
+        f"{detectable['points']:.1f} points or more, 4 times out of 5;",
+        f"  the smallest published gain, {detectable['published_points']} points, takes "
+        f"{detectable['items_for_published']:,} items over all tasks (evaluate.limit)",
+        f"  ({plural(detectable['seeds'], 'seed')}; assumed: the arms answer "
+        f"{100 * detectable['differing']:.0f} % of the items differently)",
+        f"  held-out loss shows {nats} in nats per token, with {detectable['items']:,} documents",
+    ]
+    if detectable["seeds"] == 1:
         lines.append("  one seed cannot tell a gain from the luck of training: seeds: 3 can")
-    return lines
+    return "\n".join(lines)

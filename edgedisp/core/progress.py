@@ -26,6 +26,11 @@ def warn(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
+def labelled(progress: Progress, label: str) -> Progress:
+    """The same callback, with `label` before every note."""
+    return lambda done, total, note: progress(done, total, f"{label}: {note}" if note else label)
+
+
 def clock(seconds: float) -> str:
     """`75` -> `1:15`."""
     minutes, rest = divmod(max(0, round(seconds)), 60)

@@ -16,7 +16,7 @@ from typing import Any
 from edgedisp import data, models
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import file_digest
-from edgedisp.core.progress import Progress
+from edgedisp.core.progress import Progress, labelled
 from edgedisp.core.results import DeviceResult
 from edgedisp.core.stage_folder import RUN, SCORES
 from edgedisp.evaluate import device_sample
@@ -115,7 +115,7 @@ def scored(
         if sample.cut and not size.whole:  # other scores than those of the model's own context
             name = f"{name} context {size.context}"
         with closing(ScoreCache(asked.store, name)) as cache:
-            options = ScoreOptions(cache=cache, progress=_named(progress, f"here, {label}"))
+            options = ScoreOptions(cache=cache, progress=labelled(progress, f"here, {label}"))
             here = device_sample.Here(opened, cache, suite.run(opened, options))
             for records, told in zip(found, answers):
                 by_task = _by_task(sample, told.get(label, ()))
@@ -188,7 +188,3 @@ def _by_task(
         complete = [next(given) if target else (0.0, True) for _, target in item.sent]
         found.setdefault(item.task, {})[item.id] = [(float(total), bool(sure)) for total, sure in complete]
     return found
-
-
-def _named(progress: Progress, label: str) -> Progress:
-    return lambda done, total, note: progress(done, total, f"{label}: {note}")

@@ -13,7 +13,8 @@ import pytest
 from conftest import Ended
 
 from edgedisp import data
-from edgedisp.commands.compare import ScoredArm, join_runs, pair_with_first, short_names
+from edgedisp.bench.results import label_bundles
+from edgedisp.commands.compare import RESERVED, Scored, join, join_runs
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import from_json
 from edgedisp.core.results import TaskScore
@@ -27,13 +28,13 @@ def fewer(built: tuple[Path, Path, Ended], tmp_path_factory: pytest.TempPathFact
     """The same run scored on other items: the windows are the same, but fewer of them."""
     from typer.testing import CliRunner
 
-    from edgedisp.cli.builds import app
+    from edgedisp.cli import app
 
     recipe, run, _ = built
     folder = tmp_path_factory.mktemp("fewer") / "run"
     shutil.copytree(run, folder)
-    asked = ["build", str(recipe), "--out", str(folder), "--set", "evaluate.perplexity_tokens=250"]
-    assert CliRunner().invoke(app, asked).exit_code == 0
+    words = ["build", str(recipe), "--out", str(folder), "--set", "evaluate.perplexity_tokens=250"]
+    assert CliRunner().invoke(app, words).exit_code == 0
     return folder
 
 
@@ -64,52 +65,43 @@ def test_only_items_in_common_are_paired(built: tuple[Path, Path, Ended], fewer:
         results(run, "baseline")["heldout_perplexity"],
         results(fewer, "dispersed")["heldout_perplexity"],
     )
-    asked = {item["asked"] for item in first.items} & {item["asked"] for item in second.items}
-    assert 0 < entry.n == len(asked) < len(first.items)
-    before, after = ([item for item in one.items if item["asked"] in asked] for one in (first, second))
+    common = {item["asked"] for item in first.items} & {item["asked"] for item in second.items}
+    assert 0 < entry.n == len(common) < len(first.items)
+    before, after = [[item for item in result.items if item["asked"] in common] for result in (first, second)]
     assert entry.value == difference([(before, after)], PERPLEXITY).estimate.value
     assert any("heldout_perplexity: " in reason and "items in common" in reason for reason in joint.unpaired)
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "expected"),
-    [
+def test_two_models_have_the_shortest_names_that_differ_and_name_no_arm_or_precision() -> None:
+    for first, second, expected in (
         ("a/one", "a/two", ["one", "two"]),
-        ("r/base/int8", "r/base/int4", ["base/int8", "base/int4"]),  # a precision's name means one
+        ("r/base/int8", "r/base/int4", ["base/int8", "base/int4"]),
         ("r/x/dispersed", "r/y/model", ["x/dispersed", "y/model"]),
-        ("a/one", "a/one", ["one (1)", "one (2)"]),
-    ],
-)
-def test_two_models_are_called_by_what_is_theirs_alone(first: str, second: str, expected: list[str]) -> None:
-    assert short_names(Path(first), Path(second)) == expected
+    ):
+        assert list(label_bundles([Path(first), Path(second)], RESERVED)) == expected
 
 
-def scored(label: str, shares: list[float]) -> ScoredArm:
+def scored(shares: list[float]) -> Scored:
     """An arm of as many trainings as shares of right answers, each another 40 items' worth."""
     results: list[Any] = []
     for seed, share in enumerate(shares):
         right = np.random.default_rng(seed).permutation(40) < 40 * share
-        items = [{"id": k, "document": k, "accuracy": int(one), "asked": k} for k, one in enumerate(right)]
-        by_task = {task: task_result(TaskScore(task, {}), items, [ACCURACY]) for task in ("a", "b")}
-        results.append(by_task)
-    return ScoredArm(label, 0, label, {"int4": results})
+        items = [{"id": k, "document": k, "accuracy": int(hit), "asked": k} for k, hit in enumerate(right)]
+        results.append({task: task_result(TaskScore(task, {}), items, [ACCURACY]) for task in ("a", "b")})
+    return {"int4": results}
 
 
-def test_means_are_over_all_seeds_and_trainings_without_a_pair_are_told() -> None:
-    first, second = scored("baseline", [0.5, 0.6, 0.7]), scored("other", [0.6, 0.8, 0.9])
-    paired = pair_with_first([first, second])
-    mean = paired.means["other"]["int4"]
-    assert paired.unpaired == []
+def test_means_are_over_all_seeds_and_what_cannot_be_paired_is_named() -> None:
+    first, second = scored([0.5, 0.6, 0.7]), scored([0.6, 0.8, 0.9])
+    run = join({"baseline": first, "other": second})
+    mean = run.means["other"]["int4"]
+    assert run.unpaired == []
     assert (mean.first, mean.second) == (pytest.approx(0.6), pytest.approx(2.3 / 3))
     assert mean.estimate.value == pytest.approx(mean.second - mean.first)
-    paired = pair_with_first([first, scored("other", [0.6])])
-    assert paired.unpaired == ["other, 1 of 3 trainings have one to be paired with"]
-
-
-def test_a_task_that_one_side_alone_was_asked_is_told() -> None:
-    first, second = scored("baseline", [0.5]), scored("other", [0.6])
-    del second.by_precision["int4"][0]["b"]
-    assert pair_with_first([first, second]).unpaired == ["other, b: scored in one of the two alone"]
+    run = join({"baseline": first, "other": scored([0.6])})
+    assert run.unpaired == ["other, 1 of 3 trainings have one to be paired with"]
+    del second["int4"][0]["b"]
+    assert "other, b: scored in one of the two alone" in join({"baseline": first, "other": second}).unpaired
 
 
 def test_items_asked_in_other_words_are_not_the_same(built: tuple[Path, Path, Ended]) -> None:
@@ -131,30 +123,21 @@ def test_items_asked_in_other_words_are_not_the_same(built: tuple[Path, Path, En
         common_items([first, second])
 
 
-def test_runs_without_a_common_item_are_refused(
-    built: tuple[Path, Path, Ended],
-    tmp_path: Path,
-    edgedisp: Any,
+def test_runs_without_a_common_item_or_without_items_are_refused(
+    built: tuple[Path, Path, Ended], tmp_path: Path, edgedisp: Any
 ) -> None:
     _, run, _ = built
     other = tmp_path / "run"
     shutil.copytree(run, other)
     for path in other.rglob("items.json"):
-        found = json.loads(path.read_text())
-        for one in found.values() if "heldout_items" not in found else ():
-            one["score"]["items_sha256"] = "another"
-            for item in one["items"]:
+        by_task = json.loads(path.read_text())
+        for result in by_task.values() if "heldout_items" not in by_task else ():
+            result["score"]["items_sha256"] = "another"
+            for item in result["items"]:
                 item["asked"] = "another text"
-        path.write_text(json.dumps(found))
+        path.write_text(json.dumps(by_task))
     ended = edgedisp("compare", run, other)
     assert ended.code == 2 and "no item in common" in ended.err and "same text" in ended.err
-
-
-def test_a_report_without_its_run_folder_cannot_be_joined(
-    built: tuple[Path, Path, Ended],
-    tmp_path: Path,
-) -> None:
-    _, run, _ = built
     alone = tmp_path / "report.json"
     shutil.copyfile(run / "report.json", alone)
     with pytest.raises(BadInput, match="needs the run folder"):
@@ -173,8 +156,8 @@ def test_the_joint_page_and_table_name_every_arm(
     assert ended.code == 0 and "not paired: " in ended.out
     assert "dispersed of tiny" in ended.out and "dispersed of tiny" in page.read_text()
     assert "The runs, joined on the items" in page.read_text()
-    found = json.loads(edgedisp("compare", run, fewer, "--json").out)
-    assert set(found["joined"]["comparisons"]) == set(found["joined"]["arms"]) - {"baseline"}
+    joined = json.loads(edgedisp("compare", run, fewer, "--json").out)["joined"]
+    assert set(joined["comparisons"]) == set(joined["arms"]) - {"baseline"}
     assert edgedisp("compare", run, "--html", tmp_path / "no" / "where.html").code == 2
 
 
@@ -232,32 +215,26 @@ def test_models_whose_tokenizers_differ_are_refused_before_anything_is_scored(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["{run}/baseline/int4", "{run}/nowhere"], "nowhere: no such folder"),
-        (["{run}/baseline/int4", "{run}/dispersed/int4"], "--tasks: say what"),
-        (["{run}/baseline/int4", "{run}/dispersed/int4", "--tasks", "heldout"], "name a file of documents"),
-        (["{run}/baseline/int4", "{run}/dispersed/int4", "--tasks", "arc_eassy"], "did you mean arc_easy"),
-        (["{run}/corpus", "{run}/corpus", "--text", "{text}"], "is no run"),
-        (["{run}", "{run}/dispersed/int4"], "holds no report.json"),
-        (["{run}", "{run}", "--tasks", "small"], "--tasks: is for two models"),
-        (["{run}/baseline/int4"], "holds no report.json"),
-        (["{run}/items/items.json"], "is no report of format 3"),
-        (["{run}/run.json", "{run}"], "is no report of format 3"),
-    ],
-)
-def test_what_cannot_be_compared_is_told_and_leaves_nothing(
+def test_what_cannot_be_compared_is_named_and_leaves_nothing(
     built: tuple[Path, Path, Ended],
     text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     edgedisp: Any,
-    words: list[str],
-    told: str,
 ) -> None:
     _, run, _ = built
     monkeypatch.chdir(tmp_path)
-    ended = edgedisp("compare", *(word.format(run=run, text=text) for word in words))
-    assert ended.code == 2 and told in ended.err and "Traceback" not in ended.err
+    for words, message in (
+        ("{run}/baseline/int4 {run}/nowhere", "nowhere: is no run"),
+        ("{run}/baseline/int4 {run}/dispersed/int4", "--tasks: say what"),
+        ("{run}/baseline/int4 {run}/dispersed/int4 --tasks heldout", "name a file of documents"),
+        ("{run}/baseline/int4 {run}/dispersed/int4 --tasks arc_eassy", "did you mean arc_easy"),
+        ("{run}/corpus {run}/corpus --text {text}", "is no run"),
+        ("{run} {run}/dispersed/int4", "holds no report.json"),
+        ("{run} {run} --tasks small", "--tasks: is for two models"),
+        ("{run}/baseline/int4", "holds no report.json"),
+        ("{run}/items/items.json", "is no report of format 3"),
+    ):
+        ended = edgedisp("compare", *words.format(run=run, text=text).split())
+        assert ended.code == 2 and message in ended.err and "Traceback" not in ended.err
     assert not [*tmp_path.iterdir()]

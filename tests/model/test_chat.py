@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from hypothesis import strategies as st
 from shared_store import SharedStore
 from tiny_bundle import copy_with, recompute, tiny_bundles
 
-from edgedisp.commands.chat import ChatOptions, ChatStats, chat, common_prefix, fit, threads_for
+from edgedisp.commands.chat import ChatOptions, Conversation, common_prefix, fit, threads_for
 from edgedisp.core.errors import BadInput
 
 
@@ -25,19 +23,17 @@ def bundles(store: SharedStore) -> dict[str, Path]:
 
 
 class Talk:
-    """One call of chat() with all that it wrote and noted."""
+    """A conversation with all that it wrote and noted."""
 
     def __init__(self, bundle: Path, *lines: str, prompt: str | None = None, **options: Any) -> None:
-        source: Iterator[str] = iter(lines)
         self.pieces: list[str] = []
         self.notes: list[str] = []
-        self.stats: ChatStats = chat(
-            bundle,
-            ChatOptions(prompt=prompt, threads=1, **options),
-            write=self.pieces.append,
-            read=lambda: next(source, None),
-            note=self.notes.append,
+        self.chat = Conversation(
+            bundle, ChatOptions(threads=1, **options), self.pieces.append, self.notes.append
         )
+        if prompt is not None:
+            self.chat.answer(prompt)
+        self.chat.converse(lines)
 
     @property
     def text(self) -> str:
@@ -62,16 +58,17 @@ def test_the_answer_is_the_models_greedy_continuation_of_the_template(bundles: d
     expected = recompute(bundles["fp32"], ids, 12)
     assert len(set(expected)) > 3
     assert talk.text == tok.decode(expected) + "\n"
-    assert (talk.stats.prompt_tokens, talk.stats.new_tokens) == (len(ids), 12)
+    (answer,) = talk.chat.turns
+    assert (answer.prompt_tokens, len(answer.seconds)) == (len(ids), 12)
     assert len(talk.pieces) == 13  # streamed: a piece for each token, and the line end
-    assert re.fullmatch(r"1 turn, 12 tokens, the first after \d+ ms, then [\d.]+ tokens/s", talk.stats.line())
+    assert re.fullmatch(r"12 tokens, the first after \d+ ms, then [\d.]+ tokens/s", talk.notes[-1])
+    assert talk.chat.summary() == f"1 turn, {talk.notes[-1]}"
 
 
 def test_keeping_the_cache_between_turns_changes_no_token(bundles: dict[str, Path]) -> None:
     lines = ["the cat", "on the mat", "and the dog"]
     talk = Talk(bundles["fp32"], *lines, max_new_tokens=8)
-    assert talk.stats.turns == 3
-    assert talk.stats.reused_tokens > 0
+    assert [bool(answer.reused_tokens) for answer in talk.chat.turns] == [False, True, True]
     tok = tokenizer(bundles["fp32"])
     history: list[dict[str, str]] = []
     for line, answer in zip(lines, "".join(talk.pieces).split("\n")[:-1], strict=True):
@@ -92,61 +89,48 @@ def test_generation_stops_at_the_end_token_and_does_not_show_it(
     bundle = copy_with(bundles["fp32"], tmp_path / "b", model__eos_token_id=stop)
     talk = Talk(bundle, prompt="the cat", max_new_tokens=12)
     assert talk.text == tok.decode(expected[:first]) + "\n"
-    assert talk.stats.new_tokens == first + 1
+    assert len(talk.chat.turns[0].seconds) == first + 1
 
 
 def test_a_conversation_forgets_its_oldest_turns_and_says_so(bundles: dict[str, Path]) -> None:
     lines = ["the cat sat on the mat"] * 6
     talk = Talk(bundles["fp32"], *lines, max_new_tokens=6, context=96, system="the log")
-    assert talk.stats.turns == 6
-    assert talk.stats.dropped_turns > 0
+    assert len(talk.chat.turns) == 6
+    assert talk.chat.dropped_turns > 0
     assert any("outgrew 96 tokens" in note for note in talk.notes)
 
 
-@pytest.mark.parametrize("place", [0, 1, 4])
-def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(bundles: dict[str, Path], place: int) -> None:
+@pytest.mark.parametrize("index", [0, 1, 4])
+def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(bundles: dict[str, Path], index: int) -> None:
     pieces: list[str] = []
     notes: list[str] = []
-    lines = iter(["the cat", "the dog"])
 
     def write(piece: str) -> None:
         pieces.append(piece)
-        if len(pieces) == place + 1:
+        if len(pieces) == index + 1:
             raise KeyboardInterrupt
 
-    def talk(**options: Any) -> ChatStats:
-        return chat(
-            bundles["fp32"],
-            ChatOptions(max_new_tokens=8, **options),
-            write=write,
-            read=lambda: next(lines, None),
-            note=notes.append,
-        )
-
-    stats = talk(interruptible=True)
-    assert stats.turns == 2
-    assert notes[0].startswith(f"stopped: {place + 1} token")
+    options = ChatOptions(threads=1, max_new_tokens=8, interruptible=True)
+    chat = Conversation(bundles["fp32"], options, write, notes.append)
+    chat.converse(["the cat", "the dog"])
+    assert len(chat.turns) == 2
+    assert notes[0].startswith(f"stopped: {index + 1} token")
     # The second answer is what the model says after the first as far as it came.
-    first = "".join(pieces[: place + 1])
+    first = "".join(pieces[: index + 1])
     history = turn(("user", "the cat"), ("assistant", first), ("user", "the dog"))
     tok = tokenizer(bundles["fp32"])
     ids = tok.apply_chat_template(history, add_generation_prompt=True)["input_ids"]
-    assert "".join(pieces[place + 2 :]) == tok.decode(recompute(bundles["fp32"], ids, 8)) + "\n"
+    assert "".join(pieces[index + 2 :]) == tok.decode(recompute(bundles["fp32"], ids, 8)) + "\n"
     pieces.clear()
-    lines = iter(["the cat"])
     with pytest.raises(KeyboardInterrupt):
-        talk()
+        Conversation(bundles["fp32"], ChatOptions(threads=1), write, notes.append).answer("the cat")
 
 
-def test_a_bundles_threads_are_kept_but_no_more_than_the_cores_here() -> None:
-    def asked(written: int | None) -> dict[str, Any]:
-        options = {} if written is None else {"intra_op_num_threads": written}
-        return {"model": {"decoder": {"session_options": options}}}
+def test_a_bundles_thread_count_holds_up_to_the_cores_of_this_machine() -> None:
+    def config(threads: int) -> dict[str, Any]:
+        return {"decoder": {"session_options": {"intra_op_num_threads": threads}}}
 
-    assert threads_for(asked(4), 2) == 2
-    assert threads_for(asked(1), 2) == 1
-    assert threads_for(asked(None), 2) == 2
-    assert (threads_for(asked(4), None), threads_for(asked(None), None)) == (4, 0)  # 0: all CPUs
+    assert [threads_for(config(4), 2), threads_for(config(1), 2), threads_for({}, 2)] == [2, 1, 2]
 
 
 def test_a_message_too_long_for_the_context_is_refused_and_a_conversation_goes_on(
@@ -156,7 +140,7 @@ def test_a_message_too_long_for_the_context_is_refused_and_a_conversation_goes_o
     with pytest.raises(BadInput, match=r"needs \d+ tokens, 248 fit"):
         Talk(bundles["fp32"], prompt=long, max_new_tokens=8)
     talk = Talk(bundles["fp32"], "the cat", long, "", "the dog", max_new_tokens=8)
-    assert talk.stats.turns == 2
+    assert len(talk.chat.turns) == 2
     assert sum("248 fit" in note for note in talk.notes) == 1
 
 
@@ -180,47 +164,28 @@ def test_without_a_template_the_text_is_continued_and_the_user_is_told(
     assert any("no chat template" in note for note in talk.notes)
 
 
-def test_bad_bundles_and_options_are_bad_input(bundles: dict[str, Path], tmp_path: Path) -> None:
-    def why(bundle: Path, **options: Any) -> str:
-        with pytest.raises(BadInput) as found:
-            Talk(bundle, prompt="the cat", **options)
-        return str(found.value)
+def test_bad_bundles_and_messages_are_bad_input(bundles: dict[str, Path], tmp_path: Path) -> None:
+    def error(bundle: Path, prompt: str = "the cat", **options: Any) -> str:
+        with pytest.raises(BadInput) as raised:
+            Talk(bundle, prompt=prompt, **options)
+        return str(raised.value)
 
-    assert "no genai_config.json" in why(tmp_path)
-    assert "no such folder" in why(tmp_path / "nowhere")
-    (tmp_path / "model.safetensors").touch()
-    assert "`edgedisp export` makes a bundle" in why(tmp_path)
-    (tmp_path / "onnx").mkdir()
-    assert "--layouts onnxruntime-genai" in why(tmp_path)
-    with pytest.raises(BadInput, match="prompt: is empty"):
-        Talk(bundles["fp32"], prompt=" ")
-    with pytest.raises(BadInput, match="not text in UTF-8"):
-        Talk(bundles["fp32"], prompt="caf\udce9")
+    assert "genai_config.json is missing" in error(tmp_path / "nowhere")
+    assert "message is empty" in error(bundles["fp32"], " ")
+    assert "not text in UTF-8" in error(bundles["fp32"], "caf\udce9")
+    assert "leaves no room" in error(bundles["fp32"], max_new_tokens=256)
     broken = copy_with(bundles["fp32"], tmp_path / "broken")
     (broken / "model.onnx").write_bytes(b"nothing")
-    assert "onnxruntime-genai cannot open it" in why(broken)
+    assert "onnxruntime-genai cannot open it" in error(broken)
     (broken / "genai_config.json").write_text(json.dumps([]))
-    assert "not a runtime configuration" in why(broken)
-    assert "leaves no room" in why(bundles["fp32"], max_new_tokens=256)
-    assert "at least 1" in why(bundles["fp32"], max_new_tokens=0)
-    assert "temperature" in why(bundles["fp32"], temperature=-1.0)
-
-
-def test_without_the_runtime_the_message_says_how_to_get_it(
-    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(
-        sys.modules, "onnxruntime_genai", None
-    )  # what Python does for a module that is absent
-    with pytest.raises(BadInput, match="pip install onnxruntime-genai"):
-        Talk(bundles["fp32"], prompt="the cat")
+    assert "no configuration of onnxruntime-genai" in error(broken)
 
 
 words = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
 
 @given(words, st.booleans(), st.integers(1, 60))
-def test_what_is_kept_fits_ends_with_the_newest_and_drops_no_more_than_needed(
+def test_the_remaining_turns_fit_end_with_the_newest_and_no_more_than_needed_go(
     lengths: list[int], system: bool, limit: int
 ) -> None:
     def encode(messages: Any) -> list[int]:
@@ -235,19 +200,19 @@ def test_what_is_kept_fits_ends_with_the_newest_and_drops_no_more_than_needed(
         with pytest.raises(BadInput, match=f"{limit} fit"):
             fit(messages, encode, limit)
         return
-    kept, ids, dropped = fit(messages, encode, limit)
-    assert len(ids) == len(encode(kept)) <= limit
-    assert kept[-1] == messages[-1]
-    assert kept[:1] == messages[:1] or not system
-    assert kept[system:] == messages[system + 2 * dropped :]
+    rest, ids, dropped = fit(messages, encode, limit)
+    assert len(ids) == len(encode(rest)) <= limit
+    assert rest[-1] == messages[-1]
+    assert rest[:1] == messages[:1] or not system
+    assert rest[system:] == messages[system + 2 * dropped :]
     if dropped:
         assert len(encode(messages[:system] + messages[system + 2 * (dropped - 1) :])) > limit
 
 
 @given(st.lists(st.integers(0, 2), max_size=8), st.lists(st.integers(0, 2), min_size=1, max_size=8))
 def test_reused_tokens_are_a_common_prefix_short_of_the_last_of_both(have: list[int], ids: list[int]) -> None:
-    kept = common_prefix(have, ids)
-    assert have[:kept] == ids[:kept]
-    assert kept <= max(0, min(len(have), len(ids)) - 1)
-    if kept < min(len(have), len(ids)) - 1:
-        assert have[kept] != ids[kept]
+    length = common_prefix(have, ids)
+    assert have[:length] == ids[:length]
+    assert length <= max(0, min(len(have), len(ids)) - 1)
+    if length < min(len(have), len(ids)) - 1:
+        assert have[length] != ids[length]

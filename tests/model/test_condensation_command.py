@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -17,6 +18,7 @@ from edgedisp.core.progress import silent
 from edgedisp.dispersion.condensation import FIGURES
 from edgedisp.graph.export import export
 from edgedisp.quantize.onnx_rewrite import quantize_bundle
+from edgedisp.report.render import write_condensation
 
 SMALL = ["--sequences", "3", "--context", "24"]
 
@@ -48,12 +50,12 @@ def bundles(tiny_folder: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 
 def test_a_model_gives_every_layer_with_intervals(tiny_folder: dict[str, Path]) -> None:
     assert "layer by layer" in run(tiny_folder["qwen3"])
-    found = json.loads(run(tiny_folder["gpt2"], "--json"))[tiny_folder["gpt2"].name]
-    assert (found["sequences"], found["tokens"]) == (3, 72)
-    for row in [*found["layers"], found["final_norm"]]:
+    profile = json.loads(run(tiny_folder["gpt2"], "--json"))[tiny_folder["gpt2"].name]
+    assert (profile["sequences"], profile["tokens"]) == (3, 72)
+    for row in [*profile["layers"], profile["final_norm"]]:
         assert set(row["figures"]) == set(FIGURES)
-        assert all(one["low"] <= one["value"] <= one["high"] for one in row["figures"].values())
-    assert set(found["correlations"]) == {"spearman", "kendall"}
+        assert all(figure["low"] <= figure["value"] <= figure["high"] for figure in row["figures"].values())
+    assert set(profile["correlations"]) == {"spearman", "kendall"}
 
 
 def test_a_bundle_is_measured_in_its_own_graph(
@@ -71,7 +73,7 @@ def test_two_models_are_compared_pair_by_pair(bundles: dict[str, Path]) -> None:
     names = [str(bundles["fp32"]), str(bundles["int4"])]
     profiles = command.measure(names, CondensationOptions(None, 3, 24), silent)
     assert [*profiles] == ["fp32", "int4"]
-    values = [one.layers[2].figures["cosine_raw"].value or 0.0 for one in profiles.values()]
+    values = [profile.layers[2].figures["cosine_raw"].value or 0.0 for profile in profiles.values()]
     change = profiles["int4"].change
     assert change is not None and values[0] != values[1]
     assert change.layers[2].figures["cosine_raw"].value == pytest.approx(values[1] - values[0])
@@ -106,15 +108,12 @@ def _text(folder: Path) -> Path:
     return path
 
 
-def test_one_sequence_has_no_intervals(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
+def test_one_sequence_has_no_intervals_and_a_hostile_name_stays_text(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
     profiles = command.measure([str(tiny_folder["llama"])], CondensationOptions(None, 1, 16), silent)
-    assert command.write(profiles, tmp_path)[0].is_file()
     assert "[" not in command.text(profiles, 200)
-
-
-def test_a_hostile_name_stays_text(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
-    profiles = command.measure([str(tiny_folder["llama"])], CondensationOptions(None, 2, 16), silent)
-    page = command.write({"<script>alert(1)</script>": next(iter(profiles.values()))}, tmp_path)[0]
+    page = write_condensation({"<script>alert(1)</script>": next(iter(profiles.values()))}, tmp_path)[0]
     assert "<script" not in page.read_text()
 
 
@@ -175,8 +174,9 @@ def test_models_with_other_tokens_are_not_compared(tiny_folder: dict[str, Path],
 
 
 def test_a_file_in_the_place_of_out_is_refused_before_anything_is_measured(
-    tiny_folder: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    edgedisp: Any, tiny_folder: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out").write_text("")
     monkeypatch.setattr(command, "measure", None)  # would fail if it were called
-    refused(tiny_folder["llama"], "--out", tmp_path / "out", match="is a file")
+    ended = edgedisp("condensation", tiny_folder["llama"], "--out", tmp_path / "out")
+    assert ended.code == 2 and "is a file" in ended.err

@@ -14,7 +14,6 @@ import pytest
 import sshd
 from shared_store import SharedStore
 from test_phone_page import WEB, chromium
-from test_runtimes import Quiet
 from tiny_bundle import tiny_bundles
 
 from edgedisp import data
@@ -25,6 +24,7 @@ from edgedisp.bench.system import physical_cores
 from edgedisp.commands.bench import time_bundles
 from edgedisp.commands.export import export_bundle
 from edgedisp.core.files import to_json
+from edgedisp.core.progress import silent
 from edgedisp.core.results import DeviceResult
 from edgedisp.evaluate import device_sample, statistics
 from edgedisp.evaluate.loglikelihood import loglikelihoods
@@ -245,7 +245,7 @@ def test_the_page_gives_the_scores_of_this_machine(
 def test_a_bundle_for_browsers_alone_is_scored_there_and_here(
     tiny_folder: dict[str, Path], tmp_path: Path
 ) -> None:
-    export_bundle(tiny_folder["llama"], "browser", tmp_path / "web", Quiet())
+    export_bundle(tiny_folder["llama"], "browser", tmp_path / "web", silent)
     assert not (tmp_path / "web" / "model.onnx").exists()
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": one.text}) for one in data.synthetic_documents(40, seed=5)))

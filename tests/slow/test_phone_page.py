@@ -21,7 +21,6 @@ from typing import Any
 import psutil
 import pytest
 from shared_store import SharedStore
-from test_runtimes import Quiet
 from tiny_bundle import order, recompute, tiny_bundles
 
 from edgedisp.bench.browser import BrowserPage, find_browser
@@ -230,7 +229,7 @@ def test_bundles_that_do_not_fit_together_are_loaded_for_each_turn(bundles: dict
 def test_the_browser_bundle_of_an_export_is_timed(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
     from edgedisp.commands.export import export_bundle
 
-    export_bundle(tiny_folder["llama"], "browser", tmp_path / "bundle", Quiet())
+    export_bundle(tiny_folder["llama"], "browser", tmp_path / "bundle", silent)
     found = in_browser({"web": tmp_path / "bundle"}, prompt=6, generate=5, repetitions=2, threads=2)
     assert found.rows[0].weights_bytes == sum(
         file.stat().st_size for file in (tmp_path / "bundle" / "onnx").iterdir()

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from edgedisp import data
 from edgedisp.commands.export import export_bundle
-from edgedisp.core.stage_folder import Record
+from edgedisp.core.progress import silent
 from edgedisp.graph.runtime_layouts import GENAI, LAYOUTS, OPTIMUM, WEB
 from edgedisp.graph.session import OnnxModel
 from edgedisp.models import load_tokenizer, save
@@ -53,15 +53,6 @@ optimum = pytest.mark.skipif(
     not any(OPTIMUM_PYTHON.parent.parent.glob("lib/*/site-packages/optimum")),
     reason="needs optimum-onnx in an environment of its own: make runtimes",
 )
-
-
-class Quiet:
-    """An observer that looks away."""
-
-    def started(self, name: str, number: int, total: int) -> None: ...
-    def progress(self, done: int, total: int, note: str) -> None: ...
-    def finished(self, name: str, record: Record) -> None: ...
-    def cached(self, name: str, record: Record) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -106,7 +97,7 @@ def export(source: Path, precision: str, root: Path, for_browser: bool) -> Bundl
         f"precision: {precision}\n{layouts}"
     )
     out = root / "bundle"
-    export_bundle(source, str(profile), out, Quiet())
+    export_bundle(source, str(profile), out, silent)
     manifest = json.loads((out / "manifest.json").read_text())
     load = {name: entry["load"] for name, entry in manifest["layouts"].items()}
     tokenizer = load_tokenizer(out)

@@ -1,4 +1,4 @@
-"""How a command ends: by a signal, and on a terminal that lacks characters."""
+"""How a command ends: by a signal, an unexpected error, on a terminal that lacks characters."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import sys
 
 import pytest
 
-from edgedisp.cli import ending
+from edgedisp.cli import exit_codes
 
 
-def test_sigterm_ends_a_command_as_ctrl_c_does(
+def test_sigterm_ends_a_command_as_ctrl_c_does_with_an_exit_code_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(sys, "argv", ["edgedisp", "build"])
-    monkeypatch.setattr(ending, "app", lambda **options: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(exit_codes, "app", lambda **options: os.kill(os.getpid(), signal.SIGTERM))
     try:
         with pytest.raises(SystemExit) as stop:
-            ending.main()
+            exit_codes.main()
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert stop.value.code == 130
+    assert stop.value.code == 143
     assert capsys.readouterr().err == (
         "edgedisp: interrupted; the same command continues where this one stopped\n"
     )
@@ -35,8 +35,8 @@ def test_characters_that_a_terminal_lacks_are_replaced(
 ) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
-    monkeypatch.setattr(ending, "app", lambda **options: sys.stdout.write("table \u2500 \u03bb\n"))
-    ending.main()
+    monkeypatch.setattr(exit_codes, "app", lambda **options: sys.stdout.write("table \u2500 \u03bb\n"))
+    exit_codes.main()
     sys.stdout.flush()
     assert written.getvalue().startswith(b"table ") and written.getvalue().endswith(b"\n")
 
@@ -47,14 +47,14 @@ def test_an_unexpected_error_is_one_line_that_says_how_to_see_the_trace(
     def fails(**options: object) -> None:
         raise RuntimeError("no kernel\nfor this")
 
-    monkeypatch.setattr(ending, "app", fails)
-    monkeypatch.delenv(ending.TRACE, raising=False)
+    monkeypatch.setattr(exit_codes, "app", fails)
+    monkeypatch.delenv(exit_codes.TRACE, raising=False)
     with pytest.raises(SystemExit) as stop:
-        ending.main()
+        exit_codes.main()
     assert stop.value.code == 1
     assert capsys.readouterr().err == (
         "edgedisp: failed: RuntimeError: no kernel for this (EDGEDISP_TRACE=1 shows where)\n"
     )
-    monkeypatch.setenv(ending.TRACE, "1")
+    monkeypatch.setenv(exit_codes.TRACE, "1")
     with pytest.raises(RuntimeError):
-        ending.main()
+        exit_codes.main()

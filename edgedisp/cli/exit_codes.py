@@ -1,6 +1,7 @@
 """The entry point: every failure becomes one message and its exit code.
 
-Exit codes: 0 done, 1 failed, 2 bad recipe or usage, 130 interrupted. No traceback for a user's mistake.
+0 done, 1 failed, 2 bad recipe or usage, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM). An unexpected
+error shows its traceback only where EDGEDISP_TRACE is set.
 """
 
 from __future__ import annotations
@@ -18,14 +19,20 @@ from edgedisp.core import distributed as processes
 from edgedisp.core.errors import BadInput, BuildFailed
 
 INTERRUPTED = 130
-TRACE = "EDGEDISP_TRACE"  # an environment variable; set, an unexpected error keeps its traceback
+TRACE = "EDGEDISP_TRACE"
 RESUMABLE = ("build", "pilot")  # commands that keep finished stages
 
 
 def main() -> None:
     """Run the command of sys.argv; SIGTERM (docker stop, Slurm) ends it as Ctrl-C does."""
+    signals: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _raise_interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character
@@ -46,23 +53,22 @@ def main() -> None:
         sys.stderr.write(f"edgedisp: {message}\n")
     elif code != INTERRUPTED:
         sys.stderr.write(f"edgedisp: process {processes.place().index}: {message}\n")
-    sys.exit(code)
+    sys.exit(128 + signals[0] if signals and code == INTERRUPTED else code)
 
 
 def _ending(error: BaseException) -> tuple[str, int]:
     """Message and exit code. Raises the error itself where a traceback is wanted."""
     if isinstance(error, KeyboardInterrupt):
-        continues = "; the same command continues where this one stopped"
-        return "interrupted" + (continues if sys.argv[1:2] and sys.argv[1] in RESUMABLE else ""), INTERRUPTED
+        resumes = bool(sys.argv[1:]) and sys.argv[1] in RESUMABLE
+        return "interrupted" + "; the same command continues where this one stopped" * resumes, INTERRUPTED
     if isinstance(error, BadInput):
         return str(error), 2
     if isinstance(error, BuildFailed):
         return f"failed: {error}", 1
     if _disk_is_full(error):
         name = getattr(error, "filename", None)
-        where = f" ({name})" if name else ""
         advice = "free some space and run the same command again: finished stages are kept"
-        return f"failed: the disk is full{where}; {advice}", 1
+        return f"failed: the disk is full{f' ({name})' if name else ''}; {advice}", 1
     if os.environ.get(TRACE):
         raise error
     reason = " ".join(str(error).split())[:400]
@@ -75,25 +81,22 @@ def _wait_for_launcher(error: BaseException) -> None:
     So the others wait, in which time the launcher ends them. Process 0 waits a moment with an unexpected
     error: it may come from another process that went away.
     """
-    here = processes.place()
+    process = processes.place()
     if isinstance(error, KeyboardInterrupt):
         return
-    if not here.leads:
+    if not process.leads:
         processes.wait_for_launcher()
-    elif here.count > 1 and not isinstance(error, BadInput | BuildFailed):
+    elif process.count > 1 and not isinstance(error, BadInput | BuildFailed):
         processes.wait_for_launcher(1)
 
 
-def _disk_is_full(error: BaseException) -> bool:
+def _disk_is_full(error: BaseException | None) -> bool:
     """Also where a library has replaced the system's error with its own (safetensors, torch.save)."""
-    codes, words = {errno.ENOSPC, errno.EDQUOT}, (os.strerror(errno.ENOSPC), "iostream error")
-    cause: BaseException | None = error
-    while cause is not None:
-        if getattr(cause, "errno", None) in codes or any(word in str(cause) for word in words):
+    texts = (os.strerror(errno.ENOSPC), "iostream error")
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True
-        cause = cause.__cause__ or cause.__context__
+        if any(text in str(error) for text in texts):
+            return True
+        error = error.__cause__ or error.__context__
     return False
-
-
-def _raise_interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
