@@ -144,7 +144,7 @@ def lose(name: str) -> Callable[[Path], None]:
             lambda folder: change_weight(folder, K_PROJ, float("nan")),
             f"{K_PROJ} holds 1 values that are not finite",
         ),
-        (cut_weights, "the weights cannot be opened: "),
+        (cut_weights, "is cut off: "),
         (stray_from_the_record, "model.safetensors is not the file that record.json was written for"),
         (
             lambda folder: set_config(folder, model_type="bloom"),
