@@ -28,8 +28,7 @@ from edgedisp.pipeline.options import CandidateOptions, ItemsOptions
 from edgedisp.pipeline.stage import Observer, Stage, walk
 from edgedisp.recipe import ArmRun, Dispersion, Evaluate, Recipe
 from edgedisp.recipe.smoke import STEPS as SMOKE_STEPS
-from edgedisp.recipe.units import read_number, read_whole
-from edgedisp.recipe.values import LAYER_NAMES, VARIANTS, choice
+from edgedisp.recipe.values import LAYER_NAMES, VARIANTS, choice, read_number, read_whole
 from edgedisp.report.formatting import format_estimate
 from edgedisp.report.layout import Grid, grid_text
 

@@ -3,9 +3,9 @@
     recipe = load(Path("recipes/quickstart.yaml"), overrides=["train.tokens=10k"])
     recipe.train.tokens, recipe.steps, recipe.hash8
 
-All mistakes are found at once, before an hour is spent on them: `load` raises one BadInput with a line for
-each. Start reading at schema.py. There are no includes, inheritance or environment variables: a recipe is one
-page that can be read alone, and `recipe.lock.yaml` beside a run holds every key with its value.
+All mistakes are reported at once, before an hour is spent on them. Start reading at schema.py. There are no
+includes, inheritance or environment variables: a recipe is one page that can be read alone, and
+`recipe.lock.yaml` in a run holds every key with its value.
 """
 
 from edgedisp.recipe.arms import ArmRun as ArmRun
@@ -20,13 +20,9 @@ from edgedisp.recipe.schema import Latency as Latency
 from edgedisp.recipe.schema import Model as Model
 from edgedisp.recipe.schema import Quantize as Quantize
 from edgedisp.recipe.schema import QuantizeBits as QuantizeBits
-from edgedisp.recipe.schema import Source as Source
-from edgedisp.recipe.schema import Verify as Verify
 from edgedisp.recipe.smoke import smoke as smoke
 from edgedisp.recipe.train_schema import Adapter as Adapter
-from edgedisp.recipe.train_schema import Arm as Arm
 from edgedisp.recipe.train_schema import Dispersion as Dispersion
-from edgedisp.recipe.train_schema import Distributed as Distributed
 from edgedisp.recipe.train_schema import QuantizationAware as QuantizationAware
 from edgedisp.recipe.train_schema import Train as Train
 from edgedisp.recipe.values import BITS as BITS

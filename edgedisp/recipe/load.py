@@ -24,14 +24,28 @@ from ruamel.yaml.reader import ReaderError
 
 from edgedisp.core.errors import BadInput
 from edgedisp.recipe.recipe import Origin, Recipe
-from edgedisp.recipe.removed import REMOVED
-from edgedisp.recipe.rules import Key
 from edgedisp.recipe.smoke import smoke as shrink
-from edgedisp.recipe.values import near
+from edgedisp.recipe.values import Key, near
 
 MOST_BYTES, MOST_VALUES, MOST_SHOWN, DEEPEST = 50_000, 1_000, 30, 10
 _YAML = "tag:yaml.org,2002:"
 _TAGS = {_YAML + name for name in ("null", "bool", "int", "float", "str", "timestamp", "seq", "map")}
+_QUANTIZE = {
+    "rescale": "removed; method gptq loses less in less time",
+    "max_flips": "removed with accuracy_level auto; accuracy_level 0 computes in fp32, 4 in int8",
+    "damping": "removed; method gptq always uses 0.01",
+    "act_order": "removed; method gptq always takes the most important columns first",
+    "correction": "removed; method gptq always uses 0.5",
+    "head_group": "removed; the head has the groups of `group`",
+}
+REMOVED = {
+    **{f"quantize.{name}.{key}": words for name in ("int8", "int4") for key, words in _QUANTIZE.items()},
+    "quantize.head_group": _QUANTIZE["head_group"],  # of a device profile
+    "train.quantization_aware.learn_scales": "removed; method gptq finds the scales when rounding begins",
+    "train.quantization_aware.ramp": "removed; rounding begins at once, at `start`",
+    "evaluate.batch_tokens": "removed; every sequence is scored alone, so that batches change no score",
+}
+"""Dotted key of recipes and device profiles of earlier versions -> what replaced it."""
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -43,13 +57,39 @@ def load(path: Path, overrides: Sequence[str] = (), smoke: bool = False) -> Reci
     `data.train.0.limit=10`. `smoke` returns the recipe cut down by `smoke.smoke`. Raises BadInput with all
     problems, one a line: place (file:line, or the override), key, what is wrong and what would work.
     """
-    path = Path(path)
-    document = read_yaml(path)
+    document = read_yaml(Path(path), "a recipe", "name, model, data and train")
     for override in overrides:
         document.put(override)
     recipe = document.validate(Recipe)
-    recipe._origin = Origin(path)
+    recipe._origin = Origin(Path(path))
     return shrink(recipe, where=document.place(("model", "architecture"))) if smoke else recipe
+
+
+def read_yaml(path: Path, what: str, keys: str) -> Document:
+    """The YAML file of `what`, which needs `keys` (both for messages).
+
+    Raises BadInput if it cannot be read, is too large, not UTF-8, not YAML, or not a mapping.
+    """
+    document, text = Document(str(path)), ""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
+        text = raw.decode("utf-8-sig")
+        node = None if len(raw) > MOST_BYTES else _compose(text)
+        if isinstance(node, MappingNode):
+            document.data = document.plain(node, ())
+            return document
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, YAMLError, RecursionError) as problem:
+        mark = getattr(problem, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        if isinstance(problem, ReaderError):  # a control character
+            place = f"{path}:{text.count(chr(10), 0, problem.position) + 1}"
+        raise BadInput(_one_line(f"{place}: {_reason(problem)}")) from None
+    if len(raw) > MOST_BYTES:
+        raise BadInput(f"{path}: too large; {what} is a small YAML file")
+    raise BadInput(f"{path}:1: {what} is a mapping with {keys}")
 
 
 @dataclass
@@ -64,8 +104,8 @@ class Document:
 
     def place(self, key: Key) -> str:
         """`file:line` or `--set ...` of a key; of its section, for a key that is not there."""
-        lengths = (length for length in range(len(key), 0, -1) if key[:length] in self.places)
-        return self.places.get(key[: next(lengths, 0)], f"{self.name}:1")
+        sections = (key[:length] for length in range(len(key), -1, -1))
+        return next((self.places[part] for part in sections if part in self.places), f"{self.name}:1")
 
     def put(self, override: str) -> None:
         """Apply one `key.path=value`, the value read as YAML. Raises BadInput where it cannot be applied."""
@@ -90,57 +130,55 @@ class Document:
         except (YAMLError, RecursionError, ValueError) as problem:
             raise BadInput(_one_line(f"{place}: {path.strip()}: {_reason(problem)}")) from None
 
-    def plain(self, node: Any, key: Key, place: str | None = None) -> Any:
-        """A node as None, bool, int, float, str, list or dict. `place` is fixed for overrides."""
+    def plain(self, node: Any, key: Key, override: str | None = None) -> Any:
+        """A node as None, bool, int, float, str, list or dict. `override`: the place of all its keys."""
         self.values += 1
         if self.values > MOST_VALUES:
             raise BadInput(f"{self.name}: more than {MOST_VALUES:,} values; is this a recipe?")
-        if place is None:
+        if override is None:
             self.places.setdefault(key, self._line(node))
         if node.tag not in _TAGS:
             tag = node.tag.replace(_YAML, "!!")
             self.problems.append((key, f"the tag {tag} is not read; write the value without it"))
             return None
         if isinstance(node, SequenceNode):
-            return [self.plain(item, (*key, index), place) for index, item in enumerate(node.value)]
-        return self._mapping(node, key, place) if isinstance(node, MappingNode) else _scalar(node)
-
-    def _mapping(self, node: Any, key: Key, place: str | None) -> dict[str, Any]:
-        result: dict[str, Any] = {}
+            return [self.plain(item, (*key, index), override) for index, item in enumerate(node.value)]
+        if not isinstance(node, MappingNode):
+            return _scalar(node.tag.removeprefix(_YAML), str(node.value))
+        mapping: dict[str, Any] = {}
         for name_node, value_node in node.value:
-            name = str(name_node.value) if isinstance(name_node, ScalarNode) else "?"
-            path = (*key, name)
-            if name_node.tag == _YAML + "merge" or not isinstance(name_node, ScalarNode):
-                self.places.setdefault(path, place or self._line(name_node))
+            is_name = isinstance(name_node, ScalarNode)
+            name = str(name_node.value) if is_name else "?"
+            path, line = (*key, name), self._line(name_node)
+            if name_node.tag == _YAML + "merge" or not is_name:
+                self.places.setdefault(path, override or line)
                 self.problems.append((path, "a key must be plain text; merge keys are not read"))
-            elif name in result:
-                self.problems.append((path, f"the key is given twice (again at {self._line(name_node)})"))
+            elif name in mapping:
+                self.problems.append((path, f"the key is given twice (again at {line})"))
             else:
-                if place is None:
-                    self.places[path] = self._line(name_node)
-                result[name] = self.plain(value_node, path, place)
-        return result
+                if override is None:
+                    self.places[path] = line
+                mapping[name] = self.plain(value_node, path, override)
+        return mapping
 
     def _line(self, node: Any) -> str:
         return f"{self.name}:{node.start_mark.line + 1}"
 
-    def validate(self, model: type[_Model], extra: Sequence[tuple[Key, str]] = ()) -> _Model:
-        """The data as a `model`. Raises BadInput with all problems, `extra` among them, in file order."""
-        problems, result = [*self.problems, *extra], None
-        reported = [key for key, _ in problems]
+    def validate(self, model: type[_Model], context: object = None) -> _Model:
+        """The data as a `model`. Raises BadInput with all problems in the order of the file."""
+        problems = [*self.problems]
         try:
-            result = model.model_validate(self.data)
+            result = model.model_validate(self.data, context=context)
+            if not problems:
+                return result
         except ValidationError as invalid:
+            reported = [key for key, _ in problems]
             for error in invalid.errors(include_url=False):
                 # A list with a faulty item counts as too short, which is noise beside the item's own error.
                 is_noise = error["type"] == "too_short" and error["input"]
                 if not is_noise and not any(error["loc"][: len(key)] == key for key in reported):
                     problems.append((error["loc"], _describe(error, model)))
-        if result is None or problems:
-            raise BadInput(self._summary(problems))
-        return result
 
-    def _summary(self, problems: Sequence[tuple[Key, str]]) -> str:
         def line_number(problem: tuple[Key, str]) -> float:
             line = self.place(problem[0]).rpartition(":")[2]
             return int(line) if line.isdecimal() else math.inf
@@ -150,10 +188,10 @@ class Document:
             for key, words in sorted(problems, key=line_number)
         ]
         if len(lines) == 1:
-            return lines[0]
+            raise BadInput(lines[0])
         numbered = [f"  {number}. {line}" for number, line in enumerate(lines[:MOST_SHOWN], 1)]
         more = [f"  and {len(lines) - MOST_SHOWN:,} more"] if len(lines) > MOST_SHOWN else []
-        return "\n".join([f"{self.name}: {len(lines):,} problems", *numbered, *more])
+        raise BadInput("\n".join([f"{self.name}: {len(lines):,} problems", *numbered, *more]))
 
 
 def _index(parent: Any, part: str) -> str | int:
@@ -163,48 +201,10 @@ def _index(parent: Any, part: str) -> str | int:
             raise ValueError(f"the list has no item '{part}': it has {len(parent)}, counted from 0")
         return int(part)
     if not isinstance(parent, dict):
-        raise ValueError(f"{show(parent)} has no keys")
+        raise ValueError(f"{_show(parent)} has no keys")
     if parent.get(part) is None:
         parent[part] = {}
     return part
-
-
-def read_yaml(path: Path, what: str = "a recipe", keys: str = "name, model, data and train") -> Document:
-    """The YAML file of `what`, which needs `keys` (both for messages).
-
-    Raises BadInput if it cannot be read, is too large, not UTF-8, not YAML, or not a mapping.
-    """
-    document, text = Document(str(path)), ""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MOST_BYTES + 1)
-        text = raw.decode("utf-8-sig")
-        if len(raw) > MOST_BYTES:
-            raise BadInput(f"{path}: too large; {what} is a small YAML file")
-        node = _compose(text)
-        if not isinstance(node, MappingNode):
-            raise BadInput(f"{path}:1: {what} is a mapping with {keys}")
-        document.data = document.plain(node, ())
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except BadInput:
-        raise
-    except (OSError, ValueError, YAMLError, RecursionError) as problem:
-        mark = getattr(problem, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        if isinstance(problem, ReaderError):  # a control character
-            place = f"{path}:{text.count(chr(10), 0, problem.position) + 1}"
-        raise BadInput(_one_line(f"{place}: {_reason(problem)}")) from None
-    return document
-
-
-def show(value: object) -> str:
-    """A value as YAML would write it, in at most 60 characters."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value) if isinstance(value, str | list | tuple) else str(value)
-    text = f"a mapping of {', '.join(map(str, value))}" if isinstance(value, dict) else text
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _describe(error: Any, model: type[BaseModel]) -> str:
@@ -214,27 +214,38 @@ def _describe(error: Any, model: type[BaseModel]) -> str:
         return REMOVED.get(".".join(map(str, key))) or _unknown(key, model)
     if kind in ("missing", "rule"):
         return "missing" if kind == "missing" else str(message)
+    hint = ""
     if kind == "value_error":
         message = error["ctx"]["error"]
-    if kind == "model_type":
+    elif kind == "model_type":
         message = f"needs a mapping with {', '.join(_section_at(model, key).model_fields)}"
-    guess = near(value, re.findall(r"'([^']*)'", message)) if kind == "literal_error" else None
-    hint = f"; did you mean '{guess}'?" if guess else ""
-    is_number = kind == "string_type" and isinstance(value, int | float)
-    return f"{message} (found {show(value)}){'; put it in quotes' if is_number else hint}"
+    elif kind == "literal_error" and (guess := near(value, re.findall(r"'([^']*)'", message))):
+        hint = f"; did you mean '{guess}'?"
+    elif kind == "string_type" and isinstance(value, int | float):
+        hint = "; put it in quotes"
+    return f"{message} (found {_show(value)}){hint}"
+
+
+def _show(value: object) -> str:
+    """A value as YAML would write it, in at most 60 characters."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value) if isinstance(value, str | list | tuple) else str(value)
+    text = f"a mapping of {', '.join(map(str, value))}" if isinstance(value, dict) else text
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _unknown(key: Key, root: type[BaseModel]) -> str:
     name, keys = str(key[-1]), list(_section_at(root, key[:-1]).model_fields)
-    elsewhere = next((path for path in _all_keys(root) if path.rpartition(".")[2] == name), None)
-    guess = elsewhere or near(name, keys)
-    return (
-        f"unknown key; did you mean '{guess}'?" if guess else f"unknown key; the keys are {', '.join(keys)}"
+    guess = next((path for path in _all_keys(root) if path.rpartition(".")[2] == name), None) or near(
+        name, keys
     )
+    hint = f"did you mean '{guess}'?" if guess else f"the keys are {', '.join(keys)}"
+    return f"unknown key; {hint}"
 
 
 def _section_at(root: type[BaseModel], key: Key) -> type[BaseModel]:
-    """The section behind a key, or behind the longest part of it that names one."""
+    """The section of a key, or of the longest part of it that names one."""
     section = root
     for part in key:
         if isinstance(part, str) and part in section.model_fields:
@@ -262,14 +273,13 @@ def _compose(text: str) -> Any:
     return YAML(typ="safe", pure=True).compose(text)
 
 
-def _scalar(node: Any) -> bool | int | float | str | None:
-    kind, text = node.tag.removeprefix(_YAML), str(node.value)
+def _scalar(kind: str, text: str) -> bool | int | float | str | None:
+    """A YAML scalar. What is not a finite number to Python (hexadecimal, .inf, 1e400, 5,000 digits) stays
+    text, and the key's own check says what is wrong with it."""
     if kind == "null":
         return None
     if kind == "bool":
         return text.lower() in ("true", "yes", "on")
-    # What is not a finite number to Python (hexadecimal, .inf, 1e400, 5,000 digits) stays text, and the
-    # key's own check says what is wrong with it.
     try:
         if kind == "int":
             return int(text.replace("_", ""))

@@ -27,12 +27,8 @@ def _rows(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str
     for name, field in section.model_fields.items():
         default = field.get_default(call_default_factory=True)
         words = "required" if field.is_required() else _default(default)
-        yield (
-            f"`{prefix}{name}`",
-            _accepts(properties[name]),
-            words,
-            " ".join((field.description or "").split()),
-        )
+        meaning = " ".join((field.description or "").split())
+        yield f"`{prefix}{name}`", _accepts(properties[name]), words, meaning
         inner = section_in(field.annotation)
         if inner is not None and prefix + name != "arms[].dispersion":
             is_list = "tuple[" in str(field.annotation)

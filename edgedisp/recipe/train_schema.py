@@ -1,4 +1,4 @@
-"""The keys of `train` and of an arm: type, bounds, default and meaning.
+"""The keys of `train`: type, bounds, default and meaning.
 
 Defaults are the paper's where it has one (arXiv 2602.00217: AdamW betas .9/.95, weight decay .1, clip 1.0,
 cosine, angular dispersion 0.1 over all layers at temperature 1, clamp .1), except that 64 tokens are drawn
@@ -7,74 +7,36 @@ and not 256: nearly the same gradient for a sixteenth of the products (benchmark
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
-from pydantic import (
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationInfo,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from edgedisp.recipe.values import (
-    BITS,
-    WHOLE,
-    ArmName,
-    Between0And1,
-    Flag,
-    Forgetting,
-    Layers,
-    Modules,
-    NotNegative,
-    Positive,
-    Sample,
-    Section,
-    Seed,
-    ShareBelow1,
-    Steps,
-    Tokens,
-    Unique,
-    accepts,
-    choice,
-)
+from edgedisp.recipe import values
+from edgedisp.recipe.values import BITS, WHOLE, Flag, Section, ShareBelow1, Unique, accepts, choice
 
-TECHNIQUES: dict[str, float | Literal["auto"]] = {
-    "neftune": 5.0,
-    "active_forgetting": "auto",
-    "embedding_dropout": 0.1,
-}
-"""The techniques beside dispersion, and the strength that the plain name stands for: the smallest alpha of
-the NEFTune paper; one reset after two thirds of the run, as in the dispersion paper (1,000 of its 1,526
-steps); the embedding dropout of GPT-2."""
-PLAIN_ARMS = ("baseline", "dispersed", *TECHNIQUES)
-"""Arms that need no more than their name."""
 LATE_START = 0.85  # SmolLM2-135M, 80k tokens: what training gains over rounding afterwards is lost from 0.5
 
 
 class Dispersion(Section):
     """The loss that pushes the token vectors of one sequence apart, of the arms that use it."""
 
-    variant: Literal[
-        "angular", "cosine", "l2_repel", "decorrelation", "orthogonalization", "spectral_entropy"
-    ] = "angular"
+    variant: values.Variant = "angular"
     """what is spread: the angles between token vectors (orthogonalization: up to 90 degrees), their cosines,
     distances (l2_repel), features (decorrelation) or rank (spectral_entropy)"""
-    weight: NotNegative = 0.1
+    weight: values.NotNegative = 0.1
     """factor before the dispersion loss; 0 is bit-identical to off"""
-    layers: Layers = "all"
+    layers: values.Layers = "all"
     """the layers whose output is dispersed (the embedding never is)"""
-    temperature: Positive = 1.0
+    temperature: values.Positive = 1.0
     """tau: a small one looks at the nearest pairs alone"""
-    tokens: Sample = 64
+    tokens: values.Sample = 64
     """tokens drawn from a sequence, anew for each layer (the paper: 256); all: every one"""
     clamp: ShareBelow1 = 0.1
     """cosines are kept in [clamp - 1, 1 - clamp], where arccos is smooth"""
     exclude_sink: Flag = False
     """leave attention sinks out: the first token, and any of 10 times the median norm"""
-    seed: Seed | None = None
+    seed: values.Seed | None = None
     """seed of the token draw; null takes the recipe's seed"""
 
 
@@ -91,7 +53,7 @@ class Adapter(Section):
     """the update is scaled by alpha / rank; null: twice the rank"""
     dropout: ShareBelow1 = 0.0
     """dropout before the adapter"""
-    targets: Modules = "auto"
+    targets: values.Modules = "auto"
     """adapted modules; auto: every linear layer in the blocks"""
     base: Literal["nf4", "int8"] | None = Field(default=None, validate_default=True)
     """how qlora holds the base; null: nf4 for qlora"""
@@ -109,6 +71,13 @@ class Adapter(Section):
     def _nf4_for_qlora(cls, value: object, info: ValidationInfo) -> object:
         return "nf4" if value is None and info.data.get("kind") == "qlora" else value
 
+    @field_validator("base", "merge")
+    @classmethod
+    def _of_qlora_alone(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value in ("nf4", "int8", "dequantized") and info.data.get("kind") == "lora":
+            raise ValueError("kind lora keeps its base in fp32; take it out, or write kind: qlora")
+        return value
+
 
 class Distributed(Section):
     """How several processes (torchrun, accelerate launch) hold one model; one process alone ignores it."""
@@ -116,7 +85,7 @@ class Distributed(Section):
     fsdp: Literal["full_shard", "shard_grad_op"]
     """FSDP: weights, gradients and optimizer states are divided; shard_grad_op gathers weights once a step
     instead of twice, for more memory"""
-    wrap: Modules = "auto"
+    wrap: values.Modules = "auto"
     """classes of the modules gathered at a time; auto: the model's decoder layers"""
     cpu_offload: Flag = False
     """keep the parts in the host's memory: fits more, and is far slower"""
@@ -148,9 +117,9 @@ class QuantizationAware(Section):
 class Train(Section):
     """How every arm is trained. The arms differ in what they add to it and in nothing else."""
 
-    tokens: Tokens
+    tokens: values.Tokens
     """training tokens of one arm, rounded down to whole steps"""
-    lr: Between0And1
+    lr: values.Between0And1
     """peak learning rate of AdamW"""
     batch: Annotated[int, Ge(1), Le(65536), WHOLE] = 4
     """sequences in one micro-batch"""
@@ -160,14 +129,11 @@ class Train(Section):
     """share of the steps over which the learning rate rises"""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """learning rate after warm-up"""
-    weight_decay: NotNegative = 0.1
+    weight_decay: values.NotNegative = 0.1
     """AdamW's weight decay"""
-    betas: Annotated[tuple[ShareBelow1, ShareBelow1], accepts("a list of two numbers >= 0 and < 1")] = (
-        0.9,
-        0.95,
-    )
+    betas: values.Betas = (0.9, 0.95)
     """AdamW's betas"""
-    clip: Positive = 1.0
+    clip: values.Positive = 1.0
     """largest norm of the gradient"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """of the products: bf16 is autocast, the weights stay fp32; auto: bf16 where the GPU or the processor has
@@ -176,7 +142,7 @@ class Train(Section):
     """less memory for about a third more time"""
     compile: Flag = False
     """run the layers through torch.compile: faster after a minute; needs a C++ compiler"""
-    checkpoint_every: Steps | None = None
+    checkpoint_every: values.Count | None = None
     """steps between checkpoints; null: a fifth of the run, at least 10"""
     watch_every: Annotated[int, Ge(0), Le(10**9), WHOLE] | None = None
     """steps between looks at the condensation; null: about ten in a run, 0: none"""
@@ -190,69 +156,3 @@ class Train(Section):
     """int8, int4 or a mapping: steps see the weights as that bundle rounds them; null: off"""
     distributed: Distributed | None = None
     """null: each of several processes holds the whole model (data parallel)"""
-
-
-class Arm(Section):
-    """One arm: a plain name, or a name with at least one technique."""
-
-    name: ArmName
-    """names the arm and its folder"""
-    dispersion: Annotated[
-        Dispersion | None, accepts("a mapping with any keys of train.dispersion, or null")
-    ] = None
-    """the dispersion loss, these keys laid over train.dispersion; null: off"""
-    neftune: Positive | None = None
-    """alpha of the noise on the embedding's output (NEFTune)"""
-    active_forgetting: Forgetting | None = None
-    """steps between two fresh draws of the token embedding; auto: one, after two thirds"""
-    embedding_dropout: Between0And1 | None = None
-    """rate of the dropout on the embedding's output"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: object) -> object:
-        """A plain name, alone or as a mapping's only key, stands for its technique at the usual strength."""
-        if isinstance(value, str):
-            also = "or a mapping such as {name: strong, dispersion: {weight: 1.0}}"
-            return _plain(choice(value, PLAIN_ARMS, also))
-        if not isinstance(value, dict | Arm):
-            raise ValueError(f"needs one of {', '.join(PLAIN_ARMS)}, or a mapping")
-        if isinstance(value, dict) and list(value) == ["name"] and value["name"] in PLAIN_ARMS:
-            return _plain(str(value["name"]))
-        return value
-
-    @model_validator(mode="after")
-    def _does_what_its_name_says(self) -> Self:
-        added = [key for key in ("dispersion", *TECHNIQUES) if getattr(self, key) is not None]
-        if self.name == "baseline" and added:
-            raise ValueError(f"a baseline adds nothing; give the arm with {added[0]} another name")
-        if self.name != "baseline" and not added:
-            raise ValueError(f"it names no technique; add one of dispersion, {', '.join(TECHNIQUES)}")
-        promised = "dispersion" if self.name == "dispersed" else self.name
-        if promised in ("dispersion", *TECHNIQUES) and added != [promised]:
-            raise ValueError(f"an arm called '{self.name}' adds {promised} alone; give this one another name")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _short(self, serialize: SerializerFunctionWrapHandler) -> Any:
-        """The plain name, or the keys that are set."""
-        full = serialize(self)
-        if self.dispersion is not None:
-            full["dispersion"] = {key: full["dispersion"][key] for key in self.overrides}
-        short = {key: value for key, value in full.items() if value is not None}
-        return self.name if self.name in PLAIN_ARMS and short == _plain(self.name) else short
-
-    def __str__(self) -> str:
-        return self.name
-
-    @property
-    def overrides(self) -> tuple[str, ...]:
-        """Keys of train.dispersion that this arm was given another value for, in the order of the section."""
-        given = set() if self.dispersion is None else self.dispersion.model_fields_set
-        return tuple(key for key in Dispersion.model_fields if key in given)
-
-
-def _plain(name: str) -> dict[str, Any]:
-    if name == "dispersed":
-        return {"name": name, "dispersion": {}}
-    return {"name": name} | ({name: TECHNIQUES[name]} if name in TECHNIQUES else {})

@@ -1,22 +1,33 @@
-"""The types of the values in a recipe, each with its check.
+"""The types of the values in a recipe, and numbers as people write them: `40k`, `200M`, `5%`, `5e-5`.
 
-A check raises ValueError with what would work; load.py adds place, key and value. A type whose JSON schema
-says too little for docs/recipe.md carries words of its own (`accepts`).
+A check raises ValueError with what would work; load.py adds file, line, key and value. YAML readers disagree
+about `5e-5` (text in YAML 1.1, a number in 1.2), and none knows `40k`: numbers and text go through `Decimal`,
+so `0.1k` is exactly 100. Lower-case `m` is refused because it could be milli.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, get_args
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Strict, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Strict,
+    ValidationError,
+    WithJsonSchema,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from edgedisp.core.files import data_folder
-from edgedisp.recipe.units import read_bytes, read_number, read_whole
 
 HELDOUT_TASKS = ("heldout_perplexity", "heldout_cloze", "heldout_continuation")
 """Tasks made from the held-out text. Every other task name belongs to lm-evaluation-harness."""
@@ -24,14 +35,87 @@ TASK_SETS = ("heldout", "paper", "small")
 BITS = {"int8": 8, "int4": 4}
 """Bits of a weight in the quantized bundles, by precision."""
 LAYER_NAMES = ("all", "first_half", "last_half", "last")
-VARIANTS = ("angular", "cosine", "l2_repel", "decorrelation", "orthogonalization", "spectral_entropy")
-TAKEN_NAMES = {
+RESERVED_NAMES = {
     *("base", "corpus", "items", "latency", "report", "plots", "devices"),
     *("difference", "torch", "fp32", "int8", "int4"),
 }
 """What an arm cannot be called: folders of a run that belong to no arm, and columns of the report."""
 
+Key = tuple[str | int, ...]
 _Item = TypeVar("_Item")
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, without unknown keys. The text under a key goes to docs/recipe.md."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def check_rules(title: str, problems: Iterable[tuple[Key, str]]) -> None:
+    """Raise all problems, each with the key it is reported at, as one ValidationError. For validators."""
+    errors = [
+        InitErrorDetails(type=PydanticCustomError("rule", "{words}", {"words": words}), loc=key, input=None)
+        for key, words in problems
+    ]
+    if errors:
+        raise ValidationError.from_exception_data(title, errors)
+
+
+# ---------------------------------------------------------------- numbers
+
+_NUMBER = re.compile(
+    r"([+-]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][+-]?[0-9]{1,3})?) ?([a-zA-Z%]*)"
+)
+_UNITS = {"": Decimal(1), "k": Decimal(10**3), "K": Decimal(10**3), "M": Decimal(10**6), "B": Decimal(10**9)}
+_UNITS["%"] = Decimal("0.01")
+_BYTES = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_LONGEST = 40  # characters; more than any float64 or 64-bit integer needs
+
+
+def read_number(value: object) -> float:
+    """A finite float64 from a YAML value."""
+    number = float(_exact(value, "a number, such as 0.1, 5e-5 or 5%"))
+    if not math.isfinite(number):
+        raise ValueError("the number is too large")
+    return number
+
+
+def read_whole(value: object) -> int:
+    """An exact int below 10^18 from a YAML value: `40k` and `4e4` are whole, `40.5` is not."""
+    exact = _exact(value, "a whole number, such as 40 or 40k")
+    if exact and exact.adjusted() >= 18:
+        raise ValueError("the number is too large")
+    if exact != exact.to_integral_value():
+        raise ValueError("needs a whole number")
+    return int(exact)
+
+
+def read_bytes(value: object) -> int:
+    """Bytes from `100MB` (10^6), `95MiB` (2^20) or a plain number of at least 10^6, whose unit is sure."""
+    works = "a size such as 100MB; the units are kB, MB, GB, KiB, MiB and GiB"
+    exact = _exact(value, works, _UNITS | {unit: Decimal(size) for unit, size in _BYTES.items()})
+    if not (1 if str(value).endswith("B") else 10**6) <= exact < 10**15:
+        raise ValueError(f"needs {works}")
+    return int(exact)
+
+
+def _exact(value: object, works: str, units: Mapping[str, Decimal] = _UNITS) -> Decimal:
+    text = value.strip() if isinstance(value, str) else repr(value)
+    is_number = isinstance(value, int | float | str) and not isinstance(value, bool) and len(text) <= _LONGEST
+    match = _NUMBER.fullmatch(text) if is_number else None
+    if match and match[2] in units:
+        return Decimal(match[1].replace("_", "")) * units[match[2]]
+    hint = ""
+    if re.fullmatch(r"[+-]?[0-9]{1,3}(,[0-9]{3})+", text):
+        hint = f"; write it without commas, as {text.replace(',', '_')}"
+    elif re.fullmatch(r"[+-]?[0-9]+,[0-9]+", text):
+        hint = f"; write a decimal point, as {text.replace(',', '.')}"
+    elif match and match[2] == "m":
+        hint = f"; for millions write {match[1]}M"
+    raise ValueError(f"needs {works}{hint}")
+
+
+# ---------------------------------------------------------------- choices and text
 
 
 def near(word: object, choices: Sequence[str]) -> str | None:
@@ -67,6 +151,11 @@ def unique(
     return values
 
 
+def accepts(words: str) -> WithJsonSchema:
+    """What docs/recipe.md says of a type whose JSON schema says too little."""
+    return WithJsonSchema({"accepts": words})
+
+
 def _text(value: str) -> str:
     # Names and paths: an invisible character in one of them costs an hour.
     if not value.strip() or value != value.strip():
@@ -85,17 +174,23 @@ def _matching(pattern: str, words: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _folder_name(signs: str, most: int) -> AfterValidator:
+    listed = ", ".join(f"'{sign}'" for sign in signs[:-1])
+    words = f"1 to {most} letters, digits, {listed} or '{signs[-1]}', starting with a letter or digit: it"
+    return _matching(rf"[A-Za-z0-9][A-Za-z0-9{signs}]{{0,{most - 1}}}", f"{words} names a folder")
+
+
 def _arm_name(value: str) -> str:
-    if value.casefold() in TAKEN_NAMES or re.search(r"-seed\d+$", value):
+    if value.casefold() in RESERVED_NAMES or re.search(r"-seed\d+$", value):
         raise ValueError("this name means something else in a run folder or a report; choose another")
     return value
 
 
 def _task(value: str) -> str:
     # A misspelt task of ours would be looked for in lm-evaluation-harness, after training.
-    known = (*HELDOUT_TASKS, *TASK_SETS)
-    ours = value.startswith("heldout") or difflib.get_close_matches(value, known, n=1, cutoff=0.8)
-    return choice(value, known, "or any lm-evaluation-harness task") if ours else value
+    names = (*HELDOUT_TASKS, *TASK_SETS)
+    is_ours = value.startswith("heldout") or difflib.get_close_matches(value, names, n=1, cutoff=0.8)
+    return choice(value, names, "or any lm-evaluation-harness task") if is_ours else value
 
 
 def _layers(value: object) -> str | tuple[int, ...]:
@@ -129,49 +224,39 @@ def _modules(value: object) -> str | tuple[str, ...]:
     return unique(tuple(_text(name) for name in value))
 
 
-def accepts(words: str) -> WithJsonSchema:
-    """What the reference says of a type whose JSON schema says too little."""
-    return WithJsonSchema({"accepts": words})
-
+# ---------------------------------------------------------------- types
 
 WHOLE, NUMBER = BeforeValidator(read_whole), BeforeValidator(read_number)  # listed last: they run first
-Text = Annotated[str, AfterValidator(_text)]
-Flag = Annotated[bool, Strict()]
-Size = Annotated[int, BeforeValidator(read_bytes), accepts("a size such as 100MB")]
 Unique = AfterValidator(unique)
 
+Flag = Annotated[bool, Strict()]
+Size = Annotated[int, BeforeValidator(read_bytes), accepts("a size such as 100MB")]
 Count = Annotated[int, Ge(1), Le(10**9), WHOLE]
 Tokens = Annotated[int, Ge(1), Le(10**14), WHOLE]
 Length = Annotated[int, Ge(1), Le(2**20), WHOLE]
-Steps = Annotated[int, Ge(1), Le(10**9), WHOLE]
+Threads = Annotated[int, Ge(1), Le(1024), WHOLE]
 Seed = Annotated[int, Ge(0), Lt(2**32), WHOLE]
 Positive = Annotated[float, Gt(0), Le(1e9), NUMBER]
 NotNegative = Annotated[float, Ge(0), Le(1e9), NUMBER]
 Share = Annotated[float, Ge(0), Le(1), NUMBER]
 ShareBelow1 = Annotated[float, Ge(0), Lt(1), NUMBER]
 Between0And1 = Annotated[float, Gt(0), Lt(1), NUMBER]
+Betas = Annotated[tuple[ShareBelow1, ShareBelow1], accepts("a list of two numbers >= 0 and < 1")]
 
-FolderName = Annotated[
-    Text,
-    _matching(
-        r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}",
-        "1 to 100 letters, digits, '.', '_' or '-', starting with a letter or digit: it names a folder",
-    ),
-]
-ArmName = Annotated[
-    Text,
-    _matching(
-        r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}",
-        "1 to 60 letters, digits, '_' or '-', starting with a letter or digit: it names a folder",
-    ),
-    AfterValidator(_arm_name),
-]
+Text = Annotated[str, AfterValidator(_text)]
+FolderName = Annotated[Text, _folder_name("._-", 100)]
+ArmName = Annotated[Text, _folder_name("_-", 60), AfterValidator(_arm_name)]
 Sha256 = Annotated[
     Text, _matching("[0-9a-fA-F]{64}", "a SHA-256, 64 hexadecimal digits"), AfterValidator(str.lower)
 ]
 Task = Annotated[Text, AfterValidator(_task)]
 TargetName = Annotated[Text, AfterValidator(lambda value: choice(value, target_names()))]
 Precision = Literal["fp32", "int8", "int4"]
+Group = Annotated[Literal[16, 32, 64, 128, 256], WHOLE]
+AccuracyLevel = Annotated[Literal[0, 1, 4], WHOLE]
+HeadBits = Annotated[Literal[4, 8], WHOLE]
+Variant = Literal["angular", "cosine", "l2_repel", "decorrelation", "orthogonalization", "spectral_entropy"]
+VARIANTS = get_args(Variant)
 Layers = Annotated[
     str | tuple[int, ...],
     BeforeValidator(_layers),
@@ -186,12 +271,3 @@ Forgetting = Annotated[
 Modules = Annotated[
     str | tuple[str, ...], BeforeValidator(_modules), accepts("auto, or a list of module names")
 ]
-Group = Annotated[Literal[16, 32, 64, 128, 256], WHOLE]
-AccuracyLevel = Annotated[Literal[0, 1, 4], WHOLE]
-HeadBits = Annotated[Literal[4, 8], WHOLE]
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, without unknown keys. The text under a key goes to docs/recipe.md."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)

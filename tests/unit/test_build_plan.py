@@ -46,7 +46,7 @@ def test_a_training_depends_on_what_its_arm_adds_and_on_nothing_of_the_others() 
     heavier = by_name(quickstart(MANY, "train.dispersion.weight=0.5"))
     assert changed(before, heavier) == {"dispersed/model"}  # `strong` has a weight of its own
     arms = {name: plain(before[f"{name}/model"].options)["arm"] for name in ("baseline", "neftune", "strong")}
-    assert arms["baseline"]["dispersion"] is None and arms["neftune"]["neftune"] == 5.0
+    assert arms["baseline"]["dispersion"] is None and arms["neftune"]["techniques"] == {"neftune": 5.0}
     assert arms["strong"]["dispersion"]["weight"] == 1.0
 
 
