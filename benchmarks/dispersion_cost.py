@@ -31,9 +31,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from edgedisp import models
-from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.dispersion.hooks import DispersionLoss, hidden_states
-from edgedisp.dispersion.losses import angular
+from edgedisp.dispersion.losses import DispersionConfig, angular
 from edgedisp.dispersion.pairwise_kernel import pairwise_loss
 from edgedisp.train.chunked_cross_entropy import chunked_head
 from edgedisp.train.performance import keep_freed_memory, peak_memory_bytes

@@ -41,11 +41,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.dispersion.losses import DispersionConfig
 from edgedisp.models import quiet
 from edgedisp.recipe import Train
-from edgedisp.train.packed_dataset import PackedDataset
-from edgedisp.train.trainer import FitOptions, fit
+from edgedisp.train.trainer import FitOptions, PackedDataset, fit
 
 CPU_SETTINGS = {  # name: (sequences of a step, context, precision)
     "bf16_4x256": (4, 256, "bf16"),

@@ -10,15 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgedisp.dispersion.config import DispersionConfig as DispersionConfig
     from edgedisp.dispersion.hooks import DispersionLoss as DispersionLoss
+    from edgedisp.dispersion.losses import DispersionConfig as DispersionConfig
     from edgedisp.train.dispersion_trainer import DispersionMixin as DispersionMixin
     from edgedisp.train.dispersion_trainer import DispersionTrainer as DispersionTrainer
 
 __version__ = "0.1.0"
 
 PUBLIC = {
-    "DispersionConfig": "edgedisp.dispersion.config",
+    "DispersionConfig": "edgedisp.dispersion.losses",
     "DispersionLoss": "edgedisp.dispersion.hooks",
     "DispersionMixin": "edgedisp.train.dispersion_trainer",
     "DispersionTrainer": "edgedisp.train.dispersion_trainer",

@@ -166,8 +166,8 @@ def measure_model(model: nn.Module, blocks: Tensor, progress: Progress = silent)
 
 
 @torch.no_grad()
-def quick_condensation(model: nn.Module, blocks: Tensor) -> dict[str, list[float]]:
-    """`cosine_by_layer`, cheap enough to look at while a model trains: the raw mean cosine, averaged over
+def quick_condensation(model: nn.Module, blocks: Tensor) -> list[float]:
+    """A figure by layer, cheap enough to look at while a model trains: the raw mean cosine, averaged over
     sequences; index 0 is the embedding output, i the output of the i-th block.
 
     model: in evaluation mode, bare or wrapped by peft. blocks: `(sequences, tokens)` int64, without padding.
@@ -175,7 +175,7 @@ def quick_condensation(model: nn.Module, blocks: Tensor) -> dict[str, list[float
     layers = range(-1, len(decoder_layers(model)))
     with hidden_states(model, layers) as states:
         model(input_ids=blocks.to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
-        return {"cosine_by_layer": [float(mean_cosine(states[index]).mean()) for index in layers]}
+        return [float(mean_cosine(states[index]).mean()) for index in layers]
 
 
 # ---------------------------------------------------------------- means over sequences

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgedisp.dispersion.config import DispersionConfig
-from edgedisp.dispersion.losses import VARIANTS, has_pair
+from edgedisp.dispersion.losses import VARIANTS, DispersionConfig, has_pair
 from edgedisp.dispersion.pairwise_kernel import FORMS, pairwise_loss
 from edgedisp.dispersion.sampling import TokenSample, candidates
 

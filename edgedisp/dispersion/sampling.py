@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from edgedisp.dispersion.config import DispersionConfig
-from edgedisp.dispersion.losses import has_pair
+from edgedisp.dispersion.losses import DispersionConfig, has_pair
 
 SINK_NORM = 10.0  # medians of a sequence's norms, above which a token counts as an attention sink
 

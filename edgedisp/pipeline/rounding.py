@@ -36,7 +36,7 @@ from edgedisp.recipe import QuantizeBits
 from edgedisp.train.quantized_weights import Rounding, round_weights, weights_of
 
 if TYPE_CHECKING:
-    from edgedisp.train.quantization_aware import QuantizationAware
+    from edgedisp.train.callbacks import QuantizationAware
 
 SCALES = "quantization/scales.safetensors"  # in a folder of its own: model.save clears the top
 SLICE_VALUES = 1 << 22  # weight values rounded at a time: 16 MB of fp32, and a few times that in between
@@ -96,7 +96,7 @@ def aware_callback(
     tokens [blocks, context]: gptq calibrates on the first of them, when rounding begins, and leaves its
     scales in `output_dir`. A run that is continued reads those again.
     """
-    from edgedisp.train.quantization_aware import QuantizationAware  # the Trainer; a bundle needs none
+    from edgedisp.train.callbacks import QuantizationAware  # the Trainer; a bundle needs none
 
     (grid, outer), path = grids(rounding), output_dir / SCALES
     if rounding.section.method != "gptq":

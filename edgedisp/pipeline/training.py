@@ -6,23 +6,21 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import fields
-from functools import partial
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.trainer_callback import TrainerCallback
 
 from edgedisp import models
 from edgedisp.core.distributed import place
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import write_json
+from edgedisp.core.files import to_json, write_json
 from edgedisp.core.progress import Progress
-from edgedisp.dispersion.condensation import measure_model, quick_condensation
-from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.dispersion.condensation import measure_model
+from edgedisp.dispersion.losses import DispersionConfig
 from edgedisp.evaluate.loglikelihood import ScoreOptions
 from edgedisp.pipeline import adapters
 from edgedisp.pipeline.options import CandidateOptions, ItemsOptions, TrainOptions
@@ -36,9 +34,9 @@ from edgedisp.pipeline.prepare import (
 from edgedisp.pipeline.rounding import aware_callback
 from edgedisp.pipeline.stage import Inputs
 from edgedisp.recipe import Dispersion
-from edgedisp.train.arm_callbacks import callbacks_for
+from edgedisp.train.callbacks import callbacks_for
 from edgedisp.train.dispersion_trainer import CondensationWatch, NotFinite
-from edgedisp.train.trainer import FitOptions, FitResult, fit
+from edgedisp.train.trainer import FitOptions, fit
 
 WATCHES = 10  # measurements of the condensation in a run
 WATCHED_SEQUENCES, WATCHED_TOKENS = 2, 128  # a quarter of a step's forward pass at the usual batch of 4 x 256
@@ -63,7 +61,7 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
     tokens = np.load(corpus / "tokens.npy", mmap_mode="r", allow_pickle=False)
     packing = json.loads((corpus / PACKING).read_text(encoding="utf-8"))
     model = adapters.model_to_train(section.adapter, base, arm.seed)
-    callbacks: list[TrainerCallback] = list(callbacks_for(arm.techniques, arm.seed))
+    callbacks = callbacks_for(arm.techniques, arm.seed)
     if (aware := section.quantization_aware) is not None and options.rounding is not None:
         start = aware.begins(options.rounding.section.method)
         callbacks.append(aware_callback(options.rounding, start, tokens, output_dir, progress))
@@ -78,16 +76,14 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
         log_dir=output_dir / "logs" if section.report_to else None,
         run_name=f"{output_dir.parent.parent.name}/{output_dir.parent.name}",
     )
-    if (
-        arm.replica
-    ):  # the first seed reads the blocks in the order of the file, others in an order of their own
+    if arm.replica:  # the first seed reads the blocks in the order of the file
         tokens = tokens[np.random.default_rng(arm.seed).permutation(len(tokens))]
-    result = fit(model, tokens, section, fit_options, progress)
+    result, weights = fit(model, tokens, section, fit_options, progress)
     if not place().leads:
         return {}
-    if result.weights is not None:  # FSDP trained parts of the model; the whole goes into a fresh one
+    if weights is not None:  # FSDP trained parts of the model; the whole goes into a fresh one
         model = adapters.model_to_train(section.adapter, base, arm.seed)
-        model.load_state_dict(result.weights)
+        model.load_state_dict(weights)
     if section.adapter is not None:
         adapters.save_adapter(model, section.adapter, base, output_dir)
     else:
@@ -100,19 +96,8 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
         "seed": arm.seed,
         "threads": torch.get_num_threads(),
     }
-    return {
-        **_figures(result),
-        "steps": options.steps,
-        "settings": settings,
-        "weights_sha256": weights_digest(output_dir),
-    }
-
-
-def _figures(result: FitResult) -> dict[str, Any]:
-    """The fields of core.results.Training that a fit gives."""
-    figures = {part.name: getattr(result, part.name) for part in fields(result) if part.name != "weights"}
-    more = {"tokens_per_s": result.tokens_per_s, "watch_seconds": result.watch_seconds}
-    return {**figures, **more, "processes": place().count}
+    result = replace(result, settings=settings, weights_sha256=weights_digest(output_dir))
+    return dict(to_json(result))
 
 
 def check_reporters(names: Sequence[str]) -> None:
@@ -138,7 +123,7 @@ def _watch(every: int | None, steps: int, corpus: Path) -> CondensationWatch | N
     if every == 0:
         return None
     blocks = torch.from_numpy(heldout_blocks(corpus, blocks=WATCHED_SEQUENCES)[:, :WATCHED_TOKENS])
-    return CondensationWatch(partial(quick_condensation, blocks=blocks), every or math.ceil(steps / WATCHES))
+    return CondensationWatch(blocks, every or math.ceil(steps / WATCHES))
 
 
 # Candidates of a pilot

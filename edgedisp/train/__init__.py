@@ -1,20 +1,18 @@
 """Mid-training: the transformers Trainer with a dispersion term, and what an arm can add to it.
 
-    trainer                `fit`: one arm of a build
-    checkpoints            what is resumed from
+    trainer                `fit`: one arm of a build; packed blocks, checkpoints, processes
     dispersion_trainer     the dispersion term for any transformers Trainer
-    packed_dataset         blocks of tokens, with or without walls between documents
     chunked_cross_entropy  the loss without the logits of a whole batch
-    quantization_aware     training under the rounding of a bundle
+    callbacks              NEFTune, embedding dropout, active forgetting, quantization-aware training
     quantized_weights      the weights that a bundle rounds
     lora                   LoRA and QLoRA: attach, save, merge
-    arm_callbacks          NEFTune, embedding dropout, active forgetting
     performance            compiled layers, memory, timed steps
 
-Only `trainer` and `dispersion_trainer` import the Trainer, which costs seconds and 100 MB.
+`trainer`, `dispersion_trainer` and `callbacks` import the Trainer, which costs seconds and 100 MB.
 """
 
 import logging
+from functools import partial
 
 # Two lines of bitsandbytes that help nobody here: at its import (by transformers' Trainer) on CPUs with bf16,
 # and at every forward pass of an int8 layer.
@@ -24,9 +22,9 @@ _USELESS = {
 }
 
 
-def _is_useful(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(_USELESS[record.name])
+def _is_useful(start: str, record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(start)
 
 
-for _name in _USELESS:
-    logging.getLogger(_name).addFilter(_is_useful)
+for _name, _start in _USELESS.items():
+    logging.getLogger(_name).addFilter(partial(_is_useful, _start))

@@ -1,22 +1,11 @@
 """A dispersion term for any transformers Trainer: `DispersionMixin`, and `DispersionTrainer` made of it.
 
     trainer = DispersionTrainer(model, args, train_dataset=data, dispersion=DispersionConfig(weight=0.1))
-    trainer.train()
-
     class DispersionSFT(DispersionMixin, SFTTrainer): ...  # TRL's; the mixin comes first
 
-The loss is `host's loss + weight * dispersion`, from hooks in the same forward pass. Logged with `loss`:
-`cross_entropy`, `dispersion`, and `skipped_sequences`, the number so far of those with fewer than two tokens
-to compare. Evaluation is untouched. Not supported: `torch.nn.DataParallel`, and losses of several forward
-passes with gradients.
-
-Gradient accumulation: where the host's loss of a micro-batch is a share of the step's mean already
-(`num_items_in_batch`), the term is weighted by its sequences among those of the step, over all processes. So
-n micro-batches are one big batch for both terms. The sample of tokens depends on the number of each
-sequence, which follows from step, micro-batch and process, so resumed and data-parallel runs sample alike.
-
-A loss or gradient that is not finite stops training before the optimizer step that it would spoil. On a CPU
-every micro-batch is checked; elsewhere the device is asked once per optimizer step.
+The loss is `Trainer's loss + weight * dispersion`, from hooks in the same forward pass. Logged with `loss`:
+`cross_entropy`, `dispersion`, and `skipped_sequences`, those with fewer than two tokens to compare.
+Evaluation is untouched. Losses of several forward passes with gradients are not supported.
 """
 
 from __future__ import annotations
@@ -24,7 +13,6 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +25,9 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from edgedisp.core.errors import BuildFailed
-from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.dispersion.condensation import quick_condensation
 from edgedisp.dispersion.hooks import DispersionLoss
+from edgedisp.dispersion.losses import DispersionConfig
 
 if TYPE_CHECKING:
     Host = Trainer
@@ -50,14 +39,28 @@ class NotFinite(BuildFailed):
     """A loss or gradient is NaN or infinite: says where, and what can be resumed."""
 
 
+@dataclass
+class _Sums:
+    """Since the last log; tensors, so that no step waits for the device."""
+
+    steps: int = 0
+    cross_entropy: Tensor | float = 0.0
+    dispersion: Tensor | float = 0.0
+
+
 class DispersionMixin(Host):
     """Adds a dispersion term to a Trainer class; it comes first among the bases.
 
-    Args (in addition to the host's):
-        dispersion: the term, or None for the host's loss alone (which is then logged as `cross_entropy` too).
+    Args (in addition to the Trainer's):
+        dispersion: the term, or None for the Trainer's loss alone (then logged as `cross_entropy` too).
         watch: measures the condensation as training goes on.
 
-    Raises ValueError for more than one GPU in one process. `train` raises NotFinite.
+    The term of a micro-batch is weighted by its sequences among those of the step, over all processes, so n
+    micro-batches are one big batch for both terms. The sample of tokens depends on the number of each
+    sequence, which follows from step, micro-batch and process: resumed and data-parallel runs sample alike.
+
+    `train` raises NotFinite for a loss or gradient that is not finite, before the optimizer step that it
+    would spoil. Raises ValueError for more than one GPU in one process (`torch.nn.DataParallel`).
     """
 
     def __init__(
@@ -80,12 +83,12 @@ class DispersionMixin(Host):
         self._micro_batch = 0  # within the optimizer step
         self._shares: list[Tensor | float] = []  # of the step's sequences, by micro-batch
         self._sums = _Sums()
-        self._is_finite: Tensor | None = None  # of the losses of this step, where asking costs a wait
-        self._grad_norm: Any = None
+        self._skipped = 0  # sequences, at the last log
+        self._is_finite: Tensor | None = None  # of this step's losses, on devices that are slow to ask
         model: Any = self.model  # a peft wrapper's own signature tells nothing
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._takes_use_cache = "use_cache" in inspect.signature(inner.forward).parameters
-        self.add_callback(_Moments(self))
+        self.add_callback(_OnTrainBegin(self))
         if watch is not None:
             self.add_callback(watch)
 
@@ -126,10 +129,16 @@ class DispersionMixin(Host):
                 logs.update(self.watch.to_log(self.state.global_step))
         super().log(logs, *args, **kwargs)
 
-    def last_checkpoint(self) -> str | None:
-        """The checkpoint that training can be resumed from, for the message when it has to stop."""
-        folder = self.args.output_dir
-        return get_last_checkpoint(folder) if folder and Path(folder).is_dir() else None
+    def begin_watching(self) -> None:
+        """Called when training begins, and again if it begins anew with a smaller batch."""
+        self._hooks.close()
+        if self.dispersion is not None:
+            model: Any = self.model
+            self.dispersion_loss = DispersionLoss(self.dispersion)
+            self._hooks.enter_context(self.dispersion_loss.watch(model))
+            if self.args.torch_compile:
+                torch._dynamo.reset()  # code that was compiled before the hooks does not run them
+        self._sums, self._skipped, self._is_finite = _Sums(), 0, None
 
     def _with_term(self, host_loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """`host_loss + weight * dispersion`, each as the Trainer expects a micro-batch's part of the step."""
@@ -146,11 +155,11 @@ class DispersionMixin(Host):
         if finite.device.type != "cpu":
             self._is_finite = finite if self._is_finite is None else self._is_finite & finite
         elif not finite:
-            self._stop(host_loss, term)
+            raise self._not_finite(self._cause(host_loss, term))
         return loss
 
     def _is_share(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Whether the host's loss of a micro-batch is a share of the step's mean, as in `training_step`."""
+        """Whether a micro-batch's loss is already its share of the step's mean, as in `training_step`."""
         if self.loss_is_scaled_for_ga is not None:
             return bool(self.loss_is_scaled_for_ga)
         is_by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
@@ -175,14 +184,16 @@ class DispersionMixin(Host):
     def _first_sequence(self) -> int:
         """Number of this micro-batch's first sequence among all that training sees."""
         batch = self._train_batch_size  # the state's is that of the processes which wrote a checkpoint
-        done = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_batch
-        return (done * self.args.world_size + self.args.process_index) * batch
+        micro_batches = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_batch
+        return (micro_batches * self.args.world_size + self.args.process_index) * batch
 
     def _logged_parts(self) -> dict[str, float]:
         """Means over the optimizer steps since the last log, over all processes."""
         sums, self._sums = self._sums, _Sums()
         skipped = 0 if self.dispersion_loss is None else self.dispersion_loss.skipped_sequences
-        parts = [float(sums.cross_entropy) / sums.steps, float(sums.dispersion) / sums.steps, float(skipped)]
+        means = [float(sums.cross_entropy) / sums.steps, float(sums.dispersion) / sums.steps]
+        parts = [*means, float(skipped - self._skipped)]
+        self._skipped = skipped
         if self.args.world_size > 1:
             device = self.args.device
             gathered: Any = self.accelerator.gather(torch.tensor([parts], device=device))
@@ -194,47 +205,35 @@ class DispersionMixin(Host):
             logged["skipped_sequences"] = int(parts[2])
         return logged
 
-    def _training_begins(self) -> None:
-        self._hooks.close()  # a loop that was begun anew with a smaller batch (auto_find_batch_size)
-        if self.dispersion is not None:
-            model: Any = self.model
-            self.dispersion_loss = DispersionLoss(self.dispersion)  # what it counts is counted by training
-            self._hooks.enter_context(self.dispersion_loss.watch(model))
-            if self.args.torch_compile:
-                torch._dynamo.reset()  # it does not notice new hooks: code from before the watch has none
-        self._sums, self._is_finite = _Sums(), None
-
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's own, seen here before the optimizer step that a NaN in it would spoil."""
-        self._grad_norm = super()._get_grad_norm(*args, **kwargs)
-        return self._grad_norm
-
-    def _before_the_optimizer_step(self) -> None:
+        """The Trainer calls this between the backward pass and the optimizer step."""
+        norm = super()._get_grad_norm(*args, **kwargs)
         finite, self._is_finite = self._is_finite, None
         if finite is not None and not finite:
-            self._stop(None, None)
+            cause = self._cause(None, None)
+            raise self._not_finite(cause or "the loss of one of its micro-batches is not finite")
         # Under fp16 an infinite gradient is the scaler's business: it skips the step and scales less.
-        if self._grad_norm is not None and getattr(self.accelerator, "scaler", None) is None:
-            norm, self._grad_norm = float(self._grad_norm), None
-            if not math.isfinite(norm):
-                raise self._not_finite(f"the norm of the gradient is {norm}")
+        if getattr(self.accelerator, "scaler", None) is None and not math.isfinite(float(norm)):
+            raise self._not_finite(f"the norm of the gradient is {float(norm)}")
+        return norm
 
-    def _stop(self, host_loss: Tensor | None, term: Tensor | None) -> None:
-        """Raise NotFinite, naming what is at fault in the pass just made, as far as that is known."""
+    def _cause(self, host_loss: Tensor | None, term: Tensor | None) -> str:
+        """What is not finite in the last forward pass, as far as that is known."""
         causes = []
         if host_loss is not None and not torch.isfinite(host_loss):
             causes.append(f"cross-entropy is {float(host_loss.detach())}")
         layers = {} if self.dispersion_loss is None else self.dispersion_loss.by_layer()
         bad = [layer for layer, value in layers.items() if not math.isfinite(value)]
         if bad:
-            named = "layer " + str(bad[0]) if len(bad) == 1 else f"layers {', '.join(map(str, bad))}"
-            causes.append(f"the dispersion loss is {layers[bad[0]]} at {named} (of {len(layers)} watched)")
+            names = f"layer{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}"
+            causes.append(f"the dispersion loss is {layers[bad[0]]} at {names} (of {len(layers)} watched)")
         elif term is not None and not torch.isfinite(term):
             causes.append(f"the dispersion loss is {float(term.detach())}")
-        raise self._not_finite(" and ".join(causes) or "the loss of one of its micro-batches is not finite")
+        return " and ".join(causes)
 
     def _not_finite(self, what: str) -> NotFinite:
-        last = self.last_checkpoint()
+        folder = self.args.output_dir
+        last = get_last_checkpoint(folder) if folder and Path(folder).is_dir() else None
         resume = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
         return NotFinite(
             f"training stopped in step {self.state.global_step + 1}: {what}. No weight was changed by it; "
@@ -246,26 +245,12 @@ class DispersionTrainer(DispersionMixin, Trainer):
     """The transformers `Trainer` with a dispersion term; see `DispersionMixin` for its arguments."""
 
 
-class _Moments(TrainerCallback):
-    """Calls the trainer at the moments of its loop that only callbacks see."""
-
+class _OnTrainBegin(TrainerCallback):
     def __init__(self, trainer: DispersionMixin) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer._training_begins()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer._before_the_optimizer_step()
-
-
-@dataclass
-class _Sums:
-    """Since the last log; tensors, so that no step waits for the device."""
-
-    steps: int = 0
-    cross_entropy: Tensor | float = 0.0
-    dispersion: Tensor | float = 0.0
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.begin_watching()
 
 
 def _mask(inputs: dict[str, Any]) -> Tensor | None:
@@ -275,8 +260,7 @@ def _mask(inputs: dict[str, Any]) -> Tensor | None:
 
 def _sequences(batch: dict[str, Any], term: DispersionLoss) -> Tensor | int:
     """How many sequences of a batch count in the term; a scalar tensor if there is a mask."""
-    mask = _mask(batch)
-    if mask is not None:
+    if (mask := _mask(batch)) is not None:
         return term.sequences(mask)
     for value in batch.values():
         if isinstance(value, Tensor) and value.dim() > 1:
@@ -285,19 +269,19 @@ def _sequences(batch: dict[str, Any], term: DispersionLoss) -> Tensor | int:
 
 
 class CondensationWatch(TrainerCallback):
-    """Calls `measure(model)` before the first step, every `every` optimizer steps and after the last one.
+    """Measures `quick_condensation` before the first step, every `every` optimizer steps and after the last.
 
     It runs in evaluation mode and without gradients, on random streams that are restored afterwards: the
     weights of a run are bit-identical with and without it. Raises ValueError for `every` below 1.
 
-    measure: model -> figures by layer, such as those of `quick_condensation` over a few fixed blocks.
-    `rows` collects `{"step": n, **figures, "seconds": s}`; step 0 is the model before training.
+    blocks: `(sequences, tokens)` int64. `rows` collects `{"step", "cosine_by_layer", "seconds"}`; step 0 is
+    the model before training.
     """
 
-    def __init__(self, measure: Callable[[nn.Module], dict[str, list[float]]], every: int) -> None:
+    def __init__(self, blocks: Tensor, every: int) -> None:
         if every < 1:
             raise ValueError(f"every is {every}; it has to be at least 1 step")
-        self.measure, self.every = measure, every
+        self.blocks, self.every = blocks, every
         self.rows: list[dict[str, Any]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -310,22 +294,19 @@ class CondensationWatch(TrainerCallback):
             control.should_log = True
 
     def to_log(self, step: int) -> dict[str, float]:
-        """The figures of this step as flat numbers for a log, empty if there are none."""
+        """The cosines of this step as flat numbers for a log, empty if there are none."""
         if not self.rows or self.rows[-1]["step"] != step:
             return {}
-        logged: dict[str, float] = {}
-        for name, values in self.rows[-1].items():
-            if isinstance(values, list):
-                logged |= {f"{name}/{index:02d}": value for index, value in enumerate(values)}
-                logged[f"{name}/mean"] = sum(values) / len(values)
-        return logged
+        values = self.rows[-1]["cosine_by_layer"]
+        mean = {"cosine_by_layer/mean": sum(values) / len(values)}
+        return {f"cosine_by_layer/{layer:02d}": value for layer, value in enumerate(values)} | mean
 
     def _measure(self, model: nn.Module, step: int) -> None:
         started = time.perf_counter()
-        modes = [(module, module.training) for module in model.modules()]
         device = next(model.parameters()).device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-            figures = self.measure(model.eval())
-        for module, mode in modes:
-            module.training = mode
-        self.rows.append({"step": step, **figures, "seconds": time.perf_counter() - started})
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            cosines = quick_condensation(
+                model.eval(), self.blocks
+            )  # the Trainer calls `train()` at each step
+        seconds = time.perf_counter() - started
+        self.rows.append({"step": step, "cosine_by_layer": cosines, "seconds": seconds})

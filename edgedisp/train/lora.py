@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,23 +33,20 @@ from edgedisp.train.quantized_weights import LINEAR
 
 MARK = "edgedisp.json"
 CONFIG = "adapter_config.json"
-LOGITS_AT_ONCE = 1 << 24  # values of one slice of `block_losses`: 64 MB in float32
 _CARD = """\
 ---
 library_name: peft
 pipeline_tag: text-generation
-{base_model}tags:
-- lora
-- edgedisp
+{base_model}tags: [lora, edgedisp]
 ---
 
 # LoRA adapter for {name}
 
-Trained by edgedisp over {precision}. Fingerprint of the base's weights (SHA-256): `{sha256}`.
+Trained by edgedisp over {stored}. SHA-256 of the base's weights: `{sha256}`.
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM{imported}
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 base = AutoModelForCausalLM.from_pretrained({name!r}, {options})
 model = PeftModel.from_pretrained(base, "this folder")
@@ -62,22 +59,25 @@ _LOAD_OPTIONS = {
 }
 
 
-def target_names(layers: nn.ModuleList, targets: str | Sequence[str] = "auto") -> list[str]:
-    """Last name parts of the linear maps that get an adapter, as peft takes them: q_proj, ...
+def target_modules(layers: nn.ModuleList, targets: str | Sequence[str] = "auto") -> list[Any]:
+    """The linear maps of the layers that get an adapter: those named, whole or by the end of their names.
 
     `auto`: every linear map of attention and MLP. Raises BadInput if a target is no linear map of the layers.
     Under `auto`, raises it if there is none, or if weights in three dimensions (the experts of a mixture)
     would be left out.
     """
-    maps = _linear_maps(layers)
-    names = sorted({name.rsplit(".", 1)[-1] for name in maps})
+    maps = {name: module for name, module in layers.named_modules() if isinstance(module, LINEAR)}
+    last_parts = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in maps}))
     if targets != "auto":
-        if missing := [target for target in targets if not _matching(maps, [target])]:
+        matching = {
+            target: [maps[name] for name in maps if f".{name}".endswith(f".{target}")] for target in targets
+        }
+        if missing := [target for target, modules in matching.items() if not modules]:
             raise BadInput(
                 f"train.adapter.targets: {', '.join(missing)} is no linear map of this model, "
-                f"which has {', '.join(names)}; `auto` takes them all"
+                f"which has {last_parts}; `auto` takes them all"
             )
-        return list(targets)
+        return list({id(module): module for modules in matching.values() for module in modules}.values())
     if not maps:
         raise BadInput(
             "train.adapter: no linear map was found in the transformer layers, so LoRA has nothing to adapt; "
@@ -87,58 +87,36 @@ def target_names(layers: nn.ModuleList, targets: str | Sequence[str] = "auto") -
         raise BadInput(
             f"train.adapter.targets: auto means every linear map of the layers, but {stacked[0]}"
             f"{f' and {len(stacked) - 1} more' if len(stacked) > 1 else ''} cannot carry an adapter; "
-            f"name the targets yourself: {', '.join(names)}"
+            f"name the targets yourself: {last_parts}"
         )
-    return names
-
-
-def _linear_maps(layers: nn.ModuleList) -> dict[str, Any]:
-    return {name: module for name, module in layers.named_modules() if isinstance(module, LINEAR)}
-
-
-def _matching(modules: dict[str, Any], targets: Sequence[str]) -> dict[str, Any]:
-    """Those that peft adapts for a list of targets: whole names or ends of names."""
-    return {
-        name: module
-        for name, module in modules.items()
-        if any(name == target or name.endswith(f".{target}") for target in targets)
-    }
+    return list(maps.values())
 
 
 def adapter_size(layers: nn.ModuleList, rank: int, targets: str | Sequence[str] = "auto") -> int:
     """Trainable parameters of a LoRA adapter over these linear maps of the layers: rank (in + out) each."""
-    adapted = _matching(_linear_maps(layers), target_names(layers, targets))
-    return sum(rank * sum(module.weight.shape) for module in adapted.values())
+    return sum(rank * sum(module.weight.shape) for module in target_modules(layers, targets))
 
 
 def attach(model: nn.Module, layers: nn.ModuleList, adapter: Adapter, seed: int) -> nn.Module:
     """Wrap `model` with a fresh adapter over its transformer `layers`; all else is frozen. The random half
-    depends on `seed` alone. Raises BadInput if peft is missing, and as `target_names` does."""
+    depends on `seed` alone. Raises BadInput if peft is missing, and as `target_modules` does."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise BadInput('train.adapter needs peft: pip install "edgedisp[train]"') from error
+    targets = set(map(id, target_modules(layers, adapter.targets)))
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha or 2 * adapter.rank,
         lora_dropout=adapter.dropout,
-        target_modules=_peft_targets(model, layers, adapter),
+        # Whole names, which peft shortens to ends of names where they match nothing else.
+        target_modules=[name for name, module in model.named_modules() if id(module) in targets],
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in layers.modules()),
         task_type="CAUSAL_LM",
     )
     with _quiet_peft(), torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(model, config)
-
-
-def _peft_targets(model: nn.Module, layers: nn.ModuleList, adapter: Adapter) -> list[str]:
-    """Ends of names, or whole names where an end also matches outside the layers."""
-    targets = target_names(layers, adapter.targets)
-    inside = {id(module) for module in _matching(_linear_maps(layers), targets).values()}
-    matching = _matching(dict(model.named_modules()), targets)
-    if {id(module) for module in matching.values()} == inside:
-        return targets
-    return [name for name, module in matching.items() if id(module) in inside]
 
 
 def load_quantized(folder: Path, base: str) -> nn.Module:
@@ -161,28 +139,27 @@ def load_quantized(folder: Path, base: str) -> nn.Module:
     return model
 
 
-def dequantized(model: nn.Module) -> dict[str, Tensor]:
-    """Module name -> float32 weight [out, in] for each linear map that bitsandbytes stores in `model`."""
+def dequantized(module: Any) -> Tensor | None:
+    """float32 [out, in] of a linear map that bitsandbytes stores, else None."""
     bnb = _bitsandbytes()
-    weights: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            weight = module.weight
-            weights[name] = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
-        elif isinstance(module, bnb.nn.Linear8bitLt):
-            # The first forward pass moves the scales from the weight to the layer's state.
-            scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
-            weights[name] = module.weight.data.float() * (scales.float() / 127).unsqueeze(1)
-    return weights
+    if isinstance(module, bnb.nn.Linear4bit):
+        weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        return cast(Tensor, weight.float())
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        # The first forward pass moves the scales from the weight to the layer's state.
+        scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+        return cast(Tensor, module.weight.data.float() * (scales.float() / 127).unsqueeze(1))
+    return None
 
 
 @torch.no_grad()
 def expand(quantized: nn.Module, full: nn.Module) -> None:
     """Replace the weights of `full` by the dequantized ones of `quantized`, the same model."""
     modules = dict(full.named_modules())
-    for name, weight in dequantized(quantized).items():
-        module: Any = modules[name]
-        module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)  # Conv1D stores [in, out]
+    for name, stored in quantized.named_modules():
+        if (weight := dequantized(stored)) is not None:
+            module: Any = modules[name]
+            module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)  # Conv1D stores [in, out]
 
 
 def _bitsandbytes() -> Any:
@@ -227,16 +204,11 @@ def save_adapter(model: nn.Module, base: Base, folder: Path) -> None:
     mark = {**asdict(base), "edgedisp": __version__}
     (folder / CONFIG).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
-    is_hub_id = not Path(base.name).is_absolute()
     card = _CARD.format(
-        base_model=f"base_model: {json.dumps(base.name)}\n" if is_hub_id else "",
-        name=base.name,
-        precision=f"the base stored as {base.quantization}"
-        if base.quantization
-        else "the full-precision base",
-        sha256=base.sha256,
+        base_model="" if Path(base.name).is_absolute() else f"base_model: {json.dumps(base.name)}\n",
+        stored=f"the base stored as {base.quantization}" if base.quantization else "the full-precision base",
         options=_LOAD_OPTIONS[base.quantization],
-        imported=", BitsAndBytesConfig" if base.quantization else "",
+        **asdict(base),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -256,10 +228,10 @@ def merge(adapter: Path, base: nn.Module, *, quantized: nn.Module | None = None)
     Raises BadInput if the adapter was trained on other weights: peft merges into any model whose shapes fit.
     """
     trained_on = json.loads((adapter / MARK).read_text(encoding="utf-8"))
-    if trained_on["sha256"] != (here := fingerprint(base)):
+    if trained_on["sha256"] != (actual := fingerprint(base)):
         raise BadInput(
             f"{adapter}: this adapter was trained on another base: on {trained_on['name']}, whose weights "
-            f"have the fingerprint {trained_on['sha256'][:12]}; these have {here[:12]}. Give the base that "
+            f"have the fingerprint {trained_on['sha256'][:12]}; these have {actual[:12]}. Give the base that "
             "it was trained on, or train the adapter again"
         )
     if quantized is not None:
@@ -273,16 +245,12 @@ def merge(adapter: Path, base: nn.Module, *, quantized: nn.Module | None = None)
 def block_losses(model: nn.Module, blocks: NDArray[np.int64]) -> NDArray[np.float64]:
     """Cross-entropy of each block of int64 [blocks, tokens], summed over its tokens - 1 predictions, in nats:
     float64 [blocks]. The model is left in eval mode."""
-    model.eval()
-    device = next(model.parameters()).device
+    device = next(model.eval().parameters()).device
     losses = np.zeros(len(blocks))
     for index, block in enumerate(blocks):
         ids = torch.from_numpy(block).to(device)
-        inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
-        logits = model(**inputs, use_cache=False).logits[0, :-1]
-        step = max(1, LOGITS_AT_ONCE // logits.shape[-1])
-        for part, targets in zip(logits.split(step), ids[1:].split(step)):
-            losses[index] += functional.cross_entropy(part.float(), targets, reduction="sum").item()
+        logits = model(input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), use_cache=False).logits
+        losses[index] = functional.cross_entropy(logits[0, :-1].float(), ids[1:], reduction="sum").item()
     return losses
 
 

@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from edgedisp.core.progress import Progress, silent
 from edgedisp.recipe import Train
-from edgedisp.train.chunked_cross_entropy import chunked_head, unsupported
+from edgedisp.train.chunked_cross_entropy import chunked_head
 
 COMPILERS = ("g++", "clang++", "c++")
 
-# Parameter of mallopt(3) -> value, default.
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-MALLOC_OPTIONS = {
-    M_MMAP_MAX: (0, 65536),
-    M_TRIM_THRESHOLD: (2**31 - 1, 128 << 10),
-    M_TOP_PAD: (64 << 20, 0),
-}
+MALLOC_OPTIONS = {-4: (0, 65536), -1: (2**31 - 1, 128 << 10), -2: (64 << 20, 0)}
+"""M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of mallopt(3) -> value, default."""
 
 WARM_UP_STEPS = 2  # allocations and the choice of kernels make these up to three times slower
 TIMED_STEPS = 2
@@ -46,7 +41,7 @@ TIMED_STEPS = 2
 
 def cannot_compile(model: nn.Module) -> str | None:
     """Why `compiled_layers` cannot serve a model here, with what would help, or None if it can."""
-    if not _layers(model):
+    if not decoder_blocks(model):
         return "it has no transformer layers that could be compiled alike"
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and not (os.environ.get("CXX") or any(map(shutil.which, COMPILERS))):
@@ -58,9 +53,9 @@ def cannot_compile(model: nn.Module) -> str | None:
 def compiled_layers(model: nn.Module) -> Iterator[None]:
     """Inside the block the transformer layers of `model` run compiled in training passes. Each layer's
     `forward` is compiled, not its call, so hooks stay outside, and all layers share one program."""
-    layers = _layers(model)
+    layers = decoder_blocks(model)
     for layer in layers:
-        layer.forward = _when_training(layer)
+        layer.forward = _when_training(layer.forward)
     try:
         yield
     finally:
@@ -68,10 +63,9 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def _when_training(layer: nn.Module) -> Callable[..., Any]:
+def _when_training(plain: Callable[..., Any]) -> Callable[..., Any]:
     """Passes without gradients run plain: each of their shapes would be compiled for itself."""
-    plain = layer.forward
-    compiled = torch.compile(plain, dynamic=False)
+    compiled, layer = torch.compile(plain, dynamic=False), plain.__self__  # type: ignore[attr-defined]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return (compiled if layer.training and torch.is_grad_enabled() else plain)(*args, **kwargs)
@@ -79,7 +73,7 @@ def _when_training(layer: nn.Module) -> Callable[..., Any]:
     return forward
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """What transformers itself treats as the units that can be recomputed: the decoder layers."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
@@ -93,7 +87,7 @@ def checkpoint_activations(model: Any) -> None:
 def keep_freed_memory() -> Iterator[None]:
     """Inside the block the process keeps what it frees (glibc); afterwards it gives back what it can."""
     libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-    if libc is None or not hasattr(libc, "mallopt"):
+    if libc is None:
         yield
         return
     for parameter, (value, _) in MALLOC_OPTIONS.items():
@@ -138,7 +132,7 @@ def time_steps(
     before = after_forward = process.memory_info().rss
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     times = []
-    with chunked_head(model) if unsupported(model) is None else nullcontext():
+    with chunked_head(model):
         for step in range(WARM_UP_STEPS + TIMED_STEPS):
             marks = [_now(device)]
             with torch.autocast(device, torch.bfloat16, enabled=train.precision == "bf16"):

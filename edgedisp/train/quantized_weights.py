@@ -36,7 +36,11 @@ class Weight:
         return (stored.T if self.transposed else stored).float()
 
     def rounded(self) -> Tensor:
-        """What the parameter's data become: Q(W), or Q(W + update) - update with an adapter; new memory."""
+        """What the parameter's data become: Q(W), in new memory.
+
+        With an adapter Q(W + s B A) - s B A: it adds s B A itself, so the layer computes with Q of the merged
+        weight.
+        """
         stored = self.parameter.data
         update = None
         if self.adapter is not None:
@@ -46,11 +50,22 @@ class Weight:
         new = (new.T if self.transposed else new).to(stored.dtype)
         return (new if update is None else new - update).contiguous()
 
+    def check_replaceable(self) -> None:
+        """Raises ValueError if training cannot replace the weight by a rounded one."""
+        name, dtype = self.name, self.parameter.dtype
+        if type(self.parameter.data) is not Tensor:
+            raise ValueError(f"{name} is divided among processes (FSDP); rounding in training needs it whole")
+        if dtype != torch.float32:
+            raise ValueError(f"{name} is stored as {dtype}; rounding in training needs float32")
+        dropouts = [] if self.adapter is None else self.adapter.lora_dropout.values()
+        if any(getattr(dropout, "p", 0) for dropout in dropouts):
+            raise ValueError("the adapter has dropout, so no step computes with the merged weight")
 
-def weights_of(model: nn.Module, body: Rounding, ends: Rounding) -> Iterator[Weight]:
+
+def weights_of(model: nn.Module, layers: Rounding, embedding_and_head: Rounding) -> Iterator[Weight]:
     """The weights of `model`, bare or wrapped by peft or data parallelism, each tensor once.
 
-    `ends` rounds the embedding and the head, `body` every other linear map.
+    `layers` rounds the linear maps of the layers, `embedding_and_head` those two.
     """
     whole: Any = getattr(model, "module", model)
     outer = {id(whole.get_input_embeddings().weight), id(whole.get_output_embeddings().weight)}
@@ -60,21 +75,21 @@ def weights_of(model: nn.Module, body: Rounding, ends: Rounding) -> Iterator[Wei
     seen: set[int] = set()
     for name, module in whole.named_modules():
         weight = getattr(module, "weight", None)
-        is_end = id(weight) in outer
-        if weight is None or id(weight) in seen or not (is_end or isinstance(module, LINEAR)):
+        is_outer = id(weight) in outer
+        if weight is None or id(weight) in seen or not (is_outer or isinstance(module, LINEAR)):
             continue
         if ".lora_" in name:
             continue
         seen.add(id(weight))
         plain = name.removeprefix("base_model.model.").removesuffix(".base_layer") + ".weight"
-        rounding, adapter = ends if is_end else body, adapters.get(id(module))
+        rounding, adapter = embedding_and_head if is_outer else layers, adapters.get(id(module))
         yield Weight(plain, weight, isinstance(module, Conv1D), rounding, adapter)
 
 
 @torch.no_grad()
-def round_weights(model: nn.Module, body: Rounding, ends: Rounding) -> list[str]:
+def round_weights(model: nn.Module, layers: Rounding, embedding_and_head: Rounding) -> list[str]:
     """Round the weights of `model` in place, for good. Returns their names."""
-    weights = list(weights_of(model, body, ends))
+    weights = list(weights_of(model, layers, embedding_and_head))
     for weight in weights:
         weight.parameter.copy_(weight.rounded())
     return [weight.name for weight in weights]

@@ -11,14 +11,16 @@ can be continued by another number of processes, but not from DDP to FSDP or bac
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
+import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,15 +34,15 @@ from transformers.trainer_callback import TrainerCallback
 
 from edgedisp.core.distributed import place, split
 from edgedisp.core.errors import BadInput
+from edgedisp.core.files import write_json
 from edgedisp.core.progress import Progress, silent
-from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.core.results import Training
+from edgedisp.dispersion.losses import DispersionConfig
 from edgedisp.models import quiet
 from edgedisp.recipe import Train
-from edgedisp.train.arm_callbacks import TrainingTechnique
-from edgedisp.train.checkpoints import PREFIX, keep_only, mark_whole, newest_checkpoint, read_marker
-from edgedisp.train.chunked_cross_entropy import chunked_head, unsupported
+from edgedisp.train.callbacks import TrainingTechnique
+from edgedisp.train.chunked_cross_entropy import IGNORED, chunked_head
 from edgedisp.train.dispersion_trainer import CondensationWatch, DispersionTrainer
-from edgedisp.train.packed_dataset import PackedDataset
 from edgedisp.train.performance import (
     cannot_compile,
     checkpoint_activations,
@@ -49,6 +51,10 @@ from edgedisp.train.performance import (
     peak_memory_bytes,
 )
 
+# Column of the log -> key of the Trainer's.
+LOG = {"loss": "cross_entropy", "dispersion": "dispersion", "lr": "learning_rate", "grad_norm": "grad_norm"}
+MARKER = "edgedisp.json"  # in a checkpoint that is whole
+PREFIX = "checkpoint-"  # the Trainer's own name for checkpoint folders
 TENSORBOARD_DIR = "TENSORBOARD_LOGGING_DIR"  # environment variable of transformers
 TIME_LIMIT = timedelta(hours=6)  # a slow disk or a sleeping laptop must not end a collective operation
 
@@ -72,71 +78,61 @@ class FitOptions:
     run_name: str | None = None
 
 
-@dataclass
-class FitResult:
-    """`log` has a row per optimizer step (`step`, `loss` = cross-entropy in nats per token, `dispersion`,
-    `lr`, `grad_norm`), `watched` the rows of the condensation watch. `weights` is None unless FSDP divided
-    the model: then it is the whole state dict, on the CPU, in the leading process.
+class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Packed blocks of tokens `(blocks, context)`; labels are the inputs (the model shifts them).
+
+    Attention runs through the block, as in most pre-training. With `end_of_text`, the token that ends a
+    document, it does not: position ids count from 0 in each document, of which transformers makes a
+    block-diagonal mask, and the first token of a document is no target. The dispersion loss still pairs all
+    tokens of a block.
     """
 
-    log: list[dict[str, Any]]
-    seconds: float
-    tokens: int
-    resumed_from: int
-    peak_memory_bytes: int
-    watched: list[dict[str, Any]] = field(default_factory=list)
-    skipped_sequences: int = 0
-    chunked_cross_entropy: bool = False
-    weights: dict[str, Tensor] | None = None
+    def __init__(self, tokens: np.ndarray, end_of_text: int | None = None) -> None:
+        self.tokens, self.end_of_text = tokens, end_of_text
 
-    @property
-    def tokens_per_s(self) -> float | None:
-        """Of this process: steps done before a resume are not counted."""
-        new = self.tokens * (1 - self.resumed_from / len(self.log)) if self.log else 0
-        return new / self.seconds if self.seconds and new else None
+    def __len__(self) -> int:
+        return len(self.tokens)
 
-    @property
-    def watch_seconds(self) -> float:
-        """Seconds of the whole run spent on the condensation watch."""
-        return math.fsum(row["seconds"] for row in self.watched)
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = torch.from_numpy(self.tokens[index].astype(np.int64))
+        if self.end_of_text is None:
+            return {"input_ids": ids, "labels": ids}
+        every = torch.arange(len(ids))
+        starts = torch.zeros_like(every)
+        starts[1:] = torch.where(ids[:-1] == self.end_of_text, every[1:], 0)
+        positions = every - starts.cummax(dim=0).values
+        labels = ids.masked_fill(positions == 0, IGNORED)
+        return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
 def fit(
     model: nn.Module, tokens: np.ndarray, train: Train, options: FitOptions, progress: Progress = silent
-) -> FitResult:
+) -> tuple[Training, dict[str, Tensor] | None]:
     """Train `model` in place; the newest whole checkpoint in `options.output_dir` is resumed from.
 
-    Args:
-        model: a causal language model, weights float32 (bf16 is autocast), perhaps wrapped by peft.
-        tokens: `(blocks, context)` unsigned integers, at least `steps * accumulate * batch` blocks.
-        train: `precision` resolved to bf16 or fp32. In a launch of several processes each calls `fit` alike
-            and takes its share of the step.
-    Raises ValueError if there are too few blocks, BadInput for a checkpoint that cannot be continued,
-    NotFinite if the loss or a gradient is NaN or infinite.
+    model: a causal language model with float32 weights, perhaps wrapped by peft. tokens: `(blocks, context)`
+    unsigned integers, at least `steps * accumulate * batch` blocks. train: `precision` is bf16 or fp32.
+    Every process of a launch calls `fit` alike and takes its share of each step.
+
+    Returns the results without `settings` and `weights_sha256`, and None; if FSDP divided the model, its
+    whole state dict, on the CPU of the leading process. Raises ValueError if there are too few blocks,
+    BadInput for a checkpoint that cannot be continued, NotFinite if the loss or a gradient is not finite.
     """
-    needed = options.steps * train.accumulate * train.batch
-    if len(tokens) < needed:
-        raise ValueError(f"{options.steps} steps need {needed} blocks of tokens, {len(tokens)} were given")
+    blocks = options.steps * train.accumulate * train.batch
+    if len(tokens) < blocks:
+        raise ValueError(f"{options.steps} steps need {blocks} blocks of tokens, {len(tokens)} were given")
     _join_processes()
     is_sharded = train.distributed is not None and place().count > 1
-    newest = newest_checkpoint(options.output_dir)
-    state = {} if newest is None else read_marker(newest)
-    if newest is not None and state["is_sharded"] != is_sharded:
-        raise BadInput(f"{newest}: a checkpoint cannot be continued from FSDP to DDP or back; remove it")
-    barrier()  # all processes have seen the same checkpoints
-    if place().leads:
-        keep_only(options.output_dir, newest)
-    log = _Log(options, state, is_sharded, progress)
-    resumed_from = len(log.rows)
+    newest = _checkpoint_to_resume(options, is_sharded)
     started = time.perf_counter()
     with _prepared(model, train, options) as is_chunked:
-        trainer = _FitTrainer(
+        trainer = DispersionTrainer(
             model=model,
             args=_arguments(train, options),
-            train_dataset=PackedDataset(tokens[:needed], options.end_of_text),
+            train_dataset=PackedDataset(tokens[:blocks], options.end_of_text),
             dispersion=options.dispersion,
             watch=options.watch,
-            callbacks=[*options.callbacks, log],
+            callbacks=[*options.callbacks, _Checkpoints(options, is_sharded, progress)],
         )
         if is_sharded and not trainer.is_fsdp_enabled:  # as accelerate decides silently on CPUs
             raise ValueError("accelerate does not divide a model on this kind of device (FSDP)")
@@ -146,17 +142,25 @@ def fit(
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     barrier()
     model.eval()
-    return FitResult(
-        log=log.rows,
-        seconds=time.perf_counter() - started,
-        tokens=needed * tokens.shape[1],
-        resumed_from=resumed_from,
+    seconds, resumed_from = time.perf_counter() - started, 0 if newest is None else _step(newest)
+    total, watched = blocks * tokens.shape[1], [] if options.watch is None else options.watch.rows
+    rows = [row for row in trainer.state.log_history if "cross_entropy" in row]
+    result = Training(
+        steps=options.steps,
+        tokens=total,
+        seconds=seconds,
+        weights_sha256="",
+        tokens_per_s=total * (1 - resumed_from / options.steps) / seconds or None,
         peak_memory_bytes=peak_memory_bytes(),
-        watched=[] if options.watch is None else options.watch.rows,
-        skipped_sequences=log.skipped_sequences,
+        processes=place().count,
+        resumed_from=resumed_from,
+        log=[{"step": row["step"], **{name: row.get(key) for name, key in LOG.items()}} for row in rows],
+        watched=watched,
+        watch_seconds=math.fsum(row["seconds"] for row in watched),
+        skipped_sequences=sum(int(row.get("skipped_sequences", 0)) for row in rows),
         chunked_cross_entropy=is_chunked,
-        weights=weights,
     )
+    return result, weights
 
 
 @contextmanager
@@ -166,7 +170,7 @@ def _prepared(model: nn.Module, train: Train, options: FitOptions) -> Iterator[b
         for callback in options.callbacks:
             if isinstance(callback, TrainingTechnique):
                 stack.callback(callback.detach)
-        if train.gradient_checkpointing:  # the Trainer's option has another name before transformers 5
+        if train.gradient_checkpointing:
             checkpoint_activations(model)
         # The Trainer seeds the process's global streams.
         stack.enter_context(torch.random.fork_rng())
@@ -185,10 +189,7 @@ def _prepared(model: nn.Module, train: Train, options: FitOptions) -> Iterator[b
             if (reason := cannot_compile(model)) is not None:
                 raise BadInput(f"train.compile: {reason}; or leave it off")
             stack.enter_context(compiled_layers(model))
-        is_chunked = unsupported(model) is None
-        if is_chunked:
-            stack.enter_context(chunked_head(model))
-        yield is_chunked
+        yield stack.enter_context(chunked_head(model))
 
 
 def _restore_model(model: nn.Module, use_cache: bool | None) -> None:
@@ -197,10 +198,7 @@ def _restore_model(model: nn.Module, use_cache: bool | None) -> None:
     attributes = vars(model)
     attributes.pop("_is_accelerate_prepared", None)
     if "_original_forward" in attributes:
-        original = attributes.pop("_original_forward")
-        attributes.pop("forward", None)
-        if getattr(original, "__func__", None) is not type(model).forward:
-            attributes["forward"] = original
+        attributes["forward"] = attributes.pop("_original_forward")
     if use_cache is not None:
         config: Any = model.config
         config.use_cache = use_cache
@@ -226,12 +224,8 @@ def _arguments(train: Train, options: FitOptions) -> TrainingArguments:
         bf16=train.precision == "bf16",
         optim="adamw_torch_fused",
         seed=options.seed,
-        data_seed=options.seed,
-        save_strategy="steps",
         # About five in a run, and at least ten steps apart.
         save_steps=train.checkpoint_every or max(10, math.ceil(options.steps / 5)),
-        save_total_limit=None,  # it would remove the old checkpoint before the new one is marked whole
-        logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,  # such a loss stops training
         disable_tqdm=True,
@@ -266,52 +260,82 @@ def _distributed_arguments(train: Train) -> dict[str, Any]:
     return arguments
 
 
-class _FitTrainer(DispersionTrainer):
-    def last_checkpoint(self) -> str | None:
-        newest = newest_checkpoint(Path(self.args.output_dir or ""))
-        return None if newest is None else str(newest)
+# ---------------------------------------------------------------- checkpoints and processes
 
 
-class _Log(TrainerCallback):
-    """Collects a row per optimizer step, completes each checkpoint with them, and reports progress."""
+class _Checkpoints(TrainerCallback):
+    """Reports progress, marks each checkpoint as whole, and only then removes the one before it.
 
-    def __init__(self, options: FitOptions, state: dict[str, Any], is_sharded: bool, progress: Progress):
-        self.output_dir, self.watch, self.progress = options.output_dir, options.watch, progress
-        self.is_sharded = is_sharded
-        self.rows: list[dict[str, Any]] = state.get("rows", [])
-        self.skipped_sequences: int = state.get("skipped_sequences", 0)
-        self._skipped_before = self.skipped_sequences  # in the processes that this one continues
-        if self.watch is not None and state:
-            self.watch.rows = state["watched"]
+    The Trainer writes a checkpoint as a folder of files; the marker comes last, with the sizes of all.
+    """
+
+    def __init__(self, options: FitOptions, is_sharded: bool, progress: Progress) -> None:
+        self.output_dir, self.watch = options.output_dir, options.watch
+        self.is_sharded, self.progress = is_sharded, progress
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if "cross_entropy" not in (logs or {}):
-            return
-        row = {
-            "step": state.global_step,
-            "loss": logs["cross_entropy"],
-            "dispersion": logs.get("dispersion"),
-            "lr": logs.get("learning_rate"),
-            "grad_norm": float(logs["grad_norm"]) if "grad_norm" in logs else None,
-        }
-        self.rows.append(row)
-        self.skipped_sequences = self._skipped_before + logs.get("skipped_sequences", 0)
-        term = "" if row["dispersion"] is None else f", dispersion {row['dispersion']:.4f}"
-        self.progress(state.global_step, state.max_steps, f"loss {row['loss']:.3f}{term}")
+        if "cross_entropy" in (logs or {}):
+            term = f", dispersion {logs['dispersion']:.4f}" if "dispersion" in logs else ""
+            self.progress(state.global_step, state.max_steps, f"loss {logs['cross_entropy']:.3f}{term}")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         barrier()  # the other processes' random states are part of the checkpoint
         if not state.is_world_process_zero:
             return
         folder = self.output_dir / f"{PREFIX}{state.global_step}"
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER]
         marker = {
-            "rows": self.rows,
             "watched": [] if self.watch is None else self.watch.rows,
-            "skipped_sequences": self.skipped_sequences,
             "is_sharded": self.is_sharded,
+            "sizes": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
         }
-        mark_whole(folder, marker)
-        keep_only(self.output_dir, folder)
+        write_json(folder / MARKER, marker)
+        _remove_checkpoints(self.output_dir, except_for=folder)
+
+
+def _checkpoint_to_resume(options: FitOptions, is_sharded: bool) -> Path | None:
+    """The newest whole checkpoint, alone in its folder; restores the rows of the watch."""
+    newest = newest_checkpoint(options.output_dir)
+    if newest is not None:
+        marker = _marker(newest)
+        if marker["is_sharded"] != is_sharded:
+            raise BadInput(f"{newest}: a checkpoint cannot be continued from FSDP to DDP or back; remove it")
+        if options.watch is not None:
+            options.watch.rows = marker["watched"]
+    barrier()  # all processes have seen the same checkpoints
+    if place().leads:
+        _remove_checkpoints(options.output_dir, except_for=newest)
+    return newest
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint under `output_dir` with a marker and every file as long as the marker says."""
+    checkpoints = sorted(_checkpoints(output_dir), key=_step, reverse=True)
+    return next((path for path in checkpoints if _marker(path)), None)
+
+
+def _marker(checkpoint: Path) -> dict[str, Any]:
+    """The marker of a whole checkpoint, else empty."""
+    try:
+        marker: dict[str, Any] = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+        sizes = marker["sizes"].items()
+        return marker if all((checkpoint / name).stat().st_size == size for name, size in sizes) else {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}  # absent or damaged
+
+
+def _remove_checkpoints(output_dir: Path, except_for: Path | None) -> None:
+    for path in _checkpoints(output_dir):
+        if path != except_for:
+            shutil.rmtree(path)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    return [path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def _join_processes() -> None:

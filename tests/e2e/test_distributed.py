@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from edgedisp.core.distributed import Place, place, split
 from edgedisp.core.errors import BadInput
-from edgedisp.train.checkpoints import newest_checkpoint
+from edgedisp.train.trainer import newest_checkpoint
 
 
 def test_without_a_launcher_there_is_one_process() -> None:
@@ -44,7 +44,7 @@ def test_the_processes_together_take_the_same_step(batch: int, accumulate: int, 
 def test_each_step_reads_the_blocks_of_a_single_process_and_numbers_them_so(
     batch: int, accumulate: int, count: int, steps: int
 ) -> None:
-    """accelerate deals out the batches; numbers as in dispersion_trainer.py and arm_callbacks.py."""
+    """accelerate deals out the batches; numbers as in dispersion_trainer.py and callbacks.py."""
     try:
         own_batch, own_accumulate = split(batch, accumulate, count)
     except BadInput:

@@ -15,8 +15,8 @@ from edgedisp.core.progress import silent
 from edgedisp.pipeline import build_plan, prepare, training
 from edgedisp.pipeline.stage import Inputs
 from edgedisp.recipe import Recipe, Train, load
-from edgedisp.train.packed_dataset import PackedDataset
 from edgedisp.train.performance import time_steps
+from edgedisp.train.trainer import PackedDataset
 
 RECIPE = """\
 name: tiny
@@ -72,6 +72,7 @@ def test_isolated_documents_are_trained_on_as_such(
         assert (packed[:2, :-1] == packing["end_of_text"]).any()  # there is a wall to build
         data = PackedDataset(packed, packing["end_of_text"] if walls == "true" else None)
         losses[walls] = done["log"][0]["loss"]
+        assert done["tokens_per_s"] > 0 and done["seconds"] > done["watch_seconds"] > 0
         assert losses[walls] == pytest.approx(first_loss(base, data), rel=1e-5)
     assert losses["true"] != pytest.approx(losses["false"], rel=1e-3)
 

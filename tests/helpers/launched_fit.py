@@ -68,17 +68,17 @@ def check_equal(one: Path, other: Path, weights: float) -> None:
 
 def train(base: Path, run: Path, mode: str, *, weight: float | None, stop_after: int | None = None) -> None:
     """Train in this process's share and leave model and log in `run`; Stopped after that step."""
-    from training import fit_tiny, open_tiny
+    from training import fit_and_gather, open_tiny
 
     from edgedisp.core.distributed import place
-    from edgedisp.dispersion.config import DispersionConfig
+    from edgedisp.dispersion.losses import DispersionConfig
 
     def progress(done: int, total: int, note: str) -> None:
         if done == stop_after:
             raise Stopped
 
     model = open_tiny(base)
-    result = fit_tiny(
+    result, weights = fit_and_gather(
         model,
         run / "checkpoints",
         progress=progress,
@@ -91,12 +91,12 @@ def train(base: Path, run: Path, mode: str, *, weight: float | None, stop_after:
         distributed={"fsdp": "full_shard"} if mode == "fsdp" else None,
     )
     if place().leads:
-        if result.weights is not None:
+        if weights is not None:
             model = open_tiny(base)
-            model.load_state_dict(result.weights)
+            model.load_state_dict(weights)
         model.save_pretrained(run / "model")
         facts = {"chunked": result.chunked_cross_entropy, "resumed_from": result.resumed_from}
-        log = {"log": result.log, **facts, "sharded": bool(result.weights)}
+        log = {"log": result.log, **facts, "sharded": bool(weights)}
         (run / "log.json").write_text(json.dumps(log))
 
 

@@ -12,12 +12,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.dispersion.hooks import (
     DispersionLoss,
     hidden_states,
 )
-from edgedisp.dispersion.losses import VARIANTS
+from edgedisp.dispersion.losses import VARIANTS, DispersionConfig
 from edgedisp.dispersion.sampling import sample_tokens
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox"]

@@ -13,10 +13,10 @@ from training import BLOCKS, fit_tiny, flat, open_tiny
 from transformers.trainer_callback import TrainerCallback
 
 from edgedisp.core.errors import BadInput
-from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.dispersion.losses import DispersionConfig
 from edgedisp.pipeline.training import check_reporters
-from edgedisp.train.checkpoints import newest_checkpoint
 from edgedisp.train.dispersion_trainer import NotFinite
+from edgedisp.train.trainer import newest_checkpoint
 
 
 class Recorder(TrainerCallback):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from training import open_tiny
 
 from edgedisp.train import chunked_cross_entropy as module
-from edgedisp.train.chunked_cross_entropy import chunked_cross_entropy, chunked_head, unsupported
+from edgedisp.train.chunked_cross_entropy import chunked_cross_entropy, chunked_head
 
 ARCHITECTURES = ["llama", "gemma3_text", "gpt2", "opt"]
-
-
-def open_tiny(folder: Path, **changes: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **changes)
-
-
-@pytest.fixture
-def chunks_of_seven(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """At most 7 rows of a vocabulary of 50 at a time, so that nothing divides evenly."""
-    monkeypatch.setattr(module, "CHUNK_BYTES", 7 * 4 * 50)
-    yield 7
 
 
 def ids_and_labels() -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +33,7 @@ def loss_and_gradients(model: Any, precision: str, **inputs: Any) -> tuple[torch
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         loss = model(use_cache=False, **inputs).loss
     loss.backward()
-    return loss.detach(), {name: one.grad for name, one in model.named_parameters()}
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -60,9 +48,9 @@ def test_loss_and_gradients_are_those_of_the_plain_road(
         inputs["num_items_in_batch"] = items
     model = open_tiny(tiny_folder[architecture])
     plain, expected = loss_and_gradients(model, precision, **inputs)
-    with chunked_head(model):
+    with chunked_head(model) as is_chunked:
         fused, gradients = loss_and_gradients(model, precision, **inputs)
-    assert fused.dtype == plain.dtype == torch.float32
+    assert is_chunked and fused.dtype == plain.dtype == torch.float32
     torch.testing.assert_close(fused, plain, rtol=1e-6, atol=0)
     rounding = 1e-5 if precision == "fp32" else 2e-2
     for name, gradient in gradients.items():
@@ -73,7 +61,8 @@ def test_loss_and_gradients_are_those_of_the_plain_road(
 
 
 @pytest.mark.parametrize("items", [None, 17])
-def test_chunks_add_up_to_the_formula_in_float64(chunks_of_seven: int, items: int | None) -> None:
+def test_chunks_add_up_to_the_formula_in_float64(monkeypatch: pytest.MonkeyPatch, items: int | None) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", 7 * 4 * 50)  # at most 7 of 30 rows of a vocabulary of 50
     stream = torch.Generator().manual_seed(1)
     hidden, weight = torch.randn(30, 8, generator=stream), torch.randn(50, 8, generator=stream)
     labels = torch.randint(0, 50, (30,), generator=stream)
@@ -122,21 +111,19 @@ def test_no_more_logits_exist_than_one_chunk(
     assert max(fused.seen - transposed) == 5
 
 
-def test_logits_that_are_changed_before_the_loss_are_refused(tiny_folder: dict[str, Path]) -> None:
-    model = open_tiny(tiny_folder["gemma3_text"], final_logit_softcapping=30.0)
-    reason = unsupported(model)
-    assert reason == "it changes its logits before the loss"
-    with pytest.raises(ValueError, match=reason), chunked_head(model):
-        pass
-
-
-def test_an_adapted_head_is_refused(tiny_folder: dict[str, Path]) -> None:
+def test_a_model_whose_loss_needs_logits_keeps_them(tiny_folder: dict[str, Path]) -> None:
     from peft import LoraConfig, get_peft_model
 
+    capped = open_tiny(tiny_folder["gemma3_text"], final_logit_softcapping=30.0)
     adapter = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
-    model = get_peft_model(open_tiny(tiny_folder["llama"], tie_word_embeddings=False), adapter)
-    assert unsupported(open_tiny(tiny_folder["llama"])) is None
-    assert "no plain linear map" in (unsupported(model) or "")
+    adapted = get_peft_model(open_tiny(tiny_folder["llama"], tie_word_embeddings=False), adapter)
+    biased = open_tiny(tiny_folder["llama"], tie_word_embeddings=False)
+    biased.lm_head.bias = torch.nn.Parameter(torch.zeros(biased.config.vocab_size))
+    other_loss = open_tiny(tiny_folder["llama"])
+    other_loss.loss_function = lambda logits, labels, vocab_size, **_: logits.square().mean()
+    for model in (capped, adapted, biased, other_loss, torch.nn.Linear(2, 2)):
+        with chunked_head(model) as is_chunked:
+            assert not is_chunked
 
 
 def test_a_second_backward_and_float16_are_refused() -> None:

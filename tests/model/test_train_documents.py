@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training import open_tiny
 
-from edgedisp.train.packed_dataset import IGNORED, PackedDataset, document_positions
+from edgedisp.train.chunked_cross_entropy import IGNORED
+from edgedisp.train.trainer import PackedDataset
 
 END = 1
 
@@ -36,18 +37,12 @@ def test_positions_count_each_document_from_zero(lengths: list[int], cut: int) -
     # A block may begin inside a document: what is left of it counts from 0 too.
     cut = min(cut, lengths[0] - 1)
     expected[: lengths[0]] -= cut
-    ids = torch.from_numpy(stream[cut:].astype(np.int64))
-    assert document_positions(ids, END).tolist() == expected[cut:].tolist()
-
-
-def test_the_first_token_of_a_document_is_no_target_and_the_end_of_text_is() -> None:
-    first, second = document(4, 0), document(5, 1)
-    block = PackedDataset(np.concatenate([first, second, document(3, 2)])[None], END)[0]
-    ids, labels = block["input_ids"], block["labels"]
-    assert [index for index, label in enumerate(labels) if label == IGNORED] == [0, 4, 9]
-    assert labels[3] == labels[8] == END
-    kept = labels != IGNORED
-    assert torch.equal(labels[kept], ids[kept])
+    block = PackedDataset(stream[None, cut:], END)[0]
+    assert block["position_ids"].tolist() == expected[cut:].tolist()
+    # The first token of a document is no target, and the end of text is.
+    assert torch.equal(block["labels"] == IGNORED, block["position_ids"] == 0)
+    kept = block["labels"] != IGNORED
+    assert torch.equal(block["labels"][kept], block["input_ids"][kept])
 
 
 # Gemma's twin has a sliding window of 64 in its first layer: 100 tokens reach over it.
@@ -61,8 +56,8 @@ def test_a_document_in_a_block_computes_what_it_computes_alone(
     with torch.no_grad():
         packed = model(**rows, use_cache=False)
         alone = [
-            model(input_ids=torch.from_numpy(one.astype(np.int64))[None], use_cache=False).logits[0]
-            for one in (first, second)
+            model(input_ids=torch.from_numpy(tokens.astype(np.int64))[None], use_cache=False).logits[0]
+            for tokens in (first, second)
         ]
     options = {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(packed.logits[0], torch.cat(alone), **options)
@@ -70,8 +65,8 @@ def test_a_document_in_a_block_computes_what_it_computes_alone(
     # The loss is the mean over what the documents predict of themselves.
     losses = [
         torch.nn.functional.cross_entropy(
-            logits[:-1], torch.from_numpy(one[1:].astype(np.int64)), reduction="sum"
+            logits[:-1], torch.from_numpy(tokens[1:].astype(np.int64)), reduction="sum"
         )
-        for logits, one in zip(alone, (first, second))
+        for logits, tokens in zip(alone, (first, second))
     ]
     torch.testing.assert_close(packed.loss, sum(losses) / (99 + 79), rtol=1e-5, atol=0)

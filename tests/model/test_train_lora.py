@@ -29,7 +29,7 @@ from edgedisp.train.lora import (
     load_quantized,
     merge,
     save_adapter,
-    target_names,
+    target_modules,
 )
 
 ATTENTION = {f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -120,11 +120,11 @@ def test_targets_that_cannot_be_adapted_are_refused(tiny_folder: dict[str, Path]
         with pytest.raises(BadInput, match=rf"{target} is no linear map of this model, which has down_proj"):
             wrapped(models.load(tiny_folder["llama"]), targets=[target, "q_proj"])
     with pytest.raises(BadInput, match="LoRA has nothing to adapt"):
-        target_names(nn.ModuleList([nn.LayerNorm(4)]))
+        target_modules(nn.ModuleList([nn.LayerNorm(4)]))
     layer = nn.Module()
     layer.q_proj, layer.experts = nn.Linear(4, 4), nn.Parameter(torch.zeros(2, 4, 4))
     with pytest.raises(BadInput, match=r"but 0.experts cannot carry an adapter; name .* yourself: q_proj"):
-        target_names(nn.ModuleList([layer]))
+        target_modules(nn.ModuleList([layer]))
 
 
 def test_the_random_half_depends_on_the_seed_alone(tiny_folder: dict[str, Path]) -> None:
@@ -207,7 +207,8 @@ def expected_weights(folder: Path, adapter: Path, quantization: str | None) -> d
     base = models.load(folder)
     config = json.loads((adapter / "adapter_config.json").read_text())
     halves = load_file(adapter / "adapter_model.safetensors")
-    over = dequantized(load_quantized(folder, quantization)) if quantization else {}
+    quantized = load_quantized(folder, quantization).named_modules() if quantization else ()
+    over = {name: weight for name, module in quantized if (weight := dequantized(module)) is not None}
     expected = {name: weight.clone() for name, weight in base.state_dict().items()}
     for name, module in base.named_modules():
         a = halves.get(f"base_model.model.{name}.lora_A.weight")

@@ -17,8 +17,8 @@ from training import fit_tiny, open_tiny
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import file_digest
-from edgedisp.dispersion.config import DispersionConfig
-from edgedisp.train.checkpoints import MARKER, newest_checkpoint
+from edgedisp.dispersion.losses import DispersionConfig
+from edgedisp.train.trainer import MARKER, newest_checkpoint
 
 KILLED = -signal.SIGKILL
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +10,24 @@ import pytest
 import torch
 from training import Interrupt, fit_tiny, flat, open_tiny
 
+from edgedisp.core.results import Training
 from edgedisp.dispersion.condensation import quick_condensation
-from edgedisp.dispersion.config import DispersionConfig
+from edgedisp.dispersion.losses import DispersionConfig
 from edgedisp.train.dispersion_trainer import CondensationWatch
-from edgedisp.train.trainer import FitResult
 
-HELD = torch.randint(3, 400, (3, 20), generator=torch.Generator().manual_seed(5))
+BLOCKS = torch.randint(3, 400, (3, 20), generator=torch.Generator().manual_seed(5))
 
 
 def run(
     folder: Path, output_dir: Path, watch: CondensationWatch | None, **options: Any
-) -> tuple[Any, FitResult]:
+) -> tuple[Any, Training]:
     model = open_tiny(folder)
     term = DispersionConfig(tokens=8)
     return model, fit_tiny(model, output_dir, checkpoint_every=3, dispersion=term, watch=watch, **options)
 
 
 def watching(every: int) -> CondensationWatch:
-    return CondensationWatch(partial(quick_condensation, blocks=HELD), every)
+    return CondensationWatch(BLOCKS, every)
 
 
 # GPT-2 has dropout, which draws from the global random stream.
@@ -46,12 +45,12 @@ def test_weights_are_bit_identical_with_and_without_a_watch(
 def test_the_rows_tell_the_model_as_it_was_at_their_step(
     tiny_folder: dict[str, Path], tmp_path: Path
 ) -> None:
-    before = quick_condensation(open_tiny(tiny_folder["llama"]).eval(), HELD)
+    before = quick_condensation(open_tiny(tiny_folder["llama"]).eval(), BLOCKS)
     model, done = run(tiny_folder["llama"], tmp_path, watching(4))
     assert [row["step"] for row in done.watched] == [0, 4, 6]
-    for row, expected in ((done.watched[0], before), (done.watched[-1], quick_condensation(model, HELD))):
+    for row, expected in ((done.watched[0], before), (done.watched[-1], quick_condensation(model, BLOCKS))):
         # During the run the forward pass is autocast to bf16.
-        assert row["cosine_by_layer"] == pytest.approx(expected["cosine_by_layer"], abs=0.02)
+        assert row["cosine_by_layer"] == pytest.approx(expected, abs=0.02)
     assert done.watch_seconds == pytest.approx(sum(row["seconds"] for row in done.watched)) and (
         0 < done.watch_seconds < done.seconds
     )

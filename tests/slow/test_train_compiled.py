@@ -11,7 +11,7 @@ from training import open_tiny
 from transformers import TrainingArguments
 
 from edgedisp import DispersionConfig, DispersionLoss, DispersionTrainer
-from edgedisp.train.performance import _layers, cannot_compile, compiled_layers
+from edgedisp.train.performance import cannot_compile, compiled_layers, decoder_blocks
 
 
 def test_loss_term_and_gradients_are_those_of_the_plain_layers(tiny_folder: dict[str, Path]) -> None:
@@ -31,11 +31,11 @@ def test_loss_term_and_gradients_are_those_of_the_plain_layers(tiny_folder: dict
 
     plain = step()
     with compiled_layers(model):
-        assert all("forward" in vars(layer) for layer in _layers(model))
-        found = step()
-    for one, other in zip(plain, found):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
-    assert not any("forward" in vars(layer) for layer in _layers(model))
+        assert all("forward" in vars(layer) for layer in decoder_blocks(model))
+        compiled = step()
+    for expected, value in zip(plain, compiled):
+        torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)
+    assert not any("forward" in vars(layer) for layer in decoder_blocks(model))
 
 
 def test_a_compiled_model_that_was_trained_before_is_watched(

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from edgedisp.dispersion.config import DispersionConfig
 from edgedisp.dispersion.hooks import decoder_layers, select_layers
+from edgedisp.dispersion.losses import DispersionConfig
 
 
 @pytest.mark.parametrize(

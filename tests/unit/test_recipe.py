@@ -671,7 +671,7 @@ def test_the_reference_lists_every_key_once_with_a_meaning() -> None:
 
 
 def test_choices_and_defaults_of_dispersion_are_those_of_the_dispersion_package() -> None:
-    from edgedisp.dispersion.config import LAYER_WORDS, DispersionConfig
+    from edgedisp.dispersion.losses import LAYER_WORDS, DispersionConfig
     from edgedisp.dispersion.losses import VARIANTS as LOSSES
 
     assert set(VARIANTS) == set(LOSSES) and LAYER_NAMES == LAYER_WORDS

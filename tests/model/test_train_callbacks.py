@@ -1,4 +1,4 @@
-"""The techniques of the other arms: by their formulas, apart from the model's own randomness, resumable."""
+"""NEFTune, embedding dropout, active forgetting: by their formulas, apart from the model's dropout."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from training import Interrupt, fit_tiny, flat, open_tiny
+from training import Gradients, Interrupt, fit_tiny, flat, open_tiny
 from transformers import TrainerCallback, get_scheduler
 
-from edgedisp.train.arm_callbacks import ActiveForgetting, EmbeddingDropout, NoisyEmbedding, callbacks_for
-from edgedisp.train.trainer import FitResult
+from edgedisp.core.results import Training
+from edgedisp.train.callbacks import ActiveForgetting, EmbeddingDropout, NoisyEmbedding, callbacks_for
 
 BLOCKS = np.random.default_rng(0).integers(3, 400, (48, 12))
 ARCHITECTURES = ["gemma3_text", "gpt2"]  # a scaled embedding, and one to which positions are added
 
 
-def train(model: Any, folder: Path, callbacks: Any, **changes: Any) -> FitResult:
+def train(model: Any, folder: Path, callbacks: Any, **changes: Any) -> Training:
     options = {"precision": "fp32", "warmup": 0.0, "blocks": BLOCKS, "seed": 5, **changes}
     return fit_tiny(model, folder, callbacks=list(callbacks), **options)
 
@@ -144,14 +144,9 @@ def test_after_a_reset_the_embedding_takes_the_steps_of_an_adamw_of_its_own(
 ) -> None:
     """Second road: torch's AdamW on the embedding alone, at the schedule restarted for the last stretch."""
     every, steps, rate = 2, 7, 1e-2
-    gradients: list[Tensor] = []
-
-    class Gradients(TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **known: Any) -> None:
-            gradients.append(known["model"].get_input_embeddings().weight.grad.clone())
-
+    gradients = Gradients()  # the embedding's come first
     seen = Watch()
-    callbacks = [ActiveForgetting(every, 0), Gradients(), seen]
+    callbacks = [ActiveForgetting(every, 0), gradients, seen]
     train(open_tiny(tiny_folder["llama"]), tmp_path, callbacks, steps=steps, lr=rate, warmup=1 / steps)
     for start in (2, 4, 6):
         weight = nn.Parameter(seen.embeddings[start - 1].clone())
@@ -161,7 +156,7 @@ def test_after_a_reset_the_embedding_takes_the_steps_of_an_adamw_of_its_own(
             "cosine", optimizer, num_warmup_steps=round(length / steps), num_training_steps=length
         )
         for step in range(start, min(start + every, steps)):
-            weight.grad = gradients[step]
+            weight.grad = gradients.seen[step][: weight.numel()].view_as(weight)
             optimizer.step()
             schedule.step()
             if (step + 1) % every or step + 1 == steps:  # what follows the last step of a stretch is a reset
@@ -173,17 +168,3 @@ def test_a_frozen_embedding_is_refused(tiny_folder: dict[str, Path], tmp_path: P
     model.get_input_embeddings().weight.requires_grad_(False)
     with pytest.raises(ValueError, match="the embedding is frozen"):
         train(model, tmp_path, [ActiveForgetting(2, 0)])
-
-
-@pytest.mark.parametrize(
-    ("techniques", "words"),
-    [
-        ({"neftun": 1.0}, "'neftun' is not one of neftune"),
-        ({"neftune": 0.0}, "alpha is 0.0"),
-        ({"embedding_dropout": 1.0}, "rate is 1.0"),
-        ({"active_forgetting": 0}, "every is 0"),
-    ],
-)
-def test_what_cannot_work_is_refused(techniques: dict[str, float], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        callbacks_for(techniques, seed=0)
