@@ -3,10 +3,9 @@
 The loop is the transformers `Trainer` with `DispersionMixin`. `fit` reads the blocks in order, so that two
 arms see the same batches, schedule and random numbers; checkpoints are whole or unused.
 
-Several processes (torchrun, accelerate launch) share each step of `batch x accumulate` sequences. Under DDP
-each has the whole model, under FSDP2 (`train.distributed`) a part of it; weights are gathered, and gradients
-added up, in float32. Loss and weights agree with one process to float tolerance, dropout aside. A checkpoint
-can be continued by another number of processes, but not from DDP to FSDP or back.
+Several processes (torchrun, accelerate launch) share each step of `batch x accumulate` sequences, under DDP
+or FSDP2 (`train.distributed`). Gradients are added up in float32: loss and weights agree with one process to
+float tolerance, dropout aside. A checkpoint can be continued by another number of processes.
 """
 
 from __future__ import annotations
@@ -61,11 +60,8 @@ TIME_LIMIT = timedelta(hours=6)  # a slow disk or a sleeping laptop must not end
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What `fit` needs besides the recipe's `train` section.
-
-    `output_dir`: folder of the checkpoints. `end_of_text`: the token that ends a document; with it, attention
-    stays inside documents. `log_dir`, `run_name`: for `train.report_to`.
-    """
+    """What `fit` needs besides the recipe's `train` section. `output_dir`: folder of the checkpoints.
+    `end_of_text`: see PackedDataset. `log_dir`, `run_name`: for `train.report_to`."""
 
     steps: int
     seed: int
@@ -177,8 +173,7 @@ def _prepared(model: nn.Module, train: Train, options: FitOptions) -> Iterator[b
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
         stack.enter_context(quiet())
-        # The chunked head returns a view, which nothing changes in place.
-        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(warnings.catch_warnings())  # of the chunked head, whose view nothing changes
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         if options.log_dir is not None and TENSORBOARD_DIR not in os.environ:
             os.environ[TENSORBOARD_DIR] = str(options.log_dir)
@@ -247,27 +242,25 @@ def _distributed_arguments(train: Train) -> dict[str, Any]:
         return {}
     # All parameters are used; looking for unused ones costs time in each step.
     arguments: dict[str, Any] = {"log_level_replica": "error", "ddp_find_unused_parameters": False}
-    if (sharding := train.distributed) is not None:
-        config = {
-            "version": 2,
-            "reshard_after_forward": sharding.fsdp == "full_shard",
-            "cpu_offload": sharding.cpu_offload,
-            "state_dict_type": "SHARDED_STATE_DICT",  # each process writes its part of a checkpoint
-        }
-        if sharding.wrap != "auto":
-            config["transformer_layer_cls_to_wrap"] = list(sharding.wrap)
-        arguments |= {"fsdp": True, "fsdp_config": config}
-    return arguments
+    if (sharding := train.distributed) is None:
+        return arguments
+    config = {
+        "version": 2,
+        "reshard_after_forward": sharding.fsdp == "full_shard",
+        "cpu_offload": sharding.cpu_offload,
+        "state_dict_type": "SHARDED_STATE_DICT",  # each process writes its part of a checkpoint
+    }
+    if sharding.wrap != "auto":
+        config["transformer_layer_cls_to_wrap"] = list(sharding.wrap)
+    return {**arguments, "fsdp": True, "fsdp_config": config}
 
 
 # ---------------------------------------------------------------- checkpoints and processes
 
 
 class _Checkpoints(TrainerCallback):
-    """Reports progress, marks each checkpoint as whole, and only then removes the one before it.
-
-    The Trainer writes a checkpoint as a folder of files; the marker comes last, with the sizes of all.
-    """
+    """Reports progress, marks each checkpoint as whole with the sizes of its files, and only then removes the
+    one before it."""
 
     def __init__(self, options: FitOptions, is_sharded: bool, progress: Progress) -> None:
         self.output_dir, self.watch = options.output_dir, options.watch
@@ -339,7 +332,6 @@ def _step(checkpoint: Path) -> int:
 
 
 def _join_processes() -> None:
-    """Meet the other processes of a launch, once in this process's life."""
     if place().count > 1 and not torch.distributed.is_initialized():
         # On GPUs torch then makes NCCL for them and gloo beside it, which offloading needs.
         backend = None if torch.cuda.is_available() else "gloo"
