@@ -34,8 +34,8 @@ from lm_eval.api.registry import get_model
 from edgedisp.bench.interleaved_timing import turns
 from edgedisp.bench.results import compare_speeds
 from edgedisp.bench.system import physical_cores
+from edgedisp.commands.lm_eval import OnnxHarnessModel, TorchHarnessModel
 from edgedisp.evaluate.lm_eval_tasks import quiet, task_index
-from edgedisp.lm_eval_models import OnnxHarnessModel, TorchHarnessModel
 
 PAIRS = {"edgedisp-onnx": "onnxruntime-genai", "edgedisp-torch": "hf"}
 

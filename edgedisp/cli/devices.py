@@ -58,7 +58,7 @@ def bench(
     from edgedisp.bench.devices import BenchOptions
     from edgedisp.commands import bench as command
     from edgedisp.core.files import to_json
-    from edgedisp.pipeline.device_scores import wished
+    from edgedisp.pipeline.device_scores import device_tasks
     from edgedisp.report import devices_text
 
     names = device or ["local"]
@@ -69,18 +69,18 @@ def bench(
         keep=keep,
         remote_python=remote_python,
     )
-    places = command.run_places(bundles) if report else {}
+    by_run = command.bundles_in_runs(bundles) if report else {}
     with Screen(f"bench on {', '.join(names)}") as screen:
-        wish = wished(score, items=items, limit=limit, text=text, tasks_path=tasks_path)
+        tasks = device_tasks(score, items=items, limit=limit, text=text, tasks_path=tasks_path)
         timed = command.time_bundles(
-            bundles, names, options, screen.progress, wish, write_threads=write_threads
+            bundles, names, options, screen.progress, tasks, write_threads=write_threads
         )
     typer.echo(json.dumps(to_json(timed)) if as_json else devices_text(timed["devices"], width()))
     if html is not None:
         from edgedisp.report.render import devices_page
 
         html.write_text(devices_page(timed["devices"]), encoding="utf-8")
-    for line in command.add_to_reports(timed, places):
+    for line in command.add_to_reports(timed, by_run):
         typer.echo(line, err=True)
     if problems := command.problems(timed):
         raise BuildFailed(f"{'; '.join(problems)}. What was measured until then is shown")

@@ -1,4 +1,4 @@
-"""`edgedisp bench`: bundles timed on devices, interleaved; with a `Wish` also scored there."""
+"""`edgedisp bench`: bundles timed on devices, interleaved; with `DeviceTasks` also scored there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgedisp import device_results
 from edgedisp.bench import devices
 from edgedisp.bench.devices import BenchOptions
 from edgedisp.bench.results import label_bundles, twin_pairs
@@ -20,8 +19,9 @@ from edgedisp.core.files import MANIFEST, check_files, update_listing, write_jso
 from edgedisp.core.progress import Progress
 from edgedisp.data import cache_folder
 from edgedisp.graph import genai_config
-from edgedisp.pipeline import device_scores
-from edgedisp.pipeline.device_scores import Wish
+from edgedisp.pipeline import device_results
+from edgedisp.pipeline.device_results import BundlesByRun
+from edgedisp.pipeline.device_scores import DeviceQuestions, DeviceTasks
 
 
 def time_bundles(
@@ -29,13 +29,13 @@ def time_bundles(
     device_names: list[str],
     options: BenchOptions,
     progress: Progress,
-    wish: Wish | None = None,
+    tasks: DeviceTasks | None = None,
     *,
     write_threads: bool = False,
 ) -> dict[str, Any]:
     """Time bundles on every device, those of one device interleaved.
 
-    Returns {format, devices [DeviceResult]}. `wish`: tasks to score there too; devices then have `scores`,
+    Returns {format, devices [DeviceResult]}. `tasks`: what to score there too; devices then have `scores`,
     and `scored` says what these have in common, or `unscored` why there are none. `write_threads`: write the
     best counts of a sweep into the bundles, and return them as `written` {label: threads}. All devices are
     reached before anything is timed; a device that went away in the middle has `lost`.
@@ -52,7 +52,7 @@ def time_bundles(
             raise BadInput(f"{bundle}: holds no model.onnx; a bundle is a folder such as <run>/<arm>/int4")
         check_files(bundle)
     labels = label_bundles(bundles)
-    questions = None if wish is None else device_scores.prepared(wish, labels, cache_folder())
+    questions = None if tasks is None else DeviceQuestions(tasks, labels, cache_folder())
     requests = {} if questions is None else questions.requests
     options = replace(options, pairs=twin_pairs(list(labels)), requests=requests)
     results = []
@@ -67,7 +67,7 @@ def time_bundles(
     timed: dict[str, Any] = {"format": 2, "devices": results}
     if questions is not None:
         try:
-            timed["devices"] = device_scores.with_scores(questions, results, physical_cores(), progress)
+            timed["devices"] = questions.with_scores(results, physical_cores(), progress)
             timed["scored"] = questions.facts()
         except BuildFailed as error:  # what the devices gave is shown before it ends the command
             timed["unscored"] = str(error)
@@ -100,20 +100,20 @@ def write_bundle_threads(bundle: Path, threads: int) -> None:
     update_listing(bundle, ("genai_config.json",))
 
 
-def run_places(bundles: list[Path]) -> dict[str, device_results.Place]:
-    """Where the bundles lie in runs. BadInput if none lies in one, or a run is damaged."""
-    places = device_results.places(label_bundles(bundles))
-    if not places:
+def bundles_in_runs(bundles: list[Path]) -> BundlesByRun:
+    """The bundles by the run that they lie in. BadInput if none lies in one, or a run is damaged."""
+    by_run = device_results.bundles_by_run(label_bundles(bundles))
+    if not by_run:
         raise BadInput(
             f"--report: {bundles[0]} lies in no run folder (RUN/ARM/NAME); leave --report away, and take "
             "--html or --json"
         )
-    check_runs(places)
-    return places
+    check_runs(by_run)
+    return by_run
 
 
-def add_to_reports(timed: Mapping[str, Any], places: Mapping[str, device_results.Place]) -> list[str]:
+def add_to_reports(timed: Mapping[str, Any], bundles: BundlesByRun) -> list[str]:
     """Store results in the runs of their bundles and write the reports again; a line for each change."""
     lines = [f"{label}: {count} threads written into it" for label, count in timed.get("written", {}).items()]
-    runs = {run for result in timed["devices"] for run in device_results.keep(result, places)}
+    runs = {run for result in timed["devices"] for run in device_results.save(result, bundles)}
     return lines + [show_devices(run) for run in sorted(runs)]

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgedisp import device_results
 from edgedisp.bench.devices import BenchOptions
 from edgedisp.bench.page_plan import PagePlan, read_bundle
 from edgedisp.bench.phone import ServeOptions, serve
@@ -19,6 +18,7 @@ from edgedisp.core.files import check_files, data_folder, to_json, write_json
 from edgedisp.core.progress import Screen
 from edgedisp.core.results import DeviceResult
 from edgedisp.data import cache_folder
+from edgedisp.pipeline import device_results
 from edgedisp.report import devices_text
 
 
@@ -44,16 +44,16 @@ class Arrivals:
 
     def __init__(self, bundles: dict[str, Path], score: dict[str, Any], output: PhoneOutput) -> None:
         self.output = output
-        self.places = device_results.places(bundles) if output.report else {}
-        check_runs(self.places)
-        for run in sorted({place.run for place in self.places.values()}):
+        self.in_runs = device_results.bundles_by_run(bundles) if output.report else {}
+        check_runs(self.in_runs)
+        for run in sorted(self.in_runs):
             output.note(f"What phones measure joins the report of {run} (--no-report: it does not)")
         self.questions: Any = None
         if any(score.values()):  # what makes questions takes seconds to load
-            from edgedisp.pipeline.device_scores import prepared, wished
+            from edgedisp.pipeline.device_scores import DeviceQuestions, device_tasks
 
-            if (wish := wished(**score)) is not None:
-                self.questions = prepared(wish, bundles, cache_folder())
+            if (tasks := device_tasks(**score)) is not None:
+                self.questions = DeviceQuestions(tasks, bundles, cache_folder())
         self.complete: dict[str, DeviceResult] = {}
         self.unreported: set[Path] = set()
 
@@ -66,16 +66,17 @@ class Arrivals:
         """The result with scores instead of the phone's answers."""
         if self.questions is None:
             return result
-        from edgedisp.pipeline.device_scores import with_scores
-
         with Screen("scores here") as screen:
-            return with_scores(self.questions, [result], physical_cores(), screen.progress)[0]
+            scored: list[DeviceResult] = self.questions.with_scores(
+                [result], physical_cores(), screen.progress
+            )
+        return scored[0]
 
     def show(self, result: DeviceResult) -> None:
         """Print a result, and add it to the reports."""
         if not self.output.as_json:
             self.output.echo(devices_text([result], self.output.width) + "\n")
-        self.unreported |= set(device_results.keep(result, self.places))
+        self.unreported |= set(device_results.save(result, self.in_runs))
         for run in sorted(self.unreported):  # with those of a call that Ctrl-C cut off
             self.output.note(show_devices(run))
             self.unreported.discard(run)
@@ -97,7 +98,7 @@ def measure_on_phones(
     score: dict[str, Any],
     output: PhoneOutput,
 ) -> None:
-    """Serve until Ctrl-C, or once. `score`: arguments of `wished`.
+    """Serve until Ctrl-C, or once. `score`: arguments of `device_tasks`.
 
     Raises BadInput for what the user can mend, KeyboardInterrupt where nothing arrived.
     """

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from edgedisp import device_results
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import MANIFEST, digest, to_json, write_json
 from edgedisp.core.results import DeviceResult
 from edgedisp.core.run import Run
-from edgedisp.device_results import Place
+from edgedisp.pipeline import device_results
 from edgedisp.pipeline.run_results import load, run_results
 from edgedisp.pipeline.stage import Passed
 from edgedisp.recipe import Recipe
@@ -33,7 +32,7 @@ def publish(recipe: Recipe, passed: list[Passed], run: Path) -> Run:
 
     content = {step.name: [step.record.content, step.record.seconds] for step in passed}
     with _lock(run) as stamp:
-        measured = device_results.shown(run)
+        measured = device_results.load(run)
         key = {"stages": content, "recipe": recipe.to_yaml(), "devices": digest(to_json(measured))}
         if stamp.is_file() and json.loads(stamp.read_text()) == key and (run / PAGE).is_file():
             return load(run)
@@ -51,15 +50,15 @@ def publish(recipe: Recipe, passed: list[Passed], run: Path) -> Run:
     return results
 
 
-def check_runs(places: Mapping[str, Place]) -> None:
+def check_runs(runs: Iterable[Path]) -> None:
     """Refuse, before anything is measured, runs to which nothing can be added.
 
     Raises BadInput for a run that cannot be written, or whose report or stored results are damaged.
     """
-    for run in {place.run for place in places.values()}:
+    for run in runs:
         if not os.access(run, os.W_OK):
             raise BadInput(f"{run}: cannot be written, so no figures can be kept in it")
-        device_results.shown(run)
+        device_results.load(run)
         if (run / "report.json").is_file():
             load(run)
 
@@ -75,7 +74,7 @@ def show_devices(run: Path) -> str:
             return f"{folder}: kept; the report will show it once `edgedisp build` has ended"
         from edgedisp.report import render  # brings matplotlib
 
-        measured = device_results.shown(run)
+        measured = device_results.load(run)
         render.write(_with_devices(load(run), measured), run)
         if stamp.is_file():
             write_json(stamp, {**json.loads(stamp.read_text()), "devices": digest(to_json(measured))})

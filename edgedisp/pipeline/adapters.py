@@ -40,9 +40,6 @@ NATS = Metric("loss", "nll", "tokens", higher_is_better=False)
 FULL, DEQUANTIZED = "full", "dequantized"
 NO_ADAPTER, ADAPTER_ON = "no adapter", "adapter on"
 
-Rows = Mapping[str, list[dict[str, Any]]]
-"""Row of the audit -> one item a block, as evaluate/statistics.py takes them."""
-
 
 def _base(adapter: Adapter, folder: Path) -> Any:
     """The base as the adapter is trained over it: quantized for qlora."""
@@ -87,7 +84,12 @@ def merge(options: MergeOptions, inputs: Inputs, output_dir: Path, progress: Pro
     if adapter.base:
         merged_rows[DEQUANTIZED] = f"merged into dequantized {adapter.base}"
     rows = _score(options, inputs, merged_rows, progress)
-    compare = partial(_difference, rows, options.seed)
+
+    def compare(before: str, after: str) -> dict[str, Any]:
+        pairs, resampling = [(rows[before], rows[after])], Resampling(BOOTSTRAP, options.seed)
+        change = difference(pairs, NATS, resampling).estimate
+        return {"difference": change.value, "low": change.low, "high": change.high}
+
     decision, suffix = None, ", int4" if options.int4_ships else ""
     if DEQUANTIZED in merged_rows:
         full, dequantized = (f"{merged_rows[kind]}{suffix}" for kind in (FULL, DEQUANTIZED))
@@ -134,7 +136,8 @@ def _base_name(kind: str, adapter: Adapter) -> str:
 def _score(
     options: MergeOptions, inputs: Inputs, merged_rows: Mapping[str, str], progress: Progress
 ) -> dict[str, list[dict[str, Any]]]:
-    """The rows of the audit, in the order of its table; one model is in memory at a time."""
+    """Row of the audit -> one item a block, as evaluate/statistics.py takes them; one model is in memory at a
+    time."""
 
     def int4(load: Callable[[], Any]) -> Any:
         model = load()
@@ -171,39 +174,28 @@ def _score(
     return rows
 
 
-def _difference(rows: Rows, seed: int, before: str, after: str) -> dict[str, Any]:
-    """{difference, low, high} of two rows, after - before, nats per token."""
-    change = difference([(rows[before], rows[after])], NATS, Resampling(BOOTSTRAP, seed)).estimate
-    return {"difference": change.value, "low": change.low, "high": change.high}
-
-
 def choose_base(adapter: Adapter, decision: Mapping[str, Any] | None, decider: Path | None) -> dict[str, Any]:
     """{chosen, why, warning}: the base to merge into, and a warning where this arm's audit clearly speaks for
     the other one. decision: of `merge`; decider: the model folder of the arm whose audit decides."""
     if decision is None:
         return {"chosen": FULL, "why": "a lora adapter is trained over full precision", "warning": None}
-    better, reason = _better(decision, adapter)
+    value, low, high = (decision[name] for name in ("difference", "low", "high"))
+    is_tie = low is None or low <= 0 <= high
+    better = DEQUANTIZED if not is_tie and high < 0 else FULL
+    row = "after int4" if decision["judged_by"] == "int4" else "merged"
+    interval = ", without an interval (a single block)" if low is None else f" [{low:+.4f}, {high:+.4f}]"
+    outcome = (
+        "better" if better == DEQUANTIZED else "a tie, which goes to full precision" if is_tie else "worse"
+    )
+    distance = f"{value:+.4f} nats per token from the full one{interval}"
+    reason = f"{row}, the dequantized {adapter.base} base is {distance}: {outcome}"
     chosen, why = better, reason
     if adapter.merge != "auto":
         chosen, why = str(adapter.merge), f"the recipe says merge: {adapter.merge}"
     elif decider is not None:
         chosen = results_of(decider)["merge_audit"]["chosen"]
         why = f"the audit of the arm {decider.parent.name} decides for every arm"
-    is_tie = better == FULL and not (decision["low"] or 0) > 0
     warning = None
     if better != chosen and not is_tie:
         warning = f"this arm's own audit speaks for {_base_name(better, adapter)}: {reason}"
     return {"chosen": chosen, "why": why, "warning": warning}
-
-
-def _better(decision: Mapping[str, Any], adapter: Adapter) -> tuple[str, str]:
-    """The base that the paired difference speaks for, and the sentence that says so."""
-    value, low, high = (decision[name] for name in ("difference", "low", "high"))
-    row = "after int4" if decision["judged_by"] == "int4" else "merged"
-    sentence = f"{row}, the dequantized {adapter.base} base is {value:+.4f} nats per token from the full one"
-    if low is None:
-        return FULL, f"{sentence}, without an interval (a single block): a tie, which goes to full precision"
-    sentence = f"{sentence} [{low:+.4f}, {high:+.4f}]"
-    if high < 0:
-        return DEQUANTIZED, f"{sentence}: better"
-    return FULL, f"{sentence}: {'worse' if low > 0 else 'a tie, which goes to full precision'}"

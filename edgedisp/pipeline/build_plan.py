@@ -38,6 +38,7 @@ from edgedisp.recipe import BITS, Adapter, ArmRun, Recipe, Train, load_target
 
 TORCH = "torch"
 HERE = "edgedisp.pipeline"
+START = {"base": "base", "corpus": "corpus"}  # inputs that nearly every stage has
 
 
 def run_folder(recipe: Recipe, out: Path | None) -> Path:
@@ -93,11 +94,11 @@ def deciding_arm(recipe: Recipe) -> str:
 
 def base(recipe: Recipe) -> Stage:
     """The weights that every training starts from; a smoke run's tokenizer is made from the text."""
-    options = BaseOptions(recipe.model, recipe.data.context)
-    files = _local([recipe.model.base], recipe)
+    model, context = recipe.model, recipe.data.context
     if recipe.is_smoke:
-        options = BaseOptions(recipe.model, recipe.data.context, recipe.data, recipe.seed)
-        files = _texts(recipe)
+        options, files = BaseOptions(model, context, recipe.data, recipe.seed), _texts(recipe)
+    else:
+        options, files = BaseOptions(model, context), _local([model.base], recipe)
     return Stage("base", f"{HERE}.prepare:base", options, files=files)
 
 
@@ -120,15 +121,13 @@ def _local(sources: list[str], recipe: Recipe) -> dict[str, Path]:
 
 def items(recipe: Recipe) -> Stage:
     """The questions of the recipe's tasks: the same for every arm and precision."""
-    inputs = {"base": "base", "corpus": "corpus"}
-    return Stage("items", f"{HERE}.prepare:items", _items_options(recipe), inputs, _tasks(recipe))
+    return Stage("items", f"{HERE}.prepare:items", _items_options(recipe), START, _tasks(recipe))
 
 
 def _items_options(recipe: Recipe) -> ItemsOptions:
     """What the questions depend on, without what only their scoring does."""
-    fields = type(recipe.evaluate).model_fields
-    scoring = {name: fields[name].default for name in ("bootstrap", "divergence_tokens")}
-    evaluate = recipe.evaluate.model_copy(update=scoring)
+    unread = {"bootstrap": 0, "divergence_tokens": 0}
+    evaluate = recipe.evaluate.model_copy(update=unread)
     return ItemsOptions(evaluate, recipe.data.context, recipe.seed)
 
 
@@ -162,7 +161,7 @@ def training(recipe: Recipe, run: ArmRun) -> Stage:
         f"{run.name}/{'model' if train.adapter is None else 'adapter'}",
         f"{HERE}.training:train",
         TrainOptions(train.model_copy(update=unread), recipe.steps, run, rounding, logging),
-        {"base": "base", "corpus": "corpus"},
+        START,
         resumable=True,
         every_process=True,
     )
@@ -182,12 +181,11 @@ def _trains_under(recipe: Recipe, precision: str) -> bool:
 
 def merge(recipe: Recipe, adapter: Adapter, arm: str) -> Stage:
     """A stage of its own: changed int4 options can change the better base, and must retrain nothing."""
-    inputs = {"base": "base", "corpus": "corpus", "adapter": f"{arm}/adapter"}
+    inputs = START | {"adapter": f"{arm}/adapter"}
     decider = deciding_arm(recipe)
     if adapter.kind == "qlora" and adapter.merge == "auto" and arm != decider:
         inputs["decider"] = f"{decider}/model"
-    int4_ships = "int4" in recipe.precisions
-    options = MergeOptions(adapter, recipe.quantize.int4, int4_ships, recipe.seed)
+    options = MergeOptions(adapter, recipe.quantize.int4, "int4" in recipe.precisions, recipe.seed)
     return Stage(f"{arm}/model", f"{HERE}.adapters:merge", options, inputs)
 
 
@@ -218,12 +216,8 @@ def quantize(recipe: Recipe, arm: str, precision: str) -> Stage:
 
 def delta_survival(recipe: Recipe, arm: str, precision: str) -> Stage:
     """What is left of training's change in the weights of a bundle."""
-    inputs = {
-        "base": "base",
-        "model": f"{arm}/model",
-        "parent": f"{arm}/fp32",
-        "bundle": f"{arm}/{precision}",
-    }
+    inputs = {"base": "base", "model": f"{arm}/model", "parent": f"{arm}/fp32"}
+    inputs["bundle"] = f"{arm}/{precision}"
     if (reference := reference_arm(recipe, arm)) is not None:
         inputs["baseline"] = f"{reference}/model"
     return Stage(f"{arm}/survival-{precision}", f"{HERE}.bundles:delta_survival", None, inputs)
@@ -234,16 +228,10 @@ def package(recipe: Recipe, arm: str, target: str, threads: int) -> Stage:
     profile = load_target(target)
     unread = {"description": "", "notes": (), "sources": (), "quantize": type(profile.quantize)()}
     run = next(run for run in recipe.arm_runs if run.name == arm)
-    named = {"recipe": {"name": recipe.name, "hash8": recipe.hash8}, "arm": run.arm, "seed": run.seed}
-    options = PackageOptions(
-        profile.model_copy(update=unread), profile.threads or threads, {**named, "smoke": recipe.is_smoke}
-    )
-    inputs = {
-        "bundle": f"{arm}/{profile.precision}",
-        "model": f"{arm}/model",
-        "base": "base",
-        "corpus": "corpus",
-    }
+    origin = {"recipe": {"name": recipe.name, "hash8": recipe.hash8}, "arm": run.arm, "seed": run.seed}
+    origin["smoke"] = recipe.is_smoke
+    options = PackageOptions(profile.model_copy(update=unread), profile.threads or threads, origin)
+    inputs = START | {"bundle": f"{arm}/{profile.precision}", "model": f"{arm}/model"}
     return Stage(f"{arm}/{target}", f"{HERE}.bundles:package", options, inputs)
 
 
@@ -253,12 +241,8 @@ def package(recipe: Recipe, arm: str, target: str, threads: int) -> Stage:
 def measurements(recipe: Recipe, threads: int) -> list[Stage]:
     """The measuring of every training at every precision, each after those that it is compared with."""
     runs = sorted(recipe.arm_runs, key=lambda run: run.arm != BASELINE)
-    precisions = (TORCH, *recipe.precisions)
-    return [
-        measure(recipe, run, precision, threads, noise=run is runs[0])
-        for precision in precisions
-        for run in runs
-    ]
+    pairs = [(run, precision) for precision in (TORCH, *recipe.precisions) for run in runs]
+    return [measure(recipe, run, at, threads, noise=run is runs[0]) for run, at in pairs]
 
 
 def measure(recipe: Recipe, run: ArmRun, precision: str, threads: int, *, noise: bool) -> Stage:
@@ -267,7 +251,7 @@ def measure(recipe: Recipe, run: ArmRun, precision: str, threads: int, *, noise:
     Hidden states and divergence are looked at for the first seed alone, noise for one model of a precision.
     """
     arm, reference, is_first = run.name, reference_arm(recipe, run.arm), run.replica == 0
-    inputs = {"model": f"{arm}/model", "base": "base", "corpus": "corpus", "items": "items"}
+    inputs = START | {"model": f"{arm}/model", "items": "items"}
     parity = None
     if precision == TORCH:
         if is_first and reference is not None:

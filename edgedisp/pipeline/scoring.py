@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from edgedisp import models
 from edgedisp.bench.system import installed_version, runner
 from edgedisp.core.files import digest, list_files
-from edgedisp.core.progress import Progress
+from edgedisp.core.progress import Progress, labelled
 from edgedisp.core.results import Estimate, NoiseFloor
 from edgedisp.core.stage_folder import read
 from edgedisp.evaluate.comparison import Results, TaskResult, compare_task
@@ -169,8 +169,3 @@ def _floor(difference: Estimate, share: float) -> float:
     shift = abs(difference.value or 0.0)
     half = difference.half_width
     return shift if half is None else max(shift, half * math.sqrt(share))
-
-
-def labelled(progress: Progress, label: str) -> Progress:
-    """`progress` with a label before each note."""
-    return lambda done, total, note: progress(done, total, f"{label}: {note}")

@@ -30,8 +30,7 @@ from edgedisp.evaluate import device_sample, statistics
 from edgedisp.evaluate.loglikelihood import loglikelihoods
 from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.session import OnnxModel, scored_model
-from edgedisp.pipeline import device_scores
-from edgedisp.pipeline.device_scores import Wish
+from edgedisp.pipeline.device_scores import DeviceQuestions, DeviceTasks
 from edgedisp.report.devices import device_sections, devices_text
 
 SMALL = BenchOptions(prompt=4, generate=4, repetitions=1, threads=1)
@@ -76,22 +75,22 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def wish(text: Path) -> Wish:
-    return Wish(("heldout",), items=ITEMS, limit=LIMIT, text=text)
+def tasks(text: Path) -> DeviceTasks:
+    return DeviceTasks(("heldout",), items=ITEMS, limit=LIMIT, text=text)
 
 
 @pytest.fixture(scope="module")
-def questions(wish: Wish, bundles: dict[str, Path], cache: Path) -> device_scores.Prepared:
-    return device_scores.prepared(wish, bundles, cache)
+def questions(tasks: DeviceTasks, bundles: dict[str, Path], cache: Path) -> DeviceQuestions:
+    return DeviceQuestions(tasks, bundles, cache)
 
 
 @pytest.fixture(scope="module")
-def timed(wish: Wish, bundles: dict[str, Path]) -> dict[str, Any]:
-    return time_bundles([*bundles.values()], ["local"], SMALL, lambda *step: None, wish)
+def timed(tasks: DeviceTasks, bundles: dict[str, Path]) -> dict[str, Any]:
+    return time_bundles([*bundles.values()], ["local"], SMALL, lambda *step: None, tasks)
 
 
 def test_the_draw_is_a_permutation_by_seed_and_task_and_a_smaller_one_is_its_beginning(
-    questions: device_scores.Prepared,
+    questions: DeviceQuestions,
 ) -> None:
     suite, sample = questions.suites["fp32"], questions.samples["fp32"]
     asked = suite.questions["heldout_cloze"]
@@ -125,11 +124,11 @@ def test_a_device_in_fp32_gives_the_scores_of_this_machine(
     for task in ("heldout_cloze", "heldout_continuation"):
         fp32, packed = by_name["fp32", task], by_name["packed", task]
         assert fp32["full"]["value"] == pytest.approx(packed["full"]["value"], rel=1e-4)
-    json.dumps(timed, allow_nan=False)
+    json.dumps(to_json(timed), allow_nan=False)
 
 
 def test_the_full_set_is_the_usual_scorer_s_and_is_read_back(
-    questions: device_scores.Prepared, timed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    questions: DeviceQuestions, timed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suite = questions.suites["fp32"]
     expected = suite.run(scored_model(questions.bundles["fp32"], 1))
@@ -140,14 +139,14 @@ def test_the_full_set_is_the_usual_scorer_s_and_is_read_back(
             )
             assert record["full"]["n"] == record["of"] == len(suite.questions[record["task"]])
     monkeypatch.setattr(OnnxModel, "logits", None)  # nothing is to be computed again
-    again = device_scores.scored(questions, [{}], physical_cores(), lambda *step: None)
+    again = questions.score([{}], physical_cores(), lambda *step: None)
     assert {one["reason"] for one in again[0]} == {"nothing was answered"}
     assert [one["full"]["value"] for one in again[0]] == [
         one["full"]["value"] for one in timed["devices"][0].scores
     ]
 
 
-def test_what_a_device_answers_otherwise_is_found(questions: device_scores.Prepared) -> None:
+def test_what_a_device_answers_otherwise_is_found(questions: DeviceQuestions) -> None:
     """A device that gets three next sentences wrong, all other scores being this machine's."""
     model = scored_model(questions.bundles["fp32"], 1)
     sample = questions.samples["fp32"]
@@ -163,7 +162,7 @@ def test_what_a_device_answers_otherwise_is_found(questions: device_scores.Prepa
             given[worst] = (0.0, True)
             wrong.append((item.id, by_byte[worst] * question.sizes[worst]))
         answers.append(given)
-    told = device_scores.scored(questions, [{"fp32": answers}], physical_cores(), lambda *step: None)[0]
+    told = questions.score([{"fp32": answers}], physical_cores(), lambda *step: None)[0]
     record = next(one for one in told if (one["label"], one["task"]) == ("fp32", "heldout_continuation"))
     assert record["agreement"]["same"] == record["agreement"]["n"] - 3
     assert record["agreement"]["of"] == "choice"
@@ -225,7 +224,7 @@ def test_over_ssh_scores_arrive_and_a_lost_connection_leaves_a_part(  # type: ig
 
 @needs_chromium
 def test_the_page_gives_the_scores_of_this_machine(
-    questions: device_scores.Prepared, bundles: dict[str, Path]
+    questions: DeviceQuestions, bundles: dict[str, Path]
 ) -> None:
     items = questions.requests["fp32"][:24]
     notes: list[str] = []
@@ -249,8 +248,8 @@ def test_a_bundle_for_browsers_alone_is_scored_there_and_here(
     assert not (tmp_path / "web" / "model.onnx").exists()
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": one.text}) for one in data.synthetic_documents(40, seed=5)))
-    wish = Wish(("heldout_cloze", "heldout_continuation"), items=20, limit=30, text=text)
-    timed = time_bundles([tmp_path / "web"], ["browser"], SMALL, lambda *step: None, wish)
+    tasks = DeviceTasks(("heldout_cloze", "heldout_continuation"), items=20, limit=30, text=text)
+    timed = time_bundles([tmp_path / "web"], ["browser"], SMALL, lambda *step: None, tasks)
     for record in timed["devices"][0].scores:
         assert record["answered"] == 20 and record["agreement"]["share"] == 1
         assert record["logprob"]["max"] < 1e-3 and record["logprob"]["mean_per_token"] < 1e-5

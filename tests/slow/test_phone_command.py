@@ -20,9 +20,9 @@ from fake_page import RUN, figures, post
 from shared_store import SharedStore
 from tiny_bundle import tiny_bundles
 
-from edgedisp import device_results
 from edgedisp.evaluate.loglikelihood import loglikelihoods
 from edgedisp.graph.session import scored_model
+from edgedisp.pipeline import device_results
 
 TOP = Path(__file__).resolve().parents[2]
 SIZES = ["--prompt", "6", "--generate", "4", "--repetitions", "3"]
@@ -107,7 +107,7 @@ def test_once_ends_by_itself_with_one_line_of_json_and_the_run_keeps_the_result(
         code, shown = program.ended()
     assert code == 0
     assert json.loads(shown)["devices"][0]["rows"][0]["label"] == "fp32"
-    (result,) = device_results.shown(run)[0]
+    (result,) = device_results.load(run)[0]
     assert result.rows[0].label == "baseline/fp32" and result.device.startswith("phone")
     assert "the report will show it once `edgedisp build` has ended" in program.log.read_text()
 

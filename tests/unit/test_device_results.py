@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import file_digest, write_json
+from edgedisp.core.files import list_files, write_json
 from edgedisp.core.results import DeviceResult, Estimate, Timing
-from edgedisp.device_results import keep, places, shown
+from edgedisp.pipeline.device_results import bundles_by_run, load, save
 
 
 @pytest.fixture
@@ -29,8 +29,7 @@ def bundle(folder: Path, weights: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.onnx").write_text(weights)
     (folder / "genai_config.json").write_text("{}")
-    names = ("model.onnx", "genai_config.json")
-    write_json(folder / "record.json", {"files": {n: {"sha256": file_digest(folder / n)} for n in names}})
+    write_json(folder / "record.json", {"files": list_files(folder, without=["record.json"])})
 
 
 def result(*labels: str, device: str = "local", decode: float = 100.0, **changes: Any) -> DeviceResult:
@@ -43,18 +42,18 @@ def result(*labels: str, device: str = "local", decode: float = 100.0, **changes
 def table(run: Path) -> list[tuple[str, str, float | None, bool]]:
     return [
         (device.device, row.label, row.decode_tokens_per_s and row.decode_tokens_per_s.value, row.partial)
-        for device in shown(run)[0]
+        for device in load(run)[0]
         for row in device.rows
     ]
 
 
 def test_a_result_is_read_back_under_its_bundles_folders(run: Path) -> None:
-    found = places({"int4": run / "baseline" / "int4", "elsewhere": run.parent})
-    assert {label: place.path for label, place in found.items()} == {"int4": "baseline/int4"}
+    in_runs = bundles_by_run({"int4": run / "baseline" / "int4", "elsewhere": run.parent})
+    assert list(in_runs) == [run] and list(in_runs[run]) == ["int4"]
     pairs = [{"baseline": "int4", "candidate": "elsewhere"}]
-    assert keep(result("int4", "elsewhere", pairs=pairs, answers={"int4": [1]}), found) == [run]
+    assert save(result("int4", "elsewhere", pairs=pairs, answers={"int4": [1]}), in_runs) == [run]
     assert table(run) == [("local", "baseline/int4", 100.0, False)]  # the row of another place is left out
-    (device,) = shown(run)[0]
+    (device,) = load(run)[0]
     assert not device.pairs and device.clock_mhz == (9.0, 9.0) and not device.repetitions
     (file,) = (run / "devices").iterdir()
     stored = json.loads(file.read_text())["result"]
@@ -62,50 +61,50 @@ def test_a_result_is_read_back_under_its_bundles_folders(run: Path) -> None:
 
 
 def test_the_latest_measurement_of_a_device_and_bundle_stands(run: Path) -> None:
-    both = places({arm: run / arm / "int4" for arm in ("baseline", "dispersed")})
-    keep(result("baseline", "dispersed", decode=1.0), both)
-    keep(result("dispersed", decode=2.0), {"dispersed": both["dispersed"]})
+    both = bundles_by_run({arm: run / arm / "int4" for arm in ("baseline", "dispersed")})
+    save(result("baseline", "dispersed", decode=1.0), both)
+    save(result("dispersed", decode=2.0), {run: {"dispersed": both[run]["dispersed"]}})
     assert table(run) == [("local", "baseline/int4", 1.0, False), ("local", "dispersed/int4", 2.0, False)]
     assert len(list((run / "devices").iterdir())) == 2  # the first still tells of the baseline
-    keep(result("baseline", "dispersed", decode=3.0), both)
+    save(result("baseline", "dispersed", decode=3.0), both)
     assert [line[2] for line in table(run)] == [3.0, 3.0]
     assert len(list((run / "devices").iterdir())) == 1
     faster = result("baseline", decode=4.0)
     other_threads = [replace(row, threads=4) for row in faster.rows]  # another measurement
-    keep(replace(faster, rows=other_threads), both)
+    save(replace(faster, rows=other_threads), both)
     assert sorted(line[2] for line in table(run)) == [3.0, 3.0, 4.0]
 
 
 def test_a_partial_result_is_marked_and_hides_no_complete_one(run: Path) -> None:
-    found = places({"int4": run / "baseline" / "int4"})
-    keep(result("int4", decode=1.0, lost="gone"), found)
+    in_runs = bundles_by_run({"int4": run / "baseline" / "int4"})
+    save(result("int4", decode=1.0, lost="gone"), in_runs)
     assert table(run) == [("local", "baseline/int4", 1.0, True)]
-    keep(result("int4", decode=2.0), found)
-    keep(result("int4", decode=3.0, lost="gone again"), found)
+    save(result("int4", decode=2.0), in_runs)
+    save(result("int4", decode=3.0, lost="gone again"), in_runs)
     assert table(run) == [("local", "baseline/int4", 2.0, False)]
-    keep(DeviceResult("local", lost="before its first turn"), found)
+    save(DeviceResult("local", lost="before its first turn"), in_runs)
     assert len(list((run / "devices").iterdir())) == 2
 
 
 def test_a_bundle_made_anew_is_not_shown_with_old_figures(run: Path) -> None:
-    keep(result("int4"), places({"int4": run / "baseline" / "int4"}))
+    save(result("int4"), bundles_by_run({"int4": run / "baseline" / "int4"}))
     (run / "baseline" / "int4" / "genai_config.json").write_text('{"threads": 2}')  # changes no weights
     bundle(run / "baseline" / "int4", "baseline")
     assert table(run)
     bundle(run / "baseline" / "int4", "other weights")
-    assert table(run) == [] and "baseline/int4 on local" in shown(run)[1][0]
-    keep(result("int4", decode=5.0), places({"int4": run / "baseline" / "int4"}))
-    assert table(run) == [("local", "baseline/int4", 5.0, False)] and not shown(run)[1]
+    assert table(run) == [] and "baseline/int4 on local" in load(run)[1][0]
+    save(result("int4", decode=5.0), bundles_by_run({"int4": run / "baseline" / "int4"}))
+    assert table(run) == [("local", "baseline/int4", 5.0, False)] and not load(run)[1]
 
 
 def test_timing_again_leaves_what_was_scored_and_a_label_is_no_key_of_the_machine(run: Path) -> None:
-    found = places({"cpu": run / "baseline" / "int4"})
+    in_runs = bundles_by_run({"cpu": run / "baseline" / "int4"})
     scores = [{"label": "cpu", "task": task, "value": 1.0} for task in ("cloze", "perplexity")]
-    keep(result("cpu", decode=1.0, scores=scores), found)
-    keep(result("cpu", decode=2.0, scores=[{"label": "cpu", "task": "cloze", "value": 2.0}]), found)
-    (device,) = shown(run)[0]
+    save(result("cpu", decode=1.0, scores=scores), in_runs)
+    save(result("cpu", decode=2.0, scores=[{"label": "cpu", "task": "cloze", "value": 2.0}]), in_runs)
+    (device,) = load(run)[0]
     assert [line[2] for line in table(run)] == [2.0]
-    assert {(one["label"], one["task"], one["value"]) for one in device.scores} == {
+    assert {(score["label"], score["task"], score["value"]) for score in device.scores} == {
         ("baseline/int4", "cloze", 2.0),
         ("baseline/int4", "perplexity", 1.0),
     }
@@ -115,17 +114,17 @@ def test_timing_again_leaves_what_was_scored_and_a_label_is_no_key_of_the_machin
 def test_phones_that_do_not_tell_their_name_are_told_apart_but_not_by_their_browsers_version(
     run: Path,
 ) -> None:
-    found = places({"int4": run / "baseline" / "int4"})
+    in_runs = bundles_by_run({"int4": run / "baseline" / "int4"})
     for agent, decode in (("Chrome/156.0 Mobile", 1.0), ("Firefox/145.0", 2.0), ("Chrome/157.1 Mobile", 3.0)):
         machine = {"cpu": None, "browser": {"user_agent": agent, "cores": 8}}
-        keep(result("int4", device="phone", decode=decode, machine=machine), found)
+        save(result("int4", device="phone", decode=decode, machine=machine), in_runs)
     assert [line[::2] for line in table(run)] == [("phone", 2.0), ("phone 2", 3.0)]
 
 
 def test_a_devices_name_leads_out_of_no_folder_and_a_damaged_file_is_named(run: Path) -> None:
-    keep(result("int4", device="phone ../../<x>\n"), places({"int4": run / "baseline" / "int4"}))
+    save(result("int4", device="phone ../../<x>\n"), bundles_by_run({"int4": run / "baseline" / "int4"}))
     (file,) = (run / "devices").iterdir()
     assert file.name.startswith("phone-x-20") and table(run)
     file.write_text("{")
     with pytest.raises(BadInput, match="is damaged"):
-        shown(run)
+        load(run)

@@ -21,11 +21,10 @@ LAYERS = {
     "core": 0,
     "recipe": 1, "data": 1, "models": 1, "dispersion": 1,
     "train": 2, "quantize": 2, "graph": 2, "evaluate": 2, "bench": 2, "report": 2,
-    "device_results": 3,
-    "pipeline": 4,
-    "lm_eval_models": 5, "commands": 5,
-    "cli": 6,
-    "__main__": 7,
+    "pipeline": 3,
+    "commands": 4,
+    "cli": 5,
+    "__main__": 6,
 }  # fmt: skip
 
 # Packages of one layer that may import one another, each arrow where it is truly needed.

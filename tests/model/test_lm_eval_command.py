@@ -12,7 +12,7 @@ import pytest
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from edgedisp import lm_eval_models
+from edgedisp.commands.lm_eval import OnnxHarnessModel
 from edgedisp.core.errors import BadInput
 from edgedisp.graph.export import export
 
@@ -82,6 +82,6 @@ def test_lm_eval_opens_both_by_name_and_they_agree_on_log_likelihoods_and_text(
 
 def test_an_argument_that_does_not_exist_is_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(BadInput, match="thread: no such argument"):
-        lm_eval_models.OnnxHarnessModel(str(folders["fp32"]), thread=1)
+        OnnxHarnessModel(str(folders["fp32"]), thread=1)
     with pytest.raises(BadInput, match="a bundle is a folder"):
-        lm_eval_models.OnnxHarnessModel(str(folders["model"]))
+        OnnxHarnessModel(str(folders["model"]))

@@ -1,6 +1,6 @@
 """Bundles and torch models as models of lm-evaluation-harness: `edgedisp-onnx` and `edgedisp-torch`.
 
-    python -m edgedisp.lm_eval_models run --model edgedisp-onnx --model_args bundle=BUNDLE --tasks arc_easy
+    python -m edgedisp.commands.lm_eval run --model edgedisp-onnx --model_args bundle=BUNDLE --tasks arc_easy
 
 is lm-eval's own command with the two models known to it; in a program, importing this file makes
 `lm_eval.simple_evaluate(model="edgedisp-torch", model_args="folder=FOLDER", ...)` work. Every task runs that
@@ -30,10 +30,14 @@ from edgedisp.graph.session import OnnxModel
 class _FolderModel(HarnessModel):
     """A model with the tokenizer of its folder."""
 
-    def __init__(self, model: Any, folder: Path) -> None:
+    def __init__(self, model: Any, folder: Path, options: dict[str, Any]) -> None:
+        # lm-eval's command always gives batch sizes and a device, which have no meaning for a bundle.
+        if unknown := options.keys() - {"batch_size", "max_batch_size", "device"}:
+            raise BadInput(
+                f"model_args: {', '.join(sorted(unknown))}: no such argument; bundle or folder, threads"
+            )
         tokenizer = models.load_tokenizer(folder)
-        end_of_text = models.end_of_text_id(tokenizer)
-        bos_token = models.bos_id(tokenizer)
+        end_of_text, bos_token = models.end_of_text_id(tokenizer), models.bos_id(tokenizer)
         super().__init__(model, tokenizer_text(tokenizer, end_of_text, bos_token, model.context))
 
 
@@ -43,10 +47,9 @@ class OnnxHarnessModel(_FolderModel):
 
     def __init__(self, bundle: str, threads: int | None = None, **lm_eval_options: Any) -> None:
         """Raises BadInput for no bundle, or a damaged one."""
-        _check_options(lm_eval_options)
         folder = Path(bundle)
         check_files(folder)
-        super().__init__(OnnxModel(folder, int(threads or physical_cores())), folder)
+        super().__init__(OnnxModel(folder, int(threads or physical_cores())), folder, lm_eval_options)
 
 
 @register_model("edgedisp-torch")
@@ -57,19 +60,10 @@ class TorchHarnessModel(_FolderModel):
         self, folder: str, threads: int | None = None, device: str | None = None, **lm_eval_options: Any
     ) -> None:
         """Raises BadInput for a folder that holds no model."""
-        _check_options(lm_eval_options)
         # lm-eval's command asks for cuda:0 by default.
         model = models.load(Path(folder)).to(device if device and torch.cuda.is_available() else "cpu")
-        super().__init__(models.TorchModel(model, int(threads or physical_cores())), Path(folder))
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """lm-eval's command always hands over batch sizes and a device, which have no meaning for a bundle."""
-    unknown = options.keys() - {"batch_size", "max_batch_size", "device"}
-    if unknown:
-        raise BadInput(
-            f"model_args: {', '.join(sorted(unknown))}: no such argument; bundle or folder, threads"
-        )
+        torch_model = models.TorchModel(model, int(threads or physical_cores()))
+        super().__init__(torch_model, Path(folder), lm_eval_options)
 
 
 def main() -> None:
