@@ -19,14 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from edgedisp.core.progress import Progress, silent
 from edgedisp.graph.decoder_spec import Decoder, Layer, Linear, Norm
-from edgedisp.graph.onnx_graph import DATA, GRAPH, MICROSOFT, PAGE
+from edgedisp.graph.onnx_graph import GRAPH, MICROSOFT, TensorStore
 
 OPSET, IR_VERSION = 21, 10
-INLINE_BYTES = 1024  # smaller tensors stay inside the graph file
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -52,22 +51,13 @@ def write(decoder: Decoder, output_dir: Path, progress: Progress = silent) -> No
     progress(count, count, "graph written")
 
 
-def external_tensor(name: str, array: NDArray[Any], offset: int) -> TensorProto:
-    """The entry of a tensor whose values lie at `offset` of the data file."""
-    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-    tensor = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
-    for key, value in (("location", DATA), ("offset", offset), ("length", array.nbytes)):
-        tensor.external_data.add(key=key, value=str(value))
-    return tensor
-
-
 class GraphWriter:
     """Nodes in order of computation and initializers of one decoder. Methods return names of outputs."""
 
     def __init__(self, decoder: Decoder, output_dir: Path) -> None:
         self.decoder, self.output_dir = decoder, output_dir
         self.nodes: list[NodeProto] = []
-        self.weights: dict[str, TensorProto] = {}
+        self.store = TensorStore(output_dir)
 
     def node(self, op: str, inputs: Sequence[str], *outputs: str, domain: str = "", **attributes: Any) -> str:
         """Append a node with the name of its first output, which is returned."""
@@ -79,18 +69,10 @@ class GraphWriter:
         return outputs[0]
 
     def weight(self, name: str, values: torch.Tensor | NDArray[Any]) -> str:
-        """Store a tensor under `name`, once; large ones go to the data file at a page's start."""
-        if name in self.weights:
+        """Store a tensor under `name`, once."""
+        if name in self.store.tensors:
             return name
-        array = np.ascontiguousarray(values.detach().numpy() if isinstance(values, torch.Tensor) else values)
-        if array.nbytes <= INLINE_BYTES:
-            self.weights[name] = numpy_helper.from_array(array, name)
-            return name
-        with (self.output_dir / DATA).open("ab") as file:
-            file.write(bytes(-file.tell() % PAGE))
-            self.weights[name] = external_tensor(name, array, file.tell())
-            array.tofile(file)
-        return name
+        return self.store.add(name, values.detach().numpy() if isinstance(values, torch.Tensor) else values)
 
     def integers(self, name: str, values: int | Sequence[int]) -> str:
         """A constant int64 scalar or vector: indices, shapes, axes, widths."""
@@ -98,7 +80,7 @@ class GraphWriter:
 
     def save(self) -> None:
         """Write `model.onnx`; the large weights already lie in `model.onnx.data`."""
-        graph = helper.make_graph(self.nodes, "decoder", *self.interface(), list(self.weights.values()))
+        graph = helper.make_graph(self.nodes, "decoder", *self.interface(), list(self.store.tensors.values()))
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
         model = helper.make_model(
             graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgedisp"

@@ -1,4 +1,5 @@
-"""What writing and rewriting graphs share: file and operator names, new nodes, finding head and layers."""
+"""What writing and rewriting graphs share: names of files and operators, stored weights, new nodes, finding
+the head and the hidden states."""
 
 from __future__ import annotations
 
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 MICROSOFT = "com.microsoft"
 PAGE = 4096  # weights start at multiples of it in their file, so that a runtime can map them
+INLINE_BYTES = 1024  # smaller tensors stay inside the graph file
 
 ATTENTION = "GroupQueryAttention"
 PACKED = "MatMulNBits"
@@ -21,6 +24,35 @@ PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", PACKED)  # operators that may multi
 ADDING_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 NORMS = (*ADDING_NORMS, "SimplifiedLayerNormalization", "LayerNormalization", "RMSNormalization")
 SUM = 3  # which output of an adding norm is the sum
+
+
+class TensorStore:
+    """The initializers of a graph that is being written; large ones go to page starts of the data file.
+
+    onnx-ir is not used for this: it aligns only tensors above 1 MB, and phones map the file.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self.tensors: dict[str, TensorProto] = {}
+        self._path = output_dir / DATA
+        self._path.touch()
+
+    def add(self, name: str, values: NDArray[Any]) -> str:
+        """Store `values` under `name`; returns the name."""
+        array = np.ascontiguousarray(values)
+        if array.nbytes <= INLINE_BYTES:
+            self.tensors[name] = numpy_helper.from_array(array, name)
+            return name
+        with self._path.open("ab") as file:
+            file.write(bytes(-file.tell() % PAGE))
+            offset = file.tell()
+            array.tofile(file)
+        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+        tensor = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", DATA), ("offset", offset), ("length", array.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        self.tensors[name] = tensor
+        return name
 
 
 class NewNodes:

@@ -209,7 +209,7 @@ def quantize(recipe: Recipe, arm: str, precision: str) -> Stage:
     # Of int4's options a search reads these; grids and bits are what it searches.
     read = {"accuracy_level"} | ({"method", "calibration_tokens"} if section.int4.method == "gptq" else set())
     int4 = type(section.int4)(**section.int4.model_dump(include=read))
-    search = SearchOptions(int4, section.budget, section.max_perplexity_increase, recipe.seed)
+    search = SearchOptions(int4, section.budget, section.max_perplexity_increase)
     inputs |= training_text | ({} if arm == decider else {"decider": f"{decider}/int4"})
     return Stage(name, f"{HERE}.bundles:quantize_searched", search, inputs)
 

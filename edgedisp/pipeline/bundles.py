@@ -29,9 +29,9 @@ from edgedisp.pipeline.rounding import gptq_blocks, outer_method, trained_blocks
 from edgedisp.pipeline.stage import Inputs, results_of
 from edgedisp.quantize.delta_survival import survival
 from edgedisp.quantize.grid import Blocks
-from edgedisp.quantize.mixed_precision import MixedPrecision, Search, SearchText
+from edgedisp.quantize.mixed_precision import MixedPrecision, Search
 from edgedisp.quantize.onnx_rewrite import BlocksOf, quantize_assigned, quantize_bundle
-from edgedisp.quantize.weight_map import read_weight_map
+from edgedisp.quantize.onnx_weights import read_weight_map
 from edgedisp.recipe.recipe import hash8
 
 CARD = "README.md"
@@ -92,15 +92,14 @@ def quantize_searched(
     gives, with gptq also what its own rounding came to; else {decided_by, measured_kl, perplexity_increase}.
     BadInput when the goal is out of reach, saying what is not; BuildFailed when gptq ends above the limit.
     """
-    int4, seed, bundle, decider = options.int4, options.seed, inputs["bundle"], inputs.get("decider")
+    int4, bundle, decider = options.int4, inputs["bundle"], inputs.get("decider")
     is_gptq, limit = int4.method == "gptq", options.max_perplexity_increase
     model = models.load(inputs["model"])
     tokens = np.load(inputs["corpus"] / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    text = SearchText.of(tokens, model, int4.calibration_tokens if is_gptq else None)
+    calibration_tokens = int4.calibration_tokens if is_gptq else None
     search: dict[str, Any] = {"goal": {"budget": options.budget, "max_perplexity_increase": limit}}
     if decider is None:
-        level = int4.accuracy_level
-        searched = Search(bundle, model, text, accuracy_level=level, seed=seed, progress=progress)
+        searched = Search(bundle, model, tokens, calibration_tokens=calibration_tokens, progress=progress)
         if options.budget is not None:
             solution, search["trials"] = searched.within(options.budget), []
         else:
@@ -112,19 +111,24 @@ def quantize_searched(
             search["gptq"] = cost
             _check_limit(limit, cost["perplexity_increase"])
     else:
-        follower = MixedPrecision(bundle, model, text, seed=seed, progress=progress)
-        assignment = follower.assignment_of(results_of(decider)["by_tensor"], int4.accuracy_level)
+        follower = MixedPrecision(
+            bundle, model, tokens, calibration_tokens=calibration_tokens, progress=progress
+        )
+        assignment = follower.assignment_of(results_of(decider)["by_tensor"])
         blocks, cost = follower.round(assignment)
         search |= {"decided_by": decider.parent.name, "tokens": follower.reference.tokens}
-        search |= {"perplexity_tokens": sum(map(len, text.blocks)), **cost}
-    record = quantize_assigned(bundle, output_dir, assignment, blocks=blocks, progress=progress)
+        search |= {"perplexity_tokens": sum(map(len, follower.blocks)), **cost}
+    level = int4.accuracy_level
+    record = quantize_assigned(
+        bundle, output_dir, assignment, accuracy_level=level, blocks=blocks, progress=progress
+    )
     search["size_bytes"] = record["size_bytes"]
     if options.budget is not None and record["size_bytes"] > options.budget:
         raise BuildFailed(f"the bundle takes {record['size_bytes']} bytes, the budget is {options.budget}")
     for row in record["by_tensor"] if is_gptq else ():
         if row["component"] not in ("embedding", "head"):
             row["method"] = "gptq"
-    grid = {"bits": 4, "method": "gptq" if is_gptq else "search", "accuracy_level": int4.accuracy_level}
+    grid = {"bits": 4, "method": "gptq" if is_gptq else "search", "accuracy_level": level}
     return {**grid, **record, "search": search}
 
 

@@ -109,7 +109,6 @@ class SearchOptions:
     int4: QuantizeBits
     budget: int | None
     max_perplexity_increase: float | None
-    seed: int
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from edgedisp.pipeline.options import BundleRounding
 from edgedisp.pipeline.prepare import training_blocks
 from edgedisp.quantize.calibration import Scales, calibrated_start, gptq_model
 from edgedisp.quantize.grid import Blocks, Grid, dequantize, in_groups, quantize, round_to
-from edgedisp.quantize.onnx_rewrite import Choice
+from edgedisp.quantize.rounding_methods import Choice
 from edgedisp.recipe import QuantizeBits
 from edgedisp.train.quantized_weights import Rounding, round_weights, weights_of
 

@@ -13,10 +13,12 @@ A map is rounded from the weight that makes up for a share of it, with a ridge a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -83,7 +85,7 @@ def gptq_model(
     if head is not None:
         output = model.get_output_embeddings()
         run = lambda block: model(input_ids=block[None], use_cache=False)  # noqa: E731
-        second = _moments(run, [output], text, [], {})["second"]
+        second = _moments(_inputs(partial(run, block), [output]) for block in text)["second"]
         if output.weight is model.get_input_embeddings().weight:
             second += TIED * second.diagonal().mean() * torch.eye(len(second), device=second.device)
         name = next(name for name, parameter in model.named_parameters() if parameter is output.weight)
@@ -134,21 +136,23 @@ def calibrate(
     plain = states if correction else []  # of the unrounded model
     for index, call in enumerate(calls):
         progress(index, len(layers), "rounding layer by layer")
-        originals: dict[Any, Tensor] = {}
-        for modules in _waves(call, states[0]):
+        unrounded = replace(call, layer=copy.deepcopy(call.layer))
+        twins = dict(zip(call.layer.modules(), unrounded.layer.modules()))
+        for modules in call.waves(states[0]):
             weights = {names[module]: _read(module) for module in modules}
-            stream = residual_of(call, modules[0], states[0]) if plain and len(modules) == 1 else None
+            stream = call.residual_of(modules[0], states[0]) if plain and len(modules) == 1 else None
             read = modules[:1] if stream is None else [modules[0], stream]
-            moments = _moments(call, read, states, plain, originals)
+            moments = _moments(
+                (_inputs(partial(call, state), read) for state in states),
+                (_inputs(partial(unrounded, state), [twins[module] for module in read]) for state in plain),
+            )
             if plain:
                 weights = _corrected(weights, moments, correction)
-                originals |= {module: module.weight.data.clone() for module in modules}
             rounded = _round(weights, moments["second"], grids)
             for module in modules:
                 _write(module, dequantize(rounded[names[module]][0], grids(names[module])))
             yield rounded
-        with _restored(originals):
-            plain = [call(state) for state in plain]
+        plain = [unrounded(state) for state in plain]
         states = [call(state) for state in states]
     progress(len(layers), len(layers), "rounding layer by layer")
 
@@ -162,12 +166,12 @@ def _round(weights: dict[str, Tensor], second: Tensor, grids: Grids) -> Rounded:
         except BadInput as error:
             raise BadInput(f"{name}: {error}") from error
     for grid in dict.fromkeys(map(grids, weights)):
-        names = [name for name in weights if grids(name) == grid]
-        joined = weights[names[0]] if len(names) == 1 else torch.cat([weights[name] for name in names])
+        group = {name: weight for name, weight in weights.items() if grids(name) == grid}
+        joined = next(iter(group.values())) if len(group) == 1 else torch.cat(list(group.values()))
         blocks, latent = gptq(joined, grid, second)
         first = 0
-        for name in names:
-            rows = slice(first, first + len(weights[name]))
+        for name, weight in group.items():
+            rows = slice(first, first + len(weight))
             rounded[name], first = (blocks.rows(rows), latent[rows]), rows.stop
     return rounded
 
@@ -183,44 +187,19 @@ def _write(module: Any, values: Tensor) -> None:
     module.weight.copy_(values.T if isinstance(module, Conv1D) else values)
 
 
-@contextmanager
-def _restored(weights: Mapping[Any, Tensor]) -> Iterator[None]:
-    """The modules with these weights."""
-    rounded = {module: module.weight.data for module in weights}
-    try:
-        for module, weight in weights.items():
-            module.weight.data = weight
-        yield
-    finally:
-        for module, weight in rounded.items():
-            module.weight.data = weight
-
-
-def _moments(
-    run: Callable[[Tensor], Any],
-    read: Sequence[nn.Module],
-    states: Sequence[Tensor] | Tensor,
-    plain: Sequence[Tensor],
-    originals: Mapping[Any, Tensor],
-) -> dict[str, Tensor]:
-    """second: H = E[x x^T] for the inputs x of `read[0]`. With `plain` states also drift: E[(x0 - x) x^T].
-    With a second module, which reads the residual stream r, also residual: E[(r0 - r) x^T]."""
+def _moments(rounded: Iterable[list[Tensor]], unrounded: Iterable[list[Tensor]] = ()) -> dict[str, Tensor]:
+    """second: H = E[x x^T] for inputs x [tokens, in] of the rounded model, block by block. With the unrounded
+    model's also drift: E[(x0 - x) x^T]. With residual streams r as second inputs also residual:
+    E[(r0 - r) x^T]."""
     sums: dict[str, Tensor] = {}
     tokens = 0
-
-    def add(name: str, left: Tensor, x: Tensor) -> None:
-        sums[name] = sums[name].addmm_(left.T, x) if name in sums else left.T @ x
-
-    for index, state in enumerate(states):
-        x, *r = _layer_inputs(partial(run, state), read)
+    for inputs, plain in zip_longest(rounded, unrounded, fillvalue=list[Tensor]()):
+        x = inputs[0]
         tokens += len(x)
-        add("second", x, x)
-        if plain:
-            with _restored(originals):
-                x0, *r0 = _layer_inputs(partial(run, plain[index]), read)
-            add("drift", x0 - x, x)
-            if r:
-                add("residual", r0[0] - r[0], x)
+        differences = (x0 - x1 for x0, x1 in zip(plain, inputs))
+        lefts = {"second": x, **dict(zip(("drift", "residual"), differences))}
+        for name, left in lefts.items():
+            sums[name] = sums[name].addmm_(left.T, x) if name in sums else left.T @ x
     return {name: total / tokens for name, total in sums.items()}
 
 
@@ -237,14 +216,41 @@ def _corrected(weights: dict[str, Tensor], moments: Mapping[str, Tensor], share:
     return dict(zip(weights, parts))
 
 
-class _Enough(Exception):
+# ---------------------------------------------------------------- what a layer's modules read
+
+
+class _Stop(Exception):
     """Ends a forward pass whose rest is not needed."""
+
+
+def _with_hooks(modules: Iterable[nn.Module], hook: Callable[..., None], run: Callable[[], Any]) -> None:
+    """`run`, which a hook may end, with `hook(module, args, kwargs)` before each of `modules`."""
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        with suppress(_Stop):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _inputs(run: Callable[[], Any], modules: Sequence[nn.Module]) -> list[Tensor]:
+    """What each of `modules` reads, fp32 [tokens, in], in a pass that ends before the first of them."""
+    inputs: dict[nn.Module, Tensor] = {}
+
+    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[module] = args[0].reshape(-1, args[0].shape[-1]).float()
+        if module is modules[0]:
+            raise _Stop
+
+    _with_hooks(modules, read, run)
+    return [inputs[module] for module in modules]
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What a layer is called with beside its states (rotary positions, mask): the same for all blocks, which
-    are of one length and without padding."""
+    """A layer with what it is called with beside its states (rotary positions, mask): the same for all
+    blocks, which are of one length and without padding."""
 
     layer: nn.Module
     positional: tuple[Any, ...]
@@ -255,29 +261,42 @@ class LayerCall:
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
 
+    def waves(self, state: Tensor) -> list[list[Any]]:
+        """The linear maps in the order of computation, those that read the same tensor together."""
+        waves: dict[int, tuple[Tensor, list[Any]]] = {}  # with the tensor, or its id could be used again
 
-def _with_hooks(modules: Sequence[nn.Module], hook: Callable[..., None], run: Callable[[], Any]) -> None:
-    """`run`, which a hook may end, with `hook(module, args, kwargs)` before each of `modules`."""
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
-    try:
-        with suppress(_Enough):
-            run()
-    finally:
-        for handle in handles:
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            waves.setdefault(id(args[0]), (args[0], []))[1].append(module)
+
+        linear = [module for module in self.layer.modules() if isinstance(module, LINEAR)]
+        _with_hooks(linear, read, partial(self, state))
+        return [wave for _, wave in waves.values()]
+
+    def residual_of(self, module: nn.Module, state: Tensor) -> nn.Module | None:
+        """The module that reads the residual stream to which `module`'s output is added.
+
+        Found by value: a tensor that is read later, or the layer's output, is that sum to the bit. None where
+        there is no such sum: other maps, a norm in between, a parallel branch.
+        """
+        before: list[tuple[nn.Module, Tensor]] = []
+        outputs: list[Tensor] = []
+        later: list[Tensor] = []
+
+        def read(reader: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if args and isinstance(args[0], Tensor) and args[0].numel() == state.numel():
+                tensor = args[0].reshape(state.shape)
+                (later.append(tensor) if outputs else before.append((reader, tensor)))
+
+        handle = module.register_forward_hook(lambda module, args, output: outputs.append(output))
+        try:
+            _with_hooks(self.layer.modules(), read, lambda: later.append(self(state)))
+        finally:
             handle.remove()
-
-
-def _layer_inputs(run: Callable[[], Any], modules: Sequence[nn.Module]) -> list[Tensor]:
-    """What each of `modules` reads, fp32 [tokens, in], in a pass that ends before the first of them."""
-    inputs: dict[nn.Module, Tensor] = {}
-
-    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs[module] = args[0].reshape(-1, args[0].shape[-1]).float()
-        if module is modules[0]:
-            raise _Enough
-
-    _with_hooks(modules, read, run)
-    return [inputs[module] for module in modules]
+        if outputs[0].numel() != state.numel():
+            return None
+        output = outputs[0].reshape(state.shape)
+        sums = ((reader, stream + output) for reader, stream in before)
+        return next((reader for reader, total in sums if any(torch.equal(total, t) for t in later)), None)
 
 
 def layer_calls(
@@ -292,52 +311,10 @@ def layer_calls(
         if module is layers[0]:
             states.append(args[0] if args else kwargs["hidden_states"])
         if len(calls) == len(layers):
-            raise _Enough
-        others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        calls.append(LayerCall(module, args[1:], others))
+            raise _Stop
+        named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        calls.append(LayerCall(module, args[1:], named))
 
     for block in text:
-        _with_hooks(list(layers), read, partial(model, input_ids=block[None], use_cache=False))
+        _with_hooks(layers, read, partial(model, input_ids=block[None], use_cache=False))
     return calls, states
-
-
-def _waves(call: LayerCall, state: Tensor) -> list[list[Any]]:
-    """The layer's linear maps in the order of computation, those that read the same tensor together."""
-    waves: dict[int, tuple[Tensor, list[Any]]] = {}  # with the tensor, or its id could be used again
-
-    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        waves.setdefault(id(args[0]), (args[0], []))[1].append(module)
-
-    linear = [module for module in call.layer.modules() if isinstance(module, LINEAR)]
-    _with_hooks(linear, read, partial(call, state))
-    return [wave for _, wave in waves.values()]
-
-
-def residual_of(call: LayerCall, module: nn.Module, state: Tensor) -> nn.Module | None:
-    """The module of the layer that reads the residual stream which `module`'s output is added to.
-
-    Found by value: a tensor that is read later, or the layer's output, is that sum to the bit. None where
-    there is no such sum: other maps, a norm in between, a parallel branch.
-    """
-    before: list[tuple[nn.Module, Tensor]] = []
-    outputs: list[Tensor] = []
-    later: list[Tensor] = []
-
-    def read(which: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args and isinstance(args[0], Tensor) and args[0].numel() == state.numel():
-            tensor = args[0].reshape(state.shape)
-            (later.append(tensor) if outputs else before.append((which, tensor)))
-
-    handle = module.register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
-        _with_hooks(list(call.layer.modules()), read, lambda: later.append(call(state)))
-    finally:
-        handle.remove()
-    if outputs[0].numel() != state.numel():
-        return None
-    output = outputs[0].reshape(state.shape)
-    for which, stream in before:
-        total = stream + output
-        if any(torch.equal(total, tensor) for tensor in later):
-            return which
-    return None

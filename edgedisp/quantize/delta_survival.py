@@ -28,8 +28,14 @@ from torch import Tensor
 from edgedisp.core.progress import Progress, silent
 from edgedisp.quantize.grid import Blocks, Grid, Packed, in_groups, inverse, round_to, unpack
 from edgedisp.quantize.onnx_rewrite import FP16
-from edgedisp.quantize.onnx_weights import component, find_uses, read_graph, read_tensor
-from edgedisp.quantize.weight_map import read_weight_map
+from edgedisp.quantize.onnx_weights import (
+    QUANTIZED,
+    component,
+    find_uses,
+    read_graph,
+    read_tensor,
+    read_weight_map,
+)
 
 COMPARED_VALUES = 1 << 22  # values compared at a time
 
@@ -107,7 +113,7 @@ def packed_weights(bundle: Path) -> Iterator[tuple[str, Packed, Grid]]:
     seen = set()
     for node in graph.node:
         name = node.input[2].removesuffix(".scales") if len(node.input) > 2 else ""
-        if node.op_type not in ("MatMulNBits", "GatherBlockQuantized") or name in seen:
+        if node.op_type not in QUANTIZED or name in seen:
             continue
         seen.add(name)  # a tied embedding has two readers
         options = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}

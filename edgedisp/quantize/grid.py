@@ -1,20 +1,18 @@
 """The block grid of ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized`.
 
 A weight [out, in] is cut along `in` into groups of `group` values. Each group has one scale and, when
-asymmetric, one zero point. Its values are unsigned integers of `bits` bits:
+asymmetric, one zero point:
 
     value = (q - zero_point) * scale          zero_point = 2^(bits-1) when symmetric (not stored)
 
-Training, search and bundles use these functions, on torch tensors on any device. Only `pack` returns numpy
-arrays. Scales are fp16 numbers (`storable`): fp32 scales would be a fifth of a 4-bit file. The last group of
-a row may be partly padding (q = zero point).
+Scales are fp16 numbers (`storable`): fp32 scales would be a fifth of a 4-bit file. The last group of a row
+may be partly padding (q = zero point). All functions take torch tensors on any device; `pack` returns numpy.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,17 +50,20 @@ class Grid:
     def highest(self) -> int:
         return (1 << self.bits) - 1
 
-    def empty(self, rows: int, columns: int) -> Packed:
-        """What `pack` returns for a weight [rows, columns], in shape and type; its arrays take no memory."""
+    def zeros(self, zero_points: Tensor | None) -> Tensor | float:
+        """The integers that stand for 0.0: [out, groups, 1], or the middle of every symmetric group."""
+        return float(self.middle) if zero_points is None else zero_points[..., None].float()
+
+    def array_bytes(self, rows: int, columns: int) -> list[int]:
+        """Bytes of each array that `pack` returns for a weight [rows, columns]."""
         groups = -(-columns // self.group)
-        byte, scale = np.zeros((), np.uint8), np.zeros((), np.float16)
-        data = np.broadcast_to(byte, (rows, groups, self.group * self.bits // 8))
-        zero_points = None if self.symmetric else np.broadcast_to(byte, (rows, -(-groups * self.bits // 8)))
-        return Packed(data, np.broadcast_to(scale, (rows, groups)), zero_points, columns)
+        zero_points = 0 if self.symmetric else -(-groups * self.bits // 8)
+        each = (groups * self.group * self.bits // 8, 2 * groups, zero_points)
+        return [rows * count for count in each if count]
 
     def size_bytes(self, rows: int, columns: int) -> int:
         """Stored bytes of a weight [rows, columns]."""
-        return self.empty(rows, columns).size_bytes
+        return sum(self.array_bytes(rows, columns))
 
 
 @dataclass(frozen=True)
@@ -90,33 +91,24 @@ class Packed:
     zero_points: NDArray[np.uint8] | None
     columns: int
 
-    @property
-    def arrays(self) -> list[NDArray[Any]]:
-        """Data, scales and, when asymmetric, zero points."""
-        return [array for array in (self.data, self.scales, self.zero_points) if array is not None]
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays)
-
 
 def in_groups(weight: Tensor, group: int) -> Tensor:
     """[out, in] -> [out, ceil(in / group), group], each row padded with zeros at its end."""
-    padding = -weight.shape[1] % group
-    if padding:
+    if padding := -weight.shape[1] % group:
         weight = functional.pad(weight, (0, padding))
     return weight.reshape(len(weight), -1, group)
 
 
 def check_weight(weight: Tensor) -> None:
     """BadInput for values that are not finite, or larger than fp16 scales reach."""
-    lowest, highest = (float(end) for end in torch.aminmax(weight))
-    if not (math.isfinite(lowest) and math.isfinite(highest)):
+    lowest, highest = torch.aminmax(weight)
+    largest = float(torch.maximum(-lowest, highest))  # NaN stays NaN
+    if not math.isfinite(largest):
         raise BadInput("the weight holds values that are not finite; quantizing it would hide a broken model")
-    if max(-lowest, highest) > LARGEST:
+    if largest > LARGEST:
         raise BadInput(
-            f"the weight holds {max(-lowest, highest):.3g}, beyond what scales in fp16 reach "
-            f"({LARGEST:,.0f}); is the model damaged?"
+            f"the weight holds {largest:.3g}, beyond what scales in fp16 reach ({LARGEST:,.0f}); "
+            "is the model damaged?"
         )
 
 
@@ -155,8 +147,7 @@ def storable(scales: Tensor) -> Tensor:
 
 def round_to(values: Tensor, scales: Tensor, zero_points: Tensor | None, grid: Grid, columns: int) -> Blocks:
     """The nearest integers to [out, groups, group] under given scales and zero points."""
-    center = float(grid.middle) if zero_points is None else zero_points[..., None].float()
-    q = torch.round(values * inverse(scales)[..., None] + center).clamp(0, grid.highest)
+    q = torch.round(values * inverse(scales)[..., None] + grid.zeros(zero_points)).clamp(0, grid.highest)
     return Blocks(q.to(torch.uint8), scales, zero_points, columns)
 
 
@@ -168,8 +159,8 @@ def inverse(scales: Tensor) -> Tensor:
 
 def dequantize(blocks: Blocks, grid: Grid) -> Tensor:
     """The fp32 weight [out, in] that the operators compute with."""
-    center = float(grid.middle) if blocks.zero_points is None else blocks.zero_points[..., None].float()
-    values = blocks.q.to(torch.float32, copy=True).sub_(center).mul_(blocks.scales[..., None])  # one copy
+    values = blocks.q.to(torch.float32, copy=True).sub_(grid.zeros(blocks.zero_points))
+    values.mul_(blocks.scales[..., None])
     return values.reshape(len(values), -1)[:, : blocks.columns]
 
 
@@ -195,24 +186,19 @@ def pack(blocks: Blocks, grid: Grid) -> Packed:
 
 def unpack(packed: Packed, grid: Grid) -> Blocks:
     """The inverse of `pack`."""
-    groups = packed.scales.shape[1]
-    zero_points = None
+    scales, zero_points = torch.from_numpy(packed.scales).float(), None
     if packed.zero_points is not None:
-        zero_points = _split(torch.from_numpy(packed.zero_points), grid.bits)[:, :groups]
-    data = _split(torch.from_numpy(packed.data), grid.bits)
-    return Blocks(data, torch.from_numpy(packed.scales).float(), zero_points, packed.columns)
+        zero_points = _split(torch.from_numpy(packed.zero_points), grid.bits)[:, : scales.shape[1]]
+    return Blocks(_split(torch.from_numpy(packed.data), grid.bits), scales, zero_points, packed.columns)
 
 
 def _join(values: Tensor, bits: int) -> Tensor:
-    each = 8 // bits
-    padding = -values.shape[-1] % each
-    if padding:
-        values = functional.pad(values, (0, padding))
-    lanes = values.cpu().reshape(*values.shape[:-1], -1, each)
+    values = functional.pad(values.cpu(), (0, -values.shape[-1] % (8 // bits)))
+    lanes = values.reshape(*values.shape[:-1], -1, 8 // bits)
     joined = lanes[..., 0].clone()
-    for lane in range(1, each):
+    for lane in range(1, 8 // bits):
         joined |= lanes[..., lane] << (bits * lane)
-    return joined.contiguous()
+    return joined
 
 
 def _split(joined: Tensor, bits: int) -> Tensor:

@@ -1,23 +1,32 @@
-"""The weights of a bundle: found in the graph, read from and written to `model.onnx.data` one at a time.
+"""The weights of an fp32 bundle: who reads them in the graph, their values, and their torch parameters.
 
 A weight can be quantized when it is a constant fp32 matrix that only matrix products and the embedding's
-gather read; another reader would need it in fp32 as well. onnx-ir is not used here: it aligns only tensors
-above 1 MB to pages, and phones map the file.
+gather read; another reader would need it in fp32 as well. `weight_map.json` (written by graph/export.py) says
+which torch parameters a weight is made of.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import torch
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from torch import Tensor
 
-from edgedisp.graph.decoder_graph import INLINE_BYTES, external_tensor
-from edgedisp.graph.onnx_graph import DATA, GRAPH, PAGE
+from edgedisp.core.errors import BadInput
+from edgedisp.core.files import WRONG_SHAPE, file_size, read_json
+from edgedisp.graph.export import WEIGHT_MAP
+from edgedisp.graph.onnx_graph import GRAPH
+from edgedisp.quantize.grid import Blocks, concatenate
+
+QUANTIZED = ("MatMulNBits", "GatherBlockQuantized")
 
 # The first word found in a tensor's name tells its component; the genai builder uses the same words.
 COMPONENTS = (
@@ -31,6 +40,65 @@ COMPONENTS = (
 )
 
 
+def component(name: str) -> str:
+    """The part of the model that a tensor belongs to; `other` where its name does not say."""
+    return next((part for word, part in COMPONENTS if word in name), "other")
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_graph(bundle: Path) -> ModelProto:
+    """The graph of a bundle, without the weights of its data file. BadInput if there is none."""
+    try:
+        return onnx.load(bundle / GRAPH, load_external_data=False)
+    except FileNotFoundError:
+        raise BadInput(f"{bundle}: no bundle ({GRAPH} is missing); `edgedisp export` makes one") from None
+    except DecodeError as error:
+        raise BadInput(f"{bundle / GRAPH}: is no ONNX graph, or a damaged one; export it again") from error
+
+
+def read_fp32_graph(bundle: Path) -> ModelProto:
+    """The graph of a fresh fp32 export. BadInput for what is already quantized, lacks weight_map.json, or
+    whose weights lie outside the folder or are cut off."""
+    model = read_graph(bundle)
+    if any(node.op_type in QUANTIZED for node in model.graph.node):
+        raise BadInput(f"{bundle}: is already quantized; quantize the fp32 bundle that it was made from")
+    if not (bundle / WEIGHT_MAP).is_file():
+        raise BadInput(
+            f"{bundle}: {WEIGHT_MAP} is missing; only an fp32 bundle as edgedisp exports it can be "
+            "quantized: export the model folder again"
+        )
+    for tensor in model.graph.initializer:
+        if tensor.data_location != TensorProto.EXTERNAL:
+            continue
+        path, dtype, offset = _location(bundle, tensor)
+        if path.resolve().parent != bundle.resolve():
+            raise BadInput(f"{bundle}: weight {tensor.name} lies outside the bundle, in {path}")
+        size, end = file_size(path), offset + int(np.prod(tensor.dims)) * dtype.itemsize
+        if size is None or size < end:
+            state = "is missing" if size is None else f"ends after {size:,} of at least {end:,} bytes"
+            raise BadInput(f"{path}: {state} (weight {tensor.name}); export the model folder again")
+    return model
+
+
+def _location(bundle: Path, tensor: TensorProto) -> tuple[Path, np.dtype[Any], int]:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return bundle / entries["location"], dtype, int(entries.get("offset", 0))
+
+
+def read_tensor(bundle: Path, tensor: TensorProto) -> NDArray[Any]:
+    """The tensor's values, in memory of their own: the pages of a mapped file would count as resident."""
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return numpy_helper.to_array(tensor).copy()  # its own array is read-only
+    path, dtype, offset = _location(bundle, tensor)
+    return np.fromfile(path, dtype, int(np.prod(tensor.dims)), offset=offset).reshape(tuple(tensor.dims))
+
+
+# ---------------------------------------------------------------- readers in the graph
+
+
 @dataclass(frozen=True)
 class Use:
     """A node that reads a weight: it looks rows up (`gather`) or multiplies."""
@@ -38,16 +106,6 @@ class Use:
     index: int  # of the node in the graph
     gather: bool
     rows_first: bool  # the weight is stored as [out, in], else as [in, out]
-
-
-def read_graph(bundle: Path) -> ModelProto:
-    """The graph of a bundle, without the weights of its data file."""
-    return onnx.load(bundle / GRAPH, load_external_data=False)
-
-
-def component(name: str) -> str:
-    """The part of the model that a tensor belongs to; `other` where its name does not say."""
-    return next((part for word, part in COMPONENTS if word in name), "other")
 
 
 def find_uses(graph: GraphProto) -> dict[str, list[Use]]:
@@ -91,52 +149,56 @@ def _rows_first(node: NodeProto, position: int) -> bool | None:
     return None
 
 
-def outer_weights(uses: dict[str, list[Use]]) -> set[str]:
+def embedding_and_head(uses: dict[str, list[Use]]) -> set[str]:
     """The embedding and the head (the weight of the last product); one name when they are tied."""
-    outer = {name for name, users in uses.items() if any(use.gather for use in users)}
+    embeddings = {name for name, users in uses.items() if any(use.gather for use in users)}
     products = [(use.index, name) for name, users in uses.items() for use in users if not use.gather]
-    return outer | {max(products)[1]} if products else outer
+    return embeddings | {max(products)[1]} if products else embeddings
 
 
-def read_tensor(bundle: Path, tensor: TensorProto) -> NDArray[Any]:
-    """The tensor's values, in memory of their own: the pages of a mapped file would count as resident."""
-    if tensor.data_location != TensorProto.EXTERNAL:
-        return numpy_helper.to_array(tensor).copy()  # its own array is read-only
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    count, offset = int(np.prod(tensor.dims)), int(entries.get("offset", 0))
-    return np.fromfile(bundle / entries["location"], dtype, count, offset=offset).reshape(tuple(tensor.dims))
+# ---------------------------------------------------------------- torch parameters
 
 
-class TensorStore:
-    """Lays tensors out for the bundle `output_dir`, large ones at page starts of its data file.
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """The torch parameters of a graph weight, concatenated along dimension 0; `row_order` int64 [out] where
+    the graph orders rows otherwise. `transposed`: the initializer is the transpose of that."""
 
-    `output_dir` None: nothing is written, for the size alone. `tensors`: the initializers so far;
-    `size_bytes`: the length of the data file.
-    """
+    parameters: tuple[str, ...]
+    transposed: bool
+    row_order: Tensor | None
 
-    def __init__(self, source: Path, output_dir: Path | None) -> None:
-        self.source = source
-        self.tensors: list[TensorProto] = []
-        self.size_bytes = 0
-        self._data = None if output_dir is None else output_dir / DATA
-        if self._data is not None:
-            self._data.write_bytes(b"")  # also where every tensor is small
+    def weight(self, tensors: Mapping[str, Tensor], rows_first: bool) -> Tensor:
+        """The graph weight fp32 [out, in]; `rows_first`: the initializer is stored so."""
+        parts = [tensors[name].detach().float() for name in self.parameters]
+        weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if rows_first == self.transposed:  # Conv1D holds [in, out]
+            weight = weight.T
+        return weight if self.row_order is None else weight[self.row_order]
 
-    def add(self, name: str, values: NDArray[Any]) -> str:
-        """Store `values` under `name`; returns the name."""
-        if values.nbytes <= INLINE_BYTES:
-            self.tensors.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
-            return name
-        offset = self.size_bytes + -self.size_bytes % PAGE
-        if self._data is not None:
-            with self._data.open("ab") as file:
-                file.write(bytes(offset - file.tell()))
-                np.ascontiguousarray(values).tofile(file)
-        self.size_bytes = offset + values.nbytes
-        self.tensors.append(external_tensor(name, values, offset))
-        return name
+    def blocks(self, by_parameter: Mapping[str, Blocks]) -> Blocks | None:
+        """The blocks of the graph weight from those of its parameters; None if a parameter has none."""
+        if not all(name in by_parameter for name in self.parameters):
+            return None
+        return self.in_graph_order(concatenate([by_parameter[name] for name in self.parameters]))
 
-    def copy(self, tensor: TensorProto) -> None:
-        """Take a tensor of the source over unchanged."""
-        self.add(tensor.name, read_tensor(self.source, tensor))
+    def in_graph_order(self, blocks: Blocks) -> Blocks:
+        """Blocks of the concatenated parameters, with the graph's order of rows."""
+        return blocks if self.row_order is None else blocks.rows(self.row_order)
+
+
+def read_weight_map(bundle: Path) -> dict[str, Origin]:
+    """Initializer -> its origin. BadInput for a damaged weight_map.json."""
+    try:
+        return {
+            name: Origin(
+                tuple(entry["torch"]),
+                bool(entry["transposed"]),
+                torch.tensor(entry["rows"]) if "rows" in entry else None,
+            )
+            for name, entry in read_json(bundle / WEIGHT_MAP).items()
+        }
+    except WRONG_SHAPE as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{bundle / WEIGHT_MAP}: is damaged; export the model folder again") from error

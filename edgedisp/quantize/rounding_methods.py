@@ -1,17 +1,17 @@
-"""Methods that choose scales and integers for one weight on its own: `rtn` and `k_quant`.
+"""Methods that choose scales and integers from the weight alone: `rtn` and `k_quant`.
 
-Each takes a weight fp32 [out, in], the grid and optionally `importance` [in], and returns `Blocks`.
-`importance` is positive and says what an error in an input column costs: the mean of its squared activations.
-`gptq.py` has the method that also lets later columns make up for earlier ones.
+Each takes a weight fp32 [out, in], the grid and optionally `importance` [in], what an error in an input
+column costs (the mean of its squared activations, positive).
 
-onnxruntime's own quantizers (`quantization.matmul_nbits_quantizer` 1.31) work on graphs alone, not on a
-weight that a trainer or a search has. Its rounding to nearest is this one. Its `k_quant` has no importance,
-no symmetric form, and finds nothing better than rounding on SmolLM2-135M (relative error 0.082; here 0.070).
+onnxruntime's quantizers (`quantization.matmul_nbits_quantizer` 1.31) work on graphs alone. Rounding to
+nearest is the same there. Its `k_quant` has no importance and no symmetric form, and finds nothing better
+than rounding on SmolLM2-135M (relative error 0.082; here 0.070).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from edgedisp.quantize.grid import (
     Blocks,
     Grid,
     check_weight,
+    concatenate,
     dequantize,
     in_groups,
     inverse,
@@ -30,6 +31,7 @@ from edgedisp.quantize.grid import (
 )
 
 K_STARTS = 20  # starting scales that k_quant tries
+ROUNDED_VALUES = 1 << 17  # values rounded at a time: half a MB, so that a method works in the cache
 
 
 def rtn(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Blocks:
@@ -84,3 +86,17 @@ def _least_squares(
 
 
 METHODS: dict[str, Callable[[Tensor, Grid, Tensor | None], Blocks]] = {"rtn": rtn, "k_quant": k_quant}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a weight is rounded. method: a name in `METHODS`."""
+
+    grid: Grid
+    method: str = "rtn"
+
+    def blocks(self, weight: Tensor, importance: Tensor | None = None) -> Blocks:
+        """`weight` fp32 [out, in] rounded by the method, a few rows at a time: rows are independent."""
+        step = max(1, ROUNDED_VALUES // weight.shape[1])
+        parts = (METHODS[self.method](rows, self.grid, importance) for rows in weight.split(step))
+        return concatenate(list(parts))

@@ -116,6 +116,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # fmt: on
 FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox")
+UNTIED = "llama, untied, biases, wide heads"
 
 
 class TwinStore:

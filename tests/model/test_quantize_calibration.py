@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from edgedisp.core.errors import BadInput
 from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.quantize import calibration
-from edgedisp.quantize.calibration import LINEAR, RIDGE, calibrate, layer_calls, residual_of
+from edgedisp.quantize.calibration import LINEAR, RIDGE, calibrate, layer_calls
 from edgedisp.quantize.grid import Blocks, Grid, dequantize, quantize
 
 GRID = Grid(4, 16, False)
@@ -106,7 +106,7 @@ def test_the_residual_stream_is_found_by_value(tmp_path: Path, form: str) -> Non
     with torch.no_grad():
         calls, states = layer_calls(model, layers, BLOCKS[:1])
         found = {
-            name: residual_of(calls[0], module, states[0])
+            name: calls[0].residual_of(module, states[0])
             for name, module in layers[0].named_modules()
             if isinstance(module, LINEAR)
         }

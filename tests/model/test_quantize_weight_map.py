@@ -16,7 +16,7 @@ from edgedisp.quantize import calibration
 from edgedisp.quantize.calibration import gptq_model
 from edgedisp.quantize.grid import Blocks, Grid, dequantize, quantize
 from edgedisp.quantize.onnx_rewrite import quantize_bundle
-from edgedisp.quantize.weight_map import read_weight_map
+from edgedisp.quantize.onnx_weights import read_weight_map
 
 GRID = Grid(4, 16, False)
 TOKENS = np.random.default_rng(0).integers(0, twins.VOCABULARY, (6, 40)).astype(np.uint16)

@@ -25,9 +25,9 @@ from edgedisp.pipeline.options import SearchOptions
 from edgedisp.pipeline.size_estimate import check_budget
 from edgedisp.pipeline.stage import Inputs, plain
 from edgedisp.quantize.calibration import gptq_model
-from edgedisp.quantize.mixed_precision import USUAL, SearchText
+from edgedisp.quantize.mixed_precision import USUAL, text_pieces
 from edgedisp.quantize.onnx_rewrite import quantize_bundle
-from edgedisp.quantize.sensitivity import Text, changed, find_units, loss, read_unit
+from edgedisp.quantize.sensitivity import Reference, find_weights, loss, replaced
 from edgedisp.recipe import Quantize, load
 
 TOKENS = np.random.default_rng(0).integers(3, twins.VOCABULARY, (8, 40)).astype(np.uint16)
@@ -61,13 +61,19 @@ def searched(found: Folders, out: Path, **goal: Any) -> dict[str, Any]:
 
 def search(found: Folders, out: Path, goal: dict[str, Any], **decider: Path) -> dict[str, Any]:
     section = Quantize.model_validate(goal)
-    options = SearchOptions(section.int4, section.budget, section.max_perplexity_increase, 0)
+    options = SearchOptions(section.int4, section.budget, section.max_perplexity_increase)
     folders = {"bundle": found["fp32"], "model": found["model"], "corpus": found["corpus"], **decider}
     return quantize_searched(options, Inputs(**folders), out, silent)
 
 
-def pieces_of(tokens: np.ndarray, model: Any) -> list[torch.Tensor]:
-    return SearchText.of(tokens, model, None).pieces
+def kl_of_shipped(reference: Any, bundle: Path) -> float:
+    """KL(reference || the bundle in fp32 arithmetic) on the text of the search, in nats per token."""
+    shipped = OnnxModel(bundle, 1, graph=at_accuracy_level(bundle, 0))
+    meter = DivergenceMeter()
+    for piece in text_pieces(TOKENS, twins.VOCABULARY):
+        ids, mask = piece[None].numpy(), np.ones((1, len(piece)), np.int64)
+        meter.add(reference(ids, mask)[0], shipped(ids, mask)[0])
+    return float(meter.result().mean_kl)
 
 
 def size(bundle: Path) -> int:
@@ -97,16 +103,9 @@ def test_a_budget_is_held_by_the_files_and_what_was_measured_is_what_ships(
     assert search["size_bytes"] == record["size_bytes"]
     rows = record["by_tensor"]
     assert {row["bits"] for row in rows} == {4, 8}
-    pieces = pieces_of(TOKENS, models.load(found["model"]))
-    shipped, exact = OnnxModel(tmp_path / "int4", 1), models.TorchModel(models.load(found["model"]))
-    both = [
-        [one(piece[None].numpy(), np.ones((1, len(piece)), np.int64))[0] for piece in pieces]
-        for one in (exact, shipped)
-    ]
-    meter = DivergenceMeter()
-    meter.add(*(np.concatenate(part) for part in both))
-    measured = meter.result().mean_kl
+    measured = kl_of_shipped(models.TorchModel(models.load(found["model"])), tmp_path / "int4")
     assert search["measured_kl"] == pytest.approx(measured, rel=2e-2)
+    assert search["predicted_kl"] == pytest.approx(measured, rel=0.5)
     names = [point["name"] for point in search["points"]]
     assert names == ["chosen", "uniform int4", "uniform int8", "smallest"]
     losses = [point["predicted_kl"] for point in search["curve"]]
@@ -122,13 +121,13 @@ def test_under_gptq_a_weight_costs_what_gptq_makes_of_it(
     record = searched(found, tmp_path / "int4", budget=f"{sizes['8'] / 1000}kB", int4=int4)
     plain, quantized = models.load(found["model"]), models.load(found["model"])
     gptq_model(quantized, TOKENS[:7], USUAL.grid, correction=0.0)
-    text = Text(plain, pieces_of(TOKENS, plain))
-    inner = [unit for unit in find_units(found["fp32"], plain) if not unit.outer]
-    for unit in inner:
-        with changed(plain, [unit], lambda unit, _: read_unit(quantized, unit)):
-            alone = text.kl(plain)
-        assert record["search"]["sensitivity"][unit.name] == pytest.approx(alone, rel=1e-3), unit.name
-    assert len(inner) > 4
+    reference = Reference(plain, text_pieces(TOKENS, twins.VOCABULARY))
+    layers = [weight for weight in find_weights(found["fp32"], plain) if not weight.outer]
+    for weight in layers:
+        with torch.no_grad(), replaced(plain, [weight], lambda weight, _: weight.read(quantized)):
+            alone = reference.kl(plain)
+        assert record["search"]["sensitivity"][weight.name] == pytest.approx(alone, rel=1e-3), weight.name
+    assert len(layers) > 4
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
@@ -218,15 +217,7 @@ def test_an_arm_that_follows_is_stored_as_the_one_that_searched(
     assert decider.sha256("model.onnx.data") != follower.sha256("model.onnx.data")
     search = follower.results["search"]
     assert search["decided_by"] == "baseline" and search["size_bytes"] <= middle
-    pieces = pieces_of(TOKENS, models.load(other["model"]))
-    shipped = OnnxModel(follower.folder, 1, graph=at_accuracy_level(follower.folder, 0))
-    both = [
-        [one(piece[None].numpy(), np.ones((1, len(piece)), np.int64))[0] for piece in pieces]
-        for one in (OnnxModel(other["fp32"], 1), shipped)
-    ]
-    meter = DivergenceMeter()
-    meter.add(*(np.concatenate(part) for part in both))
-    measured = meter.result().mean_kl
+    measured = kl_of_shipped(OnnxModel(other["fp32"], 1), follower.folder)
     assert search["measured_kl"] == pytest.approx(measured, rel=2e-2)
 
 
