@@ -1,7 +1,8 @@
-"""Reads a torch model into a `Decoder` (decoder_spec.py), whatever its architecture.
+"""Reads a torch model into a `Decoder` (decoder_graph.py), whatever its architecture.
 
 Architectures differ in names, norms, biases, activation, positions, window and scaling. Rotary tables come
-from the model's rotary module, so every `rope_type` is right.
+from the model's rotary module, so every `rope_type` is right. Weights are views of the torch model, not
+copies.
 
 Left out: mixtures of experts, encoder-decoders, ALiBi, vision towers, and OPT-350M (norms after each part, an
 embedding narrower than its layers).
@@ -9,28 +10,23 @@ embedding narrower than its layers).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from edgedisp.core.errors import BadInput
-from edgedisp.graph.decoder_spec import Decoder, Layer, Linear, Norm, Rope
+from edgedisp.graph.decoder_graph import Decoder, Layer, Linear, Norm, Rope
 
 DEFAULT_CONTEXT = 8192
 """Default for the most positions of a bundle: rotary tables and KV buffers grow with it."""
 
 # transformers' activation name -> what the graph computes. All three tanh forms are the same function.
 ACTIVATIONS = {
-    "silu": "silu",
+    **{name: name for name in ("silu", "gelu", "quick_gelu", "relu")},
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh"),
     "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
 }
 
 
@@ -108,11 +104,11 @@ def _layer_norm(name: str, module: Any) -> Norm:
     return Norm(name, weight, float(module.eps), bias)
 
 
-def _common(model: Any, context: int, embedding: torch.Tensor) -> dict[str, Any]:
-    """Fields of a Decoder that are read alike in every architecture."""
-    config, head = model.config, model.lm_head.weight
+def _decoder(model: Any, context: int, embedding: torch.Tensor, **fields: Any) -> Decoder:
+    """A Decoder of `fields` and those that are read alike in every architecture."""
+    config, lm_head = model.config, model.lm_head.weight
     heads = config.num_attention_heads
-    return {
+    common = {
         "architecture": config.model_type,
         "hidden": config.hidden_size,
         "heads": heads,
@@ -122,23 +118,31 @@ def _common(model: Any, context: int, embedding: torch.Tensor) -> dict[str, Any]
         "context": context,
         "activation": _activation(config),
         "embedding": embedding,
-        "head": None if head.data_ptr() == embedding.data_ptr() else head,
+        "lm_head": None if lm_head.data_ptr() == embedding.data_ptr() else lm_head,
     }
+    return Decoder(**{**common, **fields})
 
 
 # ---------------------------------------------------------------- RMSNorm, rotary positions, a gated MLP
 
 
-def _llama_like(model: Any, context: int, offset: float = 0.0, rope_by_layer_type: bool = False) -> Decoder:
-    """Llama, Mistral, Qwen2, Qwen3 and Gemma 3: one shape, parts present or not. `offset`: Gemma's 1 + w."""
+def _llama_like(model: Any, context: int) -> Decoder:
+    """Llama, Mistral, Qwen2, Qwen3 and Gemma 3: one shape, parts present or not."""
     config, body = model.config, model.model
-    layer_types = list(config.layer_types) if rope_by_layer_type else None
+    is_gemma = config.model_type == "gemma3_text"
+    if is_gemma and getattr(config, "use_bidirectional_attention", False):
+        raise BadInput(
+            "this Gemma 3 attends in both directions (an encoder): it cannot decode with a KV cache"
+        )
+    layer_types = list(config.layer_types) if is_gemma else None
     ropes = layer_types or ["rope"] * len(body.layers)
-    common = _common(model, context, body.embed_tokens.weight)
-    common["kv_heads"] = config.num_key_value_heads
-    common["head_dim"] = getattr(config, "head_dim", None) or common["head_dim"]
-    return Decoder(
-        **common,
+    offset = 1.0 if is_gemma else 0.0
+    return _decoder(
+        model,
+        context,
+        body.embed_tokens.weight,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         embedding_scale=float(getattr(body.embed_tokens, "embed_scale", 1.0)),
         layers=tuple(
             _llama_layer(f"model.layers.{index}", block, rope, window, offset)
@@ -180,27 +184,17 @@ def _llama_layer(name: str, block: Any, rope: str, window: int | None, offset: f
 def _windows(config: Any, context: int) -> list[int | None]:
     """Attention window of each layer in tokens, the current one included; None sees everything."""
     window = getattr(config, "sliding_window", None)
-    if window is not None and window >= context:
-        window = None
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        return [window] * config.num_hidden_layers
+    if window is None or window >= context:
+        return [None] * config.num_hidden_layers
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
-
-
-def _gemma3(model: Any, context: int) -> Decoder:
-    if getattr(model.config, "use_bidirectional_attention", False):
-        raise BadInput(
-            "this Gemma 3 attends in both directions (an encoder): it cannot decode with a KV cache"
-        )
-    return _llama_like(model, context, offset=1.0, rope_by_layer_type=True)
 
 
 # ---------------------------------------------------------------- LayerNorm, biases, an MLP without a gate
 
 
 def _plain_layer(
-    index: int, norms: Sequence[Any], linears: Iterable[Sequence[Any]], scale: float, **options: Any
+    index: int, norms: Sequence[Any], linears: Sequence[Sequence[Any]], scale: float, **options: Any
 ) -> Layer:
     """`norms`: before attention and MLP; `linears`: the modules of qkv, attention output, up and down."""
     name = f"model.layers.{index}"
@@ -225,8 +219,10 @@ def _gpt2(model: Any, context: int) -> Decoder:
         attention, mlp = block.attn, block.mlp
         linears = [[attention.c_attn], [attention.c_proj], [mlp.c_fc], [mlp.c_proj]]
         layers.append(_plain_layer(index, (block.ln_1, block.ln_2), linears, attention.scaling))
-    return Decoder(
-        **_common(model, context, body.wte.weight),
+    return _decoder(
+        model,
+        context,
+        body.wte.weight,
         positions=body.wpe.weight[:context],
         layers=tuple(layers),
         final_norm=_layer_norm("model.norm", body.ln_f),
@@ -255,8 +251,10 @@ def _opt(model: Any, context: int) -> Decoder:
         # torch scales the queries, bias and all: the same product
         layers.append(_plain_layer(index, norms, linears, attention.scaling))
     positions = body.embed_positions
-    return Decoder(
-        **_common(model, context, body.embed_tokens.weight),
+    return _decoder(
+        model,
+        context,
+        body.embed_tokens.weight,
         positions=positions.weight[positions.offset : positions.offset + context],
         layers=tuple(layers),
         final_norm=_layer_norm("model.norm", body.final_layer_norm),
@@ -278,8 +276,10 @@ def _gpt_neox(model: Any, context: int) -> Decoder:
     order = _rotated_first(head_dim, 2 * cos.shape[1])
     unrotated = len(cos), head_dim // 2 - cos.shape[1]
     ones, zeros = torch.ones(unrotated), torch.zeros(unrotated)
-    return Decoder(
-        **_common(model, context, body.embed_in.weight),
+    return _decoder(
+        model,
+        context,
+        body.embed_in.weight,
         layers=tuple(_neox_layer(index, block, order) for index, block in enumerate(body.layers)),
         final_norm=_layer_norm("model.norm", body.final_layer_norm),
         ropes={"rope": (torch.cat([cos, ones], dim=1), torch.cat([sin, zeros], dim=1))},
@@ -310,11 +310,7 @@ def _rotated_first(head_dim: int, rotated: int) -> torch.Tensor:
 
 
 READERS: dict[str, Callable[[Any, int], Decoder]] = {
-    "llama": _llama_like,
-    "mistral": _llama_like,
-    "qwen2": _llama_like,
-    "qwen3": _llama_like,
-    "gemma3_text": _gemma3,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma3_text"), _llama_like),
     "gpt2": _gpt2,
     "opt": _opt,
     "gpt_neox": _gpt_neox,

@@ -1,5 +1,7 @@
 """Writes the ONNX graph of a `Decoder` with KV cache out of ONNX Runtime's fused operators.
 
+A `Decoder` is the neutral description of a decoder-only model; its weights are views of the torch model.
+
 Inputs and outputs are those of onnxruntime-genai's builder. The head dimension is a number, as
 transformers.js reads symbols as 0. Positions come from the sums of the mask: right-padded prefill and ragged
 cached decoding are both right without `position_ids`.
@@ -12,7 +14,7 @@ faster at 4 bits. onnxruntime fuses `Sigmoid` and `Mul`; it has no CPU kernel fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,87 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from edgedisp.core.progress import Progress, silent
-from edgedisp.graph.decoder_spec import Decoder, Layer, Linear, Norm
 from edgedisp.graph.onnx_graph import GRAPH, MICROSOFT, TensorStore
 
 OPSET, IR_VERSION = 21, 10
 EMBEDDING = "model.embed_tokens.weight"
+
+Rope = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin of the rotary angles, each [context, head_dim / 2]."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """`y = x W^T + b`. `weights` [out_i, in] are stored as one [sum(out_i), in]; `biases` alike, if any.
+
+    `rows` int64 [sum(out_i)]: the order in which rows (and biases) are stored; None: as they are.
+    """
+
+    name: str
+    weights: tuple[torch.Tensor, ...]
+    biases: tuple[torch.Tensor, ...] = ()
+    rows: torch.Tensor | None = None
+
+    def joined(self, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """`weights` or `biases` as one tensor, rows in stored order."""
+        whole = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        return whole if self.rows is None else whole[self.rows]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """`weight` [n] as it multiplies (Gemma's 1 + w already added). LayerNorm with a bias, RMSNorm without."""
+
+    name: str
+    weight: torch.Tensor
+    epsilon: float
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block: x + attention(norm(x)), then x + mlp(norm(x)). Gemma also norms what is added; a parallel
+    block is x + attention(norm(x)) + mlp(other_norm(x)). A gated MLP has gate and up as one product in `up`.
+    """
+
+    attention_norm: Norm
+    qkv: Linear
+    attention_output: Linear
+    mlp_norm: Norm
+    up: Linear
+    down: Linear
+    scale: float
+    window: int | None = None
+    rope: str | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    attention_output_norm: Norm | None = None
+    mlp_output_norm: Norm | None = None
+    is_gated: bool = False
+    is_parallel: bool = False
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What a decoder-only model computes. `embedding` [vocab, hidden]; `lm_head` None means tied to it;
+    `positions` learned [context, hidden]."""
+
+    architecture: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context: int
+    activation: str
+    embedding: torch.Tensor
+    layers: tuple[Layer, ...]
+    final_norm: Norm
+    lm_head: torch.Tensor | None = None
+    embedding_scale: float = 1.0
+    positions: torch.Tensor | None = None
+    ropes: dict[str, Rope] = field(default_factory=dict)
+    logit_softcap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -259,10 +337,10 @@ class GraphWriter:
     def lm_head(self, hidden: str) -> None:
         cap = self.decoder.logit_softcap
         output = "uncapped_logits" if cap else "logits"
-        if self.decoder.head is None:
+        if self.decoder.lm_head is None:
             self.node("FusedMatMul", [hidden, EMBEDDING], output, domain=MICROSOFT, transB=1)
         else:
-            self.node("MatMul", [hidden, self.weight("lm_head.weight", self.decoder.head.t())], output)
+            self.node("MatMul", [hidden, self.weight("lm_head.weight", self.decoder.lm_head.t())], output)
         if cap:
             limit = self.weight("logit_softcap", np.array(cap, np.float32))
             bent = self.node("Tanh", [self.node("Div", [output, limit], "scaled_logits")], "bent_logits")

@@ -12,14 +12,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import read_json, write_json
 from edgedisp.graph.export import WEIGHT_MAP
 from edgedisp.graph.genai_config import GENAI_CONFIG, LENGTHS, context_length, set_threads
-from edgedisp.graph.onnx_graph import DATA, GRAPH, PAGE, NewNodes, find_head, forget_shapes
+from edgedisp.graph.onnx_graph import DATA, GRAPH, NewNodes, TensorStore, find_head, forget_shapes
 
 # Inputs of an operator that are tables of positions, one row each.
 TABLES = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}
@@ -39,9 +38,9 @@ def for_device(
     if context is not None and context < 1:
         raise BadInput(f"context is {context}; at least 1 position is needed")
     if not (bundle / GRAPH).is_file():
-        raise BadInput(f"{bundle}: no bundle (model.onnx is missing); `edgedisp export` makes one")
+        raise BadInput(f"{bundle}: no bundle ({GRAPH} is missing); `edgedisp export` makes one")
     available = context_length(bundle)
-    positions = available if context is None else min(context, available)
+    positions = min(available, context or available)
     for path in sorted(bundle.iterdir()):
         if path.is_file() and path.name not in NOT_COPIED:
             shutil.copyfile(path, output_dir / path.name)
@@ -74,42 +73,30 @@ def position_tables(graph: ir.Graph) -> set[str]:
     tables: set[ir.Value | None] = set()
     for node in graph:
         if node.op_type in TABLES:
-            tables |= {node.inputs[place] for place in TABLES[node.op_type] if place < len(node.inputs)}
+            tables |= {node.inputs[index] for index in TABLES[node.op_type] if index < len(node.inputs)}
         elif node.op_type == "Gather" and "position" in str(node.inputs[0] and node.inputs[0].name):
             tables.add(node.inputs[0])  # learned positions
     return {name for name, value in graph.initializers.items() if value in tables}
 
 
 def _cut_positions(graph: ir.Graph, bundle: Path, output_dir: Path, dropped_rows: int) -> None:
-    """Copy the weights file tensor by tensor, the tables of positions without their last rows.
+    """Copy the weights tensor by tensor, the tables of positions without their last rows.
 
     Rows are dropped at the end, so that an architecture whose first position has another row than 0 keeps it.
     """
-    tables = position_tables(graph)
-    offsets: dict[tuple[int | None, int], int] = {}  # two tensors may be views of the same bytes
-    with (output_dir / DATA).open("wb") as file:
-        for name, value in graph.initializers.items():
-            tensor = value.const_value
-            if tensor is None:
-                continue
-            if isinstance(tensor, ir.ExternalTensor):
-                path = bundle / tensor.location
-                if path.parent.resolve() != bundle.resolve():
-                    raise BadInput(f"{bundle}: tensor {name} points outside the bundle, to {path}")
-            array = tensor.numpy()[:-dropped_rows] if name in tables else tensor.numpy()
-            value.shape = ir.Shape(array.shape)
-            if isinstance(tensor, ir.ExternalTensor):
-                key = (tensor.offset, array.nbytes)
-                if key not in offsets:
-                    file.write(bytes(-file.tell() % PAGE))
-                    offsets[key] = file.tell()
-                    np.ascontiguousarray(array).tofile(file)
-                value.const_value = ir.ExternalTensor(
-                    DATA, offsets[key], array.nbytes, tensor.dtype,
-                    shape=value.shape, name=name, base_dir=output_dir,
-                )  # fmt: skip
-            elif name in tables:
-                value.const_value = ir.Tensor(array, name=name)
+    tables, store = position_tables(graph), TensorStore(output_dir)
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            path = bundle / tensor.location
+            if path.parent.resolve() != bundle.resolve():
+                raise BadInput(f"{bundle}: tensor {name} points outside the bundle, to {path}")
+        elif tensor is None or name not in tables:
+            continue
+        array = tensor.numpy()[:-dropped_rows] if name in tables else tensor.numpy()
+        store.add(name, array)
+        value.const_value = ir.serde.deserialize_tensor(store.tensors[name], output_dir)
+        value.shape = ir.Shape(array.shape)
 
 
 def keep_last(model: ir.Model) -> None:
@@ -126,14 +113,14 @@ def keep_last(model: ir.Model) -> None:
         raise BadInput("the graph keeps the last token's logits alone already")
     inputs, new = {value.name: value for value in graph.inputs}, NewNodes(graph, PREFIX)
     mask, ids = inputs["attention_mask"], inputs["input_ids"]
-    one, last_axis = new.constant(f"{PREFIX}one", 1), new.constant(f"{PREFIX}last_axis", [-1])
+    index_1, last_axis = new.constant(f"{PREFIX}one", 1), new.constant(f"{PREFIX}last_axis", [-1])
     # real tokens - 1 counts from the start of the row, cached tokens included; a padded row that decodes may
     # have fewer than there are in the cache, and then its one new token is meant.
     real = new.op("ReduceSum", [mask, new.constant(f"{PREFIX}axis", [1])], "real", keepdims=1)
-    total = new.op("Gather", [new.op("Shape", [mask], "mask_shape"), one], "total", axis=0)
-    count = new.op("Gather", [new.op("Shape", [ids], "ids_shape"), one], "new", axis=0)
+    total = new.op("Gather", [new.op("Shape", [mask], "mask_shape"), index_1], "total", axis=0)
+    count = new.op("Gather", [new.op("Shape", [ids], "ids_shape"), index_1], "new", axis=0)
     less_cached = new.op("Sub", [count, total], "less_cached")
-    index = new.op("Sub", [new.op("Add", [real, less_cached], "count"), one], "index_or_negative")
+    index = new.op("Sub", [new.op("Add", [real, less_cached], "count"), index_1], "index_or_negative")
     index = new.op("Max", [index, new.constant(f"{PREFIX}zero", 0)], "index")  # int64 [batch, 1]
     index = new.op("Unsqueeze", [index, last_axis], "indices")
     hidden = new.op("GatherND", [head.inputs[0], index], "hidden", batch_dims=1)

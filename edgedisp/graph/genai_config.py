@@ -18,7 +18,7 @@ from typing import Any
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import read_json, write_json
-from edgedisp.graph.decoder_spec import Decoder
+from edgedisp.graph.decoder_graph import Decoder
 
 # Architecture -> genai's model type; `gpt2` has key and value in one tensor, `decoder` is the plain type.
 GENAI_TYPES = {

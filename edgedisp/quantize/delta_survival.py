@@ -1,26 +1,22 @@
 """What training changed in each weight, and how much of it is left after quantization.
 
 A short training moves a weight by a fraction of a step. Rounded, it may land on the same integer as before,
-and the change is gone; near an edge it moves by a whole step. For the change d = trained - reference, and the
-change dq of the rounded weights, under the scales and zero points of the shipped bundle:
+and the change is gone. For the change d = trained - reference, and the change dq of the rounded weights,
+under the scales and zero points of the shipped bundle:
 
     beyond_half_step  share of weights with |d| > step / 2
     integers_moved    share whose integer differs
     slope             <dq, d> / <d, d>: 1, the change survives on average; 0, nothing of it does
     cosine            between dq and d; what it lacks of 1 is rounding noise
     rms_steps         root mean square of d / step
-
-`nearest` is the share of shipped integers nearest to the trained weight (less than 1 for GPTQ). What stays in
-fp32 keeps every change and is not counted.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from onnx import helper
 from torch import Tensor
@@ -40,21 +36,21 @@ from edgedisp.quantize.onnx_weights import (
 COMPARED_VALUES = 1 << 22  # values compared at a time
 
 
-@dataclass(frozen=True)
-class Change:
-    """Sums over weights from which the figures are made."""
+class Sums(NamedTuple):
+    """Sums over weights from which the figures are computed."""
 
-    weights: int = 0
-    beyond: int = 0
-    moved: int = 0
-    nearest: int = 0
-    squared: float = 0.0  # of d
-    squared_steps: float = 0.0  # of d / step
-    squared_rounded: float = 0.0  # of dq
-    product: float = 0.0  # of d and dq
+    weights: float = 0
+    beyond: float = 0
+    moved: float = 0
+    nearest: float = 0
+    squared: float = 0  # of d
+    squared_steps: float = 0  # of d / step
+    squared_rounded: float = 0  # of dq
+    product: float = 0  # of d and dq
 
-    def __add__(self, other: Change) -> Change:
-        return Change(*(a + b for a, b in zip(astuple(self), astuple(other))))
+    @classmethod
+    def total(cls, parts: Iterable[Sums]) -> Sums:
+        return cls(*map(sum, zip(cls(), *parts)))
 
     def figures(self) -> dict[str, Any]:
         """The shares and ratios; None where nothing changed."""
@@ -81,11 +77,12 @@ def survival(
     parent: the fp32 bundle of `bundle`. trained, references: tensors of torch models of one shape, by name.
 
     Returns {nearest, unmatched [tensor], references {name: {total, bits {bits: ...}, components {name: ...},
-    layers [{layer, ...}]}}} with `Change.figures` in each; `total` is None without a tensor. `unmatched`:
-    packed tensors that a model lacks.
+    layers [{layer, ...}]}}} with `Sums.figures` in each; `total` is None without a tensor. `nearest`: share
+    of shipped integers nearest to the trained weight (less than 1 for GPTQ). `unmatched`: packed tensors that
+    a model lacks.
     """
     origins, uses = read_weight_map(parent), find_uses(read_graph(parent).graph)
-    changes: dict[str, dict[tuple[str, int], Change]] = {name: {} for name in references}
+    changes: dict[str, dict[tuple[str, int], Sums]] = {name: {} for name in references}
     unmatched: list[str] = []
     packed = list(packed_weights(bundle))
     for index, (name, stored, grid) in enumerate(packed):
@@ -98,7 +95,7 @@ def survival(
         for reference, tensors in references.items():
             before = origin.weight(tensors, uses[name][0].rows_first)
             changes[reference][name, grid.bits] = compare(after, before, blocks, grid)
-    total = sum(next(iter(changes.values()), {}).values(), Change())
+    total = Sums.total(next(iter(changes.values()), {}).values())
     return {
         "nearest": total.nearest / total.weights if total.weights else None,
         "unmatched": unmatched,
@@ -126,9 +123,9 @@ def packed_weights(bundle: Path) -> Iterator[tuple[str, Packed, Grid]]:
         yield name, Packed(data, scales, points, options.get("K", scales.shape[1] * grid.group)), grid
 
 
-def compare(trained: Tensor, reference: Tensor, blocks: Blocks, grid: Grid) -> Change:
+def compare(trained: Tensor, reference: Tensor, blocks: Blocks, grid: Grid) -> Sums:
     """The change from `reference` to `trained`, both fp32 [out, in], under the steps of `blocks`."""
-    total, columns = Change(), trained.shape[1]
+    parts, columns = [], trained.shape[1]
     size = max(1, COMPARED_VALUES // columns)
     for rows in (slice(start, start + size) for start in range(0, len(trained), size)):
         part = blocks.rows(rows)
@@ -139,40 +136,41 @@ def compare(trained: Tensor, reference: Tensor, blocks: Blocks, grid: Grid) -> C
         d, integers, step = after - before, q.float() - q_before.float(), part.scales[..., None]
         dq, steps = integers * step, d * inverse(step)
         weights = trained[rows].numel()
-        total += Change(
-            weights=weights,
-            beyond=int((d.abs() > step.abs() / 2).sum()),
-            moved=int((integers != 0).sum()),
-            nearest=int((q == part.q).sum()) - (after.numel() - weights),  # less the padding
-            squared=_dot(d, d),
-            squared_steps=_dot(steps, steps),
-            squared_rounded=_dot(dq, dq),
-            product=_dot(d, dq),
+        parts.append(
+            Sums(
+                weights=weights,
+                beyond=int((d.abs() > step.abs() / 2).sum()),
+                moved=int((integers != 0).sum()),
+                nearest=int((q == part.q).sum()) - (after.numel() - weights),  # less the padding
+                squared=_dot(d, d),
+                squared_steps=_dot(steps, steps),
+                squared_rounded=_dot(dq, dq),
+                product=_dot(d, dq),
+            )
         )
-    return total
+    return Sums.total(parts)
 
 
 def _dot(left: Tensor, right: Tensor) -> float:
     return float(left.flatten() @ right.flatten())
 
 
-def _summary(changes: Mapping[tuple[str, int], Change]) -> dict[str, Any]:
+def _summary(changes: Mapping[tuple[str, int], Sums]) -> dict[str, Any]:
     """The figures of all tensors (name, bits), and apart by bits, component and layer."""
-    bits: dict[str, list[Change]] = {}
-    components: dict[str, list[Change]] = {}
-    layers: dict[int, list[Change]] = {}
-    for (name, width), change in changes.items():
-        bits.setdefault(str(width), []).append(change)
-        components.setdefault(component(name), []).append(change)
-        if number := re.search(r"\.(\d+)\.", name):
-            layers.setdefault(int(number[1]), []).append(change)
+
+    def figures_by(key: Callable[[str, int], Any]) -> dict[Any, dict[str, Any]]:
+        groups: dict[Any, list[Sums]] = {}
+        for tensor, change in changes.items():
+            groups.setdefault(key(*tensor), []).append(change)
+        return {name: Sums.total(parts).figures() for name, parts in groups.items() if name is not None}
+
+    def layer(name: str, bits: int) -> int | None:
+        number = re.search(r"\.(\d+)\.", name)
+        return int(number[1]) if number else None
+
     return {
-        "total": _figures(changes.values()) if changes else None,
-        "bits": {key: _figures(bits[key]) for key in sorted(bits)},
-        "components": {key: _figures(part) for key, part in components.items()},
-        "layers": [{"layer": key, **_figures(layers[key])} for key in sorted(layers)],
+        "total": Sums.total(changes.values()).figures() if changes else None,
+        "bits": dict(sorted(figures_by(lambda name, bits: str(bits)).items())),
+        "components": figures_by(lambda name, bits: component(name)),
+        "layers": [{"layer": key, **figures} for key, figures in sorted(figures_by(layer).items())],
     }
-
-
-def _figures(changes: Iterable[Change]) -> dict[str, Any]:
-    return sum(changes, Change()).figures()

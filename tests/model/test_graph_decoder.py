@@ -25,9 +25,8 @@ from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
 from edgedisp.core.errors import BadInput
-from edgedisp.graph import builder_fallback
 from edgedisp.graph.architectures import READERS
-from edgedisp.graph.export import export
+from edgedisp.graph.export import BUILDER_ARCHITECTURES, export
 from edgedisp.graph.session import OnnxModel
 from edgedisp.graph.verify import GenaiModel
 
@@ -73,7 +72,7 @@ def test_attention_is_fused_and_nothing_is_turned_at_run_time(form: str, twins: 
     assert operators.count("MatMul") == (8 if is_tied else 9)  # 4 products a layer, and the head
 
 
-@pytest.mark.parametrize("form", [*FORMS, *builder_fallback.ARCHITECTURES])
+@pytest.mark.parametrize("form", [*FORMS, *BUILDER_ARCHITECTURES])
 def test_weight_map_names_the_torch_parameters_of_every_matrix(form: str, twins: TwinStore) -> None:
     model, bundle = twins.model(form), twins.fp32(form)
     weight_map = json.loads((bundle / "weight_map.json").read_text())

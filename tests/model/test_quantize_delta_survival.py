@@ -16,8 +16,6 @@ from edgedisp.quantize.grid import Grid, quantize
 from edgedisp.quantize.onnx_rewrite import quantize_bundle
 from edgedisp.quantize.rounding_methods import METHODS
 
-BLOCK = 32
-
 
 def random_weight(rows: int, columns: int, seed: int) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
@@ -44,6 +42,7 @@ def by_loops(trained: torch.Tensor, reference: torch.Tensor, grid: Grid) -> dict
             steps, d2, dq2, product = steps + (d / step) ** 2, d2 + d * d, dq2 + dq * dq, product + d * dq
     count = trained.numel()
     return {
+        "weights": count,
         "beyond_half_step": beyond / count,
         "integers_moved": moved / count,
         "rms_steps": (steps / count) ** 0.5,
@@ -52,35 +51,23 @@ def by_loops(trained: torch.Tensor, reference: torch.Tensor, grid: Grid) -> dict
     }
 
 
-@pytest.mark.parametrize(
-    "grid", [Grid(8, 32, True), Grid(4, 16, False), Grid(4, 32, True), Grid(4, 64, False)]
-)
+@pytest.mark.parametrize("grid", [Grid(8, 32, True), Grid(4, 16, False)])
 def test_the_figures_are_those_of_plain_loops(grid: Grid) -> None:
     trained = random_weight(6, 80, 0)
     reference = trained + 0.04 * random_weight(6, 80, 1)
-    found = compare(trained, reference, quantize(trained, grid), grid).figures()
-    assert found["weights"] == 480
     expected = by_loops(trained, reference, grid)
     assert expected["integers_moved"] > 0
-    for name, value in expected.items():
-        assert found[name] == pytest.approx(value, rel=1e-4), name
-
-
-def on_grid(grid: Grid, seed: int = 0) -> torch.Tensor:
-    """A weight that stands in the middle of its cells, as one expanded from a file of few bits does, with a
-    group's ends taken so that its scale is 1 / 64 (symmetric)."""
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randint(2, grid.highest - 1, (4, 64), generator=generator).float() - grid.middle
-    q[:, :: grid.group] = -grid.middle
-    return q / 64
+    figures = compare(trained, reference, quantize(trained, grid), grid).figures()
+    assert figures == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_change_below_half_a_step_vanishes_and_one_above_survives() -> None:
-    grid = Grid(4, 32, True)
-    trained = on_grid(grid)
+    grid, generator = Grid(4, 32, True), torch.Generator().manual_seed(0)
+    q = torch.randint(2, grid.highest - 1, (4, 64), generator=generator).float() - grid.middle
+    q[:, ::32] = -grid.middle  # so that the scale is 1 / 64
+    trained, inner = q / 64, torch.ones_like(q)
+    inner[:, ::32] = 0
     blocks = quantize(trained, grid)
-    inner = torch.ones_like(trained)
-    inner[:, :: grid.group] = 0  # the ends stay, and with them the scale
     small = compare(trained, trained - 0.49 / 64 * inner, blocks, grid).figures()
     assert small["beyond_half_step"] == small["integers_moved"] == small["slope"] == 0.0
     assert small["cosine"] is None
@@ -95,52 +82,28 @@ def test_methods_on_the_weight_alone_ship_the_nearest_integers(method: str) -> N
     assert compare(weight, weight, METHODS[method](weight, grid, None), grid).nearest == weight.numel()
 
 
-# ---------------------------------------------------------------- whole bundles
-
-
-def changed(folder: Path, out: Path, amount: float) -> None:
-    """A copy of a model folder whose weights moved a little."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += amount * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(out)
-    graph_twins.save_tokenizer(out)
-
-
-@pytest.fixture
-def bundles(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path, Path, Path]:
-    """base and trained model folders, the trained one's fp32 and int4 bundles."""
+@pytest.mark.parametrize("form", ["llama", graph_twins.UNTIED, "gpt2", "smollm3"])
+def test_every_packed_tensor_is_compared_with_the_torch_models(form: str, tmp_path: Path) -> None:
     base, trained, fp32, int4 = (tmp_path / name for name in ("base", "trained", "fp32", "int4"))
-    graph_twins.make(base, request.param)
-    changed(base, trained, 0.01)
+    model = graph_twins.make(base, form)
+    with torch.no_grad():
+        for seed, parameter in enumerate(model.parameters()):
+            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+            parameter += 0.01 * drawn
+    model.save_pretrained(trained)
+    graph_twins.save_tokenizer(trained)
     for folder in (fp32, int4):
         folder.mkdir()
     export(trained, fp32, threads=1)
     quantize_bundle(fp32, int4, bits=4, symmetric=False)
-    return base, trained, fp32, int4
-
-
-@pytest.mark.parametrize(
-    "bundles", ["llama", "llama, untied, biases, wide heads", "gemma3_text", "gpt2", "smollm3"], indirect=True
-)
-def test_every_packed_tensor_is_found_in_the_torch_models(bundles: tuple[Path, Path, Path, Path]) -> None:
-    base, trained, fp32, int4 = bundles
-    found = survival(
-        int4, fp32, load_weights(trained), {"base": load_weights(base), "itself": load_weights(trained)}
-    )
-    assert found["nearest"] == 1.0 and not found["unmatched"]
-    told = found["references"]["base"]
-    matrices = sum(one.numel() for name, one in load_weights(base).items() if one.ndim == 2)
-    if "wpe.weight" in " ".join(load_weights(base)):
-        matrices -= load_weights(base)["transformer.wpe.weight"].numel()  # positions stay in fp32
-    assert told["total"]["weights"] == matrices
-    assert 0 < told["total"]["integers_moved"] < 0.5 and told["total"]["rms_steps"] > 0
-    assert [row["layer"] for row in told["layers"]] == [0, 1][: len(told["layers"])]
-    for parts in (told["components"], told["bits"]):
+    result = survival(int4, fp32, load_weights(trained), {"base": load_weights(base), "itself": load_weights(trained)})
+    assert result["nearest"] == 1.0 and not result["unmatched"]
+    against_base = result["references"]["base"]
+    matrices = sum(p.numel() for n, p in load_weights(base).items() if p.ndim == 2 and "wpe" not in n)
+    assert against_base["total"]["weights"] == matrices
+    assert 0 < against_base["total"]["integers_moved"] < 0.5 and against_base["total"]["rms_steps"] > 0
+    assert [row["layer"] for row in against_base["layers"]] == [0, 1]
+    for parts in (against_base["components"], against_base["bits"]):
         assert sum(part["weights"] for part in parts.values()) == matrices
-    assert set(told["bits"]) == {"4", "8"}  # the embedding and the head have 8
-    assert found["references"]["itself"]["total"]["rms_steps"] == 0.0
+    assert set(against_base["bits"]) == {"4", "8"}  # the embedding and the head have 8
+    assert result["references"]["itself"]["total"]["rms_steps"] == 0.0
