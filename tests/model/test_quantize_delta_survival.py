@@ -96,7 +96,9 @@ def test_every_packed_tensor_is_compared_with_the_torch_models(form: str, tmp_pa
         folder.mkdir()
     export(trained, fp32, threads=1)
     quantize_bundle(fp32, int4, bits=4, symmetric=False)
-    result = survival(int4, fp32, load_weights(trained), {"base": load_weights(base), "itself": load_weights(trained)})
+    result = survival(
+        int4, fp32, load_weights(trained), {"base": load_weights(base), "itself": load_weights(trained)}
+    )
     assert result["nearest"] == 1.0 and not result["unmatched"]
     against_base = result["references"]["base"]
     matrices = sum(p.numel() for n, p in load_weights(base).items() if p.ndim == 2 and "wpe" not in n)
