@@ -85,15 +85,6 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object of a file; empty if the file is absent, damaged, or holds something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object of a file, empty where there is no file. Raises BadInput for one that is damaged."""
     if not path.is_file():
@@ -105,6 +96,41 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise BadInput(f"{path}: expected a JSON object; restore or export it again")
     return content
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; empty if the file is absent or damaged."""
+    try:
+        return read_json(path)
+    except BadInput:
+        return {}
+
+
+# ---------------------------------------------------------------- lists of files
+
+
+def list_files(folder: Path, without: Sequence[str] = ()) -> Files:
+    """Every file under a folder."""
+    paths = {
+        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    return {name: _entry(path) for name, path in paths.items() if name not in without}
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"size_bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def listed_files(raw: dict[str, Any]) -> Files:
+    """The `files` of a record or manifest; one of WRONG_SHAPE is raised if they are not a list of files."""
+    return {
+        name: {"size_bytes": int(entry["size_bytes"]), "sha256": str(entry["sha256"])}
+        for name, entry in raw["files"].items()
+    }
+
+
+def file_size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def changed_files(folder: Path, pattern: str) -> list[str]:
@@ -120,41 +146,35 @@ def changed_files(folder: Path, pattern: str) -> list[str]:
     return [name for name in names if name in files and file_digest(folder / name) != files[name]["sha256"]]
 
 
-def list_files(folder: Path, without: Sequence[str] = ()) -> Files:
-    """Every file under a folder."""
-    files = (
-        (path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")) if path.is_file()
-    )
-    return {name: _entry(path) for name, path in files if name not in without}
-
-
 def check_files(folder: Path) -> bool:
     """Compare a folder's files with what its manifest says, or its record: sizes first, then contents.
 
     Returns False where there is neither. Raises BadInput naming the file, what was expected and what is
     there, also where the list itself is damaged.
     """
-    again = "copy or export the bundle again"
     listing = next((path for path in (folder / MANIFEST, folder / RECORD) if path.is_file()), None)
     if listing is None:
         return False
+
+    def damaged(path: Path, reason: str) -> BadInput:
+        return BadInput(f"{path}: {reason}; copy or export the bundle again")
+
     try:
         files = listed_files(read_object(listing))
     except WRONG_SHAPE as error:
-        raise BadInput(f"{listing}: is damaged ({error!r}); {again}") from error
+        raise damaged(listing, f"is damaged ({error!r})") from error
     for name, entry in files.items():
-        path, size, expected = folder / name, file_size(folder / name), entry["size_bytes"]
+        size, expected = file_size(folder / name), entry["size_bytes"]
         if size is None:
-            raise BadInput(f"{path}: is missing; {listing.name} lists it with {expected:,} bytes; {again}")
+            raise damaged(folder / name, f"is missing; {listing.name} lists it with {expected:,} bytes")
         if size != expected:
-            raise BadInput(
-                f"{path}: has {size:,} bytes, {listing.name} says {expected:,}: truncated or changed; {again}"
-            )
+            reason = f"has {size:,} bytes, {listing.name} says {expected:,}: truncated or changed"
+            raise damaged(folder / name, reason)
     for name, entry in files.items():
-        actual, expected = file_digest(folder / name), entry["sha256"]
-        if actual != expected:
-            reason = f"its SHA-256 is {actual}, {listing.name} says {expected}"
-            raise BadInput(f"{folder / name}: is damaged: {reason}; {again}")
+        actual = file_digest(folder / name)
+        if actual != entry["sha256"]:
+            reason = f"is damaged: its SHA-256 is {actual}, {listing.name} says {entry['sha256']}"
+            raise damaged(folder / name, reason)
     return True
 
 
@@ -171,31 +191,13 @@ def update_listing(folder: Path, names: Sequence[str]) -> None:
             write_json(folder / listing, raw)
 
 
-def _entry(path: Path) -> dict[str, Any]:
-    return {"size_bytes": path.stat().st_size, "sha256": file_digest(path)}
-
-
-def file_size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
-
-
-def listed_files(raw: dict[str, Any]) -> Files:
-    """The `files` of a record or manifest; one of WRONG_SHAPE is raised if they are not a list of files."""
-    return {
-        name: {"size_bytes": int(entry["size_bytes"]), "sha256": str(entry["sha256"])}
-        for name, entry in raw["files"].items()
-    }
-
-
 def git_commit() -> str | None:
     """The commit of the checkout that edgedisp runs from, with `+` if it has changes; None outside one."""
-    root = PACKAGE.parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout
-
+    if not (PACKAGE.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--exclude=*", "--abbrev=12"]
+    command.append("--dirty=+")
     try:
-        commit = git("rev-parse", "--short=12", "HEAD").strip() if (root / ".git").exists() else None
-        return commit and commit + ("+" if git("status", "--porcelain", "-uno") else "")
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,13 +1,12 @@
 """A run's folders: one per stage, each finished or absent.
 
 A stage writes into `<stage>.partial`, then `record.json` last, and the folder is renamed into place: a folder
-with the stage's name is always whole. The record holds the key the stage was made for (its options and the
-content hashes of what it read), so that an unchanged stage is recognised without opening a model, and the
-SHA-256 of every file, from which the stage's own content hash is made.
+with the stage's name is always whole. The record holds the stage's key (its options and the content hashes of
+what it read), so that an unchanged stage is recognised without opening a model, and every file's SHA-256.
+There is no database of artefacts: a run folder can be copied, zipped or deleted with ordinary tools.
 
-Records are synced to the disk; large files are not: a power cut
-may cost the stage, whose file sizes are compared when it is read. There is no database of artefacts: a run
-folder can be copied, zipped or deleted with ordinary tools.
+Records are synced to the disk, large files are not: a power cut may cost a stage, whose file sizes are
+compared when it is read.
 """
 
 from __future__ import annotations
@@ -70,18 +69,17 @@ def read(folder: Path) -> Record | None:
     """
     raw = read_object(folder / RECORD)
     try:
-        record = Record(
-            folder, dict(raw["key"]), dict(raw["results"]), listed_files(raw), float(raw["seconds"])
-        )
+        files, seconds = listed_files(raw), float(raw["seconds"])
+        record = Record(folder, dict(raw["key"]), dict(raw["results"]), files, seconds)
     except WRONG_SHAPE:
         return None
-    whole = all(file_size(folder / name) == entry["size_bytes"] for name, entry in record.files.items())
-    return record if whole else None
+    is_whole = all(file_size(folder / name) == entry["size_bytes"] for name, entry in files.items())
+    return record if is_whole else None
 
 
 @contextmanager
 def stage_output(folder: Path, key: dict[str, Any], *, resumable: bool = False) -> Iterator[Path]:
-    """Give the folder to write a stage into; what is there survives a kill only if `resumable`.
+    """Give the folder to write a stage into; after a kill its files are still there only if `resumable`.
 
     On an exception an unresumable partial folder is removed at once, so that a full disk gets its space back.
     """
@@ -99,7 +97,7 @@ def stage_output(folder: Path, key: dict[str, Any], *, resumable: bool = False) 
 
 
 def is_started(folder: Path, key: dict[str, Any]) -> bool:
-    """Whether a stage's partial folder is there, made for this key."""
+    """Whether a stage's partial folder is there, with this key."""
     path = _partial(folder) / KEY
     return path.is_file() and read_object(path) == key
 
@@ -110,16 +108,13 @@ def finish(
     """Hash the files, write the record, and rename the folder into place over an outdated one."""
     (partial / RECORD).unlink(missing_ok=True)  # of a folder that the stage copied
     files = list_files(partial, without=(KEY,))
-    raw = {
-        "key": key,
-        "results": results,
-        "files": files,
-        "seconds": seconds,
+    origin = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "edgedisp": __version__,
         "git_commit": git_commit(),
     }
-    write_json(partial / RECORD, raw)
+    record = {"key": key, "results": results, "files": files, "seconds": seconds, **origin}
+    write_json(partial / RECORD, record)
     _move_into_place(folder)
     return Record(folder, key, results, files, seconds)
 
@@ -139,15 +134,14 @@ def _recover(run: Path) -> None:
     """Finish what a killed build left: rename stages whose record is whole, remove outdated folders."""
     for partial in [path for path in run.rglob("*.partial") if path.is_dir()]:
         if _is_finished(partial):
-            _move_into_place(partial.with_name(partial.name.removesuffix(".partial")))
+            _move_into_place(partial.with_suffix(""))
     for outdated in [path for path in run.rglob("*.outdated") if path.is_dir()]:
         shutil.rmtree(outdated, ignore_errors=True)
 
 
 def _is_finished(partial: Path) -> bool:
     """Whether a partial folder has its own whole record: not one that came along with copied files."""
-    record = read(partial)
-    key = partial / KEY
+    record, key = read(partial), partial / KEY
     return record is not None and (not key.is_file() or read_object(key) == record.key)
 
 
@@ -196,12 +190,13 @@ def open_run(path: Path, identity: dict[str, Any], name: str) -> Iterator[Path]:
 
 
 def _check_owner(path: Path, identity: dict[str, Any], name: str) -> None:
+    """Refuse a folder of another recipe or of something else; a new one gets its run.json."""
     if not (path / RUN).exists():
         entries = {entry.name for entry in path.iterdir()} - {".lock", f"{RUN}.partial"}
         if entries:
+            content = ", ".join(sorted(entries)[:3])
             raise BadInput(
-                f"{path}: is not a run folder and not empty ({', '.join(sorted(entries)[:3])}, ...); "
-                "choose another --out"
+                f"{path}: is not a run folder and not empty ({content}, ...); choose another --out"
             )
         made = time.strftime("%Y-%m-%dT%H:%M:%S")
         write_json(path / RUN, {"name": name, "identity": identity, "made": made})
@@ -209,8 +204,7 @@ def _check_owner(path: Path, identity: dict[str, Any], name: str) -> None:
     owner = read_object(path / RUN)
     if not isinstance(owner.get("identity"), dict):
         raise BadInput(f"{path / RUN}: is damaged; restore it from a copy, or choose another --out")
-    if owner["identity"] != identity:
-        changed = ", ".join(_differences(owner["identity"], identity))
+    if changed := ", ".join(_differences(owner["identity"], identity)):
         raise BadInput(
             f"{path}: belongs to another recipe ({owner.get('name')}), which differs in {changed}; "
             "choose another --out, or leave --out away to get a folder of its own"
