@@ -64,7 +64,7 @@ def time_in_turns(
         }
         for repetition, name in turns(list(commands), repetitions):
             print(f"  timing {name}: {repetition + 1} of {repetitions}", file=sys.stderr)
-            run = workers[name].run()
+            run = workers[name].ask({"run": 1})
             for key in FIGURES:
                 speeds[name][key].append(run[key])
     return speeds
@@ -163,9 +163,7 @@ def main() -> None:
         prompt = np.random.default_rng(0).integers(0, vocab_size, PROMPT).tolist()
         run(start(), prompt)  # warm-up
         print(json.dumps({"ready": {"threads": options.threads}}), flush=True)
-        for line in sys.stdin:
-            if json.loads(line).get("quit"):
-                return
+        for _ in sys.stdin:
             print(json.dumps(run(start(), prompt)), flush=True)
 
 

@@ -34,7 +34,7 @@ from other_runtimes import FIGURES, llama_cpp_command, onnxruntime_command, time
 from scipy import stats
 
 from edgedisp import data, models
-from edgedisp.bench.graph_stats import find_graph, graph_hash
+from edgedisp.bench.bundles import find_graph, graph_hash
 from edgedisp.bench.results import compare_speeds
 from edgedisp.bench.system import physical_cores
 from edgedisp.core.files import data_folder, write_json

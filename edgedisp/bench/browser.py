@@ -3,7 +3,7 @@
 The page is the one a phone gets, served on 127.0.0.1 under a token and opened with `?run=bench`, which starts
 the benchmark without a touch. 127.0.0.1 counts as a secure context, so threads can be used and the clock has
 steps of 5 microseconds. Chromium gets a profile of its own and no background work; its sandbox is on, except
-for root. The address with the token goes to it in a private file, as any user can read a command line.
+for root. It reads the address with the token from a private file, as any user can read a command line.
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from edgedisp.bench.bundles import read_bundle
 from edgedisp.bench.devices import Address, BenchOptions, Device, DeviceLost
 from edgedisp.bench.interleaved_timing import MEMORY_SHARE
-from edgedisp.bench.page_plan import PagePlan, page_result, read_bundle
-from edgedisp.bench.page_protocol import Figures, PendingScores, Scores, Step, Trouble
+from edgedisp.bench.page_protocol import Figures, PagePlan, PageRun, Scores, Step, Trouble
 from edgedisp.bench.page_server import PageServer, page_resources
 from edgedisp.bench.system import describe, runner
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import data_folder
 from edgedisp.core.progress import Progress
-from edgedisp.core.results import DeviceResult
+from edgedisp.core.results import DeviceResult, Json
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = shlex.split(
@@ -47,9 +46,9 @@ EXIT_S = 5.0
 
 
 class PageDevice(Device):
-    """A browser that opens the phone page by itself, and what is known of it beside what the page sends.
+    """A browser that opens the phone page by itself.
 
-    memory_bytes: what open bundles may take where the options do not say. Raises BadInput for bundles or
+    available_bytes: memory for open bundles where the options do not say. Raises BadInput for bundles or
     options that a page cannot work with.
     """
 
@@ -82,10 +81,10 @@ class PageDevice(Device):
         """What to add where nothing has been heard for too long."""
 
     @abstractmethod
-    def describe(self, page: dict[str, Any]) -> dict[str, Any]:
+    def describe(self, page: Json) -> Json:
         """The machine; `page`: what the page says of it."""
 
-    def sensors(self) -> dict[str, Any]:
+    def sensors(self) -> Json:
         """The machine's sensors after a turn."""
         return {}
 
@@ -95,53 +94,44 @@ class PageDevice(Device):
         Raises BuildFailed where the page cannot go on, is gone, or is silent for `timeout_s`: DeviceLost if
         something was timed until then. The browser is ended in every case.
         """
+        run = PageRun(self.plan)
         resources = {**self.page, **self.plan.resources()}
         with (
-            PageServer(
-                resources, host="127.0.0.1", port=0, refusal=self.plan.refusal, note=self.notes.append
-            ) as server,
+            PageServer(resources, self.plan.read_upload, self.notes.append) as server,
             self.open(server),
         ):
-            return self._collect(server, progress)
+            lost = self._collect(run, server, progress)
+        if lost and not run.turns:
+            raise BuildFailed(f"device {self.name}: {lost}")
+        result = run.result(self.name)
+        result = replace(result, machine=self.describe(result.machine), lost=lost)
+        if lost:
+            raise DeviceLost(f"device {self.name}: {lost}", result)
+        return result
 
-    def _collect(self, server: PageServer, progress: Progress) -> DeviceResult:
+    def _collect(self, run: PageRun, server: PageServer, progress: Progress) -> str | None:
+        """Wait until the run is complete, or return why it cannot be."""
         timeout_s = self.plan.options.timeout_s
-        figures: Figures | None = None
-        scores = PendingScores(self.plan.options.requests)
-        sensors: dict[int, dict[str, Any]] = {}
-
-        def result(figures: Figures) -> DeviceResult:
-            measured = page_result(self.plan, figures, self.name, sensors)
-            return replace(measured, answers=scores.answers, machine=self.describe(measured.machine))
-
-        def lost(why: str) -> BuildFailed:
-            message = f"device {self.name}: {why}"
-            if figures is None or not figures.repetitions:
-                return BuildFailed(message)
-            return DeviceLost(message, replace(result(figures), lost=why))
-
         heard = time.monotonic()
-        while figures is None or not (figures.complete and scores.complete):
+        while not run.complete:
             try:
-                upload = server.received.get(timeout=0.5).upload
+                upload, _ = server.received.get(timeout=0.5)
             except queue.Empty:
                 if why := self.gone():
-                    raise lost(why) from None
+                    return why
                 if time.monotonic() - heard > timeout_s:
-                    raise lost(f"nothing heard for {timeout_s:g} s{self.hint()}") from None
+                    return f"nothing heard for {timeout_s:g} s{self.hint()}"
                 continue
             heard = time.monotonic()
             if isinstance(upload, Step):
                 progress(upload.done, upload.total, upload.note)
             elif isinstance(upload, Trouble):
-                raise lost(f"the page could not go on: {upload.message}")
-            elif isinstance(upload, Scores):
-                scores.add(upload)
-            else:
-                figures = upload
-                if upload.repetitions and upload.repetitions[-1].turn not in sensors:
-                    sensors[upload.repetitions[-1].turn] = self.sensors()
-        return result(figures)
+                return f"the page could not go on: {upload.message}"
+            elif isinstance(upload, Scores | Figures):
+                run.add(upload)
+                if run.turns and run.turns - 1 not in run.sensors:
+                    run.sensors[run.turns - 1] = self.sensors()
+        return None
 
 
 class BrowserPage(PageDevice):
@@ -154,8 +144,8 @@ class BrowserPage(PageDevice):
     def measure(self, progress: Progress) -> DeviceResult:
         before = runner().read_sensors()["load_average_1m"]
         result = super().measure(progress)
-        loads = {"before": before, "after": runner().read_sensors()["load_average_1m"]}
-        return replace(result, load_average=loads)
+        after = runner().read_sensors()["load_average_1m"]
+        return replace(result, load_average={"before": before, "after": after})
 
     @contextmanager
     def open(self, server: PageServer) -> Iterator[None]:
@@ -165,10 +155,9 @@ class BrowserPage(PageDevice):
             start = Path(folder) / "start.html"  # the folder is this user's alone
             address = json.dumps(f"{server.address}?run=bench")
             start.write_text(f"<script>location.replace({address})</script>", encoding="utf-8")
-            command = [self.program, *FLAGS, f"--user-data-dir={folder}"]
-            command += ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+            sandbox = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
             self._process = subprocess.Popen(
-                [*command, start.as_uri()],
+                [self.program, *FLAGS, f"--user-data-dir={folder}", *sandbox, start.as_uri()],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
@@ -193,11 +182,11 @@ class BrowserPage(PageDevice):
         text = self._log.read().decode("utf-8", "replace").strip()
         return f":\n{text[-2000:]}" if text else ""
 
-    def sensors(self) -> dict[str, Any]:
-        read = runner().read_sensors()
-        return {name: read[name] for name in ("load_average_1m", "clock_mhz", "temperature_c")}
+    def sensors(self) -> Json:
+        readings = runner().read_sensors()
+        return {name: readings[name] for name in ("load_average_1m", "clock_mhz", "temperature_c")}
 
-    def describe(self, page: dict[str, Any]) -> dict[str, Any]:
+    def describe(self, page: Json) -> Json:
         return {**describe(), "browser": {**page["browser"], "program": Path(self.program).name}}
 
 
@@ -209,14 +198,13 @@ def connect(address: Address, bundles: Mapping[str, Path], options: BenchOptions
 
 def find_browser() -> str:
     """The program named by $CHROME, else the first of PROGRAMS on the PATH. BadInput where there is none."""
-    if named := os.environ.get("CHROME"):
-        if program := shutil.which(named):
-            return program
-        raise BadInput(f"$CHROME names {named}, which is no program; name a Chromium or Chrome")
-    for name in PROGRAMS:
+    chosen = os.environ.get("CHROME")
+    for name in [chosen] if chosen else PROGRAMS:
         if program := shutil.which(name):
             return program
+    if chosen:
+        raise BadInput(f"$CHROME names {chosen}, which is no program; name a Chromium or Chrome")
     raise BadInput(
-        "device browser: no Chromium found (looked for " + ", ".join(PROGRAMS) + "); install one, such as "
+        f"device browser: no Chromium found (looked for {', '.join(PROGRAMS)}); install one, such as "
         "`apt-get install chromium`, or name it with the environment variable CHROME"
     )

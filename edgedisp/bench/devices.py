@@ -1,4 +1,4 @@
-"""Devices: what `--device` accepts, and the module of each kind.
+"""Devices: what `--device` accepts, how bundles are measured on all of them, and the module of each kind.
 
 A kind's module has `connect(address, bundles, options)`, a context manager that gives a `Device` or raises
 BadInput.
@@ -7,22 +7,27 @@ BadInput.
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import shlex
+import shutil
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Progress
 from edgedisp.core.results import DeviceResult
 
 FORMS = {"local": "local", "ssh": "ssh://USER@HOST[:PORT]", "adb": "adb[:SERIAL]", "browser": "browser"}
-"""Kind, which is also the name of its module here -> how it is written."""
+"""Kind -> how it is written."""
+MODULES = {"local": "interleaved_timing"}
+"""Kind -> module, where they differ."""
 CHOICES = ", ".join(FORMS.values())
 
 Item = Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -88,9 +93,17 @@ def connect(
     address: Address, bundles: Mapping[str, Path], options: BenchOptions
 ) -> AbstractContextManager[Device]:
     """Reach a device; its module is imported now. Raises BadInput where it cannot be used."""
-    module = import_module(f"edgedisp.bench.{address.kind}")
+    module = import_module(f"edgedisp.bench.{MODULES.get(address.kind, address.kind)}")
     device: AbstractContextManager[Device] = module.connect(address, bundles, options)
     return device
+
+
+def external_program(device: str, variable: str, default: str, advice: str) -> tuple[str, ...]:
+    """The words of the command in $`variable`, else `default`. BadInput where its program is missing."""
+    words = tuple(shlex.split(os.environ.get(variable, default)))
+    if not words or shutil.which(words[0]) is None:
+        raise BadInput(f"{device}: there is no `{words[0] if words else f'${variable}'}` here; {advice}")
+    return words
 
 
 def parse(name: str) -> Address:
@@ -112,29 +125,20 @@ def parse(name: str) -> Address:
     return Address(text, kind)
 
 
+SSH = re.compile(
+    r"ssh://(?:(?P<user>[\w.%][\w.%+-]*)@)?(?:\[(?P<ipv6>[\w.:%]+)\]|(?P<host>[\w.%][\w.%+-]*))(?::(?P<port>\d+))?/?"
+)
+
+
 def _parse_ssh(text: str) -> Address:
-    """ssh://[USER@]HOST[:PORT]; an IPv6 address in brackets. Nothing in it may look like an option."""
-    try:
-        parts = urlsplit(text)
-        host, port, user = parts.hostname, parts.port, parts.username
-    except ValueError as error:
-        raise BadInput(f"--device {text!r}: {error}; write {FORMS['ssh']}") from error
-    # urlsplit lowers the host's letters, and the names in a user's configuration may have capitals.
-    shown = re.search(re.escape(host), text.rpartition("@")[2], re.IGNORECASE) if host else None
-    host = shown.group(0) if shown else host
-    names = [part for part in (host, user) if part is not None]
-    fault = None
-    if parts.password is not None:
-        fault = "passwords are not taken; use a key"
-    elif not host or user == "":
-        fault = "no host, or an empty user, is named"
-    elif parts.path.strip("/") or parts.query or parts.fragment:
-        fault = "has more than an address"
-    elif not all(re.fullmatch(r"[\w.:%][\w.:%+-]*", part) for part in names):
-        fault = f"{' or '.join(map(repr, names))} is not a name"
-    if fault:
-        raise BadInput(f"--device {text!r}: {fault}; write {FORMS['ssh']}")
-    return Address(text, "ssh", host or "", user, port)
+    """Nothing in it may look like an option; an IPv6 address stands in brackets."""
+    parts = SSH.fullmatch(text)
+    port = int(parts["port"]) if parts and parts["port"] else None
+    if parts is None or (port is not None and not 0 < port < 65536):
+        raise BadInput(
+            f"--device {text!r}: is no address; write {FORMS['ssh']}, without a password (use a key) or path"
+        )
+    return Address(text, "ssh", parts["ipv6"] or parts["host"], parts["user"], port)
 
 
 def parse_all(names: list[str]) -> list[Address]:
@@ -142,7 +146,7 @@ def parse_all(names: list[str]) -> list[Address]:
     if not names:
         raise BadInput(f"no device is named; --device takes one of {CHOICES}")
     addresses = [parse(name) for name in names]
-    for address in addresses:
-        if addresses.count(address) > 1:
+    for address, times in Counter(addresses).items():
+        if times > 1:
             raise BadInput(f"--device {address.name}: is named twice; once is enough")
     return addresses

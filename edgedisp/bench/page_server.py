@@ -1,19 +1,19 @@
-"""A small web server for the phone page: one page, some bundles, one place for figures, a secret address.
+"""A small web server for the phone page: one page, some bundles, one address for uploads, a secret token.
 
 Addresses are a table made before it starts: no request is looked up in the file system. Every address begins
-with a random token; without it all is 404. A client may send JSON of bounded size that fits `page_protocol`
-and the plan; anything else is 400 and one line in the log. A connection has five seconds to name the token,
-and only those that did count towards MOST_REQUESTS, so strangers cannot lock phones out. The headers allow
-what the page needs (its own scripts, WebAssembly) and give it the isolation without which browsers have no
-threads (COOP, COEP, CORP); browsers honour isolation over https and on localhost only.
+with a random token; without it all is 404. A client may send JSON of bounded size that `read_upload` accepts;
+anything else is refused with one line in the log. A connection has five seconds to name the token, and only
+those that did count towards MOST_REQUESTS, so strangers cannot lock phones out. The headers allow what the
+page needs (its own scripts, WebAssembly) and give it the isolation without which browsers have no threads
+(COOP, COEP, CORP); browsers honour isolation over https and on localhost only.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import hmac
 import io
+import json
 import os
 import queue
 import secrets
@@ -30,14 +30,9 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
-from pydantic import ValidationError
-
-from edgedisp.bench.page_plan import Resource
-from edgedisp.bench.page_protocol import UPLOAD, Upload, printable
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import file_digest
 
@@ -58,13 +53,58 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",  # the address holds the token
 }
 PAGE_TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".mjs": "text/javascript; charset=utf-8",
+    **{f".{name}": f"text/{name}; charset=utf-8" for name in ("html", "css")},
+    **{f".{name}": "text/javascript; charset=utf-8" for name in ("js", "mjs")},
     ".svg": "image/svg+xml",
     ".wasm": "application/wasm",
 }
+
+
+@dataclass(frozen=True)
+class Resource:
+    """What one address of the server gives: a file, or bytes made beforehand. `tag` is its SHA-256.
+
+    revalidated: the browser may keep it and ask whether it changed; bundles are kept by the page itself.
+    """
+
+    content_type: str
+    size_bytes: int
+    tag: str
+    path: Path | None = None
+    body: bytes = b""
+    revalidated: bool = False
+
+    def open(self) -> BinaryIO:
+        """Its bytes. Raises OSError where a file has changed since, or a link was put in its place."""
+        if self.path is None:
+            return io.BytesIO(self.body)
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        file = open(os.open(self.path, flags), "rb")  # noqa: SIM115
+        if os.fstat(file.fileno()).st_size != self.size_bytes:
+            file.close()
+            raise OSError("has changed since it was first read")
+        return file
+
+
+def file_resource(path: Path, root: Path, revalidated: bool = False) -> Resource:
+    """A regular file inside `root`, also when links are followed. Raises BadInput."""
+    real = path.resolve()
+    if not real.is_file() or not real.is_relative_to(root.resolve()):
+        raise BadInput(f"{path}: is missing, or a link out of {root}; export the bundle again, without links")
+    other = "application/json" if path.suffix == ".json" else "application/octet-stream"
+    kind = PAGE_TYPES.get(path.suffix, other)
+    return Resource(kind, real.stat().st_size, file_digest(real), real, revalidated=revalidated)
+
+
+def json_resource(content: Any) -> Resource:
+    """A JSON answer made beforehand."""
+    body = json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+    return Resource("application/json", len(body), hashlib.sha256(body).hexdigest(), body=body)
+
+
+def printable(text: str) -> str:
+    """The text with every character that could move a terminal's cursor replaced by a space."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def page_resources(web: Path) -> dict[str, Resource]:
@@ -76,16 +116,54 @@ def page_resources(web: Path) -> dict[str, Resource]:
             f"{web / 'vendor'}: the page's libraries are missing, as this was installed without them; in a "
             "checkout `make web` fetches them (needs npm), and `make wheel` then packs them"
         )
-    root, resources = web.resolve(), {}
-    for path in sorted(root.rglob("*")):
-        if path.suffix in PAGE_TYPES and path.is_file() and path.resolve().is_relative_to(root):
-            size, kind = path.stat().st_size, PAGE_TYPES[path.suffix]
-            address = path.relative_to(root).as_posix()
-            resources[address] = Resource(kind, size, file_digest(path), path.resolve(), revalidated=True)
+    files = [path for path in sorted(web.rglob("*")) if path.suffix in PAGE_TYPES]
+    resources = {path.relative_to(web).as_posix(): file_resource(path, web, True) for path in files}
     return {**resources, "": resources["index.html"]}
 
 
-def self_signed(host: str) -> tuple[ssl.SSLContext, str]:
+class PageServer:
+    """Context manager: serves `resources` (address below the token -> what it gives) until it ends.
+
+    read_upload: makes an upload of a request's body; ValueError says why it is refused. note: takes the lines
+    of the log. port: 0 is any free one. https: with a new certificate, whose SHA-256 is `fingerprint`.
+    `received` queues (upload, client's address). Raises BadInput for a host or port that cannot be used, and
+    without the package that makes certificates.
+    """
+
+    def __init__(
+        self,
+        resources: Mapping[str, Resource],
+        read_upload: Callable[[bytes], Any],
+        note: Callable[[str], None],
+        host: str = "127.0.0.1",
+        port: int = 0,
+        https: bool = False,
+    ) -> None:
+        self.token = secrets.token_urlsafe(16)  # 128 bits
+        self.resources = {quote(address): resource for address, resource in resources.items()}
+        self.read_upload, self.note = read_upload, note
+        self.received: queue.Queue[tuple[Any, str]] = queue.Queue()
+        tls, self.fingerprint = _self_signed(host) if https else (None, "")
+        self._server = _Server((host, port), self)
+        if tls is not None:  # the handshake waits for the connection's own thread
+            wrapped = tls.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
+            self._server.socket = wrapped
+        self.port: int = self._server.server_address[1]
+        shown = f"[{host}]" if ":" in host else host
+        self.address = f"{'https' if https else 'http'}://{shown}:{self.port}/{self.token}/"
+
+    def __enter__(self) -> PageServer:
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _self_signed(host: str) -> tuple[ssl.SSLContext, str]:
     """A TLS context for `host` with a new certificate, and its SHA-256 as browsers write it ("AB:CD:...").
 
     BadInput where the package `trustme` is missing, or for a host that no certificate can name.
@@ -108,54 +186,6 @@ def self_signed(host: str) -> tuple[ssl.SSLContext, str]:
     return context, hashlib.sha256(der).digest().hex(":").upper()
 
 
-@dataclass(frozen=True)
-class Received:
-    """An upload that fits, and who sent it."""
-
-    upload: Upload
-    client: str
-
-
-class PageServer:
-    """Context manager: serves `resources` (address below the token -> what it gives) until it ends.
-
-    received: the uploads, in order. refusal: what is wrong with an upload that fits the schema, or None.
-    note: takes the lines of the log. port: 0 is any free one. Raises BadInput for a host or port that cannot
-    be used.
-    """
-
-    def __init__(
-        self,
-        resources: Mapping[str, Resource],
-        *,
-        host: str,
-        port: int,
-        refusal: Callable[[Upload], str | None],
-        note: Callable[[str], None],
-        tls: ssl.SSLContext | None = None,
-    ) -> None:
-        self.token = secrets.token_urlsafe(16)  # 128 bits
-        self.resources = {quote(address): resource for address, resource in resources.items()}
-        self.refusal, self.note = refusal, note
-        self.received: queue.Queue[Received] = queue.Queue()
-        self._server = _listening(host, port, self, tls)
-        self.port: int = self._server.server_address[1]
-        shown = f"[{host}]" if ":" in host else host
-        self.address = f"{'https' if tls else 'http'}://{shown}:{self.port}/{self.token}/"
-
-    def __enter__(self) -> PageServer:
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-
 class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """A thread for each connection, up to MOST_STRANGERS; one more is closed at once."""
 
@@ -170,7 +200,14 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._connections = threading.BoundedSemaphore(MOST_STRANGERS)
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
-        super().__init__(address, _Request)
+        try:
+            super().__init__(address, _Request)
+        except (OSError, OverflowError) as error:
+            host, port = address
+            raise BadInput(
+                f"--host {host} --port {port}: cannot be listened on: {error}; the host must be an address "
+                "of this machine (leave --host away to have it found), the port a free one, or 0"
+            ) from error
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._connections.acquire(blocking=False):
@@ -189,26 +226,6 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         error = sys.exception()
         if not isinstance(error, (ConnectionError, TimeoutError, ssl.SSLError)):
             self.page.note(f"{client_address[0]}: {type(error).__name__}: {printable(str(error))[:200]}")
-
-
-def _listening(host: str, port: int, page: PageServer, tls: ssl.SSLContext | None) -> _Server:
-    """The server, listening. Raises BadInput that names host and port."""
-    try:
-        server = _Server((host, port), page)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise BadInput(
-                f"--port {port}: is in use on {host}; name another, or 0 for any free one"
-            ) from error
-        raise BadInput(
-            f"--host {host} --port {port}: cannot be listened on: {error.strerror or error}; the host must "
-            "be an address of this machine (leave --host away to have it found)"
-        ) from error
-    except OverflowError as error:
-        raise BadInput(f"--port {port}: ports are 0 to 65535") from error
-    if tls is not None:  # the handshake waits for the connection's own thread
-        server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-    return server
 
 
 class _Request(BaseHTTPRequestHandler):
@@ -233,18 +250,16 @@ class _Request(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def do_GET(self) -> None:
-        """Answer below the token, in one of the places; all else is 404."""
+        """Answer below the token if a request is free; all else is 404."""
         token, slash, address = self.path.partition("?")[0].removeprefix("/").partition("/")
         right = hmac.compare_digest(token.encode("utf-8", "replace"), self.server.page.token.encode())
         if not right or not slash:
-            self.close_connection = True
-            self._end(HTTPStatus.NOT_FOUND)
+            self.send_error(HTTPStatus.NOT_FOUND)
             return
         self._deadline.cancel()
         self.connection.settimeout(IDLE_S)
         if not self.server.requests.acquire(blocking=False):
-            self.close_connection = True
-            self._end(HTTPStatus.SERVICE_UNAVAILABLE)
+            self.send_error(HTTPStatus.SERVICE_UNAVAILABLE)
             return
         try:
             (self._receive if self.command == "POST" else self._give)(address)
@@ -258,19 +273,19 @@ class _Request(BaseHTTPRequestHandler):
         if resource is None:
             self._end(HTTPStatus.NOT_FOUND)
             return
-        headers = {"Content-Type": resource.content_type, "Content-Length": str(resource.size_bytes)}
-        if resource.revalidated:
-            headers |= {"ETag": f'"{resource.tag}"', "Cache-Control": "no-cache"}
-            if self.headers.get("If-None-Match") == headers["ETag"]:
-                self._start(HTTPStatus.NOT_MODIFIED, {"ETag": headers["ETag"], "Cache-Control": "no-cache"})
-                return
-        with io.BytesIO(resource.body) if resource.path is None else _open(resource.path) as file:
-            if resource.path and os.fstat(file.fileno()).st_size != resource.size_bytes:
-                self.close_connection = True
-                self.server.page.note(f"{resource.path}: has changed since it was first read")
-                self._end(HTTPStatus.INTERNAL_SERVER_ERROR)
-                return
-            self._start(HTTPStatus.OK, headers)
+        kept = {"ETag": f'"{resource.tag}"', "Cache-Control": "no-cache"} if resource.revalidated else {}
+        if kept and self.headers.get("If-None-Match") == kept["ETag"]:
+            self._start(HTTPStatus.NOT_MODIFIED, kept)
+            return
+        try:
+            file = resource.open()
+        except OSError as error:
+            self.server.page.note(f"{resource.path}: {error}")
+            self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR)
+            return
+        with file:
+            sizes = {"Content-Type": resource.content_type, "Content-Length": str(resource.size_bytes)}
+            self._start(HTTPStatus.OK, sizes | kept)
             if self.command == "GET":
                 shutil.copyfileobj(file, self.wfile, 1 << 18)
 
@@ -283,7 +298,7 @@ class _Request(BaseHTTPRequestHandler):
         self._end(status)
 
     def _read_upload(self) -> tuple[HTTPStatus, str | None]:
-        """Read, check and keep an upload: status, and why it was refused."""
+        """Read, check and queue an upload: status, and why it was refused."""
         length = self.headers.get("Content-Length") or ""
         if not (length.isascii() and length.isdigit()) or self.headers.get("Transfer-Encoding"):
             return HTTPStatus.LENGTH_REQUIRED, "no Content-Length"
@@ -296,13 +311,10 @@ class _Request(BaseHTTPRequestHandler):
             return HTTPStatus.BAD_REQUEST, "ended early"
         self.close_connection = False
         try:
-            upload = UPLOAD.validate_json(body)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            return HTTPStatus.BAD_REQUEST, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}"
-        if wrong := self.server.page.refusal(upload):
-            return HTTPStatus.BAD_REQUEST, wrong
-        self.server.page.received.put(Received(upload, self.client_address[0]))
+            upload = self.server.page.read_upload(body)
+        except ValueError as error:
+            return HTTPStatus.BAD_REQUEST, str(error)
+        self.server.page.received.put((upload, self.client_address[0]))
         return HTTPStatus.NO_CONTENT, None
 
     def _end(self, status: HTTPStatus) -> None:
@@ -318,7 +330,7 @@ class _Request(BaseHTTPRequestHandler):
         self.end_headers()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class refuses (methods, malformed requests): as short as our own answers."""
+        """Also for what the base class refuses (methods, malformed requests): no body, and the end."""
         self.close_connection = True
         self._end(HTTPStatus(code))
 
@@ -328,8 +340,3 @@ class _Request(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Requests are not logged; what is refused is."""
-
-
-def _open(path: Path) -> Any:
-    """The file, unless a link was put in its place since it was listed."""
-    return open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)), "rb")

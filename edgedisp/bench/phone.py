@@ -16,9 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgedisp.bench.page_plan import PagePlan, page_result
-from edgedisp.bench.page_protocol import Figures, PendingScores, Scores, Step, Trouble
-from edgedisp.bench.page_server import PageServer, Received, page_resources, self_signed
+from edgedisp.bench.page_protocol import Figures, PagePlan, PageRun, Step, Trouble, Upload
+from edgedisp.bench.page_server import PageServer, page_resources
 from edgedisp.core.errors import BadInput
 from edgedisp.core.results import DeviceResult
 
@@ -56,20 +55,17 @@ def serve(
             f"name one, or leave --host away ({local_address()})"
         )
     host = options.host or local_address()
-    tls, fingerprint = self_signed(host) if options.https else (None, "")
     results = PhoneResults(plan, note, arrived)
     resources = {**page_resources(web), **plan.resources()}
-    with PageServer(
-        resources, host=host, port=options.port, refusal=plan.refusal, note=note, tls=tls
-    ) as server:
-        note(invitation(server.address, fingerprint))
+    with PageServer(resources, plan.read_upload, note, host, options.port, options.https) as server:
+        note(invitation(server.address, server.fingerprint))
         with suppress(KeyboardInterrupt):
             while not (options.once and results.complete):
                 with suppress(queue.Empty):  # a wait without end cannot be interrupted on Windows
-                    results.add(server.received.get(timeout=1.0))
+                    results.add(*server.received.get(timeout=1.0))
         time.sleep(GRACE_S)
         while not server.received.empty():
-            results.add(server.received.get())
+            results.add(*server.received.get())
     return results.all()
 
 
@@ -80,39 +76,35 @@ class PhoneResults:
         self, plan: PagePlan, note: Callable[[str], None], arrived: Callable[[str, DeviceResult], None]
     ) -> None:
         self.plan, self.note, self.arrived = plan, note, arrived
-        self.figures: dict[str, Figures] = {}
-        self.scores: dict[str, PendingScores] = {}
+        self.runs: dict[str, PageRun] = {}
         self.complete: set[str] = set()
 
-    def add(self, received: Received) -> None:
+    def add(self, upload: Upload, client: str) -> None:
         """Keep figures and scores, note the rest. Scores of a page that sent no figures are ignored."""
-        upload, client, run = received.upload, received.client, received.upload.run
+        name = upload.run
         if isinstance(upload, Step):
             self.note(f"{client}: {upload.done}/{upload.total} {upload.note}")
         elif isinstance(upload, Trouble):
             self.note(f"{client}: could not go on: {upload.message}")
-        elif isinstance(upload, Scores):
-            if run in self.scores:
-                self.scores[run].add(upload)
-        elif run not in self.figures and len(self.figures) >= MOST_RUNS:
+        elif name in self.runs:
+            self.runs[name].add(upload)
+        elif len(self.runs) >= MOST_RUNS:
             self.note(f"{client}: not kept, there are {MOST_RUNS} results already")
-        else:
-            self.figures[run] = upload
-            self.scores.setdefault(run, PendingScores(self.plan.options.requests))
-        is_complete = run in self.figures and self.figures[run].complete and self.scores[run].complete
-        if is_complete and run not in self.complete:
-            self.complete.add(run)
-            self.arrived(run, self._result(run))
+        elif isinstance(upload, Figures):
+            self.runs[name] = PageRun(self.plan)
+            self.runs[name].add(upload)
+        if name in self.runs and self.runs[name].complete and name not in self.complete:
+            self.complete.add(name)
+            self.arrived(name, self._result(name))
 
     def all(self) -> dict[str, DeviceResult]:
         """Every result with at least one timed turn."""
-        return {run: self._result(run) for run, figures in self.figures.items() if figures.repetitions}
+        return {name: self._result(name) for name, run in self.runs.items() if run.turns}
 
-    def _result(self, run: str) -> DeviceResult:
-        figures = self.figures[run]
-        name = " ".join(filter(None, ("phone", figures.device.model)))
-        lost = None if run in self.complete else "the phone has not sent the rest"
-        return replace(page_result(self.plan, figures, name), answers=self.scores[run].answers, lost=lost)
+    def _result(self, name: str) -> DeviceResult:
+        result = self.runs[name].result("phone")
+        lost = None if name in self.complete else "the phone has not sent the rest"
+        return replace(result, device=" ".join(filter(None, ("phone", result.machine["cpu"]))), lost=lost)
 
 
 def local_address() -> str:

@@ -1,4 +1,4 @@
-"""From timed repetitions to one row for each bundle and one comparison for each pair of twins.
+"""From timed repetitions to a device's result: a row for each bundle, a comparison for each pair of twins.
 
 Timings on a busy machine have long tails in one direction, so nothing here assumes a normal distribution. The
 interval of a median comes from order statistics: the k-th smallest and the k-th largest of n values enclose
@@ -19,13 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from edgedisp.bench.bundles import graph_hash, read_graph, weight_traffic
 from edgedisp.bench.devices import BenchOptions
-from edgedisp.bench.graph_stats import graph_hash, read_graph, weight_traffic
 from edgedisp.bench.system import FAST_ON_ARM, FAST_ON_X86
 from edgedisp.core.errors import BadInput
 from edgedisp.core.results import BASELINE, DeviceResult, Estimate, Json, Timing
 
-FIGURES = ("ttft_ms", "prefill_tokens_per_s", "decode_tokens_per_s")
 SHAPE = ("layers", "vocab_size", "kv_cache_bytes_per_position")  # of models whose bits can be compared
 LEVEL = 0.95
 LEAST_COVERAGE = 0.9  # below it (four values or fewer) no difference between bundles is called real
@@ -45,20 +44,18 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(ordered), ordered[k - 1], ordered[-k]
 
 
-def coverage(n: int) -> float:
-    """Probability that the interval of `median_interval` from n values holds the true median, exactly."""
-    return _coverage(n, _rank(n))
+def coverage(n: int, k: int | None = None) -> float:
+    """Probability that the k-th smallest and k-th largest of n values enclose the true median.
+
+    Exact: 1 - 2 P(fewer than k of n values lie below the median). k None: as in `median_interval`.
+    """
+    outside: float = sum(math.comb(n, i) for i in range(k or _rank(n))) / 2**n
+    return max(0.0, 1.0 - 2.0 * outside)
 
 
 def _rank(n: int) -> int:
     """The largest k whose coverage reaches LEVEL; 1 where none does."""
-    return next((k for k in range(n // 2, 1, -1) if _coverage(n, k) >= LEVEL), 1)
-
-
-def _coverage(n: int, k: int) -> float:
-    """Of the k-th smallest and k-th largest: 1 - 2 P(fewer than k of n values lie below the median)."""
-    outside: float = sum(math.comb(n, i) for i in range(k)) / 2**n
-    return max(0.0, 1.0 - 2.0 * outside)
+    return next((k for k in range(n // 2, 1, -1) if coverage(n, k) >= LEVEL), 1)
 
 
 def drift_percent(values: Sequence[float]) -> float | None:
@@ -76,7 +73,7 @@ def clock_drop_percent(repetitions: Sequence[Mapping[str, Any]]) -> float | None
     return None if not first or last is None else 100.0 * (first - last) / first
 
 
-def compare_speeds(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+def compare_speeds(a: Sequence[float], b: Sequence[float]) -> Json:
     """Ratio b / a of figures timed in turns: {ratio, low, high, coverage, differs}.
 
     Values are paired by repetition, because what disturbs a repetition mostly disturbs its neighbour too.
@@ -84,13 +81,11 @@ def compare_speeds(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     on one side of 1 and the median is off by more than 3 %.
     """
     ratios = [right / left for left, right in zip(a, b)]
-    middle, low, high = median_interval(ratios)
-    differs = None
-    if coverage(len(ratios)) >= LEAST_COVERAGE:
-        differs = not low <= 1.0 <= high and abs(middle - 1.0) > NOTABLE_DIFFERENCE
-    return {
-        "ratio": middle, "low": low, "high": high, "coverage": coverage(len(ratios)), "differs": differs,
-    }  # fmt: skip
+    ratio, low, high = median_interval(ratios)
+    share, differs = coverage(len(ratios)), None
+    if share >= LEAST_COVERAGE:
+        differs = not low <= 1.0 <= high and abs(ratio - 1.0) > NOTABLE_DIFFERENCE
+    return {"ratio": ratio, "low": low, "high": high, "coverage": share, "differs": differs}
 
 
 def device_result(
@@ -105,76 +100,70 @@ def device_result(
     bundles: label -> (graph file that was timed, facts as the runner gives them). A bundle without a turn has
     no row, and a pair without turns of both no comparison.
     """
-    turns_of = {label: [turn for turn in turns if turn["label"] == label] for label in bundles}
-    timed = {label: repetitions for label, repetitions in turns_of.items() if repetitions}
-    graphs = {label: graph for label, (graph, _) in bundles.items()}
+    by_label = {label: [turn for turn in turns if turn["label"] == label] for label in bundles}
+    timed = {label: repetitions for label, repetitions in by_label.items() if repetitions}
     rows = [_timing(label, *bundles[label], repetitions, machine) for label, repetitions in timed.items()]
     shapes = {label: [facts[name] for name in SHAPE] for label, (_, facts) in bundles.items()}
     for index, row in enumerate(rows):
         alike = [other for other in rows if shapes[other.label] == shapes[row.label]]
         cause = slow_causes(row, clock_drop_percent(timed[row.label]), machine)
         rows[index] = replace(row, warnings=(*row.warnings, *slower_with_fewer_bits(row, alike, cause)))
+    few = f"{options.repetitions} repetitions are too few to tell a difference from chance; "
     return DeviceResult(
         device,
         machine,
         rows,
-        [compare_twins(a, b, graphs, timed) for a, b in options.pairs if {a, b} <= timed.keys()],
+        [compare_twins(a, b, bundles, timed) for a, b in options.pairs if {a, b} <= timed.keys()],
         load_average={
             "before": machine.get("load_average_1m"),
             "after": turns[-1]["load_average_1m"] if turns else None,
         },
         clock_mhz=_range(turn["clock_mhz"] for turn in turns),
         temperature_c=_range(turn["temperature_c"] for turn in turns),
-        warnings=few_repetitions(options.repetitions),
+        warnings=(f"{few}{FEWEST_REPETITIONS} or more can",) * (options.repetitions < FEWEST_REPETITIONS),
         options={name: getattr(options, name) for name in ("seed", "warmup", "pause_s")},
         repetitions=list(turns),
     )
 
 
 def _range(values: Iterable[float | None]) -> tuple[float, float] | None:
-    known = [value for value in values if value is not None]
-    return (min(known), max(known)) if known else None
+    numbers = [value for value in values if value is not None]
+    return (min(numbers), max(numbers)) if numbers else None
 
 
 def _timing(
-    label: str,
-    graph: Path,
-    facts: Mapping[str, Any],
-    repetitions: Sequence[Json],
-    machine: Mapping[str, Any],
+    label: str, graph: Path, facts: Mapping[str, Any], repetitions: Sequence[Json], machine: Json
 ) -> Timing:
     """One bundle's medians with their intervals, memory, traffic and warnings."""
+
+    def estimate(name: str) -> Estimate:
+        return Estimate(*median_interval([r[name] for r in repetitions]))
+
     token_ms = [t for r in repetitions for t in r["token_ms"]]
-    traffic = weight_traffic(read_graph(graph))
+    bytes_per_token, weight_bits = weight_traffic(read_graph(graph))
     positions = facts["prompt"] + facts["generate"] / 2  # mean of cached positions that a token attends to
-    read = traffic["weight_bytes_per_token"] + int(facts["kv_cache_bytes_per_position"] * positions)
+    read = bytes_per_token + int(facts["kv_cache_bytes_per_position"] * positions)
     decode = [r["decode_tokens_per_s"] for r in repetitions]
     drift = drift_percent(decode)
     return Timing(
         label,
         **{name: facts[name] for name in ("threads", "prompt", "generate", "load_s", "weights_bytes")},
         repetitions=len(repetitions),
-        ttft_ms=_estimate("ttft_ms", repetitions),
-        prefill_tokens_per_s=_estimate("prefill_tokens_per_s", repetitions),
-        decode_tokens_per_s=_estimate("decode_tokens_per_s", repetitions),
+        ttft_ms=estimate("ttft_ms"),
+        prefill_tokens_per_s=estimate("prefill_tokens_per_s"),
+        decode_tokens_per_s=estimate("decode_tokens_per_s"),
         token_ms_p50=float(np.percentile(token_ms, 50)),
         token_ms_p90=float(np.percentile(token_ms, 90)),
         peak_memory_bytes=repetitions[-1]["peak_memory_bytes"],
         bytes_read_per_token=read,
         bandwidth_gb_per_s=read * statistics.median(decode) / 1e9,
-        weight_bits=traffic["weight_bits"],
+        weight_bits=weight_bits,
         drift_percent=drift,
         warnings=tuple(_warnings(facts["threads"], drift, repetitions, machine)),
     )
 
 
-def _estimate(name: str, repetitions: Sequence[Json]) -> Estimate:
-    return Estimate(*median_interval([r[name] for r in repetitions]))
-
-
-def _warnings(
-    threads: int, drift: float | None, repetitions: Sequence[Json], machine: Mapping[str, Any]
-) -> Iterator[str]:
+def _warnings(threads: int, drift: float | None, repetitions: Sequence[Json], machine: Json) -> Iterator[str]:
     if machine.get("logical_cpus") and threads > machine["logical_cpus"]:
         yield f"{threads} threads on {machine['physical_cores']} cores: those that wait stop the others"
     drop = clock_drop_percent(repetitions)
@@ -206,7 +195,7 @@ def slower_with_fewer_bits(row: Timing, rows: Sequence[Timing], cause: str) -> I
 
 
 def slow_causes(row: Timing, clock_drop: float | None, machine: Mapping[str, Any]) -> str:
-    """The known reasons why `row` may be slower than a bundle with more bits, as the end of a sentence."""
+    """Why `row` may be slower than a bundle with more bits, as far as it is known: the end of a sentence."""
     causes = []
     features = set(machine.get("features") or ())
     if features and not features & (FAST_ON_X86 | FAST_ON_ARM):
@@ -221,16 +210,9 @@ def slow_causes(row: Timing, clock_drop: float | None, machine: Mapping[str, Any
     elif row.drift_percent is not None and row.drift_percent < -NOTABLE_DRIFT_PERCENT:
         slowed = -row.drift_percent
         causes.append(f"throttling is likely: decode slowed down by {slowed:.0f} % over the repetitions")
-    unknown = (
+    return "; ".join(causes) or (
         "look for a missing kernel (`edgedisp doctor` lists CPU features), too few threads or throttling"
     )
-    return "; ".join(causes) or unknown
-
-
-def few_repetitions(repetitions: int) -> tuple[str, ...]:
-    """The warning of a measurement with too few repetitions."""
-    few = f"{repetitions} repetitions are too few to tell a difference from chance; "
-    return () if repetitions >= FEWEST_REPETITIONS else (f"{few}{FEWEST_REPETITIONS} or more can",)
 
 
 def label_bundles(folders: Sequence[Path], reserved: Collection[str] = ()) -> dict[str, Path]:
@@ -249,13 +231,16 @@ def twin_pairs(labels: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 
 def compare_twins(
-    baseline: str, candidate: str, graphs: Mapping[str, Path], turns: Mapping[str, Sequence[Json]]
+    baseline: str,
+    candidate: str,
+    bundles: Mapping[str, tuple[Path, Mapping[str, Any]]],
+    turns: Mapping[str, Sequence[Json]],
 ) -> Json:
     """Two bundles that ought to be one graph: are they, and do their speeds differ?
 
     Training changes values, not the graph, so a difference in speed is a fault of the measurement.
     """
-    same = graph_hash(graphs[baseline]) == graph_hash(graphs[candidate])
+    same = graph_hash(bundles[baseline][0]) == graph_hash(bundles[candidate][0])
     speeds = [[r["decode_tokens_per_s"] for r in turns[label]] for label in (baseline, candidate)]
     decode = compare_speeds(*speeds)
     fault = None
@@ -266,6 +251,5 @@ def compare_twins(
             f"same graph, but {candidate} decodes at {decode['ratio']:.2f} times the speed of {baseline}: "
             "a fault of the measurement (heat, neighbours, memory placement), not a property of the model"
         )
-    return {
-        "baseline": baseline, "candidate": candidate, "same_graph": same, "decode": decode, "fault": fault,
-    }  # fmt: skip
+    sides = {"baseline": baseline, "candidate": candidate}
+    return {**sides, "same_graph": same, "decode": decode, "fault": fault}

@@ -9,19 +9,17 @@ timed has a connection of its own. $EDGEDISP_SSH is the command to use in place 
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import shutil
 import subprocess
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from edgedisp.bench.devices import Address, BenchOptions
-from edgedisp.bench.graph_stats import needed_files
-from edgedisp.bench.interleaved_timing import Host, TimedHost
+from edgedisp.bench.bundles import needed_files
+from edgedisp.bench.devices import Address, BenchOptions, external_program
+from edgedisp.bench.interleaved_timing import TimedHost
 from edgedisp.bench.system import installed_version
 from edgedisp.bench.worker import RUNNER, Exited, Worker
 from edgedisp.core.errors import BadInput, BuildFailed
@@ -39,6 +37,7 @@ PROGRAM_BYTES = 64 * MIB  # of memory, for Python with onnxruntime; what is load
 ENVIRONMENT_BYTES = 400 * MIB  # of disk, for numpy and onnxruntime with what pip unpacks
 NO_PYTHON = 3
 PACKAGES = ("numpy", "onnxruntime")
+PIP = ("install", "--quiet", "--disable-pip-version-check", "--no-cache-dir")
 # C: what outlives sessions, in a folder that must be this user's own; D: what goes with this session.
 SESSION = f"""
 umask 077
@@ -68,19 +67,15 @@ def connect(address: Address, bundles: Mapping[str, Path], options: BenchOptions
     Raises BadInput for a host that cannot be reached, that lacks Python or packages, or that has too little
     memory or disk for `bundles`.
     """
-    name, program = address.name, shlex.split(os.environ.get("EDGEDISP_SSH", "ssh"))
-    if not program or shutil.which(program[0]) is None:
-        missing = program[0] if program else "$EDGEDISP_SSH"
-        raise BadInput(f"{name}: there is no `{missing}` here; install OpenSSH's client")
-    shell = [*program, *OPTIONS]
+    name = address.name
+    shell = [*external_program(name, "EDGEDISP_SSH", "ssh", "install OpenSSH's client"), *OPTIONS]
     shell += ["-p", str(address.port)] if address.port else []
     shell += ["-l", address.user] if address.user else []
     shell += ["--", address.host]
     pythons = options.remote_python and shlex.quote(options.remote_python)
     script = SESSION % (pythons or '"$C/venv/bin/python" python3 python')
-    session = Worker(name, [*shell, f"exec sh -c {shlex.quote(script)}"], options.timeout_s)
     try:
-        session.__enter__()
+        session = Worker(name, [*shell, f"exec sh -c {shlex.quote(script)}"], options.timeout_s)
     except Exited as error:
         if error.code == NO_PYTHON:
             tried = options.remote_python or "python3 and python"
@@ -94,34 +89,37 @@ def connect(address: Address, bundles: Mapping[str, Path], options: BenchOptions
             raise
         fault = "its shell prints text before a command runs; let its start-up files be silent then"
         raise BadInput(f"{error}: {fault}") from error
-    try:
-        host = RemoteHost(name, shell, session.facts, options)
-        host.prepare(bundles)
-        yield TimedHost(host, bundles, options)
-    finally:
-        session.__exit__(None, None, None)  # politely also after a failure: it has a folder to remove
+    with closing(session):  # politely also after a failure: it has a folder to remove
+        host = RemoteHost(name, shell, session.facts, bundles, options)
+        host.prepare()
+        yield host
 
 
-class RemoteHost(Host):
+class RemoteHost(TimedHost):
     """The host, connected, with a Python. `shell` and a command: runs the command in a POSIX shell there."""
 
     def __init__(
-        self, name: str, shell: Sequence[str], folders: Mapping[str, str], options: BenchOptions
+        self,
+        name: str,
+        shell: Sequence[str],
+        folders: Mapping[str, str],
+        bundles: Mapping[str, Path],
+        options: BenchOptions,
     ) -> None:
-        self.name, self._shell, self._options = name, list(shell), options
+        super().__init__(bundles, options)
+        self.name, self._shell = name, list(shell)
         self._cache, self._python, self._session = folders["C"], folders["P"], folders["D"]
-        self._folders: dict[Path, str] = {}  # bundle here -> folder there
+        self._folders: dict[Path, str] = {}  # bundle on this machine -> folder on the host
         self._send({RUNNER.name: RUNNER}, self._session, "runner", silent)
         self.machine = self._ask("--describe")
 
-    def command(self, bundle: Path, options: Sequence[str]) -> list[str]:
-        return [*self._shell, self._runner(*options, self._folders[bundle])]
+    def command(self, bundle: Path, words: Sequence[str]) -> list[str]:
+        return [*self._shell, self._runner(*words, self._folders[bundle])]
 
     def _runner(self, *words: str) -> str:
         # onnxruntime writes files of its own into the cache folder when it is imported.
-        environment = ["env", f"XDG_CACHE_HOME={self._session}"]
-        program = f"{self._session}/{RUNNER.name}"
-        return "exec " + shlex.join([*environment, self._python, program, *words])
+        program = ["env", f"XDG_CACHE_HOME={self._session}", self._python, f"{self._session}/{RUNNER.name}"]
+        return "exec " + shlex.join([*program, *words])
 
     def _run(self, command: str) -> str:
         """What a shell command prints there. Raises BuildFailed."""
@@ -138,13 +136,14 @@ class RemoteHost(Host):
         answer: dict[str, Any] = json.loads(self._run(self._runner(*words)))
         return answer
 
-    def prepare(self, bundles: Mapping[str, Path]) -> None:
-        """Refuse what cannot work there before any bundle is copied; install packages if that is asked."""
+    def prepare(self) -> None:
+        """Refuse what cannot work there before any bundle is copied; with `setup` install packages."""
         sizes = {
-            label: sum(p.stat().st_size for p in needed_files(path).values())
-            for label, path in bundles.items()
+            label: sum(file.stat().st_size for file in needed_files(bundle).values())
+            for label, bundle in self.bundles.items()
         }
-        label, memory = max(sizes, key=lambda name: sizes[name]), self.machine["memory_available_bytes"]
+        label = max(sizes, key=lambda name: sizes[name])
+        memory, disk = self.machine["memory_available_bytes"], self.machine["disk_free_bytes"]
         if memory is not None and sizes[label] + PROGRAM_BYTES > memory:
             raise BadInput(
                 f"{self.name}: {memory / MIB:.0f} MiB of memory are free there, and {label} takes at least "
@@ -152,66 +151,59 @@ class RemoteHost(Host):
             )
         lacking = [name for name in PACKAGES if self.machine["packages"][name] is None]
         needed = sum(sizes.values()) + SPARE_DISK_BYTES + (ENVIRONMENT_BYTES if lacking else 0)
-        if needed > self.machine["disk_free_bytes"]:
-            free = self.machine["disk_free_bytes"] / MIB
+        if needed > disk:
             raise BadInput(
-                f"{self.name}: {free:.0f} MiB of disk are free in {self._cache} there, and "
+                f"{self.name}: {disk / MIB:.0f} MiB of disk are free in {self._cache} there, and "
                 f"{needed / MIB:.0f} are needed; free some, or name fewer bundles"
             )
-        if lacking and not self._options.setup:
+        if lacking and not self.options.setup:
             raise BadInput(
                 f"{self.name}: {self._python} has no {' and no '.join(lacking)}; --setup installs it there "
                 "into a folder of its own, or name another Python with --remote-python"
             )
         if lacking:
-            self._install(onnxruntime_version(bundles))
+            self._install(onnxruntime_version(self.bundles))
 
     def _install(self, version: str | None) -> None:
         """A virtual environment with numpy and the onnxruntime that the bundles were checked with."""
-        folder = f"{self._cache if self._options.keep else self._session}/venv"
-        packages = ["numpy", f"onnxruntime=={version}" if version else "onnxruntime"]
-        pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
+        folder = f"{self._cache if self.options.keep else self._session}/venv"
         self._run(shlex.join([self._python, "-m", "venv", "--clear", folder]))
         self._python = f"{folder}/bin/python"
-        self._run(shlex.join([self._python, *pip, *packages]))
+        pip = [self._python, "-m", "pip", *PIP]
+        self._run(shlex.join([*pip, "numpy", f"onnxruntime=={version}" if version else "onnxruntime"]))
         self.machine = self._ask("--describe")
 
-    def copy(self, bundles: Mapping[str, Path], progress: Progress) -> None:
+    def copy(self, progress: Progress) -> None:
         """Copy bundles there. One that is there already is used if the hashes of all its files are right."""
-        for label, bundle in bundles.items():
-            if bundle in self._folders:
-                continue
+        for label, bundle in self.bundles.items():
             files = needed_files(bundle)
             hashes = {name: file_digest(path) for name, path in files.items()}
-            kept, fresh = (f"{folder}/{digest(hashes)[:32]}" for folder in (self._cache, self._session))
-            if self._ask("--sha256", kept) == hashes:
-                self._folders[bundle] = kept
+            cached, fresh = (f"{folder}/{digest(hashes)[:32]}" for folder in (self._cache, self._session))
+            if self._ask("--sha256", cached) == hashes:
+                self._folders[bundle] = cached
                 continue
-            folder = kept if self._options.keep else fresh
+            self._folders[bundle] = folder = cached if self.options.keep else fresh
             self._send(files, folder, label, progress)
             if self._ask("--sha256", folder) != hashes:
                 raise BuildFailed(f"{self.name}: {label} arrived damaged, or {folder} holds other files")
-            self._folders[bundle] = folder
 
     def _send(self, files: Mapping[str, Path], folder: str, label: str, progress: Progress) -> None:
         """Copy files into a folder there, as a stream of tar."""
-        place = shlex.quote(folder)
-        unpack = f"umask 077; mkdir -p {place} && exec tar -xf - -C {place}"
+        quoted = shlex.quote(folder)
+        unpack = f"umask 077; mkdir -p {quoted} && exec tar -xf - -C {quoted}"
         command = [*self._shell, f"exec sh -c {shlex.quote(unpack)}"]
         total, sent = sum(path.stat().st_size for path in files.values()), 0
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-        try:
-            with tarfile.open(fileobj=process.stdin, mode="w|", dereference=True) as archive:
-                for name, path in files.items():
-                    archive.add(path, name)
-                    sent += path.stat().st_size
-                    progress(sent, total, f"{label}: {sent / 1e6:.0f} of {total / 1e6:.0f} MB copied")
-        except OSError:
-            pass  # tar has ended: its code and message say why
+        # Where tar ends early, its code and message say why.
+        with suppress(OSError), tarfile.open(fileobj=process.stdin, mode="w|", dereference=True) as archive:
+            for name, path in files.items():
+                archive.add(path, name)
+                sent += path.stat().st_size
+                progress(sent, total, f"{label}: {sent / 1e6:.0f} of {total / 1e6:.0f} MB copied")
         _, stderr = process.communicate()
         if process.returncode:
-            said = stderr.decode("utf-8", "replace").strip()
-            raise BuildFailed(f"{self.name}: {label} could not be copied, code {process.returncode}:\n{said}")
+            why = stderr.decode("utf-8", "replace").strip()
+            raise BuildFailed(f"{self.name}: {label} could not be copied, code {process.returncode}:\n{why}")
 
 
 def onnxruntime_version(bundles: Mapping[str, Path]) -> str | None:

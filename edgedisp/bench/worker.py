@@ -13,7 +13,6 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 from edgedisp.core.errors import BadInput, BuildFailed
@@ -22,6 +21,7 @@ from edgedisp.core.files import data_folder
 RUNNER = data_folder("export") / "runner" / "runner.py"
 TAIL_CHARS = 2000
 QUIT_S = 5.0
+KILL_S = 0.5
 
 
 class Exited(BuildFailed):
@@ -33,23 +33,20 @@ class Exited(BuildFailed):
 
 
 class Worker:
-    """Context manager: starts `command`, waits for its {"ready": facts}, ends it with the block.
+    """Starts `command` and waits for its {"ready": facts}; a context manager that ends it with the block.
 
     Raises BadInput where the program refuses the bundle (exit code 2), Exited where it ends, and BuildFailed
-    where it sends something else than JSON or is silent for `timeout_s`. It ends with its standard input, so
-    it does not outlive this program.
+    where it sends something else than JSON or is silent for `timeout_s`. The program ends with its standard
+    input, so it does not outlive this one.
     """
 
     def __init__(self, label: str, command: Sequence[str], timeout_s: float) -> None:
-        self.label, self.command, self.timeout_s = label, list(command), timeout_s
-        self.facts: dict[str, Any] = {}
-
-    def __enter__(self) -> Worker:
-        self._log = tempfile.TemporaryFile()
+        self.label, self.timeout_s = label, timeout_s
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._lines: queue.Queue[bytes | None] = queue.Queue()
         # A session of its own: Ctrl-C reaches this program alone, which then ends the workers.
         self._process = subprocess.Popen(
-            self.command,
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -59,39 +56,40 @@ class Worker:
         self._output: Any = self._process.stdout
         threading.Thread(target=self._listen, daemon=True).start()
         try:
-            self.facts = self._answer().get("ready", {})
+            self.facts: dict[str, Any] = self._answer().get("ready", {})
         except BaseException:
-            self._end(quit_s=0.5)
+            self.close(KILL_S)
             raise
+
+    def __enter__(self) -> Worker:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None and self._process.poll() is None:
-            with contextlib.suppress(OSError):
-                self._write({"quit": 1})
-        self._end(QUIT_S if kind is None else 0.5)
-
-    def run(self) -> dict[str, Any]:
-        """Time one repetition; the runner's docstring says what the answer holds."""
-        return self.ask({"run": 1})
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(KILL_S if kind else QUIT_S)
 
     def ask(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Send one command and wait for its answer."""
+        """Send one command and wait for its answer; the runner's docstring lists them."""
         try:
-            self._write(command)
+            self._input.write(json.dumps(command).encode() + b"\n")
+            self._input.flush()
         except OSError as error:
             raise self._exited() from error
         return self._answer()
 
-    def _write(self, command: dict[str, Any]) -> None:
-        self._input.write(json.dumps(command).encode() + b"\n")
-        self._input.flush()
+    def close(self, quit_s: float = QUIT_S) -> None:
+        """Close the program's input, and kill it if it goes on for more than `quit_s`."""
+        with contextlib.suppress(OSError):
+            self._input.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(quit_s)
+        self._process.kill()
+        self._process.wait()
+        self._output.close()
+        self._log.close()
 
     def _listen(self) -> None:
         """Queue each line of its output, then None."""
-        with contextlib.suppress(ValueError):  # closed by _end
+        with contextlib.suppress(ValueError):  # closed meanwhile
             for line in self._output:
                 self._lines.put(line)
         self._lines.put(None)
@@ -124,15 +122,3 @@ class Worker:
         self._log.seek(0)
         text = self._log.read().decode("utf-8", "replace").strip()
         return f":\n{text[-TAIL_CHARS:]}" if text else ""
-
-    def _end(self, quit_s: float) -> None:
-        """Close its input, and kill it if it goes on for more than `quit_s`."""
-        process = self._process
-        with contextlib.suppress(OSError):
-            self._input.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(quit_s)
-        process.kill()
-        process.wait()
-        self._output.close()
-        self._log.close()

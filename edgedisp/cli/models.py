@@ -116,7 +116,7 @@ def _lines() -> Iterator[str]:
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Print versions, CPU features, threads and memory, what is missing and how to get it."""
-    from edgedisp.bench.doctor import doctor as examine
+    from edgedisp.bench.system import doctor as examine
     from edgedisp.data import cache_folder
 
     rows = examine({"working folder": Path.cwd(), "cache": cache_folder()})
@@ -125,4 +125,4 @@ def doctor(as_json: JsonOption = False) -> None:
         return
     for row in rows:
         advice = f"\n{'':38}{row['advice']}" if row["advice"] else ""
-        typer.echo(f"{row['status']:7}  {row['check']:28} {row['found']}{advice}")
+        typer.echo(f"{row['status']:7}  {row['check']:28} {row['value']}{advice}")

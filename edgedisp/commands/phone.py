@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from edgedisp.bench.bundles import read_bundle
 from edgedisp.bench.devices import BenchOptions
-from edgedisp.bench.page_plan import PagePlan, read_bundle
+from edgedisp.bench.page_protocol import PagePlan
 from edgedisp.bench.phone import ServeOptions, serve
 from edgedisp.bench.results import label_bundles
 from edgedisp.bench.system import physical_cores

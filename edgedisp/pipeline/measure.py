@@ -24,8 +24,7 @@ from torch import Tensor
 
 from edgedisp import models
 from edgedisp.bench.devices import BenchOptions
-from edgedisp.bench.interleaved_timing import measure as measure_speed
-from edgedisp.bench.local import Local
+from edgedisp.bench.interleaved_timing import Local
 from edgedisp.bench.results import twin_pairs
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.files import from_json, to_json, write_json
@@ -227,7 +226,7 @@ def latency(options: LatencyOptions, inputs: Inputs, output_dir: Path, progress:
         pause_s=section.pause_s,
         pairs=twin_pairs(list(bundles)),
     )
-    results = measure_speed(bundles, Local(), bench, progress)
+    results = Local(bundles, bench).measure(progress)
     shutil.rmtree(scratch)
     write_json(output_dir / "latency.json", to_json(results))
     return dict(to_json(replace(results, repetitions=[])))

@@ -9,7 +9,7 @@ import pytest
 from shared_store import SharedStore
 from tiny_bundle import order, tiny_bundles
 
-from edgedisp.bench import adb, android, browser, devices
+from edgedisp.bench import adb, browser, devices
 from edgedisp.bench.devices import BenchOptions, DeviceLost
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import silent
@@ -200,11 +200,12 @@ def test_none_several_a_stranger_and_one_that_is_not_allowed_are_told(
 
 
 def test_what_a_phone_does_not_say_is_none_and_no_warning() -> None:
-    silent_phone = android.phone_state({})
-    assert set(silent_phone.values()) == {None} and android.state_warnings(silent_phone, silent_phone) == []
-    machine = android.phone_machine({})
+    silent_phone = adb.phone_state({})
+    assert set(silent_phone.values()) == {None}
+    assert not list(adb.state_warnings(silent_phone, silent_phone))
+    machine = adb.phone_machine({})
     assert machine["cpu"] is None and machine["physical_cores"] is None and machine["system"] == "Android"
-    assert android.count_cpus("0-3,6\n") == 5
+    assert adb.count_cpus("0-3,6\n") == 5
 
 
 def test_a_bundle_that_does_not_fit_into_the_phones_memory_is_refused(

@@ -18,15 +18,12 @@ from tiny_bundle import RUNNER, copy_with, order, tiny_bundles
 
 from edgedisp.bench.devices import BenchOptions, DeviceLost
 from edgedisp.bench.interleaved_timing import (
-    TimedHost,
+    Local,
     expected_memory_bytes,
     group_by_memory,
-    measure,
-    sweep_threads,
     thread_counts,
     turns,
 )
-from edgedisp.bench.local import Local
 from edgedisp.commands.bench import write_bundle_threads
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import MANIFEST, RECORD, check_files, from_json, list_files, to_json, write_json
@@ -40,10 +37,11 @@ def bundles(store: SharedStore) -> dict[str, Path]:
     return tiny_bundles(store)
 
 
-def quick(bundles: dict[str, Path], **options: Any) -> DeviceResult:
-    host, progress = Local(options.pop("runner", RUNNER)), options.pop("progress", silent)
+def quick(
+    bundles: dict[str, Path], runner: Path = RUNNER, progress: Any = silent, **options: Any
+) -> DeviceResult:
     chosen = {"prompt": 6, "generate": 5, "repetitions": 2, "threads": 1, **options}
-    return measure(bundles, host, BenchOptions(**chosen), progress)
+    return Local(bundles, BenchOptions(**chosen), runner).measure(progress)
 
 
 def workers() -> list[psutil.Process]:
@@ -155,25 +153,19 @@ def test_bundles_of_equal_size_stay_together_when_memory_is_short(tmp_path: Path
     assert group_by_memory(made, fp32) == [["a-fp32"], ["b-fp32"], ["a-int4", "b-int4"]]
 
 
-def test_a_worker_that_is_killed_fails_the_measurement_and_takes_the_others_along(
-    bundles: dict[str, Path],
-) -> None:
-    def kill_the_second(done: int, total: int, note: str) -> None:
-        if done == 3:  # all loaded, nothing timed yet
-            next(p for p in workers() if str(bundles["twin"]) in p.cmdline()).kill()
+def test_a_worker_that_is_killed_ends_the_others_and_leaves_what_was_timed(bundles: dict[str, Path]) -> None:
+    def measure(steps: int) -> DeviceResult:
+        def kill_the_second(done: int, total: int, note: str) -> None:
+            if done == steps:
+                next(p for p in workers() if str(bundles["twin"]) in p.cmdline()).kill()
+
+        return quick(bundles, repetitions=3, pairs=(("fp32", "twin"),), progress=kill_the_second)
 
     with pytest.raises(BuildFailed, match="twin: the measuring process ended with code -9"):
-        quick(bundles, progress=kill_the_second)
+        measure(3)  # all loaded, nothing timed yet
     assert gone()
-
-
-def test_what_was_timed_before_a_worker_died_is_kept(bundles: dict[str, Path]) -> None:
-    def kill_the_second(done: int, total: int, note: str) -> None:
-        if done == 3 + 2:
-            next(p for p in workers() if str(bundles["twin"]) in p.cmdline()).kill()
-
     with pytest.raises(DeviceLost, match=r"local: lost in the middle: twin: .* code -9") as caught:
-        quick(bundles, repetitions=3, pairs=(("fp32", "twin"),), progress=kill_the_second)
+        measure(3 + 2)
     partial = caught.value.partial
     assert order(partial) == ["fp32", "twin", "int4", "int4"]
     assert {row.label: row.repetitions for row in partial.rows} == {"fp32": 1, "twin": 1, "int4": 2}
@@ -195,25 +187,20 @@ def program(path: Path, text: str) -> Path:
     return path
 
 
-def test_what_a_dying_worker_said_last_is_in_the_message(bundles: dict[str, Path], tmp_path: Path) -> None:
-    dying = program(tmp_path / "r.py", "print('out of memory, sorry', file=sys.stderr)\nsys.exit(9)")
-    with pytest.raises(BuildFailed, match=r"a: .* code 9:\nout of memory, sorry"):
-        quick({"a": bundles["fp32"]}, runner=dying)
-
-
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        ("print('out of memory', file=sys.stderr)\nsys.exit(9)", r"a: .* code 9:\nout of memory"),
         ("time.sleep(60)", "no answer within 0.5 s"),
         ("print('hello', flush=True)\ntime.sleep(60)", "not JSON: 'hello'"),
         ('print(\'{"error": "no"}\', flush=True)\ntime.sleep(60)', "error"),
     ],
 )
-def test_a_worker_that_hangs_or_babbles_fails_and_is_ended(
+def test_a_worker_that_ends_hangs_or_babbles_fails_and_is_ended(
     bundles: dict[str, Path], tmp_path: Path, text: str, reason: str
 ) -> None:
     with pytest.raises(BuildFailed, match=reason):
-        quick({"a": bundles["fp32"]}, runner=program(tmp_path / RUNNER.name, text), timeout_s=0.5)
+        quick({"a": bundles["fp32"]}, program(tmp_path / RUNNER.name, text), timeout_s=0.5)
     assert gone()
 
 
@@ -244,35 +231,32 @@ def test_every_count_up_to_eight_is_tried_then_doublings(cores: int, cpus: int, 
     assert thread_counts(cores, cpus) == counts
 
 
-def four_cores() -> Local:
+def four_cores(bundles: dict[str, Path], **options: Any) -> Local:
     """This machine, taken for one of two cores with two threads each, and a quota."""
-    host = Local()
+    host = Local(bundles, BenchOptions(prompt=4, generate=4, repetitions=1, **options))
     host.machine |= {"physical_cores": 2, "logical_cpus": 4, "cpu_quota": 3.5}
     return host
 
 
 def test_the_best_count_has_the_highest_median_and_is_then_timed(bundles: dict[str, Path]) -> None:
-    options = BenchOptions(prompt=4, generate=4, repetitions=1, threads="sweep")
-    found = sweep_threads({"a": bundles["fp32"]}, four_cores(), options, silent)["a"]
-    assert [row["threads"] for row in found["rows"]] == [1, 2, 3]
-    speeds = {row["threads"]: row["decode_tokens_per_s"] for row in found["rows"]}
-    assert speeds[found["best"]] == max(speeds.values())
-    assert all(row["low"] <= row["decode_tokens_per_s"] <= row["high"] for row in found["rows"])
-    timed = TimedHost(four_cores(), {"a": bundles["fp32"]}, options).measure(silent)
-    assert timed.rows[0].threads == timed.threads["a"]["best"]
+    timed = four_cores({"a": bundles["fp32"]}, threads="sweep").measure()
+    sweep = timed.threads["a"]
+    assert [row["threads"] for row in sweep["rows"]] == [1, 2, 3]
+    speeds = {row["threads"]: row["decode_tokens_per_s"] for row in sweep["rows"]}
+    assert speeds[sweep["best"]] == max(speeds.values())
+    assert all(row["low"] <= row["decode_tokens_per_s"] <= row["high"] for row in sweep["rows"])
+    assert timed.rows[0].threads == sweep["best"]
 
 
-def test_the_count_in_the_bundle_is_used_unless_another_is_asked_for(
+def test_the_count_in_the_bundle_is_used_unless_another_is_given(
     bundles: dict[str, Path], tmp_path: Path
 ) -> None:
     session = {"intra_op_num_threads": 2, "log_id": "x"}
     two = copy_with(bundles["int4"], tmp_path / "two", model__decoder__session_options=session)
     plain = copy_with(bundles["int4"], tmp_path / "plain", model__decoder__session_options={"log_id": "x"})
-    options = BenchOptions(prompt=4, generate=4, repetitions=1)
-    host = four_cores()
+    host = four_cores({"two": two, "plain": plain})
     host.machine["physical_cores"] = 1
-    rows = measure({"two": two, "plain": plain}, host, options).rows
-    assert [row.threads for row in rows] == [2, 1]
+    assert [row.threads for row in host.measure().rows] == [2, 1]
     assert quick({"two": two}, threads=1).rows[0].threads == 1
 
 
@@ -321,9 +305,9 @@ def test_a_host_answers_items_after_the_timing_and_keeps_those_before_it_is_lost
         if note == "fp32: scored" and done == 2:
             workers()[0].kill()
 
-    options = BenchOptions(prompt=4, generate=4, repetitions=1, threads=1, requests={"fp32": items})
-    answers = TimedHost(Local(), bundles, options).measure(silent).answers["fp32"]
+    host = Local(bundles, BenchOptions(4, 4, 1, threads=1, requests={"fp32": items}))
+    answers = host.measure().answers["fp32"]
     assert len(answers) == 3 and [len(item) for item in answers] == [2, 2, 2]
     with pytest.raises(DeviceLost, match="lost while it scored") as caught:
-        TimedHost(Local(), bundles, options).measure(kill)
+        host.measure(kill)
     assert caught.value.partial.answers == {"fp32": answers[:2]} and len(caught.value.partial.rows) == 3

@@ -17,6 +17,8 @@ import pytest
 from shared_store import SharedStore
 from tiny_bundle import RUNNER, copy_with, recompute, tiny_bundles
 
+from edgedisp.bench import system
+
 
 @pytest.fixture(scope="module")
 def bundles(store: SharedStore) -> dict[str, Path]:
@@ -211,3 +213,17 @@ def test_it_describes_the_machine_and_hashes_files_without_numpy(tmp_path: Path)
     ]
     assert told[0]["physical_cores"] >= 1 and told[0]["packages"] == {"numpy": None, "onnxruntime": None}
     assert told[1:] == [{"sub/a": hashlib.sha256(b"abc").hexdigest()}, {}]
+
+
+def test_this_machine_is_described_in_json_without_importing_torch() -> None:
+    program = (
+        "import sys, json; from edgedisp.bench import system; json.dumps(system.doctor({}));"
+        "print(json.dumps(system.describe()));"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'onnxruntime', 'onnx', 'numpy')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert 1 <= found["physical_cores"] <= found["logical_cpus"]
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["packages"]["numpy"] == system.installed_version("numpy")

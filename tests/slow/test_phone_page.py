@@ -24,12 +24,11 @@ from shared_store import SharedStore
 from tiny_bundle import order, recompute, tiny_bundles
 
 from edgedisp.bench.browser import BrowserPage, find_browser
+from edgedisp.bench.bundles import read_bundle
 from edgedisp.bench.devices import BenchOptions
-from edgedisp.bench.interleaved_timing import measure
-from edgedisp.bench.local import Local
-from edgedisp.bench.page_plan import PagePlan, read_bundle
-from edgedisp.bench.page_protocol import Figures
-from edgedisp.bench.page_server import PageServer, Received, page_resources
+from edgedisp.bench.interleaved_timing import Local
+from edgedisp.bench.page_protocol import Figures, PagePlan, Upload
+from edgedisp.bench.page_server import PageServer, page_resources
 from edgedisp.bench.phone import local_address
 from edgedisp.bench.system import runner
 from edgedisp.core.errors import BadInput, BuildFailed
@@ -76,7 +75,7 @@ def served(
     def complain(line: str) -> None:
         raise AssertionError(line)
 
-    with PageServer(resources, host=host, port=0, refusal=plan.refusal, note=complain) as server:
+    with PageServer(resources, plan.read_upload, complain, host) as server:
         yield server, plan
 
 
@@ -95,10 +94,10 @@ def drive(server: PageServer, scenario: str, texts: Sequence[str] = TEXTS, **giv
     return found
 
 
-def received(server: PageServer) -> list[Received]:
+def received(server: PageServer) -> list[Upload]:
     found = []
     while not server.received.empty():
-        found.append(server.received.get())
+        found.append(server.received.get()[0])
     return found
 
 
@@ -162,7 +161,7 @@ def test_the_benchmark_arrives_and_its_tokens_are_those_of_onnxruntime(
     options = {"prompt": 6, "generate": 5, "repetitions": 2}
     with served({"fp32": bundles["fp32"], "twin": bundles["twin"]}, **options) as (server, plan):
         found = drive(server, "bench", dark=dark)
-        last = [one.upload for one in received(server) if isinstance(one.upload, Figures)][-1]
+        last = [upload for upload in received(server) if isinstance(upload, Figures)][-1]
     assert "The figures are on the computer" in found["sent"]
     assert last.complete and last.held_open
     assert [(one.repetition, one.label) for one in last.repetitions] == plan.order()
@@ -209,7 +208,7 @@ def test_the_browser_gives_the_rows_of_the_local_device(bundles: dict[str, Path]
     pair = {"fp32": bundles["fp32"], "twin": bundles["twin"]}
     options: dict[str, Any] = {"prompt": 6, "generate": 5, "repetitions": 3, "threads": 1}
     options["pairs"] = (("fp32", "twin"),)
-    found, here = in_browser(pair, **options), measure(pair, Local(), BenchOptions(**options))
+    found, here = in_browser(pair, **options), Local(pair, BenchOptions(**options)).measure()
     assert order(found) == order(here)
     for mine, other in zip(found.rows, here.rows):
         for name in ("label", "weights_bytes", "weight_bits", "bytes_read_per_token", "repetitions"):

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgedisp.bench import doctor as doctor_module
 from edgedisp.bench import system
-from edgedisp.bench.doctor import doctor
+from edgedisp.bench.system import doctor
 
 RUNNER = system.runner()
 physical_cores, cpu_quota = RUNNER.physical_cores, RUNNER.cpu_quota
@@ -38,24 +34,9 @@ def test_smt_siblings_count_as_one_core(tmp_path: Path) -> None:
     assert physical_cores(tmp_path, cpus) == 4
     assert physical_cores(tmp_path, {0, 4}) == 1  # pinned to the two halves of one core
     assert physical_cores(tmp_path, {0, 1}) == 2
-
-
-def test_kernels_before_5_3_name_the_siblings_differently(tmp_path: Path) -> None:
-    cpus = topology(tmp_path, cores=2, siblings=2, name="thread_siblings_list")
-    assert physical_cores(tmp_path, cpus) == 2
-
-
-def test_without_topology_every_cpu_is_a_core(tmp_path: Path) -> None:
-    assert physical_cores(tmp_path, {0, 1, 2}) == 3
-
-
-@pytest.mark.parametrize(
-    ("quota", "cores"), [("400000 100000", 4), ("250000 100000", 2), ("50000 100000", 1), ("max 100000", 8)]
-)
-def test_a_quota_of_cgroup_2_limits_the_cores(tmp_path: Path, quota: str, cores: int) -> None:
-    put(tmp_path, "proc/self/cgroup", "0::/system.slice/box")
-    put(tmp_path, "sys/fs/cgroup/system.slice/box/cpu.max", quota)
-    assert physical_cores(tmp_path, topology(tmp_path, 8, 1)) == cores
+    older = topology(tmp_path / "before 5.3", 2, 2, name="thread_siblings_list")
+    assert physical_cores(tmp_path / "before 5.3", older) == 2
+    assert physical_cores(tmp_path / "no topology", {0, 1, 2}) == 3
 
 
 def test_a_quota_of_a_parent_group_counts(tmp_path: Path) -> None:
@@ -63,12 +44,6 @@ def test_a_quota_of_a_parent_group_counts(tmp_path: Path) -> None:
     put(tmp_path, "sys/fs/cgroup/pod/cpu.max", "200000 100000")
     put(tmp_path, "sys/fs/cgroup/pod/box/cpu.max", "max 100000")
     assert cpu_quota(tmp_path) == 2.0
-
-
-def test_in_a_container_the_group_at_the_top_counts(tmp_path: Path) -> None:
-    put(tmp_path, "proc/self/cgroup", "0::/docker/abc")  # the host's path, which does not exist here
-    put(tmp_path, "sys/fs/cgroup/cpu.max", "150000 100000")
-    assert cpu_quota(tmp_path) == 1.5
 
 
 @given(cores=st.integers(1, 6), siblings=st.integers(1, 3), quota=st.none() | st.integers(1, 900_000))
@@ -163,20 +138,6 @@ def test_readings_come_from_the_kernels_counters(tmp_path: Path) -> None:
     assert [silent[k] for k in ("temperature_c", "clock_mhz", "busy_cpu_s")] == [None, None, None]
 
 
-def test_this_machine_is_described_in_json_without_importing_torch() -> None:
-    program = (
-        "import sys, json; from edgedisp.bench import doctor, system; json.dumps(doctor.doctor());"
-        "print(json.dumps(system.describe()));"
-        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'onnxruntime', 'onnx', 'numpy')))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert 1 <= found["physical_cores"] <= found["logical_cpus"]
-    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert found["packages"]["numpy"] == system.installed_version("numpy")
-
-
 def installed(folder: Path, *lines: str) -> None:
     """A distribution `madeup` that asks for `lines`."""
     text = "\n".join(["Metadata-Version: 2.1", "Name: madeup", "Version: 1.0", *lines])
@@ -199,10 +160,10 @@ def test_the_doctor_holds_versions_against_the_distributions_own_bounds(
         "Requires-Dist: another-missing-one>=1; extra == 'more'",
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    rows = {row["check"]: row for row in doctor(distribution="madeup")}
+    rows = {row["check"]: row for row in doctor({}, "madeup")}
     assert rows["python"]["status"] == "missing"
     assert rows["numpy"]["status"] == "warn"
-    assert "<1" in rows["numpy"]["found"]
+    assert "<1" in rows["numpy"]["value"]
     assert rows["pytest"] == {**rows["pytest"], "status": "ok", "advice": ""}
     assert rows["no-such-package-of-ours"]["status"] == "missing"
     assert 'pip install "no-such-package-of-ours<3,>=2"' in rows["no-such-package-of-ours"]["advice"]
@@ -213,14 +174,14 @@ def test_the_doctor_holds_versions_against_the_distributions_own_bounds(
 
 
 def test_the_doctor_says_when_the_package_is_not_installed() -> None:
-    rows = {row["check"]: row for row in doctor(distribution="no-such-distribution")}
+    rows = {row["check"]: row for row in doctor({}, "no-such-distribution")}
     assert rows["no-such-distribution"]["status"] == "missing"
     assert "pip install" in rows["no-such-distribution"]["advice"]
 
 
 def test_every_row_that_is_not_ok_gives_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = {**system.describe(), "features": [], "cpu_quota": 0.5, "memory_available_bytes": 1 << 30}
-    monkeypatch.setattr(doctor_module, "describe", lambda: slow)
+    monkeypatch.setattr(system, "describe", lambda: slow)
     rows = doctor({"working folder": tmp_path, "cache": tmp_path / "not" / "yet"})
     assert [row for row in rows if (row["status"] == "ok") == bool(row["advice"])] == []
     status = {row["check"]: row["status"] for row in rows}

@@ -1,9 +1,9 @@
-"""What a graph says about its speed: bytes read per token, bits per weight, and a hash without the weights.
+"""A bundle's graph: its files, bytes read per token, bits per weight, and a hash without the weights.
 
-Decoding one token reads every weight matrix once, so on most devices it is bound by memory: tokens/s times
-bytes per token is the bandwidth that was really used. Only model.onnx is read, never the weights. Counted in
-full are the initializers of all operators except tables of which a token needs one row: the embedding (unless
-the output head multiplies with the same tensor) and the rotary tables.
+Decoding one token reads every weight matrix once, so on most devices memory limits it: tokens/s times bytes
+per token is the bandwidth that was used. Only model.onnx is read, never the weights. Counted in full are the
+initializers of all operators except tables of which a token needs one row: the embedding (unless the output
+head multiplies with the same tensor) and the rotary tables.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgedisp.bench.page_server import Resource, file_resource
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import read_json
+from edgedisp.core.files import MANIFEST, read_json
 
 # Operators that hand a tensor on with another shape or type; the weight behind them is what counts.
 PASS_THROUGH = {"Transpose", "Reshape", "Cast", "Identity", "Squeeze", "Unsqueeze", "DequantizeLinear"}
@@ -26,6 +28,13 @@ READS_ROWS = {
     "GroupQueryAttention": (7, 8),
     "RotaryEmbedding": (2, 3),
 }
+MIB = 1 << 20
+PAGE_BYTES = 150 * MIB  # a page without weights
+CONTEXT_CAP = 4096  # of a conversation on the page; the cache of SmolLM2-135M is then 190 MB
+SETTINGS_FILES = (
+    *("config.json", "generation_config.json", "genai_config.json", "tokenizer.json"),
+    *("tokenizer_config.json", "chat_template.jinja"),
+)
 
 
 def find_graph(bundle: Path) -> Path:
@@ -79,11 +88,11 @@ def needed_files(bundle: Path) -> dict[str, Path]:
     return {Path(name).as_posix(): bundle / name for name in names}
 
 
-def weight_traffic(model: Any) -> dict[str, int]:
-    """Of an onnx ModelProto: `weight_bytes_per_token` and `weight_bits`, the bits of most weights.
+def weight_traffic(model: Any) -> tuple[int, int]:
+    """(bytes of weights read per token, bits of most weights) of an onnx ModelProto.
 
-    `weight_bits` is 4 or 8 where MatMulNBits holds most of the weights, else the bits of the type that does.
-    A tensor that is cast counts as what it is cast to: the runtime does so once, at load.
+    The bits are 4 or 8 where MatMulNBits holds most of the weights, else those of the type that does. A
+    tensor that is cast counts as what it is cast to: the runtime does so once, at load.
     """
     initializers = {i.name: i for i in model.graph.initializer}
     origin = {name: name for name in initializers}  # tensor -> the initializer that it is, or comes from
@@ -99,17 +108,11 @@ def weight_traffic(model: Any) -> dict[str, int]:
         for index, name in enumerate(node.input):
             if name in origin and not (passes and index == 0):
                 (rows if index in READS_ROWS.get(node.op_type, ()) else full).add(origin[name])
-    per_token = 0
-    for name, tensor in initializers.items():
-        size = tensor_bytes(tensor, cast.get(name))
-        if name in full:
-            per_token += size
-        elif name in rows and tensor.dims:
-            per_token += size // max(tensor.dims)  # the longest side is the vocabulary or the positions
-    return {
-        "weight_bytes_per_token": per_token,
-        "weight_bits": _weight_bits(model.graph, initializers, origin, full),
-    }
+    per_token = sum(tensor_bytes(initializers[name], cast.get(name)) for name in full)
+    for tensor in (initializers[name] for name in rows - full if initializers[name].dims):
+        # The longest side is the vocabulary or the positions.
+        per_token += tensor_bytes(tensor, cast.get(tensor.name)) // max(tensor.dims)
+    return per_token, _weight_bits(model.graph, initializers, origin, full)
 
 
 def tensor_bytes(tensor: Any, kind: int | None = None) -> int:
@@ -133,8 +136,7 @@ def _weight_bits(graph: Any, initializers: dict[str, Any], origin: dict[str, str
             counts[size.get("bits", 4)] += size["K"] * size["N"]
             packed.update(origin.get(name, name) for name in node.input[1:])
     for tensor in (initializers[name] for name in full - packed):
-        if len(tensor.dims) == 2:
-            count = max(1, math.prod(tensor.dims))
+        if len(tensor.dims) == 2 and (count := math.prod(tensor.dims)):
             counts[round(8 * tensor_bytes(tensor) / count)] += count
     return max(counts, key=lambda bits: counts[bits]) if counts else 32
 
@@ -152,3 +154,73 @@ def graph_hash(path: Path) -> str:
     weights = [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in graph.initializer]
     digest.update(repr(weights).encode())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class PageBundle:
+    """One bundle as the page sees it; nothing but `files` can be fetched.
+
+    graph: such as `onnx/model_q4.onnx`. external: weight files, as the graph names them. unfolded: its
+    weights become fp32 when the graph is opened. packed: products unpack their weights at every token in
+    WebAssembly.
+    """
+
+    label: str
+    folder: Path
+    graph: str
+    external: tuple[str, ...]
+    files: dict[str, Resource]
+    weights_bytes: int
+    expected_memory_bytes: int
+    unfolded: bool
+    packed: bool
+    vocab_size: int
+    context: int
+
+    @property
+    def download_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files.values())
+
+
+def read_bundle(label: str, folder: Path) -> PageBundle:
+    """The bundle's files for the page. Raises BadInput for a folder that the page cannot use."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; give a bundle such as <run>/<arm>/int4")
+    config, genai = (read_json(folder / name) for name in ("config.json", "genai_config.json"))
+    genai = genai.get("model", {})
+    preferred = folder / "onnx" / f"model_{config.get('transformers.js_config', {}).get('dtype')}.onnx"
+    for_browsers = [preferred] if preferred.is_file() else sorted((folder / "onnx").glob("model*.onnx"))
+    graph = for_browsers[0] if for_browsers else find_graph(folder)
+    model = read_graph(graph)
+    external = tuple(sorted(external_files(model)))
+    weights = [graph, *(graph.parent / name for name in external)]
+    settings = [folder / name for name in SETTINGS_FILES if (folder / name).is_file()]
+    paths = {path.relative_to(folder).as_posix(): path for path in [*weights, *settings]}
+    files = {name: file_resource(path, folder) for name, path in paths.items()}
+    weights_bytes = sum(files[name].size_bytes for name, path in paths.items() if path in weights)
+    layouts = read_json(folder / MANIFEST).get("layouts", {})
+    unfolded = int(layouts.get("transformers.js", {}).get("unfolded_bytes", 0))
+    logits = [o.type.tensor_type.shape.dim[-1].dim_value for o in model.graph.output if o.name == "logits"]
+    sizes = _positive(*logits, genai.get("vocab_size"), config.get("vocab_size"))
+    if not sizes:
+        raise BadInput(f"{folder}: neither the graph nor its configuration has the size of the vocabulary")
+    contexts = _positive(genai.get("context_length"), config.get("max_position_embeddings"))
+    return PageBundle(
+        label=label,
+        folder=folder,
+        graph=graph.relative_to(folder).as_posix(),
+        external=external,
+        files=files,
+        weights_bytes=weights_bytes,
+        # Measured with SmolLM2-135M in Chromium 156 (resident size of the renderer): int4 as MatMulNBits
+        # (86 MB) 616 MB, fp32 (540 MB) 1,608 MB.
+        expected_memory_bytes=max(350 * MIB + int(2.3 * weights_bytes), PAGE_BYTES + unfolded),
+        unfolded=unfolded > 0 and graph.name != "model.onnx",
+        packed=any(node.op_type == "MatMulNBits" for node in model.graph.node),
+        vocab_size=sizes[0],
+        context=min([CONTEXT_CAP, *contexts]),
+    )
+
+
+def _positive(*values: Any) -> list[int]:
+    return [value for value in values if isinstance(value, int) and value > 0]

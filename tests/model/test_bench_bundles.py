@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from shared_store import SharedStore
 from tiny_bundle import tiny_bundles
 
-from edgedisp.bench.graph_stats import (
+from edgedisp.bench.bundles import (
     find_graph,
     graph_hash,
     needed_files,
@@ -47,15 +47,14 @@ def test_fp32_reads_every_weight_once_and_one_row_of_the_tables(bundles: dict[st
     found = weight_traffic(read_graph(find_graph(bundles["fp32"])))
     head = vocabulary(bundles["fp32"]) * HIDDEN  # tied: the embedding's rows are inside the head
     expected = 4 * (PRODUCTS + NORMS + head) + ROTARY_ROW + small_constants(bundles["fp32"])
-    assert found == {"weight_bytes_per_token": expected, "weight_bits": 32}
+    assert found == (expected, 32)
 
 
 def test_int4_reads_half_a_byte_per_weight_and_a_scale_per_group_of_32(bundles: dict[str, Path]) -> None:
     found = weight_traffic(read_graph(find_graph(bundles["int4"])))
     weights = PRODUCTS + vocabulary(bundles["int4"]) * HIDDEN
     expected = weights // 2 + 4 * weights // 32 + 4 * NORMS + ROTARY_ROW
-    assert found["weight_bits"] == 4
-    assert found["weight_bytes_per_token"] == expected + small_constants(bundles["int4"])
+    assert found == (expected + small_constants(bundles["int4"]), 4)
 
 
 def graph_of(*nodes: onnx.NodeProto, **weights: np.ndarray) -> onnx.ModelProto:
@@ -72,7 +71,7 @@ def test_an_embedding_apart_from_the_head_costs_one_row() -> None:
         embedding=np.zeros((100, 16), np.float32),
         head=np.zeros((16, 100), np.float32),
     )
-    assert weight_traffic(model)["weight_bytes_per_token"] == 16 * 4 + 16 * 100 * 4
+    assert weight_traffic(model)[0] == 16 * 4 + 16 * 100 * 4
 
 
 def test_a_tied_embedding_is_found_behind_a_transpose() -> None:
@@ -82,7 +81,7 @@ def test_a_tied_embedding_is_found_behind_a_transpose() -> None:
         helper.make_node("MatMul", ["x", "head"], ["out"]),
         head=np.zeros((16, 100), np.float16),
     )
-    assert weight_traffic(model) == {"weight_bytes_per_token": 16 * 100 * 2, "weight_bits": 16}
+    assert weight_traffic(model) == (16 * 100 * 2, 16)
 
 
 def test_a_cast_counts_as_what_it_is_cast_to_whatever_its_other_attributes() -> None:
@@ -91,7 +90,7 @@ def test_a_cast_counts_as_what_it_is_cast_to_whatever_its_other_attributes() -> 
         helper.make_node("MatMul", ["x", "wide"], ["out"]),
         scales=np.zeros((16, 100), np.float16),
     )
-    assert weight_traffic(model)["weight_bytes_per_token"] == 16 * 100 * 4
+    assert weight_traffic(model)[0] == 16 * 100 * 4
 
 
 def test_arms_with_other_weights_have_the_same_graph_and_one_attribute_makes_another(
