@@ -25,7 +25,7 @@ from edgedisp.dispersion.condensation import Profile, measure_model, summary
 from edgedisp.graph.genai_config import context_length
 from edgedisp.pipeline.measure import measure_bundle
 from edgedisp.report.layout import grid_text
-from edgedisp.report.result_sections import layer_grid, model_grid
+from edgedisp.report.result_sections import profile_grids
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 TOKENS_PER_DOCUMENT = 50  # or more, of synthetic text
@@ -108,8 +108,4 @@ def _blocks(tokenizer: Any, options: CondensationOptions) -> Tensor:
 
 def text(profiles: dict[str, Condensation], width: int) -> str:
     """The tables for a terminal: all layers of each model, then what differs."""
-    first, last = next(iter(profiles)), next(reversed(profiles))
-    grids = [model_grid(profiles), *(layer_grid(name, profile) for name, profile in profiles.items())]
-    if (change := profiles[last].change) is not None:
-        grids.append(layer_grid(f"{last} - {first}, paired over sequences", change, signs=True))
-    return "\n\n".join(grid_text(grid, width) for grid in grids if grid.rows)
+    return "\n\n".join(grid_text(grid, width) for grid in profile_grids(profiles) if grid.rows)

@@ -8,8 +8,8 @@ formatting.py the one way an estimate is written. Only render.py, figure.py and 
 from edgedisp.report.cards import bundle_card, model_card
 from edgedisp.report.devices import devices_text
 from edgedisp.report.results_table import arms_text, compare, table, table_markdown, table_text
+from edgedisp.report.run_sections import search_text
 from edgedisp.report.verdict import Verdict, verdict
-from edgedisp.report.weight_sections import search_text
 
 __all__ = [
     "Verdict",

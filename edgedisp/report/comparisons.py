@@ -25,7 +25,7 @@ BETTER, WORSE, NOT_CLEAR = "better", "worse", "not clear"
 
 @dataclass(frozen=True)
 class Comparison:
-    """One difference arm - baseline.
+    """A difference arm - baseline.
 
     unit: `nats` (a loss per token), `share` (of right answers) or empty (the task's own). floor: how far two
     scorings of one model differ. p_holm: corrected over all but the headline, whose own p stands alone.
@@ -70,9 +70,8 @@ class Comparison:
 
     @property
     def counts(self) -> bool:
-        """Whether it is called a difference: clear, and not the headline only after Holm's correction."""
-        corrected = self.is_headline or (self.p_holm is not None and self.p_holm <= LEVEL)
-        return self.is_clear and corrected
+        """Whether it is called a difference: clear, and unless it is the headline after Holm's correction."""
+        return self.is_clear and (self.is_headline or (self.p_holm is not None and self.p_holm <= LEVEL))
 
     @property
     def direction(self) -> str:
@@ -80,12 +79,12 @@ class Comparison:
 
     @property
     def outcome(self) -> str:
-        """`better`, `worse` or `not clear`: what every table and plot says of it."""
+        """`better`, `worse` or `not clear`, as every table and plot shows it."""
         return self.direction if self.counts else NOT_CLEAR
 
     @property
     def detectable(self) -> float:
-        """The smallest difference that a comparison like this one finds 4 times out of 5."""
+        """The smallest difference that a comparison like this one detects with 80 % power."""
         return max(detectable(self.half_width), self.floor)
 
     @property
@@ -119,17 +118,18 @@ def comparisons(run: Run) -> list[Comparison]:
         for precision in sorted(run.comparisons.get(arm, {}), key=bits)
         for row in _of_precision(run, arm, precision)
     ]
-    headline = _headline(run, rows)
-    supporting = holm([row for row in rows if row is not headline])
-    first = [] if headline is None else [replace(headline, is_headline=True)]
-    order = {(row.arm, row.precision, row.task): place for place, row in enumerate(rows)}
-    return sorted([*first, *supporting], key=lambda row: order.get((row.arm, row.precision, row.task), -1))
+    first = _headline(run, rows)
+    corrected = iter(holm([row for row in rows if row is not first]))
+    ordered = [replace(row, is_headline=True) if row is first else next(corrected) for row in rows]
+    if first is not None and first.task == MEAN:  # a headline that is none of the rows
+        ordered.insert(0, replace(first, is_headline=True))
+    return ordered
 
 
 def _of_precision(run: Run, arm: str, precision: str) -> list[Comparison]:
     tasks = run.comparisons[arm][precision]
-    found = [one[precision].noise for one in run.measurements.values() if precision in one]
-    noise = next((one for one in found if one is not None), None)
+    noises = (models[precision].noise for models in run.measurements.values() if precision in models)
+    noise = next((noise for noise in noises if noise is not None), None)
     rows = []
     for task in sorted(tasks, key=lambda name: not is_loss(tasks[name].main.metric)):
         row = comparison_of(arm, precision, task, tasks[task].main)
@@ -139,7 +139,7 @@ def _of_precision(run: Run, arm: str, precision: str) -> list[Comparison]:
 
 
 def comparison_of(arm: str, precision: str, task: str, difference: Difference) -> Comparison:
-    """One difference by the rule; a perplexity by its loss per token."""
+    """A difference as the rule sees it: a perplexity by its loss per token."""
     nats = difference.nats
     if nats is not None and difference.per == "tokens" and is_loss(difference.metric):
         whole = difference.estimate
@@ -152,7 +152,7 @@ def comparison_of(arm: str, precision: str, task: str, difference: Difference) -
 
 
 def _headline(run: Run, rows: Sequence[Comparison]) -> Comparison | None:
-    """The one test chosen beforehand: the main arm's loss at the fewest bits, else its mean over tasks."""
+    """The test fixed beforehand: the main arm's loss at the fewest bits, else its mean over tasks."""
     arm = run.main_arm
     losses = [row for row in rows if row.arm == arm and row.unit == "nats"]
     losses = losses or [row for row in rows if row.arm == arm and is_loss(row.task)]

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from edgedisp.core.results import BASELINE, DISPERSED, Estimate
+from edgedisp.core.results import BASELINE, DISPERSED, Condensation, Estimate
 from edgedisp.report.layout import TEXTS
 
 # Grey-blue and orange stay apart for every common kind of colour blindness; lightness differs as well.
@@ -37,6 +38,8 @@ STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
     "text.parse_math": False,  # a "$" in a name is only a character
     "font.size": 10.5,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
@@ -54,9 +57,6 @@ STYLE: dict[Any, Any] = {
     "xtick.labelcolor": MUTED,
     "ytick.labelcolor": MUTED,
     "text.color": INK,
-    "legend.frameon": False,
-    "figure.facecolor": "white",
-    "axes.facecolor": "white",
 }
 
 
@@ -73,8 +73,8 @@ class Plot:
     """Panels that belong together; `arms` are those shown in the legend. Its title is in texts.toml."""
 
     name: str
-    panels: tuple[Panel, ...]
-    arms: tuple[str, ...] = ()
+    panels: list[Panel]
+    arms: Sequence[str] = ()
 
     @property
     def title(self) -> str:
@@ -83,6 +83,19 @@ class Plot:
     @property
     def caption(self) -> str:
         return str(TEXTS["plots"][self.name][1])
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line. width None: shaded intervals, and thick for the first of a panel, to show under others."""
+
+    x: Sequence[float]
+    y: Sequence[Estimate]
+    color: str
+    dash: str = "-"
+    width: float | None = None
+    alpha: float = 1.0
+    label: str | None = None
 
 
 def arm_color(arm: str, arms: Sequence[str]) -> str:
@@ -96,40 +109,100 @@ def arm_marker(arm: str, arms: Sequence[str]) -> str:
     return MARKERS[list(arms).index(arm) % len(MARKERS)]
 
 
-def log_ticks(ax: Axes) -> None:
-    """Plain numbers at powers of ten, or more where those are few."""
+def line_panel(title: str, curves: Sequence[Curve], xlabel: str, scale: str = "linear") -> Panel:
+    """Curves over integers. scale: `linear`, `log`, `change` (line at 0) or `share` (from 0 %)."""
+
+    def draw(ax: Axes) -> None:
+        if scale == "change":
+            ax.axhline(0.0, color=RULE, linewidth=1.2)
+        widths = iter([3.4 if len(curves) > 1 else 1.7])
+        for curve in curves:
+            width = curve.width or next(widths, 1.7)
+            if curve.width is None and all(estimate.has_interval for estimate in curve.y):
+                low, high = zip(*(limits(estimate) for estimate in curve.y))
+                ax.fill_between(curve.x, low, high, color=curve.color, alpha=0.16, linewidth=0)
+            style: dict[str, Any] = {"color": curve.color, "alpha": curve.alpha, "label": curve.label}
+            marker = "o" if len(curve.x) < 3 else None
+            ax.plot(curve.x, numbers(curve.y), curve.dash, linewidth=width, marker=marker, **style)
+        ax.set_xlabel(xlabel)
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        if scale == "log":
+            log_axis(ax)
+        elif scale == "share":
+            ax.set_ylim(bottom=0.0)
+            ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+        if any(curve.label for curve in curves):
+            ax.legend(loc="best")
+
+    return Panel(title, draw)
+
+
+def histogram(profile: Condensation) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Shares of token pairs, float64 [bins, layers], cosine -1 to 1 upwards; 0 where there are no pairs."""
+    bins = max(len(row.histogram) for row in profile.layers)
+    counts = np.array([row.histogram or (0,) * bins for row in profile.layers], dtype=np.float64)
+    total = counts.sum(axis=1, keepdims=True)
+    return np.divide(counts, total, out=np.zeros_like(counts), where=total > 0).T
+
+
+def lowest_cosine(shares: Any) -> float:
+    """Where the picture begins: the lower edge of the first bin with 0.1 % of a layer's pairs, at most 0."""
+    full = np.flatnonzero((shares > 1e-3).any(axis=1))
+    return min(0.0, float(-1 + 2 * full[0] / shares.shape[0])) if full.size else -1.0
+
+
+def heat_panel(
+    title: str, strength: Any, colors: Any, floor: float, means: Sequence[float] | None = None
+) -> Panel:
+    """strength: opacity in [0, 1], [bins, layers]; colors: RGB, broadcast to [bins, layers, 3]."""
+    image = np.empty((*strength.shape, 4))
+    image[..., :3], image[..., 3] = colors, np.clip(strength, 0.0, 1.0)
+
+    def draw(ax: Axes) -> None:
+        extent = (-0.5, image.shape[1] - 0.5, -1.0, 1.0)
+        ax.imshow(image, extent=extent, origin="lower", aspect="auto", interpolation="none", zorder=0.5)
+        ax.grid(False)
+        ax.set_xlabel("layer")
+        ax.set_ylabel("cosine similarity")
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        ax.set_ylim(floor, 1.0)
+        if means is not None:
+            ax.plot(means, color=INK, linewidth=1.4)
+
+    return Panel(title, draw)
+
+
+def draw_point(ax: Axes, x: float, estimate: Estimate, scale: float, style: dict[str, Any]) -> None:
+    """A point with its interval; of several seeds also the interval over items and the single seeds."""
+    seeds, color = estimate.seeds, style["color"]
+    ax.plot([x, x], limits(estimate, scale), color=color, linewidth=0.9 if seeds else 1.8)
+    if seeds is not None:
+        over_items = Estimate(estimate.value, seeds.item_low, seeds.item_high)
+        ax.plot([x, x], limits(over_items, scale), color=color, linewidth=3)
+        dots = [value * scale for value in seeds.values]
+        ax.plot([x + 0.06] * len(dots), dots, color=color, marker=".", markersize=4, linestyle="none")
+    ax.plot([x], [scale * value for value in numbers([estimate])], markersize=6, **style)
+
+
+def log_axis(ax: Axes) -> None:
+    """Logarithmic y: plain numbers at powers of ten, or more where those are few."""
+    ax.set_yscale("log")
     low, high = ax.get_ylim()
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-Curves = Mapping[str, tuple[Sequence[float], Sequence[Estimate]]]
-"""Model -> x and y with intervals."""
+def numbers(estimates: Sequence[Estimate | None]) -> list[float]:
+    """The values; NaN, which is not drawn, where there is none."""
+    values = [estimate.value if estimate else None for estimate in estimates]
+    return [float("nan") if value is None else value for value in values]
 
 
-def draw_lines(curves: Curves, arms: Sequence[str], xlabel: str, ax: Axes, *, log: bool = False) -> None:
-    """One line a model over the shaded intervals of all; the first is thick and shows under others."""
-    if log:
-        ax.set_yscale("log")
-    for place, (arm, (x, estimates)) in enumerate(curves.items()):
-        color = arm_color(arm, arms)
-        if all(one.has_interval for one in estimates):
-            low, high = ([getattr(one, limit) for one in estimates] for limit in ("low", "high"))
-            ax.fill_between(x, low, high, color=color, alpha=0.16, linewidth=0)
-        width = 3.4 if place == 0 and len(curves) > 1 else 1.7
-        marker = "o" if len(x) < 3 else None
-        ax.plot(x, [number(one) for one in estimates], color=color, linewidth=width, marker=marker)
-    ax.set_xlabel(xlabel)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-    if log:
-        log_ticks(ax)
-    else:
-        ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
-
-
-def number(estimate: Estimate | None) -> float:
-    return float("nan") if estimate is None or estimate.value is None else estimate.value
+def limits(estimate: Estimate, scale: float = 1.0) -> list[float]:
+    """Both limits of the interval; NaN, which is not drawn, where there is none."""
+    return [float("nan") if limit is None else scale * limit for limit in (estimate.low, estimate.high)]
 
 
 def data_urls(plot: Plot) -> list[tuple[str, str]]:
@@ -147,13 +220,11 @@ def data_urls(plot: Plot) -> list[tuple[str, str]]:
 
 def save(plot: Plot, folder: Path) -> Path:
     """Write `<name>.png` into an existing folder: all panels side by side with a legend."""
-    path, out = folder / f"{plot.name}.png", io.BytesIO()
-    with matplotlib.rc_context(STYLE):
+    path = folder / f"{plot.name}.png"
+    with matplotlib.rc_context(STYLE), path.open("wb") as out:
         figure = _figure(plot.panels, plot.arms)
-        canvas = FigureCanvasAgg(figure)
         figure.set_dpi(PNG_DPI)
-        canvas.print_png(out, metadata={"Software": None})
-    path.write_bytes(out.getvalue())
+        FigureCanvasAgg(figure).print_png(out, metadata={"Software": None})
     return path
 
 
@@ -172,5 +243,6 @@ def _figure(panels: Sequence[Panel], arms: Sequence[str]) -> Figure:
         ax.set_axis_off()
     if arms:
         marks = [Line2D([], [], color=arm_color(arm, arms), linewidth=4) for arm in arms]
-        figure.legend(marks, list(arms), loc="outside upper right", ncols=min(len(arms), names_a_line))
+        columns_of_names = min(len(arms), names_a_line)
+        figure.legend(marks, list(arms), loc="outside upper right", ncols=columns_of_names, fontsize="medium")
     return figure

@@ -1,6 +1,6 @@
 """How figures are written: digits, units, intervals.
 
-Rules: a missing figure is an en dash, never 0. An interval decides the digits of its estimate: two in the
+A missing figure is an en dash, never 0. An interval decides the digits of its estimate: two in the
 half-width. Sizes are decimal megabytes. Minus is the ASCII hyphen, so tables can be parsed; the HTML page
 swaps in the typographic one.
 """
@@ -67,7 +67,7 @@ def estimate_texts(estimate: Estimate, scale: float = 1.0, signs: bool = False) 
         return f"+{text}" if signs and value > 0 else text, "", ""
     half = scale * estimate.half_width
     decimals = decimals_for(half, 2 if abs(scale * value) >= 1 else 4)
-    low, high = (write(scale * end, decimals) for end in (estimate.low, estimate.high))
+    low, high = (write(scale * limit, decimals) for limit in (estimate.low, estimate.high))
     return write(scale * value, decimals), f"{low}, {high}", fixed(half, decimals)
 
 
@@ -83,6 +83,13 @@ def format_estimate(
     return f"{value} [{interval}]" if style == "full" else f"{value} ±{half}"
 
 
+def tiny_estimate(estimate: Estimate | None) -> str:
+    """An estimate of a size like 1e-8, which takes significant digits in place of decimals."""
+    if estimate is None or not estimate.has_interval:
+        return MISSING if estimate is None else small(estimate.value)
+    return f"{small(estimate.value)} [{small(estimate.low)}, {small(estimate.high)}]"
+
+
 def p_value(value: float | None) -> str:
     """Three decimals, `<0.001` below."""
     return MISSING if value is None else "<0.001" if value < 0.0005 else f"{value:.3f}"
@@ -91,6 +98,17 @@ def p_value(value: float | None) -> str:
 def count(value: float | None) -> str:
     """A count with thousands separated."""
     return MISSING if value is None else f"{round(value):,}"
+
+
+def about(number: float) -> str:
+    """A count rounded up, with two significant digits."""
+    whole = math.ceil(number)
+    return f"{round(whole, min(0, 2 - len(str(whole)))):,}"
+
+
+def relative(nats: float) -> float:
+    """The change of a perplexity in percent, of a change in loss."""
+    return 100 * math.expm1(nats)
 
 
 def megabytes(size_bytes: float | None) -> str:
@@ -119,7 +137,6 @@ def duration(seconds: float | None) -> str:
 
 
 def short_hash(value: object) -> str:
-    """The first 12 characters of a hash."""
     return str(value)[:12] if value else "not recorded"
 
 
@@ -128,13 +145,29 @@ def plural(number: int, word: str) -> str:
     return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
 
 
+def yes_no(value: bool | None) -> str:
+    """`NO` stands out in a table of checks; None was not recorded."""
+    return MISSING if value is None else "yes" if value else "NO"
+
+
+def named_values(values: Mapping[str, float | None]) -> str:
+    """`mean_kl 0.001, top1 0.9`; values that are None are left out."""
+    return ", ".join(f"{key} {small(value)}" for key, value in values.items() if value is not None) or MISSING
+
+
+def most_frequent(counts: Mapping[str, int]) -> str:
+    """The four most frequent keys: `MatMulNBits 210, Add 61`."""
+    most = sorted(counts.items(), key=lambda item: -item[1])[:4]
+    return ", ".join(f"{key} {count(number)}" for key, number in most) or MISSING
+
+
 def setting(value: Any) -> str:
     """A value of a recipe or a machine."""
     if value is None or value in ([], ()):
         return MISSING
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
-    return "yes" if value is True else "no" if value is False else str(value)
+    return yes_no(value).lower() if isinstance(value, bool) else str(value)
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -153,7 +186,7 @@ def bits(precision: str) -> float:
 
 
 def label(precision: str) -> str:
-    """How tables call a precision: `torch fp32`, `onnx fp32`, `int8`, `int4`."""
+    """The name of a precision in tables: `torch fp32`, `onnx fp32`, `int8`, `int4`."""
     return PRECISION_NAMES.get(precision, precision)
 
 

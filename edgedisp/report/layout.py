@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from edgedisp.core.results import detectable
+from edgedisp.report import formatting
 from edgedisp.report.formatting import MISSING
 
-TEXTS: dict[str, Any] = tomllib.loads(
-    files("edgedisp.report").joinpath("templates/texts.toml").read_text(encoding="utf-8")
-)
+FOLDER = files("edgedisp.report").joinpath("templates")
+TEXTS: dict[str, Any] = tomllib.loads(FOLDER.joinpath("texts.toml").read_text(encoding="utf-8"))
+TABLES: dict[str, Any] = tomllib.loads(FOLDER.joinpath("tables.toml").read_text(encoding="utf-8"))
 TERMS: dict[str, str] = TEXTS["terms"]
 HARMLESS = re.compile(r"[0-9A-Za-z\s.,:+\-–±%\[\]*/]*")  # figures and plain words need no escaping
 FIGURE = re.compile(rf"[-+<]?\d|{MISSING}$")
-T = TypeVar("T")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,8 @@ class Grid:
     @property
     def text_columns(self) -> list[int]:
         """The left-aligned columns: the first, and each that holds words."""
-        has_words = [any(not FIGURE.match(row[at]) for row in self.rows) for at in range(len(self.head))]
-        return [at for at, words in enumerate(has_words) if words or at == 0]
+        columns = range(len(self.head))
+        return [at for at in columns if at == 0 or not all(FIGURE.match(row[at]) for row in self.rows)]
 
     def without_empty_columns(self) -> Grid:
         columns = [at for at in range(len(self.head)) if any(row[at] != MISSING for row in self.rows)]
@@ -43,16 +49,30 @@ class Grid:
         return replace(self, head=head, rows=tuple(rows))
 
 
-def grid(
-    name: str,
-    rows: Iterable[tuple[str, T]],
-    columns: Mapping[str, Callable[[T], str]],
-    caption: str = "",
-    **layout: Any,
-) -> Grid:
-    """A table of objects (name, object); columns: heading -> the text of an object in that column."""
-    texts = tuple((key, *(text(one) for text in columns.values())) for key, one in rows)
-    return Grid((name, *columns), texts, caption, **layout)
+def grid(key: str, rows: Iterable[tuple[str, Any]], caption: str = "", **layout: Any) -> Grid:
+    """A table of templates/tables.toml over (name, object); layout: bars, folded.
+
+    A table without columns of its own takes rows (name, {heading: text}).
+    """
+    table, rows = TABLES[key], list(rows)
+    columns = table.get("columns")
+    if columns is None:
+        head = tuple(dict.fromkeys(heading for _, texts in rows for heading in texts))
+        body = [(name, *(texts.get(heading, MISSING) for heading in head)) for name, texts in rows]
+    else:
+        head = tuple(columns)
+        body = [(name, *(_text(column, row) for column in columns.values())) for name, row in rows]
+    layout = {"folded": table.get("folded", False), **layout}
+    return Grid((table["name"], *head), tuple(body), caption or table.get("caption", ""), **layout)
+
+
+def _text(expression: str, row: Any) -> str:
+    return str(_compiled(expression)(row=row))
+
+
+@cache
+def _compiled(expression: str) -> Callable[..., Any]:
+    return _environment(False).compile_expression(expression)
 
 
 @dataclass(frozen=True)
@@ -78,12 +98,36 @@ class Section:
 
 
 def section(key: str, grids: Iterable[Grid] = (), lead: str = "", **parts: Iterable[Any]) -> Section:
-    """A section without empty grids and columns, with its title and lead. parts: facts, plots, notes."""
+    """A section without empty grids and columns, titled by texts.toml. parts: facts, plots, notes, code."""
     title, usual_lead = TEXTS["sections"][key]
-    filled = tuple(one.without_empty_columns() for one in grids if one.rows)
-    return Section(
-        key, title, filled, lead or usual_lead, **{name: tuple(part) for name, part in parts.items()}
+    filled = tuple(table.without_empty_columns() for table in grids if table.rows)
+    tuples = {name: tuple(part) for name, part in parts.items()}
+    return Section(key, title, filled, lead or usual_lead, **tuples)
+
+
+def template(name: str) -> Template:
+    """A file of templates/: what goes into HTML is escaped, into Markdown by the filter `md`."""
+    return _environment(".html." in name).get_template(name)
+
+
+@cache
+def _environment(autoescape: bool) -> Environment:
+    """Filters are the formatters of formatting.py and those of this module."""
+    environment = Environment(
+        loader=PackageLoader("edgedisp.report"),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    formatters = {name: value for name, value in vars(formatting).items() if callable(value)}
+    environment.filters |= formatters | {"md": escape_markdown, "yaml": json.dumps, "fenced": fenced}
+    environment.tests["hub_id"] = lambda text: HUB_ID.fullmatch(str(text)) is not None
+    environment.globals |= {"missing": MISSING, "texts": TEXTS, "detectable": detectable}
+    return environment
+
+
+# Markdown
 
 
 def grid_markdown(grid: Grid) -> str:
@@ -94,7 +138,7 @@ def grid_markdown(grid: Grid) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *rows])
 
 
-def escape_markdown(text: str) -> str:
+def escape_markdown(text: object) -> str:
     """Untrusted text inside Markdown: no HTML, new cell, new line, emphasis, link or code."""
     flat = " ".join(str(text).split())
     if HARMLESS.fullmatch(flat):
@@ -111,6 +155,9 @@ def fenced(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
+# Terminal
+
+
 def grid_text(grid: Grid, width: int, names: int = 1) -> str:
     """A table for a terminal; columns that do not fit go below, where the first `names` columns repeat."""
     from rich import box
@@ -119,12 +166,10 @@ def grid_text(grid: Grid, width: int, names: int = 1) -> str:
     from rich.text import Text
 
     grid = grid.without_empty_columns()
-    sizes = [
-        max(len(printable(row[at])) + 2 for row in (grid.head, *grid.rows)) for at in range(len(grid.head))
-    ]
+    sizes = column_widths(grid)
     bands: list[list[int]] = [[]]
     for at in range(names, len(grid.head)):
-        if bands[-1] and sum(sizes[:names]) + sum(sizes[one] for one in (*bands[-1], at)) > width:
+        if bands[-1] and sum(sizes[:names]) + sum(sizes[column] for column in (*bands[-1], at)) > width:
             bands.append([])
         bands[-1].append(at)
     console = Console(width=width, no_color=True, highlight=False, force_terminal=False)
@@ -140,6 +185,11 @@ def grid_text(grid: Grid, width: int, names: int = 1) -> str:
             console.print(table)
         lines += [line.rstrip() for line in captured.get().splitlines()]
     return "\n".join(lines)
+
+
+def column_widths(grid: Grid) -> list[int]:
+    """Characters that each column takes in a terminal, with the space between columns."""
+    return [max(map(len, map(printable, column))) + 2 for column in zip(grid.head, *grid.rows)]
 
 
 def printable(text: str) -> str:

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from edgedisp.core.results import BASELINE, DISPERSED, Estimate, TaskScore
+from edgedisp.core.results import BASELINE, DISPERSED, Estimate
 from edgedisp.core.run import Run, arms_in_order
 from edgedisp.report.comparisons import MEAN, NOT_CLEAR, comparisons, headline, is_loss, is_share
 from edgedisp.report.formatting import MISSING, bits, format_estimate, label, megabytes, plural
-from edgedisp.report.layout import Grid, escape_markdown, grid_markdown, grid_text, printable
+from edgedisp.report.layout import Grid, column_widths, escape_markdown, grid_markdown, grid_text, printable
 
 DIFFERENCE = "difference"
-UNLIKE = {
+COMPARABLE = {  # what must be the same in two runs whose figures are compared
     "base models": ("model", "weights_sha256"),
     "training texts (and so held-out texts)": ("corpus", "tokens_sha256"),
     "context lengths": ("corpus", "context"),
     "numbers of held-out documents": ("corpus", "heldout_documents"),
 }
-"""What must be the same in two runs whose figures are compared."""
-INTERVAL = "[low, high]: 95 % interval."
-PAIRED = "Difference: {arm} - baseline, paired; *: better or worse by the verdict's rule."
 
 
 @dataclass(frozen=True)
@@ -45,11 +42,6 @@ class Metric:
         """`heldout_cloze, % ↑`."""
         return f"{self.title}{', ' + self.unit if self.unit else ''} {'↑' if self.higher_is_better else '↓'}"
 
-    def text(self, value: Estimate | None, style: str = "full") -> str:
-        if self.key == "size_bytes":
-            return megabytes(None if value is None else value.value)
-        return format_estimate(value, self.scale, style=style)
-
 
 COSTS = (
     Metric("size_bytes", "size", "MB", 1e-6, False, "cost"),
@@ -64,10 +56,6 @@ class Cell:
 
     estimate: Estimate
     outcome: str = NOT_CLEAR
-
-    def text(self, metric: Metric, style: str = "full") -> str:
-        star = "" if self.outcome == NOT_CLEAR else "*"
-        return format_estimate(self.estimate, metric.scale, signs=True, style=style) + star
 
 
 @dataclass(frozen=True)
@@ -88,16 +76,24 @@ class Row:
         """The arm's difference; without `arm` the main arm's."""
         return self.differences.get(metric.key, {}).get(arm or self.main_arm or "")
 
-    def text(self, metric: Metric, column: str, style: str = "full") -> str:
-        if column != DIFFERENCE:
-            return metric.text(self.value(metric, column), style)
-        cell = self.difference(metric)
-        return MISSING if cell is None else cell.text(metric, style)
+    def texts(self, metric: Metric, columns: Sequence[str], style: str = "full") -> list[str]:
+        """What the columns of a metric show: figures of arms, or the main arm's difference."""
+        return [self._text(metric, column, style) for column in columns]
+
+    def _text(self, metric: Metric, column: str, style: str) -> str:
+        if column == DIFFERENCE:
+            cell = self.difference(metric) or Cell(Estimate(None))
+            star = "" if cell.outcome == NOT_CLEAR else "*"
+            return format_estimate(cell.estimate, metric.scale, signs=True, style=style) + star
+        value = self.value(metric, column)
+        if metric.key == "size_bytes":
+            return megabytes(None if value is None else value.value)
+        return format_estimate(value, metric.scale, style=style)
 
 
 @dataclass(frozen=True)
 class Table:
-    """The whole table. `runs` keeps the order asked for; `notes` are footnotes."""
+    """The whole table. `runs` keeps their order; `notes` are footnotes."""
 
     arms: tuple[str, ...]
     metrics: tuple[Metric, ...]
@@ -116,8 +112,12 @@ class Table:
     @property
     def legend(self) -> list[str]:
         """What brackets and stars mean, then the footnotes."""
-        is_paired = any(row.difference(metric) for row in self.rows for metric in self.metrics)
-        return [INTERVAL + f" {PAIRED.format(arm=self.compared)}" * is_paired, *self.notes]
+        text = "[low, high]: 95 % interval."
+        if any(row.difference(metric) for row in self.rows for metric in self.metrics):
+            text += (
+                f" Difference: {self.compared} - baseline, paired; *: better or worse by the verdict's rule."
+            )
+        return [text, *self.notes]
 
 
 def table(run: Run, all_arms: bool = False) -> Table:
@@ -128,51 +128,49 @@ def table(run: Run, all_arms: bool = False) -> Table:
 def compare(runs: Sequence[Run], all_arms: bool = False) -> Table:
     """The same table over several runs: rows grouped by run, columns the union, missing cells empty."""
     titles = numbered([run.title for run in runs])
-    shown = [run.arms if all_arms or run.main_arm is None else [BASELINE, run.main_arm] for run in runs]
-    arms = arms_in_order(list(dict.fromkeys(arm for names in shown for arm in names)))
+    pairs = [run.arms if all_arms or run.main_arm is None else [BASELINE, run.main_arm] for run in runs]
+    arms = arms_in_order(list(dict.fromkeys(arm for names in pairs for arm in names)))
     rows = [row for title, run in zip(titles, runs) for row in _rows(title, run)]
-    metrics = [one for one in (*_task_metrics(runs), *COSTS) if any(one.key in row.values for row in rows)]
-    notes = dict.fromkeys([*_unlike(runs), *(note for run in runs for note in footnotes(run))])
+    metrics = [
+        metric for metric in (*_task_metrics(runs), *COSTS) if any(metric.key in row.values for row in rows)
+    ]
+    notes = dict.fromkeys([*_incomparable(runs), *(note for run in runs for note in footnotes(run))])
     return Table(tuple(arms), tuple(metrics), tuple(rows), tuple(titles), tuple(notes))
 
 
 def numbered(names: Sequence[str]) -> list[str]:
     """The names, a repeated one numbered: `a`, `b`, `a (2)`."""
-    return [
-        name if name not in names[:place] else f"{name} ({names[:place].count(name) + 1})"
-        for place, name in enumerate(names)
-    ]
+    repeats = [names[:index].count(name) for index, name in enumerate(names)]
+    return [f"{name} ({times + 1})" if times else name for name, times in zip(names, repeats)]
 
 
 def _task_metrics(runs: Sequence[Run]) -> list[Metric]:
+    """Losses first. A share is shown as percent, a perplexity as it is."""
     metrics: dict[str, Metric] = {}
     for run in runs:
-        paired = {task for one in run.comparisons.values() for tasks in one.values() for task in tasks}
-        measured = [one for by_precision in run.measurements.values() for one in by_precision.values()]
-        for task, score in ((task, score) for one in measured for task, score in one.scores.items()):
+        paired = {task for arms in run.comparisons.values() for tasks in arms.values() for task in tasks}
+        measured = [model for arms in run.measurements.values() for model in arms.values()]
+        for task, score in ((task, score) for model in measured for task, score in model.scores.items()):
             is_paired = task in paired or (task in metrics and metrics[task].is_paired)
-            metrics[task] = _metric(task, score.main.metric, score.main.higher_is_better, is_paired)
+            metric = Metric(task, task, "", 1.0, score.main.higher_is_better, "task", is_paired)
+            if is_loss(score.main.metric):
+                title = "perplexity" if task in ("heldout_perplexity", "perplexity") else f"{task} perplexity"
+                metric = Metric(task, title, kind="loss", is_paired=is_paired)
+            elif is_share(score.main.metric):
+                metric = replace(metric, unit="%", scale=100.0)
+            metrics[task] = metric
     return sorted(metrics.values(), key=lambda metric: metric.kind != "loss")
 
 
-def _metric(task: str, metric: str, higher_is_better: bool, is_paired: bool) -> Metric:
-    """A share is shown as percent, a perplexity as it is."""
-    if is_loss(metric):
-        title = "perplexity" if task in ("heldout_perplexity", "perplexity") else f"{task} perplexity"
-        return Metric(task, title, "", 1.0, False, "loss", is_paired)
-    unit, scale = ("%", 100.0) if is_share(metric) else ("", 1.0)
-    return Metric(task, task, unit, scale, higher_is_better, "task", is_paired)
-
-
 def _rows(title: str, run: Run) -> list[Row]:
-    outcomes = {(one.arm, one.precision, one.task): one.outcome for one in comparisons(run)}
+    outcomes = {(row.arm, row.precision, row.task): row.outcome for row in comparisons(run)}
     rows = []
     for precision in run.precisions:
         differences: dict[str, dict[str, Cell]] = {}
         for arm in run.compared_arms:
-            for task, one in run.comparisons.get(arm, {}).get(precision, {}).items():
+            for task, difference in run.comparisons.get(arm, {}).get(precision, {}).items():
                 outcome = outcomes.get((arm, precision, task), NOT_CLEAR)
-                differences.setdefault(task, {})[arm] = Cell(one.main.estimate, outcome)
+                differences.setdefault(task, {})[arm] = Cell(difference.main.estimate, outcome)
         values = _values(run, precision)
         rows.append(Row(title, precision, label(precision), run.main_arm, values, differences))
     return rows
@@ -184,8 +182,7 @@ def _values(run: Run, precision: str) -> dict[str, dict[str, Estimate]]:
     for arm in run.arms:
         for task, score in run.measured(arm, precision).scores.items():
             values.setdefault(task, {})[arm] = score.main.estimate
-        bundle = run.bundles.get(arm, {}).get(precision)
-        if bundle is not None:
+        if (bundle := run.bundles.get(arm, {}).get(precision)) is not None:
             values.setdefault("size_bytes", {})[arm] = Estimate(bundle.size_bytes)
         timing = run.latency.timing(f"{arm}/{precision}") if run.latency else None
         for key in ("decode_tokens_per_s", "ttft_ms"):
@@ -194,14 +191,16 @@ def _values(run: Run, precision: str) -> dict[str, dict[str, Estimate]]:
     return values
 
 
-def _unlike(runs: Sequence[Run]) -> list[str]:
+def _incomparable(runs: Sequence[Run]) -> list[str]:
     """What differs between runs so that their figures must not be compared with each other."""
-    unlike = []
-    for what, (part, key) in UNLIKE.items():
+    different = []
+    for what, (part, key) in COMPARABLE.items():
         values = {str(value) for run in runs if (value := getattr(run, part).get(key)) is not None}
-        unlike += [what] if len(values) > 1 else []
-    text = f"The runs have different {', '.join(unlike)}: compare arms within a run, not across these runs."
-    return [text] if unlike else []
+        different += [what] if len(values) > 1 else []
+    text = (
+        f"The runs have different {', '.join(different)}: compare arms within a run, not across these runs."
+    )
+    return [text] if different else []
 
 
 def footnotes(run: Run) -> list[str]:
@@ -212,18 +211,16 @@ def footnotes(run: Run) -> list[str]:
     at_chance: dict[str, list[str]] = {}
     truncated: dict[str, dict[str, int]] = {}
     for precision in run.precisions:
-        by_task: dict[str, dict[str, TaskScore]] = {}
-        for arm in run.arms:
-            for task, score in run.measured(arm, precision).scores.items():
-                by_task.setdefault(task, {})[arm] = score
-                counts = truncated.setdefault(task, {})
+        scores = {arm: run.measured(arm, precision).scores for arm in run.arms}
+        for task in dict.fromkeys(task for by_task in scores.values() for task in by_task):
+            by_arm = {arm: by_task[task] for arm, by_task in scores.items() if task in by_task}
+            counts = truncated.setdefault(task, {})
+            for arm, score in by_arm.items():
                 counts[arm] = max(score.truncated, counts.get(arm, 0))
-        for task, scores in by_task.items():
-            lows = [(one.chance, one.main.estimate.low) for one in scores.values()]
+            lows = [(score.chance, score.main.estimate.low) for score in by_arm.values()]
             if all(chance is not None and low is not None and low <= chance for chance, low in lows):
-                at_chance.setdefault(f"{task} is at chance ({100 * (lows[0][0] or 0):.0f} %)", []).append(
-                    label(precision)
-                )
+                what = f"{task} is at chance ({100 * (lows[0][0] or 0):.0f} %)"
+                at_chance.setdefault(what, []).append(label(precision))
     for what, precisions in at_chance.items():
         notes.append(f"{what} in every arm at {', '.join(precisions)}: it says nothing there.")
     for task, counts in truncated.items():
@@ -238,60 +235,48 @@ def footnotes(run: Run) -> list[str]:
 
 
 def table_text(table: Table, width: int = 80) -> str:
-    """The table for a terminal: one block a metric, the costs in one."""
+    """The table for a terminal: one block a metric, the costs in one; intervals as far as they fit."""
     if not table.rows or not table.metrics:
         return "No figures."
-    blocks = {metric.key: [(metric, column) for column in table.columns(metric)] for metric in table.metrics}
-    costs = [column for cost in COSTS for column in blocks.pop(cost.key, [])]
-    names = 2 if len(table.runs) > 1 else 1
-    texts = []
-    for block in [*blocks.values(), *([costs] if costs else [])]:
-        grids = [_block(table, block, style) for style in ("full", "short", "bare")]
-        fitting = (one for one in grids if _width(one) <= width)
-        texts.append(grid_text(next(fitting, grids[-1]), width, names))
+    blocks = [[metric] for metric in table.metrics if metric.kind != "cost"]
+    costs = [metric for metric in table.metrics if metric.kind == "cost"]
+    names, texts = 2 if len(table.runs) > 1 else 1, []
+    for metrics in [*blocks, *([costs] if costs else [])]:
+        heading, caption = "{column}", metrics[0].heading
+        if metrics == costs:
+            heading, caption = "{metric.title}, {column}", "; ".join(f"{m.title}, {m.unit}" for m in costs)
+        grids = [_grid(table, metrics, heading, caption, style) for style in ("full", "short", "bare")]
+        texts.append(
+            grid_text(next((g for g in grids if sum(column_widths(g)) <= width), grids[-1]), width, names)
+        )
     notes = [textwrap.fill(printable(note), width, subsequent_indent="  ") for note in table.legend]
     return "\n\n".join([*texts, "\n".join(notes)])
 
 
-def _block(table: Table, block: Sequence[tuple[Metric, str]], style: str) -> Grid:
-    is_cost = block[0][0].kind == "cost"
-    head = [f"{metric.title}, {column}" if is_cost else column for metric, column in block]
-    units = "; ".join(dict.fromkeys(f"{metric.title}, {metric.unit}" for metric, _ in block))
-    return _grid(table, block, head, units if is_cost else block[0][0].heading, style)
+def table_markdown(table: Table) -> str:
+    """One Markdown table and its notes."""
+    grid = _grid(table, table.metrics, "{metric.heading}: {column}")
+    return "\n\n".join([grid_markdown(grid), *map(escape_markdown, table.legend)]) + "\n"
 
 
 def _grid(
-    table: Table,
-    columns: Sequence[tuple[Metric, str]],
-    head: Sequence[str],
-    caption: str = "",
-    style: str = "full",
+    table: Table, metrics: Sequence[Metric], heading: str, caption: str = "", style: str = "full"
 ) -> Grid:
-    """With several runs the first column names the run."""
-    several = len(table.runs) > 1
-    rows = tuple(
-        (*[row.run] * several, row.label, *(row.text(metric, column, style) for metric, column in columns))
-        for row in table.rows
-    )
-    return Grid((*["run"] * several, "precision", *head), rows, caption)
-
-
-def _width(grid: Grid) -> int:
-    return sum(max(len(row[at]) for row in (grid.head, *grid.rows)) + 2 for at in range(len(grid.head)))
-
-
-def table_markdown(table: Table) -> str:
-    """One Markdown table and its notes."""
-    columns = [(metric, column) for metric in table.metrics for column in table.columns(metric)]
-    grid = _grid(table, columns, [f"{metric.heading}: {column}" for metric, column in columns])
-    return "\n\n".join([grid_markdown(grid), *map(escape_markdown, table.legend)]) + "\n"
+    """Some metrics' columns; with several runs the first column names the run."""
+    columns = {metric: table.columns(metric) for metric in metrics}
+    head = [heading.format(metric=metric, column=name) for metric in metrics for name in columns[metric]]
+    several, rows = len(table.runs) > 1, []
+    for row in table.rows:
+        texts = [text for metric in metrics for text in row.texts(metric, columns[metric], style)]
+        rows.append((*[row.run] * several, row.label, *texts))
+    return Grid((*["run"] * several, "precision", *head), tuple(rows), caption)
 
 
 # All arms
 
 
 def has_more_arms(run: Run) -> bool:
-    """Whether there is more to tell than the before/after table does."""
+    """Whether there is more to report than the before/after table holds."""
     return run.main_arm is not None and (len(run.arms) > 2 or len(run.seeds) > 1)
 
 

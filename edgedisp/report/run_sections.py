@@ -1,29 +1,18 @@
-"""The sections about the run itself: fairness, training, parity, sizes, times, reproduction, limits."""
+"""The sections about the run itself: fairness, training, adapters, bits, parity, sizes, times, limits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
 
-from edgedisp.core.results import BASELINE, Bundle, Json, Parity, Training
-from edgedisp.core.run import Run, Stage
-from edgedisp.report.formatting import (
-    MISSING,
-    count,
-    duration,
-    fixed,
-    label,
-    leaves,
-    megabytes,
-    percent,
-    plural,
-    setting,
-    short_hash,
-    significant,
-    small,
-)
+from edgedisp.core.results import BASELINE, Estimate, Json
+from edgedisp.core.run import Run
+from edgedisp.report import formatting as fmt
 from edgedisp.report.layout import TERMS, TEXTS, Grid, Section, grid, section
-from edgedisp.report.result_sections import measured
+from edgedisp.report.result_sections import measured, models
 from edgedisp.report.verdict import RULES
+
+COMPONENTS = ("embedding", "attention", "mlp", "norm", "head", "total")
+
 
 # Fairness
 
@@ -31,41 +20,43 @@ from edgedisp.report.verdict import RULES
 def fairness_section(run: Run) -> Section:
     """What was compared, and what the arms share."""
     if run.runs:
-        of_run: dict[str, Callable[[Json], str]] = {
-            "base model": lambda one: str(one.get("base") or MISSING),
-            "its weights": lambda one: short_hash(one.get("weights_sha256")),
-            "training text": lambda one: short_hash(one.get("tokens_sha256")),
-            "context": lambda one: count(one.get("context")),
-            "held-out documents": lambda one: count(one.get("heldout_documents")),
-        }
-        rows = [(str(one.get("title")), one) for one in run.runs]
         return section(
-            "fairness", [grid("run", rows, of_run, "The runs, joined on the items that both were asked")]
+            "fairness", [grid("runs", [(str(joined.get("title")), joined) for joined in run.runs])]
         )
     model, corpus = run.model, run.corpus
     texts = {
         "base model": model.get("base"),
         "architecture": model.get("architecture"),
-        "parameters": count((model.get("parameters") or {}).get("total")),
-        "initial weights": model.get("weights_sha256") and f"SHA-256 {short_hash(model['weights_sha256'])}",
+        "parameters": fmt.count((model.get("parameters") or {}).get("total")),
+        "initial weights": model.get("weights_sha256")
+        and f"SHA-256 {fmt.short_hash(model['weights_sha256'])}",
         "source of the text": sources_text(corpus),
-        "training tokens": count(corpus.get("train_tokens")),
-        "training documents": count(corpus.get("train_documents")),
-        "epochs": fixed(corpus.get("epochs"), 2),
-        "tokens in order": corpus.get("tokens_sha256") and f"SHA-256 {short_hash(corpus['tokens_sha256'])}",
-        "held-out documents": count(corpus.get("heldout_documents")),
-        "context": count(corpus.get("context")),
+        "training tokens": fmt.count(corpus.get("train_tokens")),
+        "training documents": fmt.count(corpus.get("train_documents")),
+        "epochs": fmt.fixed(corpus.get("epochs"), 2),
+        "tokens in order": corpus.get("tokens_sha256")
+        and f"SHA-256 {fmt.short_hash(corpus['tokens_sha256'])}",
+        "held-out documents": fmt.count(corpus.get("heldout_documents")),
+        "context": fmt.count(corpus.get("context")),
     }
-    facts = [(name, str(text)) for name, text in texts.items() if text and text != MISSING]
-    notes, grids = [], []
-    if run.compared_arms and run.baseline_is is None:
-        arms = run.compared_arms
-        columns = {arm: lambda check, arm=arm: check(run, arm) for arm in arms}
-        grids = [grid("same as the baseline?", CHECKS.items(), columns, "Is the comparison fair?")]
-        for arm in arms:
-            if _same_settings(run, arm) == "NO":
-                notes.append(f"{arm} differs in {', '.join(differing_settings(run, arm) or [])}.")
-    return section("fairness", [*grids, _settings_grid(run)], facts=facts, notes=notes)
+    facts = [(name, str(text)) for name, text in texts.items() if text and text != fmt.MISSING]
+    checks: dict[str, dict[str, str]] = {}
+    notes = []
+    for arm in run.compared_arms if run.baseline_is is None else []:
+        for name, passed in fairness_checks(run, arm).items():
+            checks.setdefault(name, {})[arm] = fmt.yes_no(passed)
+        if checks["optimizer, schedule, seed"][arm] == "NO":
+            notes.append(f"{arm} differs in {', '.join(differing_settings(run, arm) or [])}.")
+    by_arm = {
+        arm: {**dict(fmt.leaves(training.settings)), "processes": training.processes}
+        for arm, training in run.training.items()
+        if training.settings
+    }
+    keys = dict.fromkeys(key for settings in by_arm.values() for key in settings)
+    settings = [(key, {arm: fmt.setting(by_arm[arm].get(key)) for arm in by_arm}) for key in keys]
+    return section(
+        "fairness", [grid("fairness", checks.items()), grid("settings", settings)], facts=facts, notes=notes
+    )
 
 
 def sources_text(corpus: Json) -> str:
@@ -74,82 +65,144 @@ def sources_text(corpus: Json) -> str:
     return "; ".join(str(one.get("source", one) if isinstance(one, dict) else one) for one in sources)
 
 
-def _trainings(run: Run, arm: str) -> list[tuple[Training, Training]]:
-    """Per seed the trainings of (baseline, arm)."""
-    return list(zip(run.trainings(BASELINE).values(), run.trainings(arm).values()))
-
-
-def _holds(checks: list[bool]) -> str:
-    """An en dash where nothing was recorded."""
-    return MISSING if not checks else "yes" if all(checks) else "NO"
-
-
-def _same_settings(run: Run, arm: str) -> str:
+def fairness_checks(run: Run, arm: str) -> dict[str, bool | None]:
+    """Whether an arm had what the baseline had, over all seeds; None where nothing was recorded."""
+    pairs = list(zip(run.trainings(BASELINE).values(), run.trainings(arm).values()))
     names = differing_settings(run, arm)
-    return MISSING if names is None else _holds(["dispersion" in name for name in names] or [True])
-
-
-def _different_weights(run: Run, arm: str) -> str:
-    pairs = [(first.weights_sha256, second.weights_sha256) for first, second in _trainings(run, arm)]
-    return _holds([first != second for first, second in pairs if first and second])
-
-
-CHECKS: dict[str, Callable[[Run, str], str]] = {
-    "loss before the first update": lambda run, arm: _holds([a == b for a, b in run.first_losses(arm)]),
-    "steps and tokens": lambda run, arm: _holds(
-        [(a.steps, a.tokens) == (b.steps, b.tokens) for a, b in _trainings(run, arm)]
-    ),
-    "optimizer, schedule, seed": _same_settings,
-    "trained weights differ": _different_weights,
-}
+    checks = {
+        "loss before the first update": [first == second for first, second in run.first_losses(arm)],
+        "steps and tokens": [(a.steps, a.tokens) == (b.steps, b.tokens) for a, b in pairs],
+        "optimizer, schedule, seed": ["dispersion" in name for name in names or []] or [True] * (names == []),
+        "trained weights differ": [
+            a.weights_sha256 != b.weights_sha256 for a, b in pairs if a.weights_sha256 and b.weights_sha256
+        ],
+    }
+    return {name: all(passed) if passed else None for name, passed in checks.items()}
 
 
 def differing_settings(run: Run, arm: str) -> list[str] | None:
     """Dotted names of the settings in which an arm differs from the baseline, None if not recorded."""
     names: set[str] = set()
-    pairs = _trainings(run, arm)
+    pairs = list(zip(run.trainings(BASELINE).values(), run.trainings(arm).values()))
     for first, second in pairs:
-        before, after = dict(leaves(first.settings)), dict(leaves(second.settings))
+        before, after = dict(fmt.leaves(first.settings)), dict(fmt.leaves(second.settings))
         if not before or not after:
             return None
         names |= {key for key in before | after if before.get(key) != after.get(key)}
     return sorted(names) if pairs else None
 
 
-def _settings_grid(run: Run) -> Grid:
-    """Every training setting by arm."""
-    by_arm = {
-        arm: {**dict(leaves(one.settings)), "processes": one.processes}
-        for arm, one in run.training.items()
-        if one.settings
-    }
-    keys = dict.fromkeys(key for settings in by_arm.values() for key in settings)
-    columns = {arm: lambda key, arm=arm: setting(by_arm[arm].get(key)) for arm in by_arm}
-    return grid("setting", [(key, key) for key in keys], columns, "Training settings", folded=True)
-
-
-# Training
+# Training and adapters
 
 
 def training_section(run: Run) -> Section:
     """The curves and, per training, what it took."""
-    columns: dict[str, Callable[[Training], str]] = {
-        "steps": lambda one: count(one.steps),
-        "tokens": lambda one: count(one.tokens),
-        "time": lambda one: duration(one.seconds),
-        "tokens/s": lambda one: significant(one.tokens_per_s),
-        "peak memory, MB": lambda one: megabytes(one.peak_memory_bytes),
-        "last loss": lambda one: fixed(one.log[-1].get("loss") if one.log else None, 3),
-        "last dispersion": lambda one: fixed(one.log[-1].get("dispersion") if one.log else None, 4),
-    }
     rows = [item for arm in run.arms for item in run.trainings(arm).items()]
     speed = run.training[BASELINE].tokens_per_s if BASELINE in run.training else None
     notes = [
-        f"{arm} trained at {percent(one.tokens_per_s / speed)} of the baseline's speed."
-        for arm, one in run.training.items()
-        if arm != BASELINE and speed and one.tokens_per_s
+        f"{arm} trained at {fmt.percent(training.tokens_per_s / speed)} of the baseline's speed."
+        for arm, training in run.training.items()
+        if arm != BASELINE and speed and training.tokens_per_s
     ]
-    return section("training", [grid("arm", rows, columns)], plots=("training",), notes=notes)
+    return section("training", [grid("training", rows)], plots=("training",), notes=notes)
+
+
+def merge_section(run: Run) -> Section:
+    """Held-out loss with the adapter on, merged and quantized. Empty without adapters."""
+    rows: dict[str, dict[str, str]] = {}
+    facts, notes = [], dict[str, None]()
+    for arm, training in run.training.items():
+        if not (audit := training.merge_audit):
+            continue
+        for row in audit["rows"]:
+            texts = rows.setdefault(row["name"], {})
+            texts[f"{arm}, loss"] = fmt.fixed(row.get("loss"), 4)
+            texts[f"{arm}, from adapter on [95 %]"] = _audit_text(row)
+        facts.append((arm, f"merged into {training.merged_into}, because {audit.get('why')}"))
+        gains = [_audit_text(audit["gains"].get(key)) for key in ("fp32", "int4")]
+        worth = f"{gains[0]} nats per token from the base to the merged model, {gains[1]} from int4 to int4"
+        facts.append((f"{arm}, worth of the adapter", worth))
+        step = audit.get("grid") or {}
+        kind = "symmetric" if step.get("symmetric") else "asymmetric"
+        notes |= dict.fromkeys([f"{arm}: {audit['warning']}."] if audit.get("warning") else [])
+        notes[
+            f"Measured in torch on {fmt.count(audit.get('tokens'))} held-out tokens. int4: weights alone, "
+            f"nearest in {kind} groups of {step.get('group')}, embedding and head at "
+            f"{step.get('head_bits')} bits."
+        ] = None
+    return section("merge_audit", [grid("merge", rows.items())], facts=facts, notes=notes)
+
+
+def _audit_text(record: Json | None) -> str:
+    record = record or {}
+    if record.get("name") == "adapter on":
+        return fmt.MISSING
+    difference = Estimate(record.get("difference"), record.get("low"), record.get("high"))
+    return fmt.format_estimate(difference, signs=True)
+
+
+# Bits by weight
+
+
+def searches(run: Run) -> dict[str, Json]:
+    """Arm -> the search for bits by weight; an arm may follow another's search (`decided_by`)."""
+    bundles = {arm: run.bundles.get(arm, {}).get("int4") for arm in run.arms}
+    return {arm: bundle.search for arm, bundle in bundles.items() if bundle and bundle.search}
+
+
+def mixed_section(run: Run) -> Section:
+    """What a search for bits by weight chose, and the assignments it chose from."""
+    grids, facts = [], []
+    for arm, search in searches(run).items():
+        facts.append((f"int4, {arm}", _search_text(search)))
+        if "decided_by" not in search:
+            alone = search.get("sensitivity") or {}
+            points = [(str(row.get("name")), row) for row in search.get("points", [])]
+            weights = [
+                (row["name"], {**row, "stored": _stored(row), "kl_alone": alone.get(row["name"])})
+                for row in run.bundles[arm]["int4"].tensors
+            ]
+            grids.append(grid("assignments", points, f"{arm}: whole assignments"))
+            grids.append(grid("weights", weights, f"{arm}: the assignment"))
+    return section("mixed", grids, facts=facts, plots=("pareto",))
+
+
+def search_text(run: Run) -> str:
+    """The choice of each search as lines for a terminal; empty without a search."""
+    lines = []
+    for arm, search in searches(run).items():
+        if "decided_by" in search:
+            continue
+        lines.append(f"int4, {arm}: {_search_text(search)}")
+        by_component: dict[str, Counter[str]] = {}
+        for row in run.bundles[arm]["int4"].tensors:
+            by_component.setdefault(str(row.get("component")), Counter())[_stored(row)] += 1
+        for component, kinds in by_component.items():
+            stored = ", ".join(f"{times} x {kind}" for kind, times in kinds.most_common())
+            lines.append(f"  {component:10} {kinds.total():>3} weights  {stored}")
+    return "\n".join(lines)
+
+
+def _stored(row: Json) -> str:
+    zero = "symmetric" if row.get("symmetric") else "asymmetric"
+    return f"{row.get('bits')} bits g{row.get('group')} {zero} {row.get('method')}"
+
+
+def _search_text(search: Json) -> str:
+    kl = f"KL {fmt.small(search.get('measured_kl'))} nats"
+    perplexity = f"perplexity on training text {fmt.change(search.get('perplexity_increase'))}"
+    if "decided_by" in search:
+        return f"stored as {search['decided_by']} is: {kl}, {perplexity}"
+    goal = search.get("goal") or {}
+    limit = f"perplexity + {fmt.percent(goal.get('max_perplexity_increase'))}"
+    if goal.get("budget") is not None:
+        limit = f"at most {fmt.megabytes(goal['budget'])} MB"
+    text = f"{limit} asked; {fmt.megabytes(search.get('size_bytes'))} MB, {kl} "
+    text += f"(predicted {fmt.small(search.get('predicted_kl'))}), {perplexity}"
+    if after := search.get("gptq"):
+        text += f", after gptq KL {fmt.small(after.get('measured_kl'))}, "
+        text += f"perplexity {fmt.change(after.get('perplexity_increase'))}"
+    return text
 
 
 # What ships
@@ -157,61 +210,23 @@ def training_section(run: Run) -> Section:
 
 def parity_section(run: Run) -> Section:
     """How far each bundle is from its torch model, and whether the device runtime opens it."""
-
-    def genai(one: Parity) -> str:
-        return (
-            MISSING
-            if not one.genai
-            else "opened"
-            if one.genai.get("opened")
-            else f"no: {one.genai.get('reason')}"
-        )
-
-    def limits(one: Parity) -> str:
-        return ", ".join(f"{key} {small(value)}" for key, value in one.limits.items() if value is not None)
-
-    columns: dict[str, Callable[[Parity], str]] = {
-        "max abs difference": lambda one: small(one.max_abs_difference),
-        "mean KL": lambda one: small(one.mean_kl),
-        "same top token": lambda one: percent(one.top1_agreement),
-        "same greedy text": lambda one: percent(one.greedy_agreement),
-        "tokens": lambda one: count(one.tokens),
-        "onnxruntime-genai": genai,
-        "limits": lambda one: limits(one) or MISSING,
-        "passed": lambda one: "yes" if one.passed else "NO",
-    }
-    return section("verify", [grid("bundle", measured(run, lambda one: one.parity), columns)])
+    return section("verify", [grid("parity", measured(run, lambda model: model.parity))])
 
 
 def sizes_section(run: Run) -> Section:
     """Where the parameters are, and how large each bundle is."""
     parameters = run.model.get("parameters") or {}
     total, rows = parameters.get("total") or 0, []
-    for name in ("embedding", "attention", "mlp", "norm", "head", "total") if total else ():
-        is_tied = name == "head" and parameters.get("tied")
-        rows.append((f"{name} (tied)", 0) if is_tied else (name, parameters.get(name, 0)))
-    columns: dict[str, Callable[[int], str]] = {
-        "parameters": count,
-        "share": lambda size: percent(size / total),
-    }
-    shares = tuple(size / total for _, size in rows)
-    bundles = [
-        (f"{label(precision)}, {arm}", run.bundles[arm][precision])
-        for precision in run.precisions
-        for arm in run.arms
-        if precision in run.bundles.get(arm, {})
-    ]
-
-    def nodes(one: Bundle) -> str:
-        most = sorted(one.nodes.items(), key=lambda item: -item[1])[:4]
-        return ", ".join(f"{node} {count(number)}" for node, number in most) or MISSING
-
-    largest = max((one.size_bytes for _, one in bundles), default=1)
-    bars = tuple(one.size_bytes / largest for _, one in bundles)
-    of_bundle = {"MB": lambda one: megabytes(one.size_bytes), "most frequent nodes": nodes}
+    for name in COMPONENTS if total else ():
+        is_tied = name == "head" and bool(parameters.get("tied"))
+        size = 0 if is_tied else parameters.get(name, 0)
+        rows.append((f"{name} (tied)" if is_tied else name, {"size": size, "share": size / total}))
+    all_bundles = [(name, run.bundles.get(arm, {}).get(precision)) for name, arm, precision in models(run)]
+    bundles = [(name, bundle) for name, bundle in all_bundles if bundle]
+    largest = max((bundle.size_bytes for _, bundle in bundles), default=1)
     grids = [
-        grid("component", rows, columns, "Parameters", bars=shares),
-        grid("bundle", bundles, of_bundle, "Bundles", bars=bars),
+        grid("parameters", rows, bars=tuple(row["share"] for _, row in rows)),
+        grid("bundles", bundles, bars=tuple(bundle.size_bytes / largest for _, bundle in bundles)),
     ]
     return section("sizes", grids)
 
@@ -222,40 +237,38 @@ def sizes_section(run: Run) -> Section:
 def stages_section(run: Run) -> Section:
     """What took how long, and what was taken from an earlier run."""
     longest = max((stage.seconds for stage in run.stages), default=0.0) or 1.0
-    columns: dict[str, Callable[[Stage], str]] = {
-        "time": lambda one: duration(one.seconds),
-        "this run": lambda one: "cached" if one.cached else "new",
-    }
-    rows = [(one.name, one) for one in run.stages]
-    fresh = [stage.seconds for stage in run.stages if not stage.cached]
-    note = f"In this run: {duration(sum(fresh))}. Cached: {plural(len(run.stages) - len(fresh), 'stage')}."
-    table = grid("stage", rows, columns, bars=tuple(stage.seconds / longest for stage in run.stages))
-    return section("stages", [table], notes=[note] if rows else [])
+    bars = tuple(stage.seconds / longest for stage in run.stages)
+    new = [stage.seconds for stage in run.stages if not stage.cached]
+    cached = fmt.plural(len(run.stages) - len(new), "stage")
+    notes = [f"In this run: {fmt.duration(sum(new))}. Cached: {cached}."] if run.stages else []
+    return section(
+        "stages", [grid("stages", [(row.name, row) for row in run.stages], bars=bars)], notes=notes
+    )
 
 
 def reproduce_section(run: Run) -> Section:
     """Command, recipe, versions, machine."""
     machine = [
-        (name, f"{megabytes(value)} MB" if name.endswith("_bytes") and value else setting(value))
-        for name, value in leaves(run.machine)
+        (name, f"{fmt.megabytes(value)} MB" if name.endswith("_bytes") and value else fmt.setting(value))
+        for name, value in fmt.leaves(run.machine)
+    ]
+    grids = [
+        Grid(("machine", "value"), tuple(machine), "Machine"),
+        Grid(("package", "version"), tuple(run.versions.items()), "Versions", folded=True),
     ]
     facts = [("created", run.created), ("git commit", run.git_commit)]
     code = [("Command", run.command), ("Recipe", run.recipe_yaml)]
-    return section(
-        "reproduce",
-        [
-            Grid(("machine", "value"), tuple(machine), "Machine"),
-            Grid(("package", "version"), tuple(run.versions.items()), "Versions", folded=True),
-        ],
-        facts=[fact for fact in facts if fact[1]],
-        code=[part for part in code if part[1]],
-    )
+    return section("reproduce", grids, facts=filter(_is_present, facts), code=filter(_is_present, code))
+
+
+def _is_present(pair: tuple[str, str | None]) -> bool:
+    return bool(pair[1])
 
 
 def limits_section(run: Run) -> Section:
     """What the numbers mean, and the verdict's rules."""
     seeds = len(run.seeds)
     luck = TERMS["several_seeds"].format(seeds) if seeds > 1 else TERMS["one_seed"]
-    rules = tuple((str(place), rule) for place, rule in enumerate(RULES, 1))
+    rules = tuple((str(number), rule) for number, rule in enumerate(RULES, 1))
     notes = [*TEXTS["lists"]["limits"], luck]
     return section("limits", [Grid(("", "rule"), rules, "Rules of the verdict")], notes=notes)

@@ -45,15 +45,15 @@ def loss_difference(value: float, half: float, p: float, base: float = 12.0) -> 
     after = base * math.exp(value)
     estimate = around(after - base, base * half, p=p, n=400, documents=60)
     nats = around(value, half)
-    one = Difference("perplexity", base, after, estimate, False, nats, "tokens", test="document_swap")
-    return TaskDifference(LOSS, {"perplexity": one})
+    difference = Difference("perplexity", base, after, estimate, False, nats, "tokens", test="document_swap")
+    return TaskDifference(LOSS, {"perplexity": difference})
 
 
 def share_difference(value: float, half: float, p: float, task: str = CLOZE) -> TaskDifference:
     estimate = around(value, half, p=p, n=400, documents=60)
-    one = Difference("accuracy", 0.4, 0.4 + value, estimate, True, None, None, 10, 14, "mcnemar")
+    difference = Difference("accuracy", 0.4, 0.4 + value, estimate, True, None, None, 10, 14, "mcnemar")
     nll = Difference("word_nll", 2.0, 1.99, around(-0.01, 0.02, p=0.3), False)
-    return TaskDifference(task, {"accuracy": one, "word_nll": nll})
+    return TaskDifference(task, {"accuracy": difference, "word_nll": nll})
 
 
 def scores(arm: str, precision: str) -> dict[str, TaskScore]:
@@ -121,6 +121,31 @@ def timing(label: str, speed: float) -> Timing:
     return Timing(label, 2, 128, 128, 5, **rates, prefill_tokens_per_s=around(780.0, 9.0), load_s=0.4)
 
 
+def device(name: str, speed: float) -> DeviceResult:
+    """What a phone measured: one bundle, and one task on which it is worse than here."""
+    row = Timing(
+        "dispersed/int4", 4, 128, 64, 5, around(speed, 2), ttft_ms=Estimate(90.0), warnings=("drifted",)
+    )
+    machine = {"cpu": "Cortex", "memory_bytes": 1 << 33, "phone": {"model": "<b>Pixel</b>"}}
+    worse = {"value": -0.1, "low": -0.15, "high": -0.05, "p": 0.01}
+    difference = {
+        "metric": "accuracy",
+        "first": 0.5,
+        "second": 0.4,
+        "higher_is_better": True,
+        "estimate": worse,
+    }
+    value = {"value": 0.4, "low": 0.35, "high": 0.45}
+    score = {
+        "label": "dispersed/int4", "task": CLOZE, "metric": "accuracy", "higher_is_better": True,
+        "drawn": 100, "answered": 90, "of": 500, "truncated": 1, "reason": None,
+        "full": value, "device": value, "here": value, "difference": difference,
+        "agreement": {"share": 0.9, "low": 0.8, "high": 0.95}, "logprob": {"mean": 0.1, "max": 2.0},
+    }  # fmt: skip
+    times = ("2026-11-27T15:44:12",)
+    return DeviceResult(name, machine, [row], scores=[score], clock_mhz=(1800.0, 2400.0), measured=times)
+
+
 def delta(share: float) -> Json:
     figures = {
         "rms_steps": 0.1,
@@ -185,6 +210,25 @@ def sample(value: float = -0.0008, half: float = 0.0031, p: float = 0.4, cloze: 
         latency=DeviceResult("local", rows=[timing(f"{arm}/{name}", 150.0) for arm in arms for name in SIZE]),
         stages=[Stage("corpus", 6.1, True), Stage("dispersed/model", 150.0, False)],
     )
+
+
+def searched() -> Run:
+    """The same with bits by weight in the int4 bundle of the dispersed arm."""
+    sizes = {"size_bytes": 9e7, "predicted_kl": 0.01, "measured_kl": 0.02, "perplexity_increase": 0.03}
+    points = [{"name": name, **sizes} for name in ("chosen", "int4")]
+    goal = {"budget": 100_000_000}
+    search = {"goal": goal, **sizes, "points": points, "curve": points, "sensitivity": {"lm_head": 0.004}}
+    tensor = {
+        "name": "lm_head",
+        "component": "head",
+        "bits": 8,
+        "group": 32,
+        "symmetric": True,
+        "method": "rtn",
+    }
+    run = sample()
+    bundle = replace(run.bundles["dispersed"]["int4"], search=search, tensors=[tensor])
+    return replace(run, bundles={"dispersed": {"int4": bundle}})
 
 
 def several_arms(seeds: int = 1) -> Run:

@@ -1,0 +1,139 @@
+"""The tables, devices and cards of a report, without a picture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from report_sample import PRECISIONS, device, sample, searched, several_arms
+
+from edgedisp.core.results import DeviceResult, Timing
+from edgedisp.core.run import Run
+from edgedisp.report import (
+    bundle_card,
+    compare,
+    devices_text,
+    model_card,
+    table_markdown,
+    table_text,
+    verdict,
+)
+from edgedisp.report.devices import on_devices_section
+from edgedisp.report.formatting import MISSING
+from edgedisp.report.result_sections import divergence_section
+from edgedisp.report.run_sections import differing_settings, fairness_section, merge_section, mixed_section
+
+
+def test_every_way_of_scoring_again_has_its_figures_in_the_noise_table() -> None:
+    *_, noise = divergence_section(sample()).grids
+    variants = ("other number of threads", "other attention kernel", "token by token")
+    assert noise.head == ("model", *variants, "noise floor")
+    assert all(any(cell not in ("", MISSING) for cell in row[1:-1]) for row in noise.rows)
+
+
+def test_fairness_names_what_differs() -> None:
+    run = sample()
+    names = [f"dispersion.{key}" for key in ("layers", "variant", "weight")]
+    assert differing_settings(run, "dispersed") == names
+    rows = {row[0]: row[1] for row in fairness_section(run).grids[0].rows}
+    assert set(rows.values()) == {"yes"} and len(rows) == 4
+    other = replace(run.training["dispersed"], steps=41, settings={"lr": 2.0}, weights_sha256="a0" * 32)
+    broken = fairness_section(replace(run, training={**run.training, "dispersed": other}))
+    rows = {row[0]: row[1] for row in broken.grids[0].rows}
+    for check in ("steps and tokens", "optimizer, schedule, seed", "trained weights differ"):
+        assert rows[check] == "NO"
+    assert "dispersed differs in" in broken.notes[0]
+
+
+def test_the_table_numbers_runs_and_warns_of_different_text() -> None:
+    first = sample()
+    second = replace(first, corpus={**first.corpus, "tokens_sha256": "other"})
+    both = compare([first, second])
+    assert both.runs == ("quickstart-3fa9c1d2", "quickstart-3fa9c1d2 (2)")
+    assert len(both.rows) == 2 * len(PRECISIONS) and "different training texts" in both.notes[0]
+    for width in (60, 80, 200):
+        assert max(map(len, table_text(both, width).splitlines())) <= width
+    assert "No figures." in table_text(compare([Run("empty", [], [])]))
+    model = first.measured("baseline", "int4")
+    at_chance = {"heldout_cloze": replace(model.scores["heldout_cloze"], chance=0.9)}
+    run = replace(first, measurements={"baseline": {"int4": replace(model, scores=at_chance)}})
+    assert any("is at chance (90 %)" in note for note in compare([run]).notes)
+
+
+def test_a_name_cannot_leave_its_cell_in_markdown() -> None:
+    run = replace(sample(), name="<script>|`x`", missing_tasks={"t": "<script>"})
+    assert "<script>" not in table_markdown(compare([run, run]))
+
+
+def test_devices_are_shown_side_by_side_with_their_warnings() -> None:
+    text = devices_text([device("adb", 90.0), device("local", 150.0)], 100)
+    assert "90.0 [88.0, 92.0]" in text and "150.0 [148.0, 152.0]" in text
+    assert "worse on the device" in text and "90 of 100 items answered" in text and "drifted" in text
+    assert max(map(len, (line for line in text.splitlines() if not line.startswith("note:")))) <= 100
+
+
+def test_a_report_shows_what_was_measured_later() -> None:
+    run = replace(sample(), devices=[device("adb", 90.0)], devices_outdated=["dispersed/int8 on x"])
+    section = on_devices_section(run)
+    assert "128+64" in section.grids[0].rows[0] and "1,800 to 2,400 MHz" in section.facts[0][1]
+    assert any("Not shown, as the bundles were made anew" in note for note in section.notes)
+
+
+def test_a_device_without_figures_gives_no_table() -> None:
+    assert devices_text([DeviceResult("local")], 80) == "No figures."
+    lost = DeviceResult("adb", rows=[Timing("a", None, 1, 1, 1)], lost="unplugged")
+    assert "partial: unplugged" in devices_text([lost], 80)
+
+
+def test_a_search_for_bits_shows_its_goal_and_every_weight() -> None:
+    section = mixed_section(searched())
+    assert "at most 100 MB asked" in section.facts[0][1]
+    assert section.grids[1].rows == (("lm_head", "8 bits g32 symmetric rtn", "0.004"),)
+
+
+def test_a_merged_adapter_is_audited() -> None:
+    merged = {"name": "merged", "loss": 2.51, "difference": 0.01, "low": 0.0, "high": 0.02}
+    audit = {
+        "rows": [{"name": "adapter on", "loss": 2.5}, merged], "gains": {"fp32": merged, "int4": merged},
+        "why": "it is the original", "tokens": 512, "grid": {"group": 32, "head_bits": 8},
+    }  # fmt: skip
+    run = sample()
+    trained = replace(run.training["dispersed"], merge_audit=audit, merged_into="base")
+    section = merge_section(replace(run, training={**run.training, "dispersed": trained}))
+    assert section.grids[0].rows == (
+        ("adapter on", "2.5000", "–"),
+        ("merged", "2.5100", "+0.010 [0.000, +0.020]"),
+    )
+    assert section.facts[0] == ("dispersed", "merged into base, because it is the original")
+
+
+def test_a_model_card_is_tagged_by_what_the_folder_holds() -> None:
+    run = sample()
+    card, baseline = model_card(run, "dispersed"), model_card(run, "baseline")
+    front = card.split("---")[1]
+    assert "library_name: transformers" in front and '"dispersion-loss"' in front and "onnx" not in front
+    assert 'base_model: "HuggingFaceTB/SmolLM2-135M"' in front and "license" not in front
+    assert '"dispersion-loss"' not in baseline.split("---")[1]
+    assert "control of a paired experiment" in baseline
+    assert verdict(run).parts[0] in card and "edgedisp build quickstart" in card
+    assert "seed 1" in model_card(several_arms(seeds=2), "dispersed-seed1")
+
+
+GRID = {"bits": 4, "group": 32, "symmetric": False, "method": "gptq", "head_bits": 8, "accuracy_level": 4}
+FILES = {"graph": "model.onnx", "weights": "model.onnx.data", "load": "import x"}
+MANIFEST: dict[str, Any] = {
+    "target": "laptop-x64", "precision": "int4", "size_bytes": 98_400_000, "context": 2048, "threads": 2,
+    "base": {"base": "HuggingFaceTB/SmolLM2-135M", "license": "apache-2.0", "found_in": "README.md"},
+    "provenance": {"arm": "dispersed", "seed": 0, "edgedisp": "0.1.0", "versions": {"onnx": "1"}},
+    "grid": GRID, "layouts": {"onnxruntime-genai": FILES},
+}  # fmt: skip
+
+
+def test_a_bundle_card_loads_and_shows_its_precision_alone() -> None:
+    card = bundle_card(MANIFEST, "dispersed/laptop-x64", sample())
+    assert '"onnx"' in card.split("---")[1] and "```python\nimport x\n```" in card
+    assert "Weights at 4 bits (asymmetric, groups of 32, method gptq)" in card and "apache-2.0" in card
+    assert "| int4 |" in card and "| int8 |" not in card
+    alone = bundle_card({**MANIFEST, "provenance": {}, "base": {}, "grid": None}, "mine")
+    assert "Nothing was measured" in alone and "look it up before you distribute" in alone
+    assert "\n\n\n" not in card
