@@ -23,7 +23,7 @@ from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import check_files
 from edgedisp.evaluate.lm_eval_adapter import HarnessModel
-from edgedisp.evaluate.task_suite import tokenizer_text
+from edgedisp.evaluate.tokenization import TextTokenizer
 from edgedisp.graph.session import OnnxModel
 
 
@@ -38,7 +38,7 @@ class _FolderModel(HarnessModel):
             )
         tokenizer = models.load_tokenizer(folder)
         end_of_text, bos_token = models.end_of_text_id(tokenizer), models.bos_id(tokenizer)
-        super().__init__(model, tokenizer_text(tokenizer, end_of_text, bos_token, model.context))
+        super().__init__(model, TextTokenizer(tokenizer, end_of_text, bos_token))
 
 
 @register_model("edgedisp-onnx")

@@ -10,7 +10,7 @@ Not supported: chat templates, and tasks that sample, run generated code or look
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -18,22 +18,19 @@ from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.progress import Progress, silent
 from edgedisp.core.results import TaskScore
 from edgedisp.evaluate import lm_eval_tasks
 from edgedisp.evaluate.comparison import TaskResult, task_result
-from edgedisp.evaluate.heldout_items import Text
 from edgedisp.evaluate.lm_eval_tasks import quiet, refuse_sampling
 from edgedisp.evaluate.loglikelihood import (
+    DEFAULT_OPTIONS,
     LanguageModel,
-    Request,
     ScoreOptions,
-    encode_pair,
     loglikelihoods,
-    rolling_windows,
+    name_of,
 )
-from edgedisp.evaluate.score_cache import ScoreCache, name_of
 from edgedisp.evaluate.statistics import DEFAULT, Resampling
+from edgedisp.evaluate.tokenization import Request, TextTokenizer, encode_pair, rolling_windows
 
 MAX_NEW_TOKENS = 256  # lm-eval's own default for tasks that name no limit
 _FIRST_BLOCK = 32  # tokens generated before the first look for a stop string
@@ -44,17 +41,13 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
     of these, (task, number)."""
 
     def __init__(
-        self,
-        model: LanguageModel,
-        text: Text,
-        cache: ScoreCache | None = None,
-        progress: Progress = silent,
+        self, model: LanguageModel, tokenizer: TextTokenizer, options: ScoreOptions = DEFAULT_OPTIONS
     ) -> None:
         super().__init__()
-        self.model, self.text, self.cache, self.progress = model, text, cache, progress
-        self.bos = [] if text.bos_token is None else [text.bos_token]
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.bos = [] if tokenizer.bos_token is None else [tokenizer.bos_token]
         self.truncated = 0
-        self.cut: set[Hashable] = set()
+        self.cut: set[tuple[str | None, int | None]] = set()
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(sum of log-probabilities, all greedy) of each (context, continuation) text pair."""
@@ -69,35 +62,30 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
         texts = []
         for number, request in enumerate(requests, start=1):
             texts.append(self._generate(request, *request.args))
-            self.progress(number, len(requests), "generations")
+            self.options.progress(number, len(requests), "generations")
         return texts
 
     def token_requests(self, instance: Instance) -> list[Request]:
         """The pair itself; windows for a rolling likelihood, and for a continuation longer than the
         context."""
-        each, context = self.text.bos_token is not None, self.model.context
+        repeat_prefix, context = bool(self.bos), self.model.context
+        encode, prefix = self.tokenizer.encode, self.tokenizer.prefix
         if instance.request_type == "loglikelihood_rolling":
-            return [*rolling_windows(self.text.encode(instance.args[0]), context, self.text.start, each)]
-        before, after = encode_pair(self.text.encode, *instance.args)
+            return [*rolling_windows(encode(instance.args[0]), context, prefix, repeat_prefix)]
+        before, after = encode_pair(encode, *instance.args)
         if len(after) <= context:
-            return [([*self.bos, *before], after)]
-        prefix = before[-1] if before and not each else self.text.start
+            return [([*self.bos, *before] or [prefix], after)]
         self._count_cut(instance, int(len(before) > 1))
-        return [*rolling_windows(after, context, prefix, each)]
+        first = before[-1] if before and not repeat_prefix else prefix
+        return [*rolling_windows(after, context, first, repeat_prefix)]
 
     def _score(self, instances: Sequence[Instance]) -> list[tuple[float, bool]]:
-        requests = [self.token_requests(instance) for instance in instances]
-        likelihoods = iter(
-            loglikelihoods(
-                self.model,
-                [pair for group in requests for pair in group],
-                [_item_of(instance) for instance, group in zip(instances, requests) for _ in group],
-                ScoreOptions(self.text.end_of_text, self.text.bos_token, self.cache, self.progress),
-            )
-        )
+        groups = [self.token_requests(instance) for instance in instances]
+        options = ScoreOptions(self.tokenizer.bos_token, self.options.cache, self.options.progress)
+        scored = iter(loglikelihoods(self.model, [pair for group in groups for pair in group], options))
         results = []
-        for instance, group in zip(instances, requests):
-            parts = [next(likelihoods) for _ in group]
+        for instance, group in zip(instances, groups):
+            parts = [next(scored) for _ in group]
             self._count_cut(instance, sum(part.dropped > 0 for part in parts))
             results.append((sum(part.sum_logprob for part in parts), all(part.greedy for part in parts)))
         return results
@@ -105,38 +93,39 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
     def _count_cut(self, instance: Instance, times: int) -> None:
         if times:
             self.truncated += times
-            self.cut.add(_item_of(instance))
+            self.cut.add((instance.task_name, instance.doc_id))
 
     def _generate(self, instance: Instance, prompt: str, options: dict[str, Any]) -> str:
         refuse_sampling("a task", options)
         until = options.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         limit = int(options.get("max_gen_toks") or options.get("max_new_tokens") or MAX_NEW_TOKENS)
-        ids = self.text.encode(prompt)
+        ids = self.tokenizer.encode(prompt)
         # Where both do not fit, the prompt keeps at least half of the context.
         left = self.model.context - len(self.bos)
         room = max(left - limit, left // 2, 1)
         limit = min(limit, left - min(len(ids), room))
         self._count_cut(instance, int(len(ids) > room))
-        ids = [*self.bos, *ids[-room:]] or [self.text.start]
-        if self.cache is None:
+        ids = [*self.bos, *ids[-room:]] or [self.tokenizer.prefix]
+        if (cache := self.options.cache) is None:
             return self._until(ids, limit, stops)
         name = name_of(("until", ids, limit, stops))
-        if not (cached := self.cache.read([name])):
-            self.cache.write(cached := {name: self._until(ids, limit, stops)})
+        if not (cached := cache.read([name])):
+            cache.write(cached := {name: self._until(ids, limit, stops)})
         return str(cached[name])
 
     def _until(self, prompt: list[int], limit: int, stops: list[str]) -> str:
         """Generate in blocks that double, looking for the stop strings after each: they are any text, not
         tokens, so the model cannot stop at them by itself. Each block reads the prompt once more."""
         new: list[int] = []
+        stop_ids = self.tokenizer.stop_ids
         while True:
             block = min(max(_FIRST_BLOCK, len(new)), limit - len(new))
-            fresh = self.model.greedy([*prompt, *new], block, self.text.stop_ids)
-            ended = len(fresh) < block or bool(self.text.stop_ids & set(fresh))
-            new += [token for token in fresh if token not in self.text.stop_ids]
-            text = self.text.decode(new)
-            cuts = [place for stop in stops if (place := text.find(stop)) >= 0]
+            fresh = self.model.greedy([*prompt, *new], block, stop_ids)
+            ended = len(fresh) < block or bool(stop_ids & set(fresh))
+            new += [token for token in fresh if token not in stop_ids]
+            text = self.tokenizer.decode(new)
+            cuts = [index for stop in stops if (index := text.find(stop)) >= 0]
             if cuts or ended or len(new) >= limit:
                 return text[: min(cuts)] if cuts else text
 
@@ -148,22 +137,22 @@ def score(
     limit: int | None = None,
     resampling: Resampling = DEFAULT,
 ) -> TaskResult:
-    """Score a loaded task, or the tasks of a group as one result.
+    """Score a loaded task, or the tasks of a group as one result. resampling: its seed is also the tasks'.
 
     limit: only the first items, of each task of a group as many as make at least so many together.
     """
     before = model.truncated
     items: list[dict[str, Any]] = []
     aggregates: dict[str, Any] = {}
-    for each, task in tasks.items():
-        task.set_fewshot_seed(seed=model.text.seed)
-        with quiet(model.text.seed):
-            loaded: Any = {"tasks": {each: task}, "groups": {}, "group_map": {}}
+    for task_name, task in tasks.items():
+        task.set_fewshot_seed(seed=resampling.seed)
+        with quiet(resampling.seed):
+            loaded: Any = {"tasks": {task_name: task}, "groups": {}, "group_map": {}}
             result: Any = evaluate(
                 lm=model, task_dict=loaded, limit=_share(limit, tasks), bootstrap_iters=0, log_samples=True
             )
-        items += _items(each, task, result["samples"][each], model)
-        aggregates = result["results"][each]
+        items += _items(task_name, task, result["samples"][task_name], model)
+        aggregates = result["results"][task_name]
     metrics, whole = lm_eval_tasks.task_metrics(next(iter(tasks.values())), aggregates, items)
     chance = lm_eval_tasks.chance(metrics, items)
     task_score = TaskScore(name, whole if len(tasks) == 1 else {}, chance, model.truncated - before)
@@ -171,17 +160,16 @@ def score(
 
 
 def item_requests(
-    tasks: Mapping[str, Any], model: Any, text: Text, limit: int
+    tasks: Mapping[str, Any], model: HarnessModel, limit: int, seed: int
 ) -> dict[str, tuple[Request, ...]]:
-    """Item -> its requests; of `model` only `context` is read.
+    """Item -> its requests; of the model's logits nothing is read.
 
     Raises BadInput for a task that needs generated text, and for one that asks an item in several ways.
     """
-    adapter = HarnessModel(model, text)
     requests: dict[str, list[Request]] = {}
     for name, task in tasks.items():
-        task.set_fewshot_seed(seed=text.seed)
-        with quiet(text.seed):
+        task.set_fewshot_seed(seed=seed)
+        with quiet(seed):
             task.build_all_requests(limit=_share(limit, tasks))
         kinds = {instance.request_type for instance in task.instances}
         if "generate_until" in kinds:
@@ -189,7 +177,7 @@ def item_requests(
         if len(kinds) > 1:
             raise BadInput(f"--score: {name}#0 is asked in two ways, which no device can be")
         for instance in task.instances:
-            requests.setdefault(f"{name}#{instance.doc_id}", []).extend(adapter.token_requests(instance))
+            requests.setdefault(f"{name}#{instance.doc_id}", []).extend(model.token_requests(instance))
     return {item: tuple(pairs) for item, pairs in requests.items()}
 
 
@@ -197,27 +185,17 @@ def _share(limit: int | None, tasks: Mapping[str, Any]) -> int | None:
     return None if limit is None else math.ceil(limit / len(tasks))
 
 
-def _item_of(instance: Instance) -> Hashable:
-    return instance.task_name, instance.doc_id
-
-
 def _items(name: str, task: Any, samples: list[dict[str, Any]], model: HarnessModel) -> list[dict[str, Any]]:
     """lm-eval's samples (one per item and filter) -> one item each, with a hash of what was asked: of a cut
     or rolling text that depends on the context."""
-    context = model.model.context, model.text.bos_token
     items: dict[int, dict[str, Any]] = {}
     for sample in samples:
         number = sample["doc_id"]
         hashes: tuple[Any, ...] = (sample["doc_hash"], sample["prompt_hash"], sample["target_hash"])
         if task.OUTPUT_TYPE == "loglikelihood_rolling" or (name, number) in model.cut:
-            hashes += context
+            hashes += (model.model.context, model.tokenizer.bos_token)
         item = items.setdefault(number, {"id": f"{name}#{number}", "document": f"{name}#{number}"})
         item["asked"] = name_of(hashes)[:16]
-        if task.OUTPUT_TYPE == "multiple_choice":
-            item |= lm_eval_tasks.choice_fields(task, sample)
-        for metric in sample["metrics"]:
-            label = lm_eval_tasks.label(metric, sample["filter"])
-            aggregation = lm_eval_tasks.aggregation(task, metric)
-            item |= lm_eval_tasks.metric_parts(label, sample[metric], aggregation)
+        item |= lm_eval_tasks.item_fields(task, sample)
     # A text of no words or bytes says nothing, and cannot be weighed.
     return [item for item in items.values() if all(item[key] for key in item if key.endswith(":weight"))]

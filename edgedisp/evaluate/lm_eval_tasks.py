@@ -5,7 +5,7 @@ All others (F1, BLEU) exist for a whole task only, and are carried over as they 
 multiple choice also gives the log-likelihood of its right answer (`gold_nll`, `gold_bits_per_byte`): where a
 small model guesses, as on MMLU, that moves before the accuracy does.
 
-A folder of one's own tasks may name Python functions, which lm-eval runs: name only folders you trust.
+A folder of tasks may name Python functions, which lm-eval runs: name only folders you trust.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import numpy as np
 from lm_eval.api.registry import AGGREGATION_REGISTRY
 from lm_eval.tasks import TaskManager
 
-from edgedisp.core import hub
 from edgedisp.core.errors import BadInput
 from edgedisp.core.results import Estimate, Score
 from edgedisp.evaluate.comparison import WHOLE_TASK
@@ -61,29 +60,25 @@ def quiet(seed: int = 0) -> Iterator[None]:
 def task_index(names: Sequence[str], tasks_path: Path | None) -> TaskManager:
     """lm-eval's index of tasks, groups and tags, with those of a folder. The built-in ones (14,000, seconds)
     are read only when the folder does not hold all names."""
-    return _local_index(names, tasks_path) or TaskManager(include_path=[tasks_path] if tasks_path else None)
-
-
-def _local_index(names: Sequence[str], tasks_path: Path | None) -> TaskManager | None:
-    local = TaskManager(include_path=[tasks_path], include_defaults=False) if tasks_path else None
-    return local if local and set(names) <= set(local.all_tasks) else None
+    if tasks_path is None:
+        return TaskManager()
+    local = TaskManager(include_path=[tasks_path], include_defaults=False)
+    return local if set(names) <= set(local.all_tasks) else TaskManager(include_path=[tasks_path])
 
 
 def load(names: Sequence[str], tasks_path: Path | None, seed: int = 0) -> tuple[Loaded, dict[str, str]]:
     """Read tasks and their data. Returns them, and task -> reason for those whose data a hub does not give.
 
     A group whose tasks are scored alike is one entry; other groups, and tags, become their tasks. Raises
-    BadInput for a local task that cannot be read, and for one that runs code or needs pictures.
+    BadInput for a local task that cannot be read, and for one that samples, runs code or needs pictures.
     """
     loaded: Loaded = {}
     missing: dict[str, str] = {}
     with quiet(seed):
         index = task_index(names, tasks_path)
-        if _local_index(names, tasks_path) is None:  # the data of lm-eval's own tasks lie on the hub
-            hub.unreachable()
         for name in names:
             try:
-                loaded |= _load(index, name)
+                found = index.load([name])
             except Exception as problem:  # of a YAML, Python that it names, or its data: a user's choice
                 message = (
                     f"{name} cannot be loaded: {type(problem).__name__}: {problem}. Without a hub use the "
@@ -93,25 +88,23 @@ def load(names: Sequence[str], tasks_path: Path | None, seed: int = 0) -> tuple[
                 # OfflineModeIsEnabled and a hub that does not answer are ConnectionErrors too.
                 if not isinstance(problem, ConnectionError | datasets.exceptions.DatasetNotFoundError):
                     raise BadInput(f"evaluate.tasks: {message}") from problem
-                hub.unreachable()  # no second data set waits for it
                 missing[name] = message
-    for name, task in (entry for tasks in loaded.values() for entry in tasks.items()):
-        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise BadInput(
-                f"evaluate.tasks: {name} runs generated code or needs pictures or sound; take it out"
-            )
-        refuse_sampling(f"evaluate.tasks: {name}", task.get_config("generation_kwargs") or {})
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
+                continue
+            tasks = dict(found["tasks"])
+            for task_name, task in tasks.items():
+                _check(task_name, task)
+            is_one = name in found["groups"] and _scored_alike([*tasks.values()])
+            loaded |= {name: tasks} if is_one else {each: {each: task} for each, task in tasks.items()}
     return loaded, missing
 
 
-def _load(index: TaskManager, name: str) -> Loaded:
-    loaded = index.load([name])
-    tasks = dict(loaded["tasks"])
-    if name in loaded["groups"] and _scored_alike([*tasks.values()]):
-        return {name: tasks}
-    return {each: {each: task} for each, task in tasks.items()}
+def _check(name: str, task: Any) -> None:
+    """BadInput for a task that cannot be scored here; few-shot examples that are not set are none."""
+    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+        raise BadInput(f"evaluate.tasks: {name} runs generated code or needs pictures or sound; take it out")
+    refuse_sampling(f"evaluate.tasks: {name}", task.get_config("generation_kwargs") or {})
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
 
 
 def refuse_sampling(where: str, options: Mapping[str, Any]) -> None:
@@ -126,63 +119,68 @@ def refuse_sampling(where: str, options: Mapping[str, Any]) -> None:
 def _scored_alike(tasks: Sequence[Any]) -> bool:
     """Whether tasks can be one result: the same kind of output and metrics, one of them at least by items."""
     for task in tasks:
-        if not any(metric(name, aggregation(task, name), True) for name in task.aggregation()):
+        if not any(_metric(task, name) for name in task.aggregation()):
             return False
     return len({(task.OUTPUT_TYPE, frozenset(task.aggregation().items())) for task in tasks}) == 1
 
 
-# ---------------------------------------------------------------- metrics and items
+# Metrics and items
 
 
-def label(metric: str, filtered: str) -> str:
-    return metric if filtered in ("none", "") else f"{metric}/{filtered}"
-
-
-def aggregation(task: Any, metric: str) -> str | None:
-    """lm-eval's name of the function that sums up a metric; None for a task's own."""
-    function = task.aggregation().get(metric)
-    return next((name for name, known in AGGREGATION_REGISTRY.items() if known is function), None)
-
-
-def metric(label: str, aggregation: str | None, higher_is_better: bool) -> Metric | None:
-    """An lm-eval aggregate as a metric over items; None for one that cannot be made of them."""
+def _metric(task: Any, name: str, filter_name: str = "") -> Metric | None:
+    """A metric of a task as one over items; None for an aggregate that cannot be made of them."""
+    function = task.aggregation().get(name)
+    aggregation = next((key for key, known in AGGREGATION_REGISTRY.items() if known is function), None)
+    better = bool(task.higher_is_better().get(name, True))
+    label = _label(name, filter_name)
     match aggregation:
         case "mean":
-            return Metric(label, label, None, "mean", higher_is_better)
+            return Metric(label, label, None, "mean", better)
         case "perplexity":
-            return Metric(label, f"{label}:nll", None, "exp", higher_is_better)
+            return Metric(label, f"{label}:nll", None, "exp", better)
         case "weighted_perplexity":
-            return Metric(label, f"{label}:nll", f"{label}:weight", "exp", higher_is_better)
+            return Metric(label, f"{label}:nll", f"{label}:weight", "exp", better)
         case "bits_per_byte":
-            return Metric(label, f"{label}:nll", f"{label}:weight", "bits", higher_is_better)
+            return Metric(label, f"{label}:nll", f"{label}:weight", "bits", better)
     return None
 
 
-def metric_parts(label: str, value: Any, aggregation: str | None) -> dict[str, float]:
-    """The fields of an item that `metric` names: a number, or two for (log-likelihood, weight) pairs."""
-    if aggregation == "perplexity":
-        return {f"{label}:nll": -float(value)}
-    if aggregation in ("weighted_perplexity", "bits_per_byte"):
-        return {f"{label}:nll": -float(value[0]), f"{label}:weight": float(value[1])}
-    is_number = isinstance(value, bool | int | float | np.number) and math.isfinite(value)
-    return {label: float(value)} if is_number else {}
+def _label(name: str, filter_name: str) -> str:
+    return name if filter_name in ("none", "") else f"{name}/{filter_name}"
 
 
-def choice_fields(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a multiple choice: the log-probability of every answer; loss and bytes of the right one."""
+def item_fields(task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an item that its metrics name, from one of lm-eval's samples: a number, or two for pairs
+    of (log-likelihood, weight). Of a multiple choice also those of `_choice_fields`."""
+    fields = _choice_fields(task, sample) if task.OUTPUT_TYPE == "multiple_choice" else {}
+    for name in sample["metrics"]:
+        value, metric = sample[name], _metric(task, name, sample["filter"])
+        if metric is None:
+            continue
+        if metric.denominator is not None:
+            fields |= {metric.numerator: -float(value[0]), metric.denominator: float(value[1])}
+        elif metric.scale == "exp":
+            fields[metric.numerator] = -float(value)
+        elif isinstance(value, bool | int | float | np.number) and math.isfinite(value):
+            fields[metric.numerator] = float(value)
+    return fields
+
+
+def _choice_fields(task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The log-probability of every answer; loss and bytes of the right one.
+
+    Some tasks have several right answers or score choices by rules of their own; those give no right one.
+    """
     logprobs = [float(answer[0]) for answer in sample["filtered_resps"]]
-    fields: dict[str, Any] = {"logprobs": logprobs}
     choices = list(task.doc_to_choice(sample["doc"]))
     gold = task.doc_to_text(sample["doc"]) if task.multiple_input else task.doc_to_target(sample["doc"])
-    if task.config.process_results is not None:
-        gold = None
     if isinstance(gold, str) and gold in choices:
         gold = choices.index(gold)
-    # Some tasks have several right answers or score choices in ways of their own; those give no gold.
-    if isinstance(gold, int) and len(choices) == len(logprobs) and 0 <= gold < len(choices):
-        size = len(str(sample["arguments"][gold][1]).encode())
-        fields |= {"choices": len(choices), "nll": -logprobs[gold], "bytes": max(1, size)}
-    return fields
+    is_plain = task.config.process_results is None and isinstance(gold, int)
+    if not is_plain or len(choices) != len(logprobs) or not 0 <= gold < len(choices):
+        return {"logprobs": logprobs}
+    size = len(str(sample["arguments"][gold][1]).encode())
+    return {"logprobs": logprobs, "choices": len(choices), "nll": -logprobs[gold], "bytes": max(1, size)}
 
 
 def task_metrics(
@@ -192,17 +190,16 @@ def task_metrics(
     by_items: list[Metric] = []
     whole: dict[str, Score] = {}
     for key, value in aggregates.items():
-        name, _, filtered = key.partition(",")
+        name, _, filter_name = key.partition(",")
         if name not in task.aggregation() or not isinstance(value, int | float):
             continue
-        title, better = label(name, filtered), bool(task.higher_is_better().get(name, True))
-        found = metric(title, aggregation(task, name), better)
-        if found is not None and all(found.numerator in item for item in items):
-            by_items.append(found)
+        metric, label = _metric(task, name, filter_name), _label(name, filter_name)
+        if metric is not None and all(metric.numerator in item for item in items):
+            by_items.append(metric)
         else:
             finite = float(value) if math.isfinite(value) else None
             estimate = Estimate(finite, n=len(items), documents=len(items), reason=WHOLE_TASK)
-            whole[title] = Score(title, estimate, better)
+            whole[label] = Score(label, estimate, bool(task.higher_is_better().get(name, True)))
 
     def is_loss(metric: Metric) -> bool:
         is_share = metric.may_be_share and metric.higher_is_better

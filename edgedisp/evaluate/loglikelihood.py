@@ -3,33 +3,35 @@
 Each sequence is computed alone by the model as it ships. Nothing is padded, packed or shared, so a score
 depends neither on the other requests nor on their order: in int8 arithmetic a sum in another order can move a
 log-probability by a tenth. Sequences run side by side where the model says how many may. Log-softmax is
-reduced in float64.
+reduced in float64. Scores are cached in one SQLite file by model and tokens, so an interrupted scoring
+continues, and an added task costs only itself.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import sqlite3
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Protocol
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedisp.core.errors import BuildFailed
+from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Progress, silent
-from edgedisp.evaluate.score_cache import ScoreCache, name_of
+from edgedisp.evaluate.tokenization import Request
 
+FORMAT = 3  # of cached scores; raised when they are computed in another way
 LOGITS_BYTES = 2**30  # most memory for the float32 logits of sequences side by side; one may exceed it
 _POSITIONS = 64  # rows of logits reduced at a time: 64 x 262k x 4 bytes = 64 MB of working memory
 _WRITE_EVERY_S = 2.0  # what an interruption can lose
-
-Encode = Callable[[str], list[int]]
-Decode = Callable[[list[int]], str]
-Row = tuple[int, ...]
-Request = tuple[Sequence[int], Sequence[int]]
-"""Token ids of a context and of its continuation."""
+_NAMES_PER_QUERY = 500  # SQLite allows 999
 
 
 class LanguageModel(Protocol):
@@ -51,6 +53,62 @@ class LanguageModel(Protocol):
         ...
 
 
+class ScoreCache:
+    """The scores of one model, named by a hash of all that they depend on (files, versions, processor).
+
+    Raises BadInput for a file that is no cache, BuildFailed for a full disk or a locked file.
+    """
+
+    def __init__(self, path: Path, model: str) -> None:
+        self.path, self.model = path, f"{FORMAT} {model}"
+        with self._errors():
+            self._connection = sqlite3.connect(path, timeout=60)
+            self._connection.execute(
+                "CREATE TABLE IF NOT EXISTS scores (model TEXT, item TEXT, found TEXT, "
+                "PRIMARY KEY (model, item)) WITHOUT ROWID"
+            )
+
+    def read(self, names: Sequence[str]) -> dict[str, Any]:
+        """Name -> its value, to the bit, for those that are cached."""
+        values: dict[str, Any] = {}
+        for start in range(0, len(names), _NAMES_PER_QUERY):
+            part = names[start : start + _NAMES_PER_QUERY]
+            query = "SELECT item, found FROM scores WHERE model = ? AND item IN "
+            with self._errors():
+                rows = self._connection.execute(f"{query} ({','.join('?' * len(part))})", (self.model, *part))
+                values |= {name: json.loads(text) for name, text in rows}
+        return values
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Store JSON-able values by name, all or none."""
+        rows = [(self.model, name, json.dumps(value)) for name, value in values.items()]
+        with self._errors(), self._connection:
+            self._connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as problem:
+            raise BuildFailed(
+                f"{self.path}: scores cannot be stored there ({problem}); finished ones are safe, and the "
+                "same command continues"
+            ) from problem
+        except sqlite3.Error as problem:
+            raise BadInput(
+                f"{self.path}: cannot be used as the cache of scores ({problem}); delete it, and its scores "
+                "are computed again"
+            ) from problem
+
+
+def name_of(content: Any) -> str:
+    """The name in a cache of anything with a faithful repr, such as a request of token ids: its hash."""
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Likelihood:
     """The score of one request. logprobs: natural log-probability of each continuation token. greedy: each of
@@ -69,178 +127,95 @@ class Likelihood:
         return len(self.logprobs)
 
 
+Fitted = tuple[tuple[int, ...], tuple[int, ...]]
+"""A request cut to the context of a model."""
+
+
 @dataclass(frozen=True)
 class ScoreOptions:
-    """How requests are scored. end_of_text: the token between documents. bos_token: the one that begins every
-    text, for models that know one (Gemma's <bos>); it stays when a context is cut. An empty context is
-    replaced by bos_token, or else end_of_text. cache: this very model's earlier scores."""
+    """bos_token: a first token that stays when a context is cut. cache: this very model's earlier scores."""
 
-    end_of_text: int | None = None
     bos_token: int | None = None
     cache: ScoreCache | None = None
     progress: Progress = silent
-
-    @property
-    def start(self) -> int | None:
-        return self.end_of_text if self.bos_token is None else self.bos_token
 
 
 DEFAULT_OPTIONS = ScoreOptions()
 
 
 def loglikelihoods(
-    model: LanguageModel,
-    requests: Sequence[Request],
-    items: Sequence[Hashable] | None = None,
-    options: ScoreOptions = DEFAULT_OPTIONS,
+    model: LanguageModel, requests: Sequence[Request], options: ScoreOptions = DEFAULT_OPTIONS
 ) -> list[Likelihood]:
     """Score every (context, continuation) pair; results come in request order.
 
-    items: which item each request belongs to, such as the question whose choice it is; the cache holds whole
-    items. A request longer than the model's context loses tokens on the left of its context, never of its
-    continuation. An empty continuation has probability 1.
-
-    Raises ValueError for a continuation that alone is longer than the model's context (cut it with
-    `rolling_windows`), for a token outside the vocabulary, and for an empty context without a token to start
-    from; BuildFailed when the model gives logits that are not finite.
+    A request longer than the model's context is cut (`fitted`). An empty continuation has probability 1.
+    Raises BuildFailed when the model gives logits that are not finite, ValueError as `fitted` does.
     """
-    results = _Results(requests, range(len(requests)) if items is None else items, options.cache)
-    rows: dict[Row, list[int]] = {}
-    dropped: dict[int, int] = {}
-    for number in (number for number in range(len(requests)) if number not in results):
-        if not requests[number][1]:
-            results.add(number, Likelihood((), True))
-            continue
-        row, dropped[number] = model_input(model, *requests[number], options)
-        rows.setdefault(row, []).append(number)  # choices of one token share theirs
+    fits = [fitted(model, request, options.bos_token) for request in requests]
+    scores: dict[Fitted, tuple[tuple[float, ...], bool]]
+    scores = {request: ((), True) for request, _ in fits if not request[1]}
+    names = {request: name_of(request) for request, _ in fits if request not in scores}
+    total = len(scores) + len(names)
+    if options.cache is not None:
+        cached = options.cache.read([*names.values()])
+        earlier = {request: cached[name] for request, name in names.items() if name in cached}
+        scores |= {request: (tuple(logprobs), greedy) for request, (logprobs, greedy) in earlier.items()}
+    rows: dict[tuple[int, ...], list[Fitted]] = {}
+    for request in names:
+        if request not in scores:  # choices of one token share their row
+            rows.setdefault((*request[0], *request[1][:-1]), []).append(request)
 
-    def score(row: Row) -> list[tuple[int, Likelihood]]:
-        targets = {number: tuple(requests[number][1]) for number in rows[row]}
-        logits = model.logits(np.array(row, np.int64), max(map(len, targets.values())))
+    def score(row: tuple[int, ...]) -> list[tuple[Fitted, tuple[tuple[float, ...], bool]]]:
+        logits = model.logits(np.array(row, np.int64), max(len(target) for _, target in rows[row]))
         return [
-            (number, Likelihood(*_score(logits[len(logits) - len(ids) :], ids), dropped[number]))
-            for number, ids in targets.items()
+            (request, _score(logits[len(logits) - len(request[1]) :], request[1])) for request in rows[row]
         ]
 
     room = LOGITS_BYTES // (4 * model.vocab_size * max(map(len, rows), default=1))
     parallel = max(1, min(model.parallel, room))
     pool = ThreadPoolExecutor(parallel)
+    unwritten: dict[str, Any] = {}
+    written_at = time.monotonic()
     try:
-        scored: Iterable[list[tuple[int, Likelihood]]]
-        scored = map(score, rows) if parallel == 1 else pool.map(score, rows)
-        for likelihoods in scored:
-            for number, likelihood in likelihoods:
-                results.add(number, likelihood)
-            options.progress(len(results), len(requests), "requests")
+        for scored in map(score, rows) if parallel == 1 else pool.map(score, rows):
+            scores |= scored
+            unwritten |= {names[request]: result for request, result in scored}
+            if options.cache is not None and time.monotonic() - written_at > _WRITE_EVERY_S:
+                options.cache.write(unwritten)
+                unwritten, written_at = {}, time.monotonic()
+            options.progress(len(scores), total, "requests")
     finally:  # an interrupted scoring continues
         pool.shutdown(cancel_futures=True)
-        results.write()
-    return [results[number] for number in range(len(requests))]
+        if options.cache is not None and unwritten:
+            options.cache.write(unwritten)
+    return [Likelihood(*scores[request], dropped) for request, dropped in fits]
 
 
-def rolling_windows(
-    ids: Sequence[int], context: int, prefix: int, each: bool = False
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Cut a long text into (context_ids, continuation_ids) pairs that predict each token exactly once.
+def fitted(model: LanguageModel, request: Request, bos_token: int | None = None) -> tuple[Fitted, int]:
+    """The request as the model reads it, and how many tokens were cut off on the left of its context.
 
-    No input (context + continuation but its last token) is longer than `context`. The first window starts
-    with the token `prefix`, each later one with the token before it; the last one is filled up on the left
-    with earlier text. `each`: every window begins with `prefix`.
+    The continuation is never cut, and its last token is not read, only predicted. A context that begins with
+    `bos_token` keeps it. Raises ValueError for a continuation that alone is longer than the model's context
+    (cut it with `rolling_windows`), an empty context, and a token outside the vocabulary.
     """
-    if context < 1 + each:
-        raise ValueError(f"a window of {context} tokens cannot predict anything; use {1 + each} or more")
-    start, room = 0, context
-    while start < len(ids):
-        end = min(start + room, len(ids))
-        room = context - each
-        reach = max(0, end - 1 - room)
-        earlier = tuple(ids[reach:start])
-        yield (prefix, *earlier) if each or start == 0 else earlier, tuple(ids[start:end])
-        start = end
-
-
-def encode_pair(encode: Encode, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Tokenize two texts that are read as one: (context_ids, continuation_ids).
-
-    The whole is split where it stops sharing tokens with the context alone (less its white space at the end),
-    so a token across the join belongs to the continuation; lm-eval splits at the context's number of tokens.
-    """
-    stripped = context.rstrip()
-    whole = encode(context + continuation)
-    alone = encode(stripped) if stripped else []
-    shared = 0
-    while shared < min(len(alone), len(whole)) and alone[shared] == whole[shared]:
-        shared += 1
-    return whole[:shared], whole[shared:]
-
-
-def model_input(
-    model: LanguageModel, context_ids: Sequence[int], continuation_ids: Sequence[int], options: ScoreOptions
-) -> tuple[Row, int]:
-    """The input tokens of a request (the last continuation token is only predicted) and how many were cut."""
-    if len(continuation_ids) > model.context:
+    context, continuation = tuple(request[0]), tuple(request[1])
+    if len(continuation) > model.context:
         raise ValueError(
-            f"a continuation of {len(continuation_ids)} tokens does not fit the model's context of "
+            f"a continuation of {len(continuation)} tokens does not fit the model's context of "
             f"{model.context}; cut it with rolling_windows"
         )
-    if not context_ids:
-        if options.start is None:
-            raise ValueError("an empty context needs end_of_text, the token to start from")
-        context_ids = (options.start,)
-    whole = (*context_ids, *continuation_ids)
-    outside = next((token for token in whole if not 0 <= token < model.vocab_size), None)
-    if outside is not None:
-        raise ValueError(f"token {outside} is outside the model's vocabulary of {model.vocab_size}")
-    row = whole[:-1]
-    cut = max(0, len(row) - model.context)
-    if cut and row[0] == options.bos_token:
-        return (row[0], *row[cut + 1 :]), cut
-    return row[cut:], cut
+    if continuation and not context:
+        raise ValueError("an empty context: put a token before the text, such as end-of-text")
+    for token in (*context, *continuation):
+        if not 0 <= token < model.vocab_size:
+            raise ValueError(f"token {token} is outside the model's vocabulary of {model.vocab_size}")
+    cut = max(0, len(context) + len(continuation) - 1 - model.context)
+    if cut and context[0] == bos_token:
+        return ((context[0], *context[cut + 1 :]), continuation), cut
+    return (context[cut:], continuation), cut
 
 
-class _Results(dict[int, Likelihood]):
-    """Likelihoods by request number. The cached ones are there from the start; complete items are written."""
-
-    def __init__(
-        self, requests: Sequence[Request], items: Sequence[Hashable], cache: ScoreCache | None
-    ) -> None:
-        super().__init__()
-        self.items_by_number, self.cache = items, cache
-        self.numbers: dict[Hashable, list[int]] = {}
-        for number, item in enumerate(items):
-            self.numbers.setdefault(item, []).append(number)
-        self.names: dict[Hashable, str] = {}
-        self.unwritten: list[Hashable] = []
-        self.written_at = time.monotonic()
-        if cache is None:
-            return
-        for item, numbers in self.numbers.items():
-            self.names[item] = name_of([tuple(map(tuple, requests[number])) for number in numbers])
-        cached = cache.read([*self.names.values()])
-        for item, numbers in self.numbers.items():
-            for number, values in zip(numbers, cached.get(self.names[item], ())):
-                self[number] = Likelihood(tuple(values["logprobs"]), values["greedy"], values["dropped"])
-
-    def add(self, number: int, likelihood: Likelihood) -> None:
-        self[number] = likelihood
-        item = self.items_by_number[number]
-        if self.cache is not None and all(other in self for other in self.numbers[item]):
-            self.unwritten.append(item)
-            if time.monotonic() - self.written_at > _WRITE_EVERY_S:
-                self.write()
-
-    def write(self) -> None:
-        if self.cache is not None and self.unwritten:
-            self.cache.write(
-                {
-                    self.names[item]: [asdict(self[number]) for number in self.numbers[item]]
-                    for item in self.unwritten
-                }
-            )
-        self.unwritten, self.written_at = [], time.monotonic()
-
-
-def _score(logits: NDArray[np.float32], targets: tuple[int, ...]) -> tuple[tuple[float, ...], bool]:
+def _score(logits: NDArray[np.float32], targets: Sequence[int]) -> tuple[tuple[float, ...], bool]:
     """logits [tokens, vocab] that predict `targets` -> their log-probabilities, all greedy?"""
     logprobs: list[float] = []
     greedy = True

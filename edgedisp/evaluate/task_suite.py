@@ -3,11 +3,6 @@
 Three steps, so that nothing fails late: `check_tasks` reads names only; `prepare` builds the held-out items
 and reads the data sets; `TaskSuite.run` scores one model. One suite serves all arms and precisions of a
 build. lm-eval is an extra (`edgedisp[bench]`), imported only for tasks that are not held-out.
-
-Names of several tasks: `heldout`, the three made from the recipe's own text; `paper`, the ten of the
-dispersion paper (arXiv 2602.00217, table 1), about half of which models below 500M guess; `small`, those that
-models of 100M to 600M answer above chance (SmolLM2-135M's model card: HellaSwag 42 %, ARC 44 %, PIQA 68 %,
-OpenBookQA 35 %, where guessing gives 25, 25, 50 and 25).
 """
 
 from __future__ import annotations
@@ -21,31 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.progress import Progress
+from edgedisp.core.progress import labelled
+from edgedisp.data import Document
 from edgedisp.evaluate import heldout_tasks
 from edgedisp.evaluate.comparison import Results
-from edgedisp.evaluate.heldout_items import Document, Question, Text
+from edgedisp.evaluate.heldout_tasks import Question, Text
 from edgedisp.evaluate.loglikelihood import DEFAULT_OPTIONS, LanguageModel, ScoreOptions
 from edgedisp.evaluate.statistics import DEFAULT, Resampling
+from edgedisp.evaluate.tokenization import TextTokenizer
 
+PAPER = "anli_r2 lambada_openai openbookqa piqa truthfulqa_mc2 winogrande arc_easy arc_challenge medmcqa mmlu"
 SETS: dict[str, tuple[str, ...]] = {
+    # made from the recipe's text
     "heldout": tuple(heldout_tasks.TASKS),
-    "paper": (
-        "anli_r2",
-        "lambada_openai",
-        "openbookqa",
-        "piqa",
-        "truthfulqa_mc2",
-        "winogrande",
-        "arc_easy",
-        "arc_challenge",
-        "medmcqa",
-        "mmlu",
-    ),
+    # those of the dispersion paper (arXiv 2602.00217, table 1); models below 500M guess at about half of them
+    "paper": tuple(PAPER.split()),
+    # those that models of 100M to 600M answer above chance (SmolLM2-135M's model card: HellaSwag 42 %, ARC
+    # 44 %, PIQA 68 %, OpenBookQA 35 %, where guessing gives 25, 25, 50 and 25)
     "small": ("arc_easy", "hellaswag", "lambada_openai", "openbookqa", "piqa", "sciq"),
 }
-
-
 _NAME = re.compile(r"^[\"']?(?:task|group)[\"']?:[ \t]*[\"']?([^\s\"'#]+)", re.MULTILINE)
 
 
@@ -71,8 +60,8 @@ class TaskSuite:
 
     questions: dict[str, list[Question]]
     harness_tasks: dict[str, dict[str, Any]]
-    text: Text
-    limit: int
+    tokenizer: TextTokenizer
+    options: SuiteOptions
     missing: dict[str, str]
 
     def run(
@@ -81,21 +70,20 @@ class TaskSuite:
         options: ScoreOptions = DEFAULT_OPTIONS,
         bootstrap: int = DEFAULT.bootstrap,
     ) -> Results:
-        """Score a model. Of `options` cache and progress count.
+        """Score a model; bos_token is the suite's own. Raises BuildFailed for logits that are not finite."""
+        resampling, results = Resampling(bootstrap, self.options.seed), {}
 
-        Raises BuildFailed for logits that are not finite.
-        """
-        text, resampling, results = self.text, Resampling(bootstrap, self.text.seed), {}
+        def options_of(task: str) -> ScoreOptions:
+            progress = labelled(options.progress, task)
+            return replace(options, bos_token=self.tokenizer.bos_token, progress=progress)
+
         for name, questions in self.questions.items():
-            progress = _named(options.progress, name)
-            named = ScoreOptions(text.end_of_text, text.bos_token, options.cache, progress)
-            results[name] = heldout_tasks.score(name, questions, model, named, resampling)
+            results[name] = heldout_tasks.score(name, questions, model, options_of(name), resampling)
         if self.harness_tasks:
             from edgedisp.evaluate import lm_eval_adapter
         for name, tasks in self.harness_tasks.items():
-            progress = _named(options.progress, name)
-            adapter = lm_eval_adapter.HarnessModel(model, text, options.cache, progress)
-            results[name] = lm_eval_adapter.score(adapter, name, tasks, self.limit, resampling)
+            adapter = lm_eval_adapter.HarnessModel(model, self.tokenizer, options_of(name))
+            results[name] = lm_eval_adapter.score(adapter, name, tasks, self.options.limit, resampling)
         return results
 
 
@@ -110,50 +98,47 @@ def check_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> None:
     Reads no data set. Held-out names cost nothing; others are looked up in the text of the task files (a
     second), and only a name that is not there makes lm-eval read its index of 14,000 (some seconds).
     """
-    known = [*heldout_tasks.TASKS, *SETS]
-    choices = ", ".join(known)
+    local = [*heldout_tasks.TASKS, *SETS]
+    choices = ", ".join(local)
     if not tasks:
         raise BadInput(f"evaluate.tasks is empty; choose from {choices}, or lm-eval task names")
     if tasks_path is not None and not tasks_path.is_dir():
         raise BadInput(
             f"evaluate.tasks_path: {tasks_path} is no folder; name one that holds lm-eval task YAML"
         )
-    others = [task for task in expand(tasks) if task not in heldout_tasks.TASKS]
-    if not others:
+    harness_names = [task for task in expand(tasks) if task not in heldout_tasks.TASKS]
+    if not harness_names:
         return
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
+        near = _nearest(harness_names, local)
         raise BadInput(
-            f"evaluate.tasks: {', '.join(others)}: not a held-out task{_nearest(others, known)}. "
+            f"evaluate.tasks: {', '.join(harness_names)}: not a held-out task{near}. "
             f"Held-out tasks are {choices}; those of lm-evaluation-harness need it installed: "
             'pip install "edgedisp[bench]"'
         )
-    folders = [Path(place) / "tasks" for place in spec.submodule_search_locations]
-    names = _names_in(folders if tasks_path is None else [tasks_path, *folders])
-    if set(others) <= names:
+    folders = [Path(location) / "tasks" for location in spec.submodule_search_locations]
+    paths = [
+        path for folder in (tasks_path, *folders) if folder is not None for path in folder.rglob("*.yaml")
+    ]
+    texts = (path.read_text(encoding="utf-8", errors="replace") for path in paths)
+    if set(harness_names) <= {name for text in texts for name in _NAME.findall(text)}:
         return
     from edgedisp.evaluate import lm_eval_tasks
 
-    with lm_eval_tasks.quiet():  # the index also knows tags and names made by templates
-        names = set(lm_eval_tasks.task_index(others, tasks_path).all_tasks)
-    if unknown := [name for name in others if name not in names]:
-        near = _nearest(unknown, [*known, *sorted(names)])
+    with lm_eval_tasks.quiet():  # the index also holds tags and names made by templates
+        names = set(lm_eval_tasks.task_index(harness_names, tasks_path).all_tasks)
+    if unknown := [name for name in harness_names if name not in names]:
+        near = _nearest(unknown, [*local, *sorted(names)])
         raise BadInput(
             f"evaluate.tasks: {', '.join(unknown)}: no such task{near}. "
             f"There are {choices} and {len(names)} names in lm-eval (list: lm_eval ls tasks)"
         )
 
 
-def _names_in(folders: Sequence[Path]) -> set[str]:
-    """Names of the tasks and groups that YAML files give themselves, found without parsing them."""
-    paths = (path for folder in folders for path in folder.rglob("*.yaml"))
-    texts = (path.read_text(encoding="utf-8", errors="replace") for path in paths)
-    return {name for text in texts for name in _NAME.findall(text)}
-
-
-def _nearest(names: Sequence[str], known: Sequence[str]) -> str:
-    """' (did you mean a, b?)' for names that resemble known ones, or nothing."""
-    close = [match for name in names for match in difflib.get_close_matches(name, known)]
+def _nearest(names: Sequence[str], choices: Sequence[str]) -> str:
+    """' (did you mean a, b?)' for names that resemble a choice, or nothing."""
+    close = [match for name in names for match in difflib.get_close_matches(name, choices)]
     return f" (did you mean {', '.join(dict.fromkeys(close))}?)" if close else ""
 
 
@@ -166,40 +151,22 @@ def prepare(
 ) -> TaskSuite:
     """Build the items of all tasks; call it before training, so that what cannot be scored is known then.
 
-    tokenizer: a transformers tokenizer. end_of_text: the token between documents. bos_token: the one that
-    every text begins with, if the models know such. Raises BadInput as `check_tasks` does, for too little
-    held-out text, and when no task is left.
+    tokenizer: a transformers tokenizer; end_of_text and bos_token as in TextTokenizer. Raises BadInput as
+    `check_tasks` does, for too little held-out text, and when no task is left.
     """
     check_tasks(options.tasks, options.tasks_path)
-    text = tokenizer_text(tokenizer, end_of_text, bos_token, options.context)
-    text = replace(text, documents=documents, seed=options.seed, perplexity_tokens=options.perplexity_tokens)
+    encoder = TextTokenizer(tokenizer, end_of_text, bos_token)
+    text = Text(encoder, documents, options.context, options.seed, options.perplexity_tokens)
     names = expand(options.tasks)
     questions = {
         name: heldout_tasks.build(name, text, options.limit) for name in names if name in heldout_tasks.TASKS
     }
     harness_tasks: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
-    if others := [name for name in names if name not in heldout_tasks.TASKS]:
+    if harness_names := [name for name in names if name not in questions]:
         from edgedisp.evaluate import lm_eval_tasks
 
-        harness_tasks, missing = lm_eval_tasks.load(others, options.tasks_path, options.seed)
+        harness_tasks, missing = lm_eval_tasks.load(harness_names, options.tasks_path, options.seed)
     if not questions and not harness_tasks:
         raise BadInput(f"evaluate.tasks: {next(iter(missing.values()))}")
-    return TaskSuite(questions, harness_tasks, text, options.limit, missing)
-
-
-def tokenizer_text(tokenizer: Any, end_of_text: int, bos_token: int | None, context: int) -> Text:
-    """A `Text` without documents: how a tokenizer's models read."""
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-    stop_ids = frozenset({end_of_text} | ({tokenizer.eos_token_id} - {None}))
-    return Text((), encode, decode, end_of_text, context, bos_token=bos_token, stop_ids=stop_ids)
-
-
-def _named(progress: Progress, task: str) -> Progress:
-    return lambda done, total, note: progress(done, total, f"{task}: {note}")
+    return TaskSuite(questions, harness_tasks, encoder, options, missing)

@@ -15,8 +15,7 @@ from edgedisp.core.progress import Progress, labelled
 from edgedisp.core.results import DeviceResult
 from edgedisp.core.stage_folder import RUN, SCORES
 from edgedisp.evaluate import device_sample
-from edgedisp.evaluate.loglikelihood import ScoreOptions
-from edgedisp.evaluate.score_cache import ScoreCache
+from edgedisp.evaluate.loglikelihood import Fitted, ScoreCache, ScoreOptions
 from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, check_tasks, expand
 from edgedisp.graph.session import scored_model, scored_size
 from edgedisp.pipeline.prepare import heldout_documents, make_suite
@@ -96,12 +95,9 @@ class DeviceQuestions:
         self.store.parent.mkdir(parents=True, exist_ok=True)
 
     @property
-    def requests(self) -> dict[str, list[list[device_sample.Pair]]]:
+    def requests(self) -> dict[str, list[list[Fitted]]]:
         """Bundle -> items -> requests (context ids, continuation ids), for a device."""
-        return {
-            label: [[pair for pair in item.sent if pair[1]] for item in sample.in_turn()]
-            for label, sample in self.samples.items()
-        }
+        return {label: [item.sent for item in sample.in_turn()] for label, sample in self.samples.items()}
 
     def facts(self) -> dict[str, Any]:
         """What the scores of all devices have in common."""
@@ -127,15 +123,13 @@ class DeviceQuestions:
         scores: list[list[dict[str, Any]]] = [[] for _ in answers]
         for label, bundle in self.bundles.items():
             suite, sample = self.suites[label], self.samples[label]
-            model, size, key = scored_model(bundle, threads), scored_size(bundle), score_key(bundle, 1)
-            if sample.cut and not size.whole:  # other scores than those of the model's own context
-                key = f"{key} context {size.context}"
-            with closing(ScoreCache(self.store, key)) as cache:
+            model = scored_model(bundle, threads)
+            with closing(ScoreCache(self.store, score_key(bundle, 1))) as cache:
                 options = ScoreOptions(cache=cache, progress=labelled(progress, f"here, {label}"))
-                here = device_sample.Here(model, cache, suite.run(model, options))
+                results = suite.run(model, options)
                 for records, by_bundle in zip(scores, answers):
-                    by_task = _by_task(sample, by_bundle.get(label, ()))
-                    for record in device_sample.compare(suite, sample, by_task, here):
+                    device = by_bundle.get(label, ())
+                    for record in device_sample.compare(suite, sample, device, model, cache, results):
                         records.append({"label": label, **record})
         return scores
 
@@ -157,16 +151,3 @@ def _run_of(bundle: Path) -> Path | None:
     """The run that a bundle lies in, <run>/<arm>/<bundle>."""
     run = bundle.resolve().parent.parent
     return run if (run / RUN).is_file() and (run / HELDOUT / "heldout.jsonl").is_file() else None
-
-
-def _by_task(
-    sample: device_sample.Sample, answers: Sequence[Any]
-) -> dict[str, dict[str, list[device_sample.Answer]]]:
-    """Task -> item -> answers; an empty continuation, of which no device was asked, is certain."""
-    by_task: dict[str, dict[str, list[device_sample.Answer]]] = {}
-    for item, answered in zip(sample.in_turn(), answers):
-        remaining = iter(answered)
-        complete = [next(remaining) if target else (0.0, True) for _, target in item.sent]
-        pairs = [(float(total), bool(greedy)) for total, greedy in complete]
-        by_task.setdefault(item.task, {})[item.id] = pairs
-    return by_task

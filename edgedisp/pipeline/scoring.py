@@ -27,9 +27,8 @@ from edgedisp.core.progress import Progress, labelled
 from edgedisp.core.results import Estimate, NoiseFloor
 from edgedisp.core.stage_folder import read
 from edgedisp.evaluate.comparison import Results, TaskResult, compare_task
-from edgedisp.evaluate.heldout_items import Question
-from edgedisp.evaluate.loglikelihood import ScoreOptions
-from edgedisp.evaluate.score_cache import ScoreCache
+from edgedisp.evaluate.heldout_tasks import Question
+from edgedisp.evaluate.loglikelihood import ScoreCache, ScoreOptions
 from edgedisp.evaluate.statistics import Resampling
 from edgedisp.evaluate.task_suite import TaskSuite
 from edgedisp.graph.session import OnnxModel
@@ -144,7 +143,7 @@ def noise_floor(
         usual = score(model, cache, "as scored")
     changes: dict[str, Estimate] = {}
     for name, variant in variants.items():
-        resampling = Resampling(bootstrap, suite.text.seed)
+        resampling = Resampling(bootstrap, suite.options.seed)
         change = compare_task([(usual, score(variant, None, f"other {name}"))], resampling).main
         changes[name] = change.nats or change.estimate
     documents = len({question.document for question in questions})

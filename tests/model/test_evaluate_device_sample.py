@@ -18,9 +18,8 @@ from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import from_json
 from edgedisp.core.results import Difference
 from edgedisp.evaluate import device_sample
-from edgedisp.evaluate.device_sample import Here, Sample
-from edgedisp.evaluate.loglikelihood import ScoreOptions, loglikelihoods
-from edgedisp.evaluate.score_cache import ScoreCache
+from edgedisp.evaluate.device_sample import Answer, Sample
+from edgedisp.evaluate.loglikelihood import ScoreCache, ScoreOptions, loglikelihoods
 from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, prepare
 
 __all__ = ["folder"]  # a fixture
@@ -32,15 +31,12 @@ def suite(place: Path, *names: str) -> TaskSuite:
     return prepare(Letters(), [], SuiteOptions(names, tasks_path=place), end_of_text=0)
 
 
-def answers(sample: Sample, model: Speller) -> dict[str, dict[str, list[device_sample.Answer]]]:
+def answers(sample: Sample, model: Speller) -> list[list[Answer]]:
     """What a device with `model` answers to the tokens that were sent."""
-    return {
-        task: {
-            item.id: [(one.sum_logprob, one.greedy) for one in loglikelihoods(model, item.sent)]
-            for item in items
-        }
-        for task, items in sample.items.items()
-    }
+    return [
+        [(score.sum_logprob, score.greedy) for score in loglikelihoods(model, item.sent)]
+        for item in sample.in_turn()
+    ]
 
 
 @pytest.fixture
@@ -50,10 +46,10 @@ def cache(tmp_path: Path) -> Iterator[ScoreCache]:
 
 
 def compare(folder: Path, cache: ScoreCache, device: Speller, count: int = 5) -> dict[str, dict[str, Any]]:
-    tasks, here = suite(folder, *NAMES), Speller(context=16)
-    sample = device_sample.draw(tasks, here, count, seed=0)
-    results = tasks.run(here, ScoreOptions(cache=cache))
-    records = device_sample.compare(tasks, sample, answers(sample, device), Here(here, cache, results))
+    tasks, host = suite(folder, *NAMES), Speller(context=16)
+    sample = device_sample.draw(tasks, host, count, seed=0)
+    results = tasks.run(host, ScoreOptions(cache=cache))
+    records = device_sample.compare(tasks, sample, answers(sample, device), host, cache, results)
     return {record["task"]: record for record in records}
 
 
@@ -88,12 +84,11 @@ def test_another_model_is_seen_in_scores_choices_and_log_probabilities(
 def test_nothing_answered_and_too_few_answers_are_told_apart(folder: Path, cache: ScoreCache) -> None:
     tasks, model = suite(folder, "toy_choice"), Speller()
     sample = device_sample.draw(tasks, model, 2, seed=0)
-    here = Here(model, cache, tasks.run(model, ScoreOptions(cache=cache)))
-    (record,) = device_sample.compare(tasks, sample, {}, here)
+    results = tasks.run(model, ScoreOptions(cache=cache))
+    (record,) = device_sample.compare(tasks, sample, [], model, cache, results)
     assert (record["answered"], record["reason"], record["device"]) == (0, "nothing was answered", None)
-    item = sample.items["toy_choice"][0]
     with pytest.raises(BuildFailed, match="1 answers to 3 requests"):
-        device_sample.compare(tasks, sample, {"toy_choice": {item.id: [(0.0, True)]}}, here)
+        device_sample.compare(tasks, sample, [[(0.0, True)]], model, cache, results)
 
 
 def test_a_task_that_generates_text_is_refused(folder: Path) -> None:

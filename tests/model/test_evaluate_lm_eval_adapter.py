@@ -28,10 +28,10 @@ from edgedisp.core.results import Score
 from edgedisp.evaluate import lm_eval_tasks
 from edgedisp.evaluate.comparison import Results, TaskResult, compare_task
 from edgedisp.evaluate.lm_eval_adapter import HarnessModel
-from edgedisp.evaluate.loglikelihood import ScoreOptions
-from edgedisp.evaluate.score_cache import ScoreCache
+from edgedisp.evaluate.loglikelihood import ScoreCache, ScoreOptions
 from edgedisp.evaluate.statistics import wilson
-from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, prepare, tokenizer_text
+from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, prepare
+from edgedisp.evaluate.tokenization import TextTokenizer
 from edgedisp.models import TorchModel, bos_id
 
 __all__ = ["folder"]  # a fixture
@@ -51,7 +51,7 @@ def value(result: TaskResult, metric: str | None = None) -> Any:
 
 
 def harness(model: Any) -> HarnessModel:
-    return HarnessModel(model, tokenizer_text(Letters(), 0, None, model.context))
+    return HarnessModel(model, TextTokenizer(Letters(), 0))
 
 
 def test_choices_are_scored_as_by_hand(folder: Path) -> None:
@@ -275,8 +275,8 @@ def test_what_was_scored_before_is_not_asked_again(folder: Path, tmp_path: Path)
         prepared.run(silent, ScoreOptions(cache=cache))
 
 
-@pytest.mark.parametrize("lead", [None, 257])
-def test_log_likelihoods_and_text_equal_those_of_lm_evals_torch_backend(lead: int | None) -> None:
+@pytest.mark.parametrize(("bos", "lead"), [("<end>", None), ("<begin>", None), ("<begin>", 257)])
+def test_log_likelihoods_and_text_equal_those_of_lm_evals_torch_backend(bos: str, lead: int | None) -> None:
     import torch
     from lm_eval.models.huggingface import HFLM
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -290,7 +290,6 @@ def test_log_likelihoods_and_text_equal_those_of_lm_evals_torch_backend(lead: in
     bare.decoder = decoders.ByteLevel()
     if lead is not None:  # a tokenizer like Gemma's or Llama 3's
         bare.post_processor = processors.TemplateProcessing("<begin> $A", None, [("<begin>", lead)])
-    bos = "<end>" if lead is None else "<begin>"
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bare, eos_token="<end>", pad_token="<end>", bos_token=bos
     )
@@ -312,7 +311,7 @@ def test_log_likelihoods_and_text_equal_those_of_lm_evals_torch_backend(lead: in
         llama = LlamaForCausalLM(config)
 
     model = TorchModel(llama, threads=1)
-    ours = HarnessModel(model, tokenizer_text(tokenizer, 0, lead, 64))
+    ours = HarnessModel(model, TextTokenizer(tokenizer, 0, lead))
     theirs = HFLM(pretrained=llama, tokenizer=tokenizer, batch_size=3, device="cpu", max_length=64)
     texts = [
         "the tide was out and the boats lay on their sides",

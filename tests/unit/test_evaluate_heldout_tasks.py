@@ -6,8 +6,10 @@ import itertools
 import json
 import math
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,15 +21,15 @@ from numpy.typing import NDArray
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import from_json, to_json
 from edgedisp.evaluate.comparison import Results, compare_task
-from edgedisp.evaluate.heldout_items import (
+from edgedisp.evaluate.heldout_tasks import (
     CLOZE_CONTEXT,
     CONTINUATION_CONTEXT,
     CONTINUATION_SENTENCE,
     Question,
-    sentences,
 )
 from edgedisp.evaluate.loglikelihood import ScoreOptions
-from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, prepare
+from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, check_tasks, prepare
+from edgedisp.evaluate.tokenization import sentences
 
 ALL = ["heldout_perplexity", "heldout_cloze", "heldout_continuation"]
 
@@ -344,3 +346,18 @@ def test_two_models_are_paired_on_the_same_items_alone() -> None:
     for other in (suite(seed=1).run(uniform())["heldout_cloze"], worse["heldout_continuation"]):
         with pytest.raises(ValueError, match="do not hold the same items"):
             compare_task([(worse["heldout_cloze"], other)])
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_names_that_are_no_tasks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(BadInput, match=r'arc_easy: not a held-out task.*pip install "edgedisp\[bench\]"'):
+        check_tasks(["arc_easy"])
+    with pytest.raises(BadInput, match=r"heldout_clozes.*did you mean heldout_cloze,"):
+        check_tasks(["heldout_clozes"])
+    with pytest.raises(BadInput, match=r"evaluate\.tasks is empty; choose from heldout_perplexity"):
+        check_tasks([])
+    with pytest.raises(BadInput, match=r"evaluate\.tasks_path: .*nothing is no folder"):
+        check_tasks(["heldout_cloze"], tmp_path / "nothing")
