@@ -40,15 +40,14 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def select_layers(choice: str | Sequence[int], depth: int) -> list[int]:
     """Indices (from 0) of the layers named by `all`, `first_half`, `last_half`, `last`, or a list. Raises
     ValueError for an index outside the model, or a choice of no layer."""
-    named = {
+    words = {
         "all": range(depth),
         "first_half": range(depth // 2),
         "last_half": range(depth // 2, depth),
         "last": range(depth - 1, depth),
     }
-    indices = sorted(set(named[choice] if isinstance(choice, str) else choice))
-    outside = [index for index in indices if not 0 <= index < depth]
-    if outside:
+    indices = sorted(set(words[choice] if isinstance(choice, str) else choice))
+    if outside := [index for index in indices if not 0 <= index < depth]:
         raise ValueError(f"layers {outside} are outside the model, which has layers 0 to {depth - 1}")
     if not indices:
         raise ValueError(f"layers {choice!r} names no layer of a model that has {depth}")
@@ -66,10 +65,7 @@ def hidden_states(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int,
     states: dict[int, Tensor] = {}
 
     def collect_output(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            states[index] = _first_tensor(output)
-
-        return hook
+        return lambda module, args, output: states.update({index: _first_tensor(output)})
 
     def collect_input(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         states[-1] = args[0] if args else kwargs["hidden_states"]
@@ -87,14 +83,14 @@ def hidden_states(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int,
 
 @dataclass
 class _Pass:
-    """A forward pass. `mask` `(batch, tokens)`: true or 1 for a real token, None if all are."""
+    """A forward pass. Layers are named by their position among the watched ones."""
 
-    mask: Tensor | None
+    mask: Tensor | None  # (batch, tokens), true or 1 for a real token; None: all are
     first_sequence: int
     length: int | None = None  # of the sequences in the model's call, where known
     sample: TokenSample | None = None  # set by the first watched layer
-    waiting: list[tuple[int, Tensor]] = field(default_factory=list)  # place, output; without a value yet
-    places: list[int] = field(default_factory=list)  # of the layers with a value
+    waiting: list[tuple[int, Tensor]] = field(default_factory=list)  # layers without a value yet, and outputs
+    layers: list[int] = field(default_factory=list)  # with a value
     values: list[Tensor] = field(default_factory=list)  # a vector for each group
     is_over: bool = False
 
@@ -118,9 +114,9 @@ class DispersionLoss:
         self._next_pass: _Pass | None = None
         self._next_sequence = 0
         self._skipped: int | Tensor = 0
-        self._layers: list[int] = []
-        self._has_run = False  # any watched layer, since `watch`
-        self._last: tuple[list[int], Tensor] = [], torch.empty(0)  # places and values of the last pass
+        self._layers: list[int] = []  # that are watched
+        self._has_run = False  # any of them, since `watch`
+        self._last: tuple[list[int], Tensor] = [], torch.empty(0)  # layers and values of the last pass
 
     @property
     def skipped_sequences(self) -> int:
@@ -139,8 +135,8 @@ class DispersionLoss:
         self._layers, self._has_run = select_layers(self.config.layers, len(blocks)), False
         with ExitStack() as stack:
             stack.callback(model.register_forward_pre_hook(self._start, with_kwargs=True).remove)
-            for place, index in enumerate(self._layers):
-                stack.callback(blocks[index].register_forward_hook(self._hook(place)).remove)
+            for layer, index in enumerate(self._layers):
+                stack.callback(blocks[index].register_forward_hook(self._hook(layer)).remove)
             try:
                 yield self
             finally:
@@ -149,10 +145,8 @@ class DispersionLoss:
     def begin(self, mask: Tensor | None = None, first_sequence: int | None = None) -> None:
         """Describe the next forward pass; without it, the mask is the call's own `attention_mask`.
 
-        Args:
-            mask: `(batch, tokens)`, true or 1 for a real token.
-            first_sequence: number of the batch's first sequence among all that training sees; it decides
-                which tokens are sampled. None counts on.
+        mask: `(batch, tokens)`, true or 1 for a real token. first_sequence: number of the batch's first
+        sequence among all that training sees, which decides what tokens are sampled; None counts on.
         """
         self._next_pass = _Pass(mask, self._next_sequence if first_sequence is None else first_sequence)
 
@@ -162,14 +156,13 @@ class DispersionLoss:
         0 if the pass left out every watched layer. Raises ValueError if there was no training forward pass,
         if its loss was already returned, or if no watched layer ever ran with gradients.
         """
-        now = self._pass
-        if now is None or now.is_over:
+        current = self._pass
+        if current is None or current.is_over:
             raise ValueError("no forward pass to compute the dispersion of: run the model inside watch()")
-        now.is_over = True
-        if now.waiting and now.sample is not None:
-            self._compute(now, now.sample, is_last=True)
-        values, now.values = now.values, []
-        if not values or now.sample is None:
+        current.is_over = True
+        self._compute(current, is_last=True)
+        values, current.values = current.values, []
+        if not values or current.sample is None:
             self._last = [], torch.empty(0)
             if self._has_run:
                 return torch.zeros(())
@@ -178,16 +171,16 @@ class DispersionLoss:
                 "transformers 5.23, reentrant gradient checkpointing hides them (set use_reentrant to False)"
             )
         self._has_run = True
-        self._next_sequence = now.first_sequence + now.sample.batch
-        self._skipped = self._skipped + (now.sample.batch - now.sample.sequences)
+        self._next_sequence = current.first_sequence + current.sample.batch
+        self._skipped = self._skipped + (current.sample.batch - current.sample.sequences)
         together = torch.cat([value.to(values[0].device) for value in values])
-        self._last = now.places, together.detach()
+        self._last = current.layers, together.detach()
         return together.mean()
 
     def by_layer(self) -> dict[int, float]:
         """Value of each layer, counted from 0, that ran in the pass of the last `loss`."""
-        places, values = self._last
-        return dict(sorted(zip((self._layers[place] for place in places), values.tolist())))
+        layers, values = self._last
+        return dict(sorted(zip((self._layers[layer] for layer in layers), values.tolist())))
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled() or _in_backward():
@@ -200,45 +193,47 @@ class DispersionLoss:
             mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
             self._pass.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
-    def _hook(self, place: int) -> Callable[..., None]:
+    def _hook(self, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
             if not torch.is_grad_enabled() or (_in_backward() and not _in_checkpoint()):
                 return
             if self._next_pass is not None and not _in_backward():
                 self._pass, self._next_pass = self._next_pass, None  # the call skipped the watched model
             if self._pass is not None and (_in_backward() or not self._pass.is_over):
-                self._take(self._pass, place, _first_tensor(output))
+                self._take(self._pass, layer, _first_tensor(output))
 
         return hook
 
-    def _take(self, now: _Pass, place: int, state: Tensor) -> None:
+    def _take(self, current: _Pass, layer: int, state: Tensor) -> None:
         """Compute the values of the waiting layers, when there are enough of them or no more to come."""
-        if now.sample is None:
-            depth, first = len(self._layers), now.first_sequence
-            now.sample = TokenSample(self.config, depth, state, now.mask, now.length, first)
+        if current.sample is None:
+            mask, length, first = current.mask, current.length, current.first_sequence
+            current.sample = TokenSample(self.config, len(self._layers), state, mask, length, first)
+        sample = current.sample
         if _in_checkpoint():
             # The recomputation has to save what was saved here, so this layer is computed at once and alone.
-            value = self._value(now.sample, [(place, state)], is_last=True)
+            value = self._value(sample, [(layer, state)], is_last=True)
             if not _in_backward():
-                now.places.append(place)
-                now.values.append(value)
+                current.layers.append(layer)
+                current.values.append(value)
             return
         # A full group waits until another layer comes: as the model may skip layers, it could be the last.
         size = GROUP if self.config.variant in FORMS else 1
-        other = now.waiting[0][1] if now.waiting else state
+        other = current.waiting[0][1] if current.waiting else state
         is_alike = (other.shape, other.dtype, other.device) == (state.shape, state.dtype, state.device)
-        if len(now.waiting) == size or not is_alike:
-            self._compute(now, now.sample, is_last=False)
-        now.waiting.append((place, state))
+        if len(current.waiting) == size or not is_alike:
+            self._compute(current, is_last=False)
+        current.waiting.append((layer, state))
         # Long sequences, without sampling, keep the processor busy alone.
-        if now.sample.picks is None or place == len(self._layers) - 1:
-            self._compute(now, now.sample, is_last=True)
+        if sample.picks is None or layer == len(self._layers) - 1:
+            self._compute(current, is_last=True)
 
-    def _compute(self, now: _Pass, sample: TokenSample, is_last: bool) -> None:
+    def _compute(self, current: _Pass, is_last: bool) -> None:
         """The values of the waiting layers; `is_last`: no watched layer follows the last of them."""
-        waiting, now.waiting = now.waiting, []
-        now.places.extend(place for place, _ in waiting)
-        now.values.append(self._value(sample, waiting, is_last))
+        waiting, current.waiting = current.waiting, []
+        if waiting and current.sample is not None:
+            current.layers.extend(layer for layer, _ in waiting)
+            current.values.append(self._value(current.sample, waiting, is_last))
 
     def _value(self, sample: TokenSample, layers: list[tuple[int, Tensor]], is_last: bool) -> Tensor:
         """The mean over sequences at each of these layers; `(layers,)`."""

@@ -1,19 +1,7 @@
 """Dispersion losses over the token vectors of one sequence: the smaller, the more the vectors differ.
 
-With z_i the real tokens of a sequence, c_ij their cosines and D_ij = arccos(c_ij) / pi:
-
-| variant | value of a sequence | range |
-|---|---|---|
-| angular | log mean_{i != j} exp(-D_ij / temperature) | -1 / temperature .. 0 without a clamp |
-| cosine | log mean_{i != j} exp((c_ij - 1) / temperature) | -2 / temperature .. 0 |
-| l2_repel | log mean_{i != j} exp(-|r_i - r_j|^2 / temperature) + 0.1 mean |r_i|^2, r_i = z_i / mean norm | |
-| decorrelation | mean_{m != n} q_mn^2, q_mn the correlation of two features over the tokens | 0 .. 1 |
-| orthogonalization | mean_{i != j} max(0, 1/2 - D_ij)^2 | 0 .. 1/4 without a clamp |
-| spectral_entropy | -log(effective rank) of the directions z_i / |z_i| | -log(features) .. 0 |
-
 `angular`, l2-repel, decorrelation and orthogonalization are of arXiv 2602.00217 (section 4); `cosine` is a
-form of Diffuse and Disperse (arXiv 2506.09027). With clamp 0.1 and temperature 1, `angular` is -0.144 for
-equal and -0.856 for opposite vectors. Differences from the code published with 2602.00217:
+form of Diffuse and Disperse (arXiv 2506.09027). Differences from the code published with 2602.00217:
 
 - Padding takes part in no pair, mean or spectrum, and pairs i = i are left out of l2-repel.
 - Vectors are divided by their norm, there by the norm + 0.01; `angular` there also adds a constant 0.01.
@@ -38,8 +26,8 @@ from torch import Tensor
 Loss = Callable[..., Tensor]
 """`(vectors, mask, *, temperature, clamp)` -> a value for each sequence, `(...)`: vectors `(..., tokens,
 features)`, any floating dtype; mask `(..., tokens)`, true for a real token. Value and gradient are 0 for a
-sequence without a pair. Raises ValueError for a temperature or clamp out of bounds, or a mask that does not
-fit. A loss without a use for `temperature` or `clamp` only checks it."""
+sequence without a pair. Raises ValueError for a mask that does not fit. Some have no use for `temperature` or
+`clamp`."""
 
 VARIANTS: dict[str, Loss] = {}
 """The losses by the name that a recipe uses."""
@@ -91,11 +79,15 @@ def log_mean_exp_over_pairs(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def _variant(formula: Loss) -> Loss:
-    """Register a formula. It sees checked arguments, float32 or better, and zeros in place of padding."""
+    """Register a formula. It sees float32 or better, and zeros in place of padding."""
 
     @functools.wraps(formula)
     def loss(vectors: Tensor, mask: Tensor, **options: float) -> Tensor:
-        _check(vectors, mask, **options)
+        if mask.shape != vectors.shape[:-1]:
+            raise ValueError(
+                f"the mask has shape {tuple(mask.shape)} and the vectors {tuple(vectors.shape)}; "
+                f"the mask must have shape {tuple(vectors.shape[:-1])}, a value for each token"
+            )
         mask = mask.bool()
         # A selection and no product: 0 * inf is NaN, and its gradient too.
         clean = torch.where(mask.unsqueeze(-1), precise(vectors), 0.0)
@@ -112,7 +104,7 @@ def angular(vectors: Tensor, mask: Tensor, *, temperature: float = 1.0, clamp: f
     """The paper's loss: `log mean exp(-D / temperature)`, D the angle of a pair over pi.
 
     A small temperature looks at the nearest pairs alone, a large one at the mean angle. About
-    -1 / (2 temperature) for orthogonal vectors. See `angular_distance` for the clamp.
+    -1 / (2 temperature) for orthogonal vectors; with the defaults -0.144 for equal, -0.856 for opposite ones.
     """
     distance = angular_distance(_cosines(vectors), clamp)
     return log_mean_exp_over_pairs(-distance / temperature, mask)
@@ -129,10 +121,9 @@ def cosine(vectors: Tensor, mask: Tensor, *, temperature: float = 1.0, clamp: fl
 def l2_repel(vectors: Tensor, mask: Tensor, *, temperature: float = 1.0, clamp: float = 0.0) -> Tensor:
     """`log mean exp(-|r_i - r_j|^2 / temperature) + 0.1 mean |r_i|^2`, r = z / (mean norm of the tokens).
 
-    The paper's l2-repel with its norm penalty, but with lengths measured in mean norms of the sequence. Raw
-    vectors, as in its code, fail at norms of hundreds: one pair takes the whole gradient. 0.1 for equal
-    vectors; near 0.1 - 2 / temperature for orthogonal ones of equal norm. Attention sinks dominate the
-    penalty: exclude them if they are to stay as they are.
+    The paper's l2-repel with its norm penalty, but lengths are measured in mean norms of the sequence: raw
+    vectors, as in its code, fail at norms of hundreds, where one pair takes the whole gradient. 0.1 for equal
+    vectors, near 0.1 - 2 / temperature for orthogonal ones. Attention sinks dominate the penalty.
     """
     unit = vectors.norm(dim=-1).sum(dim=-1) / mask.sum(dim=-1).clamp_min(1)
     scaled = vectors / unit.clamp_min(SHORTEST)[..., None, None]
@@ -147,9 +138,8 @@ def l2_repel(vectors: Tensor, mask: Tensor, *, temperature: float = 1.0, clamp: 
 def decorrelation(vectors: Tensor, mask: Tensor, *, temperature: float = 1.0, clamp: float = 0.0) -> Tensor:
     """Mean squared correlation of two different features over the real tokens of the sequence.
 
-    The paper's sum of squared off-diagonal covariances after standardising, divided by their number
-    `features * (features - 1)`: 0 for uncorrelated features, 1 when one number decides them all. A feature
-    that does not vary counts as 0.
+    The paper's sum of squared off-diagonal covariances after standardising, divided by their number: 0 for
+    uncorrelated features, 1 when one number decides them all. A feature that does not vary counts as 0.
     """
     count = mask.sum(dim=-1).clamp_min(1)[..., None, None]
     mean = vectors.sum(dim=-2, keepdim=True) / count
@@ -183,8 +173,7 @@ def spectral_entropy(
     """`sum p log p`, p the eigenvalues of the tokens' cosine matrix over their sum: -log(effective rank).
 
     The matrix-based entropy of Giraldo, Rao and Principe (2014) at order 1: from 0, all vectors in one line,
-    down to -log(min(tokens, features)). condensation.py's effective rank (Roy and Vetterli 2007) is of
-    vectors and singular values instead. Costs min(tokens, features)^3 for each sequence and layer.
+    down to -log(min(tokens, features)). Costs min(tokens, features)^3 for each sequence and layer.
     """
     gram = _smaller_gram(unit_vectors(vectors))
     # The decomposition refuses NaN and inf; the value shall be NaN, for the training loop to find.
@@ -216,18 +205,6 @@ def _smaller_gram(rows: Tensor) -> Tensor:
     return rows @ rows.transpose(-1, -2) if tokens <= features else rows.transpose(-1, -2) @ rows
 
 
-def _check(vectors: Tensor, mask: Tensor, temperature: float = 1.0, clamp: float = 0.0) -> None:
-    if mask.shape != vectors.shape[:-1]:
-        raise ValueError(
-            f"the mask has shape {tuple(mask.shape)} and the vectors {tuple(vectors.shape)}; "
-            f"the mask must have shape {tuple(vectors.shape[:-1])}, a value for each token"
-        )
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature {temperature} does not work; it must be a finite number above 0")
-    if not 0 <= clamp < 1:
-        raise ValueError(f"clamp {clamp} does not work; it must be at least 0 and below 1")
-
-
 # ---------------------------------------------------------------- options
 
 LAYER_WORDS = ("all", "first_half", "last_half", "last")
@@ -238,14 +215,14 @@ class DispersionConfig:
     """Which loss, how strong, over which layers and tokens.
 
     Attributes:
-        variant: a name in `losses.VARIANTS`.
+        variant: a name in VARIANTS.
         weight: lambda in `CE + lambda * L`; 0 or more.
         layers: `all`, `first_half`, `last_half`, `last`, or indices from 0; never the embedding output.
         temperature: tau of the loss, above 0.
         tokens: how many tokens of each sequence are sampled, anew for each layer and step; None takes all.
             The paper takes 256. With 64, the gradient of SmolLM2-135M's weights has a cosine of 0.999 with
             that of all pairs of 256 tokens, for a sixteenth of the products (benchmarks/dispersion_cost.py).
-        clamp: cosines are kept in [clamp - 1, 1 - clamp]; from 0 to below 1. See `losses.angular`.
+        clamp: cosines are kept in [clamp - 1, 1 - clamp]; from 0 to below 1. See `angular_distance`.
         exclude_sink: leave attention sinks out: the first token of a sequence, and any whose norm is more
             than 10 times the median.
         seed: of the token sampling, which has random streams of its own.
@@ -265,21 +242,20 @@ class DispersionConfig:
     def __post_init__(self) -> None:
         if isinstance(self.layers, list | range):
             object.__setattr__(self, "layers", tuple(self.layers))
-        rules = {
-            "variant": (self.variant in list(VARIANTS), f"one of {', '.join(VARIANTS)}"),
-            "weight": (0 <= self.weight < math.inf, "a number of at least 0"),
-            "temperature": (0 < self.temperature < math.inf, "a number above 0"),
-            "tokens": (
-                self.tokens is None or (isinstance(self.tokens, int) and self.tokens >= 2),
-                "a whole number of at least 2, or None for all",
-            ),
-            "clamp": (0 <= self.clamp < 1, "a number from 0 to below 1"),
-            "seed": (isinstance(self.seed, int) and self.seed >= 0, "a whole number of at least 0"),
-            "layers": (_are_layers(self.layers), f"{', '.join(LAYER_WORDS)}, or indices from 0, none twice"),
-        }
-        for field, (is_valid, works) in rules.items():
-            if not is_valid:
-                raise ValueError(f"dispersion {field} is {getattr(self, field)!r}; it needs {works}")
+        tokens, seed = self.tokens, self.seed
+        layers = f"{', '.join(LAYER_WORDS)}, or indices from 0, none twice"
+        self._need("variant", self.variant in list(VARIANTS), f"one of {', '.join(VARIANTS)}")
+        self._need("weight", 0 <= self.weight < math.inf, "a number of at least 0")
+        self._need("temperature", 0 < self.temperature < math.inf, "a number above 0")
+        is_count = tokens is None or (isinstance(tokens, int) and tokens >= 2)
+        self._need("tokens", is_count, "a whole number of at least 2, or None for all")
+        self._need("clamp", 0 <= self.clamp < 1, "a number from 0 to below 1")
+        self._need("seed", isinstance(seed, int) and seed >= 0, "a whole number of at least 0")
+        self._need("layers", _are_layers(self.layers), layers)
+
+    def _need(self, field: str, is_valid: bool, what: str) -> None:
+        if not is_valid:
+            raise ValueError(f"dispersion {field} is {getattr(self, field)!r}; it needs {what}")
 
 
 def _are_layers(layers: object) -> bool:

@@ -33,31 +33,6 @@ SAFE_SPREAD = 60.0
 FORMS = ("angular", "cosine")
 
 
-class _Score:
-    """s(c) of a form and its slope s'(c), both taken at the cosine clamped to [-1 + clamp, 1 - clamp]."""
-
-    def __init__(self, form: str, temperature: float, clamp: float, dtype: torch.dtype) -> None:
-        # The clamp leaves the slope 1 (straight-through). It is never 0, where arccos has no finite slope.
-        self.form, self.edge = form, 1 - max(clamp, torch.finfo(dtype).eps)
-        self.factor = 1 / (math.pi * temperature) if form == "angular" else 1 / temperature
-        widest = math.acos(-self.edge) if form == "angular" else 1 + self.edge
-        self.is_safe = widest * self.factor < SAFE_SPREAD
-
-    def clamped(self, cosines: Tensor) -> Tensor:
-        return cosines.clamp(-self.edge, self.edge)
-
-    def value(self, clamped: Tensor) -> Tensor:
-        if self.form == "angular":
-            return torch.arccos(clamped).mul_(-self.factor)
-        return (clamped - 1).mul_(self.factor)
-
-    def times_slope(self, weights: Tensor, clamped: Tensor, share: Tensor | float = 1.0) -> Tensor:
-        """`weights * s'(c) * share`, the first two used up."""
-        if self.form == "angular":
-            weights.mul_(torch.addcmul(clamped.new_ones(()), clamped, clamped, value=-1).rsqrt_())
-        return weights.mul_(share * self.factor)
-
-
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
     """Let float32 matrix products on the CPU round their inputs to `bf16` and still add up in float32.
@@ -77,96 +52,104 @@ def matmul_precision(precision: str) -> Iterator[None]:
         backend.fp32_precision = before
 
 
-def _zero_where_masked(vectors: Tensor, mask: Tensor | None) -> Tensor:
-    """The vectors in float32 or better. Padding may hold anything, NaN too."""
-    vectors = precise(vectors)
-    return vectors if mask is None else torch.where(mask.unsqueeze(-1), vectors, 0.0)
-
-
 class _Pairs:
-    """Token vectors `(batch, n, features)` and the blocks of their cosines; `inverse` is 1 / norm."""
+    """Blocks of the cosines of token vectors `(batch, n, features)`, and their scores s(c).
 
-    def __init__(self, vectors: Tensor, mask: Tensor | None) -> None:
-        self.vectors, self.mask = vectors, mask
-        self.inverse = torch.linalg.vector_norm(vectors, dim=-1).clamp_min_(SHORTEST).reciprocal_()
+    A cosine is clamped to [-1 + clamp, 1 - clamp] for the score and its slope s'(c); the clamp's own slope is
+    1 (straight-through). A clamp of 0 becomes a rounding step, as arccos has no finite slope at +-1.
+    """
+
+    def __init__(
+        self, form: str, vectors: Tensor, mask: Tensor | None, temperature: float, clamp: float
+    ) -> None:
+        vectors = precise(vectors)
+        # Padding may hold anything, NaN too.
+        self.vectors = vectors if mask is None else torch.where(mask.unsqueeze(-1), vectors, 0.0)
+        self.form, self.mask = form, mask
+        self.inverse = torch.linalg.vector_norm(self.vectors, dim=-1).clamp_min_(SHORTEST).reciprocal_()
+        self.edge = 1 - max(clamp, torch.finfo(vectors.dtype).eps)
+        self.factor = 1 / (math.pi * temperature) if form == "angular" else 1 / temperature
+        widest = math.acos(-self.edge) if form == "angular" else 1 + self.edge
+        self.is_safe = widest * self.factor < SAFE_SPREAD
 
     def blocks(self) -> list[tuple[slice, slice]]:
         """Of the upper triangle, diagonal blocks included."""
         tokens = self.vectors.shape[1]
         edges = [slice(start, min(start + BLOCK, tokens)) for start in range(0, tokens, BLOCK)]
-        return [(row, column) for at, row in enumerate(edges) for column in edges[at:]]
+        return [(row, column) for index, row in enumerate(edges) for column in edges[index:]]
 
-    def cosines(self, rows: slice, columns: slice) -> Tensor:
-        products = torch.bmm(self.vectors[:, rows], self.vectors[:, columns].mT)
-        return products.mul_(self.inverse[:, rows, None]).mul_(self.inverse[:, None, columns])
-
-    def scores(self, score: _Score, clamped: Tensor, rows: slice, columns: slice) -> Tensor:
-        """s, minus infinity for pairs of a token with itself and for pairs with padding."""
-        scores = score.value(clamped)
+    def block(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Cosines, clamped cosines, and scores: minus infinity for a token with itself or padding."""
+        cosines = torch.bmm(self.vectors[:, rows], self.vectors[:, columns].mT)
+        cosines.mul_(self.inverse[:, rows, None]).mul_(self.inverse[:, None, columns])
+        clamped = cosines.clamp(-self.edge, self.edge)
+        if self.form == "angular":
+            scores = torch.arccos(clamped).mul_(-self.factor)
+        else:
+            scores = (clamped - 1).mul_(self.factor)
         if rows == columns:
             scores.diagonal(dim1=-2, dim2=-1).fill_(-math.inf)
         if self.mask is not None:
             scores.masked_fill_(~(self.mask[:, rows, None] & self.mask[:, None, columns]), -math.inf)
-        return scores
+        return cosines, clamped, scores
 
+    def times_slope(self, weights: Tensor, clamped: Tensor, share: Tensor | float = 1.0) -> Tensor:
+        """`weights * s'(c) * share`, the first two used up."""
+        if self.form == "angular":
+            weights.mul_(torch.addcmul(clamped.new_ones(()), clamped, clamped, value=-1).rsqrt_())
+        return weights.mul_(share * self.factor)
 
-def _log_total(pairs: _Pairs, score: _Score) -> Tensor:
-    """Log of the sum of exp(score) over ordered pairs, `(batch,)`; -inf without a pair."""
-    total = pairs.inverse.new_zeros(len(pairs.vectors))
-    highest = torch.full_like(total, 0.0 if score.is_safe else -math.inf)
-    for rows, columns in pairs.blocks():
-        scores = pairs.scores(score, score.clamped(pairs.cosines(rows, columns)), rows, columns)
-        if not score.is_safe:
-            top = torch.maximum(highest, scores.amax(dim=(-2, -1)))
-            # Both are -inf until a pair is seen, and their difference must not become NaN.
-            total *= torch.exp(torch.where(highest == top, 0.0, highest - top))
-            highest = top
-            scores -= torch.where(top == -math.inf, 0.0, top)[:, None, None]
-        total += scores.exp_().sum(dim=(-2, -1)) * (1 if rows == columns else 2)
-    return total.log() + torch.where(highest == -math.inf, 0.0, highest)
+    def log_total(self) -> Tensor:
+        """Log of the sum of exp(score) over ordered pairs, `(batch,)`; -inf without a pair."""
+        total = self.inverse.new_zeros(len(self.vectors))
+        highest = torch.full_like(total, 0.0 if self.is_safe else -math.inf)
+        for rows, columns in self.blocks():
+            *_, scores = self.block(rows, columns)
+            if not self.is_safe:
+                top = torch.maximum(highest, scores.amax(dim=(-2, -1)))
+                # Both are -inf until a pair is seen, and their difference must not become NaN.
+                total *= torch.exp(torch.where(highest == top, 0.0, highest - top))
+                highest = top
+                scores -= torch.where(top == -math.inf, 0.0, top)[:, None, None]
+            total += scores.exp_().sum(dim=(-2, -1)) * (1 if rows == columns else 2)
+        return total.log() + torch.where(highest == -math.inf, 0.0, highest)
 
+    def gradient(self, log_total: Tensor) -> Tensor:
+        """dL/dv by blocks, each computed anew; `(batch, n, features)`."""
+        gradient = torch.zeros_like(self.vectors)
+        radial = torch.zeros_like(self.inverse)
+        for rows, columns in self.blocks():
+            cosines, clamped, scores = self.block(rows, columns)
+            slopes = self.times_slope(scores.sub_(log_total[:, None, None]).exp_(), clamped)
+            along = cosines.mul_(slopes)
+            radial[:, rows] += along.sum(dim=-1)
+            slopes.mul_(self.inverse[:, rows, None]).mul_(self.inverse[:, None, columns])
+            gradient[:, rows] += torch.bmm(slopes, self.vectors[:, columns])
+            if rows != columns:
+                radial[:, columns] += along.sum(dim=-2)
+                gradient[:, columns] += torch.bmm(slopes.mT, self.vectors[:, rows])
+        gradient.addcmul_(self.vectors, (radial * self.inverse.square()).unsqueeze(-1), value=-1)
+        return gradient.mul_(2)
 
-def _gradient(pairs: _Pairs, score: _Score, log_total: Tensor) -> Tensor:
-    """dL/dv by blocks, each computed anew; `(batch, n, features)`."""
-    gradient = torch.zeros_like(pairs.vectors)
-    radial = torch.zeros_like(pairs.inverse)
-    for rows, columns in pairs.blocks():
-        cosines = pairs.cosines(rows, columns)
-        clamped = score.clamped(cosines)
-        scores = pairs.scores(score, clamped, rows, columns)
-        slopes = score.times_slope(scores.sub_(log_total[:, None, None]).exp_(), clamped)
-        along = cosines.mul_(slopes)
-        radial[:, rows] += along.sum(dim=-1)
-        slopes.mul_(pairs.inverse[:, rows, None]).mul_(pairs.inverse[:, None, columns])
-        gradient[:, rows] += torch.bmm(slopes, pairs.vectors[:, columns])
-        if rows != columns:
-            radial[:, columns] += along.sum(dim=-2)
-            gradient[:, columns] += torch.bmm(slopes.mT, pairs.vectors[:, rows])
-    gradient.addcmul_(pairs.vectors, (radial * pairs.inverse.square()).unsqueeze(-1), value=-1)
-    return gradient.mul_(2)
-
-
-def _in_one_block(pairs: _Pairs, score: _Score, differentiate: bool) -> tuple[Tensor, Tensor | None]:
-    """`_log_total`, and the matrix M of the module docstring, from one computation of the cosines."""
-    everything = slice(0, pairs.vectors.shape[1])
-    cosines = pairs.cosines(everything, everything)
-    clamped = score.clamped(cosines)
-    scores = pairs.scores(score, clamped, everything, everything)
-    highest: Tensor | float = 0.0
-    if not score.is_safe:
-        highest = scores.amax(dim=(-2, -1)).nan_to_num(neginf=0.0)
-        scores -= highest[:, None, None]
-    weights = scores.exp_()
-    total = weights.sum(dim=(-2, -1))
-    if not differentiate:
-        return total.log() + highest, None
-    # With a pair the total is at least exp(-SAFE_SPREAD). Without one all weights are 0, and so shall M be.
-    share = 2 / total.clamp_min(1e-30)
-    slopes = score.times_slope(weights, clamped, share[:, None, None])
-    radial = cosines.mul_(slopes).sum(dim=-1)
-    matrix = slopes.mul_(pairs.inverse[:, :, None]).mul_(pairs.inverse[:, None, :])
-    matrix.diagonal(dim1=-2, dim2=-1).copy_(radial.mul_(pairs.inverse).mul_(pairs.inverse).neg_())
-    return total.log() + highest, matrix
+    def in_one_block(self, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+        """`log_total`, and the matrix M of the module docstring."""
+        everything = slice(0, self.vectors.shape[1])
+        cosines, clamped, scores = self.block(everything, everything)
+        highest: Tensor | float = 0.0
+        if not self.is_safe:
+            highest = scores.amax(dim=(-2, -1)).nan_to_num(neginf=0.0)
+            scores -= highest[:, None, None]
+        weights = scores.exp_()
+        total = weights.sum(dim=(-2, -1))
+        if not differentiate:
+            return total.log() + highest, None
+        # With a pair the total is at least exp(-SAFE_SPREAD). Without one all weights are 0, and so is M.
+        share = 2 / total.clamp_min(1e-30)
+        slopes = self.times_slope(weights, clamped, share[:, None, None])
+        radial = cosines.mul_(slopes).sum(dim=-1)
+        matrix = slopes.mul_(self.inverse[:, :, None]).mul_(self.inverse[:, None, :])
+        matrix.diagonal(dim1=-2, dim2=-1).copy_(radial.mul_(self.inverse).mul_(self.inverse).neg_())
+        return total.log() + highest, matrix
 
 
 class _LogSumExpOverPairs(torch.autograd.Function):
@@ -174,18 +157,17 @@ class _LogSumExpOverPairs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, vectors: Tensor, mask: Tensor | None, options: tuple[str, float, float, str]
+        ctx: Any, vectors: Tensor, mask: Tensor | None, options: tuple[str, float, float], precision: str
     ) -> Tensor:
-        form, temperature, clamp, precision = options
+        form, *numbers = options
         matrix = None
         with matmul_precision(precision):
-            pairs = _Pairs(_zero_where_masked(vectors, mask), mask)
-            score = _Score(form, temperature, clamp, pairs.vectors.dtype)
-            if pairs.vectors.shape[1] <= BLOCK:
-                log_total, matrix = _in_one_block(pairs, score, any(ctx.needs_input_grad))
+            pairs = _Pairs(form, vectors, mask, *numbers)
+            if vectors.shape[1] <= BLOCK:
+                log_total, matrix = pairs.in_one_block(any(ctx.needs_input_grad))
             else:
-                log_total = _log_total(pairs, score)
-        ctx.score, ctx.precision = score, precision
+                log_total = pairs.log_total()
+        ctx.options, ctx.precision = options, precision
         ctx.save_for_backward(vectors, mask, log_total, matrix)
         return log_total
 
@@ -196,15 +178,16 @@ class _LogSumExpOverPairs(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("the dispersion loss has no second derivative (create_graph=True)")
         vectors, mask, log_total, matrix = ctx.saved_tensors
-        real, upstream = _zero_where_masked(vectors, mask), upstream[:, None, None]
+        form, *numbers = ctx.options
+        pairs, upstream = _Pairs(form, vectors, mask, *numbers), upstream[:, None, None]
         with matmul_precision(ctx.precision):
             if matrix is not None:
-                gradient = torch.bmm(matrix * upstream, real)
+                gradient = torch.bmm(matrix * upstream, pairs.vectors)
             else:
                 # Without a pair the sum is 0 and the softmax must come out as zeros.
                 no_nan = log_total.masked_fill(log_total == -math.inf, math.inf)
-                gradient = _gradient(_Pairs(real, mask), ctx.score, no_nan).mul_(upstream)
-        return gradient.to(vectors.dtype), None, None
+                gradient = pairs.gradient(no_nan).mul_(upstream)
+        return gradient.to(vectors.dtype), None, None, None
 
 
 def pairwise_loss(
@@ -228,7 +211,7 @@ def pairwise_loss(
     """
     tokens = vectors.shape[1]
     with torch.autocast(vectors.device.type, enabled=False):
-        log_total = _LogSumExpOverPairs.apply(vectors, mask, (form, temperature, clamp, precision))
+        log_total = _LogSumExpOverPairs.apply(vectors, mask, (form, temperature, clamp), precision)
     if mask is None and tokens > 1:
         return log_total - math.log(tokens * (tokens - 1))
     count = log_total.new_full(log_total.shape, tokens) if mask is None else mask.sum(dim=1)

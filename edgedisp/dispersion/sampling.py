@@ -48,55 +48,49 @@ class TokenSample:
         device = state.device.type
         is_bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
         self.precision = "bf16" if is_bf16 else "none"  # of the products of vectors
-        self.batch, whole = state.shape[:2]
+        self.batch, self.tokens = state.shape[:2]
         self.exclude_sink = config.exclude_sink
-        virtual = max(whole - length, 0) if length else 0
+        virtual = max(self.tokens - length, 0) if length else 0
         real = None if mask is None else mask.to(state.device).bool()
-        if real is not None and real.shape != (text := (self.batch, whole - virtual)):
+        if real is not None and real.shape != (text := (self.batch, self.tokens - virtual)):
             raise ValueError(f"the mask is {tuple(real.shape)}, the token vectors are {text}")
-        if real is not None and real.device.type == "cpu" and bool(real.all()):
+        if real is not None and device == "cpu" and bool(real.all()):
             real = None  # spares a copy of the vectors at every layer
         if real is None and (virtual or config.exclude_sink):
-            real = torch.ones(self.batch, whole - virtual, dtype=torch.bool, device=state.device)
-        self.sequences: Tensor | int = self.batch if whole > 1 else 0  # how many count in the mean
+            real = torch.ones(self.batch, self.tokens - virtual, dtype=torch.bool, device=state.device)
+        self.sequences: Tensor | int = self.batch if self.tokens > 1 else 0  # how many count in the mean
         self.mask: Tensor | None = None  # of the candidates (batch, tokens), or (layers, batch, n) sampled
         if real is not None:
             self.mask = candidates(real, config.exclude_sink)
             self.sequences = has_pair(self.mask).sum()
             real, self.mask = pad(real, (virtual, 0)), pad(self.mask, (virtual, 0))
         self.picks: Tensor | None = None  # (layers, batch, n) int64, token indices
-        if config.tokens is not None and config.tokens < whole:
-            every = torch.ones(self.batch, whole, dtype=torch.bool)
+        if config.tokens is not None and config.tokens < self.tokens:
+            every = torch.ones(self.batch, self.tokens, dtype=torch.bool)
             masks = [every if mask is None else mask.cpu() for mask in (real, self.mask)]
             picks = sample_tokens(config.tokens, layers, masks[0], masks[1], config.seed, first_sequence)
             self.picks = picks.to(state.device)
             if self.mask is not None:
                 self.mask = self.mask.expand(layers, -1, -1).gather(2, self.picks)
-            # For all layers at once, because starting small operations is what sampling costs.
-            sequence = torch.arange(self.batch, device=state.device).repeat_interleave(config.tokens)
-            flat = self.picks.reshape(layers, -1)
-            self._rows = sequence * whole + flat  # (layers, batch * n), in a layer's flattened output
-            self._places = torch.stack([sequence.expand(layers, -1), flat], dim=1)  # (layers, 2, batch * n)
 
-    def vectors(self, layers: list[tuple[int, Tensor]], is_last: bool) -> tuple[Tensor, Tensor | None]:
+    def vectors(self, outputs: list[tuple[int, Tensor]], is_last: bool) -> tuple[Tensor, Tensor | None]:
         """Vectors `(layers * batch, n, features)` and which of them are real; None: all.
 
-        layers: place among the watched layers, and output `(batch, tokens, features)`, all of one shape and
+        outputs: position among the watched layers, and `(batch, tokens, features)`, all of one shape and
         dtype; a single one without sampling. `is_last`: no watched layer follows the last of them.
         """
-        places, states = [place for place, _ in layers], [state for _, state in layers]
+        layers, states = [layer for layer, _ in outputs], [state for _, state in outputs]
         vectors = states[0]
         if self.picks is not None:
-            # A slice is a view; a model that skips layers leaves gaps, for which rows are copied together.
-            run = list(range(places[0], places[0] + len(places)))
-            which = slice(run[0], run[-1] + 1) if places == run else places
-            rows, at = self._rows[which].to(vectors.device), self._places[which].to(vectors.device)
-            drawn: Tensor = _Gather.apply(rows, at, is_last, *states)
-            vectors = drawn.view(len(places) * self.batch, -1, drawn.shape[-1])
+            picks = self.picks[layers].flatten(1).to(vectors.device)  # (layers, batch * n)
+            sequence = torch.arange(self.batch, device=vectors.device)
+            sequence = sequence.repeat_interleave(self.picks.shape[2]).expand_as(picks)
+            sampled: Tensor = _Gather.apply(torch.stack([sequence, picks], dim=1), is_last, *states)
+            vectors = sampled.view(len(layers) * self.batch, -1, sampled.shape[-1])
         if self.mask is None:
             return vectors, None
-        masks = [self.mask if self.picks is None else self.mask[place] for place in places]
-        mask = torch.cat(masks).to(vectors.device)
+        mask = self.mask if self.picks is None else self.mask[layers].flatten(0, 1)
+        mask = mask.to(vectors.device)
         if self.exclude_sink:
             norms = torch.linalg.vector_norm(vectors.detach().float(), dim=-1)
             median = torch.where(mask, norms, math.nan).nanmedian(dim=1, keepdim=True).values
@@ -114,52 +108,49 @@ def sample_tokens(
 ) -> Tensor:
     """Tokens that each layer samples of each sequence, int64 `(layers, batch, count)`, in rising order.
 
-    Args:
-        count: tokens of a sequence, at most `tokens`.
-        real, candidates: `(batch, tokens)` bool on the CPU; others than candidates are a last resort.
-        seed, first_sequence: the sample depends on them; rows of the batch count on.
+    count: at most `tokens`. real, candidates: `(batch, tokens)` bool on the CPU; others than candidates are a
+    last resort. seed, first_sequence: the sample depends on them; rows of the batch count on.
     """
     keys = torch.full((layers, *real.shape), -1.0)
     for row, mask in enumerate(real):
         # One stream a sequence, as long as its real tokens: padding shifts nothing. On the CPU, so that CPU
         # and GPU runs sample the same tokens.
-        hashed = hashlib.blake2b(repr((seed, first_sequence + row)).encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(hashed))
+        mixed = hashlib.blake2b(repr((seed, first_sequence + row)).encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(mixed))
         keys[:, row, mask] = torch.rand(layers, int(mask.sum()), generator=generator)
     keys.masked_fill_(~candidates, -1.0)
     return keys.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of the outputs of some layers, with sparse gradients.
+    """Rows of the outputs of some layers: `(layers, batch * n, features)`, with sparse gradients.
 
-    The gradient is zero nearly everywhere; written out, it would move more memory than the whole dispersion
-    loss. Autograd adds a sparse one to the dense gradient that comes from the layers after it. The last
-    watched layer's output may have no other gradient, so it gets a dense one.
+    indices: `(layers, 2, batch * n)`, sequence and token. A dense gradient, zero nearly everywhere, would
+    move more memory than the whole loss. Autograd adds a sparse one to the dense gradient from the layers
+    after it; the last watched layer's output may have no other gradient, so it gets a dense one.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor, is_last: bool, *states: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, places)
+    def forward(ctx: Any, indices: Tensor, is_last: bool, *states: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
         ctx.shape, ctx.is_last = states[0].shape, is_last
-        features = states[0].shape[-1]
-        drawn = states[0].new_empty(*rows.shape, features)
-        for state, row, out in zip(states, rows, drawn):
+        _, tokens, features = states[0].shape
+        sampled = states[0].new_empty(len(states), indices.shape[2], features)
+        for state, row, out in zip(states, indices[:, 0] * tokens + indices[:, 1], sampled):
             torch.index_select(state.reshape(-1, features), 0, row, out=out)
-        return drawn
+        return sampled
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, places = ctx.saved_tensors
-        (batch, tokens, features), slopes = ctx.shape, list[Tensor]()
-        for index, (row, place, values) in enumerate(zip(rows, places, gradient)):
-            is_last = ctx.is_last and index == len(rows) - 1
-            if gradient.device.type in SPARSE_DEVICES and not is_last:
+        (indices,) = ctx.saved_tensors
+        slopes = list[Tensor]()
+        for layer, (index, values) in enumerate(zip(indices, gradient)):
+            if gradient.device.type in SPARSE_DEVICES and not (ctx.is_last and layer == len(indices) - 1):
                 # Rising and none twice is what coalesced means.
                 slope = torch.sparse_coo_tensor(
-                    place, values, ctx.shape, check_invariants=False, is_coalesced=True
+                    index, values, ctx.shape, check_invariants=False, is_coalesced=True
                 )
             else:
-                slope = values.new_zeros(batch * tokens, features).index_copy_(0, row, values).view(ctx.shape)
+                slope = values.new_zeros(ctx.shape).index_put_((index[0], index[1]), values)
             slopes.append(slope)
-        return None, None, None, *slopes
+        return None, None, *slopes

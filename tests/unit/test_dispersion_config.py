@@ -12,12 +12,18 @@ from edgedisp.dispersion.losses import DispersionConfig
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"variant": "angluar"}, r"variant is 'angluar'; it needs one of angular, cosine"),
         ({"weight": -0.1}, r"weight is -0.1; it needs a number of at least 0"),
         ({"weight": float("nan")}, r"weight is nan"),
         ({"temperature": 0}, r"temperature is 0; it needs a number above 0"),
+        ({"temperature": float("inf")}, r"temperature is inf"),
+        ({"weight": float("inf")}, r"weight is inf"),
+        ({"clamp": -0.1}, r"clamp is -0.1"),
+        ({"seed": 0.5}, r"seed is 0.5"),
+        ({"layers": [0, -1]}, r"layers is \(0, -1\)"),
+        ({"layers": [0.5]}, r"layers is \(0.5,\)"),
         ({"tokens": 1}, r"tokens is 1; it needs a whole number of at least 2, or None for all"),
         ({"tokens": 2.5}, r"tokens is 2.5"),
         ({"clamp": 1.0}, r"clamp is 1.0; it needs a number from 0 to below 1"),
@@ -30,9 +36,14 @@ from edgedisp.dispersion.losses import DispersionConfig
         ({"seed": -1}, r"seed is -1"),
     ],
 )
-def test_what_cannot_work_is_refused(wrong: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_what_cannot_work_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         DispersionConfig(**wrong)
+
+
+def test_values_at_the_bounds_work() -> None:
+    config = DispersionConfig(weight=0, tokens=2, clamp=0, seed=0, layers=[0], temperature=1e-9)
+    assert config.layers == (0,) and DispersionConfig(tokens=None, layers=range(2)).layers == (0, 1)
 
 
 def test_layers_are_named_or_counted_from_zero() -> None:

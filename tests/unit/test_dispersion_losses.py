@@ -199,15 +199,11 @@ def test_known_values() -> None:
     assert VARIANTS["decorrelation"](crossed, mask).item() == pytest.approx(0)
 
 
-def test_arguments_that_cannot_work_are_refused() -> None:
+@every_loss
+def test_a_mask_that_does_not_fit_is_refused(name: str) -> None:
     vectors, mask = random_case(0)
-    for name in ("angular", "decorrelation"):
-        with pytest.raises(ValueError, match=r"temperature nan .* above 0"):
-            VARIANTS[name](vectors, mask, temperature=math.nan)
-        with pytest.raises(ValueError, match=r"clamp 1.0 .* below 1"):
-            VARIANTS[name](vectors, mask, clamp=1.0)
-        with pytest.raises(ValueError, match=r"mask has shape \(3, 6\).* must have shape \(3, 7\)"):
-            VARIANTS[name](vectors, mask[:, :6])
+    with pytest.raises(ValueError, match=r"mask has shape \(3, 6\).* must have shape \(3, 7\)"):
+        VARIANTS[name](vectors, mask[:, :6])
 
 
 @every_loss
