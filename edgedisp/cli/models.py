@@ -96,7 +96,6 @@ def chat(
     conversation = Conversation(bundle, options, write, lambda line: typer.echo(line, err=True))
     if prompt is None:
         conversation.converse(_lines())
-        typer.echo(conversation.summary(), err=True)
     else:
         conversation.answer(prompt)
 

@@ -23,10 +23,13 @@ import onnxruntime_genai as runtime
 from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import check_files
-from edgedisp.graph.genai_config import chat_template, read_config
+from edgedisp.graph.genai_config import GENAI_CONFIG, chat_template, read_config
+from edgedisp.report.formatting import plural
 
 DEFAULT_ANSWER = 256
 CONTEXT_CAP = 4096  # the cache is allocated in full at once: 190 MB for SmolLM2-135M
+
+SESSION_OPTIONS = {"log_id", "provider_options", "intra_op_num_threads", "inter_op_num_threads"}
 
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}"""
@@ -62,17 +65,13 @@ class Turn:
     seconds: tuple[float, ...]
     stopped: bool
 
-
-def speed(turns: Sequence[Turn]) -> str:
-    """`24 tokens, the first after 34 ms, then 41.2 tokens/s`; the first: of the last turn."""
-    count = sum(len(turn.seconds) for turn in turns)
-    parts = [
-        f"{count} token{'s' if count != 1 else ''}",
-        f"the first after {1000 * turns[-1].seconds[0]:.0f} ms",
-    ]
-    if decode_s := sum(sum(turn.seconds[1:]) for turn in turns):
-        parts.append(f"then {(count - len(turns)) / decode_s:.1f} tokens/s")
-    return ", ".join(parts)
+    def speed(self) -> str:
+        """`24 tokens, the first after 34 ms, then 41.2 tokens/s`."""
+        count, decode_s = len(self.seconds), sum(self.seconds[1:])
+        parts = [plural(count, "token"), f"the first after {1000 * self.seconds[0]:.0f} ms"]
+        if decode_s:
+            parts.append(f"then {(count - 1) / decode_s:.1f} tokens/s")
+        return "stopped: " * self.stopped + ", ".join(parts)
 
 
 class Conversation:
@@ -89,6 +88,7 @@ class Conversation:
     ) -> None:
         check_files(bundle)
         config = read_config(bundle)
+        _check_session(bundle, config)
         self.context = min(config["context_length"], options.context or CONTEXT_CAP)
         self.max_new_tokens = options.max_new_tokens or max(1, min(DEFAULT_ANSWER, self.context // 2))
         if self.max_new_tokens >= self.context:
@@ -100,11 +100,9 @@ class Conversation:
         self.has_template = bool(chat_template(bundle))
         if not self.has_template:
             note(f"{bundle} has no chat template: the text is continued as it stands")
-        self.messages: list[Message] = (
-            [{"role": "system", "content": options.system}] if options.system else []
-        )
+        system = {"role": "system", "content": options.system or ""}
+        self.messages: list[Message] = [system] if options.system else []
         self.turns: list[Turn] = []
-        self.dropped_turns = 0
         self._open(options.threads or threads_for(config, physical_cores()), options)
 
     def _open(self, threads: int, options: ChatOptions) -> None:
@@ -150,9 +148,7 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": text}]
         messages, ids, dropped = fit(messages, self.encode, self.context - self.max_new_tokens)
         if dropped:
-            turns = "turn is" if dropped == 1 else f"{dropped} turns are"
-            self.note(f"the conversation outgrew {self.context} tokens: the oldest {turns} forgotten")
-            self.dropped_turns += dropped
+            self.note(f"the conversation outgrew {self.context} tokens: forgot {plural(dropped, 'old turn')}")
         try:
             turn = self._generate(ids)
         except RuntimeError as error:
@@ -165,7 +161,7 @@ class Conversation:
             return
         self.messages = [*messages, {"role": "assistant", "content": turn.text}]
         self.turns.append(turn)
-        self.note(("stopped: " if turn.stopped else "") + speed([turn]))
+        self.note(turn.speed())
 
     def _generate(self, ids: list[int]) -> Turn:
         """Prefill what is new in `ids`, then stream up to `max_new_tokens` tokens."""
@@ -207,11 +203,15 @@ class Conversation:
                 raise BuildFailed(f"{self.bundle}: its chat template does not work: {error}") from error
         return [int(token) for token in self.tokenizer.encode(text)]
 
-    def summary(self) -> str:
-        """Number of turns, and length and speed of all answers."""
-        count = len(self.turns)
-        words = f"{count} turn{'s' if count != 1 else ''}"
-        return f"{words}, {speed(self.turns)}" if self.turns else words
+
+def _check_session(bundle: Path, config: dict[str, Any]) -> None:
+    """Refuse options of a stranger's bundle that could load native code, such as custom_ops_library."""
+    options = dict(config.get("decoder", {}).get("session_options", {}))
+    unsafe = sorted(options.keys() - SESSION_OPTIONS) or options.get("provider_options")
+    if unsafe:
+        raise BadInput(
+            f"{bundle / GENAI_CONFIG}: session_options has {unsafe}, which may load native code; remove it"
+        )
 
 
 def fit(

@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from edgedisp import data, models
 from edgedisp.bench.results import label_bundles
@@ -19,26 +18,11 @@ from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import check_files, digest, from_json, to_json, write_json
 from edgedisp.core.progress import Progress, labelled
-from edgedisp.core.results import (
-    AS_GIVEN,
-    BASELINE,
-    DISPERSED,
-    DeviceResult,
-    MeanDifference,
-    Measurement,
-    TaskDifference,
-    TaskScore,
-)
+from edgedisp.core.results import AS_GIVEN, BASELINE, DISPERSED, DeviceResult, Measurement
 from edgedisp.core.run import Run
 from edgedisp.core.stage_folder import SCORES
-from edgedisp.evaluate.comparison import (
-    Pair,
-    Results,
-    average_task,
-    common_items,
-    compare_task,
-    mean_difference,
-)
+from edgedisp.evaluate import comparison
+from edgedisp.evaluate.comparison import Pair, Results, average_task
 from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, expand, prepare
 from edgedisp.graph.genai_config import context_length
 from edgedisp.pipeline.run_results import load, surroundings
@@ -52,43 +36,32 @@ Scored = dict[str, list[Results]]
 """Results of one arm: precision -> one for each seed."""
 
 
-def join(arms: Mapping[str, Scored], **fields: Any) -> Run:
-    """A run of these arms, each compared with the first on the items that both hold.
+def join(run: Run, arms: Mapping[str, Scored]) -> None:
+    """Enter the scores of a run's arms, and compare each with the first on the items that both hold.
 
-    `unpaired` says what could not be compared, and why. fields: of the run.
+    `run.unpaired` gets what cannot be compared, and why.
     """
     (_, first), *others = arms.items()
-    comparisons: dict[str, dict[str, dict[str, TaskDifference]]] = {}
-    means: dict[str, dict[str, MeanDifference]] = {}
-    unpaired: list[str] = []
+    for label, scored in arms.items():
+        for precision, by_seed in scored.items():
+            scores = {task: average_task([results[task] for results in by_seed]) for task in by_seed[0]}
+            measured = replace(run.measured(label, precision), scores=scores)
+            run.measurements.setdefault(label, {})[precision] = measured
     for label, other in others:
         for precision in (name for name in first if name in other):
             pairs, reasons = _common(first[precision], other[precision])
-            unpaired += [f"{label}, {reason}" for reason in reasons]
+            texts = dict.fromkeys(f"{label}, {reason}" for reason in reasons)
+            run.unpaired.extend(text for text in texts if text not in run.unpaired)
             if not pairs:
                 continue
-            differences = {task: compare_task(seeds) for task, seeds in pairs.items()}
+            differences = {task: comparison.compare_task(seeds) for task, seeds in pairs.items()}
+            run.comparisons.setdefault(label, {})[precision] = differences
             before, after = (
                 {task: average_task([pair[side] for pair in seeds]) for task, seeds in pairs.items()}
                 for side in (0, 1)
             )
-            comparisons.setdefault(label, {})[precision] = differences
-            if (mean := mean_difference(before, after, differences)) is not None:
-                means.setdefault(label, {})[precision] = mean
-    measurements = {
-        label: {precision: Measurement(_scores(by_seed)) for precision, by_seed in scored.items()}
-        for label, scored in arms.items()
-    }
-    run = Run(
-        name="",
-        arms=[*arms],
-        precisions=list(dict.fromkeys(precision for scored in arms.values() for precision in scored)),
-        measurements=measurements,
-        comparisons=comparisons,
-        means=means,
-        unpaired=list(dict.fromkeys(unpaired)),
-    )
-    return replace(run, **fields)
+            if (mean := comparison.mean_difference(before, after, differences)) is not None:
+                run.means.setdefault(label, {})[precision] = mean
 
 
 def _common(first: Sequence[Results], second: Sequence[Results]) -> tuple[dict[str, list[Pair]], list[str]]:
@@ -99,7 +72,7 @@ def _common(first: Sequence[Results], second: Sequence[Results]) -> tuple[dict[s
     for task in (name for name in tasks if name in other_tasks):
         results = [result[task] for pair in seeds for result in pair]
         try:
-            cut = common_items(results)
+            cut = comparison.common_items(results)
         except ValueError as problem:
             reasons.append(f"{problem} (other text, tokenizer, context or seed)")
             continue
@@ -111,10 +84,6 @@ def _common(first: Sequence[Results], second: Sequence[Results]) -> tuple[dict[s
         most = max(len(first), len(second))
         reasons.append(f"{len(seeds)} of {most} trainings have one to be paired with")
     return pairs, reasons
-
-
-def _scores(by_seed: Sequence[Results]) -> dict[str, TaskScore]:
-    return {task: average_task([results[task] for results in by_seed]) for task in by_seed[0]}
 
 
 # Finished builds
@@ -140,30 +109,16 @@ def join_runs(paths: Sequence[Path]) -> Run:
         for arm in run.arms:
             label = arm if run is runs[0] else f"{arm} of {name}"
             sources[label], arms[label] = (run, arm), _items(path, run, arm)
-    joined = join(arms)
-    for path, run in zip(paths[1:], runs[1:]):
-        if not any(sources[label][0] is run for label in joined.comparisons):
-            reasons = "; ".join(joined.unpaired) or "no task in common"
-            raise BadInput(
-                f"{paths[0]} and {path}: no item in common: {reasons}. "
-                "Score both on the same text with the same tokenizer, context and seed"
-            )
-    measurements = {
-        label: {
-            precision: replace(run.measured(arm, precision), scores=measured.scores)
-            for precision, measured in joined.measurements[label].items()
-        }
-        for label, (run, arm) in sources.items()
-    }
-    return replace(
-        joined,
+    joined = Run(
         name=" and ".join(dict.fromkeys(run.name for run in runs)),
+        arms=[*arms],
+        precisions=list(dict.fromkeys(precision for run in runs for precision in run.precisions)),
         smoke=any(run.smoke for run in runs),
         seeds=runs[0].seeds,
         techniques={label: run.techniques.get(arm, {}) for label, (run, arm) in sources.items()},
         training={label: run.training[arm] for label, (run, arm) in sources.items() if arm in run.training},
         bundles={label: run.bundles.get(arm, {}) for label, (run, arm) in sources.items()},
-        measurements=measurements,
+        measurements={label: {**run.measurements.get(arm, {})} for label, (run, arm) in sources.items()},
         latency=_latency(sources),
         runs=[
             {"title": run.title}
@@ -173,6 +128,15 @@ def join_runs(paths: Sequence[Path]) -> Run:
         ],
         **surroundings(),
     )
+    join(joined, arms)
+    for path, run in zip(paths[1:], runs[1:]):
+        if not any(sources[label][0] is run for label in joined.comparisons):
+            reasons = "; ".join(joined.unpaired) or "no task in common"
+            raise BadInput(
+                f"{paths[0]} and {path}: no item in common: {reasons}. "
+                "Score both on the same text with the same tokenizer, context and seed"
+            )
+    return joined
 
 
 def _items(path: Path, run: Run, arm: str) -> Scored:
@@ -246,19 +210,20 @@ def compare_models(folders: Sequence[Path], options: CompareOptions, progress: P
         results.append(score_tasks(source, model, suite, BOOTSTRAP, shown))
         if (floor := noise_floor(source, model, suite, BOOTSTRAP, shown)) is not None:
             floors.append(floor)
-    run = join(
-        {name: {AS_GIVEN: [result]} for name, result in zip((BASELINE, labels[1]), results)},
+    noise = max(floors, key=lambda floor: floor.floor, default=None)
+    run = Run(
         name=f"{labels[1]} against {labels[0]}",
+        arms=[BASELINE, labels[1]],
+        precisions=[AS_GIVEN],
         baseline_is=labels[0],
         corpus={"context": options.context},
+        measurements={BASELINE: {AS_GIVEN: Measurement(noise=noise)}},
         missing_tasks={task: why for suite in suites for task, why in suite.missing.items()},
         **surroundings(),
     )
+    join(run, {name: {AS_GIVEN: [by_task]} for name, by_task in zip(run.arms, results)})
     if not run.comparisons:
         raise BadInput(f"{folders[0]} and {folders[1]}: no item in common: {'; '.join(run.unpaired)}")
-    baseline = run.measurements[BASELINE]
-    noise = max(floors, key=lambda floor: floor.floor, default=None)
-    baseline[AS_GIVEN] = replace(baseline[AS_GIVEN], noise=noise)
     write_json(out / "items.json", to_json(dict(zip(labels, results))))
     render.write(run, out)
     return run, out

@@ -27,10 +27,11 @@ from edgedisp.pipeline import build_plan
 from edgedisp.pipeline.options import CandidateOptions, ItemsOptions
 from edgedisp.pipeline.stage import Observer, Stage, walk
 from edgedisp.recipe import ArmRun, Dispersion, Evaluate, Recipe
+from edgedisp.recipe.recipe import hash8
 from edgedisp.recipe.smoke import STEPS as SMOKE_STEPS
 from edgedisp.recipe.values import LAYER_NAMES, VARIANTS, choice, read_number, read_whole
 from edgedisp.report.formatting import format_estimate
-from edgedisp.report.layout import Grid, grid_text
+from edgedisp.report.layout import grid, grid_text
 
 FUNCTIONS = "edgedisp.pipeline.training"
 BOOTSTRAP = 2000
@@ -66,19 +67,18 @@ class Candidate:
     Both are None before measuring, and where the training diverged (`diverged`: why).
     """
 
-    dispersion: Dispersion
+    variant: str
+    layers: str | tuple[int, ...]
+    weight: float
     loss: Estimate | None = None
     cosine: Estimate | None = None
     diverged: str | None = None
 
     @property
-    def layers(self) -> str:
-        """A name; `listed` for the layer numbers of the recipe, of which there is one list at most."""
-        return self.dispersion.layers if isinstance(self.dispersion.layers, str) else "listed"
-
-    @property
     def name(self) -> str:
-        return f"{self.dispersion.variant}-{self.layers}-{self.dispersion.weight:.15g}"
+        """Its folder. `listed`: the layer numbers of the recipe, of which there is one list at most."""
+        layers = self.layers if isinstance(self.layers, str) else "listed"
+        return f"{self.variant}-{layers}-{self.weight:.15g}"
 
     @property
     def effect(self) -> str:
@@ -109,6 +109,18 @@ class Pilot:
     def best(self) -> Candidate | None:
         return next((each for each in self.candidates if each.effect.startswith(USEFUL)), None)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides all trainings: of the recipe all but variant, layers and weight."""
+        identity = self.recipe.identity()
+        identity["train"]["dispersion"] = self.dispersion().model_dump(mode="json", exclude=set(VARIED))
+        return {**identity, "pilot": True}  # a build does not write here
+
+    def dispersion(self, candidate: Candidate | None = None) -> Dispersion:
+        """The recipe's section, with the candidate's setting."""
+        section = self.recipe.train.dispersion or Dispersion()
+        return section.model_copy(update={key: getattr(candidate, key) for key in VARIED if candidate})
+
 
 def plan(
     recipe: Recipe, *, weights: str, tokens: str, layers: str | None = None, variants: str | None = None
@@ -132,8 +144,7 @@ def plan(
         )
     steps = min(count // step, SMOKE_STEPS) if recipe.is_smoke else count // step
     short = recipe.model_copy(update={"train": train.model_copy(update={"tokens": steps * step})})
-    sections = [dict(zip(VARIED, setting)) for setting in settings]
-    return Pilot(short, train.tokens, [Candidate(section.model_copy(update=keys)) for keys in sections])
+    return Pilot(short, train.tokens, [Candidate(*setting) for setting in settings])
 
 
 def _list(option: str, text: str | None, read: Callable[[str], Value]) -> list[Value]:
@@ -151,15 +162,13 @@ def _list(option: str, text: str | None, read: Callable[[str], Value]) -> list[V
 
 
 def _weight(word: str) -> float:
-    weight = read_number(word)
-    if not 0 < weight <= 1e9:
+    if not 0 < (weight := read_number(word)) <= 1e9:
         raise ValueError("a weight is above 0 and at most 1e9 (0 is the baseline), such as 0.1")
     return weight
 
 
 def run_folder(pilot: Pilot, out: Path | None) -> Path:
-    """Its name has a hash of all that decides the trainings but variants, layers and weights."""
-    return out or Path("runs") / f"{pilot.recipe.name}-pilot-{_shared_recipe(pilot).hash8}"
+    return out or Path("runs") / f"{pilot.recipe.name}-pilot-{hash8(pilot.identity)}"
 
 
 def run(pilot: Pilot, folder: Path, observer: Observer) -> Pilot:
@@ -167,11 +176,9 @@ def run(pilot: Pilot, folder: Path, observer: Observer) -> Pilot:
 
     Raises BadInput for what the user can mend, BuildFailed if the baseline cannot be trained.
     """
-    recipe = pilot.recipe
-    identity = {**_shared_recipe(pilot).identity(), "pilot": True}  # a build does not write here
-    with open_run(folder, identity, f"a pilot of {recipe.name}"):
+    with open_run(folder, pilot.identity, f"a pilot of {pilot.recipe.name}"):
         records = {stage.name: stage.record for stage in walk(stages(pilot), folder, observer)}
-        measured = [_measure(candidate, records, recipe.seed) for candidate in pilot.candidates]
+        measured = [_measure(candidate, records, pilot.recipe.seed) for candidate in pilot.candidates]
         pilot = replace(pilot, candidates=ranked(measured), scored=records["judging"].results)
         write_json(folder / "pilot.json", summary(pilot))
         _draw(pilot.candidates, folder)
@@ -187,20 +194,12 @@ def stages(pilot: Pilot) -> list[Stage]:
     judging = Stage("judging", f"{FUNCTIONS}:judging", items, inputs)
     result = [build_plan.base(recipe), build_plan.corpus(recipe), judging]
     arms: dict[str, Dispersion | None] = {BASELINE: None}
-    arms |= {candidate.name: candidate.dispersion for candidate in pilot.candidates}
+    arms |= {candidate.name: pilot.dispersion(candidate) for candidate in pilot.candidates}
     for name, dispersion in arms.items():
         training = build_plan.training(recipe, ArmRun(name, name, 0, recipe.seed, dispersion)).options
         options = CandidateOptions(training, items, may_diverge=dispersion is not None)
         result.append(Stage(name, f"{FUNCTIONS}:candidate", options, inputs, resumable=True))
     return result
-
-
-def _shared_recipe(pilot: Pilot) -> Recipe:
-    """The recipe without what the candidates differ in."""
-    plain = Dispersion().model_dump(include=set(VARIED))
-    section = pilot.candidates[0].dispersion.model_copy(update=plain)
-    train = pilot.recipe.train.model_copy(update={"dispersion": section})
-    return pilot.recipe.model_copy(update={"train": train})
 
 
 def _measure(candidate: Candidate, records: dict[str, Record], seed: int) -> Candidate:
@@ -252,7 +251,8 @@ def recipe_line(dispersion: Dispersion) -> str:
 def advice(pilot: Pilot) -> list[str]:
     """What to do with the candidates, best first, in sentences."""
     if pilot.best is not None:
-        sentences = [f"The setting to build with, under train: {recipe_line(pilot.best.dispersion)}"]
+        line = recipe_line(pilot.dispersion(pilot.best))
+        sentences = [f"The setting to build with, under train: {line}"]
     else:
         only_harm = {candidate.effect for candidate in pilot.candidates} <= {HURTS, DIVERGES}
         remedy = "smaller weights" if only_harm else "larger weights, or more tokens"
@@ -267,14 +267,6 @@ def advice(pilot: Pilot) -> list[str]:
 
 def summary(pilot: Pilot) -> dict[str, Any]:
     """The content of pilot.json. `chosen`: a candidate's name or None; `line`: that candidate in a recipe."""
-    rows = [
-        {
-            "name": candidate.name,
-            **candidate.dispersion.model_dump(include=set(VARIED)),
-            **{key: to_json(getattr(candidate, key)) for key in ("effect", "loss", "cosine", "diverged")},
-        }
-        for candidate in pilot.candidates
-    ]
     return {
         "recipe": pilot.recipe.name,
         "smoke": pilot.recipe.is_smoke,
@@ -282,9 +274,9 @@ def summary(pilot: Pilot) -> dict[str, Any]:
         "recipe_tokens": pilot.recipe_tokens,
         "floors": {"loss": LOSS_FLOOR, "cosine": COSINE_FLOOR},
         "scored": pilot.scored,
-        "candidates": rows,
+        "candidates": [{"name": row.name, "effect": row.effect, **to_json(row)} for row in pilot.candidates],
         "chosen": pilot.best and pilot.best.name,
-        "line": pilot.best and recipe_line(pilot.best.dispersion),
+        "line": pilot.best and recipe_line(pilot.dispersion(pilot.best)),
         "advice": advice(pilot),
     }
 
@@ -298,28 +290,22 @@ def render(pilot: Pilot, width: int) -> str:
     )
     if pilot.recipe.is_smoke:
         head += "\nA tiny random model: this shows that the pilot runs, and says nothing of the recipe's."
-    rows = [
-        (
-            f"{candidate.dispersion.variant}, {candidate.layers}, {candidate.dispersion.weight:g}",
-            format_estimate(candidate.loss, signs=True),
-            format_estimate(candidate.cosine, signs=True),
-            candidate.effect,
-        )
-        for candidate in pilot.candidates
-    ]
-    titles = ("variant, layers, weight", "loss - baseline", "cosine - baseline", "effect")
-    table = grid_text(Grid(titles, tuple(rows)), width)
-    return "\n\n".join([head, table, LEGEND, "\n".join(advice(pilot))])
+    columns: dict[str, Callable[[Candidate], str]] = {
+        "loss - baseline": lambda row: format_estimate(row.loss, signs=True),
+        "cosine - baseline": lambda row: format_estimate(row.cosine, signs=True),
+        "effect": lambda row: row.effect,
+    }
+    table = grid("candidate", [(row.name, row) for row in pilot.candidates], columns)
+    return "\n\n".join([head, grid_text(table, width), LEGEND, *advice(pilot)])
 
 
 def _draw(candidates: Sequence[Candidate], folder: Path) -> None:
     from edgedisp.report import figure, plots  # bring matplotlib
 
     panels: dict[str, dict[str, tuple[Estimate, Estimate]]] = {}
-    for candidate in sorted(candidates, key=lambda candidate: candidate.dispersion.weight):
-        if candidate.loss is not None and candidate.cosine is not None:
-            title = f"{candidate.dispersion.variant}, layers {candidate.layers}"
-            weight = f"weight {candidate.dispersion.weight:g}"
-            panels.setdefault(title, {})[weight] = candidate.cosine, candidate.loss
+    for row in sorted(candidates, key=lambda row: row.weight):
+        if row.loss is not None and row.cosine is not None:
+            title = row.name.rpartition("-")[0]
+            panels.setdefault(title, {})[f"weight {row.weight:g}"] = row.cosine, row.loss
     if panels:
         figure.save(plots.pilot_plot(panels, (COSINE_FLOOR, LOSS_FLOOR)), folder)

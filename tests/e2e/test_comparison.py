@@ -18,6 +18,7 @@ from edgedisp.commands.compare import RESERVED, Scored, join, join_runs
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import from_json
 from edgedisp.core.results import TaskScore
+from edgedisp.core.run import Run
 from edgedisp.evaluate.comparison import Results, common_items, compare_task, task_result
 from edgedisp.evaluate.statistics import ACCURACY, PERPLEXITY, difference
 from edgedisp.pipeline.run_results import load
@@ -91,17 +92,22 @@ def scored(shares: list[float]) -> Scored:
     return {"int4": results}
 
 
+def joined(first: Scored, second: Scored) -> Run:
+    run = Run("two", ["baseline", "other"], ["int4"])
+    join(run, {"baseline": first, "other": second})
+    return run
+
+
 def test_means_are_over_all_seeds_and_what_cannot_be_paired_is_named() -> None:
     first, second = scored([0.5, 0.6, 0.7]), scored([0.6, 0.8, 0.9])
-    run = join({"baseline": first, "other": second})
+    run = joined(first, second)
     mean = run.means["other"]["int4"]
     assert run.unpaired == []
     assert (mean.first, mean.second) == (pytest.approx(0.6), pytest.approx(2.3 / 3))
     assert mean.estimate.value == pytest.approx(mean.second - mean.first)
-    run = join({"baseline": first, "other": scored([0.6])})
-    assert run.unpaired == ["other, 1 of 3 trainings have one to be paired with"]
+    assert joined(first, scored([0.6])).unpaired == ["other, 1 of 3 trainings have one to be paired with"]
     del second["int4"][0]["b"]
-    assert "other, b: scored in one of the two alone" in join({"baseline": first, "other": second}).unpaired
+    assert "other, b: scored in one of the two alone" in joined(first, second).unpaired
 
 
 def test_items_asked_in_other_words_are_not_the_same(built: tuple[Path, Path, Ended]) -> None:

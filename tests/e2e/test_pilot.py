@@ -42,7 +42,7 @@ def difference(value: float, half_width: float = 0.001) -> Estimate:
 
 
 def candidate(weight: float, loss: float, cosine: float) -> Candidate:
-    return Candidate(Dispersion(weight=weight), difference(loss), difference(cosine))
+    return Candidate("angular", "all", weight, difference(loss), difference(cosine))
 
 
 def test_a_difference_counts_if_its_interval_excludes_0_and_it_reaches_the_floor() -> None:
@@ -68,7 +68,7 @@ def test_the_effect_follows_from_both_differences() -> None:
 
 def test_lower_losses_rank_first_then_what_disperses_then_what_hurts_then_what_diverged() -> None:
     candidates = [
-        Candidate(Dispersion(weight=9), diverged="NaN"),
+        Candidate("angular", "all", 9, diverged="NaN"),
         candidate(8, 0.02, -0.3),
         candidate(7, 0.03, -0.4),
         candidate(6, -LOSS_FLOOR + 0.0001, -0.001),  # lower by too little: a tie
@@ -76,15 +76,16 @@ def test_lower_losses_rank_first_then_what_disperses_then_what_hurts_then_what_d
         candidate(4, -0.01, 0.0),
         candidate(3, -0.02, 0.0),
     ]
-    assert [row.dispersion.weight for row in ranked(candidates)] == [3, 4, 5, 6, 8, 7, 9]
+    assert [row.weight for row in ranked(candidates)] == [3, 4, 5, 6, 8, 7, 9]
 
 
 def test_the_best_useful_setting_is_recommended_as_a_line_that_reads_back(recipe: Path) -> None:
-    useful = replace(candidate(3, 0.0, -0.03), dispersion=Dispersion(weight=3, tokens=16, layers=(0, 2)))
+    useful = replace(candidate(3, 0.0, -0.03), layers=(0, 2))
     pilot = Pilot(load(recipe, ["train.tokens=256"]), 2560, [candidate(2, -0.02, 0.02), useful])
     first, second = advice(pilot)
-    assert first.endswith(recipe_line(useful.dispersion)) and "2,560 tokens, 10 times as many" in second
-    section = YAML(typ="safe").load(recipe_line(useful.dispersion))["dispersion"]
+    line = recipe_line(pilot.dispersion(useful))
+    assert first.endswith(line) and "2,560 tokens, 10 times as many" in second
+    section = YAML(typ="safe").load(line)["dispersion"]
     assert section == {"variant": "angular", "weight": 3, "layers": [0, 2], "tokens": 16}
     assert "exclude_sink: true" in recipe_line(Dispersion(exclude_sink=True))
     assert "try smaller weights" in advice(replace(pilot, candidates=[candidate(9, 0.02, -0.1)]))[0]
@@ -104,7 +105,7 @@ def test_every_weight_is_tried_with_all_layers_and_variants(recipe: Path) -> Non
     )
     names = [row.name for row in pilot.candidates]
     assert len(set(names)) == 8 and names[0] == "angular-all-0.03" and names[-1] == "cosine-last_half-3"
-    assert pilot.tokens == 15 * STEP and pilot.candidates[0].dispersion.tokens == 16
+    assert pilot.tokens == 15 * STEP and pilot.dispersion().tokens == 16
     plain = plan(load(recipe, ["train.dispersion=null", "arms=[baseline]"]), weights="1", tokens="2k")
     assert [row.name for row in plain.candidates] == ["angular-all-1"]
 
@@ -141,7 +142,7 @@ def test_the_command_trains_and_measures_and_a_second_one_runs_nothing(  # type:
     assert strong["cosine"]["high"] < 0
     for row in results["candidates"]:
         assert all(row[name]["low"] <= row[name]["value"] <= row[name]["high"] for name in ("loss", "cosine"))
-        assert f"angular, all, {row['weight']:g}" in ended.out and row["effect"] in ended.out
+        assert row["name"] in ended.out and row["effect"] in ended.out
     assert (run_dir / "pilot.png").read_bytes()[1:4] == b"PNG" and str(run_dir / "pilot.png") in ended.out
     weights = [path.parent.name for path in run_dir.rglob("*.safetensors")]
     assert weights == ["base"]  # trained ones are thrown away

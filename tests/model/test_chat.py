@@ -62,7 +62,6 @@ def test_the_answer_is_the_models_greedy_continuation_of_the_template(bundles: d
     assert (answer.prompt_tokens, len(answer.seconds)) == (len(ids), 12)
     assert len(talk.pieces) == 13  # streamed: a piece for each token, and the line end
     assert re.fullmatch(r"12 tokens, the first after \d+ ms, then [\d.]+ tokens/s", talk.notes[-1])
-    assert talk.chat.summary() == f"1 turn, {talk.notes[-1]}"
 
 
 def test_keeping_the_cache_between_turns_changes_no_token(bundles: dict[str, Path]) -> None:
@@ -96,7 +95,6 @@ def test_a_conversation_forgets_its_oldest_turns_and_says_so(bundles: dict[str, 
     lines = ["the cat sat on the mat"] * 6
     talk = Talk(bundles["fp32"], *lines, max_new_tokens=6, context=96, system="the log")
     assert len(talk.chat.turns) == 6
-    assert talk.chat.dropped_turns > 0
     assert any("outgrew 96 tokens" in note for note in talk.notes)
 
 
@@ -174,6 +172,9 @@ def test_bad_bundles_and_messages_are_bad_input(bundles: dict[str, Path], tmp_pa
     assert "message is empty" in error(bundles["fp32"], " ")
     assert "not text in UTF-8" in error(bundles["fp32"], "caf\udce9")
     assert "leaves no room" in error(bundles["fp32"], max_new_tokens=256)
+    library = {"custom_ops_library": "/tmp/x.so"}
+    hostile = copy_with(bundles["fp32"], tmp_path / "hostile", model__decoder__session_options=library)
+    assert "custom_ops_library" in error(hostile)
     broken = copy_with(bundles["fp32"], tmp_path / "broken")
     (broken / "model.onnx").write_bytes(b"nothing")
     assert "onnxruntime-genai cannot open it" in error(broken)
