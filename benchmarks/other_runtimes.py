@@ -26,9 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from edgedisp.bench.interleaved_timing import turns
-from edgedisp.bench.system import physical_cores
-from edgedisp.bench.worker import RUNNER, Worker
+from edgedisp.bench.interleaved_timing import Worker, turns
+from edgedisp.bench.system import RUNNER, physical_cores
 
 PROMPT, GENERATE = 128, 128
 FIGURES = ("decode_tokens_per_s", "prefill_tokens_per_s")

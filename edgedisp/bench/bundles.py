@@ -79,12 +79,10 @@ def needed_files(bundle: Path) -> dict[str, Path]:
     Raises BadInput where the graph names a file outside the bundle, or one that is not there.
     """
     names = ["model.onnx", *external_files(read_graph(find_graph(bundle)))]
-    names += ["genai_config.json"] if (bundle / "genai_config.json").is_file() else []
     for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise BadInput(f"{bundle}/model.onnx: names weights outside its folder ({name})")
-        if not (bundle / name).is_file():
-            raise BadInput(f"{bundle / name}: is missing, but model.onnx names it; export the bundle again")
+        if Path(name).is_absolute() or ".." in Path(name).parts or not (bundle / name).is_file():
+            raise BadInput(f"{bundle / name}: is missing or outside the bundle, and model.onnx names it")
+    names += ["genai_config.json"] if (bundle / "genai_config.json").is_file() else []
     return {Path(name).as_posix(): bundle / name for name in names}
 
 

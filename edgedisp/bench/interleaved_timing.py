@@ -1,35 +1,132 @@
 """Time bundles on a host in turns, then score items there.
 
-Each bundle has a worker process of its own (`worker.py`), loaded and warmed up once. The workers take turns:
-A B C, C B A, A B C ... Whatever changes slowly (heat, clocks, another job) affects all bundles alike; over an
-even number of rounds the reversal cancels what is linear in time. `export/runner/runner.py` does the timing
-and defines the figures. Bundles are open together as far as they fit into memory.
+Each bundle has a worker process of its own, loaded and warmed up once, so that this program's memory, threads
+and imports stay out of the figures. The workers take turns: A B C, C B A, A B C ... Whatever changes slowly
+(heat, clocks, another job) affects all alike; over an even number of rounds the reversal cancels what is
+linear in time. `export/runner/runner.py` does the timing and defines the figures.
 """
 
 from __future__ import annotations
 
-import math
+import json
+import queue
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edgedisp.bench import results
 from edgedisp.bench.bundles import find_graph, written_threads
-from edgedisp.bench.devices import Address, BenchOptions, Device, DeviceLost, Item
-from edgedisp.bench.system import describe
-from edgedisp.bench.worker import RUNNER, Worker
+from edgedisp.bench.devices import Address, BenchOptions, Device, DeviceLost
+from edgedisp.bench.system import RUNNER, describe
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Progress, silent
 from edgedisp.core.results import DeviceResult, Json
 
 MIB = 1 << 20
 MEMORY_SHARE = 0.8  # of what is available, for all bundles that are open together
+TAIL_CHARS = 2000  # of what a worker wrote to stderr
+QUIT_S, KILL_S = 5.0, 0.5
 SWEEP_PROMPT, SWEEP_GENERATE, SWEEP_REPETITIONS = 32, 32, 5
+
+
+class Worker:
+    """A program that answers lines of JSON; a context manager that ends it with the block.
+
+    Starts `command` and waits for its {"ready": facts}. Raises BadInput where it refuses the bundle (exit
+    code 2), and BuildFailed where it ends, sends something else than JSON or is silent for `timeout_s`. It
+    ends with its standard input, so it does not outlive this program.
+    """
+
+    def __init__(self, label: str, command: Sequence[str], timeout_s: float) -> None:
+        self.label, self.timeout_s = label, timeout_s
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        self._lines: queue.Queue[bytes | None] = queue.Queue()
+        # A session of its own: Ctrl-C reaches this program alone, which then ends the workers.
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            start_new_session=True,
+        )
+        self._input: Any = self._process.stdin
+        self._output: Any = self._process.stdout
+        threading.Thread(target=self._listen, daemon=True).start()
+        try:
+            self.facts: dict[str, Any] = self._answer().get("ready", {})
+        except BaseException:
+            self.close(KILL_S)
+            raise
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(KILL_S if kind else QUIT_S)
+
+    def ask(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Send one command and wait for its answer; the runner's docstring lists them."""
+        try:
+            self._input.write(json.dumps(command).encode() + b"\n")
+            self._input.flush()
+        except OSError as error:
+            raise self._exited() from error
+        return self._answer()
+
+    def close(self, quit_s: float = QUIT_S) -> None:
+        """Close the program's input, and kill it if it goes on for more than `quit_s`."""
+        with suppress(OSError):
+            self._input.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(quit_s)
+        self._process.kill()
+        self._process.wait()
+        self._output.close()
+        self._log.close()
+
+    def _listen(self) -> None:
+        """Queue each line of its output, then None."""
+        with suppress(ValueError):  # closed meanwhile
+            for line in self._output:
+                self._lines.put(line)
+        self._lines.put(None)
+
+    def _answer(self) -> dict[str, Any]:
+        try:
+            line = self._lines.get(timeout=self.timeout_s)
+        except queue.Empty:
+            raise BuildFailed(f"{self.label}: no answer within {self.timeout_s:g} s{self._tail()}") from None
+        if line is None:
+            raise self._exited()
+        text = line.decode("utf-8", "replace").strip()[:200]
+        try:
+            answer = json.loads(line)
+        except ValueError as error:
+            raise BuildFailed(f"{self.label}: not JSON: {text!r}{self._tail()}") from error
+        if not isinstance(answer, dict) or "error" in answer:
+            raise BuildFailed(f"{self.label}: {text}")
+        return answer
+
+    def _exited(self) -> BadInput | BuildFailed:
+        code: int | None = None  # it only closed its output
+        with suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(QUIT_S)
+        message = f"{self.label}: the measuring process ended with code {code}{self._tail()}"
+        return BadInput(message) if code == 2 else BuildFailed(message)
+
+    def _tail(self) -> str:
+        """The end of its stderr."""
+        self._log.seek(0)
+        text = self._log.read().decode("utf-8", "replace").strip()
+        return f":\n{text[-TAIL_CHARS:]}" if text else ""
 
 
 class TimedHost(Device):
@@ -51,8 +148,6 @@ class TimedHost(Device):
                 raise BadInput(
                     f"{label}: {path} holds no model.onnx; give a bundle folder made by the export{layouts}"
                 )
-        if missing := [label for pair in options.pairs for label in pair if label not in bundles]:
-            raise BadInput(f"pairs: {missing[0]} is not among the bundles")
         self.bundles, self.options = bundles, options
 
     @abstractmethod
@@ -174,7 +269,7 @@ class TimedHost(Device):
                 command = self.command(self.bundles[label], words)
                 with Worker(label, command, self.options.timeout_s) as worker:
                     for item in items:
-                        answers[label].append(_checked_scores(item, worker.ask({"score": item}), label))
+                        answers[label].append(worker.ask({"score": item})["scores"])
                         progress(sum(map(len, answers.values())), total, f"{label}: scored")
         except (BadInput, BuildFailed) as error:
             message = f"{self.name}: lost while it scored: {error}"
@@ -241,16 +336,3 @@ def thread_counts(physical_cores: int, logical_cpus: int) -> list[int]:
     """1 .. cores; beyond 8 only doublings, the physical cores, and all CPUs where a core has two of them."""
     counts = {*range(1, min(physical_cores, 8) + 1), physical_cores, max(physical_cores, logical_cpus)}
     return sorted(counts | {count for count in (16, 32, 64, 128) if count < physical_cores})
-
-
-def _checked_scores(item: Item, answer: Mapping[str, Any], label: str) -> list[tuple[float, bool]]:
-    """The scores of one item. BuildFailed for anything else."""
-    scores = answer.get("scores")
-    try:
-        pairs = [(float(total), greedy) for total, greedy in scores or ()]
-    except (TypeError, ValueError):
-        pairs = []
-    valid = all(math.isfinite(total) and isinstance(greedy, bool) for total, greedy in pairs)
-    if not valid or len(pairs) != len(item):
-        raise BuildFailed(f"{label}: sent something else than {len(item)} scores: {str(scores)[:200]}")
-    return pairs

@@ -1,11 +1,9 @@
-"""What the phone page is given (plan.json, bundles, items to score), what it may send, and the result of it.
+"""What the phone page is given (plan.json, items to score), what it may send, and the result of it.
 
-The plan is fixed before anything is served: the bundles with size and SHA-256 of each file, one random prompt
-for each vocabulary (the runner's), and the order of the turns, A B B A. A phone is not trusted: texts have a
-length and lose their control characters (they are printed on a terminal), lists and numbers have bounds,
-unknown keys are errors, and an upload must fit the plan. The page sends raw milliseconds. Other than with the
-runner, `peak_memory_bytes` is the size of the bundle's WebAssembly heap, `load_s` includes reading the file
-from the browser's storage, and a page sees neither clocks nor other processes.
+A phone is not trusted: texts have a length and lose their control characters (they are printed on a
+terminal), lists and numbers have bounds, unknown keys are errors, and an upload must fit the plan. Other than
+with the runner, `peak_memory_bytes` is the size of the bundle's WebAssembly heap, `load_s` includes reading
+the file from the browser's storage, and a page sees neither clocks nor other processes.
 """
 
 from __future__ import annotations

@@ -109,8 +109,6 @@ def printable(text: str) -> str:
 
 def page_resources(web: Path) -> dict[str, Resource]:
     """Address -> file of the page in `export/web/`. BadInput where its vendored libraries are missing."""
-    if not (web / "index.html").is_file():
-        raise BadInput(f"{web}: the phone page is missing; install edgedisp again")
     if not (web / "vendor" / "onnxruntime-web").is_dir():
         raise BadInput(
             f"{web / 'vendor'}: the page's libraries are missing, as this was installed without them; in a "

@@ -1,10 +1,9 @@
 """From timed repetitions to a device's result: a row for each bundle, a comparison for each pair of twins.
 
-Timings on a busy machine have long tails in one direction, so nothing here assumes a normal distribution. The
-interval of a median comes from order statistics: the k-th smallest and the k-th largest of n values enclose
-the true median with a probability that depends on n and k alone (binomial with p = 1/2). Five values cannot
-do better than smallest to largest, 93.75 %. Drift is Theil and Sen's, the median of all pairwise slopes,
-which one bad value cannot move. Warnings are sentences for people; they change no figure.
+Timings on a busy machine have long tails, so nothing here assumes a normal distribution. The interval of a
+median comes from order statistics: the k-th smallest and the k-th largest of n values enclose the true median
+with a probability that depends on n and k alone. Five values cannot do better than smallest to largest,
+93.75 %. Drift is Theil and Sen's, the median of all pairwise slopes, which one bad value cannot move.
 """
 
 from __future__ import annotations

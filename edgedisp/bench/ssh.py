@@ -19,9 +19,8 @@ from typing import Any
 
 from edgedisp.bench.bundles import needed_files
 from edgedisp.bench.devices import Address, BenchOptions, external_program
-from edgedisp.bench.interleaved_timing import TimedHost
-from edgedisp.bench.system import installed_version
-from edgedisp.bench.worker import RUNNER, Exited, Worker
+from edgedisp.bench.interleaved_timing import TimedHost, Worker
+from edgedisp.bench.system import RUNNER, installed_version
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import MANIFEST, digest, file_digest, read_json
 from edgedisp.core.progress import Progress, silent
@@ -35,13 +34,12 @@ MIB = 1 << 20
 SPARE_DISK_BYTES = 32 * MIB
 PROGRAM_BYTES = 64 * MIB  # of memory, for Python with onnxruntime; what is loaded comes on top
 ENVIRONMENT_BYTES = 400 * MIB  # of disk, for numpy and onnxruntime with what pip unpacks
-NO_PYTHON = 3
 PACKAGES = ("numpy", "onnxruntime")
 PIP = ("install", "--quiet", "--disable-pip-version-check", "--no-cache-dir")
 # C: what outlives sessions, in a folder that must be this user's own; D: what goes with this session.
-SESSION = f"""
+SESSION = """
 umask 077
-C="${{XDG_CACHE_HOME:-$HOME/.cache}}/edgedisp"
+C="${XDG_CACHE_HOME:-$HOME/.cache}/edgedisp"
 mkdir -p "$C" || exit 1
 if [ -L "$C" ] || [ ! -O "$C" ]; then
   echo "$C is a link or belongs to another user; remove it" >&2; exit 1
@@ -51,11 +49,14 @@ P=
 for p in %s; do
   "$p" -c 'import sys; sys.exit(sys.version_info < (3, 9))' </dev/null >/dev/null 2>&1 && P=$p && break
 done
-if [ -z "$P" ]; then rmdir "$C" 2>/dev/null; exit {NO_PYTHON}; fi
+if [ -z "$P" ]; then
+  rmdir "$C" 2>/dev/null
+  echo "no Python 3.9 or newer there; install python3, or name one with --remote-python" >&2; exit 2
+fi
 D=$(mktemp -d "$C/session-XXXXXX") || exit 1
 trap 'rm -rf "$D"; rmdir "$C" 2>/dev/null' EXIT
 trap 'exit 1' HUP INT TERM
-"$P" -c 'import json, sys; print(json.dumps({{"ready": dict(zip("CPD", sys.argv[1:]))}}))' "$C" "$P" "$D"
+"$P" -c 'import json, sys; print(json.dumps({"ready": dict(zip("CPD", sys.argv[1:]))}))' "$C" "$P" "$D"
 cat >/dev/null
 """
 
@@ -76,19 +77,9 @@ def connect(address: Address, bundles: Mapping[str, Path], options: BenchOptions
     script = SESSION % (pythons or '"$C/venv/bin/python" python3 python')
     try:
         session = Worker(name, [*shell, f"exec sh -c {shlex.quote(script)}"], options.timeout_s)
-    except Exited as error:
-        if error.code == NO_PYTHON:
-            tried = options.remote_python or "python3 and python"
-            raise BadInput(
-                f"{name}: no Python 3.9 or newer there (tried {tried}); install python3, or name one with "
-                "--remote-python"
-            ) from error
-        raise BadInput(f"{name}: the connection ended with code {error.code}:\n{error.stderr}") from error
     except BuildFailed as error:
-        if "not JSON" not in str(error):
-            raise
-        fault = "its shell prints text before a command runs; let its start-up files be silent then"
-        raise BadInput(f"{error}: {fault}") from error
+        hint = ": its shell prints text before a command runs; let its start-up files be silent then"
+        raise BadInput(f"{error}{hint if 'not JSON' in str(error) else ''}") from error
     with closing(session):  # politely also after a failure: it has a folder to remove
         host = RemoteHost(name, shell, session.facts, bundles, options)
         host.prepare()

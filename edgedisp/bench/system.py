@@ -21,9 +21,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from edgedisp.bench.worker import RUNNER
 from edgedisp.core.errors import BadInput
+from edgedisp.core.files import data_folder
 
+RUNNER = data_folder("export") / "runner" / "runner.py"
 PACKAGES = ("torch", "transformers", "numpy", "onnx", "onnxruntime", "onnxruntime-genai")
 # Flags of /proc/cpuinfo any of which gives the fast 8-bit product that accuracy level 4 needs.
 FAST_ON_X86 = {"avx512_vnni", "avx_vnni", "amx_int8"}

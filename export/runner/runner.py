@@ -9,12 +9,11 @@ the first new token. `prefill_tokens_per_s`: prompt tokens / that time. `token_m
 further tokens. `decode_tokens_per_s`: their number / their time (as MLPerf Client counts). Sensors are read
 after a repetition; `other_cpus`: CPUs that other processes kept busy during it.
 
-`--interactive` keeps the session open and answers lines of JSON on stdin, after {"ready": facts}:
+`--interactive` keeps the session open and, after {"ready": facts}, answers lines of JSON until stdin ends:
     {"run": 1}                                      one repetition
     {"score": [[CONTEXT, CONTINUATION], ...]}       token ids; gives {"scores": [[SUM, GREEDY], ...]},
         the continuation's log-probability and whether each of its tokens was the likeliest. Equal contexts
         that follow one another are computed once. `--positions`: most tokens of a request, less its last.
-    {"quit": 1}                                     or the end of stdin: ends it
 `--describe` prints what this machine is, `--sha256` the hash of every file in BUNDLE; neither needs numpy.
 Exit codes: 0 done, 1 the run failed, 2 bad bundle or usage, 130 interrupted.
 """
@@ -63,28 +62,28 @@ def load_libraries() -> None:
 def read_config(bundle: Path) -> dict[str, Any]:
     """genai_config.json of the bundle, or {} where there is none (the graph may say enough by itself)."""
     path = bundle / "genai_config.json"
-    if not path.is_file():
-        return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not isinstance(config, dict):
+            raise ValueError("no JSON object")
     except ValueError as error:
         raise BadBundle(f"{path}: not readable as JSON ({error}); export the bundle again") from error
-    if not isinstance(config, dict):
-        raise BadBundle(f"{path}: expected a JSON object; export the bundle again")
     return config
 
 
-def decoder_section(config: dict[str, Any]) -> dict[str, Any]:
-    """Section `model.decoder` of genai_config.json."""
-    section = config.get("model", {}).get("decoder", {})
-    return section if isinstance(section, dict) else {}
+def value_of(config: dict[str, Any], key: str) -> Any:
+    """The value of a dotted key; None where it is not there."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def find_graph(bundle: Path, config: dict[str, Any]) -> Path:
     """The .onnx file of the bundle."""
+    graph = bundle / (value_of(config, "model.decoder.filename") or "model.onnx")
     if not bundle.is_dir():
         raise BadBundle(f"{bundle}: no such folder; give a bundle folder that holds model.onnx")
-    graph = bundle / str(decoder_section(config).get("filename", "model.onnx"))
     if not graph.is_file():
         raise BadBundle(f"{bundle}: holds no {graph.name}; give a bundle folder made by the export")
     return graph
@@ -98,7 +97,7 @@ def graph_files(graph: Path) -> list[Path]:
 
 def default_threads(config: dict[str, Any]) -> int:
     """The thread count written into the bundle, else the physical cores of this process."""
-    written = decoder_section(config).get("session_options", {}).get("intra_op_num_threads")
+    written = value_of(config, "model.decoder.session_options.intra_op_num_threads")
     return written if isinstance(written, int) and written > 0 else physical_cores()
 
 
@@ -115,7 +114,7 @@ class Decoder:
     def __init__(self, bundle: Path, threads: int, positions: int) -> None:
         self.config = read_config(bundle)
         self.graph = find_graph(bundle, self.config)
-        context = self.config.get("model", {}).get("context_length")
+        context = value_of(self.config, "model.context_length")
         if isinstance(context, int) and positions > context:
             raise BadBundle(f"{bundle}: the run needs {positions} positions, its context is {context}")
         options = ort.SessionOptions()
@@ -137,14 +136,13 @@ class Decoder:
 
     def _read_signature(self) -> None:
         """Names, shapes and types of the cache; what the graph leaves open is in genai_config.json."""
-        decoder = decoder_section(self.config)
+        decoder = value_of(self.config, "model.decoder") or {}
         inputs, outputs = decoder.get("inputs", {}), decoder.get("outputs", {})
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         present = {o.name: o for o in self.session.get_outputs()}
         self.logits = str(outputs.get("logits", "logits"))
-        self.ids = str(inputs.get("input_ids", "input_ids"))
-        self.mask = str(inputs.get("attention_mask", "attention_mask"))
-        self.position_ids = str(inputs.get("position_ids", "position_ids"))
+        names = ("input_ids", "attention_mask", "position_ids")
+        self.ids, self.mask, self.position_ids = (str(inputs.get(name, name)) for name in names)
         self.cache: dict[str, str] = {}  # past name -> present name
         for kind in ("key", "value"):
             past = str(inputs.get(f"past_{kind}_names", f"past_key_values.%d.{kind}"))
@@ -169,15 +167,11 @@ class Decoder:
         self.head_size = self._size(first.shape[3], "model.decoder.head_size")
         self.last_token_only = present[self.logits].shape[1] == 1  # logits of the last token alone
         self.logits_type = NUMPY_TYPES.get(present[self.logits].type, "float32")
-        self.shared = bool(self.config.get("search", {}).get("past_present_share_buffer", False))
+        self.shared = bool(value_of(self.config, "search.past_present_share_buffer"))
 
     def _size(self, in_graph: Any, key: str) -> int:
         """A size from the graph, or from genai_config.json where the graph has only a symbol."""
-        if isinstance(in_graph, int):
-            return in_graph
-        value: Any = self.config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+        value = in_graph if isinstance(in_graph, int) else value_of(self.config, key)
         if not isinstance(value, int):
             raise BadBundle(
                 f"{self.graph}: the graph leaves {in_graph!r} open and genai_config.json has no {key}; "
@@ -347,8 +341,8 @@ def summary(repetitions: Sequence[dict[str, Any]]) -> dict[str, float]:
     pooled = [t for r in repetitions for t in r["token_ms"]]
     return {
         **{name: float(np.median([r[name] for r in repetitions])) for name in names},
-        "token_ms_p50": float(np.percentile(pooled, 50)),
-        "token_ms_p90": float(np.percentile(pooled, 90)),
+        **{f"token_ms_p{share}": float(np.percentile(pooled, share)) for share in (50, 90)},
+        "peak_memory_bytes": repetitions[-1]["peak_memory_bytes"],
     }
 
 
@@ -358,11 +352,7 @@ def facts(decoder: Decoder, options: argparse.Namespace) -> dict[str, Any]:
     item = np.dtype(decoder.cache_type).itemsize
     return {
         "bundle": str(options.bundle),
-        "prompt": options.prompt,
-        "generate": options.generate,
-        "threads": options.threads,
-        "seed": options.seed,
-        "warmup": options.warmup,
+        **{name: getattr(options, name) for name in ("prompt", "generate", "threads", "seed", "warmup")},
         "load_s": decoder.load_s,
         "weights_bytes": sum(f.stat().st_size for f in graph_files(decoder.graph)),
         "kv_cache_bytes_per_position": 2 * layers * decoder.cache_heads * decoder.head_size * item,
@@ -546,8 +536,8 @@ def file_hashes(folder: Path) -> dict[str, str]:
 # ---------------------------------------------------------------- the program
 
 
-def say(text: str) -> None:
-    """One line of progress on stderr."""
+def log(text: str) -> None:
+    """One line on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -557,26 +547,22 @@ def put(value: dict[str, Any]) -> None:
 
 
 def run_batch(decoder: Decoder, prompt: Any, options: argparse.Namespace) -> None:
-    """Warm-up is done; time `--repetitions` repetitions and print everything as one JSON object."""
-    repetitions = []
+    """Time `--repetitions` repetitions and print everything as one JSON object."""
+    repetitions: list[dict[str, Any]] = []
     for index in range(options.repetitions):
-        if index and options.pause:
-            time.sleep(options.pause)
+        time.sleep(options.pause if index else 0)
         repetitions.append(time_repetition(decoder, prompt, options.generate))
         decode = repetitions[-1]["decode_tokens_per_s"]
-        say(f"repetition {index + 1}/{options.repetitions}: decode {decode:.1f} tokens/s")
-    memory_peak = {"peak_memory_bytes": peak_memory_bytes()}
-    put({**facts(decoder, options), **summary(repetitions), **memory_peak, "repetitions": repetitions})
+        log(f"repetition {index + 1}/{options.repetitions}: decode {decode:.1f} tokens/s")
+    put({**facts(decoder, options), **summary(repetitions), "repetitions": repetitions})
 
 
 def run_interactive(decoder: Decoder, prompt: Any, options: argparse.Namespace) -> None:
-    """Answer commands from stdin, one line each, until {"quit": 1} or the end of stdin."""
+    """Answer commands from stdin, one line each, until it ends."""
     put({"ready": facts(decoder, options)})
     for line in sys.stdin:
         try:
             command = json.loads(line)
-            if command.get("quit"):
-                return
             if command.get("run"):
                 put(time_repetition(decoder, prompt, options.generate))
             else:
@@ -586,38 +572,41 @@ def run_interactive(decoder: Decoder, prompt: Any, options: argparse.Namespace) 
             put({"error": f"{line.strip()[:80]!r} is no command that can be answered: {error}"})
 
 
-def at_least(low: int) -> Any:
-    """An argparse type: a whole number of at least `low`."""
-
-    def read(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
-        return int(text)
-
-    return read
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line; argparse ends with exit code 2 on its own where it is wrong."""
     parser = argparse.ArgumentParser(description="Time one ONNX bundle; one JSON object on stdout.")
     add = parser.add_argument
     add("bundle", type=Path, nargs="?", default=Path(), help="folder with model.onnx and genai_config.json")
-    add("--prompt", type=at_least(1), default=128, help="prompt tokens (default 128)")
-    add("--generate", type=at_least(2), default=128, help="new tokens, the first included (default 128)")
-    add("--threads", type=at_least(1), help="default: what the bundle says, else the physical cores")
-    add("--repetitions", type=at_least(1), default=5, help="timed runs (default 5)")
-    add("--warmup", type=at_least(0), default=1, help="untimed runs before (default 1)")
-    add("--seed", type=at_least(0), default=0, help="of the random prompt (default 0)")
+    add("--prompt", type=int, default=128, help="prompt tokens (default 128)")
+    add("--generate", type=int, default=128, help="new tokens, the first included (default 128)")
+    add("--threads", type=int, help="default: what the bundle says, else the physical cores")
+    add("--repetitions", type=int, default=5, help="timed runs (default 5)")
+    add("--warmup", type=int, default=1, help="untimed runs before (default 1)")
+    add("--seed", type=int, default=0, help="of the random prompt (default 0)")
     add("--pause", type=float, default=0.0, help="seconds between repetitions (default 0)")
-    add("--positions", type=at_least(2), help="most tokens of a request (default: prompt and new tokens)")
+    add("--positions", type=int, help="most tokens of a request (default: prompt and new tokens)")
     add("--interactive", action="store_true", help="wait for commands on stdin")
     add("--describe", action="store_true", help="print what this machine is")
     add("--sha256", action="store_true", help="print the hash of each file in BUNDLE")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    lowest = {
+        "prompt": 1,
+        "generate": 2,
+        "threads": 1,
+        "repetitions": 1,
+        "warmup": 0,
+        "seed": 0,
+        "positions": 2,
+    }
+    for name, low in lowest.items():
+        value = getattr(options, name)
+        if value is not None and value < low:
+            parser.error(f"argument --{name}: {value} is less than {low}")
+    return options
 
 
 def work(options: argparse.Namespace) -> None:
-    """Open the bundle, warm up, then time it."""
+    """Describe the machine, hash files, or open the bundle, warm up and time it."""
     if options.describe or options.sha256:
         put(describe() if options.describe else file_hashes(options.bundle))
         return
@@ -628,7 +617,7 @@ def work(options: argparse.Namespace) -> None:
     positions = options.positions or options.prompt + options.generate
     decoder = Decoder(options.bundle, options.threads, positions)
     prompt = prompt_ids(decoder.vocab_size, options.prompt, options.seed)
-    say(f"{options.bundle}: loaded in {decoder.load_s:.2f} s, {options.threads} threads")
+    log(f"{options.bundle}: loaded in {decoder.load_s:.2f} s, {options.threads} threads")
     for _ in range(0 if options.positions else options.warmup):
         decoder.generate(prompt, options.generate)
     (run_interactive if options.interactive else run_batch)(decoder, prompt, options)
@@ -640,16 +629,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         work(options)
     except BadBundle as error:
-        say(f"error: {error}")
+        log(f"error: {error}")
         return 2
     except ModuleNotFoundError as error:
-        say(f"error: {error.name} is missing; install it: {sys.executable} -m pip install numpy onnxruntime")
+        log(f"error: {error.name} is missing; install it: {sys.executable} -m pip install numpy onnxruntime")
         return 2
     except KeyboardInterrupt:
-        say("interrupted")
+        log("interrupted")
         return 130
     except Exception as error:  # the program ends here; the kind of failure goes into the message
-        say(f"error: {options.bundle}: the run failed: {type(error).__name__}: {error}")
+        log(f"error: {options.bundle}: the run failed: {type(error).__name__}: {error}")
         return 1
     return 0
 

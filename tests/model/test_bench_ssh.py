@@ -105,9 +105,7 @@ def test_a_cache_that_is_not_ones_own_is_refused(
 ) -> None:
     (home / ".cache").mkdir()
     (home / ".cache" / "edgedisp").symlink_to(tmp_path)
-    with pytest.raises(
-        BadInput, match=r"ssh://box: the connection ended with code 1:\n.*another user; remove it"
-    ):
+    with pytest.raises(BadInput, match=r"ssh://box: .* ended with code 1:\n.*another user; remove it"):
         measure({"a": bundles["fp32"]})
 
 
@@ -126,7 +124,7 @@ def test_a_connection_that_breaks_keeps_what_was_measured(bundles: dict[str, Pat
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"remote_python": "/no/such"}, r"no Python 3\.9 or newer there \(tried /no/such\); install"),
+        ({"remote_python": "/no/such"}, r"no Python 3\.9 or newer there; install"),
         ({"remote_python": "bare"}, "has no numpy and no onnxruntime; --setup installs it"),
         ({"remote_python": "bare", "setup": True}, "failed there with code"),
     ],

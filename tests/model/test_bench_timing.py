@@ -209,8 +209,6 @@ def test_a_bundle_that_cannot_be_timed_is_bad_input(bundles: dict[str, Path], tm
         quick({})
     with pytest.raises(BadInput, match=r"a: .*holds no model\.onnx"):
         quick({"a": tmp_path})
-    with pytest.raises(BadInput, match="b is not among the bundles"):
-        quick({"a": bundles["fp32"]}, pairs=(("a", "b"),))
     with pytest.raises(BadInput, match="context is 256"):
         quick({"a": bundles["fp32"]}, prompt=300)
     headless = copy_with(bundles["fp32"], tmp_path / "h", model__decoder__head_size=None)

@@ -109,7 +109,7 @@ def test_peak_memory_is_that_of_the_runner_not_of_its_parent(bundles: dict[str, 
 
 
 def test_interactive_answers_line_by_line_and_survives_nonsense(bundles: dict[str, Path]) -> None:
-    commands = '{"run": 1}\nnonsense\n{"jump": 1}\n{"run": 1}\n{"quit": 1}\n{"run": 1}\n'
+    commands = '{"run": 1}\nnonsense\n{"jump": 1}\n{"run": 1}\n'
     options = ["--interactive", "--prompt", "4", "--generate", "3"]
     done = start(bundles["fp32"], *options, stdin=commands)
     lines = [json.loads(line) for line in done.stdout.splitlines()]

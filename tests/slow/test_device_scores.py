@@ -17,9 +17,9 @@ from test_phone_page import WEB, chromium
 from tiny_bundle import tiny_bundles
 
 from edgedisp import data
-from edgedisp.bench import interleaved_timing
 from edgedisp.bench.browser import BrowserPage
 from edgedisp.bench.devices import BenchOptions
+from edgedisp.bench.interleaved_timing import Worker
 from edgedisp.bench.system import physical_cores
 from edgedisp.commands.bench import time_bundles
 from edgedisp.commands.export import export_bundle
@@ -193,7 +193,7 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_timed(  # type: ign
 def test_over_ssh_scores_arrive_and_a_lost_connection_leaves_a_part(  # type: ignore[no-untyped-def]
     bundles: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edgedisp
 ) -> None:
-    real, answered = interleaved_timing._checked_scores, []
+    real, scored = Worker.ask, []
 
     with sshd.running(tmp_path / "s") as server:
         monkeypatch.setenv("EDGEDISP_SSH", server.command)
@@ -207,13 +207,15 @@ def test_over_ssh_scores_arrive_and_a_lost_connection_leaves_a_part(  # type: ig
         assert record["answered"] == 20 and record["logprob"]["max"] < 1e-4
         assert record["agreement"]["share"] == 1 and "Scored on the device" in page.read_text()
 
-        def cut(*given: Any) -> Any:
-            answered.append(given)
-            if len(answered) == 6:
+        def cut(worker: Worker, command: dict[str, Any]) -> Any:
+            answer = real(worker, command)
+            if "score" in command:
+                scored.append(answer)
+            if len(scored) == 6:
                 server.break_connections()
-            return real(*given)
+            return answer
 
-        monkeypatch.setattr(interleaved_timing, "_checked_scores", cut)
+        monkeypatch.setattr(Worker, "ask", cut)
         ended = edgedisp("bench", bundles["fp32"], *words)
     assert ended.code == 1 and "What was measured until then is shown" in ended.err
     (device,) = json.loads(ended.out)["devices"]
