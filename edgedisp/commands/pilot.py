@@ -31,7 +31,7 @@ from edgedisp.recipe.recipe import hash8
 from edgedisp.recipe.smoke import STEPS as SMOKE_STEPS
 from edgedisp.recipe.values import LAYER_NAMES, VARIANTS, choice, read_number, read_whole
 from edgedisp.report.formatting import format_estimate
-from edgedisp.report.layout import grid, grid_text
+from edgedisp.report.layout import Grid, grid_text
 
 FUNCTIONS = "edgedisp.pipeline.training"
 BOOTSTRAP = 2000
@@ -290,12 +290,11 @@ def render(pilot: Pilot, width: int) -> str:
     )
     if pilot.recipe.is_smoke:
         head += "\nA tiny random model: this shows that the pilot runs, and says nothing of the recipe's."
-    columns: dict[str, Callable[[Candidate], str]] = {
-        "loss - baseline": lambda row: format_estimate(row.loss, signs=True),
-        "cosine - baseline": lambda row: format_estimate(row.cosine, signs=True),
-        "effect": lambda row: row.effect,
-    }
-    table = grid("candidate", [(row.name, row) for row in pilot.candidates], columns)
+    rows = [
+        (row.name, *(format_estimate(figure, signs=True) for figure in (row.loss, row.cosine)), row.effect)
+        for row in pilot.candidates
+    ]
+    table = Grid(("candidate", "loss - baseline", "cosine - baseline", "effect"), tuple(rows))
     return "\n\n".join([head, grid_text(table, width), LEGEND, *advice(pilot)])
 
 

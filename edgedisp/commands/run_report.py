@@ -1,20 +1,21 @@
 """The report in a run's folder: written when a build ends, and again when a device has measured its bundles.
 
-A build reads its stages' records; a device's measurement is added to the results that report.json holds, so
-no recipe, model or machine of the build has to be at hand.
+A build reads its stages' records; a device's measurement is added to the results that report.json holds.
+`report/made_from.json` says what the report was made from, with a hash of each of its files: a report that
+was cut off, edited or deleted is written again.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import MANIFEST, digest, to_json, write_json
+from edgedisp.core.files import MANIFEST, digest, file_digest, read_json, read_object, to_json, write_json
 from edgedisp.core.results import DeviceResult
 from edgedisp.core.run import Run
 from edgedisp.pipeline import device_results
@@ -23,30 +24,31 @@ from edgedisp.pipeline.stage import Passed
 from edgedisp.recipe import Recipe
 from edgedisp.report import bundle_card, model_card
 
-PAGE = "report.html"
+FILES = ("report.html", "report.md", "report.json")
 
 
 def publish(recipe: Recipe, passed: list[Passed], run: Path) -> Run:
-    """Write the report into the run folder unless it stands there already, and return the results."""
-    from edgedisp.report import render  # brings matplotlib
-
-    content = {step.name: [step.record.content, step.record.seconds] for step in passed}
+    """Write the report into the run folder unless it is there already, and return the results."""
+    stages = {step.name: [step.record.content, step.record.seconds] for step in passed}
     with _lock(run) as stamp:
-        measured = device_results.load(run)
-        key = {"stages": content, "recipe": recipe.to_yaml(), "devices": digest(to_json(measured))}
-        if stamp.is_file() and json.loads(stamp.read_text()) == key and (run / PAGE).is_file():
+        devices, outdated = device_results.load(run)
+        key = {
+            "stages": stages,
+            "recipe": recipe.to_yaml(),
+            "devices": digest(to_json(devices)),
+            "outdated": outdated,
+        }
+        if read_object(stamp) == {"key": key, "files": _hashes(run)}:
             return load(run)
-        results = _with_devices(run_results(recipe, passed), measured)
-        render.write(results, run)
-        for one in recipe.arm_runs:  # a Hugging Face folder explains itself in its README
-            (run / one.name / "model" / "README.md").write_text(
-                model_card(results, one.name), encoding="utf-8"
-            )
+        results = replace(run_results(recipe, passed), devices=devices, devices_outdated=outdated)
+        for arm_run in recipe.arm_runs:  # a Hugging Face folder explains itself in its README
+            card = model_card(results, arm_run.name)
+            (run / arm_run.name / "model" / "README.md").write_text(card, encoding="utf-8")
         for path in (path for paths in results.packages.values() for path in paths):
-            manifest = json.loads((run / path / MANIFEST).read_text(encoding="utf-8"))
-            (run / path / "README.md").write_text(bundle_card(manifest, path, results), encoding="utf-8")
+            card = bundle_card(read_json(run / path / MANIFEST), path, results)
+            (run / path / "README.md").write_text(card, encoding="utf-8")
         (run / "recipe.lock.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        write_json(stamp, key)
+        _write(results, run, stamp, key)
     return results
 
 
@@ -71,18 +73,27 @@ def show_devices(run: Path) -> str:
     with _lock(run) as stamp:
         if not (run / "report.json").is_file():
             folder = run / device_results.FOLDER
-            return f"{folder}: kept; the report will show it once `edgedisp build` has ended"
-        from edgedisp.report import render  # brings matplotlib
-
-        measured = device_results.load(run)
-        render.write(_with_devices(load(run), measured), run)
-        if stamp.is_file():
-            write_json(stamp, {**json.loads(stamp.read_text()), "devices": digest(to_json(measured))})
-    return f"report: {run / PAGE} shows it under On devices"
+            return f"{folder}: the report will show it once `edgedisp build` has ended"
+        devices, outdated = device_results.load(run)
+        key = {**read_object(stamp).get("key", {}), **_device_key(devices, outdated)}
+        _write(replace(load(run), devices=devices, devices_outdated=outdated), run, stamp, key)
+    return f"report: {run / 'report.html'} shows it under On devices"
 
 
-def _with_devices(run: Run, measured: tuple[list[DeviceResult], list[str]]) -> Run:
-    return replace(run, devices=measured[0], devices_outdated=measured[1])
+def _device_key(devices: list[DeviceResult], outdated: list[str]) -> dict[str, str]:
+    return {"devices": digest([to_json(devices), outdated])}
+
+
+def _write(results: Run, run: Path, stamp: Path, key: dict[str, Any]) -> None:
+    from edgedisp.report import render  # brings matplotlib
+
+    stamp.unlink(missing_ok=True)
+    render.write(results, run)
+    write_json(stamp, {"key": key, "files": _hashes(run)})
+
+
+def _hashes(run: Path) -> dict[str, str]:
+    return {name: file_digest(run / name) for name in FILES if (run / name).is_file()}
 
 
 @contextmanager
