@@ -68,14 +68,10 @@ def angular_distance(cosine: Tensor, clamp: float) -> Tensor:
 
 
 def log_mean_exp_over_pairs(scores: Tensor, mask: Tensor) -> Tensor:
-    """`log mean exp(scores)` over ordered pairs i != j of real tokens: `(..., N, N)` -> `(...)`."""
+    """`log mean exp(scores)` over ordered pairs i != j of real tokens: `(..., N, N)` -> `(...)`; else -inf."""
     pairs = _pairs(mask)
-    count = pairs.sum(dim=(-1, -2))
-    # An all-masked row would give log(0) = -inf and a NaN gradient: let such a sequence see zeros instead.
-    visible = pairs | (count == 0)[..., None, None]
-    scores = torch.where(visible, scores, torch.full_like(scores, -math.inf))
-    value = torch.logsumexp(scores.flatten(-2), dim=-1) - count.clamp_min(1).to(scores.dtype).log()
-    return torch.where(count > 0, value, torch.zeros_like(value))
+    count = pairs.sum(dim=(-1, -2)).clamp_min(1).to(scores.dtype)
+    return torch.logsumexp(torch.where(pairs, scores, -math.inf).flatten(-2), dim=-1) - count.log()
 
 
 def _variant(formula: Loss) -> Loss:
@@ -118,7 +114,7 @@ def cosine(vectors: Tensor, mask: Tensor, *, temperature: float = 1.0, clamp: fl
 
 
 @_variant
-def l2_repel(vectors: Tensor, mask: Tensor, *, temperature: float = 1.0, clamp: float = 0.0) -> Tensor:
+def l2_repel(vectors: Tensor, mask: Tensor, *, temperature: float = 1.0, **_: float) -> Tensor:
     """`log mean exp(-|r_i - r_j|^2 / temperature) + 0.1 mean |r_i|^2`, r = z / (mean norm of the tokens).
 
     The paper's l2-repel with its norm penalty, but lengths are measured in mean norms of the sequence: raw
@@ -135,7 +131,7 @@ def l2_repel(vectors: Tensor, mask: Tensor, *, temperature: float = 1.0, clamp: 
 
 
 @_variant
-def decorrelation(vectors: Tensor, mask: Tensor, *, temperature: float = 1.0, clamp: float = 0.0) -> Tensor:
+def decorrelation(vectors: Tensor, mask: Tensor, **_: float) -> Tensor:
     """Mean squared correlation of two different features over the real tokens of the sequence.
 
     The paper's sum of squared off-diagonal covariances after standardising, divided by their number: 0 for
@@ -157,9 +153,7 @@ def decorrelation(vectors: Tensor, mask: Tensor, *, temperature: float = 1.0, cl
 
 
 @_variant
-def orthogonalization(
-    vectors: Tensor, mask: Tensor, *, temperature: float = 1.0, clamp: float = 0.1
-) -> Tensor:
+def orthogonalization(vectors: Tensor, mask: Tensor, *, clamp: float = 0.1, **_: float) -> Tensor:
     """`mean max(0, 1/2 - D)^2` over pairs, D the angle over pi: pairs beyond a right angle are left alone."""
     gap = (0.5 - angular_distance(_cosines(vectors), clamp)).clamp_min(0)
     pairs = _pairs(mask)
@@ -167,9 +161,7 @@ def orthogonalization(
 
 
 @_variant
-def spectral_entropy(
-    vectors: Tensor, mask: Tensor, *, temperature: float = 1.0, clamp: float = 0.0
-) -> Tensor:
+def spectral_entropy(vectors: Tensor, mask: Tensor, **_: float) -> Tensor:
     """`sum p log p`, p the eigenvalues of the tokens' cosine matrix over their sum: -log(effective rank).
 
     The matrix-based entropy of Giraldo, Rao and Principe (2014) at order 1: from 0, all vectors in one line,

@@ -10,7 +10,6 @@ Evaluation is untouched. Losses of several forward passes with gradients are not
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from contextlib import ExitStack
@@ -80,14 +79,9 @@ class DispersionMixin(Host):
         self.dispersion_loss = None if dispersion is None else DispersionLoss(dispersion)
         self.watch = watch
         self._hooks = ExitStack()
-        self._micro_batch = 0  # within the optimizer step
-        self._shares: list[Tensor | float] = []  # of the step's sequences, by micro-batch
-        self._sums = _Sums()
-        self._skipped = 0  # sequences, at the last log
-        self._is_finite: Tensor | None = None  # of this step's losses, on devices that are slow to ask
-        model: Any = self.model  # a peft wrapper's own signature tells nothing
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._takes_use_cache = "use_cache" in inspect.signature(inner.forward).parameters
+        self._micro_batch, self._shares = 0, list[Tensor | float]()  # of the optimizer step and its sequences
+        self._sums, self._skipped = _Sums(), 0  # sequences that were skipped, at the last log
+        self._is_finite: Tensor | None = None  # all losses of the step, on devices that are slow to ask
         self.add_callback(_OnTrainBegin(self))
         if watch is not None:
             self.add_callback(watch)
@@ -112,15 +106,13 @@ class DispersionMixin(Host):
     ) -> Any:
         if not (model.training and torch.is_grad_enabled()):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._takes_use_cache:
-            inputs = {**inputs, "use_cache": False}  # a cache would copy all keys and values for nothing
         if self.dispersion_loss is not None:
             self.dispersion_loss.begin(_mask(inputs), self._first_sequence())
         computed: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = computed[0] if return_outputs else computed
+        loss, *outputs = computed if return_outputs else (computed,)
         loss = self._with_term(loss, num_items_in_batch)
         self._micro_batch += 1
-        return (loss, *computed[1:]) if return_outputs else loss
+        return (loss, *outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._sums.steps:

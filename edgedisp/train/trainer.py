@@ -130,8 +130,6 @@ def fit(
             watch=options.watch,
             callbacks=[*options.callbacks, _Checkpoints(options, is_sharded, progress)],
         )
-        if is_sharded and not trainer.is_fsdp_enabled:  # as accelerate decides silently on CPUs
-            raise ValueError("accelerate does not divide a model on this kind of device (FSDP)")
         trainer.remove_callback(PrinterCallback)  # it prints every log row to stdout
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     # Collective: every process has to call it.

@@ -53,7 +53,7 @@ class Interrupt(TrainerCallback):
 
 
 class Gradients(TrainerCallback):
-    """The gradient of every optimizer step, unclipped, as one vector."""
+    """The gradient that every optimizer step uses, as one vector."""
 
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []

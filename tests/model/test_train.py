@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training import BLOCKS, fit_tiny, flat, open_tiny
+from training import BLOCKS, Gradients, fit_tiny, flat, open_tiny
 from transformers.trainer_callback import TrainerCallback
 
 from edgedisp.core.errors import BadInput
@@ -17,24 +17,6 @@ from edgedisp.dispersion.losses import DispersionConfig
 from edgedisp.pipeline.training import check_reporters
 from edgedisp.train.dispersion_trainer import NotFinite
 from edgedisp.train.trainer import newest_checkpoint
-
-
-class Recorder(TrainerCallback):
-    """Copies gradients, weight decay and the norm of the gradient before each optimizer step."""
-
-    def __init__(self) -> None:
-        self.gradients: list[dict[str, torch.Tensor]] = []
-        self.decay: dict[str, float] = {}
-        self.norms: list[float] = []
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        named = dict(kwargs["model"].named_parameters())
-        self.gradients.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
-        total = torch.stack([gradient.norm() for gradient in self.gradients[-1].values()]).norm()
-        self.norms.append(float(total))
-        for group in kwargs["optimizer"].param_groups:
-            ids = {id(p) for p in group["params"]}
-            self.decay |= {name: group["weight_decay"] for name, p in named.items() if id(p) in ids}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -59,19 +41,19 @@ def test_weight_zero_gives_bit_identical_weights_to_dispersion_off(
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
-    runs = []
-    for is_on in (False, True):
-        recorder = Recorder()
-        options = {"dispersion": DispersionConfig(weight=2.0, tokens=8), "callbacks": [recorder]}
-        model = open_tiny(tiny_folder["llama"])
-        folder = tmp_path / str(is_on)
-        fit_tiny(model, folder, steps=1, precision="fp32", gradient_checkpointing=is_on, **options)
-        runs.append(recorder.gradients[0])
-    torch.testing.assert_close(runs[0], runs[1], rtol=1e-5, atol=1e-7)
+    plain, checkpointed = Gradients(), Gradients()
+    for name, gradients in (("plain", plain), ("checkpointed", checkpointed)):
+        options = {"dispersion": DispersionConfig(weight=2.0, tokens=8), "steps": 1, "precision": "fp32"}
+        options |= {"callbacks": [gradients], "gradient_checkpointing": gradients is checkpointed}
+        fit_tiny(open_tiny(tiny_folder["llama"]), tmp_path / name, **options)
+    torch.testing.assert_close(checkpointed.seen, plain.seen, rtol=1e-5, atol=1e-7)
 
 
-def test_logged_loss_is_the_plain_cross_entropy(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
-    model = open_tiny(tiny_folder["llama"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text"])
+def test_logged_loss_is_the_plain_cross_entropy(
+    tiny_folder: dict[str, Path], tmp_path: Path, architecture: str
+) -> None:
+    model = open_tiny(tiny_folder[architecture])
     ids = torch.from_numpy(BLOCKS[:4].astype(np.int64))
     with torch.no_grad():
         expected = model(input_ids=ids, labels=ids).loss.item()
@@ -97,18 +79,25 @@ def test_a_second_training_of_one_model_is_in_its_own_precision(
         assert torch.equal(model(ids).logits, plain(ids).logits)  # in float32 afterwards
 
 
+class Decay(TrainerCallback):
+    """The weight decay of each parameter, by its id."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        groups = kwargs["optimizer"].param_groups
+        self.of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_weight_decay_leaves_norms_and_biases_alone_and_the_gradient_is_clipped(
     tiny_folder: dict[str, Path], tmp_path: Path, architecture: str
 ) -> None:
-    recorder = Recorder()
+    decay, gradients = Decay(), Gradients()
     model = open_tiny(tiny_folder[architecture])
-    result = fit_tiny(model, tmp_path, steps=3, weight_decay=0.3, clip=0.5, callbacks=[recorder])
-    assert set(recorder.decay) == {name for name, _ in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        assert recorder.decay[name] == (0.3 if parameter.dim() > 1 else 0.0), name
+    options = {"weight_decay": 0.3, "clip": 0.5, "callbacks": [decay, gradients]}
+    result = fit_tiny(model, tmp_path, steps=3, **options)
+    assert decay.of == {id(p): 0.3 if p.dim() > 1 else 0.0 for p in model.parameters()}
     assert min(row["grad_norm"] for row in result.log) > 0.5  # before clipping
-    assert recorder.norms == pytest.approx([0.5] * 3, rel=1e-4)
+    assert [float(gradient.norm()) for gradient in gradients.seen] == pytest.approx([0.5] * 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

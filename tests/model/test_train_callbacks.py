@@ -32,8 +32,8 @@ class Seen(TrainerCallback):
     def __init__(self) -> None:
         self.outputs: list[Tensor] = []
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:
-        hook = known["model"].get_input_embeddings().register_forward_hook
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        hook = kwargs["model"].get_input_embeddings().register_forward_hook
         hook(lambda module, inputs, output: self.outputs.append(output.detach().clone()))
 
 
@@ -119,10 +119,10 @@ class Watch(TrainerCallback):
         self.embeddings: list[Tensor] = []
         self.moments: list[dict[str, Tensor]] = []
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
-        weight = known["model"].get_input_embeddings().weight
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        weight = kwargs["model"].get_input_embeddings().weight
         self.embeddings.append(weight.detach().clone())
-        self.moments.append(copy.deepcopy(known["optimizer"].state[weight]))
+        self.moments.append(copy.deepcopy(kwargs["optimizer"].state[weight]))
 
 
 @pytest.mark.parametrize(("every", "resets"), [(2, [2, 4]), (4, [4]), (6, [])])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from training import Interrupt, fit_tiny, open_tiny
+from training import BLOCKS, Interrupt, fit_tiny, flat, open_tiny
 
 from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.quantize.calibration import calibrated_start, gptq_model
@@ -21,8 +22,8 @@ from edgedisp.train.callbacks import QuantizationAware
 from edgedisp.train.lora import attach
 from edgedisp.train.quantized_weights import Rounding, round_weights, weights_of
 
-BLOCKS = np.random.default_rng(0).integers(3, 300, (48, 16)).astype(np.uint32)
 LAYERS, OUTER = Grid(4, 16, False), Grid(8, 32, True)
+FIRST_STEP: Any = SimpleNamespace(global_step=0, max_steps=4)
 
 
 def nearest(name: str, weight: Tensor, grid: Grid) -> Tensor:
@@ -36,19 +37,8 @@ def aware(**options: Any) -> QuantizationAware:
     return QuantizationAware(*ROUNDING, **options)
 
 
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def check_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert torch.equal(value, right[name]), name
-
-
 def train(model: Any, folder: Path, **changes: Any) -> Any:
-    defaults = {"steps": 4, "lr": 1e-2, "batch": 2, "precision": "fp32", "blocks": BLOCKS}
-    return fit_tiny(model, folder, **{**defaults, **changes})
+    return fit_tiny(model, folder, **{"steps": 4, "lr": 1e-2, "batch": 2, "precision": "fp32", **changes})
 
 
 def by_hand(model: Any, steps: int) -> Any:
@@ -89,32 +79,28 @@ def test_weights_get_the_gradient_of_the_rounded_ones(
         assert (difference > 1e-4).float().mean() < 5e-3, name
 
 
-def test_before_its_start_nothing_is_rounded(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
-    logs = [
-        train(open_tiny(tiny_folder["llama"]), tmp_path / name, steps=6, callbacks=callbacks).log
-        for name, callbacks in (("plain", []), ("late", [aware(start=0.5)]))
-    ]
-    same = [plain["loss"] == late["loss"] for plain, late in zip(*logs)]
-    assert same == [True, True, True, False, False, False]
-
-
 @pytest.mark.parametrize("stop", [3, 7])
-def test_a_resumed_run_continues_exactly(tiny_folder: dict[str, Path], tmp_path: Path, stop: int) -> None:
+def test_rounding_begins_late_and_a_resumed_run_continues_exactly(
+    tiny_folder: dict[str, Path], tmp_path: Path, stop: int
+) -> None:
     """Rounding begins in step 4: before or after the process that is stopped, which `begin` is told."""
     options = {"steps": 8, "checkpoint_every": 2}
-    whole, continued = open_tiny(tiny_folder["llama"]), open_tiny(tiny_folder["llama"])
-    begun: list[bool] = []
+    plain, whole, continued = (open_tiny(tiny_folder["llama"]) for _ in range(3))
+    calls: list[bool] = []
 
     def callback() -> QuantizationAware:
-        return aware(start=0.5, begin=lambda model, is_continued: begun.append(is_continued))
+        return aware(start=0.5, begin=lambda model, is_continued: calls.append(is_continued))
 
+    unrounded = train(plain, tmp_path / "plain", **options)
     unbroken = train(whole, tmp_path / "whole", callbacks=[callback()], **options)
+    same = [one["loss"] == other["loss"] for one, other in zip(unrounded.log, unbroken.log)]
+    assert same == [True] * 4 + [False] * 4
     with pytest.raises(KeyboardInterrupt):
         interrupted = [callback(), Interrupt(stop)]
         train(open_tiny(tiny_folder["llama"]), tmp_path / "cut", callbacks=interrupted, **options)
     rest = train(continued, tmp_path / "cut", callbacks=[callback()], **options)
-    assert rest.resumed_from == stop - 1 and begun == ([False, False] if stop == 3 else [False, False, True])
-    check_equal(state(whole), state(continued))
+    assert rest.resumed_from == stop - 1 and calls == ([False, False] if stop == 3 else [False, False, True])
+    assert torch.equal(flat(whole), flat(continued))
     assert [row["loss"] for row in unbroken.log] == [row["loss"] for row in rest.log]
 
 
@@ -122,10 +108,10 @@ def test_a_training_that_raised_leaves_the_weights_themselves(
     tiny_folder: dict[str, Path], tmp_path: Path
 ) -> None:
     model = open_tiny(tiny_folder["llama"])
-    before = state(model)
+    before = flat(model).clone()
     with pytest.raises(KeyboardInterrupt):
         train(model, tmp_path, callbacks=[aware(), Interrupt()])
-    check_equal(state(model), before)
+    assert torch.equal(flat(model), before)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -140,22 +126,17 @@ def test_with_lora_the_layers_compute_with_the_rounded_merged_weight(
                 parameter.normal_(generator=torch.Generator().manual_seed(len(name)), std=0.05)
     ids = torch.from_numpy(BLOCKS[:2].astype(np.int64))
     merged = copy.deepcopy(adapted).merge_and_unload()
+    plain = {weight.name for weight in weights_of(merged, *ROUNDING)}
+    assert {weight.name for weight in weights_of(adapted, *ROUNDING)} == plain
     round_weights(merged, *ROUNDING)
-    callback = aware()
-    callback.on_train_begin(None, _State(), None, model=adapted)
-    plain = state(adapted)
+    callback, before = aware(), flat(adapted).clone()
+    callback.on_train_begin(None, FIRST_STEP, None, model=adapted)
     with torch.no_grad():
-        callback.on_step_begin(None, _State(), None)
-        found = adapted(input_ids=ids).logits
-        callback.on_pre_optimizer_step(None, _State(), None)
-        expected = merged(input_ids=ids).logits
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-    check_equal(state(adapted), plain)
-    assert not any(".base_layer" in weight.name or "lora" in weight.name for weight in callback._weights)
-
-
-class _State:
-    global_step, max_steps = 0, 4
+        callback.on_step_begin(None, FIRST_STEP, None)
+        logits = adapted(input_ids=ids).logits
+        callback.on_pre_optimizer_step(None, FIRST_STEP, None)
+        torch.testing.assert_close(logits, merged(input_ids=ids).logits, rtol=1e-3, atol=1e-4)
+    assert torch.equal(flat(adapted), before)
 
 
 def test_what_cannot_be_rounded_in_training_is_refused(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
@@ -165,28 +146,30 @@ def test_what_cannot_be_rounded_in_training_is_refused(tiny_folder: dict[str, Pa
         train(adapted, tmp_path, callbacks=[aware()])
     half = open_tiny(tiny_folder["llama"]).bfloat16()
     with pytest.raises(ValueError, match="bfloat16"):
-        aware().on_train_begin(None, _State(), None, model=half)
+        aware().on_train_begin(None, FIRST_STEP, None, model=half)
 
 
-def test_a_calibrated_start_is_the_model_that_gptq_makes(tiny_folder: dict[str, Path]) -> None:
-    for architecture in ("llama", "gpt2"):
-        started, calibrated = open_tiny(tiny_folder[architecture]), open_tiny(tiny_folder[architecture])
-        scales = calibrated_start(started, BLOCKS[:8], lambda name: LAYERS)
-        gptq_model(calibrated, BLOCKS[:8], LAYERS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_calibrated_start_is_the_model_that_gptq_makes(
+    tiny_folder: dict[str, Path], architecture: str
+) -> None:
+    started, calibrated = open_tiny(tiny_folder[architecture]), open_tiny(tiny_folder[architecture])
+    scales = calibrated_start(started, BLOCKS[:8], lambda name: LAYERS)
+    gptq_model(calibrated, BLOCKS[:8], LAYERS)
 
-        def body(name: str, weight: Tensor, scales: Any = scales) -> Tensor:
-            values = in_groups(weight, LAYERS.group)
-            return dequantize(
-                round_to(values, scales[name].scales, scales[name].zero_points, LAYERS, weight.shape[1]),
-                LAYERS,
-            )
+    def on_scales(name: str, weight: Tensor) -> Tensor:
+        groups, columns = in_groups(weight, LAYERS.group), weight.shape[1]
+        return dequantize(
+            round_to(groups, scales[name].scales, scales[name].zero_points, LAYERS, columns), LAYERS
+        )
 
-        latent = {weight.name: weight.parameter.clone() for weight in weights_of(started, *ROUNDING)}
-        round_weights(started, body, lambda name, weight: weight)
-        moved = [
-            not torch.equal(latent[weight.name], weight.parameter)
-            for weight in weights_of(started, *ROUNDING)
-        ]
-        assert sum(moved) == len(scales)
-        for name, value in calibrated.state_dict().items():
-            torch.testing.assert_close(started.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    latent = {weight.name: weight.parameter.clone() for weight in weights_of(started, *ROUNDING)}
+    round_weights(started, on_scales, lambda name, weight: weight)
+    moved = {
+        weight.name
+        for weight in weights_of(started, *ROUNDING)
+        if not torch.equal(latent[weight.name], weight.parameter)
+    }
+    assert moved == set(scales)
+    for name, value in calibrated.state_dict().items():
+        torch.testing.assert_close(started.state_dict()[name], value, rtol=1e-5, atol=1e-6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +36,24 @@ def test_weights_are_bit_identical_with_and_without_a_watch(
 ) -> None:
     folder = tiny_folder[architecture]
     plain, _ = run(folder, tmp_path / "plain", None)
-    watched, done = run(folder, tmp_path / "watched", watching(2))
+    watched, result = run(folder, tmp_path / "watched", watching(2))
     assert torch.equal(flat(plain), flat(watched))
-    assert [row["step"] for row in done.watched] == [0, 2, 4, 6]
+    assert [row["step"] for row in result.watched] == [0, 2, 4, 6]
 
 
 def test_the_rows_tell_the_model_as_it_was_at_their_step(
     tiny_folder: dict[str, Path], tmp_path: Path
 ) -> None:
     before = quick_condensation(open_tiny(tiny_folder["llama"]).eval(), BLOCKS)
-    model, done = run(tiny_folder["llama"], tmp_path, watching(4))
-    assert [row["step"] for row in done.watched] == [0, 4, 6]
-    for row, expected in ((done.watched[0], before), (done.watched[-1], quick_condensation(model, BLOCKS))):
+    model, result = run(tiny_folder["llama"], tmp_path, watching(4))
+    assert [row["step"] for row in result.watched] == [0, 4, 6]
+    for row, expected in (
+        (result.watched[0], before),
+        (result.watched[-1], quick_condensation(model, BLOCKS)),
+    ):
         # During the run the forward pass is autocast to bf16.
         assert row["cosine_by_layer"] == pytest.approx(expected, abs=0.02)
-    assert done.watch_seconds == pytest.approx(sum(row["seconds"] for row in done.watched)) and (
-        0 < done.watch_seconds < done.seconds
-    )
-    json.dumps(done.watched, allow_nan=False)
+    assert 0 < result.watch_seconds < result.seconds
 
 
 def test_a_resumed_run_has_the_rows_of_the_whole(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
@@ -63,11 +62,8 @@ def test_a_resumed_run_has_the_rows_of_the_whole(tiny_folder: dict[str, Path], t
         run(tiny_folder["llama"], tmp_path / "cut", watching(2), callbacks=[Interrupt(4)])
     _, resumed = run(tiny_folder["llama"], tmp_path / "cut", watching(2))
     assert resumed.resumed_from == 3
-    plain = [
-        [{name: value for name, value in row.items() if name != "seconds"} for row in done.watched]
-        for done in (whole, resumed)
-    ]
-    assert plain[0] == plain[1]
+    for row, expected in zip(resumed.watched, whole.watched, strict=True):
+        assert {**row, "seconds": 0} == {**expected, "seconds": 0}
 
 
 def test_tensorboard_holds_the_losses_and_the_watched_figures(
@@ -78,16 +74,20 @@ def test_tensorboard_holds_the_losses_and_the_watched_figures(
 
     logs = tmp_path / "logs"
     options = {"report_to": ("tensorboard",), "log_dir": logs, "run_name": "run/dispersed"}
-    _, done = run(tiny_folder["llama"], tmp_path / "c", watching(3), **options)
+    _, result = run(tiny_folder["llama"], tmp_path / "c", watching(3), **options)
     events = EventAccumulator(str(logs))
     events.Reload()
-    told = {tag: [(one.step, one.value) for one in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    scalars = {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
     for tag, name in (("cross_entropy", "loss"), ("dispersion", "dispersion"), ("grad_norm", "grad_norm")):
-        assert told[f"train/{tag}"] == [(row["step"], pytest.approx(row[name], rel=1e-5)) for row in done.log]
-    total = [row["loss"] + 0.1 * row["dispersion"] for row in done.log]  # type: ignore[operator]
-    assert [value for _, value in told["train/loss"]] == pytest.approx(total, rel=1e-4)
-    assert [step for step, _ in told["train/cosine_by_layer/mean"]] == [3, 6]
+        assert scalars[f"train/{tag}"] == [
+            (row["step"], pytest.approx(row[name], rel=1e-5)) for row in result.log
+        ]
+    total = [row["loss"] + 0.1 * row["dispersion"] for row in result.log]  # type: ignore[operator]
+    assert [value for _, value in scalars["train/loss"]] == pytest.approx(total, rel=1e-4)
+    assert [step for step, _ in scalars["train/cosine_by_layer/mean"]] == [3, 6]
     for layer in range(3):
-        expected = [row["cosine_by_layer"][layer] for row in done.watched[1:]]
-        values = [value for _, value in told[f"train/cosine_by_layer/{layer:02d}"]]
+        expected = [row["cosine_by_layer"][layer] for row in result.watched[1:]]
+        values = [value for _, value in scalars[f"train/cosine_by_layer/{layer:02d}"]]
         assert values == pytest.approx(expected, rel=1e-5)

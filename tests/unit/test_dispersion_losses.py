@@ -83,6 +83,16 @@ def test_value_is_the_formula_in_numpy(name: str, temperature: float, shape: tup
 
 
 @every_loss
+def test_the_default_temperature_is_1_and_the_default_clamp_the_papers(name: str) -> None:
+    vectors, mask = random_case(5)
+    vectors[:, 1] = vectors[:, 0] * 2  # a pair that the clamp moves
+    mask[:, :2] = True
+    clamp = 0.0 if name == "cosine" else 0.1
+    expected = [by_numpy(name, rows[real].numpy(), 1.0, clamp) for rows, real in zip(vectors, mask)]
+    torch.testing.assert_close(VARIANTS[name](vectors, mask), torch.tensor(expected, dtype=torch.float64))
+
+
+@every_loss
 @pytest.mark.parametrize("shape", [(5, 4), (3, 6)])
 def test_gradient_is_the_derivative_of_the_value(name: str, shape: tuple[int, int]) -> None:
     vectors, mask = random_case(1, 2, *shape)
@@ -127,21 +137,16 @@ def test_values_and_gradients_are_those_of_the_papers_code() -> None:
         assert value.item() == pytest.approx(defaults, abs=1e-6)
 
 
-PADDINGS = {
-    "left": [False] * 3 + [True] * 6,
-    "right": [True] * 6 + [False] * 3,
-    "scattered": [False, True, True, False, True, True, True, False, True],
-}
+PADDINGS = [("000111111", 1e30, 4), ("111111000", math.nan, 20), ("011011101", math.nan, 4)]
 
 
 @every_loss
-@pytest.mark.parametrize("where", PADDINGS)
-@pytest.mark.parametrize(("garbage", "features"), [(1e30, 4), (math.nan, 20)])
+@pytest.mark.parametrize(("where", "garbage", "features"), PADDINGS)
 def test_padding_changes_neither_value_nor_gradient(
     name: str, where: str, garbage: float, features: int
 ) -> None:
     vectors, _ = random_case(2, batch=1, tokens=6, features=features)
-    mask = torch.tensor([PADDINGS[where]])
+    mask = torch.tensor([[digit == "1" for digit in where]])
     padded = torch.full((1, 9, features), garbage, dtype=torch.float64)
     padded[mask] = vectors[0]
     torch.testing.assert_close(

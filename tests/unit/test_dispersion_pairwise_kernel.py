@@ -43,7 +43,7 @@ def both(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(2, 9), st.integers(0, 10_000)),
     block=st.integers(1, 16),
     clamp=st.sampled_from([0.0, 0.1, 0.5]),
-    temperature=st.sampled_from([0.005, 0.7]),
+    temperature=st.sampled_from([0.0002, 0.005, 0.7]),
     form=st.sampled_from(FORMS),
     masked=st.booleans(),
 )
@@ -56,6 +56,20 @@ def test_value_and_gradient_equal_the_plain_form_whatever_the_shape_and_the_bloc
         results = both(form, vectors, mask if masked else None, temperature=temperature, clamp=clamp)
     torch.testing.assert_close(results[0], results[2])
     torch.testing.assert_close(results[1], results[3])
+
+
+def test_up_to_a_block_the_slopes_are_saved_and_beyond_it_no_matrix_of_tokens() -> None:
+    for tokens, is_saved in ((256, True), (257, False)):
+        vectors, _ = vectors_and_mask(1, tokens, 4)
+        function = pairwise_loss("angular", vectors).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        shapes = [tuple(saved.shape) for saved in function.saved_tensors if saved is not None]
+        assert ((1, tokens, tokens) in shapes) == is_saved and len(shapes) == 2 + is_saved
+
+
+def test_the_default_temperature_is_1_and_the_default_clamp_0_1() -> None:
+    vectors, _ = vectors_and_mask(1, 9, 3)
+    expected = pairwise_loss("angular", vectors, temperature=1.0, clamp=0.1)
+    assert torch.equal(pairwise_loss("angular", vectors), expected)
 
 
 @pytest.mark.parametrize("tokens", [6, 300])
