@@ -68,7 +68,7 @@ def angular_distance(cosine: Tensor, clamp: float) -> Tensor:
 
 
 def log_mean_exp_over_pairs(scores: Tensor, mask: Tensor) -> Tensor:
-    """`log mean exp(scores)` over ordered pairs i != j of real tokens: `(..., N, N)` -> `(...)`; else -inf."""
+    """`log mean exp(scores)` over ordered pairs i != j of real tokens: `(..., N, N)` -> `(...)`, or -inf."""
     pairs = _pairs(mask)
     count = pairs.sum(dim=(-1, -2)).clamp_min(1).to(scores.dtype)
     return torch.logsumexp(torch.where(pairs, scores, -math.inf).flatten(-2), dim=-1) - count.log()
