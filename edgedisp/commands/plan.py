@@ -7,7 +7,6 @@ configuration. `check_before_start` finds what would stop a build late.
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,11 +43,6 @@ def check_before_start(recipe: Recipe) -> None:
                 f"({', '.join(recipe.precisions)}); what ships must have been measured: "
                 "add the precision, or drop the target"
             )
-    if missing := [name for name in recipe.train.report_to if importlib.util.find_spec(name) is None]:
-        raise BadInput(
-            f"train.report_to: {', '.join(missing)} is not installed: pip install {' '.join(missing)}, "
-            "or leave it out"
-        )
     path = recipe.evaluate.tasks_path
     folder = None if path is None else (recipe.folder / path).resolve()
     if folder is not None and not folder.is_dir():

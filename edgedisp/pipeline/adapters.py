@@ -1,14 +1,10 @@
 """Adapters in a build: attached, audited, and merged into the base that carries them better.
 
-An adapter can be merged into the full-precision base or, if it was trained over a quantized one (QLoRA), into
-that base dequantized. Which is better depends on the model and on what ships, so it is measured: held-out
-loss with the adapter on, merged either way, rounded to bfloat16, and by the recipe's int4 method on its grid,
-all on the same blocks, so that differences are paired.
-
-With `merge: auto` the BASELINE's audit decides for every arm: arms merged into different bases would differ
-by more than their training, and luck in a choice made on text that is scored later then favours the control.
-It is judged by the int4 row where int4 ships, else by the merged row. The dequantized base is taken only if
-the whole interval of the paired difference is below zero; a tie goes to the full base.
+An adapter trained over a quantized base (QLoRA) can be merged into that base dequantized, or into the
+full-precision one. Which is better is measured on held-out blocks: with the adapter on, merged either way,
+rounded to bfloat16, and rounded as the int4 bundle. The dequantized base is taken only if the whole interval
+of the paired difference is below zero. With `merge: auto` the BASELINE's audit decides for every arm: arms in
+different bases would differ by more than their training, and luck in the choice then favours the control.
 """
 
 from __future__ import annotations
@@ -41,17 +37,16 @@ FULL, DEQUANTIZED = "full", "dequantized"
 NO_ADAPTER, ADAPTER_ON = "no adapter", "adapter on"
 
 
-def _base(adapter: Adapter, folder: Path) -> Any:
-    """The base as the adapter is trained over it: quantized for qlora."""
-    return lora.load_quantized(folder, adapter.base) if adapter.base else models.load(folder)
-
-
 def model_to_train(adapter: Adapter | None, base: Path, seed: int) -> Any:
     """The base, all of it trainable, or frozen under a fresh adapter."""
-    if adapter is None:
-        return models.load(base)
     model = _base(adapter, base)
-    return lora.attach(model, decoder_layers(model), adapter, seed)
+    return model if adapter is None else lora.attach(model, decoder_layers(model), adapter, seed)
+
+
+def _base(adapter: Adapter | None, folder: Path) -> Any:
+    """The base as it is trained: quantized under a qlora adapter."""
+    quantization = None if adapter is None else adapter.base
+    return models.load(folder) if quantization is None else lora.load_quantized(folder, quantization)
 
 
 def save_adapter(trained: Any, adapter: Adapter, base: Path, output_dir: Path) -> None:
@@ -75,9 +70,9 @@ def merge(options: MergeOptions, inputs: Inputs, output_dir: Path, progress: Pro
 
     Inputs: base, corpus, adapter; decider: the model of the arm whose audit decides, where this one does not.
     Returns the results of the training with `merged_into` and `merge_audit` {rows [{name, loss, difference,
-    low, high}]: nats per token, differences from the adapter on; tokens, blocks, grid; decision {judged_by,
-    difference, low, high}: dequantized - full, None for lora; chosen: full or dequantized; why; warning;
-    gains {fp32, int4}: the merged model that was chosen - the base without adapter}.
+    low, high}]: nats per token, differences from the adapter on; tokens, blocks, grid; decision {judged_by:
+    int4 where it ships, difference, low, high}: dequantized - full, None for lora; chosen: full or
+    dequantized; why; warning; gains {fp32, int4}: the merged model - the base without adapter}.
     """
     adapter, base, training = options.adapter, inputs["base"], results_of(inputs["adapter"])
     merged_rows = {FULL: "merged into full precision"}

@@ -10,10 +10,12 @@ packages are those of each arm's first seed: its graph is the same as the others
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from edgedisp.bench.system import multiplies_bf16
+from edgedisp.core.errors import BadInput
 from edgedisp.core.results import BASELINE
 from edgedisp.core.stage_folder import open_run
 from edgedisp.data import local_path
@@ -147,8 +149,14 @@ def as_computed(train: Train) -> Train:
 
 
 def training(recipe: Recipe, run: ArmRun) -> Stage:
-    """One arm with one seed. Its key holds nothing of other arms, so that adding one retrains none."""
+    """One arm with one seed. Its key holds nothing of other arms, so that adding one retrains none.
+
+    Raises BadInput if a program that the log should go to is not installed.
+    """
     train = as_computed(recipe.train)
+    if missing := [name for name in train.report_to if find_spec(name) is None]:
+        names = " ".join(missing)
+        raise BadInput(f"train.report_to: {names} is not installed: pip install {names}, or leave it out")
     logging = Logging(train.report_to, train.checkpoint_every, train.watch_every)
     unread: dict[str, Any] = {"report_to": (), "checkpoint_every": None, "watch_every": None}
     unread["dispersion"] = None

@@ -36,10 +36,9 @@ from edgedisp.evaluate.divergence import DivergenceMeter
 from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.session import HiddenStates, OnnxModel, at_accuracy_level
 from edgedisp.graph.verify import check_bundle
-from edgedisp.pipeline.options import LatencyOptions, MeasureOptions, ParityOptions
+from edgedisp.pipeline.options import ITEMS, LatencyOptions, MeasureOptions, ParityOptions
 from edgedisp.pipeline.prepare import (
     CONDENSATION_BLOCKS,
-    ITEMS,
     heldout_blocks,
     heldout_documents,
     task_suite,

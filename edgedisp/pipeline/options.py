@@ -13,6 +13,7 @@ from typing import Any
 from edgedisp.pipeline.stage import UNHASHED
 from edgedisp.recipe import Adapter, ArmRun, Data, Evaluate, Latency, Model, QuantizeBits, Target, Train
 
+ITEMS = "items.json"  # in the folders of the stages `items` and `measure`
 TASKS_PATH = "evaluate.tasks_path"
 """Name of the folder of lm-evaluation-harness tasks among a stage's files."""
 

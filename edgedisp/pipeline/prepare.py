@@ -16,11 +16,10 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.files import file_digest, write_json
 from edgedisp.core.progress import Progress
 from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, prepare
-from edgedisp.pipeline.options import TASKS_PATH, BaseOptions, CorpusOptions, ItemsOptions
+from edgedisp.pipeline.options import ITEMS, TASKS_PATH, BaseOptions, CorpusOptions, ItemsOptions
 from edgedisp.pipeline.stage import Inputs
 from edgedisp.recipe import Data
 
-ITEMS = "items.json"
 PACKING = "packing.json"  # how the blocks of the corpus folder are to be read in training
 CONDENSATION_BLOCKS = 16  # held-out; a few seconds for 135M parameters
 SYNTHETIC_DOCUMENTS = 200  # for a smoke run whose text is on a hub; 10 % held out make every task's items

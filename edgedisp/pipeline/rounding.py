@@ -1,19 +1,16 @@
-"""The rounding that training and bundle share: quantization-aware training, and what its bundle is made of.
+"""The rounding that quantization-aware training and its bundle share. Two methods can be trained under:
 
-The recipe's section of a precision says how its bundle is rounded (grid and method); here it becomes
-functions over weights that train/ can use. Two methods can be trained under:
-
-    rtn    scales follow the weights: they are computed anew in every step, and by the bundle at the end
-    gptq   when rounding begins, the model is calibrated. Its scales stay fixed, and training goes on from
-           GPTQ's latent weights, so the first rounded step sees the GPTQ-quantized model. The scales are
-           written beside the trained weights (SCALES), and the bundle is rounded on them. Embedding and
-           lm_head are rounded to nearest.
+rtn    scales follow the weights: they are computed anew in every step, and by the bundle at the end
+gptq   when rounding begins, the model is calibrated. Its scales stay fixed, and training goes on from
+       GPTQ's latent weights, so the first rounded step sees the GPTQ-quantized model. The scales are
+       written beside the trained weights (SCALES), and the bundle is rounded on them. Embedding and
+       lm_head are rounded to nearest.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,11 +41,9 @@ SLICE_VALUES = 1 << 22  # weight values rounded at a time: 16 MB of fp32, and a 
 
 def grids(rounding: BundleRounding) -> tuple[Grid, Grid]:
     """Of the layers' linear maps, and of the embedding and the lm_head."""
-    section = rounding.section
-    layers, outer = (
-        Grid(bits, section.group, section.symmetric) for bits in (rounding.bits, section.head_bits)
-    )
-    return layers, outer
+    bits, section = rounding.bits, rounding.section
+    outer = Grid(section.head_bits, section.group, section.symmetric)
+    return Grid(bits, section.group, section.symmetric), outer
 
 
 def outer_method(section: QuantizeBits) -> str:
@@ -58,34 +53,26 @@ def outer_method(section: QuantizeBits) -> str:
     return "rtn" if section.head_bits == 8 else "k_quant"
 
 
-def _to_nearest(grid: Grid) -> Rounding:
+def _rounding(grid: Grid, scales: Mapping[str, Scales] | None = None) -> Rounding:
+    """To nearest, or on fixed scales; some rows at a time, which then stay in the processor's cache."""
+
     def rounded(name: str, weight: Tensor) -> Tensor:
-        return _in_slices(weight, lambda rows, first: dequantize(quantize(rows, grid), grid))
-
-    return rounded
-
-
-def _on_scales(grid: Grid, scales: dict[str, Scales]) -> Rounding:
-    def rounded(name: str, weight: Tensor) -> Tensor:
-        fixed = scales[name]
-        return _in_slices(
-            weight, lambda rows, first: dequantize(_blocks(rows, fixed.rows(first, len(rows)), grid), grid)
-        )
+        step = max(1, SLICE_VALUES // weight.shape[1])
+        out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        for first in range(0, len(weight), step):
+            rows = weight[first : first + step]
+            if scales is None:
+                blocks = quantize(rows, grid)
+            else:
+                blocks = _blocks(rows, scales[name].rows(first, len(rows)), grid)
+            out[first : first + step] = dequantize(blocks, grid)
+        return out
 
     return rounded
 
 
 def _blocks(weight: Tensor, scales: Scales, grid: Grid) -> Blocks:
     return round_to(in_groups(weight, grid.group), scales.scales, scales.zero_points, grid, weight.shape[1])
-
-
-def _in_slices(weight: Tensor, rounded: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Some rows at a time, which then stay in the processor's cache."""
-    step = max(1, SLICE_VALUES // weight.shape[1])
-    out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    for first in range(0, len(weight), step):
-        out[first : first + step] = rounded(weight[first : first + step], first)
-    return out
 
 
 def aware_callback(
@@ -100,7 +87,7 @@ def aware_callback(
 
     (grid, outer), path = grids(rounding), output_dir / SCALES
     if rounding.section.method != "gptq":
-        return QuantizationAware(_to_nearest(grid), _to_nearest(outer), start=start)
+        return QuantizationAware(_rounding(grid), _rounding(outer), start=start)
     scales: dict[str, Scales] = {}
 
     def begin(model: Any, continued: bool) -> None:
@@ -112,7 +99,7 @@ def aware_callback(
         if place().leads:  # all processes calibrate alike
             write_scales(scales, grid, path)
 
-    return QuantizationAware(_on_scales(grid, scales), _to_nearest(outer), start=start, begin=begin)
+    return QuantizationAware(_rounding(grid, scales), _rounding(outer), start=start, begin=begin)
 
 
 def write_scales(scales: dict[str, Scales], grid: Grid, path: Path) -> None:
@@ -140,10 +127,9 @@ def read_scales(path: Path, grid: Grid, device: torch.device | str = "cpu") -> d
     with safe_open(path, "pt", device=str(device)) as file:
         names = set(file.keys())
         for name, values in json.loads(file.metadata()["grids"]).items():
-            if Grid(**values) != grid:
+            if (stored := Grid(**values)) != grid:
                 raise BadInput(
-                    f"{path}: the scales of {name} were trained on {Grid(**values)}, "
-                    f"the bundle is made of {grid}"
+                    f"{path}: the scales of {name} were trained on {stored}, the bundle is on {grid}"
                 )
             points = f"{name}.zero_points"
             zero_points = file.get_tensor(points) if points in names else None
@@ -156,7 +142,7 @@ def trained_roundings(rounding: BundleRounding, model_folder: Path) -> tuple[Rou
     embedding and the lm_head."""
     grid, outer = grids(rounding)
     scales = read_scales(model_folder / SCALES, grid)
-    return _on_scales(grid, scales) if scales else _to_nearest(grid), _to_nearest(outer)
+    return _rounding(grid, scales or None), _rounding(outer)
 
 
 def trained_blocks(rounding: BundleRounding, model: Any, model_folder: Path) -> dict[str, Blocks]:

@@ -24,7 +24,7 @@ from edgedisp.core.run import Replica, Run, Stage, arms_in_order
 from edgedisp.evaluate import comparison
 from edgedisp.evaluate.comparison import Results
 from edgedisp.evaluate.statistics import Resampling
-from edgedisp.pipeline.prepare import ITEMS
+from edgedisp.pipeline.options import ITEMS
 from edgedisp.pipeline.stage import Passed
 from edgedisp.recipe import Recipe
 

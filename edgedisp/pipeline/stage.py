@@ -47,11 +47,10 @@ class Inputs(dict[str, Path]):
 class Stage:
     """name: its folder under the run. function: `module:name`. options: frozen; None where there are none.
 
-    inputs: keyword -> name of the stage whose folder the function gets under it.
-    files: name in the recipe -> local file or folder outside the run.
-    resumable: a partial folder with the same key is continued. every_process: every process of a launch takes
-    part; all other stages are run by the first alone. A result with entries under `missing` (data that a hub
-    did not give) is tried again next time.
+    inputs: keyword -> name of the stage whose folder the function gets under it. files: name in the recipe ->
+    local file or folder outside the run. resumable: a partial folder with the same key is continued.
+    every_process: every process of a launch takes part; other stages are run by the first alone. A result
+    with entries under `missing` (data that a hub did not give) is tried again next time.
     """
 
     name: str
@@ -229,10 +228,9 @@ def state(stages: Iterable[Stage], run: Path) -> list[tuple[Stage, Record | None
 def follow(stages: Sequence[Stage], run: Path) -> None:
     """Non-zero ranks join each training stage and wait for rank 0 with the others.
 
-    They compute the same keys as rank 0 as far as the last training, and wait for a stage that is not shared
-    by looking for its record in the run folder: no process waits in a collective operation with a time limit
-    while rank 0 downloads, quantizes or scores. They write their part of a checkpoint and nothing else. All
-    must see the run folder: one machine or one file system. Raises BuildFailed if the launcher is gone.
+    They wait for the record of a stage in the run folder (one machine or one file system), as a collective
+    operation has a time limit, and write their part of a checkpoint alone. Raises BuildFailed if the launcher
+    is gone.
     """
     launcher, runner, trained = os.getppid(), StageRunner(run), False
     last = max(index for index, stage in enumerate(stages) if stage.every_process)

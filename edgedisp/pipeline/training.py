@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +55,6 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
     arm, logging, base, corpus = options.arm, options.logging, inputs["base"], inputs["corpus"]
     changes = {"report_to": logging.report_to, "checkpoint_every": logging.checkpoint_every}
     section = options.train.model_copy(update=changes)
-    check_reporters(section.report_to)
     tokens = np.load(corpus / "tokens.npy", mmap_mode="r", allow_pickle=False)
     packing = json.loads((corpus / PACKING).read_text(encoding="utf-8"))
     model = adapters.model_to_train(section.adapter, base, arm.seed)
@@ -98,16 +95,6 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
     }
     result = replace(result, settings=settings, weights_sha256=weights_digest(output_dir))
     return dict(to_json(result))
-
-
-def check_reporters(names: Sequence[str]) -> None:
-    """Raise BadInput if a program that the log should go to is not installed."""
-    missing = [name for name in names if find_spec(name) is None]
-    if missing:
-        raise BadInput(
-            f"train.report_to: {', '.join(missing)} is not installed; pip install {' '.join(missing)}, "
-            "or take it out"
-        )
 
 
 def dispersion_config(section: Dispersion, seed: int) -> DispersionConfig:

@@ -15,10 +15,8 @@ from edgedisp.cli import main
 from edgedisp.core.errors import BadInput
 from edgedisp.core.stage_folder import read
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
-from edgedisp.pipeline.build_plan import stages
 from edgedisp.pipeline.options import BundleRounding
 from edgedisp.pipeline.rounding import SCALES, read_scales, trained_roundings, write_scales
-from edgedisp.pipeline.stage import plain
 from edgedisp.quantize.calibration import Scales
 from edgedisp.quantize.grid import Grid
 from edgedisp.recipe import load
@@ -112,22 +110,6 @@ def test_the_weights_left_behind_are_not_the_rounded_ones_and_scales_lie_beside_
         for key in names:
             assert not torch.equal(plain.get_parameter(key), rounded.get_parameter(key))
         assert results(folder / "run" / arm / "int4")["is_trained"] is True
-
-
-def keys(path: Path, *overrides: str) -> dict[str, Any]:
-    return {one.name: plain(one.options) for one in stages(load(path, overrides), threads=1)}
-
-
-def test_changed_options_of_the_bundle_train_again_only_where_training_sees_them(
-    tmp_path: Path, tiny_folder: dict[str, Path]
-) -> None:
-    path = write(tmp_path, tiny_folder["llama"], "rtn")
-    unaware = "train.quantization_aware=null"
-    grouped, level = "quantize.int4.group=16", "quantize.int4.accuracy_level=0"
-    model_key = "baseline/model"
-    assert keys(path)[model_key] != keys(path, grouped)[model_key]
-    assert keys(path)[model_key] == keys(path, level)[model_key]
-    assert keys(path, unaware)[model_key] == keys(path, unaware, grouped)[model_key]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ from edgedisp.core.progress import silent
 from edgedisp.core.stage_folder import finish, stage_output
 from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.pipeline import adapters
-from edgedisp.pipeline.build_plan import stages
 from edgedisp.pipeline.options import MergeOptions
-from edgedisp.pipeline.stage import Inputs, plain
+from edgedisp.pipeline.stage import Inputs
 from edgedisp.quantize.grid import Grid, dequantize, quantize
-from edgedisp.recipe import Adapter, QuantizeBits, load
+from edgedisp.recipe import Adapter, QuantizeBits
 from edgedisp.train import lora
 from edgedisp.train.lora import Base, attach, fingerprint, load_adapter, load_quantized, merge, save_adapter
 from edgedisp.train.quantized_weights import Rounding, round_weights
@@ -54,22 +54,17 @@ def test_block_losses_are_the_summed_cross_entropy(tiny_folder: dict[str, Path])
 # ---------------------------------------------------------------- the stage
 
 
-def stage_folders(root: Path, base: Path, quantization: str | None, arm: str = "baseline") -> dict[str, Path]:
+def stage_folders(root: Path, base: Path, quantization: str | None) -> dict[str, Path]:
     """Finished folders of the stages that a merge reads: base, corpus, adapter."""
-    folders = {"base": root / "base", "corpus": root / "corpus", "adapter": root / arm / "adapter"}
-    if not (root / "corpus").exists():
-        with stage_output(folders["base"], {}) as own:
-            for path in base.iterdir():
-                (own / path.name).write_bytes(path.read_bytes())
-            finish(own, folders["base"], {}, {}, 0.0)
-        with stage_output(folders["corpus"], {}) as own:
-            np.save(own / "heldout.npy", BLOCKS.astype(np.uint32))
-            finish(own, folders["corpus"], {}, {}, 0.0)
+    folders = {name: root / name for name in ("base", "corpus", "adapter")}
+    shutil.copytree(base, folders["base"])
+    folders["corpus"].mkdir()
+    np.save(folders["corpus"] / "heldout.npy", BLOCKS.astype(np.uint32))
     over = load_quantized(base, quantization) if quantization else models.load(base)
     peft_model = attach(over, decoder_layers(over), Adapter(kind="lora", rank=4), seed=0)
     ids = torch.from_numpy(BLOCKS)
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=2e-2)
-    for _ in range(6 if arm == "baseline" else 3):
+    for _ in range(6):
         optimizer.zero_grad()
         peft_model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
@@ -79,18 +74,6 @@ def stage_folders(root: Path, base: Path, quantization: str | None, arm: str = "
     return folders
 
 
-def merge_stage(
-    folders: dict[str, Path], chosen: Adapter, *, int4_ships: bool = True, decider: Path | None = None
-) -> dict[str, Any]:
-    out = folders["adapter"].parent / "model"
-    with stage_output(out, {}) as own:
-        inputs = {**folders, **({} if decider is None else {"decider": decider})}
-        options = MergeOptions(chosen, INT4, int4_ships, 0)
-        results = adapters.merge(options, Inputs(**inputs), own, silent)
-        finish(own, out, {}, results, 0.0)
-    return results
-
-
 @pytest.mark.parametrize("quantization", [None, "nf4"])
 def test_the_audit_holds_the_losses_of_models_made_by_hand(
     tiny_folder: dict[str, Path], tmp_path: Path, quantization: str | None
@@ -98,7 +81,10 @@ def test_the_audit_holds_the_losses_of_models_made_by_hand(
     base = tiny_folder["llama"]
     folders = stage_folders(tmp_path, base, quantization)
     chosen = Adapter(kind="qlora", base=quantization) if quantization else Adapter(kind="lora")  # type: ignore[arg-type]
-    results = merge_stage(folders, chosen)
+    output_dir = tmp_path / "merged"
+    output_dir.mkdir()
+    options = MergeOptions(chosen, INT4, int4_ships=True, seed=0)
+    results = adapters.merge(options, Inputs(**folders), output_dir, silent)
     over = load_quantized(base, quantization) if quantization else models.load(base)
     merges = {"full precision": merge(folders["adapter"], models.load(base))}
     if quantization:
@@ -141,85 +127,40 @@ def test_the_audit_holds_the_losses_of_models_made_by_hand(
     assert results["weights_sha256"] != "abc"
     assert results["merged_into"].startswith("the full-precision" if found["chosen"] == "full" else "the deq")
     # What is left in the folder is the merged model that was chosen.
-    kept = block_losses(models.load(tmp_path / "baseline" / "model"), BLOCKS)
+    kept = block_losses(models.load(output_dir), BLOCKS)
     np.testing.assert_allclose(kept, expected[f"merged into {into}"], rtol=1e-5)
 
 
 AUTO = Adapter(kind="qlora", base="nf4")
-DECISIONS = {
-    # difference, low, high -> chosen, the words
-    "clearly better": ((-0.05, -0.06, -0.04), "dequantized", r"-0.0500 .* \[-0.0600, -0.0400\]: better"),
-    "better within noise": ((-0.05, -0.12, 0.02), "full", "a tie, which goes to full precision"),
-    "worse within noise": ((0.05, -0.02, 0.12), "full", "a tie, which goes to full precision"),
-    "clearly worse": ((0.05, 0.04, 0.06), "full", "worse"),
-    "one block": ((-0.5, None, None), "full", "without an interval .* a tie"),
-}
 
 
-@pytest.mark.parametrize("case", DECISIONS)
-def test_the_dequantized_base_is_taken_only_if_it_is_better_beyond_noise(case: str) -> None:
-    (difference, low, high), chosen, words = DECISIONS[case]
-    decision = {"judged_by": "int4", "difference": difference, "low": low, "high": high}
-    found = adapters.choose_base(AUTO, decision, None)
-    assert found["chosen"] == chosen and found["warning"] is None
-    assert re.search(words, found["why"]), found["why"]
+def choice(adapter: Adapter, value: float, low: float | None, high: float | None) -> dict[str, Any]:
+    decision = {"judged_by": "int4", "difference": value, "low": low, "high": high}
+    return adapters.choose_base(adapter, decision, None)
 
 
-@pytest.mark.parametrize(
-    ("fixed", "interval", "warned"),
-    [
-        ("full", (-0.06, -0.04), True),
-        ("full", (-0.06, 0.04), False),
-        ("full", (0.04, 0.06), False),
-        ("dequantized", (-0.06, -0.04), False),
-        ("dequantized", (-0.06, 0.04), False),  # a tie speaks for neither
-        ("dequantized", (0.04, 0.06), True),
-    ],
-)
-def test_an_audit_that_clearly_speaks_for_the_other_base_is_reported(
-    fixed: Any, interval: tuple[float, float], warned: bool
-) -> None:
-    low, high = interval
-    decision = {"judged_by": "int4", "difference": (low + high) / 2, "low": low, "high": high}
-    found = adapters.choose_base(AUTO.model_copy(update={"merge": fixed}), decision, None)
-    assert found["chosen"] == fixed and (found["warning"] is not None) == warned
+def test_the_dequantized_base_is_taken_only_if_it_is_better_beyond_noise() -> None:
+    for interval, chosen, words in (
+        ((-0.05, -0.06, -0.04), "dequantized", r"-0.0500 .* \[-0.0600, -0.0400\]: better"),
+        ((-0.05, -0.12, 0.02), "full", "a tie, which goes to full precision"),
+        ((0.05, -0.02, 0.12), "full", "a tie, which goes to full precision"),
+        ((0.05, 0.04, 0.06), "full", "worse"),
+        ((-0.5, None, None), "full", "without an interval .* a tie"),  # one block
+    ):
+        result = choice(AUTO, *interval)
+        assert result["chosen"] == chosen and result["warning"] is None
+        assert re.search(words, result["why"]), result["why"]
 
 
-# ---------------------------------------------------------------- in a build
-
-RECIPE = """\
-name: tiny
-model: {{base: base}}
-data: {{train: [{{source: text.jsonl}}], context: 64}}
-train: {{tokens: 2k, lr: 1e-3, adapter: {adapter}}}
-"""
-
-
-def keys(tmp_path: Path, adapter: str, *overrides: str) -> dict[str, Any]:
-    """Stage name -> its options and inputs."""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(RECIPE.format(adapter=adapter))
-    (tmp_path / "text.jsonl").write_text('{"text": "A sentence."}\n')
-    return {one.name: (plain(one.options), dict(one.inputs)) for one in stages(load(path, overrides), 1)}
-
-
-def test_a_changed_grid_or_merge_merges_again_and_trains_nothing_again(tmp_path: Path) -> None:
-    before = keys(tmp_path, "{kind: qlora}")
-    for override in ("quantize.int4.group=64", "train.adapter.merge=full", "precisions=[fp32]"):
-        after = keys(tmp_path, "{kind: qlora}", override)
-        for arm in ("baseline", "dispersed"):
-            assert after[f"{arm}/adapter"] == before[f"{arm}/adapter"]
-            assert after[f"{arm}/model"] != before[f"{arm}/model"]
-    after = keys(tmp_path, "{kind: qlora}", "quantize.int8.group=64")
-    assert after["baseline/model"] == before["baseline/model"]
-
-
-def test_the_other_arms_wait_for_the_baselines_audit_only_where_it_decides(tmp_path: Path) -> None:
-    alone = {"base": "base", "corpus": "corpus", "adapter": "dispersed/adapter"}
-    assert keys(tmp_path, "{kind: qlora}")["dispersed/model"][1] == {**alone, "decider": "baseline/model"}
-    assert keys(tmp_path, "{kind: qlora, merge: full}")["dispersed/model"][1] == alone
-    assert keys(tmp_path, "{kind: lora}")["dispersed/model"][1] == alone
-    assert keys(tmp_path, "{kind: qlora}")["baseline/model"][1] == {**alone, "adapter": "baseline/adapter"}
-    # The stage that decides comes first, also in a recipe that names it last.
-    turned = list(keys(tmp_path, "{kind: qlora}", "arms=[dispersed, baseline]"))
-    assert turned.index("baseline/model") < turned.index("dispersed/model")
+def test_an_audit_that_clearly_speaks_for_the_other_base_is_reported() -> None:
+    for merge_into, low, high, is_reported in (
+        ("full", -0.06, -0.04, True),
+        ("full", -0.06, 0.04, False),
+        ("full", 0.04, 0.06, False),
+        ("dequantized", -0.06, -0.04, False),
+        ("dequantized", -0.06, 0.04, False),  # a tie speaks for neither
+        ("dequantized", 0.04, 0.06, True),
+    ):
+        adapter = AUTO.model_copy(update={"merge": merge_into})
+        result = choice(adapter, (low + high) / 2, low, high)
+        assert result["chosen"] == merge_into and (result["warning"] is not None) == is_reported

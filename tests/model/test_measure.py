@@ -14,15 +14,14 @@ from graph_twins import VOCABULARY, TwinStore
 
 from edgedisp import data, models
 from edgedisp.core.errors import BuildFailed
-from edgedisp.core.files import data_folder, from_json
+from edgedisp.core.files import from_json
 from edgedisp.core.results import Measurement
 from edgedisp.dispersion.condensation import measure_model, summary
-from edgedisp.pipeline import build_plan
 from edgedisp.pipeline import measure as stage
 from edgedisp.pipeline.options import ItemsOptions, MeasureOptions, ParityOptions
 from edgedisp.pipeline.prepare import items
 from edgedisp.pipeline.stage import Inputs
-from edgedisp.recipe import Evaluate, load
+from edgedisp.recipe import Evaluate
 
 ITEMS = ItemsOptions(Evaluate(tasks=("heldout_perplexity",), limit=4), context=32, seed=0)
 PARITY = ParityOptions(tokens=64, limits={"top1_agreement": 0.0})
@@ -114,11 +113,3 @@ def test_a_bundle_that_disagrees_with_torch_stops_the_build(run: Run) -> None:
         BuildFailed, match=r"does not agree with the torch model: mean_kl is .*limit is 1e-09"
     ):
         run.measure("int4", MeasureOptions(ITEMS, 1, parity=limits), bundle=run.store.quantized("llama", 4))
-
-
-def test_what_a_measurement_is_compared_with_is_measured_before_it() -> None:
-    stages = build_plan.measurements(load(data_folder("recipes") / "quickstart.yaml"), threads=1)
-    names = [stage.name for stage in stages]
-    assert names[0] == "baseline/measure-torch" and len(set(names)) == len(names) > 4
-    for place, one in enumerate(stages):
-        assert {name for name in one.inputs.values() if "/measure-" in name} <= set(names[:place])

@@ -12,9 +12,7 @@ import torch
 from training import BLOCKS, Gradients, fit_tiny, flat, open_tiny
 from transformers.trainer_callback import TrainerCallback
 
-from edgedisp.core.errors import BadInput
 from edgedisp.dispersion.losses import DispersionConfig
-from edgedisp.pipeline.training import check_reporters
 from edgedisp.train.dispersion_trainer import NotFinite
 from edgedisp.train.trainer import newest_checkpoint
 
@@ -164,9 +162,3 @@ def test_a_gradient_that_is_not_finite_stops_training_before_a_weight_is_changed
     with pytest.raises(NotFinite, match=r"in step 1: the norm of the gradient is inf.* no checkpoint yet"):
         fit_tiny(model, tmp_path)
     assert torch.equal(flat(model), before)
-
-
-def test_a_reporter_that_is_not_installed_is_refused_by_name() -> None:
-    check_reporters([])
-    with pytest.raises(BadInput, match=r"train.report_to: no_such_thing is not installed; pip install"):
-        check_reporters(["no_such_thing"])

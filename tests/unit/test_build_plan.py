@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from edgedisp.core.errors import BadInput
 from edgedisp.core.files import data_folder
 from edgedisp.pipeline import build_plan
 from edgedisp.pipeline.stage import Stage, plain
@@ -121,5 +122,37 @@ def test_every_stage_comes_after_those_it_reads_under_a_name_of_its_own(override
     assert tops == {"base", "corpus", "items", "latency", *(run.name for run in recipe.arm_runs)}
 
 
-def test_two_arms_at_three_precisions_walk_in_under_thirty_stages() -> None:
-    assert len(build_plan.stages(quickstart(), threads=2)) <= 28
+def test_a_reporter_that_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_plan, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match=r"train.report_to: wandb is not installed: pip install wandb"):
+        build_plan.stages(quickstart("train.report_to=[wandb]"), threads=2)
+
+
+def test_a_budget_makes_the_int4_bundle_again_and_nothing_else() -> None:
+    goal = "quantize.budget=100MB"
+    budget = by_name(quickstart(goal))
+    assert changed(by_name(quickstart()), budget) == {"baseline/int4", "dispersed/int4"}
+    assert budget["dispersed/int4"].inputs["decider"] == "baseline/int4"
+    assert not changed(budget, by_name(quickstart(goal, "quantize.int4.group=64")))  # the search finds groups
+    assert changed(budget, by_name(quickstart(goal, "quantize.int4.method=rtn")))
+
+
+def test_a_changed_grid_or_merge_merges_again_and_trains_nothing_again() -> None:
+    qlora = "train.adapter.kind=qlora"
+    before = by_name(quickstart(qlora))
+    for override in ("quantize.int4.group=64", "train.adapter.merge=full", "precisions=[fp32]"):
+        remade = changed(before, by_name(quickstart(qlora, override)))
+        assert remade >= BOTH and not remade & {"baseline/adapter", "dispersed/adapter"}
+    assert not BOTH & changed(before, by_name(quickstart(qlora, "quantize.int8.group=64")))
+    assert before["dispersed/model"].inputs["decider"] == "baseline/model"  # its audit holds for all arms
+    for stages in (before, by_name(quickstart(qlora, "train.adapter.merge=full"))):
+        assert "decider" not in stages["baseline/model"].inputs
+    assert "decider" not in by_name(quickstart("train.adapter.kind=lora"))["dispersed/model"].inputs
+
+
+def test_options_of_the_bundle_train_again_where_training_sees_them() -> None:
+    aware, group = "train.quantization_aware=int4", "quantize.int4.group=16"
+    before = by_name(quickstart(aware))
+    assert changed(before, by_name(quickstart(aware, group))) >= BOTH
+    assert not BOTH & changed(before, by_name(quickstart(aware, "quantize.int4.accuracy_level=0")))
+    assert not BOTH & changed(by_name(quickstart()), by_name(quickstart(group)))

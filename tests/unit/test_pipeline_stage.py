@@ -128,11 +128,6 @@ def test_a_local_folder_is_read_by_the_names_and_contents_of_its_files(tmp_path:
     assert len({first, second, FileHashes(tmp_path).of(folder)}) == 3
 
 
-def test_a_changed_option_that_is_not_hashed_runs_nothing(tmp_path: Path, text: Path) -> None:
-    run(plan(text), tmp_path / "run")
-    assert run(plan(text, {"a/model": Options(interval=99)}), tmp_path / "run") == set()
-
-
 def test_an_option_that_is_not_hashed_is_left_out_of_options_within_options_too() -> None:
     assert plain(Outer(Options(interval=1))) == plain(Outer(Options(interval=2)))
     assert plain(Outer(Options(number=1))) != plain(Outer(Options(number=2)))
