@@ -39,10 +39,9 @@ FIGURES = (
   `cosine_mean_removed`: also centred. If this is low while raw is high, the cone is a common offset.
 - `effective_rank` (Roy & Vetterli, EUSIPCO 2007): exp of the entropy of the singular values over their sum.
 - `maximum_explainable_variance` (Ethayarajh, arXiv 1909.00512, definition 3): s_1^2 / sum(s_i^2), uncentred.
-- `kurtosis` over the features, m4 / m2^2, mean over tokens: 3 for normal values (Elhage et al., 2023).
+- `kurtosis` over the features, mean over tokens: 3 for normal values (Elhage et al., 2023).
 - `max_over_median` of the absolute values (Sun et al., arXiv 2402.17762), with and without sinks.
-- `sinks`: attention sinks, the first token and those with a norm above 10 medians. Rank, variance and
-  kurtosis are of the other tokens.
+- `sinks`: the first token and those with a norm above 10 medians; not in rank, variance and kurtosis.
 """
 
 States = Callable[[Tensor], Sequence[Tensor]]
@@ -209,16 +208,16 @@ def _condensation(measured: Profile, reference: Profile | None = None) -> Conden
         return estimates(statistic, measured.values(figure)[:, layers], before)
 
     is_alike = reference is None or len(reference.histograms) == len(measured.histograms)
-    layers = slice(None) if is_alike else slice(-1, None)
-    figures = {name: estimate(lambda mean: mean, name, layers) for name in FIGURES}
-    histograms = measured.histograms if reference is None else [[] for _ in measured.histograms]
+    layers = slice(None) if is_alike else slice(-1, None)  # the final norm alone
+    columns = zip(*(estimate(lambda mean: mean, name, layers) for name in FIGURES))
+    histograms = measured.histograms[layers] if reference is None else [[]] * len(measured.histograms)
     rows = [
-        LayerProfile(index, {name: figures[name][index] for name in FIGURES}, tuple(histograms[index]))
-        for index in range(len(figures["sinks"]))
+        LayerProfile(layer, dict(zip(FIGURES, column)), tuple(counts))
+        for layer, (column, counts) in enumerate(zip(columns, histograms))
     ]
     return Condensation(
         rows[:-1],
-        replace(rows[-1], layer=None, histogram=tuple(histograms[-1])),
+        replace(rows[-1], layer=None),
         estimate(lambda curve: curve[..., 1:-1].mean(dim=-1))[0],  # of the blocks' outputs
         {
             "spearman": estimate(lambda curve: spearman(_hidden_states_of(curve)))[0],

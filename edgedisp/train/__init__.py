@@ -12,19 +12,8 @@
 """
 
 import logging
-from functools import partial
 
-# Two lines of bitsandbytes that help nobody here: at its import (by transformers' Trainer) on CPUs with bf16,
-# and at every forward pass of an int8 layer.
-_USELESS = {
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
-    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
-}
-
-
-def _is_useful(start: str, record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(start)
-
-
-for _name, _start in _USELESS.items():
-    logging.getLogger(_name).addFilter(partial(_is_useful, _start))
+# bitsandbytes warns at its import (by transformers' Trainer) on CPUs with bf16, and at every pass of an int8
+# layer.
+for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    logging.getLogger(_name).setLevel(logging.ERROR)

@@ -127,10 +127,9 @@ def load_quantized(folder: Path, base: str) -> nn.Module:
 
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
     config = BitsAndBytesConfig(**nf4 if base == "nf4" else {"load_in_8bit": True})
+    load = AutoModelForCausalLM.from_pretrained
     with quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=config, dtype=torch.float32
-        )
+        model: nn.Module = load(folder, quantization_config=config, dtype=torch.float32)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             # On CPUs with AVX512-BF16 the first eval pass would repack the weights for a kernel without a

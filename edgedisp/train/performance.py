@@ -24,9 +24,9 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from edgedisp.core.progress import Progress, silent
+from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.recipe import Train
 from edgedisp.train.chunked_cross_entropy import chunked_head
 
@@ -35,14 +35,11 @@ COMPILERS = ("g++", "clang++", "c++")
 MALLOC_OPTIONS = {-4: (0, 65536), -1: (2**31 - 1, 128 << 10), -2: (64 << 20, 0)}
 """M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of mallopt(3) -> value, default."""
 
-WARM_UP_STEPS = 2  # allocations and the choice of kernels make these up to three times slower
-TIMED_STEPS = 2
+WARM_UP_STEPS, TIMED_STEPS = 2, 2  # allocations and the choice of kernels make the first ones slower
 
 
 def cannot_compile(model: nn.Module) -> str | None:
-    """Why `compiled_layers` cannot serve a model here, with what would help, or None if it can."""
-    if not decoder_blocks(model):
-        return "it has no transformer layers that could be compiled alike"
+    """Why `compiled_layers` cannot serve a model on its device, with what would help; None if it can."""
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and not (os.environ.get("CXX") or any(map(shutil.which, COMPILERS))):
         return f"there is no C++ compiler ({', '.join(COMPILERS)}): install one, or set CXX to one"
@@ -53,9 +50,9 @@ def cannot_compile(model: nn.Module) -> str | None:
 def compiled_layers(model: nn.Module) -> Iterator[None]:
     """Inside the block the transformer layers of `model` run compiled in training passes. Each layer's
     `forward` is compiled, not its call, so hooks stay outside, and all layers share one program."""
-    layers = decoder_blocks(model)
+    layers = decoder_layers(model)
     for layer in layers:
-        layer.forward = _when_training(layer.forward)
+        layer.forward = _when_training(layer)
     try:
         yield
     finally:
@@ -63,19 +60,14 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def _when_training(plain: Callable[..., Any]) -> Callable[..., Any]:
+def _when_training(layer: nn.Module) -> Callable[..., Any]:
     """Passes without gradients run plain: each of their shapes would be compiled for itself."""
-    compiled, layer = torch.compile(plain, dynamic=False), plain.__self__  # type: ignore[attr-defined]
+    plain, compiled = layer.forward, torch.compile(layer.forward, dynamic=False)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return (compiled if layer.training and torch.is_grad_enabled() else plain)(*args, **kwargs)
 
     return forward
-
-
-def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """What transformers itself treats as the units that can be recomputed: the decoder layers."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -86,10 +78,10 @@ def checkpoint_activations(model: Any) -> None:
 @contextmanager
 def keep_freed_memory() -> Iterator[None]:
     """Inside the block the process keeps what it frees (glibc); afterwards it gives back what it can."""
-    libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-    if libc is None:
+    if platform.libc_ver()[0] != "glibc":
         yield
         return
+    libc = ctypes.CDLL(None)
     for parameter, (value, _) in MALLOC_OPTIONS.items():
         libc.mallopt(parameter, value)
     try:

@@ -89,9 +89,9 @@ class Rows(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(one, torch.Tensor) and one.dim() > 1 and one.shape[-1] == self.width:
-                self.seen.add(math.prod(one.shape[:-1]))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.shape[-1] == self.width:
+                self.seen.add(math.prod(tensor.shape[:-1]))
         return out
 
 

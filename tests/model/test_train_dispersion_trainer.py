@@ -144,7 +144,7 @@ def test_uneven_micro_batches_count_by_their_sequences(
 def test_evaluation_is_the_plain_trainers(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
     rows: Any = rows_of([12, 9, 12, 5])
     options = {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0}
-    found = []
+    logs = []
     for kind, more in ((Trainer, {}), (DispersionTrainer, {"dispersion": DispersionConfig(weight=9.0)})):
         trainer: Any = kind(
             model=open_tiny(tiny_folder["llama"]),
@@ -155,10 +155,10 @@ def test_evaluation_is_the_plain_trainers(tiny_folder: dict[str, Path], tmp_path
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        found.append([row for row in trainer.state.log_history if "eval_loss" in row])
-        assert trainer.evaluate()["eval_loss"] == found[-1][0]["eval_loss"]  # also outside of training
-    assert found[0][0]["eval_loss"] == found[1][0]["eval_loss"]
-    assert not {"dispersion", "cross_entropy"} & set(found[1][0])
+        logs.append([row for row in trainer.state.log_history if "eval_loss" in row])
+        assert trainer.evaluate()["eval_loss"] == logs[-1][0]["eval_loss"]  # also outside of training
+    assert logs[0][0]["eval_loss"] == logs[1][0]["eval_loss"]
+    assert not {"dispersion", "cross_entropy"} & set(logs[1][0])
 
 
 def test_several_gpus_in_one_process_are_refused(tiny_folder: dict[str, Path], tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from training import open_tiny
 
 from edgedisp.train.performance import cannot_compile
@@ -21,7 +20,6 @@ def test_without_a_compiler_the_reason_says_what_to_install(
     monkeypatch.delenv("CXX", raising=False)
     reason = cannot_compile(open_tiny(tiny_folder["gpt2"]))
     assert reason == "there is no C++ compiler (g++, clang++, c++): install one, or set CXX to one"
-    assert "no transformer layers" in str(cannot_compile(torch.nn.Linear(2, 2)))
 
 
 FAULTS = """

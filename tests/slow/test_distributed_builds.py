@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ def test_a_divided_model_trains_like_a_whole_one_and_comes_back_whole(
     torch.set_num_threads(threads)
     launch_trainings(base, tmp_path, "fsdp")
     for run in ("whole", "broken"):
-        check_equal(tmp_path / "alone" / run, tmp_path / run, 1e-6)
+        check_equal(tmp_path / "alone" / run, tmp_path / run)
     facts = log_of(tmp_path / "broken")
     assert facts["resumed_from"] == 3 and facts["sharded"] and facts["chunked"]
     with pytest.raises(BadInput, match="cannot be continued from FSDP to DDP"):
@@ -41,32 +40,19 @@ def test_a_process_that_waits_ends_when_its_launcher_is_gone(tmp_path: Path) -> 
         _wait(tmp_path / "base", {}, launcher=os.getppid() + 1)
 
 
-# --- recipes ---
-
-PLAIN = {
-    "name": "x",
-    "model": {"base": "x/y", "architecture": "llama"},
-    "data": {"train": [{"source": "t.jsonl"}], "context": 64},
-}
-
-
-def recipe(arms: list[Any] | None = None, **train_keys: Any) -> Recipe:
-    made = {
-        **PLAIN,
-        "train": {"tokens": 10_000, "lr": 1e-3, "distributed": {"fsdp": "full_shard"}, **train_keys},
-    }
-    return Recipe.model_validate({**made, "arms": arms} if arms else made)
-
-
 def test_fsdp_is_refused_where_it_cannot_divide() -> None:
-    assert recipe().train.distributed is not None
+    plain: dict[str, Any] = {
+        "name": "x",
+        "model": {"base": "x/y", "architecture": "llama"},
+        "data": {"train": [{"source": "t.jsonl"}], "context": 64},
+        "train": {"tokens": 10_000, "lr": 1e-3, "distributed": {"fsdp": "full_shard"}},
+    }
+    assert Recipe.model_validate(plain).train.distributed is not None
     with pytest.raises(ValueError, match="FSDP cannot divide a quantized base"):
-        recipe(adapter={"kind": "qlora"})
+        Recipe.model_validate({**plain, "train": {**plain["train"], "adapter": {"kind": "qlora"}}})
     with pytest.raises(ValueError, match="active_forgetting draws all of it anew"):
-        recipe(arms=["baseline", {"name": "forget", "active_forgetting": 5}])
+        Recipe.model_validate({**plain, "arms": ["baseline", {"name": "forget", "active_forgetting": 5}]})
 
-
-# --- builds ---
 
 RECIPE = """\
 name: tiny
@@ -80,17 +66,6 @@ latency: {{prompt: 8, generate: 4, repetitions: 1, threads: 1}}
 """
 
 
-def shape(value: Any) -> Any:
-    """The keys of a JSON value, and the kinds of what they hold."""
-    if isinstance(value, Mapping):
-        return {key: shape(value[key]) for key in sorted(value)}
-    if isinstance(value, list):
-        return [shape(item) for item in value[:1]]
-    return (
-        "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
-    )
-
-
 @needs_gloo
 def test_two_processes_make_one_run(
     text_file: Path, tiny_folder: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -101,17 +76,15 @@ def test_two_processes_make_one_run(
     words = ["build", str(path), "--smoke", "--out"]
     monkeypatch.setattr(sys, "argv", ["edgedisp", *words, str(folder / "alone")])
     build_alone()
-    done = torchrun("-m", "edgedisp", *words, folder / "run")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == f"report: {folder / 'run' / 'report.html'}"
-    assert done.stderr.count("baseline/model: done") == 1 and "Warning" not in done.stderr
+    ended = torchrun("-m", "edgedisp", *words, folder / "run")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.splitlines()[-1] == f"report: {folder / 'run' / 'report.html'}"
+    assert ended.stderr.count("baseline/model: done") == 1 and "Warning" not in ended.stderr
     assert not list((folder / "run").rglob("*.partial"))
     files = [
         {p.relative_to(run).as_posix() for p in run.rglob("*")} for run in (folder / "alone", folder / "run")
     ]
     assert files[0] == files[1]
-    reports = [json.loads((folder / run / "report.json").read_text()) for run in ("alone", "run")]
-    assert shape(reports[0]) == shape(reports[1])
     records = [
         json.loads((folder / run / "dispersed" / "model" / "record.json").read_text())["results"]
         for run in ("alone", "run")
@@ -138,9 +111,9 @@ def test_a_mistake_ends_all_with_one_message_and_nothing_written(
         pytest.skip("there are GPUs")
     path = tmp_path / "tiny.yaml"
     path.write_text(RECIPE.format(base="nowhere").replace(*change))
-    done = torchrun("-m", "edgedisp", "build", path, "--out", tmp_path / "run")
-    assert done.returncode == 1  # torchrun's own, whatever its processes end with
-    assert "exitcode  : 2 " in done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith("edgedisp:")]
-    assert len(said) == 1 and message in said[0] and done.stdout == ""
+    ended = torchrun("-m", "edgedisp", "build", path, "--out", tmp_path / "run")
+    assert ended.returncode == 1  # torchrun's own, whatever its processes end with
+    assert "exitcode  : 2 " in ended.stderr
+    messages = [line for line in ended.stderr.splitlines() if line.startswith("edgedisp:")]
+    assert len(messages) == 1 and message in messages[0] and ended.stdout == ""
     assert [entry.name for entry in tmp_path.iterdir()] == ["tiny.yaml"]

@@ -11,7 +11,8 @@ from training import open_tiny
 from transformers import TrainingArguments
 
 from edgedisp import DispersionConfig, DispersionLoss, DispersionTrainer
-from edgedisp.train.performance import cannot_compile, compiled_layers, decoder_blocks
+from edgedisp.dispersion.hooks import decoder_layers
+from edgedisp.train.performance import cannot_compile, compiled_layers
 
 
 def test_loss_term_and_gradients_are_those_of_the_plain_layers(tiny_folder: dict[str, Path]) -> None:
@@ -31,11 +32,11 @@ def test_loss_term_and_gradients_are_those_of_the_plain_layers(tiny_folder: dict
 
     plain = step()
     with compiled_layers(model):
-        assert all("forward" in vars(layer) for layer in decoder_blocks(model))
+        assert all("forward" in vars(layer) for layer in decoder_layers(model))
         compiled = step()
     for expected, value in zip(plain, compiled):
         torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)
-    assert not any("forward" in vars(layer) for layer in decoder_blocks(model))
+    assert not any("forward" in vars(layer) for layer in decoder_layers(model))
 
 
 def test_a_compiled_model_that_was_trained_before_is_watched(
