@@ -11,6 +11,7 @@ import pytest
 from edgedisp import data
 from edgedisp.commands.plan import disk_bytes, make_plan, render
 from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Screen
 from edgedisp.recipe import load
 
 RECIPE = """\
@@ -22,36 +23,29 @@ targets: [laptop-x64, phone-arm64]
 """
 
 
-class Watcher:
-    """Hears nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *words: None
-
-
 def planned(folder: Path, base: str, *overrides: str) -> dict[str, Any]:
     (folder / "text.jsonl").write_text('{"text": "some text"}\n')
     (folder / "sized.yaml").write_text(RECIPE.format(base=base))
     recipe = load(folder / "sized.yaml", overrides)
-    return make_plan(recipe, folder / "run", probe=False, observer=Watcher())
+    return make_plan(recipe, folder / "run", probe=False, observer=Screen("plan"))
 
 
-def test_products_that_nothing_here_has_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_without_instructions_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph_twins.make(tmp_path / "model", "llama")
-    for fast, asked, told in ((False, "bf16", True), (False, "auto", False), (True, "bf16", False)):
+    for fast, precision, warns in ((False, "bf16", True), (False, "auto", False), (True, "bf16", False)):
         monkeypatch.setattr("edgedisp.commands.plan.multiplies_bf16", lambda fast=fast: fast)
-        text = render(planned(tmp_path, "model", f"train.precision={asked}"))
-        assert ("--set train.precision=auto" in text) is told
+        text = render(planned(tmp_path, "model", f"train.precision={precision}"))
+        assert ("--set train.precision=auto" in text) is warns
 
 
 def test_without_a_probe_the_configuration_is_enough(tmp_path: Path) -> None:
     graph_twins.make(tmp_path / "model", "llama")
     (tmp_path / "model" / "model.safetensors").unlink()
-    found = planned(tmp_path, "model")
-    assert found["estimate"] is None and found["sizes_unknown"] is None
-    assert list(found["sizes"]["precisions"]) == ["fp32", "int8", "int4"]
-    assert set(found["sizes"]["kv_cache"]) == {"laptop-x64", "phone-arm64"}
-    assert "embedding = head" in render(found)
+    plan = planned(tmp_path, "model")
+    assert plan["estimate"] is None and plan["sizes_unknown"] is None
+    assert list(plan["sizes"]["precisions"]) == ["fp32", "int8", "int4"]
+    assert set(plan["sizes"]["kv_cache"]) == {"laptop-x64", "phone-arm64"}
+    assert "embedding = head" in render(plan)
 
 
 def test_the_recipe_decides_the_grid(tmp_path: Path) -> None:
@@ -67,34 +61,28 @@ def test_the_recipe_decides_the_grid(tmp_path: Path) -> None:
 def test_without_a_probe_nothing_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEDISP_CACHE", str(tmp_path / "cache"))
     wheel = "pypi:nowhere==1.0/a/model.gguf"
-    found = planned(tmp_path, wheel)
-    assert found["sizes"] is None and "not downloaded" in found["sizes_unknown"]
-    assert f"sizes: not known: {wheel}" in render(found)
+    plan = planned(tmp_path, wheel)
+    assert plan["sizes"] is None and "not downloaded" in plan["sizes_unknown"]
+    assert f"sizes: not known: {wheel}" in render(plan)
     assert data.needs_download(wheel) and not (tmp_path / "cache").exists()
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert "nobody/absent-model" in planned(tmp_path, "nobody/absent-model")["sizes_unknown"]
 
 
-def test_a_model_that_no_export_would_take_is_told(tmp_path: Path) -> None:
+def test_a_model_that_no_export_would_take_is_named_and_a_probe_refuses_it(tmp_path: Path) -> None:
     graph_twins.make(tmp_path / "model", "llama", hidden_act="tanh")
     assert "tanh" in planned(tmp_path, "model")["sizes_unknown"]
-
-
-def test_a_probe_refuses_what_an_export_would_refuse(tmp_path: Path) -> None:
-    graph_twins.make(tmp_path / "model", "llama", hidden_act="tanh")
-    planned(tmp_path, "model")
-    recipe = load(tmp_path / "sized.yaml")
     with pytest.raises(BadInput, match="tanh"):
-        make_plan(recipe, tmp_path / "run", probe=True, observer=Watcher())
+        make_plan(load(tmp_path / "sized.yaml"), tmp_path / "run", probe=True, observer=Screen("plan"))
 
 
 def test_the_disk_holds_every_model_bundle_and_packed_copy(tmp_path: Path) -> None:
     graph_twins.make(tmp_path / "model", "llama")
-    found = planned(tmp_path, "model")
+    plan = planned(tmp_path, "model")
     recipe = load(tmp_path / "sized.yaml", ["seeds=2"])
-    fp32, int8, int4 = (one["size_bytes"] for one in found["sizes"]["precisions"].values())
+    fp32, int8, int4 = (sizes["size_bytes"] for sizes in plan["sizes"]["precisions"].values())
     parameters = 100_000
     arms, trainings, packed = 2, 4, 2 * int4  # both targets ship int4
     expected = 4 * parameters + 12 * parameters  # the base and a checkpoint
     expected += trainings * (4 * parameters + fp32 + int8 + int4) + arms * packed
-    assert disk_bytes(parameters, recipe, found["sizes"]) == expected
+    assert disk_bytes(parameters, recipe, plan["sizes"]) == expected
