@@ -15,6 +15,8 @@ from lm_eval.tasks import TaskManager
 from edgedisp.commands.lm_eval import OnnxHarnessModel
 from edgedisp.core.errors import BadInput
 
+__all__ = ["folder"]  # a fixture
+
 
 def answers(tasks: Path, model: str, arguments: str) -> dict[str, Any]:
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
