@@ -32,12 +32,7 @@ def publish(recipe: Recipe, passed: list[Passed], run: Path) -> Run:
     stages = {step.name: [step.record.content, step.record.seconds] for step in passed}
     with _lock(run) as stamp:
         devices, outdated = device_results.load(run)
-        key = {
-            "stages": stages,
-            "recipe": recipe.to_yaml(),
-            "devices": digest(to_json(devices)),
-            "outdated": outdated,
-        }
+        key = {"stages": stages, "recipe": recipe.to_yaml(), **_device_key(devices, outdated)}
         if read_object(stamp) == {"key": key, "files": _hashes(run)}:
             return load(run)
         results = replace(run_results(recipe, passed), devices=devices, devices_outdated=outdated)

@@ -115,6 +115,17 @@ def test_an_unchanged_recipe_runs_nothing_and_says_what_it_kept(built: tuple[Pat
     assert done.stdout.splitlines()[-1] == f"report: {run / 'report.html'}"
 
 
+def test_a_report_that_was_edited_or_deleted_is_written_again(built, tmp_path, edgedisp) -> None:  # type: ignore[no-untyped-def]
+    recipe, run = copy_of(built, tmp_path)
+    assert edgedisp("build", recipe, "--out", run).code == 0
+    whole = (run / "report.json").read_text()
+    (run / "report.json").write_text(whole[:1000])
+    (run / "report.html").unlink()
+    assert edgedisp("build", recipe, "--out", run).code == 0
+    assert json.loads((run / "report.json").read_text())["verdict"] == json.loads(whole)["verdict"]
+    assert (run / "report.html").is_file()
+
+
 def copy_of(built: tuple[Path, Path, Ended], folder: Path) -> tuple[Path, Path]:
     recipe, run, _ = built
     shutil.copytree(run, folder / "run")
