@@ -96,13 +96,6 @@ def test_a_row_says_what_its_speed_means_in_memory_traffic(timed: DeviceResult) 
         assert row.bandwidth_gb_per_s == pytest.approx(bandwidth)
 
 
-def test_the_cache_read_grows_with_prompt_and_answer(bundles: dict[str, Path], timed: DeviceResult) -> None:
-    longer = quick({"fp32": bundles["fp32"]}, prompt=16, generate=9, repetitions=1).rows[0]
-    per_position = 2 * 2 * 2 * 16 * 4
-    more = (16 + 9 / 2) - (6 + 5 / 2)
-    assert longer.bytes_read_per_token - timed.rows[0].bytes_read_per_token == per_position * more
-
-
 def test_arms_are_checked_for_one_graph(timed: DeviceResult) -> None:
     arms, precisions = timed.pairs
     assert arms["same_graph"]
@@ -116,17 +109,16 @@ def test_the_result_survives_json(timed: DeviceResult) -> None:
     assert timed.machine["physical_cores"] >= 1 and timed.options["groups"] == [["fp32", "twin", "int4"]]
 
 
-def test_no_worker_is_left_behind(bundles: dict[str, Path]) -> None:
-    alive = []
-    quick(bundles, progress=lambda done, total, note: alive.append(len(workers())))
-    assert max(alive) == 3
-    assert gone()
+def test_no_worker_is_left_behind_and_progress_counts_loads_and_repetitions(bundles: dict[str, Path]) -> None:
+    alive, steps = [], []
 
+    def progress(done: int, total: int, note: str) -> None:
+        alive.append(len(workers()))
+        steps.append((done, total))
 
-def test_progress_counts_loads_and_repetitions(bundles: dict[str, Path]) -> None:
-    seen: list[tuple[int, int]] = []
-    quick({"a": bundles["fp32"]}, progress=lambda done, total, note: seen.append((done, total)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    quick(bundles, progress=progress)
+    assert max(alive) == 3 and gone()
+    assert steps == [(step, 9) for step in range(1, 10)]
 
 
 def test_bundles_that_do_not_fit_together_are_open_one_after_another(bundles: dict[str, Path]) -> None:
@@ -216,24 +208,16 @@ def test_a_bundle_that_cannot_be_timed_is_bad_input(bundles: dict[str, Path], tm
         quick({"a": headless})
 
 
-@pytest.mark.parametrize(
-    ("cores", "cpus", "counts"),
-    [
-        (1, 2, [1, 2]),
-        (4, 8, [1, 2, 3, 4, 8]),
-        (20, 20, [*range(1, 9), 16, 20]),
-        (64, 128, [*range(1, 9), 16, 32, 64, 128]),
-    ],
-)
-def test_every_count_up_to_eight_is_tried_then_doublings(cores: int, cpus: int, counts: list[int]) -> None:
-    assert thread_counts(cores, cpus) == counts
-
-
 def four_cores(bundles: dict[str, Path], **options: Any) -> Local:
     """This machine, taken for one of two cores with two threads each, and a quota."""
     host = Local(bundles, BenchOptions(prompt=4, generate=4, repetitions=1, **options))
     host.machine |= {"physical_cores": 2, "logical_cpus": 4, "cpu_quota": 3.5}
     return host
+
+
+def test_every_count_up_to_eight_is_tried_then_doublings() -> None:
+    assert thread_counts(1, 2) == [1, 2] and thread_counts(4, 8) == [1, 2, 3, 4, 8]
+    assert thread_counts(64, 128) == [*range(1, 9), 16, 32, 64, 128]
 
 
 def test_the_best_count_has_the_highest_median_and_is_then_timed(bundles: dict[str, Path]) -> None:

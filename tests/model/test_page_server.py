@@ -104,6 +104,8 @@ def site(plan: PagePlan, web: Path) -> Iterator[Site]:
 def test_the_page_its_plan_and_every_file_of_a_bundle_come_whole(site: Site, plan: PagePlan) -> None:
     assert site.get("")[2] == site.get("index.html")[2] == b"<!doctype html>hello"
     told = json.loads(site.get("plan.json")[2])
+    prompt = runner().prompt_ids(plan.bundles[0].vocab_size, PROMPT, 0)[0].tolist()
+    assert [bundle["prompt_ids"] for bundle in told["bundles"]] == [prompt, prompt]
     for shown, bundle in zip(told["bundles"], plan.bundles):
         assert {"model.onnx", "model.onnx.data", "tokenizer.json", "genai_config.json"} <= set(shown["files"])
         for name, file in shown["files"].items():
@@ -306,11 +308,6 @@ def test_https_has_a_certificate_of_its_own(plan: PagePlan, web: Path) -> None:
         assert hashlib.sha256(der).hexdigest().upper() == server.fingerprint.replace(":", "")
         silent.close()
     assert log == []
-
-
-def test_the_prompt_is_the_runners(told: dict[str, Any], plan: PagePlan) -> None:
-    expected = runner().prompt_ids(plan.bundles[0].vocab_size, PROMPT, 0)[0].tolist()
-    assert [bundle["prompt_ids"] for bundle in told["bundles"]] == [expected, expected]
 
 
 def upload(content: dict[str, Any]) -> Any:

@@ -48,17 +48,10 @@ def test_figures_follow_from_the_times_of_the_tokens(bundles: dict[str, Path]) -
     for name in ("ttft_ms", "prefill_tokens_per_s", "decode_tokens_per_s"):
         assert found[name] == pytest.approx(np.median([one[name] for one in found["repetitions"]]))
     pooled = [t for one in found["repetitions"] for t in one["token_ms"]]
-    assert found["token_ms_p50"] == pytest.approx(np.percentile(pooled, 50))
     assert found["token_ms_p90"] == pytest.approx(np.percentile(pooled, 90))
-
-
-def test_facts_are_those_of_the_bundle(bundles: dict[str, Path]) -> None:
-    found = result(bundles["fp32"], "--prompt", "4", "--generate", "2", "--repetitions", "1")
-    files = [bundles["fp32"] / "model.onnx", bundles["fp32"] / "model.onnx.data"]
-    assert found["weights_bytes"] == sum(f.stat().st_size for f in files)
     # 2 (key and value) x 2 layers x 2 heads x 16 x 4 bytes
     assert found["kv_cache_bytes_per_position"] == 2 * 2 * 2 * 16 * 4
-    assert (found["threads"], found["prompt"], found["generate"]) == (1, 4, 2)
+    assert found["weights_bytes"] == sum(f.stat().st_size for f in bundles["fp32"].glob("model.onnx*"))
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -93,15 +86,6 @@ def test_positions_are_fed_where_the_graph_asks_for_them(bundles: dict[str, Path
     assert found["repetitions"][0]["tokens"] == [4, 5, 6, 7]  # the likeliest token is the position itself
 
 
-def test_the_prompt_depends_on_the_seed_alone(bundles: dict[str, Path]) -> None:
-    def tokens(seed: str) -> list[int]:
-        options = ["--prompt", "8", "--generate", "6", "--repetitions", "1", "--seed", seed]
-        return list(result(bundles["fp32"], *options)["repetitions"][0]["tokens"])
-
-    assert tokens("1") == tokens("1")
-    assert tokens("1") != tokens("2")
-
-
 def test_peak_memory_is_that_of_the_runner_not_of_its_parent(bundles: dict[str, Path]) -> None:
     ballast = np.ones(500_000_000, np.uint8)  # a child inherits its parent's ru_maxrss on Linux
     found = result(bundles["fp32"], "--prompt", "4", "--generate", "2", "--repetitions", "1")
@@ -117,12 +101,6 @@ def test_interactive_answers_line_by_line_and_survives_nonsense(bundles: dict[st
     assert list(lines[0]) == ["ready"]
     assert [next(iter(line)) for line in lines[1:]] == ["ttft_ms", "error", "error", "ttft_ms"]
     assert lines[1]["tokens"] == lines[4]["tokens"]
-
-
-def test_interactive_ends_when_its_input_does(bundles: dict[str, Path]) -> None:
-    done = start(bundles["fp32"], "--interactive", "--prompt", "4", "--generate", "3")
-    assert done.returncode == 0
-    assert len(done.stdout.splitlines()) == 1
 
 
 def refused(bundle: Path, *options: str) -> str:
@@ -143,19 +121,16 @@ def test_bad_bundles_end_with_code_2_and_say_why(bundles: dict[str, Path], tmp_p
     broken = copy_with(bundles["fp32"], tmp_path / "broken")
     (broken / "model.onnx").write_bytes(b"no graph")
     assert "onnxruntime cannot open it" in refused(broken)
-
-
-def test_a_graph_with_an_unknown_input_is_refused_by_name(bundles: dict[str, Path], tmp_path: Path) -> None:
-    bundle = copy_with(bundles["fp32"], tmp_path / "b")
-    model = onnx.load(str(bundle / "model.onnx"), load_external_data=False)
+    other = copy_with(bundles["fp32"], tmp_path / "other")
+    model = onnx.load(str(other / "model.onnx"), load_external_data=False)
     model.graph.input.append(onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.FLOAT, [1]))
-    onnx.save(model, str(bundle / "model.onnx"))
-    assert "pixels" in refused(bundle)
+    onnx.save(model, str(other / "model.onnx"))
+    assert "pixels" in refused(other)
 
 
-@pytest.mark.parametrize("option", ["--generate=1", "--prompt=0", "--repetitions=x", "--threads=-2"])
-def test_bad_options_end_with_code_2(bundles: dict[str, Path], option: str) -> None:
-    assert option.split("=")[0] in refused(bundles["fp32"], option)
+def test_bad_options_end_with_code_2(bundles: dict[str, Path]) -> None:
+    for option in ("--generate=1", "--prompt=0", "--repetitions=x", "--threads=-2"):
+        assert option.split("=")[0] in refused(bundles["fp32"], option)
 
 
 def test_it_is_one_file_for_python_3_9_with_numpy_and_onnxruntime_alone() -> None:

@@ -29,7 +29,7 @@ from edgedisp.core.results import DeviceResult
 from edgedisp.evaluate import device_sample, statistics
 from edgedisp.evaluate.loglikelihood import loglikelihoods
 from edgedisp.graph.device_graph import for_device
-from edgedisp.graph.session import OnnxModel, scored_model
+from edgedisp.graph.session import scored_model
 from edgedisp.pipeline.device_scores import DeviceQuestions, DeviceTasks
 from edgedisp.report.devices import device_sections, devices_text
 
@@ -125,25 +125,6 @@ def test_a_device_in_fp32_gives_the_scores_of_this_machine(
         fp32, packed = by_name["fp32", task], by_name["packed", task]
         assert fp32["full"]["value"] == pytest.approx(packed["full"]["value"], rel=1e-4)
     json.dumps(to_json(timed), allow_nan=False)
-
-
-def test_the_full_set_is_the_usual_scorer_s_and_is_read_back(
-    questions: DeviceQuestions, timed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    suite = questions.suites["fp32"]
-    expected = suite.run(scored_model(questions.bundles["fp32"], 1))
-    for record in timed["devices"][0].scores:
-        if record["label"] == "fp32":
-            assert record["full"]["value"] == pytest.approx(
-                expected[record["task"]].score.main.estimate.value, rel=1e-5
-            )
-            assert record["full"]["n"] == record["of"] == len(suite.questions[record["task"]])
-    monkeypatch.setattr(OnnxModel, "logits", None)  # nothing is to be computed again
-    again = questions.score([{}], physical_cores(), lambda *step: None)
-    assert {one["reason"] for one in again[0]} == {"nothing was answered"}
-    assert [one["full"]["value"] for one in again[0]] == [
-        one["full"]["value"] for one in timed["devices"][0].scores
-    ]
 
 
 def test_what_a_device_answers_otherwise_is_found(questions: DeviceQuestions) -> None:

@@ -95,10 +95,3 @@ def test_options_that_cannot_work_end_with_2(  # type: ignore[no-untyped-def]
     (tmp_path / "model.onnx").touch()
     ended = edgedisp("bench", tmp_path, *words)
     assert ended.code == 2 and said in ended.err, ended
-
-
-def test_a_bundle_without_the_layout_is_told_which_export_gives_it(tmp_path: Path, edgedisp) -> None:  # type: ignore[no-untyped-def]
-    (tmp_path / "b" / "onnx").mkdir(parents=True)
-    (tmp_path / "b" / "onnx" / "model_q4.onnx").touch()
-    ended = edgedisp("bench", tmp_path / "b", "--device", "local")
-    assert ended.code == 2 and "--layouts onnxruntime-genai" in ended.err, ended
