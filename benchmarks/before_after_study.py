@@ -44,14 +44,9 @@ COLORS = {"dispersed": "#d9771f", "dispersed_1": "#8a63a8", BASELINE: "#2f8f83"}
 def built(way: str, options: argparse.Namespace) -> Run:
     """The results of one way of training, built or continued in its folder."""
     settings = [
-        f"name=study-{way}",
-        f"train.tokens={options.tokens}",
-        f"seeds={options.seeds}",
-        f"evaluate.limit={options.limit}",
-        f"precisions=[{','.join(PRECISIONS)}]",
-        "targets=[]",
-        *WAYS[way],
-    ]
+        f"name=study-{way}", f"train.tokens={options.tokens}", f"seeds={options.seeds}", "targets=[]",
+        f"evaluate.limit={options.limit}", f"precisions=[{','.join(PRECISIONS)}]", *WAYS[way],
+    ]  # fmt: skip
     recipe = load(data_folder("recipes") / "quickstart.yaml", settings)
     recipe = smoke(recipe) if options.smoke else recipe
     folder = options.out / way
@@ -69,14 +64,9 @@ def rows_of(way: str, run: Run, compared: Run) -> list[dict[str, Any]]:
     for arm in run.arms:
         for precision in PRECISIONS:
             measured = run.measured(arm, precision)
-            row: dict[str, Any] = {
-                "way": way,
-                "arm": arm,
-                "precision": precision,
-                "seeds": run.seeds,
-                "size_bytes": run.bundles[arm][precision].size_bytes,
-                **{task: score.main.estimate.value for task, score in measured.scores.items()},
-            }
+            row: dict[str, Any] = {"way": way, "arm": arm, "precision": precision, "seeds": run.seeds}
+            row["size_bytes"] = run.bundles[arm][precision].size_bytes
+            row |= {task: score.main.estimate.value for task, score in measured.scores.items()}
             if (one := differences.get((arm, precision))) is not None:
                 row["difference"] = difference_of(one)
             survival = run.loss_survival.get(arm, {}).get(precision, {}).get(LOSS)
@@ -116,24 +106,13 @@ def markdown(rows: list[dict[str, Any]], sentences: dict[str, str]) -> str:
         size = megabytes(row["size_bytes"])
         texts.append((row["way"], row["arm"], row["precision"], size, *scores, *shown, row["survived"]))
     tasks = [key for key in rows[0] if key.startswith("heldout_")]
-    head = (
-        "training",
-        "arm",
-        "precision",
-        "MB",
-        *tasks,
-        "loss difference, nats",
-        "95 % interval",
-        "sees",
-        "survived",
-    )
+    head = ("training", "arm", "precision", "MB", *tasks)
+    head += ("loss difference, nats", "95 % interval", "sees", "survived")
     said = [f"**{NAMES[way][0].upper()}{NAMES[way][1:]}.** {text}" for way, text in sentences.items()]
     note = (
         "Differences: arm - baseline of the same training, paired by item; of the baseline under rounding, "
-        "against "
-        "the plain one. Sees: the difference that would be found 4 times out of 5. Survived: what "
-        "quantization left "
-        "of the difference in full precision."
+        "against the plain one. Sees: the difference that would be found 4 times out of 5. Survived: what "
+        "quantization left of the difference in full precision."
     )
     title = "# Before and after: what dispersion does to SmolLM2-135M, and what is left of it"
     picture = "![differences in held-out loss](before_after.svg)"

@@ -78,10 +78,9 @@ class Steps:
     def prepare(self, name: str) -> None:
         self.batch, context, self.is_bf16, checkpointing = SETTINGS[name]
         self.blocks = torch.from_numpy(quickstart_blocks(self.tokenizer, context, 64).astype("int64"))
+        self.model.activation_checkpointing_disable()
         if checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.model.activation_checkpointing_disable()
 
     def step(self, way: str) -> float:
         """Seconds of one step."""
@@ -121,17 +120,14 @@ def time_steps(rounds: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         print(file=sys.stderr)
         for way in WAYS:
             counted = {turn: seconds for turn, seconds in taken[way].items() if turn}  # the first warms up
-            ratio, low, high = median_and_quartiles(
-                [here / taken["off"][turn] for turn, here in counted.items()]
+            ratios = [seconds / taken["off"][turn] for turn, seconds in counted.items()]
+            (ratio, low, high), step_s = (
+                median_and_quartiles(ratios),
+                median_and_quartiles([*counted.values()])[0],
             )
-            row = {
-                "setting": name,
-                "way": way,
-                "step_s": median_and_quartiles(list(counted.values()))[0],
-                "ratio": ratio,
-            }
+            row = {"setting": name, "way": way, "step_s": step_s, "ratio": ratio}
             rows.append({**row, "ratio_quartiles": [low, high], "rounds": len(counted)})
-            print(f"{name:26} {way:6} {row['step_s']:.3f} s  {ratio:.3f} [{low:.3f}, {high:.3f}]")
+            print(f"{name:26} {way:6} {step_s:.3f} s  {ratio:.3f} [{low:.3f}, {high:.3f}]")
         figures[f"step_time_ratio_{name}"] = rows[-2]["ratio"]
         figures[f"paper_form_step_time_ratio_{name}"] = rows[-1]["ratio"]
     return figures, rows
@@ -157,9 +153,7 @@ def peak_of_steps(name: str, way: str, folder: str) -> dict[str, float]:
 
 
 PAIRS: dict[str, Callable[[Tensor], Tensor]] = {
-    "plain": lambda vectors: angular(
-        vectors, torch.ones(vectors.shape[:2], dtype=torch.bool), clamp=0.1
-    ).mean(),
+    "plain": lambda v: angular(v, torch.ones(v.shape[:2], dtype=torch.bool), clamp=0.1).mean(),
     "blockwise": lambda vectors: pairwise_loss("angular", vectors).mean(),
 }
 
@@ -267,12 +261,10 @@ def main() -> None:
         print(json.dumps(peak_of_steps(*arguments) if name == "steps" else all_pairs(*arguments)))
         return
     with keep_freed_memory():  # as in a build
-        timed, time_rows = time_steps(chosen.rounds)
-    figures, rows = timed, time_rows
-    for part in (memory_of_steps, memory_of_pairs, gradients):
-        found, found_rows = part()
-        figures, rows = figures | found, rows + found_rows
-    write("dispersion_cost", figures, rows)
+        timed = time_steps(chosen.rounds)
+    parts = [timed, *(part() for part in (memory_of_steps, memory_of_pairs, gradients))]
+    figures = {name: value for part, _ in parts for name, value in part.items()}
+    write("dispersion_cost", figures, [row for _, rows in parts for row in rows])
 
 
 if __name__ == "__main__":

@@ -125,9 +125,8 @@ def make(name: str, work: Path, stages: list[Stage] | None = None) -> Path:
         recipe = recipe_of(name)
         if recipe.train.quantization_aware is not None:
             model = work / f"{last.name}-model"
-            usage["as_trained"] = as_trained(
-                BundleRounding(4, recipe.quantize.int4), model, folder, work / "corpus"
-            )
+            rounding = BundleRounding(4, recipe.quantize.int4)
+            usage["as_trained"] = as_trained(rounding, model, folder, work / "corpus")
         write_json(path, usage)
     return folder
 
@@ -288,11 +287,8 @@ def main() -> None:
         make(options.row, work)
         return
     work.mkdir(parents=True, exist_ok=True)
-    names = [
-        name
-        for name in [BUILDER, *BASE, *(TRAINED if options.trained else ())]
-        if options.only is None or name in options.only
-    ]
+    names = [BUILDER, *BASE, *(TRAINED if options.trained else ())]
+    names = [name for name in names if options.only is None or name in options.only]
     bundles = {FP32: make(FP32, work)}
     if any(name in TRAINED for name in names):
         bundles[TRAINED_FP32] = make(TRAINED_FP32, work, stages_of("trained, rtn")[:-1])
@@ -301,13 +297,10 @@ def main() -> None:
         if name in TRAINED:  # trained here, so that the row's peak memory is quantization's
             with Screen("frontier") as screen:
                 walk(stages_of(name)[:-1], work, screen)
-        command = [sys.executable, __file__, "--work", str(work), "--row", name]
-        subprocess.run(command, check=True)
+        subprocess.run([sys.executable, __file__, "--work", str(work), "--row", name], check=True)
         bundles[name] = work / row_folder(name)
     blocks = text_blocks(work, options.wikitext)
-    scores = {
-        name: {text: losses(path, ids) for text, ids in blocks.items()} for name, path in bundles.items()
-    }
+    scores = {name: {t: losses(path, ids) for t, ids in blocks.items()} for name, path in bundles.items()}
     with tempfile.TemporaryDirectory(dir=work) as scratch:
         packed = {name: path for name, path in bundles.items() if name == BUILDER}
         for name, path in bundles.items():
@@ -315,10 +308,8 @@ def main() -> None:
                 packed[name] = Path(scratch) / row_folder(name)
                 packed[name].mkdir()
                 for_device(path, packed[name], threads=physical_cores(), context=POSITIONS)
-        sizes = {
-            name: sum(file.stat().st_size for file in path.glob("model.onnx*")) / 1e6
-            for name, path in packed.items()
-        }
+        files = {name: path.glob("model.onnx*") for name, path in packed.items()}
+        sizes = {name: sum(file.stat().st_size for file in files[name]) / 1e6 for name in packed}
         speed = speeds(packed, options.repetitions, work)
     rows: list[dict[str, Any]] = []
     for name, path in bundles.items():

@@ -39,12 +39,11 @@ def losses(rng: Rng, documents: int, models: list[float], per_document: int = 1)
     for shift in models:
         own = rng.normal(shift, SPREAD / np.sqrt(2), (documents, 1))
         nll = (hard[:, None] + own + rng.normal(0, SPREAD / 4, tokens.shape)) * tokens
-        models_items.append(
-            [
-                {"id": f"{d}.{k}", "document": d, "nll": float(nll[d, k]), "tokens": int(tokens[d, k])}
-                for d, k in np.ndindex(tokens.shape)
-            ]
-        )
+        items = np.ndindex(tokens.shape)
+        models_items.append([
+            {"id": f"{d}.{k}", "document": d, "nll": float(nll[d, k]), "tokens": int(tokens[d, k])}
+            for d, k in items
+        ])  # fmt: skip
     return models_items
 
 
@@ -63,6 +62,10 @@ def a_result(items: Items, task: str, metric: Metric) -> TaskResult:
     return task_result(TaskScore(task, {}), asked, [metric], Resampling(2))
 
 
+def resampling(rng: Rng) -> Resampling:
+    return Resampling(BOOTSTRAP, int(rng.integers(2**31)))
+
+
 def held(found: Estimate, truth: float) -> dict[str, Any]:
     """Whether an interval holds the truth, and how wide it is."""
     if found.low is None or found.high is None:
@@ -73,10 +76,7 @@ def held(found: Estimate, truth: float) -> dict[str, Any]:
 def of_losses(documents: int, per_document: int) -> Callable[[Rng], dict[str, Any]]:
     def draw(rng: Rng) -> dict[str, Any]:
         first, second = losses(rng, documents, [0.0, TRUTH], per_document)
-        return held(
-            difference([(first, second)], LOSS, Resampling(BOOTSTRAP, int(rng.integers(2**31)))).estimate,
-            TRUTH,
-        )
+        return held(difference([(first, second)], LOSS, resampling(rng)).estimate, TRUTH)
 
     return draw
 
@@ -84,7 +84,7 @@ def of_losses(documents: int, per_document: int) -> Callable[[Rng], dict[str, An
 def of_accuracies(items: int, differing: float) -> Callable[[Rng], dict[str, Any]]:
     def draw(rng: Rng) -> dict[str, Any]:
         pair = answers(rng, items, differing)
-        found = difference([pair], ACCURACY, Resampling(BOOTSTRAP, int(rng.integers(2**31)))).estimate
+        found = difference([pair], ACCURACY, resampling(rng)).estimate
         return {**held(found, 0), "rejects": (found.p or 0) <= 0.05}
 
     return draw
@@ -96,10 +96,7 @@ def of_means(tasks: int, items: int) -> Callable[[Rng], dict[str, Any]]:
         before, after = (
             {task: a_result(pair[side], task, ACCURACY) for task, pair in pairs.items()} for side in (0, 1)
         )
-        compared = {
-            task: compare_task([(before[task], after[task])], Resampling(BOOTSTRAP, int(rng.integers(2**31))))
-            for task in pairs
-        }
+        compared = {task: compare_task([(before[task], after[task])], resampling(rng)) for task in pairs}
         scores = [{task: one.score for task, one in side.items()} for side in (before, after)]
         found = mean_difference(*scores, compared)
         if found is None:
@@ -116,7 +113,7 @@ def of_seeds(documents: int, seeds: int, luck: float) -> Callable[[Rng], dict[st
         shifts = [0.0, *(TRUTH + rng.normal(0, luck) for _ in range(seeds))]
         first, *others = losses(rng, documents, shifts)
         pairs = [(first, other) for other in others]
-        return held(difference(pairs, LOSS, Resampling(BOOTSTRAP, int(rng.integers(2**31)))).estimate, TRUTH)
+        return held(difference(pairs, LOSS, resampling(rng)).estimate, TRUTH)
 
     return draw
 
@@ -127,7 +124,7 @@ def of_survival(documents: int) -> Callable[[Rng], dict[str, Any]]:
     def draw(rng: Rng) -> dict[str, Any]:
         four = losses(rng, documents, [0.0, -0.02, 0.1, 0.085])
         results = tuple(a_result(items, "heldout_perplexity", PERPLEXITY) for items in four)
-        found = loss_survival([results], Resampling(BOOTSTRAP, int(rng.integers(2**31))))  # type: ignore[list-item]
+        found = loss_survival([results], resampling(rng))  # type: ignore[list-item]
         return held(found.change, 0.005)
 
     return draw
@@ -139,14 +136,12 @@ def of_verdicts(documents: int) -> Callable[[Rng], dict[str, Any]]:
     def draw(rng: Rng) -> dict[str, Any]:
         compared: dict[str, dict[str, TaskDifference]] = {}
         for precision in ("torch", "int8", "int4"):
-            resampling = Resampling(BOOTSTRAP, int(rng.integers(2**31)))
+            draws = resampling(rng)
             first, second = losses(rng, documents, [0.0, 0.0])
-            by_task = {"heldout_perplexity": difference([(first, second)], PERPLEXITY, resampling)}
+            by_task = {"heldout_perplexity": difference([(first, second)], PERPLEXITY, draws)}
             for task in ("heldout_cloze", "heldout_continuation"):
-                by_task[task] = difference([answers(rng, documents, 0.06)], ACCURACY, resampling)
-            compared[precision] = {
-                task: TaskDifference(task, {one.metric: one}) for task, one in by_task.items()
-            }
+                by_task[task] = difference([answers(rng, documents, 0.06)], ACCURACY, draws)
+            compared[precision] = {t: TaskDifference(t, {one.metric: one}) for t, one in by_task.items()}
         run = Run("simulated", ["baseline", "dispersed"], [*compared], comparisons={"dispersed": compared})
         return {"claims": verdict(run).label in ("helps", "hurts", "better", "worse")}
 
@@ -185,11 +180,7 @@ def main() -> None:
         for key in [key for key in ("holds", "rejects", "claims") if key in drawn[0]]:
             hits = sum(one[key] for one in drawn)
             interval = stats.binomtest(hits, len(drawn)).proportion_ci(method="wilson")
-            row |= {
-                key: hits / len(drawn),
-                f"{key}_low": float(interval.low),
-                f"{key}_high": float(interval.high),
-            }
+            row |= {key: hits / len(drawn), f"{key}_low": interval.low, f"{key}_high": interval.high}
             figures[f"{key}: {name}"] = hits / len(drawn)
             print(f"{name:46} {key} {100 * row[key]:.1f} %")
         if "width" in drawn[0]:

@@ -98,21 +98,11 @@ def train(way: str, model: Any, blocks: np.ndarray, section: Train, steps: int) 
     with tempfile.TemporaryDirectory() as folder, quiet():
         if way == "plain":
             arguments = TrainingArguments(
-                output_dir=folder,
-                max_steps=steps,
-                per_device_train_batch_size=section.batch,
-                learning_rate=LR,
-                lr_scheduler_type="cosine",
-                weight_decay=0.1,
-                adam_beta2=0.95,
-                bf16=section.precision == "bf16",
-                train_sampling_strategy="sequential",
-                save_strategy="no",
-                logging_steps=1,
-                report_to=[],
-                disable_tqdm=True,
-                use_cpu=not torch.cuda.is_available(),
-            )
+                folder, max_steps=steps, per_device_train_batch_size=section.batch, learning_rate=LR,
+                lr_scheduler_type="cosine", weight_decay=0.1, adam_beta2=0.95,
+                bf16=section.precision == "bf16", train_sampling_strategy="sequential", save_strategy="no",
+                logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+            )  # fmt: skip
             trainer = Trainer(model, arguments, train_dataset=PackedDataset(blocks), callbacks=[clock])
             trainer.remove_callback(PrinterCallback)
             trainer.train()
@@ -133,16 +123,8 @@ def measure(name: str, device: str, rounds: int, steps: int) -> list[dict[str, A
         base, precision = make(), "bf16"
         random = np.random.default_rng(0)
         blocks = random.integers(0, base.config.vocab_size, (batch * steps, context)).astype(np.int32)
-    section = Train.model_validate(
-        {
-            "tokens": 1,
-            "lr": LR,
-            "batch": batch,
-            "warmup": 0.0,
-            "precision": precision,
-            "checkpoint_every": 10**9,
-        }
-    )
+    settings = {"tokens": 1, "lr": LR, "batch": batch, "warmup": 0.0, "precision": precision}
+    section = Train.model_validate({**settings, "checkpoint_every": 10**9})
     ways = WAYS[device]
     clocks: dict[str, list[Clock]] = {way: [] for way in ways}
     peaks: dict[str, int] = {}
@@ -159,23 +141,14 @@ def measure(name: str, device: str, rounds: int, steps: int) -> list[dict[str, A
     plain, rows = clocks["plain"], []
     for way in ways:
         seconds = [clock.seconds_per_step for clock in clocks[way]]
-        ratio, low, high = median_and_quartiles(
-            [before.seconds_per_step / now for before, now in zip(plain, seconds)]
-        )
-        losses = clocks[way][0].losses
-        rows.append(
-            {
-                "setting": name,
-                "way": way,
-                "tokens_per_s": batch * context / median_and_quartiles(seconds)[0],
-                "ratio": ratio,
-                "ratio_quartiles": [low, high],
-                "largest_loss_difference": float(np.abs(np.subtract(plain[0].losses, losses)).max()),
-                "losses": losses,
-                **({"peak_memory_bytes": peaks[way]} if peaks else {}),
-            }
-        )
-        print(f"{name:20} {way:10} {rows[-1]['tokens_per_s']:8.0f} tokens/s  {ratio:.2f}")
+        ratios = [before.seconds_per_step / now for before, now in zip(plain, seconds)]
+        ratio, low, high = median_and_quartiles(ratios)
+        rate, losses = batch * context / median_and_quartiles(seconds)[0], clocks[way][0].losses
+        apart = float(np.abs(np.subtract(plain[0].losses, losses)).max())
+        row: dict[str, Any] = {"setting": name, "way": way, "tokens_per_s": rate, "ratio": ratio}
+        row |= {"ratio_quartiles": [low, high], "largest_loss_difference": apart, "losses": losses}
+        rows.append({**row, "peak_memory_bytes": peaks[way]} if peaks else row)
+        print(f"{name:20} {way:10} {rate:8.0f} tokens/s  {ratio:.2f}")
     return rows
 
 
