@@ -16,17 +16,16 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgedisp.bench.browser import PageDevice
 from edgedisp.bench.bundles import PAGE_BYTES
-from edgedisp.bench.devices import Address, BenchOptions, DeviceLost, external_program
+from edgedisp.bench.devices import Address, BenchOptions, external_program
 from edgedisp.bench.page_server import PageServer, printable
 from edgedisp.bench.phone import PORT
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.progress import Progress
-from edgedisp.core.results import DeviceResult, Json
+from edgedisp.core.results import Json
 
 MIB = 1 << 20
 ANSWER_S = 30.0
@@ -146,17 +145,13 @@ class PhonePage(PageDevice):
                 f"takes at least {least / MIB:.0f}; close apps, or take a bundle of fewer bits"
             )
 
-    def measure(self, progress: Progress) -> DeviceResult:
-        """See `devices.py`. Raises DeviceLost."""
-        before = phone_state(self.phone.ask(STATE))
-        try:
-            result = super().measure(progress)
-        except DeviceLost as error:
-            raise DeviceLost(str(error), _with_state(error.partial, before, None)) from error
-        after = None
-        with suppress(AdbFailed):  # all figures are here
-            after = phone_state(self.phone.ask(STATE))
-        return _with_state(result, before, after)
+    def state(self) -> Json | None:
+        with suppress(AdbFailed):
+            return phone_state(self.phone.ask(STATE))
+        return None
+
+    def warnings(self, states: dict[str, Json | None]) -> Iterator[str]:
+        return state_warnings(states)
 
     @contextmanager
     def open(self, server: PageServer) -> Iterator[None]:
@@ -196,17 +191,6 @@ class PhonePage(PageDevice):
     def describe(self, page: Json) -> Json:
         """What adb says of the phone, and what the page says where adb does not."""
         return {**page, **{name: value for name, value in self.machine.items() if value is not None}}
-
-
-def _with_state(result: DeviceResult, before: Json, after: Json | None) -> DeviceResult:
-    """The result with the phone's state before and after; None: it was gone by then."""
-    state = {"before": before, "after": after}
-    return replace(
-        result,
-        machine={**result.machine, "state": state},
-        load_average={when: facts and facts["load_average_1m"] for when, facts in state.items()},
-        warnings=(*result.warnings, *state_warnings(before, after)),
-    )
 
 
 def phone_machine(answers: Mapping[str, str]) -> Json:
@@ -270,18 +254,18 @@ def phone_state(answers: Mapping[str, str]) -> Json:
     }
 
 
-def state_warnings(before: Json, after: Json | None) -> Iterator[str]:
-    """Warnings for figures that were measured between two states; `after` None: the phone was gone."""
-    if after is None:
+def state_warnings(states: Mapping[str, Json | None]) -> Iterator[str]:
+    """Warnings for figures that were measured between two states of a phone; None: it was gone."""
+    if None in states.values():
         yield "the phone was gone when its state was to be read"
-    states = {"before": before} | ({"after": after} if after else {})
-    for when, state in states.items():
+    read = {when: state for when, state in states.items() if state is not None}
+    for when, state in read.items():
         if (status := state["thermal_status"]) not in (None, "none"):
             yield f"thermal status {status} {when} the measurement: the phone slows itself down; let it cool"
-    if any(state["battery_status"] == "charging" for state in states.values()):
+    if any(state["battery_status"] == "charging" for state in read.values()):
         yield "the phone was being charged, which warms it; `adb tcpip` works without cable"
-    levels = [state["battery_percent"] for state in states.values() if state["battery_percent"] is not None]
+    levels = [state["battery_percent"] for state in read.values() if state["battery_percent"] is not None]
     if levels and min(levels) < LOW_PERCENT:
         yield f"battery at {min(levels)} %: many phones run slower below {LOW_PERCENT} %; charge it"
-    if any(state["battery_saver"] for state in states.values()):
+    if any(state["battery_saver"] for state in read.values()):
         yield "the battery saver was on: it lowers clocks; turn it off"

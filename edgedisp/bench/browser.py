@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +84,10 @@ class PageDevice(Device):
     def describe(self, page: Json) -> Json:
         """The machine; `page`: what the page says of it."""
 
+    @abstractmethod
+    def state(self) -> Json | None:
+        """The machine's `load_average_1m` and what else is read before and after; None: it is gone."""
+
     def sensors(self) -> Json:
         """The machine's sensors after a turn."""
         return {}
@@ -94,7 +98,7 @@ class PageDevice(Device):
         Raises BuildFailed where the page cannot go on, is gone, or is silent for `timeout_s`: DeviceLost if
         something was timed until then. The browser is ended in every case.
         """
-        run = PageRun(self.plan)
+        run, states = PageRun(self.plan), {"before": self.state()}
         resources = {**self.page, **self.plan.resources()}
         with (
             PageServer(resources, self.plan.read_upload, self.notes.append) as server,
@@ -103,11 +107,19 @@ class PageDevice(Device):
             lost = self._collect(run, server, progress)
         if lost and not run.turns:
             raise BuildFailed(f"device {self.name}: {lost}")
+        states["after"] = None if lost else self.state()
+        loads = {when: state and state["load_average_1m"] for when, state in states.items()}
         result = run.result(self.name)
-        result = replace(result, machine=self.describe(result.machine), lost=lost)
+        machine = {**self.describe(result.machine), "state": states}
+        warnings = (*result.warnings, *self.warnings(states))
+        result = replace(result, machine=machine, load_average=loads, warnings=warnings, lost=lost)
         if lost:
             raise DeviceLost(f"device {self.name}: {lost}", result)
         return result
+
+    def warnings(self, states: dict[str, Json | None]) -> Iterable[str]:
+        """Warnings for figures that were measured between two states."""
+        return ()
 
     def _collect(self, run: PageRun, server: PageServer, progress: Progress) -> str | None:
         """Wait until the run is complete, or return why it cannot be."""
@@ -140,12 +152,6 @@ class BrowserPage(PageDevice):
     def __init__(self, bundles: Mapping[str, Path], options: BenchOptions) -> None:
         self.program = find_browser()
         super().__init__("browser", bundles, options, describe()["memory_available_bytes"])
-
-    def measure(self, progress: Progress) -> DeviceResult:
-        before = runner().read_sensors()["load_average_1m"]
-        result = super().measure(progress)
-        after = runner().read_sensors()["load_average_1m"]
-        return replace(result, load_average={"before": before, "after": after})
 
     @contextmanager
     def open(self, server: PageServer) -> Iterator[None]:
@@ -182,6 +188,9 @@ class BrowserPage(PageDevice):
         text = self._log.read().decode("utf-8", "replace").strip()
         return f":\n{text[-2000:]}" if text else ""
 
+    def state(self) -> Json:
+        return {"load_average_1m": runner().read_sensors()["load_average_1m"]}
+
     def sensors(self) -> Json:
         readings = runner().read_sensors()
         return {name: readings[name] for name in ("load_average_1m", "clock_mhz", "temperature_c")}
@@ -198,12 +207,12 @@ def connect(address: Address, bundles: Mapping[str, Path], options: BenchOptions
 
 def find_browser() -> str:
     """The program named by $CHROME, else the first of PROGRAMS on the PATH. BadInput where there is none."""
-    chosen = os.environ.get("CHROME")
-    for name in [chosen] if chosen else PROGRAMS:
+    chrome = os.environ.get("CHROME")
+    for name in [chrome] if chrome else PROGRAMS:
         if program := shutil.which(name):
             return program
-    if chosen:
-        raise BadInput(f"$CHROME names {chosen}, which is no program; name a Chromium or Chrome")
+    if chrome:
+        raise BadInput(f"$CHROME names {chrome}, which is no program; name a Chromium or Chrome")
     raise BadInput(
         f"device browser: no Chromium found (looked for {', '.join(PROGRAMS)}); install one, such as "
         "`apt-get install chromium`, or name it with the environment variable CHROME"

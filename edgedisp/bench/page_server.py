@@ -271,9 +271,9 @@ class _Request(BaseHTTPRequestHandler):
         if resource is None:
             self._end(HTTPStatus.NOT_FOUND)
             return
-        kept = {"ETag": f'"{resource.tag}"', "Cache-Control": "no-cache"} if resource.revalidated else {}
-        if kept and self.headers.get("If-None-Match") == kept["ETag"]:
-            self._start(HTTPStatus.NOT_MODIFIED, kept)
+        cached = {"ETag": f'"{resource.tag}"', "Cache-Control": "no-cache"} if resource.revalidated else {}
+        if cached and self.headers.get("If-None-Match") == cached["ETag"]:
+            self._start(HTTPStatus.NOT_MODIFIED, cached)
             return
         try:
             file = resource.open()
@@ -283,7 +283,7 @@ class _Request(BaseHTTPRequestHandler):
             return
         with file:
             sizes = {"Content-Type": resource.content_type, "Content-Length": str(resource.size_bytes)}
-            self._start(HTTPStatus.OK, sizes | kept)
+            self._start(HTTPStatus.OK, sizes | cached)
             if self.command == "GET":
                 shutil.copyfileobj(file, self.wfile, 1 << 18)
 

@@ -451,8 +451,8 @@ def physical_cores(root: Path = ROOT, cpus: set[int] | None = None) -> int:
 
 def cgroup_folders(root: Path) -> list[Path]:
     """This process's control group (version 2) and its parents. A container sees its own at the top."""
-    own = re.search(r"^0::/(.*)$", read_text(root / "proc/self/cgroup"), re.MULTILINE)
-    path = Path(own.group(1) if own else "")
+    group = re.search(r"^0::/(.*)$", read_text(root / "proc/self/cgroup"), re.MULTILINE)
+    path = Path(group.group(1) if group else "")
     return [root / "sys/fs/cgroup" / part for part in (path, *path.parents)]
 
 
@@ -512,8 +512,8 @@ def other_cpus(before: float | None, after: float | None, cpu_s: float, wall_s: 
 
 def peak_memory_bytes() -> int | None:
     """Largest resident size of this process. Linux: VmHWM, as a child inherits its parent's `ru_maxrss`."""
-    if told := re.search(r"VmHWM:\s*(\d+) kB", read_text(Path("/proc/self/status"))):
-        return int(told.group(1)) * 1024
+    if peak := re.search(r"VmHWM:\s*(\d+) kB", read_text(Path("/proc/self/status"))):
+        return int(peak.group(1)) * 1024
     if sys.platform == "win32":
         return None
     import resource

@@ -202,7 +202,7 @@ def test_none_several_a_stranger_and_one_that_is_not_allowed_are_told(
 def test_what_a_phone_does_not_say_is_none_and_no_warning() -> None:
     silent_phone = adb.phone_state({})
     assert set(silent_phone.values()) == {None}
-    assert not list(adb.state_warnings(silent_phone, silent_phone))
+    assert not list(adb.state_warnings({"before": silent_phone, "after": silent_phone}))
     machine = adb.phone_machine({})
     assert machine["cpu"] is None and machine["physical_cores"] is None and machine["system"] == "Android"
     assert adb.count_cpus("0-3,6\n") == 5
