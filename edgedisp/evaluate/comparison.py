@@ -2,13 +2,6 @@
 
 Only results over the very same items are compared: each carries a hash of what was asked. A comparison takes
 one pair of results (baseline, other arm) for each training seed.
-
-Mean over tasks: each counts once and their items are independent, low = mean - sqrt(sum (d_k - low_k)^2) / K.
-Trainings, which the tasks share, have their spread added after that.
-
-Quantization: four models answer the same documents. full = arm - baseline, quantized = Q(arm) - Q(baseline)
-and change = quantized - full are ratios of sums over documents that are resampled together, so what makes a
-document hard, and what rounding costs both alike, cancels.
 """
 
 from __future__ import annotations
@@ -77,7 +70,7 @@ def task_result(
     scores = {}
     for metric in metrics:
         estimate = statistics.score([items], metric, resampling)
-        is_share = metric.may_be_share and metric.higher_is_better and 0 <= (estimate.value or 0.0) <= 1
+        is_share = metric.is_mean and metric.higher_is_better and 0 <= (estimate.value or 0.0) <= 1
         scores[metric.name] = Score(metric.name, estimate, metric.higher_is_better, is_share)
     asked = [[item["id"], item["document"], item["asked"]] for item in items]
     digest = hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
@@ -93,7 +86,7 @@ def average_task(results: Sequence[TaskResult], resampling: Resampling = DEFAULT
     first = results[0]
     if len(results) == 1:
         return first.score
-    check_same_items(results)
+    _check_same_items(results)
     metrics: dict[str, Score] = {}
     for name, score in first.score.metrics.items():
         if metric := first.definitions.get(name):
@@ -113,13 +106,11 @@ def compare_task(pairs: Sequence[Pair], resampling: Resampling = DEFAULT) -> Tas
     A main metric without a part per item comes first all the same, without an interval and with `reason`.
     Raises ValueError when the results come from different tasks or different items.
     """
-    check_same_items([result for pair in pairs for result in pair])
+    _check_same_items([result for pair in pairs for result in pair])
     first = pairs[0][0]
+    items = [(before.items, after.items) for before, after in pairs]
     metrics = {
-        name: statistics.difference(
-            [(before.items, after.items) for before, after in pairs], metric, resampling
-        )
-        for name, metric in first.definitions.items()
+        name: statistics.difference(items, metric, resampling) for name, metric in first.definitions.items()
     }
     main = first.score.main
     if main.metric not in metrics:
@@ -133,8 +124,7 @@ def compare_task(pairs: Sequence[Pair], resampling: Resampling = DEFAULT) -> Tas
     return TaskDifference(first.task, metrics)
 
 
-def check_same_items(results: Sequence[TaskResult]) -> None:
-    """Raise ValueError when results come from different tasks or different items."""
+def _check_same_items(results: Sequence[TaskResult]) -> None:
     first = results[0]
     for other in results[1:]:
         if (first.task, first.score.items_sha256) != (other.task, other.score.items_sha256):
@@ -167,9 +157,6 @@ def common_items(results: Sequence[TaskResult]) -> list[TaskResult]:
     ]
 
 
-# Over tasks
-
-
 def at_chance(*scores: TaskScore) -> bool:
     """Whether the interval of every score reaches down to what guessing gives."""
     lows = [(score.chance, score.main.estimate.low) for score in scores]
@@ -181,15 +168,16 @@ def mean_difference(
     second: Mapping[str, TaskScore],
     compared: Mapping[str, TaskDifference],
 ) -> MeanDifference | None:
-    """The mean over tasks of second - first, in the metric's unit (0 to 1).
+    """The mean over tasks of second - first, in the metric's unit (0 to 1); each task counts once.
 
-    Left out are tasks at chance in both models (named in `left_out`: they only dilute), and everything that
-    is no share. None where fewer than two tasks are left.
+    Items of different tasks are independent: low = mean - sqrt(sum (d_k - low_k)^2) / K. The trainings, which
+    the tasks share, have their spread added after that. Left out are tasks at chance in both models (named in
+    `left_out`: they only dilute), and everything that is no share. None where fewer than two tasks are left.
     """
     shares = [
         task
-        for task, change in compared.items()
-        if first[task].main.is_share and change.main.estimate.low is not None
+        for task in compared
+        if first[task].main.is_share and compared[task].main.estimate.low is not None
     ]
     left_out = {task: "at chance" for task in shares if at_chance(first[task], second[task])}
     tasks = [task for task in shares if task not in left_out]
@@ -217,9 +205,6 @@ def mean_difference(
     return MeanDifference(means[0], means[1], mean, tuple(tasks), left_out)
 
 
-# After quantization
-
-
 def is_loss(result: TaskResult) -> bool:
     """Whether a task is a loss per token, the only kind that differences are fine enough for."""
     metric = result.definitions.get(result.score.main.metric)
@@ -229,12 +214,12 @@ def is_loss(result: TaskResult) -> bool:
 def loss_survival(results: Sequence[Four], resampling: Resampling = DEFAULT) -> LossSurvival:
     """What quantization leaves of the difference in loss, nats per token; results: one four for each seed.
 
-    Raises ValueError when the results do not hold the same items, or for a metric that is no loss per token.
+    full = arm - baseline, quantized = Q(arm) - Q(baseline) and change = quantized - full are ratios of sums
+    over documents that are resampled together, so what makes a document hard, and what rounding costs both
+    alike, cancels. Raises ValueError when the results do not hold the same items.
     """
-    check_same_items([result for four in results for result in four])
+    _check_same_items([result for four in results for result in four])
     first = results[0][0]
-    if not is_loss(first):
-        raise ValueError(f"{first.task}: {first.score.main.metric} is no loss per token")
     metric = first.definitions[first.score.main.metric]
 
     def sums(fours: Sequence[Four]) -> statistics.Sums:
@@ -262,18 +247,16 @@ def verdict(full: Estimate, quantized: Estimate, change: Estimate) -> str:
         0 if not estimate.excludes_zero else 1 if (estimate.low or 0) > 0 else -1
         for estimate in (full, quantized, change)
     )
-    if not before:
-        return "nothing"
-    if not after:
-        return "unclear"
+    if not before or not after:
+        return "unclear" if before else "nothing"
     if after != before:
         return "reversed"
     return "kept" if not moved else "stronger" if moved == before else "weaker"
 
 
-# Power: a two-sided test at 5 % finds a true difference of 2.80 standard errors in 4 of 5 repetitions (Cohen,
-# Statistical Power Analysis, 1988; Miller, Adding Error Bars to Evals, arXiv 2411.00640). Of paired 0/1 items
-# a standard error is sqrt(share / n), share being those that one of the two models alone gets right.
+# Power: a two-sided test at 5 % finds a true difference of 2.80 standard errors 4 times out of 5 (Miller,
+# Adding Error Bars to Evals, arXiv 2411.00640). Of paired 0/1 items one is sqrt(share / n), share being those
+# that one of the two models alone gets right.
 
 POWER_FACTOR = Z95 + Z80
 DIFFERING = 0.06

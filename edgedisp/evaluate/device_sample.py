@@ -220,7 +220,7 @@ def _logprob_differences(
     largest = []  # (nats, tokens, id) of each item
     for item in items:
         pairs = zip(*(loglikelihoods(model, item.requests, side) for side in (host, device)))
-        differences = [(abs(b.sum_logprob - a.sum_logprob), max(1, a.tokens)) for a, b in pairs]
+        differences = [(abs(b.sum_logprob - a.sum_logprob), max(1, len(a.logprobs))) for a, b in pairs]
         largest.append((*max(differences), item.id))
     nats, _, worst = max(largest, key=lambda entry: entry[0])
     return {

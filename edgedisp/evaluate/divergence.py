@@ -22,7 +22,7 @@ class DivergenceMeter:
 
     def __init__(self) -> None:
         self.max_abs_difference = 0.0
-        self._kl: list[NDArray[np.float64]] = []
+        self._kl: list[float] = []
         self._top1 = 0
         self._top5 = 0.0
 
@@ -33,40 +33,29 @@ class DivergenceMeter:
         """
         if reference.shape != logits.shape:
             raise ValueError(f"logits of shape {reference.shape} and {logits.shape} cannot be compared")
-        first, second = (part.reshape(-1, part.shape[-1]) for part in (reference, logits))
-        step = max(1, _CELLS // first.shape[-1])
-        for start in range(0, len(first), step):
-            self._add(first[start : start + step], second[start : start + step])
-
-    @property
-    def kl(self) -> NDArray[np.float64]:
-        """KL(reference || model) of every token added so far, in nats."""
-        return np.concatenate(self._kl) if self._kl else np.zeros(0)
-
-    def result(self) -> Divergence:
-        """The sums over all tokens. Raises ValueError when nothing was added."""
-        kl = self.kl
-        if not len(kl):
-            raise ValueError("no logits were added")
-        median, p90, p99, most = np.quantile(kl, [0.5, 0.9, 0.99, 1.0]).tolist()
-        mean = float(kl.mean())
-        return Divergence(len(kl), mean, median, p90, p99, most, self._top1 / len(kl), self._top5 / len(kl))
-
-    def _add(self, reference: NDArray[Any], logits: NDArray[Any]) -> None:
         for name, part in (("reference", reference), ("other", logits)):
             if not np.isfinite(part).all():
-                raise BuildFailed(
-                    f"divergence: the {name} model gave logits that are not finite (NaN or infinity)"
-                )
-        first, second = reference.astype(np.float64), logits.astype(np.float64)
-        self.max_abs_difference = max(self.max_abs_difference, float(np.abs(first - second).max()))
-        self._top1 += int((first.argmax(axis=-1) == second.argmax(axis=-1)).sum())
-        k = min(5, first.shape[-1])
-        tops = [np.argpartition(part, -k, axis=-1)[:, -k:] for part in (first, second)]
-        self._top5 += float((tops[0][:, :, None] == tops[1][:, None, :]).any(axis=-1).mean(axis=-1).sum())
-        log_p, log_q = log_softmax(first), log_softmax(second)
-        kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
-        self._kl.append(np.maximum(kl, 0.0))  # equal rows can be at -1e-17
+                raise BuildFailed(f"divergence: the {name} model gave logits that are not finite")
+        vocab = logits.shape[-1]
+        step, k = max(1, _CELLS // vocab), min(5, vocab)
+        both = reference.reshape(-1, vocab), logits.reshape(-1, vocab)
+        for start in range(0, len(both[0]), step):
+            first, second = (part[start : start + step].astype(np.float64) for part in both)
+            self.max_abs_difference = max(self.max_abs_difference, float(np.abs(first - second).max()))
+            self._top1 += int((first.argmax(axis=-1) == second.argmax(axis=-1)).sum())
+            tops = [np.argpartition(part, -k, axis=-1)[:, -k:] for part in (first, second)]
+            self._top5 += float((tops[0][:, :, None] == tops[1][:, None, :]).any(axis=-1).mean(axis=-1).sum())
+            log_p, log_q = log_softmax(first), log_softmax(second)
+            kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+            self._kl += np.maximum(kl, 0.0).tolist()  # equal rows can be at -1e-17
+
+    def result(self) -> Divergence:
+        """The figures over all tokens. Raises ValueError when nothing was added."""
+        if not (n := len(self._kl)):
+            raise ValueError("no logits were added")
+        median, p90, p99, most = np.quantile(self._kl, [0.5, 0.9, 0.99, 1.0]).tolist()
+        mean = float(np.mean(self._kl))
+        return Divergence(n, mean, median, p90, p99, most, self._top1 / n, self._top5 / n)
 
 
 def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

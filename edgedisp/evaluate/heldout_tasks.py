@@ -18,7 +18,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,23 +26,10 @@ import numpy as np
 from edgedisp.core.errors import BadInput
 from edgedisp.core.results import TaskScore
 from edgedisp.data import Document
+from edgedisp.evaluate import statistics
 from edgedisp.evaluate.comparison import TaskResult, task_result
-from edgedisp.evaluate.loglikelihood import (
-    DEFAULT_OPTIONS,
-    LanguageModel,
-    Likelihood,
-    ScoreOptions,
-    loglikelihoods,
-)
-from edgedisp.evaluate.statistics import (
-    ACCURACY,
-    BITS_PER_BYTE,
-    DEFAULT,
-    GOLD_BITS_PER_BYTE,
-    PERPLEXITY,
-    Metric,
-    Resampling,
-)
+from edgedisp.evaluate.loglikelihood import LanguageModel, Likelihood, ScoreOptions, loglikelihoods
+from edgedisp.evaluate.statistics import ACCURACY, Metric, Resampling
 from edgedisp.evaluate.tokenization import Request, TextTokenizer, encode_pair, rolling_windows, sentences
 
 CLOZE_CONTEXT = 96  # tokens
@@ -60,14 +47,21 @@ _LAST_WORD = re.compile(r"\s+([^\W\d_]{3,})[.!?]+[\"'”’)\]]*$")
 class Text:
     """Documents and a tokenizer, from which questions are made.
 
-    context: most tokens of a question, the same for every model. perplexity_tokens: most of all windows.
+    context: most tokens of a question, the same for every model. limit: most questions of a task.
+    perplexity_tokens: most tokens of all windows.
     """
 
     tokenizer: TextTokenizer
     documents: Sequence[Document]
     context: int
+    limit: int
     seed: int = 0
     perplexity_tokens: int | None = None
+
+    @property
+    def share(self) -> int:
+        """Most questions from one document, so that they spread over as many documents as there are."""
+        return max(1, math.ceil(self.limit / max(1, len(self.documents))))
 
 
 @dataclass(frozen=True)
@@ -89,24 +83,23 @@ class Question:
 
 @dataclass(frozen=True)
 class HeldoutTask:
-    """build: (text, shuffled documents, limit, rng) -> questions. metrics: the main one first. unit: for
-    messages."""
+    """metrics: the main one first. unit: of a question, for messages."""
 
-    build: Callable[[Text, Sequence[Document], int, np.random.Generator], list[Question]]
+    build: Callable[[Text, np.random.Generator], list[Question]]
     metrics: tuple[Metric, ...]
     unit: str
     chance: float | None = None
 
 
-def build(task: str, text: Text, limit: int) -> list[Question]:
-    """The first `limit` questions of a held-out task. Raises BadInput when the documents hold too few."""
+def build(task: str, text: Text) -> list[Question]:
+    """The questions of a held-out task. Raises BadInput when the documents hold too few."""
     rng = np.random.default_rng([text.seed, list(TASKS).index(task)])
     shuffled = [text.documents[index] for index in rng.permutation(len(text.documents))]
-    questions = TASKS[task].build(text, shuffled, limit, rng)
-    if len(questions) < min(LEAST, limit):
+    questions = TASKS[task].build(replace(text, documents=shuffled), rng)
+    if len(questions) < (least := min(LEAST, text.limit)):
         raise BadInput(
             f"{task}: found {len(questions)} {TASKS[task].unit} in {len(shuffled)} held-out documents, need "
-            f"{min(LEAST, limit)}; hold out more text (data.heldout), or take {task} out of evaluate.tasks"
+            f"{least}; hold out more text (data.heldout), or take {task} out of evaluate.tasks"
         )
     return questions
 
@@ -115,8 +108,8 @@ def score(
     task: str,
     questions: Sequence[Question],
     model: LanguageModel,
-    options: ScoreOptions = DEFAULT_OPTIONS,
-    resampling: Resampling = DEFAULT,
+    options: ScoreOptions,
+    resampling: Resampling,
 ) -> TaskResult:
     """Ask a model the questions that `build` made."""
     likelihoods = loglikelihoods(
@@ -140,41 +133,34 @@ def score(
 
 def _answer(task: str, question: Question, likelihoods: Sequence[Likelihood]) -> dict[str, Any]:
     """The fields of an item: its loss, and of several choices the one with the most likelihood per byte."""
-    gold = likelihoods[question.gold]
-    size = question.sizes[question.gold]
-    fields = {"nll": -gold.sum_logprob, "tokens": gold.tokens, "bytes": size}
+    gold, size = likelihoods[question.gold], question.sizes[question.gold]
+    fields = {"nll": -gold.sum_logprob, "tokens": len(gold.logprobs), "bytes": size}
     if len(likelihoods) == 1:
         return fields | ({"accuracy": int(gold.greedy)} if ACCURACY in TASKS[task].metrics else {})
     by_byte = [likelihood.sum_logprob / size for likelihood, size in zip(likelihoods, question.sizes)]
     best_other = max(value for index, value in enumerate(by_byte) if index != question.gold)
-    choice = int(np.argmax(by_byte))
-    return fields | {
-        "accuracy": int(choice == question.gold),
-        "choice": choice,
-        "gold": question.gold,
-        "margin": by_byte[question.gold] - best_other,
-    }
+    choice, margin = int(np.argmax(by_byte)), by_byte[question.gold] - best_other
+    right = int(choice == question.gold)
+    return fields | {"accuracy": right, "choice": choice, "gold": question.gold, "margin": margin}
 
 
 # Windows
 
 
-def windows(
-    text: Text, documents: Sequence[Document], limit: int, rng: np.random.Generator
-) -> list[Question]:
+def windows(text: Text, rng: np.random.Generator) -> list[Question]:
     """Windows of documents, the first ones of each, within `limit` and (beyond two) the token budget."""
     questions: list[Question] = []
     budget = math.inf if text.perplexity_tokens is None else text.perplexity_tokens
     tokenizer = text.tokenizer
-    for document in documents:
+    for document in text.documents:
         ids = tokenizer.encode(document.text)
         end = 0
         pairs = rolling_windows(ids, text.context, tokenizer.start, tokenizer.bos_token is not None)
         for index, pair in enumerate(pairs):
             start, end = end, end + len(pair[1])
-            if len(questions) == limit or (end - start > budget and len(questions) >= LEAST):
+            if len(questions) == text.limit or (end - start > budget and len(questions) >= LEAST):
                 return questions
-            if index == _per_document(limit, documents):
+            if index == text.share:
                 break
             budget -= end - start
             size = _bytes(text, document, ids, end) - _bytes(text, document, ids, start)
@@ -184,29 +170,26 @@ def windows(
 
 def _bytes(text: Text, document: Document, ids: Sequence[int], end: int) -> int:
     """UTF-8 bytes of the document's first `end` tokens (exact for the whole; half a character counts 3)."""
-    if end in (0, len(ids)):
-        return len(document.text.encode()) if end else 0
-    return len(text.tokenizer.decode(ids[:end]).encode())
+    beginning = document.text if end == len(ids) else text.tokenizer.decode(ids[:end])
+    return len(beginning.encode())
 
 
 # Last words
 
 
-def cloze(text: Text, documents: Sequence[Document], limit: int, rng: np.random.Generator) -> list[Question]:
+def cloze(text: Text, rng: np.random.Generator) -> list[Question]:
     """Last words: those seen earlier in the passage first, at most a fair share from each document."""
-    share = _per_document(limit, documents)
     seen: list[Question] = []
     unseen: list[Question] = []
-    for document in documents:
+    for document in text.documents:
         places = [*_last_words(document.text)]
-        drawn = [places[index] for index in rng.permutation(len(places))[: 8 + 4 * share]]
-        questions = [_last_word(text, document, *place) for place in drawn]
-        questions.sort(key=lambda question: not question.notes["seen"])
-        for question in questions[:share]:
+        drawn = rng.permutation(len(places))[: 8 + 4 * text.share]
+        questions = [_last_word(text, document, *places[index]) for index in drawn]
+        for question in sorted(questions, key=lambda question: not question.notes["seen"])[: text.share]:
             (seen if question.notes["seen"] else unseen).append(question)
-        if len(seen) >= limit:
+        if len(seen) >= text.limit:
             break
-    return [*seen, *unseen][:limit]
+    return [*seen, *unseen][: text.limit]
 
 
 def _last_words(document: str) -> Iterator[tuple[int, list[int], int, str]]:
@@ -236,7 +219,7 @@ def _last_word(
 
 
 class _Sentence(NamedTuple):
-    """A sentence of a document, by its number, and the spans of all of the document's sentences."""
+    """A sentence of a document, by its number, and the spans of all of its sentences."""
 
     document: Document
     number: int
@@ -244,15 +227,12 @@ class _Sentence(NamedTuple):
     spans: list[tuple[int, int]]
 
 
-def continuation(
-    text: Text, documents: Sequence[Document], limit: int, rng: np.random.Generator
-) -> list[Question]:
+def continuation(text: Text, rng: np.random.Generator) -> list[Question]:
     """The next sentence against sentences of nearest length in bytes from three other documents."""
-    share = _per_document(limit, documents)
     pool: list[_Sentence] = []
-    for document in documents:
-        pool += _next_sentences(text, document, 8 + 2 * share, rng)
-        if len(pool) >= max(2000, 4 * limit):
+    for document in text.documents:
+        pool += _next_sentences(text, document, 8 + 2 * text.share, rng)
+        if len(pool) >= max(2000, 4 * text.limit):
             break
     by_document: dict[str, list[int]] = {}
     for index, entry in enumerate(pool):
@@ -260,8 +240,8 @@ def continuation(
     sizes = np.array([len(entry.sentence.encode()) for entry in pool])
     questions: list[Question] = []
     for indices in by_document.values():
-        for index in indices[: _per_document(limit, [*by_document])]:
-            if len(questions) == limit:
+        for index in indices[: math.ceil(text.limit / len(by_document))]:
+            if len(questions) == text.limit:
                 return questions
             others = _nearest(pool, sizes, index, rng)
             if len(others) == CHOICES - 1:
@@ -276,10 +256,8 @@ def _next_sentences(text: Text, document: Document, most: int, rng: np.random.Ge
     result: list[_Sentence] = []
     for index in (rng.permutation(len(spans) - 1) + 1).tolist() if len(spans) > 1 else []:
         sentence = document.text[slice(*spans[index])]
-        if (
-            len(sentence.split()) >= CONTINUATION_WORDS
-            and len(text.tokenizer.encode(" " + sentence)) <= tokens
-        ):
+        is_long = len(sentence.split()) >= CONTINUATION_WORDS
+        if is_long and len(text.tokenizer.encode(" " + sentence)) <= tokens:
             result.append(_Sentence(document, index, sentence, spans))
         if len(result) == most:
             break
@@ -328,19 +306,18 @@ def _fit(
     return tuple(((start_token, *context[max(0, len(context) - room) :]), target) for context, target in best)
 
 
-def _per_document(limit: int, documents: Sequence[object]) -> int:
-    """Most questions from one document, so that they spread over as many documents as there are."""
-    return max(1, math.ceil(limit / max(1, len(documents))))
-
-
-WORD_NLL = Metric("word_nll", "nll", None, "mean", higher_is_better=False)
-
 TASKS: dict[str, HeldoutTask] = {
-    "heldout_perplexity": HeldoutTask(windows, (PERPLEXITY, BITS_PER_BYTE), "windows of text"),
-    "heldout_cloze": HeldoutTask(cloze, (ACCURACY, WORD_NLL), "passages that end in a word"),
+    "heldout_perplexity": HeldoutTask(
+        windows, (statistics.PERPLEXITY, statistics.BITS_PER_BYTE), "windows of text"
+    ),
+    "heldout_cloze": HeldoutTask(
+        cloze,
+        (ACCURACY, Metric("word_nll", "nll", None, "mean", higher_is_better=False)),
+        "passages that end in a word",
+    ),
     "heldout_continuation": HeldoutTask(
         continuation,
-        (ACCURACY, GOLD_BITS_PER_BYTE),
+        (ACCURACY, statistics.GOLD_BITS_PER_BYTE),
         "sentences with three of like length in other documents",
         chance=1 / CHOICES,
     ),

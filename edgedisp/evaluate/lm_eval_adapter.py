@@ -10,6 +10,7 @@ Not supported: chat templates, and tasks that sample, run generated code or look
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,14 +23,8 @@ from edgedisp.core.results import TaskScore
 from edgedisp.evaluate import lm_eval_tasks
 from edgedisp.evaluate.comparison import TaskResult, task_result
 from edgedisp.evaluate.lm_eval_tasks import quiet, refuse_sampling
-from edgedisp.evaluate.loglikelihood import (
-    DEFAULT_OPTIONS,
-    LanguageModel,
-    ScoreOptions,
-    loglikelihoods,
-    name_of,
-)
-from edgedisp.evaluate.statistics import DEFAULT, Resampling
+from edgedisp.evaluate.loglikelihood import LanguageModel, ScoreOptions, loglikelihoods, name_of
+from edgedisp.evaluate.statistics import Resampling
 from edgedisp.evaluate.tokenization import Request, TextTokenizer, encode_pair, rolling_windows
 
 MAX_NEW_TOKENS = 256  # lm-eval's own default for tasks that name no limit
@@ -37,17 +32,16 @@ _FIRST_BLOCK = 32  # tokens generated before the first look for a stop string
 
 
 class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
-    """The model side of lm-eval. truncated: requests whose context was cut on the left so far; cut: the items
-    of these, (task, number)."""
+    """The model side of lm-eval. cut: (task, item) -> how many of its requests lost context on the left."""
 
     def __init__(
-        self, model: LanguageModel, tokenizer: TextTokenizer, options: ScoreOptions = DEFAULT_OPTIONS
+        self, model: LanguageModel, tokenizer: TextTokenizer, options: ScoreOptions | None = None
     ) -> None:
         super().__init__()
-        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.model, self.tokenizer = model, tokenizer
+        self.options = options or ScoreOptions(tokenizer.bos_token)
         self.bos = [] if tokenizer.bos_token is None else [tokenizer.bos_token]
-        self.truncated = 0
-        self.cut: set[tuple[str | None, int | None]] = set()
+        self.cut: Counter[tuple[str | None, int | None]] = Counter()
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(sum of log-probabilities, all greedy) of each (context, continuation) text pair."""
@@ -81,8 +75,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
 
     def _score(self, instances: Sequence[Instance]) -> list[tuple[float, bool]]:
         groups = [self.token_requests(instance) for instance in instances]
-        options = ScoreOptions(self.tokenizer.bos_token, self.options.cache, self.options.progress)
-        scored = iter(loglikelihoods(self.model, [pair for group in groups for pair in group], options))
+        scored = iter(loglikelihoods(self.model, [pair for group in groups for pair in group], self.options))
         results = []
         for instance, group in zip(instances, groups):
             parts = [next(scored) for _ in group]
@@ -91,9 +84,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
         return results
 
     def _count_cut(self, instance: Instance, times: int) -> None:
-        if times:
-            self.truncated += times
-            self.cut.add((instance.task_name, instance.doc_id))
+        self.cut[instance.task_name, instance.doc_id] += times
 
     def _generate(self, instance: Instance, prompt: str, options: dict[str, Any]) -> str:
         refuse_sampling("a task", options)
@@ -134,28 +125,24 @@ def score(
     model: HarnessModel,
     name: str,
     tasks: Mapping[str, Any],
-    limit: int | None = None,
-    resampling: Resampling = DEFAULT,
+    limit: int,
+    resampling: Resampling,
 ) -> TaskResult:
-    """Score a loaded task, or the tasks of a group as one result. resampling: its seed is also the tasks'.
-
-    limit: only the first items, of each task of a group as many as make at least so many together.
-    """
-    before = model.truncated
+    """Score the first items of a loaded task, or of the tasks of a group as one result (`limit` together, at
+    least). The seed of `resampling` is also the tasks'."""
+    before = model.cut.total()
     items: list[dict[str, Any]] = []
     aggregates: dict[str, Any] = {}
     for task_name, task in tasks.items():
         task.set_fewshot_seed(seed=resampling.seed)
+        loaded: Any = {"tasks": {task_name: task}, "groups": {}, "group_map": {}}
         with quiet(resampling.seed):
-            loaded: Any = {"tasks": {task_name: task}, "groups": {}, "group_map": {}}
-            result: Any = evaluate(
-                lm=model, task_dict=loaded, limit=_share(limit, tasks), bootstrap_iters=0, log_samples=True
-            )
+            result: Any = evaluate(model, loaded, limit=math.ceil(limit / len(tasks)), bootstrap_iters=0)
         items += _items(task_name, task, result["samples"][task_name], model)
         aggregates = result["results"][task_name]
     metrics, whole = lm_eval_tasks.task_metrics(next(iter(tasks.values())), aggregates, items)
     chance = lm_eval_tasks.chance(metrics, items)
-    task_score = TaskScore(name, whole if len(tasks) == 1 else {}, chance, model.truncated - before)
+    task_score = TaskScore(name, whole if len(tasks) == 1 else {}, chance, model.cut.total() - before)
     return task_result(task_score, items, metrics, resampling)
 
 
@@ -170,7 +157,7 @@ def item_requests(
     for name, task in tasks.items():
         task.set_fewshot_seed(seed=seed)
         with quiet(seed):
-            task.build_all_requests(limit=_share(limit, tasks))
+            task.build_all_requests(limit=math.ceil(limit / len(tasks)))
         kinds = {instance.request_type for instance in task.instances}
         if "generate_until" in kinds:
             raise BadInput(f"--score {name}: needs generated text; on a device only likelihoods are scored")
@@ -181,10 +168,6 @@ def item_requests(
     return {item: tuple(pairs) for item, pairs in requests.items()}
 
 
-def _share(limit: int | None, tasks: Mapping[str, Any]) -> int | None:
-    return None if limit is None else math.ceil(limit / len(tasks))
-
-
 def _items(name: str, task: Any, samples: list[dict[str, Any]], model: HarnessModel) -> list[dict[str, Any]]:
     """lm-eval's samples (one per item and filter) -> one item each, with a hash of what was asked: of a cut
     or rolling text that depends on the context."""
@@ -192,7 +175,7 @@ def _items(name: str, task: Any, samples: list[dict[str, Any]], model: HarnessMo
     for sample in samples:
         number = sample["doc_id"]
         hashes: tuple[Any, ...] = (sample["doc_hash"], sample["prompt_hash"], sample["target_hash"])
-        if task.OUTPUT_TYPE == "loglikelihood_rolling" or (name, number) in model.cut:
+        if task.OUTPUT_TYPE == "loglikelihood_rolling" or model.cut[name, number]:
             hashes += (model.model.context, model.tokenizer.bos_token)
         item = items.setdefault(number, {"id": f"{name}#{number}", "document": f"{name}#{number}"})
         item["asked"] = name_of(hashes)[:16]

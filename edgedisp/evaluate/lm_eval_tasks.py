@@ -78,7 +78,7 @@ def load(names: Sequence[str], tasks_path: Path | None, seed: int = 0) -> tuple[
         index = task_index(names, tasks_path)
         for name in names:
             try:
-                found = index.load([name])
+                entry = index.load([name])
             except Exception as problem:  # of a YAML, Python that it names, or its data: a user's choice
                 message = (
                     f"{name} cannot be loaded: {type(problem).__name__}: {problem}. Without a hub use the "
@@ -90,10 +90,10 @@ def load(names: Sequence[str], tasks_path: Path | None, seed: int = 0) -> tuple[
                     raise BadInput(f"evaluate.tasks: {message}") from problem
                 missing[name] = message
                 continue
-            tasks = dict(found["tasks"])
+            tasks = dict(entry["tasks"])
             for task_name, task in tasks.items():
                 _check(task_name, task)
-            is_one = name in found["groups"] and _scored_alike([*tasks.values()])
+            is_one = name in entry["groups"] and _scored_alike([*tasks.values()])
             loaded |= {name: tasks} if is_one else {each: {each: task} for each, task in tasks.items()}
     return loaded, missing
 
@@ -118,22 +118,15 @@ def refuse_sampling(where: str, options: Mapping[str, Any]) -> None:
 
 def _scored_alike(tasks: Sequence[Any]) -> bool:
     """Whether tasks can be one result: the same kind of output and metrics, one of them at least by items."""
-    for task in tasks:
-        if not any(_metric(task, name) for name in task.aggregation()):
-            return False
-    return len({(task.OUTPUT_TYPE, frozenset(task.aggregation().items())) for task in tasks}) == 1
+    kinds = {(task.OUTPUT_TYPE, frozenset(task.aggregation().items())) for task in tasks}
+    return len(kinds) == 1 and any(_metric(tasks[0], name) for name in tasks[0].aggregation())
 
 
-# Metrics and items
-
-
-def _metric(task: Any, name: str, filter_name: str = "") -> Metric | None:
+def _metric(task: Any, name: str, filter_name: str = "none") -> Metric | None:
     """A metric of a task as one over items; None for an aggregate that cannot be made of them."""
     function = task.aggregation().get(name)
-    aggregation = next((key for key, known in AGGREGATION_REGISTRY.items() if known is function), None)
-    better = bool(task.higher_is_better().get(name, True))
-    label = _label(name, filter_name)
-    match aggregation:
+    label, better = _label(name, filter_name), bool(task.higher_is_better().get(name, True))
+    match next((key for key, known in AGGREGATION_REGISTRY.items() if known is function), None):
         case "mean":
             return Metric(label, label, None, "mean", better)
         case "perplexity":
@@ -202,7 +195,7 @@ def task_metrics(
             whole[label] = Score(label, estimate, bool(task.higher_is_better().get(name, True)))
 
     def is_loss(metric: Metric) -> bool:
-        is_share = metric.may_be_share and metric.higher_is_better
+        is_share = metric.is_mean and metric.higher_is_better
         return not is_share or not all(0 <= item[metric.numerator] <= 1 for item in items)
 
     by_items.sort(key=is_loss)  # LAMBADA has a loss first

@@ -2,9 +2,8 @@
 
 Each sequence is computed alone by the model as it ships. Nothing is padded, packed or shared, so a score
 depends neither on the other requests nor on their order: in int8 arithmetic a sum in another order can move a
-log-probability by a tenth. Sequences run side by side where the model says how many may. Log-softmax is
-reduced in float64. Scores are cached in one SQLite file by model and tokens, so an interrupted scoring
-continues, and an added task costs only itself.
+log-probability by a tenth. Scores are cached in one SQLite file by model and tokens, so an interrupted
+scoring continues, and an added task costs only itself.
 """
 
 from __future__ import annotations
@@ -73,9 +72,10 @@ class ScoreCache:
         values: dict[str, Any] = {}
         for start in range(0, len(names), _NAMES_PER_QUERY):
             part = names[start : start + _NAMES_PER_QUERY]
-            query = "SELECT item, found FROM scores WHERE model = ? AND item IN "
+            marks = ",".join("?" * len(part))
+            query = f"SELECT item, found FROM scores WHERE model = ? AND item IN ({marks})"
             with self._errors():
-                rows = self._connection.execute(f"{query} ({','.join('?' * len(part))})", (self.model, *part))
+                rows = self._connection.execute(query, (self.model, *part))
                 values |= {name: json.loads(text) for name, text in rows}
         return values
 
@@ -94,8 +94,7 @@ class ScoreCache:
             yield
         except sqlite3.OperationalError as problem:
             raise BuildFailed(
-                f"{self.path}: scores cannot be stored there ({problem}); finished ones are safe, and the "
-                "same command continues"
+                f"{self.path}: scores cannot be stored ({problem}); the same command continues"
             ) from problem
         except sqlite3.Error as problem:
             raise BadInput(
@@ -107,6 +106,11 @@ class ScoreCache:
 def name_of(content: Any) -> str:
     """The name in a cache of anything with a faithful repr, such as a request of token ids: its hash."""
     return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+Fitted = tuple[tuple[int, ...], tuple[int, ...]]
+"""A request cut to the context of a model."""
+Score = tuple[tuple[float, ...], bool]
 
 
 @dataclass(frozen=True)
@@ -121,14 +125,6 @@ class Likelihood:
     @property
     def sum_logprob(self) -> float:
         return float(np.sum(self.logprobs))
-
-    @property
-    def tokens(self) -> int:
-        return len(self.logprobs)
-
-
-Fitted = tuple[tuple[int, ...], tuple[int, ...]]
-"""A request cut to the context of a model."""
 
 
 @dataclass(frozen=True)
@@ -151,58 +147,55 @@ def loglikelihoods(
     A request longer than the model's context is cut (`fitted`). An empty continuation has probability 1.
     Raises BuildFailed when the model gives logits that are not finite, ValueError as `fitted` does.
     """
+    cache = options.cache
     fits = [fitted(model, request, options.bos_token) for request in requests]
-    scores: dict[Fitted, tuple[tuple[float, ...], bool]]
-    scores = {request: ((), True) for request, _ in fits if not request[1]}
+    scores: dict[Fitted, Score] = {request: ((), True) for request, _ in fits if not request[1]}
     names = {request: name_of(request) for request, _ in fits if request not in scores}
     total = len(scores) + len(names)
-    if options.cache is not None:
-        cached = options.cache.read([*names.values()])
-        earlier = {request: cached[name] for request, name in names.items() if name in cached}
-        scores |= {request: (tuple(logprobs), greedy) for request, (logprobs, greedy) in earlier.items()}
+    cached = {} if cache is None else cache.read([*names.values()])
     rows: dict[tuple[int, ...], list[Fitted]] = {}
-    for request in names:
-        if request not in scores:  # choices of one token share their row
+    for request, name in names.items():
+        if name in cached:
+            logprobs, greedy = cached[name]
+            scores[request] = tuple(logprobs), greedy
+        else:  # choices of one token share their row
             rows.setdefault((*request[0], *request[1][:-1]), []).append(request)
 
-    def score(row: tuple[int, ...]) -> list[tuple[Fitted, tuple[tuple[float, ...], bool]]]:
+    def score(row: tuple[int, ...]) -> dict[Fitted, Score]:
         logits = model.logits(np.array(row, np.int64), max(len(target) for _, target in rows[row]))
-        return [
-            (request, _score(logits[len(logits) - len(request[1]) :], request[1])) for request in rows[row]
-        ]
+        return {request: _score(logits[len(logits) - len(request[1]) :], request[1]) for request in rows[row]}
 
     room = LOGITS_BYTES // (4 * model.vocab_size * max(map(len, rows), default=1))
     parallel = max(1, min(model.parallel, room))
     pool = ThreadPoolExecutor(parallel)
-    unwritten: dict[str, Any] = {}
+    unwritten: dict[str, Score] = {}
     written_at = time.monotonic()
     try:
         for scored in map(score, rows) if parallel == 1 else pool.map(score, rows):
             scores |= scored
-            unwritten |= {names[request]: result for request, result in scored}
-            if options.cache is not None and time.monotonic() - written_at > _WRITE_EVERY_S:
-                options.cache.write(unwritten)
+            unwritten |= {names[request]: result for request, result in scored.items()}
+            if cache is not None and time.monotonic() - written_at > _WRITE_EVERY_S:
+                cache.write(unwritten)
                 unwritten, written_at = {}, time.monotonic()
             options.progress(len(scores), total, "requests")
     finally:  # an interrupted scoring continues
         pool.shutdown(cancel_futures=True)
-        if options.cache is not None and unwritten:
-            options.cache.write(unwritten)
+        if cache is not None and unwritten:
+            cache.write(unwritten)
     return [Likelihood(*scores[request], dropped) for request, dropped in fits]
 
 
 def fitted(model: LanguageModel, request: Request, bos_token: int | None = None) -> tuple[Fitted, int]:
     """The request as the model reads it, and how many tokens were cut off on the left of its context.
 
-    The continuation is never cut, and its last token is not read, only predicted. A context that begins with
+    The continuation is never cut, and its last token is only predicted. A context that begins with
     `bos_token` keeps it. Raises ValueError for a continuation that alone is longer than the model's context
     (cut it with `rolling_windows`), an empty context, and a token outside the vocabulary.
     """
     context, continuation = tuple(request[0]), tuple(request[1])
     if len(continuation) > model.context:
         raise ValueError(
-            f"a continuation of {len(continuation)} tokens does not fit the model's context of "
-            f"{model.context}; cut it with rolling_windows"
+            f"a continuation of {len(continuation)} tokens exceeds the model's context of {model.context}"
         )
     if continuation and not context:
         raise ValueError("an empty context: put a token before the text, such as end-of-text")
@@ -215,8 +208,9 @@ def fitted(model: LanguageModel, request: Request, bos_token: int | None = None)
     return (context[cut:], continuation), cut
 
 
-def _score(logits: NDArray[np.float32], targets: Sequence[int]) -> tuple[tuple[float, ...], bool]:
-    """logits [tokens, vocab] that predict `targets` -> their log-probabilities, all greedy?"""
+def _score(logits: NDArray[np.float32], targets: Sequence[int]) -> Score:
+    """logits [tokens, vocab] that predict `targets` -> their log-probabilities (summed in float64), all
+    greedy?"""
     logprobs: list[float] = []
     greedy = True
     for start in range(0, len(targets), _POSITIONS):
@@ -227,9 +221,7 @@ def _score(logits: NDArray[np.float32], targets: Sequence[int]) -> tuple[tuple[f
         total = np.exp(part - peak).sum(axis=-1, dtype=np.float64)
         values = right - peak[:, 0].astype(np.float64) - np.log(total)
         if not np.isfinite(values).all():
-            raise BuildFailed(
-                "scoring: the model gave logits that are not finite (NaN or infinity); its weights are broken"
-            )
+            raise BuildFailed("scoring: the model gave logits that are not finite; its weights are broken")
         logprobs += values.tolist()
         greedy = greedy and bool((part.argmax(axis=-1) == ids).all())
     return tuple(logprobs), greedy

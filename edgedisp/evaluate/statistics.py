@@ -1,13 +1,9 @@
 """How sure a score is, and whether two models differ: intervals and tests over the items of a task.
 
 Documents are resampled (a clustered bootstrap), since items of one document depend on one another, and both
-models together (paired), since what makes an item hard is common to both. Accuracies have Wilson's interval;
-a difference of 0/1 items is never narrower than Tango's score interval, because the bootstrap of a handful of
-disagreements is too sure of itself. Tests: exact McNemar for 0/1 items with a document each, else the models
-are swapped at random by document.
-
-With n training seeds an item's score is its mean over the trainings. The items' interval and the spread of
-the n values are combined on each side (MOVER: Zou and Donner, Statistics in Medicine 27, 2008):
+models together (paired), since what makes an item hard is common to both. With n training seeds an item's
+score is its mean over the trainings; the items' interval and the spread of the n values are combined on each
+side (MOVER: Zou and Donner, Statistics in Medicine 27, 2008):
 
     half-width = sqrt(items^2 + seeds^2),   seeds = t(n - 1) * sd / sqrt(n)
 """
@@ -69,8 +65,8 @@ class Metric:
         return ratio / math.log(2) if self.scale == "bits" else ratio
 
     @property
-    def may_be_share(self) -> bool:
-        """Whether it can be a share of 0/1 items."""
+    def is_mean(self) -> bool:
+        """Whether it is a plain mean of items, such as a share of 0/1 items."""
         return self.denominator is None and self.scale == "mean"
 
 
@@ -88,16 +84,14 @@ class Parts:
     """
 
     def __init__(self, trainings: Sequence[Items], metric: Metric) -> None:
-        items = trainings[0]
+        items, weight = trainings[0], metric.denominator
         if not items:
             raise ValueError(f"no items to compute {metric.name} from")
-        self.n, self.metric = len(items), metric
+        self.n = len(items)
         tables = [[item[metric.numerator] for item in training] for training in trainings]
         self.by_training: Floats = np.array(tables, dtype=np.float64)
         self.numerator: Floats = np.array([fmean(values) for values in zip(*tables)])
-        self.denominator: Floats = np.ones(self.n)
-        if metric.denominator is not None:
-            self.denominator = np.array([item[metric.denominator] for item in items], dtype=np.float64)
+        self.denominator: Floats = np.array([item[weight] if weight else 1.0 for item in items], np.float64)
         finite = np.isfinite(self.numerator).all() and np.isfinite(self.denominator).all()
         if not (finite and (self.denominator > 0).all()):
             raise ValueError(f"{metric.name}: a part of an item is not a finite number, or weighs 0")
@@ -106,7 +100,7 @@ class Parts:
         self.documents = len(indices)
         both = self.numerator, self.denominator
         self.by_document: Sums = tuple(np.bincount(index, part).astype(np.float64) for part in both)
-        self.is_binary = metric.may_be_share and bool(np.isin(self.numerator, (0.0, 1.0)).all())
+        self.is_binary = metric.is_mean and bool(np.isin(self.numerator, (0.0, 1.0)).all())
 
     def value(self, metric: Metric) -> float:
         return float(metric.of(self.numerator.sum(), self.denominator.sum()))
@@ -116,35 +110,25 @@ class Parts:
         return [float(metric.of(part.sum(), self.denominator.sum())) for part in self.by_training]
 
 
-def aligned(trainings: Sequence[Items], metric: Metric) -> list[Items]:
-    """All lists in the order of the first.
-
-    Raises ValueError when they do not hold the same items, naming some that are missing, or when an item
-    belongs to other documents or weighs differently in two lists.
-    """
-    first, weight = trainings[0], metric.denominator
-    tables = [{str(item["id"]): item for item in items} for items in trainings]
-    if any(len(table) != len(items) for table, items in zip(tables, trainings)):
-        raise ValueError("two items of one list have the same id")
-    for table in tables[1:]:
-        if unmatched := sorted(table.keys() ^ tables[0].keys()):
-            shown = ", ".join(unmatched[:5])
-            raise ValueError(f"{len(unmatched)} items are missing from one of the lists: {shown}")
-        for name, item in tables[0].items():
-            if table[name]["document"] != item["document"]:
-                raise ValueError(f"item {name} belongs to different documents in two lists")
-            if weight is not None and table[name][weight] != item[weight]:
-                raise ValueError(f"{metric.name}: item {name} weighs differently in two lists")
-    return [first, *([table[name] for name in tables[0]] for table in tables[1:])]
+def _check_same_items(lists: Sequence[Items], metric: Metric) -> None:
+    weight = metric.denominator or "document"
+    keys = [[(item["id"], item["document"], item[weight]) for item in items] for items in lists]
+    for other in keys[1:]:
+        if unlike := sorted({str(key[0]) for key in set(other) ^ set(keys[0])}):
+            shown = ", ".join(unlike[:5])
+            raise ValueError(f"{metric.name}: only the same items can be paired; these differ: {shown}")
+        if other != keys[0]:
+            raise ValueError(f"{metric.name}: items can only be paired in the same order")
 
 
 def score(trainings: Sequence[Items], metric: Metric = VALUE, resampling: Resampling = DEFAULT) -> Estimate:
-    """One model's score; `trainings`: the items of each of its training seeds, with one or several.
+    """One model's score; `trainings`: the items of each of its training seeds.
 
-    The interval is None, with `reason`, where there is a single document. Raises ValueError for no items and
-    for trainings that do not hold the same ones.
+    The interval is Wilson's for 0/1 items, else the bootstrap's, and None, with `reason`, of one document.
+    Raises ValueError for no items and for trainings that do not hold the same ones.
     """
-    parts = Parts(aligned(trainings, metric), metric)
+    _check_same_items(trainings, metric)
+    parts = Parts(trainings, metric)
     estimate = interval(parts.by_document, metric.of, parts.value(metric), resampling)
     estimate = replace(estimate, n=parts.n)
     if parts.is_binary:
@@ -160,11 +144,11 @@ def difference(
 ) -> Difference:
     """The paired difference second - first over the same items; one pair (first, second) a training seed.
 
-    `nats`, for a perplexity, is the difference of the mean loss. Raises ValueError when the lists do not hold
-    the same items.
+    `nats`, for a perplexity, is the difference of the mean loss. The test is McNemar's for 0/1 items with a
+    document each, else random swaps by document. Raises ValueError when the lists do not hold the same items.
     """
-    lists = aligned([pair[side] for side in (0, 1) for pair in pairs], metric)
-    before, after = Parts(lists[: len(pairs)], metric), Parts(lists[len(pairs) :], metric)
+    _check_same_items([items for pair in pairs for items in pair], metric)
+    before, after = (Parts([pair[side] for pair in pairs], metric) for side in (0, 1))
     sums = (*before.by_document, *after.by_document)
 
     def change(of: Metric, *least: tuple[float, float]) -> Estimate:
@@ -175,7 +159,7 @@ def difference(
         by_seed = [second - first for first, second in zip(before.values(of), after.values(of))]
         return combined(replace(estimate, n=before.n), by_seed)
 
-    estimate = change(metric, *_mean_tango(before, after))
+    estimate = change(metric, *(_mean_tango(before, after) if metric.is_mean else ()))
     nats = change(replace(metric, scale="mean")) if metric.scale == "exp" else None
     counts = None
     if before.is_binary and after.is_binary:
@@ -205,10 +189,10 @@ def disagreements(first: Floats, second: Floats) -> tuple[int, int]:
 
 
 def _mean_tango(before: Parts, after: Parts) -> list[tuple[float, float]]:
-    """For 0/1 items the mean of the trainings' Tango intervals, which is what would hold if the seeds shared
-    all of their luck with the items."""
-    both = np.stack([before.by_training, after.by_training], axis=1)
-    if not before.metric.may_be_share or not np.isin(both, (0.0, 1.0)).all():
+    """For 0/1 items the mean of the trainings' Tango intervals, as if the seeds shared all of their luck with
+    the items: the bootstrap of a handful of disagreements is too sure of itself."""
+    both = [*zip(before.by_training, after.by_training)]
+    if not np.isin(both, (0.0, 1.0)).all():
         return []
     lows, highs = zip(*(tango(*disagreements(*pair), before.n) for pair in both))
     return [(fmean(lows), fmean(highs))]

@@ -103,9 +103,7 @@ def check_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> None:
     if not tasks:
         raise BadInput(f"evaluate.tasks is empty; choose from {choices}, or lm-eval task names")
     if tasks_path is not None and not tasks_path.is_dir():
-        raise BadInput(
-            f"evaluate.tasks_path: {tasks_path} is no folder; name one that holds lm-eval task YAML"
-        )
+        raise BadInput(f"evaluate.tasks_path: {tasks_path} is no folder of lm-evaluation-harness tasks")
     harness_names = [task for task in expand(tasks) if task not in heldout_tasks.TASKS]
     if not harness_names:
         return
@@ -118,9 +116,8 @@ def check_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> None:
             'pip install "edgedisp[bench]"'
         )
     folders = [Path(location) / "tasks" for location in spec.submodule_search_locations]
-    paths = [
-        path for folder in (tasks_path, *folders) if folder is not None for path in folder.rglob("*.yaml")
-    ]
+    folders += [] if tasks_path is None else [tasks_path]
+    paths = [path for folder in folders for path in folder.rglob("*.yaml")]
     texts = (path.read_text(encoding="utf-8", errors="replace") for path in paths)
     if set(harness_names) <= {name for text in texts for name in _NAME.findall(text)}:
         return
@@ -156,11 +153,10 @@ def prepare(
     """
     check_tasks(options.tasks, options.tasks_path)
     encoder = TextTokenizer(tokenizer, end_of_text, bos_token)
-    text = Text(encoder, documents, options.context, options.seed, options.perplexity_tokens)
+    limits = options.context, options.limit, options.seed, options.perplexity_tokens
+    text = Text(encoder, documents, *limits)
     names = expand(options.tasks)
-    questions = {
-        name: heldout_tasks.build(name, text, options.limit) for name in names if name in heldout_tasks.TASKS
-    }
+    questions = {name: heldout_tasks.build(name, text) for name in names if name in heldout_tasks.TASKS}
     harness_tasks: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
     if harness_names := [name for name in names if name not in questions]:

@@ -165,7 +165,7 @@ def test_a_long_prompt_is_cut_on_the_left_and_keeps_half_of_the_context() -> Non
     prompt = "the quick brown fox jumps over the lazy dog"
     adapter = harness(model)
     adapter.generate_until([Instance("generate_until", {}, (prompt, {"max_gen_toks": 8}), 0, ("t", 0, 1))])
-    assert adapter.truncated == 1
+    assert adapter.cut.total() == 1
     for text, most in ((prompt, 256), ("fox", 256)):
         generate(model, text, max_gen_toks=most)
     assert [Letters().decode(ids) for ids in model.prompts] == [prompt[-24:], prompt[-16:], "fox"]

@@ -27,7 +27,6 @@ def test_scores_equal_the_closed_form_and_come_in_request_order(parallel: int) -
     options = ScoreOptions(progress=lambda done, total, note: progress.append(done))
     for request, found in zip(requests, loglikelihoods(model, requests, options=options), strict=True):
         assert found.logprobs == pytest.approx(model.logprobs(*request), abs=1e-6)
-        assert found.tokens == len(request[1])
     assert progress == sorted(progress) and progress[-1] == len(requests)
 
 
@@ -58,13 +57,13 @@ def test_too_long_a_context_is_cut_on_the_left_and_keeps_its_bos_token() -> None
     found = loglikelihoods(model, [request], ScoreOptions(bos_token=1))[0]
     assert model.rows == [(1, 5, 6, 7, 8, 9, 2, 4)] and found.dropped == 3
     (empty,) = loglikelihoods(model, [([1, 2], [])])  # an empty continuation is certain
-    assert (empty.sum_logprob, empty.tokens, empty.greedy) == (0.0, 0, True) and len(model.rows) == 1
+    assert (empty.logprobs, empty.sum_logprob, empty.greedy) == ((), 0.0, True) and len(model.rows) == 1
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (([1], [2] * 9), "continuation of 9 tokens does not fit the model's context of 8"),
+        (([1], [2] * 9), "continuation of 9 tokens exceeds the model's context of 8"),
         (([1], [99]), "token 99 is outside"),
         (([], [5]), "an empty context"),
     ],

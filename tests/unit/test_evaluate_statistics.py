@@ -116,8 +116,13 @@ def test_accuracies_carry_wilsons_interval_the_exact_test_and_the_counts() -> No
     assert found.estimate.p == mcnemar(1, 5)
     low, high = tango(1, 5, 10)
     assert found.estimate.low <= low < found.estimate.value < high <= found.estimate.high
-    halves = pair_of(values([0.5] * 4), values([0, 1, 1, 1]))  # parts of an answer: neither count nor test
-    assert (halves.only_first, halves.only_second, halves.test) == (None, None, "document_swap")
+    halves = values([0.5] * 4), values([0, 1, 1, 1])  # parts of an answer: neither count nor Tango's interval
+    found = pair_of(*halves)
+    assert (found.only_first, found.only_second, found.test) == (None, None, "document_swap")
+    weighed = pair_of(
+        *([{**item, "one": 1} for item in side] for side in halves), metric=Metric("v", denominator="one")
+    )
+    assert found.estimate == weighed.estimate
 
 
 def test_clustered_accuracies_are_tested_by_document_and_no_narrower_than_wilson() -> None:
@@ -158,10 +163,9 @@ def test_items_of_one_document_do_not_count_as_independent() -> None:
     assert (together.n, together.documents) == (300, 30)
 
 
-def test_pairing_aligns_items_by_id_and_sees_what_two_separate_intervals_hide() -> None:
+def test_pairing_sees_what_two_separate_intervals_hide() -> None:
     first, second = losses(np.random.default_rng(1), 40, 2, -0.05, 0.02)
     found: Any = pair_of(first, second, metric=PERPLEXITY)
-    assert pair_of(first, second[::-1], metric=PERPLEXITY) == found
     means = [sum(i["nll"] for i in arm) / sum(i["tokens"] for i in arm) for arm in (first, second)]
     assert found.estimate.value == pytest.approx(math.exp(means[1]) - math.exp(means[0]))
     assert (found.first, found.second) == pytest.approx((math.exp(means[0]), math.exp(means[1])))
@@ -176,23 +180,24 @@ def test_pairing_aligns_items_by_id_and_sees_what_two_separate_intervals_hide() 
 
 def test_unlike_items_are_refused_by_name() -> None:
     items = binary([0, 1, 1])
-    for pair in ((items, items[:2]), (items[:2], items)):
-        with pytest.raises(ValueError, match="1 items are missing from one of the lists: i2"):
-            difference([pair])
-    with pytest.raises(ValueError, match="i1 belongs to different documents"):
-        pair_of(items, [items[0], {**items[1], "document": "other"}, items[2]])
-    with pytest.raises(ValueError, match="same id"):
-        pair_of([*items, items[0]], items)
-    with pytest.raises(ValueError, match="no items"):
-        pair_of([], [])
-    with pytest.raises(ValueError, match="missing"):
-        score([items, items[1:]])
-    first, second = losses(np.random.default_rng(0), 3, 1, 0, 0)
-    with pytest.raises(ValueError, match="weighs differently"):
-        pair_of(first, [{**item, "tokens": 5} for item in second], metric=PERPLEXITY)
+    moved = [items[0], {**items[1], "document": "other"}, items[2]]
+    for first, second, message in (
+        (items, items[:2], "only the same items can be paired; these differ: i2"),
+        (items[:2], items, "these differ: i2"),
+        (items, moved, "these differ: i1"),
+        (items, items[::-1], "in the same order"),
+        ([], [], "no items"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pair_of(first, second)
+    with pytest.raises(ValueError, match="these differ: i2"):
+        score([items, items[:2]])
+    losses_, _ = losses(np.random.default_rng(0), 3, 1, 0, 0)
+    with pytest.raises(ValueError, match=r"these differ: 0\.0, 1\.0, 2\.0"):
+        pair_of(losses_, [{**item, "tokens": 5} for item in losses_], metric=PERPLEXITY)
     for broken in ({"nll": math.nan}, {"tokens": 0}, {"tokens": math.inf}):
         with pytest.raises(ValueError, match="not a finite number, or weighs 0"):
-            score([[{**first[0], **broken}, *first[1:]]], PERPLEXITY)
+            score([[{**losses_[0], **broken}, *losses_[1:]]], PERPLEXITY)
 
 
 def test_the_swap_test_is_the_exact_permutation_test() -> None:
@@ -230,6 +235,7 @@ def test_degenerate_input_gives_no_nan() -> None:
     assert not score([first[:1]], PERPLEXITY).has_interval and score([binary([1] * 4)]).high == 1.0
     assert score([binary([1])]).has_interval  # Wilson's needs no second document
     huge = score([[{"id": k, "document": k, "nll": 1e6, "tokens": 1} for k in range(3)]], PERPLEXITY)
+    assert huge.value == math.exp(700)
     for found in (equal, same, single, huge):
         json.dumps(to_json(found), allow_nan=False)
 
