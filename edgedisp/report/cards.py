@@ -6,15 +6,13 @@ licence is claimed, because a derived model's licence follows from its base and 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from edgedisp.core.results import BASELINE
 from edgedisp.core.run import Run
-from edgedisp.report import formatting as fmt
-from edgedisp.report.layout import Grid, grid_markdown, template
+from edgedisp.report.layout import fill_markdown
 from edgedisp.report.result_sections import technique_text
 from edgedisp.report.results_table import table, table_markdown
 from edgedisp.report.run_sections import sources_text
@@ -28,7 +26,7 @@ def model_card(run: Run, name: str) -> str:
     replica = run.replicas.get(name)
     arm = replica.arm if replica else name
     title = f"{run.title}, {arm} arm" + (f", seed {replica.seed}" if replica else "")
-    return _fill(
+    return fill_markdown(
         "model_card.md.j2", **_about(run, arm, name), title=title, results=table_markdown(table(run))
     )
 
@@ -48,10 +46,7 @@ def bundle_card(manifest: Manifest, name: str, run: Run | None = None) -> str:
         content = {**_about(run, arm, arm), "title": f"{run.title}, {arm} arm", "results": results}
     content["library"] = "transformers.js" if list(layouts) == ["transformers.js"] else "onnx"
     content["tags"] = [*content.get("tags", ["edgedisp"]), "onnx"]
-    origin = grid_markdown(Grid(("what", "value"), _origin(manifest)))
-    return _fill(
-        "bundle_card.md.j2", **content, manifest=manifest, layouts=layouts, licence=base, origin=origin
-    )
+    return fill_markdown("bundle_card.md.j2", **content, manifest=manifest, layouts=layouts, licence=base)
 
 
 def _about(run: Run, arm: str, name: str) -> dict[str, Any]:
@@ -68,40 +63,6 @@ def _about(run: Run, arm: str, name: str) -> dict[str, Any]:
         "library": "transformers",
         "tags": ["edgedisp", *(["dispersion-loss"] if disperses else [])],
         "sentence": verdict(run).sentence,
-        "settings": _settings(run, arm, name),
+        "training": run.trainings(arm).get(name),
+        "sources": sources_text(run.corpus),
     }
-
-
-def _settings(run: Run, arm: str, name: str) -> str:
-    """The table of what a model was trained with."""
-    training, corpus = run.trainings(arm).get(name), run.corpus
-    rows = [
-        ("training tokens", fmt.count(training.tokens if training else None)),
-        ("steps", fmt.count(training.steps if training else None)),
-        ("context", fmt.count(corpus.get("context"))),
-        ("documents", fmt.count(corpus.get("train_documents"))),
-        ("text", sources_text(corpus) or "not recorded"),
-        ("tokens file, SHA-256", fmt.short_hash(corpus.get("tokens_sha256"))),
-        ("weights, SHA-256", fmt.short_hash(training.weights_sha256 if training else None)),
-        *((key, fmt.setting(value)) for key, value in fmt.leaves(training.settings if training else {})),
-    ]
-    return grid_markdown(Grid(("setting", "value"), tuple(rows)))
-
-
-def _origin(manifest: Manifest) -> tuple[tuple[str, str], ...]:
-    provenance = manifest.get("provenance") or {}
-    recipe = provenance.get("recipe")
-    rows = [
-        ("base", (manifest.get("base") or {}).get("base") or "not recorded"),
-        ("recipe", f"{recipe['name']} ({recipe['hash8']})" if recipe else "none: exported on its own"),
-        ("seed", provenance.get("seed")),
-        ("tokens file, SHA-256", provenance.get("data_sha256")),
-        ("trained weights, SHA-256", provenance.get("weights_sha256")),
-        ("edgedisp", f"{provenance.get('edgedisp')}, commit {provenance.get('git_commit')}"),
-        *(provenance.get("versions") or {}).items(),
-    ]
-    return tuple((key, str(value)) for key, value in rows if value not in (None, ""))
-
-
-def _fill(name: str, **content: Any) -> str:
-    return re.sub(r"\n{3,}", "\n\n", template(name).render(**content)).strip() + "\n"

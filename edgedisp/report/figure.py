@@ -10,6 +10,7 @@ import base64
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.resources import as_file
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from edgedisp.core.results import BASELINE, DISPERSED, Condensation, Estimate
-from edgedisp.report.layout import TEXTS
+from edgedisp.report.layout import FOLDER, TEXTS
 
 # Grey-blue and orange stay apart for every common kind of colour blindness; lightness differs as well.
 INK, MUTED, RULE, HEAT = "#1f2933", "#66727f", "#d5dbe1", "#3f7fb5"
@@ -32,32 +33,8 @@ OTHER_COLORS = ("#2f8f83", "#8a63a8", "#b04a5a", "#7d7a2f", "#3f6fc4", "#7a5640"
 MARKERS = "os^Dvp"
 PANEL_INCHES = (4.6, 3.1)
 PNG_DPI = 120
-STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "edgedisp",
-    "svg.fonttype": "none",
-    "font.family": ["DejaVu Sans"],
-    "text.parse_math": False,  # a "$" in a name is only a character
-    "font.size": 10.5,
-    "legend.fontsize": 8.5,
-    "legend.frameon": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlecolor": INK,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": RULE,
-    "grid.linewidth": 0.6,
-    "xtick.color": RULE,
-    "ytick.color": RULE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "text.color": INK,
-}
+with as_file(FOLDER.joinpath("plots.mplstyle")) as path:
+    STYLE = matplotlib.rc_params_from_file(path, use_default_template=False)
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,11 @@ def template(name: str) -> Template:
     return _environment(".html." in name).get_template(name)
 
 
+def fill_markdown(name: str, **content: Any) -> str:
+    """A filled template without repeated blank lines."""
+    return re.sub(r"\n{3,}", "\n\n", template(name).render(**content)).strip() + "\n"
+
+
 @cache
 def _environment(autoescape: bool) -> Environment:
     """Filters are the formatters of formatting.py and those of this module."""
@@ -121,7 +126,8 @@ def _environment(autoescape: bool) -> Environment:
         lstrip_blocks=True,
     )
     formatters = {name: value for name, value in vars(formatting).items() if callable(value)}
-    environment.filters |= formatters | {"md": escape_markdown, "yaml": json.dumps, "fenced": fenced}
+    forms = {"md": escape_markdown, "yaml": json.dumps, "fenced": fenced, "grid_markdown": grid_markdown}
+    environment.filters |= formatters | forms
     environment.tests["hub_id"] = lambda text: HUB_ID.fullmatch(str(text)) is not None
     environment.globals |= {"missing": MISSING, "texts": TEXTS, "detectable": detectable}
     return environment

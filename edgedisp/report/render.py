@@ -17,7 +17,7 @@ from edgedisp.core.run import Run
 from edgedisp.report import devices, result_sections, run_sections
 from edgedisp.report.figure import Plot, arm_color, data_urls, save
 from edgedisp.report.formatting import count, plural
-from edgedisp.report.layout import TERMS, Section, escape_markdown, fenced, grid_markdown, section, template
+from edgedisp.report.layout import TERMS, Section, fill_markdown, section, template
 from edgedisp.report.plots import condensation_plots, plots
 from edgedisp.report.results_table import table, table_markdown
 from edgedisp.report.verdict import verdict
@@ -102,27 +102,8 @@ def subtitle(run: Run) -> list[str]:
 
 def markdown(run: Run, drawn: Mapping[str, Plot]) -> str:
     """The content as Markdown, pictures linked from plots/."""
-    result = verdict(run)
-    first, *rest = map(escape_markdown, result.parts)
-    blocks = [
-        f"# {escape_markdown(run.title)}",
-        " · ".join(map(escape_markdown, subtitle(run))),
-        f"**{first}** {' '.join(rest)}".rstrip(),
-        escape_markdown(f"Held-out loss by precision: {result.by_precision}." if result.by_precision else ""),
-        table_markdown(table(run)).rstrip(),
-    ]
-    for part in sections(run):
-        facts = [f"- {escape_markdown(name)}: {escape_markdown(text)}" for name, text in part.facts]
-        blocks += [f"## {part.title}", escape_markdown(part.lead), "\n".join(facts)]
-        for plot in (drawn[name] for name in part.plots if name in drawn):
-            picture = f"![{plot.title}]({PLOTS}/{plot.name}.png)"
-            blocks += [f"### {plot.title}", picture, escape_markdown(plot.caption)]
-        for grid in part.grids:
-            blocks += [f"**{escape_markdown(grid.caption)}**" if grid.caption else "", grid_markdown(grid)]
-        blocks.append("\n".join(f"- {escape_markdown(note)}" for note in part.notes))
-        for caption, text in part.code:
-            blocks += [f"**{escape_markdown(caption)}**", fenced(text)]
-    return "\n\n".join(block for block in blocks if block) + "\n"
+    content = {"facts": subtitle(run), "verdict": verdict(run), "table": table_markdown(table(run))}
+    return fill_markdown("report.md.j2", title=run.title, sections=sections(run), plots=drawn, **content)
 
 
 def single_page(run: Run) -> str:
