@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from edgedisp.core.files import from_json
 from edgedisp.core.results import DeviceResult, Difference, Estimate, Json
@@ -11,7 +10,7 @@ from edgedisp.core.run import Run
 from edgedisp.report import formatting as fmt
 from edgedisp.report.comparisons import comparison_of
 from edgedisp.report.formatting import MISSING, format_estimate
-from edgedisp.report.layout import TERMS, Grid, Section, grid, grid_text, section
+from edgedisp.report.layout import TERMS, Grid, Section, facts, grid, grid_text, section
 from edgedisp.report.result_sections import models
 
 # The report of a run
@@ -36,7 +35,7 @@ def latency_section(run: Run) -> Section:
 def on_devices_section(run: Run) -> Section:
     """What devices measured after the build: one table over all of them, their facts in a line each."""
     timings, scores = _timing_grid(run.devices), _scores_grid(run.devices)
-    facts = [
+    about = [
         (_name(device), ", ".join(f"{name} {text}" for name, text in _facts(device)) or MISSING)
         for device in run.devices
     ]
@@ -48,7 +47,7 @@ def on_devices_section(run: Run) -> Section:
     notes += [TERMS["timing"]] if timings.rows and not run.latency else []
     notes += [TERMS["device_scores"]] if scores.rows else []
     sweeps = [sweep for device in run.devices for sweep in _sweep_grids(device)]
-    return section("devices", [timings, scores, *sweeps], facts=facts, notes=notes)
+    return section("devices", [timings, scores, *sweeps], facts=about, notes=notes)
 
 
 # One measurement
@@ -180,50 +179,17 @@ def _name(device: DeviceResult) -> str:
 
 
 def _facts(device: DeviceResult) -> list[tuple[str, str]]:
-    machine, load = device.machine, device.load_average
-    memory, minutes = machine.get("memory_bytes"), [time[:16].replace("T", " ") for time in device.measured]
-    facts = {
-        **_phone_facts(machine),
-        "processor": machine.get("cpu"),
-        "features": " ".join(map(str, machine.get("features") or ())),
-        "cores": machine.get("physical_cores"),
-        "memory": memory and f"{memory / (1 << 30):.1f} GiB",
-        "system": machine.get("system"),
-        "browser": str((machine.get("browser") or {}).get("user_agent") or "")[:120],
-        "onnxruntime": (machine.get("packages") or {}).get("onnxruntime"),
-        "load average": load.get("before") and _change(load["before"], load.get("after")),
-        "clock": device.clock_mhz and _range(device.clock_mhz, "MHz"),
-        "temperature": device.temperature_c and _range(device.temperature_c, "°C"),
-        "measured": minutes and f"{' to '.join(dict.fromkeys([minutes[0], minutes[-1]]))} UTC",
-    }
-    return [(name, str(value)) for name, value in facts.items() if value]
-
-
-def _phone_facts(machine: Json) -> dict[str, Any]:
-    """A phone's model, battery and heat, before and after."""
-    phone, state = machine.get("phone") or {}, machine.get("state") or {}
+    machine, state = device.machine, device.machine.get("state") or {}
 
     def over(key: str, unit: str = "") -> str:
+        """What a phone said before and after."""
         moments = [state.get(moment) or {} for moment in ("before", "after")]
         values = [f"{moment[key]}{unit}" for moment in moments if moment.get(key) is not None]
         return " → ".join(dict.fromkeys(values))
 
-    battery = over("battery_percent", " %"), over("battery_status"), over("battery_temperature_c", " °C")
-    return {
-        "phone": " ".join(str(phone[key]) for key in ("manufacturer", "model") if phone.get(key)),
-        "measured by": phone.get("measured_by"),
-        "battery": ", ".join(filter(None, battery)),
-        "thermal status": over("thermal_status"),
-        "skin temperature": over("skin_temperature_c", " °C"),
-    }
-
-
-def _change(before: float, after: float | None) -> str:
-    return f"{fmt.fixed(before, 2)} → {fmt.fixed(after, 2)}"
-
-
-def _range(limits: tuple[float, float], unit: str) -> str:
-    return f"{' to '.join(dict.fromkeys(fmt.fixed(value, 0) for value in limits))} {unit}"
+    minutes = [time[:16].replace("T", " ") for time in (*device.measured[:1], *device.measured[-1:])]
+    row = {"device": device, "machine": machine, "phone": machine.get("phone") or {}, "over": over}
+    return facts("device", {**row, "load": device.load_average, "minutes": minutes})
 
 
 def _warnings(device: DeviceResult) -> Iterator[str]:

@@ -21,6 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from edgedisp.core.results import BASELINE, DISPERSED, Condensation, Estimate
@@ -73,6 +74,19 @@ class Curve:
     width: float | None = None
     alpha: float = 1.0
     label: str | None = None
+
+
+@dataclass(frozen=True)
+class Points:
+    """Points with the intervals of both coordinates; line: width of the line that joins them."""
+
+    x: Sequence[Estimate]
+    y: Sequence[Estimate]
+    color: str
+    marker: str = "o"
+    size: float = 5
+    line: float = 0
+    labels: Sequence[str] = ()
 
 
 def arm_color(arm: str, arms: Sequence[str]) -> str:
@@ -160,6 +174,41 @@ def draw_point(ax: Axes, x: float, estimate: Estimate, scale: float, style: dict
         dots = [value * scale for value in seeds.values]
         ax.plot([x + 0.06] * len(dots), dots, color=color, marker=".", markersize=4, linestyle="none")
     ax.plot([x], [scale * value for value in numbers([estimate])], markersize=6, **style)
+
+
+def scatter_panel(
+    title: str,
+    series: Sequence[Points],
+    axes: tuple[str, str],
+    *,
+    log: bool = False,
+    box: tuple[float, float] | None = None,
+) -> Panel:
+    """Points by two figures; axes: their labels. box: half-sizes of a dashed box around 0."""
+
+    def draw(ax: Axes) -> None:
+        if box is not None:
+            ax.axhline(0, color=MUTED, linewidth=0.8)
+            ax.axvline(0, color=MUTED, linewidth=0.8)
+            corner, size = (-box[0], -box[1]), (2 * box[0], 2 * box[1])
+            ax.add_patch(Rectangle(corner, *size, fill=False, edgecolor=MUTED, linestyle="--"))
+        for points in series:
+            xs, ys, color = numbers(points.x), numbers(points.y), points.color
+            ax.plot(xs, ys, color=color, linewidth=points.line, marker=points.marker, markersize=points.size)
+            for x, y, wide, high in zip(xs, ys, points.x, points.y):
+                ax.plot([x, x], limits(high), color=color, linewidth=1.2, alpha=0.5)
+                ax.plot(limits(wide), [y, y], color=color, linewidth=1.2, alpha=0.5)
+            for label, x, y in zip(points.labels, xs, ys):
+                ax.annotate(label, (x, y), xytext=(6, 5), textcoords="offset points", color=MUTED)
+        ax.set_xlabel(axes[0])
+        ax.set_ylabel(axes[1])
+        ax.margins(x=0.24, y=0.1)
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        if log:
+            log_axis(ax)
+
+    return Panel(title, draw)
 
 
 def log_axis(ax: Axes) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from edgedisp.core.results import Estimate
@@ -159,6 +159,11 @@ def most_frequent(counts: Mapping[str, int]) -> str:
     """The four most frequent keys: `MatMulNBits 210, Add 61`."""
     most = sorted(counts.items(), key=lambda item: -item[1])[:4]
     return ", ".join(f"{key} {count(number)}" for key, number in most) or MISSING
+
+
+def span(limits: Sequence[float]) -> str:
+    """`1,800 to 2,400`; one figure where both are alike."""
+    return " to ".join(dict.fromkeys(fixed(limit, 0) for limit in limits))
 
 
 def setting(value: Any) -> str:

@@ -66,6 +66,12 @@ def grid(key: str, rows: Iterable[tuple[str, Any]], caption: str = "", **layout:
     return Grid((table["name"], *head), tuple(body), caption or table.get("caption", ""), **layout)
 
 
+def facts(key: str, row: Any) -> list[tuple[str, str]]:
+    """The facts `key` of templates/tables.toml about an object, as (label, text); without those that are empty."""
+    texts = {name: _compiled(text)(row=row) for name, text in TABLES["facts"][key].items()}
+    return [(name, str(text)) for name, text in texts.items() if text and text != MISSING]
+
+
 def _text(expression: str, row: Any) -> str:
     return str(_compiled(expression)(row=row))
 

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from edgedisp.core.results import BASELINE, DISPERSED, Condensation, Estimate, Json
+from edgedisp.core.results import BASELINE, DISPERSED, Condensation, Estimate
 from edgedisp.core.run import Run
 from edgedisp.report.comparisons import BETTER, WORSE
 from edgedisp.report.figure import (
@@ -21,16 +20,16 @@ from edgedisp.report.figure import (
     Curve,
     Panel,
     Plot,
+    Points,
     arm_color,
     arm_marker,
     draw_point,
     heat_panel,
     histogram,
-    limits,
     line_panel,
-    log_axis,
     lowest_cosine,
     numbers,
+    scatter_panel,
 )
 from edgedisp.report.formatting import label, percent
 from edgedisp.report.layout import TEXTS
@@ -38,7 +37,6 @@ from edgedisp.report.results_table import Cell, Metric, Table, table
 from edgedisp.report.run_sections import searches
 
 OUTCOME_COLORS = {BETTER: "#1d6f5c", WORSE: "#9c3d1c"}
-NEAR: dict[str, Any] = {"xytext": (6, 5), "textcoords": "offset points", "color": MUTED}
 Profiles = Mapping[str, Condensation]
 """Model -> its profile."""
 
@@ -247,71 +245,41 @@ def tradeoff(whole: Table) -> Plot:
     loss = next((metric for metric in whole.metrics if metric.kind == "loss"), None)
     panels = []
     for metric in whole.metrics:
-        if loss is not None and metric.key in ("size_bytes", "decode_tokens_per_s"):
-            points: dict[str, list[tuple[str, float, Estimate]]] = {}
-            for arm, row in ((arm, row) for arm in whole.arms for row in whole.rows):
-                cost, value = row.value(metric, arm), row.value(loss, arm)
-                if cost and cost.value is not None and value and value.value is not None:
-                    points.setdefault(arm, []).append((row.label, cost.value * metric.scale, value))
-            if any(len(row) > 1 for row in points.values()):
-                panels.append(
-                    _tradeoff_panel(points, whole.arms, f"{metric.title}, {metric.unit}", loss.title)
-                )
+        if loss is None or metric.key not in ("size_bytes", "decode_tokens_per_s"):
+            continue
+        series: list[Points] = []
+        for arm in whole.arms:
+            triples = [(row.label, row.value(metric, arm), row.value(loss, arm)) for row in whole.rows]
+            present = [(name, x.value, y) for name, x, y in triples if x and x.value is not None and y]
+            x, y = [Estimate(value * metric.scale) for _, value, _ in present], [y for *_, y in present]
+            style: dict[str, Any] = (
+                {"size": 5} if series else {"size": 9, "labels": [row[0] for row in present]}
+            )
+            marker = arm_marker(arm, whole.arms)
+            series += [Points(x, y, arm_color(arm, whole.arms), marker, line=1.2, **style)] if x else []
+        if any(len(points.x) > 1 for points in series):
+            cost = f"{metric.title}, {metric.unit}"
+            panels.append(scatter_panel(f"{loss.title} against {cost}", series, (cost, loss.title)))
     return Plot("tradeoff", panels, whole.arms)
-
-
-def _tradeoff_panel(
-    points: Mapping[str, Sequence[tuple[str, float, Estimate]]], arms: Sequence[str], cost: str, loss: str
-) -> Panel:
-    """points: arm -> (precision, cost, perplexity); the first arm's are labelled."""
-
-    def draw(ax: Axes) -> None:
-        for index, (arm, rows) in enumerate(points.items()):
-            color, marker = arm_color(arm, arms), arm_marker(arm, arms)
-            xs, ys = [x for _, x, _ in rows], numbers([estimate for *_, estimate in rows])
-            ax.plot(xs, ys, color=color, linewidth=1.2, marker=marker, markersize=5 if index else 9)
-            for (name, x, estimate), y in zip(rows, ys):
-                ax.plot([x, x], limits(estimate), color=color, linewidth=1.2, alpha=0.5)
-                if index == 0:
-                    ax.annotate(name, (x, y), **NEAR)
-        ax.set_xlabel(cost)
-        ax.set_ylabel(loss)
-        ax.margins(x=0.24, y=0.1)
-        ax.xaxis.set_major_locator(MaxNLocator(nbins=6))
-        ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
-
-    return Panel(f"{loss} against {cost}", draw)
 
 
 def pareto(run: Run) -> Plot:
     """A search for bits by weight: file size against KL divergence, predicted and measured."""
-    panels = [
-        _pareto_panel(arm, search, arm_color(arm, run.arms))
-        for arm, search in searches(run).items()
-        if "decided_by" not in search
-    ]
-    return Plot("pareto", panels)
-
-
-def _pareto_panel(arm: str, search: Json, color: str) -> Panel:
-    def draw(ax: Axes) -> None:
-        curve = [row for row in search.get("curve", []) if row.get("predicted_kl")]
-        xs, ys = [row["size_bytes"] / 1e6 for row in curve], [row["predicted_kl"] for row in curve]
-        ax.plot(xs, ys, color=color, linewidth=1.2, alpha=0.6)
+    panels = []
+    for arm, search in searches(run).items():
+        if "decided_by" in search:
+            continue
+        rows = [row for row in search.get("curve", []) if row.get("predicted_kl")]
+        x = [Estimate(row["size_bytes"] / 1e6) for row in rows]
+        y = [Estimate(row["predicted_kl"]) for row in rows]
+        series = [Points(x, y, arm_color(arm, run.arms), "", line=1.2)]
         for row in (row for row in search.get("points", []) if row.get("measured_kl")):
-            x, y, is_chosen = row["size_bytes"] / 1e6, row["measured_kl"], row["name"] == "chosen"
-            ax.plot([x], [y], color=color if is_chosen else MUTED, marker="o" if is_chosen else "x")
-            corner: dict[str, Any] = {"xytext": (-8, -9), "ha": "right"} if is_chosen else {}
-            ax.annotate(row["name"], (x, y), **NEAR | corner)
-        ax.set_xlabel("size, MB")
-        ax.set_ylabel("KL, nats per token")
-        ax.margins(x=0.3, y=0.12)
-        log_axis(ax)
-
-    return Panel(arm, draw)
-
-
-# Pilot
+            is_chosen = row["name"] == "chosen"
+            color, marker = (arm_color(arm, run.arms), "o") if is_chosen else (MUTED, "x")
+            x, y = [Estimate(row["size_bytes"] / 1e6)], [Estimate(row["measured_kl"])]
+            series.append(Points(x, y, color, marker, labels=[row["name"]]))
+        panels.append(scatter_panel(arm, series, ("size, MB", "KL, nats per token"), log=True))
+    return Plot("pareto", panels)
 
 
 def pilot_plot(
@@ -322,29 +290,12 @@ def pilot_plot(
     floors: sizes of (cosine, loss) that count; smaller ones lie in a dashed box.
     """
     weights = list(dict.fromkeys(weight for points in panels.values() for weight in points))
-    drawn = [_pilot_panel(title, points, weights, floors) for title, points in panels.items()]
+    axes = "mean cosine, difference", "held-out loss, difference (nats)"
+    drawn = []
+    for title, points in panels.items():
+        series = [
+            Points([x], [y], arm_color(weight, weights), arm_marker(weight, weights), 7)
+            for weight, (x, y) in points.items()
+        ]
+        drawn.append(scatter_panel(title, series, axes, box=floors))
     return Plot("pilot", drawn, weights)
-
-
-def _pilot_panel(
-    title: str,
-    points: Mapping[str, tuple[Estimate, Estimate]],
-    weights: Sequence[str],
-    floors: tuple[float, float],
-) -> Panel:
-    def draw(ax: Axes) -> None:
-        width, height = floors
-        ax.axhline(0, color=MUTED, linewidth=0.8)
-        ax.axvline(0, color=MUTED, linewidth=0.8)
-        box = (-width, -height), 2 * width, 2 * height
-        ax.add_patch(Rectangle(*box, fill=False, edgecolor=MUTED, linestyle="--"))
-        for weight, (cosine, loss) in points.items():
-            color, (x, y) = arm_color(weight, weights), numbers([cosine, loss])
-            ax.plot(limits(cosine), [y, y], color=color)
-            ax.plot([x, x], limits(loss), color=color)
-            ax.plot([x], [y], color=color, marker=arm_marker(weight, weights), markersize=7)
-        ax.margins(0.08)
-        ax.set_xlabel("mean cosine, difference")
-        ax.set_ylabel("held-out loss, difference (nats)")
-
-    return Panel(title, draw)

@@ -7,7 +7,7 @@ from collections import Counter
 from edgedisp.core.results import BASELINE, Estimate, Json
 from edgedisp.core.run import Run
 from edgedisp.report import formatting as fmt
-from edgedisp.report.layout import TERMS, TEXTS, Grid, Section, grid, section
+from edgedisp.report.layout import TERMS, TEXTS, Grid, Section, facts, grid, section
 from edgedisp.report.result_sections import measured, models
 from edgedisp.report.verdict import RULES
 
@@ -23,23 +23,7 @@ def fairness_section(run: Run) -> Section:
         return section(
             "fairness", [grid("runs", [(str(joined.get("title")), joined) for joined in run.runs])]
         )
-    model, corpus = run.model, run.corpus
-    texts = {
-        "base model": model.get("base"),
-        "architecture": model.get("architecture"),
-        "parameters": fmt.count((model.get("parameters") or {}).get("total")),
-        "initial weights": model.get("weights_sha256")
-        and f"SHA-256 {fmt.short_hash(model['weights_sha256'])}",
-        "source of the text": sources_text(corpus),
-        "training tokens": fmt.count(corpus.get("train_tokens")),
-        "training documents": fmt.count(corpus.get("train_documents")),
-        "epochs": fmt.fixed(corpus.get("epochs"), 2),
-        "tokens in order": corpus.get("tokens_sha256")
-        and f"SHA-256 {fmt.short_hash(corpus['tokens_sha256'])}",
-        "held-out documents": fmt.count(corpus.get("heldout_documents")),
-        "context": fmt.count(corpus.get("context")),
-    }
-    facts = [(name, str(text)) for name, text in texts.items() if text and text != fmt.MISSING]
+    about = facts("run", {"model": run.model, "corpus": run.corpus, "sources": sources_text(run.corpus)})
     checks: dict[str, dict[str, str]] = {}
     notes = []
     for arm in run.compared_arms if run.baseline_is is None else []:
@@ -55,7 +39,7 @@ def fairness_section(run: Run) -> Section:
     keys = dict.fromkeys(key for settings in by_arm.values() for key in settings)
     settings = [(key, {arm: fmt.setting(by_arm[arm].get(key)) for arm in by_arm}) for key in keys]
     return section(
-        "fairness", [grid("fairness", checks.items()), grid("settings", settings)], facts=facts, notes=notes
+        "fairness", [grid("fairness", checks.items()), grid("settings", settings)], facts=about, notes=notes
     )
 
 
@@ -110,7 +94,7 @@ def training_section(run: Run) -> Section:
 def merge_section(run: Run) -> Section:
     """Held-out loss with the adapter on, merged and quantized. Empty without adapters."""
     rows: dict[str, dict[str, str]] = {}
-    facts, notes = [], dict[str, None]()
+    about, notes = [], dict[str, None]()
     for arm, training in run.training.items():
         if not (audit := training.merge_audit):
             continue
@@ -118,10 +102,10 @@ def merge_section(run: Run) -> Section:
             texts = rows.setdefault(row["name"], {})
             texts[f"{arm}, loss"] = fmt.fixed(row.get("loss"), 4)
             texts[f"{arm}, from adapter on [95 %]"] = _audit_text(row)
-        facts.append((arm, f"merged into {training.merged_into}, because {audit.get('why')}"))
+        about.append((arm, f"merged into {training.merged_into}, because {audit.get('why')}"))
         gains = [_audit_text(audit["gains"].get(key)) for key in ("fp32", "int4")]
         worth = f"{gains[0]} nats per token from the base to the merged model, {gains[1]} from int4 to int4"
-        facts.append((f"{arm}, worth of the adapter", worth))
+        about.append((f"{arm}, worth of the adapter", worth))
         step = audit.get("grid") or {}
         kind = "symmetric" if step.get("symmetric") else "asymmetric"
         notes |= dict.fromkeys([f"{arm}: {audit['warning']}."] if audit.get("warning") else [])
@@ -130,7 +114,7 @@ def merge_section(run: Run) -> Section:
             f"nearest in {kind} groups of {step.get('group')}, embedding and head at "
             f"{step.get('head_bits')} bits."
         ] = None
-    return section("merge_audit", [grid("merge", rows.items())], facts=facts, notes=notes)
+    return section("merge_audit", [grid("merge", rows.items())], facts=about, notes=notes)
 
 
 def _audit_text(record: Json | None) -> str:
@@ -152,9 +136,9 @@ def searches(run: Run) -> dict[str, Json]:
 
 def mixed_section(run: Run) -> Section:
     """What a search for bits by weight chose, and the assignments it chose from."""
-    grids, facts = [], []
+    grids, about = [], []
     for arm, search in searches(run).items():
-        facts.append((f"int4, {arm}", _search_text(search)))
+        about.append((f"int4, {arm}", _search_text(search)))
         if "decided_by" not in search:
             alone = search.get("sensitivity") or {}
             points = [(str(row.get("name")), row) for row in search.get("points", [])]
@@ -164,7 +148,7 @@ def mixed_section(run: Run) -> Section:
             ]
             grids.append(grid("assignments", points, f"{arm}: whole assignments"))
             grids.append(grid("weights", weights, f"{arm}: the assignment"))
-    return section("mixed", grids, facts=facts, plots=("pareto",))
+    return section("mixed", grids, facts=about, plots=("pareto",))
 
 
 def search_text(run: Run) -> str:
@@ -256,9 +240,9 @@ def reproduce_section(run: Run) -> Section:
         Grid(("machine", "value"), tuple(machine), "Machine"),
         Grid(("package", "version"), tuple(run.versions.items()), "Versions", folded=True),
     ]
-    facts = [("created", run.created), ("git commit", run.git_commit)]
+    about = [("created", run.created), ("git commit", run.git_commit)]
     code = [("Command", run.command), ("Recipe", run.recipe_yaml)]
-    return section("reproduce", grids, facts=filter(_is_present, facts), code=filter(_is_present, code))
+    return section("reproduce", grids, facts=filter(_is_present, about), code=filter(_is_present, code))
 
 
 def _is_present(pair: tuple[str, str | None]) -> bool:
