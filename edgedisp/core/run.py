@@ -17,7 +17,7 @@ from edgedisp.core.results import (
     Training,
 )
 
-CHANGES_FORWARD = ("neftune", "embedding_dropout")  # change the model's input, and so the first loss
+CHANGES_FORWARD = ("neftune", "embedding_dropout")
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,16 @@ class Run:
         first = {arm: self.training[arm]} if arm in self.training else {}
         return first | {name: other.training for name, other in self.replicas.items() if other.arm == arm}
 
+    def changes_forward(self, arm: str) -> bool:
+        """Whether a technique changes the model's input, and so the first loss."""
+        return any(self.techniques.get(arm, {}).get(name) is not None for name in CHANGES_FORWARD)
+
     def first_losses(self, arm: str) -> list[tuple[float, float]]:
         """Per seed the loss of (baseline, arm) before the first update: one model on one batch.
 
         Empty where it was not logged, and for an arm whose technique changes the model's input.
         """
-        if any(self.techniques.get(arm, {}).get(name) is not None for name in CHANGES_FORWARD):
+        if self.changes_forward(arm):
             return []
         pairs = zip(self.trainings(BASELINE).values(), self.trainings(arm).values())
         logs = [(first.log[:1], second.log[:1]) for first, second in pairs]

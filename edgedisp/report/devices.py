@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from edgedisp.core.files import from_json
 from edgedisp.core.results import DeviceResult, Difference, Estimate, Json
@@ -10,7 +10,7 @@ from edgedisp.core.run import Run
 from edgedisp.report import formatting as fmt
 from edgedisp.report.comparisons import comparison_of
 from edgedisp.report.formatting import MISSING, format_estimate
-from edgedisp.report.layout import TERMS, Grid, Section, facts, grid, grid_text, section
+from edgedisp.report.layout import TERMS, Grid, Section, facts, grid, grid_text, notes, section
 from edgedisp.report.result_sections import models
 
 # The report of a run
@@ -26,10 +26,10 @@ def latency_section(run: Run) -> Section:
         if timing and timing.decode_tokens_per_s and timing.decode_tokens_per_s.value:
             speeds.setdefault(precision, []).append(timing.decode_tokens_per_s.value)
     gaps = [max(values) / min(values) - 1 for values in speeds.values() if len(values) > 1]
-    notes = [TERMS["speed_gap"].format(fmt.percent(max(gaps)))] if gaps else []
-    notes += ["Timed: the first seed of each arm."] if len(run.seeds) > 1 else []
-    notes += [*_warnings(result), TERMS["timing"]]
-    return section("latency", [grid("timings", rows)], plots=("tradeoff",), notes=notes if rows else [])
+    remarks = [TERMS["speed_gap"].format(fmt.percent(max(gaps)))] if gaps else []
+    remarks += ["Timed: the first seed of each arm."] if len(run.seeds) > 1 else []
+    remarks += [*notes("device", result), TERMS["timing"]]
+    return section("latency", [grid("timings", rows)], plots=("tradeoff",), notes=remarks if rows else [])
 
 
 def on_devices_section(run: Run) -> Section:
@@ -39,15 +39,15 @@ def on_devices_section(run: Run) -> Section:
         (_name(device), ", ".join(f"{name} {text}" for name, text in _facts(device)) or MISSING)
         for device in run.devices
     ]
-    notes = [f"{_name(device)}: {note}" for device in run.devices for note in _warnings(device)]
+    remarks = [f"{_name(device)}: {note}" for device in run.devices for note in notes("device", device)]
     if run.devices_outdated:
         number = fmt.plural(len(run.devices_outdated), "measurement")
         names = "; ".join(run.devices_outdated)
-        notes.append(f"Not shown, as the bundles were made anew since: {number} ({names}).")
-    notes += [TERMS["timing"]] if timings.rows and not run.latency else []
-    notes += [TERMS["device_scores"]] if scores.rows else []
+        remarks.append(f"Not shown, as the bundles were made anew since: {number} ({names}).")
+    remarks += [TERMS["timing"]] if timings.rows and not run.latency else []
+    remarks += [TERMS["device_scores"]] if scores.rows else []
     sweeps = [sweep for device in run.devices for sweep in _sweep_grids(device)]
-    return section("devices", [timings, scores, *sweeps], facts=about, notes=notes)
+    return section("devices", [timings, scores, *sweeps], facts=about, notes=remarks)
 
 
 # One measurement
@@ -66,7 +66,7 @@ def device_sections(devices: Sequence[DeviceResult]) -> list[Section]:
             _name(device),
             tuple(_sweep_grids(device)),
             facts=tuple(_facts(device)),
-            notes=tuple(_warnings(device)),
+            notes=tuple(notes("device", device)),
         )
         for number, device in enumerate(devices)
     ]
@@ -169,9 +169,6 @@ def _score_texts(record: Json) -> dict[str, str]:
     }
 
 
-# Facts and warnings
-
-
 def _name(device: DeviceResult) -> str:
     """As the user named it, with the model of a phone."""
     model = (device.machine.get("phone") or {}).get("model")
@@ -190,21 +187,3 @@ def _facts(device: DeviceResult) -> list[tuple[str, str]]:
     minutes = [time[:16].replace("T", " ") for time in (*device.measured[:1], *device.measured[-1:])]
     row = {"device": device, "machine": machine, "phone": machine.get("phone") or {}, "over": over}
     return facts("device", {**row, "load": device.load_average, "minutes": minutes})
-
-
-def _warnings(device: DeviceResult) -> Iterator[str]:
-    """A lost device, unequal twins, unsteady bundles, items without an answer or with a cut context."""
-    if device.lost:
-        yield f"lost in the middle, what follows is partial: {device.lost}"
-    yield from device.warnings
-    yield from (str(pair["fault"]) for pair in device.pairs if pair.get("fault"))
-    yield from (f"{row.label}: {text}" for row in device.rows for text in row.warnings)
-    for record in device.scores:
-        which = f"{record['label']}: {record['task']}"
-        if record["answered"] < record["drawn"]:
-            yield f"{which}: {record['answered']} of {fmt.plural(record['drawn'], 'item')} answered"
-        if record.get("reason") and record["answered"]:
-            yield f"{which}: {record['reason']}"
-        if record["truncated"]:
-            cut = fmt.plural(record["truncated"], "item")
-            yield f"{which}: {cut} longer than the context, cut on the left, here as there"

@@ -67,7 +67,7 @@ def grid(key: str, rows: Iterable[tuple[str, Any]], caption: str = "", **layout:
 
 
 def facts(key: str, row: Any) -> list[tuple[str, str]]:
-    """The facts `key` of templates/tables.toml about an object, as (label, text); without those that are empty."""
+    """The facts `key` of templates/tables.toml about an object as (label, text), without empty ones."""
     texts = {name: _compiled(text)(row=row) for name, text in TABLES["facts"][key].items()}
     return [(name, str(text)) for name, text in texts.items() if text and text != MISSING]
 
@@ -104,16 +104,22 @@ class Section:
 
 
 def section(key: str, grids: Iterable[Grid] = (), lead: str = "", **parts: Iterable[Any]) -> Section:
-    """A section without empty grids and columns, titled by texts.toml. parts: facts, plots, notes, code."""
+    """A section without empty parts, titled by texts.toml. parts: facts, plots, notes, code."""
     title, usual_lead = TEXTS["sections"][key]
     filled = tuple(table.without_empty_columns() for table in grids if table.rows)
-    tuples = {name: tuple(part) for name, part in parts.items()}
+    tuples = {name: tuple(item for item in part if all(item)) for name, part in parts.items()}
     return Section(key, title, filled, lead or usual_lead, **tuples)
 
 
 def template(name: str) -> Template:
     """A file of templates/: what goes into HTML is escaped, into Markdown by the filter `md`."""
     return _environment(".html." in name).get_template(name)
+
+
+def notes(name: str, *values: Any) -> list[str]:
+    """The lines of a macro of templates/notes.j2."""
+    lines = getattr(template("notes.j2").module, name)(*values).splitlines()
+    return [" ".join(line.split()) for line in lines if line.strip()]
 
 
 def fill_markdown(name: str, **content: Any) -> str:

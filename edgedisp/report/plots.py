@@ -252,11 +252,10 @@ def tradeoff(whole: Table) -> Plot:
             triples = [(row.label, row.value(metric, arm), row.value(loss, arm)) for row in whole.rows]
             present = [(name, x.value, y) for name, x, y in triples if x and x.value is not None and y]
             x, y = [Estimate(value * metric.scale) for _, value, _ in present], [y for *_, y in present]
-            style: dict[str, Any] = (
-                {"size": 5} if series else {"size": 9, "labels": [row[0] for row in present]}
-            )
-            marker = arm_marker(arm, whole.arms)
-            series += [Points(x, y, arm_color(arm, whole.arms), marker, line=1.2, **style)] if x else []
+            if present:  # the first arm's points are large and labelled
+                size, labels = (5, []) if series else (9, [name for name, *_ in present])
+                color, marker = arm_color(arm, whole.arms), arm_marker(arm, whole.arms)
+                series.append(Points(x, y, color, marker, size, 1.2, labels))
         if any(len(points.x) > 1 for points in series):
             cost = f"{metric.title}, {metric.unit}"
             panels.append(scatter_panel(f"{loss.title} against {cost}", series, (cost, loss.title)))

@@ -17,7 +17,7 @@ from edgedisp.core.run import Run
 from edgedisp.report import devices, result_sections, run_sections
 from edgedisp.report.figure import Plot, arm_color, data_urls, save
 from edgedisp.report.formatting import count, plural
-from edgedisp.report.layout import TERMS, Section, fill_markdown, section, template
+from edgedisp.report.layout import Section, fill_markdown, notes, section, template
 from edgedisp.report.plots import condensation_plots, plots
 from edgedisp.report.results_table import table, table_markdown
 from edgedisp.report.verdict import verdict
@@ -133,12 +133,10 @@ def write_condensation(profiles: Mapping[str, Condensation], output_dir: Path) -
     output_dir.mkdir(parents=True, exist_ok=True)
     names = list(profiles)
     drawn = {plot.name: plot for plot in condensation_plots(profiles, names) if plot.panels}
-    first = profiles[names[0]]
     grids = result_sections.profile_grids(profiles)
-    content = section("condensation", grids, plots=tuple(drawn), notes=[TERMS["correlations"]])
-    facts = [f"{count(first.tokens)} tokens in {count(first.sequences)} sequences"]
+    content = section("condensation", grids, plots=tuple(drawn), notes=notes("condensation", profiles))
     texts = {
-        "condensation.html": _page(" and ".join(names), [content], drawn, names, facts=facts),
+        "condensation.html": _page(" and ".join(names), [content], drawn, names, facts=[]),
         "condensation.json": json.dumps(to_json(profiles), ensure_ascii=False) + "\n",
     }
     return [*_write(texts, output_dir), *(save(plot, output_dir) for plot in drawn.values())]

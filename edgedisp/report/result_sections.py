@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgedisp.core.results import BASELINE, Condensation, Estimate, Json, Measurement
-from edgedisp.core.run import CHANGES_FORWARD, Run
+from edgedisp.core.results import BASELINE, Condensation, Estimate, Measurement
+from edgedisp.core.run import Run
 from edgedisp.report import formatting as fmt
 from edgedisp.report.comparisons import Comparison, comparisons
-from edgedisp.report.layout import TERMS, TEXTS, Grid, Section, grid, section
+from edgedisp.report.layout import TERMS, TEXTS, Grid, Section, grid, notes, section
 from edgedisp.report.results_table import arms_grid, has_more_arms
 
 LOG_LIKELIHOODS = ("gold_bits_per_byte", "gold_nll", "word_nll")
@@ -36,18 +36,13 @@ def arms_section(run: Run) -> Section:
         return section("arms")
     rows = comparisons(run)
     first, *more = [arms_grid(run, task, run.precisions) for task in dict.fromkeys(row.task for row in rows)]
-    notes = [
-        f"{arm} changes the first loss, so it cannot be checked against the baseline's."
-        for arm in run.compared_arms
-        if any(run.techniques.get(arm, {}).get(name) for name in CHANGES_FORWARD)
-    ]
     return section(
         "arms",
         [first, *(replace(table, folded=True) for table in more), _seeds_grid(rows)],
         TERMS["joined_runs"] if run.runs else "",
         facts=[(arm, technique_text(run, arm)) for arm in run.compared_arms],
         plots=("differences",),
-        notes=[*notes, *([TERMS["seeds"]] if len(run.seeds) > 1 else [])],
+        notes=notes("arms", run),
     )
 
 
@@ -136,13 +131,11 @@ def condensation_section(run: Run) -> Section:
     """The paper's heatmap, the layer curves, what quantization changes, and their numbers."""
     profiles = dict(measured(run, lambda model: model.condensation))
     torch = {name: profile for name, profile in profiles.items() if name.startswith(fmt.label("torch"))}
-    sizes = sorted({(profile.tokens, profile.sequences) for profile in profiles.values()})
-    notes = [f"Measured on {fmt.count(tokens)} tokens in {fmt.count(n)} sequences." for tokens, n in sizes]
     return section(
         "condensation",
         [grid("models", profiles.items()), *(layer_grid(name, profile) for name, profile in torch.items())],
         plots=CONDENSATION_PLOTS,
-        notes=[*notes, TERMS["correlations"]] if profiles else [],
+        notes=notes("condensation", profiles),
     )
 
 
@@ -196,18 +189,4 @@ def survival_section(run: Run) -> Section:
         grid("weight_survival", weights["bits"], TERMS["parameter_change"]),
         grid("weight_survival", weights["components"], "The same by component", folded=True),
     ]
-    return section("survival", grids, plots=("survival",), notes=_survival_notes(run, present))
-
-
-def _survival_notes(run: Run, records: list[tuple[str, Json]]) -> Iterator[str]:
-    for name, record in records:
-        if unmatched := record.get("unmatched"):
-            yield f"{name}: {len(unmatched)} packed tensors have no counterpart in torch: not counted."
-        if record["references"].get("base", {"total": 1}).get("total") is None:
-            yield f"{name}: no weight is stored on a block grid that the change could be compared on."
-        if record.get("nearest") is not None and record["nearest"] < 0.9999:
-            nearest = fmt.percent(record["nearest"])
-            yield f"{name}: {nearest} of the integers are the nearest ones; all are counted as if they were."
-    for arm, training in run.training.items():
-        if (training.merge_audit or {}).get("chosen") == "dequantized":
-            yield f"{arm}: merged into the dequantized base, so its change holds that rounding too."
+    return section("survival", grids, plots=("survival",), notes=notes("survival", run, present))

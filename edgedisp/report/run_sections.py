@@ -7,7 +7,7 @@ from collections import Counter
 from edgedisp.core.results import BASELINE, Estimate, Json
 from edgedisp.core.run import Run
 from edgedisp.report import formatting as fmt
-from edgedisp.report.layout import TERMS, TEXTS, Grid, Section, facts, grid, section
+from edgedisp.report.layout import Grid, Section, facts, grid, notes, section
 from edgedisp.report.result_sections import measured, models
 from edgedisp.report.verdict import RULES
 
@@ -25,12 +25,12 @@ def fairness_section(run: Run) -> Section:
         )
     about = facts("run", {"model": run.model, "corpus": run.corpus, "sources": sources_text(run.corpus)})
     checks: dict[str, dict[str, str]] = {}
-    notes = []
+    remarks = []
     for arm in run.compared_arms if run.baseline_is is None else []:
         for name, passed in fairness_checks(run, arm).items():
             checks.setdefault(name, {})[arm] = fmt.yes_no(passed)
         if checks["optimizer, schedule, seed"][arm] == "NO":
-            notes.append(f"{arm} differs in {', '.join(differing_settings(run, arm) or [])}.")
+            remarks.append(f"{arm} differs in {', '.join(differing_settings(run, arm) or [])}.")
     by_arm = {
         arm: {**dict(fmt.leaves(training.settings)), "processes": training.processes}
         for arm, training in run.training.items()
@@ -39,7 +39,7 @@ def fairness_section(run: Run) -> Section:
     keys = dict.fromkeys(key for settings in by_arm.values() for key in settings)
     settings = [(key, {arm: fmt.setting(by_arm[arm].get(key)) for arm in by_arm}) for key in keys]
     return section(
-        "fairness", [grid("fairness", checks.items()), grid("settings", settings)], facts=about, notes=notes
+        "fairness", [grid("fairness", checks.items()), grid("settings", settings)], facts=about, notes=remarks
     )
 
 
@@ -82,19 +82,13 @@ def differing_settings(run: Run, arm: str) -> list[str] | None:
 def training_section(run: Run) -> Section:
     """The curves and, per training, what it took."""
     rows = [item for arm in run.arms for item in run.trainings(arm).items()]
-    speed = run.training[BASELINE].tokens_per_s if BASELINE in run.training else None
-    notes = [
-        f"{arm} trained at {fmt.percent(training.tokens_per_s / speed)} of the baseline's speed."
-        for arm, training in run.training.items()
-        if arm != BASELINE and speed and training.tokens_per_s
-    ]
-    return section("training", [grid("training", rows)], plots=("training",), notes=notes)
+    return section("training", [grid("training", rows)], plots=("training",), notes=notes("training", run))
 
 
 def merge_section(run: Run) -> Section:
     """Held-out loss with the adapter on, merged and quantized. Empty without adapters."""
     rows: dict[str, dict[str, str]] = {}
-    about, notes = [], dict[str, None]()
+    about, remarks = [], dict[str, None]()
     for arm, training in run.training.items():
         if not (audit := training.merge_audit):
             continue
@@ -106,15 +100,8 @@ def merge_section(run: Run) -> Section:
         gains = [_audit_text(audit["gains"].get(key)) for key in ("fp32", "int4")]
         worth = f"{gains[0]} nats per token from the base to the merged model, {gains[1]} from int4 to int4"
         about.append((f"{arm}, worth of the adapter", worth))
-        step = audit.get("grid") or {}
-        kind = "symmetric" if step.get("symmetric") else "asymmetric"
-        notes |= dict.fromkeys([f"{arm}: {audit['warning']}."] if audit.get("warning") else [])
-        notes[
-            f"Measured in torch on {fmt.count(audit.get('tokens'))} held-out tokens. int4: weights alone, "
-            f"nearest in {kind} groups of {step.get('group')}, embedding and head at "
-            f"{step.get('head_bits')} bits."
-        ] = None
-    return section("merge_audit", [grid("merge", rows.items())], facts=about, notes=notes)
+        remarks |= dict.fromkeys(notes("audit", arm, audit))
+    return section("merge_audit", [grid("merge", rows.items())], facts=about, notes=remarks)
 
 
 def _audit_text(record: Json | None) -> str:
@@ -138,7 +125,7 @@ def mixed_section(run: Run) -> Section:
     """What a search for bits by weight chose, and the assignments it chose from."""
     grids, about = [], []
     for arm, search in searches(run).items():
-        about.append((f"int4, {arm}", _search_text(search)))
+        about.append((f"int4, {arm}", notes("search", search)[0]))
         if "decided_by" not in search:
             alone = search.get("sensitivity") or {}
             points = [(str(row.get("name")), row) for row in search.get("points", [])]
@@ -157,7 +144,7 @@ def search_text(run: Run) -> str:
     for arm, search in searches(run).items():
         if "decided_by" in search:
             continue
-        lines.append(f"int4, {arm}: {_search_text(search)}")
+        lines.append(f"int4, {arm}: {' '.join(notes('search', search))}")
         by_component: dict[str, Counter[str]] = {}
         for row in run.bundles[arm]["int4"].tensors:
             by_component.setdefault(str(row.get("component")), Counter())[_stored(row)] += 1
@@ -170,23 +157,6 @@ def search_text(run: Run) -> str:
 def _stored(row: Json) -> str:
     zero = "symmetric" if row.get("symmetric") else "asymmetric"
     return f"{row.get('bits')} bits g{row.get('group')} {zero} {row.get('method')}"
-
-
-def _search_text(search: Json) -> str:
-    kl = f"KL {fmt.small(search.get('measured_kl'))} nats"
-    perplexity = f"perplexity on training text {fmt.change(search.get('perplexity_increase'))}"
-    if "decided_by" in search:
-        return f"stored as {search['decided_by']} is: {kl}, {perplexity}"
-    goal = search.get("goal") or {}
-    limit = f"perplexity + {fmt.percent(goal.get('max_perplexity_increase'))}"
-    if goal.get("budget") is not None:
-        limit = f"at most {fmt.megabytes(goal['budget'])} MB"
-    text = f"{limit} asked; {fmt.megabytes(search.get('size_bytes'))} MB, {kl} "
-    text += f"(predicted {fmt.small(search.get('predicted_kl'))}), {perplexity}"
-    if after := search.get("gptq"):
-        text += f", after gptq KL {fmt.small(after.get('measured_kl'))}, "
-        text += f"perplexity {fmt.change(after.get('perplexity_increase'))}"
-    return text
 
 
 # What ships
@@ -222,12 +192,8 @@ def stages_section(run: Run) -> Section:
     """What took how long, and what was taken from an earlier run."""
     longest = max((stage.seconds for stage in run.stages), default=0.0) or 1.0
     bars = tuple(stage.seconds / longest for stage in run.stages)
-    new = [stage.seconds for stage in run.stages if not stage.cached]
-    cached = fmt.plural(len(run.stages) - len(new), "stage")
-    notes = [f"In this run: {fmt.duration(sum(new))}. Cached: {cached}."] if run.stages else []
-    return section(
-        "stages", [grid("stages", [(row.name, row) for row in run.stages], bars=bars)], notes=notes
-    )
+    table = grid("stages", [(stage.name, stage) for stage in run.stages], bars=bars)
+    return section("stages", [table], notes=notes("stages", run.stages))
 
 
 def reproduce_section(run: Run) -> Section:
@@ -242,17 +208,10 @@ def reproduce_section(run: Run) -> Section:
     ]
     about = [("created", run.created), ("git commit", run.git_commit)]
     code = [("Command", run.command), ("Recipe", run.recipe_yaml)]
-    return section("reproduce", grids, facts=filter(_is_present, about), code=filter(_is_present, code))
-
-
-def _is_present(pair: tuple[str, str | None]) -> bool:
-    return bool(pair[1])
+    return section("reproduce", grids, facts=about, code=code)
 
 
 def limits_section(run: Run) -> Section:
     """What the numbers mean, and the verdict's rules."""
-    seeds = len(run.seeds)
-    luck = TERMS["several_seeds"].format(seeds) if seeds > 1 else TERMS["one_seed"]
     rules = tuple((str(number), rule) for number, rule in enumerate(RULES, 1))
-    notes = [*TEXTS["lists"]["limits"], luck]
-    return section("limits", [Grid(("", "rule"), rules, "Rules of the verdict")], notes=notes)
+    return section("limits", [Grid(("", "rule"), rules, "Rules of the verdict")], notes=notes("limits", run))
