@@ -136,7 +136,7 @@ def write_condensation(profiles: Mapping[str, Condensation], output_dir: Path) -
     grids = result_sections.profile_grids(profiles)
     content = section("condensation", grids, plots=tuple(drawn), notes=notes("condensation", profiles))
     texts = {
-        "condensation.html": _page(" and ".join(names), [content], drawn, names, facts=[]),
+        "condensation.html": _page(" and ".join(names), [content], drawn, names, facts=()),
         "condensation.json": json.dumps(to_json(profiles), ensure_ascii=False) + "\n",
     }
     return [*_write(texts, output_dir), *(save(plot, output_dir) for plot in drawn.values())]
