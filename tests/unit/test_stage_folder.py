@@ -1,18 +1,23 @@
-"""Stage folders are whole or absent, and a run folder has one owner and one writer."""
+"""Stage folders are whole or absent, a run has one owner and one writer, lists of files are checked."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
-import sys
-import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from edgedisp.core import files, stage_folder
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import (
     MANIFEST,
@@ -20,34 +25,62 @@ from edgedisp.core.files import (
     canonical,
     changed_files,
     check_files,
+    data_folder,
+    digest,
     file_digest,
+    from_json,
+    git_commit,
     list_files,
+    read_json,
+    read_object,
+    to_json,
     update_listing,
     write_json,
 )
-from edgedisp.core.stage_folder import finish, open_run, read, stage_output
+from edgedisp.core.stage_folder import Record, finish, open_run, read, stage_output
 
 WRONG_SHAPES = ["{", "{}", "[]", "null", '"text"', '{"files": []}', '{"files": {"a": {"size_bytes": 1}}}']
+LEFT_OVER = ("*.partial", "*.outdated")
 
 
-def make(folder: Path, key: dict[str, Any], text: str = "hello", *, resumable: bool = False) -> None:
+@pytest.fixture(autouse=True)
+def no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_folder, "git_commit", lambda: "c0ffee+")
+
+
+def make(folder: Path, key: dict[str, Any], text: str = "hello", *, resumable: bool = False) -> Record:
     with stage_output(folder, key, resumable=resumable) as output_dir:
         (output_dir / "sub").mkdir(exist_ok=True)
         (output_dir / "sub" / "a.txt").write_text(text)
-        finish(output_dir, folder, key, {"answer": 42}, 1.5)
+        (output_dir / "empty").touch()
+        return finish(output_dir, folder, key, {"answer": 42}, 1.5)
+
+
+def interrupt(
+    folder: Path, key: dict[str, Any], work: Callable[[Path], object], resumable: bool = False
+) -> None:
+    with (
+        pytest.raises(RuntimeError, match="interrupted"),
+        stage_output(folder, key, resumable=resumable) as out,
+    ):
+        work(out)
+        raise RuntimeError("interrupted")
 
 
 def test_a_finished_stage_is_read_back(tmp_path: Path) -> None:
-    make(tmp_path / "stage", {"lr": 1})
+    written = make(tmp_path / "stage", {"lr": 1})
     record = read(tmp_path / "stage")
-    assert record is not None and record.key == {"lr": 1} and record.results == {"answer": 42}
+    assert record is not None
+    assert record == written == Record(tmp_path / "stage", {"lr": 1}, {"answer": 42}, record.files, 1.5)
+    assert record.files["sub/a.txt"] == {"size_bytes": 5, "sha256": record.sha256("sub/a.txt")}
     assert record.sha256("sub/a.txt") == file_digest(tmp_path / "stage" / "sub" / "a.txt")
-    assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == ["record.json", "sub"]
+    assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == ["empty", "record.json", "sub"]
     assert [path.name for path in tmp_path.iterdir()] == ["stage"]
-    make(tmp_path / "same", {"lr": 2})
-    make(tmp_path / "other", {"lr": 1}, "another text")
-    same, other = read(tmp_path / "same"), read(tmp_path / "other")
-    assert same and other and record.content == same.content != other.content  # of the files alone
+    raw = json.loads((tmp_path / "stage" / RECORD).read_text())
+    assert raw["git_commit"] == "c0ffee+" and raw["edgedisp"] and raw["finished"].endswith("+00:00")
+    same, other = make(tmp_path / "same", {"lr": 2}), make(tmp_path / "other", {"lr": 1}, "another text")
+    content = digest({name: record.sha256(name) for name in ("empty", "sub/a.txt")})
+    assert record.content == same.content == content != other.content  # of the files alone
 
 
 @pytest.mark.parametrize("damage", ["remove", "shorten", *WRONG_SHAPES])
@@ -69,38 +102,42 @@ def test_a_stage_with_missing_or_cut_files_is_not_finished(tmp_path: Path, damag
 def test_a_failed_stage_leaves_nothing_and_an_older_one_untouched(tmp_path: Path) -> None:
     make(tmp_path / "old", {"lr": 1})
     for name in ("new", "old"):
-        with pytest.raises(RuntimeError), stage_output(tmp_path / name, {"lr": 2}) as output_dir:
-            (output_dir / "half").write_text("x")
-            raise RuntimeError
+        interrupt(tmp_path / name, {"lr": 2}, lambda out: (out / "half").write_text("x"))
     record = read(tmp_path / "old")
     assert record is not None and record.key == {"lr": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
-def test_a_resumable_stage_keeps_its_work_only_for_the_same_key(tmp_path: Path) -> None:
-    for key, expected in (({"lr": 1}, False), ({"lr": 1}, True), ({"lr": 2}, False)):
-        with pytest.raises(RuntimeError), stage_output(tmp_path / "stage", key, resumable=True) as output_dir:
-            assert (output_dir / "checkpoint").exists() == expected
-            (output_dir / "checkpoint").write_text("x")
-            raise RuntimeError
+def test_a_resumable_stage_finds_its_work_only_for_the_same_key(tmp_path: Path) -> None:
+    present: list[bool] = []
+
+    def work(out: Path) -> None:
+        present.append((out / "checkpoint").exists())
+        (out / "checkpoint").write_text("x")
+
+    for lr in (1, 1, 2):
+        interrupt(tmp_path / "stage", {"lr": lr}, work, resumable=True)
+    assert present == [False, True, False]
+    assert stage_folder.is_started(tmp_path / "stage", {"lr": 2})
     for damage in WRONG_SHAPES:
-        (tmp_path / "stage.partial").mkdir(exist_ok=True)
         (tmp_path / "stage.partial" / "key.json").write_text(damage)
-        with pytest.raises(RuntimeError), stage_output(tmp_path / "stage", {"lr": 2}, resumable=True):
-            raise RuntimeError
+        assert not stage_folder.is_started(tmp_path / "stage", {"lr": 2})
+        interrupt(tmp_path / "stage", {"lr": 2}, work, resumable=True)
+        assert not present[-1]
     assert read(tmp_path / "stage") is None
+
+
+# --- killed at any point
 
 
 class Killed(BaseException):
     """The process ends here."""
 
 
-STEPS = [(os, "replace"), (os, "rename"), (os, "fsync"), (os, "unlink"), (shutil, "rmtree")]
-
-
-def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Before the `step`-th write, rename or removal; everything after it fails, too."""
-    count = 0
+@contextmanager
+def dying_at(step: int) -> Iterator[list[bool]]:
+    """Killed before the `step`-th write, rename or removal; everything after it fails, too."""
+    count, died = 0, []
 
     def dying(function: Any) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -112,79 +149,78 @@ def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
         return call
 
-    for module, name in STEPS:
-        monkeypatch.setattr(module, name, dying(getattr(module, name)))
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in (
+            (os, "replace"),
+            (os, "rename"),
+            (os, "fsync"),
+            (os, "unlink"),
+            (shutil, "rmtree"),
+        ):
+            patch.setattr(module, name, dying(getattr(module, name)))
+        try:
+            yield died
+        except Killed:
+            died.append(True)
 
 
 @pytest.mark.parametrize("earlier", [None, {"lr": 0}])
 def test_a_build_killed_at_any_step_is_completed_by_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: dict[str, int] | None
+    tmp_path: Path, earlier: dict[str, int] | None
 ) -> None:
+    made: list[str] = []
+
     def build(run: Path, key: dict[str, int]) -> None:
         with open_run(run, {}, "a"):
             for name in ("base", "arm/model"):
-                (run / name).parent.mkdir(exist_ok=True)
                 record = read(run / name)
                 if record is None or record.key != key:
                     made.append(name)
                     make(run / name, key, f"{name} {key}", resumable=name != "base")
 
-    made: list[str] = []
+    def contents(run: Path) -> dict[str, str]:
+        return {name: (run / name).read_text() for name in list_files(run) if name.endswith(".txt")}
+
     build(tmp_path / "whole", {"lr": 1})
-    expected = list_files(tmp_path / "whole", without=(".lock", "run.json"))
-    files = [name for name in expected if not name.endswith(RECORD)]
-    rounds = []
+    expected = contents(tmp_path / "whole")
+    made_again = []
     for step in range(100):
         run = tmp_path / f"run{step}"
         if earlier is not None:
             build(run, earlier)
-        with monkeypatch.context() as patch:
-            die_at(patch, step)
-            try:
-                build(run, {"lr": 1})
-                died = False
-            except Killed:
-                died = True
-        records = [json.loads(path.read_text())["key"] for path in run.rglob(f"*.partial/{RECORD}")]
-        made = []
+        with dying_at(step) as died:
+            build(run, {"lr": 1})
+        whole = [json.loads(path.read_text())["key"] for path in run.rglob(f"*.partial/{RECORD}")]
+        made.clear()
         build(run, {"lr": 1})
-        rounds.append(len(made))
-        found = list_files(run, without=(".lock", "run.json"))
-        assert {name: found[name] for name in files} == {name: expected[name] for name in files}, step
-        assert found.keys() == expected.keys()
-        assert len(made) <= 2 - len(records)  # what had a whole record was not made again
+        made_again.append(len(made))
+        assert contents(run) == expected, step
+        assert not [path for pattern in LEFT_OVER for path in run.rglob(pattern)]
+        assert len(made) <= 2 - len(whole)  # what had a whole record was not made again
         if not died:
             break
-    assert not died and rounds[0] == 2 and rounds[-1] == 0
+    assert not died and made_again[0] == 2 and made_again[-1] == 0
 
 
 def test_a_record_that_came_with_copied_files_is_not_taken_for_the_stages_own(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with open_run(run, {}, "a"):
         make(run / "first", {})
-        with (
-            pytest.raises(RuntimeError),
-            stage_output(run / "second", {"lr": 1}, resumable=True) as output_dir,
-        ):
-            shutil.copytree(run / "first", output_dir, dirs_exist_ok=True)
-            raise RuntimeError
+        copy = shutil.copytree
+        interrupt(run / "second", {"lr": 1}, lambda out: copy(run / "first", out, dirs_exist_ok=True), True)
     with open_run(run, {}, "a"):
         assert read(run / "second") is None
         with stage_output(run / "second", {"lr": 1}, resumable=True) as output_dir:
             finish(output_dir, run / "second", {"lr": 1}, {"answer": 43}, 1.0)
     record = read(run / "second")
-    assert record is not None and record.results == {"answer": 43} and list(record.files) == ["sub/a.txt"]
+    assert (
+        record is not None
+        and record.results == {"answer": 43}
+        and list(record.files) == ["empty", "sub/a.txt"]
+    )
 
 
-def test_json_is_never_half_written_and_never_holds_nan(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"x": 1})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(tmp_path / "a.json", {"x": float("nan")})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
-    assert canonical({"b": 1, "a": [1, {"d": 2, "c": 3}]}) == canonical({"a": [1, {"c": 3, "d": 2}], "b": 1})
-
-
-# --- the run folder --------------------------------------------------------------------------------------
+# --- the run folder
 
 
 def refused(path: Path, identity: dict[str, Any]) -> str:
@@ -195,10 +231,16 @@ def refused(path: Path, identity: dict[str, Any]) -> str:
 
 def test_a_run_folder_of_another_recipe_is_refused_with_the_difference(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with open_run(run, {"train": {"lr": 1, "tokens": 5}}, "one"):
-        make(run / "base", {})
-    message = refused(run, {"train": {"lr": 2, "tokens": 5}})
-    assert "belongs to another recipe (one), which differs in train.lr" in message
+    identity = {"train": {"lr": 1, "tokens": 5, "adapter": {"rank": 2}}, "seed": (0, 1)}
+    for _ in range(2):  # a tuple is a list in JSON
+        with open_run(run, identity, "first"):
+            make(run / "base", {})
+    other = {"train": {"lr": 2, "tokens": 5, "adapter": None, "clip": 1}, "seed": [0, 1]}
+    message = refused(run, other)
+    assert (
+        message.endswith("of its own") and "belongs to another recipe (first), which differs in " in message
+    )
+    assert "differs in train.adapter, train.clip, train.lr;" in message
     for damage in WRONG_SHAPES:
         (run / "run.json").write_text(damage)
         assert "run.json: is damaged" in refused(run, {})
@@ -208,49 +250,75 @@ def test_a_run_folder_of_another_recipe_is_refused_with_the_difference(tmp_path:
 def test_a_folder_of_something_else_is_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json.partial").write_text('{"name": ')  # of a killed build: not something else
-    with open_run(tmp_path / "run", {}, "a") as run:
-        assert (run / "run.json").is_file()
+    with open_run(tmp_path / "run", {"seed": 3}, "a") as run:
+        assert json.loads((run / "run.json").read_text())["identity"] == {"seed": 3}
     shutil.rmtree(tmp_path / "run")
-    (tmp_path / "thesis.txt").write_text("x")
-    assert "is not a run folder and not empty (thesis.txt" in refused(tmp_path, {})
+    for name in ("thesis.txt", "b", "c", "d"):
+        (tmp_path / name).write_text("x")
+    assert "is not a run folder and not empty (b, c, d, ...)" in refused(tmp_path, {})
     assert "is a file" in refused(tmp_path / "thesis.txt", {})
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".lock") == ["thesis.txt"]
+    assert "cannot be made (Not a directory); choose another --out" in refused(tmp_path / "b" / "run", {})
+    assert len([path for path in tmp_path.iterdir() if path.name != ".lock"]) == 4
 
 
-def test_bad_input_removes_a_run_folder_that_was_just_made_unless_an_arm_is_trained(tmp_path: Path) -> None:
-    trained = tmp_path / "runs" / "trained"
-    with pytest.raises(BadInput, match="no text"), open_run(trained, {}, "a") as run:
-        make(run / "baseline" / "model", {})
-        raise BadInput("no text")
-    assert (trained / "baseline" / "model" / RECORD).is_file()
-    with pytest.raises(BadInput, match="no text"), open_run(tmp_path / "runs" / "new", {}, "a") as run:
-        make(run / "base", {})
-        raise BadInput("no text")
-    assert not (tmp_path / "runs" / "new").exists()
+def test_what_is_left_of_a_run_that_was_just_made(tmp_path: Path) -> None:
+    def attempt(run: Path, stage: str | None, error: type[Exception]) -> bool:
+        with pytest.raises(error), open_run(run, {}, "a"):
+            if stage:
+                make(run / stage, {})
+            raise error("no text")
+        return run.exists()
+
+    runs = tmp_path / "runs"
+    assert attempt(runs / "trained", "baseline/model", BadInput)  # a training may have taken hours
+    assert not attempt(runs / "new", "base", BadInput)
+    assert not attempt(runs / "empty", None, RuntimeError)
+    assert attempt(runs / "begun", "base", RuntimeError)
+    assert attempt(runs / "begun", None, BadInput)  # is not new
+    with pytest.raises(KeyError), open_run(runs / "resumable", {}, "a") as run:
+        interrupt(run / "model", {}, lambda output_dir: None, resumable=True)
+        raise KeyError
+    assert [path.name for path in run.glob("m*")] == ["model.partial"]
 
 
 def test_two_writers_of_one_run_folder_are_refused(tmp_path: Path) -> None:
-    script = f"""
-        import sys
-        from pathlib import Path
-        from edgedisp.core.stage_folder import open_run
-        with open_run(Path({str(tmp_path / "run")!r}), {{}}, "a"):
-            print("open", flush=True)
-            sys.stdin.read()
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout is not None and other.stdout.readline() == "open\n"
+    with open_run(tmp_path / "run", {}, "a"):
         assert "another build is writing there" in refused(tmp_path / "run", {})
         assert (tmp_path / "run" / "run.json").exists()
-    finally:
-        other.communicate("")
     with open_run(tmp_path / "run", {}, "a"):
         assert (tmp_path / "run" / "run.json").exists()
 
 
-# --- files of a bundle -----------------------------------------------------------------------------------
+# --- JSON and lists of files
+
+
+@dataclass
+class Figures:
+    values: tuple[float, ...]
+    by_name: dict[int, Any]
+
+
+def test_json_is_plain_readable_and_never_half_written(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"b": 1, "ä": [1]})
+    text = '{\n "b": 1,\n "ä": [\n  1\n ]\n}\n'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"x": math.nan})
+    assert path.read_text(encoding="utf-8") == text and list(tmp_path.iterdir()) == [path]
+    assert read_json(path) == read_object(path) == {"b": 1, "ä": [1]}
+    assert read_json(tmp_path / "absent") == read_object(tmp_path / "absent") == {}
+    for damage, words in (("{", "not readable as JSON"), ("[]", "expected a JSON object")):
+        path.write_text(damage)
+        assert read_object(path) == {}
+        with pytest.raises(BadInput, match=words):
+            read_json(path)
+    assert canonical({"b": 1, "ä": [1, {"d": 2, "c": 3}]}) == '{"b":1,"ä":[1,{"c":3,"d":2}]}'
+    figures = Figures((1.0, math.nan), {1: [math.inf, "x", None], 2: Figures((), {})})
+    plain = {"values": [1.0, None], "by_name": {"1": [None, "x", None], "2": {"values": [], "by_name": {}}}}
+    assert to_json(figures) == plain
+    assert from_json(Figures, {"values": [1], "by_name": {}}) == Figures((1.0,), {})
+    with pytest.raises(ValueError, match=r"^values.0: .*; values.1: .*; values.2: .*; \.\.\.$"):
+        from_json(Figures, {"values": ["a"] * 4, "by_name": {}})
 
 
 @pytest.fixture(params=[MANIFEST, RECORD])
@@ -271,32 +339,67 @@ def damage_of(bundle: Path) -> str:
 
 def test_a_whole_folder_passes_also_with_files_that_are_not_listed(bundle: Path) -> None:
     (bundle / "README.md").write_text("edited")
-    assert check_files(bundle)
+    assert check_files(bundle) and changed_files(bundle, "**/*") == []
     assert not check_files(bundle / "onnx")  # has no list
 
 
-def test_a_damaged_file_is_named_with_what_was_expected(bundle: Path) -> None:
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(position=st.integers(0, 999), bits=st.integers(1, 255))
+def test_a_flipped_byte_is_noticed_anywhere(bundle: Path, position: int, bits: int) -> None:
     listing = next(path for path in (bundle / MANIFEST, bundle / RECORD) if path.is_file())
-    (bundle / "onnx" / "weights").write_bytes(bytes(999) + b"\x01")
     expected = json.loads(listing.read_text())["files"]["onnx/weights"]["sha256"]
-    actual = list_files(bundle)["onnx/weights"]["sha256"]
+    content = bytearray(1000)
+    content[position] ^= bits
+    (bundle / "onnx" / "weights").write_bytes(content)
+    actual = file_digest(bundle / "onnx" / "weights")
     message = damage_of(bundle)
     assert message.startswith(f"onnx/weights: is damaged: its SHA-256 is {actual}") and expected in message
-    (bundle / "config.json").write_text("[]")  # same size, another content; sizes are compared first
+    changed = ["onnx/weights"] if listing.name == RECORD else []
+    assert changed_files(bundle, "**/*") == changed and changed_files(bundle, "*") == []
+
+
+def test_missing_and_cut_files_are_named_before_contents_are_read(
+    bundle: Path,
+) -> None:
+    (bundle / "config.json").write_text("[]")  # same size, another content
     (bundle / "onnx" / "weights").write_bytes(bytes(999))
     assert damage_of(bundle).startswith("onnx/weights: has 999 bytes,")
     (bundle / "config.json").unlink()
-    assert damage_of(bundle).startswith("config.json: is missing")
+    assert damage_of(bundle).startswith("config.json: is missing") and " with 2 bytes;" in damage_of(bundle)
 
 
 def test_a_file_changed_on_purpose_is_entered_anew(bundle: Path) -> None:
     (bundle / "config.json").write_text("[1]")
     assert "config.json: has 3 bytes" in damage_of(bundle)
-    update_listing(bundle, ["config.json"])
+    update_listing(bundle, ["config.json", "absent"])
     assert check_files(bundle)
+    if (bundle / MANIFEST).is_file():  # its record lists the manifest, too
+        write_json(bundle / RECORD, {"files": list_files(bundle)})
+        (bundle / "config.json").write_text("[12]")
+        update_listing(bundle, ["config.json"])
+        assert json.loads((bundle / RECORD).read_text())["files"] == list_files(bundle, without=(RECORD,))
 
 
 @pytest.mark.parametrize("text", WRONG_SHAPES)
 def test_a_damaged_list_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
     assert damage_of(tmp_path).startswith("manifest.json: is damaged")
+
+
+def test_packaged_data_and_the_commit_are_those_of_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "PACKAGE", tmp_path / "edgedisp")
+    assert data_folder("recipes") == tmp_path / "recipes" and git_commit() is None
+    (tmp_path / "edgedisp" / "packaged" / "recipes").mkdir(parents=True)
+    assert data_folder("recipes") == tmp_path / "edgedisp" / "packaged" / "recipes"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "file").write_text("1")
+    for command in (["init", "-q"], ["add", "file"], ["commit", "-qm", "first"]):
+        assert subprocess.run([*git, *command], check=False).returncode == 0
+    clean = git_commit()
+    assert clean is not None and len(clean) == 12 and int(clean, 16)
+    (tmp_path / "file").write_text("2")
+    assert git_commit() == f"{clean}+"
+    (tmp_path / ".git" / "HEAD").unlink()
+    assert git_commit() is None
