@@ -106,3 +106,14 @@ def test_the_detectable_difference_is_found_four_times_out_of_five() -> None:
     counts = rng.multinomial(items, [better, worse, 1 - differing], size=repetitions)
     found = np.mean([mcnemar(int(first), int(second)) <= 0.05 for first, second, _ in counts])
     assert found == pytest.approx(0.8, abs=0.02 + 3 * math.sqrt(0.16 / repetitions))
+
+
+def test_every_task_of_a_packaged_recipe_is_known_to_lm_eval() -> None:
+    from lm_eval.tasks import TaskManager
+
+    from edgedisp.core.files import data_folder
+    from edgedisp.recipe import load
+
+    recipes = [load(path) for path in data_folder("recipes").glob("*.yaml")]
+    tasks = {task for recipe in recipes for task in recipe.evaluate.tasks if not task.startswith("heldout_")}
+    assert tasks and tasks <= set(TaskManager().all_tasks)

@@ -81,9 +81,8 @@ def test_ids_are_unique_even_where_the_file_repeats_them(tmp_path: Path) -> None
     assert [document.id for document in read_documents(path)] == ["same", "same#2", "same#3"]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
+def test_a_file_that_cannot_be_used_gives_the_place_and_the_reason(tmp_path: Path) -> None:
+    for name, content, message in (
         ("a.json", b'{"a": "one",\n "b" "two"}', "a.json:2: not valid JSON"),
         ("a.jsonl", b'{"text": "one"}\n{"text": ', "a.jsonl:2: not valid JSON"),
         ("a.jsonl", b'{"text": "one"}\n{"text": "\\ud83d smile"}', r"a.jsonl:2: .*half of a surrogate pair"),
@@ -97,14 +96,10 @@ def test_ids_are_unique_even_where_the_file_repeats_them(tmp_path: Path) -> None
         ("a.jsonl.gz", b"{}", "not a readable gzip file"),
         ("a.parquet", b"not parquet", "not a readable parquet file"),
         ("a.pdf", b"text", r"cannot read text from \.pdf.*\.parquet, \.jsonl"),
-    ],
-)
-def test_a_file_that_cannot_be_used_gives_the_place_and_the_reason(
-    tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(BadInput, match=message):
-        read_documents(tmp_path / name)
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BadInput, match=message):
+            read_documents(tmp_path / name)
     with pytest.raises(BadInput, match="no such file"):
         read_documents(tmp_path / "nothing.json")
 
@@ -147,8 +142,8 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(
         read_documents(source)
 
 
-WIKITEXT = ["", " = First = \n", "", " One two . \n", "", " = = Part = = \n", "", " Three . \n"]
-WIKITEXT += ["", " = Second = \n", "", " x = y \n"]
+ARTICLE = ["", " = First = \n", "", " One two . \n", "", " = = Part = = \n", "", " Three . \n"]
+SECOND = ["", " = Second = \n", "", " x = y \n"]
 
 
 def read_lines(folder: Path, lines: list[str]) -> list[str]:
@@ -158,13 +153,13 @@ def read_lines(folder: Path, lines: list[str]) -> list[str]:
 
 def test_lines_are_joined_at_top_level_headings_if_the_first_is_one(tmp_path: Path) -> None:
     first = "= First = \n\n One two . \n\n = = Part = = \n\n Three ."
-    assert read_lines(tmp_path, WIKITEXT) == [first, "= Second = \n\n x = y"]
-    plain = ["plain", *(line for line in WIKITEXT if line.strip())]
-    assert read_lines(tmp_path, ["plain", *WIKITEXT]) == plain
+    assert read_lines(tmp_path, ARTICLE + SECOND) == [first, "= Second = \n\n x = y"]
+    plain = ["plain", *(line for line in ARTICLE if line.strip())]
+    assert read_lines(tmp_path, ["plain", *ARTICLE]) == plain
 
 
 @given(st.lists(st.sampled_from([" = A = \n", " = = B = = \n", "word", "", " = = = C = = = \n", "= x"])))
-def test_joining_keeps_every_line_and_starts_only_at_headings(
+def test_joining_drops_no_line_and_starts_only_at_headings(
     tmp_path_factory: pytest.TempPathFactory, lines: list[str]
 ) -> None:
     joined = read_lines(tmp_path_factory.getbasetemp(), [" = A = \n", *lines])

@@ -51,7 +51,7 @@ def test_the_split_takes_every_different_text_exactly_once(words: list[str], sha
     assert split(documents, share, seed) == (train, heldout)
 
 
-def test_the_split_depends_on_the_seed_and_gives_every_document_its_own_id() -> None:
+def test_the_split_depends_on_the_seed_and_makes_ids_unique() -> None:
     documents = [Document("same", str(number)) for number in range(50)]
     train, heldout = split(documents, 0.1, seed=0)
     assert len({document.id for document in [*train, *heldout]}) == 50

@@ -89,16 +89,13 @@ def with_line(line: str) -> str:
 
 
 def test_defaults_are_those_of_the_paper_and_the_contract(read: Reader) -> None:
-    recipe = read(SMALL)
-    assert recipe.train.betas == (0.9, 0.95)
-    assert (recipe.train.weight_decay, recipe.train.clip, recipe.train.schedule) == (0.1, 1.0, "cosine")
-    dispersion = recipe.train.dispersion
-    assert dispersion is not None
+    recipe, dispersion = read(SMALL), Dispersion()
+    assert (recipe.train.betas, recipe.train.weight_decay, recipe.train.clip) == ((0.9, 0.95), 0.1, 1.0)
+    assert recipe.train.dispersion == dispersion and recipe.train.schedule == "cosine"
     assert (dispersion.variant, dispersion.weight, dispersion.layers) == ("angular", 0.1, "all")
     assert (dispersion.temperature, dispersion.tokens, dispersion.clamp) == (1.0, 64, 0.1)
     assert [arm.name for arm in recipe.arms] == ["baseline", "dispersed"] and recipe.seeds == 1
-    assert recipe.precisions == ("fp32", "int8", "int4")
-    assert recipe.data.heldout == 0.05
+    assert recipe.precisions == ("fp32", "int8", "int4") and recipe.data.heldout == 0.05
     assert recipe.quantize.int8.symmetric and not recipe.quantize.int4.symmetric
 
 
@@ -164,31 +161,31 @@ def test_overrides_reach_every_kind_of_key(read: Reader) -> None:
     assert recipe.model.base == "pypi:name==1.0/file.gguf"
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("train.tokens=abc", "train.tokens: needs a whole number"),
-        ("train.tokens=1e17", "train.tokens: Input should be less than"),
-        ("train.tokns=5", "train.tokns: unknown key; did you mean 'tokens'?"),
-        ("trian.tokens=5", "trian: unknown key; did you mean 'train'?"),
-        ("train.tokens=", "train.tokens: needs a whole number"),
-        ("train.tokens", "needs key=value, such as train.tokens=10k"),
-        ("train..lr=3", "needs key=value, such as train.tokens=10k"),
-        ("train.tokens.x=3", "train.tokens.x: '10k' has no keys"),
-        ("data.train.3.limit=9", "data.train.3.limit: the list has no item '3'"),
-        ("data.train.0.limt=9", "data.train.0.limt: unknown key; did you mean 'limit'?"),
-        ("train.adapter.rank=4", "train.adapter.kind: missing"),
-        ("name=12", "name: Input should be a valid string (found 12); put it in quotes"),
-        ("train.dispersion=null", "train.dispersion: null, but the arm 'dispersed' needs it"),
-        ("train.lr=[1", "train.lr: not YAML: "),
-        ("train.lr=&a [*a]", "train.lr: nested too deeply, or an alias holds itself"),
-        ("train.lr=!!python/name:os.system", "train.lr: the tag !!python/name:os.system is not read"),
-    ],
-)  # fmt: skip
-def test_a_faulty_override_is_reported_as_such(refusal: Refusal, override: str, message: str) -> None:
-    said = refusal(SMALL, override)
-    assert said.startswith(f"--set {override}: {message}")
-    assert "\n" not in said
+FAULTY_OVERRIDES = """\
+train.tokens=abc | train.tokens: needs a whole number
+train.tokens=1e17 | train.tokens: Input should be less than
+train.tokns=5 | train.tokns: unknown key; did you mean 'tokens'?
+trian.tokens=5 | trian: unknown key; did you mean 'train'?
+train.tokens= | train.tokens: needs a whole number
+train.tokens | needs key=value, such as train.tokens=10k
+train..lr=3 | needs key=value, such as train.tokens=10k
+train.tokens.x=3 | train.tokens.x: '10k' has no keys
+data.train.3.limit=9 | data.train.3.limit: the list has no item '3'
+data.train.0.limt=9 | data.train.0.limt: unknown key; did you mean 'limit'?
+train.adapter.rank=4 | train.adapter.kind: missing
+name=12 | name: Input should be a valid string (found 12); put it in quotes
+train.dispersion=null | train.dispersion: null, but the arm 'dispersed' needs it
+train.lr=[1 | train.lr: not YAML
+train.lr=&a [*a] | train.lr: nested too deeply, or an alias holds itself
+train.lr=!!python/name:os.system | train.lr: the tag !!python/name:os.system is not read
+"""
+
+
+def test_a_faulty_override_is_reported_as_such(refusal: Refusal) -> None:
+    for row in FAULTY_OVERRIDES.splitlines():
+        override, words = row.split(" | ")
+        message = refusal(SMALL, override)
+        assert message.startswith(f"--set {override}: {words}") and "\n" not in message, row
 
 
 # ---------------------------------------------------------------- refusals of keys
@@ -246,7 +243,6 @@ arms: [dispersed, {name: x, dispersion: {weight: 0.1}}] | arms | 'dispersed' and
 precisions: [fp32, int2] | precisions.1 | did you mean 'int8'?
 quantize: {int4: {group: 100}} | quantize.int4.group | 16, 32, 64, 128 or 256
 quantize: {int8: {head_bits: 4}} | quantize.int8.head_bits | should be 8
-quantize: {budget: 100Mb} | quantize.budget | the units are kB, MB
 evaluate: {tasks: [held_out_cloze]} | evaluate.tasks.0 | did you mean 'heldout_cloze'?
 targets: [laptop] | targets.0 | did you mean 'laptop-x64'?
   weight: 0.2 | train.weight | did you mean 'train.dispersion.weight'?
@@ -263,34 +259,34 @@ def test_a_faulty_key_is_reported_with_line_path_and_cure(refusal: Refusal) -> N
         assert message.startswith(f"r.yaml:11: {key}: ") and words in message and "\n" not in message, row
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "line", "key"),
-    [
-        ("context: 64", "context: 4", 7, "data.context"),
-        ("context: 64", "context: 64\n  heldout: 100%", 8, "data.heldout"),
-        ("  context: 64\n", "", 4, "data.context"),
-        ("    - source: text.txt", "    []", 5, "data.train"),
-        ("    - source: text.txt", "    source: text.txt", 5, "data.train"),
-        ("- source: text.txt", "- text.txt", 6, "data.train.0"),
-        ("- source: text.txt", "- text: x", 6, "data.train.0.source"),
-        ("text.txt", "text.txt\n      sha256: beef", 7, "data.train.0.sha256"),
-        ("org/name", "'org/name '", 3, "model.base"),
-        ("org/name", '"org\\tname"', 3, "model.base"),
-        ("org/name", "''", 3, "model.base"),
-        ("name: small", "name: ../up", 1, "name"),
-        ("name: small", f"name: {'a' * 101}", 1, "name"),
-        ("name: small\n", "", 1, "name"),
-        ("model:\n  base: org/name\n", "model: org/name\n", 2, "model"),
-        ("  lr: 1e-4\n", "  lr: 1e-4\ntrain: {}\n", 8, "train"),
-    ],
-)  # fmt: skip
-def test_a_faulty_required_or_repeated_key_too(
-    refusal: Refusal, old: str, new: str, line: int, key: str
-) -> None:
-    assert old in SMALL
-    said = refusal(SMALL.replace(old, new))
-    assert said.startswith(f"r.yaml:{line}: {key}: ")
-    assert "\n" not in said
+# In SMALL | put instead of it (~: a line break) | line and key reported
+FAULTY_PARTS = """\
+context: 64 | context: 4 | 7: data.context
+context: 64 | context: 64~  heldout: 100% | 8: data.heldout
+  context: 64~ |  | 4: data.context
+    - source: text.txt |     [] | 5: data.train
+    - source: text.txt |     source: text.txt | 5: data.train
+- source: text.txt | - text.txt | 6: data.train.0
+- source: text.txt | - text: x | 6: data.train.0.source
+text.txt | text.txt~      sha256: beef | 7: data.train.0.sha256
+org/name | 'org/name ' | 3: model.base
+org/name | "org\\tname" | 3: model.base
+org/name | '' | 3: model.base
+name: small | name: ../up | 1: name
+name: small~ |  | 1: name
+model:~  base: org/name~ | model: org/name~ | 2: model
+  lr: 1e-4~ |   lr: 1e-4~train: {}~ | 8: train
+org/name | pypi:a==1/m~  revision: main | 4: model.revision
+text.txt | pypi:b==1/t~      config: x | 7: data.train.0.config
+10k | 1000~  accumulate: 8 | 9: train.tokens
+"""
+
+
+def test_a_faulty_required_or_repeated_key_too(refusal: Refusal) -> None:
+    for row in FAULTY_PARTS.splitlines():
+        old, new, place = row.replace("~", "\n").split(" | ")
+        message = refusal(SMALL.replace(old, new))
+        assert old in SMALL and message.startswith(f"r.yaml:{place}: ") and "\n" not in message, row
 
 
 def test_a_removed_key_is_answered_with_what_replaced_it(refusal: Refusal) -> None:
@@ -302,70 +298,58 @@ def test_a_removed_key_is_answered_with_what_replaced_it(refusal: Refusal) -> No
 # ---------------------------------------------------------------- refusals of combinations
 
 
-def test_the_dispersed_arm_needs_a_dispersion(refusal: Refusal, read: Reader) -> None:
-    off = with_line("  dispersion: null")
-    assert refusal(off) == (
-        "r.yaml:11: train.dispersion: null, but the arm 'dispersed' needs it; leave the key out for "
-        "the paper's settings, or write arms: [baseline]"
-    )
-    assert read(off + "arms: [baseline]\n").train.dispersion is None
+COMBINATIONS = """\
+  dispersion: null | train.dispersion | null, but the arm 'dispersed' needs it; leave the key out for
+  adapter: {kind: lora}~arms: [baseline, active_forgetting] | arms.1 | leaves the embedding frozen
+  batch: 128~arms: [baseline, active_forgetting] | arms.1 | drawn anew every 1, so it never would be
+  compile: true~  quantization_aware: int4~quantize: {int4: {method: gptq}} | train.compile | compiled
+  quantization_aware: int8~precisions: [fp32] | train.quantization_aware | not among precisions
+  quantization_aware: int4~quantize: {int4: {method: k_quant}} | quantize.int4.method | needs rtn or gptq
+  quantization_aware: int4~quantize: {budget: 1MB} | train.quantization_aware | cannot be combined
+  quantization_aware: int4~  distributed: {fsdp: full_shard} | train.quantization_aware | needs it whole
+  quantization_aware: int4~  adapter: {kind: qlora} | train.quantization_aware | needs kind: lora
+  quantization_aware: int4~  adapter: {kind: lora, dropout: 0.1} | train.quantization_aware | dropout 0.1
+  distributed: {fsdp: full_shard}~  adapter: {kind: qlora} | train.distributed | cannot divide a quantized
+  distributed: {fsdp: full_shard}~arms: [active_forgetting] | arms.0 | FSDP divides the embedding
+seed: 4294967295~seeds: 2 | seeds | counting up 2 from seed 4294967295 passes 4294967295
+  adapter: {kind: lora, merge: dequantized} | train.adapter.merge | kind lora keeps its base in fp32
+quantize: {budget: 100MB, max_perplexity_increase: 3%} | quantize.budget | take one out
+precisions: [fp32]~quantize: {budget: 100MB} | quantize.budget | add int4
+precisions: [fp32]~quantize: {max_perplexity_increase: 3%} | quantize.max_perplexity_increase | add int4
+"""
 
 
-def test_an_embedding_that_is_frozen_or_never_drawn_anew_is_refused(refusal: Refusal, read: Reader) -> None:
-    line = "arms: [baseline, active_forgetting]\n"
-    assert refusal(with_line("  adapter: {kind: lora}") + line).startswith(
-        "r.yaml:12: arms.1: an adapter leaves the embedding frozen"
-    )
-    said = refusal(SMALL.replace("10k", "256") + line)
-    assert said == (
-        "r.yaml:11: arms.1: the run has 1 step(s) and the embedding is drawn anew every 1, so it never would "
-        "be; needs more train.tokens"
-    )
-    assert read(SMALL + line).arm_runs[1].techniques == {"active_forgetting": round(39 * 2 / 3)}
-
-
-def test_a_wheel_has_neither_revision_nor_configuration(refusal: Refusal) -> None:
-    text = SMALL.replace("org/name", "pypi:a==1/m\n  revision: main")
-    text = text.replace("text.txt", "pypi:b==1/t\n      config: x\n      revision: y")
-    advice = "a pypi: file has none, its version stands in its name; take it out"
-    assert refusal(text).splitlines()[1:] == [
-        f"  1. r.yaml:4: model.revision: {advice} (found 'main')",
-        f"  2. r.yaml:8: data.train.0.config: {advice} (found 'x')",
-        f"  3. r.yaml:9: data.train.0.revision: {advice} (found 'y')",
-    ]
+def test_combinations_that_cannot_work_are_refused_with_what_would_work(refusal: Refusal) -> None:
+    for row in COMBINATIONS.splitlines():
+        lines, key, words = row.replace("~", "\n").split(" | ")
+        message = refusal(with_line(lines))
+        assert f": {key}: " in message and words in message and "\n" not in message, row
 
 
 def test_recipes_made_in_python_are_checked_as_well() -> None:
-    Recipe.model_validate(FULL)
+    assert Recipe.model_validate(FULL).path is None
+    lora = {"tokens": 4096, "lr": 1e-3, "adapter": {"kind": "lora", "base": "nf4"}}
     with pytest.raises(ValidationError, match="kind lora keeps its base in fp32"):
-        Recipe.model_validate(
-            {**FULL, "train": {"tokens": 4096, "lr": 0.1, "adapter": {"kind": "lora", "base": "nf4"}}}
-        )
+        Recipe.model_validate(FULL | {"train": lora})
 
 
 # ---------------------------------------------------------------- refusals of files
 
 
-@pytest.mark.parametrize(
-    ("text", "start"),
-    [
-        ("a: b: c\n", "r.yaml:1:5: not YAML: "),
-        ("a:\n\t- b\n", "r.yaml:2:1: not YAML: "),
-        ("a: *zz\n", "r.yaml:1:4: not YAML: found undefined alias 'zz'"),
-        ("a: 1\n---\nb: 2\n", "r.yaml:2:1: not YAML: "),
-        ("a: 1\nb: \x01\n", "r.yaml:2: not YAML: a character that YAML does not allow"),
-        ("[" * 500, "r.yaml"),
-        ("[" * 5000, "r.yaml: nested too deeply"),
-        ("a: &a [*a]\n", "r.yaml: nested too deeply, or an alias holds itself"),
-        ("", "r.yaml:1: a recipe is a mapping with name, model, data and train"),
-        ("\n- a\n", "r.yaml:1: a recipe is a mapping with name, model, data and train"),
-        ("hello\n", "r.yaml:1: a recipe is a mapping"),
-        ("\n".join(f"key{n}: {n}" for n in range(90_000)), "r.yaml: too large"),
-        ("#" * 1_000_001, "r.yaml: too large"),
-    ],
-)  # fmt: skip
-def test_what_is_no_yaml_mapping_is_refused_with_the_place(refusal: Refusal, text: str, start: str) -> None:
-    assert refusal(text).startswith(start)
+def test_what_is_no_yaml_mapping_is_refused_with_the_place(refusal: Refusal) -> None:
+    for text, start in {
+        "a: b: c\n": "r.yaml:1:5: not YAML: ",
+        "a:\n\t- b\n": "r.yaml:2:1: not YAML: ",
+        "a: *zz\n": "r.yaml:1:4: not YAML: found undefined alias 'zz'",
+        "a: 1\n---\nb: 2\n": "r.yaml:2:1: not YAML: ",
+        "a: 1\nb: \x01\n": "r.yaml:2: not YAML: a character that YAML does not allow",
+        "[" * 5000: "r.yaml: nested too deeply",
+        "a: &a [*a]\n": "r.yaml: nested too deeply, or an alias holds itself",
+        "": "r.yaml:1: a recipe is a mapping with name, model, data and train",
+        "\n- a\n": "r.yaml:1: a recipe is a mapping",
+        "\n".join(f"key{n}: {n}" for n in range(90_000)): "r.yaml: too large",
+    }.items():
+        assert refusal(text).startswith(start), text[:80]
 
 
 def test_an_override_of_many_parts_and_an_alias_bomb_are_refused_in_one_line(refusal: Refusal) -> None:
@@ -413,13 +397,13 @@ ARMS: list[Any] = [
 ]  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     recipe=st.sampled_from(PACKAGED),
     arms=st.none() | st.lists(st.sampled_from(ARMS), max_size=5, unique_by=str),
     changes=st.lists(st.tuples(st.sampled_from(KEYS), JSON), max_size=2),
 )
-def test_a_changed_recipe_is_refused_or_loads_and_then_its_smoke_validates(
+def test_a_changed_recipe_is_refused_or_loads_back_equal_and_its_smoke_validates(
     tmp_path: Path, recipe: Recipe, arms: Any, changes: list[tuple[str, Any]]
 ) -> None:
     data = recipe.model_dump(mode="json") | ({} if arms is None else {"arms": arms})
@@ -435,13 +419,17 @@ def test_a_changed_recipe_is_refused_or_loads_and_then_its_smoke_validates(
         YAML(typ="safe", pure=True).dump(data, file)
     try:
         whole = load(tmp_path / "r.yaml")
-        small = load(tmp_path / "r.yaml", smoke=True) if whole.model.architecture else whole
-        assert whole.steps >= 1 and small.steps >= 1
     except BadInput as refused:
         assert str(refused).startswith(str(tmp_path / "r.yaml"))
+        return
+    assert whole.steps >= 1
+    (tmp_path / "recipe.lock.yaml").write_text(whole.to_yaml(), encoding="utf-8")
+    again = load(tmp_path / "recipe.lock.yaml")
+    assert again == whole and hash(again) == hash(whole) and again.hash8 == whole.hash8
+    assert whole.model.architecture is None or load(tmp_path / "r.yaml", smoke=True).steps >= 1
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     start=st.integers(0, len(SMALL)),
     length=st.integers(0, 8),
@@ -462,19 +450,12 @@ def test_no_text_can_do_more_than_be_refused(
 # ---------------------------------------------------------------- what follows from a recipe
 
 
-@given(
-    tokens=st.integers(1, 10**9),
-    batch=st.integers(1, 64),
-    accumulate=st.integers(1, 64),
-    context=st.integers(8, 4096),
-)
-def test_steps_are_the_whole_steps_that_the_tokens_pay_for(
-    tokens: int, batch: int, accumulate: int, context: int
-) -> None:
+@given(tokens=st.integers(1, 10**9), batch=st.integers(1, 64), context=st.integers(8, 4096))
+def test_steps_are_the_whole_steps_that_the_tokens_pay_for(tokens: int, batch: int, context: int) -> None:
     data = json.loads(json.dumps(FULL))
-    data["train"] |= {"tokens": tokens, "batch": batch, "accumulate": accumulate}
+    data["train"] |= {"tokens": tokens, "batch": batch, "accumulate": 3}
     data["data"]["context"] = context
-    per_step = batch * accumulate * context
+    per_step = batch * 3 * context
     if tokens < per_step:
         with pytest.raises(ValidationError, match=f"{tokens:,}.*{per_step:,}"):
             Recipe.model_validate(data)
@@ -502,62 +483,6 @@ def test_the_identity_is_plain_json_and_spelled_out_defaults_are_the_same(read: 
     assert json.loads(json.dumps(recipe.identity())) == recipe.identity()
     assert re.fullmatch("[0-9a-f]{8}", recipe.hash8)
     assert read(with_line("  adapter: {kind: qlora, alpha: 32, base: nf4}")).hash8 == recipe.hash8
-
-
-PRINTABLE = (
-    st.text(st.characters(exclude_categories=["C", "Z"]) | st.just(" "), min_size=1, max_size=20)
-    .map(str.strip)
-    .filter(bool)
-)
-POSITIVE = st.floats(1e-300, 1e9)
-RECIPES = st.fixed_dictionaries(
-    {
-        "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", fullmatch=True),
-        "model": st.fixed_dictionaries({"base": PRINTABLE}, optional={"revision": PRINTABLE | st.none()}),
-        "data": st.fixed_dictionaries(
-            {"train": st.lists(
-                st.fixed_dictionaries({"source": PRINTABLE, "text": PRINTABLE}), min_size=1, max_size=3),
-             "context": st.integers(8, 99), "heldout": st.floats(1e-9, 0.99)}
-        ),
-        "train": st.fixed_dictionaries(
-            {"tokens": st.integers(1000, 10**14), "lr": st.floats(1e-12, 0.5)},
-            optional={
-                "clip": POSITIVE,
-                "adapter": st.just({"kind": "qlora", "dropout": 0.1}) | st.none(),
-                "dispersion": st.fixed_dictionaries(
-                    {"weight": st.just(0) | POSITIVE},
-                    optional={"layers": st.sampled_from(["last", [0, 5]]), "tokens": st.just("all")},
-                ),
-            },
-        ),
-    },
-    optional={
-        "seed": st.integers(0, 2**32 - 1),
-        "arms": st.sampled_from([
-            ["dispersed"],
-            ["baseline", "neftune", {"name": "x", "dispersion": {"weight": 3, "layers": [1]}}],
-            [{"name": "y", "neftune": 2, "active_forgetting": 1, "dispersion": {}}, "active_forgetting"],
-            [{"name": "baseline"}, {"name": "embedding_dropout", "embedding_dropout": 0.5}],
-        ]),
-        "seeds": st.integers(1, 4),
-        "evaluate": st.just({"tasks": ["x"]}),
-    },
-)  # fmt: skip
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=RECIPES)
-def test_a_recipe_written_out_loads_back_equal(tmp_path: Path, data: dict[str, Any]) -> None:
-    try:
-        recipe = Recipe.model_validate(data)
-    except (
-        ValidationError
-    ):  # a pypi: base with a revision, too few steps to forget in, an adapter beside that
-        return
-    (tmp_path / "recipe.lock.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    again = load(tmp_path / "recipe.lock.yaml")
-    assert again == recipe and hash(again) == hash(recipe) and again.hash8 == recipe.hash8
-    assert again.path == tmp_path / "recipe.lock.yaml" and recipe.path is None
 
 
 # ---------------------------------------------------------------- arms and seeds
@@ -645,18 +570,13 @@ def test_smoke_scores_local_tasks_and_a_long_name_fits(read: Reader) -> None:
     assert small.evaluate.tasks == ("mine",) and len(small.name) == 100
 
 
-def test_a_search_has_one_goal_and_a_bundle(read: Reader, refusal: Refusal) -> None:
+def test_a_size_has_a_unit_or_is_large(read: Reader, refusal: Refusal) -> None:
     sizes = ("100MB", "0.1GB", "100_000kB", "100000000", "'100 MB'")
     assert {read(SMALL + f"quantize: {{budget: {size}}}\n").quantize.budget for size in sizes} == {10**8}
     assert read(SMALL + "quantize: {budget: 95MiB}\n").quantize.budget == 95 * 2**20
-    recipe = read(SMALL + "quantize: {max_perplexity_increase: 3%}\n")
-    assert recipe.quantize.max_perplexity_increase == 0.03 and recipe.quantize.searched
-    assert not read(SMALL).quantize.searched
-    both = "quantize: {budget: 100MB, max_perplexity_increase: 3%}\n"
-    assert "take one out" in refusal(SMALL + both)
-    for goal in ("budget: 100MB", "max_perplexity_increase: 3%"):
-        said = refusal(SMALL + f"precisions: [fp32, int8]\nquantize: {{{goal}}}\n")
-        assert goal.split(":")[0] in said and "add int4" in said
+    for size in ("100Mb", "100", "100k", "MB", "1e20MB"):
+        message = refusal(SMALL + f"quantize: {{budget: {size}}}\n")
+        assert "quantize.budget: needs a size such as 100MB" in message
 
 
 # ---------------------------------------------------------------- the reference, and what an import costs

@@ -9,7 +9,6 @@ from typing import get_args
 import pytest
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import data_folder
 from edgedisp.recipe.device_profile import Layout, load_target
 from edgedisp.recipe.values import target_names
 
@@ -26,25 +25,14 @@ def refused(text: str, folder: Path) -> list[str]:
 
 
 def test_every_shipped_profile_loads_under_its_name_with_sources_for_its_figures() -> None:
-    assert (
-        target_names()
-        == SHIPPED
-        == [path.stem for path in sorted((data_folder("export") / "targets").iterdir())]
-    )
-    for name in SHIPPED:
-        target = load_target(name)
-        assert target.name == name and target.precision == "int4"
+    targets = {name: load_target(name) for name in target_names()}
+    assert list(targets) == SHIPPED
+    for name, target in targets.items():
+        assert target.name == name and target.precision == "int4" and 2048 <= target.context <= 4096
         assert target.notes and target.sources
-
-
-def test_threads_context_and_layouts_are_those_of_the_device() -> None:
-    found = {name: load_target(name) for name in SHIPPED}
-    assert {name: target.threads for name, target in found.items()} == {
-        "browser": 1, "laptop-x64": None, "phone-arm64": 4, "raspberry-pi": 4,
-    }  # fmt: skip
-    assert found["browser"].layouts == ("transformers.js",)
-    assert found["laptop-x64"].layouts == ("onnxruntime-genai", "optimum")
-    assert all(2048 <= target.context <= 4096 for target in found.values())
+    assert [target.threads for target in targets.values()] == [1, None, 4, 4]
+    assert targets["browser"].layouts == ("transformers.js",)
+    assert targets["laptop-x64"].layouts == ("onnxruntime-genai", "optimum")
 
 
 def test_the_layouts_of_profiles_are_those_that_are_written() -> None:
@@ -77,33 +65,18 @@ def test_all_problems_of_a_profile_are_told_at_once_each_with_its_line(tmp_path:
     assert "did you mean 'optimum'?" in lines[2]
 
 
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        (
-            GOOD.replace("box\n", "cup\n", 1),
-            "/box.yaml:1: name: 'cup', but the file is called box",
-        ),
-        (GOOD + "layouts: [optimum, optimum]\n", "/box.yaml:5: layouts: 'optimum' is listed twice"),
-        (GOOD + "layouts: []\n", "/box.yaml:5: layouts: "),
-        (
-            GOOD + "precision: int8\nquantize:\n  head_bits: 4\n",
-            "/box.yaml:7: quantize.head_bits: int8 weights need",
-        ),
-        (
-            GOOD + "precision: fp32\nquantize: {group: 64}\n",
-            "/box.yaml:6: quantize: precision fp32",
-        ),
-        (GOOD + "notes: 3\nsources: [4]\n", "/box.yaml: 2 problems"),
-        (GOOD + "notes: [it is fast]\n", "/box.yaml:5: notes: notes without sources"),
-        (GOOD.replace("512", "16"), "/box.yaml:4: context: Input should be greater"),
-        (GOOD.replace("description: a box\n", ""), "/box.yaml:1: description: missing"),
-        ("", "/box.yaml:1: a device profile is a mapping with name"),
-        ("- a\n", "/box.yaml:1: a device profile is a mapping with name"),
-        ("a: [", "/box.yaml:1:"),
-    ],
-)
-def test_a_profile_that_cannot_be_is_refused_with_place_and_reason(
-    tmp_path: Path, text: str, problem: str
-) -> None:
-    assert refused(text, tmp_path)[0].startswith(problem)
+def test_a_profile_that_cannot_be_is_refused_with_place_and_reason(tmp_path: Path) -> None:
+    for text, problem in {
+        GOOD.replace("box\n", "cup\n", 1): "/box.yaml:1: name: 'cup', but the file is called box",
+        GOOD + "layouts: [optimum, optimum]\n": "/box.yaml:5: layouts: 'optimum' is listed twice",
+        GOOD
+        + "precision: int8\nquantize:\n  head_bits: 4\n": "/box.yaml:7: quantize.head_bits: int8 weights need",
+        GOOD + "precision: fp32\nquantize: {group: 64}\n": "/box.yaml:6: quantize: precision fp32",
+        GOOD + "notes: [it is fast]\n": "/box.yaml:5: notes: notes without sources",
+        GOOD.replace("512", "16"): "/box.yaml:4: context: Input should be greater",
+        GOOD.replace("description: a box\n", ""): "/box.yaml:1: description: missing",
+        GOOD + "quantize: {head_group: 4}\n": "/box.yaml:5: quantize.head_group: removed; the head has",
+        "- a\n": "/box.yaml:1: a device profile is a mapping with name",
+        "a: [": "/box.yaml:1:",
+    }.items():
+        assert refused(text, tmp_path)[0].startswith(problem)
