@@ -70,7 +70,7 @@ def test_a_profile_that_cannot_be_is_refused_with_place_and_reason(tmp_path: Pat
         GOOD.replace("box\n", "cup\n", 1): "/box.yaml:1: name: 'cup', but the file is called box",
         GOOD + "layouts: [optimum, optimum]\n": "/box.yaml:5: layouts: 'optimum' is listed twice",
         GOOD
-        + "precision: int8\nquantize:\n  head_bits: 4\n": "/box.yaml:7: quantize.head_bits: int8 weights need",
+        + "precision: int8\nquantize:\n  head_bits: 4\n": "/box.yaml:7: quantize.head_bits: int8 weights",
         GOOD + "precision: fp32\nquantize: {group: 64}\n": "/box.yaml:6: quantize: precision fp32",
         GOOD + "notes: [it is fast]\n": "/box.yaml:5: notes: notes without sources",
         GOOD.replace("512", "16"): "/box.yaml:4: context: Input should be greater",
