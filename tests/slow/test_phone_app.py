@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,7 +112,7 @@ def test_node_holds_the_conversation(bundle: Path, tmp_path: Path) -> None:
 @node
 @browser
 def test_a_page_holds_it_in_a_worker(web_bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "worker.mjs").write_text(block("worker.mjs"))
+    shutil.copyfile(ROOT / "export" / "apps" / "worker.mjs", tmp_path / "worker.mjs")
     (tmp_path / "page.mjs").write_text(f"""
         const worker = new Worker("/worker.mjs", {{ type: "module" }});
         let [messages, pieces] = [[], ""];
