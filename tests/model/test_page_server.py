@@ -186,12 +186,6 @@ def test_head_gives_sizes_without_bodies_and_other_methods_are_refused(site: Sit
     assert {site.ask(method, f"/{site.token}/app.js")[0] for method in ("PUT", "DELETE", "OPTIONS")} == {501}
 
 
-def test_figures_that_fit_are_received(site: Site, told: dict[str, Any]) -> None:
-    assert site.post(figures(told)) == 204
-    assert site.server.received.get(timeout=5)[0].run == RUN
-    assert site.log == []
-
-
 def broken(plan: dict[str, Any]) -> dict[str, Any]:
     """Uploads that must be refused, by what is wrong with them."""
     good = figures(plan)
@@ -231,6 +225,7 @@ def test_nonsense_is_refused_with_one_line_and_nothing_is_kept(site: Site, told:
         assert len(site.log) == count and "\n" not in site.log[-1], (name, site.log[-1])
     assert site.server.received.empty()
     assert site.post(figures(told)) == 204  # and it goes on
+    assert site.server.received.get(timeout=5)[0].run == RUN and len(site.log) == len(cases)
 
 
 def test_uploads_have_a_size_a_length_and_a_type(site: Site, told: dict[str, Any]) -> None:
@@ -381,23 +376,14 @@ def test_scores_that_do_not_fit_schema_or_plan_are_refused_and_pieces_are_joined
     assert len(run.answers["a"]) == 3
 
 
-def test_a_context_too_short_is_told_before_anything_is_served(bundles: dict[str, Path]) -> None:
-    with pytest.raises(BadInput, match=r"needs 300 positions, its context is 256"):
-        PagePlan((read_bundle("fp32", bundles["fp32"]),), BenchOptions(200, 100))
-
-
-def test_the_same_bundle_twice_and_a_folder_without_graph_are_refused(
-    bundles: dict[str, Path], tmp_path: Path
-) -> None:
+def test_what_cannot_be_served_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="named twice"):
         label_bundles([bundles["fp32"], bundles["fp32"]])
     with pytest.raises(BadInput, match=r"holds no model\.onnx"):
         read_bundle("empty", tmp_path)
     with pytest.raises(BadInput, match="no such folder"):
         read_bundle("none", tmp_path / "none")
-
-
-def test_a_page_without_its_libraries_says_how_to_get_them(tmp_path: Path) -> None:
-    (tmp_path / "index.html").write_text("")
+    with pytest.raises(BadInput, match=r"needs 300 positions, its context is 256"):
+        PagePlan((read_bundle("fp32", bundles["fp32"]),), BenchOptions(200, 100))
     with pytest.raises(BadInput, match="make web"):
         page_resources(tmp_path)
