@@ -24,6 +24,7 @@ import numpy as np
 from lm_eval.api.registry import AGGREGATION_REGISTRY
 from lm_eval.tasks import TaskManager
 
+from edgedisp.core import hub
 from edgedisp.core.errors import BadInput
 from edgedisp.core.results import Estimate, Score
 from edgedisp.evaluate.comparison import WHOLE_TASK
@@ -66,6 +67,12 @@ def task_index(names: Sequence[str], tasks_path: Path | None) -> TaskManager:
     return local if set(names) <= set(local.all_tasks) else TaskManager(include_path=[tasks_path])
 
 
+def _reads_hub(entry: Any) -> bool:
+    """Whether a task's data may lie on the hub: false for a YAML with local data files."""
+    config = getattr(entry, "cfg", None) or {}
+    return config.get("dataset_path") not in ("json", "csv", "parquet", "text", "arrow")
+
+
 def load(names: Sequence[str], tasks_path: Path | None, seed: int = 0) -> tuple[Loaded, dict[str, str]]:
     """Read tasks and their data. Returns them, and task -> reason for those whose data a hub does not give.
 
@@ -76,6 +83,8 @@ def load(names: Sequence[str], tasks_path: Path | None, seed: int = 0) -> tuple[
     missing: dict[str, str] = {}
     with quiet(seed):
         index = task_index(names, tasks_path)
+        if any(_reads_hub(index.task_index.get(name)) for name in names):
+            hub.unreachable()  # asked once; left to itself, `datasets` tries 23 s for each data set
         for name in names:
             try:
                 entry = index.load([name])

@@ -7,6 +7,7 @@ import logging
 import math
 import random
 import re
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from harness_tasks import QUESTIONS, choice_yaml, folder
 from lm_eval.api.instance import Instance
 from score_models import LETTERS, Letters, Speller
 
+from edgedisp.core import hub
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.results import Score
 from edgedisp.evaluate import lm_eval_tasks
@@ -237,6 +239,23 @@ def test_a_data_set_on_a_hub_that_is_not_there_is_named(
     assert re.search(told, missing["toy_far"])
     with pytest.raises(BadInput, match=told):  # nothing else is left to score
         run(Speller(), ["toy_far"], folder)
+
+
+def test_a_hub_out_of_reach_is_asked_once_for_all_data_sets(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for module in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    hub.unreachable.cache_clear()
+    for name in ("far", "farther"):
+        (folder / f"{name}.yaml").write_text(choice_yaml(name, "x").replace("json", f"no-such/{name}"))
+    started = time.monotonic()
+    loaded, missing = lm_eval_tasks.load(["far", "farther", "toy_choice"], folder)
+    assert [*loaded] == ["toy_choice"] and [*missing] == ["far", "farther"]
+    assert time.monotonic() - started < 20  # `datasets` alone tries for 23 s each
+    assert capfd.readouterr().err.count("the hub cannot be reached") == 1
+    hub.unreachable.cache_clear()
 
 
 def test_a_local_data_file_that_is_missing_is_named(folder: Path) -> None:
