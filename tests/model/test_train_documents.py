@@ -1,4 +1,4 @@
-"""Walls between the documents of a packed block: nothing is seen and nothing is predicted across them."""
+"""Documents of a packed block that are kept apart: nothing is seen and nothing predicted across borders."""
 
 from __future__ import annotations
 
@@ -17,32 +17,21 @@ from edgedisp.train.trainer import PackedDataset
 END = 1
 
 
-def document(length: int, seed: int) -> np.ndarray:
+def document(length: int) -> np.ndarray:
     """Random tokens and the end-of-text token."""
-    body = np.random.default_rng(seed).integers(3, 400, length - 1)
-    return np.append(body, END).astype(np.uint32)
-
-
-def batch(*rows: np.ndarray) -> dict[str, torch.Tensor]:
-    """What the model gets of these blocks."""
-    data = PackedDataset(np.stack(rows), END)
-    items = [data[index] for index in range(len(data))]
-    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    return np.append(np.random.default_rng(length).integers(3, 400, length - 1), END)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 8))
 def test_positions_count_each_document_from_zero(lengths: list[int], cut: int) -> None:
-    stream = np.concatenate([document(length, seed=length) for length in lengths])
-    expected = np.concatenate([np.arange(length) for length in lengths])
-    # A block may begin inside a document: what is left of it counts from 0 too.
-    cut = min(cut, lengths[0] - 1)
-    expected[: lengths[0]] -= cut
-    block = PackedDataset(stream[None, cut:], END)[0]
-    assert block["position_ids"].tolist() == expected[cut:].tolist()
+    cut = min(cut, lengths[0] - 1)  # a block may begin inside a document
+    stream = np.concatenate([document(length) for length in lengths])[cut:]
+    lengths = [lengths[0] - cut, *lengths[1:]]
+    block = PackedDataset(stream[None], END)[0]
+    assert block["position_ids"].tolist() == [index for length in lengths for index in range(length)]
     # The first token of a document is no target, and the end of text is.
-    assert torch.equal(block["labels"] == IGNORED, block["position_ids"] == 0)
-    kept = block["labels"] != IGNORED
-    assert torch.equal(block["labels"][kept], block["input_ids"][kept])
+    labels = block["input_ids"].where(block["position_ids"] > 0, IGNORED)
+    assert torch.equal(block["labels"], labels)
 
 
 # Gemma's twin has a sliding window of 64 in its first layer: 100 tokens reach over it.
@@ -51,22 +40,14 @@ def test_a_document_in_a_block_computes_what_it_computes_alone(
     tiny_folder: dict[str, Path], architecture: str
 ) -> None:
     model = open_tiny(tiny_folder[architecture]).eval()
-    first, second = document(100, 2), document(80, 3)
-    rows = batch(np.concatenate([first, second]), np.concatenate([second, first]))
+    documents = [document(100), document(80)]
+    block = PackedDataset(np.concatenate(documents)[None], END)[0]
     with torch.no_grad():
-        packed = model(**rows, use_cache=False)
-        alone = [
-            model(input_ids=torch.from_numpy(tokens.astype(np.int64))[None], use_cache=False).logits[0]
-            for tokens in (first, second)
-        ]
-    options = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(packed.logits[0], torch.cat(alone), **options)
-    torch.testing.assert_close(packed.logits[1], torch.cat(alone[::-1]), **options)
+        packed = model(**{name: value[None] for name, value in block.items()}, use_cache=False)
+        ids = [torch.from_numpy(tokens)[None] for tokens in documents]
+        alone = [model(input_ids=row, labels=row, use_cache=False) for row in ids]
+    expected = torch.cat([output.logits[0] for output in alone])
+    torch.testing.assert_close(packed.logits[0], expected, rtol=1e-4, atol=1e-4)
     # The loss is the mean over what the documents predict of themselves.
-    losses = [
-        torch.nn.functional.cross_entropy(
-            logits[:-1], torch.from_numpy(tokens[1:].astype(np.int64)), reduction="sum"
-        )
-        for logits, tokens in zip(alone, (first, second))
-    ]
-    torch.testing.assert_close(packed.loss, sum(losses) / (99 + 79), rtol=1e-5, atol=0)
+    loss = (99 * alone[0].loss + 79 * alone[1].loss) / 178
+    torch.testing.assert_close(packed.loss, loss, rtol=1e-5, atol=0)
