@@ -43,6 +43,7 @@ def test_what_cannot_work_is_refused(wrong: dict[str, Any], message: str) -> Non
 
 def test_values_at_the_bounds_work() -> None:
     assert DispersionConfig() == DispersionConfig("angular", 0.1, "all", 1.0, 64, 0.1, False, 0)
+    assert len({DispersionConfig(), DispersionConfig(), DispersionConfig(seed=1)}) == 2  # frozen: a key
     config = DispersionConfig(weight=0, tokens=2, clamp=0, seed=0, layers=[0], temperature=1e-9)
     assert config.layers == (0,) and DispersionConfig(tokens=None, layers=range(2)).layers == (0, 1)
 

@@ -202,6 +202,23 @@ def test_known_values() -> None:
 
 
 @every_loss
+def test_a_nan_in_a_real_token_makes_its_sequence_nan_alone(name: str) -> None:
+    vectors, _ = random_case(6)
+    vectors[1, 2, 3] = math.nan
+    assert VARIANTS[name](vectors, everything(vectors)).isnan().tolist() == [False, True, False]
+
+
+def test_a_feature_counts_in_the_decorrelation_if_it_varies_by_more_than_100_rounding_steps() -> None:
+    vectors, mask = random_case(7, batch=1, tokens=16, features=4)[0], torch.ones(1, 16, dtype=torch.bool)
+    signs = torch.tensor([1.0, -1.0] * 8, dtype=torch.float64)  # a standard deviation of 1
+    varying = VARIANTS["decorrelation"](torch.cat([vectors, signs[None, :, None]], dim=-1), mask)
+    for steps, expected in ((60, 12 / 20 * VARIANTS["decorrelation"](vectors, mask)), (150, varying)):
+        feature = 3 + signs * 3 * steps * torch.finfo(torch.float64).eps
+        value = VARIANTS["decorrelation"](torch.cat([vectors, feature[None, :, None]], dim=-1), mask)
+        torch.testing.assert_close(value, expected, rtol=0.02, atol=0)
+
+
+@every_loss
 def test_a_mask_that_does_not_fit_is_refused(name: str) -> None:
     vectors, mask = random_case(0)
     with pytest.raises(ValueError, match=r"mask has shape \(3, 6\).* must have shape \(3, 7\)"):
