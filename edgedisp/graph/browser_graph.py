@@ -1,10 +1,8 @@
 """A graph for WebAssembly: products over few-bit weights unfolded, embeddings read with standard operators.
 
-onnxruntime-web unpacks the whole weight of a `MatMulNBits` at every token, which takes ten times as long as
-the product, and has no kernel for `GatherBlockQuantized`. `unfold` writes constant nodes instead, which
-onnxruntime folds once when it opens the graph: the download stays small, products and memory are as in fp32.
-
-    bytes -> integers -> [groups, group, out] -> fp32 (q - zero point) * scale -> [in, out] -> MatMul
+onnxruntime-web unpacks the whole weight of a `MatMulNBits` at every token, ten times the product's time, and
+has no kernel for `GatherBlockQuantized`. `unfold` writes constant nodes that onnxruntime folds once when it
+opens the graph: bytes -> integers -> fp32 (q - zero point) * scale -> MatMul. The download stays small.
 
 Folding keeps every step's result until all weights are folded, five times the fp32 weights. So weights are
 folded in `STAGES`. A stage waits for a shape that depends on a `Dropout` in a branch of an `If`: onnxruntime
@@ -58,7 +56,9 @@ def unfold(model: ir.Model) -> None:
                 f"{node.name}: a MatMulNBits with more inputs than weight, scales and zero points cannot be "
                 "written for a browser"
             )
-        _Product(graph, node, gates[stages[node]]).replace(node)
+        new = _Unpacked(graph, node, ".unfolded")
+        new.product(node, gates[stages[node]])
+        new.replace(node)
     remove_unused(model)
 
 
@@ -96,68 +96,98 @@ def _gates(graph: ir.Graph, last: int) -> list[ir.Value | None]:
     return gates
 
 
+def replace_quantized_gathers(model: ir.Model) -> None:
+    """Change every `GatherBlockQuantized` in place into standard operators: rows, unpack, (q - z) * scale.
+
+    The numbers are the same bit for bit, and weights, scales and zero points are read where they are.
+    """
+    for node in [node for node in model.graph if node.op_type == "GatherBlockQuantized"]:
+        new = _Unpacked(model.graph, node, ".plain")
+        new.lookup(node)
+        new.replace(node)
+
+
 class _Unpacked(NewNodes):
-    """New nodes that unpack values of `bits` bits."""
+    """New nodes in the place of `node`, which reads values packed in groups along the last axis."""
 
-    bits: int
+    def __init__(self, graph: ir.Graph, node: ir.Node, suffix: str) -> None:
+        super().__init__(graph, f"{node.outputs[0].name}{suffix}")
+        self.bits, self.group = node.attributes.get_int("bits", 4), node.attributes["block_size"].as_int()
 
-    def planes(self, packed: ir.Value, part: str) -> list[ir.Value]:
-        """The 8 / bits values of each byte as uint8 tensors of the same shape, the low bits first."""
+    def product(self, node: ir.Node, gate: ir.Value | None) -> None:
+        """`MatMul` over the unfolded weight of a `MatMulNBits`; `gate`: what its stage waits for."""
+        columns, rows = node.attributes["K"].as_int(), node.attributes["N"].as_int()
+        groups = -(-columns // self.group)
+        packed, scales, *zero_points = node.inputs[1:4]
+        each = self.constant(f"unfold.each_{groups}_{rows}", [groups, 1, 1, rows])
+        values = self._integers(packed, [1, rows, groups, self.group * self.bits // 8], "", gate)
+        zero = self._middle()
+        if zero_points and zero_points[0] is not None:
+            width = -(-groups * self.bits // 8)
+            zeros = self._integers(zero_points[0], [1, rows, width, 1], ".zeros", gate)
+            zeros = self._matrix(zeros, groups, rows, width * 8 // self.bits, ".zeros.all")
+            zero = self.op("Reshape", [zeros, each], ".zeros.each")
+        scale = self.op("Transpose", [scales], ".scales_turned", perm=[1, 0])
+        scale = self.op("Reshape", [scale, each], ".scales")
+        scaled = self._scaled(values, zero, scale)
+        weight = self._matrix(scaled, columns, rows, groups * self.group, ".weight")
+        self.op("MatMul", [node.inputs[0], weight], ".product")
+
+    def lookup(self, node: ir.Node) -> None:
+        """Rows of a `GatherBlockQuantized`: packed bytes [vocab, bytes] -> fp32 [batch, tokens, values]."""
+        packed, ids, scales, *zero_points = node.inputs
+        groups = int(_stored(scales).shape[1])  # type: ignore[union-attr, index, arg-type]
+        blocks, each, flat = (
+            self.constant(f"{self.prefix}.{name}", [0, 0, *shape])
+            for name, shape in (
+                ("blocks", (groups, self.group)),
+                ("each", (groups, 1)),
+                ("flat", (groups * self.group,)),
+            )
+        )
+        values = self._looked_up(packed, ids, groups * self.group, ".values")
+        scale = self.op("Reshape", [self.op("Gather", [scales, ids], ".scale", axis=0), each], ".scales")
+        zero = self._middle()
+        if zero_points and zero_points[0] is not None:
+            zeros = self._looked_up(zero_points[0], ids, groups, ".zeros")
+            zero = self.op("Reshape", [zeros, each], ".zero_points")
+        grouped = self.op("Reshape", [values, blocks], ".grouped")
+        self.op("Reshape", [self._scaled(grouped, zero, scale), flat], ".all")
+
+    def _planes(self, packed: ir.Value, part: str, axis: int) -> ir.Value:
+        """Along an axis of length 1 the 8 / bits values of each byte, uint8, the low bits first."""
         if self.bits == 8:
-            return [packed]
+            return packed
         mask = self.constant(f"unpack.mask_{self.bits}", np.array(2**self.bits - 1, np.uint8))
         planes = []
-        for place in range(0, 8, self.bits):
+        for shift in range(0, 8, self.bits):
             plane = packed
-            if place > 0:
-                shift = self.constant(f"unpack.shift_{place}", np.array(place, np.uint8))
-                plane = self.op("BitShift", [plane, shift], f"{part}.shifted_{place}", direction="RIGHT")
-            if place < 8 - self.bits:
-                plane = self.op("BitwiseAnd", [plane, mask], f"{part}.low_{place}")
+            if shift > 0:
+                count = self.constant(f"unpack.shift_{shift}", np.array(shift, np.uint8))
+                plane = self.op("BitShift", [plane, count], f"{part}.shifted_{shift}", direction="RIGHT")
+            if shift < 8 - self.bits:
+                plane = self.op("BitwiseAnd", [plane, mask], f"{part}.low_{shift}")
             planes.append(plane)
-        return planes
+        return self.op("Concat", planes, f"{part}.joined", axis=axis)
 
-    def middle(self) -> ir.Value:
+    def _middle(self) -> ir.Value:
         """The zero point of symmetric grids."""
         return self.constant(f"unpack.middle_{self.bits}", np.array(2.0 ** (self.bits - 1), np.float32))
 
-    def scaled(self, values: ir.Value, zero: ir.Value, scale: ir.Value) -> ir.Value:
+    def _scaled(self, values: ir.Value, zero: ir.Value, scale: ir.Value) -> ir.Value:
         return self.op("Mul", [self.op("Sub", [values, zero], ".centered"), scale], ".scaled")
 
-
-class _Product(_Unpacked):
-    """The nodes of one `MatMulNBits` with its weight unfolded; `gate`: what the weight's stage waits for."""
-
-    def __init__(self, graph: ir.Graph, node: ir.Node, gate: ir.Value | None) -> None:
-        super().__init__(graph, f"{node.outputs[0].name}.unfolded")
-        self.gate, self.bits = gate, node.attributes.get_int("bits", 4)
-        columns, rows = node.attributes["K"].as_int(), node.attributes["N"].as_int()
-        group = node.attributes["block_size"].as_int()
-        groups = -(-columns // group)
-        packed, scales, *zero_points = node.inputs[1:4]
-        each = self.constant(f"unfold.each_{groups}_{rows}", [groups, 1, 1, rows])
-        values = self._integers(packed, [1, rows, groups, group * self.bits // 8], "")
-        if zero_points and zero_points[0] is not None:
-            width = -(-groups * self.bits // 8)
-            zeros = self._integers(zero_points[0], [1, rows, width, 1], ".zeros")
-            zeros = self._matrix(zeros, groups, rows, width * 8 // self.bits, ".zeros.all")
-            zero = self.op("Reshape", [zeros, each], ".zeros.each")
-        else:
-            zero = self.middle()
-        scale = self.op("Transpose", [scales], ".scales_turned", perm=[1, 0])
-        scale = self.op("Reshape", [scale, each], ".scales")
-        weight = self._matrix(self.scaled(values, zero, scale), columns, rows, groups * group, ".weight")
-        self.op("MatMul", [node.inputs[0], weight], ".product")
-
-    def _integers(self, packed: ir.Value | None, shape: list[int], part: str) -> ir.Value:
+    def _integers(
+        self, packed: ir.Value | None, shape: list[int], part: str, gate: ir.Value | None
+    ) -> ir.Value:
         """Stored bytes [1, rows, a, b] -> fp32 [a, b, values in a byte, rows], constant from the stage on."""
-        packed = _stored(packed)  # not the Reshape of a tied embedding
-        known = self.constant(f"unfold.shape_{'_'.join(map(str, shape))}", shape)
-        if self.gate is not None:
-            known = self.op("Add", [known, self.gate], f"{part}.shape")
-        planes = self.planes(self.op("Reshape", [packed, known], f"{part}.bytes"), part)
-        joined = self.op("Concat", planes, f"{part}.joined", axis=0)
-        turned = self.op("Transpose", [joined], f"{part}.turned", perm=[2, 3, 0, 1])
+        target = self.constant(f"unfold.shape_{'_'.join(map(str, shape))}", shape)
+        if gate is not None:
+            target = self.op("Add", [target, gate], f"{part}.shape")
+        stored = self.op("Reshape", [_stored(packed), target], f"{part}.bytes")
+        turned = self.op(
+            "Transpose", [self._planes(stored, part, axis=0)], f"{part}.turned", perm=[2, 3, 0, 1]
+        )
         return self.op("Cast", [turned], f"{part}.float", to=ir.DataType.FLOAT)
 
     def _matrix(self, values: ir.Value, count: int, rows: int, stored: int, part: str) -> ir.Value:
@@ -169,6 +199,16 @@ class _Product(_Unpacked):
         limits = [self.constant(f"unfold.integer_{value}", [value]) for value in (0, count)]
         return self.op("Slice", [values, *limits], part)
 
+    def _looked_up(self, packed: ir.Value | None, ids: ir.Value | None, count: int, part: str) -> ir.Value:
+        """fp32 [batch, tokens, count] of packed rows; what fills the last byte is cut off."""
+        axis, flat = self.constant("unpack.axis", [-1]), self.constant("unpack.flat", [0, 0, -1])
+        limits = [self.constant(f"unpack.integer_{value}", [value]) for value in (0, count, -1)]
+        rows = self.op("Gather", [packed, ids], f"{part}.bytes", axis=0)
+        planes = self._planes(self.op("Unsqueeze", [rows, axis], f"{part}.plane"), part, axis=-1)
+        values = self.op("Reshape", [planes, flat], f"{part}.flat")
+        values = self.op("Slice", [values, *limits], f"{part}.cut")
+        return self.op("Cast", [values], f"{part}.float", to=ir.DataType.FLOAT)
+
 
 def _stored(value: ir.Value | None) -> ir.Value | None:
     """The initializer behind a `Cast`, an `Identity` or a `Reshape`."""
@@ -176,51 +216,3 @@ def _stored(value: ir.Value | None) -> ir.Value | None:
         node = value.producer()
         value = node.inputs[0] if node else None
     return value
-
-
-def replace_quantized_gathers(model: ir.Model) -> None:
-    """Change every `GatherBlockQuantized` in place into standard operators: rows, unpack, (q - z) * scale.
-
-    The numbers are the same bit for bit, and weights, scales and zero points are read where they are.
-    """
-    for node in [node for node in model.graph if node.op_type == "GatherBlockQuantized"]:
-        _Rows(model.graph, node).replace(node)
-
-
-class _Rows(_Unpacked):
-    """Rows of packed bytes [vocab, groups * group * bits / 8], looked up as fp32 [..., groups * group]."""
-
-    def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
-        super().__init__(graph, f"{node.outputs[0].name}.plain")
-        self.bits, group = node.attributes.get_int("bits", 4), node.attributes["block_size"].as_int()
-        packed, ids, scales, *zero_points = node.inputs
-        groups = int(_stored(scales).shape[1])  # type: ignore[union-attr, index, arg-type]
-        blocks, each, whole = (
-            self.constant(f"{self.prefix}.{name}", shape)
-            for name, shape in (
-                ("blocks", [0, 0, groups, group]),
-                ("each", [0, 0, groups, 1]),
-                ("whole", [0, 0, groups * group]),
-            )
-        )
-        rows = self._values(self.op("Gather", [packed, ids], ".rows", axis=0), groups * group, ".row_values")
-        scale = self.op("Reshape", [self.op("Gather", [scales, ids], ".scale", axis=0), each], ".scales")
-        if zero_points and zero_points[0] is not None:
-            zeros = self.op("Gather", [zero_points[0], ids], ".zeros", axis=0)
-            zero = self.op("Reshape", [self._values(zeros, groups, ".zero_values"), each], ".zero_points")
-        else:
-            zero = self.middle()
-        grouped = self.op("Reshape", [rows, blocks], ".grouped")
-        self.op("Reshape", [self.scaled(grouped, zero, scale), whole], ".all")
-
-    def _values(self, packed: ir.Value, count: int, part: str) -> ir.Value:
-        """Bytes -> fp32 values; `count` a row, what fills the last byte cut off."""
-        values, planes = packed, self.planes(packed, part)
-        if len(planes) > 1:
-            axis = self.constant("unpack.last_axis", [-1])
-            pieces = [self.op("Unsqueeze", [p, axis], f"{part}.piece_{i}") for i, p in enumerate(planes)]
-            joined = self.op("Concat", pieces, f"{part}.joined", axis=-1)
-            flat = self.op("Reshape", [joined, self.constant("unpack.flat", [0, 0, -1])], f"{part}.flat")
-            limits = [self.constant(f"unpack.integer_{value}", [value]) for value in (0, count, -1)]
-            values = self.op("Slice", [flat, *limits], f"{part}.counted")
-        return self.op("Cast", [values], f"{part}.float", to=ir.DataType.FLOAT)

@@ -91,8 +91,7 @@ def arrange(
     if unknown or not layouts:
         raise BadInput(f"layouts: {', '.join(unknown) or 'none given'}; choices: {', '.join(LAYOUTS)}")
     if GENAI in layouts and not (bundle / GENAI_CONFIG).is_file():
-        others = ", ".join(name for name in LAYOUTS if name != GENAI)
-        raise BadInput(f"layouts: {GENAI} cannot run this family; there are {others}")
+        raise BadInput(f"layouts: {GENAI} cannot run this family; there are {WEB}, {OPTIMUM}")
     dtype, suffix = DTYPES[precision]
     web = f"onnx/model{suffix}.onnx"
     weights = f"{web}_data" if WEB in layouts else DATA
@@ -141,11 +140,8 @@ def _write_web(bundle: Path, web: str, dtype: str, browser: bool) -> dict[str, i
 
 
 def _write_tokenizer_settings(bundle: Path) -> None:
-    """Write what the runtimes would otherwise read in ways of their own.
-
-    optimum needs transformers 4, which does not know the tokenizer class of transformers 5. A tokenizer that
-    begins every text with a token (Gemma) does so in transformers.js only with `add_bos_token`.
-    """
+    """Settings that every runtime reads alike: optimum's transformers 4 does not know the tokenizer class of
+    transformers 5; transformers.js begins a text with a token (Gemma) only with `add_bos_token`."""
     path = bundle / "tokenizer_config.json"
     settings = read_json(path)
     if settings.get("tokenizer_class") == "TokenizersBackend":

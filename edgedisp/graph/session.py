@@ -1,21 +1,19 @@
 """Runs a bundle with onnxruntime on the CPU, behind the same interface that the torch model offers.
 
-`OnnxModel` gives logits and decodes greedily over the graph that ships, as it ships; `HiddenStates` gives
-what every layer of that graph computes. Greedy decoding binds one buffer per layer as past AND present, so
-that attention appends in place, as in onnxruntime-genai.
+`OnnxModel` gives logits and decodes greedily over the graph that ships; `HiddenStates` gives what every layer
+of that graph computes. Greedy decoding binds one buffer per layer as past AND present, so that attention
+appends in place, as in onnxruntime-genai. Left out: sampling, beams, other devices.
 
 Threads wait without spinning. SmolLM2-135M at 4 bits, 2 threads: on 2 cores that others use too, scoring is
 1.3 times and decoding 1.7 times as fast as with spinning; on an idle machine scoring is equal and decoding
-0.8 times as fast. Left out: sampling, beams, other devices.
+0.8 times as fast.
 """
 
 from __future__ import annotations
 
-import json
 import threading
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +21,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.files import read_json
 from edgedisp.graph.genai_config import GENAI_CONFIG, LENGTHS, read_config
 from edgedisp.graph.onnx_graph import ATTENTION, GRAPH, hidden_states, remove_unused, to_bytes
 
@@ -37,11 +36,8 @@ Cache = dict[str, NDArray[np.float32]]
 class OnnxModel:
     """A bundle as a language model. BadInput if it is none, BuildFailed if onnxruntime cannot open it."""
 
-    def __init__(
-        self, bundle: Path, threads: int, graph: bytes | None = None, profile: Path | None = None
-    ) -> None:
-        """`graph`: another graph over the same weights. `profile`: the start of the path to which onnxruntime
-        writes what each kernel did."""
+    def __init__(self, bundle: Path, threads: int, graph: bytes | None = None) -> None:
+        """`graph`: another graph over the same weights."""
         if threads < 1:
             raise BadInput(f"threads is {threads}; at least 1 is needed")
         self.bundle, self.threads, self._graph = bundle, threads, graph
@@ -50,7 +46,7 @@ class OnnxModel:
         ids = config["eos_token_id"]
         self.end_ids = frozenset(ids if isinstance(ids, list) else [ids])
         self._path = graph_path(bundle)
-        self.session = open_session(self._path, threads, graph, profile)
+        self.session = open_session(self._path, threads, graph)
         self._lock = threading.Lock()
         self._single = self.session if threads == 1 else None
         shapes = {value.name: value.shape for value in self.session.get_inputs()}
@@ -78,14 +74,17 @@ class OnnxModel:
     def prefill(self, ids: Ids, mask: Ids) -> tuple[Logits, Cache]:
         """The same as a call, and the cache to decode from."""
         self._check(ids, mask)
-        return self._step(ids, mask, self._empty(len(ids)))
+        return self.decode(ids, mask, self._empty(len(ids)))
 
-    def decode(self, ids: Ids, mask: Ids, cache: Cache) -> tuple[Logits, Cache]:
+    def decode(self, ids: Ids, mask: Ids, cache: Cache, session: Any = None) -> tuple[Logits, Cache]:
         """One more token a row: ids [batch, 1], mask [batch, cached + 1] summing to each row's length now.
 
-        Rows may have different lengths: a row's token goes to the place after its last real one.
+        Rows may have different lengths: a row's token goes to the position after its last real one.
         """
-        return self._step(ids, mask, cache)
+        names = ["logits", *(_present(name) for name in self._caches)]
+        feed = {"input_ids": ids, "attention_mask": mask, **cache}
+        logits, *present = (session or self.session).run(names, feed)
+        return logits, dict(zip(self._caches, present))
 
     @property
     def parallel(self) -> int:
@@ -106,8 +105,8 @@ class OnnxModel:
             return self.run(["logits"], row, np.ones_like(row), session)[0][0, -last:]
         first = row.shape[1] - last + 1
         cache, rows = self._empty(1), []
-        for start, end in [(0, first), *((place, place + 1) for place in range(first, row.shape[1]))]:
-            logits, cache = self._step(row[:, start:end], np.ones((1, end), np.int64), cache, session)
+        for start, end in [(0, first), *((index, index + 1) for index in range(first, row.shape[1]))]:
+            logits, cache = self.decode(row[:, start:end], np.ones((1, end), np.int64), cache, session)
             rows.append(logits[0])
         return np.concatenate(rows)
 
@@ -128,7 +127,8 @@ class OnnxModel:
                 f"{len(ids)} tokens given; between 1 and the context of {self.context} are possible"
             )
         total = min(len(ids) + max_new_tokens, self.context)
-        buffers = self._buffers(total)
+        make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
+        buffers = {name: make(self._shape(name, 1, total), np.float32, "cpu") for name in self._caches}
         new: list[int] = []
         step = np.array([ids], np.int64)
         while len(ids) + len(new) < total:
@@ -138,12 +138,6 @@ class OnnxModel:
                 break
             step = np.array([new[-1:]], np.int64)
         return new
-
-    def _step(self, ids: Ids, mask: Ids, cache: Cache, session: Any = None) -> tuple[Logits, Cache]:
-        names = ["logits", *(_present(name) for name in self._caches)]
-        feed = {"input_ids": ids, "attention_mask": mask, **cache}
-        logits, *present = (session or self.session).run(names, feed)
-        return logits, dict(zip(self._caches, present))
 
     def _in_place(self, ids: Ids, total: int, buffers: dict[str, Any]) -> Logits:
         """One run at batch 1 over `total` tokens, whose keys and values go into `buffers`."""
@@ -163,10 +157,6 @@ class OnnxModel:
 
     def _empty(self, batch: int) -> Cache:
         return {name: np.zeros(self._shape(name, batch, 0), np.float32) for name in self._caches}
-
-    def _buffers(self, tokens: int) -> dict[str, Any]:
-        make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
-        return {name: make(self._shape(name, 1, tokens), np.float32, "cpu") for name in self._caches}
 
     def _check(self, ids: Ids, mask: Ids) -> None:
         """ValueError for what the graph would compute silently wrong."""
@@ -229,9 +219,8 @@ class HiddenStates:
         return [state[0] for state in states]
 
 
-@dataclass(frozen=True)
-class Size:
-    """What of a bundle decides how requests are cut. whole: `context` is all that the model reads."""
+class Size(NamedTuple):
+    """What decides how requests are cut. whole: `context` is all that the model reads."""
 
     context: int
     vocab_size: int
@@ -265,8 +254,8 @@ def _sizes(bundle: Path) -> dict[str, Any]:
     path = bundle / "config.json"
     if (bundle / GENAI_CONFIG).is_file() or (bundle / GRAPH).is_file() or not path.is_file():
         return read_config(bundle)
+    config = read_json(path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
         context = next(int(config[name]) for name in LENGTHS if name in config)
         return {"context_length": context, "vocab_size": int(config["vocab_size"]), "eos_token_id": []}
     except (ValueError, KeyError, TypeError, StopIteration) as error:
@@ -284,9 +273,7 @@ def at_accuracy_level(bundle: Path, level: int) -> bytes:
     return to_bytes(model)
 
 
-def open_session(
-    path: Path, threads: int, graph: bytes | None = None, profile: Path | None = None
-) -> onnxruntime.InferenceSession:
+def open_session(path: Path, threads: int, graph: bytes | None = None) -> onnxruntime.InferenceSession:
     """An onnxruntime session on the CPU over the graph file `path`, or over `graph` with the same weights.
 
     BuildFailed with the runtime's reason if it does not open.
@@ -296,9 +283,6 @@ def open_session(
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors; they also come as exceptions
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if profile is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
     if graph is not None:
         folder = str(path.parent.resolve())  # where the weights of a graph that is no file are looked for
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)

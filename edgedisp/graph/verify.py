@@ -71,6 +71,7 @@ def check_bundle(
     equal = sum(ours == theirs for ours, theirs in zip(greedy, genai_greedy))
     tokenizer_facts = _check_tokenizer(bundle, genai.tokenizer(), texts)
     progress(3, 3, "checked")
+    genai_facts = {"opened": True, "greedy_agrees": f"{equal}/{len(rows)}", "stops": True, **tokenizer_facts}
     return {
         "opened": True,
         **facts,
@@ -80,12 +81,7 @@ def check_bundle(
         "difference_limit": limit,
         "decoded_tokens": sum(map(len, greedy)),
         "stops": True,
-        "genai": {
-            "opened": True,
-            "greedy_agrees": f"{equal}/{len(rows)}",
-            "stops": True,
-            **tokenizer_facts,
-        },
+        "genai": genai_facts,
     }
 
 
@@ -135,8 +131,8 @@ def _batch_differences(model: OnnxModel, rows: list[list[int]], alone: list[Logi
     forced = min(FORCED, min(map(len, rows)) - 1)
     lengths = np.array([len(row) - forced for row in rows])
     ids = np.zeros((len(rows), lengths.max()), np.int64)
-    for row, length, line in zip(rows, lengths, ids):
-        line[:length] = row[:length]
+    for index, (row, length) in enumerate(zip(rows, lengths)):
+        ids[index, :length] = row[:length]
     logits, cache = model.prefill(ids, _mask(lengths))
     padded = max(
         relative_difference(ours[:length], full[:length])
@@ -197,11 +193,11 @@ def _check_tokenizer(bundle: Path, genai: Any, texts: Sequence[str]) -> dict[str
         expected = [reference.encode(text, add_special_tokens=added).ids for added in (False, True)]
         ids = [int(token) for token in genai.encode(text)]
         if ids not in expected:
-            place = next((i for i, (a, b) in enumerate(zip(ids, expected[0])) if a != b), len(ids))
+            first = next((i for i, (a, b) in enumerate(zip(ids, expected[0])) if a != b), len(ids))
             raise BuildFailed(
                 f"{bundle}: onnxruntime-genai's tokenizer gives other ids than the tokenizers library, "
-                f"from token {place} of the text that starts {text[:40]!r}: {ids[place : place + 5]} instead "
-                f"of {expected[0][place : place + 5]}"
+                f"from token {first} of the text that starts {text[:40]!r}: {ids[first : first + 5]} instead "
+                f"of {expected[0][first : first + 5]}"
             )
         round_trips += genai.decode(ids) == text
     return {"tokenizer_agrees": f"{len(texts)}/{len(texts)}", "round_trips": f"{round_trips}/{len(texts)}"}

@@ -254,10 +254,10 @@ class LayerCall:
 
     layer: nn.Module
     positional: tuple[Any, ...]
-    named: dict[str, Any]
+    keywords: dict[str, Any]
 
     def __call__(self, state: Tensor) -> Tensor:
-        output = self.layer(state, *self.positional, **self.named)
+        output = self.layer(state, *self.positional, **self.keywords)
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
 
@@ -312,8 +312,8 @@ def layer_calls(
             states.append(args[0] if args else kwargs["hidden_states"])
         if len(calls) == len(layers):
             raise _Stop
-        named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        calls.append(LayerCall(module, args[1:], named))
+        keywords = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        calls.append(LayerCall(module, args[1:], keywords))
 
     for block in text:
         _with_hooks(layers, read, partial(model, input_ids=block[None], use_cache=False))

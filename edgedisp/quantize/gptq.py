@@ -2,12 +2,12 @@
 the errors so far.
 
 The layer's error is `(w - w') H (w - w')^T` for each row w, with H = E[x x^T] over calibration tokens.
-Scales and zero points come first, from `k_quant` weighted with the diagonal of H ("static groups"). So
+Scales and zero points come first, from `k_quant` weighted with the diagonal of H ("static groups"), so that
 columns can be taken in the order of their importance ("act order") while groups stay neighbours in memory.
 Then `refit` finds the scales that minimize the layer's error under the integers.
 
-The values that the columns are rounded from are the latent weight: rounded to nearest on the same scales it
-gives GPTQ's integers, and training can go on from it.
+The latent weight holds the values that the columns were rounded from: rounded to nearest on the same scales
+it gives GPTQ's integers, and training can go on from it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ BLOCK = 128  # columns whose corrections are applied to the rest at once
 ROWS = 4096  # rows rounded at a time, a column of them in one step
 SEARCHED = 512  # rows whose scales are searched for at a time; the search takes ten times their memory
 REFITTED = 32  # rows whose scales are solved for at a time; that takes groups x columns values for each
-EDGE = 0.499  # how far from an integer, in steps, a latent value may lie: the next one begins at a half
+EDGE = 0.499  # how far from an integer, in steps, a latent value may lie: the next integer begins at a half
 
 
 def gptq(weight: Tensor, grid: Grid, hessian: Tensor) -> tuple[Blocks, Tensor]:
     """Round fp32 [out, in] under H [in, in]; also the latent weight fp32 [out, in].
 
-    A column that calibration never excited is rounded to nearest: nothing is known of its cost. BadInput as
-    `check_weight`.
+    A column that calibration never excited is rounded to nearest. BadInput as `check_weight`.
     """
     check_weight(weight)
     columns = weight.shape[1]
@@ -41,15 +40,14 @@ def gptq(weight: Tensor, grid: Grid, hessian: Tensor) -> tuple[Blocks, Tensor]:
     factor = _upper_factor(hessian[order][:, order])
     parts, latent = [], torch.empty_like(weight)
     for rows, out in zip(weight.split(ROWS), latent.split(ROWS)):  # rows are independent
-        start = concatenate([k_quant(some, grid, diagonal.clone()) for some in rows.split(SEARCHED)])
+        start = concatenate([k_quant(part, grid, diagonal.clone()) for part in rows.split(SEARCHED)])
         q, steps = _round_columns(rows[:, order], start, order, factor, grid)
         integers = start.q.reshape(len(rows), -1).clone()
         integers[:, order] = q
         blocks = Blocks(integers.reshape(start.q.shape), start.scales, start.zero_points, columns)
-        blocks = refit(blocks, rows, grid, hessian)
+        parts.append(refit(blocks, rows, grid, hessian))
         out[:, order] = steps
-        out.mul_(blocks.scales.repeat_interleave(grid.group, dim=1)[:, :columns])
-        parts.append(blocks)
+        out.mul_(parts[-1].scales.repeat_interleave(grid.group, dim=1)[:, :columns])
     return concatenate(parts), latent
 
 
@@ -68,10 +66,10 @@ def _round_columns(
     group = order // grid.group
     scales = start.scales[:, group].T.contiguous()
     steps = inverse(scales)
-    if start.zero_points is None:
-        centers = torch.full_like(scales, float(grid.middle))
-    else:
-        centers = start.zero_points[:, group].T.float().contiguous()
+    zeros = grid.zeros(start.zero_points)  # [out, groups, 1] or one number
+    centers = (
+        zeros[:, group, 0].T.contiguous() if isinstance(zeros, Tensor) else torch.full_like(scales, zeros)
+    )
     columns = weight.T.clone(memory_format=torch.contiguous_format)  # [in, out]: a column is then contiguous
     q = torch.empty_like(columns, dtype=torch.uint8)
     for first in range(0, len(order), BLOCK):
@@ -100,26 +98,26 @@ def refit(blocks: Blocks, weight: Tensor, grid: Grid, hessian: Tensor) -> Blocks
     rows, groups = blocks.scales.shape
     columns, size = blocks.columns, groups * grid.group
     unit = Blocks(blocks.q, torch.ones_like(blocks.scales), blocks.zero_points, columns)
-    padded = torch.zeros(rows, size, device=weight.device)
-    padded[:, :columns] = dequantize(unit, grid)
+    integers = torch.zeros(rows, size, device=weight.device)
+    integers[:, :columns] = dequantize(unit, grid)
     metric = torch.zeros(size, size, device=weight.device)
     metric[:columns, :columns] = hessian
     by_group = metric.reshape(groups, grid.group, size)
     scales = blocks.scales.clone()
     for first in range(0, rows, REFITTED):
-        some = slice(first, first + REFITTED)
-        z = padded[some].reshape(-1, groups, grid.group)
+        part = slice(first, first + REFITTED)
+        z = integers[part].reshape(-1, groups, grid.group)
         through = torch.bmm(z.transpose(0, 1), by_group).transpose(0, 1)  # z_g H: [rows, groups, size]
         a = torch.einsum("rghk,rhk->rgh", through.reshape(len(z), groups, groups, grid.group), z).double()
-        b = (through[..., :columns] @ weight[some][..., None])[..., 0].double()
-        old = scales[some].double()
+        b = (through[..., :columns] @ weight[part][..., None])[..., 0].double()
+        old = scales[part].double()
         ridge = a.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-20) * 1e-6
         a = a + ridge[:, None, None] * torch.eye(groups, dtype=a.dtype, device=a.device)
         b = b + ridge[:, None] * old
         solved, info = torch.linalg.solve_ex(a, b)
         solved = storable(solved.float()).double()
         better = (info == 0) & torch.isfinite(solved).all(1) & (_cost(solved, a, b) < _cost(old, a, b))
-        scales[some] = torch.where(better[:, None], solved, old).float()
+        scales[part] = torch.where(better[:, None], solved, old).float()
     return Blocks(blocks.q, scales, blocks.zero_points, columns)
 
 

@@ -188,9 +188,9 @@ class Search(MixedPrecision):
         self._costs = -(-stored // self._step)
         self._least, self._picks = knapsack(self._costs, self.losses, int(self._costs.max(1).sum()))
         tensors = read_fp32_graph(source).graph.initializer
-        others = [4 * math.prod(tensor.dims) for tensor in tensors if tensor.name not in self.sensitivity]
+        fp32 = [4 * math.prod(tensor.dims) for tensor in tensors if tensor.name not in self.sensitivity]
         graph = (source / GRAPH).stat().st_size + NODE_BYTES * len(self.weights)
-        self._fixed_bytes = graph + sum(map(_in_pages, others))
+        self._fixed_bytes = graph + sum(map(_in_pages, fp32))
 
     def assignment(self, solution: Solution) -> dict[str, Choice]:
         """Weight of the graph -> its choice."""
@@ -231,33 +231,38 @@ class Search(MixedPrecision):
             limit = math.sqrt(max(low, high * 1e-3) * high)
         return best, trials
 
-    def record(self, chosen: Solution) -> dict[str, Any]:
+    def record(self, solution: Solution) -> dict[str, Any]:
         """Why each weight is stored as it is, JSON-able: {tokens, perplexity_tokens, perplexity_increase,
         predicted_kl, measured_kl, curve [point], points [point with name and measured_kl], sensitivity
         {weight: measured KL of it alone at `USUAL`}}; a point is {size_bytes, predicted_kl, decode_ratio}. KL
         is in nats per token."""
-        smallest = self._smallest(math.inf)
-        uniform4, uniform8 = self._uniform(USUAL), self._uniform(OUTER)
-        named = {"chosen": chosen, "uniform int4": uniform4, "uniform int8": uniform8, "smallest": smallest}
-        costs = {name: self.cost(self.assignment(point)) for name, point in named.items()}
-        usual_bytes = self._bytes_read(uniform4)
+        uniform_int4 = self._uniform(USUAL)
+        usual_bytes = self._bytes_read(uniform_int4)
 
         def point(solution: Solution) -> dict[str, Any]:
             """The decode ratio to the uniform int4 bundle is that of the bytes that a token reads."""
             sizes = {"size_bytes": solution.size_bytes, "predicted_kl": solution.predicted_kl}
             return {**sizes, "decode_ratio": usual_bytes / self._bytes_read(solution)}
 
+        solutions = {
+            "chosen": solution,
+            "uniform int4": uniform_int4,
+            "uniform int8": self._uniform(OUTER),
+            "smallest": self._smallest(math.inf),
+        }
+        costs = {name: self.cost(self.assignment(each)) for name, each in solutions.items()}
+
         first, last = int(np.argmax(np.isfinite(self._least))), int(np.argmin(self._least))
         sizes = np.unique(np.linspace(first, last, CURVE_POINTS).round().astype(int))
         return {
             "tokens": self.reference.tokens,
             "perplexity_tokens": sum(map(len, self.blocks)),
-            "predicted_kl": chosen.predicted_kl,
+            "predicted_kl": solution.predicted_kl,
             **costs["chosen"],
             "curve": [point(self._at(size)) for size in sizes],
             "points": [
-                {"name": name, **point(solution), "measured_kl": costs[name]["measured_kl"]}
-                for name, solution in named.items()
+                {"name": name, **point(each), "measured_kl": costs[name]["measured_kl"]}
+                for name, each in solutions.items()
             ],
             "sensitivity": self.sensitivity,
         }

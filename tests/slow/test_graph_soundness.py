@@ -81,7 +81,10 @@ def test_cpu_kernels_alone_run_a_bundle_and_read_its_weights_packed(
     form: str, twins: TwinStore, tmp_path: Path
 ) -> None:
     bundle = twins.quantized(form, symmetric=False)
-    model = OnnxModel(bundle, 1, profile=tmp_path / "profile")
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    model = OnnxModel(bundle, 1)
+    model.session = onnxruntime.InferenceSession(bundle / "model.onnx", options)
     model(*padded(ragged([8])))
     events = json.loads(Path(model.session.end_profiling()).read_text())
     kernels = [e["args"] for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
