@@ -22,49 +22,88 @@ from edgedisp.graph import runtime_layouts as layouts
 from edgedisp.graph.browser_graph import STAGES, replace_quantized_gathers, unfold
 from edgedisp.graph.runtime_layouts import GENAI, OPTIMUM, WEB
 
+PACKED = st.fixed_dictionaries(
+    {
+        "bits": st.sampled_from([2, 4, 8]),
+        "group": st.sampled_from([16, 32, 64]),
+        "groups": st.integers(1, 5),
+        "symmetric": st.booleans(),
+        "seed": st.integers(0, 2**32 - 1),
+    }
+)
 
-@pytest.fixture(scope="module")
-def bundle(twins: TwinStore) -> Path:
-    return twins.quantized("llama", symmetric=False)
 
-
-def product(
-    rng: np.random.Generator, bits: int, group: int, rows: int, columns: int, symmetric: bool
-) -> ModelProto:
-    """x [tokens, columns] -> MatMulNBits, with random bytes for integers and zero points."""
-    groups = -(-columns // group)
+def packed_node(op: str, shape: dict[str, Any], rows: int, short: int = 0) -> ModelProto:
+    """x -> y through one node over random bytes [rows, ...] for integers and zero points."""
+    rng, bits, group, groups = (
+        np.random.default_rng(shape["seed"]),
+        *(shape[k] for k in ("bits", "group", "groups")),
+    )
+    is_product = op == "MatMulNBits"
+    data = rng.integers(0, 256, (rows, groups, group * bits // 8), dtype=np.uint8)
     tensors = {
-        "q": rng.integers(0, 256, (rows, groups, group * bits // 8), dtype=np.uint8),
+        "q": data if is_product else data.reshape(rows, -1),
         "s": rng.normal(size=(rows, groups)).astype(np.float32),
         "z": rng.integers(0, 256, (rows, -(-groups * bits // 8)), dtype=np.uint8),
     }
-    if symmetric:
+    if shape["symmetric"]:
         del tensors["z"]
+    inputs = ["x", *tensors] if is_product else ["q", "x", *list(tensors)[1:]]
+    options: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 1}
+    if is_product:
+        options = {"K": groups * group - short, "N": rows, "accuracy_level": 0}
     node = helper.make_node(
-        "MatMulNBits", ["x", *tensors], ["y"], name="product", domain="com.microsoft", K=columns, N=rows,
-        bits=bits, block_size=group, accuracy_level=0,
-    )  # fmt: skip
-    given_, made = (helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("x", "y"))
+        op, inputs, ["y"], name="node", domain="com.microsoft", bits=bits, block_size=group, **options
+    )
+    kind = TensorProto.FLOAT if is_product else TensorProto.INT64
+    x, y = (
+        helper.make_tensor_value_info(name, kind, dims)
+        for name, kind, dims in (("x", kind, ["a", "b"]), ("y", TensorProto.FLOAT, None))
+    )
     stored = [numpy_helper.from_array(values, name) for name, values in tensors.items()]
-    graph = helper.make_graph([node], "product", [given_], [made], stored)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return helper.make_model(
+        helper.make_graph([node], "packed", [x], [y], stored), opset_imports=opsets, ir_version=10
+    )
 
 
 def run(model: ModelProto, x: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    found: np.ndarray = session.run(["y"], {"x": x})[0]
-    return found
+    result: np.ndarray = session.run(["y"], {"x": x})[0]
+    return result
 
 
-def ops(graph: onnx.GraphProto) -> set[str]:
-    return {node.op_type for node in graph.node}
+def rewritten(model: ModelProto, change: Any) -> ModelProto:
+    graph = ir.from_proto(model)
+    change(graph)
+    return ir.to_proto(graph)
 
 
-def unfolded(model: ModelProto) -> ModelProto:
-    changed = ir.from_proto(model)
-    unfold(changed)
-    return ir.to_proto(changed)
+@settings(max_examples=60, deadline=None)
+@given(shape=PACKED, short=st.integers(0, 15))
+def test_the_unfolded_weight_is_the_one_that_the_packed_product_has(
+    shape: dict[str, Any], short: int
+) -> None:
+    model = packed_node("MatMulNBits", shape, rows=7, short=short)
+    unit = np.eye(shape["groups"] * shape["group"] - short, dtype=np.float32)
+    unfolded = rewritten(model, unfold)
+    assert not any(node.domain for node in unfolded.graph.node)
+    np.testing.assert_array_equal(run(unfolded, unit), run(model, unit))
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=PACKED)
+def test_standard_operators_look_up_what_the_fused_one_does(shape: dict[str, Any]) -> None:
+    model = packed_node("GatherBlockQuantized", shape, rows=7)
+    ids = np.random.default_rng(shape["seed"]).integers(0, 7, (2, 3))
+    standard = rewritten(model, replace_quantized_gathers)
+    assert not any(node.domain for node in standard.graph.node)
+    np.testing.assert_array_equal(run(standard, ids), run(model, ids))
+
+
+def operators(path: Path) -> Counter[str]:
+    graph = onnx.load(path, load_external_data=False).graph
+    return Counter(node.op_type for node in graph.node)
 
 
 def optimized(path: Path, folder: Path) -> Counter[str]:
@@ -73,135 +112,62 @@ def optimized(path: Path, folder: Path) -> Counter[str]:
     options.log_severity_level = 3
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    graph = onnx.load(folder / "optimized.onnx", load_external_data=False).graph
-    return Counter(node.op_type for node in graph.node)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    bits=st.sampled_from([2, 4, 8]),
-    group=st.sampled_from([16, 32, 64]),
-    groups=st.integers(1, 5),
-    short=st.integers(0, 15),
-    symmetric=st.booleans(),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_the_unfolded_weight_is_the_one_that_the_packed_product_has(
-    bits: int, group: int, groups: int, short: int, symmetric: bool, seed: int
-) -> None:
-    rng, columns = np.random.default_rng(seed), groups * group - short
-    model = product(rng, bits, group, rows=7, columns=columns, symmetric=symmetric)
-    unit = np.eye(columns, dtype=np.float32)
-    packed = run(model, unit)
-    model = unfolded(model)
-    assert not any(node.domain for node in model.graph.node)
-    np.testing.assert_array_equal(run(model, unit), packed)
+    return operators(folder / "optimized.onnx")
 
 
 @pytest.mark.parametrize(("family", "options"), [
+    ("llama", {"bits": 4, "symmetric": False}),
     ("qwen3", {"bits": 4, "symmetric": True, "head_bits": 4, "group": 16}),
     ("gemma3_text", {"bits": 8, "symmetric": False}),
     ("gpt2", {"bits": 8, "symmetric": True, "group": 64}),
     ("gpt_neox", {"bits": 4, "symmetric": False}),
 ])  # fmt: skip
-def test_every_family_says_in_a_browser_what_it_says_in_fp32_arithmetic(
+def test_every_family_computes_in_a_browser_what_it_computes_in_fp32_arithmetic(
     family: str, options: dict[str, Any], twins: TwinStore, tmp_path: Path
 ) -> None:
-    source = twins.quantized(family, **options)
-    precision = f"int{options['bits']}"
-    shutil.copytree(source, tmp_path / "web")
-    entries = layouts.arrange(tmp_path / "web", (OPTIMUM, WEB), precision, browser=True)
-    layouts.check_same(tmp_path / "web", layouts.graphs(entries), source, ragged([17])[0], 1)
-    assert entries[WEB]["unfolded_bytes"] > 0
-    assert "unfolded_bytes" not in entries[OPTIMUM]
-    left = optimized(tmp_path / "web" / entries[WEB]["graph"], tmp_path)
-    packed = onnx.load(source / "model.onnx", load_external_data=False).graph
-    products = sum(node.op_type == "MatMulNBits" for node in packed.node)
-    assert left["MatMul"] + left["FusedMatMul"] + left["Gemm"] == products
+    source, precision = twins.quantized(family, **options), f"int{options['bits']}"
+    web = tmp_path / "web"
+    shutil.copytree(source, web)
+    entries = layouts.arrange(web, (GENAI, OPTIMUM, WEB), precision, browser=True)
+    layouts.check_same(web, layouts.graphs(entries), source, ragged([17])[0], 1)
+    assert entries[WEB]["unfolded_bytes"] > 0 and "unfolded_bytes" not in entries[OPTIMUM]
+    packed = operators(source / "model.onnx")
+    assert operators(web / "model.onnx") == packed  # only the graph of transformers.js is unfolded
+    path = web / entries[WEB]["graph"]
+    graph = onnx.load(path, load_external_data=False).graph
+    assert (
+        max(len(tensor.raw_data) for tensor in graph.initializer) <= 1024
+    )  # the weights lie in the one file
+    left = optimized(path, tmp_path)
+    assert left["MatMul"] + left["FusedMatMul"] + left["Gemm"] == packed["MatMulNBits"]
     assert not {"If", "Dropout", "Transpose", "MatMulNBits", "GatherBlockQuantized"} & set(left)
 
 
-def test_only_the_graph_of_transformers_js_is_unfolded_and_all_share_the_bytes(
-    bundle: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(bundle, tmp_path / "all")
-    entries = layouts.arrange(tmp_path / "all", (GENAI, WEB, OPTIMUM), "int4", browser=True)
-    top, web = (
-        onnx.load(tmp_path / "all" / name, load_external_data=False).graph for name in layouts.graphs(entries)
-    )
-    assert "MatMulNBits" in ops(top) and "MatMulNBits" not in ops(web)
-    data = tmp_path / "all" / "onnx" / "model_q4.onnx_data"
-    assert data.read_bytes() == (bundle / "model.onnx.data").read_bytes()
-    assert max(len(tensor.raw_data) for tensor in web.initializer) <= 1024
-    shutil.copytree(bundle, tmp_path / "packed")
-    entries = layouts.arrange(tmp_path / "packed", (WEB,), "int4")
-    assert "unfolded_bytes" not in entries[WEB]
-    packed = onnx.load(tmp_path / "packed" / entries[WEB]["graph"], load_external_data=False).graph
-    assert "MatMulNBits" in ops(packed)
-
-
 def test_a_model_that_would_not_fit_stays_packed(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    twins: TwinStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layouts, "WEB_BYTES", 1000)
-    shutil.copytree(bundle, tmp_path / "web")
-    entries = layouts.arrange(tmp_path / "web", (WEB,), "int4", browser=True)
-    assert "unfolded_bytes" not in entries[WEB]
-    layouts.check_same(tmp_path / "web", layouts.graphs(entries), bundle, ragged([9])[0], 1)
+    for browser in (True, False):
+        web = tmp_path / str(browser)
+        shutil.copytree(twins.quantized("llama"), web)
+        entries = layouts.arrange(web, (WEB,), "int4", browser=browser)
+        assert "unfolded_bytes" not in entries[WEB]
+        assert operators(web / entries[WEB]["graph"])["MatMulNBits"]
+    layouts.check_same(web, layouts.graphs(entries), twins.quantized("llama"), ragged([9])[0], 1)
 
 
-def test_weights_are_folded_one_stage_after_the_other(bundle: Path) -> None:
-    model = onnx.load(bundle / "model.onnx", load_external_data=False)
-    model = unfolded(model)
-    gates = [node.name for node in model.graph.node if node.op_type == "If"]
-    waiting = {name for node in model.graph.node if node.op_type == "Add" for name in node.input}
+def test_weights_are_folded_one_stage_after_the_other(twins: TwinStore) -> None:
+    model = onnx.load(twins.quantized("llama", symmetric=False) / "model.onnx", load_external_data=False)
+    nodes = rewritten(model, unfold).graph.node
+    gates = [node.name.removesuffix(".float") for node in nodes if node.op_type == "If"]
+    waiting = {name for node in nodes if node.op_type == "Add" for name in node.input}
     assert 2 < len(gates) < STAGES  # two layers have few products
-    assert {gate.removesuffix(".float") for gate in gates} - waiting <= {gates[0].removesuffix(".float")}
+    assert set(gates) - waiting <= {gates[0]}
 
 
-def test_what_has_no_form_for_a_browser_is_refused() -> None:
-    rng = np.random.default_rng(0)
-    model = product(rng, 4, 16, rows=3, columns=32, symmetric=False)
+def test_a_product_with_more_inputs_is_refused() -> None:
+    shape = {"bits": 4, "group": 16, "groups": 2, "symmetric": False, "seed": 0}
+    model = packed_node("MatMulNBits", shape, rows=3)
     model.graph.node[0].input.append("order")
-    with pytest.raises(BadInput, match="product: a MatMulNBits with more inputs"):
-        unfolded(model)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    bits=st.sampled_from([2, 4, 8]),
-    group=st.sampled_from([16, 32, 64]),
-    groups=st.integers(1, 5),
-    symmetric=st.booleans(),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_plain_operators_look_up_what_the_fused_one_does(
-    bits: int, group: int, groups: int, symmetric: bool, seed: int
-) -> None:
-    rng, vocabulary = np.random.default_rng(seed), 7
-    packed = rng.integers(0, 256, (vocabulary, groups * group * bits // 8), dtype=np.uint8)
-    scales = rng.normal(size=(vocabulary, groups)).astype(np.float32)
-    zeros = rng.integers(0, 256, (vocabulary, -(-groups * bits // 8)), dtype=np.uint8)
-    tensors = {"packed": packed, "scales": scales} | ({} if symmetric else {"zeros": zeros})
-    node = helper.make_node(
-        "GatherBlockQuantized", ["packed", "ids", *list(tensors)[1:]], ["rows"], domain="com.microsoft",
-        bits=bits, block_size=group, gather_axis=0, quantize_axis=1,
-    )  # fmt: skip
-    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "tokens"])
-    rows = helper.make_tensor_value_info("rows", TensorProto.FLOAT, None)
-    stored = [numpy_helper.from_array(values, name) for name, values in tensors.items()]
-    graph = helper.make_graph([node], "lookup", [ids], [rows], stored)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    asked = rng.integers(0, vocabulary, (2, 3))
-
-    def looked_up(model: onnx.ModelProto) -> np.ndarray:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        found: np.ndarray = session.run(["rows"], {"ids": asked})[0]
-        return found
-
-    fused = looked_up(model)
-    changed = ir.from_proto(model)
-    replace_quantized_gathers(changed)
-    assert not any(node.domain for node in changed.graph)
-    np.testing.assert_array_equal(looked_up(ir.to_proto(changed)), fused)
+    with pytest.raises(BadInput, match="node: a MatMulNBits with more inputs"):
+        rewritten(model, unfold)

@@ -20,13 +20,15 @@ from edgedisp.models import end_of_text_id, load_tokenizer
 
 
 @pytest.fixture(scope="module")
-def model_folder(twins: TwinStore) -> Path:
-    return twins.model_dir("llama")
-
-
-@pytest.fixture(scope="module")
 def bundle(twins: TwinStore) -> Path:
     return twins.fp32("llama")
+
+
+@pytest.fixture
+def folder(twins: TwinStore, tmp_path: Path) -> Path:
+    """A copy of the llama twin's model folder."""
+    shutil.copytree(twins.model_dir("llama"), tmp_path / "model")
+    return tmp_path / "model"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -34,75 +36,62 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**(read(path) if path.is_file() else {}), **values}))
+
+
 # ---------------------------------------------------------------- layout
 
 
 def test_a_bundle_has_the_files_of_every_runtime(bundle: Path) -> None:
-    assert {path.name for path in bundle.iterdir()} == {
-        "model.onnx",
-        "model.onnx.data",
-        "weight_map.json",
-        "genai_config.json",
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-    }
+    graph = {"model.onnx", "model.onnx.data", "weight_map.json"}
+    configs = {"genai_config.json", "config.json", "generation_config.json"}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {path.name for path in bundle.iterdir()} == graph | configs | tokenizer
     assert read(bundle / "genai_config.json")["model"]["eos_token_id"] == [0, 2]  # <|endoftext|>, <|im_end|>
     assert read(bundle / "tokenizer_config.json")["chat_template"] == TEMPLATE
     assert (bundle / "chat_template.jinja").read_text(encoding="utf-8") == TEMPLATE
 
 
-def test_ends_of_text_are_collected_from_every_file_that_names_one(
-    model_folder: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(model_folder, folder)
+def test_ends_of_text_are_collected_from_every_file_that_names_one(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 4]}))
+    change(folder / "generation_config.json", eos_token_id=[9, 4])
     assert genai_config.end_ids(folder) == [9, 4, 0]
 
 
-@pytest.mark.parametrize(("special", "ends"), [(True, [2, 0]), (False, [2])])
+@pytest.mark.parametrize(("special", "ids"), [(True, [2, 0]), (False, [2])])
 def test_a_chat_model_that_names_the_turns_end_alone_stops_at_the_end_of_a_text_too(
-    special: bool, ends: list[int], model_folder: Path, tmp_path: Path
+    special: bool, ids: list[int], folder: Path, tmp_path: Path
 ) -> None:
     # As SmolLM2-135M-Instruct does: 2 (<|im_end|>) in every file; its documents ended with 0 (<|endoftext|>).
     # A token that is text, as Gemma's </s>, ends nothing.
-    folder, out = tmp_path / "model", tmp_path / "out"
-    shutil.copytree(model_folder, folder)
-    out.mkdir()
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 2}))
-    config = read(folder / "config.json")
-    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 2}))
-    settings = read(folder / "tokenizer_config.json")
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<|im_end|>"}))
+    (folder / "generation_config.json").unlink()
+    change(folder / "generation_config.json", eos_token_id=2, pad_token_id=2)
+    change(folder / "config.json", eos_token_id=2)
+    change(folder / "tokenizer_config.json", eos_token="<|im_end|>")
     tokenizer = read(folder / "tokenizer.json")
     tokenizer["added_tokens"][0]["special"] = special
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert genai_config.end_ids(folder) == ends
-    genai_config.copy_files(folder, out)
+    change(folder / "tokenizer.json", **tokenizer)
+    assert genai_config.end_ids(folder) == ids
+    (tmp_path / "out").mkdir()
+    genai_config.copy_files(folder, tmp_path / "out")
     # transformers.js and optimum look here.
-    assert read(out / "generation_config.json") == {"eos_token_id": ends, "pad_token_id": 2}
+    assert read(tmp_path / "out" / "generation_config.json") == {"eos_token_id": ids, "pad_token_id": 2}
 
 
 def test_what_separates_documents_in_training_ends_an_answer(tiny_folder: dict[str, Path]) -> None:
-    for folder in tiny_folder.values():
-        assert end_of_text_id(load_tokenizer(folder)) in genai_config.end_ids(folder)
+    for path in tiny_folder.values():
+        assert end_of_text_id(load_tokenizer(path)) in genai_config.end_ids(path)
 
 
-def test_a_template_inside_the_tokenizer_settings_is_found_too(model_folder: Path, tmp_path: Path) -> None:
-    folder, out = tmp_path / "model", tmp_path / "out"
-    shutil.copytree(model_folder, folder)
-    out.mkdir()
+def test_a_template_inside_the_tokenizer_settings_is_read_too(folder: Path, tmp_path: Path) -> None:
     (folder / "chat_template.jinja").unlink()
-    settings = read(folder / "tokenizer_config.json")
-    named = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": named}))
-    genai_config.copy_files(folder, out)
-    assert (out / "chat_template.jinja").read_text() == "D"
-    assert read(out / "tokenizer_config.json")["chat_template"] == "D"
+    templates = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
+    change(folder / "tokenizer_config.json", chat_template=templates)
+    (tmp_path / "out").mkdir()
+    genai_config.copy_files(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "D"
+    assert read(tmp_path / "out" / "tokenizer_config.json")["chat_template"] == "D"
 
 
 # ---------------------------------------------------------------- the genai builder's families
@@ -138,16 +127,12 @@ def test_the_builder_covers_families_that_are_not_written_here(
 # ---------------------------------------------------------------- running
 
 
-def test_greedy_stops_with_the_stop_token(bundle: Path) -> None:
+def test_greedy_stops_with_the_stop_token_and_where_the_context_ends(bundle: Path) -> None:
     opened, row = OnnxModel(bundle, 1), ragged([12], seed=5)[0]
     free = opened.greedy(row, 20, frozenset())
-    place = next(i for i, token in enumerate(free) if i > 2 and token not in free[:i])
+    index = next(i for i, token in enumerate(free) if i > 2 and token not in free[:i])
     assert len(free) == 20
-    assert opened.greedy(row, 20, frozenset([free[place]])) == free[: place + 1]
-
-
-def test_greedy_ends_where_the_context_ends(bundle: Path) -> None:
-    opened = OnnxModel(bundle, 1)
+    assert opened.greedy(row, 20, frozenset([free[index]])) == free[: index + 1]
     row = ragged([opened.context - 3])[0]
     assert len(opened.greedy(row, 20, frozenset())) == 3
     assert opened.greedy([*row, 4, 4, 4], 20, frozenset()) == []
@@ -156,21 +141,17 @@ def test_greedy_ends_where_the_context_ends(bundle: Path) -> None:
             opened.greedy(wrong, 20, frozenset())
 
 
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
+def test_batches_that_would_be_computed_wrong_are_refused(bundle: Path) -> None:
+    opened = OnnxModel(bundle, 1)
+    for mask, message in (
         ([[0, 1, 1]], "padded on the right"),
         ([[1, 0, 1]], "padded on the right"),
         ([[0, 0, 0]], "start with a real token"),
         ([[1, 1]], "must both be"),
         ([[1] * 129], "129 tokens do not fit"),
-    ],
-)
-def test_batches_that_would_be_computed_wrong_are_refused(
-    mask: list[list[int]], message: str, bundle: Path
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        OnnxModel(bundle, 1)(np.full((1, 129 if len(mask[0]) == 129 else 3), 5), np.array(mask))
+    ):
+        with pytest.raises(ValueError, match=message):
+            opened(np.full((1, 129 if len(mask[0]) == 129 else 3), 5), np.array(mask))
 
 
 def test_what_is_no_bundle_and_no_number_of_threads_is_refused(bundle: Path, tmp_path: Path) -> None:

@@ -64,14 +64,6 @@ def test_greedy_tokens_equal_torch_in_onnxruntime_and_in_genai(form: str, twins:
     assert GenaiModel(bundle).greedy(row, 24) == expected
 
 
-@pytest.mark.parametrize("form", FAMILIES)
-def test_attention_is_fused_and_nothing_is_turned_at_run_time(form: str, twins: TwinStore) -> None:
-    operators = [node.op_type for node in graph_of(twins.fp32(form)).node]
-    assert operators.count("GroupQueryAttention") == 2 and "Transpose" not in operators
-    is_tied = twins.model(form).config.tie_word_embeddings
-    assert operators.count("MatMul") == (8 if is_tied else 9)  # 4 products a layer, and the head
-
-
 @pytest.mark.parametrize("form", [*FORMS, *BUILDER_ARCHITECTURES])
 def test_weight_map_names_the_torch_parameters_of_every_matrix(form: str, twins: TwinStore) -> None:
     model, bundle = twins.model(form), twins.fp32(form)
@@ -96,11 +88,18 @@ def test_weight_map_names_the_torch_parameters_of_every_matrix(form: str, twins:
     assert len(tied) == bool(model.config.tie_word_embeddings)
 
 
-def test_a_tied_embedding_is_stored_once_and_weights_start_at_pages(twins: TwinStore) -> None:
-    graph = graph_of(twins.fp32("llama"))
-    sizes = {t.name: int(np.prod(t.dims)) for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
-    tables = sum(size for name, size in sizes.items() if name.endswith("_cache"))
-    assert sum(sizes.values()) - tables == sum(p.numel() for p in twins.model("llama").parameters())
+@pytest.mark.parametrize("form", FAMILIES)
+def test_a_graph_holds_nothing_twice_and_weights_start_at_pages(form: str, twins: TwinStore) -> None:
+    graph, model = graph_of(twins.fp32(form)), twins.model(form)
+    operators = [node.op_type for node in graph.node]
+    assert operators.count("GroupQueryAttention") == 2 and "Transpose" not in operators
+    is_tied = model.config.tie_word_embeddings
+    assert operators.count("MatMul") == (8 if is_tied else 9)  # 4 products a layer, and the head
+    sizes = {t.name: int(np.prod(t.dims)) for t in graph.initializer if len(t.dims) == 2}
+    tables = sum(size for name, size in sizes.items() if name.endswith("_cache") or "position" in name)
+    positions = sum(p.numel() for n, p in model.named_parameters() if "positions" in n or "wpe" in n)
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    assert sum(sizes.values()) - tables == matrices - positions
     assert {t.name for t in graph.initializer} <= {name for node in graph.node for name in node.input}
     offsets = [int(e.value) for t in graph.initializer for e in t.external_data if e.key == "offset"]
     assert offsets and not any(offset % 4096 for offset in offsets)  # so that a phone can map them

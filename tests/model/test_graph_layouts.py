@@ -1,4 +1,4 @@
-"""One folder for three runtimes: weights once, and graphs that say the same."""
+"""One folder for three runtimes: weights once, and graphs that give the same logits."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.graph import runtime_layouts as layouts
 from edgedisp.graph.runtime_layouts import GENAI, LAYOUTS, OPTIMUM, WEB
 
-TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "weight_map.json"}
-CONFIG = {"config.json", "generation_config.json"}
+WEB_GRAPH, WEB_DATA = "onnx/model_q4.onnx", "onnx/model_q4.onnx_data"
+PLAIN = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "weight_map.json"} | {
+    "config.json", "generation_config.json",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,85 +34,67 @@ def arranged(bundle: Path, out: Path, *names: str) -> tuple[Path, dict[str, dict
     return out, layouts.arrange(out, names, "int4")
 
 
-def files(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_all_layouts_together_store_the_weights_once(bundle: Path, tmp_path: Path) -> None:
-    folder, entries = arranged(bundle, tmp_path / "all", *LAYOUTS)
-    weights = "onnx/model_q4.onnx_data"
-    assert files(folder) == TOKENIZER | CONFIG | {
-        "genai_config.json", "model.onnx", "onnx/model_q4.onnx", weights,
-    }  # fmt: skip
-    assert {name: entry["graph"] for name, entry in entries.items()} == {
-        GENAI: "model.onnx", WEB: "onnx/model_q4.onnx", OPTIMUM: "model.onnx",
-    }  # fmt: skip
-    assert {entry["weights"] for entry in entries.values()} == {weights}
-    assert (folder / weights).read_bytes() == (bundle / "model.onnx.data").read_bytes()
-    layouts.check_same(folder, layouts.graphs(entries), bundle, ragged([17])[0], 1)  # bit for bit
-    config = json.loads((folder / "config.json").read_text())
-    assert config["transformers.js_config"] == {
-        "dtype": "q4", "use_external_data_format": {"model_q4.onnx": 1},
-    }  # fmt: skip
-    assert 'dtype: "q4"' in entries[WEB]["load"]
-    for path in folder.rglob("*"):
-        assert not path.is_symlink()
-        assert path.is_dir() or path.stat().st_nlink == 1, path  # onnx opens no hard-linked weights
-
-
 @pytest.mark.parametrize(
-    ("names", "graphs"),
+    ("names", "expected"),
     [
+        (LAYOUTS, {"genai_config.json", "model.onnx", WEB_GRAPH, WEB_DATA}),
         ((GENAI,), {"genai_config.json", "model.onnx", "model.onnx.data"}),
         ((OPTIMUM,), {"model.onnx", "model.onnx.data"}),
-        ((WEB,), {"onnx/model_q4.onnx", "onnx/model_q4.onnx_data"}),
+        ((WEB,), {WEB_GRAPH, WEB_DATA}),
     ],
 )
-def test_a_layout_alone_has_what_its_runtime_reads(
-    names: tuple[str, ...], graphs: set[str], bundle: Path, tmp_path: Path
+def test_layouts_have_what_their_runtimes_read_and_the_weights_once(
+    names: tuple[str, ...], expected: set[str], bundle: Path, tmp_path: Path
 ) -> None:
     folder, entries = arranged(bundle, tmp_path / "one", *names)
-    assert files(folder) == TOKENIZER | CONFIG | graphs
-    assert tuple(entries) == names
-    layouts.check_same(folder, layouts.graphs(entries), bundle, ragged([9])[0], 1)
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert files == PLAIN | expected and tuple(entries) == names
+    data = WEB_DATA if WEB in names else "model.onnx.data"
+    assert {entry["weights"] for entry in entries.values()} == {data}
+    assert (folder / data).read_bytes() == (bundle / "model.onnx.data").read_bytes()
+    assert (folder / data).stat().st_nlink == 1  # onnxruntime opens no hard-linked weights
+    graphs = {name: entry["graph"] for name, entry in entries.items()}
+    assert graphs == {name: WEB_GRAPH if name == WEB else "model.onnx" for name in names}
+    layouts.check_same(folder, layouts.graphs(entries), bundle, ragged([17])[0], 1)  # bit for bit
+    if WEB in names:
+        config = json.loads((folder / "config.json").read_text())["transformers.js_config"]
+        assert config == {"dtype": "q4", "use_external_data_format": {"model_q4.onnx": 1}}
+        assert 'dtype: "q4"' in entries[WEB]["load"]
 
 
-def test_a_graph_that_says_something_else_is_not_shipped(bundle: Path, tmp_path: Path) -> None:
+def test_a_graph_that_computes_something_else_is_not_shipped(bundle: Path, tmp_path: Path) -> None:
     folder, entries = arranged(bundle, tmp_path / "all", *LAYOUTS)
-    web = onnx.load(folder / "onnx/model_q4.onnx", load_external_data=False)
+    web = onnx.load(folder / WEB_GRAPH, load_external_data=False)
     norm = next(tensor for tensor in web.graph.initializer if tensor.name == "model.norm.weight")
     norm.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(norm) * np.float32(1.01), norm.name))
-    (folder / "onnx/model_q4.onnx").write_bytes(web.SerializeToString())
+    (folder / WEB_GRAPH).write_bytes(web.SerializeToString())
     with pytest.raises(BuildFailed, match=r"onnx/model_q4\.onnx differs .* by 0\."):
         layouts.check_same(folder, layouts.graphs(entries), bundle, ragged([9])[0], 1)
-    (folder / "onnx/model_q4.onnx_data").unlink()
+    (folder / WEB_DATA).unlink()
     with pytest.raises(BuildFailed, match="onnxruntime cannot open"):
         layouts.check_same(folder, ["model.onnx"], bundle, ragged([9])[0], 1)
 
 
-def test_a_tokenizer_class_of_transformers_5_is_named_as_transformers_4_knows_it(
+def test_the_tokenizers_settings_are_written_as_every_runtime_reads_them(
     bundle: Path, tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
     shutil.copytree(bundle, source)
-    settings_ = json.loads((source / "tokenizer_config.json").read_text())
-    for found, written in (("TokenizersBackend", "PreTrainedTokenizerFast"), ("Qwen2Tokenizer",) * 2):
-        (source / "tokenizer_config.json").write_text(json.dumps({**settings_, "tokenizer_class": found}))
-        folder, _ = arranged(source, tmp_path / found, OPTIMUM)
-        assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == written
-
-
-def test_a_token_that_begins_every_text_is_told_to_transformers_js(bundle: Path, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(bundle, source)
-    for post, told in (("<|im_start|> $A", True), ("$A <|im_end|>", None), ("$A", None)):
-        inner = Tokenizer.from_file(str(bundle / "tokenizer.json"))
-        inner.post_processor = TemplateProcessing(
-            post, special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    for index, (name, written, post, adds_bos) in enumerate(
+        (
+            ("TokenizersBackend", "PreTrainedTokenizerFast", "<|im_start|> $A", True),
+            ("Qwen2Tokenizer", "Qwen2Tokenizer", "$A <|im_end|>", None),
         )
+    ):
+        (source / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": name}))
+        inner = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+        special = [("<|im_start|>", 1), ("<|im_end|>", 2)]
+        inner.post_processor = TemplateProcessing(post, special_tokens=special)
         inner.save(str(source / "tokenizer.json"))
-        folder, _ = arranged(source, tmp_path / post.replace(" ", ""), WEB)
-        assert json.loads((folder / "tokenizer_config.json").read_text()).get("add_bos_token") is told
+        folder, _ = arranged(source, tmp_path / str(index), OPTIMUM)
+        result = json.loads((folder / "tokenizer_config.json").read_text())
+        assert result["tokenizer_class"] == written and result.get("add_bos_token") is adds_bos
 
 
 def test_unknown_layouts_and_those_that_a_family_lacks_are_refused(bundle: Path, tmp_path: Path) -> None:

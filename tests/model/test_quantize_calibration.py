@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,26 +22,30 @@ GRID = Grid(4, 16, False)
 BLOCKS = torch.randint(0, twins.VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(0))
 
 
-def second_moments(model: nn.Module, blocks: Tensor) -> dict[str, Tensor]:
-    """A second road: hooks on the whole model, one plain forward pass for all blocks at once."""
-    found = {}
+def inputs(model: nn.Module, names: Iterable[str], blocks: Tensor = BLOCKS) -> dict[str, Tensor]:
+    """A second road: module name -> its input [tokens, features], from one plain pass of the whole model."""
+    result: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1])
-            found[name] = x.T @ x / len(x)
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            result[name] = args[0].reshape(-1, args[0].shape[-1]).double()
 
         return hook
 
-    layers = decoder_layers(model)
-    names = {module: f"{name}.weight" for name, module in model.named_modules()}
-    linear = [module for module in layers.modules() if isinstance(module, LINEAR)]
-    handles = [module.register_forward_pre_hook(keep(names[module])) for module in linear]
+    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
     with torch.no_grad():
         model(input_ids=blocks, use_cache=False)
     for handle in handles:
         handle.remove()
-    return found
+    return result
+
+
+def second_moments(model: nn.Module) -> dict[str, Tensor]:
+    """Parameter name -> E[x x^T] of the inputs of every linear map of the layers."""
+    layers = decoder_layers(model)
+    linear = {module for module in layers.modules() if isinstance(module, LINEAR)}
+    names = [name for name, module in model.named_modules() if module in linear]
+    return {f"{name}.weight": (x.T @ x / len(x)).float() for name, x in inputs(model, names).items()}
 
 
 @dataclass
@@ -69,14 +74,14 @@ def rounded(model: nn.Module, share: float, monkeypatch: pytest.MonkeyPatch) -> 
     return seen
 
 
-@pytest.mark.parametrize("form", twins.FORMS)
+@pytest.mark.parametrize("form", [*twins.FAMILIES, twins.UNTIED])
 def test_each_map_is_rounded_under_its_inputs_in_the_quantized_model(
     tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = twins.make(tmp_path, form)
-    before = second_moments(model, BLOCKS)
+    before = second_moments(model)
     seen = rounded(model, 0.0, monkeypatch).seconds
-    after = second_moments(model, BLOCKS)
+    after = second_moments(model)
     assert list(seen) and set(seen) == set(after)
     for name, second in seen.items():
         torch.testing.assert_close(second, after[name], rtol=2e-3, atol=2e-4 * float(after[name].abs().max()))
@@ -113,24 +118,6 @@ def test_the_residual_stream_is_found_by_value(tmp_path: Path, form: str) -> Non
     assert {name for name, source in found.items() if source is not None} == WRITERS[form]
 
 
-def reads(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
-    """Module name -> its input [tokens, features], from one plain pass of the whole model."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            found[name] = args[0].reshape(-1, args[0].shape[-1]).double()
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
-    with torch.no_grad():
-        model(input_ids=BLOCKS, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return found
-
-
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_the_correction_is_a_ridge_regression_on_what_the_unrounded_model_gives(
     tmp_path: Path, share: float, monkeypatch: pytest.MonkeyPatch
@@ -141,7 +128,7 @@ def test_the_correction_is_a_ridge_regression_on_what_the_unrounded_model_gives(
     streams = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
     maps = ["self_attn.q_proj", "mlp.up_proj", *streams]
     names = [layer + name for name in [*maps, *streams.values()]]
-    now, before = reads(model, names), reads(plain, names)
+    now, before = inputs(model, names), inputs(plain, names)
     for name in maps:
         x, x0 = now[layer + name], before[layer + name]
         weight = plain.get_submodule(layer + name).weight.detach().double()

@@ -112,61 +112,55 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]
     """`llama-int4`, `llama-int4-browser` and the like -> its bundle, made when it is first asked for."""
 
     @cache
-    def made(name: str) -> Bundle:
+    def bundle(name: str) -> Bundle:
         family, precision, *rest = name.split("-")
         root = tmp_path_factory.mktemp(name)
         return export(ascii_model(family, root / "model"), precision, root, for_browser=bool(rest))
 
-    return made
+    return bundle
 
 
-def said(command: list[str | Path], folder: Path) -> str:
+def printed_by(command: list[str | Path], folder: Path) -> str:
     """What a runtime prints, away from this package and from every hub."""
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | offline
-    done = subprocess.run(
+    result = subprocess.run(
         command, capture_output=True, text=True, cwd=folder, env=env, timeout=SECONDS, check=False
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
 
 
 def in_python(bundle: Bundle, layout: str, python: str | Path, folder: Path) -> str:
-    given = f"folder, text = {str(bundle.folder)!r}, {TEXT!r}\n"
-    return said([python, "-c", given + bundle.load[layout]], folder)
+    variables = f"folder, text = {str(bundle.folder)!r}, {TEXT!r}\n"
+    return printed_by([python, "-c", variables + bundle.load[layout]], folder)
 
 
-def same(found: str, bundle: Bundle) -> bool:
+def check_same(printed: str, bundle: Bundle) -> None:
     """Equal, but for special tokens, which one runtime prints and the next does not, and spaces."""
-    settings = json.loads((bundle.folder / "tokenizer.json").read_text())
-    for token in settings["added_tokens"]:
-        found = found.replace(token["content"], "")
-    return found.split() == bundle.text.split()
+    for token in json.loads((bundle.folder / "tokenizer.json").read_text())["added_tokens"]:
+        printed = printed.replace(token["content"], "")
+    assert printed.split() == bundle.text.split()
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_onnxruntime_genai_opens_its_layout(
     name: str, bundles: Callable[[str], Bundle], tmp_path: Path
 ) -> None:
-    bundle = bundles(name)
-    found = in_python(bundle, GENAI, sys.executable, tmp_path)
-    assert same(found, bundle), (found, bundle.text)
+    check_same(in_python(bundles(name), GENAI, sys.executable, tmp_path), bundles(name))
 
 
 @optimum
 @pytest.mark.parametrize("name", ["llama-int4", "gpt2-int8"])  # its start takes ten seconds
 def test_optimum_opens_its_layout(name: str, bundles: Callable[[str], Bundle], tmp_path: Path) -> None:
-    bundle = bundles(name)
-    found = in_python(bundle, OPTIMUM, OPTIMUM_PYTHON, tmp_path)
-    assert same(found, bundle), (found, bundle.text)
+    check_same(in_python(bundles(name), OPTIMUM, OPTIMUM_PYTHON, tmp_path), bundles(name))
 
 
 def lines(bundle: Bundle, parent: str) -> str:
     """The manifest's lines, with the words that are the reader's to fill in."""
-    given = {"parent": parent, "name": bundle.folder.name, "text": TEXT}
-    return "\n".join(
-        [*(f"const {key} = {json.dumps(value)};" for key, value in given.items()), bundle.load[WEB]]
-    )
+    variables = {"parent": parent, "name": bundle.folder.name, "text": TEXT}
+    constants = [f"const {key} = {json.dumps(value)};" for key, value in variables.items()]
+    return "\n".join([*constants, bundle.load[WEB]])
 
 
 @node
@@ -177,8 +171,8 @@ def test_transformers_js_opens_its_layout(
     bundle = bundles(name)
     (tmp_path / "node_modules").symlink_to(NODE_MODULES.resolve())
     (tmp_path / "load.mjs").write_text(lines(bundle, f"{bundle.folder.parent}/"))
-    found = said(["node", tmp_path / "load.mjs"], tmp_path)
-    assert same(found, bundle), (found, bundle.text)
+    printed = printed_by(["node", tmp_path / "load.mjs"], tmp_path)
+    check_same(printed, bundle)
 
 
 @node
@@ -191,7 +185,6 @@ def test_the_same_folder_opens_in_a_browser(
     page = tmp_path / "page.mjs"
     page.write_text(f"{lines(bundle, '/models/')}\nexport default answer.generated_text;\n")
     command = ["node", IN_CHROMIUM, str(CHROMIUM), NODE_MODULES.resolve(), bundle.folder.parent, page]
-    found = json.loads(said(command, tmp_path).splitlines()[-1])
-    assert same(found["result"], bundle), (found["result"], bundle.text)
-    once = [path for path in found["served"] if path.endswith("_data")]
-    assert len(once) == 1
+    result = json.loads(printed_by(command, tmp_path).splitlines()[-1])
+    check_same(result["result"], bundle)
+    assert sum(path.endswith("_data") for path in result["served"]) == 1

@@ -20,6 +20,7 @@ from edgedisp.quantize.grid import (
     Blocks,
     Grid,
     Packed,
+    concatenate,
     dequantize,
     pack,
     quantize,
@@ -110,13 +111,20 @@ def test_unpacking_undoes_packing(weight: Tensor, grid: Grid) -> None:
     groups = -(-weight.shape[1] // grid.group)
     assert packed.data.shape == (len(weight), groups, grid.group * grid.bits // 8)
     assert packed.scales.shape == (len(weight), groups)
+    arrays = [array for array in (packed.data, packed.scales, packed.zero_points) if array is not None]
+    assert grid.array_bytes(*weight.shape) == [array.nbytes for array in arrays]
+    assert grid.size_bytes(*weight.shape) == sum(array.nbytes for array in arrays)
     back = unpack(packed, grid)
     np.testing.assert_array_equal(back.q, blocks.q)
     np.testing.assert_array_equal(back.scales, blocks.scales)
-    if grid.symmetric:
-        assert packed.zero_points is back.zero_points is None
-    else:
+    assert (back.zero_points is None) == (packed.zero_points is None) == grid.symmetric
+    if back.zero_points is not None:
         np.testing.assert_array_equal(back.zero_points, blocks.zero_points)
+    last_first = torch.arange(len(weight) - 1, -1, -1)
+    turned = dequantize(blocks.rows(last_first), grid)
+    np.testing.assert_array_equal(turned, dequantize(blocks, grid).flip(0))
+    both = concatenate([blocks.rows(slice(0, 1)), blocks.rows(slice(1, None))])
+    np.testing.assert_array_equal(dequantize(both, grid), dequantize(blocks, grid))
 
 
 @given(weight=weights(), grid=grids)
@@ -133,8 +141,13 @@ def test_the_error_is_half_a_step_or_one_at_a_symmetric_grids_short_end(weight: 
     assert not error[weight == 0].any()
 
 
-def test_scales_of_nothing_and_of_too_much() -> None:
+def test_scales_of_nothing_of_too_much_and_below_what_fp16_resolves() -> None:
     assert storable(torch.tensor([0.0, 1e9, -1e9])).tolist() == [0.0, 65504.0, -65504.0]
+    step = (
+        2.0**-24
+    )  # of fp16 below 2^-14: the next larger one, so that no value is cut off; above, the nearest
+    small = torch.tensor([1.3, 7.0, -8.2, 2.0**9 + 0.3, 2.0**10 + 0.3]) * step
+    assert (storable(small) / step).tolist() == [2.0, 7.0, -9.0, 513.0, 1024.0]
     with pytest.raises(BadInput, match=r"holds 7e\+04, beyond what scales in fp16 reach \(65,504\)"):
         quantize(torch.tensor([[1.0, -7e4]]), Grid(8, 16, True))
     with pytest.raises(ValueError, match="not fp16 numbers"):

@@ -1,7 +1,4 @@
-"""Ours against the quantizers that onnxruntime carries, on the same grid: no more error, and no fewer forms.
-
-What they are good for is said in quantize/rounding_methods.py; here is what it rests on.
-"""
+"""Our rounding against the quantizers that onnxruntime carries: on one grid no more error, and more forms."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 import torch
@@ -23,16 +19,17 @@ from edgedisp.quantize.grid import Grid, dequantize
 from edgedisp.quantize.rounding_methods import METHODS
 
 ROWS, COLUMNS = 96, 192
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
 def theirs() -> Iterator[Any]:
     """onnxruntime's module of weight-only quantizers. Importing it sets up the root logger: undone here."""
     handlers, level = list(logging.root.handlers), logging.root.level
-    found = importlib.import_module("onnxruntime.quantization.matmul_nbits_quantizer")
+    module = importlib.import_module("onnxruntime.quantization.matmul_nbits_quantizer")
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)
-    yield found
+    yield module
 
 
 def weight(columns: int = COLUMNS) -> torch.Tensor:
@@ -42,13 +39,13 @@ def weight(columns: int = COLUMNS) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
-def quantized(theirs: Any, config: Any, values: torch.Tensor, grid: Grid) -> onnx.ModelProto:
-    """A graph of one product as their quantizer leaves it."""
-    node = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
+def by_onnxruntime(theirs: Any, config: Any, values: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The weight that onnxruntime computes with once its quantizer has changed a graph of one product."""
+    columns = values.shape[1]
     graph = helper.make_graph(
-        [node],
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")],
         "product",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", values.shape[1]])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", columns])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", len(values)])],
         [numpy_helper.from_array(np.ascontiguousarray(values.numpy().T), "w")],
     )
@@ -58,44 +55,35 @@ def quantized(theirs: Any, config: Any, values: torch.Tensor, grid: Grid) -> onn
             model, bits=grid.bits, block_size=grid.group, is_symmetric=grid.symmetric, algo_config=config
         )
         quantizer.process()
-    found: onnx.ModelProto = quantizer.model.model
-    return found
-
-
-def held_by(model: onnx.ModelProto, columns: int = COLUMNS) -> torch.Tensor:
-    """The weight that onnxruntime computes with, by a product with the identity."""
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    content = quantizer.model.model.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {"x": np.eye(columns, dtype=np.float32)})[0].T)
 
 
-def error(found: torch.Tensor, values: torch.Tensor) -> float:
-    return float((found - values).norm() / values.norm())
+def error(rounded: torch.Tensor, values: torch.Tensor) -> float:
+    return float((rounded - values).norm() / values.norm())
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True)])
 def test_rounding_to_nearest_is_theirs(theirs: Any, symmetric: bool, bits: int) -> None:
     grid, values = Grid(bits, 32, symmetric), weight()
     config = theirs.DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=symmetric, bits=bits)
-    found = held_by(quantized(theirs, config, values, grid))
+    other = by_onnxruntime(theirs, config, values, grid)
     ours = dequantize(METHODS["rtn"](values, grid, None), grid)
-    assert error(ours, values) <= error(found, values) * 1.001
-    assert (
-        ~torch.isclose(found, ours, rtol=1e-3, atol=1e-5)
-    ).float().mean() < 0.02  # a tie may go either way
+    assert error(ours, values) <= error(other, values) * 1.001
+    differs = ~torch.isclose(other, ours, rtol=1e-3, atol=1e-5)
+    assert differs.float().mean() < 0.02  # a tie may go either way
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_k_quant_leaves_no_more_error_than_theirs_and_takes_what_theirs_refuses(theirs: Any) -> None:
-    grid, values = Grid(4, 32, False), weight()
-    found = held_by(quantized(theirs, theirs.KQuantWeightOnlyQuantConfig(), values, grid))
+    grid, values, config = Grid(4, 32, False), weight(), theirs.KQuantWeightOnlyQuantConfig()
+    other = by_onnxruntime(theirs, config, values, grid)
     ours = dequantize(METHODS["k_quant"](values, grid, None), grid)
     cost = values.abs() + values.reshape(ROWS, -1, 32).square().mean(-1).sqrt().repeat_interleave(32, 1)
-    assert (cost * (ours - values).square()).sum() <= 1.001 * (cost * (found - values).square()).sum()
-    assert error(ours, values) <= 1.001 * error(found, values)
+    assert (cost * (ours - values).square()).sum() <= 1.001 * (cost * (other - values).square()).sum()
+    assert error(ours, values) <= 1.001 * error(other, values)
     odd = weight(160)  # 5 groups a row: their zero points do not fill bytes
     with pytest.raises(ValueError):
-        quantized(theirs, theirs.KQuantWeightOnlyQuantConfig(), odd, grid)
-    held = dequantize(METHODS["k_quant"](odd, grid, None), grid)
-    assert error(held, odd) < error(dequantize(METHODS["rtn"](odd, grid, None), grid), odd)
+        by_onnxruntime(theirs, config, odd, grid)
+    k_quant, rtn = (dequantize(METHODS[name](odd, grid, None), grid) for name in ("k_quant", "rtn"))
+    assert error(k_quant, odd) < error(rtn, odd)

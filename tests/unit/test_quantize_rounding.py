@@ -134,6 +134,28 @@ def test_refitted_scales_solve_the_least_squares_problem() -> None:
             design[g * 16 : stop, g] = centered[g, : stop - g * 16]
         solved = torch.linalg.lstsq(root @ design, root @ weight[row].double()).solution
         torch.testing.assert_close(found.scales[row].double(), solved, rtol=1e-3, atol=1e-5)
+    # The unit of the activations does not matter.
+    torch.testing.assert_close(refit(blocks, weight, grid, hessian * 1e-9).scales, found.scales)
+
+
+def test_refitting_leaves_the_scale_of_a_group_of_zeros_as_it_is() -> None:
+    grid = Grid(4, 16, True)
+    q = torch.full((1, 2, 16), 8, dtype=torch.uint8)
+    q[0, 1] = 9
+    blocks = Blocks(q, torch.tensor([[0.5, 0.5]]), None, 32)
+    weight = torch.cat([torch.zeros(1, 16), torch.ones(1, 16)], dim=1)
+    assert refit(blocks, weight, grid, torch.eye(32)).scales.tolist() == [[0.5, 1.0]]
+
+
+def test_without_correlations_the_latent_weight_is_the_weight_in_steps() -> None:
+    grid, weight = Grid(4, 32, True), drawn(3, 6, 64)
+    start = METHODS["k_quant"](weight, grid, torch.ones(64))
+    blocks, latent = gptq(weight, grid, torch.eye(64))
+    steps = in_groups(weight, 32) / start.scales[..., None]
+    inside = (steps - steps.round()).abs().lt(0.49) & steps.abs().lt(7)
+    assert inside.float().mean() > 0.8
+    found = in_groups(latent, 32) / blocks.scales[..., None]
+    torch.testing.assert_close(found[inside], steps[inside], rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=30, deadline=None)
