@@ -15,6 +15,7 @@ from graph_twins import TwinStore
 from hypothesis import settings
 from shared_store import SharedStore, TinyFolders
 from tiny_build import write_recipe
+from tiny_bundle import tiny_bundles
 
 pytest_plugins = ["budget"]
 
@@ -30,6 +31,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def store(tmp_path_factory: pytest.TempPathFactory) -> SharedStore:
     """Folders that are made once for all processes of this run."""
     return SharedStore.of_session(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def bundles(store: SharedStore) -> Mapping[str, Path]:
+    """Tiny bundles `fp32`, `twin` and `int4`, as onnxruntime-genai's builder makes them."""
+    return tiny_bundles(store)
 
 
 @pytest.fixture(scope="session")

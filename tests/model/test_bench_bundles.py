@@ -8,8 +8,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from shared_store import SharedStore
-from tiny_bundle import tiny_bundles
 
 from edgedisp.bench.bundles import (
     find_graph,
@@ -20,12 +18,6 @@ from edgedisp.bench.bundles import (
     weight_traffic,
 )
 from edgedisp.core.errors import BadInput
-
-
-@pytest.fixture(scope="module")
-def bundles(store: SharedStore) -> dict[str, Path]:
-    return tiny_bundles(store)
-
 
 HIDDEN, INNER, KV, LAYERS = 64, 128, 32, 2
 PRODUCTS = LAYERS * (HIDDEN * (HIDDEN + 2 * KV) + HIDDEN * HIDDEN + 3 * HIDDEN * INNER)  # weights of a llama

@@ -11,8 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from shared_store import SharedStore
-from tiny_bundle import order, tiny_bundles
+from tiny_bundle import order
 
 from edgedisp.bench import devices, ssh
 from edgedisp.bench.devices import BenchOptions, DeviceLost
@@ -20,11 +19,6 @@ from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import write_json
 from edgedisp.core.progress import silent
 from edgedisp.core.results import DeviceResult
-
-
-@pytest.fixture(scope="module")
-def bundles(store: SharedStore) -> dict[str, Path]:
-    return tiny_bundles(store)
 
 
 @pytest.fixture

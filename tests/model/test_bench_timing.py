@@ -13,8 +13,7 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shared_store import SharedStore
-from tiny_bundle import RUNNER, copy_with, order, tiny_bundles
+from tiny_bundle import RUNNER, copy_with, order
 
 from edgedisp.bench.devices import BenchOptions, DeviceLost
 from edgedisp.bench.interleaved_timing import (
@@ -30,11 +29,6 @@ from edgedisp.core.files import MANIFEST, RECORD, check_files, from_json, list_f
 from edgedisp.core.progress import silent
 from edgedisp.core.results import DeviceResult
 from edgedisp.core.stage_folder import read
-
-
-@pytest.fixture(scope="module")
-def bundles(store: SharedStore) -> dict[str, Path]:
-    return tiny_bundles(store)
 
 
 def quick(

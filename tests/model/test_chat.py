@@ -10,16 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shared_store import SharedStore
-from tiny_bundle import copy_with, recompute, tiny_bundles
+from tiny_bundle import copy_with, recompute
 
 from edgedisp.commands.chat import ChatOptions, Conversation, common_prefix, fit, threads_for
 from edgedisp.core.errors import BadInput
-
-
-@pytest.fixture(scope="module")
-def bundles(store: SharedStore) -> dict[str, Path]:
-    return tiny_bundles(store)
 
 
 class Talk:

@@ -18,8 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from fake_page import DEVICE, RUN, figures
-from shared_store import SharedStore
-from tiny_bundle import order, tiny_bundles
+from tiny_bundle import order
 
 from edgedisp.bench import page_server
 from edgedisp.bench.bundles import read_bundle
@@ -34,11 +33,6 @@ from edgedisp.core.results import DeviceResult, Estimate
 
 PROMPT, GENERATE, REPETITIONS = 6, 4, 3
 SIZES = BenchOptions(PROMPT, GENERATE, REPETITIONS)
-
-
-@pytest.fixture(scope="module")
-def bundles(store: SharedStore) -> dict[str, Path]:
-    return tiny_bundles(store)
 
 
 @pytest.fixture(scope="module")

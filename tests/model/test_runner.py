@@ -14,15 +14,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from shared_store import SharedStore
-from tiny_bundle import RUNNER, copy_with, recompute, tiny_bundles
+from tiny_bundle import RUNNER, copy_with, recompute
 
 from edgedisp.bench import system
-
-
-@pytest.fixture(scope="module")
-def bundles(store: SharedStore) -> dict[str, Path]:
-    return tiny_bundles(store)
 
 
 def start(bundle: Path, *options: str, stdin: str = "") -> subprocess.CompletedProcess[str]:

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import sshd
-from shared_store import SharedStore
-from tiny_bundle import tiny_bundles
 
 from edgedisp.bench import devices
 from edgedisp.bench.devices import BenchOptions
@@ -19,11 +17,6 @@ from edgedisp.core.errors import BadInput
 
 pytestmark = pytest.mark.skipif(sshd.MISSING is not None, reason=str(sshd.MISSING))
 OPTIONS = BenchOptions(prompt=6, generate=5, repetitions=2, threads=1, remote_python=sys.executable)
-
-
-@pytest.fixture(scope="module")
-def bundles(store: SharedStore) -> dict[str, Path]:
-    return tiny_bundles(store)
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,6 @@ from urllib.request import urlopen
 
 import pytest
 from fake_page import RUN, figures, post
-from shared_store import SharedStore
-from tiny_bundle import tiny_bundles
 
 from edgedisp.evaluate.loglikelihood import loglikelihoods
 from edgedisp.graph.session import scored_model
@@ -31,11 +29,6 @@ pytest.importorskip("segno", reason='needs the extra [phone]: pip install "edged
 pytestmark = pytest.mark.skipif(
     not (TOP / "export" / "web" / "vendor").is_dir(), reason="needs the page's libraries: make web"
 )
-
-
-@pytest.fixture(scope="module")
-def bundles(store: SharedStore) -> dict[str, Path]:
-    return tiny_bundles(store)
 
 
 class Running:

@@ -20,8 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
-from shared_store import SharedStore
-from tiny_bundle import order, recompute, tiny_bundles
+from tiny_bundle import order, recompute
 
 from edgedisp.bench.browser import BrowserPage, find_browser
 from edgedisp.bench.bundles import read_bundle
@@ -57,11 +56,6 @@ driven = pytest.mark.skipif(
     shutil.which("node") is None or not PLAYWRIGHT.is_dir(),
     reason="needs node and playwright-core: make runtimes",
 )
-
-
-@pytest.fixture(scope="module")
-def bundles(store: SharedStore) -> dict[str, Path]:
-    return tiny_bundles(store)
 
 
 @contextmanager
