@@ -239,7 +239,7 @@ def phone_state(answers: Mapping[str, str]) -> Json:
     level, scale, tenths, status = (int(battery[n]) if n in battery else None for n in names)
     thermal = answers.get("thermal", "")
     thermal_status = re.search(r"^\s*Thermal Status: (\d+)", thermal, re.MULTILINE)
-    # The last list holds what the sensors say now; the one before is what listeners were told.
+    # The last list holds what the sensors say now; the one before may be older.
     now = thermal.rpartition("Current temperatures")[2] or thermal
     skin = [float(value) for value in re.findall(rf"mValue=(-?[\d.]+), mType={SKIN},", now)]
     load = re.match(r"\s*([\d.]+)", answers.get("load", ""))

@@ -42,7 +42,7 @@ class _Strict(BaseModel):
 
 
 class DeviceFacts(_Strict):
-    """What the browser tells of itself and of the phone; None where it does not."""
+    """The browser and the phone, as the browser describes them; None: not known."""
 
     user_agent: Text
     model: Text | None
@@ -92,7 +92,7 @@ class Figures(_Upload):
 
     kind: Literal["figures"]
     complete: bool
-    held_open: bool  # all bundles were open at the same time; else each was loaded again for its turn
+    open_together: bool  # all bundles were open at the same time; else each was loaded again for its turn
     device: DeviceFacts
     loaded: Annotated[list[Loaded], Field(max_length=64)]
     repetitions: Annotated[list[Repetition], Field(max_length=2000)]
@@ -274,7 +274,7 @@ class PageRun:
         result = results.device_result(device, _machine(figures.device), timed, graphs, plan.options)
         hidden = Counter(turn["label"] for turn in timed if turn["hidden"])
         rows = [_row(row, bundles[row.label], hidden[row.label]) for row in result.rows]
-        groups = [[*bundles]] if figures.held_open else [[label] for label in bundles]
+        groups = [[*bundles]] if figures.open_together else [[label] for label in bundles]
         options = {**result.options, "groups": groups}
         return replace(result, rows=rows, options=options, answers=self.answers)
 

@@ -504,7 +504,7 @@ def read_sensors(root: Path = ROOT) -> dict[str, float | None]:
 
 
 def other_cpus(before: float | None, after: float | None, cpu_s: float, wall_s: float) -> float | None:
-    """CPUs that others kept busy on average; None if not told, or too short for ticks of 10 ms."""
+    """CPUs that others kept busy on average; None if not known, or too short for ticks of 10 ms."""
     if before is None or after is None or wall_s < 0.5:
         return None
     return max(0.0, after - before - cpu_s) / wall_s

@@ -172,8 +172,8 @@ async function measure() {
   let arrived = true;
   const post = async (result, complete) => {
     device ??= await describe(threads(), result.runtime);
-    const { held_open, loaded, repetitions } = result;
-    arrived = await report({ kind: "figures", complete, held_open, device, loaded, repetitions });
+    const { open_together, loaded, repetitions } = result;
+    arrived = await report({ kind: "figures", complete, open_together, device, loaded, repetitions });
   };
   const common = {
     made: (label) => opening(plan.bundles.find((bundle) => bundle.label === label)),

@@ -1,7 +1,7 @@
 // The benchmark: bundles in turns, A B B A, each in its own worker, one at a time.
 //
 // If all bundles fit into memory together they stay open; else each is loaded, warmed up and closed again for
-// its turn, which takes longer and is recorded (`held_open`). After every turn all figures so far are sent, so
+// its turn, which takes longer and is recorded (`open_together`). After every turn all figures so far are sent, so
 // that a phone that gives up in the middle leaves what it measured.
 
 import { memoryBudget } from "./device.js";
@@ -60,13 +60,13 @@ export function fitTogether(plan) {
 /**
  * Time the plan's bundles. `made(label)` gives a fresh Bundle, `step(done, total, note)` is awaited before
  * each piece of work, `told(result)` after each turn, `cancelled()` is asked between turns. Resolves to
- * {held_open, loaded, repetitions, runtime}.
+ * {open_together, loaded, repetitions, runtime}.
  */
 export async function benchmark(plan, { made, step, told, cancelled }) {
   const { generate, warmup, pause_s } = plan.options;
-  const held_open = fitTogether(plan);
+  const open_together = fitTogether(plan);
   const prompts = Object.fromEntries(plan.bundles.map((bundle) => [bundle.label, bundle.prompt_ids]));
-  const result = { held_open, loaded: [], repetitions: [], runtime: "" };
+  const result = { open_together, loaded: [], repetitions: [], runtime: "" };
   const open = new Map();
   const total = plan.turns.length + plan.bundles.length;
   let hidden = document.hidden;
@@ -75,7 +75,7 @@ export async function benchmark(plan, { made, step, told, cancelled }) {
 
   async function opened(label) {
     if (open.has(label)) return open.get(label);
-    if (!held_open) {
+    if (!open_together) {
       for (const other of open.values()) other.close();
       open.clear();
     }
@@ -96,7 +96,7 @@ export async function benchmark(plan, { made, step, told, cancelled }) {
 
   try {
     let done = 0;
-    if (held_open) {
+    if (open_together) {
       for (const { label } of plan.bundles) {
         await step(done++, total, `${label}: load and warm up`);
         await opened(label);
@@ -104,7 +104,7 @@ export async function benchmark(plan, { made, step, told, cancelled }) {
       }
     }
     for (const [turn, [repetition, label]] of plan.turns.entries()) {
-      if (!held_open && !open.has(label)) await step(done, total, `${label}: load and warm up`);
+      if (!open_together && !open.has(label)) await step(done, total, `${label}: load and warm up`);
       const bundle = await opened(label);
       if (turn && pause_s) await new Promise((resolve) => setTimeout(resolve, pause_s * 1000));
       await step(done++, total, `${label}: repetition ${repetition + 1} of ${plan.options.repetitions}`);

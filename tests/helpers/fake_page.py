@@ -42,7 +42,7 @@ def figures(plan: dict[str, Any], turns: int | None = None, **changes: Any) -> d
     ]  # fmt: skip
     complete = len(timed) == len(plan["turns"])
     return {
-        "kind": "figures", "run": RUN, "complete": complete, "held_open": True, "device": DEVICE,
+        "kind": "figures", "run": RUN, "complete": complete, "open_together": True, "device": DEVICE,
         "loaded": loaded, "repetitions": timed, **changes,
     }  # fmt: skip
 

@@ -154,7 +154,7 @@ def test_the_benchmark_arrives_and_its_tokens_are_those_of_onnxruntime(bundles: 
         found = drive(server, "bench", dark=True)
         last = [upload for upload in received(server) if isinstance(upload, Figures)][-1]
     assert "The figures are on the computer" in found["sent"]
-    assert last.complete and last.held_open
+    assert last.complete and last.open_together
     assert [(one.repetition, one.label) for one in last.repetitions] == plan.order()
     for one in last.repetitions:
         prompt = runner().prompt_ids(plan.bundles[0].vocab_size, 6, 0)[0].tolist()
