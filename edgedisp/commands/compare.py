@@ -21,69 +21,15 @@ from edgedisp.core.progress import Progress, labelled
 from edgedisp.core.results import AS_GIVEN, BASELINE, DISPERSED, DeviceResult, Measurement
 from edgedisp.core.run import Run
 from edgedisp.core.stage_folder import SCORES
-from edgedisp.evaluate import comparison
-from edgedisp.evaluate.comparison import Pair, Results, average_task
+from edgedisp.evaluate.comparison import Results
 from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, expand, prepare
 from edgedisp.graph.genai_config import context_length
-from edgedisp.pipeline.run_results import load, surroundings
-from edgedisp.pipeline.scoring import ModelSource, noise_floor, score_tasks
+from edgedisp.pipeline.run_results import Scored, join, load, surroundings
+from edgedisp.pipeline.scoring import Scorer
 from edgedisp.report.results_table import numbered
 
 BOOTSTRAP = 2000  # resamples behind each interval
 RESERVED = (BASELINE, DISPERSED, "torch", "bf16", "fp16", "fp32", "int8", "int4")  # no names of models
-
-Scored = dict[str, list[Results]]
-"""Results of one arm: precision -> one for each seed."""
-
-
-def join(run: Run, arms: Mapping[str, Scored]) -> None:
-    """Enter the scores of a run's arms, and compare each with the first on the items that both hold.
-
-    `run.unpaired` gets what cannot be compared, and why.
-    """
-    (_, first), *others = arms.items()
-    for label, scored in arms.items():
-        for precision, by_seed in scored.items():
-            scores = {task: average_task([results[task] for results in by_seed]) for task in by_seed[0]}
-            measured = replace(run.measured(label, precision), scores=scores)
-            run.measurements.setdefault(label, {})[precision] = measured
-    for label, other in others:
-        for precision in (name for name in first if name in other):
-            pairs, reasons = _common(first[precision], other[precision])
-            texts = dict.fromkeys(f"{label}, {reason}" for reason in reasons)
-            run.unpaired.extend(text for text in texts if text not in run.unpaired)
-            if not pairs:
-                continue
-            differences = {task: comparison.compare_task(seeds) for task, seeds in pairs.items()}
-            run.comparisons.setdefault(label, {})[precision] = differences
-            before, after = (
-                {task: average_task([pair[side] for pair in seeds]) for task, seeds in pairs.items()}
-                for side in (0, 1)
-            )
-            if (mean := comparison.mean_difference(before, after, differences)) is not None:
-                run.means.setdefault(label, {})[precision] = mean
-
-
-def _common(first: Sequence[Results], second: Sequence[Results]) -> tuple[dict[str, list[Pair]], list[str]]:
-    """task -> both results of each seed, cut to their common items; and why tasks or items are missing."""
-    pairs, seeds = {}, list(zip(first, second))
-    tasks, other_tasks = first[0].keys(), second[0].keys()
-    reasons = [f"{task}: scored in one of the two alone" for task in sorted(tasks ^ other_tasks)]
-    for task in (name for name in tasks if name in other_tasks):
-        results = [result[task] for pair in seeds for result in pair]
-        try:
-            cut = comparison.common_items(results)
-        except ValueError as problem:
-            reasons.append(f"{problem} (other text, tokenizer, context or seed)")
-            continue
-        most = max(len(result.items) for result in results)
-        if len(cut[0].items) < most:
-            reasons.append(f"{task}: {len(cut[0].items)} items in common of {most}")
-        pairs[task] = list(zip(cut[::2], cut[1::2]))
-    if len(first) != len(second):
-        most = max(len(first), len(second))
-        reasons.append(f"{len(seeds)} of {most} trainings have one to be paired with")
-    return pairs, reasons
 
 
 # Finished builds
@@ -205,10 +151,9 @@ def compare_models(folders: Sequence[Path], options: CompareOptions, progress: P
         raise BadInput(f"--out {out}: cannot be made ({problem.strerror}); name a folder") from None
     results, floors = [], []
     for folder, label, suite in zip(folders, labels, suites):
-        source, shown = ModelSource(folder, physical_cores(), out / SCORES), labelled(progress, label)
-        model = source.open()
-        results.append(score_tasks(source, model, suite, BOOTSTRAP, shown))
-        if (floor := noise_floor(source, model, suite, BOOTSTRAP, shown)) is not None:
+        scorer, shown = Scorer(folder, physical_cores(), out / SCORES), labelled(progress, label)
+        results.append(scorer.score(suite, BOOTSTRAP, shown))
+        if (floor := scorer.noise_floor(suite, BOOTSTRAP, shown)) is not None:
             floors.append(floor)
     noise = max(floors, key=lambda floor: floor.floor, default=None)
     run = Run(

@@ -59,20 +59,9 @@ def quantize(
             by_parameter = gptq_blocks(rounding, model, inputs["corpus"], progress)
         blocks = _graph_blocks(inputs["bundle"], by_parameter)
         del model
-    record = quantize_bundle(
-        inputs["bundle"],
-        output_dir,
-        bits=rounding.bits,
-        group=section.group,
-        symmetric=section.symmetric,
-        accuracy_level=section.accuracy_level,
-        head_bits=section.head_bits,
-        method="rtn"
-        if options.is_trained
-        else outer_method(section),  # as training rounded the outer weights
-        blocks=blocks,
-        progress=progress,
-    )
+    grid = section.model_dump(include={"group", "symmetric", "accuracy_level", "head_bits"})
+    grid |= {"bits": rounding.bits, "method": "rtn" if options.is_trained else outer_method(section)}
+    record = quantize_bundle(inputs["bundle"], output_dir, **grid, blocks=blocks, progress=progress)
     return {**record, "method": section.method, "is_trained": options.is_trained}
 
 
@@ -96,10 +85,10 @@ def quantize_searched(
     is_gptq, limit = int4.method == "gptq", options.max_perplexity_increase
     model = models.load(inputs["model"])
     tokens = np.load(inputs["corpus"] / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    calibration_tokens = int4.calibration_tokens if is_gptq else None
+    calibration = int4.calibration_tokens if is_gptq else None
     search: dict[str, Any] = {"goal": {"budget": options.budget, "max_perplexity_increase": limit}}
     if decider is None:
-        searched = Search(bundle, model, tokens, calibration_tokens=calibration_tokens, progress=progress)
+        searched = Search(bundle, model, tokens, calibration_tokens=calibration, progress=progress)
         if options.budget is not None:
             solution, search["trials"] = searched.within(options.budget), []
         else:
@@ -107,13 +96,16 @@ def quantize_searched(
         search |= searched.record(solution)
         assignment = searched.assignment(solution)
         blocks, cost = searched.round(assignment)
-        if is_gptq:
+        if is_gptq:  # the search rounded weight by weight
             search["gptq"] = cost
-            _check_limit(limit, cost["perplexity_increase"])
+            if limit is not None and (increase := cost["perplexity_increase"]) > limit:
+                raise BuildFailed(
+                    "quantize.max_perplexity_increase: after gptq, perplexity on the training text is "
+                    f"{increase:.2%} higher, the limit is {limit:.2%}; another method or more "
+                    "calibration_tokens may hold it"
+                )
     else:
-        follower = MixedPrecision(
-            bundle, model, tokens, calibration_tokens=calibration_tokens, progress=progress
-        )
+        follower = MixedPrecision(bundle, model, tokens, calibration_tokens=calibration, progress=progress)
         assignment = follower.assignment_of(results_of(decider)["by_tensor"])
         blocks, cost = follower.round(assignment)
         search |= {"decided_by": decider.parent.name, "tokens": follower.reference.tokens}
@@ -122,24 +114,14 @@ def quantize_searched(
     record = quantize_assigned(
         bundle, output_dir, assignment, accuracy_level=level, blocks=blocks, progress=progress
     )
-    search["size_bytes"] = record["size_bytes"]
-    if options.budget is not None and record["size_bytes"] > options.budget:
-        raise BuildFailed(f"the bundle takes {record['size_bytes']} bytes, the budget is {options.budget}")
+    search["size_bytes"] = size = record["size_bytes"]
+    if options.budget is not None and size > options.budget:
+        raise BuildFailed(f"the bundle takes {size} bytes, the budget is {options.budget}")
     for row in record["by_tensor"] if is_gptq else ():
         if row["component"] not in ("embedding", "head"):
             row["method"] = "gptq"
     grid = {"bits": 4, "method": "gptq" if is_gptq else "search", "accuracy_level": level}
     return {**grid, **record, "search": search}
-
-
-def _check_limit(limit: float | None, increase: float) -> None:
-    """The searched bundle held the limit with weights rounded one by one; gptq's must as well."""
-    if limit is not None and increase > limit:
-        raise BuildFailed(
-            f"quantize.max_perplexity_increase: after gptq, perplexity on the training "
-            f"text is {increase:.2%} higher, the limit is {limit:.2%}; another method or more "
-            "calibration_tokens may hold it"
-        )
 
 
 def delta_survival(options: None, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:

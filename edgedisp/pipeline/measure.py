@@ -44,7 +44,7 @@ from edgedisp.pipeline.prepare import (
     task_suite,
 )
 from edgedisp.pipeline.rounding import trained_roundings
-from edgedisp.pipeline.scoring import ModelSource, noise_floor, score_tasks
+from edgedisp.pipeline.scoring import Scorer
 from edgedisp.pipeline.stage import Inputs
 from edgedisp.train.quantized_weights import round_weights
 
@@ -67,8 +67,8 @@ def measure(options: MeasureOptions, inputs: Inputs, output_dir: Path, progress:
     if lost := [reason for task, reason in suite.missing.items() if task not in missing]:
         raise BuildFailed(f"{'; '.join(lost)}. It could be read before; the same command continues")
     # One cache serves the run, whatever is measured: its entries are named by all that a score depends on.
-    source = ModelSource(bundle or inputs["model"], options.threads, inputs["base"].parent / SCORES)
-    model = source.open()
+    scorer = Scorer(bundle or inputs["model"], options.threads, inputs["base"].parent / SCORES)
+    model = scorer.model
     verdict = condensation = None
     divergences: dict[str, Divergence] = {}
     if bundle is not None and options.parity is not None:
@@ -76,9 +76,9 @@ def measure(options: MeasureOptions, inputs: Inputs, output_dir: Path, progress:
     if options.hidden_states:
         divergences = _divergences(options, inputs, model, progress)
         condensation = _condensation(inputs, model, output_dir, progress)
-    results = score_tasks(source, model, suite, options.bootstrap, progress)
+    results = scorer.score(suite, options.bootstrap, progress)
     write_json(output_dir / ITEMS, to_json(results))
-    floor = noise_floor(source, model, suite, options.bootstrap, progress) if options.noise else None
+    floor = scorer.noise_floor(suite, options.bootstrap, progress) if options.noise else None
     scores = {task: result.score for task, result in results.items()}
     return dict(to_json(Measurement(scores, condensation, divergences, verdict, floor)))
 

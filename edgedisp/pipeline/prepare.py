@@ -55,9 +55,8 @@ def base(options: BaseOptions, inputs: Inputs, output_dir: Path, progress: Progr
         documents = read_documents(options.smoke_text, True, progress, inputs.files)
         texts = [document.text for document in documents]
         architecture, context = section.architecture or "", max(512, options.context)
-        return _save_base(
-            *models.tiny_model(architecture, texts, seed=options.seed, context=context), output_dir
-        )
+        twin = models.tiny_model(architecture, texts, seed=options.seed, context=context)
+        return _save_base(*twin, output_dir)
     local = str(inputs.files.get(section.base, section.base))
     source = data.fetch(local, sha256=section.sha256, progress=progress)
     model, tokenizer = models.open_base(
@@ -108,10 +107,8 @@ def corpus(options: CorpusOptions, inputs: Inputs, output_dir: Path, progress: P
     heldout_blocks = data.pack(heldout, encode, section.context, name="the held-out text", progress=progress)
     np.save(output_dir / "tokens.npy", blocks, allow_pickle=False)
     np.save(output_dir / "heldout.npy", heldout_blocks, allow_pickle=False)
-    packing = {
-        "end_of_text": models.end_of_text_id(tokenizer),
-        "isolate_documents": section.isolate_documents,
-    }
+    end_of_text = models.end_of_text_id(tokenizer)
+    packing = {"end_of_text": end_of_text, "isolate_documents": section.isolate_documents}
     write_json(output_dir / PACKING, packing)
     lines = [json.dumps(asdict(document), ensure_ascii=False) for document in heldout]
     (output_dir / "heldout.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -10,28 +10,38 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edgedisp.bench.system import describe, installed_version
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import from_json, git_commit
-from edgedisp.core.results import BASELINE, REPORT_FORMAT, Bundle, DeviceResult, Json, Measurement, Training
+from edgedisp.core.results import (
+    BASELINE,
+    REPORT_FORMAT,
+    Bundle,
+    DeviceResult,
+    Json,
+    LossSurvival,
+    Measurement,
+    Training,
+)
 from edgedisp.core.run import Replica, Run, Stage, arms_in_order
 from edgedisp.evaluate import comparison
-from edgedisp.evaluate.comparison import Results
-from edgedisp.evaluate.statistics import Resampling
+from edgedisp.evaluate.comparison import Pair, Results
+from edgedisp.evaluate.statistics import DEFAULT, Resampling
 from edgedisp.pipeline.options import ITEMS
 from edgedisp.pipeline.stage import Passed
 from edgedisp.recipe import Recipe
 
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "peft", "bitsandbytes", "lm-eval")
 
-Items = dict[tuple[str, str], list[Results]]
-"""(arm, precision) -> for each seed, task -> result with its items."""
+Scored = dict[str, list[Results]]
+"""Results of one arm: precision -> one for each seed."""
 
 
 def run_results(recipe: Recipe, passed: list[Passed]) -> Run:
@@ -50,19 +60,7 @@ def run_results(recipe: Recipe, passed: list[Passed]) -> Run:
         for run in recipe.arm_runs
         if run.replica
     }
-    items = _items(recipe, {step.name: step.record.folder for step in passed}, precisions)
-    resampling = Resampling(recipe.evaluate.bootstrap, recipe.seed)
-    scores = {
-        key: {
-            task: comparison.average_task([results[task] for results in by_seed], resampling)
-            for task in by_seed[0]
-        }
-        for key, by_seed in items.items()
-    }
-    if recipe.seeds > 1:
-        for arm in arms:
-            by_precision = measured[arm].items()
-            measured[arm] = {name: replace(found, scores=scores[arm, name]) for name, found in by_precision}
+    scored = _scored(recipe, {step.name: step.record.folder for step in passed}, precisions)
     base = recipe.model.base
     if recipe.is_smoke:
         base = f"a tiny random {recipe.model.architecture} in the place of {base}"
@@ -91,47 +89,87 @@ def run_results(recipe: Recipe, passed: list[Passed]) -> Run:
         stages=[Stage(step.name, step.record.seconds, step.cached) for step in passed],
         **surroundings(),
     )
-    return replace(run, **_comparisons(run, items, scores, resampling))
+    resampling = Resampling(recipe.evaluate.bootstrap, recipe.seed)
+    for group in [arms] if BASELINE in arms else [[arm] for arm in arms]:
+        join(run, {arm: scored[arm] for arm in group}, resampling)
+    for arm in run.compared_arms:
+        run.loss_survival[arm] = {
+            precision: _loss_survival(scored[BASELINE], scored[arm], precision, resampling)
+            for precision in quantized
+        }
+    return run
 
 
-def _items(recipe: Recipe, folders: Mapping[str, Path], precisions: list[str]) -> Items:
-    items: Items = {}
+def _scored(recipe: Recipe, folders: Mapping[str, Path], precisions: list[str]) -> dict[str, Scored]:
+    """Arm -> its per-item results."""
+    scored: dict[str, Scored] = {}
     for run in recipe.arm_runs:
         for precision in precisions:
             text = (folders[f"{run.name}/measure-{precision}"] / ITEMS).read_text(encoding="utf-8")
-            items.setdefault((run.arm, precision), []).append(from_json(Results, json.loads(text)))
-    return items
+            by_seed = scored.setdefault(run.arm, {}).setdefault(precision, [])
+            by_seed.append(from_json(Results, json.loads(text)))
+    return scored
 
 
-def _comparisons(
-    run: Run, items: Items, scores: Mapping[tuple[str, str], Any], resampling: Resampling
-) -> dict[str, Any]:
-    """`comparisons`, `means` and `loss_survival` of a run: each arm against the baseline over all seeds."""
-    comparisons: Json = {arm: {} for arm in run.compared_arms}
-    means: Json = {}
-    loss_survival: Json = {arm: {} for arm in run.compared_arms}
-    for arm, name in ((arm, name) for arm in run.compared_arms for name in run.precisions):
-        pairs = list(zip(items[BASELINE, name], items[arm, name], strict=True))
-        tasks = {
-            task: comparison.compare_task([(a[task], b[task]) for a, b in pairs], resampling)
-            for task in pairs[0][0]
-        }
-        comparisons[arm][name] = tasks
-        mean = comparison.mean_difference(scores[BASELINE, name], scores[arm, name], tasks)
-        if mean is not None:
-            means.setdefault(arm, {})[name] = mean
-        if name in ("torch", "fp32"):
-            continue
-        exact = zip(items[BASELINE, "torch"], items[arm, "torch"], strict=True)
-        by_seed = [(*before, *after) for before, after in zip(exact, pairs, strict=True)]
-        loss_survival[arm][name] = {
-            task: comparison.loss_survival(
-                [(a[task], b[task], c[task], d[task]) for a, b, c, d in by_seed], resampling
+def _loss_survival(
+    baseline: Scored, arm: Scored, precision: str, resampling: Resampling
+) -> dict[str, LossSurvival]:
+    """Task -> what quantization leaves of the difference, for tasks that are losses."""
+    models = baseline["torch"], arm["torch"], baseline[precision], arm[precision]
+    tasks = [task for task, result in baseline["torch"][0].items() if comparison.is_loss(result)]
+    fours = {task: [(a[task], b[task], c[task], d[task]) for a, b, c, d in zip(*models)] for task in tasks}
+    return {task: comparison.loss_survival(by_seed, resampling) for task, by_seed in fours.items()}
+
+
+def join(run: Run, arms: Mapping[str, Scored], resampling: Resampling = DEFAULT) -> None:
+    """Enter the scores of a run's arms, and compare each with the first on the items that both hold.
+
+    `run.unpaired` gets what cannot be compared, and why.
+    """
+    average = partial(comparison.average_task, resampling=resampling)
+    (_, first), *others = arms.items()
+    for label, scored in arms.items():
+        for precision, by_seed in scored.items():
+            scores = {task: average([results[task] for results in by_seed]) for task in by_seed[0]}
+            measured = replace(run.measured(label, precision), scores=scores)
+            run.measurements.setdefault(label, {})[precision] = measured
+    for label, other in others:
+        for precision in (name for name in first if name in other):
+            pairs, reasons = _common(first[precision], other[precision])
+            texts = dict.fromkeys(f"{label}, {reason}" for reason in reasons)
+            run.unpaired.extend(text for text in texts if text not in run.unpaired)
+            if not pairs:
+                continue
+            differences = {task: comparison.compare_task(seeds, resampling) for task, seeds in pairs.items()}
+            run.comparisons.setdefault(label, {})[precision] = differences
+            before, after = (
+                {task: average([pair[side] for pair in seeds]) for task, seeds in pairs.items()}
+                for side in (0, 1)
             )
-            for task, result in by_seed[0][0].items()
-            if comparison.is_loss(result)
-        }
-    return {"comparisons": comparisons, "means": means, "loss_survival": loss_survival}
+            if (mean := comparison.mean_difference(before, after, differences)) is not None:
+                run.means.setdefault(label, {})[precision] = mean
+
+
+def _common(first: Sequence[Results], second: Sequence[Results]) -> tuple[dict[str, list[Pair]], list[str]]:
+    """task -> both results of each seed, cut to their common items; and why tasks or items are missing."""
+    pairs, seeds = {}, list(zip(first, second))
+    tasks, other_tasks = first[0].keys(), second[0].keys()
+    reasons = [f"{task}: scored in one of the two alone" for task in sorted(tasks ^ other_tasks)]
+    for task in (name for name in tasks if name in other_tasks):
+        results = [result[task] for pair in seeds for result in pair]
+        try:
+            cut = comparison.common_items(results)
+        except ValueError as problem:
+            reasons.append(f"{problem} (other text, tokenizer, context or seed)")
+            continue
+        most = max(len(result.items) for result in results)
+        if len(cut[0].items) < most:
+            reasons.append(f"{task}: {len(cut[0].items)} items in common of {most}")
+        pairs[task] = list(zip(cut[::2], cut[1::2]))
+    if len(first) != len(second):
+        most = max(len(first), len(second))
+        reasons.append(f"{len(seeds)} of {most} trainings have one to be paired with")
+    return pairs, reasons
 
 
 def _bundle(records: Mapping[str, Any], arm: str, precision: str) -> Bundle:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from edgedisp.core.files import digest, list_files
 from edgedisp.core.progress import Progress, labelled
 from edgedisp.core.results import Estimate, NoiseFloor
 from edgedisp.core.stage_folder import read
-from edgedisp.evaluate.comparison import Results, TaskResult, compare_task
+from edgedisp.evaluate.comparison import Results, compare_task
 from edgedisp.evaluate.heldout_tasks import Question
 from edgedisp.evaluate.loglikelihood import ScoreCache, ScoreOptions
 from edgedisp.evaluate.statistics import Resampling
@@ -34,31 +34,61 @@ from edgedisp.evaluate.task_suite import TaskSuite
 from edgedisp.graph.session import OnnxModel
 
 NOISE_TASK = "heldout_perplexity"
-# Read at most; more would cost as much as the scoring itself. A bundle decodes half of them.
-NOISE_TOKENS = {"torch": 8192, "bundle": 2048}
+NOISE_TOKENS, DECODED_TOKENS = 8192, 2048  # read at most, and by a bundle, which decodes half of them
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """A Hugging Face folder or a bundle, how many threads it gets, and the file of its scores."""
+class Scorer:
+    """A Hugging Face folder or a bundle, opened as `model`, whose scores are cached in the file `cache`."""
 
-    folder: Path
-    threads: int
-    cache: Path
-
-    @property
-    def is_bundle(self) -> bool:
-        return (self.folder / "model.onnx").is_file()
-
-    def open(self) -> Any:
-        """A model that can be scored (`loglikelihood.LanguageModel`)."""
+    def __init__(self, folder: Path, threads: int, cache: Path) -> None:
+        self.folder, self.threads, self.cache = folder, threads, cache
+        self.is_bundle = (folder / "model.onnx").is_file()
+        self.model: Any
         if self.is_bundle:
-            return OnnxModel(self.folder, self.threads)
-        return models.TorchModel(models.load(self.folder), self.threads)
+            self.model = OnnxModel(folder, threads)
+        else:
+            self.model = models.TorchModel(models.load(folder), threads)
 
-    def scores(self) -> ScoreCache:
-        """The scores of this model, as this machine computes them."""
+    def score(self, suite: TaskSuite, bootstrap: int, progress: Progress) -> Results:
+        """The scores on all tasks, through the cache."""
+        with closing(self._scores()) as cache:
+            return suite.run(self.model, ScoreOptions(cache=cache, progress=progress), bootstrap)
+
+    def _scores(self) -> ScoreCache:
         return ScoreCache(self.cache, score_key(self.folder, 1 if self.is_bundle else self.threads))
+
+    def noise_floor(self, suite: TaskSuite, bootstrap: int, progress: Progress) -> NoiseFloor | None:
+        """Score the held-out loss in another way; None without that task.
+
+        Variants: a bundle reads half of each text token by token; a torch model takes another number of
+        threads, and another implementation of attention. The floor is that of a mean over all documents.
+        """
+        questions = suite.questions.get(NOISE_TASK, [])
+        if not questions:
+            return None
+        part = _first_tokens(questions, DECODED_TOKENS if self.is_bundle else NOISE_TOKENS)
+        sample = replace(suite, questions={NOISE_TASK: part}, harness_tasks={})
+        usual = self.score(sample, bootstrap, labelled(progress, "noise floor, as scored"))[NOISE_TASK]
+        changes: dict[str, Estimate] = {}
+        for name, variant in self._variants().items():
+            options = ScoreOptions(progress=labelled(progress, f"noise floor, other {name}"))
+            pair = usual, sample.run(variant, options, bootstrap)[NOISE_TASK]
+            change = compare_task([pair], Resampling(bootstrap, suite.options.seed)).main
+            changes[name] = change.nats or change.estimate
+        documents = len({question.document for question in questions})
+        share = (usual.score.main.estimate.documents or 1) / documents
+        return NoiseFloor(max(_floor(change, share) for change in changes.values()), changes)
+
+    def _variants(self) -> dict[str, Any]:
+        if self.is_bundle:
+            return {"decoding": _TokenByToken(self.model)}
+        eager = models.load(self.folder)
+        eager.set_attn_implementation("eager")
+        threads = self.threads - 1 if self.threads > 1 else 2
+        return {
+            "threads": models.TorchModel(self.model.model, threads),
+            "attention": models.TorchModel(eager, self.threads),
+        }
 
 
 def score_key(folder: Path, threads: int) -> str:
@@ -74,17 +104,6 @@ def score_key(folder: Path, threads: int) -> str:
             **{name: installed_version(name) for name in ("torch", "transformers", "onnxruntime")},
         }
     )
-
-
-def score_tasks(
-    source: ModelSource, model: Any, suite: TaskSuite, bootstrap: int, progress: Progress
-) -> Results:
-    """Score an open model on all tasks, through the score cache."""
-    with closing(source.scores()) as cache:
-        return suite.run(model, ScoreOptions(cache=cache, progress=progress), bootstrap)
-
-
-# The noise floor
 
 
 class _TokenByToken:
@@ -109,46 +128,6 @@ class _TokenByToken:
             rows.append(logits[0])
         joined: NDArray[np.float32] = np.concatenate(rows)[-last:]
         return joined
-
-
-def noise_floor(
-    source: ModelSource, model: Any, suite: TaskSuite, bootstrap: int, progress: Progress
-) -> NoiseFloor | None:
-    """Score an open model in another way on the held-out loss; None without that task.
-
-    Variants: a bundle reads half of each text token by token; a torch model takes another number of threads,
-    and another implementation of attention. The floor is that of a mean over all of the task's documents.
-    """
-    questions = suite.questions.get(NOISE_TASK, [])
-    if not questions:
-        return None
-    if source.is_bundle:
-        variants: dict[str, Any] = {"decoding": _TokenByToken(model)}
-    else:
-        eager = models.load(source.folder)
-        eager.set_attn_implementation("eager")
-        threads = source.threads - 1 if source.threads > 1 else 2
-        variants = {
-            "threads": models.TorchModel(model.model, threads),
-            "attention": models.TorchModel(eager, source.threads),
-        }
-    part = _first_tokens(questions, NOISE_TOKENS["bundle" if source.is_bundle else "torch"])
-    sample = replace(suite, questions={NOISE_TASK: part}, harness_tasks={})
-
-    def score(model: Any, cache: ScoreCache | None, note: str) -> TaskResult:
-        options = ScoreOptions(cache=cache, progress=labelled(progress, f"noise floor, {note}"))
-        return sample.run(model, options, bootstrap)[NOISE_TASK]
-
-    with closing(source.scores()) as cache:
-        usual = score(model, cache, "as scored")
-    changes: dict[str, Estimate] = {}
-    for name, variant in variants.items():
-        resampling = Resampling(bootstrap, suite.options.seed)
-        change = compare_task([(usual, score(variant, None, f"other {name}"))], resampling).main
-        changes[name] = change.nats or change.estimate
-    documents = len({question.document for question in questions})
-    share = (usual.score.main.estimate.documents or 1) / documents
-    return NoiseFloor(max(_floor(change, share) for change in changes.values()), changes)
 
 
 def _first_tokens(questions: Sequence[Question], tokens: int) -> list[Question]:

@@ -87,12 +87,8 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
         models.save(model, models.load_tokenizer(base), output_dir)
         models.copy_licence(base, output_dir)
     shutil.rmtree(fit_options.output_dir)
-    settings = {
-        "steps": options.steps,
-        **section.model_dump(include=set(SETTINGS)),
-        "seed": arm.seed,
-        "threads": torch.get_num_threads(),
-    }
+    settings = {"steps": options.steps, **section.model_dump(include=set(SETTINGS)), "seed": arm.seed}
+    settings["threads"] = torch.get_num_threads()
     result = replace(result, settings=settings, weights_sha256=weights_digest(output_dir))
     return dict(to_json(result))
 
