@@ -62,11 +62,8 @@ def task_result(
     metrics: Sequence[Metric],
     resampling: Resampling = DEFAULT,
 ) -> TaskResult:
-    """Sum up the items of one task.
-
-    `task` gives name, chance, truncated and the metrics that exist for the whole task only. Raises ValueError
-    for no items.
-    """
+    """Sum up the items of one task; `task` gives its name, chance, truncated and the metrics that exist for
+    the whole task only. Raises ValueError for no items."""
     scores = {}
     for metric in metrics:
         estimate = statistics.score([items], metric, resampling)
@@ -79,10 +76,8 @@ def task_result(
 
 
 def average_task(results: Sequence[TaskResult], resampling: Resampling = DEFAULT) -> TaskScore:
-    """One task's results of one arm with n seeds as one score; its estimates carry `seeds`.
-
-    Raises ValueError when the results do not hold the same items.
-    """
+    """One task's results of one arm with n seeds as one score; its estimates carry `seeds`. Raises ValueError
+    when the results do not hold the same items."""
     first = results[0]
     if len(results) == 1:
         return first.score
@@ -135,11 +130,8 @@ def _check_same_items(results: Sequence[TaskResult]) -> None:
 
 
 def common_items(results: Sequence[TaskResult]) -> list[TaskResult]:
-    """The results of one task, each cut to the items that all of them hold and summed up again.
-
-    Raises ValueError when they hold no item in common, or would have to be cut and their main metric exists
-    for the whole task only.
-    """
+    """The results of one task, each cut to the items that all of them hold and summed up again. Raises
+    ValueError where no item is left, or items differ and the main metric exists for the whole task only."""
     first = results[0]
     if len({result.score.items_sha256 for result in results}) == 1:
         return [*results]

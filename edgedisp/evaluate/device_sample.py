@@ -1,11 +1,9 @@
 """A random sample of a task's items, scored on a device and compared with this machine's scores.
 
 A phone is too slow for thousands of items, so it gets a simple random sample (without replacement, by a seed)
-as token ids: the very tokens that the scorer here reads. It answers each request with the sum of its
-log-probabilities and whether every token was the most likely one. The task then reads these answers as usual,
-and device - host over the same items, paired, is what the device's arithmetic changes.
-
-Items are sent in the order of the draw, so what was answered before a device was lost is a random sample too.
+as the token ids that the scorer reads, and answers with log-probabilities. The task reads these answers as
+usual; device - host over the same items, paired, is what the device's arithmetic changes. Items are sent in
+the order of the draw, so what was answered before a device was lost is a random sample too.
 """
 
 from __future__ import annotations
@@ -130,42 +128,41 @@ def compare(
     has no part per item, those from `device` on are None and `reason` says why.
     """
     scores: dict[str, Any] = {}
+    answered: dict[str, list[SampledItem]] = {task: [] for task in sample.items}
     for item, item_answers in zip(sample.in_turn(), answers):
         if len(item_answers) != len(item.sent):
             raise BuildFailed(
                 f"{item.task} {item.id}: {len(item_answers)} answers to {len(item.sent)} requests"
             )
         for request, (total, greedy) in zip(item.sent, item_answers):
-            # Only sums are read of them.
-            logprobs = [float(total), *[0.0] * (len(request[1]) - 1)]
+            logprobs = [float(total), *[0.0] * (len(request[1]) - 1)]  # only sums are read of them
             scores[name_of(request)] = [logprobs, bool(greedy)]
-    there = ScoreOptions(suite.tokenizer.bos_token, _DeviceScores(cache, scores))
-    device_results = suite.run(model, there, 2)
-    answered_ids = {(item.task, item.id) for item, _ in zip(sample.in_turn(), answers)}
+        answered[item.task].append(item)
+    device = ScoreOptions(suite.tokenizer.bos_token, _DeviceScores(cache, scores))
+    device_results = suite.run(model, device, 2)
     records = []
-    for task, items in sample.items.items():
-        full = results[task]
+    for task, full in results.items():
         main, scored = full.score.main, {item["id"] for item in full.items}
-        answered = [item for item in items if (task, item.id) in answered_ids and item.id in scored]
+        items = [item for item in answered[task] if item.id in scored]
         record: dict[str, Any] = {
             "task": task,
             "metric": main.metric,
             "higher_is_better": main.higher_is_better,
-            "drawn": len(items),
-            "answered": len(answered),
+            "drawn": len(sample.items[task]),
+            "answered": len(items),
             "of": sample.total[task],
-            "truncated": sum(item.is_cut for item in answered),
+            "truncated": sum(item.is_cut for item in items),
             "full": to_json(main.estimate),
             **dict.fromkeys(("device", "here", "difference", "agreement", "logprob", "reason")),
         }
-        if not answered:
+        if not items:
             record["reason"] = "nothing was answered"
         elif main.metric not in full.definitions:
             record["reason"] = "the metric exists for a whole task only, not as a mean of items"
         else:
-            ids = [item.id for item in answered]
+            ids = [item.id for item in items]
             record |= _compared(full, device_results[task], ids, Resampling(seed=suite.options.seed))
-            record["logprob"] = _logprob_differences(answered, model, ScoreOptions(cache=cache), there)
+            record["logprob"] = _logprob_differences(items, model, ScoreOptions(cache=cache), device)
         records.append(record)
     return records
 
@@ -215,8 +212,8 @@ def _choice(item: Mapping[str, Any]) -> int | None:
 def _logprob_differences(
     items: Sequence[SampledItem], model: LanguageModel, host: ScoreOptions, device: ScoreOptions
 ) -> dict[str, Any]:
-    """Absolute differences of log-likelihoods in nats, the largest of each item: {mean, max, item,
-    mean_per_token}. item: the one with the largest."""
+    """Absolute differences of log-likelihoods in nats, the largest of each item: {mean, max, item (that with
+    the largest), mean_per_token}."""
     largest = []  # (nats, tokens, id) of each item
     for item in items:
         pairs = zip(*(loglikelihoods(model, item.requests, side) for side in (host, device)))

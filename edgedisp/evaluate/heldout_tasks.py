@@ -8,8 +8,7 @@ heldout_cloze         The last word of a sentence after at least 30 words of pas
 heldout_continuation  The sentence that follows, against three of nearest length from three other documents,
                       as in HellaSwag: right when it has the highest log-likelihood per byte.
 
-Items depend on documents, tokenizer and seed alone, never on a model. They spread over as many documents as
-there are.
+Items depend on documents, tokenizer and seed alone, and spread over as many documents as there are.
 """
 
 from __future__ import annotations
@@ -45,11 +44,8 @@ _LAST_WORD = re.compile(r"\s+([^\W\d_]{3,})[.!?]+[\"'”’)\]]*$")
 
 @dataclass(frozen=True)
 class Text:
-    """Documents and a tokenizer, from which questions are made.
-
-    context: most tokens of a question, the same for every model. limit: most questions of a task.
-    perplexity_tokens: most tokens of all windows.
-    """
+    """Documents and a tokenizer, from which questions are made. context: most tokens of a question; limit:
+    most questions of a task; perplexity_tokens: most tokens of all windows."""
 
     tokenizer: TextTokenizer
     documents: Sequence[Document]

@@ -60,8 +60,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
         return texts
 
     def token_requests(self, instance: Instance) -> list[Request]:
-        """The pair itself; windows for a rolling likelihood, and for a continuation longer than the
-        context."""
+        """The pair itself; windows of a rolling likelihood, and of a continuation beyond the context."""
         repeat_prefix, context = bool(self.bos), self.model.context
         encode, prefix = self.tokenizer.encode, self.tokenizer.prefix
         if instance.request_type == "loglikelihood_rolling":
@@ -149,10 +148,8 @@ def score(
 def item_requests(
     tasks: Mapping[str, Any], model: HarnessModel, limit: int, seed: int
 ) -> dict[str, tuple[Request, ...]]:
-    """Item -> its requests; of the model's logits nothing is read.
-
-    Raises BadInput for a task that needs generated text, and for one that asks an item in several ways.
-    """
+    """Item -> its requests; nothing is computed. Raises BadInput for a task that needs generated text, and
+    for one that asks an item in several ways."""
     requests: dict[str, list[Request]] = {}
     for name, task in tasks.items():
         task.set_fewshot_seed(seed=seed)

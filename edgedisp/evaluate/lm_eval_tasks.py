@@ -169,10 +169,8 @@ def item_fields(task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _choice_fields(task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The log-probability of every answer; loss and bytes of the right one.
-
-    Some tasks have several right answers or score choices by rules of their own; those give no right one.
-    """
+    """The log-probability of every answer; loss and bytes of the right one, where there is just one and the
+    task scores choices by the usual rule."""
     logprobs = [float(answer[0]) for answer in sample["filtered_resps"]]
     choices = list(task.doc_to_choice(sample["doc"]))
     gold = task.doc_to_text(sample["doc"]) if task.multiple_input else task.doc_to_target(sample["doc"])

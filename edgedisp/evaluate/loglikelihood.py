@@ -54,9 +54,7 @@ class LanguageModel(Protocol):
 
 class ScoreCache:
     """The scores of one model, named by a hash of all that they depend on (files, versions, processor).
-
-    Raises BadInput for a file that is no cache, BuildFailed for a full disk or a locked file.
-    """
+    Raises BadInput for a file that is no cache, BuildFailed for a full disk or a locked file."""
 
     def __init__(self, path: Path, model: str) -> None:
         self.path, self.model = path, f"{FORMAT} {model}"
@@ -209,8 +207,7 @@ def fitted(model: LanguageModel, request: Request, bos_token: int | None = None)
 
 
 def _score(logits: NDArray[np.float32], targets: Sequence[int]) -> Score:
-    """logits [tokens, vocab] that predict `targets` -> their log-probabilities (summed in float64), all
-    greedy?"""
+    """logits [tokens, vocab] that predict `targets` -> their log-probabilities in float64; all greedy?"""
     logprobs: list[float] = []
     greedy = True
     for start in range(0, len(targets), _POSITIONS):

