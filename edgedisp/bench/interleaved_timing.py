@@ -28,7 +28,7 @@ from edgedisp.bench.devices import Address, BenchOptions, Device, DeviceLost
 from edgedisp.bench.system import RUNNER, describe
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Progress, silent
-from edgedisp.core.results import DeviceResult, Json
+from edgedisp.core.results import DeviceResult, Json, Timing
 
 MIB = 1 << 20
 MEMORY_SHARE = 0.8  # of what is available, for all bundles that are open together
@@ -168,14 +168,14 @@ class TimedHost(Device):
         """
         bundles, options = self.bundles, self.options
         self.copy(progress)
-        sweeps: dict[str, Json] = {}
+        sweeps: dict[str, list[Timing]] = {}
         if options.threads == "sweep":
             sweeps = self._sweep(progress)
-            threads = {label: sweep["best"] for label, sweep in sweeps.items()}
+            threads = {label: best_threads(rows) for label, rows in sweeps.items()}
         else:
             count, cores = options.threads, self.machine["physical_cores"]
             threads = {label: count or written_threads(path) or cores for label, path in bundles.items()}
-        result = replace(self._time(bundles, threads, options, progress), threads=sweeps)
+        result = replace(self._time(bundles, threads, options, progress), sweeps=sweeps)
         return self._score(result, progress) if options.requests else result
 
     def _time(
@@ -225,12 +225,8 @@ class TimedHost(Device):
             raise DeviceLost(message, replace(result(), lost=str(error))) from error
         return result()
 
-    def _sweep(self, progress: Progress) -> dict[str, Json]:
-        """Label -> {best, rows [{threads, decode_tokens_per_s, low, high, prefill_tokens_per_s}]}.
-
-        Each count has a worker of its own, and the counts take turns. `best` has the highest median decoding
-        speed; of equal ones the fewest threads.
-        """
+    def _sweep(self, progress: Progress) -> dict[str, list[Timing]]:
+        """Label -> its timings, one for each thread count. Each has a worker, and the counts take turns."""
         quota, cpus = self.machine["cpu_quota"], self.machine["logical_cpus"]
         cpus = cpus if quota is None else min(cpus, max(1, int(quota)))
         short = replace(
@@ -244,14 +240,8 @@ class TimedHost(Device):
         sweeps = {}
         for label, bundle in self.bundles.items():
             threads = {f"{label}, {count} threads": count for count in counts}
-            rows = []
-            for row in self._time(dict.fromkeys(threads, bundle), threads, short, progress).rows:
-                decode, prefill = row.decode_tokens_per_s, row.prefill_tokens_per_s
-                if decode and prefill:
-                    speed = {"decode_tokens_per_s": decode.value, "low": decode.low, "high": decode.high}
-                    rows.append({"threads": row.threads, **speed, "prefill_tokens_per_s": prefill.value})
-            best = max(rows, key=lambda row: (row["decode_tokens_per_s"], -row["threads"]))  # type: ignore[operator]
-            sweeps[label] = {"best": best["threads"], "rows": rows}
+            timed = self._time(dict.fromkeys(threads, bundle), threads, short, progress)
+            sweeps[label] = timed.rows
         return sweeps
 
     def _score(self, result: DeviceResult, progress: Progress) -> DeviceResult:
@@ -330,6 +320,12 @@ def expected_memory_bytes(bundle: Path) -> int:
         files += bundle.glob("onnx/*.onnx_data")
     rounded = round(sum(f.stat().st_size for f in files) / MIB)  # two arms differ by a few bytes of names
     return 256 * MIB + int(1.6 * rounded * MIB)
+
+
+def best_threads(rows: Sequence[Timing]) -> int:
+    """The count with the highest median decoding speed; of equal ones the fewest threads."""
+    speeds = {row.threads or 0: row.decode_tokens_per_s and row.decode_tokens_per_s.value for row in rows}
+    return max(speeds, key=lambda count: (speeds[count] or 0.0, -count))
 
 
 def thread_counts(physical_cores: int, logical_cpus: int) -> list[int]:

@@ -72,7 +72,7 @@ def time_bundles(
         except BuildFailed as error:  # what the devices gave is shown before it ends the command
             timed["unscored"] = str(error)
     if write_threads and results[0].lost is None:
-        timed["written"] = {label: sweep["best"] for label, sweep in results[0].threads.items()}
+        timed["written"] = {row.label: row.threads for row in results[0].rows}
         for label, threads in timed["written"].items():
             write_bundle_threads(labels[label], threads)
     return timed

@@ -306,7 +306,8 @@ class DeviceResult:
     """What one device measured.
 
     pairs: twins compared {baseline, candidate, same_graph, decode, fault}. scores: records of
-    evaluate/device_sample.py. threads: label -> {best, rows} of a thread sweep. clock_mhz, temperature_c:
+    evaluate/device_sample.py. sweeps: label -> its timings with
+    several thread counts. clock_mhz, temperature_c:
     lowest and highest over the repetitions. lost: why the device was lost in the middle. options: {seed,
     warmup, pause_s, groups of labels that were open together}. repetitions: in the order of timing, each as
     the runner gives it, with `label`, `repetition` and `turn`. answers: label -> scored items, each a list of
@@ -318,7 +319,7 @@ class DeviceResult:
     rows: list[Timing] = field(default_factory=list)
     pairs: list[Json] = field(default_factory=list)
     scores: list[Json] = field(default_factory=list)
-    threads: dict[str, Json] = field(default_factory=dict)
+    sweeps: dict[str, list[Timing]] = field(default_factory=dict)
     load_average: Json = field(default_factory=dict)
     clock_mhz: tuple[float, float] | None = None
     temperature_c: tuple[float, float] | None = None

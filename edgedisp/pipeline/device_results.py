@@ -163,7 +163,7 @@ def _join(
     timed, partial = {row.label for row in rows}, bool(result.lost)
     added = [replace(row, label=paths[row.label], partial=partial) for row in rows]
     scores = [{**score, "label": paths[score["label"]]} for score in result.scores if _key(score) in keys]
-    sweeps = {paths[label]: sweep for label, sweep in result.threads.items() if label in timed}
+    sweeps = {paths[label]: sweep for label, sweep in result.sweeps.items() if label in timed}
     pairs = [
         {**pair, "baseline": paths[pair["baseline"]], "candidate": paths[pair["candidate"]]}
         for pair in result.pairs
@@ -174,7 +174,7 @@ def _join(
         rows=sorted([*device.rows, *added], key=lambda row: row.label),
         scores=[*device.scores, *scores],
         pairs=[*device.pairs, *pairs],
-        threads={**sweeps, **device.threads},
+        sweeps={**sweeps, **device.sweeps},
         clock_mhz=_span(device.clock_mhz, result.clock_mhz if timed else None),
         temperature_c=_span(device.temperature_c, result.temperature_c if timed else None),
         warnings=tuple(dict.fromkeys([*device.warnings, *result.warnings])),

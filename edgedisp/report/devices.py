@@ -108,14 +108,9 @@ def _timing_grid(devices: Sequence[DeviceResult]) -> Grid:
 
 def _sweep_grids(device: DeviceResult) -> list[Grid]:
     grids = []
-    for bundle, sweep in device.threads.items():
-        rows = [
-            (
-                f"{row['threads']}{' (best)' * (row['threads'] == sweep['best'])}",
-                {**row, "decode": Estimate(row["decode_tokens_per_s"], row["low"], row["high"])},
-            )
-            for row in sweep["rows"]
-        ]
+    for bundle, timings in device.sweeps.items():
+        best = max(timings, key=lambda row: (row.decode_tokens_per_s or Estimate(0.0)).value or 0.0)
+        rows = [(f"{row.threads}{' (best)' * (row is best)}", row) for row in timings]
         grids.append(grid("threads", rows, f"{_name(device)}, {bundle}: threads"))
     return grids
 
