@@ -193,9 +193,17 @@ def _task(value: str) -> str:
     return choice(value, names, "or any lm-evaluation-harness task") if is_ours else value
 
 
-def _layers(value: object) -> str | tuple[int, ...]:
-    if isinstance(value, str):
-        return choice(value, LAYER_NAMES, "or a list of layers counted from 0")
+def _word_or(words: Sequence[str], also: str, read: Callable[[object], object]) -> list[object]:
+    """The metadata of a type that takes one of `words`, or what `read` takes (`also`, in words)."""
+
+    def check(value: object) -> object:
+        is_word = isinstance(value, str) and value.replace("_", "").isalpha()
+        return choice(str(value), words, f"or {also}") if is_word else read(value)
+
+    return [BeforeValidator(check), accepts(f"{', '.join(words)}, or {also}")]
+
+
+def _layers(value: object) -> tuple[int, ...]:
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(f"needs {', '.join(LAYER_NAMES)}, or a list of layers counted from 0")
     layers = unique(tuple(read_whole(layer) for layer in value))
@@ -204,21 +212,17 @@ def _layers(value: object) -> str | tuple[int, ...]:
     return layers
 
 
-def _whole_or(word: str, least: int, unit: str) -> BeforeValidator:
-    def check(value: object) -> int | str:
-        if isinstance(value, str) and value.isalpha():
-            return choice(value, (word,), f"or a whole number of {unit}")
+def _at_least(least: int) -> Callable[[object], int]:
+    def read(value: object) -> int:
         number = read_whole(value)
         if not least <= number <= 10**9:
-            raise ValueError(f"needs {word}, or a whole number of at least {least} {unit}")
+            raise ValueError(f"needs a whole number of at least {least}")
         return number
 
-    return BeforeValidator(check)
+    return read
 
 
-def _modules(value: object) -> str | tuple[str, ...]:
-    if isinstance(value, str):
-        return choice(value, ("auto",), "or a list of module names")
+def _modules(value: object) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) for name in value):
         raise ValueError("needs auto, or a list of module names")
     return unique(tuple(_text(name) for name in value))
@@ -257,17 +261,9 @@ AccuracyLevel = Annotated[Literal[0, 1, 4], WHOLE]
 HeadBits = Annotated[Literal[4, 8], WHOLE]
 Variant = Literal["angular", "cosine", "l2_repel", "decorrelation", "orthogonalization", "spectral_entropy"]
 VARIANTS = get_args(Variant)
-Layers = Annotated[
-    str | tuple[int, ...],
-    BeforeValidator(_layers),
-    accepts(f"{', '.join(LAYER_NAMES)}, or a list of layers counted from 0"),
-]
-Sample = Annotated[
-    int | Literal["all"], _whole_or("all", 2, "tokens"), accepts("a whole number of at least 2, or all")
-]
+Layers = Annotated[str | tuple[int, ...], *_word_or(LAYER_NAMES, "a list of layers counted from 0", _layers)]
+Sample = Annotated[int | Literal["all"], *_word_or(["all"], "a whole number of at least 2", _at_least(2))]
 Forgetting = Annotated[
-    int | Literal["auto"], _whole_or("auto", 1, "steps"), accepts("a whole number of at least 1, or auto")
+    int | Literal["auto"], *_word_or(["auto"], "a whole number of at least 1", _at_least(1))
 ]
-Modules = Annotated[
-    str | tuple[str, ...], BeforeValidator(_modules), accepts("auto, or a list of module names")
-]
+Modules = Annotated[str | tuple[str, ...], *_word_or(["auto"], "a list of module names", _modules)]

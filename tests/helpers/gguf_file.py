@@ -15,22 +15,17 @@ def write_gguf(path: Path, model: Any, tokenizer_json: Path, family: str = "qwen
     vocabulary = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
     config = model.config
     writer = gguf.GGUFWriter(str(path), family)
-    writer.add_name("tiny")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(vocabulary)
-    writer.add_token_types([3] * 3 + [1] * (len(vocabulary) - 3))
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
+    for key, value in {
+        "name": "tiny", "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size, "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads, "layer_norm_rms_eps": config.rms_norm_eps,
+        "rope_freq_base": 10000.0, "tokenizer_model": "gpt2", "token_list": vocabulary,
+        "token_types": [3] * 3 + [1] * (len(vocabulary) - 3),
+        "token_merges": [" ".join(pair) for pair in tokenizer["merges"]],
+        "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{key}")(value)
     parts = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
     parts |= {f"self_attn.{x}_proj": f"attn_{x if x != 'o' else 'output'}" for x in "qkvo"}
     parts |= {f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from edgedisp.core.errors import BadInput
 from edgedisp.data import synthetic_documents
-from edgedisp.models import encode, load, load_tokenizer, open_base, quiet, save, tiny_model
+from edgedisp.models import encode, load, load_tokenizer, load_weights, open_base, quiet, save, tiny_model
 
 TEXTS = [document.text for document in synthetic_documents(120, seed=0)]
 FAMILIES = ["llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox"]
@@ -49,8 +49,7 @@ def same_weights(first: torch.nn.Module, second: torch.nn.Module) -> bool:
 def test_load_gives_bit_for_bit_what_save_got(family: str, tiny_folder: dict[str, Path]) -> None:
     model, tokenizer = tiny_model(family, TEXTS, seed=0, context=256)
     loaded, again = load(tiny_folder[family]), load_tokenizer(tiny_folder[family])
-    assert same_weights(model, loaded)
-    assert not loaded.training
+    assert same_weights(model, loaded) and not loaded.training
     assert [encode(again, text) for text in TEXTS[:10]] == [encode(tokenizer, text) for text in TEXTS[:10]]
     for name in ("chat_template", "bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(again, name) == getattr(tokenizer, name)
@@ -59,23 +58,23 @@ def test_load_gives_bit_for_bit_what_save_got(family: str, tiny_folder: dict[str
 def test_a_saved_folder_is_plain_whole_and_holds_tied_weights_once(
     tiny_folder: dict[str, Path], tmp_path: Path
 ) -> None:
-    weights = load_file(tiny_folder["llama"] / "model.safetensors")
+    folder = tiny_folder["llama"]
+    weights = load_weights(folder)
     assert "model.embed_tokens.weight" in weights and "lm_head.weight" not in weights
-    everything = "".join(path.read_text() for path in tiny_folder["llama"].glob("*.json"))
-    assert str(tiny_folder["llama"].parent) not in everything  # no path of this machine is shipped
+    everything = "".join(path.read_text() for path in folder.glob("*.json"))
+    assert str(folder.parent) not in everything  # no path of this machine is shipped
     (tmp_path / "plain").touch()
     expected = (tmp_path / "plain").stat().st_mode  # safetensors itself writes for the owner alone
-    assert {path.stat().st_mode for path in tiny_folder["llama"].iterdir()} == {expected}
+    assert {path.stat().st_mode for path in folder.iterdir()} == {expected}
 
 
 def test_a_model_can_be_saved_over_the_folder_it_was_loaded_from(llama: Path) -> None:
-    before = tiny_model("llama", TEXTS, seed=0, context=256)[0]
     model = load(llama)  # its weights are still read from the file through memory
     with torch.no_grad():
         model.model.norm.weight.add_(1.0)
-        before.model.norm.weight.add_(1.0)
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
     save(model, load_tokenizer(llama), llama)
-    assert same_weights(load(llama), before)
+    assert all(torch.equal(weight, expected[name]) for name, weight in load(llama).state_dict().items())
 
 
 def test_loading_is_silent_and_the_settings_come_back(llama: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -87,11 +86,6 @@ def test_loading_is_silent_and_the_settings_come_back(llama: Path, capfd: pytest
         raise RuntimeError("inside")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
     assert capfd.readouterr() == ("", "")
-
-
-def lost_shard(folder: Path) -> None:
-    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def unused_biases(folder: Path) -> None:
@@ -107,18 +101,22 @@ def token_without_a_row(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+INDEX = '{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}'
 BAD_FOLDERS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: (f / "config.json").unlink(), "there is no config.json"),
     (lambda f: (f / "config.json").write_text('{"model_type": '), "config.json cannot be used"),
     (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "Pickled weights"),
-    (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "holds a PEFT adapter: merge it"),
     (lambda f: (f / "adapter_config.json").write_text("{}"), "holds a PEFT adapter: merge it"),
     (
         lambda f: os.truncate(f / "model.safetensors", 9000),
-        r"model\.safetensors: is cut off: 9,000 bytes, its header needs \d\d\d,",
+        r"tensors: is cut off: 9,000 bytes, .* needs \d\d\d,",
+    ),
+    (
+        lambda f: os.truncate(f / "model.safetensors", 900),
+        "900 bytes without a whole safetensors header",
     ),
     (lambda f: [path.unlink() for path in f.glob("tokenizer*")], "no usable tokenizer"),
-    (lost_shard, "there is no model-00001-of-00002"),
+    (lambda f: (f / "model.safetensors.index.json").write_text(INDEX), "there is no model-00001-of-00002"),
     (unused_biases, r"2 weights in the files have no place .*: model.layers.0.self_attn.q_proj.bias"),
     (token_without_a_row, "1 tokens of the tokenizer have no row .* of 512 rows: <tool>"),
 ]
@@ -168,18 +166,15 @@ def test_choices_of_the_machine_that_saved_a_model_are_set_aside(
     assert load_tokenizer(llama) and not capfd.readouterr().err
 
 
-def test_a_head_of_its_own_is_opened_although_the_configuration_calls_it_tied(llama: Path) -> None:
+def test_a_separate_head_is_opened_although_the_configuration_calls_it_tied(llama: Path) -> None:
     weights = load_file(llama / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
     save_file(weights, llama / "model.safetensors", {"format": "pt"})
     assert torch.equal(load(llama).lm_head.weight, weights["lm_head.weight"])
-
-
-def test_the_promised_architecture_is_checked(tiny_folder: dict[str, Path]) -> None:
     with pytest.raises(BadInput, match="the model's architecture is 'llama', the recipe says 'qwen3'"):
-        open_base(tiny_folder["llama"], architecture="qwen3")
+        open_base(llama, architecture="qwen3")
     with pytest.raises(BadInput, match="no such model"):
-        open_base(tiny_folder["llama"] / "nothing")
+        open_base(llama / "nothing")
 
 
 def test_a_gguf_file_opens_in_float32_and_saves_as_a_plain_folder(
