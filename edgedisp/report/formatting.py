@@ -96,7 +96,6 @@ def p_value(value: float | None) -> str:
 
 
 def count(value: float | None) -> str:
-    """A count with thousands separated."""
     return MISSING if value is None else f"{round(value):,}"
 
 
@@ -112,7 +111,6 @@ def relative(nats: float) -> float:
 
 
 def megabytes(size_bytes: float | None) -> str:
-    """Bytes as decimal MB."""
     return MISSING if size_bytes is None else fixed(size_bytes / 1e6, 1 if size_bytes < 1e8 else 0)
 
 

@@ -13,8 +13,16 @@ from dataclasses import dataclass, replace
 from edgedisp.core.results import BASELINE, DISPERSED, Estimate
 from edgedisp.core.run import Run, arms_in_order
 from edgedisp.report.comparisons import MEAN, NOT_CLEAR, comparisons, headline, is_loss, is_share
-from edgedisp.report.formatting import MISSING, bits, format_estimate, label, megabytes, plural
-from edgedisp.report.layout import Grid, column_widths, escape_markdown, grid_markdown, grid_text, printable
+from edgedisp.report.formatting import MISSING, bits, format_estimate, label, megabytes, percent, plural
+from edgedisp.report.layout import (
+    Grid,
+    column_widths,
+    escape_markdown,
+    grid_markdown,
+    grid_text,
+    notes,
+    printable,
+)
 
 DIFFERENCE = "difference"
 COMPARABLE = {  # what must be the same in two runs whose figures are compared
@@ -131,11 +139,10 @@ def compare(runs: Sequence[Run], all_arms: bool = False) -> Table:
     pairs = [run.arms if all_arms or run.main_arm is None else [BASELINE, run.main_arm] for run in runs]
     arms = arms_in_order(list(dict.fromkeys(arm for names in pairs for arm in names)))
     rows = [row for title, run in zip(titles, runs) for row in _rows(title, run)]
-    metrics = [
-        metric for metric in (*_task_metrics(runs), *COSTS) if any(metric.key in row.values for row in rows)
-    ]
-    notes = dict.fromkeys([*_incomparable(runs), *(note for run in runs for note in footnotes(run))])
-    return Table(tuple(arms), tuple(metrics), tuple(rows), tuple(titles), tuple(notes))
+    present = {key for row in rows for key in row.values}
+    metrics = [metric for metric in (*_task_metrics(runs), *COSTS) if metric.key in present]
+    remarks = dict.fromkeys([*_incomparable(runs), *(note for run in runs for note in footnotes(run))])
+    return Table(tuple(arms), tuple(metrics), tuple(rows), tuple(titles), tuple(remarks))
 
 
 def numbered(names: Sequence[str]) -> list[str]:
@@ -146,19 +153,18 @@ def numbered(names: Sequence[str]) -> list[str]:
 
 def _task_metrics(runs: Sequence[Run]) -> list[Metric]:
     """Losses first. A share is shown as percent, a perplexity as it is."""
+    compared = [arms for run in runs for arms in run.comparisons.values()]
+    paired = {task for arms in compared for tasks in arms.values() for task in tasks}
+    measured = [model for run in runs for arms in run.measurements.values() for model in arms.values()]
     metrics: dict[str, Metric] = {}
-    for run in runs:
-        paired = {task for arms in run.comparisons.values() for tasks in arms.values() for task in tasks}
-        measured = [model for arms in run.measurements.values() for model in arms.values()]
-        for task, score in ((task, score) for model in measured for task, score in model.scores.items()):
-            is_paired = task in paired or (task in metrics and metrics[task].is_paired)
-            metric = Metric(task, task, "", 1.0, score.main.higher_is_better, "task", is_paired)
-            if is_loss(score.main.metric):
-                title = "perplexity" if task in ("heldout_perplexity", "perplexity") else f"{task} perplexity"
-                metric = Metric(task, title, kind="loss", is_paired=is_paired)
-            elif is_share(score.main.metric):
-                metric = replace(metric, unit="%", scale=100.0)
-            metrics[task] = metric
+    for task, score in ((task, score.main) for model in measured for task, score in model.scores.items()):
+        metric = Metric(task, task, higher_is_better=score.higher_is_better, is_paired=task in paired)
+        if is_loss(score.metric):
+            title = "perplexity" if task in ("heldout_perplexity", "perplexity") else f"{task} perplexity"
+            metric = replace(metric, title=title, kind="loss")
+        elif is_share(score.metric):
+            metric = replace(metric, unit="%", scale=100.0)
+        metrics[task] = metric
     return sorted(metrics.values(), key=lambda metric: metric.kind != "loss")
 
 
@@ -193,21 +199,17 @@ def _values(run: Run, precision: str) -> dict[str, dict[str, Estimate]]:
 
 def _incomparable(runs: Sequence[Run]) -> list[str]:
     """What differs between runs so that their figures must not be compared with each other."""
-    different = []
-    for what, (part, key) in COMPARABLE.items():
-        values = {str(value) for run in runs if (value := getattr(run, part).get(key)) is not None}
-        different += [what] if len(values) > 1 else []
-    text = (
-        f"The runs have different {', '.join(different)}: compare arms within a run, not across these runs."
-    )
+    values = {
+        what: {str(value) for run in runs if (value := getattr(run, part).get(key)) is not None}
+        for what, (part, key) in COMPARABLE.items()
+    }
+    different = ", ".join(what for what, unique in values.items() if len(unique) > 1)
+    text = f"The runs have different {different}: compare arms within a run, not across these runs."
     return [text] if different else []
 
 
 def footnotes(run: Run) -> list[str]:
     """The baseline's name, tasks not scored or paired, tasks at chance, and items longer than the context."""
-    notes = [f"The baseline here is {run.baseline_is}."] if run.baseline_is else []
-    notes += [f"Not scored: {reason}" for reason in run.missing_tasks.values()]
-    notes += [f"Not paired: {reason}." for reason in run.unpaired]
     at_chance: dict[str, list[str]] = {}
     truncated: dict[str, dict[str, int]] = {}
     for precision in run.precisions:
@@ -219,16 +221,9 @@ def footnotes(run: Run) -> list[str]:
                 counts[arm] = max(score.truncated, counts.get(arm, 0))
             lows = [(score.chance, score.main.estimate.low) for score in by_arm.values()]
             if all(chance is not None and low is not None and low <= chance for chance, low in lows):
-                what = f"{task} is at chance ({100 * (lows[0][0] or 0):.0f} %)"
+                what = f"{task} is at chance ({percent(lows[0][0], 0)})"
                 at_chance.setdefault(what, []).append(label(precision))
-    for what, precisions in at_chance.items():
-        notes.append(f"{what} in every arm at {', '.join(precisions)}: it says nothing there.")
-    for task, counts in truncated.items():
-        if any(counts.values()):
-            each = ", ".join(f"{arm}: {number}" for arm, number in counts.items())
-            alike = "" if len(set(counts.values())) == 1 else ", not alike in all models"
-            notes.append(f"{task}: requests longer than the context lost tokens on the left{alike} ({each}).")
-    return notes
+    return notes("table", run, at_chance, truncated)
 
 
 # Forms
@@ -246,11 +241,10 @@ def table_text(table: Table, width: int = 80) -> str:
         if metrics == costs:
             heading, caption = "{metric.title}, {column}", "; ".join(f"{m.title}, {m.unit}" for m in costs)
         grids = [_grid(table, metrics, heading, caption, style) for style in ("full", "short", "bare")]
-        texts.append(
-            grid_text(next((g for g in grids if sum(column_widths(g)) <= width), grids[-1]), width, names)
-        )
-    notes = [textwrap.fill(printable(note), width, subsequent_indent="  ") for note in table.legend]
-    return "\n\n".join([*texts, "\n".join(notes)])
+        fitting = (grid for grid in grids if sum(column_widths(grid)) <= width)
+        texts.append(grid_text(next(fitting, grids[-1]), width, names))
+    legend = [textwrap.fill(printable(note), width, subsequent_indent="  ") for note in table.legend]
+    return "\n\n".join([*texts, "\n".join(legend)])
 
 
 def table_markdown(table: Table) -> str:

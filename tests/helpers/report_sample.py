@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from edgedisp.core.files import to_json
 from edgedisp.core.results import (
     Bundle,
     Condensation,
@@ -66,13 +67,9 @@ def scores(arm: str, precision: str) -> dict[str, TaskScore]:
 
 
 def layer(index: int | None, cosine: float) -> LayerProfile:
-    figures = {
-        "cosine_raw": around(cosine, 0.01),
-        "cosine_sink_excluded": around(cosine + 0.02, 0.01),
-        "effective_rank": around(60.0 - 4 * (index or 5), 3.0),
-        "kurtosis": around(4.0, 0.2),
-        "max_over_median": around(100.0, 9.0),
-    }
+    figures = {"cosine_raw": around(cosine, 0.01), "cosine_sink_excluded": around(cosine + 0.02, 0.01)}
+    figures |= {"effective_rank": around(60.0 - 4 * (index or 5), 3.0)}
+    figures |= {"kurtosis": around(4.0, 0.2), "max_over_median": around(100.0, 9.0)}
     counts = tuple(round(900 * math.exp(-(((-1 + place / 10) - cosine) ** 2) * 20)) for place in range(20))
     return LayerProfile(index, figures, counts)
 
@@ -123,18 +120,11 @@ def timing(label: str, speed: float) -> Timing:
 
 def device(name: str, speed: float) -> DeviceResult:
     """What a phone measured: one bundle, and one task on which it is worse than here."""
-    row = Timing(
-        "dispersed/int4", 4, 128, 64, 5, around(speed, 2), ttft_ms=Estimate(90.0), warnings=("drifted",)
-    )
+    speeds = {"decode_tokens_per_s": around(speed, 2), "ttft_ms": Estimate(90.0)}
+    row = Timing("dispersed/int4", 4, 128, 64, 5, **speeds, warnings=("drifted",))
     machine = {"cpu": "Cortex", "memory_bytes": 1 << 33, "phone": {"model": "<b>Pixel</b>"}}
-    worse = {"value": -0.1, "low": -0.15, "high": -0.05, "p": 0.01}
-    difference = {
-        "metric": "accuracy",
-        "first": 0.5,
-        "second": 0.4,
-        "higher_is_better": True,
-        "estimate": worse,
-    }
+    worse = Estimate(-0.1, -0.15, -0.05, p=0.01)
+    difference = to_json(Difference("accuracy", 0.5, 0.4, worse, higher_is_better=True))
     value = {"value": 0.4, "low": 0.35, "high": 0.45}
     score = {
         "label": "dispersed/int4", "task": CLOZE, "metric": "accuracy", "higher_is_better": True,
