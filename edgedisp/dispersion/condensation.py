@@ -47,8 +47,7 @@ FIGURES = (
 States = Callable[[Tensor], Sequence[Tensor]]
 """Token ids int64 `(tokens,)` -> depth + 2 tensors `(tokens, features)`: embedding, blocks, final norm."""
 
-Statistic = Callable[[Tensor], Tensor]
-"""Curves `(..., layers)` -> `(...)`, or `(..., layers)`."""
+Statistic = Callable[[Tensor], Tensor]  # curves (..., layers) -> (...) or (..., layers)
 
 
 @dataclass(frozen=True)

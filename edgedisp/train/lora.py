@@ -45,17 +45,14 @@ pipeline_tag: text-generation
 Trained by edgedisp over {stored}. SHA-256 of the base's weights: `{sha256}`.
 
 ```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-base = AutoModelForCausalLM.from_pretrained({name!r}, {options})
-model = PeftModel.from_pretrained(base, "this folder")
+base = transformers.AutoModelForCausalLM.from_pretrained({name!r}, {options})
+model = peft.PeftModel.from_pretrained(base, "this folder")
 ```
 """
 _LOAD_OPTIONS = {
     None: 'dtype="float32"',
-    "nf4": 'quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")',
-    "int8": "quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
+    "nf4": 'quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")',
+    "int8": "quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True)",
 }
 
 
