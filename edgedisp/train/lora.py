@@ -49,10 +49,11 @@ base = transformers.AutoModelForCausalLM.from_pretrained({name!r}, {options})
 model = peft.PeftModel.from_pretrained(base, "this folder")
 ```
 """
+_BNB = "quantization_config=transformers.BitsAndBytesConfig"
 _LOAD_OPTIONS = {
     None: 'dtype="float32"',
-    "nf4": 'quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")',
-    "int8": "quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True)",
+    "nf4": f'{_BNB}(load_in_4bit=True, bnb_4bit_quant_type="nf4")',
+    "int8": f"{_BNB}(load_in_8bit=True)",
 }
 
 
