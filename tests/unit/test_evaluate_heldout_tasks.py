@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from score_models import Bigram
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import from_json, to_json
@@ -57,21 +58,6 @@ class Words:
         return "".join(self.pieces[number] for number in ids)
 
 
-class Table:
-    """A bigram model over a table of logits."""
-
-    context, parallel = 128, 1
-
-    def __init__(self, logits: NDArray[np.float32]) -> None:
-        self.table, self.vocab_size = logits, len(logits)
-
-    def logits(self, ids: NDArray[np.int64], last: int) -> NDArray[np.float32]:
-        return self.table[ids[-last:]]
-
-    def greedy(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> list[int]:
-        raise NotImplementedError
-
-
 WORDS = ["river", "stone", "mill", "hill", "road", "bridge", "field", "farm", "town", "gate", "wall", "ship"]
 
 
@@ -99,29 +85,32 @@ def text_of(ids: Any) -> str:
     return TOKENIZER.decode(list(ids))
 
 
-def uniform() -> Table:
-    return Table(np.zeros((len(TOKENIZER.pieces), len(TOKENIZER.pieces)), np.float32))
+def model_of(table: NDArray[np.float32]) -> Bigram:
+    model = Bigram(len(table), context=128)
+    model.table = table
+    return model
 
 
-class Repeating(Table):
-    """Expects the words of its context again: P(next) grows with how often a word occurred so far."""
-
-    def __init__(self) -> None:
-        self.vocab_size = len(TOKENIZER.pieces)
-
-    def logits(self, ids: NDArray[np.int64], last: int) -> NDArray[np.float32]:
-        seen = np.cumsum(np.eye(self.vocab_size)[ids], axis=0)
-        return np.log(seen + 0.1).astype(np.float32)[-last:]
+def uniform() -> Bigram:
+    return model_of(np.zeros((len(TOKENIZER.pieces),) * 2, np.float32))
 
 
-def bigrams() -> Table:
+def bigrams() -> Bigram:
     """Bigram counts of the documents themselves."""
     counts = np.full((len(TOKENIZER.pieces),) * 2, 0.01)
     for document in DOCUMENTS:
         ids = [0, *TOKENIZER(document.text)["input_ids"]]
         for before, after in itertools.pairwise(ids):
             counts[before, after] += 1
-    return Table(np.log(counts).astype(np.float32))
+    return model_of(np.log(counts).astype(np.float32))
+
+
+class Repeating(Bigram):
+    """Expects the words of its context again: P(next) grows with how often a word occurred so far."""
+
+    def logits(self, ids: NDArray[np.int64], last: int) -> NDArray[np.float32]:
+        seen = np.cumsum(np.eye(self.vocab_size)[ids], axis=0)
+        return np.log(seen + 0.1).astype(np.float32)[-last:]
 
 
 # ---------------------------------------------------------------- sentences
@@ -284,7 +273,7 @@ def test_perplexity_equals_the_closed_form_of_a_bigram_table() -> None:
 
 
 def test_answers_are_read_as_the_tasks_say() -> None:
-    result = suite().run(Repeating())["heldout_continuation"]
+    result = suite().run(Repeating(len(TOKENIZER.pieces), context=128))["heldout_continuation"]
     assert (result.score.main.estimate.value or 0) > 0.9
     for item in result.items:
         assert item["accuracy"] == (item["choice"] == item["gold"]) == (item["margin"] > 0)

@@ -20,6 +20,7 @@ from edgedisp.evaluate.statistics import (
     ACCURACY,
     BITS_PER_BYTE,
     DEFAULT,
+    GOLD_BITS_PER_BYTE,
     PERPLEXITY,
     VALUE,
     Metric,
@@ -145,14 +146,17 @@ def test_perplexity_weighs_tokens_and_bits_weigh_bytes() -> None:
     assert score([items], PERPLEXITY).value == pytest.approx(math.exp(40 / 40))
     assert score([items], BITS_PER_BYTE).value == pytest.approx(40 / 140 / math.log(2))
     assert score([items], Metric("tokens_per_byte", "tokens", "bytes")).value == 40 / 140
+    losses_ = PERPLEXITY, BITS_PER_BYTE, GOLD_BITS_PER_BYTE
+    assert not any(metric.higher_is_better or metric.is_mean for metric in losses_)
+    assert VALUE.higher_is_better and VALUE.is_mean and not Metric("x", denominator="tokens").is_mean
 
 
-@pytest.mark.parametrize("n", [8, 60])
-def test_the_bootstrap_of_a_mean_agrees_with_the_t_interval(n: int) -> None:
+@pytest.mark.parametrize(("n", "tolerance"), [(8, 0.05), (60, 0.015)])
+def test_the_bootstrap_of_a_mean_agrees_with_the_t_interval(n: int, tolerance: float) -> None:
     sample = np.random.default_rng(3).normal(5, 2, n)
     estimate = score([values(sample)], resampling=Resampling(20_000))
     low, high = stats.t.interval(0.95, n - 1, sample.mean(), stats.sem(sample))
-    assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=0.05 * (high - low))
+    assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=tolerance * (high - low))
     assert (estimate.n, estimate.documents, estimate.reason) == (n, n, None)
 
 
@@ -233,6 +237,7 @@ def test_degenerate_input_gives_no_nan() -> None:
     single = pair_of(binary([1]), binary([0])).estimate
     assert not single.has_interval and "one document" in (single.reason or "")
     assert not score([first[:1]], PERPLEXITY).has_interval and score([binary([1] * 4)]).high == 1.0
+    assert score([values([1.5, 2.5])]).has_interval
     assert score([binary([1])]).has_interval  # Wilson's needs no second document
     huge = score([[{"id": k, "document": k, "nll": 1e6, "tokens": 1} for k in range(3)]], PERPLEXITY)
     assert huge.value == math.exp(700)
