@@ -135,38 +135,32 @@ class Decoder:
         self._allocate()
 
     def _read_signature(self) -> None:
-        """Names, shapes and types of the cache; what the graph leaves open is in genai_config.json."""
-        decoder = value_of(self.config, "model.decoder") or {}
-        inputs, outputs = decoder.get("inputs", {}), decoder.get("outputs", {})
+        """Names, shapes and types of the cache; sizes that the graph leaves open are in genai_config.json."""
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         present = {o.name: o for o in self.session.get_outputs()}
-        self.logits = str(outputs.get("logits", "logits"))
-        names = ("input_ids", "attention_mask", "position_ids")
-        self.ids, self.mask, self.position_ids = (str(inputs.get(name, name)) for name in names)
-        self.cache: dict[str, str] = {}  # past name -> present name
-        for kind in ("key", "value"):
-            past = str(inputs.get(f"past_{kind}_names", f"past_key_values.%d.{kind}"))
-            now = str(outputs.get(f"present_{kind}_names", f"present.%d.{kind}"))
-            layer = 0
-            while past % layer in self.inputs:
-                self.cache[past % layer] = now % layer
-                layer += 1
-        unknown = sorted(set(self.inputs) - set(self.cache) - {self.ids, self.mask, self.position_ids})
-        missing = sorted(({self.logits} | set(self.cache.values())) - set(present))
-        if unknown or missing or not self.cache or self.ids not in self.inputs:
+        layers = sum(name.endswith(".key") for name in self.inputs)
+        self.cache = {  # past name -> present name
+            f"past_key_values.{layer}.{kind}": f"present.{layer}.{kind}"
+            for kind in ("key", "value")
+            for layer in range(layers)
+        }
+        unknown = sorted(set(self.inputs) - {*self.cache, "input_ids", "attention_mask", "position_ids"})
+        missing = sorted({*self.cache, "input_ids"} - set(self.inputs))
+        missing += sorted({*self.cache.values(), "logits"} - set(present))
+        if unknown or missing or not self.cache:
             raise BadBundle(
-                f"{self.graph}: not a decoder graph with a key-value cache: "
-                f"inputs not known {unknown}, outputs missing {missing}, cache tensors {len(self.cache)}"
+                f"{self.graph}: not a decoder graph with a key-value cache: inputs not known {unknown}, "
+                f"missing {missing}, cache tensors {len(self.cache)}"
             )
-        self.vocab_size = self._size(present[self.logits].shape[-1], "model.vocab_size")
+        self.vocab_size = self._size(present["logits"].shape[-1], "model.vocab_size")
         first = self.inputs[next(iter(self.cache))]
         self.cache_type = NUMPY_TYPES.get(first.type)
         if self.cache_type is None:
             raise BadBundle(f"{self.graph}: cache of type {first.type}; known are {sorted(NUMPY_TYPES)}")
         self.cache_heads = self._size(first.shape[1], "model.decoder.num_key_value_heads")
         self.head_size = self._size(first.shape[3], "model.decoder.head_size")
-        self.last_token_only = present[self.logits].shape[1] == 1  # logits of the last token alone
-        self.logits_type = NUMPY_TYPES.get(present[self.logits].type, "float32")
+        self.last_token_only = present["logits"].shape[1] == 1  # logits of the last token alone
+        self.logits_type = NUMPY_TYPES.get(present["logits"].type, "float32")
         self.shared = bool(value_of(self.config, "search.past_present_share_buffer"))
 
     def _size(self, in_graph: Any, key: str) -> int:
@@ -201,19 +195,19 @@ class Decoder:
             self.buffers[rows] = np.empty((1, rows, self.vocab_size), self.logits_type)
         buffer = self.buffers[rows]
         binding = self.binding
-        binding.bind_cpu_input(self.ids, ids)
-        if self.mask in self.inputs:
-            binding.bind_cpu_input(self.mask, self.ones[:, :total])
-        if self.position_ids in self.inputs:
-            binding.bind_cpu_input(self.position_ids, self.arange[:, total - count : total])
-        binding.bind_output(self.logits, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
+        binding.bind_cpu_input("input_ids", ids)
+        if "attention_mask" in self.inputs:
+            binding.bind_cpu_input("attention_mask", self.ones[:, :total])
+        if "position_ids" in self.inputs:
+            binding.bind_cpu_input("position_ids", self.arange[:, total - count : total])
+        binding.bind_output("logits", "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
         if not self.shared:
             for past, now in self.cache.items():
                 binding.bind_ortvalue_input(past, cache[past])
                 binding.bind_output(now)
         self.session.run_with_iobinding(binding)
         if not self.shared:  # outputs come back in the order in which they were bound
-            values = dict(zip([self.logits, *self.cache.values()], binding.get_outputs()))
+            values = dict(zip(["logits", *self.cache.values()], binding.get_outputs()))
             cache.update({past: values[now] for past, now in self.cache.items()})
         return buffer
 
@@ -321,6 +315,10 @@ def time_repetition(decoder: Decoder, prompt: Any, generate: int) -> dict[str, A
     wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu
     after = read_sensors()
     first, rest = times_ms[0], times_ms[1:]
+    other_cpus = None
+    if before["busy_cpu_s"] is not None and after["busy_cpu_s"] is not None and wall_s >= 0.5:
+        # CPUs that other processes kept busy; ticks of 10 ms are too coarse for less than 0.5 s.
+        other_cpus = max(0.0, after["busy_cpu_s"] - before["busy_cpu_s"] - cpu_s) / wall_s
     return {
         "ttft_ms": first,
         "prefill_tokens_per_s": prompt.shape[1] / first * 1000.0,
@@ -330,7 +328,7 @@ def time_repetition(decoder: Decoder, prompt: Any, generate: int) -> dict[str, A
         "wall_s": wall_s,
         "cpu_s": cpu_s,
         "peak_memory_bytes": peak_memory_bytes(),
-        "other_cpus": other_cpus(before["busy_cpu_s"], after["busy_cpu_s"], cpu_s, wall_s),
+        "other_cpus": other_cpus,
         **{name: after[name] for name in ("load_average_1m", "clock_mhz", "temperature_c")},
     }
 
@@ -501,13 +499,6 @@ def read_sensors(root: Path = ROOT) -> dict[str, float | None]:
         # user nice system idle iowait irq softirq steal; guest time is inside user time already
         "busy_cpu_s": (sum(ticks) - sum(ticks[3:5])) / os.sysconf("SC_CLK_TCK") if ticks else None,
     }
-
-
-def other_cpus(before: float | None, after: float | None, cpu_s: float, wall_s: float) -> float | None:
-    """CPUs that others kept busy on average; None if not known, or too short for ticks of 10 ms."""
-    if before is None or after is None or wall_s < 0.5:
-        return None
-    return max(0.0, after - before - cpu_s) / wall_s
 
 
 def peak_memory_bytes() -> int | None:
