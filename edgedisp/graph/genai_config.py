@@ -3,10 +3,9 @@
 `genai_config.json` has shapes, names, end ids, search defaults and the number of threads. The chat template
 is written twice, as transformers.js reads tokenizer_config.json alone.
 
-An answer ends with more than a model's `eos_token_id`: a chat turn may end with another token than a text
-(`<|im_end|>`), and a chat model may name the turn's end alone (SmolLM2-135M-Instruct). So every configured id
-counts, the special tokens that end a text, and those that end a turn where the chat template writes them.
-Scoring does not read these ids.
+A chat turn may end with another token than a text (`<|im_end|>`), and a chat model may name the turn's end
+alone (SmolLM2-135M-Instruct). So an answer ends with every configured id, the special tokens that end a text,
+and those that end a turn where the chat template writes them. Scoring does not read these ids.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@ the head and the hidden states."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,10 @@ class NewNodes:
     def constant(self, name: str, values: NDArray[Any] | int | Sequence[int]) -> ir.Value:
         """The initializer `name`, made where there is none; plain numbers become int64."""
         if name not in self.graph.initializers:
-            tensor = ir.Tensor(
-                values if isinstance(values, np.ndarray) else np.array(values, np.int64), name=name
-            )
-            value = ir.Value(
-                name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
-            )
+            array = values if isinstance(values, np.ndarray) else np.array(values, np.int64)
+            tensor = ir.Tensor(array, name=name)
+            kind = ir.TensorType(tensor.dtype)
+            value = ir.Value(name=name, shape=tensor.shape, type=kind, const_value=tensor)
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
 
@@ -121,51 +120,41 @@ def move_weights(model: ir.Model, location: str, base_dir: Path) -> None:
 
 def find_head(graph: ir.Graph) -> ir.Node | None:
     """The product nearest to `logits`: the output head. Between them may be a soft cap, a bias or a cast."""
-    waiting = [value.producer() for value in graph.outputs if value.name == "logits"]
-    seen: set[ir.Node] = set()
+    logits = next((value for value in graph.outputs if value.name == "logits"), None)
+    return next((node for node in _producers(logits) if node.op_type in PRODUCTS), None)
+
+
+def _producers(value: ir.Value | None) -> Iterator[ir.Node]:
+    """The nodes that `value` is computed by, the nearest first."""
+    waiting, seen = [value], set[ir.Node]()
     while waiting:
-        node = waiting.pop(0)
-        if node is None or node in seen:
-            continue
-        if node.op_type in PRODUCTS:
-            return node
-        seen.add(node)
-        waiting += [value.producer() for value in node.inputs if value is not None]
-    return None
+        value = waiting.pop(0)
+        node = value.producer() if value is not None else None
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting += node.inputs
 
 
 def hidden_states(graph: ir.Graph) -> list[ir.Value]:
     """The embedding's output, each layer's output, and the final normed state, in order; fewer where a norm
     cannot be found. An adding norm that does not write its sum is changed to write it.
 
-    Values are found by what they do, whoever wrote the graph. Attention with a cache marks a layer; the norm
-    before its projection reads the layer's input or, where adding and norming are one kernel, writes the sum
-    beside the normed one. The norm before the head has the last layer's output and the final normed state.
+    Values are found by what they do, not by names: the input of attention, or `logits`, comes from a product,
+    which comes from a norm. What that norm reads, or the sum it writes beside the normed state, is the
+    residual stream. Norms of queries and keys come after that product.
     """
     starts = [node.inputs[0] for node in graph if node.op_type == ATTENTION]
     starts += [value for value in graph.outputs if value.name == "logits"]
     states: list[ir.Value] = []
     norm = None
     for value in starts:
-        norm = _norm_before(value)
+        nodes = dropwhile(lambda node: node.op_type not in PRODUCTS, _producers(value))
+        norm = next((node for node in nodes if node.op_type in NORMS), None)
         if norm is None:
             return states
         states.append(_residual(norm))
     return states if norm is None else [*states, norm.outputs[0]]
-
-
-def _norm_before(value: ir.Value | None) -> ir.Node | None:
-    """The norm whose output went through one product, and perhaps more, to become `value`. Norms of queries
-    and keys come after that product."""
-    passed_product = False
-    node = value.producer() if value is not None else None
-    while node is not None:
-        if passed_product and node.op_type in NORMS:
-            return node
-        passed_product = passed_product or node.op_type in PRODUCTS
-        producers = (value.producer() for value in node.inputs if value is not None)
-        node = next((producer for producer in producers if producer is not None), None)
-    return None
 
 
 def _residual(norm: ir.Node) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +158,6 @@ def test_each_weight_is_stored_as_it_was_assigned(form: str, twins: TwinStore, t
 # ---------------------------------------------------------------- what is no fresh export
 
 
-def lose_weight_map(bundle: Path) -> None:
-    (bundle / "weight_map.json").unlink()
-
-
 def point_outside(bundle: Path) -> None:
     shutil.move(bundle / "model.onnx.data", bundle.parent / "weights.data")
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
@@ -176,30 +173,22 @@ def truncate(bundle: Path) -> None:
         file.truncate(20_000)
 
 
-def lose_data(bundle: Path) -> None:
-    (bundle / "model.onnx.data").unlink()
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    r"weight_map\.json is missing; .* export the model folder again": lambda bundle: (
+        bundle / "weight_map.json"
+    ).unlink(),
+    r"weight \S+ lies outside the bundle": point_outside,
+    r"model\.onnx\.data: ends after 20,000 of at least [\d,]+ bytes": truncate,
+    r"model\.onnx\.data: is missing": lambda bundle: (bundle / "model.onnx.data").unlink(),
+    "no ONNX graph, or a damaged one": lambda bundle: (bundle / "model.onnx").write_bytes(b"\xff" * 100),
+}
 
 
-def damage_graph(bundle: Path) -> None:
-    (bundle / "model.onnx").write_bytes(b"\xff" * 100)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lose_weight_map, r"weight_map\.json is missing; .* export the model folder again"),
-        (point_outside, r"weight \S+ lies outside the bundle"),
-        (truncate, r"model\.onnx\.data: ends after 20,000 of at least [\d,]+ bytes"),
-        (lose_data, r"model\.onnx\.data: is missing"),
-        (damage_graph, "no ONNX graph, or a damaged one"),
-    ],
-)
-def test_a_bundle_that_is_no_fresh_export_is_refused(
-    damage: Any, message: str, twins: TwinStore, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_bundle_that_is_no_fresh_export_is_refused(message: str, twins: TwinStore, tmp_path: Path) -> None:
     bundle, out = tmp_path / "fp32", tmp_path / "int4"
     shutil.copytree(twins.fp32("llama"), bundle)
-    damage(bundle)
+    DAMAGES[message](bundle)
     out.mkdir()
     with pytest.raises(BadInput, match=message):
         quantize_bundle(bundle, out, bits=4)
