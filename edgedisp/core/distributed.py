@@ -1,8 +1,7 @@
-"""This process among those of a launch by torchrun or accelerate launch.
+"""This process among those of a launch by torchrun or accelerate launch, which number them by variables.
 
-Both launchers start the same command several times and set variables that number the processes. Only training
-is shared: process 0 alone prints, holds the run's lock, writes, and runs every other stage; the others follow
-it (pipeline/stage.py). No torch is needed, so that a build with nothing to do does not load it.
+Only training is shared: process 0 alone prints, holds the run's lock, writes, and runs every other stage; the
+others follow it (pipeline/stage.py). No torch is needed, so that a build with nothing to do does not load it.
 """
 
 from __future__ import annotations
@@ -29,10 +28,7 @@ class Place:
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place:
-    """From RANK and WORLD_SIZE, if LOCAL_RANK says that a launcher set them (accelerate's rule too).
-
-    Raises BadInput for values that are no numbers.
-    """
+    """From RANK and WORLD_SIZE, if LOCAL_RANK says that a launcher set them. BadInput for no numbers."""
     if "LOCAL_RANK" not in environment:
         return Place()
     rank, count = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
@@ -56,19 +52,15 @@ def split(batch: int, accumulate: int, processes: int) -> tuple[int, int]:
     """
     step = batch * accumulate
     if step % processes:
-        *smaller, largest = [str(number) for number in range(1, min(step, 64) + 1) if step % number == 0]
-        works = f"{', '.join(smaller)} or {largest}" if smaller else largest
+        counts = ", ".join(str(number) for number in range(1, min(step, 64) + 1) if step % number == 0)
         raise BadInput(
             f"{processes} processes cannot share a step of train.batch {batch} x train.accumulate "
-            f"{accumulate}; start {works} processes, or set train.accumulate to a multiple of {processes}"
+            f"{accumulate}; start {counts} processes, or set train.accumulate to a multiple of {processes}"
         )
     dealt = gcd(accumulate, processes)
     return batch // (processes // dealt), accumulate // dealt
 
 
 def wait_for_launcher(seconds: float = 10.0) -> None:
-    """Give the launcher time to end this process, because another has failed; returns if it does not.
-
-    What a process meets, process 0 has nearly always met too: so the others wait before they report it.
-    """
+    """Give the launcher time to end this process: process 0 has nearly always failed alike and reports it."""
     time.sleep(seconds)

@@ -5,10 +5,8 @@ JSON is written whole or not at all; JSON of the wrong shape counts as truncated
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import math
 import os
 import subprocess
 from collections.abc import Sequence
@@ -37,14 +35,10 @@ def data_folder(name: str) -> Path:
 
 
 def to_json(result: Any) -> Any:
-    """Plain JSON of a record; figures that are not finite become None, tuples lists."""
-    if dataclasses.is_dataclass(result) and not isinstance(result, type):
-        return {field.name: to_json(getattr(result, field.name)) for field in dataclasses.fields(result)}
-    if isinstance(result, dict):
-        return {str(key): to_json(value) for key, value in result.items()}
-    if isinstance(result, list | tuple):
-        return [to_json(value) for value in result]
-    return None if isinstance(result, float) and not math.isfinite(result) else result
+    """Plain JSON of a record (dataclasses, mappings, lists); figures that are not finite become None."""
+    from pydantic_core import to_json as dump
+
+    return json.loads(dump(result, inf_nan_mode="null"))
 
 
 def from_json(kind: type[Result], data: Any) -> Result:
