@@ -16,8 +16,6 @@ from edgedisp.dispersion.hooks import DispersionLoss, hidden_states
 from edgedisp.dispersion.losses import VARIANTS, DispersionConfig
 from edgedisp.dispersion.sampling import sample_tokens
 
-ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox"]
-
 
 def some_ids(batch: int = 2, tokens: int = 12) -> torch.Tensor:
     return torch.randint(3, 400, (batch, tokens), generator=torch.Generator().manual_seed(0))
@@ -26,18 +24,6 @@ def some_ids(batch: int = 2, tokens: int = 12) -> torch.Tensor:
 def sample(count: int, layers: int, shape: tuple[int, int], first: int = 0) -> torch.Tensor:
     everything = torch.ones(shape, dtype=torch.bool)
     return sample_tokens(count, layers, everything, everything, 0, first)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_hidden_states_are_those_that_transformers_returns(
-    tiny_folder: dict[str, Path], architecture: str
-) -> None:
-    model = open_tiny(tiny_folder[architecture]).eval()
-    with torch.no_grad(), hidden_states(model, [-1, 0, 1]) as seen:
-        returned = model(some_ids(), output_hidden_states=True).hidden_states
-        assert torch.equal(seen[-1], returned[0])
-        assert torch.equal(seen[0], returned[1])
-        assert not torch.equal(seen[1], returned[2])  # the last one is returned after the final norm
 
 
 def run(

@@ -31,7 +31,7 @@ def hidden_states(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
         return list(model(ids, output_hidden_states=True).hidden_states)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox"])
 def test_a_profile_is_of_embedding_blocks_and_final_norm(
     architecture: str, tiny_folder: dict[str, Path]
 ) -> None:

@@ -50,7 +50,10 @@ def both(
 def test_value_and_gradient_equal_the_plain_form_whatever_the_shape_and_the_block(
     shape: tuple[int, int, int, int], block: int, clamp: float, temperature: float, form: str, masked: bool
 ) -> None:
+    """Padding holds NaN; short and masked sequences have no pair."""
     vectors, mask = vectors_and_mask(*shape)
+    if masked:
+        vectors.data[~mask] = math.nan
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairwise_kernel, "BLOCK", block)
         results = both(form, vectors, mask if masked else None, temperature=temperature, clamp=clamp)
@@ -70,37 +73,6 @@ def test_the_default_temperature_is_1_and_the_default_clamp_0_1() -> None:
     vectors, _ = vectors_and_mask(1, 9, 3)
     expected = pairwise_loss("angular", vectors, temperature=1.0, clamp=0.1)
     assert torch.equal(pairwise_loss("angular", vectors), expected)
-
-
-@pytest.mark.parametrize("tokens", [6, 300])
-@pytest.mark.parametrize("garbage", [1e30, math.nan])
-def test_padding_changes_neither_value_nor_gradient(tokens: int, garbage: float) -> None:
-    vectors, _ = vectors_and_mask(1, tokens, 16)
-    value = pairwise_loss("angular", vectors)
-    slope = torch.autograd.grad(value.sum(), vectors)[0]
-    places = torch.arange(tokens) + torch.arange(tokens) // 2  # every third place is padding
-    padded = torch.full((1, int(places[-1]) + 3, 16), garbage, dtype=torch.float64)
-    mask = torch.zeros(padded.shape[:2], dtype=torch.bool)
-    padded[:, places], mask[:, places] = vectors.detach(), True
-    padded.requires_grad_()
-    again = pairwise_loss("angular", padded, mask=mask)
-    again_slope = torch.autograd.grad(again.sum(), padded)[0]
-    torch.testing.assert_close(again, value)
-    torch.testing.assert_close(again_slope[:, places], slope)
-    assert not again_slope[~mask].any()
-
-
-@pytest.mark.parametrize("tokens", [4, 300])
-@pytest.mark.parametrize("temperature", [1.0, 0.001])
-def test_a_sequence_without_a_pair_is_zero_and_has_no_gradient(tokens: int, temperature: float) -> None:
-    vectors, _ = vectors_and_mask(3, tokens, 8)
-    mask = torch.zeros(3, tokens, dtype=torch.bool)
-    mask[1, 2] = True
-    mask[2, :4] = True
-    value = pairwise_loss("angular", vectors, mask=mask, temperature=temperature)
-    assert value[:2].tolist() == [0, 0] and value[2] != 0
-    slope = torch.autograd.grad(value.sum(), vectors)[0]
-    assert torch.isfinite(slope).all() and not slope[:2].any() and slope[2].any()
 
 
 def test_rounded_products_stay_near_and_the_setting_is_put_back() -> None:
