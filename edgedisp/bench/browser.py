@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgedisp.bench.bundles import read_bundle
-from edgedisp.bench.devices import Address, BenchOptions, Device, DeviceLost
+from edgedisp.bench.devices import Address, BenchOptions, Device
 from edgedisp.bench.interleaved_timing import MEMORY_SHARE
 from edgedisp.bench.page_protocol import Figures, PagePlan, PageRun, Scores, Step, Trouble
 from edgedisp.bench.page_server import PageServer, page_resources
@@ -95,8 +95,8 @@ class PageDevice(Device):
     def measure(self, progress: Progress) -> DeviceResult:
         """Serve the page and wait for the complete figures and all scores; see `devices.py`.
 
-        Raises BuildFailed where the page cannot go on, is gone, or is silent for `timeout_s`: DeviceLost if
-        something was timed until then. The browser is ended in every case.
+        Where the page cannot go on, is gone, or is silent for `timeout_s`, the result has `lost`; BuildFailed
+        where nothing was timed until then. The browser is ended in every case.
         """
         run, states = PageRun(self.plan), {"before": self.state()}
         resources = {**self.page, **self.plan.resources()}
@@ -112,10 +112,7 @@ class PageDevice(Device):
         result = run.result(self.name)
         machine = {**self.describe(result.machine), "state": states}
         warnings = (*result.warnings, *self.warnings(states))
-        result = replace(result, machine=machine, load_average=loads, warnings=warnings, lost=lost)
-        if lost:
-            raise DeviceLost(f"device {self.name}: {lost}", result)
-        return result
+        return replace(result, machine=machine, load_average=loads, warnings=warnings, lost=lost)
 
     def warnings(self, states: dict[str, Json | None]) -> Iterable[str]:
         """Warnings for figures that were measured between two states."""

@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
-from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress
 from edgedisp.core.results import DeviceResult
 
@@ -78,15 +78,11 @@ class Device(ABC):
 
     @abstractmethod
     def measure(self, progress: Progress) -> DeviceResult:
-        """Time the bundles, then score. Raises DeviceLost where it goes away in the middle."""
+        """Time the bundles, then score.
 
-
-class DeviceLost(BuildFailed):
-    """The device went away in the middle; `partial` is the result so far, with `lost` saying why."""
-
-    def __init__(self, message: str, partial: DeviceResult) -> None:
-        super().__init__(message)
-        self.partial = partial
+        Where the device goes away in the middle, the result so far says why in `lost`; BuildFailed where
+        nothing was timed.
+        """
 
 
 def connect(

@@ -24,7 +24,7 @@ from typing import Any
 
 from edgedisp.bench import results
 from edgedisp.bench.bundles import find_graph, written_threads
-from edgedisp.bench.devices import Address, BenchOptions, Device, DeviceLost
+from edgedisp.bench.devices import Address, BenchOptions, Device
 from edgedisp.bench.system import RUNNER, describe
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Progress, silent
@@ -163,20 +163,22 @@ class TimedHost(Device):
     def measure(self, progress: Progress = silent) -> DeviceResult:
         """Sweep threads if the options say so, time the bundles in turns, then score.
 
-        Raises BadInput for a bundle that cannot be timed. Where a worker ends or is silent for `timeout_s`:
-        BuildFailed, or DeviceLost if something was timed before.
+        Raises BadInput for a bundle that cannot be timed, and BuildFailed where a worker ends or is silent
+        for `timeout_s` before anything is timed; later, the result has `lost`.
         """
         bundles, options = self.bundles, self.options
         self.copy(progress)
         sweeps: dict[str, list[Timing]] = {}
         if options.threads == "sweep":
-            sweeps = self._sweep(progress)
+            sweeps, lost = self._sweep(progress)
+            if lost:
+                return lost
             threads = {label: best_threads(rows) for label, rows in sweeps.items()}
         else:
             count, cores = options.threads, self.machine["physical_cores"]
             threads = {label: count or written_threads(path) or cores for label, path in bundles.items()}
         result = replace(self._time(bundles, threads, options, progress), sweeps=sweeps)
-        return self._score(result, progress) if options.requests else result
+        return self._score(result, progress) if options.requests and not result.lost else result
 
     def _time(
         self,
@@ -221,12 +223,11 @@ class TimedHost(Device):
         except BuildFailed as error:
             if not timed:
                 raise
-            message = f"{self.name}: lost in the middle: {error}"
-            raise DeviceLost(message, replace(result(), lost=str(error))) from error
+            return replace(result(), lost=str(error))
         return result()
 
-    def _sweep(self, progress: Progress) -> dict[str, list[Timing]]:
-        """Label -> its timings, one for each thread count. Each has a worker, and the counts take turns."""
+    def _sweep(self, progress: Progress) -> tuple[dict[str, list[Timing]], DeviceResult | None]:
+        """Label -> its timings, one for each thread count; and the result in which the host was lost."""
         quota, cpus = self.machine["cpu_quota"], self.machine["logical_cpus"]
         cpus = cpus if quota is None else min(cpus, max(1, int(quota)))
         short = replace(
@@ -242,7 +243,9 @@ class TimedHost(Device):
             threads = {f"{label}, {count} threads": count for count in counts}
             timed = self._time(dict.fromkeys(threads, bundle), threads, short, progress)
             sweeps[label] = timed.rows
-        return sweeps
+            if timed.lost:
+                return sweeps, timed
+        return sweeps, None
 
     def _score(self, result: DeviceResult, progress: Progress) -> DeviceResult:
         """`result` with `answers`. Items go to a worker one by one, so a lost host leaves those before."""
@@ -262,8 +265,7 @@ class TimedHost(Device):
                         answers[label].append(worker.ask({"score": item})["scores"])
                         progress(sum(map(len, answers.values())), total, f"{label}: scored")
         except (BadInput, BuildFailed) as error:
-            message = f"{self.name}: lost while it scored: {error}"
-            raise DeviceLost(message, replace(result, lost=str(error))) from error
+            return replace(result, lost=str(error))
         return result
 
 

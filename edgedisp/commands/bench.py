@@ -59,11 +59,7 @@ def time_bundles(
     with ExitStack() as stack:
         connected = [stack.enter_context(devices.connect(address, labels, options)) for address in addresses]
         for address, device in zip(addresses, connected):
-            try:
-                result = device.measure(progress)
-            except devices.DeviceLost as error:
-                result = error.partial
-            results.append(replace(result, device=address.name))
+            results.append(replace(device.measure(progress), device=address.name))
     timed: dict[str, Any] = {"format": 2, "devices": results}
     if questions is not None:
         try:

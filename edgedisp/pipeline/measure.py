@@ -226,6 +226,8 @@ def latency(options: LatencyOptions, inputs: Inputs, output_dir: Path, progress:
         pairs=twin_pairs(list(bundles)),
     )
     results = Local(bundles, bench).measure(progress)
+    if results.lost:
+        raise BuildFailed(f"latency: {results.lost}")
     shutil.rmtree(scratch)
     write_json(output_dir / "latency.json", to_json(results))
     return dict(to_json(replace(results, repetitions=[])))
