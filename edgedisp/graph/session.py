@@ -220,18 +220,16 @@ class HiddenStates:
 
 
 class Size(NamedTuple):
-    """What decides how requests are cut. whole: `context` is all that the model reads."""
+    """What decides how requests are cut."""
 
     context: int
     vocab_size: int
-    whole: bool
 
 
 def scored_size(bundle: Path) -> Size:
     """Most tokens of a request, here and on every device, and the size of the vocabulary."""
     config = _sizes(bundle)
-    context = min(int(config["context_length"]), CONTEXT_CAP)
-    return Size(context, int(config["vocab_size"]), context == int(config["context_length"]))
+    return Size(min(int(config["context_length"]), CONTEXT_CAP), int(config["vocab_size"]))
 
 
 def scored_model(bundle: Path, threads: int) -> OnnxModel:
