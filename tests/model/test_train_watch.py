@@ -17,53 +17,31 @@ from edgedisp.train.dispersion_trainer import CondensationWatch
 BLOCKS = torch.randint(3, 400, (3, 20), generator=torch.Generator().manual_seed(5))
 
 
-def run(
-    folder: Path, output_dir: Path, watch: CondensationWatch | None, **options: Any
-) -> tuple[Any, Training]:
+def run(folder: Path, output_dir: Path, every: int | None, **options: Any) -> tuple[Any, Training]:
     model = open_tiny(folder)
+    watch = None if every is None else CondensationWatch(BLOCKS, every)
     term = DispersionConfig(tokens=8)
     return model, fit_tiny(model, output_dir, checkpoint_every=3, dispersion=term, watch=watch, **options)
 
 
-def watching(every: int) -> CondensationWatch:
-    return CondensationWatch(BLOCKS, every)
-
-
-# GPT-2 has dropout, which draws from the global random stream.
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_weights_are_bit_identical_with_and_without_a_watch(
-    tiny_folder: dict[str, Path], tmp_path: Path, architecture: str
-) -> None:
-    folder = tiny_folder[architecture]
-    plain, _ = run(folder, tmp_path / "plain", None)
-    watched, result = run(folder, tmp_path / "watched", watching(2))
-    assert torch.equal(flat(plain), flat(watched))
-    assert [row["step"] for row in result.watched] == [0, 2, 4, 6]
-
-
-def test_the_rows_tell_the_model_as_it_was_at_their_step(
+def test_a_watch_leaves_the_weights_alone_and_a_resumed_run_has_its_rows(
     tiny_folder: dict[str, Path], tmp_path: Path
 ) -> None:
-    before = quick_condensation(open_tiny(tiny_folder["llama"]).eval(), BLOCKS)
-    model, result = run(tiny_folder["llama"], tmp_path, watching(4))
-    assert [row["step"] for row in result.watched] == [0, 4, 6]
-    for row, expected in (
-        (result.watched[0], before),
-        (result.watched[-1], quick_condensation(model, BLOCKS)),
-    ):
-        # During the run the forward pass is autocast to bf16.
-        assert row["cosine_by_layer"] == pytest.approx(expected, abs=0.02)
-    assert 0 < result.watch_seconds < result.seconds
-
-
-def test_a_resumed_run_has_the_rows_of_the_whole(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
-    _, whole = run(tiny_folder["llama"], tmp_path / "whole", watching(2))
+    folder = tiny_folder["gpt2"]  # its dropout draws from the global random stream
+    plain, _ = run(folder, tmp_path / "plain", None)
+    watched, whole = run(folder, tmp_path / "whole", 2)
     with pytest.raises(KeyboardInterrupt):
-        run(tiny_folder["llama"], tmp_path / "cut", watching(2), callbacks=[Interrupt(4)])
-    _, resumed = run(tiny_folder["llama"], tmp_path / "cut", watching(2))
+        run(folder, tmp_path / "cut", 2, callbacks=[Interrupt(4)])
+    continued, resumed = run(folder, tmp_path / "cut", 2)
     assert resumed.resumed_from == 3
+    assert torch.equal(flat(plain), flat(watched)) and torch.equal(flat(plain), flat(continued))
+    assert [row["step"] for row in whole.watched] == [0, 2, 4, 6]
     for row, expected in zip(resumed.watched, whole.watched, strict=True):
         assert {**row, "seconds": 0} == {**expected, "seconds": 0}
+    assert 0 < whole.watch_seconds < whole.seconds
+    for row, model in ((whole.watched[0], open_tiny(folder).eval()), (whole.watched[-1], watched)):
+        # During the run the forward pass is autocast to bf16.
+        assert row["cosine_by_layer"] == pytest.approx(quick_condensation(model, BLOCKS), abs=0.02)
 
 
 def test_tensorboard_holds_the_losses_and_the_watched_figures(
@@ -72,22 +50,19 @@ def test_tensorboard_holds_the_losses_and_the_watched_figures(
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logs = tmp_path / "logs"
-    options = {"report_to": ("tensorboard",), "log_dir": logs, "run_name": "run/dispersed"}
-    _, result = run(tiny_folder["llama"], tmp_path / "c", watching(3), **options)
-    events = EventAccumulator(str(logs))
+    options = {"report_to": ("tensorboard",), "log_dir": tmp_path / "logs", "run_name": "run/dispersed"}
+    _, result = run(tiny_folder["llama"], tmp_path / "checkpoints", 3, **options)
+    events = EventAccumulator(str(tmp_path / "logs"))
     events.Reload()
-    scalars = {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-    }
+
+    def scalars(tag: str) -> dict[int, float]:
+        return {event.step: event.value for event in events.Scalars(f"train/{tag}")}
+
     for tag, name in (("cross_entropy", "loss"), ("dispersion", "dispersion"), ("grad_norm", "grad_norm")):
-        assert scalars[f"train/{tag}"] == [
-            (row["step"], pytest.approx(row[name], rel=1e-5)) for row in result.log
-        ]
-    total = [row["loss"] + 0.1 * row["dispersion"] for row in result.log]  # type: ignore[operator]
-    assert [value for _, value in scalars["train/loss"]] == pytest.approx(total, rel=1e-4)
-    assert [step for step, _ in scalars["train/cosine_by_layer/mean"]] == [3, 6]
+        assert scalars(tag) == pytest.approx({row["step"]: row[name] for row in result.log}, rel=1e-5)
+    total = {row["step"]: row["loss"] + 0.1 * row["dispersion"] for row in result.log}
+    assert scalars("loss") == pytest.approx(total, rel=1e-4)
+    assert set(scalars("cosine_by_layer/mean")) == {3, 6}
     for layer in range(3):
-        expected = [row["cosine_by_layer"][layer] for row in result.watched[1:]]
-        values = [value for _, value in scalars[f"train/cosine_by_layer/{layer:02d}"]]
-        assert values == pytest.approx(expected, rel=1e-5)
+        expected = {row["step"]: row["cosine_by_layer"][layer] for row in result.watched[1:]}
+        assert scalars(f"cosine_by_layer/{layer:02d}") == pytest.approx(expected, rel=1e-5)
