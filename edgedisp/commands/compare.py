@@ -7,7 +7,6 @@ folder keeps their scores, so an interrupted comparison continues.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,15 +15,14 @@ from edgedisp import data, models
 from edgedisp.bench.results import label_bundles
 from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import check_files, digest, from_json, to_json, write_json
+from edgedisp.core.files import check_files, digest, to_json, write_json
 from edgedisp.core.progress import Progress, labelled
 from edgedisp.core.results import AS_GIVEN, BASELINE, DISPERSED, DeviceResult, Measurement
 from edgedisp.core.run import Run
 from edgedisp.core.stage_folder import SCORES
-from edgedisp.evaluate.comparison import Results
 from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, expand, prepare
 from edgedisp.graph.genai_config import context_length
-from edgedisp.pipeline.run_results import Scored, join, load, surroundings
+from edgedisp.pipeline.run_results import Scored, join, load, read_scored, surroundings
 from edgedisp.pipeline.scoring import Scorer
 from edgedisp.report.results_table import numbered
 
@@ -54,7 +52,7 @@ def join_runs(paths: Sequence[Path]) -> Run:
     for path, run, name in zip(paths, runs, names):
         for arm in run.arms:
             label = arm if run is runs[0] else f"{arm} of {name}"
-            sources[label], arms[label] = (run, arm), _items(path, run, arm)
+            sources[label], arms[label] = (run, arm), read_scored(path, run, arm)
     joined = Run(
         name=" and ".join(dict.fromkeys(run.name for run in runs)),
         arms=[*arms],
@@ -83,24 +81,6 @@ def join_runs(paths: Sequence[Path]) -> Run:
                 "Score both on the same text with the same tokenizer, context and seed"
             )
     return joined
-
-
-def _items(path: Path, run: Run, arm: str) -> Scored:
-    """The results of an arm with their items, as the measure stages of the run stored them."""
-    folder = path if path.is_dir() else path.parent
-    trainings = [arm, *(name for name, replica in run.replicas.items() if replica.arm == arm)]
-    scored: Scored = {precision: [] for precision in run.precisions}
-    for precision, by_seed in scored.items():
-        for training in trainings:
-            file = folder / training / f"measure-{precision}" / "items.json"
-            try:
-                by_seed.append(from_json(Results, json.loads(file.read_text(encoding="utf-8"))))
-            except (OSError, ValueError) as problem:
-                raise BadInput(
-                    f"{path}: comparing runs needs the run folder with its items, not a report alone, and "
-                    f"{file.relative_to(folder)} cannot be read ({problem}); `edgedisp build` makes it again"
-                ) from None
-    return scored
 
 
 def _latency(sources: Mapping[str, tuple[Run, str]]) -> DeviceResult:

@@ -60,7 +60,6 @@ def run_results(recipe: Recipe, passed: list[Passed]) -> Run:
         for run in recipe.arm_runs
         if run.replica
     }
-    scored = _scored(recipe, {step.name: step.record.folder for step in passed}, precisions)
     base = recipe.model.base
     if recipe.is_smoke:
         base = f"a tiny random {recipe.model.architecture} in the place of {base}"
@@ -89,6 +88,7 @@ def run_results(recipe: Recipe, passed: list[Passed]) -> Run:
         stages=[Stage(step.name, step.record.seconds, step.cached) for step in passed],
         **surroundings(),
     )
+    scored = {arm: read_scored(passed[0].record.folder.parent, run, arm) for arm in arms}
     resampling = Resampling(recipe.evaluate.bootstrap, recipe.seed)
     for group in [arms] if BASELINE in arms else [[arm] for arm in arms]:
         join(run, {arm: scored[arm] for arm in group}, resampling)
@@ -100,14 +100,22 @@ def run_results(recipe: Recipe, passed: list[Passed]) -> Run:
     return run
 
 
-def _scored(recipe: Recipe, folders: Mapping[str, Path], precisions: list[str]) -> dict[str, Scored]:
-    """Arm -> its per-item results."""
-    scored: dict[str, Scored] = {}
-    for run in recipe.arm_runs:
-        for precision in precisions:
-            text = (folders[f"{run.name}/measure-{precision}"] / ITEMS).read_text(encoding="utf-8")
-            by_seed = scored.setdefault(run.arm, {}).setdefault(precision, [])
-            by_seed.append(from_json(Results, json.loads(text)))
+def read_scored(path: Path, run: Run, arm: str) -> Scored:
+    """The results of an arm with their items, as the measure stages of the run stored them. Raises BadInput
+    where one cannot be read."""
+    folder = path if path.is_dir() else path.parent
+    trainings = [arm, *(name for name, replica in run.replicas.items() if replica.arm == arm)]
+    scored: Scored = {precision: [] for precision in run.precisions}
+    for precision, by_seed in scored.items():
+        for training in trainings:
+            file = folder / training / f"measure-{precision}" / ITEMS
+            try:
+                by_seed.append(from_json(Results, json.loads(file.read_text(encoding="utf-8"))))
+            except (OSError, ValueError) as problem:
+                raise BadInput(
+                    f"{path}: comparing runs needs the run folder with its items, not a report alone, and "
+                    f"{file.relative_to(folder)} cannot be read ({problem}); `edgedisp build` makes it again"
+                ) from None
     return scored
 
 

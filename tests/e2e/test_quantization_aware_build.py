@@ -112,9 +112,9 @@ def test_the_weights_left_behind_are_not_the_rounded_ones_and_scales_lie_beside_
         assert results(folder / "run" / arm / "int4")["is_trained"] is True
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
+def test_what_cannot_be_trained_under_is_refused(tmp_path: Path, tiny_folder: dict[str, Path]) -> None:
+    path = write(tmp_path, tiny_folder["llama"], "rtn")
+    for overrides, words in (
         (["precisions=[int8]"], "is not among precisions"),
         (["quantize.int4.method=k_quant"], "needs rtn or gptq"),
         (["train.quantization_aware=int5"], "int8, int4"),
@@ -124,14 +124,9 @@ def test_the_weights_left_behind_are_not_the_rounded_ones_and_scales_lie_beside_
         (["train.distributed={fsdp: full_shard}"], "rounding needs it whole"),
         (["quantize.int4.method=gptq", "train.compile=true"], "cannot be calibrated"),
         (["quantize.budget=1MB"], "cannot be combined; drop one"),
-    ],
-)
-def test_what_cannot_be_trained_under_is_refused(
-    tmp_path: Path, tiny_folder: dict[str, Path], overrides: list[str], words: str
-) -> None:
-    path = write(tmp_path, tiny_folder["llama"], "rtn")
-    with pytest.raises(BadInput, match=words):
-        load(path, overrides)
+    ):
+        with pytest.raises(BadInput, match=words):
+            load(path, overrides)
 
 
 def test_scales_of_another_grid_are_refused(tmp_path: Path, tiny_folder: dict[str, Path]) -> None:

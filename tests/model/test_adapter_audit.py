@@ -27,6 +27,7 @@ from edgedisp.train.lora import Base, attach, fingerprint, load_adapter, load_qu
 from edgedisp.train.quantized_weights import Rounding, round_weights
 
 BLOCKS = np.random.default_rng(0).integers(3, 400, (12, 24)).astype(np.int64)
+AUTO = Adapter(kind="qlora", base="nf4")
 INT4 = QuantizeBits(group=32, symmetric=False, head_bits=8, accuracy_level=0)
 
 
@@ -43,24 +44,18 @@ def on_grid(bits: int) -> Rounding:
     return lambda name, weight: dequantize(quantize(weight, grid), grid)
 
 
-# ---------------------------------------------------------------- losses and rounding
-
-
 def test_block_losses_are_the_summed_cross_entropy(tiny_folder: dict[str, Path]) -> None:
     scored = models.load(tiny_folder["gpt2"]).train()  # its dropout must not matter
     np.testing.assert_allclose(lora.block_losses(scored, BLOCKS[:3]), block_losses(scored, BLOCKS[:3]), 1e-5)
 
 
-# ---------------------------------------------------------------- the stage
-
-
-def stage_folders(root: Path, base: Path, quantization: str | None) -> dict[str, Path]:
-    """Finished folders of the stages that a merge reads: base, corpus, adapter."""
+def stage_folders(root: Path, base: Path) -> dict[str, Path]:
+    """Finished folders of the stages that a merge reads: base, corpus, an adapter over nf4."""
     folders = {name: root / name for name in ("base", "corpus", "adapter")}
     shutil.copytree(base, folders["base"])
     folders["corpus"].mkdir()
     np.save(folders["corpus"] / "heldout.npy", BLOCKS.astype(np.uint32))
-    over = load_quantized(base, quantization) if quantization else models.load(base)
+    over = load_quantized(base, "nf4")
     peft_model = attach(over, decoder_layers(over), Adapter(kind="lora", rank=4), seed=0)
     ids = torch.from_numpy(BLOCKS)
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=2e-2)
@@ -69,44 +64,40 @@ def stage_folders(root: Path, base: Path, quantization: str | None) -> dict[str,
         peft_model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
     with stage_output(folders["adapter"], {}) as own:
-        save_adapter(peft_model, Base(str(base), fingerprint(models.load(base)), quantization), own)
+        save_adapter(peft_model, Base(str(base), fingerprint(models.load(base)), "nf4"), own)
         finish(own, folders["adapter"], {}, {"steps": 6, "weights_sha256": "abc"}, 0.0)
     return folders
 
 
-@pytest.mark.parametrize("quantization", [None, "nf4"])
 def test_the_audit_holds_the_losses_of_models_made_by_hand(
-    tiny_folder: dict[str, Path], tmp_path: Path, quantization: str | None
+    tiny_folder: dict[str, Path], tmp_path: Path
 ) -> None:
     base = tiny_folder["llama"]
-    folders = stage_folders(tmp_path, base, quantization)
-    chosen = Adapter(kind="qlora", base=quantization) if quantization else Adapter(kind="lora")  # type: ignore[arg-type]
+    folders = stage_folders(tmp_path, base)
     output_dir = tmp_path / "merged"
     output_dir.mkdir()
-    options = MergeOptions(chosen, INT4, int4_ships=True, seed=0)
+    options = MergeOptions(AUTO, INT4, int4_ships=True, seed=0)
     results = adapters.merge(options, Inputs(**folders), output_dir, silent)
-    over = load_quantized(base, quantization) if quantization else models.load(base)
-    merges = {"full precision": merge(folders["adapter"], models.load(base))}
-    if quantization:
-        quantized = load_quantized(base, quantization)
-        merges[f"dequantized {quantization}"] = merge(
-            folders["adapter"], models.load(base), quantized=quantized
-        )
-    by_hand = {"no adapter": models.load(base), "adapter on": load_adapter(folders["adapter"], over)}
-    by_hand |= {f"merged into {name}": made for name, made in merges.items()}
-    expected = {name: block_losses(made, BLOCKS) for name, made in by_hand.items()}
-    for name in ("no adapter", *(f"merged into {name}" for name in merges)):
+    adapter, quantized = folders["adapter"], load_quantized(base, "nf4")
+    by_hand = {
+        "no adapter": models.load(base),
+        "adapter on": load_adapter(adapter, load_quantized(base, "nf4")),
+        "merged into full precision": merge(adapter, models.load(base)),
+        "merged into dequantized nf4": merge(adapter, models.load(base), quantized=quantized),
+    }
+    expected = {name: block_losses(model, BLOCKS) for name, model in by_hand.items()}
+    for name in by_hand.keys() - {"adapter on"}:
         round_weights(by_hand[name], on_grid(4), on_grid(8))
         expected[f"{name}, int4"] = block_losses(by_hand[name], BLOCKS)
-    again = merge(folders["adapter"], models.load(base))
+    again = merge(adapter, models.load(base))
     for parameter in again.parameters():
         parameter.data = parameter.data.bfloat16().float()
     expected["merged into full precision, bf16"] = block_losses(again, BLOCKS)
 
-    found = results["merge_audit"]
+    audit = results["merge_audit"]
     tokens = BLOCKS.shape[0] * (BLOCKS.shape[1] - 1)
-    assert (found["tokens"], found["blocks"]) == (tokens, 12)
-    rows = {row["name"]: row for row in found["rows"]}
+    assert (audit["tokens"], audit["blocks"]) == (tokens, 12)
+    rows = {row["name"]: row for row in audit["rows"]}
     assert set(rows) == set(expected)
     reference = np.array(expected["adapter on"])
     for name, losses in expected.items():
@@ -119,19 +110,16 @@ def test_the_audit_holds_the_losses_of_models_made_by_hand(
         assert row["low"] == pytest.approx(each.mean() - half, abs=0.5 * half + 1e-5), name
         assert row["high"] == pytest.approx(each.mean() + half, abs=0.5 * half + 1e-5), name
     assert rows["no adapter"]["low"] > 0  # the adapter was trained on these blocks
-    into = f"dequantized {quantization}" if found["chosen"] == "dequantized" else "full precision"
+    into = "dequantized nf4" if audit["chosen"] == "dequantized" else "full precision"
     for kind, suffix in (("fp32", ""), ("int4", ", int4")):
         gain = rows[f"merged into {into}{suffix}"]["loss"] - rows[f"no adapter{suffix}"]["loss"]
-        assert found["gains"][kind]["difference"] == pytest.approx(gain)
+        assert audit["gains"][kind]["difference"] == pytest.approx(gain)
     assert results["steps"] == 6 and results["adapter_sha256"] == "abc"
     assert results["weights_sha256"] != "abc"
-    assert results["merged_into"].startswith("the full-precision" if found["chosen"] == "full" else "the deq")
+    assert results["merged_into"].startswith("the full-precision" if audit["chosen"] == "full" else "the deq")
     # What is left in the folder is the merged model that was chosen.
-    kept = block_losses(models.load(output_dir), BLOCKS)
-    np.testing.assert_allclose(kept, expected[f"merged into {into}"], rtol=1e-5)
-
-
-AUTO = Adapter(kind="qlora", base="nf4")
+    losses = block_losses(models.load(output_dir), BLOCKS)
+    np.testing.assert_allclose(losses, expected[f"merged into {into}"], rtol=1e-5)
 
 
 def choice(adapter: Adapter, value: float, low: float | None, high: float | None) -> dict[str, Any]:
