@@ -39,13 +39,13 @@ from edgedisp.core.files import (
 )
 
 RUN = "run.json"
-SCORES = "scores.sqlite"  # beside it: the store of all scores
+SCORES = "scores.sqlite"  # in the run folder: the cache of all scores
 KEY = "key.json"
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a finished stage says of itself; `results` is the stage's own."""
+    """The record of a finished stage; `results` is what its function returned."""
 
     folder: Path
     key: dict[str, Any]

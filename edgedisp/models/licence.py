@@ -66,5 +66,5 @@ def _front_matter(path: Path) -> dict[str, Any]:
 
     try:
         return metadata_load(path) or {}
-    except Exception:  # absent, or not YAML: nothing is said
+    except Exception:  # absent, or not YAML
         return {}

@@ -27,7 +27,7 @@ TECHNIQUES: dict[str, float | Literal["auto"]] = {
     "active_forgetting": "auto",
     "embedding_dropout": 0.1,
 }
-"""The techniques beside dispersion, and the strength that the plain name stands for: the smallest alpha of
+"""The techniques other than dispersion, and the strength that the plain name means: the smallest alpha of
 the NEFTune paper; one reset after two thirds of the run, as in the dispersion paper (1,000 of its 1,526
 steps); the embedding dropout of GPT-2."""
 PLAIN_ARMS = ("baseline", "dispersed", *TECHNIQUES)
@@ -41,8 +41,8 @@ class ArmRun:
     """One training.
 
     name: its folder, `<arm>` for the first seed, `<arm>-seed<N>` for the others. replica counts the seeds
-    from 0. dispersion: the whole section with the arm's keys laid over; None: off. techniques: those beside
-    dispersion that are on, with their strength; active_forgetting in optimizer steps.
+    from 0. dispersion: the whole section with the arm's keys laid over; None: off. techniques: those
+    other than dispersion that are on, with their strength; active_forgetting in optimizer steps.
     """
 
     name: str

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def write_gguf(path: Path, model: Any, tokenizer_json: Path, family: str = "qwen2") -> None:
-    """The twin as llama.cpp would hold it. (llama itself reorders its heads there; qwen2 does not.)"""
+    """The twin as llama.cpp would hold it. (llama itself reorders its heads names; qwen2 does not.)"""
     import gguf
 
     tokenizer = json.loads(tokenizer_json.read_text())["model"]
@@ -30,12 +30,12 @@ def write_gguf(path: Path, model: Any, tokenizer_json: Path, family: str = "qwen
     parts |= {f"self_attn.{x}_proj": f"attn_{x if x != 'o' else 'output'}" for x in "qkvo"}
     parts |= {f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
     for name, parameter in model.named_parameters():
-        there = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-        if name not in there:
+        names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+        if name not in names:
             _, _, layer, rest = name.split(".", 3)
             stem, _, kind = rest.rpartition(".")
-            there[name] = f"blk.{layer}.{parts[stem]}.{kind}"
-        writer.add_tensor(there[name], parameter.detach().numpy())
+            names[name] = f"blk.{layer}.{parts[stem]}.{kind}"
+        writer.add_tensor(names[name], parameter.detach().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

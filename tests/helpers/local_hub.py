@@ -61,10 +61,10 @@ def run_client(code: str, endpoint: str, home: Path, *arguments: str) -> list[st
     env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "%|" not in done.stderr  # no progress bar was drawn
-    return done.stdout.splitlines()
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "%|" not in result.stderr  # no progress bar was drawn
+    return result.stdout.splitlines()
 
 
 def _answer(root: Path, path: list[str]) -> Answer:
@@ -84,8 +84,8 @@ def _about(folder: Path, name: str, rest: list[str]) -> Answer:
         return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
     if rest[:1] == ["tree"]:
         inside = folder.joinpath(*rest[2:])
-        found = [_entry(path, folder) for path in sorted(inside.rglob("*"))]
-        return 200, {"Content-Type": "application/json"}, json.dumps(found).encode()
+        entries = [_entry(path, folder) for path in sorted(inside.rglob("*"))]
+        return 200, {"Content-Type": "application/json"}, json.dumps(entries).encode()
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     siblings = [{"rfilename": path.relative_to(folder).as_posix()} for path in files]
     about = {"id": name, "modelId": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}

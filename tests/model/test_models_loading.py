@@ -41,8 +41,8 @@ def change_config(changes: dict[str, Any], folder: Path) -> None:
 
 
 def same_weights(first: torch.nn.Module, second: torch.nn.Module) -> bool:
-    one, two = first.state_dict(), second.state_dict()
-    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    left, right = first.state_dict(), second.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -62,13 +62,13 @@ def test_greedy_ends_with_the_context_and_refuses_what_does_not_fit(tiny_folder:
 def test_the_thread_count_holds_during_a_call_only(tiny_folder: dict[str, Path]) -> None:
     model = load(tiny_folder["llama"])
     before = torch.get_num_threads()
-    wanted = 1 if before > 1 else 2
+    threads = 1 if before > 1 else 2
     during: list[int] = []
     model.register_forward_hook(lambda *_: during.append(torch.get_num_threads()))
     ids = np.ones((1, 4), dtype=np.int64)
-    TorchModel(model, threads=wanted)(ids, ids)
+    TorchModel(model, threads=threads)(ids, ids)
     TorchModel(model)(ids, ids)
-    assert during == [wanted, before]
+    assert during == [threads, before]
     assert torch.get_num_threads() == before
 
 

@@ -23,8 +23,8 @@ PLACE = "edgedisp/packaged/export/web/"
 
 def built(tree: Path, out: Path) -> zipfile.ZipFile:
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
     (wheel,) = out.glob("*.whl")
     return zipfile.ZipFile(wheel)
 
@@ -39,15 +39,15 @@ def test_what_is_installed_serves_the_page_of_the_checkout(tmp_path: Path) -> No
     script = (
         "import json, edgedisp\nfrom edgedisp.core.files import data_folder\n"
         "from edgedisp.bench.page_server import page_resources\n"
-        "found = page_resources(data_folder('export') / 'web')\n"
-        "print(json.dumps([edgedisp.__file__, {name: one.tag for name, one in found.items()}]))"
+        "resources = page_resources(data_folder('export') / 'web')\n"
+        "print(json.dumps([edgedisp.__file__, {name: page.tag for name, page in resources.items()}]))"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path / "site", capture_output=True, text=True, check=True
     )
-    where, served = json.loads(done.stdout)
+    where, served = json.loads(result.stdout)
     assert Path(where).is_relative_to(tmp_path)
-    assert served == {name: one.tag for name, one in page_resources(WEB).items()}
+    assert served == {name: page.tag for name, page in page_resources(WEB).items()}
 
 
 def test_without_the_libraries_a_wheel_is_built_and_lacks_the_page_alone(tmp_path: Path) -> None:

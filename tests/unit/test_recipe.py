@@ -409,12 +409,12 @@ def test_a_changed_recipe_is_refused_or_loads_back_equal_and_its_smoke_validates
     data = recipe.model_dump(mode="json") | ({} if arms is None else {"arms": arms})
     for key, value in changes:
         *sections, last = key.replace("[]", "").split(".")
-        here: Any = data
+        section: Any = data
         for part in sections:
-            here = here.get(part) if isinstance(here, dict) else None
-            here = here[0] if isinstance(here, list) and here else here
-        if isinstance(here, dict):
-            here[last] = value
+            section = section.get(part) if isinstance(section, dict) else None
+            section = section[0] if isinstance(section, list) and section else section
+        if isinstance(section, dict):
+            section[last] = value
     with (tmp_path / "r.yaml").open("w", encoding="utf-8") as file:
         YAML(typ="safe", pure=True).dump(data, file)
     try:
@@ -491,11 +491,11 @@ def test_the_identity_is_plain_json_and_spelled_out_defaults_are_the_same(read: 
 def test_an_arms_keys_are_laid_over_the_shared_dispersion(read: Reader) -> None:
     text = with_line("  dispersion: {weight: 0.5, layers: last, seed: 40}")
     runs = read(text, "arms=[dispersed, {name: x, dispersion: {weight: 2, tokens: all}}]", "seeds=2").arm_runs
-    found = [(run.name, run.seed, run.dispersion) for run in runs]
-    assert [(name, seed) for name, seed, _ in found] == [
+    rows = [(run.name, run.seed, run.dispersion) for run in runs]
+    assert [(name, seed) for name, seed, _ in rows] == [
         ("dispersed", 0), ("x", 0), ("dispersed-seed1", 1), ("x-seed1", 1),
     ]  # fmt: skip
-    laid = [(d.weight, d.tokens, d.layers, d.seed) for *_, d in found if d]
+    laid = [(d.weight, d.tokens, d.layers, d.seed) for *_, d in rows if d]
     assert laid[:2] == [(0.5, read(text).train.dispersion.tokens, "last", 40), (2.0, "all", "last", 40)]  # type: ignore[union-attr]
     assert [part[:3] for part in laid[2:]] == [part[:3] for part in laid[:2]]
     assert [part[3] for part in laid[2:]] == [41, 41]
@@ -538,10 +538,10 @@ def test_smoke_has_the_same_arms_and_two_seeds(read: Reader) -> None:
 
 
 def test_smoke_without_an_architecture_says_what_to_add(refusal: Refusal) -> None:
-    said = refusal(SMALL, smoke=True)
+    message = refusal(SMALL, smoke=True)
     assert (
-        said.startswith("r.yaml:2: model.architecture: missing; --smoke builds a tiny twin")
-        and "llama" in said
+        message.startswith("r.yaml:2: model.architecture: missing; --smoke builds a tiny twin")
+        and "llama" in message
     )
 
 

@@ -19,9 +19,11 @@ GOOD = "name: box\ndescription: a box\narchitecture: arm64\ncontext: 512\n"
 def refused(text: str, folder: Path) -> list[str]:
     """The problems of a profile, line by line, without their number."""
     (folder / "box.yaml").write_text(text)
-    with pytest.raises(BadInput) as found:
+    with pytest.raises(BadInput) as problem:
         load_target("box", folder)
-    return [re.sub(r"^ *\d+\. ", "", line) for line in str(found.value).replace(str(folder), "").splitlines()]
+    return [
+        re.sub(r"^ *\d+\. ", "", line) for line in str(problem.value).replace(str(folder), "").splitlines()
+    ]
 
 
 def test_every_shipped_profile_loads_under_its_name_with_sources_for_its_figures() -> None:
@@ -42,9 +44,9 @@ def test_the_layouts_of_profiles_are_those_that_are_written() -> None:
 
 
 def test_an_unknown_name_gets_the_closest_one_and_the_choices() -> None:
-    with pytest.raises(BadInput, match="did you mean 'phone-arm64'") as found:
+    with pytest.raises(BadInput, match="did you mean 'phone-arm64'") as problem:
         load_target("phone-arm")
-    assert ", ".join(SHIPPED) in str(found.value)
+    assert ", ".join(SHIPPED) in str(problem.value)
 
 
 def test_a_new_device_is_a_new_file_and_ones_own_works_by_its_path(tmp_path: Path) -> None:
