@@ -221,30 +221,17 @@ def test_a_candidate_is_what_a_build_of_as_many_tokens_trains(recipe: Path, tmp_
         assert record.results["weights_sha256"] == records[f"{arm}/model"].results["weights_sha256"]
 
 
-def test_figures_are_those_of_the_loss_and_the_cosines_by_loops(recipe: Path, tmp_path: Path) -> None:
-    """The base's own figures: a training whose learning rate is next to nothing leaves it as it is."""
+def test_cosines_are_those_of_loops_over_pairs_and_layers(recipe: Path, tmp_path: Path) -> None:
+    """The base's own: a training whose learning rate is next to nothing leaves it as it is."""
     import numpy as np
     import torch
 
     from edgedisp import models
-    from edgedisp.pipeline.prepare import heldout_documents
 
     pilot = plan(load(recipe, ["train.lr=1e-30", "train.precision=fp32"]), weights="1", tokens="128")
     run(pilot, tmp_path / "run", Watcher())
     base = models.load(tmp_path / "run" / "base")
     judged = json.loads((tmp_path / "run" / "baseline" / "judged.json").read_text())
-    first_windows = {item["id"]: item for item in judged["items"] if item["id"].endswith("#0")}
-    assert len(first_windows) > 5
-    tokenizer = models.load_tokenizer(tmp_path / "run" / "base")
-    for document in heldout_documents(tmp_path / "run" / "corpus"):
-        if (item := first_windows.get(f"{document.id}#0")) is None:
-            continue  # the scored tokens end before it
-        ids = [models.end_of_text_id(tokenizer), *models.encode(tokenizer, document.text)][:33]
-        with torch.no_grad():
-            logits = base(torch.tensor([ids[:-1]])).logits[0].double().log_softmax(-1)
-        nats = -sum(float(logits[place, token]) for place, token in enumerate(ids[1:]))
-        assert item["tokens"] == len(ids) - 1
-        assert item["nll"] == pytest.approx(nats, rel=1e-4)
     blocks = torch.from_numpy(np.load(tmp_path / "run" / "corpus" / "heldout.npy").astype(np.int64))[:16]
     cosines: list[float] = []
 

@@ -120,13 +120,22 @@ def test_one_sequence_has_no_intervals_and_a_hostile_name_stays_text(
 # ---------------------------------------------------------------- what is refused
 
 
-def test_what_is_no_model_is_refused(tmp_path: Path, bundles: dict[str, Path]) -> None:
+def test_what_cannot_be_measured_is_refused(
+    tmp_path: Path, bundles: dict[str, Path], tiny_folder: dict[str, Path]
+) -> None:
     (tmp_path / "notes.txt").write_text("not a model")
     refused(tmp_path / "notes.txt", match=r"not a \.gguf file")
     refused(tmp_path, match=r"no config\.json")
     shutil.copyfile(bundles["fp32"] / "model.onnx", tmp_path / "model.onnx")
     refused(tmp_path, match=r"genai_config\.json is missing")
     refused(tmp_path / "nowhere", match="no such file or folder")
+    for model in (tiny_folder["gpt2"], bundles["int4"]):
+        refused(model, "--context", "257", match="takes 256 tokens at most, --context is 257")
+    text = tmp_path / "short.txt"
+    text.write_text("A few words are no corpus, and will not make eight blocks. " * 3)
+    sizes = ["--sequences", "8", "--context", "16"]
+    refused(tiny_folder["llama"], "--text", text, *sizes, match=r"holds \d+ blocks of 16 tokens, not 8")
+    refused(tiny_folder["llama"], "--text", text, "--context", "250", match=r"too short for one block")
 
 
 def test_a_bundle_whose_hidden_states_cannot_be_found_is_refused(
@@ -141,25 +150,6 @@ def test_a_bundle_whose_hidden_states_cannot_be_found_is_refused(
         node.op_type = node.op_type.replace("GroupQueryAttention", "Attention")
     path.write_bytes(model.SerializeToString())
     refused(tmp_path / "bundle", *SMALL, match="hidden states of 0 layers are found")
-
-
-def test_too_little_text_is_refused(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "short.txt").write_text("A few words are no corpus, and will not make eight blocks. " * 3)
-    refused(
-        tiny_folder["llama"], "--text", tmp_path / "short.txt", "--sequences", "8", "--context", "16",
-        match=r"short\.txt: holds \d+ blocks of 16 tokens, not 8",
-    )  # fmt: skip
-    refused(
-        tiny_folder["llama"], "--text", tmp_path / "short.txt", "--context", "250",
-        match=r"short\.txt is too short for one block",
-    )  # fmt: skip
-
-
-def test_more_tokens_than_the_model_takes_are_refused(
-    tiny_folder: dict[str, Path], bundles: dict[str, Path]
-) -> None:
-    for model in (tiny_folder["gpt2"], bundles["int4"]):
-        refused(model, "--context", "257", match="takes 256 tokens at most, --context is 257")
 
 
 def test_models_with_other_tokens_are_not_compared(tiny_folder: dict[str, Path], tmp_path: Path) -> None:

@@ -73,9 +73,8 @@ def test_figures_are_printed_written_and_ctrl_c_ends_well(bundles: dict[str, Pat
     two, out = [bundles["fp32"], bundles["twin"]], tmp_path / "phone.json"
     with running(tmp_path, *two, *SIZES, "--host", "127.0.0.1", "--out", out) as program:
         assert program.post(figures(program.fetch("plan.json"), run="f" * 16)) == 204
-        assert (
-            program.post(figures(program.fetch("plan.json"), turns=1)) == 204
-        )  # another phone, which is lost after its first turn
+        lost = figures(program.fetch("plan.json"), turns=1)  # of another phone, after its first turn
+        assert program.post(lost) == 204
         assert program.post({"kind": "figures"}) == 400
         program.process.send_signal(signal.SIGINT)
         code, shown = program.ended()
@@ -113,19 +112,8 @@ def test_what_a_phone_scores_is_compared_with_this_machine(
     rows = [json.dumps({"text": said * 3 + f"And the dog {'and the dog ' * at}sat."}) for at in range(20)]
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(rows))
-    words = [
-        *SIZES,
-        "--host",
-        "127.0.0.1",
-        "--score",
-        "heldout_cloze",
-        "--text",
-        text,
-        "--items",
-        "20",
-        "--once",
-        "--json",
-    ]
+    words = [*SIZES, "--host", "127.0.0.1", "--score", "heldout_cloze", "--text", text, "--items", "20"]
+    words += ["--once", "--json"]
     with running(tmp_path, bundles["fp32"], *words) as program:
         items = program.fetch("requests/0.json")
         assert program.post(figures(program.fetch("plan.json"))) == 204
