@@ -28,7 +28,7 @@ from other_runtimes import genai_command, time_in_turns
 from edgedisp.bench.devices import BenchOptions
 from edgedisp.bench.results import median_interval
 from edgedisp.bench.system import physical_cores
-from edgedisp.commands.bench import time_bundles
+from edgedisp.commands.devices import time_bundles
 from edgedisp.commands.export import export_bundle
 from edgedisp.core.files import to_json
 from edgedisp.core.progress import Screen

@@ -56,9 +56,8 @@ def bench(
     With --score also score them there, and compare with this machine's scores.
     """
     from edgedisp.bench.devices import BenchOptions
-    from edgedisp.commands import bench as command
+    from edgedisp.commands import devices as command
     from edgedisp.core.files import to_json
-    from edgedisp.pipeline.device_scores import device_tasks
     from edgedisp.report import devices_text
 
     names = device or ["local"]
@@ -71,7 +70,7 @@ def bench(
     )
     by_run = command.bundles_in_runs(bundles) if report else {}
     with Screen(f"bench on {', '.join(names)}") as screen:
-        tasks = device_tasks(score, items=items, limit=limit, text=text, tasks_path=tasks_path)
+        tasks = _tasks(score, items=items, limit=limit, text=text, tasks_path=tasks_path)
         timed = command.time_bundles(
             bundles, names, options, screen.progress, tasks, write_threads=write_threads
         )
@@ -93,6 +92,15 @@ def _threads(text: str | None) -> Any:
     if not text.isdecimal() or int(text) < 1:
         raise BadInput(f"--threads {text}: is neither a whole number of at least 1 nor `sweep`")
     return int(text)
+
+
+def _tasks(score: str | None, **options: Any) -> Any:
+    """The `DeviceTasks` that the options say; loads torch only where one is given."""
+    if score is None and not any(options.values()):
+        return None
+    from edgedisp.pipeline.device_scores import device_tasks
+
+    return device_tasks(score, **options)
 
 
 @app.command()
@@ -118,12 +126,12 @@ def phone(
     """Serve a page for phones: chat with bundles, and time them there; print what phones measured."""
     from edgedisp.bench.devices import BenchOptions
     from edgedisp.bench.phone import ServeOptions
-    from edgedisp.commands.phone import PhoneOutput, measure_on_phones
+    from edgedisp.commands.devices import PhoneOutput, measure_on_phones
 
     measure_on_phones(
         bundles,
         BenchOptions(prompt, generate, repetitions, threads),
         ServeOptions(host, port, https, once),
-        {"score": score, "items": items, "limit": limit, "text": text, "tasks_path": tasks_path},
+        _tasks(score, items=items, limit=limit, text=text, tasks_path=tasks_path),
         PhoneOutput(out, report, as_json, width(), typer.echo),
     )

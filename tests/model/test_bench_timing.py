@@ -24,7 +24,7 @@ from edgedisp.bench.interleaved_timing import (
     thread_counts,
     turns,
 )
-from edgedisp.commands.bench import write_bundle_threads
+from edgedisp.commands.devices import write_bundle_threads
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import MANIFEST, RECORD, check_files, from_json, list_files, to_json, write_json
 from edgedisp.core.progress import silent

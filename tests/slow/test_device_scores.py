@@ -21,7 +21,7 @@ from edgedisp.bench.browser import BrowserPage
 from edgedisp.bench.devices import BenchOptions
 from edgedisp.bench.interleaved_timing import Worker
 from edgedisp.bench.system import physical_cores
-from edgedisp.commands.bench import time_bundles
+from edgedisp.commands.devices import time_bundles
 from edgedisp.commands.export import export_bundle
 from edgedisp.core.files import to_json
 from edgedisp.core.progress import silent
@@ -70,7 +70,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Scores go to a folder of the test's own."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
-        patch.setattr("edgedisp.commands.bench.cache_folder", lambda: folder)
+        patch.setattr("edgedisp.commands.devices.cache_folder", lambda: folder)
         yield folder
 
 
