@@ -23,13 +23,13 @@ class TextTokenizer:
     """A transformers tokenizer that adds no special tokens by itself.
 
     end_of_text: the token between documents. bos_token: the one that begins every text, for models trained
-    with it (Gemma's <bos>). start: the token before a held-out text, as in training. prefix: the token before
-    an lm-eval text without a context, chosen as lm-eval does, so that figures compare with published ones.
-    stop_ids: tokens that end generated text.
+    with it (Gemma's <bos>). start: before a held-out text, as in training. prefix: before an lm-eval text
+    without a context, as lm-eval chooses it, so that figures compare with published ones. stop_ids: tokens
+    that end generated text.
     """
 
     def __init__(self, tokenizer: Any, end_of_text: int, bos_token: int | None = None) -> None:
-        self.tokenizer, self.end_of_text, self.bos_token = tokenizer, end_of_text, bos_token
+        self.tokenizer, self.bos_token = tokenizer, bos_token
         self.start = end_of_text if bos_token is None else bos_token
         special = bos_token, getattr(tokenizer, "bos_token_id", None), tokenizer.eos_token_id, end_of_text
         self.prefix: int = next(token for token in special if token is not None)
