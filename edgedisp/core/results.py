@@ -60,6 +60,12 @@ class Estimate:
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
     @property
+    def over_items(self) -> Estimate | None:
+        """The interval over items alone; None for one training seed."""
+        seeds = self.seeds
+        return None if seeds is None else Estimate(self.value, seeds.item_low, seeds.item_high)
+
+    @property
     def excludes_zero(self) -> bool:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 

@@ -90,10 +90,9 @@ class Comparison:
     @property
     def is_mostly_seeds(self) -> bool:
         """Whether the spread between seeds takes more of the interval than the choice of items."""
-        seeds = self.estimate.seeds
-        if seeds is None or seeds.item_low is None or seeds.item_high is None:
-            return False
-        return self.half_width > math.sqrt(2) * (seeds.item_high - seeds.item_low) / 2
+        items = self.estimate.over_items
+        half_width = None if items is None else items.half_width
+        return half_width is not None and self.half_width > math.sqrt(2) * half_width
 
     def text(self, style: str = "full") -> str:
         return format_estimate(self.estimate, self.scale, signs=True, style=style)

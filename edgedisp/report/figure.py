@@ -168,9 +168,8 @@ def draw_point(ax: Axes, x: float, estimate: Estimate, scale: float, style: dict
     """A point with its interval; of several seeds also the interval over items and the single seeds."""
     seeds, color = estimate.seeds, style["color"]
     ax.plot([x, x], limits(estimate, scale), color=color, linewidth=0.9 if seeds else 1.8)
-    if seeds is not None:
-        over_items = Estimate(estimate.value, seeds.item_low, seeds.item_high)
-        ax.plot([x, x], limits(over_items, scale), color=color, linewidth=3)
+    if seeds is not None and estimate.over_items is not None:
+        ax.plot([x, x], limits(estimate.over_items, scale), color=color, linewidth=3)
         dots = [value * scale for value in seeds.values]
         ax.plot([x + 0.06] * len(dots), dots, color=color, marker=".", markersize=4, linestyle="none")
     ax.plot([x], [scale * value for value in numbers([estimate])], markersize=6, **style)

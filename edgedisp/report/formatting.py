@@ -32,6 +32,10 @@ def signed(value: float | None, decimals: int) -> str:
     return f"+{text}" if value is not None and value > 0 and text.strip("0.,") else text
 
 
+def signed_values(values: Sequence[float], decimals: int) -> str:
+    return ", ".join(signed(value, decimals) for value in values)
+
+
 def significant(value: float | None, digits: int = 4) -> str:
     """A score or a rate: `digits` significant digits, scientific beyond a million or below 0.0001."""
     if value is None:

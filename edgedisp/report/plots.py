@@ -31,7 +31,7 @@ from edgedisp.report.figure import (
     numbers,
     scatter_panel,
 )
-from edgedisp.report.formatting import label, percent
+from edgedisp.report.formatting import label, small
 from edgedisp.report.layout import TEXTS
 from edgedisp.report.results_table import Cell, Metric, Table, table
 from edgedisp.report.run_sections import searches
@@ -136,7 +136,7 @@ def condensation_heatmap(profiles: Profiles, names: Sequence[str]) -> Plot:
         colors = [to_rgb(arm_color(name, names)) for name in pair]
         by_sign = np.where(change[..., None] < 0, *colors)
         strength = (np.abs(change) / (most or 1.0)) ** 0.7
-        title = f"{second} - {first} (full: {percent(most, 1)})"
+        title = f"{second} - {first} (full: {small(100 * most)} %)"
         panels.append(heat_panel(title, strength, by_sign, floor))
     return Plot("condensation_heatmap", panels)
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgedisp.core.results import BASELINE, Condensation, Estimate, Measurement
+from edgedisp.core.results import BASELINE, Condensation, Measurement
 from edgedisp.core.run import Run
 from edgedisp.report import formatting as fmt
-from edgedisp.report.comparisons import Comparison, comparisons
+from edgedisp.report.comparisons import comparisons
 from edgedisp.report.layout import TERMS, TEXTS, Grid, Section, grid, notes, section
 from edgedisp.report.results_table import arms_grid, has_more_arms
 
@@ -36,9 +36,14 @@ def arms_section(run: Run) -> Section:
         return section("arms")
     rows = comparisons(run)
     first, *more = [arms_grid(run, task, run.precisions) for task in dict.fromkeys(row.task for row in rows)]
+    with_seeds = [
+        (f"{row.arm}, {row.task}, {fmt.label(row.precision)}", row)
+        for row in rows
+        if row.unit == "nats" and row.estimate.seeds
+    ]
     return section(
         "arms",
-        [first, *(replace(table, folded=True) for table in more), _seeds_grid(rows)],
+        [first, *(replace(table, folded=True) for table in more), grid("seeds", with_seeds)],
         TERMS["joined_runs"] if run.runs else "",
         facts=[(arm, technique_text(run, arm)) for arm in run.compared_arms],
         plots=("differences",),
@@ -58,25 +63,6 @@ def technique_text(run: Run, arm: str) -> str:
     for key, text in TEXTS["techniques"].items():
         texts += [] if adds.get(key) is None else [text.format(fmt.small(adds[key]))]
     return ", ".join(texts) or ("nothing" if arm == BASELINE else fmt.MISSING)
-
-
-def _seeds_grid(comparisons: list[Comparison]) -> Grid:
-    """The spread between seeds and the error over items."""
-    rows = []
-    for row in comparisons:
-        if row.unit == "nats" and (seeds := row.estimate.seeds):
-            decimals = fmt.decimals_for(row.half_width, 4)
-            texts = {
-                "each seed": ", ".join(fmt.signed(value, decimals) for value in seeds.values),
-                "SD of seeds": fmt.small(seeds.sd),
-                "SE over items": fmt.small(seeds.item_se),
-                "over items alone": fmt.format_estimate(
-                    Estimate(row.value, seeds.item_low, seeds.item_high), signs=True
-                ),
-                "with seeds": row.text(),
-            }
-            rows.append((f"{row.arm}, {row.task}, {fmt.label(row.precision)}", texts))
-    return grid("seeds", rows)
 
 
 def scores_section(run: Run) -> Section:

@@ -46,7 +46,7 @@ def fairness_section(run: Run) -> Section:
 def sources_text(corpus: Json) -> str:
     """The sources of the training text in a line."""
     sources = corpus.get("sources") or []
-    return "; ".join(str(one.get("source", one) if isinstance(one, dict) else one) for one in sources)
+    return "; ".join(str(item.get("source", item) if isinstance(item, dict) else item) for item in sources)
 
 
 def fairness_checks(run: Run, arm: str) -> dict[str, bool | None]:
