@@ -109,7 +109,7 @@ def plan(
 
     loaded = load_recipe(recipe, set_, smoke)
     with Screen("plan") as screen:
-        document = make_plan(loaded, run_folder(loaded, out), probe=probe, observer=screen)
+        document = make_plan(loaded, run_folder(loaded, out), probe=probe, screen=screen)
     typer.echo(json.dumps(document) if as_json else render(document))
 
 

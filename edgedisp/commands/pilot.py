@@ -21,11 +21,12 @@ from typing import Any, TypeVar
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import to_json, write_json
+from edgedisp.core.progress import Screen
 from edgedisp.core.results import BASELINE, Estimate
 from edgedisp.core.stage_folder import Record, open_run
 from edgedisp.pipeline import build_plan
 from edgedisp.pipeline.options import CandidateOptions, ItemsOptions
-from edgedisp.pipeline.stage import Observer, Stage, walk
+from edgedisp.pipeline.stage import Stage, walk
 from edgedisp.recipe import ArmRun, Dispersion, Evaluate, Recipe
 from edgedisp.recipe.recipe import hash8
 from edgedisp.recipe.smoke import STEPS as SMOKE_STEPS
@@ -171,13 +172,13 @@ def run_folder(pilot: Pilot, out: Path | None) -> Path:
     return out or Path("runs") / f"{pilot.recipe.name}-pilot-{hash8(pilot.identity)}"
 
 
-def run(pilot: Pilot, folder: Path, observer: Observer) -> Pilot:
+def run(pilot: Pilot, folder: Path, screen: Screen) -> Pilot:
     """Train and measure the baseline and every candidate; writes pilot.json and pilot.png.
 
     Raises BadInput for what the user can mend, BuildFailed if the baseline cannot be trained.
     """
     with open_run(folder, pilot.identity, f"a pilot of {pilot.recipe.name}"):
-        records = {stage.name: stage.record for stage in walk(stages(pilot), folder, observer)}
+        records = {stage.name: stage.record for stage in walk(stages(pilot), folder, screen)}
         measured = [_measure(candidate, records, pilot.recipe.seed) for candidate in pilot.candidates]
         pilot = replace(pilot, candidates=ranked(measured), scored=records["judging"].results)
         write_json(folder / "pilot.json", summary(pilot))

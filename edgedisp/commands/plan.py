@@ -14,10 +14,10 @@ from typing import Any
 from edgedisp.bench.system import multiplies_bf16, physical_cores
 from edgedisp.core.distributed import split
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.progress import Progress, clock
+from edgedisp.core.progress import Progress, Screen, clock
 from edgedisp.core.results import PUBLISHED_POINTS
 from edgedisp.pipeline.build_plan import as_computed, bundle_rounding, stages
-from edgedisp.pipeline.stage import Observer, state
+from edgedisp.pipeline.stage import state
 from edgedisp.recipe import BITS, Recipe, load_target
 from edgedisp.report.formatting import fixed, plural
 from edgedisp.report.layout import Grid, grid_text
@@ -73,7 +73,7 @@ def check_processes(recipe: Recipe, count: int) -> None:
             )
 
 
-def make_plan(recipe: Recipe, run: Path, *, probe: bool, observer: Observer) -> dict[str, Any]:
+def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict[str, Any]:
     """The plan as JSON values: recipe, run, steps, tokens, threads, warning, stages [{name, done, seconds}],
     detectable, sizes or sizes_unknown, and with `probe` estimate (None where nothing is left to do)."""
     from edgedisp.evaluate import comparison
@@ -108,13 +108,13 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, observer: Observer) -> 
     probe = probe and any(record is None for _, record in passed)
     base = run / "base" if passed[0][1] is not None else None
     try:
-        plan["sizes"] = _sizes(recipe, base, probe, observer.progress)
+        plan["sizes"] = _sizes(recipe, base, probe, screen.progress)
     except (BadInput, BuildFailed) as error:
         if probe:
             raise
         plan["sizes_unknown"] = str(error)
     if probe:
-        plan["estimate"] = _estimate(recipe, plan, observer.progress)
+        plan["estimate"] = _estimate(recipe, plan, screen.progress)
     return plan
 
 

@@ -38,7 +38,7 @@ def clock(seconds: float) -> str:
 
 
 class Screen:
-    """Shows a build's progress; fits `pipeline.Observer` and, as `screen.progress`, the progress callback."""
+    """Shows how a build goes; `screen.progress` is a progress callback."""
 
     def __init__(self, title: str) -> None:
         self.title = self._stage = title

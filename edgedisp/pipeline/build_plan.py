@@ -16,6 +16,7 @@ from typing import Any
 
 from edgedisp.bench.system import multiplies_bf16
 from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Screen
 from edgedisp.core.results import BASELINE
 from edgedisp.core.stage_folder import open_run
 from edgedisp.data import local_path
@@ -35,7 +36,7 @@ from edgedisp.pipeline.options import (
     SearchOptions,
     TrainOptions,
 )
-from edgedisp.pipeline.stage import Observer, Passed, Stage, walk
+from edgedisp.pipeline.stage import Passed, Stage, walk
 from edgedisp.recipe import BITS, Adapter, ArmRun, Recipe, Train, load_target
 
 TORCH = "torch"
@@ -47,14 +48,14 @@ def run_folder(recipe: Recipe, out: Path | None) -> Path:
     return out or Path("runs") / f"{recipe.name}-{recipe.hash8}"
 
 
-def build(recipe: Recipe, run: Path, threads: int, observer: Observer) -> list[Passed]:
+def build(recipe: Recipe, run: Path, threads: int, screen: Screen) -> list[Passed]:
     """Walk the stages in `run`, running those without a finished folder of the same key.
 
     Raises BadInput for what the user can mend (a run folder made by this call is then removed again),
     BuildFailed when a stage cannot be completed.
     """
     with open_run(run, recipe.identity(), recipe.name):
-        return walk(stages(recipe, threads), run, observer)
+        return walk(stages(recipe, threads), run, screen)
 
 
 def stages(recipe: Recipe, threads: int) -> list[Stage]:

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import canonical, changed_files, digest, file_digest, read_object, write_json
-from edgedisp.core.progress import Progress, silent
+from edgedisp.core.progress import Progress, Screen, silent
 from edgedisp.core.stage_folder import Record, finish, is_started, read, stage_output
 
 REVISION = 3
@@ -85,18 +85,6 @@ def results_of(folder: Path) -> dict[str, Any]:
     if record is None:
         raise BuildFailed(f"{folder}: its record is gone or damaged; build again")
     return record.results
-
-
-class Observer(Protocol):
-    """Shows how a build goes (core/progress.py)."""
-
-    def started(self, name: str, number: int, total: int) -> None: ...
-
-    def progress(self, done: int, total: int, note: str) -> None: ...
-
-    def finished(self, name: str, record: Record) -> None: ...
-
-    def cached(self, name: str, record: Record) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -196,7 +184,7 @@ class StageRunner:
             self._verified.add(name)
 
 
-def walk(stages: Sequence[Stage], run: Path, observer: Observer) -> list[Passed]:
+def walk(stages: Sequence[Stage], run: Path, screen: Screen) -> list[Passed]:
     """Pass every stage of an open run, in order; runs those without a finished folder of the same key."""
     runner = StageRunner(run)
     passed: list[Passed] = []
@@ -206,11 +194,11 @@ def walk(stages: Sequence[Stage], run: Path, observer: Observer) -> list[Passed]
         record = runner.finished(stage)
         cached = record is not None
         if record is not None:
-            observer.cached(stage.name, record)
+            screen.cached(stage.name, record)
         else:
-            observer.started(stage.name, number, len(stages))
-            record = runner.execute(stage, observer.progress)
-            observer.finished(stage.name, record)
+            screen.started(stage.name, number, len(stages))
+            record = runner.execute(stage, screen.progress)
+            screen.finished(stage.name, record)
             trained = trained or stage.every_process
         passed.append(Passed(stage.name, record, cached))
         if trained and stage.name == shared[-1]:

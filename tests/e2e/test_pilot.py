@@ -23,6 +23,7 @@ from edgedisp.commands.pilot import (
     run,
 )
 from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import Screen
 from edgedisp.core.results import Estimate
 from edgedisp.core.stage_folder import Record, read
 from edgedisp.recipe import Dispersion, load
@@ -153,17 +154,14 @@ def test_the_command_trains_and_measures_and_a_second_one_runs_nothing(  # type:
     assert json.loads(again.out) == {"run": str(run_dir), **results}
 
 
-class Watcher:
-    """An observer that stops the pilot when a stage is finished, as Ctrl-C would."""
+class Watcher(Screen):
+    """Stops the pilot when a stage is finished, as Ctrl-C would."""
 
     def __init__(self, stop_after: str | None = None) -> None:
+        super().__init__("pilot")
         self.stop_after = stop_after
         self.executed: list[str] = []
         self.reused: list[str] = []
-
-    def started(self, name: str, number: int, total: int) -> None: ...
-
-    def progress(self, done: int, total: int, note: str) -> None: ...
 
     def finished(self, name: str, record: Record) -> None:
         self.executed.append(name)

@@ -27,7 +27,7 @@ def planned(folder: Path, base: str, *overrides: str) -> dict[str, Any]:
     (folder / "text.jsonl").write_text('{"text": "some text"}\n')
     (folder / "sized.yaml").write_text(RECIPE.format(base=base))
     recipe = load(folder / "sized.yaml", overrides)
-    return make_plan(recipe, folder / "run", probe=False, observer=Screen("plan"))
+    return make_plan(recipe, folder / "run", probe=False, screen=Screen("plan"))
 
 
 def test_products_without_instructions_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +73,7 @@ def test_a_model_that_no_export_would_take_is_named_and_a_probe_refuses_it(tmp_p
     graph_twins.make(tmp_path / "model", "llama", hidden_act="tanh")
     assert "tanh" in planned(tmp_path, "model")["sizes_unknown"]
     with pytest.raises(BadInput, match="tanh"):
-        make_plan(load(tmp_path / "sized.yaml"), tmp_path / "run", probe=True, observer=Screen("plan"))
+        make_plan(load(tmp_path / "sized.yaml"), tmp_path / "run", probe=True, screen=Screen("plan"))
 
 
 def test_the_disk_holds_every_model_bundle_and_packed_copy(tmp_path: Path) -> None:

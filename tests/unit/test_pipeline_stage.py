@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgedisp.core.errors import BuildFailed
+from edgedisp.core.progress import Screen
 from edgedisp.core.stage_folder import Record
 from edgedisp.pipeline.stage import UNHASHED, Inputs, Stage, plain, state, walk
 
@@ -38,20 +39,15 @@ class Outer:
     inner: Options
 
 
-class Seen:
-    """An observer that lists the stages that ran."""
+class Seen(Screen):
+    """Lists the stages that ran."""
 
     def __init__(self) -> None:
+        super().__init__("test")
         self.ran: list[str] = []
-
-    def started(self, name: str, number: int, total: int) -> None: ...
-
-    def progress(self, done: int, total: int, note: str) -> None: ...
 
     def finished(self, name: str, record: Record) -> None:
         self.ran.append(name)
-
-    def cached(self, name: str, record: Record) -> None: ...
 
 
 GRAPH = {"base": (), "corpus": ("base",), "a/model": ("base", "corpus"), "b/model": ("base", "corpus"),
