@@ -42,7 +42,7 @@ SmokeOption = Annotated[bool, Option("--smoke", help="A tiny random model of the
 OutOption = Annotated[Path | None, Option("--out", help="The run folder; default runs/<recipe>-<hash>.")]
 JsonOption = Annotated[bool, Option("--json", help="Print one line of JSON.")]
 TextOption = Annotated[
-    Path | None, Option(metavar="FILE", help="Text for held-out tasks; of a run: its own.")
+    Path | None, Option(metavar="FILE", help="Text for held-out tasks; default: the run's.")
 ]
 TasksPathOption = Annotated[Path | None, Option(metavar="FOLDER", help="Your own lm-eval tasks.")]
 HtmlOption = Annotated[

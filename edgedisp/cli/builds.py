@@ -154,7 +154,7 @@ def compare(
     text: TextOption = None,
     tasks_path: TasksPathOption = None,
     limit: Annotated[int | None, Option(min=1, help="Of two models: items a task; default 200.")] = None,
-    context: Annotated[int | None, Option(min=8, help="Of two models: window; default 256.")] = None,
+    context: Annotated[int | None, Option(min=8, help="Of two models: tokens of a window.")] = None,
     out: Annotated[Path | None, Option("--out", help="Of two models: the report's folder.")] = None,
     html: HtmlOption = None,
     as_json: JsonOption = False,

@@ -28,10 +28,10 @@ LayoutsOption = Annotated[
 def condensation(
     model: ModelArgument,
     compare: Annotated[str | None, Option(metavar="MODEL", help="Another, on the same sequences.")] = None,
-    text: Annotated[Path | None, Option(help="Default: synthetic text.")] = None,
+    text: Annotated[Path | None, Option(help="Text to measure on; default: synthetic.")] = None,
     sequences: Annotated[int, Option(min=1, help="How many sequences.")] = 16,
     context: Annotated[int, Option(min=8, help="Tokens in each.")] = 256,
-    out: Annotated[Path | None, Option("--out", file_okay=False, help="Folder of a page.")] = None,
+    out: Annotated[Path | None, Option("--out", file_okay=False, help="A folder for page and JSON.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how condensed a model's token vectors are, layer by layer; a bundle's in its own graph."""
@@ -53,7 +53,7 @@ def export(
     model: Annotated[Path, Argument(metavar="MODEL", help="A Hugging Face folder.")],
     target: Annotated[str, Option(help="Device profile: a name or a file.")] = "laptop-x64",
     layouts: LayoutsOption = None,
-    out: Annotated[Path | None, Option("--out", help="Default MODEL-TARGET beside it.")] = None,
+    out: Annotated[Path | None, Option("--out", help="Default: MODEL-TARGET beside it.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Export a model folder to an ONNX bundle for a device, in the layouts of its runtimes."""
