@@ -150,7 +150,7 @@ def lose(name: str) -> Callable[[Path], None]:
             lambda folder: set_config(folder, model_type="bloom"),
             "models of type 'bloom' cannot be exported; known types: ",
         ),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json: no readable configuration"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: not readable as JSON"),
         (lose("config.json"), "no config.json; export takes a Hugging Face folder"),
         (lose("tokenizer.json"), "no tokenizer.json"),
         (lose("model.safetensors"), "save_pretrained"),
