@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +20,7 @@ from edgedisp.bench.system import describe, installed_version
 from edgedisp.core.files import data_folder, git_commit
 from edgedisp.core.progress import silent
 from edgedisp.pipeline.prepare import read_documents
-from edgedisp.recipe import load
+from edgedisp.recipe import Recipe, load
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "peft")
@@ -41,15 +42,19 @@ def write(script: str, figures: dict[str, Any], rows: list[Any], *, suffix: str 
     print(f"wrote results/{path.name}")
 
 
+def quickstart(settings: Sequence[str] = ()) -> Recipe:
+    return load(data_folder("recipes") / "quickstart.yaml", settings)
+
+
 def quickstart_base() -> tuple[Any, Any]:
     """The quickstart's base, SmolLM2-135M-Instruct in float32, and its tokenizer."""
-    recipe = load(data_folder("recipes") / "quickstart.yaml")
-    return models.open_base(data.fetch(recipe.model.base, sha256=recipe.model.sha256))
+    model = quickstart().model
+    return models.open_base(data.fetch(model.base, sha256=model.sha256))
 
 
 def quickstart_blocks(tokenizer: Any, context: int, blocks: int) -> np.ndarray:
     """Packed blocks `(blocks, context)` of the quickstart's text."""
-    recipe = load(data_folder("recipes") / "quickstart.yaml")
+    recipe = quickstart()
     documents = read_documents(recipe.data, False, silent)
     encode = models.document_encoder(tokenizer)
     return data.training_blocks(documents, encode, context, blocks, recipe.seed)[0]

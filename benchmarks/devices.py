@@ -78,25 +78,19 @@ def main() -> None:
     names = ("local", "ssh, loopback", "browser", "local, 1 thread")
     devices = [replace(device, device=name) for device, name in zip(devices, names, strict=True)]
     (RESULTS / "devices.html").write_text(devices_page(devices), "utf-8")
-    genai: list[dict[str, Any]] = [
-        {
-            "name": f"genai/{name}",
-            "threads": counts[name] or None,
-            **{key: median_interval(values) for key, values in found.items()},
-            "each": found,
-        }
-        for name, found in speeds.items()
-    ]
+    genai: list[dict[str, Any]] = []
+    for name, values in speeds.items():
+        intervals = {key: median_interval(each) for key, each in values.items()}
+        genai.append({"name": f"genai/{name}", "threads": counts[name] or None, **intervals, "each": values})
     rows = {(device.device, row.label): row for device in devices for row in device.rows}
     speed = {name: row.decode_tokens_per_s.value for name, row in rows.items() if row.decode_tokens_per_s}
     one_thread, local = ("local, 1 thread", "fp32"), ("local", "laptop")
     ratios = [a / b for a, b in zip(speeds["cores"][DECODE], speeds["unset"][DECODE])]
-    download = rows["browser", "browser"].download_bytes or 0
     figures = {
         "browser_decode_tokens_per_s": speed["browser", "browser"],
         "browser_fp32_decode_tokens_per_s": speed["browser", "fp32"],
         "browser_ratio_to_native_fp32": speed["browser", "fp32"] / speed[one_thread],
-        "browser_download_mb": download / 1e6,
+        "browser_download_mb": (rows["browser", "browser"].download_bytes or 0) / 1e6,
         "local_decode_tokens_per_s": speed[local],
         "local_fp32_one_thread_decode_tokens_per_s": speed[one_thread],
         "local_fp32_one_thread_gb_per_s": rows[one_thread].bandwidth_gb_per_s,

@@ -31,7 +31,7 @@ from edgedisp.bench.system import RUNNER, physical_cores
 
 PROMPT, GENERATE = 128, 128
 FIGURES = ("decode_tokens_per_s", "prefill_tokens_per_s")
-TIMEOUT_S = 900.0
+Speeds = dict[str, dict[str, list[float]]]
 
 
 def onnxruntime_command(bundle: Path) -> list[str]:
@@ -52,15 +52,11 @@ def llama_cpp_command(gguf: Path, work: Path) -> list[str] | None:
     return [sys.executable, __file__, "llama.cpp", str(gguf), *words]
 
 
-def time_in_turns(
-    commands: Mapping[str, Sequence[str]], repetitions: int
-) -> dict[str, dict[str, list[float]]]:
+def time_in_turns(commands: Mapping[str, Sequence[str]], repetitions: int) -> Speeds:
     """Name -> {decode_tokens_per_s, prefill_tokens_per_s: one value for each round}, in turns A B B A."""
-    speeds: dict[str, dict[str, list[float]]] = {name: {key: [] for key in FIGURES} for name in commands}
+    speeds: Speeds = {name: {key: [] for key in FIGURES} for name in commands}
     with ExitStack() as stack:
-        workers = {
-            name: stack.enter_context(Worker(name, command, TIMEOUT_S)) for name, command in commands.items()
-        }
+        workers = {name: stack.enter_context(Worker(name, words, 900.0)) for name, words in commands.items()}
         for repetition, name in turns(list(commands), repetitions):
             print(f"  timing {name}: {repetition + 1} of {repetitions}", file=sys.stderr)
             run = workers[name].ask({"run": 1})

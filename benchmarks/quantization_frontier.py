@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _results_file import RESULTS, write
+from _results_file import RESULTS, quickstart, write
+from matplotlib.figure import Figure
 from other_runtimes import FIGURES, llama_cpp_command, onnxruntime_command, time_in_turns
 from scipy import stats
 
@@ -37,7 +38,7 @@ from edgedisp import data, models
 from edgedisp.bench.bundles import find_graph, graph_hash
 from edgedisp.bench.results import compare_speeds
 from edgedisp.bench.system import physical_cores
-from edgedisp.core.files import data_folder, write_json
+from edgedisp.core.files import write_json
 from edgedisp.core.progress import Screen
 from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
@@ -45,7 +46,7 @@ from edgedisp.pipeline import build_plan
 from edgedisp.pipeline.options import BundleRounding
 from edgedisp.pipeline.rounding import trained_roundings
 from edgedisp.pipeline.stage import Stage, walk
-from edgedisp.recipe import Recipe, load
+from edgedisp.recipe import Recipe
 from edgedisp.train.performance import peak_memory_bytes
 from edgedisp.train.quantized_weights import round_weights
 
@@ -84,7 +85,7 @@ def recipe_of(name: str) -> Recipe:
     for change in (BASE | TRAINED).get(name, []):
         key, _, value = change.partition("=")
         changes.append(f"{keys.get(key, f'quantize.int4.{key}')}={value}")
-    return load(data_folder("recipes") / "quickstart.yaml", changes)
+    return quickstart(changes)
 
 
 def row_folder(name: str) -> str:
@@ -109,43 +110,34 @@ def stages_of(name: str) -> list[Stage]:
 def make(name: str, work: Path, stages: list[Stage] | None = None) -> Path:
     """The bundle of a row; its seconds and this process's peak memory are in a file beside it."""
     if name == BUILDER:
-        folder = work / row_folder(name)
-        if not folder.exists():
-            started = time.perf_counter()
-            genai_builder(work / "base", folder)
-            usage = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes()}
-            write_json(folder.with_suffix(".usage.json"), usage)
-        return folder
-    stages = stages or stages_of(name)
-    with Screen("frontier") as screen:
-        last = walk(stages, work, screen)[-1]
-    folder, path = work / last.name, work / f"{last.name}.usage.json"
+        folder, started = work / row_folder(name), time.perf_counter()
+        if not (work / f"{folder.name}.usage.json").exists():
+            from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
+            with tempfile.TemporaryDirectory() as cache:  # int4 on a CPU, with the builder's own defaults
+                words = ("", str(work / "base"), str(folder), "int4", "cpu", cache)
+                create_model(*words, **parse_extra_options(*words, []))
+        seconds = time.perf_counter() - started
+    else:
+        with Screen("frontier") as screen:
+            last = walk(stages or stages_of(name), work, screen)[-1]
+        folder, seconds = work / last.name, last.record.seconds
+    path, recipe = work / f"{folder.name}.usage.json", recipe_of(name)
     if not path.exists():
-        usage = {"seconds": last.record.seconds, "peak_memory_bytes": peak_memory_bytes()}
-        recipe = recipe_of(name)
+        usage = {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
         if recipe.train.quantization_aware is not None:
-            model = work / f"{last.name}-model"
             rounding = BundleRounding(4, recipe.quantize.int4)
-            usage["as_trained"] = as_trained(rounding, model, folder, work / "corpus")
+            usage["as_trained"] = as_trained(rounding, work / f"{folder.name}-model", folder, work / "corpus")
         write_json(path, usage)
     return folder
-
-
-def genai_builder(source: Path, out: Path) -> None:
-    """What onnxruntime-genai's model builder makes of int4 on a CPU with its own defaults."""
-    from onnxruntime_genai.models.builder import create_model, parse_extra_options
-
-    with tempfile.TemporaryDirectory() as cache:
-        words = ("", str(source), str(out), "int4", "cpu", cache)
-        create_model(*words, **parse_extra_options(*words, []))
 
 
 def as_trained(rounding: BundleRounding, source: Path, bundle: Path, corpus: Path) -> dict[str, float]:
     """The bundle in fp32 arithmetic against the torch model, rounded as it was trained: largest difference of
     a logit, and the share of greedily decoded tokens that agree before the first difference of a text."""
-    opened = models.load(source)
-    round_weights(opened, *trained_roundings(rounding, source))
-    reference = models.TorchModel(opened)
+    model = models.load(source)
+    round_weights(model, *trained_roundings(rounding, source))
+    reference = models.TorchModel(model)
     exact = OnnxModel(bundle, physical_cores(), graph=at_accuracy_level(bundle, 0))
     blocks = np.load(corpus / "heldout.npy", allow_pickle=False)[:PROMPTS].astype(np.int64)
     largest, same = 0.0, 0
@@ -153,7 +145,7 @@ def as_trained(rounding: BundleRounding, source: Path, bundle: Path, corpus: Pat
         ids, mask = block[None], np.ones_like(block[None])
         largest = max(largest, float(np.abs(reference(ids, mask) - exact(ids, mask)).max()))
         prompt = block[: 8 + 4 * number].tolist()
-        texts = [model.greedy(prompt, NEW_TOKENS, frozenset()) for model in (reference, exact)]
+        texts = [runner.greedy(prompt, NEW_TOKENS, frozenset()) for runner in (reference, exact)]
         same += next((i for i, pair in enumerate(zip(*texts)) if pair[0] != pair[1]), NEW_TOKENS)
     return {"max_abs_difference": largest, "greedy_agreement": same / (len(blocks) * NEW_TOKENS)}
 
@@ -218,8 +210,7 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return of(names, lambda row: row["ratio"] if row["size_mb"] <= SMALL_MB else None, min)
 
     def fastest(key: str) -> Any:
-        names = [name for name in BASE if name != "int8"]
-        return of(names, lambda row: row["speed"][key] and row["speed"][key]["ratio"], max)
+        return of([*BASE][1:], lambda row: row["speed"][key] and row["speed"][key]["ratio"], max)
 
     def memory(searched: bool) -> Any:
         names = [name for name in (*BASE, *TRAINED) if ("search" in name) == searched]
@@ -247,23 +238,21 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def draw(rows: list[dict[str, Any]]) -> None:
     """Loss by row, best last, with what it takes in size and speed; beside the JSON."""
-    from matplotlib.figure import Figure
-
-    shown = [row for row in rows if row["name"] not in (FP32, TRAINED_FP32)]
-    shown.sort(key=lambda row: (row["name"] in TRAINED, -row["ratio"]))
-    figure = Figure(figsize=(9, 0.6 + 0.29 * len(shown)), layout="constrained")
+    rows = [row for row in rows if row["name"] not in (FP32, TRAINED_FP32)]
+    rows.sort(key=lambda row: (row["name"] in TRAINED, -row["ratio"]))
+    figure = Figure(figsize=(9, 0.6 + 0.29 * len(rows)), layout="constrained")
     axes = figure.subplots()
     least = 0.1  # %, where the axis ends
-    for place, row in enumerate(shown):
-        kind = "tab:orange" if row["name"] in TRAINED else "black" if row["name"] == BUILDER else "tab:blue"
+    for y, row in enumerate(rows):
+        color = "tab:orange" if row["name"] in TRAINED else "black" if row["name"] == BUILDER else "tab:blue"
         low, middle, high = (max(least, 100 * (row[key] - 1)) for key in ("low", "ratio", "high"))
-        axes.errorbar(middle, place, xerr=[[middle - low], [high - middle]], fmt="o", color=kind, lw=1.2)
-        took = f"{row['size_mb']:.1f} MB   {row['speed']['decode_tokens_per_s']:.0f} tokens/s"
-        axes.annotate(took, (1.01, place), xycoords=("axes fraction", "data"), fontsize=8, va="center")
+        axes.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt="o", color=color, lw=1.2)
+        text = f"{row['size_mb']:.1f} MB   {row['speed']['decode_tokens_per_s']:.0f} tokens/s"
+        axes.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), fontsize=8, va="center")
     axes.axvline(8, color="tab:blue", linewidth=0.8, linestyle="--")
     axes.axvline(5, color="tab:orange", linewidth=0.8, linestyle="--")
-    axes.set_yticks(range(len(shown)), [row["name"] for row in shown], fontsize=8)
-    axes.set(xscale="log", xlim=(least, 300), ylim=(len(shown) - 0.4, -0.6),
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
+    axes.set(xscale="log", xlim=(least, 300), ylim=(len(rows) - 0.4, -0.6),
              xlabel="perplexity above fp32, % (the worse of two texts, 95 % interval)",
              title="SmolLM2-135M in few bits: the base (blue), trained on 80k tokens (orange)")  # fmt: skip
     ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
@@ -302,12 +291,11 @@ def main() -> None:
     blocks = text_blocks(work, options.wikitext)
     scores = {name: {t: losses(path, ids) for t, ids in blocks.items()} for name, path in bundles.items()}
     with tempfile.TemporaryDirectory(dir=work) as scratch:
-        packed = {name: path for name, path in bundles.items() if name == BUILDER}
-        for name, path in bundles.items():
-            if name != BUILDER:
-                packed[name] = Path(scratch) / row_folder(name)
-                packed[name].mkdir()
-                for_device(path, packed[name], threads=physical_cores(), context=POSITIONS)
+        packed = dict(bundles)
+        for name in bundles.keys() - {BUILDER}:
+            packed[name] = Path(scratch) / row_folder(name)
+            packed[name].mkdir()
+            for_device(bundles[name], packed[name], threads=physical_cores(), context=POSITIONS)
         files = {name: path.glob("model.onnx*") for name, path in packed.items()}
         sizes = {name: sum(file.stat().st_size for file in files[name]) / 1e6 for name in packed}
         speed = speeds(packed, options.repetitions, work)
@@ -315,14 +303,11 @@ def main() -> None:
     for name, path in bundles.items():
         reference = scores[TRAINED_FP32 if name in TRAINED else FP32]
         ratios = {text: perplexity_ratio(scores[name][text], reference[text]) for text in blocks}
-        row = {"name": name, "size_mb": sizes[name], **max(ratios.values(), key=lambda one: one["ratio"])}
+        row = {"name": name, "size_mb": sizes[name], **max(ratios.values(), key=lambda ratio: ratio["ratio"])}
         row |= {"ratios": ratios, "perplexity": {t: float(np.exp(v.mean())) for t, v in scores[name].items()}}
         usage = json.loads((work / f"{path.name}.usage.json").read_text())
         rows.append({**row, "speed": speed[name], "as_trained": None, **usage})
-        print(
-            f"{name:38} {row['size_mb']:6.1f} MB  x{row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]  "
-            + "  ".join(f"{key} {speed[name][key]:.1f}" for key in FIGURES)
-        )
+        print(f"{name:38} {row['size_mb']:6.1f} MB x{row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
     draw(rows)
     if LLAMA_CPP in speed:
         rows.append({"name": LLAMA_CPP, "speed": speed[LLAMA_CPP]})

@@ -46,10 +46,8 @@ def main() -> None:
             perplexity = measurement.scores["heldout_perplexity"].main.estimate.value
             figures[f"{arm}_{precision}_perplexity"] = perplexity or 0.0
     for row in run.latency.rows if run.latency else ():
-        if row.decode_tokens_per_s:
-            figures[f"{row.label.replace('/', '_')}_decode_tokens_per_s"] = (
-                row.decode_tokens_per_s.value or 0.0
-            )
+        if speed := row.decode_tokens_per_s:
+            figures[f"{row.label.replace('/', '_')}_decode_tokens_per_s"] = speed.value or 0.0
     write("quickstart_time", figures, to_json(run.stages), verdict=verdict(run).sentence)
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/training_speed.py [--device cpu|cuda] [--rounds 5] [--steps 6]
 
-In each round every way trains the same few steps from the same weights on the same data, in turns A B B A.
+In each round every variant trains the same steps from the same weights on the same data, in turns A B B A.
 The first two steps of a training are left out of its speed (allocations, compilation). A ratio is the median
-over rounds. On the CPU: SmolLM2-135M on real text; all ways must give one loss curve, and the largest
+over rounds. On the CPU: SmolLM2-135M on real text; all variants must give one loss curve, and the largest
 difference from the plain Trainer's is a column. On a GPU: models of the sizes of SmolLM2-135M and Qwen3-0.6B
 with random weights, on random tokens, and the memory that torch has allocated; there the result is
 training_speed_cuda.json.
@@ -64,7 +64,7 @@ GPU_SETTINGS: dict[str, tuple[Callable[[], Any], int, int]] = {
     "qwen3_600m_8x4096": (lambda: Qwen3ForCausalLM(QWEN3_600M), 8, 4096),
 }
 DISPERSION = {"dispersed": DispersionConfig(), "all_pairs": DispersionConfig(tokens=None)}
-WAYS = {
+VARIANTS = {
     "cpu": ("plain", "fit", "compiled", "dispersed"),
     "cuda": ("plain", "compiled", "dispersed", "all_pairs"),
 }
@@ -93,10 +93,10 @@ class Clock(TrainerCallback):
         return (self.ends[-1] - self.ends[WARM_UP - 1]) / (len(self.ends) - WARM_UP)
 
 
-def train(way: str, model: Any, blocks: np.ndarray, section: Train, steps: int) -> Clock:
+def train(variant: str, model: Any, blocks: np.ndarray, section: Train, steps: int) -> Clock:
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder, quiet():
-        if way == "plain":
+        if variant == "plain":
             arguments = TrainingArguments(
                 folder, max_steps=steps, per_device_train_batch_size=section.batch, learning_rate=LR,
                 lr_scheduler_type="cosine", weight_decay=0.1, adam_beta2=0.95,
@@ -107,13 +107,13 @@ def train(way: str, model: Any, blocks: np.ndarray, section: Train, steps: int) 
             trainer.remove_callback(PrinterCallback)
             trainer.train()
         else:
-            section = section.model_copy(update={"compile": way != "fit"})
-            fit(model, blocks, section, FitOptions(steps, 0, Path(folder), DISPERSION.get(way), [clock]))
+            section = section.model_copy(update={"compile": variant != "fit"})
+            fit(model, blocks, section, FitOptions(steps, 0, Path(folder), DISPERSION.get(variant), [clock]))
     return clock
 
 
 def measure(name: str, device: str, rounds: int, steps: int) -> list[dict[str, Any]]:
-    """The rows of one setting, one for each way."""
+    """The rows of one setting, one for each variant."""
     if device == "cpu":
         batch, context, precision = CPU_SETTINGS[name]
         base, tokenizer = quickstart_base()
@@ -125,30 +125,30 @@ def measure(name: str, device: str, rounds: int, steps: int) -> list[dict[str, A
         blocks = random.integers(0, base.config.vocab_size, (batch * steps, context)).astype(np.int32)
     settings = {"tokens": 1, "lr": LR, "batch": batch, "warmup": 0.0, "precision": precision}
     section = Train.model_validate({**settings, "checkpoint_every": 10**9})
-    ways = WAYS[device]
-    clocks: dict[str, list[Clock]] = {way: [] for way in ways}
+    variants = VARIANTS[device]
+    clocks: dict[str, list[Clock]] = {variant: [] for variant in variants}
     peaks: dict[str, int] = {}
     for turn in range(rounds):
-        for way in ways if turn % 2 else ways[::-1]:
+        for variant in variants if turn % 2 else variants[::-1]:
             if device == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             # A copy each: a model that accelerate has prepared keeps the precision of that training.
-            clocks[way].append(train(way, copy.deepcopy(base).train(), blocks, section, steps))
+            clocks[variant].append(train(variant, copy.deepcopy(base).train(), blocks, section, steps))
             if device == "cuda":
-                peaks[way] = torch.cuda.max_memory_allocated()
-            print(f"{name}: round {turn + 1} of {rounds}, {way}", file=sys.stderr)
+                peaks[variant] = torch.cuda.max_memory_allocated()
+            print(f"{name}: round {turn + 1} of {rounds}, {variant}", file=sys.stderr)
     plain, rows = clocks["plain"], []
-    for way in ways:
-        seconds = [clock.seconds_per_step for clock in clocks[way]]
+    for variant in variants:
+        seconds = [clock.seconds_per_step for clock in clocks[variant]]
         ratios = [before.seconds_per_step / now for before, now in zip(plain, seconds)]
         ratio, low, high = median_and_quartiles(ratios)
-        rate, losses = batch * context / median_and_quartiles(seconds)[0], clocks[way][0].losses
+        rate, losses = batch * context / median_and_quartiles(seconds)[0], clocks[variant][0].losses
         apart = float(np.abs(np.subtract(plain[0].losses, losses)).max())
-        row: dict[str, Any] = {"setting": name, "way": way, "tokens_per_s": rate, "ratio": ratio}
+        row: dict[str, Any] = {"setting": name, "variant": variant, "tokens_per_s": rate, "ratio": ratio}
         row |= {"ratio_quartiles": [low, high], "largest_loss_difference": apart, "losses": losses}
-        rows.append({**row, "peak_memory_bytes": peaks[way]} if peaks else row)
-        print(f"{name:20} {way:10} {rate:8.0f} tokens/s  {ratio:.2f}")
+        rows.append({**row, "peak_memory_bytes": peaks[variant]} if peaks else row)
+        print(f"{name:20} {variant:10} {rate:8.0f} tokens/s  {ratio:.2f}")
     return rows
 
 
@@ -165,7 +165,7 @@ def main() -> None:
     for name in CPU_SETTINGS if options.device == "cpu" else GPU_SETTINGS:
         if options.only is None or name in options.only:
             rows += measure(name, options.device, options.rounds, options.steps)
-    figures = {f"tokens_per_s_ratio_{row['way']}_{row['setting']}": row["ratio"] for row in rows}
+    figures = {f"tokens_per_s_ratio_{row['variant']}_{row['setting']}": row["ratio"] for row in rows}
     if options.only is None:
         if options.device == "cpu":
             figures["tokens_per_s_ratio"] = figures["tokens_per_s_ratio_compiled_bf16_4x256"]

@@ -32,7 +32,7 @@ SIBLINGS = {("quantize", "graph")}
 
 MODULE_LINES, FUNCTION_LINES, PARAMETERS = 350, 60, 6
 # Ceilings that only go down: the aim is 20,000 lines in 120 modules, 15,000 of tests, 1,600 of benchmarks.
-PACKAGE_LINES, PACKAGE_MODULES, TEST_LINES, BENCHMARK_LINES = 28_115, 155, 19_088, 1_750
+PACKAGE_LINES, PACKAGE_MODULES, TEST_LINES, BENCHMARK_LINES = 28_115, 155, 19_088, 1_600
 LONGER = {"export/runner/runner.py"}  # copied to devices as one file
 # Still to be cut; nothing joins this list.
 TO_CUT: set[str] = set()
