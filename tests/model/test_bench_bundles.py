@@ -25,28 +25,18 @@ NORMS = (2 * LAYERS + 1) * HIDDEN
 ROTARY_ROW = 2 * 8 * 4  # one row of the cosine and one of the sine table, 8 float32 each
 
 
-def vocabulary(bundle: Path) -> int:
-    return int(read_graph(find_graph(bundle)).graph.output[0].type.tensor_type.shape.dim[2].dim_value)
-
-
-def small_constants(bundle: Path) -> int:
-    """Bytes of the integer constants that the graph computes shapes with."""
-    tensors = read_graph(find_graph(bundle)).graph.initializer
-    return sum(tensor_bytes(t) for t in tensors if t.data_type == TensorProto.INT64)
-
-
-def test_fp32_reads_every_weight_once_and_one_row_of_the_tables(bundles: dict[str, Path]) -> None:
-    found = weight_traffic(read_graph(find_graph(bundles["fp32"])))
-    head = vocabulary(bundles["fp32"]) * HIDDEN  # tied: the embedding's rows are inside the head
-    expected = 4 * (PRODUCTS + NORMS + head) + ROTARY_ROW + small_constants(bundles["fp32"])
-    assert found == (expected, 32)
-
-
-def test_int4_reads_half_a_byte_per_weight_and_a_scale_per_group_of_32(bundles: dict[str, Path]) -> None:
-    found = weight_traffic(read_graph(find_graph(bundles["int4"])))
-    weights = PRODUCTS + vocabulary(bundles["int4"]) * HIDDEN
-    expected = weights // 2 + 4 * weights // 32 + 4 * NORMS + ROTARY_ROW
-    assert found == (expected + small_constants(bundles["int4"]), 4)
+@pytest.mark.parametrize("name", ["fp32", "int4"])
+def test_a_token_reads_every_weight_once_and_one_row_of_the_tables(
+    bundles: dict[str, Path], name: str
+) -> None:
+    model = read_graph(find_graph(bundles[name]))
+    weights = PRODUCTS + model.graph.output[0].type.tensor_type.shape.dim[2].dim_value * HIDDEN
+    # the embedding is tied: its rows are inside the head; int4 has a scale for each group of 32
+    packed = 4 * weights if name == "fp32" else weights // 2 + 4 * weights // 32
+    tensors = model.graph.initializer  # integers compute shapes
+    shapes = sum(tensor_bytes(tensor) for tensor in tensors if tensor.data_type == TensorProto.INT64)
+    expected = packed + 4 * NORMS + ROTARY_ROW + shapes
+    assert weight_traffic(model) == (expected, 32 if name == "fp32" else 4)
 
 
 def graph_of(*nodes: onnx.NodeProto, **weights: np.ndarray) -> onnx.ModelProto:
@@ -56,33 +46,27 @@ def graph_of(*nodes: onnx.NodeProto, **weights: np.ndarray) -> onnx.ModelProto:
     return helper.make_model(helper.make_graph(list(nodes), "g", [ids], [out], tensors))
 
 
-def test_an_embedding_apart_from_the_head_costs_one_row() -> None:
-    model = graph_of(
+def test_an_embedding_costs_one_row_a_tied_one_nothing_and_a_cast_what_it_is_cast_to() -> None:
+    untied = graph_of(
         helper.make_node("Gather", ["embedding", "ids"], ["x"]),
         helper.make_node("MatMul", ["x", "head"], ["out"]),
         embedding=np.zeros((100, 16), np.float32),
         head=np.zeros((16, 100), np.float32),
     )
-    assert weight_traffic(model)[0] == 16 * 4 + 16 * 100 * 4
-
-
-def test_a_tied_embedding_is_found_behind_a_transpose() -> None:
-    model = graph_of(
+    assert weight_traffic(untied)[0] == 16 * 4 + 16 * 100 * 4
+    tied = graph_of(
         helper.make_node("Transpose", ["head"], ["embedding"], perm=[1, 0]),
         helper.make_node("Gather", ["embedding", "ids"], ["x"]),
         helper.make_node("MatMul", ["x", "head"], ["out"]),
         head=np.zeros((16, 100), np.float16),
     )
-    assert weight_traffic(model) == (16 * 100 * 2, 16)
-
-
-def test_a_cast_counts_as_what_it_is_cast_to_whatever_its_other_attributes() -> None:
-    model = graph_of(
+    assert weight_traffic(tied) == (16 * 100 * 2, 16)
+    cast = graph_of(
         helper.make_node("Cast", ["scales"], ["wide"], saturate=1, to=TensorProto.FLOAT),
         helper.make_node("MatMul", ["x", "wide"], ["out"]),
         scales=np.zeros((16, 100), np.float16),
     )
-    assert weight_traffic(model)[0] == 16 * 100 * 4
+    assert weight_traffic(cast)[0] == 16 * 100 * 4
 
 
 def test_arms_with_other_weights_have_the_same_graph_and_one_attribute_makes_another(

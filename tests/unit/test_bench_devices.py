@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def test_devices_are_taken_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("", "is not known; (choices: local, ssh://USER@HOST[:PORT], adb[:SERIAL], browser)"),
         ("locl", "did you mean 'local'?"),
@@ -39,33 +40,29 @@ def test_devices_are_taken_apart() -> None:
         )),
         ("local://here", "takes no address"),
         ("adb:", "is not a serial; write adb[:SERIAL]"),
-        ("adb:-s", "is not a serial"),
-        ("adb://phone", "is not a serial"),
-        ("adb:a b", "is not a serial"),
+        *((f"adb:{serial}", "is not a serial") for serial in ("-s", "//phone", "a b")),
         ("abd", "did you mean 'adb[:SERIAL]'?"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_refused_with_what_would(name: str, said: str) -> None:
-    with pytest.raises(BadInput) as caught:
+def test_what_cannot_work_is_refused_with_what_would(name: str, message: str) -> None:
+    with pytest.raises(BadInput, match=rf"^.*{re.escape(message)}.*$"):
         parse(name)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
 @given(st.text(max_size=30))
 def test_any_text_is_an_address_or_bad_input(text: str) -> None:
     for name in (text, f"ssh://{text}", f"adb:{text}"):
         try:
-            found = parse(name)
+            address = parse(name)
         except BadInput:
             continue
-        assert not any((word or "").startswith("-") for word in (found.host, found.user, found.serial))
+        assert not any((word or "").startswith("-") for word in (address.host, address.user, address.serial))
 
 
-def test_no_device_and_the_same_one_twice_are_refused() -> None:
-    with pytest.raises(BadInput, match="no device is named; --device takes one of local"):
-        parse_all([])
-    with pytest.raises(BadInput, match="local: is named twice"):
-        parse_all(["local", "ssh://pi", "local"])
+def test_no_device_and_the_same_device_twice_are_refused() -> None:
+    for names, message in (([], "--device takes one of local"), (["local"] * 2, "local: is named twice")):
+        with pytest.raises(BadInput, match=message):
+            parse_all(names)
 
 
 def test_every_kind_has_its_file_with_an_opener_and_is_imported_only_when_used() -> None:
@@ -77,10 +74,9 @@ def test_every_kind_has_its_file_with_an_opener_and_is_imported_only_when_used()
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--device", "lokal"], "did you mean 'local'?"),
-        (["--device", "local", "--device", "local"], "is named twice"),
         (["--threads", "many"], "neither a whole number of at least 1 nor `sweep`"),
         (["--threads", "0"], "neither a whole number"),
         (["--write-threads"], "give --threads sweep too"),
@@ -90,8 +86,8 @@ def test_every_kind_has_its_file_with_an_opener_and_is_imported_only_when_used()
     ],
 )
 def test_options_that_cannot_work_end_with_2(  # type: ignore[no-untyped-def]
-    tmp_path: Path, edgedisp, words: list[str], said: str
+    tmp_path: Path, edgedisp, words: list[str], message: str
 ) -> None:
     (tmp_path / "model.onnx").touch()
-    ended = edgedisp("bench", tmp_path, *words)
-    assert ended.code == 2 and said in ended.err, ended
+    result = edgedisp("bench", tmp_path, *words)
+    assert result.code == 2 and message in result.err, result

@@ -29,23 +29,11 @@ speeds = st.floats(0.1, 1e4)
 @given(st.lists(speeds, min_size=1, max_size=40))
 def test_the_interval_is_made_of_order_statistics_with_exact_coverage(values: list[float]) -> None:
     median, low, high = median_interval(values)
-    ordered = sorted(values)
-    n = len(values)
-    k = next(k for k in range(1, n + 1) if ordered[k - 1] == low and ordered[n - k] == high)
-    assert low <= median <= high
-    assert coverage(n) == pytest.approx(max(0.0, 1 - 2 * stats.binom.cdf(_rank(n) - 1, n, 0.5)))
-    assert k <= max(1, _rank(n))
-    assert median == pytest.approx(np.median(values))
-
-
-def _rank(n: int) -> int:
-    """The largest k with coverage of at least 95 %, or 1."""
+    ordered, n = sorted(values), len(values)
     fitting = [k for k in range(1, n // 2 + 1) if 1 - 2 * stats.binom.cdf(k - 1, n, 0.5) >= 0.95]
-    return max(fitting, default=1)
-
-
-def test_five_repetitions_give_smallest_to_largest_at_93_75_percent() -> None:
-    assert median_interval([5.0, 1.0, 4.0, 2.0, 3.0]) == (3.0, 1.0, 5.0) and coverage(5) == 0.9375
+    rank = max(fitting, default=1)
+    assert (median, low, high) == (pytest.approx(np.median(values)), ordered[rank - 1], ordered[n - rank])
+    assert coverage(n) == pytest.approx(max(0.0, 1 - 2 * stats.binom.cdf(rank - 1, n, 0.5)))
 
 
 def test_the_interval_holds_the_true_median_as_often_as_it_says() -> None:
@@ -66,8 +54,8 @@ def test_drift_is_the_change_along_the_line() -> None:
 
 def test_a_difference_is_told_only_when_the_whole_interval_is_on_one_side() -> None:
     a = [100.0, 90.0, 110.0, 95.0, 105.0]
-    assert compare_speeds(a, [v * 0.9 for v in a])["differs"] is True
-    assert compare_speeds(a, [v * 0.9 for v in a])["ratio"] == pytest.approx(0.9)
+    slower = compare_speeds(a, [v * 0.9 for v in a])
+    assert slower["differs"] is True and slower["ratio"] == pytest.approx(0.9)
     assert compare_speeds(a, [v * 0.98 for v in a])["differs"] is False  # real but too small to matter
     assert compare_speeds(a, [90.0, 95.0, 90.0, 105.0, 92.0])["differs"] is False
     assert compare_speeds(a[:2], [50.0, 45.0])["differs"] is None  # two repetitions cannot tell
@@ -75,9 +63,9 @@ def test_a_difference_is_told_only_when_the_whole_interval_is_on_one_side() -> N
 
 def test_pairing_takes_out_what_disturbs_both() -> None:
     weather = [1.0, 0.3, 0.8, 0.5, 0.9]
-    found = compare_speeds([100 * w for w in weather], [94 * w for w in weather])
-    assert found["differs"] is True
-    assert found["high"] - found["low"] == pytest.approx(0.0, abs=1e-12)
+    ratio = compare_speeds([100 * w for w in weather], [94 * w for w in weather])
+    assert ratio["differs"] is True
+    assert ratio["high"] - ratio["low"] == pytest.approx(0.0, abs=1e-12)
 
 
 X86 = {"architecture": "x86_64", "features": ["avx2", "fma"], "physical_cores": 4}
@@ -91,15 +79,12 @@ def timing(label: str, bits: int = 4, low: float = 20.0, high: float = 30.0, **c
 
 
 def test_all_known_causes_of_slow_products_are_named() -> None:
-    said = slow_causes(timing("a", threads=1, drift_percent=-20.0), 30.0, X86)
-    assert "no VNNI" in said or "avx512_vnni" in said
-    assert "too few threads: 1 on 4 cores" in said and "throttling: the clock fell by 30 %" in said
+    causes = slow_causes(timing("a", threads=1, drift_percent=-20.0), 30.0, X86)
+    for cause in ("avx512_vnni", "too few threads: 1 on 4 cores", "throttling: the clock fell by 30 %"):
+        assert cause in causes
     assert "neither dotprod nor i8mm" in slow_causes(timing("a"), None, {**X86, "features": ["asimd"]})
-    slow = timing("a", drift_percent=-20.0)
-    assert (
-        slow_causes(slow, None, VNNI)
-        == "throttling is likely: decode slowed down by 20 % over the repetitions"
-    )
+    slow = slow_causes(timing("a", drift_percent=-20.0), None, VNNI)
+    assert slow.startswith("throttling is likely: decode slowed down by 20 %")
     for machine in (VNNI, {"features": ["asimd", "asimddp"]}, {}):
         assert slow_causes(timing("a"), None, machine).startswith("look for a missing kernel")
 
