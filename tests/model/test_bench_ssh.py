@@ -21,18 +21,20 @@ from edgedisp.core.progress import silent
 from edgedisp.core.results import DeviceResult
 
 
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """HOME of the far end; `ssh` is a program that runs the command here, with that HOME."""
     home = tmp_path / "home"
     home.mkdir()
-    program = tmp_path / "ssh"
-    program.write_text(
-        '#!/bin/sh\nwhile [ "$1" != -- ]; do shift; done\nshift 2\n'
-        f'HOME={home} XDG_CACHE_HOME= RUSTUP_HOME=/tmp/rustup exec sh -c "$1"\n'
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("EDGEDISP_SSH", str(program))
+    text = 'while [ "$1" != -- ]; do shift; done\nshift 2\n'
+    text += f'HOME={home} XDG_CACHE_HOME= RUSTUP_HOME=/tmp/rustup exec sh -c "$1"'
+    monkeypatch.setenv("EDGEDISP_SSH", str(script(tmp_path / "ssh", text)))
     return home
 
 
@@ -55,14 +57,6 @@ def left(home: Path) -> bool:
     return bool(list(home.glob(".cache/*")))
 
 
-def bare_python(folder: Path) -> str:
-    """A Python that finds no package."""
-    program = folder / "bare"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
-    program.chmod(0o755)
-    return str(program)
-
-
 def test_bundles_are_timed_and_scored_there_and_nothing_is_left(bundles: dict[str, Path], home: Path) -> None:
     during: list[str] = []
     requests = {"fp32": [[([3, 4], [5]), ([3, 4], [6])]]}
@@ -76,27 +70,25 @@ def test_bundles_are_timed_and_scored_there_and_nothing_is_left(bundles: dict[st
 def test_what_is_kept_is_used_again_only_if_its_hashes_are_right(
     bundles: dict[str, Path], home: Path
 ) -> None:
-    one = {"a": bundles["fp32"]}
+    fp32 = {"a": bundles["fp32"]}
     copied: list[str] = []
 
     def note(done: int, total: int, text: str) -> None:
         copied.extend([text] if text.endswith("copied") else [])
 
-    measure(one, note, keep=True)
+    measure(fp32, note, keep=True)
     assert copied and files(home) == ["genai_config.json", "model.onnx", "model.onnx.data"]
     assert (home / ".cache" / "edgedisp").stat().st_mode & 0o777 == 0o700
     copied.clear()
-    measure(one, note)
+    measure(fp32, note)
     assert not copied
     weights = next(home.rglob("model.onnx.data"))
     weights.write_bytes(bytes(weights.stat().st_size))  # another user's, or damaged
-    measure(one, note)
+    measure(fp32, note)
     assert copied
 
 
-def test_a_cache_that_is_not_ones_own_is_refused(
-    bundles: dict[str, Path], home: Path, tmp_path: Path
-) -> None:
+def test_a_cache_of_another_user_is_refused(bundles: dict[str, Path], home: Path, tmp_path: Path) -> None:
     (home / ".cache").mkdir()
     (home / ".cache" / "edgedisp").symlink_to(tmp_path)
     with pytest.raises(BadInput, match=r"ssh://box: .* ended with code 1:\n.*another user; remove it"):
@@ -115,56 +107,51 @@ def test_a_connection_that_breaks_keeps_what_was_measured(bundles: dict[str, Pat
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"remote_python": "/no/such"}, r"no Python 3\.9 or newer there; install"),
         ({"remote_python": "bare"}, "has no numpy and no onnxruntime; --setup installs it"),
         ({"remote_python": "bare", "setup": True}, "failed there with code"),
     ],
 )
-def test_what_the_far_end_lacks_is_told(
-    bundles: dict[str, Path],
-    home: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    changes: dict[str, Any],
-    said: str,
+def test_what_the_far_end_lacks_is_named(  # type: ignore[no-untyped-def]
+    bundles: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch, changes, message: str
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    if changes["remote_python"] == "bare":
-        changes = {**changes, "remote_python": bare_python(tmp_path)}
-    with pytest.raises((BadInput, BuildFailed), match=said):
+    if changes["remote_python"] == "bare":  # finds no package
+        python = script(home.parent / "bare", f'exec "{sys.executable}" -I -S "$@"')
+        changes = {**changes, "remote_python": str(python)}
+    with pytest.raises((BadInput, BuildFailed), match=message):
         measure({"a": bundles["fp32"]}, **changes)
     assert not left(home)
 
 
-def test_too_little_memory_or_disk_is_told_before_anything_is_copied(
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ("PROGRAM_BYTES", "MiB of memory are free there, and a takes at least"),
+        ("SPARE_DISK_BYTES", "MiB of disk are free in"),
+    ],
+)
+def test_too_little_memory_or_disk_is_an_error_before_anything_is_copied(
+    bundles: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch, limit: str, message: str
+) -> None:
+    monkeypatch.setattr(ssh, limit, 1 << 60)
+    with pytest.raises(BadInput, match=message):
+        measure({"a": bundles["fp32"]})
+    assert not files(home)
+
+
+def test_errors_of_ssh_are_shown(
     bundles: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssh, "PROGRAM_BYTES", 1 << 50)
-    with pytest.raises(BadInput, match="MiB of memory are free there, and a takes at least"):
-        measure({"a": bundles["fp32"]})
-    monkeypatch.undo()
-    monkeypatch.setenv("EDGEDISP_SSH", str(home.parent / "ssh"))
-    monkeypatch.setattr(ssh, "SPARE_DISK_BYTES", 1 << 60)
-    with pytest.raises(BadInput, match="MiB of disk are free in"):
-        measure({"a": bundles["fp32"]})
-
-
-def test_ssh_speaks_for_itself(
-    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program = tmp_path / "ssh"
-    program.write_text(
-        "#!/bin/sh\necho 'ssh: connect to host box port 22: Connection refused' >&2; exit 255\n"
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("EDGEDISP_SSH", str(program))
-    with pytest.raises(BadInput, match=r"ended with code 255:\nssh: connect to host box port 22: Connection"):
-        measure({"a": bundles["fp32"]})
-    program.write_text("#!/bin/sh\necho Welcome; cat > /dev/null\n")
-    with pytest.raises(BadInput, match=r"'Welcome'.* prints text before a command runs"):
-        measure({"a": bundles["fp32"]})
+    for text, message in (
+        ("echo 'ssh: Connection refused' >&2; exit 255", r"ended with code 255:\nssh: Connection refused"),
+        ("echo Welcome; cat > /dev/null", r"'Welcome'.* prints text before a command runs"),
+    ):
+        script(home.parent / "ssh", text)
+        with pytest.raises(BadInput, match=message):
+            measure({"a": bundles["fp32"]})
     monkeypatch.setenv("EDGEDISP_SSH", "no-such-ssh -F x")
     with pytest.raises(BadInput, match="there is no `no-such-ssh` here"):
         measure({"a": bundles["fp32"]})
