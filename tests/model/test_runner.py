@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from tiny_bundle import RUNNER, copy_with, recompute
 
 from edgedisp.bench import system
+from edgedisp.graph.device_graph import for_device
 
 
 def start(bundle: Path, *options: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -25,27 +25,27 @@ def start(bundle: Path, *options: str, stdin: str = "") -> subprocess.CompletedP
 
 
 def result(bundle: Path, *options: str) -> dict[str, Any]:
-    done = start(bundle, *options)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 1
-    return dict(json.loads(done.stdout))
+    process = start(bundle, *options)
+    assert process.returncode == 0, process.stderr
+    assert len(process.stdout.splitlines()) == 1
+    return dict(json.loads(process.stdout))
 
 
 def test_figures_follow_from_the_times_of_the_tokens(bundles: dict[str, Path]) -> None:
-    found = result(bundles["fp32"], "--prompt", "12", "--generate", "7", "--repetitions", "3")
-    assert len(found["repetitions"]) == 3
-    for one in found["repetitions"]:
-        assert len(one["token_ms"]) == 7 - 1
-        assert one["decode_tokens_per_s"] == pytest.approx(6 / (sum(one["token_ms"]) / 1000))
-        assert one["prefill_tokens_per_s"] == pytest.approx(12 / (one["ttft_ms"] / 1000))
-        assert one["ttft_ms"] + sum(one["token_ms"]) <= one["wall_s"] * 1000
+    values = result(bundles["fp32"], "--prompt", "12", "--generate", "7", "--repetitions", "3")
+    assert len(values["repetitions"]) == 3
+    for row in values["repetitions"]:
+        assert len(row["token_ms"]) == 6
+        assert row["decode_tokens_per_s"] == pytest.approx(6 / (sum(row["token_ms"]) / 1000))
+        assert row["prefill_tokens_per_s"] == pytest.approx(12 / (row["ttft_ms"] / 1000))
+        assert row["ttft_ms"] + sum(row["token_ms"]) <= row["wall_s"] * 1000
     for name in ("ttft_ms", "prefill_tokens_per_s", "decode_tokens_per_s"):
-        assert found[name] == pytest.approx(np.median([one[name] for one in found["repetitions"]]))
-    pooled = [t for one in found["repetitions"] for t in one["token_ms"]]
-    assert found["token_ms_p90"] == pytest.approx(np.percentile(pooled, 90))
+        assert values[name] == pytest.approx(np.median([row[name] for row in values["repetitions"]]))
+    pooled = [t for row in values["repetitions"] for t in row["token_ms"]]
+    assert values["token_ms_p90"] == pytest.approx(np.percentile(pooled, 90))
     # 2 (key and value) x 2 layers x 2 heads x 16 x 4 bytes
-    assert found["kv_cache_bytes_per_position"] == 2 * 2 * 2 * 16 * 4
-    assert found["weights_bytes"] == sum(f.stat().st_size for f in bundles["fp32"].glob("model.onnx*"))
+    assert values["kv_cache_bytes_per_position"] == 2 * 2 * 2 * 16 * 4
+    assert values["weights_bytes"] == sum(f.stat().st_size for f in bundles["fp32"].glob("model.onnx*"))
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -54,59 +54,56 @@ def test_tokens_with_the_cache_equal_the_recompute_without(
 ) -> None:
     bundle = copy_with(bundles["fp32"], tmp_path / "b", search__past_present_share_buffer=shared)
     options = ["--prompt", "9", "--generate", "12", "--seed", "3", "--repetitions", "2"]
-    found = result(bundle, *options)
-    assert found["kv_cache_shared_buffer"] is shared
-    prompt = np.random.default_rng(3).integers(0, found["vocab_size"], (1, 9), dtype=np.int64)
+    values = result(bundle, *options)
+    assert values["kv_cache_shared_buffer"] is shared
+    prompt = np.random.default_rng(3).integers(0, values["vocab_size"], (1, 9), dtype=np.int64)
     expected = recompute(bundles["fp32"], prompt[0].tolist(), 12)
     assert len(set(expected)) > 3  # a model that repeats one token would prove nothing
     # The second repetition starts with a cache full of the first one's keys and values.
-    assert [one["tokens"] for one in found["repetitions"]] == [expected, expected]
+    assert [row["tokens"] for row in values["repetitions"]] == [expected, expected]
 
 
 def test_positions_are_fed_where_the_graph_asks_for_them(bundles: dict[str, Path], tmp_path: Path) -> None:
-    bundle = tmp_path / "positions"
-    shutil.copytree(bundles["fp32"], bundle)
+    bundle = copy_with(bundles["fp32"], tmp_path / "positions")
     model = onnx.load(str(bundle / "model.onnx"), load_external_data=False)
     last = next(n for n in model.graph.node if "logits" in n.output)
     last.output[0] = "logits_of_the_model"
     positions = onnx.helper.make_tensor_value_info("position_ids", onnx.TensorProto.INT64, ["b", "s"])
     model.graph.input.append(positions)
     vocab = model.graph.output[0].type.tensor_type.shape.dim[2].dim_value
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(vocab), "depth"))
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0, 1], np.float32), "off_on"))
+    for name, value in (("depth", np.array(vocab)), ("off_on", np.array([0, 1], np.float32))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
     model.graph.node.append(onnx.helper.make_node("OneHot", ["position_ids", "depth", "off_on"], ["logits"]))
     onnx.save(model, str(bundle / "model.onnx"))
-    found = result(bundle, "--prompt", "5", "--generate", "4", "--repetitions", "1")
-    assert found["repetitions"][0]["tokens"] == [4, 5, 6, 7]  # the likeliest token is the position itself
+    values = result(bundle, "--prompt", "5", "--generate", "4", "--repetitions", "1")
+    assert values["repetitions"][0]["tokens"] == [4, 5, 6, 7]  # the likeliest token is the position itself
 
 
 def test_peak_memory_is_that_of_the_runner_not_of_its_parent(bundles: dict[str, Path]) -> None:
     ballast = np.ones(500_000_000, np.uint8)  # a child inherits its parent's ru_maxrss on Linux
-    found = result(bundles["fp32"], "--prompt", "4", "--generate", "2", "--repetitions", "1")
-    assert 10_000_000 < found["peak_memory_bytes"] < ballast.nbytes
+    values = result(bundles["fp32"], "--prompt", "4", "--generate", "2", "--repetitions", "1")
+    assert 10_000_000 < values["peak_memory_bytes"] < ballast.nbytes
 
 
 def test_interactive_answers_line_by_line_and_survives_nonsense(bundles: dict[str, Path]) -> None:
     commands = '{"run": 1}\nnonsense\n{"jump": 1}\n{"run": 1}\n'
     options = ["--interactive", "--prompt", "4", "--generate", "3"]
-    done = start(bundles["fp32"], *options, stdin=commands)
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 0
-    assert list(lines[0]) == ["ready"]
-    assert [next(iter(line)) for line in lines[1:]] == ["ttft_ms", "error", "error", "ttft_ms"]
+    process = start(bundles["fp32"], *options, stdin=commands)
+    lines = [json.loads(line) for line in process.stdout.splitlines()]
+    assert process.returncode == 0
+    assert [next(iter(line)) for line in lines] == ["ready", "ttft_ms", "error", "error", "ttft_ms"]
     assert lines[1]["tokens"] == lines[4]["tokens"]
 
 
 def refused(bundle: Path, *options: str) -> str:
-    done = start(bundle, *options)
-    assert (done.returncode, done.stdout) == (2, "")
-    return done.stderr
+    process = start(bundle, *options)
+    assert (process.returncode, process.stdout) == (2, "")
+    return process.stderr
 
 
 def test_bad_bundles_end_with_code_2_and_say_why(bundles: dict[str, Path], tmp_path: Path) -> None:
     assert "no such folder" in refused(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    assert "holds no model.onnx" in refused(tmp_path / "empty")
+    assert "holds no model.onnx" in refused(tmp_path)
     assert "context is 256" in refused(bundles["fp32"], "--prompt", "250", "--generate", "20")
     headless = copy_with(bundles["fp32"], tmp_path / "headless", model__decoder__head_size=None)
     assert "model.decoder.head_size" in refused(headless)
@@ -129,12 +126,10 @@ def test_bad_options_end_with_code_2(bundles: dict[str, Path]) -> None:
 
 def test_it_is_one_file_for_python_3_9_with_numpy_and_onnxruntime_alone() -> None:
     tree = ast.parse(RUNNER.read_text(encoding="utf-8"), feature_version=(3, 9))
-    imported = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            imported.add((node.module or "").split(".")[0])
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
+    names = [alias.name for node in nodes for alias in node.names]
+    names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    imported = {name.split(".")[0] for name in names}
     assert imported - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.Match)]
 
@@ -142,17 +137,15 @@ def test_it_is_one_file_for_python_3_9_with_numpy_and_onnxruntime_alone() -> Non
 def test_scores_are_those_of_the_whole_sequence_also_one_token_at_a_time(
     bundles: dict[str, Path], tmp_path: Path
 ) -> None:
-    from edgedisp.graph.device_graph import for_device
-
     (tmp_path / "last").mkdir()
     for_device(bundles["fp32"], tmp_path / "last", threads=1)
     requests = [[[3, 7, 11], [2, 9, 30]], [[3, 7, 11], [4]], [[8], [9]]]
-    expected = [(plain_log_prob(bundles["fp32"], *request)) for request in requests]
+    expected = [plain_log_prob(bundles["fp32"], *request) for request in requests]
     for bundle in (bundles["fp32"], tmp_path / "last"):
         lines = json.dumps({"score": requests}) + '\n{"score": [[[1], []]]}\n{"score": [[[1], [99999]]]}\n'
-        done = start(bundle, "--interactive", "--positions", "8", stdin=lines)
-        ready, answer, *refused = map(json.loads, done.stdout.splitlines())
-        assert "ready" in ready and ["error" in one for one in refused] == [True, True]
+        process = start(bundle, "--interactive", "--positions", "8", stdin=lines)
+        ready, answer, *refused = map(json.loads, process.stdout.splitlines())
+        assert "ready" in ready and ["error" in line for line in refused] == [True, True]
         assert [greedy for _, greedy in answer["scores"]] == [greedy for _, greedy in expected]
         np.testing.assert_allclose([s for s, _ in answer["scores"]], [s for s, _ in expected], atol=1e-3)
 
@@ -176,12 +169,12 @@ def test_it_describes_the_machine_and_hashes_files_without_numpy(tmp_path: Path)
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a").write_bytes(b"abc")
     bare = [sys.executable, "-I", "-S", str(RUNNER)]
-    told = [
+    machine, hashes, nothing = (
         json.loads(subprocess.run([*bare, *words], capture_output=True, text=True, check=True).stdout)
         for words in (["--describe"], ["--sha256", str(tmp_path)], ["--sha256", str(tmp_path / "none")])
-    ]
-    assert told[0]["physical_cores"] >= 1 and told[0]["packages"] == {"numpy": None, "onnxruntime": None}
-    assert told[1:] == [{"sub/a": hashlib.sha256(b"abc").hexdigest()}, {}]
+    )
+    assert machine["physical_cores"] >= 1 and machine["packages"] == {"numpy": None, "onnxruntime": None}
+    assert hashes == {"sub/a": hashlib.sha256(b"abc").hexdigest()} and nothing == {}
 
 
 def test_this_machine_is_described_in_json_without_importing_torch() -> None:
@@ -190,9 +183,8 @@ def test_this_machine_is_described_in_json_without_importing_torch() -> None:
         "print(json.dumps(system.describe()));"
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'onnxruntime', 'onnx', 'numpy')))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert 1 <= found["physical_cores"] <= found["logical_cpus"]
-    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert found["packages"]["numpy"] == system.installed_version("numpy")
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0, process.stderr
+    machine = json.loads(process.stdout)
+    assert 1 <= machine["physical_cores"] <= machine["logical_cpus"]
+    assert machine["packages"]["numpy"] == system.installed_version("numpy")
