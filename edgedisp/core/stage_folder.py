@@ -198,8 +198,8 @@ def _check_owner(path: Path, identity: dict[str, Any], name: str) -> None:
             raise BadInput(
                 f"{path}: is not a run folder and not empty ({content}, ...); choose another --out"
             )
-        made = time.strftime("%Y-%m-%dT%H:%M:%S")
-        write_json(path / RUN, {"name": name, "identity": identity, "made": made})
+        created = time.strftime("%Y-%m-%dT%H:%M:%S")
+        write_json(path / RUN, {"name": name, "identity": identity, "made": created})
         return
     owner = read_object(path / RUN)
     if not isinstance(owner.get("identity"), dict):

@@ -69,8 +69,8 @@ def task_result(
         estimate = statistics.score([items], metric, resampling)
         is_share = metric.is_mean and metric.higher_is_better and 0 <= (estimate.value or 0.0) <= 1
         scores[metric.name] = Score(metric.name, estimate, metric.higher_is_better, is_share)
-    asked = [[item["id"], item["document"], item["asked"]] for item in items]
-    digest = hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
+    questions = [[item["id"], item["document"], item["asked"]] for item in items]
+    digest = hashlib.sha256(json.dumps(questions, ensure_ascii=False).encode()).hexdigest()
     score = replace(task, metrics=scores | task.metrics, items_sha256=digest)
     return TaskResult(score, {metric.name: metric for metric in metrics}, [dict(item) for item in items])
 

@@ -62,8 +62,8 @@ def _check_size(path: Path) -> None:
         with path.open("rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(header_size, size)))
-        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        needed = 8 + header_size + max(ends, default=0)
+        offsets = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        needed = 8 + header_size + max(offsets, default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as problem:
         raise BadInput(f"{path}: {size:,} bytes without a whole safetensors header. {again}") from problem
     if size != needed:

@@ -184,13 +184,13 @@ def choose_base(adapter: Adapter, decision: Mapping[str, Any] | None, decider: P
     )
     distance = f"{value:+.4f} nats per token from the full one{interval}"
     reason = f"{row}, the dequantized {adapter.base} base is {distance}: {outcome}"
-    chosen, why = better, reason
+    base, why = better, reason
     if adapter.merge != "auto":
-        chosen, why = str(adapter.merge), f"the recipe says merge: {adapter.merge}"
+        base, why = str(adapter.merge), f"the recipe says merge: {adapter.merge}"
     elif decider is not None:
-        chosen = results_of(decider)["merge_audit"]["chosen"]
+        base = results_of(decider)["merge_audit"]["chosen"]
         why = f"the audit of the arm {decider.parent.name} decides for every arm"
     warning = None
-    if better != chosen and not is_tie:
+    if better != base and not is_tie:
         warning = f"this arm's own audit speaks for {_base_name(better, adapter)}: {reason}"
-    return {"chosen": chosen, "why": why, "warning": warning}
+    return {"chosen": base, "why": why, "warning": warning}
