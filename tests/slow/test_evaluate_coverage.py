@@ -20,9 +20,9 @@ def test_paired_intervals_cover_the_truth_95_times_in_100(documents: int, per_do
     covered = rejected = 0
     for repetition in range(repetitions):
         pair = losses(rng, documents, per_document, 0.0, 0.05)
-        found = difference([pair], PERPLEXITY, Resampling(300, repetition))
-        covered += found.nats.low <= 0 <= found.nats.high
-        rejected += found.estimate.p <= 0.05
+        change = difference([pair], PERPLEXITY, Resampling(300, repetition))
+        covered += change.nats.low <= 0 <= change.nats.high
+        rejected += change.estimate.p <= 0.05
     # Three standard errors of a share of 600 are 2.7 points: 0.90 (too sure) and 0.99 (too wide) both fail.
     assert 0.923 < covered / repetitions < 0.977
     assert rejected / repetitions < 0.077
@@ -34,9 +34,10 @@ def test_accuracy_intervals_cover_and_the_exact_test_rarely_cries_wolf() -> None
     for repetition in range(repetitions):
         first = rng.random(n) < 0.6
         second = np.where(rng.random(n) < 0.7, first, rng.random(n) < 0.6)
-        found = difference([(binary(first), binary(second))], resampling=Resampling(300, repetition)).estimate
-        covered += found.low <= 0 <= found.high
-        rejected += found.p <= 0.05
+        pair = binary(first), binary(second)
+        change = difference([pair], resampling=Resampling(300, repetition)).estimate
+        covered += change.low <= 0 <= change.high
+        rejected += change.p <= 0.05
     assert 0.93 < covered / repetitions < 0.99
     assert rejected / repetitions < 0.05
 
@@ -69,7 +70,7 @@ def test_the_mean_over_tasks_covers_a_true_difference_of_zero() -> None:
             for side, right in zip(pair, (first, second)):
                 side[task] = result(task, binary(right, field="accuracy"), ACCURACY)
         compared = {task: compare_task([(pair[0][task], pair[1][task])], FEW) for task in "abcd"}
-        scores = [{task: one.score for task, one in side.items()} for side in pair]
+        scores = [{task: result.score for task, result in side.items()} for side in pair]
         mean = mean_difference(*scores, compared).estimate
         covered += mean.low <= 0 <= mean.high
     assert 0.90 < covered / repetitions <= 0.995
@@ -82,17 +83,11 @@ def test_the_interval_of_what_quantization_changes_covers_the_truth() -> None:
         hard, tokens = 3 + rng.normal(size=40), rng.integers(20, 200, 40)
         noise = 0.02 * rng.normal(size=(2, 40))
         four = [hard, hard - 0.010 + noise[0], hard + 0.2, hard + 0.196 + noise[1]]
-        results = tuple(
-            result(
-                "loss",
-                [
-                    {"id": k, "document": k, "nll": loss[k] * tokens[k], "tokens": tokens[k]}
-                    for k in range(40)
-                ],
-                PERPLEXITY,
-            )
+        items = [
+            [{"id": k, "document": k, "nll": loss[k] * n, "tokens": n} for k, n in enumerate(tokens)]
             for loss in four
-        )
+        ]
+        results = tuple(result("loss", side, PERPLEXITY) for side in items)
         change = loss_survival([results], Resampling(300, seed)).change
         hits += change.low <= 0.006 <= change.high
     assert 183 <= hits <= 199
@@ -104,8 +99,8 @@ def test_the_detectable_difference_is_found_four_times_out_of_five() -> None:
     rng = np.random.default_rng(3)
     better, worse = (differing + effect) / 2, (differing - effect) / 2
     counts = rng.multinomial(items, [better, worse, 1 - differing], size=repetitions)
-    found = np.mean([mcnemar(int(first), int(second)) <= 0.05 for first, second, _ in counts])
-    assert found == pytest.approx(0.8, abs=0.02 + 3 * math.sqrt(0.16 / repetitions))
+    power = np.mean([mcnemar(int(first), int(second)) <= 0.05 for first, second, _ in counts])
+    assert power == pytest.approx(0.8, abs=0.02 + 3 * math.sqrt(0.16 / repetitions))
 
 
 def test_every_task_of_a_packaged_recipe_is_known_to_lm_eval() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from score_items import FEW, Items, losses, result
+from score_items import FEW, losses, result
 
 from edgedisp.core.results import Estimate, Score, TaskScore
 from edgedisp.evaluate.comparison import (
@@ -32,19 +32,18 @@ from edgedisp.evaluate.statistics import ACCURACY, PERPLEXITY, Resampling, diffe
 DOCUMENTS, WINDOWS = 40, 3
 
 
-def three_seeds() -> list[tuple[Items, Items]]:
-    return [losses(np.random.default_rng([9, seed]), 20, 2, 0.01 * seed, 0.02) for seed in range(3)]
-
-
 def test_task_results_are_averaged_and_compared_over_seeds() -> None:
-    hard = three_seeds()[0][0]
-    pairs = [
-        tuple([{**item, "nll": other["nll"]} for item, other in zip(hard, side)] for side in pair)
-        for pair in three_seeds()
-    ]
-    before, after = ([result("t", items, PERPLEXITY) for items in side] for side in zip(*pairs))
+    seeds = [losses(np.random.default_rng([9, seed]), 20, 2, 0.01 * seed, 0.02) for seed in range(3)]
+    hard = seeds[0][0]  # the same items in each seed
+    before, after = (
+        [
+            result("t", [{**item, "nll": other["nll"]} for item, other in zip(hard, items)], PERPLEXITY)
+            for items in side
+        ]
+        for side in zip(*seeds)
+    )
     compared, mean = compare_task(list(zip(before, after)), FEW), average_task(after, FEW)
-    assert mean.main.estimate == score([one.items for one in after], PERPLEXITY, FEW)
+    assert mean.main.estimate == score([result.items for result in after], PERPLEXITY, FEW)
     assert compared.main == difference([(a.items, b.items) for a, b in zip(before, after)], PERPLEXITY, FEW)
     assert compared.main.second == mean.main.estimate.value
     assert compared.main.estimate.seeds and mean.main.estimate.seeds
@@ -91,11 +90,9 @@ def test_each_task_counts_once_and_the_intervals_add_as_squares() -> None:
     mean = means(before, after)
     parts: Any = [compare_task([(before[name], after[name])], FEW).main.estimate for name in ("a", "b")]
     assert mean.estimate.value == pytest.approx(sum(part.value for part in parts) / 2)
-    low, high = (
-        math.hypot(*(part.value - getattr(part, end) for part in parts)) / 2 for end in ("low", "high")
-    )
-    assert mean.estimate.low == pytest.approx(mean.estimate.value - low)
-    assert mean.estimate.high == pytest.approx(mean.estimate.value + high)
+    for bound, sign in (("low", 1), ("high", -1)):
+        half = math.hypot(*(part.value - getattr(part, bound) for part in parts)) / 2
+        assert mean.estimate.value - getattr(mean.estimate, bound) == pytest.approx(sign * half)
     assert mean.tasks == ("a", "b") and mean.estimate.n == 220
     assert mean.second - mean.first == pytest.approx(mean.estimate.value)
 
@@ -121,10 +118,9 @@ def test_the_luck_of_seeds_is_shared_by_the_tasks_and_widens_the_interval() -> N
     rng = np.random.default_rng(6)
     first = {name: rng.random(200) < 0.5 for name in "ab"}
     before = {name: task(name, right) for name, right in first.items()}
-    lucky = [0.0, 0.3, -0.3]  # a seed that is good at one task is good at the other
     afters = [
         {name: task(name, np.where(rng.random(200) < abs(luck), luck > 0, first[name])) for name in first}
-        for luck in lucky
+        for luck in (0.0, 0.3, -0.3)  # a seed that is good at one task is good at the other
     ]
     compared: Any = {
         name: compare_task([(before[name], after[name]) for after in afters], FEW) for name in "ab"

@@ -22,12 +22,7 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.files import from_json, to_json
 from edgedisp.data import Document
 from edgedisp.evaluate.comparison import Results, compare_task
-from edgedisp.evaluate.heldout_tasks import (
-    CLOZE_CONTEXT,
-    CONTINUATION_CONTEXT,
-    CONTINUATION_SENTENCE,
-    Question,
-)
+from edgedisp.evaluate.heldout_tasks import CLOZE_CONTEXT, CONTINUATION_CONTEXT, CONTINUATION_SENTENCE
 from edgedisp.evaluate.loglikelihood import ScoreOptions
 from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, check_tasks, prepare
 from edgedisp.evaluate.tokenization import sentences
@@ -48,8 +43,8 @@ class Words:
     @staticmethod
     def _split(text: str) -> list[str]:
         # Every piece also with a space before it: the tasks put one before a sentence.
-        found = re.findall(r" ?\w+| ?[^\w\s]|\s", text)
-        return found + [" " + piece for piece in found if not piece.startswith(" ")] if text else []
+        pieces = re.findall(r" ?\w+| ?[^\w\s]|\s", text)
+        return pieces + [" " + piece for piece in pieces if not piece.startswith(" ")]
 
     def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
         return {"input_ids": [self.ids[piece] for piece in re.findall(r" ?\w+| ?[^\w\s]|\s", text)]}
@@ -64,10 +59,10 @@ WORDS = ["river", "stone", "mill", "hill", "road", "bridge", "field", "farm", "t
 def made_text(number: int, sentences_each: int = 7) -> str:
     """Sentences of 6 to 12 words that go on using the words of their own document."""
     rng = np.random.default_rng([5, number])
-    own = rng.choice(WORDS, 6, replace=False).tolist()
+    vocabulary = rng.choice(WORDS, 6, replace=False).tolist()
     parts = []
     for _ in range(sentences_each):
-        words = [f"x{number}", *rng.choice(own, rng.integers(5, 11)).tolist()]
+        words = [f"x{number}", *rng.choice(vocabulary, rng.integers(5, 11)).tolist()]
         parts.append(" ".join(words).capitalize() + ".")
     return " ".join(parts)
 
@@ -77,8 +72,8 @@ TOKENIZER = Words([document.text for document in DOCUMENTS])
 
 
 def suite(names: list[str] = ALL, documents: list[Document] = DOCUMENTS, **options: Any) -> TaskSuite:
-    chosen = SuiteOptions(tuple(names), **{"context": 96, "limit": 20, **options})
-    return prepare(TOKENIZER, documents, chosen, end_of_text=0)
+    suite_options = SuiteOptions(tuple(names), **{"context": 96, "limit": 20, **options})
+    return prepare(TOKENIZER, documents, suite_options, end_of_text=0)
 
 
 def text_of(ids: Any) -> str:
@@ -89,10 +84,6 @@ def model_of(table: NDArray[np.float32]) -> Bigram:
     model = Bigram(len(table), context=128)
     model.table = table
     return model
-
-
-def uniform() -> Bigram:
-    return model_of(np.zeros((len(TOKENIZER.pieces),) * 2, np.float32))
 
 
 def bigrams() -> Bigram:
@@ -109,30 +100,30 @@ class Repeating(Bigram):
     """Expects the words of its context again: P(next) grows with how often a word occurred so far."""
 
     def logits(self, ids: NDArray[np.int64], last: int) -> NDArray[np.float32]:
-        seen = np.cumsum(np.eye(self.vocab_size)[ids], axis=0)
-        return np.log(seen + 0.1).astype(np.float32)[-last:]
+        counts = np.cumsum(np.eye(self.vocab_size)[ids], axis=0)
+        return np.log(counts + 0.1).astype(np.float32)[-last:]
 
 
 # ---------------------------------------------------------------- sentences
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [
-        ["One ends here.", "Another follows!", "Does a third?", "Yes."],
-        ["J. R. R. Tolkien wrote it.", "He lived in Oxford."],
-        ["Dr. Smith met Mr. Jones in St. Louis.", "They spoke."],
-        ["It was sold to Acme Inc. in 1990.", "The U.S. Army bought it.", "It cost 3.5 million."],
-        ["It was No. 5 on the list.", "The answer was no.", "He left."],
-        ["She said “no.”", "He left (at 5 p.m. sharp).", "“Why?”", "Nobody knows."],
-        ["Some animals, e.g. Asian elephants, are large.", "Others are not."],
-        ["Él nació en Lima.", "¿Dónde murió?", "Ångström war Schwede."],
-        ["no capital at all"],
-    ],
+SENTENCES = (
+    ["One ends here.", "Another follows!", "Does a third?", "Yes."],
+    ["J. R. R. Tolkien wrote it.", "He lived in Oxford."],
+    ["Dr. Smith met Mr. Jones in St. Louis.", "They spoke."],
+    ["It was sold to Acme Inc. in 1990.", "The U.S. Army bought it.", "It cost 3.5 million."],
+    ["It was No. 5 on the list.", "The answer was no.", "He left."],
+    ["She said “no.”", "He left (at 5 p.m. sharp).", "“Why?”", "Nobody knows."],
+    ["Some animals, e.g. Asian elephants, are large.", "Others are not."],
+    ["Él nació en Lima.", "¿Dónde murió?", "Ångström war Schwede."],
+    ["no capital at all"],
 )
-def test_sentences_end_where_a_reader_would_end_them(parts: list[str]) -> None:
-    text = "  " + " \n".join(parts) + " "
-    assert [text[start:end] for start, end in sentences(text)] == parts
+
+
+def test_sentences_end_where_a_reader_would_end_them() -> None:
+    for parts in SENTENCES:
+        text = "  " + " \n".join(parts) + " "
+        assert [text[start:end] for start, end in sentences(text)] == parts
 
 
 @given(st.text("ab .!?A\n1\"')", max_size=60))
@@ -147,15 +138,14 @@ def test_sentences_lose_nothing_but_white_space(text: str) -> None:
 
 
 def test_items_depend_on_documents_tokenizer_and_seed_alone() -> None:
-    first, second = suite(), suite()
-    assert first.questions == second.questions
-    assert (
-        suite(documents=DOCUMENTS[::-1]).questions["heldout_perplexity"]
-        != first.questions["heldout_perplexity"]
+    first, turned, other = (
+        suite().questions,
+        suite(documents=DOCUMENTS[::-1]).questions,
+        suite(seed=1).questions,
     )
-    assert all(suite(seed=1).questions[name] != first.questions[name] for name in ALL)
-    alone = suite(["heldout_continuation"]).questions["heldout_continuation"]
-    assert alone == first.questions["heldout_continuation"]
+    assert first == suite().questions and first["heldout_perplexity"] != turned["heldout_perplexity"]
+    assert all(other[name] != first[name] for name in ALL)
+    assert suite([ALL[2]]).questions[ALL[2]] == first[ALL[2]]
 
 
 def test_items_are_spread_over_the_documents_and_fit_the_context() -> None:
@@ -168,25 +158,17 @@ def test_items_are_spread_over_the_documents_and_fit_the_context() -> None:
         assert max(Counter(question.document for question in few[name]).values()) == 2
 
 
-def test_windows_start_after_end_of_text_and_predict_every_token_once() -> None:
-    questions = suite(["heldout_perplexity"], documents=DOCUMENTS[:3], context=20, limit=100).questions
-    by_document: dict[str, list[Question]] = {}
-    for question in questions["heldout_perplexity"]:
-        by_document.setdefault(question.document, []).append(question)
+def test_windows_predict_every_token_once_from_end_of_text_on_within_the_token_budget() -> None:
+    questions = suite([ALL[0]], documents=DOCUMENTS[:3], context=20, limit=100).questions[ALL[0]]
     for document in DOCUMENTS[:3]:
-        windows = by_document[document.id]
-        assert len(windows) > 2
-        assert windows[0].requests[0][0] == (0,)
+        windows = [question for question in questions if question.document == document.id]
+        assert len(windows) > 2 and windows[0].requests[0][0] == (0,)
         assert "".join(text_of(window.requests[0][1]) for window in windows) == document.text
         assert sum(window.sizes[0] for window in windows) == len(document.text.encode())
-
-
-def test_windows_keep_within_the_token_budget() -> None:
     for budget in (150, 300, 600):
-        questions = suite(["heldout_perplexity"], perplexity_tokens=budget).questions["heldout_perplexity"]
-        spent = sum(len(question.requests[0][1]) for question in questions)
-        assert budget - 96 < spent <= budget
-    assert len(suite(["heldout_perplexity"], perplexity_tokens=1).questions["heldout_perplexity"]) == 2
+        questions = suite([ALL[0]], perplexity_tokens=budget).questions[ALL[0]]
+        assert budget - 96 < sum(len(question.requests[0][1]) for question in questions) <= budget
+    assert len(suite([ALL[0]], perplexity_tokens=1).questions[ALL[0]]) == 2
 
 
 def test_cloze_asks_for_the_last_word_of_a_sentence_after_thirty_words() -> None:
@@ -198,15 +180,15 @@ def test_cloze_asks_for_the_last_word_of_a_sentence_after_thirty_words() -> None
         assert passage + text_of(word) + "." in texts[question.document]
         assert len(passage.split()) >= 30 and context[0] == 0 and len(context) <= CLOZE_CONTEXT
         assert question.notes["seen"] == (text_of(word).strip() in passage.lower().split())
-
-
-def test_cloze_prefers_words_that_occurred_in_the_passage() -> None:
+    # Words that occurred in the passage come first.
     start = "Here are thirty words of one passage " * 5
-    ends = {
-        "known": "and the name is lantern. They all call it lantern.",
-        "new": "and nobody would guess anchor. Nor would they guess beacon.",
-    }
-    documents = [Document(f"{name}{k}", start + end) for name, end in ends.items() for k in range(4)]
+    known = "and the name is lantern. They all call it lantern."
+    new = "and nobody would guess anchor. Nor would they guess beacon."
+    documents = [
+        Document(f"{name}{k}", start + end)
+        for name, end in (("known", known), ("new", new))
+        for k in range(4)
+    ]
     tokenizer = Words([document.text for document in documents])
     prepared = prepare(tokenizer, documents, SuiteOptions(("heldout_cloze",), 96, 6), end_of_text=0)
     questions = prepared.questions["heldout_cloze"]
@@ -246,38 +228,32 @@ def test_too_little_text_says_how_much_there_is_and_what_helps() -> None:
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary_and_guesses() -> None:
-    results = suite(limit=24).run(uniform())
-    score, items = results["heldout_perplexity"].score, results["heldout_perplexity"].items
     vocabulary = len(TOKENIZER.pieces)
+    results = suite(limit=24).run(model_of(np.zeros((vocabulary, vocabulary), np.float32)))
+    score, items = results["heldout_perplexity"].score, results["heldout_perplexity"].items
     size, tokens = (sum(item[name] for item in items) for name in ("bytes", "tokens"))
     assert score.main.estimate.value == pytest.approx(vocabulary)
     bits = score.metrics["bits_per_byte"].estimate.value
     assert bits == pytest.approx(tokens * math.log2(vocabulary) / size)
     assert (score.main.metric, score.main.higher_is_better) == ("perplexity", False)
     guessed = results["heldout_continuation"].score
-    assert guessed.chance == 0.25
-    assert guessed.main.estimate.low < 0.25 < guessed.main.estimate.high  # type: ignore[operator]
+    assert guessed.main.estimate.low < guessed.chance == 0.25 < guessed.main.estimate.high  # type: ignore[operator]
 
 
 def test_perplexity_equals_the_closed_form_of_a_bigram_table() -> None:
     model = bigrams()
     estimate = suite(limit=24).run(model)["heldout_perplexity"].score.main.estimate
-    total = count = 0.0
-    for document in DOCUMENTS:
-        ids = [0, *TOKENIZER(document.text)["input_ids"]]
-        for before, after in itertools.pairwise(ids):
-            row = model.table[before].astype(np.float64)
-            total -= row[after] - np.log(np.exp(row).sum())
-            count += 1
-    assert estimate.n == 24 and estimate.value == pytest.approx(math.exp(total / count), rel=1e-6)
+    texts = [TOKENIZER(document.text)["input_ids"] for document in DOCUMENTS]
+    log_probs = [value for ids in texts for value in model.logprobs([0], ids)]
+    assert estimate.n == 24 and estimate.value == pytest.approx(math.exp(-np.mean(log_probs)), rel=1e-6)
 
 
 def test_answers_are_read_as_the_tasks_say() -> None:
-    result = suite().run(Repeating(len(TOKENIZER.pieces), context=128))["heldout_continuation"]
+    model, prepared = bigrams(), suite()
+    result = prepared.run(Repeating(len(TOKENIZER.pieces), context=128))["heldout_continuation"]
     assert (result.score.main.estimate.value or 0) > 0.9
     for item in result.items:
         assert item["accuracy"] == (item["choice"] == item["gold"]) == (item["margin"] > 0)
-    model, prepared = bigrams(), suite()
     result = prepared.run(model)["heldout_cloze"]
     for question, item in zip(prepared.questions["heldout_cloze"], result.items, strict=True):
         ((context, word),) = question.requests
@@ -288,8 +264,8 @@ def test_answers_are_read_as_the_tasks_say() -> None:
 def test_results_survive_json_and_are_the_same_again() -> None:
     notes: list[str] = []
     options = ScoreOptions(progress=lambda done, total, note: notes.append(note))
-    first, second = suite().run(bigrams(), options), suite().run(bigrams())
-    assert first == second and list(first) == ALL
+    first = suite().run(bigrams(), options)
+    assert first == suite().run(bigrams()) and list(first) == ALL
     with pytest.raises(ValueError, match="do not hold the same items"):
         compare_task([(first["heldout_cloze"], first["heldout_continuation"])])
     assert from_json(Results, json.loads(json.dumps(to_json(first), allow_nan=False))) == first
@@ -301,11 +277,11 @@ def test_results_survive_json_and_are_the_same_again() -> None:
 
 def test_names_that_are_no_tasks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(BadInput, match=r'arc_easy: not a held-out task.*pip install "edgedisp\[bench\]"'):
-        check_tasks(["arc_easy"])
-    with pytest.raises(BadInput, match=r"heldout_clozes.*did you mean heldout_cloze,"):
-        check_tasks(["heldout_clozes"])
-    with pytest.raises(BadInput, match=r"evaluate\.tasks is empty; choose from heldout_perplexity"):
-        check_tasks([])
-    with pytest.raises(BadInput, match=r"evaluate\.tasks_path: .*nothing is no folder"):
-        check_tasks(["heldout_cloze"], tmp_path / "nothing")
+    for names, folder, message in (
+        (["arc_easy"], None, r'arc_easy: not a held-out task.*pip install "edgedisp\[bench\]"'),
+        (["heldout_clozes"], None, r"heldout_clozes.*did you mean heldout_cloze,"),
+        ([], None, r"evaluate\.tasks is empty; choose from heldout_perplexity"),
+        (["heldout_cloze"], tmp_path / "nothing", r"evaluate\.tasks_path: .*nothing is no folder"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            check_tasks(names, folder)

@@ -25,39 +25,34 @@ def test_scores_equal_the_closed_form_and_come_in_request_order(parallel: int) -
     requests = some_requests(model.vocab_size)
     progress: list[int] = []
     options = ScoreOptions(progress=lambda done, total, note: progress.append(done))
-    for request, found in zip(requests, loglikelihoods(model, requests, options=options), strict=True):
-        assert found.logprobs == pytest.approx(model.logprobs(*request), abs=1e-6)
+    for request, result in zip(requests, loglikelihoods(model, requests, options=options), strict=True):
+        assert result.logprobs == pytest.approx(model.logprobs(*request), abs=1e-6)
     assert progress == sorted(progress) and progress[-1] == len(requests)
-
-
-def test_greedy_means_that_every_token_was_the_most_likely_one() -> None:
-    model = Bigram()
     chain = [3, *model.greedy([3], 4, frozenset())]
-    wrong = [*chain[:-1], (chain[-1] + 1) % model.vocab_size]
-    right, missed = loglikelihoods(model, [(chain[:1], chain[1:]), (wrong[:1], wrong[1:])])
-    assert right.greedy and not missed.greedy
+    wrong = [*chain[1:-1], (chain[-1] + 1) % model.vocab_size]
+    right, missed = loglikelihoods(model, [(chain[:1], chain[1:]), (chain[:1], wrong)])
+    assert right.greedy and not missed.greedy  # greedy: every token was the most likely of all
 
 
 def test_requests_with_the_same_input_are_computed_once() -> None:
     model = Bigram()
     same, choices = ([1, 2, 3], [4, 5]), [([1, 2], [last]) for last in range(4)]
-    found = loglikelihoods(model, [same, *choices, same, ([1, 2, 3, 4], [5])])
-    assert sorted(model.rows) == [(1, 2), (1, 2, 3, 4)] and found[0] == found[5]
-    sums = [one.sum_logprob for one in found[1:5]]
-    assert sums == pytest.approx([model.logprobs([2], [k])[0] for k in range(4)], abs=1e-6)
-    assert found[6].sum_logprob == pytest.approx(model.logprobs([4], [5])[0], abs=1e-6)
+    results = loglikelihoods(model, [same, *choices, same, ([1, 2, 3, 4], [5])])
+    assert sorted(model.rows) == [(1, 2), (1, 2, 3, 4)] and results[0] == results[5]
+    expected = [model.logprobs(*request)[0] for request in (*choices, ([4], [5]))]
+    sums = [result.sum_logprob for result in (*results[1:5], results[6])]
+    assert sums == pytest.approx(expected, abs=1e-6)
 
 
 def test_too_long_a_context_is_cut_on_the_left_and_keeps_its_bos_token() -> None:
     model, request = Bigram(context=8), ([1, 2, 3, 4, 5, 6, 7, 8, 9], [2, 4, 6])
-    found = loglikelihoods(model, [request])[0]
-    assert model.rows == [(4, 5, 6, 7, 8, 9, 2, 4)] and found.dropped == 3
-    assert found.logprobs == pytest.approx(model.logprobs(*request), abs=1e-6)
-    model.rows.clear()
-    found = loglikelihoods(model, [request], ScoreOptions(bos_token=1))[0]
-    assert model.rows == [(1, 5, 6, 7, 8, 9, 2, 4)] and found.dropped == 3
+    for bos_token, first in ((None, 4), (1, 1)):
+        (result,) = loglikelihoods(model, [request], ScoreOptions(bos_token=bos_token))
+        assert model.rows == [(first, 5, 6, 7, 8, 9, 2, 4)] and result.dropped == 3
+        assert result.logprobs == pytest.approx(model.logprobs(*request), abs=1e-6)
+        model.rows.clear()
     (empty,) = loglikelihoods(model, [([1, 2], [])])  # an empty continuation is certain
-    assert (empty.logprobs, empty.sum_logprob, empty.greedy) == ((), 0.0, True) and len(model.rows) == 1
+    assert (empty.logprobs, empty.sum_logprob, empty.greedy) == ((), 0.0, True) and not model.rows
 
 
 def test_requests_that_no_model_can_answer_are_refused() -> None:
@@ -98,10 +93,7 @@ def test_rolling_windows_predict_each_token_once_with_the_text_before_it(
         assert list(earlier) == text[start - len(earlier) : start]
         predicted += after
     assert predicted == ids
-
-
-def test_the_last_rolling_window_is_filled_up_with_earlier_text() -> None:
-    windows = list(rolling_windows(range(10), context=4, prefix=99))
+    windows = list(rolling_windows(range(10), context=4, prefix=99))  # the last is filled up
     assert windows == [((99,), (0, 1, 2, 3)), ((3,), (4, 5, 6, 7)), ((5, 6, 7), (8, 9))]
 
 
@@ -120,9 +112,7 @@ def pieces(text: str) -> list[int]:
 def test_joined_texts_keep_the_tokens_of_the_whole(context: str, continuation: str) -> None:
     before, after = encode_pair(pieces, context, continuation)
     assert before + after == pieces(context + continuation) and after
-
-
-def test_a_space_or_a_token_across_the_join_belongs_to_the_continuation() -> None:
+    # What crosses the join belongs to the continuation.
     assert encode_pair(pieces, "b ", "ab") == encode_pair(pieces, "b", " ab") == (pieces("b"), pieces(" ab"))
     assert encode_pair(pieces, "ba", "b") == (pieces("b"), pieces("ab"))
 
@@ -132,23 +122,19 @@ def test_a_space_or_a_token_across_the_join_belongs_to_the_continuation() -> Non
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[ScoreCache]:
-    with closing(ScoreCache(tmp_path / "scores.sqlite", "a model")) as opened:
-        yield opened
+    with closing(ScoreCache(tmp_path / "scores.sqlite", "a model")) as cache:
+        yield cache
 
 
-def test_values_are_read_back_to_the_bit_by_their_model_alone(cache: ScoreCache) -> None:
+def test_values_are_read_back_to_the_bit_by_their_model_alone(cache: ScoreCache, tmp_path: Path) -> None:
     values = {str(number): [number + 0.1 + 0.2, -1e-300] for number in range(1200)}
     cache.write(values)
     assert cache.read([*values, "other"]) == values
     with closing(ScoreCache(cache.path, "another model")) as other:
         assert other.read(["0"]) == {}
-
-
-def test_a_file_that_is_no_cache_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "scores.sqlite"
-    path.write_text("hello " * 400)
-    with pytest.raises(BadInput, match=r"scores\.sqlite: cannot be used .*delete it"):
-        ScoreCache(path, "a model")
+    (tmp_path / "text.sqlite").write_text("hello " * 400)
+    with pytest.raises(BadInput, match=r"text\.sqlite: cannot be used .*delete it"):
+        ScoreCache(tmp_path / "text.sqlite", "a model")
 
 
 def test_only_new_items_are_computed(cache: ScoreCache) -> None:

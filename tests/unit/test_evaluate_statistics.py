@@ -112,25 +112,23 @@ def test_accuracies_carry_wilsons_interval_the_exact_test_and_the_counts() -> No
     first, second = binary([1, 1, 1, 0, 0, 0, 0, 0, 1, 1]), binary([1, 0, 1, 1, 1, 1, 1, 1, 1, 1])
     estimate = score([first])
     assert (estimate.value, (estimate.low, estimate.high)) == (0.5, wilson(5, 10))
-    found: Any = pair_of(first, second)
-    assert (found.only_first, found.only_second, found.test) == (1, 5, "mcnemar")
-    assert found.estimate.p == mcnemar(1, 5)
+    result: Any = pair_of(first, second)
+    assert (result.only_first, result.only_second, result.test) == (1, 5, "mcnemar")
+    assert result.estimate.p == mcnemar(1, 5)
     low, high = tango(1, 5, 10)
-    assert found.estimate.low <= low < found.estimate.value < high <= found.estimate.high
+    assert result.estimate.low <= low < result.estimate.value < high <= result.estimate.high
     halves = values([0.5] * 4), values([0, 1, 1, 1])  # parts of an answer: neither count nor Tango's interval
-    found = pair_of(*halves)
-    assert (found.only_first, found.only_second, found.test) == (None, None, "document_swap")
-    weighed = pair_of(
-        *([{**item, "one": 1} for item in side] for side in halves), metric=Metric("v", denominator="one")
-    )
-    assert found.estimate == weighed.estimate
+    result = pair_of(*halves)
+    assert (result.only_first, result.only_second, result.test) == (None, None, "document_swap")
+    weighed = [[{**item, "weight": 1} for item in side] for side in halves]
+    assert result.estimate == pair_of(*weighed, metric=Metric("v", denominator="weight")).estimate
 
 
 def test_clustered_accuracies_are_tested_by_document_and_no_narrower_than_wilson() -> None:
     first, second = binary([0] * 12, per_document=6), binary([1] * 6 + [0] * 6, per_document=6)
-    found = pair_of(first, second)
+    result = pair_of(first, second)
     assert mcnemar(0, 6) < 0.05
-    assert found.test == "document_swap" and (found.estimate.p or 0) > 0.3
+    assert result.test == "document_swap" and (result.estimate.p or 0) > 0.3
     alike: Any = score([binary([1, 0] * 6, per_document=2)])  # every document has the same share
     assert (alike.low, alike.high) == wilson(6, 12)
 
@@ -169,14 +167,14 @@ def test_items_of_one_document_do_not_count_as_independent() -> None:
 
 def test_pairing_sees_what_two_separate_intervals_hide() -> None:
     first, second = losses(np.random.default_rng(1), 40, 2, -0.05, 0.02)
-    found: Any = pair_of(first, second, metric=PERPLEXITY)
+    result: Any = pair_of(first, second, metric=PERPLEXITY)
     means = [sum(i["nll"] for i in arm) / sum(i["tokens"] for i in arm) for arm in (first, second)]
-    assert found.estimate.value == pytest.approx(math.exp(means[1]) - math.exp(means[0]))
-    assert (found.first, found.second) == pytest.approx((math.exp(means[0]), math.exp(means[1])))
-    assert found.nats.value == pytest.approx(means[1] - means[0])
-    assert (found.estimate.n, found.estimate.documents, found.per) == (80, 40, "tokens")
+    assert result.estimate.value == pytest.approx(math.exp(means[1]) - math.exp(means[0]))
+    assert (result.first, result.second) == pytest.approx((math.exp(means[0]), math.exp(means[1])))
+    assert result.nats.value == pytest.approx(means[1] - means[0])
+    assert (result.estimate.n, result.estimate.documents, result.per) == (80, 40, "tokens")
     assert score([second], PERPLEXITY).high > score([first], PERPLEXITY).low  # type: ignore[operator]
-    assert found.estimate.high < 0 and found.estimate.p < 0.01
+    assert result.estimate.high < 0 and result.estimate.p < 0.01
     bits = pair_of(first, second, metric=BITS_PER_BYTE)
     assert bits.nats is None and bits.per is None and not bits.higher_is_better
     assert pair_of(first, second, metric=replace(PERPLEXITY, denominator=None)).per == "item"
@@ -212,8 +210,8 @@ def test_the_swap_test_is_the_exact_permutation_test() -> None:
     assert swap_test(np.zeros(5)) == 1.0
     first, second = losses(np.random.default_rng(3), 9, 1, -0.02, 0.05)
     by_document = np.array([b["nll"] - a["nll"] for a, b in zip(first, second)])
-    found = pair_of(first, second, metric=PERPLEXITY, resampling=Resampling(500, 4))
-    assert found.estimate.p == swap_test(by_document, Resampling(500, 4)) and found.test == "document_swap"
+    result = pair_of(first, second, metric=PERPLEXITY, resampling=Resampling(500, 4))
+    assert result.estimate.p == swap_test(by_document, Resampling(500, 4)) and result.test == "document_swap"
 
 
 @pytest.mark.parametrize(("bootstrap", "least"), [(50, 9991), (1500, 15001)])
@@ -241,8 +239,8 @@ def test_degenerate_input_gives_no_nan() -> None:
     assert score([binary([1])]).has_interval  # Wilson's needs no second document
     huge = score([[{"id": k, "document": k, "nll": 1e6, "tokens": 1} for k in range(3)]], PERPLEXITY)
     assert huge.value == math.exp(700)
-    for found in (equal, same, single, huge):
-        json.dumps(to_json(found), allow_nan=False)
+    for result in (equal, same, single, huge):
+        json.dumps(to_json(result), allow_nan=False)
 
 
 # Several training seeds
@@ -250,26 +248,28 @@ def test_degenerate_input_gives_no_nan() -> None:
 
 def test_values_are_the_seeds_and_the_items_interval_is_that_of_the_items_means() -> None:
     before, after = trainings(luck=0.01), trainings(luck=0.03, gain=0.02)
-    found: Any = difference(list(zip(before, after)), PERPLEXITY)
+    result: Any = difference(list(zip(before, after)), PERPLEXITY)
     each = [
         sum(b["nll"] - a["nll"] for a, b in zip(first, second)) / (20 * ITEMS)
         for first, second in zip(before, after)
     ]
-    assert found.nats.seeds.values == pytest.approx(each) and found.nats.value == pytest.approx(np.mean(each))
-    assert found.nats.seeds.sd == pytest.approx(np.std(each, ddof=1))
+    assert result.nats.seeds.values == pytest.approx(each) and result.nats.value == pytest.approx(
+        np.mean(each)
+    )
+    assert result.nats.seeds.sd == pytest.approx(np.std(each, ddof=1))
     means = []
     for side in (before, after):
         table = np.array([[item["nll"] for item in items] for items in side]).mean(axis=0)
         means.append([{**item, "nll": nll} for item, nll in zip(side[0], table)])
     plain: Any = pair_of(*means, metric=PERPLEXITY)
-    for estimate, alone in ((found.estimate, plain.estimate), (found.nats, plain.nats)):
+    for estimate, alone in ((result.estimate, plain.estimate), (result.nats, plain.nats)):
         items_alone = (estimate.seeds.item_low, estimate.seeds.item_high)
         assert items_alone == pytest.approx((alone.low, alone.high))
-    assert found.test == "items_and_seeds" and found.estimate.p == combined_p(found.nats)
+    assert result.test == "items_and_seeds" and result.estimate.p == combined_p(result.nats)
     bits: Any = difference(list(zip(before, after)), Metric("nll", "nll", None, "bits"))
     assert bits.estimate.p == combined_p(bits.estimate)
-    one: Any = score(before, PERPLEXITY)
-    assert one.value == pytest.approx(np.exp(np.mean(np.log(one.seeds.values))))  # losses are averaged
+    mean: Any = score(before, PERPLEXITY)
+    assert mean.value == pytest.approx(np.exp(np.mean(np.log(mean.seeds.values))))  # losses are averaged
 
 
 def test_both_ends_follow_the_formula() -> None:
@@ -300,8 +300,8 @@ def test_right_and_wrong_answers_keep_tangos_interval_over_seeds() -> None:
     before = [binary(rng.random(ITEMS) < 0.5, field="accuracy") for _ in range(SEEDS)]
     after = [binary(rng.random(ITEMS) < 0.9, field="accuracy") for _ in range(SEEDS)]
     same: Any = difference(list(zip(before, before)), ACCURACY).estimate
-    ends = tango(0, 0, ITEMS)  # no item differs in any seed: not "exactly zero"
-    assert (same.seeds.item_low, same.seeds.item_high) == pytest.approx(ends)
+    # No item differs in any seed: not "exactly zero".
+    assert (same.seeds.item_low, same.seeds.item_high) == pytest.approx(tango(0, 0, ITEMS))
     assert same.value == 0 and same.p == 1.0
     other: Any = difference(list(zip(before, after)), ACCURACY)
     counts = [
@@ -315,7 +315,6 @@ def test_right_and_wrong_answers_keep_tangos_interval_over_seeds() -> None:
 
 def test_one_document_has_seeds_but_no_interval() -> None:
     lists = [[{**item, "document": "d"} for item in items] for items in trainings(luck=0.1)]
-    found: Any = difference(list(zip(lists, reversed(lists))), PERPLEXITY)
-    estimate = found.estimate
-    assert estimate.low is None and estimate.seeds.sd and estimate.seeds.item_se is None
-    assert found.test == "document_swap" and estimate.p is not None
+    result: Any = difference(list(zip(lists, reversed(lists))), PERPLEXITY)
+    assert result.estimate.low is None and result.test == "document_swap" and result.estimate.p is not None
+    assert result.estimate.seeds.sd and result.estimate.seeds.item_se is None

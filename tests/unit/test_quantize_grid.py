@@ -59,17 +59,16 @@ def run(
     tensors = {"data": data, "scales": packed.scales}
     if packed.zero_points is not None:
         tensors["zero_points"] = packed.zero_points
-    names = ["data", "scales", *(["zero_points"] if packed.zero_points is not None else [])]
-    inputs = ["x", *names] if op == "MatMulNBits" else ["data", "x", *names[1:]]
-    kind = TensorProto.FLOAT if op == "MatMulNBits" else TensorProto.INT64
+    names = ["cast", *list(tensors)[2:]]
+    is_product = op == "MatMulNBits"
+    inputs = ["x", "data", *names] if is_product else ["data", "x", *names]
+    kind = TensorProto.FLOAT if is_product else TensorProto.INT64
     cast = helper.make_node("Cast", ["scales"], ["cast"], to=TensorProto.FLOAT)
-    inputs = ["cast" if name == "scales" else name for name in inputs]
-    shape: list[str | int | None] = ["n", feed.shape[1]] if op == "MatMulNBits" else ["n"]
     options: dict[str, Any] = attributes
     graph = helper.make_graph(
         [cast, helper.make_node(op, inputs, ["y"], domain="com.microsoft", **options)],
-        "one",
-        [helper.make_tensor_value_info("x", kind, shape)],
+        "node",
+        [helper.make_tensor_value_info("x", kind, ["n", *feed.shape[1:]])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", width])],
         [numpy_helper.from_array(tensor, name) for name, tensor in tensors.items()],
     )
@@ -143,13 +142,15 @@ def test_the_error_is_half_a_step_or_one_at_a_symmetric_grids_short_end(weight: 
 
 def test_scales_of_nothing_of_too_much_and_below_what_fp16_resolves() -> None:
     assert storable(torch.tensor([0.0, 1e9, -1e9])).tolist() == [0.0, 65504.0, -65504.0]
-    step = (
-        2.0**-24
-    )  # of fp16 below 2^-14: the next larger one, so that no value is cut off; above, the nearest
+    # The step of fp16 below 2^-14: the next larger one, so that no value is cut off; above, the nearest.
+    step = 2.0**-24
     small = torch.tensor([1.3, 7.0, -8.2, 2.0**9 + 0.3, 2.0**10 + 0.3]) * step
     assert (storable(small) / step).tolist() == [2.0, 7.0, -9.0, 513.0, 1024.0]
     with pytest.raises(BadInput, match=r"holds 7e\+04, beyond what scales in fp16 reach \(65,504\)"):
         quantize(torch.tensor([[1.0, -7e4]]), Grid(8, 16, True))
+    for bad in (np.nan, np.inf):
+        with pytest.raises(BadInput, match="not finite"):
+            quantize(torch.tensor([[1.0, bad]]), Grid(8, 32, True))
     with pytest.raises(ValueError, match="not fp16 numbers"):
         scales = torch.full((1, 1), 0.1)
         pack(Blocks(torch.zeros(1, 1, 16, dtype=torch.uint8), scales, None, 16), Grid(8, 16, True))
@@ -167,11 +168,3 @@ def test_four_bit_values_by_hand() -> None:
     blocks = quantize(weight, Grid(4, 16, symmetric=True))
     assert blocks.scales.tolist() == [[-1.125]]
     assert blocks.q[0, 0, :4].tolist() == [13, 0, 8, 5]
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_broken_weight_is_refused(bad: float) -> None:
-    weight = torch.ones(2, 32)
-    weight[1, 3] = bad
-    with pytest.raises(BadInput, match="not finite"):
-        quantize(weight, Grid(8, 32, True))

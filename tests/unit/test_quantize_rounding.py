@@ -24,20 +24,14 @@ def drawn(seed: int, *shape: int) -> Tensor:
 
 def second_moment(seed: int, columns: int, tokens: int) -> Tensor:
     """Of correlated inputs with columns of unequal size."""
-    x = drawn(seed, tokens, columns) @ (
-        torch.eye(columns) + 0.5 * drawn(seed + 1, columns, columns) / columns**0.5
-    )
-    x = (
-        x
-        * torch.logspace(-1, 1, columns)[
-            torch.randperm(columns, generator=torch.Generator().manual_seed(seed))
-        ]
-    )
+    mixing = torch.eye(columns) + 0.5 * drawn(seed + 1, columns, columns) / columns**0.5
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(seed))
+    x = drawn(seed, tokens, columns) @ mixing * torch.logspace(-1, 1, columns)[order]
     return x.T @ x / tokens
 
 
-def layer_error(weight: Tensor, held: Tensor, hessian: Tensor) -> float:
-    difference = (weight - held).double()
+def layer_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
+    difference = (weight - rounded).double()
     return float(((difference @ hessian.double()) * difference).sum())
 
 
@@ -47,9 +41,11 @@ def test_k_quant_leaves_no_more_weighted_error_than_rounding(
     seed: int, grid: Grid, rows: int, columns: int
 ) -> None:
     weight, importance = drawn(seed, rows, columns), drawn(seed + 1, columns).square() + 1e-3
-    blocks = METHODS["k_quant"](weight, grid, importance), quantize(weight, grid)
-    errors = [((dequantize(one, grid) - weight).double().square() * importance).sum() for one in blocks]
-    assert errors[0] <= errors[1] * (1 + 1e-5)
+    k_quant, rtn = (
+        ((dequantize(blocks, grid) - weight).double().square() * importance).sum()
+        for blocks in (METHODS["k_quant"](weight, grid, importance), quantize(weight, grid))
+    )
+    assert k_quant <= rtn * (1 + 1e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -75,15 +71,15 @@ def by_the_paper(weight: Tensor, start: Blocks, hessian: Tensor, grid: Grid, ord
     inverted = np.linalg.inv(hessian.double().numpy())
     scales = start.scales.double().numpy()
     zeros = np.full(scales.shape, grid.middle) if start.zero_points is None else start.zero_points.numpy()
-    held = np.zeros_like(w)
+    rounded = np.zeros_like(w)
     for j in order:
         s, z = scales[:, j // grid.group], zeros[:, j // grid.group].astype(float)
         steps = np.divide(w[:, j], s, out=np.zeros_like(s), where=s != 0)
-        held[:, j] = (np.clip(np.rint(steps + z), 0, grid.highest) - z) * s
-        error = (w[:, j] - held[:, j]) / inverted[j, j]
+        rounded[:, j] = (np.clip(np.rint(steps + z), 0, grid.highest) - z) * s
+        error = (w[:, j] - rounded[:, j]) / inverted[j, j]
         w -= error[:, None] * inverted[j]
         inverted -= np.outer(inverted[:, j], inverted[j]) / inverted[j, j]
-    return torch.from_numpy(held).float()
+    return torch.from_numpy(rounded).float()
 
 
 @pytest.mark.parametrize(
@@ -97,11 +93,11 @@ def test_gptqs_integers_are_optimal_brain_quantization(grid: Grid) -> None:
     order = torch.argsort(damped.diagonal(), descending=True, stable=True).tolist()
     expected = by_the_paper(weight, start, damped, grid, order)
     q = gptq(weight, grid, hessian)[0].q
-    found = dequantize(Blocks(q, start.scales, start.zero_points, columns), grid)
+    result = dequantize(Blocks(q, start.scales, start.zero_points, columns), grid)
     # A value that falls on the middle between two steps may go either way, and the rest of its row after it.
-    same = torch.isclose(found, expected, rtol=1e-4, atol=1e-6).all(dim=1)
+    same = torch.isclose(result, expected, rtol=1e-4, atol=1e-6).all(dim=1)
     assert same.float().mean() >= 0.75
-    assert layer_error(weight, found, damped) == pytest.approx(
+    assert layer_error(weight, result, damped) == pytest.approx(
         layer_error(weight, expected, damped), rel=0.02
     )
 
@@ -115,7 +111,8 @@ def test_gptq_leaves_far_less_of_the_layers_error_and_refitting_less_again(symme
     start = METHODS["k_quant"](weight, grid, diagonal)
     plain = Blocks(blocks.q, start.scales, start.zero_points, 200)
     rounded, unfitted, refitted = (
-        layer_error(weight, dequantize(one, grid), hessian) for one in (quantize(weight, grid), plain, blocks)
+        layer_error(weight, dequantize(rounding, grid), hessian)
+        for rounding in (quantize(weight, grid), plain, blocks)
     )
     assert unfitted < 0.6 * rounded and refitted < unfitted
 
@@ -124,7 +121,7 @@ def test_refitted_scales_solve_the_least_squares_problem() -> None:
     grid, columns = Grid(4, 16, False), 40
     weight, hessian = drawn(11, 5, columns), second_moment(12, columns, 100)
     blocks = quantize(weight, grid)
-    found = refit(blocks, weight, grid, hessian)
+    result = refit(blocks, weight, grid, hessian)
     root = torch.linalg.cholesky(hessian.double()).T  # H = root^T root
     for row in range(len(weight)):
         centered = blocks.q[row].double() - blocks.zero_points[row, :, None].double()  # type: ignore[index]
@@ -133,12 +130,9 @@ def test_refitted_scales_solve_the_least_squares_problem() -> None:
             stop = min(columns, (g + 1) * 16)
             design[g * 16 : stop, g] = centered[g, : stop - g * 16]
         solved = torch.linalg.lstsq(root @ design, root @ weight[row].double()).solution
-        torch.testing.assert_close(found.scales[row].double(), solved, rtol=1e-3, atol=1e-5)
-    # The unit of the activations does not matter.
-    torch.testing.assert_close(refit(blocks, weight, grid, hessian * 1e-9).scales, found.scales)
-
-
-def test_refitting_leaves_the_scale_of_a_group_of_zeros_as_it_is() -> None:
+        torch.testing.assert_close(result.scales[row].double(), solved, rtol=1e-3, atol=1e-5)
+    # The unit of the activations does not matter, and a group of zeros keeps its scale.
+    torch.testing.assert_close(refit(blocks, weight, grid, hessian * 1e-9).scales, result.scales)
     grid = Grid(4, 16, True)
     q = torch.full((1, 2, 16), 8, dtype=torch.uint8)
     q[0, 1] = 9
@@ -154,8 +148,8 @@ def test_without_correlations_the_latent_weight_is_the_weight_in_steps() -> None
     steps = in_groups(weight, 32) / start.scales[..., None]
     inside = (steps - steps.round()).abs().lt(0.49) & steps.abs().lt(7)
     assert inside.float().mean() > 0.8
-    found = in_groups(latent, 32) / blocks.scales[..., None]
-    torch.testing.assert_close(found[inside], steps[inside], rtol=1e-4, atol=1e-4)
+    result = in_groups(latent, 32) / blocks.scales[..., None]
+    torch.testing.assert_close(result[inside], steps[inside], rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=30, deadline=None)
