@@ -64,8 +64,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     data = tmp_path / "questions.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in QUESTIONS))
-    place = tmp_path / "tasks"
-    place.mkdir()
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
     for name, text in YAML.items():
-        (place / f"{name}.yaml").write_text(text.format(data=data))
-    return place
+        (tasks / f"{name}.yaml").write_text(text.format(data=data))
+    return tasks

@@ -15,10 +15,8 @@ FEW = Resampling(200)
 
 
 def binary(values: Any, per_document: int = 1, field: str = "value") -> Items:
-    return [
-        {"id": f"i{k}", "document": f"d{k // per_document}", field: int(value)}
-        for k, value in enumerate(values)
-    ]
+    ids = [{"id": f"i{k}", "document": f"d{k // per_document}"} for k in range(len(values))]
+    return [{**item, field: int(value)} for item, value in zip(ids, values)]
 
 
 def losses(
@@ -32,12 +30,8 @@ def losses(
             tokens = int(rng.integers(20, 60))
             loss = hardness[document] + rng.normal(0, 0.2)
             other = loss + gain[document] + rng.normal(0, 0.03)
-            item = {
-                "id": f"{document}.{index}",
-                "document": str(document),
-                "tokens": tokens,
-                "bytes": 4 * tokens,
-            }
+            item = {"id": f"{document}.{index}", "document": str(document)}
+            item |= {"tokens": tokens, "bytes": 4 * tokens}
             first.append({**item, "nll": loss * tokens})
             second.append({**item, "nll": other * tokens})
     return first, second

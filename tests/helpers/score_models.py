@@ -43,13 +43,12 @@ class Bigram:
 
 def some_requests(vocab_size: int, n: int = 40, seed: int = 1) -> list[tuple[list[int], list[int]]]:
     rng = np.random.default_rng(seed)
-    return [
-        (
-            rng.integers(0, vocab_size, rng.integers(1, 20)).tolist(),
-            rng.integers(0, vocab_size, rng.integers(1, 9)).tolist(),
-        )
-        for _ in range(n)
-    ]
+
+    def tokens(most: int) -> list[int]:
+        ids: list[int] = rng.integers(0, vocab_size, rng.integers(1, most)).tolist()
+        return ids
+
+    return [(tokens(20), tokens(9)) for _ in range(n)]
 
 
 class Letters:

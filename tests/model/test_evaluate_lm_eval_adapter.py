@@ -20,6 +20,7 @@ pytest.importorskip("lm_eval")
 import datasets
 import huggingface_hub
 import lm_eval.api.task
+from graph_twins import make
 from harness_tasks import QUESTIONS, choice_yaml, folder
 from lm_eval.api.instance import Instance
 from score_models import LETTERS, Letters, Speller
@@ -39,12 +40,12 @@ from edgedisp.models import TorchModel, bos_id
 __all__ = ["folder"]  # a fixture
 
 
-def suite(names: list[str], place: Path, limit: int = 100) -> TaskSuite:
-    return prepare(Letters(), [], SuiteOptions(tuple(names), limit=limit, tasks_path=place), end_of_text=0)
+def suite(names: list[str], folder: Path, limit: int = 100) -> TaskSuite:
+    return prepare(Letters(), [], SuiteOptions(tuple(names), limit=limit, tasks_path=folder), end_of_text=0)
 
 
-def run(model: Any, names: list[str], place: Path, limit: int = 100) -> Results:
-    return suite(names, place, limit).run(model)
+def run(model: Any, names: list[str], folder: Path, limit: int = 100) -> Results:
+    return suite(names, folder, limit).run(model)
 
 
 def value(result: TaskResult, metric: str | None = None) -> Any:
@@ -63,7 +64,7 @@ def test_choices_are_scored_as_by_hand(folder: Path) -> None:
     for row, item in zip(QUESTIONS, result.items, strict=True):
         expected = [model.logprob(f"q: {row['question']}\na:", " " + choice) for choice in row["choices"]]
         assert item["logprobs"] == pytest.approx(expected, abs=1e-5)
-        by_length = [one / len(choice) for one, choice in zip(expected, row["choices"], strict=True)]
+        by_length = np.divide(expected, [len(choice) for choice in row["choices"]])
         assert item["acc"] == (int(np.argmax(expected)) == row["gold"])
         assert item["acc_norm"] == (int(np.argmax(by_length)) == row["gold"])
         right, normed = right + int(item["acc"]), normed + int(item["acc_norm"])
@@ -106,16 +107,13 @@ def test_aggregates_made_from_items_equal_lm_evals_own(folder: Path) -> None:
     # LAMBADA's own list has the perplexity first; a mean over tasks takes its accuracy.
     assert [*ours["toy_lambada"].score.metrics] == ["acc", "perplexity"]
     with lm_eval_tasks.quiet():
-        theirs: Any = evaluate(
-            lm=harness(Speller()), task_dict={"tasks": loaded, "groups": {}}, bootstrap_iters=0
-        )
+        theirs: Any = evaluate(harness(Speller()), {"tasks": loaded, "groups": {}}, bootstrap_iters=0)
     for name in names:
         for metric, score in ours[name].score.metrics.items():
-            if metric.startswith("gold_"):
-                continue  # ours alone
             estimate: Any = score.estimate
-            assert estimate.value == pytest.approx(theirs["results"][name][f"{metric},none"], rel=1e-9)
             assert estimate.low <= estimate.value <= estimate.high
+            if not metric.startswith("gold_"):  # these are ours alone
+                assert estimate.value == pytest.approx(theirs["results"][name][f"{metric},none"], rel=1e-9)
 
 
 def test_a_metric_of_the_whole_task_is_carried_over_without_interval(folder: Path) -> None:
@@ -133,7 +131,9 @@ def generate(model: Speller, prompt: str, **options: Any) -> str:
     return harness(model).generate_until([request])[0]
 
 
-def test_generated_text_ends_at_a_stop_string_at_end_of_text_and_at_the_limit(folder: Path) -> None:
+def test_generated_text_ends_at_a_stop_string_at_end_of_text_and_at_the_limit_and_long_prompts_are_cut(
+    folder: Path,
+) -> None:
     model = Speller(context=200)
     model.say("?rain.")
     result = run(model, ["toy_generate"], folder)["toy_generate"]
@@ -151,9 +151,7 @@ def test_generated_text_ends_at_a_stop_string_at_end_of_text_and_at_the_limit(fo
     assert len(model.prompts) == 1
     model.say("c\x00")
     assert generate(model, "a") == "bc"
-
-
-def test_a_long_prompt_is_cut_on_the_left_and_keeps_half_of_the_context() -> None:
+    # A long prompt is cut on the left and keeps half of the context.
     model = Speller(context=32)
     prompt = "the quick brown fox jumps over the lazy dog"
     for text, most in ((prompt, 8), (prompt, 256), ("fox", 256)):
@@ -174,8 +172,8 @@ def test_long_texts_read_in_other_contexts_are_not_the_same_items(folder: Path) 
     names = ["toy_rolling", "toy_choice"]
     wide, narrow = (run(Speller(context=context), names, folder) for context in (64, 16))
     for name in names:  # all choices are longer than 16
-        asked = [{item["asked"] for item in one[name].items} for one in (wide, narrow)]
-        assert not asked[0] & asked[1]
+        hashes = [{item["asked"] for item in results[name].items} for results in (wide, narrow)]
+        assert not hashes[0] & hashes[1]
     again = run(Speller(context=48), ["toy_choice"], folder)["toy_choice"]
     assert again.score.items_sha256 == wide["toy_choice"].score.items_sha256  # none was cut
     cut = narrow["toy_choice"]
@@ -200,27 +198,30 @@ def test_a_group_of_unlike_tasks_or_without_metrics_by_item_gives_each_and_so_do
 def test_scoring_is_silent_and_leaves_global_random_state_logging_and_bars_as_they_were(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    def state() -> tuple[Any, ...]:
+        level = logging.getLogger("lm_eval").level
+        return random.getstate(), np.random.get_state()[1].tolist(), level, lm_eval.api.task.tqdm
+
     random.seed(5)
     np.random.seed(5)
-    logger = logging.getLogger("lm_eval")
-    before = random.getstate(), np.random.get_state()[1].tolist(), logger.level, lm_eval.api.task.tqdm
+    before = state()
     run(Speller(), ["toy_choice"], folder)
-    after = random.getstate(), np.random.get_state()[1].tolist(), logger.level, lm_eval.api.task.tqdm
-    assert after == before and capfd.readouterr() == ("", "")
+    assert state() == before and capfd.readouterr() == ("", "")
 
 
-def test_a_data_set_on_a_hub_that_is_not_there_is_named(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_data_set_that_is_not_there_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     (folder / "far.yaml").write_text(choice_yaml("toy_far", "x").replace("json", "no-such/set"))
-    told = r"toy_far cannot be loaded: ConnectionError.*no-such/set.*heldout_.*tasks_path"
-    found, missing = lm_eval_tasks.load(["toy_far", "toy_choice"], folder)
-    assert [*found] == ["toy_choice"] and [*missing] == ["toy_far"]
-    assert re.search(told, missing["toy_far"])
-    with pytest.raises(BadInput, match=told):  # nothing else is left to score
+    message = r"toy_far cannot be loaded: ConnectionError.*no-such/set.*heldout_.*tasks_path"
+    loaded, missing = lm_eval_tasks.load(["toy_far", "toy_choice"], folder)
+    assert [*loaded] == ["toy_choice"] and [*missing] == ["toy_far"]
+    assert re.search(message, missing["toy_far"])
+    with pytest.raises(BadInput, match=message):  # there is nothing else to score
         run(Speller(), ["toy_far"], folder)
+    (folder / "gone.yaml").write_text(choice_yaml("toy_gone", "gone.jsonl"))
+    with pytest.raises(BadInput, match=r"toy_gone cannot be loaded: FileNotFoundError.*gone\.jsonl"):
+        lm_eval_tasks.load(["toy_gone"], folder)
 
 
 def test_a_hub_out_of_reach_is_asked_once_for_all_data_sets(
@@ -240,12 +241,6 @@ def test_a_hub_out_of_reach_is_asked_once_for_all_data_sets(
     hub.unreachable.cache_clear()
 
 
-def test_a_local_data_file_that_is_missing_is_named(folder: Path) -> None:
-    (folder / "gone.yaml").write_text(choice_yaml("toy_gone", "gone.jsonl"))
-    with pytest.raises(BadInput, match=r"toy_gone cannot be loaded: FileNotFoundError.*gone\.jsonl"):
-        lm_eval_tasks.load(["toy_gone"], folder)
-
-
 def test_a_group_of_tasks_scored_alike_is_one_result_over_their_items(folder: Path) -> None:
     (folder / "other.yaml").write_text(choice_yaml("toy_other", folder.parent / "others.jsonl"))
     rows = [{**row, "question": row["question"][::-1]} for row in QUESTIONS[:3]]
@@ -256,37 +251,35 @@ def test_a_group_of_tasks_scored_alike_is_one_result_over_their_items(folder: Pa
     parts = run(model, ["toy_choice", "toy_other"], folder)
     mean = (5 * value(parts["toy_choice"]) + 3 * value(parts["toy_other"])) / 8
     assert value(pooled) == pytest.approx(mean) and pooled.score.chance == pytest.approx(1 / 3)
-    assert [one["id"] for one in pooled.items[4:6]] == ["toy_choice#4", "toy_other#0"]
+    assert [item["id"] for item in pooled.items[4:6]] == ["toy_choice#4", "toy_other#0"]
     halved = run(model, ["toy_both"], folder, limit=4)["toy_both"]
-    each = [f"toy_{name}#{number}" for name in ("choice", "other") for number in (0, 1)]
-    assert [one["id"] for one in halved.items] == each
+    names = [f"toy_{name}#{number}" for name in ("choice", "other") for number in (0, 1)]
+    assert [item["id"] for item in halved.items] == names
 
 
 def test_what_was_scored_before_is_not_asked_again(folder: Path, tmp_path: Path) -> None:
     prepared = suite(["toy_choice", "toy_rolling", "toy_generate"], folder)
     plain, path = prepared.run(Speller()), tmp_path / "scores.sqlite"
-    with closing(ScoreCache(path, "a")) as cache:
-        assert prepared.run(Speller(), ScoreOptions(cache=cache)) == plain
     silent = Speller()
     silent.table = silent.table * np.nan  # a model that cannot answer anything any more
-    with closing(ScoreCache(path, "a")) as cache:
-        assert prepared.run(silent, ScoreOptions(cache=cache)) == plain
+    for model in (Speller(), silent):
+        with closing(ScoreCache(path, "a")) as cache:
+            assert prepared.run(model, ScoreOptions(cache=cache)) == plain
     assert silent.prompts == []
     with closing(ScoreCache(path, "b")) as cache, pytest.raises(BuildFailed, match="not finite"):
         prepared.run(silent, ScoreOptions(cache=cache))
 
 
 @pytest.mark.parametrize(("bos", "lead"), [("<end>", None), ("<begin>", None), ("<begin>", 257)])
-def test_log_likelihoods_and_text_equal_those_of_lm_evals_torch_backend(bos: str, lead: int | None) -> None:
-    import torch
+def test_log_likelihoods_and_text_equal_those_of_lm_evals_torch_backend(
+    bos: str, lead: int | None, tmp_path: Path
+) -> None:
     from lm_eval.models.huggingface import HFLM
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bare = Tokenizer(
-        models.BPE(vocab={letter: k for k, letter in enumerate(["<end>", *letters, "<begin>"])}, merges=[])
-    )
+    letters = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "<begin>"]
+    bare = Tokenizer(models.BPE(vocab={letter: k for k, letter in enumerate(letters)}, merges=[]))
     bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bare.decoder = decoders.ByteLevel()
     if lead is not None:  # a tokenizer like Gemma's or Llama 3's
@@ -295,30 +288,11 @@ def test_log_likelihoods_and_text_equal_those_of_lm_evals_torch_backend(bos: str
         tokenizer_object=bare, eos_token="<end>", pad_token="<end>", bos_token=bos
     )
     assert bos_id(tokenizer) == lead
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        config = LlamaConfig(
-            vocab_size=258,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            initializer_range=0.3,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        llama = LlamaForCausalLM(config)
-
+    llama = make(tmp_path, "llama", vocab_size=len(letters), max_position_embeddings=64)
     model = TorchModel(llama, threads=1)
     ours = HarnessModel(model, TextTokenizer(tokenizer, 0, lead))
     theirs = HFLM(pretrained=llama, tokenizer=tokenizer, batch_size=3, device="cpu", max_length=64)
-    texts = [
-        "the tide was out and the boats lay on their sides",
-        "a bell rang twice",
-        "snow fell on the mill all day",
-    ]
+    texts = ["the tide was out and the boats lay on their sides", "a bell rang twice", "snow fell all day"]
 
     def ask(kind: str, *arguments: Any) -> list[Instance]:
         return [Instance(kind, {}, args, 0, ("t", 0, 1)) for args in arguments]
@@ -329,9 +303,9 @@ def test_log_likelihoods_and_text_equal_those_of_lm_evals_torch_backend(bos: str
     options = {"until": ["e"], "max_gen_toks": 20 if lead is None else 13, "do_sample": False}
     prompts = ask("generate_until", *[(text, dict(options)) for text in texts])
     expected = theirs.loglikelihood(pairs, disable_tqdm=True)
-    found = ours.loglikelihood(pairs)
-    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    results = ours.loglikelihood(pairs)
+    assert [value for value, _ in results] == pytest.approx([value for value, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in results] == [greedy for _, greedy in expected]
     if lead is None:  # theirs forgets the lead from the second window on
         assert ours.loglikelihood_rolling(rolling) == pytest.approx(
             theirs.loglikelihood_rolling(rolling, disable_tqdm=True), abs=2e-3

@@ -15,6 +15,7 @@ from graph_twins import VOCABULARY, TwinStore
 from edgedisp import data, models
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.files import from_json
+from edgedisp.core.progress import silent
 from edgedisp.core.results import Measurement
 from edgedisp.dispersion.condensation import measure_model, summary
 from edgedisp.pipeline import measure as stage
@@ -28,10 +29,6 @@ PARITY = ParityOptions(tokens=64, limits={"top1_agreement": 0.0})
 OPTIONS = MeasureOptions(ITEMS, threads=1, bootstrap=50, divergence_tokens=96, parity=PARITY)
 
 
-def silent(done: int, total: int, note: str) -> None:
-    pass
-
-
 class Run:
     """Folders of a run, and measuring into them."""
 
@@ -39,7 +36,8 @@ class Run:
         self.root, self.store = root, store
         corpus = root / "corpus"
         corpus.mkdir()
-        rows = [json.dumps({"id": one.id, "text": one.text}) for one in data.synthetic_documents(6, seed=1)]
+        documents = data.synthetic_documents(6, seed=1)
+        rows = [json.dumps({"id": document.id, "text": document.text}) for document in documents]
         (corpus / "heldout.jsonl").write_text("\n".join(rows))
         blocks = np.random.default_rng(0).integers(3, VOCABULARY, (20, 32))
         np.save(corpus / "heldout.npy", blocks.astype(np.uint16))
@@ -50,13 +48,8 @@ class Run:
     def measure(self, name: str, options: MeasureOptions = OPTIONS, **inputs: Path) -> Measurement:
         model, output = self.store.model_dir("llama"), self.root / name
         output.mkdir()
-        folders = {
-            "model": model,
-            "base": model,
-            "corpus": self.root / "corpus",
-            "items": self.root / "items",
-        }
-        results = stage.measure(options, Inputs(**folders, **inputs), output, silent)
+        folders = {name: self.root / name for name in ("corpus", "items")}
+        results = stage.measure(options, Inputs(model=model, base=model, **folders, **inputs), output, silent)
         return from_json(Measurement, results)
 
 
@@ -73,43 +66,36 @@ def test_torch_and_bundles_are_measured_on_the_same_blocks_and_items(run: Run) -
 
     blocks = np.load(run.root / "corpus" / "heldout.npy")[:16].astype(np.int64)
     expected = measure_model(models.load(run.store.model_dir("llama")), torch.from_numpy(blocks), silent)
-    assert trained.condensation is not None and trained.condensation.sequences == 16
-    assert trained.condensation.mean_cosine.value == pytest.approx(
-        summary(expected).mean_cosine.value, abs=1e-6
-    )
-    assert trained.condensation.change is None and not trained.divergence and trained.parity is None
+    condensation: Any = trained.condensation
+    assert condensation.sequences == 16 and condensation.change is None
+    mean_cosine = pytest.approx(summary(expected).mean_cosine.value, abs=1e-6)
+    assert condensation.mean_cosine.value == mean_cosine
+    assert not trained.divergence and trained.parity is None
 
-    changes = [one.condensation.change for one in (exact, rounded) if one.condensation is not None]
-    moved = [abs(change.mean_cosine.value or 0.0) for change in changes if change is not None]
-    assert len(moved) == 2 and moved[0] < 1e-5 < moved[1]
+    changes: list[Any] = [result.condensation and result.condensation.change for result in (exact, rounded)]
+    assert abs(changes[0].mean_cosine.value) < 1e-5 < abs(changes[1].mean_cosine.value)
 
     assert exact.parity is not None and exact.parity.passed and exact.parity.max_abs_difference < 1e-3
     assert not exact.divergence and rounded.divergence["parent"].tokens == 96  # three blocks of 32
     assert rounded.divergence["parent"] == rounded.divergence["baseline"]
     assert rounded.divergence["parent"].mean_kl > 0
 
-    losses = [one.scores["heldout_perplexity"].main.estimate.value for one in (trained, exact, rounded)]
+    scores = [result.scores["heldout_perplexity"] for result in (trained, exact, rounded)]
+    losses = [score.main.estimate.value for score in scores]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] != losses[1]
-    items: list[Any] = [
-        json.loads((run.root / name / "items.json").read_text()) for name in ("torch", "int4")
-    ]
-    assert len({one["heldout_perplexity"]["score"]["items_sha256"] for one in items}) == 1
+    items = [json.loads((run.root / name / "items.json").read_text()) for name in ("torch", "int4")]
+    assert len({result["heldout_perplexity"]["score"]["items_sha256"] for result in items}) == 1
 
 
 def test_a_task_that_could_be_read_before_must_be_read_now(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     suite = stage.task_suite
-    monkeypatch.setattr(
-        stage, "task_suite", lambda *inputs: replace(suite(*inputs), missing={"piqa": "piqa: gone"})
-    )
-    with pytest.raises(
-        BuildFailed, match=r"piqa: gone\. It could be read before; the same command continues"
-    ):
+    gone = {"piqa": "piqa: gone"}
+    monkeypatch.setattr(stage, "task_suite", lambda *inputs: replace(suite(*inputs), missing=gone))
+    with pytest.raises(BuildFailed, match=r"piqa: gone\. .*the same command continues"):
         run.measure("torch")
 
 
 def test_a_bundle_that_disagrees_with_torch_stops_the_build(run: Run) -> None:
-    limits = ParityOptions(tokens=64, limits={"mean_kl": 1e-9})
-    with pytest.raises(
-        BuildFailed, match=r"does not agree with the torch model: mean_kl is .*limit is 1e-09"
-    ):
-        run.measure("int4", MeasureOptions(ITEMS, 1, parity=limits), bundle=run.store.quantized("llama", 4))
+    options = MeasureOptions(ITEMS, 1, parity=ParityOptions(tokens=64, limits={"mean_kl": 1e-9}))
+    with pytest.raises(BuildFailed, match=r"mean_kl is .*limit is 1e-09"):
+        run.measure("int4", options, bundle=run.store.quantized("llama", 4))
