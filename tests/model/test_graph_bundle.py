@@ -40,9 +40,6 @@ def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**(read(path) if path.is_file() else {}), **values}))
 
 
-# ---------------------------------------------------------------- layout
-
-
 def test_a_bundle_has_the_files_of_every_runtime(bundle: Path) -> None:
     graph = {"model.onnx", "model.onnx.data", "weight_map.json"}
     configs = {"genai_config.json", "config.json", "generation_config.json"}
@@ -53,10 +50,14 @@ def test_a_bundle_has_the_files_of_every_runtime(bundle: Path) -> None:
     assert (bundle / "chat_template.jinja").read_text(encoding="utf-8") == TEMPLATE
 
 
-def test_ends_of_text_are_collected_from_every_file_that_names_one(folder: Path) -> None:
+def test_ends_of_text_are_collected_from_every_file_that_names_one(
+    folder: Path, tiny_folder: dict[str, Path]
+) -> None:
     (folder / "chat_template.jinja").unlink()
     change(folder / "generation_config.json", eos_token_id=[9, 4])
     assert genai_config.end_ids(folder) == [9, 4, 0]
+    for path in tiny_folder.values():  # what separates documents in training ends an answer
+        assert end_of_text_id(load_tokenizer(path)) in genai_config.end_ids(path)
 
 
 @pytest.mark.parametrize(("special", "ids"), [(True, [2, 0]), (False, [2])])
@@ -79,11 +80,6 @@ def test_a_chat_model_that_names_the_turns_end_alone_stops_at_the_end_of_a_text_
     assert read(tmp_path / "out" / "generation_config.json") == {"eos_token_id": ids, "pad_token_id": 2}
 
 
-def test_what_separates_documents_in_training_ends_an_answer(tiny_folder: dict[str, Path]) -> None:
-    for path in tiny_folder.values():
-        assert end_of_text_id(load_tokenizer(path)) in genai_config.end_ids(path)
-
-
 def test_a_template_inside_the_tokenizer_settings_is_read_too(folder: Path, tmp_path: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     templates = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
@@ -94,20 +90,15 @@ def test_a_template_inside_the_tokenizer_settings_is_read_too(folder: Path, tmp_
     assert read(tmp_path / "out" / "tokenizer_config.json")["chat_template"] == "D"
 
 
-# ---------------------------------------------------------------- the genai builder's families
-
-
 def test_the_builder_covers_families_that_are_not_written_here(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    family = "granite"
-    model = make(tmp_path / "model", family)
+    model = make(tmp_path / "model", "granite")
     capfd.readouterr()
     (tmp_path / "bundle").mkdir()
     record = export(tmp_path / "model", tmp_path / "bundle", threads=2)
-    said = capfd.readouterr()
-    assert (said.out, said.err) == ("", "")
-    assert (record["family"], record["exporter"]) == (family, "onnxruntime-genai")
+    assert capfd.readouterr() == ("", "")
+    assert (record["family"], record["exporter"]) == ("granite", "onnxruntime-genai")
     rows = ragged([30, 8])
     logits = OnnxModel(tmp_path / "bundle", 1)(*padded(rows))
     for row, ours in zip(rows, logits):
@@ -124,34 +115,31 @@ def test_the_builder_covers_families_that_are_not_written_here(
         export(tmp_path / "model", tmp_path / "bundle", threads=1)
 
 
-# ---------------------------------------------------------------- running
-
-
 def test_greedy_stops_with_the_stop_token_and_where_the_context_ends(bundle: Path) -> None:
-    opened, row = OnnxModel(bundle, 1), ragged([12], seed=5)[0]
-    free = opened.greedy(row, 20, frozenset())
+    model, row = OnnxModel(bundle, 1), ragged([12], seed=5)[0]
+    free = model.greedy(row, 20, frozenset())
     index = next(i for i, token in enumerate(free) if i > 2 and token not in free[:i])
     assert len(free) == 20
-    assert opened.greedy(row, 20, frozenset([free[index]])) == free[: index + 1]
-    row = ragged([opened.context - 3])[0]
-    assert len(opened.greedy(row, 20, frozenset())) == 3
-    assert opened.greedy([*row, 4, 4, 4], 20, frozenset()) == []
+    assert model.greedy(row, 20, frozenset([free[index]])) == free[: index + 1]
+    row = ragged([model.context - 3])[0]
+    assert len(model.greedy(row, 20, frozenset())) == 3
+    assert model.greedy([*row, 4, 4, 4], 20, frozenset()) == []
     for wrong in ([], [*row, 4, 4, 4, 4]):
         with pytest.raises(ValueError, match="context of 128"):
-            opened.greedy(wrong, 20, frozenset())
+            model.greedy(wrong, 20, frozenset())
 
 
 def test_batches_that_would_be_computed_wrong_are_refused(bundle: Path) -> None:
-    opened = OnnxModel(bundle, 1)
-    for mask, message in (
-        ([[0, 1, 1]], "padded on the right"),
-        ([[1, 0, 1]], "padded on the right"),
-        ([[0, 0, 0]], "start with a real token"),
-        ([[1, 1]], "must both be"),
-        ([[1] * 129], "129 tokens do not fit"),
+    model = OnnxModel(bundle, 1)
+    for length, mask, message in (
+        (3, [[0, 1, 1]], "padded on the right"),
+        (3, [[1, 0, 1]], "padded on the right"),
+        (3, [[0, 0, 0]], "start with a real token"),
+        (3, [[1, 1]], "must both be"),
+        (129, [[1] * 129], "129 tokens do not fit"),
     ):
         with pytest.raises(ValueError, match=message):
-            opened(np.full((1, 129 if len(mask[0]) == 129 else 3), 5), np.array(mask))
+            model(np.full((1, length), 5), np.array(mask))
 
 
 def test_what_is_no_bundle_and_no_number_of_threads_is_refused(bundle: Path, tmp_path: Path) -> None:

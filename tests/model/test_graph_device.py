@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -42,15 +41,18 @@ def test_within_a_shorter_context_no_logit_changes_and_only_tables_are_cut(
     ids = np.array([row], np.int64)
     np.testing.assert_array_equal(after(ids, np.ones_like(ids)), before(ids, np.ones_like(ids)))
     assert after.greedy(row[:4], SHORT, frozenset()) == before.greedy(row[:4], SHORT - 4, frozenset())
-    graphs = [onnx.load(each / "model.onnx", load_external_data=False).graph for each in (bundle, short)]
     names = position_tables(ir.load(bundle / "model.onnx").graph)
     assert len(names) == {"gpt2": 1, "opt": 1, "gemma3_text": 4}.get(family, 2)
-    rows = [{t.name: t.dims[0] for t in graph.initializer if t.name in names} for graph in graphs]
-    assert set(rows[1].values()) == {SHORT}
-    assert set(rows[0].values()) == {genai_config.context_length(bundle)}
-    values = [sum(math.prod(t.dims) for t in graph.initializer) for graph in graphs]
-    columns = {t.name: t.dims[1] for t in graphs[0].initializer if t.name in names}
-    assert values[0] - values[1] == sum(columns[name] * (rows[0][name] - SHORT) for name in names) > 0
+    shapes, cut = (
+        {
+            t.name: tuple(t.dims)
+            for t in onnx.load(path / "model.onnx", load_external_data=False).graph.initializer
+        }
+        for path in (bundle, short)
+    )
+    context = genai_config.context_length(bundle)
+    assert {shapes[name][0] for name in names} == {context} and context > SHORT
+    assert cut == shapes | {name: (SHORT, shapes[name][1]) for name in names}
     config = json.loads((short / "genai_config.json").read_text())
     assert config["model"]["context_length"] == config["search"]["max_length"] == SHORT
     assert config["model"]["decoder"]["session_options"]["intra_op_num_threads"] == 3
@@ -68,9 +70,7 @@ def test_a_longer_context_than_the_bundles_leaves_the_weights_as_they_are(
     assert record["context"] == genai_config.context_length(out) == CONTEXT
     assert (out / "model.onnx.data").read_bytes() == (source / "model.onnx.data").read_bytes()
     assert OnnxModel(out, 1).last_only
-    assert {path.name for path in source.iterdir()} - {path.name for path in out.iterdir()} == set(
-        STAY_BEHIND
-    )
+    assert {path.name for path in source.iterdir()} == {path.name for path in out.iterdir()} | {*STAY_BEHIND}
 
 
 def test_what_cannot_be_is_refused(twins: TwinStore, tmp_path: Path) -> None:
@@ -91,28 +91,25 @@ def test_what_cannot_be_is_refused(twins: TwinStore, tmp_path: Path) -> None:
 
 
 def with_last_logits(bundle: Path, out: Path) -> Path:
+    """A copy of the bundle with the last token's logits alone, compared with the bundle: a right-padded
+    prefill of rows of unequal length, then two tokens decoded."""
     shutil.copytree(bundle, out)
-    model = ir.load(out / "model.onnx")
-    keep_last(model)
-    ir.save(model, out / "model.onnx")
-    return out
-
-
-def check_same_last_logits(whole: Path, last: Path) -> None:
-    """Right-padded prefill of rows of unequal length, then two tokens decoded."""
-    rows, started = ragged([20, 3, 11]), [18, 1, 9]
-    batch, models = padded([row[:start] for row, start in zip(rows, started)]), [OnnxModel(whole, 1)]
-    models.append(OnnxModel(last, 1))
-    (all_logits, cache), (ours, own_cache) = (model.prefill(*batch) for model in models)
-    assert ours.shape[:2] == (3, 1)
-    for row, start in enumerate(started):
-        np.testing.assert_allclose(ours[row, 0], all_logits[row, start - 1], atol=1e-5, rtol=1e-5)
-    for step in range(2):
-        prefixes = [row[: start + step + 1] for row, start in zip(rows, started)]
+    graph = ir.load(out / "model.onnx")
+    keep_last(graph)
+    ir.save(graph, out / "model.onnx")
+    whole, last = OnnxModel(bundle, 1), OnnxModel(out, 1)
+    rows, starts = ragged([20, 3, 11]), [18, 1, 9]
+    batch = padded([row[:start] for row, start in zip(rows, starts)])
+    (all_logits, cache), (logits, last_cache) = whole.prefill(*batch), last.prefill(*batch)
+    expected = np.stack([all_logits[row, start - 1] for row, start in enumerate(starts)])
+    np.testing.assert_allclose(logits, expected[:, None], atol=1e-5, rtol=1e-5)
+    for step in (1, 2):
+        prefixes = [row[: start + step] for row, start in zip(rows, starts)]
         tokens, mask = np.array([[row[-1]] for row in prefixes], np.int64), padded(prefixes)[1]
-        expected, cache = models[0].decode(tokens, mask, cache)
-        ours, own_cache = models[1].decode(tokens, mask, own_cache)
-        np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=1e-5)
+        expected, cache = whole.decode(tokens, mask, cache)
+        logits, last_cache = last.decode(tokens, mask, last_cache)
+        np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=1e-5)
+    return out
 
 
 CAPPED = "gemma3_text, capped logits, biases, long rope"  # something stands between the head and the logits
@@ -122,13 +119,10 @@ CAPPED = "gemma3_text, capped logits, biases, long rope"  # something stands bet
 def test_the_last_tokens_logits_are_those_of_the_whole_graph(
     form: str, twins: TwinStore, tmp_path: Path
 ) -> None:
-    quantized = twins.quantized(form, 8, accuracy_level=0)
-    check_same_last_logits(quantized, with_last_logits(quantized, tmp_path / "quantized"))
-    whole = twins.fp32(form)
-    last = with_last_logits(whole, tmp_path / "last")
-    check_same_last_logits(whole, last)
+    with_last_logits(twins.quantized(form, 8, accuracy_level=0), tmp_path / "quantized")
+    last = with_last_logits(twins.fp32(form), tmp_path / "last")
     row = ragged([15], seed=3)[0]
-    expected = OnnxModel(whole, 1).greedy(row, 12, frozenset())
+    expected = OnnxModel(twins.fp32(form), 1).greedy(row, 12, frozenset())
     assert OnnxModel(last, 1).greedy(row, 12, frozenset()) == expected
     assert GenaiModel(last).greedy(row, 12) == expected
 

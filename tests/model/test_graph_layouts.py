@@ -19,9 +19,8 @@ from edgedisp.graph import runtime_layouts as layouts
 from edgedisp.graph.runtime_layouts import GENAI, LAYOUTS, OPTIMUM, WEB
 
 WEB_GRAPH, WEB_DATA = "onnx/model_q4.onnx", "onnx/model_q4.onnx_data"
-PLAIN = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "weight_map.json"} | {
-    "config.json", "generation_config.json",
-}  # fmt: skip
+PLAIN = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "weight_map.json"}
+PLAIN |= {"config.json", "generation_config.json"}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def arranged(bundle: Path, out: Path, *names: str) -> tuple[Path, dict[str, dict
 def test_layouts_have_what_their_runtimes_read_and_the_weights_once(
     names: tuple[str, ...], expected: set[str], bundle: Path, tmp_path: Path
 ) -> None:
-    folder, entries = arranged(bundle, tmp_path / "one", *names)
+    folder, entries = arranged(bundle, tmp_path / "out", *names)
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert files == PLAIN | expected and tuple(entries) == names
     data = WEB_DATA if WEB in names else "model.onnx.data"
@@ -81,18 +80,16 @@ def test_the_tokenizers_settings_are_written_as_every_runtime_reads_them(
     source = tmp_path / "source"
     shutil.copytree(bundle, source)
     settings = json.loads((source / "tokenizer_config.json").read_text())
-    for index, (name, written, post, adds_bos) in enumerate(
-        (
-            ("TokenizersBackend", "PreTrainedTokenizerFast", "<|im_start|> $A", True),
-            ("Qwen2Tokenizer", "Qwen2Tokenizer", "$A <|im_end|>", None),
-        )
+    for name, written, post, adds_bos in (
+        ("TokenizersBackend", "PreTrainedTokenizerFast", "<|im_start|> $A", True),
+        ("Qwen2Tokenizer", "Qwen2Tokenizer", "$A <|im_end|>", None),
     ):
         (source / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": name}))
         inner = Tokenizer.from_file(str(bundle / "tokenizer.json"))
         special = [("<|im_start|>", 1), ("<|im_end|>", 2)]
         inner.post_processor = TemplateProcessing(post, special_tokens=special)
         inner.save(str(source / "tokenizer.json"))
-        folder, _ = arranged(source, tmp_path / str(index), OPTIMUM)
+        folder, _ = arranged(source, tmp_path / name, OPTIMUM)
         result = json.loads((folder / "tokenizer_config.json").read_text())
         assert result["tokenizer_class"] == written and result.get("add_bos_token") is adds_bos
 

@@ -1,8 +1,8 @@
 """Every graph is well formed, every value has a shape, and packed weights are read by CPU kernels.
 
-onnx's checker infers shapes for standard operators and stops at the first fused one; onnxruntime knows its
-own operators and fails on a wrong shape when told to be strict. So onnxruntime infers, and onnx's checker
-gets what it found. Weights in files become inputs, as nothing of them is read.
+onnx's checker infers shapes for standard operators and stops at the first fused one; onnxruntime knows the
+fused ones and, in strict mode, fails on a wrong shape. So onnxruntime infers, and onnx's checker gets the
+shapes. Weights in files become inputs, as nothing of them is read.
 """
 
 from __future__ import annotations
@@ -23,14 +23,9 @@ from edgedisp.graph.session import OnnxModel
 from edgedisp.graph.verify import check_bundle
 from edgedisp.quantize.onnx_rewrite import quantize_bundle
 
-TYPES = {
-    "tensor(float)": TensorProto.FLOAT,
-    "tensor(float16)": TensorProto.FLOAT16,
-    "tensor(int32)": TensorProto.INT32,
-    "tensor(int64)": TensorProto.INT64,
-    "tensor(uint8)": TensorProto.UINT8,
-    "tensor(bool)": TensorProto.BOOL,
-}
+TYPES = {f"tensor({name})": getattr(TensorProto, name.upper()) for name in (
+    "float", "float16", "int32", "int64", "uint8", "bool",
+)}  # fmt: skip
 
 
 def without_weights(path: Path) -> onnx.ModelProto:
@@ -47,17 +42,15 @@ def inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     """Type and shape of every value that a node makes, by onnxruntime."""
     every = onnx.ModelProto()
     every.CopyFrom(model)
-    known = {value.name for value in every.graph.output}
-    made = [name for node in every.graph.node for name in node.output if name and name not in known]
-    every.graph.output.extend(onnx.ValueInfoProto(name=name) for name in made)
+    outputs = {value.name for value in every.graph.output}
+    inner = [name for node in every.graph.node for name in node.output if name and name not in outputs]
+    every.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.strict_shape_type_inference", "1")
-    session = onnxruntime.InferenceSession(
-        every.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    values = session.get_outputs()
-    assert len(values) == len(made) + len(known) and all(value.shape is not None for value in values)
+    content, providers = every.SerializeToString(), ["CPUExecutionProvider"]
+    values = onnxruntime.InferenceSession(content, options, providers=providers).get_outputs()
+    assert len(values) == len(inner) + len(outputs) and all(value.shape is not None for value in values)
     return [helper.make_tensor_value_info(v.name, TYPES[v.type], v.shape) for v in values]
 
 
@@ -105,10 +98,9 @@ def test_weights_beyond_two_gigabytes_are_written_read_and_checked(tmp_path: Pat
         file.truncate((1 << 31) + 4096)
     export(tmp_path / "model", tmp_path / "fp32", threads=1)
     assert data.stat().st_blocks * 512 < 1 << 24  # the hole takes no room
-    rows = ragged([20])
+    rows, bundle = ragged([20]), OnnxModel(tmp_path / "fp32", 1)
     expected = torch_logits(model, rows[0])
-    opened = OnnxModel(tmp_path / "fp32", 1)
-    np.testing.assert_allclose(opened(*padded(rows))[0], expected, atol=1e-4, rtol=1e-4)
-    check_bundle(opened, ragged([20, 5]))
+    np.testing.assert_allclose(bundle(*padded(rows))[0], expected, atol=1e-4, rtol=1e-4)
+    check_bundle(bundle, ragged([20, 5]))
     quantize_bundle(tmp_path / "fp32", tmp_path / "int8", bits=8, accuracy_level=0)
     np.testing.assert_allclose(OnnxModel(tmp_path / "int8", 1)(*padded(rows))[0], expected, atol=0.3)
