@@ -20,8 +20,9 @@ from edgedisp.core.progress import Progress, labelled
 from edgedisp.core.results import AS_GIVEN, BASELINE, DISPERSED, DeviceResult, Measurement
 from edgedisp.core.run import Run
 from edgedisp.core.stage_folder import SCORES
-from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, expand, prepare
+from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, expand
 from edgedisp.graph.genai_config import context_length
+from edgedisp.pipeline.prepare import make_suite
 from edgedisp.pipeline.run_results import Scored, join, load, read_scored, surroundings
 from edgedisp.pipeline.scoring import Scorer
 from edgedisp.report.results_table import numbered
@@ -176,13 +177,7 @@ def _suites(folders: Sequence[Path], options: CompareOptions) -> list[TaskSuite]
             f"--context {options.context}: the models read {most} tokens at most; give --context {most}"
         )
     suite_options = SuiteOptions(tasks, options.context, options.limit, tasks_path=options.tasks_path)
-    tokenizers = [models.load_tokenizer(folder) for folder in folders]
-    suites = [
-        prepare(
-            tokenizer, documents, suite_options, models.end_of_text_id(tokenizer), models.bos_id(tokenizer)
-        )
-        for tokenizer in tokenizers
-    ]
+    suites = [make_suite(folder, documents, suite_options) for folder in folders]
     first, second = (
         {
             (task, question.fingerprint())

@@ -17,6 +17,7 @@ from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Progress, Screen, clock
 from edgedisp.core.results import PUBLISHED_POINTS
 from edgedisp.pipeline.build_plan import as_computed, bundle_rounding, stages
+from edgedisp.pipeline.build_plan import base as base_stage
 from edgedisp.pipeline.stage import state
 from edgedisp.recipe import BITS, Recipe, load_target
 from edgedisp.report.formatting import fixed, plural
@@ -45,8 +46,6 @@ def check_before_start(recipe: Recipe) -> None:
             )
     path = recipe.evaluate.tasks_path
     folder = None if path is None else (recipe.folder / path).resolve()
-    if folder is not None and not folder.is_dir():
-        raise BadInput(f"evaluate.tasks_path: {folder} is no folder of lm-evaluation-harness tasks")
     check_tasks(recipe.evaluate.tasks, folder)
 
 
@@ -120,14 +119,21 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict
 
 def _sizes(recipe: Recipe, base: Path | None, download: bool, progress: Progress) -> dict[str, Any]:
     """`size_account` of the recipe's bundles. Raises BadInput where the base is not at hand."""
-    from edgedisp.pipeline.size_estimate import base_without_weights, size_account
+    from edgedisp import data, models
+    from edgedisp.pipeline.prepare import open_base
+    from edgedisp.pipeline.size_estimate import size_account
 
     roundings: dict[str, Any] = {
         name: bundle_rounding(recipe, name) for name in recipe.precisions if name in BITS
     }
-    model = base_without_weights(recipe, base, progress, download=download)
-    if model is None:
-        raise BadInput(f"{recipe.model.base} is not downloaded yet")
+    if base is not None:
+        model = models.empty_model(base)
+    else:
+        sources = [source.source for source in recipe.data.train] if recipe.is_smoke else [recipe.model.base]
+        if missing := [source for source in sources if data.needs_download(source) and not download]:
+            raise BadInput(f"{missing[0]} is not downloaded yet")
+        stage = base_stage(recipe)
+        model, *_ = open_base(stage.options, stage.files, progress, weights=False)
     return size_account(model, roundings, {name: load_target(name).context for name in recipe.targets})
 
 
@@ -170,23 +176,15 @@ def probe_base(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """Open the base and time a few training steps: parameters, trainable, memory_bytes, and `time_steps`'."""
     import psutil
 
-    from edgedisp import data, models
     from edgedisp.dispersion.hooks import decoder_layers
+    from edgedisp.models import count_parameters
+    from edgedisp.pipeline.prepare import open_base
     from edgedisp.train.lora import adapter_size
     from edgedisp.train.performance import time_steps
 
-    section, adapter = recipe.model, recipe.train.adapter
-    if recipe.is_smoke:
-        texts = [document.text for document in data.synthetic_documents(50, seed=0)]
-        base, _ = models.tiny_model(section.architecture or "", texts, seed=0, context=recipe.data.context)
-    else:
-        base, _ = models.open_base(
-            data.fetch(section.base, sha256=section.sha256, base_dir=recipe.folder, progress=progress),
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-            architecture=section.architecture,
-        )
-    parameters = models.count_parameters(base)["total"]
+    stage, adapter = base_stage(recipe), recipe.train.adapter
+    base, *_ = open_base(stage.options, stage.files, progress)
+    parameters = count_parameters(base)["total"]
     trainable = parameters
     if adapter is not None:
         trainable = adapter_size(decoder_layers(base), adapter.rank, adapter.targets)

@@ -21,6 +21,7 @@ from edgedisp.pipeline.stage import Inputs
 from edgedisp.recipe import Data
 
 PACKING = "packing.json"  # how the blocks of the corpus folder are to be read in training
+SMOKE_CONTEXT = 512  # least positions of a smoke run's base
 CONDENSATION_BLOCKS = 16  # held-out; a few seconds for 135M parameters
 SYNTHETIC_DOCUMENTS = 200  # for a smoke run whose text is on a hub; 10 % held out make every task's items
 
@@ -44,49 +45,61 @@ def read_documents(
     return documents
 
 
-def base(options: BaseOptions, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
-    """The base model as a Hugging Face folder in float32: the one set of weights that all arms start from.
+def open_base(
+    options: BaseOptions, files: Mapping[str, Path], progress: Progress, *, weights: bool = True
+) -> tuple[Any, Any, Path | str | None]:
+    """(model, tokenizer, source) of a recipe's base, in float32; source: a path or a hub id.
 
-    A smoke run gets a tiny random model of the recipe's architecture, with a tokenizer made from the text.
-    Raises BadInput if the recipe's context is longer than the model's.
+    A smoke run gets a tiny random model of the recipe's architecture with a tokenizer made from the text, and
+    no source. files: source -> local path. Without `weights` (`models.empty_model`) there is no tokenizer.
     """
     section = options.model
     if options.smoke_text is not None:
-        documents = read_documents(options.smoke_text, True, progress, inputs.files)
-        texts = [document.text for document in documents]
-        architecture, context = section.architecture or "", max(512, options.context)
-        twin = models.tiny_model(architecture, texts, seed=options.seed, context=context)
-        return _save_base(*twin, output_dir)
-    local = str(inputs.files.get(section.base, section.base))
+        texts = [document.text for document in read_documents(options.smoke_text, True, progress, files)]
+        context = max(SMOKE_CONTEXT, options.context)
+        architecture = section.architecture or ""
+        return *models.tiny_model(architecture, texts, seed=options.seed, context=context), None
+    local = str(files.get(section.base, section.base))
     source = data.fetch(local, sha256=section.sha256, progress=progress)
+    revision, remote_code = section.revision, section.trust_remote_code
+    if not weights:
+        return models.empty_model(source, revision=revision, trust_remote_code=remote_code), None, source
     model, tokenizer = models.open_base(
         source,
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
+        revision=revision,
+        trust_remote_code=remote_code,
         architecture=section.architecture,
         progress=progress,
     )
+    return model, tokenizer, source
+
+
+def base(options: BaseOptions, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
+    """The base model as a Hugging Face folder in float32: the one set of weights that all arms start from.
+
+    Raises BadInput if the recipe's context is longer than the model's.
+    """
+    section = options.model
+    model, tokenizer, source = open_base(options, inputs.files, progress)
     longest = models.context_length(model.config)
     if options.context > longest:
         raise BadInput(
             f"data.context: {options.context} is longer than the {longest} positions of {section.base}"
         )
-    record = _save_base(model, tokenizer, output_dir)
+    models.save(model, tokenizer, output_dir)
+    record = {
+        "architecture": model.config.model_type,
+        "parameters": models.count_parameters(model),
+        "max_context": longest,
+        "weights_sha256": weights_digest(output_dir),
+    }
+    if source is None:
+        return record
     if isinstance(source, str):  # by a hub's name others can open the base that an adapter needs
         record |= {"hub_id": source, "revision": section.revision}
         source = Path(model.name_or_path)
     licence = models.copy_licence(source, output_dir, section.base)
     return record | {"license": licence["license"], "license_files": licence["files"]}
-
-
-def _save_base(model: Any, tokenizer: Any, output_dir: Path) -> dict[str, Any]:
-    models.save(model, tokenizer, output_dir)
-    return {
-        "architecture": model.config.model_type,
-        "parameters": models.count_parameters(model),
-        "max_context": models.context_length(model.config),
-        "weights_sha256": weights_digest(output_dir),
-    }
 
 
 def weights_digest(folder: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from edgedisp import data, models
+from edgedisp import models
 from edgedisp.core.progress import Progress
 from edgedisp.graph import architectures
 from edgedisp.models import component_of
@@ -18,9 +18,7 @@ from edgedisp.pipeline.options import BundleRounding
 from edgedisp.pipeline.rounding import grids
 from edgedisp.pipeline.stage import Inputs
 from edgedisp.quantize.mixed_precision import FOUR_BITS, out_of_reach
-from edgedisp.recipe import Recipe
 
-SMOKE_CONTEXT = 512  # positions of a smoke run's base
 TOLERANCE = 0.02  # of the sizes computed here
 GRAPH_BYTES, NODE_BYTES = 6_000, 6_000  # of model.onnx without weights, and of each layer in it
 
@@ -109,22 +107,3 @@ def check_budget(budget: int, inputs: Inputs, output_dir: Path, progress: Progre
     if size * (1 - TOLERANCE) > budget:
         raise out_of_reach(budget, size)
     return {"smallest_bytes": size}
-
-
-def base_without_weights(
-    recipe: Recipe, base: Path | None, progress: Progress, *, download: bool = True
-) -> Any:
-    """The recipe's base, from the stage folder `base` if there is one, else from the source.
-
-    None where that would be a download and `download` is off. A smoke run's model is opened: it is tiny.
-    """
-    section, folder = recipe.model, recipe.folder
-    if base is not None:
-        return models.empty_model(base)
-    if recipe.is_smoke:
-        texts = [document.text for document in data.synthetic_documents(50, seed=0)]
-        return models.tiny_model(section.architecture or "", texts, seed=0, context=SMOKE_CONTEXT)[0]
-    if not download and data.needs_download(section.base):
-        return None
-    source = data.fetch(section.base, sha256=section.sha256, base_dir=folder, progress=progress)
-    return models.empty_model(source, revision=section.revision, trust_remote_code=section.trust_remote_code)
