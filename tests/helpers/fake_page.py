@@ -33,17 +33,11 @@ def figures(plan: dict[str, Any], turns: int | None = None, **changes: Any) -> d
         }
         for turn, (repetition, label) in enumerate(plan["turns"][:turns])
     ]  # fmt: skip
-    loaded = [
-        {
-            "label": bundle["label"], "load_s": [0.5, 0.7, 0.6],
-            "layers": 2, "vocab_size": 160, "kv_cache_bytes_per_position": 512,
-        }
-        for bundle in plan["bundles"]
-    ]  # fmt: skip
-    complete = len(timed) == len(plan["turns"])
+    shape = {"layers": 2, "vocab_size": 160, "kv_cache_bytes_per_position": 512}
+    loaded = [{"label": row["label"], "load_s": [0.5, 0.7, 0.6], **shape} for row in plan["bundles"]]
     return {
-        "kind": "figures", "run": RUN, "complete": complete, "open_together": True, "device": DEVICE,
-        "loaded": loaded, "repetitions": timed, **changes,
+        "kind": "figures", "run": RUN, "complete": len(timed) == len(plan["turns"]), "open_together": True,
+        "device": DEVICE, "loaded": loaded, "repetitions": timed, **changes,
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A real sshd on loopback with keys of its own, for the tests of `ssh://` devices."""
+"""A real sshd on loopback with new keys, for the tests of `ssh://` devices."""
 
 from __future__ import annotations
 
@@ -40,9 +40,8 @@ class Sshd:
         return f"ssh -F {self.config}"
 
     def break_connections(self) -> None:
-        """Kill every connection's server process, as if the host had gone away."""
-        server = psutil.Process(int(self.pid_file.read_text()))
-        for child in server.children():
+        """Kill the server process of every connection, as if the host had gone away."""
+        for child in psutil.Process(int(self.pid_file.read_text())).children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
 
@@ -52,43 +51,32 @@ def running(folder: Path, **environment: str) -> Iterator[Sshd]:
     """A server whose sessions see `environment`, with `folder`/home as HOME (its cache goes there)."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
-    home = folder / "home"
+    home, pid_file, log = folder / "home", folder / "pid", folder / "log"
     home.mkdir()
     for name in ("host", "user"):
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
-    shutil.copyfile(folder / "user.pub", folder / "authorized_keys")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     kind, key, *_ = (folder / "host.pub").read_text().split()
     (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {kind} {key}\n")
-    variables = {"XDG_CACHE_HOME": str(home / ".cache"), **environment}
+    environment = {"XDG_CACHE_HOME": str(home / ".cache"), **environment}
     server = {
-        "Port": port,
-        "ListenAddress": "127.0.0.1",
-        "HostKey": folder / "host",
-        "PidFile": folder / "pid",
-        "AuthorizedKeysFile": folder / "authorized_keys",
-        "UsePAM": "no",
-        "PasswordAuthentication": "no",
-        "StrictModes": "no",
-        "MaxStartups": "50:30:100",
-        "SetEnv": " ".join(f"{name}={value}" for name, value in variables.items()),
-    }
+        "Port": port, "ListenAddress": "127.0.0.1", "HostKey": folder / "host", "PidFile": pid_file,
+        "AuthorizedKeysFile": folder / "user.pub", "UsePAM": "no", "PasswordAuthentication": "no",
+        "StrictModes": "no", "MaxStartups": "50:30:100",
+        "SetEnv": " ".join(f"{name}={value}" for name, value in environment.items()),
+    }  # fmt: skip
     client = {
-        "IdentityFile": folder / "user",
-        "IdentitiesOnly": "yes",
-        "UserKnownHostsFile": folder / "known_hosts",
-        "StrictHostKeyChecking": "yes",
-    }
-    (folder / "sshd_config").write_text("".join(f"{key} {value}\n" for key, value in server.items()))
-    (folder / "config").write_text("".join(f"{key} {value}\n" for key, value in client.items()))
+        "IdentityFile": folder / "user", "IdentitiesOnly": "yes",
+        "UserKnownHostsFile": folder / "known_hosts", "StrictHostKeyChecking": "yes",
+    }  # fmt: skip
+    for name, options in (("sshd_config", server), ("config", client)):
+        (folder / name).write_text("".join(f"{key} {value}\n" for key, value in options.items()))
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(parents=True, exist_ok=True)  # where it keeps itself without rights
-    log = folder / "log"
     subprocess.run([str(PROGRAM), "-f", str(folder / "sshd_config"), "-E", str(log)], check=True)
-    pid_file = folder / "pid"
     deadline = time.monotonic() + 10
     while not pid_file.exists():
         if time.monotonic() > deadline:

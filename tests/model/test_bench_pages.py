@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ PROPS = (
     "[ro.soc.manufacturer]: [Chipmaker]\n[ro.soc.model]: [CM1234]\n[ro.build.version.release]: [14]\n"
     "[ro.build.version.sdk]: [34]\n[ro.product.cpu.abi]: [arm64-v8a]\n"
 )
+LAST = "for last; do :; done\n"  # the address, last of the arguments
 OPTIONS = BenchOptions(prompt=6, generate=5, repetitions=2)
 
 
@@ -37,7 +39,7 @@ def bundles(store: SharedStore) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page of our own, so that this file needs no vendored libraries."""
+    """A page that needs no vendored libraries."""
     (tmp_path / "web" / "vendor" / "onnxruntime-web").mkdir(parents=True)
     (tmp_path / "web" / "index.html").touch()
     monkeypatch.setattr(browser, "data_folder", lambda name: tmp_path)
@@ -53,7 +55,7 @@ def program(path: Path, text: str) -> Path:
 @pytest.fixture
 def phone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the phone's shell finds; `adb` is a program that runs it here."""
-    there = tmp_path / "phone"
+    folder = tmp_path / "phone"
     for name, text in {
         "getprop": 'cat "$PHONE/props"',
         "dumpsys": 'cat "$PHONE/$1"',
@@ -62,14 +64,16 @@ def phone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "am": 'while [ "$1" != -d ]; do shift; done\n'
         f'{sys.executable} {PAGE} "$2" $(cat "$PHONE/stop") >&2 &',
     }.items():
-        program(there / name, text)
-    state(there)
-    (there / "props").write_text(PROPS)
-    (there / "stop").touch()
-    (there / "listed").write_text("* daemon started\nList of devices attached\nR5CT1  device model:SM_A520\n")
+        program(folder / name, text)
+    state(folder)
+    (folder / "props").write_text(PROPS)
+    (folder / "stop").touch()
+    (folder / "listed").write_text(
+        "* daemon started\nList of devices attached\nR5CT1  device model:SM_A520\n"
+    )
     adb_program = program(
         tmp_path / "adb",
-        f'export PHONE={there} PATH={there}:$PATH\n[ "$1" = -s ] && shift 2\ncase "$1 $2" in\n'
+        f'export PHONE={folder} PATH={folder}:$PATH\n[ "$1" = -s ] && shift 2\ncase "$1 $2" in\n'
         '"devices -l") cat "$PHONE/listed" ;;\n"shell -T") exec sh ;;\n'
         '"reverse --no-rebind") echo "cannot rebind existing socket" >&2; exit 1 ;;\n'
         '"reverse tcp:0") echo "${3#tcp:}"; echo "$3" > "$PHONE/reversed" ;;\n'
@@ -78,12 +82,12 @@ def phone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     monkeypatch.setenv("EDGEDISP_ADB", str(adb_program))
     monkeypatch.delenv("ANDROID_SERIAL", raising=False)
-    return there
+    return folder
 
 
-def state(there: Path, *, thermal: int = 0, level: int = 85, status: int = 3) -> None:
-    (there / "battery").write_text(BATTERY.format(level=level, status=status))
-    (there / "thermalservice").write_text(THERMAL.format(thermal=thermal))
+def state(phone: Path, *, thermal: int = 0, level: int = 85, status: int = 3) -> None:
+    (phone / "battery").write_text(BATTERY.format(level=level, status=status))
+    (phone / "thermalservice").write_text(THERMAL.format(thermal=thermal))
 
 
 def measure(name: str, bundles: dict[str, Path], options: BenchOptions = OPTIONS) -> DeviceResult:
@@ -94,44 +98,37 @@ def measure(name: str, bundles: dict[str, Path], options: BenchOptions = OPTIONS
 def test_a_browser_is_started_without_the_token_on_its_command_line(
     bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chromium = (
-        f'echo "$@" > {tmp_path}/words\nfor last; do :; done\n{sys.executable} {PAGE} "$last"\nexec sleep 30'
-    )
+    chromium = f'echo "$@" > {tmp_path}/words\n{LAST}{sys.executable} {PAGE} "$last"\nexec sleep 30'
     monkeypatch.setenv("CHROME", str(program(tmp_path / "chrome", chromium)))
-    options = BenchOptions(6, 5, 2, requests={"fp32": [[([1], [2])]]})
-    result = measure("browser", bundles, options)
-    assert order(result) == ["fp32", "fp32"]
+    result = measure("browser", bundles, BenchOptions(6, 5, 2, requests={"fp32": [[([1], [2])]]}))
+    assert order(result) == ["fp32", "fp32"] and result.answers == {"fp32": [[(-1.0, False)]]}
     assert result.rows[0].ttft_ms and result.rows[0].ttft_ms.value == 100.5
-    assert result.answers == {"fp32": [[(-1.0, False)]]}
     assert result.machine["browser"]["program"] == "chrome" and result.machine["physical_cores"] >= 1
     assert all(turn["load_average_1m"] is not None for turn in result.repetitions)
     assert "127.0.0.1" not in (tmp_path / "words").read_text()
-    assert not list(Path(tmp_path).glob("edgedisp-browser-*"))
-
-
-def test_a_browser_that_ends_in_the_middle_leaves_what_was_timed(
-    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chromium = f'for last; do :; done\n{sys.executable} {PAGE} "$last" 1\necho out of memory >&2; exit 9'
-    monkeypatch.setenv("CHROME", str(program(tmp_path / "chrome", chromium)))
+    # ended in the middle: what was timed stays
+    chromium = f'{LAST}{sys.executable} {PAGE} "$last" 1\necho out of memory >&2; exit 9'
+    program(tmp_path / "chrome", chromium)
     result = measure("browser", bundles)
     assert result.lost and "the browser ended with code 9:\nout of memory" in result.lost
-    assert order(result) == ["fp32"]
+    assert order(result) == ["fp32"] and not list(tmp_path.glob("edgedisp-browser-*"))
 
 
-def test_no_browser_is_told_with_what_would_work(
-    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("chrome", "threads", "message"),
+    [
+        ("/nowhere/chrome", None, r"\$CHROME names /nowhere/chrome"),
+        ("true", "sweep", "--threads sweep: browser takes a number"),
+        ("", None, "apt-get install chromium"),
+    ],
+)
+def test_without_a_browser_the_error_names_what_would_work(  # type: ignore[no-untyped-def]
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, chrome, threads, message
 ) -> None:
-    monkeypatch.setenv("CHROME", "/nowhere/chrome")
-    with pytest.raises(BadInput, match=r"\$CHROME names /nowhere/chrome"):
-        measure("browser", bundles)
-    monkeypatch.setenv("CHROME", "true")
-    with pytest.raises(BadInput, match="--threads sweep: browser takes a number"):
-        measure("browser", bundles, BenchOptions(threads="sweep"))
-    monkeypatch.delenv("CHROME")
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(BadInput, match="apt-get install chromium"):
-        measure("browser", bundles)
+    monkeypatch.setenv("CHROME", chrome)
+    monkeypatch.setenv("PATH", "/nowhere" if not chrome else os.environ["PATH"])
+    with pytest.raises(BadInput, match=message):
+        measure("browser", bundles, BenchOptions(threads=threads))
 
 
 def test_a_phones_page_gives_rows_with_what_the_phone_is_and_how_it_fared(
@@ -148,10 +145,9 @@ def test_a_phones_page_gives_rows_with_what_the_phone_is_and_how_it_fared(
     assert machine["cpu"] == "Chipmaker CM1234" and machine["system"] == "Android 14 (API 34)"
     assert machine["memory_bytes"] > 0 and machine["browser"]["user_agent"] == "Test/1.0"
     assert machine["state"]["after"]["skin_temperature_c"] == 31.5
-    assert result.load_average["before"] is not None
-    said = "\n".join(result.warnings)
+    warnings = "\n".join(result.warnings)
     for text in ("thermal status moderate before", "thermal status moderate after", "charged", "at 15 %"):
-        assert text in said
+        assert text in warnings
     assert not (phone / "reversed").exists()  # its port was given back
 
 
@@ -171,43 +167,39 @@ def test_a_phone_that_goes_away_keeps_what_was_measured(
     assert partial.machine["state"]["after"] is None
 
 
-def test_a_phone_without_a_browser_is_told(bundles: dict[str, Path], phone: Path) -> None:
+def test_a_phone_without_a_browser_or_memory_is_an_error(
+    bundles: dict[str, Path], phone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program(phone / "am", "echo 'Error: Activity not started, unable to resolve Intent'")
     with pytest.raises(BuildFailed, match="no browser opens the page there"):
         measure("adb", bundles)
     assert not (phone / "reversed").exists()
+    monkeypatch.setattr(adb, "PAGE_BYTES", 1 << 50)
+    with pytest.raises(BadInput, match="MiB of memory are free there, and fp32 takes at least"):
+        measure("adb", bundles)
 
 
-def test_none_several_a_stranger_and_one_that_is_not_allowed_are_told(
+def test_no_several_unknown_and_unauthorized_phones_are_errors(
     bundles: dict[str, Path], phone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(BadInput, match=r"adb:no-such: no-such is not attached; of these \(adb:R5CT1"):
-        measure("adb:no-such", bundles)
-    (phone / "listed").write_text("List of devices attached\na device\nb unauthorized\n")
-    with pytest.raises(BadInput, match=r"2 are attached; of these \(adb:a \(device\), adb:b"):
-        measure("adb", bundles)
-    with pytest.raises(BadInput, match=r"b is unauthorized; .* allow this computer on its screen"):
-        measure("adb:b", bundles)
-    (phone / "listed").write_text("List of devices attached\n\n")
-    with pytest.raises(BadInput, match=r"0 are attached.* turn on USB debugging"):
-        measure("adb", bundles)
+    for devices_listed, name, message in (
+        ("a device", "adb:no-such", r"adb:no-such: no-such is not attached; of these \(adb:a"),
+        ("a device\nb unauthorized", "adb", r"2 are attached; of these \(adb:a \(device\), adb:b"),
+        ("b unauthorized", "adb:b", r"b is unauthorized; .* allow this computer on its screen"),
+        ("", "adb", r"0 are attached.* turn on USB debugging"),
+    ):
+        (phone / "listed").write_text(f"List of devices attached\n{devices_listed}\n")
+        with pytest.raises(BadInput, match=message):
+            measure(name, bundles)
     monkeypatch.setenv("EDGEDISP_ADB", "no-such-adb -P 1")
     with pytest.raises(BadInput, match="there is no `no-such-adb` here; install adb"):
         measure("adb", bundles)
 
 
-def test_what_a_phone_does_not_say_is_none_and_no_warning() -> None:
-    silent_phone = adb.phone_state({})
-    assert set(silent_phone.values()) == {None}
-    assert not list(adb.state_warnings({"before": silent_phone, "after": silent_phone}))
+def test_what_a_phone_does_not_report_is_none_and_no_warning() -> None:
+    state = adb.phone_state({})
+    assert set(state.values()) == {None}
+    assert not list(adb.state_warnings({"before": state, "after": state}))
     machine = adb.phone_machine({})
     assert machine["cpu"] is None and machine["physical_cores"] is None and machine["system"] == "Android"
     assert adb.count_cpus("0-3,6\n") == 5
-
-
-def test_a_bundle_that_does_not_fit_into_the_phones_memory_is_refused(
-    bundles: dict[str, Path], phone: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(adb, "PAGE_BYTES", 1 << 50)
-    with pytest.raises(BadInput, match="MiB of memory are free there, and fp32 takes at least"):
-        measure("adb", bundles)

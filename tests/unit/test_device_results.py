@@ -65,13 +65,12 @@ def test_the_latest_measurement_of_a_device_and_bundle_stands(run: Path) -> None
     save(result("baseline", "dispersed", decode=1.0), both)
     save(result("dispersed", decode=2.0), {run: {"dispersed": both[run]["dispersed"]}})
     assert table(run) == [("local", "baseline/int4", 1.0, False), ("local", "dispersed/int4", 2.0, False)]
-    assert len(list((run / "devices").iterdir())) == 2  # the first still tells of the baseline
+    assert len(list((run / "devices").iterdir())) == 2  # the first has the latest of the baseline
     save(result("baseline", "dispersed", decode=3.0), both)
     assert [line[2] for line in table(run)] == [3.0, 3.0]
     assert len(list((run / "devices").iterdir())) == 1
     faster = result("baseline", decode=4.0)
-    other_threads = [replace(row, threads=4) for row in faster.rows]  # another measurement
-    save(replace(faster, rows=other_threads), both)
+    save(replace(faster, rows=[replace(row, threads=4) for row in faster.rows]), both)
     assert sorted(line[2] for line in table(run)) == [3.0, 3.0, 4.0]
 
 
@@ -99,21 +98,16 @@ def test_a_bundle_made_anew_is_not_shown_with_old_figures(run: Path) -> None:
 
 def test_timing_again_leaves_what_was_scored_and_a_label_is_no_key_of_the_machine(run: Path) -> None:
     in_runs = bundles_by_run({"cpu": run / "baseline" / "int4"})
-    scores = [{"label": "cpu", "task": task, "value": 1.0} for task in ("cloze", "perplexity")]
-    save(result("cpu", decode=1.0, scores=scores), in_runs)
-    save(result("cpu", decode=2.0, scores=[{"label": "cpu", "task": "cloze", "value": 2.0}]), in_runs)
+    for value, tasks in ((1.0, ("cloze", "perplexity")), (2.0, ("cloze",))):
+        scores = [{"label": "cpu", "task": task, "value": value} for task in tasks]
+        save(result("cpu", decode=value, scores=scores), in_runs)
     (device,) = load(run)[0]
-    assert [line[2] for line in table(run)] == [2.0]
-    assert {(score["label"], score["task"], score["value"]) for score in device.scores} == {
-        ("baseline/int4", "cloze", 2.0),
-        ("baseline/int4", "perplexity", 1.0),
-    }
-    assert device.machine == {"cpu": "A"}
+    assert [line[2] for line in table(run)] == [2.0] and device.machine == {"cpu": "A"}
+    rows = {(score["label"], score["task"], score["value"]) for score in device.scores}
+    assert rows == {("baseline/int4", "cloze", 2.0), ("baseline/int4", "perplexity", 1.0)}
 
 
-def test_phones_that_do_not_tell_their_name_are_told_apart_but_not_by_their_browsers_version(
-    run: Path,
-) -> None:
+def test_phones_without_a_name_differ_by_browser_but_not_by_its_version(run: Path) -> None:
     in_runs = bundles_by_run({"int4": run / "baseline" / "int4"})
     for agent, decode in (("Chrome/156.0 Mobile", 1.0), ("Firefox/145.0", 2.0), ("Chrome/157.1 Mobile", 3.0)):
         machine = {"cpu": None, "browser": {"user_agent": agent, "cores": 8}}
@@ -121,7 +115,7 @@ def test_phones_that_do_not_tell_their_name_are_told_apart_but_not_by_their_brow
     assert [line[::2] for line in table(run)] == [("phone", 2.0), ("phone 2", 3.0)]
 
 
-def test_a_devices_name_leads_out_of_no_folder_and_a_damaged_file_is_named(run: Path) -> None:
+def test_the_name_of_a_device_leads_out_of_no_folder_and_a_damaged_file_is_an_error(run: Path) -> None:
     save(result("int4", device="phone ../../<x>\n"), bundles_by_run({"int4": run / "baseline" / "int4"}))
     (file,) = (run / "devices").iterdir()
     assert file.name.startswith("phone-x-20") and table(run)
