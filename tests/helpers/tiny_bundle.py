@@ -20,10 +20,11 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+Bundles = dict[str, Path]
 RUNNER = Path(__file__).resolve().parents[2] / "export" / "runner" / "runner.py"
 
 
-def tiny_bundles(store: SharedStore) -> dict[str, Path]:
+def tiny_bundles(store: SharedStore) -> Bundles:
     """Bundles `fp32`, `twin` (fp32, other weights) and `int4`, made once, in folders of these names: a
     bundle's label is the name of its folder."""
 

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from tiny_bundle import Bundles
 
 from edgedisp.bench.bundles import (
     find_graph,
@@ -26,9 +27,7 @@ ROTARY_ROW = 2 * 8 * 4  # one row of the cosine and one of the sine table, 8 flo
 
 
 @pytest.mark.parametrize("name", ["fp32", "int4"])
-def test_a_token_reads_every_weight_once_and_one_row_of_the_tables(
-    bundles: dict[str, Path], name: str
-) -> None:
+def test_a_token_reads_every_weight_once(bundles: Bundles, name: str) -> None:
     model = read_graph(find_graph(bundles[name]))
     weights = PRODUCTS + model.graph.output[0].type.tensor_type.shape.dim[2].dim_value * HIDDEN
     # the embedding is tied: its rows are inside the head; int4 has a scale for each group of 32
@@ -70,7 +69,7 @@ def test_an_embedding_costs_one_row_a_tied_one_nothing_and_a_cast_what_it_is_cas
 
 
 def test_arms_with_other_weights_have_the_same_graph_and_one_attribute_makes_another(
-    bundles: dict[str, Path], tmp_path: Path
+    bundles: Bundles, tmp_path: Path
 ) -> None:
     files = [bundles[name] / "model.onnx.data" for name in ("fp32", "twin")]
     assert files[0].read_bytes() != files[1].read_bytes()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from shared_store import SharedStore
-from tiny_bundle import order, tiny_bundles
+from tiny_bundle import Bundles, order, tiny_bundles
 
 from edgedisp.bench import adb, browser, devices
 from edgedisp.bench.devices import BenchOptions
@@ -90,13 +90,13 @@ def state(phone: Path, *, thermal: int = 0, level: int = 85, status: int = 3) ->
     (phone / "thermalservice").write_text(THERMAL.format(thermal=thermal))
 
 
-def measure(name: str, bundles: dict[str, Path], options: BenchOptions = OPTIONS) -> DeviceResult:
+def measure(name: str, bundles: Bundles, options: BenchOptions = OPTIONS) -> DeviceResult:
     with devices.connect(devices.parse(name), bundles, options) as device:
         return device.measure(silent)
 
 
 def test_a_browser_is_started_without_the_token_on_its_command_line(
-    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chromium = f'echo "$@" > {tmp_path}/words\n{LAST}{sys.executable} {PAGE} "$last"\nexec sleep 30'
     monkeypatch.setenv("CHROME", str(program(tmp_path / "chrome", chromium)))
@@ -123,7 +123,7 @@ def test_a_browser_is_started_without_the_token_on_its_command_line(
     ],
 )
 def test_without_a_browser_the_error_names_what_would_work(  # type: ignore[no-untyped-def]
-    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, chrome, threads, message
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch, chrome, threads, message
 ) -> None:
     monkeypatch.setenv("CHROME", chrome)
     monkeypatch.setenv("PATH", "/nowhere" if not chrome else os.environ["PATH"])
@@ -131,9 +131,7 @@ def test_without_a_browser_the_error_names_what_would_work(  # type: ignore[no-u
         measure("browser", bundles, BenchOptions(threads=threads))
 
 
-def test_a_phones_page_gives_rows_with_what_the_phone_is_and_how_it_fared(
-    bundles: dict[str, Path], phone: Path
-) -> None:
+def test_a_phone_gives_rows_its_hardware_and_its_state(bundles: Bundles, phone: Path) -> None:
     state(phone, thermal=2, level=15, status=2)
     result = measure("adb:R5CT1", bundles, OPTIONS)
     assert order(result) == ["fp32", "fp32"]
@@ -152,7 +150,7 @@ def test_a_phones_page_gives_rows_with_what_the_phone_is_and_how_it_fared(
 
 
 def test_a_phone_that_goes_away_keeps_what_was_measured(
-    bundles: dict[str, Path], phone: Path, monkeypatch: pytest.MonkeyPatch
+    bundles: Bundles, phone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adb, "LOOK_S", 0.1)
     (phone / "stop").write_text("1")
@@ -168,7 +166,7 @@ def test_a_phone_that_goes_away_keeps_what_was_measured(
 
 
 def test_a_phone_without_a_browser_or_memory_is_an_error(
-    bundles: dict[str, Path], phone: Path, monkeypatch: pytest.MonkeyPatch
+    bundles: Bundles, phone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program(phone / "am", "echo 'Error: Activity not started, unable to resolve Intent'")
     with pytest.raises(BuildFailed, match="no browser opens the page there"):
@@ -180,7 +178,7 @@ def test_a_phone_without_a_browser_or_memory_is_an_error(
 
 
 def test_no_several_unknown_and_unauthorized_phones_are_errors(
-    bundles: dict[str, Path], phone: Path, monkeypatch: pytest.MonkeyPatch
+    bundles: Bundles, phone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for devices_listed, name, message in (
         ("a device", "adb:no-such", r"adb:no-such: no-such is not attached; of these \(adb:a"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from tiny_bundle import order
+from tiny_bundle import Bundles, order
 
 from edgedisp.bench import devices, ssh
 from edgedisp.bench.devices import BenchOptions
@@ -38,7 +38,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
-def measure(bundles: dict[str, Path], progress: Any = silent, **changes: Any) -> DeviceResult:
+def measure(bundles: Bundles, progress: Any = silent, **changes: Any) -> DeviceResult:
     sizes: dict[str, Any] = {"prompt": 6, "generate": 5, "repetitions": 2, "threads": 1}
     options = BenchOptions(**{**sizes, "remote_python": sys.executable, **changes})
     with devices.connect(devices.parse("ssh://box"), bundles, options) as device:
@@ -57,7 +57,7 @@ def left(home: Path) -> bool:
     return bool(list(home.glob(".cache/*")))
 
 
-def test_bundles_are_timed_and_scored_there_and_nothing_is_left(bundles: dict[str, Path], home: Path) -> None:
+def test_bundles_are_timed_and_scored_there_and_nothing_is_left(bundles: Bundles, home: Path) -> None:
     during: list[str] = []
     requests = {"fp32": [[([3, 4], [5]), ([3, 4], [6])]]}
     timed = measure(bundles, lambda *_: during.extend(files(home)), requests=requests)
@@ -67,9 +67,7 @@ def test_bundles_are_timed_and_scored_there_and_nothing_is_left(bundles: dict[st
     assert len(timed.answers["fp32"][0]) == 2 and not left(home)
 
 
-def test_what_is_kept_is_used_again_only_if_its_hashes_are_right(
-    bundles: dict[str, Path], home: Path
-) -> None:
+def test_the_cache_is_used_again_only_if_hashes_match(bundles: Bundles, home: Path) -> None:
     fp32 = {"a": bundles["fp32"]}
     copied: list[str] = []
 
@@ -88,14 +86,14 @@ def test_what_is_kept_is_used_again_only_if_its_hashes_are_right(
     assert copied
 
 
-def test_a_cache_of_another_user_is_refused(bundles: dict[str, Path], home: Path, tmp_path: Path) -> None:
+def test_a_cache_of_another_user_is_refused(bundles: Bundles, home: Path, tmp_path: Path) -> None:
     (home / ".cache").mkdir()
     (home / ".cache" / "edgedisp").symlink_to(tmp_path)
     with pytest.raises(BadInput, match=r"ssh://box: .* ended with code 1:\n.*another user; remove it"):
         measure({"a": bundles["fp32"]})
 
 
-def test_a_connection_that_breaks_keeps_what_was_measured(bundles: dict[str, Path], home: Path) -> None:
+def test_a_connection_that_breaks_keeps_what_was_measured(bundles: Bundles, home: Path) -> None:
     def cut(done: int, total: int, note: str) -> None:
         if "tokens/s" in note and done == 3 + 4:
             for child in psutil.Process().children(recursive=True):
@@ -115,7 +113,7 @@ def test_a_connection_that_breaks_keeps_what_was_measured(bundles: dict[str, Pat
     ],
 )
 def test_what_the_far_end_lacks_is_named(  # type: ignore[no-untyped-def]
-    bundles: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch, changes, message: str
+    bundles: Bundles, home: Path, monkeypatch: pytest.MonkeyPatch, changes, message: str
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     if changes["remote_python"] == "bare":  # finds no package
@@ -134,7 +132,7 @@ def test_what_the_far_end_lacks_is_named(  # type: ignore[no-untyped-def]
     ],
 )
 def test_too_little_memory_or_disk_is_an_error_before_anything_is_copied(
-    bundles: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch, limit: str, message: str
+    bundles: Bundles, home: Path, monkeypatch: pytest.MonkeyPatch, limit: str, message: str
 ) -> None:
     monkeypatch.setattr(ssh, limit, 1 << 60)
     with pytest.raises(BadInput, match=message):
@@ -142,9 +140,7 @@ def test_too_little_memory_or_disk_is_an_error_before_anything_is_copied(
     assert not files(home)
 
 
-def test_errors_of_ssh_are_shown(
-    bundles: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_of_ssh_are_shown(bundles: Bundles, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for text, message in (
         ("echo 'ssh: Connection refused' >&2; exit 255", r"ended with code 255:\nssh: Connection refused"),
         ("echo Welcome; cat > /dev/null", r"'Welcome'.* prints text before a command runs"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import statistics
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_bundle import RUNNER, copy_with, order
+from tiny_bundle import RUNNER, Bundles, copy_with, order
 
 from edgedisp.bench.devices import BenchOptions
 from edgedisp.bench.interleaved_timing import (
@@ -32,9 +31,7 @@ from edgedisp.core.results import DeviceResult
 from edgedisp.core.stage_folder import read
 
 
-def quick(
-    bundles: dict[str, Path], runner: Path = RUNNER, progress: Any = silent, **options: Any
-) -> DeviceResult:
+def quick(bundles: Bundles, runner: Path = RUNNER, progress: Any = silent, **options: Any) -> DeviceResult:
     sizes = {"prompt": 6, "generate": 5, "repetitions": 2, "threads": 1, **options}
     return Local(bundles, BenchOptions(**sizes), runner).measure(progress)
 
@@ -53,7 +50,7 @@ def gone() -> bool:
 
 
 @pytest.fixture(scope="module")
-def timed(bundles: dict[str, Path]) -> DeviceResult:
+def timed(bundles: Bundles) -> DeviceResult:
     return quick(bundles, repetitions=3, pairs=(("fp32", "twin"), ("fp32", "int4")))
 
 
@@ -80,7 +77,6 @@ def test_rows_are_medians_of_their_own_repetitions(timed: DeviceResult) -> None:
             assert estimate.value == statistics.median([turn[name] for turn in repetitions])
         for turn in repetitions:
             assert turn["decode_tokens_per_s"] == pytest.approx(1000 * 4 / sum(turn["token_ms"]))
-
     fp32, _, int4 = timed.rows
     assert (fp32.weight_bits, int4.weight_bits) == (32, 4)
     assert int4.bytes_read_per_token < fp32.bytes_read_per_token < fp32.weights_bytes  # type: ignore[operator]
@@ -98,23 +94,21 @@ def test_arms_are_checked_for_one_graph_and_the_result_survives_json(timed: Devi
     assert timed.machine["physical_cores"] >= 1 and timed.options["groups"] == [["fp32", "twin", "int4"]]
 
 
-def test_no_worker_is_left_behind_and_progress_counts_loads_and_repetitions(bundles: dict[str, Path]) -> None:
-    alive, steps = [], []
+def test_bundles_are_open_together_or_in_turn_and_progress_counts_steps(bundles: Bundles) -> None:
+    for memory_bytes, groups, count in (
+        (None, [["fp32", "twin", "int4"]], 3),
+        (expected_memory_bytes(bundles["fp32"]) + 1, [["fp32"], ["twin"], ["int4"]], 1),
+    ):
+        steps: list[tuple[int, int]] = []
+        alive: list[int] = []
 
-    def progress(done: int, total: int, note: str) -> None:
-        alive.append(len(workers()))
-        steps.append((done, total))
+        def progress(done: int, total: int, note: str, steps: Any = steps, alive: Any = alive) -> None:
+            steps.append((done, total))
+            alive.append(len(workers()))
 
-    quick(bundles, progress=progress)
-    assert max(alive) == 3 and gone()
-    assert steps == [(step, 9) for step in range(1, 10)]
-
-
-def test_bundles_that_do_not_fit_together_are_open_in_turn(bundles: dict[str, Path]) -> None:
-    alive = []
-    memory_bytes = expected_memory_bytes(bundles["fp32"]) + 1
-    result = quick(bundles, memory_bytes=memory_bytes, progress=lambda *_: alive.append(len(workers())))
-    assert result.options["groups"] == [["fp32"], ["twin"], ["int4"]] and max(alive) == 1
+        result = quick(bundles, memory_bytes=memory_bytes, progress=progress)
+        assert result.options["groups"] == groups and max(alive) == count and gone()
+        assert steps == [(step, 9) for step in range(1, 10)]
 
 
 def test_bundles_of_equal_size_stay_together_when_memory_is_short(tmp_path: Path) -> None:
@@ -135,7 +129,7 @@ def test_bundles_of_equal_size_stay_together_when_memory_is_short(tmp_path: Path
         assert group_by_memory(folders, memory_bytes) == groups
 
 
-def test_a_worker_that_is_killed_ends_the_others_and_leaves_what_was_timed(bundles: dict[str, Path]) -> None:
+def test_a_worker_that_is_killed_ends_the_others_and_leaves_what_was_timed(bundles: Bundles) -> None:
     def measure(label: str, steps: int) -> DeviceResult:
         def kill(done: int, total: int, note: str) -> None:
             if done == steps:
@@ -161,8 +155,8 @@ def test_a_worker_that_is_killed_ends_the_others_and_leaves_what_was_timed(bundl
         ('print(\'{"error": "no"}\', flush=True)\ntime.sleep(60)', "error"),
     ],
 )
-def test_a_worker_that_ends_hangs_or_babbles_fails_and_is_ended(
-    bundles: dict[str, Path], tmp_path: Path, text: str, reason: str
+def test_a_worker_that_ends_or_hangs_is_an_error(
+    bundles: Bundles, tmp_path: Path, text: str, reason: str
 ) -> None:
     runner = tmp_path / RUNNER.name
     runner.write_text("import sys, time\n" + text)
@@ -171,7 +165,7 @@ def test_a_worker_that_ends_hangs_or_babbles_fails_and_is_ended(
     assert gone()
 
 
-def test_a_bundle_that_cannot_be_timed_is_bad_input(bundles: dict[str, Path], tmp_path: Path) -> None:
+def test_a_bundle_that_cannot_be_timed_is_bad_input(bundles: Bundles, tmp_path: Path) -> None:
     headless = copy_with(bundles["fp32"], tmp_path / "h", model__decoder__head_size=None)
     for named, prompt, message in (
         ({}, 6, "no bundle"),
@@ -182,16 +176,14 @@ def test_a_bundle_that_cannot_be_timed_is_bad_input(bundles: dict[str, Path], tm
             quick(named, prompt=prompt)
 
 
-def four_cores(bundles: dict[str, Path], **options: Any) -> Local:
+def four_cores(bundles: Bundles, **options: Any) -> Local:
     """This machine, taken for one of two cores with two threads each, and a quota."""
     host = Local(bundles, BenchOptions(prompt=4, generate=4, repetitions=1, **options))
     host.machine |= {"physical_cores": 2, "logical_cpus": 4, "cpu_quota": 3.5}
     return host
 
 
-def test_counts_up_to_eight_then_doublings_are_tried_and_the_fastest_is_timed(
-    bundles: dict[str, Path],
-) -> None:
+def test_a_sweep_tries_counts_and_times_the_fastest(bundles: Bundles) -> None:
     assert thread_counts(1, 2) == [1, 2] and thread_counts(4, 8) == [1, 2, 3, 4, 8]
     assert thread_counts(64, 128) == [*range(1, 9), 16, 32, 64, 128]
     result = four_cores({"a": bundles["fp32"]}, threads="sweep").measure()
@@ -201,9 +193,7 @@ def test_counts_up_to_eight_then_doublings_are_tried_and_the_fastest_is_timed(
     assert result.rows[0].threads == best.threads
 
 
-def test_the_count_in_the_bundle_is_used_unless_another_is_given(
-    bundles: dict[str, Path], tmp_path: Path
-) -> None:
+def test_threads_of_the_bundle_are_the_default(bundles: Bundles, tmp_path: Path) -> None:
     session = {"intra_op_num_threads": 2, "log_id": "x"}
     two = copy_with(bundles["int4"], tmp_path / "two", model__decoder__session_options=session)
     host = four_cores({"two": two, "plain": bundles["twin"]})
@@ -212,17 +202,12 @@ def test_the_count_in_the_bundle_is_used_unless_another_is_given(
     assert quick({"two": two}, threads=1).rows[0].threads == 1
 
 
-def packed(source: Path, out: Path) -> Path:
-    """A bundle with a manifest, as `edgedisp export` leaves one."""
-    shutil.copytree(source, out)
-    write_json(out / MANIFEST, {"format": 1, "threads": 99, "files": list_files(out)})
-    return out
-
-
-def test_the_best_count_is_written_and_the_manifest_stays_true(  # type: ignore[no-untyped-def]
-    bundles: dict[str, Path], tmp_path: Path, edgedisp
+def test_the_best_count_is_written_and_manifest_and_record_stay_true(  # type: ignore[no-untyped-def]
+    bundles: Bundles, tmp_path: Path, edgedisp
 ) -> None:
-    bundle = packed(bundles["int4"], tmp_path / "bundle")
+    bundle = copy_with(bundles["int4"], tmp_path / "bundle")
+    write_json(bundle / MANIFEST, {"format": 1, "threads": 99, "files": list_files(bundle)})
+    write_json(bundle / RECORD, {"key": {}, "results": {}, "files": list_files(bundle), "seconds": 1.0})
     words = ["--threads", "sweep", "--write-threads", "--prompt", "4", "--generate", "4", "--pause", "0"]
     result = edgedisp("bench", bundle, *words, "--repetitions", "1", "--json")
     assert result.code == 0, result
@@ -231,16 +216,7 @@ def test_the_best_count_is_written_and_the_manifest_stays_true(  # type: ignore[
     assert best == device["rows"][0]["threads"] and device["sweeps"]["bundle"]
     config = json.loads((bundle / "genai_config.json").read_text())
     assert config["model"]["decoder"]["session_options"]["intra_op_num_threads"] == best
-    assert json.loads((bundle / MANIFEST).read_text())["threads"] == best
-    assert check_files(bundle)
-
-
-def test_threads_written_into_a_run_keep_its_record_true_and_stages_are_left_alone(
-    bundles: dict[str, Path], tmp_path: Path
-) -> None:
-    bundle = packed(bundles["int4"], tmp_path / "bundle")
-    write_json(bundle / RECORD, {"key": {}, "results": {}, "files": list_files(bundle), "seconds": 1.0})
-    write_bundle_threads(bundle, 123)
+    assert json.loads((bundle / MANIFEST).read_text())["threads"] == best and check_files(bundle)
     record = read(bundle)
     assert record is not None and record.files == list_files(bundle, without=(RECORD,))
     (bundle / MANIFEST).unlink()  # a stage of a build, which later stages read
@@ -248,9 +224,7 @@ def test_threads_written_into_a_run_keep_its_record_true_and_stages_are_left_alo
         write_bundle_threads(bundle, 2)
 
 
-def test_a_host_answers_items_after_the_timing_and_keeps_those_before_it_is_lost(
-    bundles: dict[str, Path],
-) -> None:
+def test_items_are_scored_after_the_timing_and_kept_when_the_worker_is_killed(bundles: Bundles) -> None:
     items = [[([3, 4, 5], [9, 10]), ([3, 4, 5], [11])]] * 3
 
     def kill(done: int, total: int, note: str) -> None:

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from fake_page import DEVICE, RUN, figures
-from tiny_bundle import copy_with, order
+from tiny_bundle import Bundles, copy_with, order
 
 from edgedisp.bench import page_server
 from edgedisp.bench.bundles import read_bundle
@@ -38,7 +38,7 @@ Response = tuple[int, http.client.HTTPMessage, bytes]  # status, headers, body
 
 
 @pytest.fixture(scope="module")
-def plan(bundles: dict[str, Path]) -> PagePlan:
+def plan(bundles: Bundles) -> PagePlan:
     served = tuple(read_bundle(label, bundles[label]) for label in ("fp32", "twin"))
     return PagePlan(served, SIZES)
 
@@ -126,9 +126,7 @@ def test_only_listed_files_are_served(site: Site) -> None:
         assert site.get(path)[::2] == (404, b""), path
 
 
-def test_a_link_out_of_the_bundle_is_refused_also_when_it_comes_later(
-    bundles: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_link_out_of_the_bundle_is_refused_also_later(bundles: Bundles, tmp_path: Path) -> None:
     bundle = copy_with(bundles["fp32"], tmp_path / "bundle")
     plan = PagePlan((read_bundle("later", bundle),), SIZES)
     log: list[str] = []
@@ -341,7 +339,7 @@ def test_scores_that_do_not_fit_schema_or_plan_are_refused_and_pieces_are_joined
     assert len(run.answers["a"]) == 3
 
 
-def test_what_cannot_be_served_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
+def test_what_cannot_be_served_is_refused(bundles: Bundles, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="named twice"):
         label_bundles([bundles["fp32"], bundles["fp32"]])
     with pytest.raises(BadInput, match=r"needs 300 positions, its context is 256"):

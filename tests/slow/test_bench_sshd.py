@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import sshd
+from tiny_bundle import Bundles
 
 from edgedisp.bench import devices
 from edgedisp.bench.devices import BenchOptions
@@ -26,7 +27,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[sshd.Ssh
 
 
 def test_the_command_times_here_and_over_ssh_and_shows_both(  # type: ignore[no-untyped-def]
-    server: sshd.Sshd, bundles: dict[str, Path], tmp_path: Path, edgedisp
+    server: sshd.Sshd, bundles: Bundles, tmp_path: Path, edgedisp
 ) -> None:
     words = ["--prompt", "6", "--generate", "5", "--repetitions", "2", "--threads", "1", "--pause", "0"]
     words += ["--device", "local", "--device", server.device, "--remote-python", sys.executable]
@@ -44,7 +45,7 @@ def test_the_command_times_here_and_over_ssh_and_shows_both(  # type: ignore[no-
     ("key", "message"), [("IdentityFile", "Permission denied"), ("UserKnownHostsFile", "Host key")]
 )
 def test_a_refused_login_and_an_unknown_host_key_are_errors_of_ssh(  # type: ignore[no-untyped-def]
-    server: sshd.Sshd, bundles: dict[str, Path], tmp_path: Path, key, message
+    server: sshd.Sshd, bundles: Bundles, tmp_path: Path, key, message
 ) -> None:
     lines = [line for line in server.config.read_text().splitlines() if not line.startswith(key)]
     server.config.write_text("\n".join([*lines, f"{key} {tmp_path / 'none'}"]))

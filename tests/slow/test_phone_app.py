@@ -45,50 +45,44 @@ def chat_bundle(root: Path, for_browser: bool) -> Path:
 
 def block(name: str) -> str:
     """The fenced block of the page whose first line names the file."""
-    found = re.findall(rf"```\w+\n(?:#|//) {re.escape(name)}\b.*?\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert len(found) == 1, name
-    return str(found[0])
+    (text,) = re.findall(rf"```\w+\n(?:#|//) {re.escape(name)}\b.*?\n(.*?)```", PAGE, flags=re.DOTALL)
+    return str(text)
 
 
-def answers(bundle: Path, most: int | None = None) -> list[str]:
-    """What onnxruntime answers to LINES, within the context by the page's rule."""
+def words(answers: list[str]) -> list[list[str]]:
+    return [answer.split() for answer in answers]
+
+
+def expected(bundle: Path, most: int | None = None) -> list[list[str]]:
+    """The words that onnxruntime answers to LINES, within the context by the page's rule."""
     tokenizer, model = load_tokenizer(bundle), OnnxModel(bundle, 1)
     most = most or min(256, model.context // 2)
     messages: list[dict[str, str]] = []
-    said = []
+    answers: list[str] = []
+
+    def prompt() -> list[int]:
+        encoding = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return list(encoding["input_ids"])
+
     for line in LINES:
         messages.append({"role": "user", "content": line})
-
-        def encoded() -> list[int]:
-            ids: list[int] = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-            return ids
-
-        while len(encoded()) > model.context - most and len(messages) > 2:
+        while len(prompt()) > model.context - most and len(messages) > 2:
             del messages[:2]
-        tokens = model.greedy(encoded(), most, model.end_ids)
-        assert said or tokens[-1] in model.end_ids
-        said.append(tokenizer.decode(tokens, skip_special_tokens=True))
-        messages.append({"role": "assistant", "content": said[-1]})
-    return said
+        tokens = model.greedy(prompt(), most, model.end_ids)
+        assert answers or tokens[-1] in model.end_ids
+        answers.append(tokenizer.decode(tokens, skip_special_tokens=True))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    return words(answers)
 
 
-def said(command: list[str | Path], folder: Path, lines: str = "") -> str:
+def output(command: list[str | Path], folder: Path, lines: str = "") -> str:
     """What a program prints that reads `lines`, away from this package."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command,
-        input=lines,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=env,
-        timeout=SECONDS,
-        check=False,
+    process = subprocess.run(
+        command, input=lines, capture_output=True, text=True, cwd=folder, env=env, timeout=SECONDS
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stdout
 
 
 def with_modules(folder: Path) -> Path:
@@ -96,27 +90,25 @@ def with_modules(folder: Path) -> Path:
     return folder
 
 
-def test_python_holds_the_conversation(bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "chat.py").write_text(block("chat.py"))
-    found = said([sys.executable, "chat.py", bundle], tmp_path, "\n".join(LINES))
-    assert found.split() == " ".join(answers(bundle)).split()
-
-
-@node
-def test_node_holds_the_conversation(bundle: Path, tmp_path: Path) -> None:
-    (with_modules(tmp_path) / "chat.mjs").write_text(block("chat.mjs"))
-    found = said(["node", "chat.mjs", bundle], tmp_path, "\n".join(LINES))
-    assert found.split() == " ".join(answers(bundle)).split()
+@pytest.mark.parametrize(
+    ("program", "name"), [(sys.executable, "chat.py"), pytest.param("node", "chat.mjs", marks=node)]
+)
+def test_programs_of_the_page_answer_as_onnxruntime(
+    bundle: Path, tmp_path: Path, program: str, name: str
+) -> None:
+    (with_modules(tmp_path) / name).write_text(block(name))
+    answers = output([program, name, bundle], tmp_path, "\n".join(LINES))
+    assert answers.split() == [word for answer in expected(bundle) for word in answer]
 
 
 @node
 @browser
-def test_a_page_holds_it_in_a_worker(web_bundle: Path, tmp_path: Path) -> None:
+def test_a_page_answers_in_a_worker(web_bundle: Path, tmp_path: Path) -> None:
     shutil.copyfile(ROOT / "export" / "apps" / "worker.mjs", tmp_path / "worker.mjs")
     (tmp_path / "page.mjs").write_text(f"""
         const worker = new Worker("/worker.mjs", {{ type: "module" }});
         let [messages, pieces] = [[], ""];
-        const asked = (messages) => new Promise((resolve, reject) => {{
+        const ask = (messages) => new Promise((resolve, reject) => {{
           worker.onmessage = ({{ data }}) => {{
             if (data.piece) pieces += data.piece;
             if (data.messages) resolve(data.messages);
@@ -125,39 +117,39 @@ def test_a_page_holds_it_in_a_worker(web_bundle: Path, tmp_path: Path) -> None:
           worker.postMessage({{ name: {json.dumps(web_bundle.name)}, messages, most: {ANSWER} }});
         }});
         for (const content of {json.dumps(LINES)})
-          messages = await asked([...messages, {{ role: "user", content }}]);
-        export default [messages.filter((one) => one.role === "assistant").map((one) => one.content), pieces];
+          messages = await ask([...messages, {{ role: "user", content }}]);
+        export default [messages.filter((m) => m.role === "assistant").map((m) => m.content), pieces];
     """)
     command = ["node", IN_CHROMIUM, str(CHROMIUM), NODE_MODULES.resolve(), web_bundle.parent, "page.mjs"]
-    contents, pieces = json.loads(said(command, tmp_path).splitlines()[-1])["result"]
-    expected = answers(web_bundle, ANSWER)
-    assert [one.split() for one in contents] == [one.split() for one in expected]
-    assert "".join(pieces.split()) == "".join("".join(expected).split())
+    contents, pieces = json.loads(output(command, tmp_path).splitlines()[-1])["result"]
+    answers = expected(web_bundle, ANSWER)
+    assert words(contents) == answers
+    assert "".join(pieces.split()) == "".join(word for answer in answers for word in answer)
 
 
 @node
 def test_the_loop_for_react_native_gives_the_tokens_in_node(bundle: Path, tmp_path: Path) -> None:
     code = (ROOT / "export" / "apps" / "answer.mjs").read_text()
     assert code.count('"onnxruntime-react-native"') == 1
-    instead = code.replace('"onnxruntime-react-native"', '"onnxruntime-node"')
-    (with_modules(tmp_path) / "answer.mjs").write_text(instead)
+    code = code.replace('"onnxruntime-react-native"', '"onnxruntime-node"')
+    (with_modules(tmp_path) / "answer.mjs").write_text(code)
     (tmp_path / "ask.mjs").write_text(f"""
         import {{ readFile }} from "node:fs/promises";
         import {{ answer, open }} from "./answer.mjs";
         const folder = process.argv[2];
-        const opened = await open(folder, (name) => readFile(`${{folder}}/${{name}}`, "utf8"));
+        const session = await open(folder, (name) => readFile(`${{folder}}/${{name}}`, "utf8"));
         const [messages, answers] = [[], []];
         for (const content of {json.dumps(LINES)}) {{
           messages.push({{ role: "user", content }});
           let pieces = "";
-          answers.push(await answer(opened, messages, {ANSWER}, (piece) => (pieces += piece)));
+          answers.push(await answer(session, messages, {ANSWER}, (piece) => (pieces += piece)));
           if (pieces !== answers.at(-1)) throw new Error(pieces);
           messages.push({{ role: "assistant", content: answers.at(-1) }});
         }}
         console.log(JSON.stringify(answers));
     """)
-    found = json.loads(said(["node", "ask.mjs", bundle], tmp_path))
-    assert [one.split() for one in found] == [one.split() for one in answers(bundle, ANSWER)]
+    answers = json.loads(output(["node", "ask.mjs", bundle], tmp_path))
+    assert words(answers) == expected(bundle, ANSWER)
 
 
 def test_the_files_that_the_page_names_are_in_the_bundle(bundle: Path) -> None:

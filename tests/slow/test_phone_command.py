@@ -17,6 +17,7 @@ from urllib.request import urlopen
 
 import pytest
 from fake_page import RUN, figures, post
+from tiny_bundle import Bundles
 
 from edgedisp.evaluate.loglikelihood import loglikelihoods
 from edgedisp.graph.session import scored_model
@@ -24,6 +25,7 @@ from edgedisp.pipeline import device_results
 
 TOP = Path(__file__).resolve().parents[2]
 SIZES = ["--prompt", "6", "--generate", "4", "--repetitions", "3"]
+LOCAL = [*SIZES, "--host", "127.0.0.1"]
 
 pytest.importorskip("segno", reason='needs the extra [phone]: pip install "edgedisp[phone]"')
 pytestmark = pytest.mark.skipif(
@@ -36,13 +38,10 @@ class Running:
 
     def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
         self.process, self.log = process, log
-        for _ in range(600):
-            found = re.search(r"https?://\S+/", log.read_text())
-            if found or process.poll() is not None:
-                break
+        while not (match := re.search(r"https?://\S+/", log.read_text())):
+            assert process.poll() is None, log.read_text()
             time.sleep(0.1)
-        assert found, log.read_text()
-        self.address = found.group()
+        self.address = match.group()
 
     def fetch(self, name: str) -> Any:
         with urlopen(f"{self.address}{name}", timeout=60) as answer:
@@ -51,7 +50,8 @@ class Running:
     def post(self, content: object) -> int:
         return post(self.address, content)
 
-    def ended(self) -> tuple[int, str]:
+    def result(self) -> tuple[int, str]:
+        """Exit code and stdout."""
         out, _ = self.process.communicate(timeout=30)
         return self.process.returncode, out
 
@@ -69,17 +69,17 @@ def running(tmp_path: Path, *words: str | Path) -> Iterator[Running]:
         process.wait()
 
 
-def test_figures_are_printed_written_and_ctrl_c_ends_well(bundles: dict[str, Path], tmp_path: Path) -> None:
+def test_figures_are_printed_written_and_ctrl_c_ends_well(bundles: Bundles, tmp_path: Path) -> None:
     two, out = [bundles["fp32"], bundles["twin"]], tmp_path / "phone.json"
-    with running(tmp_path, *two, *SIZES, "--host", "127.0.0.1", "--out", out) as program:
+    with running(tmp_path, *two, *LOCAL, "--out", out) as program:
         assert program.post(figures(program.fetch("plan.json"), run="f" * 16)) == 204
         lost = figures(program.fetch("plan.json"), turns=1)  # of another phone, after its first turn
         assert program.post(lost) == 204
         assert program.post({"kind": "figures"}) == 400
         program.process.send_signal(signal.SIGINT)
-        code, shown = program.ended()
+        code, output = program.result()
     assert code == 0, program.log.read_text()
-    assert ("decode t/s" in shown and "(partial)" in shown) or "follows is partial" in shown
+    assert ("decode t/s" in output and "(partial)" in output) or "follows is partial" in output
     first, second = json.loads(out.read_text())["devices"]
     assert [row["label"] for row in first["rows"]] == ["fp32", "twin"]
     assert first["lost"] is None and "not sent the rest" in second["lost"]
@@ -88,41 +88,41 @@ def test_figures_are_printed_written_and_ctrl_c_ends_well(bundles: dict[str, Pat
 
 
 def test_once_ends_by_itself_with_one_line_of_json_and_the_run_keeps_the_result(
-    bundles: dict[str, Path], tmp_path: Path
+    bundles: Bundles, tmp_path: Path
 ) -> None:
     run = tmp_path / "runs" / "q-01234567"
     shutil.copytree(bundles["fp32"], run / "baseline" / "fp32")
     (run / "run.json").write_text("{}")
-    words = [run / "baseline" / "fp32", *SIZES, "--host", "127.0.0.1", "--once", "--json"]
+    words = [run / "baseline" / "fp32", *LOCAL, "--once", "--json"]
     with running(tmp_path, *words) as program:
         assert program.post(figures(program.fetch("plan.json"))) == 204
-        code, shown = program.ended()
+        code, output = program.result()
     assert code == 0
-    assert json.loads(shown)["devices"][0]["rows"][0]["label"] == "fp32"
+    assert json.loads(output)["devices"][0]["rows"][0]["label"] == "fp32"
     (result,) = device_results.load(run)[0]
     assert result.rows[0].label == "baseline/fp32" and result.device.startswith("phone")
     assert "the report will show it once `edgedisp build` has ended" in program.log.read_text()
 
 
 def test_what_a_phone_scores_is_compared_with_this_machine(
-    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EDGEDISP_CACHE", str(tmp_path / "cache"))
-    said = "The cat sat on the mat and the dog sat on the log and the cat sat on the dog. "
-    rows = [json.dumps({"text": said * 3 + f"And the dog {'and the dog ' * at}sat."}) for at in range(20)]
+    sentence = "The cat sat on the mat and the dog sat on the log and the cat sat on the dog. "
+    rows = [json.dumps({"text": sentence * 3 + f"And the dog {'and the dog ' * n}sat."}) for n in range(20)]
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(rows))
-    words = [*SIZES, "--host", "127.0.0.1", "--score", "heldout_cloze", "--text", text, "--items", "20"]
-    words += ["--once", "--json"]
+    words = [*LOCAL, "--score", "heldout_cloze", "--text", text, "--items", "20", "--once", "--json"]
     with running(tmp_path, bundles["fp32"], *words) as program:
         items = program.fetch("requests/0.json")
         assert program.post(figures(program.fetch("plan.json"))) == 204
-        found = loglikelihoods(scored_model(bundles["fp32"], 1), [(a, b) for item in items for a, b in item])
-        told = [[[one.sum_logprob, one.greedy]] for one in found]
+        requests = [(a, b) for item in items for a, b in item]
+        scores = loglikelihoods(scored_model(bundles["fp32"], 1), requests)
+        answers = [[[score.sum_logprob, score.greedy]] for score in scores]
         for first in (0, 10):
             piece = {"kind": "scores", "run": RUN, "label": "fp32", "first": first}
-            assert program.post({**piece, "answers": told[first : first + 10]}) == 204
-        code, out = program.ended()
+            assert program.post({**piece, "answers": answers[first : first + 10]}) == 204
+        code, out = program.result()
     (device,) = json.loads(out)["devices"]
     assert code == 0 and not device["answers"] and device["lost"] is None
     (record,) = device["scores"]
@@ -131,20 +131,20 @@ def test_what_a_phone_scores_is_compared_with_this_machine(
     assert json.loads(out)["scored"]["tasks"] == ["heldout_cloze"]
 
 
-def test_ctrl_c_before_anything_came_is_an_interruption(bundles: dict[str, Path], tmp_path: Path) -> None:
-    with running(tmp_path, bundles["fp32"], *SIZES, "--host", "127.0.0.1") as program:
+def test_ctrl_c_before_anything_came_is_an_interruption(bundles: Bundles, tmp_path: Path) -> None:
+    with running(tmp_path, bundles["fp32"], *LOCAL) as program:
         program.process.send_signal(signal.SIGINT)
-        code, shown = program.ended()
-    assert (code, shown) == (130, "")
+        assert program.result() == (130, "")
     assert "interrupted" in program.log.read_text()
 
 
-def test_bad_input_is_told_before_anything_is_served(
-    edgedisp, bundles: dict[str, Path], tmp_path: Path
-) -> None:  # type: ignore[no-untyped-def]
-    ended = edgedisp("phone", tmp_path / "none")
-    assert ended.code == 2 and "no such folder" in ended.err
-    ended = edgedisp("phone", bundles["fp32"], "--prompt", "200", "--generate", "100")
-    assert ended.code == 2 and "its context is 256" in ended.err
-    ended = edgedisp("phone", bundles["fp32"], *SIZES, "--out", tmp_path / "none" / "x.json")
-    assert ended.code == 2 and "--out" in ended.err
+def test_bad_input_is_an_error_before_anything_is_served(  # type: ignore[no-untyped-def]
+    edgedisp, bundles: Bundles, tmp_path: Path
+) -> None:
+    for words, message in (
+        ([tmp_path / "none"], "no such folder"),
+        ([bundles["fp32"], "--prompt", "200", "--generate", "100"], "its context is 256"),
+        ([bundles["fp32"], *SIZES, "--out", tmp_path / "none" / "x.json"], "--out"),
+    ):
+        result = edgedisp("phone", *words)
+        assert result.code == 2 and message in result.err

@@ -146,7 +146,15 @@ def in_a_fresh_process(script: str) -> list[str]:
 
 
 def test_planning_and_help_load_nothing_heavy() -> None:
-    names = ("cli", "recipe", "core.stage_folder", "core.progress", "pipeline.build_plan", "report")
+    names = (
+        "bench.system",
+        "cli",
+        "recipe",
+        "core.stage_folder",
+        "core.progress",
+        "pipeline.build_plan",
+        "report",
+    )
     imported = ", ".join(f"edgedisp.{name}" for name in names)
     assert in_a_fresh_process(f"import sys, {imported}; print(*({HEAVY!r} & set(sys.modules)))") == []
 
