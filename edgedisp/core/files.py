@@ -140,35 +140,42 @@ def changed_files(folder: Path, pattern: str) -> list[str]:
     return [name for name in names if name in files and file_digest(folder / name) != files[name]["sha256"]]
 
 
-def check_files(folder: Path) -> bool:
-    """Compare a folder's files with what its manifest says, or its record: sizes first, then contents.
+def _damaged(path: Path, reason: str) -> BadInput:
+    return BadInput(f"{path}: {reason}; copy or export the bundle again")
 
-    Returns False where there is neither. Raises BadInput naming the file, what was expected and what is
-    there, also where the list itself is damaged.
-    """
+
+def read_listing(folder: Path) -> tuple[str, Files] | None:
+    """(name, files) of a folder's manifest, or of its record; None where there is neither, BadInput where the
+    list is damaged."""
     listing = next((path for path in (folder / MANIFEST, folder / RECORD) if path.is_file()), None)
     if listing is None:
-        return False
-
-    def damaged(path: Path, reason: str) -> BadInput:
-        return BadInput(f"{path}: {reason}; copy or export the bundle again")
-
+        return None
     try:
-        files = listed_files(read_object(listing))
+        return listing.name, listed_files(read_object(listing))
     except WRONG_SHAPE as error:
-        raise damaged(listing, f"is damaged ({error!r})") from error
+        raise _damaged(listing, f"is damaged ({error!r})") from error
+
+
+def check_files(folder: Path) -> bool:
+    """Compare a folder's files with its `read_listing`: sizes first, then contents.
+
+    Returns False where there is none. Raises BadInput naming the file, what was expected and what is there.
+    """
+    if (listing := read_listing(folder)) is None:
+        return False
+    source, files = listing
     for name, entry in files.items():
         size, expected = file_size(folder / name), entry["size_bytes"]
         if size is None:
-            raise damaged(folder / name, f"is missing; {listing.name} lists it with {expected:,} bytes")
+            raise _damaged(folder / name, f"is missing; {source} lists it with {expected:,} bytes")
         if size != expected:
-            reason = f"has {size:,} bytes, {listing.name} says {expected:,}: truncated or changed"
-            raise damaged(folder / name, reason)
+            reason = f"has {size:,} bytes, {source} says {expected:,}: truncated or changed"
+            raise _damaged(folder / name, reason)
     for name, entry in files.items():
         actual = file_digest(folder / name)
         if actual != entry["sha256"]:
-            reason = f"is damaged: its SHA-256 is {actual}, {listing.name} says {entry['sha256']}"
-            raise damaged(folder / name, reason)
+            reason = f"is damaged: its SHA-256 is {actual}, {source} says {entry['sha256']}"
+            raise _damaged(folder / name, reason)
     return True
 
 

@@ -21,12 +21,10 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.files import (
     MANIFEST,
     RECORD,
-    WRONG_SHAPE,
     digest,
     from_json,
     list_files,
-    listed_files,
-    read_object,
+    read_listing,
     to_json,
     write_json,
 )
@@ -77,11 +75,8 @@ def bundles_by_run(bundles: Mapping[str, Path]) -> BundlesByRun:
 
 def _content(bundle: Path) -> str:
     """Hash of the files that decide what is timed, by the bundle's own list where it has one."""
-    listing = next((path for path in (bundle / MANIFEST, bundle / RECORD) if path.is_file()), None)
-    try:
-        files = list_files(bundle) if listing is None else listed_files(read_object(listing))
-    except WRONG_SHAPE as error:
-        raise BadInput(f"{listing}: is damaged ({error!r}); build or export the bundle again") from error
+    listing = read_listing(bundle)
+    files = list_files(bundle) if listing is None else listing[1]
     return digest({name: entry["sha256"] for name, entry in files.items() if name not in UNTIMED})
 
 
