@@ -13,7 +13,7 @@ import typer
 from typer import Argument, Option
 
 from edgedisp import __version__
-from edgedisp.core import distributed as processes
+from edgedisp.core.distributed import get_world_size
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import data_folder
 
@@ -62,7 +62,7 @@ def _main(
     version: Annotated[bool, Option(callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Common to all commands."""
-    count = processes.place().count
+    count = get_world_size()
     if count > 1 and context.invoked_subcommand != "build":
         raise BadInput(
             f"{context.invoked_subcommand}: is for one process, but {count} were started; `build` alone "

@@ -22,7 +22,7 @@ from edgedisp.cli.app import (
     load_recipe,
     width,
 )
-from edgedisp.core import distributed as processes
+from edgedisp.core.distributed import get_world_size, is_main_process
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import data_folder
 from edgedisp.core.progress import Screen
@@ -52,9 +52,9 @@ def build(
     from edgedisp.pipeline.build_plan import run_folder
 
     loaded = load_recipe(recipe, set_, smoke)
-    run, process = run_folder(loaded, out), processes.place()
-    check_processes(loaded, process.count)
-    if not process.leads:
+    run = run_folder(loaded, out)
+    check_processes(loaded, get_world_size())
+    if not is_main_process():
         from edgedisp.pipeline.build_plan import stages
         from edgedisp.pipeline.stage import follow
 

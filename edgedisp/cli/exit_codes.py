@@ -15,7 +15,7 @@ import sys
 import threading
 
 from edgedisp.cli.app import app
-from edgedisp.core import distributed as processes
+from edgedisp.core.distributed import get_world_size, is_main_process, wait_for_launcher
 from edgedisp.core.errors import BadInput, BuildFailed
 
 INTERRUPTED = 130
@@ -49,10 +49,10 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     message, code = _ending(error)
-    if processes.leads():
+    if is_main_process():
         sys.stderr.write(f"edgedisp: {message}\n")
     elif code != INTERRUPTED:
-        sys.stderr.write(f"edgedisp: process {processes.place().index}: {message}\n")
+        sys.stderr.write(f"edgedisp: process {os.environ['RANK']}: {message}\n")
     sys.exit(128 + signals[0] if signals and code == INTERRUPTED else code)
 
 
@@ -81,13 +81,12 @@ def _wait_for_launcher(error: BaseException) -> None:
     So the others wait, in which time the launcher ends them. Process 0 waits a moment with an unexpected
     error: it may come from another process that went away.
     """
-    process = processes.place()
     if isinstance(error, KeyboardInterrupt):
         return
-    if not process.leads:
-        processes.wait_for_launcher()
-    elif process.count > 1 and not isinstance(error, BadInput | BuildFailed):
-        processes.wait_for_launcher(1)
+    if not is_main_process():
+        wait_for_launcher()
+    elif not isinstance(error, BadInput | BuildFailed) and get_world_size() > 1:
+        wait_for_launcher(1)
 
 
 def _disk_is_full(error: BaseException | None) -> bool:

@@ -1,6 +1,6 @@
-"""This process among those of a launch by torchrun or accelerate launch, which number them by variables.
+"""Rank and world size of a launch by torchrun or accelerate launch, read from its environment variables.
 
-Only training is shared: process 0 alone prints, holds the run's lock, writes, and runs every other stage; the
+Only training is shared: rank 0 alone prints, holds the run's lock, writes, and runs every other stage; the
 others follow it (pipeline/stage.py). No torch is needed, so that a build with nothing to do does not load it.
 """
 
@@ -8,39 +8,33 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from math import gcd
 
 from edgedisp.core.errors import BadInput
 
 
-@dataclass(frozen=True)
-class Place:
-    """Which process this is, from 0, and how many there are."""
-
-    index: int = 0
-    count: int = 1
-
-    @property
-    def leads(self) -> bool:
-        return self.index == 0
+def get_rank() -> int:
+    """Which process of the launch this is, from 0. Raises BadInput as `get_world_size`."""
+    return _number("RANK", 0)
 
 
-def place(environment: Mapping[str, str] = os.environ) -> Place:
-    """From RANK and WORLD_SIZE, if LOCAL_RANK says that a launcher set them. BadInput for no numbers."""
-    if "LOCAL_RANK" not in environment:
-        return Place()
-    rank, count = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
+def get_world_size() -> int:
+    """Processes of the launch; 1 without a launcher. Raises BadInput where the variable is no number."""
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(variable: str, default: int) -> int:
+    if "LOCAL_RANK" not in os.environ:  # a cluster's own RANK and WORLD_SIZE mean something else
+        return default
+    value = os.environ.get(variable, default)
     try:
-        return Place(int(rank), int(count))
+        return int(value)
     except ValueError:
-        message = f"RANK={rank} WORLD_SIZE={count}: not numbers; for one process, unset LOCAL_RANK"
-        raise BadInput(message) from None
+        raise BadInput(f"{variable}={value}: not a number; for one process, unset LOCAL_RANK") from None
 
 
-def leads() -> bool:
-    """Whether this process may print; unlike `place` it never raises."""
+def is_main_process() -> bool:
+    """Whether this is rank 0, which alone prints and writes; unlike `get_rank` it never raises."""
     return os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ
 
 

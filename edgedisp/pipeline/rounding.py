@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from edgedisp.core.distributed import place
+from edgedisp.core.distributed import is_main_process
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
 from edgedisp.pipeline.options import BundleRounding
@@ -96,7 +96,7 @@ def aware_callback(
             return
         blocks = -(-rounding.section.calibration_tokens // tokens.shape[1])
         scales.update(calibrated_start(model, tokens[:blocks], lambda name: grid, progress))
-        if place().leads:  # all processes calibrate alike
+        if is_main_process():  # all processes calibrate alike
             write_scales(scales, grid, path)
 
     return QuantizationAware(_rounding(grid, scales), _rounding(outer), start=start, begin=begin)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from edgedisp import models
-from edgedisp.core.distributed import place
+from edgedisp.core.distributed import is_main_process
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import to_json, write_json
 from edgedisp.core.progress import Progress
@@ -76,7 +76,7 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
     if arm.replica:  # the first seed reads the blocks in the order of the file
         tokens = tokens[np.random.default_rng(arm.seed).permutation(len(tokens))]
     result, weights = fit(model, tokens, section, fit_options, progress)
-    if not place().leads:
+    if not is_main_process():
         return {}
     if weights is not None:  # FSDP trained parts of the model; the whole goes into a fresh one
         model = adapters.model_to_train(section.adapter, base, arm.seed)

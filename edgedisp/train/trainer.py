@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
-from edgedisp.core.distributed import place, split
+from edgedisp.core.distributed import get_world_size, is_main_process, split
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import write_json
 from edgedisp.core.progress import Progress, silent
@@ -118,7 +118,7 @@ def fit(
     if len(tokens) < blocks:
         raise ValueError(f"{options.steps} steps need {blocks} blocks of tokens, {len(tokens)} were given")
     _join_processes()
-    is_sharded = train.distributed is not None and place().count > 1
+    is_sharded = train.distributed is not None and get_world_size() > 1
     newest = _checkpoint_to_resume(options, is_sharded)
     started = time.perf_counter()
     with _prepared(model, train, options) as is_chunked:
@@ -146,7 +146,7 @@ def fit(
         weights_sha256="",
         tokens_per_s=total * (1 - resumed_from / options.steps) / seconds or None,
         peak_memory_bytes=peak_memory_bytes(),
-        processes=place().count,
+        processes=get_world_size(),
         resumed_from=resumed_from,
         log=[{"step": row["step"], **{name: row.get(key) for name, key in LOG.items()}} for row in rows],
         watched=watched,
@@ -198,7 +198,7 @@ def _restore_model(model: nn.Module, use_cache: bool | None) -> None:
 
 
 def _arguments(train: Train, options: FitOptions) -> TrainingArguments:
-    batch, accumulate = split(train.batch, train.accumulate, place().count)
+    batch, accumulate = split(train.batch, train.accumulate, get_world_size())
     args = TrainingArguments(
         output_dir=str(options.output_dir),
         run_name=options.run_name,
@@ -236,7 +236,7 @@ def _arguments(train: Train, options: FitOptions) -> TrainingArguments:
 
 
 def _distributed_arguments(train: Train) -> dict[str, Any]:
-    if place().count == 1:
+    if get_world_size() == 1:
         return {}
     # All parameters are used; looking for unused ones costs time in each step.
     arguments: dict[str, Any] = {"log_level_replica": "error", "ddp_find_unused_parameters": False}
@@ -294,7 +294,7 @@ def _checkpoint_to_resume(options: FitOptions, is_sharded: bool) -> Path | None:
         if options.watch is not None:
             options.watch.rows = marker["watched"]
     barrier()  # all processes have seen the same checkpoints
-    if place().leads:
+    if is_main_process():
         _remove_checkpoints(options.output_dir, except_for=newest)
     return newest
 
@@ -330,7 +330,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _join_processes() -> None:
-    if place().count > 1 and not torch.distributed.is_initialized():
+    if get_world_size() > 1 and not torch.distributed.is_initialized():
         # On GPUs torch then makes NCCL for them and gloo beside it, which offloading needs.
         backend = None if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, timeout=TIME_LIMIT)

@@ -63,7 +63,7 @@ def train(base: Path, run: Path, mode: str, *, weight: float | None, stop_after:
     """Train in this process's share and leave model and log in `run`; Stopped after that step."""
     from training import fit_and_gather, open_tiny
 
-    from edgedisp.core.distributed import place
+    from edgedisp.core.distributed import is_main_process
     from edgedisp.dispersion.losses import DispersionConfig
 
     def progress(done: int, total: int, note: str) -> None:
@@ -75,7 +75,7 @@ def train(base: Path, run: Path, mode: str, *, weight: float | None, stop_after:
     options["dispersion"] = None if weight is None else DispersionConfig(tokens=8, weight=weight)
     options["distributed"] = {"fsdp": "full_shard"} if mode == "fsdp" else None
     result, weights = fit_and_gather(model, run / "checkpoints", progress=progress, **options)
-    if place().leads:
+    if is_main_process():
         if weights is not None:
             model = open_tiny(base)
             model.load_state_dict(weights)
