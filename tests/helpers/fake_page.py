@@ -45,7 +45,7 @@ def post(address: str, content: Any) -> int:
     """Send an upload to the server of `address`; the status."""
     parts = urlsplit(address)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=10)
-    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    body = json.dumps(content).encode()
     connection.request("POST", f"{parts.path}report", body, {"Content-Type": "application/json"})
     return connection.getresponse().status
 

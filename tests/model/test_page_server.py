@@ -51,7 +51,7 @@ def plan_json(plan: PagePlan) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page of our own, so that this file needs no vendored libraries."""
+    """A page that needs no vendored libraries."""
     folder = tmp_path_factory.mktemp("web")
     (folder / "vendor" / "onnxruntime-web").mkdir(parents=True)
     (folder / "index.html").write_text("<!doctype html>hello")
@@ -164,18 +164,17 @@ def test_etags_head_and_other_methods(site: Site) -> None:
     assert {site.request(method, path)[0] for method in ("PUT", "DELETE", "OPTIONS")} == {501}
 
 
-def broken(plan: dict[str, Any]) -> dict[str, Any]:
-    """Uploads that must be refused, by what is wrong with them."""
-    good = figures(plan)
+def test_nonsense_is_refused_with_one_line_and_nothing_is_stored(
+    site: Site, plan_json: dict[str, Any]
+) -> None:
+    good = figures(plan_json)
     first, *rest = good["repetitions"]
 
     def turn(**changes: Any) -> dict[str, Any]:
         return {**good, "repetitions": [{**first, **changes}, *rest]}
 
-    return {
-        "no JSON": b"{",
-        "not UTF-8": b"\xff\xfe",
-        "an array": [],
+    cases = {
+        "no JSON": b"{", "not UTF-8": b"\xff\xfe", "an array": [],
         "nested without end": b"[" * 100_000,
         "another kind": {"kind": "shell", "run": RUN},
         "a key too many": {**good, "extra": 1},
@@ -184,25 +183,19 @@ def broken(plan: dict[str, Any]) -> dict[str, Any]:
         "not finite": json.dumps(turn(ttft_ms=float("nan"))).encode(),
         "negative": turn(token_ms=[-1.0] * (GENERATE - 1)),
         "no time at all": turn(token_ms=[0.0] * (GENERATE - 1)),
-        "fewer tokens": turn(tokens=[1]),
-        "fewer times": turn(token_ms=[1.0]),
-        "another bundle": turn(label="other"),
-        "another order": turn(repetition=2),
+        "fewer tokens": turn(tokens=[1]), "fewer times": turn(token_ms=[1.0]),
+        "another bundle": turn(label="other"), "another order": turn(repetition=2),
         "a missing turn": {**good, "repetitions": rest},
         "complete too early": {**good, "repetitions": good["repetitions"][:2]},
         "a bundle twice": {**good, "loaded": [good["loaded"][0]] * 2},
         "a long text": {**good, "device": {**DEVICE, "user_agent": "x" * 501}},
         "a huge number": {**good, "device": {**DEVICE, "cores": 10**30}},
-    }
-
-
-def test_nonsense_is_refused_with_one_line_and_nothing_is_kept(site: Site, plan_json: dict[str, Any]) -> None:
-    cases = broken(plan_json)
+    }  # fmt: skip
     for count, (name, content) in enumerate(cases.items(), 1):
         assert site.post(content) == 400, name
         assert len(site.log) == count and "\n" not in site.log[-1], (name, site.log[-1])
     assert site.server.received.empty()
-    assert site.post(figures(plan_json)) == 204  # and it goes on
+    assert site.post(good) == 204  # and it goes on
     assert site.server.received.get(timeout=5)[0].run == RUN and len(site.log) == len(cases)
 
 
@@ -302,8 +295,7 @@ def test_rows_follow_from_the_times_that_were_sent(plan: PagePlan, plan_json: di
     assert row.token_ms_p90 == pytest.approx(np.percentile(pooled, 90))
     assert row.load_s == 0.6 and row.peak_memory_bytes == 1 << 26
     assert row.weights_bytes == sum(f.stat().st_size for f in plan.bundles[0].folder.glob("model.onnx*"))
-    assert result.pairs[0]["same_graph"]
-    assert result.machine["browser"]["cores"] == 8
+    assert result.pairs[0]["same_graph"] and result.machine["browser"]["cores"] == 8
     # a phone lost after its first turn, which it spent in the background
     content = figures(plan_json, turns=1)
     content["repetitions"][0]["hidden"] = True

@@ -1,4 +1,4 @@
-"""Items scored on a device: what is drawn, what comes back, and what is said of it."""
+"""Items scored on a device: the draw, the answers, and their report."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def bundles(store: SharedStore, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Scores go to a folder of the test's own."""
+    """Scores go to a temporary folder."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setattr("edgedisp.commands.devices.cache_folder", lambda: folder)

@@ -26,21 +26,16 @@ LINES = ["in 1850", "a"]  # the first answer ends by itself; with it, the second
 ANSWER = 48  # tokens, where the caller decides; then all fits
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In all layouts, with a chat template."""
-    return chat_bundle(tmp_path_factory.mktemp("app"), for_browser=False)
-
-
-@pytest.fixture(scope="module")
-def web_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return chat_bundle(tmp_path_factory.mktemp("web"), for_browser=True)
-
-
 def chat_bundle(root: Path, for_browser: bool) -> Path:
     ascii_model("llama", root / "model")
     (root / "model" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return export(root / "model", "int4", root, for_browser).folder
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In all layouts, with a chat template."""
+    return chat_bundle(tmp_path_factory.mktemp("app"), for_browser=False)
 
 
 def block(name: str) -> str:
@@ -103,7 +98,8 @@ def test_programs_of_the_page_answer_as_onnxruntime(
 
 @node
 @browser
-def test_a_page_answers_in_a_worker(web_bundle: Path, tmp_path: Path) -> None:
+def test_a_page_answers_in_a_worker(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    web_bundle = chat_bundle(tmp_path_factory.mktemp("web"), for_browser=True)
     shutil.copyfile(ROOT / "export" / "apps" / "worker.mjs", tmp_path / "worker.mjs")
     (tmp_path / "page.mjs").write_text(f"""
         const worker = new Worker("/worker.mjs", {{ type: "module" }});

@@ -81,7 +81,6 @@ def test_every_kind_has_its_file_with_an_opener_and_is_imported_only_when_used()
         (["--threads", "0"], "neither a whole number"),
         (["--write-threads"], "give --threads sweep too"),
         (["--threads", "sweep", "--write-threads", "--device", "local", "--device", "ssh://pi"], "name one"),
-        (["--score", "heldout", "--items", "5"], "--items 5"),
         (["--html", "/no/such/folder/x.html"], "name a file"),
     ],
 )

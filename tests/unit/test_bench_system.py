@@ -36,7 +36,7 @@ def test_smt_siblings_count_as_one_core(tmp_path: Path) -> None:
     assert physical_cores(tmp_path, {0, 1}) == 2
     older = topology(tmp_path / "before 5.3", 2, 2, name="thread_siblings_list")
     assert physical_cores(tmp_path / "before 5.3", older) == 2
-    assert physical_cores(tmp_path / "no topology", {0, 1, 2}) == 3
+    assert physical_cores(tmp_path / "none", {0, 1, 2}) == 3
 
 
 def test_the_quota_of_the_groups_above_counts(tmp_path: Path) -> None:
