@@ -7,6 +7,7 @@ position shows in the logits.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCABULARY = 320
 CONTEXT = 128
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+# The letters of space and line end too. Of tokens that are text, the pieces decode as the whole does.
+ASCII = [chr(code) for code in range(33, 127)] + ["\u0120", "\u010a"]
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog. ",
@@ -38,9 +42,8 @@ SHAPE = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
     "initializer_range": 0.15, "tie_word_embeddings": True,
 }
-GPT2_SHAPE = {
-    **IDS, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "initializer_range": 0.15,
-}
+GPT2_SHAPE = {**IDS, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}
+GPT2_SHAPE |= {"initializer_range": 0.15}
 OPT_SHAPE = {
     **IDS, "pad_token_id": 0, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": CONTEXT, "init_std": 0.25,
@@ -153,7 +156,7 @@ def _key(text: str) -> str:
     return "".join(character if character.isalnum() else "_" for character in text)
 
 
-def make(folder: Path, form: str, **changes: Any) -> Any:
+def make(folder: Path, form: str, seed: int = 1, **changes: Any) -> Any:
     """Save the twin `form` (a key of FORMS, or an architecture) with a tokenizer; return the torch model."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -161,7 +164,7 @@ def make(folder: Path, form: str, **changes: Any) -> Any:
     shape = SHAPES.get(architecture, SHAPE)
     config = AutoConfig.for_model(architecture, **(shape | differs | changes))
     with torch.random.fork_rng():
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).eval()
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -174,30 +177,27 @@ def make(folder: Path, form: str, **changes: Any) -> Any:
     return model
 
 
-@cache
-def trained_tokenizer() -> str:
-    """A byte-level BPE tokenizer as JSON, ids 0..VOCABULARY-1 at most."""
+def bpe_tokenizer(texts: Iterable[str], size: int, alphabet: Sequence[str]) -> Tokenizer:
+    """A byte-level BPE tokenizer with SPECIALS, ids 0..size-1 at most."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    return str(tokenizer.to_str())
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIALS, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
-def save_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").write_text(trained_tokenizer(), encoding="utf-8")
+@cache
+def twin_tokenizer() -> Tokenizer:
+    return bpe_tokenizer(TEXTS, VOCABULARY, pre_tokenizers.ByteLevel.alphabet())
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer | None = None, **names: str) -> None:
+    """names: of the special tokens, where they differ."""
+    (folder / "tokenizer.json").write_text((tokenizer or twin_tokenizer()).to_str(), encoding="utf-8")
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|endoftext|>",
-        "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-    }
+    settings = dict.fromkeys(("bos_token", "eos_token", "pad_token"), SPECIALS[0]) | names
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
@@ -216,14 +216,14 @@ def padded(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def torch_logits(model: Any, row: list[int]) -> np.ndarray:
-    """The model's own logits [tokens, vocab] of one unpadded row."""
+    """Logits [tokens, vocab] of an unpadded row by the torch model."""
     with torch.no_grad():
         logits: np.ndarray = model(torch.tensor([row])).logits[0].numpy()
     return logits
 
 
 def torch_greedy(model: Any, row: list[int], new: int) -> list[int]:
-    """Greedy continuation by recomputing everything at every step: no cache, no generation settings."""
+    """Greedy continuation, recomputed in full at every step: no cache, no generation settings."""
     ids = list(row)
     for _ in range(new):
         ids.append(int(torch_logits(model, ids)[-1].argmax()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -11,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from graph_twins import ASCII, SPECIALS, bpe_tokenizer, save_tokenizer
+from graph_twins import make as make_twin
 from shared_store import SharedStore
 
 from edgedisp.core.results import DeviceResult
 
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 Bundles = dict[str, Path]
 RUNNER = Path(__file__).resolve().parents[2] / "export" / "runner" / "runner.py"
 
@@ -30,7 +28,13 @@ def tiny_bundles(store: SharedStore) -> Bundles:
 
     def make(root: Path) -> None:
         for seed in (1, 2):
-            _model(root / f"model-{seed}", seed)
+            folder = root / f"model-{seed}"
+            tokenizer = bpe_tokenizer(["the cat sat on the mat and the dog sat on the log"] * 5, 160, ASCII)
+            shape = {"vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": 256}
+            ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+            # Weights are large enough for greedy tokens to vary.
+            make_twin(folder, "llama", seed, initializer_range=0.5, intermediate_size=128, **shape, **ids)
+            save_tokenizer(folder, tokenizer, bos_token=SPECIALS[1], eos_token=SPECIALS[2])
         for seed, name, precision in ((1, "fp32", "fp32"), (2, "twin", "fp32"), (1, "int4", "int4")):
             _build(root / f"model-{seed}", root / name, precision, root / "cache")
 
@@ -41,45 +45,6 @@ def tiny_bundles(store: SharedStore) -> Bundles:
 def order(result: DeviceResult) -> list[str]:
     """The labels of the timed repetitions, in the order of timing."""
     return [turn["label"] for turn in result.repetitions]
-
-
-def _model(folder: Path, seed: int) -> None:
-    """A 2-layer llama whose weights are large enough for its greedy tokens to vary."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    # ASCII alone (with the byte alphabet's letters for space and line end): whatever tokens a random model
-    # picks, their bytes are text, so that decoding piece by piece and all at once must agree.
-    alphabet = [chr(code) for code in range(33, 127)] + ["\u0120", "\u010a"]
-    trainer = trainers.BpeTrainer(vocab_size=160, special_tokens=SPECIALS, initial_alphabet=alphabet)
-    bpe.train_from_iterator(["the cat sat on the mat and the dog sat on the log"] * 5, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", bos_token="<|im_start|>"
-    )
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=len(tokenizer),
-        tie_word_embeddings=True,
-        max_position_embeddings=256,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        initializer_range=0.5,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def _build(source: Path, out: Path, precision: str, cache: Path) -> None:
@@ -102,14 +67,11 @@ def copy_with(bundle: Path, out: Path, **changes: Any) -> Path:
     path = out / "genai_config.json"
     config = json.loads(path.read_text())
     for key, value in changes.items():
-        *folders, last = key.split("__")
-        section = config
-        for part in folders:
-            section = section[part]
+        *parents, last = key.split("__")
+        section = functools.reduce(dict.__getitem__, parents, config)
+        section[last] = value
         if value is None:
             del section[last]
-        else:
-            section[last] = value
     path.write_text(json.dumps(config))
     return out
 
@@ -119,11 +81,8 @@ def recompute(bundle: Path, prompt: list[int], count: int) -> list[int]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(bundle / "model.onnx"), providers=["CPUExecutionProvider"])
-    empty = {
-        i.name: np.zeros((1, i.shape[1], 0, 16), np.float32)
-        for i in session.get_inputs()
-        if i.name.startswith("past")
-    }
+    caches = [value for value in session.get_inputs() if value.name.startswith("past")]
+    empty = {cache.name: np.zeros((1, cache.shape[1], 0, 16), np.float32) for cache in caches}
     ids = list(prompt)
     for _ in range(count):
         feed = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}

@@ -65,9 +65,7 @@ def test_the_same_model_gives_the_same_scores(folder: Path, cache: ScoreCache) -
     assert records["toy_choice"]["truncated"] == 5  # of 16 tokens of context
 
 
-def test_another_model_is_seen_in_scores_choices_and_log_probabilities(
-    folder: Path, cache: ScoreCache
-) -> None:
+def test_another_model_differs_in_scores_choices_and_log_probs(folder: Path, cache: ScoreCache) -> None:
     records = compare(folder, cache, Speller(seed=2, context=16), count=4)
     record = records["toy_choice"]
     assert record["answered"] == 4 < record["of"] and record["logprob"]["max"] > 1
@@ -76,9 +74,7 @@ def test_another_model_is_seen_in_scores_choices_and_log_probabilities(
     assert change.second == records["toy_rolling"]["device"]["value"] != change.first
 
 
-def test_nothing_answered_too_few_answers_and_tasks_that_generate_text(
-    folder: Path, cache: ScoreCache
-) -> None:
+def test_no_answers_too_few_and_tasks_that_generate_text(folder: Path, cache: ScoreCache) -> None:
     tasks, model = suite(folder, "toy_choice"), Speller()
     sample = device_sample.draw(tasks, model, 2, seed=0)
     results = tasks.run(model, ScoreOptions(cache=cache))

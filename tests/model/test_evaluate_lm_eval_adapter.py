@@ -80,9 +80,7 @@ def test_choices_are_scored_as_by_hand(folder: Path) -> None:
     assert result.score.chance == pytest.approx(1 / 3)
 
 
-def test_rolling_texts_beyond_the_context_are_predicted_once_and_empty_ones_left_out(
-    folder: Path,
-) -> None:
+def test_long_rolling_texts_are_predicted_once_and_empty_ones_left_out(folder: Path) -> None:
     rows = [*QUESTIONS, {"question": "", "choices": ["a", "b", "c"], "gold": 0}]
     (folder.parent / "questions.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     model = Speller(context=16)
@@ -131,9 +129,7 @@ def generate(model: Speller, prompt: str, **options: Any) -> str:
     return harness(model).generate_until([request])[0]
 
 
-def test_generated_text_ends_at_a_stop_string_at_end_of_text_and_at_the_limit_and_long_prompts_are_cut(
-    folder: Path,
-) -> None:
+def test_generated_text_ends_at_stop_strings_end_of_text_and_limits(folder: Path) -> None:
     model = Speller(context=200)
     model.say("?rain.")
     result = run(model, ["toy_generate"], folder)["toy_generate"]
@@ -182,9 +178,7 @@ def test_long_texts_read_in_other_contexts_are_not_the_same_items(folder: Path) 
     assert cut.items[0]["logprobs"][0] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_group_of_unlike_tasks_or_without_metrics_by_item_gives_each_and_so_does_a_tag(
-    folder: Path,
-) -> None:
+def test_a_tag_or_a_group_that_cannot_be_pooled_gives_each_task(folder: Path) -> None:
     for name in ("f1_a", "f1_b"):
         text = choice_yaml(name, folder.parent / "questions.jsonl", whole_task=True)
         (folder / f"{name}.yaml").write_text(text + "tag: toys\n")
@@ -195,9 +189,7 @@ def test_a_group_of_unlike_tasks_or_without_metrics_by_item_gives_each_and_so_do
     assert sorted(lm_eval_tasks.load(["toys"], folder)[0]) == ["f1_a", "f1_b"]
 
 
-def test_scoring_is_silent_and_leaves_global_random_state_logging_and_bars_as_they_were(
-    folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_scoring_is_silent_and_restores_global_state(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def state() -> tuple[Any, ...]:
         level = logging.getLogger("lm_eval").level
         return random.getstate(), np.random.get_state()[1].tolist(), level, lm_eval.api.task.tqdm
@@ -271,9 +263,7 @@ def test_what_was_scored_before_is_not_asked_again(folder: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("bos", "lead"), [("<end>", None), ("<begin>", None), ("<begin>", 257)])
-def test_log_likelihoods_and_text_equal_those_of_lm_evals_torch_backend(
-    bos: str, lead: int | None, tmp_path: Path
-) -> None:
+def test_scores_and_text_equal_those_of_lm_evals_backend(bos: str, lead: int | None, tmp_path: Path) -> None:
     from lm_eval.models.huggingface import HFLM
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

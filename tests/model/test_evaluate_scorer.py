@@ -54,9 +54,7 @@ def largest(first: list[Any], second: list[Any]) -> float:
 
 
 @pytest.mark.parametrize(("bits", "level"), [(32, 0), (4, 4), (8, 4), (4, 0)])
-def test_every_log_probability_is_that_of_a_plain_run_of_the_shipped_file(
-    twins: TwinStore, bits: int, level: int
-) -> None:
+def test_log_probs_equal_a_plain_run_of_the_shipped_file(twins: TwinStore, bits: int, level: int) -> None:
     bundle = twins.fp32() if bits == 32 else twins.quantized(bits=bits, accuracy_level=level)
     requests, plain = questions(8), [plain_run(bundle, questions(8), threads) for threads in (1, 2)]
     for threads in (1, 2):
@@ -64,9 +62,7 @@ def test_every_log_probability_is_that_of_a_plain_run_of_the_shipped_file(
         assert max(largest(results, reference) for reference in plain) < 1e-5
 
 
-def test_a_score_in_int8_arithmetic_depends_neither_on_other_requests_nor_on_the_order(
-    twins: TwinStore,
-) -> None:
+def test_a_score_in_int8_arithmetic_depends_on_its_request_alone(twins: TwinStore) -> None:
     bundle, requests = twins.quantized(bits=4, accuracy_level=4), questions(12)
     together, model = loglikelihoods(OnnxModel(bundle, 3), requests), OnnxModel(bundle, 1)
     assert together == loglikelihoods(model, requests[::-1])[::-1]
@@ -81,9 +77,7 @@ def test_torch_and_its_bundle_give_one_answer_up_to_the_whole_context(family: st
     assert largest(*(loglikelihoods(model, requests) for model in models)) < 1e-3
 
 
-def test_a_bundle_packed_for_a_device_reads_continuations_through_its_cache(
-    twins: TwinStore, tmp_path: Path
-) -> None:
+def test_a_device_bundle_reads_continuations_through_its_cache(twins: TwinStore, tmp_path: Path) -> None:
     bundle = twins.quantized(bits=4, accuracy_level=0)
     for_device(bundle, tmp_path, threads=1)
     packed, requests = OnnxModel(tmp_path, 2), questions(4)

@@ -103,7 +103,7 @@ def optimized(path: Path, folder: Path) -> Counter[str]:
     ("gpt2", {"bits": 8, "symmetric": True, "group": 64}),
     ("gpt_neox", {"bits": 4, "symmetric": False}),
 ])  # fmt: skip
-def test_every_family_computes_in_a_browser_what_it_computes_in_fp32_arithmetic(
+def test_the_browser_graph_computes_the_same(
     family: str, options: dict[str, Any], twins: TwinStore, tmp_path: Path
 ) -> None:
     source, precision = twins.quantized(family, **options), f"int{options['bits']}"

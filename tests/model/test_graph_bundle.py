@@ -50,9 +50,7 @@ def test_a_bundle_has_the_files_of_every_runtime(bundle: Path) -> None:
     assert (bundle / "chat_template.jinja").read_text(encoding="utf-8") == TEMPLATE
 
 
-def test_ends_of_text_are_collected_from_every_file_that_names_one(
-    folder: Path, tiny_folder: dict[str, Path]
-) -> None:
+def test_ends_of_text_come_from_every_file(folder: Path, tiny_folder: dict[str, Path]) -> None:
     (folder / "chat_template.jinja").unlink()
     change(folder / "generation_config.json", eos_token_id=[9, 4])
     assert genai_config.end_ids(folder) == [9, 4, 0]
@@ -90,9 +88,7 @@ def test_a_template_inside_the_tokenizer_settings_is_read_too(folder: Path, tmp_
     assert read(tmp_path / "out" / "tokenizer_config.json")["chat_template"] == "D"
 
 
-def test_the_builder_covers_families_that_are_not_written_here(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_genai_builder_covers_other_families(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = make(tmp_path / "model", "granite")
     capfd.readouterr()
     (tmp_path / "bundle").mkdir()

@@ -152,7 +152,7 @@ def test_a_checkpoint_with_a_missing_or_infinite_weight_or_none_is_refused(
         ("bloom", {}, ".*".join(["'bloom' cannot be exported", *sorted([*READERS, "granite"])])),
     ],
 )
-def test_forms_that_are_not_written_are_refused(
+def test_unsupported_forms_are_refused(
     form: str, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     make(tmp_path, form, **changes)

@@ -58,9 +58,7 @@ def test_within_a_shorter_context_no_logit_changes_and_only_tables_are_cut(
     assert config["model"]["decoder"]["session_options"]["intra_op_num_threads"] == 3
 
 
-def test_a_longer_context_than_the_bundles_leaves_the_weights_as_they_are(
-    twins: TwinStore, tmp_path: Path
-) -> None:
+def test_a_longer_context_leaves_the_weights_as_they_are(twins: TwinStore, tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(twins.quantized("llama"), source)
     out.mkdir()
@@ -116,9 +114,7 @@ CAPPED = "gemma3_text, capped logits, biases, long rope"  # something stands bet
 
 
 @pytest.mark.parametrize("form", ["llama", "gpt2", "gpt_neox", "granite", UNTIED, CAPPED])
-def test_the_last_tokens_logits_are_those_of_the_whole_graph(
-    form: str, twins: TwinStore, tmp_path: Path
-) -> None:
+def test_the_last_logits_are_those_of_the_whole_graph(form: str, twins: TwinStore, tmp_path: Path) -> None:
     with_last_logits(twins.quantized(form, 8, accuracy_level=0), tmp_path / "quantized")
     last = with_last_logits(twins.fp32(form), tmp_path / "last")
     row = ragged([15], seed=3)[0]

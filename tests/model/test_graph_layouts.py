@@ -74,9 +74,7 @@ def test_a_graph_that_computes_something_else_is_not_shipped(bundle: Path, tmp_p
         layouts.check_same(folder, ["model.onnx"], bundle, ragged([9])[0], 1)
 
 
-def test_the_tokenizers_settings_are_written_as_every_runtime_reads_them(
-    bundle: Path, tmp_path: Path
-) -> None:
+def test_tokenizer_settings_suit_every_runtime(bundle: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(bundle, source)
     settings = json.loads((source / "tokenizer_config.json").read_text())

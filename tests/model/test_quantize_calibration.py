@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +49,17 @@ def second_moments(model: nn.Module) -> dict[str, Tensor]:
 
 
 @dataclass
-class Seen:
-    """What GPTQ was called with for each parameter, and what the parameter became."""
+class Call:
+    """What GPTQ was called with for a parameter, and what the parameter became."""
 
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    seconds: dict[str, Tensor] = field(default_factory=dict)
-    values: dict[str, Tensor] = field(default_factory=dict)
+    weight: Tensor
+    second: Tensor
+    value: Tensor
 
 
-def rounded(model: nn.Module, share: float, monkeypatch: pytest.MonkeyPatch) -> Seen:
+def rounded(model: nn.Module, share: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, Call]:
     """`calibrate`, with rounding to nearest in the place of GPTQ."""
-    seen, seconds = Seen(), list[Tensor]()
+    calls, seconds = dict[str, Call](), list[Tensor]()
 
     def nearest(weight: Tensor, grid: Grid, second: Tensor) -> tuple[Blocks, Tensor]:
         seconds.append(second.clone())
@@ -68,30 +68,27 @@ def rounded(model: nn.Module, share: float, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(calibration, "gptq", nearest)
     for together in calibrate(model, BLOCKS, lambda name: GRID, share):
         for name, (blocks, weight) in together.items():
-            assert name not in seen.weights
-            seen.weights[name], seen.seconds[name] = weight, seconds[-1]
-            seen.values[name] = dequantize(blocks, GRID)
-    return seen
+            assert name not in calls
+            calls[name] = Call(weight, seconds[-1], dequantize(blocks, GRID))
+    return calls
 
 
 @pytest.mark.parametrize("form", [*twins.FAMILIES, twins.UNTIED])
-def test_each_map_is_rounded_under_its_inputs_in_the_quantized_model(
+def test_each_map_is_rounded_under_its_quantized_inputs(
     tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = twins.make(tmp_path, form)
     before = second_moments(model)
-    seen = rounded(model, 0.0, monkeypatch).seconds
+    calls = rounded(model, 0.0, monkeypatch)
     after = second_moments(model)
-    assert list(seen) and set(seen) == set(after)
-    for name, second in seen.items():
-        torch.testing.assert_close(second, after[name], rtol=2e-3, atol=2e-4 * float(after[name].abs().max()))
-    last = list(seen)[-1]  # the quantized model is another one, or the test would say nothing
+    assert calls and set(calls) == set(after)
+    for name, call in calls.items():
+        atol = 2e-4 * float(after[name].abs().max())
+        torch.testing.assert_close(call.second, after[name], rtol=2e-3, atol=atol)
+    last = list(calls)[-1]  # the quantized model is another one, or the test would say nothing
     assert not torch.allclose(before[last], after[last], rtol=1e-2)
-
-
-def test_calibration_without_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="calibration"):
-        list(calibrate(twins.make(tmp_path, "llama"), BLOCKS[:0], lambda name: GRID, 0.0))
+        list(calibrate(model, BLOCKS[:0], lambda name: GRID, 0.0))
 
 
 # Whose outputs are added straight to the residual stream; in Gemma a norm lies between, in NeoX's parallel
@@ -110,12 +107,12 @@ def test_the_residual_stream_is_found_by_value(tmp_path: Path, form: str) -> Non
     layers = decoder_layers(model)
     with torch.no_grad():
         calls, states = layer_calls(model, layers, BLOCKS[:1])
-        found = {
-            name: calls[0].residual_of(module, states[0])
+        writers = {
+            name
             for name, module in layers[0].named_modules()
-            if isinstance(module, LINEAR)
+            if isinstance(module, LINEAR) and calls[0].residual_of(module, states[0]) is not None
         }
-    assert {name for name, source in found.items() if source is not None} == WRITERS[form]
+    assert writers == WRITERS[form]
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
@@ -123,7 +120,7 @@ def test_the_correction_is_a_ridge_regression_on_what_the_unrounded_model_gives(
     tmp_path: Path, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, plain = twins.make(tmp_path, "llama"), twins.make(tmp_path, "llama")
-    corrected = rounded(model, share, monkeypatch).weights
+    corrected = rounded(model, share, monkeypatch)
     layer = "model.layers.1."
     streams = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
     maps = ["self_attn.q_proj", "mlp.up_proj", *streams]
@@ -139,19 +136,18 @@ def test_the_correction_is_a_ridge_regression_on_what_the_unrounded_model_gives(
         rows = torch.cat([x, ridge.sqrt() * torch.eye(x.shape[1], dtype=torch.float64)])
         targets = torch.cat([target, torch.zeros(x.shape[1], len(weight), dtype=torch.float64)])
         change = torch.linalg.lstsq(rows, targets).solution.T
-        moved = corrected[f"{layer}{name}.weight"].double() - weight
+        moved = corrected[f"{layer}{name}.weight"].weight.double() - weight
         assert moved.norm() > 0.01 * weight.norm()
         torch.testing.assert_close(moved, share * change, rtol=1e-3, atol=1e-3 * float(change.abs().max()))
 
 
-def test_correction_leaves_the_first_maps_and_every_other_parameter_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_correction_leaves_other_parameters_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing was rounded before the first maps; and the unrounded weights are put back whole."""
     model, untouched = twins.make(tmp_path, "llama"), twins.make(tmp_path, "llama")
-    seen = rounded(model, 1.0, monkeypatch)
-    first = next(iter(seen.weights))
-    assert torch.equal(seen.weights[first], untouched.get_parameter(first))
+    calls = rounded(model, 1.0, monkeypatch)
+    first = next(iter(calls))
+    assert torch.equal(calls[first].weight, untouched.get_parameter(first))
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, seen.values.get(name, untouched.get_parameter(name)))
+        expected = calls[name].value if name in calls else untouched.get_parameter(name)
+        assert torch.equal(parameter, expected)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -1,4 +1,4 @@
-"""What is left of a change on the grid that ships: against plain loops, and through whole bundles."""
+"""What remains of a change on the grid that ships: against plain loops, and through whole bundles."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from edgedisp.quantize.onnx_rewrite import quantize_bundle
 from edgedisp.quantize.rounding_methods import METHODS
 
 
-def random_weight(rows: int, columns: int, seed: int) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+def random_weight(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def by_loops(trained: torch.Tensor, reference: torch.Tensor, grid: Grid) -> dict[str, float]:
@@ -40,21 +40,15 @@ def by_loops(trained: torch.Tensor, reference: torch.Tensor, grid: Grid) -> dict
             beyond += abs(d) > abs(step) / 2
             moved += dq != 0
             steps, d2, dq2, product = steps + (d / step) ** 2, d2 + d * d, dq2 + dq * dq, product + d * dq
-    count = trained.numel()
-    return {
-        "weights": count,
-        "beyond_half_step": beyond / count,
-        "integers_moved": moved / count,
-        "rms_steps": (steps / count) ** 0.5,
-        "slope": product / d2,
-        "cosine": product / (d2 * dq2) ** 0.5,
-    }
+    count, slope, cosine = trained.numel(), product / d2, product / (d2 * dq2) ** 0.5
+    shares = {"beyond_half_step": beyond / count, "integers_moved": moved / count}
+    return {"weights": count, "rms_steps": (steps / count) ** 0.5, "slope": slope, "cosine": cosine, **shares}
 
 
 @pytest.mark.parametrize("grid", [Grid(8, 32, True), Grid(4, 16, False)])
 def test_the_figures_are_those_of_plain_loops(grid: Grid) -> None:
-    trained = random_weight(6, 80, 0)
-    reference = trained + 0.04 * random_weight(6, 80, 1)
+    trained = random_weight(6, 80, seed=0)
+    reference = trained + 0.04 * random_weight(6, 80, seed=1)
     expected = by_loops(trained, reference, grid)
     assert expected["integers_moved"] > 0
     figures = compare(trained, reference, quantize(trained, grid), grid).figures()
@@ -78,7 +72,7 @@ def test_a_change_below_half_a_step_vanishes_and_one_above_survives() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_on_the_weight_alone_ship_the_nearest_integers(method: str) -> None:
-    weight, grid = random_weight(8, 80, 2), Grid(4, 32, False)
+    weight, grid = random_weight(8, 80, seed=2), Grid(4, 32, False)
     assert compare(weight, weight, METHODS[method](weight, grid, None), grid).nearest == weight.numel()
 
 
@@ -88,20 +82,18 @@ def test_every_packed_tensor_is_compared_with_the_torch_models(form: str, tmp_pa
     model = graph_twins.make(base, form)
     with torch.no_grad():
         for seed, parameter in enumerate(model.parameters()):
-            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
-            parameter += 0.01 * drawn
+            parameter += 0.01 * random_weight(*parameter.shape, seed=seed)
     model.save_pretrained(trained)
     graph_twins.save_tokenizer(trained)
     for folder in (fp32, int4):
         folder.mkdir()
     export(trained, fp32, threads=1)
     quantize_bundle(fp32, int4, bits=4, symmetric=False)
-    result = survival(
-        int4, fp32, load_weights(trained), {"base": load_weights(base), "itself": load_weights(trained)}
-    )
+    before, after = load_weights(base), load_weights(trained)
+    result = survival(int4, fp32, after, {"base": before, "itself": after})
     assert result["nearest"] == 1.0 and not result["unmatched"]
     against_base = result["references"]["base"]
-    matrices = sum(p.numel() for n, p in load_weights(base).items() if p.ndim == 2 and "wpe" not in n)
+    matrices = sum(p.numel() for n, p in before.items() if p.ndim == 2 and "wpe" not in n)
     assert against_base["total"]["weights"] == matrices
     assert 0 < against_base["total"]["integers_moved"] < 0.5 and against_base["total"]["rms_steps"] > 0
     assert [row["layer"] for row in against_base["layers"]] == [0, 1]

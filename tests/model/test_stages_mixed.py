@@ -29,27 +29,37 @@ from edgedisp.quantize.sensitivity import Reference, find_weights, loss, replace
 from edgedisp.recipe import Quantize
 
 TOKENS = np.random.default_rng(0).integers(3, twins.VOCABULARY, (8, 40)).astype(np.uint16)
+BLOCKS = [torch.from_numpy(block.astype(np.int64)) for block in TOKENS]
 Folders = dict[str, Path]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """Model, fp32 bundle and corpus of a llama twin."""
+    """Model, fp32 bundle and corpus of a llama twin, and its uniform bundles `4` and `8`."""
     root = tmp_path_factory.mktemp("twin")
-    folders = {name: root / name for name in ("model", "bundle", "corpus")}
+    folders = {name: root / name for name in ("model", "bundle", "corpus", "4", "8")}
     twins.make(folders["model"], "llama", initializer_range=0.08)
-    for name in ("bundle", "corpus"):
+    for name in ("bundle", "corpus", "4", "8"):
         folders[name].mkdir()
     export(folders["model"], folders["bundle"], threads=1)
+    for bits, group in ((4, 128), (8, 32)):
+        quantize_bundle(folders["bundle"], folders[str(bits)], bits=bits, group=group, head_bits=bits)
     np.save(folders["corpus"] / "tokens.npy", TOKENS)
     return folders
+
+
+def budget_of(folders: Folders, share: float) -> int:
+    """Bytes between those of the uniform bundles."""
+    small, large = size(folders["4"]), size(folders["8"])
+    return round(small + share * (large - small))
 
 
 def searched(folders: Folders, out: Path, **goal: Any) -> dict[str, Any]:
     out.mkdir(exist_ok=True)
     section = Quantize.model_validate(goal)
     options = SearchOptions(section.int4, section.budget, section.max_perplexity_increase)
-    return quantize_searched(options, Inputs(**folders), out, silent)
+    inputs = {name: path for name, path in folders.items() if name not in ("4", "8")}
+    return quantize_searched(options, Inputs(**inputs), out, silent)
 
 
 def kl_of_bundle(reference: Any, bundle: Path) -> float:
@@ -66,21 +76,8 @@ def size(bundle: Path) -> int:
     return sum((bundle / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
 
 
-@pytest.fixture(scope="module")
-def sizes(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    """Bytes of the twin's uniform bundles."""
-    sizes = {}
-    for bits, group in ((4, 128), (8, 32)):
-        out = tmp_path_factory.mktemp("uniform")
-        quantize_bundle(folders["bundle"], out, bits=bits, group=group, head_bits=bits)
-        sizes[f"{bits}"] = size(out)
-    return sizes
-
-
-def test_a_budget_is_held_by_the_files_and_what_was_measured_is_what_ships(
-    folders: Folders, sizes: dict[str, int], tmp_path: Path
-) -> None:
-    budget = round(sizes["4"] + 0.2 * (sizes["8"] - sizes["4"]))
+def test_the_files_keep_the_budget_and_have_the_measured_divergence(folders: Folders, tmp_path: Path) -> None:
+    budget = budget_of(folders, 0.2)
     record = searched(folders, tmp_path, budget=f"{budget / 1000}kB", int4={"accuracy_level": 0})
     search = record["search"]
     assert record["size_bytes"] == search["size_bytes"] == size(tmp_path) <= budget
@@ -95,11 +92,9 @@ def test_a_budget_is_held_by_the_files_and_what_was_measured_is_what_ships(
     assert search["curve"][0]["size_bytes"] <= budget <= search["curve"][-1]["size_bytes"] + 40_000
 
 
-def test_under_gptq_a_weight_costs_what_gptq_makes_of_it(
-    folders: Folders, sizes: dict[str, int], tmp_path: Path
-) -> None:
+def test_under_gptq_a_weight_costs_what_gptq_makes_of_it(folders: Folders, tmp_path: Path) -> None:
     int4 = {"method": "gptq", "calibration_tokens": 7 * TOKENS.shape[1]}
-    record = searched(folders, tmp_path, budget=f"{sizes['8'] / 1000}kB", int4=int4)
+    record = searched(folders, tmp_path, budget=f"{size(folders['8']) / 1000}kB", int4=int4)
     plain, quantized = models.load(folders["model"]), models.load(folders["model"])
     gptq_model(quantized, TOKENS[:7], USUAL.grid, correction=0.0)
     reference = Reference(plain, text_pieces(TOKENS, twins.VOCABULARY))
@@ -112,18 +107,14 @@ def test_under_gptq_a_weight_costs_what_gptq_makes_of_it(
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_a_limit_on_perplexity_holds_on_the_training_text(
-    method: str, folders: Folders, tmp_path: Path
-) -> None:
+def test_a_limit_on_perplexity_holds_on_training_text(method: str, folders: Folders, tmp_path: Path) -> None:
     int4 = {"method": method, "accuracy_level": 0, "calibration_tokens": 256}
     record = searched(folders, tmp_path, max_perplexity_increase="2%", int4=int4)
-    blocks = [torch.from_numpy(block.astype(np.int64)) for block in TOKENS]
-    before, bundle = loss(models.load(folders["model"]), blocks), OnnxModel(tmp_path, 1)
-    after = []
-    for block in blocks:
-        logits = torch.from_numpy(bundle(block[None].numpy(), np.ones((1, 40), np.int64))[0])
-        after.append(torch.nn.functional.cross_entropy(logits[:-1].double(), block[1:]).item())
-    increase = np.exp(np.mean(after) - before) - 1
+    before, bundle = loss(models.load(folders["model"]), BLOCKS), OnnxModel(tmp_path, 1)
+    logits = torch.from_numpy(bundle(TOKENS.astype(np.int64), np.ones(TOKENS.shape, np.int64)))
+    targets = torch.stack(BLOCKS)[:, 1:].flatten()
+    after = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), targets).item()
+    increase = np.exp(after - before) - 1
     assert increase <= 0.02
     search = record["search"]
     last = search["gptq"] if method == "gptq" else search
@@ -133,21 +124,19 @@ def test_a_limit_on_perplexity_holds_on_the_training_text(
     assert (set(inner) == {"gptq"}) == (method == "gptq")
 
 
-def test_a_goal_out_of_reach_is_refused_with_what_is_possible(folders: Folders, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"fits 0\.0 MB; the smallest, .* takes 0\.\d MB"):
+def test_an_impossible_goal_is_refused_and_the_smallest_size_known(folders: Folders, tmp_path: Path) -> None:
+    too_small = r"fits 0\.0 MB; the smallest, .* takes 0\.\d MB"
+    with pytest.raises(BadInput, match=too_small):
         searched(folders, tmp_path, budget="10kB")
     with pytest.raises(BadInput, match=r"0\.00% cannot be reached; .* rises by"):
         searched(folders, tmp_path, max_perplexity_increase=1e-9)
     assert not list(tmp_path.iterdir())
-
-
-def test_the_smallest_bundle_is_known_without_a_search(folders: Folders, tmp_path: Path) -> None:
     record = searched(folders, tmp_path, budget="1MB")
     (smallest,) = (point for point in record["search"]["points"] if point["name"] == "smallest")
     base = Inputs(base=folders["model"])
     estimate = check_budget(10**9, base, tmp_path, silent)["smallest_bytes"]
     assert estimate == pytest.approx(smallest["size_bytes"], rel=0.15)  # pages and names weigh in a twin
-    with pytest.raises(BadInput, match=r"fits 0\.0 MB; the smallest, .* takes 0\.\d MB"):
+    with pytest.raises(BadInput, match=too_small):
         check_budget(estimate // 2, base, tmp_path, silent)
 
 
@@ -160,31 +149,26 @@ def finished(folders: Folders, root: Path, arm: str, **goal: Any) -> Record:
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_an_arm_that_follows_is_stored_as_the_one_that_searched(
-    method: str, folders: Folders, sizes: dict[str, int], tmp_path: Path
-) -> None:
+def test_an_arm_that_follows_is_stored_alike(method: str, folders: Folders, tmp_path: Path) -> None:
     other = {**folders, "model": tmp_path / "model", "bundle": tmp_path / "fp32"}
     model = models.load(folders["model"])
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
-            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
-            parameter.add_(0.01 * drawn)
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+            parameter.add_(0.01 * noise)
     models.save(model, models.load_tokenizer(folders["model"]), other["model"])
     other["bundle"].mkdir()
     export(other["model"], other["bundle"], threads=1)
-    middle = round((sizes["4"] + sizes["8"]) / 2)
+    middle = budget_of(folders, 0.5)
     int4 = {"method": method, "calibration_tokens": 256, "accuracy_level": 4}
     goal = {"budget": f"{middle / 1000}kB", "int4": int4}
     first = finished(folders, tmp_path, "baseline", **goal)
     second = finished({**other, "decider": first.folder}, tmp_path, "dispersed", **goal)
     names = ("name", "bits", "group", "symmetric", "method")
-    rows, nodes = [], []
-    for record in (first, second):
-        rows.append([{name: row[name] for name in names} for row in record.results["by_tensor"]])
-        graph = onnx.load(record.folder / "model.onnx", load_external_data=False).graph
-        nodes.append([node.SerializeToString() for node in graph.node])
+    graphs = [onnx.load(r.folder / "model.onnx", load_external_data=False).graph for r in (first, second)]
+    assert [*graphs[0].node] == [*graphs[1].node]
+    rows = [[{n: row[n] for n in names} for row in r.results["by_tensor"]] for r in (first, second)]
     assert rows[0] == rows[1] and len({row["bits"] for row in rows[0]}) > 1
-    assert nodes[0] == nodes[1]
     assert first.sha256("model.onnx.data") != second.sha256("model.onnx.data")
     search = second.results["search"]
     assert search["decided_by"] == "baseline" and search["size_bytes"] <= middle

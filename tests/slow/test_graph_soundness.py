@@ -70,9 +70,7 @@ def test_every_value_of_every_familys_graphs_has_a_shape(form: str, twins: TwinS
 
 
 @pytest.mark.parametrize("form", ["llama", "gpt_neox"])
-def test_cpu_kernels_alone_run_a_bundle_and_read_its_weights_packed(
-    form: str, twins: TwinStore, tmp_path: Path
-) -> None:
+def test_cpu_kernels_read_the_packed_weights(form: str, twins: TwinStore, tmp_path: Path) -> None:
     bundle = twins.quantized(form, symmetric=False)
     options = onnxruntime.SessionOptions()
     options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")

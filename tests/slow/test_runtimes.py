@@ -1,8 +1,7 @@
-"""Each layout of a bundle is opened by its own runtime, with the very lines that its manifest shows.
+"""The runtime of each layout opens it with the lines that the manifest shows.
 
-transformers.js runs in node and in headless Chromium, optimum in an environment of its own (it needs
-transformers 4); `make runtimes` puts all but Chromium under `.runtimes`. Where one is missing, its tests are
-skipped and say so.
+transformers.js runs in node and in headless Chromium, optimum in a second environment (it needs
+transformers 4); `make runtimes` puts all but Chromium under `.runtimes`.
 """
 
 from __future__ import annotations
@@ -16,9 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from graph_twins import ASCII, SPECIALS, bpe_tokenizer
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from edgedisp import data
@@ -27,7 +28,7 @@ from edgedisp.core.progress import silent
 from edgedisp.graph.runtime_layouts import GENAI, LAYOUTS, OPTIMUM, WEB
 from edgedisp.graph.session import OnnxModel
 from edgedisp.models import load_tokenizer, save
-from edgedisp.models.tiny_model import SPECIALS, tiny_model
+from edgedisp.models.tiny_model import tiny_model
 
 RUNTIMES = Path(__file__).resolve().parents[2] / ".runtimes"
 NODE_MODULES = RUNTIMES / "node" / "node_modules"
@@ -51,7 +52,7 @@ browser = pytest.mark.skipif(
 )
 optimum = pytest.mark.skipif(
     not any(OPTIMUM_PYTHON.parent.parent.glob("lib/*/site-packages/optimum")),
-    reason="needs optimum-onnx in an environment of its own: make runtimes",
+    reason="needs optimum-onnx in a second environment: make runtimes",
 )
 
 
@@ -64,18 +65,14 @@ class Bundle:
     text: str
 
 
+Bundles = Callable[[str], Bundle]
+
+
 def ascii_model(architecture: str, folder: Path) -> Path:
-    """A tiny random model whose every token is text: each runtime shows other bytes in its own way."""
+    """A tiny random model whose every token is text: runtimes differ in how they show other bytes."""
     texts = [document.text for document in data.synthetic_documents(120, seed=0)]
     model, _ = tiny_model(architecture, texts, seed=0, context=128)
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    alphabet = [chr(code) for code in range(33, 127)] + ["\u0120", "\u010a"]  # with space and line end
-    trainer = trainers.BpeTrainer(
-        vocab_size=model.config.vocab_size, special_tokens=SPECIALS, initial_alphabet=alphabet
-    )
-    inner.train_from_iterator(texts, trainer)
+    inner = bpe_tokenizer(texts, model.config.vocab_size, ASCII)
     if architecture == "gemma3_text":  # begins every text with a token
         marks = [(SPECIALS[0], 0)]
         inner.post_processor = processors.TemplateProcessing(f"{SPECIALS[0]} $A", special_tokens=marks)
@@ -89,13 +86,12 @@ def ascii_model(architecture: str, folder: Path) -> Path:
 
 def export(source: Path, precision: str, root: Path, for_browser: bool) -> Bundle:
     """The model folder as a bundle in all layouts, and its greedy text by onnxruntime without any of them."""
-    profile = root / "box.yaml"
-    layouts = f"layouts: [{', '.join(LAYOUTS)}]\n"
-    architecture = "wasm32\nquantize: {accuracy_level: 0}" if for_browser else "arm64"
-    profile.write_text(
-        f"name: box\ndescription: a box\narchitecture: {architecture}\ncontext: 128\nthreads: 1\n"
-        f"precision: {precision}\n{layouts}"
-    )
+    profile, architecture = root / "box.yaml", "wasm32" if for_browser else "arm64"
+    keys: dict[str, Any] = {"name": "box", "description": "a box", "architecture": architecture}
+    keys |= {"context": 128, "threads": 1, "precision": precision, "layouts": LAYOUTS}
+    if for_browser:
+        keys["quantize"] = {"accuracy_level": 0}
+    profile.write_text(json.dumps(keys))  # JSON is YAML
     out = root / "bundle"
     export_bundle(source, str(profile), out, silent)
     manifest = json.loads((out / "manifest.json").read_text())
@@ -108,7 +104,7 @@ def export(source: Path, precision: str, root: Path, for_browser: bool) -> Bundl
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     """`llama-int4`, `llama-int4-browser` and the like -> its bundle, made when it is first asked for."""
 
     @cache
@@ -124,36 +120,34 @@ def printed_by(command: list[str | Path], folder: Path) -> str:
     """What a runtime prints, away from this package and from every hub."""
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | offline
-    result = subprocess.run(
+    process = subprocess.run(
         command, capture_output=True, text=True, cwd=folder, env=env, timeout=SECONDS, check=False
     )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stdout
 
 
-def in_python(bundle: Bundle, layout: str, python: str | Path, folder: Path) -> str:
+def check_in_python(bundle: Bundle, layout: str, python: str | Path, folder: Path) -> None:
     variables = f"folder, text = {str(bundle.folder)!r}, {TEXT!r}\n"
-    return printed_by([python, "-c", variables + bundle.load[layout]], folder)
+    check_same(printed_by([python, "-c", variables + bundle.load[layout]], folder), bundle)
 
 
 def check_same(printed: str, bundle: Bundle) -> None:
-    """Equal, but for special tokens, which one runtime prints and the next does not, and spaces."""
+    """Equal but for spaces and special tokens, which some runtimes print."""
     for token in json.loads((bundle.folder / "tokenizer.json").read_text())["added_tokens"]:
         printed = printed.replace(token["content"], "")
     assert printed.split() == bundle.text.split()
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_onnxruntime_genai_opens_its_layout(
-    name: str, bundles: Callable[[str], Bundle], tmp_path: Path
-) -> None:
-    check_same(in_python(bundles(name), GENAI, sys.executable, tmp_path), bundles(name))
+def test_onnxruntime_genai_opens_its_layout(name: str, bundles: Bundles, tmp_path: Path) -> None:
+    check_in_python(bundles(name), GENAI, sys.executable, tmp_path)
 
 
 @optimum
 @pytest.mark.parametrize("name", ["llama-int4", "gpt2-int8"])  # its start takes ten seconds
-def test_optimum_opens_its_layout(name: str, bundles: Callable[[str], Bundle], tmp_path: Path) -> None:
-    check_same(in_python(bundles(name), OPTIMUM, OPTIMUM_PYTHON, tmp_path), bundles(name))
+def test_optimum_opens_its_layout(name: str, bundles: Bundles, tmp_path: Path) -> None:
+    check_in_python(bundles(name), OPTIMUM, OPTIMUM_PYTHON, tmp_path)
 
 
 def lines(bundle: Bundle, parent: str) -> str:
@@ -165,22 +159,17 @@ def lines(bundle: Bundle, parent: str) -> str:
 
 @node
 @pytest.mark.parametrize("name", [*MODELS, *BROWSER_MODELS])
-def test_transformers_js_opens_its_layout(
-    name: str, bundles: Callable[[str], Bundle], tmp_path: Path
-) -> None:
+def test_transformers_js_opens_its_layout(name: str, bundles: Bundles, tmp_path: Path) -> None:
     bundle = bundles(name)
     (tmp_path / "node_modules").symlink_to(NODE_MODULES.resolve())
     (tmp_path / "load.mjs").write_text(lines(bundle, f"{bundle.folder.parent}/"))
-    printed = printed_by(["node", tmp_path / "load.mjs"], tmp_path)
-    check_same(printed, bundle)
+    check_same(printed_by(["node", tmp_path / "load.mjs"], tmp_path), bundle)
 
 
 @node
 @browser
 @pytest.mark.parametrize("name", BROWSER_MODELS)
-def test_the_same_folder_opens_in_a_browser(
-    name: str, bundles: Callable[[str], Bundle], tmp_path: Path
-) -> None:
+def test_the_same_folder_opens_in_a_browser(name: str, bundles: Bundles, tmp_path: Path) -> None:
     bundle = bundles(name)
     page = tmp_path / "page.mjs"
     page.write_text(f"{lines(bundle, '/models/')}\nexport default answer.generated_text;\n")

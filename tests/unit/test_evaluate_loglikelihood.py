@@ -80,9 +80,7 @@ def test_logits_that_are_not_finite_fail_the_build_and_large_ones_do_not_overflo
 
 
 @given(length=st.integers(0, 60), context=st.integers(2, 20), each=st.booleans())
-def test_rolling_windows_predict_each_token_once_with_the_text_before_it(
-    length: int, context: int, each: bool
-) -> None:
+def test_rolling_windows_predict_each_token_once(length: int, context: int, each: bool) -> None:
     ids, predicted = list(range(100, 100 + length)), list[int]()
     for before, after in rolling_windows(ids, context, prefix=7, repeat_prefix=each):
         assert len(before) + len(after) - 1 <= context
@@ -146,9 +144,7 @@ def test_only_new_items_are_computed(cache: ScoreCache) -> None:
     assert len(model.rows) - before == len({(*context, *target[:-1]) for context, target in requests[30:]})
 
 
-def test_what_was_scored_before_an_interruption_is_there(
-    cache: ScoreCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_survive_an_interruption(cache: ScoreCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loglikelihood, "_WRITE_EVERY_S", 0.0)
     requests, options = some_requests(11), ScoreOptions(cache=cache)
     names = [name_of(fitted(Bigram(), request)[0]) for request in requests]

@@ -23,7 +23,7 @@ def tables(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 
 @given(tables(), st.integers(0, 100))
-def test_the_least_loss_of_every_budget_is_that_of_all_combinations(
+def test_the_least_loss_is_that_of_all_combinations(
     table: tuple[np.ndarray, np.ndarray], budget: int
 ) -> None:
     costs, losses = table

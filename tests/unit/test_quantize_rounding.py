@@ -37,9 +37,7 @@ def layer_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 1000), grid=grids, rows=st.integers(1, 5), columns=st.integers(1, 150))
-def test_k_quant_leaves_no_more_weighted_error_than_rounding(
-    seed: int, grid: Grid, rows: int, columns: int
-) -> None:
+def test_k_quant_is_no_worse_than_rounding(seed: int, grid: Grid, rows: int, columns: int) -> None:
     weight, importance = drawn(seed, rows, columns), drawn(seed + 1, columns).square() + 1e-3
     k_quant, rtn = (
         ((dequantize(blocks, grid) - weight).double().square() * importance).sum()
@@ -51,7 +49,7 @@ def test_k_quant_leaves_no_more_weighted_error_than_rounding(
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 1000), grid=grids, columns=st.integers(1, 150))
 @pytest.mark.parametrize("name", METHODS)
-def test_a_weight_of_zeros_stays_zero_and_powers_of_two_pass_through(
+def test_zeros_stay_zero_and_powers_of_two_pass_through(
     name: str, seed: int, grid: Grid, columns: int
 ) -> None:
     weight = drawn(seed, 3, columns)
@@ -154,9 +152,7 @@ def test_without_correlations_the_latent_weight_is_the_weight_in_steps() -> None
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 1000), grid=grids, rows=st.integers(1, 5), columns=st.integers(2, 150))
-def test_the_latent_weight_rounds_to_the_integers_that_gptq_chose(
-    seed: int, grid: Grid, rows: int, columns: int
-) -> None:
+def test_the_latent_weight_rounds_to_gptqs_integers(seed: int, grid: Grid, rows: int, columns: int) -> None:
     weight, hessian = drawn(seed, rows, columns), second_moment(seed + 1, columns, 3 * columns)
     blocks, latent = gptq(weight, grid, hessian)
     again = round_to(in_groups(latent, grid.group), blocks.scales, blocks.zero_points, grid, columns)
