@@ -51,7 +51,9 @@ OPT_SHAPE = {
 PHI3_SHAPE = {**SHAPE, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
 SHAPES = {"gpt2": GPT2_SHAPE, "opt": OPT_SHAPE, "phi3": PHI3_SHAPE}
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 16, "num_key_value_heads": 1}
+UNTIE = {"tie_word_embeddings": False}
 ROPE = {"rope_type": "default", "rope_theta": 100.0}
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0}
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0,
@@ -62,7 +64,7 @@ LLAMA3_ROPE = {
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, untied, biases, wide heads": (
-        "llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "head_dim": 32},
+        "llama", {**UNTIE, "attention_bias": True, "mlp_bias": True, "head_dim": 32},
     ),
     "llama, llama3 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
     "llama, yarn rope": ("llama", {"rope_parameters": YARN}),
@@ -72,50 +74,28 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "gemma3_text": ("gemma3_text", {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]}),
-    "gemma3_text, capped logits, biases, long rope": (
-        "gemma3_text",
-        {
-            **GEMMA, "layer_types": ["full_attention", "sliding_attention"], "final_logit_softcapping": 4.0,
-            "attention_bias": True,
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
-                "sliding_attention": ROPE,
-            },
-        },
-    ),
+    "gemma3_text, capped logits, biases, long rope": ("gemma3_text", {
+        **GEMMA, "layer_types": ["full_attention", "sliding_attention"], "final_logit_softcapping": 4.0,
+        "rope_parameters": {"full_attention": LINEAR, "sliding_attention": ROPE}, "attention_bias": True,
+    }),
     "gpt2": ("gpt2", {}),
     "gpt2, scaled by layer, exact gelu": (
         "gpt2", {"scale_attn_by_inverse_layer_idx": True, "activation_function": "gelu", "n_inner": 80},
     ),
     "opt": ("opt", {}),
-    "opt, plain norms, no biases, untied": (
-        "opt",
-        {
-            "layer_norm_elementwise_affine": False, "enable_bias": False, "activation_function": "gelu",
-            "tie_word_embeddings": False,
-        },
-    ),
-    "gpt_neox": (
-        "gpt_neox",
-        {
-            "rope_parameters": {**ROPE, "partial_rotary_factor": 0.25}, "tie_word_embeddings": False,
-            "hidden_act": "gelu",
-        },
-    ),
-    "gpt_neox, one part after the other, a third of each head rotated": (
-        "gpt_neox",
-        {
-            "use_parallel_residual": False, "num_attention_heads": 2,
-            "rope_parameters": {**ROPE, "partial_rotary_factor": 0.32},
-        },
-    ),
-    "gpt_neox, no attention biases, untied, yarn rope": (
-        "gpt_neox",
-        {
-            "attention_bias": False, "tie_word_embeddings": False,
-            "rope_parameters": {**YARN, "partial_rotary_factor": 0.5},
-        },
-    ),
+    "opt, plain norms, no biases, untied": ("opt", {
+        "layer_norm_elementwise_affine": False, "enable_bias": False, "activation_function": "gelu", **UNTIE,
+    }),
+    "gpt_neox": ("gpt_neox", {
+        "rope_parameters": {**ROPE, "partial_rotary_factor": 0.25}, "hidden_act": "gelu", **UNTIE,
+    }),
+    "gpt_neox, one part after the other, a third of each head rotated": ("gpt_neox", {
+        "rope_parameters": {**ROPE, "partial_rotary_factor": 0.32}, "use_parallel_residual": False,
+        "num_attention_heads": 2,
+    }),
+    "gpt_neox, no attention biases, untied, yarn rope": ("gpt_neox", {
+        "rope_parameters": {**YARN, "partial_rotary_factor": 0.5}, "attention_bias": False, **UNTIE,
+    }),
 }
 # fmt: on
 FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox")

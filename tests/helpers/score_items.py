@@ -14,9 +14,9 @@ Items = list[dict[str, Any]]
 FEW = Resampling(200)
 
 
-def binary(values: Any, per_document: int = 1, field: str = "value") -> Items:
+def items_of(values: Any, per_document: int = 1, field: str = "value") -> Items:
     ids = [{"id": f"i{k}", "document": f"d{k // per_document}"} for k in range(len(values))]
-    return [{**item, field: int(value)} for item, value in zip(ids, values)]
+    return [{**item, field: float(value)} for item, value in zip(ids, values)]
 
 
 def losses(

@@ -155,15 +155,6 @@ def test_generated_text_ends_at_stop_strings_end_of_text_and_limits(folder: Path
     assert [Letters().decode(ids) for ids in model.prompts] == [prompt[-24:], prompt[-16:], "fox"]
 
 
-def test_a_sampling_task_is_refused_before_anything_is_trained(folder: Path) -> None:
-    text = (folder / "generate.yaml").read_text().replace("toy_generate", "sampled")
-    (folder / "sampled.yaml").write_text(
-        text.replace("do_sample: false", "do_sample: true, temperature: 0.7")
-    )
-    with pytest.raises(BadInput, match=r"sampled asks for sampled text .*do_sample: false"):
-        lm_eval_tasks.load(["sampled"], folder)
-
-
 def test_long_texts_read_in_other_contexts_are_not_the_same_items(folder: Path) -> None:
     names = ["toy_rolling", "toy_choice"]
     wide, narrow = (run(Speller(context=context), names, folder) for context in (64, 16))
@@ -201,7 +192,7 @@ def test_scoring_is_silent_and_restores_global_state(folder: Path, capfd: pytest
     assert state() == before and capfd.readouterr() == ("", "")
 
 
-def test_a_data_set_that_is_not_there_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_without_data_or_that_sample_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     (folder / "far.yaml").write_text(choice_yaml("toy_far", "x").replace("json", "no-such/set"))
@@ -212,8 +203,14 @@ def test_a_data_set_that_is_not_there_is_named(folder: Path, monkeypatch: pytest
     with pytest.raises(BadInput, match=message):  # there is nothing else to score
         run(Speller(), ["toy_far"], folder)
     (folder / "gone.yaml").write_text(choice_yaml("toy_gone", "gone.jsonl"))
-    with pytest.raises(BadInput, match=r"toy_gone cannot be loaded: FileNotFoundError.*gone\.jsonl"):
-        lm_eval_tasks.load(["toy_gone"], folder)
+    sampled = (folder / "generate.yaml").read_text().replace("do_sample: false", "do_sample: true")
+    (folder / "sampled.yaml").write_text(sampled.replace("toy_generate", "sampled"))
+    for name, message in (
+        ("toy_gone", r"toy_gone cannot be loaded: FileNotFoundError.*gone\.jsonl"),
+        ("sampled", r"sampled asks for sampled text .*do_sample: false"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            lm_eval_tasks.load([name], folder)
 
 
 def test_a_hub_out_of_reach_is_asked_once_for_all_data_sets(

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from edgedisp.core.errors import BadInput
+from edgedisp.core.files import data_folder
 from edgedisp.evaluate.heldout_tasks import TASKS
 from edgedisp.evaluate.task_suite import SETS, check_tasks, expand
+from edgedisp.recipe import load
 from edgedisp.recipe.values import TASK_SETS
 
 pytest.importorskip("lm_eval")
@@ -25,8 +27,11 @@ def test_names_of_lm_eval_and_of_a_folder_are_known_and_unknown_ones_get_the_nea
         assert part in str(error.value)
 
 
-def test_every_task_of_a_set_exists_and_the_recipe_knows_the_same_sets() -> None:
-    check_tasks([*SETS])
+def test_every_task_of_a_set_or_a_packaged_recipe_exists() -> None:
+    recipes = [load(path) for path in data_folder("recipes").glob("*.yaml")]
+    tasks = {task for recipe in recipes for task in recipe.evaluate.tasks}
+    assert any(not task.startswith("heldout_") for task in tasks)
+    check_tasks([*SETS, *tasks])
     assert tuple(SETS) == TASK_SETS
     assert expand(["heldout_cloze", "heldout", "small", "arc_easy"]) == [
         "heldout_cloze",

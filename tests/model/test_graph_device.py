@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 from graph_twins import CONTEXT, FAMILIES, UNTIED, TwinStore, padded, ragged
-from shared_store import SharedStore
-from tiny_bundle import tiny_bundles
 
 from edgedisp.core.errors import BadInput
 from edgedisp.graph import genai_config
@@ -32,9 +31,9 @@ def on_device(bundle: Path, out: Path, context: int) -> Path:
 
 @pytest.mark.parametrize("family", [*FAMILIES, "builder"])
 def test_within_a_shorter_context_no_logit_changes_and_only_tables_are_cut(
-    family: str, twins: TwinStore, store: SharedStore, tmp_path: Path
+    family: str, twins: TwinStore, bundles: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    bundle = tiny_bundles(store)["int4"] if family == "builder" else twins.quantized(family)
+    bundle = bundles["int4"] if family == "builder" else twins.quantized(family)
     short = on_device(bundle, tmp_path / "short", SHORT)
     before, after = OnnxModel(bundle, 1), OnnxModel(short, 1)
     row = [token % before.vocab_size for token in ragged([SHORT])[0]]

@@ -33,15 +33,12 @@ def arranged(bundle: Path, out: Path, *names: str) -> tuple[Path, dict[str, dict
     return out, layouts.arrange(out, names, "int4")
 
 
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (LAYOUTS, {"genai_config.json", "model.onnx", WEB_GRAPH, WEB_DATA}),
-        ((GENAI,), {"genai_config.json", "model.onnx", "model.onnx.data"}),
-        ((OPTIMUM,), {"model.onnx", "model.onnx.data"}),
-        ((WEB,), {WEB_GRAPH, WEB_DATA}),
-    ],
-)
+@pytest.mark.parametrize(("names", "expected"), [
+    (LAYOUTS, {"genai_config.json", "model.onnx", WEB_GRAPH, WEB_DATA}),
+    ((GENAI,), {"genai_config.json", "model.onnx", "model.onnx.data"}),
+    ((OPTIMUM,), {"model.onnx", "model.onnx.data"}),
+    ((WEB,), {WEB_GRAPH, WEB_DATA}),
+])  # fmt: skip
 def test_layouts_have_what_their_runtimes_read_and_the_weights_once(
     names: tuple[str, ...], expected: set[str], bundle: Path, tmp_path: Path
 ) -> None:

@@ -58,14 +58,11 @@ def attention_not_fused(graph: Any) -> None:
     graph.input.extend(helper.make_tensor_value_info(name, 1, shape) for name in names)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (cache_off_by_one, "decoding with the cache and computing in full disagree"),
-        (leaking_padding, "a right-padded batch and single rows disagree"),
-        (attention_not_fused, "attention was not fused"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    (cache_off_by_one, "decoding with the cache and computing in full disagree"),
+    (leaking_padding, "a right-padded batch and single rows disagree"),
+    (attention_not_fused, "attention was not fused"),
+])  # fmt: skip
 def test_a_graph_that_is_wrong_fails(change: Any, message: str, bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(bundle, tmp_path / "bundle")
     model = onnx.load(bundle / "model.onnx", load_external_data=False)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
-from score_items import FEW, binary, losses, result
+from score_items import FEW, items_of, losses, result
 
 from edgedisp.core.results import Estimate
 from edgedisp.evaluate.comparison import compare_task, detectable_accuracy, loss_survival, mean_difference
@@ -34,7 +34,7 @@ def test_accuracy_intervals_cover_and_the_exact_test_rarely_cries_wolf() -> None
     for repetition in range(repetitions):
         first = rng.random(n) < 0.6
         second = np.where(rng.random(n) < 0.7, first, rng.random(n) < 0.6)
-        pair = binary(first), binary(second)
+        pair = items_of(first), items_of(second)
         change = difference([pair], resampling=Resampling(300, repetition)).estimate
         covered += change.low <= 0 <= change.high
         rejected += change.p <= 0.05
@@ -68,7 +68,7 @@ def test_the_mean_over_tasks_covers_a_true_difference_of_zero() -> None:
             first = rng.random(80) < 0.6
             second = np.where(rng.random(80) < 0.8, first, rng.random(80) < 0.6)
             for side, right in zip(pair, (first, second)):
-                side[task] = result(task, binary(right, field="accuracy"), ACCURACY)
+                side[task] = result(task, items_of(right, field="accuracy"), ACCURACY)
         compared = {task: compare_task([(pair[0][task], pair[1][task])], FEW) for task in "abcd"}
         scores = [{task: result.score for task, result in side.items()} for side in pair]
         mean = mean_difference(*scores, compared).estimate
@@ -101,14 +101,3 @@ def test_the_detectable_difference_is_found_four_times_out_of_five() -> None:
     counts = rng.multinomial(items, [better, worse, 1 - differing], size=repetitions)
     power = np.mean([mcnemar(int(first), int(second)) <= 0.05 for first, second, _ in counts])
     assert power == pytest.approx(0.8, abs=0.02 + 3 * math.sqrt(0.16 / repetitions))
-
-
-def test_every_task_of_a_packaged_recipe_is_known_to_lm_eval() -> None:
-    from lm_eval.tasks import TaskManager
-
-    from edgedisp.core.files import data_folder
-    from edgedisp.recipe import load
-
-    recipes = [load(path) for path in data_folder("recipes").glob("*.yaml")]
-    tasks = {task for recipe in recipes for task in recipe.evaluate.tasks if not task.startswith("heldout_")}
-    assert tasks and tasks <= set(TaskManager().all_tasks)
