@@ -23,6 +23,7 @@ from edgedisp.graph.session import OnnxModel
 TYPES = (*READERS, *BUILDER_ARCHITECTURES)
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 Run = Callable[..., Any]  # the command line: exit code and output
+BOX = {"name": "box", "description": "a box", "architecture": "arm64", "context": 64, "threads": 1}
 NAMES = {"int8": ("model_quantized", "q8"), "int4": ("model_q4", "q4")}
 
 
@@ -38,15 +39,8 @@ def base(tiny_folder: Mapping[str, Path], tmp_path: Path) -> Path:
 
 def box(folder: Path, **keys: Any) -> Path:
     """A device profile that no name has."""
-    keys = {
-        "name": "box",
-        "description": "a box",
-        "architecture": "arm64",
-        "context": 64,
-        "threads": 1,
-    } | keys
     path = folder / "box.yaml"
-    path.write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))
+    path.write_text(json.dumps(BOX | keys))  # JSON is YAML
     return path
 
 
@@ -56,8 +50,7 @@ def names_in(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_the_manifest_describes_the_folder(precision: str, base: Path, tmp_path: Path, edgedisp: Run) -> None:
-    layouts = "[optimum, transformers.js, onnxruntime-genai]"
-    out = tmp_path / "out"
+    out, layouts = tmp_path / "out", ["optimum", "transformers.js", "onnxruntime-genai"]
     profile = box(tmp_path, precision=precision, layouts=layouts)
     ended = edgedisp("export", base, "--target", profile, "--out", out, "--json")
     assert ended.code == 0, ended
@@ -162,7 +155,7 @@ def test_a_folder_that_cannot_be_exported_is_refused_in_one_line(
 def test_weights_in_another_layout_are_counted_and_damaged_ones_refused(
     base: Path, tmp_path: Path, edgedisp: Run
 ) -> None:
-    out, profile = tmp_path / "out", box(tmp_path, layouts="[onnxruntime-genai, transformers.js]")
+    out, profile = tmp_path / "out", box(tmp_path, layouts=["onnxruntime-genai", "transformers.js"])
     assert edgedisp("export", base, "--target", profile, "--out", out).code == 0
     short = ("--prompt", "4", "--generate", "2", "--repetitions", "1", "--threads", "1", "--json")
     timed = json.loads(edgedisp("bench", out, *short).out)

@@ -15,7 +15,8 @@ import pytest
 from graph_twins import TwinStore, ragged
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, helper
+from onnx_node import node_model, run
 
 from edgedisp.core.errors import BadInput
 from edgedisp.graph import runtime_layouts as layouts
@@ -28,7 +29,7 @@ PACKED = st.fixed_dictionaries({
 })  # fmt: skip
 
 
-def packed_node(op: str, shape: dict[str, Any], rows: int, short: int = 0) -> ModelProto:
+def packed_node(op: str, shape: dict[str, Any], rows: int, x: np.ndarray) -> ModelProto:
     """x -> y through one node over random bytes [rows, ...] for integers and zero points."""
     rng = np.random.default_rng(shape["seed"])
     bits, group, groups = (shape[name] for name in ("bits", "group", "groups"))
@@ -44,22 +45,11 @@ def packed_node(op: str, shape: dict[str, Any], rows: int, short: int = 0) -> Mo
     inputs = ["x", *tensors] if is_product else ["q", "x", *list(tensors)[1:]]
     options: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 1}
     if is_product:
-        options = {"K": groups * group - short, "N": rows, "accuracy_level": 0}
+        options = {"K": x.shape[1], "N": rows, "accuracy_level": 0}
     node = helper.make_node(
         op, inputs, ["y"], name="node", domain="com.microsoft", bits=bits, block_size=group, **options
     )
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT if is_product else TensorProto.INT64, ["a", "b"])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
-    stored = [numpy_helper.from_array(values, name) for name, values in tensors.items()]
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    graph = helper.make_graph([node], "packed", [x], [y], stored)
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
-
-
-def run(model: ModelProto, x: np.ndarray) -> np.ndarray:
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    result: np.ndarray = session.run(["y"], {"x": x})[0]
-    return result
+    return node_model([node], tensors, x)
 
 
 def rewritten(model: ModelProto, change: Any) -> ModelProto:
@@ -73,10 +63,11 @@ def rewritten(model: ModelProto, change: Any) -> ModelProto:
 def test_standard_operators_have_the_weights_of_the_packed_ones(shape: dict[str, Any], short: int) -> None:
     unit = np.eye(shape["groups"] * shape["group"] - short, dtype=np.float32)
     ids = np.random.default_rng(shape["seed"]).integers(0, 7, (2, 3))
-    for model, change, x in (
-        (packed_node("MatMulNBits", shape, rows=7, short=short), unfold, unit),
-        (packed_node("GatherBlockQuantized", shape, rows=7), replace_quantized_gathers, ids),
+    for op, change, x in (
+        ("MatMulNBits", unfold, unit),
+        ("GatherBlockQuantized", replace_quantized_gathers, ids),
     ):
+        model = packed_node(op, shape, 7, x)
         standard = rewritten(model, change)
         assert not any(node.domain for node in standard.graph.node)
         np.testing.assert_array_equal(run(standard, x), run(model, x))

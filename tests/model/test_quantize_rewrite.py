@@ -14,7 +14,8 @@ import onnxruntime
 import pytest
 import torch
 from graph_twins import UNTIED, VOCABULARY, TwinStore, padded, ragged, torch_logits
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
+from onnx_node import node_model, run
 from transformers.pytorch_utils import Conv1D
 
 from edgedisp.core.errors import BadInput
@@ -115,24 +116,14 @@ def test_a_gemm_keeps_its_bias_and_a_row_that_fills_no_group_is_right(tmp_path: 
     rng = np.random.default_rng(0)
     weight, bias = rng.normal(size=(12, 20)).astype(np.float32), rng.normal(size=12).astype(np.float32)
     node = helper.make_node("Gemm", ["x", "weight", "bias"], ["y"], name="gemm", transB=1)
-    graph = helper.make_graph(
-        [node],
-        "gemm",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 20])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(values, name) for name, values in (("weight", weight), ("bias", bias))],
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    source, out = tmp_path / "source", tmp_path
+    x, source = rng.normal(size=(3, 20)).astype(np.float32), tmp_path / "source"
     source.mkdir()
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), source / "model.onnx")
+    onnx.save(node_model([node], {"weight": weight, "bias": bias}, x), source / "model.onnx")
     (source / "weight_map.json").write_text("{}")
-    quantize_bundle(source, out, bits=4, head_bits=4, accuracy_level=0)
-    x = rng.normal(size=(3, 20)).astype(np.float32)
-    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    quantize_bundle(source, tmp_path, bits=4, head_bits=4, accuracy_level=0)
     grid = Grid(4, 32, True)
     expected = x @ dequantize(quantize(torch.from_numpy(weight), grid), grid).numpy().T + bias
-    np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(run(onnx.load(tmp_path / "model.onnx"), x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["gpt2", UNTIED])

@@ -104,9 +104,6 @@ class Repeating(Bigram):
         return np.log(counts + 0.1).astype(np.float32)[-last:]
 
 
-# ---------------------------------------------------------------- sentences
-
-
 SENTENCES = (
     ["One ends here.", "Another follows!", "Does a third?", "Yes."],
     ["J. R. R. Tolkien wrote it.", "He lived in Oxford."],
@@ -134,15 +131,9 @@ def test_sentences_lose_nothing_but_white_space(text: str) -> None:
     assert all(first[1] < second[0] for first, second in itertools.pairwise(spans))
 
 
-# ---------------------------------------------------------------- items
-
-
 def test_items_depend_on_documents_tokenizer_and_seed_alone() -> None:
-    first, turned, other = (
-        suite().questions,
-        suite(documents=DOCUMENTS[::-1]).questions,
-        suite(seed=1).questions,
-    )
+    first, other = suite().questions, suite(seed=1).questions
+    turned = suite(documents=DOCUMENTS[::-1]).questions
     assert first == suite().questions and first["heldout_perplexity"] != turned["heldout_perplexity"]
     assert all(other[name] != first[name] for name in ALL)
     assert suite([ALL[2]]).questions[ALL[2]] == first[ALL[2]]
@@ -172,23 +163,20 @@ def test_windows_predict_every_token_once_from_end_of_text_on_within_the_token_b
 
 
 def test_cloze_asks_for_the_last_word_of_a_sentence_after_thirty_words() -> None:
-    texts = {document.id: document.text for document in DOCUMENTS}
+    sources = {document.id: document.text for document in DOCUMENTS}
     for question in suite().questions["heldout_cloze"]:
         ((context, word),) = question.requests
         passage = text_of(context[1:])
         assert re.fullmatch(r" [a-z]{3,}", text_of(word))
-        assert passage + text_of(word) + "." in texts[question.document]
+        assert passage + text_of(word) + "." in sources[question.document]
         assert len(passage.split()) >= 30 and context[0] == 0 and len(context) <= CLOZE_CONTEXT
         assert question.notes["seen"] == (text_of(word).strip() in passage.lower().split())
     # Words that occurred in the passage come first.
     start = "Here are thirty words of one passage " * 5
     known = "and the name is lantern. They all call it lantern."
     new = "and nobody would guess anchor. Nor would they guess beacon."
-    documents = [
-        Document(f"{name}{k}", start + end)
-        for name, end in (("known", known), ("new", new))
-        for k in range(4)
-    ]
+    texts = [(f"known{k}", start + known) for k in range(4)] + [(f"new{k}", start + new) for k in range(4)]
+    documents = [Document(*text) for text in texts]
     tokenizer = Words([document.text for document in documents])
     prepared = prepare(tokenizer, documents, SuiteOptions(("heldout_cloze",), 96, 6), end_of_text=0)
     questions = prepared.questions["heldout_cloze"]
@@ -222,9 +210,6 @@ def test_too_little_text_says_how_much_there_is_and_what_helps() -> None:
     ):
         with pytest.raises(BadInput, match=f"{name}: found 0 {unit} held-out .*need 2; .*data.heldout"):
             suite([name], documents=documents)
-
-
-# ---------------------------------------------------------------- scores
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary_and_guesses() -> None:
@@ -270,9 +255,6 @@ def test_results_survive_json_and_are_the_same_again() -> None:
         compare_task([(first["heldout_cloze"], first["heldout_continuation"])])
     assert from_json(Results, json.loads(json.dumps(to_json(first), allow_nan=False))) == first
     assert {note.split(":")[0] for note in notes} == set(ALL)
-
-
-# ---------------------------------------------------------------- names
 
 
 def test_names_that_are_no_tasks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

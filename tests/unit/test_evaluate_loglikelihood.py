@@ -115,9 +115,6 @@ def test_joined_texts_keep_the_tokens_of_the_whole(context: str, continuation: s
     assert encode_pair(pieces, "ba", "b") == (pieces("b"), pieces("ab"))
 
 
-# ---------------------------------------------------------------- the cache
-
-
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[ScoreCache]:
     with closing(ScoreCache(tmp_path / "scores.sqlite", "a model")) as cache:

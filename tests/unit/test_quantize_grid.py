@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
+from onnx_node import node_model, run
 from torch import Tensor
 
 from edgedisp.core.errors import BadInput
@@ -52,31 +52,16 @@ def weights(draw: st.DrawFn) -> Tensor:
     return torch.from_numpy(weight.astype(np.float32))
 
 
-def run(
-    op: str, data: np.ndarray, packed: Packed, feed: np.ndarray, width: int, **attributes: int
-) -> np.ndarray:
-    """One node of ONNX Runtime over the packed weight."""
+def computed(op: str, data: np.ndarray, packed: Packed, x: np.ndarray, **attributes: Any) -> np.ndarray:
+    """What ONNX Runtime's operator makes of `x` and the packed weight."""
     tensors = {"data": data, "scales": packed.scales}
     if packed.zero_points is not None:
         tensors["zero_points"] = packed.zero_points
-    names = ["cast", *list(tensors)[2:]]
-    is_product = op == "MatMulNBits"
-    inputs = ["x", "data", *names] if is_product else ["data", "x", *names]
-    kind = TensorProto.FLOAT if is_product else TensorProto.INT64
+    inputs = ["x", "data"] if op == "MatMulNBits" else ["data", "x"]
+    inputs += ["cast", *list(tensors)[2:]]
     cast = helper.make_node("Cast", ["scales"], ["cast"], to=TensorProto.FLOAT)
-    options: dict[str, Any] = attributes
-    graph = helper.make_graph(
-        [cast, helper.make_node(op, inputs, ["y"], domain="com.microsoft", **options)],
-        "node",
-        [helper.make_tensor_value_info("x", kind, ["n", *feed.shape[1:]])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", width])],
-        [numpy_helper.from_array(tensor, name) for name, tensor in tensors.items()],
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    result: np.ndarray = session.run(None, {"x": feed})[0]
-    return result
+    node = helper.make_node(op, inputs, ["y"], domain="com.microsoft", **attributes)
+    return run(node_model([cast, node], tensors, x), x)
 
 
 @settings(max_examples=60, deadline=None)
@@ -86,8 +71,8 @@ def test_dequantized_equals_what_matmulnbits_multiplies_with(weight: Tensor, gri
     rows, columns = weight.shape
     identity = np.eye(columns, dtype=np.float32)
     shape = {"K": columns, "N": rows, "bits": grid.bits, "block_size": grid.group, "accuracy_level": 0}
-    computed = run("MatMulNBits", packed.data, packed, identity, rows, **shape)
-    np.testing.assert_array_equal(computed.T, dequantize(unpack(packed, grid), grid).numpy())
+    product = computed("MatMulNBits", packed.data, packed, identity, **shape)
+    np.testing.assert_array_equal(product.T, dequantize(unpack(packed, grid), grid).numpy())
 
 
 @settings(max_examples=60, deadline=None)
@@ -95,10 +80,9 @@ def test_dequantized_equals_what_matmulnbits_multiplies_with(weight: Tensor, gri
 def test_dequantized_equals_what_gatherblockquantized_returns(weight: Tensor, grid: Grid) -> None:
     packed = pack(quantize(weight, grid), grid)
     rows, columns = weight.shape
-    padded = packed.data.shape[1] * grid.group
     shape = {"bits": grid.bits, "block_size": grid.group, "gather_axis": 0, "quantize_axis": 1}
     data = packed.data.reshape(rows, -1)
-    looked_up = run("GatherBlockQuantized", data, packed, np.arange(rows)[::-1], padded, **shape)
+    looked_up = computed("GatherBlockQuantized", data, packed, np.arange(rows)[::-1], **shape)
     np.testing.assert_array_equal(looked_up[::-1, :columns], dequantize(unpack(packed, grid), grid).numpy())
     assert not looked_up[:, columns:].any()  # padding comes out as zeros
 

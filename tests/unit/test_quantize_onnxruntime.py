@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
+from onnx_node import node_model, run
 
 from edgedisp.quantize.grid import Grid, dequantize
 from edgedisp.quantize.rounding_methods import METHODS
@@ -41,23 +41,15 @@ def weight(columns: int = COLUMNS) -> torch.Tensor:
 
 def by_onnxruntime(theirs: Any, config: Any, values: torch.Tensor, grid: Grid) -> torch.Tensor:
     """The weight that onnxruntime computes with once its quantizer has changed a graph of one product."""
-    columns = values.shape[1]
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")],
-        "product",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", columns])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", len(values)])],
-        [numpy_helper.from_array(np.ascontiguousarray(values.numpy().T), "w")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    unit = np.eye(values.shape[1], dtype=np.float32)
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
+    model = node_model([node], {"w": np.ascontiguousarray(values.numpy().T)}, unit)
     with contextlib.redirect_stdout(io.StringIO()):
         quantizer = theirs.MatMulNBitsQuantizer(
             model, bits=grid.bits, block_size=grid.group, is_symmetric=grid.symmetric, algo_config=config
         )
         quantizer.process()
-    content = quantizer.model.model.SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"x": np.eye(columns, dtype=np.float32)})[0].T)
+    return torch.from_numpy(run(quantizer.model.model, unit).T)
 
 
 def error(rounded: torch.Tensor, values: torch.Tensor) -> float:

@@ -59,9 +59,6 @@ def test_zeros_stay_zero_and_powers_of_two_pass_through(
     assert torch.equal(dequantize(METHODS[name](weight * 8, grid, None), grid), once * 8)
 
 
-# ---------------------------------------------------------------- GPTQ
-
-
 def by_the_paper(weight: Tensor, start: Blocks, hessian: Tensor, grid: Grid, order: list[int]) -> Tensor:
     """Optimal brain quantization, one weight after the other in float64: after each, what remains of the row
     moves by -(w - q) H^-1_{j,:} / H^-1_jj, and the row and column j of H^-1 are eliminated."""
