@@ -136,8 +136,9 @@ def _key(text: str) -> str:
     return "".join(character if character.isalnum() else "_" for character in text)
 
 
-def make(folder: Path, form: str, seed: int = 1, **changes: Any) -> Any:
-    """Save the twin `form` (a key of FORMS, or an architecture) with a tokenizer; return the torch model."""
+def make(folder: Path, form: str, seed: int = 1, noise: float = 0.3, **changes: Any) -> Any:
+    """Save the twin `form` (a key of FORMS, or an architecture) with a tokenizer; return the torch model.
+    noise: of norms and biases."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     architecture, differs = FORMS.get(form, (form, {}))
@@ -148,7 +149,7 @@ def make(folder: Path, form: str, seed: int = 1, **changes: Any) -> Any:
         model = AutoModelForCausalLM.from_config(config).eval()
         for parameter in model.parameters():
             if parameter.ndim == 1:
-                parameter.data += 0.3 * torch.randn_like(parameter)
+                parameter.data += noise * torch.randn_like(parameter)
         if architecture == "gemma3_text":  # it scales embeddings up, and would only repeat its last token
             model.model.embed_tokens.weight.data /= config.hidden_size**0.5
     folder.mkdir(parents=True, exist_ok=True)

@@ -30,10 +30,10 @@ def tiny_bundles(store: SharedStore) -> Bundles:
         for seed in (1, 2):
             folder = root / f"model-{seed}"
             tokenizer = bpe_tokenizer(["the cat sat on the mat and the dog sat on the log"] * 5, 160, ASCII)
-            shape = {"vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": 256}
-            ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+            changes = {"vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": 256}
+            changes |= {"intermediate_size": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
             # Weights are large enough for greedy tokens to vary.
-            make_twin(folder, "llama", seed, initializer_range=0.5, intermediate_size=128, **shape, **ids)
+            make_twin(folder, "llama", seed, noise=0.0, initializer_range=0.5, **changes)
             save_tokenizer(folder, tokenizer, bos_token=SPECIALS[1], eos_token=SPECIALS[2])
         for seed, name, precision in ((1, "fp32", "fp32"), (2, "twin", "fp32"), (1, "int4", "int4")):
             _build(root / f"model-{seed}", root / name, precision, root / "cache")

@@ -69,9 +69,6 @@ def test_what_has_no_hidden_states_is_refused(twins: TwinStore, tmp_path: Path) 
     shutil.copyfile(bundle / "genai_config.json", tmp_path / "genai_config.json")
     with pytest.raises(BadInput, match=r"holds no model\.onnx"):
         HiddenStates(tmp_path, 1)
-    (tmp_path / "model.onnx").write_bytes(b"\xff" * 100)
-    with pytest.raises(BadInput, match="no ONNX graph, or a damaged one"):
-        HiddenStates(tmp_path, 1)
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
     for node in model.graph.node:
         if node.op_type == "GroupQueryAttention":

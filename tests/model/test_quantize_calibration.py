@@ -22,19 +22,17 @@ GRID = Grid(4, 16, False)
 BLOCKS = torch.randint(0, twins.VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(0))
 
 
-def inputs(model: nn.Module, names: Iterable[str], blocks: Tensor = BLOCKS) -> dict[str, Tensor]:
+def inputs(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """A second road: module name -> its input [tokens, features], from one plain pass of the whole model."""
     result: dict[str, Tensor] = {}
+    modules = {model.get_submodule(name): name for name in names}
 
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            result[name] = args[0].reshape(-1, args[0].shape[-1]).double()
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        result[modules[module]] = args[0].reshape(-1, args[0].shape[-1]).double()
 
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    handles = [module.register_forward_pre_hook(keep) for module in modules]
     with torch.no_grad():
-        model(input_ids=blocks, use_cache=False)
+        model(input_ids=BLOCKS, use_cache=False)
     for handle in handles:
         handle.remove()
     return result

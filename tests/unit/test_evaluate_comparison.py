@@ -1,4 +1,4 @@
-"""Results of tasks paired over seeds, averaged over tasks, and held against quantization; power."""
+"""Results of tasks paired over seeds, averaged over tasks, and compared after quantization; power."""
 
 from __future__ import annotations
 
