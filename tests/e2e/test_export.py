@@ -152,7 +152,7 @@ def test_a_folder_that_cannot_be_exported_is_refused_in_one_line(
     assert len(lines) == 1 and names_in(base.parent) == before
 
 
-def test_weights_in_another_layout_are_counted_and_damaged_ones_refused(
+def test_weights_of_a_layout_are_counted_or_refused_if_damaged(
     base: Path, tmp_path: Path, edgedisp: Run
 ) -> None:
     out, profile = tmp_path / "out", box(tmp_path, layouts=["onnxruntime-genai", "transformers.js"])

@@ -46,9 +46,8 @@ def packed_node(op: str, shape: dict[str, Any], rows: int, x: np.ndarray) -> Mod
     options: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 1}
     if is_product:
         options = {"K": x.shape[1], "N": rows, "accuracy_level": 0}
-    node = helper.make_node(
-        op, inputs, ["y"], name="node", domain="com.microsoft", bits=bits, block_size=group, **options
-    )
+    options |= {"bits": bits, "block_size": group}
+    node = helper.make_node(op, inputs, ["y"], name="node", domain="com.microsoft", **options)
     return node_model([node], tensors, x)
 
 
@@ -94,9 +93,7 @@ def optimized(path: Path, folder: Path) -> Counter[str]:
     ("gpt2", {"bits": 8, "symmetric": True, "group": 64}),
     ("gpt_neox", {"bits": 4, "symmetric": False}),
 ])  # fmt: skip
-def test_the_browser_graph_computes_the_same(
-    family: str, options: dict[str, Any], twins: TwinStore, tmp_path: Path
-) -> None:
+def test_browser_graphs_agree(family: str, options: dict[str, Any], twins: TwinStore, tmp_path: Path) -> None:
     source, precision = twins.quantized(family, **options), f"int{options['bits']}"
     web = tmp_path / "web"
     shutil.copytree(source, web)
@@ -113,7 +110,7 @@ def test_the_browser_graph_computes_the_same(
     assert not {"If", "Dropout", "Transpose", "MatMulNBits", "GatherBlockQuantized"} & set(folded)
 
 
-def test_a_model_that_would_not_fit_stays_packed(
+def test_a_large_model_stays_packed(
     twins: TwinStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layouts, "WEB_BYTES", 1000)

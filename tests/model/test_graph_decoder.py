@@ -120,9 +120,7 @@ def test_the_context_can_be_capped(
     ("llama", {"head_dim": 24}, "heads of 24 dimensions"),
     ("gpt_neox", {"num_attention_heads": 8}, "heads of 8 dimensions"),
 ])  # fmt: skip
-def test_unsupported_forms_are_refused(
-    form: str, changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_other_forms_are_refused(form: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     make(tmp_path, form, **changes)
     with pytest.raises(BadInput, match=message):
         export(tmp_path, tmp_path, threads=1)

@@ -72,9 +72,7 @@ def rounded(model: nn.Module, share: float, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("form", [*twins.FAMILIES, twins.UNTIED])
-def test_each_map_is_rounded_under_its_quantized_inputs(
-    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_maps_see_their_quantized_inputs(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = twins.make(tmp_path, form)
     before = second_moments(model)
     calls = rounded(model, 0.0, monkeypatch)

@@ -79,9 +79,7 @@ def test_logits_equal_torch_with_rounded_weights_and_every_product_is_packed(
 
 
 @pytest.mark.parametrize(("form", "symmetric"), [("llama", True), (UNTIED, False)])
-def test_a_runtime_without_folding_computes_the_same(
-    form: str, symmetric: bool, twins: TwinStore, tmp_path: Path
-) -> None:
+def test_runtimes_without_folding_agree(form: str, symmetric: bool, twins: TwinStore, tmp_path: Path) -> None:
     """Scales that are stored in fp16 are then no constants to the product."""
     quantize_bundle(twins.fp32(form), tmp_path, symmetric=symmetric, bits=4, head_bits=8, accuracy_level=4)
     graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph

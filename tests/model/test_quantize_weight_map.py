@@ -22,9 +22,7 @@ CASES = [(form, 8) for form in FORMS] + [(form, 4) for form in (*FAMILIES, UNTIE
 
 
 @pytest.mark.parametrize(("form", "head_bits"), CASES)
-def test_the_graph_computes_what_the_model_does(
-    form: str, head_bits: int, twins: TwinStore, tmp_path: Path
-) -> None:
+def test_the_graph_agrees_with_the_model(form: str, head_bits: int, twins: TwinStore, tmp_path: Path) -> None:
     """A head of 4 bits is calibrated, and a tied embedding with it; one of 8 bits is rounded to nearest."""
     model, fp32, outer_grid = twins.model(form), twins.fp32(form), Grid(head_bits, 16, False)
     by_parameter = gptq_model(model, TOKENS, GRID, head=GRID if head_bits == 4 else None)

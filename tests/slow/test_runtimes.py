@@ -77,9 +77,8 @@ def ascii_model(architecture: str, folder: Path) -> Path:
         marks = [(SPECIALS[0], 0)]
         inner.post_processor = processors.TemplateProcessing(f"{SPECIALS[0]} $A", special_tokens=marks)
     assert inner.get_vocab_size() == model.config.vocab_size
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token=SPECIALS[0], eos_token=SPECIALS[2], pad_token=SPECIALS[2]
-    )
+    names = {"bos_token": SPECIALS[0], "eos_token": SPECIALS[2], "pad_token": SPECIALS[2]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
     save(model, tokenizer, folder)
     return folder
 
@@ -120,9 +119,7 @@ def printed_by(command: list[str | Path], folder: Path) -> str:
     """What a runtime prints, away from this package and from every hub."""
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | offline
-    process = subprocess.run(
-        command, capture_output=True, text=True, cwd=folder, env=env, timeout=SECONDS, check=False
-    )
+    process = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=SECONDS)
     assert process.returncode == 0, process.stderr[-2000:]
     return process.stdout
 

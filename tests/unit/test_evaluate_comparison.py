@@ -84,9 +84,8 @@ def means(before: dict[str, TaskResult], after: dict[str, TaskResult]) -> Any:
 
 def test_each_task_counts_once_and_the_intervals_add_as_squares() -> None:
     rng = np.random.default_rng(0)
-    before, after = (
-        {"a": task("a", rng.random(20) < 0.5), "b": task("b", rng.random(200) < 0.6)} for _ in range(2)
-    )
+    shares = {"a": (20, 0.5), "b": (200, 0.6)}
+    before, after = ({k: task(k, rng.random(n) < p) for k, (n, p) in shares.items()} for _ in range(2))
     mean = means(before, after)
     parts: Any = [compare_task([(before[name], after[name])], FEW).main.estimate for name in ("a", "b")]
     assert mean.estimate.value == pytest.approx(sum(part.value for part in parts) / 2)
@@ -122,9 +121,8 @@ def test_the_luck_of_seeds_is_shared_by_the_tasks_and_widens_the_interval() -> N
         {name: task(name, np.where(rng.random(200) < abs(luck), luck > 0, first[name])) for name in first}
         for luck in (0.0, 0.3, -0.3)  # a seed that is good at one task is good at the other
     ]
-    compared: Any = {
-        name: compare_task([(before[name], after[name]) for after in afters], FEW) for name in "ab"
-    }
+    pairs = {name: [(before[name], after[name]) for after in afters] for name in "ab"}
+    compared: Any = {name: compare_task(pairs[name], FEW) for name in "ab"}
     scores = [{name: side[name].score for name in "ab"} for side in (before, afters[0])]
     mean: Any = mean_difference(*scores, compared)
     spread = mean.estimate.seeds.sd

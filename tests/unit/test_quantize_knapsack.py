@@ -23,9 +23,7 @@ def tables(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 
 @given(tables(), st.integers(0, 100))
-def test_the_least_loss_is_that_of_all_combinations(
-    table: tuple[np.ndarray, np.ndarray], budget: int
-) -> None:
+def test_the_least_loss_of_all_combinations_wins(table: tuple[np.ndarray, np.ndarray], budget: int) -> None:
     costs, losses = table
     combinations = [
         (sum(cost[i] for cost, i in zip(costs, picks)), sum(loss[i] for loss, i in zip(losses, picks)))
