@@ -83,14 +83,7 @@ def questions(tasks: DeviceTasks, bundles: Bundles, cache: Path) -> DeviceQuesti
     return DeviceQuestions(tasks, bundles, cache)
 
 
-@pytest.fixture(scope="module")
-def timed(tasks: DeviceTasks, bundles: Bundles) -> dict[str, Any]:
-    return time_bundles([*bundles.values()], ["local"], SMALL, silent, tasks)
-
-
-def test_the_draw_is_a_permutation_by_seed_and_task_and_a_smaller_draw_its_start(
-    questions: DeviceQuestions,
-) -> None:
+def test_the_draw_is_a_permutation_and_a_smaller_draw_its_start(questions: DeviceQuestions) -> None:
     suite, sample = questions.suites["fp32"], questions.samples["fp32"]
     cloze = suite.questions["heldout_cloze"]
     key = int.from_bytes(hashlib.sha256(b"heldout_cloze").digest()[:8], "big")
@@ -102,7 +95,8 @@ def test_the_draw_is_a_permutation_by_seed_and_task_and_a_smaller_draw_its_start
     assert [item.task for item in sample.in_turn()[:4]] == [*suite.questions, next(iter(suite.questions))]
 
 
-def test_a_device_in_fp32_gives_the_same_scores(timed: dict[str, Any], bundles: Bundles) -> None:
+def test_a_device_in_fp32_gives_the_same_scores(tasks: DeviceTasks, bundles: Bundles) -> None:
+    timed = time_bundles([*bundles.values()], ["local"], SMALL, silent, tasks)
     (device,) = timed["devices"]
     assert not device.answers and len(device.rows) == len(bundles)
     records = device.scores
@@ -138,8 +132,8 @@ def test_other_answers_of_a_device_are_counted(questions: DeviceQuestions) -> No
         answers.append(scores)
     records = questions.score([{"fp32": answers}], physical_cores(), silent)[0]
     record = next(row for row in records if (row["label"], row["task"]) == ("fp32", "heldout_continuation"))
-    assert record["agreement"]["same"] == record["agreement"]["n"] - 3
-    assert record["agreement"]["of"] == "choice"
+    agreement = record["agreement"]
+    assert agreement["same"] == agreement["n"] - 3 and agreement["of"] == "choice"
     assert record["logprob"]["max"] == pytest.approx(-min(size for _, size in wrong), rel=1e-5)
     assert record["logprob"]["item"] in [item for item, _ in wrong]
     assert 0 < record["difference"]["estimate"]["p"] <= 1
@@ -156,9 +150,7 @@ def test_other_answers_of_a_device_are_counted(questions: DeviceQuestions) -> No
         (["--score", ","], "names no task"),
     ],
 )
-def test_what_cannot_be_scored_is_refused_before_anything_is_timed(  # type: ignore[no-untyped-def]
-    bundles: Bundles, edgedisp, words: list[str], message: str
-) -> None:
+def test_what_cannot_be_scored_is_an_error(bundles: Bundles, edgedisp, words, message) -> None:  # type: ignore
     result = edgedisp("bench", bundles["fp32"], *words)
     assert result.code == 2 and message in result.err, result
 
