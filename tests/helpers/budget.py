@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-LIMITS_S = {"unit": 20.0, "model": 60.0}
+LIMITS_S = {"unit": 5.0, "model": 60.0}
 """Folder -> processor seconds that one test may take, children included. Processor time, because a loaded
 machine must not turn a test red."""
 

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from edgedisp import DispersionConfig, DispersionLoss, DispersionTrainer
 from edgedisp.dispersion.hooks import decoder_layers
+from edgedisp.dispersion.pairwise_kernel import pairwise_loss
 from edgedisp.train.performance import cannot_compile, compiled_layers
 
 
@@ -58,3 +59,14 @@ def test_a_compiled_model_that_was_trained_before_is_watched(
         logged.append(next(row for row in trainer.state.log_history if "loss" in row))
     assert "dispersion" not in logged[1]
     assert logged[2]["dispersion"] == pytest.approx(logged[0]["dispersion"], rel=1e-5)
+
+
+def test_the_loss_over_all_pairs_compiles_as_one_graph() -> None:
+    vectors = torch.randn(2, 300, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    mask = torch.arange(300)[None] < torch.tensor([[300], [250]])
+    compiled = torch.compile(
+        lambda v: pairwise_loss("angular", v, mask=mask).sum(), backend="aot_eager", fullgraph=True
+    )
+    value, plain = compiled(vectors), pairwise_loss("angular", vectors, mask=mask).sum()
+    torch.testing.assert_close(value, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(each, vectors)[0] for each in (value, plain)))

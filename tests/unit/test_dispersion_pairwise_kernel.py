@@ -84,19 +84,6 @@ def test_rounded_products_stay_near_and_the_setting_is_put_back() -> None:
     torch.testing.assert_close(rounded, pairwise_loss("angular", vectors), atol=5e-4, rtol=0)
 
 
-@pytest.mark.parametrize("tokens", [50, 300])
-def test_it_compiles(tokens: int) -> None:
-    vectors, mask = vectors_and_mask(2, tokens, 16, dtype=torch.float32)
-    compiled = torch.compile(
-        lambda v: pairwise_loss("angular", v, mask=mask).sum(), backend="aot_eager", fullgraph=True
-    )
-    plain = pairwise_loss("angular", vectors, mask=mask).sum()
-    value = compiled(vectors)
-    torch.testing.assert_close(value, plain)
-    slopes = [torch.autograd.grad(each, vectors)[0] for each in (value, plain)]
-    torch.testing.assert_close(*slopes)
-
-
 @pytest.mark.parametrize("tokens", [5, 300])
 @pytest.mark.parametrize("beside", [0.0, 1.0])
 def test_a_second_derivative_is_refused(tokens: int, beside: float) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgedisp.core.errors import BuildFailed
@@ -94,6 +94,7 @@ def test_an_unchanged_plan_runs_nothing(tmp_path: Path, text: Path) -> None:
     assert all(record is not None for _, record in state(plan(text), tmp_path / "run"))
 
 
+@settings(max_examples=12)  # each walks the plan twice
 @given(name=st.sampled_from(sorted(GRAPH)), options=st.builds(Options, st.integers(), st.tuples(st.text())))
 def test_changed_options_run_the_stage_and_those_after_it(
     name: str, options: Options, tmp_path_factory: pytest.TempPathFactory
