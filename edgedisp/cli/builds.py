@@ -127,10 +127,11 @@ def pilot(
 ) -> None:
     """Find out which dispersion settings do anything, on few tokens, before a build spends hours."""
     from edgedisp.commands import pilot as command
+    from edgedisp.pipeline.build_plan import run_folder
 
     loaded = load_recipe(recipe, set_, smoke)
     trials = command.plan(loaded, weights=weights, tokens=tokens, layers=layers, variants=variants)
-    folder = command.run_folder(trials, out)
+    folder = run_folder(trials.recipe, out)
     with Screen(f"{loaded.name} -> {folder}") as screen:
         trials = command.run(trials, folder, screen)
     if as_json:

@@ -1,10 +1,10 @@
 """`edgedisp pilot`: short trainings that show which dispersion settings act, before a build spends hours.
 
-A baseline and a candidate for each variant, choice of layers and weight are trained for `--tokens`, measured
-on held-out loss and mean cosine, and deleted. A candidate is bit for bit what a build of as many tokens
-trains. There is one seed: intervals are over texts, not over trainings.
+A pilot is the recipe with few training tokens and an arm for each variant, choice of layers and weight. Each
+arm is trained as a build of as many tokens trains it, measured as torch model, and its weights are deleted.
+There is one seed: intervals are over texts, not over trainings.
 
-    runs/<recipe>-pilot-<hash8>/{base, corpus, judging, baseline, angular-all-0.1, ..., pilot.json, pilot.png}
+    runs/<recipe>-pilot-<hash8>/{base, corpus, baseline, angular-all-0.1, ..., pilot.json, pilot.png}
 
 The hash leaves out variants, layers and weights, so trying more of them trains only what is new.
 """
@@ -13,33 +13,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import to_json, write_json
+from edgedisp.core.files import from_json, to_json, write_json
 from edgedisp.core.progress import Screen
 from edgedisp.core.results import BASELINE, Estimate
-from edgedisp.core.stage_folder import Record, open_run
+from edgedisp.core.stage_folder import open_run
 from edgedisp.pipeline import build_plan
-from edgedisp.pipeline.options import CandidateOptions, ItemsOptions
+from edgedisp.pipeline.options import CandidateOptions
 from edgedisp.pipeline.stage import Stage, walk
 from edgedisp.recipe import ArmRun, Dispersion, Evaluate, Recipe
-from edgedisp.recipe.recipe import hash8
 from edgedisp.recipe.smoke import STEPS as SMOKE_STEPS
 from edgedisp.recipe.values import LAYER_NAMES, VARIANTS, choice, read_number, read_whole
-from edgedisp.report.formatting import format_estimate
+from edgedisp.report.formatting import duration, format_estimate
 from edgedisp.report.layout import Grid, grid_text
 
-FUNCTIONS = "edgedisp.pipeline.training"
-BOOTSTRAP = 2000
 LOSS_FLOOR = 0.005  # nats per token: half a percent of perplexity
 COSINE_FLOOR = 0.005  # 80,000 tokens at weight 1 moved the mean cosine of SmolLM2-135M by 0.017, of 0.54
 # Twice as many tokens took as long as a short training, and gave intervals far finer than the floor.
-SCORED_TOKENS, SMOKE_SCORED_TOKENS, MOST_WINDOWS = 4096, 1024, 400
+EVALUATE = Evaluate(tasks=("heldout_perplexity",), limit=400, perplexity_tokens=4096)
 
 VARIED = ("variant", "layers", "weight")  # keys of train.dispersion
 HURTS, DIVERGES = "hurts", "diverges"
@@ -65,21 +62,15 @@ Value = TypeVar("Value")
 class Candidate:
     """A setting and its differences to the baseline: loss in nats per token, and mean cosine.
 
-    Both are None before measuring, and where the training diverged (`diverged`: why).
+    seconds: of its training. All three are None before, and where training diverged (`diverged`: why).
     """
 
-    variant: str
-    layers: str | tuple[int, ...]
-    weight: float
+    name: str
+    dispersion: Dispersion
     loss: Estimate | None = None
     cosine: Estimate | None = None
+    seconds: float | None = None
     diverged: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Its folder. `listed`: the layer numbers of the recipe, of which there is one list at most."""
-        layers = self.layers if isinstance(self.layers, str) else "listed"
-        return f"{self.variant}-{layers}-{self.weight:.15g}"
 
     @property
     def effect(self) -> str:
@@ -91,36 +82,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Pilot:
-    """recipe: with the pilot's number of tokens. recipe_tokens: its own. candidates: after `run`, best first.
+    """recipe: with the pilot's number of tokens and what it scores. recipe_tokens: the original's.
 
-    scored: {windows, documents, tokens, sequences} that each was measured on.
+    candidates: after `run`, best first.
     """
 
     recipe: Recipe
     recipe_tokens: int
     candidates: list[Candidate]
-    scored: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of each training: whole optimizer steps."""
-        return self.recipe.steps * self.recipe.tokens_per_step
 
     @property
     def best(self) -> Candidate | None:
-        return next((each for each in self.candidates if each.effect.startswith(USEFUL)), None)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What decides all trainings: of the recipe all but variant, layers and weight."""
-        identity = self.recipe.identity()
-        identity["train"]["dispersion"] = self.dispersion().model_dump(mode="json", exclude=set(VARIED))
-        return {**identity, "pilot": True}  # a build does not write here
-
-    def dispersion(self, candidate: Candidate | None = None) -> Dispersion:
-        """The recipe's section, with the candidate's setting."""
-        section = self.recipe.train.dispersion or Dispersion()
-        return section.model_copy(update={key: getattr(candidate, key) for key in VARIED if candidate})
+        return next((row for row in self.candidates if row.effect.startswith(USEFUL)), None)
 
 
 def plan(
@@ -130,22 +103,36 @@ def plan(
 
     Raises BadInput for a value that is unknown or listed twice, and for fewer tokens than a step takes.
     """
-    section, train, step = recipe.train.dispersion or Dispersion(), recipe.train, recipe.tokens_per_step
+    train, step = recipe.train, recipe.tokens_per_step
+    section = train.dispersion or Dispersion()
     names: list[Any] = _list("--layers", layers, partial(choice, choices=LAYER_NAMES))
     settings = product(
         _list("--variants", variants, partial(choice, choices=VARIANTS)) or [section.variant],
         names or [section.layers],
         _list("--weights", weights, _weight),
     )
-    count = _list("--tokens", tokens, read_whole)[0]
-    if count < step:
+    sections = [section.model_copy(update=dict(zip(VARIED, setting))) for setting in settings]
+    steps = _list("--tokens", tokens, read_whole)[0] // step
+    if steps < 1:
         raise BadInput(
             f"--tokens {tokens}: too few: one step takes {step:,} (batch {train.batch} x accumulate "
             f"{train.accumulate} x context {recipe.data.context}); needs at least {step}"
         )
-    steps = min(count // step, SMOKE_STEPS) if recipe.is_smoke else count // step
-    short = recipe.model_copy(update={"train": train.model_copy(update={"tokens": steps * step})})
-    return Pilot(short, train.tokens, [Candidate(*setting) for setting in settings])
+    tokens_each = step * (min(steps, SMOKE_STEPS) if recipe.is_smoke else steps)
+    unvaried = section.model_copy(update={key: getattr(Dispersion(), key) for key in VARIED})
+    short = {
+        "name": f"{recipe.name}-pilot",
+        "train": train.model_copy(update={"tokens": tokens_each, "dispersion": unvaried}),
+        "evaluate": EVALUATE,
+    }
+    candidates = [Candidate(_name(section), section) for section in sections]
+    return Pilot(recipe.model_copy(update=short), train.tokens, candidates)
+
+
+def _name(dispersion: Dispersion) -> str:
+    """A candidate's folder. `listed`: the layer numbers of the recipe, of which there is one list at most."""
+    layers = dispersion.layers if isinstance(dispersion.layers, str) else "listed"
+    return f"{dispersion.variant}-{layers}-{dispersion.weight:.15g}"
 
 
 def _list(option: str, text: str | None, read: Callable[[str], Value]) -> list[Value]:
@@ -168,56 +155,31 @@ def _weight(word: str) -> float:
     return weight
 
 
-def run_folder(pilot: Pilot, out: Path | None) -> Path:
-    return out or Path("runs") / f"{pilot.recipe.name}-pilot-{hash8(pilot.identity)}"
-
-
 def run(pilot: Pilot, folder: Path, screen: Screen) -> Pilot:
     """Train and measure the baseline and every candidate; writes pilot.json and pilot.png.
 
     Raises BadInput for what the user can mend, BuildFailed if the baseline cannot be trained.
     """
-    with open_run(folder, pilot.identity, f"a pilot of {pilot.recipe.name}"):
-        records = {stage.name: stage.record for stage in walk(stages(pilot), folder, screen)}
-        measured = [_measure(candidate, records, pilot.recipe.seed) for candidate in pilot.candidates]
-        pilot = replace(pilot, candidates=ranked(measured), scored=records["judging"].results)
+    with open_run(folder, pilot.recipe.identity(), pilot.recipe.name):
+        results = {step.name: step.record.results for step in walk(stages(pilot), folder, screen)}
+        rows = [{**vars(row), **results[row.name]} for row in pilot.candidates]
+        pilot = replace(pilot, candidates=ranked([from_json(Candidate, row) for row in rows]))
         write_json(folder / "pilot.json", summary(pilot))
         _draw(pilot.candidates, folder)
     return pilot
 
 
 def stages(pilot: Pilot) -> list[Stage]:
-    """Base and corpus of a build, the count of what is scored, the baseline and every candidate."""
-    recipe, inputs = pilot.recipe, {"base": "base", "corpus": "corpus"}
-    scored = SMOKE_SCORED_TOKENS if recipe.is_smoke else SCORED_TOKENS
-    evaluate = Evaluate(tasks=("heldout_perplexity",), limit=MOST_WINDOWS, perplexity_tokens=scored)
-    items = ItemsOptions(evaluate, recipe.data.context, recipe.seed)
-    judging = Stage("judging", f"{FUNCTIONS}:judging", items, inputs)
-    result = [build_plan.base(recipe), build_plan.corpus(recipe), judging]
-    arms: dict[str, Dispersion | None] = {BASELINE: None}
-    arms |= {candidate.name: pilot.dispersion(candidate) for candidate in pilot.candidates}
-    for name, dispersion in arms.items():
-        training = build_plan.training(recipe, ArmRun(name, name, 0, recipe.seed, dispersion)).options
-        options = CandidateOptions(training, items, may_diverge=dispersion is not None)
-        result.append(Stage(name, f"{FUNCTIONS}:candidate", options, inputs, resumable=True))
+    """Base and corpus of a build, the baseline, and every candidate, which is compared with it."""
+    recipe, result = pilot.recipe, [build_plan.base(pilot.recipe), build_plan.corpus(pilot.recipe)]
+    items = build_plan.items(recipe).options
+    arms: dict[str, Dispersion | None] = {row.name: row.dispersion for row in pilot.candidates}
+    for name, dispersion in ({BASELINE: None} | arms).items():
+        training = build_plan.training(recipe, ArmRun(name, name, 0, recipe.seed, dispersion))
+        inputs = {**training.inputs} if name == BASELINE else {**training.inputs, "reference": BASELINE}
+        options = CandidateOptions(training.options, items)
+        result.append(Stage(name, f"{build_plan.HERE}.training:candidate", options, inputs, resumable=True))
     return result
-
-
-def _measure(candidate: Candidate, records: dict[str, Record], seed: int) -> Candidate:
-    """With its differences to the baseline: paired by window and by sequence, with a bootstrap."""
-    from edgedisp.evaluate.statistics import VALUE, Metric, Resampling, difference  # loads scipy
-
-    record = records[candidate.name]
-    if diverged := record.results.get("diverged"):
-        return replace(candidate, diverged=diverged)
-    first, second = (
-        json.loads((folder / "judged.json").read_text(encoding="utf-8"))
-        for folder in (records[BASELINE].folder, record.folder)
-    )
-    resampling, loss = Resampling(BOOTSTRAP, seed), Metric("loss", "nll", "tokens", higher_is_better=False)
-    losses = difference([(first["items"], second["items"])], loss, resampling).estimate
-    cosines = difference([(first["cosine"], second["cosine"])], VALUE, resampling).estimate
-    return replace(candidate, loss=losses, cosine=cosines)
 
 
 def direction(difference: Estimate, floor: float) -> int:
@@ -241,26 +203,24 @@ def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def recipe_line(dispersion: Dispersion) -> str:
     """`dispersion: {...}` as it belongs under `train:`: variant, layers, weight, and what is no default."""
-    plain, words = Dispersion(), []
-    for name, value in dispersion:
-        if name in VARIED or value != getattr(plain, name):
-            text = f"{value:.15g}" if isinstance(value, float) else json.dumps(value).replace('"', "")
-            words.append(f"{name}: {text}")
-    return f"dispersion: {{{', '.join(words)}}}"
+    plain = Dispersion()
+    values = {key: value for key, value in dispersion if key in VARIED or value != getattr(plain, key)}
+    return "dispersion: " + json.dumps(values).replace('"', "")
 
 
 def advice(pilot: Pilot) -> list[str]:
     """What to do with the candidates, best first, in sentences."""
+    tokens = pilot.recipe.train.tokens
     if pilot.best is not None:
-        line = recipe_line(pilot.dispersion(pilot.best))
+        line = recipe_line(pilot.best.dispersion)
         sentences = [f"The setting to build with, under train: {line}"]
     else:
         only_harm = {candidate.effect for candidate in pilot.candidates} <= {HURTS, DIVERGES}
         remedy = "smaller weights" if only_harm else "larger weights, or more tokens"
         sentences = [f"No setting can be recommended: try {remedy}."]
-    if pilot.recipe_tokens > 2 * pilot.tokens:
+    if pilot.recipe_tokens > 2 * tokens:
         sentences.append(
-            f"The recipe trains on {pilot.recipe_tokens:,} tokens, {pilot.recipe_tokens / pilot.tokens:.3g} "
+            f"The recipe trains on {pilot.recipe_tokens:,} tokens, {pilot.recipe_tokens / tokens:.3g} "
             "times as many: what is idle here may act there, and what is harmless here may hurt."
         )
     return sentences
@@ -271,41 +231,37 @@ def summary(pilot: Pilot) -> dict[str, Any]:
     return {
         "recipe": pilot.recipe.name,
         "smoke": pilot.recipe.is_smoke,
-        "tokens": pilot.tokens,
+        "tokens": pilot.recipe.train.tokens,
         "recipe_tokens": pilot.recipe_tokens,
-        "floors": {"loss": LOSS_FLOOR, "cosine": COSINE_FLOOR},
-        "scored": pilot.scored,
-        "candidates": [{"name": row.name, "effect": row.effect, **to_json(row)} for row in pilot.candidates],
+        "candidates": [{**to_json(row), "effect": row.effect} for row in pilot.candidates],
         "chosen": pilot.best and pilot.best.name,
-        "line": pilot.best and recipe_line(pilot.dispersion(pilot.best)),
+        "line": pilot.best and recipe_line(pilot.best.dispersion),
         "advice": advice(pilot),
     }
 
 
 def render(pilot: Pilot, width: int) -> str:
     """Table and advice for a terminal of `width` columns."""
-    scored = pilot.scored
-    head = (
-        f"{pilot.recipe.name}: {pilot.tokens:,} tokens each; scored on {scored['tokens']:,} held-out tokens "
-        f"of {scored['documents']} documents, and {scored['sequences']} sequences"
-    )
+    head = f"{pilot.recipe.name}: {pilot.recipe.train.tokens:,} tokens each"
+    if losses := [row.loss for row in pilot.candidates if row.loss is not None]:
+        head += f"; compared on {losses[0].n} held-out windows of {losses[0].documents} documents"
     if pilot.recipe.is_smoke:
         head += "\nA tiny random model: this shows that the pilot runs, and says nothing of the recipe's."
-    rows = [
-        (row.name, *(format_estimate(figure, signs=True) for figure in (row.loss, row.cosine)), row.effect)
-        for row in pilot.candidates
-    ]
-    table = Grid(("candidate", "loss - baseline", "cosine - baseline", "effect"), tuple(rows))
-    return "\n\n".join([head, grid_text(table, width), LEGEND, *advice(pilot)])
+    rows = []
+    for row in pilot.candidates:
+        differences = (format_estimate(figure, signs=True) for figure in (row.loss, row.cosine))
+        rows.append((row.name, *differences, row.effect, duration(row.seconds)))
+    columns = "candidate", "loss - baseline", "cosine - baseline", "effect", "training"
+    return "\n\n".join([head, grid_text(Grid(columns, tuple(rows)), width), LEGEND, *advice(pilot)])
 
 
 def _draw(candidates: Sequence[Candidate], folder: Path) -> None:
     from edgedisp.report import figure, plots  # bring matplotlib
 
     panels: dict[str, dict[str, tuple[Estimate, Estimate]]] = {}
-    for row in sorted(candidates, key=lambda row: row.weight):
+    for row in sorted(candidates, key=lambda row: row.dispersion.weight):
         if row.loss is not None and row.cosine is not None:
             title = row.name.rpartition("-")[0]
-            panels.setdefault(title, {})[f"weight {row.weight:g}"] = row.cosine, row.loss
+            panels.setdefault(title, {})[f"weight {row.dispersion.weight:g}"] = row.cosine, row.loss
     if panels:
         figure.save(plots.pilot_plot(panels, (COSINE_FLOOR, LOSS_FLOOR)), folder)

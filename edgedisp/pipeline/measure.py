@@ -69,18 +69,18 @@ def measure(options: MeasureOptions, inputs: Inputs, output_dir: Path, progress:
     # One cache serves the run, whatever is measured: its entries are named by all that a score depends on.
     scorer = Scorer(bundle or inputs["model"], options.threads, inputs["base"].parent / SCORES)
     model = scorer.model
-    verdict = condensation = None
+    verdict = geometry = None
     divergences: dict[str, Divergence] = {}
     if bundle is not None and options.parity is not None:
         verdict = parity(options.parity, inputs["model"], model, inputs["corpus"], progress)
     if options.hidden_states:
         divergences = _divergences(options, inputs, model, progress)
-        condensation = _condensation(inputs, model, output_dir, progress)
+        geometry = condensation(inputs, model, output_dir, progress)
     results = scorer.score(suite, options.bootstrap, progress)
     write_json(output_dir / ITEMS, to_json(results))
     floor = scorer.noise_floor(suite, options.bootstrap, progress) if options.noise else None
     scores = {task: result.score for task, result in results.items()}
-    return dict(to_json(Measurement(scores, condensation, divergences, verdict, floor)))
+    return dict(to_json(Measurement(scores, geometry, divergences, verdict, floor)))
 
 
 def _divergences(
@@ -111,7 +111,9 @@ def compare_logits(
     return meters
 
 
-def _condensation(inputs: Inputs, model: Any, output_dir: Path, progress: Progress) -> Condensation:
+def condensation(inputs: Inputs, model: Any, output_dir: Path, progress: Progress) -> Condensation:
+    """Of a bundle or torch model, with its `change` if `reference` is among the inputs; the figures of every
+    sequence in condensation.json."""
     blocks = torch.from_numpy(heldout_blocks(inputs["corpus"], blocks=CONDENSATION_BLOCKS))
     if "bundle" in inputs:
         measured = measure_bundle(inputs["bundle"], blocks, model.threads, progress)

@@ -78,11 +78,10 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class CandidateOptions:
-    """A training of `edgedisp pilot`. may_diverge: not the baseline, whose loss has to stay finite."""
+    """A training of `edgedisp pilot`, and the questions that it is measured on."""
 
     training: TrainOptions
     items: ItemsOptions
-    may_diverge: bool
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,15 @@ import torch
 from edgedisp import models
 from edgedisp.core.distributed import is_main_process
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import to_json, write_json
+from edgedisp.core.files import from_json, to_json, write_json
 from edgedisp.core.progress import Progress
-from edgedisp.dispersion.condensation import measure_model
 from edgedisp.dispersion.losses import DispersionConfig
+from edgedisp.evaluate.comparison import Results, compare_task
 from edgedisp.evaluate.loglikelihood import ScoreOptions
+from edgedisp.evaluate.statistics import Resampling
 from edgedisp.pipeline import adapters
-from edgedisp.pipeline.options import CandidateOptions, ItemsOptions, TrainOptions
+from edgedisp.pipeline.measure import condensation
+from edgedisp.pipeline.options import ITEMS, CandidateOptions, TrainOptions
 from edgedisp.pipeline.prepare import (
     CONDENSATION_BLOCKS,
     PACKING,
@@ -112,35 +114,24 @@ def _watch(every: int | None, steps: int, corpus: Path) -> CondensationWatch | N
 # Candidates of a pilot
 
 
-def judging(options: ItemsOptions, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
-    """Counts of what every candidate is scored on. BadInput where it is too little for an interval."""
-    questions = task_suite(options, inputs).questions[CANDIDATE_TASK]
-    counts = {
-        "windows": len(questions),
-        "documents": len({question.document for question in questions}),
-        "tokens": sum(len(target) for question in questions for _, target in question.requests),
-        "sequences": len(heldout_blocks(inputs["corpus"], blocks=CONDENSATION_BLOCKS)),
-    }
-    for unit in ("documents", "sequences"):
-        if counts[unit] < 2:
-            raise BadInput(
-                f"the held-out text has {counts[unit]} {unit[:-1]}, and a paired interval needs 2: "
-                "hold out more (data.heldout), give more text, or a smaller data.context"
-            )
-    write_json(output_dir / "judging.json", counts)
-    return counts
-
-
 def candidate(
     options: CandidateOptions, inputs: Inputs, output_dir: Path, progress: Progress
 ) -> dict[str, Any]:
-    """Train one candidate and leave its figures in judged.json: {items: {id, document, nll, tokens} of each
-    held-out window that a build scores, cosine: {id, document, value} of each sequence}.
+    """Train an arm, measure it as the torch model of a build is, and delete its weights.
 
-    A training that an earlier, interrupted call finished is not repeated. Results are {"diverged": reason}
-    where the loss becomes NaN or infinite; a baseline may not diverge (NotFinite). An adapter is measured
-    over its base, not merged.
+    Leaves items.json and condensation.json; a candidate is compared with the input `reference`, the baseline.
+    A training that an interrupted call finished is not repeated. An adapter is measured over its base.
+    Returns {seconds, weights_sha256}, of a candidate also its differences {loss, cosine}, or {diverged:
+    reason}. Raises NotFinite for a baseline that diverges, BadInput, before training, for too little text.
     """
+    suite = task_suite(options.items, inputs)
+    documents = len({question.document for question in suite.questions[CANDIDATE_TASK]})
+    sequences = len(heldout_blocks(inputs["corpus"], blocks=CONDENSATION_BLOCKS))
+    if min(documents, sequences) < 2:
+        raise BadInput(
+            f"the held-out text has {documents} document(s) and {sequences} sequence(s), and a paired "
+            "interval needs 2 of each: hold out more (data.heldout), or take a smaller data.context"
+        )
     weights = output_dir / "weights"
     trained = weights / "trained.json"
     if not trained.is_file():
@@ -148,32 +139,24 @@ def candidate(
         try:
             write_json(trained, train(options.training, inputs, weights, progress))
         except NotFinite as problem:
-            if not options.may_diverge:
+            if options.training.arm.dispersion is None:
                 raise
             shutil.rmtree(weights)
             return {"diverged": str(problem)}
-    results = json.loads(trained.read_text(encoding="utf-8"))
+    training = json.loads(trained.read_text(encoding="utf-8"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = adapters.trained_model(options.training.train.adapter, inputs["base"], weights).to(device)
-    write_json(output_dir / "judged.json", _judge(model, options.items, inputs, progress))
+    trained_model = adapters.trained_model(options.training.train.adapter, inputs["base"], weights)
+    model = models.TorchModel(trained_model.to(device))
+    scores = suite.run(model, ScoreOptions(progress=progress))
+    write_json(output_dir / ITEMS, to_json(scores))
+    geometry = condensation(inputs, model, output_dir, progress)
     if (weights / "logs").is_dir():  # for train.report_to
         shutil.move(weights / "logs", output_dir / "logs")
     shutil.rmtree(weights)
-    names = ("steps", "tokens", "seconds", "peak_memory_bytes", "weights_sha256")
-    return {name: results[name] for name in names}
-
-
-def _judge(model: Any, options: ItemsOptions, inputs: Inputs, progress: Progress) -> dict[str, Any]:
-    suite = task_suite(options, inputs)
-    windows = suite.run(models.TorchModel(model), ScoreOptions(progress=progress), bootstrap=2)
-    blocks = torch.from_numpy(heldout_blocks(inputs["corpus"], blocks=CONDENSATION_BLOCKS))
-    profile = measure_model(model, blocks, progress)
-    # The mean over the blocks: the embedding's output, which no loss disperses, and the final norm's are out.
-    cosines = [float(np.mean(layers[1:-1])) for layers in profile.figures["cosine_raw"]]
-    names = ("id", "document", "nll", "tokens")
-    return {
-        "items": [{name: item[name] for name in names} for item in windows[CANDIDATE_TASK].items],
-        "cosine": [
-            {"id": str(index), "document": index, "value": value} for index, value in enumerate(cosines)
-        ],
-    }
+    results = {name: training[name] for name in ("seconds", "weights_sha256")}
+    if geometry.change is not None:
+        text = (inputs["reference"] / ITEMS).read_text(encoding="utf-8")
+        pair = from_json(Results, json.loads(text))[CANDIDATE_TASK], scores[CANDIDATE_TASK]
+        loss = compare_task([pair], Resampling(seed=options.items.seed)).main.nats
+        results |= {"loss": to_json(loss), "cosine": to_json(geometry.change.mean_cosine)}
+    return results

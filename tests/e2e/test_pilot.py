@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ def difference(value: float, half_width: float = 0.001) -> Estimate:
 
 
 def candidate(weight: float, loss: float, cosine: float) -> Candidate:
-    return Candidate("angular", "all", weight, difference(loss), difference(cosine))
+    return Candidate("", Dispersion(weight=weight), difference(loss), difference(cosine))
 
 
 def test_a_difference_counts_if_its_interval_excludes_0_and_it_reaches_the_floor() -> None:
@@ -69,7 +68,7 @@ def test_the_effect_follows_from_both_differences() -> None:
 
 def test_lower_losses_rank_first_then_what_disperses_then_what_hurts_then_what_diverged() -> None:
     candidates = [
-        Candidate("angular", "all", 9, diverged="NaN"),
+        Candidate("", Dispersion(weight=9), diverged="NaN"),
         candidate(8, 0.02, -0.3),
         candidate(7, 0.03, -0.4),
         candidate(6, -LOSS_FLOOR + 0.0001, -0.001),  # lower by too little: a tie
@@ -77,17 +76,18 @@ def test_lower_losses_rank_first_then_what_disperses_then_what_hurts_then_what_d
         candidate(4, -0.01, 0.0),
         candidate(3, -0.02, 0.0),
     ]
-    assert [row.weight for row in ranked(candidates)] == [3, 4, 5, 6, 8, 7, 9]
+    assert [row.dispersion.weight for row in ranked(candidates)] == [3, 4, 5, 6, 8, 7, 9]
 
 
 def test_the_best_useful_setting_is_recommended_as_a_line_that_reads_back(recipe: Path) -> None:
-    useful = replace(candidate(3, 0.0, -0.03), layers=(0, 2))
+    section = Dispersion(weight=3, layers=(0, 2), tokens=16)
+    useful = replace(candidate(3, 0.0, -0.03), dispersion=section)
     pilot = Pilot(load(recipe, ["train.tokens=256"]), 2560, [candidate(2, -0.02, 0.02), useful])
     first, second = advice(pilot)
-    line = recipe_line(pilot.dispersion(useful))
+    line = recipe_line(section)
     assert first.endswith(line) and "2,560 tokens, 10 times as many" in second
-    section = YAML(typ="safe").load(line)["dispersion"]
-    assert section == {"variant": "angular", "weight": 3, "layers": [0, 2], "tokens": 16}
+    read_back = YAML(typ="safe").load(line)["dispersion"]
+    assert read_back == {"variant": "angular", "weight": 3, "layers": [0, 2], "tokens": 16}
     assert "exclude_sink: true" in recipe_line(Dispersion(exclude_sink=True))
     assert "try smaller weights" in advice(replace(pilot, candidates=[candidate(9, 0.02, -0.1)]))[0]
     assert "try larger weights" in advice(replace(pilot, candidates=[candidate(0.1, 0.0, 0.0)]))[0]
@@ -106,7 +106,8 @@ def test_every_weight_is_tried_with_all_layers_and_variants(recipe: Path) -> Non
     )
     names = [row.name for row in pilot.candidates]
     assert len(set(names)) == 8 and names[0] == "angular-all-0.03" and names[-1] == "cosine-last_half-3"
-    assert pilot.tokens == 15 * STEP and pilot.dispersion().tokens == 16
+    assert pilot.recipe.train.tokens == 15 * STEP
+    assert all(row.dispersion.tokens == 16 for row in pilot.candidates)
     plain = plan(load(recipe, ["train.dispersion=null", "arms=[baseline]"]), weights="1", tokens="2k")
     assert [row.name for row in plain.candidates] == ["angular-all-1"]
 
@@ -139,7 +140,7 @@ def test_the_command_trains_and_measures_and_a_second_one_runs_nothing(  # type:
     assert ended.code == 0, ended
     results = json.loads((run_dir / "pilot.json").read_text())
     assert results["tokens"] == 8 * STEP and len(results["candidates"]) == 2
-    strong = next(row for row in results["candidates"] if row["weight"] == 30)
+    strong = next(row for row in results["candidates"] if row["dispersion"]["weight"] == 30)
     assert strong["cosine"]["high"] < 0
     for row in results["candidates"]:
         assert all(row[name]["low"] <= row[name]["value"] <= row[name]["high"] for name in ("loss", "cosine"))
@@ -150,53 +151,55 @@ def test_the_command_trains_and_measures_and_a_second_one_runs_nothing(  # type:
     assert not [*run_dir.rglob("*.partial")]
 
     again = edgedisp(*words, "--json")
-    assert again.code == 0 and "kept 6 finished stages" in again.err
+    assert again.code == 0 and "kept 5 finished stages" in again.err
     assert json.loads(again.out) == {"run": str(run_dir), **results}
 
 
 class Watcher(Screen):
-    """Stops the pilot when a stage is finished, as Ctrl-C would."""
+    """Notes which stages were run."""
 
-    def __init__(self, stop_after: str | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__("pilot")
-        self.stop_after = stop_after
         self.executed: list[str] = []
-        self.reused: list[str] = []
 
     def finished(self, name: str, record: Record) -> None:
         self.executed.append(name)
-        if name == self.stop_after:
-            raise KeyboardInterrupt
-
-    def cached(self, name: str, record: Record) -> None:
-        self.reused.append(name)
 
 
-def test_a_stopped_pilot_continues_and_another_weight_trains_what_is_new(
+def test_an_interrupted_pilot_continues_and_another_weight_trains_what_is_new(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edgedisp.pipeline import training
     from edgedisp.train.dispersion_trainer import NotFinite
 
-    real = training.train
+    trained, real_train, real_condensation = [], training.train, training.condensation
 
     def train(options: Any, *inputs: Any) -> dict[str, Any]:
+        trained.append(options.arm.name)
         if options.arm.name == "angular-all-7":
             raise NotFinite("the loss is NaN")
-        return real(options, *inputs)
+        return real_train(options, *inputs)
+
+    def interrupted(inputs: Any, *rest: Any) -> Any:
+        if "reference" in inputs:
+            raise KeyboardInterrupt
+        return real_condensation(inputs, *rest)
 
     monkeypatch.setattr(training, "train", train)
     folder = tmp_path / "run"
     pilot = plan(load(recipe), weights="0.1,7", tokens="256")
-    with pytest.raises(KeyboardInterrupt):
-        run(pilot, folder, Watcher(stop_after="angular-all-0.1"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "condensation", interrupted)
+        run(pilot, folder, Watcher())
+    assert trained == ["baseline", "angular-all-0.1"]
     rest = Watcher()
     last = run(pilot, folder, rest).candidates[-1]
-    assert rest.executed == ["angular-all-7"]
+    assert trained[2:] == ["angular-all-7"]  # a finished training is not repeated for its measurement
+    assert rest.executed == ["angular-all-0.1", "angular-all-7"]
     assert last.effect == "diverges" and last.loss is None and last.diverged
     more = Watcher()
     run(plan(load(recipe), weights="0.1,1", tokens="256"), folder, more)
-    assert more.executed == ["angular-all-1"] and "baseline" in more.reused
+    assert more.executed == ["angular-all-1"]
     with pytest.raises(BadInput, match=r"train\.tokens"):
         run(plan(load(recipe), weights="0.1,1", tokens="512"), folder, Watcher())
 
@@ -217,57 +220,6 @@ def test_a_candidate_is_what_a_build_of_as_many_tokens_trains(recipe: Path, tmp_
         record = read(tmp_path / "pilot" / name)
         assert record is not None
         assert record.results["weights_sha256"] == records[f"{arm}/model"].results["weights_sha256"]
-
-
-def test_cosines_are_those_of_loops_over_pairs_and_layers(recipe: Path, tmp_path: Path) -> None:
-    """The base's own: a training whose learning rate is next to nothing leaves it as it is."""
-    import numpy as np
-    import torch
-
-    from edgedisp import models
-
-    pilot = plan(load(recipe, ["train.lr=1e-30", "train.precision=fp32"]), weights="1", tokens="128")
-    run(pilot, tmp_path / "run", Watcher())
-    base = models.load(tmp_path / "run" / "base")
-    judged = json.loads((tmp_path / "run" / "baseline" / "judged.json").read_text())
-    blocks = torch.from_numpy(np.load(tmp_path / "run" / "corpus" / "heldout.npy").astype(np.int64))[:16]
-    cosines: list[float] = []
-
-    def hook(module: Any, inputs: Any, output: Any) -> None:
-        state = output[0] if isinstance(output, tuple) else output
-        directions = torch.nn.functional.normalize(state[0].double(), dim=-1)
-        pairs = [float(directions[i] @ directions[j]) for i in range(32) for j in range(i)]
-        cosines.append(sum(pairs) / len(pairs))
-
-    for layer in base.model.layers:
-        layer.register_forward_hook(hook)
-    with torch.no_grad():
-        for block in blocks:
-            base(block[None])
-    by_sequence = np.reshape(cosines, (len(blocks), 2)).mean(axis=1)
-    np.testing.assert_allclose([one["value"] for one in judged["cosine"]], by_sequence, atol=1e-4)
-
-
-def test_a_training_that_was_finished_is_not_repeated_when_its_measuring_was_cut_off(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from edgedisp.pipeline import training
-
-    pilot, trained, real = plan(load(recipe), weights="1", tokens="128"), [], training.train
-
-    def train(options: Any, *inputs: Any) -> dict[str, Any]:
-        trained.append(options.arm.name)
-        return real(options, *inputs)
-
-    def interrupted(*arguments: Any) -> Iterator[None]:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training, "train", train)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "_judge", interrupted)
-        run(pilot, tmp_path / "run", Watcher())
-    run(pilot, tmp_path / "run", Watcher())
-    assert trained == ["baseline", "angular-all-1"]
 
 
 def test_an_adapter_is_measured_as_the_recipe_trains_it(recipe: Path, tmp_path: Path) -> None:
