@@ -66,16 +66,18 @@ class Phone:
         """What an adb command prints. Raises AdbFailed."""
         command = [*self.command, *words]
         try:
-            done = subprocess.run(
+            result = subprocess.run(
                 command, input=stdin.encode(), capture_output=True, timeout=ANSWER_S, check=False
             )
         except subprocess.TimeoutExpired:
             raise AdbFailed(f"{self.name}: adb gave no answer within {ANSWER_S:g} s") from None
-        texts = (text.decode("utf-8", "replace").replace("\r\n", "\n") for text in (done.stdout, done.stderr))
+        texts = (
+            text.decode("utf-8", "replace").replace("\r\n", "\n") for text in (result.stdout, result.stderr)
+        )
         out, errors = texts
-        if done.returncode:
+        if result.returncode:
             why = printable((errors.strip() or out.strip()).replace("\n", "; "))
-            raise AdbFailed(f"{self.name}: adb ended with code {done.returncode}: {why[:500]}")
+            raise AdbFailed(f"{self.name}: adb ended with code {result.returncode}: {why[:500]}")
         return out
 
     def shell(self, script: str) -> str:

@@ -147,8 +147,8 @@ class PageServer:
             wrapped = tls.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
             self._server.socket = wrapped
         self.port: int = self._server.server_address[1]
-        shown = f"[{host}]" if ":" in host else host
-        self.address = f"{'https' if https else 'http'}://{shown}:{self.port}/{self.token}/"
+        url_host = f"[{host}]" if ":" in host else host
+        self.address = f"{'https' if https else 'http'}://{url_host}:{self.port}/{self.token}/"
 
     def __enter__(self) -> PageServer:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True)

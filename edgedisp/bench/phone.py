@@ -123,9 +123,9 @@ def invitation(address: str, fingerprint: str = "") -> str:
         import segno
     except ModuleNotFoundError as error:
         raise BadInput('phone needs segno for the QR code: pip install "edgedisp[phone]"') from error
-    drawn = io.StringIO()
-    segno.make(address, error="l").terminal(drawn, border=2, compact=True)
-    lines = [drawn.getvalue().rstrip("\n"), "", f"Open on the phone, in the same network: {address}"]
+    qr_code = io.StringIO()
+    segno.make(address, error="l").terminal(qr_code, border=2, compact=True)
+    lines = [qr_code.getvalue().rstrip("\n"), "", f"Open on the phone, in the same network: {address}"]
     if "//127." in address:
         lines.append("This address is this machine's own; name one that the phone can reach with --host.")
     if fingerprint:

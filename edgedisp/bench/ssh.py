@@ -115,13 +115,13 @@ class RemoteHost(TimedHost):
     def _run(self, command: str) -> str:
         """What a shell command prints there. Raises BuildFailed."""
         words = [*self._shell, command]
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if done.returncode:
+        result = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if result.returncode:
             raise BuildFailed(
-                f"{self.name}: `{command[:200]}` failed there with code {done.returncode}:\n"
-                f"{(done.stderr.strip() or done.stdout.strip())[-2000:]}"
+                f"{self.name}: `{command[:200]}` failed there with code {result.returncode}:\n"
+                f"{(result.stderr.strip() or result.stdout.strip())[-2000:]}"
             )
-        return done.stdout
+        return result.stdout
 
     def _ask(self, *words: str) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(self._run(self._runner(*words)))
@@ -183,14 +183,14 @@ class RemoteHost(TimedHost):
         quoted = shlex.quote(folder)
         unpack = f"umask 077; mkdir -p {quoted} && exec tar -xf - -C {quoted}"
         command = [*self._shell, f"exec sh -c {shlex.quote(unpack)}"]
-        total, sent = sum(path.stat().st_size for path in files.values()), 0
+        total, copied = sum(path.stat().st_size for path in files.values()), 0
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
         # Where tar ends early, its code and message say why.
         with suppress(OSError), tarfile.open(fileobj=process.stdin, mode="w|", dereference=True) as archive:
             for name, path in files.items():
                 archive.add(path, name)
-                sent += path.stat().st_size
-                progress(sent, total, f"{label}: {sent / 1e6:.0f} of {total / 1e6:.0f} MB copied")
+                copied += path.stat().st_size
+                progress(copied, total, f"{label}: {copied / 1e6:.0f} of {total / 1e6:.0f} MB copied")
         _, stderr = process.communicate()
         if process.returncode:
             why = stderr.decode("utf-8", "replace").strip()

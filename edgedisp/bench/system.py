@@ -91,10 +91,10 @@ def gpu_capability() -> float | None:
 def _capabilities(program: str) -> tuple[float, ...]:
     """What the driver says of each card."""
     command = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    if done.returncode:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    if result.returncode:
         return ()
-    return tuple(float(line) for line in done.stdout.split() if re.fullmatch(r"\d+\.\d+", line))
+    return tuple(float(line) for line in result.stdout.split() if re.fullmatch(r"\d+\.\d+", line))
 
 
 def doctor(folders: Mapping[str, Path], distribution: str = "edgedisp") -> list[Row]:

@@ -78,8 +78,8 @@ def _show(results: Run, folder: Path, as_json: bool, markdown: bool = False) -> 
 
     verdict, table, page = report.verdict(results), report.table(results), folder / "report.html"
     if as_json:
-        shown = {**to_json(verdict), "sentence": verdict.sentence}
-        document = {"run": str(folder), "report": str(page), "verdict": shown}
+        verdict_json = {**to_json(verdict), "sentence": verdict.sentence}
+        document = {"run": str(folder), "report": str(page), "verdict": verdict_json}
         typer.echo(json.dumps(document, ensure_ascii=False))
     elif markdown:
         typer.echo(f"{report.table_markdown(table)}\n{verdict.sentence}")

@@ -245,5 +245,5 @@ def common_prefix(cached: Sequence[int], ids: Sequence[int]) -> int:
 
 def threads_for(config: dict[str, Any], cores: int) -> int:
     """The thread count written in a bundle's configuration, else `cores`; at most `cores`."""
-    written = config.get("decoder", {}).get("session_options", {}).get("intra_op_num_threads")
-    return min(written or cores, cores)
+    threads = config.get("decoder", {}).get("session_options", {}).get("intra_op_num_threads")
+    return min(threads or cores, cores)

@@ -132,9 +132,9 @@ def compare_models(folders: Sequence[Path], options: CompareOptions, progress: P
         raise BadInput(f"--out {out}: cannot be made ({problem.strerror}); name a folder") from None
     results, floors = [], []
     for folder, label, suite in zip(folders, labels, suites):
-        scorer, shown = Scorer(folder, physical_cores(), out / SCORES), labelled(progress, label)
-        results.append(scorer.score(suite, BOOTSTRAP, shown))
-        if (floor := scorer.noise_floor(suite, BOOTSTRAP, shown)) is not None:
+        scorer, arm_progress = Scorer(folder, physical_cores(), out / SCORES), labelled(progress, label)
+        results.append(scorer.score(suite, BOOTSTRAP, arm_progress))
+        if (floor := scorer.noise_floor(suite, BOOTSTRAP, arm_progress)) is not None:
             floors.append(floor)
     noise = max(floors, key=lambda floor: floor.floor, default=None)
     run = Run(

@@ -141,8 +141,8 @@ def _estimate(recipe: Recipe, plan: dict[str, Any], progress: Progress) -> dict[
     """Fill in the seconds of the stages that are to do; time, memory and disk of the whole build."""
     probed = probe_base(recipe, progress)
     step_s = float(probed["micro_step_s"] * recipe.train.accumulate + probed["optimizer_s"])
-    left = [stage for stage in plan["stages"] if not stage["done"]]
-    for stage in left:
+    remaining = [stage for stage in plan["stages"] if not stage["done"]]
+    for stage in remaining:
         stage["seconds"] = _stage_seconds(stage["name"], recipe, probed, step_s)
     parameters, trainable = probed["parameters"], probed["trainable"]
     folder = Path(plan["run"]).resolve()
@@ -150,7 +150,7 @@ def _estimate(recipe: Recipe, plan: dict[str, Any], progress: Progress) -> dict[
     training_bytes = 4 * parameters + trainable * (TRAINING_BYTES_PER_WEIGHT - 4)
     return {
         "step_s": step_s,
-        "seconds_left": sum(stage["seconds"] for stage in left),
+        "seconds_left": sum(stage["seconds"] for stage in remaining),
         "parameters": parameters,
         "peak_memory_bytes": training_bytes + probed["process_bytes"] + probed["activation_bytes"],
         "memory_bytes": probed["memory_bytes"],

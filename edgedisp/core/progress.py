@@ -85,9 +85,9 @@ class Screen:
             return
         self._last_line = now
         seconds, count = now - self._first[0], done - self._first[1]
-        left = f", {clock(seconds / count * (total - done))} left" if count > 0 and total else ""
+        remaining = f", {clock(seconds / count * (total - done))} left" if count > 0 and total else ""
         of = f"{done}/{total}" if total else str(done)
-        self._print(f"{self._stage}: {of}{', ' + note if note else ''}{left}")
+        self._print(f"{self._stage}: {of}{', ' + note if note else ''}{remaining}")
 
     def finished(self, name: str, record: Record) -> None:
         self._print(f"{self._stage}: done in {clock(record.seconds)}")

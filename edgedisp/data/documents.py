@@ -124,7 +124,7 @@ def _texts(rows: Iterable[Row], field: str, documents: Documents) -> Iterator[tu
                 near = difflib.get_close_matches(field, fields, n=1, cutoff=0.5)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise BadInput(
-                    f"{row.place}: no text field {field!r}.{hint} Fields found: {', '.join(fields)}. "
+                    f"{row.location}: no text field {field!r}.{hint} Fields found: {', '.join(fields)}. "
                     "Name the one that holds the text with `text:`."
                 )
             text = text[field]
@@ -133,13 +133,13 @@ def _texts(rows: Iterable[Row], field: str, documents: Documents) -> Iterator[tu
                 documents.dropped["null"] += 1
                 continue
         if not isinstance(text, str):
-            raise BadInput(f"{row.place}: the text must be a string, found {type(text).__name__}.")
+            raise BadInput(f"{row.location}: the text must be a string, found {type(text).__name__}.")
         try:
             text.encode()
         except UnicodeEncodeError as problem:
             raise BadInput(
-                f"{row.place}: character {problem.start} of the text is half of a surrogate pair, which no "
-                "tokenizer can read."
+                f"{row.location}: character {problem.start} of the text is half of a surrogate pair, which "
+                "no tokenizer can read."
             ) from problem
         documents.rows_read += 1
         documents.characters_read += len(text)

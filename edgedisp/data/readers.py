@@ -54,7 +54,7 @@ class ReadOptions:
 class Row:
     """One entry of a source: its place for messages (`text.jsonl:7`), an id, and a string or a dict."""
 
-    place: str
+    location: str
     id: str
     value: Any
 
@@ -98,7 +98,7 @@ def local_rows(path: Path, options: ReadOptions) -> tuple[Iterator[Row], dict[st
         if file not in selected
     }
     rows = (
-        Row(row.place, f"{file.relative_to(folder).as_posix()}:{row.id}", row.value)
+        Row(row.location, f"{file.relative_to(folder).as_posix()}:{row.id}", row.value)
         for file in selected
         for row in _rows(file, options.text)
     )
@@ -155,10 +155,10 @@ def _rows(path: Path, field: str) -> Iterator[Row]:
     """The rows of a file; a row's id is its own `id` field if it has one, else its number or key."""
     kind = _kind(path)
     parsed = _parquet(path, field) if kind == ".parquet" else PARSERS[kind](_content(path), path)
-    for place, number, value in parsed:
+    for location, number, value in parsed:
         row_id = value.get("id") if isinstance(value, dict) and isinstance(number, int) else None
         has_id = isinstance(row_id, str | int) and row_id != ""
-        yield Row(f"{path}{place}", str(row_id if has_id else number), value)
+        yield Row(f"{path}{location}", str(row_id if has_id else number), value)
 
 
 def _content(path: Path) -> str:

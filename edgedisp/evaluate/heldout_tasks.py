@@ -179,8 +179,8 @@ def cloze(text: Text, rng: np.random.Generator) -> list[Question]:
     unseen: list[Question] = []
     for document in text.documents:
         places = [*_last_words(document.text)]
-        drawn = rng.permutation(len(places))[: 8 + 4 * text.share]
-        questions = [_last_word(text, document, *places[index]) for index in drawn]
+        sample = rng.permutation(len(places))[: 8 + 4 * text.share]
+        questions = [_last_word(text, document, *places[index]) for index in sample]
         for question in sorted(questions, key=lambda question: not question.notes["seen"])[: text.share]:
             (seen if question.notes["seen"] else unseen).append(question)
         if len(seen) >= text.limit:
@@ -239,9 +239,9 @@ def continuation(text: Text, rng: np.random.Generator) -> list[Question]:
         for index in indices[: math.ceil(text.limit / len(by_document))]:
             if len(questions) == text.limit:
                 return questions
-            others = _nearest(pool, sizes, index, rng)
-            if len(others) == CHOICES - 1:
-                questions.append(_choices(text, pool[index], others, int(rng.integers(CHOICES))))
+            distractors = _nearest(pool, sizes, index, rng)
+            if len(distractors) == CHOICES - 1:
+                questions.append(_choices(text, pool[index], distractors, int(rng.integers(CHOICES))))
     return questions
 
 
@@ -272,10 +272,10 @@ def _nearest(pool: Sequence[_Sentence], sizes: Any, index: int, rng: np.random.G
     return [*nearest.values()][1:]
 
 
-def _choices(text: Text, right: _Sentence, others: list[_Sentence], gold: int) -> Question:
+def _choices(text: Text, right: _Sentence, distractors: list[_Sentence], gold: int) -> Question:
     """One question; the true sentence stands at `gold`, drawn at random, so that a tie favours none."""
     document, number, _, spans = right
-    continuations = [" " + entry.sentence for entry in (*others[:gold], right, *others[gold:])]
+    continuations = [" " + entry.sentence for entry in (*distractors[:gold], right, *distractors[gold:])]
     starts = [start for start, _ in spans[max(0, number - _SENTENCES) : number]]
     requests = _fit(text, document.text[: spans[number - 1][1]], starts, continuations, CONTINUATION_CONTEXT)
     sizes = tuple(len(choice.encode()) for choice in continuations)

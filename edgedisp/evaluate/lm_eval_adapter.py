@@ -92,9 +92,9 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
         limit = int(options.get("max_gen_toks") or options.get("max_new_tokens") or MAX_NEW_TOKENS)
         ids = self.tokenizer.encode(prompt)
         # Where both do not fit, the prompt keeps at least half of the context.
-        left = self.model.context - len(self.bos)
-        room = max(left - limit, left // 2, 1)
-        limit = min(limit, left - min(len(ids), room))
+        available = self.model.context - len(self.bos)
+        room = max(available - limit, available // 2, 1)
+        limit = min(limit, available - min(len(ids), room))
         self._count_cut(instance, int(len(ids) > room))
         ids = [*self.bos, *ids[-room:]] or [self.tokenizer.prefix]
         if (cache := self.options.cache) is None:

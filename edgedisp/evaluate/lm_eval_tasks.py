@@ -135,7 +135,7 @@ def _metric(task: Any, name: str, filter_name: str = "none") -> Metric | None:
     """A metric of a task as one over items; None for an aggregate that cannot be made of them."""
     function = task.aggregation().get(name)
     label, better = _label(name, filter_name), bool(task.higher_is_better().get(name, True))
-    match next((key for key, known in AGGREGATION_REGISTRY.items() if known is function), None):
+    match next((key for key, registered in AGGREGATION_REGISTRY.items() if registered is function), None):
         case "mean":
             return Metric(label, label, None, "mean", better)
         case "perplexity":

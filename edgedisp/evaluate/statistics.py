@@ -115,8 +115,8 @@ def _check_same_items(lists: Sequence[Items], metric: Metric) -> None:
     keys = [[(item["id"], item["document"], item[weight]) for item in items] for items in lists]
     for other in keys[1:]:
         if unlike := sorted({str(key[0]) for key in set(other) ^ set(keys[0])}):
-            shown = ", ".join(unlike[:5])
-            raise ValueError(f"{metric.name}: only the same items can be paired; these differ: {shown}")
+            examples = ", ".join(unlike[:5])
+            raise ValueError(f"{metric.name}: only the same items can be paired; these differ: {examples}")
         if other != keys[0]:
             raise ValueError(f"{metric.name}: items can only be paired in the same order")
 
@@ -244,8 +244,8 @@ def interval(
         return Estimate(value, documents=documents, reason=ONE_DOCUMENT)
     stretch = math.sqrt(documents / (documents - 1)) * float(stats.t.ppf(0.975, documents - 1))
 
-    def over_documents(*drawn: Floats, axis: int) -> Any:
-        return statistic(*(part.sum(axis=axis) for part in drawn))
+    def over_documents(*samples: Floats, axis: int) -> Any:
+        return statistic(*(part.sum(axis=axis) for part in samples))
 
     result = stats.bootstrap(
         sums,

@@ -75,7 +75,7 @@ def load(path: Path, trust_remote_code: bool = False, architecture: str | None =
             raise BadInput(f"{path}: {what}: {one_line(problem)}") from problem
         checks.check_config(config, architecture, str(path))
         try:
-            opened: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=torch.float32,
@@ -86,7 +86,7 @@ def load(path: Path, trust_remote_code: bool = False, architecture: str | None =
             )
         except (SafetensorError, *UNUSABLE) as problem:
             raise BadInput(f"{path}: the weights cannot be opened: {one_line(problem)}") from problem
-    model, report = opened
+    model, report = loaded
     checks.check_loading(report, str(path))
     if path != folder:  # expanded, but marked as quantized: transformers would neither train nor save it
         del model.config.quantization_config, model.quantization_method

@@ -156,8 +156,8 @@ def _score(
     blocks = heldout_blocks(inputs["corpus"], blocks=LEAST_BLOCKS, tokens=AUDIT_TOKENS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = {}
-    for done, (name, load) in enumerate(loaders.items()):
-        progress(done, len(loaders), f"merge audit: {name}")
+    for number, (name, load) in enumerate(loaders.items()):
+        progress(number, len(loaders), f"merge audit: {name}")
         losses = lora.block_losses(load().to(device), blocks)
         if not np.isfinite(losses).all():
             raise BuildFailed(f"the merge audit's row `{name}` has a loss that is not finite")

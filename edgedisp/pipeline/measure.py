@@ -102,12 +102,12 @@ def compare_logits(
 ) -> dict[str, DivergenceMeter]:
     """Read the blocks, int64 [blocks, tokens], with the model and each reference."""
     meters = {name: DivergenceMeter() for name in references}
-    for done, block in enumerate(blocks, start=1):
+    for number, block in enumerate(blocks, start=1):
         ids, mask = block[None], np.ones_like(block[None])
         logits = model(ids, mask)
         for name, reference in references.items():
             meters[name].add(reference(ids, mask), logits)
-        progress(done, len(blocks), f"blocks against {', '.join(references)}")
+        progress(number, len(blocks), f"blocks against {', '.join(references)}")
     return meters
 
 

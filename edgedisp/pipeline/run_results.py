@@ -135,13 +135,13 @@ def join(run: Run, arms: Mapping[str, Scored], resampling: Resampling = DEFAULT)
     `run.unpaired` gets what cannot be compared, and why.
     """
     average = partial(comparison.average_task, resampling=resampling)
-    (_, first), *others = arms.items()
+    (_, first), *rest = arms.items()
     for label, scored in arms.items():
         for precision, by_seed in scored.items():
             scores = {task: average([results[task] for results in by_seed]) for task in by_seed[0]}
             measured = replace(run.measured(label, precision), scores=scores)
             run.measurements.setdefault(label, {})[precision] = measured
-    for label, other in others:
+    for label, other in rest:
         for precision in (name for name in first if name in other):
             pairs, reasons = _common(first[precision], other[precision])
             texts = dict.fromkeys(f"{label}, {reason}" for reason in reasons)

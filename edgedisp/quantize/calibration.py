@@ -197,9 +197,9 @@ def _moments(rounded: Iterable[list[Tensor]], unrounded: Iterable[list[Tensor]] 
         x = inputs[0]
         tokens += len(x)
         differences = (x0 - x1 for x0, x1 in zip(plain, inputs))
-        lefts = {"second": x, **dict(zip(("drift", "residual"), differences))}
-        for name, left in lefts.items():
-            sums[name] = sums[name].addmm_(left.T, x) if name in sums else left.T @ x
+        factors = {"second": x, **dict(zip(("drift", "residual"), differences))}
+        for name, factor in factors.items():
+            sums[name] = sums[name].addmm_(factor.T, x) if name in sums else factor.T @ x
     return {name: total / tokens for name, total in sums.items()}
 
 

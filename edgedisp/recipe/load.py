@@ -62,7 +62,7 @@ def load(path: Path, overrides: Sequence[str] = (), smoke: bool = False) -> Reci
         document.put(override)
     recipe = document.validate(Recipe)
     recipe._origin = Origin(Path(path))
-    return shrink(recipe, where=document.place(("model", "architecture"))) if smoke else recipe
+    return shrink(recipe, where=document.location(("model", "architecture"))) if smoke else recipe
 
 
 def read_yaml(path: Path, what: str, keys: str) -> Document:
@@ -83,10 +83,10 @@ def read_yaml(path: Path, what: str, keys: str) -> Document:
         raise BadInput(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, YAMLError, RecursionError) as problem:
         mark = getattr(problem, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        location = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         if isinstance(problem, ReaderError):  # a control character
-            place = f"{path}:{text.count(chr(10), 0, problem.position) + 1}"
-        raise BadInput(_one_line(f"{place}: {_reason(problem)}")) from None
+            location = f"{path}:{text.count(chr(10), 0, problem.position) + 1}"
+        raise BadInput(_one_line(f"{location}: {_reason(problem)}")) from None
     if len(raw) > MOST_BYTES:
         raise BadInput(f"{path}: too large; {what} is a small YAML file")
     raise BadInput(f"{path}:1: {what} is a mapping with {keys}")
@@ -94,26 +94,26 @@ def read_yaml(path: Path, what: str, keys: str) -> Document:
 
 @dataclass
 class Document:
-    """A YAML file as plain data, with the place of every key and the problems of the writing itself."""
+    """A YAML file as plain data, with the location of every key and the problems of the writing itself."""
 
     name: str
     data: dict[str, Any] = field(default_factory=dict)
-    places: dict[Key, str] = field(default_factory=dict)
+    locations: dict[Key, str] = field(default_factory=dict)
     problems: list[tuple[Key, str]] = field(default_factory=list)
     values: int = 0
 
-    def place(self, key: Key) -> str:
+    def location(self, key: Key) -> str:
         """`file:line` or `--set ...` of a key; of its section, for a key that is not there."""
         sections = (key[:length] for length in range(len(key), -1, -1))
-        return next((self.places[part] for part in sections if part in self.places), f"{self.name}:1")
+        return next((self.locations[part] for part in sections if part in self.locations), f"{self.name}:1")
 
     def put(self, override: str) -> None:
         """Apply one `key.path=value`, the value read as YAML. Raises BadInput where it cannot be applied."""
-        place = f"--set {override if len(override) <= 80 else override[:77] + '...'}"
+        location = f"--set {override if len(override) <= 80 else override[:77] + '...'}"
         path, equals, text = override.partition("=")
         parts = path.strip().split(".")
         if not equals or not all(parts) or len(parts) > DEEPEST:
-            raise BadInput(_one_line(f"{place}: needs key=value, such as train.tokens=10k"))
+            raise BadInput(_one_line(f"{location}: needs key=value, such as train.tokens=10k"))
         try:
             node = _compose(text)
             parent: Any = {"": self.data}
@@ -123,20 +123,20 @@ class Document:
                 parent = parent[index]
                 index = _index(parent, part)
                 key = (*key, index)
-                self.places.setdefault(key, place)
-            self.places = {old: line for old, line in self.places.items() if old[: len(key)] != key}
-            self.places[key] = place
-            parent[index] = None if node is None else self.plain(node, key, place)
+                self.locations.setdefault(key, location)
+            self.locations = {old: line for old, line in self.locations.items() if old[: len(key)] != key}
+            self.locations[key] = location
+            parent[index] = None if node is None else self.plain(node, key, location)
         except (YAMLError, RecursionError, ValueError) as problem:
-            raise BadInput(_one_line(f"{place}: {path.strip()}: {_reason(problem)}")) from None
+            raise BadInput(_one_line(f"{location}: {path.strip()}: {_reason(problem)}")) from None
 
     def plain(self, node: Any, key: Key, override: str | None = None) -> Any:
-        """A node as None, bool, int, float, str, list or dict. `override`: the place of all its keys."""
+        """A node as None, bool, int, float, str, list or dict. `override`: the location of all its keys."""
         self.values += 1
         if self.values > MOST_VALUES:
             raise BadInput(f"{self.name}: more than {MOST_VALUES:,} values; is this a recipe?")
         if override is None:
-            self.places.setdefault(key, self._line(node))
+            self.locations.setdefault(key, self._line(node))
         if node.tag not in _TAGS:
             tag = node.tag.replace(_YAML, "!!")
             self.problems.append((key, f"the tag {tag} is not read; write the value without it"))
@@ -151,13 +151,13 @@ class Document:
             name = str(name_node.value) if is_name else "?"
             path, line = (*key, name), self._line(name_node)
             if name_node.tag == _YAML + "merge" or not is_name:
-                self.places.setdefault(path, override or line)
+                self.locations.setdefault(path, override or line)
                 self.problems.append((path, "a key must be plain text; merge keys are not read"))
             elif name in mapping:
                 self.problems.append((path, f"the key is given twice (again at {line})"))
             else:
                 if override is None:
-                    self.places[path] = line
+                    self.locations[path] = line
                 mapping[name] = self.plain(value_node, path, override)
         return mapping
 
@@ -180,11 +180,11 @@ class Document:
                     problems.append((error["loc"], _describe(error, model)))
 
         def line_number(problem: tuple[Key, str]) -> float:
-            line = self.place(problem[0]).rpartition(":")[2]
+            line = self.location(problem[0]).rpartition(":")[2]
             return int(line) if line.isdecimal() else math.inf
 
         lines = [
-            _one_line(f"{self.place(key)}: {'.'.join(map(str, key))}: {words}")
+            _one_line(f"{self.location(key)}: {'.'.join(map(str, key))}: {words}")
             for key, words in sorted(problems, key=line_number)
         ]
         if len(lines) == 1:

@@ -91,8 +91,8 @@ class Points:
 
 def arm_color(arm: str, arms: Sequence[str]) -> str:
     """The colour of an arm, the same in every plot and in the page."""
-    others = [name for name in arms if name not in ARM_COLORS]
-    return ARM_COLORS.get(arm) or OTHER_COLORS[others.index(arm) % len(OTHER_COLORS)]
+    other_arms = [name for name in arms if name not in ARM_COLORS]
+    return ARM_COLORS.get(arm) or OTHER_COLORS[other_arms.index(arm) % len(OTHER_COLORS)]
 
 
 def arm_marker(arm: str, arms: Sequence[str]) -> str:

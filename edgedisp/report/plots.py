@@ -45,7 +45,7 @@ def plots(run: Run) -> dict[str, Plot]:
     """Every plot that the run has data for, by name."""
     whole = table(run, all_arms=True)
     profiles = {arm: profile for arm in run.arms if (profile := run.measured(arm, "torch").condensation)}
-    drawn = [
+    figures = [
         *condensation_plots(profiles, run.arms),
         condensation_precisions(run),
         training(run),
@@ -55,7 +55,7 @@ def plots(run: Run) -> dict[str, Plot]:
         tradeoff(whole),
         pareto(run),
     ]
-    return {plot.name: plot for plot in drawn if plot.panels}
+    return {plot.name: plot for plot in figures if plot.panels}
 
 
 # Condensation
@@ -290,11 +290,11 @@ def pilot_plot(
     """
     weights = list(dict.fromkeys(weight for points in panels.values() for weight in points))
     axes = "mean cosine, difference", "held-out loss, difference (nats)"
-    drawn = []
+    scatters = []
     for title, points in panels.items():
         series = [
             Points([x], [y], arm_color(weight, weights), arm_marker(weight, weights), 7)
             for weight, (x, y) in points.items()
         ]
-        drawn.append(scatter_panel(title, series, axes, box=floors))
-    return Plot("pilot", drawn, weights)
+        scatters.append(scatter_panel(title, series, axes, box=floors))
+    return Plot("pilot", scatters, weights)

@@ -48,17 +48,17 @@ def write(run: Run, output_dir: Path) -> list[Path]:
 
     Returns the files. Plots of an earlier report that no longer exist are removed.
     """
-    drawn = plots(run)
+    figures = plots(run)
     folder = output_dir / PLOTS
     folder.mkdir(parents=True, exist_ok=True)
     for path in (*folder.glob("*.png"), *folder.glob("*.svg")):
         path.unlink()
     texts = {
-        "report.html": page(run, drawn),
-        "report.md": markdown(run, drawn),
+        "report.html": page(run, figures),
+        "report.md": markdown(run, figures),
         "report.json": report_json(run),
     }
-    return [*_write(texts, output_dir), *(save(plot, folder) for plot in drawn.values())]
+    return [*_write(texts, output_dir), *(save(plot, folder) for plot in figures.values())]
 
 
 def _write(texts: Mapping[str, str], folder: Path) -> list[Path]:
@@ -100,10 +100,10 @@ def subtitle(run: Run) -> list[str]:
     return [fact for fact in facts if fact]
 
 
-def markdown(run: Run, drawn: Mapping[str, Plot]) -> str:
+def markdown(run: Run, figures: Mapping[str, Plot]) -> str:
     """The content as Markdown, pictures linked from plots/."""
     content = {"facts": subtitle(run), "verdict": verdict(run), "table": table_markdown(table(run))}
-    return fill_markdown("report.md.j2", title=run.title, sections=sections(run), plots=drawn, **content)
+    return fill_markdown("report.md.j2", title=run.title, sections=sections(run), plots=figures, **content)
 
 
 def single_page(run: Run) -> str:
@@ -111,10 +111,10 @@ def single_page(run: Run) -> str:
     return page(run, plots(run))
 
 
-def page(run: Run, drawn: Mapping[str, Plot]) -> str:
+def page(run: Run, figures: Mapping[str, Plot]) -> str:
     """The self-contained page of a report."""
     content = {"facts": subtitle(run), "verdict": verdict(run), "table": table(run)}
-    return _page(run.title, sections(run), drawn, run.arms, **content)
+    return _page(run.title, sections(run), figures, run.arms, **content)
 
 
 def devices_page(results: Sequence[DeviceResult]) -> str:
@@ -132,24 +132,24 @@ def write_condensation(profiles: Mapping[str, Condensation], output_dir: Path) -
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     names = list(profiles)
-    drawn = {plot.name: plot for plot in condensation_plots(profiles, names) if plot.panels}
+    figures = {plot.name: plot for plot in condensation_plots(profiles, names) if plot.panels}
     grids = result_sections.profile_grids(profiles)
-    content = section("condensation", grids, plots=tuple(drawn), notes=notes("condensation", profiles))
+    content = section("condensation", grids, plots=tuple(figures), notes=notes("condensation", profiles))
     texts = {
-        "condensation.html": _page(" and ".join(names), [content], drawn, names, facts=()),
+        "condensation.html": _page(" and ".join(names), [content], figures, names, facts=()),
         "condensation.json": json.dumps(to_json(profiles), ensure_ascii=False) + "\n",
     }
-    return [*_write(texts, output_dir), *(save(plot, output_dir) for plot in drawn.values())]
+    return [*_write(texts, output_dir), *(save(plot, output_dir) for plot in figures.values())]
 
 
 def _page(
-    title: str, parts: Sequence[Section], drawn: Mapping[str, Plot], arms: Sequence[str], **content: Any
+    title: str, parts: Sequence[Section], figures: Mapping[str, Plot], arms: Sequence[str], **content: Any
 ) -> str:
     return template("page.html.j2").render(
         title=title,
         sections=parts,
-        plots=drawn,
-        pictures={name: data_urls(plot) for name, plot in drawn.items()},
+        plots=figures,
+        pictures={name: data_urls(plot) for name, plot in figures.items()},
         colors={arm: arm_color(arm, arms) for arm in arms},
         **{"verdict": None, "table": None, **content},
     )

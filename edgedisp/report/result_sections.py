@@ -68,7 +68,7 @@ def technique_text(run: Run, arm: str) -> str:
 def scores_section(run: Run) -> Section:
     """Every comparison with its p, means over tasks, log-likelihoods, bits per byte."""
     several, rows = len(run.compared_arms) > 1, comparisons(run)
-    named = [(f"{f'{row.arm}, ' * several}{row.task}, {fmt.label(row.precision)}", row) for row in rows]
+    labelled = [(f"{f'{row.arm}, ' * several}{row.task}, {fmt.label(row.precision)}", row) for row in rows]
     means = [
         (f"{arm}, {fmt.label(name)}", mean)
         for arm, means in run.means.items()
@@ -90,7 +90,7 @@ def scores_section(run: Run) -> Section:
         if "bits_per_byte" in score.metrics
     ]
     grids = [
-        grid("comparisons", named, folded=len(rows) > 20),
+        grid("comparisons", labelled, folded=len(rows) > 20),
         grid("means", means, caption),
         grid("log_likelihoods", log_likelihoods),
         grid("bits_per_byte", byte_rows),

@@ -97,8 +97,8 @@ def graph_files(graph: Path) -> list[Path]:
 
 def default_threads(config: dict[str, Any]) -> int:
     """The thread count written into the bundle, else the physical cores of this process."""
-    written = value_of(config, "model.decoder.session_options.intra_op_num_threads")
-    return written if isinstance(written, int) and written > 0 else physical_cores()
+    threads = value_of(config, "model.decoder.session_options.intra_op_num_threads")
+    return threads if isinstance(threads, int) and threads > 0 else physical_cores()
 
 
 # ---------------------------------------------------------------- the decoder
@@ -409,20 +409,20 @@ def sysctl(key: str) -> str:
     """One value of macOS's sysctl; "" elsewhere."""
     if sys.platform != "darwin":
         return ""
-    done = subprocess.run(["/usr/sbin/sysctl", "-n", key], capture_output=True, text=True, timeout=5)
-    return done.stdout.strip()
+    result = subprocess.run(["/usr/sbin/sysctl", "-n", key], capture_output=True, text=True, timeout=5)
+    return result.stdout.strip()
 
 
 def cpu(root: Path = ROOT) -> dict[str, Any]:
     """`cpu`, the processor's or board's name, and `features`, those of FEATURES that it has."""
     text = read_text(root / "proc/cpuinfo")
     info = dict(reversed(re.findall(r"^([^:\n]+?)\s*:[ \t]*(.*)$", text, re.MULTILINE)))  # the first CPU's
-    named = info.get("model name") or info.get("Hardware") or read_text(root / "proc/device-tree/model")
+    model_name = info.get("model name") or info.get("Hardware") or read_text(root / "proc/device-tree/model")
     flags = (info.get("flags") or info.get("Features") or "").split()
     if sys.platform == "darwin" and platform.machine() == "arm64":
         flags = ["asimd", "asimddp"]  # every Mac on ARM has both
     part = f"ARM part {info['CPU part']}" if "CPU part" in info else None
-    name = named or part or sysctl("machdep.cpu.brand_string") or platform.processor() or None
+    name = model_name or part or sysctl("machdep.cpu.brand_string") or platform.processor() or None
     return {"cpu": name, "features": [flag for flag in FEATURES.split() if flag in flags]}
 
 
