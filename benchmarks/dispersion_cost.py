@@ -32,11 +32,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from edgedisp import models
+from edgedisp.bench.system import runner
 from edgedisp.dispersion.hooks import DispersionLoss, hidden_states
 from edgedisp.dispersion.losses import DispersionConfig, angular
 from edgedisp.dispersion.pairwise_kernel import pairwise_loss
 from edgedisp.train.chunked_cross_entropy import chunked_head
-from edgedisp.train.performance import keep_freed_memory, peak_memory_bytes
+from edgedisp.train.performance import keep_freed_memory
 
 VARIANTS = ("off", "ours", "paper")
 Result = tuple[dict[str, float], list[dict[str, Any]]]  # figures and rows
@@ -132,7 +133,7 @@ def peak_of_steps(setting: str, variant: str, folder: str) -> dict[str, float]:
     with keep_freed_memory():
         for _ in range(3):
             steps.step(variant)
-    resident = float(peak_memory_bytes())
+    resident = float(runner().peak_memory_bytes())
     state = [value for values in steps.optimizer.state.values() for value in values.values()]
     before = sum(tensor.nbytes for tensor in [*steps.model.parameters(), *state])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -183,7 +184,7 @@ def all_pairs(variant: str) -> dict[str, float]:
     vectors = torch.randn(LAYERS, TOKENS, FEATURES, generator=generator, requires_grad=True)
     PAIRS[variant](vectors[:, :300]).backward()  # wakes the threads and the allocator
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here (Linux)
-    before = peak_memory_bytes()
+    before = runner().peak_memory_bytes()
     seconds = []
     for _ in range(3):
         vectors.grad = None
@@ -191,7 +192,7 @@ def all_pairs(variant: str) -> dict[str, float]:
         value = PAIRS[variant](vectors)
         value.backward()
         seconds.append(time.perf_counter() - started)
-    growth = float(peak_memory_bytes() - before)
+    growth = float(runner().peak_memory_bytes() - before)
     norm = float(vectors.grad.norm())  # type: ignore[union-attr]
     return {"seconds": min(seconds), "bytes": growth, "value": value.item(), "gradient_norm": norm}
 

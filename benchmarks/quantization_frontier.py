@@ -37,7 +37,7 @@ from scipy import stats
 from edgedisp import data, models
 from edgedisp.bench.bundles import find_graph, graph_hash
 from edgedisp.bench.results import compare_speeds
-from edgedisp.bench.system import physical_cores
+from edgedisp.bench.system import physical_cores, runner
 from edgedisp.core.files import write_json
 from edgedisp.core.progress import Screen
 from edgedisp.graph.device_graph import for_device
@@ -47,7 +47,6 @@ from edgedisp.pipeline.options import BundleRounding
 from edgedisp.pipeline.rounding import trained_roundings
 from edgedisp.pipeline.stage import Stage, walk
 from edgedisp.recipe import Recipe
-from edgedisp.train.performance import peak_memory_bytes
 from edgedisp.train.quantized_weights import round_weights
 
 BLOCKS, CONTEXT, POSITIONS, SMALL_MB = 24, 256, 4096, 100.0
@@ -124,7 +123,7 @@ def make(name: str, work: Path, stages: list[Stage] | None = None) -> Path:
         folder, seconds = work / last.name, last.record.seconds
     path, recipe = work / f"{folder.name}.usage.json", recipe_of(name)
     if not path.exists():
-        usage = {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
+        usage = {"seconds": seconds, "peak_memory_bytes": runner().peak_memory_bytes()}
         if recipe.train.quantization_aware is not None:
             rounding = BundleRounding(4, recipe.quantize.int4)
             usage["as_trained"] = as_trained(rounding, work / f"{folder.name}-model", folder, work / "corpus")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from edgedisp import models
+from edgedisp.bench.system import runner
 from edgedisp.core.distributed import is_main_process
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import from_json, to_json, write_json
@@ -78,6 +79,7 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
     if arm.replica:  # the first seed reads the blocks in the order of the file
         tokens = tokens[np.random.default_rng(arm.seed).permutation(len(tokens))]
     result, weights = fit(model, tokens, section, fit_options, progress)
+    result = replace(result, peak_memory_bytes=runner().peak_memory_bytes())
     if not is_main_process():
         return {}
     if weights is not None:  # FSDP trained parts of the model; the whole goes into a fresh one

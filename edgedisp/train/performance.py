@@ -10,15 +10,12 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import resource
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -90,17 +87,6 @@ def keep_freed_memory() -> Iterator[None]:
         for parameter, (_, default) in MALLOC_OPTIONS.items():
             libc.mallopt(parameter, default)
         libc.malloc_trim(0)
-
-
-def peak_memory_bytes() -> int:
-    """Highest resident memory of this process so far."""
-    # Linux: not `ru_maxrss`, which a child inherits from the process that started it.
-    if (status := Path("/proc/self/status")).is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def time_steps(

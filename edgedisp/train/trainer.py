@@ -47,7 +47,6 @@ from edgedisp.train.performance import (
     checkpoint_activations,
     compiled_layers,
     keep_freed_memory,
-    peak_memory_bytes,
 )
 
 # Column of the log -> key of the Trainer's.
@@ -145,7 +144,6 @@ def fit(
         seconds=seconds,
         weights_sha256="",
         tokens_per_s=total * (1 - resumed_from / options.steps) / seconds or None,
-        peak_memory_bytes=peak_memory_bytes(),
         processes=get_world_size(),
         resumed_from=resumed_from,
         log=[{"step": row["step"], **{name: row.get(key) for name, key in LOG.items()}} for row in rows],

@@ -503,13 +503,14 @@ def read_sensors(root: Path = ROOT) -> dict[str, float | None]:
 
 def peak_memory_bytes() -> int | None:
     """Largest resident size of this process. Linux: VmHWM, as a child inherits its parent's `ru_maxrss`."""
-    if peak := re.search(r"VmHWM:\s*(\d+) kB", read_text(Path("/proc/self/status"))):
-        return int(peak.group(1)) * 1024
+    if match := re.search(r"VmHWM:\s*(\d+) kB", read_text(Path("/proc/self/status"))):
+        return int(match.group(1)) * 1024
     if sys.platform == "win32":
         return None
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
