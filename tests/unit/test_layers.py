@@ -31,7 +31,7 @@ SIBLINGS = {("quantize", "graph")}
 
 MODULE_LINES, FUNCTION_LINES, PARAMETERS = 350, 60, 6
 # Ceilings that only go down: the aim is 20,000 lines in 120 modules, 15,000 of tests, 1,600 of benchmarks.
-PACKAGE_LINES, PACKAGE_MODULES, TEST_LINES, BENCHMARK_LINES = 24_590, 123, 17_500, 1_600
+PACKAGE_LINES, PACKAGE_MODULES, TEST_LINES, BENCHMARK_LINES = 24_500, 123, 16_640, 1_600
 LONGER = {"export/runner/runner.py"}  # copied to devices as one file
 
 
