@@ -13,28 +13,19 @@ from math import gcd
 from edgedisp.core.errors import BadInput
 
 
-def get_rank() -> int:
-    """Which process of the launch this is, from 0. Raises BadInput as `get_world_size`."""
-    return _number("RANK", 0)
-
-
 def get_world_size() -> int:
     """Processes of the launch; 1 without a launcher. Raises BadInput where the variable is no number."""
-    return _number("WORLD_SIZE", 1)
-
-
-def _number(variable: str, default: int) -> int:
     if "LOCAL_RANK" not in os.environ:  # a cluster's own RANK and WORLD_SIZE mean something else
-        return default
-    value = os.environ.get(variable, default)
+        return 1
+    value = os.environ.get("WORLD_SIZE", 1)
     try:
         return int(value)
     except ValueError:
-        raise BadInput(f"{variable}={value}: not a number; for one process, unset LOCAL_RANK") from None
+        raise BadInput(f"WORLD_SIZE={value}: not a number; for one process, unset LOCAL_RANK") from None
 
 
 def is_main_process() -> bool:
-    """Whether this is rank 0, which alone prints and writes; unlike `get_rank` it never raises."""
+    """Whether this is rank 0, which alone prints and writes."""
     return os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from launched_fit import check_equal, launch_trainings, log_of, main, needs_gloo, train
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from edgedisp.core.distributed import get_rank, get_world_size, is_main_process, split
+from edgedisp.core.distributed import get_world_size, is_main_process, split
 from edgedisp.core.errors import BadInput
 from edgedisp.train.trainer import newest_checkpoint
 
@@ -21,9 +21,9 @@ def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("WORLD_SIZE", "4")  # a cluster's own variables
     monkeypatch.setenv("RANK", "3")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert (get_rank(), get_world_size(), is_main_process()) == (0, 1, True)
+    assert (get_world_size(), is_main_process()) == (1, True)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert (get_rank(), get_world_size(), is_main_process()) == (3, 4, False)
+    assert (get_world_size(), is_main_process()) == (4, False)
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(BadInput, match="WORLD_SIZE=many: not a number"):
         get_world_size()
