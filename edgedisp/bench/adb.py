@@ -22,9 +22,10 @@ from pathlib import Path
 from edgedisp.bench.browser import PageDevice
 from edgedisp.bench.bundles import PAGE_BYTES
 from edgedisp.bench.devices import Address, BenchOptions, external_program
-from edgedisp.bench.page_server import PageServer, printable
+from edgedisp.bench.page_server import PageServer
 from edgedisp.bench.phone import PORT
 from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.progress import printable
 from edgedisp.core.results import Json
 
 MIB = 1 << 20

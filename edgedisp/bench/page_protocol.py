@@ -21,9 +21,10 @@ from edgedisp.bench import results
 from edgedisp.bench.bundles import PageBundle
 from edgedisp.bench.devices import BenchOptions
 from edgedisp.bench.interleaved_timing import turns
-from edgedisp.bench.page_server import Resource, json_resource, printable
+from edgedisp.bench.page_server import Resource, json_resource
 from edgedisp.bench.system import runner
 from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import printable
 from edgedisp.core.results import DeviceResult, Json, Timing
 
 FORM = 1  # of the plan; the page refuses another

@@ -35,6 +35,7 @@ from urllib.parse import quote
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import file_digest
+from edgedisp.core.progress import printable
 
 MOST_UPLOAD_BYTES = 2 << 20  # 5 repetitions of 128 tokens for 20 bundles are 200 KB
 MOST_REQUESTS = 64  # at the same time, of those that know the token
@@ -100,11 +101,6 @@ def json_resource(content: Any) -> Resource:
     """A JSON answer made beforehand."""
     body = json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
     return Resource("application/json", len(body), hashlib.sha256(body).hexdigest(), body=body)
-
-
-def printable(text: str) -> str:
-    """The text with every character that could move a terminal's cursor replaced by a space."""
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def page_resources(web: Path) -> dict[str, Resource]:

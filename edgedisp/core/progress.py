@@ -26,6 +26,11 @@ def warn(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
+def printable(text: str) -> str:
+    """The text with every character that could move a terminal's cursor replaced by a space."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 def labelled(progress: Progress, label: str) -> Progress:
     """The same callback, with `label` before every note."""
     return lambda done, total, note: progress(done, total, f"{label}: {note}" if note else label)

@@ -14,6 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from edgedisp.core.progress import printable
 from edgedisp.core.results import detectable
 from edgedisp.report import formatting
 from edgedisp.report.formatting import MISSING
@@ -208,8 +209,3 @@ def grid_text(grid: Grid, width: int, names: int = 1) -> str:
 def column_widths(grid: Grid) -> list[int]:
     """Characters that each column takes in a terminal, with the space between columns."""
     return [max(map(len, map(printable, column))) + 2 for column in zip(grid.head, *grid.rows)]
-
-
-def printable(text: str) -> str:
-    """Control characters, which a terminal would obey, become spaces."""
-    return "".join(char if char.isprintable() else " " for char in text)

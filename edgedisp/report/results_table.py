@@ -10,19 +10,12 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from edgedisp.core.progress import printable
 from edgedisp.core.results import BASELINE, DISPERSED, Estimate
 from edgedisp.core.run import Run, arms_in_order
 from edgedisp.report.comparisons import MEAN, NOT_CLEAR, comparisons, headline, is_loss, is_share
 from edgedisp.report.formatting import MISSING, bits, format_estimate, label, megabytes, percent, plural
-from edgedisp.report.layout import (
-    Grid,
-    column_widths,
-    escape_markdown,
-    grid_markdown,
-    grid_text,
-    notes,
-    printable,
-)
+from edgedisp.report.layout import Grid, column_widths, escape_markdown, grid_markdown, grid_text, notes
 
 DIFFERENCE = "difference"
 COMPARABLE = {  # what must be the same in two runs whose figures are compared
