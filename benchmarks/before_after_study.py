@@ -21,12 +21,12 @@ from edgedisp.commands.compare import join_runs
 from edgedisp.commands.plan import threads_for
 from edgedisp.commands.run_report import publish
 from edgedisp.core.progress import Screen
-from edgedisp.core.results import BASELINE
+from edgedisp.core.results import BASELINE, LOSS_TASK
 from edgedisp.core.run import Run
 from edgedisp.pipeline.build_plan import build
 from edgedisp.recipe import smoke
 from edgedisp.report import verdict
-from edgedisp.report.comparisons import LOSS, comparisons
+from edgedisp.report.comparisons import comparisons
 from edgedisp.report.figure import arm_color
 from edgedisp.report.formatting import fixed, megabytes, signed, significant
 from edgedisp.report.layout import Grid, grid_markdown
@@ -60,10 +60,10 @@ def rows_of(training: str, run: Run, joined: Run) -> Rows:
 
     The baseline under rounding is compared with the plain one, in `joined`: what dispersion competes with.
     """
-    compared = {(row.arm, row.precision): row for row in comparisons(run) if row.task == LOSS}
+    compared = {(row.arm, row.precision): row for row in comparisons(run) if row.task == LOSS_TASK}
     if training == "aware":
         for row in comparisons(joined):
-            if row.arm.startswith(f"{BASELINE} of") and row.task == LOSS:
+            if row.arm.startswith(f"{BASELINE} of") and row.task == LOSS_TASK:
                 compared[BASELINE, row.precision] = row
     rows = []
     for arm in run.arms:
@@ -79,7 +79,7 @@ def rows_of(training: str, run: Run, joined: Run) -> Rows:
                     "p": comparison.p, "detectable": comparison.detectable, "outcome": comparison.outcome,
                     "by_seed": list(estimate.seeds.values) if estimate.seeds else [],
                 }  # fmt: skip
-            survival = run.loss_survival.get(arm, {}).get(precision, {}).get(LOSS)
+            survival = run.loss_survival.get(arm, {}).get(precision, {}).get(LOSS_TASK)
             rows.append({**row, "survived": survival.verdict if survival else ""})
     return rows
 

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import from_json, to_json, write_json
 from edgedisp.core.progress import Screen
-from edgedisp.core.results import BASELINE, Estimate
+from edgedisp.core.results import BASELINE, LOSS_TASK, Estimate
 from edgedisp.core.stage_folder import open_run
 from edgedisp.pipeline import build_plan
 from edgedisp.pipeline.options import CandidateOptions
@@ -36,7 +36,7 @@ from edgedisp.report.layout import Grid, grid_text
 LOSS_FLOOR = 0.005  # nats per token: half a percent of perplexity
 COSINE_FLOOR = 0.005  # 80,000 tokens at weight 1 moved the mean cosine of SmolLM2-135M by 0.017, of 0.54
 # Twice as many tokens took as long as a short training, and gave intervals far finer than the floor.
-EVALUATE = Evaluate(tasks=("heldout_perplexity",), limit=400, perplexity_tokens=4096)
+EVALUATE = Evaluate(tasks=(LOSS_TASK,), limit=400, perplexity_tokens=4096)
 
 VARIED = ("variant", "layers", "weight")  # keys of train.dispersion
 HURTS, DIVERGES = "hurts", "diverges"

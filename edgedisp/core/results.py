@@ -14,6 +14,7 @@ Json = dict[str, Any]
 
 REPORT_FORMAT = 3  # of report.json; raised when a key changes its meaning
 BASELINE, DISPERSED = "baseline", "dispersed"  # the arm that others are compared with, and the main other
+LOSS_TASK = "heldout_perplexity"  # whose loss the verdict, the noise floor and the pilot are about
 AS_GIVEN = "as given"  # the precision of a model that `edgedisp compare` scored as it is
 Z95, Z80 = 1.959963984540054, 0.8416212335729143  # normal quantiles of a 95 % interval and of 80 % power
 PUBLISHED_POINTS = 0.7  # smallest published gain, mean of ten tasks (GPT-2: 34.95 to 35.61, arXiv 2602.00217)

@@ -24,7 +24,7 @@ from edgedisp import models
 from edgedisp.bench.system import installed_version, runner
 from edgedisp.core.files import digest, list_files
 from edgedisp.core.progress import Progress, labelled
-from edgedisp.core.results import Estimate, NoiseFloor
+from edgedisp.core.results import LOSS_TASK, Estimate, NoiseFloor
 from edgedisp.core.stage_folder import read
 from edgedisp.evaluate.comparison import Results, compare_task
 from edgedisp.evaluate.heldout_tasks import Question
@@ -33,7 +33,6 @@ from edgedisp.evaluate.statistics import Resampling
 from edgedisp.evaluate.task_suite import TaskSuite
 from edgedisp.graph.session import OnnxModel
 
-NOISE_TASK = "heldout_perplexity"
 NOISE_TOKENS, DECODED_TOKENS = 8192, 2048  # read at most, and by a bundle, which decodes half of them
 
 
@@ -63,16 +62,16 @@ class Scorer:
         Variants: a bundle reads half of each text token by token; a torch model takes another number of
         threads, and another implementation of attention. The floor is that of a mean over all documents.
         """
-        questions = suite.questions.get(NOISE_TASK, [])
+        questions = suite.questions.get(LOSS_TASK, [])
         if not questions:
             return None
         part = _first_tokens(questions, DECODED_TOKENS if self.is_bundle else NOISE_TOKENS)
-        sample = replace(suite, questions={NOISE_TASK: part}, harness_tasks={})
-        usual = self.score(sample, bootstrap, labelled(progress, "noise floor, as scored"))[NOISE_TASK]
+        sample = replace(suite, questions={LOSS_TASK: part}, harness_tasks={})
+        usual = self.score(sample, bootstrap, labelled(progress, "noise floor, as scored"))[LOSS_TASK]
         changes: dict[str, Estimate] = {}
         for name, variant in self._variants().items():
             options = ScoreOptions(progress=labelled(progress, f"noise floor, other {name}"))
-            pair = usual, sample.run(variant, options, bootstrap)[NOISE_TASK]
+            pair = usual, sample.run(variant, options, bootstrap)[LOSS_TASK]
             change = compare_task([pair], Resampling(bootstrap, suite.options.seed)).main
             changes[name] = change.nats or change.estimate
         documents = len({question.document for question in questions})

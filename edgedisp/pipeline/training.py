@@ -18,6 +18,7 @@ from edgedisp.core.distributed import is_main_process
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import from_json, to_json, write_json
 from edgedisp.core.progress import Progress
+from edgedisp.core.results import LOSS_TASK
 from edgedisp.dispersion.losses import DispersionConfig
 from edgedisp.evaluate.comparison import Results, compare_task
 from edgedisp.evaluate.loglikelihood import ScoreOptions
@@ -46,7 +47,6 @@ SETTINGS = (
     "gradient_checkpointing", "checkpoint_every", "compile",
 )  # fmt: skip
 """Keys of `train` that the record repeats."""
-CANDIDATE_TASK = "heldout_perplexity"
 
 
 def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def candidate(
     reason}. Raises NotFinite for a baseline that diverges, BadInput, before training, for too little text.
     """
     suite = task_suite(options.items, inputs)
-    documents = len({question.document for question in suite.questions[CANDIDATE_TASK]})
+    documents = len({question.document for question in suite.questions[LOSS_TASK]})
     sequences = len(heldout_blocks(inputs["corpus"], blocks=CONDENSATION_BLOCKS))
     if min(documents, sequences) < 2:
         raise BadInput(
@@ -158,7 +158,7 @@ def candidate(
     results = {name: training[name] for name in ("seconds", "weights_sha256")}
     if geometry.change is not None:
         text = (inputs["reference"] / ITEMS).read_text(encoding="utf-8")
-        pair = from_json(Results, json.loads(text))[CANDIDATE_TASK], scores[CANDIDATE_TASK]
+        pair = from_json(Results, json.loads(text))[LOSS_TASK], scores[LOSS_TASK]
         loss = compare_task([pair], Resampling(seed=options.items.seed)).main.nats
         results |= {"loss": to_json(loss), "cosine": to_json(geometry.change.mean_cosine)}
     return results

@@ -13,12 +13,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from edgedisp.core.results import Difference, Estimate, detectable
+from edgedisp.core.results import LOSS_TASK, Difference, Estimate, detectable
 from edgedisp.core.run import Run
 from edgedisp.report.formatting import bits, format_estimate
 
 MEAN = "mean of tasks"
-LOSS = "heldout_perplexity"
 LEVEL = 0.05  # two-sided
 BETTER, WORSE, NOT_CLEAR = "better", "worse", "not clear"
 
@@ -156,7 +155,7 @@ def _headline(run: Run, rows: Sequence[Comparison]) -> Comparison | None:
     losses = [row for row in rows if row.arm == arm and row.unit == "nats"]
     losses = losses or [row for row in rows if row.arm == arm and is_loss(row.task)]
     if losses:
-        return min(losses, key=lambda row: (bits(row.precision), row.task != LOSS))
+        return min(losses, key=lambda row: (bits(row.precision), row.task != LOSS_TASK))
     means = run.means.get(arm or "", {})
     precision = min(means, key=bits, default=None)
     if precision is None or not means[precision].estimate.has_interval:

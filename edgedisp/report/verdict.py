@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgedisp.core.results import AS_GIVEN, BASELINE, PUBLISHED_POINTS, detectable
+from edgedisp.core.results import AS_GIVEN, BASELINE, LOSS_TASK, PUBLISHED_POINTS, detectable
 from edgedisp.core.run import Run
-from edgedisp.report.comparisons import BETTER, LOSS, MEAN, WORSE, Comparison, comparisons, headline, is_loss
+from edgedisp.report.comparisons import BETTER, MEAN, WORSE, Comparison, comparisons, headline, is_loss
 from edgedisp.report.formatting import bits, label, plural, significant
 from edgedisp.report.layout import TEXTS, template
 
@@ -115,7 +115,7 @@ def _per_precision(run: Run, arm: str, rows: Sequence[Comparison]) -> dict[str, 
     """The loss comparison of each precision under the same rules, most bits first."""
     losses = [row for row in rows if row.arm == arm and (row.unit == "nats" or is_loss(row.task))]
     labels: dict[str, str] = {}
-    for row in sorted(losses, key=lambda loss: (-bits(loss.precision), loss.task != LOSS)):
+    for row in sorted(losses, key=lambda loss: (-bits(loss.precision), loss.task != LOSS_TASK)):
         labels.setdefault(row.precision, CANNOT_TELL if _too_small(run, row) else _label(run, row))
     return labels
 
