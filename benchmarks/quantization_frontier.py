@@ -40,7 +40,7 @@ from edgedisp.bench.results import compare_speeds
 from edgedisp.bench.system import physical_cores, runner
 from edgedisp.core.files import write_json
 from edgedisp.core.progress import Screen
-from edgedisp.graph.device_graph import for_device
+from edgedisp.graph.runtime_layouts import for_device
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.pipeline import build_plan
 from edgedisp.pipeline.options import BundleRounding

@@ -5,7 +5,6 @@ architectures.py     torch model -> `Decoder`; decoder_graph.py: `Decoder` -> ON
 genai_config.py      the configuration and tokenizer files beside the graph
 session.py           runs a bundle with onnxruntime, also with every layer's output
 verify.py            a bundle works, in onnxruntime and in onnxruntime-genai
-device_graph.py      threads, context, last-token logits for a device; browser_graph.py: WebAssembly
-runtime_layouts.py   one folder for onnxruntime-genai, transformers.js and optimum
+device_graph.py      graphs for devices and browsers; runtime_layouts.py: the folder for their runtimes
 onnx_graph.py        what writing and rewriting graphs share
 """

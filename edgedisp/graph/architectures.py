@@ -1,8 +1,7 @@
-"""Reads a torch model into a `Decoder` (decoder_graph.py), whatever its architecture.
+"""Reads a torch model into a `Decoder` (decoder_graph.py) by a table of where an architecture has its parts.
 
-Architectures differ in names, norms, biases, activation, positions, window and scaling. Rotary tables come
-from the model's rotary module, so every `rope_type` is right. Weights are views of the torch model, not
-copies.
+Norms, biases, positions, window and scaling are read from the modules and the configuration. Rotary tables
+come from the model's rotary module, so every `rope_type` is right. Weights are views of the torch model.
 
 Left out: mixtures of experts, encoder-decoders, ALiBi, vision towers, and OPT-350M (norms after each part, an
 embedding narrower than its layers).
@@ -10,11 +9,13 @@ embedding narrower than its layers).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from edgedisp.core.errors import BadInput
 from edgedisp.graph.decoder_graph import Decoder, Layer, Linear, Norm, Rope
@@ -22,26 +23,126 @@ from edgedisp.graph.decoder_graph import Decoder, Layer, Linear, Norm, Rope
 DEFAULT_CONTEXT = 8192
 """Default for the most positions of a bundle: rotary tables and KV buffers grow with it."""
 
-# transformers' activation name -> what the graph computes. All three tanh forms are the same function.
+# transformers' activation name -> the operator. All three tanh forms are the same function.
 ACTIVATIONS = {
-    **{name: name for name in ("silu", "gelu", "quick_gelu", "relu")},
-    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh"),
-    "swish": "silu",
+    **dict.fromkeys(("silu", "swish"), "Silu"),
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "FastGelu"),
+    "gelu": "Gelu",
+    "quick_gelu": "QuickGelu",
+    "relu": "Relu",
 }
+NORM_NAMES = ("input_layernorm", "post_attention_layernorm")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Paths of an architecture's modules: from the model, its body or, for parts of a layer, the layer."""
+
+    body: str = "model"
+    embedding: str = "embed_tokens"
+    positions: str | None = None  # learned ones
+    layers: str = "layers"
+    final_norm: str = "norm"
+    attention: str = "self_attn"
+    norms: tuple[str, str] = NORM_NAMES  # before attention and MLP
+    output_norms: tuple[str, str] | None = None  # of what they add
+    norm_offset: float = 0.0  # that the model adds to the weights of its norms
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    attention_output: str = "self_attn.o_proj"
+    up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+
+
+# fmt: off
+LLAMA = Family()
+ARCHITECTURES = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA),
+    "gemma3_text": Family(
+        norms=("input_layernorm", "pre_feedforward_layernorm"), norm_offset=1.0,
+        output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+    ),
+    "gpt2": Family(
+        body="transformer", embedding="wte", positions="wpe", layers="h", final_norm="ln_f",
+        attention="attn", norms=("ln_1", "ln_2"), qkv=("attn.c_attn",), attention_output="attn.c_proj",
+        up=("mlp.c_fc",), down="mlp.c_proj",
+    ),
+    "opt": Family(
+        body="model.decoder", positions="embed_positions", final_norm="final_layer_norm",
+        norms=("self_attn_layer_norm", "final_layer_norm"), attention_output="self_attn.out_proj",
+        up=("fc1",), down="fc2",
+    ),
+    "gpt_neox": Family(
+        body="gpt_neox", embedding="embed_in", final_norm="final_layer_norm", attention="attention",
+        qkv=("attention.query_key_value",), attention_output="attention.dense",
+        up=("mlp.dense_h_to_4h",), down="mlp.dense_4h_to_h",
+    ),
+}
+# fmt: on
 
 
 def read_decoder(model: Any, max_context: int | None = None) -> Decoder:
-    """The decoder that a torch model of an architecture in READERS computes; weights are views.
+    """The decoder that a torch model of one of ARCHITECTURES computes; weights are views.
 
     BadInput for a form of the architecture that the graph writer does not cover.
     """
-    decoder = READERS[model.config.model_type](model, _context(model.config, max_context))
-    if decoder.ropes and decoder.head_dim % 16:
-        raise BadInput(
-            f"heads of {decoder.head_dim} dimensions with rotary positions: "
-            "onnxruntime's fused attention takes multiples of 16 alone"
-        )
-    return decoder
+    config = model.config
+    _check_form(config)
+    family, context = ARCHITECTURES[config.model_type], _context(config, max_context)
+    body = model.get_submodule(family.body)
+    embedding = _linear(model, "model.embed_tokens", f"{family.body}.{family.embedding}")
+    lm_head = _linear(model, "lm_head", "lm_head")
+    heads = config.num_attention_heads
+    layer_types = list(config.layer_types) if config.model_type == "gemma3_text" else None
+    ropes = _rotary(body.rotary_emb, context, layer_types) if hasattr(body, "rotary_emb") else {}
+    blocks = body.get_submodule(family.layers)
+    names = layer_types or [next(iter(ropes), None)] * len(blocks)
+    layers = [
+        replace(_layer(model, family, index), rope=rope, window=window)
+        for index, (rope, window) in enumerate(zip(names, _windows(config, context)))
+    ]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    qkv_heads = sum(map(len, layers[0].qkv.weights)) // head_dim
+    positions = None
+    if family.positions is not None:
+        table = body.get_submodule(family.positions)
+        first = getattr(table, "offset", 0)  # OPT's table starts with two rows that no token uses
+        positions = table.weight[first : first + context]
+    decoder = Decoder(
+        architecture=config.model_type,
+        hidden=config.hidden_size,
+        heads=heads,
+        kv_heads=(qkv_heads - heads) // 2,
+        head_dim=head_dim,
+        context=context,
+        activation=_activation(config),
+        embedding=embedding,
+        layers=tuple(layers),
+        final_norm=_norm("model.norm", body.get_submodule(family.final_norm), family.norm_offset),
+        lm_head=None if model.lm_head.weight.data_ptr() == embedding.weights[0].data_ptr() else lm_head,
+        embedding_scale=float(getattr(body.get_submodule(family.embedding), "embed_scale", 1.0)),
+        positions=positions,
+        ropes=ropes,
+        logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
+    )
+    return _neox(decoder, blocks) if config.model_type == "gpt_neox" else decoder
+
+
+def _check_form(config: Any) -> None:
+    """BadInput for what the table does not say, and the graph writer does not write."""
+    hidden, reason = config.hidden_size, None
+    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    if getattr(config, "use_bidirectional_attention", False):
+        reason = "it attends in both directions (an encoder)"
+    elif not getattr(config, "do_layer_norm_before", True) or getattr(
+        config, "_remove_final_layer_norm", False
+    ):
+        reason = "it norms after each part, or has no final norm (of the released OPT only 350M)"
+    elif getattr(config, "word_embed_proj_dim", hidden) != hidden:
+        reason = f"it has an embedding of width {config.word_embed_proj_dim} for layers of {hidden}"
+    elif head_dim % 16 and config.model_type not in ("gpt2", "opt"):
+        reason = f"heads of {head_dim} dimensions; onnxruntime's rotary positions take multiples of 16 alone"
+    if reason:
+        raise BadInput(f"this {config.model_type} has a form that is not written: {reason}")
 
 
 def _context(config: Any, max_context: int | None) -> int:
@@ -55,9 +156,6 @@ def _context(config: Any, max_context: int | None) -> int:
     return min(positions, max_context or DEFAULT_CONTEXT)
 
 
-# ---------------------------------------------------------------- parts that every reader needs
-
-
 def _activation(config: Any) -> str:
     fields = ("activation_function", "hidden_activation", "hidden_act")  # Gemma has both of the last two
     name = next(value for field in fields if (value := getattr(config, field, None)))
@@ -68,117 +166,16 @@ def _activation(config: Any) -> str:
     return ACTIVATIONS[name]
 
 
-def _rotary(module: Any, context: int, layer_types: list[str] | None = None) -> dict[str, Rope]:
+def _rotary(module: Any, context: int, layer_types: Sequence[str] | None) -> dict[str, Rope]:
     """Tables of the model's rotary module: one under "rope", or one for each of `layer_types`."""
     like, positions = torch.zeros(1, dtype=torch.float32), torch.arange(context)[None]
     ropes = {}
-    for name in layer_types or ["rope"]:
+    for name in sorted(set(layer_types or ["rope"])):
         with torch.no_grad():
             cos, sin = module(like, positions, name) if layer_types else module(like, positions)
         half = cos.shape[-1] // 2  # both halves of a row are the same angles
         ropes[name] = (cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
     return ropes
-
-
-def _linear(name: str, *modules: Any) -> Linear:
-    """Torch's linear maps as one product. BadInput if only some of them have a bias."""
-    biases = tuple(module.bias for module in modules if module.bias is not None)
-    if biases and len(biases) != len(modules):
-        raise BadInput(f"{name}: some of its parts have a bias and some have none; that form is not written")
-    # Conv1D (GPT-2, with the attribute nf) stores [in, out].
-    weights = (module.weight.t() if hasattr(module, "nf") else module.weight for module in modules)
-    return Linear(name, tuple(weights), biases)
-
-
-def _rms_norm(name: str, module: Any, offset: float = 0.0) -> Norm:
-    """RMSNorm; `offset` is what the architecture adds to the stored weight (Gemma: 1)."""
-    epsilon = getattr(module, "variance_epsilon", None) or module.eps
-    return Norm(name, module.weight + offset if offset else module.weight, float(epsilon))
-
-
-def _layer_norm(name: str, module: Any) -> Norm:
-    """LayerNorm; one without parameters multiplies by 1 and adds 0."""
-    width = module.normalized_shape
-    weight = torch.ones(width) if module.weight is None else module.weight
-    bias = torch.zeros(width) if module.bias is None else module.bias
-    return Norm(name, weight, float(module.eps), bias)
-
-
-def _decoder(model: Any, context: int, embedding: torch.Tensor, **fields: Any) -> Decoder:
-    """A Decoder of `fields` and those that are read alike in every architecture."""
-    config, lm_head = model.config, model.lm_head.weight
-    heads = config.num_attention_heads
-    common = {
-        "architecture": config.model_type,
-        "hidden": config.hidden_size,
-        "heads": heads,
-        "kv_heads": heads,
-        "head_dim": config.hidden_size // heads,
-        "vocab_size": len(embedding),
-        "context": context,
-        "activation": _activation(config),
-        "embedding": embedding,
-        "lm_head": None if lm_head.data_ptr() == embedding.data_ptr() else lm_head,
-    }
-    return Decoder(**{**common, **fields})
-
-
-# ---------------------------------------------------------------- RMSNorm, rotary positions, a gated MLP
-
-
-def _llama_like(model: Any, context: int) -> Decoder:
-    """Llama, Mistral, Qwen2, Qwen3 and Gemma 3: one shape, parts present or not."""
-    config, body = model.config, model.model
-    is_gemma = config.model_type == "gemma3_text"
-    if is_gemma and getattr(config, "use_bidirectional_attention", False):
-        raise BadInput(
-            "this Gemma 3 attends in both directions (an encoder): it cannot decode with a KV cache"
-        )
-    layer_types = list(config.layer_types) if is_gemma else None
-    ropes = layer_types or ["rope"] * len(body.layers)
-    offset = 1.0 if is_gemma else 0.0
-    return _decoder(
-        model,
-        context,
-        body.embed_tokens.weight,
-        kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        embedding_scale=float(getattr(body.embed_tokens, "embed_scale", 1.0)),
-        layers=tuple(
-            _llama_layer(f"model.layers.{index}", block, rope, window, offset)
-            for index, (block, rope, window) in enumerate(zip(body.layers, ropes, _windows(config, context)))
-        ),
-        final_norm=_rms_norm("model.norm", body.norm, offset),
-        ropes=_rotary(body.rotary_emb, context, sorted(set(layer_types)) if layer_types else None),
-        logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
-    )
-
-
-def _llama_layer(name: str, block: Any, rope: str, window: int | None, offset: float) -> Layer:
-    attention, mlp = block.self_attn, block.mlp
-    # Gemma norms around both parts, and what Llama calls post_attention_layernorm has another name there.
-    norms_around = hasattr(block, "pre_feedforward_layernorm")
-    norms_heads = hasattr(attention, "q_norm")
-
-    def norm(part: str) -> Norm:
-        return _rms_norm(f"{name}.{part}", getattr(block, part), offset)
-
-    return Layer(
-        attention_norm=norm("input_layernorm"),
-        qkv=_linear(f"{name}.attn.qkv_proj", attention.q_proj, attention.k_proj, attention.v_proj),
-        attention_output=_linear(f"{name}.attn.o_proj", attention.o_proj),
-        mlp_norm=norm("pre_feedforward_layernorm" if norms_around else "post_attention_layernorm"),
-        up=_linear(f"{name}.mlp.gate_up_proj", mlp.gate_proj, mlp.up_proj),
-        down=_linear(f"{name}.mlp.down_proj", mlp.down_proj),
-        scale=float(attention.scaling),
-        window=window,
-        rope=rope,
-        q_norm=_rms_norm(f"{name}.attn.q_norm", attention.q_norm, offset) if norms_heads else None,
-        k_norm=_rms_norm(f"{name}.attn.k_norm", attention.k_norm, offset) if norms_heads else None,
-        attention_output_norm=norm("post_attention_layernorm") if norms_around else None,
-        mlp_output_norm=norm("post_feedforward_layernorm") if norms_around else None,
-        is_gated=True,
-    )
 
 
 def _windows(config: Any, context: int) -> list[int | None]:
@@ -190,78 +187,57 @@ def _windows(config: Any, context: int) -> list[int | None]:
     return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
 
 
-# ---------------------------------------------------------------- LayerNorm, biases, an MLP without a gate
+def _linear(model: Any, name: str, *paths: str) -> Linear:
+    """Torch's linear maps (or the embedding) as one product. BadInput if only some of them have a bias."""
+    modules = [model.get_submodule(path) for path in paths]
+    biases = tuple(module.bias for module in modules if getattr(module, "bias", None) is not None)
+    if biases and len(biases) != len(modules):
+        raise BadInput(f"{name}: some of its parts have a bias and some have none; that form is not written")
+    is_conv1d = isinstance(modules[0], Conv1D)
+    weights = tuple(module.weight.t() if is_conv1d else module.weight for module in modules)
+    return Linear(name, tuple(f"{path}.weight" for path in paths), weights, biases, is_conv1d)
 
 
-def _plain_layer(
-    index: int, norms: Sequence[Any], linears: Sequence[Sequence[Any]], scale: float, **options: Any
-) -> Layer:
-    """`norms`: before attention and MLP; `linears`: the modules of qkv, attention output, up and down."""
-    name = f"model.layers.{index}"
-    parts = ("attn.qkv_proj", "attn.o_proj", "mlp.up_proj", "mlp.down_proj")
-    qkv, output, up, down = (_linear(f"{name}.{part}", *modules) for part, modules in zip(parts, linears))
+def _norm(name: str, module: Any, offset: float) -> Norm:
+    """LayerNorm, one without parameters multiplies by 1 and adds 0; else RMSNorm."""
+    if not isinstance(module, nn.LayerNorm):
+        epsilon = getattr(module, "variance_epsilon", None) or module.eps
+        return Norm(name, module.weight + offset if offset else module.weight, float(epsilon))
+    weight = torch.ones(module.normalized_shape) if module.weight is None else module.weight
+    bias = torch.zeros(module.normalized_shape) if module.bias is None else module.bias
+    return Norm(name, weight, float(module.eps), bias)
+
+
+def _layer(model: Any, family: Family, index: int) -> Layer:
+    path, name = f"{family.body}.{family.layers}.{index}", f"model.layers.{index}"
+    block = model.get_submodule(path)
+    attention = block.get_submodule(family.attention)
+
+    def norm(part: str, module: str) -> Norm:
+        return _norm(f"{name}.{part}", block.get_submodule(module), family.norm_offset)
+
+    def linear(part: str, *modules: str) -> Linear:
+        return _linear(model, f"{name}.{part}", *(f"{path}.{module}" for module in modules))
+
+    outer, before = family.output_norms, family.norms
+    names = NORM_NAMES if outer is None else before
+    has_head_norms = hasattr(attention, "q_norm")
     return Layer(
-        attention_norm=_layer_norm(f"{name}.input_layernorm", norms[0]),
-        qkv=qkv,
-        attention_output=output,
-        mlp_norm=_layer_norm(f"{name}.post_attention_layernorm", norms[1]),
-        up=up,
-        down=down,
-        scale=float(scale),
-        **options,
+        attention_norm=norm(names[0], before[0]),
+        qkv=linear("attn.qkv_proj", *family.qkv),
+        attention_output=linear("attn.o_proj", family.attention_output),
+        mlp_norm=norm(names[1], before[1]),
+        up=linear("mlp.up_proj" if len(family.up) == 1 else "mlp.gate_up_proj", *family.up),
+        down=linear("mlp.down_proj", family.down),
+        scale=float(attention.scaling),
+        q_norm=norm("attn.q_norm", f"{family.attention}.q_norm") if has_head_norms else None,
+        k_norm=norm("attn.k_norm", f"{family.attention}.k_norm") if has_head_norms else None,
+        attention_output_norm=None if outer is None else norm(outer[0], outer[0]),
+        mlp_output_norm=None if outer is None else norm(outer[1], outer[1]),
     )
 
 
-def _gpt2(model: Any, context: int) -> Decoder:
-    """GPT-2: learned positions, one product for q, k and v."""
-    body, layers = model.transformer, []
-    for index, block in enumerate(body.h):
-        attention, mlp = block.attn, block.mlp
-        linears = [[attention.c_attn], [attention.c_proj], [mlp.c_fc], [mlp.c_proj]]
-        layers.append(_plain_layer(index, (block.ln_1, block.ln_2), linears, attention.scaling))
-    return _decoder(
-        model,
-        context,
-        body.wte.weight,
-        positions=body.wpe.weight[:context],
-        layers=tuple(layers),
-        final_norm=_layer_norm("model.norm", body.ln_f),
-    )
-
-
-def _opt(model: Any, context: int) -> Decoder:
-    """OPT: learned positions, whose table starts with two rows that no token uses."""
-    config, body = model.config, model.model.decoder
-    if not config.do_layer_norm_before or body.final_layer_norm is None:
-        raise BadInput(
-            "this OPT norms after each part, or has no final norm (do_layer_norm_before, "
-            "_remove_final_layer_norm); that form, which of the released sizes only 350M has, is not written"
-        )
-    if body.project_in is not None:
-        raise BadInput(
-            f"this OPT has an embedding of width {config.word_embed_proj_dim} for layers of "
-            f"{config.hidden_size} (word_embed_proj_dim); that form is not written"
-        )
-    layers = []
-    for index, block in enumerate(body.layers):
-        attention = block.self_attn
-        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
-        linears = [qkv, [attention.out_proj], [block.fc1], [block.fc2]]
-        norms = (block.self_attn_layer_norm, block.final_layer_norm)
-        # torch scales the queries, bias and all: the same product
-        layers.append(_plain_layer(index, norms, linears, attention.scaling))
-    positions = body.embed_positions
-    return _decoder(
-        model,
-        context,
-        body.embed_tokens.weight,
-        positions=positions.weight[positions.offset : positions.offset + context],
-        layers=tuple(layers),
-        final_norm=_layer_norm("model.norm", body.final_layer_norm),
-    )
-
-
-def _gpt_neox(model: Any, context: int) -> Decoder:
+def _neox(decoder: Decoder, blocks: Sequence[Any]) -> Decoder:
     """GPT-NeoX (Pythia): both parts of a layer read its input; q, k and v of one head stand together.
 
     It rotates only the first part of each head, a quarter in Pythia. The kernel pairs dimension i with i +
@@ -270,48 +246,24 @@ def _gpt_neox(model: Any, context: int) -> Decoder:
     order of its terms, and quantization rounds row by row. The kernel's own partial rotation takes
     multiples of 16 alone (Pythia 2.8B rotates 20 of 80).
     """
-    config, body = model.config, model.gpt_neox
-    head_dim = config.hidden_size // config.num_attention_heads
-    cos, sin = _rotary(body.rotary_emb, context)["rope"]
-    order = _rotated_first(head_dim, 2 * cos.shape[1])
-    unrotated = len(cos), head_dim // 2 - cos.shape[1]
-    ones, zeros = torch.ones(unrotated), torch.zeros(unrotated)
-    return _decoder(
-        model,
-        context,
-        body.embed_in.weight,
-        layers=tuple(_neox_layer(index, block, order) for index, block in enumerate(body.layers)),
-        final_norm=_layer_norm("model.norm", body.final_layer_norm),
-        ropes={"rope": (torch.cat([cos, ones], dim=1), torch.cat([sin, zeros], dim=1))},
-    )
-
-
-def _neox_layer(index: int, block: Any, order: torch.Tensor) -> Layer:
-    attention, mlp = block.attention, block.mlp
-    linears = [[attention.query_key_value], [attention.dense], [mlp.dense_h_to_4h], [mlp.dense_4h_to_h]]
-    norms, is_parallel = (block.input_layernorm, block.post_attention_layernorm), block.use_parallel_residual
-    layer = _plain_layer(index, norms, linears, attention.scaling, rope="rope", is_parallel=is_parallel)
-    rows = torch.arange(len(layer.qkv.weights[0])).view(-1, 3, len(order))  # [heads, (q, k, v), dim]
-    q, k, v = rows[:, 0, order], rows[:, 1, order], rows[:, 2]
-    layer = replace(layer, qkv=replace(layer.qkv, rows=torch.cat([q.flatten(), k.flatten(), v.flatten()])))
-    output, down = layer.attention_output, layer.down
-    if is_parallel and output.biases and down.biases:
-        # Both are added to the same stream, so one of them can carry the sum.
-        down = replace(down, biases=(output.biases[0] + down.biases[0],))
-        layer = replace(layer, attention_output=replace(output, biases=()), down=down)
-    return layer
-
-
-def _rotated_first(head_dim: int, rotated: int) -> torch.Tensor:
-    """Old dimension of each new one: pairs (i, i + rotated/2) come to stand as (i, i + head_dim/2)."""
+    head_dim, (cos, sin) = decoder.head_dim, decoder.ropes["rope"]
+    rotated = 2 * cos.shape[1]
     lows, highs = torch.arange(rotated).chunk(2)
     rest = torch.arange(rotated, head_dim).tensor_split(2)
-    return torch.cat([lows, rest[0], highs, rest[1]])
-
-
-READERS: dict[str, Callable[[Any, int], Decoder]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma3_text"), _llama_like),
-    "gpt2": _gpt2,
-    "opt": _opt,
-    "gpt_neox": _gpt_neox,
-}
+    order = torch.cat([lows, rest[0], highs, rest[1]])  # old dimension of each new one
+    unrotated = len(cos), head_dim // 2 - cos.shape[1]
+    rope = (torch.cat([cos, torch.ones(unrotated)], 1), torch.cat([sin, torch.zeros(unrotated)], 1))
+    rows = torch.arange(3 * decoder.hidden).view(-1, 3, head_dim)  # [heads, (q, k, v), dim]
+    qkv_rows = torch.cat([part.flatten() for part in (rows[:, 0, order], rows[:, 1, order], rows[:, 2])])
+    layers = []
+    for layer, block in zip(decoder.layers, blocks):
+        layer = replace(
+            layer, qkv=replace(layer.qkv, rows=qkv_rows), is_parallel=bool(block.use_parallel_residual)
+        )
+        output, down = layer.attention_output, layer.down
+        if layer.is_parallel and output.biases and down.biases:
+            # Both are added to the same stream, so one of them can carry the sum.
+            down = replace(down, biases=(output.biases[0] + down.biases[0],))
+            layer = replace(layer, attention_output=replace(output, biases=()), down=down)
+        layers.append(layer)
+    return replace(decoder, layers=tuple(layers), ropes={"rope": rope})

@@ -10,26 +10,16 @@ and those that end a turn where the chat template writes them. Scoring does not 
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import read_json, write_json
+from edgedisp.core.files import WRONG_SHAPE, read_json, write_json
 from edgedisp.graph.decoder_graph import Decoder
+from edgedisp.graph.onnx_graph import GRAPH
 
-# Architecture -> genai's model type; `gpt2` has key and value in one tensor, `decoder` is the plain type.
-GENAI_TYPES = {
-    "llama": "llama",
-    "mistral": "mistral",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma3_text": "gemma3_text",
-    "gpt2": "decoder",
-    "opt": "decoder",
-    "gpt_neox": "decoder",
-}
+PLAIN = ("gpt2", "opt", "gpt_neox")  # genai has them as `decoder`; its `gpt2` has key and value in one tensor
 TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # as special tokens: Gemma has </s> as HTML
 TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>")
 TOKENIZER_FILES = (
@@ -102,17 +92,16 @@ def end_ids(folder: Path) -> list[int]:
 
 def read_config(bundle: Path) -> dict[str, Any]:
     """The `model` part of a bundle's genai_config.json. BadInput if the folder has none."""
-    if not (bundle / GENAI_CONFIG).is_file():
+    path = bundle / GENAI_CONFIG
+    if not path.is_file():
         raise BadInput(f"{bundle}: no bundle ({GENAI_CONFIG} is missing); `edgedisp export` makes one")
+    config = read_json(path)
     try:
-        model = json.loads((bundle / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]
-        int(model["context_length"])
-    except (ValueError, KeyError, TypeError) as error:
+        return {**config["model"], "context_length": int(config["model"]["context_length"])}
+    except WRONG_SHAPE as error:
         raise BadInput(
-            f"{bundle / GENAI_CONFIG}: is damaged or no configuration of onnxruntime-genai "
-            f"({type(error).__name__}: {error}); export the bundle again"
-        ) from None
-    return dict(model)
+            f"{path}: is no configuration of onnxruntime-genai ({error!r}); export it again"
+        ) from error
 
 
 def context_length(bundle: Path) -> int:
@@ -137,49 +126,33 @@ def _genai_config(decoder: Decoder, folder: Path) -> dict[str, Any]:
         ids = (configured, vocabulary.get(_special_token(folder, kind)), eos[0])
         return int(next(token_id for token_id in ids if token_id is not None))
 
-    return {
-        "model": {
-            "type": GENAI_TYPES[decoder.architecture],
-            "bos_token_id": special_id("bos"),
-            "eos_token_id": eos,
-            "pad_token_id": special_id("pad"),
-            "context_length": decoder.context,
-            "vocab_size": decoder.vocab_size,
-            "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                "filename": "model.onnx",
-                "head_size": decoder.head_dim,
-                "hidden_size": decoder.hidden,
-                "num_attention_heads": decoder.heads,
-                "num_hidden_layers": len(decoder.layers),
-                "num_key_value_heads": decoder.kv_heads,
-                "inputs": {
-                    "input_ids": "input_ids",
-                    "attention_mask": "attention_mask",
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
-                },
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
-                },
+    def names(prefix: str, past: str) -> dict[str, str]:
+        return {f"{past}_{part}_names": f"{prefix}.%d.{part}" for part in ("key", "value")}
+
+    model = {
+        "type": "decoder" if decoder.architecture in PLAIN else decoder.architecture,
+        "bos_token_id": special_id("bos"),
+        "eos_token_id": eos,
+        "pad_token_id": special_id("pad"),
+        "context_length": decoder.context,
+        "vocab_size": decoder.vocab_size,
+        "decoder": {
+            "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+            "filename": GRAPH,
+            "head_size": decoder.head_dim,
+            "hidden_size": decoder.hidden,
+            "num_attention_heads": decoder.heads,
+            "num_hidden_layers": len(decoder.layers),
+            "num_key_value_heads": decoder.kv_heads,
+            "inputs": {
+                **{name: name for name in ("input_ids", "attention_mask")},
+                **names("past_key_values", "past"),
             },
-        },
-        "search": {
-            "do_sample": False,
-            "early_stopping": True,
-            "max_length": decoder.context,
-            "min_length": 0,
-            "num_beams": 1,
-            "num_return_sequences": 1,
-            "past_present_share_buffer": True,
-            "repetition_penalty": 1.0,
-            "temperature": 1.0,
-            "top_k": 50,
-            "top_p": 1.0,
+            "outputs": {"logits": "logits", **names("present", "present")},
         },
     }
+    search = {"do_sample": False, "max_length": decoder.context, "past_present_share_buffer": True}
+    return {"model": model, "search": search}
 
 
 def _special_token(folder: Path, kind: str) -> str:

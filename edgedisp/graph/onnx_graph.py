@@ -3,6 +3,7 @@ the head and the hidden states."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import dropwhile
 from pathlib import Path
@@ -11,73 +12,79 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from edgedisp.core.errors import BadInput
+
 GRAPH, DATA = "model.onnx", "model.onnx.data"
+WEIGHT_MAP = "weight_map.json"
 MICROSOFT = "com.microsoft"
 PAGE = 4096  # weights start at multiples of it in their file, so that a runtime can map them
 INLINE_BYTES = 1024  # smaller tensors stay inside the graph file
 
+EMBEDDING = "model.embed_tokens.weight"
 ATTENTION = "GroupQueryAttention"
-PACKED = "MatMulNBits"
+PACKED, PACKED_GATHER = "MatMulNBits", "GatherBlockQuantized"
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", PACKED)  # operators that may multiply with a weight
 ADDING_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 NORMS = (*ADDING_NORMS, "SimplifiedLayerNormalization", "LayerNormalization", "RMSNormalization")
 SUM = 3  # which output of an adding norm is the sum
+# Operators that onnxruntime has besides the standard's; Gelu is in both.
+FUSED = {ATTENTION, PACKED, PACKED_GATHER, "FusedMatMul", "FastGelu", "Gelu", "QuickGelu", *ADDING_NORMS}
 
 
 class TensorStore:
-    """The initializers of a graph that is being written; large ones go to page starts of the data file.
+    """The weights of a graph that is being written; large ones go to page starts of the data file.
 
     onnx-ir is not used for this: it aligns only tensors above 1 MB, and phones map the file.
     """
 
     def __init__(self, output_dir: Path) -> None:
-        self.tensors: dict[str, TensorProto] = {}
-        self._path = output_dir / DATA
-        self._path.touch()
+        self.output_dir = output_dir
+        (output_dir / DATA).touch()
 
-    def add(self, name: str, values: NDArray[Any]) -> str:
-        """Store `values` under `name`; returns the name."""
-        array = np.ascontiguousarray(values)
-        if array.nbytes <= INLINE_BYTES:
-            self.tensors[name] = numpy_helper.from_array(array, name)
-            return name
-        with self._path.open("ab") as file:
+    def add(self, name: str, values: NDArray[Any]) -> ir.TensorProtocol:
+        """The tensor for the initializer `name`."""
+        tensor = ir.Tensor(np.ascontiguousarray(values), name=name)
+        if tensor.nbytes <= INLINE_BYTES:
+            return tensor
+        with (self.output_dir / DATA).open("ab") as file:
             file.write(bytes(-file.tell() % PAGE))
             offset = file.tell()
-            array.tofile(file)
-        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-        tensor = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
-        for key, value in (("location", DATA), ("offset", offset), ("length", array.nbytes)):
-            tensor.external_data.add(key=key, value=str(value))
-        self.tensors[name] = tensor
-        return name
+            tensor.numpy().tofile(file)
+        return ir.ExternalTensor(
+            DATA, offset, tensor.nbytes, tensor.dtype,
+            shape=ir.Shape(values.shape), name=name, base_dir=self.output_dir,
+        )  # fmt: skip
 
 
 class NewNodes:
-    """New nodes and constants for an onnx-ir graph; names of nodes start with `prefix`."""
+    """New nodes and constants for a graph; names of nodes start with `prefix`.
 
-    def __init__(self, graph: ir.Graph, prefix: str = "") -> None:
-        self.graph, self.prefix = graph, prefix
+    store: where constants go; None: into the graph file.
+    """
+
+    def __init__(self, graph: ir.Graph, prefix: str = "", store: TensorStore | None = None) -> None:
+        self.graph, self.prefix, self.store = graph, prefix, store
         self.nodes: list[ir.Node] = []
 
-    def op(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
-        """Add a node of a standard operator with one output, which it returns; both are called `name`."""
-        output = ir.Value(name=f"{self.prefix}{name}")
-        converted = ir.convenience.convert_attributes(attributes)
-        self.nodes.append(ir.Node("", op_type, inputs, converted, outputs=[output], name=output.name))
-        return output
+    def op(
+        self, op_type: str, inputs: Sequence[ir.Value | None], name: str, *others: str, **attributes: Any
+    ) -> ir.Value:
+        """Add a node with outputs `name` and `others` ("": none); it is called like the first, which is
+        returned."""
+        outputs = [ir.Value(name=f"{self.prefix}{output}" if output else "") for output in (name, *others)]
+        domain = MICROSOFT if op_type in FUSED else ""
+        node = ir.node(op_type, inputs, attributes, domain=domain, outputs=outputs, name=outputs[0].name)
+        self.nodes.append(node)
+        return outputs[0]
 
     def constant(self, name: str, values: NDArray[Any] | int | Sequence[int]) -> ir.Value:
         """The initializer `name`, made where there is none; plain numbers become int64."""
         if name not in self.graph.initializers:
             array = values if isinstance(values, np.ndarray) else np.array(values, np.int64)
-            tensor = ir.Tensor(array, name=name)
-            kind = ir.TensorType(tensor.dtype)
-            value = ir.Value(name=name, shape=tensor.shape, type=kind, const_value=tensor)
-            self.graph.register_initializer(value)
+            tensor = self.store.add(name, array) if self.store else ir.Tensor(array, name=name)
+            self.graph.register_initializer(ir.val(name, const_value=tensor))
         return self.graph.initializers[name]
 
     def replace(self, node: ir.Node) -> None:
@@ -87,35 +94,42 @@ class NewNodes:
         )
 
 
-def remove_unused(model: ir.Model) -> None:
-    """Drop nodes and weights that no output needs, and noted shapes."""
-    RemoveUnusedNodesPass()(model)
-    forget_shapes(model.graph)
-
-
-def forget_shapes(graph: ir.Graph) -> None:
-    """Drop the noted shapes of values between the nodes: a rewrite changes some of them."""
-    outputs = set(graph.outputs)
-    for node in graph:
-        for value in node.outputs:
-            if value not in outputs:
-                value.shape = value.type = None
+def read_graph(path: Path) -> ir.Model:
+    """The graph of a file; weights stay in theirs. BadInput where there is none."""
+    if not path.is_file():
+        raise BadInput(f"{path.parent}: no bundle ({path.name} is missing); `edgedisp export` makes one")
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf's errors have no base class that it promises
+        raise BadInput(f"{path}: is no ONNX graph, or a damaged one; export it again ({error})") from error
 
 
 def to_bytes(model: ir.Model) -> bytes:
-    """The graph as a file's content; weights stay in their file."""
+    """The graph as a file's content, without nodes and weights that no output needs, and without the shapes
+    of inner values, as rewriting changes some. Weights stay in their file."""
+    RemoveUnusedNodesPass()(model)
+    outputs = set(model.graph.outputs)
+    for value in [*model.graph.initializers.values(), *(v for node in model.graph for v in node.outputs)]:
+        if value not in outputs:
+            value.shape = value.type = None
     return ir.to_proto(model).SerializeToString()
 
 
-def move_weights(model: ir.Model, location: str, base_dir: Path) -> None:
-    """Name another file, relative to `base_dir`, as that of the weights; it must have the same content."""
+def size_and_nodes(bundle: Path) -> dict[str, Any]:
+    """{size_bytes, nodes: {op: n}} of a bundle; size_bytes counts the graph and its weights."""
+    operators = Counter(node.op_type for node in read_graph(bundle / GRAPH).graph)
+    size = sum((bundle / name).stat().st_size for name in (GRAPH, DATA))
+    return {"size_bytes": size, "nodes": dict(sorted(operators.items()))}
+
+
+def move_weights(model: ir.Model, location: str) -> None:
+    """Name another file as that of the weights; it must have the same content."""
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
             value.const_value = ir.ExternalTensor(
-                location, tensor.offset, tensor.length, tensor.dtype,
-                shape=ir.Shape(tensor.shape), name=name, base_dir=base_dir,
-            )  # fmt: skip
+                location, tensor.offset, tensor.length, tensor.dtype, shape=ir.Shape(tensor.shape), name=name
+            )
 
 
 def find_head(graph: ir.Graph) -> ir.Node | None:

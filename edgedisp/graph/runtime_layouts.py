@@ -1,4 +1,4 @@
-"""One folder that three runtimes open, with its weights stored once.
+"""A bundle for one kind of device: one folder that three runtimes open, with its weights stored once.
 
     bundle/
       genai_config.json                        onnxruntime-genai
@@ -10,30 +10,29 @@
 
 onnxruntime refuses a weights file in `../`. So with transformers.js the weights lie in `onnx/` under the name
 that it looks for, and `model.onnx` names them there. Left out: fp16 graphs for WebGPU, weights in parts.
+
+Tables of positions are cut to the device's context: with 8,192 positions those of SmolLM2-135M are 2 MB of a
+104 MB bundle, and the cache that a runtime allocates at once is 380 MB.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx_ir as ir
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.errors import BadInput
 from edgedisp.core.files import read_json, write_json
-from edgedisp.graph import browser_graph
-from edgedisp.graph.genai_config import GENAI_CONFIG
-from edgedisp.graph.onnx_graph import DATA, GRAPH, move_weights
-from edgedisp.graph.session import at_accuracy_level, open_session
+from edgedisp.graph import device_graph
+from edgedisp.graph.genai_config import GENAI_CONFIG, LENGTHS, context_length, set_threads
+from edgedisp.graph.onnx_graph import DATA, GRAPH, WEIGHT_MAP, move_weights, read_graph, to_bytes
 
 GENAI, WEB, OPTIMUM = "onnxruntime-genai", "transformers.js", "optimum"
 LAYOUTS = (GENAI, WEB, OPTIMUM)
-
-ROUNDING = 1e-5  # of the largest logit
+NOT_COPIED = ("record.json", "manifest.json", "README.md", WEIGHT_MAP, GRAPH, DATA)
 WEB_BYTES = 4_000_000_000  # of memory: WebAssembly reaches 4 GiB
 
 # Precision -> `dtype` of transformers.js, and the end of its file's name.
@@ -76,6 +75,38 @@ console.log(answer.generated_text);""",
 """How each runtime opens a bundle. `folder`, `parent`, `name` and `text` are the reader's to fill in."""
 
 
+def for_device(
+    bundle: Path, output_dir: Path, *, threads: int, context: int | None = None, last_logits: bool = True
+) -> dict[str, Any]:
+    """Write `bundle` (graph and weights at its top) for a device into the empty folder `output_dir`.
+
+    Logits within the context do not change. `context` None: the bundle's. Returns {threads, context}, the
+    smaller of `context` and the bundle's. BadInput for less than one thread or position, or where there is
+    no bundle.
+    """
+    if context is not None and context < 1:
+        raise BadInput(f"context is {context}; at least 1 position is needed")
+    model, available = read_graph(bundle / GRAPH), context_length(bundle)
+    positions = min(available, context or available)
+    for path in sorted(bundle.iterdir()):
+        if path.is_file() and path.name not in NOT_COPIED:
+            shutil.copyfile(path, output_dir / path.name)
+    if positions < available:
+        device_graph.cut_positions(model.graph, output_dir, available - positions)
+    else:
+        shutil.copyfile(bundle / DATA, output_dir / DATA)
+    if last_logits:
+        device_graph.keep_last(model.graph)
+    (output_dir / GRAPH).write_bytes(to_bytes(model))
+    genai, config = read_json(output_dir / GENAI_CONFIG), read_json(output_dir / "config.json")
+    genai["model"]["context_length"] = genai.setdefault("search", {})["max_length"] = positions
+    config |= {name: min(positions, config[name]) for name in LENGTHS if isinstance(config.get(name), int)}
+    write_json(output_dir / GENAI_CONFIG, genai)
+    write_json(output_dir / "config.json", config)
+    set_threads(output_dir, threads)
+    return {"threads": threads, "context": positions}
+
+
 def arrange(
     bundle: Path, layouts: Sequence[str], precision: str, browser: bool = False
 ) -> dict[str, dict[str, Any]]:
@@ -84,14 +115,8 @@ def arrange(
     `browser`: the graph of transformers.js runs in WebAssembly, so its products are unfolded where they fit.
 
     Returns layout -> {graph, weights, load}: paths in the bundle, and how its runtime opens it. Of an
-    unfolded graph there is {unfolded_bytes}, too: the memory that opening it takes. BadInput for a layout
-    that is not known, or whose files this bundle lacks.
+    unfolded graph there is {unfolded_bytes}, too: the memory that opening it takes.
     """
-    unknown = [name for name in layouts if name not in LAYOUTS]
-    if unknown or not layouts:
-        raise BadInput(f"layouts: {', '.join(unknown) or 'none given'}; choices: {', '.join(LAYOUTS)}")
-    if GENAI in layouts and not (bundle / GENAI_CONFIG).is_file():
-        raise BadInput(f"layouts: {GENAI} cannot run this family; there are {WEB}, {OPTIMUM}")
     dtype, suffix = DTYPES[precision]
     web = f"onnx/model{suffix}.onnx"
     weights = f"{web}_data" if WEB in layouts else DATA
@@ -102,37 +127,32 @@ def arrange(
         if name in layouts
     }
     if WEB in layouts:
-        entries[WEB] |= {"graph": web, **_write_web(bundle, web, dtype, browser)}
+        entries[WEB] |= {"graph": web, **_write_web(bundle, bundle / web, dtype, browser)}
     if GENAI not in layouts:
-        (bundle / GENAI_CONFIG).unlink(missing_ok=True)
+        (bundle / GENAI_CONFIG).unlink()
     if GENAI not in layouts and OPTIMUM not in layouts:
         (bundle / GRAPH).unlink()
     return entries
 
 
-def graphs(layouts: dict[str, dict[str, Any]]) -> list[str]:
-    """The graph files of an arranged bundle, each once."""
-    return list(dict.fromkeys(entry["graph"] for entry in layouts.values()))
-
-
-def _write_web(bundle: Path, web: str, dtype: str, browser: bool) -> dict[str, int]:
+def _write_web(bundle: Path, path: Path, dtype: str, browser: bool) -> dict[str, int]:
     """Write the graph of transformers.js, and move the weights to where it and the first graph find them.
 
     Returns {unfolded_bytes}: the memory that opening takes, if its products are unfolded.
     """
-    path, data = bundle / web, bundle / f"{web}_data"
+    data = path.with_name(f"{path.name}_data")
     path.parent.mkdir()
     (bundle / DATA).rename(data)
-    model = ir.load(bundle / GRAPH)
-    move_weights(model, f"{path.parent.name}/{data.name}", bundle)
-    ir.save(model, bundle / GRAPH)
-    move_weights(model, data.name, path.parent)
-    browser_graph.replace_quantized_gathers(model)
-    needed = browser_graph.expected_bytes(model.graph, data.stat().st_size)
-    is_unfolded = browser and browser_graph.has_packed_products(model.graph) and needed <= WEB_BYTES
+    model = read_graph(bundle / GRAPH)
+    move_weights(model, f"{path.parent.name}/{data.name}")
+    (bundle / GRAPH).write_bytes(to_bytes(model))
+    move_weights(model, data.name)
+    device_graph.replace_quantized_gathers(model.graph)
+    needed = device_graph.expected_bytes(model.graph, data.stat().st_size)
+    is_unfolded = browser and device_graph.has_packed_products(model.graph) and needed <= WEB_BYTES
     if is_unfolded:
-        browser_graph.unfold(model)
-    ir.save(model, path)
+        device_graph.unfold(model.graph)
+    path.write_bytes(to_bytes(model))
     config = read_json(bundle / "config.json")
     config["transformers.js_config"] = {"dtype": dtype, "use_external_data_format": {path.name: 1}}
     write_json(bundle / "config.json", config)
@@ -146,54 +166,8 @@ def _write_tokenizer_settings(bundle: Path) -> None:
     settings = read_json(path)
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if _begins_texts(bundle):
+    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    plain, marked = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+    if marked[:1] != plain[:1]:
         settings["add_bos_token"] = True
     write_json(path, settings)
-
-
-def _begins_texts(bundle: Path) -> bool:
-    """Whether the tokenizer puts a token before a text, as Gemma's does."""
-    path = bundle / "tokenizer.json"
-    if read_json(path).get("post_processor") is None:
-        return False
-    tokenizer = Tokenizer.from_file(str(path))
-    plain, marked = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
-    return len(marked) > len(plain) and marked[0] != plain[0]
-
-
-def logits(path: Path, ids: Sequence[int], threads: int, graph: bytes | None = None) -> NDArray[np.float32]:
-    """Logits [tokens, vocab] of a graph file with an empty cache. BuildFailed if it does not open or run.
-
-    `graph`: another graph over the same weights.
-    """
-    session = open_session(path, threads, graph)
-    feed = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)}
-    for value in session.get_inputs():
-        if value.name.startswith("past_key_values."):
-            feed[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
-    try:
-        values: NDArray[np.float32] = session.run(["logits"], feed)[0][0]
-    except Exception as error:  # onnxruntime has no common base class for its errors
-        raise BuildFailed(f"{path}: onnxruntime cannot run it: {error}") from error
-    return values
-
-
-def check_same(arranged: Path, files: Sequence[str], bundle: Path, ids: Sequence[int], threads: int) -> None:
-    """BuildFailed unless every graph of an arranged bundle gives the logits of `bundle`, bit for bit.
-
-    Of a graph that gives the last position's alone that one is compared, and a graph with unfolded products,
-    which multiplies in fp32, is compared with the bundle at accuracy level 0; both to within the rounding of
-    another order of summation.
-    """
-    is_packed = browser_graph.has_packed_products(ir.load(bundle / GRAPH).graph)
-    shipped = logits(bundle / GRAPH, ids, threads)
-    for name in files:
-        values, reference = logits(arranged / name, ids, threads), shipped
-        if is_packed and not browser_graph.has_packed_products(ir.load(arranged / name).graph):
-            reference = logits(bundle / GRAPH, ids, threads, at_accuracy_level(bundle, 0))
-        is_same_work = len(values) == len(shipped) and reference is shipped
-        reference = reference[-len(values) :]
-        worst = float(np.abs(values - reference).max())
-        allowed = 0.0 if is_same_work else ROUNDING * float(np.abs(reference).max())
-        if not worst <= allowed:  # NaN fails, too
-            raise BuildFailed(f"{arranged}: {name} differs from the bundle that was checked, by {worst:.3g}")

@@ -1,8 +1,7 @@
 """Runs a bundle with onnxruntime on the CPU, behind the same interface that the torch model offers.
 
-`OnnxModel` gives logits and decodes greedily over the graph that ships; `HiddenStates` gives what every layer
-of that graph computes. Greedy decoding binds one buffer per layer as past AND present, so that attention
-appends in place, as in onnxruntime-genai. Left out: sampling, beams, other devices.
+Greedy decoding binds one buffer per layer as past AND present, so that attention appends in place, as in
+onnxruntime-genai. Left out: sampling, beams, other devices.
 
 Threads wait without spinning. SmolLM2-135M at 4 bits, 2 threads: on 2 cores that others use too, scoring is
 1.3 times and decoding 1.7 times as fast as with spinning; on an idle machine scoring is equal and decoding
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import read_json
 from edgedisp.graph.genai_config import GENAI_CONFIG, LENGTHS, read_config
-from edgedisp.graph.onnx_graph import ATTENTION, GRAPH, hidden_states, remove_unused, to_bytes
+from edgedisp.graph.onnx_graph import ATTENTION, GRAPH, hidden_states, read_graph, to_bytes
 
 CONTEXT_CAP = 4096  # tokens of a scored request; the page for phones reads no more
 
@@ -36,24 +35,26 @@ Cache = dict[str, NDArray[np.float32]]
 class OnnxModel:
     """A bundle as a language model. BadInput if it is none, BuildFailed if onnxruntime cannot open it."""
 
-    def __init__(self, bundle: Path, threads: int, graph: bytes | None = None) -> None:
-        """`graph`: another graph over the same weights."""
+    def __init__(self, bundle: Path, threads: int, graph: bytes | str | None = None) -> None:
+        """`graph`: another graph file of the bundle, or the content of one over the same weights."""
         if threads < 1:
             raise BadInput(f"threads is {threads}; at least 1 is needed")
-        self.bundle, self.threads, self._graph = bundle, threads, graph
+        self.bundle, self.threads = bundle, threads
         config = _sizes(bundle)
         self.context, self.vocab_size = int(config["context_length"]), int(config["vocab_size"])
         ids = config["eos_token_id"]
         self.end_ids = frozenset(ids if isinstance(ids, list) else [ids])
-        self._path = graph_path(bundle)
-        self.session = open_session(self._path, threads, graph)
+        self._path = bundle / graph if isinstance(graph, str) else graph_path(bundle)
+        self._content = graph if isinstance(graph, bytes) else None
+        self.session = open_session(self._path, threads, self._content)
         self._lock = threading.Lock()
         self._single = self.session if threads == 1 else None
-        shapes = {value.name: value.shape for value in self.session.get_inputs()}
-        self._caches = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
-        # onnxruntime-genai's builder leaves the head dimension symbolic in the graph.
-        numbers = {shape[3] for shape in self._caches.values() if isinstance(shape[3], int)}
-        self._head_dim = max(numbers) if numbers else int(config["decoder"]["head_size"])
+        self._caches: dict[str, tuple[int, int]] = {}  # kv heads and head dimension
+        for value in self.session.get_inputs():
+            if value.name.startswith("past_key_values."):
+                _, heads, _, head_dim = value.shape  # the dimension is a symbol in a graph of genai's builder
+                is_number = isinstance(head_dim, int)
+                self._caches[value.name] = heads, head_dim if is_number else config["decoder"]["head_size"]
         outputs = self.session.get_outputs()
         self.last_only = any(value.name == "logits" and value.shape[1] == 1 for value in outputs)
 
@@ -68,21 +69,22 @@ class OnnxModel:
     def run(self, names: list[str], ids: Ids, mask: Ids, session: Any = None) -> list[NDArray[np.float32]]:
         """The graph's outputs `names` with an empty cache; ids and mask as of a call."""
         feed = {"input_ids": ids, "attention_mask": mask, **self._empty(len(ids))}
-        outputs: list[NDArray[np.float32]] = (session or self.session).run(names, feed)
+        try:
+            outputs: list[NDArray[np.float32]] = (session or self.session).run(names, feed)
+        except Exception as error:  # onnxruntime has no common base class for its errors
+            raise BuildFailed(f"{self._path}: onnxruntime cannot run it: {error}") from error
         return outputs
 
-    def prefill(self, ids: Ids, mask: Ids) -> tuple[Logits, Cache]:
-        """The same as a call, and the cache to decode from."""
-        self._check(ids, mask)
-        return self.decode(ids, mask, self._empty(len(ids)))
-
-    def decode(self, ids: Ids, mask: Ids, cache: Cache, session: Any = None) -> tuple[Logits, Cache]:
+    def decode(
+        self, ids: Ids, mask: Ids, cache: Cache | None = None, session: Any = None
+    ) -> tuple[Logits, Cache]:
         """One more token a row: ids [batch, 1], mask [batch, cached + 1] summing to each row's length now.
 
-        Rows may have different lengths: a row's token goes to the position after its last real one.
+        Rows may have different lengths: a row's token goes to the position after its last real one. Without a
+        cache the same as a call, and the cache to decode from.
         """
         names = ["logits", *(_present(name) for name in self._caches)]
-        feed = {"input_ids": ids, "attention_mask": mask, **cache}
+        feed = {"input_ids": ids, "attention_mask": mask, **(cache or self._empty(len(ids)))}
         logits, *present = (session or self.session).run(names, feed)
         return logits, dict(zip(self._caches, present))
 
@@ -90,8 +92,7 @@ class OnnxModel:
     def parallel(self) -> int:
         """How many calls of `logits` may run at once: each takes one thread.
 
-        Small products gain little from a second thread: on 2 cores two sequences side by side are 1.25 times
-        as fast as one after the other (33 tokens, int4), with the same logits to the bit.
+        Two sequences side by side are 1.25 times as fast on 2 cores as one after the other (33 tokens, int4).
         """
         return self.threads
 
@@ -100,7 +101,10 @@ class OnnxModel:
 
         A graph that gives the last token's logits alone reads these positions one by one, through its cache.
         """
-        session, row = self._one_thread(), np.asarray(ids, np.int64)[None]
+        with self._lock:
+            if self._single is None:
+                self._single = open_session(self._path, 1, self._content)
+        session, row = self._single, np.asarray(ids, np.int64)[None]
         if not self.last_only:
             return self.run(["logits"], row, np.ones_like(row), session)[0][0, -last:]
         first = row.shape[1] - last + 1
@@ -109,13 +113,6 @@ class OnnxModel:
             logits, cache = self.decode(row[:, start:end], np.ones((1, end), np.int64), cache, session)
             rows.append(logits[0])
         return np.concatenate(rows)
-
-    def _one_thread(self) -> Any:
-        """A session of one thread over the same graph."""
-        with self._lock:
-            if self._single is None:
-                self._single = open_session(self._path, 1, self._graph)
-            return self._single
 
     def greedy(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> list[int]:
         """The most likely next tokens after `ids`, at most `max_new_tokens` or what the context leaves.
@@ -128,7 +125,10 @@ class OnnxModel:
             )
         total = min(len(ids) + max_new_tokens, self.context)
         make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
-        buffers = {name: make(self._shape(name, 1, total), np.float32, "cpu") for name in self._caches}
+        buffers = {
+            name: make((1, heads, total, head_dim), np.float32, "cpu")
+            for name, (heads, head_dim) in self._caches.items()
+        }
         new: list[int] = []
         step = np.array([ids], np.int64)
         while len(ids) + len(new) < total:
@@ -152,20 +152,18 @@ class OnnxModel:
         logits: Logits = binding.get_outputs()[0].numpy()
         return logits
 
-    def _shape(self, name: str, batch: int, tokens: int) -> tuple[int, int, int, int]:
-        return batch, int(self._caches[name][1]), tokens, self._head_dim
-
     def _empty(self, batch: int) -> Cache:
-        return {name: np.zeros(self._shape(name, batch, 0), np.float32) for name in self._caches}
+        shapes = self._caches.items()
+        return {name: np.zeros((batch, heads, 0, head_dim), np.float32) for name, (heads, head_dim) in shapes}
 
     def _check(self, ids: Ids, mask: Ids) -> None:
         """ValueError for what the graph would compute silently wrong."""
-        if ids.shape != mask.shape or ids.ndim != 2:
-            raise ValueError(f"ids {ids.shape} and mask {mask.shape} must both be [batch, tokens]")
-        if ids.shape[1] > self.context:
-            raise ValueError(f"{ids.shape[1]} tokens do not fit the context of {self.context}")
-        if not mask[:, :1].all() or (np.diff(mask, axis=1) > 0).any():
-            raise ValueError("rows must start with a real token and be padded on the right")
+        is_batch = ids.shape == mask.shape and ids.ndim == 2 and ids.shape[1] <= self.context
+        if not is_batch or not mask[:, :1].all() or (np.diff(mask, axis=1) > 0).any():
+            raise ValueError(
+                f"ids {ids.shape} and mask {mask.shape} must be [batch, tokens], every row padded on the "
+                f"right and within the context of {self.context}"
+            )
 
 
 def _present(past: str) -> str:
@@ -183,10 +181,7 @@ class HiddenStates:
     def __init__(self, bundle: Path, threads: int) -> None:
         layers = int(read_config(bundle)["decoder"]["num_hidden_layers"])
         path = graph_path(bundle)
-        try:
-            model = ir.load(path)
-        except Exception as error:  # protobuf's errors have no base class that it promises
-            raise BadInput(f"{path}: is no ONNX graph, or a damaged one: {error}") from error
+        model = read_graph(path)
         states = hidden_states(model.graph)
         if len(states) != layers + 2:
             raise BadInput(
@@ -197,7 +192,6 @@ class HiddenStates:
         self.names = [str(state.name) for state in states]
         model.graph.outputs.clear()
         model.graph.outputs.extend(states)
-        remove_unused(model)
         for state in states:
             state.type, state.shape = ir.TensorType(ir.DataType.FLOAT), None
         self._model = OnnxModel(bundle, threads, graph=to_bytes(model))
@@ -211,12 +205,8 @@ class HiddenStates:
         """
         if not 0 < len(ids) <= self.context:
             raise ValueError(f"{len(ids)} tokens given; 1 to {self.context} (the context) are possible")
-        try:
-            row = np.asarray(ids, np.int64)[None]
-            states = self._model.run(self.names, row, np.ones_like(row))
-        except Exception as error:  # onnxruntime has no common base class for its errors
-            raise BuildFailed(f"{self._model.bundle}: onnxruntime cannot run {GRAPH}: {error}") from error
-        return [state[0] for state in states]
+        row = np.asarray(ids, np.int64)[None]
+        return [state[0] for state in self._model.run(self.names, row, np.ones_like(row))]
 
 
 class Size(NamedTuple):
@@ -248,23 +238,20 @@ def graph_path(bundle: Path) -> Path:
 
 
 def _sizes(bundle: Path) -> dict[str, Any]:
-    """`read_config`; of a bundle for browsers alone the same sizes out of config.json."""
+    """`read_config`; of a bundle for other runtimes alone the same sizes out of config.json."""
     path = bundle / "config.json"
-    if (bundle / GENAI_CONFIG).is_file() or (bundle / GRAPH).is_file() or not path.is_file():
+    if (bundle / GENAI_CONFIG).is_file() or not path.is_file():
         return read_config(bundle)
     config = read_json(path)
-    try:
-        context = next(int(config[name]) for name in LENGTHS if name in config)
-        return {"context_length": context, "vocab_size": int(config["vocab_size"]), "eos_token_id": []}
-    except (ValueError, KeyError, TypeError, StopIteration) as error:
-        raise BadInput(
-            f"{path}: tells no context or vocabulary ({type(error).__name__}); export the bundle again"
-        ) from None
+    lengths = [int(config[name]) for name in LENGTHS if name in config]
+    if not lengths or "vocab_size" not in config:
+        raise BadInput(f"{path}: tells no context or vocabulary; export the bundle again")
+    return {"context_length": lengths[0], "vocab_size": config["vocab_size"], "eos_token_id": []}
 
 
 def at_accuracy_level(bundle: Path, level: int) -> bytes:
     """The bundle's graph with another arithmetic in its products: 0 is fp32, 4 rounds activations to int8."""
-    model = ir.load(bundle / GRAPH)
+    model = read_graph(bundle / GRAPH)
     for node in model.graph:
         if "accuracy_level" in node.attributes:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)

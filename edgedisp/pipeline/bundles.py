@@ -20,9 +20,9 @@ from edgedisp.core.errors import BuildFailed
 from edgedisp.core.files import MANIFEST, file_digest, git_commit, list_files, read_object, write_json
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import RUN, read
-from edgedisp.graph import runtime_layouts
-from edgedisp.graph.device_graph import for_device
 from edgedisp.graph.export import export as export_graph
+from edgedisp.graph.runtime_layouts import arrange, for_device
+from edgedisp.graph.verify import check_layouts
 from edgedisp.pipeline.options import PackageOptions, QuantizeOptions, SearchOptions
 from edgedisp.pipeline.prepare import weights_digest
 from edgedisp.pipeline.rounding import gptq_blocks, outer_method, trained_blocks
@@ -125,12 +125,16 @@ def quantize_searched(
 
 
 def delta_survival(options: None, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
-    """What is left of every packed weight's change since the base, and from the baseline's model where there
-    is one, on the steps of the bundle (quantize/delta_survival.py)."""
-    references = {name: models.load_weights(inputs[name]) for name in ("base", "baseline") if name in inputs}
-    trained = models.load_weights(inputs["model"])
-    results = survival(inputs["bundle"], inputs["parent"], trained, references, progress)
+    """What is left of the packed weights' change since the base, and from the baseline's model where there is
+    one, on the steps of the bundle (quantize/delta_survival.py); of each weight in survival.json."""
+    folders = {name: inputs[name] for name in ("base", "baseline") if name in inputs}
+    folders["trained"] = inputs["model"]
+    weights = {name: models.load_weights(folder) for name, folder in folders.items()}
+    by_tensor = results_of(inputs["bundle"])["by_tensor"]
+    results = survival(inputs["bundle"], inputs["parent"], by_tensor, weights, progress)
     write_json(output_dir / "survival.json", results)
+    for reference in results["references"].values():
+        del reference["tensors"]
     return results
 
 
@@ -139,13 +143,10 @@ def delta_survival(options: None, inputs: Inputs, output_dir: Path, progress: Pr
 
 def package(options: PackageOptions, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
     """What was measured, for a device: the stage of a build."""
-    origin = {
-        **options.origin,
-        "data_sha256": results_of(inputs["corpus"])["tokens_sha256"],
-        "weights_sha256": weights_digest(inputs["model"]),
-    }
-    grid = results_of(inputs["bundle"])
-    return write_package(replace(options, origin=origin), grid, inputs["bundle"], inputs["base"], output_dir)
+    digests = {"data_sha256": results_of(inputs["corpus"])["tokens_sha256"]}
+    digests["weights_sha256"] = weights_digest(inputs["model"])
+    options = replace(options, origin={**options.origin, **digests})
+    return write_package(options, results_of(inputs["bundle"]), inputs["bundle"], inputs["base"], output_dir)
 
 
 def write_package(
@@ -158,22 +159,18 @@ def write_package(
     grid of the weights, the base and its licence, how each runtime opens it, and where it comes from.
     Returns {target, layouts, threads, context, precision, size_bytes, files}; size_bytes counts every file.
     """
-    target = options.target
-    last_logits = target.logits == "last"
-    device = for_device(
-        bundle, output_dir, threads=options.threads, context=target.context, last_logits=last_logits
-    )
+    target, threads = options.target, options.threads
+    last = target.logits == "last"
+    device = for_device(bundle, output_dir, threads=threads, context=target.context, last_logits=last)
     is_browser = target.architecture == "wasm32"
-    layouts = runtime_layouts.arrange(output_dir, target.layouts, target.precision, browser=is_browser)
-    tokenizer = models.load_tokenizer(bundle)
-    ids = models.encode(tokenizer, data.synthetic_documents(1, seed=0)[0].text)[:COMPARED_TOKENS]
-    runtime_layouts.check_same(output_dir, runtime_layouts.graphs(layouts), bundle, ids, options.threads)
+    layouts = arrange(output_dir, target.layouts, target.precision, browser=is_browser)
+    ids = models.encode(models.load_tokenizer(bundle), data.synthetic_documents(1, seed=0)[0].text)
+    check_layouts(output_dir, layouts, bundle, ids[: min(COMPARED_TOKENS, device["context"])], threads)
     licence = models.copy_licence(licence_dir, output_dir)
     files = list_files(output_dir, without=(MANIFEST, CARD, "key.json"))
     summary = {
         "target": target.name,
-        "threads": device["threads"],
-        "context": device["context"],
+        **device,
         "precision": target.precision,
         "size_bytes": sum(entry["size_bytes"] for entry in files.values()),
     }
@@ -202,10 +199,8 @@ def provenance_of(model: Path) -> dict[str, Any]:
     origin["weights_sha256"] = weights_digest(model)
     run, record = model.resolve().parent.parent, read(model)
     owner, corpus = read_object(run / RUN), read(run / "corpus")
-    if record is None or corpus is None or "identity" not in owner:
-        return origin  # no stage's folder, or copied out of its run
-    arm, _, kind = str(record.key.get("stage", "")).rpartition("/")
-    if kind == "model":
+    arm, _, kind = str(record.key.get("stage", "") if record else "").rpartition("/")
+    if record and corpus and kind == "model" and "identity" in owner:  # not copied out of its run
         origin["recipe"] = {"name": owner["name"], "hash8": hash8(owner["identity"])}
         origin["data_sha256"] = corpus.results.get("tokens_sha256")
         origin |= {"arm": arm, "seed": record.results.get("settings", {}).get("seed")}

@@ -33,7 +33,7 @@ from edgedisp.core.results import Condensation, Divergence, Measurement, Parity
 from edgedisp.core.stage_folder import SCORES
 from edgedisp.dispersion.condensation import Profile, measure_model, profile, summary
 from edgedisp.evaluate.divergence import DivergenceMeter
-from edgedisp.graph.device_graph import for_device
+from edgedisp.graph.runtime_layouts import for_device
 from edgedisp.graph.session import HiddenStates, OnnxModel, at_accuracy_level
 from edgedisp.graph.verify import check_bundle
 from edgedisp.pipeline.options import ITEMS, LatencyOptions, MeasureOptions, ParityOptions

@@ -9,28 +9,23 @@ gptq   when rounding begins, the model is calibrated. Its scales stay fixed, and
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edgedisp.core.distributed import is_main_process
-from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
 from edgedisp.pipeline.options import BundleRounding
 from edgedisp.pipeline.prepare import training_blocks
-from edgedisp.quantize.calibration import Scales, calibrated_start, gptq_model
-from edgedisp.quantize.grid import Blocks, Grid, dequantize, in_groups, quantize, round_to
-from edgedisp.quantize.rounding_methods import Choice
+from edgedisp.quantize.calibration import calibrated_start, gptq_model, read_weight
+from edgedisp.quantize.grid import Blocks, Choice, Grid, Scales, dequantize, in_groups, quantize, round_to
 from edgedisp.recipe import QuantizeBits
-from edgedisp.train.quantized_weights import Rounding, round_weights, weights_of
+from edgedisp.train.quantized_weights import Rounding, round_weights
 
 if TYPE_CHECKING:
     from edgedisp.train.callbacks import QuantizationAware
@@ -59,20 +54,19 @@ def _rounding(grid: Grid, scales: Mapping[str, Scales] | None = None) -> Roundin
     def rounded(name: str, weight: Tensor) -> Tensor:
         step = max(1, SLICE_VALUES // weight.shape[1])
         out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        for first in range(0, len(weight), step):
-            rows = weight[first : first + step]
+        for rows in (slice(first, first + step) for first in range(0, len(weight), step)):
             if scales is None:
-                blocks = quantize(rows, grid)
+                blocks = quantize(weight[rows], grid)
             else:
-                blocks = _blocks(rows, scales[name].rows(first, len(rows)), grid)
-            out[first : first + step] = dequantize(blocks, grid)
+                blocks = _blocks(weight[rows], scales[name].rows(rows), grid)
+            out[rows] = dequantize(blocks, grid)
         return out
 
     return rounded
 
 
 def _blocks(weight: Tensor, scales: Scales, grid: Grid) -> Blocks:
-    return round_to(in_groups(weight, grid.group), scales.scales, scales.zero_points, grid, weight.shape[1])
+    return round_to(in_groups(weight, grid.group), scales, grid, weight.shape[1])
 
 
 def aware_callback(
@@ -85,64 +79,50 @@ def aware_callback(
     """
     from edgedisp.train.callbacks import QuantizationAware  # the Trainer; a bundle needs none
 
-    (grid, outer), path = grids(rounding), output_dir / SCALES
+    (grid, outer), scales = grids(rounding), dict[str, Scales]()
     if rounding.section.method != "gptq":
         return QuantizationAware(_rounding(grid), _rounding(outer), start=start)
-    scales: dict[str, Scales] = {}
 
     def begin(model: Any, continued: bool) -> None:
         if continued:
-            scales.update(read_scales(path, grid, next(model.parameters()).device))
+            scales.update(read_scales(output_dir, next(model.parameters()).device))
             return
         blocks = -(-rounding.section.calibration_tokens // tokens.shape[1])
-        scales.update(calibrated_start(model, tokens[:blocks], lambda name: grid, progress))
+        scales.update(calibrated_start(model, tokens[:blocks], grid, progress))
         if is_main_process():  # all processes calibrate alike
-            write_scales(scales, grid, path)
+            write_scales(scales, output_dir)
 
     return QuantizationAware(_rounding(grid, scales), _rounding(outer), start=start, begin=begin)
 
 
-def write_scales(scales: dict[str, Scales], grid: Grid, path: Path) -> None:
-    """Write the scales beside the weights; the grids as one entry of metadata, whose order is not kept."""
-    tensors = {}
-    for name, fixed in scales.items():
-        tensors[f"{name}.scales"] = fixed.scales.contiguous()
-        if fixed.zero_points is not None:
-            tensors[f"{name}.zero_points"] = fixed.zero_points.contiguous()
-    metadata = {"grids": json.dumps(dict.fromkeys(sorted(scales), asdict(grid)))}
+def write_scales(scales: Mapping[str, Scales], model_folder: Path) -> None:
+    """Write the scales beside the weights, whole or not at all."""
+    tensors = {
+        f"{name}.{part}": values.contiguous()
+        for name, fixed in scales.items()
+        for part, values in fixed._asdict().items()
+        if values is not None
+    }
+    path = model_folder / SCALES
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_bytes(save(tensors, metadata))
+    save_file(tensors, unfinished)
     unfinished.replace(path)
 
 
-def read_scales(path: Path, grid: Grid, device: torch.device | str = "cpu") -> dict[str, Scales]:
-    """Parameter name -> the scales that training left; empty where it left none.
-
-    Raises BadInput if they belong to another grid.
-    """
-    scales: dict[str, Scales] = {}
-    if not path.is_file():
-        return scales
-    with safe_open(path, "pt", device=str(device)) as file:
-        names = set(file.keys())
-        for name, values in json.loads(file.metadata()["grids"]).items():
-            if (stored := Grid(**values)) != grid:
-                raise BadInput(
-                    f"{path}: the scales of {name} were trained on {stored}, the bundle is on {grid}"
-                )
-            points = f"{name}.zero_points"
-            zero_points = file.get_tensor(points) if points in names else None
-            scales[name] = Scales(file.get_tensor(f"{name}.scales"), zero_points)
-    return scales
+def read_scales(model_folder: Path, device: torch.device | str = "cpu") -> dict[str, Scales]:
+    """Parameter name -> the scales that training left; empty where it left none."""
+    path, ending = model_folder / SCALES, ".scales"
+    tensors = load_file(path, str(device)) if path.is_file() else {}
+    names = (name.removesuffix(ending) for name in tensors if name.endswith(ending))
+    return {name: Scales(tensors[name + ending], tensors.get(f"{name}.zero_points")) for name in names}
 
 
 def trained_roundings(rounding: BundleRounding, model_folder: Path) -> tuple[Rounding, Rounding]:
     """The rounding that a quantization-aware training of `model_folder` ended with: of the layers, and of the
     embedding and the lm_head."""
     grid, outer = grids(rounding)
-    scales = read_scales(model_folder / SCALES, grid)
-    return _rounding(grid, scales or None), _rounding(outer)
+    return _rounding(grid, read_scales(model_folder) or None), _rounding(outer)
 
 
 def trained_blocks(rounding: BundleRounding, model: Any, model_folder: Path) -> dict[str, Blocks]:
@@ -151,11 +131,9 @@ def trained_blocks(rounding: BundleRounding, model: Any, model_folder: Path) -> 
     All others are left to the rewriter, which rounds them to nearest.
     """
     grid, _ = grids(rounding)
-    scales = read_scales(model_folder / SCALES, grid)
     return {
-        weight.name: _blocks(weight.values(), scales[weight.name], grid)
-        for weight in weights_of(model, *trained_roundings(rounding, model_folder))
-        if weight.name in scales
+        name: _blocks(read_weight(model.get_submodule(name.removesuffix(".weight"))), scales, grid)
+        for name, scales in read_scales(model_folder).items()
     }
 
 

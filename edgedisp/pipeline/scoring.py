@@ -119,7 +119,7 @@ class _TokenByToken:
 
     def logits(self, ids: NDArray[np.int64], last: int) -> NDArray[np.float32]:
         row, half = ids[None], max(1, len(ids) // 2)
-        logits, cache = self.model.prefill(row[:, :half], np.ones((1, half), np.int64))
+        logits, cache = self.model.decode(row[:, :half], np.ones((1, half), np.int64))
         rows = [logits[0]]
         for position in range(half, len(ids)):
             mask = np.ones((1, position + 1), np.int64)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -31,7 +31,7 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
 from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.quantize.gptq import gptq
-from edgedisp.quantize.grid import Blocks, Grid, check_weight, dequantize
+from edgedisp.quantize.grid import Blocks, Grid, Scales, dequantize
 
 LINEAR = nn.Linear | Conv1D  # GPT-2's Conv1D holds [in, out]
 CORRECTION = 0.5  # share of what earlier rounding changed that later maps make up for; all of it overfits
@@ -40,30 +40,18 @@ RIDGE = 0.1  # of the correction: a share of H's mean diagonal
 # squared activation): the head's error alone would make the rows coarser than rounding to nearest does.
 TIED = 1.0
 
-Grids = Callable[[str], Grid]
-"""Parameter name -> its grid."""
+Grids = Grid | Mapping[str, Grid]
+"""One grid for all, or by parameter name."""
 
 Rounded = dict[str, tuple[Blocks, Tensor]]
 """Parameter name -> blocks, and the latent weight fp32 [out, in] that rounds to them on their scales."""
-
-
-@dataclass(frozen=True)
-class Scales:
-    """Of a weight [out, in]: scales fp32 and zero points uint8 (None: symmetric), each [out, groups]."""
-
-    scales: Tensor
-    zero_points: Tensor | None
-
-    def rows(self, first: int, count: int) -> Scales:
-        points = None if self.zero_points is None else self.zero_points[first : first + count]
-        return Scales(self.scales[first : first + count], points)
 
 
 @torch.no_grad()
 def gptq_model(
     model: Any,
     tokens: NDArray[Any],
-    grid: Grid | Mapping[str, Grid],
+    grids: Grids,
     *,
     head: Grid | None = None,
     correction: float = CORRECTION,
@@ -71,45 +59,42 @@ def gptq_model(
 ) -> dict[str, Blocks]:
     """Round the layers' linear maps of `model` in place by GPTQ, then the output head on the grid `head`.
 
-    tokens: unsigned integers [blocks, context], all real text. `grid`: one for all, or by parameter name.
-    Returns parameter name -> blocks. BadInput names the weight that cannot be quantized, or says that there
-    are no tokens.
+    tokens: unsigned integers [blocks, context], all real text. Returns parameter name -> blocks. BadInput
+    without tokens.
     """
-    grids: Grids = (lambda name: grid) if isinstance(grid, Grid) else grid.__getitem__
-    text = _text(model, tokens)
     blocks = {
         name: part
-        for rounded in calibrate(model, text, grids, correction, progress)
+        for rounded in calibrate(model, tokens, grids, progress, correction)
         for name, (part, _) in rounded.items()
     }
     if head is not None:
-        output = model.get_output_embeddings()
+        output, text = model.get_output_embeddings(), _text(model, tokens)
         run = lambda block: model(input_ids=block[None], use_cache=False)  # noqa: E731
         second = _moments(_inputs(partial(run, block), [output]) for block in text)["second"]
         if output.weight is model.get_input_embeddings().weight:
             second += TIED * second.diagonal().mean() * torch.eye(len(second), device=second.device)
         name = next(name for name, parameter in model.named_parameters() if parameter is output.weight)
-        blocks[name], _ = _round({name: _read(output)}, second, lambda _: head)[name]
-        _write(output, dequantize(blocks[name], head))
+        blocks[name], _ = _round({name: read_weight(output)}, second, head)[name]
+        write_weight(output, dequantize(blocks[name], head))
     return blocks
 
 
 @torch.no_grad()
 def calibrated_start(
-    model: nn.Module, tokens: NDArray[Any], grids: Grids, progress: Progress = silent
+    model: nn.Module, tokens: NDArray[Any], grid: Grid, progress: Progress = silent
 ) -> dict[str, Scales]:
     """Where training under GPTQ's rounding starts: puts the latent weights into the layers of `model` and
     returns the scales that round them to the GPTQ-quantized model, by parameter name, on the model's device.
 
-    tokens: unsigned integers [blocks, context]. BadInput names a weight that cannot be quantized.
+    tokens, BadInput: as of `gptq_model`.
     """
     scales: dict[str, Scales] = {}
     latents: dict[str, Tensor] = {}
-    for rounded in calibrate(model, _text(model, tokens), grids, CORRECTION, progress):
+    for rounded in calibrate(model, tokens, grid, progress):
         for name, (blocks, latents[name]) in rounded.items():
             scales[name] = Scales(blocks.scales.clone(), blocks.zero_points)
     for name, latent in latents.items():
-        _write(model.get_submodule(name.removesuffix(".weight")), latent)
+        write_weight(model.get_submodule(name.removesuffix(".weight")), latent)
     return scales
 
 
@@ -119,54 +104,55 @@ def _text(model: nn.Module, tokens: NDArray[Any]) -> Tensor:
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, text: Tensor, grids: Grids, correction: float, progress: Progress = silent
+    model: nn.Module,
+    tokens: NDArray[Any],
+    grids: Grids,
+    progress: Progress = silent,
+    correction: float = CORRECTION,
 ) -> Iterator[Rounded]:
     """Round every linear map of the layers in place, in the order of computation; yields those that were
-    rounded together. text: int64 [blocks, tokens], on the model's device.
-
-    `correction`: the share, in [0, 1], of what earlier rounding changed that later maps make up for. The
-    model is left in eval mode. BadInput if there is no text.
-    """
-    if not len(text):
+    rounded together. tokens: as of `gptq_model`. The model is left in eval mode. BadInput without text."""
+    if not len(tokens):
         raise BadInput("no calibration text: at least one block of tokens is needed")
     model.eval()
     layers = decoder_layers(model)
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
-    calls, states = layer_calls(model, layers, text)
+    calls, states = layer_calls(model, layers, _text(model, tokens))
     plain = states if correction else []  # of the unrounded model
     for index, call in enumerate(calls):
         progress(index, len(layers), "rounding layer by layer")
         unrounded = replace(call, layer=copy.deepcopy(call.layer))
         twins = dict(zip(call.layer.modules(), unrounded.layer.modules()))
-        for modules in call.waves(states[0]):
-            weights = {names[module]: _read(module) for module in modules}
-            stream = call.residual_of(modules[0], states[0]) if plain and len(modules) == 1 else None
-            read = modules[:1] if stream is None else [modules[0], stream]
+        for modules, stream in call.waves(states[0]):
+            weights = {names[module]: read_weight(module) for module in modules}
+            readers = [modules[0]] if stream is None else [modules[0], stream]
             moments = _moments(
-                (_inputs(partial(call, state), read) for state in states),
-                (_inputs(partial(unrounded, state), [twins[module] for module in read]) for state in plain),
+                (_inputs(partial(call, state), readers) for state in states),
+                (
+                    _inputs(partial(unrounded, state), [twins[module] for module in readers])
+                    for state in plain
+                ),
             )
             if plain:
-                weights = _corrected(weights, moments, correction)
+                weights = _corrected(weights, moments)
             rounded = _round(weights, moments["second"], grids)
             for module in modules:
-                _write(module, dequantize(rounded[names[module]][0], grids(names[module])))
+                write_weight(module, dequantize(rounded[names[module]][0], _grid(grids, names[module])))
             yield rounded
         plain = [unrounded(state) for state in plain]
         states = [call(state) for state in states]
     progress(len(layers), len(layers), "rounding layer by layer")
 
 
+def _grid(grids: Grids, name: str) -> Grid:
+    return grids if isinstance(grids, Grid) else grids[name]
+
+
 def _round(weights: dict[str, Tensor], second: Tensor, grids: Grids) -> Rounded:
-    """Weights that read one tensor: those on one grid are rounded as one. BadInput names a damaged one."""
+    """Weights that read one tensor: those on one grid are rounded as one."""
     rounded: Rounded = {}
-    for name, weight in weights.items():
-        try:
-            check_weight(weight)
-        except BadInput as error:
-            raise BadInput(f"{name}: {error}") from error
-    for grid in dict.fromkeys(map(grids, weights)):
-        group = {name: weight for name, weight in weights.items() if grids(name) == grid}
+    for grid in dict.fromkeys(_grid(grids, name) for name in weights):
+        group = {name: weight for name, weight in weights.items() if _grid(grids, name) == grid}
         joined = next(iter(group.values())) if len(group) == 1 else torch.cat(list(group.values()))
         blocks, latent = gptq(joined, grid, second)
         first = 0
@@ -176,13 +162,13 @@ def _round(weights: dict[str, Tensor], second: Tensor, grids: Grids) -> Rounded:
     return rounded
 
 
-def _read(module: Any) -> Tensor:
-    """The weight fp32 [out, in]."""
+def read_weight(module: Any) -> Tensor:
+    """The weight of a linear map, fp32 [out, in]."""
     weight: Tensor = module.weight.detach()
     return (weight.T if isinstance(module, Conv1D) else weight).float()
 
 
-def _write(module: Any, values: Tensor) -> None:
+def write_weight(module: Any, values: Tensor) -> None:
     """In place: a model's weights may lie in one piece of memory."""
     module.weight.copy_(values.T if isinstance(module, Conv1D) else values)
 
@@ -196,15 +182,14 @@ def _moments(rounded: Iterable[list[Tensor]], unrounded: Iterable[list[Tensor]] 
     for inputs, plain in zip_longest(rounded, unrounded, fillvalue=list[Tensor]()):
         x = inputs[0]
         tokens += len(x)
-        differences = (x0 - x1 for x0, x1 in zip(plain, inputs))
-        factors = {"second": x, **dict(zip(("drift", "residual"), differences))}
-        for name, factor in factors.items():
+        factors = [x, *(x0 - x1 for x0, x1 in zip(plain, inputs))]
+        for name, factor in zip(("second", "drift", "residual"), factors):
             sums[name] = sums[name].addmm_(factor.T, x) if name in sums else factor.T @ x
     return {name: total / tokens for name, total in sums.items()}
 
 
-def _corrected(weights: dict[str, Tensor], moments: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-    """The weights that give, on the inputs of the rounded model, `share` more of what the unrounded gives."""
+def _corrected(weights: dict[str, Tensor], moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that give, on the inputs of the rounded model, more of what the unrounded model gives."""
     joined = torch.cat(list(weights.values()))
     missing = joined @ moments["drift"]
     if "residual" in moments:
@@ -212,7 +197,7 @@ def _corrected(weights: dict[str, Tensor], moments: Mapping[str, Tensor], share:
     metric = moments["second"].double()
     metric.diagonal().add_(RIDGE * metric.diagonal().mean().clamp(min=1e-12))
     change = torch.cholesky_solve(missing.T.double(), torch.linalg.cholesky(metric)).T.float()
-    parts = joined.add_(change, alpha=share).split([len(weight) for weight in weights.values()])
+    parts = joined.add_(change, alpha=CORRECTION).split([len(weight) for weight in weights.values()])
     return dict(zip(weights, parts))
 
 
@@ -225,13 +210,10 @@ class _Stop(Exception):
 
 def _with_hooks(modules: Iterable[nn.Module], hook: Callable[..., None], run: Callable[[], Any]) -> None:
     """`run`, which a hook may end, with `hook(module, args, kwargs)` before each of `modules`."""
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
-    try:
-        with suppress(_Stop):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, suppress(_Stop):
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        run()
 
 
 def _inputs(run: Callable[[], Any], modules: Sequence[nn.Module]) -> list[Tensor]:
@@ -261,42 +243,42 @@ class LayerCall:
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
 
-    def waves(self, state: Tensor) -> list[list[Any]]:
-        """The linear maps in the order of computation, those that read the same tensor together."""
-        waves: dict[int, tuple[Tensor, list[Any]]] = {}  # with the tensor, or its id could be used again
+    def waves(self, state: Tensor) -> list[tuple[list[Any], nn.Module | None]]:
+        """The linear maps in the order of computation, those that read the same tensor together; with the
+        module that reads the residual stream to which a map's output is added.
+
+        The stream is found by value: a tensor that is read later, or the layer's output, is that sum to the
+        bit. None where there is no such sum: several maps, a norm in between, a parallel branch.
+        """
+        reads: list[tuple[nn.Module, Tensor]] = []
+        outputs: dict[nn.Module, tuple[int, Tensor]] = {}  # how many reads were before, and the output
 
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            waves.setdefault(id(args[0]), (args[0], []))[1].append(module)
+            if args and isinstance(args[0], Tensor):
+                reads.append((module, args[0]))
+
+        def written(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            outputs[module] = len(reads), output
 
         linear = [module for module in self.layer.modules() if isinstance(module, LINEAR)]
-        _with_hooks(linear, read, partial(self, state))
-        return [wave for _, wave in waves.values()]
+        with ExitStack() as hooks:
+            for product in linear:
+                hooks.callback(product.register_forward_hook(written).remove)
+            _with_hooks(self.layer.modules(), read, lambda: reads.append((self.layer, self(state))))
+        waves: dict[int, list[Any]] = {}
+        for module, tensor in reads:
+            if isinstance(module, LINEAR):
+                waves.setdefault(id(tensor), []).append(module)
 
-    def residual_of(self, module: nn.Module, state: Tensor) -> nn.Module | None:
-        """The module that reads the residual stream to which `module`'s output is added.
+        def stream_of(module: nn.Module) -> nn.Module | None:
+            count, output = outputs[module]
+            same_size = [(reader, x.reshape(-1)) for reader, x in reads if x.numel() == output.numel()]
+            before = sum(x.numel() == output.numel() for _, x in reads[:count])
+            sums = ((reader, stream + output.reshape(-1)) for reader, stream in same_size[:before])
+            later = [tensor for _, tensor in same_size[before:]]
+            return next((reader for reader, total in sums if any(torch.equal(total, x) for x in later)), None)
 
-        Found by value: a tensor that is read later, or the layer's output, is that sum to the bit. None where
-        there is no such sum: other maps, a norm in between, a parallel branch.
-        """
-        before: list[tuple[nn.Module, Tensor]] = []
-        outputs: list[Tensor] = []
-        later: list[Tensor] = []
-
-        def read(reader: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if args and isinstance(args[0], Tensor) and args[0].numel() == state.numel():
-                tensor = args[0].reshape(state.shape)
-                (later.append(tensor) if outputs else before.append((reader, tensor)))
-
-        handle = module.register_forward_hook(lambda module, args, output: outputs.append(output))
-        try:
-            _with_hooks(self.layer.modules(), read, lambda: later.append(self(state)))
-        finally:
-            handle.remove()
-        if outputs[0].numel() != state.numel():
-            return None
-        output = outputs[0].reshape(state.shape)
-        sums = ((reader, stream + output) for reader, stream in before)
-        return next((reader for reader, total in sums if any(torch.equal(total, t) for t in later)), None)
+        return [(wave, stream_of(wave[0]) if len(wave) == 1 else None) for wave in waves.values()]
 
 
 def layer_calls(

@@ -15,13 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgedisp.quantize.grid import Blocks, Grid, check_weight, concatenate, dequantize, inverse, storable
-from edgedisp.quantize.rounding_methods import k_quant
+from edgedisp.quantize.grid import Blocks, Choice, Grid, concatenate, dequantize, inverse, storable
 
 DAMPING = 0.01  # added to H's diagonal, as a share of its mean
 BLOCK = 128  # columns whose corrections are applied to the rest at once
 ROWS = 4096  # rows rounded at a time, a column of them in one step
-SEARCHED = 512  # rows whose scales are searched for at a time; the search takes ten times their memory
 REFITTED = 32  # rows whose scales are solved for at a time; that takes groups x columns values for each
 EDGE = 0.499  # how far from an integer, in steps, a latent value may lie: the next integer begins at a half
 
@@ -29,18 +27,18 @@ EDGE = 0.499  # how far from an integer, in steps, a latent value may lie: the n
 def gptq(weight: Tensor, grid: Grid, hessian: Tensor) -> tuple[Blocks, Tensor]:
     """Round fp32 [out, in] under H [in, in]; also the latent weight fp32 [out, in].
 
-    A column that calibration never excited is rounded to nearest. BadInput as `check_weight`.
+    A column that calibration never excited is rounded to nearest.
     """
-    check_weight(weight)
     columns = weight.shape[1]
     hessian = hessian.float().clone()
     diagonal = hessian.diagonal()
     diagonal += DAMPING * diagonal.mean().clamp(min=1e-12)
     order = torch.argsort(diagonal, descending=True, stable=True)
-    factor = _upper_factor(hessian[order][:, order])
+    inverted = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order].double()))
+    factor: Tensor = torch.linalg.cholesky(inverted, upper=True).float()  # H^-1 = factor^T factor
     parts, latent = [], torch.empty_like(weight)
     for rows, out in zip(weight.split(ROWS), latent.split(ROWS)):  # rows are independent
-        start = concatenate([k_quant(part, grid, diagonal.clone()) for part in rows.split(SEARCHED)])
+        start = Choice(grid, "k_quant").blocks(rows, diagonal.clone())
         q, steps = _round_columns(rows[:, order], start, order, factor, grid)
         integers = start.q.reshape(len(rows), -1).clone()
         integers[:, order] = q
@@ -49,13 +47,6 @@ def gptq(weight: Tensor, grid: Grid, hessian: Tensor) -> tuple[Blocks, Tensor]:
         out[:, order] = steps
         out.mul_(parts[-1].scales.repeat_interleave(grid.group, dim=1)[:, :columns])
     return concatenate(parts), latent
-
-
-def _upper_factor(hessian: Tensor) -> Tensor:
-    """U with H^-1 = U^T U, upper triangular."""
-    inverted = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
-    upper: Tensor = torch.linalg.cholesky(inverted, upper=True)
-    return upper.float()
 
 
 def _round_columns(
@@ -104,6 +95,11 @@ def refit(blocks: Blocks, weight: Tensor, grid: Grid, hessian: Tensor) -> Blocks
     metric[:columns, :columns] = hessian
     by_group = metric.reshape(groups, grid.group, size)
     scales = blocks.scales.clone()
+
+    def cost(s: Tensor) -> Tensor:
+        """Each row's error up to a constant: s A s - 2 s b."""
+        return torch.einsum("rg,rgh,rh->r", s, a, s) - 2 * (s * b).sum(1)
+
     for first in range(0, rows, REFITTED):
         part = slice(first, first + REFITTED)
         z = integers[part].reshape(-1, groups, grid.group)
@@ -116,11 +112,6 @@ def refit(blocks: Blocks, weight: Tensor, grid: Grid, hessian: Tensor) -> Blocks
         b = b + ridge[:, None] * old
         solved, info = torch.linalg.solve_ex(a, b)
         solved = storable(solved.float()).double()
-        better = (info == 0) & torch.isfinite(solved).all(1) & (_cost(solved, a, b) < _cost(old, a, b))
+        better = (info == 0) & torch.isfinite(solved).all(1) & (cost(solved) < cost(old))
         scales[part] = torch.where(better[:, None], solved, old).float()
     return Blocks(blocks.q, scales, blocks.zero_points, columns)
-
-
-def _cost(scales: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Each row's error up to a constant: s A s - 2 s b."""
-    return torch.einsum("rg,rgh,rh->r", scales, a, scales) - 2 * (scales * b).sum(1)

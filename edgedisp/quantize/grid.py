@@ -1,4 +1,4 @@
-"""The block grid of ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized`.
+"""The block grid of ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized`, and rounding to it.
 
 A weight [out, in] is cut along `in` into groups of `group` values. Each group has one scale and, when
 asymmetric, one zero point:
@@ -7,12 +7,16 @@ asymmetric, one zero point:
 
 Scales are fp16 numbers (`storable`): fp32 scales would be a fifth of a 4-bit file. The last group of a row
 may be partly padding (q = zero point). All functions take torch tensors on any device; `pack` returns numpy.
+
+`METHODS` choose scales and integers from the weight alone. onnxruntime's quantizers work on graphs alone, and
+its `k_quant` finds nothing better than rounding on SmolLM2-135M (relative error 0.082; here 0.070).
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +29,8 @@ from edgedisp.core.errors import BadInput
 LARGEST = float(torch.finfo(torch.float16).max)
 GROUPS = (16, 32, 64, 128, 256)
 BITS = (4, 8)
+K_STARTS = 20  # starting scales that k_quant tries
+ROUNDED_VALUES = 1 << 17  # values rounded at a time: half a MB, so that a method works in the cache
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,16 @@ class Grid:
         return sum(self.array_bytes(rows, columns))
 
 
+class Scales(NamedTuple):
+    """Of a weight [out, in]: scales fp32 and zero points uint8 (None: symmetric), each [out, groups]."""
+
+    scales: Tensor
+    zero_points: Tensor | None
+
+    def rows(self, index: slice) -> Scales:
+        return Scales(self.scales[index], None if self.zero_points is None else self.zero_points[index])
+
+
 @dataclass(frozen=True)
 class Blocks:
     """A quantized weight, unpacked: q uint8 [out, groups, group], scales fp32 and zero points uint8
@@ -99,28 +115,14 @@ def in_groups(weight: Tensor, group: int) -> Tensor:
     return weight.reshape(len(weight), -1, group)
 
 
-def check_weight(weight: Tensor) -> None:
-    """BadInput for values that are not finite, or larger than fp16 scales reach."""
-    lowest, highest = torch.aminmax(weight)
-    largest = float(torch.maximum(-lowest, highest))  # NaN stays NaN
-    if not math.isfinite(largest):
-        raise BadInput("the weight holds values that are not finite; quantizing it would hide a broken model")
-    if largest > LARGEST:
-        raise BadInput(
-            f"the weight holds {largest:.3g}, beyond what scales in fp16 reach ({LARGEST:,.0f}); "
-            "is the model damaged?"
-        )
-
-
-def quantize(weight: Tensor, grid: Grid) -> Blocks:
-    """`weight` fp32 [out, in] rounded to nearest over the range of each group. BadInput as `check_weight`."""
-    check_weight(weight)
+def quantize(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Blocks:
+    """`weight` fp32 [out, in] rounded to nearest over the range of each group."""
     values = in_groups(weight, grid.group)
-    return round_to(values, *ranges(values, grid), grid, weight.shape[1])
+    return round_to(values, ranges(values, grid), grid, weight.shape[1])
 
 
-def ranges(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """Scales fp32 and zero points uint8 (None when symmetric), [out, groups], of values [out, groups, n].
+def ranges(values: Tensor, grid: Grid) -> Scales:
+    """The scales that cover the range of each group of values [out, groups, n].
 
     Symmetric: the value of largest magnitude lands on q = 0, the end with one step more, so its sign is the
     opposite of the scale's. Asymmetric: [min(0, lowest), max(0, highest)] over 2^bits - 1 steps; zero stays
@@ -129,11 +131,11 @@ def ranges(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     lowest, highest = torch.aminmax(values, dim=-1)
     if grid.symmetric:
         extreme = torch.where(-lowest > highest, lowest, highest)
-        return storable(extreme / -float(grid.middle)), None
+        return Scales(storable(extreme / -float(grid.middle)), None)
     lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
     scales = storable((highest - lowest) / float(grid.highest))
     zero_points = torch.round(-lowest * inverse(scales)).clamp(0, grid.highest).to(torch.uint8)
-    return scales, zero_points
+    return Scales(scales, zero_points)
 
 
 def storable(scales: Tensor) -> Tensor:
@@ -145,10 +147,11 @@ def storable(scales: Tensor) -> Tensor:
     return torch.copysign(rounded, scales)
 
 
-def round_to(values: Tensor, scales: Tensor, zero_points: Tensor | None, grid: Grid, columns: int) -> Blocks:
-    """The nearest integers to [out, groups, group] under given scales and zero points."""
-    q = torch.round(values * inverse(scales)[..., None] + grid.zeros(zero_points)).clamp(0, grid.highest)
-    return Blocks(q.to(torch.uint8), scales, zero_points, columns)
+def round_to(values: Tensor, scales: Scales, grid: Grid, columns: int) -> Blocks:
+    """The nearest integers to values [out, groups, group] under given scales and zero points."""
+    steps, zeros = inverse(scales.scales)[..., None], grid.zeros(scales.zero_points)
+    q = torch.round(values * steps + zeros).clamp(0, grid.highest)
+    return Blocks(q.to(torch.uint8), *scales, columns)
 
 
 def inverse(scales: Tensor) -> Tensor:
@@ -193,15 +196,80 @@ def unpack(packed: Packed, grid: Grid) -> Blocks:
 
 
 def _join(values: Tensor, bits: int) -> Tensor:
-    values = functional.pad(values.cpu(), (0, -values.shape[-1] % (8 // bits)))
-    lanes = values.reshape(*values.shape[:-1], -1, 8 // bits)
-    joined = lanes[..., 0].clone()
-    for lane in range(1, 8 // bits):
-        joined |= lanes[..., lane] << (bits * lane)
-    return joined
+    values = values.cpu()
+    if bits == 8:
+        return values
+    values = functional.pad(values, (0, values.shape[-1] % 2))
+    return values[..., ::2] | values[..., 1::2] << 4
 
 
 def _split(joined: Tensor, bits: int) -> Tensor:
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    lanes = (joined[..., None] >> shifts) & ((1 << bits) - 1)
-    return lanes.reshape(*joined.shape[:-1], -1)
+    return joined if bits == 8 else torch.stack([joined & 15, joined >> 4], dim=-1).flatten(-2)
+
+
+# ---------------------------------------------------------------- methods
+
+
+def k_quant(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Blocks:
+    """The least weighted squared error over starting scales around the range's own, each followed by the
+    least-squares scale (and minimum) under its integers. This is llama.cpp's k-quants' search.
+
+    importance: float32 [in], positive: what an error in an input column costs (the mean of its squared
+    activations); None: larger values count more, as in llama.cpp.
+    """
+    values = in_groups(weight, grid.group)
+    cost = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance
+    cost = in_groups(cost[None], grid.group)  # 0 for padding
+    if importance is None:
+        cost = cost * (values.abs() + values.square().mean(-1, keepdim=True).sqrt())
+
+    def error(scales: Scales) -> Tensor:
+        blocks = round_to(values, scales, grid, columns=values[0].numel())
+        return (dequantize(blocks, grid).reshape(values.shape) - values).square().mul_(cost).sum(-1)
+
+    scales, zero_points = ranges(values, grid)
+    least = error(Scales(scales, zero_points))
+    for step in range(K_STARTS):
+        start = ranges(values * (0.75 + 0.4 * step / (K_STARTS - 1)), grid)
+        fitted = _least_squares(values, cost, start, grid)
+        new_error = error(fitted)
+        better = new_error < least
+        least = torch.where(better, new_error, least)
+        scales = torch.where(better, fitted.scales, scales)
+        if zero_points is not None and fitted.zero_points is not None:
+            zero_points = torch.where(better, fitted.zero_points, zero_points)
+    return round_to(values, Scales(scales, zero_points), grid, weight.shape[1])
+
+
+def _least_squares(values: Tensor, cost: Tensor, scales: Scales, grid: Grid) -> Scales:
+    """The scale (and zero point) that fit best under the integers of the given ones."""
+    q = round_to(values, scales, grid, 0).q.float()
+    if scales.zero_points is None:
+        q = q - float(grid.middle)
+        return Scales(storable((cost * values * q).sum(-1) / (cost * q * q).sum(-1).clamp(min=1e-30)), None)
+    total = cost.sum(-1)
+    sum_q, sum_v = (cost * q).sum(-1), (cost * values).sum(-1)
+    sum_qq, sum_qv = (cost * q * q).sum(-1), (cost * q * values).sum(-1)
+    determinant = total * sum_qq - sum_q * sum_q
+    fitted = (total * sum_qv - sum_q * sum_v) / determinant
+    is_valid = (determinant > 0) & torch.isfinite(fitted) & (fitted > 0)
+    fitted = storable(torch.where(is_valid, fitted, scales.scales))
+    minimum = (sum_v - fitted * sum_q) / total.clamp(min=1e-30)
+    return Scales(fitted, torch.round(-minimum * inverse(fitted)).clamp(0, grid.highest).to(torch.uint8))
+
+
+METHODS: dict[str, Callable[[Tensor, Grid, Tensor | None], Blocks]] = {"rtn": quantize, "k_quant": k_quant}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a weight is rounded. method: a name in `METHODS`."""
+
+    grid: Grid
+    method: str = "rtn"
+
+    def blocks(self, weight: Tensor, importance: Tensor | None = None) -> Blocks:
+        """`weight` fp32 [out, in] rounded by the method, a few rows at a time: rows are independent."""
+        step = max(1, ROUNDED_VALUES // weight.shape[1])
+        parts = (METHODS[self.method](rows, self.grid, importance) for rows in weight.split(step))
+        return concatenate(list(parts))

@@ -28,10 +28,9 @@ from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Progress, silent
 from edgedisp.graph.onnx_graph import GRAPH, INLINE_BYTES, PAGE
 from edgedisp.quantize.calibration import gptq_model
-from edgedisp.quantize.grid import Blocks, Grid, concatenate, dequantize
+from edgedisp.quantize.grid import METHODS, Blocks, Choice, Grid, concatenate, dequantize
 from edgedisp.quantize.onnx_rewrite import BlocksOf
 from edgedisp.quantize.onnx_weights import read_fp32_graph
-from edgedisp.quantize.rounding_methods import METHODS, Choice
 from edgedisp.quantize.sensitivity import Reference, Weight, find_weights, importances, loss, replaced
 
 FOUR_BITS = tuple(Grid(4, group, symmetric) for symmetric in (False, True) for group in (16, 32, 64, 128))
@@ -187,8 +186,8 @@ class Search(MixedPrecision):
         self._step = 1 << max(0, math.ceil(math.log2(stored.max(1).sum() / STATES)))
         self._costs = -(-stored // self._step)
         self._least, self._picks = knapsack(self._costs, self.losses, int(self._costs.max(1).sum()))
-        tensors = read_fp32_graph(source).graph.initializer
-        fp32 = [4 * math.prod(tensor.dims) for tensor in tensors if tensor.name not in self.sensitivity]
+        values = read_fp32_graph(source).graph.initializers.values()
+        fp32 = [v.const_value.nbytes for v in values if v.const_value and v.name not in self.sensitivity]
         graph = (source / GRAPH).stat().st_size + NODE_BYTES * len(self.weights)
         self._fixed_bytes = graph + sum(map(_in_pages, fp32))
 

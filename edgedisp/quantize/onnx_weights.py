@@ -7,93 +7,41 @@ which torch parameters a weight is made of.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import torch
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import WRONG_SHAPE, file_size, read_json
-from edgedisp.graph.export import WEIGHT_MAP
-from edgedisp.graph.onnx_graph import GRAPH
+from edgedisp.core.files import WRONG_SHAPE, read_json
+from edgedisp.graph.onnx_graph import GRAPH, PACKED, PACKED_GATHER, WEIGHT_MAP, find_head, read_graph
 from edgedisp.quantize.grid import Blocks, concatenate
 
-QUANTIZED = ("MatMulNBits", "GatherBlockQuantized")
 
-# The first word found in a tensor's name tells its component; the genai builder uses the same words.
-COMPONENTS = (
-    ("norm", "norm"),
-    ("lm_head", "head"),
-    ("position", "positions"),
-    ("_cache", "positions"),
-    ("embed", "embedding"),
-    ("attn", "attention"),
-    ("mlp", "mlp"),
-)
-
-
-def component(name: str) -> str:
-    """The part of the model that a tensor belongs to; `other` where its name does not say."""
-    return next((part for word, part in COMPONENTS if word in name), "other")
-
-
-# ---------------------------------------------------------------- files
-
-
-def read_graph(bundle: Path) -> ModelProto:
-    """The graph of a bundle, without the weights of its data file. BadInput if there is none."""
-    try:
-        return onnx.load(bundle / GRAPH, load_external_data=False)
-    except FileNotFoundError:
-        raise BadInput(f"{bundle}: no bundle ({GRAPH} is missing); `edgedisp export` makes one") from None
-    except DecodeError as error:
-        raise BadInput(f"{bundle / GRAPH}: is no ONNX graph, or a damaged one; export it again") from error
-
-
-def read_fp32_graph(bundle: Path) -> ModelProto:
-    """The graph of a fresh fp32 export. BadInput for what is already quantized, lacks weight_map.json, or
-    whose weights lie outside the folder or are cut off."""
-    model = read_graph(bundle)
-    if any(node.op_type in QUANTIZED for node in model.graph.node):
-        raise BadInput(f"{bundle}: is already quantized; quantize the fp32 bundle that it was made from")
-    if not (bundle / WEIGHT_MAP).is_file():
+def read_fp32_graph(bundle: Path) -> ir.Model:
+    """The graph of a fresh fp32 export. BadInput for anything else."""
+    model = read_graph(bundle / GRAPH)
+    is_packed = any(node.op_type in (PACKED, PACKED_GATHER) for node in model.graph)
+    if is_packed or not (bundle / WEIGHT_MAP).is_file():
         raise BadInput(
-            f"{bundle}: {WEIGHT_MAP} is missing; only an fp32 bundle as edgedisp exports it can be "
-            "quantized: export the model folder again"
+            f"{bundle}: is already quantized, or no fp32 bundle as edgedisp exports it; "
+            "export the model folder again and quantize that"
         )
-    for tensor in model.graph.initializer:
-        if tensor.data_location != TensorProto.EXTERNAL:
-            continue
-        path, dtype, offset = _location(bundle, tensor)
-        if path.resolve().parent != bundle.resolve():
-            raise BadInput(f"{bundle}: weight {tensor.name} lies outside the bundle, in {path}")
-        size, end = file_size(path), offset + int(np.prod(tensor.dims)) * dtype.itemsize
-        if size is None or size < end:
-            state = "is missing" if size is None else f"ends after {size:,} of at least {end:,} bytes"
-            raise BadInput(f"{path}: {state} (weight {tensor.name}); export the model folder again")
     return model
 
 
-def _location(bundle: Path, tensor: TensorProto) -> tuple[Path, np.dtype[Any], int]:
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return bundle / entries["location"], dtype, int(entries.get("offset", 0))
-
-
-def read_tensor(bundle: Path, tensor: TensorProto) -> NDArray[Any]:
+def read_tensor(tensor: Any) -> NDArray[Any]:
     """The tensor's values, in memory of their own: the pages of a mapped file would count as resident."""
-    if tensor.data_location != TensorProto.EXTERNAL:
-        return numpy_helper.to_array(tensor).copy()  # its own array is read-only
-    path, dtype, offset = _location(bundle, tensor)
-    return np.fromfile(path, dtype, int(np.prod(tensor.dims)), offset=offset).reshape(tuple(tensor.dims))
+    if not isinstance(tensor, ir.ExternalTensor):
+        return np.array(tensor.numpy())
+    values = np.fromfile(tensor.path, tensor.dtype.numpy(), tensor.size, offset=tensor.offset or 0)
+    return values.reshape(tensor.shape.numpy())
 
 
 # ---------------------------------------------------------------- readers in the graph
@@ -103,57 +51,40 @@ def read_tensor(bundle: Path, tensor: TensorProto) -> NDArray[Any]:
 class Use:
     """A node that reads a weight: it looks rows up (`gather`) or multiplies."""
 
-    index: int  # of the node in the graph
+    node: ir.Node
     gather: bool
     rows_first: bool  # the weight is stored as [out, in], else as [in, out]
+    outer: bool  # the embedding's gather, or the head
 
 
-def find_uses(graph: GraphProto) -> dict[str, list[Use]]:
+def find_uses(graph: ir.Graph) -> dict[str, list[Use]]:
     """Weight name -> its readers. A constant `Transpose` in between is looked through (genai's builder)."""
-    matrices = {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2}
-    weights = {name: (name, True) for name in matrices}  # value -> its weight, and whether it is as stored
-    uses: dict[str, list[Use]] = {}
-    other: set[str] = set()
-    for index, node in enumerate(graph.node):
-        if node.op_type == "Transpose" and node.input[0] in matrices:
-            weights[node.output[0]] = (node.input[0], False)
-            continue
-        for position, value in enumerate(node.input):
-            if value not in weights:
-                continue
-            weight, as_stored = weights[value]
-            rows_first = _rows_first(node, position)
-            if rows_first is None:
-                other.add(weight)
-            else:
-                use = Use(index, node.op_type == "Gather", rows_first == as_stored)
-                uses.setdefault(weight, []).append(use)
-    mixed = {name for name, users in uses.items() if len({use.rows_first for use in users}) > 1}
-    return {name: users for name, users in uses.items() if name not in other | mixed}
+    head, uses = find_head(graph), {}
+    for name, value in graph.initializers.items():
+        if value.dtype == ir.DataType.FLOAT and value.shape is not None and len(value.shape) == 2:
+            users = list(_uses(value, True, head))
+            if users and None not in users and len({use.rows_first for use in users if use}) == 1:
+                uses[name] = [use for use in users if use]
+    return uses
 
 
-def _rows_first(node: NodeProto, position: int) -> bool | None:
-    """How the node reads input `position`: as [out, in] (True), [in, out] (False), not as a weight (None)."""
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    if node.op_type == "Gather":
-        embeds = position == 0 and attributes.get("axis", 0) == 0 and node.input[1] == "input_ids"
-        return True if embeds else None
-    if position != 1:
-        return None
-    if node.op_type == "MatMul":
-        return False
-    scaled = attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0
-    turned = any(attributes.get(name, 0) for name in ("transA", "transBatchA", "transBatchB"))
-    if node.op_type in ("FusedMatMul", "Gemm") and not scaled and not turned:
-        return bool(attributes.get("transB", 0))
-    return None
+def _uses(value: ir.Value, as_stored: bool, head: ir.Node | None) -> Iterator[Use | None]:
+    """The readers of a weight; None for one that does not read it as a weight. as_stored: not transposed."""
+    for node, position in value.uses():
+        if node.op_type == "Transpose":
+            yield from _uses(node.outputs[0], not as_stored, head)
+        elif node.op_type == "Gather" and position == 0 and node.inputs[1] in node.graph.inputs:  # type: ignore[union-attr]
+            yield Use(node, True, as_stored, True)
+        elif node.op_type in ("MatMul", "FusedMatMul") and position == 1:
+            is_transposed = bool(node.attributes.get_int("transB", 0))
+            yield Use(node, False, is_transposed == as_stored, node is head)
+        else:
+            yield None
 
 
 def embedding_and_head(uses: dict[str, list[Use]]) -> set[str]:
     """The embedding and the head (the weight of the last product); one name when they are tied."""
-    embeddings = {name for name, users in uses.items() if any(use.gather for use in users)}
-    products = [(use.index, name) for name, users in uses.items() for use in users if not use.gather]
-    return embeddings | {max(products)[1]} if products else embeddings
+    return {name for name, users in uses.items() if any(use.outer for use in users)}
 
 
 # ---------------------------------------------------------------- torch parameters
@@ -189,16 +120,11 @@ class Origin:
 
 def read_weight_map(bundle: Path) -> dict[str, Origin]:
     """Initializer -> its origin. BadInput for a damaged weight_map.json."""
+    entries, origins = read_json(bundle / WEIGHT_MAP), {}
     try:
-        return {
-            name: Origin(
-                tuple(entry["torch"]),
-                bool(entry["transposed"]),
-                torch.tensor(entry["rows"]) if "rows" in entry else None,
-            )
-            for name, entry in read_json(bundle / WEIGHT_MAP).items()
-        }
+        for name, entry in entries.items():
+            rows = torch.tensor(entry["rows"]) if "rows" in entry else None
+            origins[name] = Origin(tuple(entry["torch"]), bool(entry["transposed"]), rows)
     except WRONG_SHAPE as error:
-        if isinstance(error, BadInput):
-            raise
         raise BadInput(f"{bundle / WEIGHT_MAP}: is damaged; export the model folder again") from error
+    return origins

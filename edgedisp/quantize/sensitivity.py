@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,16 +64,14 @@ def find_weights(bundle: Path, model: nn.Module) -> list[Weight]:
     outer, output = embedding_and_head(uses), model.get_output_embeddings()  # type: ignore[operator]
     head = next(name for name, module in model.named_modules() if module is output)
     weights = []
-    for tensor in graph.initializer:
-        name, users = tensor.name, uses.get(tensor.name)
-        if users is None:
-            continue
+    for name, users in uses.items():
         if name not in origins:
             raise BuildFailed(f"{bundle}: {name} is no weight of the model")
         module: str | None = head if name in outer else origins[name].parameters[0].removesuffix(".weight")
         if all(use.gather for use in users):
             module = None
-        rows, columns = tensor.dims if users[0].rows_first else reversed(tensor.dims)
+        shape: Any = tuple(graph.initializers[name].shape or ())
+        rows, columns = shape if users[0].rows_first else shape[::-1]
         weights.append(Weight(name, origins[name], module, rows, columns, name in outer))
     return weights
 

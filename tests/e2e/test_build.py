@@ -213,16 +213,15 @@ def test_plan_says_what_is_done_and_estimates_what_is_not(built, edgedisp) -> No
 def test_the_report_says_what_quantization_left_of_training(built: tuple[Path, Path, Ended]) -> None:
     _, run, _ = built
     record = read(run / "dispersed" / "survival-int4")
-    assert record and record.results["nearest"] == 1.0 and not record.results["unmatched"]
+    assert record and record.results["nearest"] == 1.0
     assert set(record.results["references"]) == {"base", "baseline"}
-    assert len(record.results["references"]["base"]["layers"]) > 1
+    assert "attention" in record.results["references"]["base"]["components"]
     results = load_results(run)
     assert set(results.delta_survival["baseline"]) == {"int8", "int4"}
     assert "baseline" not in results.loss_survival
     loss = results.loss_survival["dispersed"]["int4"]["heldout_perplexity"]
     assert loss.change.value == pytest.approx(loss.quantized.value - loss.full.value)  # type: ignore[operator]
     assert "What quantization leaves of training" in (run / "report.md").read_text()
-    assert (run / "plots" / "survival.png").is_file()
 
 
 def test_what_a_device_measured_joins_the_report_and_a_later_build_keeps_it(

@@ -16,11 +16,11 @@ from edgedisp.commands.export import export_bundle
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.files import file_digest, list_files
 from edgedisp.core.stage_folder import finish, stage_output
-from edgedisp.graph.architectures import READERS
+from edgedisp.graph.architectures import ARCHITECTURES
 from edgedisp.graph.export import BUILDER_ARCHITECTURES
 from edgedisp.graph.session import OnnxModel
 
-TYPES = (*READERS, *BUILDER_ARCHITECTURES)
+TYPES = (*ARCHITECTURES, *BUILDER_ARCHITECTURES)
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 Run = Callable[..., Any]  # the command line: exit code and output
 BOX = {"name": "box", "description": "a box", "architecture": "arm64", "context": 64, "threads": 1}

@@ -16,9 +16,7 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.stage_folder import read
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.pipeline.options import BundleRounding
-from edgedisp.pipeline.rounding import SCALES, read_scales, trained_roundings, write_scales
-from edgedisp.quantize.calibration import Scales
-from edgedisp.quantize.grid import Grid
+from edgedisp.pipeline.rounding import SCALES, trained_roundings
 from edgedisp.recipe import load
 from edgedisp.train.quantized_weights import round_weights
 
@@ -127,12 +125,3 @@ def test_what_cannot_be_trained_under_is_refused(tmp_path: Path, tiny_folder: di
     ):
         with pytest.raises(BadInput, match=words):
             load(path, overrides)
-
-
-def test_scales_of_another_grid_are_refused(tmp_path: Path, tiny_folder: dict[str, Path]) -> None:
-    scales = {"a.weight": Scales(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.uint8))}
-    path, grid = tmp_path / SCALES, Grid(4, 32, False)
-    write_scales(scales, grid, path)
-    assert set(read_scales(path, grid)) == {"a.weight"}
-    with pytest.raises(BadInput, match="were trained on"):
-        read_scales(path, Grid(4, 16, False))

@@ -12,7 +12,7 @@ from graph_twins import CONTEXT, VOCABULARY, TwinStore
 from scipy.special import log_softmax
 
 from edgedisp.evaluate.loglikelihood import Request, loglikelihoods
-from edgedisp.graph.device_graph import for_device
+from edgedisp.graph.runtime_layouts import for_device
 from edgedisp.graph.session import OnnxModel
 
 

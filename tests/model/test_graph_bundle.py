@@ -50,12 +50,19 @@ def test_a_bundle_has_the_files_of_every_runtime(bundle: Path) -> None:
     assert (bundle / "chat_template.jinja").read_text(encoding="utf-8") == TEMPLATE
 
 
-def test_ends_of_text_come_from_every_file(folder: Path, tiny_folder: dict[str, Path]) -> None:
+def test_ends_of_text_and_the_template_come_from_every_file(
+    folder: Path, tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
     (folder / "chat_template.jinja").unlink()
     change(folder / "generation_config.json", eos_token_id=[9, 4])
     assert genai_config.end_ids(folder) == [9, 4, 0]
     for path in tiny_folder.values():  # what separates documents in training ends an answer
         assert end_of_text_id(load_tokenizer(path)) in genai_config.end_ids(path)
+    templates = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
+    change(folder / "tokenizer_config.json", chat_template=templates)
+    genai_config.copy_files(folder, tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text() == "D"
+    assert read(tmp_path / "tokenizer_config.json")["chat_template"] == "D"
 
 
 @pytest.mark.parametrize(("special", "ids"), [(True, [2, 0]), (False, [2])])
@@ -71,21 +78,9 @@ def test_a_chat_model_that_names_the_turns_end_alone_stops_at_the_end_of_a_text_
     tokenizer = read(folder / "tokenizer.json")
     tokenizer["added_tokens"][0]["special"] = special
     change(folder / "tokenizer.json", **tokenizer)
-    assert genai_config.end_ids(folder) == ids
-    (tmp_path / "out").mkdir()
-    genai_config.copy_files(folder, tmp_path / "out")
+    genai_config.copy_files(folder, tmp_path)
     # transformers.js and optimum look here.
-    assert read(tmp_path / "out" / "generation_config.json") == {"eos_token_id": ids, "pad_token_id": 2}
-
-
-def test_a_template_inside_the_tokenizer_settings_is_read_too(folder: Path, tmp_path: Path) -> None:
-    (folder / "chat_template.jinja").unlink()
-    templates = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
-    change(folder / "tokenizer_config.json", chat_template=templates)
-    (tmp_path / "out").mkdir()
-    genai_config.copy_files(folder, tmp_path / "out")
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "D"
-    assert read(tmp_path / "out" / "tokenizer_config.json")["chat_template"] == "D"
+    assert read(tmp_path / "generation_config.json") == {"eos_token_id": ids, "pad_token_id": 2}
 
 
 def test_the_genai_builder_covers_other_families(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -127,15 +122,9 @@ def test_greedy_stops_with_the_stop_token_and_where_the_context_ends(bundle: Pat
 
 def test_batches_that_would_be_computed_wrong_are_refused(bundle: Path) -> None:
     model = OnnxModel(bundle, 1)
-    for length, mask, message in (
-        (3, [[0, 1, 1]], "padded on the right"),
-        (3, [[1, 0, 1]], "padded on the right"),
-        (3, [[0, 0, 0]], "start with a real token"),
-        (3, [[1, 1]], "must both be"),
-        (129, [[1] * 129], "129 tokens do not fit"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            model(np.full((1, length), 5), np.array(mask))
+    for length, mask in ((3, [0, 1, 1]), (3, [1, 0, 1]), (3, [0, 0, 0]), (3, [1, 1]), (129, [1] * 129)):
+        with pytest.raises(ValueError, match="padded on the right and within the context of 128"):
+            model(np.full((1, length), 5), np.array([mask]))
 
 
 def test_what_is_no_bundle_and_no_number_of_threads_is_refused(bundle: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_logits_of_ragged_prefill_and_decoding_equal_torch(form: str, twins: Twi
     for row, ours in zip(rows, bundle(*padded(rows))):
         np.testing.assert_allclose(ours[: len(row)], torch_logits(model, row), **CLOSE)
     rows, starts = ragged([44, 9, 25]), [38, 3, 19]
-    _, cache = bundle.prefill(*padded([row[:start] for row, start in zip(rows, starts)]))
+    _, cache = bundle.decode(*padded([row[:start] for row, start in zip(rows, starts)]))
     references = [torch_logits(model, row) for row in rows]
     for step in range(6):
         prefixes = [row[: start + step + 1] for row, start in zip(rows, starts)]

@@ -15,7 +15,9 @@ from graph_twins import CONTEXT, FAMILIES, UNTIED, TwinStore, padded, ragged
 
 from edgedisp.core.errors import BadInput
 from edgedisp.graph import genai_config
-from edgedisp.graph.device_graph import for_device, keep_last, position_tables
+from edgedisp.graph.device_graph import keep_last, position_tables
+from edgedisp.graph.onnx_graph import to_bytes
+from edgedisp.graph.runtime_layouts import for_device
 from edgedisp.graph.session import OnnxModel
 from edgedisp.graph.verify import GenaiModel
 
@@ -76,28 +78,23 @@ def test_what_cannot_be_is_refused(twins: TwinStore, tmp_path: Path) -> None:
         for_device(twins.quantized("llama"), tmp_path / "out", threads=1, context=0)
     with pytest.raises(BadInput, match="no bundle"):
         for_device(tmp_path, tmp_path / "out", threads=1, context=8)
-    source = on_device(twins.quantized("llama"), tmp_path / "source", CONTEXT)
-    model = onnx.load(source / "model.onnx", load_external_data=False)
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = "../elsewhere.data"
-    (source / "model.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(BadInput, match="points outside the bundle"):
-        for_device(source, tmp_path / "out", threads=1, context=8)
+    model = ir.load(twins.fp32("llama") / "model.onnx")
+    keep_last(model.graph)
+    with pytest.raises(BadInput, match="already"):
+        keep_last(model.graph)
 
 
 def with_last_logits(bundle: Path, out: Path) -> Path:
     """A copy of the bundle with the last token's logits alone, compared with the bundle: a right-padded
     prefill of rows of unequal length, then two tokens decoded."""
     shutil.copytree(bundle, out)
-    graph = ir.load(out / "model.onnx")
-    keep_last(graph)
-    ir.save(graph, out / "model.onnx")
+    model = ir.load(out / "model.onnx")
+    keep_last(model.graph)
+    (out / "model.onnx").write_bytes(to_bytes(model))
     whole, last = OnnxModel(bundle, 1), OnnxModel(out, 1)
     rows, starts = ragged([20, 3, 11]), [18, 1, 9]
     batch = padded([row[:start] for row, start in zip(rows, starts)])
-    (all_logits, cache), (logits, last_cache) = whole.prefill(*batch), last.prefill(*batch)
+    (all_logits, cache), (logits, last_cache) = whole.decode(*batch), last.decode(*batch)
     expected = np.stack([all_logits[row, start - 1] for row, start in enumerate(starts)])
     np.testing.assert_allclose(logits, expected[:, None], atol=1e-5, rtol=1e-5)
     for step in (1, 2):
@@ -120,13 +117,3 @@ def test_the_last_logits_are_those_of_the_whole_graph(form: str, twins: TwinStor
     expected = OnnxModel(twins.fp32(form), 1).greedy(row, 12, frozenset())
     assert OnnxModel(last, 1).greedy(row, 12, frozenset()) == expected
     assert GenaiModel(last).greedy(row, 12) == expected
-
-
-def test_the_last_tokens_gather_is_added_once_and_needs_a_head(twins: TwinStore) -> None:
-    model = ir.load(twins.fp32("llama") / "model.onnx")
-    keep_last(model)
-    with pytest.raises(BadInput, match="already"):
-        keep_last(model)
-    model.graph.outputs.clear()
-    with pytest.raises(BadInput, match="no logits"):
-        keep_last(model)

@@ -42,25 +42,6 @@ def test_fp32_and_quantized_bundles_have_the_hidden_states_of_torch(form: str, t
             assert least <= np.linalg.norm(ours - reference) / np.linalg.norm(reference) < most
 
 
-def test_tensors_are_not_found_by_their_names(twins: TwinStore, tmp_path: Path) -> None:
-    shutil.copytree(twins.fp32("llama"), tmp_path / "bundle")
-    path = tmp_path / "bundle" / "model.onnx"
-    model = onnx.load(path, load_external_data=False)
-    fixed = {value.name for value in [*model.graph.input, *model.graph.output]}
-    fixed |= {tensor.name for tensor in model.graph.initializer} | {""}
-    renamed: dict[str, str] = {}
-    for node in model.graph.node:
-        for names in (node.input, node.output):
-            for index, name in enumerate(names):
-                if name not in fixed:
-                    names[index] = renamed.setdefault(name, f"tensor_{len(renamed)}")
-    path.write_bytes(model.SerializeToString())
-    again = HiddenStates(tmp_path / "bundle", 1)
-    assert all(name.startswith("tensor_") for name in again.names)
-    for ours, reference in zip(again(IDS), HiddenStates(twins.fp32("llama"), 1)(IDS), strict=True):
-        np.testing.assert_array_equal(ours, reference)
-
-
 def test_what_has_no_hidden_states_is_refused(twins: TwinStore, tmp_path: Path) -> None:
     bundle = twins.fp32("llama")
     for count in (0, 129):

@@ -27,15 +27,11 @@ def bundle(twins: TwinStore) -> Path:
 
 def test_a_good_bundle_passes_with_its_facts(bundle: Path, twins: TwinStore) -> None:
     record = check_bundle(OnnxModel(bundle, 1), PROMPTS, texts=TEXTS)
-    assert record["layers"] == record["attention_fused"] == record["nodes"]["GroupQueryAttention"] == 2
     assert record["difference_limit"] == 1e-3
     assert max(record["padded_difference"], record["cached_difference"]) < 1e-5
-    counts = {"greedy_agrees": "3/3", "tokenizer_agrees": "4/4", "round_trips": "4/4"}
-    assert record["genai"] == {"opened": True, "stops": True, **counts}
+    assert record["genai"] == {"opened": True, "greedy_agrees": "3/3", "tokenizer_agrees": "4/4"}
     assert json.loads(json.dumps(record)) == record
-    record = check_bundle(OnnxModel(twins.quantized("gpt2", 4), 1), PROMPTS)
-    assert record["products_unfused"] == 0 and record["nodes"]["MatMulNBits"] == 9
-    assert record["difference_limit"] == 0.2
+    assert check_bundle(OnnxModel(twins.quantized("gpt2", 4), 1), PROMPTS)["difference_limit"] == 0.2
 
 
 def cache_off_by_one(graph: Any) -> None:
@@ -52,16 +48,9 @@ def leaking_padding(graph: Any) -> None:
         graph.node.insert(len(graph.node) - 1, node)
 
 
-def attention_not_fused(graph: Any) -> None:
-    shape = ["batch_size", 4, "past_sequence_length", 16]
-    names = ["past_key_values.9.key", "past_key_values.9.value"]
-    graph.input.extend(helper.make_tensor_value_info(name, 1, shape) for name in names)
-
-
 @pytest.mark.parametrize(("change", "message"), [
-    (cache_off_by_one, "decoding with the cache and computing in full disagree"),
-    (leaking_padding, "a right-padded batch and single rows disagree"),
-    (attention_not_fused, "attention was not fused"),
+    (cache_off_by_one, "logits of cached and full rows disagree"),
+    (leaking_padding, "logits of a right-padded batch and single rows disagree"),
 ])  # fmt: skip
 def test_a_graph_that_is_wrong_fails(change: Any, message: str, bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(bundle, tmp_path / "bundle")
@@ -85,12 +74,6 @@ def test_files_that_genai_reads_otherwise_fail_with_its_reason(bundle: Path, tmp
     path.write_text(path.read_text().replace('"type": "decoder"', '"type": "made_up"'))
     with pytest.raises(BuildFailed, match=r"onnxruntime-genai cannot open it: .*made_up"):
         check_bundle(OnnxModel(copied, 1), PROMPTS)
-
-
-def test_prompts_too_short_or_too_long_to_check_are_refused(bundle: Path) -> None:
-    for length, message in ((1, "at least 2 tokens"), (113, "room for 16 tokens in the context of 128")):
-        with pytest.raises(ValueError, match=message):
-            check_bundle(OnnxModel(bundle, 1), ragged([length]))
 
 
 def test_the_relative_difference_is_the_worst_row_and_blind_to_a_shift() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from graph_twins import UNTIED, VOCABULARY, TwinStore, torch_logits
 
-from edgedisp.quantize.onnx_weights import find_uses, read_graph
+from edgedisp.quantize.onnx_weights import find_uses, read_fp32_graph
 from edgedisp.quantize.sensitivity import Reference, find_weights, importances, loss, replaced
 
 # Without the padding token, whose row of a twin's embedding is zero: a norm of nothing.
@@ -18,7 +18,7 @@ PIECES = list(torch.randint(3, VOCABULARY, (3, 24), generator=torch.Generator().
 def test_weights_of_the_graph_are_parts_of_the_model(form: str, twins: TwinStore) -> None:
     model, bundle = twins.model(form), twins.fp32(form)
     weights = find_weights(bundle, model)
-    assert {weight.name for weight in weights} == set(find_uses(read_graph(bundle).graph))
+    assert {weight.name for weight in weights} == set(find_uses(read_fp32_graph(bundle).graph))
     assert sum(weight.outer for weight in weights) == (2 if form == UNTIED else 1)
     assert sum(weight.module is None for weight in weights) == (form == UNTIED)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -15,7 +15,7 @@ import onnx
 import pytest
 from tiny_bundle import RUNNER, Bundles, copy_with, recompute
 
-from edgedisp.graph.device_graph import for_device
+from edgedisp.graph.runtime_layouts import for_device
 
 
 def start(bundle: Path, *options: str, stdin: str = "") -> subprocess.CompletedProcess[str]:

@@ -54,7 +54,7 @@ def test_the_accounting_is_the_files_within_two_percent(form: str, tmp_path: Pat
 def test_the_cache_is_what_the_session_returns(form: str, store: SharedStore) -> None:
     stored = twins.TwinStore(store)
     ids = np.arange(3, 14)[None]
-    _, cache = OnnxModel(stored.fp32(form), 1).prefill(ids, np.ones_like(ids))
+    _, cache = OnnxModel(stored.fp32(form), 1).decode(ids, np.ones_like(ids))
     model = models.empty_model(stored.model_dir(form))
     account = size_account(model, {}, {"here": 11, "far": 10_000})
     assert account["kv_cache"]["here"]["size_bytes"] == sum(part.nbytes for part in cache.values())

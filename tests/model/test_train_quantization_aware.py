@@ -154,14 +154,12 @@ def test_a_calibrated_start_is_the_model_that_gptq_makes(
     tiny_folder: dict[str, Path], architecture: str
 ) -> None:
     started, calibrated = open_tiny(tiny_folder[architecture]), open_tiny(tiny_folder[architecture])
-    scales = calibrated_start(started, BLOCKS[:8], lambda name: LAYERS)
+    scales = calibrated_start(started, BLOCKS[:8], LAYERS)
     gptq_model(calibrated, BLOCKS[:8], LAYERS)
 
     def on_scales(name: str, weight: Tensor) -> Tensor:
         groups, columns = in_groups(weight, LAYERS.group), weight.shape[1]
-        return dequantize(
-            round_to(groups, scales[name].scales, scales[name].zero_points, LAYERS, columns), LAYERS
-        )
+        return dequantize(round_to(groups, scales[name], LAYERS, columns), LAYERS)
 
     latent = {weight.name: weight.parameter.clone() for weight in weights_of(started, *ROUNDING)}
     round_weights(started, on_scales, lambda name, weight: weight)

@@ -27,7 +27,7 @@ from edgedisp.core.progress import silent
 from edgedisp.core.results import DeviceResult
 from edgedisp.evaluate import device_sample, statistics
 from edgedisp.evaluate.loglikelihood import loglikelihoods
-from edgedisp.graph.device_graph import for_device
+from edgedisp.graph.runtime_layouts import for_device
 from edgedisp.graph.session import scored_model
 from edgedisp.pipeline.device_scores import DeviceQuestions, DeviceTasks
 from edgedisp.report.devices import device_sections, devices_text

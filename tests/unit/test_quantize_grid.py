@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,11 +12,9 @@ from onnx import TensorProto, helper
 from onnx_node import node_model, run
 from torch import Tensor
 
-from edgedisp.core.errors import BadInput
 from edgedisp.quantize.grid import (
     BITS,
     GROUPS,
-    Blocks,
     Grid,
     Packed,
     concatenate,
@@ -66,24 +63,21 @@ def computed(op: str, data: np.ndarray, packed: Packed, x: np.ndarray, **attribu
 
 @settings(max_examples=60, deadline=None)
 @given(weight=weights(), grid=grids)
-def test_dequantized_equals_what_matmulnbits_multiplies_with(weight: Tensor, grid: Grid) -> None:
+def test_dequantized_equals_what_both_operators_read(weight: Tensor, grid: Grid) -> None:
     packed = pack(quantize(weight, grid), grid)
+    expected = dequantize(unpack(packed, grid), grid).numpy()
     rows, columns = weight.shape
+    shape = {"bits": grid.bits, "block_size": grid.group}
+    product_shape, axes = (
+        {"K": columns, "N": rows, "accuracy_level": 0},
+        {"gather_axis": 0, "quantize_axis": 1},
+    )
     identity = np.eye(columns, dtype=np.float32)
-    shape = {"K": columns, "N": rows, "bits": grid.bits, "block_size": grid.group, "accuracy_level": 0}
-    product = computed("MatMulNBits", packed.data, packed, identity, **shape)
-    np.testing.assert_array_equal(product.T, dequantize(unpack(packed, grid), grid).numpy())
-
-
-@settings(max_examples=60, deadline=None)
-@given(weight=weights(), grid=grids)
-def test_dequantized_equals_what_gatherblockquantized_returns(weight: Tensor, grid: Grid) -> None:
-    packed = pack(quantize(weight, grid), grid)
-    rows, columns = weight.shape
-    shape = {"bits": grid.bits, "block_size": grid.group, "gather_axis": 0, "quantize_axis": 1}
+    product = computed("MatMulNBits", packed.data, packed, identity, **shape, **product_shape)
+    np.testing.assert_array_equal(product.T, expected)
     data = packed.data.reshape(rows, -1)
-    looked_up = computed("GatherBlockQuantized", data, packed, np.arange(rows)[::-1], **shape)
-    np.testing.assert_array_equal(looked_up[::-1, :columns], dequantize(unpack(packed, grid), grid).numpy())
+    looked_up = computed("GatherBlockQuantized", data, packed, np.arange(rows)[::-1], **shape, **axes)
+    np.testing.assert_array_equal(looked_up[::-1, :columns], expected)
     assert not looked_up[:, columns:].any()  # padding comes out as zeros
 
 
@@ -130,14 +124,6 @@ def test_scales_of_nothing_of_too_much_and_below_what_fp16_resolves() -> None:
     step = 2.0**-24
     small = torch.tensor([1.3, 7.0, -8.2, 2.0**9 + 0.3, 2.0**10 + 0.3]) * step
     assert (storable(small) / step).tolist() == [2.0, 7.0, -9.0, 513.0, 1024.0]
-    with pytest.raises(BadInput, match=r"holds 7e\+04, beyond what scales in fp16 reach \(65,504\)"):
-        quantize(torch.tensor([[1.0, -7e4]]), Grid(8, 16, True))
-    for bad in (np.nan, np.inf):
-        with pytest.raises(BadInput, match="not finite"):
-            quantize(torch.tensor([[1.0, bad]]), Grid(8, 32, True))
-    with pytest.raises(ValueError, match="not fp16 numbers"):
-        scales = torch.full((1, 1), 0.1)
-        pack(Blocks(torch.zeros(1, 1, 16, dtype=torch.uint8), scales, None, 16), Grid(8, 16, True))
 
 
 def test_four_bit_values_by_hand() -> None:

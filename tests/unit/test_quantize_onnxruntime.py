@@ -15,8 +15,7 @@ import torch
 from onnx import helper
 from onnx_node import node_model, run
 
-from edgedisp.quantize.grid import Grid, dequantize
-from edgedisp.quantize.rounding_methods import METHODS
+from edgedisp.quantize.grid import METHODS, Grid, dequantize
 
 ROWS, COLUMNS = 96, 192
 pytestmark = pytest.mark.filterwarnings("ignore")
