@@ -103,8 +103,8 @@ def of_means(rng: Rng, tasks: int, items: int) -> Outcome:
 def of_seeds(rng: Rng, documents: int, seeds: int, luck: float) -> Outcome:
     """`luck`: the standard deviation between trainings, in nats per token."""
     shifts = [0.0, *(TRUTH + rng.normal(0, luck) for _ in range(seeds))]
-    first, *others = losses(rng, documents, shifts)
-    pairs = [(first, other) for other in others]
+    first, *seeds_losses = losses(rng, documents, shifts)
+    pairs = [(first, second) for second in seeds_losses]
     return coverage(difference(pairs, LOSS, resampling(rng)).estimate, TRUTH)
 
 

@@ -76,13 +76,13 @@ class Clock(TrainerCallback):
     """When each optimizer step ended, and the losses that were logged."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.times: list[float] = []
         self.losses: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
+        self.times.append(time.perf_counter())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if "loss" in logs:
@@ -90,7 +90,7 @@ class Clock(TrainerCallback):
 
     @property
     def seconds_per_step(self) -> float:
-        return (self.ends[-1] - self.ends[WARM_UP - 1]) / (len(self.ends) - WARM_UP)
+        return (self.times[-1] - self.times[WARM_UP - 1]) / (len(self.times) - WARM_UP)
 
 
 def train(variant: str, model: Any, blocks: np.ndarray, section: Train, steps: int) -> Clock:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from graph_twins import TwinStore
 from hypothesis import settings
 from shared_store import SharedStore, TinyFolders
-from tiny_build import write_recipe
+from tiny_build import Built, Command, Ended, write_documents, write_recipe
 from tiny_bundle import tiny_bundles
 
 pytest_plugins = ["budget"]
@@ -54,25 +52,11 @@ def twins(store: SharedStore) -> TwinStore:
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
     """A JSONL file of 120 made documents."""
-    from edgedisp import data
-
-    path = tmp_path / "text.jsonl"
-    rows = [json.dumps({"text": document.text}) for document in data.synthetic_documents(120, seed=3)]
-    path.write_text("\n".join(rows))
-    return path
-
-
-@dataclass
-class Ended:
-    """How a command ended, with what it printed."""
-
-    code: int
-    out: str
-    err: str
+    return write_documents(tmp_path / "text.jsonl")
 
 
 @pytest.fixture
-def edgedisp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+def edgedisp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Run the command line in this process: `edgedisp("build", ...)`."""
     from edgedisp.cli import main
 
@@ -90,16 +74,10 @@ def edgedisp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def built(
-    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Mapping[str, Path]
-) -> tuple[Path, Path, Ended]:
-    """A finished build of the tiny recipe by the installed command: recipe, run folder, how it ended."""
-    from edgedisp import data
-
+def built(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Mapping[str, Path]) -> Built:
+    """A finished build of the tiny recipe by the installed command."""
     folder = tmp_path_factory.mktemp("build")
-    rows = [json.dumps({"text": document.text}) for document in data.synthetic_documents(120, seed=3)]
-    (folder / "text.jsonl").write_text("\n".join(rows))
-    recipe = write_recipe(folder, tiny_folder["llama"], "text.jsonl")
+    recipe = write_recipe(folder, tiny_folder["llama"], write_documents(folder / "text.jsonl").name)
     command = [Path(sys.executable).parent / "edgedisp", "build", recipe, "--out", folder / "run"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return recipe, folder / "run", Ended(done.returncode, done.stdout, done.stderr)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return Built(recipe, folder / "run", Ended(result.returncode, result.stdout, result.stderr))

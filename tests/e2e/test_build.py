@@ -15,17 +15,24 @@ from pathlib import Path
 
 import onnx
 import pytest
-from conftest import Ended
-from tiny_build import write_recipe
+from tiny_build import Built, Command, Ended, write_recipe
 
 from edgedisp.core.files import check_files
-from edgedisp.core.stage_folder import read
+from edgedisp.core.stage_folder import Record, read
 from edgedisp.pipeline.run_results import load as load_results
 from edgedisp.recipe import load
 
+PROGRAM = Path(sys.executable).parent / "edgedisp"
 
-def test_a_build_ends_with_the_report_and_exit_code_0(built: tuple[Path, Path, Ended]) -> None:
-    _, run, ended = built
+
+def record_of(folder: Path) -> Record:
+    record = read(folder)
+    assert record is not None, folder
+    return record
+
+
+def test_a_build_ends_with_the_report_and_exit_code_0(built: Built) -> None:
+    run, ended = built.run, built.ended
     assert ended.code == 0, ended
     assert ended.out.splitlines()[-1] == f"report: {run / 'report.html'}"
     for name in ("report.html", "report.md", "report.json", "recipe.lock.yaml"):
@@ -35,17 +42,22 @@ def test_a_build_ends_with_the_report_and_exit_code_0(built: tuple[Path, Path, E
     assert "dispersion" in (run / "dispersed" / "model" / "README.md").read_text()
 
 
-def test_each_arm_leaves_a_model_folder_and_bundles(built: tuple[Path, Path, Ended]) -> None:
+def test_each_arm_leaves_a_model_folder_and_bundles(built: Built) -> None:
     from transformers import AutoModelForCausalLM
 
-    _, run, _ = built
     for arm in ("baseline", "dispersed"):
-        assert AutoModelForCausalLM.from_pretrained(run / arm / "model").config.num_hidden_layers == 2
+        folder = built.run / arm
+        assert AutoModelForCausalLM.from_pretrained(folder / "model").config.num_hidden_layers == 2
         for precision, op in (("fp32", "MatMul"), ("int8", "MatMulNBits"), ("int4", "MatMulNBits")):
-            graph = onnx.load(run / arm / precision / "model.onnx", load_external_data=False).graph
-            ops = [node.op_type for node in graph.node]
-            assert ops.count("GroupQueryAttention") == 2 and op in ops
-            assert threads_of(run / arm / precision) == 1
+            operators = operators_of(folder / precision)
+            assert operators.count("GroupQueryAttention") == 2 and op in operators
+            assert threads_of(folder / precision) == 1
+
+
+def operators_of(bundle: Path) -> list[str]:
+    """Of the nodes in order, without those that take the last token's logits alone."""
+    graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
+    return [node.op_type for node in graph.node if "last_token" not in node.name]
 
 
 def threads_of(bundle: Path) -> int:
@@ -54,44 +66,30 @@ def threads_of(bundle: Path) -> int:
     return threads
 
 
-def test_the_bundle_for_a_device_is_the_one_that_was_measured(built: tuple[Path, Path, Ended]) -> None:
-    _, run, _ = built
-    measured, packed = read(run / "dispersed" / "int4"), read(run / "dispersed" / "phone-arm64")
-    assert measured and packed
+def test_the_bundle_for_a_device_is_the_one_that_was_measured_and_says_where_it_comes_from(
+    built: Built,
+) -> None:
+    dispersed, recipe = built.run / "dispersed", load(built.recipe)
+    packed, measured = record_of(dispersed / "phone-arm64"), record_of(dispersed / "int4")
     for name in ("model.onnx.data", "tokenizer.json"):
         assert packed.sha256(name) == measured.sha256(name)
-    graphs = [
-        onnx.load(one.folder / "model.onnx", load_external_data=False).graph for one in (measured, packed)
-    ]
-    nodes = [[node.op_type for node in graph.node if "last_token" not in node.name] for graph in graphs]
-    assert nodes[0] == nodes[1]  # beside what takes the last token's logits alone
-    assert threads_of(run / "dispersed" / "phone-arm64") == 4
-
-
-def test_what_ships_says_where_it_comes_from_and_what_was_measured(built: tuple[Path, Path, Ended]) -> None:
-    recipe, run, _ = built
-    packed, trained, corpus = (
-        read(run / name) for name in ("dispersed/phone-arm64", "dispersed/model", "corpus")
-    )
-    assert packed and trained and corpus
+    assert operators_of(packed.folder) == operators_of(measured.folder) and threads_of(packed.folder) == 4
     assert check_files(packed.folder) and "README.md" not in packed.files
     manifest = json.loads((packed.folder / "manifest.json").read_text())
-    origin, owner = manifest["provenance"], load(recipe)
-    assert origin["recipe"] == {"name": "tiny", "hash8": owner.hash8}
+    origin = manifest["provenance"]
+    assert origin["recipe"] == {"name": "tiny", "hash8": recipe.hash8}
     assert (origin["arm"], origin["seed"], origin["smoke"]) == ("dispersed", 1, False)
-    assert origin["data_sha256"] == corpus.results["tokens_sha256"]
-    assert origin["weights_sha256"] == trained.results["weights_sha256"]
-    assert manifest["base"]["base"] == owner.model.base
+    assert origin["data_sha256"] == record_of(built.run / "corpus").results["tokens_sha256"]
+    assert origin["weights_sha256"] == record_of(dispersed / "model").results["weights_sha256"]
+    assert manifest["base"]["base"] == recipe.model.base
     assert (manifest["grid"]["bits"], manifest["grid"]["method"]) == (4, "rtn")
     card = (packed.folder / "README.md").read_text()
     assert "| int4" in card and "| int8" not in card and "Nothing was measured" not in card
     assert "Licence of the base not found" in card
 
 
-def test_the_arms_differ_in_the_dispersion_term_alone(built: tuple[Path, Path, Ended]) -> None:
-    _, run, _ = built
-    baseline, dispersed = read(run / "baseline" / "model"), read(run / "dispersed" / "model")
-    assert baseline and dispersed
+def test_the_arms_differ_in_the_dispersion_term_alone(built: Built) -> None:
+    baseline, dispersed = (record_of(built.run / arm / "model") for arm in ("baseline", "dispersed"))
     assert baseline.key["inputs"] == dispersed.key["inputs"]
     assert baseline.results["settings"] == dispersed.results["settings"]
     assert baseline.key["options"]["arm"]["dispersion"] is None
@@ -100,22 +98,30 @@ def test_the_arms_differ_in_the_dispersion_term_alone(built: tuple[Path, Path, E
     assert baseline.results["tokens_per_s"] > 0 and baseline.results["watch_seconds"] > 0
 
 
-def test_an_unchanged_recipe_runs_nothing_and_says_what_it_kept(built: tuple[Path, Path, Ended]) -> None:
-    recipe, run, _ = built
+def test_an_unchanged_recipe_runs_nothing_and_says_what_it_kept(built: Built) -> None:
     script = (
         "import sys; from edgedisp.cli import main\n"
-        f"sys.argv = ['edgedisp', 'build', {str(recipe)!r}, '--out', {str(run)!r}]\n"
+        f"sys.argv = ['edgedisp', 'build', {str(built.recipe)!r}, '--out', {str(built.run)!r}]\n"
         "main()\n"
         "print('loaded torch' if 'torch' in sys.modules else 'no torch', file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "kept 26 finished stages: base, corpus, items" in done.stderr
-    assert "no torch" in done.stderr
-    assert done.stdout.splitlines()[-1] == f"report: {run / 'report.html'}"
+    again = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "kept 26 finished stages: base, corpus, items" in again.stderr
+    assert "no torch" in again.stderr
+    assert again.stdout.splitlines()[-1] == f"report: {built.run / 'report.html'}"
 
 
-def test_a_report_that_was_edited_or_deleted_is_written_again(built, tmp_path, edgedisp) -> None:  # type: ignore[no-untyped-def]
+def copy_of(built: Built, folder: Path) -> tuple[Path, Path]:
+    """Recipe and run folder of a copy that a test may change."""
+    shutil.copytree(built.run, folder / "run")
+    shutil.copy(built.recipe.parent / "text.jsonl", folder / "text.jsonl")
+    return Path(shutil.copy(built.recipe, folder / "tiny.yaml")), folder / "run"
+
+
+def test_a_report_that_was_edited_or_deleted_is_written_again(
+    built: Built, tmp_path: Path, edgedisp: Command
+) -> None:
     recipe, run = copy_of(built, tmp_path)
     assert edgedisp("build", recipe, "--out", run).code == 0
     whole = (run / "report.json").read_text()
@@ -126,31 +132,24 @@ def test_a_report_that_was_edited_or_deleted_is_written_again(built, tmp_path, e
     assert (run / "report.html").is_file()
 
 
-def copy_of(built: tuple[Path, Path, Ended], folder: Path) -> tuple[Path, Path]:
-    recipe, run, _ = built
-    shutil.copytree(run, folder / "run")
-    shutil.copy(recipe.parent / "text.jsonl", folder / "text.jsonl")
-    return Path(shutil.copy(recipe, folder / "tiny.yaml")), folder / "run"
-
-
-def test_a_changed_precision_retrains_nothing(built, tmp_path, edgedisp) -> None:  # type: ignore[no-untyped-def]
+def test_a_changed_precision_retrains_nothing(built: Built, tmp_path: Path, edgedisp: Command) -> None:
     recipe, run = copy_of(built, tmp_path)
-    before = read(run / "dispersed" / "model")
     ended = edgedisp("build", recipe, "--out", run, "--set", "quantize.int4.group=16")
     assert ended.code == 0, ended
-    ran = {line.split("] ")[1].split(":")[0] for line in ended.err.splitlines() if ": done in" in line}
-    arms = ("baseline", "dispersed")
-    again = ("int4", "survival-int4", "measure-int4")
-    expected = {f"{arm}/{stage}" for arm in arms for stage in again}
-    assert ran == {*expected, "latency", "baseline/phone-arm64", "dispersed/phone-arm64"}
-    after = read(run / "dispersed" / "model")
-    assert before and after and before.content == after.content
+    again = ("int4", "survival-int4", "measure-int4", "phone-arm64")
+    assert ended.stages == {
+        "latency",
+        *(f"{arm}/{stage}" for arm in ("baseline", "dispersed") for stage in again),
+    }
+    models = [record_of(folder / "dispersed" / "model") for folder in (built.run, run)]
+    assert models[0].content == models[1].content
 
 
-def test_a_build_killed_in_training_continues_at_its_checkpoint(built, tmp_path, edgedisp) -> None:  # type: ignore[no-untyped-def]
-    recipe, whole, _ = built
-    run = tmp_path / "run"
-    command = [Path(sys.executable).parent / "edgedisp", "build", recipe, "--out", run]
+def test_a_build_killed_in_training_continues_at_its_checkpoint(
+    built: Built, tmp_path: Path, edgedisp: Command
+) -> None:
+    model, run = Path("dispersed") / "model", tmp_path / "run"
+    command = [PROGRAM, "build", built.recipe, "--out", run]
     for change in ("precisions=[fp32]", "targets=[]", "evaluate.tasks=[heldout_perplexity]"):
         command += ["--set", change]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -161,80 +160,69 @@ def test_a_build_killed_in_training_continues_at_its_checkpoint(built, tmp_path,
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    if read(run / "dispersed" / "model") is None:  # else the run had passed the stage before the signal
-        assert not (run / "dispersed" / "model").exists()
+    if read(run / model) is None:  # else the run had passed the stage before the signal
+        assert not (run / model).exists()
     ended = edgedisp(*command[1:])
     assert ended.code == 0, ended
     assert "kept 4 finished stages: base, corpus, items, baseline/model" in ended.err
-    first, second = read(run / "dispersed" / "model"), read(whole / "dispersed" / "model")
-    assert first and second
-    assert first.results["resumed_from"] >= 2
-    assert first.results["weights_sha256"] == second.results["weights_sha256"]
+    resumed, whole = record_of(run / model).results, record_of(built.run / model).results
+    assert resumed["resumed_from"] >= 2 and resumed["weights_sha256"] == whole["weights_sha256"]
 
 
-def test_an_interrupted_build_ends_with_130_and_says_how_to_go_on(built, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    recipe, _, _ = built
-    command = [Path(sys.executable).parent / "edgedisp", "build", recipe, "--out", tmp_path / "run"]
+def test_an_interrupted_build_ends_with_130_and_says_how_to_go_on(built: Built, tmp_path: Path) -> None:
+    command = [PROGRAM, "build", built.recipe, "--out", tmp_path / "run"]
     # A shell starts its background jobs with Ctrl-C ignored, and a test run may be one.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=heed
     )
     assert process.stderr is not None
-    seen = ""
-    while "corpus: done" not in seen:
-        line = process.stderr.readline()
-        assert line, seen
-        seen += line
+    assert any("corpus: done" in line for line in process.stderr)
     process.send_signal(signal.SIGINT)
     rest = process.stderr.read()
-    assert process.wait() == 130, seen + rest
+    assert process.wait() == 130, rest
     assert rest.splitlines()[-1] == "edgedisp: interrupted; the same command continues where this one stopped"
     assert "Traceback" not in rest
     assert read(tmp_path / "run" / "corpus") is not None
 
 
-def test_plan_says_what_is_done_and_estimates_what_is_not(built, edgedisp) -> None:  # type: ignore[no-untyped-def]
-    recipe, run, _ = built
-    done = edgedisp("plan", recipe, "--out", run)
-    assert done.code == 0 and "to do" not in done.out
-    ended = edgedisp("plan", recipe, "--set", "train.tokens=4k", "--json")
-    planned = json.loads(ended.out)
-    assert planned["steps"] == 15 and planned["estimate"]["seconds_left"] > 0
-    assert not any(stage["done"] for stage in planned["stages"])
-    assert not Path(planned["run"]).exists()
+def test_plan_says_what_is_done_and_estimates_what_is_not(built: Built, edgedisp: Command) -> None:
+    ended = edgedisp("plan", built.recipe, "--out", built.run)
+    assert ended.code == 0 and "to do" not in ended.out
+    plan = json.loads(edgedisp("plan", built.recipe, "--set", "train.tokens=4k", "--json").out)
+    assert plan["steps"] == 15 and plan["estimate"]["seconds_left"] > 0
+    assert not any(stage["done"] for stage in plan["stages"])
+    assert not Path(plan["run"]).exists()
     for precision in ("fp32", "int8", "int4"):
-        record = read(run / "baseline" / precision)
-        estimate = planned["sizes"]["precisions"][precision]["size_bytes"]
-        assert record and record.results["size_bytes"] == pytest.approx(estimate, rel=0.05)
-    assert planned["sizes"]["kv_cache"]["phone-arm64"]["positions"] == 256  # the model's, below the target's
+        size = record_of(built.run / "baseline" / precision).results["size_bytes"]
+        assert size == pytest.approx(plan["sizes"]["precisions"][precision]["size_bytes"], rel=0.05)
+    assert plan["sizes"]["kv_cache"]["phone-arm64"]["positions"] == 256  # the model's, below the target's
 
 
-def test_the_report_says_what_quantization_left_of_training(built: tuple[Path, Path, Ended]) -> None:
-    _, run, _ = built
-    record = read(run / "dispersed" / "survival-int4")
-    assert record and record.results["nearest"] == 1.0
-    assert set(record.results["references"]) == {"base", "baseline"}
-    assert "attention" in record.results["references"]["base"]["components"]
-    results = load_results(run)
+def test_the_report_says_what_quantization_left_of_training(built: Built) -> None:
+    survival = record_of(built.run / "dispersed" / "survival-int4").results
+    assert survival["nearest"] == 1.0
+    assert set(survival["references"]) == {"base", "baseline"}
+    assert "attention" in survival["references"]["base"]["components"]
+    results = load_results(built.run)
     assert set(results.delta_survival["baseline"]) == {"int8", "int4"}
     assert "baseline" not in results.loss_survival
     loss = results.loss_survival["dispersed"]["int4"]["heldout_perplexity"]
     assert loss.change.value == pytest.approx(loss.quantized.value - loss.full.value)  # type: ignore[operator]
-    assert "What quantization leaves of training" in (run / "report.md").read_text()
+    assert "What quantization leaves of training" in (built.run / "report.md").read_text()
 
 
 def test_what_a_device_measured_joins_the_report_and_a_later_build_keeps_it(
-    built, tmp_path, edgedisp
-) -> None:  # type: ignore[no-untyped-def]
+    built: Built, tmp_path: Path, edgedisp: Command
+) -> None:
     recipe, run = copy_of(built, tmp_path)
-    first = load_results(run)
+    before_timing = load_results(run)
     sizes = ["--prompt", "8", "--generate", "4", "--repetitions", "2", "--pause", "0", "--threads", "1"]
     ended = edgedisp("bench", run / "baseline" / "int4", run / "dispersed" / "int4", *sizes, "--report")
     assert ended.code == 0 and f"report: {run / 'report.html'} shows it" in ended.err, ended
     results = load_results(run)
     assert [row.label for row in results.devices[0].rows] == ["baseline/int4", "dispersed/int4"]
-    assert replace(results, devices=[]) == first  # and nothing else has changed
+    assert replace(results, devices=[]) == before_timing  # and nothing else has changed
     files = [run / name for name in ("report.html", "report.md", "report.json")]
     before = [path.read_bytes() for path in files]
     assert b"On devices" in before[0] and b"## On devices" in before[1]
@@ -245,28 +233,26 @@ def test_what_a_device_measured_joins_the_report_and_a_later_build_keeps_it(
     refused(edgedisp("bench", outside, *sizes, "--report"), "lies in no run folder")
 
 
-def test_export_gives_a_bundle_that_chat_and_bench_open(built, tmp_path, edgedisp) -> None:  # type: ignore[no-untyped-def]
-    _, run, _ = built
-    bundle = tmp_path / "bundle"
-    ended = edgedisp("export", run / "dispersed" / "model", "--target", "phone-arm64", "--out", bundle)
+def test_export_gives_a_bundle_that_chat_and_bench_open(
+    built: Built, tmp_path: Path, edgedisp: Command
+) -> None:
+    bundle, words = tmp_path / "bundle", ["--target", "phone-arm64", "--out"]
+    ended = edgedisp("export", built.run / "dispersed" / "model", *words, bundle)
+    assert ended.code == 0 and "opened and checked" in ended.out, ended
+    ended = edgedisp("chat", bundle, "--prompt", "Hello", "--max-new-tokens", "4")
     assert ended.code == 0, ended
-    assert "opened and checked" in ended.out and (bundle / "genai_config.json").is_file()
-    said = edgedisp("chat", bundle, "--prompt", "Hello", "--max-new-tokens", "4")
-    assert said.code == 0, said
-    timed = edgedisp(
-        "bench", bundle, run / "baseline" / "int4", "--prompt", "8", "--generate", "4", "--repetitions", "1"
-    )
-    assert timed.code == 0, timed
-    assert "bundle" in timed.out and "decode t/s" in timed.out
+    words = ["--prompt", "8", "--generate", "4", "--repetitions", "1"]
+    ended = edgedisp("bench", bundle, built.run / "baseline" / "int4", *words)
+    assert ended.code == 0 and "bundle" in ended.out and "decode t/s" in ended.out, ended
 
 
 @pytest.mark.parametrize(
     "recipe",
-    [
-        "qwen3_0.6b", "gemma3_270m", "gpt2", "pythia_160m", "qwen3_0.6b_qlora", "smollm2_135m_lora",
-    ],
-)  # fmt: skip
-def test_a_recipe_passes_every_stage_with_its_tiny_twin(recipe: str, tmp_path: Path, edgedisp) -> None:  # type: ignore[no-untyped-def]
+    ["qwen3_0.6b", "gemma3_270m", "gpt2", "pythia_160m", "qwen3_0.6b_qlora", "smollm2_135m_lora"],
+)
+def test_a_recipe_passes_every_stage_with_its_tiny_twin(
+    recipe: str, tmp_path: Path, edgedisp: Command
+) -> None:
     ended = edgedisp("build", recipe, "--smoke", "--out", tmp_path / "run")
     assert ended.code == 0, ended
     results = load_results(tmp_path / "run")
@@ -297,16 +283,13 @@ REFUSED = [
     (f"data.train=[{{source: text.jsonl, sha256: {'ab' * 32}}}]", ("abab", "text.jsonl")),
     ("model={base: bert, architecture: bert}", ("bert", "causal")),
     ("model.base=nobody/absent-model", ("nobody/absent-model", "pypi:")),
-    ("evaluate.tasks=[heldout_cloz]", ("heldout_cloze",)),
-    ("targets=[laptop]", ("laptop-x64",)),
     ("precisions=[fp32]", ("phone-arm64 ships int4", "must have been measured")),
-    ("train.tokens=0", ("train.tokens", "0")),
 ]
 
 
 @pytest.mark.parametrize(("change", "parts"), REFUSED, ids=[change[:24] for change, _ in REFUSED])
-def test_what_cannot_work_is_refused_and_nothing_is_left(  # type: ignore[no-untyped-def]
-    edgedisp, recipe, monkeypatch, change, parts
+def test_what_cannot_work_is_refused_and_nothing_is_left(
+    edgedisp: Command, recipe: Path, monkeypatch: pytest.MonkeyPatch, change: str, parts: tuple[str, ...]
 ) -> None:
     from transformers import BertConfig, BertModel
 
@@ -322,19 +305,19 @@ def test_what_cannot_work_is_refused_and_nothing_is_left(  # type: ignore[no-unt
     assert not (folder / "run").exists()
 
 
-def test_an_output_folder_of_another_recipe_is_refused(built, edgedisp) -> None:  # type: ignore[no-untyped-def]
-    recipe, run, _ = built
-    ended = edgedisp("build", recipe, "--out", run, "--set", "train.lr=2e-3")
+def test_an_output_folder_of_another_recipe_and_wrong_usage_are_refused(
+    built: Built, edgedisp: Command
+) -> None:
+    ended = edgedisp("build", built.recipe, "--out", built.run, "--set", "train.lr=2e-3")
     refused(ended, "belongs to another recipe", "train.lr")
-
-
-def test_usage_errors_end_with_2(edgedisp) -> None:  # type: ignore[no-untyped-def]
     for words in (("bild",), ("build",), ("build", "quickstart", "--oot", "x"), ("build", "quickstrat")):
         assert edgedisp(*words).code == 2
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs root to mount a small file system")
-def test_a_full_disk_ends_with_1_and_the_next_run_continues(edgedisp, recipe, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_full_disk_ends_with_1_and_the_next_run_continues(
+    edgedisp: Command, recipe: Path, tmp_path: Path
+) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", small], check=False)
@@ -346,8 +329,7 @@ def test_a_full_disk_ends_with_1_and_the_next_run_continues(edgedisp, recipe, tm
         assert "the disk is full" in ended.err and "Traceback" not in ended.err
         subprocess.run(["mount", "-o", "remount,size=200m", small], check=True)
         again = edgedisp("build", recipe, "--out", small / "run")
-        assert again.code == 0, again
-        assert "kept" in again.err
+        assert again.code == 0 and "kept" in again.err, again
     finally:
         subprocess.run(["umount", "-l", small], check=False)
 
@@ -363,8 +345,8 @@ doc_to_target: gold
 """
 
 
-def test_a_task_whose_data_cannot_be_had_is_named_and_the_rest_goes_on(  # type: ignore[no-untyped-def]
-    built, tmp_path, edgedisp, monkeypatch
+def test_a_task_whose_data_cannot_be_had_is_named_and_the_rest_goes_on(
+    built: Built, tmp_path: Path, edgedisp: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lm_eval")
     import datasets
@@ -383,8 +365,6 @@ def test_a_task_whose_data_cannot_be_had_is_named_and_the_rest_goes_on(  # type:
     assert "Not scored: far_away" in (run / "report.md").read_text()
     assert "perplexity" in ended.out and f"report: {run / 'report.html'}" in ended.out
     again = edgedisp(*words)
-    assert again.code == 1
-    ran = {line.split("] ")[1].split(":")[0] for line in again.err.splitlines() if ": done in" in line}
-    assert ran == {"items"}  # tried again; as nothing new was found, all else is kept
+    assert again.code == 1 and again.stages == {"items"}  # tried again; as nothing new came, all else is kept
     alone = edgedisp(*words[:-1], "evaluate.tasks=[far_away]")
     assert alone.code == 2 and "far_away cannot be loaded" in alone.err

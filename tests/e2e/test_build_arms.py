@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-from conftest import Ended
-from tiny_build import write_recipe
+from tiny_build import Command, write_recipe
 
 from edgedisp.core.run import Run
 from edgedisp.core.stage_folder import read
@@ -20,11 +18,8 @@ COMMON = (
 )  # fmt: skip
 
 
-def test_more_arms_and_seeds_train_what_is_new_and_are_all_told(
-    tmp_path: Path,
-    tiny_folder: dict[str, Path],
-    text_file: Path,
-    edgedisp: Callable[..., Ended],
+def test_more_arms_and_seeds_train_what_is_new_and_all_are_compared(
+    tmp_path: Path, tiny_folder: dict[str, Path], text_file: Path, edgedisp: Command
 ) -> None:
     recipe, run = write_recipe(tmp_path, tiny_folder["llama"], text_file.name), tmp_path / "run"
     first = edgedisp("build", recipe, "--out", run, *COMMON)
@@ -34,57 +29,51 @@ def test_more_arms_and_seeds_train_what_is_new_and_are_all_told(
 
     ended = edgedisp("build", recipe, "--out", run, *COMMON, "--set", f"arms={ARMS}", "--set", "seeds=2")
     assert ended.code == 0, ended
-    ran = {line.split("] ")[1].split(":")[0] for line in ended.err.splitlines() if ": done in" in line}
-    trained = {name for name in ran if name.endswith("/model")}
-    twice = [f"{arm}-seed2" for arm in ("baseline", "dispersed", *NEW)]  # the recipe's seed is 1
-    assert trained == {f"{arm}/model" for arm in (*NEW, *twice)}
+    trainings = {name for name in ended.stages if name.endswith("/model")}
+    second_seed = [f"{arm}-seed2" for arm in ("baseline", "dispersed", *NEW)]  # the recipe's seed is 1
+    assert trainings == {f"{arm}/model" for arm in (*NEW, *second_seed)}
     for arm, record in before.items():
         after = read(run / arm / "model")
         assert record and after and record.content == after.content
 
     results = load(run)
-    _arms_start_alike(results)
-    _all_are_compared(results)
+    _check_arms_start_alike(results)
+    _check_all_are_compared(results)
     assert "All arms against the baseline, 2 seeds\nheldout_perplexity, nats per token" in ended.out
     assert "All arms against the baseline" in edgedisp("compare", run).out
     assert 'id="arms"' in (run / "report.html").read_text()
     assert "seed 2" in (run / "neftune-seed2" / "model" / "README.md").read_text()
 
 
-def _losses(results: Run, name: str) -> list[float]:
-    trainings = {**results.training, **{other: one.training for other, one in results.replicas.items()}}
-    return [row["loss"] for row in trainings[name].log]
-
-
-def _arms_start_alike(results: Run) -> None:
+def _check_arms_start_alike(results: Run) -> None:
     """Arms of one seed see one model and one batch; noise is what sets an arm apart at the first loss."""
-    for tail in ("", "-seed2"):
-        baseline = _losses(results, f"baseline{tail}")
+    trainings = {**results.training, **{name: run.training for name, run in results.replicas.items()}}
+    losses = {name: [row["loss"] for row in training.log] for name, training in trainings.items()}
+    for seed in ("", "-seed2"):
+        baseline = losses[f"baseline{seed}"]
         for arm in ("dispersed", "strong", "active_forgetting"):
-            assert _losses(results, f"{arm}{tail}")[0] == baseline[0]
-        assert _losses(results, f"neftune{tail}")[0] != baseline[0]
-        forgetting = _losses(results, f"active_forgetting{tail}")
+            assert losses[f"{arm}{seed}"][0] == baseline[0]
+        assert losses[f"neftune{seed}"][0] != baseline[0]
+        forgetting = losses[f"active_forgetting{seed}"]
         after = results.techniques["active_forgetting"]["active_forgetting"]
         assert forgetting[:after] == baseline[:after] and forgetting[after] != baseline[after]
-    assert _losses(results, "baseline")[0] != _losses(results, "baseline-seed2")[0]  # another order
-    weights = [one.weights_sha256 for arm in results.arms for one in results.trainings(arm).values()]
-    assert len(set(weights)) == 10
+    assert losses["baseline"][0] != losses["baseline-seed2"][0]  # another order
+    assert len({training.weights_sha256 for training in trainings.values()}) == 10
 
 
-def _all_are_compared(results: Run) -> None:
+def _check_all_are_compared(results: Run) -> None:
     assert results.seeds == [1, 2] and set(results.comparisons) == {"dispersed", *NEW}
     for by_precision in results.comparisons.values():
         for precision in ("torch", "int4"):
             loss = by_precision[precision]["heldout_perplexity"].main.nats
             assert loss and loss.seeds and len(loss.seeds.values) == 2
             assert loss.low <= loss.seeds.item_low <= loss.seeds.item_high <= loss.high  # type: ignore[operator]
-    assert results.latency and {row.label for row in results.latency.rows} == {
-        f"{arm}/int4" for arm in results.arms
-    }
+    assert results.latency
+    assert {row.label for row in results.latency.rows} == {f"{arm}/int4" for arm in results.arms}
     assert [pair["same_graph"] for pair in results.latency.pairs] == [True] * 4
 
 
-def test_an_arm_may_stand_alone(tmp_path: Path, edgedisp: Callable[..., Ended]) -> None:
+def test_an_arm_may_stand_alone(tmp_path: Path, edgedisp: Command) -> None:
     ended = edgedisp("build", "quickstart", "--smoke", "--out", tmp_path / "run", "--set", "arms=[neftune]")
     assert ended.code == 0, ended
     assert "Single arm: only neftune was built" in ended.out

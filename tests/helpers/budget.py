@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -19,11 +18,6 @@ machine must not turn a test red."""
 REQUIRED = [name for name in os.environ.get("EDGEDISP_REQUIRE", "").split(",") if name]
 
 
-def folder_of(path: Path) -> str:
-    """`unit` for tests/unit/test_x.py."""
-    return next((part for part in reversed(path.parts[:-1]) if part in LIMITS_S), "")
-
-
 def _processor_s() -> float:
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
@@ -31,12 +25,12 @@ def _processor_s() -> float:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
-    limit = LIMITS_S.get(folder_of(pyfuncitem.path))
+    folder = pyfuncitem.path.parent.name
     before, started = _processor_s(), time.perf_counter()
     result = yield
-    spent = min(_processor_s() - before, time.perf_counter() - started)
-    if limit is not None and spent > limit:
-        pytest.fail(f"took {spent:.1f} s, the limit in {pyfuncitem.path.parent.name}/ is {limit:g} s")
+    seconds = min(_processor_s() - before, time.perf_counter() - started)
+    if seconds > (limit := LIMITS_S.get(folder, float("inf"))):
+        pytest.fail(f"took {seconds:.1f} s, the limit in {folder}/ is {limit:g} s")
     return result
 
 

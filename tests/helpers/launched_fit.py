@@ -50,11 +50,11 @@ def check_equal(expected: Path, run: Path) -> None:
     """The same log and weights, to float tolerance."""
     from training import flat, open_tiny
 
-    logs = [log_of(folder)["log"] for folder in (expected, run)]
-    assert len(logs[0]) == len(logs[1]) == STEPS
+    before, after = (log_of(folder)["log"] for folder in (expected, run))
+    assert len(before) == len(after) == STEPS
     for name, tolerance in (("loss", 5e-6), ("dispersion", 1e-6), ("grad_norm", 1e-5), ("lr", 0.0)):
-        for before, after in zip(*logs):
-            assert after[name] == pytest.approx(before[name], abs=tolerance), (name, before["step"])
+        values = [row[name] for row in before]
+        assert [row[name] for row in after] == pytest.approx(values, abs=tolerance), name
     weights = [flat(open_tiny(folder / "model")) for folder in (expected, run)]
     torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=1e-6)
 
@@ -96,11 +96,8 @@ def main(base: Path, out: Path, mode: str) -> None:
         PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)  # type: ignore
     train(base, out / "whole", mode, weight=1.0)
     for run, weight in (("broken", None), ("stopped", 1.0)):
-        try:
+        with pytest.raises(Stopped):
             train(base, out / run, mode, weight=weight, stop_after=5)
-        except Stopped:
-            continue
-        raise SystemExit("was not stopped")
     train(base, out / "broken", mode, weight=None)
     leave_processes()
 

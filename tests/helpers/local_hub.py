@@ -71,9 +71,9 @@ def _answer(root: Path, path: list[str]) -> Answer:
     if path[0] == "api" and len(path) >= 4:
         return _about(root / path[1] / path[2] / path[3], "/".join(path[2:4]), path[4:])
     if "resolve" in path:
-        place = path.index("resolve")
-        name = path[:place] if path[0] == "datasets" else ["models", *path[:place]]
-        return _file(root.joinpath(*name, *path[place + 2 :]))
+        index = path.index("resolve")
+        name = path[:index] if path[0] == "datasets" else ["models", *path[:index]]
+        return _file(root.joinpath(*name, *path[index + 2 :]))
     return 404, {}, b""
 
 

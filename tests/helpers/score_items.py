@@ -38,5 +38,5 @@ def losses(
 
 
 def result(task: str, items: Items, metric: Metric, chance: float | None = None) -> TaskResult:
-    asked = [{**item, "asked": str(item["id"])} for item in items]
-    return task_result(TaskScore(task, {}, chance), asked, [metric], FEW)
+    rows = [{**item, "asked": str(item["id"])} for item in items]
+    return task_result(TaskScore(task, {}, chance), rows, [metric], FEW)

@@ -47,8 +47,6 @@ class TinyFolders(Mapping[str, Path]):
         self.store = store
 
     def __getitem__(self, architecture: str) -> Path:
-        if architecture not in self.ARCHITECTURES:
-            raise KeyError(architecture)
         return self.store.folder(f"tiny-{architecture}", lambda path: _tiny_model(architecture, path))
 
     def __iter__(self) -> Iterator[str]:

@@ -42,6 +42,18 @@ def tiny_bundles(store: SharedStore) -> Bundles:
     return {name: root / name for name in ("fp32", "twin", "int4")}
 
 
+def write_sentences(path: Path, documents: int = 40) -> Path:
+    """JSONL of documents of 12 short sentences, in words that the tokenizer of the bundles knows."""
+    rng = np.random.default_rng(0)
+    words = ["the", "cat", "sat", "mat", "and", "dog", "log"]
+    rows = []
+    for _ in range(documents):
+        sentences = [" ".join(rng.choice(words, rng.integers(5, 9))).capitalize() for _ in range(12)]
+        rows.append(json.dumps({"text": ". ".join(sentences) + "."}))
+    path.write_text("\n".join(rows))
+    return path
+
+
 def order(result: DeviceResult) -> list[str]:
     """The labels of the timed repetitions, in the order of timing."""
     return [turn["label"] for turn in result.repetitions]

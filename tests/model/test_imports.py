@@ -8,26 +8,26 @@ import sys
 from edgedisp import PUBLIC
 
 HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "scipy", "matplotlib", "lm_eval", "datasets", "peft"}
+LIGHT = (
+    "bench.system",
+    "cli",
+    "recipe",
+    "core.stage_folder",
+    "core.progress",
+    "pipeline.build_plan",
+    "report",
+)
 
 
-def in_a_fresh_process(script: str) -> list[str]:
-    return subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    ).stdout.split()
+def printed_by(script: str) -> list[str]:
+    """The words that a fresh process prints."""
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
 
 def test_planning_and_help_load_nothing_heavy() -> None:
-    names = (
-        "bench.system",
-        "cli",
-        "recipe",
-        "core.stage_folder",
-        "core.progress",
-        "pipeline.build_plan",
-        "report",
-    )
-    imported = ", ".join(f"edgedisp.{name}" for name in names)
-    assert in_a_fresh_process(f"import sys, {imported}; print(*({HEAVY!r} & set(sys.modules)))") == []
+    imported = ", ".join(f"edgedisp.{name}" for name in LIGHT)
+    assert printed_by(f"import sys, {imported}; print(*({HEAVY!r} & set(sys.modules)))") == []
 
 
 def test_the_public_names_are_loaded_when_asked_for() -> None:
@@ -38,4 +38,4 @@ for name, module in {PUBLIC!r}.items():
     assert getattr(edgedisp, name) is getattr(sys.modules[module], name)
 print(hasattr(edgedisp, "Dispersion"))
 """
-    assert in_a_fresh_process(script) == ["False", "False"]
+    assert printed_by(script) == ["False", "False"]

@@ -1,12 +1,12 @@
-// Runs one module in a page of headless Chromium, offline, and prints what it found as one line of JSON.
+// Runs one module in a page of headless Chromium, offline, and prints its result as one line of JSON.
 //
 //     node in_chromium.mjs CHROMIUM NODE_MODULES MODELS PAGE
 //
 // CHROMIUM is the browser's program, MODELS a folder of bundles (served as /models/), PAGE the module: its default
-// export is the result, or a promise of it. Other modules (.mjs) in PAGE's folder are served beside it. In the page, "@huggingface/transformers" is the build for browsers in
-// NODE_MODULES, which finds its WebAssembly there too. A missing graph or file of weights ends the run: the library
-// would wait for it forever. Printed: {result, renderer_peak_bytes, served: {path: bytes}}.
-import { createReadStream, readFileSync, readdirSync, statSync } from "node:fs";
+// export is the result, or a promise of it. Other modules (.mjs) in PAGE's folder are served beside it. In the page,
+// "@huggingface/transformers" is the build for browsers in NODE_MODULES, which finds its WebAssembly there too. A missing
+// graph or file of weights ends the run: the library would wait for it forever. Printed: {result, served: {path: bytes}}.
+import { createReadStream, statSync } from "node:fs";
 import { createServer } from "node:http";
 import { dirname, extname, join, normalize } from "node:path";
 import { pathToFileURL } from "node:url";
@@ -23,7 +23,7 @@ const HTML = `<!doctype html><meta charset="utf-8"><title>bundle</title>
   env.backends.onnx.wasm.wasmPaths = "/node_modules/onnxruntime-web/dist/"; // the default is a public server
   env.backends.onnx.wasm.numThreads = 1;
   env.useBrowserCache = false;
-  globalThis.page = { found: import("/page.mjs").then((module) => module.default) };
+  globalThis.page = { result: import("/page.mjs").then((module) => module.default) };
 </script>`;
 
 function fileOf(path) {
@@ -55,21 +55,6 @@ const server = createServer((request, response) => {
 });
 await new Promise((ready) => server.listen(0, "127.0.0.1", ready));
 
-// The largest resident size that any process of this browser's pages had.
-function peakOfRenderers(parent) {
-  const processes = new Map();
-  for (const id of readdirSync("/proc").filter((name) => /^\d+$/.test(name))) {
-    try {
-      const status = readFileSync(`/proc/${id}/status`, "utf8");
-      const found = (key) => Number(status.match(new RegExp(`^${key}:\\s*(\\d+)`, "m"))?.[1] ?? 0);
-      processes.set(Number(id), [found("PPid"), found("VmHWM") * 1024, readFileSync(`/proc/${id}/cmdline`, "utf8")]);
-    } catch {} // it ended meanwhile
-  }
-  const within = (id) => id === parent || (processes.has(id) && within(processes.get(id)[0]));
-  const peaks = [...processes].filter(([id, [, , line]]) => line.includes("--type=renderer") && within(id));
-  return Math.max(0, ...peaks.map(([, [, peak]]) => peak));
-}
-
 const browser = await chromium.launch({ executablePath: program, args: ["--no-sandbox"] });
 try {
   const tab = await browser.newPage();
@@ -81,8 +66,8 @@ try {
   });
   await tab.goto(`http://127.0.0.1:${server.address().port}/`);
   await tab.waitForFunction(() => globalThis.page !== undefined);
-  const result = await Promise.race([tab.evaluate(() => globalThis.page.found), failed]);
-  console.log(JSON.stringify({ result, renderer_peak_bytes: peakOfRenderers(process.pid), served }));
+  const result = await Promise.race([tab.evaluate(() => globalThis.page.result), failed]);
+  console.log(JSON.stringify({ result, served }));
 } finally {
   await browser.close();
   server.close();

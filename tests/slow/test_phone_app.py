@@ -6,30 +6,39 @@ Kotlin and Swift are not among it: nothing here compiles them.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from test_runtimes import CHROMIUM, IN_CHROMIUM, NODE_MODULES, SECONDS, ascii_model, browser, export, node
+from browsers import (
+    NODE_MODULES,
+    TOP,
+    export_all_layouts,
+    in_chromium,
+    needs_chromium,
+    needs_node,
+    needs_playwright,
+    output,
+    text_model,
+    with_node_modules,
+)
 
 from edgedisp.graph.session import OnnxModel
 from edgedisp.models import load_tokenizer
 from edgedisp.models.tiny_model import CHAT_TEMPLATE
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "phone_app.md").read_text(encoding="utf-8")
+APPS = TOP / "export" / "apps"
+PAGE = (TOP / "docs" / "phone_app.md").read_text(encoding="utf-8")
 LINES = ["in 1850", "a"]  # the first answer ends by itself; with it, the second question outgrows the context
 ANSWER = 48  # tokens, where the caller decides; then all fits
 
 
 def chat_bundle(root: Path, for_browser: bool) -> Path:
-    ascii_model("llama", root / "model")
+    text_model("llama", root / "model")
     (root / "model" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    return export(root / "model", "int4", root, for_browser).folder
+    return export_all_layouts(root / "model", "int4", root, for_browser).folder
 
 
 @pytest.fixture(scope="module")
@@ -70,37 +79,23 @@ def expected(bundle: Path, most: int | None = None) -> list[list[str]]:
     return words(answers)
 
 
-def output(command: list[str | Path], folder: Path, lines: str = "") -> str:
-    """What a program prints that reads `lines`, away from this package."""
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        command, input=lines, capture_output=True, text=True, cwd=folder, env=env, timeout=SECONDS
-    )
-    assert process.returncode == 0, process.stderr[-2000:]
-    return process.stdout
-
-
-def with_modules(folder: Path) -> Path:
-    (folder / "node_modules").symlink_to(NODE_MODULES.resolve())
-    return folder
-
-
 @pytest.mark.parametrize(
-    ("program", "name"), [(sys.executable, "chat.py"), pytest.param("node", "chat.mjs", marks=node)]
+    ("program", "name"), [(sys.executable, "chat.py"), pytest.param("node", "chat.mjs", marks=needs_node)]
 )
 def test_programs_of_the_page_answer_as_onnxruntime(
     bundle: Path, tmp_path: Path, program: str, name: str
 ) -> None:
-    (with_modules(tmp_path) / name).write_text(block(name))
+    (with_node_modules(tmp_path) / name).write_text(block(name))
     answers = output([program, name, bundle], tmp_path, "\n".join(LINES))
     assert answers.split() == [word for answer in expected(bundle) for word in answer]
 
 
-@node
-@browser
+@needs_node
+@needs_playwright
+@needs_chromium
 def test_a_page_answers_in_a_worker(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
     web_bundle = chat_bundle(tmp_path_factory.mktemp("web"), for_browser=True)
-    shutil.copyfile(ROOT / "export" / "apps" / "worker.mjs", tmp_path / "worker.mjs")
+    shutil.copyfile(APPS / "worker.mjs", tmp_path / "worker.mjs")
     (tmp_path / "page.mjs").write_text(f"""
         const worker = new Worker("/worker.mjs", {{ type: "module" }});
         let [messages, pieces] = [[], ""];
@@ -116,19 +111,18 @@ def test_a_page_answers_in_a_worker(tmp_path_factory: pytest.TempPathFactory, tm
           messages = await ask([...messages, {{ role: "user", content }}]);
         export default [messages.filter((m) => m.role === "assistant").map((m) => m.content), pieces];
     """)
-    command = ["node", IN_CHROMIUM, str(CHROMIUM), NODE_MODULES.resolve(), web_bundle.parent, "page.mjs"]
-    contents, pieces = json.loads(output(command, tmp_path).splitlines()[-1])["result"]
+    contents, pieces = in_chromium(tmp_path / "page.mjs", web_bundle.parent)["result"]
     answers = expected(web_bundle, ANSWER)
     assert words(contents) == answers
     assert "".join(pieces.split()) == "".join(word for answer in answers for word in answer)
 
 
-@node
+@needs_node
 def test_the_loop_for_react_native_gives_the_tokens_in_node(bundle: Path, tmp_path: Path) -> None:
-    code = (ROOT / "export" / "apps" / "answer.mjs").read_text()
+    code = (APPS / "answer.mjs").read_text()
     assert code.count('"onnxruntime-react-native"') == 1
     code = code.replace('"onnxruntime-react-native"', '"onnxruntime-node"')
-    (with_modules(tmp_path) / "answer.mjs").write_text(code)
+    (with_node_modules(tmp_path) / "answer.mjs").write_text(code)
     (tmp_path / "ask.mjs").write_text(f"""
         import {{ readFile }} from "node:fs/promises";
         import {{ answer, open }} from "./answer.mjs";
@@ -148,16 +142,11 @@ def test_the_loop_for_react_native_gives_the_tokens_in_node(bundle: Path, tmp_pa
     assert words(answers) == expected(bundle, ANSWER)
 
 
-def test_the_files_that_the_page_names_are_in_the_bundle(bundle: Path) -> None:
+@needs_node
+def test_the_files_and_versions_that_the_page_names_are_right(bundle: Path) -> None:
     for row in re.findall(r"(?:N|W): (.*?) \|", PAGE):
         for name in re.findall(r"`([^`]+)`", row):
             assert (bundle / name).exists(), name
-
-
-@node
-def test_the_versions_that_the_page_names_are_those_that_run_here() -> None:
-    def version(package: str) -> str:
-        return str(json.loads((NODE_MODULES / package / "package.json").read_text())["version"])
-
     for package in ("@huggingface/transformers", "@huggingface/tokenizers", "@huggingface/jinja"):
-        assert f'{package}": "{version(package)}"' in PAGE or f"{package}@{version(package)}" in PAGE
+        version = json.loads((NODE_MODULES / package / "package.json").read_text())["version"]
+        assert f'{package}": "{version}"' in PAGE or f"{package}@{version}" in PAGE

@@ -1,15 +1,12 @@
 """The phone page in a real Chromium: what it answers, measures, keeps, and says when it cannot.
 
-The browser is driven by playwright-core (`make runtimes`), the page needs its libraries (`make web`). Where
-something is missing the tests are skipped and say so. EDGEDISP_PICTURES names a folder for screenshots.
+EDGEDISP_PICTURES names a folder for screenshots.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -20,9 +17,11 @@ from typing import Any
 
 import psutil
 import pytest
+from browsers import NODE_MODULES, SLOW, WEB, chromium, needs_chromium, needs_playwright, needs_web, output
+from tiny_build import write_documents
 from tiny_bundle import Bundles, copy_with, order, recompute
 
-from edgedisp.bench.browser import BrowserPage, find_browser
+from edgedisp.bench.browser import BrowserPage
 from edgedisp.bench.bundles import read_bundle
 from edgedisp.bench.devices import BenchOptions
 from edgedisp.bench.interleaved_timing import Local
@@ -30,37 +29,18 @@ from edgedisp.bench.page_protocol import Figures, PagePlan
 from edgedisp.bench.page_server import PageServer, page_resources
 from edgedisp.bench.phone import local_address
 from edgedisp.bench.system import runner
+from edgedisp.commands.devices import time_bundles
 from edgedisp.commands.export import export_bundle
-from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import silent
 from edgedisp.core.results import DeviceResult
+from edgedisp.pipeline.device_scores import DeviceTasks
 
-TOP = Path(__file__).resolve().parents[2]
-WEB = TOP / "export" / "web"
-PLAYWRIGHT = TOP / ".runtimes" / "node" / "node_modules" / "playwright-core"
+pytestmark = [needs_chromium, needs_web]
 TEXTS = ["the cat sat on the mat", "and the dog?"]
 CONTEXT, LONGEST = 256, 128  # of the tiny models; an answer has at most half of the context
-SECONDS = 400  # many times what an idle machine takes
-
-
 Answer = tuple[list[int], str]  # tokens and text
 Chat = Callable[..., dict[str, Any]]
-
-
-def chromium() -> str | None:
-    with contextlib.suppress(BadInput):
-        return find_browser()
-    return None
-
-
-pytestmark = [
-    pytest.mark.skipif(chromium() is None, reason="needs Chromium: apt-get install chromium"),
-    pytest.mark.skipif(not (WEB / "vendor").is_dir(), reason="needs the page's libraries: make web"),
-]
-driven = pytest.mark.skipif(
-    shutil.which("node") is None or not PLAYWRIGHT.is_dir(),
-    reason="needs node and playwright-core: make runtimes",
-)
 
 
 @contextmanager
@@ -81,15 +61,11 @@ def served(
 def drive(server: PageServer, scenario: str, **options: Any) -> dict[str, Any]:
     """What the page did in a scenario of phone_page.mjs."""
     words = {
-        "playwright": str(PLAYWRIGHT), "chromium": chromium(), "url": server.address, "scenario": scenario,
-        "texts": TEXTS, "pictures": os.environ.get("EDGEDISP_PICTURES"), **options,
+        "playwright": str(NODE_MODULES / "playwright-core"), "chromium": chromium(), "url": server.address,
+        "scenario": scenario, "texts": TEXTS, "pictures": os.environ.get("EDGEDISP_PICTURES"), **options,
     }  # fmt: skip
-    process = subprocess.run(
-        ["node", str(TOP / "tests" / "slow" / "phone_page.mjs"), json.dumps(words)],
-        capture_output=True, text=True, timeout=SECONDS, check=False,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-2000:]
-    return dict(json.loads(process.stdout.splitlines()[-1]))
+    printed = output(["node", SLOW / "phone_page.mjs", json.dumps(words)], SLOW)
+    return dict(json.loads(printed.splitlines()[-1]))
 
 
 @pytest.fixture
@@ -125,7 +101,7 @@ def answer(bundles: Bundles) -> Answer:
     return expected(bundles["fp32"], [user(TEXTS[0])])
 
 
-@driven
+@needs_playwright
 def test_chat_gives_the_tokens_of_onnxruntime_and_a_reload_downloads_nothing(
     bundles: Bundles, chat: Chat, answer: Answer
 ) -> None:
@@ -144,7 +120,7 @@ def test_chat_gives_the_tokens_of_onnxruntime_and_a_reload_downloads_nothing(
     assert page["overflow"] <= 0 and page["small"] == [] and page["complaints"] == []
 
 
-@driven
+@needs_playwright
 def test_an_answer_can_be_stopped_and_a_new_conversation_starts_afresh(chat: Chat, answer: Answer) -> None:
     page, (tokens, _) = chat("stop"), answer
     part = page["stopped"]["tokens"]
@@ -153,7 +129,7 @@ def test_an_answer_can_be_stopped_and_a_new_conversation_starts_afresh(chat: Cha
     assert page["again"]["reused_tokens"] == 0  # the cache was emptied, not only the screen
 
 
-@driven
+@needs_playwright
 def test_the_benchmark_arrives_and_its_tokens_are_those_of_onnxruntime(bundles: Bundles) -> None:
     options = {"prompt": 6, "generate": 5, "repetitions": 2}
     with served({"fp32": bundles["fp32"], "twin": bundles["twin"]}, **options) as (server, plan):
@@ -170,7 +146,7 @@ def test_the_benchmark_arrives_and_its_tokens_are_those_of_onnxruntime(bundles: 
     assert page["overflow"] <= 0 and page["small"] == [] and page["complaints"] == []
 
 
-@driven
+@needs_playwright
 def test_plain_http_chats_with_one_thread_and_says_what_is_not_verified(chat: Chat, answer: Answer) -> None:
     address = local_address()
     if address.startswith("127."):
@@ -180,7 +156,7 @@ def test_plain_http_chats_with_one_thread_and_says_what_is_not_verified(chat: Ch
     assert page["turn"]["tokens"] == answer[0]
 
 
-@driven
+@needs_playwright
 def test_missing_simd_is_an_error_and_a_damaged_file_is_fetched_again(chat: Chat, answer: Answer) -> None:
     page = chat("unable")
     assert "no WebAssembly SIMD" in page["fault"] and not page["main"]
@@ -212,13 +188,23 @@ def test_the_browser_gives_the_rows_of_the_local_device(bundles: Bundles) -> Non
     assert [turn["tokens"] for turn in result.repetitions] == tokens
 
 
-def test_the_browser_bundle_of_an_export_is_timed(tiny_folder: dict[str, Path], tmp_path: Path) -> None:
-    export_bundle(tiny_folder["llama"], "browser", tmp_path / "bundle", silent)
-    result = in_browser({"web": tmp_path / "bundle"}, threads=2)
-    files = (tmp_path / "bundle" / "onnx").iterdir()
-    assert result.rows[0].weights_bytes == sum(file.stat().st_size for file in files)
-    assert result.rows[0].threads == 2
-    assert result.repetitions[0]["tokens"] == result.repetitions[1]["tokens"]
+def test_the_browser_bundle_of_an_export_is_timed_and_scores_as_this_machine(
+    tiny_folder: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEDISP_CACHE", str(tmp_path / "cache"))
+    export_bundle(tiny_folder["llama"], "browser", tmp_path / "web", silent)
+    assert not (tmp_path / "web" / "model.onnx").exists()
+    text = write_documents(tmp_path / "text.jsonl", 40, seed=5)
+    tasks = DeviceTasks(("heldout_cloze", "heldout_continuation"), items=20, limit=30, text=text)
+    sizes = BenchOptions(prompt=6, generate=5, repetitions=2, threads=2)
+    (device,) = time_bundles([tmp_path / "web"], ["browser"], sizes, silent, tasks)["devices"]
+    files = (tmp_path / "web" / "onnx").iterdir()
+    assert device.rows[0].weights_bytes == sum(file.stat().st_size for file in files)
+    assert device.rows[0].threads == 2
+    assert device.repetitions[0]["tokens"] == device.repetitions[1]["tokens"]
+    for record in device.scores:
+        assert record["answered"] == 20 and record["agreement"]["share"] == 1
+        assert record["logprob"]["max"] < 1e-3 and record["logprob"]["mean_per_token"] < 1e-5
 
 
 def test_a_damaged_graph_is_an_error_of_the_page(bundles: Bundles, tmp_path: Path) -> None:
@@ -229,23 +215,18 @@ def test_a_damaged_graph_is_an_error_of_the_page(bundles: Bundles, tmp_path: Pat
 
 
 def test_the_browser_of_a_killed_program_ends(bundles: Bundles, tmp_path: Path) -> None:
-    script = (
-        "import tempfile; from pathlib import Path; from edgedisp.bench.browser import BrowserPage; "
-        "from edgedisp.bench.devices import BenchOptions; "
-        f"tempfile.tempdir = {str(tmp_path)!r}; bundles = {{'fp32': Path({str(bundles['fp32'])!r})}}; "
-        "BrowserPage(bundles, BenchOptions(prompt=100, generate=100, repetitions=1000)).measure("
-        "lambda *step: print(*step, flush=True))"
-    )
+    sizes = ["--prompt", "100", "--generate", "100", "--repetitions", "1000"]
+    command = [sys.executable, "-m", "edgedisp", "bench", bundles["fp32"], "--device", "browser", *sizes]
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
 
     def browsers() -> list[int]:
         folder = f"--user-data-dir={tmp_path}"
         processes = psutil.process_iter(["cmdline"])
         return [p.pid for p in processes if any(folder in word for word in p.info["cmdline"] or ())]
 
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        next(line for line in process.stdout if "repetition 2" in line)
-        assert browsers()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stderr is not None
+        assert any("repetition" in line for line in process.stderr) and browsers()
         process.kill()
     deadline = time.monotonic() + 60
     while browsers() and time.monotonic() < deadline:

@@ -8,9 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from edgedisp.core.files import data_folder
 from edgedisp.core.run import Run
-from edgedisp.pipeline.run_results import load
+from edgedisp.data import fetch
+from edgedisp.models import TorchModel, encode, end_of_text_id, load, open_base, save
+from edgedisp.pipeline import run_results
+from edgedisp.recipe import load as load_recipe
 
 pytestmark = pytest.mark.real
 
@@ -31,25 +36,34 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [Path(sys.executable).parent / "edgedisp", "build", "quickstart", "--out", folder]
     for key, value in SMALL.items():
         command += ["--set", f"{key}={value}"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 0
-    assert done.stdout.splitlines()[-1] == f"report: {folder / 'report.html'}"
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 0
+    assert ended.stdout.splitlines()[-1] == f"report: {folder / 'report.html'}"
     return folder
 
 
 @pytest.fixture(scope="module")
 def results(run: Path) -> Run:
-    return load(run)
+    return run_results.load(run)
 
 
-def test_the_base_is_a_pretrained_model_and_the_text_is_real(results: Run) -> None:
+def test_the_base_opens_out_of_its_wheel_saves_and_speaks(tmp_path: Path) -> None:
+    source = load_recipe(data_folder("recipes") / "quickstart.yaml").model
+    model, tokenizer = open_base(fetch(source.base, sha256=source.sha256), architecture="llama")
+    assert (end_of_text_id(tokenizer), tokenizer.eos_token_id) == (0, 2)
+    save(model, tokenizer, tmp_path / "base")
+    loaded = load(tmp_path / "base")
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, loaded.state_dict()[name])
+    prompt = encode(tokenizer, "The capital of France is")
+    assert tokenizer.decode(TorchModel(loaded).greedy(prompt, 2, frozenset({2}))).startswith(" Paris")
+
+
+def test_both_arms_start_from_one_pretrained_model_and_read_real_text(results: Run) -> None:
+    assert results.model["parameters"]["total"] == 134_515_008 and results.model["parameters"]["tied"]
     # A random model has a perplexity near its vocabulary, 49,152; this one had 15.9 on this text.
-    assert results.model["parameters"]["total"] == 134_515_008
     assert (results.measured("baseline", "torch").scores["heldout_perplexity"].main.estimate.value or 99) < 40
     assert results.corpus["train_documents"] > 9000
-
-
-def test_both_arms_started_from_one_point(results: Run) -> None:
     baseline, dispersed = (results.training[arm] for arm in ("baseline", "dispersed"))
     assert baseline.log[0]["loss"] == dispersed.log[0]["loss"]
     assert dispersed.log[0]["dispersion"] is not None and baseline.log[0]["dispersion"] is None
@@ -57,10 +71,9 @@ def test_both_arms_started_from_one_point(results: Run) -> None:
 
 def test_the_fp32_bundle_is_the_torch_model(results: Run) -> None:
     for arm in ("baseline", "dispersed"):
-        figures = results.measured(arm, "fp32").parity
-        assert figures is not None
-        assert figures.max_abs_difference < 1e-2 and figures.top1_agreement == 1.0
-        assert figures.genai["opened"]
+        parity = results.measured(arm, "fp32").parity
+        assert parity is not None and parity.genai["opened"]
+        assert parity.max_abs_difference < 1e-2 and parity.top1_agreement == 1.0
         torch_score, onnx_score = (
             results.measured(arm, precision).scores["heldout_perplexity"].main.estimate.value
             for precision in ("torch", "fp32")
@@ -76,16 +89,13 @@ def test_quantized_bundles_are_smaller_and_fused(results: Run) -> None:
     assert nodes["GroupQueryAttention"] == 30 and nodes["MatMulNBits"] >= 121 and "MatMul" not in nodes
 
 
-def test_condensation_rises_with_depth(results: Run) -> None:
+def test_condensation_rises_with_depth_and_quantization_keeps_it(results: Run) -> None:
     # Measured for this model: .10 at the embedding, .48-.70 in the deep layers.
     profile = results.measured("baseline", "torch").condensation
     assert profile is not None
     layers = [row.figures["cosine_raw"].value or 0.0 for row in profile.layers]
     assert len(layers) == 31
     assert layers[0] < 0.25 < 0.4 < layers[28]
-
-
-def test_condensation_is_known_on_the_models_that_ship(results: Run) -> None:
     for precision, least, most in (("fp32", 0.0, 1e-5), ("int8", 1e-5, 0.01), ("int4", 1e-4, 0.1)):
         measured = results.measured("dispersed", precision).condensation
         assert measured is not None and measured.change is not None

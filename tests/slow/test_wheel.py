@@ -11,17 +11,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from browsers import TOP, WEB, needs_web
 
 from edgedisp.bench.page_server import page_resources
 
 pytest.importorskip("hatchling", reason='builds a wheel: pip install "edgedisp[dev]"')
-
-TOP = Path(__file__).resolve().parents[2]
-WEB = TOP / "export" / "web"
-PLACE = "edgedisp/packaged/export/web/"
+FOLDER = "edgedisp/packaged/export/web"  # of the page, in the wheel
 
 
-def built(tree: Path, out: Path) -> zipfile.ZipFile:
+def build_wheel(tree: Path, out: Path) -> zipfile.ZipFile:
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
     result = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -29,12 +27,12 @@ def built(tree: Path, out: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(wheel)
 
 
-@pytest.mark.skipif(not (WEB / "vendor").is_dir(), reason="needs the page's libraries: make web")
+@needs_web
 def test_what_is_installed_serves_the_page_of_the_checkout(tmp_path: Path) -> None:
-    with built(TOP, tmp_path) as wheel:
+    with build_wheel(TOP, tmp_path) as wheel:
         for line in (WEB / "vendor.sha256").read_text().splitlines():
             sha256, name = line.split()
-            assert hashlib.sha256(wheel.read(f"{PLACE}vendor/{name}")).hexdigest() == sha256
+            assert hashlib.sha256(wheel.read(f"{FOLDER}/vendor/{name}")).hexdigest() == sha256
         wheel.extractall(tmp_path / "site")
     script = (
         "import json, edgedisp\nfrom edgedisp.core.files import data_folder\n"
@@ -42,22 +40,20 @@ def test_what_is_installed_serves_the_page_of_the_checkout(tmp_path: Path) -> No
         "resources = page_resources(data_folder('export') / 'web')\n"
         "print(json.dumps([edgedisp.__file__, {name: page.tag for name, page in resources.items()}]))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path / "site", capture_output=True, text=True, check=True
-    )
-    where, served = json.loads(result.stdout)
-    assert Path(where).is_relative_to(tmp_path)
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=tmp_path / "site", capture_output=True, text=True, check=True)
+    file, served = json.loads(result.stdout)
+    assert Path(file).is_relative_to(tmp_path)
     assert served == {name: page.tag for name, page in page_resources(WEB).items()}
 
 
 def test_without_the_libraries_a_wheel_is_built_and_lacks_the_page_alone(tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    left = shutil.ignore_patterns("vendor", "__pycache__")
+    tree, ignored = tmp_path / "tree", shutil.ignore_patterns("vendor", "__pycache__")
     for name in ("edgedisp", "export", "recipes"):
-        shutil.copytree(TOP / name, tree / name, ignore=left)
+        shutil.copytree(TOP / name, tree / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(TOP / name, tree / name)
-    with built(tree, tmp_path / "dist") as wheel:
+    with build_wheel(tree, tmp_path / "dist") as wheel:
         names = wheel.namelist()
-    assert f"{PLACE}index.html" in names and "edgedisp/packaged/recipes/quickstart.yaml" in names
-    assert not [name for name in names if name.startswith(f"{PLACE}vendor/")]
+    assert f"{FOLDER}/index.html" in names and "edgedisp/packaged/recipes/quickstart.yaml" in names
+    assert not [name for name in names if name.startswith(f"{FOLDER}/vendor/")]

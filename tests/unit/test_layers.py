@@ -34,13 +34,10 @@ MODULE_LINES, FUNCTION_LINES, PARAMETERS = 350, 60, 6
 PACKAGE_LINES, PACKAGE_MODULES, TEST_LINES, BENCHMARK_LINES = 24_500, 123, 16_640, 1_600
 LONGER = {"export/runner/runner.py"}  # copied to devices as one file
 
-
-def modules() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
-
-
-def product() -> list[Path]:
-    return [*modules(), *sorted((TOP / "export" / "runner").glob("*.py"))]
+MODULES = sorted(PACKAGE.rglob("*.py"))
+RUNNER = sorted((TOP / "export" / "runner").glob("*.py"))
+TESTS = sorted((TOP / "tests").rglob("*.py"))
+BENCHMARKS = sorted((TOP / "benchmarks").glob("*.py"))
 
 
 @cache
@@ -63,20 +60,24 @@ def package_of(module: str) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Modules of edgedisp that a file imports, also inside functions; not those for type checkers alone."""
-    names = {name_of(one) for one in modules()}
+    """Modules that a file imports, also inside functions; not those for type checkers alone.
+
+    `from edgedisp.graph import session` is edgedisp.graph.session; a lazy name of the root is its module.
+    """
     for node in statements(tree(path)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith("edgedisp."))
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "edgedisp":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"{path}:{node.lineno}: relative import"
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
-                if full in names:
+                if full in NAMES:
                     yield full
-                elif node.module != "edgedisp":
-                    yield node.module
-                elif alias.name in PUBLIC:  # by the root's name it is still the module's
-                    yield PUBLIC[alias.name]
+                else:
+                    yield PUBLIC.get(alias.name, "edgedisp") if node.module == "edgedisp" else node.module
+
+
+NAMES = {name_of(path) for path in MODULES}
 
 
 def statements(node: ast.AST) -> Iterator[ast.AST]:
@@ -87,54 +88,45 @@ def statements(node: ast.AST) -> Iterator[ast.AST]:
         yield from statements(child)
 
 
-def test_every_module_belongs_to_a_package_with_a_layer() -> None:
-    assert {package_of(name_of(path)) for path in modules() if path.parent != PACKAGE} <= set(LAYERS)
+def inner_imports(path: Path) -> set[str]:
+    return {module for module in imports(path) if module.startswith("edgedisp.")}
 
 
 def test_packages_import_only_packages_of_lower_layers() -> None:
     wrong = set()
-    for path in modules():
+    for path in MODULES:
         if path == PACKAGE / "__init__.py":
             continue
-        here = package_of(name_of(path))
-        for module in imports(path):
-            there = package_of(module)
-            if there != here and LAYERS[there] >= LAYERS[here] and (here, there) not in SIBLINGS:
+        package = package_of(name_of(path))
+        for module in inner_imports(path):
+            other = package_of(module)
+            if other != package and LAYERS[other] >= LAYERS[package] and (package, other) not in SIBLINGS:
                 wrong.add(f"{path.relative_to(TOP)} imports {module}")
     assert not wrong, "\n".join(sorted(wrong))
 
 
 def test_no_import_cycle_between_modules() -> None:
-    arrows = {name_of(path): set(imports(path)) - {name_of(path)} for path in modules()}
+    arrows = {name_of(path): inner_imports(path) - {name_of(path)} for path in MODULES}
     while free := [name for name, targets in arrows.items() if not targets & set(arrows)]:
         for name in free:
             del arrows[name]
-    # What is left lies on a cycle or leads to one; a package's __init__ is entered with each of its modules.
+    # What remains lies on a cycle or leads to one; a package's __init__ is entered with each of its modules.
     assert not arrows, {name: sorted(targets & set(arrows)) for name, targets in arrows.items()}
 
 
-def test_the_dispersion_package_needs_torch_alone() -> None:
-    allowed = {"torch", "edgedisp", *sys.stdlib_module_names}
-    for path in (PACKAGE / "dispersion").glob("*.py"):
-        assert top_level_imports(path) <= allowed, path
-        assert {package_of(module) for module in imports(path)} <= {"dispersion", "core"}
-
-
-def test_the_runner_needs_numpy_and_onnxruntime_alone() -> None:
-    allowed = {"numpy", "onnxruntime", *sys.stdlib_module_names}
-    for path in (TOP / "export" / "runner").glob("*.py"):
-        assert top_level_imports(path) <= allowed
-
-
-def top_level_imports(path: Path) -> set[str]:
-    found: set[str] = set()
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}:{node.lineno}: relative import; write the full path"
-            found.add((node.module or "").split(".")[0])
-    return found
+@pytest.mark.parametrize(
+    ("paths", "allowed", "packages"),
+    [
+        (sorted((PACKAGE / "dispersion").glob("*.py")), {"torch", "edgedisp"}, {"dispersion", "core"}),
+        (RUNNER, {"numpy", "onnxruntime"}, set()),
+    ],
+    ids=["dispersion", "runner"],
+)
+def test_some_code_needs_few_libraries(paths: list[Path], allowed: set[str], packages: set[str]) -> None:
+    for path in paths:
+        libraries = {module.split(".")[0] for module in imports(path)}
+        assert libraries <= {*allowed, *sys.stdlib_module_names}, path
+        assert {package_of(module) for module in inner_imports(path)} <= packages, path
 
 
 def test_names_say_what_they_hold() -> None:
@@ -142,7 +134,7 @@ def test_names_say_what_they_hold() -> None:
     forbidden = {"one", "found", "held", "own", "made", "kept", "told", "asked", "said", "chosen", "ends"}
     wrong = {
         f"{path.relative_to(TOP)}:{node.lineno}: {name}"  # type: ignore[attr-defined]
-        for path in product()
+        for path in [*MODULES, *RUNNER, *BENCHMARKS]
         for node in ast.walk(tree(path))
         for name in defined(node)
         if name.strip("_") in forbidden
@@ -161,27 +153,23 @@ def defined(node: ast.AST) -> list[str]:
     return []
 
 
-def test_nothing_in_the_package_prints() -> None:
-    for path in modules():
-        for node in ast.walk(tree(path)):
-            named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
-            assert not named, f"{path}: print"
+def test_tests_import_from_helpers_and_never_from_one_another() -> None:
+    for path in TESTS:
+        assert not [module for module in imports(path) if module.startswith("test_")], path
 
 
 # ---------------------------------------------------------------- sizes
 
 
-def test_the_package_stays_within_its_budget() -> None:
-    assert lines(product()) <= PACKAGE_LINES
-    assert len([path for path in product() if path.name != "__init__.py"]) <= PACKAGE_MODULES
+def test_package_tests_and_benchmarks_stay_within_their_budgets() -> None:
+    product = [*MODULES, *RUNNER]
+    assert lines(product) <= PACKAGE_LINES
+    assert len([path for path in product if path.name != "__init__.py"]) <= PACKAGE_MODULES
+    assert lines(TESTS) <= TEST_LINES
+    assert lines(BENCHMARKS) <= BENCHMARK_LINES
 
 
-def test_tests_and_benchmarks_stay_within_their_budgets() -> None:
-    assert lines(sorted((TOP / "tests").rglob("*.py"))) <= TEST_LINES
-    assert lines(sorted((TOP / "benchmarks").glob("*.py"))) <= BENCHMARK_LINES
-
-
-@pytest.mark.parametrize("path", product(), ids=lambda path: str(path.relative_to(TOP)))
+@pytest.mark.parametrize("path", [*MODULES, *RUNNER], ids=lambda path: str(path.relative_to(TOP)))
 def test_a_module_fits_on_a_few_screens_and_its_functions_on_one(path: Path) -> None:
     relative = str(path.relative_to(TOP))
     assert lines([path]) <= MODULE_LINES or relative in LONGER
@@ -192,6 +180,6 @@ def test_a_module_fits_on_a_few_screens_and_its_functions_on_one(path: Path) -> 
             # Options of a command are its interface; Typer reads them from the function's parameters.
             if relative.startswith("edgedisp/cli/"):
                 continue
-            names = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
             count = len([name for name in names if name not in ("self", "cls")])
             assert count <= PARAMETERS, f"{relative}: {node.name} has {count} parameters"
