@@ -35,7 +35,7 @@ from edgedisp.bench.interleaved_timing import turns
 from edgedisp.bench.results import compare_speeds
 from edgedisp.bench.system import physical_cores
 from edgedisp.commands.lm_eval import OnnxHarnessModel, TorchHarnessModel
-from edgedisp.evaluate.lm_eval_tasks import quiet, task_index
+from edgedisp.evaluate.lm_eval_adapter import quiet, task_index
 
 PAIRS = {"edgedisp-onnx": "onnxruntime-genai", "edgedisp-torch": "hf"}
 

@@ -111,8 +111,8 @@ def of_seeds(rng: Rng, documents: int, seeds: int, luck: float) -> Outcome:
 def of_survival(rng: Rng, documents: int) -> Outcome:
     """The difference in differences: quantization takes a quarter of the arm's gain."""
     models = losses(rng, documents, [0.0, -0.02, 0.1, 0.085])
-    results = tuple(task_items(items, "heldout_perplexity", PERPLEXITY) for items in models)
-    return coverage(loss_survival([results], resampling(rng)).change, 0.005)  # type: ignore[list-item]
+    results = [[task_items(items, "heldout_perplexity", PERPLEXITY)] for items in models]
+    return coverage(loss_survival(results, resampling(rng)).change, 0.005)
 
 
 def of_verdicts(rng: Rng, documents: int) -> Outcome:

@@ -20,11 +20,12 @@ from edgedisp.core.progress import Progress, labelled
 from edgedisp.core.results import AS_GIVEN, BASELINE, DISPERSED, DeviceResult, Measurement
 from edgedisp.core.run import Run
 from edgedisp.core.stage_folder import SCORES
-from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, expand
+from edgedisp.evaluate.heldout_tasks import SuiteOptions
+from edgedisp.evaluate.task_suite import TaskSuite, expand
 from edgedisp.graph.genai_config import context_length
+from edgedisp.pipeline.measure import Scorer
 from edgedisp.pipeline.prepare import make_suite
 from edgedisp.pipeline.run_results import Scored, join, load, read_scored, surroundings
-from edgedisp.pipeline.scoring import Scorer
 from edgedisp.report.results_table import numbered
 
 BOOTSTRAP = 2000  # resamples behind each interval

@@ -23,7 +23,7 @@ from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import check_files
 from edgedisp.evaluate.lm_eval_adapter import HarnessModel
-from edgedisp.evaluate.tokenization import TextTokenizer
+from edgedisp.evaluate.loglikelihood import TextTokenizer
 from edgedisp.graph.session import OnnxModel
 
 
@@ -36,9 +36,7 @@ class _FolderModel(HarnessModel):
             raise BadInput(
                 f"model_args: {', '.join(sorted(unknown))}: no such argument; bundle or folder, threads"
             )
-        tokenizer = models.load_tokenizer(folder)
-        end_of_text, bos_token = models.end_of_text_id(tokenizer), models.bos_id(tokenizer)
-        super().__init__(model, TextTokenizer(tokenizer, end_of_text, bos_token))
+        super().__init__(model, TextTokenizer(models.load_tokenizer(folder)))
 
 
 @register_model("edgedisp-onnx")

@@ -7,6 +7,7 @@ configuration. `check_before_start` finds what would stop a build late.
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict
 
     check_before_start(recipe)
     threads, limit = threads_for(recipe), recipe.evaluate.limit
+    points = 100 * comparison.detectable_accuracy(limit)
     passed = state(stages(recipe, threads), run)
     plan: dict[str, Any] = {
         "recipe": recipe.name,
@@ -96,10 +98,10 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict
             "items": limit,
             "seeds": recipe.seeds,
             "differing": comparison.DIFFERING,
-            "points": 100 * comparison.detectable_accuracy(limit),
+            "points": points,
             "nats": {name: comparison.detectable_loss(limit, name) for name in recipe.precisions},
             "published_points": PUBLISHED_POINTS,
-            "items_for_published": comparison.items_for(PUBLISHED_POINTS / 100),
+            "items_for_published": math.ceil(limit * (points / PUBLISHED_POINTS) ** 2),
         },
         "sizes": None,
         "sizes_unknown": None,

@@ -33,7 +33,6 @@ class Seeds:
     sd: float | None = None
     item_low: float | None = None
     item_high: float | None = None
-    item_se: float | None = None
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,8 @@ class Parity:
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(reference || model) of next-token distributions over held-out tokens, in nats."""
+    """KL(reference || model) of next-token distributions over held-out tokens, in nats; largest difference of
+    a logit."""
 
     tokens: int
     mean_kl: float
@@ -190,6 +190,7 @@ class Divergence:
     max_kl: float
     top1_agreement: float
     top5_overlap: float
+    max_abs_difference: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from edgedisp.evaluate import statistics
 from edgedisp.evaluate.comparison import Results, TaskResult, task_result
 from edgedisp.evaluate.loglikelihood import (
     Fitted,
-    LanguageModel,
     ScoreCache,
     ScoreOptions,
     fitted,
@@ -115,7 +114,7 @@ def compare(
     suite: TaskSuite,
     sample: Sample,
     answers: Sequence[Sequence[Answer]],
-    model: LanguageModel,
+    model: Any,
     cache: ScoreCache,
     results: Results,
 ) -> list[dict[str, Any]]:
@@ -210,7 +209,7 @@ def _choice(item: Mapping[str, Any]) -> int | None:
 
 
 def _logprob_differences(
-    items: Sequence[SampledItem], model: LanguageModel, host: ScoreOptions, device: ScoreOptions
+    items: Sequence[SampledItem], model: Any, host: ScoreOptions, device: ScoreOptions
 ) -> dict[str, Any]:
     """Absolute differences of log-likelihoods in nats, the largest of each item: {mean, max, item (that with
     the largest), mean_per_token}."""

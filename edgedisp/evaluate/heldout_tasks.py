@@ -1,12 +1,11 @@
 """Three tasks made from the recipe's own held-out documents: no hub, no download, any language with spaces.
 
-heldout_perplexity    Every token of the documents, in windows of `context` tokens, each document after the
-                      end-of-text token: perplexity and bits per byte (comparable between vocabularies).
-heldout_cloze         The last word of a sentence after at least 30 words of passage, as in LAMBADA (Paperno
-                      et al., 2016): right when each of its tokens is the most likely one. Words that occurred
-                      earlier in the passage come first.
-heldout_continuation  The sentence that follows, against three of nearest length from three other documents,
-                      as in HellaSwag: right when it has the highest log-likelihood per byte.
+heldout_perplexity    Every token, in windows, each document after the end-of-text token: perplexity and bits
+                      per byte (comparable between vocabularies).
+heldout_cloze         The last word of a sentence after 30 words or more, as in LAMBADA (Paperno et al. 2016):
+                      right when each of its tokens is the most likely one. Words seen before come first.
+heldout_continuation  The next sentence against three of nearest length from three other documents, as in
+                      HellaSwag: right when it has the highest log-likelihood per byte.
 
 Items depend on documents, tokenizer and seed alone, and spread over as many documents as there are.
 """
@@ -16,8 +15,11 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,9 +29,8 @@ from edgedisp.core.results import TaskScore
 from edgedisp.data import Document
 from edgedisp.evaluate import statistics
 from edgedisp.evaluate.comparison import TaskResult, task_result
-from edgedisp.evaluate.loglikelihood import LanguageModel, Likelihood, ScoreOptions, loglikelihoods
+from edgedisp.evaluate.loglikelihood import Request, ScoreOptions, TextTokenizer, loglikelihoods
 from edgedisp.evaluate.statistics import ACCURACY, Metric, Resampling
-from edgedisp.evaluate.tokenization import Request, TextTokenizer, encode_pair, rolling_windows, sentences
 
 CLOZE_CONTEXT = 96  # tokens
 CLOZE_WORDS = 30
@@ -43,27 +44,38 @@ _LAST_WORD = re.compile(r"\s+([^\W\d_]{3,})[.!?]+[\"'”’)\]]*$")
 
 
 @dataclass(frozen=True)
+class SuiteOptions:
+    """Which items a suite of tasks holds.
+
+    context: tokens of a held-out window, at most the models' own. limit: most items of each task.
+    perplexity_tokens: most tokens of heldout_perplexity. tasks_path: a folder of lm-eval YAML.
+    """
+
+    tasks: tuple[str, ...]
+    context: int = 512
+    limit: int = 100
+    seed: int = 0
+    perplexity_tokens: int | None = None
+    tasks_path: Path | None = None
+
+
+@dataclass(frozen=True)
 class Text:
-    """Documents and a tokenizer, from which questions are made. context: most tokens of a question; limit:
-    most questions of a task; perplexity_tokens: most tokens of all windows."""
+    """Documents and a tokenizer, from which questions are made."""
 
     tokenizer: TextTokenizer
     documents: Sequence[Document]
-    context: int
-    limit: int
-    seed: int = 0
-    perplexity_tokens: int | None = None
+    options: SuiteOptions
 
     @property
     def share(self) -> int:
         """Most questions from one document, so that they spread over as many documents as there are."""
-        return max(1, math.ceil(self.limit / max(1, len(self.documents))))
+        return max(1, math.ceil(self.options.limit / max(1, len(self.documents))))
 
 
 @dataclass(frozen=True)
 class Question:
-    """One item before scoring. requests: what is scored; sizes: UTF-8 bytes of each continuation; gold: the
-    right one."""
+    """One item before scoring. sizes: UTF-8 bytes of each request's continuation; gold: the right one."""
 
     id: str
     document: str
@@ -77,244 +89,214 @@ class Question:
         return hashlib.sha256(repr(([*self.requests], self.gold)).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class HeldoutTask:
-    """metrics: the main one first. unit: of a question, for messages."""
-
-    build: Callable[[Text, np.random.Generator], list[Question]]
-    metrics: tuple[Metric, ...]
-    unit: str
-    chance: float | None = None
-
-
 def build(task: str, text: Text) -> list[Question]:
     """The questions of a held-out task. Raises BadInput when the documents hold too few."""
-    rng = np.random.default_rng([text.seed, list(TASKS).index(task)])
+    rng = np.random.default_rng([text.options.seed, list(TASKS).index(task)])
     shuffled = [text.documents[index] for index in rng.permutation(len(text.documents))]
-    questions = TASKS[task].build(replace(text, documents=shuffled), rng)
-    if len(questions) < (least := min(LEAST, text.limit)):
+    questions = TASKS[task].build(Text(text.tokenizer, shuffled, text.options), rng)
+    if len(questions) < (least := min(LEAST, text.options.limit)):
         raise BadInput(
-            f"{task}: found {len(questions)} {TASKS[task].unit} in {len(shuffled)} held-out documents, need "
+            f"{task}: {len(questions)} questions can be made of {len(shuffled)} held-out documents, need "
             f"{least}; hold out more text (data.heldout), or take {task} out of evaluate.tasks"
         )
     return questions
 
 
 def score(
-    task: str,
-    questions: Sequence[Question],
-    model: LanguageModel,
-    options: ScoreOptions,
-    resampling: Resampling,
+    task: str, questions: Sequence[Question], model: Any, options: ScoreOptions, resampling: Resampling
 ) -> TaskResult:
-    """Ask a model the questions that `build` made."""
-    likelihoods = loglikelihoods(
-        model, [pair for question in questions for pair in question.requests], options
-    )
-    remaining = iter(likelihoods)
-    items = [
-        {
-            "id": question.id,
-            "document": question.document,
-            **_answer(task, question, [next(remaining) for _ in question.requests]),
-            **question.notes,
-            "asked": question.fingerprint(),
-        }
-        for question in questions
-    ]
-    truncated = sum(likelihood.dropped > 0 for likelihood in likelihoods)
-    task_score = TaskScore(task, {}, TASKS[task].chance, truncated)
-    return task_result(task_score, items, TASKS[task].metrics, resampling)
-
-
-def _answer(task: str, question: Question, likelihoods: Sequence[Likelihood]) -> dict[str, Any]:
-    """The fields of an item: its loss, and of several choices the one with the most likelihood per byte."""
-    gold, size = likelihoods[question.gold], question.sizes[question.gold]
-    fields = {"nll": -gold.sum_logprob, "tokens": len(gold.logprobs), "bytes": size}
-    if len(likelihoods) == 1:
-        return fields | ({"accuracy": int(gold.greedy)} if ACCURACY in TASKS[task].metrics else {})
-    by_byte = [likelihood.sum_logprob / size for likelihood, size in zip(likelihoods, question.sizes)]
-    best_other = max(value for index, value in enumerate(by_byte) if index != question.gold)
-    choice, margin = int(np.argmax(by_byte)), by_byte[question.gold] - best_other
-    right = int(choice == question.gold)
-    return fields | {"accuracy": right, "choice": choice, "gold": question.gold, "margin": margin}
-
-
-# Windows
+    """Ask a model the questions that `build` made: of several choices the one with the most likelihood per
+    byte is its answer. No question is longer than a model's context."""
+    items, metrics = [], TASKS[task].metrics
+    requests = [request for question in questions for request in question.requests]
+    scores = iter(loglikelihoods(model, requests, options))
+    for question in questions:
+        likelihoods = [*islice(scores, len(question.requests))]
+        gold, size = likelihoods[question.gold], question.sizes[question.gold]
+        item: dict[str, Any] = {"id": question.id, "document": question.document}
+        item |= {"nll": -gold.sum_logprob, "tokens": len(gold.logprobs), "bytes": size}
+        if len(likelihoods) > 1:
+            by_byte = [likelihood.sum_logprob / size for likelihood, size in zip(likelihoods, question.sizes)]
+            choice, right = int(np.argmax(by_byte)), by_byte.pop(question.gold)
+            item |= {"accuracy": int(choice == question.gold), "choice": choice, "gold": question.gold}
+            item["margin"] = right - max(by_byte)
+        elif ACCURACY in metrics:
+            item["accuracy"] = int(gold.greedy)
+        items.append({**item, **question.notes, "asked": question.fingerprint()})
+    return task_result(TaskScore(task, {}, TASKS[task].chance), items, metrics, resampling)
 
 
 def windows(text: Text, rng: np.random.Generator) -> list[Question]:
     """Windows of documents, the first ones of each, within `limit` and (beyond two) the token budget."""
     questions: list[Question] = []
-    budget = math.inf if text.perplexity_tokens is None else text.perplexity_tokens
-    tokenizer = text.tokenizer
+    tokenizer, options = text.tokenizer, text.options
+    budget = math.inf if options.perplexity_tokens is None else options.perplexity_tokens
     for document in text.documents:
         ids = tokenizer.encode(document.text)
-        end = 0
-        pairs = rolling_windows(ids, text.context, tokenizer.start, tokenizer.bos_token is not None)
-        for index, pair in enumerate(pairs):
-            start, end = end, end + len(pair[1])
-            if len(questions) == text.limit or (end - start > budget and len(questions) >= LEAST):
+        pairs = tokenizer.windows(ids, options.context, tokenizer.start)
+        end = size = 0  # tokens and bytes so far
+        for index, pair in enumerate(islice(pairs, text.share)):
+            tokens, before = len(pair[1]), size
+            if len(questions) == options.limit or (tokens > budget and len(questions) >= LEAST):
                 return questions
-            if index == text.share:
-                break
-            budget -= end - start
-            size = _bytes(text, document, ids, end) - _bytes(text, document, ids, start)
-            questions.append(Question(f"{document.id}#{index}", document.id, (pair,), (max(1, size),)))
+            end, budget = end + tokens, budget - tokens
+            # Exact for the whole document; half a character at the end of a window counts 3.
+            size = len((document.text if end == len(ids) else tokenizer.decode(ids[:end])).encode())
+            sizes = (max(1, size - before),)
+            questions.append(Question(f"{document.id}#{index}", document.id, (pair,), sizes))
     return questions
 
 
-def _bytes(text: Text, document: Document, ids: Sequence[int], end: int) -> int:
-    """UTF-8 bytes of the document's first `end` tokens (exact for the whole; half a character counts 3)."""
-    beginning = document.text if end == len(ids) else text.tokenizer.decode(ids[:end])
-    return len(beginning.encode())
+class _Passage(NamedTuple):
+    """A passage from any of `starts` to `stop`, and what follows it. number: of the answer's sentence."""
 
-
-# Last words
+    document: Document
+    number: int
+    starts: list[int]
+    stop: int
+    answer: str
 
 
 def cloze(text: Text, rng: np.random.Generator) -> list[Question]:
     """Last words: those seen earlier in the passage first, at most a fair share from each document."""
-    seen: list[Question] = []
-    unseen: list[Question] = []
+    questions: list[Question] = []
     for document in text.documents:
-        places = [*_last_words(document.text)]
-        sample = rng.permutation(len(places))[: 8 + 4 * text.share]
-        questions = [_last_word(text, document, *places[index]) for index in sample]
-        for question in sorted(questions, key=lambda question: not question.notes["seen"])[: text.share]:
-            (seen if question.notes["seen"] else unseen).append(question)
-        if len(seen) >= text.limit:
+        passages, candidates = _last_words(document), []
+        for index in rng.permutation(len(passages))[: 8 + 4 * text.share]:
+            word = passages[index].answer
+            question = _question(text, passages[index], [word], 0, CLOZE_CONTEXT)
+            passage = text.tokenizer.decode(question.requests[0][0][1:])
+            question.notes["seen"] = word.lower() in re.findall(r"[^\W\d_]+", passage.lower())
+            candidates.append(question)
+        questions += sorted(candidates, key=lambda question: not question.notes["seen"])[: text.share]
+        if sum(question.notes["seen"] for question in questions) >= text.options.limit:
             break
-    return [*seen, *unseen][: text.limit]
+    return sorted(questions, key=lambda question: not question.notes["seen"])[: text.options.limit]
 
 
-def _last_words(document: str) -> Iterator[tuple[int, list[int], int, str]]:
-    """(sentence number, where the passage may start, where it ends, the word that follows)."""
-    spans = sentences(document)
-    words_before = [0]  # words in all sentences before this one
-    for index, (start, end) in enumerate(spans):
-        words_before.append(words_before[-1] + len(document[start:end].split()))
-        match = _LAST_WORD.search(document[start:end])
-        most = words_before[-1] - 1 - CLOZE_WORDS
-        first = max(0, index - _SENTENCES)
-        starts = [spans[k][0] for k in range(first, index + 1) if words_before[k] <= most]
+def _last_words(document: Document) -> list[_Passage]:
+    """The last words of sentences after passages that are long enough."""
+    spans = sentences(document.text)
+    texts = [document.text[start:end] for start, end in spans]
+    words_before = [0, *accumulate(len(sentence.split()) for sentence in texts)]
+    passages = []
+    for number, (start, _) in enumerate(spans):
+        match = _LAST_WORD.search(texts[number])
+        most = words_before[number + 1] - 1 - CLOZE_WORDS
+        first = max(0, number - _SENTENCES)
+        starts = [spans[k][0] for k in range(first, number + 1) if words_before[k] <= most]
         if match is not None and starts:
-            yield index, starts, start + match.start(), match.group(1)
-
-
-def _last_word(
-    text: Text, document: Document, index: int, starts: list[int], stop: int, word: str
-) -> Question:
-    (request,) = _fit(text, document.text[:stop], starts, [" " + word], CLOZE_CONTEXT)
-    words = re.findall(r"[^\W\d_]+", text.tokenizer.decode(request[0][1:]).lower())
-    notes = {"seen": word.lower() in words}
-    return Question(f"{document.id}#{index}", document.id, (request,), (len(word.encode()) + 1,), notes=notes)
-
-
-# Next sentences
-
-
-class _Sentence(NamedTuple):
-    """A sentence of a document, by its number, and the spans of all of its sentences."""
-
-    document: Document
-    number: int
-    sentence: str
-    spans: list[tuple[int, int]]
+            passages.append(_Passage(document, number, starts, start + match.start(), match.group(1)))
+    return passages
 
 
 def continuation(text: Text, rng: np.random.Generator) -> list[Question]:
     """The next sentence against sentences of nearest length in bytes from three other documents."""
-    pool: list[_Sentence] = []
+    pool: list[_Passage] = []
+    limit = text.options.limit
     for document in text.documents:
-        pool += _next_sentences(text, document, 8 + 2 * text.share, rng)
-        if len(pool) >= max(2000, 4 * text.limit):
+        pool += _next_sentences(text, document, rng)
+        if len(pool) >= max(2000, 4 * limit):
             break
-    by_document: dict[str, list[int]] = {}
-    for index, entry in enumerate(pool):
-        by_document.setdefault(entry.document.id, []).append(index)
-    sizes = np.array([len(entry.sentence.encode()) for entry in pool])
+    sizes = np.array([len(passage.answer.encode()) for passage in pool])
+    share = math.ceil(limit / max(1, len({passage.document.id for passage in pool})))
+    seen: Counter[str] = Counter()
     questions: list[Question] = []
-    for indices in by_document.values():
-        for index in indices[: math.ceil(text.limit / len(by_document))]:
-            if len(questions) == text.limit:
-                return questions
-            distractors = _nearest(pool, sizes, index, rng)
-            if len(distractors) == CHOICES - 1:
-                questions.append(_choices(text, pool[index], distractors, int(rng.integers(CHOICES))))
+    for index, passage in enumerate(pool):
+        seen[passage.document.id] += 1
+        if seen[passage.document.id] > share or len(questions) == limit:
+            continue
+        choices = _nearest(pool, sizes, index, rng)
+        if len(choices) == CHOICES - 1:
+            gold = int(rng.integers(CHOICES))  # at random, so that a tie favours none
+            choices.insert(gold, passage.answer)
+            questions.append(_question(text, passage, choices, gold, CONTINUATION_CONTEXT))
     return questions
 
 
-def _next_sentences(text: Text, document: Document, most: int, rng: np.random.Generator) -> list[_Sentence]:
-    """At most `most` sentences, never the first, short enough for a choice, long enough to say something."""
+def _next_sentences(text: Text, document: Document, rng: np.random.Generator) -> list[_Passage]:
+    """Some sentences, never the first, short enough for a choice, long enough to say something."""
     spans = sentences(document.text)
-    tokens = min(CONTINUATION_SENTENCE, text.context // 2)
-    result: list[_Sentence] = []
-    for index in (rng.permutation(len(spans) - 1) + 1).tolist() if len(spans) > 1 else []:
-        sentence = document.text[slice(*spans[index])]
+    most, tokens = 8 + 2 * text.share, min(CONTINUATION_SENTENCE, text.options.context // 2)
+    passages: list[_Passage] = []
+    for number in (rng.permutation(max(0, len(spans) - 1)) + 1).tolist():
+        sentence = document.text[slice(*spans[number])]
         is_long = len(sentence.split()) >= CONTINUATION_WORDS
-        if is_long and len(text.tokenizer.encode(" " + sentence)) <= tokens:
-            result.append(_Sentence(document, index, sentence, spans))
-        if len(result) == most:
-            break
-    return result
+        if len(passages) < most and is_long and len(text.tokenizer.encode(" " + sentence)) <= tokens:
+            starts = [start for start, _ in spans[max(0, number - _SENTENCES) : number]]
+            passages.append(_Passage(document, number, starts, spans[number - 1][1], sentence))
+    return passages
 
 
-def _nearest(pool: Sequence[_Sentence], sizes: Any, index: int, rng: np.random.Generator) -> list[_Sentence]:
-    """Sentences of the pool nearest in length, each from another document; ties by chance."""
-    nearest = {pool[index].document.id: pool[index]}
+def _nearest(pool: Sequence[_Passage], sizes: Any, index: int, rng: np.random.Generator) -> list[str]:
+    """Answers of the pool nearest in length, each from another document; ties by chance."""
+    nearest = {pool[index].document.id: pool[index].answer}
     for other in np.lexsort((rng.permutation(len(pool)), np.abs(sizes - sizes[index]))):
-        entry = pool[other]
-        if entry.sentence not in {near.sentence for near in nearest.values()}:
-            nearest.setdefault(entry.document.id, entry)
+        if pool[other].answer not in nearest.values():
+            nearest.setdefault(pool[other].document.id, pool[other].answer)
         if len(nearest) == CHOICES:
             break
     return [*nearest.values()][1:]
 
 
-def _choices(text: Text, right: _Sentence, distractors: list[_Sentence], gold: int) -> Question:
-    """One question; the true sentence stands at `gold`, drawn at random, so that a tie favours none."""
-    document, number, _, spans = right
-    continuations = [" " + entry.sentence for entry in (*distractors[:gold], right, *distractors[gold:])]
-    starts = [start for start, _ in spans[max(0, number - _SENTENCES) : number]]
-    requests = _fit(text, document.text[: spans[number - 1][1]], starts, continuations, CONTINUATION_CONTEXT)
-    sizes = tuple(len(choice.encode()) for choice in continuations)
-    return Question(f"{document.id}#{number}", document.id, requests, sizes, gold)
-
-
-def _fit(
-    text: Text, passage: str, starts: Sequence[int], continuations: Sequence[str], most: int
-) -> tuple[Request, ...]:
-    """Tokenize the longest passage of whole sentences that fits, with each of its continuations.
+def _question(text: Text, passage: _Passage, choices: Sequence[str], gold: int, most: int) -> Question:
+    """Ask for each of the choices after the longest passage of whole sentences that fits.
 
     It fits when no context has more than `most` tokens (the start token included) and no request more than
     the model can take. When even the latest start is too long, all contexts are cut on the left alike.
     """
+    tokenizer, document = text.tokenizer, passage.document
     best: list[tuple[list[int], list[int]]] = []
     room = 0
-    for start in reversed(starts):
-        pairs = [encode_pair(text.tokenizer.encode, passage[start:], choice) for choice in continuations]
-        room = min(most, text.context - max(len(target) for _, target in pairs) + 1) - 1
-        if best and any(len(context) > room for context, _ in pairs):
+    for start in reversed(passage.starts):
+        context = document.text[start : passage.stop]
+        pairs = [tokenizer.encode_pair(context, f" {choice}") for choice in choices]
+        room = min(most, text.options.context - max(len(target) for _, target in pairs) + 1) - 1
+        if best and any(len(ids) > room for ids, _ in pairs):
             break
         best = pairs
-    start_token = text.tokenizer.start
-    return tuple(((start_token, *context[max(0, len(context) - room) :]), target) for context, target in best)
+    requests = tuple(((tokenizer.start, *ids[max(0, len(ids) - room) :]), target) for ids, target in best)
+    sizes = tuple(len(choice.encode()) + 1 for choice in choices)
+    return Question(f"{document.id}#{passage.number}", document.id, requests, sizes, gold)
 
 
-TASKS: dict[str, HeldoutTask] = {
-    "heldout_perplexity": HeldoutTask(
-        windows, (statistics.PERPLEXITY, statistics.BITS_PER_BYTE), "windows of text"
-    ),
-    "heldout_cloze": HeldoutTask(
-        cloze,
-        (ACCURACY, Metric("word_nll", "nll", None, "mean", higher_is_better=False)),
-        "passages that end in a word",
-    ),
-    "heldout_continuation": HeldoutTask(
-        continuation,
-        (ACCURACY, statistics.GOLD_BITS_PER_BYTE),
-        "sentences with three of like length in other documents",
-        chance=1 / CHOICES,
-    ),
+class HeldoutTask(NamedTuple):
+    """metrics: the main one first."""
+
+    build: Callable[[Text, np.random.Generator], list[Question]]
+    metrics: tuple[Metric, ...]
+    chance: float | None = None
+
+
+TASKS = {
+    "heldout_perplexity": HeldoutTask(windows, (statistics.PERPLEXITY, statistics.BITS_PER_BYTE)),
+    "heldout_cloze": HeldoutTask(cloze, (ACCURACY, Metric("word_nll", "nll", higher_is_better=False))),
+    "heldout_continuation": HeldoutTask(continuation, (ACCURACY, statistics.GOLD_BITS_PER_BYTE), 1 / CHOICES),
 }
+
+
+# Sentences
+
+_END = re.compile(r"([.!?]+[\"'”’)\]]*)\s+(?=[\"'“‘(\[¿¡]*[^\W_a-z])")
+_ABBREVIATION = re.compile(  # an initial, a word with inner full stops, a known abbreviation
+    r"(?:^|\s)[\"'“‘(\[]*(?:[A-ZÀ-ÞΑ-ΩА-Я]|[^\s.]{0,2}(?:\.[^\s.]{0,2})+|No|Nos|"
+    r"(?i:mr|mrs|ms|dr|prof|rev|hon|st|mt|ft|jr|sr|gen|col|capt|lt|maj|sgt|adm|gov|sen|rep|pres|"
+    r"vs|etc|approx|ca|cf|al|ed|eds|vol|pp|fig|inc|ltd|co|corp|bros|dept|univ|est|"
+    r"jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec))$"
+)
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Spans (start, end) of the sentences of a text, in order, without the white space around them.
+
+    A sentence ends at . ! or ? before white space and something that can begin one, but not after an initial
+    ("J. R. R. Tolkien"), a known abbreviation or a word with inner full stops ("e.g.").
+    """
+    spans: list[tuple[int, int]] = []
+    start = len(text) - len(text.lstrip())
+    for match in _END.finditer(text):
+        if match.group(1) != "." or not _ABBREVIATION.search(text[start : match.start()]):
+            spans.append((start, match.end(1)))
+            start = match.end()
+    end = len(text.rstrip())
+    return [*spans, (start, end)] if end > start else spans

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, given contexts, from a model that gives the logits of one sequence.
+"""Log-likelihoods of continuations, given contexts, and how far two models' next-token distributions differ.
 
 Each sequence is computed alone by the model as it ships. Nothing is padded, packed or shared, so a score
 depends neither on the other requests nor on their order: in int8 arithmetic a sum in another order can move a
@@ -11,94 +11,114 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import log_softmax
 
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Progress, silent
-from edgedisp.evaluate.tokenization import Request
+from edgedisp.core.results import Divergence
 
 FORMAT = 3  # of cached scores; raised when they are computed in another way
 LOGITS_BYTES = 2**30  # most memory for the float32 logits of sequences side by side; one may exceed it
 _POSITIONS = 64  # rows of logits reduced at a time: 64 x 262k x 4 bytes = 64 MB of working memory
-_WRITE_EVERY_S = 2.0  # what an interruption can lose
-_NAMES_PER_QUERY = 500  # SQLite allows 999
+_CELLS = 4_000_000  # positions x vocabulary of a divergence reduced at a time: 32 MB as float64
+_BATCH = 16  # sequences of a thread between two writes of the cache: what an interruption can lose
+
+Request = tuple[Sequence[int], Sequence[int]]
+"""Token ids of a context and of its continuation."""
+Fitted = tuple[tuple[int, ...], tuple[int, ...]]
+"""A request cut to the context of a model."""
+Score = tuple[tuple[float, ...], bool]
 
 
-class LanguageModel(Protocol):
-    """What can be scored: the torch model, a bundle, or a table in a test. context: most tokens of a
-    sequence; parallel: how many calls of `logits` may run at once, from as many threads."""
+class TextTokenizer:
+    """A transformers tokenizer that adds no special tokens by itself. BadInput for one without end-of-text.
 
-    context: int
-    vocab_size: int
+    bos_token: begins every text, for models trained with one (Gemma's <bos>). start: before a held-out text,
+    as in training. prefix: before an lm-eval text without a context, as lm-eval chooses it, so that figures
+    compare with published ones. stop_ids: end generated text.
+    """
 
-    @property
-    def parallel(self) -> int: ...
+    def __init__(self, tokenizer: Any) -> None:
+        from edgedisp import models  # brings torch, which a plan does without
 
-    def logits(self, ids: NDArray[np.int64], last: int) -> NDArray[np.float32]:
-        """ids int64 [tokens] -> logits float32 [last, vocab] at its `last` positions."""
-        ...
+        self.tokenizer = tokenizer
+        end_of_text, self.bos_token = models.end_of_text_id(tokenizer), models.bos_id(tokenizer)
+        self.start = end_of_text if self.bos_token is None else self.bos_token
+        eos = tokenizer.eos_token_id
+        special = self.bos_token, getattr(tokenizer, "bos_token_id", None), eos, end_of_text
+        self.prefix: int = next(token for token in special if token is not None)
+        self.stop_ids = frozenset({end_of_text} | ({eos} - {None}))
 
-    def greedy(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> list[int]:
-        """The most likely next tokens after `ids`, one by one, until a stop token or the limit."""
-        ...
+    def encode(self, text: str) -> list[int]:
+        # verbose=False: no warning about a text longer than the context; it is cut into windows.
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokenize two texts that are read as one. The whole is split where it stops sharing tokens with the
+        context alone (less its white space at the end): a token across the join belongs to the continuation;
+        lm-eval splits at the context's number of tokens."""
+        whole, alone = self.encode(context + continuation), self.encode(context.rstrip())
+        shared = len([*takewhile(lambda pair: pair[0] == pair[1], zip(alone, whole))])
+        return whole[:shared], whole[shared:]
+
+    def windows(self, ids: Sequence[int], context: int, first: int) -> Iterator[Request]:
+        """Cut a long text into requests of at most `context` input tokens that predict each token once. The
+        first begins with the token `first`, later ones with bos_token (if any) and the token before them; the
+        last one is filled up on the left with earlier text."""
+        bos = [] if self.bos_token is None else [self.bos_token]
+        start, room = 0, context
+        while start < len(ids):
+            end = min(start + room, len(ids))
+            room = max(1, context - len(bos))
+            earlier = ids[max(0, end - 1 - room) : start]
+            yield (*(bos if start else [first]), *earlier), tuple(ids[start:end])
+            start = end
 
 
 class ScoreCache:
     """The scores of one model, named by a hash of all that they depend on (files, versions, processor).
-    Raises BadInput for a file that is no cache, BuildFailed for a full disk or a locked file."""
+    Raises BadInput for a file that is no such cache."""
 
     def __init__(self, path: Path, model: str) -> None:
-        self.path, self.model = path, f"{FORMAT} {model}"
-        with self._errors():
+        self.model = f"{FORMAT} {model}"
+        try:
             self._connection = sqlite3.connect(path, timeout=60)
             self._connection.execute(
                 "CREATE TABLE IF NOT EXISTS scores (model TEXT, item TEXT, found TEXT, "
                 "PRIMARY KEY (model, item)) WITHOUT ROWID"
             )
+        except sqlite3.Error as problem:
+            raise BadInput(
+                f"{path}: cannot be used as the cache of scores ({problem}); delete it, and its scores are "
+                "computed again"
+            ) from problem
 
     def read(self, names: Sequence[str]) -> dict[str, Any]:
         """Name -> its value, to the bit, for those that are cached."""
-        values: dict[str, Any] = {}
-        for start in range(0, len(names), _NAMES_PER_QUERY):
-            part = names[start : start + _NAMES_PER_QUERY]
-            marks = ",".join("?" * len(part))
-            query = f"SELECT item, found FROM scores WHERE model = ? AND item IN ({marks})"
-            with self._errors():
-                rows = self._connection.execute(query, (self.model, *part))
-                values |= {name: json.loads(text) for name, text in rows}
-        return values
+        query = "SELECT item, found FROM scores WHERE model = ? AND item = ?"
+        rows = [self._connection.execute(query, (self.model, name)).fetchone() for name in names]
+        return {row[0]: json.loads(row[1]) for row in rows if row is not None}
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Store JSON-able values by name, all or none."""
         rows = [(self.model, name, json.dumps(value)) for name, value in values.items()]
-        with self._errors(), self._connection:
+        with self._connection:
             self._connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
 
     def close(self) -> None:
         self._connection.close()
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.OperationalError as problem:
-            raise BuildFailed(
-                f"{self.path}: scores cannot be stored ({problem}); the same command continues"
-            ) from problem
-        except sqlite3.Error as problem:
-            raise BadInput(
-                f"{self.path}: cannot be used as the cache of scores ({problem}); delete it, and its scores "
-                "are computed again"
-            ) from problem
 
 
 def name_of(content: Any) -> str:
@@ -106,15 +126,10 @@ def name_of(content: Any) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
-Fitted = tuple[tuple[int, ...], tuple[int, ...]]
-"""A request cut to the context of a model."""
-Score = tuple[tuple[float, ...], bool]
-
-
 @dataclass(frozen=True)
 class Likelihood:
-    """The score of one request. logprobs: natural log-probability of each continuation token. greedy: each of
-    them was the most likely token. dropped: context tokens cut off on the left to fit the model's context."""
+    """logprobs: natural log-probability of each continuation token. greedy: each of them was the most likely
+    one. dropped: context tokens cut off on the left to fit the model's context."""
 
     logprobs: tuple[float, ...]
     greedy: bool
@@ -138,19 +153,19 @@ DEFAULT_OPTIONS = ScoreOptions()
 
 
 def loglikelihoods(
-    model: LanguageModel, requests: Sequence[Request], options: ScoreOptions = DEFAULT_OPTIONS
+    model: Any, requests: Sequence[Request], options: ScoreOptions = DEFAULT_OPTIONS
 ) -> list[Likelihood]:
-    """Score every (context, continuation) pair; results come in request order.
+    """Score every (context, continuation) pair, cut to the model's context (`fitted`), in request order.
 
-    A request longer than the model's context is cut (`fitted`). An empty continuation has probability 1.
-    Raises BuildFailed when the model gives logits that are not finite, ValueError as `fitted` does.
+    model: a `TorchModel` or an `OnnxModel`; `logits` (ids int64 [tokens], last) gives float32 [last, vocab]
+    at the last positions, in at most `parallel` threads at once. An empty continuation has probability 1.
+    Raises BuildFailed for logits that are not finite.
     """
     cache = options.cache
     fits = [fitted(model, request, options.bos_token) for request in requests]
-    scores: dict[Fitted, Score] = {request: ((), True) for request, _ in fits if not request[1]}
-    names = {request: name_of(request) for request, _ in fits if request not in scores}
-    total = len(scores) + len(names)
+    names = {request: name_of(request) for request, _ in fits if request[1]}
     cached = {} if cache is None else cache.read([*names.values()])
+    scores: dict[Fitted, Score] = {request: ((), True) for request, _ in fits if not request[1]}
     rows: dict[tuple[int, ...], list[Fitted]] = {}
     for request, name in names.items():
         if name in cached:
@@ -165,41 +180,29 @@ def loglikelihoods(
 
     room = LOGITS_BYTES // (4 * model.vocab_size * max(map(len, rows), default=1))
     parallel = max(1, min(model.parallel, room))
-    pool = ThreadPoolExecutor(parallel)
-    unwritten: dict[str, Score] = {}
-    written_at = time.monotonic()
-    try:
-        for scored in map(score, rows) if parallel == 1 else pool.map(score, rows):
-            scores |= scored
-            unwritten |= {names[request]: result for request, result in scored.items()}
-            if cache is not None and time.monotonic() - written_at > _WRITE_EVERY_S:
-                cache.write(unwritten)
-                unwritten, written_at = {}, time.monotonic()
-            options.progress(len(scores), total, "requests")
-    finally:  # an interrupted scoring continues
-        pool.shutdown(cancel_futures=True)
-        if cache is not None and unwritten:
-            cache.write(unwritten)
+    pending, total = [*rows], len(scores) + sum(map(len, rows.values()))
+    with ThreadPoolExecutor(parallel) as pool:
+        for start in range(0, len(pending), _BATCH * parallel):
+            part = pending[start : start + _BATCH * parallel]
+            batch: dict[Fitted, Score] = {}
+            for results in map(score, part) if parallel == 1 else pool.map(score, part):
+                batch |= results
+                options.progress(len(scores) + len(batch), total, "requests")
+            scores |= batch
+            if cache is not None:  # an interrupted scoring continues
+                cache.write({names[request]: result for request, result in batch.items()})
     return [Likelihood(*scores[request], dropped) for request, dropped in fits]
 
 
-def fitted(model: LanguageModel, request: Request, bos_token: int | None = None) -> tuple[Fitted, int]:
-    """The request as the model reads it, and how many tokens were cut off on the left of its context.
-
-    The continuation is never cut, and its last token is only predicted. A context that begins with
-    `bos_token` keeps it. Raises ValueError for a continuation that alone is longer than the model's context
-    (cut it with `rolling_windows`), an empty context, and a token outside the vocabulary.
-    """
+def fitted(model: Any, request: Request, bos_token: int | None = None) -> tuple[Fitted, int]:
+    """The request as the model reads it, and how many tokens were cut off on the left of its context, which
+    keeps a `bos_token`. BadInput for a continuation that alone is longer than the model's context."""
     context, continuation = tuple(request[0]), tuple(request[1])
     if len(continuation) > model.context:
-        raise ValueError(
-            f"a continuation of {len(continuation)} tokens exceeds the model's context of {model.context}"
+        raise BadInput(
+            f"evaluate.tasks: an answer of {len(continuation)} tokens exceeds the model's context of "
+            f"{model.context}; take its task out"
         )
-    if continuation and not context:
-        raise ValueError("an empty context: put a token before the text, such as end-of-text")
-    for token in (*context, *continuation):
-        if not 0 <= token < model.vocab_size:
-            raise ValueError(f"token {token} is outside the model's vocabulary of {model.vocab_size}")
     cut = max(0, len(context) + len(continuation) - 1 - model.context)
     if cut and context[0] == bos_token:
         return ((context[0], *context[cut + 1 :]), continuation), cut
@@ -222,3 +225,46 @@ def _score(logits: NDArray[np.float32], targets: Sequence[int]) -> Score:
         logprobs += values.tolist()
         greedy = greedy and bool((part.argmax(axis=-1) == ids).all())
     return tuple(logprobs), greedy
+
+
+def compare_logits(
+    references: Mapping[str, Any], model: Any, blocks: NDArray[np.int64], progress: Progress
+) -> dict[str, Divergence]:
+    """How far a model's next-token distributions lie from each reference's, over int64 [blocks, tokens].
+
+    KL in the other direction is not measured: it blows up where the model is sure and wrong. Raises
+    BuildFailed for logits that are not finite.
+    """
+    rows: dict[str, list[NDArray[np.float64]]] = {name: [] for name in references}
+    for number, block in enumerate(blocks, start=1):
+        ids, mask = block[None], np.ones_like(block[None])
+        logits = model(ids, mask)[0]
+        for name, reference in references.items():
+            rows[name].append(_divergence(reference(ids, mask)[0], logits))
+        progress(number, len(blocks), f"blocks against {', '.join(references)}")
+    results = {}
+    for name, parts in rows.items():
+        kl, top1, top5, largest = np.concatenate(parts).T
+        quantiles = np.quantile(kl, [0.5, 0.9, 0.99, 1.0])
+        figures = [kl.mean(), *quantiles, top1.mean(), top5.mean(), largest.max()]
+        results[name] = Divergence(len(kl), *map(float, figures))
+    return results
+
+
+def _divergence(reference: NDArray[Any], logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Logits [tokens, vocab] of both -> [tokens, 4]: KL, same top token?, share of the top five in common,
+    largest difference of a logit."""
+    rows, k = [], min(5, logits.shape[-1])
+    step = max(1, _CELLS // logits.shape[-1])
+    for start in range(0, len(logits), step):
+        first, second = (part[start : start + step].astype(np.float64) for part in (reference, logits))
+        if not (np.isfinite(first).all() and np.isfinite(second).all()):
+            raise BuildFailed("divergence: a model gave logits that are not finite; its weights are broken")
+        log_p, log_q = log_softmax(first, axis=-1), log_softmax(second, axis=-1)
+        kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+        tops = [np.argpartition(part, -k, axis=-1)[:, -k:] for part in (first, second)]
+        in_common = (tops[0][:, :, None] == tops[1][:, None, :]).any(axis=-1).mean(axis=-1)
+        same_top = first.argmax(axis=-1) == second.argmax(axis=-1)
+        kl = np.maximum(kl, 0.0)  # of equal rows it can be at -1e-17
+        rows.append(np.stack([kl, same_top, in_common, np.abs(first - second).max(axis=-1)], axis=-1))
+    return np.concatenate(rows)

@@ -15,11 +15,12 @@ from edgedisp.core.progress import Progress, labelled
 from edgedisp.core.results import DeviceResult
 from edgedisp.core.stage_folder import RUN, SCORES
 from edgedisp.evaluate import device_sample
+from edgedisp.evaluate.heldout_tasks import SuiteOptions
 from edgedisp.evaluate.loglikelihood import Fitted, ScoreCache, ScoreOptions
-from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, check_tasks, expand
+from edgedisp.evaluate.task_suite import TaskSuite, check_tasks, expand
 from edgedisp.graph.session import scored_model, scored_size
+from edgedisp.pipeline.measure import score_key
 from edgedisp.pipeline.prepare import heldout_documents, make_suite
-from edgedisp.pipeline.scoring import score_key
 
 CONTEXT = 256  # tokens of a held-out window
 HELDOUT = "corpus"  # where a run has the documents that no arm was trained on

@@ -1,19 +1,20 @@
 """Everything that a build measures of one model, an arm at a precision, in one stage.
 
-For a bundle first the parity verdict, which stops a build: the bundle is opened, run and decoded by its
-runtimes (graph/verify.py), then its logits over held-out blocks and its greedy text are compared with those
-of the torch model that it was made from. Then how far its next-token distributions lie from its fp32
-parent's and from the baseline's bundle; the geometry of its hidden states, on blocks that all models of a run
-share; its scores on the recipe's tasks, item by item; and, for one model of a precision, the noise floor
-(scoring.py). Latency is a stage of its own, over all bundles in turns.
+For a bundle first the parity verdict, which stops a build; then how far its next-token distributions lie from
+its fp32 parent's and from the baseline's bundle. For every model the geometry of its hidden states, on blocks
+that all models of a run share, its scores on the recipe's tasks, item by item, and, for one model of a
+precision, the noise floor. Latency is a stage of its own, over all bundles in turns.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +27,27 @@ from edgedisp import models
 from edgedisp.bench.devices import BenchOptions
 from edgedisp.bench.interleaved_timing import Local
 from edgedisp.bench.results import twin_pairs
+from edgedisp.bench.system import installed_version, runner
 from edgedisp.core.errors import BuildFailed
-from edgedisp.core.files import from_json, to_json, write_json
-from edgedisp.core.progress import Progress
-from edgedisp.core.results import Condensation, Divergence, Measurement, Parity
-from edgedisp.core.stage_folder import SCORES
+from edgedisp.core.files import digest, from_json, list_files, to_json, write_json
+from edgedisp.core.progress import Progress, labelled
+from edgedisp.core.results import LOSS_TASK, Condensation, Divergence, Measurement, NoiseFloor, Parity
+from edgedisp.core.stage_folder import SCORES, read
 from edgedisp.dispersion.condensation import Profile, measure_model, profile, summary
-from edgedisp.evaluate.divergence import DivergenceMeter
+from edgedisp.evaluate.comparison import Results, compare_task
+from edgedisp.evaluate.loglikelihood import ScoreCache, ScoreOptions, compare_logits
+from edgedisp.evaluate.statistics import Resampling
+from edgedisp.evaluate.task_suite import TaskSuite
 from edgedisp.graph.runtime_layouts import for_device
 from edgedisp.graph.session import HiddenStates, OnnxModel, at_accuracy_level
 from edgedisp.graph.verify import check_bundle
 from edgedisp.pipeline.options import ITEMS, LatencyOptions, MeasureOptions, ParityOptions
-from edgedisp.pipeline.prepare import (
-    CONDENSATION_BLOCKS,
-    heldout_blocks,
-    heldout_documents,
-    task_suite,
-)
+from edgedisp.pipeline.prepare import CONDENSATION_BLOCKS, heldout_blocks, heldout_documents, task_suite
 from edgedisp.pipeline.rounding import trained_roundings
-from edgedisp.pipeline.scoring import Scorer
 from edgedisp.pipeline.stage import Inputs
 from edgedisp.train.quantized_weights import round_weights
 
+NOISE_TOKENS, DECODED_TOKENS = 8192, 2048  # read at most, and by a bundle, which decodes half of them
 PROFILE = "condensation.json"  # with the figures of every sequence
 PROMPTS, NEW_TOKENS = 4, 16  # real prompts decoded greedily with the cache, and how many tokens of each
 AS_TRAINED = 1e-3  # largest difference of a logit between the graph in fp32 and the torch model rounded alike
@@ -57,10 +57,9 @@ def measure(options: MeasureOptions, inputs: Inputs, output_dir: Path, progress:
     """Measure a model: a `Measurement` as JSON; every item in items.json.
 
     Inputs: model, base, corpus, items; bundle, without which the torch model is measured; parent, baseline:
-    bundles that this one is compared with; reference: the measurement whose condensation the `change` is
-    from, the baseline's of the torch model, or for a bundle the torch model's of the same arm.
-    Raises BuildFailed where a bundle does not agree with the torch model, and where the data of a task that
-    was there for the items cannot be read now: every arm answers the same tasks.
+    bundles that this one is compared with; reference: the measurement that the condensation's `change` is
+    from. Raises BuildFailed where a bundle does not agree with the torch model, and where a task's data was
+    there for the items and cannot be read now: every arm answers the same tasks.
     """
     suite, bundle = task_suite(options.items, inputs), inputs.get("bundle")
     missing = json.loads((inputs["items"] / ITEMS).read_text(encoding="utf-8"))["missing"]
@@ -68,47 +67,22 @@ def measure(options: MeasureOptions, inputs: Inputs, output_dir: Path, progress:
         raise BuildFailed(f"{'; '.join(lost)}. It could be read before; the same command continues")
     # One cache serves the run, whatever is measured: its entries are named by all that a score depends on.
     scorer = Scorer(bundle or inputs["model"], options.threads, inputs["base"].parent / SCORES)
-    model = scorer.model
     verdict = geometry = None
     divergences: dict[str, Divergence] = {}
     if bundle is not None and options.parity is not None:
-        verdict = parity(options.parity, inputs["model"], model, inputs["corpus"], progress)
+        verdict = parity(options.parity, inputs["model"], scorer.model, inputs["corpus"], progress)
     if options.hidden_states:
-        divergences = _divergences(options, inputs, model, progress)
-        geometry = condensation(inputs, model, output_dir, progress)
+        bundles = {name: inputs[name] for name in ("parent", "baseline") if name in inputs}
+        if bundles:
+            references = {name: OnnxModel(folder, options.threads) for name, folder in bundles.items()}
+            blocks = heldout_blocks(inputs["corpus"], tokens=options.divergence_tokens)
+            divergences = compare_logits(references, scorer.model, blocks, progress)
+        geometry = condensation(inputs, scorer.model, output_dir, progress)
     results = scorer.score(suite, options.bootstrap, progress)
     write_json(output_dir / ITEMS, to_json(results))
     floor = scorer.noise_floor(suite, options.bootstrap, progress) if options.noise else None
     scores = {task: result.score for task, result in results.items()}
     return dict(to_json(Measurement(scores, geometry, divergences, verdict, floor)))
-
-
-def _divergences(
-    options: MeasureOptions, inputs: Inputs, model: Any, progress: Progress
-) -> dict[str, Divergence]:
-    """Of a bundle from the bundles among its inputs; all read the same held-out blocks."""
-    references = {
-        name: OnnxModel(inputs[name], options.threads) for name in ("parent", "baseline") if name in inputs
-    }
-    if not references:
-        return {}
-    blocks = heldout_blocks(inputs["corpus"], tokens=options.divergence_tokens)
-    meters = compare_logits(references, model, blocks, progress)
-    return {name: meter.result() for name, meter in meters.items()}
-
-
-def compare_logits(
-    references: Mapping[str, Any], model: Any, blocks: NDArray[np.int64], progress: Progress
-) -> dict[str, DivergenceMeter]:
-    """Read the blocks, int64 [blocks, tokens], with the model and each reference."""
-    meters = {name: DivergenceMeter() for name in references}
-    for number, block in enumerate(blocks, start=1):
-        ids, mask = block[None], np.ones_like(block[None])
-        logits = model(ids, mask)
-        for name, reference in references.items():
-            meters[name].add(reference(ids, mask), logits)
-        progress(number, len(blocks), f"blocks against {', '.join(references)}")
-    return meters
 
 
 def condensation(inputs: Inputs, model: Any, output_dir: Path, progress: Progress) -> Condensation:
@@ -129,11 +103,96 @@ def condensation(inputs: Inputs, model: Any, output_dir: Path, progress: Progres
 def measure_bundle(bundle: Path, blocks: Tensor, threads: int, progress: Progress) -> Profile:
     """The profile of a bundle over token blocks, int64 [sequences, tokens]."""
     graph = HiddenStates(bundle, threads)
+    return profile(lambda block: [*map(torch.from_numpy, graph(block.numpy()))], blocks, progress)
 
-    def states(block: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(state) for state in graph(block.numpy())]
 
-    return profile(states, blocks, progress)
+# Scores
+
+
+class Scorer:
+    """A Hugging Face folder or a bundle, opened as `model`, whose scores are cached in the file `cache`: an
+    interrupted scoring continues, and a task that is added costs no more than itself."""
+
+    def __init__(self, folder: Path, threads: int, cache: Path) -> None:
+        self.folder, self.threads, self.cache = folder, threads, cache
+        self.is_bundle = (folder / "model.onnx").is_file()
+        self.model: Any
+        if self.is_bundle:
+            self.model = OnnxModel(folder, threads)
+        else:
+            self.model = models.TorchModel(models.load(folder), threads)
+
+    def score(self, suite: TaskSuite, bootstrap: int, progress: Progress) -> Results:
+        """The scores on all tasks, through the cache."""
+        key = score_key(self.folder, 1 if self.is_bundle else self.threads)
+        with closing(ScoreCache(self.cache, key)) as cache:
+            return suite.run(self.model, ScoreOptions(cache=cache, progress=progress), bootstrap)
+
+    def noise_floor(self, suite: TaskSuite, bootstrap: int, progress: Progress) -> NoiseFloor | None:
+        """How far two scorings of this model differ in the held-out loss (None without that task): sums in
+        another order give other last bits, in int8 now and then a whole step of an activation, and thirty
+        layers later a token by a tenth of a nat. A difference of two models that is no larger means nothing.
+
+        A bundle reads half of each text token by token; a torch model takes other threads, and another
+        attention. The floor: the larger of the shift and of what chance leaves in a mean over all documents.
+        """
+        questions = suite.questions.get(LOSS_TASK)
+        if not questions:
+            return None
+        most = DECODED_TOKENS if self.is_bundle else NOISE_TOKENS
+        totals = accumulate(len(question.requests[0][1]) for question in questions)
+        part = [question for question, total in zip(questions, totals) if total <= most] or questions[:1]
+        sample = replace(suite, questions={LOSS_TASK: part}, harness_tasks={})
+        usual = self.score(sample, bootstrap, labelled(progress, "noise floor, as scored"))[LOSS_TASK]
+        if self.is_bundle:
+            variants: dict[str, Any] = {"decoding": _TokenByToken(self.model)}
+        else:
+            eager, threads = models.load(self.folder), self.threads - 1 if self.threads > 1 else 2
+            eager.set_attn_implementation("eager")
+            variants = {"threads": models.TorchModel(self.model.model, threads)}
+            variants["attention"] = models.TorchModel(eager, self.threads)
+        changes = {}
+        for name, variant in variants.items():
+            options = ScoreOptions(progress=labelled(progress, f"noise floor, other {name}"))
+            pair = usual, sample.run(variant, options, bootstrap)[LOSS_TASK]
+            change = compare_task([pair], Resampling(bootstrap, suite.options.seed)).main
+            changes[name] = change.nats or change.estimate
+        measured, documents = (len({question.document for question in each}) for each in (part, questions))
+        share = math.sqrt(measured / documents)
+        floors = [max(abs(each.value or 0.0), (each.half_width or 0.0) * share) for each in changes.values()]
+        return NoiseFloor(max(floors), changes)
+
+
+def score_key(folder: Path, threads: int) -> str:
+    """Hash of all that a score depends on beside the question: the files, the runtimes, the processor, and
+    the threads of one sequence (a bundle's take one each, however many run side by side)."""
+    record = read(folder)
+    files = list_files(folder) if record is None else record.files
+    return digest(
+        {
+            "content": digest({name: entry["sha256"] for name, entry in files.items()}),
+            "threads": threads,
+            "processor": runner().cpu(),
+            **{name: installed_version(name) for name in ("torch", "transformers", "onnxruntime")},
+        }
+    )
+
+
+class _TokenByToken:
+    """A bundle that reads the second half of a sequence one token at a time through its cache, as it decodes:
+    products with one row have kernels of their own, which sum in another order."""
+
+    parallel = 1
+
+    def __init__(self, model: OnnxModel) -> None:
+        self.model, self.context, self.vocab_size = model, model.context, model.vocab_size
+
+    def logits(self, ids: NDArray[np.int64], last: int) -> NDArray[np.float32]:
+        half, rows, cache = max(1, len(ids) // 2), [], None
+        for start, end in [(0, half), *((index, index + 1) for index in range(half, len(ids)))]:
+            logits, cache = self.model.decode(ids[None, start:end], np.ones((1, end), np.int64), cache)
+            rows.append(logits[0])
+        return np.concatenate(rows)[-last:]
 
 
 # Parity
@@ -142,20 +201,23 @@ def measure_bundle(bundle: Path, blocks: Tensor, threads: int, progress: Progres
 def parity(
     options: ParityOptions, model_folder: Path, bundle: OnnxModel, corpus: Path, progress: Progress
 ) -> Parity:
-    """Open, run and compare what ships with the torch model; BuildFailed with the reason if it disagrees."""
+    """Whether a bundle runs (graph/verify.py), and has the logits over held-out blocks and the greedy text of
+    the torch model that it was made from; BuildFailed if not. After quantization-aware training that model is
+    rounded as it was trained, and the graph in fp32 arithmetic has to give its logits.
+    """
     blocks = heldout_blocks(corpus, tokens=options.tokens)
-    prompts = _ragged_prompts(blocks)
+    lengths = [max(2, blocks.shape[1] * (index + 1) // (2 * PROMPTS)) for index in range(PROMPTS)]
+    prompts = [blocks[index % len(blocks)][:length].tolist() for index, length in enumerate(lengths)]
     texts = [document.text[:400] for document in heldout_documents(corpus)[:PROMPTS]]
     graph = check_bundle(bundle, prompts, texts=texts)
     torch_model, limits = models.load(model_folder), dict(options.limits)
     if options.trained_under is not None:
         round_weights(torch_model, *trained_roundings(options.trained_under, model_folder))
     reference = models.TorchModel(torch_model)
-    meter = compare_logits({"torch": reference}, bundle, blocks, progress)["torch"]
-    figures = meter.result()
+    figures = compare_logits({"torch": reference}, bundle, blocks, progress)["torch"]
     result = Parity(
         tokens=figures.tokens,
-        max_abs_difference=meter.max_abs_difference,
+        max_abs_difference=figures.max_abs_difference,
         mean_kl=figures.mean_kl,
         top1_agreement=figures.top1_agreement,
         greedy_agreement=_greedy_agreement(reference, bundle, prompts),
@@ -171,15 +233,17 @@ def parity(
         as_trained = {"max_abs_difference": largest, "greedy_agreement": agreement}
         result = replace(result, as_trained=as_trained, max_abs_difference=largest)
         limits["max_abs_difference"] = AS_TRAINED
-    _check_limits(result, limits, bundle.bundle)
+    broken = []
+    for name, limit in limits.items():
+        figure = float(getattr(result, name))
+        if limit is not None and (figure < limit if name == "top1_agreement" else figure > limit):
+            broken.append(f"{name} is {figure:.4g}, the limit is {limit:.4g}")
+    if broken:
+        raise BuildFailed(
+            f"{bundle.bundle.parent.name}/{bundle.bundle.name} does not agree with the torch model: "
+            f"{'; '.join(broken)}. If that is good enough for you, set the limit under `verify` in the recipe"
+        )
     return result
-
-
-def _ragged_prompts(blocks: NDArray[np.int64]) -> list[list[int]]:
-    """Prompts of different lengths from real text."""
-    width = blocks.shape[1]
-    lengths = [max(2, width * (index + 1) // (2 * PROMPTS)) for index in range(PROMPTS)]
-    return [blocks[index % len(blocks)][:length].tolist() for index, length in enumerate(lengths)]
 
 
 def _greedy_agreement(reference: Any, bundle: Any, prompts: Sequence[list[int]]) -> float:
@@ -189,20 +253,6 @@ def _greedy_agreement(reference: Any, bundle: Any, prompts: Sequence[list[int]])
         left, right = (model.greedy(prompt, NEW_TOKENS, frozenset()) for model in (reference, bundle))
         same += next((i for i, pair in enumerate(zip(left, right)) if pair[0] != pair[1]), len(left))
     return same / (len(prompts) * NEW_TOKENS)
-
-
-def _check_limits(result: Parity, limits: Mapping[str, float | None], bundle: Path) -> None:
-    """Raise BuildFailed naming every figure beyond its limit."""
-    broken = []
-    for name, limit in limits.items():
-        figure = float(getattr(result, name))
-        if limit is not None and (figure < limit if name == "top1_agreement" else figure > limit):
-            broken.append(f"{name} is {figure:.4g}, the limit is {limit:.4g}")
-    if broken:
-        raise BuildFailed(
-            f"{bundle.parent.name}/{bundle.name} does not agree with the torch model: {'; '.join(broken)}. "
-            "If that is good enough for you, set the limit under `verify` in the recipe"
-        )
 
 
 # Latency

@@ -15,7 +15,8 @@ from edgedisp import data, models
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import file_digest, write_json
 from edgedisp.core.progress import Progress
-from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, prepare
+from edgedisp.evaluate.heldout_tasks import SuiteOptions
+from edgedisp.evaluate.task_suite import TaskSuite, prepare
 from edgedisp.pipeline.options import ITEMS, TASKS_PATH, BaseOptions, CorpusOptions, ItemsOptions
 from edgedisp.pipeline.stage import Inputs
 from edgedisp.recipe import Data
@@ -181,9 +182,7 @@ def task_suite(options: ItemsOptions, inputs: Inputs) -> TaskSuite:
 
 def make_suite(folder: Path, documents: Sequence[data.Document], options: SuiteOptions) -> TaskSuite:
     """The questions for models with the tokenizer of `folder`."""
-    tokenizer = models.load_tokenizer(folder)
-    end_of_text, bos_token = models.end_of_text_id(tokenizer), models.bos_id(tokenizer)
-    return prepare(tokenizer, documents, options, end_of_text, bos_token)
+    return prepare(models.load_tokenizer(folder), documents, options)
 
 
 def items(options: ItemsOptions, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:

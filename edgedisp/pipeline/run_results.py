@@ -122,11 +122,13 @@ def read_scored(path: Path, run: Run, arm: str) -> Scored:
 def _loss_survival(
     baseline: Scored, arm: Scored, precision: str, resampling: Resampling
 ) -> dict[str, LossSurvival]:
-    """Task -> what quantization leaves of the difference, for tasks that are losses."""
+    """Task -> what quantization leaves of the difference, for losses per token: no other is fine enough."""
     models = baseline["torch"], arm["torch"], baseline[precision], arm[precision]
-    tasks = [task for task, result in baseline["torch"][0].items() if comparison.is_loss(result)]
-    fours = {task: [(a[task], b[task], c[task], d[task]) for a, b, c, d in zip(*models)] for task in tasks}
-    return {task: comparison.loss_survival(by_seed, resampling) for task, by_seed in fours.items()}
+    return {
+        task: comparison.loss_survival([[seed[task] for seed in model] for model in models], resampling)
+        for task, result in baseline["torch"][0].items()
+        if result.main.scale == "exp" and result.main.denominator is not None
+    }
 
 
 def join(run: Run, arms: Mapping[str, Scored], resampling: Resampling = DEFAULT) -> None:

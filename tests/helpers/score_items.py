@@ -12,6 +12,7 @@ from edgedisp.evaluate.statistics import Metric, Resampling
 
 Items = list[dict[str, Any]]
 FEW = Resampling(200)
+VALUE = Metric("value", "value")
 
 
 def items_of(values: Any, per_document: int = 1, field: str = "value") -> Items:

@@ -56,6 +56,9 @@ class Letters:
 
     eos_token_id = 0
 
+    def get_vocab(self) -> dict[str, int]:
+        return {letter: number for number, letter in enumerate(LETTERS)}
+
     def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
         return {"input_ids": [LETTERS.index(letter) for letter in text.lower()]}
 

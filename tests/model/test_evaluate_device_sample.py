@@ -19,8 +19,9 @@ from edgedisp.core.files import from_json
 from edgedisp.core.results import Difference
 from edgedisp.evaluate import device_sample
 from edgedisp.evaluate.device_sample import Answer
+from edgedisp.evaluate.heldout_tasks import SuiteOptions
 from edgedisp.evaluate.loglikelihood import ScoreCache, ScoreOptions, loglikelihoods
-from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, prepare
+from edgedisp.evaluate.task_suite import TaskSuite, prepare
 
 __all__ = ["folder"]  # a fixture
 
@@ -28,7 +29,7 @@ NAMES = ("toy_choice", "toy_rolling", "toy_lambada")
 
 
 def suite(folder: Path, *names: str) -> TaskSuite:
-    return prepare(Letters(), [], SuiteOptions(names, tasks_path=folder), end_of_text=0)
+    return prepare(Letters(), [], SuiteOptions(names, tasks_path=folder))
 
 
 @pytest.fixture

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-import random
 import re
-import time
 from collections import ChainMap
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +16,27 @@ pytest.importorskip("lm_eval")
 
 import datasets
 import huggingface_hub
-import lm_eval.api.task
 from graph_twins import make
 from harness_tasks import QUESTIONS, choice_yaml, folder
 from lm_eval.api.instance import Instance
 from score_models import LETTERS, Letters, Speller
 
-from edgedisp.core import hub
-from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.errors import BadInput
 from edgedisp.core.results import Score
-from edgedisp.evaluate import lm_eval_tasks
-from edgedisp.evaluate.comparison import Results, TaskResult, compare_task
+from edgedisp.evaluate import lm_eval_adapter
+from edgedisp.evaluate.comparison import Results, TaskResult
+from edgedisp.evaluate.heldout_tasks import SuiteOptions
 from edgedisp.evaluate.lm_eval_adapter import HarnessModel
-from edgedisp.evaluate.loglikelihood import ScoreCache, ScoreOptions
+from edgedisp.evaluate.loglikelihood import TextTokenizer
 from edgedisp.evaluate.statistics import wilson
-from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, prepare
-from edgedisp.evaluate.tokenization import TextTokenizer
-from edgedisp.models import TorchModel, bos_id
+from edgedisp.evaluate.task_suite import TaskSuite, prepare
+from edgedisp.models import TorchModel
 
 __all__ = ["folder"]  # a fixture
 
 
 def suite(names: list[str], folder: Path, limit: int = 100) -> TaskSuite:
-    return prepare(Letters(), [], SuiteOptions(tuple(names), limit=limit, tasks_path=folder), end_of_text=0)
+    return prepare(Letters(), [], SuiteOptions(tuple(names), limit=limit, tasks_path=folder))
 
 
 def run(model: Any, names: list[str], folder: Path, limit: int = 100) -> Results:
@@ -55,7 +49,7 @@ def value(result: TaskResult, metric: str | None = None) -> Any:
 
 
 def harness(model: Any) -> HarnessModel:
-    return HarnessModel(model, TextTokenizer(Letters(), 0))
+    return HarnessModel(model, TextTokenizer(Letters()))
 
 
 def test_choices_are_scored_as_by_hand(folder: Path) -> None:
@@ -99,11 +93,11 @@ def test_aggregates_made_from_items_equal_lm_evals_own(folder: Path) -> None:
     from lm_eval.evaluator import evaluate
 
     names = ["toy_choice", "toy_rolling", "toy_lambada"]
-    loaded = dict(ChainMap(*lm_eval_tasks.load(names, folder)[0].values()))
+    loaded = dict(ChainMap(*lm_eval_adapter.load(names, folder)[0].values()))
     ours = run(Speller(), names, folder)
     # LAMBADA's own list has the perplexity first; a mean over tasks takes its accuracy.
     assert [*ours["toy_lambada"].score.metrics] == ["acc", "perplexity"]
-    with lm_eval_tasks.quiet():
+    with lm_eval_adapter.quiet():
         theirs: Any = evaluate(harness(Speller()), {"tasks": loaded, "groups": {}}, bootstrap_iters=0)
     for name in names:
         for metric, score in ours[name].score.metrics.items():
@@ -111,16 +105,6 @@ def test_aggregates_made_from_items_equal_lm_evals_own(folder: Path) -> None:
             assert estimate.low <= estimate.value <= estimate.high
             if not metric.startswith("gold_"):  # these are ours alone
                 assert estimate.value == pytest.approx(theirs["results"][name][f"{metric},none"], rel=1e-9)
-
-
-def test_a_metric_of_the_whole_task_is_carried_over_without_interval(folder: Path) -> None:
-    (folder / "f1.yaml").write_text(choice_yaml("toy_f1", folder.parent / "questions.jsonl", whole_task=True))
-    first, second = (run(Speller(seed), ["toy_f1"], folder)["toy_f1"] for seed in (0, 1))
-    main = first.score.main
-    assert (main.metric, main.estimate.low, first.definitions) == ("mcc", None, {})
-    assert "whole task" in (main.estimate.reason or "")
-    pair = compare_task([(first, second)]).main.estimate
-    assert pair.low is None and pair.value == value(second) - value(first)
 
 
 def generate(model: Speller, prompt: str, **options: Any) -> str:
@@ -168,35 +152,14 @@ def test_long_texts_read_in_other_contexts_are_not_the_same_items(folder: Path) 
     assert cut.items[0]["logprobs"][0] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_tag_or_a_group_that_cannot_be_pooled_gives_each_task(folder: Path) -> None:
-    for name in ("f1_a", "f1_b"):
-        text = choice_yaml(name, folder.parent / "questions.jsonl", whole_task=True)
-        (folder / f"{name}.yaml").write_text(text + "tag: toys\n")
-    (folder / "both.yaml").write_text("group: both_f1\ntask: [f1_a, f1_b]\n")
-    (folder / "group.yaml").write_text("group: toy_mixed\ntask: [toy_choice, toy_lambada]\n")
-    assert sorted(run(Speller(), ["both_f1"], folder)) == ["f1_a", "f1_b"]
-    assert sorted(lm_eval_tasks.load(["toy_mixed"], folder)[0]) == ["toy_choice", "toy_lambada"]
-    assert sorted(lm_eval_tasks.load(["toys"], folder)[0]) == ["f1_a", "f1_b"]
-
-
-def test_scoring_is_silent_and_restores_global_state(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    def state() -> tuple[Any, ...]:
-        level = logging.getLogger("lm_eval").level
-        return random.getstate(), np.random.get_state()[1].tolist(), level, lm_eval.api.task.tqdm
-
-    random.seed(5)
-    np.random.seed(5)
-    before = state()
-    run(Speller(), ["toy_choice"], folder)
-    assert state() == before and capfd.readouterr() == ("", "")
-
-
-def test_tasks_without_data_or_that_sample_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_without_data_that_sample_or_have_no_metric_of_items_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     (folder / "far.yaml").write_text(choice_yaml("toy_far", "x").replace("json", "no-such/set"))
     message = r"toy_far cannot be loaded: ConnectionError.*no-such/set.*heldout_.*tasks_path"
-    loaded, missing = lm_eval_tasks.load(["toy_far", "toy_choice"], folder)
+    loaded, missing = lm_eval_adapter.load(["toy_far", "toy_choice"], folder)
     assert [*loaded] == ["toy_choice"] and [*missing] == ["toy_far"]
     assert re.search(message, missing["toy_far"])
     with pytest.raises(BadInput, match=message):  # there is nothing else to score
@@ -204,29 +167,16 @@ def test_tasks_without_data_or_that_sample_are_refused(folder: Path, monkeypatch
     (folder / "gone.yaml").write_text(choice_yaml("toy_gone", "gone.jsonl"))
     sampled = (folder / "generate.yaml").read_text().replace("do_sample: false", "do_sample: true")
     (folder / "sampled.yaml").write_text(sampled.replace("toy_generate", "sampled"))
+    (folder / "mcc.yaml").write_text(
+        choice_yaml("toy_mcc", folder.parent / "questions.jsonl", whole_task=True)
+    )
     for name, message in (
         ("toy_gone", r"toy_gone cannot be loaded: FileNotFoundError.*gone\.jsonl"),
         ("sampled", r"sampled asks for sampled text .*do_sample: false"),
+        ("toy_mcc", r"toy_mcc has no metric that is made of its items \(mcc\).*commands\.lm_eval"),
     ):
         with pytest.raises(BadInput, match=message):
-            lm_eval_tasks.load([name], folder)
-
-
-def test_a_hub_out_of_reach_is_asked_once_for_all_data_sets(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    for module in (huggingface_hub.constants, datasets.config):
-        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    hub.unreachable.cache_clear()
-    for name in ("far", "farther"):
-        (folder / f"{name}.yaml").write_text(choice_yaml(name, "x").replace("json", f"no-such/{name}"))
-    started = time.monotonic()
-    loaded, missing = lm_eval_tasks.load(["far", "farther", "toy_choice"], folder)
-    assert [*loaded] == ["toy_choice"] and [*missing] == ["far", "farther"]
-    assert time.monotonic() - started < 20  # `datasets` alone tries for 23 s each
-    assert capfd.readouterr().err.count("the hub cannot be reached") == 1
-    hub.unreachable.cache_clear()
+            lm_eval_adapter.load([name], folder)
 
 
 def test_a_group_of_tasks_scored_alike_is_one_result_over_their_items(folder: Path) -> None:
@@ -234,6 +184,8 @@ def test_a_group_of_tasks_scored_alike_is_one_result_over_their_items(folder: Pa
     rows = [{**row, "question": row["question"][::-1]} for row in QUESTIONS[:3]]
     (folder.parent / "others.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     (folder / "group.yaml").write_text("group: toy_both\ntask: [toy_choice, toy_other]\n")
+    (folder / "mixed.yaml").write_text("group: toy_mixed\ntask: [toy_choice, toy_lambada]\n")
+    assert sorted(lm_eval_adapter.load(["toy_mixed"], folder)[0]) == ["toy_choice", "toy_lambada"]
     model = Speller()
     pooled = run(model, ["toy_both"], folder)["toy_both"]
     parts = run(model, ["toy_choice", "toy_other"], folder)
@@ -243,19 +195,6 @@ def test_a_group_of_tasks_scored_alike_is_one_result_over_their_items(folder: Pa
     halved = run(model, ["toy_both"], folder, limit=4)["toy_both"]
     names = [f"toy_{name}#{number}" for name in ("choice", "other") for number in (0, 1)]
     assert [item["id"] for item in halved.items] == names
-
-
-def test_what_was_scored_before_is_not_asked_again(folder: Path, tmp_path: Path) -> None:
-    prepared = suite(["toy_choice", "toy_rolling", "toy_generate"], folder)
-    plain, path = prepared.run(Speller()), tmp_path / "scores.sqlite"
-    silent = Speller()
-    silent.table = silent.table * np.nan  # a model that cannot answer anything any more
-    for model in (Speller(), silent):
-        with closing(ScoreCache(path, "a")) as cache:
-            assert prepared.run(model, ScoreOptions(cache=cache)) == plain
-    assert silent.prompts == []
-    with closing(ScoreCache(path, "b")) as cache, pytest.raises(BuildFailed, match="not finite"):
-        prepared.run(silent, ScoreOptions(cache=cache))
 
 
 @pytest.mark.parametrize(("bos", "lead"), [("<end>", None), ("<begin>", None), ("<begin>", 257)])
@@ -273,10 +212,10 @@ def test_scores_and_text_equal_those_of_lm_evals_backend(bos: str, lead: int | N
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bare, eos_token="<end>", pad_token="<end>", bos_token=bos
     )
-    assert bos_id(tokenizer) == lead
     llama = make(tmp_path, "llama", vocab_size=len(letters), max_position_embeddings=64)
     model = TorchModel(llama, threads=1)
-    ours = HarnessModel(model, TextTokenizer(tokenizer, 0, lead))
+    ours = HarnessModel(model, TextTokenizer(tokenizer))
+    assert ours.bos == ([] if lead is None else [lead])
     theirs = HFLM(pretrained=llama, tokenizer=tokenizer, batch_size=3, device="cpu", max_length=64)
     texts = ["the tide was out and the boats lay on their sides", "a bell rang twice", "snow fell all day"]
 

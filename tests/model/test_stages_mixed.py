@@ -15,7 +15,7 @@ from edgedisp import models
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import silent
 from edgedisp.core.stage_folder import Record, finish, stage_output
-from edgedisp.evaluate.divergence import DivergenceMeter
+from edgedisp.evaluate.loglikelihood import compare_logits
 from edgedisp.graph.export import export
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.pipeline.bundles import quantize_searched
@@ -65,11 +65,8 @@ def searched(folders: Folders, out: Path, **goal: Any) -> dict[str, Any]:
 def kl_of_bundle(reference: Any, bundle: Path) -> float:
     """KL(reference || the bundle in fp32 arithmetic) on the text of the search, in nats per token."""
     exact = OnnxModel(bundle, 1, graph=at_accuracy_level(bundle, 0))
-    meter = DivergenceMeter()
-    for piece in text_pieces(TOKENS, twins.VOCABULARY):
-        ids, mask = piece[None].numpy(), np.ones((1, len(piece)), np.int64)
-        meter.add(reference(ids, mask)[0], exact(ids, mask)[0])
-    return float(meter.result().mean_kl)
+    pieces: Any = [piece.numpy() for piece in text_pieces(TOKENS, twins.VOCABULARY)]
+    return compare_logits({"reference": reference}, exact, pieces, silent)["reference"].mean_kl
 
 
 def size(bundle: Path) -> int:

@@ -15,17 +15,21 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from score_models import Bigram
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import from_json, to_json
 from edgedisp.data import Document
-from edgedisp.evaluate.comparison import Results, compare_task
-from edgedisp.evaluate.heldout_tasks import CLOZE_CONTEXT, CONTINUATION_CONTEXT, CONTINUATION_SENTENCE
+from edgedisp.evaluate.comparison import Results
+from edgedisp.evaluate.heldout_tasks import (
+    CLOZE_CONTEXT,
+    CONTINUATION_CONTEXT,
+    CONTINUATION_SENTENCE,
+    SuiteOptions,
+    sentences,
+)
 from edgedisp.evaluate.loglikelihood import ScoreOptions
-from edgedisp.evaluate.task_suite import SuiteOptions, TaskSuite, check_tasks, prepare
-from edgedisp.evaluate.tokenization import sentences
+from edgedisp.evaluate.task_suite import TaskSuite, check_tasks, prepare
 
 ALL = ["heldout_perplexity", "heldout_cloze", "heldout_continuation"]
 
@@ -36,7 +40,7 @@ class Words:
     eos_token_id = 0
 
     def __init__(self, texts: list[str]) -> None:
-        pieces = sorted({piece for text in texts for piece in self._split(text)})
+        pieces = sorted({"a", *(piece for text in texts for piece in self._split(text))})
         self.ids = {piece: number for number, piece in enumerate(["<end>", *pieces])}
         self.pieces = [*self.ids]
 
@@ -45,6 +49,9 @@ class Words:
         # Every piece also with a space before it: the tasks put one before a sentence.
         pieces = re.findall(r" ?\w+| ?[^\w\s]|\s", text)
         return pieces + [" " + piece for piece in pieces if not piece.startswith(" ")]
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.ids
 
     def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
         return {"input_ids": [self.ids[piece] for piece in re.findall(r" ?\w+| ?[^\w\s]|\s", text)]}
@@ -73,17 +80,11 @@ TOKENIZER = Words([document.text for document in DOCUMENTS])
 
 def suite(names: list[str] = ALL, documents: list[Document] = DOCUMENTS, **options: Any) -> TaskSuite:
     suite_options = SuiteOptions(tuple(names), **{"context": 96, "limit": 20, **options})
-    return prepare(TOKENIZER, documents, suite_options, end_of_text=0)
+    return prepare(TOKENIZER, documents, suite_options)
 
 
 def text_of(ids: Any) -> str:
     return TOKENIZER.decode(list(ids))
-
-
-def model_of(table: NDArray[np.float32]) -> Bigram:
-    model = Bigram(len(table), context=128)
-    model.table = table
-    return model
 
 
 def bigrams() -> Bigram:
@@ -93,15 +94,9 @@ def bigrams() -> Bigram:
         ids = [0, *TOKENIZER(document.text)["input_ids"]]
         for before, after in itertools.pairwise(ids):
             counts[before, after] += 1
-    return model_of(np.log(counts).astype(np.float32))
-
-
-class Repeating(Bigram):
-    """Expects the words of its context again: P(next) grows with how often a word occurred so far."""
-
-    def logits(self, ids: NDArray[np.int64], last: int) -> NDArray[np.float32]:
-        counts = np.cumsum(np.eye(self.vocab_size)[ids], axis=0)
-        return np.log(counts + 0.1).astype(np.float32)[-last:]
+    model = Bigram(len(counts), context=128)
+    model.table = np.log(counts).astype(np.float32)
+    return model
 
 
 SENTENCES = (
@@ -173,15 +168,15 @@ def test_cloze_asks_for_the_last_word_of_a_sentence_after_thirty_words() -> None
         assert question.notes["seen"] == (text_of(word).strip() in passage.lower().split())
     # Words that occurred in the passage come first.
     start = "Here are thirty words of one passage " * 5
-    known = "and the name is lantern. They all call it lantern."
-    new = "and nobody would guess anchor. Nor would they guess beacon."
-    texts = [(f"known{k}", start + known) for k in range(4)] + [(f"new{k}", start + new) for k in range(4)]
-    documents = [Document(*text) for text in texts]
+    known, new = (
+        start + "and the name is lantern. They all call it lantern.",
+        start + "None says anchor.",
+    )
+    documents = [Document(f"{text[-4]}{k}", text) for text in (known, new) for k in range(4)]
     tokenizer = Words([document.text for document in documents])
-    prepared = prepare(tokenizer, documents, SuiteOptions(("heldout_cloze",), 96, 6), end_of_text=0)
-    questions = prepared.questions["heldout_cloze"]
-    assert {question.document for question in questions[:4]} == {f"known{k}" for k in range(4)}
-    assert [question.notes["seen"] for question in questions] == [True] * 4 + [False] * 2
+    prepared = prepare(tokenizer, documents, SuiteOptions(("heldout_cloze",), 96, 6))
+    seen = [question.notes["seen"] for question in prepared.questions["heldout_cloze"]]
+    assert seen == [True] * 4 + [False] * 2
 
 
 def test_continuations_are_the_next_sentence_and_three_of_like_length_from_elsewhere() -> None:
@@ -203,43 +198,28 @@ def test_continuations_are_the_next_sentence_and_three_of_like_length_from_elsew
 
 
 def test_too_little_text_says_how_much_there_is_and_what_helps() -> None:
-    for name, documents, unit in (
-        ("heldout_perplexity", [Document("a", "")], "windows of text in 1"),
-        ("heldout_cloze", [Document("a", "Too short. To ask.")], "passages that end in a word in 1"),
-        (ALL[2], DOCUMENTS[:3], "sentences with three of like length in other documents in 3"),
+    for name, documents in (
+        (ALL[0], [Document("a", "")]),
+        (ALL[1], [Document("a", "Too short. To ask.")]),
+        (ALL[2], DOCUMENTS[:3]),
     ):
-        with pytest.raises(BadInput, match=f"{name}: found 0 {unit} held-out .*need 2; .*data.heldout"):
+        message = f"{name}: 0 questions .* of {len(documents)} held-out documents, need 2; .*data.heldout"
+        with pytest.raises(BadInput, match=message):
             suite([name], documents=documents)
 
 
-def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary_and_guesses() -> None:
-    vocabulary = len(TOKENIZER.pieces)
-    results = suite(limit=24).run(model_of(np.zeros((vocabulary, vocabulary), np.float32)))
-    score, items = results["heldout_perplexity"].score, results["heldout_perplexity"].items
-    size, tokens = (sum(item[name] for item in items) for name in ("bytes", "tokens"))
-    assert score.main.estimate.value == pytest.approx(vocabulary)
-    bits = score.metrics["bits_per_byte"].estimate.value
-    assert bits == pytest.approx(tokens * math.log2(vocabulary) / size)
-    assert (score.main.metric, score.main.higher_is_better) == ("perplexity", False)
-    guessed = results["heldout_continuation"].score
-    assert guessed.main.estimate.low < guessed.chance == 0.25 < guessed.main.estimate.high  # type: ignore[operator]
-
-
-def test_perplexity_equals_the_closed_form_of_a_bigram_table() -> None:
-    model = bigrams()
-    estimate = suite(limit=24).run(model)["heldout_perplexity"].score.main.estimate
+def test_a_bigram_table_has_its_perplexity_in_closed_form_and_the_words_that_it_likes() -> None:
+    model, prepared = bigrams(), suite(limit=24)
+    results = prepared.run(model)
+    perplexity = results["heldout_perplexity"]
+    estimate = perplexity.score.main.estimate
     texts = [TOKENIZER(document.text)["input_ids"] for document in DOCUMENTS]
     log_probs = [value for ids in texts for value in model.logprobs([0], ids)]
     assert estimate.n == 24 and estimate.value == pytest.approx(math.exp(-np.mean(log_probs)), rel=1e-6)
-
-
-def test_answers_are_read_as_the_tasks_say() -> None:
-    model, prepared = bigrams(), suite()
-    result = prepared.run(Repeating(len(TOKENIZER.pieces), context=128))["heldout_continuation"]
-    assert (result.score.main.estimate.value or 0) > 0.9
-    for item in result.items:
-        assert item["accuracy"] == (item["choice"] == item["gold"]) == (item["margin"] > 0)
-    result = prepared.run(model)["heldout_cloze"]
+    size = sum(len(document.text) for document in DOCUMENTS)
+    bits = perplexity.score.metrics["bits_per_byte"].estimate.value
+    assert bits == pytest.approx(-sum(log_probs) / size / math.log(2), rel=1e-6)
+    result = results["heldout_cloze"]
     for question, item in zip(prepared.questions["heldout_cloze"], result.items, strict=True):
         ((context, word),) = question.requests
         assert len(word) == 1 and item["accuracy"] == (model.table[context[-1]].argmax() == word[0])
@@ -251,8 +231,6 @@ def test_results_survive_json_and_are_the_same_again() -> None:
     options = ScoreOptions(progress=lambda done, total, note: notes.append(note))
     first = suite().run(bigrams(), options)
     assert first == suite().run(bigrams()) and list(first) == ALL
-    with pytest.raises(ValueError, match="do not hold the same items"):
-        compare_task([(first["heldout_cloze"], first["heldout_continuation"])])
     assert from_json(Results, json.loads(json.dumps(to_json(first), allow_nan=False))) == first
     assert {note.split(":")[0] for note in notes} == set(ALL)
 
@@ -260,9 +238,8 @@ def test_results_survive_json_and_are_the_same_again() -> None:
 def test_names_that_are_no_tasks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     for names, folder, message in (
-        (["arc_easy"], None, r'arc_easy: not a held-out task.*pip install "edgedisp\[bench\]"'),
+        (["arc_easy"], None, r'arc_easy: no such task.*pip install "edgedisp\[bench\]"'),
         (["heldout_clozes"], None, r"heldout_clozes.*did you mean heldout_cloze,"),
-        ([], None, r"evaluate\.tasks is empty; choose from heldout_perplexity"),
         (["heldout_cloze"], tmp_path / "nothing", r"evaluate\.tasks_path: .*nothing is no folder"),
     ):
         with pytest.raises(BadInput, match=message):

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from scipy import optimize, stats
-from score_items import Items, items_of, losses
+from scipy import stats
+from score_items import VALUE, Items, items_of, losses
 
 from edgedisp.core.files import to_json
 from edgedisp.core.results import Difference, Estimate, Seeds
@@ -20,9 +20,7 @@ from edgedisp.evaluate.statistics import (
     ACCURACY,
     BITS_PER_BYTE,
     DEFAULT,
-    GOLD_BITS_PER_BYTE,
     PERPLEXITY,
-    VALUE,
     Metric,
     Resampling,
     combined,
@@ -36,13 +34,14 @@ from edgedisp.evaluate.statistics import (
 )
 
 SEEDS, ITEMS = 3, 60
+Z = stats.norm.ppf(0.975)
 
 
-def trainings(seeds: int = SEEDS, luck: float = 0.0, gain: float = 0.0, rng_seed: int = 0) -> list[Items]:
-    """`seeds` trainings' items: two a document, 20 tokens each; `luck` moves all items of one training."""
-    rng = np.random.default_rng(rng_seed)
-    hard, shifts = rng.normal(3, 1, ITEMS), rng.normal(0, 1, seeds) * luck
-    noise = np.random.default_rng([rng_seed, 7]).normal(0, 0.05, (seeds, ITEMS))
+def trainings(luck: float = 0.0, gain: float = 0.0) -> list[Items]:
+    """The items of three trainings: two a document, 20 tokens each; `luck` moves all items of a training."""
+    rng = np.random.default_rng(0)
+    hard, shifts = rng.normal(3, 1, ITEMS), rng.normal(0, 1, SEEDS) * luck
+    noise = np.random.default_rng([0, 7]).normal(0, 0.05, (SEEDS, ITEMS))
     table = 20 * (hard + shifts[:, None] - gain + noise)
     return [
         [{"id": f"i{i}", "document": f"d{i // 2}", "nll": row[i], "tokens": 20} for i in range(ITEMS)]
@@ -59,9 +58,8 @@ def pair_of(*sides: Items, metric: Metric = VALUE, resampling: Resampling = DEFA
 
 @given(n=st.integers(1, 300), share=st.floats(0, 1))
 def test_wilson_equals_its_formula(n: int, share: float) -> None:
-    k, z = round(share * n), stats.norm.ppf(0.975)
-    centre = (k + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
+    k = round(share * n)
+    centre, half = (k + Z * Z / 2) / (n + Z * Z), Z / (n + Z * Z) * math.sqrt(k * (n - k) / n + Z * Z / 4)
     assert wilson(k, n) == pytest.approx((max(0, centre - half), min(1, centre + half)), abs=1e-9)
 
 
@@ -75,49 +73,25 @@ def test_mcnemar_is_twice_the_binomial_tail(first: int, second: int) -> None:
 def test_tango_gives_the_published_interval_and_stays_open_when_no_item_differs() -> None:
     # Fagerland, Lydersen, Laake, Statistics in Medicine 33 (2014): of 21 pairs 1 and 7 disagree.
     assert tango(7, 1, 21) == pytest.approx((-0.517, -0.026), abs=5e-4)
-    z = stats.norm.ppf(0.975)
-    assert tango(0, 0, 100) == pytest.approx((-z * z / (100 + z * z), z * z / (100 + z * z)), abs=1e-6)
+    assert tango(0, 0, 100) == pytest.approx((-Z * Z / (100 + Z * Z), Z * Z / (100 + Z * Z)), abs=1e-6)
     for second in (1, 7, 30):  # swapping the models mirrors the interval; one that holds 1 ends there
         low, high = tango(2, second, 30 + second)
         assert tango(second, 2, 30 + second) == pytest.approx((-high, -low), abs=1e-9)
     assert tango(0, 9, 9)[1] == 1.0 and tango(9, 0, 9)[0] == -1.0 and -1 < tango(9, 0, 9)[1] < 0
 
 
-@given(n=st.integers(5, 80), data=st.data())
-@settings(max_examples=40)
-def test_tango_bounds_are_where_the_score_test_just_rejects(n: int, data: st.DataObject) -> None:
-    first = data.draw(st.integers(0, n - 1))
-    second = data.draw(st.integers(0, n - first))
-    for bound in tango(first, second, n):
-        if abs(bound) < 0.999:
-
-            def loss(q: float, delta: float = bound) -> float:  # -log likelihood at P(only first) = q
-                terms = ((first, q), (second, q + delta), (n - first - second, 1 - 2 * q - delta))
-                return -sum(count * math.log(max(p, 1e-300)) for count, p in terms if count)
-
-            bounds = max(0.0, -bound), (1 - bound) / 2
-            share = optimize.minimize_scalar(loss, bounds=bounds, options={"xatol": 1e-10}).x
-            z = (second - first - n * bound) / math.sqrt(n * (2 * share + bound - bound * bound))
-            assert abs(z) == pytest.approx(stats.norm.ppf(0.975), abs=2e-3)
-
-
 def test_accuracies_carry_wilsons_interval_the_exact_test_and_the_counts() -> None:
     first, second = items_of([1, 1, 1, 0, 0, 0, 0, 0, 1, 1]), items_of([1, 0, 1, 1, 1, 1, 1, 1, 1, 1])
-    estimate = score([first])
+    estimate = score([first], VALUE)
     assert (estimate.value, (estimate.low, estimate.high)) == (0.5, wilson(5, 10))
     result: Any = pair_of(first, second)
     assert (result.only_first, result.only_second, result.test) == (1, 5, "mcnemar")
     assert result.estimate.p == mcnemar(1, 5)
     low, high = tango(1, 5, 10)
     assert result.estimate.low <= low < result.estimate.value < high <= result.estimate.high
-    halves = (
-        items_of([0.5] * 4),
-        items_of([0, 1, 1, 1]),
-    )  # parts of an answer: neither count nor Tango's interval
-    result = pair_of(*halves)
+    # Parts of an answer have neither counts nor Tango's interval.
+    result = pair_of(items_of([0.5] * 4), items_of([0, 1, 1, 1]))
     assert (result.only_first, result.only_second, result.test) == (None, None, "document_swap")
-    weighed = [[{**item, "weight": 1} for item in side] for side in halves]
-    assert result.estimate == pair_of(*weighed, metric=Metric("v", denominator="weight")).estimate
 
 
 def test_clustered_accuracies_are_tested_by_document_and_no_narrower_than_wilson() -> None:
@@ -125,7 +99,7 @@ def test_clustered_accuracies_are_tested_by_document_and_no_narrower_than_wilson
     result = pair_of(first, second)
     assert mcnemar(0, 6) < 0.05
     assert result.test == "document_swap" and (result.estimate.p or 0) > 0.3
-    alike: Any = score([items_of([1, 0] * 6, per_document=2)])  # every document has the same share
+    alike: Any = score([items_of([1, 0] * 6, per_document=2)], VALUE)  # every document has the same share
     assert (alike.low, alike.high) == wilson(6, 12)
 
 
@@ -140,25 +114,16 @@ def test_perplexity_weighs_tokens_and_bits_weigh_bytes() -> None:
     assert score([items], PERPLEXITY).value == pytest.approx(math.exp(40 / 40))
     assert score([items], BITS_PER_BYTE).value == pytest.approx(40 / 140 / math.log(2))
     assert score([items], Metric("tokens_per_byte", "tokens", "bytes")).value == 40 / 140
-    losses_ = PERPLEXITY, BITS_PER_BYTE, GOLD_BITS_PER_BYTE
-    assert not any(metric.higher_is_better or metric.is_mean for metric in losses_)
-    assert VALUE.higher_is_better and VALUE.is_mean and not Metric("x", denominator="tokens").is_mean
 
 
-@pytest.mark.parametrize(("n", "tolerance"), [(8, 0.05), (60, 0.015)])
-def test_the_bootstrap_of_a_mean_agrees_with_the_t_interval(n: int, tolerance: float) -> None:
-    sample = np.random.default_rng(3).normal(5, 2, n)
-    estimate = score([items_of(sample)], resampling=Resampling(20_000))
-    low, high = stats.t.interval(0.95, n - 1, sample.mean(), stats.sem(sample))
-    assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=tolerance * (high - low))
-    assert (estimate.n, estimate.documents, estimate.reason) == (n, n, None)
-
-
-def test_items_of_one_document_do_not_count_as_independent() -> None:
-    sample = np.random.default_rng(0).normal(0, 1, 30).repeat(10)
-    apart, together = score([items_of(sample)]), score([items_of(sample, per_document=10)])
-    assert (together.half_width or 0) > 2.5 * (apart.half_width or 1)
-    assert (together.n, together.documents) == (300, 30)
+def test_the_bootstrap_of_a_mean_agrees_with_the_t_interval() -> None:
+    for n, tolerance in ((8, 0.05), (60, 0.015)):
+        sample = np.random.default_rng(3).normal(5, 2, n)
+        # Four items a document: they do not count as independent.
+        estimate = score([items_of(sample.repeat(4), per_document=4)], VALUE, Resampling(20_000))
+        low, high = stats.t.interval(0.95, n - 1, sample.mean(), stats.sem(sample))
+        assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=tolerance * (high - low))
+        assert (estimate.n, estimate.documents, estimate.reason) == (4 * n, n, None)
 
 
 def test_pairing_sees_what_two_separate_intervals_hide() -> None:
@@ -171,31 +136,19 @@ def test_pairing_sees_what_two_separate_intervals_hide() -> None:
     assert (result.estimate.n, result.estimate.documents, result.per) == (80, 40, "tokens")
     assert score([second], PERPLEXITY).high > score([first], PERPLEXITY).low  # type: ignore[operator]
     assert result.estimate.high < 0 and result.estimate.p < 0.01
-    bits = pair_of(first, second, metric=BITS_PER_BYTE)
-    assert bits.nats is None and bits.per is None and not bits.higher_is_better
+    assert pair_of(first, second, metric=BITS_PER_BYTE).nats is None
     assert pair_of(first, second, metric=replace(PERPLEXITY, denominator=None)).per == "item"
 
 
-def test_unlike_items_are_refused_by_name() -> None:
+def test_unlike_items_are_refused() -> None:
     items = items_of([0, 1, 1])
     moved = [items[0], {**items[1], "document": "other"}, items[2]]
-    for first, second, message in (
-        (items, items[:2], "only the same items can be paired; these differ: i2"),
-        (items[:2], items, "these differ: i2"),
-        (items, moved, "these differ: i1"),
-        (items, items[::-1], "in the same order"),
-        ([], [], "no items"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            pair_of(first, second)
-    with pytest.raises(ValueError, match="these differ: i2"):
-        score([items, items[:2]])
-    losses_, _ = losses(np.random.default_rng(0), 3, 1, 0, 0)
-    with pytest.raises(ValueError, match=r"these differ: 0\.0, 1\.0, 2\.0"):
-        pair_of(losses_, [{**item, "tokens": 5} for item in losses_], metric=PERPLEXITY)
-    for broken in ({"nll": math.nan}, {"tokens": 0}, {"tokens": math.inf}):
-        with pytest.raises(ValueError, match="not a finite number, or weighs 0"):
-            score([[{**losses_[0], **broken}, *losses_[1:]]], PERPLEXITY)
+    other = [{**item, "asked": "other"} for item in items]
+    for pair in ((items, items[:2]), (items, moved), (items, items[::-1]), (items, other), ([], [])):
+        with pytest.raises(ValueError, match="only the same items"):
+            pair_of(*pair)
+    with pytest.raises(ValueError, match="only the same items"):
+        score([items, items[:2]], VALUE)
 
 
 def test_the_swap_test_is_the_exact_permutation_test() -> None:
@@ -208,31 +161,20 @@ def test_the_swap_test_is_the_exact_permutation_test() -> None:
     by_document = np.array([b["nll"] - a["nll"] for a, b in zip(first, second)])
     result = pair_of(first, second, metric=PERPLEXITY, resampling=Resampling(500, 4))
     assert result.estimate.p == swap_test(by_document, Resampling(500, 4)) and result.test == "document_swap"
-
-
-def test_a_clear_difference_gets_ten_times_the_swaps() -> None:
-    for bootstrap, least in ((50, 9991), (1500, 15001)):
+    for bootstrap, least in ((50, 9991), (1500, 15001)):  # a clear difference gets ten times the swaps
         assert swap_test(np.ones(60), Resampling(bootstrap)) == 1 / least
-
-
-def test_long_lists_are_resampled_in_blocks_of_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = losses(np.random.default_rng(1), 40, 1, 0.01, 0.05)
-    whole = pair_of(first, second, metric=PERPLEXITY, resampling=Resampling(300))
-    monkeypatch.setattr("edgedisp.evaluate.statistics._CELLS", 40 * 300)
-    assert pair_of(first, second, metric=PERPLEXITY, resampling=Resampling(300)) == whole
 
 
 def test_degenerate_input_gives_no_nan() -> None:
     first, _ = losses(np.random.default_rng(0), 5, 2, 0, 0)
     equal = pair_of(first, first, metric=PERPLEXITY)
     assert [getattr(equal.estimate, name) for name in ("value", "low", "high", "p")] == [0, 0, 0, 1]
-    same = pair_of(items_of([1, 0, 1]), items_of([1, 0, 1]))
-    assert same.estimate.low < 0 < same.estimate.high and same.estimate.p == 1  # type: ignore[operator]
+    same: Any = pair_of(items_of([1, 0, 1]), items_of([1, 0, 1]))
+    assert same.estimate.low < 0 < same.estimate.high and same.estimate.p == 1
     single = pair_of(items_of([1]), items_of([0])).estimate
     assert not single.has_interval and "one document" in (single.reason or "")
-    assert not score([first[:1]], PERPLEXITY).has_interval and score([items_of([1] * 4)]).high == 1.0
-    assert score([items_of([1.5, 2.5])]).has_interval
-    assert score([items_of([1])]).has_interval  # Wilson's needs no second document
+    assert not score([first[:1]], PERPLEXITY).has_interval
+    assert score([items_of([1])], VALUE).has_interval  # Wilson's needs no second document
     huge = score([[{"id": k, "document": k, "nll": 1e6, "tokens": 1} for k in range(3)]], PERPLEXITY)
     assert huge.value == math.exp(700)
     for result in (equal, same, single, huge):
@@ -249,10 +191,8 @@ def test_values_are_the_seeds_and_the_items_interval_is_that_of_the_items_means(
         sum(b["nll"] - a["nll"] for a, b in zip(first, second)) / (20 * ITEMS)
         for first, second in zip(before, after)
     ]
-    assert result.nats.seeds.values == pytest.approx(each) and result.nats.value == pytest.approx(
-        np.mean(each)
-    )
-    assert result.nats.seeds.sd == pytest.approx(np.std(each, ddof=1))
+    assert result.nats.seeds.values == pytest.approx(each)
+    assert (result.nats.value, result.nats.seeds.sd) == pytest.approx((np.mean(each), np.std(each, ddof=1)))
     means = []
     for side in (before, after):
         table = np.array([[item["nll"] for item in items] for items in side]).mean(axis=0)
@@ -262,25 +202,24 @@ def test_values_are_the_seeds_and_the_items_interval_is_that_of_the_items_means(
         items_alone = (estimate.seeds.item_low, estimate.seeds.item_high)
         assert items_alone == pytest.approx((alone.low, alone.high))
     assert result.test == "items_and_seeds" and result.estimate.p == combined_p(result.nats)
-    bits: Any = difference(list(zip(before, after)), Metric("nll", "nll", None, "bits"))
-    assert bits.estimate.p == combined_p(bits.estimate)
     mean: Any = score(before, PERPLEXITY)
     assert mean.value == pytest.approx(np.exp(np.mean(np.log(mean.seeds.values))))  # losses are averaged
 
 
-def test_both_ends_follow_the_formula() -> None:
+def test_the_spread_of_seeds_widens_both_sides_by_the_formula() -> None:
     estimate: Any = combined(Estimate(1.0, 0.7, 1.2, documents=30), [0.9, 1.0, 1.4])
     spread = stats.t.ppf(0.975, 2) * np.std([0.9, 1.0, 1.4], ddof=1) / math.sqrt(3)
     assert estimate.low == pytest.approx(1.0 - math.hypot(0.3, spread))
     assert estimate.high == pytest.approx(1.0 + math.hypot(0.2, spread))
-    assert estimate.seeds.item_se == pytest.approx(0.25 / stats.t.ppf(0.975, 29))
     assert combined(Estimate(1.0, 0.7, 1.2), [1.0]) == Estimate(1.0, 0.7, 1.2)
 
 
 @pytest.mark.parametrize(("n", "sd"), [(2, 0.3), (3, 1.0), (4, 0.0)])
 def test_p_is_the_error_rate_at_which_the_interval_touches_zero(n: int, sd: float) -> None:
     def p_of(value: float, item_se: float = 1.0) -> Any:
-        return combined_p(Estimate(value, documents=50, seeds=Seeds((0.0,) * n, sd, item_se=item_se)))
+        half = stats.t.ppf(0.975, 49) * item_se
+        seeds = Seeds((0.0,) * n, sd, value - half, value + half)
+        return combined_p(Estimate(value, documents=50, seeds=seeds))
 
     for value in (0.4, 1.7, 3.0):
         p = p_of(value)
@@ -293,8 +232,9 @@ def test_p_is_the_error_rate_at_which_the_interval_touches_zero(n: int, sd: floa
 
 def test_right_and_wrong_answers_keep_tangos_interval_over_seeds() -> None:
     rng = np.random.default_rng(1)
-    before = [items_of(rng.random(ITEMS) < 0.5, field="accuracy") for _ in range(SEEDS)]
-    after = [items_of(rng.random(ITEMS) < 0.9, field="accuracy") for _ in range(SEEDS)]
+    before, after = (
+        [items_of(rng.random(ITEMS) < share, field="accuracy") for _ in range(SEEDS)] for share in (0.5, 0.9)
+    )
     same: Any = difference(list(zip(before, before)), ACCURACY).estimate
     # No item differs in any seed: not "exactly zero".
     assert (same.seeds.item_low, same.seeds.item_high) == pytest.approx(tango(0, 0, ITEMS))
@@ -307,10 +247,3 @@ def test_right_and_wrong_answers_keep_tangos_interval_over_seeds() -> None:
     lows, highs = zip(*(tango(*pair, ITEMS) for pair in counts))
     assert other.estimate.seeds.item_low <= np.mean(lows) < np.mean(highs) <= other.estimate.seeds.item_high
     assert other.estimate.value > 0.2 and other.estimate.p < 0.05 and other.only_first is None
-
-
-def test_one_document_has_seeds_but_no_interval() -> None:
-    lists = [[{**item, "document": "d"} for item in items] for items in trainings(luck=0.1)]
-    result: Any = difference(list(zip(lists, reversed(lists))), PERPLEXITY)
-    assert result.estimate.low is None and result.test == "document_swap" and result.estimate.p is not None
-    assert result.estimate.seeds.sd and result.estimate.seeds.item_se is None
