@@ -240,11 +240,9 @@ def _nearest(pool: Sequence[_Passage], sizes: Any, index: int, rng: np.random.Ge
 
 
 def _question(text: Text, passage: _Passage, choices: Sequence[str], gold: int, most: int) -> Question:
-    """Ask for each of the choices after the longest passage of whole sentences that fits.
-
-    It fits when no context has more than `most` tokens (the start token included) and no request more than
-    the model can take. When even the latest start is too long, all contexts are cut on the left alike.
-    """
+    """Ask for each of the choices after the longest passage of whole sentences that fits: no context has more
+    than `most` tokens (the start token included), no request more than `options.context`. When even the
+    latest start is too long, all contexts are cut on the left alike."""
     tokenizer, document = text.tokenizer, passage.document
     best: list[tuple[list[int], list[int]]] = []
     room = 0

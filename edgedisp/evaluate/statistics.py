@@ -142,11 +142,8 @@ class PairedItems:
 
 
 def score(trainings: Sequence[Items], metric: Metric, resampling: Resampling = DEFAULT) -> Estimate:
-    """One model's score; `trainings`: the items of each of its training seeds.
-
-    The interval is Wilson's for one training's 0/1 items, else the bootstrap's, and None, with `reason`, of
-    one document. Raises ValueError as `PairedItems` does.
-    """
+    """One model's score; `trainings`: the items of each of its seeds. The interval is Wilson's for one
+    training's 0/1 items, else the bootstrap's, and None, with `reason`, of one document."""
     paired = PairedItems([trainings], metric)
     if not paired.is_binary or len(trainings) > 1:
         return paired.contrast((1,), resampling)
@@ -163,8 +160,7 @@ def difference(
     """The paired difference second - first over the same items; one pair (first, second) a training seed.
 
     `nats`, for a perplexity, is the difference of the mean loss. The test is McNemar's for 0/1 items with a
-    document each, else random swaps by document; over seeds that of `combined_p`. Raises ValueError as
-    `PairedItems` does.
+    document each, else random swaps by document; over seeds that of `combined_p`.
     """
     models = list(zip(*pairs))
     paired = PairedItems(models, metric)
@@ -232,12 +228,9 @@ def tango(only_first: int, only_second: int, n: int) -> tuple[float, float]:
 
 
 def swap_test(differences: Floats, resampling: Resampling = DEFAULT) -> float:
-    """Two-sided p: share of random swaps of the two models, document by document, that differ at least as
-    much. `differences`: of the numerators, float64 [documents].
-
-    Where no swap does, ten times as many are drawn: to survive a correction over a hundred comparisons, p
-    must be able to fall below 0.0005.
-    """
+    """Two-sided p: share of random swaps of two models, document by document, that differ at least as much as
+    `differences`, float64 [documents]. Where none does, ten times as many are drawn: to survive a
+    correction over a hundred comparisons, p must be able to fall below 0.0005."""
     rng = np.random.default_rng([resampling.seed, 1])
     observed = abs(float(differences.sum())) * (1 - 1e-9) - 1e-15
     block = max(1, _CELLS // len(differences))

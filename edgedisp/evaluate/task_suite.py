@@ -30,8 +30,7 @@ SETS: dict[str, tuple[str, ...]] = {
     "heldout": tuple(heldout_tasks.TASKS),
     # those of the dispersion paper (arXiv 2602.00217, table 1); models below 500M guess at about half of them
     "paper": tuple(PAPER.split()),
-    # those that models of 100M to 600M answer above chance (SmolLM2-135M's model card: HellaSwag 42 %, ARC
-    # 44 %, PIQA 68 %, OpenBookQA 35 %, where guessing gives 25, 25, 50 and 25)
+    # what 100M to 600M answer above chance (SmolLM2-135M's card: HellaSwag 42 %, ARC 44 %, PIQA 68 %)
     "small": ("arc_easy", "hellaswag", "lambada_openai", "openbookqa", "piqa", "sciq"),
 }
 _NAME = re.compile(r"^(?:[\"']?(?:task|group|tag)[\"']?:|[ \t]*-)[ \t]*[\"'\[]?([^\s\"'#,\]]+)", re.MULTILINE)

@@ -106,9 +106,6 @@ def measure_bundle(bundle: Path, blocks: Tensor, threads: int, progress: Progres
     return profile(lambda block: [*map(torch.from_numpy, graph(block.numpy()))], blocks, progress)
 
 
-# Scores
-
-
 class Scorer:
     """A Hugging Face folder or a bundle, opened as `model`, whose scores are cached in the file `cache`: an
     interrupted scoring continues, and a task that is added costs no more than itself."""

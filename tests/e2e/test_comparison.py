@@ -121,8 +121,6 @@ def test_items_asked_in_other_words_are_not_the_same(built: tuple[Path, Path, En
     assert cut[0].score.main.estimate.value == np.mean([item["accuracy"] for item in first.items[1:]])
     assert [len(one.items) for one in cut] == [left] * 2
     assert compare_task([(cut[0], cut[1])]).main.estimate.n == left
-    with pytest.raises(ValueError, match="accuracy is made of all items, and these differ"):
-        common_items([replace(one, definitions={}) for one in (first, second)])
     for item in second.items:
         item["asked"] += " elsewhere"
     with pytest.raises(ValueError, match="heldout_cloze: no item in common"):
