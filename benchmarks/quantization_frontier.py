@@ -98,7 +98,7 @@ def stages_of(name: str) -> list[Stage]:
     if name in TRAINED:
         model = "trained" if recipe.train.quantization_aware is None else f"{row}-model"
         stages.append(replace(build_plan.training(recipe, recipe.arm_runs[0]), name=model))
-    fp32 = replace(build_plan.export("baseline", threads), name=f"{model}-fp32", inputs={"model": model})
+    fp32 = Stage(f"{model}-fp32", "edgedisp.pipeline.bundles:export", threads, {"model": model})
     if name in (FP32, TRAINED_FP32):
         return [*stages, fp32]
     bundle = build_plan.quantize(recipe, "baseline", "int8" if name == "int8" else "int4")

@@ -75,18 +75,14 @@ def load_recipe(recipe: str, overrides: list[str] | None, smoke: bool) -> Any:
     from edgedisp.recipe import load
 
     path = Path(recipe)
-    packaged = {file.stem: file for file in sorted(data_folder("recipes").glob("*.yaml"))}
-    name = path.stem if path.suffix in (".yaml", ".yml") else path.name  # `qwen3_0.6b` has no suffix
-    if path.exists() or (name not in packaged and path.parent != Path()):
-        return load(path, overrides or (), smoke)
-    if name not in packaged:
-        names = ", ".join(packaged)
-        raise BadInput(f"{recipe}: no such file, and no packaged recipe of that name (there are {names})")
-    if path.parent != Path():
-        raise BadInput(
-            f"{recipe}: no such file; the packaged recipe of that name is `{name}`, without a folder"
-        )
-    return load(packaged[name], overrides or (), smoke)
+    if not path.exists() and path.parent == Path():
+        packaged = {file.stem: file for file in sorted(data_folder("recipes").glob("*.yaml"))}
+        name = path.stem if path.suffix in (".yaml", ".yml") else path.name  # `qwen3_0.6b` has no suffix
+        if name not in packaged:
+            names = ", ".join(packaged)
+            raise BadInput(f"{recipe}: no such file, and no packaged recipe of that name (there are {names})")
+        path = packaged[name]
+    return load(path, overrides or (), smoke)
 
 
 def width() -> int:

@@ -21,6 +21,8 @@ from edgedisp.core.errors import BadInput, BuildFailed
 INTERRUPTED = 130
 TRACE = "EDGEDISP_TRACE"
 RESUMABLE = ("build", "pilot")  # commands that keep finished stages
+DISK_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "iostream error")
+"""In the messages of errors, as libraries replace the system's with their own (safetensors, torch.save)."""
 
 
 def main() -> None:
@@ -44,11 +46,19 @@ def main() -> None:
         return
     except (Exception, KeyboardInterrupt) as problem:
         error = problem
-    _wait_for_launcher(error)
+    is_expected = isinstance(error, BadInput | BuildFailed)
+    if isinstance(error, Exception):
+        # What fails in one of several processes nearly always fails in process 0, which then reports it: the
+        # others wait for the launcher to end them. Process 0 waits a moment with an unexpected error: it may
+        # come from another process that went away.
+        if not is_main_process():
+            wait_for_launcher()
+        elif not is_expected and get_world_size() > 1:
+            wait_for_launcher(1)
     if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors
         error.show()
         sys.exit(error.exit_code)
-    message, code = _ending(error)
+    message, code = _message_and_code(error)
     if is_main_process():
         sys.stderr.write(f"edgedisp: {message}\n")
     elif code != INTERRUPTED:
@@ -56,8 +66,8 @@ def main() -> None:
     sys.exit(128 + signals[0] if signals and code == INTERRUPTED else code)
 
 
-def _ending(error: BaseException) -> tuple[str, int]:
-    """Message and exit code. Raises the error itself where a traceback is wanted."""
+def _message_and_code(error: BaseException) -> tuple[str, int]:
+    """Raises the error itself where a traceback is wanted."""
     if isinstance(error, KeyboardInterrupt):
         resumes = bool(sys.argv[1:]) and sys.argv[1] in RESUMABLE
         return "interrupted" + "; the same command continues where this one stopped" * resumes, INTERRUPTED
@@ -65,37 +75,14 @@ def _ending(error: BaseException) -> tuple[str, int]:
         return str(error), 2
     if isinstance(error, BuildFailed):
         return f"failed: {error}", 1
-    if _disk_is_full(error):
-        name = getattr(error, "filename", None)
-        advice = "free some space and run the same command again: finished stages are kept"
-        return f"failed: the disk is full{f' ({name})' if name else ''}; {advice}", 1
+    cause: BaseException | None = error
+    while cause is not None:
+        if any(text in str(cause) for text in DISK_FULL):
+            name = getattr(error, "filename", None)
+            advice = "free some space and run the same command again: finished stages are kept"
+            return f"failed: the disk is full{f' ({name})' if name else ''}; {advice}", 1
+        cause = cause.__cause__ or cause.__context__
     if os.environ.get(TRACE):
         raise error
     reason = " ".join(str(error).split())[:400]
     return f"failed: {type(error).__name__}: {reason} ({TRACE}=1 shows where)", 1
-
-
-def _wait_for_launcher(error: BaseException) -> None:
-    """What fails in one of several processes nearly always fails in process 0, which then reports it.
-
-    So the others wait, in which time the launcher ends them. Process 0 waits a moment with an unexpected
-    error: it may come from another process that went away.
-    """
-    if isinstance(error, KeyboardInterrupt):
-        return
-    if not is_main_process():
-        wait_for_launcher()
-    elif not isinstance(error, BadInput | BuildFailed) and get_world_size() > 1:
-        wait_for_launcher(1)
-
-
-def _disk_is_full(error: BaseException | None) -> bool:
-    """Also where a library has replaced the system's error with its own (safetensors, torch.save)."""
-    texts = (os.strerror(errno.ENOSPC), "iostream error")
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(text in str(error) for text in texts):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

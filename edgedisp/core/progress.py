@@ -7,11 +7,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 from edgedisp.core.stage_folder import Record
 
 QUIET_S = 10.0
+SPEED_PERIOD_S = 3600.0  # steps of a training can take minutes
 
 Progress = Callable[[int, int, str], None]
 """`progress(done, total, note)`: called by long work; `total` 0 means unknown. Must be cheap."""
@@ -46,61 +46,69 @@ class Screen:
     """Shows how a build goes; `screen.progress` is a progress callback."""
 
     def __init__(self, title: str) -> None:
+        from rich import progress
+        from rich.console import Console
+
         self.title = self._stage = title
+        self._is_live = sys.stderr.isatty()
         self._last_line = time.monotonic()
-        self._first = 0.0, 0  # time and count of the first call of a stage, or of a part of it
-        self._last = 0, -1  # count and total of the last call
-        self._bar: Any = _live_bar() if sys.stderr.isatty() else None
         self._unchanged: list[str] = []
+        columns = ["{task.description}", progress.BarColumn(bar_width=24), progress.MofNCompleteColumn()]
+        columns += [
+            progress.TimeElapsedColumn(),
+            "left",
+            progress.TimeRemainingColumn(),
+            "{task.fields[note]}",
+        ]
+        self._bar = progress.Progress(
+            *columns, console=Console(stderr=True), transient=True, speed_estimate_period=SPEED_PERIOD_S
+        )
+        self._begin()
 
     def __enter__(self) -> Screen:
-        if self._bar is not None:
+        if self._is_live:
             self._bar.start()
-            self._task = self._bar.add_task(self.title, total=None, note="")
         else:
             self._print(self.title)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._print_unchanged()
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def started(self, name: str, number: int, total: int) -> None:
         self._print_unchanged()
         self._stage, self._last_line = f"[{number:2}/{total}] {name}", time.monotonic()
-        self._last = 0, -1
-        if self._bar is not None:
-            self._bar.reset(self._task, total=None, description=self._stage, note="")
-        else:
+        self._begin()
+        if not self._is_live:
             self._print(f"{self._stage} ...")
 
     def progress(self, done: int, total: int, note: str) -> None:
+        if (total or None) != self._task.total or done < self._task.completed:
+            self._begin(total or None)  # the stage's next part has a speed of its own
+        self._bar.update(self._task.id, completed=done, note=note)
         now = time.monotonic()
-        is_new = total != self._last[1] or done < self._last[0]  # the stage's next part counts anew
-        self._last = done, total
-        if self._bar is not None:
-            if is_new:
-                self._bar.reset(self._task)
-            self._bar.update(self._task, completed=done, total=total or None, note=note)
-            return
-        if is_new:  # a resumed stage starts in the middle: the speed is that since this call
-            self._first = now, done
-        if now - self._last_line < QUIET_S:
+        if self._is_live or now - self._last_line < QUIET_S:
             return
         self._last_line = now
-        seconds, count = now - self._first[0], done - self._first[1]
-        remaining = f", {clock(seconds / count * (total - done))} left" if count > 0 and total else ""
-        of = f"{done}/{total}" if total else str(done)
-        self._print(f"{self._stage}: {of}{', ' + note if note else ''}{remaining}")
+        seconds = self._task.time_remaining
+        left = f", {clock(seconds)} left" if seconds else ""
+        count = f"{done}/{total}" if total else str(done)
+        self._print(f"{self._stage}: {count}{', ' + note if note else ''}{left}")
 
     def finished(self, name: str, record: Record) -> None:
         self._print(f"{self._stage}: done in {clock(record.seconds)}")
         for note in record.results.get("notes", ()):
             self._print(f"{self._stage}: {note}")
 
-    def cached(self, name: str, record: Record) -> None:
+    def cached(self, name: str) -> None:
         self._unchanged.append(name)
+
+    def _begin(self, total: int | None = None) -> None:
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self._bar.add_task(self._stage, total=total, note="")
+        self._task = self._bar.tasks[0]
 
     def _print_unchanged(self) -> None:
         if self._unchanged:
@@ -108,25 +116,8 @@ class Screen:
             self._unchanged = []
 
     def _print(self, line: str) -> None:
-        if self._bar is not None:
+        if self._is_live:
             self._bar.console.print(line, markup=False, highlight=False)
         else:
             sys.stderr.write(line + "\n")
             sys.stderr.flush()
-
-
-def _live_bar() -> Any:
-    from rich import progress
-    from rich.console import Console
-
-    return progress.Progress(
-        "{task.description}",
-        progress.BarColumn(bar_width=24),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        "left",
-        progress.TimeRemainingColumn(),
-        "{task.fields[note]}",
-        console=Console(stderr=True),
-        transient=True,
-    )

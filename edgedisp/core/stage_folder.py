@@ -1,12 +1,9 @@
 """A run's folders: one per stage, each finished or absent.
 
-A stage writes into `<stage>.partial`, then `record.json` last, and the folder is renamed into place: a folder
-with the stage's name is always whole. The record holds the stage's key (its options and the content hashes of
-what it read), so that an unchanged stage is recognised without opening a model, and every file's SHA-256.
-There is no database of artefacts: a run folder can be copied, zipped or deleted with ordinary tools.
-
-Records are synced to the disk, large files are not: a power cut may cost a stage, whose file sizes are
-compared when it is read.
+A stage writes into `<stage>.partial`, then `record.json` last, and the folder is renamed into place. The
+record holds the stage's key (options, and content hashes of what it read) and every file's SHA-256. Records
+are synced to the disk, large files are not: a power cut may cost a stage, whose file sizes are compared when
+it is read.
 """
 
 from __future__ import annotations
@@ -107,16 +104,16 @@ def finish(
 ) -> Record:
     """Hash the files, write the record, and rename the folder into place over an outdated one."""
     (partial / RECORD).unlink(missing_ok=True)  # of a folder that the stage copied
-    files = list_files(partial, without=(KEY,))
+    record = Record(folder, key, results, list_files(partial, without=(KEY,)), seconds)
     origin = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "edgedisp": __version__,
         "git_commit": git_commit(),
     }
-    record = {"key": key, "results": results, "files": files, "seconds": seconds, **origin}
-    write_json(partial / RECORD, record)
+    stored = {"key": key, "results": results, "files": record.files, "seconds": seconds}
+    write_json(partial / RECORD, stored | origin)
     _move_into_place(folder)
-    return Record(folder, key, results, files, seconds)
+    return record
 
 
 def _move_into_place(folder: Path) -> None:
@@ -128,15 +125,6 @@ def _move_into_place(folder: Path) -> None:
         folder.rename(outdated)
     partial.rename(folder)
     shutil.rmtree(outdated, ignore_errors=True)
-
-
-def _recover(run: Path) -> None:
-    """Finish what a killed build left: rename stages whose record is whole, remove outdated folders."""
-    for partial in [path for path in run.rglob("*.partial") if path.is_dir()]:
-        if _is_finished(partial):
-            _move_into_place(partial.with_suffix(""))
-    for outdated in [path for path in run.rglob("*.outdated") if path.is_dir()]:
-        shutil.rmtree(outdated, ignore_errors=True)
 
 
 def _is_finished(partial: Path) -> bool:
@@ -161,31 +149,35 @@ def open_run(path: Path, identity: dict[str, Any], name: str) -> Iterator[Path]:
     from filelock import FileLock, Timeout
 
     is_new = not path.exists()
-    if not is_new and not path.is_dir():
-        raise BadInput(f"{path}: is a file; an output folder is needed (--out FOLDER)")
+    lock = FileLock(path / ".lock")
     try:
         path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        words = "another build is writing there; wait for it to end, or name another folder with --out"
+        raise BadInput(f"{path}: {words}") from None
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         raise BadInput(f"{path}: cannot be made ({reason}); choose another --out") from error
-    lock = FileLock(path / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise BadInput(
-            f"{path}: another build is writing there; wait for it to end, or name another folder with --out"
-        ) from None
+    is_useful = False
     try:
         _check_owner(path, json.loads(canonical(identity)), name)
-        _recover(path)
+        for partial in [entry for entry in path.rglob("*.partial") if entry.is_dir()]:
+            if _is_finished(partial):
+                _move_into_place(partial.with_suffix(""))
+        for outdated in [entry for entry in path.rglob("*.outdated") if entry.is_dir()]:
+            shutil.rmtree(outdated, ignore_errors=True)
         yield path
+        is_useful = True
     except BadInput:
-        if is_new and not any(path.glob(f"*/*/{RECORD}")):
-            shutil.rmtree(path, ignore_errors=True)
+        is_useful = any(path.glob(f"*/*/{RECORD}"))
+        raise
+    except BaseException:
+        is_useful = any(path.rglob(RECORD)) or any(path.rglob("*.partial"))
         raise
     finally:
         lock.release()
-        if is_new and path.exists() and not any(path.rglob(RECORD)) and not any(path.rglob("*.partial")):
+        if is_new and not is_useful:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -195,9 +187,8 @@ def _check_owner(path: Path, identity: dict[str, Any], name: str) -> None:
         entries = {entry.name for entry in path.iterdir()} - {".lock", f"{RUN}.partial"}
         if entries:
             content = ", ".join(sorted(entries)[:3])
-            raise BadInput(
-                f"{path}: is not a run folder and not empty ({content}, ...); choose another --out"
-            )
+            words = f"is not a run folder and not empty ({content}, ...); choose another --out"
+            raise BadInput(f"{path}: {words}")
         created = time.strftime("%Y-%m-%dT%H:%M:%S")
         write_json(path / RUN, {"name": name, "identity": identity, "made": created})
         return
@@ -214,8 +205,6 @@ def _check_owner(path: Path, identity: dict[str, Any], name: str) -> None:
 def _differences(left: Any, right: Any, path: str = "") -> list[str]:
     """Dotted paths at which two JSON values differ."""
     if isinstance(left, dict) and isinstance(right, dict):
-        keys = sorted({*left, *right})
-        return [
-            d for k in keys for d in _differences(left.get(k), right.get(k), f"{path}.{k}" if path else k)
-        ]
+        pairs = {f"{path}.{key}" if path else key: (left.get(key), right.get(key)) for key in left | right}
+        return sorted(each for inner, pair in pairs.items() for each in _differences(*pair, inner))
     return [] if left == right else [path]

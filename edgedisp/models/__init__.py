@@ -2,10 +2,8 @@
 
     model, tokenizer = open_base("Qwen/Qwen3-0.6B")       # hub id, folder, or .gguf file; always float32
     save(model, tokenizer, folder)                         # a plain Hugging Face folder, safetensors only
-    model, tokenizer = load(folder), load_tokenizer(folder)
 
-Refused on purpose: pickled weights (`pytorch_model.bin`), which can run any code when opened; models that
-are already quantized, because training needs full-precision weights; encoder-decoder and masked models.
+Refused: pickled weights, which can run any code; quantized, encoder-decoder and masked models.
 """
 
 from edgedisp.models.licence import copy_licence as copy_licence

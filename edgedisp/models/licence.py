@@ -7,6 +7,7 @@ Read are the `license` fields in the front matter of README.md, files named LICE
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ from edgedisp.core.files import read_object, write_json
 FILE = "license.json"
 PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 LARGEST_BYTES = 1_000_000  # a licence is a text
-FIELDS = {"license": "license", "license_name": "license.name", "license_link": "license.link"}  # as in GGUF
+GGUF_FIELDS = {
+    "license": "general.license",
+    "license_name": "general.license.name",
+    "license_link": "general.license.link",
+}
 
 Licence = dict[str, Any]
 """{base, license, license_name, license_link, found_in, files}; None and [] for what there is not."""
@@ -23,22 +28,32 @@ Licence = dict[str, Any]
 
 def read_licence(path: Path, base: str | None = None) -> Licence:
     """The licence of a model folder or a .gguf file. `base`: how the user named the model."""
+    fields: dict[str, Any] = {}
+    files: list[str] = []
     if path.is_file():
         from gguf import GGUFReader
 
-        gguf = GGUFReader(path).fields
-        fields = {key: gguf[f"general.{name}"] for key, name in FIELDS.items() if f"general.{name}" in gguf}
-        texts = {key: field.contents() for key, field in fields.items()}
-        return _licence(base, texts, "general.license", [])
-    recorded = read_object(path / FILE)
-    if isinstance(recorded.get("files"), list):
-        return recorded
-    front = _front_matter(path / "README.md")
-    if base is None and isinstance(front.get("base_model"), str):
-        base = front["base_model"]
-    files = {file for pattern in PATTERNS for file in path.glob(pattern) if file.is_file()}
-    names = [file.name for file in files if file.name != FILE and file.stat().st_size <= LARGEST_BYTES]
-    return _licence(base, front, "README.md", sorted(names))
+        origin, gguf = "general.license", GGUFReader(path).fields
+        fields = {key: gguf[name].contents() for key, name in GGUF_FIELDS.items() if name in gguf}
+    else:
+        from huggingface_hub import metadata_load
+
+        recorded = read_object(path / FILE)
+        if isinstance(recorded.get("files"), list):
+            return recorded
+        origin = "README.md"
+        with suppress(Exception):  # absent, or its front matter is not YAML
+            fields = metadata_load(path / origin) or {}
+        if base is None and isinstance(fields.get("base_model"), str):
+            base = fields["base_model"]
+        texts = {file for pattern in PATTERNS for file in path.glob(pattern) if file.is_file()}
+        names = (file.name for file in texts if file.name != FILE and file.stat().st_size <= LARGEST_BYTES)
+        files = sorted(names)
+    values = {key: fields.get(key) or None for key in GGUF_FIELDS}
+    for key, value in values.items():
+        if value is not None:  # the hub allows a list
+            values[key] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return {"base": base, **values, "found_in": origin if values["license"] else None, "files": files}
 
 
 def copy_licence(source: Path, output_dir: Path, base: str | None = None) -> Licence:
@@ -49,22 +64,3 @@ def copy_licence(source: Path, output_dir: Path, base: str | None = None) -> Lic
             shutil.copyfile(source / name, output_dir / name)
     write_json(output_dir / FILE, licence)
     return licence
-
-
-def _licence(base: str | None, fields: dict[str, Any], origin: str, files: list[str]) -> Licence:
-    """A field that is a list (the hub allows one) is joined."""
-    values = {key: fields.get(key) or None for key in FIELDS}
-    texts = {
-        key: ", ".join(map(str, value)) if isinstance(value, list) else value and str(value)
-        for key, value in values.items()
-    }
-    return {"base": base, **texts, "found_in": origin if texts["license"] else None, "files": files}
-
-
-def _front_matter(path: Path) -> dict[str, Any]:
-    from huggingface_hub import metadata_load
-
-    try:
-        return metadata_load(path) or {}
-    except Exception:  # absent, or not YAML
-        return {}

@@ -1,12 +1,14 @@
-"""Open, load and save: model folders, .gguf files and hub ids through transformers, always checked first.
+"""Open, check and save: model folders, .gguf files and hub ids through transformers.
 
-A base is whole and a causal language model, or it is refused with the reason (checks.py). Of a hub id the
-configuration, tokenizer, safetensors weights and licence are fetched into the hub's own cache, never pickles;
-if the hub cannot be reached, the cache alone is used.
+transformers fills missing weights with random numbers, opens an encoder as a decoder, lays an adapter of the
+folder over the weights, and keeps settings of the machine that wrote it. Here each is refused or reset. Of a
+hub id configuration, tokenizer, safetensors weights and licence are fetched into the hub's cache.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +22,8 @@ from torch import Tensor, nn
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import read_object
 from edgedisp.core.hub import check_repository, one_line, unreachable, unreachable_error
-from edgedisp.core.progress import Progress, silent
-from edgedisp.models import checks
+from edgedisp.core.progress import Progress, silent, warn
+from edgedisp.recipe import Model
 
 HUB_FILES = [
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
@@ -33,47 +35,32 @@ HUB_FILES = [
 UNUSABLE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, AssertionError,
 )  # fmt: skip
+IN_A_LAYER = re.compile(r"\.\d+\.")  # model.layers.3.mlp.up_proj.weight
 
 
-def open_base(
-    base: Path | str,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    architecture: str | None = None,
-    progress: Progress = silent,
-) -> tuple[Any, Any]:
-    """(model in float32 and eval mode, tokenizer) from a folder, a .gguf file or a hub id (at a revision).
+def open_base(base: Path | str, section: Model | None = None, progress: Progress = silent) -> tuple[Any, Any]:
+    """(model in float32 and eval mode, tokenizer) from a folder, a .gguf file or a hub id.
 
-    architecture: the `model_type` that the recipe promises. Raises BadInput: not there, not a causal language
-    model, incomplete, damaged or pickled weights, already quantized, another architecture, no tokenizer,
-    tokens outside the embedding, hub unreachable.
+    section: revision, trust_remote_code, and the architecture (`model_type`) that the recipe promises. Raises
+    BadInput: not there, not a causal language model, incomplete, damaged or pickled weights, already
+    quantized, another architecture, no tokenizer, tokens outside the embedding, hub unreachable.
     """
-    path = Path(base)
-    if isinstance(base, str) and not path.exists():
-        code = ["*.py"] if trust_remote_code else []
-        path = _snapshot(base, revision, [*HUB_FILES, *code], progress)
+    section = section or Model(base=str(base))
+    path = _local(base, section, HUB_FILES, progress)
     progress(0, 0, f"opening {base}")
-    model = load(path, trust_remote_code, architecture)
+    model = load(path, section)
     rows = int(model.get_input_embeddings().weight.shape[0])
-    return model, load_tokenizer(path, trust_remote_code, rows)
+    return model, load_tokenizer(path, section.trust_remote_code, rows)
 
 
-def load(path: Path, trust_remote_code: bool = False, architecture: str | None = None) -> Any:
-    """The model of a folder or a .gguf file, float32 and in eval mode. Raises BadInput like `open_base`."""
+def load(path: Path, section: Model | None = None) -> Any:
+    """The model of a folder or a .gguf file, float32 and in eval mode. BadInput as `open_base`."""
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    checks.check_files(path)
-    folder, options = _folder(path)
-    options["trust_remote_code"] = trust_remote_code
+    _check_folder(path)
     with quiet():
-        try:
-            config = AutoConfig.from_pretrained(folder, **options)
-        except UNUSABLE as problem:
-            what = "config.json cannot be used" if path == folder else "the .gguf file cannot be opened"
-            raise BadInput(f"{path}: {what}: {one_line(problem)}") from problem
-        checks.check_config(config, architecture, str(path))
+        folder, options, config = _config(path, section or Model(base=str(path)))
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -81,23 +68,47 @@ def load(path: Path, trust_remote_code: bool = False, architecture: str | None =
                 dtype=torch.float32,
                 use_safetensors=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # `check_loading` refuses them with their names
+                ignore_mismatched_sizes=True,  # `_check_loading` refuses them with their names
                 **options,
             )
         except (SafetensorError, *UNUSABLE) as problem:
-            raise BadInput(f"{path}: the weights cannot be opened: {one_line(problem)}") from problem
+            raise BadInput(
+                f"{path}: the weights cannot be opened (damaged?): {one_line(problem)}"
+            ) from problem
     model, report = loaded
-    checks.check_loading(report, str(path))
+    _check_loading(report, str(path))
     if path != folder:  # expanded, but marked as quantized: transformers would neither train nor save it
         del model.config.quantization_config, model.quantization_method
         model.hf_quantizer, model.is_quantized = None, False
     return model.float().eval()
 
 
+def empty_model(base: Path | str, section: Model | None = None) -> nn.Module:
+    """The model of a folder, a .gguf file or a hub id without its weights: config.json is all that is read.
+
+    Parameters are on the meta device; buffers are real. BadInput as `open_base`.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    section = section or Model(base=str(base))
+    path = _local(base, section, ["config.json"])
+    with quiet(), init_empty_weights():
+        _, _, config = _config(path, section)
+        try:
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except UNUSABLE as problem:
+            raise BadInput(f"{base}: its configuration cannot be used: {one_line(problem)}") from problem
+    model.tie_weights()  # moving a parameter to the meta device takes it out of the head that shares it
+    empty: nn.Module = model.eval()
+    return empty
+
+
 def load_tokenizer(path: Path, trust_remote_code: bool = False, vocab_size: int | None = None) -> Any:
     """The tokenizer of a folder or a .gguf file. vocab_size: rows of the embedding; None: of config.json.
 
-    Raises BadInput if there is none, or for tokens outside the embedding.
+    Truncation and padding, which fine-tuning scripts leave in tokenizer.json, are switched off with a line on
+    stderr. Raises BadInput if there is none, or for tokens without a row in the embedding.
     """
     from transformers import AutoTokenizer
 
@@ -112,13 +123,22 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False, vocab_size: int 
         config = read_object(folder / "config.json")
         text_config = config.get("text_config")
         vocab_size = (text_config if isinstance(text_config, dict) else config).get("vocab_size")
-    checks.check_tokenizer(tokenizer, vocab_size if isinstance(vocab_size, int) else None, str(path))
+    if tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer
+        active = [kind for kind in ("truncation", "padding") if getattr(backend, kind) is not None]
+        if active:
+            warn(f"{path}: {' and '.join(active)} in tokenizer.json switched off: no text is cut or padded")
+        backend.no_truncation()
+        backend.no_padding()
+    rows = vocab_size if isinstance(vocab_size, int) else None
+    outside = [token for token, index in tokenizer.get_vocab().items() if rows is not None and index >= rows]
+    if outside:
+        raise BadInput(
+            f"{path}: {len(outside)} tokens of the tokenizer have no row in the model's embedding of "
+            f"{rows} rows: {', '.join(sorted(outside)[:4])}. Call "
+            "`model.resize_token_embeddings(len(tokenizer))` and save the model, or remove the tokens."
+        )
     return tokenizer
-
-
-def _folder(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Folder and option with which transformers opens a model folder or a .gguf file."""
-    return (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -147,35 +167,9 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
-    files = checks.weight_files(folder)
-    return {name: tensor.float() for path in files for name, tensor in load_file(path).items()}
-
-
-def empty_model(
-    base: Path | str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> nn.Module:
-    """The model of a folder, a .gguf file or a hub id without its weights: config.json is all that is read.
-
-    Parameters are on the meta device; buffers are real. Raises BadInput: no such model, hub unreachable, an
-    unusable configuration.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    path = Path(base)
-    if isinstance(base, str) and not path.exists():
-        path = _snapshot(base, revision, ["config.json"])
-    folder, options = _folder(path)
-    with quiet(), init_empty_weights():
-        try:
-            config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
-            checks.reset_attention(config)
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        except UNUSABLE as problem:
-            raise BadInput(f"{base}: its configuration cannot be used: {one_line(problem)}") from problem
-    model.tie_weights()  # moving a parameter to the meta device takes it out of the head that shares it
-    empty: nn.Module = model.eval()
-    return empty
+    return {
+        name: tensor.float() for path in _weight_files(folder) for name, tensor in load_file(path).items()
+    }
 
 
 @contextmanager
@@ -197,11 +191,41 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _snapshot(name: str, revision: str | None, patterns: list[str], progress: Progress = silent) -> Path:
-    """The folder of a hub model at a branch, tag or commit (None: main), from the hub or its cache."""
+def is_causal_family(model_type: str) -> bool:
+    """Whether transformers has a causal language model of the family and no masked one, as BERT's kin has."""
+    from transformers.models.auto import modeling_auto as auto
+
+    masked = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in masked
+
+
+def _folder(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Folder and option with which transformers opens a model folder or a .gguf file."""
+    return (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+
+
+def _config(path: Path, section: Model) -> tuple[Path, dict[str, Any], Any]:
+    """`_folder` with options, and the checked configuration."""
+    from transformers import AutoConfig
+
+    folder, options = _folder(path)
+    options["trust_remote_code"] = section.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+    except UNUSABLE as problem:
+        what = "config.json cannot be used" if path == folder else "the .gguf file cannot be opened"
+        raise BadInput(f"{path}: {what}: {one_line(problem)}") from problem
+    _check_config(config, section.architecture, str(path))
+    return folder, options, config
+
+
+def _local(base: Path | str, section: Model, patterns: list[str], progress: Progress = silent) -> Path:
+    """The path of a base; of a hub id its folder at the section's revision, from the hub or its cache."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    if isinstance(base, Path) or Path(base).exists():
+        return Path(base)
     tqdm: Any = import_module("huggingface_hub.utils").tqdm
 
     class Bytes(tqdm):  # type: ignore[misc]
@@ -214,20 +238,102 @@ def _snapshot(name: str, revision: str | None, patterns: list[str], progress: Pr
         def update(self, n: float | None = 1) -> bool | None:
             if self.counts_bytes:
                 self.seen += int(n or 0)
-                progress(self.seen, int(self.total or 0), f"downloading {name}")
+                progress(self.seen, int(self.total or 0), f"downloading {base}")
             return None
 
-    check_repository("model", name, revision)
+    check_repository("model", base, section.revision)
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=patterns,
-                ignore_patterns=["*/*"],
-                local_files_only=unreachable() is not None,
-                tqdm_class=Bytes,
-            )
+        folder = huggingface_hub.snapshot_download(
+            base,
+            revision=section.revision,
+            allow_patterns=[*patterns, "*.py"] if section.trust_remote_code else patterns,
+            ignore_patterns=["*/*"],
+            local_files_only=unreachable() is not None,
+            tqdm_class=Bytes,
         )
     except (LocalEntryNotFoundError, HfHubHTTPError) as problem:
-        raise unreachable_error("model", name, problem) from problem
+        raise unreachable_error("model", base, problem) from problem
+    return Path(folder)
+
+
+# ---------------------------------------------------------------- what a model must be
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder without configuration or safetensors files, and one that holds an adapter."""
+    if folder.is_file():
+        return
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such model folder.")
+    if (folder / "adapter_config.json").exists():
+        raise BadInput(f"{folder}: holds a PEFT adapter: merge it into its base (merge_and_unload) first.")
+    if not (folder / "config.json").exists():
+        hint = "".join(f" Did you mean {path}?" for path in sorted(folder.glob("*.gguf"))[:1])
+        raise BadInput(f"{folder}: not a model folder, there is no config.json.{hint}")
+    _weight_files(folder)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, sharded or not. BadInput if there are none, or one is missing."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as problem:
+            raise BadInput(f"{index}: is not a readable index of weight files.") from problem
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise BadInput(
+            f"{folder}: there is no {', '.join(missing[:5])}. Pickled weights (.bin, .pt), which can run any "
+            "code, are never opened: save the model again with `model.save_pretrained(folder)`."
+        )
+    return [folder / name for name in names]
+
+
+def _check_config(config: Any, architecture: str | None, name: str) -> None:
+    """Refuse what is no causal language model in full precision, or not of the recipe's `architecture`."""
+    classes = list(getattr(config, "architectures", None) or [])
+    is_causal = not classes or any(entry.endswith(("ForCausalLM", "LMHeadModel")) for entry in classes)
+    is_custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    is_decoder = is_causal and (is_custom or is_causal_family(config.model_type))
+    if getattr(config, "is_encoder_decoder", False) or not is_decoder:
+        what = f"{', '.join(classes) or 'no architecture named'} (model_type {config.model_type})"
+        works = "What works: a decoder such as llama, qwen3, gemma3_text or gpt2."
+        raise BadInput(f"{name}: not a causal language model: {what}. {works}")
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        raise BadInput(
+            f"{name}: the weights are already quantized ({getattr(method, 'value', method)}). Training and "
+            "export start from full precision: name the original model, or a .gguf file, which is expanded."
+        )
+    if config._attn_implementation not in (None, "eager", "sdpa"):
+        config._attn_implementation = None  # flash_attention_2 is a choice of the machine that saved it
+    if architecture is not None and config.model_type != architecture:
+        raise BadInput(
+            f"{name}: the model's architecture is {config.model_type!r}, the recipe says {architecture!r}. "
+            f"Write `architecture: {config.model_type}` or leave it out."
+        )
+
+
+def _check_loading(report: dict[str, Any], name: str) -> None:
+    """Refuse weights that transformers had to make up (absent, or of another shape), and weights of layers
+    in the files that it left unused."""
+    shapes = [
+        f"{key} {list(actual)} for {list(expected)}" for key, actual, expected in report["mismatched_keys"]
+    ]
+    unused = [  # old files also have inv_freq, which is computed now
+        key for key in report["unexpected_keys"] if IN_A_LAYER.search(key) and not key.endswith("inv_freq")
+    ]
+    for what, keys in (
+        ("weights are not in the files", report["missing_keys"]),
+        ("weights have another shape", shapes),
+        ("weights in the files have no place in the model that config.json describes", unused),
+    ):
+        if keys:
+            names = ", ".join(sorted(keys)[:4]) + (" ..." if len(keys) > 4 else "")
+            raise BadInput(
+                f"{name}: {len(keys)} {what}: {names}. "
+                "The model is incomplete, or its configuration belongs to another one."
+            )

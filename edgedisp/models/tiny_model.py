@@ -14,8 +14,7 @@ import torch
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.hub import one_line
-from edgedisp.models.checks import is_causal_family
-from edgedisp.models.loading import quiet
+from edgedisp.models.loading import is_causal_family, quiet
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIALS = [END_OF_TEXT, TURN_START, TURN_END]  # ids 0, 1, 2

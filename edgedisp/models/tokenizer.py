@@ -14,12 +14,8 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text without special tokens around them."""
-    return _encode(tokenizer, [text])[0]
-
-
-def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     # verbose=False: no warning that a text is longer than the context; it will be cut into blocks.
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
@@ -33,7 +29,7 @@ def document_encoder(tokenizer: Any) -> Callable[[Sequence[str]], list[list[int]
     start = [] if bos is None or bos == end_of_text else [bos]
 
     def encode_documents(texts: Sequence[str]) -> list[list[int]]:
-        rows = _encode(tokenizer, texts)
+        rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [[*(start if row[:1] != start else []), *row, end_of_text] for row in rows]
 
     return encode_documents

@@ -96,14 +96,12 @@ class TorchModel:
     @contextmanager
     def _running(self) -> Iterator[torch.device]:
         before = torch.get_num_threads()
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
+        torch.set_num_threads(self.threads or before)
         try:
             with torch.inference_mode():
                 yield next(self.model.parameters()).device
         finally:
-            if self.threads is not None:
-                torch.set_num_threads(before)
+            torch.set_num_threads(before)
 
 
 def context_length(config: Any) -> int:

@@ -1,11 +1,10 @@
 """The stages of a recipe, in order, each declared once: function, options, inputs, local files.
 
-    base, corpus, items -> (budget) -> train[arm, seed] (-> merge) -> export[arm, seed]
-      -> quantize[arm, seed, precision] -> delta survival -> measure[arm, seed, precision] -> latency
-      -> package[arm, target]
+    base, corpus, items -> (budget) -> train[arm, seed] (-> merge) -> export -> quantize[precision]
+      -> delta survival -> measure[arm, seed, precision] -> latency -> package[arm, target]
 
-Every training is exported and scored, as scores differ from seed to seed. Geometry, survival, timing and
-packages are those of each arm's first seed: its graph is the same as the others', and it ships.
+Every training is exported and scored. Geometry, survival, timing and packages are those of each arm's first
+seed: its graph is the same as the others', and it ships.
 """
 
 from __future__ import annotations
@@ -71,11 +70,17 @@ def stages(recipe: Recipe, threads: int) -> list[Stage]:
     plan += [training(recipe, run) for run in runs]
     if (adapter := recipe.train.adapter) is not None:
         plan += [merge(recipe, adapter, name) for name in names]
-    plan += [export(name, threads) for name in names]
+    plan += [
+        Stage(f"{name}/fp32", f"{HERE}.bundles:export", threads, {"model": f"{name}/model"}) for name in names
+    ]
     plan += [quantize(recipe, name, precision) for name in names for precision in quantized]
     plan += [delta_survival(recipe, name, precision) for name in first for precision in quantized]
     plan += measurements(recipe, threads)
-    plan.append(latency(recipe, threads))
+    bundles = [f"{arm.name}/{precision}" for precision in recipe.precisions for arm in recipe.arms]
+    timing = LatencyOptions(
+        recipe.latency, recipe.seed, threads
+    )  # the keywords are the labels of the bundles
+    plan.append(Stage("latency", f"{HERE}.measure:latency", timing, {name: name for name in bundles}))
     plan += [package(recipe, name, target, threads) for name in first for target in recipe.targets]
     return plan
 
@@ -92,16 +97,12 @@ def deciding_arm(recipe: Recipe) -> str:
     return reference_arm(recipe, first) or first
 
 
-# The shared start
-
-
 def base(recipe: Recipe) -> Stage:
     """The weights that every training starts from; a smoke run's tokenizer is made from the text."""
-    model, context = recipe.model, recipe.data.context
+    options = BaseOptions(recipe.model, recipe.data.context)
+    files = _local([recipe.model.base], recipe) if not recipe.is_smoke else _texts(recipe)
     if recipe.is_smoke:
-        options, files = BaseOptions(model, context, recipe.data, recipe.seed), _texts(recipe)
-    else:
-        options, files = BaseOptions(model, context), _local([model.base], recipe)
+        options = BaseOptions(recipe.model, recipe.data.context, recipe.data, recipe.seed)
     return Stage("base", f"{HERE}.prepare:base", options, files=files)
 
 
@@ -129,17 +130,13 @@ def items(recipe: Recipe) -> Stage:
 
 def _items_options(recipe: Recipe) -> ItemsOptions:
     """What the questions depend on, without what only their scoring does."""
-    unread = {"bootstrap": 0, "divergence_tokens": 0}
-    evaluate = recipe.evaluate.model_copy(update=unread)
+    evaluate = recipe.evaluate.model_copy(update={"bootstrap": 0, "divergence_tokens": 0})
     return ItemsOptions(evaluate, recipe.data.context, recipe.seed)
 
 
 def _tasks(recipe: Recipe) -> dict[str, Path]:
     path = recipe.evaluate.tasks_path
     return {} if path is None else {TASKS_PATH: (recipe.folder / path).resolve()}
-
-
-# Training
 
 
 def as_computed(train: Train) -> Train:
@@ -155,9 +152,8 @@ def training(recipe: Recipe, run: ArmRun) -> Stage:
     Raises BadInput if a program that the log should go to is not installed.
     """
     train = as_computed(recipe.train)
-    if missing := [name for name in train.report_to if find_spec(name) is None]:
-        names = " ".join(missing)
-        raise BadInput(f"train.report_to: {names} is not installed: pip install {names}, or leave it out")
+    if missing := " ".join(name for name in train.report_to if find_spec(name) is None):
+        raise BadInput(f"train.report_to: {missing} is not installed: pip install {missing}, or leave it out")
     logging = Logging(train.report_to, train.checkpoint_every, train.watch_every)
     unread: dict[str, Any] = {"report_to": (), "checkpoint_every": None, "watch_every": None}
     unread["dispersion"] = None
@@ -198,20 +194,13 @@ def merge(recipe: Recipe, adapter: Adapter, arm: str) -> Stage:
     return Stage(f"{arm}/model", f"{HERE}.adapters:merge", options, inputs)
 
 
-# Bundles
-
-
-def export(arm: str, threads: int) -> Stage:
-    return Stage(f"{arm}/fp32", f"{HERE}.bundles:export", threads, {"model": f"{arm}/model"})
-
-
 def quantize(recipe: Recipe, arm: str, precision: str) -> Stage:
     name, inputs = f"{arm}/{precision}", {"bundle": f"{arm}/fp32"}
     training_text = {"model": f"{arm}/model", "corpus": "corpus"}
     section, decider = recipe.quantize, deciding_arm(recipe)
     if precision != "int4" or not section.searched:
         rounding = bundle_rounding(recipe, precision)
-        if rounding.section.calibrated:
+        if rounding.section.method == "gptq":  # calibrated on the training text
             inputs |= training_text
         options = QuantizeOptions(rounding, _trains_under(recipe, precision))
         return Stage(name, f"{HERE}.bundles:quantize", options, inputs)
@@ -244,9 +233,6 @@ def package(recipe: Recipe, arm: str, target: str, threads: int) -> Stage:
     return Stage(f"{arm}/{target}", f"{HERE}.bundles:package", options, inputs)
 
 
-# Figures
-
-
 def measurements(recipe: Recipe, threads: int) -> list[Stage]:
     """The measuring of every training at every precision, each after those that it is compared with."""
     runs = sorted(recipe.arm_runs, key=lambda run: run.arm != BASELINE)
@@ -268,28 +254,21 @@ def measure(recipe: Recipe, run: ArmRun, precision: str, threads: int, *, noise:
     else:
         inputs["bundle"] = f"{arm}/{precision}"
         trained_under = bundle_rounding(recipe, precision) if _trains_under(recipe, precision) else None
-        limits = recipe.verify.limits(precision)
-        parity = ParityOptions(recipe.verify.tokens, limits, trained_under)
+        parity = ParityOptions(recipe.verify.tokens, recipe.verify.limits(precision), trained_under)
         if is_first:
             inputs["reference"] = f"{arm}/measure-{TORCH}"
             if precision != "fp32":
                 inputs["parent"] = f"{arm}/fp32"
             if reference is not None:
                 inputs["baseline"] = f"{reference}/{precision}"
+    evaluate = recipe.evaluate
     options = MeasureOptions(
         _items_options(recipe),
         threads,
-        recipe.evaluate.bootstrap,
-        recipe.evaluate.divergence_tokens,
+        evaluate.bootstrap,
+        evaluate.divergence_tokens,
         hidden_states=is_first,
         noise=noise,
         parity=parity,
     )
     return Stage(f"{arm}/measure-{precision}", f"{HERE}.measure:measure", options, inputs, _tasks(recipe))
-
-
-def latency(recipe: Recipe, threads: int) -> Stage:
-    """Every bundle of every arm's first seed, timed in turns; the keywords are the labels of the bundles."""
-    names = [f"{arm.name}/{precision}" for precision in recipe.precisions for arm in recipe.arms]
-    options = LatencyOptions(recipe.latency, recipe.seed, threads)
-    return Stage("latency", f"{HERE}.measure:latency", options, {name: name for name in names})

@@ -75,8 +75,7 @@ def bundles_by_run(bundles: Mapping[str, Path]) -> BundlesByRun:
 
 def _content(bundle: Path) -> str:
     """Hash of the files that decide what is timed, by the bundle's own list where it has one."""
-    listing = read_listing(bundle)
-    files = list_files(bundle) if listing is None else listing[1]
+    files = read_listing(bundle) or list_files(bundle)
     return digest({name: entry["sha256"] for name, entry in files.items() if name not in UNTIMED})
 
 

@@ -1,7 +1,6 @@
 """What the function of each stage sees of a recipe; with its inputs, all that its result depends on.
 
-These classes load no torch, so that planning a build stays fast. Paths are not among them: local files reach
-a stage as `inputs.files` and are hashed by content.
+Paths are not among them: local files reach a stage as `inputs.files` and are hashed by content.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class BundleRounding:
 
 @dataclass(frozen=True)
 class BaseOptions:
-    """smoke_text, seed: of a smoke run alone, whose tiny random model gets a tokenizer made from the text."""
+    """smoke_text, seed: of a smoke run alone, whose tiny model gets a tokenizer made from the text."""
 
     model: Model
     context: int
@@ -64,10 +63,7 @@ class Logging:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """One training. train: without what only looks on, and without the arms' techniques, which are in `arm`.
-
-    rounding: of the bundle that train.quantization_aware names.
-    """
+    """train: without what only looks on and the arms' techniques. rounding: that of quantization_aware."""
 
     train: Train
     steps: int
@@ -113,11 +109,8 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class ParityOptions:
-    """tokens: held-out text compared. limits: figure -> the limit it has to keep, None for none.
-
-    trained_under: the rounding that training saw. The torch model is then rounded alike, and the graph, its
-    arithmetic set to fp32, has to give its logits.
-    """
+    """tokens: held-out text compared. limits: figure -> its limit or None. trained_under: the rounding that
+    training saw; the torch model is then rounded alike, and the graph computes in fp32."""
 
     tokens: int = 512
     limits: Mapping[str, float | None] = field(default_factory=dict)
@@ -126,8 +119,7 @@ class ParityOptions:
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """What is measured. hidden_states: also their condensation, and the divergence from other bundles, which
-    are looked at for the first seed alone. noise: also the noise floor."""
+    """hidden_states: also their condensation, and divergence from other bundles. noise: the noise floor."""
 
     items: ItemsOptions
     threads: int
@@ -147,10 +139,7 @@ class LatencyOptions:
 
 @dataclass(frozen=True)
 class PackageOptions:
-    """target: without the words of the profile and without how it would quantize: what was measured ships.
-
-    origin: where the bundle comes from, for the manifest.
-    """
+    """target: without words and how it would quantize. origin: where the bundle comes from."""
 
     target: Target
     threads: int

@@ -40,9 +40,8 @@ def read_documents(
         path = data.fetch(local, sha256=source.sha256, progress=progress)
         if smoke and isinstance(path, str):
             documents += data.synthetic_documents(source.limit or SYNTHETIC_DOCUMENTS, seed=len(documents))
-            continue
-        options = data.ReadOptions(source.text, source.config, source.split, source.revision, source.limit)
-        documents.add(data.read_documents(path, options, progress))
+        else:
+            documents.add(data.read_documents(path, source, progress))
     return documents
 
 
@@ -62,17 +61,9 @@ def open_base(
         return *models.tiny_model(architecture, texts, seed=options.seed, context=context), None
     local = str(files.get(section.base, section.base))
     source = data.fetch(local, sha256=section.sha256, progress=progress)
-    revision, remote_code = section.revision, section.trust_remote_code
     if not weights:
-        return models.empty_model(source, revision=revision, trust_remote_code=remote_code), None, source
-    model, tokenizer = models.open_base(
-        source,
-        revision=revision,
-        trust_remote_code=remote_code,
-        architecture=section.architecture,
-        progress=progress,
-    )
-    return model, tokenizer, source
+        return models.empty_model(source, section), None, source
+    return *models.open_base(source, section, progress), source
 
 
 def base(options: BaseOptions, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
@@ -84,9 +75,8 @@ def base(options: BaseOptions, inputs: Inputs, output_dir: Path, progress: Progr
     model, tokenizer, source = open_base(options, inputs.files, progress)
     longest = models.context_length(model.config)
     if options.context > longest:
-        raise BadInput(
-            f"data.context: {options.context} is longer than the {longest} positions of {section.base}"
-        )
+        words = f"{options.context} is longer than the {longest} positions of {section.base}"
+        raise BadInput(f"data.context: {words}")
     models.save(model, tokenizer, output_dir)
     record = {
         "architecture": model.config.model_type,
@@ -118,7 +108,7 @@ def corpus(options: CorpusOptions, inputs: Inputs, output_dir: Path, progress: P
     blocks, epochs = data.training_blocks(
         training, encode, section.context, options.blocks, options.seed, progress
     )
-    heldout_blocks = data.pack(heldout, encode, section.context, name="the held-out text", progress=progress)
+    heldout_blocks = data.pack(heldout, encode, section.context, progress=progress)
     np.save(output_dir / "tokens.npy", blocks, allow_pickle=False)
     np.save(output_dir / "heldout.npy", heldout_blocks, allow_pickle=False)
     end_of_text = models.end_of_text_id(tokenizer)
@@ -126,6 +116,8 @@ def corpus(options: CorpusOptions, inputs: Inputs, output_dir: Path, progress: P
     write_json(output_dir / PACKING, packing)
     lines = [json.dumps(asdict(document), ensure_ascii=False) for document in heldout]
     (output_dir / "heldout.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    names = [source.source for source in section.train]
+    from_hub = {name for name in names if name not in inputs.files and not name.startswith("pypi:")}
     return {
         "tokens_sha256": file_digest(output_dir / "tokens.npy"),
         "train_tokens": int(blocks.size),
@@ -137,14 +129,11 @@ def corpus(options: CorpusOptions, inputs: Inputs, output_dir: Path, progress: P
         "notes": documents.notes(),
         "epochs": epochs,
         "context": section.context,
-        "sources": [_source_name(source.source, options.smoke, inputs.files) for source in section.train],
+        "sources": [  # a smoke run does not read the hub's
+            f"made text in the place of {name}" if options.smoke and name in from_hub else name
+            for name in names
+        ],
     }
-
-
-def _source_name(source: str, smoke: bool, files: Mapping[str, Path]) -> str:
-    """The source as a report names it: a smoke run does not read the hub's."""
-    from_hub = source not in files and not source.startswith("pypi:")
-    return f"made text in the place of {source}" if smoke and from_hub else source
 
 
 def training_blocks(corpus: Path, tokens: int) -> NDArray[Any]:

@@ -1,9 +1,9 @@
 """A stage is declared once: its function, its options, its inputs, the local files it reads.
 
-A stage's key is the hash of just these: options by value, inputs and local files by content. Its function
-gets just these, too: `function(options, inputs, output_dir, progress)`. It returns the results for its
-record. So what is not in the key cannot be read, and a finished stage with the same key is reused. Functions
-are named by text and imported when they run: planning a build loads no torch.
+A stage's key is just these: options by value, inputs and local files by content. Its function gets just
+these, too: `function(options, inputs, output_dir, progress)` returns the results for its record. So what is
+not in the key cannot be read, and a finished stage with the same key is reused. Functions are named by text
+and imported when they run: planning a build loads no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.files import canonical, changed_files, digest, file_digest, read_object, write_json
+from edgedisp.core.files import canonical, damaged_file, digest, file_digest, read_object, write_json
 from edgedisp.core.progress import Progress, Screen, silent
 from edgedisp.core.stage_folder import Record, finish, is_started, read, stage_output
 
@@ -81,8 +81,7 @@ def plain(options: Any) -> Any:
 
 def results_of(folder: Path) -> dict[str, Any]:
     """The results in a finished stage's record. Raises BuildFailed if the record is gone or damaged."""
-    record = read(folder)
-    if record is None:
+    if (record := read(folder)) is None:
         raise BuildFailed(f"{folder}: its record is gone or damaged; build again")
     return record.results
 
@@ -107,20 +106,19 @@ class FileHashes:
         """The hash of a file, or of the names and hashes of all files in a folder; `absent` for neither."""
         path = path.resolve()
         if path.is_dir():
-            files = (file for file in path.rglob("*") if file.is_file() and file.suffix != ".pyc")
-            return digest({file.relative_to(path).as_posix(): self._file(file) for file in files})
-        return self._file(path) if path.is_file() else "absent"
-
-    def save(self) -> None:
-        write_json(self._path, self._hashes)
-
-    def _file(self, path: Path) -> str:
+            files = [file for file in path.rglob("*") if file.is_file() and file.suffix != ".pyc"]
+            return digest({file.relative_to(path).as_posix(): self.of(file) for file in files})
+        if not path.is_file():
+            return "absent"
         status = path.stat()
         state = [status.st_size, status.st_mtime_ns, status.st_ino]
         cached = self._hashes.get(str(path))
         if not isinstance(cached, list) or cached[:-1] != state:
             self._hashes[str(path)] = cached = [*state, file_digest(path)]
         return str(cached[-1])
+
+    def save(self) -> None:
+        write_json(self._path, self._hashes)
 
 
 class StageRunner:
@@ -133,7 +131,7 @@ class StageRunner:
         self._verified: set[str] = set()
 
     def key(self, stage: Stage) -> dict[str, Any]:
-        """What the stage's result depends on; every input must have a record."""
+        """What the stage's result depends on, as JSON; every input must have a record."""
         key = {
             "stage": stage.name,
             "function": stage.function,
@@ -142,8 +140,7 @@ class StageRunner:
             "files": {name: self.hashes.of(path) for name, path in stage.files.items()},
             "revision": REVISION,
         }
-        as_read: dict[str, Any] = json.loads(canonical(key))
-        return as_read
+        return dict(json.loads(canonical(key)))
 
     def finished(self, stage: Stage) -> Record | None:
         """The record of a finished folder that this stage would write again; None if it has to run."""
@@ -156,9 +153,19 @@ class StageRunner:
         return record
 
     def execute(self, stage: Stage, progress: Progress) -> Record:
-        """Run the stage in a partial folder and move that into place; BuildFailed for a damaged input."""
+        """Run the stage in a partial folder and move that into place.
+
+        Raises BuildFailed where a file of an input is not as its record says (compared once in a build).
+        """
         key, folder = self.key(stage), self.run / stage.name
-        self._verify(stage)
+        for name in sorted(set(stage.inputs.values()) - self._verified):
+            source = self.records[name]
+            if damage := damaged_file(source.folder, source.files):
+                raise BuildFailed(
+                    f"{source.folder}/{damage}; stage {stage.name} would build on it. Delete {source.folder} "
+                    "and build again: it is made anew"
+                )
+            self._verified.add(name)
         started = time.perf_counter()
         with stage_output(folder, key, resumable=stage.resumable) as partial:
             try:
@@ -172,39 +179,30 @@ class StageRunner:
         self.records[stage.name] = record
         return record
 
-    def _verify(self, stage: Stage) -> None:
-        """Compare the files of every input with the SHA-256 of its record, once in a build."""
-        for name in sorted(set(stage.inputs.values()) - self._verified):
-            folder = self.records[name].folder
-            if changed := changed_files(folder, "**/*"):
-                raise BuildFailed(
-                    f"{folder / changed[0]}: is not the file that stage {name} wrote (another SHA-256), and "
-                    f"{stage.name} would build on it; delete {folder} and build again: it is made anew"
-                )
-            self._verified.add(name)
-
 
 def walk(stages: Sequence[Stage], run: Path, screen: Screen) -> list[Passed]:
     """Pass every stage of an open run, in order; runs those without a finished folder of the same key."""
-    runner = StageRunner(run)
-    passed: list[Passed] = []
-    shared = [stage.name for stage in stages if stage.every_process]
-    trained = False
-    for number, stage in enumerate(stages, start=1):
+    runner, passed, trained = StageRunner(run), [], False
+    last = _last_shared(stages)
+    for index, stage in enumerate(stages):
         record = runner.finished(stage)
-        cached = record is not None
+        is_cached = record is not None
         if record is not None:
-            screen.cached(stage.name, record)
+            screen.cached(stage.name)
         else:
-            screen.started(stage.name, number, len(stages))
+            screen.started(stage.name, index + 1, len(stages))
             record = runner.execute(stage, screen.progress)
             screen.finished(stage.name, record)
             trained = trained or stage.every_process
-        passed.append(Passed(stage.name, record, cached))
-        if trained and stage.name == shared[-1]:
+        passed.append(Passed(stage.name, record, is_cached))
+        if trained and index == last:
             _leave_processes()
     runner.hashes.save()
     return passed
+
+
+def _last_shared(stages: Sequence[Stage]) -> int:
+    return max((index for index, stage in enumerate(stages) if stage.every_process), default=-1)
 
 
 def state(stages: Iterable[Stage], run: Path) -> list[tuple[Stage, Record | None]]:
@@ -221,31 +219,19 @@ def follow(stages: Sequence[Stage], run: Path) -> None:
     is gone.
     """
     launcher, runner, trained = os.getppid(), StageRunner(run), False
-    last = max(index for index, stage in enumerate(stages) if stage.every_process)
-    for stage in stages[: last + 1]:
-        key, folder = runner.key(stage), run / stage.name
-        record = _wait(folder, key, launcher, or_started=stage.every_process)
-        if record is None:
-            trained = True
-            stage.run(runner.records, folder.with_name(f"{folder.name}.partial"), silent)
-            record = _wait(folder, key, launcher)
-        if record is not None:
-            runner.records[stage.name] = record
+    for stage in stages[: _last_shared(stages) + 1]:
+        key, folder, joined = runner.key(stage), run / stage.name, False
+        while (record := read(folder)) is None or record.key != key:
+            if stage.every_process and not joined and is_started(folder, key):
+                joined = trained = True
+                stage.run(runner.records, folder.with_name(f"{folder.name}.partial"), silent)
+            elif os.getppid() != launcher:
+                raise BuildFailed(f"the launcher ended while {folder} was waited for")
+            else:
+                time.sleep(POLL_S)
+        runner.records[stage.name] = record
     if trained:
         _leave_processes()
-
-
-def _wait(folder: Path, key: dict[str, Any], launcher: int, *, or_started: bool = False) -> Record | None:
-    """The record of the stage, once it is finished; None once rank 0 has started it, if that will do."""
-    while True:
-        record = read(folder)
-        if record is not None and record.key == key:
-            return record
-        if or_started and is_started(folder, key):
-            return None
-        if os.getppid() != launcher:
-            raise BuildFailed(f"the launcher ended while {folder} was waited for")
-        time.sleep(POLL_S)
 
 
 def _leave_processes() -> None:

@@ -1,26 +1,24 @@
 """A recipe: one YAML file that says which build is wanted, read into a frozen, checked `Recipe`.
 
     recipe = load(Path("recipes/quickstart.yaml"), overrides=["train.tokens=10k"])
-    recipe.train.tokens, recipe.steps, recipe.hash8
 
-All mistakes are reported at once, before an hour is spent on them. Start reading at schema.py. There are no
-includes, inheritance or environment variables: a recipe is one page that can be read alone, and
-`recipe.lock.yaml` in a run holds every key with its value.
+Start reading at schema.py. There are no includes or environment variables: a recipe can be read alone.
 """
 
 from edgedisp.recipe.arms import ArmRun as ArmRun
 from edgedisp.recipe.device_profile import Target as Target
 from edgedisp.recipe.device_profile import load_target as load_target
 from edgedisp.recipe.load import load as load
+from edgedisp.recipe.load import reference as reference
 from edgedisp.recipe.recipe import Recipe as Recipe
-from edgedisp.recipe.reference import reference as reference
+from edgedisp.recipe.recipe import smoke as smoke
 from edgedisp.recipe.schema import Data as Data
 from edgedisp.recipe.schema import Evaluate as Evaluate
 from edgedisp.recipe.schema import Latency as Latency
 from edgedisp.recipe.schema import Model as Model
 from edgedisp.recipe.schema import Quantize as Quantize
 from edgedisp.recipe.schema import QuantizeBits as QuantizeBits
-from edgedisp.recipe.smoke import smoke as smoke
+from edgedisp.recipe.schema import Source as Source
 from edgedisp.recipe.train_schema import Adapter as Adapter
 from edgedisp.recipe.train_schema import Dispersion as Dispersion
 from edgedisp.recipe.train_schema import QuantizationAware as QuantizationAware

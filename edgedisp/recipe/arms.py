@@ -1,37 +1,33 @@
 """`Arm`, one way of training, and `ArmRun`, one training: an arm with one seed.
 
-    arms:
-      - baseline                                    # plain cross-entropy
-      - dispersed                                   # with train.dispersion
-      - neftune                                     # a published technique at its usual strength
-      - {name: strong, dispersion: {weight: 1.0}}   # keys laid over train.dispersion
-      - {name: both, neftune: 10, dispersion: {}}   # techniques together
+    arms: [baseline, dispersed, {name: both, neftune: 10, dispersion: {weight: 1.0}}]
 
-The runs of one seed are twins: the same tokens in the same order. An arm cannot have its own learning rate or
-budget: arms must differ in their technique alone.
+A plain name stands for its technique at the usual strength; keys of `dispersion` are laid over
+train.dispersion. The runs of one seed are twins: the same tokens in the same order. Arms differ in their
+technique alone, never in learning rate or budget.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import field_serializer, model_validator
 
 from edgedisp.recipe import values
 from edgedisp.recipe.train_schema import Dispersion
 from edgedisp.recipe.values import Section, accepts, choice
 
-TECHNIQUES: dict[str, float | Literal["auto"]] = {
-    "neftune": 5.0,
-    "active_forgetting": "auto",
-    "embedding_dropout": 0.1,
+TECHNIQUES = ("neftune", "active_forgetting", "embedding_dropout")
+PLAIN_ARMS: dict[str, dict[str, Any]] = {
+    "baseline": {},
+    "dispersed": {"dispersion": {}},
+    "neftune": {"neftune": 5.0},
+    "active_forgetting": {"active_forgetting": "auto"},
+    "embedding_dropout": {"embedding_dropout": 0.1},
 }
-"""The techniques other than dispersion, and the strength that the plain name means: the smallest alpha of
-the NEFTune paper; one reset after two thirds of the run, as in the dispersion paper (1,000 of its 1,526
-steps); the embedding dropout of GPT-2."""
-PLAIN_ARMS = ("baseline", "dispersed", *TECHNIQUES)
-"""Arms that need no more than their name."""
+"""Arms that need no more than their name -> what it means: the smallest alpha of the NEFTune paper; one reset
+after two thirds of the run, as in the dispersion paper (1,000 of its 1,526 steps); the dropout of GPT-2."""
 AUTO_SHARE = 2 / 3
 """Share of the run after which `active_forgetting: auto` draws the embedding anew."""
 
@@ -82,42 +78,29 @@ class Arm(Section):
         """A plain name, alone or as a mapping's only key, stands for its technique at the usual strength."""
         if isinstance(value, str):
             also = "or a mapping such as {name: strong, dispersion: {weight: 1.0}}"
-            return _plain(choice(value, PLAIN_ARMS, also))
-        if not isinstance(value, dict | Arm):
-            raise ValueError(f"needs one of {', '.join(PLAIN_ARMS)}, or a mapping")
-        if isinstance(value, dict) and list(value) == ["name"] and value["name"] in PLAIN_ARMS:
-            return _plain(str(value["name"]))
+            value = {"name": choice(value, tuple(PLAIN_ARMS), also)}
+        if isinstance(value, dict) and list(value) == ["name"]:
+            return value | PLAIN_ARMS.get(str(value["name"]), {})
         return value
 
     @model_validator(mode="after")
     def _does_what_its_name_says(self) -> Self:
-        added = [key for key in ("dispersion", *TECHNIQUES) if getattr(self, key) is not None]
-        promised = "dispersion" if self.name == "dispersed" else self.name
-        if self.name == "baseline" and added:
-            raise ValueError(f"a baseline adds nothing; give the arm with {added[0]} another name")
-        if self.name != "baseline" and not added:
+        added = {key for key in ("dispersion", *TECHNIQUES) if getattr(self, key) is not None}
+        promised = PLAIN_ARMS.get(self.name, added)
+        if added != set(promised):
+            words = f"adds {', '.join(promised)} alone" if promised else "adds nothing"
+            raise ValueError(f"an arm called '{self.name}' {words}; give this one another name")
+        if not added and self.name != "baseline":
             raise ValueError(f"it names no technique; add one of dispersion, {', '.join(TECHNIQUES)}")
-        if promised in ("dispersion", *TECHNIQUES) and added != [promised]:
-            raise ValueError(f"an arm called '{self.name}' adds {promised} alone; give this one another name")
         return self
 
-    @model_serializer(mode="wrap")
-    def _short(self, serialize: SerializerFunctionWrapHandler) -> Any:
-        """The plain name, or the keys that are set."""
-        full = serialize(self)
-        if self.dispersion is not None:
-            full["dispersion"] = {key: full["dispersion"][key] for key in self._overrides}
-        short = {key: value for key, value in full.items() if value is not None}
-        return self.name if self.name in PLAIN_ARMS and short == _plain(self.name) else short
+    @field_serializer("dispersion")
+    def _overrides(self, section: Dispersion | None) -> dict[str, Any] | None:
+        """The arm's keys of train.dispersion alone: those laid over the section."""
+        return None if section is None else section.model_dump(mode="json", exclude_unset=True)
 
     def __str__(self) -> str:
         return self.name
-
-    @property
-    def _overrides(self) -> dict[str, Any]:
-        """The arm's values of keys of train.dispersion, in the order of the section."""
-        keys = self.dispersion.model_fields_set if self.dispersion else set()
-        return {key: getattr(self.dispersion, key) for key in Dispersion.model_fields if key in keys}
 
     def run(self, shared: Dispersion | None, seed: int, replica: int, steps: int) -> ArmRun:
         """The training number `replica`. shared: train.dispersion; seed: of the recipe; steps: of the run.
@@ -126,7 +109,8 @@ class Arm(Section):
         """
         dispersion = None
         if self.dispersion is not None and shared is not None:
-            dispersion = shared.model_copy(update=self._overrides)
+            overrides = self.dispersion.model_fields_set
+            dispersion = shared.model_copy(update={key: getattr(self.dispersion, key) for key in overrides})
             if dispersion.seed is not None:
                 dispersion = dispersion.model_copy(update={"seed": dispersion.seed + replica})
         strengths = {key: getattr(self, key) for key in TECHNIQUES}
@@ -135,9 +119,3 @@ class Arm(Section):
         techniques = {key: strength for key, strength in strengths.items() if strength is not None}
         name = f"{self.name}-seed{seed + replica}" if replica else self.name
         return ArmRun(name, self.name, replica, seed + replica, dispersion, techniques)
-
-
-def _plain(name: str) -> dict[str, Any]:
-    if name == "dispersed":
-        return {"name": name, "dispersion": {}}
-    return {"name": name} | ({name: TECHNIQUES[name]} if name in TECHNIQUES else {})

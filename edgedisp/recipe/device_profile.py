@@ -1,14 +1,12 @@
 """Device profiles: export/targets/*.yaml, one file per kind of device, read as strictly as recipes.
 
-A profile says how the weights of a bundle for the device are stored, how many threads it starts, how much
-context it allows, and which runtimes open it. A new device is a new file; your own file works by its path.
-`edgedisp export` quantizes as the profile says. A build ships what it measured: there the recipe's `quantize`
-says how, and the profile the rest.
+A profile says how the weights of a bundle are stored, its threads, context and runtimes. Your own file works
+by its path. `edgedisp export` quantizes as it says; a build ships what it measured, so there the recipe's
+`quantize` says how.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -61,32 +59,25 @@ class Target(Section):
 
     @model_validator(mode="after")
     def _check_rules(self, info: ValidationInfo) -> Self:
-        check_rules("Target", self._problems(str(info.context or self.name)))
+        problems: list[tuple[Key, str]] = []
+        if self.name != (info.context or self.name):
+            problems.append((("name",), f"'{self.name}', but the file is called {info.context}"))
+        if self.precision == "fp32" and "quantize" in self.model_fields_set:
+            problems.append((("quantize",), "precision fp32 stores no weight on a grid; take it out"))
+        if self.precision == "int8" and self.quantize.head_bits < 8:
+            problems.append((("quantize", "head_bits"), "int8 weights need a head of 8 bits"))
+        check_rules("Target", problems)
         return self
 
-    def _problems(self, stem: str) -> Iterator[tuple[Key, str]]:
-        """What two keys of a profile, or a key and the file's name, cannot be together."""
-        if self.name != stem:
-            yield ("name",), f"'{self.name}', but the file is called {stem}; make them equal"
-        if self.precision == "fp32" and "quantize" in self.model_fields_set:
-            yield ("quantize",), "precision fp32 stores no weight on a grid; take it out"
-        if self.precision == "int8" and self.quantize.head_bits < 8:
-            words = "int8 weights need a head of 8 bits: it is the most sensitive matrix"
-            yield ("quantize", "head_bits"), words
-        if self.notes and not self.sources:
-            words = "notes without sources; say where the figures come from (sources: a list of text)"
-            yield ("notes",), words
 
-
-def load_target(name: str, folder: Path | None = None) -> Target:
+def load_target(name: str) -> Target:
     """The profile `name`, or that of a file `x.yaml`. Raises BadInput with every problem, one a line."""
-    if folder is None and name.endswith((".yaml", ".yml")):
-        path = Path(name)
-    else:
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
         try:
-            choice(name, target_names(folder), "or your own file, such as box.yaml")
+            choice(name, target_names(), "or your own file, such as box.yaml")
         except ValueError as problem:
             raise BadInput(f"target '{name}': no such device profile; {problem}") from None
-        path = (folder or data_folder("export") / "targets") / f"{name}.yaml"
+        path = data_folder("export") / "targets" / f"{name}.yaml"
     document = read_yaml(path, "a device profile", "name, description, architecture and context")
     return document.validate(Target, context=path.stem)

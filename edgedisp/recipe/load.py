@@ -1,60 +1,44 @@
 """`load`: a recipe file and its `--set` overrides -> a checked `Recipe`, or one BadInput with every problem.
 
-The YAML is composed into ruamel's nodes, which carry line numbers, and no constructor ever runs: a tag such
-as `!!python/object` makes nothing and is reported, as are duplicate keys. Each problem is one line: place,
-key, pydantic's message, the value and a hint. `--set train.tokens=10k` puts a value into the same data and
-becomes that key's place.
+ruamel's safe loader gives the values, so no tag runs code, and its nodes say on which line each key is. A
+problem is one line: place, key, pydantic's message, the value and a hint. `--set train.tokens=10k` puts a
+value into the same data and becomes that key's place.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import reprlib
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
-from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
 from edgedisp.core.errors import BadInput
 from edgedisp.recipe.recipe import Origin, Recipe
-from edgedisp.recipe.smoke import smoke as shrink
+from edgedisp.recipe.recipe import smoke as shrink
 from edgedisp.recipe.values import Key, near
 
-MOST_BYTES, MOST_VALUES, MOST_SHOWN, DEEPEST = 50_000, 1_000, 30, 10
-_YAML = "tag:yaml.org,2002:"
-_TAGS = {_YAML + name for name in ("null", "bool", "int", "float", "str", "timestamp", "seq", "map")}
-_QUANTIZE = {
-    "rescale": "removed; method gptq loses less in less time",
-    "max_flips": "removed with accuracy_level auto; accuracy_level 0 computes in fp32, 4 in int8",
-    "damping": "removed; method gptq always uses 0.01",
-    "act_order": "removed; method gptq always takes the most important columns first",
-    "correction": "removed; method gptq always uses 0.5",
-    "head_group": "removed; the head has the groups of `group`",
-}
-REMOVED = {
-    **{f"quantize.{name}.{key}": words for name in ("int8", "int4") for key, words in _QUANTIZE.items()},
-    "quantize.head_group": _QUANTIZE["head_group"],  # of a device profile
-    "train.quantization_aware.learn_scales": "removed; method gptq finds the scales when rounding begins",
-    "train.quantization_aware.ramp": "removed; rounding begins at once, at `start`",
-    "evaluate.batch_tokens": "removed; every sequence is scored alone, so that batches change no score",
-}
-"""Dotted key of recipes and device profiles of earlier versions -> what replaced it."""
+MOST_BYTES, MOST_SHOWN, DEEPEST = 50_000, 30, 10
 
 _Model = TypeVar("_Model", bound=BaseModel)
+_shorten = reprlib.Repr()  # bounded, also for a list that holds itself
+_shorten.maxlevel, _shorten.maxstring, _shorten.maxother = 2, 60, 60
 
 
 def load(path: Path, overrides: Sequence[str] = (), smoke: bool = False) -> Recipe:
     """Read and check a recipe.
 
     `overrides` are texts `key.path=value`, the value in YAML: `train.tokens=10k`, `arms=[baseline]`,
-    `data.train.0.limit=10`. `smoke` returns the recipe cut down by `smoke.smoke`. Raises BadInput with all
+    `data.train.0.limit=10`. `smoke` returns the recipe cut down by `recipe.smoke`. Raises BadInput with all
     problems, one a line: place (file:line, or the override), key, what is wrong and what would work.
     """
     document = read_yaml(Path(path), "a recipe", "name, model, data and train")
@@ -62,7 +46,7 @@ def load(path: Path, overrides: Sequence[str] = (), smoke: bool = False) -> Reci
         document.put(override)
     recipe = document.validate(Recipe)
     recipe._origin = Origin(Path(path))
-    return shrink(recipe, where=document.location(("model", "architecture"))) if smoke else recipe
+    return shrink(recipe, where=document.place(("model", "architecture"))[1]) if smoke else recipe
 
 
 def read_yaml(path: Path, what: str, keys: str) -> Document:
@@ -70,123 +54,95 @@ def read_yaml(path: Path, what: str, keys: str) -> Document:
 
     Raises BadInput if it cannot be read, is too large, not UTF-8, not YAML, or not a mapping.
     """
-    document, text = Document(str(path)), ""
     try:
         with path.open("rb") as file:
             raw = file.read(MOST_BYTES + 1)
-        text = raw.decode("utf-8-sig")
-        node = None if len(raw) > MOST_BYTES else _compose(text)
-        if isinstance(node, MappingNode):
-            document.data = document.plain(node, ())
-            return document
+        if len(raw) > MOST_BYTES:
+            raise BadInput(f"{path}: too large; {what} is a small YAML file")
+        node, data = _parse(raw.decode("utf-8-sig"), str(path))
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, YAMLError, RecursionError) as problem:
+    except (OSError, UnicodeDecodeError) as problem:
+        raise BadInput(f"{path}: cannot be read: {getattr(problem, 'strerror', problem)}") from None
+    if not isinstance(data, dict):
+        raise BadInput(f"{path}:1: {what} is a mapping with {keys}")
+    return Document(str(path), data, {key: (line, f"{path}:{line}") for key, line in _lines(node, (), set())})
+
+
+def _parse(text: str, place: str) -> tuple[Any, Any]:
+    """(root node, plain data) of a YAML text."""
+    yaml = YAML(typ="safe", pure=True)
+    try:
+        return yaml.compose(text), yaml.load(text)
+    except RecursionError:
+        raise BadInput(f"{place}: nested too deeply") from None
+    except Exception as problem:  # besides YAMLError what its constructors of numbers and dates raise
         mark = getattr(problem, "problem_mark", None)
-        location = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        if isinstance(problem, ReaderError):  # a control character
-            location = f"{path}:{text.count(chr(10), 0, problem.position) + 1}"
-        raise BadInput(_one_line(f"{location}: {_reason(problem)}")) from None
-    if len(raw) > MOST_BYTES:
-        raise BadInput(f"{path}: too large; {what} is a small YAML file")
-    raise BadInput(f"{path}:1: {what} is a mapping with {keys}")
+        position = f":{mark.line + 1}:{mark.column + 1}" if mark and not place.startswith("--set") else ""
+        reason = getattr(problem, "problem", None) or problem
+        raise BadInput(_one_line(f"{place}{position}: not YAML: {reason}")) from None
+
+
+def _lines(node: Node, key: Key, seen: set[int]) -> Iterator[tuple[Key, int]]:
+    """Every key with its line; the keys inside an alias are only where they were first written."""
+    if isinstance(node, ScalarNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, MappingNode):
+        entries: Any = [(str(name.value), name, value) for name, value in node.value]
+    else:
+        entries = [(index, item, item) for index, item in enumerate(node.value)]
+    for part, start, value in entries:
+        yield (*key, part), start.start_mark.line + 1
+        yield from _lines(value, (*key, part), seen)
 
 
 @dataclass
 class Document:
-    """A YAML file as plain data, with the location of every key and the problems of the writing itself."""
+    """A YAML file as plain data, with the place of every key: its line, and `file:line` or `--set ...`."""
 
     name: str
-    data: dict[str, Any] = field(default_factory=dict)
-    locations: dict[Key, str] = field(default_factory=dict)
-    problems: list[tuple[Key, str]] = field(default_factory=list)
-    values: int = 0
+    data: Any
+    places: dict[Key, tuple[float, str]]
 
-    def location(self, key: Key) -> str:
-        """`file:line` or `--set ...` of a key; of its section, for a key that is not there."""
-        sections = (key[:length] for length in range(len(key), -1, -1))
-        return next((self.locations[part] for part in sections if part in self.locations), f"{self.name}:1")
+    def place(self, key: Key) -> tuple[float, str]:
+        """The place of a key; of its section, for a key that is not there."""
+        sections = (key[:length] for length in range(len(key), 0, -1))
+        return next((self.places[part] for part in sections if part in self.places), (1, f"{self.name}:1"))
 
     def put(self, override: str) -> None:
         """Apply one `key.path=value`, the value read as YAML. Raises BadInput where it cannot be applied."""
-        location = f"--set {override if len(override) <= 80 else override[:77] + '...'}"
+        place = _one_line(f"--set {override if len(override) <= 80 else override[:77] + '...'}")
         path, equals, text = override.partition("=")
         parts = path.strip().split(".")
         if not equals or not all(parts) or len(parts) > DEEPEST:
-            raise BadInput(_one_line(f"{location}: needs key=value, such as train.tokens=10k"))
+            raise BadInput(f"{place}: needs key=value, such as train.tokens=10k")
+        place_of_value = f"{place}: {_one_line(path.strip())}"
+        value = _parse(text, place_of_value)[1]
         try:
-            node = _compose(text)
-            parent: Any = {"": self.data}
-            key: Key = ()
-            index: str | int = ""
-            for part in parts:
-                parent = parent[index]
-                index = _index(parent, part)
-                key = (*key, index)
-                self.locations.setdefault(key, location)
-            self.locations = {old: line for old, line in self.locations.items() if old[: len(key)] != key}
-            self.locations[key] = location
-            parent[index] = None if node is None else self.plain(node, key, location)
-        except (YAMLError, RecursionError, ValueError) as problem:
-            raise BadInput(_one_line(f"{location}: {path.strip()}: {_reason(problem)}")) from None
-
-    def plain(self, node: Any, key: Key, override: str | None = None) -> Any:
-        """A node as None, bool, int, float, str, list or dict. `override`: the location of all its keys."""
-        self.values += 1
-        if self.values > MOST_VALUES:
-            raise BadInput(f"{self.name}: more than {MOST_VALUES:,} values; is this a recipe?")
-        if override is None:
-            self.locations.setdefault(key, self._line(node))
-        if node.tag not in _TAGS:
-            tag = node.tag.replace(_YAML, "!!")
-            self.problems.append((key, f"the tag {tag} is not read; write the value without it"))
-            return None
-        if isinstance(node, SequenceNode):
-            return [self.plain(item, (*key, index), override) for index, item in enumerate(node.value)]
-        if not isinstance(node, MappingNode):
-            return _scalar(node.tag.removeprefix(_YAML), str(node.value))
-        mapping: dict[str, Any] = {}
-        for name_node, value_node in node.value:
-            is_name = isinstance(name_node, ScalarNode)
-            name = str(name_node.value) if is_name else "?"
-            path, line = (*key, name), self._line(name_node)
-            if name_node.tag == _YAML + "merge" or not is_name:
-                self.locations.setdefault(path, override or line)
-                self.problems.append((path, "a key must be plain text; merge keys are not read"))
-            elif name in mapping:
-                self.problems.append((path, f"the key is given twice (again at {line})"))
-            else:
-                if override is None:
-                    self.locations[path] = line
-                mapping[name] = self.plain(value_node, path, override)
-        return mapping
-
-    def _line(self, node: Any) -> str:
-        return f"{self.name}:{node.start_mark.line + 1}"
+            self.data = _with_value(self.data, parts, value)
+        except ValueError as problem:
+            raise BadInput(f"{place_of_value}: {problem}") from None
+        key = tuple(int(part) if part.isdecimal() else part for part in parts)
+        self.places = {old: at for old, at in self.places.items() if old[: len(key)] != key}
+        for length in range(1, len(key) + 1):  # a section that was absent is there now
+            self.places.setdefault(key[:length], (math.inf, place))
 
     def validate(self, model: type[_Model], context: object = None) -> _Model:
         """The data as a `model`. Raises BadInput with all problems in the order of the file."""
-        problems = [*self.problems]
         try:
-            result = model.model_validate(self.data, context=context)
-            if not problems:
-                return result
+            return model.model_validate(self.data, context=context)
         except ValidationError as invalid:
-            reported = [key for key, _ in problems]
-            for error in invalid.errors(include_url=False):
-                # A list with a faulty item counts as too short, which is noise beside the item's own error.
-                is_noise = error["type"] == "too_short" and error["input"]
-                if not is_noise and not any(error["loc"][: len(key)] == key for key in reported):
-                    problems.append((error["loc"], _describe(error, model)))
-
-        def line_number(problem: tuple[Key, str]) -> float:
-            line = self.location(problem[0]).rpartition(":")[2]
-            return int(line) if line.isdecimal() else math.inf
-
-        lines = [
-            _one_line(f"{self.location(key)}: {'.'.join(map(str, key))}: {words}")
-            for key, words in sorted(problems, key=line_number)
+            errors = invalid.errors(include_url=False)
+        problems = [
+            (*self.place(error["loc"]), ".".join(map(str, error["loc"])), _words(error, model))
+            for error in errors
+            # A list with a faulty item counts as too short, which is noise beside the item's own error.
+            if error["type"] != "default_factory_not_called"
+            and not (error["type"] == "too_short" and error["input"])
         ]
+        problems.sort(key=lambda problem: problem[0])
+        lines = [_one_line(f"{place}: {key}: {words}") for _, place, key, words in problems]
         if len(lines) == 1:
             raise BadInput(lines[0])
         numbered = [f"  {number}. {line}" for number, line in enumerate(lines[:MOST_SHOWN], 1)]
@@ -194,110 +150,123 @@ class Document:
         raise BadInput("\n".join([f"{self.name}: {len(lines):,} problems", *numbered, *more]))
 
 
-def _index(parent: Any, part: str) -> str | int:
-    """One part of an override's path as an index of `parent`; an absent section is created."""
-    if isinstance(parent, list):
-        if not part.isdecimal() or int(part) >= len(parent):
-            raise ValueError(f"the list has no item '{part}': it has {len(parent)}, counted from 0")
-        return int(part)
-    if not isinstance(parent, dict):
-        raise ValueError(f"{_show(parent)} has no keys")
-    if parent.get(part) is None:
-        parent[part] = {}
-    return part
+def _with_value(section: Any, path: Sequence[str], value: object) -> Any:
+    """A copy of a section with a value at a path in it; absent sections on the way are created."""
+    if not path:
+        return value
+    part, *rest = path
+    if isinstance(section, list):
+        if not part.isdecimal() or int(part) >= len(section):
+            raise ValueError(f"the list has no item '{part}': it has {len(section)}, counted from 0")
+        index = int(part)
+        return [*section[:index], _with_value(section[index], rest, value), *section[index + 1 :]]
+    if not isinstance(section, dict | None):
+        raise ValueError(f"{_show(section)} has no keys")
+    section = section or {}
+    return section | {part: _with_value(section.get(part), rest, value)}
 
 
-def _describe(error: Any, model: type[BaseModel]) -> str:
+def _words(error: Any, root: type[BaseModel]) -> str:
     """One item of `ValidationError.errors()` in words: the message, the value and a hint."""
     key, kind, value, message = error["loc"], error["type"], error["input"], error["msg"]
-    if kind == "extra_forbidden":
-        return REMOVED.get(".".join(map(str, key))) or _unknown(key, model)
     if kind in ("missing", "rule"):
         return "missing" if kind == "missing" else str(message)
+    if kind == "extra_forbidden":
+        return _unknown(key, root)
     hint = ""
     if kind == "value_error":
         message = error["ctx"]["error"]
     elif kind == "model_type":
-        message = f"needs a mapping with {', '.join(_section_at(model, key).model_fields)}"
-    elif kind == "literal_error" and (guess := near(value, re.findall(r"'([^']*)'", message))):
-        hint = f"; did you mean '{guess}'?"
+        message = f"needs a mapping with {', '.join(_keys_of(key, root))}"
+    elif kind == "literal_error" and isinstance(value, str):
+        guess = near(value, re.findall(r"'([^']*)'", message))
+        hint = f"; did you mean '{guess}'?" if guess else ""
     elif kind == "string_type" and isinstance(value, int | float):
         hint = "; put it in quotes"
     return f"{message} (found {_show(value)}){hint}"
 
 
 def _show(value: object) -> str:
-    """A value as YAML would write it, in at most 60 characters."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value) if isinstance(value, str | list | tuple) else str(value)
-    text = f"a mapping of {', '.join(map(str, value))}" if isinstance(value, dict) else text
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return json.dumps(value) if value is None or isinstance(value, bool) else _shorten.repr(value)
 
 
 def _unknown(key: Key, root: type[BaseModel]) -> str:
-    name, keys = str(key[-1]), list(_section_at(root, key[:-1]).model_fields)
-    guess = next((path for path in _all_keys(root) if path.rpartition(".")[2] == name), None) or near(
-        name, keys
+    name, keys = str(key[-1]), _keys_of(key[:-1], root)
+    elsewhere = (other for other, *_ in all_keys(root) if other.endswith(f".{name}"))
+    guess = next(elsewhere, None) or near(name, keys)
+    return (
+        f"unknown key; did you mean '{guess}'?" if guess else f"unknown key; the keys are {', '.join(keys)}"
     )
-    hint = f"did you mean '{guess}'?" if guess else f"the keys are {', '.join(keys)}"
-    return f"unknown key; {hint}"
 
 
-def _section_at(root: type[BaseModel], key: Key) -> type[BaseModel]:
-    """The section of a key, or of the longest part of it that names one."""
-    section = root
-    for part in key:
-        if isinstance(part, str) and part in section.model_fields:
-            section = section_in(section.model_fields[part].annotation) or section
-    return section
-
-
-def section_in(annotation: Any) -> type[BaseModel] | None:
-    """The model inside `Section`, `Section | None` or `tuple[Section, ...]`, or None."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(section_in, typing.get_args(annotation))), None)
-
-
-def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, info in section.model_fields.items():
-        yield prefix + name
-        inner = section_in(info.annotation)
-        if inner is not None and name != "arms":
-            yield from _all_keys(inner, f"{prefix}{name}.")
-
-
-def _compose(text: str) -> Any:
-    # The pure reader, so that messages and marks are the same with and without ruamel's C extension.
-    return YAML(typ="safe", pure=True).compose(text)
-
-
-def _scalar(kind: str, text: str) -> bool | int | float | str | None:
-    """A YAML scalar. What is not a finite number to Python (hexadecimal, .inf, 1e400, 5,000 digits) stays
-    text, and the key's own check says what is wrong with it."""
-    if kind == "null":
-        return None
-    if kind == "bool":
-        return text.lower() in ("true", "yes", "on")
-    try:
-        if kind == "int":
-            return int(text.replace("_", ""))
-        if kind == "float" and math.isfinite(number := float(text.replace("_", ""))):
-            return number
-    except ValueError:
-        return text
-    return text
-
-
-def _reason(problem: BaseException) -> str:
-    if isinstance(problem, RecursionError):
-        return "nested too deeply, or an alias holds itself"
-    if isinstance(problem, YAMLError):
-        return f"not YAML: {getattr(problem, 'problem', None) or 'a character that YAML does not allow'}"
-    return f"cannot be read: {problem.strerror}" if isinstance(problem, OSError) else str(problem)
+def _keys_of(section: Key, root: type[BaseModel]) -> list[str]:
+    """The names of the keys of a section."""
+    prefix = "".join("[]" if isinstance(part, int) else f".{part}" for part in section).removeprefix(".")
+    keys = (key.rpartition(".") for key, *_ in all_keys(root))
+    return [name for parent, _, name in keys if parent == prefix]
 
 
 def _one_line(text: str) -> str:
     # A key or tag can hold line breaks and terminal codes; a problem is one line of visible text.
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
+# ---------------------------------------------------------------- all keys, for docs/recipe.md
+
+_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+_WORDS = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false"}
+_WORDS |= {"null": "null", "object": "a mapping"}
+
+
+def reference(root: type[BaseModel] = Recipe) -> str:
+    """A markdown table of all keys of `root`: key, what it accepts, default, meaning. Ends with a newline."""
+    lines = ["| key | accepts | default | meaning |", "|---|---|---|---|"]
+    for key, info, schema in all_keys(root):
+        if key.startswith("arms[].dispersion."):
+            continue  # those of train.dispersion
+        default = "required" if info.is_required() else _default(info)
+        cells = [f"`{key}`", _accepts(schema), default, " ".join((info.description or "").split())]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo, dict[str, Any]]]:
+    """Every key of a section and of those in it, such as `data.train[].source`: key, field, JSON schema."""
+    properties = section.model_json_schema()["properties"]
+    for name, info in section.model_fields.items():
+        yield prefix + name, info, properties[name]
+        inner = _section_in(info.annotation)
+        if inner is not None:
+            is_list = "tuple[" in str(info.annotation)
+            yield from all_keys(inner, f"{prefix}{name}{'[]' if is_list else ''}.")
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The model inside `Section`, `Section | None` or `tuple[Section, ...]`, or None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section_in, typing.get_args(annotation))), None)
+
+
+def _accepts(schema: dict[str, Any]) -> str:
+    if "accepts" in schema:
+        return str(schema["accepts"])
+    if "anyOf" in schema:
+        return ", or ".join(map(_accepts, schema["anyOf"]))
+    if "enum" in schema or "const" in schema:
+        choices = list(map(str, schema.get("enum", [schema.get("const")])))
+        return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
+    if schema.get("type") == "array":
+        return f"a list, each {_accepts(schema['items'])}"
+    bounds = [f"{sign} {schema[key]:,.15g}" for key, sign in _BOUNDS.items() if key in schema]
+    return f"{_WORDS[schema.get('type', 'object')]} {' and '.join(bounds)}".rstrip()
+
+
+def _default(info: FieldInfo) -> str:
+    """A default as it would be written in a recipe."""
+    value = info.get_default(call_default_factory=True, validated_data={})
+    if value is None or isinstance(value, BaseModel):
+        return "null" if value is None else "see below"
+    if isinstance(value, bool):
+        return "`true`" if value else "`false`"
+    return f"`[{', '.join(map(str, value))}]`" if isinstance(value, tuple) else f"`{value}`"

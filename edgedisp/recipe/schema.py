@@ -9,25 +9,12 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, MinLen
-from pydantic import ValidationInfo, field_validator
 
 from edgedisp.recipe import values
 from edgedisp.recipe.values import HELDOUT_TASKS, NUMBER, WHOLE, Flag, Section, Text, Unique
 
 
-class FromSource(Section):
-    """What a model and a source of text have in common."""
-
-    @field_validator("revision", "config", check_fields=False)
-    @classmethod
-    def _not_of_a_wheel(cls, value: str | None, info: ValidationInfo) -> str | None:
-        source = info.data.get("source", info.data.get("base")) or ""
-        if value and source.startswith("pypi:"):
-            raise ValueError("a pypi: file has none, its version stands in its name; take it out")
-        return value
-
-
-class Model(FromSource):
+class Model(Section):
     """Where training starts."""
 
     base: Text
@@ -42,7 +29,7 @@ class Model(FromSource):
     """run Python code that comes with a hub model"""
 
 
-class Source(FromSource):
+class Source(Section):
     """One source of documents."""
 
     source: Text
@@ -95,11 +82,6 @@ class QuantizeBits(Grid):
     columns make up for rounding errors, calibrated on the recipe's training text"""
     calibration_tokens: Annotated[int, Ge(256), Le(10**9), WHOLE] = 16_384
     """training tokens that gptq calibrates on"""
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether quantizing reads the model and the training text, not the fp32 bundle alone."""
-        return self.method == "gptq"
 
 
 class Int8(QuantizeBits):

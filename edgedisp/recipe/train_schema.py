@@ -13,7 +13,7 @@ from annotated_types import Ge, Le
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from edgedisp.recipe import values
-from edgedisp.recipe.values import BITS, WHOLE, Flag, Section, ShareBelow1, Unique, accepts, choice
+from edgedisp.recipe.values import BITS, WHOLE, Flag, Section, ShareBelow1, Unique, choice
 
 LATE_START = 0.85  # SmolLM2-135M, 80k tokens: what training gains over rounding afterwards is lost from 0.5
 
@@ -47,10 +47,10 @@ class Adapter(Section):
     """lora: over the fp32 base; qlora: over a quantized base"""
     rank: Annotated[int, Ge(1), Le(8192), WHOLE] = 16
     """rank of the update"""
-    alpha: Annotated[int, Ge(1), Le(65536), WHOLE, accepts("a whole number >= 1 and <= 65536, or null")] = (
-        Field(default=None, validate_default=True)
+    alpha: Annotated[int, Ge(1), Le(65536), WHOLE] = Field(
+        default_factory=lambda data: 2 * data.get("rank", 16)
     )
-    """the update is scaled by alpha / rank; null: twice the rank"""
+    """the update is scaled by alpha / rank; the default is twice the rank"""
     dropout: ShareBelow1 = 0.0
     """dropout before the adapter"""
     targets: values.Modules = "auto"
@@ -61,20 +61,12 @@ class Adapter(Section):
     """what a qlora adapter is merged into: the full-precision base, the dequantized one, or (auto) the one
     that the baseline's merge audit finds better"""
 
-    @field_validator("alpha", mode="before")
-    @classmethod
-    def _twice_the_rank(cls, value: object, info: ValidationInfo) -> object:
-        return 2 * info.data.get("rank", 8) if value is None else value
-
-    @field_validator("base", mode="before")
-    @classmethod
-    def _nf4_for_qlora(cls, value: object, info: ValidationInfo) -> object:
-        return "nf4" if value is None and info.data.get("kind") == "qlora" else value
-
     @field_validator("base", "merge")
     @classmethod
     def _of_qlora_alone(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value in ("nf4", "int8", "dequantized") and info.data.get("kind") == "lora":
+        if info.data.get("kind") == "qlora":
+            return value or "nf4"
+        if value in ("nf4", "int8", "dequantized"):
             raise ValueError("kind lora keeps its base in fp32; take it out, or write kind: qlora")
         return value
 
@@ -109,8 +101,6 @@ class QuantizationAware(Section):
     def _from_name(cls, value: object) -> object:
         if isinstance(value, str):
             return {"precision": choice(value, tuple(BITS), "or a mapping with precision and start")}
-        if not isinstance(value, dict | QuantizationAware):
-            raise ValueError("needs int8, int4, or a mapping with precision and start")
         return value
 
 

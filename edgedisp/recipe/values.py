@@ -1,8 +1,7 @@
 """The types of the values in a recipe, and numbers as people write them: `40k`, `200M`, `5%`, `5e-5`.
 
-A check raises ValueError with what would work; load.py adds file, line, key and value. YAML readers disagree
-about `5e-5` (text in YAML 1.1, a number in 1.2), and none knows `40k`: numbers and text go through `Decimal`,
-so `0.1k` is exactly 100. Lower-case `m` is refused because it could be milli.
+A check raises ValueError with what would work; load.py adds file, line, key and value. Numbers are read as
+`Decimal`, so `0.1k` is exactly 100. Lower-case `m` is refused because it could be milli.
 """
 
 from __future__ import annotations
@@ -10,9 +9,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
-from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_args
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -20,6 +18,7 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
+    ByteSize,
     ConfigDict,
     Strict,
     ValidationError,
@@ -64,11 +63,10 @@ def check_rules(title: str, problems: Iterable[tuple[Key, str]]) -> None:
 # ---------------------------------------------------------------- numbers
 
 _NUMBER = re.compile(
-    r"([+-]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][+-]?[0-9]{1,3})?) ?([a-zA-Z%]*)"
+    r"([+-]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][+-]?[0-9]{1,3})?) ?([kKMB%]?)"
 )
 _UNITS = {"": Decimal(1), "k": Decimal(10**3), "K": Decimal(10**3), "M": Decimal(10**6), "B": Decimal(10**9)}
 _UNITS["%"] = Decimal("0.01")
-_BYTES = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _LONGEST = 40  # characters; more than any float64 or 64-bit integer needs
 
 
@@ -82,7 +80,7 @@ def read_number(value: object) -> float:
 
 def read_whole(value: object) -> int:
     """An exact int below 10^18 from a YAML value: `40k` and `4e4` are whole, `40.5` is not."""
-    exact = _exact(value, "a whole number, such as 40 or 40k")
+    exact = _exact(value, "a whole number, such as 40, 40k or 200M")
     if exact and exact.adjusted() >= 18:
         raise ValueError("the number is too large")
     if exact != exact.to_integral_value():
@@ -90,44 +88,27 @@ def read_whole(value: object) -> int:
     return int(exact)
 
 
-def read_bytes(value: object) -> int:
-    """Bytes from `100MB` (10^6), `95MiB` (2^20) or a plain number of at least 10^6, whose unit is sure."""
-    works = "a size such as 100MB; the units are kB, MB, GB, KiB, MiB and GiB"
-    exact = _exact(value, works, _UNITS | {unit: Decimal(size) for unit, size in _BYTES.items()})
-    if not (1 if str(value).endswith("B") else 10**6) <= exact < 10**15:
-        raise ValueError(f"needs {works}")
-    return int(exact)
-
-
-def _exact(value: object, works: str, units: Mapping[str, Decimal] = _UNITS) -> Decimal:
-    text = value.strip() if isinstance(value, str) else repr(value)
-    is_number = isinstance(value, int | float | str) and not isinstance(value, bool) and len(text) <= _LONGEST
-    match = _NUMBER.fullmatch(text) if is_number else None
-    if match and match[2] in units:
-        return Decimal(match[1].replace("_", "")) * units[match[2]]
-    hint = ""
-    if re.fullmatch(r"[+-]?[0-9]{1,3}(,[0-9]{3})+", text):
-        hint = f"; write it without commas, as {text.replace(',', '_')}"
-    elif re.fullmatch(r"[+-]?[0-9]+,[0-9]+", text):
-        hint = f"; write a decimal point, as {text.replace(',', '.')}"
-    elif match and match[2] == "m":
-        hint = f"; for millions write {match[1]}M"
-    raise ValueError(f"needs {works}{hint}")
+def _exact(value: object, works: str) -> Decimal:
+    text = value.strip() if isinstance(value, str) else repr(value) if isinstance(value, int | float) else ""
+    match = _NUMBER.fullmatch(text) if len(text) <= _LONGEST else None
+    if match is None or isinstance(value, bool):
+        raise ValueError(f"needs {works}" + "; write it without commas" * ("," in text))
+    return Decimal(match[1].replace("_", "")) * _UNITS[match[2]]
 
 
 # ---------------------------------------------------------------- choices and text
 
 
-def near(word: object, choices: Sequence[str]) -> str | None:
+def near(word: str, choices: Iterable[str]) -> str | None:
     """The closest of `choices` to a misspelt word, or None."""
-    text = str(word)[:80]
-    spellings = (difflib.get_close_matches(each, choices, n=1, cutoff=0.6) for each in (text, text.lower()))
-    return next((close[0] for close in spellings if close), None)
+    by_lower = {each.lower(): each for each in choices}
+    close = difflib.get_close_matches(word[:80].lower(), by_lower, n=1)
+    return by_lower[close[0]] if close else None
 
 
-def target_names(folder: Path | None = None) -> list[str]:
-    """The device profiles that the package carries: export/targets/*.yaml, or those in `folder`."""
-    return sorted(path.stem for path in (folder or data_folder("export") / "targets").glob("*.yaml"))
+def target_names() -> list[str]:
+    """The device profiles that the package carries: export/targets/*.yaml."""
+    return sorted(path.stem for path in (data_folder("export") / "targets").glob("*.yaml"))
 
 
 def choice(value: str, choices: Sequence[str], also: str = "") -> str:
@@ -143,7 +124,7 @@ def unique(
     values: tuple[_Item, ...], same: Callable[[_Item], object] = lambda item: item
 ) -> tuple[_Item, ...]:
     """The values; ValueError naming one that is listed twice (by `same`)."""
-    seen: set[object] = set()
+    seen = set()
     for value in values:
         if same(value) in seen:
             raise ValueError(f"'{value}' is listed twice; name each once")
@@ -158,10 +139,8 @@ def accepts(words: str) -> WithJsonSchema:
 
 def _text(value: str) -> str:
     # Names and paths: an invisible character in one of them costs an hour.
-    if not value.strip() or value != value.strip():
-        raise ValueError("needs text without spaces at its ends" if value.strip() else "needs text")
-    if not value.isprintable():
-        raise ValueError("needs text without invisible characters and line breaks")
+    if not value or value != value.strip() or not value.isprintable():
+        raise ValueError("needs text without spaces at its ends, line breaks and invisible characters")
     return value
 
 
@@ -172,12 +151,6 @@ def _matching(pattern: str, words: str) -> AfterValidator:
         return value
 
     return AfterValidator(check)
-
-
-def _folder_name(signs: str, most: int) -> AfterValidator:
-    listed = ", ".join(f"'{sign}'" for sign in signs[:-1])
-    words = f"1 to {most} letters, digits, {listed} or '{signs[-1]}', starting with a letter or digit: it"
-    return _matching(rf"[A-Za-z0-9][A-Za-z0-9{signs}]{{0,{most - 1}}}", f"{words} names a folder")
 
 
 def _arm_name(value: str) -> str:
@@ -193,39 +166,36 @@ def _task(value: str) -> str:
     return choice(value, names, "or any lm-evaluation-harness task") if is_ours else value
 
 
-def _word_or(words: Sequence[str], also: str, read: Callable[[object], object]) -> list[object]:
-    """The metadata of a type that takes one of `words`, or what `read` takes (`also`, in words)."""
-
-    def check(value: object) -> object:
-        is_word = isinstance(value, str) and value.replace("_", "").isalpha()
-        return choice(str(value), words, f"or {also}") if is_word else read(value)
-
-    return [BeforeValidator(check), accepts(f"{', '.join(words)}, or {also}")]
-
-
-def _layers(value: object) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple) or not value:
+def _layers(value: object) -> str | tuple[int, ...]:
+    if isinstance(value, str):
+        return choice(value, LAYER_NAMES, "or a list of layers counted from 0")
+    layers = unique(tuple(map(read_whole, value))) if isinstance(value, list | tuple) else ()
+    if not layers or not 0 <= min(layers) <= max(layers) < 10_000:
         raise ValueError(f"needs {', '.join(LAYER_NAMES)}, or a list of layers counted from 0")
-    layers = unique(tuple(read_whole(layer) for layer in value))
-    if not 0 <= min(layers) <= max(layers) < 10_000:
-        raise ValueError("layers are counted from 0 and below 10,000")
     return layers
 
 
-def _at_least(least: int) -> Callable[[object], int]:
-    def read(value: object) -> int:
-        number = read_whole(value)
-        if not least <= number <= 10**9:
-            raise ValueError(f"needs a whole number of at least {least}")
-        return number
-
-    return read
-
-
-def _modules(value: object) -> tuple[str, ...]:
+def _modules(value: object) -> str | tuple[str, ...]:
+    if value == "auto":
+        return "auto"
     if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) for name in value):
         raise ValueError("needs auto, or a list of module names")
-    return unique(tuple(_text(name) for name in value))
+    return unique(tuple(map(_text, value)))
+
+
+def _count_or(word: str, least: int) -> list[object]:
+    """The metadata of a type that takes a word or a whole number."""
+    words = f"{word}, or a whole number of at least {least}"
+
+    def check(value: object) -> int | str:
+        if value == word:
+            return word
+        number = read_whole(value)
+        if not least <= number <= 10**9:
+            raise ValueError(f"needs {words}")
+        return number
+
+    return [BeforeValidator(check), accepts(words)]
 
 
 # ---------------------------------------------------------------- types
@@ -234,12 +204,12 @@ WHOLE, NUMBER = BeforeValidator(read_whole), BeforeValidator(read_number)  # lis
 Unique = AfterValidator(unique)
 
 Flag = Annotated[bool, Strict()]
-Size = Annotated[int, BeforeValidator(read_bytes), accepts("a size such as 100MB")]
+Size = Annotated[ByteSize, Gt(0), Lt(10**15), accepts("a size such as 100MB or 95MiB")]
 Count = Annotated[int, Ge(1), Le(10**9), WHOLE]
 Tokens = Annotated[int, Ge(1), Le(10**14), WHOLE]
 Length = Annotated[int, Ge(1), Le(2**20), WHOLE]
 Threads = Annotated[int, Ge(1), Le(1024), WHOLE]
-Seed = Annotated[int, Ge(0), Lt(2**32), WHOLE]
+Seed = Annotated[int, Ge(0), Le(2**31), WHOLE]
 Positive = Annotated[float, Gt(0), Le(1e9), NUMBER]
 NotNegative = Annotated[float, Ge(0), Le(1e9), NUMBER]
 Share = Annotated[float, Ge(0), Le(1), NUMBER]
@@ -248,11 +218,18 @@ Between0And1 = Annotated[float, Gt(0), Lt(1), NUMBER]
 Betas = Annotated[tuple[ShareBelow1, ShareBelow1], accepts("a list of two numbers >= 0 and < 1")]
 
 Text = Annotated[str, AfterValidator(_text)]
-FolderName = Annotated[Text, _folder_name("._-", 100)]
-ArmName = Annotated[Text, _folder_name("_-", 60), AfterValidator(_arm_name)]
-Sha256 = Annotated[
-    Text, _matching("[0-9a-fA-F]{64}", "a SHA-256, 64 hexadecimal digits"), AfterValidator(str.lower)
+FolderName = Annotated[
+    str,
+    _matching(
+        r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "1 to 100 letters, digits, '.', '_' or '-': it names a folder"
+    ),
 ]
+ArmName = Annotated[
+    str,
+    _matching(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}", "1 to 60 letters, digits, '_' or '-': it names a folder"),
+    AfterValidator(_arm_name),
+]
+Sha256 = Annotated[str, _matching("[0-9a-fA-F]{64}", "64 hexadecimal digits"), AfterValidator(str.lower)]
 Task = Annotated[Text, AfterValidator(_task)]
 TargetName = Annotated[Text, AfterValidator(lambda value: choice(value, target_names()))]
 Precision = Literal["fp32", "int8", "int4"]
@@ -261,9 +238,13 @@ AccuracyLevel = Annotated[Literal[0, 1, 4], WHOLE]
 HeadBits = Annotated[Literal[4, 8], WHOLE]
 Variant = Literal["angular", "cosine", "l2_repel", "decorrelation", "orthogonalization", "spectral_entropy"]
 VARIANTS = get_args(Variant)
-Layers = Annotated[str | tuple[int, ...], *_word_or(LAYER_NAMES, "a list of layers counted from 0", _layers)]
-Sample = Annotated[int | Literal["all"], *_word_or(["all"], "a whole number of at least 2", _at_least(2))]
-Forgetting = Annotated[
-    int | Literal["auto"], *_word_or(["auto"], "a whole number of at least 1", _at_least(1))
+Layers = Annotated[
+    str | tuple[int, ...],
+    BeforeValidator(_layers),
+    accepts(f"{', '.join(LAYER_NAMES)}, or a list of layers counted from 0"),
 ]
-Modules = Annotated[str | tuple[str, ...], *_word_or(["auto"], "a list of module names", _modules)]
+Modules = Annotated[
+    str | tuple[str, ...], BeforeValidator(_modules), accepts("auto, or a list of module names")
+]
+Sample = Annotated[int | Literal["all"], *_count_or("all", 2)]
+Forgetting = Annotated[int | Literal["auto"], *_count_or("auto", 1)]

@@ -58,7 +58,7 @@ def test_each_step_reads_the_blocks_of_a_single_process_and_numbers_them_so(
 def test_a_number_of_processes_that_does_not_fit_is_refused_with_those_that_do() -> None:
     assert split(4, 8, 8) == (4, 1) and split(1, 32, 8) == (1, 4) and split(4, 1, 2) == (2, 1)
     assert split(4, 2, 8) == (1, 1)
-    with pytest.raises(BadInput, match=r"^3 processes .*batch 4 x train.accumulate 1; start 1, 2, 4 pro"):
+    with pytest.raises(BadInput, match=r"^3 processes .*; set train.accumulate to a multiple of 3"):
         split(4, 1, 3)
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from edgedisp.core.errors import BadInput
 from edgedisp.data import synthetic_documents
 from edgedisp.models import encode, load, load_tokenizer, load_weights, open_base, quiet, save, tiny_model
+from edgedisp.recipe import Model
 
 TEXTS = [document.text for document in synthetic_documents(120, seed=0)]
 FAMILIES = ["llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox"]
@@ -107,14 +108,8 @@ BAD_FOLDERS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: (f / "config.json").write_text('{"model_type": '), "config.json cannot be used"),
     (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "Pickled weights"),
     (lambda f: (f / "adapter_config.json").write_text("{}"), "holds a PEFT adapter: merge it"),
-    (
-        lambda f: os.truncate(f / "model.safetensors", 9000),
-        r"tensors: is cut off: 9,000 bytes, .* needs \d\d\d,",
-    ),
-    (
-        lambda f: os.truncate(f / "model.safetensors", 900),
-        "900 bytes without a whole safetensors header",
-    ),
+    (lambda f: os.truncate(f / "model.safetensors", 9000), "the weights cannot be opened"),
+    (lambda f: os.truncate(f / "model.safetensors", 900), "the weights cannot be opened"),
     (lambda f: [path.unlink() for path in f.glob("tokenizer*")], "no usable tokenizer"),
     (lambda f: (f / "model.safetensors.index.json").write_text(INDEX), "there is no model-00001-of-00002"),
     (unused_biases, r"2 weights in the files have no place .*: model.layers.0.self_attn.q_proj.bias"),
@@ -172,7 +167,7 @@ def test_a_separate_head_is_opened_although_the_configuration_calls_it_tied(llam
     save_file(weights, llama / "model.safetensors", {"format": "pt"})
     assert torch.equal(load(llama).lm_head.weight, weights["lm_head.weight"])
     with pytest.raises(BadInput, match="the model's architecture is 'llama', the recipe says 'qwen3'"):
-        open_base(llama, architecture="qwen3")
+        open_base(llama, Model(base="llama", architecture="qwen3"))
     with pytest.raises(BadInput, match="no such model"):
         open_base(llama / "nothing")
 
@@ -184,8 +179,9 @@ def test_a_gguf_file_opens_in_float32_and_saves_as_a_plain_folder(
     save(model, tokenizer, tmp_path / "qwen2")
     write_gguf(tmp_path / "tiny.gguf", model, tmp_path / "qwen2" / "tokenizer.json")
     notes: list[str] = []
+    section = Model(base="tiny.gguf", architecture="qwen2")
     opened, its_tokenizer = open_base(
-        tmp_path / "tiny.gguf", architecture="qwen2", progress=lambda done, total, note: notes.append(note)
+        tmp_path / "tiny.gguf", section, lambda done, total, note: notes.append(note)
     )
     assert same_weights(opened, model)
     assert encode(its_tokenizer, TEXTS[0]) == encode(tokenizer, TEXTS[0])
@@ -207,7 +203,7 @@ def test_a_gguf_file_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
         open_base(path)
     for content in (path.read_bytes()[:100_000], b"PK\x03\x04 something else"):
         path.write_bytes(content)
-        with pytest.raises(BadInput, match=r"tiny.gguf: (the .* cannot be opened|not a \.gguf file)"):
+        with pytest.raises(BadInput, match=r"tiny.gguf: the .* cannot be opened"):
             open_base(path)
     with pytest.raises(BadInput, match=r"no config.json. Did you mean .*tiny.gguf"):
         open_base(tmp_path / "folder")
@@ -247,7 +243,7 @@ def test_a_hub_model_is_fetched_once_and_without_its_pickles(
         at_hub(endpoint)
         model, _ = open_base("some/tiny", progress=lambda *step: steps.append(step))
         with pytest.raises(BadInput, match="some/tiny: the model has no revision 'v2'"):
-            open_base("some/tiny", revision="v2")
+            open_base("some/tiny", Model(base="some/tiny", revision="v2"))
     assert same_weights(model, load(tiny_folder["qwen3"]))
     assert steps[-2][0] >= (folder / "model.safetensors").stat().st_size
     assert [step[2] for step in steps[-2:]] == ["downloading some/tiny", "opening some/tiny"]

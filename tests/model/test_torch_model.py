@@ -70,12 +70,3 @@ def test_the_thread_count_holds_during_a_call_only(tiny_folder: dict[str, Path])
     TorchModel(model)(ids, ids)
     assert during == [threads, before]
     assert torch.get_num_threads() == before
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_model_on_a_gpu_answers_like_one_on_the_cpu(tiny_folder: dict[str, Path]) -> None:
-    ids = np.arange(3, 43).reshape(2, 20)
-    on_cpu = TorchModel(load(tiny_folder["llama"]))
-    on_gpu = TorchModel(load(tiny_folder["llama"]).to("cuda"))
-    np.testing.assert_allclose(on_gpu(ids, np.ones_like(ids)), on_cpu(ids, np.ones_like(ids)), atol=1e-3)
-    assert on_gpu.greedy([5, 6], 8, frozenset()) == on_cpu.greedy([5, 6], 8, frozenset())

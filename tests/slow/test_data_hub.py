@@ -12,10 +12,11 @@ from local_hub import NOWHERE, run_client, serving
 CLIENT = """
     import json, sys
     from edgedisp.core.errors import BadInput
-    from edgedisp.data import ReadOptions, read_documents
+    from edgedisp.data import read_documents
+    from edgedisp.recipe import Source
     for name, options in json.loads(sys.argv[1]):
         try:
-            documents = read_documents(name, ReadOptions(**options))
+            documents = read_documents(name, Source(source=name, **options))
             print(json.dumps([document.text for document in documents]))
         except BadInput as problem:
             print(json.dumps(str(problem)))

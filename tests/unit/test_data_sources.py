@@ -10,7 +10,7 @@ import pytest
 from local_wheels import make_wheel
 
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.data import cache_folder, fetch, needs_download, wheels
+from edgedisp.data import cache_folder, fetch, needs_download, sources
 
 TEXT = b'{"a": "one"}\n' * 5000
 SOURCE = "pypi:tiny-text==1.0/tiny_text/data/text.json"
@@ -40,7 +40,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         wheel.write_bytes((folder / wheel.name).read_bytes())
         return wheel
 
-    monkeypatch.setattr(wheels, "_pip_download", download)
+    monkeypatch.setattr(sources, "_pip_download", download)
     monkeypatch.setenv("EDGEDISP_CACHE", str(tmp_path / "cache"))
     return folder
 
@@ -93,7 +93,7 @@ def test_what_cannot_be_used_of_a_wheel_is_named_and_leaves_nothing(
     wheel.write_bytes(content)
     with pytest.raises(BuildFailed, match="cannot be unpacked"):
         fetch("pypi:broken==1.0/broken/text.bin")
-    monkeypatch.setattr(wheels, "LARGEST_BYTES", len(TEXT) - 1)
+    monkeypatch.setattr(sources, "LARGEST_BYTES", len(TEXT) - 1)
     with pytest.raises(BadInput, match=f"unpacks to {len(TEXT):,} bytes"):
         fetch(SOURCE)
     assert files_in(tmp_path / "cache") == []
@@ -146,14 +146,13 @@ def test_a_hub_id_comes_back_as_it_is_unless_it_is_local(tmp_path: Path) -> None
 
 
 def test_a_path_that_is_not_there_is_bad_input_and_no_hub_id(tmp_path: Path) -> None:
-    (tmp_path / "summaries.json").write_text("{}")
     for source, message in {
-        "summary.json": "Did you mean summaries.json",
+        "summary.json": "no such file or folder .looked for .*summary.json",
         "a/b/c": "no such file",
         "https://example.org/a.json": "URLs are not fetched",
         "~/no-such-file-here": "no such file",
-        "": "empty",
-        "a\0b": "unreadable",
+        "": "empty, unreadable",
+        "a\0b": "empty, unreadable",
     }.items():
         with pytest.raises(BadInput, match=message):
             fetch(source, base_dir=tmp_path)

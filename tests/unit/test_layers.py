@@ -27,7 +27,7 @@ LAYERS = {
 }  # fmt: skip
 
 # Packages of one layer that may import one another, each arrow where it is truly needed.
-SIBLINGS = {("quantize", "graph")}
+SIBLINGS = {("quantize", "graph"), ("data", "recipe"), ("models", "recipe")}
 
 MODULE_LINES, FUNCTION_LINES, PARAMETERS = 350, 60, 6
 # Ceilings that only go down: the aim is 20,000 lines in 120 modules, 15,000 of tests, 1,600 of benchmarks.

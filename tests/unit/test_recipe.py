@@ -12,13 +12,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import data_folder
 from edgedisp.recipe import Dispersion, Recipe, load, reference, smoke
-from edgedisp.recipe.load import REMOVED
 from edgedisp.recipe.values import LAYER_NAMES, VARIANTS, read_number, read_whole
 
 SMALL = """\
@@ -33,25 +31,6 @@ train:
   tokens: 10k
   lr: 1e-4
 """
-FULL: dict[str, Any] = {
-    "name": "full",
-    "seed": 7,
-    "model": {"base": "org/name", "architecture": "llama", "revision": "main"},
-    "data": {"train": [{"source": "a.txt", "limit": 9}, {"source": "b"}], "heldout": 0.2, "context": 16},
-    "train": {
-        "tokens": 4096,
-        "lr": 1e-3,
-        "dispersion": {"layers": [0, 3], "tokens": "all", "seed": 4},
-        "adapter": {"kind": "qlora", "targets": ["q_proj"]},
-    },
-    "quantize": {"int4": {"head_bits": 4}},
-    "arms": [
-        {"name": "both", "dispersion": {"weight": 2}, "neftune": 5, "embedding_dropout": 0.1},
-        "baseline",
-        "dispersed",
-    ],
-}
-
 Reader = Callable[..., Recipe]
 Refusal = Callable[..., str]
 pytestmark = pytest.mark.filterwarnings("error")
@@ -99,19 +78,12 @@ def test_defaults_are_those_of_the_paper_and_the_contract(read: Reader) -> None:
     assert recipe.quantize.int8.symmetric and not recipe.quantize.int4.symmetric
 
 
-def test_whole_numbers_as_people_write_them() -> None:
-    for written, meant in {
-        "40k": 40_000, "200M": 200_000_000, "1.5B": 1_500_000_000, "4e4": 40_000, "1_000": 1000, "0.5k": 500,
-        "40.0": 40, "+300": 300, "300 k": 300_000, "007_000": 7000,
-    }.items():  # fmt: skip
-        assert read_whole(written) == meant and type(read_whole(written)) is int
-
-
 @given(st.integers(-(10**14), 10**14))
 def test_every_spelling_of_a_whole_number_gives_it_back(number: int) -> None:
     for spelling in (number, str(number), f"{number:_}", f"{number}.0", f"{number * 1000}e-3", f" {number} "):
         assert read_whole(spelling) == number
     assert read_whole(f"{number}k") == read_whole(f"{number}e3") == 1000 * number
+    assert (read_whole("1.5B"), read_whole("+0.5k"), read_whole("300 k")) == (1_500_000_000, 500, 300_000)
 
 
 @given(st.one_of(st.text(max_size=60), st.text(alphabet="0123456789_.eE+-kKMB% ", max_size=50)))
@@ -129,12 +101,15 @@ def test_what_is_no_number_is_refused() -> None:
 
 
 def test_aliases_are_followed_and_a_byte_order_mark_is_ignored(read: Reader) -> None:
-    recipe = read("\ufeff" + SMALL.replace("10k", "&n 10k") + "verify: {tokens: *n}\n")
+    text = "\ufeff" + SMALL.replace("10k", "&n 10k") + "verify: {tokens: *n}\n"
+    text += "arms: [{name: x, dispersion: &d {weight: 2}}, {name: y, neftune: 3, dispersion: *d}]\n"
+    recipe = read(text, "arms.0.dispersion.weight=3")
     assert recipe.verify.tokens == recipe.train.tokens == 10_000
+    assert [arm.dispersion and arm.dispersion.weight for arm in recipe.arms] == [3, 2]
 
 
 def test_an_adapter_resolves_alpha_and_base(read: Reader) -> None:
-    qlora = read(with_line("  adapter: {kind: qlora, rank: 8, alpha: null}")).train.adapter
+    qlora = read(with_line("  adapter: {kind: qlora, rank: 8}")).train.adapter
     lora = read(with_line("  adapter: {kind: lora}")).train.adapter
     assert qlora is not None and lora is not None
     assert (qlora.alpha, qlora.base, lora.alpha, lora.base) == (16, "nf4", 32, None)
@@ -144,40 +119,29 @@ def test_an_adapter_resolves_alpha_and_base(read: Reader) -> None:
 
 
 def test_overrides_reach_every_kind_of_key(read: Reader) -> None:
-    recipe = read(
-        SMALL,
-        "train.tokens=20k",
-        "arms=[baseline]",
-        "train.dispersion=null",
-        "data.train.0.limit=10",
-        "train.adapter.kind=lora",
-        "model.base=pypi:name==1.0/file.gguf",
-        "train.tokens=30k",
-    )
-    assert recipe.train.tokens == 30_000
+    overrides = "train.tokens=20k arms=[baseline] train.dispersion=null data.train.0.limit=10 "
+    overrides += "train.adapter.kind=lora model.base=pypi:name==1.0/file.gguf train.tokens=30k"
+    recipe = read(SMALL, *overrides.split())
+    assert recipe.train.tokens == 30_000 and recipe.data.train[0].limit == 10
     assert [arm.name for arm in recipe.arms] == ["baseline"] and recipe.train.dispersion is None
-    assert recipe.data.train[0].limit == 10
     assert recipe.train.adapter is not None and recipe.train.adapter.rank == 16
     assert recipe.model.base == "pypi:name==1.0/file.gguf"
 
 
 FAULTY_OVERRIDES = """\
 train.tokens=abc | train.tokens: needs a whole number
-train.tokens=1e17 | train.tokens: Input should be less than
 train.tokns=5 | train.tokns: unknown key; did you mean 'tokens'?
-trian.tokens=5 | trian: unknown key; did you mean 'train'?
 train.tokens= | train.tokens: needs a whole number
 train.tokens | needs key=value, such as train.tokens=10k
 train..lr=3 | needs key=value, such as train.tokens=10k
 train.tokens.x=3 | train.tokens.x: '10k' has no keys
 data.train.3.limit=9 | data.train.3.limit: the list has no item '3'
-data.train.0.limt=9 | data.train.0.limt: unknown key; did you mean 'limit'?
 train.adapter.rank=4 | train.adapter.kind: missing
 name=12 | name: Input should be a valid string (found 12); put it in quotes
 train.dispersion=null | train.dispersion: null, but the arm 'dispersed' needs it
 train.lr=[1 | train.lr: not YAML
-train.lr=&a [*a] | train.lr: nested too deeply, or an alias holds itself
-train.lr=!!python/name:os.system | train.lr: the tag !!python/name:os.system is not read
+train.lr=&a [*a] | train.lr: needs a number
+train.lr=!!python/name:os.system | train.lr: not YAML: could not determine a constructor
 """
 
 
@@ -208,47 +172,38 @@ def test_all_faults_are_reported_at_once_in_the_order_of_the_file(refusal: Refus
 # Put on line 11 (indented: inside `train`) | the key reported | what a user acts on
 FAULTS = """\
   batch: 2.5 | train.batch | needs a whole number
-  batch: 200m | train.batch | for millions write 200M
-  batch: 1,000 | train.batch | without commas, as 1_000
-  weight_decay: 0,1 | train.weight_decay | a decimal point, as 0.1
+  batch: 200m | train.batch | such as 40, 40k or 200M
+  batch: 1,000 | train.batch | write it without commas
   batch: 1e30 | train.batch | too large
-  clip: .inf | train.clip | '.inf'
+  clip: .inf | train.clip | needs a number, such as 0.1
   clip: 0 | train.clip | greater than 0
   warmup: 150% | train.warmup | less than 1
-  betas: [0.9] | train.betas.1 | missing
 latency: {pause_s: 1e300} | latency.pause_s | less than or equal to 3600
-latency: {threads: 1000000} | latency.threads | less than or equal to 1024
   adapter: {kind: lora, rank: 1e17} | train.adapter.rank | less than or equal to 8192
-  quantization_aware: 3 | train.quantization_aware | int8, int4, or a mapping
+  quantization_aware: int5 | train.quantization_aware | int8, int4, or a mapping
   dispersion: {layers: lastt} | train.dispersion.layers | did you mean 'last'?
-  dispersion: {layers: [1, 1]} | train.dispersion.layers | listed twice
   dispersion: {tokens: 1} | train.dispersion.tokens | at least 2
   dispersion: on | train.dispersion | needs a mapping with variant, weight, layers
   adapter: {rank: 4} | train.adapter.kind | missing
   distributed: {fsdp: full_shard, wrap: all} | train.distributed.wrap | auto, or a list
-  adapter: {kind: lora, targets: [q, 3]} | train.adapter.targets | module names
   precision: BF16 | train.precision | did you mean 'bf16'?
   gradient_checkpointing: yes | train.gradient_checkpointing | boolean
 arms: [] | arms | at least 1 item
 arms: [{name: a, neftune: 1}, {name: A, neftune: 2}] | arms | 'A' is listed twice
 arms: [{name: x}] | arms.0 | names no technique
 arms: [{name: x, dispersion: {weigth: 3}}] | arms.0.dispersion.weigth | did you mean 'weight'?
-arms: [{name: baseline, neftune: 3}] | arms.0 | a baseline adds nothing
-arms: [{name: neftune, active_forgetting: 3}] | arms.0 | adds neftune alone
+arms: [{name: baseline, neftune: 3}] | arms.0 | 'baseline' adds nothing
 arms: [{name: a/b, neftune: 3}] | arms.0.name | needs 1 to 60 letters
 arms: [{name: Items, neftune: 3}] | arms.0.name | choose another
-arms: [{name: x, active_forgetting: aut}] | arms.0.active_forgetting | did you mean 'auto'?
-arms: [{name: x, active_forgetting: 39}] | arms.0.active_forgetting | needs at most 38
-arms: [dispersed, {name: x, dispersion: {weight: 0.1}}] | arms | 'dispersed' and 'x' train alike
-precisions: [fp32, int2] | precisions.1 | did you mean 'int8'?
+arms: [{name: x, active_forgetting: aut}] | arms.0.active_forgetting | needs a whole number
+arms: [{name: x, active_forgetting: 39}] | arms.0 | drawn anew every 39 steps, but the run has 39
 quantize: {int4: {group: 100}} | quantize.int4.group | 16, 32, 64, 128 or 256
-quantize: {int8: {head_bits: 4}} | quantize.int8.head_bits | should be 8
 evaluate: {tasks: [held_out_cloze]} | evaluate.tasks.0 | did you mean 'heldout_cloze'?
 targets: [laptop] | targets.0 | did you mean 'laptop-x64'?
   weight: 0.2 | train.weight | did you mean 'train.dispersion.weight'?
 "a\\nb\\e[1m": 3 | a\\nb\\x1b[1m | unknown key; the keys are
-seed: !!set {a, b} | seed | the tag !!set is not read
-<<: {seed: 3} | << | merge keys are not read
+seed: !!set {a, b} | seed | needs a whole number
+seed: 4294967295 | seed | less than or equal to 2147483648
 """
 
 
@@ -261,23 +216,16 @@ def test_a_faulty_key_is_reported_with_line_path_and_cure(refusal: Refusal) -> N
 
 # In SMALL | put instead of it (~: a line break) | line and key reported
 FAULTY_PARTS = """\
-context: 64 | context: 4 | 7: data.context
 context: 64 | context: 64~  heldout: 100% | 8: data.heldout
   context: 64~ |  | 4: data.context
     - source: text.txt |     [] | 5: data.train
     - source: text.txt |     source: text.txt | 5: data.train
-- source: text.txt | - text.txt | 6: data.train.0
 - source: text.txt | - text: x | 6: data.train.0.source
 text.txt | text.txt~      sha256: beef | 7: data.train.0.sha256
 org/name | 'org/name ' | 3: model.base
-org/name | "org\\tname" | 3: model.base
-org/name | '' | 3: model.base
 name: small | name: ../up | 1: name
 name: small~ |  | 1: name
 model:~  base: org/name~ | model: org/name~ | 2: model
-  lr: 1e-4~ |   lr: 1e-4~train: {}~ | 8: train
-org/name | pypi:a==1/m~  revision: main | 4: model.revision
-text.txt | pypi:b==1/t~      config: x | 7: data.train.0.config
 10k | 1000~  accumulate: 8 | 9: train.tokens
 """
 
@@ -289,33 +237,25 @@ def test_a_faulty_required_or_repeated_key_too(refusal: Refusal) -> None:
         assert old in SMALL and message.startswith(f"r.yaml:{place}: ") and "\n" not in message, row
 
 
-def test_a_removed_key_is_answered_with_what_replaced_it(refusal: Refusal) -> None:
-    for key, words in REMOVED.items():
-        if key != "quantize.head_group":  # of a device profile
-            assert f"{key}: {words}" in refusal(SMALL, f"{key}=1")
-
-
 # ---------------------------------------------------------------- refusals of combinations
 
 
 COMBINATIONS = """\
   dispersion: null | train.dispersion | null, but the arm 'dispersed' needs it; leave the key out for
   adapter: {kind: lora}~arms: [baseline, active_forgetting] | arms.1 | leaves the embedding frozen
-  batch: 128~arms: [baseline, active_forgetting] | arms.1 | drawn anew every 1, so it never would be
+  batch: 128~arms: [baseline, active_forgetting] | arms.1 | drawn anew every 1 steps, but the run has 1
   compile: true~  quantization_aware: int4~quantize: {int4: {method: gptq}} | train.compile | compiled
   quantization_aware: int8~precisions: [fp32] | train.quantization_aware | not among precisions
   quantization_aware: int4~quantize: {int4: {method: k_quant}} | quantize.int4.method | needs rtn or gptq
   quantization_aware: int4~quantize: {budget: 1MB} | train.quantization_aware | cannot be combined
   quantization_aware: int4~  distributed: {fsdp: full_shard} | train.quantization_aware | needs it whole
   quantization_aware: int4~  adapter: {kind: qlora} | train.quantization_aware | needs kind: lora
-  quantization_aware: int4~  adapter: {kind: lora, dropout: 0.1} | train.quantization_aware | dropout 0.1
+  quantization_aware: int4~  adapter: {kind: lora, dropout: 0.1} | train.quantization_aware | must be 0
   distributed: {fsdp: full_shard}~  adapter: {kind: qlora} | train.distributed | cannot divide a quantized
   distributed: {fsdp: full_shard}~arms: [active_forgetting] | arms.0 | FSDP divides the embedding
-seed: 4294967295~seeds: 2 | seeds | counting up 2 from seed 4294967295 passes 4294967295
   adapter: {kind: lora, merge: dequantized} | train.adapter.merge | kind lora keeps its base in fp32
 quantize: {budget: 100MB, max_perplexity_increase: 3%} | quantize.budget | take one out
 precisions: [fp32]~quantize: {budget: 100MB} | quantize.budget | add int4
-precisions: [fp32]~quantize: {max_perplexity_increase: 3%} | quantize.max_perplexity_increase | add int4
 """
 
 
@@ -324,13 +264,6 @@ def test_combinations_that_cannot_work_are_refused_with_what_would_work(refusal:
         lines, key, words = row.replace("~", "\n").split(" | ")
         message = refusal(with_line(lines))
         assert f": {key}: " in message and words in message and "\n" not in message, row
-
-
-def test_recipes_made_in_python_are_checked_as_well() -> None:
-    assert Recipe.model_validate(FULL).path is None
-    lora = {"tokens": 4096, "lr": 1e-3, "adapter": {"kind": "lora", "base": "nf4"}}
-    with pytest.raises(ValidationError, match="kind lora keeps its base in fp32"):
-        Recipe.model_validate(FULL | {"train": lora})
 
 
 # ---------------------------------------------------------------- refusals of files
@@ -342,9 +275,11 @@ def test_what_is_no_yaml_mapping_is_refused_with_the_place(refusal: Refusal) -> 
         "a:\n\t- b\n": "r.yaml:2:1: not YAML: ",
         "a: *zz\n": "r.yaml:1:4: not YAML: found undefined alias 'zz'",
         "a: 1\n---\nb: 2\n": "r.yaml:2:1: not YAML: ",
-        "a: 1\nb: \x01\n": "r.yaml:2: not YAML: a character that YAML does not allow",
+        "a: 1\nb: \x01\n": "r.yaml: not YAML: unacceptable character #x0001",
+        "a: 1\na: 2\n": 'r.yaml:2:1: not YAML: found duplicate key "a"',
+        "a: !!python/object/apply:os.mkdir [x]\n": "r.yaml:1:4: not YAML: could not determine a constructor",
+        f"a: {'9' * 5000}\n": "r.yaml: not YAML: Exceeds the limit",
         "[" * 5000: "r.yaml: nested too deeply",
-        "a: &a [*a]\n": "r.yaml: nested too deeply, or an alias holds itself",
         "": "r.yaml:1: a recipe is a mapping with name, model, data and train",
         "\n- a\n": "r.yaml:1: a recipe is a mapping",
         "\n".join(f"key{n}: {n}" for n in range(90_000)): "r.yaml: too large",
@@ -352,19 +287,11 @@ def test_what_is_no_yaml_mapping_is_refused_with_the_place(refusal: Refusal) -> 
         assert refusal(text).startswith(start), text[:80]
 
 
-def test_an_override_of_many_parts_and_an_alias_bomb_are_refused_in_one_line(refusal: Refusal) -> None:
+def test_an_override_of_many_parts_and_an_alias_bomb_are_refused_in_short(refusal: Refusal) -> None:
     assert "\n" not in refusal(SMALL, "a." * 600 + "b=1")
     levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
-    assert "more than 1,000 values" in refusal("a0: &a0 [x]\n" + "\n".join(levels))
-
-
-def test_a_tag_builds_nothing(refusal: Refusal, tmp_path: Path) -> None:
-    flag = tmp_path / "ran"
-    text = SMALL.replace("small", f"!!python/object/apply:os.mkdir ['{flag}']")
-    assert refusal(text) == (
-        "r.yaml:1: name: the tag !!python/object/apply:os.mkdir is not read; write the value without it"
-    )
-    assert not flag.exists()
+    bomb = "\n".join(["a0: &a0 [x]", *levels, "name: *a11"])
+    assert len(refusal(SMALL.replace("name: small", bomb))) < 5000
 
 
 def test_a_file_that_is_not_there_or_cannot_be_read(tmp_path: Path) -> None:
@@ -373,8 +300,7 @@ def test_a_file_that_is_not_there_or_cannot_be_read(tmp_path: Path) -> None:
     for name, words in {
         "zzz.yaml": "zzz.yaml: no such file",
         "": "cannot be read: Is a directory",
-        "quickstart.yaml/x": "cannot be read: Not a directory",
-        "latin.yaml": "latin.yaml: 'utf-8' codec can't decode byte 0xe9",
+        "latin.yaml": "latin.yaml: cannot be read: 'utf-8' codec can't decode byte 0xe9",
     }.items():
         with pytest.raises(BadInput) as caught:
             load(tmp_path / name)
@@ -450,19 +376,12 @@ def test_no_text_can_do_more_than_be_refused(
 # ---------------------------------------------------------------- what follows from a recipe
 
 
-@given(tokens=st.integers(1, 10**9), batch=st.integers(1, 64), context=st.integers(8, 4096))
-def test_steps_are_the_whole_steps_that_the_tokens_pay_for(tokens: int, batch: int, context: int) -> None:
-    data = json.loads(json.dumps(FULL))
-    data["train"] |= {"tokens": tokens, "batch": batch, "accumulate": 3}
-    data["data"]["context"] = context
-    per_step = batch * 3 * context
-    if tokens < per_step:
-        with pytest.raises(ValidationError, match=f"{tokens:,}.*{per_step:,}"):
-            Recipe.model_validate(data)
-        return
-    recipe = Recipe.model_validate(data)
-    assert recipe.tokens_per_step == per_step
-    assert recipe.steps * per_step <= tokens < (recipe.steps + 1) * per_step
+def test_steps_are_the_whole_steps_that_the_tokens_pay_for(read: Reader, refusal: Refusal) -> None:
+    recipe = read(SMALL, "train.batch=3", "train.accumulate=5", "train.tokens=10k")
+    assert (recipe.tokens_per_step, recipe.steps) == (3 * 5 * 64, 10_000 // 960)
+    assert "960, or a smaller batch" in refusal(
+        SMALL, "train.batch=3", "train.accumulate=5", "train.tokens=959"
+    )
 
 
 def test_the_hash_changes_with_what_changes_the_weights_and_with_nothing_else(read: Reader) -> None:
@@ -476,29 +395,26 @@ def test_the_hash_changes_with_what_changes_the_weights_and_with_nothing_else(re
         assert read(SMALL, override.replace(":", ": ")).hash8 == before, override
     for override in other.split():
         assert read(SMALL, override).hash8 != before, override
-
-
-def test_the_identity_is_plain_json_and_spelled_out_defaults_are_the_same(read: Reader) -> None:
-    recipe = read(with_line("  adapter: {kind: qlora}"))
-    assert json.loads(json.dumps(recipe.identity())) == recipe.identity()
-    assert re.fullmatch("[0-9a-f]{8}", recipe.hash8)
-    assert read(with_line("  adapter: {kind: qlora, alpha: 32, base: nf4}")).hash8 == recipe.hash8
+    qlora = read(with_line("  adapter: {kind: qlora}"))
+    assert json.loads(json.dumps(qlora.identity())) == qlora.identity()
+    assert read(with_line("  adapter: {kind: qlora, alpha: 32, base: nf4}")).hash8 == qlora.hash8
 
 
 # ---------------------------------------------------------------- arms and seeds
 
 
-def test_an_arms_keys_are_laid_over_the_shared_dispersion(read: Reader) -> None:
+def test_an_arms_keys_are_laid_over_the_shared_dispersion_and_seeds_count_up(read: Reader) -> None:
     text = with_line("  dispersion: {weight: 0.5, layers: last, seed: 40}")
-    runs = read(text, "arms=[dispersed, {name: x, dispersion: {weight: 2, tokens: all}}]", "seeds=2").arm_runs
-    rows = [(run.name, run.seed, run.dispersion) for run in runs]
-    assert [(name, seed) for name, seed, _ in rows] == [
-        ("dispersed", 0), ("x", 0), ("dispersed-seed1", 1), ("x-seed1", 1),
+    arms = "arms=[dispersed, {name: x, dispersion: {weight: 2, tokens: all}}]"
+    runs = read(text, arms, "seeds=2", "seed=7").arm_runs
+    assert [
+        (run.name, run.replica, run.seed, d.weight, d.tokens, d.layers, d.seed)
+        for run in runs
+        if (d := run.dispersion)
+    ] == [
+        ("dispersed", 0, 7, 0.5, 64, "last", 40), ("x", 0, 7, 2.0, "all", "last", 40),
+        ("dispersed-seed8", 1, 8, 0.5, 64, "last", 41), ("x-seed8", 1, 8, 2.0, "all", "last", 41),
     ]  # fmt: skip
-    laid = [(d.weight, d.tokens, d.layers, d.seed) for *_, d in rows if d]
-    assert laid[:2] == [(0.5, read(text).train.dispersion.tokens, "last", 40), (2.0, "all", "last", 40)]  # type: ignore[union-attr]
-    assert [part[:3] for part in laid[2:]] == [part[:3] for part in laid[:2]]
-    assert [part[3] for part in laid[2:]] == [41, 41]
 
 
 def test_a_technique_arm_has_dispersion_off_unless_it_asks(read: Reader) -> None:
@@ -507,22 +423,6 @@ def test_a_technique_arm_has_dispersion_off_unless_it_asks(read: Reader) -> None
     assert adds["baseline"] == {} and adds["neftune"] == {"neftune": 5.0}
     assert adds["embedding_dropout"] == {"embedding_dropout": 0.1}
     assert adds["both"]["neftune"] == 10 and adds["both"]["dispersion"]["weight"] == 0.1
-
-
-def test_seeds_count_up_from_the_recipes_seed(read: Reader) -> None:
-    runs = read(SMALL, "seeds=3", "seed=7").arm_runs
-    assert [(run.name, run.replica, run.seed) for run in runs] == [
-        ("baseline", 0, 7), ("dispersed", 0, 7), ("baseline-seed8", 1, 8), ("dispersed-seed8", 1, 8),
-        ("baseline-seed9", 2, 9), ("dispersed-seed9", 2, 9),
-    ]  # fmt: skip
-
-
-def test_arms_are_written_back_as_short_as_they_were(read: Reader) -> None:
-    arms = "{name: x, dispersion: {weight: 2.0}, neftune: 1.0}, {name: neftune, neftune: 5}"
-    dumped = read(SMALL, f"arms=[baseline, dispersed, {arms}]").model_dump()["arms"]
-    assert list(dumped) == [
-        "baseline", "dispersed", {"name": "x", "dispersion": {"weight": 2.0}, "neftune": 1.0}, "neftune",
-    ]  # fmt: skip
 
 
 def test_smoke_has_the_same_arms_and_two_seeds(read: Reader) -> None:
@@ -538,11 +438,7 @@ def test_smoke_has_the_same_arms_and_two_seeds(read: Reader) -> None:
 
 
 def test_smoke_without_an_architecture_says_what_to_add(refusal: Refusal) -> None:
-    message = refusal(SMALL, smoke=True)
-    assert (
-        message.startswith("r.yaml:2: model.architecture: missing; --smoke builds a tiny twin")
-        and "llama" in message
-    )
+    assert refusal(SMALL, smoke=True).startswith("r.yaml:2: model.architecture: missing; --smoke builds a")
 
 
 def test_smoke_cuts_what_costs_time_and_leaves_what_is_tried(read: Reader) -> None:
@@ -564,19 +460,12 @@ def test_smoke_cuts_what_costs_time_and_leaves_what_is_tried(read: Reader) -> No
     assert smoke(small) == small
 
 
-def test_smoke_scores_local_tasks_and_a_long_name_fits(read: Reader) -> None:
-    text = SMALL.replace("small", "s" * 100).replace("org/name", "b\n  architecture: gpt2")
-    small = read(text + "evaluate: {tasks: [mine], tasks_path: tasks}\n", smoke=True)
-    assert small.evaluate.tasks == ("mine",) and len(small.name) == 100
-
-
-def test_a_size_has_a_unit_or_is_large(read: Reader, refusal: Refusal) -> None:
-    sizes = ("100MB", "0.1GB", "100_000kB", "100000000", "'100 MB'")
-    assert {read(SMALL + f"quantize: {{budget: {size}}}\n").quantize.budget for size in sizes} == {10**8}
+def test_a_size_has_a_unit(read: Reader, refusal: Refusal) -> None:
+    for size in ("100MB", "0.1GB", "100000000", "'100 MB'"):
+        assert read(SMALL + f"quantize: {{budget: {size}}}\n").quantize.budget == 10**8
     assert read(SMALL + "quantize: {budget: 95MiB}\n").quantize.budget == 95 * 2**20
-    for size in ("100Mb", "100", "100k", "MB", "1e20MB"):
-        message = refusal(SMALL + f"quantize: {{budget: {size}}}\n")
-        assert "quantize.budget: needs a size such as 100MB" in message
+    for size in ("MB", "1e20MB", "-1MB", "0"):
+        assert "r.yaml:11: quantize.budget: " in refusal(SMALL + f"quantize: {{budget: {size}}}\n")
 
 
 # ---------------------------------------------------------------- the reference, and what an import costs
