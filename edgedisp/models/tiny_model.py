@@ -62,7 +62,7 @@ def tiny_model(
             if not is_causal_family(architecture):
                 raise ValueError("not a family of causal language models that transformers knows")
             tokenizer = _tokenizer(texts, vocab_size, context, architecture)
-            return _random_model(_config(architecture, context, len(tokenizer)), seed), tokenizer
+            return _random_model(architecture, context, len(tokenizer), seed), tokenizer
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as problem:
             reason = one_line(problem).partition(". ")[0].rstrip(".")
             raise BadInput(
@@ -71,18 +71,13 @@ def tiny_model(
             ) from problem
 
 
-def _config(architecture: str, context: int, tokens: int) -> Any:
-    from transformers import AutoConfig
+def _random_model(architecture: str, context: int, tokens: int, seed: int) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     positions = "n_positions" if architecture == "gpt2" else "max_position_embeddings"
-    options = SIZES.get(architecture, COMMON) | {positions: context}
+    options = SIZES.get(architecture, COMMON) | {positions: context, "vocab_size": -(-tokens // 16) * 16}
     options |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
-    return AutoConfig.for_model(architecture, **options, vocab_size=-(-tokens // 16) * 16)
-
-
-def _random_model(config: Any, seed: int) -> Any:
-    from transformers import AutoModelForCausalLM
-
+    config = AutoConfig.for_model(architecture, **options)
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):  # shapes only: a family that ignored our sizes may be huge
             count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())

@@ -9,6 +9,7 @@ seed: its graph is the same as the others', and it ships.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,8 @@ from edgedisp.core.progress import Screen
 from edgedisp.core.results import BASELINE
 from edgedisp.core.stage_folder import open_run
 from edgedisp.data import local_path
-from edgedisp.pipeline.options import (
-    TASKS_PATH,
-    BaseOptions,
-    BundleRounding,
-    CorpusOptions,
-    ItemsOptions,
-    LatencyOptions,
-    Logging,
-    MeasureOptions,
-    MergeOptions,
-    PackageOptions,
-    ParityOptions,
-    QuantizeOptions,
-    SearchOptions,
-    TrainOptions,
-)
+from edgedisp.pipeline import options
+from edgedisp.pipeline.options import TASKS_PATH, BundleRounding
 from edgedisp.pipeline.stage import Passed, Stage, walk
 from edgedisp.recipe import BITS, Adapter, ArmRun, Recipe, Train, load_target
 
@@ -77,10 +64,8 @@ def stages(recipe: Recipe, threads: int) -> list[Stage]:
     plan += [delta_survival(recipe, name, precision) for name in first for precision in quantized]
     plan += measurements(recipe, threads)
     bundles = [f"{arm.name}/{precision}" for precision in recipe.precisions for arm in recipe.arms]
-    timing = LatencyOptions(
-        recipe.latency, recipe.seed, threads
-    )  # the keywords are the labels of the bundles
-    plan.append(Stage("latency", f"{HERE}.measure:latency", timing, {name: name for name in bundles}))
+    timing, labels = options.LatencyOptions(recipe.latency, recipe.seed, threads), dict(zip(bundles, bundles))
+    plan.append(Stage("latency", f"{HERE}.measure:latency", timing, labels))
     plan += [package(recipe, name, target, threads) for name in first for target in recipe.targets]
     return plan
 
@@ -99,18 +84,18 @@ def deciding_arm(recipe: Recipe) -> str:
 
 def base(recipe: Recipe) -> Stage:
     """The weights that every training starts from; a smoke run's tokenizer is made from the text."""
-    options = BaseOptions(recipe.model, recipe.data.context)
-    files = _local([recipe.model.base], recipe) if not recipe.is_smoke else _texts(recipe)
-    if recipe.is_smoke:
-        options = BaseOptions(recipe.model, recipe.data.context, recipe.data, recipe.seed)
-    return Stage("base", f"{HERE}.prepare:base", options, files=files)
+    read = options.BaseOptions(recipe.model, recipe.data.context)
+    if not recipe.is_smoke:
+        return Stage("base", f"{HERE}.prepare:base", read, files=_local([recipe.model.base], recipe))
+    read = replace(read, smoke_text=recipe.data, seed=recipe.seed)
+    return Stage("base", f"{HERE}.prepare:base", read, files=_texts(recipe))
 
 
 def corpus(recipe: Recipe) -> Stage:
     """The tokens file that every training reads; one of fewer steps reads its beginning."""
     blocks = recipe.steps * recipe.train.batch * recipe.train.accumulate
-    options = CorpusOptions(recipe.data, recipe.seed, blocks, recipe.is_smoke)
-    return Stage("corpus", f"{HERE}.prepare:corpus", options, {"base": "base"}, _texts(recipe))
+    read = options.CorpusOptions(recipe.data, recipe.seed, blocks, recipe.is_smoke)
+    return Stage("corpus", f"{HERE}.prepare:corpus", read, {"base": "base"}, _texts(recipe))
 
 
 def _texts(recipe: Recipe) -> dict[str, Path]:
@@ -128,10 +113,10 @@ def items(recipe: Recipe) -> Stage:
     return Stage("items", f"{HERE}.prepare:items", _items_options(recipe), START, _tasks(recipe))
 
 
-def _items_options(recipe: Recipe) -> ItemsOptions:
+def _items_options(recipe: Recipe) -> options.ItemsOptions:
     """What the questions depend on, without what only their scoring does."""
     evaluate = recipe.evaluate.model_copy(update={"bootstrap": 0, "divergence_tokens": 0})
-    return ItemsOptions(evaluate, recipe.data.context, recipe.seed)
+    return options.ItemsOptions(evaluate, recipe.data.context, recipe.seed)
 
 
 def _tasks(recipe: Recipe) -> dict[str, Path]:
@@ -154,7 +139,7 @@ def training(recipe: Recipe, run: ArmRun) -> Stage:
     train = as_computed(recipe.train)
     if missing := " ".join(name for name in train.report_to if find_spec(name) is None):
         raise BadInput(f"train.report_to: {missing} is not installed: pip install {missing}, or leave it out")
-    logging = Logging(train.report_to, train.checkpoint_every, train.watch_every)
+    logging = options.Logging(train.report_to, train.checkpoint_every, train.watch_every)
     unread: dict[str, Any] = {"report_to": (), "checkpoint_every": None, "watch_every": None}
     unread["dispersion"] = None
     if train.adapter is not None:  # `merge` decides what is done with the trained adapter
@@ -165,7 +150,7 @@ def training(recipe: Recipe, run: ArmRun) -> Stage:
     return Stage(
         f"{run.name}/{'model' if train.adapter is None else 'adapter'}",
         f"{HERE}.training:train",
-        TrainOptions(train.model_copy(update=unread), recipe.steps, run, rounding, logging),
+        options.TrainOptions(train.model_copy(update=unread), recipe.steps, run, rounding, logging),
         START,
         resumable=True,
         every_process=True,
@@ -190,8 +175,8 @@ def merge(recipe: Recipe, adapter: Adapter, arm: str) -> Stage:
     decider = deciding_arm(recipe)
     if adapter.kind == "qlora" and adapter.merge == "auto" and arm != decider:
         inputs["decider"] = f"{decider}/model"
-    options = MergeOptions(adapter, recipe.quantize.int4, "int4" in recipe.precisions, recipe.seed)
-    return Stage(f"{arm}/model", f"{HERE}.adapters:merge", options, inputs)
+    read = options.MergeOptions(adapter, recipe.quantize.int4, "int4" in recipe.precisions, recipe.seed)
+    return Stage(f"{arm}/model", f"{HERE}.adapters:merge", read, inputs)
 
 
 def quantize(recipe: Recipe, arm: str, precision: str) -> Stage:
@@ -202,12 +187,12 @@ def quantize(recipe: Recipe, arm: str, precision: str) -> Stage:
         rounding = bundle_rounding(recipe, precision)
         if rounding.section.method == "gptq":  # calibrated on the training text
             inputs |= training_text
-        options = QuantizeOptions(rounding, _trains_under(recipe, precision))
-        return Stage(name, f"{HERE}.bundles:quantize", options, inputs)
+        read = options.QuantizeOptions(rounding, _trains_under(recipe, precision))
+        return Stage(name, f"{HERE}.bundles:quantize", read, inputs)
     # Of int4's options a search reads these; grids and bits are what it searches.
-    read = {"accuracy_level"} | ({"method", "calibration_tokens"} if section.int4.method == "gptq" else set())
-    int4 = type(section.int4)(**section.int4.model_dump(include=read))
-    search = SearchOptions(int4, section.budget, section.max_perplexity_increase)
+    keys = {"accuracy_level"} | ({"method", "calibration_tokens"} if section.int4.method == "gptq" else set())
+    int4 = type(section.int4)(**section.int4.model_dump(include=keys))
+    search = options.SearchOptions(int4, section.budget, section.max_perplexity_increase)
     inputs |= training_text | ({} if arm == decider else {"decider": f"{decider}/int4"})
     return Stage(name, f"{HERE}.bundles:quantize_searched", search, inputs)
 
@@ -228,9 +213,9 @@ def package(recipe: Recipe, arm: str, target: str, threads: int) -> Stage:
     run = next(run for run in recipe.arm_runs if run.name == arm)
     origin = {"recipe": {"name": recipe.name, "hash8": recipe.hash8}, "arm": run.arm, "seed": run.seed}
     origin["smoke"] = recipe.is_smoke
-    options = PackageOptions(profile.model_copy(update=unread), profile.threads or threads, origin)
+    read = options.PackageOptions(profile.model_copy(update=unread), profile.threads or threads, origin)
     inputs = START | {"bundle": f"{arm}/{profile.precision}", "model": f"{arm}/model"}
-    return Stage(f"{arm}/{target}", f"{HERE}.bundles:package", options, inputs)
+    return Stage(f"{arm}/{target}", f"{HERE}.bundles:package", read, inputs)
 
 
 def measurements(recipe: Recipe, threads: int) -> list[Stage]:
@@ -254,21 +239,13 @@ def measure(recipe: Recipe, run: ArmRun, precision: str, threads: int, *, noise:
     else:
         inputs["bundle"] = f"{arm}/{precision}"
         trained_under = bundle_rounding(recipe, precision) if _trains_under(recipe, precision) else None
-        parity = ParityOptions(recipe.verify.tokens, recipe.verify.limits(precision), trained_under)
+        parity = options.ParityOptions(recipe.verify.tokens, recipe.verify.limits(precision), trained_under)
         if is_first:
             inputs["reference"] = f"{arm}/measure-{TORCH}"
             if precision != "fp32":
                 inputs["parent"] = f"{arm}/fp32"
             if reference is not None:
                 inputs["baseline"] = f"{reference}/{precision}"
-    evaluate = recipe.evaluate
-    options = MeasureOptions(
-        _items_options(recipe),
-        threads,
-        evaluate.bootstrap,
-        evaluate.divergence_tokens,
-        hidden_states=is_first,
-        noise=noise,
-        parity=parity,
-    )
-    return Stage(f"{arm}/measure-{precision}", f"{HERE}.measure:measure", options, inputs, _tasks(recipe))
+    counts = recipe.evaluate.bootstrap, recipe.evaluate.divergence_tokens
+    read = options.MeasureOptions(_items_options(recipe), threads, *counts, is_first, noise, parity)
+    return Stage(f"{arm}/measure-{precision}", f"{HERE}.measure:measure", read, inputs, _tasks(recipe))

@@ -8,17 +8,16 @@ by its path. `edgedisp export` quantizes as it says; a build ships what it measu
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Le, MinLen
-from pydantic import ValidationInfo, model_validator
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import data_folder
 from edgedisp.recipe import values
 from edgedisp.recipe.load import read_yaml
 from edgedisp.recipe.schema import Grid
-from edgedisp.recipe.values import WHOLE, Key, Section, Text, Unique, check_rules, choice, target_names
+from edgedisp.recipe.values import WHOLE, Section, Text, Unique, choice, target_names
 
 Layout = Literal["onnxruntime-genai", "transformers.js", "optimum"]
 
@@ -57,18 +56,6 @@ class Target(Section):
     sources: tuple[Text, ...] = ()
     """where the figures in the notes come from"""
 
-    @model_validator(mode="after")
-    def _check_rules(self, info: ValidationInfo) -> Self:
-        problems: list[tuple[Key, str]] = []
-        if self.name != (info.context or self.name):
-            problems.append((("name",), f"'{self.name}', but the file is called {info.context}"))
-        if self.precision == "fp32" and "quantize" in self.model_fields_set:
-            problems.append((("quantize",), "precision fp32 stores no weight on a grid; take it out"))
-        if self.precision == "int8" and self.quantize.head_bits < 8:
-            problems.append((("quantize", "head_bits"), "int8 weights need a head of 8 bits"))
-        check_rules("Target", problems)
-        return self
-
 
 def load_target(name: str) -> Target:
     """The profile `name`, or that of a file `x.yaml`. Raises BadInput with every problem, one a line."""
@@ -80,4 +67,4 @@ def load_target(name: str) -> Target:
             raise BadInput(f"target '{name}': no such device profile; {problem}") from None
         path = data_folder("export") / "targets" / f"{name}.yaml"
     document = read_yaml(path, "a device profile", "name, description, architecture and context")
-    return document.validate(Target, context=path.stem)
+    return document.validate(Target)

@@ -128,10 +128,10 @@ class Document:
         for length in range(1, len(key) + 1):  # a section that was absent is there now
             self.places.setdefault(key[:length], (math.inf, place))
 
-    def validate(self, model: type[_Model], context: object = None) -> _Model:
+    def validate(self, model: type[_Model]) -> _Model:
         """The data as a `model`. Raises BadInput with all problems in the order of the file."""
         try:
-            return model.model_validate(self.data, context=context)
+            return model.model_validate(self.data)
         except ValidationError as invalid:
             errors = invalid.errors(include_url=False)
         problems = [

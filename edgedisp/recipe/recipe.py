@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 from annotated_types import Ge, Le, MinLen
-from pydantic import AfterValidator, PrivateAttr, model_validator
+from pydantic import AfterValidator, PrivateAttr, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 from ruamel.yaml import YAML
 
 from edgedisp.core.errors import BadInput
@@ -20,7 +21,7 @@ from edgedisp.recipe import values
 from edgedisp.recipe.arms import PLAIN_ARMS, Arm, ArmRun
 from edgedisp.recipe.schema import Data, Evaluate, Latency, Model, Quantize, Verify
 from edgedisp.recipe.train_schema import Train
-from edgedisp.recipe.values import HELDOUT_TASKS, WHOLE, Key, Section, Unique, accepts, check_rules, unique
+from edgedisp.recipe.values import HELDOUT_TASKS, WHOLE, Key, Section, Unique, accepts, unique
 
 ONLOOKERS = ("watch_every", "report_to", "checkpoint_every")
 """Keys of `train` that change no weight: with another value, a finished training stays valid."""
@@ -75,7 +76,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
-        check_rules("Recipe", chain(_training(self), _arms(self), _quantization(self)))
+        errors = [
+            InitErrorDetails(
+                type=PydanticCustomError("rule", "{words}", {"words": words}), loc=key, input=None
+            )
+            for key, words in chain(_training(self), _arms(self), _quantization(self))
+        ]
+        if errors:
+            raise ValidationError.from_exception_data("Recipe", errors)
         return self
 
     @property

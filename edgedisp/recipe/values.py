@@ -21,10 +21,8 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Strict,
-    ValidationError,
     WithJsonSchema,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from edgedisp.core.files import data_folder
 
@@ -48,16 +46,6 @@ class Section(BaseModel):
     """A part of a recipe: frozen, without unknown keys. The text under a key goes to docs/recipe.md."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-def check_rules(title: str, problems: Iterable[tuple[Key, str]]) -> None:
-    """Raise all problems, each with the key it is reported at, as one ValidationError. For validators."""
-    errors = [
-        InitErrorDetails(type=PydanticCustomError("rule", "{words}", {"words": words}), loc=key, input=None)
-        for key, words in problems
-    ]
-    if errors:
-        raise ValidationError.from_exception_data(title, errors)
 
 
 # ---------------------------------------------------------------- numbers
