@@ -139,9 +139,7 @@ def training(recipe: Recipe, run: ArmRun) -> Stage:
     train = as_computed(recipe.train)
     if missing := " ".join(name for name in train.report_to if find_spec(name) is None):
         raise BadInput(f"train.report_to: {missing} is not installed: pip install {missing}, or leave it out")
-    logging = options.Logging(train.report_to, train.checkpoint_every, train.watch_every)
-    unread: dict[str, Any] = {"report_to": (), "checkpoint_every": None, "watch_every": None}
-    unread["dispersion"] = None
+    unread: dict[str, Any] = {"dispersion": None}
     if train.adapter is not None:  # `merge` decides what is done with the trained adapter
         unread["adapter"] = train.adapter.model_copy(update={"merge": "auto"})
     rounding = None
@@ -150,7 +148,7 @@ def training(recipe: Recipe, run: ArmRun) -> Stage:
     return Stage(
         f"{run.name}/{'model' if train.adapter is None else 'adapter'}",
         f"{HERE}.training:train",
-        options.TrainOptions(train.model_copy(update=unread), recipe.steps, run, rounding, logging),
+        options.TrainOptions(train.model_copy(update=unread), recipe.steps, run, rounding),
         START,
         resumable=True,
         every_process=True,

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgedisp.pipeline.stage import UNHASHED
 from edgedisp.recipe import Adapter, ArmRun, Data, Evaluate, Latency, Model, QuantizeBits, Target, Train
 
 ITEMS = "items.json"  # in the folders of the stages `items` and `measure`
@@ -53,23 +52,13 @@ class ItemsOptions:
 
 
 @dataclass(frozen=True)
-class Logging:
-    """What looks at a training and changes no weight. checkpoint_every, watch_every: steps; None: auto."""
-
-    report_to: tuple[str, ...] = ()
-    checkpoint_every: int | None = None
-    watch_every: int | None = None
-
-
-@dataclass(frozen=True)
 class TrainOptions:
-    """train: without what only looks on and the arms' techniques. rounding: that of quantization_aware."""
+    """train: without the arms' techniques. rounding: that of quantization_aware."""
 
     train: Train
     steps: int
     arm: ArmRun
     rounding: BundleRounding | None = None
-    logging: Logging = field(default=Logging(), metadata=UNHASHED)
 
 
 @dataclass(frozen=True)

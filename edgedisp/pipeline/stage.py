@@ -29,9 +29,6 @@ REVISION = 3
 HASHES = "file_hashes.json"
 """In the run folder: SHA-256 of local files, remembered by size, modification time and inode."""
 
-UNHASHED = {"hashed": False}
-"""Metadata of a field of options that changes no result, such as how often training is logged."""
-
 POLL_S = 0.2
 
 
@@ -69,14 +66,14 @@ class Stage:
 
 
 def plain(options: Any) -> Any:
-    """Options (dataclasses, also within one another; pydantic models) as plain JSON values, without their
-    unhashed fields."""
+    """Options (dataclasses, also within one another; pydantic models) as JSON values, without the keys that a
+    model names in `unhashed`: they change no result."""
     from pydantic import TypeAdapter
 
-    if not is_dataclass(options):
-        return TypeAdapter(Any).dump_python(options, mode="json")
-    hashed = (part.name for part in fields(options) if part.metadata.get("hashed", True))
-    return {name: plain(getattr(options, name)) for name in hashed}
+    if is_dataclass(options):
+        return {part.name: plain(getattr(options, part.name)) for part in fields(options)}
+    unhashed = getattr(options, "unhashed", None)
+    return TypeAdapter(Any).dump_python(options, mode="json", exclude=unhashed)
 
 
 def results_of(folder: Path) -> dict[str, Any]:

@@ -55,9 +55,7 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
     An adapter is left as a plain PEFT folder; `adapters.merge` makes a model of it. Logs for others
     (`train.report_to`) are left in `logs`. Of several processes each takes its share; the first writes.
     """
-    arm, logging, base, corpus = options.arm, options.logging, inputs["base"], inputs["corpus"]
-    changes = {"report_to": logging.report_to, "checkpoint_every": logging.checkpoint_every}
-    section = options.train.model_copy(update=changes)
+    arm, section, base, corpus = options.arm, options.train, inputs["base"], inputs["corpus"]
     tokens = np.load(corpus / "tokens.npy", mmap_mode="r", allow_pickle=False)
     packing = json.loads((corpus / PACKING).read_text(encoding="utf-8"))
     model = adapters.model_to_train(section.adapter, base, arm.seed)
@@ -72,7 +70,7 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
         dispersion=None if arm.dispersion is None else dispersion_config(arm.dispersion, arm.seed),
         callbacks=callbacks,
         end_of_text=packing["end_of_text"] if packing["isolate_documents"] else None,
-        watch=_watch(logging.watch_every, options.steps, corpus),
+        watch=_watch(section.watch_every, options.steps, corpus),
         log_dir=output_dir / "logs" if section.report_to else None,
         run_name=f"{output_dir.parent.parent.name}/{output_dir.parent.name}",
     )

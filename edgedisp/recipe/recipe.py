@@ -23,9 +23,6 @@ from edgedisp.recipe.schema import Data, Evaluate, Latency, Model, Quantize, Ver
 from edgedisp.recipe.train_schema import Train
 from edgedisp.recipe.values import HELDOUT_TASKS, WHOLE, Key, Section, Unique, accepts, unique
 
-ONLOOKERS = ("watch_every", "report_to", "checkpoint_every")
-"""Keys of `train` that change no weight: with another value, a finished training stays valid."""
-
 Problems = Iterator[tuple[Key, str]]
 
 
@@ -119,11 +116,9 @@ class Recipe(Section):
         return tuple(arm.run(shared, self.seed, replica, steps) for replica in replicas for arm in self.arms)
 
     def identity(self) -> dict[str, Any]:
-        """What names the run: model, data, seed and train, without ONLOOKERS, as JSON-able values."""
-        identity = self.model_dump(mode="json", include={"model", "data", "seed", "train"})
-        for key in ONLOOKERS:
-            del identity["train"][key]
-        return identity
+        """What names the run: model, data, seed and train, without what changes no weight, as JSON."""
+        read = {"model", "data", "seed", "train"}
+        return self.model_dump(mode="json", include=read, exclude={"train": Train.unhashed})
 
     @property
     def hash8(self) -> str:

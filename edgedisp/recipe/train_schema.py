@@ -7,7 +7,7 @@ and not 256: nearly the same gradient for a sixteenth of the products (benchmark
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Le
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -106,6 +106,9 @@ class QuantizationAware(Section):
 
 class Train(Section):
     """How every arm is trained. The arms differ in what they add to it and in nothing else."""
+
+    unhashed: ClassVar[frozenset[str]] = frozenset({"watch_every", "report_to", "checkpoint_every"})
+    """Keys that change no weight: with another value, a finished training stays valid."""
 
     tokens: values.Tokens
     """training tokens of one arm, rounded down to whole steps"""

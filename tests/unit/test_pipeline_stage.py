@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import Screen
 from edgedisp.core.stage_folder import Record
-from edgedisp.pipeline.stage import UNHASHED, Inputs, Stage, plain, state, walk
+from edgedisp.pipeline.stage import Inputs, Stage, plain, state, walk
 
 HERE = __name__
 
@@ -22,7 +22,6 @@ HERE = __name__
 class Options:
     number: int = 1
     words: tuple[str, ...] = ("a", "b")
-    interval: int = field(default=10, metadata=UNHASHED)
 
 
 def write(options: Options, inputs: Inputs, output_dir: Path, progress: Any) -> Any:
@@ -32,11 +31,6 @@ def write(options: Options, inputs: Inputs, output_dir: Path, progress: Any) -> 
     text += [path.read_text() for path in inputs.files.values()]
     (output_dir / "out.txt").write_text("\n".join(text))
     return {"number": options.number}
-
-
-@dataclass(frozen=True)
-class Outer:
-    inner: Options
 
 
 class Seen(Screen):
@@ -123,11 +117,6 @@ def test_a_local_folder_is_read_by_the_names_and_contents_of_its_files(tmp_path:
     second = FileHashes(tmp_path).of(folder)
     (folder / "b.yaml").write_text("2")
     assert len({first, second, FileHashes(tmp_path).of(folder)}) == 3
-
-
-def test_an_option_that_is_not_hashed_is_left_out_of_options_within_options_too() -> None:
-    assert plain(Outer(Options(interval=1))) == plain(Outer(Options(interval=2)))
-    assert plain(Outer(Options(number=1))) != plain(Outer(Options(number=2)))
 
 
 @pytest.mark.parametrize("stage", ["base", "a/model"])
