@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from edgedisp.core.stage_folder import Record
 
@@ -53,7 +54,11 @@ class Screen:
         self._is_live = sys.stderr.isatty()
         self._last_line = time.monotonic()
         self._unchanged: list[str] = []
-        columns = ["{task.description}", progress.BarColumn(bar_width=24), progress.MofNCompleteColumn()]
+        columns: list[Any] = [
+            "{task.description}",
+            progress.BarColumn(bar_width=24),
+            progress.MofNCompleteColumn(),
+        ]
         columns += [
             progress.TimeElapsedColumn(),
             "left",

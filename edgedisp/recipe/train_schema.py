@@ -107,7 +107,7 @@ class QuantizationAware(Section):
 class Train(Section):
     """How every arm is trained. The arms differ in what they add to it and in nothing else."""
 
-    unhashed: ClassVar[frozenset[str]] = frozenset({"watch_every", "report_to", "checkpoint_every"})
+    unhashed: ClassVar[set[str]] = {"watch_every", "report_to", "checkpoint_every"}
     """Keys that change no weight: with another value, a finished training stays valid."""
 
     tokens: values.Tokens

@@ -85,7 +85,7 @@ def test_what_cannot_be_used_of_a_wheel_is_named_and_leaves_nothing(
         fetch(SOURCE, sha256=sha256(b"else"))
     assert all(part in str(problem.value) for part in (SOURCE, sha256(b"else"), sha256(TEXT)))
     for member in ("text.json", "tiny_text/data/tex.json", "tiny_text/data/"):
-        with pytest.raises(BadInput, match=f"no file '{member}'.*Nearest: tiny_text/data/text.json"):
+        with pytest.raises(BadInput, match=f"no file '{member}'.*Nearest: .*tiny_text/data/text.json"):
             fetch(f"pypi:tiny-text==1.0/{member}")
     wheel = make_wheel(index, "broken", "1.0", {"broken/text.bin": bytes(range(256)) * 400})
     content = bytearray(wheel.read_bytes())
