@@ -67,7 +67,7 @@ def test_two_processes_make_one_run(text_file: Path, tiny_folder: dict[str, Path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("batch: 4", "bach: 4"), "tiny.yaml:7: train.bach: unknown key; did you mean 'batch'?"),
+        (("batch: 4", "bach: 4"), "tiny.yaml:8: train.bach: unknown key; did you mean 'batch'?"),
         (("batch: 4", "batch: 5"), "2 processes cannot share a step of train.batch 5 x train.accumulate 1"),
         (("lr: 1e-3", "lr: 1e-3, distributed: {fsdp: full_shard}"), "train.distributed: FSDP needs GPUs"),
     ],
