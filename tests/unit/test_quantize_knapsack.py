@@ -33,6 +33,5 @@ def test_the_least_loss_of_all_combinations_wins(table: tuple[np.ndarray, np.nda
     for limit, value in enumerate(least):
         assert value == min((loss for cost, loss in combinations if cost <= limit), default=np.inf)
     if np.isfinite(least[budget]):
-        chosen = picks_at(costs, picks, budget)
-        rows = range(len(costs)), list(chosen)
-        assert costs[rows].sum() <= budget and losses[rows].sum() == least[budget]
+        cells = range(len(costs)), list(picks_at(costs, picks, budget))
+        assert costs[cells].sum() <= budget and losses[cells].sum() == least[budget]
