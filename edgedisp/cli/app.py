@@ -5,6 +5,7 @@ Each command imports what it needs when it runs, so that help answers at once.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,6 +84,11 @@ def load_recipe(recipe: str, overrides: list[str] | None, smoke: bool) -> Any:
             raise BadInput(f"{recipe}: no such file, and no packaged recipe of that name (there are {names})")
         path = packaged[name]
     return load(path, overrides or (), smoke)
+
+
+def show(document: Any, text: str, as_json: bool) -> None:
+    """Print a command's result as one line of JSON, or for a reader."""
+    typer.echo(json.dumps(document, ensure_ascii=False) if as_json else text)
 
 
 def width() -> int:

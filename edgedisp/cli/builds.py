@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +19,7 @@ from edgedisp.cli.app import (
     TextOption,
     app,
     load_recipe,
+    show,
     width,
 )
 from edgedisp.core.distributed import get_world_size, is_main_process
@@ -28,7 +28,7 @@ from edgedisp.core.files import data_folder
 from edgedisp.core.progress import Screen
 from edgedisp.core.run import Run
 
-WeightsOption = Annotated[str, Option(metavar="W,...", help="Weights to try, with all layers and variants.")]
+WEIGHTS = "0.03,0.1,0.3,1,3"
 SubjectsArgument = Annotated[
     list[Path],
     Argument(metavar="RUN...", help="Run folders or report.json files; or two models or bundles."),
@@ -68,25 +68,20 @@ def build(
         from edgedisp.commands.run_report import publish
 
         results = publish(loaded, passed, run)
-    _show(results, run, as_json)
-
-
-def _show(results: Run, folder: Path, as_json: bool, markdown: bool = False) -> None:
-    """Print a run. BuildFailed where a task could not be scored: all else is done, and shown."""
     from edgedisp import report
     from edgedisp.core.files import to_json
 
-    verdict, table, page = report.verdict(results), report.table(results), folder / "report.html"
-    if as_json:
-        verdict_json = {**to_json(verdict), "sentence": verdict.sentence}
-        document = {"run": str(folder), "report": str(page), "verdict": verdict_json}
-        typer.echo(json.dumps(document, ensure_ascii=False))
-    elif markdown:
-        typer.echo(f"{report.table_markdown(table)}\n{verdict.sentence}")
-    else:
-        blocks = [report.table_text(table, width()), report.search_text(results)]
-        blocks += [report.arms_text(results, width()), verdict.sentence, f"report: {page}"]
-        typer.echo("\n\n".join(block for block in blocks if block))
+    verdict, page = report.verdict(results), run / "report.html"
+    verdict_json = {**to_json(verdict), "sentence": verdict.sentence}
+    blocks = [report.table_text(report.table(results), width()), report.search_text(results)]
+    blocks += [report.arms_text(results, width()), verdict.sentence, f"report: {page}"]
+    document = {"run": str(run), "report": str(page), "verdict": verdict_json}
+    show(document, "\n\n".join(filter(None, blocks)), as_json)
+    _check_complete(results)
+
+
+def _check_complete(results: Run) -> None:
+    """BuildFailed where a task could not be scored: all else is done, and shown."""
     if missing := results.missing_tasks:
         raise BuildFailed(
             f"the report is written, but {', '.join(missing)} could not be scored: "
@@ -110,13 +105,13 @@ def plan(
     loaded = load_recipe(recipe, set_, smoke)
     with Screen("plan") as screen:
         document = make_plan(loaded, run_folder(loaded, out), probe=probe, screen=screen)
-    typer.echo(json.dumps(document) if as_json else render(document))
+    show(document, render(document), as_json)
 
 
 @app.command()
 def pilot(
     recipe: RecipeArgument,
-    weights: WeightsOption = "0.03,0.1,0.3,1,3",
+    weights: Annotated[str, Option(metavar="W,...", help="Tried with all layers and variants.")] = WEIGHTS,
     tokens: Annotated[str, Option(metavar="COUNT", help="Training tokens of each candidate.")] = "20k",
     layers: Annotated[str | None, Option(metavar="L,...", help="Such as all,last_half.")] = None,
     variants: Annotated[str | None, Option(metavar="V,...", help="Such as angular,cosine.")] = None,
@@ -130,14 +125,12 @@ def pilot(
     from edgedisp.pipeline.build_plan import run_folder
 
     loaded = load_recipe(recipe, set_, smoke)
-    trials = command.plan(loaded, weights=weights, tokens=tokens, layers=layers, variants=variants)
-    folder = run_folder(trials.recipe, out)
-    with Screen(f"{loaded.name} -> {folder}") as screen:
-        trials = command.run(trials, folder, screen)
-    if as_json:
-        typer.echo(json.dumps({"run": str(folder), **command.summary(trials)}, ensure_ascii=False))
-    else:
-        typer.echo(f"{command.render(trials, width())}\n\npicture: {folder / 'pilot.png'}")
+    trials = command.make_recipe(loaded, weights=weights, tokens=tokens, layers=layers, variants=variants)
+    folder = run_folder(trials, out)
+    with Screen(f"{trials.name} -> {folder}") as screen:
+        candidates = command.run(trials, folder, screen)
+    text = f"{command.render(trials, candidates, width())}\n\npicture: {folder / 'pilot.png'}"
+    show({"run": str(folder), **command.summary(trials, candidates)}, text, as_json)
 
 
 @app.command()
@@ -162,59 +155,45 @@ def compare(
     markdown: Annotated[bool, Option("--markdown", help="Print a Markdown table.")] = False,
 ) -> None:
     """Print the before/after table of runs, joined item by item, or of two models scored here."""
-    from edgedisp.pipeline.run_results import is_run
+    from edgedisp import report
+    from edgedisp.commands.compare import CompareOptions, compare_models, join_runs
+    from edgedisp.core.files import to_json
+    from edgedisp.pipeline.run_results import is_run, load
 
     models = [path for path in subjects if not is_run(path)]
-    if models and len(models) == len(subjects) == 2:
-        from edgedisp.commands.compare import CompareOptions, compare_models
-
-        names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
-        options = CompareOptions(names, text, tasks_path, limit or 200, context or 256, out)
-        with Screen("compare") as screen:
-            results, folder = compare_models(models, options, screen.progress)
-        _write_page(results, html)
-        _show(results, folder, as_json, markdown)
-        return
-    if models:
+    if models and not len(models) == len(subjects) == 2:
         raise BadInput(
             f"{models[0]}: holds no report.json, so it is no finished run; compare takes runs, or exactly "
             "two model folders or bundles"
         )
-    of_models = {"tasks": tasks, "text": text, "tasks-path": tasks_path, "limit": limit, "context": context}
-    for name, value in {**of_models, "out": out}.items():
-        if value is not None:
-            raise BadInput(f"--{name}: is for two models; runs were scored when they were built")
-    _compare_runs(subjects, html, as_json, markdown)
-
-
-def _compare_runs(paths: list[Path], html: Path | None, as_json: bool, markdown: bool) -> None:
-    from edgedisp import report
-    from edgedisp.commands.compare import join_runs
-    from edgedisp.core.files import to_json
-    from edgedisp.pipeline.run_results import load
-
-    runs = [load(path) for path in paths]
-    table, verdicts = report.compare(runs), [report.verdict(run) for run in runs]
-    joined = join_runs(paths) if len(runs) > 1 else runs[0]
-    _write_page(joined, html)
-    if as_json:
-        document = {
-            "table": to_json(table),
-            "verdicts": [{**to_json(verdict), "sentence": verdict.sentence} for verdict in verdicts],
-            "joined": to_json(joined) if len(runs) > 1 else None,
-        }
-        typer.echo(json.dumps(document, ensure_ascii=False))
-        return
-    blocks = [report.table_markdown(table) if markdown else report.table_text(table, width())]
-    blocks += [f"{run.name}: {verdict.sentence}" for run, verdict in zip(runs, verdicts)]
-    blocks += [report.arms_text(joined, width()), *(f"not paired: {reason}" for reason in joined.unpaired)]
-    typer.echo("\n\n".join(block for block in blocks if block))
-
-
-def _write_page(results: Run, path: Path | None) -> None:
-    """The report as one page, with nothing beside it."""
-    if path is not None:
+    if models:
+        names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+        options = CompareOptions(names, text, tasks_path, limit or 200, context or 256, out)
+        with Screen("compare") as screen:
+            joined, folder = compare_models(models, options, screen.progress)
+        runs, table, page = [joined], report.table(joined), folder / "report.html"
+        last = [f"report: {page}"]
+    else:
+        if any(option is not None for option in (tasks, text, tasks_path, limit, context, out)):
+            raise BadInput("tasks, text, limit, context and out are for two models; runs are scored already")
+        runs, page = [load(path) for path in subjects], None
+        joined, table = join_runs(subjects) if len(runs) > 1 else runs[0], report.compare(runs)
+        last = [f"not paired: {reason}" for reason in joined.unpaired]
+    if html is not None:
         from edgedisp.report.render import single_page
 
-        path.write_text(single_page(results), encoding="utf-8")
-        typer.echo(f"page: {path}", err=True)
+        html.write_text(single_page(joined), encoding="utf-8")
+        typer.echo(f"page: {html}", err=True)
+    verdicts = {run.name: report.verdict(run) for run in runs}
+    document = {
+        "table": to_json(table),
+        "verdicts": [{**to_json(verdict), "sentence": verdict.sentence} for verdict in verdicts.values()],
+        "joined": to_json(joined) if joined is not runs[0] else None,
+        "report": page and str(page),
+    }
+    blocks = [report.table_markdown(table) if markdown else report.table_text(table, width())]
+    blocks += [f"{name}: {verdict.sentence}" for name, verdict in verdicts.items()]
+    blocks += [report.arms_text(joined, width()), *last]
+    show(document, "\n\n".join(filter(None, blocks)), as_json)
+    if models:
+        _check_complete(joined)

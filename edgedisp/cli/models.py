@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer import Argument, Option
 
-from edgedisp.cli.app import JsonOption, app, width
-from edgedisp.core.errors import BadInput
+from edgedisp.cli.app import JsonOption, app, show, width
 from edgedisp.core.progress import Screen
 
-ModelArgument = Annotated[
-    str, Argument(metavar="MODEL", help="A hub id, model folder, .gguf file or bundle.")
-]
+ModelArgument = Annotated[str, Argument(metavar="MODEL", help="A hub id, folder, .gguf file or bundle.")]
 LayoutsOption = Annotated[
-    str | None,
-    Option(metavar="L,...", help="onnxruntime-genai, transformers.js, optimum."),
+    str | None, Option(metavar="L,...", help="onnxruntime-genai, transformers.js, optimum.")
 ]
 
 
@@ -41,7 +37,7 @@ def condensation(
     options = command.CondensationOptions(text, sequences, context)
     with Screen("condensation") as screen:
         profiles = command.measure([model, *([compare] if compare else [])], options, screen.progress)
-    typer.echo(json.dumps(to_json(profiles)) if as_json else command.text(profiles, width()))
+    show(to_json(profiles), command.text(profiles, width()), as_json)
     if out:
         from edgedisp.report.render import write_condensation
 
@@ -63,11 +59,9 @@ def export(
     names = None if layouts is None else [name.strip() for name in layouts.split(",")]
     with Screen(f"export -> {bundle}") as screen:
         record = export_bundle(model, target, bundle, screen.progress, names)
-    if as_json:
-        typer.echo(json.dumps({"bundle": str(bundle), **record}))
-        return
     size, runtimes = f"{record['size_bytes'] / 1e6:.0f} MB", ", ".join(record["layouts"])
-    typer.echo(f"{bundle}: {size}, {record['precision']}, for {runtimes}, opened and checked")
+    text = f"{bundle}: {size}, {record['precision']}, for {runtimes}, opened and checked"
+    show({"bundle": str(bundle), **record}, text, as_json)
 
 
 @app.command()
@@ -87,13 +81,10 @@ def chat(
     """
     from edgedisp.commands.chat import ChatOptions, Conversation
 
-    def write(piece: str) -> None:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-
     interruptible = prompt is None and sys.stdin.isatty()
     options = ChatOptions(system, max_new_tokens, threads, context, temperature, seed, interruptible)
-    conversation = Conversation(bundle, options, write, lambda line: typer.echo(line, err=True))
+    write, note = partial(typer.echo, nl=False), partial(typer.echo, err=True)
+    conversation = Conversation(bundle, options, write, note)
     if prompt is None:
         conversation.converse(_lines())
     else:
@@ -108,8 +99,6 @@ def _lines() -> Iterator[str]:
             yield input(sign)
         except EOFError:
             return
-        except UnicodeDecodeError as error:
-            raise BadInput(f"standard input: is not text in UTF-8 ({error})") from error
 
 
 @app.command()
@@ -118,10 +107,8 @@ def doctor(as_json: JsonOption = False) -> None:
     from edgedisp.bench.system import doctor as examine
     from edgedisp.data import cache_folder
 
-    rows = examine({"working folder": Path.cwd(), "cache": cache_folder()})
-    if as_json:
-        typer.echo(json.dumps(rows))
-        return
+    rows, lines = examine({"working folder": Path.cwd(), "cache": cache_folder()}), []
     for row in rows:
-        advice = f"\n{'':38}{row['advice']}" if row["advice"] else ""
-        typer.echo(f"{row['status']:7}  {row['check']:28} {row['value']}{advice}")
+        lines.append(f"{row['status']:7}  {row['check']:28} {row['value']}")
+        lines += [f"{'':38}{row['advice']}"] if row["advice"] else []
+    show(rows, "\n".join(lines), as_json)

@@ -19,7 +19,7 @@ from edgedisp.graph.verify import check_bundle
 from edgedisp.pipeline.bundles import CARD, provenance_of, write_package
 from edgedisp.pipeline.options import PackageOptions
 from edgedisp.quantize.onnx_rewrite import quantize_bundle
-from edgedisp.recipe import BITS, Target, load_target
+from edgedisp.recipe import BITS, load_target
 from edgedisp.recipe.values import choice
 from edgedisp.report import bundle_card
 
@@ -33,25 +33,39 @@ def export_bundle(
     or a tokenizer, or an `out` that exists.
     """
     target = load_target(target_name)
-    names = _check_export(folder, out, layouts or target.layouts)
-    threads = target.threads or physical_cores()
+    for name in layouts or ():
+        try:
+            choice(name, tuple(LAYOUTS))
+        except ValueError as problem:
+            raise BadInput(f"--layouts: '{name}' is not known; {problem}") from None
+    _check_folders(folder, out)
+    threads, names = target.threads or physical_cores(), layouts or target.layouts
     out.resolve().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.resolve().parent) as scratch:
-        parent, package = Path(scratch) / "fp32", Path(scratch) / "package"
-        parent.mkdir()
-        package.mkdir()
-        bundle, grid = _checked_bundle(folder, target, threads, parent, progress)
-        target = target.model_copy(update={"layouts": names})
-        options = PackageOptions(target, threads, provenance_of(folder))
-        record = write_package(options, grid, bundle, folder, package)
+        fp32, quantized, package = (Path(scratch) / name for name in ("fp32", "quantized", "package"))
+        for path in (fp32, quantized, package):
+            path.mkdir()
+        progress(0, 3, "writing the graph")
+        grid = export_graph(folder, fp32, threads=threads, max_context=target.context, progress=progress)
+        bundle = fp32 if target.precision == "fp32" else quantized
+        if bundle is quantized:
+            options = target.quantize.model_dump()
+            grid = quantize_bundle(fp32, bundle, bits=BITS[target.precision], **options, progress=progress)
+        text = data.synthetic_documents(1, seed=0)[0].text
+        ids = models.encode(models.load_tokenizer(folder), text)
+        checked = check_bundle(OnnxModel(bundle, threads), [ids[:8], ids[:24]], texts=[text])
+        target = target.model_copy(update={"layouts": [name for name in LAYOUTS if name in names]})
+        record = write_package(
+            PackageOptions(target, threads, provenance_of(folder)), grid, bundle, folder, package
+        )
         card = bundle_card(read_json(package / MANIFEST), out.name)
         (package / CARD).write_text(card, encoding="utf-8")
         package.rename(out)
-    return {**record, "checked": grid["checked"]}
+    return {**record, "checked": checked}
 
 
-def _check_export(folder: Path, out: Path, layouts: Sequence[str]) -> list[str]:
-    """Refuse what would fail later; returns the layouts, each once and in their usual order."""
+def _check_folders(folder: Path, out: Path) -> None:
+    """Refuse what would fail later."""
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise BadInput(
@@ -61,27 +75,3 @@ def _check_export(folder: Path, out: Path, layouts: Sequence[str]) -> list[str]:
     if out.exists():
         raise BadInput(f"{out}: exists already; choose another --out")
     check_files(folder, "*.safetensors")  # if you changed them, remove record.json
-    for name in layouts:
-        try:
-            choice(name, tuple(LAYOUTS))
-        except ValueError as problem:
-            raise BadInput(f"--layouts: '{name}' is not known; {problem}") from None
-    return [name for name in LAYOUTS if name in layouts]
-
-
-def _checked_bundle(
-    folder: Path, target: Target, threads: int, parent: Path, progress: Progress
-) -> tuple[Path, dict[str, Any]]:
-    """The bundle at the target's precision, opened and checked, and the record of its grid."""
-    progress(0, 3, "writing the graph")
-    grid = export_graph(folder, parent, threads=threads, max_context=target.context, progress=progress)
-    bundle = parent
-    if target.precision != "fp32":
-        bundle = parent.with_name(target.precision)
-        bundle.mkdir()
-        options = target.quantize.model_dump()
-        grid = quantize_bundle(parent, bundle, bits=BITS[target.precision], **options, progress=progress)
-    text = data.synthetic_documents(1, seed=0)[0].text
-    ids = models.encode(models.load_tokenizer(folder), text)
-    checked = check_bundle(OnnxModel(bundle, threads), [ids[:8], ids[:24]], texts=[text])
-    return bundle, {**grid, "checked": checked}

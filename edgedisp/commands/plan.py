@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from edgedisp.pipeline.build_plan import as_computed, bundle_rounding, stages
 from edgedisp.pipeline.build_plan import base as base_stage
 from edgedisp.pipeline.stage import state
 from edgedisp.recipe import BITS, Recipe, load_target
-from edgedisp.report.formatting import fixed, plural
+from edgedisp.report.formatting import plural
 from edgedisp.report.layout import Grid, grid_text
 
 TRAINING_BYTES_PER_WEIGHT = 16  # float32 weight, gradient and the two moments of AdamW
@@ -46,8 +48,7 @@ def check_before_start(recipe: Recipe) -> None:
                 "add the precision, or drop the target"
             )
     path = recipe.evaluate.tasks_path
-    folder = None if path is None else (recipe.folder / path).resolve()
-    check_tasks(recipe.evaluate.tasks, folder)
+    check_tasks(recipe.evaluate.tasks, None if path is None else (recipe.folder / path).resolve())
 
 
 def slow_products(recipe: Recipe) -> str | None:
@@ -75,13 +76,21 @@ def check_processes(recipe: Recipe, count: int) -> None:
 
 def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict[str, Any]:
     """The plan as JSON values: recipe, run, steps, tokens, threads, warning, stages [{name, done, seconds}],
-    detectable, sizes or sizes_unknown, and with `probe` estimate (None where nothing is left to do)."""
+    detectable, sizes or sizes_unknown and, with `probe` and something to do, estimate."""
     from edgedisp.evaluate import comparison
 
     check_before_start(recipe)
     threads, limit = threads_for(recipe), recipe.evaluate.limit
     points = 100 * comparison.detectable_accuracy(limit)
     passed = state(stages(recipe, threads), run)
+    probe = probe and any(record is None for _, record in passed)
+    sizes, sizes_unknown = None, None
+    try:
+        sizes = _sizes(recipe, None if passed[0][1] is None else run / "base", probe, screen.progress)
+    except (BadInput, BuildFailed) as error:
+        if probe:
+            raise
+        sizes_unknown = str(error)
     plan: dict[str, Any] = {
         "recipe": recipe.name,
         "run": str(run),
@@ -93,30 +102,17 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict
             {"name": stage.name, "done": record is not None, "seconds": record and record.seconds}
             for stage, record in passed
         ],
-        "estimate": None,
         "detectable": {
             "items": limit,
             "seeds": recipe.seeds,
-            "differing": comparison.DIFFERING,
             "points": points,
             "nats": {name: comparison.detectable_loss(limit, name) for name in recipe.precisions},
-            "published_points": PUBLISHED_POINTS,
             "items_for_published": math.ceil(limit * (points / PUBLISHED_POINTS) ** 2),
         },
-        "sizes": None,
-        "sizes_unknown": None,
+        "sizes": sizes,
+        "sizes_unknown": sizes_unknown,
     }
-    probe = probe and any(record is None for _, record in passed)
-    base = run / "base" if passed[0][1] is not None else None
-    try:
-        plan["sizes"] = _sizes(recipe, base, probe, screen.progress)
-    except (BadInput, BuildFailed) as error:
-        if probe:
-            raise
-        plan["sizes_unknown"] = str(error)
-    if probe:
-        plan["estimate"] = _estimate(recipe, plan, screen.progress)
-    return plan
+    return plan | {"estimate": _estimate(recipe, plan, screen.progress) if probe else None}
 
 
 def _sizes(recipe: Recipe, base: Path | None, download: bool, progress: Progress) -> dict[str, Any]:
@@ -125,9 +121,6 @@ def _sizes(recipe: Recipe, base: Path | None, download: bool, progress: Progress
     from edgedisp.pipeline.prepare import open_base
     from edgedisp.pipeline.size_estimate import size_account
 
-    roundings: dict[str, Any] = {
-        name: bundle_rounding(recipe, name) for name in recipe.precisions if name in BITS
-    }
     if base is not None:
         model = models.empty_model(base)
     else:
@@ -136,46 +129,14 @@ def _sizes(recipe: Recipe, base: Path | None, download: bool, progress: Progress
             raise BadInput(f"{missing[0]} is not downloaded yet")
         stage = base_stage(recipe)
         model, *_ = open_base(stage.options, stage.files, progress, weights=False)
+    roundings: dict[str, Any] = {
+        name: bundle_rounding(recipe, name) for name in recipe.precisions if name in BITS
+    }
     return size_account(model, roundings, {name: load_target(name).context for name in recipe.targets})
 
 
 def _estimate(recipe: Recipe, plan: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Fill in the seconds of the stages that are to do; time, memory and disk of the whole build."""
-    probed = probe_base(recipe, progress)
-    step_s = float(probed["micro_step_s"] * recipe.train.accumulate + probed["optimizer_s"])
-    remaining = [stage for stage in plan["stages"] if not stage["done"]]
-    for stage in remaining:
-        stage["seconds"] = _stage_seconds(stage["name"], recipe, probed, step_s)
-    parameters, trainable = probed["parameters"], probed["trainable"]
-    folder = Path(plan["run"]).resolve()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    training_bytes = 4 * parameters + trainable * (TRAINING_BYTES_PER_WEIGHT - 4)
-    return {
-        "step_s": step_s,
-        "seconds_left": sum(stage["seconds"] for stage in remaining),
-        "parameters": parameters,
-        "peak_memory_bytes": training_bytes + probed["process_bytes"] + probed["activation_bytes"],
-        "memory_bytes": probed["memory_bytes"],
-        "disk_bytes": disk_bytes(parameters, recipe, plan["sizes"]),
-        "disk_free_bytes": shutil.disk_usage(existing).free,
-    }
-
-
-def disk_bytes(parameters: int, recipe: Recipe, sizes: dict[str, Any]) -> int:
-    """Bytes of a finished run and its one checkpoint at a time, without tokenizers and reports.
-
-    Every training leaves its model and its bundles (fp32 in any case), the first of each arm also a bundle
-    for every target. sizes: of `size_account`.
-    """
-    bundle_bytes = {name: bundle["size_bytes"] for name, bundle in sizes["precisions"].items()}
-    bundles = sum(bundle_bytes[name] for name in {"fp32", *recipe.precisions})
-    packages = sum(bundle_bytes[load_target(name).precision] for name in recipe.targets)
-    trained = len(recipe.arm_runs) * (4 * parameters + bundles) + len(recipe.arms) * packages
-    return (4 + CHECKPOINT_BYTES_PER_WEIGHT) * parameters + trained
-
-
-def probe_base(recipe: Recipe, progress: Progress) -> dict[str, Any]:
-    """Open the base and time a few training steps: parameters, trainable, memory_bytes, and `time_steps`'."""
     import psutil
 
     from edgedisp.dispersion.hooks import decoder_layers
@@ -185,116 +146,127 @@ def probe_base(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     from edgedisp.train.performance import time_steps
 
     stage, adapter = base_stage(recipe), recipe.train.adapter
-    base, *_ = open_base(stage.options, stage.files, progress)
-    parameters = count_parameters(base)["total"]
-    trainable = parameters
+    model, *_ = open_base(stage.options, stage.files, progress)
+    parameters = trainable = count_parameters(model)["total"]
     if adapter is not None:
-        trainable = adapter_size(decoder_layers(base), adapter.rank, adapter.targets)
+        trainable = adapter_size(decoder_layers(model), adapter.rank, adapter.targets)
+    probed = time_steps(model, as_computed(recipe.train), recipe.data.context, recipe.seed, progress)
+    step_s = float(probed["micro_step_s"] * recipe.train.accumulate + probed["optimizer_s"])
+    size = max(parameters / 135e6, 0.1)
+    costs = stage_seconds(recipe, step_s, probed["forward_s_per_token"], size)
+    remaining = [stage for stage in plan["stages"] if not stage["done"]]
+    for stage in remaining:
+        kind = stage["name"].rsplit("/", 1)[-1].partition("-")[0]
+        stage["seconds"] = costs[kind]
+    folder = Path(plan["run"]).resolve()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    training_bytes = 4 * parameters + trainable * (TRAINING_BYTES_PER_WEIGHT - 4)
     return {
+        "step_s": step_s,
+        "seconds_left": sum(stage["seconds"] for stage in remaining),
         "parameters": parameters,
-        "trainable": trainable,
+        "peak_memory_bytes": training_bytes + probed["process_bytes"] + probed["activation_bytes"],
         "memory_bytes": psutil.virtual_memory().total,
-        **time_steps(base, as_computed(recipe.train), recipe.data.context, recipe.seed, progress),
+        "disk_bytes": disk_bytes(parameters, recipe, plan["sizes"]),
+        "disk_free_bytes": shutil.disk_usage(existing).free,
     }
 
 
-def _stage_seconds(name: str, recipe: Recipe, probed: dict[str, Any], step_s: float) -> float:
-    """Rough seconds of a stage. The constants were measured on SmolLM2-135M with 2 cores."""
-    kind = name.rsplit("/", 1)[-1]
-    size, forward_s = probed["parameters"] / 135e6, probed["forward_s_per_token"]
-    evaluate, latency, adapter = recipe.evaluate, recipe.latency, recipe.train.adapter
-    if kind == "model" and adapter is not None:  # the merge audit: a held-out loss for each way to merge
-        return float((6 if adapter.kind == "lora" else 8) * 4096 * forward_s + 5 * size)
-    if kind in ("adapter", "model"):
-        return float(recipe.steps * step_s + 5 * size)
-    if kind.startswith("measure"):
-        heldout = evaluate.perplexity_tokens or evaluate.limit * recipe.data.context
-        tokens = min(heldout, 50_000) + evaluate.limit * (96 + 4 * 90) + 16 * recipe.data.context
-        tokens += 2 * recipe.verify.tokens + 3 * evaluate.divergence_tokens
-        return float(tokens * forward_s + 5 + 3 * size)
-    if kind == "latency":
-        per_bundle = (latency.repetitions + 1) * (latency.prompt + 8 * latency.generate) * forward_s
-        return float(len(recipe.arms) * len(recipe.precisions) * per_bundle)
-    seconds = {"base": 10.0, "corpus": 10.0, "fp32": 8.0}.get(kind, 5.0) * max(size, 0.1)
-    if kind in BITS and getattr(recipe.quantize, kind).method == "gptq":  # passes up to each weight, rounding
-        seconds += getattr(recipe.quantize, kind).calibration_tokens * 7 * forward_s + 45 * size
-    if kind == "int4" and recipe.quantize.searched:
-        # Two passes over 512 tokens for each of about 120 weights; whole models rounded and measured.
-        trials = 2 if recipe.quantize.budget is not None else 8
-        seconds += (240 * 512 + trials * 4096) * forward_s + (60 + 20 * trials) * size
-    return float(seconds)
+def stage_seconds(recipe: Recipe, step_s: float, token_s: float, size: float) -> Mapping[str, float]:
+    """Kind of stage -> rough seconds. token_s: a forward pass of a token. size: of the model in units of
+    SmolLM2-135M, on which the constants were measured with 2 cores."""
+    evaluate, latency, quantize = recipe.evaluate, recipe.latency, recipe.quantize
+    heldout = min(evaluate.perplexity_tokens or evaluate.limit * recipe.data.context, 50_000)
+    tasks = evaluate.limit * (96 + 4 * 90) + 16 * recipe.data.context
+    timed = (latency.repetitions + 1) * (latency.prompt + 8 * latency.generate)
+    tokens = {
+        "measure": heldout + tasks + 2 * recipe.verify.tokens + 3 * evaluate.divergence_tokens,
+        "latency": len(recipe.arms) * len(recipe.precisions) * timed,
+        "merge": 8 * 4096,  # rows of the audit
+    }
+    seconds = defaultdict(lambda: 5.0 * size, base=10 * size, corpus=10 * size, fp32=8 * size)
+    for name in BITS:
+        section = getattr(quantize, name)
+        if section.method == "gptq":  # passes up to each weight
+            tokens[name], seconds[name] = 7 * section.calibration_tokens, 50 * size
+    if quantize.searched:  # a pass with gradients, then whole models rounded and measured
+        models = 1 if quantize.budget is not None else 5
+        tokens["int4"] = 3 * 4096 + models * (tokens.get("int4", 0) + 2 * 4096)
+        seconds["int4"] = 50 * size * models
+    for name, count in tokens.items():
+        seconds[name] += count * token_s
+    training = seconds["training"] + recipe.steps * step_s
+    seconds["adapter"] = training
+    seconds["model"] = training if recipe.train.adapter is None else seconds["merge"]
+    return seconds
 
 
-# As text
+def disk_bytes(parameters: int, recipe: Recipe, sizes: dict[str, Any]) -> int:
+    """Bytes of a finished run and a checkpoint. Every training leaves its model and its bundles (fp32 in any
+    case), the first of each arm also a bundle for every target. sizes: of `size_account`."""
+    bundle_bytes = {name: bundle["size_bytes"] for name, bundle in sizes["precisions"].items()}
+    bundles = sum(bundle_bytes[name] for name in {"fp32", *recipe.precisions})
+    packages = sum(bundle_bytes[load_target(name).precision] for name in recipe.targets)
+    trained = len(recipe.arm_runs) * (4 * parameters + bundles) + len(recipe.arms) * packages
+    return (4 + CHECKPOINT_BYTES_PER_WEIGHT) * parameters + trained
 
 
 def render(plan: dict[str, Any], width: int = 100) -> str:
     """The plan for a terminal of `width` columns."""
-    head = [
-        f"{plan['recipe']} -> {plan['run']}",
-        f"{plan['steps']} optimizer steps an arm, {plan['tokens']:,} tokens, {plan['threads']} threads",
-    ]
-    if plan["warning"]:
-        head.append(f"warning: {plan['warning']}")
+    head = [f"{plan['recipe']} -> {plan['run']}"]
+    head += [f"{plan['steps']} optimizer steps an arm, {plan['tokens']:,} tokens, {plan['threads']} threads"]
+    head += [f"warning: {plan['warning']}"] if plan["warning"] else []
     rows = []
     for stage in plan["stages"]:
         mark, about = ("done", "") if stage["done"] else ("to do", "about ")
         took = "" if stage["seconds"] is None else about + clock(stage["seconds"])
         rows.append(f"  {mark:6} {stage['name']:28} {took}".rstrip())
-    sizes = f"sizes: not known: {plan['sizes_unknown']}"
+    sizes = [f"sizes: not known: {plan['sizes_unknown']}"]
     if plan["sizes"] is not None:
-        sizes = _sizes_text(plan["sizes"], width)
-    blocks = ["\n".join(head), "\n".join(rows), sizes, _detectable_text(plan["detectable"])]
-    if (estimate := plan["estimate"]) is not None:
-        gb = {name: f"{estimate[name] / 1e9:.1f} GB" for name in estimate if name.endswith("bytes")}
-        lines = [
-            f"left: about {clock(estimate['seconds_left'])} ({estimate['step_s']:.2f} s a step, probed)",
-            f"memory: about {gb['peak_memory_bytes']} at the peak, {gb['memory_bytes']} there",
-            f"disk: about {gb['disk_bytes']}, {gb['disk_free_bytes']} free",
-        ]
-        if estimate["peak_memory_bytes"] > estimate["memory_bytes"]:
-            lines.append(
-                "does not fit in memory: a smaller train.batch, train.gradient_checkpointing, or an adapter"
-            )
-        if estimate["disk_bytes"] > estimate["disk_free_bytes"]:
-            lines.append("does not fit on the disk: choose another --out")
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+        sizes = [grid_text(_sizes_table(plan["sizes"]), width)]
+        for target, cache in plan["sizes"]["kv_cache"].items():
+            megabytes = f"{cache['size_bytes'] / 1e6:.3g} MB"
+            sizes.append(f"KV cache of {cache['positions']:,} positions ({target}): {megabytes}")
+    detectable = plan["detectable"]
+    nats = ", ".join(f"{size:.2g} at {name}" for name, size in detectable["nats"].items())
+    sees = [
+        f"what {detectable['items']:,} items, {plural(detectable['seeds'], 'seed')} show 4 times out of 5:",
+        f"  {detectable['points']:.1f} points of a task; {nats} nats per token of held-out loss",
+        f"  the smallest published gain, {PUBLISHED_POINTS} points over all tasks, takes "
+        f"{detectable['items_for_published']:,} items (evaluate.limit)",
+    ]
+    if detectable["seeds"] == 1:
+        sees.append("  one seed cannot tell a gain from the luck of training: seeds: 3 can")
+    return "\n\n".join("\n".join(lines) for lines in (head, rows, sizes, sees, _needs(plan)) if lines)
 
 
-def _sizes_text(sizes: dict[str, Any], width: int) -> str:
-    """Megabytes: a row for each component, a column for each precision; then the KV cache."""
+def _needs(plan: dict[str, Any]) -> list[str]:
+    if (estimate := plan["estimate"]) is None:
+        return []
+    lines = [f"left: about {clock(estimate['seconds_left'])} ({estimate['step_s']:.2f} s a step, probed)"]
+    for what, needed, there, remedy in (
+        (
+            "memory",
+            "peak_memory_bytes",
+            "memory_bytes",
+            "a smaller train.batch, gradient_checkpointing, adapter",
+        ),
+        ("disk", "disk_bytes", "disk_free_bytes", "choose another --out"),
+    ):
+        line = f"{what}: about {estimate[needed] / 1e9:.1f} GB of {estimate[there] / 1e9:.1f} GB"
+        lines.append(line if estimate[needed] <= estimate[there] else f"{line} does not fit: {remedy}")
+    return lines
+
+
+def _sizes_table(sizes: dict[str, Any]) -> Grid:
+    """Megabytes: a row for each component, a column for each precision."""
     precisions = sizes["precisions"]
-    files = [bundle["size_bytes"] for bundle in precisions.values()]
-    weights = [sum(bundle["components"].values()) for bundle in precisions.values()]
     table = {
         name: [bundle["components"].get(name, 0) for bundle in precisions.values()]
         for name in precisions["fp32"]["components"]
     }
     if sizes["tied"]:
         table["embedding = head"] = table.pop("embedding")
-    table |= {"graph": [file - weight for file, weight in zip(files, weights)], "file": files}
-    decimals = 1 if min(files) > 1e7 else 3
-    rows = [(name, *(fixed(value / 1e6, decimals) for value in values)) for name, values in table.items()]
-    caches = [
-        f"KV cache of {cache['positions']:,} positions ({target}): "
-        f"{fixed(cache['size_bytes'] / 1e6, decimals)} MB"
-        for target, cache in sizes["kv_cache"].items()
-    ]
-    return "\n".join([grid_text(Grid(("weights, MB (2 %)", *precisions), tuple(rows)), width), *caches])
-
-
-def _detectable_text(detectable: dict[str, Any]) -> str:
-    nats = ", ".join(f"{size:.2g} at {name}" for name, size in detectable["nats"].items())
-    lines = [
-        f"what this can see: with {detectable['items']:,} items a task shows differences of "
-        f"{detectable['points']:.1f} points or more, 4 times out of 5;",
-        f"  the smallest published gain, {detectable['published_points']} points, takes "
-        f"{detectable['items_for_published']:,} items over all tasks (evaluate.limit)",
-        f"  ({plural(detectable['seeds'], 'seed')}; assumed: the arms answer "
-        f"{100 * detectable['differing']:.0f} % of the items differently)",
-        f"  held-out loss shows {nats} in nats per token, with {detectable['items']:,} documents",
-    ]
-    if detectable["seeds"] == 1:
-        lines.append("  one seed cannot tell a gain from the luck of training: seeds: 3 can")
-    return "\n".join(lines)
+    table["file, with the graph"] = [bundle["size_bytes"] for bundle in precisions.values()]
+    rows = ((name, *(f"{value / 1e6:.4g}" for value in values)) for name, values in table.items())
+    return Grid(("weights, MB (2 %)", *precisions), tuple(rows))

@@ -62,14 +62,6 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
-class CandidateOptions:
-    """A training of `edgedisp pilot`, and the questions that it is measured on."""
-
-    training: TrainOptions
-    items: ItemsOptions
-
-
-@dataclass(frozen=True)
 class MergeOptions:
     """How an adapter is audited and merged; int4_ships: whether the audit judges by the int4 rounding."""
 

@@ -24,6 +24,7 @@ GRAPH_BYTES, NODE_BYTES = 6_000, 6_000  # of model.onnx without weights, and of 
 
 StoredBytes = Callable[[int, int], int]
 """(rows, columns) of a weight -> its bytes."""
+FP32: StoredBytes = lambda rows, columns: 4 * rows * columns  # noqa: E731
 
 
 def size_account(
@@ -36,17 +37,16 @@ def size_account(
     Returns {tied, context, precisions {name: {components {name: bytes}, size_bytes}}, kv_cache {target:
     {positions, size_bytes}}}. BadInput where an export would be refused for the model's configuration.
     """
-    tables, context, a_position = _positions(model)
-    precisions = {"fp32": _sizes(model, tables, _fp32_bytes, _fp32_bytes)}
-    for name, rounding in roundings.items():
-        precisions[name] = _sizes(model, tables, *(grid.size_bytes for grid in grids(rounding)))
+    tables, context, position_bytes = _positions(model)
+    stored: dict[str, list[StoredBytes]] = {"fp32": [FP32, FP32]}
+    stored |= {name: [grid.size_bytes for grid in grids(rounding)] for name, rounding in roundings.items()}
     capped = {target: min(positions, context) for target, positions in contexts.items()}
     return {
         "tied": models.count_parameters(model)["tied"],
         "context": context,
-        "precisions": precisions,
+        "precisions": {name: _sizes(model, tables, *pair) for name, pair in stored.items()},
         "kv_cache": {
-            target: {"positions": positions, "size_bytes": a_position * positions}
+            target: {"positions": positions, "size_bytes": position_bytes * positions}
             for target, positions in capped.items()
         },
     }
@@ -65,10 +65,6 @@ def _positions(model: Any) -> tuple[int, int, int]:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         tables = 4 * context * width  # cos and sin, each half as wide
     return tables, context, 2 * 4 * config.num_hidden_layers * heads * width
-
-
-def _fp32_bytes(rows: int, columns: int) -> int:
-    return 4 * rows * columns
 
 
 def _sizes(model: Any, tables: int, stored: StoredBytes, stored_outer: StoredBytes) -> dict[str, Any]:

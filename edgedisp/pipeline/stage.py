@@ -176,22 +176,26 @@ class StageRunner:
         self.records[stage.name] = record
         return record
 
+    def pass_stage(self, stage: Stage, screen: Screen, number: int, total: int) -> Passed:
+        """Take the finished folder of the same key, or run the stage, which is number `number` of `total`."""
+        record = self.finished(stage)
+        is_cached = record is not None
+        if record is not None:
+            screen.cached(stage.name)
+        else:
+            screen.started(stage.name, number, total)
+            record = self.execute(stage, screen.progress)
+            screen.finished(stage.name, record)
+        return Passed(stage.name, record, is_cached)
+
 
 def walk(stages: Sequence[Stage], run: Path, screen: Screen) -> list[Passed]:
     """Pass every stage of an open run, in order; runs those without a finished folder of the same key."""
     runner, passed, trained = StageRunner(run), [], False
     last = _last_shared(stages)
     for index, stage in enumerate(stages):
-        record = runner.finished(stage)
-        is_cached = record is not None
-        if record is not None:
-            screen.cached(stage.name)
-        else:
-            screen.started(stage.name, index + 1, len(stages))
-            record = runner.execute(stage, screen.progress)
-            screen.finished(stage.name, record)
-            trained = trained or stage.every_process
-        passed.append(Passed(stage.name, record, is_cached))
+        passed.append(runner.pass_stage(stage, screen, index + 1, len(stages)))
+        trained = trained or (stage.every_process and not passed[-1].cached)
         if trained and index == last:
             _leave_processes()
     runner.hashes.save()

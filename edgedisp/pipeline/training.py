@@ -1,4 +1,4 @@
-"""The training of an arm, and of a candidate of `edgedisp pilot`, which is measured and thrown away."""
+"""The stage that trains one arm."""
 
 from __future__ import annotations
 
@@ -15,29 +15,17 @@ import torch
 from edgedisp import models
 from edgedisp.bench.system import runner
 from edgedisp.core.distributed import is_main_process
-from edgedisp.core.errors import BadInput
-from edgedisp.core.files import from_json, to_json, write_json
+from edgedisp.core.files import to_json
 from edgedisp.core.progress import Progress
-from edgedisp.core.results import LOSS_TASK
 from edgedisp.dispersion.losses import DispersionConfig
-from edgedisp.evaluate.comparison import Results, compare_task
-from edgedisp.evaluate.loglikelihood import ScoreOptions
-from edgedisp.evaluate.statistics import Resampling
 from edgedisp.pipeline import adapters
-from edgedisp.pipeline.measure import condensation
-from edgedisp.pipeline.options import ITEMS, CandidateOptions, TrainOptions
-from edgedisp.pipeline.prepare import (
-    CONDENSATION_BLOCKS,
-    PACKING,
-    heldout_blocks,
-    task_suite,
-    weights_digest,
-)
+from edgedisp.pipeline.options import TrainOptions
+from edgedisp.pipeline.prepare import PACKING, heldout_blocks, weights_digest
 from edgedisp.pipeline.rounding import aware_callback
 from edgedisp.pipeline.stage import Inputs
 from edgedisp.recipe import Dispersion
 from edgedisp.train.callbacks import callbacks_for
-from edgedisp.train.dispersion_trainer import CondensationWatch, NotFinite
+from edgedisp.train.dispersion_trainer import CondensationWatch
 from edgedisp.train.trainer import FitOptions, fit
 
 WATCHES = 10  # measurements of the condensation in a run
@@ -109,54 +97,3 @@ def _watch(every: int | None, steps: int, corpus: Path) -> CondensationWatch | N
         return None
     blocks = torch.from_numpy(heldout_blocks(corpus, blocks=WATCHED_SEQUENCES)[:, :WATCHED_TOKENS])
     return CondensationWatch(blocks, every or math.ceil(steps / WATCHES))
-
-
-# Candidates of a pilot
-
-
-def candidate(
-    options: CandidateOptions, inputs: Inputs, output_dir: Path, progress: Progress
-) -> dict[str, Any]:
-    """Train an arm, measure it as the torch model of a build is, and delete its weights.
-
-    Leaves items.json and condensation.json; a candidate is compared with the input `reference`, the baseline.
-    A training that an interrupted call finished is not repeated. An adapter is measured over its base.
-    Returns {seconds, weights_sha256}, of a candidate also its differences {loss, cosine}, or {diverged:
-    reason}. Raises NotFinite for a baseline that diverges, BadInput, before training, for too little text.
-    """
-    suite = task_suite(options.items, inputs)
-    documents = len({question.document for question in suite.questions[LOSS_TASK]})
-    sequences = len(heldout_blocks(inputs["corpus"], blocks=CONDENSATION_BLOCKS))
-    if min(documents, sequences) < 2:
-        raise BadInput(
-            f"the held-out text has {documents} document(s) and {sequences} sequence(s), and a paired "
-            "interval needs 2 of each: hold out more (data.heldout), or take a smaller data.context"
-        )
-    weights = output_dir / "weights"
-    trained = weights / "trained.json"
-    if not trained.is_file():
-        weights.mkdir(exist_ok=True)
-        try:
-            write_json(trained, train(options.training, inputs, weights, progress))
-        except NotFinite as problem:
-            if options.training.arm.dispersion is None:
-                raise
-            shutil.rmtree(weights)
-            return {"diverged": str(problem)}
-    training = json.loads(trained.read_text(encoding="utf-8"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    trained_model = adapters.trained_model(options.training.train.adapter, inputs["base"], weights)
-    model = models.TorchModel(trained_model.to(device))
-    scores = suite.run(model, ScoreOptions(progress=progress))
-    write_json(output_dir / ITEMS, to_json(scores))
-    geometry = condensation(inputs, model, output_dir, progress)
-    if (weights / "logs").is_dir():  # for train.report_to
-        shutil.move(weights / "logs", output_dir / "logs")
-    shutil.rmtree(weights)
-    results = {name: training[name] for name in ("seconds", "weights_sha256")}
-    if geometry.change is not None:
-        text = (inputs["reference"] / ITEMS).read_text(encoding="utf-8")
-        pair = from_json(Results, json.loads(text))[LOSS_TASK], scores[LOSS_TASK]
-        loss = compare_task([pair], Resampling(seed=options.items.seed)).main.nats
-        results |= {"loss": to_json(loss), "cosine": to_json(geometry.change.mean_cosine)}
-    return results

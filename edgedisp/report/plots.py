@@ -263,7 +263,7 @@ def tradeoff(whole: Table) -> Plot:
 
 
 def pareto(run: Run) -> Plot:
-    """A search for bits by weight: file size against KL divergence, predicted and measured."""
+    """A search for bits by weight: file size against KL divergence, predicted, and measured where it was."""
     panels = []
     for arm, search in searches(run).items():
         if "decided_by" in search:
@@ -272,29 +272,27 @@ def pareto(run: Run) -> Plot:
         x = [Estimate(row["size_bytes"] / 1e6) for row in rows]
         y = [Estimate(row["predicted_kl"]) for row in rows]
         series = [Points(x, y, arm_color(arm, run.arms), "", line=1.2)]
-        for row in (row for row in search.get("points", []) if row.get("measured_kl")):
+        for row in search.get("points", []):
             is_chosen = row["name"] == "chosen"
             color, marker = (arm_color(arm, run.arms), "o") if is_chosen else (MUTED, "x")
-            x, y = [Estimate(row["size_bytes"] / 1e6)], [Estimate(row["measured_kl"])]
+            x, y = (
+                [Estimate(row["size_bytes"] / 1e6)],
+                [Estimate(row.get("measured_kl") or row["predicted_kl"])],
+            )
             series.append(Points(x, y, color, marker, labels=[row["name"]]))
         panels.append(scatter_panel(arm, series, ("size, MB", "KL, nats per token"), log=True))
     return Plot("pareto", panels)
 
 
-def pilot_plot(
-    panels: Mapping[str, Mapping[str, tuple[Estimate, Estimate]]], floors: tuple[float, float]
-) -> Plot:
-    """The candidates of a pilot: title -> weight -> differences of (cosine, loss) to the baseline.
+def pilot_plot(candidates: Mapping[str, tuple[Estimate, Estimate]], floors: tuple[float, float]) -> Plot:
+    """The candidates of a pilot: name -> differences of (cosine, loss) to the baseline.
 
     floors: sizes of (cosine, loss) that count; smaller ones lie in a dashed box.
     """
-    weights = list(dict.fromkeys(weight for points in panels.values() for weight in points))
+    names = [*candidates]
+    series = [
+        Points([x], [y], arm_color(name, names), arm_marker(name, names), 7)
+        for name, (x, y) in candidates.items()
+    ]
     axes = "mean cosine, difference", "held-out loss, difference (nats)"
-    scatters = []
-    for title, points in panels.items():
-        series = [
-            Points([x], [y], arm_color(weight, weights), arm_marker(weight, weights), 7)
-            for weight, (x, y) in points.items()
-        ]
-        scatters.append(scatter_panel(title, series, axes, box=floors))
-    return Plot("pilot", scatters, weights)
+    return Plot("pilot", [scatter_panel("", series, axes, box=floors)], names)

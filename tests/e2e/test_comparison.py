@@ -196,7 +196,7 @@ def test_two_models_are_scored_on_the_same_items_once(
     assert 0 < results.measured("baseline", "as given").noise.floor < 0.05  # type: ignore[union-attr]
     assert entry.estimate.value == pytest.approx(after.estimate.value - before.estimate.value)  # type: ignore[operator]
     assert "--tasks heldout_perplexity --limit 25" in results.command and str(text) in results.command
-    assert "baseline" in json.loads(first.out)["verdict"]["sentence"]
+    assert "baseline" in json.loads(first.out)["verdicts"][0]["sentence"]
     assert edgedisp(*words, "--json").out == first.out
     assert json.loads((out / "items.json").read_text()) == items
     table = edgedisp(*words, "--markdown")
@@ -235,7 +235,7 @@ def test_what_cannot_be_compared_is_named_and_leaves_nothing(
         ("{run}/baseline/int4 {run}/dispersed/int4 --tasks arc_eassy", "did you mean arc_easy"),
         ("{run}/corpus {run}/corpus --text {text}", "is no run"),
         ("{run} {run}/dispersed/int4", "holds no report.json"),
-        ("{run} {run} --tasks small", "--tasks: is for two models"),
+        ("{run} {run} --tasks small", "tasks, text, limit, context and out are for two models"),
         ("{run}/baseline/int4", "holds no report.json"),
         ("{run}/items/items.json", "is no report of format 3"),
     ):

@@ -16,15 +16,12 @@ from edgedisp.commands.export import export_bundle
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.files import file_digest, list_files
 from edgedisp.core.stage_folder import finish, stage_output
-from edgedisp.graph.architectures import ARCHITECTURES
-from edgedisp.graph.export import BUILDER_ARCHITECTURES
 from edgedisp.graph.session import OnnxModel
 
-TYPES = (*ARCHITECTURES, *BUILDER_ARCHITECTURES)
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 Run = Callable[..., Any]  # the command line: exit code and output
 BOX = {"name": "box", "description": "a box", "architecture": "arm64", "context": 64, "threads": 1}
-NAMES = {"int8": ("model_quantized", "q8"), "int4": ("model_q4", "q4")}
+NAMES = {"fp32": ("model", "fp32"), "int4": ("model_q4", "q4")}
 
 
 @pytest.fixture
@@ -48,7 +45,7 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_the_manifest_describes_the_folder(precision: str, base: Path, tmp_path: Path, edgedisp: Run) -> None:
     out, layouts = tmp_path / "out", ["optimum", "transformers.js", "onnxruntime-genai"]
     profile = box(tmp_path, precision=precision, layouts=layouts)
@@ -61,13 +58,13 @@ def test_the_manifest_describes_the_folder(precision: str, base: Path, tmp_path:
     assert manifest["tokenizer_sha256"] == file_digest(base / "tokenizer.json")
     assert manifest["context"] == OnnxModel(out, 1).context == 64
     assert shown["layouts"] == ["onnxruntime-genai", "transformers.js", "optimum"] == [*manifest["layouts"]]
-    name, dtype = NAMES.get(precision, ("model", "fp32"))
+    name, dtype = NAMES[precision]
     assert manifest["layouts"]["transformers.js"]["graph"] == f"onnx/{name}.onnx"
     assert f'dtype: "{dtype}"' in manifest["layouts"]["transformers.js"]["load"]
     if precision == "fp32":
         assert manifest["grid"] is None
     else:
-        grid = {"bits": int(precision[3:]), "group": 32, "symmetric": False, "head_bits": 8}
+        grid = {"bits": 4, "group": 32, "symmetric": False, "head_bits": 8}
         assert manifest["grid"].items() >= (grid | {"accuracy_level": 4, "method": "rtn"}).items()
     assert (out / "LICENSE").read_text() == "do what you like"
     assert (manifest["base"]["license"], manifest["base"]["base"]) == ("mit", "org/model")
@@ -90,16 +87,22 @@ def test_what_cannot_work_is_refused_in_a_line_before_anything_is_written(base: 
         assert len(ended.err.splitlines()) <= 2 and names_in(base.parent) == before
 
 
-def set_config(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+def flip_last_bit(path: Path) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
 
 
-def change_weight(path: Path, name: str, value: float | None) -> None:
+def cut_off(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def another_type(path: Path) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "bloom"}))
+
+
+def not_a_number(path: Path) -> None:
     weights = load_file(path)
-    if value is None:
-        del weights[name]
-    else:
-        weights[name].view(-1)[5] = value
+    weights[K_PROJ].view(-1)[5] = float("nan")
     save_file(weights, path, {"format": "pt"})
 
 
@@ -114,31 +117,12 @@ def stray_from_the_record(path: Path) -> None:
     flip_last_bit(path)
 
 
-def flip_last_bit(path: Path) -> None:
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-
-
-def cut_off(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 100)
-
-
 @pytest.mark.parametrize(("name", "spoil", "message"), [
-    ("config.json", lambda path: set_config(path, hidden_size=128),
-     "20 weights have another shape: model.embed_tokens.weight [512, 64] for [512, 128]"),
-    ("config.json", lambda path: set_config(path, model_type="bloom"),
-     f"models of type 'bloom' cannot be exported; known types: {', '.join(sorted(TYPES))}"),
-    ("config.json", lambda path: path.write_text("{"), "config.json: not readable as JSON"),
+    ("config.json", another_type, "models of type 'bloom' cannot be exported; known types: "),
     ("config.json", Path.unlink, "no config.json; export takes a Hugging Face folder"),
-    ("tokenizer.json", Path.unlink, "no tokenizer.json"),
-    ("model.safetensors", Path.unlink, "save_pretrained"),
-    ("model.safetensors", lambda path: change_weight(path, K_PROJ, float("nan")),
-     f"{K_PROJ} holds 1 values that are not finite"),
-    ("model.safetensors", lambda path: change_weight(path, K_PROJ, None),
-     f"1 weights are not in the files: {K_PROJ}"),
-    ("model.safetensors", lambda path: cut_off(path), "the weights cannot be opened (damaged?): "),
-    ("model.safetensors", lambda path: stray_from_the_record(path),
-     "model.safetensors: is damaged or changed: its SHA-256 is"),
+    ("model.safetensors", not_a_number, f"{K_PROJ} holds 1 values that are not finite"),
+    ("model.safetensors", cut_off, "is cut off: "),
+    ("model.safetensors", stray_from_the_record, "is not the file that record.json was written for"),
 ])  # fmt: skip
 def test_a_folder_that_cannot_be_exported_is_refused_in_one_line(
     name: str, spoil: Callable[[Path], None], message: str, base: Path, edgedisp: Run
@@ -167,23 +151,6 @@ def test_weights_of_a_layout_are_counted_or_refused_if_damaged(
         for words in (["bench", out], ["chat", out, "--prompt", "Hello"], ["condensation", out]):
             ended = edgedisp(*words)
             assert ended.code == 2 and str(weights) in ended.err and word in ended.err
-
-
-def test_a_read_only_folder_is_exported_and_not_changed(base: Path, tmp_path: Path, edgedisp: Run) -> None:
-    def state() -> list[tuple[str, int, int]]:
-        return [(p.name, p.stat().st_mtime_ns, p.stat().st_mode) for p in (base, *sorted(base.iterdir()))]
-
-    for path in base.iterdir():
-        path.chmod(0o444)
-    base.chmod(0o555)
-    before = state()
-    try:
-        ended = edgedisp("export", base, "--target", "phone-arm64")
-        assert ended.code == 0 and state() == before
-    finally:
-        base.chmod(0o755)
-    # And what is made of a read-only folder can be changed and removed.
-    assert all(path.stat().st_mode & 0o200 for path in base.with_name("tiny-phone-arm64").iterdir())
 
 
 class Stopping:

@@ -38,19 +38,15 @@ def test_products_without_instructions_are_warned_of(tmp_path: Path, monkeypatch
         assert ("--set train.precision=auto" in text) is warns
 
 
-def test_without_a_probe_the_configuration_is_enough(tmp_path: Path) -> None:
+def test_without_a_probe_the_configuration_is_enough_and_the_recipe_decides_the_grid(tmp_path: Path) -> None:
     graph_twins.make(tmp_path / "model", "llama")
     (tmp_path / "model" / "model.safetensors").unlink()
     plan = planned(tmp_path, "model")
-    assert plan["estimate"] is None and plan["sizes_unknown"] is None
+    assert plan["estimate"] is None
     assert list(plan["sizes"]["precisions"]) == ["fp32", "int8", "int4"]
     assert set(plan["sizes"]["kv_cache"]) == {"laptop-x64", "phone-arm64"}
     assert "embedding = head" in render(plan)
-
-
-def test_the_recipe_decides_the_grid(tmp_path: Path) -> None:
-    graph_twins.make(tmp_path / "model", "llama")
-    plain = planned(tmp_path, "model")["sizes"]["precisions"]["int4"]
+    plain = plan["sizes"]["precisions"]["int4"]
     finer = planned(tmp_path, "model", "quantize.int4.group=16")["sizes"]["precisions"]["int4"]
     head = planned(tmp_path, "model", "quantize.int4.head_bits=4")["sizes"]["precisions"]["int4"]
     assert finer["components"]["mlp"] > plain["components"]["mlp"]
@@ -62,8 +58,7 @@ def test_without_a_probe_nothing_is_downloaded(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("EDGEDISP_CACHE", str(tmp_path / "cache"))
     wheel = "pypi:nowhere==1.0/a/model.gguf"
     plan = planned(tmp_path, wheel)
-    assert plan["sizes"] is None and "not downloaded" in plan["sizes_unknown"]
-    assert f"sizes: not known: {wheel}" in render(plan)
+    assert plan["sizes"] is None and f"sizes: not known: {wheel} is not downloaded yet" in render(plan)
     assert data.needs_download(wheel) and not (tmp_path / "cache").exists()
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert "nobody/absent-model" in planned(tmp_path, "nobody/absent-model")["sizes_unknown"]

@@ -100,7 +100,7 @@ def test_every_plot_is_drawn_and_parts_may_be_absent(tmp_path: Path) -> None:
     assert plots(bare) == {} and len(write(bare, tmp_path)) == 3
     assert single_page(several_arms(seeds=2)).count('id="arms"') == 1
     pair = (Estimate(0.01, 0.0, 0.02), Estimate(-0.1))
-    assert save(pilot_plot({"angular, layers all": {"weight 0.1": pair}}, (0.01, 0.002)), tmp_path).is_file()
+    assert save(pilot_plot({"angular-all-0_1": pair}, (0.01, 0.002)), tmp_path).is_file()
 
 
 def test_running_mean_is_centred_and_shorter_at_both_ends() -> None:
