@@ -24,12 +24,12 @@ from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.runtime_layouts import arrange, for_device
 from edgedisp.graph.verify import check_layouts
 from edgedisp.pipeline.options import PackageOptions, QuantizeOptions, SearchOptions
-from edgedisp.pipeline.prepare import weights_digest
+from edgedisp.pipeline.prepare import training_blocks, weights_digest
 from edgedisp.pipeline.rounding import gptq_blocks, outer_method, trained_blocks
 from edgedisp.pipeline.stage import Inputs, results_of
 from edgedisp.quantize.delta_survival import survival
 from edgedisp.quantize.grid import Blocks
-from edgedisp.quantize.mixed_precision import MixedPrecision, Search
+from edgedisp.quantize.mixed_precision import MixedPrecision, Search, assignment_of
 from edgedisp.quantize.onnx_rewrite import BlocksOf, quantize_assigned, quantize_bundle
 from edgedisp.quantize.onnx_weights import read_weight_map
 from edgedisp.recipe.recipe import hash8
@@ -75,42 +75,33 @@ def quantize_searched(
 ) -> dict[str, Any]:
     """The int4 bundle whose weights' bits, groups and methods are searched for under the recipe's budget.
 
-    Inputs: bundle (fp32), model, corpus; decider: the bundle of the arm whose assignment this one takes.
-    Sensitivities are measured on the training text, never on what is scored later. The record is that of
-    `quantize_assigned`, with `search`: {goal, size_bytes} and, of a search, {trials} and what `Search.record`
-    gives, with gptq also what its own rounding came to; else {decided_by, measured_kl, perplexity_increase}.
-    BadInput when the goal is out of reach, saying what is not; BuildFailed when gptq ends above the limit.
+    Inputs: bundle (fp32), model, corpus; decider: the bundle of the arm whose assignment this one takes. The
+    search sees training text, never what is scored later. The record is that of `quantize_assigned`, with
+    `search`: {goal, size_bytes, tokens, measured_kl, perplexity_increase} and what `Search.record` returns,
+    or decided_by. BadInput when the goal is out of reach, saying what is not.
     """
     int4, bundle, decider = options.int4, inputs["bundle"], inputs.get("decider")
-    is_gptq, limit = int4.method == "gptq", options.max_perplexity_increase
-    model = models.load(inputs["model"])
-    tokens = np.load(inputs["corpus"] / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    calibration = int4.calibration_tokens if is_gptq else None
-    search: dict[str, Any] = {"goal": {"budget": options.budget, "max_perplexity_increase": limit}}
+    is_gptq, corpus = int4.method == "gptq", inputs["corpus"]
+    calibration = training_blocks(corpus, int4.calibration_tokens) if is_gptq else None
+    tokens = np.load(corpus / "tokens.npy", mmap_mode="r", allow_pickle=False)
+    arguments = bundle, models.load(inputs["model"]), tokens, calibration, progress
+    goal = {"budget": options.budget, "max_perplexity_increase": options.max_perplexity_increase}
+    rounding: MixedPrecision
     if decider is None:
-        searched = Search(bundle, model, tokens, calibration_tokens=calibration, progress=progress)
+        rounding = searched = Search(*arguments)
         if options.budget is not None:
-            solution, search["trials"] = searched.within(options.budget), []
+            solution = searched.within(options.budget)
+            rounded = searched.round(solution.assignment)
         else:
-            solution, search["trials"] = searched.below(limit or 0.0)
-        search |= searched.record(solution)
-        assignment = searched.assignment(solution)
-        blocks, cost = searched.round(assignment)
-        if is_gptq:  # the search rounded weight by weight
-            search["gptq"] = cost
-            if limit is not None and (increase := cost["perplexity_increase"]) > limit:
-                raise BuildFailed(
-                    "quantize.max_perplexity_increase: after gptq, perplexity on the training text is "
-                    f"{increase:.2%} higher, the limit is {limit:.2%}; another method or more "
-                    "calibration_tokens may hold it"
-                )
+            solution, rounded = searched.below(options.max_perplexity_increase or 0.0)
+        assignment, search = solution.assignment, searched.record(solution, rounded)
     else:
-        follower = MixedPrecision(bundle, model, tokens, calibration_tokens=calibration, progress=progress)
-        assignment = follower.assignment_of(results_of(decider)["by_tensor"])
-        blocks, cost = follower.round(assignment)
-        search |= {"decided_by": decider.parent.name, "tokens": follower.reference.tokens}
-        search |= {"perplexity_tokens": sum(map(len, follower.blocks)), **cost}
-    level = int4.accuracy_level
+        rounding, search = MixedPrecision(*arguments), {"decided_by": decider.parent.name}
+        assignment = assignment_of(results_of(decider)["by_tensor"])
+        rounded = rounding.round(assignment)
+    search |= {"goal": goal, "tokens": rounding.tokens, "measured_kl": rounded.measured_kl}
+    search["perplexity_increase"] = rounded.perplexity_increase
+    level, blocks = int4.accuracy_level, _graph_blocks(bundle, rounded.blocks)
     record = quantize_assigned(
         bundle, output_dir, assignment, accuracy_level=level, blocks=blocks, progress=progress
     )

@@ -54,7 +54,6 @@ def gptq_model(
     grids: Grids,
     *,
     head: Grid | None = None,
-    correction: float = CORRECTION,
     progress: Progress = silent,
 ) -> dict[str, Blocks]:
     """Round the layers' linear maps of `model` in place by GPTQ, then the output head on the grid `head`.
@@ -64,7 +63,7 @@ def gptq_model(
     """
     blocks = {
         name: part
-        for rounded in calibrate(model, tokens, grids, progress, correction)
+        for rounded in calibrate(model, tokens, grids, progress)
         for name, (part, _) in rounded.items()
     }
     if head is not None:
@@ -108,7 +107,6 @@ def calibrate(
     tokens: NDArray[Any],
     grids: Grids,
     progress: Progress = silent,
-    correction: float = CORRECTION,
 ) -> Iterator[Rounded]:
     """Round every linear map of the layers in place, in the order of computation; yields those that were
     rounded together. tokens: as of `gptq_model`. The model is left in eval mode. BadInput without text."""
@@ -118,7 +116,7 @@ def calibrate(
     layers = decoder_layers(model)
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
     calls, states = layer_calls(model, layers, _text(model, tokens))
-    plain = states if correction else []  # of the unrounded model
+    plain = states  # of the unrounded model
     for index, call in enumerate(calls):
         progress(index, len(layers), "rounding layer by layer")
         unrounded = replace(call, layer=copy.deepcopy(call.layer))
@@ -133,9 +131,7 @@ def calibrate(
                     for state in plain
                 ),
             )
-            if plain:
-                weights = _corrected(weights, moments)
-            rounded = _round(weights, moments["second"], grids)
+            rounded = _round(_corrected(weights, moments), moments["second"], grids)
             for module in modules:
                 write_weight(module, dequantize(rounded[names[module]][0], _grid(grids, names[module])))
             yield rounded
