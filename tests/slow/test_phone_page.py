@@ -215,18 +215,22 @@ def test_a_damaged_graph_is_an_error_of_the_page(bundles: Bundles, tmp_path: Pat
 
 
 def test_the_browser_of_a_killed_program_ends(bundles: Bundles, tmp_path: Path) -> None:
-    sizes = ["--prompt", "100", "--generate", "100", "--repetitions", "1000"]
-    command = [sys.executable, "-m", "edgedisp", "bench", bundles["fp32"], "--device", "browser", *sizes]
-    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    script = (
+        "import tempfile; from pathlib import Path; from edgedisp.bench.browser import BrowserPage; "
+        "from edgedisp.bench.devices import BenchOptions; "
+        f"tempfile.tempdir = {str(tmp_path)!r}; bundles = {{'fp32': Path({str(bundles['fp32'])!r})}}; "
+        "BrowserPage(bundles, BenchOptions(prompt=100, generate=100, repetitions=1000)).measure("
+        "lambda *step: print(*step, flush=True))"
+    )
 
     def browsers() -> list[int]:
         folder = f"--user-data-dir={tmp_path}"
         processes = psutil.process_iter(["cmdline"])
         return [p.pid for p in processes if any(folder in word for word in p.info["cmdline"] or ())]
 
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
-        assert process.stderr is not None
-        assert any("repetition" in line for line in process.stderr) and browsers()
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any("repetition 2" in line for line in process.stdout) and browsers()
         process.kill()
     deadline = time.monotonic() + 60
     while browsers() and time.monotonic() < deadline:
