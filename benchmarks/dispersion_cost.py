@@ -34,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 from edgedisp import models
 from edgedisp.bench.system import runner
 from edgedisp.dispersion.hooks import DispersionLoss, hidden_states
-from edgedisp.dispersion.losses import DispersionConfig, angular
+from edgedisp.dispersion.losses import DispersionConfig, angular_distance, log_mean_exp_over_pairs
 from edgedisp.dispersion.pairwise_kernel import pairwise_loss
 from edgedisp.train.chunked_cross_entropy import chunked_head
 from edgedisp.train.performance import keep_freed_memory
@@ -50,10 +50,10 @@ SETTINGS = {  # name: (batch, context, bf16, gradient checkpointing)
 TOKENS, FEATURES, LAYERS = 4096, 1024, 4  # of the blockwise comparison
 
 
-def paper_form(states: dict[int, Tensor]) -> Tensor:
+def paper_form(states: list[Tensor]) -> Tensor:
     """`log mean exp(-arccos(cos) / pi)` over pairs of 256 drawn tokens, mean over sequences and layers."""
     values = []
-    for state in states.values():
+    for state in states:
         vectors = state[:, torch.randperm(state.shape[1])[:256]].float()
         vectors = vectors / (vectors.norm(dim=-1, keepdim=True) + 1e-2)
         cosine = vectors @ vectors.transpose(1, 2)
@@ -90,12 +90,11 @@ class Steps:
             stack.enter_context(chunked_head(self.model))
             if variant == "ours":
                 stack.enter_context(self.term.watch(self.model))
-            layers = range(self.model.config.num_hidden_layers)
-            states = stack.enter_context(hidden_states(self.model, layers)) if variant == "paper" else {}
+            states = stack.enter_context(hidden_states(self.model)) if variant == "paper" else []
             with torch.autocast("cpu", torch.bfloat16, enabled=self.is_bf16):
                 loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
                 if variant == "paper":
-                    loss = loss + 0.1 * paper_form(states)
+                    loss = loss + 0.1 * paper_form(states[1:])
             if variant == "ours":
                 loss = loss + self.term.weight * self.term.loss()
             loss.backward()
@@ -145,8 +144,13 @@ def peak_of_steps(setting: str, variant: str, folder: str) -> dict[str, float]:
     return {"resident": resident, "tensors": float(before + growth)}
 
 
+def plain_form(directions: Tensor) -> Tensor:
+    scores = -angular_distance(directions @ directions.mT, clamp=0.1)
+    return log_mean_exp_over_pairs(scores, torch.ones(directions.shape[:2], dtype=torch.bool))
+
+
 PAIRS: dict[str, Callable[[Tensor], Tensor]] = {
-    "plain": lambda v: angular(v, torch.ones(v.shape[:2], dtype=torch.bool), clamp=0.1).mean(),
+    "plain": lambda v: plain_form(v / v.norm(dim=-1, keepdim=True)).mean(),
     "blockwise": lambda v: pairwise_loss("angular", v).mean(),
 }
 

@@ -34,9 +34,9 @@ def condensation(
     from edgedisp.commands import condensation as command
     from edgedisp.core.files import to_json
 
-    options = command.CondensationOptions(text, sequences, context)
     with Screen("condensation") as screen:
-        profiles = command.measure([model, *([compare] if compare else [])], options, screen.progress)
+        names = [model, compare] if compare else [model]
+        profiles = command.measure(names, text, sequences, context, screen.progress)
     show(to_json(profiles), command.text(profiles, width()), as_json)
     if out:
         from edgedisp.report.render import write_condensation

@@ -139,18 +139,18 @@ def _estimate(recipe: Recipe, plan: dict[str, Any], progress: Progress) -> dict[
     """Fill in the seconds of the stages that are to do; time, memory and disk of the whole build."""
     import psutil
 
-    from edgedisp.dispersion.hooks import decoder_layers
     from edgedisp.models import count_parameters
     from edgedisp.pipeline.prepare import open_base
-    from edgedisp.train.lora import adapter_size
+    from edgedisp.train.lora import attach
     from edgedisp.train.performance import time_steps
 
     stage, adapter = base_stage(recipe), recipe.train.adapter
     model, *_ = open_base(stage.options, stage.files, progress)
     parameters = trainable = count_parameters(model)["total"]
-    if adapter is not None:
-        trainable = adapter_size(decoder_layers(model), adapter.rank, adapter.targets)
     probed = time_steps(model, as_computed(recipe.train), recipe.data.context, recipe.seed, progress)
+    if adapter is not None:
+        adapted = attach(model, adapter, recipe.seed)
+        trainable = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
     step_s = float(probed["micro_step_s"] * recipe.train.accumulate + probed["optimizer_s"])
     size = max(parameters / 135e6, 0.1)
     costs = stage_seconds(recipe, step_s, probed["forward_s_per_token"], size)

@@ -256,9 +256,7 @@ class Training:
     log: list[Json] = field(default_factory=list)
     watched: list[Json] = field(default_factory=list)
     watch_seconds: float = 0.0
-    skipped_sequences: int = 0
     chunked_cross_entropy: bool = False
-    merged_into: str | None = None
     merge_audit: Json | None = None
 
 

@@ -2,11 +2,8 @@
 
 In deep layers the token vectors of a sequence crowd into a narrow cone (embedding condensation, arXiv
 2602.00217). `profile` measures FIGURES of each sequence at each layer; `summary` gives their means, and the
-rank correlation of a layer's mean cosine with its depth, as in figure 2 of the paper.
-
-Intervals are a bootstrap over sequences, whose tokens are not independent. Percentiles of few sequences are
-too narrow, so they are moved outwards to those that Student's t needs, times sqrt(n / (n - 1)) (Hesterberg,
-The American Statistician 69, 2015).
+rank correlation of a layer's mean cosine with its depth. Intervals are a bootstrap over sequences, with the
+percentiles that Student's t needs, times sqrt(n / (n - 1)) (Hesterberg, The American Statistician 69, 2015).
 """
 
 from __future__ import annotations
@@ -21,13 +18,10 @@ from torch import Tensor, nn
 
 from edgedisp.core.progress import Progress, silent
 from edgedisp.core.results import Condensation, Estimate, LayerProfile
-from edgedisp.dispersion.hooks import decoder_layers, hidden_states
-from edgedisp.dispersion.losses import unit_vectors
-from edgedisp.dispersion.sampling import SINK_NORM
+from edgedisp.dispersion.hooks import SINK_NORM, hidden_states
+from edgedisp.dispersion.losses import smaller_gram, unit_vectors
 
 BINS = 40  # of the histogram, over cosine -1 .. 1
-ROWS = 512  # of the cosine matrix in memory at a time: 8 MB of float32 for 4,096 tokens
-FEWEST_TOKENS = 4  # fewer leave no pair without sinks, or one that says nothing
 RESAMPLES = 2000
 FIGURES = (
     "cosine_raw", "cosine_sink_excluded", "cosine_mean_removed", "effective_rank",
@@ -52,8 +46,8 @@ Statistic = Callable[[Tensor], Tensor]  # curves (..., layers) -> (...) or (...,
 
 @dataclass(frozen=True)
 class Profile:
-    """What `profile` measures. figures: name -> [sequence][layer], the final norm last. histograms: counts of
-    pairwise cosines [layer][bin], summed over sequences."""
+    """figures: name -> [sequence][layer], the final norm last. histograms: counts of pairwise cosines
+    [layer][bin], summed over sequences."""
 
     figures: dict[str, list[list[float]]]
     histograms: list[list[int]]
@@ -65,10 +59,8 @@ class Profile:
 
 
 def mean_cosine(vectors: Tensor) -> Tensor:
-    """Mean cosine of the pairs of different tokens: `(..., tokens, features)` -> float64 `(...)`.
-
-    N unit vectors with the sum s have the mean (|s|^2 - N) / (N (N - 1)). A zero vector has cosine 0.
-    """
+    """Mean cosine of the pairs of different tokens: `(..., tokens, features)` -> float64 `(...)`. N unit
+    vectors with the sum s have the mean (|s|^2 - N) / (N (N - 1)). A zero vector has cosine 0."""
     directions = unit_vectors(vectors.double())
     tokens = vectors.shape[-2]
     with_itself = directions.square().sum(dim=(-2, -1))  # N, less the zero vectors
@@ -79,19 +71,13 @@ def mean_cosine(vectors: Tensor) -> Tensor:
 def cosine_histogram(vectors: Tensor) -> Tensor:
     """Counts of the pairs by cosine: `(tokens, features)` -> int64 `(BINS,)` over -1 .. 1."""
     directions = unit_vectors(vectors.float())
-    counts = torch.zeros(BINS, dtype=torch.int64, device=vectors.device)
-    for start in range(0, len(directions), ROWS):
-        rows = directions[start : start + ROWS] @ directions[start:].T
-        above = torch.ones_like(rows, dtype=torch.bool).triu(diagonal=1)
-        counts += torch.histc(rows[above].clamp(-1, 1), bins=BINS, min=-1, max=1).long()
-    return counts
+    cosines = (directions @ directions.T).clamp(-1, 1)
+    above = torch.ones_like(cosines, dtype=torch.bool).triu(diagonal=1)
+    return torch.histc(cosines[above], bins=BINS, min=-1, max=1).long()
 
 
 def measure_layer(vectors: Tensor) -> dict[str, float]:
-    """FIGURES of one sequence at one layer: `(tokens, features)`, no padding. Raises ValueError for fewer
-    than 4 tokens."""
-    if len(vectors) < FEWEST_TOKENS:
-        raise ValueError(f"{len(vectors)} tokens are too few to measure: at least {FEWEST_TOKENS} are needed")
+    """FIGURES of one sequence at one layer: `(tokens, features)`, at least 4 tokens, no padding."""
     vectors = vectors.float()
     norms = vectors.norm(dim=-1)
     is_sink = norms > SINK_NORM * norms.median()
@@ -101,6 +87,7 @@ def measure_layer(vectors: Tensor) -> dict[str, float]:
     share, squares = singular / singular.sum().clamp_min(1e-300), singular.square()
     deviations = (rest.double() - rest.double().mean(dim=-1, keepdim=True)).square()
     kurtosis = deviations.square().mean(dim=-1) / deviations.mean(dim=-1).square().clamp_min(1e-24)
+    sizes, sizes_of_rest = vectors.abs(), rest.abs()
     figures = {
         "cosine_raw": mean_cosine(vectors),
         "cosine_sink_excluded": mean_cosine(rest),
@@ -108,8 +95,8 @@ def measure_layer(vectors: Tensor) -> dict[str, float]:
         "effective_rank": torch.exp(-torch.special.xlogy(share, share).sum()),
         "maximum_explainable_variance": squares.max() / squares.sum().clamp_min(1e-300),
         "kurtosis": kurtosis.mean(),
-        "max_over_median": _max_over_median(vectors),
-        "max_over_median_sink_excluded": _max_over_median(rest),
+        "max_over_median": sizes.max() / sizes.median().clamp_min(1e-12),
+        "max_over_median_sink_excluded": sizes_of_rest.max() / sizes_of_rest.median().clamp_min(1e-12),
         "sinks": is_sink.sum(),
     }
     return {name: float(value) for name, value in figures.items()}
@@ -117,26 +104,14 @@ def measure_layer(vectors: Tensor) -> dict[str, float]:
 
 def _singular_values(vectors: Tensor) -> Tensor:
     """Float64, rising, by the smaller Gram matrix. Exact to 1e-7 of the largest, the rounding of float32."""
-    wide = vectors.double()
-    gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
-    squares = torch.linalg.eigvalsh(gram)
+    squares = torch.linalg.eigvalsh(smaller_gram(vectors.double()))
     noise = squares[-1] * len(squares) * torch.finfo(torch.float64).eps
-    return squares.where(squares > noise, torch.zeros_like(squares)).sqrt()
-
-
-def _max_over_median(vectors: Tensor) -> Tensor:
-    """The lower median of an even number."""
-    sizes = vectors.abs().flatten()
-    return sizes.max() / sizes.median().clamp_min(1e-12)
+    return squares.where(squares > noise, 0.0).sqrt()
 
 
 @torch.inference_mode()
 def profile(states: States, blocks: Tensor, progress: Progress = silent) -> Profile:
-    """Measure every layer over every sequence.
-
-    states: gives the hidden states of one sequence. blocks: `(sequences, tokens)` int64, full blocks without
-    padding, tokens >= 4.
-    """
+    """Measure every layer over every sequence of `blocks`: `(sequences, tokens)` int64, without padding."""
     figures: dict[str, list[list[float]]] = {name: [] for name in FIGURES}
     histograms = torch.zeros(())
     for number, block in enumerate(blocks, start=1):
@@ -151,48 +126,36 @@ def profile(states: States, blocks: Tensor, progress: Progress = silent) -> Prof
 
 def measure_model(model: nn.Module, blocks: Tensor, progress: Progress = silent) -> Profile:
     """The profile of a causal language model of transformers in evaluation mode, without its head."""
-    layers = range(-1, len(decoder_layers(model)))
     decoder: nn.Module = model.get_decoder()  # type: ignore[operator]  # every causal language model has it
     device = next(model.parameters()).device
-    with hidden_states(model, layers) as states:
+    with hidden_states(model) as states:
 
         def run(block: Tensor) -> list[Tensor]:
             last = decoder(input_ids=block[None].to(device), use_cache=False).last_hidden_state
-            return [*(states.pop(index)[0] for index in layers), last[0]]
+            return [state[0] for state in (*states, last)]
 
         return profile(run, blocks, progress)
 
 
 @torch.no_grad()
 def quick_condensation(model: nn.Module, blocks: Tensor) -> list[float]:
-    """A figure by layer, cheap enough to look at while a model trains: the raw mean cosine, averaged over
-    sequences; index 0 is the embedding output, i the output of the i-th block.
+    """The raw mean cosine over sequences by layer, cheap enough to look at while a model trains; index 0 is
+    the embedding output, i the output of the i-th block.
 
     model: in evaluation mode, bare or wrapped by peft. blocks: `(sequences, tokens)` int64, without padding.
     """
-    layers = range(-1, len(decoder_layers(model)))
-    with hidden_states(model, layers) as states:
+    with hidden_states(model) as states:
         model(input_ids=blocks.to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
-        return [float(mean_cosine(states[index]).mean()) for index in layers]
+        return [float(mean_cosine(state).mean()) for state in states]
 
 
 # ---------------------------------------------------------------- means over sequences
 
 
 def summary(measured: Profile, reference: Profile | None = None) -> Condensation:
-    """Means over sequences with 95 % intervals; with a reference also `change`, measured - reference.
-
-    The change is paired by sequence and has no `layers` if the models differ in depth. Raises ValueError for
-    profiles of different sizes, which cannot be of the same text.
-    """
-    change = None
-    if reference is not None:
-        if (reference.tokens, len(reference.figures["sinks"])) != (
-            measured.tokens,
-            len(measured.figures["sinks"]),
-        ):
-            raise ValueError("profiles of different numbers of sequences or tokens cannot be compared")
-        change = _condensation(measured, reference)
+    """Means over sequences with 95 % intervals; with a reference also `change`, measured - reference, paired
+    by sequence. It has no `layers` if the models differ in depth."""
+    change = None if reference is None else _condensation(measured, reference)
     sequences = len(measured.figures["sinks"])
     return replace(_condensation(measured), sequences=sequences, tokens=measured.tokens, change=change)
 
@@ -231,11 +194,10 @@ def _hidden_states_of(curve: Tensor) -> Tensor:
 
 
 def estimates(statistic: Statistic, measured: Tensor, reference: Tensor | None = None) -> list[Estimate]:
-    """`statistic(mean over sequences)` with 95 % intervals, one for each value that the statistic has.
+    """`statistic(mean over sequences)`, or measured - reference of it, and 95 % intervals, one a value.
 
-    measured: float64 `(sequences, layers)`. With a reference, the difference measured - reference. A single
-    sequence has no interval. An interval contains its estimate: rank correlations are lower in nearly every
-    draw, as noise disturbs an order.
+    measured: float64 `(sequences, layers)`. A single sequence has no interval. An interval contains its
+    estimate: rank correlations are lower in nearly every draw, as noise disturbs an order.
     """
     count = len(measured)
 

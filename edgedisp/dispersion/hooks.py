@@ -1,30 +1,32 @@
 """Compute the dispersion loss layer by layer while a model runs.
 
-Forward hooks on the decoder layers sample tokens (sampling.py) and compute the values of a few layers at a
-time, so the gradients of a few layers are alive at a time, not those of all.
-
-Layers that a pass skips (`layerdrop`) do not count in the mean over layers. Layers that are recomputed in the
-backward pass with their hooks count once. Reentrant checkpointing hides layers, which `loss` refuses. Which
-sequences count is decided by the mask alone, so a trainer can weigh micro-batches beforehand.
+Forward hooks on the decoder layers collect their outputs, and `DispersionLoss.loss` computes their values.
+Which tokens are sampled depends on (seed, number of the sequence, layer) and the number of real tokens alone,
+through generators of this module: the global random streams stay untouched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edgedisp.dispersion.losses import VARIANTS, DispersionConfig, has_pair
-from edgedisp.dispersion.pairwise_kernel import FORMS, pairwise_loss
-from edgedisp.dispersion.sampling import TokenSample, candidates
+from edgedisp.dispersion.losses import VARIANTS, DispersionConfig
+from edgedisp.dispersion.pairwise_kernel import FORMS
 
-# Layers computed together: one at a time, starting small operations takes longer than doing them; all at
-# once, their vectors and gradients would be a percent of a training step's memory.
+# Layers computed together: one at a time, starting small operations takes longer than doing them.
 GROUP = 10
+SINK_NORM = 10.0  # medians of a sequence's norms, above which a token counts as an attention sink
+# Where sparse gradients can be added to dense ones; elsewhere (MPS) zeros are written out.
+SPARSE_DEVICES = ("cpu", "cuda")
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -55,29 +57,22 @@ def select_layers(choice: str | Sequence[int], depth: int) -> list[int]:
 
 
 @contextmanager
-def hidden_states(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Collect the outputs of `layers` (before any final norm) of each forward pass inside the block.
+def hidden_states(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the embedding output and every layer's output (before any final norm) inside the block.
 
-    Yields a dict, layer index -> `(batch, tokens, features)`; clear it between passes.
-    Index -1 stands for the input of the first layer (the embedding output).
+    Yields a list of `(batch, tokens, features)`, which each forward pass fills anew.
     """
-    blocks = decoder_layers(model)
-    states: dict[int, Tensor] = {}
+    layers, states = decoder_layers(model), list[Tensor]()
 
-    def collect_output(index: int) -> Callable[..., None]:
-        return lambda module, args, output: states.update({index: _first_tensor(output)})
-
-    def collect_input(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        states[-1] = args[0] if args else kwargs["hidden_states"]
+    def start(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        states[:] = [args[0] if args else kwargs["hidden_states"]]
 
     with ExitStack() as stack:
         stack.callback(states.clear)
-        for index in layers:
-            if index < 0:
-                handle = blocks[0].register_forward_pre_hook(collect_input, with_kwargs=True)
-            else:
-                handle = blocks[index].register_forward_hook(collect_output(index))
-            stack.callback(handle.remove)
+        stack.callback(layers[0].register_forward_pre_hook(start, with_kwargs=True).remove)
+        for layer in layers:
+            hook = layer.register_forward_hook(lambda module, args, output: states.append(_tensor(output)))
+            stack.callback(hook.remove)
         yield states
 
 
@@ -86,173 +81,201 @@ class _Pass:
     """A forward pass. Layers are named by their position among the watched ones."""
 
     mask: Tensor | None  # (batch, tokens), true or 1 for a real token; None: all are
-    first_sequence: int
-    length: int | None = None  # of the sequences in the model's call, where known
     sample: TokenSample | None = None  # set by the first watched layer
     waiting: list[tuple[int, Tensor]] = field(default_factory=list)  # layers without a value yet, and outputs
     layers: list[int] = field(default_factory=list)  # with a value
     values: list[Tensor] = field(default_factory=list)  # a vector for each group
-    is_over: bool = False
 
 
 class DispersionLoss:
-    """The dispersion term of a training loss, averaged over sequences and watched layers.
-
-        term = DispersionLoss(DispersionConfig(weight=0.1))
-        with term.watch(model):
-            outputs = model(input_ids, attention_mask=mask, labels=labels)
-            loss = outputs.loss + term.weight * term.loss()
+    """The dispersion term of a training loss, averaged over sequences and watched layers; see the package.
 
     Forward passes without gradients (evaluation, generation) are ignored, and those whose `loss` is never
-    asked for are not counted. Under CPU autocast to bfloat16 the products of token vectors round their inputs
-    like all others, and add up in float32.
+    asked for are not counted. A sequence with fewer than two tokens to compare counts as 0. Layers that a
+    pass skips (`layerdrop`) are not in the mean. Under CPU autocast to bfloat16 the products of token vectors
+    round their inputs like all others, and add up in float32.
+
+    next_sequence: number, among all that training sees, of the first sequence in the next pass, which decides
+    what tokens are sampled. It counts on by itself.
     """
 
     def __init__(self, config: DispersionConfig) -> None:
         self.config, self.weight = config, config.weight
+        self.next_sequence = 0
         self._pass: _Pass | None = None
-        self._next_pass: _Pass | None = None
-        self._next_sequence = 0
-        self._skipped: int | Tensor = 0
         self._layers: list[int] = []  # that are watched
-        self._has_run = False  # any of them, since `watch`
         self._last: tuple[list[int], Tensor] = [], torch.empty(0)  # layers and values of the last pass
-
-    @property
-    def skipped_sequences(self) -> int:
-        """Sequences so far with fewer than two tokens to compare. They count as 0 and not in the mean."""
-        return int(self._skipped)
-
-    def sequences(self, mask: Tensor) -> Tensor:
-        """How many sequences of a mask `(batch, tokens)` count in the mean; a scalar."""
-        return has_pair(candidates(mask.bool(), self.config.exclude_sink)).sum()
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[DispersionLoss]:
-        """Compute the term in every training forward pass of `model` inside the block. Raises ValueError if
-        the model has no list of layers or lacks one of those in the configuration."""
+        """Compute the term in every training forward pass of `model` inside the block; padding is what the
+        call's `attention_mask` says. Raises ValueError if the model lacks one of the layers."""
         blocks = decoder_layers(model)
-        self._layers, self._has_run = select_layers(self.config.layers, len(blocks)), False
+        self._layers = select_layers(self.config.layers, len(blocks))
         with ExitStack() as stack:
             stack.callback(model.register_forward_pre_hook(self._start, with_kwargs=True).remove)
-            for layer, index in enumerate(self._layers):
-                stack.callback(blocks[index].register_forward_hook(self._hook(layer)).remove)
-            try:
-                yield self
-            finally:
-                self._pass = self._next_pass = None
-
-    def begin(self, mask: Tensor | None = None, first_sequence: int | None = None) -> None:
-        """Describe the next forward pass; without it, the mask is the call's own `attention_mask`.
-
-        mask: `(batch, tokens)`, true or 1 for a real token. first_sequence: number of the batch's first
-        sequence among all that training sees, which decides what tokens are sampled; None counts on.
-        """
-        self._next_pass = _Pass(mask, self._next_sequence if first_sequence is None else first_sequence)
+            for position, index in enumerate(self._layers):
+                hook = blocks[index].register_forward_hook(partial(self._collect, position))
+                stack.callback(hook.remove)
+            yield self
 
     def loss(self) -> Tensor:
-        """The mean over layers and sequences of the last forward pass; scalar, float32 or better.
-
-        0 if the pass left out every watched layer. Raises ValueError if there was no training forward pass,
-        if its loss was already returned, or if no watched layer ever ran with gradients.
-        """
-        current = self._pass
-        if current is None or current.is_over:
+        """The mean over layers and sequences of the last forward pass; scalar, float32 or better. Raises
+        ValueError if there was no training forward pass, or its loss was already returned."""
+        current, self._pass = self._pass, None
+        if current is None:
             raise ValueError("no forward pass to compute the dispersion of: run the model inside watch()")
-        current.is_over = True
-        self._compute(current, is_last=True)
-        values, current.values = current.values, []
-        if not values or current.sample is None:
-            self._last = [], torch.empty(0)
-            if self._has_run:
-                return torch.zeros(())
+        if current.sample is None:
             raise ValueError(
-                "none of the chosen layers ran with gradients, so there is no dispersion to compute; before "
-                "transformers 5.23, reentrant gradient checkpointing hides them (set use_reentrant to False)"
+                "none of the chosen layers ran with gradients, so there is no dispersion to compute; "
+                "reentrant gradient checkpointing hides them (set use_reentrant to False)"
             )
-        self._has_run = True
-        self._next_sequence = current.first_sequence + current.sample.batch
-        self._skipped = self._skipped + (current.sample.batch - current.sample.sequences)
-        together = torch.cat([value.to(values[0].device) for value in values])
+        self._compute(current, current.sample)
+        self.next_sequence += current.sample.batch
+        together = torch.cat([value.to(current.values[0].device) for value in current.values])
         self._last = current.layers, together.detach()
         return together.mean()
 
     def by_layer(self) -> dict[int, float]:
         """Value of each layer, counted from 0, that ran in the pass of the last `loss`."""
         layers, values = self._last
-        return dict(sorted(zip((self._layers[layer] for layer in layers), values.tolist())))
+        return dict(sorted(zip((self._layers[position] for position in layers), values.tolist())))
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled() or _in_backward():
-            return
-        self._pass, self._next_pass = self._next_pass or _Pass(None, self._next_sequence), None
-        inputs = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        shapes = [value.shape for value in inputs if isinstance(value, Tensor) and value.dim() > 1]
-        self._pass.length = shapes[0][1] if shapes else None
-        if self._pass.mask is None:
+        if torch.is_grad_enabled() and not _in_backward():
             mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-            self._pass.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            self._pass = _Pass(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
 
-    def _hook(self, layer: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            if not torch.is_grad_enabled() or (_in_backward() and not _in_checkpoint()):
-                return
-            if self._next_pass is not None and not _in_backward():
-                self._pass, self._next_pass = self._next_pass, None  # the call skipped the watched model
-            if self._pass is not None and (_in_backward() or not self._pass.is_over):
-                self._take(self._pass, layer, _first_tensor(output))
-
-        return hook
-
-    def _take(self, current: _Pass, layer: int, state: Tensor) -> None:
-        """Compute the values of the waiting layers, when there are enough of them or no more to come."""
-        if current.sample is None:
-            mask, length, first = current.mask, current.length, current.first_sequence
-            current.sample = TokenSample(self.config, len(self._layers), state, mask, length, first)
-        sample = current.sample
-        if _in_checkpoint():
-            # The recomputation has to save what was saved here, so this layer is computed at once and alone.
-            value = self._value(sample, [(layer, state)], is_last=True)
-            if not _in_backward():
-                current.layers.append(layer)
-                current.values.append(value)
+    def _collect(self, position: int, module: nn.Module, args: object, output: Any) -> None:
+        current, state = self._pass, _tensor(output)
+        if current is None or not torch.is_grad_enabled() or _in_backward():
             return
-        # A full group waits until another layer comes: as the model may skip layers, it could be the last.
-        size = GROUP if self.config.variant in FORMS else 1
-        other = current.waiting[0][1] if current.waiting else state
-        is_alike = (other.shape, other.dtype, other.device) == (state.shape, state.dtype, state.device)
-        if len(current.waiting) == size or not is_alike:
-            self._compute(current, is_last=False)
-        current.waiting.append((layer, state))
-        # Long sequences, without sampling, keep the processor busy alone.
-        if sample.picks is None or layer == len(self._layers) - 1:
-            self._compute(current, is_last=True)
+        if current.sample is None:
+            depth, first = len(self._layers), self.next_sequence
+            current.sample = TokenSample(self.config, depth, state, current.mask, first)
+        current.waiting.append((position, state))
+        # Without sampling at once, so that the gradients of all tokens are alive for one layer at a time.
+        is_due = current.sample.picks is None or position == len(self._layers) - 1
+        if is_due and not _in_checkpoint():
+            self._compute(current, current.sample)
 
-    def _compute(self, current: _Pass, is_last: bool) -> None:
-        """The values of the waiting layers; `is_last`: no watched layer follows the last of them."""
-        waiting, current.waiting = current.waiting, []
-        if waiting and current.sample is not None:
-            current.layers.extend(layer for layer, _ in waiting)
-            current.values.append(self._value(current.sample, waiting, is_last))
-
-    def _value(self, sample: TokenSample, layers: list[tuple[int, Tensor]], is_last: bool) -> Tensor:
-        """The mean over sequences at each of these layers; `(layers,)`."""
-        config = self.config
-        vectors, mask = sample.vectors(layers, is_last)
-        options = {"temperature": config.temperature, "clamp": config.clamp}
-        if config.variant in FORMS:
-            values = pairwise_loss(config.variant, vectors, mask, precision=sample.precision, **options)
-        else:
-            if mask is None:
-                mask = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
-            values = VARIANTS[config.variant](vectors, mask, **options)
-        # Sequences that do not count have value 0. So has one that counts but loses its pairs to sinks here:
-        # what a micro-batch weighs must not depend on its vectors.
-        sums, count = values.view(len(layers), -1).sum(dim=1), sample.sequences
-        return sums / (count.clamp_min(1).to(sums.device) if isinstance(count, Tensor) else max(count, 1))
+    def _compute(self, current: _Pass, sample: TokenSample) -> None:
+        """The values of the waiting layers, as means over the sequences."""
+        config, waiting = self.config, current.waiting
+        options = {"temperature": config.temperature, "clamp": config.clamp, "precision": sample.precision}
+        size = GROUP if config.variant in FORMS and sample.picks is not None else 1
+        for _, outputs in groupby(waiting, key=lambda output: output[1].device):
+            alike = list(outputs)
+            for start in range(0, len(alike), size):
+                group = alike[start : start + size]
+                vectors, mask = sample.vectors(group, is_last=group[-1] is waiting[-1])
+                values = VARIANTS[config.variant](vectors, mask, **options)
+                current.layers += [position for position, _ in group]
+                current.values.append(values.view(len(group), -1).sum(dim=1) / sample.batch)
+        current.waiting = []
 
 
-def _first_tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+class TokenSample:
+    """The tokens of one forward pass that take part, over `layers` watched layers, of which one gave `state`.
+    Raises ValueError for an output that is not `(batch, tokens, features)`, or a mask that does not fit."""
+
+    def __init__(
+        self, config: DispersionConfig, layers: int, state: Tensor, mask: Tensor | None, first_sequence: int
+    ) -> None:
+        if state.dim() != 3:
+            raise ValueError(
+                f"the layers' outputs are {tuple(state.shape)} and not (batch, tokens, features); dispersion "
+                "does not work for models whose layers hand on several streams (Gemma 3n)"
+            )
+        device, (self.batch, tokens, _) = state.device, state.shape
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        self.precision = "bf16" if dtype == torch.bfloat16 else "none"  # of the products of vectors
+        self.exclude_sink = config.exclude_sink
+        real = torch.ones(self.batch, tokens, dtype=torch.bool) if mask is None else mask.cpu().bool()
+        if real.shape != (self.batch, tokens):
+            raise ValueError(f"the mask is {tuple(real.shape)}, the token vectors are {(self.batch, tokens)}")
+        candidates = real & (real.cumsum(dim=1) > 1) if config.exclude_sink else real
+        self.picks: Tensor | None = None  # (layers, 2, batch * n) int64, sequence and token
+        if config.tokens is not None and config.tokens < tokens:
+            picks = sample_tokens(config.tokens, layers, real, candidates, (config.seed, first_sequence))
+            candidates = candidates.expand(layers, -1, -1).gather(2, picks)
+            sequence = torch.arange(self.batch).repeat_interleave(config.tokens).expand(layers, -1)
+            self.picks = torch.stack([sequence, picks.flatten(1)], dim=1).to(device)
+        # (batch, tokens), or (layers, batch, n) where sampled. None, for all, spares a copy of the vectors.
+        self.mask = None if candidates.all() and not config.exclude_sink else candidates.to(device)
+
+    def vectors(self, outputs: list[tuple[int, Tensor]], is_last: bool) -> tuple[Tensor, Tensor | None]:
+        """Vectors `(layers * batch, n, features)` and which of them are real; None: all.
+
+        outputs: position among the watched layers, and `(batch, tokens, features)`; a single one without
+        sampling. is_last: no watched layer follows the last of them.
+        """
+        layers, states = [layer for layer, _ in outputs], [state for _, state in outputs]
+        vectors, mask = states[0], self.mask
+        if self.picks is not None:
+            sampled: Tensor = _Gather.apply(self.picks[layers].to(vectors.device), is_last, *states)
+            vectors = sampled.view(len(layers) * self.batch, -1, sampled.shape[-1])
+            mask = None if mask is None else mask[layers].flatten(0, 1)
+        if mask is None:
+            return vectors, None
+        mask = mask.to(vectors.device)
+        if self.exclude_sink:
+            norms = torch.linalg.vector_norm(vectors.detach().float(), dim=-1)
+            median = torch.where(mask, norms, math.nan).nanmedian(dim=1, keepdim=True).values
+            mask = mask & ~(norms > SINK_NORM * median)
+        return vectors, mask
+
+
+def sample_tokens(
+    count: int, layers: int, real: Tensor, candidates: Tensor, stream: tuple[int, int]
+) -> Tensor:
+    """Tokens that each layer samples of each sequence, int64 `(layers, batch, count)`, in rising order.
+
+    count: at most `tokens`. real, candidates: `(batch, tokens)` bool on the CPU; others than candidates are a
+    last resort. stream: seed, and number of the first row's sequence; the rows after it count on.
+    """
+    keys, (seed, first_sequence) = torch.full((layers, *real.shape), -1.0), stream
+    for row, mask in enumerate(real):
+        # One stream a sequence, as long as its real tokens: padding shifts nothing. On the CPU, so that CPU
+        # and GPU runs sample the same tokens.
+        mixed = hashlib.blake2b(repr((seed, first_sequence + row)).encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(mixed))
+        keys[:, row, mask] = torch.rand(layers, int(mask.sum()), generator=generator)
+    keys.masked_fill_(~candidates, -1.0)
+    return keys.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of the outputs of some layers: `(layers, batch * n, features)`, with sparse gradients.
+
+    indices: `(layers, 2, batch * n)`, sequence and token, rising. A dense gradient, zero nearly everywhere,
+    would move more memory than the whole loss. Autograd adds a sparse one to the dense gradient from the
+    layers after it; the last watched layer's output may have no other gradient, so it gets a dense one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, indices: Tensor, is_last: bool, *states: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.shape, ctx.is_last = states[0].shape, is_last
+        return torch.stack([state[index[0], index[1]] for state, index in zip(states, indices)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        slopes = list[Tensor]()
+        for layer, (index, values) in enumerate(zip(indices, gradient), start=1):
+            if gradient.device.type in SPARSE_DEVICES and not (ctx.is_last and layer == len(indices)):
+                # Rising and none twice is what coalesced means.
+                slope = torch.sparse_coo_tensor(
+                    index, values, ctx.shape, check_invariants=False, is_coalesced=True
+                )
+            else:
+                slope = values.new_zeros(ctx.shape).index_put_((index[0], index[1]), values)
+            slopes.append(slope)
+        return None, None, *slopes
+
+
+def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
@@ -262,5 +285,5 @@ def _in_backward() -> bool:
 
 
 def _in_checkpoint() -> bool:
-    """Whether hooks on saved tensors are active, as inside `torch.utils.checkpoint`."""
+    """Whether hooks on saved tensors are active: a recomputation would have to save what is saved here."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

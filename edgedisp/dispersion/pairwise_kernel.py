@@ -1,15 +1,12 @@
 """Angular and cosine dispersion over every pair of tokens, without the tokens x tokens matrix.
 
-Square blocks of the upper triangle of the cosine matrix each add to an online log-sum-exp and are dropped.
-The backward pass computes each block again, so memory is O(tokens x features): the idea of FlashAttention
-(arXiv 2205.14135) for a loss. Up to BLOCK tokens are a single block, whose slopes the forward pass saves.
+Square blocks of the upper triangle of the cosine matrix each add to a sum of exponentials and are dropped;
+the backward pass computes each again (the idea of FlashAttention, arXiv 2205.14135). Up to BLOCK tokens are a
+single block, whose slopes the forward pass saves. With v a token vector, n its norm, c_ij = v_i v_j / (n_i
+n_j), D the distance and s = -D / temperature, the loss of N tokens is `log sum_{i != j} exp(s_ij) - log N(N -
+1)`. Its gradient, with G_ij = 2 P_ij s'(c_ij) and P the softmax of s over the pairs, is
 
-With v a token vector, n its norm, c_ij = v_i v_j / (n_i n_j), D the distance and s = -D / temperature, the
-loss of a sequence of N tokens is `log sum_{i != j} exp(s_ij) - log N(N - 1)`. Its gradient is
-
-    dL/dv_i = sum_j M_ij v_j,   M_ij = G_ij / (n_i n_j),   M_ii = -sum_j G_ij c_ij / n_i^2,
-
-with G_ij = 2 P_ij s'(c_ij) and P the softmax of s over the pairs.
+    dL/dv_i = sum_j M_ij v_j,   M_ij = G_ij / (n_i n_j),   M_ii = -sum_j G_ij c_ij / n_i^2.
 """
 
 from __future__ import annotations
@@ -22,24 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgedisp.dispersion.losses import SHORTEST, precise
-
 BLOCK = 256  # fits the second-level cache, and the matrix product runs at full speed
-
-# exp(-60) is 1e-26: scores that spread over less cannot make a float32 sum lose its largest terms, so no
-# running maximum is needed.
-SAFE_SPREAD = 60.0
-
+LEAST_TEMPERATURE = 0.05  # scores then spread over less than 60: a float32 sum needs no running maximum
+SHORTEST = 1e-6  # shorter vectors are treated as this long: a zero vector has no direction
 FORMS = ("angular", "cosine")
+
+
+def precise(vectors: Tensor) -> Tensor:
+    """In float32, or float64 if they are."""
+    return vectors if vectors.dtype == torch.float64 else vectors.float()
 
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Let float32 matrix products on the CPU round their inputs to `bf16` and still add up in float32.
-
-    Unlike under autocast, the result is not rounded. `none` changes nothing. Compiled code cannot change the
-    setting and computes in float32.
-    """
+    """Let float32 matrix products on the CPU round their inputs to `bf16` and still add up in float32;
+    `none` changes nothing. Compiled code cannot change the setting and computes in float32."""
     if precision == "none" or torch.compiler.is_compiling():
         yield
         return
@@ -55,8 +49,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
 class _Pairs:
     """Blocks of the cosines of token vectors `(batch, n, features)`, and their scores s(c).
 
-    A cosine is clamped to [-1 + clamp, 1 - clamp] for the score and its slope s'(c); the clamp's own slope is
-    1 (straight-through). A clamp of 0 becomes a rounding step, as arccos has no finite slope at +-1.
+    A cosine is clamped for the score and its slope s'(c), as in `losses.angular_distance`.
     """
 
     def __init__(
@@ -69,8 +62,6 @@ class _Pairs:
         self.inverse = torch.linalg.vector_norm(self.vectors, dim=-1).clamp_min_(SHORTEST).reciprocal_()
         self.edge = 1 - max(clamp, torch.finfo(vectors.dtype).eps)
         self.factor = 1 / (math.pi * temperature) if form == "angular" else 1 / temperature
-        widest = math.acos(-self.edge) if form == "angular" else 1 + self.edge
-        self.is_safe = widest * self.factor < SAFE_SPREAD
 
     def blocks(self) -> list[tuple[slice, slice]]:
         """Of the upper triangle, diagonal blocks included."""
@@ -102,17 +93,10 @@ class _Pairs:
     def log_total(self) -> Tensor:
         """Log of the sum of exp(score) over ordered pairs, `(batch,)`; -inf without a pair."""
         total = self.inverse.new_zeros(len(self.vectors))
-        highest = torch.full_like(total, 0.0 if self.is_safe else -math.inf)
         for rows, columns in self.blocks():
             *_, scores = self.block(rows, columns)
-            if not self.is_safe:
-                top = torch.maximum(highest, scores.amax(dim=(-2, -1)))
-                # Both are -inf until a pair is seen, and their difference must not become NaN.
-                total *= torch.exp(torch.where(highest == top, 0.0, highest - top))
-                highest = top
-                scores -= torch.where(top == -math.inf, 0.0, top)[:, None, None]
             total += scores.exp_().sum(dim=(-2, -1)) * (1 if rows == columns else 2)
-        return total.log() + torch.where(highest == -math.inf, 0.0, highest)
+        return total.log()
 
     def gradient(self, log_total: Tensor) -> Tensor:
         """dL/dv by blocks, each computed anew; `(batch, n, features)`."""
@@ -131,25 +115,18 @@ class _Pairs:
         gradient.addcmul_(self.vectors, (radial * self.inverse.square()).unsqueeze(-1), value=-1)
         return gradient.mul_(2)
 
-    def in_one_block(self, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+    def in_one_block(self) -> tuple[Tensor, Tensor]:
         """`log_total`, and the matrix M of the module docstring."""
         everything = slice(0, self.vectors.shape[1])
         cosines, clamped, scores = self.block(everything, everything)
-        highest: Tensor | float = 0.0
-        if not self.is_safe:
-            highest = scores.amax(dim=(-2, -1)).nan_to_num(neginf=0.0)
-            scores -= highest[:, None, None]
         weights = scores.exp_()
         total = weights.sum(dim=(-2, -1))
-        if not differentiate:
-            return total.log() + highest, None
-        # With a pair the total is at least exp(-SAFE_SPREAD). Without one all weights are 0, and so is M.
-        share = 2 / total.clamp_min(1e-30)
-        slopes = self.times_slope(weights, clamped, share[:, None, None])
+        # Without a pair all weights are 0, and so is M.
+        slopes = self.times_slope(weights, clamped, (2 / total.clamp_min(1e-30))[:, None, None])
         radial = cosines.mul_(slopes).sum(dim=-1)
         matrix = slopes.mul_(self.inverse[:, :, None]).mul_(self.inverse[:, None, :])
         matrix.diagonal(dim1=-2, dim2=-1).copy_(radial.mul_(self.inverse).mul_(self.inverse).neg_())
-        return total.log() + highest, matrix
+        return total.log(), matrix
 
 
 class _LogSumExpOverPairs(torch.autograd.Function):
@@ -163,8 +140,8 @@ class _LogSumExpOverPairs(torch.autograd.Function):
         matrix = None
         with matmul_precision(precision):
             pairs = _Pairs(form, vectors, mask, *numbers)
-            if vectors.shape[1] <= BLOCK:
-                log_total, matrix = pairs.in_one_block(any(ctx.needs_input_grad))
+            if vectors.shape[1] <= BLOCK and ctx.needs_input_grad[0]:
+                log_total, matrix = pairs.in_one_block()
             else:
                 log_total = pairs.log_total()
         ctx.options, ctx.precision = options, precision
@@ -199,15 +176,13 @@ def pairwise_loss(
     clamp: float = 0.1,
     precision: str = "none",
 ) -> Tensor:
-    """`losses.angular` or `losses.cosine` by blocks: `(batch,)`, float32, or float64 for float64 vectors.
+    """`log mean exp(-D / temperature)` over pairs: `(batch,)`, float32, or float64 for float64 vectors.
 
-    Args:
-        form: `angular` or `cosine`.
-        vectors: `(batch, tokens, features)`, any float dtype.
-        mask: `(batch, tokens)`, true for a real token; None when all are real.
-        precision: `bf16` lets matrix products round their inputs; see `matmul_precision`.
-    Sequences with fewer than two real tokens have value 0 and no gradient. A backward pass with
-    `create_graph` raises RuntimeError.
+    `angular`, the paper's: D is the angle of a pair over pi. With the defaults -0.144 for equal vectors,
+    -0.856 for opposite ones. `cosine`: D = 1 - cosine; Diffuse and Disperse has D = -cosine.
+
+    vectors: `(batch, tokens, features)`, any float dtype. mask: `(batch, tokens)` bool; None when all are
+    real. precision: `bf16` lets matrix products round their inputs. `create_graph` raises RuntimeError.
     """
     tokens = vectors.shape[1]
     with torch.autocast(vectors.device.type, enabled=False):

@@ -1,26 +1,26 @@
 """Adapters in a build: attached, audited, and merged into the base that carries them better.
 
 An adapter trained over a quantized base (QLoRA) can be merged into that base dequantized, or into the
-full-precision one. Which is better is measured on held-out blocks: with the adapter on, merged either way,
-rounded to bfloat16, and rounded as the int4 bundle. The dequantized base is taken only if the whole interval
-of the paired difference is below zero. With `merge: auto` the BASELINE's audit decides for every arm: arms in
+full-precision one. The dequantized base is taken only if the whole interval of the paired difference on
+held-out blocks is below zero. With `merge: auto` the BASELINE's audit decides for every arm: arms in
 different bases would differ by more than their training, and luck in the choice then favours the control.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from edgedisp import models
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import Progress
-from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.evaluate.statistics import Metric, Resampling, difference
 from edgedisp.pipeline.options import BundleRounding, MergeOptions
 from edgedisp.pipeline.prepare import heldout_blocks, weights_digest
@@ -29,168 +29,132 @@ from edgedisp.pipeline.stage import Inputs, results_of
 from edgedisp.recipe import Adapter
 from edgedisp.train import lora
 
-AUDIT_TOKENS = 4096  # held-out tokens a row is scored on; 5 s a row for 135M parameters on 2 cores
-LEAST_BLOCKS = 8
+AUDIT_BLOCKS, AUDIT_TOKENS = 8, 4096  # at least, of a row; 5 s for 135M parameters on 2 cores
 BOOTSTRAP = 2000
 NATS = Metric("loss", "nll", "tokens", higher_is_better=False)
-FULL, DEQUANTIZED = "full", "dequantized"
 NO_ADAPTER, ADAPTER_ON = "no adapter", "adapter on"
+FULL, DEQUANTIZED = "full", "dequantized"
+MERGED = {kind: f"merged into the {kind} base" for kind in (FULL, DEQUANTIZED)}
 
 
 def model_to_train(adapter: Adapter | None, base: Path, seed: int) -> Any:
     """The base, all of it trainable, or frozen under a fresh adapter."""
-    model = _base(adapter, base)
-    return model if adapter is None else lora.attach(model, decoder_layers(model), adapter, seed)
+    return models.load(base) if adapter is None else lora.attach(_base(adapter, base), adapter, seed)
 
 
-def _base(adapter: Adapter | None, folder: Path) -> Any:
+def _base(adapter: Adapter, folder: Path) -> Any:
     """The base as it is trained: quantized under a qlora adapter."""
-    quantization = None if adapter is None else adapter.base
-    return models.load(folder) if quantization is None else lora.load_quantized(folder, quantization)
+    return models.load(folder) if adapter.base is None else lora.load_quantized(folder, adapter.base)
 
 
-def save_adapter(trained: Any, adapter: Adapter, base: Path, output_dir: Path) -> None:
+def save_adapter(trained: Any, base: Path, output_dir: Path) -> None:
     """Write the trained adapter as a PEFT folder that names its base: by its hub id where it has one."""
     results = results_of(base)
-    sha256 = lora.fingerprint(models.load(base))
-    name = results.get("hub_id") or str(base.resolve())
-    lora.save_adapter(trained, lora.Base(name, sha256, adapter.base, results.get("revision")), output_dir)
-
-
-def trained_model(adapter: Adapter | None, base: Path, folder: Path) -> Any:
-    """The model that a training left in `folder`, in eval mode; an adapter's layers stay in it, unmerged."""
-    if adapter is None:
-        return models.load(folder)
-    wrapped: Any = lora.load_adapter(folder, _base(adapter, base))
-    return wrapped.get_base_model().eval()
+    lora.save_adapter(
+        trained, results.get("hub_id") or str(base.resolve()), results.get("revision"), output_dir
+    )
 
 
 def merge(options: MergeOptions, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
     """Audit the adapter, merge it, and leave a Hugging Face folder.
 
     Inputs: base, corpus, adapter; decider: the model of the arm whose audit decides, where this one does not.
-    Returns the results of the training with `merged_into` and `merge_audit` {rows [{name, loss, difference,
-    low, high}]: nats per token, differences from the adapter on; tokens, blocks, grid; decision {judged_by:
-    int4 where it ships, difference, low, high}: dequantized - full, None for lora; chosen: full or
-    dequantized; why; warning; gains {fp32, int4}: the merged model - the base without adapter}.
+    Returns the training's results with `merge_audit`: rows {name, loss, difference from the adapter on},
+    gains of the merged model over the base {fp32, int4}, in nats per token; chosen, why, warning.
     """
-    adapter, base, training = options.adapter, inputs["base"], results_of(inputs["adapter"])
-    merged_rows = {FULL: "merged into full precision"}
-    if adapter.base:
-        merged_rows[DEQUANTIZED] = f"merged into dequantized {adapter.base}"
-    rows = _score(options, inputs, merged_rows, progress)
+    rows = _score(options, inputs, progress)
 
-    def compare(before: str, after: str) -> dict[str, Any]:
-        pairs, resampling = [(rows[before], rows[after])], Resampling(BOOTSTRAP, options.seed)
-        change = difference(pairs, NATS, resampling).estimate
-        return {"difference": change.value, "low": change.low, "high": change.high}
+    def change(before: str, after: str) -> dict[str, Any]:
+        resampling = Resampling(BOOTSTRAP, options.seed)
+        estimate = difference([(rows[before], rows[after])], NATS, resampling).estimate
+        return {"difference": estimate.value, "low": estimate.low, "high": estimate.high}
 
-    decision, suffix = None, ", int4" if options.int4_ships else ""
-    if DEQUANTIZED in merged_rows:
-        full, dequantized = (f"{merged_rows[kind]}{suffix}" for kind in (FULL, DEQUANTIZED))
-        judged_by = "int4" if options.int4_ships else "fp32"
-        decision = {"judged_by": judged_by, **compare(full, dequantized)}
-    choice = choose_base(adapter, decision, inputs.get("decider"))
-    chosen_row = merged_rows[choice["chosen"]]
-    tokens = sum(item["tokens"] for item in rows[ADAPTER_ON])
+    suffix = ", int4" if options.int4_ships else ""
+    full, dequantized = (f"{merged}{suffix}" for merged in MERGED.values())
+    decision = change(full, dequantized) if dequantized in rows else None
+    choice = choose_base(options.adapter, decision, inputs.get("decider"))
+    tokens, merged = sum(item["tokens"] for item in rows[ADAPTER_ON]), MERGED[choice["chosen"]]
     losses = {name: sum(item["nll"] for item in items) / tokens for name, items in rows.items()}
-    grid = options.int4.model_dump(include={"method", "group", "symmetric", "head_bits"})
     audit = {
-        "rows": [{"name": name, "loss": loss, **compare(ADAPTER_ON, name)} for name, loss in losses.items()],
+        "rows": [{"name": name, "loss": loss, **change(ADAPTER_ON, name)} for name, loss in losses.items()],
         "tokens": tokens,
-        "blocks": len(rows[ADAPTER_ON]),
-        "grid": {"bits": 4, **grid},
-        "decision": decision,
-        **choice,
+        "grid": options.int4.model_dump(include={"group", "symmetric", "head_bits"}),
         "gains": {
-            "fp32": compare(NO_ADAPTER, chosen_row),
-            "int4": compare(f"{NO_ADAPTER}, int4", f"{chosen_row}, int4"),
+            "fp32": change(NO_ADAPTER, merged),
+            "int4": change(f"{NO_ADAPTER}, int4", f"{merged}, int4"),
         },
+        **choice,
     }
-    merged = _merged(choice["chosen"], adapter, inputs)
-    models.save(merged, models.load_tokenizer(base), output_dir)
+    base, model = inputs["base"], _merged(choice["chosen"], options, inputs)
+    models.save(model, models.load_tokenizer(base), output_dir)
     models.copy_licence(base, output_dir)
-    return {
-        **training,
-        "adapter_sha256": training.get("weights_sha256"),
-        "merged_into": _base_name(choice["chosen"], adapter),
-        "merge_audit": audit,
-        "weights_sha256": weights_digest(output_dir),
+    results = {"merge_audit": audit, "weights_sha256": weights_digest(output_dir)}
+    return results_of(inputs["adapter"]) | results
+
+
+def _merged(kind: str, options: MergeOptions, inputs: Inputs) -> Any:
+    base, quantization = inputs["base"], options.adapter.base
+    if kind == FULL or quantization is None:
+        return lora.merge(inputs["adapter"], models.load(base))
+    return lora.merge(inputs["adapter"], lora.load_dequantized(base, quantization))
+
+
+def _score(options: MergeOptions, inputs: Inputs, progress: Progress) -> dict[str, list[dict[str, Any]]]:
+    """Row of the audit -> one item a block, as evaluate/statistics.py takes them."""
+    adapter, base, corpus = options.adapter, inputs["base"], inputs["corpus"]
+    blocks = torch.from_numpy(heldout_blocks(corpus, blocks=AUDIT_BLOCKS, tokens=AUDIT_TOKENS))
+    loaders: dict[str, Callable[[], Any]] = {
+        NO_ADAPTER: lambda: models.load(base),
+        ADAPTER_ON: lambda: lora.load_adapter(inputs["adapter"], _base(adapter, base)),
+        MERGED[FULL]: lambda: _merged(FULL, options, inputs),
     }
-
-
-def _merged(kind: str, adapter: Adapter, inputs: Inputs) -> Any:
-    quantized = _base(adapter, inputs["base"]) if kind == DEQUANTIZED else None
-    return lora.merge(inputs["adapter"], models.load(inputs["base"]), quantized=quantized)
-
-
-def _base_name(kind: str, adapter: Adapter) -> str:
-    return "the full-precision base" if kind == FULL else f"the dequantized {adapter.base} base"
-
-
-def _score(
-    options: MergeOptions, inputs: Inputs, merged_rows: Mapping[str, str], progress: Progress
-) -> dict[str, list[dict[str, Any]]]:
-    """Row of the audit -> one item a block, as evaluate/statistics.py takes them; one model is in memory at a
-    time."""
-
-    def int4(load: Callable[[], Any]) -> Any:
-        model = load()
-        round_as_bundle(BundleRounding(4, options.int4), model, inputs["corpus"])
-        return model
-
-    def bfloat16(load: Callable[[], Any]) -> Any:
-        model = load()
-        for weight in model.parameters():
-            weight.data = weight.data.bfloat16().float()
-        return model
-
-    adapter, base = options.adapter, inputs["base"]
-    plain: dict[str, Callable[[], Any]] = {NO_ADAPTER: partial(models.load, base)}
-    merged = {name: partial(_merged, kind, adapter, inputs) for kind, name in merged_rows.items()}
-    full = merged_rows[FULL]
-    loaders = plain | {ADAPTER_ON: partial(trained_model, adapter, base, inputs["adapter"])} | merged
-    loaders[f"{full}, bf16"] = partial(bfloat16, merged[full])
-    loaders |= {f"{name}, int4": partial(int4, load) for name, load in (plain | merged).items()}
-
-    blocks = heldout_blocks(inputs["corpus"], blocks=LEAST_BLOCKS, tokens=AUDIT_TOKENS)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if adapter.base is not None:
+        loaders[MERGED[DEQUANTIZED]] = lambda: _merged(DEQUANTIZED, options, inputs)
     rows = {}
     for number, (name, load) in enumerate(loaders.items()):
         progress(number, len(loaders), f"merge audit: {name}")
-        losses = lora.block_losses(load().to(device), blocks)
-        if not np.isfinite(losses).all():
-            raise BuildFailed(f"the merge audit's row `{name}` has a loss that is not finite")
-        rows[name] = [
-            {"id": str(index), "document": index, "nll": float(loss), "tokens": blocks.shape[1] - 1}
-            for index, loss in enumerate(losses)
-        ]
-    progress(len(loaders), len(loaders), "merge audit")
+        model = load()  # one at a time is in memory
+        rows[name] = _items(model, blocks)
+        if name == MERGED[FULL]:
+            weights = copy.deepcopy(model.state_dict())
+            model.load_state_dict({key: weight.bfloat16() for key, weight in weights.items()})
+            rows[f"{name}, bf16"] = _items(model, blocks)
+            model.load_state_dict(weights)
+        if name != ADAPTER_ON:
+            round_as_bundle(BundleRounding(4, options.int4), model.cpu(), corpus)
+            rows[f"{name}, int4"] = _items(model, blocks)
     return rows
 
 
-def choose_base(adapter: Adapter, decision: Mapping[str, Any] | None, decider: Path | None) -> dict[str, Any]:
+@torch.inference_mode()
+def _items(model: Any, blocks: Tensor) -> list[dict[str, Any]]:
+    """The cross-entropy of each block of int64 [blocks, tokens], summed over its predictions, in nats."""
+    device, items = "cuda" if torch.cuda.is_available() else "cpu", []
+    model.to(device).eval()
+    for index, ids in enumerate(blocks.to(device)):
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+        loss = functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+        if not math.isfinite(loss):
+            raise BuildFailed("merge audit: the loss of a model is not finite")
+        items.append({"id": str(index), "document": index, "nll": loss, "tokens": len(ids) - 1})
+    return items
+
+
+def choose_base(adapter: Adapter, change: Mapping[str, Any] | None, decider: Path | None) -> dict[str, Any]:
     """{chosen, why, warning}: the base to merge into, and a warning where this arm's audit clearly speaks for
-    the other one. decision: of `merge`; decider: the model folder of the arm whose audit decides."""
-    if decision is None:
+    the other one. change: dequantized - full, None for lora. decider: the model of the arm that decides."""
+    if change is None:
         return {"chosen": FULL, "why": "a lora adapter is trained over full precision", "warning": None}
-    value, low, high = (decision[name] for name in ("difference", "low", "high"))
+    value, low, high = change["difference"], change["low"], change["high"]
     is_tie = low is None or low <= 0 <= high
-    better = DEQUANTIZED if not is_tie and high < 0 else FULL
-    row = "after int4" if decision["judged_by"] == "int4" else "merged"
-    interval = ", without an interval (a single block)" if low is None else f" [{low:+.4f}, {high:+.4f}]"
-    outcome = (
-        "better" if better == DEQUANTIZED else "a tie, which goes to full precision" if is_tie else "worse"
-    )
-    distance = f"{value:+.4f} nats per token from the full one{interval}"
-    reason = f"{row}, the dequantized {adapter.base} base is {distance}: {outcome}"
-    base, why = better, reason
+    better = FULL if is_tie or low > 0 else DEQUANTIZED
+    interval = "no interval" if low is None else f"[{low:+.4f}, {high:+.4f}]"
+    reason = f"the dequantized base is {value:+.4f} nats per token from the full one, {interval}"
+    kind, why = better, reason
     if adapter.merge != "auto":
-        base, why = str(adapter.merge), f"the recipe says merge: {adapter.merge}"
+        kind, why = str(adapter.merge), f"the recipe says merge: {adapter.merge}"
     elif decider is not None:
-        base = results_of(decider)["merge_audit"]["chosen"]
+        kind = results_of(decider)["merge_audit"]["chosen"]
         why = f"the audit of the arm {decider.parent.name} decides for every arm"
-    warning = None
-    if better != base and not is_tie:
-        warning = f"this arm's own audit speaks for {_base_name(better, adapter)}: {reason}"
-    return {"chosen": base, "why": why, "warning": warning}
+    warning = f"this arm's own audit speaks for the {better} base: {reason}"
+    return {"chosen": kind, "why": why, "warning": None if is_tie or better == kind else warning}

@@ -24,8 +24,7 @@ from edgedisp.pipeline.prepare import PACKING, heldout_blocks, weights_digest
 from edgedisp.pipeline.rounding import aware_callback
 from edgedisp.pipeline.stage import Inputs
 from edgedisp.recipe import Dispersion
-from edgedisp.train.callbacks import callbacks_for
-from edgedisp.train.dispersion_trainer import CondensationWatch
+from edgedisp.train.callbacks import TECHNIQUES
 from edgedisp.train.trainer import FitOptions, fit
 
 WATCHES = 10  # measurements of the condensation in a run
@@ -47,10 +46,11 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
     tokens = np.load(corpus / "tokens.npy", mmap_mode="r", allow_pickle=False)
     packing = json.loads((corpus / PACKING).read_text(encoding="utf-8"))
     model = adapters.model_to_train(section.adapter, base, arm.seed)
-    callbacks = callbacks_for(arm.techniques, arm.seed)
+    callbacks = [TECHNIQUES[name](value, arm.seed) for name, value in arm.techniques.items()]
     if (aware := section.quantization_aware) is not None and options.rounding is not None:
         start = aware.begins(options.rounding.section.method)
         callbacks.append(aware_callback(options.rounding, start, tokens, output_dir, progress))
+    watched = torch.from_numpy(heldout_blocks(corpus, blocks=WATCHED_SEQUENCES)[:, :WATCHED_TOKENS])
     fit_options = FitOptions(
         steps=options.steps,
         seed=arm.seed,
@@ -58,7 +58,8 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
         dispersion=None if arm.dispersion is None else dispersion_config(arm.dispersion, arm.seed),
         callbacks=callbacks,
         end_of_text=packing["end_of_text"] if packing["isolate_documents"] else None,
-        watch=_watch(section.watch_every, options.steps, corpus),
+        watch_blocks=None if section.watch_every == 0 else watched,
+        watch_every=section.watch_every or math.ceil(options.steps / WATCHES),
         log_dir=output_dir / "logs" if section.report_to else None,
         run_name=f"{output_dir.parent.parent.name}/{output_dir.parent.name}",
     )
@@ -72,7 +73,7 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
         model = adapters.model_to_train(section.adapter, base, arm.seed)
         model.load_state_dict(weights)
     if section.adapter is not None:
-        adapters.save_adapter(model, section.adapter, base, output_dir)
+        adapters.save_adapter(model, base, output_dir)
     else:
         models.save(model, models.load_tokenizer(base), output_dir)
         models.copy_licence(base, output_dir)
@@ -89,11 +90,3 @@ def dispersion_config(section: Dispersion, seed: int) -> DispersionConfig:
     values["tokens"] = None if section.tokens == "all" else section.tokens
     values["seed"] = seed if section.seed is None else section.seed
     return DispersionConfig(**values)
-
-
-def _watch(every: int | None, steps: int, corpus: Path) -> CondensationWatch | None:
-    """Of the first tokens of the first held-out blocks; None where the recipe turns it off."""
-    if every == 0:
-        return None
-    blocks = torch.from_numpy(heldout_blocks(corpus, blocks=WATCHED_SEQUENCES)[:, :WATCHED_TOKENS])
-    return CondensationWatch(blocks, every or math.ceil(steps / WATCHES))

@@ -13,7 +13,7 @@ from annotated_types import Ge, Le
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from edgedisp.recipe import values
-from edgedisp.recipe.values import BITS, WHOLE, Flag, Section, ShareBelow1, Unique, choice
+from edgedisp.recipe.values import BITS, NUMBER, WHOLE, Flag, Section, ShareBelow1, Unique, choice
 
 LATE_START = 0.85  # SmolLM2-135M, 80k tokens: what training gains over rounding afterwards is lost from 0.5
 
@@ -28,7 +28,7 @@ class Dispersion(Section):
     """factor before the dispersion loss; 0 is bit-identical to off"""
     layers: values.Layers = "all"
     """the layers whose output is dispersed (the embedding never is)"""
-    temperature: values.Positive = 1.0
+    temperature: Annotated[float, Ge(0.05), Le(1e9), NUMBER] = 1.0
     """tau: a small one looks at the nearest pairs alone"""
     tokens: values.Sample = 64
     """tokens drawn from a sequence, anew for each layer (the paper: 256); all: every one"""

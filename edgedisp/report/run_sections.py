@@ -96,7 +96,7 @@ def merge_section(run: Run) -> Section:
             texts = rows.setdefault(row["name"], {})
             texts[f"{arm}, loss"] = fmt.fixed(row.get("loss"), 4)
             texts[f"{arm}, from adapter on [95 %]"] = _audit_text(row)
-        about.append((arm, f"merged into {training.merged_into}, because {audit.get('why')}"))
+        about.append((arm, f"merged into the {audit.get('chosen')} base, because {audit.get('why')}"))
         gains = [_audit_text(audit["gains"].get(key)) for key in ("fp32", "int4")]
         worth = f"{gains[0]} nats per token from the base to the merged model, {gains[1]} from int4 to int4"
         about.append((f"{arm}, worth of the adapter", worth))

@@ -1,12 +1,4 @@
-"""Mid-training: the transformers Trainer with a dispersion term, and what an arm can add to it.
-
-    trainer                `fit`: one arm of a build; packed blocks, checkpoints, processes
-    dispersion_trainer     the dispersion term for any transformers Trainer
-    chunked_cross_entropy  the loss without the logits of a whole batch
-    callbacks              NEFTune, embedding dropout, active forgetting, quantization-aware training
-    quantized_weights      the weights that a bundle rounds
-    lora                   LoRA and QLoRA: attach, save, merge
-    performance            compiled layers, memory, timed steps
+"""Mid-training: `trainer.fit` trains an arm with the transformers Trainer of `dispersion_trainer`.
 
 `trainer`, `dispersion_trainer` and `callbacks` import the Trainer, which costs seconds and 100 MB.
 """

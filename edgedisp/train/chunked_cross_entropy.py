@@ -1,15 +1,15 @@
 """Cross-entropy straight from hidden states, so that the logits of a batch never exist as a whole.
 
 The logits of 4 x 1,024 tokens over a vocabulary of 152,000 are 2.5 GB in float32. Here a few hundred rows at
-a time are multiplied with the head, their loss and gradient are taken at once, and the rows are dropped, as
-Liger and Unsloth do. The arithmetic is that of `ForCausalLMLoss`: products in the autocast type; log-softmax,
-loss and the head's gradient in float32. torch's own `linear_cross_entropy` (2.13) returns the loss in the
-type of its inputs (11.06 for 11.02 in bf16) and takes 5 to 12 times as long on a CPU.
+a time are multiplied with the head, their loss and gradient are taken at once, and the rows are dropped. The
+arithmetic is that of `ForCausalLMLoss`: products in the autocast type, all else in float32. torch's own
+`linear_cross_entropy` (2.13) rounds the loss to bf16 and takes 5 to 12 times as long on a CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,11 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-CHUNK_BYTES = 1 << 28
-"""Float32 logits in memory at a time: 1,365 tokens of a vocabulary of 49,152. Each chunk costs one more pass
-over the head's gradient."""
-IGNORED = -100
-"""The label that takes no part."""
+CHUNK_BYTES = 1 << 28  # of float32 logits at a time; each chunk costs a pass over the head's gradient
+IGNORED = -100  # the label that takes no part
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -34,36 +31,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         if dtype == torch.float16:
-            raise ValueError(
-                "the chunked cross-entropy takes its gradients before the loss scale; use bfloat16"
-            )
+            raise ValueError("the chunked cross-entropy takes gradients before the loss scale; use bfloat16")
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         with torch.autocast(device, enabled=False):
             inputs, head = hidden.to(dtype), weight.to(dtype)
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             d_inputs = torch.empty_like(inputs) if needs_hidden else None
-            d_head = torch.empty_like(weight, dtype=torch.float32) if needs_weight else None
+            d_head = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
             # One chunk after another uses this memory: on a CPU, fresh memory costs more than the arithmetic.
-            chunks, is_exact = _chunks(len(hidden), len(weight)), dtype == torch.float32
-            logits = head.new_empty((chunks[0].stop, len(head)), dtype=torch.float32)
-            rounded = logits if is_exact else torch.empty_like(logits, dtype=dtype)  # inputs of the products
-            d_head_part = None if is_exact else torch.empty_like(head)
-            for rows in chunks:
+            most = max(1, CHUNK_BYTES // (4 * len(head)))
+            size = math.ceil(len(inputs) / math.ceil(len(inputs) / most))  # of even chunks
+            logits = head.new_empty((size, len(head)), dtype=torch.float32)
+            # Inputs of the products; in float32 the logits themselves, so that the copies do nothing.
+            rounded = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=dtype)
+            d_head_part = torch.empty_like(head)
+            for start in range(0, len(inputs), size):
+                rows = slice(start, start + size)
                 x = inputs[rows]
-                part, rounded_part, is_first = logits[: len(x)], rounded[: len(x)], rows.start == 0
-                torch.mm(x, head.T, out=rounded_part)
-                if not is_exact:
-                    part.copy_(rounded_part)
+                part, rounded_part = logits[: len(x)], rounded[: len(x)]
+                part.copy_(torch.mm(x, head.T, out=rounded_part))
                 total += _loss_and_gradient(part, labels[rows], items)
-                if not is_exact:
-                    rounded_part.copy_(part)
+                rounded_part.copy_(part)
                 if d_inputs is not None:
                     torch.mm(rounded_part, head, out=d_inputs[rows])
-                if d_head is not None and is_exact:
-                    torch.addmm(d_head, part.T, x, beta=0 if is_first else 1, out=d_head)
-                elif d_head is not None:
-                    product = torch.mm(rounded_part.T, x, out=d_head_part)
-                    d_head.copy_(product) if is_first else d_head.add_(product)
+                if d_head is not None:
+                    d_head += torch.mm(rounded_part.T, x, out=d_head_part)
         ctx.gradients = (
             None if d_inputs is None else d_inputs.to(hidden.dtype),
             None if d_head is None else d_head.to(weight.dtype),
@@ -79,13 +71,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if factor.device.type != "cpu" or factor != 1:  # asking a GPU would make the host wait for it
             gradients = tuple(None if gradient is None else gradient.mul_(factor) for gradient in gradients)
         return (*gradients, None, None)
-
-
-def _chunks(rows: int, classes: int) -> list[slice]:
-    """Even slices of `rows` whose logits stay below CHUNK_BYTES."""
-    most = max(1, CHUNK_BYTES // (4 * classes))
-    size = -(-rows // -(-rows // most))
-    return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor, items: Tensor) -> Tensor:
@@ -105,20 +90,16 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """`cross_entropy(hidden @ weight.T, labels)` without the logits; scalar float32.
 
-    Args:
-        hidden: `(tokens, features)`, float32 or bfloat16; products are in its type, or autocast's.
-        weight: `(classes, features)`.
-        labels: `(tokens,)` int64, already shifted; -100 takes no part.
-        num_items_in_batch: the sum is divided by it; None divides by the number of labels that count.
+    hidden: `(tokens, features)`, float32 or bfloat16; products are in its type, or autocast's. weight:
+    `(classes, features)`. labels: `(tokens,)` int64, already shifted; -100 takes no part. The sum is divided
+    by `num_items_in_batch`; None divides by the number of labels that count.
 
     `backward` can run once and not be differentiated again. Raises ValueError for float16, whose small
     gradients would vanish.
     """
-    if num_items_in_batch is None:
-        items = (labels != IGNORED).sum()
-    else:
-        items = torch.as_tensor(num_items_in_batch, device=hidden.device)
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, items.float())
+    items = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    items = torch.as_tensor(items, device=hidden.device).float()
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, items)
     return loss
 
 
@@ -126,17 +107,16 @@ def chunked_cross_entropy(
 def chunked_head(model: nn.Module) -> Iterator[bool]:
     """Inside the block, training passes of `model` compute their loss without logits, if it suits the model.
 
-    The head returns its input and the model's loss function does the rest, so wrappers keep working;
-    `outputs.logits` are then the hidden states. Yields False, and changes nothing, for a model without a
-    plain head, with changed logits or another loss.
-
-    model: a transformers causal language model, bare or wrapped by peft, not yet by data parallelism.
+    The head returns its input, so `outputs.logits` are the hidden states, and the model's loss function does
+    the rest. Yields False, and changes nothing, for a model without a plain head, with changed logits or
+    another loss. model: a causal language model, bare or wrapped by peft, not yet by data parallelism.
     """
-    inner = next((module for module in model.modules() if _has_head(module)), None)
-    if not isinstance(inner, PreTrainedModel) or not _is_suitable(inner):
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    inner: Any = next((module for module in models if module.get_output_embeddings() is not None), None)
+    if inner is None or not _is_suitable(inner):
         yield False
         return
-    head: Any = inner.get_output_embeddings()
+    head = inner.get_output_embeddings()
     plain_forward, plain_loss = head.forward, inner.loss_function
 
     def is_training() -> bool:
@@ -154,26 +134,14 @@ def chunked_head(model: nn.Module) -> Iterator[bool]:
         hidden, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).to(logits.device)
         return chunked_cross_entropy(hidden, head.weight, targets, options.get("num_items_in_batch"))
 
-    with _attribute(head, "forward", forward), _attribute(inner, "_loss_function", loss):
-        yield True
-
-
-@contextmanager
-def _attribute(owner: Any, name: str, value: Callable[..., Any]) -> Iterator[None]:
-    """An attribute of the instance inside the block; as it was afterwards."""
-    before = {name: vars(owner)[name]} if name in vars(owner) else {}
-    setattr(owner, name, value)
+    head.forward, inner.loss_function = forward, loss
     try:
-        yield
+        yield True
     finally:
-        delattr(owner, name)
-        vars(owner).update(before)
+        head.forward, inner.loss_function = plain_forward, plain_loss
 
 
-def _has_head(module: nn.Module) -> bool:
-    return isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
-
-
+@torch.no_grad()
 def _is_suitable(model: PreTrainedModel) -> bool:
     """Whether the head is plain and a small forward pass gives just what it gives: no cap, no scale."""
     head: Any = model.get_output_embeddings()
@@ -184,11 +152,9 @@ def _is_suitable(model: PreTrainedModel) -> bool:
     was_training = model.training
     ids = torch.arange(2, 10, device=head.weight.device)[None] % len(head.weight)
     try:
-        with torch.no_grad():
-            logits = model.eval()(input_ids=ids, use_cache=False).logits
+        logits = model.eval()(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()
         model.train(was_training)
-    return (
-        len(outputs) == 1 and outputs[0].shape == logits.shape and torch.equal(outputs[0].to(logits), logits)
-    )
+    is_whole = len(outputs) == 1 and outputs[0].shape == logits.shape
+    return is_whole and torch.equal(outputs[0].to(logits), logits)

@@ -1,8 +1,7 @@
-"""Speed and memory of training: compiled layers, recomputed activations, freed memory kept, timed steps.
+"""Speed and memory of training: compiled layers, freed memory reused, timed steps.
 
-Outside the matrix products a layer is a chain of small passes over its activations, which torch.compile turns
-into a few loops (20 to 60 s to compile on two cores). glibc gives large blocks back to the system at once,
-and the next step faults them in anew: 12 to 15 % of the time of a step of SmolLM2-135M (4 x 256 tokens).
+glibc gives large blocks back to the system at once, and the next step faults them in anew: 12 to 15 % of the
+time of a step of SmolLM2-135M (4 x 256 tokens).
 """
 
 from __future__ import annotations
@@ -22,31 +21,25 @@ import psutil
 import torch
 from torch import nn
 
+from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
 from edgedisp.dispersion.hooks import decoder_layers
 from edgedisp.recipe import Train
 from edgedisp.train.chunked_cross_entropy import chunked_head
 
-COMPILERS = ("g++", "clang++", "c++")
-
 MALLOC_OPTIONS = {-4: (0, 65536), -1: (2**31 - 1, 128 << 10), -2: (64 << 20, 0)}
 """M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of mallopt(3) -> value, default."""
-
 WARM_UP_STEPS, TIMED_STEPS = 2, 2  # allocations and the choice of kernels make the first ones slower
-
-
-def cannot_compile(model: nn.Module) -> str | None:
-    """Why `compiled_layers` cannot serve a model on its device, with what would help; None if it can."""
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    if on_cpu and not (os.environ.get("CXX") or any(map(shutil.which, COMPILERS))):
-        return f"there is no C++ compiler ({', '.join(COMPILERS)}): install one, or set CXX to one"
-    return None
 
 
 @contextmanager
 def compiled_layers(model: nn.Module) -> Iterator[None]:
     """Inside the block the transformer layers of `model` run compiled in training passes. Each layer's
-    `forward` is compiled, not its call, so hooks stay outside, and all layers share one program."""
+    `forward` is compiled, not its call, so hooks stay outside, and all layers share one program. Raises
+    BadInput where the CPU has no compiler."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+        raise BadInput("train.compile: there is no C++ compiler: install g++ or clang++, or leave it off")
     layers = decoder_layers(model)
     for layer in layers:
         layer.forward = _when_training(layer)
@@ -67,11 +60,6 @@ def _when_training(layer: nn.Module) -> Callable[..., Any]:
     return forward
 
 
-def checkpoint_activations(model: Any) -> None:
-    """Save each layer's inputs alone and compute the rest again in the backward pass, without its hooks."""
-    model.activation_checkpointing_enable({"use_reentrant": False})
-
-
 @contextmanager
 def keep_freed_memory() -> Iterator[None]:
     """Inside the block the process keeps what it frees (glibc); afterwards it gives back what it can."""
@@ -90,28 +78,26 @@ def keep_freed_memory() -> Iterator[None]:
 
 
 def time_steps(
-    model: nn.Module, train: Train, context: int, seed: int, progress: Progress = silent
+    model: Any, train: Train, context: int, seed: int, progress: Progress = silent
 ) -> dict[str, Any]:
-    """Time the parts of full-weight AdamW steps of one micro-batch of random tokens, for `edgedisp plan`.
+    """Time full-weight AdamW steps of one micro-batch of random tokens; throw the model away afterwards.
 
-    The model is changed; throw it away. Returns seconds (`micro_step_s` forward and backward of a
-    micro-batch, `optimizer_s`, `forward_s_per_token`) and bytes: `process_bytes`, the process without the
-    weights, and `activation_bytes`, what the forward pass adds to it.
+    Returns seconds (`micro_step_s` forward and backward, `optimizer_s`, `forward_s_per_token`) and bytes:
+    `process_bytes`, the process without weights, and `activation_bytes`, what a forward pass adds.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).train()
     if train.gradient_checkpointing:
-        checkpoint_activations(model)
-    config: Any = model.config
+        model.activation_checkpointing_enable({"use_reentrant": False})
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, config.vocab_size, (train.batch, context), generator=generator).to(device)
+    ids = torch.randint(0, model.config.vocab_size, (train.batch, context), generator=generator).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     process = psutil.Process()
     before = after_forward = process.memory_info().rss
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    times = []
+    times, steps = [], WARM_UP_STEPS + TIMED_STEPS
     with chunked_head(model):
-        for step in range(WARM_UP_STEPS + TIMED_STEPS):
+        for step in range(steps):
             marks = [_now(device)]
             with torch.autocast(device, torch.bfloat16, enabled=train.precision == "bf16"):
                 with torch.no_grad():  # separately, as a training pass may hold work of the backward pass
@@ -126,7 +112,7 @@ def time_steps(
             optimizer.zero_grad()
             marks.append(_now(device))
             times.append([end - start for start, end in pairwise(marks)])
-            progress(step + 1, WARM_UP_STEPS + TIMED_STEPS, "timing training steps")
+            progress(step + 1, steps, "timing training steps")
     forward, both, update = map(statistics.median, zip(*times[WARM_UP_STEPS:]))
     return {
         "micro_step_s": both,

@@ -36,37 +36,20 @@ class Weight:
         return (stored.T if self.transposed else stored).float()
 
     def rounded(self) -> Tensor:
-        """What the parameter's data become: Q(W), in new memory.
-
-        With an adapter Q(W + s B A) - s B A: it adds s B A itself, so the layer computes with Q of the merged
-        weight.
-        """
-        stored = self.parameter.data
-        update = None
+        """What the parameter's data become: Q(W), in new memory. With an adapter Q(W + s B A) - s B A: it
+        adds s B A itself, so the layer computes with Q of the merged weight."""
+        whole, update = self.parameter.data, None
         if self.adapter is not None:
             update = sum(self.adapter.get_delta_weight(name) for name in self.adapter.active_adapters)
-        whole = stored if update is None else stored + update
+            whole = whole + update
         new = self.rounding(self.name, (whole.T if self.transposed else whole).float())
-        new = (new.T if self.transposed else new).to(stored.dtype)
+        new = new.T if self.transposed else new
         return (new if update is None else new - update).contiguous()
-
-    def check_replaceable(self) -> None:
-        """Raises ValueError if training cannot replace the weight by a rounded one."""
-        name, dtype = self.name, self.parameter.dtype
-        if type(self.parameter.data) is not Tensor:
-            raise ValueError(f"{name} is divided among processes (FSDP); rounding in training needs it whole")
-        if dtype != torch.float32:
-            raise ValueError(f"{name} is stored as {dtype}; rounding in training needs float32")
-        dropouts = [] if self.adapter is None else self.adapter.lora_dropout.values()
-        if any(getattr(dropout, "p", 0) for dropout in dropouts):
-            raise ValueError("the adapter has dropout, so no step computes with the merged weight")
 
 
 def weights_of(model: nn.Module, layers: Rounding, embedding_and_head: Rounding) -> Iterator[Weight]:
-    """The weights of `model`, bare or wrapped by peft or data parallelism, each tensor once.
-
-    `layers` rounds the linear maps of the layers, `embedding_and_head` those two.
-    """
+    """The weights of `model`, bare or wrapped by peft or data parallelism, each tensor once. `layers` rounds
+    the linear maps of the layers, `embedding_and_head` those two."""
     whole: Any = getattr(model, "module", model)
     outer = {id(whole.get_input_embeddings().weight), id(whole.get_output_embeddings().weight)}
     adapters = {

@@ -1,7 +1,7 @@
-"""Mid-train a causal language model on packed token blocks, with or without a dispersion term.
+"""Mid-train a causal language model on packed token blocks with the transformers `Trainer`.
 
-The loop is the transformers `Trainer` with `DispersionMixin`. `fit` reads the blocks in order, so that two
-arms see the same batches, schedule and random numbers; checkpoints are whole or unused.
+`fit` reads the blocks in order, so that two arms see the same batches, schedule and random numbers;
+checkpoints are whole or unused.
 
 Several processes (torchrun, accelerate launch) share each step of `batch x accumulate` sequences, under DDP
 or FSDP2 (`train.distributed`). Gradients are added up in float32: loss and weights agree with one process to
@@ -36,18 +36,13 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.files import write_json
 from edgedisp.core.progress import Progress, silent
 from edgedisp.core.results import Training
+from edgedisp.dispersion.condensation import quick_condensation
 from edgedisp.dispersion.losses import DispersionConfig
 from edgedisp.models import quiet
 from edgedisp.recipe import Train
-from edgedisp.train.callbacks import TrainingTechnique
 from edgedisp.train.chunked_cross_entropy import IGNORED, chunked_head
-from edgedisp.train.dispersion_trainer import CondensationWatch, DispersionTrainer
-from edgedisp.train.performance import (
-    cannot_compile,
-    checkpoint_activations,
-    compiled_layers,
-    keep_freed_memory,
-)
+from edgedisp.train.dispersion_trainer import DispersionTrainer
+from edgedisp.train.performance import compiled_layers, keep_freed_memory
 
 # Column of the log -> key of the Trainer's.
 LOG = {"loss": "cross_entropy", "dispersion": "dispersion", "lr": "learning_rate", "grad_norm": "grad_norm"}
@@ -59,8 +54,9 @@ TIME_LIMIT = timedelta(hours=6)  # a slow disk or a sleeping laptop must not end
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What `fit` needs besides the recipe's `train` section. `output_dir`: folder of the checkpoints.
-    `end_of_text`: see PackedDataset. `log_dir`, `run_name`: for `train.report_to`."""
+    """output_dir: folder of the checkpoints. end_of_text: see PackedDataset. watch_blocks: token blocks
+    `(sequences, tokens)` whose condensation is measured before the first step, every `watch_every` steps and
+    after the last. log_dir, run_name: for `train.report_to`."""
 
     steps: int
     seed: int
@@ -68,7 +64,8 @@ class FitOptions:
     dispersion: DispersionConfig | None = None
     callbacks: Sequence[TrainerCallback] = ()
     end_of_text: int | None = None
-    watch: CondensationWatch | None = None
+    watch_blocks: Tensor | None = None
+    watch_every: int = 1
     log_dir: Path | None = None
     run_name: str | None = None
 
@@ -76,10 +73,9 @@ class FitOptions:
 class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Packed blocks of tokens `(blocks, context)`; labels are the inputs (the model shifts them).
 
-    Attention runs through the block, as in most pre-training. With `end_of_text`, the token that ends a
-    document, it does not: position ids count from 0 in each document, of which transformers makes a
-    block-diagonal mask, and the first token of a document is no target. The dispersion loss still pairs all
-    tokens of a block.
+    Attention runs through the block. With `end_of_text`, the token that ends a document, it does not:
+    position ids count from 0 in each document, of which transformers makes a block-diagonal mask, and the
+    first token of a document is no target. The dispersion loss still pairs all tokens of a block.
     """
 
     def __init__(self, tokens: np.ndarray, end_of_text: int | None = None) -> None:
@@ -105,9 +101,9 @@ def fit(
 ) -> tuple[Training, dict[str, Tensor] | None]:
     """Train `model` in place; the newest whole checkpoint in `options.output_dir` is resumed from.
 
-    model: a causal language model with float32 weights, perhaps wrapped by peft. tokens: `(blocks, context)`
-    unsigned integers, at least `steps * accumulate * batch` blocks. train: `precision` is bf16 or fp32.
-    Every process of a launch calls `fit` alike and takes its share of each step.
+    model: a causal language model with float32 weights, perhaps wrapped by peft; throw it away if `fit`
+    raises. tokens: `(blocks, context)` unsigned integers, at least `steps * accumulate * batch` blocks. Every
+    process of a launch calls `fit` alike and takes its share of each step.
 
     Returns the results without `settings` and `weights_sha256`, and None; if FSDP divided the model, its
     whole state dict, on the CPU of the leading process. Raises ValueError if there are too few blocks,
@@ -116,9 +112,12 @@ def fit(
     blocks = options.steps * train.accumulate * train.batch
     if len(tokens) < blocks:
         raise ValueError(f"{options.steps} steps need {blocks} blocks of tokens, {len(tokens)} were given")
-    _join_processes()
-    is_sharded = train.distributed is not None and get_world_size() > 1
-    newest = _checkpoint_to_resume(options, is_sharded)
+    if get_world_size() > 1 and not torch.distributed.is_initialized():
+        # On GPUs torch then makes NCCL for them and gloo beside it, which offloading needs.
+        backend = None if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=TIME_LIMIT)
+    monitor = _Monitor(options, train.distributed is not None and get_world_size() > 1, progress)
+    newest = monitor.resume()
     started = time.perf_counter()
     with _prepared(model, train, options) as is_chunked:
         trainer = DispersionTrainer(
@@ -126,17 +125,20 @@ def fit(
             args=_arguments(train, options),
             train_dataset=PackedDataset(tokens[:blocks], options.end_of_text),
             dispersion=options.dispersion,
-            watch=options.watch,
-            callbacks=[*options.callbacks, _Checkpoints(options, is_sharded, progress)],
+            callbacks=list(options.callbacks),
         )
         trainer.remove_callback(PrinterCallback)  # it prints every log row to stdout
+        trainer.callback_handler.callbacks.insert(0, monitor)  # before those that write logs
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     # Collective: every process has to call it.
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     barrier()
+    # Takes accelerate's autocast off, and its mark, for which a second training would have no autocast.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    vars(model).pop("_is_accelerate_prepared", None)
     model.eval()
     seconds, resumed_from = time.perf_counter() - started, 0 if newest is None else _step(newest)
-    total, watched = blocks * tokens.shape[1], [] if options.watch is None else options.watch.rows
+    total = blocks * tokens.shape[1]
     rows = [row for row in trainer.state.log_history if "cross_entropy" in row]
     result = Training(
         steps=options.steps,
@@ -147,56 +149,49 @@ def fit(
         processes=get_world_size(),
         resumed_from=resumed_from,
         log=[{"step": row["step"], **{name: row.get(key) for name, key in LOG.items()}} for row in rows],
-        watched=watched,
-        watch_seconds=math.fsum(row["seconds"] for row in watched),
-        skipped_sequences=sum(int(row.get("skipped_sequences", 0)) for row in rows),
+        watched=monitor.watched,
+        watch_seconds=math.fsum(row["seconds"] for row in monitor.watched),
         chunked_cross_entropy=is_chunked,
     )
     return result, weights
 
 
 @contextmanager
-def _prepared(model: nn.Module, train: Train, options: FitOptions) -> Iterator[bool]:
-    """All that is different while `fit` trains. Yields whether the loss is computed in chunks."""
+def _prepared(model: Any, train: Train, options: FitOptions) -> Iterator[bool]:
+    """What differs while `fit` trains. Yields whether the loss is computed in chunks."""
     with ExitStack() as stack:
-        for callback in options.callbacks:
-            if isinstance(callback, TrainingTechnique):
-                stack.callback(callback.detach)
-        if train.gradient_checkpointing:
-            checkpoint_activations(model)
-        # The Trainer seeds the process's global streams.
+        # The Trainer seeds the process's global streams and turns the model's key-value cache off.
         stack.enter_context(torch.random.fork_rng())
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(setattr, model.config, "use_cache", model.config.use_cache)
         stack.enter_context(quiet())
         stack.enter_context(warnings.catch_warnings())  # of the chunked head, whose view nothing changes
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         if options.log_dir is not None and TENSORBOARD_DIR not in os.environ:
             os.environ[TENSORBOARD_DIR] = str(options.log_dir)
             stack.callback(os.environ.pop, TENSORBOARD_DIR)
-        stack.callback(_restore_model, model, getattr(getattr(model, "config", None), "use_cache", None))
+        if train.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
         stack.enter_context(keep_freed_memory())
         if train.compile:
-            if (reason := cannot_compile(model)) is not None:
-                raise BadInput(f"train.compile: {reason}; or leave it off")
             stack.enter_context(compiled_layers(model))
         yield stack.enter_context(chunked_head(model))
 
 
-def _restore_model(model: nn.Module, use_cache: bool | None) -> None:
-    """Undo what stays in a trained model: the Trainer's `use_cache`, accelerate's autocast and its mark, for
-    which a bf16 training after an fp32 one would silently be fp32."""
-    attributes = vars(model)
-    attributes.pop("_is_accelerate_prepared", None)
-    if "_original_forward" in attributes:
-        attributes["forward"] = attributes.pop("_original_forward")
-    if use_cache is not None:
-        config: Any = model.config
-        config.use_cache = use_cache
-
-
 def _arguments(train: Train, options: FitOptions) -> TrainingArguments:
     batch, accumulate = split(train.batch, train.accumulate, get_world_size())
+    fsdp: dict[str, Any] = {}
+    if (sharding := train.distributed) is not None and get_world_size() > 1:
+        config = {
+            "version": 2,
+            "reshard_after_forward": sharding.fsdp == "full_shard",
+            "cpu_offload": sharding.cpu_offload,
+            "state_dict_type": "SHARDED_STATE_DICT",  # each process writes its part of a checkpoint
+        }
+        if sharding.wrap != "auto":
+            config["transformer_layer_cls_to_wrap"] = list(sharding.wrap)
+        fsdp = {"fsdp": True, "fsdp_config": config}
     args = TrainingArguments(
         output_dir=str(options.output_dir),
         run_name=options.run_name,
@@ -223,7 +218,9 @@ def _arguments(train: Train, options: FitOptions) -> TrainingArguments:
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
-        **_distributed_arguments(train),
+        log_level_replica="error",
+        ddp_find_unused_parameters=False,  # all are used; looking for others costs time in each step
+        **fsdp,
     )
     if args.fsdp_plugin_args is not None:
         from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -233,105 +230,79 @@ def _arguments(train: Train, options: FitOptions) -> TrainingArguments:
     return args
 
 
-def _distributed_arguments(train: Train) -> dict[str, Any]:
-    if get_world_size() == 1:
-        return {}
-    # All parameters are used; looking for unused ones costs time in each step.
-    arguments: dict[str, Any] = {"log_level_replica": "error", "ddp_find_unused_parameters": False}
-    if (sharding := train.distributed) is None:
-        return arguments
-    config = {
-        "version": 2,
-        "reshard_after_forward": sharding.fsdp == "full_shard",
-        "cpu_offload": sharding.cpu_offload,
-        "state_dict_type": "SHARDED_STATE_DICT",  # each process writes its part of a checkpoint
-    }
-    if sharding.wrap != "auto":
-        config["transformer_layer_cls_to_wrap"] = list(sharding.wrap)
-    return {**arguments, "fsdp": True, "fsdp_config": config}
-
-
 # ---------------------------------------------------------------- checkpoints and processes
 
 
-class _Checkpoints(TrainerCallback):
-    """Reports progress, marks each checkpoint as whole with the sizes of its files, and only then removes the
-    one before it."""
+class _Monitor(TrainerCallback):
+    """Reports progress, watches the condensation, which changes no weight, and marks whole checkpoints.
+    `watched` collects `{"step", "cosine_by_layer", "seconds"}`; step 0 is before training."""
 
     def __init__(self, options: FitOptions, is_sharded: bool, progress: Progress) -> None:
-        self.output_dir, self.watch = options.output_dir, options.watch
-        self.is_sharded, self.progress = is_sharded, progress
+        self.options, self.is_sharded, self.progress = options, is_sharded, progress
+        self.watched: list[dict[str, Any]] = []
+
+    def resume(self) -> Path | None:
+        """The newest whole checkpoint, alone in its folder; restores the rows of the watch."""
+        newest = newest_checkpoint(self.options.output_dir)
+        if newest is not None:
+            marker = json.loads((newest / MARKER).read_text(encoding="utf-8"))
+            if marker["is_sharded"] != self.is_sharded:
+                raise BadInput(
+                    f"{newest}: a checkpoint cannot be continued from FSDP to DDP or back; remove it"
+                )
+            self.watched = marker["watched"]
+        barrier()  # all processes have seen the same checkpoints
+        if is_main_process():
+            _remove_checkpoints(self.options.output_dir, except_for=newest)
+        return newest
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.watched:
+            self._watch(kwargs["model"], state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.options.watch_every == 0 or state.global_step == state.max_steps:
+            self._watch(kwargs["model"], state.global_step)
+
+    def _watch(self, model: nn.Module, step: int) -> None:
+        if (blocks := self.options.watch_blocks) is not None:
+            started = time.perf_counter()
+            cosines = quick_condensation(model.eval(), blocks)  # the Trainer calls `train()` at each step
+            seconds = time.perf_counter() - started
+            self.watched.append({"step": step, "cosine_by_layer": cosines, "seconds": seconds})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if "cross_entropy" in (logs or {}):
-            term = f", dispersion {logs['dispersion']:.4f}" if "dispersion" in logs else ""
-            self.progress(state.global_step, state.max_steps, f"loss {logs['cross_entropy']:.3f}{term}")
+        if "cross_entropy" not in logs:
+            return
+        term = f", dispersion {logs['dispersion']:.4f}" if "dispersion" in logs else ""
+        self.progress(state.global_step, state.max_steps, f"loss {logs['cross_entropy']:.3f}{term}")
+        if self.watched and self.watched[-1]["step"] == state.global_step:
+            cosines = self.watched[-1]["cosine_by_layer"]
+            logs["cosine_by_layer/mean"] = sum(cosines) / len(cosines)
+            logs.update({f"cosine_by_layer/{layer:02d}": value for layer, value in enumerate(cosines)})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Marks the checkpoint, and only then removes the one before it."""
         barrier()  # the other processes' random states are part of the checkpoint
-        if not state.is_world_process_zero:
-            return
-        folder = self.output_dir / f"{PREFIX}{state.global_step}"
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER]
-        marker = {
-            "watched": [] if self.watch is None else self.watch.rows,
-            "is_sharded": self.is_sharded,
-            "sizes": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
-        }
-        write_json(folder / MARKER, marker)
-        _remove_checkpoints(self.output_dir, except_for=folder)
-
-
-def _checkpoint_to_resume(options: FitOptions, is_sharded: bool) -> Path | None:
-    """The newest whole checkpoint, alone in its folder; restores the rows of the watch."""
-    newest = newest_checkpoint(options.output_dir)
-    if newest is not None:
-        marker = _marker(newest)
-        if marker["is_sharded"] != is_sharded:
-            raise BadInput(f"{newest}: a checkpoint cannot be continued from FSDP to DDP or back; remove it")
-        if options.watch is not None:
-            options.watch.rows = marker["watched"]
-    barrier()  # all processes have seen the same checkpoints
-    if is_main_process():
-        _remove_checkpoints(options.output_dir, except_for=newest)
-    return newest
+        if state.is_world_process_zero:
+            folder = self.options.output_dir / f"{PREFIX}{state.global_step}"
+            write_json(folder / MARKER, {"watched": self.watched, "is_sharded": self.is_sharded})
+            _remove_checkpoints(self.options.output_dir, except_for=folder)
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint under `output_dir` with a marker and every file as long as the marker says."""
-    checkpoints = sorted(_checkpoints(output_dir), key=_step, reverse=True)
-    return next((path for path in checkpoints if _marker(path)), None)
-
-
-def _marker(checkpoint: Path) -> dict[str, Any]:
-    """The marker of a whole checkpoint, else empty."""
-    try:
-        marker: dict[str, Any] = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-        sizes = marker["sizes"].items()
-        return marker if all((checkpoint / name).stat().st_size == size for name, size in sizes) else {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {}  # absent or damaged
+    """The newest checkpoint under `output_dir` that has its marker, which is written last."""
+    return max((path.parent for path in output_dir.glob(f"{PREFIX}*/{MARKER}")), key=_step, default=None)
 
 
 def _remove_checkpoints(output_dir: Path, except_for: Path | None) -> None:
-    for path in _checkpoints(output_dir):
+    for path in output_dir.glob(f"{PREFIX}*"):
         if path != except_for:
             shutil.rmtree(path)
 
 
-def _checkpoints(output_dir: Path) -> list[Path]:
-    return [path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
-
-
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(PREFIX))
-
-
-def _join_processes() -> None:
-    if get_world_size() > 1 and not torch.distributed.is_initialized():
-        # On GPUs torch then makes NCCL for them and gloo beside it, which offloading needs.
-        backend = None if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, timeout=TIME_LIMIT)
 
 
 def barrier() -> None:

@@ -59,9 +59,9 @@ def test_both_arms_are_merged_into_one_kind_of_base_and_the_record_says_why(buil
     assert audits[1]["why"] == "the audit of the arm baseline decides for every arm"
     for record, audit in zip(records, audits):
         assert [row["name"] for row in audit["rows"]] == [
-            "no adapter", "adapter on", "merged into full precision", "merged into dequantized nf4",
-            "merged into full precision, bf16", "no adapter, int4", "merged into full precision, int4",
-            "merged into dequantized nf4, int4",
+            "no adapter", "no adapter, int4", "adapter on", "merged into the full base",
+            "merged into the full base, bf16", "merged into the full base, int4",
+            "merged into the dequantized base", "merged into the dequantized base, int4",
         ]  # fmt: skip
         assert audit["gains"]["fp32"]["high"] < 0  # the training was not lost in the merge
         assert record is not None and record.results["log"][-1]["loss"] < record.results["log"][0]["loss"]

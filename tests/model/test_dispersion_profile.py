@@ -78,17 +78,3 @@ def test_a_summary_has_the_mean_of_the_sequences_and_the_trend_of_the_paper(
         "kendall": stats.kendalltau(curve, range(3)).statistic,
     }
     assert {name: one.value for name, one in result.correlations.items()} == pytest.approx(expected)
-
-
-def test_a_model_wrapped_by_peft_is_measured_like_the_bare_one(tiny_folder: dict[str, Path]) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
-    wrapped = get_peft_model(open_tiny(tiny_folder["llama"]), config).eval()
-    bare = measure_model(open_tiny(tiny_folder["llama"]).eval(), blocks(1))
-    assert measure_model(wrapped, blocks(1)) == bare  # a fresh adapter adds nothing
-    result = summary(bare, bare)
-    assert result.change is not None
-    for estimate in (result.layers[1].figures["kurtosis"], result.change.mean_cosine):
-        assert not estimate.has_interval  # of a single sequence
-    assert result.change.mean_cosine.value == 0

@@ -104,31 +104,12 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_for_the_one_before(
     model = open_tiny(tiny_folder["llama"])
     fit_tiny(model, tmp_path, steps=2, checkpoint_every=2)
     good = tmp_path / "checkpoint-2"
-    marker = json.loads((good / MARKER).read_text())
-    for number, damage in enumerate(("unmarked", "short", "gone", "{", "[]", "null", "no sizes"), start=3):
-        copy = tmp_path / f"checkpoint-{number}"
-        shutil.copytree(good, copy)
-        optimizer = copy / "optimizer.pt"
-        if damage == "unmarked":
-            (copy / MARKER).unlink()
-        elif damage == "short":
-            optimizer.write_bytes(optimizer.read_bytes()[:-1])
-        elif damage == "gone":
-            optimizer.unlink()
-        else:
-            text = json.dumps({**marker, "sizes": None}) if damage == "no sizes" else damage
-            (copy / MARKER).write_text(text)
+    shutil.copytree(good, tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-10" / MARKER).unlink()
     assert newest_checkpoint(tmp_path) == good
     assert fit_tiny(model, tmp_path, steps=2, checkpoint_every=2).resumed_from == 2
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-
-
-def test_a_checkpoint_of_fsdp_is_not_continued_without_it(
-    tiny_folder: dict[str, Path], tmp_path: Path
-) -> None:
-    model = open_tiny(tiny_folder["llama"])
-    fit_tiny(model, tmp_path, steps=2, checkpoint_every=2)
-    path = tmp_path / "checkpoint-2" / MARKER
+    path = good / MARKER
     path.write_text(json.dumps({**json.loads(path.read_text()), "is_sharded": True}))
     with pytest.raises(BadInput, match="cannot be continued from FSDP to DDP"):
         fit_tiny(model, tmp_path, steps=2)

@@ -12,16 +12,16 @@ from training import Interrupt, fit_tiny, flat, open_tiny
 from edgedisp.core.results import Training
 from edgedisp.dispersion.condensation import quick_condensation
 from edgedisp.dispersion.losses import DispersionConfig
-from edgedisp.train.dispersion_trainer import CondensationWatch
 
 BLOCKS = torch.randint(3, 400, (3, 20), generator=torch.Generator().manual_seed(5))
 
 
 def run(folder: Path, output_dir: Path, every: int | None, **options: Any) -> tuple[Any, Training]:
     model = open_tiny(folder)
-    watch = None if every is None else CondensationWatch(BLOCKS, every)
+    if every is not None:
+        options |= {"watch_blocks": BLOCKS, "watch_every": every}
     term = DispersionConfig(tokens=8)
-    return model, fit_tiny(model, output_dir, checkpoint_every=3, dispersion=term, watch=watch, **options)
+    return model, fit_tiny(model, output_dir, checkpoint_every=3, dispersion=term, **options)
 
 
 def test_a_watch_leaves_the_weights_alone_and_a_resumed_run_has_its_rows(

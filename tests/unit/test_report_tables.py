@@ -95,16 +95,16 @@ def test_a_merged_adapter_is_audited() -> None:
     merged = {"name": "merged", "loss": 2.51, "difference": 0.01, "low": 0.0, "high": 0.02}
     audit = {
         "rows": [{"name": "adapter on", "loss": 2.5}, merged], "gains": {"fp32": merged, "int4": merged},
-        "why": "it is the original", "tokens": 512, "grid": {"group": 32, "head_bits": 8},
+        "chosen": "full", "why": "it is the original", "tokens": 512, "grid": {"group": 32, "head_bits": 8},
     }  # fmt: skip
     run = sample()
-    trained = replace(run.training["dispersed"], merge_audit=audit, merged_into="base")
+    trained = replace(run.training["dispersed"], merge_audit=audit)
     section = merge_section(replace(run, training={**run.training, "dispersed": trained}))
     assert section.grids[0].rows == (
         ("adapter on", "2.5000", "–"),
         ("merged", "2.5100", "+0.010 [0.000, +0.020]"),
     )
-    assert section.facts[0] == ("dispersed", "merged into base, because it is the original")
+    assert section.facts[0] == ("dispersed", "merged into the full base, because it is the original")
 
 
 def test_a_model_card_is_tagged_by_what_the_folder_holds() -> None:
