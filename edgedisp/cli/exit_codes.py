@@ -13,9 +13,10 @@ import os
 import signal
 import sys
 import threading
+import time
 
 from edgedisp.cli.app import app
-from edgedisp.core.distributed import get_world_size, is_main_process, wait_for_launcher
+from edgedisp.core.distributed import get_world_size, is_main_process
 from edgedisp.core.errors import BadInput, BuildFailed
 
 INTERRUPTED = 130
@@ -52,9 +53,9 @@ def main() -> None:
         # others wait for the launcher to end them. Process 0 waits a moment with an unexpected error: it may
         # come from another process that went away.
         if not is_main_process():
-            wait_for_launcher()
+            time.sleep(10)
         elif not is_expected and get_world_size() > 1:
-            wait_for_launcher(1)
+            time.sleep(1)
     if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors
         error.show()
         sys.exit(error.exit_code)

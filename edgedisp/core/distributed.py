@@ -7,7 +7,6 @@ others follow it (pipeline/stage.py). No torch is needed, so that a build with n
 from __future__ import annotations
 
 import os
-import time
 from math import gcd
 
 from edgedisp.core.errors import BadInput
@@ -41,8 +40,3 @@ def split(batch: int, accumulate: int, processes: int) -> tuple[int, int]:
         )
     dealt = gcd(accumulate, processes)
     return batch // (processes // dealt), accumulate // dealt
-
-
-def wait_for_launcher(seconds: float = 10.0) -> None:
-    """Give the launcher time to end this process: process 0 has nearly always failed alike and reports it."""
-    time.sleep(seconds)

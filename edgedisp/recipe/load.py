@@ -46,7 +46,7 @@ def load(path: Path, overrides: Sequence[str] = (), smoke: bool = False) -> Reci
         document.put(override)
     recipe = document.validate(Recipe)
     recipe._origin = Origin(Path(path))
-    return shrink(recipe, where=document.place(("model", "architecture"))[1]) if smoke else recipe
+    return shrink(recipe) if smoke else recipe
 
 
 def read_yaml(path: Path, what: str, keys: str) -> Document:

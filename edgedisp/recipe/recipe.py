@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -17,6 +15,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from ruamel.yaml import YAML
 
 from edgedisp.core.errors import BadInput
+from edgedisp.core.files import digest
 from edgedisp.recipe import values
 from edgedisp.recipe.arms import PLAIN_ARMS, Arm, ArmRun
 from edgedisp.recipe.schema import Data, Evaluate, Latency, Model, Quantize, Verify
@@ -136,8 +135,7 @@ class Recipe(Section):
 
 def hash8(identity: dict[str, Any]) -> str:
     """First 8 digits of the SHA-256 of `identity` as canonical JSON."""
-    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+    return digest(identity)[:8]
 
 
 # ---------------------------------------------------------------- smoke
@@ -156,18 +154,16 @@ SMOKE_BOUNDS: dict[str, dict[str, Any]] = {
 """Upper bounds of keys; a null, which stands for all, becomes the bound."""
 
 
-def smoke(recipe: Recipe, where: str | None = None) -> Recipe:
+def smoke(recipe: Recipe) -> Recipe:
     """The recipe for `--smoke`, cut down so that every stage runs in a minute on two cores.
 
     Architecture, adapter, dispersion, arms, precisions, schedule, optimizer and quantization stay. The base
-    becomes a tiny random twin (models/tiny_model.py), so no weights are fetched. `where` is the place to name
-    in the BadInput for an absent `model.architecture`: the twin is made without opening the base.
+    becomes a tiny random twin, made without opening the base. Raises BadInput without `model.architecture`.
     """
     if recipe.model.architecture is None:
         raise BadInput(
-            f"{where or recipe.path or recipe.name}: model.architecture: missing; --smoke builds a tiny twin "
-            "without opening the base, so it needs the model_type of the base's config.json, such as llama, "
-            "qwen3, gemma3_text or gpt2"
+            f"{recipe.path or recipe.name}: model.architecture: missing; --smoke builds a tiny twin of it: "
+            "write the model_type of the base's config.json, such as llama, qwen3, gemma3_text or gpt2"
         )
     values = recipe.model_dump()
     values["name"] = recipe.name if recipe.name.endswith("-smoke") else f"{recipe.name[:94]}-smoke"

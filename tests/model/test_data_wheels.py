@@ -38,6 +38,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("EDGEDISP_CACHE", str(tmp_path / "cache"))
     return folder
 
 
@@ -46,7 +47,7 @@ def test_the_wheel_of_the_named_version_is_used_alone(
 ) -> None:
     (tmp_path / "pip.py").write_text("raise SystemExit('the wrong pip')")
     monkeypatch.chdir(tmp_path)
-    path = fetch(SOURCE, sha256=SHA256, cache=tmp_path / "cache")
+    path = fetch(SOURCE, sha256=SHA256)
     assert isinstance(path, Path) and path.read_bytes() == TEXT
     assert len(files_in(tmp_path / "cache")) == 3
 
@@ -60,7 +61,7 @@ def test_a_version_or_package_without_a_wheel_is_bad_input(index: Path, tmp_path
         ("pypi:only-source==1.0/x", r"offers no wheel .*versions there: none"),
     ):
         with pytest.raises(BadInput, match=message):
-            fetch(source, cache=tmp_path / "cache")
+            fetch(source)
     assert files_in(tmp_path / "cache") == []
     assert not (tmp_path / "ran").exists()
 
@@ -72,17 +73,16 @@ def test_a_download_that_fails_is_a_failed_build_with_the_reason(
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # the discard port: refused at once
     monkeypatch.setenv("PIP_RETRIES", "1")
     with pytest.raises(BuildFailed, match=r"tiny-else==1.0: .*Connection refused"):
-        fetch("pypi:tiny-else==1.0/x", cache=tmp_path / "cache")
+        fetch("pypi:tiny-else==1.0/x")
 
 
 def test_two_processes_at_once_both_get_the_file(index: Path, tmp_path: Path) -> None:
     code = """
         import sys
-        from pathlib import Path
         from edgedisp.data import fetch
-        print(fetch(sys.argv[1], sha256=sys.argv[2], cache=Path(sys.argv[3])))
+        print(fetch(sys.argv[1], sha256=sys.argv[2]))
     """
-    command = [sys.executable, "-c", textwrap.dedent(code), SOURCE, SHA256, str(tmp_path / "cache")]
+    command = [sys.executable, "-c", textwrap.dedent(code), SOURCE, SHA256]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = {child.communicate(timeout=60)[0].strip() for child in running}
     assert [child.returncode for child in running] == [0, 0]
@@ -94,14 +94,13 @@ def test_two_processes_at_once_both_get_the_file(index: Path, tmp_path: Path) ->
 def test_a_killed_fetch_leaves_no_entry_and_the_next_one_succeeds(index: Path, tmp_path: Path) -> None:
     code = """
         import os, sys
-        from pathlib import Path
         from edgedisp.data import fetch
         die = lambda done, total, note: os._exit(9) if note.startswith("taking") else None
-        fetch(sys.argv[1], cache=Path(sys.argv[2]), progress=die)
+        fetch(sys.argv[1], progress=die)
     """
-    command = [sys.executable, "-c", textwrap.dedent(code), SOURCE, str(tmp_path / "cache")]
+    command = [sys.executable, "-c", textwrap.dedent(code), SOURCE]
     assert subprocess.run(command, timeout=60).returncode == 9
     assert any(path.suffix == ".part" for path in files_in(tmp_path / "cache"))
-    path = fetch(SOURCE, sha256=SHA256, cache=tmp_path / "cache")
+    path = fetch(SOURCE, sha256=SHA256)
     assert isinstance(path, Path) and path.read_bytes() == TEXT
     assert len(files_in(tmp_path / "cache")) == 3

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from edgedisp.core.errors import BadInput
 from edgedisp.data import synthetic_documents
-from edgedisp.models import encode, load, load_tokenizer, load_weights, open_base, quiet, save, tiny_model
+from edgedisp.models import encode, load, load_tokenizer, load_weights, open_base, save, tiny_model
 from edgedisp.recipe import Model
 
 TEXTS = [document.text for document in synthetic_documents(120, seed=0)]
@@ -83,8 +83,6 @@ def test_loading_is_silent_and_the_settings_come_back(llama: Path, capfd: pytest
 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     load(llama)
-    with pytest.raises(RuntimeError, match="inside"), quiet():
-        raise RuntimeError("inside")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
     assert capfd.readouterr() == ("", "")
 
@@ -109,23 +107,19 @@ BAD_FOLDERS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "Pickled weights"),
     (lambda f: (f / "adapter_config.json").write_text("{}"), "holds a PEFT adapter: merge it"),
     (lambda f: os.truncate(f / "model.safetensors", 9000), "the weights cannot be opened"),
-    (lambda f: os.truncate(f / "model.safetensors", 900), "the weights cannot be opened"),
     (lambda f: [path.unlink() for path in f.glob("tokenizer*")], "no usable tokenizer"),
     (lambda f: (f / "model.safetensors.index.json").write_text(INDEX), "there is no model-00001-of-00002"),
     (unused_biases, r"2 weights in the files have no place .*: model.layers.0.self_attn.q_proj.bias"),
     (token_without_a_row, "1 tokens of the tokenizer have no row .* of 512 rows: <tool>"),
 ]
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "nonsense"}, "config.json cannot be used.*nonsense"),
     ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "not a causal .*: BertForMaskedLM"),
-    ({"model_type": "bert", "architectures": None}, "not a causal .*: no architecture named"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "not a causal .*: LlamaForSequence"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"already quantized \(gptq\)"),
     ({"num_hidden_layers": 1}, "9 weights in the files have no place in the model .*: model.layers.1.input"),
     ({"num_hidden_layers": 3}, "9 weights are not in the files: model.layers.2"),
     ({"intermediate_size": 256}, "6 weights have another shape: model.layers.0.mlp"),
     ({"pad_token_id": 4000}, "[Pp]adding_idx"),
-    ({"dtype": "fp16"}, "fp16"),
 ]
 
 
