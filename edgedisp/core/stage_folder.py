@@ -11,15 +11,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgedisp import __version__
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import (
     RECORD,
@@ -28,7 +25,6 @@ from edgedisp.core.files import (
     canonical,
     digest,
     file_size,
-    git_commit,
     list_files,
     listed_files,
     read_object,
@@ -105,13 +101,8 @@ def finish(
     """Hash the files, write the record, and rename the folder into place over an outdated one."""
     (partial / RECORD).unlink(missing_ok=True)  # of a folder that the stage copied
     record = Record(folder, key, results, list_files(partial, without=(KEY,)), seconds)
-    origin = {
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "edgedisp": __version__,
-        "git_commit": git_commit(),
-    }
     stored = {"key": key, "results": results, "files": record.files, "seconds": seconds}
-    write_json(partial / RECORD, stored | origin)
+    write_json(partial / RECORD, stored)
     _move_into_place(folder)
     return record
 
@@ -189,8 +180,7 @@ def _check_owner(path: Path, identity: dict[str, Any], name: str) -> None:
             content = ", ".join(sorted(entries)[:3])
             words = f"is not a run folder and not empty ({content}, ...); choose another --out"
             raise BadInput(f"{path}: {words}")
-        created = time.strftime("%Y-%m-%dT%H:%M:%S")
-        write_json(path / RUN, {"name": name, "identity": identity, "made": created})
+        write_json(path / RUN, {"name": name, "identity": identity})
         return
     owner = read_object(path / RUN)
     if not isinstance(owner.get("identity"), dict):

@@ -187,7 +187,10 @@ def _words(error: Any, root: type[BaseModel]) -> str:
 
 
 def _show(value: object) -> str:
-    return json.dumps(value) if value is None or isinstance(value, bool) else _shorten.repr(value)
+    try:
+        return json.dumps(value) if value is None or isinstance(value, bool) else _shorten.repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def _unknown(key: Key, root: type[BaseModel]) -> str:
