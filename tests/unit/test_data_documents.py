@@ -122,18 +122,13 @@ def test_of_a_folder_one_kind_and_one_split_is_read_and_the_rest_reported(tmp_pa
     assert raw.files_skipped == {"raw/test-00000-of-00001.jsonl": "split test"}
     assert "README.md (not .jsonl)" in read_documents(tmp_path).notes()[0]
     assert texts(tmp_path, config="clean", split="test") == ["clean test-00000-of-00001"]
+    (tmp_path / "raw" / "books.jsonl.gz").write_bytes(gzip.compress(b'{"text": "books"}'))
+    assert texts(tmp_path, config="raw")[0] == "books"  # names no split: of the training text
     with pytest.raises(BadInput, match=r"no file of the split 'validation'.*split test, split train"):
         read_documents(tmp_path, source(config="raw", split="validation"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="holds no text file"):
         read_documents(tmp_path / "empty")
-
-
-def test_gzipped_parts_and_files_that_name_no_split_are_read_with_the_others(tmp_path: Path) -> None:
-    (tmp_path / "books.jsonl").write_text('{"text": "books"}')
-    (tmp_path / "letters.jsonl.gz").write_bytes(gzip.compress(b'{"text": "letters"}'))
-    (tmp_path / "train-timetables.jsonl").write_text('{"text": "timetables"}')
-    assert texts(tmp_path) == ["books", "letters", "timetables"]
 
 
 @pytest.mark.parametrize(("package", "name"), [("datasets", "some/lines"), ("pyarrow", "t.parquet")])

@@ -24,11 +24,10 @@ def test_the_front_matter_of_a_readme_says_it(tmp_path: Path) -> None:
 
 
 def test_where_nothing_is_said_nothing_is_claimed(tmp_path: Path) -> None:
-    for front in ("tags: [x]", "license: [", "- a", "license:"):
+    for front in ("tags: [x]", "license: [", "license:"):
         assert read_licence(readme(tmp_path / "m", front)) == {"base": None, **NOTHING}
-    assert read_licence(tmp_path) == {"base": None, **NOTHING}
     (tmp_path / "README.md").write_text("# A model\nlicense: mit\n")  # no front matter
-    assert read_licence(tmp_path)["license"] is None
+    assert read_licence(tmp_path) == {"base": None, **NOTHING}
     (tmp_path / "license.json").write_text('{"MIT": "a text of somebody else"}')
     assert read_licence(readme(tmp_path, "license: mit"))["license"] == "mit"
 
