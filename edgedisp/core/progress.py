@@ -79,7 +79,8 @@ class Screen:
 
     def __exit__(self, *error: object) -> None:
         self._print_unchanged()
-        self._bar.stop()
+        if self._is_live:
+            self._bar.stop()
 
     def started(self, name: str, number: int, total: int) -> None:
         self._print_unchanged()
