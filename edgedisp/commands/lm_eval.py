@@ -28,40 +28,32 @@ from edgedisp.graph.session import OnnxModel
 
 
 class _FolderModel(HarnessModel):
-    """A model with the tokenizer of its folder."""
+    """A model with the tokenizer of its folder. options: the arguments that the model has no use for."""
 
-    def __init__(self, model: Any, folder: Path, options: dict[str, Any]) -> None:
+    def __init__(self, model: Any, folder: str, options: dict[str, Any]) -> None:
         # lm-eval's command always gives batch sizes and a device, which have no meaning for a bundle.
-        if unknown := options.keys() - {"batch_size", "max_batch_size", "device"}:
-            raise BadInput(
-                f"model_args: {', '.join(sorted(unknown))}: no such argument; bundle or folder, threads"
-            )
-        super().__init__(model, TextTokenizer(models.load_tokenizer(folder)))
+        if unknown := ", ".join(options.keys() - {"batch_size", "max_batch_size", "device"}):
+            raise BadInput(f"model_args: {unknown}: no such argument; there are bundle or folder, threads")
+        super().__init__(model, TextTokenizer(models.load_tokenizer(Path(folder))))
 
 
 @register_model("edgedisp-onnx")
 class OnnxHarnessModel(_FolderModel):
-    """A bundle on onnxruntime's CPU provider, in the arithmetic that ships."""
+    """A bundle on onnxruntime's CPU provider, in the arithmetic that ships. BadInput for a damaged one."""
 
-    def __init__(self, bundle: str, threads: int | None = None, **lm_eval_options: Any) -> None:
-        """Raises BadInput for no bundle, or a damaged one."""
-        folder = Path(bundle)
-        check_files(folder)
-        super().__init__(OnnxModel(folder, int(threads or physical_cores())), folder, lm_eval_options)
+    def __init__(self, bundle: str, threads: int | None = None, **options: Any) -> None:
+        check_files(Path(bundle))
+        super().__init__(OnnxModel(Path(bundle), int(threads or physical_cores())), bundle, options)
 
 
 @register_model("edgedisp-torch")
 class TorchHarnessModel(_FolderModel):
-    """A Hugging Face folder in fp32."""
+    """A Hugging Face folder in fp32. BadInput for one that holds no model."""
 
-    def __init__(
-        self, folder: str, threads: int | None = None, device: str | None = None, **lm_eval_options: Any
-    ) -> None:
-        """Raises BadInput for a folder that holds no model."""
+    def __init__(self, folder: str, threads: int | None = None, device: str = "", **options: Any) -> None:
         # lm-eval's command asks for cuda:0 by default.
         model = models.load(Path(folder)).to(device if device and torch.cuda.is_available() else "cpu")
-        torch_model = models.TorchModel(model, int(threads or physical_cores()))
-        super().__init__(torch_model, Path(folder), lm_eval_options)
+        super().__init__(models.TorchModel(model, int(threads or physical_cores())), folder, options)
 
 
 def main() -> None:

@@ -43,9 +43,8 @@ def check_before_start(recipe: Recipe) -> None:
         precision = load_target(name).precision
         if precision not in recipe.precisions:
             raise BadInput(
-                f"targets: {name} ships {precision}, which is not among precisions "
-                f"({', '.join(recipe.precisions)}); what ships must have been measured: "
-                "add the precision, or drop the target"
+                f"targets: {name} ships {precision}, which is not among precisions, and what ships must have "
+                "been measured: add the precision, or drop the target"
             )
     path = recipe.evaluate.tasks_path
     check_tasks(recipe.evaluate.tasks, None if path is None else (recipe.folder / path).resolve())
@@ -76,7 +75,7 @@ def check_processes(recipe: Recipe, count: int) -> None:
 
 def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict[str, Any]:
     """The plan as JSON values: recipe, run, steps, tokens, threads, warning, stages [{name, done, seconds}],
-    detectable, sizes or sizes_unknown and, with `probe` and something to do, estimate."""
+    detectable, sizes (or {unknown: why}) and, with `probe` and something to do, estimate."""
     from edgedisp.evaluate import comparison
 
     check_before_start(recipe)
@@ -84,13 +83,12 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict
     points = 100 * comparison.detectable_accuracy(limit)
     passed = state(stages(recipe, threads), run)
     probe = probe and any(record is None for _, record in passed)
-    sizes, sizes_unknown = None, None
     try:
         sizes = _sizes(recipe, None if passed[0][1] is None else run / "base", probe, screen.progress)
     except (BadInput, BuildFailed) as error:
         if probe:
             raise
-        sizes_unknown = str(error)
+        sizes = {"unknown": str(error)}
     plan: dict[str, Any] = {
         "recipe": recipe.name,
         "run": str(run),
@@ -110,7 +108,6 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict
             "items_for_published": math.ceil(limit * (points / PUBLISHED_POINTS) ** 2),
         },
         "sizes": sizes,
-        "sizes_unknown": sizes_unknown,
     }
     return plan | {"estimate": _estimate(recipe, plan, screen.progress) if probe else None}
 
@@ -136,7 +133,7 @@ def _sizes(recipe: Recipe, base: Path | None, download: bool, progress: Progress
 
 
 def _estimate(recipe: Recipe, plan: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Fill in the seconds of the stages that are to do; time, memory and disk of the whole build."""
+    """Fill in the seconds of the stages that are to do; time, and (needed, available) memory and disk."""
     import psutil
 
     from edgedisp.models import count_parameters
@@ -161,14 +158,13 @@ def _estimate(recipe: Recipe, plan: dict[str, Any], progress: Progress) -> dict[
     folder = Path(plan["run"]).resolve()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     training_bytes = 4 * parameters + trainable * (TRAINING_BYTES_PER_WEIGHT - 4)
+    peak_bytes = training_bytes + probed["process_bytes"] + probed["activation_bytes"]
+    disk = disk_bytes(parameters, recipe, plan["sizes"]), shutil.disk_usage(existing).free
     return {
         "step_s": step_s,
         "seconds_left": sum(stage["seconds"] for stage in remaining),
-        "parameters": parameters,
-        "peak_memory_bytes": training_bytes + probed["process_bytes"] + probed["activation_bytes"],
-        "memory_bytes": psutil.virtual_memory().total,
-        "disk_bytes": disk_bytes(parameters, recipe, plan["sizes"]),
-        "disk_free_bytes": shutil.disk_usage(existing).free,
+        "memory_bytes": (peak_bytes, psutil.virtual_memory().total),
+        "disk_bytes": disk,
     }
 
 
@@ -221,12 +217,6 @@ def render(plan: dict[str, Any], width: int = 100) -> str:
         mark, about = ("done", "") if stage["done"] else ("to do", "about ")
         took = "" if stage["seconds"] is None else about + clock(stage["seconds"])
         rows.append(f"  {mark:6} {stage['name']:28} {took}".rstrip())
-    sizes = [f"sizes: not known: {plan['sizes_unknown']}"]
-    if plan["sizes"] is not None:
-        sizes = [grid_text(_sizes_table(plan["sizes"]), width)]
-        for target, cache in plan["sizes"]["kv_cache"].items():
-            megabytes = f"{cache['size_bytes'] / 1e6:.3g} MB"
-            sizes.append(f"KV cache of {cache['positions']:,} positions ({target}): {megabytes}")
     detectable = plan["detectable"]
     nats = ", ".join(f"{size:.2g} at {name}" for name, size in detectable["nats"].items())
     sees = [
@@ -237,29 +227,22 @@ def render(plan: dict[str, Any], width: int = 100) -> str:
     ]
     if detectable["seeds"] == 1:
         sees.append("  one seed cannot tell a gain from the luck of training: seeds: 3 can")
-    return "\n\n".join("\n".join(lines) for lines in (head, rows, sizes, sees, _needs(plan)) if lines)
+    needs = []
+    if (estimate := plan["estimate"]) is not None:
+        left, step_s = clock(estimate["seconds_left"]), estimate["step_s"]
+        needs.append(f"left: about {left} ({step_s:.2f} s a step, probed)")
+        for what, remedy in (("memory", "a smaller train.batch, or an adapter"), ("disk", "another --out")):
+            needed, available = estimate[f"{what}_bytes"]
+            line = f"{what}: about {needed / 1e9:.1f} GB of {available / 1e9:.1f} GB"
+            needs.append(line if needed <= available else f"{line}, which does not fit: {remedy}")
+    blocks = head, rows, _sizes_text(plan["sizes"], width), sees, needs
+    return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 
 
-def _needs(plan: dict[str, Any]) -> list[str]:
-    if (estimate := plan["estimate"]) is None:
-        return []
-    lines = [f"left: about {clock(estimate['seconds_left'])} ({estimate['step_s']:.2f} s a step, probed)"]
-    for what, needed, there, remedy in (
-        (
-            "memory",
-            "peak_memory_bytes",
-            "memory_bytes",
-            "a smaller train.batch, gradient_checkpointing, adapter",
-        ),
-        ("disk", "disk_bytes", "disk_free_bytes", "choose another --out"),
-    ):
-        line = f"{what}: about {estimate[needed] / 1e9:.1f} GB of {estimate[there] / 1e9:.1f} GB"
-        lines.append(line if estimate[needed] <= estimate[there] else f"{line} does not fit: {remedy}")
-    return lines
-
-
-def _sizes_table(sizes: dict[str, Any]) -> Grid:
-    """Megabytes: a row for each component, a column for each precision."""
+def _sizes_text(sizes: dict[str, Any], width: int) -> list[str]:
+    """Megabytes: a row for each component, a column for each precision; then the KV cache."""
+    if "unknown" in sizes:
+        return [f"sizes: not known: {sizes['unknown']}"]
     precisions = sizes["precisions"]
     table = {
         name: [bundle["components"].get(name, 0) for bundle in precisions.values()]
@@ -269,4 +252,8 @@ def _sizes_table(sizes: dict[str, Any]) -> Grid:
         table["embedding = head"] = table.pop("embedding")
     table["file, with the graph"] = [bundle["size_bytes"] for bundle in precisions.values()]
     rows = ((name, *(f"{value / 1e6:.4g}" for value in values)) for name, values in table.items())
-    return Grid(("weights, MB (2 %)", *precisions), tuple(rows))
+    caches = (
+        f"KV cache of {cache['positions']:,} positions ({target}): {cache['size_bytes'] / 1e6:.3g} MB"
+        for target, cache in sizes["kv_cache"].items()
+    )
+    return [grid_text(Grid(("weights, MB (2 %)", *precisions), tuple(rows)), width), *caches]

@@ -58,15 +58,15 @@ def test_without_a_probe_nothing_is_downloaded(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("EDGEDISP_CACHE", str(tmp_path / "cache"))
     wheel = "pypi:nowhere==1.0/a/model.gguf"
     plan = planned(tmp_path, wheel)
-    assert plan["sizes"] is None and f"sizes: not known: {wheel} is not downloaded yet" in render(plan)
+    assert f"sizes: not known: {wheel} is not downloaded yet" in render(plan)
     assert data.needs_download(wheel) and not (tmp_path / "cache").exists()
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert "nobody/absent-model" in planned(tmp_path, "nobody/absent-model")["sizes_unknown"]
+    assert "nobody/absent-model" in planned(tmp_path, "nobody/absent-model")["sizes"]["unknown"]
 
 
 def test_a_model_that_no_export_would_take_is_named_and_a_probe_refuses_it(tmp_path: Path) -> None:
     graph_twins.make(tmp_path / "model", "llama", hidden_act="tanh")
-    assert "tanh" in planned(tmp_path, "model")["sizes_unknown"]
+    assert "tanh" in planned(tmp_path, "model")["sizes"]["unknown"]
     with pytest.raises(BadInput, match="tanh"):
         make_plan(load(tmp_path / "sized.yaml"), tmp_path / "run", probe=True, screen=Screen("plan"))
 
