@@ -38,7 +38,9 @@ def export_bundle(
             choice(name, tuple(LAYOUTS))
         except ValueError as problem:
             raise BadInput(f"--layouts: '{name}' is not known; {problem}") from None
-    _check_folders(folder, out)
+    if out.exists():
+        raise BadInput(f"{out}: exists already; choose another --out")
+    check_files(folder, "*.safetensors")  # if you changed them, remove record.json
     threads, names = target.threads or physical_cores(), layouts or target.layouts
     out.resolve().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.resolve().parent) as scratch:
@@ -62,16 +64,3 @@ def export_bundle(
         (package / CARD).write_text(card, encoding="utf-8")
         package.rename(out)
     return {**record, "checked": checked}
-
-
-def _check_folders(folder: Path, out: Path) -> None:
-    """Refuse what would fail later."""
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise BadInput(
-                f"{folder}: no {name}; export takes a Hugging Face folder with a fast tokenizer, such as "
-                "<run>/<arm>/model"
-            )
-    if out.exists():
-        raise BadInput(f"{out}: exists already; choose another --out")
-    check_files(folder, "*.safetensors")  # if you changed them, remove record.json

@@ -101,7 +101,7 @@ def make_recipe(
     """
     section, step = recipe.train.dispersion or Dispersion(), recipe.tokens_per_step
     texts = (section.variant, section.layers, section.weight), (variants, layers, weights)
-    words = [[w.strip() for w in text.split(",")] if text else [usual] for usual, text in zip(*texts)]
+    words = [[word.strip() for word in text.split(",")] if text else [usual] for usual, text in zip(*texts)]
     arms = {BASELINE: Arm.model_validate(BASELINE)}
     for setting in product(*words):
         try:

@@ -119,7 +119,7 @@ def stray_from_the_record(path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "spoil", "message"), [
     ("config.json", another_type, "models of type 'bloom' cannot be exported; known types: "),
-    ("config.json", Path.unlink, "no config.json; export takes a Hugging Face folder"),
+    ("config.json", Path.unlink, "not a model folder, there is no config.json"),
     ("model.safetensors", not_a_number, f"{K_PROJ} holds 1 values that are not finite"),
     ("model.safetensors", cut_off, "is cut off: "),
     ("model.safetensors", stray_from_the_record, "copy or export the folder again"),
