@@ -38,6 +38,9 @@ def export_bundle(
             choice(name, tuple(LAYOUTS))
         except ValueError as problem:
             raise BadInput(f"--layouts: '{name}' is not known; {problem}") from None
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise BadInput(f"{folder}: no {name}; export takes a model folder, such as <run>/<arm>/model")
     if out.exists():
         raise BadInput(f"{out}: exists already; choose another --out")
     check_files(folder, "*.safetensors")  # if you changed them, remove record.json

@@ -47,6 +47,9 @@ STATES = 1 << 16  # sizes of file that the knapsack tells apart
 NODE_BYTES = 1100  # by which a weight's new nodes and names lengthen the graph file
 SAMPLED_ROWS = 64  # of a weight, rounded to see what a candidate loses
 
+Tokens = NDArray[Any]
+"""Unsigned [blocks, context]."""
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -87,17 +90,11 @@ class Solution:
 class MixedPrecision:
     """The weights of the fp32 bundle `source`, exported from the torch `model`, each rounded by its choice.
 
-    tokens: training text, unsigned [blocks, context]. calibration: text for GPTQ; None: the layers are
-    rounded weight by weight.
+    tokens: training text. calibration: text for GPTQ; None: the layers are rounded weight by weight.
     """
 
     def __init__(
-        self,
-        source: Path,
-        model: nn.Module,
-        tokens: NDArray[Any],
-        calibration: NDArray[Any] | None = None,
-        progress: Progress = silent,
+        self, source: Path, model: nn.Module, tokens: Tokens, calibration: Tokens | None, progress: Progress
     ) -> None:
         self.model, self.calibration = model.eval().requires_grad_(False), calibration
         self.progress, self.blocks, self.weights = progress, text_blocks(tokens), find_weights(source)
@@ -135,8 +132,8 @@ class MixedPrecision:
 class Search(MixedPrecision):
     """Solutions under a budget. Deterministic."""
 
-    def __init__(self, source: Path, *arguments: Any) -> None:
-        super().__init__(source, *arguments)
+    def __init__(self, source: Path, *others: Any) -> None:
+        super().__init__(source, *others)
         losses, stored = zip(*map(self._losses_and_bytes, self.weights))
         self.losses, sizes = np.array(losses), np.array(stored)
         self._step = 1 << max(0, math.ceil(math.log2(sizes.max(1).sum() / STATES)))
@@ -182,10 +179,8 @@ class Search(MixedPrecision):
                 break
             limit = math.sqrt(max(low, 1e-3 * high) * high)
         if best is None:
-            raise BadInput(
-                f"quantize.max_perplexity_increase: {increase:.2%} cannot be reached; with the least loss "
-                f"there is, perplexity on the training text rises by {rounded.perplexity_increase:.2%}"
-            )
+            least = f"the least there is, on training text, is {rounded.perplexity_increase:.2%}"
+            raise BadInput(f"quantize.max_perplexity_increase: {increase:.2%} cannot be reached; {least}")
         return best
 
     def record(self, solution: Solution, rounded: Rounded) -> dict[str, Any]:
@@ -225,8 +220,8 @@ def assignment_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Choice]:
     return {name: Choice(grid, METHOD[grid.bits]) for name, grid in grids.items()}
 
 
-def text_blocks(tokens: NDArray[Any]) -> list[Tensor]:
-    """Blocks int64 [tokens] from all over a corpus [blocks, context], of up to TEXT_TOKENS tokens."""
+def text_blocks(tokens: Tokens) -> list[Tensor]:
+    """Blocks int64 [tokens] from all over a corpus, of up to TEXT_TOKENS tokens."""
     length = min(BLOCK_TOKENS, tokens.shape[1])
     count = min(-(-TEXT_TOKENS // length), len(tokens))
     indices = np.linspace(0, len(tokens) - 1, count).round().astype(int)
@@ -277,10 +272,8 @@ def _in_pages(sizes: Iterable[int]) -> int:
 
 def out_of_reach(budget: int, smallest: int) -> BadInput:
     """What is said of a budget below the smallest bundle, in bytes."""
-    return BadInput(
-        f"quantize.budget: no bundle of this model fits {budget / 1e6:.1f} MB; the smallest, every weight "
-        f"at 4 bits and in wide groups, takes {math.ceil(smallest / 1e5) / 10:.1f} MB"
-    )
+    takes = f"the smallest takes {math.ceil(smallest / 1e5) / 10:.1f} MB"
+    return BadInput(f"quantize.budget: no bundle of this model fits {budget / 1e6:.1f} MB; {takes}")
 
 
 def knapsack(
