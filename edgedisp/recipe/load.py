@@ -29,6 +29,19 @@ from edgedisp.recipe.values import Key, near
 
 MOST_BYTES, MOST_SHOWN, DEEPEST = 50_000, 30, 10
 
+REMOVED = {
+    "rescale": "method gptq loses less in less time",
+    "max_flips": "accuracy_level 0 computes in fp32, 4 in int8",
+    "damping": "method gptq always uses 0.01",
+    "act_order": "method gptq always takes the most important columns first",
+    "correction": "method gptq always uses 0.5",
+    "head_group": "the head has the groups of `group`",
+    "learn_scales": "method gptq finds the scales when rounding begins",
+    "ramp": "rounding begins at once, at `start`",
+    "batch_tokens": "every sequence is scored alone, so that batches change no score",
+}
+"""Key of recipes and device profiles of earlier versions -> what replaced it."""
+
 _Model = TypeVar("_Model", bound=BaseModel)
 _shorten = reprlib.Repr()  # bounded, also for a list that holds itself
 _shorten.maxlevel, _shorten.maxstring, _shorten.maxother = 2, 60, 60
@@ -195,6 +208,8 @@ def _show(value: object) -> str:
 
 def _unknown(key: Key, root: type[BaseModel]) -> str:
     name, keys = str(key[-1]), _keys_of(key[:-1], root)
+    if name in REMOVED:
+        return f"removed; {REMOVED[name]}"
     elsewhere = (other for other, *_ in all_keys(root) if other.endswith(f".{name}"))
     guess = next(elsewhere, None) or near(name, keys)
     return (

