@@ -19,11 +19,11 @@ from matplotlib.figure import Figure
 
 from edgedisp.commands.compare import join_runs
 from edgedisp.commands.plan import threads_for
-from edgedisp.commands.run_report import publish
 from edgedisp.core.progress import Screen
 from edgedisp.core.results import BASELINE, LOSS_TASK
 from edgedisp.core.run import Run
 from edgedisp.pipeline.build_plan import build
+from edgedisp.pipeline.run_results import publish
 from edgedisp.recipe import smoke
 from edgedisp.report import verdict
 from edgedisp.report.comparisons import comparisons

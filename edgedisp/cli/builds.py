@@ -65,17 +65,15 @@ def build(
         typer.echo(f"warning: {warning}", err=True)
     with Screen(f"{loaded.name} -> {run}") as screen:
         passed = build_run(loaded, run, threads_for(loaded), screen)
-        from edgedisp.commands.run_report import publish
+        from edgedisp.pipeline.run_results import publish
 
         results = publish(loaded, passed, run)
     from edgedisp import report
-    from edgedisp.core.files import to_json
 
     verdict, page = report.verdict(results), run / "report.html"
-    verdict_json = {**to_json(verdict), "sentence": verdict.sentence}
-    blocks = [report.table_text(report.table(results), width()), report.search_text(results)]
-    blocks += [report.arms_text(results, width()), verdict.sentence, f"report: {page}"]
-    document = {"run": str(run), "report": str(page), "verdict": verdict_json}
+    blocks = [report.table_text(report.table(results, all_arms=True), width()), report.search_text(results)]
+    blocks += [verdict.sentence, f"report: {page}"]
+    document = {"run": str(run), "report": str(page), "verdict": verdict.to_json()}
     show(document, "\n\n".join(filter(None, blocks)), as_json)
     _check_complete(results)
 
@@ -156,9 +154,10 @@ def compare(
 ) -> None:
     """Print the before/after table of runs, joined item by item, or of two models scored here."""
     from edgedisp import report
-    from edgedisp.commands.compare import CompareOptions, compare_models, join_runs
+    from edgedisp.commands.compare import compare_models, join_runs
     from edgedisp.core.files import to_json
-    from edgedisp.pipeline.run_results import is_run, load
+    from edgedisp.evaluate.heldout_tasks import SuiteOptions
+    from edgedisp.pipeline.run_results import is_run
 
     models = [path for path in subjects if not is_run(path)]
     if models and not len(models) == len(subjects) == 2:
@@ -168,32 +167,27 @@ def compare(
         )
     if models:
         names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
-        options = CompareOptions(names, text, tasks_path, limit or 200, context or 256, out)
+        options = SuiteOptions(names, context or 256, limit or 200, tasks_path=tasks_path)
         with Screen("compare") as screen:
-            joined, folder = compare_models(models, options, screen.progress)
-        runs, table, page = [joined], report.table(joined), folder / "report.html"
-        last = [f"report: {page}"]
+            joined, folder = compare_models(models, options, text, out, screen.progress)
+        page, last = folder / "report.html", [f"report: {folder / 'report.html'}"]
     else:
         if any(option is not None for option in (tasks, text, tasks_path, limit, context, out)):
             raise BadInput("tasks, text, limit, context and out are for two models; runs are scored already")
-        runs, page = [load(path) for path in subjects], None
-        joined, table = join_runs(subjects) if len(runs) > 1 else runs[0], report.compare(runs)
-        last = [f"not paired: {reason}" for reason in joined.unpaired]
+        joined, page, last = join_runs(subjects), None, []
     if html is not None:
-        from edgedisp.report.render import single_page
+        from edgedisp.report import render
 
-        html.write_text(single_page(joined), encoding="utf-8")
+        html.write_text(render.page(joined), encoding="utf-8")
         typer.echo(f"page: {html}", err=True)
-    verdicts = {run.name: report.verdict(run) for run in runs}
+    verdict, table = report.verdict(joined), report.table(joined, all_arms=True)
     document = {
         "table": to_json(table),
-        "verdicts": [{**to_json(verdict), "sentence": verdict.sentence} for verdict in verdicts.values()],
-        "joined": to_json(joined) if joined is not runs[0] else None,
+        "verdict": verdict.to_json(),
+        "joined": to_json(joined),
         "report": page and str(page),
     }
-    blocks = [report.table_markdown(table) if markdown else report.table_text(table, width())]
-    blocks += [f"{name}: {verdict.sentence}" for name, verdict in verdicts.items()]
-    blocks += [report.arms_text(joined, width()), *last]
-    show(document, "\n\n".join(filter(None, blocks)), as_json)
+    shown = report.table_markdown(table) if markdown else report.table_text(table, width())
+    show(document, "\n\n".join([shown, verdict.sentence, *last]), as_json)
     if models:
         _check_complete(joined)

@@ -7,8 +7,8 @@ folder keeps their scores, so an interrupted comparison continues.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from edgedisp import data, models
@@ -26,46 +26,35 @@ from edgedisp.graph.genai_config import context_length
 from edgedisp.pipeline.measure import Scorer
 from edgedisp.pipeline.prepare import make_suite
 from edgedisp.pipeline.run_results import Scored, join, load, read_scored, surroundings
-from edgedisp.report.results_table import numbered
 
 BOOTSTRAP = 2000  # resamples behind each interval
 RESERVED = (BASELINE, DISPERSED, "torch", "bf16", "fp16", "fp32", "int8", "int4")  # no names of models
 
 
-# Finished builds
-
-
 def join_runs(paths: Sequence[Path]) -> Run:
-    """Finished builds as one run; arms of later runs carry their run's name.
+    """Finished builds as one run; arms of later runs carry their run's name. A single run stays as it is.
 
     Raises BadInput for a report without its run folder, which alone holds the items; for a first run without
     a baseline; and when a run has no item in common with the first.
     """
     runs = [load(path) for path in paths]
+    if len(runs) == 1:
+        return runs[0]
     if BASELINE not in runs[0].arms:
         raise BadInput(
             f"{paths[0]}: has no arm `{BASELINE}` to compare the others with; name a run that has one first"
         )
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
-        names = numbered([run.title for run in runs])
-    sources: dict[str, tuple[Run, str]] = {}
-    arms: dict[str, Scored] = {}
-    for path, run, name in zip(paths, runs, names):
-        for arm in run.arms:
-            label = arm if run is runs[0] else f"{arm} of {name}"
-            sources[label], arms[label] = (run, arm), read_scored(path, run, arm)
+        names = [f"{run.title} ({number})" for number, run in enumerate(runs, 1)]
+    timings = DeviceResult("local")
     joined = Run(
         name=" and ".join(dict.fromkeys(run.name for run in runs)),
-        arms=[*arms],
+        arms=[],
         precisions=list(dict.fromkeys(precision for run in runs for precision in run.precisions)),
         smoke=any(run.smoke for run in runs),
         seeds=runs[0].seeds,
-        techniques={label: run.techniques.get(arm, {}) for label, (run, arm) in sources.items()},
-        training={label: run.training[arm] for label, (run, arm) in sources.items() if arm in run.training},
-        bundles={label: run.bundles.get(arm, {}) for label, (run, arm) in sources.items()},
-        measurements={label: {**run.measurements.get(arm, {})} for label, (run, arm) in sources.items()},
-        latency=_latency(sources),
+        latency=timings,
         runs=[
             {"title": run.title}
             | {key: run.model.get(key) for key in ("base", "weights_sha256")}
@@ -74,9 +63,21 @@ def join_runs(paths: Sequence[Path]) -> Run:
         ],
         **surroundings(),
     )
-    join(joined, arms)
-    for path, run in zip(paths[1:], runs[1:]):
-        if not any(sources[label][0] is run for label in joined.comparisons):
+    scored: dict[str, Scored] = {}
+    for path, run, name in zip(paths, runs, names):
+        labels = {arm: arm if run is runs[0] else f"{arm} of {name}" for arm in run.arms}
+        joined.arms.extend(labels.values())
+        for arm, label in labels.items():
+            scored[label] = read_scored(path, run, arm)
+            for part in ("techniques", "training", "bundles", "measurements"):
+                if arm in getattr(run, part):
+                    getattr(joined, part)[label] = getattr(run, part)[arm]
+            for precision in run.precisions:
+                if run.latency and (timing := run.latency.timing(f"{arm}/{precision}")):
+                    timings.rows.append(replace(timing, label=f"{label}/{precision}"))
+    join(joined, scored)
+    for path, name in zip(paths[1:], names[1:]):
+        if not any(arm.endswith(f" of {name}") for arm in joined.comparisons):
             reasons = "; ".join(joined.unpaired) or "no task in common"
             raise BadInput(
                 f"{paths[0]} and {path}: no item in common: {reasons}. "
@@ -85,36 +86,17 @@ def join_runs(paths: Sequence[Path]) -> Run:
     return joined
 
 
-def _latency(sources: Mapping[str, tuple[Run, str]]) -> DeviceResult:
-    rows = [
-        replace(timing, label=f"{label}/{precision}")
-        for label, (run, arm) in sources.items()
-        for precision in run.precisions
-        if run.latency and (timing := run.latency.timing(f"{arm}/{precision}"))
-    ]
-    return DeviceResult("local", rows=rows)
-
-
 # Two models
 
 
-@dataclass(frozen=True)
-class CompareOptions:
-    """What two models are scored on. text: documents for the held-out tasks. out: the report's folder."""
-
-    tasks: tuple[str, ...] = ()
-    text: Path | None = None
-    tasks_path: Path | None = None
-    limit: int = 200
-    context: int = 256
-    out: Path | None = None
-
-
-def compare_models(folders: Sequence[Path], options: CompareOptions, progress: Progress) -> tuple[Run, Path]:
+def compare_models(
+    folders: Sequence[Path], options: SuiteOptions, text: Path | None, out: Path | None, progress: Progress
+) -> tuple[Run, Path]:
     """Score two models or bundles on the same items and write a report; returns the run and its folder.
 
-    Raises BadInput for what is no model, for tasks that do not exist or whose data cannot be had, and for
-    models without an item in common.
+    text: documents for the held-out tasks. out: the report's folder, else one under `comparisons`. Raises
+    BadInput for what is no model, for tasks that do not exist or whose data cannot be had, and for models
+    without an item in common.
     """
     from edgedisp.report import render  # brings matplotlib
 
@@ -125,66 +107,56 @@ def compare_models(folders: Sequence[Path], options: CompareOptions, progress: P
             )
         check_files(folder)
     labels = list(label_bundles(folders, RESERVED))
-    suites = _suites(folders, options)
-    out = options.out or _default_folder(folders, labels, options)
+    suites = _suites(folders, options, text)
+    key = digest([*(str(folder.resolve()) for folder in folders), [*options.tasks], str(text)])[:8]
+    out = out or Path("comparisons") / f"{'-'.join(labels).replace('/', '-')}-{key}"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise BadInput(f"--out {out}: cannot be made ({problem.strerror}); name a folder") from None
-    results, floors = [], []
-    for folder, label, suite in zip(folders, labels, suites):
-        scorer, arm_progress = Scorer(folder, physical_cores(), out / SCORES), labelled(progress, label)
-        results.append(scorer.score(suite, BOOTSTRAP, arm_progress))
-        if (floor := scorer.noise_floor(suite, BOOTSTRAP, arm_progress)) is not None:
-            floors.append(floor)
-    noise = max(floors, key=lambda floor: floor.floor, default=None)
     run = Run(
         name=f"{labels[1]} against {labels[0]}",
         arms=[BASELINE, labels[1]],
         precisions=[AS_GIVEN],
         baseline_is=labels[0],
         corpus={"context": options.context},
-        measurements={BASELINE: {AS_GIVEN: Measurement(noise=noise)}},
         missing_tasks={task: why for suite in suites for task, why in suite.missing.items()},
         **surroundings(),
     )
-    join(run, {name: {AS_GIVEN: [by_task]} for name, by_task in zip(run.arms, results)})
+    scored: dict[str, Scored] = {}
+    for arm, folder, label, suite in zip(run.arms, folders, labels, suites):
+        scorer, arm_progress = Scorer(folder, physical_cores(), out / SCORES), labelled(progress, label)
+        scored[arm] = {AS_GIVEN: [scorer.score(suite, BOOTSTRAP, arm_progress)]}
+        noise = scorer.noise_floor(suite, BOOTSTRAP, arm_progress)
+        run.measurements[arm] = {AS_GIVEN: Measurement(noise=noise)}
+    join(run, scored)
     if not run.comparisons:
         raise BadInput(f"{folders[0]} and {folders[1]}: no item in common: {'; '.join(run.unpaired)}")
-    write_json(out / "items.json", to_json(dict(zip(labels, results))))
+    items = {label: scored[arm][AS_GIVEN][0] for label, arm in zip(labels, run.arms)}
+    write_json(out / "items.json", to_json(items))
     render.write(run, out)
     return run, out
 
 
-def _default_folder(folders: Sequence[Path], labels: Sequence[str], options: CompareOptions) -> Path:
-    key = digest([*(str(folder.resolve()) for folder in folders), [*options.tasks], str(options.text)])[:8]
-    return Path("comparisons") / f"{'-'.join(label.replace('/', '-') for label in labels)}-{key}"
-
-
-def _suites(folders: Sequence[Path], options: CompareOptions) -> list[TaskSuite]:
+def _suites(folders: Sequence[Path], options: SuiteOptions, text: Path | None) -> list[TaskSuite]:
     """The tasks in the tokens of each model. BadInput where no item can be the same for both."""
-    tasks = options.tasks or (("heldout",) if options.text is not None else ())
+    tasks = options.tasks or (("heldout",) if text is not None else ())
     if not tasks:
         raise BadInput(
             "--tasks: say what to compare the models on, such as small; or --text FILE for held-out text"
         )
     heldout = [name for name in expand(tasks) if name.startswith("heldout")]
-    if options.text is None and heldout:
+    if text is None and heldout:
         raise BadInput(f"--tasks {heldout[0]}: is made from text; name a file of documents with --text")
-    documents = [] if options.text is None else data.read_documents(options.text)
+    documents = [] if text is None else data.read_documents(text)
     most = min(_context(folder) for folder in folders)
     if options.context > most:
         raise BadInput(
             f"--context {options.context}: the models read {most} tokens at most; give --context {most}"
         )
-    suite_options = SuiteOptions(tasks, options.context, options.limit, tasks_path=options.tasks_path)
-    suites = [make_suite(folder, documents, suite_options) for folder in folders]
+    suites = [make_suite(folder, documents, replace(options, tasks=tasks)) for folder in folders]
     first, second = (
-        {
-            (task, question.fingerprint())
-            for task, questions in suite.questions.items()
-            for question in questions
-        }
+        {(task, question.fingerprint()) for task, group in suite.questions.items() for question in group}
         for suite in suites
     )
     if first.isdisjoint(second) and not suites[0].harness_tasks:  # items of the latter show when scored

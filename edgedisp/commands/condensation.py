@@ -24,7 +24,7 @@ from edgedisp.dispersion.condensation import Profile, measure_model, summary
 from edgedisp.graph.genai_config import context_length
 from edgedisp.pipeline.measure import measure_bundle
 from edgedisp.report.layout import grid_text
-from edgedisp.report.result_sections import profile_grids
+from edgedisp.report.sections import profile_grids
 
 TOKENS_PER_DOCUMENT = 50  # or more, of synthetic text
 

@@ -20,7 +20,6 @@ from edgedisp.bench.page_protocol import PagePlan
 from edgedisp.bench.phone import ServeOptions, serve
 from edgedisp.bench.results import label_bundles, twin_pairs
 from edgedisp.bench.system import physical_cores
-from edgedisp.commands.run_report import check_runs, show_devices
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import (
     MANIFEST,
@@ -37,6 +36,7 @@ from edgedisp.data import cache_folder
 from edgedisp.graph import genai_config
 from edgedisp.pipeline import device_results
 from edgedisp.pipeline.device_results import BundlesByRun
+from edgedisp.pipeline.run_results import check_runs, show_devices
 from edgedisp.report import devices_text
 
 if TYPE_CHECKING:  # loads torch

@@ -1,7 +1,6 @@
-"""Typed results, shared by stage records, the report, `compare` and the benchmarks.
+"""Typed results, shared by stage records, the report, `compare` and the benchmarks; JSON by core/files.py.
 
-core/files.py reads and writes them as JSON. Intervals are 95 % intervals. A difference is always
-second - first (arm - baseline).
+Intervals are 95 % intervals. A difference is always second - first (arm - baseline).
 """
 
 from __future__ import annotations
@@ -38,9 +37,7 @@ class Seeds:
 @dataclass(frozen=True)
 class Estimate:
     """A value and its 95 % interval; without one, low and high are None and `reason` says why.
-
-    p: two-sided, of the test that a difference is 0. n: items. documents: the clusters they come from.
-    """
+    p: two-sided, of the test that a difference is 0. n: items. documents: the clusters they come from."""
 
     value: float | None
     low: float | None = None
@@ -75,7 +72,7 @@ class Estimate:
         if self.p is not None or self.value is None or self.half_width is None:
             return self.p
         if self.half_width <= 0:
-            return 1.0 if self.value == 0 else 0.0
+            return float(self.value == 0)
         return math.erfc(abs(self.value) * Z95 / self.half_width / math.sqrt(2))
 
 
@@ -106,6 +103,12 @@ class TaskScore:
     @property
     def main(self) -> Score:
         return next(iter(self.metrics.values()))
+
+    @property
+    def is_at_chance(self) -> bool:
+        """Whether the interval of the main metric reaches down to what guessing gives."""
+        low = self.main.estimate.low
+        return self.chance is not None and low is not None and low <= self.chance
 
 
 @dataclass(frozen=True)
@@ -196,9 +199,7 @@ class Divergence:
 @dataclass(frozen=True)
 class LayerProfile:
     """Geometry of token vectors after a layer (None: the final norm): figure -> estimate (cosine_raw ...).
-
-    histogram: counts of pairwise cosines over [-1, 1].
-    """
+    histogram: counts of pairwise cosines over [-1, 1]."""
 
     layer: int | None
     figures: dict[str, Estimate]
@@ -208,9 +209,7 @@ class LayerProfile:
 @dataclass(frozen=True)
 class Condensation:
     """Profile of a model over held-out sequences; correlations: of cosine with depth (spearman, kendall).
-
-    change: the same figures as paired differences from a reference (the baseline, or the arm's torch model).
-    """
+    change: the same as paired differences from a reference (the baseline, or the arm's torch model)."""
 
     layers: list[LayerProfile]
     final_norm: LayerProfile | None
@@ -259,6 +258,11 @@ class Training:
     chunked_cross_entropy: bool = False
     merge_audit: Json | None = None
 
+    @property
+    def first_loss(self) -> float | None:
+        """The loss before the first update; None where it was not logged."""
+        return self.log[0]["loss"] if self.log and self.log[0].get("step") == 1 else None
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -273,7 +277,7 @@ class Bundle:
     group: int | None = None
     symmetric: bool | None = None
     accuracy_level: int | None = None
-    tensors: list[Json] = field(default_factory=list)
+    by_tensor: list[Json] = field(default_factory=list)
     search: Json | None = None
     is_trained: bool = False
 
@@ -281,9 +285,7 @@ class Bundle:
 @dataclass(frozen=True)
 class Timing:
     """One bundle timed on one device: medians with intervals; None for what a device does not give.
-
-    weight_bits: of most weights. drift_percent: of the decode speed, from the first to the last repetition.
-    """
+    weight_bits: of most weights. drift_percent: of the decode speed, first to last repetition."""
 
     label: str
     threads: int | None
@@ -312,12 +314,11 @@ class DeviceResult:
     """What one device measured.
 
     pairs: twins compared {baseline, candidate, same_graph, decode, fault}. scores: records of
-    evaluate/device_sample.py. sweeps: label -> its timings with
-    several thread counts. clock_mhz, temperature_c:
-    lowest and highest over the repetitions. lost: why the device was lost in the middle. options: {seed,
-    warmup, pause_s, groups of labels that were open together}. repetitions: in the order of timing, each as
-    the runner gives it, with `label`, `repetition` and `turn`. answers: label -> scored items, each a list of
-    (sum of log-probabilities, all greedy), until `scores` are made of them.
+    evaluate/device_sample.py. sweeps: label -> its timings with several thread counts. clock_mhz,
+    temperature_c: lowest and highest over the repetitions. lost: why the device was lost in the middle.
+    options: {seed, warmup, pause_s, groups of labels that were open together}. repetitions: in the order of
+    timing, each as the runner gives it, with `label`, `repetition` and `turn`. answers: label -> scored
+    items, each a list of (sum of log-probabilities, all greedy), until `scores` are made of them.
     """
 
     device: str

@@ -76,7 +76,6 @@ class Run:
     latency: DeviceResult | None = None
     devices: list[DeviceResult] = field(default_factory=list)
     devices_outdated: list[str] = field(default_factory=list)
-    packages: dict[str, list[str]] = field(default_factory=dict)
     stages: list[Stage] = field(default_factory=list)
     runs: list[Json] = field(default_factory=list)
     baseline_is: str | None = None
@@ -118,15 +117,8 @@ class Run:
 
         Empty where it was not logged, and for an arm whose technique changes the model's input.
         """
+        pairs = zip(self.trainings(BASELINE).values(), self.trainings(arm).values())
+        losses = [(first.first_loss, second.first_loss) for first, second in pairs]
         if self.changes_forward(arm):
             return []
-        pairs = zip(self.trainings(BASELINE).values(), self.trainings(arm).values())
-        logs = [(first.log[:1], second.log[:1]) for first, second in pairs]
-        if any(not rows or rows[0].get("step") != 1 for pair in logs for rows in pair):
-            return []
-        return [(first[0]["loss"], second[0]["loss"]) for first, second in logs]
-
-
-def arms_in_order(names: list[str]) -> list[str]:
-    """The baseline first, `dispersed` second, then the others in their order."""
-    return sorted(names, key=lambda arm: (arm != BASELINE, arm != DISPERSED))
+        return [(first, second) for first, second in losses if first is not None and second is not None]

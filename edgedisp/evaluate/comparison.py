@@ -107,12 +107,6 @@ def common_items(results: Sequence[TaskResult]) -> list[TaskResult]:
     ]
 
 
-def at_chance(score: TaskScore) -> bool:
-    """Whether its interval reaches down to what guessing gives."""
-    low = score.main.estimate.low
-    return score.chance is not None and low is not None and low <= score.chance
-
-
 def mean_difference(
     first: Mapping[str, TaskScore], second: Mapping[str, TaskScore], compared: Mapping[str, TaskDifference]
 ) -> MeanDifference | None:
@@ -124,7 +118,9 @@ def mean_difference(
     """
     changes = {task: difference.main.estimate for task, difference in compared.items()}
     shares = [task for task in changes if first[task].main.is_share and changes[task].has_interval]
-    left_out = {task: "at chance" for task in shares if at_chance(first[task]) and at_chance(second[task])}
+    left_out = {
+        task: "at chance" for task in shares if first[task].is_at_chance and second[task].is_at_chance
+    }
     tasks = [task for task in shares if task not in left_out]
     if len(tasks) < 2:
         return None

@@ -1,44 +1,63 @@
-"""A finished build as one typed `Run`: the input of the report and of `edgedisp compare`.
+"""A finished build as one typed `Run`, the input of `compare` and of the report, which is written here.
 
-It is read from the records of the stages alone. The paired comparisons with the baseline are made here, from
-the per-item results that the measure stages stored; nothing is scored again. With several seeds an arm's
-scores and comparisons are over all of them.
+A run is read from the records of the stages alone. The paired comparisons with the baseline are made from the
+per-item results that the measure stages stored; nothing is scored again. With several seeds an arm's scores
+and comparisons are over all of them. `report/made_from.json` says what a report was made from, with a hash of
+each of its files: a report that was cut off, edited or deleted is written again.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgedisp.bench.system import describe, installed_version
+from filelock import FileLock
+
+from edgedisp.bench.system import runner
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import from_json, git_commit
+from edgedisp.core.files import (
+    MANIFEST,
+    digest,
+    file_digest,
+    from_json,
+    git_commit,
+    read_json,
+    read_object,
+    to_json,
+    write_json,
+)
 from edgedisp.core.results import (
     BASELINE,
+    DISPERSED,
     REPORT_FORMAT,
     Bundle,
     DeviceResult,
-    Json,
     LossSurvival,
     Measurement,
     Training,
 )
-from edgedisp.core.run import Replica, Run, Stage, arms_in_order
+from edgedisp.core.run import Replica, Run, Stage
 from edgedisp.evaluate import comparison
 from edgedisp.evaluate.comparison import Pair, Results
 from edgedisp.evaluate.statistics import DEFAULT, Resampling
+from edgedisp.pipeline import device_results
 from edgedisp.pipeline.options import ITEMS
 from edgedisp.pipeline.stage import Passed
 from edgedisp.recipe import Recipe
+from edgedisp.report import bundle_card, model_card
 
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "peft", "bitsandbytes", "lm-eval")
+FILES = ("report.html", "report.md", "report.json")  # of a report
 
 Scored = dict[str, list[Results]]
 """Results of one arm: precision -> one for each seed."""
@@ -47,18 +66,13 @@ Scored = dict[str, list[Results]]
 def run_results(recipe: Recipe, passed: list[Passed]) -> Run:
     """The results of a build that has passed all its stages."""
     records = {step.name: step.record.results for step in passed}
-    arms = arms_in_order([arm.name for arm in recipe.arms])
+    arms = sorted((arm.name for arm in recipe.arms), key=lambda arm: (arm != BASELINE, arm != DISPERSED))
     precisions = ["torch", *sorted(recipe.precisions, key=lambda name: -int(name.strip("fpint")))]
     quantized = [name for name in precisions if name not in ("torch", "fp32")]
     training = {run.name: from_json(Training, records[f"{run.name}/model"]) for run in recipe.arm_runs}
     measured = {
         run.name: {name: from_json(Measurement, records[f"{run.name}/measure-{name}"]) for name in precisions}
         for run in recipe.arm_runs
-    }
-    replicas = {
-        run.name: Replica(run.arm, run.seed, training[run.name], measured[run.name])
-        for run in recipe.arm_runs
-        if run.replica
     }
     base = recipe.model.base
     if recipe.is_smoke:
@@ -75,16 +89,22 @@ def run_results(recipe: Recipe, passed: list[Passed]) -> Run:
         model={"base": base, **records["base"]},
         corpus=records["corpus"],
         training={arm: training[arm] for arm in arms},
-        bundles={arm: {name: _bundle(records, arm, name) for name in recipe.precisions} for arm in arms},
-        measurements={arm: measured[arm] for arm in arms},
-        delta_survival={
-            arm: {name: _delta_survival(records[f"{arm}/survival-{name}"]) for name in quantized}
+        bundles={
+            arm: {
+                name: from_json(Bundle, {**records[f"{arm}/{name}"], "path": f"{arm}/{name}"})
+                for name in recipe.precisions
+            }
             for arm in arms
         },
-        replicas=replicas,
+        measurements={arm: measured[arm] for arm in arms},
+        delta_survival={arm: {name: records[f"{arm}/survival-{name}"] for name in quantized} for arm in arms},
+        replicas={
+            run.name: Replica(run.arm, run.seed, training[run.name], measured[run.name])
+            for run in recipe.arm_runs
+            if run.replica
+        },
         missing_tasks=records["items"]["missing"],
         latency=from_json(DeviceResult, records["latency"]),
-        packages={arm: [f"{arm}/{target}" for target in recipe.targets] for arm in arms},
         stages=[Stage(step.name, step.record.seconds, step.cached) for step in passed],
         **surroundings(),
     )
@@ -94,8 +114,7 @@ def run_results(recipe: Recipe, passed: list[Passed]) -> Run:
         join(run, {arm: scored[arm] for arm in group}, resampling)
     for arm in run.compared_arms:
         run.loss_survival[arm] = {
-            precision: _loss_survival(scored[BASELINE], scored[arm], precision, resampling)
-            for precision in quantized
+            name: _loss_survival(scored[BASELINE], scored[arm], name, resampling) for name in quantized
         }
     return run
 
@@ -104,18 +123,16 @@ def read_scored(path: Path, run: Run, arm: str) -> Scored:
     """The results of an arm with their items, as the measure stages of the run stored them. Raises BadInput
     where one cannot be read."""
     folder = path if path.is_dir() else path.parent
-    trainings = [arm, *(name for name, replica in run.replicas.items() if replica.arm == arm)]
     scored: Scored = {precision: [] for precision in run.precisions}
-    for precision, by_seed in scored.items():
-        for training in trainings:
-            file = folder / training / f"measure-{precision}" / ITEMS
-            try:
-                by_seed.append(from_json(Results, json.loads(file.read_text(encoding="utf-8"))))
-            except (OSError, ValueError) as problem:
-                raise BadInput(
-                    f"{path}: comparing runs needs the run folder with its items, not a report alone, and "
-                    f"{file.relative_to(folder)} cannot be read ({problem}); `edgedisp build` makes it again"
-                ) from None
+    for precision, training in itertools.product(run.precisions, run.trainings(arm)):
+        file = folder / training / f"measure-{precision}" / ITEMS
+        try:
+            scored[precision].append(from_json(Results, json.loads(file.read_text(encoding="utf-8"))))
+        except (OSError, ValueError) as problem:
+            raise BadInput(
+                f"{path}: comparing runs needs the run folder with its items, not a report alone, and "
+                f"{file.relative_to(folder)} cannot be read ({problem}); `edgedisp build` makes it again"
+            ) from None
     return scored
 
 
@@ -137,74 +154,58 @@ def join(run: Run, arms: Mapping[str, Scored], resampling: Resampling = DEFAULT)
     `run.unpaired` gets what cannot be compared, and why.
     """
     average = partial(comparison.average_task, resampling=resampling)
-    (_, first), *rest = arms.items()
-    for label, scored in arms.items():
+    for arm, scored in arms.items():
         for precision, by_seed in scored.items():
             scores = {task: average([results[task] for results in by_seed]) for task in by_seed[0]}
-            measured = replace(run.measured(label, precision), scores=scores)
-            run.measurements.setdefault(label, {})[precision] = measured
-    for label, other in rest:
+            measured = replace(run.measured(arm, precision), scores=scores)
+            run.measurements.setdefault(arm, {})[precision] = measured
+    (_, first), *others = arms.items()
+    for arm, other in others:
         for precision in (name for name in first if name in other):
             pairs, reasons = _common(first[precision], other[precision])
-            texts = dict.fromkeys(f"{label}, {reason}" for reason in reasons)
+            texts = dict.fromkeys(f"{arm}, {reason}" for reason in reasons)
             run.unpaired.extend(text for text in texts if text not in run.unpaired)
             if not pairs:
                 continue
             differences = {task: comparison.compare_task(seeds, resampling) for task, seeds in pairs.items()}
-            run.comparisons.setdefault(label, {})[precision] = differences
+            run.comparisons.setdefault(arm, {})[precision] = differences
             before, after = (
                 {task: average([pair[side] for pair in seeds]) for task, seeds in pairs.items()}
                 for side in (0, 1)
             )
             if (mean := comparison.mean_difference(before, after, differences)) is not None:
-                run.means.setdefault(label, {})[precision] = mean
+                run.means.setdefault(arm, {})[precision] = mean
 
 
 def _common(first: Sequence[Results], second: Sequence[Results]) -> tuple[dict[str, list[Pair]], list[str]]:
     """task -> both results of each seed, cut to their common items; and why tasks or items are missing."""
-    pairs, seeds = {}, list(zip(first, second))
     tasks, other_tasks = first[0].keys(), second[0].keys()
     reasons = [f"{task}: scored in one of the two alone" for task in sorted(tasks ^ other_tasks)]
+    fewest, most = sorted((len(first), len(second)))
+    if fewest < most:
+        reasons.append(f"{fewest} of {most} trainings have one to be paired with")
+    pairs = {}
     for task in (name for name in tasks if name in other_tasks):
-        results = [result[task] for pair in seeds for result in pair]
+        results = [result[task] for pair in zip(first, second) for result in pair]
         try:
             cut = comparison.common_items(results)
         except ValueError as problem:
             reasons.append(f"{problem} (other text, tokenizer, context or seed)")
             continue
-        most = max(len(result.items) for result in results)
-        if len(cut[0].items) < most:
-            reasons.append(f"{task}: {len(cut[0].items)} items in common of {most}")
+        if len(cut[0].items) < (items := max(len(result.items) for result in results)):
+            reasons.append(f"{task}: {len(cut[0].items)} items in common of {items}")
         pairs[task] = list(zip(cut[::2], cut[1::2]))
-    if len(first) != len(second):
-        most = max(len(first), len(second))
-        reasons.append(f"{len(seeds)} of {most} trainings have one to be paired with")
     return pairs, reasons
-
-
-def _bundle(records: Mapping[str, Any], arm: str, precision: str) -> Bundle:
-    record = records[f"{arm}/{precision}"]
-    tensors = record.get("by_tensor", [])
-    return from_json(Bundle, {**record, "path": f"{arm}/{precision}", "tensors": tensors})
-
-
-def _delta_survival(record: Mapping[str, Any]) -> Json:
-    """What is left of training in a bundle's weights, without the figures of every tensor."""
-    references = {
-        name: {key: value for key, value in reference.items() if key != "tensors"}
-        for name, reference in record["references"].items()
-    }
-    return {**record, "references": references}
 
 
 def surroundings() -> dict[str, Any]:
     """When, by which command, on which machine and with which versions a report is made."""
-    versions = {name: version for name in PACKAGES if (version := installed_version(name))}
+    machine = runner().describe(PACKAGES)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["edgedisp", *sys.argv[1:]]),
-        "machine": {key: value for key, value in describe().items() if key != "packages"},
-        "versions": versions,
+        "versions": {name: version for name, version in machine.pop("packages").items() if version},
+        "machine": machine,
         "git_commit": git_commit(),
     }
 
@@ -231,3 +232,75 @@ def load(run: Path) -> Run:
         raise BadInput(
             f"{path}: cannot be read ({error}); delete it and run `edgedisp build` again"
         ) from None
+
+
+# The report in the run folder
+
+
+def publish(recipe: Recipe, passed: list[Passed], run: Path) -> Run:
+    """Write the report into the run folder unless it is there already, and return the results."""
+    stages = {step.name: [step.record.content, step.record.seconds] for step in passed}
+    with _lock(run) as stamp:
+        devices, outdated = device_results.load(run)
+        key = {"stages": stages, "recipe": recipe.to_yaml(), "devices": digest([to_json(devices), outdated])}
+        if read_object(stamp) == {"key": key, "files": _hashes(run)}:
+            return load(run)
+        results = replace(run_results(recipe, passed), devices=devices, devices_outdated=outdated)
+        for arm_run in recipe.arm_runs:  # a Hugging Face folder explains itself in its README
+            card = model_card(results, arm_run.name)
+            (run / arm_run.name / "model" / "README.md").write_text(card, encoding="utf-8")
+        for path in (f"{arm}/{target}" for arm in results.arms for target in recipe.targets):
+            card = bundle_card(read_json(run / path / MANIFEST), path, results)
+            (run / path / "README.md").write_text(card, encoding="utf-8")
+        (run / "recipe.lock.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        _write(results, run, stamp, key)
+    return results
+
+
+def check_runs(runs: Iterable[Path]) -> None:
+    """Refuse, before anything is measured, runs to which nothing can be added.
+
+    Raises BadInput for a run that cannot be written, or whose report or stored results are damaged.
+    """
+    for run in runs:
+        if not os.access(run, os.W_OK):
+            raise BadInput(f"{run}: cannot be written, so no figures can be kept in it")
+        device_results.load(run)
+        if (run / "report.json").is_file():
+            load(run)
+
+
+def show_devices(run: Path) -> str:
+    """Write a run's report again with its devices, if a build has ended there; says what it did.
+
+    Raises OSError where it cannot be written.
+    """
+    with _lock(run) as stamp:
+        if not (run / "report.json").is_file():
+            folder = run / device_results.FOLDER
+            return f"{folder}: the report will show it once `edgedisp build` has ended"
+        devices, outdated = device_results.load(run)
+        key = {**read_object(stamp).get("key", {}), "devices": digest([to_json(devices), outdated])}
+        _write(replace(load(run), devices=devices, devices_outdated=outdated), run, stamp, key)
+    return f"report: {run / 'report.html'} shows it under On devices"
+
+
+def _write(results: Run, run: Path, stamp: Path, key: dict[str, Any]) -> None:
+    from edgedisp.report import render  # brings matplotlib
+
+    stamp.unlink(missing_ok=True)
+    render.write(results, run)
+    write_json(stamp, {"key": key, "files": _hashes(run)})
+
+
+def _hashes(run: Path) -> dict[str, str]:
+    return {name: file_digest(run / name) for name in FILES if (run / name).is_file()}
+
+
+@contextmanager
+def _lock(run: Path) -> Iterator[Path]:
+    """Hold a run's report for the seconds that writing takes; gives the file that says what made it."""
+    folder = run / "report"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / ".lock"):
+        yield folder / "made_from.json"

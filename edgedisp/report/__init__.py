@@ -7,15 +7,13 @@ formatting.py the one way an estimate is written. Only render.py, figure.py and 
 
 from edgedisp.report.cards import bundle_card, model_card
 from edgedisp.report.devices import devices_text
-from edgedisp.report.results_table import arms_text, compare, table, table_markdown, table_text
-from edgedisp.report.run_sections import search_text
+from edgedisp.report.results_table import table, table_markdown, table_text
+from edgedisp.report.sections import search_text
 from edgedisp.report.verdict import Verdict, verdict
 
 __all__ = [
     "Verdict",
-    "arms_text",
     "bundle_card",
-    "compare",
     "devices_text",
     "model_card",
     "search_text",

@@ -13,9 +13,8 @@ from typing import Any
 from edgedisp.core.results import BASELINE
 from edgedisp.core.run import Run
 from edgedisp.report.layout import fill_markdown
-from edgedisp.report.result_sections import technique_text
 from edgedisp.report.results_table import table, table_markdown
-from edgedisp.report.run_sections import sources_text
+from edgedisp.report.sections import sources_text, technique_text
 from edgedisp.report.verdict import verdict
 
 Manifest = Mapping[str, Any]
@@ -24,11 +23,9 @@ Manifest = Mapping[str, Any]
 def model_card(run: Run, name: str) -> str:
     """The card of one training's model folder: the arm `name`, or the folder of another seed's training."""
     replica = run.replicas.get(name)
-    arm = replica.arm if replica else name
-    title = f"{run.title}, {arm} arm" + (f", seed {replica.seed}" if replica else "")
-    return fill_markdown(
-        "model_card.md.j2", **_about(run, arm, name), title=title, results=table_markdown(table(run))
-    )
+    arm, seed = (replica.arm, f", seed {replica.seed}") if replica else (name, "")
+    about = _about(run, arm, name) | {"title": f"{run.title}, {arm} arm{seed}"}
+    return fill_markdown("model_card.md.j2", **about, results=table_markdown(table(run)))
 
 
 def bundle_card(manifest: Manifest, name: str, run: Run | None = None) -> str:
@@ -42,8 +39,7 @@ def bundle_card(manifest: Manifest, name: str, run: Run | None = None) -> str:
     if run is not None:
         whole = table(run, all_arms=arm not in table(run).arms)
         rows = tuple(row for row in whole.rows if row.precision == manifest.get("precision"))
-        results = table_markdown(replace(whole, rows=rows))
-        content = {**_about(run, arm, arm), "title": f"{run.title}, {arm} arm", "results": results}
+        content = _about(run, arm, arm) | {"results": table_markdown(replace(whole, rows=rows))}
     content["library"] = "transformers.js" if list(layouts) == ["transformers.js"] else "onnx"
     content["tags"] = [*content.get("tags", ["edgedisp"]), "onnx"]
     return fill_markdown("bundle_card.md.j2", **content, manifest=manifest, layouts=layouts, licence=base)
@@ -54,6 +50,7 @@ def _about(run: Run, arm: str, name: str) -> dict[str, Any]:
     disperses = bool(run.techniques.get(arm, {}).get("dispersion"))
     return {
         "run": run,
+        "title": f"{run.title}, {arm} arm",
         "base": str(run.model.get("base") or ""),
         "arm": arm,
         "is_baseline": arm == BASELINE,

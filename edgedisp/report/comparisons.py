@@ -93,8 +93,8 @@ class Comparison:
         half_width = None if items is None else items.half_width
         return half_width is not None and self.half_width > math.sqrt(2) * half_width
 
-    def text(self, style: str = "full") -> str:
-        return format_estimate(self.estimate, self.scale, signs=True, style=style)
+    def text(self) -> str:
+        return format_estimate(self.estimate, self.scale, signs=True)
 
 
 def is_loss(metric: str) -> bool:
@@ -110,12 +110,18 @@ def comparisons(run: Run) -> list[Comparison]:
 
     Per arm: fewest bits first, perplexities first in each. A perplexity is compared by its loss per token.
     """
-    rows = [
-        row
-        for arm in run.compared_arms
-        for precision in sorted(run.comparisons.get(arm, {}), key=bits)
-        for row in _of_precision(run, arm, precision)
-    ]
+    floors: dict[str, float] = {}
+    for models in run.measurements.values():
+        for precision, model in models.items():
+            floors[precision] = max(floors.get(precision, 0.0), model.noise.floor if model.noise else 0.0)
+    rows = []
+    for arm in run.compared_arms:
+        for precision, tasks in sorted(run.comparisons.get(arm, {}).items(), key=lambda item: bits(item[0])):
+            for task in sorted(tasks, key=lambda name: not is_loss(tasks[name].main.metric)):
+                row = comparison_of(arm, precision, task, tasks[task].main)
+                floor = floors.get(precision, 0.0) if row.unit == "nats" else 0.0
+                if row.estimate.has_interval:
+                    rows.append(replace(row, floor=floor))
     first = _headline(run, rows)
     corrected = iter(holm([row for row in rows if row is not first]))
     ordered = [replace(row, is_headline=True) if row is first else next(corrected) for row in rows]
@@ -124,43 +130,27 @@ def comparisons(run: Run) -> list[Comparison]:
     return ordered
 
 
-def _of_precision(run: Run, arm: str, precision: str) -> list[Comparison]:
-    tasks = run.comparisons[arm][precision]
-    noises = (models[precision].noise for models in run.measurements.values() if precision in models)
-    noise = next((noise for noise in noises if noise is not None), None)
-    rows = []
-    for task in sorted(tasks, key=lambda name: not is_loss(tasks[name].main.metric)):
-        row = comparison_of(arm, precision, task, tasks[task].main)
-        if row.estimate.has_interval:
-            rows.append(replace(row, floor=noise.floor) if noise and row.unit == "nats" else row)
-    return rows
-
-
 def comparison_of(arm: str, precision: str, task: str, difference: Difference) -> Comparison:
     """A difference as the rule sees it: a perplexity by its loss per token."""
-    nats = difference.nats
+    estimate, nats = difference.estimate, difference.nats
     if nats is not None and difference.per == "tokens" and is_loss(difference.metric):
-        whole = difference.estimate
-        estimate = replace(
-            nats, p=whole.p if nats.p is None else nats.p, n=whole.n, documents=whole.documents
-        )
-        return Comparison(arm, precision, task, estimate, "nats", False)
+        p = estimate.p if nats.p is None else nats.p
+        nats = replace(nats, p=p, n=estimate.n, documents=estimate.documents)
+        return Comparison(arm, precision, task, nats, "nats", False)
     unit = "share" if is_share(difference.metric) else ""
-    return Comparison(arm, precision, task, difference.estimate, unit, difference.higher_is_better)
+    return Comparison(arm, precision, task, estimate, unit, difference.higher_is_better)
 
 
 def _headline(run: Run, rows: Sequence[Comparison]) -> Comparison | None:
     """The test fixed beforehand: the main arm's loss at the fewest bits, else its mean over tasks."""
-    arm = run.main_arm
-    losses = [row for row in rows if row.arm == arm and row.unit == "nats"]
-    losses = losses or [row for row in rows if row.arm == arm and is_loss(row.task)]
-    if losses:
+    arm = run.main_arm or ""
+    if losses := [row for row in rows if row.arm == arm and row.unit == "nats"]:
         return min(losses, key=lambda row: (bits(row.precision), row.task != LOSS_TASK))
-    means = run.means.get(arm or "", {})
+    means = {name: mean for name, mean in run.means.get(arm, {}).items() if mean.estimate.has_interval}
     precision = min(means, key=bits, default=None)
-    if precision is None or not means[precision].estimate.has_interval:
+    if precision is None:
         return None
-    return Comparison(str(arm), precision, MEAN, means[precision].estimate, "share", True)
+    return Comparison(arm, precision, MEAN, means[precision].estimate, "share", True)
 
 
 def headline(rows: Sequence[Comparison]) -> Comparison | None:

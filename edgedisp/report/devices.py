@@ -11,7 +11,7 @@ from edgedisp.report import formatting as fmt
 from edgedisp.report.comparisons import comparison_of
 from edgedisp.report.formatting import MISSING, format_estimate
 from edgedisp.report.layout import TERMS, Grid, Section, facts, grid, grid_text, notes, section
-from edgedisp.report.result_sections import models
+from edgedisp.report.sections import models
 
 # The report of a run
 

@@ -1,4 +1,4 @@
-"""How figures are written: digits, units, intervals.
+"""How figures are written: digits, units, intervals. Each function is also a filter of the templates.
 
 A missing figure is an en dash, never 0. An interval decides the digits of its estimate: two in the
 half-width. Sizes are decimal megabytes. Minus is the ASCII hyphen, so tables can be parsed; the HTML page
@@ -9,31 +9,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from edgedisp.core.results import Estimate
 
 MISSING = "–"
-PRECISION_NAMES = {"torch": "torch fp32", "fp32": "onnx fp32"}
 
 
-def fixed(value: float | None, decimals: int) -> str:
+def fixed(value: float | None, decimals: int, sign: str = "") -> str:
     """`value` with that many decimals and thousands separated; `-0.00` is written `0.00`."""
     if value is None:
         return MISSING
-    text = f"{value:,.{decimals}f}"
-    return text[1:] if text.startswith("-") and not text.strip("-0.,") else text
+    text = f"{value:{sign},.{decimals}f}"
+    return text if text.strip("+-0.,") else text.lstrip("+-")
 
 
 def signed(value: float | None, decimals: int) -> str:
     """Like `fixed`, with `+` for positive values."""
-    text = fixed(value, decimals)
-    return f"+{text}" if value is not None and value > 0 and text.strip("0.,") else text
-
-
-def signed_values(values: Sequence[float], decimals: int) -> str:
-    return ", ".join(signed(value, decimals) for value in values)
+    return fixed(value, decimals, "+")
 
 
 def significant(value: float | None, digits: int = 4) -> str:
@@ -48,7 +42,7 @@ def significant(value: float | None, digits: int = 4) -> str:
 
 def small(value: float | None) -> str:
     """A small quantity (a divergence, a learning rate): three significant digits."""
-    return MISSING if value is None else "0" if value == 0 else f"{value:.3g}"
+    return MISSING if value is None else f"{value:.3g}"
 
 
 def decimals_for(half_width: float | None, fallback: int) -> int:
@@ -76,22 +70,15 @@ def estimate_texts(estimate: Estimate, scale: float = 1.0, signs: bool = False) 
 
 
 def format_estimate(
-    estimate: Estimate | None, scale: float = 1.0, *, signs: bool = False, style: str = "full"
+    estimate: Estimate | None, scale: float = 1.0, *, signs: bool = False, short: bool = False
 ) -> str:
-    """`0.523 [0.511, 0.535]`; style `short`: `0.523 ±0.012`, `bare`: `0.523`."""
+    """`0.523 [0.511, 0.535]`; short: `0.523 ±0.012`."""
     if estimate is None:
         return MISSING
     value, interval, half = estimate_texts(estimate, scale, signs)
-    if not interval or style == "bare":
+    if not interval:
         return value
-    return f"{value} [{interval}]" if style == "full" else f"{value} ±{half}"
-
-
-def tiny_estimate(estimate: Estimate | None) -> str:
-    """An estimate of a size like 1e-8, which takes significant digits in place of decimals."""
-    if estimate is None or not estimate.has_interval:
-        return MISSING if estimate is None else small(estimate.value)
-    return f"{small(estimate.value)} [{small(estimate.low)}, {small(estimate.high)}]"
+    return f"{value} ±{half}" if short else f"{value} [{interval}]"
 
 
 def p_value(value: float | None) -> str:
@@ -123,11 +110,6 @@ def percent(share: float | None, decimals: int = 1) -> str:
     return MISSING if share is None else f"{fixed(100 * share, decimals)} %"
 
 
-def change(share: float | None) -> str:
-    """A relative change as `8.1 % higher` or `4.0 % lower`."""
-    return MISSING if share is None else f"{percent(abs(share))} {'lower' if share < 0 else 'higher'}"
-
-
 def duration(seconds: float | None) -> str:
     """`0.4 s`, `42 s`, `6 min 05 s`, `2 h 10 min`."""
     if seconds is None:
@@ -147,34 +129,13 @@ def plural(number: int, word: str) -> str:
     return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
 
 
-def yes_no(value: bool | None) -> str:
-    """`NO` stands out in a table of checks; None was not recorded."""
-    return MISSING if value is None else "yes" if value else "NO"
-
-
-def named_values(values: Mapping[str, float | None]) -> str:
-    """`mean_kl 0.001, top1 0.9`; values that are None are left out."""
-    return ", ".join(f"{key} {small(value)}" for key, value in values.items() if value is not None) or MISSING
-
-
-def most_frequent(counts: Mapping[str, int]) -> str:
-    """The four most frequent keys: `MatMulNBits 210, Add 61`."""
-    most = sorted(counts.items(), key=lambda item: -item[1])[:4]
-    return ", ".join(f"{key} {count(number)}" for key, number in most) or MISSING
-
-
-def span(limits: Sequence[float]) -> str:
-    """`1,800 to 2,400`; one figure where both are alike."""
-    return " to ".join(dict.fromkeys(fixed(limit, 0) for limit in limits))
-
-
 def setting(value: Any) -> str:
     """A value of a recipe or a machine."""
     if value is None or value in ([], ()):
         return MISSING
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
-    return yes_no(value).lower() if isinstance(value, bool) else str(value)
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -194,7 +155,7 @@ def bits(precision: str) -> float:
 
 def label(precision: str) -> str:
     """The name of a precision in tables: `torch fp32`, `onnx fp32`, `int8`, `int4`."""
-    return PRECISION_NAMES.get(precision, precision)
+    return {"torch": "torch fp32", "fp32": "onnx fp32"}.get(precision, precision)
 
 
 def typographic(text: str) -> str:

@@ -6,7 +6,7 @@ import html
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -30,12 +30,12 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of texts. bars: shares, one a row, drawn in its head. folded: hidden behind the caption."""
+    """A table of texts. bars: lengths, one a row, drawn in its head. folded: hidden behind the caption."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     caption: str = ""
-    bars: tuple[float, ...] = ()
+    bars: Sequence[float] = ()
     folded: bool = False
 
     @property
@@ -56,13 +56,13 @@ def grid(key: str, rows: Iterable[tuple[str, Any]], caption: str = "", **layout:
     A table without columns of its own takes rows (name, {heading: text}).
     """
     table, rows = TABLES[key], list(rows)
-    columns = table.get("columns")
-    if columns is None:
+    if (columns := table.get("columns")) is None:
         head = tuple(dict.fromkeys(heading for _, texts in rows for heading in texts))
         body = [(name, *(texts.get(heading, MISSING) for heading in head)) for name, texts in rows]
     else:
         head = tuple(columns)
-        body = [(name, *(_text(column, row) for column in columns.values())) for name, row in rows]
+        values = [_compiled(expression) for expression in columns.values()]
+        body = [(name, *(str(value(row=row)) for value in values)) for name, row in rows]
     layout = {"folded": table.get("folded", False), **layout}
     return Grid((table["name"], *head), tuple(body), caption or table.get("caption", ""), **layout)
 
@@ -73,13 +73,9 @@ def facts(key: str, row: Any) -> list[tuple[str, str]]:
     return [(name, str(text)) for name, text in texts.items() if text and text != MISSING]
 
 
-def _text(expression: str, row: Any) -> str:
-    return str(_compiled(expression)(row=row))
-
-
 @cache
 def _compiled(expression: str) -> Callable[..., Any]:
-    return _environment(False).compile_expression(expression)
+    return _environment().compile_expression(expression)
 
 
 @dataclass(frozen=True)
@@ -114,7 +110,7 @@ def section(key: str, grids: Iterable[Grid] = (), lead: str = "", **parts: Itera
 
 def template(name: str) -> Template:
     """A file of templates/: what goes into HTML is escaped, into Markdown by the filter `md`."""
-    return _environment(".html." in name).get_template(name)
+    return _environment().get_template(name)
 
 
 def notes(name: str, *values: Any) -> list[str]:
@@ -129,11 +125,11 @@ def fill_markdown(name: str, **content: Any) -> str:
 
 
 @cache
-def _environment(autoescape: bool) -> Environment:
-    """Filters are the formatters of formatting.py and those of this module."""
+def _environment() -> Environment:
+    """Filters are the functions of formatting.py and a few of this module."""
     environment = Environment(
         loader=PackageLoader("edgedisp.report"),
-        autoescape=autoescape,
+        autoescape=lambda name: ".html." in (name or ""),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -168,17 +164,15 @@ def escape_markdown(text: object) -> str:
 
 def fenced(text: str, language: str = "") -> str:
     """A code block whose fence is longer than any run of backticks inside."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 # Terminal
 
 
-def grid_text(grid: Grid, width: int, names: int = 1) -> str:
-    """A table for a terminal; columns that do not fit go below, where the first `names` columns repeat."""
+def grid_text(grid: Grid, width: int) -> str:
+    """A table for a terminal; columns that do not fit go below, where the first column repeats."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -186,20 +180,19 @@ def grid_text(grid: Grid, width: int, names: int = 1) -> str:
 
     grid = grid.without_empty_columns()
     sizes = column_widths(grid)
-    bands: list[list[int]] = [[]]
-    for at in range(names, len(grid.head)):
-        if bands[-1] and sum(sizes[:names]) + sum(sizes[column] for column in (*bands[-1], at)) > width:
-            bands.append([])
+    bands = [[0]]
+    for at in range(1, len(sizes)):
+        if len(bands[-1]) > 1 and sum(sizes[column] for column in (*bands[-1], at)) > width:
+            bands.append([0])
         bands[-1].append(at)
     console = Console(width=width, no_color=True, highlight=False, force_terminal=False)
     lines = [grid.caption] if grid.caption else []
     for band in bands:
-        columns = (*range(names), *band)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
-        for at in columns:
-            table.add_column(Text(printable(grid.head[at])), justify="left" if at < names else "right")
+        for at in band:
+            table.add_column(Text(printable(grid.head[at])), justify="right" if at else "left")
         for row in grid.rows:
-            table.add_row(*(Text(printable(row[at])) for at in columns))
+            table.add_row(*(Text(printable(row[at])) for at in band))
         with console.capture() as captured:
             console.print(table)
         lines += [line.rstrip() for line in captured.get().splitlines()]

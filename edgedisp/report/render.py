@@ -14,33 +14,13 @@ from typing import Any
 from edgedisp.core.files import to_json
 from edgedisp.core.results import REPORT_FORMAT, Condensation, DeviceResult
 from edgedisp.core.run import Run
-from edgedisp.report import devices, result_sections, run_sections
+from edgedisp.report import devices, sections
 from edgedisp.report.figure import Plot, arm_color, data_urls, save
 from edgedisp.report.formatting import count, plural
-from edgedisp.report.layout import Section, fill_markdown, notes, section, template
+from edgedisp.report.layout import Grid, Section, fill_markdown, grid, notes, section, template
 from edgedisp.report.plots import condensation_plots, plots
 from edgedisp.report.results_table import table, table_markdown
-from edgedisp.report.verdict import verdict
-
-PLOTS = "plots"
-SECTIONS = (
-    run_sections.fairness_section,
-    result_sections.arms_section,
-    result_sections.scores_section,
-    result_sections.divergence_section,
-    result_sections.condensation_section,
-    run_sections.training_section,
-    run_sections.merge_section,
-    result_sections.survival_section,
-    devices.latency_section,
-    devices.on_devices_section,
-    run_sections.mixed_section,
-    run_sections.parity_section,
-    run_sections.sizes_section,
-    run_sections.stages_section,
-    run_sections.reproduce_section,
-    run_sections.limits_section,
-)
+from edgedisp.report.verdict import RULES, verdict
 
 
 def write(run: Run, output_dir: Path) -> list[Path]:
@@ -48,47 +28,33 @@ def write(run: Run, output_dir: Path) -> list[Path]:
 
     Returns the files. Plots of an earlier report that no longer exist are removed.
     """
-    figures = plots(run)
-    folder = output_dir / PLOTS
+    folder = output_dir / "plots"
     folder.mkdir(parents=True, exist_ok=True)
-    for path in (*folder.glob("*.png"), *folder.glob("*.svg")):
+    for path in folder.glob("*.png"):
         path.unlink()
+    parts = _content(run)
+    whole, result = parts["table"], parts["verdict"].to_json()
+    document = {"format": REPORT_FORMAT, "run": to_json(run), "table": to_json(whole), "verdict": result}
     texts = {
-        "report.html": page(run, figures),
-        "report.md": markdown(run, figures),
-        "report.json": report_json(run),
+        "report.html": _page(**parts),
+        "report.md": fill_markdown("report.md.j2", **{**parts, "table": table_markdown(whole)}),
+        "report.json": json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
     }
-    return [*_write(texts, output_dir), *(save(plot, folder) for plot in figures.values())]
-
-
-def _write(texts: Mapping[str, str], folder: Path) -> list[Path]:
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    return [folder / name for name in texts]
+        (output_dir / name).write_text(text, encoding="utf-8")
+    return [*(output_dir / name for name in texts), *(save(plot, folder) for plot in parts["plots"].values())]
 
 
-def report_json(run: Run) -> str:
-    """{format, run, table, verdict} as one JSON document."""
-    result = verdict(run)
-    document = {
-        "format": REPORT_FORMAT,
-        "run": to_json(run),
-        "table": to_json(table(run)),
-        "verdict": {**to_json(result), "sentence": result.sentence},
-    }
-    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+def page(run: Run) -> str:
+    """The self-contained page of a report, pictures within."""
+    return _page(**_content(run))
 
 
-def sections(run: Run) -> list[Section]:
-    """All sections that have content, in reading order."""
-    return [part for part in (build(run) for build in SECTIONS) if not part.is_empty]
-
-
-def subtitle(run: Run) -> list[str]:
-    """The line under the title: base model, training, context, machine, date."""
+def _content(run: Run) -> dict[str, Any]:
+    """What page and Markdown show."""
     tokens = sorted({training.tokens for training in run.training.values()})
     context = run.corpus.get("context")
-    facts = (
+    facts = [
         str(run.model.get("base") or "").rsplit("/", 1)[-1],
         f"{' or '.join(map(count, tokens))} training tokens per arm" if tokens else "",
         plural(len(run.seeds), "seed") if len(run.seeds) > 1 else "",
@@ -96,25 +62,45 @@ def subtitle(run: Run) -> list[str]:
         str(run.machine.get("cpu") or ""),
         run.created[:16].replace("T", " "),
         "smoke run" if run.smoke else "",
-    )
-    return [fact for fact in facts if fact]
+    ]
+    content = {"title": run.title, "facts": list(filter(None, facts)), "verdict": verdict(run)}
+    parts = {"table": table(run), "sections": run_sections(run), "plots": plots(run), "arms": run.arms}
+    return content | parts
 
 
-def markdown(run: Run, figures: Mapping[str, Plot]) -> str:
-    """The content as Markdown, pictures linked from plots/."""
-    content = {"facts": subtitle(run), "verdict": verdict(run), "table": table_markdown(table(run))}
-    return fill_markdown("report.md.j2", title=run.title, sections=sections(run), plots=figures, **content)
-
-
-def single_page(run: Run) -> str:
-    """The HTML page alone, pictures within."""
-    return page(run, plots(run))
-
-
-def page(run: Run, figures: Mapping[str, Plot]) -> str:
-    """The self-contained page of a report."""
-    content = {"facts": subtitle(run), "verdict": verdict(run), "table": table(run)}
-    return _page(run.title, sections(run), figures, run.arms, **content)
+def run_sections(run: Run) -> list[Section]:
+    """All sections that have content, in reading order."""
+    trainings = [item for arm in run.arms for item in run.trainings(arm).items()]
+    parents = sections.measured(run, lambda model: model.divergence.get("parent"))
+    twins = sections.measured(run, lambda model: model.divergence.get("baseline"))
+    divergence = [
+        grid("divergence", parents, "Bundle against its fp32 parent, nats"),
+        grid("divergence", twins, "Arm against the baseline at the same precision, nats"),
+        grid("noise", sections.measured(run, lambda model: model.noise)),
+    ]
+    profiles = dict(sections.measured(run, lambda model: model.condensation))
+    parity = grid("parity", sections.measured(run, lambda model: model.parity))
+    seconds = [stage.seconds for stage in run.stages]
+    stages = grid("stages", [(stage.name, stage) for stage in run.stages], bars=seconds)
+    rules = tuple((str(number), rule) for number, rule in enumerate(RULES, 1))
+    parts = [
+        sections.fairness_section(run),
+        sections.scores_section(run),
+        section("divergence", divergence),
+        sections.condensation_section(profiles, [name for name in profiles if name.startswith("torch")]),
+        section("training", [grid("training", trainings)], plots=["training"], notes=notes("training", run)),
+        sections.merge_section(run),
+        sections.survival_section(run),
+        devices.latency_section(run),
+        devices.on_devices_section(run),
+        sections.mixed_section(run),
+        section("verify", [parity]),
+        sections.sizes_section(run),
+        section("stages", [stages], notes=notes("stages", run.stages)),
+        sections.reproduce_section(run),
+        section("limits", [Grid(("", "rule"), rules, "Rules of the verdict")], notes=notes("limits", run)),
+    ]
+    return [part for part in parts if not part.is_empty]
 
 
 def devices_page(results: Sequence[DeviceResult]) -> str:
@@ -133,23 +119,18 @@ def write_condensation(profiles: Mapping[str, Condensation], output_dir: Path) -
     output_dir.mkdir(parents=True, exist_ok=True)
     names = list(profiles)
     figures = {plot.name: plot for plot in condensation_plots(profiles, names) if plot.panels}
-    grids = result_sections.profile_grids(profiles)
-    content = section("condensation", grids, plots=tuple(figures), notes=notes("condensation", profiles))
-    texts = {
-        "condensation.html": _page(" and ".join(names), [content], figures, names, facts=()),
-        "condensation.json": json.dumps(to_json(profiles), ensure_ascii=False) + "\n",
-    }
-    return [*_write(texts, output_dir), *(save(plot, output_dir) for plot in figures.values())]
+    grids, remarks = sections.profile_grids(profiles), notes("condensation", profiles)
+    content = section("condensation", grids, plots=tuple(figures), notes=remarks)
+    html, data = output_dir / "condensation.html", output_dir / "condensation.json"
+    html.write_text(_page(" and ".join(names), [content], figures, names), encoding="utf-8")
+    data.write_text(json.dumps(to_json(profiles), ensure_ascii=False) + "\n", encoding="utf-8")
+    return [html, data, *(save(plot, output_dir) for plot in figures.values())]
 
 
 def _page(
-    title: str, parts: Sequence[Section], figures: Mapping[str, Plot], arms: Sequence[str], **content: Any
+    title: str, sections: Sequence[Section], plots: Mapping[str, Plot], arms: Sequence[str], **content: Any
 ) -> str:
-    return template("page.html.j2").render(
-        title=title,
-        sections=parts,
-        plots=figures,
-        pictures={name: data_urls(plot) for name, plot in figures.items()},
-        colors={arm: arm_color(arm, arms) for arm in arms},
-        **{"verdict": None, "table": None, **content},
-    )
+    pictures = {name: data_urls(plot) for name, plot in plots.items()}
+    colors = {arm: arm_color(arm, arms) for arm in arms}
+    content = {"facts": (), "verdict": None, "table": None, "pictures": pictures, "colors": colors} | content
+    return template("page.html.j2").render(title=title, sections=sections, plots=plots, **content)

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgedisp.core.results import AS_GIVEN, BASELINE, LOSS_TASK, PUBLISHED_POINTS, detectable
+from edgedisp.core.files import to_json
+from edgedisp.core.results import AS_GIVEN, BASELINE, LOSS_TASK, PUBLISHED_POINTS, Json
 from edgedisp.core.run import Run
-from edgedisp.report.comparisons import BETTER, MEAN, WORSE, Comparison, comparisons, headline, is_loss
-from edgedisp.report.formatting import bits, label, plural, significant
+from edgedisp.report.comparisons import BETTER, MEAN, WORSE, Comparison, comparisons, headline
+from edgedisp.report.formatting import bits, label, plural
 from edgedisp.report.layout import TEXTS, template
 
 HELPS, HURTS, NULL = "helps", "hurts", "no measurable difference"
@@ -25,11 +26,10 @@ SMALL = "Cannot tell at this size"
 FEWEST_DOCUMENTS = 20
 FEWEST_SEEDS = 3  # fewer say something about these models, nothing about dispersion
 WIDEST_NULL = 0.02  # nats per token: a wider interval cannot support "no difference"
-RULES = tuple(
+RULES = [
     rule.format(nats=WIDEST_NULL, points=PUBLISHED_POINTS, documents=FEWEST_DOCUMENTS, seeds=FEWEST_SEEDS)
     for rule in TEXTS["lists"]["rules"]
-)
-NO_FLOOR = "Here the noise floor was not measured, and no difference is compared with it."
+]
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,15 @@ class Verdict:
 
     label: str
     parts: list[str]
-    rules: list[str]
     arm: str | None = None
     headline: Comparison | None = None
     supporting: list[Comparison] = field(default_factory=list)
     per_precision: dict[str, str] = field(default_factory=dict)
+    rules: list[str] = field(default_factory=lambda: [*RULES])
+
+    def to_json(self) -> Json:
+        """Plain JSON with the sentence."""
+        return {**to_json(self), "sentence": self.sentence}
 
     @property
     def sentence(self) -> str:
@@ -58,31 +62,44 @@ class Verdict:
 def verdict(run: Run) -> Verdict:
     """What this run shows about its main arm, by `RULES`."""
     arm, rows = run.main_arm, comparisons(run)
-    has_noise = any(model.noise for models in run.measurements.values() for model in models.values())
-    rules = [*RULES, *([] if has_noise else [NO_FLOOR])]
     if arm is None:
-        return Verdict(SINGLE, _single(run), rules)
+        text = f"No baseline was built beside {' and '.join(run.arms)}, so there is nothing to compare with."
+        if len(run.arms) == 1:
+            text = f"Single arm: only {run.arms[0]} was built, so there is nothing to compare."
+        return Verdict(SINGLE, [text])
     first = headline(rows)
     supporting = [row for row in rows if row.arm == arm and not row.is_headline]
     decided, parts = _decide(run, first, supporting)
-    return Verdict(decided, parts, rules, arm, first, supporting, _per_precision(run, arm, rows))
+    parts = [part for part in parts if part]
+    losses = [row for row in rows if row.arm == arm and row.unit == "nats"]
+    labels: dict[str, str] = {}
+    for row in sorted(losses, key=lambda loss: (-bits(loss.precision), loss.task != LOSS_TASK)):
+        labels.setdefault(row.precision, CANNOT_TELL if _too_small(run, row) else _label(run, row))
+    return Verdict(decided, parts, arm, first, supporting, labels)
 
 
 def _decide(run: Run, first: Comparison | None, supporting: Sequence[Comparison]) -> tuple[str, list[str]]:
     """The label and the sentence's parts, rule by rule."""
     reason = _too_small(run, first)
-    if first is None or reason:
-        return CANNOT_TELL, [reason, *([_evidence(run, first), *_points(run, first)] if first else [])]
-    parts = [_evidence(run, first)]
-    if smaller := [name for name in run.precisions if bits(name) < bits(first.precision)]:
-        parts.append(f"{' and '.join(smaller)} was built, but its loss was not compared.")
+    if first is None:
+        return CANNOT_TELL, [reason]
+    is_general = _is_general(run, first)
+    tokens = sorted({run.training[arm].tokens for arm in (BASELINE, first.arm) if arm in run.training})
+    evidence = _sentence("evidence", first, tokens, is_general)
+    mean = run.means.get(first.arm, {}).get(first.precision)
+    points = _sentence("points", first, mean, PUBLISHED_POINTS)
+    if reason:
+        return CANNOT_TELL, [reason, evidence, points]
     clear = [row for row in supporting if row.is_clear]
     survivors = [row for row in clear if row.counts]
-    parts.append(_sentence("supporting", supporting, clear, survivors))
+    parts = [evidence, _sentence("supporting", supporting, clear, survivors)]
     luck = _sentence("luck", first)
     if first.counts:
-        return _label(run, first), [_claim(run, first), *parts, luck]
-    parts += [_sentence("visible", first), *_points(run, first), luck]
+        tasks = run.comparisons.get(first.arm, {}).get(first.precision, {})
+        pair = mean if first.task == MEAN else tasks[first.task].main
+        claim = _sentence("claim", first, _label(run, first), pair, is_general)
+        return _label(run, first), [claim, *parts, luck]
+    parts += [_sentence("visible", first), points, luck]
     if survivors:
         claim = f"{SMALL}: the headline shows no difference, but supporting tests do."
         return CANNOT_TELL, [claim, *parts]
@@ -94,12 +111,12 @@ def _too_small(run: Run, first: Comparison | None) -> str:
     if run.smoke:
         return f"{SMALL}: a smoke run proves that the recipe works and says nothing about dispersion."
     # The arms of joined runs are no twins: their first losses may well differ.
-    for before, after in [] if run.runs or first is None else run.first_losses(first.arm):
-        if before != after:
-            return (
-                f"Cannot tell: the arms' losses before the first update differ ({before:.6f} and "
-                f"{after:.6f}), so the machine did not compute both alike. Build again."
-            )
+    losses = [] if run.runs or first is None else run.first_losses(first.arm)
+    for before, after in (pair for pair in losses if pair[0] != pair[1]):
+        return (
+            f"Cannot tell: the arms' losses before the first update differ ({before:.6f} and {after:.6f}), "
+            "so the machine did not compute both alike. Build again."
+        )
     if first is None:
         return f"{SMALL}: neither a held-out loss nor a mean over tasks was compared."
     documents = first.estimate.documents
@@ -109,15 +126,6 @@ def _too_small(run: Run, first: Comparison | None) -> str:
     widest = {"nats": WIDEST_NULL, "share": PUBLISHED_POINTS / 100}.get(first.unit, math.inf)
     is_wide = not first.is_clear and first.half_width > widest
     return _sentence("too_wide", first, WIDEST_NULL) if is_wide else ""
-
-
-def _per_precision(run: Run, arm: str, rows: Sequence[Comparison]) -> dict[str, str]:
-    """The loss comparison of each precision under the same rules, most bits first."""
-    losses = [row for row in rows if row.arm == arm and (row.unit == "nats" or is_loss(row.task))]
-    labels: dict[str, str] = {}
-    for row in sorted(losses, key=lambda loss: (-bits(loss.precision), loss.task != LOSS_TASK)):
-        labels.setdefault(row.precision, CANNOT_TELL if _too_small(run, row) else _label(run, row))
-    return labels
 
 
 def _label(run: Run, row: Comparison) -> str:
@@ -136,41 +144,3 @@ def _sentence(name: str, *values: Any) -> str:
     """A sentence of templates/verdict.j2."""
     text = " ".join(getattr(template("verdict.j2").module, name)(*values).split())
     return text[:1].upper() + text[1:]
-
-
-def _evidence(run: Run, row: Comparison) -> str:
-    tokens = sorted({run.training[arm].tokens for arm in (BASELINE, row.arm) if arm in run.training})
-    return _sentence("evidence", row, tokens, _is_general(run, row))
-
-
-def _claim(run: Run, row: Comparison) -> str:
-    pair = (
-        run.means[row.arm][row.precision]
-        if row.task == MEAN
-        else run.comparisons[row.arm][row.precision][row.task].main
-    )
-    return _sentence("claim", row, _label(run, row), pair.first, pair.second, _is_general(run, row))
-
-
-def _points(run: Run, row: Comparison) -> list[str]:
-    """What the mean over tasks could have shown, and the items that the published gain would take."""
-    mean = run.means.get(row.arm, {}).get(row.precision)
-    if mean is None or not mean.estimate.half_width or not mean.estimate.n:
-        return []
-    points = 100 * detectable(mean.estimate.half_width)
-    return [_sentence("points", row, mean, points, PUBLISHED_POINTS)]
-
-
-def _single(run: Run) -> list[str]:
-    """Without a comparison: the arm, and its loss at the fewest bits."""
-    if len(run.arms) != 1:
-        names = " and ".join(run.arms) or "nothing"
-        return [f"No baseline was built beside {names}, so there is nothing to compare with."]
-    arm = run.arms[0]
-    parts = [f"Single arm: only {arm} was built, so there is nothing to compare."]
-    for precision in reversed(run.precisions):
-        for task, score in run.measured(arm, precision).scores.items():
-            if is_loss(score.main.metric):
-                value = significant(score.main.estimate.value)
-                return [*parts, f"Its {task.replace('_', ' ')} at {label(precision)} is {value}."]
-    return parts

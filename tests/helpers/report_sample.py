@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
-from edgedisp.core.files import to_json
+from edgedisp.core.files import from_json, to_json
 from edgedisp.core.results import (
     Bundle,
     Condensation,
@@ -33,12 +34,11 @@ LOSS, CLOZE = "heldout_perplexity", "heldout_cloze"
 PRECISIONS = ["torch", "fp32", "int8", "int4"]
 PERPLEXITY = {"torch": 11.9, "fp32": 11.9, "int8": 11.95, "int4": 14.2}
 SIZE = {"fp32": 540_000_000, "int8": 138_000_000, "int4": 98_400_000}
-SETTINGS = {"lr": 1e-4, "seed": 0, "schedule": "cosine"}
 DISPERSION = {"variant": "angular", "weight": 0.1, "layers": "all"}
 
 
-def around(value: float, half: float, **more: object) -> Estimate:
-    return Estimate(value, value - half, value + half, **more)  # type: ignore[arg-type]
+def around(value: float, half: float, **more: Any) -> Estimate:
+    return Estimate(value, value - half, value + half, **more)
 
 
 def loss_difference(value: float, half: float, p: float, base: float = 12.0) -> TaskDifference:
@@ -57,27 +57,18 @@ def share_difference(value: float, half: float, p: float, task: str = CLOZE) -> 
     return TaskDifference(task, {"accuracy": difference, "word_nll": nll})
 
 
-def scores(arm: str, precision: str) -> dict[str, TaskScore]:
-    shift = 0.0 if arm == "baseline" else -0.01
-    perplexity = around(PERPLEXITY[precision] + shift, 0.8, n=400, documents=60)
-    bytes_ = Score("bits_per_byte", around(0.91, 0.02), False)
-    loss = TaskScore(LOSS, {"perplexity": Score("perplexity", perplexity, False), "bits_per_byte": bytes_})
-    cloze = {"accuracy": Score("accuracy", around(0.4, 0.05, n=400, documents=60), True)}
-    return {LOSS: loss, CLOZE: TaskScore(CLOZE, cloze, chance=0.01)}
-
-
-def layer(index: int | None, cosine: float) -> LayerProfile:
-    figures = {"cosine_raw": around(cosine, 0.01), "cosine_sink_excluded": around(cosine + 0.02, 0.01)}
-    figures |= {"effective_rank": around(60.0 - 4 * (index or 5), 3.0)}
-    figures |= {"kurtosis": around(4.0, 0.2), "max_over_median": around(100.0, 9.0)}
-    counts = tuple(round(900 * math.exp(-(((-1 + place / 10) - cosine) ** 2) * 20)) for place in range(20))
-    return LayerProfile(index, figures, counts)
-
-
 def condensation(shift: float, change: Condensation | None = None) -> Condensation:
-    layers = [layer(index, 0.1 + 0.08 * index + shift) for index in range(5)]
+    layers = []
+    for index in (*range(5), None):
+        cosine = 0.4 if index is None else 0.1 + 0.08 * index + shift
+        figures = {"cosine_raw": around(cosine, 0.01), "cosine_sink_excluded": around(cosine + 0.02, 0.01)}
+        figures |= {"effective_rank": around(60.0 - 4 * (index or 5), 3.0)}
+        figures |= {"kurtosis": around(4.0, 0.2), "max_over_median": around(100.0, 9.0)}
+        counts = [round(900 * math.exp(-(((-1 + place / 10) - cosine) ** 2) * 20)) for place in range(20)]
+        layers.append(LayerProfile(index, figures, tuple(counts)))
     correlations = {"spearman": around(0.9, 0.05), "kendall": around(0.8, 0.05)}
-    return Condensation(layers, layer(None, 0.4), around(0.26 + shift, 0.01), correlations, 16, 4096, change)
+    mean = around(0.26 + shift, 0.01)
+    return Condensation(layers[:-1], layers[-1], mean, correlations, 16, 4096, change)
 
 
 def divergence(mean: float) -> Divergence:
@@ -85,6 +76,12 @@ def divergence(mean: float) -> Divergence:
 
 
 def measurement(arm: str, precision: str) -> Measurement:
+    perplexity = PERPLEXITY[precision] - (0.0 if arm == "baseline" else 0.01)
+    losses = {
+        "perplexity": Score("perplexity", around(perplexity, 0.8, n=400, documents=60), False),
+        "bits_per_byte": Score("bits_per_byte", around(0.91, 0.02), False),
+    }
+    cloze = {"accuracy": Score("accuracy", around(0.4, 0.05, n=400, documents=60), True)}
     against = {"parent": divergence(0.01)} if precision in ("int8", "int4") else {}
     against |= {"baseline": divergence(0.004)} if arm != "baseline" and precision != "torch" else {}
     parity = Parity(512, 1e-4, 1e-9, 0.999, 1.0, {"mean_kl": 1e-3}, {"opened": True}, passed=True)
@@ -93,7 +90,7 @@ def measurement(arm: str, precision: str) -> Measurement:
     if precision != "torch":
         variants = {"decoding": around(2e-4, 3e-3)}
     return Measurement(
-        scores(arm, precision),
+        {LOSS: TaskScore(LOSS, losses), CLOZE: TaskScore(CLOZE, cloze, chance=0.01)},
         condensation(0.0, condensation(-0.1) if has_change else None),
         against,
         None if precision == "torch" else parity,
@@ -102,14 +99,14 @@ def measurement(arm: str, precision: str) -> Measurement:
 
 
 def training(arm: str, seed: int = 0) -> Training:
-    dispersed = arm != "baseline"
+    is_baseline = arm == "baseline"
     log: list[Json] = [
-        {"step": step, "loss": 2.5 - step / 400, "dispersion": -0.4 if dispersed else None, "lr": 1e-4}
+        {"step": step, "loss": 2.5 - step / 400, "dispersion": None if is_baseline else -0.4, "lr": 1e-4}
         for step in range(1, 41)
     ]
-    adds = {"dispersion": DISPERSION} if dispersed else {}
-    sha = f"{'ab'[dispersed]}{seed}" * 32
-    settings = {**SETTINGS, "seed": seed, **adds}
+    settings: Json = {"lr": 1e-4, "seed": seed, "schedule": "cosine"}
+    settings |= {} if is_baseline else {"dispersion": DISPERSION}
+    sha = f"{'a' if is_baseline else 'b'}{seed}" * 32
     return Training(40, 40_960, 150.0, sha, 270.0, 3_400_000_000, settings=settings, log=log)
 
 
@@ -136,33 +133,16 @@ def device(name: str, speed: float) -> DeviceResult:
     return DeviceResult(name, machine, [row], scores=[score], clock_mhz=(1800.0, 2400.0), measured=times)
 
 
-def delta(share: float) -> Json:
-    figures = {
-        "rms_steps": 0.1,
-        "beyond_half_step": share,
-        "integers_moved": share,
-        "slope": 0.9,
-        "cosine": 0.3,
-    }
-    layers = [{"layer": index, **figures} for index in range(4)]
-    whole = {"total": figures, "bits": {"4": figures}, "components": {"mlp": figures}, "layers": layers}
-    return {"nearest": 0.9, "unmatched": [], "references": {"base": whole}}
-
-
 def sample(value: float = -0.0008, half: float = 0.0031, p: float = 0.4, cloze: float = 0.5) -> Run:
     """A finished run; value, half, p: the headline's difference in nats. cloze: p of int8's +0.05."""
     arms = ["baseline", "dispersed"]
-    clear = 0.03 if cloze <= 0.05 else 0.08
-    compared = {
-        name: {
-            LOSS: loss_difference(value, half, p) if name == "int4" else loss_difference(-0.001, 0.002, 0.4),
-            CLOZE: share_difference(0.05, clear, cloze)
-            if name == "int8"
-            else share_difference(0.0, 0.03, 1.0),
-        }
-        for name in PRECISIONS
-    }
+    same = {LOSS: loss_difference(-0.001, 0.002, 0.4), CLOZE: share_difference(0.0, 0.03, 1.0)}
+    clear = share_difference(0.05, 0.03 if cloze <= 0.05 else 0.08, cloze)
+    compared = {name: {**same} for name in PRECISIONS}
+    compared["int8"][CLOZE], compared["int4"][LOSS] = clear, loss_difference(value, half, p)
     survival = LossSurvival(around(-0.001, 0.002), around(value, half), around(0.0, 0.004), "nothing")
+    shares = dict.fromkeys(("rms_steps", "beyond_half_step", "integers_moved", "slope", "cosine"), 0.1)
+    weights = {"nearest": 0.9, "unmatched": [], "references": {"base": {"bits": {"4": shares}}}}
     return Run(
         name="quickstart",
         arms=arms,
@@ -196,7 +176,7 @@ def sample(value: float = -0.0008, half: float = 0.0031, p: float = 0.4, cloze: 
         comparisons={"dispersed": compared},
         means={"dispersed": {"int4": MeanDifference(0.4, 0.41, around(0.01, 0.02, n=800), (CLOZE, "other"))}},
         loss_survival={"dispersed": {"int4": {LOSS: survival}}},
-        delta_survival={arm: {"int4": delta(0.01)} for arm in arms},
+        delta_survival={arm: {"int4": weights} for arm in arms},
         latency=DeviceResult("local", rows=[timing(f"{arm}/{name}", 150.0) for arm in arms for name in SIZE]),
         stages=[Stage("corpus", 6.1, True), Stage("dispersed/model", 150.0, False)],
     )
@@ -208,40 +188,26 @@ def searched() -> Run:
     points = [{"name": name, **sizes} for name in ("chosen", "int4")]
     goal = {"budget": 100_000_000}
     search = {"goal": goal, **sizes, "points": points, "curve": points, "sensitivity": {"lm_head": 0.004}}
-    tensor = {
-        "name": "lm_head",
-        "component": "head",
-        "bits": 8,
-        "group": 32,
-        "symmetric": True,
-        "method": "rtn",
-    }
+    grid = {"bits": 8, "group": 32, "symmetric": True, "method": "rtn"}
     run = sample()
-    bundle = replace(run.bundles["dispersed"]["int4"], search=search, tensors=[tensor])
+    bundle = run.bundles["dispersed"]["int4"]
+    bundle = replace(bundle, search=search, by_tensor=[{"name": "lm_head", "component": "head", **grid}])
     return replace(run, bundles={"dispersed": {"int4": bundle}})
 
 
 def several_arms(seeds: int = 1) -> Run:
-    """The same with an arm more, and with several seeds."""
-    run = sample()
+    """The same with an arm more, a copy of the dispersed one, and with several seeds."""
+    run = from_json(Run, to_json(sample()))
     arms = [*run.arms, "neftune"]
-    spread = Seeds((-0.0013, -0.0003), 0.0007, -0.004, 0.002, 0.0015)
-    compared = {"dispersed": run.comparisons["dispersed"], "neftune": run.comparisons["dispersed"]}
+    for part in (run.measurements, run.bundles, run.comparisons):
+        part["neftune"] = part["dispersed"]  # type: ignore[assignment]
+    run.training["neftune"], run.techniques["neftune"] = training("neftune"), {"neftune": 5.0}
     replicas = {}
     if seeds > 1:
         main = run.comparisons["dispersed"]["int4"][LOSS].main
+        spread = Seeds((-0.0013, -0.0003), 0.0007, -0.004, 0.002)
         nats = replace(main.nats or Estimate(0.0), seeds=spread)
-        both = {LOSS: TaskDifference(LOSS, {"perplexity": replace(main, nats=nats)})}
-        compared = {arm: {**by, "int4": {**by["int4"], **both}} for arm, by in compared.items()}
+        main = replace(main, nats=nats)
+        run.comparisons["dispersed"]["int4"][LOSS] = TaskDifference(LOSS, {"perplexity": main})
         replicas = {f"{arm}-seed1": Replica(arm, 1, training(arm, 1)) for arm in arms}
-    return replace(
-        run,
-        arms=arms,
-        seeds=list(range(seeds)),
-        techniques={**run.techniques, "neftune": {"neftune": 5.0}},
-        training={**run.training, "neftune": training("neftune")},
-        measurements={**run.measurements, "neftune": run.measurements["dispersed"]},
-        bundles={**run.bundles, "neftune": run.bundles["dispersed"]},
-        comparisons=compared,
-        replicas=replicas,
-    )
+    return replace(run, arms=arms, seeds=list(range(seeds)), replicas=replicas)

@@ -74,11 +74,11 @@ def test_out_holds_a_page_the_data_and_the_pictures(bundles: dict[str, Path], tm
     out = tmp_path / "some" / "where"
     text = run(bundles["fp32"], "--compare", bundles["int4"], "--text", _text(tmp_path), "--out", out)
     assert text.splitlines()[-1] == f"page: {out / 'condensation.html'}"
-    pictures = {f"condensation_{name}.png" for name in ("heatmap", "layers", "outliers")}
+    pictures = {f"condensation_{name}.png" for name in ("heatmap", "layers")}
     assert {path.name for path in out.iterdir()} == {"condensation.html", "condensation.json", *pictures}
     assert set(json.loads((out / "condensation.json").read_text())) == {"fp32", "int4"}
     page = (out / "condensation.html").read_text()
-    assert page.count("<img") == 3 + 6 + 3 and "://" not in page and "<script" not in page
+    assert page.count("<img") == 2 + 6 and "://" not in page and "<script" not in page
 
 
 def _text(folder: Path) -> Path:

@@ -12,7 +12,6 @@ from score_items import FEW, losses, result
 from edgedisp.core.results import Estimate
 from edgedisp.evaluate.comparison import (
     TaskResult,
-    at_chance,
     average_task,
     common_items,
     compare_task,
@@ -92,8 +91,7 @@ def test_losses_scores_to_100_and_tasks_at_chance_are_left_out() -> None:
     ]
     mean = means(*sides)
     assert mean.tasks == ("good", "also") and mean.left_out == {"guessed": "at chance"}
-    assert at_chance(sides[0]["guessed"].score)
-    assert not at_chance(sides[0]["good"].score)
+    assert sides[0]["guessed"].score.is_at_chance and not sides[0]["good"].score.is_at_chance
     assert means(*({"good": side["good"], "loss": side["loss"]} for side in sides)) is None
 
 

@@ -11,58 +11,44 @@ from edgedisp.core.results import DeviceResult, Timing
 from edgedisp.core.run import Run
 from edgedisp.report import (
     bundle_card,
-    compare,
     devices_text,
     model_card,
+    table,
     table_markdown,
     table_text,
     verdict,
 )
 from edgedisp.report.devices import on_devices_section
-from edgedisp.report.formatting import MISSING
-from edgedisp.report.result_sections import divergence_section
-from edgedisp.report.run_sections import differing_settings, fairness_section, merge_section, mixed_section
+from edgedisp.report.sections import fairness_section, merge_section, mixed_section
 
 
-def test_every_way_of_scoring_again_has_its_figures_in_the_noise_table() -> None:
-    *_, noise = divergence_section(sample()).grids
-    variants = ("other number of threads", "other attention kernel", "token by token")
-    assert noise.head == ("model", *variants, "noise floor")
-    assert all(any(cell not in ("", MISSING) for cell in row[1:-1]) for row in noise.rows)
-
-
-def test_fairness_names_what_differs() -> None:
+def test_fairness_shows_what_differs_and_folds_what_is_the_same() -> None:
     run = sample()
-    names = [f"dispersion.{key}" for key in ("layers", "variant", "weight")]
-    assert differing_settings(run, "dispersed") == names
-    rows = {row[0]: row[1] for row in fairness_section(run).grids[0].rows}
-    assert set(rows.values()) == {"yes"} and len(rows) == 4
-    other = replace(run.training["dispersed"], steps=41, settings={"lr": 2.0}, weights_sha256="a0" * 32)
-    broken = fairness_section(replace(run, training={**run.training, "dispersed": other}))
-    rows = {row[0]: row[1] for row in broken.grids[0].rows}
-    for check in ("steps and tokens", "optimizer, schedule, seed", "trained weights differ"):
-        assert rows[check] == "NO"
-    assert "dispersed differs in" in broken.notes[0]
+    differs, same = fairness_section(run).grids
+    keys = {f"dispersion.{key}" for key in ("layers", "variant", "weight")}
+    assert {row[0] for row in differs.rows} == {"trained weights", *keys}
+    assert same.folded and ("tokens", "40960", "40960") in same.rows
+    assert "angular dispersion, weight 0.1, layers all" in dict(fairness_section(run).facts)["dispersed"]
+    other = replace(run.training["dispersed"], steps=41, settings={"lr": 2.0})
+    differs = fairness_section(replace(run, training={**run.training, "dispersed": other})).grids[0]
+    assert ("steps", "40", "41") in differs.rows and ("lr", "0.0001", "2.0") in differs.rows
 
 
-def test_the_table_numbers_runs_and_warns_of_different_text() -> None:
-    first = sample()
-    second = replace(first, corpus={**first.corpus, "tokens_sha256": "other"})
-    both = compare([first, second])
-    assert both.runs == ("quickstart-3fa9c1d2", "quickstart-3fa9c1d2 (2)")
-    assert len(both.rows) == 2 * len(PRECISIONS) and "different training texts" in both.notes[0]
+def test_the_table_keeps_to_its_width_and_names_what_says_nothing() -> None:
+    run = sample()
+    assert len(table(run).rows) == len(PRECISIONS)
     for width in (60, 80, 200):
-        assert max(map(len, table_text(both, width).splitlines())) <= width
-    assert "No figures." in table_text(compare([Run("empty", [], [])]))
-    model = first.measured("baseline", "int4")
+        assert max(map(len, table_text(table(run), width).splitlines())) <= width
+    assert "No figures." in table_text(table(Run("empty", [], [])))
+    model = run.measured("baseline", "int4")
     at_chance = {"heldout_cloze": replace(model.scores["heldout_cloze"], chance=0.9)}
-    run = replace(first, measurements={"baseline": {"int4": replace(model, scores=at_chance)}})
-    assert any("is at chance (90 %)" in note for note in compare([run]).notes)
+    run = replace(run, measurements={"baseline": {"int4": replace(model, scores=at_chance)}})
+    assert any("is at chance in every model" in note for note in table(run).notes)
 
 
 def test_a_name_cannot_leave_its_cell_in_markdown() -> None:
-    run = replace(sample(), name="<script>|`x`", missing_tasks={"t": "<script>"})
-    assert "<script>" not in table_markdown(compare([run, run]))
+    run = replace(sample(), missing_tasks={"t": "<script>|`x`"})
+    assert "<script>" not in table_markdown(table(run))
 
 
 def test_devices_are_shown_side_by_side_with_their_warnings() -> None:
@@ -94,17 +80,14 @@ def test_a_search_for_bits_shows_its_goal_and_every_weight() -> None:
 def test_a_merged_adapter_is_audited() -> None:
     merged = {"name": "merged", "loss": 2.51, "difference": 0.01, "low": 0.0, "high": 0.02}
     audit = {
-        "rows": [{"name": "adapter on", "loss": 2.5}, merged], "gains": {"fp32": merged, "int4": merged},
+        "rows": [merged], "gains": {"fp32": merged, "int4": merged},
         "chosen": "full", "why": "it is the original", "tokens": 512, "grid": {"group": 32, "head_bits": 8},
     }  # fmt: skip
     run = sample()
     trained = replace(run.training["dispersed"], merge_audit=audit)
     section = merge_section(replace(run, training={**run.training, "dispersed": trained}))
-    assert section.grids[0].rows == (
-        ("adapter on", "2.5000", "–"),
-        ("merged", "2.5100", "+0.010 [0.000, +0.020]"),
-    )
-    assert section.facts[0] == ("dispersed", "merged into the full base, because it is the original")
+    assert section.grids[0].rows == (("dispersed: merged", "2.5100", "+0.010 [0.000, +0.020]"),)
+    assert section.notes[0].startswith("dispersed: merged into the full base, because it is the original.")
 
 
 def test_a_model_card_is_tagged_by_what_the_folder_holds() -> None:
