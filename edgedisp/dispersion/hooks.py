@@ -257,7 +257,8 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, indices: Tensor, is_last: bool, *states: Tensor) -> Tensor:
         ctx.save_for_backward(indices)
         ctx.shape, ctx.is_last = states[0].shape, is_last
-        return torch.stack([state[index[0], index[1]] for state, index in zip(states, indices)])
+        rows = indices[:, 0] * ctx.shape[1] + indices[:, 1]
+        return torch.stack([state.flatten(0, 1).index_select(0, row) for state, row in zip(states, rows)])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
