@@ -117,10 +117,13 @@ def test_what_cannot_be_trained_under_is_refused(tmp_path: Path, tiny_folder: di
         (["quantize.int4.method=k_quant"], "needs rtn or gptq"),
         (["train.quantization_aware=int5"], "int8, int4"),
         (["train.adapter={kind: qlora}"], "needs kind: lora"),
-        (["train.adapter={kind: lora, dropout: 0.1}"], "needs 0"),
-        (["train.adapter={kind: lora}", "quantize.int4.method=gptq"], "needs rtn, or no adapter"),
+        (["train.adapter={kind: lora, dropout: 0.1}"], "dropout must be 0"),
+        (
+            ["train.adapter={kind: lora}", "quantize.int4.method=gptq"],
+            "which an adapter leaves alone; needs rtn",
+        ),
         (["train.distributed={fsdp: full_shard}"], "rounding needs it whole"),
-        (["quantize.int4.method=gptq", "train.compile=true"], "cannot be calibrated"),
+        (["quantize.int4.method=gptq", "train.compile=true"], "gptq cannot calibrate compiled layers"),
         (["quantize.budget=1MB"], "cannot be combined; drop one"),
     ):
         with pytest.raises(BadInput, match=words):

@@ -12,6 +12,7 @@ from launched_fit import check_equal, launch_trainings, log_of, main, needs_gloo
 from tiny_build import write_recipe
 
 from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.pipeline.stage import Stage, follow
 
 SETTINGS = (
     "train.precision=fp32", "precisions=[fp32]", "targets=[]", "evaluate.tasks=[heldout_perplexity]",
@@ -34,11 +35,13 @@ def test_a_divided_model_trains_like_a_whole_one_and_comes_back_whole(
         train(base, tmp_path / "stopped", "ddp", weight=1.0)
 
 
-def test_a_process_that_waits_ends_when_its_launcher_is_gone(tmp_path: Path) -> None:
-    from edgedisp.pipeline.stage import _wait
-
+def test_a_process_that_waits_ends_when_its_launcher_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents = iter([5, 1])  # then of init
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
     with pytest.raises(BuildFailed, match=r"the launcher ended while .*base was waited for"):
-        _wait(tmp_path / "base", {}, launcher=os.getppid() + 1)
+        follow([Stage("base", "module:function", None, every_process=True)], tmp_path)
 
 
 @needs_gloo
