@@ -168,7 +168,10 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return {
-        name: tensor.float() for path in _weight_files(folder) for name, tensor in load_file(path).items()
+        # transformers saves the lm_head of a GPT-NeoX under the name of its first release.
+        "lm_head.weight" if name == "embed_out.weight" else name: tensor.float()
+        for path in _weight_files(folder)
+        for name, tensor in load_file(path).items()
     }
 
 
