@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from tiny_build import write_documents
 
-from edgedisp import data, models
+from edgedisp import models
 from edgedisp.core.stage_folder import read
 
 RECIPE = """\
@@ -28,7 +28,11 @@ latency: {{prompt: 4, generate: 2, repetitions: 1, threads: 1}}
 ARMS = ("baseline", "dispersed")
 
 
-def build(folder: Path) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, tiny_folder: dict[str, Path]) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    write_documents(folder / "text.jsonl", 80)
+    (folder / "tiny.yaml").write_text(RECIPE.format(base=tiny_folder["llama"]))
     command = [
         Path(sys.executable).parent / "edgedisp",
         "build",
@@ -36,19 +40,10 @@ def build(folder: Path) -> subprocess.CompletedProcess[str]:
         "--out",
         folder / "run",
     ]
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, tiny_folder: dict[str, Path]) -> Path:
-    folder = tmp_path_factory.mktemp("adapter")
-    rows = [json.dumps({"text": document.text}) for document in data.synthetic_documents(80, seed=3)]
-    (folder / "text.jsonl").write_text("\n".join(rows))
-    (folder / "tiny.yaml").write_text(RECIPE.format(base=tiny_folder["llama"]))
-    done = build(folder)
-    assert done.returncode == 0, done.stderr
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
     for noise in ("bitsandbytes", "gemm_4bit", "Warning", "warn("):
-        assert noise not in done.stderr + done.stdout
+        assert noise not in ended.stderr + ended.stdout
     return folder
 
 

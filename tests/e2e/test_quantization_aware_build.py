@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny_build import write_documents
 
-from edgedisp import data, models
+from edgedisp import models
 from edgedisp.cli import main
-from edgedisp.core.errors import BadInput
 from edgedisp.core.stage_folder import read
 from edgedisp.graph.session import OnnxModel, at_accuracy_level
 from edgedisp.pipeline.options import BundleRounding
@@ -45,20 +44,14 @@ BUILDS = {
 }
 
 
-def write(folder: Path, base: Path, build: str) -> Path:
-    rows = [json.dumps({"text": document.text}) for document in data.synthetic_documents(80, seed=3)]
-    (folder / "text.jsonl").write_text("\n".join(rows))
-    path = folder / "tiny.yaml"
-    path.write_text(RECIPE.format(base=base, **BUILDS[build]))
-    return path
-
-
 @pytest.fixture(scope="module", params=list(BUILDS))
 def built(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_folder: dict[str, Path]
 ) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp("aware")
-    recipe = write(folder, tiny_folder["llama"], request.param)
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(RECIPE.format(base=tiny_folder["llama"], **BUILDS[request.param]))
+    write_documents(folder / "text.jsonl", 80)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["edgedisp", "build", str(recipe), "--out", str(folder / "run")])
         main()
@@ -80,16 +73,16 @@ def test_the_graph_in_fp32_arithmetic_gives_the_trained_models_logits_and_text(
     built: tuple[str, Path], arm: str
 ) -> None:
     _, folder = built
-    trained = models.load(folder / "run" / arm / "model")
-    round_weights(trained, *trained_roundings(rounding_of(folder), folder / "run" / arm / "model"))
-    bundle = folder / "run" / arm / "int4"
+    model, bundle = folder / "run" / arm / "model", folder / "run" / arm / "int4"
+    rounded = models.load(model)
+    round_weights(rounded, *trained_roundings(rounding_of(folder), model))
     exact = OnnxModel(bundle, 1, graph=at_accuracy_level(bundle, 0))
-    held = np.load(folder / "run" / "corpus" / "heldout.npy")[:4].astype(np.int64)
+    blocks = np.load(folder / "run" / "corpus" / "heldout.npy")[:4].astype(np.int64)
     with torch.no_grad():
-        expected = trained(input_ids=torch.from_numpy(held), use_cache=False).logits.numpy()
-    assert np.abs(expected - exact(held, np.ones_like(held))).max() < 1e-3
-    reference = models.TorchModel(trained)
-    for row in held:
+        expected = rounded(input_ids=torch.from_numpy(blocks), use_cache=False).logits.numpy()
+    assert np.abs(expected - exact(blocks, np.ones_like(blocks))).max() < 1e-3
+    reference = models.TorchModel(rounded)
+    for row in blocks:
         prompt = row[:8].tolist()
         assert reference.greedy(prompt, 20, frozenset()) == exact.greedy(prompt, 20, frozenset())
     as_trained = results(folder / "run" / arm / "measure-int4")["parity"]["as_trained"]
@@ -101,30 +94,9 @@ def test_the_weights_left_behind_are_not_the_rounded_ones_and_scales_lie_beside_
 ) -> None:
     name, folder = built
     for arm in ARMS:
-        own = folder / "run" / arm / "model"
-        assert (own / SCALES).is_file() == (name == "gptq")
-        plain, rounded = models.load(own), models.load(own)
-        names = round_weights(rounded, *trained_roundings(rounding_of(folder), own))
-        for key in names:
+        model = folder / "run" / arm / "model"
+        assert (model / SCALES).is_file() == (name == "gptq")
+        plain, rounded = models.load(model), models.load(model)
+        for key in round_weights(rounded, *trained_roundings(rounding_of(folder), model)):
             assert not torch.equal(plain.get_parameter(key), rounded.get_parameter(key))
         assert results(folder / "run" / arm / "int4")["is_trained"] is True
-
-
-def test_what_cannot_be_trained_under_is_refused(tmp_path: Path, tiny_folder: dict[str, Path]) -> None:
-    path = write(tmp_path, tiny_folder["llama"], "rtn")
-    for overrides, words in (
-        (["precisions=[int8]"], "is not among precisions"),
-        (["quantize.int4.method=k_quant"], "needs rtn or gptq"),
-        (["train.quantization_aware=int5"], "int8, int4"),
-        (["train.adapter={kind: qlora}"], "needs kind: lora"),
-        (["train.adapter={kind: lora, dropout: 0.1}"], "dropout must be 0"),
-        (
-            ["train.adapter={kind: lora}", "quantize.int4.method=gptq"],
-            "which an adapter leaves alone; needs rtn",
-        ),
-        (["train.distributed={fsdp: full_shard}"], "rounding needs it whole"),
-        (["quantize.int4.method=gptq", "train.compile=true"], "gptq cannot calibrate compiled layers"),
-        (["quantize.budget=1MB"], "cannot be combined; drop one"),
-    ):
-        with pytest.raises(BadInput, match=words):
-            load(path, overrides)

@@ -53,9 +53,9 @@ def stage_folders(root: Path, base: Path) -> dict[str, Path]:
         optimizer.zero_grad()
         peft_model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-    with stage_output(folders["adapter"], {}) as own:
-        save_adapter(peft_model, str(base), None, own)
-        finish(own, folders["adapter"], {}, {"steps": 6, "weights_sha256": "abc"}, 0.0)
+    with stage_output(folders["adapter"], {}) as output_dir:
+        save_adapter(peft_model, str(base), None, output_dir)
+        finish(output_dir, folders["adapter"], {}, {"steps": 6, "weights_sha256": "abc"}, 0.0)
     return folders
 
 
@@ -111,7 +111,7 @@ def test_the_audit_holds_the_losses_of_models_made_by_hand(
 
 
 @pytest.mark.parametrize(
-    ("merge_into", "low", "high", "chosen", "is_reported"),
+    ("merge_into", "low", "high", "base", "is_reported"),
     [
         ("auto", -0.06, -0.04, "dequantized", False),
         ("auto", -0.12, 0.02, "full", False),
@@ -124,8 +124,8 @@ def test_the_audit_holds_the_losses_of_models_made_by_hand(
     ],
 )
 def test_the_dequantized_base_is_taken_if_it_is_better_beyond_noise_or_the_recipe_says_so(
-    merge_into: str, low: float | None, high: float | None, chosen: str, is_reported: bool
+    merge_into: str, low: float | None, high: float | None, base: str, is_reported: bool
 ) -> None:
     adapter = AUTO.model_copy(update={"merge": merge_into})
     result = adapters.choose_base(adapter, {"difference": -0.05, "low": low, "high": high}, None)
-    assert result["chosen"] == chosen and (result["warning"] is not None) == is_reported
+    assert result["chosen"] == base and (result["warning"] is not None) == is_reported

@@ -77,4 +77,4 @@ def test_a_summary_has_the_mean_of_the_sequences_and_the_trend_of_the_paper(
         "spearman": stats.spearmanr(curve, range(3)).statistic,
         "kendall": stats.kendalltau(curve, range(3)).statistic,
     }
-    assert {name: one.value for name, one in result.correlations.items()} == pytest.approx(expected)
+    assert {name: value.value for name, value in result.correlations.items()} == pytest.approx(expected)

@@ -92,7 +92,7 @@ def test_rounding_begins_late_and_a_resumed_run_continues_exactly(
 
     unrounded = train(plain, tmp_path / "plain", **options)
     unbroken = train(whole, tmp_path / "whole", callbacks=[callback()], **options)
-    same = [one["loss"] == other["loss"] for one, other in zip(unrounded.log, unbroken.log)]
+    same = [row["loss"] == other["loss"] for row, other in zip(unrounded.log, unbroken.log)]
     assert same == [True] * 4 + [False] * 4
     with pytest.raises(KeyboardInterrupt):
         interrupted = [callback(), Interrupt(stop)]

@@ -254,6 +254,8 @@ COMBINATIONS = """\
   quantization_aware: int4~  distributed: {fsdp: full_shard} | train.quantization_aware | needs it whole
   quantization_aware: int4~  adapter: {kind: qlora} | train.quantization_aware | needs kind: lora
   quantization_aware: int4~  adapter: {kind: lora, dropout: 0.1} | train.quantization_aware | must be 0
+  quantization_aware: int4~  adapter: {kind: lora}~quantize: {int4: {method: gptq}} \
+| quantize.int4.method | needs rtn
   distributed: {fsdp: full_shard}~  adapter: {kind: qlora} | train.distributed | cannot divide a quantized
   distributed: {fsdp: full_shard}~arms: [active_forgetting] | arms.0 | FSDP divides the embedding
   adapter: {kind: lora, merge: dequantized} | train.adapter.merge | kind lora keeps its base in fp32
