@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -38,10 +39,9 @@ def test_a_divided_model_trains_like_a_whole_one_and_comes_back_whole(
 def test_a_process_that_waits_ends_when_its_launcher_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parents = iter([5, 1])  # then of init
-    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(os, "getppid", itertools.count().__next__)
     with pytest.raises(BuildFailed, match=r"the launcher ended while .*base was waited for"):
-        follow([Stage("base", "module:function", None, every_process=True)], tmp_path)
+        follow([Stage("base", "a module:a function", 1, {}, every_process=True)], tmp_path)
 
 
 @needs_gloo
