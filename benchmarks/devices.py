@@ -61,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     if sshd.MISSING:
         raise SystemExit(sshd.MISSING)
-    usual = BenchOptions(repetitions=options.repetitions, pause_s=1.0, setup=True)
+    usual = BenchOptions(repetitions=options.repetitions, pause_s=1.0, remote_python=sys.executable)
     single = BenchOptions(repetitions=options.repetitions, pause_s=1.0, threads=1)
     with tempfile.TemporaryDirectory() as scratch, Screen("devices") as screen:
         bundles = exported(options.model, Path(scratch), screen)

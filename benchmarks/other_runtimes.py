@@ -37,7 +37,7 @@ Speeds = dict[str, dict[str, list[float]]]
 def onnxruntime_command(bundle: Path) -> list[str]:
     """The command that times an ONNX bundle with the runner."""
     sizes = ["--prompt", str(PROMPT), "--generate", str(GENERATE), "--threads", str(physical_cores())]
-    return [sys.executable, str(RUNNER), str(bundle), *sizes, "--interactive"]
+    return [sys.executable, str(RUNNER), str(bundle), *sizes]
 
 
 def genai_command(bundle: Path, threads: int) -> list[str]:

@@ -23,14 +23,12 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from edgedisp.bench.bundles import read_bundle
-from edgedisp.bench.devices import Address, BenchOptions, Device
-from edgedisp.bench.interleaved_timing import MEMORY_SHARE
-from edgedisp.bench.page_protocol import Figures, PagePlan, PageRun, Scores, Step, Trouble
-from edgedisp.bench.page_server import PageServer, page_resources
+from edgedisp.bench.devices import BenchOptions, Device
+from edgedisp.bench.interleaved_timing import MEMORY_SHARE, log_tail
+from edgedisp.bench.page_protocol import PagePlan, Upload, page_result
+from edgedisp.bench.page_server import PageServer
 from edgedisp.bench.system import describe, runner
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.files import data_folder
 from edgedisp.core.progress import Progress
 from edgedisp.core.results import DeviceResult, Json
 
@@ -46,26 +44,20 @@ EXIT_S = 5.0
 
 
 class PageDevice(Device):
-    """A browser that opens the phone page by itself.
+    """A browser that opens the phone page by itself; machine: what is known beside what the page says.
 
-    available_bytes: memory for open bundles where the options do not say. Raises BadInput for bundles or
-    options that a page cannot work with.
+    Raises BadInput for bundles or options that a page cannot work with.
     """
 
-    def __init__(
-        self, name: str, bundles: Mapping[str, Path], options: BenchOptions, available_bytes: int | None
-    ) -> None:
+    def __init__(self, name: str, bundles: Mapping[str, Path], options: BenchOptions, machine: Json) -> None:
         if options.threads == "sweep":
             raise BadInput(f"--threads sweep: {name} takes a number of threads; without one it is 1")
-        if not bundles:
-            raise BadInput("no bundle to time; name at least one bundle folder")
-        if options.memory_bytes is None and available_bytes is not None:
-            options = replace(options, memory_bytes=int(MEMORY_SHARE * available_bytes))
+        available = machine["memory_available_bytes"]
+        if options.memory_bytes is None and available is not None:
+            options = replace(options, memory_bytes=int(MEMORY_SHARE * available))
+        self.name, self.machine = name, machine
         # One thread by default: a second one made decoding slower in WebAssembly wherever it was tried.
-        options = replace(options, threads=options.threads or 1)
-        self.name = name
-        self.plan = PagePlan(tuple(read_bundle(label, path) for label, path in bundles.items()), options)
-        self.page = page_resources(data_folder("export") / "web")
+        self.plan = PagePlan(bundles, replace(options, threads=options.threads or 1))
         self.notes: list[str] = []  # what the server refused
 
     @abstractmethod
@@ -81,10 +73,6 @@ class PageDevice(Device):
         """What to add where nothing has been heard for too long."""
 
     @abstractmethod
-    def describe(self, page: Json) -> Json:
-        """The machine; `page`: what the page says of it."""
-
-    @abstractmethod
     def state(self) -> Json | None:
         """The machine's `load_average_1m` and what else is read before and after; None: it is gone."""
 
@@ -92,55 +80,50 @@ class PageDevice(Device):
         """The machine's sensors after a turn."""
         return {}
 
-    def measure(self, progress: Progress) -> DeviceResult:
-        """Serve the page and wait for the complete figures and all scores; see `devices.py`.
-
-        Where the page cannot go on, is gone, or is silent for `timeout_s`, the result has `lost`; BuildFailed
-        where nothing was timed until then. The browser is ended in every case.
-        """
-        run, states = PageRun(self.plan), {"before": self.state()}
-        resources = {**self.page, **self.plan.resources()}
-        with (
-            PageServer(resources, self.plan.read_upload, self.notes.append) as server,
-            self.open(server),
-        ):
-            lost = self._collect(run, server, progress)
-        if lost and not run.turns:
-            raise BuildFailed(f"device {self.name}: {lost}")
-        states["after"] = None if lost else self.state()
-        loads = {when: state and state["load_average_1m"] for when, state in states.items()}
-        result = run.result(self.name)
-        machine = {**self.describe(result.machine), "state": states}
-        warnings = (*result.warnings, *self.warnings(states))
-        return replace(result, machine=machine, load_average=loads, warnings=warnings, lost=lost)
-
     def warnings(self, states: dict[str, Json | None]) -> Iterable[str]:
         """Warnings for figures that were measured between two states."""
         return ()
 
-    def _collect(self, run: PageRun, server: PageServer, progress: Progress) -> str | None:
-        """Wait until the run is complete, or return why it cannot be."""
-        timeout_s = self.plan.options.timeout_s
-        heard = time.monotonic()
-        while not run.complete:
+    def measure(self, progress: Progress) -> DeviceResult:
+        """Serve the page, wait for the complete figures and all scores, and end the browser in every case."""
+        plan, states = self.plan, {"before": self.state()}
+        with PageServer(plan.resources, plan.read_upload, self.notes.append) as server, self.open(server):
+            upload, sensors, lost = self._collect(server, progress)
+        if upload is None or not upload.repetitions:
+            raise BuildFailed(f"device {self.name}: {lost}")
+        states["after"] = None if lost else self.state()
+        result = page_result(plan, upload, self.name, sensors)
+        known = {name: value for name, value in self.machine.items() if value is not None}
+        return replace(
+            result,
+            machine={**result.machine, **known, "state": states},
+            load_average={when: state and state["load_average_1m"] for when, state in states.items()},
+            warnings=(*result.warnings, *self.warnings(states)),
+            lost=lost,
+        )
+
+    def _collect(
+        self, server: PageServer, progress: Progress
+    ) -> tuple[Upload | None, dict[int, Json], str | None]:
+        """The last upload, readings of sensors after each turn, and why the upload is not complete."""
+        last: Upload | None = None
+        sensors: dict[int, Json] = {}
+        timeout_s, heard = self.plan.options.timeout_s, time.monotonic()
+        while last is None or not last.complete:
             try:
-                upload, _ = server.received.get(timeout=0.5)
+                last, _ = server.received.get(timeout=0.5)
             except queue.Empty:
                 if why := self.gone():
-                    return why
+                    return last, sensors, why
                 if time.monotonic() - heard > timeout_s:
-                    return f"nothing heard for {timeout_s:g} s{self.hint()}"
+                    return last, sensors, f"nothing heard for {timeout_s:g} s{self.hint()}"
                 continue
             heard = time.monotonic()
-            if isinstance(upload, Step):
-                progress(upload.done, upload.total, upload.note)
-            elif isinstance(upload, Trouble):
-                return f"the page could not go on: {upload.message}"
-            elif isinstance(upload, Scores | Figures):
-                run.add(upload)
-                if run.turns and run.turns - 1 not in run.sensors:
-                    run.sensors[run.turns - 1] = self.sensors()
-        return None
+            if last.trouble:
+                return last, sensors, f"the page could not go on: {last.trouble}"
+            progress(last.done, last.total, last.note)
+            sensors.setdefault(len(last.repetitions) - 1, self.sensors())
+        return last, sensors, None
 
 
 class BrowserPage(PageDevice):
@@ -148,7 +131,7 @@ class BrowserPage(PageDevice):
 
     def __init__(self, bundles: Mapping[str, Path], options: BenchOptions) -> None:
         self.program = find_browser()
-        super().__init__("browser", bundles, options, describe()["memory_available_bytes"])
+        super().__init__("browser", bundles, options, describe())
 
     @contextmanager
     def open(self, server: PageServer) -> Iterator[None]:
@@ -156,8 +139,8 @@ class BrowserPage(PageDevice):
         profile = tempfile.TemporaryDirectory(prefix="edgedisp-browser-", ignore_cleanup_errors=True)
         with tempfile.TemporaryFile() as self._log, profile as folder:
             start = Path(folder) / "start.html"  # the folder is this user's alone
-            address = json.dumps(f"{server.address}?run=bench")
-            start.write_text(f"<script>location.replace({address})</script>", encoding="utf-8")
+            url = json.dumps(f"{server.url}?run=bench")
+            start.write_text(f"<script>location.replace({url})</script>", encoding="utf-8")
             sandbox = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
             self._process = subprocess.Popen(
                 [self.program, *FLAGS, f"--user-data-dir={folder}", *sandbox, start.as_uri()],
@@ -180,37 +163,28 @@ class BrowserPage(PageDevice):
         return None if code is None else f"the browser ended with code {code}{self.hint()}"
 
     def hint(self) -> str:
-        """The end of what the browser wrote to stderr."""
-        self._log.seek(0)
-        text = self._log.read().decode("utf-8", "replace").strip()
-        return f":\n{text[-2000:]}" if text else ""
+        return log_tail(self._log)
 
     def state(self) -> Json:
-        return {"load_average_1m": runner().read_sensors()["load_average_1m"]}
+        return self.sensors()
 
     def sensors(self) -> Json:
         readings = runner().read_sensors()
         return {name: readings[name] for name in ("load_average_1m", "clock_mhz", "temperature_c")}
 
-    def describe(self, page: Json) -> Json:
-        return {**describe(), "browser": {**page["browser"], "program": Path(self.program).name}}
-
 
 @contextmanager
-def connect(address: Address, bundles: Mapping[str, Path], options: BenchOptions) -> Iterator[BrowserPage]:
+def connect(name: str, bundles: Mapping[str, Path], options: BenchOptions) -> Iterator[BrowserPage]:
     """The browser as a device; see `devices.py`."""
     yield BrowserPage(bundles, options)
 
 
 def find_browser() -> str:
     """The program named by $CHROME, else the first of PROGRAMS on the PATH. BadInput where there is none."""
-    chrome = os.environ.get("CHROME")
-    for name in [chrome] if chrome else PROGRAMS:
-        if program := shutil.which(name):
-            return program
-    if chrome:
-        raise BadInput(f"$CHROME names {chrome}, which is no program; name a Chromium or Chrome")
+    names = [os.environ["CHROME"]] if os.environ.get("CHROME") else PROGRAMS
+    if program := next(filter(None, map(shutil.which, names)), None):
+        return program
     raise BadInput(
-        f"device browser: no Chromium found (looked for {', '.join(PROGRAMS)}); install one, such as "
+        f"device browser: no Chromium found (looked for {', '.join(names)}); install one, such as "
         "`apt-get install chromium`, or name it with the environment variable CHROME"
     )

@@ -22,46 +22,41 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgedisp.bench import results
-from edgedisp.bench.bundles import find_graph, written_threads
-from edgedisp.bench.devices import Address, BenchOptions, Device
-from edgedisp.bench.system import RUNNER, describe
+from edgedisp.bench.bundles import find_graph
+from edgedisp.bench.devices import MIB, BenchOptions, Device
+from edgedisp.bench.results import device_result
+from edgedisp.bench.system import RUNNER, describe, runner
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Progress, silent
-from edgedisp.core.results import DeviceResult, Json, Timing
+from edgedisp.core.results import DeviceResult, Estimate, Json, Timing
 
-MIB = 1 << 20
 MEMORY_SHARE = 0.8  # of what is available, for all bundles that are open together
-TAIL_CHARS = 2000  # of what a worker wrote to stderr
+TAIL_CHARS = 2000  # of what a program wrote to stderr
 QUIT_S, KILL_S = 5.0, 0.5
-SWEEP_PROMPT, SWEEP_GENERATE, SWEEP_REPETITIONS = 32, 32, 5
+SWEEP_TOKENS = 32  # of prompt and answer
 
 
 class Worker:
-    """A program that answers lines of JSON; a context manager that ends it with the block.
+    """A program that answers lines of JSON and ends with its standard input; a context manager ends it, too.
 
     Starts `command` and waits for its {"ready": facts}. Raises BadInput where it refuses the bundle (exit
-    code 2), and BuildFailed where it ends, sends something else than JSON or is silent for `timeout_s`. It
-    ends with its standard input, so it does not outlive this program.
+    code 2), BuildFailed where it ends, sends something else than JSON or is silent for `timeout_s`.
     """
 
     def __init__(self, label: str, command: Sequence[str], timeout_s: float) -> None:
         self.label, self.timeout_s = label, timeout_s
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._lines: queue.Queue[bytes | None] = queue.Queue()
+        pipe = subprocess.PIPE
         # A session of its own: Ctrl-C reaches this program alone, which then ends the workers.
         self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            start_new_session=True,
+            command, stdin=pipe, stdout=pipe, stderr=self._log, start_new_session=True
         )
         self._input: Any = self._process.stdin
         self._output: Any = self._process.stdout
         threading.Thread(target=self._listen, daemon=True).start()
         try:
-            self.facts: dict[str, Any] = self._answer().get("ready", {})
+            self.facts: Json = self._answer().get("ready", {})
         except BaseException:
             self.close(KILL_S)
             raise
@@ -72,13 +67,11 @@ class Worker:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(KILL_S if kind else QUIT_S)
 
-    def ask(self, command: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, command: Json) -> Json:
         """Send one command and wait for its answer; the runner's docstring lists them."""
-        try:
+        with suppress(OSError):  # it has ended, which is said below
             self._input.write(json.dumps(command).encode() + b"\n")
             self._input.flush()
-        except OSError as error:
-            raise self._exited() from error
         return self._answer()
 
     def close(self, quit_s: float = QUIT_S) -> None:
@@ -99,49 +92,44 @@ class Worker:
                 self._lines.put(line)
         self._lines.put(None)
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self) -> Json:
         try:
             line = self._lines.get(timeout=self.timeout_s)
         except queue.Empty:
-            raise BuildFailed(f"{self.label}: no answer within {self.timeout_s:g} s{self._tail()}") from None
+            raise BuildFailed(self._message(f"no answer within {self.timeout_s:g} s")) from None
         if line is None:
-            raise self._exited()
-        text = line.decode("utf-8", "replace").strip()[:200]
-        try:
+            code: int | None = None  # it only closed its output
+            with suppress(subprocess.TimeoutExpired):
+                code = self._process.wait(QUIT_S)
+            message = self._message(f"the measuring process ended with code {code}")
+            raise BadInput(message) if code == 2 else BuildFailed(message)
+        with suppress(ValueError):
             answer = json.loads(line)
-        except ValueError as error:
-            raise BuildFailed(f"{self.label}: not JSON: {text!r}{self._tail()}") from error
-        if not isinstance(answer, dict) or "error" in answer:
-            raise BuildFailed(f"{self.label}: {text}")
-        return answer
+            if isinstance(answer, dict) and "error" not in answer:
+                return answer
+        raise BuildFailed(self._message(f"not an answer: {line[:200]!r}"))
 
-    def _exited(self) -> BadInput | BuildFailed:
-        code: int | None = None  # it only closed its output
-        with suppress(subprocess.TimeoutExpired):
-            code = self._process.wait(QUIT_S)
-        message = f"{self.label}: the measuring process ended with code {code}{self._tail()}"
-        return BadInput(message) if code == 2 else BuildFailed(message)
-
-    def _tail(self) -> str:
-        """The end of its stderr."""
-        self._log.seek(0)
-        text = self._log.read().decode("utf-8", "replace").strip()
-        return f":\n{text[-TAIL_CHARS:]}" if text else ""
+    def _message(self, fault: str) -> str:
+        return f"{self.label}: {fault}{log_tail(self._log)}"
 
 
-class TimedHost(Device):
-    """A machine with Python that has been reached. Raises BadInput for bundles that no host can time.
+def log_tail(file: Any) -> str:
+    """The end of what a program wrote to its log, on lines of their own."""
+    file.seek(0)
+    text = file.read().decode("utf-8", "replace").strip()
+    return f":\n{text[-TAIL_CHARS:]}" if text else ""
 
-    name: as it is shown, `local` or `ssh://pi@192.0.2.7`. machine: what the runner's `--describe` gives.
-    bundles: label -> folder, in the order of the turns; put arms of one precision side by side.
+
+class Host(Device):
+    """A machine with Python that has been reached; machine: what the runner's `--describe` gives there.
+
+    Raises BadInput for bundles (label -> folder, in the order of the turns) that no host can time.
     """
 
     name: str
     machine: Json
 
     def __init__(self, bundles: Mapping[str, Path], options: BenchOptions) -> None:
-        if not bundles:
-            raise BadInput("no bundle to time; name at least one bundle folder")
         for label, path in bundles.items():
             if not (path / "model.onnx").is_file():
                 layouts = " with --layouts onnxruntime-genai" if (path / "onnx").is_dir() else ""
@@ -152,38 +140,36 @@ class TimedHost(Device):
 
     @abstractmethod
     def command(self, bundle: Path, words: Sequence[str]) -> list[str]:
-        """The local command whose standard streams and exit code are those of the runner on the host.
-
-        `bundle` is the folder on this machine, `words` the runner's options.
-        """
+        """The local command whose streams and exit code are those of the runner on the host, with the options
+        `words`; `bundle` is the folder on this machine."""
 
     def copy(self, progress: Progress) -> None:
         """Copy to the host what the runner needs."""
 
     def measure(self, progress: Progress = silent) -> DeviceResult:
-        """Sweep threads if the options say so, time the bundles in turns, then score.
-
-        Raises BadInput for a bundle that cannot be timed, and BuildFailed where a worker ends or is silent
-        for `timeout_s` before anything is timed; later, the result has `lost`.
-        """
-        bundles, options = self.bundles, self.options
+        """Sweep threads if the options say so, time the bundles in turns, then score; see `devices.py`."""
+        bundles, count = self.bundles, self.options.threads
         self.copy(progress)
         sweeps: dict[str, list[Timing]] = {}
-        if options.threads == "sweep":
-            sweeps, lost = self._sweep(progress)
-            if lost:
-                return lost
-            threads = {label: best_threads(rows) for label, rows in sweeps.items()}
+        if count == "sweep":
+            sweeps = {label: self._sweep(label, bundle, progress) for label, bundle in bundles.items()}
+            threads = {label: fastest(rows).threads for label, rows in sweeps.items()}
         else:
-            count, cores = options.threads, self.machine["physical_cores"]
-            threads = {label: count or written_threads(path) or cores for label, path in bundles.items()}
-        result = replace(self._time(bundles, threads, options, progress), sweeps=sweeps)
-        return self._score(result, progress) if options.requests and not result.lost else result
+            threads = dict.fromkeys(bundles, count)
+        result = replace(self._time(bundles, threads, self.options, progress), sweeps=sweeps)
+        return self._score(result, progress) if self.options.requests and not result.lost else result
+
+    def _worker(self, label: str, bundle: Path, threads: int | None, **options: int) -> Worker:
+        """A runner that has opened a bundle; threads None: its own choice."""
+        words = [] if threads is None else ["--threads", str(threads)]
+        for name, value in options.items():
+            words += [f"--{name}", str(value)]
+        return Worker(label, self.command(bundle, words), self.options.timeout_s)
 
     def _time(
         self,
         bundles: Mapping[str, Path],
-        threads: Mapping[str, int],
+        threads: Mapping[str, int | None],
         options: BenchOptions,
         progress: Progress,
     ) -> DeviceResult:
@@ -193,27 +179,21 @@ class TimedHost(Device):
         groups = group_by_memory(bundles, limit)
         facts: dict[str, Json] = {}  # of each bundle that was opened
         timed: list[Json] = []
+        sizes = {name: getattr(options, name) for name in ("prompt", "generate", "seed", "warmup")}
 
         def step(note: str) -> None:
             progress(len(facts) + len(timed), (options.repetitions + 1) * len(bundles), note)
 
-        def result() -> DeviceResult:
-            graphs = {label: (find_graph(bundles[label]), facts[label]) for label in facts}
-            measured = results.device_result(self.name, self.machine, timed, graphs, options)
-            return replace(measured, options={**measured.options, "groups": groups})
-
-        names = ("prompt", "generate", "seed", "warmup")
-        sizes = [word for name in names for word in (f"--{name}", str(getattr(options, name)))]
+        lost: str | None = None
         try:
             for group in groups:
                 with ExitStack() as stack:
                     workers = {}
                     for label in group:  # one by one: a worker answers when it has loaded and warmed up
-                        words = ["--interactive", "--threads", str(threads[label]), *sizes]
-                        command = self.command(bundles[label], words)
-                        workers[label] = stack.enter_context(Worker(label, command, options.timeout_s))
-                        facts[label] = workers[label].facts
-                        step(f"{label}: loaded in {facts[label]['load_s']:.1f} s")
+                        worker = self._worker(label, bundles[label], threads[label], **sizes)
+                        workers[label] = stack.enter_context(worker)
+                        facts[label] = worker.facts
+                        step(f"{label}: loaded in {worker.facts['load_s']:.1f} s")
                     for repetition, label in turns(group, options.repetitions):
                         if timed and options.pause_s:
                             time.sleep(options.pause_s)
@@ -223,29 +203,20 @@ class TimedHost(Device):
         except BuildFailed as error:
             if not timed:
                 raise
-            return replace(result(), lost=str(error))
-        return result()
+            lost = str(error)
+        graphs = {label: (find_graph(bundles[label]), facts[label]) for label in facts}
+        result = device_result(self.name, self.machine, timed, graphs, options)
+        return replace(result, options={**result.options, "groups": groups}, lost=lost)
 
-    def _sweep(self, progress: Progress) -> tuple[dict[str, list[Timing]], DeviceResult | None]:
-        """Label -> its timings, one for each thread count; and the result in which the host was lost."""
-        quota, cpus = self.machine["cpu_quota"], self.machine["logical_cpus"]
-        cpus = cpus if quota is None else min(cpus, max(1, int(quota)))
-        short = replace(
-            self.options,
-            prompt=min(SWEEP_PROMPT, self.options.prompt),
-            generate=min(SWEEP_GENERATE, self.options.generate),
-            repetitions=max(SWEEP_REPETITIONS, self.options.repetitions),
-            pairs=(),
-        )
-        counts = thread_counts(self.machine["physical_cores"], cpus)
-        sweeps = {}
-        for label, bundle in self.bundles.items():
-            threads = {f"{label}, {count} threads": count for count in counts}
-            timed = self._time(dict.fromkeys(threads, bundle), threads, short, progress)
-            sweeps[label] = timed.rows
-            if timed.lost:
-                return sweeps, timed
-        return sweeps, None
+    def _sweep(self, label: str, bundle: Path, progress: Progress) -> list[Timing]:
+        """The timings of a bundle, one for each thread count. Raises BuildFailed where the host is lost."""
+        short = replace(self.options, prompt=SWEEP_TOKENS, generate=SWEEP_TOKENS)
+        counts = thread_counts(self.machine["physical_cores"], self.machine["logical_cpus"])
+        threads = {f"{label}, {count} threads": count for count in counts}
+        result = self._time(dict.fromkeys(threads, bundle), threads, short, progress)
+        if result.lost:
+            raise BuildFailed(result.lost)
+        return result.rows
 
     def _score(self, result: DeviceResult, progress: Progress) -> DeviceResult:
         """`result` with `answers`. Items go to a worker one by one, so a lost host leaves those before."""
@@ -258,9 +229,7 @@ class TimedHost(Device):
             for label, items in requests.items():
                 # The last token of a request is only predicted.
                 positions = max([2, *(len(c) + len(d) - 1 for item in items for c, d in item)])
-                words = ["--interactive", "--positions", str(positions), "--threads", str(threads[label])]
-                command = self.command(self.bundles[label], words)
-                with Worker(label, command, self.options.timeout_s) as worker:
+                with self._worker(label, self.bundles[label], threads[label], positions=positions) as worker:
                     for item in items:
                         answers[label].append(worker.ask({"score": item})["scores"])
                         progress(sum(map(len, answers.values())), total, f"{label}: scored")
@@ -269,7 +238,7 @@ class TimedHost(Device):
         return result
 
 
-class Local(TimedHost):
+class Local(Host):
     """This machine: the runner is started by the Python that runs this program."""
 
     def __init__(self, bundles: Mapping[str, Path], options: BenchOptions, runner: Path = RUNNER) -> None:
@@ -281,7 +250,7 @@ class Local(TimedHost):
 
 
 @contextmanager
-def connect(address: Address, bundles: Mapping[str, Path], options: BenchOptions) -> Iterator[Local]:
+def connect(name: str, bundles: Mapping[str, Path], options: BenchOptions) -> Iterator[Local]:
     """This machine as a device; see `devices.py`."""
     yield Local(bundles, options)
 
@@ -292,22 +261,15 @@ def turns(labels: Sequence[str], repetitions: int) -> list[tuple[int, str]]:
 
 
 def group_by_memory(bundles: Mapping[str, Path], memory_bytes: int | None) -> list[list[str]]:
-    """Labels that are open at the same time; one group unless `memory_bytes` forbids it.
-
-    Bundles of equal size (the arms at one precision) stay together as long as they fit by themselves.
-    """
+    """Labels that are open at the same time: all if they fit, else those of equal size (the arms at one
+    precision), each alone where even these do not fit."""
     needed = {label: expected_memory_bytes(path) for label, path in bundles.items()}
     if memory_bytes is None or sum(needed.values()) <= memory_bytes:
         return [list(bundles)]
     groups: list[list[str]] = []
     for size in dict.fromkeys(needed.values()):
         equal = [label for label in bundles if needed[label] == size]
-        parts = [equal] if size * len(equal) <= memory_bytes else [[label] for label in equal]
-        for part in parts:
-            if groups and sum(needed[label] for label in [*groups[-1], *part]) <= memory_bytes:
-                groups[-1] += part
-            else:
-                groups.append(part)
+        groups += [equal] if size * len(equal) <= memory_bytes else [[label] for label in equal]
     return groups
 
 
@@ -317,17 +279,14 @@ def expected_memory_bytes(bundle: Path) -> int:
     Measured with SmolLM2-135M on x86: fp32 (540 MB of weights) 827 MB, int8 (267 MB) 315 MB, int4 (87 MB)
     251 MB; the factor covers weights that are in memory both as read and as repacked.
     """
-    files = list(bundle.glob("model.onnx*"))
-    if len(files) == 1:  # a bundle whose graphs share their weights
-        files += bundle.glob("onnx/*.onnx_data")
+    files = runner().graph_files(bundle / "model.onnx")
     rounded = round(sum(f.stat().st_size for f in files) / MIB)  # two arms differ by a few bytes of names
     return 256 * MIB + int(1.6 * rounded * MIB)
 
 
-def best_threads(rows: Sequence[Timing]) -> int:
-    """The count with the highest median decoding speed; of equal ones the fewest threads."""
-    speeds = {row.threads or 0: row.decode_tokens_per_s and row.decode_tokens_per_s.value for row in rows}
-    return max(speeds, key=lambda count: (speeds[count] or 0.0, -count))
+def fastest(rows: Sequence[Timing]) -> Timing:
+    """The row with the highest median decode speed; the first of equal ones."""
+    return max(rows, key=lambda row: (row.decode_tokens_per_s or Estimate(None)).value or 0.0)
 
 
 def thread_counts(physical_cores: int, logical_cpus: int) -> list[int]:

@@ -9,25 +9,33 @@ the file from the browser's storage, and a page sees neither clocks nor other pr
 from __future__ import annotations
 
 import statistics
-from collections import Counter
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from pydantic import ValidationError as SchemaError
 
 from edgedisp import __version__
 from edgedisp.bench import results
-from edgedisp.bench.bundles import PageBundle
-from edgedisp.bench.devices import BenchOptions
+from edgedisp.bench.bundles import external_files, find_graph, read_graph
+from edgedisp.bench.devices import MIB, BenchOptions
 from edgedisp.bench.interleaved_timing import turns
-from edgedisp.bench.page_server import Resource, json_resource
+from edgedisp.bench.page_server import file_resource, json_resource, page_resources
 from edgedisp.bench.system import runner
 from edgedisp.core.errors import BadInput
+from edgedisp.core.files import MANIFEST, read_json
 from edgedisp.core.progress import printable
 from edgedisp.core.results import DeviceResult, Json, Timing
 
-FORM = 1  # of the plan; the page refuses another
+FORM = 2  # of the plan; the page refuses another
+PAGE_BYTES = 150 * MIB  # of memory, for a page without weights
+CONTEXT_CAP = 4096  # of a conversation on the page; the cache of SmolLM2-135M is then 190 MB
+SETTINGS_FILES = (
+    *("config.json", "generation_config.json", "genai_config.json", "tokenizer.json"),
+    *("tokenizer_config.json", "chat_template.jinja"),
+)
 
 # Uploads
 
@@ -43,30 +51,26 @@ class _Strict(BaseModel):
 
 
 class DeviceFacts(_Strict):
-    """The browser and the phone, as the browser describes them; None: not known."""
+    """The browser and the phone, as the browser describes them; None: not known. device_memory_gb: rounded
+    and capped at 8. isolated: threads are possible, the clock has its finest steps."""
 
     user_agent: Text
     model: Text | None
     platform: Text | None
     cores: Count | None
-    device_memory_gb: Number | None  # rounded and capped at 8 by the browser
+    device_memory_gb: Number | None
     simd: bool
-    isolated: bool  # cross-origin isolated: threads are possible, and the clock has its finest steps
-    secure: bool
+    isolated: bool
     threads: Annotated[int, Field(ge=1, le=256)]
     clock_resolution_ms: Number
     runtime: Text
-    width: Count
-    height: Count
 
 
 class Loaded(_Strict):
     """A bundle that was opened. load_s: one entry for each time."""
 
     label: Text
-    load_s: Annotated[list[Number], Field(min_length=1, max_length=2000)]
-    layers: Count
-    vocab_size: Count
+    load_s: Annotated[list[Number], Field(min_length=1)]
     kv_cache_bytes_per_position: Count
 
 
@@ -76,258 +80,227 @@ class Repetition(_Strict):
     label: Text
     repetition: Count
     turn: Count
-    ttft_ms: Number
-    token_ms: Annotated[list[Number], Field(min_length=1, max_length=8192)]
-    tokens: Annotated[list[Count], Field(min_length=1, max_length=8192)]
+    ttft_ms: Annotated[float, Field(gt=0.0, le=1e9, allow_inf_nan=False)]
+    token_ms: list[Number]
+    tokens: list[Count]
     wall_s: Number
     heap_bytes: Count | None
     hidden: bool
 
 
-class _Upload(_Strict):
-    run: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]  # one page load
+class Upload(_Strict):
+    """All that a page load (`run`) has measured so far; each sending replaces the one before.
 
+    open_together: all bundles were open at the same time; else each was loaded again for its turn. answers:
+    label -> the items scored so far. done, total, note: progress. trouble: why the page could not go on.
+    """
 
-class Figures(_Upload):
-    """All that was measured so far; each sending replaces the one before."""
-
-    kind: Literal["figures"]
+    run: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
     complete: bool
-    open_together: bool  # all bundles were open at the same time; else each was loaded again for its turn
-    device: DeviceFacts
-    loaded: Annotated[list[Loaded], Field(max_length=64)]
-    repetitions: Annotated[list[Repetition], Field(max_length=2000)]
-
-
-class Scores(_Upload):
-    """Answers to some items that were to be scored. first: index of the first among the bundle's items."""
-
-    kind: Literal["scores"]
-    label: Text
-    first: Count
-    answers: Annotated[list[Annotated[list[Score], Field(max_length=1000)]], Field(max_length=100)]
-
-
-class Step(_Upload):
-    """A line of progress."""
-
-    kind: Literal["step"]
+    open_together: bool
+    device: DeviceFacts | None
+    loaded: list[Loaded]
+    repetitions: list[Repetition]
+    answers: dict[Text, list[list[Score]]]
     done: Count
     total: Count
     note: Text
-
-
-class Trouble(_Upload):
-    """The page could not go on."""
-
-    kind: Literal["trouble"]
-    message: Text
-
-
-Upload = Figures | Scores | Step | Trouble
-UPLOAD: TypeAdapter[Upload] = TypeAdapter(Annotated[Upload, Field(discriminator="kind")])
+    trouble: Text | None
 
 
 # The plan
 
 
 @dataclass(frozen=True)
-class PagePlan:
-    """Bundles and options of one serving. `options.threads` None: the page's own choice, 1 unless changed.
+class PageBundle:
+    """One bundle as plan.json has it; nothing but `files` can be fetched.
 
-    Raises BadInput where the prompt and the new tokens do not fit into a bundle's context.
+    graph: such as `onnx/model_q4.onnx`. external: its weight files, as the graph names them. context: most
+    tokens of prompt and answer. unfolded_bytes: what weights take that become fp32 when the graph is opened.
+    packed: products unpack their weights at every token in WebAssembly. requests: address and number of the
+    items to score.
     """
 
-    bundles: tuple[PageBundle, ...]
-    options: BenchOptions
+    label: str
+    graph: str
+    external: list[str]
+    context: int
+    files: dict[str, Json]
+    weights_bytes: int
+    download_bytes: int
+    expected_memory_bytes: int
+    unfolded_bytes: int
+    packed: bool
+    prompt_ids: list[int]
+    requests: Json | None
 
-    def __post_init__(self) -> None:
-        needed = self.options.prompt + self.options.generate
-        for bundle in self.bundles:
-            if needed > bundle.context:
-                raise BadInput(
-                    f"{bundle.folder}: the run needs {needed} positions, its context is {bundle.context}; "
-                    "ask for less with --prompt and --generate"
-                )
 
-    def order(self) -> list[tuple[int, str]]:
-        """(repetition, label) of every turn."""
-        return turns([bundle.label for bundle in self.bundles], self.options.repetitions)
+class PagePlan:
+    """Bundles (label -> folder) and options of one serving, and `resources`: all that the page may fetch.
 
-    def resources(self) -> dict[str, Resource]:
-        """The plan, the items to score and the bundles' files, by address."""
-        resources: dict[str, Resource] = {}
-        bundles = []
-        for index, bundle in enumerate(self.bundles):
-            requests, urls = None, {name: f"bundle/{index}/{name}" for name in bundle.files}
-            if items := self.options.requests.get(bundle.label):
-                requests = {"url": f"requests/{index}.json", "items": len(items)}
-                resources[f"requests/{index}.json"] = json_resource(items)
-            resources |= {urls[name]: file for name, file in bundle.files.items()}
-            prompt = runner().prompt_ids(bundle.vocab_size, self.options.prompt, self.options.seed)
-            bundles.append(
-                {
-                    **{key: getattr(bundle, key) for key in ("label", "graph", "external", "context")},
-                    "files": {
-                        name: {"url": urls[name], "size_bytes": file.size_bytes, "sha256": file.tag}
-                        for name, file in bundle.files.items()
-                    },
-                    "download_bytes": bundle.download_bytes,
-                    "expected_memory_bytes": bundle.expected_memory_bytes,
-                    "prompt_ids": prompt[0].tolist(),
-                    "requests": requests,
-                }
-            )
+    `options.threads` None is the page's own choice, 1 unless changed. Raises BadInput for a folder that the
+    page cannot use or whose context is too short, and without the page's libraries.
+    """
+
+    def __init__(self, folders: Mapping[str, Path], options: BenchOptions) -> None:
+        self.folders, self.options = folders, options
+        self.order = turns([*folders], options.repetitions)  # (repetition, label) of every turn
+        self.resources = page_resources()
+        self.bundles = {label: self._bundle(f"{index}", label) for index, label in enumerate(folders)}
         names = ("prompt", "generate", "threads", "seed", "warmup", "repetitions", "pause_s")
         plan = {
             "form": FORM,
             "edgedisp": __version__,
-            "options": {name: getattr(self.options, name) for name in names},
-            "turns": self.order(),
-            "memory_bytes": self.options.memory_bytes,
-            "bundles": bundles,
+            "options": {name: getattr(options, name) for name in names},
+            "turns": self.order,
+            "memory_bytes": options.memory_bytes,
+            "bundles": [asdict(bundle) for bundle in self.bundles.values()],
         }
-        return {"plan.json": json_resource(plan), **resources}
+        self.resources["plan.json"] = json_resource(plan)
+
+    def _bundle(self, index: str, label: str) -> PageBundle:
+        """Read a bundle; its files and items join the resources."""
+        folder, options = self.folders[label], self.options
+        config, genai = (read_json(folder / name) for name in ("config.json", "genai_config.json"))
+        genai = genai.get("model", {})
+        preferred = folder / "onnx" / f"model_{config.get('transformers.js_config', {}).get('dtype')}.onnx"
+        graph = preferred if preferred.is_file() else find_graph(folder, for_browser=True)
+        model = read_graph(graph)
+        needed = options.prompt + options.generate
+        contexts = _sizes(genai.get("context_length"), config.get("max_position_embeddings"))
+        context = min([CONTEXT_CAP, *contexts])
+        if needed > context:
+            raise BadInput(
+                f"{folder}: the run needs {needed} positions, its context is {context}; ask for less with "
+                "--prompt and --generate"
+            )
+        shapes = [out.type.tensor_type.shape for out in model.graph.output if out.name == "logits"]
+        logits = [shape.dim[-1].dim_value for shape in shapes]
+        sizes = _sizes(*logits, genai.get("vocab_size"), config.get("vocab_size"))
+        if not sizes:
+            raise BadInput(f"{folder}: neither the graph nor its configuration has the vocabulary's size")
+        external = external_files(model)
+        weights = [graph, *(graph.parent / name for name in external)]
+        settings = [folder / name for name in SETTINGS_FILES if (folder / name).is_file()]
+        files: dict[str, Json] = {}
+        for path in [*weights, *settings]:
+            name, file = path.relative_to(folder).as_posix(), file_resource(path, folder)
+            files[name] = {"url": f"bundle/{index}/{name}", "size_bytes": file.size_bytes, "sha256": file.tag}
+            self.resources[files[name]["url"]] = file
+        requests = None
+        if items := options.requests.get(label):
+            requests = {"url": f"requests/{index}.json", "items": len(items)}
+            self.resources[f"requests/{index}.json"] = json_resource(items)
+        weights_bytes = sum(path.stat().st_size for path in weights)
+        layouts = read_json(folder / MANIFEST).get("layouts", {})
+        unfolded = int(layouts.get("transformers.js", {}).get("unfolded_bytes", 0))
+        return PageBundle(
+            label=label,
+            graph=graph.relative_to(folder).as_posix(),
+            external=external,
+            context=context,
+            files=files,
+            weights_bytes=weights_bytes,
+            download_bytes=sum(file["size_bytes"] for file in files.values()),
+            # Measured with SmolLM2-135M in Chromium 156 (resident size of the renderer): int4 as MatMulNBits
+            # (86 MB) 616 MB, fp32 (540 MB) 1,608 MB.
+            expected_memory_bytes=max(350 * MIB + int(2.3 * weights_bytes), PAGE_BYTES + unfolded),
+            unfolded_bytes=unfolded,
+            packed=any(node.op_type == "MatMulNBits" for node in model.graph.node),
+            prompt_ids=runner().prompt_ids(sizes[0], options.prompt, options.seed)[0].tolist(),
+            requests=requests,
+        )
 
     def read_upload(self, body: bytes) -> Upload:
         """An upload that fits the schema and this plan. Raises ValueError that says what does not."""
         try:
-            upload = UPLOAD.validate_json(body)
+            upload = Upload.model_validate_json(body)
         except SchemaError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}") from None
-        if fault := self.fault(upload):
-            raise ValueError(fault)
+        timed, generate, requests = upload.repetitions, self.options.generate, self.options.requests
+        turns = [(turn, *entry) for turn, entry in enumerate(self.order)]
+        if [(entry.turn, entry.repetition, entry.label) for entry in timed] != turns[: len(timed)]:
+            raise ValueError("the turns are not the plan's")
+        if any(len(entry.tokens) != generate or len(entry.token_ms) != generate - 1 for entry in timed):
+            raise ValueError(f"a turn has not {generate} tokens")
+        if any(sum(entry.token_ms) <= 0.0 for entry in timed):
+            raise ValueError("a turn took no time")
+        loaded, used = [entry.label for entry in upload.loaded], {entry.label for entry in timed}
+        if len({*loaded}) < len(loaded) or not used <= {*loaded} <= {*self.bundles}:
+            raise ValueError("the bundles that were loaded are not the plan's")
+        for label, answers in upload.answers.items():
+            items = requests.get(label, ())
+            if [len(answer) for answer in answers] != [len(item) for item in items[: len(answers)]]:
+                raise ValueError("scores that do not answer the items to score")
+        answered = all(len(upload.answers.get(label, ())) == len(items) for label, items in requests.items())
+        if upload.complete and not (answered and len(timed) == len(turns)):
+            raise ValueError("complete, but something is missing")
+        if timed and upload.device is None:
+            raise ValueError("figures without a device")
         return upload
 
-    def fault(self, upload: Upload) -> str | None:
-        """What is wrong with an upload that fits the schema but not this plan; None if nothing is."""
-        if isinstance(upload, Scores):
-            items = self.options.requests.get(upload.label, ())
-            if upload.first + len(upload.answers) > len(items):
-                return "scores of items that were not asked for"
-            sizes = map(len, items[upload.first : upload.first + len(upload.answers)])
-            if list(sizes) != [len(answer) for answer in upload.answers]:
-                return "an item has more or fewer scores than it has requests"
-        if not isinstance(upload, Figures):
-            return None
-        order, generate = self.order(), self.options.generate
-        for turn, timed in enumerate(upload.repetitions):
-            if turn >= len(order) or (timed.repetition, timed.label) != order[turn] or timed.turn != turn:
-                return f"turn {turn} is not the plan's"
-            if len(timed.token_ms) != generate - 1 or len(timed.tokens) != generate:
-                return f"turn {turn} has not {generate} tokens"
-            if timed.ttft_ms <= 0.0 or sum(timed.token_ms) <= 0.0:
-                return f"turn {turn} took no time"
-        loaded = [bundle.label for bundle in upload.loaded]
-        if len(set(loaded)) != len(loaded) or not set(loaded) <= {bundle.label for bundle in self.bundles}:
-            return "loaded names other bundles than the plan, or one twice"
-        if not {timed.label for timed in upload.repetitions} <= set(loaded):
-            return "a bundle was timed that was not loaded"
-        if upload.complete and len(upload.repetitions) != len(order):
-            return "complete, but turns are missing"
-        return None
+
+def _sizes(*values: Any) -> list[int]:
+    return [value for value in values if isinstance(value, int) and value > 0]
 
 
-class PageRun:
-    """What one page load has sent so far. sensors: turn -> readings of the machine after it."""
+# Results
 
-    def __init__(self, plan: PagePlan) -> None:
-        self.plan = plan
-        self.figures: Figures | None = None
-        self.answers: dict[str, list[Any]] = {label: [] for label in plan.options.requests}
-        self.sensors: dict[int, Json] = {}
 
-    def add(self, upload: Figures | Scores) -> None:
-        """Figures replace those before. Scores may be sent again, and those after a gap are left out."""
-        if isinstance(upload, Figures):
-            self.figures = upload
-            return
-        answers = self.answers.get(upload.label)
-        if answers is not None and upload.first <= len(answers):
-            answers += upload.answers[len(answers) - upload.first :]
-
-    @property
-    def turns(self) -> int:
-        """How many turns were timed."""
-        return len(self.figures.repetitions) if self.figures else 0
-
-    @property
-    def complete(self) -> bool:
-        """Whether every turn was timed and every item is answered."""
-        requests = self.plan.options.requests
-        answered = all(len(self.answers[label]) == len(items) for label, items in requests.items())
-        return self.figures is not None and self.figures.complete and answered
-
-    def result(self, device: str) -> DeviceResult:
-        """The result of the figures and answers so far; there must be figures."""
-        plan, figures = self.plan, self.figures
-        if figures is None:
-            raise ValueError("no figures")
-        timed = [_timed(plan, turn) | self.sensors.get(turn.turn, {}) for turn in figures.repetitions]
-        bundles = {bundle.label: bundle for bundle in plan.bundles}
-        loaded = {entry.label: entry for entry in figures.loaded}
-        graphs = {
-            label: (bundle.folder / bundle.graph, _facts(plan, figures.device, bundle, loaded[label]))
-            for label, bundle in bundles.items()
-            if label in loaded
+def page_result(
+    plan: PagePlan, upload: Upload, name: str, sensors: Mapping[int, Json] | None = None
+) -> DeviceResult:
+    """The result of an upload with at least one turn. sensors: turn -> readings of the machine after it."""
+    device, bundles, options = upload.device, plan.bundles, plan.options
+    if device is None:
+        raise ValueError("no figures")
+    graphs = {}
+    for loaded in upload.loaded:
+        bundle = bundles[loaded.label]
+        facts = {
+            **loaded.model_dump(),
+            "prompt": options.prompt,
+            "generate": options.generate,
+            "threads": device.threads,
+            "load_s": statistics.median(loaded.load_s),
+            "weights_bytes": bundle.weights_bytes,
         }
-        result = results.device_result(device, _machine(figures.device), timed, graphs, plan.options)
-        hidden = Counter(turn["label"] for turn in timed if turn["hidden"])
-        rows = [_row(row, bundles[row.label], hidden[row.label]) for row in result.rows]
-        groups = [[*bundles]] if figures.open_together else [[label] for label in bundles]
-        options = {**result.options, "groups": groups}
-        return replace(result, rows=rows, options=options, answers=self.answers)
-
-
-def _machine(device: DeviceFacts) -> Json:
-    """The keys of the runner's description, as far as a page knows them, and `browser`."""
-    cores = device.cores or device.threads
-    return {
-        **dict.fromkeys(("architecture", "memory_bytes", "memory_available_bytes")),
+        graphs[loaded.label] = plan.folders[loaded.label] / bundle.graph, facts
+    timed = [
+        {
+            **entry.model_dump(exclude={"heap_bytes"}),
+            "prefill_tokens_per_s": options.prompt / entry.ttft_ms * 1000.0,
+            "decode_tokens_per_s": len(entry.token_ms) / sum(entry.token_ms) * 1000.0,
+            "peak_memory_bytes": entry.heap_bytes,
+            **(sensors or {}).get(entry.turn, {}),
+        }
+        for entry in upload.repetitions
+    ]
+    machine = {
         "cpu": device.model,
-        "features": [],
-        "physical_cores": cores,
-        "logical_cpus": cores,
+        "physical_cores": device.cores or device.threads,
+        "logical_cpus": device.cores or device.threads,
         "system": device.platform,
         "browser": device.model_dump(),
     }
+    result = results.device_result(name, machine, timed, graphs, options)
+    rows = [_row(row, bundles[row.label], timed) for row in result.rows]
+    groups = [[*bundles]] if upload.open_together else [[label] for label in bundles]
+    settings = {**result.options, "groups": groups}
+    return replace(result, rows=rows, options=settings, answers=dict(upload.answers))
 
 
-def _timed(plan: PagePlan, repetition: Repetition) -> Json:
-    """One repetition as the runner gives it: with speeds, and None for what a page does not see."""
-    unknown = ("cpu_s", "load_average_1m", "clock_mhz", "temperature_c", "other_cpus")
-    return {
-        **repetition.model_dump(exclude={"heap_bytes"}),
-        **dict.fromkeys(unknown),
-        "prefill_tokens_per_s": plan.options.prompt / repetition.ttft_ms * 1000.0,
-        "decode_tokens_per_s": len(repetition.token_ms) / sum(repetition.token_ms) * 1000.0,
-        "peak_memory_bytes": repetition.heap_bytes,
-    }
-
-
-def _facts(plan: PagePlan, device: DeviceFacts, bundle: PageBundle, loaded: Loaded) -> Json:
-    """The facts of a bundle as the runner gives them."""
-    return {
-        "prompt": plan.options.prompt,
-        "generate": plan.options.generate,
-        "threads": device.threads,
-        "weights_bytes": bundle.weights_bytes,
-        "load_s": statistics.median(loaded.load_s),
-        **loaded.model_dump(include=set(results.SHAPE)),
-    }
-
-
-def _row(row: Timing, bundle: PageBundle, hidden: int) -> Timing:
-    """The row with what only a page has. hidden: repetitions in the background."""
+def _row(row: Timing, bundle: PageBundle, timed: list[Json]) -> Timing:
+    """The row with what only a page has."""
     warnings = [*row.warnings]
-    if bundle.unfolded:  # the graph does not hold the sizes of what is read
+    if bundle.unfolded_bytes:  # the graph does not hold the sizes of what is read
         row = replace(row, bytes_read_per_token=None, bandwidth_gb_per_s=None)
     if bundle.packed:
         warnings.append(
             "packed weights are unpacked at every token in WebAssembly, which is slow; `edgedisp export "
             "--target browser` makes a bundle that unpacks them once, at load"
         )
-    if hidden:
+    if hidden := sum(turn["hidden"] for turn in timed if turn["label"] == row.label):
         warnings.append(f"the page was in the background during {hidden} repetitions")
     return replace(row, download_bytes=bundle.download_bytes, warnings=tuple(warnings))

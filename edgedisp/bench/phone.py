@@ -16,8 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgedisp.bench.page_protocol import Figures, PagePlan, PageRun, Step, Trouble, Upload
-from edgedisp.bench.page_server import PageServer, page_resources
+from edgedisp.bench.page_protocol import PagePlan, Upload, page_result
+from edgedisp.bench.page_server import PageServer
 from edgedisp.core.errors import BadInput
 from edgedisp.core.results import DeviceResult
 
@@ -27,84 +27,75 @@ GRACE_S = 0.5  # what a phone sent in the last moment
 
 
 @dataclass(frozen=True)
-class ServeOptions:
-    """host: None finds this machine's address. once: end after the first complete result."""
+class PhoneOptions:
+    """host: None finds this machine's address. once: end after the first complete result.
+
+    out: every result is written to this JSON file. report: results join the reports of the bundles' runs.
+    as_json: one line of JSON at the end instead of tables.
+    """
 
     host: str | None = None
     port: int = PORT
     https: bool = False
     once: bool = False
+    out: Path | None = None
+    report: bool = True
+    as_json: bool = False
 
 
 def serve(
     plan: PagePlan,
-    web: Path,
-    options: ServeOptions,
-    *,
+    options: PhoneOptions,
     note: Callable[[str], None],
     arrived: Callable[[str, DeviceResult], None],
-) -> dict[str, DeviceResult]:
-    """Serve until Ctrl-C, or until the first complete result; page load -> result, in order of arrival.
+) -> None:
+    """Serve until Ctrl-C, or until the first complete result.
 
-    `web` is export/web. `note` takes lines for people, `arrived` each complete result. Raises BadInput for a
-    host or port that cannot be used, and without the extra [phone] or the page's libraries.
+    arrived: takes (page load, result), of a complete result at once, at the end of those that phones have not
+    completed. note: takes lines for people. Raises BadInput for a host or port that cannot be used.
     """
     if options.host in ("0.0.0.0", "::"):
         raise BadInput(
             f"--host {options.host}: stands for every address of this machine, and a phone cannot open it; "
             f"name one, or leave --host away ({local_address()})"
         )
+    runs: dict[str, Upload] = {}  # by page load
+    handled: set[str] = set()
     host = options.host or local_address()
-    results = PhoneResults(plan, note, arrived)
-    resources = {**page_resources(web), **plan.resources()}
-    with PageServer(resources, plan.read_upload, note, host, options.port, options.https) as server:
-        note(invitation(server.address, server.fingerprint))
-        with suppress(KeyboardInterrupt):
-            while not (options.once and results.complete):
+    with PageServer(plan.resources, plan.read_upload, note, host, options.port, options.https) as server:
+        note(invitation(server.url, server.fingerprint))
+        with suppress(KeyboardInterrupt):  # also of what is done with a result, which is then done below
+            while not (options.once and handled):
                 with suppress(queue.Empty):  # a wait without end cannot be interrupted on Windows
-                    results.add(*server.received.get(timeout=1.0))
+                    upload = receive(server, runs, timeout_s=1.0)
+                    if upload.complete and upload.run not in handled:
+                        arrived(upload.run, _result(plan, upload))
+                        handled.add(upload.run)
         time.sleep(GRACE_S)
         while not server.received.empty():
-            results.add(*server.received.get())
-    return results.all()
+            receive(server, runs)
+    for name, upload in runs.items():
+        if upload.repetitions and name not in handled:
+            arrived(name, _result(plan, upload))
 
 
-class PhoneResults:
-    """What has been received, by page load."""
+def receive(server: PageServer, runs: dict[str, Upload], timeout_s: float = 0.0) -> Upload:
+    """The next upload, which replaces the one before of its run. Raises queue.Empty."""
+    upload: Upload
+    upload, client = server.received.get(timeout=timeout_s)
+    if upload.trouble:
+        server.note(f"{client}: could not go on: {upload.trouble}")
+    elif upload.run not in runs or upload.note != runs[upload.run].note:
+        server.note(f"{client}: {upload.done}/{upload.total} {upload.note}")
+    if upload.run in runs or len(runs) < MOST_RUNS:
+        runs[upload.run] = upload
+    return upload
 
-    def __init__(
-        self, plan: PagePlan, note: Callable[[str], None], arrived: Callable[[str, DeviceResult], None]
-    ) -> None:
-        self.plan, self.note, self.arrived = plan, note, arrived
-        self.runs: dict[str, PageRun] = {}
-        self.complete: set[str] = set()
 
-    def add(self, upload: Upload, client: str) -> None:
-        """Keep figures and scores, note the rest. Scores of a page that sent no figures are ignored."""
-        name = upload.run
-        if isinstance(upload, Step):
-            self.note(f"{client}: {upload.done}/{upload.total} {upload.note}")
-        elif isinstance(upload, Trouble):
-            self.note(f"{client}: could not go on: {upload.message}")
-        elif name in self.runs:
-            self.runs[name].add(upload)
-        elif len(self.runs) >= MOST_RUNS:
-            self.note(f"{client}: not kept, there are {MOST_RUNS} results already")
-        elif isinstance(upload, Figures):
-            self.runs[name] = PageRun(self.plan)
-            self.runs[name].add(upload)
-        if name in self.runs and self.runs[name].complete and name not in self.complete:
-            self.complete.add(name)
-            self.arrived(name, self._result(name))
-
-    def all(self) -> dict[str, DeviceResult]:
-        """Every result with at least one timed turn."""
-        return {name: self._result(name) for name, run in self.runs.items() if run.turns}
-
-    def _result(self, name: str) -> DeviceResult:
-        result = self.runs[name].result("phone")
-        lost = None if name in self.complete else "the phone has not sent the rest"
-        return replace(result, device=" ".join(filter(None, ("phone", result.machine["cpu"]))), lost=lost)
+def _result(plan: PagePlan, upload: Upload) -> DeviceResult:
+    result = page_result(plan, upload, "phone")
+    name = f"phone {result.machine['cpu']}" if result.machine["cpu"] else "phone"
+    return replace(result, device=name, lost=None if upload.complete else "the phone has not sent the rest")
 
 
 def local_address() -> str:
@@ -117,16 +108,16 @@ def local_address() -> str:
             return "127.0.0.1"
 
 
-def invitation(address: str, fingerprint: str = "") -> str:
+def invitation(url: str, fingerprint: str = "") -> str:
     """The address with its QR code, and what to do with it. BadInput where the package `segno` is missing."""
     try:
         import segno
     except ModuleNotFoundError as error:
         raise BadInput('phone needs segno for the QR code: pip install "edgedisp[phone]"') from error
     qr_code = io.StringIO()
-    segno.make(address, error="l").terminal(qr_code, border=2, compact=True)
-    lines = [qr_code.getvalue().rstrip("\n"), "", f"Open on the phone, in the same network: {address}"]
-    if "//127." in address:
+    segno.make(url, error="l").terminal(qr_code, border=2, compact=True)
+    lines = [qr_code.getvalue().rstrip("\n"), "", f"Open on the phone, in the same network: {url}"]
+    if "//127." in url:
         lines.append("This address is this machine's own; name one that the phone can reach with --host.")
     if fingerprint:
         lines.append("The browser will warn of the certificate, which nobody has signed. Its SHA-256 is")

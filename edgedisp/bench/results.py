@@ -1,9 +1,8 @@
 """From timed repetitions to a device's result: a row for each bundle, a comparison for each pair of twins.
 
 Timings on a busy machine have long tails, so nothing here assumes a normal distribution. The interval of a
-median comes from order statistics: the k-th smallest and the k-th largest of n values enclose the true median
-with a probability that depends on n and k alone. Five values cannot do better than smallest to largest,
-93.75 %. Drift is Theil and Sen's, the median of all pairwise slopes, which one bad value cannot move.
+median comes from order statistics: the k-th smallest and k-th largest of n values enclose the true median
+with a probability that depends on n and k alone; for five values at most 93.75 %. Drift is Theil and Sen's.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,9 @@ import numpy as np
 
 from edgedisp.bench.bundles import graph_hash, read_graph, weight_traffic
 from edgedisp.bench.devices import BenchOptions
-from edgedisp.bench.system import FAST_ON_ARM, FAST_ON_X86
 from edgedisp.core.errors import BadInput
 from edgedisp.core.results import BASELINE, DeviceResult, Estimate, Json, Timing
 
-SHAPE = ("layers", "vocab_size", "kv_cache_bytes_per_position")  # of models whose bits can be compared
 LEVEL = 0.95
 LEAST_COVERAGE = 0.9  # below it (four values or fewer) no difference between bundles is called real
 FEWEST_REPETITIONS = 5  # with fewer, no interval of the median reaches LEAST_COVERAGE
@@ -66,12 +62,6 @@ def drift_percent(values: Sequence[float]) -> float | None:
     return 100.0 * statistics.median(slopes) * (len(values) - 1) / middle if middle else None
 
 
-def clock_drop_percent(repetitions: Sequence[Mapping[str, Any]]) -> float | None:
-    """By how much the clock after the last repetition is below the first's; None where it is not known."""
-    first, last = repetitions[0].get("clock_mhz"), repetitions[-1].get("clock_mhz")
-    return None if not first or last is None else 100.0 * (first - last) / first
-
-
 def compare_speeds(a: Sequence[float], b: Sequence[float]) -> Json:
     """Ratio b / a of figures timed in turns: {ratio, low, high, coverage, differs}.
 
@@ -91,34 +81,30 @@ def device_result(
     device: str,
     machine: Json,
     turns: Sequence[Json],
-    bundles: Mapping[str, tuple[Path, Mapping[str, Any]]],
+    bundles: Mapping[str, tuple[Path, Json]],
     options: BenchOptions,
 ) -> DeviceResult:
     """The result of a device from its timed repetitions, `turns`, in the order of timing.
 
     bundles: label -> (graph file that was timed, facts as the runner gives them). A bundle without a turn has
-    no row, and a pair without turns of both no comparison.
+    no row. Labels `baseline/X` and `OTHER/X` are compared as twins, where both were timed.
     """
     by_label = {label: [turn for turn in turns if turn["label"] == label] for label in bundles}
     timed = {label: repetitions for label, repetitions in by_label.items() if repetitions}
     rows = [_timing(label, *bundles[label], repetitions, machine) for label, repetitions in timed.items()]
-    shapes = {label: [facts[name] for name in SHAPE] for label, (_, facts) in bundles.items()}
-    for index, row in enumerate(rows):
-        alike = [other for other in rows if shapes[other.label] == shapes[row.label]]
-        cause = slow_causes(row, clock_drop_percent(timed[row.label]), machine)
-        rows[index] = replace(row, warnings=(*row.warnings, *slower_with_fewer_bits(row, alike, cause)))
     few = f"{options.repetitions} repetitions are too few to tell a difference from chance; "
+    graphs = {label: graph for label, (graph, _) in bundles.items()}
     return DeviceResult(
         device,
         machine,
         rows,
-        [compare_twins(a, b, bundles, timed) for a, b in options.pairs if {a, b} <= timed.keys()],
+        [compare_twins(pair, graphs, timed) for pair in twin_pairs([*timed])],
         load_average={
             "before": machine.get("load_average_1m"),
-            "after": turns[-1]["load_average_1m"] if turns else None,
+            "after": turns[-1].get("load_average_1m") if turns else None,
         },
-        clock_mhz=_range(turn["clock_mhz"] for turn in turns),
-        temperature_c=_range(turn["temperature_c"] for turn in turns),
+        clock_mhz=_range(turn.get("clock_mhz") for turn in turns),
+        temperature_c=_range(turn.get("temperature_c") for turn in turns),
         warnings=(f"{few}{FEWEST_REPETITIONS} or more can",) * (options.repetitions < FEWEST_REPETITIONS),
         options={name: getattr(options, name) for name in ("seed", "warmup", "pause_s")},
         repetitions=list(turns),
@@ -130,33 +116,27 @@ def _range(values: Iterable[float | None]) -> tuple[float, float] | None:
     return (min(numbers), max(numbers)) if numbers else None
 
 
-def _timing(
-    label: str, graph: Path, facts: Mapping[str, Any], repetitions: Sequence[Json], machine: Json
-) -> Timing:
+def _timing(label: str, graph: Path, facts: Json, repetitions: Sequence[Json], machine: Json) -> Timing:
     """One bundle's medians with their intervals, memory, traffic and warnings."""
-
-    def estimate(name: str) -> Estimate:
-        return Estimate(*median_interval([r[name] for r in repetitions]))
-
-    token_ms = [t for r in repetitions for t in r["token_ms"]]
-    bytes_per_token, weight_bits = weight_traffic(read_graph(graph))
+    figures: dict[str, Any] = {
+        name: Estimate(*median_interval([repetition[name] for repetition in repetitions]))
+        for name in ("ttft_ms", "prefill_tokens_per_s", "decode_tokens_per_s")
+    }
+    token_ms = [time for repetition in repetitions for time in repetition["token_ms"]]
     positions = facts["prompt"] + facts["generate"] / 2  # mean of cached positions that a token attends to
-    read = bytes_per_token + int(facts["kv_cache_bytes_per_position"] * positions)
-    decode = [r["decode_tokens_per_s"] for r in repetitions]
+    read = weight_traffic(read_graph(graph)) + int(facts["kv_cache_bytes_per_position"] * positions)
+    decode = [repetition["decode_tokens_per_s"] for repetition in repetitions]
     drift = drift_percent(decode)
     return Timing(
         label,
         **{name: facts[name] for name in ("threads", "prompt", "generate", "load_s", "weights_bytes")},
+        **figures,
         repetitions=len(repetitions),
-        ttft_ms=estimate("ttft_ms"),
-        prefill_tokens_per_s=estimate("prefill_tokens_per_s"),
-        decode_tokens_per_s=estimate("decode_tokens_per_s"),
         token_ms_p50=float(np.percentile(token_ms, 50)),
         token_ms_p90=float(np.percentile(token_ms, 90)),
         peak_memory_bytes=repetitions[-1]["peak_memory_bytes"],
         bytes_read_per_token=read,
         bandwidth_gb_per_s=read * statistics.median(decode) / 1e9,
-        weight_bits=weight_bits,
         drift_percent=drift,
         warnings=tuple(_warnings(facts["threads"], drift, repetitions, machine)),
     )
@@ -165,53 +145,17 @@ def _timing(
 def _warnings(threads: int, drift: float | None, repetitions: Sequence[Json], machine: Json) -> Iterator[str]:
     if machine.get("logical_cpus") and threads > machine["logical_cpus"]:
         yield f"{threads} threads on {machine['physical_cores']} cores: those that wait stop the others"
-    drop = clock_drop_percent(repetitions)
-    if drop is not None and drop > NOTABLE_DRIFT_PERCENT:
+    first, last = (repetitions[index].get("clock_mhz") for index in (0, -1))
+    drop = 100.0 * (first - last) / first if first and last else 0.0
+    if drop > NOTABLE_DRIFT_PERCENT:
         yield f"the clock fell by {drop:.0f} % from the first to the last repetition"
     if drift is not None and abs(drift) > NOTABLE_DRIFT_PERCENT:
         yield f"decode speed drifted by {drift:+.0f} % from the first to the last repetition"
-    busy = [r["other_cpus"] for r in repetitions if r["other_cpus"] is not None]
+    busy = [r["other_cpus"] for r in repetitions if r.get("other_cpus") is not None]
     if busy and statistics.median(busy) > NOTABLE_OTHER_CPUS:
         yield f"other processes kept {statistics.median(busy):.1f} CPUs busy meanwhile"
     if any(r["tokens"] != repetitions[0]["tokens"] for r in repetitions):
         yield "repetitions gave different tokens from the same prompt"
-
-
-def slower_with_fewer_bits(row: Timing, rows: Sequence[Timing], cause: str) -> Iterator[str]:
-    """Warnings for rows of the same architecture with more bits that decode faster than `row`.
-
-    Only intervals that do not touch count.
-    """
-    for other in rows:
-        slow, fast = row.decode_tokens_per_s, other.decode_tokens_per_s
-        if not (slow and fast and row.weight_bits and other.weight_bits):
-            continue
-        if row.weight_bits < other.weight_bits and (slow.high or 0) < (fast.low or 0):
-            yield (
-                f"{row.weight_bits}-bit weights decode slower than the {other.weight_bits}-bit ones of "
-                f"{other.label} ({slow.value:.1f} against {fast.value:.1f} tokens/s): {cause}"
-            )
-
-
-def slow_causes(row: Timing, clock_drop: float | None, machine: Mapping[str, Any]) -> str:
-    """Why `row` may be slower than a bundle with more bits, as far as it is known: the end of a sentence."""
-    causes = []
-    features = set(machine.get("features") or ())
-    if features and not features & (FAST_ON_X86 | FAST_ON_ARM):
-        lacking = "dotprod nor i8mm" if "asimd" in features else "avx512_vnni nor avx_vnni (VNNI)"
-        causes.append(f"kernel missing: this CPU has neither {lacking}, so 8-bit products take several steps")
-    cores = machine.get("physical_cores")
-    if row.threads and cores and row.threads != cores:
-        few = "too few threads" if row.threads < cores else "too many threads"
-        causes.append(f"{few}: {row.threads} on {cores} cores (`--threads sweep` finds the best count)")
-    if clock_drop is not None and clock_drop > NOTABLE_DRIFT_PERCENT:
-        causes.append(f"throttling: the clock fell by {clock_drop:.0f} %")
-    elif row.drift_percent is not None and row.drift_percent < -NOTABLE_DRIFT_PERCENT:
-        slowed = -row.drift_percent
-        causes.append(f"throttling is likely: decode slowed down by {slowed:.0f} % over the repetitions")
-    return "; ".join(causes) or (
-        "look for a missing kernel (`edgedisp doctor` lists CPU features), too few threads or throttling"
-    )
 
 
 def label_bundles(folders: Sequence[Path], reserved: Collection[str] = ()) -> dict[str, Path]:
@@ -230,18 +174,15 @@ def twin_pairs(labels: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 
 def compare_twins(
-    baseline: str,
-    candidate: str,
-    bundles: Mapping[str, tuple[Path, Mapping[str, Any]]],
-    turns: Mapping[str, Sequence[Json]],
+    pair: tuple[str, str], graphs: Mapping[str, Path], turns: Mapping[str, Sequence[Json]]
 ) -> Json:
     """Two bundles that ought to be one graph: are they, and do their speeds differ?
 
     Training changes values, not the graph, so a difference in speed is a fault of the measurement.
     """
-    same = graph_hash(bundles[baseline][0]) == graph_hash(bundles[candidate][0])
-    speeds = [[r["decode_tokens_per_s"] for r in turns[label]] for label in (baseline, candidate)]
-    decode = compare_speeds(*speeds)
+    baseline, candidate = pair
+    same = graph_hash(graphs[baseline]) == graph_hash(graphs[candidate])
+    decode = compare_speeds(*([turn["decode_tokens_per_s"] for turn in turns[label]] for label in pair))
     fault = None
     if not same:
         fault = f"{baseline} and {candidate} have different graphs, so they are no twins"

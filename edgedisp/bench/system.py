@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import platform
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -32,7 +30,6 @@ FAST_ON_ARM = {"asimddp", "i8mm"}
 BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 BF16_CAPABILITY = 8.0  # Ampere; what is older computes bfloat16 in float32
 GIB = 1 << 30
-DISK_NEEDED = 5 * GIB  # two arms of a 135M model: weights, checkpoints with optimizer states, six bundles
 MEMORY_NEEDED = 6 * GIB  # fp32 weights, gradients and AdamW states of 135M, activations of 4 x 256 tokens
 
 Row = dict[str, str]
@@ -78,115 +75,65 @@ def multiplies_bf16() -> bool:
     return bool(BF16_FEATURES & set(runner().cpu()["features"]))
 
 
+@cache
 def gpu_capability() -> float | None:
     """CUDA compute capability of the least GPU that this process and its torch can use; None without one."""
     program = shutil.which("nvidia-smi")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
     if program is None or hidden or "+cpu" in (installed_version("torch") or "+cpu"):
         return None
-    return min(_capabilities(program), default=None)
-
-
-@cache
-def _capabilities(program: str) -> tuple[float, ...]:
-    """What the driver says of each card."""
     command = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    if result.returncode:
-        return ()
-    return tuple(float(line) for line in result.stdout.split() if re.fullmatch(r"\d+\.\d+", line))
+    lines = [] if result.returncode else result.stdout.split()
+    return min((float(line) for line in lines if re.fullmatch(r"\d+\.\d+", line)), default=None)
 
 
-def doctor(folders: Mapping[str, Path], distribution: str = "edgedisp") -> list[Row]:
+def doctor(distribution: str = "edgedisp") -> list[Row]:
     """Is everything installed that a build needs, and if not, which command installs it?
 
-    folders: name -> folder whose free disk counts. Versions are compared with the bounds in the installed
-    distribution's own metadata; no network is used.
+    Versions are compared with the bounds in the installed distribution's metadata; no network is used.
     """
     machine = describe()
-    rows = [*_packages(distribution), *_processor(machine), _memory(machine)]
-    return rows + [_disk(f"disk, {name}", path) for name, path in folders.items()]
+    features, quota, free = machine["features"], machine["cpu_quota"], machine["memory_available_bytes"] or 0
+    fast = (FAST_ON_X86 | FAST_ON_ARM) & {*features}
+    cores = f"{machine['physical_cores']} cores, {machine['logical_cpus']} CPUs, quota {quota or 'none'}"
+    slow = "int8 and int4 run on slower kernels here (no VNNI, no dot product)"
+    throttled = "less than one CPU: timings will be those of a throttled machine"
+    needed = f"training 135M parameters takes about {MEMORY_NEEDED / GIB:.0f} GiB; an adapter takes less"
+    return [
+        _row("python", True, sys.version.split()[0], ""),
+        *_packages(distribution),
+        _row("processor", bool(fast), f"{machine['cpu']}: {' '.join(features) or 'no known features'}", slow),
+        _row("threads", quota is None or quota >= 1, cores, throttled),
+        _row("memory", free >= MEMORY_NEEDED, f"{free / GIB:.1f} GiB free", needed),
+    ]
 
 
-def _row(check: str, status: str, value: str, advice: str = "") -> Row:
-    return {"check": check, "status": status, "value": value, "advice": "" if status == "ok" else advice}
+def _row(check: str, is_ok: bool, value: str, advice: str, status: str = "warn") -> Row:
+    status = "ok" if is_ok else status
+    return {"check": check, "status": status, "value": value, "advice": "" if is_ok else advice}
 
 
 def _packages(distribution: str) -> Iterator[Row]:
-    """Rows for Python, the distribution, each of its requirements and each of its extras."""
+    """Rows for the distribution and each of its requirements. What an extra needs may be missing."""
     from packaging.requirements import Requirement
 
-    try:
-        about = metadata.metadata(distribution)
-    except metadata.PackageNotFoundError:
-        advice = f"{sys.executable} -m pip install -e . in a checkout, or pip install {distribution}"
-        yield _row(distribution, "missing", "not installed as a distribution", advice)
-        return
-    python = Requirement(f"python{(about.get_all('Requires-Python') or [''])[0]}")
-    version = platform.python_version()
-    fits = python.specifier.contains(version, prereleases=True)
-    yield _row("python", "ok" if fits else "missing", version, f"install {python}")
-    yield _row(distribution, "ok", metadata.version(distribution))
-    requirements = [Requirement(text) for text in metadata.requires(distribution) or []]
-
-    def needed(requirement: Any, extra: str) -> bool:
-        return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
-
-    base = [r for r in requirements if needed(r, "")]
-    for requirement in base:
-        yield _row(requirement.name, *_version(requirement), _install([requirement]))
-    for extra in about.get_all("Provides-Extra") or []:
-        members = [r for r in requirements if r not in base and r.name != distribution and needed(r, extra)]
-        lacking = [r for r in members if _version(r)[0] != "ok"]
-        names = ", ".join(f"{r.name} ({_version(r)[1]})" for r in lacking)
-        status, text = ("warn", f"without {names}") if lacking else ("ok", "complete")
-        yield _row(f"extra [{extra}]", status, text, _install(lacking))
-
-
-def _version(requirement: Any) -> tuple[str, str]:
-    """(status, text) of a requirement's package. Pre-releases count, local labels do not."""
-    version = installed_version(requirement.name)
-    if version is None:
-        return "missing", "not installed"
-    if requirement.specifier.contains(version, prereleases=True):
-        return "ok", version
-    return "warn", f"{version}, tried with {requirement.specifier}"
-
-
-def _install(requirements: list[Any]) -> str:
-    """The command that gets these packages within their bounds."""
-    return f"{sys.executable} -m pip install " + " ".join(f'"{r.name}{r.specifier}"' for r in requirements)
-
-
-def _processor(machine: Mapping[str, Any]) -> Iterator[Row]:
-    """CPU features that decide the kernels, and the threads that a run will use."""
-    features, quota = machine["features"], machine["cpu_quota"]
-    fast = (FAST_ON_X86 | FAST_ON_ARM) & set(features)
-    text = f"{machine['cpu'] or 'unknown'}: {' '.join(features) or 'no known features'}"
-    advice = "int8 and int4 run on slower kernels here (no VNNI, no dot product)"
-    yield _row("processor", "ok" if fast else "warn", text, advice)
-    limit = "no quota" if quota is None else f"a quota of {quota:g} CPUs"
-    text = f"{machine['physical_cores']} cores, {machine['logical_cpus']} CPUs, {limit}"
-    advice = "less than one CPU: timings will be those of a throttled machine"
-    yield _row("threads", "ok" if quota is None or quota >= 1 else "warn", text, advice)
-
-
-def _memory(machine: Mapping[str, Any]) -> Row:
-    total, available = machine["memory_bytes"], machine["memory_available_bytes"]
-    if total is None or available is None:
-        return _row("memory", "warn", "the system does not tell", "watch it during the first build")
-    text = f"{available / GIB:.1f} of {total / GIB:.1f} GiB free"
-    needed = f"training 135M parameters takes about {MEMORY_NEEDED / GIB:.0f} GiB; an adapter takes less"
-    return _row("memory", "ok" if available >= MEMORY_NEEDED else "warn", text, needed)
-
-
-def _disk(check: str, folder: Path) -> Row:
-    """Free bytes where `folder` is or will be made."""
-    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not os.access(parent, os.W_OK):
-        return _row(check, "missing", f"{parent} is not writable", "choose another folder")
-    free = shutil.disk_usage(parent).free
-    advice = f"a build of 135M parameters takes about {DISK_NEEDED / GIB:.0f} GiB"
-    return _row(
-        check, "ok" if free >= DISK_NEEDED else "warn", f"{free / GIB:.1f} GiB free in {folder}", advice
-    )
+    version = installed_version(distribution)
+    advice = f"{sys.executable} -m pip install -e . in a checkout, or pip install {distribution}"
+    yield _row(distribution, version is not None, version or "not installed", advice, "missing")
+    for text in (metadata.requires(distribution) or ()) if version else ():
+        requirement = Requirement(text)
+        needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        extra = re.search(r"extra == ['\"](\w+)", str(requirement.marker))
+        if requirement.name == distribution or not (needed or extra):
+            continue
+        version = installed_version(requirement.name)
+        fits = version is not None and requirement.specifier.contains(version, prereleases=True)
+        wanted = f"{requirement.name}{requirement.specifier}"
+        yield _row(
+            requirement.name if needed or not extra else f"{requirement.name} [{extra.group(1)}]",
+            fits,
+            (version or "not installed") + ("" if fits else f", tried with {requirement.specifier}"),
+            f'{sys.executable} -m pip install "{wanted}"',
+            "missing" if needed and version is None else "warn",
+        )

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
-from edgedisp.cli.app import HtmlOption, JsonOption, TasksPathOption, TextOption, app, output_file, width
+from edgedisp.bench.devices import BenchOptions, DeviceTasks
+from edgedisp.cli.app import (
+    HtmlOption,
+    JsonOption,
+    TasksPathOption,
+    TextOption,
+    app,
+    output_file,
+    show,
+    width,
+)
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Screen
 
@@ -21,8 +30,7 @@ PromptOption = Annotated[int, Option(min=1, help="Prompt tokens.")]
 GenerateOption = Annotated[int, Option(min=2, help="Tokens to generate.")]
 RepetitionsOption = Annotated[int, Option(min=1, help="5 or more, to tell differences.")]
 ScoreOption = Annotated[str | None, Option(metavar="T,...", help="Score items of these tasks: heldout ...")]
-ItemsOption = Annotated[int | None, Option(help="Items of each task scored there; default 200.")]
-LimitOption = Annotated[int | None, Option(help="Items of each task scored here; default 500.")]
+ItemsOption = Annotated[int, Option(min=20, max=2000, help="Items of each task that are scored.")]
 ReportOption = Annotated[bool, Option(help="Keep results in the bundles' run and show them in its report.")]
 JsonFileOption = Annotated[
     Path | None, Option("--out", callback=output_file, help="Write every result to this JSON file.")
@@ -37,14 +45,10 @@ def bench(
     generate: GenerateOption = 128,
     repetitions: RepetitionsOption = 5,
     threads: Annotated[str | None, Option(metavar="N|sweep", help="Default: the bundle's.")] = None,
-    write_threads: Annotated[bool, Option(help="Write the sweep's best count into bundles.")] = False,
     pause: Annotated[float, Option(min=0.0, help="Seconds between repetitions.")] = 0.5,
-    setup: Annotated[bool, Option("--setup", help="Install numpy and onnxruntime there.")] = False,
-    keep: Annotated[bool, Option("--keep", help="Leave bundles and packages on the device.")] = False,
     remote_python: Annotated[str | None, Option(metavar="PROGRAM", help="The device's Python.")] = None,
     score: ScoreOption = None,
-    items: ItemsOption = None,
-    limit: LimitOption = None,
+    items: ItemsOption = 200,
     text: TextOption = None,
     tasks_path: TasksPathOption = None,
     html: HtmlOption = None,
@@ -55,7 +59,6 @@ def bench(
 
     With --score also score them there, and compare with this machine's scores.
     """
-    from edgedisp.bench.devices import BenchOptions
     from edgedisp.commands import devices as command
     from edgedisp.core.files import to_json
     from edgedisp.report import devices_text
@@ -64,25 +67,22 @@ def bench(
     options = BenchOptions(
         *(prompt, generate, repetitions, _threads(threads)),
         pause_s=pause,
-        setup=setup,
-        keep=keep,
         remote_python=remote_python,
+        tasks=_tasks(score, items, text, tasks_path),
     )
     by_run = command.bundles_in_runs(bundles) if report else {}
+    if report and not by_run:
+        raise BadInput(f"--report: {bundles[0]} lies in no run folder (RUN/ARM/NAME); take --html or --json")
     with Screen(f"bench on {', '.join(names)}") as screen:
-        tasks = _tasks(score, items=items, limit=limit, text=text, tasks_path=tasks_path)
-        timed = command.time_bundles(
-            bundles, names, options, screen.progress, tasks, write_threads=write_threads
-        )
-    typer.echo(json.dumps(to_json(timed)) if as_json else devices_text(timed["devices"], width()))
+        timed = command.time_bundles(bundles, names, options, screen.progress)
+    show(to_json(timed), devices_text(timed["devices"], width()), as_json)
     if html is not None:
         from edgedisp.report.render import devices_page
 
         html.write_text(devices_page(timed["devices"]), encoding="utf-8")
-    for line in command.add_to_reports(timed, by_run):
-        typer.echo(line, err=True)
-    if problems := command.problems(timed):
-        raise BuildFailed(f"{'; '.join(problems)}. What was measured until then is shown")
+    command.add_to_reports(timed["devices"], by_run)
+    if timed["problems"]:
+        raise BuildFailed(f"{'; '.join(timed['problems'])}. What was measured until then is shown")
 
 
 def _threads(text: str | None) -> Any:
@@ -94,13 +94,11 @@ def _threads(text: str | None) -> Any:
     return int(text)
 
 
-def _tasks(score: str | None, **options: Any) -> Any:
-    """The `DeviceTasks` that the options say; loads torch only where one is given."""
-    if score is None and not any(options.values()):
-        return None
-    from edgedisp.pipeline.device_scores import device_tasks
-
-    return device_tasks(score, **options)
+def _tasks(score: str | None, items: int, text: Path | None, tasks_path: Path | None) -> DeviceTasks | None:
+    names = tuple(name.strip() for name in (score or "").split(",") if name.strip())
+    if not names and (score is not None or text is not None or tasks_path is not None):
+        raise BadInput("--score: names no task, such as --score heldout")
+    return DeviceTasks(names, items, text, tasks_path) if names else None
 
 
 @app.command()
@@ -114,8 +112,7 @@ def phone(
     repetitions: RepetitionsOption = 5,
     threads: Annotated[int | None, Option(min=1, help="Default: as chosen on the page.")] = None,
     score: ScoreOption = None,
-    items: ItemsOption = None,
-    limit: LimitOption = None,
+    items: ItemsOption = 200,
     text: TextOption = None,
     tasks_path: TasksPathOption = None,
     once: Annotated[bool, Option("--once", help="End after the first complete result.")] = False,
@@ -124,14 +121,10 @@ def phone(
     as_json: JsonOption = False,
 ) -> None:
     """Serve a page for phones: chat with bundles, and time them there; print what phones measured."""
-    from edgedisp.bench.devices import BenchOptions
-    from edgedisp.bench.phone import ServeOptions
-    from edgedisp.commands.devices import PhoneOutput, measure_on_phones
+    from edgedisp.bench.phone import PhoneOptions
+    from edgedisp.commands.devices import measure_on_phones
 
-    measure_on_phones(
-        bundles,
-        BenchOptions(prompt, generate, repetitions, threads),
-        ServeOptions(host, port, https, once),
-        _tasks(score, items=items, limit=limit, text=text, tasks_path=tasks_path),
-        PhoneOutput(out, report, as_json, width(), typer.echo),
-    )
+    tasks = _tasks(score, items, text, tasks_path)
+    options = BenchOptions(prompt, generate, repetitions, threads, tasks=tasks)
+    settings = PhoneOptions(host, port, https, once, out, report, as_json)
+    measure_on_phones(bundles, options, settings, width(), typer.echo)

@@ -105,9 +105,8 @@ def _lines() -> Iterator[str]:
 def doctor(as_json: JsonOption = False) -> None:
     """Print versions, CPU features, threads and memory, what is missing and how to get it."""
     from edgedisp.bench.system import doctor as examine
-    from edgedisp.data import cache_folder
 
-    rows, lines = examine({"working folder": Path.cwd(), "cache": cache_folder()}), []
+    rows, lines = examine(), []
     for row in rows:
         lines.append(f"{row['status']:7}  {row['check']:28} {row['value']}")
         lines += [f"{'':38}{row['advice']}"] if row["advice"] else []

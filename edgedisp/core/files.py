@@ -158,19 +158,6 @@ def check_files(folder: Path, pattern: str = "*") -> None:
         raise BadInput(f"{folder}/{damage}; copy or export the folder again")
 
 
-def update_listing(folder: Path, names: Sequence[str]) -> None:
-    """Enter the files `names` anew where the folder's manifest lists them, then both in its record.
-
-    For a bundle whose files were changed on purpose after it was made.
-    """
-    for listing, changed in ((MANIFEST, names), (RECORD, (*names, MANIFEST))):
-        raw = read_object(folder / listing)
-        files = raw.get("files")
-        if isinstance(files, dict):
-            files |= {name: _entry(folder / name) for name in changed if name in files}
-            write_json(folder / listing, raw)
-
-
 def git_commit() -> str | None:
     """The commit of the checkout that edgedisp runs from, with `+` if it has changes; None outside one."""
     if not (PACKAGE.parent / ".git").exists():

@@ -285,7 +285,7 @@ class Bundle:
 @dataclass(frozen=True)
 class Timing:
     """One bundle timed on one device: medians with intervals; None for what a device does not give.
-    weight_bits: of most weights. drift_percent: of the decode speed, first to last repetition."""
+    drift_percent: of the decode speed, first to last repetition."""
 
     label: str
     threads: int | None
@@ -303,7 +303,6 @@ class Timing:
     bytes_read_per_token: int | None = None
     bandwidth_gb_per_s: float | None = None
     download_bytes: int | None = None
-    weight_bits: int | None = None
     drift_percent: float | None = None
     warnings: tuple[str, ...] = ()
     partial: bool = False
@@ -314,7 +313,7 @@ class DeviceResult:
     """What one device measured.
 
     pairs: twins compared {baseline, candidate, same_graph, decode, fault}. scores: records of
-    evaluate/device_sample.py. sweeps: label -> its timings with several thread counts. clock_mhz,
+    pipeline/device_scores.py. sweeps: label -> its timings with several thread counts. clock_mhz,
     temperature_c: lowest and highest over the repetitions. lost: why the device was lost in the middle.
     options: {seed, warmup, pause_s, groups of labels that were open together}. repetitions: in the order of
     timing, each as the runner gives it, with `label`, `repetition` and `turn`. answers: label -> scored

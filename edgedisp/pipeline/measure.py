@@ -26,7 +26,6 @@ from torch import Tensor
 from edgedisp import models
 from edgedisp.bench.devices import BenchOptions
 from edgedisp.bench.interleaved_timing import Local
-from edgedisp.bench.results import twin_pairs
 from edgedisp.bench.system import installed_version, runner
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.files import digest, from_json, list_files, to_json, write_json
@@ -272,7 +271,6 @@ def latency(options: LatencyOptions, inputs: Inputs, output_dir: Path, progress:
         threads=threads,
         seed=options.seed,
         pause_s=section.pause_s,
-        pairs=twin_pairs(list(bundles)),
     )
     results = Local(bundles, bench).measure(progress)
     if results.lost:

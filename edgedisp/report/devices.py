@@ -13,8 +13,6 @@ from edgedisp.report.formatting import MISSING, format_estimate
 from edgedisp.report.layout import TERMS, Grid, Section, facts, grid, grid_text, notes, section
 from edgedisp.report.sections import models
 
-# The report of a run
-
 
 def latency_section(run: Run) -> Section:
     """Every bundle's timing on this machine, the measurement's own noise, and quality against cost."""
@@ -33,64 +31,33 @@ def latency_section(run: Run) -> Section:
 
 
 def on_devices_section(run: Run) -> Section:
-    """What devices measured after the build: one table over all of them, their facts in a line each."""
-    timings, scores = _timing_grid(run.devices), _scores_grid(run.devices)
+    """What devices measured of the run's bundles after the build."""
+    return devices_section(run.devices, run.devices_outdated)
+
+
+def devices_section(devices: Sequence[DeviceResult], outdated: Sequence[str] = ()) -> Section:
+    """One table of timings and one of scores over all devices, their sweeps, and their facts in a line each.
+    outdated: measurements that are not shown."""
+    timings, scores = _timing_grid(devices), _scores_grid(devices)
     about = [
         (_name(device), ", ".join(f"{name} {text}" for name, text in _facts(device)) or MISSING)
-        for device in run.devices
+        for device in devices
     ]
-    remarks = [f"{_name(device)}: {note}" for device in run.devices for note in notes("device", device)]
-    if run.devices_outdated:
-        number = fmt.plural(len(run.devices_outdated), "measurement")
-        names = "; ".join(run.devices_outdated)
+    remarks = [f"{_name(device)}: {note}" for device in devices for note in notes("device", device)]
+    if outdated:
+        number, names = fmt.plural(len(outdated), "measurement"), "; ".join(outdated)
         remarks.append(f"Not shown, as the bundles were made anew since: {number} ({names}).")
-    remarks += [TERMS["timing"]] if timings.rows and not run.latency else []
-    remarks += [TERMS["device_scores"]] if scores.rows else []
-    sweeps = [sweep for device in run.devices for sweep in _sweep_grids(device)]
-    return section("devices", [timings, scores, *sweeps], facts=about, notes=remarks)
-
-
-# One measurement
-
-
-def device_sections(devices: Sequence[DeviceResult]) -> list[Section]:
-    """Speeds side by side, every figure, scores, then each device by itself."""
-    tables = [
-        section("side", [_side_by_side(devices)] if sum(bool(device.rows) for device in devices) > 1 else []),
-        section("figures", [_timing_grid(devices)], TERMS["timing"]),
-        section("device_scores", [_scores_grid(devices)], TERMS["device_scores"]),
-    ]
-    singles = [
-        Section(
-            f"device{number}",
-            _name(device),
-            tuple(_sweep_grids(device)),
-            facts=tuple(_facts(device)),
-            notes=tuple(notes("device", device)),
-        )
-        for number, device in enumerate(devices)
-    ]
-    return [*(table for table in tables if not table.is_empty), *singles]
+    lead = " ".join([TERMS["timing"], *([TERMS["device_scores"]] if scores.rows else [])])
+    sweeps = [sweep for device in devices for sweep in _sweep_grids(device)]
+    return section("devices", [timings, scores, *sweeps], lead, facts=about, notes=remarks)
 
 
 def devices_text(devices: Sequence[DeviceResult], width: int = 80) -> str:
-    """The same for a terminal: the tables, and each device's warnings."""
-    blocks = []
-    for part in device_sections(devices):
-        blocks += [grid_text(table, width) for table in part.grids]
-        if part.notes:
-            blocks.append("\n".join(f"note: {part.title}: {note}" for note in part.notes))
-    return "\n\n".join(blocks) or "No figures."
-
-
-def _side_by_side(devices: Sequence[DeviceResult]) -> Grid:
-    """Bundles down, devices across."""
-    rows: dict[str, dict[str, str]] = {}
-    for device in devices:
-        for row in device.rows:
-            texts = rows.setdefault(row.label, {})
-            texts.setdefault(_name(device), format_estimate(row.decode_tokens_per_s))
-    return grid("speeds", rows.items())
+    """The tables and notes for a terminal."""
+    part = devices_section(devices)
+    blocks = [grid_text(table, width) for table in part.grids]
+    blocks.append("\n".join(f"note: {note}" for note in part.notes))
+    return "\n\n".join(filter(None, blocks)) or "No figures."
 
 
 def _prefix(device: DeviceResult, devices: Sequence[DeviceResult]) -> str:
@@ -98,12 +65,14 @@ def _prefix(device: DeviceResult, devices: Sequence[DeviceResult]) -> str:
 
 
 def _timing_grid(devices: Sequence[DeviceResult]) -> Grid:
+    """Of several devices, the rows of one bundle below one another."""
     rows = [
         (f"{_prefix(device, devices)}{row.label}{' (partial)' * bool(row.partial or device.lost)}", row)
         for device in devices
         for row in device.rows
     ]
-    return grid("timings", rows, "All timings")
+    labels = list(dict.fromkeys(row.label for _, row in rows))
+    return grid("timings", sorted(rows, key=lambda entry: labels.index(entry[1].label)), "All timings")
 
 
 def _sweep_grids(device: DeviceResult) -> list[Grid]:
@@ -130,37 +99,24 @@ def _scores_grid(devices: Sequence[DeviceResult]) -> Grid:
 
 def _score_texts(record: Json) -> dict[str, str]:
     """Shares are shown as percent, their differences as points."""
-    is_share = record["higher_is_better"] and 0 <= record["full"]["value"] <= 1
-    scale = 100.0 if is_share else 1.0
-
-    def score(part: str) -> str:
-        if not record.get(part):
-            return MISSING
-        return format_estimate(from_json(Estimate, record[part]), scale) + " %" * is_share
-
-    difference, verdict = MISSING, MISSING
-    alike, apart = record.get("agreement"), record.get("logprob")
-    if record.get("difference"):
-        row = comparison_of("", "", str(record["task"]), from_json(Difference, record["difference"]))
-        difference = format_estimate(row.estimate, scale, signs=True)
-        if not row.estimate.has_interval:
-            verdict = "cannot tell"
-        elif row.value == 0 and (alike or {}).get("share") == 1:
-            verdict = "the same"
-        elif row.is_clear:
-            verdict = f"{row.direction} on the device (p = {fmt.p_value(row.p)})"
-        else:
-            verdict = "no measurable difference"
-    agreement = format_estimate(Estimate(alike["share"], alike["low"], alike["high"]), 100) if alike else ""
+    scale, unit = (100.0, " %") if record["is_share"] else (1.0, "")
+    scores = [
+        format_estimate(from_json(Estimate, record[side]), scale) + unit if record[side] else MISSING
+        for side in ("device", "here")
+    ]
+    difference, alike, apart = record["difference"], record["agreement"], record["logprob"]
+    change = None
+    if difference:
+        change = comparison_of("", "", str(record["task"]), from_json(Difference, difference)).estimate
+    share = Estimate(alike["share"], alike["low"], alike["high"]) if alike else None
     return {
-        "items": f"{fmt.count(record['answered'])} of {fmt.count(record['of'])}",
-        "on the device": score("device"),
-        "here, same items": score("here"),
-        "device - here": difference,
-        "verdict": verdict,
-        "answered alike": f"{agreement} %" if alike else MISSING,
+        "items": f"{fmt.count(record['answered'])} of {fmt.count(record['drawn'])}",
+        "on the device": scores[0],
+        "here": scores[1],
+        "device - here": format_estimate(change, scale, signs=True) if change else MISSING,
+        "p": fmt.p_value(change.p) if change else MISSING,
+        "answered alike": format_estimate(share, 100) + " %" if share else MISSING,
         "nats apart (most)": f"{fmt.small(apart['mean'])} ({fmt.small(apart['max'])})" if apart else MISSING,
-        "all here": score("full"),
     }
 
 

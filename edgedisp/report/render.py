@@ -108,7 +108,7 @@ def devices_page(results: Sequence[DeviceResult]) -> str:
     bundles = {row.label for result in results for row in result.rows}
     facts = [plural(len(results), "device"), *([plural(len(bundles), "bundle")] if bundles else [])]
     title = ", ".join(result.device for result in results)
-    return _page(title, devices.device_sections(results), {}, [], facts=facts)
+    return _page(title, [devices.devices_section(results)], {}, [], facts=facts)
 
 
 def write_condensation(profiles: Mapping[str, Condensation], output_dir: Path) -> list[Path]:

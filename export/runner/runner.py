@@ -1,33 +1,30 @@
 #!/usr/bin/env python3
 """Time or score one ONNX bundle on this machine. Needs Python 3.9, numpy, onnxruntime, and this one file.
 
-    python runner.py BUNDLE --prompt 128 --generate 128 --threads 4      prints one JSON object on stdout
+    echo '{"run": 1}' | python runner.py BUNDLE --prompt 128 --generate 128 --threads 4
+
+opens the bundle, warms up, prints {"ready": facts} and answers lines of JSON until stdin ends:
+    {"run": 1}                                      times one prompt with the tokens after it
+    {"score": [[CONTEXT, CONTINUATION], ...]}       token ids; gives {"scores": [[SUM, GREEDY], ...]},
+        the continuation's log-probability and whether each of its tokens was the likeliest. Equal contexts
+        that follow one another are computed once. `--positions`: most tokens of a request, less its last.
+`--describe` prints what this machine is and needs no numpy. Exit code 2: bad bundle or usage.
 
 Batch is 1, the prompt is random token ids, the next token is the argmax, and generation never stops early.
 `load_s`: the session is made from files in the page cache. `ttft_ms`: from handing over the prompt to knowing
 the first new token. `prefill_tokens_per_s`: prompt tokens / that time. `token_ms`: each of the `generate - 1`
 further tokens. `decode_tokens_per_s`: their number / their time (as MLPerf Client counts). Sensors are read
 after a repetition; `other_cpus`: CPUs that other processes kept busy during it.
-
-`--interactive` keeps the session open and, after {"ready": facts}, answers lines of JSON until stdin ends:
-    {"run": 1}                                      one repetition
-    {"score": [[CONTEXT, CONTINUATION], ...]}       token ids; gives {"scores": [[SUM, GREEDY], ...]},
-        the continuation's log-probability and whether each of its tokens was the likeliest. Equal contexts
-        that follow one another are computed once. `--positions`: most tokens of a request, less its last.
-`--describe` prints what this machine is, `--sha256` the hash of every file in BUNDLE; neither needs numpy.
-Exit codes: 0 done, 1 the run failed, 2 bad bundle or usage, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
 import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -79,26 +76,10 @@ def value_of(config: dict[str, Any], key: str) -> Any:
     return value
 
 
-def find_graph(bundle: Path, config: dict[str, Any]) -> Path:
-    """The .onnx file of the bundle."""
-    graph = bundle / (value_of(config, "model.decoder.filename") or "model.onnx")
-    if not bundle.is_dir():
-        raise BadBundle(f"{bundle}: no such folder; give a bundle folder that holds model.onnx")
-    if not graph.is_file():
-        raise BadBundle(f"{bundle}: holds no {graph.name}; give a bundle folder made by the export")
-    return graph
-
-
 def graph_files(graph: Path) -> list[Path]:
     """The graph and its weights: the files beside it, or the one in `onnx/` shared with a browser's graph."""
     files = [f for f in sorted(graph.parent.iterdir()) if f.is_file() and f.name.startswith(graph.name)]
     return files if len(files) > 1 else [*files, *sorted((graph.parent / "onnx").glob("*.onnx_data"))]
-
-
-def default_threads(config: dict[str, Any]) -> int:
-    """The thread count written into the bundle, else the physical cores of this process."""
-    threads = value_of(config, "model.decoder.session_options.intra_op_num_threads")
-    return threads if isinstance(threads, int) and threads > 0 else physical_cores()
 
 
 # ---------------------------------------------------------------- the decoder
@@ -111,14 +92,17 @@ class Decoder:
     new tokens together) do not fit into the model's context.
     """
 
-    def __init__(self, bundle: Path, threads: int, positions: int) -> None:
-        self.config = read_config(bundle)
-        self.graph = find_graph(bundle, self.config)
+    def __init__(self, bundle: Path, threads: int | None, positions: int) -> None:
+        self.config, self.graph = read_config(bundle), bundle / "model.onnx"
+        if not self.graph.is_file():
+            raise BadBundle(f"{bundle}: holds no model.onnx; give a bundle folder made by the export")
         context = value_of(self.config, "model.context_length")
         if isinstance(context, int) and positions > context:
             raise BadBundle(f"{bundle}: the run needs {positions} positions, its context is {context}")
+        written = value_of(self.config, "model.decoder.session_options.intra_op_num_threads")
+        self.threads: int = threads or written or physical_cores()
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         for path in graph_files(self.graph):  # into the page cache: `load_s` is a warm load
             with path.open("rb") as file:
@@ -145,8 +129,7 @@ class Decoder:
             for layer in range(layers)
         }
         unknown = sorted(set(self.inputs) - {*self.cache, "input_ids", "attention_mask", "position_ids"})
-        missing = sorted({*self.cache, "input_ids"} - set(self.inputs))
-        missing += sorted({*self.cache.values(), "logits"} - set(present))
+        missing = sorted({*self.cache.values(), "logits"} - set(present))
         if unknown or missing or not self.cache:
             raise BadBundle(
                 f"{self.graph}: not a decoder graph with a key-value cache: inputs not known {unknown}, "
@@ -174,14 +157,14 @@ class Decoder:
         return value
 
     def _allocate(self) -> None:
-        """Allocate all that runs need, once; buffers for logits come at the warm-up."""
+        """Allocate all that runs need, once; the buffer of logits grows at the warm-up."""
         new = ort.OrtValue.ortvalue_from_numpy
         shape = (1, self.cache_heads, self.positions if self.shared else 0, self.head_size)
         self.past = {name: new(np.zeros(shape, self.cache_type)) for name in self.cache}
         self.ones = np.ones((1, self.positions), np.int64)
         self.arange = np.arange(self.positions, dtype=np.int64)[None]
         self.binding = self.session.io_binding()
-        self.buffers: dict[int, Any] = {}  # tokens with logits -> [1, tokens, vocab]
+        self.logits = np.empty(0, self.logits_type)
         if self.shared:
             for past, now in self.cache.items():
                 self.binding.bind_ortvalue_input(past, self.past[past])
@@ -191,9 +174,9 @@ class Decoder:
         """Run `ids` int64 [1, n] at positions total-n .. total-1; logits [1, n or 1, vocab]; fills cache."""
         count = ids.shape[1]
         rows = 1 if self.last_token_only else count
-        if rows not in self.buffers:
-            self.buffers[rows] = np.empty((1, rows, self.vocab_size), self.logits_type)
-        buffer = self.buffers[rows]
+        if self.logits.size < rows * self.vocab_size:
+            self.logits = np.empty(rows * self.vocab_size, self.logits_type)
+        buffer = self.logits[: rows * self.vocab_size].reshape(1, rows, self.vocab_size)
         binding = self.binding
         binding.bind_cpu_input("input_ids", ids)
         if "attention_mask" in self.inputs:
@@ -237,10 +220,6 @@ class Decoder:
         A row is to be used before the next is asked for: its memory is used again.
         """
         most = 1 if self.last_token_only else SCORED_AT_ONCE
-        if most not in self.buffers:  # one buffer, of which shorter steps use the beginning
-            buffer = np.empty(most * self.vocab_size, self.logits_type)
-            for rows in range(1, most + 1):
-                self.buffers[rows] = buffer[: rows * self.vocab_size].reshape(1, rows, self.vocab_size)
         for at in range(0, len(ids), most):
             part = np.asarray(ids[at : at + most], np.int64)[None]
             yield from self.step(part, start + at + part.shape[1], cache)[0]
@@ -278,18 +257,6 @@ def log_prob(logits: Any, token: int) -> tuple[float, bool]:
     if not np.isfinite(value):
         raise ValueError("logits that are not finite (NaN or infinity)")
     return value, int(logits.argmax()) == token
-
-
-def check_requests(requests: Any, decoder: Decoder) -> None:
-    """Raises ValueError for requests that cannot be scored."""
-    for context, continuation in requests:
-        ids = [*context, *continuation]
-        if not context or not continuation or not all(type(i) is int for i in ids):
-            raise ValueError("a request is two lists of token ids, neither empty")
-        if len(ids) - 1 > decoder.positions:
-            raise ValueError(f"{len(ids)} tokens, but --positions is {decoder.positions}")
-        if not 0 <= min(ids) <= max(ids) < decoder.vocab_size:
-            raise ValueError(f"a token outside the vocabulary of {decoder.vocab_size}")
 
 
 # ---------------------------------------------------------------- figures
@@ -333,31 +300,18 @@ def time_repetition(decoder: Decoder, prompt: Any, generate: int) -> dict[str, A
     }
 
 
-def summary(repetitions: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Medians over the repetitions; the token times of all repetitions are pooled for p50 and p90."""
-    names = ("ttft_ms", "prefill_tokens_per_s", "decode_tokens_per_s")
-    pooled = [t for r in repetitions for t in r["token_ms"]]
-    return {
-        **{name: float(np.median([r[name] for r in repetitions])) for name in names},
-        **{f"token_ms_p{share}": float(np.percentile(pooled, share)) for share in (50, 90)},
-        "peak_memory_bytes": repetitions[-1]["peak_memory_bytes"],
-    }
-
-
 def facts(decoder: Decoder, options: argparse.Namespace) -> dict[str, Any]:
     """All that does not change from repetition to repetition."""
-    layers = len(decoder.cache) // 2
-    item = np.dtype(decoder.cache_type).itemsize
+    item = np.dtype(decoder.cache_type).itemsize  # of a key or value; the cache has both for every layer
     return {
-        "bundle": str(options.bundle),
-        **{name: getattr(options, name) for name in ("prompt", "generate", "threads", "seed", "warmup")},
+        "prompt": options.prompt,
+        "generate": options.generate,
+        "threads": decoder.threads,
         "load_s": decoder.load_s,
         "weights_bytes": sum(f.stat().st_size for f in graph_files(decoder.graph)),
-        "kv_cache_bytes_per_position": 2 * layers * decoder.cache_heads * decoder.head_size * item,
+        "kv_cache_bytes_per_position": len(decoder.cache) * decoder.cache_heads * decoder.head_size * item,
         "kv_cache_shared_buffer": decoder.shared,
         "vocab_size": decoder.vocab_size,
-        "layers": layers,
-        "provider": "CPUExecutionProvider",
     }
 
 
@@ -380,7 +334,6 @@ def describe(packages: Sequence[str] = ("numpy", "onnxruntime")) -> dict[str, An
         "cpu_quota": cpu_quota(),
         **memory(),
         "load_average_1m": read_sensors()["load_average_1m"],
-        "disk_free_bytes": shutil.disk_usage(Path(__file__).parent).free,
         "system": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: installed_version(name) for name in packages},
@@ -462,20 +415,18 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 
 
 def memory(root: Path = ROOT) -> dict[str, int | None]:
-    """`memory_bytes`, `memory_available_bytes` (a container's limit considered) and `memory_limit_bytes`."""
+    """`memory_bytes` and `memory_available_bytes` (a container's limit considered)."""
     table = dict(re.findall(r"^(\w+):\s+(\d+) kB", read_text(root / "proc/meminfo"), re.MULTILINE))
     total, available = (int(table[k]) * 1024 if k in table else None for k in ("MemTotal", "MemAvailable"))
-    limits, free = [], []
+    free = []
     for folder in cgroup_folders(root):
         limit, used = read_text(folder / "memory.max"), read_text(folder / "memory.current")
         if limit.isdigit() and used.isdigit():
             cache = re.search(r"^inactive_file (\d+)$", read_text(folder / "memory.stat"), re.MULTILINE)
-            limits.append(int(limit))
             free.append(max(0, int(limit) - int(used) + int(cache.group(1) if cache else 0)))
     return {
         "memory_bytes": total or int(sysctl("hw.memsize") or 0) or None,
         "memory_available_bytes": None if available is None else min([available, *free]),
-        "memory_limit_bytes": min(limits, default=None),
     }
 
 
@@ -513,24 +464,7 @@ def peak_memory_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def file_hashes(folder: Path) -> dict[str, str]:
-    """Path in the folder -> SHA-256 of each file; {} where there is no folder."""
-    hashes = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                digest.update(block)
-        hashes[path.relative_to(folder).as_posix()] = digest.hexdigest()
-    return hashes
-
-
 # ---------------------------------------------------------------- the program
-
-
-def log(text: str) -> None:
-    """One line on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def put(value: dict[str, Any]) -> None:
@@ -538,19 +472,37 @@ def put(value: dict[str, Any]) -> None:
     print(json.dumps(value), flush=True)
 
 
-def run_batch(decoder: Decoder, prompt: Any, options: argparse.Namespace) -> None:
-    """Time `--repetitions` repetitions and print everything as one JSON object."""
-    repetitions: list[dict[str, Any]] = []
-    for index in range(options.repetitions):
-        time.sleep(options.pause if index else 0)
-        repetitions.append(time_repetition(decoder, prompt, options.generate))
-        decode = repetitions[-1]["decode_tokens_per_s"]
-        log(f"repetition {index + 1}/{options.repetitions}: decode {decode:.1f} tokens/s")
-    put({**facts(decoder, options), **summary(repetitions), "repetitions": repetitions})
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; argparse ends with exit code 2 on its own where it is wrong."""
+    parser = argparse.ArgumentParser(description="Time or score one ONNX bundle: lines of JSON on stdin.")
+    add = parser.add_argument
+    add("bundle", type=Path, nargs="?", default=Path(), help="folder with model.onnx and genai_config.json")
+    add("--prompt", type=int, default=128, help="prompt tokens (default 128)")
+    add("--generate", type=int, default=128, help="new tokens, the first included (default 128)")
+    add("--threads", type=int, help="default: what the bundle says, else the physical cores")
+    add("--warmup", type=int, default=1, help="untimed runs before (default 1)")
+    add("--seed", type=int, default=0, help="of the random prompt (default 0)")
+    add("--positions", type=int, help="most tokens of a request (default: prompt and new tokens)")
+    add("--describe", action="store_true", help="print what this machine is")
+    options = parser.parse_args(arguments)
+    for name, least in {"prompt": 1, "generate": 2, "threads": 1}.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"argument --{name}: {value} is less than {least}")
+    return options
 
 
-def run_interactive(decoder: Decoder, prompt: Any, options: argparse.Namespace) -> None:
-    """Answer commands from stdin, one line each, until it ends."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Describe the machine, or open the bundle, warm up and answer commands."""
+    options = parse(arguments)
+    if options.describe:
+        put(describe())
+        return
+    load_libraries()
+    decoder = Decoder(options.bundle, options.threads, options.positions or options.prompt + options.generate)
+    prompt = prompt_ids(decoder.vocab_size, options.prompt, options.seed)
+    for _ in range(0 if options.positions else options.warmup):
+        decoder.generate(prompt, options.generate)
     put({"ready": facts(decoder, options)})
     for line in sys.stdin:
         try:
@@ -558,82 +510,14 @@ def run_interactive(decoder: Decoder, prompt: Any, options: argparse.Namespace) 
             if command.get("run"):
                 put(time_repetition(decoder, prompt, options.generate))
             else:
-                check_requests(command["score"], decoder)
                 put({"scores": decoder.score(command["score"])})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             put({"error": f"{line.strip()[:80]!r} is no command that can be answered: {error}"})
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line; argparse ends with exit code 2 on its own where it is wrong."""
-    parser = argparse.ArgumentParser(description="Time one ONNX bundle; one JSON object on stdout.")
-    add = parser.add_argument
-    add("bundle", type=Path, nargs="?", default=Path(), help="folder with model.onnx and genai_config.json")
-    add("--prompt", type=int, default=128, help="prompt tokens (default 128)")
-    add("--generate", type=int, default=128, help="new tokens, the first included (default 128)")
-    add("--threads", type=int, help="default: what the bundle says, else the physical cores")
-    add("--repetitions", type=int, default=5, help="timed runs (default 5)")
-    add("--warmup", type=int, default=1, help="untimed runs before (default 1)")
-    add("--seed", type=int, default=0, help="of the random prompt (default 0)")
-    add("--pause", type=float, default=0.0, help="seconds between repetitions (default 0)")
-    add("--positions", type=int, help="most tokens of a request (default: prompt and new tokens)")
-    add("--interactive", action="store_true", help="wait for commands on stdin")
-    add("--describe", action="store_true", help="print what this machine is")
-    add("--sha256", action="store_true", help="print the hash of each file in BUNDLE")
-    options = parser.parse_args(arguments)
-    lowest = {
-        "prompt": 1,
-        "generate": 2,
-        "threads": 1,
-        "repetitions": 1,
-        "warmup": 0,
-        "seed": 0,
-        "positions": 2,
-    }
-    for name, low in lowest.items():
-        value = getattr(options, name)
-        if value is not None and value < low:
-            parser.error(f"argument --{name}: {value} is less than {low}")
-    return options
-
-
-def work(options: argparse.Namespace) -> None:
-    """Describe the machine, hash files, or open the bundle, warm up and time it."""
-    if options.describe or options.sha256:
-        put(describe() if options.describe else file_hashes(options.bundle))
-        return
-    load_libraries()
-    config = read_config(options.bundle)
-    find_graph(options.bundle, config)
-    options.threads = options.threads or default_threads(config)
-    positions = options.positions or options.prompt + options.generate
-    decoder = Decoder(options.bundle, options.threads, positions)
-    prompt = prompt_ids(decoder.vocab_size, options.prompt, options.seed)
-    log(f"{options.bundle}: loaded in {decoder.load_s:.2f} s, {options.threads} threads")
-    for _ in range(0 if options.positions else options.warmup):
-        decoder.generate(prompt, options.generate)
-    (run_interactive if options.interactive else run_batch)(decoder, prompt, options)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit code."""
-    options = parse(sys.argv[1:] if arguments is None else arguments)
-    try:
-        work(options)
-    except BadBundle as error:
-        log(f"error: {error}")
-        return 2
-    except ModuleNotFoundError as error:
-        log(f"error: {error.name} is missing; install it: {sys.executable} -m pip install numpy onnxruntime")
-        return 2
-    except KeyboardInterrupt:
-        log("interrupted")
-        return 130
-    except Exception as error:  # the program ends here; the kind of failure goes into the message
-        log(f"error: {options.bundle}: the run failed: {type(error).__name__}: {error}")
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+    except (BadBundle, ModuleNotFoundError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -5,7 +5,7 @@ import { describe, explained, missing, mostThreads } from "./device.js";
 import { itemsOf, scoreAll } from "./score.js";
 import { forget, kept } from "./store.js";
 
-const FORM = 1; // of the plan
+const FORM = 2; // of the plan
 const at = (id) => document.getElementById(id);
 const show = (id, shown) => (at(id).hidden = !shown);
 const megabytes = (bytes) =>
@@ -137,10 +137,14 @@ const failed = (promise) => promise.then(() => false, () => true);
 
 const run = Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
-/** Send to the computer; false if it cannot be reached or refuses. */
-async function report(content) {
+const NOTHING = { complete: false, open_together: true, device: null, loaded: [], repetitions: [], answers: {}, done: 0, total: 0, note: "", trouble: null };
+let measured = NOTHING; // all that is known; each sending replaces the one before
+
+/** Send all that was measured, with these changes; false if the computer cannot be reached or refuses. */
+async function report(changes) {
+  measured = { ...measured, ...changes };
   try {
-    const body = JSON.stringify({ run, ...content });
+    const body = JSON.stringify({ run, ...measured });
     const headers = { "Content-Type": "application/json" };
     return (await fetch("report", { method: "POST", headers, body })).ok;
   } catch {
@@ -168,36 +172,30 @@ async function measure() {
   at("results").replaceChildren();
   at("sent").textContent = "";
   const lock = await awake();
-  let device = null;
-  let arrived = true;
-  const post = async (result, complete) => {
-    device ??= await describe(threads(), result.runtime);
-    const { open_together, loaded, repetitions } = result;
-    arrived = await report({ kind: "figures", complete, open_together, device, loaded, repetitions });
-  };
+  measured = NOTHING;
   const common = {
     made: (label) => opening(plan.bundles.find((bundle) => bundle.label === label)),
     step: async (done, total, note) => {
       working(note, done, total);
-      await report({ kind: "step", done, total, note });
+      await report({ done, total, note });
     },
     cancelled: () => cancelled,
   };
   try {
     const result = await benchmark(plan, {
       ...common,
-      told: async (result) => {
-        await post(result, result.repetitions.length === plan.turns.length);
-        showResults(result);
+      told: async ({ open_together, loaded, repetitions, runtime }) => {
+        const device = measured.device ?? (await describe(threads(), runtime));
+        await report({ open_together, device, loaded, repetitions });
+        showResults({ loaded, repetitions });
       },
     });
     let complete = result.repetitions.length === plan.turns.length;
     if (complete && itemsOf(plan)) {
-      complete = await scoreAll(plan, {
-        ...common,
-        told: (piece) => report({ kind: "scores", ...piece }),
-      });
+      const told = (label, answers) => (measured = { ...measured, answers: { ...measured.answers, [label]: answers } });
+      complete = await scoreAll(plan, { ...common, told });
     }
+    const arrived = await report({ complete });
     at("sent").textContent = !complete
       ? "Cancelled."
       : arrived
@@ -208,7 +206,7 @@ async function measure() {
     const bundle = plan.bundles.reduce((a, b) => (a.expected_memory_bytes > b.expected_memory_bytes ? a : b));
     const message = explained(error.message, bundle.expected_memory_bytes);
     trouble(message);
-    await report({ kind: "trouble", message: message.slice(0, 500) });
+    await report({ trouble: message.slice(0, 500) });
   }
   await lock?.release();
   working("");
@@ -377,5 +375,5 @@ async function main() {
 
 main().catch((error) => {
   fault(error.message);
-  if (asked.get("run") === "bench") report({ kind: "trouble", message: error.message.slice(0, 500) });
+  if (asked.get("run") === "bench") report({ trouble: error.message.slice(0, 500) });
 });

@@ -85,9 +85,8 @@ export async function benchmark(plan, { made, step, told, cancelled }) {
     const known = result.loaded.find((entry) => entry.label === label);
     if (known) known.load_s.push(facts.load_s);
     else {
-      const { layers, vocab_size, kv_cache_bytes_per_position } = facts;
-      const sizes = { layers, vocab_size, kv_cache_bytes_per_position };
-      result.loaded.push({ label, load_s: [facts.load_s], ...sizes });
+      const { load_s, kv_cache_bytes_per_position } = facts;
+      result.loaded.push({ label, load_s: [load_s], kv_cache_bytes_per_position });
       result.runtime = facts.runtime;
     }
     for (let i = 0; i < warmup; i++) await bundle.ask("time", { prompt: prompts[label], generate });

@@ -52,12 +52,9 @@ export async function describe(threads, runtime) {
     device_memory_gb: navigator.deviceMemory ?? null,
     simd: hasSimd(),
     isolated: self.crossOriginIsolated === true,
-    secure: self.isSecureContext === true,
     threads,
     clock_resolution_ms: clockResolution(),
     runtime,
-    width: Math.round(innerWidth),
-    height: Math.round(innerHeight),
   };
 }
 

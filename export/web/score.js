@@ -1,20 +1,18 @@
 // Scoring: items of token ids, one after another, each bundle in a worker of its own, after the benchmark.
 //
 // An item is a list of requests, [context, continuation]; its answer has for each the sum of the continuation's
-// log-probabilities, and whether each of its tokens was the most likely one. Answers are sent in pieces, so that
-// a phone that gives up in the middle leaves what it had.
+// log-probabilities, and whether each of its tokens was the most likely one. What is answered is sent every few
+// seconds, so that a phone that gives up in the middle leaves what it had.
 
-const ITEMS_AT_ONCE = 20;
-const MOST_AT_ONCE = 100; // that the computer takes
 const SENT_EVERY_MS = 5000;
 
 /** How many items there are to score. */
 export const itemsOf = (plan) => plan.bundles.reduce((sum, bundle) => sum + (bundle.requests?.items ?? 0), 0);
 
 /**
- * Score the plan's items. `made(label)` gives a fresh Bundle, `step(done, total, note)` is awaited now and then,
- * `told({label, first, answers})` after each piece (whether it arrived), `cancelled()` is asked between items. Resolves to whether
- * all is done.
+ * Score the plan's items. `made(label)` gives a fresh Bundle, `told(label, answers)` takes what is answered so far,
+ * `step(done, total, note)` sends it and is awaited now and then, `cancelled()` is asked between items. Resolves to
+ * whether all is done.
  */
 export async function scoreAll(plan, { made, step, told, cancelled }) {
   const total = itemsOf(plan);
@@ -25,25 +23,17 @@ export async function scoreAll(plan, { made, step, told, cancelled }) {
     if (!answer.ok) throw new Error(`The items of ${label} could not be fetched (${answer.status}).`);
     const items = await answer.json();
     const bundle = made(label);
+    const answers = [];
+    let sent = performance.now();
     try {
       await bundle.opened;
-      let first = 0;
-      let answers = [];
-      let sent = performance.now();
       for (const item of items) {
         if (cancelled()) return false;
         answers.push(await bundle.ask("score", { requests: item }));
         done += 1;
-        const last = first + answers.length === items.length;
-        if (!last && answers.length < ITEMS_AT_ONCE && performance.now() - sent < SENT_EVERY_MS) continue;
-        if (!(await told({ label, first, answers }))) {
-          if (last || answers.length >= MOST_AT_ONCE) throw new Error("The computer cannot be reached; the rest is not scored.");
-          sent = performance.now(); // sent again with what comes next
-          continue;
-        }
-        await step(done, total, `${label}: ${first + answers.length} of ${items.length} items scored`);
-        first += answers.length;
-        answers = [];
+        if (answers.length < items.length && performance.now() - sent < SENT_EVERY_MS) continue;
+        told(label, [...answers]);
+        await step(done, total, `${label}: ${answers.length} of ${items.length} items scored`);
         sent = performance.now();
       }
     } finally {

@@ -1,4 +1,4 @@
-"""Stands for the phone page: fetches the plan and sends figures and scores as the page in export/web would.
+"""Stands for the phone page: fetches the plan and sends what the page in export/web would.
 
 python fake_page.py URL [STOP]       URL, or a file:// page that leads there; STOP: end after so many turns
 """
@@ -17,13 +17,13 @@ from urllib.request import urlopen
 RUN = "0123456789abcdef"
 DEVICE = {
     "user_agent": "Test/1.0", "model": None, "platform": "Linux", "cores": 8, "device_memory_gb": 8.0,
-    "simd": True, "isolated": False, "secure": False, "threads": 1, "clock_resolution_ms": 0.1,
-    "runtime": "onnxruntime-web 1.30.0", "width": 360, "height": 640,
+    "simd": True, "isolated": False, "threads": 1, "clock_resolution_ms": 0.1,
+    "runtime": "onnxruntime-web 1.30.0",
 }  # fmt: skip
 
 
 def figures(plan: dict[str, Any], turns: int | None = None, **changes: Any) -> dict[str, Any]:
-    """Figures after `turns` turns of plan.json: turn t takes 100 + t ms, then 10 + t ms a token."""
+    """What is sent after `turns` turns of plan.json: turn t takes 100 + t ms, then 10 + t ms a token."""
     generate = plan["options"]["generate"]
     timed = [
         {
@@ -33,11 +33,13 @@ def figures(plan: dict[str, Any], turns: int | None = None, **changes: Any) -> d
         }
         for turn, (repetition, label) in enumerate(plan["turns"][:turns])
     ]  # fmt: skip
-    shape = {"layers": 2, "vocab_size": 160, "kv_cache_bytes_per_position": 512}
-    loaded = [{"label": row["label"], "load_s": [0.5, 0.7, 0.6], **shape} for row in plan["bundles"]]
+    opened = {"load_s": [0.5, 0.7, 0.6], "kv_cache_bytes_per_position": 512}
+    loaded = [{"label": row["label"], **opened} for row in plan["bundles"]]
+    is_scored = not any(row["requests"] for row in plan["bundles"])
     return {
-        "kind": "figures", "run": RUN, "complete": len(timed) == len(plan["turns"]), "open_together": True,
-        "device": DEVICE, "loaded": loaded, "repetitions": timed, **changes,
+        "run": RUN, "complete": is_scored and len(timed) == len(plan["turns"]), "open_together": True,
+        "device": DEVICE, "loaded": loaded, "repetitions": timed, "answers": {}, "done": len(timed),
+        "total": len(plan["turns"]), "note": f"repetition {len(timed)}", "trouble": None, **changes,
     }  # fmt: skip
 
 
@@ -59,15 +61,12 @@ def main(address: str, stop: int | None) -> None:
     for turn in range(1, len(plan["turns"]) + 1):
         if stop is not None and turn > stop:
             return
-        note = f"repetition {turn}"
-        post(address, {"kind": "step", "run": RUN, "done": turn, "total": len(plan["turns"]), "note": note})
-        assert post(address, figures(plan, turn)) == 204
-    for bundle in plan["bundles"]:
-        if bundle["requests"]:
-            items = json.loads(urlopen(address + bundle["requests"]["url"], timeout=10).read())
-            answers = [[[-1.0, False] for _ in item] for item in items]
-            scores = {"kind": "scores", "run": RUN, "label": bundle["label"], "first": 0, "answers": answers}
-            assert post(address, scores) == 204
+        assert post(address, figures(plan, turn)) == 200
+    answers = {}
+    for bundle in (bundle for bundle in plan["bundles"] if bundle["requests"]):
+        items = json.loads(urlopen(address + bundle["requests"]["url"], timeout=10).read())
+        answers[bundle["label"]] = [[[-1.0, False] for _ in item] for item in items]
+    assert post(address, figures(plan, answers=answers, complete=True)) == 200
 
 
 if __name__ == "__main__":

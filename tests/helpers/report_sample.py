@@ -125,8 +125,8 @@ def device(name: str, speed: float) -> DeviceResult:
     value = {"value": 0.4, "low": 0.35, "high": 0.45}
     score = {
         "label": "dispersed/int4", "task": CLOZE, "metric": "accuracy", "higher_is_better": True,
-        "drawn": 100, "answered": 90, "of": 500, "truncated": 1, "reason": None,
-        "full": value, "device": value, "here": value, "difference": difference,
+        "is_share": True, "drawn": 100, "answered": 90, "truncated": 1,
+        "device": value, "here": value, "difference": difference,
         "agreement": {"share": 0.9, "low": 0.8, "high": 0.95}, "logprob": {"mean": 0.1, "max": 2.0},
     }  # fmt: skip
     times = ("2026-11-27T15:44:12",)

@@ -33,15 +33,7 @@ def test_the_command_times_and_scores_here_and_over_ssh(  # type: ignore[no-unty
 ) -> None:
     words = ["--prompt", "6", "--generate", "5", "--repetitions", "2", "--threads", "1", "--pause", "0"]
     words += ["--device", server.device, "--remote-python", sys.executable, "--json", "--score"]
-    words += [
-        "heldout_cloze",
-        "--text",
-        write_sentences(tmp_path / "text.jsonl"),
-        "--items",
-        "20",
-        "--limit",
-        "40",
-    ]
+    words += ["heldout_cloze", "--text", write_sentences(tmp_path / "text.jsonl"), "--items", "20"]
     page = tmp_path / "devices.html"
     result = edgedisp("bench", bundles["fp32"], *words, "--device", "local", "--html", page)
     assert result.code == 0, result
@@ -52,7 +44,7 @@ def test_the_command_times_and_scores_here_and_over_ssh(  # type: ignore[no-unty
     (record,) = rows[0]["scores"]
     assert record["answered"] == 20 and record["logprob"]["max"] < 1e-4
     assert record["agreement"]["share"] == 1 and "Scored on the device" in page.read_text()
-    assert not list(server.home.glob(".cache/*"))
+    assert not list(server.home.glob(".edgedisp*"))
 
     ask, is_scoring = Worker.ask, []
 
@@ -81,6 +73,6 @@ def test_a_refused_login_and_an_unknown_host_key_are_errors_of_ssh(
     server.config.write_text("\n".join([*lines, f"{key} {tmp_path / 'none'}"]))
     with (
         pytest.raises(BadInput, match=f"(?s){server.device}: .* ended with code 255:\n.*{message}"),
-        devices.connect(devices.parse(server.device), bundles, BenchOptions()),
+        devices.connect(server.device, bundles, BenchOptions()),
     ):
         pass

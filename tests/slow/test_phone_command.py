@@ -17,8 +17,7 @@ from urllib.request import urlopen
 
 import pytest
 from browsers import needs_web
-from fake_page import RUN, figures, post
-from tiny_build import Command
+from fake_page import figures, post
 from tiny_bundle import Bundles, write_sentences
 
 from edgedisp.evaluate.loglikelihood import loglikelihoods
@@ -69,10 +68,10 @@ def running(tmp_path: Path, *words: str | Path) -> Iterator[Program]:
 def test_figures_are_printed_written_and_ctrl_c_ends_well(bundles: Bundles, tmp_path: Path) -> None:
     two, out = [bundles["fp32"], bundles["twin"]], tmp_path / "phone.json"
     with running(tmp_path, *two, *SIZES, "--out", out) as program:
-        assert program.post(figures(program.fetch("plan.json"), run="f" * 16)) == 204
+        assert program.post(figures(program.fetch("plan.json"), run="f" * 16)) == 200
         lost = figures(program.fetch("plan.json"), turns=1)  # of another phone, after its first turn
-        assert program.post(lost) == 204
-        assert program.post({"kind": "figures"}) == 400
+        assert program.post(lost) == 200
+        assert program.post({"run": "figures"}) == 400
         program.process.send_signal(signal.SIGINT)
         code, output = program.result()
     assert code == 0, program.log.read_text()
@@ -94,13 +93,13 @@ def test_once_ends_with_one_line_of_json_scores_included_and_the_run_keeps_the_r
     words = [*SIZES, "--score", "heldout_cloze", "--text", text, "--items", "20", "--once", "--json"]
     with running(tmp_path, bundle, *words) as program:
         items = program.fetch("requests/0.json")
-        assert program.post(figures(program.fetch("plan.json"))) == 204
+        plan = program.fetch("plan.json")
         requests = [(context, continuation) for item in items for context, continuation in item]
         scores = loglikelihoods(scored_model(bundle, 1), requests)
         answers = [[[score.sum_logprob, score.greedy]] for score in scores]
-        for first in (0, 10):
-            piece = {"kind": "scores", "run": RUN, "label": "fp32", "first": first}
-            assert program.post({**piece, "answers": answers[first : first + 10]}) == 204
+        for count in (10, 20):
+            sent = figures(plan, answers={"fp32": answers[:count]}, complete=count == 20)
+            assert program.post(sent) == 200
         code, output = program.result()
     assert code == 0 and json.loads(output)["scored"]["tasks"] == ["heldout_cloze"]
     (device,) = json.loads(output)["devices"]
@@ -118,15 +117,3 @@ def test_ctrl_c_before_anything_came_is_an_interruption(bundles: Bundles, tmp_pa
         program.process.send_signal(signal.SIGINT)
         assert program.result() == (130, "")
     assert "interrupted" in program.log.read_text()
-
-
-def test_bad_input_is_an_error_before_anything_is_served(
-    edgedisp: Command, bundles: Bundles, tmp_path: Path
-) -> None:
-    for words, message in (
-        ([tmp_path / "none"], "no such folder"),
-        ([bundles["fp32"], "--prompt", "200", "--generate", "100"], "its context is 256"),
-        ([bundles["fp32"], *SIZES, "--out", tmp_path / "none" / "x.json"], "--out"),
-    ):
-        ended = edgedisp("phone", *words)
-        assert ended.code == 2 and message in ended.err

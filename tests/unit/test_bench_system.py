@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from edgedisp.bench import system
 from edgedisp.bench.system import doctor
@@ -48,18 +46,6 @@ def test_the_quota_of_the_groups_above_counts(tmp_path: Path) -> None:
     assert cpu_quota(tmp_path) == 1.5
 
 
-@given(cores=st.integers(1, 6), siblings=st.integers(1, 3), quota=st.none() | st.integers(1, 900_000))
-def test_cores_are_the_smaller_of_topology_and_quota_and_at_least_one(
-    tmp_path_factory: pytest.TempPathFactory, cores: int, siblings: int, quota: int | None
-) -> None:
-    root = tmp_path_factory.mktemp("machine")
-    cpus = topology(root, cores, siblings)
-    if quota is not None:
-        put(root, "sys/fs/cgroup/cpu.max", f"{quota} 100000")
-    limit = cores if quota is None else quota // 100_000
-    assert physical_cores(root, cpus) == max(1, min(cores, limit))
-
-
 def test_x86_and_arm_processors_are_read_from_their_own_keys(tmp_path: Path) -> None:
     x86 = "model name\t: A Chip\ncpu MHz\t\t: 2000.0\nflags\t\t: fpu avx2 avx512_vnni\n\nmodel name\t: Second"
     put(tmp_path, "x/proc/cpuinfo", x86)
@@ -91,6 +77,7 @@ def test_the_least_gpu_that_torch_would_use_decides(  # type: ignore[no-untyped-
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(system, "installed_version", lambda package: torch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    system.gpu_capability.cache_clear()
     assert system.gpu_capability() == capability
     monkeypatch.setattr(RUNNER, "cpu", lambda: {"features": []})
     assert system.multiplies_bf16() is (capability is not None and capability >= 8)
@@ -102,13 +89,12 @@ def test_a_containers_memory_limit_takes_from_what_is_available(tmp_path: Path) 
     put(tmp_path, "proc/meminfo", "MemTotal:       8000000 kB\nMemAvailable:    6000000 kB")
     gib = 1 << 30
     expected = {"memory_bytes": 8_192_000_000, "memory_available_bytes": 6_144_000_000}
-    assert RUNNER.memory(tmp_path) == {**expected, "memory_limit_bytes": None}
+    assert RUNNER.memory(tmp_path) == expected
     put(tmp_path, "sys/fs/cgroup/memory.max", str(4 * gib))
     put(tmp_path, "sys/fs/cgroup/memory.current", str(3 * gib))
     put(tmp_path, "sys/fs/cgroup/memory.stat", f"anon 5\ninactive_file {gib}")
     # 3 used, of which 1 is file cache that can go
-    limited = {"memory_available_bytes": 2 * gib, "memory_limit_bytes": 4 * gib}
-    assert RUNNER.memory(tmp_path) == {**expected, **limited}
+    assert RUNNER.memory(tmp_path) == {**expected, "memory_available_bytes": 2 * gib}
 
 
 def test_readings_come_from_the_kernels_counters(tmp_path: Path) -> None:
@@ -130,7 +116,6 @@ def test_the_doctor_compares_versions_with_the_bounds_of_the_distribution(
     metadata = """Metadata-Version: 2.1
 Name: madeup
 Version: 1.0
-Requires-Python: >=99
 Requires-Dist: numpy<1
 Requires-Dist: pytest>=1
 Requires-Dist: no-such-package>=2,<3
@@ -141,26 +126,22 @@ Provides-Extra: more
 Requires-Dist: another-missing>=1; extra == 'more'"""
     put(tmp_path, "madeup-1.0.dist-info/METADATA", metadata)
     monkeypatch.syspath_prepend(str(tmp_path))
-    rows = {row["check"]: row for row in doctor({}, "madeup")}
+    rows = {row["check"]: row for row in doctor("madeup")}
     status = {
-        "python": "missing", "numpy": "warn", "pytest": "ok", "no-such-package": "missing",
-        "extra [fine]": "ok", "extra [more]": "warn",
+        "python": "ok", "numpy": "warn", "pytest": "ok", "no-such-package": "missing",
+        "pytest [fine]": "ok", "another-missing [more]": "warn",
     }  # fmt: skip
     assert {name: rows[name]["status"] for name in status} == status and "never" not in rows
     assert "<1" in rows["numpy"]["value"]
-    for name, package in (
-        ("no-such-package", "no-such-package<3,>=2"),
-        ("extra [more]", "another-missing>=1"),
-    ):
-        assert f'pip install "{package}"' in rows[name]["advice"]
-    (missing,) = [row for row in doctor({}, "no-such-distribution") if row["status"] == "missing"]
+    assert 'pip install "no-such-package<3,>=2"' in rows["no-such-package"]["advice"]
+    (missing,) = [row for row in doctor("no-such-distribution") if row["status"] == "missing"]
     assert "pip install" in missing["advice"]
 
 
-def test_every_row_that_is_not_ok_gives_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_that_is_not_ok_gives_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = {**system.describe(), "features": [], "cpu_quota": 0.5, "memory_available_bytes": 1 << 30}
     monkeypatch.setattr(system, "describe", lambda: slow)
-    rows = doctor({"working folder": tmp_path, "cache": tmp_path / "not" / "yet"})
+    rows = doctor()
     assert [row for row in rows if (row["status"] == "ok") == bool(row["advice"])] == []
     status = {row["check"]: row["status"] for row in rows}
-    assert status["processor"] == status["threads"] == status["memory"] == "warn" and "disk, cache" in status
+    assert status["processor"] == status["threads"] == status["memory"] == "warn"

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from edgedisp.core import files, stage_folder
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import MANIFEST, RECORD, check_files, list_files, update_listing, write_json
+from edgedisp.core.files import MANIFEST, RECORD, check_files, list_files, write_json
 from edgedisp.core.stage_folder import Record, finish, open_run, read, stage_output
 
 WRONG_SHAPES = ["{", "{}", "[]", "null", '"text"', '{"files": []}', '{"files": {"a": {"size_bytes": 1}}}']
@@ -316,18 +316,6 @@ def test_missing_and_cut_files_are_named_before_contents_are_read(bundle: Path) 
     assert damage_of(bundle).startswith("onnx/weights: has 999 bytes instead of 1,000")
     (bundle / "config.json").unlink()
     assert damage_of(bundle).startswith("config.json: is missing; it had 2 bytes")
-
-
-def test_a_file_changed_on_purpose_is_entered_anew(bundle: Path) -> None:
-    (bundle / "config.json").write_text("[1]")
-    assert "config.json: has 3 bytes" in damage_of(bundle)
-    update_listing(bundle, ["config.json", "absent"])
-    check_files(bundle)
-    if (bundle / MANIFEST).is_file():  # its record lists the manifest, too
-        write_json(bundle / RECORD, {"files": list_files(bundle)})
-        (bundle / "config.json").write_text("[12]")
-        update_listing(bundle, ["config.json"])
-        assert json.loads((bundle / RECORD).read_text())["files"] == list_files(bundle, without=(RECORD,))
 
 
 def test_a_damaged_list_is_refused_and_a_folder_without_one_passes(tmp_path: Path) -> None:
