@@ -12,12 +12,10 @@ has the same interface.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +54,10 @@ def export(
 ) -> dict[str, Any]:
     """Write the bundle of `model_folder` (a Hugging Face folder) into the existing empty `output_dir`.
 
-    Returns {family, exporter: edgedisp | onnxruntime-genai, runtime_layout, context, threads, size_bytes,
-    nodes: {op: n}}. `max_context` caps the positions (default 8192, or the model's own if less; the genai
-    builder always takes the model's own). BadInput for an architecture that cannot be exported and for
-    weights that are not finite, BuildFailed where the builder fails.
+    Returns {exporter: edgedisp | onnxruntime-genai, context, size_bytes, nodes: {op: n}}. `max_context` caps
+    the positions (default 8192, or the model's own if less; the genai builder always takes the model's own).
+    BadInput for an architecture that cannot be exported and for weights that are not finite, BuildFailed
+    where the builder fails.
     """
     architecture = str(read_json(model_folder / "config.json").get("model_type", "unknown"))
     if architecture not in (*ARCHITECTURES, *BUILDER_ARCHITECTURES):
@@ -67,28 +65,30 @@ def export(
         raise BadInput(
             f"{model_folder}: models of type {architecture!r} cannot be exported; known types: {known}"
         )
-    model = models.load(model_folder)
+    model, exporter = models.load(model_folder), "edgedisp"
     _check_finite(model, model_folder)
     if architecture in ARCHITECTURES:
         decoder = read_decoder(model, max_context)
         decoder_graph.write(decoder, output_dir, progress)
-        genai_config.write_configs(decoder, model_folder, output_dir, threads)
-        weight_map = _weight_map(decoder)
+        genai_config.copy_files(model_folder, output_dir)
+        config, weight_map = genai_config.genai_config(decoder, output_dir), _weight_map(decoder)
     else:
-        rows = {name: len(parameter) for name, parameter in model.named_parameters()}
+        rows, exporter = {name: len(values) for name, values in model.named_parameters()}, "onnxruntime-genai"
         del model  # the builder reads the folder itself
         progress(0, 1, f"onnxruntime-genai's builder writes {architecture}")
-        weight_map = _builder_weight_map(_build(model_folder, output_dir, architecture, threads), rows)
+        _build(model_folder, output_dir, architecture)
+        genai_config.copy_files(model_folder, output_dir)
+        config = read_json(output_dir / genai_config.GENAI_CONFIG)
+        config["model"]["eos_token_id"] = genai_config.end_ids(output_dir)  # the builder: the configured ones
+        weight_map = _builder_weight_map(
+            _fix_shapes(output_dir, config["model"]["decoder"]["head_size"]), rows
+        )
         progress(1, 1, "graph written")
+    write_json(output_dir / genai_config.GENAI_CONFIG, config)
+    genai_config.set_threads(output_dir, threads)
     (output_dir / WEIGHT_MAP).write_text(json.dumps(weight_map), encoding="utf-8")
-    return {
-        "family": architecture,
-        "exporter": "edgedisp" if architecture in ARCHITECTURES else "onnxruntime-genai",
-        "runtime_layout": "onnxruntime-genai",
-        "context": genai_config.context_length(output_dir),
-        "threads": threads,
-        **size_and_nodes(output_dir),
-    }
+    context = config["model"]["context_length"]
+    return {"exporter": exporter, "context": context, **size_and_nodes(output_dir)}
 
 
 def _check_finite(model: Any, folder: Path) -> None:
@@ -125,47 +125,30 @@ def _weight_map(decoder: Decoder) -> WeightMap:
 # ---------------------------------------------------------------- onnxruntime-genai's builder
 
 
-def _build(model_folder: Path, output_dir: Path, architecture: str, threads: int) -> list[str]:
-    """The fp32 bundle by the builder; returns the names of its weights. BuildFailed with its reason and last
-    output, or the missing package."""
-    printed = io.StringIO()
-    try:
-        with tempfile.TemporaryDirectory() as cache, _captured(printed):
-            from onnxruntime_genai.models.builder import create_model, parse_extra_options
-
-            arguments = ("", str(model_folder), str(output_dir), "fp32", "cpu", cache)
-            create_model(*arguments, **parse_extra_options(*arguments, []))
-    except Exception as error:  # whatever the builder meets in a model is a failure of this build
-        last = " / ".join(printed.getvalue().strip().splitlines()[-3:])
+def _build(model_folder: Path, output_dir: Path, architecture: str) -> None:
+    """The fp32 bundle by the builder, in a process of its own. BuildFailed with the last lines it printed."""
+    with tempfile.TemporaryDirectory() as cache:
+        options = {"-i": model_folder, "-o": output_dir, "-p": "fp32", "-e": "cpu", "-c": cache}
+        words = [str(word) for option in options.items() for word in option]
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *words]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode != 0:
+        last = " / ".join(ended.stderr.strip().splitlines()[-3:])
         raise BuildFailed(
             f"{model_folder}: onnxruntime-genai's builder (of edgedisp[bench]) could not write family "
-            f"{architecture!r}: {type(error).__name__}: {error}. It said last: {last}"
-        ) from error
-    genai_config.copy_files(model_folder, output_dir)
-    config = read_json(output_dir / genai_config.GENAI_CONFIG)
-    config["model"]["eos_token_id"] = genai_config.end_ids(output_dir)  # the builder: the configured ones
-    write_json(output_dir / genai_config.GENAI_CONFIG, config)
-    genai_config.set_threads(output_dir, threads)
-    model = read_graph(output_dir / GRAPH)
-    for value in [*model.graph.inputs, *model.graph.outputs]:  # transformers.js reads a symbol as 0
+            f"{architecture!r}: {last}"
+        )
+
+
+def _fix_shapes(bundle: Path, head_dim: int) -> list[str]:
+    """Write the head dimension of the builder's caches as a number, as transformers.js reads a symbol as 0.
+    Returns the names of the weights."""
+    model = read_graph(bundle / GRAPH)
+    for value in [*model.graph.inputs, *model.graph.outputs]:
         if str(value.name).startswith(("past_key_values.", "present.")) and value.shape is not None:
-            value.shape = ir.Shape([*value.shape[:3], config["model"]["decoder"]["head_size"]])
-    (output_dir / GRAPH).write_bytes(to_bytes(model))
+            value.shape = ir.Shape([*value.shape[:3], head_dim])
+    (bundle / GRAPH).write_bytes(to_bytes(model))
     return list(model.graph.initializers)
-
-
-@contextlib.contextmanager
-def _captured(printed: io.StringIO) -> Iterator[None]:
-    """Send prints and log lines of the builder to `printed`."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    root.handlers = [logging.StreamHandler(printed)]
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            yield
-    finally:
-        root.handlers = handlers
-        root.setLevel(level)
 
 
 def _builder_weight_map(names: list[str], rows: dict[str, int]) -> WeightMap:

@@ -30,16 +30,9 @@ GENAI_CONFIG = "genai_config.json"
 LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx")  # names of the context in config.json
 
 
-def write_configs(decoder: Decoder, model_folder: Path, output_dir: Path, threads: int) -> None:
-    """Write every file of a bundle but the graph. BadInput if the model folder has no fast tokenizer."""
-    copy_files(model_folder, output_dir)
-    write_json(output_dir / GENAI_CONFIG, _genai_config(decoder, output_dir))
-    set_threads(output_dir, threads)
-
-
 def copy_files(model_folder: Path, output_dir: Path) -> None:
     """Copy configuration and tokenizer, with the chat template in both places where it is looked for, and
-    every id that ends an answer in generation_config.json."""
+    every id that ends an answer in generation_config.json. BadInput without a fast tokenizer."""
     if not (model_folder / "tokenizer.json").is_file():
         raise BadInput(f"{model_folder}: no tokenizer.json; a bundle needs the fast form of the tokenizer")
     for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
@@ -118,7 +111,8 @@ def set_threads(bundle: Path, threads: int) -> None:
     write_json(bundle / GENAI_CONFIG, {**read_json(bundle / GENAI_CONFIG), "model": model})
 
 
-def _genai_config(decoder: Decoder, folder: Path) -> dict[str, Any]:
+def genai_config(decoder: Decoder, folder: Path) -> dict[str, Any]:
+    """The configuration of onnxruntime-genai for a bundle with tokenizer and config.json in `folder`."""
     config, vocabulary, eos = read_json(folder / "config.json"), _added_tokens(folder), end_ids(folder)
 
     def special_id(kind: str) -> int:

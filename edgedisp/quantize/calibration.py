@@ -14,7 +14,7 @@ A map is rounded from the weight that makes up for a share of it, with a ridge a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,29 +43,17 @@ TIED = 1.0
 Grids = Grid | Mapping[str, Grid]
 """One grid for all, or by parameter name."""
 
-Rounded = dict[str, tuple[Blocks, Tensor]]
-"""Parameter name -> blocks, and the latent weight fp32 [out, in] that rounds to them on their scales."""
-
 
 @torch.no_grad()
 def gptq_model(
-    model: Any,
-    tokens: NDArray[Any],
-    grids: Grids,
-    *,
-    head: Grid | None = None,
-    progress: Progress = silent,
+    model: Any, tokens: NDArray[Any], grids: Grids, *, head: Grid | None = None, progress: Progress = silent
 ) -> dict[str, Blocks]:
     """Round the layers' linear maps of `model` in place by GPTQ, then the output head on the grid `head`.
 
     tokens: unsigned integers [blocks, context], all real text. Returns parameter name -> blocks. BadInput
     without tokens.
     """
-    blocks = {
-        name: part
-        for rounded in calibrate(model, tokens, grids, progress)
-        for name, (part, _) in rounded.items()
-    }
+    blocks = calibrate(model, tokens, grids, progress=progress)
     if head is not None:
         output, text = model.get_output_embeddings(), _text(model, tokens)
         run = lambda block: model(input_ids=block[None], use_cache=False)  # noqa: E731
@@ -87,14 +75,11 @@ def calibrated_start(
 
     tokens, BadInput: as of `gptq_model`.
     """
-    scales: dict[str, Scales] = {}
     latents: dict[str, Tensor] = {}
-    for rounded in calibrate(model, tokens, grid, progress):
-        for name, (blocks, latents[name]) in rounded.items():
-            scales[name] = Scales(blocks.scales.clone(), blocks.zero_points)
+    blocks = calibrate(model, tokens, grid, latents, progress)
     for name, latent in latents.items():
         write_weight(model.get_submodule(name.removesuffix(".weight")), latent)
-    return scales
+    return {name: Scales(part.scales.clone(), part.zero_points) for name, part in blocks.items()}
 
 
 def _text(model: nn.Module, tokens: NDArray[Any]) -> Tensor:
@@ -106,56 +91,62 @@ def calibrate(
     model: nn.Module,
     tokens: NDArray[Any],
     grids: Grids,
+    latents: dict[str, Tensor] | None = None,
     progress: Progress = silent,
-) -> Iterator[Rounded]:
-    """Round every linear map of the layers in place, in the order of computation; yields those that were
-    rounded together. tokens: as of `gptq_model`. The model is left in eval mode. BadInput without text."""
+) -> dict[str, Blocks]:
+    """Round every linear map of the layers in place; returns parameter name -> blocks, in the order of
+    computation.
+
+    latents: gets parameter name -> the latent weight fp32 [out, in], which rounds to the blocks on their
+    scales. tokens: as of `gptq_model`. The model is left in eval mode. BadInput without text.
+    """
     if not len(tokens):
         raise BadInput("no calibration text: at least one block of tokens is needed")
     model.eval()
-    layers = decoder_layers(model)
+    blocks: dict[str, Blocks] = {}
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
-    calls, states = layer_calls(model, layers, _text(model, tokens))
+    calls, states = layer_calls(model, decoder_layers(model), _text(model, tokens))
     plain = states  # of the unrounded model
     for index, call in enumerate(calls):
-        progress(index, len(layers), "rounding layer by layer")
+        progress(index, len(calls), "rounding layer by layer")
         unrounded = replace(call, layer=copy.deepcopy(call.layer))
         twins = dict(zip(call.layer.modules(), unrounded.layer.modules()))
         for modules, stream in call.waves(states[0]):
             weights = {names[module]: read_weight(module) for module in modules}
             readers = [modules[0]] if stream is None else [modules[0], stream]
+            twin_readers = [twins[module] for module in readers]
             moments = _moments(
                 (_inputs(partial(call, state), readers) for state in states),
-                (
-                    _inputs(partial(unrounded, state), [twins[module] for module in readers])
-                    for state in plain
-                ),
+                (_inputs(partial(unrounded, state), twin_readers) for state in plain),
             )
             rounded = _round(_corrected(weights, moments), moments["second"], grids)
-            for module in modules:
-                write_weight(module, dequantize(rounded[names[module]][0], _grid(grids, names[module])))
-            yield rounded
+            for module, (name, (part, latent)) in zip(modules, rounded.items()):
+                write_weight(module, dequantize(part, _grid(grids, name)))
+                blocks[name] = part
+                if latents is not None:
+                    latents[name] = latent
         plain = [unrounded(state) for state in plain]
         states = [call(state) for state in states]
-    progress(len(layers), len(layers), "rounding layer by layer")
+    progress(len(calls), len(calls), "rounding layer by layer")
+    return blocks
 
 
 def _grid(grids: Grids, name: str) -> Grid:
     return grids if isinstance(grids, Grid) else grids[name]
 
 
-def _round(weights: dict[str, Tensor], second: Tensor, grids: Grids) -> Rounded:
-    """Weights that read one tensor: those on one grid are rounded as one."""
-    rounded: Rounded = {}
+def _round(weights: dict[str, Tensor], second: Tensor, grids: Grids) -> dict[str, tuple[Blocks, Tensor]]:
+    """Blocks and latent weights of weights that read one tensor: those on one grid are rounded as one."""
+    rounded: dict[str, tuple[Blocks, Tensor]] = {}
     for grid in dict.fromkeys(_grid(grids, name) for name in weights):
-        group = {name: weight for name, weight in weights.items() if _grid(grids, name) == grid}
-        joined = next(iter(group.values())) if len(group) == 1 else torch.cat(list(group.values()))
+        group = [name for name in weights if _grid(grids, name) == grid]
+        joined = weights[group[0]] if len(group) == 1 else torch.cat([weights[name] for name in group])
         blocks, latent = gptq(joined, grid, second)
         first = 0
-        for name, weight in group.items():
-            rows = slice(first, first + len(weight))
+        for name in group:
+            rows = slice(first, first + len(weights[name]))
             rounded[name], first = (blocks.rows(rows), latent[rows]), rows.stop
-    return rounded
+    return {name: rounded[name] for name in weights}
 
 
 def read_weight(module: Any) -> Tensor:

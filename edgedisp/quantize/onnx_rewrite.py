@@ -156,8 +156,8 @@ def _replace_readers(
         new, node = NewNodes(graph, store=store), use.node
         if not use.gather:
             inputs = [node.inputs[0], unfolded, *parameters]
-            sizes |= {"K": packed.columns, "N": shape[0], "accuracy_level": accuracy_level}
-            new.op(PACKED, inputs, str(node.name), **sizes)
+            whole = {"K": packed.columns, "N": shape[0], "accuracy_level": accuracy_level}
+            new.op(PACKED, inputs, str(node.name), **sizes, **whole)
         else:
             axes = {"gather_axis": 0, "quantize_axis": 1}
             looked_up = new.op(

@@ -57,17 +57,17 @@ class Call:
 
 def rounded(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> dict[str, Call]:
     """`calibrate`, with rounding to nearest in the place of GPTQ."""
-    calls, seconds = dict[str, Call](), list[Tensor]()
+    calls = dict[str, Call]()
 
-    def nearest(weight: Tensor, grid: Grid, second: Tensor) -> tuple[Blocks, Tensor]:
-        seconds.append(second.clone())
-        return quantize(weight, grid), weight.clone()
-
-    monkeypatch.setattr(calibration, "gptq", nearest)
-    for together in calibrate(model, BLOCKS.numpy(), GRID):
-        for name, (blocks, weight) in together.items():
+    def nearest(weights: dict[str, Tensor], second: Tensor, grid: Grid) -> dict[str, tuple[Blocks, Tensor]]:
+        blocks = {name: quantize(weight, grid) for name, weight in weights.items()}
+        for name, weight in weights.items():
             assert name not in calls
-            calls[name] = Call(weight, seconds[-1], dequantize(blocks, GRID))
+            calls[name] = Call(weight.clone(), second.clone(), dequantize(blocks[name], grid))
+        return {name: (blocks[name], weight) for name, weight in weights.items()}
+
+    monkeypatch.setattr(calibration, "_round", nearest)
+    calibrate(model, BLOCKS.numpy(), GRID)
     return calls
 
 
@@ -88,7 +88,7 @@ def test_maps_see_their_quantized_inputs(tmp_path: Path, form: str, monkeypatch:
         expected = calls[name].value if name in calls else untouched.get_parameter(name)
         assert torch.equal(parameter, expected) or torch.equal(parameter.mT, expected)  # Conv1D
     with pytest.raises(BadInput, match="calibration"):
-        list(calibrate(model, BLOCKS[:0].numpy(), GRID))
+        calibrate(model, BLOCKS[:0].numpy(), GRID)
 
 
 # Whose outputs are added straight to the residual stream; in Gemma a norm lies between, in NeoX's parallel

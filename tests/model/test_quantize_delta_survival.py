@@ -54,21 +54,6 @@ def test_the_figures_are_those_of_plain_loops(grid: Grid) -> None:
     assert figures(sums) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_change_below_half_a_step_vanishes_and_one_above_survives() -> None:
-    grid, generator = Grid(4, 32, True), torch.Generator().manual_seed(0)
-    q = torch.randint(2, grid.highest - 1, (4, 64), generator=generator).float() - grid.middle
-    q[:, ::32] = -grid.middle  # so that the scale is 1 / 64
-    trained, inner = q / 64, torch.ones_like(q)
-    inner[:, ::32] = 0
-    blocks = quantize(trained, grid)
-    small = figures(compare(trained, trained - 0.49 / 64 * inner, blocks, grid))
-    assert small["beyond_half_step"] == small["integers_moved"] == small["slope"] == 0.0
-    assert small["cosine"] is None
-    large = figures(compare(trained, trained - 0.51 / 64 * inner, blocks, grid))
-    assert large["beyond_half_step"] == large["integers_moved"] == pytest.approx(31 / 32)
-    assert large["slope"] == pytest.approx(1 / 0.51) and large["cosine"] == pytest.approx(1.0)
-
-
 @pytest.mark.parametrize("form", ["llama", graph_twins.UNTIED, "gpt2", "smollm3"])
 def test_every_packed_tensor_is_compared_with_the_torch_models(form: str, tmp_path: Path) -> None:
     base, trained, fp32, int4 = (tmp_path / name for name in ("base", "trained", "fp32", "int4"))

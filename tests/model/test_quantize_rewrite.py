@@ -12,15 +12,16 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from graph_twins import UNTIED, VOCABULARY, TwinStore, padded, ragged, torch_logits
+from graph_twins import FAMILIES, FORMS, UNTIED, VOCABULARY, TwinStore, padded, ragged, torch_logits
 from onnx import TensorProto
 from transformers.pytorch_utils import Conv1D
 
 from edgedisp.core.errors import BadInput
 from edgedisp.graph.session import OnnxModel
+from edgedisp.quantize.calibration import gptq_model
 from edgedisp.quantize.grid import Choice, Grid, dequantize, quantize
 from edgedisp.quantize.onnx_rewrite import quantize_assigned, quantize_bundle
-from edgedisp.quantize.onnx_weights import find_uses, read_fp32_graph
+from edgedisp.quantize.onnx_weights import find_uses, read_fp32_graph, read_weight_map
 
 POSITIONS = ("wpe", "embed_positions")  # stay fp32
 
@@ -123,6 +124,36 @@ def test_each_weight_is_stored_as_it_was_assigned(form: str, twins: TwinStore, t
     assert {f["accuracy_level"] for f in fields} == {1} and {f["bits"] for f in fields} == {4, 8}
     assert not set(assignment) & {tensor.name for tensor in graph.initializer}
     assert np.isfinite(OnnxModel(tmp_path, 1)(*padded([ragged([21])[0]]))).all()
+
+
+TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (6, 40)).astype(np.uint16)
+CASES = [(form, 8) for form in FORMS] + [(form, 4) for form in (*FAMILIES, UNTIED)]
+
+
+@pytest.mark.parametrize(("form", "head_bits"), CASES)
+def test_a_graph_of_gptqs_blocks_agrees_with_the_model(
+    form: str, head_bits: int, twins: TwinStore, tmp_path: Path
+) -> None:
+    """A head of 4 bits is calibrated, and a tied embedding with it; one of 8 bits is rounded to nearest."""
+    model, fp32, grid, outer_grid = (
+        twins.model(form),
+        twins.fp32(form),
+        Grid(4, 16, False),
+        Grid(head_bits, 16, False),
+    )
+    by_parameter = gptq_model(model, TOKENS, grid, head=grid if head_bits == 4 else None)
+    origins = read_weight_map(fp32)
+    options: dict[str, Any] = {"bits": 4, "group": 16, "head_bits": head_bits, "symmetric": False}
+    options["blocks"] = lambda name: origins[name].blocks(by_parameter)
+    quantize_bundle(fp32, tmp_path, accuracy_level=0, **options)
+    head = model.get_output_embeddings().weight
+    for weight in {id(w): w for w in (model.get_input_embeddings().weight, head)}.values():
+        if head_bits == 8 or weight is not head:
+            weight.data.copy_(dequantize(quantize(weight.data, outer_grid), outer_grid))
+    shipped = OnnxModel(tmp_path, 1)
+    for row in ragged([5, 30]):
+        logits = shipped(np.array([row]), np.ones((1, len(row)), np.int64))[0]
+        np.testing.assert_allclose(logits, torch_logits(model, row), rtol=1e-3, atol=2e-3)
 
 
 def test_a_bundle_that_is_no_fresh_export_is_refused(twins: TwinStore, tmp_path: Path) -> None:

@@ -31,10 +31,10 @@ def theirs() -> Iterator[Any]:
     yield module
 
 
-def weight(columns: int = COLUMNS) -> torch.Tensor:
+def weight() -> torch.Tensor:
     """Heavy-tailed rows of different sizes."""
     rng = np.random.default_rng(3)
-    values = rng.standard_t(4, size=(ROWS, columns)) * np.exp(rng.normal(size=(ROWS, 1)))
+    values = rng.standard_t(4, size=(ROWS, COLUMNS)) * np.exp(rng.normal(size=(ROWS, 1)))
     return torch.from_numpy(values.astype(np.float32))
 
 
@@ -66,15 +66,10 @@ def test_rounding_to_nearest_is_theirs(theirs: Any, symmetric: bool, bits: int) 
     assert differs.float().mean() < 0.02  # a tie may go either way
 
 
-def test_k_quant_leaves_no_more_error_than_theirs_and_takes_what_theirs_refuses(theirs: Any) -> None:
+def test_k_quant_leaves_no_more_error_than_theirs(theirs: Any) -> None:
     grid, values, config = Grid(4, 32, False), weight(), theirs.KQuantWeightOnlyQuantConfig()
     other = by_onnxruntime(theirs, config, values, grid)
     ours = dequantize(METHODS["k_quant"](values, grid, None), grid)
     cost = values.abs() + values.reshape(ROWS, -1, 32).square().mean(-1).sqrt().repeat_interleave(32, 1)
     assert (cost * (ours - values).square()).sum() <= 1.001 * (cost * (other - values).square()).sum()
     assert error(ours, values) <= 1.001 * error(other, values)
-    odd = weight(160)  # 5 groups a row: their zero points do not fill bytes
-    with pytest.raises(ValueError):
-        by_onnxruntime(theirs, config, odd, grid)
-    k_quant, rtn = (dequantize(METHODS[name](odd, grid, None), grid) for name in ("k_quant", "rtn"))
-    assert error(k_quant, odd) < error(rtn, odd)
