@@ -85,13 +85,13 @@ def read_decoder(model: Any, max_context: int | None = None) -> Decoder:
 
     BadInput for a form of the architecture that the graph writer does not cover.
     """
-    config = model.config
-    _check_form(config)
+    config, heads = model.config, model.config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    _check_form(config, head_dim)
     family, context = ARCHITECTURES[config.model_type], _context(config, max_context)
     body = model.get_submodule(family.body)
     embedding = _linear(model, "model.embed_tokens", f"{family.body}.{family.embedding}")
     lm_head = _linear(model, "lm_head", "lm_head")
-    heads = config.num_attention_heads
     layer_types = list(config.layer_types) if config.model_type == "gemma3_text" else None
     ropes = _rotary(body.rotary_emb, context, layer_types) if hasattr(body, "rotary_emb") else {}
     blocks = body.get_submodule(family.layers)
@@ -100,7 +100,6 @@ def read_decoder(model: Any, max_context: int | None = None) -> Decoder:
         replace(_layer(model, family, index), rope=rope, window=window)
         for index, (rope, window) in enumerate(zip(names, _windows(config, context)))
     ]
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     qkv_heads = sum(map(len, layers[0].qkv.weights)) // head_dim
     positions = None
     if family.positions is not None:
@@ -114,7 +113,7 @@ def read_decoder(model: Any, max_context: int | None = None) -> Decoder:
         kv_heads=(qkv_heads - heads) // 2,
         head_dim=head_dim,
         context=context,
-        activation=_activation(config),
+        activation=ACTIVATIONS[_activation(config)],
         embedding=embedding,
         layers=tuple(layers),
         final_norm=_norm("model.norm", body.get_submodule(family.final_norm), family.norm_offset),
@@ -127,22 +126,22 @@ def read_decoder(model: Any, max_context: int | None = None) -> Decoder:
     return _neox(decoder, blocks) if config.model_type == "gpt_neox" else decoder
 
 
-def _check_form(config: Any) -> None:
+def _check_form(config: Any, head_dim: int) -> None:
     """BadInput for what the table does not say, and the graph writer does not write."""
-    hidden, reason = config.hidden_size, None
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    if getattr(config, "use_bidirectional_attention", False):
-        reason = "it attends in both directions (an encoder)"
-    elif not getattr(config, "do_layer_norm_before", True) or getattr(
-        config, "_remove_final_layer_norm", False
+    hidden, activation = config.hidden_size, _activation(config)
+    width = getattr(config, "word_embed_proj_dim", hidden)
+    has_final_norm = not getattr(config, "_remove_final_layer_norm", False)
+    norms_before = getattr(config, "do_layer_norm_before", True) and has_final_norm
+    is_rotary = ARCHITECTURES[config.model_type].positions is None
+    for is_written, reason in (
+        (not getattr(config, "use_bidirectional_attention", False), "it attends in both directions"),
+        (norms_before, "it norms after each part, or has no final norm (of the released OPT only 350M)"),
+        (width == hidden, f"it has an embedding of width {width} for layers of {hidden}"),
+        (not is_rotary or head_dim % 16 == 0, f"heads of {head_dim} dimensions, which are no multiple of 16"),
+        (activation in ACTIVATIONS, f"activation {activation!r} has no counterpart in the graph"),
     ):
-        reason = "it norms after each part, or has no final norm (of the released OPT only 350M)"
-    elif getattr(config, "word_embed_proj_dim", hidden) != hidden:
-        reason = f"it has an embedding of width {config.word_embed_proj_dim} for layers of {hidden}"
-    elif head_dim % 16 and config.model_type not in ("gpt2", "opt"):
-        reason = f"heads of {head_dim} dimensions; onnxruntime's rotary positions take multiples of 16 alone"
-    if reason:
-        raise BadInput(f"this {config.model_type} has a form that is not written: {reason}")
+        if not is_written:
+            raise BadInput(f"this {config.model_type} has a form that is not written: {reason}")
 
 
 def _context(config: Any, max_context: int | None) -> int:
@@ -158,12 +157,7 @@ def _context(config: Any, max_context: int | None) -> int:
 
 def _activation(config: Any) -> str:
     fields = ("activation_function", "hidden_activation", "hidden_act")  # Gemma has both of the last two
-    name = next(value for field in fields if (value := getattr(config, field, None)))
-    if name not in ACTIVATIONS:
-        raise BadInput(
-            f"activation {name!r} has no counterpart in the graph; known: {', '.join(ACTIVATIONS)}"
-        )
-    return ACTIVATIONS[name]
+    return str(next(value for field in fields if (value := getattr(config, field, None))))
 
 
 def _rotary(module: Any, context: int, layer_types: Sequence[str] | None) -> dict[str, Rope]:

@@ -179,15 +179,13 @@ class HiddenStates:
     """
 
     def __init__(self, bundle: Path, threads: int) -> None:
-        layers = int(read_config(bundle)["decoder"]["num_hidden_layers"])
-        path = graph_path(bundle)
+        layers, path = int(read_config(bundle)["decoder"]["num_hidden_layers"]), graph_path(bundle)
         model = read_graph(path)
         states = hidden_states(model.graph)
         if len(states) != layers + 2:
             raise BadInput(
-                f"{bundle}: hidden states of {max(0, len(states) - 2)} layers are found in {path.name} but "
-                f"it has {layers}; graphs with {ATTENTION} can be measured, as `edgedisp export` and "
-                "onnxruntime-genai's builder write them"
+                f"{path}: hidden states of {max(0, len(states) - 2)} layers are found of {layers}; a graph "
+                f"needs {ATTENTION}, as `edgedisp export` and onnxruntime-genai's builder write it"
             )
         self.names = [str(state.name) for state in states]
         model.graph.outputs.clear()

@@ -55,11 +55,8 @@ def _rounding(grid: Grid, scales: Mapping[str, Scales] | None = None) -> Roundin
         step = max(1, SLICE_VALUES // weight.shape[1])
         out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         for rows in (slice(first, first + step) for first in range(0, len(weight), step)):
-            if scales is None:
-                blocks = quantize(weight[rows], grid)
-            else:
-                blocks = _blocks(weight[rows], scales[name].rows(rows), grid)
-            out[rows] = dequantize(blocks, grid)
+            part, fixed = weight[rows], scales and scales[name].rows(rows)
+            out[rows] = dequantize(_blocks(part, fixed, grid) if fixed else quantize(part, grid), grid)
         return out
 
     return rounded
@@ -122,7 +119,7 @@ def trained_roundings(rounding: BundleRounding, model_folder: Path) -> tuple[Rou
     """The rounding that a quantization-aware training of `model_folder` ended with: of the layers, and of the
     embedding and the lm_head."""
     grid, outer = grids(rounding)
-    return _rounding(grid, read_scales(model_folder) or None), _rounding(outer)
+    return _rounding(grid, read_scales(model_folder)), _rounding(outer)
 
 
 def trained_blocks(rounding: BundleRounding, model: Any, model_folder: Path) -> dict[str, Blocks]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import WRONG_SHAPE, read_json
+from edgedisp.core.files import read_json
 from edgedisp.graph.onnx_graph import GRAPH, PACKED, PACKED_GATHER, WEIGHT_MAP, find_head, read_graph
 from edgedisp.quantize.grid import Blocks, concatenate
 
@@ -119,12 +119,9 @@ class Origin:
 
 
 def read_weight_map(bundle: Path) -> dict[str, Origin]:
-    """Initializer -> its origin. BadInput for a damaged weight_map.json."""
-    entries, origins = read_json(bundle / WEIGHT_MAP), {}
-    try:
-        for name, entry in entries.items():
-            rows = torch.tensor(entry["rows"]) if "rows" in entry else None
-            origins[name] = Origin(tuple(entry["torch"]), bool(entry["transposed"]), rows)
-    except WRONG_SHAPE as error:
-        raise BadInput(f"{bundle / WEIGHT_MAP}: is damaged; export the model folder again") from error
+    """Initializer -> its origin."""
+    origins = {}
+    for name, entry in read_json(bundle / WEIGHT_MAP).items():
+        rows = torch.tensor(entry["rows"]) if "rows" in entry else None
+        origins[name] = Origin(tuple(entry["torch"]), entry["transposed"], rows)
     return origins
