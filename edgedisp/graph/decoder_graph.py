@@ -1,7 +1,5 @@
 """Writes the ONNX graph of a `Decoder` with KV cache out of ONNX Runtime's fused operators.
 
-A `Decoder` is the neutral description of a decoder-only model; its weights are views of the torch model.
-
 Inputs and outputs are those of onnxruntime-genai's builder. The head dimension is a number, as
 transformers.js reads symbols as 0. Positions come from the sums of the mask: right-padded prefill and ragged
 cached decoding are both right without `position_ids`.
@@ -94,8 +92,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """What a decoder-only model computes. `embedding` [vocab, hidden]; `lm_head` None means tied to it;
-    `positions` learned [context, hidden]."""
+    """What a decoder-only model computes, with views of its weights. `embedding` [vocab, hidden]; `lm_head`
+    None means tied to it; `positions` learned [context, hidden]."""
 
     architecture: str
     hidden: int

@@ -96,11 +96,8 @@ def _check_finite(model: Any, folder: Path) -> None:
     for key, weight in model.named_parameters():
         # A sum is not finite if a value is not, and needs no array of flags; but it may also overflow.
         if not weight.sum().isfinite() and not weight.isfinite().all():
-            bad = int((~weight.isfinite()).sum())
-            raise BadInput(
-                f"{folder}: {key} holds {bad} values that are not finite (NaN or infinity) of "
-                f"{weight.numel()}; the model is damaged, or its training diverged"
-            )
+            bad = f"{int((~weight.isfinite()).sum())} values that are not finite (NaN or infinity)"
+            raise BadInput(f"{folder}: {key} holds {bad}; the model is damaged, or its training diverged")
 
 
 def _weight_map(decoder: Decoder) -> WeightMap:

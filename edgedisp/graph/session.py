@@ -3,9 +3,8 @@
 Greedy decoding binds one buffer per layer as past AND present, so that attention appends in place, as in
 onnxruntime-genai. Left out: sampling, beams, other devices.
 
-Threads wait without spinning. SmolLM2-135M at 4 bits, 2 threads: on 2 cores that others use too, scoring is
-1.3 times and decoding 1.7 times as fast as with spinning; on an idle machine scoring is equal and decoding
-0.8 times as fast.
+Threads wait without spinning: on 2 cores that others use too, SmolLM2-135M at 4 bits decodes 1.7 times as
+fast as with spinning, on an idle machine 0.8 times.
 """
 
 from __future__ import annotations
@@ -120,9 +119,7 @@ class OnnxModel:
         A stop token ends it and is the last of the result.
         """
         if not 0 < len(ids) <= self.context:
-            raise ValueError(
-                f"{len(ids)} tokens given; between 1 and the context of {self.context} are possible"
-            )
+            raise ValueError(f"{len(ids)} tokens given; 1 to the context of {self.context} are possible")
         total = min(len(ids) + max_new_tokens, self.context)
         make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
         buffers = {
@@ -171,11 +168,9 @@ def _present(past: str) -> str:
 
 
 class HiddenStates:
-    """A bundle as a source of hidden states: `HiddenStates(bundle, threads)(ids)`.
-
-    A bundle's graph has no outputs for them, which would cost copies at every token on the device. A copy in
-    memory over the same weights has them, and lacks what only serves the logits. BadInput if the folder is no
-    bundle or its graph shows no hidden states, BuildFailed if onnxruntime cannot open it.
+    """A bundle as a source of hidden states: `HiddenStates(bundle, threads)(ids)`, by a copy of its graph in
+    memory that has them as outputs. BadInput if the folder is no bundle or its graph shows no hidden states,
+    BuildFailed if onnxruntime cannot open it.
     """
 
     def __init__(self, bundle: Path, threads: int) -> None:
@@ -202,7 +197,7 @@ class HiddenStates:
         ValueError for no tokens, or more than the context. BuildFailed if onnxruntime cannot run the graph.
         """
         if not 0 < len(ids) <= self.context:
-            raise ValueError(f"{len(ids)} tokens given; 1 to {self.context} (the context) are possible")
+            raise ValueError(f"{len(ids)} tokens given; 1 to the context of {self.context} are possible")
         row = np.asarray(ids, np.int64)[None]
         return [state[0] for state in self._model.run(self.names, row, np.ones_like(row))]
 

@@ -28,10 +28,8 @@ from edgedisp.pipeline.prepare import training_blocks, weights_digest
 from edgedisp.pipeline.rounding import gptq_blocks, outer_method, trained_blocks
 from edgedisp.pipeline.stage import Inputs, results_of
 from edgedisp.quantize.delta_survival import survival
-from edgedisp.quantize.grid import Blocks
 from edgedisp.quantize.mixed_precision import MixedPrecision, Search, assignment_of
-from edgedisp.quantize.onnx_rewrite import BlocksOf, quantize_assigned, quantize_bundle
-from edgedisp.quantize.onnx_weights import read_weight_map
+from edgedisp.quantize.onnx_rewrite import quantize_assigned, quantize_bundle
 from edgedisp.recipe.recipe import hash8
 
 CARD = "README.md"
@@ -54,20 +52,14 @@ def quantize(
     if (folder := inputs.get("model")) is not None:
         model = models.load(folder)
         if options.is_trained:
-            by_parameter = trained_blocks(rounding, model, folder)
+            blocks = trained_blocks(rounding, model, folder)
         else:
-            by_parameter = gptq_blocks(rounding, model, inputs["corpus"], progress)
-        blocks = _graph_blocks(inputs["bundle"], by_parameter)
+            blocks = gptq_blocks(rounding, model, inputs["corpus"], progress)
         del model
     grid = section.model_dump(include={"group", "symmetric", "accuracy_level", "head_bits"})
     grid |= {"bits": rounding.bits, "method": "rtn" if options.is_trained else outer_method(section)}
     record = quantize_bundle(inputs["bundle"], output_dir, **grid, blocks=blocks, progress=progress)
     return {**record, "method": section.method, "is_trained": options.is_trained}
-
-
-def _graph_blocks(bundle: Path, by_parameter: Mapping[str, Blocks]) -> BlocksOf:
-    origins = read_weight_map(bundle)
-    return lambda name: origins[name].blocks(by_parameter)
 
 
 def quantize_searched(
@@ -101,7 +93,7 @@ def quantize_searched(
         rounded = rounding.round(assignment)
     search |= {"goal": goal, "tokens": rounding.tokens, "measured_kl": rounded.measured_kl}
     search["perplexity_increase"] = rounded.perplexity_increase
-    level, blocks = int4.accuracy_level, _graph_blocks(bundle, rounded.blocks)
+    level, blocks = int4.accuracy_level, rounded.blocks
     record = quantize_assigned(
         bundle, output_dir, assignment, accuracy_level=level, blocks=blocks, progress=progress
     )

@@ -24,28 +24,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from edgedisp.core.errors import BadInput
-
 LARGEST = float(torch.finfo(torch.float16).max)
-GROUPS = (16, 32, 64, 128, 256)
-BITS = (4, 8)
 K_STARTS = 20  # starting scales that k_quant tries
 ROUNDED_VALUES = 1 << 17  # values rounded at a time: half a MB, so that a method works in the cache
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Bits a value, values a group, and whether zero sits in the middle of the range."""
+    """Bits a value (4, 8), values a group (16, 32, ... 256); whether zero is in the middle of the range."""
 
     bits: int
     group: int
     symmetric: bool
-
-    def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise BadInput(f"bits is {self.bits}; ONNX Runtime's block grid has {', '.join(map(str, BITS))}")
-        if self.group not in GROUPS:
-            raise BadInput(f"group is {self.group}; ONNX Runtime takes {', '.join(map(str, GROUPS))}")
 
     @property
     def middle(self) -> int:

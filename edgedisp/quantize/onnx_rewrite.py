@@ -7,7 +7,7 @@ fp32: they are small and sensitive. Weights are read, rounded and written one at
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import Progress, silent
 from edgedisp.graph.onnx_graph import (
     DATA,
@@ -35,13 +34,11 @@ from edgedisp.quantize.onnx_weights import (
     find_uses,
     read_fp32_graph,
     read_tensor,
+    read_weight_map,
 )
 
 # Word in a weight's name -> the part of the model that it belongs to; the genai builder uses the same words.
 COMPONENTS = {"lm_head": "head", "embed": "embedding", "attn": "attention", "mlp": "mlp"}
-
-BlocksOf = Callable[[str], Blocks | None]
-"""Weight of the graph -> its blocks, rows in the graph's order; None where it has to be rounded."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +58,13 @@ def quantize_bundle(
     source: Path,
     output_dir: Path,
     *,
-    blocks: BlocksOf | None = None,
+    blocks: Mapping[str, Blocks] | None = None,
     progress: Progress = silent,
     **fields: Any,
 ) -> dict[str, Any]:
     """Write the fp32 bundle `source` into the empty folder `output_dir`; fields: of `BundleOptions`.
 
-    Returns the options and what `quantize_assigned` returns. BadInput as `read_fp32_graph`, and for a grid
-    that ONNX Runtime does not have.
+    Returns the options and what `quantize_assigned` returns. BadInput as `read_fp32_graph`.
     """
     options = BundleOptions(**fields)
     uses = find_uses(read_fp32_graph(source).graph)
@@ -90,18 +86,18 @@ def quantize_assigned(
     assignment: Mapping[str, Choice],
     *,
     accuracy_level: int = 4,
-    blocks: BlocksOf | None = None,
+    blocks: Mapping[str, Blocks] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the fp32 bundle `source` into the empty folder `output_dir`, each weight of `find_uses` by its
-    choice. With `blocks`, every weight of the layers must have some.
+    choice. blocks: torch parameter -> its blocks, for weights that are rounded already.
 
     Returns {size_bytes (graph and weights), nodes {operator: count}, by_tensor [{name, component, bits,
     group, symmetric, method, size_bytes}]}. BadInput as `quantize_bundle`.
     """
     model, store = read_fp32_graph(source), TensorStore(output_dir)
     graph, uses = model.graph, find_uses(model.graph)
-    outer, rows = embedding_and_head(uses), list[dict[str, Any]]()
+    origins, rows = read_weight_map(source), list[dict[str, Any]]()
     for name, value in list(graph.initializers.items()):
         values = read_tensor(value.const_value)
         if name not in assignment:
@@ -109,10 +105,8 @@ def quantize_assigned(
             continue
         progress(len(rows), len(uses), "quantizing")
         choice, grid = assignment[name], assignment[name].grid
-        rounded = None if blocks is None else blocks(name)
+        rounded = origins[name].blocks(blocks) if blocks else None
         if rounded is None:
-            if blocks is not None and name not in outer:
-                raise BuildFailed(f"{source}: {name} is no weight of the model that was calibrated")
             rounded = choice.blocks(torch.from_numpy(values if uses[name][0].rows_first else values.T))
         size = grid.size_bytes(len(rounded.q), rounded.columns)
         part = next((part for word, part in COMPONENTS.items() if word in name), "other")

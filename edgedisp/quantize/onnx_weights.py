@@ -111,10 +111,7 @@ class Origin:
         """The blocks of the graph weight from those of its parameters; None if a parameter has none."""
         if not all(name in by_parameter for name in self.parameters):
             return None
-        return self.in_graph_order(concatenate([by_parameter[name] for name in self.parameters]))
-
-    def in_graph_order(self, blocks: Blocks) -> Blocks:
-        """Blocks of the concatenated parameters, with the graph's order of rows."""
+        blocks = concatenate([by_parameter[name] for name in self.parameters])
         return blocks if self.row_order is None else blocks.rows(self.row_order)
 
 

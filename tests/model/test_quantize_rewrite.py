@@ -21,7 +21,7 @@ from edgedisp.graph.session import OnnxModel
 from edgedisp.quantize.calibration import gptq_model
 from edgedisp.quantize.grid import Choice, Grid, dequantize, quantize
 from edgedisp.quantize.onnx_rewrite import quantize_assigned, quantize_bundle
-from edgedisp.quantize.onnx_weights import find_uses, read_fp32_graph, read_weight_map
+from edgedisp.quantize.onnx_weights import find_uses, read_fp32_graph
 
 POSITIONS = ("wpe", "embed_positions")  # stay fp32
 
@@ -142,10 +142,8 @@ def test_a_graph_of_gptqs_blocks_agrees_with_the_model(
         Grid(head_bits, 16, False),
     )
     by_parameter = gptq_model(model, TOKENS, grid, head=grid if head_bits == 4 else None)
-    origins = read_weight_map(fp32)
     options: dict[str, Any] = {"bits": 4, "group": 16, "head_bits": head_bits, "symmetric": False}
-    options["blocks"] = lambda name: origins[name].blocks(by_parameter)
-    quantize_bundle(fp32, tmp_path, accuracy_level=0, **options)
+    quantize_bundle(fp32, tmp_path, accuracy_level=0, blocks=by_parameter, **options)
     head = model.get_output_embeddings().weight
     for weight in {id(w): w for w in (model.get_input_embeddings().weight, head)}.values():
         if head_bits == 8 or weight is not head:
