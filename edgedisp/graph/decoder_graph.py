@@ -20,16 +20,7 @@ import onnx_ir as ir
 import torch
 
 from edgedisp.core.progress import Progress, silent
-from edgedisp.graph.onnx_graph import (
-    ATTENTION,
-    EMBEDDING,
-    GRAPH,
-    MICROSOFT,
-    SUM,
-    NewNodes,
-    TensorStore,
-    to_bytes,
-)
+from edgedisp.graph.onnx_graph import ATTENTION, EMBEDDING, GRAPH, NewNodes, TensorStore, to_bytes
 
 OPSET, IR_VERSION = 21, 10
 
@@ -154,8 +145,8 @@ class GraphWriter(NewNodes):
             for index in range(len(decoder.layers))
             for part in ("key", "value")
         ]
-        inputs, opsets = [self.ids, self.mask, *self.past], {"": OPSET, MICROSOFT: 1}
-        graph = ir.Graph(inputs, [], nodes=[], opset_imports=opsets, name="decoder")
+        inputs = [self.ids, self.mask, *self.past]
+        graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": OPSET}, name="decoder")
         super().__init__(graph, store=TensorStore(output_dir))
 
     def output(self, value: ir.Value, *shape: int | str) -> None:
@@ -238,7 +229,7 @@ class GraphWriter(NewNodes):
         terms = [residual.stream, residual.added, *parameters, residual.bias]
         outputs = (norm.name, "", "", f"{norm.name}.stream")
         normed = self.op(f"Skip{kind}", terms, *outputs, epsilon=norm.epsilon)
-        return normed, self.nodes[-1].outputs[SUM]
+        return normed, self.nodes[-1].outputs[-1]
 
     def linear(self, linear: Linear, hidden: ir.Value) -> tuple[ir.Value, ir.Value | None]:
         """hidden W^T, the weight stored [in, out] as MatMul reads it, and the bias, which is left to the next

@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from edgedisp.core.progress import Progress, silent
 from edgedisp.graph import decoder_graph, genai_config
 from edgedisp.graph.architectures import ARCHITECTURES, read_decoder
 from edgedisp.graph.decoder_graph import Decoder, Linear
-from edgedisp.graph.onnx_graph import EMBEDDING, GRAPH, WEIGHT_MAP, read_graph, size_and_nodes, to_bytes
+from edgedisp.graph.onnx_graph import DATA, EMBEDDING, GRAPH, WEIGHT_MAP, read_graph, to_bytes
 
 # Architectures whose graph by the builder was compared with torch on a tiny random model (builder 0.18,
 # transformers 5.23): the logits are equal to 1e-4, phi's to 2e-3. Not among them: olmo (off by 4), nemotron
@@ -89,6 +90,13 @@ def export(
     (output_dir / WEIGHT_MAP).write_text(json.dumps(weight_map), encoding="utf-8")
     context = config["model"]["context_length"]
     return {"exporter": exporter, "context": context, **size_and_nodes(output_dir)}
+
+
+def size_and_nodes(bundle: Path) -> dict[str, Any]:
+    """{size_bytes, nodes: {op: n}} of a bundle; size_bytes counts the graph and its weights."""
+    operators = Counter(node.op_type for node in read_graph(bundle / GRAPH).graph)
+    size = sum((bundle / name).stat().st_size for name in (GRAPH, DATA))
+    return {"size_bytes": size, "nodes": dict(sorted(operators.items()))}
 
 
 def _check_finite(model: Any, folder: Path) -> None:

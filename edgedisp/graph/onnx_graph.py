@@ -3,7 +3,6 @@ the head and the hidden states."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import dropwhile
 from pathlib import Path
@@ -75,6 +74,7 @@ class NewNodes:
         returned."""
         outputs = [ir.Value(name=f"{self.prefix}{output}" if output else "") for output in (name, *others)]
         domain = MICROSOFT if op_type in FUSED else ""
+        self.graph.opset_imports.setdefault(domain, 1)
         node = ir.node(op_type, inputs, attributes, domain=domain, outputs=outputs, name=outputs[0].name)
         self.nodes.append(node)
         return outputs[0]
@@ -113,13 +113,6 @@ def to_bytes(model: ir.Model) -> bytes:
         if value not in outputs:
             value.shape = value.type = None
     return ir.to_proto(model).SerializeToString()
-
-
-def size_and_nodes(bundle: Path) -> dict[str, Any]:
-    """{size_bytes, nodes: {op: n}} of a bundle; size_bytes counts the graph and its weights."""
-    operators = Counter(node.op_type for node in read_graph(bundle / GRAPH).graph)
-    size = sum((bundle / name).stat().st_size for name in (GRAPH, DATA))
-    return {"size_bytes": size, "nodes": dict(sorted(operators.items()))}
 
 
 def move_weights(model: ir.Model, location: str) -> None:

@@ -16,17 +16,8 @@ import onnx_ir as ir
 import torch
 
 from edgedisp.core.progress import Progress, silent
-from edgedisp.graph.onnx_graph import (
-    DATA,
-    GRAPH,
-    MICROSOFT,
-    PACKED,
-    PACKED_GATHER,
-    NewNodes,
-    TensorStore,
-    size_and_nodes,
-    to_bytes,
-)
+from edgedisp.graph.export import size_and_nodes
+from edgedisp.graph.onnx_graph import DATA, GRAPH, PACKED, PACKED_GATHER, NewNodes, TensorStore, to_bytes
 from edgedisp.quantize.grid import Blocks, Choice, Grid, pack
 from edgedisp.quantize.onnx_weights import (
     Use,
@@ -113,7 +104,6 @@ def quantize_assigned(
         row = {"name": name, "component": part, "bits": grid.bits, "group": grid.group}
         rows.append(row | {"symmetric": grid.symmetric, "method": choice.method, "size_bytes": size})
         _replace_readers(store, name, uses[name], rounded, grid, accuracy_level)
-    graph.opset_imports.setdefault(MICROSOFT, 1)
     (output_dir / GRAPH).write_bytes(to_bytes(model))
     for path in source.iterdir():
         if path.is_file() and path.name not in (GRAPH, DATA):
