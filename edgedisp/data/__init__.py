@@ -8,6 +8,7 @@ blocks, epochs = training_blocks(train, encode, context=256, blocks=160, seed=0)
 from edgedisp.data.documents import Document as Document
 from edgedisp.data.documents import Documents as Documents
 from edgedisp.data.documents import read_documents as read_documents
+from edgedisp.data.documents import synthetic_documents as synthetic_documents
 from edgedisp.data.packing import pack as pack
 from edgedisp.data.packing import split as split
 from edgedisp.data.packing import training_blocks as training_blocks
@@ -15,4 +16,3 @@ from edgedisp.data.sources import cache_folder as cache_folder
 from edgedisp.data.sources import fetch as fetch
 from edgedisp.data.sources import local_path as local_path
 from edgedisp.data.sources import needs_download as needs_download
-from edgedisp.data.synthetic_text import synthetic_documents as synthetic_documents

@@ -50,8 +50,6 @@ def survival(
     origins, uses = read_weight_map(parent), find_uses(read_graph(parent / GRAPH).graph)
     stored = read_graph(bundle / GRAPH).graph.initializers
     sums: dict[str, dict[str, Sums]] = {name: {} for name in models if name != "trained"}
-    # GPT-NeoX saves its lm_head under another name than the module's: it is left out.
-    by_tensor = [row for row in by_tensor if set(origins[row["name"]].parameters) <= set(models["trained"])]
     for index, row in enumerate(by_tensor):
         progress(index, len(by_tensor), "what is left of the change")
         name, grid = row["name"], Grid(row["bits"], row["group"], row["symmetric"])

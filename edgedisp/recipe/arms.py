@@ -15,7 +15,7 @@ from typing import Annotated, Any, Self
 from pydantic import field_serializer, model_validator
 
 from edgedisp.recipe import values
-from edgedisp.recipe.train_schema import Dispersion
+from edgedisp.recipe.schema import Dispersion
 from edgedisp.recipe.values import Section, accepts, choice
 
 TECHNIQUES = ("neftune", "active_forgetting", "embedding_dropout")

@@ -18,8 +18,7 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.files import digest
 from edgedisp.recipe import values
 from edgedisp.recipe.arms import PLAIN_ARMS, Arm, ArmRun
-from edgedisp.recipe.schema import Data, Evaluate, Latency, Model, Quantize, Verify
-from edgedisp.recipe.train_schema import Train
+from edgedisp.recipe.schema import Data, Evaluate, Latency, Model, Quantize, Train, Verify
 from edgedisp.recipe.values import HELDOUT_TASKS, WHOLE, Key, Section, Unique, accepts, unique
 
 Problems = Iterator[tuple[Key, str]]

@@ -6,10 +6,12 @@ import io
 import os
 import signal
 import sys
+from importlib import import_module
+from typing import Any
 
 import pytest
 
-from edgedisp.cli import exit_codes
+application: Any = import_module("edgedisp.cli.app")  # `edgedisp.cli.app` names the application in it
 
 
 def test_sigterm_ends_a_command_as_ctrl_c_does_with_an_exit_code_of_its_own(
@@ -17,10 +19,10 @@ def test_sigterm_ends_a_command_as_ctrl_c_does_with_an_exit_code_of_its_own(
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(sys, "argv", ["edgedisp", "build"])
-    monkeypatch.setattr(exit_codes, "app", lambda **options: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(application, "app", lambda **options: os.kill(os.getpid(), signal.SIGTERM))
     try:
         with pytest.raises(SystemExit) as stop:
-            exit_codes.main()
+            application.main()
     finally:
         signal.signal(signal.SIGTERM, before)
     assert stop.value.code == 143
@@ -35,8 +37,8 @@ def test_characters_that_a_terminal_lacks_are_replaced(
 ) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
-    monkeypatch.setattr(exit_codes, "app", lambda **options: sys.stdout.write("table \u2500 \u03bb\n"))
-    exit_codes.main()
+    monkeypatch.setattr(application, "app", lambda **options: sys.stdout.write("table \u2500 \u03bb\n"))
+    application.main()
     sys.stdout.flush()
     assert written.getvalue().startswith(b"table ") and written.getvalue().endswith(b"\n")
 
@@ -47,14 +49,14 @@ def test_an_unexpected_error_is_one_line_that_says_how_to_see_the_trace(
     def fails(**options: object) -> None:
         raise RuntimeError("no kernel\nfor this")
 
-    monkeypatch.setattr(exit_codes, "app", fails)
-    monkeypatch.delenv(exit_codes.TRACE, raising=False)
+    monkeypatch.setattr(application, "app", fails)
+    monkeypatch.delenv(application.TRACE, raising=False)
     with pytest.raises(SystemExit) as stop:
-        exit_codes.main()
+        application.main()
     assert stop.value.code == 1
     assert capsys.readouterr().err == (
         "edgedisp: failed: RuntimeError: no kernel for this (EDGEDISP_TRACE=1 shows where)\n"
     )
-    monkeypatch.setenv(exit_codes.TRACE, "1")
+    monkeypatch.setenv(application.TRACE, "1")
     with pytest.raises(RuntimeError):
-        exit_codes.main()
+        application.main()

@@ -30,8 +30,8 @@ LAYERS = {
 SIBLINGS = {("quantize", "graph"), ("data", "recipe"), ("models", "recipe")}
 
 MODULE_LINES, FUNCTION_LINES, PARAMETERS = 350, 60, 6
-# Ceilings that only go down: the aim is 20,000 lines in 120 modules, 15,000 of tests, 1,600 of benchmarks.
-PACKAGE_LINES, PACKAGE_MODULES, TEST_LINES, BENCHMARK_LINES = 24_500, 123, 16_640, 1_600
+# Ceilings of edgedisp with the runner, tests and benchmarks.
+PACKAGE_LINES, PACKAGE_MODULES, TEST_LINES, BENCHMARK_LINES = 20_000, 120, 15_000, 1_600
 LONGER = {"export/runner/runner.py"}  # copied to devices as one file
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -164,7 +164,7 @@ def test_tests_import_from_helpers_and_never_from_one_another() -> None:
 def test_package_tests_and_benchmarks_stay_within_their_budgets() -> None:
     product = [*MODULES, *RUNNER]
     assert lines(product) <= PACKAGE_LINES
-    assert len([path for path in product if path.name != "__init__.py"]) <= PACKAGE_MODULES
+    assert len(product) <= PACKAGE_MODULES
     assert lines(TESTS) <= TEST_LINES
     assert lines(BENCHMARKS) <= BENCHMARK_LINES
 
