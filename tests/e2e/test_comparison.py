@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Ended
+from tiny_build import Built, Command, write_documents
 
-from edgedisp import data
 from edgedisp.commands.compare import Scored, join, join_runs
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import from_json
@@ -23,7 +22,7 @@ from edgedisp.pipeline.run_results import load
 
 
 @pytest.fixture(scope="module")
-def fewer(built: tuple[Path, Path, Ended], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fewer(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run scored on other items: the windows are the same, but fewer of them."""
     from typer.testing import CliRunner
 
@@ -42,8 +41,8 @@ def results(run: Path, arm: str, precision: str = "int4") -> Results:
     return from_json(Results, json.loads(path.read_text()))
 
 
-def test_a_run_joined_with_itself_differs_by_nothing(built: tuple[Path, Path, Ended]) -> None:
-    _, run, _ = built
+def test_a_run_joined_with_itself_differs_by_nothing(built: Built) -> None:
+    run = built.run
     joint = join_runs([run, run])
     assert joint.arms[:2] == ["baseline", "dispersed"] and len(joint.arms) == 4
     again = next(arm for arm in joint.arms[2:] if arm.startswith("baseline of"))
@@ -55,8 +54,8 @@ def test_a_run_joined_with_itself_differs_by_nothing(built: tuple[Path, Path, En
         assert entry.main.estimate.value == alone[task].main.estimate.value
 
 
-def test_only_items_in_common_are_paired(built: tuple[Path, Path, Ended], fewer: Path) -> None:
-    _, run, _ = built
+def test_only_items_in_common_are_paired(built: Built, fewer: Path) -> None:
+    run = built.run
     joint = join_runs([run, fewer])
     other = next(arm for arm in joint.arms if arm.startswith("dispersed of"))
     entry = joint.comparisons[other]["int4"]["heldout_perplexity"].main.estimate
@@ -98,9 +97,9 @@ def test_means_are_over_all_seeds_and_what_cannot_be_paired_is_named() -> None:
 
 
 def test_runs_without_a_common_item_or_without_items_are_refused(
-    built: tuple[Path, Path, Ended], tmp_path: Path, edgedisp: Any
+    built: Built, tmp_path: Path, edgedisp: Command
 ) -> None:
-    _, run, _ = built
+    run = built.run
     other = tmp_path / "run"
     shutil.copytree(run, other)
     for path in other.rglob("items.json"):
@@ -119,9 +118,9 @@ def test_runs_without_a_common_item_or_without_items_are_refused(
 
 
 def test_the_joint_page_and_table_name_every_arm(
-    built: tuple[Path, Path, Ended], fewer: Path, tmp_path: Path, edgedisp: Any
+    built: Built, fewer: Path, tmp_path: Path, edgedisp: Command
 ) -> None:
-    _, run, _ = built
+    run = built.run
     page = tmp_path / "both.html"
     ended = edgedisp("compare", run, fewer, "--html", page)
     assert ended.code == 0 and "Not paired: " in ended.out, ended
@@ -135,15 +134,13 @@ def test_the_joint_page_and_table_name_every_arm(
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "held.jsonl"
-    rows = [json.dumps({"text": document.text}) for document in data.synthetic_documents(40, seed=9)]
-    path.write_text("\n".join(rows))
-    return path
+    return write_documents(path, 40, seed=9)
 
 
 def test_two_models_are_scored_on_the_same_items_once(
-    built: tuple[Path, Path, Ended], text: Path, tmp_path: Path, edgedisp: Any
+    built: Built, text: Path, tmp_path: Path, edgedisp: Command
 ) -> None:
-    _, run, _ = built
+    run = built.run
     out = tmp_path / "both"
     words = ["compare", run / "baseline" / "int4", run / "dispersed" / "model", "--text", text]
     words += ["--tasks", "heldout_perplexity", "--limit", "25", "--context", "64", "--out", out]
@@ -167,9 +164,9 @@ def test_two_models_are_scored_on_the_same_items_once(
 
 
 def test_models_whose_tokenizers_differ_are_refused_before_anything_is_scored(
-    built: tuple[Path, Path, Ended], text: Path, tmp_path: Path, edgedisp: Any
+    built: Built, text: Path, tmp_path: Path, edgedisp: Command
 ) -> None:
-    _, run, _ = built
+    run = built.run
     other = tmp_path / "other"
     shutil.copytree(run / "dispersed" / "model", other)
     (other / "record.json").unlink()  # a folder of somebody else's
@@ -182,8 +179,8 @@ def test_models_whose_tokenizers_differ_are_refused_before_anything_is_scored(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_compared_is_named(built: tuple[Path, Path, Ended], text: Path, edgedisp: Any) -> None:
-    _, run, _ = built
+def test_what_cannot_be_compared_is_named(built: Built, text: Path, edgedisp: Command) -> None:
+    run = built.run
     for words, message in (
         ("{run}/baseline/int4 {run}/nowhere", "nowhere: is no run"),
         ("{run}/baseline/int4 {run}/dispersed/int4", "--tasks: say what"),

@@ -134,7 +134,7 @@ def test_names_say_what_they_hold() -> None:
     forbidden = {"one", "found", "held", "own", "made", "kept", "told", "asked", "said", "chosen", "ends"}
     wrong = {
         f"{path.relative_to(TOP)}:{node.lineno}: {name}"  # type: ignore[attr-defined]
-        for path in [*MODULES, *RUNNER, *BENCHMARKS]
+        for path in [*MODULES, *RUNNER, *TESTS, *BENCHMARKS]
         for node in ast.walk(tree(path))
         for name in defined(node)
         if name.strip("_") in forbidden
@@ -155,7 +155,7 @@ def defined(node: ast.AST) -> list[str]:
 
 def test_tests_import_from_helpers_and_never_from_one_another() -> None:
     for path in TESTS:
-        assert not [module for module in imports(path) if module.startswith("test_")], path
+        assert not [name for name in imports(path) if name.startswith(("test_", "conftest"))], path
 
 
 # ---------------------------------------------------------------- sizes
