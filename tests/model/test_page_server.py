@@ -270,8 +270,8 @@ def test_rows_follow_from_the_times_that_were_sent(bundles: Bundles) -> None:
     plan = PagePlan(folders, SIZES)
     plan_json = json.loads(plan.resources["plan.json"].body)
     result = result_of(plan, figures(plan_json), clock_mhz=7.0)
-    one, two = folders
-    assert order(result) == [one, two, two, one, one, two]
+    baseline, twin = folders
+    assert order(result) == [baseline, twin, twin, baseline, baseline, twin]
     assert [turn.get("clock_mhz") for turn in result.repetitions] == [None, None, None, 7.0, None, None]
     row, _ = result.rows
     first = [100.0, 103.0, 104.0]  # turns 0, 3, 4
@@ -282,13 +282,13 @@ def test_rows_follow_from_the_times_that_were_sent(bundles: Bundles) -> None:
     pooled = [10.0] * 3 + [13.0] * 3 + [14.0] * 3
     assert row.token_ms_p90 == pytest.approx(np.percentile(pooled, 90))
     assert row.load_s == 0.6 and row.peak_memory_bytes == 1 << 26
-    assert row.weights_bytes == sum(f.stat().st_size for f in folders[one].glob("model.onnx*"))
+    assert row.weights_bytes == sum(f.stat().st_size for f in folders[baseline].glob("model.onnx*"))
     assert result.pairs[0]["same_graph"] and result.machine["browser"]["cores"] == 8
     # a phone lost after its first turn, which it spent in the background
     content = figures(plan_json, turns=1)
     content["repetitions"][0]["hidden"] = True
     (row,) = result_of(plan, content).rows
-    assert row.label == one and "the page was in the background during 1 repetitions" in row.warnings
+    assert row.label == baseline and "the page was in the background during 1 repetitions" in row.warnings
 
 
 def test_scores_that_do_not_fit_schema_or_plan_are_refused(bundles: Bundles) -> None:
