@@ -45,7 +45,10 @@ const small = () =>
 
 async function open() {
   await page.goto(given.url);
-  await page.waitForFunction(() => document.documentElement.dataset.ready || !document.getElementById("fault").hidden);
+  await page.waitForFunction(() => {
+    const fault = document.getElementById("fault"); // shows a text of its own until the scripts run
+    return document.documentElement.dataset.ready || !(fault.hidden || fault.textContent.includes("If this text stays"));
+  });
 }
 
 async function ask(text) {
