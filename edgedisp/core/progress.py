@@ -66,7 +66,11 @@ class Screen:
             "{task.fields[note]}",
         ]
         self._bar = progress.Progress(
-            *columns, console=Console(stderr=True), transient=True, speed_estimate_period=SPEED_PERIOD_S
+            *columns,
+            console=Console(stderr=True),
+            transient=True,
+            speed_estimate_period=SPEED_PERIOD_S,
+            get_time=time.monotonic,
         )
         self._begin()
 
