@@ -9,6 +9,7 @@ import torch
 
 from edgedisp.dispersion.hooks import decoder_layers, select_layers
 from edgedisp.dispersion.losses import DispersionConfig
+from edgedisp.recipe import Dispersion
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,12 @@ from edgedisp.dispersion.losses import DispersionConfig
 def test_what_cannot_work_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DispersionConfig(**wrong)
+
+
+def test_the_least_values_work_and_the_defaults_are_those_of_a_recipe() -> None:
+    DispersionConfig(weight=0.0, temperature=0.05, tokens=2, clamp=0.0)
+    config, section = DispersionConfig(), Dispersion().model_dump(exclude={"seed"})
+    assert {key: getattr(config, key) for key in section} == section and config.seed == 0
 
 
 def test_layers_are_named_or_counted_from_zero() -> None:

@@ -140,6 +140,19 @@ def test_padding_changes_neither_value_nor_gradient(
     assert torch.equal(with_padding[~mask], torch.zeros(3, features, dtype=torch.float64))
 
 
+def test_a_feature_that_varies_by_rounding_alone_counts_as_uncorrelated() -> None:
+    vectors = torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(0))
+    steps = vectors[..., 0] * torch.finfo(torch.float32).eps  # in step with the first feature
+
+    def with_last(feature: torch.Tensor | float) -> torch.Tensor:
+        changed = vectors.clone()
+        changed[..., 3] = feature
+        return VARIANTS["decorrelation"](changed)
+
+    assert torch.equal(with_last(1000 * (1 + 50 * steps)), with_last(0.0))
+    assert with_last(1000 * (1 + 400 * steps)) > with_last(0.0) + 0.1
+
+
 @every_loss
 def test_a_sequence_without_a_pair_has_value_zero_no_gradient_and_no_weight(name: str) -> None:
     vectors, _ = random_case(3)
