@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edgedisp.quantize.gptq import DAMPING, gptq, refit
+from edgedisp.quantize.gptq import gptq, refit
 from edgedisp.quantize.grid import (
     METHODS,
     Blocks,
@@ -56,6 +56,26 @@ def test_k_quant_is_no_worse_than_rounding(seed: int, grid: Grid, rows: int, col
     assert k_quant <= rtn * (1 + 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("grid", "measured", "by_size"),
+    [
+        (Grid(4, 32, False), 0.760, 0.880),
+        (Grid(4, 32, True), 0.721, 0.897),
+        (Grid(4, 64, False), 0.801, 0.920),
+    ],
+)
+def test_k_quant_leaves_so_much_of_the_error_of_rounding(grid: Grid, measured: float, by_size: float) -> None:
+    weight, importance = drawn(3, 64, 256), drawn(4, 256).square() + 1e-3
+    values = in_groups(weight, grid.group)
+    larger = (values.abs() + values.square().mean(-1, keepdim=True).sqrt()).flatten(1)  # llama.cpp's
+    for given_importance, cost, share in ((importance, importance, measured), (None, larger, by_size)):
+        k_quant, rtn = (
+            ((dequantize(blocks, grid) - weight).square() * cost).sum()
+            for blocks in (METHODS["k_quant"](weight, grid, given_importance), quantize(weight, grid))
+        )
+        assert float(k_quant / rtn) == pytest.approx(share, abs=0.001)
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 1000), grid=grids, columns=st.integers(1, 150))
 @pytest.mark.parametrize("name", METHODS)
@@ -94,7 +114,7 @@ def by_the_paper(weight: Tensor, start: Blocks, hessian: Tensor, grid: Grid, ord
 def test_gptqs_integers_are_optimal_brain_quantization_and_refitting_lowers_the_error(grid: Grid) -> None:
     columns = 150  # more than one block of columns, and a ragged group
     weight, hessian = drawn(5, 12, columns), second_moment(6, columns, 400)
-    damped = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(columns)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(columns)  # the paper's 1 %
     start = METHODS["k_quant"](weight, grid, damped.diagonal())
     order = torch.argsort(damped.diagonal(), descending=True, stable=True).tolist()
     expected = by_the_paper(weight, start, damped, grid, order)
@@ -147,3 +167,11 @@ def test_the_latent_weight_rounds_to_gptqs_integers(seed: int, grid: Grid, rows:
     assert torch.equal(*flat)
     half_steps = 0.5 * blocks.scales.abs().repeat_interleave(grid.group, 1)[:, :columns]
     assert ((latent - dequantize(blocks, grid)).abs() <= half_steps).all()  # a clipped value too
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 32, False), Grid(4, 32, True)])
+def test_without_correlation_nothing_is_corrected_and_the_latent_weight_is_the_weight(grid: Grid) -> None:
+    weight = drawn(3, 64, 256)
+    blocks, latent = gptq(weight, grid, torch.eye(256))
+    steps = (latent - weight).abs() / blocks.scales.abs().repeat_interleave(grid.group, 1)
+    assert (steps < 0.02).float().mean() > 0.95  # the others were clipped, or rounded across a half
