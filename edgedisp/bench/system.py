@@ -129,11 +129,11 @@ def _packages(distribution: str) -> Iterator[Row]:
             continue
         version = installed_version(requirement.name)
         fits = version is not None and requirement.specifier.contains(version, prereleases=True)
-        wanted = f"{requirement.name}{requirement.specifier}"
+        specifier = f"{requirement.name}{requirement.specifier}"
         yield _row(
             requirement.name if needed or not extra else f"{requirement.name} [{extra.group(1)}]",
             fits,
             (version or "not installed") + ("" if fits else f", tried with {requirement.specifier}"),
-            f'{sys.executable} -m pip install "{wanted}"',
+            f'{sys.executable} -m pip install "{specifier}"',
             "missing" if needed and version is None else "warn",
         )

@@ -187,7 +187,7 @@ def compare(
         "joined": to_json(joined),
         "report": page and str(page),
     }
-    shown = report.table_markdown(table) if markdown else report.table_text(table, width())
-    show(document, "\n\n".join([shown, verdict.sentence, *last]), as_json)
+    table_text = report.table_markdown(table) if markdown else report.table_text(table, width())
+    show(document, "\n\n".join([table_text, verdict.sentence, *last]), as_json)
     if models:
         _check_complete(joined)

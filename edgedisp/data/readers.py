@@ -71,10 +71,12 @@ def local_rows(path: Path, source: Source) -> tuple[Iterator[Row], dict[str, str
     names = {file: file.relative_to(folder).as_posix() for file in files}
     splits = {file: _split_of(names[file]) for file in files if _kind(file) == kind}
     # A file that names no split belongs to the training text; where no file names one, all are read.
-    wanted = (_split_of(source.split) or source.split) if any(splits.values()) else "train"
+    split_to_read = (_split_of(source.split) or source.split) if any(splits.values()) else "train"
     skipped = {file: f"not {kind}" for file in files if file not in splits}
     skipped |= {
-        file: f"split {split or 'train'}" for file, split in splits.items() if (split or "train") != wanted
+        file: f"split {split or 'train'}"
+        for file, split in splits.items()
+        if (split or "train") != split_to_read
     }
     selected = [file for file in files if file not in skipped]
     if not selected:

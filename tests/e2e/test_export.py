@@ -51,13 +51,13 @@ def test_the_manifest_describes_the_folder(precision: str, base: Path, tmp_path:
     profile = box(tmp_path, precision=precision, layouts=layouts)
     ended = edgedisp("export", base, "--target", profile, "--out", out, "--json")
     assert ended.code == 0, ended
-    shown, manifest = json.loads(ended.out), json.loads((out / "manifest.json").read_text())
+    record, manifest = json.loads(ended.out), json.loads((out / "manifest.json").read_text())
     assert manifest["files"] == list_files(out, without=("manifest.json", "README.md"))
     size = sum(entry["size_bytes"] for entry in manifest["files"].values())
-    assert manifest["size_bytes"] == shown["size_bytes"] == size
+    assert manifest["size_bytes"] == record["size_bytes"] == size
     assert manifest["tokenizer_sha256"] == file_digest(base / "tokenizer.json")
     assert manifest["context"] == OnnxModel(out, 1).context == 64
-    assert shown["layouts"] == ["onnxruntime-genai", "transformers.js", "optimum"] == [*manifest["layouts"]]
+    assert record["layouts"] == ["onnxruntime-genai", "transformers.js", "optimum"] == [*manifest["layouts"]]
     name, dtype = NAMES[precision]
     assert manifest["layouts"]["transformers.js"]["graph"] == f"onnx/{name}.onnx"
     assert f'dtype: "{dtype}"' in manifest["layouts"]["transformers.js"]["load"]

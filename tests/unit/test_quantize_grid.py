@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from onnx_node import node_model, run
+from quantize_grids import grids
 from torch import Tensor
 
 from edgedisp.quantize.grid import (
@@ -21,10 +22,6 @@ from edgedisp.quantize.grid import (
     quantize,
     storable,
     unpack,
-)
-
-grids = st.builds(
-    Grid, bits=st.sampled_from((4, 8)), group=st.sampled_from((16, 32, 64, 128, 256)), symmetric=st.booleans()
 )
 
 

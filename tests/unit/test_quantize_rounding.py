@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantize_grids import grids
 from torch import Tensor
 
 from edgedisp.quantize.gptq import gptq, refit
@@ -19,10 +20,6 @@ from edgedisp.quantize.grid import (
     in_groups,
     quantize,
     round_to,
-)
-
-grids = st.builds(
-    Grid, bits=st.sampled_from((4, 8)), group=st.sampled_from((16, 32, 64, 128, 256)), symmetric=st.booleans()
 )
 
 
