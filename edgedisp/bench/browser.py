@@ -122,7 +122,9 @@ class PageDevice(Device):
             if last.trouble:
                 return last, sensors, f"the page could not go on: {last.trouble}"
             progress(last.done, last.total, last.note)
-            sensors.setdefault(len(last.repetitions) - 1, self.sensors())
+            turn = len(last.repetitions) - 1
+            if turn not in sensors:  # uploads between turns come while the page is timing
+                sensors[turn] = self.sensors()
         return last, sensors, None
 
 

@@ -152,7 +152,11 @@ class Host(Device):
         self.copy(progress)
         sweeps: dict[str, list[Timing]] = {}
         if count == "sweep":
-            sweeps = {label: self._sweep(label, bundle, progress) for label, bundle in bundles.items()}
+            for label, bundle in bundles.items():
+                sweep = self._sweep(label, bundle, progress)
+                if sweep.lost:
+                    return replace(sweep, sweeps=sweeps)
+                sweeps[label] = sweep.rows
             threads = {label: fastest(rows).threads for label, rows in sweeps.items()}
         else:
             threads = dict.fromkeys(bundles, count)
@@ -208,15 +212,14 @@ class Host(Device):
         result = device_result(self.name, self.machine, timed, graphs, options)
         return replace(result, options={**result.options, "groups": groups}, lost=lost)
 
-    def _sweep(self, label: str, bundle: Path, progress: Progress) -> list[Timing]:
-        """The timings of a bundle, one for each thread count. Raises BuildFailed where the host is lost."""
+    def _sweep(self, label: str, bundle: Path, progress: Progress) -> DeviceResult:
+        """A bundle timed with each thread count, a row each."""
         short = replace(self.options, prompt=SWEEP_TOKENS, generate=SWEEP_TOKENS)
-        counts = thread_counts(self.machine["physical_cores"], self.machine["logical_cpus"])
+        quota, cpus = self.machine["cpu_quota"], self.machine["logical_cpus"]
+        allowed = cpus if quota is None else min(cpus, max(1, int(quota)))
+        counts = thread_counts(self.machine["physical_cores"], allowed)
         threads = {f"{label}, {count} threads": count for count in counts}
-        result = self._time(dict.fromkeys(threads, bundle), threads, short, progress)
-        if result.lost:
-            raise BuildFailed(result.lost)
-        return result.rows
+        return self._time(dict.fromkeys(threads, bundle), threads, short, progress)
 
     def _score(self, result: DeviceResult, progress: Progress) -> DeviceResult:
         """`result` with `answers`. Items go to a worker one by one, so a lost host leaves those before."""

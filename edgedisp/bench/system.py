@@ -94,18 +94,19 @@ def doctor(distribution: str = "edgedisp") -> list[Row]:
     Versions are compared with the bounds in the installed distribution's metadata; no network is used.
     """
     machine = describe()
-    features, quota, free = machine["features"], machine["cpu_quota"], machine["memory_available_bytes"] or 0
+    features, quota, free = machine["features"], machine["cpu_quota"], machine["memory_available_bytes"]
     fast = (FAST_ON_X86 | FAST_ON_ARM) & {*features}
     cores = f"{machine['physical_cores']} cores, {machine['logical_cpus']} CPUs, quota {quota or 'none'}"
     slow = "int8 and int4 run on slower kernels here (no VNNI, no dot product)"
     throttled = "less than one CPU: timings will be those of a throttled machine"
     needed = f"training 135M parameters takes about {MEMORY_NEEDED / GIB:.0f} GiB; an adapter takes less"
+    memory = "not known" if free is None else f"{free / GIB:.1f} GiB free"
     return [
         _row("python", True, sys.version.split()[0], ""),
         *_packages(distribution),
         _row("processor", bool(fast), f"{machine['cpu']}: {' '.join(features) or 'no known features'}", slow),
         _row("threads", quota is None or quota >= 1, cores, throttled),
-        _row("memory", free >= MEMORY_NEEDED, f"{free / GIB:.1f} GiB free", needed),
+        _row("memory", (free or 0) >= MEMORY_NEEDED, memory, needed),
     ]
 
 

@@ -42,14 +42,14 @@ def time_bundles(
     common. `problems`: why a device was lost in the middle, or why scores here are missing. All devices are
     reached before anything is timed. Raises BadInput for what cannot be used or timed.
     """
+    for name in names:  # before bundles are hashed and tasks read
+        devices.kind_of(name)
     if len({*names}) < len(names):
         raise BadInput(f"--device {', '.join(names)}: one is named twice; once is enough")
     labels, questions, options = _prepare(bundles, options)
-    results = []
     with ExitStack() as stack:
         connected = [stack.enter_context(devices.connect(name, labels, options)) for name in names]
-        for name, device in zip(names, connected):
-            results.append(replace(device.measure(progress), device=name))
+        results = [device.measure(progress) for device in connected]
     problems = [f"{result.device}: {result.lost}" for result in results if result.lost]
     timed: dict[str, Any] = {"format": 2, "devices": results, "problems": problems}
     if questions is not None:

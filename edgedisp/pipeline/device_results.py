@@ -1,7 +1,7 @@
 """What devices measured of the bundles of a run, stored in `<run>/devices/*.json`.
 
 There is one file for each device, bundle, prompt, new tokens and threads. A later measurement replaces it,
-but a partial one never a complete one; a measurement without scores leaves those that are there. A file whose
+but a partial one never a complete one; the score of a task stays until that task is scored anew. A file whose
 bundle was built again with other contents is outdated. Two results are of one device where its name,
 processor, phone model, browser (without version) and cores agree.
 """
@@ -27,7 +27,7 @@ from edgedisp.core.files import (
     to_json,
     write_json,
 )
-from edgedisp.core.results import DeviceResult
+from edgedisp.core.results import DeviceResult, Json
 from edgedisp.core.stage_folder import RUN
 
 FOLDER = "devices"
@@ -94,7 +94,7 @@ def _write(run: Path, stored: Stored) -> None:
     if file.is_file() and (old := _read(file)).content == stored.content:
         if stored.result.lost and not old.result.lost:
             return
-        scores = stored.result.scores or old.result.scores
+        scores = _latest([*old.result.scores, *stored.result.scores])
         stored = replace(stored, result=replace(stored.result, scores=scores))
     write_json(file, to_json(stored))
 
@@ -115,12 +115,14 @@ def load(run: Path) -> tuple[list[DeviceResult], list[str]]:
             outdated.append(f"{stored.bundle} on {result.device}, {stored.measured[:10]}")
             continue
         before = devices.get(key, DeviceResult(result.device))
+        lost = [f"{stored.bundle}: lost in the middle: {result.lost}"] if result.lost else []
         devices[key] = replace(
             result,
             rows=sorted([*before.rows, *result.rows], key=lambda row: row.label),
-            scores=[*before.scores, *result.scores],
+            scores=_latest([*before.scores, *result.scores]),
             sweeps={**before.sweeps, **result.sweeps},
-            warnings=tuple(dict.fromkeys([*before.warnings, *result.warnings])),
+            warnings=tuple(dict.fromkeys([*before.warnings, *result.warnings, *lost])),
+            lost=None,  # of one bundle alone, whose row is `partial`
             measured=(*before.measured, stored.measured),
         )
     counts: Counter[str] = Counter()
@@ -129,6 +131,11 @@ def load(run: Path) -> tuple[list[DeviceResult], list[str]]:
         if (number := counts[device.device]) > 1:
             devices[key] = replace(device, device=f"{device.device} {number}")
     return [*devices.values()], sorted(outdated)
+
+
+def _latest(scores: list[Json]) -> list[Json]:
+    """The last score of each bundle and task."""
+    return [*{(score["label"], score["task"]): score for score in scores}.values()]
 
 
 def _read(file: Path) -> Stored:

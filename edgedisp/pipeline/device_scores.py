@@ -25,10 +25,11 @@ from edgedisp.core.progress import Progress, labelled
 from edgedisp.core.results import DeviceResult, Json
 from edgedisp.core.stage_folder import RUN, SCORES
 from edgedisp.evaluate import statistics
-from edgedisp.evaluate.comparison import TaskResult, task_result
+from edgedisp.evaluate.comparison import Results, TaskResult, task_result
 from edgedisp.evaluate.heldout_tasks import SuiteOptions
 from edgedisp.evaluate.loglikelihood import (
     Fitted,
+    Likelihood,
     ScoreCache,
     ScoreOptions,
     fitted,
@@ -77,7 +78,7 @@ class DeviceQuestions:
         size = min(map(scored_size, bundles.values()), key=lambda size: size.context)
         window = min(size.context, CONTEXT)
         options = SuiteOptions(tasks.tasks, window, tasks.items, tasks.seed, None, tasks.tasks_path)
-        self.tasks, self.bundles = tasks, bundles
+        self.tasks, self.bundles, self.context = tasks, bundles, size.context
         self.suite = make_suite(first, _documents(tasks, run), options)
         if missing := self.suite.missing:
             raise BadInput(f"--score: {'; '.join(missing.values())}")
@@ -103,12 +104,14 @@ class DeviceQuestions:
         scores: list[list[Json]] = [[] for _ in results]
         for label, bundle in self.bundles.items():
             model = scored_model(bundle, threads)
+            model.context = self.context  # what the requests were cut to
             with closing(ScoreCache(self.store, score_key(bundle, 1))) as cache:
-                here = ScoreOptions(cache=cache, progress=labelled(progress, f"here, {label}"))
-                for records, result in zip(scores, results):
-                    answers = result.answers.get(label, ())
-                    for record in compare(self.suite, self.items, answers, model, here):
-                        records.append({"label": label, **record})
+                options = ScoreOptions(cache=cache, progress=labelled(progress, f"here, {label}"))
+                here = score_here(self.suite, self.items, model, options)
+            for records, result in zip(scores, results):
+                answers = result.answers.get(label, ())
+                for record in compare(self.suite, self.items, answers, model, here):
+                    records.append({"label": label, **record})
         return [replace(result, answers={}, scores=records) for result, records in zip(results, scores)]
 
 
@@ -138,23 +141,33 @@ def draw(suite: TaskSuite, model: Any) -> list[Item]:
     return [item for turn in zip_longest(*by_task) for item in turn if item is not None]
 
 
+Here = tuple[Mapping[Fitted, Likelihood], Results]
+"""This machine's scores: of every request of the items, and of the tasks."""
+
+
+def score_here(suite: TaskSuite, items: Sequence[Item], model: Any, options: ScoreOptions) -> Here:
+    """Once for a bundle, however many devices answer."""
+    requests = [request for item in items for request in item.requests]
+    scores = dict(zip(requests, loglikelihoods(model, requests, options)))
+    return scores, suite.run(model, options, 2)  # intervals come later, of the items that were answered
+
+
 def compare(
     suite: TaskSuite,
     items: Sequence[Item],
     answers: Sequence[Sequence[Answer]],
     model: Any,
-    options: ScoreOptions,
+    here: Here,
 ) -> Iterator[Json]:
-    """A record for each task: what a device scored, against this machine's `model`.
+    """A record for each task: what a device scored, against this machine's `model`, whose scores are `here`.
 
     answers: for each of `items`, or the first of them, the answers to its requests. Each record holds {task,
     metric, higher_is_better, is_share, drawn, answered, truncated, device, here, difference, agreement,
     logprob}; device and here are an `Estimate`, difference a `Difference`, as JSON; logprob: mean and max
     over items of how far log-likelihoods lie apart, nats. Without answers those from `device` on are None.
     """
-    requests = [request for item in items for request in item.requests]
-    here = dict(zip(requests, loglikelihoods(model, requests, options)))
-    scores = {request: (score.logprobs, score.greedy) for request, score in here.items()}
+    by_request, host = here
+    scores = {request: (score.logprobs, score.greedy) for request, score in by_request.items()}
     apart: dict[str, dict[str, float]] = {}  # task -> item -> largest difference in nats
     for item, item_answers in zip(items, answers):
         if len(item_answers) != len(item.requests):
@@ -164,9 +177,8 @@ def compare(
         differences = [0.0]
         for request, (total, greedy) in zip(item.requests, item_answers):
             scores[request] = (float(total), *[0.0] * (len(request[1]) - 1)), greedy  # only sums are read
-            differences.append(abs(total - here[request].sum_logprob))
+            differences.append(abs(total - by_request[request].sum_logprob))
         apart.setdefault(item.task, {})[item.id] = max(differences)
-    host = suite.run(model, options, 2)  # intervals come later, of the items that were answered
     with closing(ScoreCache(Path(":memory:"), "device")) as cache:
         cache.write({name_of(request): score for request, score in scores.items()})
         device = suite.run(model, ScoreOptions(cache=cache), 2)

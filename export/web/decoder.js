@@ -109,12 +109,7 @@ export class Decoder {
 
   /** What does not change from repetition to repetition. */
   facts() {
-    const layers = this.cache.length / 2;
-    return {
-      layers,
-      vocab_size: this.vocabSize,
-      kv_cache_bytes_per_position: 2 * layers * this.heads * this.headSize * this.itemBytes,
-    };
+    return { kv_cache_bytes_per_position: this.cache.length * this.heads * this.headSize * this.itemBytes };
   }
 
   /** The cache of no tokens. */

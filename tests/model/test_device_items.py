@@ -20,7 +20,7 @@ from edgedisp.core.results import Difference
 from edgedisp.evaluate.heldout_tasks import SuiteOptions
 from edgedisp.evaluate.loglikelihood import ScoreCache, ScoreOptions, loglikelihoods
 from edgedisp.evaluate.task_suite import TaskSuite, prepare
-from edgedisp.pipeline.device_scores import Answer, compare, draw
+from edgedisp.pipeline.device_scores import Answer, compare, draw, score_here
 
 __all__ = ["folder"]  # a fixture
 
@@ -49,7 +49,8 @@ def records(
         [(score.sum_logprob, score.greedy) for score in loglikelihoods(device, item.requests)]
         for item in items[:count]
     ]
-    return {record["task"]: record for record in compare(tasks, items, answers, host, cache)}
+    here = score_here(tasks, items, host, cache)
+    return {record["task"]: record for record in compare(tasks, items, answers, host, here)}
 
 
 def test_the_same_model_gives_the_same_scores(folder: Path, cache: ScoreOptions) -> None:
@@ -78,9 +79,10 @@ def test_another_model_differs_in_scores_choices_and_log_probs(folder: Path, cac
 def test_no_answers_too_few_and_tasks_that_generate_text(folder: Path, cache: ScoreOptions) -> None:
     tasks, model = suite(folder, "toy_choice"), Speller()
     items = draw(tasks, model)
-    (record,) = compare(tasks, items, [], model, cache)
+    here = score_here(tasks, items, model, cache)
+    (record,) = compare(tasks, items, [], model, here)
     assert (record["answered"], record["device"]) == (0, None)
     with pytest.raises(BuildFailed, match="1 answers to 3 requests"):
-        list(compare(tasks, items, [[(0.0, True)]], model, cache))
+        list(compare(tasks, items, [[(0.0, True)]], model, here))
     with pytest.raises(BadInput, match="toy_generate: needs generated text"):
         draw(suite(folder, "toy_generate"), model)
