@@ -266,7 +266,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Bundle:
-    """tensors: {name, component, shape, bits, group, symmetric, method, size_bytes, relative_error}.
+    """by_tensor: {name, component, bits, group, symmetric, method, size_bytes}.
     search: how the bits of each weight were searched, if they were."""
 
     path: str

@@ -12,7 +12,6 @@ Items depend on documents, tokenizer and seed alone, and spread over as many doc
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections import Counter
@@ -29,7 +28,7 @@ from edgedisp.core.results import TaskScore
 from edgedisp.data import Document
 from edgedisp.evaluate import statistics
 from edgedisp.evaluate.comparison import TaskResult, task_result
-from edgedisp.evaluate.loglikelihood import Request, ScoreOptions, TextTokenizer, loglikelihoods
+from edgedisp.evaluate.loglikelihood import Request, ScoreOptions, TextTokenizer, loglikelihoods, name_of
 from edgedisp.evaluate.statistics import ACCURACY, Metric, Resampling
 
 CLOZE_CONTEXT = 96  # tokens
@@ -86,7 +85,7 @@ class Question:
 
     def fingerprint(self) -> str:
         """Names the exact tokens that are asked for."""
-        return hashlib.sha256(repr(([*self.requests], self.gold)).encode()).hexdigest()[:16]
+        return name_of(([*self.requests], self.gold))[:16]
 
 
 def build(task: str, text: Text) -> list[Question]:
@@ -117,9 +116,8 @@ def score(
         item |= {"nll": -gold.sum_logprob, "tokens": len(gold.logprobs), "bytes": size}
         if len(likelihoods) > 1:
             by_byte = [likelihood.sum_logprob / size for likelihood, size in zip(likelihoods, question.sizes)]
-            choice, right = int(np.argmax(by_byte)), by_byte.pop(question.gold)
-            item |= {"accuracy": int(choice == question.gold), "choice": choice, "gold": question.gold}
-            item["margin"] = right - max(by_byte)
+            choice = int(np.argmax(by_byte))
+            item |= {"accuracy": int(choice == question.gold), "choice": choice}
         elif ACCURACY in metrics:
             item["accuracy"] = int(gold.greedy)
         items.append({**item, **question.notes, "asked": question.fingerprint()})
@@ -277,7 +275,7 @@ TASKS = {
 
 _END = re.compile(r"([.!?]+[\"'”’)\]]*)\s+(?=[\"'“‘(\[¿¡]*[^\W_a-z])")
 _ABBREVIATION = re.compile(  # an initial, a word with inner full stops, a known abbreviation
-    r"(?:^|\s)[\"'“‘(\[]*(?:[A-ZÀ-ÞΑ-ΩА-Я]|[^\s.]{0,2}(?:\.[^\s.]{0,2})+|No|Nos|"
+    r"(?:^|\s)[\"'“‘(\[]*(?:(?P<initial>[^\W\d_])|[^\s.]{0,2}(?:\.[^\s.]{0,2})+|No|Nos|"
     r"(?i:mr|mrs|ms|dr|prof|rev|hon|st|mt|ft|jr|sr|gen|col|capt|lt|maj|sgt|adm|gov|sen|rep|pres|"
     r"vs|etc|approx|ca|cf|al|ed|eds|vol|pp|fig|inc|ltd|co|corp|bros|dept|univ|est|"
     r"jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec))$"
@@ -293,7 +291,9 @@ def sentences(text: str) -> list[tuple[int, int]]:
     spans: list[tuple[int, int]] = []
     start = len(text) - len(text.lstrip())
     for match in _END.finditer(text):
-        if match.group(1) != "." or not _ABBREVIATION.search(text[start : match.start()]):
+        known = _ABBREVIATION.search(text[start : match.start()])
+        is_abbreviation = known is not None and (known["initial"] or "A").isupper()
+        if match.group(1) != "." or not is_abbreviation:
             spans.append((start, match.end(1)))
             start = match.end()
     end = len(text.rstrip())

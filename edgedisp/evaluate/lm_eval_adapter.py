@@ -15,7 +15,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -88,8 +88,8 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm-eval ships no types
         """Greedy text after each prompt, up to the first stop string, stop token or max_gen_toks."""
         texts = []
         for number, instance in enumerate(requests, start=1):
+            refuse_sampling("a task", instance.args[1])  # first: the next line may set do_sample
             options = normalize_gen_kwargs(instance.args[1])
-            refuse_sampling("a task", options)
             ids = self.tokenizer.encode(instance.args[0])
             # Where both do not fit, the prompt keeps at least half of the context.
             available = self.model.context - len(self.bos)
@@ -132,9 +132,10 @@ def quiet(seed: int = 0) -> Iterator[None]:
 # Loading
 
 
-def task_index(names: Sequence[str], tasks_path: Path | None) -> TaskManager:
+@cache
+def task_index(names: tuple[str, ...], tasks_path: Path | None) -> TaskManager:
     """lm-eval's index of tasks, groups and tags, with those of a folder. The built-in ones (14,000, seconds)
-    are read only when the folder does not hold all names."""
+    are read only when the folder does not hold all names, and once in a process."""
     if tasks_path is not None:
         index = TaskManager(include_path=[tasks_path], include_defaults=False)
         if set(names) <= set(index.all_tasks):
@@ -154,7 +155,7 @@ def load(
     loaded: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
     with quiet(seed):
-        index = task_index(names, tasks_path)
+        index = task_index((*names,), tasks_path)
         configs = [getattr(index.task_index.get(name), "cfg", None) or {} for name in names]
         if any(config.get("dataset_path") not in _LOCAL_DATA for config in configs):
             hub.unreachable()  # asked once; left to itself, `datasets` tries 23 s for each data set

@@ -13,6 +13,7 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -89,36 +90,46 @@ class TextTokenizer:
 
 class ScoreCache:
     """The scores of one model, named by a hash of all that they depend on (files, versions, processor).
-    Raises BadInput for a file that is no such cache."""
+    Raises BadInput for a file that is no such cache, or damaged, BuildFailed where nothing can be stored."""
 
     def __init__(self, path: Path, model: str) -> None:
-        self.model = f"{FORMAT} {model}"
-        try:
+        self.path, self.model = path, f"{FORMAT} {model}"
+        with self._errors():
             self._connection = sqlite3.connect(path, timeout=60)
             self._connection.execute(
                 "CREATE TABLE IF NOT EXISTS scores (model TEXT, item TEXT, found TEXT, "
                 "PRIMARY KEY (model, item)) WITHOUT ROWID"
             )
-        except sqlite3.Error as problem:
-            raise BadInput(
-                f"{path}: cannot be used as the cache of scores ({problem}); delete it, and its scores are "
-                "computed again"
-            ) from problem
 
     def read(self, names: Sequence[str]) -> dict[str, Any]:
         """Name -> its value, to the bit, for those that are cached."""
         query = "SELECT item, found FROM scores WHERE model = ? AND item = ?"
-        rows = [self._connection.execute(query, (self.model, name)).fetchone() for name in names]
+        with self._errors():
+            rows = [self._connection.execute(query, (self.model, name)).fetchone() for name in names]
         return {row[0]: json.loads(row[1]) for row in rows if row is not None}
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Store JSON-able values by name, all or none."""
         rows = [(self.model, name, json.dumps(value)) for name, value in values.items()]
-        with self._connection:
+        with self._errors(), self._connection:
             self._connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
 
     def close(self) -> None:
         self._connection.close()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as problem:  # a full disk, a locked or read-only file
+            raise BuildFailed(
+                f"{self.path}: scores cannot be stored ({problem}); the same command continues"
+            ) from problem
+        except sqlite3.Error as problem:
+            raise BadInput(
+                f"{self.path}: cannot be used as the cache of scores ({problem}); delete it, and its scores "
+                "are computed again"
+            ) from problem
 
 
 def name_of(content: Any) -> str:

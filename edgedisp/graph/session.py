@@ -106,10 +106,15 @@ class OnnxModel:
         session, row = self._single, np.asarray(ids, np.int64)[None]
         if not self.last_only:
             return self.run(["logits"], row, np.ones_like(row), session)[0][0, -last:]
-        first = row.shape[1] - last + 1
-        cache, rows = self._empty(1), []
-        for start, end in [(0, first), *((index, index + 1) for index in range(first, row.shape[1]))]:
-            logits, cache = self.decode(row[:, start:end], np.ones((1, end), np.int64), cache, session)
+        return self.step_by_step(row[0], row.shape[1] - last + 1, session)
+
+    def step_by_step(self, ids: Ids, first: int, session: Any = None) -> Logits:
+        """Logits float32 [rows, vocab] of ids int64 [tokens], read through the cache: `first` tokens at once,
+        then one by one."""
+        cache: Cache | None = None
+        rows = []
+        for start, end in [(0, first), *((index, index + 1) for index in range(first, len(ids)))]:
+            logits, cache = self.decode(ids[None, start:end], np.ones((1, end), np.int64), cache, session)
             rows.append(logits[0])
         return np.concatenate(rows)
 

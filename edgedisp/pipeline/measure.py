@@ -73,9 +73,12 @@ def measure(options: MeasureOptions, inputs: Inputs, output_dir: Path, progress:
     if options.hidden_states:
         bundles = {name: inputs[name] for name in ("parent", "baseline") if name in inputs}
         if bundles:
-            references = {name: OnnxModel(folder, options.threads) for name, folder in bundles.items()}
-            blocks = heldout_blocks(inputs["corpus"], tokens=options.divergence_tokens)
-            divergences = compare_logits(references, scorer.model, blocks, progress)
+            divergences = compare_logits(  # no name for the references: nothing keeps them in memory
+                {name: OnnxModel(folder, options.threads) for name, folder in bundles.items()},
+                scorer.model,
+                heldout_blocks(inputs["corpus"], tokens=options.divergence_tokens),
+                progress,
+            )
         geometry = condensation(inputs, scorer.model, output_dir, progress)
     results = scorer.score(suite, options.bootstrap, progress)
     write_json(output_dir / ITEMS, to_json(results))
@@ -112,6 +115,7 @@ class Scorer:
     def __init__(self, folder: Path, threads: int, cache: Path) -> None:
         self.folder, self.threads, self.cache = folder, threads, cache
         self.is_bundle = (folder / "model.onnx").is_file()
+        self.key = score_key(folder, 1 if self.is_bundle else threads)
         self.model: Any
         if self.is_bundle:
             self.model = OnnxModel(folder, threads)
@@ -120,8 +124,7 @@ class Scorer:
 
     def score(self, suite: TaskSuite, bootstrap: int, progress: Progress) -> Results:
         """The scores on all tasks, through the cache."""
-        key = score_key(self.folder, 1 if self.is_bundle else self.threads)
-        with closing(ScoreCache(self.cache, key)) as cache:
+        with closing(ScoreCache(self.cache, self.key)) as cache:
             return suite.run(self.model, ScoreOptions(cache=cache, progress=progress), bootstrap)
 
     def noise_floor(self, suite: TaskSuite, bootstrap: int, progress: Progress) -> NoiseFloor | None:
@@ -184,11 +187,7 @@ class _TokenByToken:
         self.model, self.context, self.vocab_size = model, model.context, model.vocab_size
 
     def logits(self, ids: NDArray[np.int64], last: int) -> NDArray[np.float32]:
-        half, rows, cache = max(1, len(ids) // 2), [], None
-        for start, end in [(0, half), *((index, index + 1) for index in range(half, len(ids)))]:
-            logits, cache = self.model.decode(ids[None, start:end], np.ones((1, end), np.int64), cache)
-            rows.append(logits[0])
-        return np.concatenate(rows)[-last:]
+        return self.model.step_by_step(ids, max(1, len(ids) // 2))[-last:]
 
 
 # Parity

@@ -41,11 +41,12 @@ def measured(run: Run, figure: Callable[[Measurement], Any]) -> list[tuple[str, 
 
 def fairness_section(run: Run) -> Section:
     """What was compared, and in which settings and facts of training the arms differ."""
+    adds = [(arm, technique_text(run, arm)) for arm in run.compared_arms if arm in run.techniques]
     if run.runs:
         joined = [(str(origin.get("title")), origin) for origin in run.runs]
-        return section("fairness", [grid("runs", joined)], TERMS["joined_runs"])
+        return section("fairness", [grid("runs", joined)], TERMS["joined_runs"], facts=adds)
     about = facts("run", {"model": run.model, "corpus": run.corpus, "sources": sources_text(run.corpus)})
-    about += [(arm, technique_text(run, arm)) for arm in run.compared_arms if arm in run.techniques]
+    about += adds
     by_arm = {arm: _settings(training) for arm, training in run.training.items()}
     rows = [
         (key, {arm: fmt.setting(settings.get(key)) for arm, settings in by_arm.items()})
@@ -166,10 +167,9 @@ def survival_section(run: Run) -> Section:
     ]
     records = by_model(run, run.delta_survival)
     weights = [
-        (f"{name} - {reference}, {bits} bits", figures)
+        (f"{name} - {reference}", against["total"])
         for name, record in records
         for reference, against in record["references"].items()
-        for bits, figures in (against.get("bits") or {}).items()
     ]
     grids = [grid("loss_survival", losses), grid("weight_survival", weights, TERMS["parameter_change"])]
     return section("survival", grids, notes=notes("survival", run, records))

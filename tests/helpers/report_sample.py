@@ -142,7 +142,7 @@ def sample(value: float = -0.0008, half: float = 0.0031, p: float = 0.4, cloze: 
     compared["int8"][CLOZE], compared["int4"][LOSS] = clear, loss_difference(value, half, p)
     survival = LossSurvival(around(-0.001, 0.002), around(value, half), around(0.0, 0.004), "nothing")
     shares = dict.fromkeys(("rms_steps", "beyond_half_step", "integers_moved", "slope", "cosine"), 0.1)
-    weights = {"nearest": 0.9, "unmatched": [], "references": {"base": {"bits": {"4": shares}}}}
+    weights = {"nearest": 0.9, "references": {"base": {"total": shares, "components": {"mlp": shares}}}}
     return Run(
         name="quickstart",
         arms=arms,
