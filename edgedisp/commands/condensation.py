@@ -42,7 +42,7 @@ def measure(
     blocks: Tensor | None = None
     for name in names:  # one model in memory at a time
         bar = labelled(progress, name)
-        path = data.fetch(name, base_dir=Path.cwd(), progress=bar)
+        path = data.fetch(name, progress=bar)
         model, folder = None, Path(path)
         if (folder / "model.onnx").is_file():
             longest = context_length(folder)  # says what is missing before the tokenizer does

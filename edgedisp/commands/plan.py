@@ -83,8 +83,10 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict
     points = 100 * comparison.detectable_accuracy(limit)
     passed = state(stages(recipe, threads), run)
     probe = probe and any(record is None for _, record in passed)
+    base = None if passed[0][1] is None else run / "base"
     try:
-        sizes = _sizes(recipe, None if passed[0][1] is None else run / "base", probe, screen.progress)
+        model = _model(recipe, base, probe, screen.progress)
+        sizes = _sizes(recipe, model)
     except (BadInput, BuildFailed) as error:
         if probe:
             raise
@@ -109,40 +111,44 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict
         },
         "sizes": sizes,
     }
-    return plan | {"estimate": _estimate(recipe, plan, screen.progress) if probe else None}
+    return plan | {"estimate": _estimate(recipe, model, plan, screen.progress) if probe else None}
 
 
-def _sizes(recipe: Recipe, base: Path | None, download: bool, progress: Progress) -> dict[str, Any]:
-    """`size_account` of the recipe's bundles. Raises BadInput where the base is not at hand."""
+def _model(recipe: Recipe, base: Path | None, weights: bool, progress: Progress) -> Any:
+    """The recipe's base, from the folder of its finished stage if that is there; without `weights` an empty
+    model, for which nothing is downloaded. Raises BadInput where the base is not at hand."""
     from edgedisp import data, models
     from edgedisp.pipeline.prepare import open_base
-    from edgedisp.pipeline.size_estimate import size_account
 
     if base is not None:
-        model = models.empty_model(base)
-    else:
-        sources = [source.source for source in recipe.data.train] if recipe.is_smoke else [recipe.model.base]
-        if missing := [source for source in sources if data.needs_download(source) and not download]:
-            raise BadInput(f"{missing[0]} is not downloaded yet")
-        stage = base_stage(recipe)
-        model, *_ = open_base(stage.options, stage.files, progress, weights=False)
+        return models.load(base) if weights else models.empty_model(base)
+    sources = [source.source for source in recipe.data.train] if recipe.is_smoke else [recipe.model.base]
+    if missing := [source for source in sources if data.needs_download(source) and not weights]:
+        raise BadInput(f"{missing[0]} is not downloaded yet")
+    stage = base_stage(recipe)
+    return open_base(stage.options, stage.files, progress, weights=weights)[0]
+
+
+def _sizes(recipe: Recipe, model: Any) -> dict[str, Any]:
+    """`size_account` of the recipe's bundles."""
+    from edgedisp.pipeline.size_estimate import size_account
+
     roundings: dict[str, Any] = {
         name: bundle_rounding(recipe, name) for name in recipe.precisions if name in BITS
     }
     return size_account(model, roundings, {name: load_target(name).context for name in recipe.targets})
 
 
-def _estimate(recipe: Recipe, plan: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Fill in the seconds of the stages that are to do; time, and (needed, available) memory and disk."""
+def _estimate(recipe: Recipe, model: Any, plan: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Fill in the seconds of the stages that are to do; time, and (needed, available) memory and disk. The
+    steps that are timed change the model."""
     import psutil
 
     from edgedisp.models import count_parameters
-    from edgedisp.pipeline.prepare import open_base
     from edgedisp.train.lora import attach
     from edgedisp.train.performance import time_steps
 
-    stage, adapter = base_stage(recipe), recipe.train.adapter
-    model, *_ = open_base(stage.options, stage.files, progress)
+    adapter = recipe.train.adapter
     parameters = trainable = count_parameters(model)["total"]
     probed = time_steps(model, as_computed(recipe.train), recipe.data.context, recipe.seed, progress)
     if adapter is not None:

@@ -186,6 +186,7 @@ def _csv(content: str, path: Path) -> Parsed:
     separator = "\t" if _kind(path) == ".tsv" else ","
     table = csv.DictReader(io.StringIO(content, newline=""), delimiter=separator, strict=True)
     try:
+        table.fieldnames = next(filter(None, table.reader), [])  # blank lines may stand before the header
         for number, record in enumerate(table):
             if None in record or None in record.values():
                 raise BadInput(

