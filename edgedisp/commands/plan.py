@@ -81,6 +81,10 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict
     check_before_start(recipe)
     threads, limit = threads_for(recipe), recipe.evaluate.limit
     points = 100 * comparison.detectable_accuracy(limit)
+    for_published = limit
+    for _ in range(3):  # steps of a fixed point: a detectable difference shrinks by the root of the items
+        ratio = 100 * comparison.detectable_accuracy(for_published) / PUBLISHED_POINTS
+        for_published = math.ceil(for_published * ratio**2)
     passed = state(stages(recipe, threads), run)
     probe = probe and any(record is None for _, record in passed)
     base = None if passed[0][1] is None else run / "base"
@@ -107,7 +111,7 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict
             "seeds": recipe.seeds,
             "points": points,
             "nats": {name: comparison.detectable_loss(limit, name) for name in recipe.precisions},
-            "items_for_published": math.ceil(limit * (points / PUBLISHED_POINTS) ** 2),
+            "items_for_published": for_published,
         },
         "sizes": sizes,
     }

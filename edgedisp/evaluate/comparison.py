@@ -14,16 +14,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy import optimize, stats
 
 from edgedisp.core.results import (
-    Z95,
+    POWER,
     Estimate,
     LossSurvival,
     MeanDifference,
     Score,
     TaskDifference,
     TaskScore,
-    detectable,
 )
 from edgedisp.evaluate import statistics
 from edgedisp.evaluate.statistics import DEFAULT, Items, Metric, PairedItems, Resampling, combined
@@ -173,8 +173,8 @@ def verdict(full: Estimate, quantized: Estimate, change: Estimate) -> str:
     return "stronger" if moved == before else "weaker"
 
 
-# Power: a two-sided test at 5 % finds a true difference of 2.80 standard errors 4 times out of 5 (Miller,
-# Adding Error Bars to Evals, arXiv 2411.00640).
+# Power: for many items a two-sided test at 5 % finds a true difference of 2.80 standard errors 4 times out of
+# 5 (Miller, Adding Error Bars to Evals, arXiv 2411.00640); for few, what the tests used here find.
 
 DIFFERING = 0.06
 """Share of 0/1 items that two models trained alike answer differently: a high one of the 0.5 to 7 % measured
@@ -185,10 +185,26 @@ in the same study. At int4 most of it is rounding, which falls differently in ea
 
 
 def detectable_accuracy(items: int, differing: float = DIFFERING) -> float:
-    """The difference between two accuracies, in [0, 1], that so many paired items show."""
-    return min(1.0, detectable(Z95 * math.sqrt(differing / items)))
+    """The difference between two accuracies, in [0, 1], that McNemar's exact test finds with 80 % power in so
+    many paired items; 1 where it finds none. differing: share of the items that the models answer
+    differently, at least."""
+
+    def power(effect: float) -> float:
+        share = max(differing, effect)
+        better = (share + effect) / 2 / share
+        least, most = stats.binom.ppf((1e-6, 1 - 1e-6), items, share)
+        counts = np.arange(least, most + 1)  # of items that differ
+        few = stats.binom.ppf(0.025, counts, 0.5) - 1  # the test rejects up to so many of the rarer kind
+        rejects = stats.binom.cdf(few, counts, better) + stats.binom.cdf(few, counts, 1 - better)
+        return float(stats.binom.pmf(counts, items, share) @ rejects)
+
+    return float(optimize.brentq(lambda effect: power(effect) - POWER, 0.0, 1.0)) if power(1) > POWER else 1.0
 
 
 def detectable_loss(documents: int, precision: str) -> float:
-    """The difference in held-out loss, nats per token, that so many documents show."""
-    return detectable(Z95 * DOCUMENT_SD[precision] / math.sqrt(documents))
+    """The difference in held-out loss, nats per token, that a t-test finds with 80 % power in so many
+    documents."""
+    freedom = max(1, documents - 1)
+    t = stats.t.ppf(0.975, freedom)
+    errors = optimize.brentq(lambda errors: stats.nct.sf(t, freedom, errors) - POWER, 1.0, 20.0)
+    return float(errors * DOCUMENT_SD[precision] / math.sqrt(documents))

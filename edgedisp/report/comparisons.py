@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from edgedisp.core.results import LOSS_TASK, Difference, Estimate, detectable
+from edgedisp.core.results import LOSS_TASK, Difference, Estimate
 from edgedisp.core.run import Run
 from edgedisp.report.formatting import bits, format_estimate
 
@@ -84,7 +84,8 @@ class Comparison:
     @property
     def detectable(self) -> float:
         """The smallest difference that a comparison like this one detects with 80 % power."""
-        return max(detectable(self.half_width), self.floor)
+        beyond = (self.estimate.detectable or 0.0) - self.half_width
+        return max(self.half_width, self.floor) + beyond
 
     @property
     def is_mostly_seeds(self) -> bool:

@@ -15,7 +15,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from edgedisp.core.progress import printable
-from edgedisp.core.results import detectable
 from edgedisp.report import formatting
 from edgedisp.report.formatting import MISSING
 
@@ -138,7 +137,7 @@ def _environment() -> Environment:
     forms = {"md": escape_markdown, "yaml": json.dumps, "fenced": fenced, "grid_markdown": grid_markdown}
     environment.filters |= formatters | forms
     environment.tests["hub_id"] = lambda text: HUB_ID.fullmatch(str(text)) is not None
-    environment.globals |= {"missing": MISSING, "texts": TEXTS, "detectable": detectable}
+    environment.globals |= {"missing": MISSING, "texts": TEXTS}
     return environment
 
 

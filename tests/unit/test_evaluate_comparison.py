@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from score_items import FEW, losses, result
 
-from edgedisp.core.results import Estimate
+from edgedisp.core.results import Estimate, Seeds
 from edgedisp.evaluate.comparison import (
     TaskResult,
     average_task,
@@ -160,6 +160,16 @@ def test_the_words_follow_the_intervals() -> None:
     assert verdict(clear, clear, around) == "kept" and verdict(around, clear, clear) == "nothing"
 
 
-def test_power_is_the_textbooks() -> None:
-    assert 100 * detectable_accuracy(500) == pytest.approx(3.07, abs=0.01)
-    assert detectable_loss(100, "int8") == pytest.approx(2.8016 * 0.00105, rel=1e-3)
+def test_power_is_the_textbooks_for_many_items_and_less_for_few() -> None:
+    assert detectable_accuracy(10**5) == pytest.approx(2.8016 * math.sqrt(0.06 / 10**5), rel=0.01)
+    assert detectable_loss(10**5, "int8") == pytest.approx(2.8016 * 0.0105 / math.sqrt(10**5), rel=1e-3)
+    assert detectable_loss(20, "int8") == pytest.approx(2.954 * 0.0105 / math.sqrt(20), rel=1e-3)
+    assert [detectable_accuracy(items) for items in (1, 5)] == [1.0, 1.0]  # 5 against 0: p is 0.0625
+    assert detectable_accuracy(6) < 1.0
+    assert Estimate(0, -1, 1, documents=10**6).detectable == pytest.approx(2.8016 / 1.96, rel=1e-3)
+    few = Estimate(0, -1, 1, documents=20).detectable
+    assert few == pytest.approx(1.475, abs=1e-3) and Estimate(0.0).detectable is None
+    seeds = Seeds((0.0, 0.1, 0.2), 0.1, -0.6, 0.6)
+    assert Estimate(0, -1, 1, documents=20, seeds=seeds).detectable == pytest.approx(
+        math.hypot(0.6 * few, 0.8 * 2.039), abs=1e-3
+    )
