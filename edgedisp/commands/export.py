@@ -35,7 +35,7 @@ def export_bundle(
     target = load_target(target_name)
     for name in layouts or ():
         try:
-            choice(name, tuple(LAYOUTS))
+            choice(name, LAYOUTS)
         except ValueError as problem:
             raise BadInput(f"--layouts: '{name}' is not known; {problem}") from None
     for name in ("config.json", "tokenizer.json"):

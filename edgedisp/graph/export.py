@@ -81,9 +81,8 @@ def export(
         genai_config.copy_files(model_folder, output_dir)
         config = read_json(output_dir / genai_config.GENAI_CONFIG)
         config["model"]["eos_token_id"] = genai_config.end_ids(output_dir)  # the builder: the configured ones
-        weight_map = _builder_weight_map(
-            _fix_shapes(output_dir, config["model"]["decoder"]["head_size"]), rows
-        )
+        names = _fix_shapes(output_dir, config["model"]["decoder"]["head_size"])
+        weight_map = _builder_weight_map(names, rows)
         progress(1, 1, "graph written")
     write_json(output_dir / genai_config.GENAI_CONFIG, config)
     genai_config.set_threads(output_dir, threads)

@@ -139,7 +139,8 @@ def genai_config(decoder: Decoder, folder: Path) -> dict[str, Any]:
             "num_hidden_layers": len(decoder.layers),
             "num_key_value_heads": decoder.kv_heads,
             "inputs": {
-                **{name: name for name in ("input_ids", "attention_mask")},
+                "input_ids": "input_ids",
+                "attention_mask": "attention_mask",
                 **names("past_key_values", "past"),
             },
             "outputs": {"logits": "logits", **names("present", "present")},

@@ -180,7 +180,6 @@ def check_layouts(
             reference = exact(row, np.ones_like(row))[0]
         is_same_work = len(values) == len(measured) and reference is measured
         worst = float(np.abs(values - reference[-len(values) :]).max())
-        if not worst <= (
-            0.0 if is_same_work else REORDERED * float(np.abs(reference).max())
-        ):  # NaN fails, too
+        allowed = 0.0 if is_same_work else REORDERED * float(np.abs(reference).max())
+        if not worst <= allowed:  # NaN fails, too
             raise BuildFailed(f"{arranged}: {name} differs from the bundle that was checked, by {worst:.3g}")
