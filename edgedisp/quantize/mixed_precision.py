@@ -53,10 +53,10 @@ Tokens = NDArray[Any]
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight [rows, columns] of the graph; `parameters` of the torch model, one above the other.
-    outer: embedding or head."""
+    """What is rounded by one choice: `parameters` of the torch model, one above the other, whose rows are
+    the weights `names` of the graph: one, or equal parts (Phi-3's gate and up). outer: embedding or head."""
 
-    name: str
+    names: tuple[str, ...]
     parameters: tuple[str, ...]
     outer: bool
 
@@ -107,14 +107,16 @@ class MixedPrecision:
         model, blocks = copy.deepcopy(self.model), dict[str, Blocks]()
         if self.calibration is not None:
             layers = [weight for weight in self.weights if not weight.outer]
-            grids = {name: assignment[weight.name].grid for weight in layers for name in weight.parameters}
+            grids = {
+                name: assignment[weight.names[0]].grid for weight in layers for name in weight.parameters
+            }
             blocks = gptq_model(model, self.calibration, grids, progress=self.progress)
         for index, weight in enumerate(self.weights):
             self.progress(index, len(self.weights), "rounding each weight")
-            choice = assignment[weight.name]
+            choice = assignment[weight.names[0]]
             for name, module in zip(weight.parameters, weight.modules(model)):
                 if name not in blocks:
-                    blocks[name] = choice.blocks(read_weight(module), self.fisher[weight.name])
+                    blocks[name] = choice.blocks(read_weight(module), self.fisher[weight])
                     write_weight(module, dequantize(blocks[name], choice.grid))
         kl = increase = 0.0
         for index, block in enumerate(self.blocks):
@@ -139,20 +141,22 @@ class Search(MixedPrecision):
         self._step = 1 << max(0, math.ceil(math.log2(sizes.max(1).sum() / STATES)))
         self._costs = -(-sizes // self._step)
         self._least, self._picks = knapsack(self._costs, self.losses, int(self._costs.max(1).sum()))
-        names = {weight.name for weight in self.weights}
+        names = {name for weight in self.weights for name in weight.names}
         values = read_fp32_graph(source).graph.initializers.values()
         fp32 = (value.const_value.nbytes for value in values if value.const_value and value.name not in names)
         self._fixed_bytes = (source / GRAPH).stat().st_size + NODE_BYTES * len(names) + _in_pages(fp32)
 
     def _losses_and_bytes(self, weight: Weight) -> tuple[list[float], list[int]]:
         """Of each candidate: predicted KL in nats per token, seen on some rows, and bytes in the files."""
-        values, fisher = torch.cat([*map(read_weight, weight.modules(self.model))]), self.fisher[weight.name]
+        values, fisher = torch.cat([*map(read_weight, weight.modules(self.model))]), self.fisher[weight]
         sample = values[torch.linspace(0, len(values) - 1, min(SAMPLED_ROWS, len(values))).round().long()]
         losses = []
         for choice in CANDIDATES:
             error = dequantize(choice.blocks(sample, fisher), choice.grid) - sample
             losses.append(0.5 * float((error.square() @ fisher).double().mean()))
-        return losses, [_in_pages(choice.grid.array_bytes(*values.shape)) for choice in CANDIDATES]
+        parts, (rows, columns) = len(weight.names), values.shape
+        arrays = (choice.grid.array_bytes(rows // parts, columns) for choice in CANDIDATES)
+        return losses, [parts * _in_pages(sizes) for sizes in arrays]
 
     def within(self, budget: int) -> Solution:
         """The least predicted KL in at most `budget` bytes. BadInput says what the smallest bundle takes."""
@@ -197,7 +201,11 @@ class Search(MixedPrecision):
             "predicted_kl": solution.predicted_kl,
             "points": points,
             "curve": [self._at(size).point("curve") for size in sizes],
-            "sensitivity": dict(zip(solution.assignment, self.losses[:, INT4])),
+            "sensitivity": {
+                name: loss
+                for weight, loss in zip(self.weights, self.losses[:, INT4])
+                for name in weight.names
+            },
         }
 
     def _smallest(self, limit: float = sys.float_info.max) -> Solution:
@@ -208,7 +216,9 @@ class Search(MixedPrecision):
         return self._solution(picks_at(self._costs, self._picks, steps))
 
     def _solution(self, picks: Sequence[int]) -> Solution:
-        assignment = {weight.name: CANDIDATES[pick] for weight, pick in zip(self.weights, picks)}
+        assignment = {
+            name: CANDIDATES[pick] for weight, pick in zip(self.weights, picks) for name in weight.names
+        }
         indices = range(len(picks)), list(picks)
         size = self._fixed_bytes + int(self._costs[indices].sum()) * self._step
         return Solution(assignment, size, float(self.losses[indices].sum()))
@@ -233,13 +243,18 @@ def find_weights(bundle: Path) -> list[Weight]:
     uses, origins = find_uses(read_fp32_graph(bundle).graph), read_weight_map(bundle)
     if unknown := uses.keys() - origins.keys():
         raise BuildFailed(f"{bundle}: {min(unknown)} is no weight of the model")
-    outer = embedding_and_head(uses)
-    return [Weight(name, origins[name].parameters, name in outer) for name in uses]
+    outer, names_of = embedding_and_head(uses), dict[tuple[str, ...], list[str]]()
+    for name in uses:
+        names_of.setdefault(origins[name].parameters, []).append(name)
+    return [
+        Weight(tuple(names), parameters, not outer.isdisjoint(names))
+        for parameters, names in names_of.items()
+    ]
 
 
 def fisher(
     model: nn.Module, weights: Sequence[Weight], blocks: Sequence[Tensor], progress: Progress = silent
-) -> dict[str, Tensor]:
+) -> dict[Weight, Tensor]:
     """Weight -> F [columns]: the Fisher matrix's diagonal summed over rows, in nats per token. Half of it is
     what a squared error in every row of a column adds to KL(model || rounded).
 
@@ -248,7 +263,7 @@ def fisher(
     """
     modules = {name: m for weight in weights for name, m in zip(weight.parameters, weight.modules(model))}
     parameters = [module.weight.requires_grad_() for module in modules.values()]
-    sums = dict.fromkeys((weight.name for weight in weights), torch.zeros(()))
+    sums = dict.fromkeys(weights, torch.zeros(()))
     generator = torch.Generator().manual_seed(0)
     for index, block in enumerate(blocks):
         progress(index, len(blocks), "what an error in each weight costs")
@@ -259,10 +274,10 @@ def fisher(
         for weight in weights:
             for name in weight.parameters:
                 rows = 1 if isinstance(modules[name], Conv1D) else 0
-                sums[weight.name] = sums[weight.name] + gradients[name].float().square().sum(rows)
+                sums[weight] = sums[weight] + gradients[name].float().square().sum(rows)
     model.requires_grad_(False)
-    means = {name: total / sum(map(len, blocks)) for name, total in sums.items()}
-    return {name: mean.clamp(min=1e-6 * float(mean.mean()) + 1e-30) for name, mean in means.items()}
+    means = {weight: total / sum(map(len, blocks)) for weight, total in sums.items()}
+    return {weight: mean.clamp(min=1e-6 * float(mean.mean()) + 1e-30) for weight, mean in means.items()}
 
 
 def _in_pages(sizes: Iterable[int]) -> int:

@@ -87,6 +87,29 @@ def test_the_files_keep_the_budget_and_have_the_measured_divergence(folders: Fol
     assert search["curve"][0]["size_bytes"] <= budget <= search["curve"][-1]["size_bytes"] + 40_000
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_parts_of_one_parameter_get_one_choice(
+    method: str, folders: Folders, store: SharedStore, tmp_path: Path
+) -> None:
+    """Phi-3's gate and up, which the builder's graph has as two weights."""
+    stored = twins.TwinStore(store)
+    phi3 = {**folders, "model": stored.model_dir("phi3"), "bundle": stored.fp32("phi3")}
+    int4 = {"method": method, "accuracy_level": 0, "calibration_tokens": 256}
+    record = searched(phi3, tmp_path, budget="358kB", int4=int4)
+    search = record["search"]
+    rows = {row["name"]: row for row in record["by_tensor"]}
+    for layer in ("model.layers.0", "model.layers.1"):
+        names = [f"{layer}.mlp.{name}_proj.MatMul.weight" for name in ("gate", "up")]
+        gate, up = ({**rows[name], "name": None} for name in names)
+        assert gate == up
+        assert search["sensitivity"][names[0]] == search["sensitivity"][names[1]]
+    assert {row["bits"] for row in rows.values()} == {4, 8}
+    size = search["points"][0]["size_bytes"]
+    assert record["size_bytes"] == pytest.approx(size, rel=0.03)
+    measured = kl_of_bundle(models.TorchModel(models.load(phi3["model"])), tmp_path)
+    assert search["measured_kl"] == pytest.approx(measured, rel=2e-2)
+
+
 @pytest.mark.parametrize("form", ["llama", "gemma3_text", "gpt2", twins.UNTIED])
 def test_the_predicted_cost_of_small_errors_is_their_divergence(form: str, store: SharedStore) -> None:
     stored, scale = twins.TwinStore(store), 3e-3
