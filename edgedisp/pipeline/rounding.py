@@ -55,8 +55,9 @@ def _rounding(grid: Grid, scales: Mapping[str, Scales] | None = None) -> Roundin
         step = max(1, SLICE_VALUES // weight.shape[1])
         out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         for rows in (slice(first, first + step) for first in range(0, len(weight), step)):
-            part, fixed = weight[rows], scales and scales[name].rows(rows)
-            out[rows] = dequantize(_blocks(part, fixed, grid) if fixed else quantize(part, grid), grid)
+            part = weight[rows]
+            blocks = quantize(part, grid) if scales is None else _blocks(part, scales[name].rows(rows), grid)
+            out[rows] = dequantize(blocks, grid)
         return out
 
     return rounded
@@ -108,9 +109,8 @@ def write_scales(scales: Mapping[str, Scales], model_folder: Path) -> None:
 
 
 def read_scales(model_folder: Path, device: torch.device | str = "cpu") -> dict[str, Scales]:
-    """Parameter name -> the scales that training left; empty where it left none."""
-    path, ending = model_folder / SCALES, ".scales"
-    tensors = load_file(path, str(device)) if path.is_file() else {}
+    """Parameter name -> the scales that training under gptq left."""
+    tensors, ending = load_file(model_folder / SCALES, str(device)), ".scales"
     names = (name.removesuffix(ending) for name in tensors if name.endswith(ending))
     return {name: Scales(tensors[name + ending], tensors.get(f"{name}.zero_points")) for name in names}
 
@@ -119,7 +119,8 @@ def trained_roundings(rounding: BundleRounding, model_folder: Path) -> tuple[Rou
     """The rounding that a quantization-aware training of `model_folder` ended with: of the layers, and of the
     embedding and the lm_head."""
     grid, outer = grids(rounding)
-    return _rounding(grid, read_scales(model_folder)), _rounding(outer)
+    scales = read_scales(model_folder) if rounding.section.method == "gptq" else None
+    return _rounding(grid, scales), _rounding(outer)
 
 
 def trained_blocks(rounding: BundleRounding, model: Any, model_folder: Path) -> dict[str, Blocks]:

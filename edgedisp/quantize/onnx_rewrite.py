@@ -15,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import Progress, silent
 from edgedisp.graph.export import size_and_nodes
 from edgedisp.graph.onnx_graph import DATA, GRAPH, PACKED, PACKED_GATHER, NewNodes, TensorStore, to_bytes
@@ -81,14 +82,15 @@ def quantize_assigned(
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the fp32 bundle `source` into the empty folder `output_dir`, each weight of `find_uses` by its
-    choice. blocks: torch parameter -> its blocks, for weights that are rounded already.
+    choice. blocks: torch parameter -> its blocks, where weights are rounded already; all of the layers then.
 
     Returns {size_bytes (graph and weights), nodes {operator: count}, by_tensor [{name, component, bits,
-    group, symmetric, method, size_bytes}]}. BadInput as `quantize_bundle`.
+    group, symmetric, method, size_bytes}]}. BadInput as `quantize_bundle`; BuildFailed names a weight of the
+    layers that has no blocks.
     """
     model, store = read_fp32_graph(source), TensorStore(output_dir)
     graph, uses = model.graph, find_uses(model.graph)
-    origins, rows = read_weight_map(source), list[dict[str, Any]]()
+    outer, origins, rows = embedding_and_head(uses), read_weight_map(source), list[dict[str, Any]]()
     for name, value in list(graph.initializers.items()):
         values = read_tensor(value.const_value)
         if name not in assignment:
@@ -96,8 +98,10 @@ def quantize_assigned(
             continue
         progress(len(rows), len(uses), "quantizing")
         choice, grid = assignment[name], assignment[name].grid
-        rounded = origins[name].blocks(blocks) if blocks else None
+        rounded = origins[name].blocks(blocks) if blocks is not None else None
         if rounded is None:
+            if blocks is not None and name not in outer:
+                raise BuildFailed(f"{source}: {name} is no weight of the model that was calibrated")
             rounded = choice.blocks(torch.from_numpy(values if uses[name][0].rows_first else values.T))
         size = grid.size_bytes(len(rounded.q), rounded.columns)
         part = next((part for word, part in COMPONENTS.items() if word in name), "other")

@@ -16,7 +16,7 @@ from graph_twins import FAMILIES, FORMS, UNTIED, VOCABULARY, TwinStore, padded, 
 from onnx import TensorProto
 from transformers.pytorch_utils import Conv1D
 
-from edgedisp.core.errors import BadInput
+from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.graph.session import OnnxModel
 from edgedisp.quantize.calibration import gptq_model
 from edgedisp.quantize.grid import Choice, Grid, dequantize, quantize
@@ -152,6 +152,15 @@ def test_a_graph_of_gptqs_blocks_agrees_with_the_model(
     for row in ragged([5, 30]):
         logits = shipped(np.array([row]), np.ones((1, len(row)), np.int64))[0]
         np.testing.assert_allclose(logits, torch_logits(model, row), rtol=1e-3, atol=2e-3)
+
+
+def test_blocks_that_lack_a_weight_of_the_layers_are_refused(twins: TwinStore, tmp_path: Path) -> None:
+    matrices = {name: value for name, value in twins.model("llama").named_parameters() if value.ndim == 2}
+    blocks = {name: quantize(value.detach(), Grid(4, 32, True)) for name, value in matrices.items()}
+    del blocks["model.layers.1.mlp.down_proj.weight"]
+    for present, name in ((blocks, r"layers\.1\.mlp\.down_proj"), ({}, r"layers\.0\.")):
+        with pytest.raises(BuildFailed, match=f"{name}.* is no weight of the model that was calibrated"):
+            quantize_bundle(twins.fp32("llama"), tmp_path, bits=4, blocks=present)
 
 
 def test_a_bundle_that_is_no_fresh_export_is_refused(twins: TwinStore, tmp_path: Path) -> None:

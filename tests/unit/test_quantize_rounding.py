@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from hypothesis import strategies as st
 from quantize_grids import grids
 from torch import Tensor
 
+from edgedisp.pipeline.options import BundleRounding
+from edgedisp.pipeline.rounding import SCALES, trained_roundings, write_scales
 from edgedisp.quantize.gptq import gptq, refit
 from edgedisp.quantize.grid import (
     METHODS,
@@ -21,6 +25,7 @@ from edgedisp.quantize.grid import (
     quantize,
     round_to,
 )
+from edgedisp.recipe import QuantizeBits
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
@@ -172,3 +177,19 @@ def test_without_correlation_nothing_is_corrected_and_the_latent_weight_is_the_w
     blocks, latent = gptq(weight, grid, torch.eye(256))
     steps = (latent - weight).abs() / blocks.scales.abs().repeat_interleave(grid.group, 1)
     assert (steps < 0.02).float().mean() > 0.95  # the others were clipped, or rounded across a half
+
+
+def test_a_model_trained_under_gptq_is_rounded_on_its_scales_or_not_at_all(tmp_path: Path) -> None:
+    section = QuantizeBits(method="gptq", group=16, symmetric=False)
+    grid, weight = Grid(4, 16, False), drawn(3, 6, 40)
+    start = quantize(weight, grid)
+    scales = Scales(start.scales * 0.5, start.zero_points)
+    write_scales({"up.weight": scales}, tmp_path)
+    layers, _ = trained_roundings(BundleRounding(4, section), tmp_path)
+    expected = dequantize(round_to(in_groups(weight, 16), scales, grid, 40), grid)
+    assert torch.equal(layers("up.weight", weight), expected)
+    with pytest.raises(KeyError, match=r"down\.weight"):
+        layers("down.weight", weight)
+    (tmp_path / SCALES).unlink()
+    with pytest.raises(FileNotFoundError, match=r"scales\.safetensors"):
+        trained_roundings(BundleRounding(4, section), tmp_path)
