@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 Json = dict[str, Any]
@@ -16,27 +15,8 @@ REPORT_FORMAT = 3  # of report.json; raised when a key changes its meaning
 BASELINE, DISPERSED = "baseline", "dispersed"  # the arm that others are compared with, and the main other
 LOSS_TASK = "heldout_perplexity"  # whose loss the verdict, the noise floor and the pilot are about
 AS_GIVEN = "as given"  # the precision of a model that `edgedisp compare` scored as it is
-POWER = 0.8  # with which a detectable difference is detected
 Z95 = 1.959963984540054  # the normal quantile of a 95 % interval
 PUBLISHED_POINTS = 0.7  # smallest published gain, mean of ten tasks (GPT-2: 34.95 to 35.61, arXiv 2602.00217)
-
-
-@cache
-def power_factor(freedom: int) -> float:
-    """A difference that is detected with 80 % power, in half-widths of a 95 % interval of so many degrees of
-    freedom: 1.43 for many of them, 1.48 for 19, 2.04 for 2.
-
-    Another sample is tested, so the power is averaged over the standard errors s that this one may show:
-    mean over s of P(|T'| > t), T' noncentral t with mean factor * t * s.
-    """
-    import numpy as np
-    from scipy import optimize, stats
-
-    t = stats.t.ppf(0.975, freedom)
-    errors = np.sqrt(stats.chi2.ppf((np.arange(200) + 0.5) / 200, freedom) / freedom)
-    return float(
-        optimize.brentq(lambda k: stats.nct.sf(t, freedom, k * t * errors).mean() - POWER, 1.0, 10.0)
-    )
 
 
 @dataclass(frozen=True)
@@ -52,7 +32,8 @@ class Seeds:
 @dataclass(frozen=True)
 class Estimate:
     """A value and its 95 % interval; without one, low and high are None and `reason` says why.
-    p: two-sided, of the test that a difference is 0. n: items. documents: the clusters they come from."""
+    p: two-sided, of the test that a difference is 0. n: items. documents: the clusters they come from.
+    detectable: the difference that a comparison like this one finds with 80 % power."""
 
     value: float | None
     low: float | None = None
@@ -62,6 +43,7 @@ class Estimate:
     documents: int | None = None
     reason: str | None = None
     seeds: Seeds | None = None
+    detectable: float | None = None
 
     @property
     def has_interval(self) -> bool:
@@ -80,19 +62,6 @@ class Estimate:
     @property
     def excludes_zero(self) -> bool:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
-
-    @property
-    def detectable(self) -> float | None:
-        """The difference that a comparison like this one detects with at least 80 % power: the half-widths of
-        items and seeds, each times its `power_factor`, combined as the interval combines them."""
-        if self.half_width is None:
-            return None
-        factor = power_factor(max(1, (self.documents or self.n or 1000) - 1))
-        if self.seeds is None or self.over_items is None:
-            return factor * self.half_width
-        over_items = self.over_items.half_width or 0.0
-        over_seeds = math.sqrt(max(0.0, self.half_width**2 - over_items**2))
-        return math.hypot(factor * over_items, power_factor(len(self.seeds.values) - 1) * over_seeds)
 
     @property
     def test_p(self) -> float | None:

@@ -17,7 +17,6 @@ import numpy as np
 from scipy import optimize, stats
 
 from edgedisp.core.results import (
-    POWER,
     Estimate,
     LossSurvival,
     MeanDifference,
@@ -26,7 +25,16 @@ from edgedisp.core.results import (
     TaskScore,
 )
 from edgedisp.evaluate import statistics
-from edgedisp.evaluate.statistics import DEFAULT, Items, Metric, PairedItems, Resampling, combined
+from edgedisp.evaluate.statistics import (
+    DEFAULT,
+    POWER,
+    Items,
+    Metric,
+    PairedItems,
+    Resampling,
+    combined,
+    with_power,
+)
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,7 @@ def mean_difference(
     if seeds:  # all tasks have the same trainings
         mean = combined(mean, np.mean(seeds, axis=0).tolist())
     means = [np.mean([scores[task].main.estimate.value for task in tasks]) for scores in (first, second)]
-    return MeanDifference(float(means[0]), float(means[1]), mean, tuple(tasks), left_out)
+    return MeanDifference(float(means[0]), float(means[1]), with_power(mean), tuple(tasks), left_out)
 
 
 def loss_survival(models: Sequence[Sequence[TaskResult]], resampling: Resampling = DEFAULT) -> LossSurvival:

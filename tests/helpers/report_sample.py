@@ -38,7 +38,7 @@ DISPERSION = {"variant": "angular", "weight": 0.1, "layers": "all"}
 
 
 def around(value: float, half: float, **more: Any) -> Estimate:
-    return Estimate(value, value - half, value + half, **more)
+    return Estimate(value, value - half, value + half, detectable=1.43 * half, **more)
 
 
 def loss_difference(value: float, half: float, p: float, base: float = 12.0) -> TaskDifference:

@@ -11,7 +11,7 @@ from scipy import stats
 
 from edgedisp.core.results import Estimate
 from edgedisp.evaluate.comparison import detectable_accuracy
-from edgedisp.evaluate.statistics import combined, mcnemar
+from edgedisp.evaluate.statistics import combined, mcnemar, with_power
 
 
 @pytest.mark.parametrize("name", simulation.ROWS)
@@ -62,7 +62,7 @@ def test_the_detectable_difference_of_a_comparison_is_found_four_times_out_of_fi
             values = rng.normal(0, luck, seeds)
             value, half = rng.normal() + values.mean(), stats.t.ppf(0.975, documents - 1) * error
             estimate = Estimate(value, value - half, value + half, documents=documents)
-            estimates.append(combined(estimate, [*values]))
+            estimates.append(with_power(combined(estimate, [*values])))
         pairs = zip(estimates[:builds], estimates[builds:])
         share = np.mean([abs(new.value + old.detectable) > new.half_width for old, new in pairs])
         assert 0.77 < share < 0.88
