@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -93,6 +94,8 @@ def chat(
 
 def _lines() -> Iterator[str]:
     """What the user types, until Ctrl-D; the prompt sign only where stdout is no file of answers."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a message that is no text ends alone
     sign = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     while True:
         try:

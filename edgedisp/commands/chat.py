@@ -161,8 +161,13 @@ class Conversation:
         return Turn("".join(pieces), len(ids), prefix, tuple(seconds)), is_stopped
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation, with the generation prompt of the template."""
+        """Token ids of a conversation, with the generation prompt of the template. BadInput for bytes that
+        are no UTF-8, which Python's streams and arguments carry as surrogates."""
         text = "\n".join(message["content"] for message in messages)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadInput("the message is not text in UTF-8") from None
         if self.has_template:
             text = self.tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True)
         return [int(token) for token in self.tokenizer.encode(text)]

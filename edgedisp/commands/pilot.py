@@ -6,12 +6,14 @@ not over trainings.
 
     runs/<recipe>-pilot-<hash8>/{base, corpus, items, baseline, angular-all-0_1, ..., pilot.json, pilot.png}
 
-The hash leaves out variants, layers and weights, so trying more of them trains only what is new.
+The hash leaves out variants, layers and weights, so trying more of them trains only what is new, and
+again what diverged.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -21,12 +23,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from edgedisp.commands.plan import threads_for
-from edgedisp.core.errors import BadInput
+from edgedisp.core.errors import BadInput, NotFinite
 from edgedisp.core.files import from_json, read_json, to_json, write_json
 from edgedisp.core.progress import Screen
 from edgedisp.core.results import BASELINE, LOSS_TASK, Estimate, Measurement
 from edgedisp.core.stage_folder import open_run
-from edgedisp.evaluate.comparison import Results, compare_task
 from edgedisp.pipeline import build_plan
 from edgedisp.pipeline.options import ITEMS
 from edgedisp.pipeline.stage import Stage, StageRunner
@@ -36,7 +37,6 @@ from edgedisp.recipe.recipe import SMOKE_STEPS
 from edgedisp.recipe.values import read_whole
 from edgedisp.report.formatting import duration, format_estimate
 from edgedisp.report.layout import Grid, grid_text
-from edgedisp.train.dispersion_trainer import NotFinite
 
 LOSS_FLOOR = 0.005  # nats per token: half a percent of perplexity
 COSINE_FLOOR = 0.005  # 80,000 tokens at weight 1 moved the mean cosine of SmolLM2-135M by 0.017, of 0.54
@@ -142,7 +142,8 @@ def stages(recipe: Recipe) -> list[Stage]:
 def run(recipe: Recipe, folder: Path, screen: Screen) -> list[Candidate]:
     """Train and measure every arm; writes pilot.json and pilot.png. Returns the candidates, best first.
 
-    Raises BadInput for what the user can mend, BuildFailed if the baseline cannot be trained.
+    An arm that diverges leaves nothing: the next call trains it again. Raises BadInput for what the user can
+    mend, such as too little held-out text for intervals, BuildFailed if the baseline cannot be trained.
     """
     from edgedisp.report import figure, plots  # bring matplotlib
 
@@ -150,13 +151,18 @@ def run(recipe: Recipe, folder: Path, screen: Screen) -> list[Candidate]:
     with open_run(folder, recipe.identity(), recipe.name):
         for number, stage in enumerate(order, start=1):
             arm = stage.name.partition("/")[0]
+            if arm in diverged:
+                continue
             try:
-                if arm not in diverged:
-                    runner.pass_stage(stage, screen, number, len(order))
+                passed = runner.pass_stage(stage, screen, number, len(order))
             except NotFinite as problem:
                 if arm == BASELINE:
                     raise
-                diverged[arm] = str(problem)
+                diverged[arm] = str(problem).partition(". ")[0]  # the rest is about checkpoints, which go
+                shutil.rmtree(folder / f"{stage.name}.partial")
+                continue
+            if stage.name == f"{BASELINE}/{MEASURED}":
+                _check_intervals(from_json(Measurement, passed.record.results))
         runner.hashes.save()
         rows = [_candidate(arm, runner, diverged.get(arm.name)) for arm in recipe.arm_runs[1:]]
         rows.sort(key=lambda row: row.rank)
@@ -167,8 +173,21 @@ def run(recipe: Recipe, folder: Path, screen: Screen) -> list[Candidate]:
     return rows
 
 
+def _check_intervals(baseline: Measurement) -> None:
+    """Raise BadInput for figures of one document or sequence, from which no difference can count."""
+    cosine = baseline.condensation and baseline.condensation.mean_cosine
+    figures = {"loss": baseline.scores[LOSS_TASK].main.estimate, "cosine": cosine}
+    if bare := [name for name, estimate in figures.items() if not (estimate and estimate.has_interval)]:
+        raise BadInput(
+            f"data.heldout: the baseline's {' and '.join(bare)} has no interval (one document or block was "
+            "read), so no candidate can be told from it; hold out more documents, or lower data.context"
+        )
+
+
 def _candidate(arm: ArmRun, runner: StageRunner, diverged: str | None) -> Candidate:
     """With its differences to the baseline, paired by held-out window and by sequence."""
+    from edgedisp.evaluate.comparison import Results, compare_task  # brings scipy
+
     name, dispersion = arm.name, arm.dispersion or Dispersion()
     if diverged is not None:
         return Candidate(name, dispersion, diverged=diverged)
@@ -183,8 +202,9 @@ def _candidate(arm: ArmRun, runner: StageRunner, diverged: str | None) -> Candid
 
 def advice(candidates: Sequence[Candidate]) -> str:
     """What to do; candidates: best first."""
-    if candidates[0].signs < (0, 0):  # a better loss, or an unchanged one and less condensed
-        section = candidates[0].dispersion
+    # A better loss, or an unchanged one and less condensed.
+    if useful := [row for row in candidates if row.signs < (0, 0)]:
+        section = useful[0].dispersion
         keys = {key: getattr(section, key) for key in VARIED} | section.model_dump(exclude_defaults=True)
         line = json.dumps(keys).replace('"', "")
         return f"The setting to build with, under train: dispersion: {line}"

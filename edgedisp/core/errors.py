@@ -1,4 +1,4 @@
-"""The two kinds of failure that end a command with one line instead of a traceback."""
+"""The failures that end a command with one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class BadInput(ValueError):
 
 class BuildFailed(RuntimeError):
     """Valid input, but the work did not succeed: says which step and why. Exit code 1."""
+
+
+class NotFinite(BuildFailed):
+    """A loss or gradient is NaN or infinite: says where, and what can be resumed."""

@@ -92,8 +92,9 @@ class DispersionLoss:
 
     Forward passes without gradients (evaluation, generation) are ignored, and those whose `loss` is never
     asked for are not counted. A sequence with fewer than two tokens to compare counts as 0. Layers that a
-    pass skips (`layerdrop`) are not in the mean. Under CPU autocast to bfloat16 the products of token vectors
-    round their inputs like all others, and add up in float32.
+    pass skips (`layerdrop`) are not in the mean; one that skips them all is 0, and not counted. Under CPU
+    autocast to bfloat16 the products of token vectors round their inputs like all others, and add up in
+    float32.
 
     next_sequence: number, among all that training sees, of the first sequence in the next pass, which decides
     what tokens are sampled. It counts on by itself.
@@ -104,6 +105,7 @@ class DispersionLoss:
         self.next_sequence = 0
         self._pass: _Pass | None = None
         self._layers: list[int] = []  # that are watched
+        self._has_run = False  # whether one of them gave its output
         self._last: tuple[list[int], Tensor] = [], torch.empty(0)  # layers and values of the last pass
 
     @contextmanager
@@ -111,7 +113,7 @@ class DispersionLoss:
         """Compute the term in every training forward pass of `model` inside the block; padding is what the
         call's `attention_mask` says. Raises ValueError if the model lacks one of the layers."""
         blocks = decoder_layers(model)
-        self._layers = select_layers(self.config.layers, len(blocks))
+        self._layers, self._has_run = select_layers(self.config.layers, len(blocks)), False
         with ExitStack() as stack:
             stack.callback(model.register_forward_pre_hook(self._start, with_kwargs=True).remove)
             for position, index in enumerate(self._layers):
@@ -121,15 +123,21 @@ class DispersionLoss:
 
     def loss(self) -> Tensor:
         """The mean over layers and sequences of the last forward pass; scalar, float32 or better. Raises
-        ValueError if there was no training forward pass, or its loss was already returned."""
+        ValueError if there was no training forward pass, or its loss was already returned, and as long as no
+        pass ran one of the layers."""
         current, self._pass = self._pass, None
         if current is None:
             raise ValueError("no forward pass to compute the dispersion of: run the model inside watch()")
+        if current.sample is None and self._has_run:
+            self._last = [], torch.empty(0)
+            return torch.zeros(())
         if current.sample is None:
             raise ValueError(
                 "none of the chosen layers ran with gradients, so there is no dispersion to compute; "
-                "reentrant gradient checkpointing hides them (set use_reentrant to False)"
+                "reentrant gradient checkpointing hides them (set use_reentrant to False), as layerdrop may "
+                "in a first pass"
             )
+        self._has_run = True
         self._compute(current, current.sample)
         self.next_sequence += current.sample.batch
         together = torch.cat([value.to(current.values[0].device) for value in current.values])

@@ -78,7 +78,7 @@ def merge(options: MergeOptions, inputs: Inputs, output_dir: Path, progress: Pro
     audit = {
         "rows": [{"name": name, "loss": loss, **change(ADAPTER_ON, name)} for name, loss in losses.items()],
         "tokens": tokens,
-        "grid": options.int4.model_dump(include={"group", "symmetric", "head_bits"}),
+        "grid": options.int4.model_dump(include={"method", "group", "symmetric", "head_bits"}),
         "gains": {
             "fp32": change(NO_ADAPTER, merged),
             "int4": change(f"{NO_ADAPTER}, int4", f"{merged}, int4"),
@@ -110,19 +110,28 @@ def _score(options: MergeOptions, inputs: Inputs, progress: Progress) -> dict[st
     }
     if adapter.base is not None:
         loaders[MERGED[DEQUANTIZED]] = lambda: _merged(DEQUANTIZED, options, inputs)
-    rows = {}
+    rows = dict[str, list[dict[str, Any]]]()
     for number, (name, load) in enumerate(loaders.items()):
         progress(number, len(loaders), f"merge audit: {name}")
-        model = load()  # one at a time is in memory
-        rows[name] = _items(model, blocks)
-        if name == MERGED[FULL]:
-            weights = copy.deepcopy(model.state_dict())
-            model.load_state_dict({key: weight.bfloat16() for key, weight in weights.items()})
-            rows[f"{name}, bf16"] = _items(model, blocks)
-            model.load_state_dict(weights)
-        if name != ADAPTER_ON:
-            round_as_bundle(BundleRounding(4, options.int4), model.cpu(), corpus)
-            rows[f"{name}, int4"] = _items(model, blocks)
+        # No name for the model here: one at a time is in memory.
+        rows |= _rows(name, load(), options, blocks, corpus)
+    return rows
+
+
+def _rows(
+    name: str, model: Any, options: MergeOptions, blocks: Tensor, corpus: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """The rows of one model, which is rounded in place."""
+    rows = {name: _items(model, blocks)}
+    if name == MERGED[FULL]:
+        weights = copy.deepcopy(model.state_dict())
+        model.load_state_dict({key: weight.bfloat16() for key, weight in weights.items()})
+        rows[f"{name}, bf16"] = _items(model, blocks)
+        model.load_state_dict(weights)
+        del weights
+    if name != ADAPTER_ON:
+        round_as_bundle(BundleRounding(4, options.int4), model.cpu(), corpus)
+        rows[f"{name}, int4"] = _items(model, blocks)
     return rows
 
 

@@ -114,7 +114,7 @@ class Adapter(Section):
     dropout: ShareBelow1 = 0.0
     """dropout before the adapter"""
     targets: values.Modules = "auto"
-    """adapted modules; auto: every linear layer in the blocks"""
+    """adapted modules; auto: every linear layer but the head"""
     base: Literal["nf4", "int8"] | None = Field(default=None, validate_default=True)
     """how qlora holds the base; null: nf4 for qlora"""
     merge: Literal["auto", "full", "dequantized"] = "auto"

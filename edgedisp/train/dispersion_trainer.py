@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from edgedisp.core.errors import BuildFailed
+from edgedisp.core.errors import NotFinite
 from edgedisp.dispersion.hooks import DispersionLoss
 from edgedisp.dispersion.losses import DispersionConfig
 
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     Host = Trainer
 else:
     Host = object
-
-
-class NotFinite(BuildFailed):
-    """A loss or gradient is NaN or infinite: says where, and what can be resumed."""
 
 
 class DispersionMixin(Host):
@@ -112,7 +108,7 @@ class DispersionMixin(Host):
         super().log(logs, *args, **kwargs)
 
     def _reset_sums(self) -> None:
-        """Of the steps since the last log; tensors, so that no step waits for the device."""
+        """Of the steps since the last log; tensors, so that no micro-batch waits for the device."""
         self._steps = 0
         self._cross_entropy = self._dispersion = torch.zeros(())
 

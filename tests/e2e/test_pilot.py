@@ -11,14 +11,13 @@ import pytest
 from ruamel.yaml import YAML
 
 from edgedisp.commands.pilot import LOSS_FLOOR, Candidate, advice, make_recipe, run
-from edgedisp.core.errors import BadInput
+from edgedisp.core.errors import BadInput, NotFinite
 from edgedisp.core.progress import Screen
 from edgedisp.core.results import Estimate
 from edgedisp.core.stage_folder import Record, read
 from edgedisp.pipeline import build_plan
 from edgedisp.pipeline.stage import walk
 from edgedisp.recipe import Dispersion, load
-from edgedisp.train.dispersion_trainer import NotFinite
 
 RECIPE = """\
 name: tiny
@@ -70,6 +69,8 @@ def test_the_best_useful_setting_is_recommended_as_a_line_that_reads_back() -> N
     line = advice([useful, candidate(2, 0.02, 0.02)]).partition("under train: ")[2]
     read_back = YAML(typ="safe").load(line)["dispersion"]
     assert read_back == {"variant": "angular", "weight": 3, "layers": [0, 2], "tokens": 16}
+    unsure = replace(candidate(2, 0, 0), cosine=difference(-0.2, half_width=0.3))
+    assert unsure.rank < useful.rank and line in advice([unsure, useful])
     for nothing in (candidate(9, 0.02, -0.1), candidate(0.1, 0.0, 0.0)):
         assert "No setting can be recommended" in advice([nothing])
 
@@ -167,11 +168,22 @@ def test_an_interrupted_pilot_continues_and_another_weight_trains_what_is_new(
     last = run(pilot, folder, rest)[-1]
     assert rest.executed == ["angular-all-0_1/measure-torch"]
     assert last.effect == "diverges" and last.loss is None and last.diverged == "the loss is NaN"
+    assert not (folder / "angular-all-7" / "model.partial").exists()
     more = Watcher()
     run(make_recipe(load(recipe), weights="0.1,1", tokens="256"), folder, more)
     assert more.executed == ["angular-all-1/model", "angular-all-1/measure-torch"]
     with pytest.raises(BadInput, match=r"train\.tokens"):
         run(make_recipe(load(recipe), weights="0.1,1", tokens="512"), folder, Watcher())
+
+
+def test_a_baseline_without_an_interval_ends_the_pilot_before_a_candidate_is_trained(
+    recipe: Path, tmp_path: Path
+) -> None:
+    screen = Watcher()
+    pilot = make_recipe(load(recipe, ["data.heldout=0.1%"]), weights="1", tokens="256")
+    with pytest.raises(BadInput, match=r"data\.heldout: the baseline's loss .*has no interval"):
+        run(pilot, tmp_path / "run", screen)
+    assert screen.executed[-1] == "baseline/measure-torch"
 
 
 def test_a_candidate_is_what_a_build_of_as_many_tokens_trains(recipe: Path, tmp_path: Path) -> None:

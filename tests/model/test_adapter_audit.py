@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 from pathlib import Path
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from edgedisp import models
-from edgedisp.core.progress import silent
 from edgedisp.core.stage_folder import finish, stage_output
 from edgedisp.pipeline import adapters
 from edgedisp.pipeline.options import MergeOptions
@@ -38,6 +39,11 @@ def block_losses(scored: nn.Module, blocks: np.ndarray) -> list[float]:
 def on_grid(bits: int) -> Rounding:
     grid = Grid(bits, 32, False)
     return lambda name, weight: dequantize(quantize(weight, grid), grid)
+
+
+def models_in_memory() -> int:
+    gc.collect()
+    return sum(issubclass(type(each), PreTrainedModel) for each in gc.get_objects())
 
 
 def stage_folders(root: Path, base: Path) -> dict[str, Path]:
@@ -67,7 +73,11 @@ def test_the_audit_holds_the_losses_of_models_made_by_hand(
     output_dir = tmp_path / "merged"
     output_dir.mkdir()
     options = MergeOptions(AUTO, INT4, int4_ships=True, seed=0)
-    results = adapters.merge(options, Inputs(**folders), output_dir, silent)
+    in_memory: list[int] = []
+    results = adapters.merge(
+        options, Inputs(**folders), output_dir, lambda *_: in_memory.append(models_in_memory())
+    )
+    assert in_memory == [in_memory[0]] * 4  # before each model is opened, the last one is gone
     adapter = folders["adapter"]
     by_hand = {
         "no adapter": models.load(base),

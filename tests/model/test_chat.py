@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,16 @@ def test_a_message_too_long_for_the_context_is_refused_and_a_conversation_goes_o
     assert sum("248 fit" in note for note in talk.notes) == 1
     talk = Talk(bundles["fp32"], *["the cat sat on the mat"] * 6, max_new_tokens=6, context=96, system="a")
     assert len(talk.chat.turns) == 6 and any("outgrew 96 tokens" in note for note in talk.notes)
+
+
+def test_bytes_that_are_no_text_are_refused_and_a_conversation_goes_on(  # type: ignore[no-untyped-def]
+    edgedisp, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = io.BytesIO(b"the cat\n\xff\nthe dog\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(lines, "utf-8", errors="strict"))
+    ended = edgedisp("chat", bundles["fp32"], "--max-new-tokens", "4")
+    assert ended.code == 0 and ended.err.count("the first after") == 2
+    assert "\nthe message is not text in UTF-8\n" in ended.err
 
 
 def test_sampling_repeats_with_its_seed(bundles: dict[str, Path]) -> None:

@@ -141,6 +141,22 @@ def test_skipped_layers_do_not_count_and_the_others_draw_their_own_tokens(
     torch.testing.assert_close(gradient, expected)
 
 
+def test_a_pass_that_skips_every_layer_is_zero_once_layers_have_run() -> None:
+    model, term = Layers(2), DispersionLoss(DispersionConfig())
+    with term.watch(model):
+        losses = []
+        for skipped in ([], [0, 1], [0, 1], []):
+            model.skipped = skipped
+            model(some_vectors(2, 9, 8))
+            losses.append(term.loss().item())
+            assert [*term.by_layer()] == [0, 1][: 2 - len(skipped)]
+        assert losses == [losses[0], 0, 0, losses[0]] and losses[0] != 0
+    model.skipped = [0, 1]
+    with term.watch(model), pytest.raises(ValueError, match="none of the chosen layers ran"):
+        model(some_vectors(2, 9, 8))
+        term.loss()
+
+
 @pytest.mark.parametrize("recomputed", [[0, 1, 2, 3], [1], [3]])
 def test_layers_recomputed_with_their_hooks_count_once_among_plain_ones(recomputed: list[int]) -> None:
     """As in implementations that recompute a layer with its hooks, all layers or some."""

@@ -11,6 +11,7 @@ HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "scipy", "matplotlib", 
 LIGHT = (
     "bench.system",
     "cli",
+    "commands.pilot",
     "recipe",
     "core.stage_folder",
     "core.progress",

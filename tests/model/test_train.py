@@ -12,8 +12,8 @@ import torch
 from training import BLOCKS, Gradients, fit_tiny, flat, open_tiny
 from transformers.trainer_callback import TrainerCallback
 
+from edgedisp.core.errors import NotFinite
 from edgedisp.dispersion.losses import DispersionConfig
-from edgedisp.train.dispersion_trainer import NotFinite
 from edgedisp.train.trainer import newest_checkpoint
 
 

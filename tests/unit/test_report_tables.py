@@ -81,13 +81,14 @@ def test_a_merged_adapter_is_audited() -> None:
     merged = {"name": "merged", "loss": 2.51, "difference": 0.01, "low": 0.0, "high": 0.02}
     audit = {
         "rows": [merged], "gains": {"fp32": merged, "int4": merged},
-        "chosen": "full", "why": "it is the original", "tokens": 512, "grid": {"group": 32, "head_bits": 8},
+        "chosen": "full", "why": "it is the original", "tokens": 512, "grid": {"method": "gptq", "group": 32},
     }  # fmt: skip
     run = sample()
     trained = replace(run.training["dispersed"], merge_audit=audit)
     section = merge_section(replace(run, training={**run.training, "dispersed": trained}))
     assert section.grids[0].rows == (("dispersed: merged", "2.5100", "+0.010 [0.000, +0.020]"),)
     assert section.notes[0].startswith("dispersed: merged into the full base, because it is the original.")
+    assert "by gptq in asymmetric groups of 32" in section.notes[1]
 
 
 def test_a_model_card_is_tagged_by_what_the_folder_holds() -> None:
