@@ -1,8 +1,8 @@
 """`edgedisp chat`: talk to a finished bundle through onnxruntime-genai, as an app on the device would.
 
-The bundle's chat template and tokenizer turn the conversation into ids, and the answer is streamed. The
-key-value cache stays between turns: a common prefix is not computed again. When the conversation outgrows
-the context, its oldest turns are dropped; the system prompt stays.
+The conversation becomes the ids of transformers' `apply_chat_template`, as in training, and the answer is
+streamed. The key-value cache stays between turns: a common prefix is not computed again. When the
+conversation outgrows the context, its oldest turns are dropped; the system prompt stays.
 """
 
 from __future__ import annotations
@@ -15,20 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime_genai as runtime
+from tokenizers.decoders import DecodeStream
 
+from edgedisp import models
 from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import check_files
-from edgedisp.graph.genai_config import GENAI_CONFIG, chat_template, read_config
+from edgedisp.graph.genai_config import read_config
+from edgedisp.models import Message
 from edgedisp.report.formatting import plural
 
 DEFAULT_ANSWER = 256
 CONTEXT_CAP = 4096  # the cache is allocated in full at once: 190 MB for SmolLM2-135M
-
-SESSION_OPTIONS = {"log_id", "provider_options", "intra_op_num_threads", "inter_op_num_threads"}
-
-Message = dict[str, str]
-"""{"role": "system" | "user" | "assistant", "content": text}"""
 
 
 @dataclass(frozen=True)
@@ -78,20 +76,24 @@ class Conversation:
     ) -> None:
         check_files(bundle)
         config = read_config(bundle)
-        self.options, self.write, self.note = options, write, note
+        self.bundle, self.options, self.write, self.note = bundle, options, write, note
+        self.tokenizer = models.load_tokenizer(bundle)
+        ids = config["eos_token_id"]
+        self.eos_ids = frozenset(ids if isinstance(ids, list) else [ids])
         self.context = min(config["context_length"], options.context or CONTEXT_CAP)
         self.max_new_tokens = options.max_new_tokens or max(1, min(DEFAULT_ANSWER, self.context // 2))
-        self.has_template = bool(chat_template(bundle))
-        if not self.has_template:
+        if self.tokenizer.chat_template:
+            models.RENDERER.start()  # while the model is opened
+        else:
             note(f"{bundle} has no chat template: the text is continued as it stands")
         self.messages: list[Message] = []
         if options.system:
             self.messages.append({"role": "system", "content": options.system})
         self.turns: list[Turn] = []
-        self._open(bundle, checked_session(bundle, config))
+        self._open(config["decoder"].get("session_options") or {})
 
-    def _open(self, bundle: Path, session: dict[str, Any]) -> None:
-        """Model, tokenizer and generator of the runtime."""
+    def _open(self, session: dict[str, Any]) -> None:
+        """The runtime's generator. Its tokenizer would parse and render the template with code of its own."""
         getattr(runtime, "disable_telemetry_events", lambda: None)()  # since 0.18
         options, cores = self.options, physical_cores()
         # Without a number onnxruntime-genai 0.18 starts one thread per second hardware thread.
@@ -101,16 +103,14 @@ class Conversation:
             search |= {"temperature": options.temperature, "random_seed": options.seed}
         overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
         try:
-            config = runtime.Config(str(bundle))
+            config = runtime.Config(str(self.bundle))
             config.overlay(json.dumps(overlay))
             model = runtime.Model(config)
-            self.tokenizer = runtime.Tokenizer(model)
             parameters = runtime.GeneratorParams(model)
             parameters.set_search_options(**search)
             self.generator = runtime.Generator(model, parameters)
         except RuntimeError as error:
-            raise BadInput(f"{bundle}: onnxruntime-genai cannot open it: {error}") from error
-        self.eos_ids = {int(token) for token in self.tokenizer.eos_token_ids}
+            raise BadInput(f"{self.bundle}: onnxruntime-genai cannot open it: {error}") from error
 
     def converse(self, lines: Iterable[str]) -> None:
         """Answer line after line. A message that does not fit is noted, and the conversation goes on."""
@@ -139,7 +139,7 @@ class Conversation:
         generator, is_stopped = self.generator, False
         cached = [int(token) for token in generator.get_sequence(0)] if generator.token_count() else []
         prefix = common_prefix(cached, ids)
-        stream, pieces, seconds = self.tokenizer.create_stream(), list[str](), list[float]()
+        stream, pieces, seconds = DecodeStream(skip_special_tokens=True), list[str](), list[float]()
         try:
             start = time.perf_counter()
             if cached:
@@ -150,7 +150,7 @@ class Conversation:
                 token = int(generator.get_next_tokens()[0])
                 seconds.append(time.perf_counter() - start)
                 if token not in self.eos_ids:
-                    pieces.append(stream.decode(token))
+                    pieces.append(stream.step(self.tokenizer.backend_tokenizer, token) or "")
                     self.write(pieces[-1])
                 start = time.perf_counter()
         except KeyboardInterrupt:  # it comes between calls of the runtime, whose state stays whole
@@ -161,27 +161,13 @@ class Conversation:
         return Turn("".join(pieces), len(ids), prefix, tuple(seconds)), is_stopped
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation, with the generation prompt of the template. BadInput for bytes that
+        """Token ids of a conversation. BadInput for a template that cannot be rendered, and for bytes that
         are no UTF-8, which Python's streams and arguments carry as surrogates."""
-        text = "\n".join(message["content"] for message in messages)
         try:
-            text.encode()
+            "".join(message["content"] for message in messages).encode()
         except UnicodeEncodeError:
             raise BadInput("the message is not text in UTF-8") from None
-        if self.has_template:
-            text = self.tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True)
-        return [int(token) for token in self.tokenizer.encode(text)]
-
-
-def checked_session(bundle: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """A bundle's session options. BadInput for those that could load native code, as custom_ops_library."""
-    options = dict(config.get("decoder", {}).get("session_options", {}))
-    unsafe = sorted(options.keys() - SESSION_OPTIONS) or options.get("provider_options")
-    if unsafe:
-        raise BadInput(
-            f"{bundle / GENAI_CONFIG}: session_options has {unsafe}, which may load native code; remove it"
-        )
-    return options
+        return models.chat_ids(self.tokenizer, messages)
 
 
 def fit(

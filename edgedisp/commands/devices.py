@@ -20,7 +20,7 @@ from edgedisp.bench.phone import PhoneOptions, serve
 from edgedisp.bench.results import label_bundles
 from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.files import check_files, to_json, write_json
+from edgedisp.core.files import check_files, check_options, to_json, write_json
 from edgedisp.core.progress import Progress, Screen, warn
 from edgedisp.core.results import DeviceResult, Json
 from edgedisp.data import cache_folder
@@ -80,6 +80,7 @@ def _prepare(
     """Label -> folder of bundles with the right files, the questions to score, and the options with these."""
     for bundle in bundles:
         check_files(bundle)
+        check_options(bundle)
     labels = label_bundles(bundles)
     if options.tasks is None:
         return labels, None, options

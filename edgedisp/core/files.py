@@ -15,6 +15,16 @@ from edgedisp.core.errors import BadInput
 
 RECORD = "record.json"
 MANIFEST = "manifest.json"  # what a bundle says of itself wherever it is taken
+GENAI_CONFIG = "genai_config.json"  # what onnxruntime-genai reads of a bundle
+# Of a session, those that onnxruntime-genai's builder writes for CPUs and what sets threads and memory.
+OPTIONS: dict[str, set[str]] = {
+    "session_options": {
+        *("log_id", "log_severity_level", "intra_op_num_threads", "inter_op_num_threads"),
+        *("provider_options", "enable_cpu_mem_arena", "enable_mem_pattern"),
+    },
+    "provider_options": set(),
+    "run_options": set(),
+}
 
 Files = dict[str, dict[str, Any]]
 """File by its path from the folder -> {size_bytes, sha256}."""
@@ -156,6 +166,30 @@ def check_files(folder: Path, pattern: str = "*") -> None:
     files = {name: entry for name, entry in (read_listing(folder) or {}).items() if fnmatch(name, pattern)}
     if damage := damaged_file(folder, files):
         raise BadInput(f"{folder}/{damage}; copy or export the folder again")
+
+
+def check_options(bundle: Path) -> None:
+    """BadInput for options in a bundle's genai_config.json, at any depth, that are not known to be harmless:
+    `custom_ops_library` and providers load native code, others write files."""
+    path, unsafe = bundle / GENAI_CONFIG, list[str]()
+
+    def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):  # which of them the runtime takes is its own affair
+            raise ValueError("a key is there twice")
+        for name in content.keys() & OPTIONS.keys():
+            options = content[name] or {}
+            unsafe.extend(set(options) - OPTIONS[name] if isinstance(options, dict) else [name])
+        unsafe.extend(content.keys() & {"custom_ops_library"})
+        return content
+
+    try:
+        json.loads(path.read_text(encoding="utf-8") if path.is_file() else "{}", object_pairs_hook=check)
+    except ValueError as error:
+        raise BadInput(f"{path}: is no JSON object ({error}); restore or export it again") from error
+    if unsafe:
+        names = ", ".join(sorted({*unsafe}))
+        raise BadInput(f"{path}: has the option {names}, which may load native code; remove it")
 
 
 def git_commit() -> str | None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import WRONG_SHAPE, read_json, write_json
+from edgedisp.core.files import GENAI_CONFIG as GENAI_CONFIG
+from edgedisp.core.files import WRONG_SHAPE, check_options, read_json, write_json
 from edgedisp.graph.decoder_graph import Decoder
 from edgedisp.graph.onnx_graph import GRAPH
 
@@ -26,7 +27,6 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     "tokenizer.model",
 )
-GENAI_CONFIG = "genai_config.json"
 LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx")  # names of the context in config.json
 
 
@@ -84,13 +84,18 @@ def end_ids(folder: Path) -> list[int]:
 
 
 def read_config(bundle: Path) -> dict[str, Any]:
-    """The `model` part of a bundle's genai_config.json. BadInput if the folder has none."""
+    """The `model` part of a bundle's genai_config.json. BadInput if the folder has none, and as
+    `check_options`."""
     path = bundle / GENAI_CONFIG
     if not path.is_file():
         raise BadInput(f"{bundle}: no bundle ({GENAI_CONFIG} is missing); `edgedisp export` makes one")
+    check_options(bundle)
     config = read_json(path)
     try:
-        return {**config["model"], "context_length": int(config["model"]["context_length"])}
+        model, ids = config["model"], config["model"]["eos_token_id"]
+        if not isinstance(model["decoder"], dict) or not isinstance(ids, list | int):
+            raise TypeError("decoder is no object, or eos_token_id no number")
+        return {**model, "context_length": int(model["context_length"])}
     except WRONG_SHAPE as error:
         raise BadInput(
             f"{path}: is no configuration of onnxruntime-genai ({error!r}); export it again"

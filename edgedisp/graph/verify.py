@@ -9,7 +9,9 @@ a cache off by one gives 0.35 and more. Two decoders may differ in a token where
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,22 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from edgedisp import models
 from edgedisp.core.errors import BuildFailed
 from edgedisp.graph.device_graph import has_packed_products
 from edgedisp.graph.onnx_graph import GRAPH, read_graph
 from edgedisp.graph.session import Logits, OnnxModel, at_accuracy_level
+from edgedisp.models import Message
 
 FORCED = 4  # tokens at the end of each prompt that go through the cache one by one
 EXACT_LIMIT = 1e-3  # relative difference that is allowed in fp32 arithmetic
 ROUNDED_LIMIT = 0.2  # and with 8-bit activations
 NEW_TOKENS = 16  # decoded greedily after each prompt
+CONVERSATION: list[Message] = [
+    {"role": "user", "content": "Is 12 + 30 = 42?\n  Say why."},
+    {"role": "assistant", "content": "Yes: naïve counting gives 42."},
+    {"role": "user", "content": "And 12 - 30?"},
+]
 REORDERED = 1e-5  # of the largest logit: another order of summation
 
 
@@ -35,7 +44,7 @@ def check_bundle(
     """Run every check on an opened bundle with prompts (token ids, each at least 2 long) and texts.
 
     Returns {padded_difference, cached_difference, difference_limit, genai: {opened, greedy_agrees: "n/n",
-    tokenizer_agrees: "n/n"}}. BuildFailed with the reason where a check fails.
+    tokenizer_agrees: "n/n", chat, chat_template}}. BuildFailed with the reason where a check fails.
     """
     bundle, rows = model.bundle, [list(prompt) for prompt in prompts]
     graph = read_graph(bundle / GRAPH).graph
@@ -54,6 +63,7 @@ def check_bundle(
     genai_greedy = [genai.greedy(row, min(NEW_TOKENS, model.context - len(row))) for row in rows]
     _check_choices(model, rows, genai_greedy, limit, "onnxruntime-genai")
     _check_tokenizer(bundle, genai, texts)
+    chat = _check_conversation(bundle, genai)
     equal = sum(ours == theirs for ours, theirs in zip(greedy, genai_greedy))
     return {
         "padded_difference": differences[0],
@@ -63,6 +73,7 @@ def check_bundle(
             "opened": True,
             "greedy_agrees": f"{equal}/{len(rows)}",
             "tokenizer_agrees": f"{len(texts)}/{len(texts)}",
+            **chat,
         },
     }
 
@@ -93,8 +104,18 @@ class GenaiModel:
         return new
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text by genai's own tokenizer."""
-        return [int(token) for token in self._runtime.Tokenizer(self._model).encode(text)]
+        """The ids of a text by genai's own tokenizer, without special tokens around them."""
+        tokenizer = self._runtime.Tokenizer(self._model)
+        tokenizer.update_options(add_special_tokens="false")
+        return [int(token) for token in tokenizer.encode(text)]
+
+    def render(self, messages: Sequence[Message]) -> str | None:
+        """A conversation by genai's own reading of the chat template; None where it cannot."""
+        tokenizer = self._runtime.Tokenizer(self._model)
+        try:
+            return str(tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
+        except RuntimeError:
+            return None
 
 
 def relative_difference(logits: Logits, reference: Logits) -> float:
@@ -153,13 +174,40 @@ def _check_tokenizer(bundle: Path, genai: GenaiModel, texts: Sequence[str]) -> N
     """genai reads tokenizer.json with code of its own; its ids must be those of the library that made it."""
     reference = Tokenizer.from_file(str(bundle / "tokenizer.json"))
     for text in texts:
-        # Which of the two genai does, with special tokens or without, is set in the tokenizer's files.
-        expected = [reference.encode(text, add_special_tokens=added).ids for added in (False, True)]
-        if (ids := genai.encode(text)) not in expected:
+        expected = reference.encode(text, add_special_tokens=False).ids
+        if (ids := genai.encode(text)) != expected:
             raise BuildFailed(
                 f"{bundle}: onnxruntime-genai's tokenizer gives other ids than the tokenizers library for "
-                f"the text that starts {text[:40]!r}: {ids[:20]} instead of {expected[0][:20]}"
+                f"the text that starts {text[:40]!r}: {ids[:20]} instead of {expected[:20]}"
             )
+
+
+def _check_conversation(bundle: Path, genai: GenaiModel) -> dict[str, str]:
+    """What chat sends for a conversation: the ids of transformers and of genai's tokenizer are the same.
+
+    Returns {chat: "n/n" tokens that agree, or why there is none; chat_template: whether genai's own engine
+    for templates, which an app may use, gives the text of transformers}. BadInput for a template that does
+    not end.
+    """
+    tokenizer = models.load_tokenizer(bundle)
+    if not tokenizer.chat_template:
+        return {"chat": "no chat template: a text is continued"}
+    try:
+        text = models.render_conversation(tokenizer, CONVERSATION)
+    except models.TemplateError as error:
+        return {"chat": str(error)}
+    expected = models.encode(tokenizer, text)
+    ids = genai.encode(text)
+    if ids != expected:
+        index = next(i for i, pair in enumerate(zip_longest(ids, expected)) if pair[0] != pair[1])
+        raise BuildFailed(
+            f"{bundle}: token {index + 1} of a conversation's {len(expected)} differs: onnxruntime-genai's "
+            f"tokenizer goes on with {ids[index : index + 8]}, transformers with "
+            f"{expected[index : index + 8]} ({tokenizer.decode(expected[index : index + 8])!r})"
+        )
+    same = genai.render(CONVERSATION) == text
+    engine = "as transformers" if same else "other text than transformers: render with transformers or jinja2"
+    return {"chat": f"{len(expected)}/{len(expected)}", "chat_template": engine}
 
 
 def check_layouts(

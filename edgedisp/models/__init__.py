@@ -6,6 +6,7 @@
 Refused: pickled weights, which can run any code; quantized, encoder-decoder and masked models.
 """
 
+from edgedisp.models.chat_template import RENDERER as RENDERER
 from edgedisp.models.licence import copy_licence as copy_licence
 from edgedisp.models.licence import read_licence as read_licence
 from edgedisp.models.loading import empty_model as empty_model
@@ -16,10 +17,14 @@ from edgedisp.models.loading import open_base as open_base
 from edgedisp.models.loading import quiet as quiet
 from edgedisp.models.loading import save as save
 from edgedisp.models.tiny_model import tiny_model as tiny_model
+from edgedisp.models.tokenizer import Message as Message
+from edgedisp.models.tokenizer import TemplateError as TemplateError
 from edgedisp.models.tokenizer import bos_id as bos_id
+from edgedisp.models.tokenizer import chat_ids as chat_ids
 from edgedisp.models.tokenizer import document_encoder as document_encoder
 from edgedisp.models.tokenizer import encode as encode
 from edgedisp.models.tokenizer import end_of_text_id as end_of_text_id
+from edgedisp.models.tokenizer import render_conversation as render_conversation
 from edgedisp.models.torch_model import TorchModel as TorchModel
 from edgedisp.models.torch_model import component_of as component_of
 from edgedisp.models.torch_model import context_length as context_length

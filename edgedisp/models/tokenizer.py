@@ -1,15 +1,24 @@
-"""Text -> token ids, and the tokens before and after a document."""
+"""Texts and conversations -> token ids, and the tokens before and after a document."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from edgedisp.core.errors import BadInput
+from edgedisp.core.hub import one_line
+from edgedisp.models.chat_template import RENDERER
 
 # Chat models end a TURN with their eos token; what ended a document in pre-training has one of these names.
 # SmolLM2: <|endoftext|> is id 0 while eos is <|im_end|>. Llama 3: <|end_of_text|>, eos <|eot_id|>.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
+
+Message = Mapping[str, str]
+"""{"role": "system" | "user" | "assistant", "content": text}"""
+
+
+class TemplateError(BadInput):
+    """The template refuses the conversation, or is no valid template."""
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -17,6 +26,37 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     # verbose=False: no warning that a text is longer than the context; it will be cut into blocks.
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
+
+
+def render_conversation(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """The text of a conversation by the tokenizer's template, with its generation prompt.
+
+    Raises TemplateError; other BadInput for a template that does not end.
+    """
+    place = f"{tokenizer.name_or_path or 'the tokenizer'}: its chat template cannot be used"
+    try:
+        return RENDERER.render(
+            **tokenizer.special_tokens_map,
+            conversations=[list(messages)],
+            chat_template=tokenizer.get_chat_template(),
+            add_generation_prompt=True,
+        )
+    except ValueError as error:
+        raise TemplateError(f"{place}: {one_line(error)}. Mend it, or remove chat_template") from error
+    except TimeoutError as error:
+        raise BadInput(f"{place}: {error}. Mend it, or remove chat_template") from error
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """What a model is given to answer a conversation: the ids of transformers' `apply_chat_template`.
+
+    Without a template the contents are one text to continue, with BOS before it as `bos_id` has it. BadInput
+    for a template that cannot be rendered.
+    """
+    if tokenizer.chat_template:
+        return encode(tokenizer, render_conversation(tokenizer, messages))
+    ids, bos = encode(tokenizer, "\n".join(message["content"] for message in messages)), bos_id(tokenizer)
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
 def document_encoder(tokenizer: Any) -> Callable[[Sequence[str]], list[list[int]]]:

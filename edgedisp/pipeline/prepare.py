@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,9 @@ def base(options: BaseOptions, inputs: Inputs, output_dir: Path, progress: Progr
     if options.context > longest:
         words = f"{options.context} is longer than the {longest} positions of {section.base}"
         raise BadInput(f"data.context: {words}")
+    if tokenizer.chat_template:
+        with suppress(models.TemplateError):  # one that does not end is refused now, not after training
+            models.render_conversation(tokenizer, [{"role": "user", "content": "Hello."}])
     models.save(model, tokenizer, output_dir)
     record = {
         "architecture": model.config.model_type,

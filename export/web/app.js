@@ -106,6 +106,10 @@ async function send(text) {
     if (!opened.kept) say("No room to keep the bundle: a reload fetches it again.", "note");
     answer = say("", "waiting");
     const turn = await current.ask("chat", { text });
+    if (!turn.template && !current.raw) {
+      current.raw = true;
+      question.before(element("li", "This bundle has no chat template: your text is continued as it stands.", "note"));
+    }
     if (turn.dropped_turns) question.before(element("li", "The oldest turns no longer fit and were left out.", "note"));
     if (turn.reason === "length") say("The answer was cut at its longest.", "note");
     const speed = turn.decode_tokens_per_s ? `, then ${turn.decode_tokens_per_s.toFixed(1)} tokens/s` : "";
@@ -116,7 +120,7 @@ async function send(text) {
     question.remove();
     at("text").value ||= text; // not lost
     trouble(explained(error.message, chosen().expected_memory_bytes));
-    if (current && (await failed(current.opened))) {
+    if (current && (current.ended || (await failed(current.opened)))) {
       current.close();
       current = null;
     }

@@ -6,6 +6,8 @@
 
 import { memoryBudget } from "./device.js";
 
+const TEMPLATE_MS = 10_000;
+
 export class Bundle {
   /** A worker with one bundle. `heard` takes its events. */
   constructor(bundle, threads, heard) {
@@ -14,6 +16,8 @@ export class Bundle {
     this.waiting = new Map();
     this.count = 0;
     this.worker.onmessage = ({ data }) => {
+      if (data.event === "encoding") return this.watch();
+      if (data.event === "encoded") return clearTimeout(this.timer);
       if (data.event) return heard(data);
       const { resolve, reject } = this.waiting.get(data.id);
       this.waiting.delete(data.id);
@@ -36,6 +40,14 @@ export class Bundle {
     });
   }
 
+  /** A chat template is a program of the bundle's: a worker that does not come back from it is ended. */
+  watch() {
+    this.timer = setTimeout(() => {
+      this.ended = true;
+      this.close("The bundle's chat template does not end; the bundle was closed.");
+    }, TEMPLATE_MS);
+  }
+
   stop() {
     this.worker.postMessage({ ask: "stop" });
   }
@@ -45,9 +57,10 @@ export class Bundle {
     this.waiting.clear();
   }
 
-  close() {
+  close(reason = "closed") {
+    clearTimeout(this.timer);
     this.worker.terminate();
-    this.fail(new Error("closed"));
+    this.fail(new Error(reason));
   }
 }
 

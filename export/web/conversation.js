@@ -35,7 +35,7 @@ export class Conversation {
     const source = files.template ?? listed;
     this.template = source ? new Template(source) : null;
     this.special = {};
-    for (const name of ["bos_token", "eos_token", "pad_token", "unk_token"]) {
+    for (const name of ["bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"]) {
       const text = contentOf(settings[name]);
       if (text) this.special[name] = text;
     }
@@ -64,11 +64,15 @@ export class Conversation {
   }
 
   encode(messages) {
-    if (!this.template) {
-      return this.tokenizer.encode(messages.at(-1).content).ids; // no template: the text is continued
+    const plain = (text) => this.tokenizer.encode(text, { add_special_tokens: false }).ids;
+    if (this.template) {
+      const context = { messages, add_generation_prompt: true, tools: null, documents: null, ...this.special };
+      return plain(this.template.render(context));
     }
-    const text = this.template.render({ messages, add_generation_prompt: true, tools: null, ...this.special });
-    return this.tokenizer.encode(text, { add_special_tokens: false }).ids;
+    // A text to continue begins with BOS where the tokenizer puts one, as in training.
+    const ids = plain(messages.map((message) => message.content).join("\n"));
+    const [bos] = this.tokenizer.encode("a").ids;
+    return bos === plain("a")[0] || bos === ids[0] ? ids : [bos, ...ids];
   }
 
   /** Ids of the conversation with as many of its turns as fit: {ids, dropped}. Throws where none does. */
@@ -92,10 +96,10 @@ export class Conversation {
   }
 
   /**
-   * Answer `text`: `piece(text)` takes what is new, `stopped()` says whether to end. Resolves to the figures of
-   * this turn; speeds are of the model alone.
+   * Answer `text`: `encoded()` hears that the prompt is ready, `piece(text)` takes what is new, `stopped()` says
+   * whether to end. Resolves to the figures of this turn; speeds are of the model alone.
    */
-  async answer(text, piece, stopped) {
+  async answer(text, encoded, piece, stopped) {
     this.messages = [...this.messages, { role: "user", content: text }];
     let begun;
     try {
@@ -103,6 +107,8 @@ export class Conversation {
     } catch (error) {
       this.messages = this.messages.slice(0, -1); // the conversation goes on without it
       throw error;
+    } finally {
+      encoded();
     }
     const { ids, dropped } = begun;
     let shared = 0;
@@ -148,6 +154,7 @@ export class Conversation {
       text: whole,
       tokens,
       prompt_tokens: ids.length,
+      template: Boolean(this.template),
       reused_tokens: shared,
       ttft_ms,
       decode_tokens_per_s: tokens.length > 1 ? ((tokens.length - 1) / later_ms) * 1000 : null,

@@ -1,7 +1,7 @@
 // One bundle in a worker of its own: its session, its cache, its figures. The page stays free for touches.
 //
 // Messages in: {id, ask: "open" | "time" | "score" | "chat" | "reset", ...}, {ask: "stop"}. Out: {id, answer} or
-// {id, error}, and on the way {event: "progress" | "piece", ...}.
+// {id, error}, and on the way {event: "progress" | "encoding" | "encoded" | "piece", ...}.
 
 import { Conversation } from "./conversation.js";
 import { Decoder, heapBytes, start } from "./decoder.js";
@@ -64,8 +64,10 @@ async function chat({ text }) {
   if (!conversation) throw new Error("This bundle has no tokenizer.json, so it cannot chat.");
   if (typeof conversation === "function") conversation = conversation();
   stop = false;
+  tell("encoding");
   return conversation.answer(
     text,
+    () => tell("encoded"),
     (piece) => tell("piece", { text: piece }),
     () => stop,
   );

@@ -15,10 +15,33 @@ import numpy as np
 from graph_twins import ASCII, SPECIALS, bpe_tokenizer, save_tokenizer
 from graph_twins import make as make_twin
 from shared_store import SharedStore
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from edgedisp.core.results import DeviceResult
 
 Bundles = dict[str, Path]
+LINES = """{% for m in messages %}
+    {% if m['role'] == 'user' %}
+{{ '<|user|>' + m['content'] }}
+    {% else %}
+{{ m['role'] + m['content'] }}
+    {% endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+"""
+WITH_BOS = "{{ bos_token }}{% for m in messages %}{{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
+CONVERSATIONS = [
+    [{"role": "user", "content": "the cat"}],
+    [
+        {"role": "system", "content": "be a\n dog "},
+        {"role": "user", "content": "  the <|im_end|>"},
+        {"role": "assistant", "content": "log"},
+        {"role": "user", "content": "on\n\nthe mat"},
+    ],
+]
 RUNNER = Path(__file__).resolve().parents[2] / "export" / "runner" / "runner.py"
 
 
@@ -85,6 +108,17 @@ def copy_with(bundle: Path, out: Path, **changes: Any) -> Path:
         if value is None:
             del section[last]
     path.write_text(json.dumps(config))
+    return out
+
+
+def with_template(bundle: Path, out: Path, template: str, adds_bos: bool) -> Path:
+    """A copy of a bundle with another chat template ("": none); adds_bos: its tokenizer puts BOS first."""
+    copy_with(bundle, out)
+    (out / "chat_template.jinja").write_text(template)
+    if adds_bos:
+        inner = Tokenizer.from_file(str(out / "tokenizer.json"))
+        inner.post_processor = TemplateProcessing(f"{SPECIALS[1]} $A", None, [(SPECIALS[1], 1)])
+        inner.save(str(out / "tokenizer.json"))
     return out
 
 

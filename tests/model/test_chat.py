@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from graph_twins import SPECIALS
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_bundle import copy_with, recompute
+from tiny_bundle import CONVERSATIONS, LINES, WITH_BOS, copy_with, recompute, with_template
 
+from edgedisp.bench.devices import BenchOptions
+from edgedisp.bench.phone import PhoneOptions
 from edgedisp.commands.chat import ChatOptions, Conversation, fit
+from edgedisp.commands.devices import measure_on_phones, time_bundles
+from edgedisp.commands.lm_eval import OnnxHarnessModel
 from edgedisp.core.errors import BadInput
+from edgedisp.core.progress import silent
+from edgedisp.models import chat_ids, chat_template
 
 
 class Talk:
@@ -142,6 +151,28 @@ def test_sampling_repeats_with_its_seed(bundles: dict[str, Path]) -> None:
     assert len({sampled(seed) for seed in range(4)}) > 1
 
 
+def test_a_conversation_is_sent_as_the_ids_of_apply_chat_template(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    def checked(name: str, template: str, adds_bos: bool) -> Conversation:
+        bundle = with_template(bundles["fp32"], tmp_path / name, template, adds_bos)
+        chat = Talk(bundle, max_new_tokens=5).chat
+        for messages in CONVERSATIONS if template else ():
+            ids = tokenizer(bundle).apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+            assert chat.encode(messages) == ids
+        return chat
+
+    for adds_bos in (False, True):
+        for index, template in enumerate((LINES, WITH_BOS)):
+            checked(f"{index}{adds_bos}", template, adds_bos)
+    # Without a template the text is continued, with BOS where training had it, and never two.
+    plain = tokenizer(bundles["fp32"]).encode("the cat", add_special_tokens=False)
+    assert checked("plain", "", False).encode(turn(("user", "the cat"))) == plain
+    chat = checked("raw", "", True)
+    for text in ("the cat", f"{SPECIALS[1]}the cat"):
+        assert chat.encode(turn(("user", text))) == [1, *plain]
+
+
 def test_without_a_template_the_text_is_continued_and_the_user_is_told(
     bundles: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -154,6 +185,29 @@ def test_without_a_template_the_text_is_continued_and_the_user_is_told(
     assert any("no chat template" in note for note in talk.notes)
 
 
+@pytest.mark.parametrize(("template", "reason"), [
+    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "does not end"),
+    ("{% set n = namespace(x='a') %}{% for i in range(50) %}{% set n.x = n.x * 2 %}{% endfor %}", "not end"),
+    ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "recurses too deep"),
+    ("{{ " + "(" * 99999 + "1" + ")" * 99999 + " }}", "recurses too deep"),
+    ("{% for a in range(10000000000) %}{% endfor %}", "Range too big"),
+    ("{{ messages.__class__.__mro__ }}", "unsafe"),
+    ("{{ raise_exception('no system') }}", "no system"),
+    ("{% for %}", "Expected an expression"),
+])  # fmt: skip
+def test_a_template_that_is_no_honest_program_is_one_line(
+    template: str, reason: str, bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_template, "SECONDS", 0.5)
+    tok = tokenizer(bundles["fp32"])
+    tok.chat_template = template
+    with pytest.raises(BadInput, match=f"chat template cannot be used: .*{reason}") as raised:
+        chat_ids(tok, turn(("user", "the cat")))
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
+    tok.chat_template = WITH_BOS  # the next template finds a process
+    assert chat_ids(tok, turn(("user", "the cat")))[0] == tok.bos_token_id
+
+
 def test_bad_bundles_and_messages_are_bad_input(bundles: dict[str, Path], tmp_path: Path) -> None:
     def error(bundle: Path, **options: Any) -> str:
         with pytest.raises(BadInput) as raised:
@@ -162,12 +216,43 @@ def test_bad_bundles_and_messages_are_bad_input(bundles: dict[str, Path], tmp_pa
 
     assert "genai_config.json is missing" in error(tmp_path / "nowhere")
     assert "0 fit beside the answer" in error(bundles["fp32"], max_new_tokens=256)
-    library = {"custom_ops_library": "/tmp/x.so"}
-    hostile = copy_with(bundles["fp32"], tmp_path / "hostile", model__decoder__session_options=library)
-    assert "custom_ops_library" in error(hostile)
     broken = copy_with(bundles["fp32"], tmp_path / "broken")
     (broken / "model.onnx").write_bytes(b"nothing")
     assert "onnxruntime-genai cannot open it" in error(broken)
+
+
+LIBRARY = {"custom_ops_library": "/tmp/x.so"}
+
+
+@pytest.mark.parametrize("changes", [
+    {"model__decoder__session_options": LIBRARY},
+    {"model__decoder__session_options": {"provider_options": [{"qnn": {"backend_path": "/tmp/x.so"}}]}},
+    {"model__decoder__session_options": {"enable_profiling": "/tmp/x"}},
+    {"model__decoder__pipeline": [{"first": {"session_options": LIBRARY}}]},
+    {"model__encoder": {"session_options": LIBRARY}},
+])  # fmt: skip
+def test_options_that_could_load_native_code_are_refused_by_every_command(
+    changes: dict[str, Any], bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    hostile = copy_with(bundles["fp32"], tmp_path / "hostile", **changes)
+    phone = PhoneOptions("127.0.0.1", 0, False, True, None, False, False)
+    uses: list[Callable[[], Any]] = [
+        lambda: Talk(hostile),
+        lambda: OnnxHarnessModel(str(hostile)),  # as compare and condensation open it, too
+        lambda: time_bundles([hostile], ["local"], BenchOptions(), silent),
+        lambda: measure_on_phones([hostile], BenchOptions(), phone, 100, print),
+    ]
+    for use in uses:
+        with pytest.raises(BadInput, match=r"genai_config.json: has the option .* may load native code"):
+            use()
+
+
+def test_a_key_that_is_there_twice_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
+    path = copy_with(bundles["fp32"], tmp_path / "twice") / "genai_config.json"
+    options = json.dumps({"decoder": {"session_options": LIBRARY}})[1:-1]
+    path.write_text(path.read_text().replace('{"model": {', '{"model": {' + options + ", "))
+    with pytest.raises(BadInput, match="a key is there twice"):
+        Talk(path.parent)
 
 
 words = st.lists(st.integers(1, 9), min_size=1, max_size=12)

@@ -15,7 +15,8 @@ from onnx import helper
 
 from edgedisp.core.errors import BuildFailed
 from edgedisp.graph.session import OnnxModel
-from edgedisp.graph.verify import check_bundle, relative_difference
+from edgedisp.graph.verify import CONVERSATION, check_bundle, relative_difference
+from edgedisp.models import load_tokenizer
 
 PROMPTS = ragged([30, 7, 18])
 
@@ -29,7 +30,9 @@ def test_a_good_bundle_passes_with_its_facts(bundle: Path, twins: TwinStore) -> 
     record = check_bundle(OnnxModel(bundle, 1), PROMPTS, texts=TEXTS)
     assert record["difference_limit"] == 1e-3
     assert max(record["padded_difference"], record["cached_difference"]) < 1e-5
-    assert record["genai"] == {"opened": True, "greedy_agrees": "3/3", "tokenizer_agrees": "4/4"}
+    ids = load_tokenizer(bundle).apply_chat_template(CONVERSATION, add_generation_prompt=True)["input_ids"]
+    chat = {"chat": f"{len(ids)}/{len(ids)}", "chat_template": "as transformers"}
+    assert record["genai"] == {"opened": True, "greedy_agrees": "3/3", "tokenizer_agrees": "4/4", **chat}
     assert json.loads(json.dumps(record)) == record
     assert check_bundle(OnnxModel(twins.quantized("gpt2", 4), 1), PROMPTS)["difference_limit"] == 0.2
 
@@ -70,10 +73,32 @@ def test_files_that_genai_reads_otherwise_fail_with_its_reason(bundle: Path, tmp
     (copied / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": rule}))
     with pytest.raises(BuildFailed, match="tokenizer gives other ids"):
         check_bundle(OnnxModel(copied, 1), PROMPTS, texts=TEXTS)
+    with pytest.raises(BuildFailed, match=r"token \d+ of a conversation's \d+ differs"):
+        check_bundle(OnnxModel(copied, 1), PROMPTS)
     path = copied / "genai_config.json"
     path.write_text(path.read_text().replace('"type": "decoder"', '"type": "made_up"'))
     with pytest.raises(BuildFailed, match=r"onnxruntime-genai cannot open it: .*made_up"):
         check_bundle(OnnxModel(copied, 1), PROMPTS)
+
+
+def test_the_record_says_how_a_conversation_reaches_the_model(bundle: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "bundle"
+    shutil.copytree(bundle, copied)
+
+    def genai(template: str) -> Any:
+        (copied / "chat_template.jinja").write_text(template)
+        return check_bundle(OnnxModel(copied, 1), PROMPTS)["genai"]
+
+    # genai leaves the line ends and blanks around a template's blocks, which transformers takes away.
+    record = genai("{% for m in messages %}\n  {% if true %}\n{{ m['content'] }}{% endif %}\n{% endfor %}")
+    assert record["chat"].split("/")[0] == record["chat"].split("/")[1]
+    assert record["chat_template"].startswith("other text than transformers")
+    assert "no system" in genai("{{ raise_exception('no system') }}")["chat"]
+    settings = json.loads((copied / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (copied / "tokenizer_config.json").write_text(json.dumps(settings))
+    (copied / "chat_template.jinja").unlink()
+    assert "no chat template" in check_bundle(OnnxModel(copied, 1), PROMPTS)["genai"]["chat"]
 
 
 def test_the_relative_difference_is_the_worst_row_and_blind_to_a_shift() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,9 +18,18 @@ from typing import Any
 
 import psutil
 import pytest
-from browsers import NODE_MODULES, SLOW, chromium, needs_chromium, needs_playwright, needs_web, output
+from browsers import NODE_MODULES, SLOW, WEB, chromium, needs_chromium, needs_playwright, needs_web, output
 from tiny_build import write_documents
-from tiny_bundle import Bundles, copy_with, order, recompute
+from tiny_bundle import (
+    CONVERSATIONS,
+    LINES,
+    WITH_BOS,
+    Bundles,
+    copy_with,
+    order,
+    recompute,
+    with_template,
+)
 
 from edgedisp.bench.browser import BrowserPage
 from edgedisp.bench.devices import BenchOptions, DeviceTasks
@@ -32,6 +42,8 @@ from edgedisp.commands.export import export_bundle
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import silent
 from edgedisp.core.results import DeviceResult
+from edgedisp.models import chat_ids, load_tokenizer
+from edgedisp.models.tiny_model import CHAT_TEMPLATE
 
 pytestmark = [needs_chromium, needs_web]
 TEXTS = ["the cat sat on the mat", "and the dog?"]
@@ -158,6 +170,43 @@ def test_missing_simd_is_an_error_and_a_damaged_file_is_fetched_again(chat: Chat
     page = chat("damaged")
     assert "tokenizer.json arrived damaged" in page["turn"]["trouble"]
     assert page["again"]["tokens"] == answer[0]
+
+
+@needs_playwright
+def test_a_template_that_does_not_end_is_an_error_of_the_page(bundles: Bundles, tmp_path: Path) -> None:
+    bundle = copy_with(bundles["fp32"], tmp_path / "runaway")
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    (bundle / "chat_template.jinja").write_text(loop)
+    with served({"runaway": bundle}, prompt=4, generate=4) as (server, _):
+        assert "template does not end" in drive(server, "plain")["turn"]["trouble"]
+
+
+ENCODE = """
+import { readFileSync } from "node:fs";
+import { Conversation } from "./conversation.js";
+const { folder, conversations } = JSON.parse(process.argv[2]);
+const text = (name) => readFileSync(`${folder}/${name}`, "utf-8");
+const json = (name) => JSON.parse(text(name));
+const files = { tokenizer: json("tokenizer.json"), tokenizerConfig: json("tokenizer_config.json") };
+Object.assign(files, { genai: {}, generation: {}, model: {}, template: text("chat_template.jinja") || null });
+const conversation = new Conversation({ empty: () => ({}) }, files, 256);
+console.log(JSON.stringify(conversations.map((messages) => conversation.encode(messages))));
+"""
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("template", [LINES, WITH_BOS, CHAT_TEMPLATE, ""])
+def test_the_page_sends_the_ids_of_chat(
+    template: str, adds_bos: bool, bundles: Bundles, tmp_path: Path
+) -> None:
+    shutil.copytree(WEB, tmp_path / "web", ignore=shutil.ignore_patterns("onnxruntime-web"))
+    (tmp_path / "web" / "package.json").write_text('{"type": "module"}')
+    (tmp_path / "web" / "encode.mjs").write_text(ENCODE)
+    bundle = with_template(bundles["fp32"], tmp_path / "bundle", template, adds_bos)
+    tokenizer = load_tokenizer(bundle)
+    given = json.dumps({"folder": str(bundle), "conversations": CONVERSATIONS})
+    ids = json.loads(output(["node", "encode.mjs", given], tmp_path / "web"))
+    assert ids == [chat_ids(tokenizer, messages) for messages in CONVERSATIONS]
 
 
 def in_browser(bundles: Bundles, **options: Any) -> DeviceResult:

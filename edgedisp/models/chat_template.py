@@ -1,0 +1,97 @@
+"""Renders chat templates, which are programs of strangers, in a process with limits.
+
+The process is this file run as a script, which imports nothing of edgedisp, and renders by transformers' own
+code. An endless loop, a string of gigabytes or a recursion without end cost that process alone. It is started
+once, serves all templates, and ends with its standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from typing import Any
+
+SECONDS = 5.0  # for one conversation; an honest template takes milliseconds
+MEMORY_BYTES = 2 << 30  # of addresses; 140 MB are there before a template
+CHARACTERS = 4_000_000  # of a rendered conversation, and of a template
+
+
+class Renderer:
+    """The process that renders; another one is started after a template used up its limits."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    def start(self) -> subprocess.Popen[str]:
+        """Start it where it does not run: it imports its libraries meanwhile."""
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # each takes addresses
+                start_new_session=True,  # Ctrl-C ends an answer, not this
+            )
+        return self._process
+
+    def render(self, **request: Any) -> str:
+        """What transformers' `render_jinja_template` gives for one conversation. ValueError with the
+        template's own reason if nothing, TimeoutError if its limits did not suffice."""
+        with self._lock:
+            process = self.start()
+            content = json.dumps({"seconds": SECONDS, "request": request}, default=str)
+            line = ""
+            if process.stdin and process.stdout:
+                with suppress(BrokenPipeError):
+                    print(content, file=process.stdin, flush=True)
+                line = process.stdout.readline()
+            if not line:
+                process.wait()
+                limits = f"{SECONDS:g} seconds and {MEMORY_BYTES >> 30} GiB of memory"
+                raise TimeoutError(f"it does not end within {limits}, or recurses too deep")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return str(answer["text"])
+
+
+RENDERER = Renderer()
+
+
+def _serve() -> None:
+    """Answer requests, a line of JSON each, until standard input ends."""
+    import resource
+
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    for line in sys.stdin:
+        content = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, content["seconds"])  # ends this process, also inside C code
+        try:
+            if len(str(content["request"]["chat_template"])) > CHARACTERS:
+                raise ValueError(f"the template has more than {CHARACTERS:,} characters")
+            rendered: Any = render_jinja_template(**content["request"])
+            text = rendered[0][0]
+            if len(text) > CHARACTERS:
+                raise ValueError(f"it gives more than {CHARACTERS:,} characters")
+            answer = {"text": text}
+        except (MemoryError, RecursionError):
+            return
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    _serve()
