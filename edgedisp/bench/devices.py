@@ -42,13 +42,14 @@ class DeviceTasks:
     """What is scored on devices after the timing: the first `items` of each task.
 
     text: documents for the held-out tasks; None: those of the run that the first bundle lies in. tasks_path:
-    a folder of lm-eval tasks.
+    a folder of lm-eval tasks, whose Python runs if trust_task_code.
     """
 
     tasks: tuple[str, ...]
     items: int = 200
     text: Path | None = None
     tasks_path: Path | None = None
+    trust_task_code: bool = False
     seed: int = 0
 
 

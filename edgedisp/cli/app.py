@@ -65,6 +65,7 @@ TasksPathOption = Annotated[Path | None, Option(metavar="FOLDER", help="Your own
 HtmlOption = Annotated[
     Path | None, Option(metavar="FILE", callback=output_file, help="Write the result as one page.")
 ]
+TrustTaskCodeOption = Annotated[bool, Option("--trust-task-code", help="Run the Python that they name.")]
 
 
 def _version(is_asked: bool) -> None:

@@ -17,6 +17,7 @@ from edgedisp.cli.app import (
     SmokeOption,
     TasksPathOption,
     TextOption,
+    TrustTaskCodeOption,
     app,
     load_recipe,
     show,
@@ -145,6 +146,7 @@ def compare(
     tasks: Annotated[str | None, Option(metavar="T,...", help="Of two models: tasks, such as small.")] = None,
     text: TextOption = None,
     tasks_path: TasksPathOption = None,
+    trust_task_code: TrustTaskCodeOption = False,
     limit: Annotated[int | None, Option(min=1, help="Of two models: items a task; default 200.")] = None,
     context: Annotated[int | None, Option(min=8, help="Of two models: tokens of a window.")] = None,
     out: Annotated[Path | None, Option("--out", help="Of two models: the report's folder.")] = None,
@@ -167,7 +169,9 @@ def compare(
         )
     if models:
         names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
-        options = SuiteOptions(names, context or 256, limit or 200, tasks_path=tasks_path)
+        options = SuiteOptions(
+            names, context or 256, limit or 200, tasks_path=tasks_path, trust_task_code=trust_task_code
+        )
         with Screen("compare") as screen:
             joined, folder = compare_models(models, options, text, out, screen.progress)
         page, last = folder / "report.html", [f"report: {folder / 'report.html'}"]

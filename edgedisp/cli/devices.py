@@ -14,6 +14,7 @@ from edgedisp.cli.app import (
     JsonOption,
     TasksPathOption,
     TextOption,
+    TrustTaskCodeOption,
     app,
     output_file,
     show,
@@ -30,7 +31,7 @@ PromptOption = Annotated[int, Option(min=1, help="Prompt tokens.")]
 GenerateOption = Annotated[int, Option(min=2, help="Tokens to generate.")]
 RepetitionsOption = Annotated[int, Option(min=1, help="5 or more, to tell differences.")]
 ScoreOption = Annotated[str | None, Option(metavar="T,...", help="Score items of these tasks: heldout ...")]
-ItemsOption = Annotated[int, Option(min=20, max=2000, help="Items of each task that are scored.")]
+ItemsOption = Annotated[int | None, Option(min=20, max=2000, help="Scored items a task; default 200.")]
 ReportOption = Annotated[bool, Option(help="Keep results in the bundles' run and show them in its report.")]
 JsonFileOption = Annotated[
     Path | None, Option("--out", callback=output_file, help="Write every result to this JSON file.")
@@ -48,9 +49,10 @@ def bench(
     pause: Annotated[float, Option(min=0.0, help="Seconds between repetitions.")] = 0.5,
     remote_python: Annotated[str | None, Option(metavar="PROGRAM", help="The device's Python.")] = None,
     score: ScoreOption = None,
-    items: ItemsOption = 200,
+    items: ItemsOption = None,
     text: TextOption = None,
     tasks_path: TasksPathOption = None,
+    trust_task_code: TrustTaskCodeOption = False,
     html: HtmlOption = None,
     report: ReportOption = False,
     as_json: JsonOption = False,
@@ -68,7 +70,7 @@ def bench(
         *(prompt, generate, repetitions, _threads(threads)),
         pause_s=pause,
         remote_python=remote_python,
-        tasks=_tasks(score, items, text, tasks_path),
+        tasks=_tasks(score, items, text, tasks_path, trust_task_code),
     )
     by_run = command.bundles_in_runs(bundles) if report else {}
     if report and not by_run:
@@ -94,11 +96,14 @@ def _threads(text: str | None) -> Any:
     return int(text)
 
 
-def _tasks(score: str | None, items: int, text: Path | None, tasks_path: Path | None) -> DeviceTasks | None:
+def _tasks(
+    score: str | None, items: int | None, text: Path | None, tasks_path: Path | None, trust_task_code: bool
+) -> DeviceTasks | None:
     names = tuple(name.strip() for name in (score or "").split(",") if name.strip())
-    if not names and (score is not None or text is not None or tasks_path is not None):
-        raise BadInput("--score: names no task, such as --score heldout")
-    return DeviceTasks(names, items, text, tasks_path) if names else None
+    options = score, items, text, tasks_path, trust_task_code or None
+    if not names and any(option is not None for option in options):
+        raise BadInput("--score: names no task, such as --score heldout, which the other options are for")
+    return DeviceTasks(names, items or 200, text, tasks_path, trust_task_code) if names else None
 
 
 @app.command()
@@ -112,9 +117,10 @@ def phone(
     repetitions: RepetitionsOption = 5,
     threads: Annotated[int | None, Option(min=1, help="Default: as chosen on the page.")] = None,
     score: ScoreOption = None,
-    items: ItemsOption = 200,
+    items: ItemsOption = None,
     text: TextOption = None,
     tasks_path: TasksPathOption = None,
+    trust_task_code: TrustTaskCodeOption = False,
     once: Annotated[bool, Option("--once", help="End after the first complete result.")] = False,
     out: JsonFileOption = None,
     report: ReportOption = True,
@@ -124,7 +130,7 @@ def phone(
     from edgedisp.bench.phone import PhoneOptions
     from edgedisp.commands.devices import measure_on_phones
 
-    tasks = _tasks(score, items, text, tasks_path)
+    tasks = _tasks(score, items, text, tasks_path, trust_task_code)
     options = BenchOptions(prompt, generate, repetitions, threads, tasks=tasks)
     settings = PhoneOptions(host, port, https, once, out, report, as_json)
     measure_on_phones(bundles, options, settings, width(), typer.echo)

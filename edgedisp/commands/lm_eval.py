@@ -5,18 +5,22 @@
 is lm-eval's own command with the two models known to it; in a program, importing this file makes
 `lm_eval.simple_evaluate(model="edgedisp-torch", model_args="folder=FOLDER", ...)` work. Every task runs that
 needs log-likelihoods or greedy text. Arguments: `bundle` or `folder`; `threads` (default: the physical
-cores); for torch also `device`.
+cores); for torch also `device`. Tasks of a folder or file that run Python need `--trust-task-code`.
 """
 
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.__main__ import cli_evaluate
+from lm_eval.__main__ import HarnessCLI, cli_evaluate
 from lm_eval.api.registry import register_model
+from lm_eval.config.evaluate_config import EvaluatorConfig
 
 from edgedisp import models
 from edgedisp.bench.system import physical_cores
@@ -24,7 +28,10 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.files import check_files
 from edgedisp.evaluate.lm_eval_adapter import HarnessModel
 from edgedisp.evaluate.loglikelihood import TextTokenizer
+from edgedisp.evaluate.task_suite import check_task_code
 from edgedisp.graph.session import OnnxModel
+
+TRUST = "--trust-task-code"
 
 
 class _FolderModel(HarnessModel):
@@ -56,9 +63,25 @@ class TorchHarnessModel(_FolderModel):
         super().__init__(models.TorchModel(model, int(threads or physical_cores())), folder, options)
 
 
+def task_files(arguments: Namespace) -> Iterator[Path]:
+    """The task files outside lm-eval that its command line names, or the file behind `--config`."""
+    settings = vars(arguments)
+    if config := settings.get("config"):
+        settings = EvaluatorConfig.load_yaml_config(config) | {k: v for k, v in settings.items() if v}
+    folder, names = settings.get("include_path"), settings.get("tasks") or ()
+    if folder:
+        yield from Path(folder).rglob("*.yaml")
+    for name in names.split(",") if isinstance(names, str) else map(str, names):
+        yield from [*Path(name).glob("*.yaml"), *map(Path, glob(name))]  # noqa: PTH207  (it may be absolute)
+
+
 def main() -> None:
     """lm-eval's command; a user's mistake ends it with one message and exit code 2, as our own commands."""
     try:
+        if TRUST in sys.argv:
+            sys.argv.remove(TRUST)  # lm-eval does not know it
+        else:
+            check_task_code(task_files(HarnessCLI().parse_args()))
         cli_evaluate()
     except BadInput as error:
         sys.stderr.write(f"edgedisp: {error}\n")

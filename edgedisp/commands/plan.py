@@ -46,8 +46,9 @@ def check_before_start(recipe: Recipe) -> None:
                 f"targets: {name} ships {precision}, which is not among precisions, and what ships must have "
                 "been measured: add the precision, or drop the target"
             )
-    path = recipe.evaluate.tasks_path
-    check_tasks(recipe.evaluate.tasks, None if path is None else (recipe.folder / path).resolve())
+    evaluate = recipe.evaluate
+    path = None if evaluate.tasks_path is None else (recipe.folder / evaluate.tasks_path).resolve()
+    check_tasks(evaluate.tasks, path, evaluate.trust_task_code)
 
 
 def slow_products(recipe: Recipe) -> str | None:

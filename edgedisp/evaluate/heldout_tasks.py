@@ -47,7 +47,8 @@ class SuiteOptions:
     """Which items a suite of tasks holds.
 
     context: tokens of a held-out window, at most the models' own. limit: most items of each task.
-    perplexity_tokens: most tokens of heldout_perplexity. tasks_path: a folder of lm-eval YAML.
+    perplexity_tokens: most tokens of heldout_perplexity. tasks_path: a folder of lm-eval YAML, whose Python
+    runs if trust_task_code.
     """
 
     tasks: tuple[str, ...]
@@ -56,6 +57,7 @@ class SuiteOptions:
     seed: int = 0
     perplexity_tokens: int | None = None
     tasks_path: Path | None = None
+    trust_task_code: bool = False
 
 
 @dataclass(frozen=True)

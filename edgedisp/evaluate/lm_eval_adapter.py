@@ -3,8 +3,8 @@
 lm-eval reads tasks, makes prompts, filters answers and scores each item; `HarnessModel` is the model side.
 Metrics are its means, perplexities and bits per byte, made of a part per item. Those of a whole task (F1,
 BLEU) are left out: lm-eval's own command gives them (commands/lm_eval.py). Not supported: chat templates, and
-tasks that sample, run generated code or look at pictures. A folder of tasks may name Python functions, which
-lm-eval runs: name only folders you trust.
+tasks that sample, run generated code or look at pictures. Templates of tasks are rendered in Jinja's sandbox;
+whose Python runs is decided in task_suite.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from typing import Any, Literal
 
 import datasets
 import lm_eval.api.task
+import lm_eval.utils
 import numpy as np
+from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import AGGREGATION_REGISTRY
@@ -46,6 +48,9 @@ _SCALES: dict[str, Literal["mean", "exp", "bits"]] = {
     "mean": "mean", "perplexity": "exp", "weighted_perplexity": "exp", "bits_per_byte": "bits",
 }  # fmt: skip
 
+_sandbox = SandboxedEnvironment(undefined=lm_eval.utils.env.undefined, keep_trailing_newline=True)
+_sandbox.filters |= lm_eval.utils.env.filters
+lm_eval.utils.env = _sandbox  # lm-eval's own lets a template reach any Python
 datasets.disable_progress_bars()
 lm_eval.api.task.tqdm = partial(lm_eval.api.task.tqdm, disable=True)  # it has no switch of its own
 

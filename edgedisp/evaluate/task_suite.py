@@ -69,15 +69,16 @@ def expand(names: Iterable[str]) -> list[str]:
     return [*dict.fromkeys(task for name in names for task in SETS.get(name, (name,)))]
 
 
-def check_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> None:
-    """Raise BadInput for an unknown name, a missing lm-eval, or a tasks_path that is no folder. Names are
-    looked for in the text of lm-eval's task files, which takes a second; its own index takes ten."""
+def check_tasks(tasks: Sequence[str], tasks_path: Path | None = None, trust_task_code: bool = False) -> None:
+    """Raise BadInput for an unknown name, a missing lm-eval, a tasks_path that is no folder, or whose code is
+    not trusted. Names are looked for in the text of lm-eval's task files, which takes a second; its own index
+    takes ten."""
     known = [*heldout_tasks.TASKS, *SETS]
     choices = ", ".join(known)
     if tasks_path is not None and not tasks_path.is_dir():
         raise BadInput(f"evaluate.tasks_path: {tasks_path} is no folder of lm-evaluation-harness tasks")
-    unknown = [task for task in expand(tasks) if task not in heldout_tasks.TASKS]
-    if not unknown:
+    names = unknown = [task for task in expand(tasks) if task not in heldout_tasks.TASKS]
+    if not names:
         return
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
@@ -88,7 +89,7 @@ def check_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> None:
         paths = [path for folder in folders for path in folder.rglob("*") if path.suffix in ("", ".yaml")]
         texts = (path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file())
         known += {name for text in texts for name in _NAME.findall(text)}
-        unknown = sorted({*unknown} - {*known})
+        unknown = sorted({*names} - {*known})
         hint = "those of lm-evaluation-harness are listed by lm_eval ls tasks"
     if unknown:
         close = [match for name in unknown for match in difflib.get_close_matches(name, known)]
@@ -96,12 +97,55 @@ def check_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> None:
         raise BadInput(
             f"evaluate.tasks: {', '.join(unknown)}: no such task{near}. Held-out tasks are {choices}; {hint}"
         )
+    if tasks_path is not None and not trust_task_code:
+        check_task_code([*tasks_path.rglob("*.yaml"), *map(Path, names)])  # a name may also be a file
+
+
+def check_task_code(files: Iterable[Path]) -> None:
+    """Raise BadInput for task files of lm-eval that run code of strangers, also by what they include.
+
+    That is Python behind `!function`, and a metric unknown to lm-eval, as `evaluate` runs the script of that
+    name. Files are parsed as lm-eval does, but nothing that they name is imported.
+    """
+    import yaml
+    from lm_eval.api import metrics  # noqa: F401  (fills the registry)
+    from lm_eval.api.registry import METRIC_REGISTRY
+
+    programs: list[str] = []
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+            metric = mapping.get("metric")
+            if isinstance(metric, str) and (mapping.get("hf_evaluate") or metric not in METRIC_REGISTRY):
+                programs.append(f"metric: {metric}")
+            return mapping
+
+    Loader.add_constructor("!function", lambda loader, node: programs.append(f"!function {node.value}"))
+    queue, seen = [*files], set[Path]()
+    while queue:
+        file = queue.pop().resolve()
+        if file in seen or not file.is_file():
+            continue
+        seen.add(file)
+        try:
+            content = yaml.load(file.read_bytes(), Loader)
+        except yaml.YAMLError as error:
+            raise BadInput(f"{file}: is no task of lm-eval: {' '.join(str(error).split())}") from error
+        if programs:
+            raise BadInput(
+                f"{file}: has `{programs[0]}`, which runs a program with all your rights; if you trust those "
+                "who wrote it, say trust_task_code: true (--trust-task-code on the command line)"
+            )
+        includes = content.get("include") if isinstance(content, dict) else None
+        names = includes if isinstance(includes, list) else [includes]
+        queue += [file.parent / name for name in names if isinstance(name, str)]
 
 
 def prepare(tokenizer: Any, documents: Sequence[Document], options: SuiteOptions) -> TaskSuite:
     """Build the items of all tasks, before training, so that what cannot be scored is known then. Raises
     BadInput as `check_tasks` does, for too little held-out text, and when no task is left."""
-    check_tasks(options.tasks, options.tasks_path)
+    check_tasks(options.tasks, options.tasks_path, options.trust_task_code)
     text = Text(TextTokenizer(tokenizer), documents, options)
     names = expand(options.tasks)
     questions = {name: heldout_tasks.build(name, text) for name in names if name in heldout_tasks.TASKS}

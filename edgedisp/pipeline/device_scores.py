@@ -69,7 +69,7 @@ class DeviceQuestions:
     """
 
     def __init__(self, tasks: DeviceTasks, bundles: Mapping[str, Path], cache: Path) -> None:
-        check_tasks(tasks.tasks, tasks.tasks_path)
+        check_tasks(tasks.tasks, tasks.tasks_path, tasks.trust_task_code)
         first = next(iter(bundles.values()))
         run = _run_of(first)
         tokenizers = [bundle / "tokenizer.json" for bundle in bundles.values()]
@@ -77,7 +77,8 @@ class DeviceQuestions:
             raise BadInput("--score: takes bundles of one tokenizer; score the others by themselves")
         size = min(map(scored_size, bundles.values()), key=lambda size: size.context)
         window = min(size.context, CONTEXT)
-        options = SuiteOptions(tasks.tasks, window, tasks.items, tasks.seed, None, tasks.tasks_path)
+        code = tasks.tasks_path, tasks.trust_task_code
+        options = SuiteOptions(tasks.tasks, window, tasks.items, tasks.seed, None, *code)
         self.tasks, self.bundles, self.context = tasks, bundles, size.context
         self.suite = make_suite(first, _documents(tasks, run), options)
         if missing := self.suite.missing:

@@ -169,6 +169,7 @@ def task_suite(options: ItemsOptions, inputs: Inputs) -> TaskSuite:
         options.seed,
         evaluate.perplexity_tokens,
         inputs.files.get(TASKS_PATH),
+        evaluate.trust_task_code,
     )
     return make_suite(inputs["base"], heldout_documents(inputs["corpus"]), suite)
 

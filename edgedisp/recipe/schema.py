@@ -298,6 +298,8 @@ class Evaluate(Section):
     heldout (these three), paper (the ten of the dispersion paper), small (what models below 500M can do)"""
     tasks_path: Text | None = None
     """folder with your own lm-evaluation-harness tasks"""
+    trust_task_code: Flag = False
+    """run the Python that tasks in that folder name (`!function`, metrics of `evaluate`)"""
     limit: values.Count = 100
     """items scored in each task"""
     perplexity_tokens: values.Count | None = None

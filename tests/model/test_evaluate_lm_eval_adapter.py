@@ -179,6 +179,43 @@ def test_tasks_without_data_that_sample_or_have_no_metric_of_items_are_refused(
             lm_eval_adapter.load([name], folder)
 
 
+TASK = "include: choice.yaml\ntask: toy_code\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"code.yaml": TASK + "process_docs: !function run.all"}, r"code\.yaml: has `!function run\.all`"),
+        ({"code.yaml": "%TAG !x! !func\n---\n" + TASK + "filter_list: [!x!tion run.all]"}, "!function run"),
+        (
+            {
+                "code.yaml": "include: [part]\ntask: toy_code",
+                "part": TASK + "process_docs: !function run.all",
+            },
+            "part:",
+        ),
+        ({"code.yaml": TASK + "metric_list: [{metric: FOLDER/run, aggregation: mean}]"}, "metric: /"),
+        ({"code.yaml": TASK + "doc_to_text: '{{cycler.__init__.__globals__.os.mkdir(\"RAN\")}}'"}, "unsafe"),
+        ({"code.yaml": TASK + "a: [!function"}, "is no task of lm-eval: while parsing"),
+    ],
+)
+def test_code_in_a_folder_of_tasks_runs_only_where_it_is_trusted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], reason: str
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    (folder / "run").mkdir()
+    for path in (folder / "run.py", folder / "run" / "run.py"):
+        path.write_text("import os\nos.mkdir('RAN')\nall = lambda documents: documents")
+    for name, text in files.items():
+        (folder / name).write_text(text.replace("FOLDER", str(folder)))
+    with pytest.raises(BadInput, match=reason):
+        suite(["toy_code"], folder)
+    assert not Path("RAN").exists()
+    if "process_docs" in files["code.yaml"]:
+        prepare(Letters(), [], SuiteOptions(("toy_code",), tasks_path=folder, trust_task_code=True))
+        assert Path("RAN").is_dir()
+
+
 def test_a_group_of_tasks_scored_alike_is_one_result_over_their_items(folder: Path) -> None:
     (folder / "other.yaml").write_text(choice_yaml("toy_other", folder.parent / "others.jsonl"))
     rows = [{**row, "question": row["question"][::-1]} for row in QUESTIONS[:3]]
