@@ -26,11 +26,12 @@ from typer import Argument, Option
 from edgedisp import __version__
 from edgedisp.core.distributed import get_world_size, is_main_process
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.files import data_folder
+from edgedisp.core.files import check_writable, data_folder
 
 INTERRUPTED = 130
 TRACE = "EDGEDISP_TRACE"
 RESUMABLE = ("build", "pilot")  # commands that keep finished stages
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 DISK_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "iostream error")
 """In the messages of errors, as libraries replace the system's with their own (safetensors, torch.save)."""
 
@@ -46,8 +47,10 @@ app = typer.Typer(
 
 def output_file(option: typer.CallbackParam, path: Path | None) -> Path | None:
     """Refuse, before any work is done, a file that cannot be written."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise BadInput(f"{option.opts[0]} {path}: is a folder, or in one that is not there; name a file")
+    if path is not None:
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise BadInput(f"{option.opts[0]} {path}: is a folder, or in one that is not there; name a file")
+        check_writable(option.opts[0], path)
     return path
 
 
@@ -62,10 +65,10 @@ TextOption = Annotated[
     Path | None, Option(metavar="FILE", help="Text for held-out tasks; default: the run's.")
 ]
 TasksPathOption = Annotated[Path | None, Option(metavar="FOLDER", help="Your own lm-eval tasks.")]
+TrustTaskCodeOption = Annotated[bool, Option("--trust-task-code", help="Run the Python that they name.")]
 HtmlOption = Annotated[
     Path | None, Option(metavar="FILE", callback=output_file, help="Write the result as one page.")
 ]
-TrustTaskCodeOption = Annotated[bool, Option("--trust-task-code", help="Run the Python that they name.")]
 
 
 def _version(is_asked: bool) -> None:
@@ -162,17 +165,20 @@ def _message_and_code(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         resumes = bool(sys.argv[1:]) and sys.argv[1] in RESUMABLE
         return "interrupted" + "; the same command continues where this one stopped" * resumes, INTERRUPTED
+    causes = [error]
+    while cause := causes[-1].__cause__ if causes[-1].__suppress_context__ else causes[-1].__context__:
+        causes.append(cause)
+    for cause in causes:  # a library may call such a file damaged
+        if isinstance(cause, OSError) and cause.errno in FORBIDDEN and cause.filename:
+            return f"{cause.filename}: {cause.strerror}; allow it, or name another file or folder", 2
     if isinstance(error, BadInput):
         return str(error), 2
     if isinstance(error, BuildFailed):
         return f"failed: {error}", 1
-    cause: BaseException | None = error
-    while cause is not None:
-        if any(text in str(cause) for text in DISK_FULL):
-            name = getattr(error, "filename", None)
-            advice = "free some space and run the same command again: finished stages are kept"
-            return f"failed: the disk is full{f' ({name})' if name else ''}; {advice}", 1
-        cause = cause.__cause__ or cause.__context__
+    if any(text in str(cause) for cause in causes for text in DISK_FULL):
+        name = getattr(error, "filename", None)
+        advice = "free some space and run the same command again: finished stages are kept"
+        return f"failed: the disk is full{f' ({name})' if name else ''}; {advice}", 1
     if os.environ.get(TRACE):
         raise error
     reason = " ".join(str(error).split())[:400]

@@ -179,11 +179,6 @@ def compare(
         if any(option is not None for option in (tasks, text, tasks_path, limit, context, out)):
             raise BadInput("tasks, text, limit, context and out are for two models; runs are scored already")
         joined, page, last = join_runs(subjects), None, []
-    if html is not None:
-        from edgedisp.report import render
-
-        html.write_text(render.page(joined), encoding="utf-8")
-        typer.echo(f"page: {html}", err=True)
     verdict, table = report.verdict(joined), report.table(joined, all_arms=True)
     document = {
         "table": to_json(table),
@@ -193,5 +188,10 @@ def compare(
     }
     table_text = report.table_markdown(table) if markdown else report.table_text(table, width())
     show(document, "\n\n".join([table_text, verdict.sentence, *last]), as_json)
+    if html is not None:
+        from edgedisp.report import render
+
+        html.write_text(render.page(joined), encoding="utf-8")
+        typer.echo(f"page: {html}", err=True)
     if models:
         _check_complete(joined)

@@ -33,8 +33,10 @@ def condensation(
 ) -> None:
     """Measure how condensed a model's token vectors are, layer by layer; a bundle's in its own graph."""
     from edgedisp.commands import condensation as command
-    from edgedisp.core.files import to_json
+    from edgedisp.core.files import check_writable, to_json
 
+    if out:
+        check_writable("--out", out)
     with Screen("condensation") as screen:
         names = [model, compare] if compare else [model]
         profiles = command.measure(names, text, sequences, context, screen.progress)

@@ -15,7 +15,7 @@ from edgedisp import data, models
 from edgedisp.bench.results import label_bundles
 from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import check_files, digest, to_json, write_json
+from edgedisp.core.files import check_files, check_writable, digest, to_json, write_json
 from edgedisp.core.progress import Progress, labelled
 from edgedisp.core.results import AS_GIVEN, BASELINE, DISPERSED, DeviceResult, Measurement
 from edgedisp.core.run import Run
@@ -107,13 +107,11 @@ def compare_models(
             )
         check_files(folder)
     labels = list(label_bundles(folders, RESERVED))
-    suites = _suites(folders, options, text)
     key = digest([*(str(folder.resolve()) for folder in folders), [*options.tasks], str(text)])[:8]
     out = out or Path("comparisons") / f"{'-'.join(labels).replace('/', '-')}-{key}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise BadInput(f"--out {out}: cannot be made ({problem.strerror}); name a folder") from None
+    check_writable("--out", out)
+    suites = _suites(folders, options, text)
+    out.mkdir(parents=True, exist_ok=True)
     run = Run(
         name=f"{labels[1]} against {labels[0]}",
         arms=[BASELINE, labels[1]],

@@ -116,10 +116,10 @@ def measure_on_phones(
             with Screen("scores here") as screen:
                 (result,) = questions.with_scores([result], physical_cores(), screen.progress)
         devices_by_run[name] = to_json(result)
-        if phone.out is not None:
-            write_json(phone.out, document())
         if not phone.as_json:
             echo(devices_text([result], width) + "\n")
+        if phone.out is not None:
+            write_json(phone.out, document())
         add_to_reports([result], by_run)
 
     serve(PagePlan(labels, options), phone, warn, arrived)

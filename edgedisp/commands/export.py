@@ -10,7 +10,7 @@ from typing import Any
 from edgedisp import data, models
 from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import MANIFEST, check_files, read_json
+from edgedisp.core.files import MANIFEST, check_files, check_writable, read_json
 from edgedisp.core.progress import Progress
 from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.runtime_layouts import LAYOUTS
@@ -43,6 +43,7 @@ def export_bundle(
             raise BadInput(f"{folder}: no {name}; export takes a model folder, such as <run>/<arm>/model")
     if out.exists():
         raise BadInput(f"{out}: exists already; choose another --out")
+    check_writable("--out", out)
     check_files(folder, "*.safetensors")  # if you changed them, remove record.json
     threads, names = target.threads or physical_cores(), layouts or target.layouts
     out.resolve().parent.mkdir(parents=True, exist_ok=True)

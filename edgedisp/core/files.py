@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -85,6 +87,22 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Raise BadInput, before any work, where a file or folder cannot be written, or made. It is tried, as the
+    rights of an administrator say nothing on a read-only disk or in /proc."""
+    target = path.absolute()
+    try:
+        nearest = next(place for place in (target, *target.parents) if place.exists())
+        if nearest.is_dir():
+            tempfile.TemporaryFile(dir=nearest).close()
+        elif nearest != target:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        elif nearest.is_file():  # no pipe, whose reader would be told that this was all
+            nearest.open("ab").close()
+    except OSError as error:
+        raise BadInput(f"{name} {path}: cannot be written ({error.strerror}); name another place") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

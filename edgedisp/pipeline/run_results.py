@@ -226,7 +226,7 @@ def load(run: Path) -> Run:
         if not isinstance(document, dict) or document.get("format") != REPORT_FORMAT:
             raise ValueError(f"it is no report of format {REPORT_FORMAT}")
         return from_json(Run, document["run"])
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"{run}: holds no report.json; `edgedisp build` writes one when it ends") from None
     except (ValueError, KeyError) as error:
         raise BadInput(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_build import Command
+
+from edgedisp.core.errors import BadInput
 
 application: Any = import_module("edgedisp.cli.app")  # `edgedisp.cli.app` names the application in it
 
@@ -60,3 +65,38 @@ def test_an_unexpected_error_is_one_line_that_says_how_to_see_the_trace(
     monkeypatch.setenv(application.TRACE, "1")
     with pytest.raises(RuntimeError):
         application.main()
+
+
+def test_a_file_that_may_not_be_read_is_never_called_damaged(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        try:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "run/model.safetensors")
+        except OSError as error:
+            raise BadInput("run: the weights cannot be opened (damaged?)") from error
+
+    monkeypatch.setattr(application, "app", fails)
+    with pytest.raises(SystemExit) as stop:
+        application.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "edgedisp: run/model.safetensors: Permission denied; allow it, or name another file or folder\n"
+    )
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc")
+@pytest.mark.parametrize(
+    "words",
+    ["bench B --html", "phone B --out", "compare B C --html", "compare B C --out", "condensation B --out"],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(
+    edgedisp: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "BC":
+        Path(name).mkdir()
+        Path(name, "model.onnx").touch()
+    for place in ("/proc/new.json", tmp_path / "B" / "model.onnx" / "new.json"):
+        ended = edgedisp(*words.split(), place)
+        assert ended.code == 2 and f"{place}: " in ended.err and not ended.out
