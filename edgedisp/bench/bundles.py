@@ -15,6 +15,7 @@ from typing import Any
 
 from edgedisp.bench.system import runner
 from edgedisp.core.errors import BadInput
+from edgedisp.core.files import MANIFEST, read_json
 
 # Operators that hand a tensor on with another shape or type; the weight behind them is what counts.
 PASS_THROUGH = {"Transpose", "Reshape", "Cast", "Identity", "Squeeze", "Unsqueeze", "DequantizeLinear"}
@@ -58,6 +59,12 @@ def needed_files(bundle: Path) -> dict[str, Path]:
     config = bundle / "genai_config.json"
     paths = [*runner().graph_files(bundle / "model.onnx"), *([config] if config.is_file() else [])]
     return {path.relative_to(bundle).as_posix(): path for path in paths}
+
+
+def checked_runtime(bundle: Path) -> str | None:
+    """The version of onnxruntime that checked the bundle when it was made."""
+    version = runner().value_of(read_json(bundle / MANIFEST), "provenance.versions.onnxruntime")
+    return None if version is None else str(version)
 
 
 def weight_traffic(model: Any) -> int:

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgedisp.bench.bundles import find_graph
+from edgedisp.bench.bundles import checked_runtime, find_graph
 from edgedisp.bench.devices import MIB, BenchOptions, Device
 from edgedisp.bench.results import device_result
 from edgedisp.bench.system import RUNNER, describe, runner
@@ -160,8 +160,16 @@ class Host(Device):
             threads = {label: fastest(rows).threads for label, rows in sweeps.items()}
         else:
             threads = dict.fromkeys(bundles, count)
-        result = replace(self._time(bundles, threads, self.options, progress), sweeps=sweeps)
+        result = self._time(bundles, threads, self.options, progress)
+        result = replace(result, sweeps=sweeps, warnings=(*result.warnings, *self._other_runtime()))
         return self._score(result, progress) if self.options.requests and not result.lost else result
+
+    def _other_runtime(self) -> Iterator[str]:
+        """What was checked with another onnxruntime than the host's, by its manifest."""
+        version = self.machine["packages"]["onnxruntime"]
+        for label, checked in {label: checked_runtime(path) for label, path in self.bundles.items()}.items():
+            if checked not in (None, version):
+                yield f"{label} was checked with onnxruntime {checked}, and {version} ran it here"
 
     def _worker(self, label: str, bundle: Path, threads: int | None, **options: int) -> Worker:
         """A runner that has opened a bundle; threads None: its own choice."""

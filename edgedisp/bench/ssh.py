@@ -17,12 +17,11 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from edgedisp.bench.bundles import needed_files
+from edgedisp.bench.bundles import checked_runtime, needed_files
 from edgedisp.bench.devices import MIB, BenchOptions, check_memory, external_program
 from edgedisp.bench.interleaved_timing import TAIL_CHARS, Host, Worker
 from edgedisp.bench.system import RUNNER
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.files import MANIFEST, read_json
 from edgedisp.core.progress import Progress, silent
 
 # No questions, no forwarding that the user's configuration may hold, and a dead connection found within 15 s.
@@ -78,8 +77,7 @@ class SshHost(Host):
             check_memory(name, self.machine["memory_available_bytes"], label, size + PROGRAM_BYTES)
         lacking = [package for package, version in self.machine["packages"].items() if version is None]
         if lacking:
-            manifest = read_json(next(iter(bundles.values())) / MANIFEST)
-            version = manifest.get("provenance", {}).get("versions", {}).get("onnxruntime")
+            version = checked_runtime(next(iter(bundles.values())))
             raise BadInput(
                 f"{name}: its Python has no {' and no '.join(lacking)}; install there `numpy` and "
                 f"`onnxruntime{f'=={version}' if version else ''}`, such as into a virtual environment, and "

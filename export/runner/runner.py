@@ -37,6 +37,7 @@ ort: Any = None
 NUMPY_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 SCORED_AT_ONCE = 64  # tokens of a step: their logits take 13 MB with a vocabulary of 49,152
 BLOCK_BYTES = 1 << 20
+MOST_THREADS = 1024
 
 
 class BadBundle(ValueError):
@@ -101,6 +102,8 @@ class Decoder:
             raise BadBundle(f"{bundle}: the run needs {positions} positions, its context is {context}")
         written = value_of(self.config, "model.decoder.session_options.intra_op_num_threads")
         self.threads: int = threads or written or physical_cores()
+        if not isinstance(self.threads, int) or not 1 <= self.threads <= MOST_THREADS:
+            raise BadBundle(f"{bundle}: genai_config.json asks for {written!r} threads; export it again")
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
@@ -518,6 +521,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (BadBundle, ModuleNotFoundError) as problem:
+    except (BadBundle, ModuleNotFoundError, PermissionError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)

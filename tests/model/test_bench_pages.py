@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fake_page import figures, post
 from shared_store import SharedStore
 from tiny_bundle import Bundles, order, tiny_bundles
 
 from edgedisp.bench import adb, devices, page_server
+from edgedisp.bench.browser import BrowserPage
 from edgedisp.bench.devices import BenchOptions
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import silent
@@ -103,6 +110,35 @@ def test_a_browser_is_started_without_the_token_on_its_command_line(
     result = measure("browser", bundles)
     assert result.lost and "the browser ended with code 9:\nout of memory" in result.lost
     assert order(result) == ["fp32"] and not list(tmp_path.glob("edgedisp-browser-*"))
+
+
+class Lossy(BrowserPage):
+    """A page whose second upload is lost; the clock counts the readings."""
+
+    @contextmanager
+    def open(self, server: page_server.PageServer) -> Iterator[None]:
+        plan = json.loads(self.plan.resources["plan.json"].body)
+        for turns in (1, 3, 4):
+            post(server.url, figures(plan, turns))
+        self.clock = count(1)
+        yield
+
+    def gone(self) -> None:
+        return None
+
+    def sensors(self) -> dict[str, Any]:
+        return {"clock_mhz": next(self.clock)}
+
+    def state(self) -> None:
+        return None
+
+
+def test_a_lost_upload_shifts_no_reading_of_the_clock(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHROME", "true")
+    result = Lossy(bundles, BenchOptions(6, 5, 4)).measure(silent)
+    assert [turn.get("clock_mhz") for turn in result.repetitions] == [1, None, 2, 3]
 
 
 def test_without_a_browser_the_error_names_what_would_work(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import sys
 import time
 from pathlib import Path
@@ -60,11 +61,18 @@ def left(home: Path) -> bool:
 def test_bundles_are_timed_and_scored_there_and_nothing_is_left(bundles: Bundles, home: Path) -> None:
     during: list[str] = []
     requests = {"fp32": [[([3, 4], [5]), ([3, 4], [6])]]}
-    timed = measure(bundles, lambda *_: during.extend(files(home)), requests=requests)
+    modes: list[int] = []
+
+    def look(*_: Any) -> None:
+        during.extend(files(home))
+        modes.extend(stat.S_IMODE(folder.stat().st_mode) for folder in home.glob(".edgedisp*"))
+
+    timed = measure(bundles, look, requests=requests)
     assert order(timed) == ["fp32", "twin", "int4", "int4", "twin", "fp32"]
     assert timed.device == "ssh://box" and timed.machine["packages"]["onnxruntime"]
     assert {"runner.py", "model.onnx", "model.onnx.data"} <= set(during) and "tokenizer.json" not in during
     assert len(timed.answers["fp32"][0]) == 2 and not left(home)
+    assert set(modes) == {0o700}  # nobody else can put a file there
 
 
 def test_a_connection_that_breaks_keeps_what_was_measured(bundles: Bundles, home: Path) -> None:
@@ -90,6 +98,8 @@ def test_what_the_far_end_lacks_is_named(
     ):
         with pytest.raises(BadInput, match=message):
             measure({"a": checked}, remote_python=program)
+    warning = measure({"a": checked}, repetitions=5).warnings[0]
+    assert "a was checked with onnxruntime 1.27.0, and" in warning
     monkeypatch.setattr(ssh, "PROGRAM_BYTES", 1 << 60)
     with pytest.raises(BadInput, match="MiB of memory are free there, and a takes at least"):
         measure({"a": bundles["fp32"]})

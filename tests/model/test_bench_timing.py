@@ -48,6 +48,7 @@ def gone() -> bool:
     return not workers()
 
 
+THREADS = "intra_op_num_threads"
 LABELS = {"fp32": "baseline/x", "twin": "twin/x", "int4": "other/x"}
 
 
@@ -188,11 +189,15 @@ def test_a_sweep_tries_counts_and_times_the_fastest(bundles: Bundles) -> None:
 
 
 def test_threads_of_the_bundle_are_the_default(bundles: Bundles, tmp_path: Path) -> None:
-    session = {"intra_op_num_threads": 3, "log_id": "x"}
+    session = {THREADS: 3, "log_id": "x"}
     three = copy_with(bundles["int4"], tmp_path / "three", model__decoder__session_options=session)
     result = quick({"three": three, "plain": bundles["twin"]}, threads=None)
     assert [row.threads for row in result.rows] == [3, physical_cores()]
     assert quick({"three": three}, threads=1).rows[0].threads == 1
+    for wrong in ("3", -1, 10**7):
+        many = copy_with(three, tmp_path / str(wrong), model__decoder__session_options={THREADS: wrong})
+        with pytest.raises(BadInput, match=rf"asks for {wrong!r} threads; export it again"):
+            quick({"many": many}, threads=None)
 
 
 def test_items_are_scored_after_the_timing_and_kept_when_the_worker_is_killed(bundles: Bundles) -> None:
