@@ -22,6 +22,7 @@ import socketserver
 import ssl
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from edgedisp.core.progress import printable
 WEB = data_folder("export") / "web"
 MOST_UPLOAD_BYTES = 8 << 20  # 5 repetitions of 128 tokens for 20 bundles are 200 KB, 10,000 scores 250 KB
 FIRST_REQUEST_S, IDLE_S = 5.0, 60.0  # until the token is named; between requests after that
+MOST_STRANGERS = 64  # connections that have not named it; a further one takes the place of the oldest
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self'; style-src 'self'; "
@@ -139,6 +141,7 @@ class PageServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.resources = {quote(address): resource for address, resource in resources.items()}
         self.read_upload, self.note = read_upload, note
         self.received: queue.Queue[tuple[Any, str]] = queue.Queue()
+        self.latest: deque[_Request] = deque()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         tls, self.fingerprint = _self_signed(host) if https else (None, "")
         try:
@@ -194,6 +197,10 @@ class _Request(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
+        self._is_stranger = True
+        self.server.latest.append(self)
+        if len(self.server.latest) > MOST_STRANGERS:
+            self.server.latest.popleft()._cut()
         self._deadline = threading.Timer(FIRST_REQUEST_S, self._cut)
         self._deadline.daemon = True
         self._deadline.start()
@@ -203,15 +210,17 @@ class _Request(BaseHTTPRequestHandler):
         super().finish()
 
     def _cut(self) -> None:
-        """The token was not named in time. Also ends a handshake, or a request line that comes in drops."""
+        """End who has not named the token: also a handshake, or a request line that comes in drops."""
         with suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
+            if self._is_stranger:
+                self.connection.shutdown(socket.SHUT_RDWR)
 
     def _address(self) -> str | None:
         """What is asked for below the token; None without it."""
         token, slash, address = self.path.partition("?")[0].removeprefix("/").partition("/")
         if not slash or not hmac.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode()):
             return None
+        self._is_stranger = False
         self._deadline.cancel()
         self.connection.settimeout(IDLE_S)
         return address

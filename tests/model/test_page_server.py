@@ -209,9 +209,18 @@ def test_what_a_phone_says_cannot_move_the_terminal(site: Site, plan_json: dict[
     assert site.log == ["127.0.0.1: could not go on: a [2J b"]
 
 
-def test_strangers_cannot_fill_the_places_and_have_a_moment_to_name_the_token(
+def test_strangers_take_one_anothers_places_and_have_a_moment_to_name_the_token(
     plan: PagePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with PageServer(plan.resources, plan.read_upload, print) as server:
+        known = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+        for _ in range(3):
+            known.request("GET", f"/{server.token}/app.js")
+            assert known.getresponse().read() == b"1"
+            crowd = [socket.create_connection(("127.0.0.1", server.port), timeout=5) for _ in range(100)]
+            assert crowd[0].recv(9) == b""  # at once: the places are for the latest
+            for connection in crowd:
+                connection.close()
     monkeypatch.setattr(page_server, "FIRST_REQUEST_S", 0.5)
     with PageServer(plan.resources, plan.read_upload, print) as server:
         crowd = [socket.create_connection(("127.0.0.1", server.port), timeout=5) for _ in range(128)]
