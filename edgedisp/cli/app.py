@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import select
 import shutil
 import signal
 import sys
@@ -22,6 +23,7 @@ from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
+from typer.main import get_command
 
 from edgedisp import __version__
 from edgedisp.core.distributed import get_world_size, is_main_process
@@ -30,6 +32,7 @@ from edgedisp.core.files import check_writable, data_folder
 
 INTERRUPTED = 130
 TRACE = "EDGEDISP_TRACE"
+MOST_THREADS, LONGEST = 1024, 2**20  # as in a recipe
 RESUMABLE = ("build", "pilot")  # commands that keep finished stages
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 DISK_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "iostream error")
@@ -108,7 +111,7 @@ def load_recipe(recipe: str, overrides: list[str] | None, smoke: bool) -> Any:
 
 def show(document: Any, text: str, as_json: bool) -> None:
     """Print a command's result as one line of JSON, or for a reader."""
-    typer.echo(json.dumps(document, ensure_ascii=False) if as_json else text)
+    typer.echo(json.dumps(document) if as_json else text)
 
 
 def width() -> int:
@@ -129,14 +132,12 @@ def main() -> None:
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, interrupt)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character
+    _prepare_streams()
     # Warns at import of a missing kernel package that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        if app(standalone_mode=False) == INTERRUPTED:  # what Typer makes of Ctrl-C
-            raise KeyboardInterrupt
+        run_command(sys.argv[1:])
+        sys.stdout.flush()
         return
     except (Exception, KeyboardInterrupt) as problem:
         error = problem
@@ -149,8 +150,11 @@ def main() -> None:
             time.sleep(10)
         elif not is_expected and get_world_size() > 1:
             time.sleep(1)
-    if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors
-        error.show()
+    if _drop_broken_streams() and isinstance(error, BrokenPipeError):
+        sys.exit(1)  # the reader has what it wants, as in `| head -1`
+    if hasattr(error, "exit_code"):  # of Typer: help, the version, a usage error
+        if hasattr(error, "show"):
+            error.show()
         sys.exit(error.exit_code)
     message, code = _message_and_code(error)
     if is_main_process():
@@ -158,6 +162,47 @@ def main() -> None:
     elif code != INTERRUPTED:
         sys.stderr.write(f"edgedisp: process {os.environ['RANK']}: {message}\n")
     sys.exit(128 + signals[0] if signals and code == INTERRUPTED else code)
+
+
+def run_command(arguments: list[str]) -> None:
+    """Not by `app()`, which replaces errors by others: EOFError, a broken pipe of a device."""
+    for argument in arguments:
+        if argument.encode(errors="ignore").decode() != argument:
+            raise BadInput(f"{argument!r}: is not UTF-8; rename the file, or set PYTHONUTF8=1")
+    command = get_command(app)
+    with command.make_context("edgedisp", arguments) as context:
+        command.invoke(context)
+
+
+def _prepare_streams() -> None:
+    """Closed standard streams become the null device: the next file opened would get their number, and what a
+    library prints would go into it. What a terminal cannot show is replaced; any bytes can be read."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if number else "r"))
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
+
+
+def _drop_broken_streams() -> bool:
+    """Whether a reader of the output left. A stream that cannot be written goes to the null device, or Python
+    would fail once more at its exit."""
+    has_left = False
+    for number, stream in (1, sys.stdout), (2, sys.stderr):
+        if hasattr(select, "poll"):  # not in Windows
+            poll = select.poll()
+            poll.register(number, 0)
+            has_left = has_left or any(event & select.POLLERR for _, event in poll.poll(0))
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return has_left
 
 
 def _message_and_code(error: BaseException) -> tuple[str, int]:

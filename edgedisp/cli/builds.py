@@ -9,6 +9,7 @@ import typer
 from typer import Argument, Option
 
 from edgedisp.cli.app import (
+    LONGEST,
     HtmlOption,
     JsonOption,
     OutOption,
@@ -147,8 +148,12 @@ def compare(
     text: TextOption = None,
     tasks_path: TasksPathOption = None,
     trust_task_code: TrustTaskCodeOption = False,
-    limit: Annotated[int | None, Option(min=1, help="Of two models: items a task; default 200.")] = None,
-    context: Annotated[int | None, Option(min=8, help="Of two models: tokens of a window.")] = None,
+    limit: Annotated[
+        int | None, Option(min=1, max=10**9, help="Of two models: items a task; default 200.")
+    ] = None,
+    context: Annotated[
+        int | None, Option(min=8, max=LONGEST, help="Of two models: tokens of a window.")
+    ] = None,
     out: Annotated[Path | None, Option("--out", help="Of two models: the report's folder.")] = None,
     html: HtmlOption = None,
     as_json: JsonOption = False,

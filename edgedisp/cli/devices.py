@@ -10,6 +10,8 @@ from typer import Argument, Option
 
 from edgedisp.bench.devices import BenchOptions, DeviceTasks
 from edgedisp.cli.app import (
+    LONGEST,
+    MOST_THREADS,
     HtmlOption,
     JsonOption,
     TasksPathOption,
@@ -27,9 +29,9 @@ BundlesArgument = Annotated[list[Path], Argument(metavar="BUNDLE...", help="Fold
 DeviceOption = Annotated[
     list[str] | None, Option(help="local, ssh://USER@HOST[:PORT], adb[:SERIAL] or browser; may be repeated.")
 ]
-PromptOption = Annotated[int, Option(min=1, help="Prompt tokens.")]
-GenerateOption = Annotated[int, Option(min=2, help="Tokens to generate.")]
-RepetitionsOption = Annotated[int, Option(min=1, help="5 or more, to tell differences.")]
+PromptOption = Annotated[int, Option(min=1, max=LONGEST, help="Prompt tokens.")]
+GenerateOption = Annotated[int, Option(min=2, max=LONGEST, help="Tokens to generate.")]
+RepetitionsOption = Annotated[int, Option(min=1, max=10_000, help="5 or more, to tell differences.")]
 ScoreOption = Annotated[str | None, Option(metavar="T,...", help="Score items of these tasks: heldout ...")]
 ItemsOption = Annotated[int | None, Option(min=20, max=2000, help="Scored items a task; default 200.")]
 ReportOption = Annotated[bool, Option(help="Keep results in the bundles' run and show them in its report.")]
@@ -46,7 +48,7 @@ def bench(
     generate: GenerateOption = 128,
     repetitions: RepetitionsOption = 5,
     threads: Annotated[str | None, Option(metavar="N|sweep", help="Default: the bundle's.")] = None,
-    pause: Annotated[float, Option(min=0.0, help="Seconds between repetitions.")] = 0.5,
+    pause: Annotated[float, Option(min=0.0, max=3600.0, help="Seconds between repetitions.")] = 0.5,
     remote_python: Annotated[str | None, Option(metavar="PROGRAM", help="The device's Python.")] = None,
     score: ScoreOption = None,
     items: ItemsOption = None,
@@ -91,8 +93,8 @@ def _threads(text: str | None) -> Any:
     """A thread count, "sweep", or None."""
     if text is None or text == "sweep":
         return text
-    if not text.isdecimal() or int(text) < 1:
-        raise BadInput(f"--threads {text}: is neither a whole number of at least 1 nor `sweep`")
+    if not text.isdecimal() or len(text) > 4 or not 1 <= int(text) <= MOST_THREADS:
+        raise BadInput(f"--threads {text}: is neither a whole number from 1 to {MOST_THREADS} nor `sweep`")
     return int(text)
 
 
@@ -115,7 +117,9 @@ def phone(
     prompt: PromptOption = 128,
     generate: GenerateOption = 128,
     repetitions: RepetitionsOption = 5,
-    threads: Annotated[int | None, Option(min=1, help="Default: as chosen on the page.")] = None,
+    threads: Annotated[
+        int | None, Option(min=1, max=MOST_THREADS, help="Default: as chosen on the page.")
+    ] = None,
     score: ScoreOption = None,
     items: ItemsOption = None,
     text: TextOption = None,

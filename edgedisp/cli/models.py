@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from edgedisp.cli.app import JsonOption, app, show, width
+from edgedisp.cli.app import LONGEST, MOST_THREADS, JsonOption, app, show, width
 from edgedisp.core.progress import Screen
 
 ModelArgument = Annotated[str, Argument(metavar="MODEL", help="A hub id, folder, .gguf file or bundle.")]
@@ -26,8 +26,8 @@ def condensation(
     model: ModelArgument,
     compare: Annotated[str | None, Option(metavar="MODEL", help="Another, on the same sequences.")] = None,
     text: Annotated[Path | None, Option(help="Text to measure on; default: synthetic.")] = None,
-    sequences: Annotated[int, Option(min=1, help="How many sequences.")] = 16,
-    context: Annotated[int, Option(min=8, help="Tokens in each.")] = 256,
+    sequences: Annotated[int, Option(min=1, max=10_000, help="How many sequences.")] = 16,
+    context: Annotated[int, Option(min=8, max=LONGEST, help="Tokens in each.")] = 256,
     out: Annotated[Path | None, Option("--out", file_okay=False, help="A folder for page and JSON.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -73,9 +73,9 @@ def chat(
     prompt: Annotated[str | None, Option(help="Answer this one message and stop.")] = None,
     system: Annotated[str | None, Option(help="System message.")] = None,
     max_new_tokens: Annotated[int | None, Option(min=1, help="Default: 256 at most.")] = None,
-    temperature: Annotated[float, Option(min=0.0, help="0 is greedy.")] = 0.0,
-    seed: int = 0,
-    threads: Annotated[int | None, Option(min=1, help="Default: the bundle's.")] = None,
+    temperature: Annotated[float, Option(min=0.0, max=100.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, Option(min=0, max=2**31)] = 0,
+    threads: Annotated[int | None, Option(min=1, max=MOST_THREADS, help="Default: the bundle's.")] = None,
     context: Annotated[int | None, Option(min=2, help="Default: 4096 at most.")] = None,
 ) -> None:
     """Talk to a finished bundle through onnxruntime-genai; a line from standard input is one message.

@@ -130,7 +130,7 @@ def make_recipe(
 def stages(recipe: Recipe) -> list[Stage]:
     """Those of a build with these arms, as far as the measured torch models; one arm after the other."""
     threads, adapter = threads_for(recipe), recipe.train.adapter
-    order = [build_plan.base(recipe), build_plan.corpus(recipe), build_plan.items(recipe)]
+    order = [build_plan.base(recipe, leaves=("model",)), build_plan.corpus(recipe), build_plan.items(recipe)]
     for arm in recipe.arm_runs:
         order.append(build_plan.training(recipe, arm))
         if adapter is not None:

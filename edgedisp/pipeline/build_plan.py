@@ -10,13 +10,15 @@ seed: its graph is the same as the others', and it ships.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from edgedisp.bench.system import multiplies_bf16
 from edgedisp.core.errors import BadInput
-from edgedisp.core.progress import Screen
+from edgedisp.core.files import RECORD
+from edgedisp.core.progress import Screen, warn
 from edgedisp.core.results import BASELINE
 from edgedisp.core.stage_folder import open_run
 from edgedisp.data import local_path
@@ -82,13 +84,30 @@ def deciding_arm(recipe: Recipe) -> str:
     return reference_arm(recipe, first) or first
 
 
-def base(recipe: Recipe) -> Stage:
-    """The weights that every training starts from; a smoke run's tokenizer is made from the text."""
-    read = options.BaseOptions(recipe.model, recipe.data.context)
-    if not recipe.is_smoke:
-        return Stage("base", f"{HERE}.prepare:base", read, files=_local([recipe.model.base], recipe))
-    read = replace(read, smoke_text=recipe.data, seed=recipe.seed)
-    return Stage("base", f"{HERE}.prepare:base", read, files=_texts(recipe))
+def base(recipe: Recipe, leaves: tuple[str, ...] = ("model", "fp32")) -> Stage:
+    """The weights that every training starts from; a smoke run's tokenizer is made from the text.
+
+    leaves: the folders with weights in fp32 that every training leaves.
+    """
+    read, files = options.BaseOptions(recipe.model, recipe.data.context), _texts(recipe)
+    if recipe.is_smoke:
+        read = replace(read, smoke_text=recipe.data, seed=recipe.seed)
+    else:
+        files = _local({"model.base": recipe.model.base}, recipe)
+    check = partial(check_base, recipe, leaves)
+    return Stage("base", f"{HERE}.prepare:base", read, files=files, check=check)
+
+
+def check_base(recipe: Recipe, leaves: tuple[str, ...], folder: Path) -> None:
+    """`check_fits` for the folder of a finished base; nothing where all is trained, as it loads torch."""
+    run = folder.parent
+    if all((run / arm.name / "model" / RECORD).is_file() for arm in recipe.arm_runs):
+        return
+    from edgedisp import models
+    from edgedisp.pipeline.size_estimate import check_fits
+
+    if warning := check_fits(recipe, run, models.empty_model(folder), leaves):
+        warn(f"warning: {warning}")
 
 
 def corpus(recipe: Recipe) -> Stage:
@@ -99,12 +118,18 @@ def corpus(recipe: Recipe) -> Stage:
 
 
 def _texts(recipe: Recipe) -> dict[str, Path]:
-    return _local([source.source for source in recipe.data.train], recipe)
+    sources = {f"data.train.{index}.source": text.source for index, text in enumerate(recipe.data.train)}
+    return _local(sources, recipe)
 
 
-def _local(sources: list[str], recipe: Recipe) -> dict[str, Path]:
-    """Source as the recipe writes it -> its file or folder, for those that are local."""
-    paths = {source: local_path(source, recipe.folder) for source in sources}
+def _local(sources: dict[str, str], recipe: Recipe) -> dict[str, Path]:
+    """Source as the recipe writes it -> its file or folder, for those that are local. sources: by key."""
+    paths = {}
+    for key, source in sources.items():
+        try:
+            paths[source] = local_path(source, recipe.folder)
+        except BadInput as problem:
+            raise BadInput(f"{recipe.where(key)}: {problem}") from None
     return {source: path for source, path in paths.items() if path is not None}
 
 
@@ -138,7 +163,8 @@ def training(recipe: Recipe, run: ArmRun) -> Stage:
     """
     train = as_computed(recipe.train)
     if missing := " ".join(name for name in train.report_to if find_spec(name) is None):
-        raise BadInput(f"train.report_to: {missing} is not installed: pip install {missing}, or leave it out")
+        key = recipe.where("train.report_to")
+        raise BadInput(f"{key}: {missing} is not installed: pip install {missing}, or leave it out")
     unread: dict[str, Any] = {"dispersion": None}
     if train.adapter is not None:  # `merge` decides what is done with the trained adapter
         unread["adapter"] = train.adapter.model_copy(update={"merge": "auto"})

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedisp import data, models
-from edgedisp.core.errors import BadInput
 from edgedisp.core.files import file_digest, write_json
 from edgedisp.core.progress import Progress
 from edgedisp.evaluate.heldout_tasks import SuiteOptions
@@ -68,16 +67,9 @@ def open_base(
 
 
 def base(options: BaseOptions, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
-    """The base model as a Hugging Face folder in float32: the one set of weights that all arms start from.
-
-    Raises BadInput if the recipe's context is longer than the model's.
-    """
+    """The base model as a Hugging Face folder in float32: the one set of weights that all arms start from."""
     section = options.model
     model, tokenizer, source = open_base(options, inputs.files, progress)
-    longest = models.context_length(model.config)
-    if options.context > longest:
-        words = f"{options.context} is longer than the {longest} positions of {section.base}"
-        raise BadInput(f"data.context: {words}")
     if tokenizer.chat_template:
         with suppress(models.TemplateError):  # one that does not end is refused now, not after training
             models.render_conversation(tokenizer, [{"role": "user", "content": "Hello."}])
@@ -85,7 +77,7 @@ def base(options: BaseOptions, inputs: Inputs, output_dir: Path, progress: Progr
     record = {
         "architecture": model.config.model_type,
         "parameters": models.count_parameters(model),
-        "max_context": longest,
+        "max_context": models.context_length(model.config),
         "weights_sha256": weights_digest(output_dir),
     }
     if source is None:

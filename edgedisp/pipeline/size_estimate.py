@@ -1,9 +1,10 @@
-"""What every bundle of a recipe will weigh, to 2 %, from the base's configuration alone."""
+"""From the base's configuration alone: what every bundle will weigh, to 2 %, and whether a build can fit."""
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from edgedisp import models
+from edgedisp.bench.system import gpu_capability, runner
+from edgedisp.core.distributed import get_world_size
+from edgedisp.core.errors import BadInput
+from edgedisp.core.files import RECORD
 from edgedisp.core.progress import Progress
 from edgedisp.graph import architectures
 from edgedisp.models import component_of
@@ -18,6 +23,7 @@ from edgedisp.pipeline.options import BundleRounding
 from edgedisp.pipeline.rounding import grids
 from edgedisp.pipeline.stage import Inputs
 from edgedisp.quantize.mixed_precision import FOUR_BITS, out_of_reach
+from edgedisp.recipe import Recipe
 
 TOLERANCE = 0.02  # of the sizes computed here
 GRAPH_BYTES, NODE_BYTES = 6_000, 6_000  # of model.onnx without weights, and of each layer in it
@@ -87,6 +93,54 @@ def _sizes(model: Any, tables: int, stored: StoredBytes, stored_outer: StoredByt
         sizes[part] += size
     graph = GRAPH_BYTES + NODE_BYTES * model.config.num_hidden_layers
     return {"components": dict(sorted(sizes.items())), "size_bytes": sum(sizes.values()) + graph}
+
+
+def check_fits(
+    recipe: Recipe, run: Path, model: Any, leaves: Sequence[str] = ("model", "fp32")
+) -> str | None:
+    """Whether the recipe can work with this model on this machine, as far as that is certain.
+
+    leaves: folders with weights in fp32 that every training leaves. Raises BadInput for more tokens than a
+    bundle has positions and for less free space than is certainly written; returns a warning where training
+    needs more memory than is free.
+    """
+    positions = min(_positions(model)[1], models.context_length(model.config))
+    timed = recipe.latency.prompt + recipe.latency.generate
+    lengths = ("data.context", recipe.data.context, ""), ("latency.prompt", timed, " with latency.generate")
+    for key, tokens, which in lengths:
+        if tokens > positions:
+            words = f"{tokens:,} tokens{which}, but bundles of this base have {positions:,} positions"
+            raise BadInput(f"{recipe.where(key)}: {words}")
+    parameters: int = models.count_parameters(model)["total"]
+    folders = (run / arm.name / name for arm in recipe.arm_runs for name in leaves)
+    written = 4 * parameters * sum(not (folder / RECORD).is_file() for folder in folders)
+    if not (run / "corpus" / RECORD).is_file():
+        written += 2 * recipe.steps * recipe.tokens_per_step
+    existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
+    if written > (free := shutil.disk_usage(existing).free):
+        words = f"the build writes more than {_mb(written)} into {run}, where {_mb(free)} are free"
+        key = recipe.where("train.tokens")
+        raise BadInput(f"{key}: {words}: fewer tokens, seeds or arms, or another --out")
+    return _low_memory(recipe, model.config.get_text_config(), parameters)
+
+
+def _low_memory(recipe: Recipe, config: Any, parameters: int) -> str | None:
+    """A warning where the weights, their gradients and AdamW's moments, and what each layer gets of one
+    micro-batch do not fit. A GPU and several processes have other memory."""
+    free = runner().memory()["memory_available_bytes"]
+    if free is None or gpu_capability() is not None or get_world_size() > 1:
+        return None
+    weights = 4 * parameters * (4 if recipe.train.adapter is None else 1)
+    inputs = 4 * config.num_hidden_layers * config.hidden_size * recipe.train.batch * recipe.data.context
+    if weights + inputs <= free:
+        return None
+    key, batch = recipe.where("train.batch"), recipe.train.batch
+    needs = f"training takes more than {_mb(weights + inputs)} of memory, and {_mb(free)} are free"
+    return f"{key}: {needs}: a batch below {batch}, a shorter data.context, or an adapter"
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"
 
 
 def check_budget(budget: int, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:

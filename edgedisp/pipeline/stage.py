@@ -47,7 +47,8 @@ class Stage:
     inputs: keyword -> name of the stage whose folder the function gets under it. files: name in the recipe ->
     local file or folder outside the run. resumable: a partial folder with the same key is continued.
     every_process: every process of a launch takes part; other stages are run by the first alone. A result
-    with entries under `missing` (data that a hub did not give) is tried again next time.
+    with entries under `missing` (data that a hub did not give) is tried again next time. check: called with
+    the folder, new or kept; raises BadInput where the build cannot go on from it.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Stage:
     files: Mapping[str, Path] = field(default_factory=dict)
     resumable: bool = False
     every_process: bool = False
+    check: Callable[[Path], None] | None = None
 
     def run(self, records: Mapping[str, Record], output_dir: Path, progress: Progress) -> dict[str, Any]:
         module, _, name = self.function.partition(":")
@@ -186,6 +188,8 @@ class StageRunner:
             screen.started(stage.name, number, total)
             record = self.execute(stage, screen.progress)
             screen.finished(stage.name, record)
+        if stage.check is not None:
+            stage.check(record.folder)
         return Passed(stage.name, record, is_cached)
 
 

@@ -15,6 +15,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
+from ruamel.yaml.reader import ReaderError
 
 from edgedisp.core.errors import BadInput
 from edgedisp.recipe.recipe import Origin, Recipe
@@ -59,7 +61,7 @@ def load(path: Path, overrides: Sequence[str] = (), smoke: bool = False) -> Reci
     for override in overrides:
         document.put(override)
     recipe = document.validate(Recipe)
-    recipe._origin = Origin(Path(path))
+    recipe._origin = Origin(Path(path), lambda key: document.place(key)[1])
     return shrink(recipe) if smoke else recipe
 
 
@@ -76,8 +78,11 @@ def read_yaml(path: Path, what: str, keys: str) -> Document:
         node, data = _parse(raw.decode("utf-8-sig"), str(path))
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise BadInput(f"{path}: cannot be read: {getattr(problem, 'strerror', problem)}") from None
+    except OSError as problem:
+        raise BadInput(f"{path}: cannot be read: {problem.strerror}") from None
+    except UnicodeDecodeError as problem:
+        line = 1 + problem.object.count(b"\n", 0, problem.start)
+        raise BadInput(f"{path}:{line}: is not UTF-8 ({problem.reason}); save the file as UTF-8") from None
     if not isinstance(data, dict):
         raise BadInput(f"{path}:1: {what} is a mapping with {keys}")
     return Document(str(path), data, {key: (line, f"{path}:{line}") for key, line in _lines(node, (), set())})
@@ -85,16 +90,35 @@ def read_yaml(path: Path, what: str, keys: str) -> Document:
 
 def _parse(text: str, place: str) -> tuple[Any, Any]:
     """(root node, plain data) of a YAML text."""
-    yaml = YAML(typ="safe", pure=True)
+    yaml, node = YAML(typ="safe", pure=True), None
     try:
-        return yaml.compose(text), yaml.load(text)
+        node = yaml.compose(text)
+        return node, yaml.load(text)
     except RecursionError:
         raise BadInput(f"{place}: nested too deeply") from None
     except Exception as problem:  # besides YAMLError what its constructors of numbers and dates raise
-        mark = getattr(problem, "problem_mark", None)
-        position = f":{mark.line + 1}:{mark.column + 1}" if mark and not place.startswith("--set") else ""
+        mark = getattr(problem, "problem_mark", None) or _faulty_scalar(yaml, node, str(problem), set())
+        position = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        if isinstance(problem, ReaderError):
+            position = f":{1 + text.count(chr(10), 0, problem.position)}"
         reason = getattr(problem, "problem", None) or problem
+        position = "" if place.startswith("--set") else position
         raise BadInput(_one_line(f"{place}{position}: not YAML: {reason}")) from None
+
+
+def _faulty_scalar(yaml: YAML, node: Any, words: str, seen: set[int]) -> Any:
+    """The mark of the value that cannot be what its text looks like, such as a date of month 13: `words`."""
+    if node is None or id(node) in seen:
+        return None
+    seen.add(id(node))
+    if isinstance(node, ScalarNode):
+        try:
+            yaml.constructor.construct_object(node)
+        except Exception as problem:
+            return node.start_mark if str(problem) == words else None
+        return None
+    parts = chain.from_iterable(node.value) if isinstance(node, MappingNode) else node.value
+    return next(filter(None, (_faulty_scalar(yaml, part, words, seen) for part in parts)), None)
 
 
 def _lines(node: Node, key: Key, seen: set[int]) -> Iterator[tuple[Key, int]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -26,9 +26,10 @@ Problems = Iterator[tuple[Key, str]]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a recipe was read (not compared), and whether `smoke` cut it down (compared: another base)."""
+    """Where a recipe and its keys were read (not compared); whether `smoke` cut it down, for another base."""
 
     path: Path | None = field(default=None, compare=False)
+    place: Callable[[Key], str] | None = field(default=None, compare=False)
     smoke: bool = False
 
 
@@ -90,6 +91,12 @@ class Recipe(Section):
     def is_smoke(self) -> bool:
         """True for a recipe that `smoke` made: its base is to be replaced by a tiny random twin."""
         return self._origin.smoke
+
+    def where(self, key: str) -> str:
+        """The start of a message about a key such as `data.train.0.source`: `file:line: key`."""
+        place = self._origin.place
+        parts = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+        return key if place is None else f"{place(parts)}: {key}"
 
     @property
     def folder(self) -> Path:
@@ -188,7 +195,7 @@ def smoke(recipe: Recipe) -> Recipe:
     if recipe.quantize.budget is not None:  # a budget for the base fits no twin
         values["quantize"] |= {"budget": None, "max_perplexity_increase": 1.0}
     small = Recipe.model_validate(values)
-    small._origin = Origin(recipe.path, smoke=True)
+    small._origin = replace(recipe._origin, smoke=True)
     return small
 
 

@@ -321,7 +321,7 @@ def test_a_full_disk_ends_with_1_and_the_next_run_continues(
 ) -> None:
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", small], check=False)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3000k", "tmpfs", small], check=False)
     if mounted.returncode != 0:
         pytest.skip("tmpfs cannot be mounted here")
     try:

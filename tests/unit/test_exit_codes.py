@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import signal
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +25,7 @@ def test_sigterm_ends_a_command_as_ctrl_c_does_with_an_exit_code_of_its_own(
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(sys, "argv", ["edgedisp", "build"])
-    monkeypatch.setattr(application, "app", lambda **options: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(application, "run_command", lambda words: os.kill(os.getpid(), signal.SIGTERM))
     try:
         with pytest.raises(SystemExit) as stop:
             application.main()
@@ -42,28 +43,30 @@ def test_characters_that_a_terminal_lacks_are_replaced(
 ) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
-    monkeypatch.setattr(application, "app", lambda **options: sys.stdout.write("table \u2500 \u03bb\n"))
+    monkeypatch.setattr(application, "run_command", lambda words: sys.stdout.write("table \u2500 \u03bb\n"))
     application.main()
     sys.stdout.flush()
     assert written.getvalue().startswith(b"table ") and written.getvalue().endswith(b"\n")
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no kernel\nfor this"), EOFError("no kernel for this")])
 def test_an_unexpected_error_is_one_line_that_says_how_to_see_the_trace(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
-    def fails(**options: object) -> None:
-        raise RuntimeError("no kernel\nfor this")
+    def fails() -> None:
+        raise error
 
-    monkeypatch.setattr(application, "app", fails)
+    monkeypatch.setattr("edgedisp.bench.system.doctor", fails)
+    monkeypatch.setattr(sys, "argv", ["edgedisp", "doctor"])
     monkeypatch.delenv(application.TRACE, raising=False)
     with pytest.raises(SystemExit) as stop:
         application.main()
     assert stop.value.code == 1
     assert capsys.readouterr().err == (
-        "edgedisp: failed: RuntimeError: no kernel for this (EDGEDISP_TRACE=1 shows where)\n"
+        f"edgedisp: failed: {type(error).__name__}: no kernel for this (EDGEDISP_TRACE=1 shows where)\n"
     )
     monkeypatch.setenv(application.TRACE, "1")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(type(error)):
         application.main()
 
 
@@ -76,7 +79,7 @@ def test_a_file_that_may_not_be_read_is_never_called_damaged(
         except OSError as error:
             raise BadInput("run: the weights cannot be opened (damaged?)") from error
 
-    monkeypatch.setattr(application, "app", fails)
+    monkeypatch.setattr(application, "run_command", fails)
     with pytest.raises(SystemExit) as stop:
         application.main()
     assert stop.value.code == 2
@@ -100,3 +103,30 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
     for place in ("/proc/new.json", tmp_path / "B" / "model.onnx" / "new.json"):
         ended = edgedisp(*words.split(), place)
         assert ended.code == 2 and f"{place}: " in ended.err and not ended.out
+
+
+@pytest.mark.parametrize(
+    ("streams", "code", "lines"),
+    [
+        ("<&- >&-", 0, 0),
+        ("<&- >&- 2>&-", 0, 0),
+        ("| exec 0<&-", 1, 0),  # no reader
+        (">/dev/full", 1, 1),
+    ],
+)
+def test_closed_streams_are_no_error_and_unread_or_unwritable_ones_no_traceback(
+    streams: str, code: int, lines: int
+) -> None:
+    script = f"set -o pipefail; (sleep 0.1; '{sys.executable}' -m edgedisp recipes) {streams}"
+    ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (code, lines), ended
+
+
+@pytest.mark.parametrize(
+    "words", ["bench x --pause nan", "bench x --threads 9999999", "chat x --threads 1000000", "chat \udcff"]
+)
+def test_options_that_cannot_work_are_wrong_usage(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["edgedisp", *words.split()])
+    with pytest.raises(SystemExit) as stop:
+        application.main()
+    assert stop.value.code == 2
