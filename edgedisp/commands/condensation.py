@@ -44,9 +44,10 @@ def measure(
         bar = labelled(progress, name)
         path = data.fetch(name, progress=bar)
         model, folder = None, Path(path)
+        if folder.is_dir():
+            check_files(folder)
         if (folder / "model.onnx").is_file():
             longest = context_length(folder)  # says what is missing before the tokenizer does
-            check_files(folder)
             tokenizer = models.load_tokenizer(folder)
         else:
             model, tokenizer = models.open_base(path, progress=bar)

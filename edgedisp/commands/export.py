@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from edgedisp import data, models
 from edgedisp.bench.system import physical_cores
@@ -44,11 +47,10 @@ def export_bundle(
     if out.exists():
         raise BadInput(f"{out}: exists already; choose another --out")
     check_writable("--out", out)
-    check_files(folder, "*.safetensors")  # if you changed them, remove record.json
+    check_files(folder)
     threads, names = target.threads or physical_cores(), layouts or target.layouts
-    out.resolve().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.resolve().parent) as scratch:
-        fp32, quantized, package = (Path(scratch) / name for name in ("fp32", "quantized", "package"))
+    with _partial(out.resolve()) as partial:
+        fp32, quantized, package = (partial / name for name in ("fp32", "quantized", "package"))
         for path in (fp32, quantized, package):
             path.mkdir()
         progress(0, 3, "writing the graph")
@@ -68,3 +70,27 @@ def export_bundle(
         (package / CARD).write_text(card, encoding="utf-8")
         package.rename(out)
     return {**record, "checked": checked}
+
+
+@contextmanager
+def _partial(out: Path) -> Iterator[Path]:
+    """The empty folder `<out>.partial`, removed at the end; what a killed export left there goes, too.
+
+    Raises BadInput where another export is writing there, or where it holds something else.
+    """
+    partial = out.with_name(f"{out.name}.partial")
+    lock = FileLock(partial / ".lock")
+    if partial.is_dir() and not (partial / ".lock").exists() and any(partial.iterdir()):
+        raise BadInput(f"{partial}: is needed for unfinished files and holds others; choose another --out")
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BadInput(f"{partial}: another export is writing there; choose another --out") from None
+    try:
+        for folder in filter(Path.is_dir, partial.iterdir()):
+            shutil.rmtree(folder)
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        lock.release()

@@ -24,12 +24,11 @@ from pydantic import ValidationError
 
 from edgedisp.commands.plan import threads_for
 from edgedisp.core.errors import BadInput, NotFinite
-from edgedisp.core.files import from_json, read_json, to_json, write_json
+from edgedisp.core.files import from_json, to_json, write_json
 from edgedisp.core.progress import Screen
 from edgedisp.core.results import BASELINE, LOSS_TASK, Estimate, Measurement
 from edgedisp.core.stage_folder import open_run
 from edgedisp.pipeline import build_plan
-from edgedisp.pipeline.options import ITEMS
 from edgedisp.pipeline.stage import Stage, StageRunner
 from edgedisp.recipe import ArmRun, Dispersion, Evaluate, Recipe
 from edgedisp.recipe.arms import Arm
@@ -186,13 +185,14 @@ def _check_intervals(baseline: Measurement) -> None:
 
 def _candidate(arm: ArmRun, runner: StageRunner, diverged: str | None) -> Candidate:
     """With its differences to the baseline, paired by held-out window and by sequence."""
-    from edgedisp.evaluate.comparison import Results, compare_task  # brings scipy
+    from edgedisp.evaluate.comparison import compare_task  # brings scipy
+    from edgedisp.pipeline.run_results import read_items
 
     name, dispersion = arm.name, arm.dispersion or Dispersion()
     if diverged is not None:
         return Candidate(name, dispersion, diverged=diverged)
     records = [runner.records[f"{each}/{MEASURED}"] for each in (BASELINE, name)]
-    first, second = (from_json(Results, read_json(record.folder / ITEMS))[LOSS_TASK] for record in records)
+    first, second = (read_items(record.folder)[LOSS_TASK] for record in records)
     loss = compare_task([(first, second)]).main.nats
     geometry = from_json(Measurement, records[1].results).condensation
     cosine = geometry.change.mean_cosine if geometry and geometry.change else None

@@ -8,7 +8,8 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,11 +28,67 @@ OPTIONS: dict[str, set[str]] = {
     "provider_options": set(),
     "run_options": set(),
 }
+SEAL = "edgedisp_sha256"
+"""Key of the hash of all else in a JSON file, where we wrote one (`sealed`)."""
 
 Files = dict[str, dict[str, Any]]
 """File by its path from the folder -> {size_bytes, sha256}."""
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token beside the vocabulary proper, in tokenizer.json."""
+
+    content: str
+    id: int
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class GenaiDecoder:
+    """The part of genai_config.json about the graph."""
+
+    head_size: int = 0
+    session_options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GenaiModel:
+    """The part `model` of genai_config.json, as far as it is read."""
+
+    context_length: int = 0
+    vocab_size: int = 0
+    eos_token_id: int | list[int] = 0
+    decoder: GenaiDecoder = GenaiDecoder()
+
+
+ANEW = "copy or export the folder again; of a run, delete it and build again: it is made anew"
+_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), int | list[int] | None)
+_LENGTHS = ("vocab_size", "max_position_embeddings", "n_positions", "n_ctx")
+SHAPES: dict[str, dict[str, Any]] = {
+    "config.json": {
+        "model_type": str,
+        "architectures": list[str] | None,
+        "text_config": dict[str, Any] | None,
+        "transformers.js_config": dict[str, Any],
+        **dict.fromkeys(_LENGTHS, int | None),
+        **_IDS,
+    },
+    "generation_config.json": _IDS,
+    "genai_config.json": {"model": GenaiModel, "search": dict[str, Any]},
+    "license.json": {"files": list[str], **dict.fromkeys(("license", "base", "license_link"), str | None)},
+    MANIFEST: {"layouts": dict[str, dict[str, Any]], "provenance": dict[str, Any], "base": dict[str, Any]},
+    "model.safetensors.index.json": {"weight_map": dict[str, str]},
+    "tokenizer.json": {"added_tokens": list[AddedToken]},
+    "tokenizer_config.json": {
+        "chat_template": str | list[dict[str, str]] | None,
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), str | dict[str, Any] | None),
+    },
+}
+"""Types of the keys that we read in files that others write, too; `read_json` holds them against it."""
+
 PACKAGE = Path(__file__).resolve().parents[1]
 
 WRONG_SHAPE = (KeyError, TypeError, ValueError, AttributeError)
@@ -78,9 +135,18 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """With a hash that `read_json` compares, so that a changed byte does not pass for a result."""
+    return {**document, SEAL: digest(json.loads(canonical(document)))}
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is either whole or absent; NaN is refused with ValueError."""
-    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    """`write_text` of JSON; NaN is refused with ValueError."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either whole or absent, or as it was before."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -106,13 +172,33 @@ def check_writable(name: str, path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file, empty where there is no file. Raises BadInput for one that is damaged."""
+    """The JSON object of a file, empty where there is no file. Raises BadInput for one that is damaged, or
+    changed since we sealed it."""
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")).items())
-    except (ValueError, AttributeError) as error:
-        raise BadInput(f"{path}: is no JSON object ({error}); restore or export it again") from error
+        document = dict(json.loads(path.read_text(encoding="utf-8")).items())
+        seal = document.pop(SEAL, None)
+        is_whole = seal is None or seal == digest(document)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{path}: is no JSON object ({error}); restore it, or make it again") from error
+    if not is_whole:
+        raise BadInput(f"{path}: is damaged or was edited; restore it, or make it again")
+    _check_shape(path, document)
+    return document
+
+
+def _check_shape(path: Path, document: dict[str, Any]) -> None:
+    """Refuse values of another type than in `SHAPES`."""
+    from pydantic import TypeAdapter, ValidationError
+
+    for key in SHAPES.get(path.name, {}).keys() & document.keys():
+        try:
+            TypeAdapter(SHAPES[path.name][key]).validate_json(json.dumps(document[key]), strict=True)
+        except ValidationError as invalid:
+            where = ".".join(map(str, (key, *invalid.errors()[0]["loc"])))
+            words = f"{where}: {invalid.errors()[0]['msg']}; restore it, or make it again"
+            raise BadInput(f"{path}: {words}") from None
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -126,12 +212,16 @@ def read_object(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- lists of files
 
 
-def list_files(folder: Path, without: Sequence[str] = ()) -> Files:
-    """Every file under a folder."""
+def list_files(folder: Path, without: Sequence[str] = (), patterns: Sequence[str] = ("**/*",)) -> Files:
+    """The files under a folder like one of the `patterns` and like none of `without`."""
     paths = {
-        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
+        path.relative_to(folder).as_posix(): path
+        for pattern in patterns
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
     }
-    return {name: _entry(path) for name, path in paths.items() if name not in without}
+    out = {name for name in paths for pattern in without if fnmatch(name, pattern)}
+    return {name: _entry(path) for name, path in paths.items() if name not in out}
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -164,6 +254,14 @@ def damaged_file(folder: Path, files: Files) -> str | None:
     return None
 
 
+def listing_damage(listing: Path) -> str | None:
+    """`damaged_file` of a folder by the list that lies in it; a damaged list is damage, too."""
+    try:
+        return damaged_file(listing.parent, listed_files(read_json(listing)))
+    except WRONG_SHAPE as error:
+        return f"{listing.name}: is damaged ({error!r})"
+
+
 def read_listing(folder: Path) -> Files | None:
     """The files of a folder by its manifest, or by its record; None where there is neither, BadInput where
     the list is damaged."""
@@ -171,9 +269,9 @@ def read_listing(folder: Path) -> Files | None:
     if listing is None:
         return None
     try:
-        return listed_files(read_object(listing))
+        return listed_files(read_json(listing))
     except WRONG_SHAPE as error:
-        raise BadInput(f"{listing}: is damaged ({error!r}); copy or export the folder again") from error
+        raise BadInput(f"{listing}: is damaged ({error!r}); {ANEW}") from error
 
 
 def check_files(folder: Path, pattern: str = "*") -> None:
@@ -183,7 +281,7 @@ def check_files(folder: Path, pattern: str = "*") -> None:
     """
     files = {name: entry for name, entry in (read_listing(folder) or {}).items() if fnmatch(name, pattern)}
     if damage := damaged_file(folder, files):
-        raise BadInput(f"{folder}/{damage}; copy or export the folder again")
+        raise BadInput(f"{folder}/{damage}; {ANEW}")
 
 
 def check_options(bundle: Path) -> None:

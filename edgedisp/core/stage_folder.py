@@ -28,12 +28,14 @@ from edgedisp.core.files import (
     list_files,
     listed_files,
     read_object,
+    sealed,
     write_json,
 )
 
 RUN = "run.json"
 SCORES = "scores.sqlite"  # in the run folder: the cache of all scores
 KEY = "key.json"
+CHECKPOINTS = "checkpoints"  # in a partial folder: what a killed stage goes on from
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,10 @@ def finish(
 ) -> Record:
     """Hash the files, write the record, and rename the folder into place over an outdated one."""
     (partial / RECORD).unlink(missing_ok=True)  # of a folder that the stage copied
-    record = Record(folder, key, results, list_files(partial, without=(KEY,)), seconds)
-    stored = {"key": key, "results": results, "files": record.files, "seconds": seconds}
-    write_json(partial / RECORD, stored)
+    files = list_files(partial, without=(KEY, f"{CHECKPOINTS}/*"))
+    record = Record(folder, key, results, files, seconds)
+    stored = {"key": key, "results": results, "files": files, "seconds": seconds}
+    write_json(partial / RECORD, sealed(stored))
     _move_into_place(folder)
     return record
 
@@ -110,6 +113,7 @@ def finish(
 def _move_into_place(folder: Path) -> None:
     """Rename a partial folder whose record is whole; a kill at any step leaves something to go on from."""
     partial, outdated = _partial(folder), folder.with_name(folder.name + ".outdated")
+    shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)  # needed until the record is written
     (partial / KEY).unlink(missing_ok=True)
     if folder.exists():
         shutil.rmtree(outdated, ignore_errors=True)
@@ -180,7 +184,7 @@ def _check_owner(path: Path, identity: dict[str, Any], name: str) -> None:
             content = ", ".join(sorted(entries)[:3])
             words = f"is not a run folder and not empty ({content}, ...); choose another --out"
             raise BadInput(f"{path}: {words}")
-        write_json(path / RUN, {"name": name, "identity": identity})
+        write_json(path / RUN, sealed({"name": name, "identity": identity}))
         return
     owner = read_object(path / RUN)
     if not isinstance(owner.get("identity"), dict):

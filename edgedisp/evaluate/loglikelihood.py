@@ -102,15 +102,17 @@ class ScoreCache:
             )
 
     def read(self, names: Sequence[str]) -> dict[str, Any]:
-        """Name -> its value, to the bit, for those that are cached."""
+        """Name -> its value, to the bit, for those that are cached whole."""
         query = "SELECT item, found FROM scores WHERE model = ? AND item = ?"
         with self._errors():
             rows = [self._connection.execute(query, (self.model, name)).fetchone() for name in names]
-        return {row[0]: json.loads(row[1]) for row in rows if row is not None}
+        values = [(row[0], *row[1].partition(" ")[::2]) for row in rows if row is not None]
+        return {name: json.loads(text) for name, seal, text in values if seal == name_of((name, text))}
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Store JSON-able values by name, all or none."""
-        rows = [(self.model, name, json.dumps(value)) for name, value in values.items()]
+        texts = {name: json.dumps(value) for name, value in values.items()}
+        rows = [(self.model, name, f"{name_of((name, text))} {text}") for name, text in texts.items()]
         with self._errors(), self._connection:
             self._connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
 

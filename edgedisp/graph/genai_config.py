@@ -16,7 +16,7 @@ from typing import Any
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import GENAI_CONFIG as GENAI_CONFIG
-from edgedisp.core.files import WRONG_SHAPE, check_options, read_json, write_json
+from edgedisp.core.files import check_options, read_json, write_json
 from edgedisp.graph.decoder_graph import Decoder
 from edgedisp.graph.onnx_graph import GRAPH
 
@@ -90,16 +90,11 @@ def read_config(bundle: Path) -> dict[str, Any]:
     if not path.is_file():
         raise BadInput(f"{bundle}: no bundle ({GENAI_CONFIG} is missing); `edgedisp export` makes one")
     check_options(bundle)
-    config = read_json(path)
-    try:
-        model, ids = config["model"], config["model"]["eos_token_id"]
-        if not isinstance(model["decoder"], dict) or not isinstance(ids, list | int):
-            raise TypeError("decoder is no object, or eos_token_id no number")
-        return {**model, "context_length": int(model["context_length"])}
-    except WRONG_SHAPE as error:
-        raise BadInput(
-            f"{path}: is no configuration of onnxruntime-genai ({error!r}); export it again"
-        ) from error
+    model = read_json(path).get("model", {})
+    if missing := {"context_length", "vocab_size", "eos_token_id", "decoder"} - model.keys():
+        words = f"without {', '.join(sorted(missing))}"
+        raise BadInput(f"{path}: is no configuration of onnxruntime-genai, {words}; export it again")
+    return dict(model)
 
 
 def context_length(bundle: Path) -> int:

@@ -7,7 +7,6 @@ hub id configuration, tokenizer, safetensors weights and licence are fetched int
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import read_object
+from edgedisp.core.files import read_json
 from edgedisp.core.hub import check_repository, one_line, unreachable, unreachable_error
 from edgedisp.core.progress import Progress, silent, warn
 from edgedisp.recipe import Model
@@ -31,10 +30,7 @@ HUB_FILES = [
     "vocab.*", "merges.txt", "chat_template*", "spiece.model", "sentencepiece*",
     "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 ]  # fmt: skip
-# What transformers raises over a file that it cannot use.
-UNUSABLE = (
-    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, AssertionError,
-)  # fmt: skip
+UNUSABLE = (Exception,)  # transformers over a file that it cannot use: tokenizers raises Exception itself
 IN_A_LAYER = re.compile(r"\.\d+\.")  # model.layers.3.mlp.up_proj.weight
 
 
@@ -55,7 +51,6 @@ def open_base(base: Path | str, section: Model | None = None, progress: Progress
 
 def load(path: Path, section: Model | None = None) -> Any:
     """The model of a folder or a .gguf file, float32 and in eval mode. BadInput as `open_base`."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     _check_folder(path)
@@ -71,7 +66,7 @@ def load(path: Path, section: Model | None = None) -> Any:
                 ignore_mismatched_sizes=True,  # `_check_loading` refuses them with their names
                 **options,
             )
-        except (SafetensorError, *UNUSABLE) as problem:
+        except UNUSABLE as problem:
             raise BadInput(
                 f"{path}: the weights cannot be opened (damaged?): {one_line(problem)}"
             ) from problem
@@ -120,7 +115,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False, vocab_size: int 
             works = "a SentencePiece file alone needs `pip install sentencepiece protobuf`"
             raise BadInput(f"{path}: no usable tokenizer: {one_line(problem)} ({works})") from problem
     if vocab_size is None:
-        config = read_object(folder / "config.json")
+        config = read_json(folder / "config.json")
         text_config = config.get("text_config")
         vocab_size = (text_config if isinstance(text_config, dict) else config).get("vocab_size")
     if tokenizer.is_fast:
@@ -282,7 +277,7 @@ def _weight_files(folder: Path) -> list[Path]:
     names = ["model.safetensors"]
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as problem:
             raise BadInput(f"{index}: is not a readable index of weight files.") from problem
     missing = [name for name in names if not (folder / name).is_file()]

@@ -17,7 +17,7 @@ import numpy as np
 from edgedisp import __version__, data, models
 from edgedisp.bench.system import installed_version
 from edgedisp.core.errors import BuildFailed
-from edgedisp.core.files import MANIFEST, file_digest, git_commit, list_files, read_object, write_json
+from edgedisp.core.files import MANIFEST, file_digest, git_commit, list_files, read_json, sealed, write_json
 from edgedisp.core.progress import Progress
 from edgedisp.core.stage_folder import RUN, read
 from edgedisp.graph.export import export as export_graph
@@ -171,7 +171,7 @@ def write_package(
         "provenance": {**options.origin, **tools},
         "files": files,
     }
-    write_json(output_dir / MANIFEST, manifest)
+    write_json(output_dir / MANIFEST, sealed(manifest))
     return {**summary, "layouts": list(layouts), "files": len(files)}
 
 
@@ -181,10 +181,10 @@ def provenance_of(model: Path) -> dict[str, Any]:
     origin: dict[str, Any] = dict.fromkeys(("recipe", "data_sha256", "seed", "arm"))
     origin["weights_sha256"] = weights_digest(model)
     run, record = model.resolve().parent.parent, read(model)
-    owner, corpus = read_object(run / RUN), read(run / "corpus")
+    owner, corpus = read_json(run / RUN), read(run / "corpus")
     arm, _, kind = str(record.key.get("stage", "") if record else "").rpartition("/")
     if record and corpus and kind == "model" and "identity" in owner:  # not copied out of its run
-        origin["recipe"] = {"name": owner["name"], "hash8": hash8(owner["identity"])}
+        origin["recipe"] = {"name": owner.get("name"), "hash8": hash8(owner["identity"])}
         origin["data_sha256"] = corpus.results.get("tokens_sha256")
         origin |= {"arm": arm, "seed": record.results.get("settings", {}).get("seed")}
     return origin

@@ -8,7 +8,6 @@ processor, phone model, browser (without version) and cores agree.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -23,7 +22,9 @@ from edgedisp.core.files import (
     digest,
     from_json,
     list_files,
+    read_json,
     read_listing,
+    sealed,
     to_json,
     write_json,
 )
@@ -96,7 +97,7 @@ def _write(run: Path, stored: Stored) -> None:
             return
         scores = _latest([*old.result.scores, *stored.result.scores])
         stored = replace(stored, result=replace(stored.result, scores=scores))
-    write_json(file, to_json(stored))
+    write_json(file, sealed(to_json(stored)))
 
 
 def load(run: Path) -> tuple[list[DeviceResult], list[str]]:
@@ -140,7 +141,7 @@ def _latest(scores: list[Json]) -> list[Json]:
 
 def _read(file: Path) -> Stored:
     try:
-        stored = from_json(Stored, json.loads(file.read_text(encoding="utf-8")))
+        stored = from_json(Stored, read_json(file))
         if len(stored.result.rows) != 1:
             raise ValueError(f"{len(stored.result.rows)} rows instead of one")
     except ValueError as error:

@@ -20,7 +20,7 @@ import numpy as np
 from edgedisp import data
 from edgedisp.bench.devices import DeviceTasks
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.files import file_digest, to_json
+from edgedisp.core.files import check_files, file_digest, to_json
 from edgedisp.core.progress import Progress, labelled
 from edgedisp.core.results import DeviceResult, Json
 from edgedisp.core.stage_folder import RUN, SCORES
@@ -249,7 +249,10 @@ def _documents(tasks: DeviceTasks, run: Path | None) -> list[data.Document]:
             f"--score {heldout[0]}: is made from text, and the bundle lies in no run; name documents with "
             "--text"
         )
-    return heldout_documents(run / HELDOUT) if heldout and run is not None else []
+    if not heldout or run is None:
+        return []
+    check_files(run / HELDOUT, "heldout.jsonl")
+    return heldout_documents(run / HELDOUT)
 
 
 def _run_of(bundle: Path) -> Path | None:

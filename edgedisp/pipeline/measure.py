@@ -187,6 +187,8 @@ class _TokenByToken:
         self.model, self.context, self.vocab_size = model, model.context, model.vocab_size
 
     def logits(self, ids: NDArray[np.int64], last: int) -> NDArray[np.float32]:
+        if self.model.last_only:  # is always read like this
+            return self.model.logits(ids, last)
         return self.model.step_by_step(ids, max(1, len(ids) // 2))[-last:]
 
 

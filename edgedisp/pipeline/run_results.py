@@ -3,7 +3,8 @@
 A run is read from the records of the stages alone. The paired comparisons with the baseline are made from the
 per-item results that the measure stages stored; nothing is scored again. With several seeds an arm's scores
 and comparisons are over all of them. `report/made_from.json` says what a report was made from, with a hash of
-each of its files: a report that was cut off, edited or deleted is written again.
+each of its files: `edgedisp build` writes a report again that was cut off, edited or deleted, and no command
+reads one that is older than a stage.
 """
 
 from __future__ import annotations
@@ -27,12 +28,18 @@ from edgedisp.bench.system import runner
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import (
     MANIFEST,
+    RECORD,
+    WRONG_SHAPE,
+    check_files,
+    damaged_file,
     digest,
-    file_digest,
     from_json,
     git_commit,
+    list_files,
+    listed_files,
     read_json,
     read_object,
+    sealed,
     to_json,
     write_json,
 )
@@ -47,6 +54,7 @@ from edgedisp.core.results import (
     Training,
 )
 from edgedisp.core.run import Replica, Run, Stage
+from edgedisp.core.stage_folder import RUN, Record, read
 from edgedisp.evaluate import comparison
 from edgedisp.evaluate.comparison import Pair, Results
 from edgedisp.evaluate.statistics import DEFAULT, Resampling
@@ -57,7 +65,9 @@ from edgedisp.recipe import Recipe
 from edgedisp.report import bundle_card, model_card
 
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "peft", "bitsandbytes", "lm-eval")
-FILES = ("report.html", "report.md", "report.json")  # of a report
+REPORT = "report.json"
+STAMP = "report/made_from.json"  # in the run folder
+FILES = ("report.html", "report.md", REPORT, "recipe.lock.yaml", "plots/*.png")  # that a report writes
 
 Scored = dict[str, list[Results]]
 """Results of one arm: precision -> one for each seed."""
@@ -127,13 +137,19 @@ def read_scored(path: Path, run: Run, arm: str) -> Scored:
     for precision, training in itertools.product(run.precisions, run.trainings(arm)):
         file = folder / training / f"measure-{precision}" / ITEMS
         try:
-            scored[precision].append(from_json(Results, json.loads(file.read_text(encoding="utf-8"))))
+            scored[precision].append(read_items(file.parent))
         except (OSError, ValueError) as problem:
             raise BadInput(
                 f"{path}: comparing runs needs the run folder with its items, not a report alone, and "
                 f"{file.relative_to(folder)} cannot be read ({problem}); `edgedisp build` makes it again"
             ) from None
     return scored
+
+
+def read_items(measured: Path) -> Results:
+    """The items that a measure stage stored; OSError or ValueError where they are not as they were."""
+    check_files(measured, ITEMS)
+    return from_json(Results, json.loads((measured / ITEMS).read_text(encoding="utf-8")))
 
 
 def _loss_survival(
@@ -211,27 +227,51 @@ def surroundings() -> dict[str, Any]:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a path names a finished run, or its report.json."""
-    return (path / "report.json").is_file() or path.suffix == ".json"
+    """Whether a path names a run, or a report.json."""
+    return any((path / name).is_file() for name in (RUN, REPORT)) or path.suffix == ".json"
 
 
 def load(run: Path) -> Run:
     """The results of a finished run folder, or of a report.json.
 
-    Raises BadInput if there is none, or if it is damaged or of another shape.
+    Raises BadInput if there is none, if it is damaged or of another shape, or older than a stage of its run.
     """
-    path = run / "report.json" if run.is_dir() else run
+    path = run / REPORT if run.is_dir() else run
+    if not path.is_file():
+        raise BadInput(f"{run}: holds no {REPORT}; `edgedisp build` writes one when it ends")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(document, dict) or document.get("format") != REPORT_FORMAT:
+        document = read_json(path)
+        if document.get("format") != REPORT_FORMAT:
             raise ValueError(f"it is no report of format {REPORT_FORMAT}")
-        return from_json(Run, document["run"])
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadInput(f"{run}: holds no report.json; `edgedisp build` writes one when it ends") from None
+        results = from_json(Run, document["run"])
     except (ValueError, KeyError) as error:
-        raise BadInput(
-            f"{path}: cannot be read ({error}); delete it and run `edgedisp build` again"
-        ) from None
+        raise BadInput(f"{path}: cannot be read ({error}); `edgedisp build` writes it again") from None
+    if (path.parent / RUN).is_file() and (reason := _outdated(path.parent)):
+        raise BadInput(f"{path}: {reason}; `edgedisp build` writes it again")
+    return results
+
+
+def _outdated(run: Path) -> str | None:
+    """Why the report of a run is not that of the stages there; None if it is."""
+    stamp = read_object(run / STAMP)
+    try:
+        stages = dict(stamp["key"]["stages"])
+        if damage := damaged_file(run, {REPORT: listed_files(stamp)[REPORT]}):
+            return damage
+    except WRONG_SHAPE:
+        return "the writing of the report was cut off"
+    for name in stages:
+        if not (run / name / RECORD).is_file():
+            continue  # removed, to save space
+        if (record := read(run / name)) is None:
+            return f"the stage {name} is damaged"
+        if stages[name] != _made_from(record):
+            return f"it is older than the stage {name}"
+    return None
+
+
+def _made_from(record: Record) -> list[str | float]:
+    return [record.content, record.seconds]
 
 
 # The report in the run folder
@@ -239,11 +279,11 @@ def load(run: Path) -> Run:
 
 def publish(recipe: Recipe, passed: list[Passed], run: Path) -> Run:
     """Write the report into the run folder unless it is there already, and return the results."""
-    stages = {step.name: [step.record.content, step.record.seconds] for step in passed}
-    with _lock(run) as stamp:
+    stages = {step.name: _made_from(step.record) for step in passed}
+    with _lock(run):
         devices, outdated = device_results.load(run)
         key = {"stages": stages, "recipe": recipe.to_yaml(), "devices": digest([to_json(devices), outdated])}
-        if read_object(stamp) == {"key": key, "files": _hashes(run)}:
+        if read_object(run / STAMP) == {"key": key, "files": list_files(run, patterns=FILES)}:
             return load(run)
         results = replace(run_results(recipe, passed), devices=devices, devices_outdated=outdated)
         for arm_run in recipe.arm_runs:  # a Hugging Face folder explains itself in its README
@@ -253,54 +293,47 @@ def publish(recipe: Recipe, passed: list[Passed], run: Path) -> Run:
             card = bundle_card(read_json(run / path / MANIFEST), path, results)
             (run / path / "README.md").write_text(card, encoding="utf-8")
         (run / "recipe.lock.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        _write(results, run, stamp, key)
+        _write(results, run, key)
     return results
 
 
 def check_runs(runs: Iterable[Path]) -> None:
     """Refuse, before anything is measured, runs to which nothing can be added.
 
-    Raises BadInput for a run that cannot be written, or whose report or stored results are damaged.
+    Raises BadInput for a run that cannot be written, or whose stored results are damaged.
     """
     for run in runs:
         if not os.access(run, os.W_OK):
             raise BadInput(f"{run}: cannot be written, so no figures can be kept in it")
         device_results.load(run)
-        if (run / "report.json").is_file():
-            load(run)
 
 
 def show_devices(run: Path) -> str:
-    """Write a run's report again with its devices, if a build has ended there; says what it did.
+    """Write a run's report again with its devices, unless a build has yet to write it; says what it did.
 
     Raises OSError where it cannot be written.
     """
-    with _lock(run) as stamp:
-        if not (run / "report.json").is_file():
+    with _lock(run):
+        if not (run / REPORT).is_file() or _outdated(run):
             folder = run / device_results.FOLDER
             return f"{folder}: the report will show it once `edgedisp build` has ended"
         devices, outdated = device_results.load(run)
-        key = {**read_object(stamp).get("key", {}), "devices": digest([to_json(devices), outdated])}
-        _write(replace(load(run), devices=devices, devices_outdated=outdated), run, stamp, key)
+        key = {**read_json(run / STAMP)["key"], "devices": digest([to_json(devices), outdated])}
+        _write(replace(load(run), devices=devices, devices_outdated=outdated), run, key)
     return f"report: {run / 'report.html'} shows it under On devices"
 
 
-def _write(results: Run, run: Path, stamp: Path, key: dict[str, Any]) -> None:
+def _write(results: Run, run: Path, key: dict[str, Any]) -> None:
     from edgedisp.report import render  # brings matplotlib
 
-    stamp.unlink(missing_ok=True)
+    (run / STAMP).unlink(missing_ok=True)
     render.write(results, run)
-    write_json(stamp, {"key": key, "files": _hashes(run)})
-
-
-def _hashes(run: Path) -> dict[str, str]:
-    return {name: file_digest(run / name) for name in FILES if (run / name).is_file()}
+    write_json(run / STAMP, sealed({"key": key, "files": list_files(run, patterns=FILES)}))
 
 
 @contextmanager
-def _lock(run: Path) -> Iterator[Path]:
-    """Hold a run's report for the seconds that writing takes; gives the file that says what made it."""
-    folder = run / "report"
-    folder.mkdir(exist_ok=True)
-    with FileLock(folder / ".lock"):
-        yield folder / "made_from.json"
+def _lock(run: Path) -> Iterator[None]:
+    """Hold a run's report for the seconds that writing takes."""
+    (run / STAMP).parent.mkdir(exist_ok=True)
+    with FileLock((run / STAMP).with_name(".lock")):
+        yield

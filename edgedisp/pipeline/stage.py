@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.files import canonical, damaged_file, digest, file_digest, read_object, write_json
+from edgedisp.core.files import canonical, damaged_file, digest, file_digest, read_object, sealed, write_json
 from edgedisp.core.progress import Progress, Screen, silent
-from edgedisp.core.stage_folder import Record, finish, is_started, read, stage_output
+from edgedisp.core.stage_folder import CHECKPOINTS, Record, finish, is_started, read, stage_output
 
 REVISION = 4
 """Raised when stage functions write something else from the same inputs; older runs are then made again."""
@@ -117,7 +117,7 @@ class FileHashes:
         return str(cached[-1])
 
     def save(self) -> None:
-        write_json(self._path, self._hashes)
+        write_json(self._path, sealed(self._hashes))
 
 
 class StageRunner:
@@ -170,7 +170,7 @@ class StageRunner:
             try:
                 results = stage.run(self.records, partial, progress)
             except BadInput:
-                if not any((partial / "checkpoints").glob("*")):
+                if not any((partial / CHECKPOINTS).glob("*")):
                     shutil.rmtree(partial, ignore_errors=True)  # there is nothing worth resuming
                 raise
             record = finish(partial, folder, key, results, time.perf_counter() - started)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from edgedisp.bench.system import runner
 from edgedisp.core.distributed import is_main_process
 from edgedisp.core.files import to_json
 from edgedisp.core.progress import Progress
+from edgedisp.core.stage_folder import CHECKPOINTS
 from edgedisp.dispersion.losses import DispersionConfig
 from edgedisp.pipeline import adapters
 from edgedisp.pipeline.options import TrainOptions
@@ -54,7 +54,7 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
     fit_options = FitOptions(
         steps=options.steps,
         seed=arm.seed,
-        output_dir=output_dir / "checkpoints",
+        output_dir=output_dir / CHECKPOINTS,
         dispersion=None if arm.dispersion is None else dispersion_config(arm.dispersion, arm.seed),
         callbacks=callbacks,
         end_of_text=packing["end_of_text"] if packing["isolate_documents"] else None,
@@ -77,7 +77,6 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
     else:
         models.save(model, models.load_tokenizer(base), output_dir)
         models.copy_licence(base, output_dir)
-    shutil.rmtree(fit_options.output_dir)
     settings = {"steps": options.steps, **section.model_dump(include=set(SETTINGS)), "seed": arm.seed}
     settings["threads"] = torch.get_num_threads()
     result = replace(result, settings=settings, weights_sha256=weights_digest(output_dir))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgedisp.core.files import to_json
+from edgedisp.core.files import sealed, to_json, write_json, write_text
 from edgedisp.core.results import REPORT_FORMAT, Condensation, DeviceResult
 from edgedisp.core.run import Run
 from edgedisp.report import devices, sections
@@ -24,25 +24,25 @@ from edgedisp.report.verdict import RULES, verdict
 
 
 def write(run: Run, output_dir: Path) -> list[Path]:
-    """Write report.html, report.md, report.json and plots/*.png into `output_dir` (made if absent).
+    """Write plots/*.png, report.html, report.md and report.json into `output_dir` (made if absent).
 
-    Returns the files. Plots of an earlier report that no longer exist are removed.
+    Returns the files. Plots of an earlier report are removed. report.json goes first and comes last: where it
+    is, all files are of one report.
     """
-    folder = output_dir / "plots"
+    folder, data = output_dir / "plots", output_dir / "report.json"
     folder.mkdir(parents=True, exist_ok=True)
+    data.unlink(missing_ok=True)
     for path in folder.glob("*.png"):
         path.unlink()
     parts = _content(run)
     whole, result = parts["table"], parts["verdict"].to_json()
     document = {"format": REPORT_FORMAT, "run": to_json(run), "table": to_json(whole), "verdict": result}
-    texts = {
-        "report.html": _page(**parts),
-        "report.md": fill_markdown("report.md.j2", **{**parts, "table": table_markdown(whole)}),
-        "report.json": json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-    }
-    for name, text in texts.items():
-        (output_dir / name).write_text(text, encoding="utf-8")
-    return [*(output_dir / name for name in texts), *(save(plot, folder) for plot in parts["plots"].values())]
+    pictures = [save(plot, folder) for plot in parts["plots"].values()]
+    html, markdown = output_dir / "report.html", output_dir / "report.md"
+    write_text(html, _page(**parts))
+    write_text(markdown, fill_markdown("report.md.j2", **{**parts, "table": table_markdown(whole)}))
+    write_json(data, sealed(document))
+    return [html, markdown, data, *pictures]
 
 
 def page(run: Run) -> str:

@@ -10,7 +10,6 @@ float tolerance, dropout aside. A checkpoint can be continued by another number 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -33,8 +32,8 @@ from transformers.trainer_callback import TrainerCallback
 
 from edgedisp.core.distributed import get_world_size, is_main_process, split
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import write_json
-from edgedisp.core.progress import Progress, silent
+from edgedisp.core.files import list_files, listing_damage, read_json, sealed, write_json
+from edgedisp.core.progress import Progress, silent, warn
 from edgedisp.core.results import Training
 from edgedisp.dispersion.condensation import quick_condensation
 from edgedisp.dispersion.losses import DispersionConfig
@@ -245,7 +244,7 @@ class _Monitor(TrainerCallback):
         """The newest whole checkpoint, alone in its folder; restores the rows of the watch."""
         newest = newest_checkpoint(self.options.output_dir)
         if newest is not None:
-            marker = json.loads((newest / MARKER).read_text(encoding="utf-8"))
+            marker = read_json(newest / MARKER)
             if marker["is_sharded"] != self.is_sharded:
                 raise BadInput(
                     f"{newest}: a checkpoint cannot be continued from FSDP to DDP or back; remove it"
@@ -286,13 +285,19 @@ class _Monitor(TrainerCallback):
         barrier()  # the other processes' random states are part of the checkpoint
         if state.is_world_process_zero:
             folder = self.options.output_dir / f"{PREFIX}{state.global_step}"
-            write_json(folder / MARKER, {"watched": self.watched, "is_sharded": self.is_sharded})
+            marker = {"watched": self.watched, "is_sharded": self.is_sharded, "files": list_files(folder)}
+            write_json(folder / MARKER, sealed(marker))
             _remove_checkpoints(self.options.output_dir, except_for=folder)
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint under `output_dir` that has its marker, which is written last."""
-    return max((path.parent for path in output_dir.glob(f"{PREFIX}*/{MARKER}")), key=_step, default=None)
+    """The newest checkpoint under `output_dir` whose files are those that its marker, written last, lists."""
+    marked = sorted((path.parent for path in output_dir.glob(f"{PREFIX}*/{MARKER}")), key=_step, reverse=True)
+    for checkpoint in marked:
+        if (damage := listing_damage(checkpoint / MARKER)) is None:
+            return checkpoint
+        warn(f"{checkpoint}/{damage}; it is not continued")
+    return None
 
 
 def _remove_checkpoints(output_dir: Path, except_for: Path | None) -> None:

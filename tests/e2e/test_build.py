@@ -17,7 +17,7 @@ import onnx
 import pytest
 from tiny_build import Built, Command, Ended, write_recipe
 
-from edgedisp.core.files import check_files
+from edgedisp.core.files import check_files, read_json, sealed
 from edgedisp.core.stage_folder import Record, read
 from edgedisp.pipeline.run_results import load as load_results
 from edgedisp.recipe import load
@@ -125,12 +125,23 @@ def test_a_report_that_was_edited_or_deleted_is_written_again(
 ) -> None:
     recipe, run = copy_of(built, tmp_path)
     assert edgedisp("build", recipe, "--out", run).code == 0
-    whole = (run / "report.json").read_text()
-    (run / "report.json").write_text(whole[:1000])
-    (run / "report.html").unlink()
-    assert edgedisp("build", recipe, "--out", run).code == 0
+    whole, record = (run / "report.json").read_text(), run / "latency" / "record.json"
+    later = json.dumps(sealed({**read_json(record), "seconds": 1.0}))
+    for path, content, fault in (
+        (run / "report" / "made_from.json", "[]", "the writing of the report was cut off"),
+        (record, later, "is older than the stage latency"),
+        (run / "report.json", whole[:1000], "is no JSON object"),
+    ):
+        before = path.read_text()
+        path.write_text(content)
+        refused(edgedisp("compare", run), fault, "`edgedisp build` writes")
+        path.write_text(before)
+    (run / "report.json").unlink()
+    refused(edgedisp("compare", run), "holds no report.json; `edgedisp build` writes")
+    (run / "report.html").write_text("")
+    assert edgedisp("build", recipe, "--out", run).code == edgedisp("compare", run).code == 0
     assert json.loads((run / "report.json").read_text())["verdict"] == json.loads(whole)["verdict"]
-    assert (run / "report.html").is_file()
+    assert (run / "report.html").stat().st_size
 
 
 def test_a_changed_precision_retrains_nothing(built: Built, tmp_path: Path, edgedisp: Command) -> None:
@@ -258,6 +269,34 @@ def test_a_recipe_passes_every_stage_with_its_tiny_twin(
     assert ended.code == 0, ended
     results = load_results(tmp_path / "run")
     assert results.smoke and set(results.comparisons["dispersed"]) == {"torch", "fp32", "int8", "int4"}
+
+
+# Damaged files
+
+BUILD = "build {recipe} --out {run} --set"
+
+
+@pytest.mark.parametrize(("name", "command"), [
+    ("corpus/tokens.npy", f"{BUILD} arms=[baseline,dispersed,neftune]"),
+    ("base/model.safetensors", f"{BUILD} targets=[laptop-x64]"),
+    ("dispersed/int4/model.onnx.data", f"{BUILD} targets=[laptop-x64]"),
+    ("dispersed/measure-int4/items.json", "compare {run} {run}"),
+    ("dispersed/model/generation_config.json", "export {run}/dispersed/model --out {run}/new"),
+    ("dispersed/model/tokenizer.json", "condensation {run}/dispersed/model"),
+    ("dispersed/int4/tokenizer.json", "chat {run}/dispersed/int4 --prompt Hello"),
+    ("corpus/heldout.jsonl", "bench {run}/dispersed/int4 --score heldout_perplexity"),
+])  # fmt: skip
+def test_a_changed_byte_is_noticed_by_the_command_that_reads_it(
+    name: str, command: str, built: Built, tmp_path: Path, edgedisp: Command
+) -> None:
+    run = shutil.copytree(built.run, tmp_path / "run")
+    content = (run / name).read_bytes()
+    middle = len(content) // 2
+    (run / name).write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    ended = edgedisp(*command.format(run=run, recipe=built.recipe).split())
+    lines = [line for line in ended.err.splitlines() if line.startswith("edgedisp: ")]
+    assert ended.code in (1, 2) and ended.out == "" and len(lines) == 1, ended
+    assert f"{name}: is damaged" in lines[0]
 
 
 # Bad input

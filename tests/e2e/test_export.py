@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from edgedisp.commands.export import export_bundle
-from edgedisp.core.errors import BuildFailed
+from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import file_digest, list_files
 from edgedisp.core.stage_folder import finish, stage_output
 from edgedisp.graph.session import OnnxModel
@@ -123,6 +123,7 @@ def stray_from_the_record(path: Path) -> None:
     ("model.safetensors", not_a_number, f"{K_PROJ} holds 1 values that are not finite"),
     ("model.safetensors", cut_off, "cannot be opened (damaged?)"),
     ("model.safetensors", stray_from_the_record, "copy or export the folder again"),
+    ("generation_config.json", stray_from_the_record, "copy or export the folder again"),
 ])  # fmt: skip
 def test_a_folder_that_cannot_be_exported_is_refused_in_one_line(
     name: str, spoil: Callable[[Path], None], message: str, base: Path, edgedisp: Run
@@ -162,6 +163,11 @@ def test_an_interrupted_export_leaves_nothing(error: type[BaseException], base: 
         if len(reports) == 5:
             raise error
 
+    killed = tmp_path / "folder" / "bundle.partial"
+    (killed / "fp32").mkdir(parents=True)
+    with pytest.raises(BadInput, match=r"bundle\.partial: is needed for unfinished files and holds others"):
+        export_bundle(base, "laptop-x64", tmp_path / "folder" / "bundle", progress)
+    (killed / ".lock").touch()
     with pytest.raises(error):
         export_bundle(base, "laptop-x64", tmp_path / "folder" / "bundle", progress)
-    assert not names_in(tmp_path / "folder")
+    assert reports and not names_in(tmp_path / "folder")

@@ -60,10 +60,22 @@ def test_a_damaged_report_is_refused_with_its_fault(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"holds no report\.json"):
         load(tmp_path)
     faults = {"{": "cannot be read", '{"format": 2}': "format 3", '{"format": 3, "run": {"name": 1}}': "name"}
+    write(sample(), tmp_path)
+    faults[path.read_text().replace(" 1", " 2", 1)] = "is damaged or was edited"
     for text, match in faults.items():
         path.write_text(text)
         with pytest.raises(BadInput, match=match):
             load(tmp_path)
+
+
+def test_a_report_whose_writing_broke_off_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+    write(sample(), tmp_path)
+    (tmp_path / "report.md").unlink()
+    (tmp_path / "report.md").mkdir()
+    with pytest.raises(OSError, match=r"report\.md"):
+        write(sample(), tmp_path)
+    with pytest.raises(BadInput, match=r"holds no report\.json"):
+        load(tmp_path)
 
 
 def test_names_are_escaped_in_page_and_card() -> None:

@@ -16,7 +16,7 @@ import torch
 from training import fit_tiny, open_tiny
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.files import file_digest
+from edgedisp.core.files import file_digest, read_json, sealed, write_json
 from edgedisp.dispersion.losses import DispersionConfig
 from edgedisp.train.trainer import MARKER, newest_checkpoint
 
@@ -110,6 +110,11 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_for_the_one_before(
     assert fit_tiny(model, tmp_path, steps=2, checkpoint_every=2).resumed_from == 2
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     path = good / MARKER
-    path.write_text(json.dumps({**json.loads(path.read_text()), "is_sharded": True}))
+    write_json(path, sealed({**read_json(path), "is_sharded": True}))
     with pytest.raises(BadInput, match="cannot be continued from FSDP to DDP"):
         fit_tiny(model, tmp_path, steps=2)
+    for file in (path, good / "optimizer.pt"):
+        content = file.read_bytes()
+        file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        assert newest_checkpoint(tmp_path) is None
+        file.write_bytes(content)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_build import write_recipe
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import data_folder
 from edgedisp.pipeline import build_plan
-from edgedisp.pipeline.stage import Stage, plain
+from edgedisp.pipeline.stage import Stage, StageRunner, plain
 from edgedisp.recipe import Recipe, load
 
 BOTH = {"baseline/model", "dispersed/model"}
@@ -70,6 +73,25 @@ def test_a_training_depends_on_what_its_arm_adds_and_on_nothing_of_the_others() 
 def test_a_changed_key_changes_the_stages_whose_options_hold_it(override: str, expected: set[str]) -> None:
     stages = changed(by_name(quickstart()), by_name(quickstart(override)))
     assert stages == {name.replace("ARM", arm) for name in expected for arm in ("baseline", "dispersed")}
+
+
+def test_a_local_base_and_text_are_in_a_key_by_their_content(tmp_path: Path) -> None:
+    base, text = tmp_path / "tiny", tmp_path / "text.jsonl"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    text.write_text("one")
+    recipe = load(write_recipe(tmp_path, "tiny", text.name))
+
+    def hashes() -> list[dict[str, str]]:
+        stages = build_plan.base(recipe), replace(build_plan.corpus(recipe), inputs={})
+        return [StageRunner(tmp_path).key(stage)["files"] for stage in stages]
+
+    before = hashes()
+    text.write_text("two")
+    other_text = hashes()
+    (base / "config.json").write_text("[]")
+    assert [left == right for left, right in zip(before, other_text)] == [True, False]
+    assert [left == right for left, right in zip(other_text, hashes())] == [False, True]
 
 
 def test_auto_precision_is_in_a_trainings_key_as_this_machine_computes_it(

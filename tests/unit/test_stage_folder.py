@@ -33,6 +33,9 @@ def make(folder: Path, key: dict[str, Any], text: str = "hello", *, resumable: b
         (output_dir / "sub").mkdir(exist_ok=True)
         (output_dir / "sub" / "a.txt").write_text(text)
         (output_dir / "empty").touch()
+        if resumable:
+            (output_dir / "checkpoints").mkdir(exist_ok=True)
+            (output_dir / "checkpoints" / "state").write_text("all steps")
         return finish(output_dir, folder, key, {"answer": 42}, 1.5)
 
 
@@ -155,6 +158,8 @@ def test_a_build_killed_at_any_step_is_completed_by_the_next(tmp_path: Path, ear
         with dying_at(step) as died:
             build(run, {"lr": 1})
         whole = [json.loads(path.read_text())["key"] for path in run.rglob(f"*.partial/{RECORD}")]
+        for work in run.rglob("model.partial/sub"):  # of no training is the end lost before it has a record
+            assert whole or (work.parent / "checkpoints" / "state").is_file()
         runs.clear()
         build(run, {"lr": 1})
         counts.append(len(runs))
@@ -286,6 +291,33 @@ def bundle(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     (tmp_path / "config.json").write_text("{}")
     write_json(tmp_path / request.param, {"files": list_files(tmp_path)})
     return tmp_path
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(share=st.floats(0, 1, exclude_max=True), bits=st.integers(1, 255))
+def test_a_record_with_a_changed_byte_is_none(tmp_path: Path, share: float, bits: int) -> None:
+    record = make(tmp_path / "stage", {"lr": 1})
+    path = tmp_path / "stage" / RECORD
+    content = bytearray(path.read_bytes())
+    content[int(share * len(content))] ^= bits
+    path.write_bytes(content)
+    assert read(tmp_path / "stage") in (None, record)  # the same: white space, or the name of the hash
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("config.json", {"eos_token_id": "2"}),
+    ("config.json", {"vocab_size": [1]}),
+    ("generation_config.json", {"eos_token_id": {"id": 2}}),
+    ("tokenizer_config.json", {"chat_template": 5}),
+    ("tokenizer.json", {"added_tokens": [{"id": 3}]}),
+    ("genai_config.json", {"model": [1]}),
+    ("model.safetensors.index.json", {"weight_map": {"a": None}}),
+    (MANIFEST, {"layouts": ["optimum"]}),
+])  # fmt: skip
+def test_a_key_of_another_type_is_refused_by_its_name(tmp_path: Path, name: str, value: Any) -> None:
+    write_json(tmp_path / name, value)
+    with pytest.raises(BadInput, match=f"{name}: {next(iter(value))}.*: (Input|Field|Could|Unable)"):
+        files.read_json(tmp_path / name)
 
 
 def damage_of(bundle: Path, pattern: str = "*") -> str:
