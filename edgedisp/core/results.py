@@ -195,21 +195,21 @@ class Divergence:
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """Geometry of token vectors after a layer (None: the final norm): figure -> estimate (cosine_raw ...).
+    """Geometry of token vectors after a layer (0: the embedding): figure -> estimate (cosine_raw ...).
     histogram: counts of pairwise cosines over [-1, 1]."""
 
-    layer: int | None
+    layer: int
     figures: dict[str, Estimate]
     histogram: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Condensation:
-    """Profile of a model over held-out sequences; correlations: of cosine with depth (spearman, kendall).
-    change: the same as paired differences from a reference (the baseline, or the arm's torch model)."""
+    """Profile of a model over held-out sequences; layers: transformers' hidden states; mean_cosine: over all
+    but the embedding; correlations: of cosine with depth (spearman, kendall). change: the same as paired
+    differences from a reference (the baseline, or the arm's torch model)."""
 
     layers: list[LayerProfile]
-    final_norm: LayerProfile | None
     mean_cosine: Estimate
     correlations: dict[str, Estimate]
     sequences: int = 0

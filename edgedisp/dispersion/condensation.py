@@ -1,8 +1,9 @@
 """How condensed a model's token vectors are: figures by layer, their trend with depth, and intervals.
 
 In deep layers the token vectors of a sequence crowd into a narrow cone (embedding condensation, arXiv
-2602.00217). `profile` measures FIGURES of each sequence at each layer; `summary` gives their means, and the
-rank correlation of a layer's mean cosine with its depth. Intervals are a bootstrap over sequences, with the
+2602.00217). `profile` measures FIGURES of each sequence at each layer, as transformers lists hidden states:
+0 is the embedding output, the last one is after the final norm. `summary` gives their means, and the rank
+correlation of a layer's mean cosine with its depth. Intervals are a bootstrap over sequences, with the
 percentiles that Student's t needs, times sqrt(n / (n - 1)) (Hesterberg, The American Statistician 69, 2015).
 """
 
@@ -39,15 +40,15 @@ FIGURES = (
 """
 
 States = Callable[[Tensor], Sequence[Tensor]]
-"""Token ids int64 `(tokens,)` -> depth + 2 tensors `(tokens, features)`: embedding, blocks, final norm."""
+"""Token ids int64 `(tokens,)` -> depth + 1 tensors `(tokens, features)`, transformers' `hidden_states`."""
 
 Statistic = Callable[[Tensor], Tensor]  # curves (..., layers) -> (...) or (..., layers)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """figures: name -> [sequence][layer], the final norm last. histograms: counts of pairwise cosines
-    [layer][bin], summed over sequences."""
+    """figures: name -> [sequence][layer]. histograms: counts of pairwise cosines [layer][bin], summed over
+    sequences."""
 
     figures: dict[str, list[list[float]]]
     histograms: list[list[int]]
@@ -131,16 +132,15 @@ def measure_model(model: nn.Module, blocks: Tensor, progress: Progress = silent)
     with hidden_states(model) as states:
 
         def run(block: Tensor) -> list[Tensor]:
-            last = decoder(input_ids=block[None].to(device), use_cache=False).last_hidden_state
-            return [state[0] for state in (*states, last)]
+            decoder(input_ids=block[None].to(device), use_cache=False)
+            return [state[0] for state in states]
 
         return profile(run, blocks, progress)
 
 
 @torch.no_grad()
 def quick_condensation(model: nn.Module, blocks: Tensor) -> list[float]:
-    """The raw mean cosine over sequences by layer, cheap enough to look at while a model trains; index 0 is
-    the embedding output, i the output of the i-th block.
+    """The raw mean cosine over sequences by layer, cheap enough to look at while a model trains.
 
     model: in evaluation mode, bare or wrapped by peft. blocks: `(sequences, tokens)` int64, without padding.
     """
@@ -163,34 +163,22 @@ def summary(measured: Profile, reference: Profile | None = None) -> Condensation
 def _condensation(measured: Profile, reference: Profile | None = None) -> Condensation:
     """Of one profile, or of the difference of two."""
 
-    def estimate(
-        statistic: Statistic, figure: str = "cosine_raw", layers: slice = slice(None)
-    ) -> list[Estimate]:
-        before = None if reference is None else reference.values(figure)[:, layers]
-        return estimates(statistic, measured.values(figure)[:, layers], before)
+    def estimate(statistic: Statistic, figure: str = "cosine_raw") -> list[Estimate]:
+        before = None if reference is None else reference.values(figure)
+        return estimates(statistic, measured.values(figure), before)
 
-    is_alike = reference is None or len(reference.histograms) == len(measured.histograms)
-    layers = slice(None) if is_alike else slice(-1, None)  # the final norm alone
-    columns = zip(*(estimate(lambda mean: mean, name, layers) for name in FIGURES))
-    histograms = measured.histograms[layers] if reference is None else [[]] * len(measured.histograms)
-    rows = [
-        LayerProfile(layer, dict(zip(FIGURES, column)), tuple(counts))
-        for layer, (column, counts) in enumerate(zip(columns, histograms))
-    ]
+    rows, histograms = list[LayerProfile](), measured.histograms
+    if reference is None or len(reference.histograms) == len(histograms):
+        columns = zip(*(estimate(lambda mean: mean, name) for name in FIGURES))
+        rows = [
+            LayerProfile(layer, dict(zip(FIGURES, column)), () if reference else tuple(histograms[layer]))
+            for layer, column in enumerate(columns)
+        ]
     return Condensation(
-        rows[:-1],
-        replace(rows[-1], layer=None),
-        estimate(lambda curve: curve[..., 1:-1].mean(dim=-1))[0],  # of the blocks' outputs
-        {
-            "spearman": estimate(lambda curve: spearman(_hidden_states_of(curve)))[0],
-            "kendall": estimate(lambda curve: kendall(_hidden_states_of(curve)))[0],
-        },
+        rows,
+        estimate(lambda curve: curve[..., 1:].mean(dim=-1))[0],  # without the embedding
+        {"spearman": estimate(spearman)[0], "kendall": estimate(kendall)[0]},
     )
-
-
-def _hidden_states_of(curve: Tensor) -> Tensor:
-    """As transformers lists them: the embedding output first, the last block AFTER the final norm."""
-    return torch.cat([curve[..., :-2], curve[..., -1:]], dim=-1)
 
 
 def estimates(statistic: Statistic, measured: Tensor, reference: Tensor | None = None) -> list[Estimate]:

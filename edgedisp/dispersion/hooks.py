@@ -1,15 +1,16 @@
 """Compute the dispersion loss layer by layer while a model runs.
 
-Forward hooks on the decoder layers collect their outputs, and `DispersionLoss.loss` computes their values.
-Which tokens are sampled depends on (seed, number of the sequence, layer) and the number of real tokens alone,
-through generators of this module: the global random streams stay untouched.
+Forward hooks collect the layers' outputs, and `DispersionLoss.loss` computes their values. Layers are those
+of transformers' `hidden_states[1:]`, as in the paper's code: the last one is the decoder's output, after its
+final norm. Which tokens are sampled depends on (seed, number of the sequence, layer) and the number of real
+tokens alone, through generators of this module: the global random streams stay untouched.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +40,15 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     raise ValueError(f"{type(model).__name__} has no list of {depth} transformer layers to watch")
 
 
+def layer_outputs(model: nn.Module) -> list[tuple[nn.Module, Callable[[Any], Tensor]]]:
+    """Of each layer the module that gives transformers' hidden state of it, and how that is read from the
+    module's output. Of the last layer it is the decoder, which runs the blocks and then the final norm."""
+    layers = decoder_layers(model)
+    around = [module for module in model.modules() if layers in module.modules()]
+    decoder = [module for module in around if not isinstance(module, nn.ModuleList | nn.ModuleDict)][-1]
+    return [*((layer, _tensor) for layer in layers[:-1]), (decoder, _last_hidden_state)]
+
+
 def select_layers(choice: str | Sequence[int], depth: int) -> list[int]:
     """Indices (from 0) of the layers named by `all`, `first_half`, `last_half`, `last`, or a list. Raises
     ValueError for an index outside the model, or a choice of no layer."""
@@ -58,20 +68,21 @@ def select_layers(choice: str | Sequence[int], depth: int) -> list[int]:
 
 @contextmanager
 def hidden_states(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the embedding output and every layer's output (before any final norm) inside the block.
+    """Collect transformers' `hidden_states` inside the block: the embedding output, and the output of every
+    layer, of the last one after the final norm.
 
     Yields a list of `(batch, tokens, features)`, which each forward pass fills anew.
     """
-    layers, states = decoder_layers(model), list[Tensor]()
+    states = list[Tensor]()
 
     def start(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         states[:] = [args[0] if args else kwargs["hidden_states"]]
 
     with ExitStack() as stack:
         stack.callback(states.clear)
-        stack.callback(layers[0].register_forward_pre_hook(start, with_kwargs=True).remove)
-        for layer in layers:
-            hook = layer.register_forward_hook(lambda module, args, output: states.append(_tensor(output)))
+        stack.callback(decoder_layers(model)[0].register_forward_pre_hook(start, with_kwargs=True).remove)
+        for module, read in layer_outputs(model):
+            hook = module.register_forward_hook(lambda *call, read=read: states.append(read(call[-1])))
             stack.callback(hook.remove)
         yield states
 
@@ -91,10 +102,10 @@ class DispersionLoss:
     """The dispersion term of a training loss, averaged over sequences and watched layers; see the package.
 
     Forward passes without gradients (evaluation, generation) are ignored, and those whose `loss` is never
-    asked for are not counted. A sequence with fewer than two tokens to compare counts as 0. Layers that a
-    pass skips (`layerdrop`) are not in the mean; one that skips them all is 0, and not counted. Under CPU
-    autocast to bfloat16 the products of token vectors round their inputs like all others, and add up in
-    float32.
+    asked for are not counted. A sequence with fewer than two tokens to compare counts as 0. Layers but the
+    last that a pass skips (`layerdrop`) are not in the mean; one that skips all the watched is 0, and not
+    counted. Under CPU autocast to bfloat16 the products of token vectors round their inputs like all others,
+    and add up in float32.
 
     next_sequence: number, among all that training sees, of the first sequence in the next pass, which decides
     what tokens are sampled. It counts on by itself.
@@ -104,40 +115,33 @@ class DispersionLoss:
         self.config, self.weight = config, config.weight
         self.next_sequence = 0
         self._pass: _Pass | None = None
+        self._is_training = False  # whether the model's newest pass has gradients
         self._layers: list[int] = []  # that are watched
-        self._has_run = False  # whether one of them gave its output
         self._last: tuple[list[int], Tensor] = [], torch.empty(0)  # layers and values of the last pass
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[DispersionLoss]:
         """Compute the term in every training forward pass of `model` inside the block; padding is what the
         call's `attention_mask` says. Raises ValueError if the model lacks one of the layers."""
-        blocks = decoder_layers(model)
-        self._layers, self._has_run = select_layers(self.config.layers, len(blocks)), False
+        outputs = layer_outputs(model)
+        self._layers = select_layers(self.config.layers, len(outputs))
         with ExitStack() as stack:
             stack.callback(model.register_forward_pre_hook(self._start, with_kwargs=True).remove)
             for position, index in enumerate(self._layers):
-                hook = blocks[index].register_forward_hook(partial(self._collect, position))
+                module, read = outputs[index]
+                hook = module.register_forward_hook(partial(self._collect, position, read))
                 stack.callback(hook.remove)
             yield self
 
     def loss(self) -> Tensor:
         """The mean over layers and sequences of the last forward pass; scalar, float32 or better. Raises
-        ValueError if there was no training forward pass, or its loss was already returned, and as long as no
-        pass ran one of the layers."""
+        ValueError if there was no training forward pass, or its loss was already returned."""
         current, self._pass = self._pass, None
         if current is None:
             raise ValueError("no forward pass to compute the dispersion of: run the model inside watch()")
-        if current.sample is None and self._has_run:
+        if current.sample is None:
             self._last = [], torch.empty(0)
             return torch.zeros(())
-        if current.sample is None:
-            raise ValueError(
-                "none of the chosen layers ran with gradients, so there is no dispersion to compute; "
-                "reentrant gradient checkpointing hides them (set use_reentrant to False), as layerdrop may "
-                "in a first pass"
-            )
-        self._has_run = True
         self._compute(current, current.sample)
         self.next_sequence += current.sample.batch
         together = torch.cat([value.to(current.values[0].device) for value in current.values])
@@ -150,17 +154,26 @@ class DispersionLoss:
         return dict(sorted(zip((self._layers[position] for position in layers), values.tolist())))
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() and not _in_backward():
+        self._is_training = torch.is_grad_enabled() and not _in_backward()
+        if self._is_training:
             mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
             self._pass = _Pass(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
 
-    def _collect(self, position: int, module: nn.Module, args: object, output: Any) -> None:
-        current, state = self._pass, _tensor(output)
-        if current is None or not torch.is_grad_enabled() or _in_backward():
+    def _collect(
+        self, position: int, read: Callable[[Any], Tensor], module: nn.Module, args: object, output: Any
+    ) -> None:
+        current = self._pass
+        if current is None or not self._is_training or _in_backward():
             return
+        if not torch.is_grad_enabled():
+            raise ValueError(
+                f"layer {self._layers[position]} ran without gradients, so it has no dispersion to compute; "
+                "reentrant gradient checkpointing does that (set use_reentrant to False)"
+            )
+        state = read(output)
         if current.sample is None:
-            depth, first = len(self._layers), self.next_sequence
-            current.sample = TokenSample(self.config, depth, state, current.mask, first)
+            first = self.next_sequence
+            current.sample = TokenSample(self.config, self._layers, state, current.mask, first)
         current.waiting.append((position, state))
         # Without sampling at once, so that the gradients of all tokens are alive for one layer at a time.
         is_due = current.sample.picks is None or position == len(self._layers) - 1
@@ -172,7 +185,8 @@ class DispersionLoss:
         config, waiting = self.config, current.waiting
         options = {"temperature": config.temperature, "clamp": config.clamp, "precision": sample.precision}
         size = GROUP if config.variant in FORMS and sample.picks is not None else 1
-        for _, outputs in groupby(waiting, key=lambda output: output[1].device):
+        # A projection after the last layer (OPT-350M) changes the number of features.
+        for _, outputs in groupby(waiting, key=lambda output: (output[1].device, output[1].shape[-1])):
             alike = list(outputs)
             for start in range(0, len(alike), size):
                 group = alike[start : start + size]
@@ -184,11 +198,16 @@ class DispersionLoss:
 
 
 class TokenSample:
-    """The tokens of one forward pass that take part, over `layers` watched layers, of which one gave `state`.
+    """The tokens of one forward pass that take part in each of the watched `layers`; `state` is of one.
     Raises ValueError for an output that is not `(batch, tokens, features)`, or a mask that does not fit."""
 
     def __init__(
-        self, config: DispersionConfig, layers: int, state: Tensor, mask: Tensor | None, first_sequence: int
+        self,
+        config: DispersionConfig,
+        layers: list[int],
+        state: Tensor,
+        mask: Tensor | None,
+        first_sequence: int,
     ) -> None:
         if state.dim() != 3:
             raise ValueError(
@@ -205,9 +224,10 @@ class TokenSample:
         candidates = real & (real.cumsum(dim=1) > 1) if config.exclude_sink else real
         self.picks: Tensor | None = None  # (layers, 2, batch * n) int64, sequence and token
         if config.tokens is not None and config.tokens < tokens:
-            picks = sample_tokens(config.tokens, layers, real, candidates, (config.seed, first_sequence))
-            candidates = candidates.expand(layers, -1, -1).gather(2, picks)
-            sequence = torch.arange(self.batch).repeat_interleave(config.tokens).expand(layers, -1)
+            stream = config.seed, first_sequence
+            picks = sample_tokens(config.tokens, layers[-1] + 1, real, candidates, stream)[layers]
+            candidates = candidates.expand(len(layers), -1, -1).gather(2, picks)
+            sequence = torch.arange(self.batch).repeat_interleave(config.tokens).expand(len(layers), -1)
             self.picks = torch.stack([sequence, picks.flatten(1)], dim=1).to(device)
         # (batch, tokens), or (layers, batch, n) where sampled. None, for all, spares a copy of the vectors.
         self.mask = None if candidates.all() and not config.exclude_sink else candidates.to(device)
@@ -242,13 +262,14 @@ def sample_tokens(
     count: at most `tokens`. real, candidates: `(batch, tokens)` bool on the CPU; others than candidates are a
     last resort. stream: seed, and number of the first row's sequence; the rows after it count on.
     """
-    keys, (seed, first_sequence) = torch.full((layers, *real.shape), -1.0), stream
+    # In float64, so that no two keys are equal: which of them comes first could depend on padding.
+    keys, (seed, first_sequence) = torch.full((layers, *real.shape), -1.0, dtype=torch.float64), stream
     for row, mask in enumerate(real):
         # One stream a sequence, as long as its real tokens: padding shifts nothing. On the CPU, so that CPU
         # and GPU runs sample the same tokens.
         mixed = hashlib.blake2b(repr((seed, first_sequence + row)).encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(mixed))
-        keys[:, row, mask] = torch.rand(layers, int(mask.sum()), generator=generator)
+        keys[:, row, mask] = torch.rand(layers, int(mask.sum()), generator=generator, dtype=torch.float64)
     keys.masked_fill_(~candidates, -1.0)
     return keys.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
 
@@ -286,6 +307,16 @@ class _Gather(torch.autograd.Function):
 
 def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
+
+
+def _last_hidden_state(output: Any) -> Tensor:
+    state = getattr(output, "last_hidden_state", None)
+    if isinstance(state, Tensor):
+        return state
+    raise ValueError(
+        "the module around the layers returns no last_hidden_state, as decoders of transformers do, so the "
+        "last layer's vectors after the final norm are unknown; leave the last layer out of `layers`"
+    )
 
 
 def _in_backward() -> bool:

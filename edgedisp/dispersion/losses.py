@@ -1,10 +1,8 @@
 """Dispersion losses over the token vectors of one sequence: the smaller, the more the vectors differ.
 
 `angular`, l2-repel, decorrelation and orthogonalization are of arXiv 2602.00217 (section 4); `cosine` is a
-form of Diffuse and Disperse (arXiv 2506.09027). Unlike in the code published with 2602.00217, padding takes
-no part; vectors are divided by their norm, not by the norm + 0.01; decorrelation is of features over tokens,
-not of tokens over features; means replace sums; the last layer's vectors are those before the final norm; and
-everything is computed in float32 or better: in bfloat16 a cosine near 1 has steps of 0.004.
+form of Diffuse and Disperse (arXiv 2506.09027). docs/training.md says what differs from the code published
+with 2602.00217. Everything is computed in float32 or better: in bfloat16 a cosine near 1 has steps of 0.004.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ VARIANTS: dict[str, Loss] = {form: functools.partial(pairwise_loss, form) for fo
 """The losses by the name that a recipe uses."""
 
 ROUNDING_STEPS = 100  # a feature within so many rounding steps of its mean does not vary
-NORM_PENALTY = 0.1  # of `l2_repel`, as in the paper's code
+NORM_PENALTY = 0.1  # of `l2_repel`
 
 
 def unit_vectors(vectors: Tensor) -> Tensor:
@@ -73,8 +71,9 @@ def _variant(formula: Loss) -> Loss:
 def l2_repel(vectors: Tensor, mask: Tensor, *, temperature: float = 1.0, **_: object) -> Tensor:
     """`log mean exp(-|r_i - r_j|^2 / temperature) + 0.1 mean |r_i|^2`, r = z / (mean norm of the tokens).
 
-    The paper's has r = z, which fails at norms of hundreds, where one pair takes the whole gradient. 0.1 for
-    equal vectors, near 0.1 - 2 / temperature for orthogonal ones. Attention sinks dominate the penalty.
+    The paper's has r = z, which fails at norms of hundreds, where one pair takes the whole gradient, and its
+    code takes the mean over features too in the penalty. 0.1 for equal vectors, near 0.1 - 2 / temperature
+    for orthogonal ones. Attention sinks dominate the penalty.
     """
     count = mask.sum(dim=-1).clamp_min(1)
     unit = vectors.norm(dim=-1).sum(dim=-1) / count
@@ -150,10 +149,11 @@ class DispersionConfig:
     """Which loss, how strong, over which layers and tokens.
 
     variant: a name in VARIANTS. weight: lambda in `CE + lambda * L`. layers: `all`, `first_half`,
-    `last_half`, `last`, or indices from 0; never the embedding output. temperature: tau of the loss. tokens:
-    how many tokens of each sequence are sampled, anew for each layer and step (the paper: 256); None takes
-    all. clamp: cosines are clamped to [clamp - 1, 1 - clamp], see `angular_distance`. exclude_sink: leave out
-    attention sinks: the first token, and any of more than 10 times the median norm. seed: of the sampling.
+    `last_half`, `last`, or indices from 0, the last one's after the final norm; never the embedding output.
+    temperature: tau of the loss. tokens: how many tokens of each sequence are sampled, anew for each layer
+    and step (the paper: 256); None takes all. clamp: cosines are clamped to [clamp - 1, 1 - clamp], see
+    `angular_distance`. exclude_sink: leave out attention sinks: the first token, and any of more than 10
+    times the median norm. seed: of the sampling.
 
     Raises ValueError naming the field, its value and what works.
     """

@@ -144,24 +144,22 @@ def _producers(value: ir.Value | None) -> Iterator[ir.Node]:
 
 
 def hidden_states(graph: ir.Graph) -> list[ir.Value]:
-    """The embedding's output, each layer's output, and the final normed state, in order; fewer where a norm
-    cannot be found. An adding norm that does not write its sum is changed to write it.
+    """The embedding's output and each layer's, the last one's after the final norm; fewer where a norm is not
+    found. An adding norm that does not write its sum is changed to write it.
 
     Values are found by what they do, not by names: the input of attention, or `logits`, comes from a product,
     which comes from a norm. What that norm reads, or the sum it writes beside the normed state, is the
     residual stream. Norms of queries and keys come after that product.
     """
-    starts = [node.inputs[0] for node in graph if node.op_type == ATTENTION]
-    starts += [value for value in graph.outputs if value.name == "logits"]
-    states: list[ir.Value] = []
-    norm = None
-    for value in starts:
+    logits = [value for value in graph.outputs if value.name == "logits"]
+    states: list[Any] = []
+    for value in [*(node.inputs[0] for node in graph if node.op_type == ATTENTION), *logits]:
         nodes = dropwhile(lambda node: node.op_type not in PRODUCTS, _producers(value))
         norm = next((node for node in nodes if node.op_type in NORMS), None)
         if norm is None:
             return states
-        states.append(_residual(norm))
-    return states if norm is None else [*states, norm.outputs[0]]
+        states.append(norm.outputs[0] if value in logits else _residual(norm))
+    return states
 
 
 def _residual(norm: ir.Node) -> Any:

@@ -182,9 +182,9 @@ class HiddenStates:
         layers, path = int(read_config(bundle)["decoder"]["num_hidden_layers"]), graph_path(bundle)
         model = read_graph(path)
         states = hidden_states(model.graph)
-        if len(states) != layers + 2:
+        if len(states) != layers + 1:
             raise BadInput(
-                f"{path}: hidden states of {max(0, len(states) - 2)} layers are found of {layers}; a graph "
+                f"{path}: hidden states of {max(0, len(states) - 1)} layers are found of {layers}; a graph "
                 f"needs {ATTENTION}, as `edgedisp export` and onnxruntime-genai's builder write it"
             )
         self.names = [str(state.name) for state in states]
@@ -196,9 +196,8 @@ class HiddenStates:
         self.context = self._model.context
 
     def __call__(self, ids: Ids) -> list[NDArray[np.float32]]:
-        """ids int64 [tokens] -> layers + 2 arrays float32 [tokens, features].
+        """ids int64 [tokens] -> layers + 1 arrays float32 [tokens, features]: transformers' `hidden_states`.
 
-        The first is the embedding's output, then each block's, then the last one after the final norm.
         ValueError for no tokens, or more than the context. BuildFailed if onnxruntime cannot run the graph.
         """
         if not 0 < len(ids) <= self.context:

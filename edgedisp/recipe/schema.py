@@ -87,7 +87,7 @@ class Dispersion(Section):
     weight: values.NotNegative = 0.1
     """factor before the dispersion loss; 0 is bit-identical to off"""
     layers: values.Layers = "all"
-    """the layers whose output is dispersed (the embedding never is)"""
+    """the layers whose output is dispersed, the last one's after the final norm (the embedding never is)"""
     temperature: Annotated[float, Ge(0.05), Le(1e9), NUMBER] = 1.0
     """tau: a small one looks at the nearest pairs alone"""
     tokens: values.Sample = 64

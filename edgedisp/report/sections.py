@@ -130,12 +130,12 @@ def profile_grids(profiles: Mapping[str, Condensation]) -> list[Grid]:
 def layer_grid(name: str, profile: Condensation, signs: bool = False) -> Grid:
     """Every figure of every layer; signs: for differences."""
     rows = []
-    for layer in (*profile.layers, *([profile.final_norm] if profile.final_norm else [])):
+    for layer in profile.layers:
         texts = {
             title: fmt.format_estimate(layer.figures.get(key), signs=signs)
             for key, title in TEXTS["figures"].items()
         }
-        rows.append(("after the final norm" if layer.layer is None else str(layer.layer), texts))
+        rows.append((str(layer.layer), texts))
     return grid("layers", rows, f"{name}, layer by layer")
 
 

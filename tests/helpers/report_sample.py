@@ -59,16 +59,16 @@ def share_difference(value: float, half: float, p: float, task: str = CLOZE) -> 
 
 def condensation(shift: float, change: Condensation | None = None) -> Condensation:
     layers = []
-    for index in (*range(5), None):
-        cosine = 0.4 if index is None else 0.1 + 0.08 * index + shift
+    for index in range(6):
+        cosine = 0.4 if index == 5 else 0.1 + 0.08 * index + shift
         figures = {"cosine_raw": around(cosine, 0.01), "cosine_sink_excluded": around(cosine + 0.02, 0.01)}
-        figures |= {"effective_rank": around(60.0 - 4 * (index or 5), 3.0)}
+        figures |= {"effective_rank": around(60.0 - 4 * index, 3.0)}
         figures |= {"kurtosis": around(4.0, 0.2), "max_over_median": around(100.0, 9.0)}
         counts = [round(900 * math.exp(-(((-1 + place / 10) - cosine) ** 2) * 20)) for place in range(20)]
         layers.append(LayerProfile(index, figures, tuple(counts)))
     correlations = {"spearman": around(0.9, 0.05), "kendall": around(0.8, 0.05)}
     mean = around(0.26 + shift, 0.01)
-    return Condensation(layers[:-1], layers[-1], mean, correlations, 16, 4096, change)
+    return Condensation(layers, mean, correlations, 16, 4096, change)
 
 
 def divergence(mean: float) -> Divergence:

@@ -50,7 +50,7 @@ def test_a_model_gives_every_layer_with_intervals(tiny_folder: dict[str, Path]) 
     assert "layer by layer" in run(tiny_folder["qwen3"])
     profile = json.loads(run(tiny_folder["gpt2"], "--json"))[tiny_folder["gpt2"].name]
     assert (profile["sequences"], profile["tokens"]) == (3, 72)
-    for row in [*profile["layers"], profile["final_norm"]]:
+    for row in profile["layers"]:
         assert set(row["figures"]) == set(FIGURES)
         assert all(figure["low"] <= figure["value"] <= figure["high"] for figure in row["figures"].values())
     assert set(profile["correlations"]) == {"spearman", "kendall"}

@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 from training import open_tiny
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from edgedisp.dispersion.hooks import DispersionLoss, hidden_states, sample_tokens
 from edgedisp.dispersion.losses import VARIANTS, DispersionConfig
+from edgedisp.recipe import Adapter
+from edgedisp.train.lora import attach
 
 
 def some_ids(batch: int = 2, tokens: int = 12) -> torch.Tensor:
@@ -38,11 +41,35 @@ def test_loss_is_the_mean_over_layers_and_sequences(tiny_folder: dict[str, Path]
     model = open_tiny(tiny_folder["llama"])
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[1, 8:] = 0
-    with hidden_states(model) as seen:
-        term, value = run(model, DispersionConfig(variant, tokens=None), some_ids(), attention_mask=mask)
-        by_layer = [VARIANTS[variant](state, mask.bool(), clamp=0.1).mean() for state in seen[1:]]
+    term, value = run(model, DispersionConfig(variant, tokens=None), some_ids(), attention_mask=mask)
+    states = model(some_ids(), attention_mask=mask, output_hidden_states=True).hidden_states
+    by_layer = [VARIANTS[variant](state, mask.bool(), clamp=0.1).mean() for state in states[1:]]
     torch.testing.assert_close(value, torch.stack(by_layer).mean())
     assert term.by_layer() == pytest.approx({0: by_layer[0].item(), 1: by_layer[1].item()}, abs=1e-6)
+
+
+OPT_350M = {"do_layer_norm_before": False, "_remove_final_layer_norm": True, "word_embed_proj_dim": 32}
+FAMILIES = ["llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_neox", "phi", "llama with lora"]
+
+
+@pytest.mark.parametrize(("family", "changes"), [*((name, {}) for name in FAMILIES), ("opt", OPT_350M)])
+def test_the_last_layer_is_dispersed_after_the_final_norm_in_every_family(
+    tiny_folder: dict[str, Path], family: str, changes: dict[str, Any]
+) -> None:
+    """As in the paper's code, whose layers are transformers' `hidden_states[1:]`. OPT-350M has no final norm,
+    and a projection to fewer features in its place."""
+    config = AutoConfig.from_pretrained(tiny_folder[family.split()[0]])
+    config.update(changes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    if family.endswith("lora"):
+        model = attach(model, Adapter(kind="lora", rank=4), seed=0)
+    term, value = run(model, DispersionConfig(tokens=8), some_ids())
+    states = model(some_ids(), output_hidden_states=True).hidden_states[1:]
+    for layer, (state, picks) in enumerate(zip(states, sample(8, 2, (2, 12)))):
+        vectors = state.gather(1, picks[..., None].expand(-1, -1, state.shape[-1]))
+        assert term.by_layer()[layer] == pytest.approx(VARIANTS["angular"](vectors).mean().item(), abs=1e-6)
+    value.backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
 @pytest.mark.parametrize(("tokens", "exclude_sink"), [(None, True), (3, True), (6, True), (3, False)])
@@ -72,10 +99,9 @@ def test_the_sink_is_the_first_real_token(tiny_folder: dict[str, Path]) -> None:
     ids, mask = some_ids(1), torch.ones(1, 12, dtype=torch.long)
     mask[0, :3] = 0  # left padding
     config = DispersionConfig(tokens=None, exclude_sink=True, layers="last")
-    with hidden_states(model) as seen:
-        value = run(model, config, ids, attention_mask=mask)[1]
-        expected = VARIANTS["angular"](seen[-1][:, 4:], clamp=0.1)
-    torch.testing.assert_close(value, expected[0])
+    value = run(model, config, ids, attention_mask=mask)[1]
+    states = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(value, VARIANTS["angular"](states[-1][:, 4:], clamp=0.1)[0])
 
 
 class Layers(torch.nn.Module):
@@ -90,13 +116,13 @@ class Layers(torch.nn.Module):
         )
         self.skipped, self.recomputed, self.reentrant = skipped, recomputed, False
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         for index, layer in enumerate(self.layers):
             if index in self.recomputed:
                 x = checkpoint(layer, x, use_reentrant=self.reentrant)
             elif index not in self.skipped:
                 x = layer(x)
-        return x
+        return SimpleNamespace(last_hidden_state=x)
 
 
 def some_vectors(*shape: int) -> torch.Tensor:
@@ -123,7 +149,7 @@ def test_skipped_layers_do_not_count_and_the_others_draw_their_own_tokens(
 ) -> None:
     model, config = Layers(depth, skipped), DispersionConfig(variant, tokens=tokens)
     value, gradient, layers = term_and_gradient(model, config)
-    ran = [layer for layer in range(depth) if layer not in skipped]
+    ran = [layer for layer in range(depth) if layer not in skipped or layer == depth - 1]
     assert layers.tolist() == ran
     model.zero_grad()
     everything = torch.arange(9).expand(depth, 2, 9)
@@ -141,20 +167,16 @@ def test_skipped_layers_do_not_count_and_the_others_draw_their_own_tokens(
     torch.testing.assert_close(gradient, expected)
 
 
-def test_a_pass_that_skips_every_layer_is_zero_once_layers_have_run() -> None:
-    model, term = Layers(2), DispersionLoss(DispersionConfig())
+def test_a_pass_that_skips_every_watched_layer_is_zero() -> None:
+    model, term = Layers(2), DispersionLoss(DispersionConfig(layers="first_half"))
     with term.watch(model):
         losses = []
-        for skipped in ([], [0, 1], [0, 1], []):
+        for skipped in ([0], [], [0, 1], []):
             model.skipped = skipped
             model(some_vectors(2, 9, 8))
             losses.append(term.loss().item())
-            assert [*term.by_layer()] == [0, 1][: 2 - len(skipped)]
-        assert losses == [losses[0], 0, 0, losses[0]] and losses[0] != 0
-    model.skipped = [0, 1]
-    with term.watch(model), pytest.raises(ValueError, match="none of the chosen layers ran"):
-        model(some_vectors(2, 9, 8))
-        term.loss()
+            assert [*term.by_layer()] == ([] if skipped else [0])
+        assert losses == [0, losses[1], 0, losses[1]] and losses[1] != 0
 
 
 @pytest.mark.parametrize("recomputed", [[0, 1, 2, 3], [1], [3]])
@@ -168,9 +190,15 @@ def test_layers_recomputed_with_their_hooks_count_once_among_plain_ones(recomput
 def test_layers_that_reentrant_checkpointing_hides_are_an_error_that_says_so() -> None:
     model, term = Layers(2, recomputed=[0, 1]), DispersionLoss(DispersionConfig())
     model.reentrant = True
-    with term.watch(model), pytest.raises(ValueError, match=r"ran with gradients.*use_reentrant"):
+    with term.watch(model), pytest.raises(ValueError, match=r"layer 0 ran without gradients.*use_reentrant"):
         model(some_vectors(2, 9, 8).requires_grad_())
-        term.loss()
+
+
+def test_a_model_whose_output_may_be_logits_is_refused() -> None:
+    model, term = Layers(2), DispersionLoss(DispersionConfig())
+    model.forward = lambda x: model.layers[0](x)  # type: ignore[assignment]
+    with term.watch(model), pytest.raises(ValueError, match=r"no last_hidden_state.*last layer out of"):
+        model(some_vectors(2, 9, 8))
 
 
 def test_a_sequence_without_a_pair_counts_as_zero(tiny_folder: dict[str, Path]) -> None:

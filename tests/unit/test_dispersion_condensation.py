@@ -136,7 +136,7 @@ def test_differences_are_paired_by_sequence() -> None:
     first, second = random_profile(1.0), random_profile(1.1)
     before, result = summary(first), summary(second, first)
     change = result.change
-    assert change is not None and [row.layer for row in change.layers] == [0, 1, 2]
+    assert change is not None and [row.layer for row in change.layers] == [0, 1, 2, 3]
     unchanged = change.layers[0].figures["cosine_raw"]  # the same vectors
     assert (unchanged.value, unchanged.low, unchanged.high) == (0, 0, 0)
     plain, after, paired = (row.layers[2].figures["cosine_raw"] for row in (before, result, change))
@@ -151,8 +151,7 @@ def test_differences_are_paired_by_sequence() -> None:
 def test_models_of_different_depth_are_compared_as_a_whole() -> None:
     shallow, deep = random_profile(1.0, layers=3), random_profile(1.0, layers=5)
     change = summary(deep, shallow).change
-    assert change is not None and change.final_norm is not None
-    assert change.layers == [] and set(change.final_norm.figures) == set(FIGURES)
+    assert change is not None and change.layers == []
     means = [summary(each).mean_cosine.value or 0 for each in (shallow, deep)]
     assert change.mean_cosine.value == pytest.approx(means[1] - means[0])
     assert change.correlations["kendall"].has_interval
