@@ -7,6 +7,7 @@ import math
 import shutil
 from pathlib import Path
 
+import graph_twins
 import numpy as np
 import pytest
 import torch
@@ -14,9 +15,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from edgedisp import models
+from edgedisp.core.progress import silent
 from edgedisp.core.stage_folder import finish, stage_output
-from edgedisp.pipeline import adapters
-from edgedisp.pipeline.options import MergeOptions
+from edgedisp.graph.session import OnnxModel
+from edgedisp.pipeline import adapters, bundles
+from edgedisp.pipeline.options import BundleRounding, MergeOptions, QuantizeOptions
+from edgedisp.pipeline.rounding import round_as_bundle
 from edgedisp.pipeline.stage import Inputs
 from edgedisp.quantize.grid import Grid, dequantize, quantize
 from edgedisp.recipe import Adapter, QuantizeBits
@@ -118,6 +122,26 @@ def test_the_audit_holds_the_losses_of_models_made_by_hand(
     # What is left in the folder is the merged model that was chosen.
     losses = block_losses(models.load(output_dir), BLOCKS)
     np.testing.assert_allclose(losses, expected[merged], rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", [graph_twins.UNTIED, "gpt2"])
+@pytest.mark.parametrize(("method", "head_bits"), [("rtn", 8), ("k_quant", 4), ("gptq", 8), ("gptq", 4)])
+def test_the_audit_rounds_as_the_bundle_is_rounded(
+    method: str, head_bits: int, form: str, twins: graph_twins.TwinStore, tmp_path: Path
+) -> None:
+    options = {"method": method, "head_bits": head_bits, "group": 16, "accuracy_level": 0}
+    rounding = BundleRounding(4, QuantizeBits(**options, calibration_tokens=256))
+    inputs, output_dir = {"bundle": twins.fp32(form)}, tmp_path / "int4"
+    if method == "gptq":
+        inputs |= {"model": twins.model_dir(form), "corpus": tmp_path}
+    output_dir.mkdir()
+    np.save(tmp_path / "tokens.npy", BLOCKS.astype(np.uint32) % graph_twins.VOCABULARY)
+    bundles.quantize(QuantizeOptions(rounding), Inputs(**inputs), output_dir, silent)
+    model, ids = twins.model(form), BLOCKS[:2] % graph_twins.VOCABULARY
+    round_as_bundle(rounding, model, tmp_path)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids)).logits.numpy()
+    np.testing.assert_allclose(OnnxModel(output_dir, 1)(ids, np.ones_like(ids)), expected, atol=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 from training import BLOCKS, Interrupt, fit_tiny, flat, open_tiny
 
+from edgedisp.core.progress import silent
+from edgedisp.pipeline.options import BundleRounding
+from edgedisp.pipeline.rounding import SCALES, aware_callback
 from edgedisp.quantize.calibration import calibrated_start, gptq_model
 from edgedisp.quantize.grid import Grid, dequantize, in_groups, quantize, round_to
-from edgedisp.recipe import Adapter
+from edgedisp.recipe import Adapter, QuantizeBits
 from edgedisp.train.callbacks import QuantizationAware
 from edgedisp.train.lora import attach
 from edgedisp.train.quantized_weights import Rounding, round_weights, weights_of
@@ -101,6 +104,33 @@ def test_rounding_begins_late_and_a_resumed_run_continues_exactly(
     assert rest.resumed_from == stop - 1 and calls == ([False, False] if stop == 3 else [False, False, True])
     assert torch.equal(flat(whole), flat(continued))
     assert [row["loss"] for row in unbroken.log] == [row["loss"] for row in rest.log]
+
+
+def test_rank_0_writes_gptqs_scales_and_a_continued_run_reads_them_on_the_models_device(
+    tiny_folder: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounding = BundleRounding(4, QuantizeBits(method="gptq", group=16, calibration_tokens=256))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = open_tiny(tiny_folder["llama"]).to(device)
+
+    def rounded(step: int) -> Tensor:
+        state: Any = SimpleNamespace(global_step=step, max_steps=4)
+        callback = aware_callback(rounding, 0.0, BLOCKS, tmp_path, silent)
+        callback.on_train_begin(None, state, None, model=model)
+        callback.on_step_begin(None, state, None, model=model)
+        weights = flat(model)
+        callback.on_pre_optimizer_step(None, state, None)
+        return weights
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        model.load_state_dict(open_tiny(tiny_folder["llama"]).state_dict())
+        calibrated = rounded(step=0)
+        assert (tmp_path / SCALES).is_file() == (rank == "0")
+    written = (tmp_path / SCALES).stat()
+    assert torch.equal(rounded(step=2), calibrated) and (tmp_path / SCALES).stat() == written
+    assert [*(tmp_path / "quantization").iterdir()] == [tmp_path / SCALES]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

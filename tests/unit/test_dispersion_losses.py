@@ -93,29 +93,36 @@ def test_spectral_entropy_has_its_gradient_where_eigenvalues_coincide() -> None:
     assert gradient("spectral_entropy", equiangular[None], everything(equiangular[None])).norm() > 0.1
 
 
+def of_papers_defaults(vectors: Tensor) -> dict[str, Tensor]:
+    """Its defaults divide by the norm + 0.01 and clamp at 0.25; angular_spread carries a constant 0.01."""
+    shorter = vectors / (vectors.norm(dim=-1, keepdim=True) + 0.01)
+    distance = angular_distance(shorter @ shorter.mT, 0.25)
+    apart = ~torch.eye(distance.shape[-1], dtype=torch.bool)
+    return {
+        "angular_spread": log_mean_exp_over_pairs(-distance, everything(vectors)).mean() + 0.01,
+        "orthogonalization": (0.5 - distance).clamp_min(0).square()[:, apart].mean(),
+        # It correlates tokens over features where edgedisp correlates features over tokens.
+        "decorrelation": VARIANTS["decorrelation"](vectors.mT.contiguous()).mean(),
+    }
+
+
 def test_values_and_gradients_are_those_of_the_papers_code() -> None:
     """LM-Dispersion, commit 7e69e92, in float64. Its own values are exact to 4e-7."""
-    variants = {"angular": "angular_spread", "orthogonalization": "orthogonalization"}
-    clamps = {"epsilon 0, clamp 0.25": 0.25, "epsilon 0, clamp 0.1": 0.1}
+    variants = {"angular_spread": "angular", "orthogonalization": "orthogonalization"}
     for row in json.loads(GOLDEN.read_text(encoding="utf-8"))["tensors"]:
-        vectors = torch.tensor(row["tensor"], dtype=torch.float64).view(row["shape"])
-        cases = [(ours, vectors, clamps[how], row["values"][theirs][how])
-                 for ours, theirs in variants.items() for how in clamps]  # fmt: skip
-        # It correlates tokens over features where edgedisp correlates features over tokens.
-        transposed = vectors.mT.contiguous()
-        cases.append(("decorrelation", transposed, 0.1, row["values"]["decorrelation"]["reference defaults"]))
-        for name, tensor, clamp, expected in cases:
-            leaf = tensor.clone().requires_grad_()
-            value = VARIANTS[name](leaf, everything(leaf), clamp=clamp).mean()
-            slope = torch.autograd.grad(value, leaf)[0]
+        leaf = torch.tensor(row["tensor"], dtype=torch.float64).view(row["shape"]).requires_grad_()
+        defaults, references = of_papers_defaults(leaf), row["values"]
+        # Of its l2_repel (lengths as they are, tokens paired with themselves) and entropy there is no equal.
+        assert references.keys() == {*defaults, "l2_repel", "perplexity_entropy"}
+        cases = [(defaults[name], references[name]["reference defaults"]) for name in defaults]
+        for theirs, ours in variants.items():
+            for clamp in (0.25, 0.1):
+                value = VARIANTS[ours](leaf, everything(leaf), clamp=clamp).mean()
+                cases.append((value, references[theirs][f"epsilon 0, clamp {clamp}"]))
+        for value, expected in cases:
+            (slope,) = torch.autograd.grad(value, leaf, retain_graph=True)
             assert value.item() == pytest.approx(expected["value"], abs=1e-6)
             assert slope.norm().item() == pytest.approx(expected["gradient_norm"], rel=1e-6, abs=1e-5)
-        # Its defaults divide by the norm + 0.01, clamp at 0.25 and add a constant 0.01.
-        shorter = vectors / (vectors.norm(dim=-1, keepdim=True) + 0.01)
-        scores = -angular_distance(shorter @ shorter.mT, 0.25)
-        value = log_mean_exp_over_pairs(scores, everything(vectors)).mean() + 0.01
-        defaults = row["values"]["angular_spread"]["reference defaults"]["value"]
-        assert value.item() == pytest.approx(defaults, abs=1e-6)
 
 
 PADDINGS = [("000111111", 1e30, 4), ("111111000", math.nan, 20), ("011011101", math.nan, 4)]
