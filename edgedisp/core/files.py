@@ -282,6 +282,8 @@ def check_files(folder: Path, pattern: str = "*") -> None:
     files = {name: entry for name, entry in (read_listing(folder) or {}).items() if fnmatch(name, pattern)}
     if damage := damaged_file(folder, files):
         raise BadInput(f"{folder}/{damage}; {ANEW}")
+    for path in filter(Path.is_file, folder.glob("*")):
+        path.open("rb").close()  # runtimes would call a forbidden file missing, or broken
 
 
 def check_options(bundle: Path) -> None:

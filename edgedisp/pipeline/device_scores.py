@@ -8,6 +8,7 @@ a device was lost is a random sample of them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import numpy as np
 from edgedisp import data
 from edgedisp.bench.devices import DeviceTasks
 from edgedisp.core.errors import BadInput, BuildFailed
-from edgedisp.core.files import check_files, file_digest, to_json
+from edgedisp.core.files import check_files, check_writable, file_digest, to_json
 from edgedisp.core.progress import Progress, labelled
 from edgedisp.core.results import DeviceResult, Json
 from edgedisp.core.stage_folder import RUN, SCORES
@@ -63,9 +64,9 @@ class Item:
 class DeviceQuestions:
     """The items that devices are asked, the same for all bundles, and the records made of their answers.
 
-    cache: a folder for the scores of bundles that lie in no run. Raises BadInput for tasks that are not known
-    or need generated text, held-out tasks without text, a task whose data a hub does not give, and bundles of
-    several tokenizers.
+    cache: a folder for scores, where the bundles lie in no run, or in one that cannot be written. Raises
+    BadInput for tasks that are not known or need generated text, held-out tasks without text, a task whose
+    data a hub does not give, and bundles of several tokenizers.
     """
 
     def __init__(self, tasks: DeviceTasks, bundles: Mapping[str, Path], cache: Path) -> None:
@@ -84,8 +85,9 @@ class DeviceQuestions:
         if missing := self.suite.missing:
             raise BadInput(f"--score: {'; '.join(missing.values())}")
         self.items = draw(self.suite, size)
-        self.store = (cache if run is None else run) / SCORES
+        self.store = (run if run and os.access(run, os.W_OK) else cache) / SCORES
         self.store.parent.mkdir(parents=True, exist_ok=True)
+        check_writable("the cache ($EDGEDISP_CACHE)", self.store)
 
     @property
     def requests(self) -> dict[str, list[list[Fitted]]]:
