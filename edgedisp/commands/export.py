@@ -48,6 +48,8 @@ def export_bundle(
         raise BadInput(f"{out}: exists already; choose another --out")
     check_writable("--out", out)
     check_files(folder)
+    tokenizer = models.load_tokenizer(folder)
+    models.check_template(tokenizer)
     threads, names = target.threads or physical_cores(), layouts or target.layouts
     with _partial(out.resolve()) as partial:
         fp32, quantized, package = (partial / name for name in ("fp32", "quantized", "package"))
@@ -60,7 +62,7 @@ def export_bundle(
             options = target.quantize.model_dump()
             grid = quantize_bundle(fp32, bundle, bits=BITS[target.precision], **options, progress=progress)
         text = data.synthetic_documents(1, seed=0)[0].text
-        ids = models.encode(models.load_tokenizer(folder), text)
+        ids = models.encode(tokenizer, text)
         checked = check_bundle(OnnxModel(bundle, threads), [ids[:8], ids[:24]], texts=[text])
         target = target.model_copy(update={"layouts": [name for name in LAYOUTS if name in names]})
         record = write_package(

@@ -9,8 +9,10 @@ a cache off by one gives 0.35 and more. Two decoders may differ in a token where
 
 from __future__ import annotations
 
-import json
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ from tokenizers import Tokenizer
 
 from edgedisp import models
 from edgedisp.core.errors import BuildFailed
+from edgedisp.core.files import read_json, write_json
 from edgedisp.graph.device_graph import has_packed_products
+from edgedisp.graph.genai_config import GENAI_CONFIG, TOKENIZER_FILES
 from edgedisp.graph.onnx_graph import GRAPH, read_graph
 from edgedisp.graph.session import Logits, OnnxModel, at_accuracy_level
 from edgedisp.models import Message
@@ -88,6 +92,7 @@ class GenaiModel:
         getattr(onnxruntime_genai, "disable_telemetry_events", lambda: None)()
         try:
             self._model = onnxruntime_genai.Model(str(bundle))
+            self._tokenizer = self._open_tokenizer(bundle)
         except Exception as error:  # genai raises bare RuntimeError and its own types
             raise BuildFailed(f"{bundle}: onnxruntime-genai cannot open it: {error}") from error
 
@@ -105,17 +110,20 @@ class GenaiModel:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text by genai's own tokenizer, without special tokens around them."""
-        tokenizer = self._runtime.Tokenizer(self._model)
-        tokenizer.update_options(add_special_tokens="false")
-        return [int(token) for token in tokenizer.encode(text)]
+        return [int(token) for token in self._tokenizer.encode(text)]
 
-    def render(self, messages: Sequence[Message]) -> str | None:
-        """A conversation by genai's own reading of the chat template; None where it cannot."""
-        tokenizer = self._runtime.Tokenizer(self._model)
-        try:
-            return str(tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
-        except RuntimeError:
-            return None
+    def _open_tokenizer(self, bundle: Path) -> Any:
+        """Of a copy without the chat template, which genai would parse here, without limits."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name in (GENAI_CONFIG, *TOKENIZER_FILES):
+                if (bundle / name).is_file():
+                    shutil.copyfile(bundle / name, Path(folder, name))
+            settings = read_json(bundle / "tokenizer_config.json")
+            settings.pop("chat_template", None)
+            write_json(Path(folder, "tokenizer_config.json"), settings)
+            tokenizer = self._runtime.Tokenizer(folder)
+        tokenizer.update_options(add_special_tokens="false")
+        return tokenizer
 
 
 def relative_difference(logits: Logits, reference: Logits) -> float:
@@ -205,8 +213,10 @@ def _check_conversation(bundle: Path, genai: GenaiModel) -> dict[str, str]:
             f"tokenizer goes on with {ids[index : index + 8]}, transformers with "
             f"{expected[index : index + 8]} ({tokenizer.decode(expected[index : index + 8])!r})"
         )
-    same = genai.render(CONVERSATION) == text
-    engine = "as transformers" if same else "other text than transformers: render with transformers or jinja2"
+    engine = "other text than transformers, or none: render with transformers or jinja2"
+    with suppress(ValueError, TimeoutError):
+        if models.RENDERER.render(folder=str(bundle), messages=CONVERSATION) == text:
+            engine = "as transformers"
     return {"chat": f"{len(expected)}/{len(expected)}", "chat_template": engine}
 
 

@@ -21,6 +21,7 @@ from edgedisp.models.tokenizer import Message as Message
 from edgedisp.models.tokenizer import TemplateError as TemplateError
 from edgedisp.models.tokenizer import bos_id as bos_id
 from edgedisp.models.tokenizer import chat_ids as chat_ids
+from edgedisp.models.tokenizer import check_template as check_template
 from edgedisp.models.tokenizer import document_encoder as document_encoder
 from edgedisp.models.tokenizer import encode as encode
 from edgedisp.models.tokenizer import end_of_text_id as end_of_text_id

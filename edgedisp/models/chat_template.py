@@ -1,8 +1,9 @@
 """Renders chat templates, which are programs of strangers, in a process with limits.
 
-The process is this file run as a script, which imports nothing of edgedisp, and renders by transformers' own
-code. An endless loop, a string of gigabytes or a recursion without end cost that process alone. It is started
-once, serves all templates, and ends with its standard input.
+The process is this file run as a script, which imports nothing of edgedisp. It renders by transformers' own
+code, or by onnxruntime-genai, which takes minutes for some long templates. An endless loop, a string of
+gigabytes or a recursion without end cost that process alone. It is started once, serves all templates, and
+ends with its standard input.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-SECONDS = 5.0  # for one conversation; an honest template takes milliseconds
+SECONDS = 5.0  # of the processor for one conversation; an honest template takes milliseconds
 MEMORY_BYTES = 2 << 30  # of addresses; 140 MB are there before a template
-CHARACTERS = 4_000_000  # of a rendered conversation, and of a template
+CHARACTERS = 4_000_000  # of a rendered conversation
 
 
 class Renderer:
@@ -43,8 +44,9 @@ class Renderer:
         return self._process
 
     def render(self, **request: Any) -> str:
-        """What transformers' `render_jinja_template` gives for one conversation. ValueError with the
-        template's own reason if nothing, TimeoutError if its limits did not suffice."""
+        """The text of one conversation: by transformers' `render_jinja_template` with these arguments, or,
+        with `folder` and `messages`, by onnxruntime-genai for a bundle. ValueError with the template's own
+        reason if there is none, TimeoutError if the limits did not suffice."""
         with self._lock:
             process = self.start()
             content = json.dumps({"seconds": SECONDS, "request": request}, default=str)
@@ -66,21 +68,31 @@ class Renderer:
 RENDERER = Renderer()
 
 
+def _render(folder: str | None = None, messages: Any = None, **arguments: Any) -> str:
+    if folder is None:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        rendered: Any = render_jinja_template(**arguments)
+        return str(rendered[0][0])
+    import onnxruntime_genai
+
+    getattr(onnxruntime_genai, "disable_telemetry_events", lambda: None)()
+    tokenizer = onnxruntime_genai.Tokenizer(folder)
+    return str(tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
+
+
 def _serve() -> None:
     """Answer requests, a line of JSON each, until standard input ends."""
     import resource
 
-    from transformers.utils.chat_template_utils import render_jinja_template
+    import transformers.utils.chat_template_utils  # before the limits  # noqa: F401
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     for line in sys.stdin:
         content = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, content["seconds"])  # ends this process, also inside C code
+        signal.setitimer(signal.ITIMER_PROF, content["seconds"])  # ends this process, also inside C code
         try:
-            if len(str(content["request"]["chat_template"])) > CHARACTERS:
-                raise ValueError(f"the template has more than {CHARACTERS:,} characters")
-            rendered: Any = render_jinja_template(**content["request"])
-            text = rendered[0][0]
+            text = _render(**content["request"])
             if len(text) > CHARACTERS:
                 raise ValueError(f"it gives more than {CHARACTERS:,} characters")
             answer = {"text": text}
@@ -88,7 +100,7 @@ def _serve() -> None:
             return
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from edgedisp.core.errors import BadInput
@@ -31,20 +32,30 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 def render_conversation(tokenizer: Any, messages: Sequence[Message]) -> str:
     """The text of a conversation by the tokenizer's template, with its generation prompt.
 
-    Raises TemplateError; other BadInput for a template that does not end.
+    Raises TemplateError; other BadInput for a template that is no text or does not end.
     """
     place = f"{tokenizer.name_or_path or 'the tokenizer'}: its chat template cannot be used"
     try:
+        template = tokenizer.get_chat_template()
+        if not isinstance(template, str):
+            raise BadInput(f"{place}: it is no text. Mend it, or remove chat_template")
         return RENDERER.render(
             **tokenizer.special_tokens_map,
             conversations=[list(messages)],
-            chat_template=tokenizer.get_chat_template(),
+            chat_template=template,
             add_generation_prompt=True,
         )
     except ValueError as error:
         raise TemplateError(f"{place}: {one_line(error)}. Mend it, or remove chat_template") from error
     except TimeoutError as error:
         raise BadInput(f"{place}: {error}. Mend it, or remove chat_template") from error
+
+
+def check_template(tokenizer: Any) -> None:
+    """BadInput for a chat template that is no text or does not end; one may refuse what it does not know."""
+    if tokenizer.chat_template:
+        with suppress(TemplateError):
+            render_conversation(tokenizer, [{"role": "user", "content": "Hello."}])
 
 
 def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,9 +69,7 @@ def base(options: BaseOptions, inputs: Inputs, output_dir: Path, progress: Progr
     """The base model as a Hugging Face folder in float32: the one set of weights that all arms start from."""
     section = options.model
     model, tokenizer, source = open_base(options, inputs.files, progress)
-    if tokenizer.chat_template:
-        with suppress(models.TemplateError):  # one that does not end is refused now, not after training
-            models.render_conversation(tokenizer, [{"role": "user", "content": "Hello."}])
+    models.check_template(tokenizer)  # now, not after training
     models.save(model, tokenizer, output_dir)
     record = {
         "architecture": model.config.model_type,

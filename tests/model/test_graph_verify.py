@@ -16,7 +16,7 @@ from onnx import helper
 from edgedisp.core.errors import BuildFailed
 from edgedisp.graph.session import OnnxModel
 from edgedisp.graph.verify import CONVERSATION, check_bundle, relative_difference
-from edgedisp.models import load_tokenizer
+from edgedisp.models import chat_template, load_tokenizer
 
 PROMPTS = ragged([30, 7, 18])
 
@@ -81,7 +81,9 @@ def test_files_that_genai_reads_otherwise_fail_with_its_reason(bundle: Path, tmp
         check_bundle(OnnxModel(copied, 1), PROMPTS)
 
 
-def test_the_record_says_how_a_conversation_reaches_the_model(bundle: Path, tmp_path: Path) -> None:
+def test_the_record_says_how_a_conversation_reaches_the_model(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copied = tmp_path / "bundle"
     shutil.copytree(bundle, copied)
 
@@ -93,6 +95,9 @@ def test_the_record_says_how_a_conversation_reaches_the_model(bundle: Path, tmp_
     record = genai("{% for m in messages %}\n  {% if true %}\n{{ m['content'] }}{% endif %}\n{% endfor %}")
     assert record["chat"].split("/")[0] == record["chat"].split("/")[1]
     assert record["chat_template"].startswith("other text than transformers")
+    monkeypatch.setattr(chat_template, "SECONDS", 1.0)
+    record = genai("{{ 1 }}" * 4000)  # its parser takes ten times as long
+    assert record["chat"] == "4000/4000" and "or none" in record["chat_template"]
     assert "no system" in genai("{{ raise_exception('no system') }}")["chat"]
     settings = json.loads((copied / "tokenizer_config.json").read_text())
     del settings["chat_template"]
