@@ -109,6 +109,8 @@ def test_runs_without_a_common_item_or_without_items_are_refused(
             for item in result["items"]:
                 item["asked"] = "another text"
         path.write_text(json.dumps(by_task))
+        (path.parent / "record.json").unlink()  # which has the hash of what it was
+    (other / "run.json").unlink()
     ended = edgedisp("compare", run, other)
     assert ended.code == 2 and "no item in common" in ended.err and "same text" in ended.err
     alone = tmp_path / "report.json"
