@@ -79,12 +79,14 @@ def bench(
         raise BadInput(f"--report: {bundles[0]} lies in no run folder (RUN/ARM/NAME); take --html or --json")
     with Screen(f"bench on {', '.join(names)}") as screen:
         timed = command.time_bundles(bundles, names, options, screen.progress)
-    show(to_json(timed), devices_text(timed["devices"], width()), as_json)
-    if html is not None:
-        from edgedisp.report.render import devices_page
+    try:
+        show(to_json(timed), devices_text(timed["devices"], width()), as_json)
+    finally:  # also where the reader of stdout has left
+        if html is not None:
+            from edgedisp.report.render import devices_page
 
-        html.write_text(devices_page(timed["devices"]), encoding="utf-8")
-    command.add_to_reports(timed["devices"], by_run)
+            html.write_text(devices_page(timed["devices"]), encoding="utf-8")
+        command.add_to_reports(timed["devices"], by_run)
     if timed["problems"]:
         raise BuildFailed(f"{'; '.join(timed['problems'])}. What was measured until then is shown")
 

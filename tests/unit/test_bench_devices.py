@@ -63,7 +63,7 @@ def test_every_kind_has_its_file_and_is_imported_only_when_used() -> None:
     [
         (["--device", "lokal"], "write 'local'"),
         (["--device", "local", "--device", "local"], "named twice"),
-        (["--threads", "many"], "neither a whole number of at least 1 nor `sweep`"),
+        (["--threads", "many"], "neither a whole number from 1 to 1024 nor `sweep`"),
         (["--threads", "0"], "neither a whole number"),
         (["--html", "/no/such/folder/x.html"], "name a file"),
     ],
