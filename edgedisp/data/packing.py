@@ -8,34 +8,36 @@ separator, as in most pre-training.
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
 from edgedisp.data.documents import Document, Documents, unique_id
 
-Encode = Callable[[Sequence[str]], list[list[int]]]
+Encode = Callable[[Sequence[str]], Sequence[ArrayLike]]
 """Texts of documents -> the token ids of each, its end-of-text token included."""
 
-BATCH = 256  # documents encoded together: enough for all cores, little memory
+BATCH, BATCH_CHARACTERS = 256, 2**21  # documents encoded together: enough for all cores, little memory
 
 
 def split(documents: Sequence[Document], heldout: float, seed: int) -> tuple[Documents, Documents]:
     """(train, held-out) documents, shuffled, split by document; at least one on each side.
 
-    `heldout` is the share of documents, 0 < heldout < 1. Of documents with the same text (white space aside)
-    the first stays, so no held-out text is trained on; `.dropped["duplicate"]` of the first result counts the
-    rest. Ids become unique. Raises BadInput for fewer than two texts.
+    `heldout` is the share of documents, 0 < heldout < 1. Of documents with the same text (white space and
+    Unicode composition aside) the first stays, so no held-out text is trained on; `.dropped["duplicate"]` of
+    the first result counts the rest. Ids become unique. Raises BadInput for fewer than two texts.
     """
     distinct: dict[bytes, Document] = {}
     ids: set[str] = set()
     for document in documents:
-        text = hashlib.blake2b(" ".join(document.text.split()).encode()).digest()
-        if text not in distinct:
-            distinct[text] = Document(unique_id(document.id, ids), document.text)
+        text = unicodedata.normalize("NFC", " ".join(document.text.split()))
+        name = hashlib.blake2b(text.encode()).digest()
+        if name not in distinct:
+            distinct[name] = Document(unique_id(document.id, ids), document.text)
     if len(distinct) < 2:
         raise BadInput(
             f"the text holds {len(distinct)} different document(s), but 2 are needed: one to train on and "
@@ -111,10 +113,14 @@ def _encoded(
     documents: Sequence[Document], encode: Encode, progress: Progress
 ) -> Iterator[NDArray[np.uint32]]:
     """The ids of each document, encoded in batches when they are reached."""
-    for start in range(0, len(documents), BATCH):
-        batch = encode([document.text for document in documents[start : start + BATCH]])
-        yield from (np.asarray(ids, dtype=np.uint32) for ids in batch)
-        progress(start + len(batch), len(documents), "encoding text")
+    batch: list[str] = []
+    for number, document in enumerate(documents, start=1):
+        batch.append(document.text)
+        is_full = len(batch) == BATCH or sum(map(len, batch)) >= BATCH_CHARACTERS
+        if is_full or number == len(documents):
+            yield from (np.asarray(ids, dtype=np.uint32) for ids in encode(batch))
+            progress(number, len(documents), "encoding text")
+            batch = []
 
 
 def _too_short(name: str, tokens: int, context: int) -> BadInput:

@@ -49,18 +49,18 @@ Parsed = Iterator[tuple[str, int | str, Any]]
 """Place within the file, number (or key) of the row, value."""
 
 
-def local_rows(path: Path, source: Source) -> tuple[Iterator[Row], dict[str, str]]:
-    """(rows of a file, or of a folder's files, {file of the folder: why it is left out}).
+def local_files(path: Path, source: Source) -> tuple[dict[Path, str], dict[Path, str]]:
+    """({file to read: what its rows' ids begin with}, {file of a folder: why it is left out}).
 
     Of a folder (its subfolder named like the configuration, if there is one) the files of ONE kind, the first
     of KINDS, are read, by path, so that a README is no text; not those whose name speaks of another split
-    (`test-00000.parquet`). Raises BadInput: nothing there, no file of a known kind or split, damaged content.
+    (`test-00000.parquet`). Raises BadInput: nothing there, no file of a known kind or split.
     """
     if path.is_file():
         if _kind(path) not in KINDS:
             what = path.suffix or "a file without suffix"
             raise BadInput(f"{path}: cannot read text from {what}; {READABLE}.")
-        return _rows(path, source.text), {}
+        return {path: ""}, {}
     if not path.is_dir():
         raise BadInput(f"{path}: no such file or folder.")
     folder = path / source.config if source.config and (path / source.config).is_dir() else path
@@ -78,16 +78,11 @@ def local_rows(path: Path, source: Source) -> tuple[Iterator[Row], dict[str, str
         for file, split in splits.items()
         if (split or "train") != split_to_read
     }
-    selected = [file for file in files if file not in skipped]
+    selected = {file: f"{names[file]}:" for file in files if file not in skipped}
     if not selected:
         others = ", ".join(sorted({skipped[file] for file in splits}))
         raise BadInput(f"{folder}: no file of the split {source.split!r}; its files are of {others}.")
-    rows = (
-        Row(row.location, f"{names[file]}:{row.id}", row.value)
-        for file in selected
-        for row in _rows(file, source.text)
-    )
-    return rows, {file.relative_to(path).as_posix(): reason for file, reason in skipped.items()}
+    return selected, skipped
 
 
 def hub_rows(name: str, source: Source) -> Iterator[Row]:
@@ -135,14 +130,15 @@ def _split_of(name: str) -> str | None:
     return next((split for split, names in SPLIT_NAMES.items() if words & names), None)
 
 
-def _rows(path: Path, field: str) -> Iterator[Row]:
-    """The rows of a file; a row's id is its own `id` field if it has one, else its number or key."""
+def file_rows(path: Path, field: str, prefix: str = "") -> Iterator[Row]:
+    """The rows of a file; an id is `prefix` and the row's `id` field if it has one, else its number or key.
+    Raises BadInput for damaged content, with the line."""
     kind = _kind(path)
     parsed = _parquet(path, field) if kind == ".parquet" else PARSERS[kind](_content(path), path)
     for location, number, value in parsed:
         row_id = value.get("id") if isinstance(value, dict) and isinstance(number, int) else None
         has_id = isinstance(row_id, str | int) and row_id != ""
-        yield Row(f"{path}{location}", str(row_id if has_id else number), value)
+        yield Row(f"{path}{location}", f"{prefix}{row_id if has_id else number}", value)
 
 
 def _content(path: Path) -> str:
@@ -177,8 +173,13 @@ def _load(content: str, path: Path, first_line: int = 1) -> Any:
     try:
         return json.loads(content)
     except json.JSONDecodeError as problem:
-        line = first_line - 1 + problem.lineno
-        raise BadInput(f"{path}:{line}: not valid JSON ({problem.msg}, column {problem.colno}).") from problem
+        line, hint = first_line - 1 + problem.lineno, ""
+        if problem.msg == "Extra data" and _kind(path) == ".json":
+            hint = " One JSON value a line is JSON Lines: name the file .jsonl."
+        elif _kind(path) != ".json" and first_line == 1 and content.strip() in ("[", "{", "[{"):
+            hint = " A JSON value over several lines is no JSON Lines: name the file .json."
+        message = f"{path}:{line}: not valid JSON ({problem.msg}, column {problem.colno}).{hint}"
+        raise BadInput(message) from problem
 
 
 def _csv(content: str, path: Path) -> Parsed:

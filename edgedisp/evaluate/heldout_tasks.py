@@ -1,9 +1,10 @@
-"""Three tasks made from the recipe's own held-out documents: no hub, no download, any language with spaces.
+"""Three tasks made from the recipe's own held-out documents: no hub, no download, any language.
 
 heldout_perplexity    Every token, in windows, each document after the end-of-text token: perplexity and bits
                       per byte (comparable between vocabularies).
 heldout_cloze         The last word of a sentence after 30 words or more, as in LAMBADA (Paperno et al. 2016):
-                      right when each of its tokens is the most likely one. Words seen before come first.
+                      right when each of its tokens is the most likely one. Words seen before come first. In
+                      scripts without spaces two characters are a word.
 heldout_continuation  The next sentence against three of nearest length from three other documents, as in
                       HellaSwag: right when it has the highest log-likelihood per byte.
 
@@ -39,7 +40,6 @@ CONTINUATION_WORDS = 4
 CHOICES = 4
 LEAST = 2  # questions of a task; with one there is no interval
 _SENTENCES = 24  # looked back at most: more than fit in any context here
-_LAST_WORD = re.compile(r"\s+([^\W\d_]{3,})[.!?]+[\"'”’)\]]*$")
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,8 @@ def windows(text: Text, rng: np.random.Generator) -> list[Question]:
     tokenizer, options = text.tokenizer, text.options
     budget = math.inf if options.perplexity_tokens is None else options.perplexity_tokens
     for document in text.documents:
-        ids = tokenizer.encode(document.text)
+        is_plain = not text.tokenizer.is_rendered(document.text)
+        ids = tokenizer.encode(document.text, is_plain)
         pairs = tokenizer.windows(ids, options.context, tokenizer.start)
         end = size = 0  # tokens and bytes so far
         for index, pair in enumerate(islice(pairs, text.share)):
@@ -141,7 +142,8 @@ def windows(text: Text, rng: np.random.Generator) -> list[Question]:
                 return questions
             end, budget = end + tokens, budget - tokens
             # Exact for the whole document; half a character at the end of a window counts 3.
-            size = len((document.text if end == len(ids) else tokenizer.decode(ids[:end])).encode())
+            is_whole = is_plain and end == len(ids)
+            size = len((document.text if is_whole else tokenizer.decode(ids[:end])).encode())
             sizes = (max(1, size - before),)
             questions.append(Question(f"{document.id}#{index}", document.id, (pair,), sizes))
     return questions
@@ -165,8 +167,9 @@ def cloze(text: Text, rng: np.random.Generator) -> list[Question]:
         for index in rng.permutation(len(passages))[: 8 + 4 * text.share]:
             word = passages[index].answer
             question = _question(text, passages[index], [word], 0, CLOZE_CONTEXT)
-            passage = text.tokenizer.decode(question.requests[0][0][1:])
-            question.notes["seen"] = word.lower() in re.findall(r"[^\W\d_]+", passage.lower())
+            passage = text.tokenizer.decode(question.requests[0][0][1:]).lower()
+            words = passage if re.match(_UNSPACED, word) else _WORD.findall(passage)
+            question.notes["seen"] = word.lower() in words
             candidates.append(question)
         questions += sorted(candidates, key=lambda question: not question.notes["seen"])[: text.share]
         if sum(question.notes["seen"] for question in questions) >= text.options.limit:
@@ -178,10 +181,10 @@ def _last_words(document: Document) -> list[_Passage]:
     """The last words of sentences after passages that are long enough."""
     spans = sentences(document.text)
     texts = [document.text[start:end] for start, end in spans]
-    words_before = [0, *accumulate(len(sentence.split()) for sentence in texts)]
+    words_before = [0, *accumulate(map(word_count, texts))]
     passages = []
     for number, (start, _) in enumerate(spans):
-        match = _LAST_WORD.search(texts[number])
+        match = _LAST_WORD.search(texts[number]) or _LAST_CHARACTERS.search(texts[number])
         most = words_before[number + 1] - 1 - CLOZE_WORDS
         first = max(0, number - _SENTENCES)
         starts = [spans[k][0] for k in range(first, number + 1) if words_before[k] <= most]
@@ -219,12 +222,16 @@ def _next_sentences(text: Text, document: Document, rng: np.random.Generator) ->
     spans = sentences(document.text)
     most, tokens = 8 + 2 * text.share, min(CONTINUATION_SENTENCE, text.options.context // 2)
     passages: list[_Passage] = []
+    is_plain = not text.tokenizer.is_rendered(document.text)
     for number in (rng.permutation(max(0, len(spans) - 1)) + 1).tolist():
         sentence = document.text[slice(*spans[number])]
-        is_long = len(sentence.split()) >= CONTINUATION_WORDS
-        if len(passages) < most and is_long and len(text.tokenizer.encode(" " + sentence)) <= tokens:
+        if len(passages) == most:
+            break
+        is_long, stop = word_count(sentence) >= CONTINUATION_WORDS, spans[number - 1][1]
+        answer = _separator(document, stop) + sentence
+        if is_long and len(text.tokenizer.encode(answer, is_plain)) <= tokens:
             starts = [start for start, _ in spans[max(0, number - _SENTENCES) : number]]
-            passages.append(_Passage(document, number, starts, spans[number - 1][1], sentence))
+            passages.append(_Passage(document, number, starts, stop, sentence))
     return passages
 
 
@@ -244,18 +251,24 @@ def _question(text: Text, passage: _Passage, choices: Sequence[str], gold: int, 
     than `most` tokens (the start token included), no request more than `options.context`. When even the
     latest start is too long, all contexts are cut on the left alike."""
     tokenizer, document = text.tokenizer, passage.document
+    separator, is_plain = _separator(document, passage.stop), not tokenizer.is_rendered(document.text)
     best: list[tuple[list[int], list[int]]] = []
     room = 0
     for start in reversed(passage.starts):
         context = document.text[start : passage.stop]
-        pairs = [tokenizer.encode_pair(context, f" {choice}") for choice in choices]
+        pairs = [tokenizer.encode_pair(context, separator + choice, is_plain) for choice in choices]
         room = min(most, text.options.context - max(len(target) for _, target in pairs) + 1) - 1
         if best and any(len(ids) > room for ids, _ in pairs):
             break
         best = pairs
     requests = tuple(((tokenizer.start, *ids[max(0, len(ids) - room) :]), target) for ids, target in best)
-    sizes = tuple(len(choice.encode()) + 1 for choice in choices)
+    sizes = tuple(len((separator + choice).encode()) for choice in choices)
     return Question(f"{document.id}#{passage.number}", document.id, requests, sizes, gold)
+
+
+def _separator(document: Document, stop: int) -> str:
+    """What stands between a passage that stops there and the answer."""
+    return " " if document.text[stop].isspace() else ""
 
 
 class HeldoutTask(NamedTuple):
@@ -275,7 +288,27 @@ TASKS = {
 
 # Sentences
 
-_END = re.compile(r"([.!?]+[\"'”’)\]]*)\s+(?=[\"'“‘(\[¿¡]*[^\W_a-z])")
+_STOPS = "。！？｡।॥؟۔።፧။។៕։།"  # of other scripts: white space may follow them
+_CLOSING, _OPENING = r"\"'”’)\]", r"\"'“‘(\[¿¡"
+_WIDE_CLOSING, _WIDE_OPENING = _CLOSING + "」』）】》〉", _OPENING + "「『（【《〈"
+_END = re.compile(
+    rf"([.!?]+[{_CLOSING}]*)\s+(?=[{_OPENING}]*[^\W_a-z])"
+    rf"|([{_STOPS}]+[{_WIDE_CLOSING}]*)\s*(?=[{_WIDE_OPENING}]*[^\W_a-z])"
+)
+# Thai, Lao, Tibetan, Burmese, Khmer, Japanese, Chinese: letters, and marks on them, which are no \w.
+_UNSPACED = (
+    r"[\u0e00-\u0eff\u0f0b\u0f40-\u0fbc\u1000-\u1049\u1780-\u17d3"
+    r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+_THAI = re.compile(r"[\u0e00-\u0eff]")  # and Lao: neither marks the end of a sentence
+_PHRASE = re.compile(r"(?s)(.{40,80}?(?=\s+[\u0e00-\u0eff])|.{0,79}\S(?:(?=\W)[\u0e00-\u0eff])*)\s*")
+# Vowel signs of Hebrew, Arabic and the scripts of India are no \w either.
+_LETTER = r"(?:[^\W\d_]|[\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u0900-\u0963\u0980-\u0dff])"
+_WORD = re.compile(f"{_LETTER}+")
+_LAST_WORD = re.compile(rf"\s+({_LETTER}{{3,}})(?:[.!?]+[{_CLOSING}]*|\s?[{_STOPS}]+[{_WIDE_CLOSING}]*)$")
+_LAST_CHARACTERS = re.compile(
+    rf"((?:(?=[^\W\d_]){_UNSPACED}(?:(?=\W){_UNSPACED})*){{2}})[.!?{_STOPS}]*[{_WIDE_CLOSING}]*$"
+)
 _ABBREVIATION = re.compile(  # an initial, a word with inner full stops, a known abbreviation
     r"(?:^|\s)[\"'“‘(\[]*(?:(?P<initial>[^\W\d_])|[^\s.]{0,2}(?:\.[^\s.]{0,2})+|No|Nos|"
     r"(?i:mr|mrs|ms|dr|prof|rev|hon|st|mt|ft|jr|sr|gen|col|capt|lt|maj|sgt|adm|gov|sen|rep|pres|"
@@ -288,7 +321,8 @@ def sentences(text: str) -> list[tuple[int, int]]:
     """Spans (start, end) of the sentences of a text, in order, without the white space around them.
 
     A sentence ends at . ! or ? before white space and something that can begin one, but not after an initial
-    ("J. R. R. Tolkien"), a known abbreviation or a word with inner full stops ("e.g.").
+    ("J. R. R. Tolkien"), a known abbreviation or a word with inner full stops ("e.g."); at the stops of other
+    scripts also without white space. Thai is cut by length.
     """
     spans: list[tuple[int, int]] = []
     start = len(text) - len(text.lstrip())
@@ -296,7 +330,20 @@ def sentences(text: str) -> list[tuple[int, int]]:
         known = _ABBREVIATION.search(text[start : match.start()])
         is_abbreviation = known is not None and (known["initial"] or "A").isupper()
         if match.group(1) != "." or not is_abbreviation:
-            spans.append((start, match.end(1)))
+            spans += _by_length(text, start, match.end(match.lastindex or 0))
             start = match.end()
     end = len(text.rstrip())
-    return [*spans, (start, end)] if end > start else spans
+    return [*spans, *_by_length(text, start, end)] if end > start else spans
+
+
+def _by_length(text: str, start: int, end: int) -> list[tuple[int, int]]:
+    """The span; if it is Thai, pieces of 40 to 80 characters, up to white space where there is some."""
+    if 2 * len(_THAI.findall(text, start, end)) <= end - start:
+        return [(start, end)]
+    return [match.span(1) for match in _PHRASE.finditer(text, start, end)]
+
+
+def word_count(text: str) -> int:
+    """Words between white space; of text without spaces two characters count as one."""
+    unspaced = len(re.findall(_UNSPACED, text))
+    return unspaced // 2 if 2 * unspaced > len(text) else len(text.split())

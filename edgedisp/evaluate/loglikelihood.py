@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ class TextTokenizer:
 
     bos_token: begins every text, for models trained with one (Gemma's <bos>). start: before a held-out text,
     as in training. prefix: before an lm-eval text without a context, as lm-eval chooses it, so that figures
-    compare with published ones. stop_ids: end generated text.
+    compare with published ones. stop_ids: end generated text. is_rendered: whether a text of training holds
+    special tokens; in others they are characters (`split_special_tokens`).
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -58,19 +60,25 @@ class TextTokenizer:
         special = self.bos_token, getattr(tokenizer, "bos_token_id", None), eos, end_of_text
         self.prefix: int = next(token for token in special if token is not None)
         self.stop_ids = frozenset({end_of_text} | ({eos} - {None}))
+        self.is_rendered = models.rendered_by(tokenizer)
+        self._encode = partial(models.encode, tokenizer)
 
-    def encode(self, text: str) -> list[int]:
-        # verbose=False: no warning about a text longer than the context; it is cut into windows.
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def encode(self, text: str, split_special_tokens: bool = False) -> list[int]:
+        """The ids of a text, without a bos_token that it begins with: who asks puts one there."""
+        ids = self._encode(text, split_special_tokens)
+        return ids[1:] if ids and ids[0] == self.bos_token else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
-    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    def encode_pair(
+        self, context: str, continuation: str, split_special_tokens: bool = False
+    ) -> tuple[list[int], list[int]]:
         """Tokenize two texts that are read as one. The whole is split where it stops sharing tokens with the
         context alone (less its white space at the end): a token across the join belongs to the continuation;
         lm-eval splits at the context's number of tokens."""
-        whole, alone = self.encode(context + continuation), self.encode(context.rstrip())
+        texts = context + continuation, context.rstrip()
+        whole, alone = (self.encode(text, split_special_tokens) for text in texts)
         shared = len([*takewhile(lambda pair: pair[0] == pair[1], zip(alone, whole))])
         return whole[:shared], whole[shared:]
 

@@ -26,6 +26,8 @@ from edgedisp.models.tokenizer import document_encoder as document_encoder
 from edgedisp.models.tokenizer import encode as encode
 from edgedisp.models.tokenizer import end_of_text_id as end_of_text_id
 from edgedisp.models.tokenizer import render_conversation as render_conversation
+from edgedisp.models.tokenizer import rendered_by as rendered_by
+from edgedisp.models.tokenizer import special_tokens as special_tokens
 from edgedisp.models.torch_model import TorchModel as TorchModel
 from edgedisp.models.torch_model import component_of as component_of
 from edgedisp.models.torch_model import context_length as context_length

@@ -1,10 +1,19 @@
-"""Texts and conversations -> token ids, and the tokens before and after a document."""
+"""Texts and conversations -> token ids, and the tokens before and after a document.
+
+The text of a document is text: `<|endoftext|>` written in it is thirteen characters and ends no document.
+Only a text that begins with another special token, as a chat template renders it, holds tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import groupby
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.hub import one_line
@@ -13,6 +22,11 @@ from edgedisp.models.chat_template import RENDERER
 # Chat models end a TURN with their eos token; what ended a document in pre-training has one of these names.
 # SmolLM2: <|endoftext|> is id 0 while eos is <|im_end|>. Llama 3: <|end_of_text|>, eos <|eot_id|>.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
+PIECE = 2**20  # characters encoded at a time: a text of 43 MB as a whole took 6 GB
+_OVERLAP = 64  # characters before a piece that are encoded with it
+_WORD_END = re.compile(r"\w(?=[ 。，、][^\W\d_])")  # no tokenizer has tokens across
+# verbose=False: no warning that a text is longer than the context; it will be cut into blocks.
+_PLAIN = {"add_special_tokens": False, "verbose": False}
 
 Message = Mapping[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}"""
@@ -22,11 +36,27 @@ class TemplateError(BadInput):
     """The template refuses the conversation, or is no valid template."""
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text without special tokens around them."""
-    # verbose=False: no warning that a text is longer than the context; it will be cut into blocks.
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+def encode(tokenizer: Any, text: str, split_special_tokens: bool = False) -> list[int]:
+    """Token ids of a text, no special tokens around it; with `split_special_tokens` none within it either."""
+    return [token for piece in _pieces(tokenizer, text, split_special_tokens) for token in piece]
+
+
+def _pieces(tokenizer: Any, text: str, split_special_tokens: bool) -> Iterator[list[int]]:
+    """The ids of a text, of about PIECE characters at a time."""
+
+    def ids(part: str) -> list[int]:
+        return list(tokenizer(part, split_special_tokens=split_special_tokens, **_PLAIN)["input_ids"])
+
+    start, before = 0, ""
+    while len(text) - start > PIECE:
+        end = start + PIECE
+        word_ends = [match.end() for match in _WORD_END.finditer(text, end - PIECE // 16, end)]
+        end = word_ends[-1] if word_ends else end
+        yield ids(before + text[start:end])[len(ids(before)) :]
+        # Encoded with the next piece: a tokenizer may treat the start of a text in a way of its own.
+        start, before = end, text[max(0, end - _OVERLAP) : end]
+    last = ids(before + text[start:])
+    yield last[len(ids(before)) :] if before else last
 
 
 def render_conversation(tokenizer: Any, messages: Sequence[Message]) -> str:
@@ -70,7 +100,7 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
-def document_encoder(tokenizer: Any) -> Callable[[Sequence[str]], list[list[int]]]:
+def document_encoder(tokenizer: Any) -> Callable[[Sequence[str]], list[NDArray[np.uint32]]]:
     """Texts of documents -> token ids of each: BOS (where the tokenizer has one), text, end-of-text.
 
     No BOS is added to a text that begins with it, as one rendered by a chat template does, nor where it is
@@ -78,12 +108,38 @@ def document_encoder(tokenizer: Any) -> Callable[[Sequence[str]], list[list[int]
     """
     bos, end_of_text = bos_id(tokenizer), end_of_text_id(tokenizer)
     start = [] if bos is None or bos == end_of_text else [bos]
+    is_rendered = rendered_by(tokenizer)
 
-    def encode_documents(texts: Sequence[str]) -> list[list[int]]:
-        rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        return [[*(start if row[:1] != start else []), *row, end_of_text] for row in rows]
+    def document(pieces: Iterable[list[int]]) -> NDArray[np.uint32]:
+        ids = np.concatenate([np.array(piece, np.uint32) for piece in pieces])
+        first = [] if ids[:1].tolist() == start else start
+        return np.concatenate([np.array(first, np.uint32), ids, np.array([end_of_text], np.uint32)])
+
+    def encode_documents(texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        rows: list[NDArray[np.uint32]] = []
+        for (rendered, is_long), group in groupby(texts, lambda text: (is_rendered(text), len(text) > PIECE)):
+            if is_long:
+                rows += [document(_pieces(tokenizer, text, not rendered)) for text in group]
+            else:  # together, on all cores
+                ids = tokenizer([*group], split_special_tokens=not rendered, **_PLAIN)["input_ids"]
+                rows += [document([row]) for row in ids]
+        return rows
 
     return encode_documents
+
+
+def rendered_by(tokenizer: Any) -> Callable[[str], bool]:
+    """Whether a chat template rendered a text: it begins with a special token, but not with end-of-text."""
+    end_of_text = end_of_text_id(tokenizer)
+    added = tokenizer.added_tokens_decoder.items()
+    first = tuple(token.content for index, token in added if token.special and index != end_of_text)
+    return lambda text: text.startswith(first)
+
+
+def special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """What finds the special tokens that are written in a text."""
+    contents = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or "(?!)")
 
 
 def bos_id(tokenizer: Any) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,10 +20,12 @@ from edgedisp.evaluate.task_suite import TaskSuite, prepare
 from edgedisp.pipeline.options import ITEMS, TASKS_PATH, BaseOptions, CorpusOptions, ItemsOptions
 from edgedisp.pipeline.stage import Inputs
 from edgedisp.recipe import Data
+from edgedisp.report.formatting import percent, plural
 
 PACKING = "packing.json"  # how the blocks of the corpus folder are to be read in training
 SMOKE_CONTEXT = 512  # least positions of a smoke run's base
 CONDENSATION_BLOCKS = 16  # held-out; a few seconds for 135M parameters
+MOST_EPOCHS = 2  # of the training text without a word
 SYNTHETIC_DOCUMENTS = 200  # for a smoke run whose text is on a hub; 10 % held out make every task's items
 
 
@@ -38,7 +41,8 @@ def read_documents(
         local = str((files or {}).get(source.source, source.source))
         path = data.fetch(local, sha256=source.sha256, progress=progress)
         if smoke and isinstance(path, str):
-            documents += data.synthetic_documents(source.limit or SYNTHETIC_DOCUMENTS, seed=len(documents))
+            count = source.limit or SYNTHETIC_DOCUMENTS
+            documents.add(data.synthetic_documents(count, seed=len(documents)))
         else:
             documents.add(data.read_documents(path, source, progress))
     return documents
@@ -94,8 +98,7 @@ def weights_digest(folder: Path) -> str:
 def corpus(options: CorpusOptions, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
     """The one tokens file that every arm reads, in the order it is read, and the documents held out of it."""
     section = options.data
-    documents = read_documents(section, options.smoke, progress, inputs.files)
-    training, heldout = data.split(documents, section.heldout, options.seed)
+    training, heldout, text = read_split(section, options.seed, options.smoke, progress, inputs.files)
     tokenizer = models.load_tokenizer(inputs["base"])
     encode = models.document_encoder(tokenizer)
     blocks, epochs = data.training_blocks(
@@ -109,6 +112,7 @@ def corpus(options: CorpusOptions, inputs: Inputs, output_dir: Path, progress: P
     write_json(output_dir / PACKING, packing)
     lines = [json.dumps(asdict(document), ensure_ascii=False) for document in heldout]
     (output_dir / "heldout.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text |= _special_tokens(tokenizer, [*training, *heldout])
     names = [source.source for source in section.train]
     from_hub = {name for name in names if name not in inputs.files and not name.startswith("pypi:")}
     return {
@@ -116,10 +120,9 @@ def corpus(options: CorpusOptions, inputs: Inputs, output_dir: Path, progress: P
         "train_tokens": int(blocks.size),
         "train_documents": len(training),
         "heldout_documents": len(heldout),
-        "duplicate_documents": training.dropped.get("duplicate", 0),
         "heldout_tokens": int(heldout_blocks.size),
-        "text": documents.counts(),
-        "notes": documents.notes(),
+        "text": text,
+        "notes": text_notes(text, section.heldout, epochs),
         "epochs": epochs,
         "context": section.context,
         "sources": [  # a smoke run does not read the hub's
@@ -127,6 +130,54 @@ def corpus(options: CorpusOptions, inputs: Inputs, output_dir: Path, progress: P
             for name in names
         ],
     }
+
+
+def read_split(
+    section: Data, seed: int, smoke: bool, progress: Progress, files: Mapping[str, Path] | None = None
+) -> tuple[data.Documents, data.Documents, dict[str, Any]]:
+    """(documents to train on, held-out documents, account of the text that was read, as JSON)."""
+    documents = read_documents(section, smoke, progress, files)
+    training, heldout = data.split(documents, section.heldout, seed)
+    documents.dropped += training.dropped
+    trained, scored = (sum(len(document.text) for document in part) for part in (training, heldout))
+    counts = documents.counts() | {"documents": len(training) + len(heldout), "characters": trained + scored}
+    return training, heldout, counts | {"heldout_share": scored / (trained + scored)}
+
+
+def _special_tokens(tokenizer: Any, documents: Sequence[data.Document]) -> dict[str, Any]:
+    """Special tokens that are written in documents, as characters; documents in which they are tokens."""
+    pattern, is_rendered = models.special_tokens(tokenizer), models.rendered_by(tokenizer)
+    plain = [document.text for document in documents if not is_rendered(document.text)]
+    counts = Counter(token for text in plain for token in pattern.findall(text))
+    return {"special_tokens_as_text": dict(counts), "rendered_documents": len(documents) - len(plain)}
+
+
+def text_notes(text: Mapping[str, Any], heldout: float, epochs: float) -> list[str]:
+    """What was read and what became of it; then files skipped, a lopsided split, repetition."""
+    read = plural(text["rows_read"], "row")
+    if files := text["files_read"]:  # none of a hub's data set
+        read += f" of {plural(files, 'file')}"
+    if dropped := text["dropped"]:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+        read += f", {sum(dropped.values()):,} dropped ({reasons})"
+    characters = f"{text['characters']:,} of {text['characters_read']:,} characters"
+    lines = [f"{read}: {plural(text['documents'], 'document')}, {characters}"]
+    if skipped := [f"{name} ({reason})" for name, reason in text["files_skipped"].items()]:
+        more = ", ..." if len(skipped) > 3 else ""
+        lines.append(f"{plural(len(skipped), 'file')} not read: {', '.join(skipped[:3])}{more}")
+    if special := text.get("special_tokens_as_text"):
+        counts = ", ".join(f"{token} {count} times" for token, count in special.items())
+        lines.append(f"special tokens written in it are read as characters: {counts}")
+    if rendered := text.get("rendered_documents"):
+        lines.append(f"{plural(rendered, 'document')} of a chat template (a special token first) hold tokens")
+    if not heldout / 2 <= (share := text["heldout_share"]) <= 2 * heldout:
+        lines.append(
+            f"{percent(share, 2)} of the characters are held out, not {percent(heldout, 2)} (data.heldout): "
+            "documents are few, or of very different length"
+        )
+    if epochs > MOST_EPOCHS:
+        lines.append(f"training reads it about {epochs:.1f} times: give more text, or a smaller train.tokens")
+    return [f"text: {line}" for line in lines]
 
 
 def training_blocks(corpus: Path, tokens: int) -> NDArray[Any]:

@@ -26,7 +26,7 @@ latency: {{prompt: 8, generate: 4}}
 
 
 def planned(folder: Path, base: str, *overrides: str) -> dict[str, Any]:
-    (folder / "text.jsonl").write_text('{"text": "some text"}\n')
+    (folder / "text.jsonl").write_text('{"text": "some text"}\n{"text": null}\n{"text": "other text"}\n')
     (folder / "sized.yaml").write_text(RECIPE.format(base=base))
     recipe = load(folder / "sized.yaml", overrides)
     return make_plan(recipe, folder / "run", probe=False, screen=Screen("plan"))
@@ -38,6 +38,14 @@ def test_products_without_instructions_are_warned_of(tmp_path: Path, monkeypatch
         monkeypatch.setattr("edgedisp.commands.plan.multiplies_bf16", lambda fast=fast: fast)
         text = render(planned(tmp_path, "model", f"train.precision={precision}"))
         assert ("--set train.precision=auto" in text) is warns
+
+
+def test_the_text_is_accounted_for_before_a_build(tmp_path: Path) -> None:
+    graph_twins.make(tmp_path / "model", "llama")
+    text = render(planned(tmp_path, "model"))
+    assert "text: 3 rows of 1 file, 1 dropped (1 null): 2 documents, 19 of 19 characters\n" in text
+    assert "text: 47.37 % of the characters are held out, not 20.00 %" in text
+    assert "text: training reads it about" in text
 
 
 def test_without_a_probe_the_configuration_is_enough_and_the_recipe_decides_the_grid(tmp_path: Path) -> None:

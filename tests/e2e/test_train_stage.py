@@ -12,9 +12,10 @@ import torch
 from training import open_tiny
 
 from edgedisp.core.progress import silent
+from edgedisp.data import synthetic_documents
 from edgedisp.pipeline import build_plan, prepare, training
 from edgedisp.pipeline.stage import Inputs
-from edgedisp.recipe import Train, load
+from edgedisp.recipe import Recipe, Train, load
 from edgedisp.train.performance import time_steps
 from edgedisp.train.trainer import PackedDataset
 
@@ -26,18 +27,40 @@ train: {{tokens: 4k, lr: 1e-3, batch: 2, precision: fp32}}
 """
 
 
-def trained(base: Path, text: Path, folder: Path, isolate: bool) -> tuple[Path, dict[str, Any]]:
-    """The corpus, and the results of the dispersed arm, trained by the stages of a build."""
-    folder.mkdir()
-    path, corpus, output_dir = folder / "tiny.yaml", folder / "corpus", folder / "run" / "dispersed" / "model"
+def prepared(base: Path, text: Path, folder: Path, isolate: bool) -> tuple[Recipe, Path, dict[str, Any]]:
+    """The recipe, the folder of its corpus, and the stage's results."""
+    path, corpus = folder / "tiny.yaml", folder / "corpus"
+    corpus.mkdir(parents=True)
     path.write_text(RECIPE.format(base=base, text=text, isolate=str(isolate).lower()))
     recipe, stage = load(path), build_plan.corpus(load(path))
-    corpus.mkdir()
+    return recipe, corpus, prepare.corpus(stage.options, Inputs(stage.files, base=base), corpus, silent)
+
+
+def trained(base: Path, text: Path, folder: Path, isolate: bool) -> tuple[Path, dict[str, Any]]:
+    """The corpus, and the results of the dispersed arm, trained by the stages of a build."""
+    recipe, corpus, _ = prepared(base, text, folder, isolate)
+    output_dir = folder / "run" / "dispersed" / "model"
     output_dir.mkdir(parents=True)
-    prepare.corpus(stage.options, Inputs(stage.files, base=base), corpus, silent)
     arm = next(run for run in recipe.arm_runs if run.name == "dispersed")
     options = build_plan.training(recipe, arm).options
     return corpus, training.train(options, Inputs(base=base, corpus=corpus), output_dir, silent)
+
+
+def test_an_end_of_text_written_in_a_text_is_no_border_and_is_counted(
+    tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    texts = [document.text for document in synthetic_documents(20, seed=0)]
+    texts[1:1] = [f"<|im_start|>user\n{texts[1]}", None, texts[2], f"{texts[3]}<|endoftext|>{texts[4]}"]
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    _, corpus, results = prepared(tiny_folder["llama"], path, tmp_path / "run", isolate=True)
+    end_of_text = json.loads((corpus / "packing.json").read_text())["end_of_text"]
+    passes = (np.load(corpus / "tokens.npy") == end_of_text).sum() / results["train_documents"]
+    assert passes == pytest.approx(results["epochs"], abs=0.1)  # one border for each document
+    text = results["text"]
+    assert text["special_tokens_as_text"] == {"<|endoftext|>": 1} and text["rendered_documents"] == 1
+    note = "text: 24 rows of 1 file, 2 dropped (1 null, 1 duplicate): 22 documents, "
+    assert results["notes"][0].startswith(note)
 
 
 def first_loss(base: Path, data: PackedDataset) -> float:

@@ -55,13 +55,13 @@ def test_every_row_is_counted_as_a_document_or_with_the_reason_it_was_dropped(tm
     path.write_text(json.dumps(["one", "", "  \n", {"text": None}, {"text": "three", "id": 7}]))
     documents = read_documents(path)
     assert documents == [Document("0", "one"), Document("7", "three")]
-    counts = {"rows_read": 5, "documents": 2, "characters_read": 11, "characters": 8, "files_skipped": {}}
-    assert documents.counts() == counts | {"dropped": {"blank": 2, "null": 1}}
-    assert documents.notes() == ["text: 3 of 5 rows dropped (2 blank, 1 null)"]
+    counts = {"files_read": 1, "rows_read": 5, "documents": 2, "characters_read": 11, "characters": 8}
+    assert documents.counts() == counts | {"files_skipped": {}, "dropped": {"blank": 2, "null": 1}}
     path.write_text(json.dumps([{"id": "same", "text": word} for word in "abc"]))
     assert [document.id for document in read_documents(path)] == ["same", "same#2", "same#3"]
     documents.add(read_documents(path, source(limit=1)))
-    assert (documents.rows_read, len(documents), documents.characters_read) == (6, 3, 12)
+    assert documents.counts().items() >= {"files_read": 2, "rows_read": 6, "documents": 3}.items()
+    assert documents.characters_read == 12
 
 
 def test_only_newlines_end_lines_and_in_plain_text_a_blank_line_ends_a_document(tmp_path: Path) -> None:
@@ -87,6 +87,13 @@ def test_a_file_that_cannot_be_used_gives_the_place_and_the_reason(tmp_path: Pat
         ("a.json", b'{"a": "one",\n "b" "two"}', "a.json:2: not valid JSON"),
         ("a.jsonl", b'{"text": "one"}\n{"text": ', "a.jsonl:2: not valid JSON"),
         ("a.jsonl", b'{"text": "one"}\n{"text": "\\ud83d smile"}', "a.jsonl:2: .*half of a surrogate pair"),
+        ("a.json", b'{"text": "one"}\n{"text": "two"}', "a.json:2: .*JSON Lines: name the file .jsonl"),
+        ("a.jsonl", b'[\n{"text": "one"}\n]', "a.jsonl:1: .*name the file .json"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user"}]}',
+            r"a.jsonl:1: .*messages. A chat.*apply_chat_template",
+        ),
         ("a.json", b"3", "holds one int"),
         ("a.json", b'[{"text": 3}]', "item 0: the text must be a string, found int"),
         ("a.json", b'["", " "]', r"no text found \(2 rows"),
@@ -120,7 +127,10 @@ def test_of_a_folder_one_kind_and_one_split_is_read_and_the_rest_reported(tmp_pa
     assert [document.text for document in raw] == ["raw train-00000-of-00002", "raw train-00001-of-00002"]
     assert len({document.id for document in raw}) == 2
     assert raw.files_skipped == {"raw/test-00000-of-00001.jsonl": "split test"}
-    assert "README.md (not .jsonl)" in read_documents(tmp_path).notes()[0]
+    assert read_documents(tmp_path).files_skipped["README.md"] == "not .jsonl"
+    limited = read_documents(tmp_path, source(config="raw", limit=1))
+    assert limited.files_read == 1
+    assert limited.files_skipped["raw/train-00001-of-00002.jsonl"] == "beyond the limit"
     assert texts(tmp_path, config="clean", split="test") == ["clean test-00000-of-00001"]
     (tmp_path / "raw" / "books.jsonl.gz").write_bytes(gzip.compress(b'{"text": "books"}'))
     assert texts(tmp_path, config="raw")[0] == "books"  # names no split: of the training text

@@ -51,6 +51,12 @@ def test_the_split_takes_every_different_text_exactly_once(words: list[str], sha
     assert split(documents, share, seed) == (train, heldout)
 
 
+def test_composed_and_decomposed_twins_are_one_text() -> None:
+    train, heldout = split(documents_of(["caf\u00e9 a", "cafe\u0301  a", "caf\u00e8 a"]), 0.5, seed=0)
+    assert {document.text for document in [*train, *heldout]} == {"caf\u00e9 a", "caf\u00e8 a"}
+    assert train.dropped == {"duplicate": 1}
+
+
 def test_the_split_depends_on_the_seed_and_makes_ids_unique() -> None:
     documents = [Document("same", str(number)) for number in range(50)]
     train, heldout = split(documents, 0.1, seed=0)

@@ -9,7 +9,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -38,26 +38,35 @@ class Words:
     """A tokenizer of words with the space before them; id 0 ends a document."""
 
     eos_token_id = 0
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def __init__(self, texts: list[str]) -> None:
-        pieces = sorted({"a", *(piece for text in texts for piece in self._split(text))})
-        self.ids = {piece: number for number, piece in enumerate(["<end>", *pieces])}
+        pieces = {"a", *(piece for text in texts for piece in self._pieces(text))}
+        # Every piece also with a space before it: the tasks put one before a sentence.
+        pieces |= {" " + piece for piece in pieces if not piece.startswith(" ")}
+        self.ids = {piece: number for number, piece in enumerate(["<end>", *sorted(pieces)])}
         self.pieces = [*self.ids]
 
     @staticmethod
-    def _split(text: str) -> list[str]:
-        # Every piece also with a space before it: the tasks put one before a sentence.
-        pieces = re.findall(r" ?\w+| ?[^\w\s]|\s", text)
-        return pieces + [" " + piece for piece in pieces if not piece.startswith(" ")]
+    def _pieces(text: str) -> list[str]:
+        return re.findall(r" ?\w+| ?[^\w\s]|\s", text)
 
     def get_vocab(self) -> dict[str, int]:
         return self.ids
 
     def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-        return {"input_ids": [self.ids[piece] for piece in re.findall(r" ?\w+| ?[^\w\s]|\s", text)]}
+        return {"input_ids": [self.ids[piece] for piece in self._pieces(text)]}
 
     def decode(self, ids: list[int], **options: Any) -> str:
         return "".join(self.pieces[number] for number in ids)
+
+
+class Characters(Words):
+    """A token for each character with the marks on it."""
+
+    @staticmethod
+    def _pieces(text: str) -> list[str]:
+        return re.findall(r"\w[^\w\s]*|\W", text)
 
 
 WORDS = ["river", "stone", "mill", "hill", "road", "bridge", "field", "farm", "town", "gate", "wall", "ship"]
@@ -109,13 +118,52 @@ SENTENCES = (
     ["Some animals, e.g. Asian elephants, are large.", "Others are not."],
     ["Él nació en Lima.", "¿Dónde murió?", "Ångström war Schwede."],
     ["no capital at all"],
+    ["The group Morning Musume (モーニング娘。) was big.", "It is."],
+    ["नदी बहती है।", "शहर बड़ा है ॥", "वे चलते हैं।"],
+    ["كيف حالك؟", "أنا بخير۔", "نعم."],
 )
+WITHOUT_SPACES = ("「今日は。」", "彼は言った！", "GPT是模型。", "“你好吗？”", "他说：不。")
 
 
 def test_sentences_end_where_a_reader_would_end_them() -> None:
     for parts in SENTENCES:
         text = "  " + " \n".join(parts) + " "
         assert [text[start:end] for start, end in sentences(text)] == parts
+
+
+def test_sentences_of_scripts_without_spaces_end_at_their_stops_and_thai_ones_by_length() -> None:
+    text = "".join(WITHOUT_SPACES)
+    assert tuple(text[start:end] for start, end in sentences(text)) == WITHOUT_SPACES
+    for space in (" ", ""):
+        thai = space.join(["แม่น้ำเมืองหินสะพานตลาดฤดูหนาวฤดูร้อนสวน"] * 8)
+        parts = [thai[start:end] for start, end in sentences(thai)]
+        assert "".join(parts) == thai.replace(" ", "") and all(40 <= len(part) <= 85 for part in parts[:-1])
+        assert all(part[0].isalnum() for part in parts)  # no vowel sign is cut off
+
+
+@pytest.mark.parametrize(
+    ("words", "count", "space", "stop"),
+    [
+        ("河流 城市 石头 桥 市场 冬天 花园 信 音乐 安静 我们 喜欢 看见", 12, "", "。"),
+        ("नदी शहर पत्थर पुल बाज़ार सर्दी बगीचा पत्र संगीत शांत देखते चलते", 6, " ", "।"),
+        ("แม่น้ำ เมือง หิน สะพาน ตลาด ฤดูหนาว สวน จดหมาย ดนตรี ชอบ เห็น", 9, "", " "),
+    ],
+    ids=["Chinese", "Hindi", "Thai"],
+)
+def test_questions_are_made_of_text_in_other_scripts(words: str, count: int, space: str, stop: str) -> None:
+    rng = np.random.default_rng(0)
+    texts = [
+        space.join(space.join(rng.choice(words.split(), count)) + stop for _ in range(12)) for _ in range(8)
+    ]
+    documents = [Document(str(number), text) for number, text in enumerate(texts)]
+    prepared = prepare(Characters(texts), documents, SuiteOptions(tuple(ALL), 200, 8))
+    sources = {document.id: document.text for document in documents}
+    for name in ALL[1:]:
+        assert len(prepared.questions[name]) == 8
+        for question in prepared.questions[name]:
+            context, target = question.requests[question.gold]
+            read = prepared.tokenizer.decode([*context[1:], *target])
+            assert read in sources[question.document]  # no space where the text has none
 
 
 @given(st.text("ab .!?A\n1\"')", max_size=60))
