@@ -15,6 +15,7 @@ from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import MANIFEST, check_files, check_writable, read_json
 from edgedisp.core.progress import Progress
+from edgedisp.graph.architectures import check_export
 from edgedisp.graph.export import export as export_graph
 from edgedisp.graph.runtime_layouts import LAYOUTS
 from edgedisp.graph.session import OnnxModel
@@ -32,8 +33,8 @@ def export_bundle(
 ) -> dict[str, Any]:
     """Export a Hugging Face folder to a bundle for a device profile; `out` appears whole or not at all.
 
-    `layouts` None: the profile's. Raises BadInput for an unknown target or layout, a folder without a model
-    or a tokenizer, or an `out` that exists.
+    `layouts` None: the profile's. The folder is opened and saved as the base of a build is. Raises BadInput
+    for an unknown target or layout, a folder that no build would open, or an `out` that exists.
     """
     target = load_target(target_name)
     for name in layouts or ():
@@ -41,22 +42,23 @@ def export_bundle(
             choice(name, LAYOUTS)
         except ValueError as problem:
             raise BadInput(f"--layouts: '{name}' is not known; {problem}") from None
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise BadInput(f"{folder}: no {name}; export takes a model folder, such as <run>/<arm>/model")
     if out.exists():
         raise BadInput(f"{out}: exists already; choose another --out")
     check_writable("--out", out)
     check_files(folder)
-    tokenizer = models.load_tokenizer(folder)
-    models.check_template(tokenizer)
+    check_export(models.empty_model(folder))
+    model, tokenizer = models.open_base(folder, progress=progress)
     threads, names = target.threads or physical_cores(), layouts or target.layouts
     with _partial(out.resolve()) as partial:
-        fp32, quantized, package = (partial / name for name in ("fp32", "quantized", "package"))
-        for path in (fp32, quantized, package):
+        opened, fp32, quantized, package = (
+            partial / name for name in ("model", "fp32", "quantized", "package")
+        )
+        for path in (opened, fp32, quantized, package):
             path.mkdir()
+        models.save(model, tokenizer, opened)
+        del model
         progress(0, 3, "writing the graph")
-        grid = export_graph(folder, fp32, threads=threads, max_context=target.context, progress=progress)
+        grid = export_graph(opened, fp32, threads=threads, max_context=target.context, progress=progress)
         bundle = fp32 if target.precision == "fp32" else quantized
         if bundle is quantized:
             options = target.quantize.model_dump()

@@ -16,7 +16,7 @@ from typing import Any
 
 from edgedisp.bench.system import multiplies_bf16, physical_cores
 from edgedisp.core.distributed import split
-from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.errors import BadInput, NotAtHand
 from edgedisp.core.progress import Progress, Screen, clock
 from edgedisp.core.results import PUBLISHED_POINTS
 from edgedisp.core.stage_folder import Record
@@ -80,7 +80,8 @@ def check_processes(recipe: Recipe, count: int) -> None:
 
 def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict[str, Any]:
     """The plan as JSON values: recipe, run, steps, tokens, threads, warning, text [line], stages [{name,
-    done, seconds}], detectable, sizes (or {unknown: why}) and, with `probe` and something to do, estimate."""
+    done, seconds}], detectable, sizes (or {unknown: why}) and, with `probe` and something to do, estimate.
+    Raises BadInput for a base that a build would refuse."""
     from edgedisp.evaluate import comparison
     from edgedisp.pipeline.size_estimate import check_fits
 
@@ -98,7 +99,7 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict
     try:
         model = _model(recipe, base, probe, screen.progress)
         sizes = _sizes(recipe, model)
-    except (BadInput, BuildFailed) as error:
+    except NotAtHand as error:
         if probe:
             raise
         sizes = {"unknown": str(error)}
@@ -131,7 +132,7 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict
 
 def _model(recipe: Recipe, base: Path | None, weights: bool, progress: Progress) -> Any:
     """The recipe's base, from the folder of its finished stage if that is there; without `weights` an empty
-    model, for which nothing is downloaded. Raises BadInput where the base is not at hand."""
+    model, for which nothing is downloaded. Raises NotAtHand where the base is elsewhere."""
     from edgedisp import data, models
     from edgedisp.pipeline.prepare import open_base
 
@@ -139,7 +140,7 @@ def _model(recipe: Recipe, base: Path | None, weights: bool, progress: Progress)
         return models.load(base) if weights else models.empty_model(base)
     sources = [source.source for source in recipe.data.train] if recipe.is_smoke else [recipe.model.base]
     if missing := [source for source in sources if data.needs_download(source) and not weights]:
-        raise BadInput(f"{missing[0]} is not downloaded yet")
+        raise NotAtHand(f"{missing[0]} is not downloaded yet")
     stage = base_stage(recipe)
     return open_base(stage.options, stage.files, progress, weights=weights)[0]
 

@@ -1,13 +1,18 @@
-"""The model hub: whether it can be reached, asked once in a process, and clear errors about repositories."""
+"""The model hub and its libraries: whether it can be reached, asked once in a process, snapshots of models,
+silence, and clear errors about repositories."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
-from typing import Literal
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
 
-from edgedisp.core.errors import BadInput
-from edgedisp.core.progress import warn
+from edgedisp.core.errors import BadInput, NotAtHand
+from edgedisp.core.progress import Progress, silent, warn
 
 TIMEOUT_S = 5.0
 Kind = Literal["model", "dataset"]
@@ -61,10 +66,66 @@ def check_repository(kind: Kind, name: str, revision: str | None) -> None:
     raise BadInput(f"{name}: {reason}. {WORKS}")
 
 
-def unreachable_error(kind: Kind, name: str, problem: BaseException) -> BadInput:
+def unreachable_error(kind: Kind, name: str, problem: BaseException) -> NotAtHand:
     """The error for a repository that is not cached while the hub cannot be reached, or breaks off."""
     reason = f"the hub cannot be reached ({unreachable() or one_line(problem)})"
-    return BadInput(f"{name}: {reason}, and the {KINDS[kind]} is not in the local cache. {WORKS}")
+    return NotAtHand(f"{name}: {reason}, and the {KINDS[kind]} is not in the local cache. {WORKS}")
+
+
+def download_model(
+    name: str, revision: str | None, patterns: Sequence[str], progress: Progress = silent
+) -> Path:
+    """The folder of a model's files named like `patterns`, from the hub or its cache."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    tqdm: Any = import_module("huggingface_hub.utils").tqdm
+
+    class Bytes(tqdm):  # type: ignore[misc]
+        """A bar that draws nothing and passes the bytes downloaded so far to `progress`."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.counts_bytes, self.seen = kwargs.get("unit") == "B", 0
+            super().__init__(*args, **(kwargs | {"disable": True}))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if self.counts_bytes:
+                self.seen += int(n or 0)
+                progress(self.seen, int(self.total or 0), f"downloading {name}")
+            return None
+
+    check_repository("model", name, revision)
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*"],
+            local_files_only=unreachable() is not None,
+            tqdm_class=Bytes,
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError) as problem:
+        raise unreachable_error("model", name, problem) from problem
+    return Path(folder)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no warnings of transformers and its hub client inside; as before afterwards."""
+    from transformers.utils import logging
+
+    gguf: Any = import_module("transformers.modeling_gguf_pytorch_utils")
+    level, bars, gguf_bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), gguf.tqdm
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    gguf.tqdm = lambda tensors, desc: tensors  # this one bar ignores the setting
+    try:
+        yield
+    finally:
+        gguf.tqdm = gguf_bar
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def one_line(problem: BaseException) -> str:

@@ -1,4 +1,5 @@
-"""Reads a torch model into a `Decoder` (decoder_graph.py) by a table of where an architecture has its parts.
+"""Reads a torch model into a `Decoder` (decoder_graph.py) by a table of where an architecture has its parts,
+and says what can be exported at all: by decoder_graph.py, or by onnxruntime-genai's builder.
 
 Norms, biases, positions, window and scaling are read from the modules and the configuration. Rotary tables
 come from the model's rotary module, so every `rope_type` is right. Weights are views of the torch model.
@@ -31,6 +32,12 @@ ACTIVATIONS = {
     "quick_gelu": "QuickGelu",
     "relu": "Relu",
 }
+# Architectures whose graph by the builder was compared with torch on a tiny random model (builder 0.18,
+# transformers 5.23): the logits are equal to 1e-4, phi's to 2e-3. Not among them: olmo (off by 4), nemotron
+# (1e-2), gemma2 (its cache holds the window alone, which only genai handles).
+BUILDER_ARCHITECTURES = ("ernie4_5", "gemma", "granite", "phi", "phi3", "smollm3")
+BUILDER_ROPES = ("default", "linear", "longrope")
+
 NORM_NAMES = ("input_layernorm", "post_attention_layernorm")
 
 
@@ -80,14 +87,31 @@ ARCHITECTURES = {
 # fmt: on
 
 
+def check_export(model: Any, max_context: int | None = None) -> Decoder | None:
+    """The decoder of a model, None where the builder reads its folder; BadInput for what cannot be exported.
+
+    A model without weights is enough (`models.empty_model`).
+    """
+    config, known = model.config, (*ARCHITECTURES, *BUILDER_ARCHITECTURES)
+    try:
+        if config.model_type in ARCHITECTURES:
+            return read_decoder(model, max_context)
+        if config.model_type not in known:
+            names = ", ".join(sorted(known))
+            raise BadInput(f"models of type {config.model_type!r} cannot be exported; known types: {names}")
+        _check_form(config)
+    except BadInput as problem:
+        raise BadInput(f"{config.name_or_path or 'the model'}: {problem}") from None
+    return None
+
+
 def read_decoder(model: Any, max_context: int | None = None) -> Decoder:
     """The decoder that a torch model of one of ARCHITECTURES computes; weights are views.
 
     BadInput for a form of the architecture that the graph writer does not cover.
     """
     config, heads = model.config, model.config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    _check_form(config, head_dim)
+    head_dim = _check_form(config)
     family, context = ARCHITECTURES[config.model_type], _context(config, max_context)
     body = model.get_submodule(family.body)
     embedding = _linear(model, "model.embed_tokens", f"{family.body}.{family.embedding}")
@@ -126,22 +150,26 @@ def read_decoder(model: Any, max_context: int | None = None) -> Decoder:
     return _neox(decoder, blocks) if config.model_type == "gpt_neox" else decoder
 
 
-def _check_form(config: Any, head_dim: int) -> None:
-    """BadInput for what the table does not say, and the graph writer does not write."""
-    hidden, activation = config.hidden_size, _activation(config)
+def _check_form(config: Any) -> int:
+    """The width of a head. BadInput for what the table does not say, and no graph writer writes."""
+    hidden, activation, family = config.hidden_size, _activation(config), ARCHITECTURES.get(config.model_type)
+    head_dim = int(getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
     width = getattr(config, "word_embed_proj_dim", hidden)
     has_final_norm = not getattr(config, "_remove_final_layer_norm", False)
     norms_before = getattr(config, "do_layer_norm_before", True) and has_final_norm
-    is_rotary = ARCHITECTURES[config.model_type].positions is None
+    multiple = 16 if family is None or family.positions is None else 8  # of GroupQueryAttention
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     for is_written, reason in (
         (not getattr(config, "use_bidirectional_attention", False), "it attends in both directions"),
         (norms_before, "it norms after each part, or has no final norm (of the released OPT only 350M)"),
         (width == hidden, f"it has an embedding of width {width} for layers of {hidden}"),
-        (not is_rotary or head_dim % 16 == 0, f"heads of {head_dim} dimensions, which are no multiple of 16"),
+        (head_dim % multiple == 0, f"heads of {head_dim} dimensions, which are no multiple of {multiple}"),
         (activation in ACTIVATIONS, f"activation {activation!r} has no counterpart in the graph"),
+        (family is not None or rope in BUILDER_ROPES, f"rotary positions of type {rope!r}"),
     ):
         if not is_written:
             raise BadInput(f"this {config.model_type} has a form that is not written: {reason}")
+    return head_dim
 
 
 def _context(config: Any, max_context: int | None) -> int:

@@ -23,18 +23,13 @@ from typing import Any
 import onnx_ir as ir
 
 from edgedisp import models
-from edgedisp.core.errors import BadInput, BuildFailed
+from edgedisp.core.errors import BuildFailed
 from edgedisp.core.files import read_json, write_json
 from edgedisp.core.progress import Progress, silent
 from edgedisp.graph import decoder_graph, genai_config
-from edgedisp.graph.architectures import ARCHITECTURES, read_decoder
+from edgedisp.graph.architectures import check_export
 from edgedisp.graph.decoder_graph import Decoder, Linear
 from edgedisp.graph.onnx_graph import DATA, EMBEDDING, GRAPH, WEIGHT_MAP, read_graph, to_bytes
-
-# Architectures whose graph by the builder was compared with torch on a tiny random model (builder 0.18,
-# transformers 5.23): the logits are equal to 1e-4, phi's to 2e-3. Not among them: olmo (off by 4), nemotron
-# (1e-2), gemma2 (its cache holds the window alone, which only genai handles).
-BUILDER_ARCHITECTURES = ("ernie4_5", "gemma", "granite", "phi", "phi3", "smollm3")
 
 # The builder's name of a linear map -> the torch modules that it may stand for.
 BUILDER_NAMES = {
@@ -57,23 +52,16 @@ def export(
 
     Returns {exporter: edgedisp | onnxruntime-genai, context, size_bytes, nodes: {op: n}}. `max_context` caps
     the positions (default 8192, or the model's own if less; the genai builder always takes the model's own).
-    BadInput for an architecture that cannot be exported and for weights that are not finite, BuildFailed
-    where the builder fails.
+    BadInput for an architecture that cannot be exported, BuildFailed where the builder fails.
     """
-    architecture = str(read_json(model_folder / "config.json").get("model_type", "unknown"))
-    if architecture not in (*ARCHITECTURES, *BUILDER_ARCHITECTURES):
-        known = ", ".join(sorted((*ARCHITECTURES, *BUILDER_ARCHITECTURES)))
-        raise BadInput(
-            f"{model_folder}: models of type {architecture!r} cannot be exported; known types: {known}"
-        )
     model, exporter = models.load(model_folder), "edgedisp"
-    _check_finite(model, model_folder)
-    if architecture in ARCHITECTURES:
-        decoder = read_decoder(model, max_context)
+    decoder = check_export(model, max_context)
+    if decoder is not None:
         decoder_graph.write(decoder, output_dir, progress)
         genai_config.copy_files(model_folder, output_dir)
         config, weight_map = genai_config.genai_config(decoder, output_dir), _weight_map(decoder)
     else:
+        architecture = model.config.model_type
         rows, exporter = {name: len(values) for name, values in model.named_parameters()}, "onnxruntime-genai"
         del model  # the builder reads the folder itself
         progress(0, 1, f"onnxruntime-genai's builder writes {architecture}")
@@ -96,15 +84,6 @@ def size_and_nodes(bundle: Path) -> dict[str, Any]:
     operators = Counter(node.op_type for node in read_graph(bundle / GRAPH).graph)
     size = sum((bundle / name).stat().st_size for name in (GRAPH, DATA))
     return {"size_bytes": size, "nodes": dict(sorted(operators.items()))}
-
-
-def _check_finite(model: Any, folder: Path) -> None:
-    """BadInput names the first weight with NaN or infinity: no graph is worth writing from it."""
-    for key, weight in model.named_parameters():
-        # A sum is not finite if a value is not, and needs no array of flags; but it may also overflow.
-        if not weight.sum().isfinite() and not weight.isfinite().all():
-            bad = f"{int((~weight.isfinite()).sum())} values that are not finite (NaN or infinity)"
-            raise BadInput(f"{folder}: {key} holds {bad}; the model is damaged, or its training diverged")
 
 
 def _weight_map(decoder: Decoder) -> WeightMap:

@@ -6,25 +6,24 @@
 Refused: pickled weights, which can run any code; quantized, encoder-decoder and masked models.
 """
 
+from edgedisp.core.hub import quiet as quiet
 from edgedisp.models.chat_template import RENDERER as RENDERER
 from edgedisp.models.licence import copy_licence as copy_licence
 from edgedisp.models.licence import read_licence as read_licence
 from edgedisp.models.loading import empty_model as empty_model
 from edgedisp.models.loading import load as load
-from edgedisp.models.loading import load_tokenizer as load_tokenizer
 from edgedisp.models.loading import load_weights as load_weights
 from edgedisp.models.loading import open_base as open_base
-from edgedisp.models.loading import quiet as quiet
 from edgedisp.models.loading import save as save
 from edgedisp.models.tiny_model import tiny_model as tiny_model
 from edgedisp.models.tokenizer import Message as Message
 from edgedisp.models.tokenizer import TemplateError as TemplateError
 from edgedisp.models.tokenizer import bos_id as bos_id
 from edgedisp.models.tokenizer import chat_ids as chat_ids
-from edgedisp.models.tokenizer import check_template as check_template
 from edgedisp.models.tokenizer import document_encoder as document_encoder
 from edgedisp.models.tokenizer import encode as encode
 from edgedisp.models.tokenizer import end_of_text_id as end_of_text_id
+from edgedisp.models.tokenizer import load_tokenizer as load_tokenizer
 from edgedisp.models.tokenizer import render_conversation as render_conversation
 from edgedisp.models.tokenizer import rendered_by as rendered_by
 from edgedisp.models.tokenizer import special_tokens as special_tokens

@@ -7,11 +7,10 @@ hub id configuration, tokenizer, safetensors weights and licence are fetched int
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import import_module
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,17 @@ from torch import Tensor, nn
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import read_json
-from edgedisp.core.hub import check_repository, one_line, unreachable, unreachable_error
-from edgedisp.core.progress import Progress, silent, warn
+from edgedisp.core.hub import download_model, one_line, quiet
+from edgedisp.core.progress import Progress, silent
+from edgedisp.models.tokenizer import load_tokenizer, opened_as, read_config, rows_of
 from edgedisp.recipe import Model
 
 HUB_FILES = [
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "vocab.*", "merges.txt", "chat_template*", "spiece.model", "sentencepiece*",
+    "config.json", "adapter_config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "spiece.model", "sentencepiece*",
     "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 ]  # fmt: skip
-UNUSABLE = (Exception,)  # transformers over a file that it cannot use: tokenizers raises Exception itself
 IN_A_LAYER = re.compile(r"\.\d+\.")  # model.layers.3.mlp.up_proj.weight
 
 
@@ -53,7 +52,7 @@ def load(path: Path, section: Model | None = None) -> Any:
     """The model of a folder or a .gguf file, float32 and in eval mode. BadInput as `open_base`."""
     from transformers import AutoModelForCausalLM
 
-    _check_folder(path)
+    _check_folder(path, weights=True)
     with quiet():
         folder, options, config = _config(path, section or Model(base=str(path)))
         try:
@@ -66,12 +65,13 @@ def load(path: Path, section: Model | None = None) -> Any:
                 ignore_mismatched_sizes=True,  # `_check_loading` refuses them with their names
                 **options,
             )
-        except UNUSABLE as problem:
+        except Exception as problem:  # of no common type
             raise BadInput(
                 f"{path}: the weights cannot be opened (damaged?): {one_line(problem)}"
             ) from problem
     model, report = loaded
     _check_loading(report, str(path))
+    _check_finite(model, path)
     if path != folder:  # expanded, but marked as quantized: transformers would neither train nor save it
         del model.config.quantization_config, model.quantization_method
         model.hf_quantizer, model.is_quantized = None, False
@@ -87,53 +87,17 @@ def empty_model(base: Path | str, section: Model | None = None) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     section = section or Model(base=str(base))
-    path = _local(base, section, ["config.json"])
+    path = _local(base, section, ["config.json", "adapter_config.json"])
+    _check_folder(path, weights=Path(base).exists())
     with quiet(), init_empty_weights():
         _, _, config = _config(path, section)
         try:
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        except UNUSABLE as problem:
+        except Exception as problem:  # of no common type
             raise BadInput(f"{base}: its configuration cannot be used: {one_line(problem)}") from problem
     model.tie_weights()  # moving a parameter to the meta device takes it out of the head that shares it
     empty: nn.Module = model.eval()
     return empty
-
-
-def load_tokenizer(path: Path, trust_remote_code: bool = False, vocab_size: int | None = None) -> Any:
-    """The tokenizer of a folder or a .gguf file. vocab_size: rows of the embedding; None: of config.json.
-
-    Truncation and padding, which fine-tuning scripts leave in tokenizer.json, are switched off with a line on
-    stderr. Raises BadInput if there is none, or for tokens without a row in the embedding.
-    """
-    from transformers import AutoTokenizer
-
-    folder, options = _folder(path)
-    with quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
-        except UNUSABLE as problem:
-            works = "a SentencePiece file alone needs `pip install sentencepiece protobuf`"
-            raise BadInput(f"{path}: no usable tokenizer: {one_line(problem)} ({works})") from problem
-    if vocab_size is None:
-        config = read_json(folder / "config.json")
-        text_config = config.get("text_config")
-        vocab_size = (text_config if isinstance(text_config, dict) else config).get("vocab_size")
-    if tokenizer.is_fast:
-        backend = tokenizer.backend_tokenizer
-        active = [kind for kind in ("truncation", "padding") if getattr(backend, kind) is not None]
-        if active:
-            warn(f"{path}: {' and '.join(active)} in tokenizer.json switched off: no text is cut or padded")
-        backend.no_truncation()
-        backend.no_padding()
-    rows = vocab_size if isinstance(vocab_size, int) else None
-    outside = [token for token, index in tokenizer.get_vocab().items() if rows is not None and index >= rows]
-    if outside:
-        raise BadInput(
-            f"{path}: {len(outside)} tokens of the tokenizer have no row in the model's embedding of "
-            f"{rows} rows: {', '.join(sorted(outside)[:4])}. Call "
-            "`model.resize_token_embeddings(len(tokenizer))` and save the model, or remove the tokens."
-        )
-    return tokenizer
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -142,7 +106,7 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     Tied weights are written once. Raises OSError on a full disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for weights in folder.glob("*.safetensors"):
+    for weights in folder.glob("*.safetensors*"):
         # A model loaded from this folder still maps the file: unlink the name and leave the bytes.
         weights.unlink()
     for key in ("is_local", "local_files_only"):  # where the tokenizer came from
@@ -150,9 +114,27 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    content = json.dumps(config | _old_rotary_keys(config), indent=2, sort_keys=True)
+    path.write_text(content + "\n", encoding="utf-8")
     # safetensors creates its files for the owner alone (0600); give them the mode of any new file.
     for weights in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", weights)
+
+
+def _old_rotary_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `rope_parameters` says, in the keys of transformers 4, which would silently take its defaults.
+    transformers 5 reads these where `rope_parameters` has none."""
+    rope = config.get("rope_parameters") or {}
+    main, names = rope.get("full_attention", rope), ("rope_theta", "partial_rotary_factor")
+    old_names = ("rotary_emb_base", "rotary_pct") if config["model_type"] == "gpt_neox" else names
+    old = {old_name: main[name] for old_name, name in zip(old_names, names) if name in main}
+    if "sliding_attention" in rope:
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    if main.get("rope_type", "default") != "default":
+        old["rope_scaling"] = {key: value for key, value in main.items() if key not in names}
+    return old
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -170,25 +152,6 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     }
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no warnings of transformers and its hub client inside; as before afterwards."""
-    from transformers.utils import logging
-
-    gguf: Any = import_module("transformers.modeling_gguf_pytorch_utils")
-    level, bars, gguf_bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), gguf.tqdm
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    gguf.tqdm = lambda tensors, desc: tensors  # this one bar ignores the setting
-    try:
-        yield
-    finally:
-        gguf.tqdm = gguf_bar
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def is_causal_family(model_type: str) -> bool:
     """Whether transformers has a causal language model of the family and no masked one, as BERT's kin has."""
     from transformers.models.auto import modeling_auto as auto
@@ -197,68 +160,32 @@ def is_causal_family(model_type: str) -> bool:
     return model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in masked
 
 
-def _folder(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Folder and option with which transformers opens a model folder or a .gguf file."""
-    return (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+def _local(base: Path | str, section: Model, patterns: list[str], progress: Progress = silent) -> Path:
+    """The path of a base; of a hub id its folder at the section's revision."""
+    if isinstance(base, Path) or Path(base).exists():
+        return Path(base)
+    patterns = [*patterns, "*.py"] if section.trust_remote_code else patterns
+    return download_model(base, section.revision, patterns, progress)
 
 
 def _config(path: Path, section: Model) -> tuple[Path, dict[str, Any], Any]:
-    """`_folder` with options, and the checked configuration."""
-    from transformers import AutoConfig
-
-    folder, options = _folder(path)
-    options["trust_remote_code"] = section.trust_remote_code
-    try:
-        config = AutoConfig.from_pretrained(folder, **options)
-    except UNUSABLE as problem:
-        what = "config.json cannot be used" if path == folder else "the .gguf file cannot be opened"
-        raise BadInput(f"{path}: {what}: {one_line(problem)}") from problem
+    """Folder and options for transformers, and the checked configuration."""
+    folder, options = opened_as(path, section.trust_remote_code)
+    config = read_config(path, section.trust_remote_code)
     _check_config(config, section.architecture, str(path))
+    for name, ids in (
+        ("config.json", config.to_dict()),
+        ("generation_config.json", read_json(folder / "generation_config.json")),
+    ):
+        _check_ids(ids, rows_of(config), f"{path}: {name}")
     return folder, options, config
-
-
-def _local(base: Path | str, section: Model, patterns: list[str], progress: Progress = silent) -> Path:
-    """The path of a base; of a hub id its folder at the section's revision, from the hub or its cache."""
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    if isinstance(base, Path) or Path(base).exists():
-        return Path(base)
-    tqdm: Any = import_module("huggingface_hub.utils").tqdm
-
-    class Bytes(tqdm):  # type: ignore[misc]
-        """A bar that draws nothing and passes the bytes downloaded so far to `progress`."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self.counts_bytes, self.seen = kwargs.get("unit") == "B", 0
-            super().__init__(*args, **(kwargs | {"disable": True}))
-
-        def update(self, n: float | None = 1) -> bool | None:
-            if self.counts_bytes:
-                self.seen += int(n or 0)
-                progress(self.seen, int(self.total or 0), f"downloading {base}")
-            return None
-
-    check_repository("model", base, section.revision)
-    try:
-        folder = huggingface_hub.snapshot_download(
-            base,
-            revision=section.revision,
-            allow_patterns=[*patterns, "*.py"] if section.trust_remote_code else patterns,
-            ignore_patterns=["*/*"],
-            local_files_only=unreachable() is not None,
-            tqdm_class=Bytes,
-        )
-    except (LocalEntryNotFoundError, HfHubHTTPError) as problem:
-        raise unreachable_error("model", base, problem) from problem
-    return Path(folder)
 
 
 # ---------------------------------------------------------------- what a model must be
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder without configuration or safetensors files, and one that holds an adapter."""
+def _check_folder(folder: Path, *, weights: bool) -> None:
+    """Refuse a folder without configuration, or safetensors files if `weights`, and one with an adapter."""
     if folder.is_file():
         return
     if not folder.is_dir():
@@ -268,14 +195,17 @@ def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").exists():
         hint = "".join(f" Did you mean {path}?" for path in sorted(folder.glob("*.gguf"))[:1])
         raise BadInput(f"{folder}: not a model folder, there is no config.json.{hint}")
-    _weight_files(folder)
+    if weights:
+        _weight_files(folder)
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, sharded or not. BadInput if there are none, or one is missing."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
+    """The safetensors files of a folder, sharded or not. BadInput if there are none, or one is missing, and
+    for an index beside the one file, which transformers would not read."""
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
+        if (folder / names[0]).is_file():
+            raise BadInput(f"{folder}: holds {names[0]} and {index.name}; remove the one that is stale.")
         try:
             names = sorted(set(read_json(index)["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as problem:
@@ -308,13 +238,24 @@ def _check_config(config: Any, architecture: str | None, name: str) -> None:
             f"{name}: the weights are already quantized ({getattr(method, 'value', method)}). Training and "
             "export start from full precision: name the original model, or a .gguf file, which is expanded."
         )
-    if config._attn_implementation not in (None, "eager", "sdpa"):
-        config._attn_implementation = None  # flash_attention_2 is a choice of the machine that saved it
     if architecture is not None and config.model_type != architecture:
         raise BadInput(
             f"{name}: the model's architecture is {config.model_type!r}, the recipe says {architecture!r}. "
             f"Write `architecture: {config.model_type}` or leave it out."
         )
+
+
+def _check_ids(ids: Mapping[str, Any], rows: int | None, where: str) -> None:
+    """Refuse ids of tokens that have no row in the embedding."""
+    for key, value in ids.items():
+        listed = value if isinstance(value, list) else [value]
+        outside = [index for index in listed if index is not None and index not in range(rows or 0)]
+        if rows is not None and key.endswith("_token_id") and outside:
+            raise BadInput(
+                f"{where}: {key} is {outside[0]!r}, and the embedding has the rows 0 to {rows - 1}. Give the "
+                "id of a token, or null; if tokens were added, call "
+                "`model.resize_token_embeddings(len(tokenizer))` and save the model."
+            )
 
 
 def _check_loading(report: dict[str, Any], name: str) -> None:
@@ -337,3 +278,12 @@ def _check_loading(report: dict[str, Any], name: str) -> None:
                 f"{name}: {len(keys)} {what}: {names}. "
                 "The model is incomplete, or its configuration belongs to another one."
             )
+
+
+def _check_finite(model: nn.Module, path: Path) -> None:
+    """Refuse NaN and infinity, with the name of the first weight."""
+    for key, weight in model.named_parameters():
+        # A sum is not finite if a value is not, and needs no array of flags; but it may also overflow.
+        if not weight.sum().isfinite() and not weight.isfinite().all():
+            bad = f"{int((~weight.isfinite()).sum())} values that are not finite (NaN or infinity)"
+            raise BadInput(f"{path}: {key} holds {bad}; the model is damaged, or its training diverged")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.hub import one_line
-from edgedisp.models.loading import is_causal_family, quiet
+from edgedisp.core.hub import one_line, quiet
+from edgedisp.models.loading import is_causal_family
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIALS = [END_OF_TEXT, TURN_START, TURN_END]  # ids 0, 1, 2

@@ -1,4 +1,4 @@
-"""Texts and conversations -> token ids, and the tokens before and after a document.
+"""Tokenizers, opened and checked; texts and conversations -> token ids; what stands around a document.
 
 The text of a document is text: `<|endoftext|>` written in it is thirteen characters and ends no document.
 Only a text that begins with another special token, as a chat template renders it, holds tokens.
@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from importlib.util import find_spec
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgedisp.core.errors import BadInput
-from edgedisp.core.hub import one_line
+from edgedisp.core.hub import one_line, quiet
+from edgedisp.core.progress import warn
 from edgedisp.models.chat_template import RENDERER
+
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32", "torch_dtype": "float32", "attn_implementation": None, "use_cache": True,
+    "return_dict": True, "output_attentions": False, "output_hidden_states": False,
+}  # fmt: skip
+"""In the place of what a machine or a script chose and left in config.json."""
+MESSAGE = {"role": "user", "content": "Hello"}
+RAISED = ": TemplateError: "  # by `raise_exception` in a template; mistakes of syntax have other types
 
 # Chat models end a TURN with their eos token; what ended a document in pre-training has one of these names.
 # SmolLM2: <|endoftext|> is id 0 while eos is <|im_end|>. Llama 3: <|end_of_text|>, eos <|eot_id|>.
@@ -34,6 +44,102 @@ Message = Mapping[str, str]
 
 class TemplateError(BadInput):
     """The template refuses the conversation, or is no valid template."""
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False, vocab_size: int | None = None) -> Any:
+    """The tokenizer of a folder or a .gguf file. vocab_size: rows of the embedding; None: of config.json.
+
+    Truncation, padding and dropout, which training scripts leave in tokenizer.json, are switched off with a
+    line on stderr. Raises BadInput if there is none or a damaged one, for ids without a row in the embedding,
+    and for a chat template that shows nothing of a message.
+    """
+    from transformers import AutoTokenizer
+
+    folder, options = opened_as(path, trust_remote_code)
+    if (path / "config.json").is_file():
+        options["config"] = read_config(path, trust_remote_code)
+        vocab_size = vocab_size or rows_of(options["config"])
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            if tokenizer.is_fast:
+                _switch_off(tokenizer.backend_tokenizer, path)
+            marked = tokenizer("a")["input_ids"]  # with what a post-processor adds
+        except Exception as problem:  # what transformers raises over a damaged file has no common type
+            raise BadInput(f"{path}: no usable tokenizer: {_reason(folder, problem)}") from problem
+    if vocab_size is not None:
+        ids = tokenizer.get_vocab() | {f"id {index}": index for index in marked}
+        outside = [token for token, index in ids.items() if index >= vocab_size]
+        if outside:
+            raise BadInput(
+                f"{path}: {len(outside)} tokens of the tokenizer have no row in the model's embedding of "
+                f"{vocab_size} rows: {', '.join(sorted(outside)[:4])}. Call "
+                "`model.resize_token_embeddings(len(tokenizer))` and save the model, or remove the tokens."
+            )
+    _check_template(tokenizer, path)
+    return tokenizer
+
+
+def opened_as(path: Path, trust_remote_code: bool) -> tuple[Path, dict[str, Any]]:
+    """Folder and options with which transformers opens a model folder or a .gguf file."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    return (path.parent, options | {"gguf_file": path.name}) if path.is_file() else (path, options)
+
+
+def read_config(path: Path, trust_remote_code: bool = False) -> Any:
+    """The configuration of a folder or a .gguf file under SETTINGS. BadInput for a damaged one."""
+    from transformers import AutoConfig
+
+    folder, options = opened_as(path, trust_remote_code)
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(folder, **options, **SETTINGS)
+        except Exception as problem:
+            what = "config.json cannot be used" if path == folder else "the .gguf file cannot be opened"
+            raise BadInput(f"{path}: {what}: {one_line(problem)}") from problem
+    config._attn_implementation = None  # an older name in the file
+    return config
+
+
+def rows_of(config: Any) -> int | None:
+    """Rows of the embedding; None where the configuration does not say."""
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def _switch_off(backend: Any, path: Path) -> None:
+    active = [kind for kind in ("truncation", "padding") if getattr(backend, kind) is not None]
+    backend.no_truncation()
+    backend.no_padding()
+    if getattr(backend.model, "dropout", None):  # of merges, at random
+        active.append("dropout")
+        backend.model.dropout = None
+    if active:
+        warn(f"{path}: {' and '.join(active)} in tokenizer.json switched off: texts stay as they are")
+
+
+def _check_template(tokenizer: Any, path: Path) -> None:
+    """Refuse a template that is not whole. One that refuses a lone message by words of its own may stay."""
+    templates = tokenizer.chat_template
+    if templates is None or (isinstance(templates, dict) and "default" not in templates):
+        return
+    try:
+        text = render_conversation(tokenizer, [MESSAGE])
+    except TemplateError as error:
+        if RAISED in str(error):
+            return
+        raise
+    if MESSAGE["content"] not in text:
+        raise BadInput(f"{path}: its chat template shows nothing of a message. Mend it, or remove it.")
+
+
+def _reason(folder: Path, problem: Exception) -> str:
+    """Why a folder has no usable tokenizer, and what would work."""
+    if (folder / "tokenizer.json").is_file():
+        return f"{one_line(problem)}. Copy its files from the original model again."
+    pieces = [file.name for file in folder.glob("*.model") if file.read_bytes()[:1] == b"\n"]
+    if pieces and find_spec("sentencepiece") is None:
+        return f"{pieces[0]} is a SentencePiece file, which takes `pip install sentencepiece protobuf`."
+    return f"{one_line(problem)}. Put tokenizer.json beside the weights: `tokenizer.save_pretrained(folder)`."
 
 
 def encode(tokenizer: Any, text: str, split_special_tokens: bool = False) -> list[int]:
@@ -68,7 +174,7 @@ def render_conversation(tokenizer: Any, messages: Sequence[Message]) -> str:
     try:
         template = tokenizer.get_chat_template()
         if not isinstance(template, str):
-            raise BadInput(f"{place}: it is no text. Mend it, or remove chat_template")
+            raise ValueError("it is no text")
         return RENDERER.render(
             **tokenizer.special_tokens_map,
             conversations=[list(messages)],
@@ -79,13 +185,6 @@ def render_conversation(tokenizer: Any, messages: Sequence[Message]) -> str:
         raise TemplateError(f"{place}: {one_line(error)}. Mend it, or remove chat_template") from error
     except TimeoutError as error:
         raise BadInput(f"{place}: {error}. Mend it, or remove chat_template") from error
-
-
-def check_template(tokenizer: Any) -> None:
-    """BadInput for a chat template that is no text or does not end; one may refuse what it does not know."""
-    if tokenizer.chat_template:
-        with suppress(TemplateError):
-            render_conversation(tokenizer, [{"role": "user", "content": "Hello."}])
 
 
 def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:

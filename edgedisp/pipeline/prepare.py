@@ -17,6 +17,7 @@ from edgedisp.core.files import file_digest, write_json
 from edgedisp.core.progress import Progress
 from edgedisp.evaluate.heldout_tasks import SuiteOptions
 from edgedisp.evaluate.task_suite import TaskSuite, prepare
+from edgedisp.graph.architectures import check_export
 from edgedisp.pipeline.options import ITEMS, TASKS_PATH, BaseOptions, CorpusOptions, ItemsOptions
 from edgedisp.pipeline.stage import Inputs
 from edgedisp.recipe import Data
@@ -51,29 +52,35 @@ def read_documents(
 def open_base(
     options: BaseOptions, files: Mapping[str, Path], progress: Progress, *, weights: bool = True
 ) -> tuple[Any, Any, Path | str | None]:
-    """(model, tokenizer, source) of a recipe's base, in float32; source: a path or a hub id.
+    """(model, tokenizer, source) of a recipe's base, in float32; source: a path or a hub id. Raises BadInput
+    for a model that could not be exported in the end.
 
     A smoke run gets a tiny random model of the recipe's architecture with a tokenizer made from the text, and
-    no source. files: source -> local path. Without `weights` (`models.empty_model`) there is no tokenizer.
+    no source. files: source -> local path. Without `weights` (`models.empty_model`) a hub's tokenizer is not
+    opened: None.
     """
     section = options.model
     if options.smoke_text is not None:
         texts = [document.text for document in read_documents(options.smoke_text, True, progress, files)]
         context = max(SMOKE_CONTEXT, options.context)
-        architecture = section.architecture or ""
-        return *models.tiny_model(architecture, texts, seed=options.seed, context=context), None
+        tiny = models.tiny_model(section.architecture or "", texts, seed=options.seed, context=context)
+        check_export(tiny[0])
+        return *tiny, None
     local = str(files.get(section.base, section.base))
     source = data.fetch(local, sha256=section.sha256, progress=progress)
-    if not weights:
-        return models.empty_model(source, section), None, source
-    return *models.open_base(source, section, progress), source
+    model: Any = models.empty_model(source, section)
+    check_export(model)  # before weights are downloaded
+    if weights:
+        return *models.open_base(source, section, progress), source
+    if isinstance(source, Path):
+        return model, models.load_tokenizer(source, section.trust_remote_code), source
+    return model, None, source
 
 
 def base(options: BaseOptions, inputs: Inputs, output_dir: Path, progress: Progress) -> dict[str, Any]:
     """The base model as a Hugging Face folder in float32: the one set of weights that all arms start from."""
     section = options.model
     model, tokenizer, source = open_base(options, inputs.files, progress)
-    models.check_template(tokenizer)  # now, not after training
     models.save(model, tokenizer, output_dir)
     record = {
         "architecture": model.config.model_type,

@@ -61,8 +61,7 @@ def size_account(
 def _positions(model: Any) -> tuple[int, int, int]:
     """Bytes of the rotary tables, positions of the bundle, bytes of the fp32 cache for each position."""
     config = model.config
-    if config.model_type in architectures.ARCHITECTURES:
-        decoder = architectures.read_decoder(model)
+    if (decoder := architectures.check_export(model)) is not None:
         tables = sum(4 * part.numel() for rope in decoder.ropes.values() for part in rope)
         heads, width, context = decoder.kv_heads, decoder.head_dim, decoder.context
     else:

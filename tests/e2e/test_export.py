@@ -41,12 +41,25 @@ def box(folder: Path, **keys: Any) -> Path:
     return path
 
 
+def leave_settings_behind(folder: Path) -> None:
+    """As the scripts and machines that trained a model do."""
+    truncation = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    for name, changes in (
+        ("tokenizer.json", {"truncation": truncation}),
+        ("config.json", {"_attn_implementation": "flash_attention_2", "dtype": "bf16"}),
+    ):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_the_manifest_describes_the_folder(precision: str, base: Path, tmp_path: Path, edgedisp: Run) -> None:
+    tokenizer_sha256 = file_digest(base / "tokenizer.json")
+    leave_settings_behind(base)
     out, layouts = tmp_path / "out", ["optimum", "transformers.js", "onnxruntime-genai"]
     profile = box(tmp_path, precision=precision, layouts=layouts)
     ended = edgedisp("export", base, "--target", profile, "--out", out, "--json")
@@ -55,7 +68,8 @@ def test_the_manifest_describes_the_folder(precision: str, base: Path, tmp_path:
     assert manifest["files"] == list_files(out, without=("manifest.json", "README.md"))
     size = sum(entry["size_bytes"] for entry in manifest["files"].values())
     assert manifest["size_bytes"] == record["size_bytes"] == size
-    assert manifest["tokenizer_sha256"] == file_digest(base / "tokenizer.json")
+    assert manifest["tokenizer_sha256"] == tokenizer_sha256  # without the truncation
+    assert "flash" not in (out / "config.json").read_text()
     assert manifest["context"] == OnnxModel(out, 1).context == 64
     assert record["layouts"] == ["onnxruntime-genai", "transformers.js", "optimum"] == [*manifest["layouts"]]
     name, dtype = NAMES[precision]
@@ -119,7 +133,8 @@ def stray_from_the_record(path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "spoil", "message"), [
     ("config.json", another_type, "models of type 'bloom' cannot be exported; known types: "),
-    ("config.json", Path.unlink, "no config.json; export takes a model folder"),
+    ("config.json", Path.unlink, "not a model folder, there is no config.json"),
+    ("chat_template.jinja", cut_off, "its chat template cannot be used"),
     ("model.safetensors", not_a_number, f"{K_PROJ} holds 1 values that are not finite"),
     ("model.safetensors", cut_off, "cannot be opened (damaged?)"),
     ("model.safetensors", stray_from_the_record, "copy or export the folder again"),

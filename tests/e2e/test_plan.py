@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_the_text_is_accounted_for_before_a_build(tmp_path: Path) -> None:
 
 def test_without_a_probe_the_configuration_is_enough_and_the_recipe_decides_the_grid(tmp_path: Path) -> None:
     graph_twins.make(tmp_path / "model", "llama")
-    (tmp_path / "model" / "model.safetensors").unlink()
+    os.truncate(tmp_path / "model" / "model.safetensors", 0)
     plan = planned(tmp_path, "model")
     assert plan["estimate"] is None
     assert list(plan["sizes"]["precisions"]) == ["fp32", "int8", "int4"]
@@ -74,11 +75,19 @@ def test_without_a_probe_nothing_is_downloaded(tmp_path: Path, monkeypatch: pyte
     assert "nobody/absent-model" in planned(tmp_path, "nobody/absent-model")["sizes"]["unknown"]
 
 
-def test_a_model_that_no_export_would_take_is_named_and_a_probe_refuses_it(tmp_path: Path) -> None:
-    graph_twins.make(tmp_path / "model", "llama", hidden_act="tanh")
-    assert "tanh" in planned(tmp_path, "model")["sizes"]["unknown"]
-    with pytest.raises(BadInput, match="tanh"):
-        make_plan(load(tmp_path / "sized.yaml"), tmp_path / "run", probe=True, screen=Screen("plan"))
+def test_a_base_that_a_build_would_refuse_is_refused_by_its_configuration(tmp_path: Path) -> None:
+    for form, changes, message in (
+        (
+            "llama",
+            {"hidden_act": "tanh"},
+            "model: this llama has a form that is not written: activation 'tanh'",
+        ),
+        ("gpt2", {"n_embd": 80}, "heads of 20 dimensions, which are no multiple of 8"),
+        ("bloom", {"n_head": 4}, "'bloom' cannot be exported; known types: ernie4_5"),
+    ):
+        graph_twins.make(tmp_path / "model", form, **changes)
+        with pytest.raises(BadInput, match=message):
+            planned(tmp_path, "model")
 
 
 def test_what_this_machine_or_the_base_cannot_do_is_refused_or_warned_of_at_once(

@@ -115,6 +115,11 @@ def with_template(bundle: Path, out: Path, template: str, adds_bos: bool) -> Pat
     """A copy of a bundle with another chat template ("": none); adds_bos: its tokenizer puts BOS first."""
     copy_with(bundle, out)
     (out / "chat_template.jinja").write_text(template)
+    if not template:
+        (out / "chat_template.jinja").unlink()
+        settings = json.loads((out / "tokenizer_config.json").read_text())
+        settings.pop("chat_template", None)
+        (out / "tokenizer_config.json").write_text(json.dumps(settings))
     if adds_bos:
         inner = Tokenizer.from_file(str(out / "tokenizer.json"))
         inner.post_processor = TemplateProcessing(f"{SPECIALS[1]} $A", None, [(SPECIALS[1], 1)])

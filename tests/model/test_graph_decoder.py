@@ -11,7 +11,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from graph_twins import FAMILIES, FORMS, TwinStore, make, padded, ragged, torch_greedy, torch_logits
+from graph_twins import (
+    FAMILIES,
+    FORMS,
+    LLAMA3_ROPE,
+    TwinStore,
+    make,
+    padded,
+    ragged,
+    torch_greedy,
+    torch_logits,
+)
 from onnx import numpy_helper
 
 from edgedisp.core.errors import BadInput
@@ -119,6 +129,8 @@ def test_the_context_can_be_capped(
     ("opt", {"word_embed_proj_dim": 32}, "embedding of width 32 for layers of 64"),
     ("llama", {"head_dim": 24}, "heads of 24 dimensions"),
     ("gpt_neox", {"num_attention_heads": 8}, "heads of 8 dimensions"),
+    ("granite", {"head_dim": 24}, "heads of 24 dimensions"),
+    ("granite", {"rope_parameters": LLAMA3_ROPE}, "rotary positions of type 'llama3'"),
 ])  # fmt: skip
 def test_other_forms_are_refused(form: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     make(tmp_path, form, **changes)

@@ -15,6 +15,7 @@ import torch
 from gguf_file import write_gguf
 from local_hub import NOWHERE, serving
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 from edgedisp.core.errors import BadInput
 from edgedisp.data import synthetic_documents
@@ -100,7 +101,28 @@ def token_without_a_row(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def post_processor_without_a_row(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    start = TemplateProcessing("<tool> $A", None, [("<tool>", 4000)])
+    tokenizer.backend_tokenizer.post_processor = start
+    tokenizer.save_pretrained(folder)
+
+
+def only_sentencepiece(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"\n\x0epieces")
+    change(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+
+
 INDEX = '{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}'
+TEMPLATE = "chat_template.jinja"
+
+
+def only_an_index(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(INDEX)
+
+
 BAD_FOLDERS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: (f / "config.json").unlink(), "there is no config.json"),
     (lambda f: (f / "config.json").write_text('{"model_type": '), "config.json cannot be used"),
@@ -108,9 +130,22 @@ BAD_FOLDERS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: (f / "adapter_config.json").write_text("{}"), "holds a PEFT adapter: merge it"),
     (lambda f: os.truncate(f / "model.safetensors", 9000), "the weights cannot be opened"),
     (lambda f: [path.unlink() for path in f.glob("tokenizer*")], "no usable tokenizer"),
-    (lambda f: (f / "model.safetensors.index.json").write_text(INDEX), "there is no model-00001-of-00002"),
+    (lambda f: (f / "model.safetensors.index.json").write_text(INDEX), "remove the one that is stale"),
+    (only_an_index, "there is no model-00001-of-00002"),
     (unused_biases, r"2 weights in the files have no place .*: model.layers.0.self_attn.q_proj.bias"),
     (token_without_a_row, "1 tokens of the tokenizer have no row .* of 512 rows: <tool>"),
+    (post_processor_without_a_row, "1 tokens of the tokenizer have no row .* of 512 rows: id 4000"),
+    (lambda f: change(f / "generation_config.json", eos_token_id=[2, 512]), "eos_token_id is 512"),
+    (lambda f: (f / "generation_config.json").write_text("{"), "generation_config.json: is no JSON"),
+    (lambda f: os.truncate(f / "tokenizer.json", 3000), "no usable tokenizer.*Copy its files .* again"),
+    (lambda f: change(f / "tokenizer.json", model=None), "no usable tokenizer: Model missing"),
+    (only_sentencepiece, "tokenizer.model is a SentencePiece file, which takes `pip install sentencepiece"),
+    (lambda f: os.truncate(f / TEMPLATE, 40), "its chat template cannot be used: "),
+    (lambda f: os.truncate(f / TEMPLATE, 0), "its chat template shows nothing of a message"),
+    (
+        lambda f: (f / TEMPLATE).write_text("{{ messages[0].text.short }}"),
+        "its chat template cannot be used: UndefinedError",
+    ),
 ]
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "not a causal .*: BertForMaskedLM"),
@@ -119,7 +154,10 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"num_hidden_layers": 1}, "9 weights in the files have no place in the model .*: model.layers.1.input"),
     ({"num_hidden_layers": 3}, "9 weights are not in the files: model.layers.2"),
     ({"intermediate_size": 256}, "6 weights have another shape: model.layers.0.mlp"),
-    ({"pad_token_id": 4000}, "[Pp]adding_idx"),
+    ({"pad_token_id": 512}, "config.json: pad_token_id is 512, and the embedding has the rows 0 to 511"),
+    ({"pad_token_id": -1}, "config.json: pad_token_id is -1"),
+    ({"sep_token_id": 512}, "config.json: sep_token_id is 512"),
+    ({"bos_token_id": "0"}, "config.json cannot be used"),
 ]
 
 
@@ -141,18 +179,41 @@ def test_choices_of_the_machine_that_saved_a_model_are_set_aside(
 ) -> None:
     expected, text = load(llama), " ".join(TEXTS[:5])
     ids = encode(load_tokenizer(llama), text)
-    change(llama / "config.json", _attn_implementation="flash_attention_2", dtype="bfloat16")
+    change(llama / "config.json", _attn_implementation="flash_attention_2", dtype="bf16")
+    change(llama / "config.json", output_attentions=True, return_dict=False, use_cache=False)
     truncation = {"direction": "Right", "max_length": 32, "strategy": "LongestFirst", "stride": 0}
     padding = {"strategy": {"Fixed": 9000}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
     padding |= {"pad_type_id": 0, "pad_token": "<|endoftext|>"}
-    change(llama / "tokenizer.json", truncation=truncation, padding=padding)
+    merges = json.loads((llama / "tokenizer.json").read_text())["model"] | {"dropout": 0.5}
+    change(llama / "tokenizer.json", truncation=truncation, padding=padding, model=merges)
     model, tokenizer = open_base(llama)
-    assert same_weights(model, expected)
+    assert same_weights(model, expected) and model.config.use_cache
+    assert model(torch.tensor([ids[:4]])).logits.shape[1] == 4
     assert encode(tokenizer, text) == ids
-    assert "truncation and padding in tokenizer.json switched off" in capfd.readouterr().err
+    assert "truncation and padding and dropout in tokenizer.json switched off" in capfd.readouterr().err
     save(model, tokenizer, llama)
     assert json.loads((llama / "tokenizer.json").read_text())["truncation"] is None
     assert load_tokenizer(llama) and not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
+def test_rotary_positions_stand_under_their_names_of_transformers_4_too(
+    family: str, tiny_folder: dict[str, Path], tmp_path: Path
+) -> None:
+    from transformers import AutoConfig
+
+    model = load(tiny_folder[family])
+    if family == "llama":
+        rope = {"rope_type": "linear", "rope_theta": 500_000.0, "factor": 4.0}
+        model.config.rope_parameters = rope
+    save(model, load_tokenizer(tiny_folder[family]), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    read = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    old = {key for key in config if key.startswith(("rope_", "rotary_", "partial_"))} - {"rope_parameters"}
+    assert old and read == model.config.rope_parameters
+    for unread in ({"rope_parameters"}, old):  # the old keys alone, and the new one alone, say the same
+        change(tmp_path / "config.json", **(config | dict.fromkeys(unread)))
+        assert AutoConfig.from_pretrained(tmp_path).rope_parameters == read
 
 
 def test_a_separate_head_is_opened_although_the_configuration_calls_it_tied(llama: Path) -> None:
