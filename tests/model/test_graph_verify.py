@@ -87,10 +87,15 @@ def test_the_record_says_how_a_conversation_reaches_the_model(
     copied = tmp_path / "bundle"
     shutil.copytree(bundle, copied)
 
+    path = copied / "tokenizer_config.json"
+
     def genai(template: str) -> Any:
-        (copied / "chat_template.jinja").write_text(template)
+        (copied / "chat_template.jinja").write_text(template)  # transformers reads this, genai the settings
+        settings = {**json.loads(path.read_text()), "chat_template": template}
+        path.write_text(json.dumps(settings))
         return check_bundle(OnnxModel(copied, 1), PROMPTS)["genai"]
 
+    assert genai("{{ messages[0]['content'] }}")["chat_template"] == "as transformers"
     # genai leaves the line ends and blanks around a template's blocks, which transformers takes away.
     record = genai("{% for m in messages %}\n  {% if true %}\n{{ m['content'] }}{% endif %}\n{% endfor %}")
     assert record["chat"].split("/")[0] == record["chat"].split("/")[1]
@@ -100,9 +105,9 @@ def test_the_record_says_how_a_conversation_reaches_the_model(
     tokens = record["chat"].split("/")
     assert tokens[0] == tokens[1] and int(tokens[0]) > 4000 and "or none" in record["chat_template"]
     assert "no system" in genai("{{ raise_exception('no system') }}")["chat"]
-    settings = json.loads((copied / "tokenizer_config.json").read_text())
+    settings = json.loads(path.read_text())
     del settings["chat_template"]
-    (copied / "tokenizer_config.json").write_text(json.dumps(settings))
+    path.write_text(json.dumps(settings))
     (copied / "chat_template.jinja").unlink()
     assert "no chat template" in check_bundle(OnnxModel(copied, 1), PROMPTS)["genai"]["chat"]
 
