@@ -141,6 +141,13 @@ def recipes() -> None:
         typer.echo(f"{path.stem:24} {first}")
 
 
+def _write_page(path: Path, results: Run) -> None:
+    from edgedisp.report import render
+
+    path.write_text(render.page(results), encoding="utf-8")
+    typer.echo(f"page: {path}", err=True)
+
+
 @app.command()
 def compare(
     subjects: SubjectsArgument,
@@ -154,7 +161,9 @@ def compare(
     context: Annotated[
         int | None, Option(min=8, max=LONGEST, help="Of two models: tokens of a window.")
     ] = None,
-    out: Annotated[Path | None, Option("--out", help="Of two models: the report's folder.")] = None,
+    out: Annotated[
+        Path | None, Option("--out", file_okay=False, help="Of two models: the report's folder.")
+    ] = None,
     html: HtmlOption = None,
     as_json: JsonOption = False,
     markdown: Annotated[bool, Option("--markdown", help="Print a Markdown table.")] = False,
@@ -181,8 +190,9 @@ def compare(
             joined, folder = compare_models(models, options, text, out, screen.progress)
         page, last = folder / "report.html", [f"report: {folder / 'report.html'}"]
     else:
-        if any(option is not None for option in (tasks, text, tasks_path, limit, context, out)):
-            raise BadInput("tasks, text, limit, context and out are for two models; runs are scored already")
+        options_of_models = (tasks, text, tasks_path, limit, context, out, trust_task_code or None)
+        if any(option is not None for option in options_of_models):
+            raise BadInput("these options are for two models; runs are scored already")
         joined, page, last = join_runs(subjects), None, []
     verdict, table = report.verdict(joined), report.table(joined, all_arms=True)
     document = {
@@ -192,11 +202,10 @@ def compare(
         "report": page and str(page),
     }
     table_text = report.table_markdown(table) if markdown else report.table_text(table, width())
-    show(document, "\n\n".join([table_text, verdict.sentence, *last]), as_json)
-    if html is not None:
-        from edgedisp.report import render
-
-        html.write_text(render.page(joined), encoding="utf-8")
-        typer.echo(f"page: {html}", err=True)
+    try:
+        show(document, "\n\n".join([table_text, verdict.sentence, *last]), as_json)
+    finally:  # also where the reader of stdout has left
+        if html is not None:
+            _write_page(html, joined)
     if models:
         _check_complete(joined)

@@ -21,7 +21,7 @@ from edgedisp import models
 from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import check_files
-from edgedisp.graph.genai_config import read_config
+from edgedisp.graph.genai_config import chat_template, read_config
 from edgedisp.models import Message
 from edgedisp.report.formatting import plural
 
@@ -77,14 +77,14 @@ class Conversation:
         check_files(bundle)
         config = read_config(bundle)
         self.bundle, self.options, self.write, self.note = bundle, options, write, note
+        if chat_template(bundle):
+            models.RENDERER.start()  # it imports its libraries while the tokenizer is opened
         self.tokenizer = models.load_tokenizer(bundle)
         ids = config["eos_token_id"]
         self.eos_ids = frozenset(ids if isinstance(ids, list) else [ids])
         self.context = min(config["context_length"], options.context or CONTEXT_CAP)
         self.max_new_tokens = options.max_new_tokens or max(1, min(DEFAULT_ANSWER, self.context // 2))
-        if self.tokenizer.chat_template:
-            models.RENDERER.start()  # while the model is opened
-        else:
+        if not self.tokenizer.chat_template:
             note(f"{bundle} has no chat template: the text is continued as it stands")
         self.messages: list[Message] = []
         if options.system:
@@ -150,7 +150,12 @@ class Conversation:
                 token = int(generator.get_next_tokens()[0])
                 seconds.append(time.perf_counter() - start)
                 if token not in self.eos_ids:
-                    pieces.append(stream.step(self.tokenizer.backend_tokenizer, token) or "")
+                    try:
+                        piece = stream.step(self.tokenizer.backend_tokenizer, token)
+                    except Exception:  # a stray byte after a character of bytes; it has no type of its own
+                        stream = DecodeStream(skip_special_tokens=True)
+                        piece = stream.step(self.tokenizer.backend_tokenizer, token)
+                    pieces.append(piece or "")
                     self.write(pieces[-1])
                 start = time.perf_counter()
         except KeyboardInterrupt:  # it comes between calls of the runtime, whose state stays whole

@@ -92,9 +92,14 @@ def _partial(out: Path) -> Iterator[Path]:
     except Timeout:
         raise BadInput(f"{partial}: another export is writing there; choose another --out") from None
     try:
-        for folder in filter(Path.is_dir, partial.iterdir()):
-            shutil.rmtree(folder)
+        _remove_folders(partial)
         yield partial
     finally:
+        _remove_folders(partial)  # before .lock, which says whose they are
         shutil.rmtree(partial, ignore_errors=True)
         lock.release()
+
+
+def _remove_folders(place: Path) -> None:
+    for folder in filter(Path.is_dir, place.glob("*")):
+        shutil.rmtree(folder)

@@ -68,10 +68,11 @@ def task_files(arguments: Namespace) -> Iterator[Path]:
     settings = vars(arguments)
     if config := settings.get("config"):
         settings = EvaluatorConfig.load_yaml_config(config) | {k: v for k, v in settings.items() if v}
-    folder, names = settings.get("include_path"), settings.get("tasks") or ()
-    if folder:
+    folders, names = settings.get("include_path") or (), settings.get("tasks") or ()
+    for folder in [folders] if isinstance(folders, str | Path) else folders:
         yield from Path(folder).rglob("*.yaml")
-    for name in names.split(",") if isinstance(names, str) else map(str, names):
+    listed = [names] if isinstance(names, str) else map(str, names)
+    for name in filter(None, ",".join(listed).split(",")):  # lm-eval splits each entry of a list, too
         yield from [*Path(name).glob("*.yaml"), *map(Path, glob(name))]  # noqa: PTH207  (it may be absolute)
 
 

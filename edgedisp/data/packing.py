@@ -113,14 +113,15 @@ def _encoded(
     documents: Sequence[Document], encode: Encode, progress: Progress
 ) -> Iterator[NDArray[np.uint32]]:
     """The ids of each document, encoded in batches when they are reached."""
-    batch: list[str] = []
+    batch, size = list[str](), 0
     for number, document in enumerate(documents, start=1):
         batch.append(document.text)
-        is_full = len(batch) == BATCH or sum(map(len, batch)) >= BATCH_CHARACTERS
+        size += len(document.text)
+        is_full = len(batch) == BATCH or size >= BATCH_CHARACTERS
         if is_full or number == len(documents):
             yield from (np.asarray(ids, dtype=np.uint32) for ids in encode(batch))
             progress(number, len(documents), "encoding text")
-            batch = []
+            batch, size = [], 0
 
 
 def _too_short(name: str, tokens: int, context: int) -> BadInput:

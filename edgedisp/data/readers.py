@@ -17,6 +17,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -64,7 +65,10 @@ def local_files(path: Path, source: Source) -> tuple[dict[Path, str], dict[Path,
     if not path.is_dir():
         raise BadInput(f"{path}: no such file or folder.")
     folder = path / source.config if source.config and (path / source.config).is_dir() else path
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    entries = sorted(folder.rglob("*"))
+    for place in (folder, *(entry for entry in entries if entry.is_dir() and not entry.is_symlink())):
+        os.scandir(place).close()  # rglob passes over a forbidden folder without a word
+    files = [entry for entry in entries if entry.is_file() and not entry.name.startswith(".")]
     kind = next((kind for kind in KINDS if any(_kind(file) == kind for file in files)), None)
     if kind is None:
         raise BadInput(f"{folder}: the folder holds no text file; {READABLE}.")
@@ -73,6 +77,8 @@ def local_files(path: Path, source: Source) -> tuple[dict[Path, str], dict[Path,
     # A file that names no split belongs to the training text; where no file names one, all are read.
     split_to_read = (_split_of(source.split) or source.split) if any(splits.values()) else "train"
     skipped = {file: f"not {kind}" for file in files if file not in splits}
+    links = (entry for entry in entries if entry.is_symlink() and not entry.is_file())
+    skipped |= dict.fromkeys(links, "a link to no file")
     skipped |= {
         file: f"split {split or 'train'}"
         for file, split in splits.items()

@@ -225,7 +225,7 @@ class TokenSample:
         self.picks: Tensor | None = None  # (layers, 2, batch * n) int64, sequence and token
         if config.tokens is not None and config.tokens < tokens:
             stream = config.seed, first_sequence
-            picks = sample_tokens(config.tokens, layers[-1] + 1, real, candidates, stream)[layers]
+            picks = sample_tokens(config.tokens, layers, real, candidates, stream)
             candidates = candidates.expand(len(layers), -1, -1).gather(2, picks)
             sequence = torch.arange(self.batch).repeat_interleave(config.tokens).expand(len(layers), -1)
             self.picks = torch.stack([sequence, picks.flatten(1)], dim=1).to(device)
@@ -255,7 +255,7 @@ class TokenSample:
 
 
 def sample_tokens(
-    count: int, layers: int, real: Tensor, candidates: Tensor, stream: tuple[int, int]
+    count: int, layers: Sequence[int], real: Tensor, candidates: Tensor, stream: tuple[int, int]
 ) -> Tensor:
     """Tokens that each layer samples of each sequence, int64 `(layers, batch, count)`, in rising order.
 
@@ -263,13 +263,15 @@ def sample_tokens(
     last resort. stream: seed, and number of the first row's sequence; the rows after it count on.
     """
     # In float64, so that no two keys are equal: which of them comes first could depend on padding.
-    keys, (seed, first_sequence) = torch.full((layers, *real.shape), -1.0, dtype=torch.float64), stream
+    keys = torch.full((len(layers), *real.shape), -1.0, dtype=torch.float64)
+    seed, first_sequence = stream
     for row, mask in enumerate(real):
         # One stream a sequence, as long as its real tokens: padding shifts nothing. On the CPU, so that CPU
         # and GPU runs sample the same tokens.
         mixed = hashlib.blake2b(repr((seed, first_sequence + row)).encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(mixed))
-        keys[:, row, mask] = torch.rand(layers, int(mask.sum()), generator=generator, dtype=torch.float64)
+        size = max(layers) + 1, int(mask.sum())  # a layer's draw does not depend on the other layers
+        keys[:, row, mask] = torch.rand(size, generator=generator, dtype=torch.float64)[list(layers)]
     keys.masked_fill_(~candidates, -1.0)
     return keys.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
 

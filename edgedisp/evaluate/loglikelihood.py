@@ -104,6 +104,7 @@ class ScoreCache:
         self.path, self.model = path, f"{FORMAT} {model}"
         with self._errors():
             self._connection = sqlite3.connect(path, timeout=60)
+            self._connection.text_factory = lambda raw: raw.decode(errors="replace")  # damage: the seal tells
             self._connection.execute(
                 "CREATE TABLE IF NOT EXISTS scores (model TEXT, item TEXT, found TEXT, "
                 "PRIMARY KEY (model, item)) WITHOUT ROWID"
@@ -114,7 +115,7 @@ class ScoreCache:
         query = "SELECT item, found FROM scores WHERE model = ? AND item = ?"
         with self._errors():
             rows = [self._connection.execute(query, (self.model, name)).fetchone() for name in names]
-        values = [(row[0], *row[1].partition(" ")[::2]) for row in rows if row is not None]
+        values = [(row[0], *str(row[1]).partition(" ")[::2]) for row in rows if row is not None]
         return {name: json.loads(text) for name, seal, text in values if seal == name_of((name, text))}
 
     def write(self, values: Mapping[str, Any]) -> None:

@@ -124,13 +124,13 @@ def check_task_code(files: Iterable[Path]) -> None:
     Loader.add_constructor("!function", lambda loader, node: programs.append(f"!function {node.value}"))
     queue, seen = [*files], set[Path]()
     while queue:
-        file = queue.pop().resolve()
+        file = queue.pop().expanduser().resolve()
         if file in seen or not file.is_file():
             continue
         seen.add(file)
         try:
             content = yaml.load(file.read_bytes(), Loader)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # such as the date 2024-02-30
             raise BadInput(f"{file}: is no task of lm-eval: {' '.join(str(error).split())}") from error
         if programs:
             raise BadInput(

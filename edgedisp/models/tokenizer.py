@@ -1,13 +1,14 @@
 """Tokenizers, opened and checked; texts and conversations -> token ids; what stands around a document.
 
 The text of a document is text: `<|endoftext|>` written in it is thirteen characters and ends no document.
-Only a text that begins with another special token, as a chat template renders it, holds tokens.
+Only a text that begins with another special token, or as the chat template begins, holds tokens.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -228,11 +229,18 @@ def document_encoder(tokenizer: Any) -> Callable[[Sequence[str]], list[NDArray[n
 
 
 def rendered_by(tokenizer: Any) -> Callable[[str], bool]:
-    """Whether a chat template rendered a text: it begins with a special token, but not with end-of-text."""
-    end_of_text = end_of_text_id(tokenizer)
-    added = tokenizer.added_tokens_decoder.items()
-    first = tuple(token.content for index, token in added if token.special and index != end_of_text)
-    return lambda text: text.startswith(first)
+    """Whether a chat template rendered a text: it begins with a special token, but not with end-of-text, or
+    as the tokenizer's own template begins (TinyLlama's <|user|> is no special token)."""
+    special = {
+        index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    first = {*special.values()}
+    for role in ("user", "system") if getattr(tokenizer, "chat_template", None) else ():
+        with suppress(TemplateError):
+            text = render_conversation(tokenizer, [{**MESSAGE, "role": role}])
+            first.add(text.partition(MESSAGE["content"])[0].strip())
+    begins = tuple(first - {"", special.get(end_of_text_id(tokenizer))})
+    return lambda text: text.startswith(begins)
 
 
 def special_tokens(tokenizer: Any) -> re.Pattern[str]:

@@ -144,7 +144,7 @@ class Scorer:
         sample = replace(suite, questions={LOSS_TASK: part}, harness_tasks={})
         usual = self.score(sample, bootstrap, labelled(progress, "noise floor, as scored"))[LOSS_TASK]
         if self.is_bundle:
-            variants: dict[str, Any] = {"decoding": _TokenByToken(self.model)}
+            variants: dict[str, Any] = {"decoding": TokenByToken(self.model)}
         else:
             eager, threads = models.load(self.folder), self.threads - 1 if self.threads > 1 else 2
             eager.set_attn_implementation("eager")
@@ -177,7 +177,7 @@ def score_key(folder: Path, threads: int) -> str:
     )
 
 
-class _TokenByToken:
+class TokenByToken:
     """A bundle that reads the second half of a sequence one token at a time through its cache, as it decodes:
     products with one row have kernels of their own, which sum in another order."""
 
@@ -187,9 +187,10 @@ class _TokenByToken:
         self.model, self.context, self.vocab_size = model, model.context, model.vocab_size
 
     def logits(self, ids: NDArray[np.int64], last: int) -> NDArray[np.float32]:
-        if self.model.last_only:  # is always read like this
-            return self.model.logits(ids, last)
-        return self.model.step_by_step(ids, max(1, len(ids) // 2))[-last:]
+        rows = self.model.step_by_step(ids, max(1, len(ids) // 2))[-last:]
+        if len(rows) < last:  # a graph that gives one row a run: it usually reads all token by token
+            rows = np.concatenate([self.model.logits(ids, last)[: last - len(rows)], rows])
+        return rows
 
 
 # Parity

@@ -239,16 +239,20 @@ def load(run: Path) -> Run:
     path = run / REPORT if run.is_dir() else run
     if not path.is_file():
         raise BadInput(f"{run}: holds no {REPORT}; `edgedisp build` writes one when it ends")
+    results = _read_report(path)
+    if (path.parent / RUN).is_file() and (reason := _outdated(path.parent)):
+        raise BadInput(f"{path}: {reason}; `edgedisp build` writes it again")
+    return results
+
+
+def _read_report(path: Path) -> Run:
     try:
         document = read_json(path)
         if document.get("format") != REPORT_FORMAT:
             raise ValueError(f"it is no report of format {REPORT_FORMAT}")
-        results = from_json(Run, document["run"])
+        return from_json(Run, document["run"])
     except (ValueError, KeyError) as error:
         raise BadInput(f"{path}: cannot be read ({error}); `edgedisp build` writes it again") from None
-    if (path.parent / RUN).is_file() and (reason := _outdated(path.parent)):
-        raise BadInput(f"{path}: {reason}; `edgedisp build` writes it again")
-    return results
 
 
 def _outdated(run: Path) -> str | None:
@@ -284,7 +288,7 @@ def publish(recipe: Recipe, passed: list[Passed], run: Path) -> Run:
         devices, outdated = device_results.load(run)
         key = {"stages": stages, "recipe": recipe.to_yaml(), "devices": digest([to_json(devices), outdated])}
         if read_object(run / STAMP) == {"key": key, "files": list_files(run, patterns=FILES)}:
-            return load(run)
+            return _read_report(run / REPORT)
         results = replace(run_results(recipe, passed), devices=devices, devices_outdated=outdated)
         for arm_run in recipe.arm_runs:  # a Hugging Face folder explains itself in its README
             card = model_card(results, arm_run.name)
@@ -292,7 +296,6 @@ def publish(recipe: Recipe, passed: list[Passed], run: Path) -> Run:
         for path in (f"{arm}/{target}" for arm in results.arms for target in recipe.targets):
             card = bundle_card(read_json(run / path / MANIFEST), path, results)
             (run / path / "README.md").write_text(card, encoding="utf-8")
-        (run / "recipe.lock.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         _write(results, run, key)
     return results
 
@@ -319,7 +322,7 @@ def show_devices(run: Path) -> str:
             return f"{folder}: the report will show it once `edgedisp build` has ended"
         devices, outdated = device_results.load(run)
         key = {**read_json(run / STAMP)["key"], "devices": digest([to_json(devices), outdated])}
-        _write(replace(load(run), devices=devices, devices_outdated=outdated), run, key)
+        _write(replace(_read_report(run / REPORT), devices=devices, devices_outdated=outdated), run, key)
     return f"report: {run / 'report.html'} shows it under On devices"
 
 
@@ -327,6 +330,7 @@ def _write(results: Run, run: Path, key: dict[str, Any]) -> None:
     from edgedisp.report import render  # brings matplotlib
 
     (run / STAMP).unlink(missing_ok=True)
+    (run / "recipe.lock.yaml").write_text(results.recipe_yaml, encoding="utf-8")
     render.write(results, run)
     write_json(run / STAMP, sealed({"key": key, "files": list_files(run, patterns=FILES)}))
 

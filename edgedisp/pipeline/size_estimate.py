@@ -114,28 +114,32 @@ def check_fits(
     folders = (run / arm.name / name for arm in recipe.arm_runs for name in leaves)
     written = 4 * parameters * sum(not (folder / RECORD).is_file() for folder in folders)
     if not (run / "corpus" / RECORD).is_file():
-        written += 2 * recipe.steps * recipe.tokens_per_step
+        written += 4 * recipe.steps * recipe.tokens_per_step  # uint32
     existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
     if written > (free := shutil.disk_usage(existing).free):
         words = f"the build writes more than {_mb(written)} into {run}, where {_mb(free)} are free"
         key = recipe.where("train.tokens")
         raise BadInput(f"{key}: {words}: fewer tokens, seeds or arms, or another --out")
-    return _low_memory(recipe, model.config.get_text_config(), parameters)
+    return _low_memory(recipe, model, parameters)
 
 
-def _low_memory(recipe: Recipe, config: Any, parameters: int) -> str | None:
+def _low_memory(recipe: Recipe, model: Any, parameters: int) -> str | None:
     """A warning where the weights, their gradients and AdamW's moments, and what each layer gets of one
     micro-batch do not fit. A GPU and several processes have other memory."""
     free = runner().memory()["memory_available_bytes"]
     if free is None or gpu_capability() is not None or get_world_size() > 1:
         return None
-    weights = 4 * parameters * (4 if recipe.train.adapter is None else 1)
+    free += sum(4 * weight.numel() for weight in model.parameters() if not weight.is_meta)  # loaded already
+    config, adapter = model.config.get_text_config(), recipe.train.adapter
+    weight_bytes = 16 if adapter is None else {"nf4": 0.5, "int8": 1}.get(adapter.base or "", 4)
+    weights = int(weight_bytes * parameters)
     inputs = 4 * config.num_hidden_layers * config.hidden_size * recipe.train.batch * recipe.data.context
     if weights + inputs <= free:
         return None
     key, batch = recipe.where("train.batch"), recipe.train.batch
     needs = f"training takes more than {_mb(weights + inputs)} of memory, and {_mb(free)} are free"
-    return f"{key}: {needs}: a batch below {batch}, a shorter data.context, or an adapter"
+    remedies = f"a batch below {batch}, a shorter data.context{', an adapter' * (adapter is None)}"
+    return f"{key}: {needs}: {remedies}"
 
 
 def _mb(count: int) -> str:

@@ -191,7 +191,7 @@ def test_what_cannot_be_compared_is_named(built: Built, text: Path, edgedisp: Co
         ("{run}/baseline/int4 {run}/dispersed/int4 --tasks arc_eassy", "did you mean arc_easy"),
         ("{run}/corpus {run}/corpus --text {text}", "is no run"),
         ("{run} {run}/dispersed/int4", "holds no report.json"),
-        ("{run} {run} --tasks small", "tasks, text, limit, context and out are for two models"),
+        ("{run} {run} --tasks small", "are for two models; runs are scored already"),
         ("{run}/baseline/int4", "holds no report.json"),
         ("{run}/items/items.json", "is no report of format 3"),
     ):

@@ -97,7 +97,7 @@ def test_what_this_machine_or_the_base_cannot_do_is_refused_or_warned_of_at_once
     for override, words in {
         "data.context=256": "=256: data.context: 256 tokens, but bundles of this base have 128 positions",
         "latency.prompt=125": "latency.prompt: 129 tokens with latency.generate, but",
-        "train.tokens=1e14": "train.tokens: the build writes more than 200,000,0.. MB into .*run, where",
+        "train.tokens=1e14": "train.tokens: the build writes more than 400,000,0.. MB into .*run, where",
     }.items():
         with pytest.raises(BadInput, match=words):
             planned(tmp_path, "model", override)

@@ -25,7 +25,7 @@ def some_ids(batch: int = 2, tokens: int = 12) -> torch.Tensor:
 
 def sample(count: int, layers: int, shape: tuple[int, int]) -> torch.Tensor:
     everything = torch.ones(shape, dtype=torch.bool)
-    return sample_tokens(count, layers, everything, everything, (0, 0))
+    return sample_tokens(count, range(layers), everything, everything, (0, 0))
 
 
 def run(model: torch.nn.Module, config: DispersionConfig, ids: torch.Tensor, **call: Any) -> Any:
@@ -91,7 +91,8 @@ def test_samples_are_rising_and_differ_by_layer_and_sequence_but_not_by_padding(
     assert not torch.equal(tokens[0], tokens[1]) and not torch.equal(tokens[0, 0], tokens[0, 1])
     padded = torch.zeros(2, 130, dtype=torch.bool)
     padded[:, 30:] = True  # left padding
-    assert torch.equal(sample_tokens(40, 3, padded, padded, (0, 0)), tokens + 30)
+    assert torch.equal(sample_tokens(40, range(3), padded, padded, (0, 0)), tokens + 30)
+    assert torch.equal(sample_tokens(40, [0, 2], padded, padded, (0, 0)), tokens[[0, 2]] + 30)
 
 
 def test_the_sink_is_the_first_real_token(tiny_folder: dict[str, Path]) -> None:

@@ -142,7 +142,9 @@ def test_values_are_read_back_to_the_bit_by_their_model_alone(cache: ScoreCache,
         assert other.read(["0"]) == {}
     with closing(sqlite3.connect(tmp_path / "scores.sqlite")) as changed, changed:
         changed.execute("UPDATE scores SET found = replace(found, '7.3', '7.4') WHERE item = '7'")
-    assert cache.read(["6", "7"]) == {"6": values["6"]}
+        changed.execute("UPDATE scores SET found = CAST(x'FF' || found AS TEXT) WHERE item = '8'")
+        changed.execute("UPDATE scores SET found = CAST(found AS BLOB) WHERE item = '9'")
+    assert cache.read(["6", "7", "8", "9"]) == {"6": values["6"]}
     (tmp_path / "text.sqlite").write_text("hello " * 400)
     with pytest.raises(BadInput, match=r"text\.sqlite: cannot be used .*delete it"):
         ScoreCache(tmp_path / "text.sqlite", "a model")
