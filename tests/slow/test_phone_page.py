@@ -182,10 +182,10 @@ def test_a_template_that_does_not_end_is_an_error_of_the_page(bundles: Bundles, 
 
 
 ENCODE = """
-import { readFileSync } from "node:fs";
+import { existsSync, readFileSync } from "node:fs";
 import { Conversation } from "./conversation.js";
 const { folder, conversations } = JSON.parse(process.argv[2]);
-const text = (name) => readFileSync(`${folder}/${name}`, "utf-8");
+const text = (name) => existsSync(`${folder}/${name}`) && readFileSync(`${folder}/${name}`, "utf-8");
 const json = (name) => JSON.parse(text(name));
 const files = { tokenizer: json("tokenizer.json"), tokenizerConfig: json("tokenizer_config.json") };
 Object.assign(files, { genai: {}, generation: {}, model: {}, template: text("chat_template.jinja") || null });
