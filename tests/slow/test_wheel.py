@@ -35,16 +35,16 @@ def test_what_is_installed_serves_the_page_of_the_checkout(tmp_path: Path) -> No
             assert hashlib.sha256(wheel.read(f"{FOLDER}/vendor/{name}")).hexdigest() == sha256
         wheel.extractall(tmp_path / "site")
     script = (
-        "import json, edgedisp\nfrom edgedisp.core.files import data_folder\n"
+        "import json, edgedisp\n"
         "from edgedisp.bench.page_server import page_resources\n"
-        "resources = page_resources(data_folder('export') / 'web')\n"
+        "resources = page_resources()\n"
         "print(json.dumps([edgedisp.__file__, {name: page.tag for name, page in resources.items()}]))"
     )
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, cwd=tmp_path / "site", capture_output=True, text=True, check=True)
     file, served = json.loads(result.stdout)
     assert Path(file).is_relative_to(tmp_path)
-    assert served == {name: page.tag for name, page in page_resources(WEB).items()}
+    assert served == {name: page.tag for name, page in page_resources().items()}
 
 
 def test_without_the_libraries_a_wheel_is_built_and_lacks_the_page_alone(tmp_path: Path) -> None:
