@@ -28,7 +28,6 @@ from edgedisp.recipe import BITS, Recipe, load_target
 from edgedisp.report.formatting import plural
 from edgedisp.report.layout import Grid, grid_text
 
-TRAINING_BYTES_PER_WEIGHT = 16  # float32 weight, gradient and the two moments of AdamW
 CHECKPOINT_BYTES_PER_WEIGHT = 12
 LARGEST_TEXT = 200_000_000  # bytes that a plan reads: seconds
 BYTES_PER_TOKEN = 4  # of text, about
@@ -80,8 +79,8 @@ def check_processes(recipe: Recipe, count: int) -> None:
 
 def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict[str, Any]:
     """The plan as JSON values: recipe, run, steps, tokens, threads, warning, text [line], stages [{name,
-    done, seconds}], detectable, sizes (or {unknown: why}) and, with `probe` and something to do, estimate.
-    Raises BadInput for a base that a build would refuse."""
+    done, seconds}], detectable, sizes (or {unknown: why}) and, with `probe`, something to do and memory for
+    it, estimate. Raises BadInput for a base that a build would refuse."""
     from edgedisp.evaluate import comparison
     from edgedisp.pipeline.size_estimate import check_fits
 
@@ -181,6 +180,7 @@ def _estimate(recipe: Recipe, model: Any, plan: dict[str, Any], progress: Progre
     import psutil
 
     from edgedisp.models import count_parameters
+    from edgedisp.pipeline.size_estimate import TRAINING_BYTES_PER_WEIGHT
     from edgedisp.train.lora import attach
     from edgedisp.train.performance import time_steps
 

@@ -79,7 +79,7 @@ def load(path: Path, section: Model | None = None) -> Any:
 
 
 def empty_model(base: Path | str, section: Model | None = None) -> nn.Module:
-    """The model of a folder, a .gguf file or a hub id without its weights: config.json is all that is read.
+    """The model of a folder, a .gguf file or a hub id without its weights, of which none is read.
 
     Parameters are on the meta device; buffers are real. BadInput as `open_base`.
     """

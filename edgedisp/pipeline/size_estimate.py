@@ -25,6 +25,7 @@ from edgedisp.pipeline.stage import Inputs
 from edgedisp.quantize.mixed_precision import FOUR_BITS, out_of_reach
 from edgedisp.recipe import Recipe
 
+TRAINING_BYTES_PER_WEIGHT = 16  # float32 weight, gradient and the two moments of AdamW
 TOLERANCE = 0.02  # of the sizes computed here
 GRAPH_BYTES, NODE_BYTES = 6_000, 6_000  # of model.onnx without weights, and of each layer in it
 
@@ -131,7 +132,9 @@ def _low_memory(recipe: Recipe, model: Any, parameters: int) -> str | None:
         return None
     free += sum(4 * weight.numel() for weight in model.parameters() if not weight.is_meta)  # loaded already
     config, adapter = model.config.get_text_config(), recipe.train.adapter
-    weight_bytes = 16 if adapter is None else {"nf4": 0.5, "int8": 1}.get(adapter.base or "", 4)
+    weight_bytes = (
+        TRAINING_BYTES_PER_WEIGHT if adapter is None else {"nf4": 0.5, "int8": 1}.get(adapter.base or "", 4)
+    )
     weights = int(weight_bytes * parameters)
     inputs = 4 * config.num_hidden_layers * config.hidden_size * recipe.train.batch * recipe.data.context
     if weights + inputs <= free:
