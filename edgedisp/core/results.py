@@ -13,6 +13,7 @@ Json = dict[str, Any]
 
 REPORT_FORMAT = 3  # of report.json; raised when a key changes its meaning
 BASELINE, DISPERSED = "baseline", "dispersed"  # the arm that others are compared with, and the main other
+BASE = "base"  # the untouched model, beside the arms in tables
 LOSS_TASK = "heldout_perplexity"  # whose loss the verdict, the noise floor and the pilot are about
 AS_GIVEN = "as given"  # the precision of a model that `edgedisp compare` scored as it is
 Z95 = 1.959963984540054  # the normal quantile of a 95 % interval
@@ -149,6 +150,16 @@ class MeanDifference:
     estimate: Estimate
     tasks: tuple[str, ...]
     left_out: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WrongAnswer:
+    """An item that the main arm got wrong at the fewest bits. prompt: the user's last words. answers: what
+    each model wrote, by `dispersed/int4`."""
+
+    prompt: str
+    reference: str
+    answers: dict[str, str]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from edgedisp.core.results import (
+    BASE,
     BASELINE,
     DISPERSED,
     Bundle,
@@ -15,6 +16,7 @@ from edgedisp.core.results import (
     Measurement,
     TaskDifference,
     Training,
+    WrongAnswer,
 )
 
 CHANGES_FORWARD = ("neftune", "embedding_dropout")
@@ -45,8 +47,10 @@ class Run:
 
     Outer keys are arms, then precisions (`torch`: before export), then tasks. `arms` begins with the
     baseline, `precisions` with the most bits. Scores and comparisons are over all seeds; all else under an
-    arm's name is its first training's. runs: the origin of joined runs {title, base, weights_sha256,
-    tokens_sha256, context, heldout_documents}. unpaired: what could not be paired, and why.
+    arm's name is its first training's. `bundles` and `measurements` may hold `base`, the untouched model,
+    which is no arm; gains: arm - base. answers: examples of wrong ones. runs: the origin of joined runs
+    {title, base, weights_sha256, tokens_sha256, context, heldout_documents}. unpaired: what could not be
+    paired, and why.
     """
 
     name: str
@@ -68,6 +72,8 @@ class Run:
     bundles: dict[str, dict[str, Bundle]] = field(default_factory=dict)
     measurements: dict[str, dict[str, Measurement]] = field(default_factory=dict)
     comparisons: dict[str, dict[str, dict[str, TaskDifference]]] = field(default_factory=dict)
+    gains: dict[str, dict[str, dict[str, TaskDifference]]] = field(default_factory=dict)
+    answers: list[WrongAnswer] = field(default_factory=list)
     means: dict[str, dict[str, MeanDifference]] = field(default_factory=dict)
     loss_survival: dict[str, dict[str, dict[str, LossSurvival]]] = field(default_factory=dict)
     delta_survival: dict[str, dict[str, Json]] = field(default_factory=dict)
@@ -85,6 +91,11 @@ class Run:
     def title(self) -> str:
         """`name-hash8`, as the run folder is called."""
         return f"{self.name}-{self.hash8}" if self.hash8 else self.name
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the untouched base was measured beside the arms."""
+        return BASE in self.measurements
 
     @property
     def compared_arms(self) -> list[str]:
