@@ -79,10 +79,16 @@ def test_the_least_gpu_that_torch_would_use_decides(  # type: ignore[no-untyped-
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     system.gpu_capability.cache_clear()
     assert system.gpu_capability() == capability
-    monkeypatch.setattr(RUNNER, "cpu", lambda: {"features": []})
-    assert system.multiplies_bf16() is (capability is not None and capability >= 8)
-    monkeypatch.setattr(RUNNER, "cpu", lambda: {"features": ["avx2", "avx512_bf16"]})
-    assert system.multiplies_bf16() is (capability is None or capability >= 8)
+    is_fast_gpu = capability is not None and capability >= 8
+    for name, features, is_fast in (
+        (None, [], False),
+        ("AMD EPYC 9654", ["avx2", "avx512_bf16"], True),
+        ("Intel(R) Xeon(R) Processor", ["avx512_bf16"], False),
+        ("Intel(R) Xeon(R) Processor", ["avx512_bf16", "amx_bf16"], True),
+    ):
+        cpu = {"cpu": name, "features": features}
+        monkeypatch.setattr(RUNNER, "cpu", lambda cpu=cpu: cpu)
+        assert system.multiplies_bf16() is (is_fast if capability is None else is_fast_gpu)
 
 
 def test_a_containers_memory_limit_takes_from_what_is_available(tmp_path: Path) -> None:
