@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 from collections.abc import Iterator
 from importlib.resources import files
@@ -25,7 +26,7 @@ from hassil.parse_expression import parse_sentence
 
 SYSTEM = "Call a function."  # short: it is read with every command
 ROWS = {"train": 2000, "eval": 300}
-EVAL_SHARE = 5  # every so many templates of a function one is kept for evaluation
+EVAL_SHARE = 5  # of so many templates with the same slots one is kept for evaluation
 
 # Function -> intent, and what its slots are called as arguments where the name differs.
 FUNCTIONS = {
@@ -200,8 +201,11 @@ def rows(data: dict[str, Any], side: int, count: int, seed: int) -> Iterator[dic
     for function, (intent, _) in FUNCTIONS.items():
         usable = [*templates(data["intents"][intent], {*names})]
         random.Random(seed).shuffle(usable)
-        cut = max(1, len(usable) // EVAL_SHARE)
-        by_function[function] = usable[:cut] if side else usable[cut:]
+        usable.sort(key=lambda template: sorted(re.findall(r"\{(\w+)", template.text)))
+        evaluated = usable[EVAL_SHARE // 2 :: EVAL_SHARE] or usable[:1]
+        by_function[function] = (
+            evaluated if side else [template for template in usable if template not in evaluated]
+        )
     while len(seen) < count:
         function = rng.choice([*FUNCTIONS])
         template, draw = rng.choice(by_function[function]), Draw(data, names, rng)
