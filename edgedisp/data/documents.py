@@ -13,7 +13,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,13 @@ import numpy as np
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
-from edgedisp.data.readers import Row, file_rows, hub_rows, local_files
+from edgedisp.data.chat import HALF_PAIR, conversation
+from edgedisp.data.readers import Document, Row, file_rows, hub_rows, local_files
 from edgedisp.recipe import Source
 
 CHAT_FIELDS = {"messages", "conversations", "conversation"}
-CHAT_HINT = (
-    "A chat is no text: write out what the tokenizer's apply_chat_template(messages, tokenize=False) gives, "
-    "as the text of each row."
-)
+CHAT_HINT = "A chat is no text: name its field with `messages:` in the place of `text:`."
 HEADING = re.compile(r"\s*= (?!=)(\S|\S.*\S)(?<!=) =\s*")  # ` = Title = `, but not ` = = Section = = `
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text with a name. Scores are clustered by `id`, so two different texts need different ids."""
-
-    id: str
-    text: str
 
 
 class Documents(list[Document]):
@@ -79,8 +69,8 @@ class Documents(list[Document]):
 def read_documents(path: Path | str, source: Source | None = None, progress: Progress = silent) -> Documents:
     """The documents of a local file or folder, or of a data set on the hub, in their order there.
 
-    Raises BadInput: unreadable or unknown file (with the line), a row without the field `source.text`, a text
-    that is no string, no document at all, hub unreachable.
+    Raises BadInput: unreadable or unknown file (with the line), a row without the source's field, a text that
+    is no string, a row that is no conversation (data/chat.py), no document at all, hub unreachable.
     """
     documents, source = Documents(), source or Source(source=str(path))
     files: dict[Path, str] = {}
@@ -88,15 +78,12 @@ def read_documents(path: Path | str, source: Source | None = None, progress: Pro
         files, skipped = local_files(Path(path), source)
         names = {file.relative_to(path).as_posix(): reason for file, reason in skipped.items()}
         documents.files_skipped = names
-        rows = _rows_of(files, source.text, documents)
+        rows = _rows_of(files, source, documents)
     else:
         rows = hub_rows(path, source)
     ids: set[str] = set()
-    for row, text in _join_articles(_texts(rows, source.text, documents)):
-        if not text.strip():
-            documents.dropped["blank"] += 1
-            continue
-        documents.append(Document(unique_id(row.id, ids), text))
+    for document in (_conversations if source.is_chat else _documents)(rows, source, documents):
+        documents.append(replace(document, id=unique_id(document.id, ids)))
         if len(documents) == source.limit:
             break
         if len(documents) % 1000 == 0:
@@ -118,11 +105,27 @@ def unique_id(name: str, used: set[str]) -> str:
     return candidate
 
 
-def _rows_of(files: dict[Path, str], field: str, documents: Documents) -> Iterator[Row]:
+def _rows_of(files: dict[Path, str], source: Source, documents: Documents) -> Iterator[Row]:
     """The rows of the files, which are counted as they are opened."""
     for file, prefix in files.items():
         documents.files_read += 1
-        yield from file_rows(file, field, prefix)
+        yield from file_rows(file, source, prefix)
+
+
+def _conversations(rows: Iterable[Row], source: Source, documents: Documents) -> Iterator[Document]:
+    for row in rows:
+        documents.rows_read += 1
+        document = conversation(row, source)
+        documents.characters_read += len(document.text)
+        yield document
+
+
+def _documents(rows: Iterable[Row], source: Source, documents: Documents) -> Iterator[Document]:
+    for row, text in _join_articles(_texts(rows, source.fields[0], documents)):
+        if text.strip():
+            yield Document(row.id, text, source.weight)
+        else:
+            documents.dropped["blank"] += 1
 
 
 def _texts(rows: Iterable[Row], field: str, documents: Documents) -> Iterator[tuple[Row, str]]:
@@ -147,7 +150,7 @@ def _texts(rows: Iterable[Row], field: str, documents: Documents) -> Iterator[tu
         if not isinstance(text, str):
             hint = f" {CHAT_HINT}" if isinstance(text, list) and field in CHAT_FIELDS else ""
             raise BadInput(f"{row.location}: the text must be a string, found {type(text).__name__}.{hint}")
-        if re.search("[\ud800-\udfff]", text):
+        if HALF_PAIR.search(text):
             raise BadInput(f"{row.location}: holds half of a surrogate pair, which no tokenizer can read.")
         documents.characters_read += len(text)
         yield row, text

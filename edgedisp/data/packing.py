@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import Progress, silent
-from edgedisp.data.documents import Document, Documents, unique_id
+from edgedisp.data.documents import Documents, unique_id
+from edgedisp.data.readers import Document
 
 Encode = Callable[[Sequence[str]], Sequence[ArrayLike]]
 """Texts of documents -> the token ids of each, its end-of-text token included."""
@@ -37,7 +39,7 @@ def split(documents: Sequence[Document], heldout: float, seed: int) -> tuple[Doc
         text = unicodedata.normalize("NFC", " ".join(document.text.split()))
         name = hashlib.blake2b(text.encode()).digest()
         if name not in distinct:
-            distinct[name] = Document(unique_id(document.id, ids), document.text)
+            distinct[name] = replace(document, id=unique_id(document.id, ids))
     if len(distinct) < 2:
         raise BadInput(
             f"the text holds {len(distinct)} different document(s), but 2 are needed: one to train on and "
@@ -74,6 +76,21 @@ def pack(
     return np.concatenate(pieces)[: whole * context].reshape(whole, context)
 
 
+def count_tokens(documents: Sequence[Document], encode: Encode, progress: Progress = silent) -> float:
+    """Tokens of one epoch, each document as often as its source is read."""
+    pieces = _encoded(documents, encode, progress)
+    return sum(document.weight * piece.size for document, piece in zip(documents, pieces))
+
+
+def epoch_order(documents: Sequence[Document], seed: int, epoch: int) -> list[int]:
+    """Indices of the documents that an epoch reads, shuffled; of a fraction of a weight some, at random."""
+    rng, weights = np.random.default_rng([seed, epoch]), [document.weight for document in documents]
+    if {*weights} == {1.0}:
+        return rng.permutation(len(documents)).tolist()
+    counts = np.floor(weights) + (rng.random(len(documents)) < np.mod(weights, 1))
+    return rng.permutation(np.repeat(np.arange(len(documents)), counts.astype(int))).tolist()
+
+
 def training_blocks(
     documents: Sequence[Document],
     encode: Encode,
@@ -92,11 +109,13 @@ def training_blocks(
     filled = read = epoch = 0
     encoded: dict[int, NDArray[np.uint32]] = {}
     while filled < out.size:
-        order = np.random.default_rng([seed, epoch]).permutation(len(documents)).tolist()
-        first_pass = _encoded([documents[i] for i in order], encode, progress)
-        pieces = first_pass if epoch == 0 else (encoded[i] for i in order)
-        for index, piece in zip(order, pieces, strict=True):
-            encoded[index] = piece
+        order = epoch_order(documents, seed, epoch)
+        unread = [*dict.fromkeys(index for index in order if index not in encoded)]
+        pieces = _encoded([documents[index] for index in unread], encode, progress)
+        for index in order:
+            if index not in encoded:
+                encoded[index] = next(pieces)
+            piece = encoded[index]
             size = min(piece.size, out.size - filled)
             out[filled : filled + size] = piece[:size]
             filled += size
@@ -106,7 +125,7 @@ def training_blocks(
         if epoch == 0 and filled < context:
             raise _too_short("the training text", filled, context)
         epoch += 1
-    return out.reshape(blocks, context), round(read / len(documents), 4)
+    return out.reshape(blocks, context), round(read / sum(document.weight for document in documents), 4)
 
 
 def _encoded(

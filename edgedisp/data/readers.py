@@ -21,7 +21,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,20 @@ SPLIT_NAMES = {
     "test": {"test", "testing"},
 }
 EXTRA = 'pip install "edgedisp[train]"'
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with a name. Scores are clustered by `id`, so two different texts need different ids. weight:
+    of its source."""
+
+    id: str
+    text: str
+    weight: float = field(default=1.0, compare=False)
+
+    def row(self) -> dict[str, Any]:
+        """What a file of documents says of it."""
+        return {"id": self.id, "text": self.text}
 
 
 @dataclass(frozen=True)
@@ -118,8 +132,11 @@ def hub_rows(name: str, source: Source) -> Iterator[Row]:
         raise BadInput(f"{name}: the hub's data set cannot be read: {one_line(problem)}") from problem
     number = 0
     for batch in table.iter(batch_size=1024):  # many times faster than row by row
-        for value in batch.get(source.text, [None]):
-            record = {source.text: value} if source.text in batch else dict.fromkeys(batch)
+        size = len(next(iter(batch.values()), []))
+        names = [name for name in (*source.fields, source.tools or "tools") if name in batch]
+        for index in range(size):
+            # Without the field all of them, for the message.
+            record = {name: batch[name][index] for name in names} if names else dict.fromkeys(batch)
             yield Row(f"{name} row {number}", str(number), record)
             number += 1
 
@@ -136,11 +153,11 @@ def _split_of(name: str) -> str | None:
     return next((split for split, names in SPLIT_NAMES.items() if words & names), None)
 
 
-def file_rows(path: Path, field: str, prefix: str = "") -> Iterator[Row]:
+def file_rows(path: Path, source: Source, prefix: str = "") -> Iterator[Row]:
     """The rows of a file; an id is `prefix` and the row's `id` field if it has one, else its number or key.
     Raises BadInput for damaged content, with the line."""
     kind = _kind(path)
-    parsed = _parquet(path, field) if kind == ".parquet" else PARSERS[kind](_content(path), path)
+    parsed = _parquet(path, source) if kind == ".parquet" else PARSERS[kind](_content(path), path)
     for location, number, value in parsed:
         row_id = value.get("id") if isinstance(value, dict) and isinstance(number, int) else None
         has_id = isinstance(row_id, str | int) and row_id != ""
@@ -216,7 +233,7 @@ def _paragraphs(content: str, path: Path) -> Parsed:
             paragraph = []
 
 
-def _parquet(path: Path, field: str) -> Parsed:
+def _parquet(path: Path, source: Source) -> Parsed:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -225,7 +242,8 @@ def _parquet(path: Path, field: str) -> Parsed:
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names  # without the field all of them, for the message
-            columns = [name for name in names if field not in names or name in (field, "id")]
+            wanted = {*source.fields, source.tools or "tools", "id"}
+            columns = [name for name in names if name in wanted or not wanted & {*names} - {"id", "tools"}]
             batches = table.iter_batches(batch_size=1024, columns=columns)
             records = (record for batch in batches for record in batch.to_pylist())
             yield from ((f" record {number + 1}", number, record) for number, record in enumerate(records))

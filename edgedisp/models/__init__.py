@@ -8,6 +8,17 @@ Refused: pickled weights, which can run any code; quantized, encoder-decoder and
 
 from edgedisp.core.hub import quiet as quiet
 from edgedisp.models.chat_template import RENDERER as RENDERER
+from edgedisp.models.conversation import Answer as Answer
+from edgedisp.models.conversation import ChatFormat as ChatFormat
+from edgedisp.models.conversation import Example as Example
+from edgedisp.models.conversation import answer_text as answer_text
+from edgedisp.models.conversation import chat_format as chat_format
+from edgedisp.models.conversation import end_of_turn_ids as end_of_turn_ids
+from edgedisp.models.conversation import escape_special_tokens as escape_special_tokens
+from edgedisp.models.conversation import example as example
+from edgedisp.models.conversation import examples as examples
+from edgedisp.models.conversation import last_answers as last_answers
+from edgedisp.models.conversation import prompt_ids as prompt_ids
 from edgedisp.models.licence import copy_licence as copy_licence
 from edgedisp.models.licence import read_licence as read_licence
 from edgedisp.models.loading import empty_model as empty_model
@@ -19,7 +30,6 @@ from edgedisp.models.tiny_model import tiny_model as tiny_model
 from edgedisp.models.tokenizer import Message as Message
 from edgedisp.models.tokenizer import TemplateError as TemplateError
 from edgedisp.models.tokenizer import bos_id as bos_id
-from edgedisp.models.tokenizer import chat_ids as chat_ids
 from edgedisp.models.tokenizer import document_encoder as document_encoder
 from edgedisp.models.tokenizer import encode as encode
 from edgedisp.models.tokenizer import end_of_text_id as end_of_text_id

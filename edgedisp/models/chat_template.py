@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -47,22 +48,27 @@ class Renderer:
         """The text of one conversation: by transformers' `render_jinja_template` with these arguments, or,
         with `folder` and `messages`, by onnxruntime-genai for a bundle. ValueError with the template's own
         reason if there is none, TimeoutError if the limits did not suffice."""
+        (text,) = self.render_all([request])
+        if isinstance(text, ValueError):
+            raise text
+        return text
+
+    def render_all(self, requests: Sequence[dict[str, Any]], **shared: Any) -> list[str | ValueError]:
+        """The same for many; a conversation that has no text gets the reason. shared: arguments of all."""
         with self._lock:
             process = self.start()
-            content = json.dumps({"seconds": SECONDS, "request": request}, default=str)
+            content = {"seconds": SECONDS, "shared": shared, "requests": list(requests)}
             line = ""
             if process.stdin and process.stdout:
                 with suppress(BrokenPipeError):
-                    print(content, file=process.stdin, flush=True)
+                    print(json.dumps(content, default=str), file=process.stdin, flush=True)
                 line = process.stdout.readline()
             if not line:
                 process.wait()
                 limits = f"{SECONDS:g} seconds and {MEMORY_BYTES >> 30} GiB of memory"
                 raise TimeoutError(f"it does not end within {limits}, or recurses too deep")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise ValueError(answer["error"])
-        return str(answer["text"])
+        answers = json.loads(line)
+        return [ValueError(answer["error"]) if "error" in answer else answer["text"] for answer in answers]
 
 
 RENDERER = Renderer()
@@ -89,19 +95,20 @@ def _serve() -> None:
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     for line in sys.stdin:
-        content = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, content["seconds"])  # ends this process, also inside C code
-        try:
-            text = _render(**content["request"])
-            if len(text) > CHARACTERS:
-                raise ValueError(f"it gives more than {CHARACTERS:,} characters")
-            answer = {"text": text}
-        except (MemoryError, RecursionError):
-            return
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
+        content, answers = json.loads(line), list[dict[str, str]]()
+        for request in content["requests"]:
+            signal.setitimer(signal.ITIMER_PROF, content["seconds"])  # ends this process, also inside C code
+            try:
+                text = _render(**content["shared"], **request)
+                if len(text) > CHARACTERS:
+                    raise ValueError(f"it gives more than {CHARACTERS:,} characters")
+                answers.append({"text": text})
+            except (MemoryError, RecursionError):
+                return
+            except Exception as error:
+                answers.append({"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]})
         signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.write(json.dumps(answers) + "\n")
         sys.stdout.flush()
 
 

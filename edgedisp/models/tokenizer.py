@@ -39,8 +39,8 @@ _WORD_END = re.compile(r"\w(?=[ 。，、][^\W\d_])")  # no tokenizer has tokens
 # verbose=False: no warning that a text is longer than the context; it will be cut into blocks.
 _PLAIN = {"add_special_tokens": False, "verbose": False}
 
-Message = Mapping[str, str]
-"""{"role": "system" | "user" | "assistant", "content": text}"""
+Message = Mapping[str, Any]
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text}; an assistant's may have tool_calls."""
 
 
 class TemplateError(BadInput):
@@ -166,38 +166,38 @@ def _pieces(tokenizer: Any, text: str, split_special_tokens: bool) -> Iterator[l
     yield last[len(ids(before)) :] if before else last
 
 
-def render_conversation(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """The text of a conversation by the tokenizer's template, with its generation prompt.
+def render_conversation(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+) -> str:
+    """The text of a conversation by the tokenizer's template.
 
     Raises TemplateError; other BadInput for a template that is no text or does not end.
     """
-    place = f"{tokenizer.name_or_path or 'the tokenizer'}: its chat template cannot be used"
+    request = {"conversations": [list(messages)], "add_generation_prompt": add_generation_prompt}
+    (text,) = render_all(tokenizer, [request | {"tools": tools}])
+    if isinstance(text, ValueError):
+        place = f"{tokenizer.name_or_path or 'the tokenizer'}: its chat template cannot be used"
+        raise TemplateError(f"{place}: {one_line(text)}. Mend it, or remove chat_template") from text
+    return text
+
+
+def render_all(tokenizer: Any, requests: Sequence[dict[str, Any]]) -> list[str | ValueError]:
+    """The texts of many conversations, or why the template gives none; requests: `conversations` of one, and
+    what else transformers' `render_jinja_template` takes. BadInput for a template that does not end."""
     try:
         template = tokenizer.get_chat_template()
-        if not isinstance(template, str):
-            raise ValueError("it is no text")
-        return RENDERER.render(
-            **tokenizer.special_tokens_map,
-            conversations=[list(messages)],
-            chat_template=template,
-            add_generation_prompt=True,
-        )
     except ValueError as error:
-        raise TemplateError(f"{place}: {one_line(error)}. Mend it, or remove chat_template") from error
+        return [error] * len(requests)
+    if not isinstance(template, str):
+        return [ValueError("it is no text")] * len(requests)
+    try:
+        return RENDERER.render_all(requests, chat_template=template, **tokenizer.special_tokens_map)
     except TimeoutError as error:
+        place = f"{tokenizer.name_or_path or 'the tokenizer'}: its chat template cannot be used"
         raise BadInput(f"{place}: {error}. Mend it, or remove chat_template") from error
-
-
-def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """What a model is given to answer a conversation: the ids of transformers' `apply_chat_template`.
-
-    Without a template the contents are one text to continue, with BOS before it as `bos_id` has it. BadInput
-    for a template that cannot be rendered.
-    """
-    if tokenizer.chat_template:
-        return encode(tokenizer, render_conversation(tokenizer, messages))
-    ids, bos = encode(tokenizer, "\n".join(message["content"] for message in messages)), bos_id(tokenizer)
-    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
 def document_encoder(tokenizer: Any) -> Callable[[Sequence[str]], list[NDArray[np.uint32]]]:

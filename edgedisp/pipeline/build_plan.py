@@ -112,8 +112,10 @@ def check_base(recipe: Recipe, leaves: tuple[str, ...], folder: Path) -> None:
 
 def corpus(recipe: Recipe) -> Stage:
     """The tokens file that every training reads; one of fewer steps reads its beginning."""
-    blocks = recipe.steps * recipe.train.batch * recipe.train.accumulate
-    read = options.CorpusOptions(recipe.data, recipe.seed, blocks, recipe.is_smoke)
+    step = recipe.train.batch * recipe.train.accumulate
+    read = options.CorpusOptions(recipe.data, recipe.seed, None, recipe.is_smoke, recipe.train.epochs, step)
+    if recipe.steps is not None:  # steps of another size can read the same file
+        read = replace(read, blocks=recipe.steps * step, step=1)
     return Stage("corpus", f"{HERE}.prepare:corpus", read, {"base": "base"}, _texts(recipe))
 
 

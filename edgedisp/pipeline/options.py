@@ -36,12 +36,15 @@ class BaseOptions:
 
 @dataclass(frozen=True)
 class CorpusOptions:
-    """blocks: how many blocks of data.context tokens the longest training reads."""
+    """blocks: how many blocks of data.context tokens the longest training reads; None: as many as `epochs`
+    take, in whole steps of `step` blocks."""
 
     data: Data
     seed: int
-    blocks: int
+    blocks: int | None
     smoke: bool
+    epochs: float | None = None
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,11 @@ class ItemsOptions:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """train: without the arms' techniques. rounding: that of quantization_aware."""
+    """train: without the arms' techniques. steps None: as many as the corpus has blocks for. rounding: that
+    of quantization_aware."""
 
     train: Train
-    steps: int
+    steps: int | None
     arm: ArmRun
     rounding: BundleRounding | None = None
 

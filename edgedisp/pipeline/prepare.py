@@ -108,9 +108,8 @@ def corpus(options: CorpusOptions, inputs: Inputs, output_dir: Path, progress: P
     training, heldout, text = read_split(section, options.seed, options.smoke, progress, inputs.files)
     tokenizer = models.load_tokenizer(inputs["base"])
     encode = models.document_encoder(tokenizer)
-    blocks, epochs = data.training_blocks(
-        training, encode, section.context, options.blocks, options.seed, progress
-    )
+    count = options.blocks or blocks_of(options, data.count_tokens(training, encode, progress))
+    blocks, epochs = data.training_blocks(training, encode, section.context, count, options.seed, progress)
     heldout_blocks = data.pack(heldout, encode, section.context, progress=progress)
     np.save(output_dir / "tokens.npy", blocks, allow_pickle=False)
     np.save(output_dir / "heldout.npy", heldout_blocks, allow_pickle=False)
@@ -137,6 +136,12 @@ def corpus(options: CorpusOptions, inputs: Inputs, output_dir: Path, progress: P
             for name in names
         ],
     }
+
+
+def blocks_of(options: CorpusOptions, tokens: float) -> int:
+    """Blocks of whole steps, at least one, that read `tokens` tokens as often as `train.epochs` says."""
+    steps = (options.epochs or 1) * tokens / (options.step * options.data.context)
+    return max(1, round(steps)) * options.step
 
 
 def read_split(

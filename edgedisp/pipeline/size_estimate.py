@@ -115,7 +115,7 @@ def check_fits(
     folders = (run / arm.name / name for arm in recipe.arm_runs for name in leaves)
     written = 4 * parameters * sum(not (folder / RECORD).is_file() for folder in folders)
     if not (run / "corpus" / RECORD).is_file():
-        written += 4 * recipe.steps * recipe.tokens_per_step  # uint32
+        written += 4 * (recipe.steps or 0) * recipe.tokens_per_step  # uint32
     existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
     if written > (free := shutil.disk_usage(existing).free):
         words = f"the build writes more than {_mb(written)} into {run}, where {_mb(free)} are free"

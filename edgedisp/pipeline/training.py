@@ -51,15 +51,16 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
         start = aware.begins(options.rounding.section.method)
         callbacks.append(aware_callback(options.rounding, start, tokens, output_dir, progress))
     watched = torch.from_numpy(heldout_blocks(corpus, blocks=WATCHED_SEQUENCES)[:, :WATCHED_TOKENS])
+    steps = options.steps or len(tokens) // (section.batch * section.accumulate)
     fit_options = FitOptions(
-        steps=options.steps,
+        steps=steps,
         seed=arm.seed,
         output_dir=output_dir / CHECKPOINTS,
         dispersion=None if arm.dispersion is None else dispersion_config(arm.dispersion, arm.seed),
         callbacks=callbacks,
         end_of_text=packing["end_of_text"] if packing["isolate_documents"] else None,
         watch_blocks=None if section.watch_every == 0 else watched,
-        watch_every=section.watch_every or math.ceil(options.steps / WATCHES),
+        watch_every=section.watch_every or math.ceil(steps / WATCHES),
         log_dir=output_dir / "logs" if section.report_to else None,
         run_name=f"{output_dir.parent.parent.name}/{output_dir.parent.name}",
     )
@@ -77,7 +78,7 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
     else:
         models.save(model, models.load_tokenizer(base), output_dir)
         models.copy_licence(base, output_dir)
-    settings = {"steps": options.steps, **section.model_dump(include=set(SETTINGS)), "seed": arm.seed}
+    settings = {"steps": steps, **section.model_dump(include=set(SETTINGS)), "seed": arm.seed}
     settings["threads"] = torch.get_num_threads()
     result = replace(result, settings=settings, weights_sha256=weights_digest(output_dir))
     return dict(to_json(result))
@@ -85,7 +86,7 @@ def train(options: TrainOptions, inputs: Inputs, output_dir: Path, progress: Pro
 
 def dispersion_config(section: Dispersion, seed: int) -> DispersionConfig:
     """A recipe's `dispersion`; its seed is the training's unless it has one."""
-    values = section.model_dump()
+    values = section.model_dump(exclude={"on"})
     values["tokens"] = None if section.tokens == "all" else section.tokens
     values["seed"] = seed if section.seed is None else section.seed
     return DispersionConfig(**values)

@@ -102,8 +102,9 @@ class Arm(Section):
     def __str__(self) -> str:
         return self.name
 
-    def run(self, shared: Dispersion | None, seed: int, replica: int, steps: int) -> ArmRun:
-        """The training number `replica`. shared: train.dispersion; seed: of the recipe; steps: of the run.
+    def run(self, shared: Dispersion | None, seed: int, replica: int, steps: int | None) -> ArmRun:
+        """The training number `replica`. shared: train.dispersion; seed: of the recipe; steps: of the run,
+        if they are known.
 
         A seed of the token draw counts up with the replica, too.
         """
@@ -115,7 +116,7 @@ class Arm(Section):
                 dispersion = dispersion.model_copy(update={"seed": dispersion.seed + replica})
         strengths = {key: getattr(self, key) for key in TECHNIQUES}
         if self.active_forgetting == "auto":
-            strengths["active_forgetting"] = max(1, round(AUTO_SHARE * steps))
+            strengths["active_forgetting"] = max(1, round(AUTO_SHARE * (steps or 0)))
         techniques = {key: strength for key, strength in strengths.items() if strength is not None}
         name = f"{self.name}-seed{seed + replica}" if replica else self.name
         return ArmRun(name, self.name, replica, seed + replica, dispersion, techniques)

@@ -235,8 +235,9 @@ def _unknown(key: Key, root: type[BaseModel]) -> str:
     name, keys = str(key[-1]), _keys_of(key[:-1], root)
     if name in REMOVED:
         return f"removed; {REMOVED[name]}"
-    elsewhere = (other for other in _key_names(root) if other.endswith(f".{name}"))
-    guess = next(elsewhere, None) or near(name, keys)
+    elsewhere = [other for other in _key_names(root) if other.endswith(f".{name}")]
+    elsewhere.sort(key=lambda other: not other.startswith(f"{key[0]}."))  # of the same section first
+    guess = next(iter(elsewhere), None) or near(name, keys)
     return (
         f"unknown key; did you mean '{guess}'?" if guess else f"unknown key; the keys are {', '.join(keys)}"
     )

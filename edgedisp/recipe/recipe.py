@@ -18,8 +18,18 @@ from edgedisp.core.errors import BadInput
 from edgedisp.core.files import digest
 from edgedisp.recipe import values
 from edgedisp.recipe.arms import PLAIN_ARMS, Arm, ArmRun
-from edgedisp.recipe.schema import Data, Evaluate, Latency, Model, Quantize, Train, Verify
-from edgedisp.recipe.values import HELDOUT_TASKS, WHOLE, Key, Section, Unique, accepts, unique
+from edgedisp.recipe.data_schema import Data
+from edgedisp.recipe.schema import Evaluate, Latency, Model, Quantize, Train, Verify
+from edgedisp.recipe.values import (
+    HELDOUT_ANSWERS,
+    HELDOUT_TASKS,
+    WHOLE,
+    Key,
+    Section,
+    Unique,
+    accepts,
+    unique,
+)
 
 Problems = Iterator[tuple[Key, str]]
 
@@ -71,12 +81,20 @@ class Recipe(Section):
     _origin: Origin = PrivateAttr(default=Origin())
 
     @model_validator(mode="after")
+    def _asks_for_answers(self) -> Self:
+        """Without a list of tasks, those that the data have."""
+        if "tasks" not in self.evaluate.model_fields_set and self.data.has_chat:
+            evaluate = self.evaluate.model_copy(update={"tasks": self.heldout_tasks})
+            object.__setattr__(self, "evaluate", evaluate)
+        return self
+
+    @model_validator(mode="after")
     def _check_rules(self) -> Self:
         errors = [
             InitErrorDetails(
                 type=PydanticCustomError("rule", "{words}", {"words": words}), loc=key, input=None
             )
-            for key, words in chain(_training(self), _arms(self), _quantization(self))
+            for key, words in chain(_data(self), _training(self), _arms(self), _quantization(self))
         ]
         if errors:
             raise ValidationError.from_exception_data("Recipe", errors)
@@ -109,9 +127,16 @@ class Recipe(Section):
         return self.train.batch * self.train.accumulate * self.data.context
 
     @property
-    def steps(self) -> int:
-        """Whole optimizer steps that `train.tokens` pays for, at least 1 in a checked recipe."""
-        return self.train.tokens // self.tokens_per_step
+    def steps(self) -> int | None:
+        """Whole optimizer steps that `train.tokens` pays for, at least 1 in a checked recipe. None: the
+        corpus says how many `train.epochs` take."""
+        return None if self.train.tokens is None else self.train.tokens // self.tokens_per_step
+
+    @property
+    def heldout_tasks(self) -> tuple[str, ...]:
+        """The tasks that can be made from the data that are held out."""
+        texts = () if all(source.is_chat for source in self.data.train) else HELDOUT_TASKS
+        return (HELDOUT_ANSWERS, *texts) if self.data.has_chat else texts
 
     @property
     def arm_runs(self) -> tuple[ArmRun, ...]:
@@ -177,6 +202,9 @@ def smoke(recipe: Recipe) -> Recipe:
     for name, bounds in SMOKE_BOUNDS.items():
         _limit(values[name], bounds)
     data, train, evaluate = values["data"], values["train"], values["evaluate"]
+    if recipe.data.has_chat:  # a conversation is not cut into blocks
+        data["context"], train["accumulate"] = recipe.data.context, 1
+    train["epochs"] = None
     data["heldout"] = max(data["heldout"], 0.1)
     train["tokens"] = SMOKE_STEPS * train["batch"] * train["accumulate"] * data["context"]
     train["checkpoint_every"] = SMOKE_STEPS // 2
@@ -191,7 +219,7 @@ def smoke(recipe: Recipe) -> Recipe:
     # Tasks of lm-evaluation-harness need a hub for their items, unless the user has them in a folder.
     if evaluate["tasks_path"] is None:
         local = [task for task in evaluate["tasks"] if task.startswith("heldout")]
-        evaluate["tasks"] = local or HELDOUT_TASKS
+        evaluate["tasks"] = local or recipe.heldout_tasks
     if recipe.quantize.budget is not None:  # a budget for the base fits no twin
         values["quantize"] |= {"budget": None, "max_perplexity_increase": 1.0}
     small = Recipe.model_validate(values)
@@ -207,10 +235,26 @@ def _limit(section: dict[str, Any], most: dict[str, Any]) -> None:
 # ---------------------------------------------------------------- rules over two keys
 
 
+def _data(recipe: Recipe) -> Problems:
+    """Tasks that the data cannot give, and answers where there are none."""
+    possible = {*recipe.heldout_tasks} | ({HELDOUT_ANSWERS} if recipe.evaluate.answers else set())
+    for task in recipe.evaluate.tasks:
+        if task in (HELDOUT_ANSWERS, *HELDOUT_TASKS) and task not in possible:
+            kind = "conversations (data.train.messages)" if task == HELDOUT_ANSWERS else "a source of text"
+            yield ("evaluate", "tasks"), f"{task} needs {kind}; the data give {', '.join(possible)}"
+    has_answers = recipe.data.has_chat and recipe.data.loss != "all"
+    for index, run in enumerate(recipe.arm_runs[: len(recipe.arms)]):
+        if run.dispersion is not None and run.dispersion.on == "answers" and not has_answers:
+            words = "dispersion.on: answers needs conversations, and data.loss not all; write on: all"
+            yield ("arms", index), words
+
+
 def _training(recipe: Recipe) -> Problems:
     train, needed = recipe.train, recipe.tokens_per_step
     is_qlora = train.adapter is not None and train.adapter.kind == "qlora"
-    if recipe.steps < 1:
+    if (train.tokens is None) == (train.epochs is None):
+        yield ("train", "tokens"), "needs a whole number here, or a number for train.epochs; one of the two"
+    if recipe.steps == 0:
         factors = f"batch {train.batch} x accumulate {train.accumulate} x context {recipe.data.context}"
         words = f"{train.tokens:,} tokens, but one optimizer step takes {needed:,} ({factors}); needs"
         yield ("train", "tokens"), f"{words} at least {needed}, or a smaller batch, accumulate or context"
@@ -233,7 +277,9 @@ def _arms(recipe: Recipe) -> Problems:
             reason = "an adapter leaves the embedding frozen, so an embedding drawn anew would stay noise"
         elif train.distributed is not None:
             reason = "FSDP divides the embedding among processes, but active_forgetting draws all of it anew"
-        elif 1 <= steps <= every:
+        elif steps is None and recipe.arms[index].active_forgetting == "auto":
+            reason = "auto is a share of train.tokens, and with train.epochs its steps are not known yet"
+        elif steps is not None and 1 <= steps <= every:
             reason = f"the embedding is drawn anew every {every} steps, but the run has {steps}"
         if reason:
             yield ("arms", index), f"{reason}; drop the arm, or change that"

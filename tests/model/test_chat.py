@@ -22,7 +22,7 @@ from edgedisp.commands.devices import measure_on_phones, time_bundles
 from edgedisp.commands.lm_eval import OnnxHarnessModel
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import silent
-from edgedisp.models import chat_ids, chat_template
+from edgedisp.models import chat_template, prompt_ids
 
 
 class Talk:
@@ -202,10 +202,10 @@ def test_a_template_that_is_no_honest_program_is_one_line(
     tok = tokenizer(bundles["fp32"])
     tok.chat_template = template
     with pytest.raises(BadInput, match=f"chat template cannot be used: .*{reason}") as raised:
-        chat_ids(tok, turn(("user", "the cat")))
+        prompt_ids(tok, turn(("user", "the cat")))
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
     tok.chat_template = WITH_BOS  # the next template finds a process
-    assert chat_ids(tok, turn(("user", "the cat")))[0] == tok.bos_token_id
+    assert prompt_ids(tok, turn(("user", "the cat")))[0] == tok.bos_token_id
 
 
 def test_bad_bundles_and_messages_are_bad_input(bundles: dict[str, Path], tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ from edgedisp.commands.export import export_bundle
 from edgedisp.core.errors import BuildFailed
 from edgedisp.core.progress import silent
 from edgedisp.core.results import DeviceResult
-from edgedisp.models import chat_ids, load_tokenizer
+from edgedisp.models import load_tokenizer, prompt_ids
 from edgedisp.models.tiny_model import CHAT_TEMPLATE
 
 pytestmark = [needs_chromium, needs_web]
@@ -206,7 +206,7 @@ def test_the_page_sends_the_ids_of_chat(
     tokenizer = load_tokenizer(bundle)
     given = json.dumps({"folder": str(bundle), "conversations": CONVERSATIONS})
     ids = json.loads(output(["node", "encode.mjs", given], tmp_path / "web"))
-    assert ids == [chat_ids(tokenizer, messages) for messages in CONVERSATIONS]
+    assert ids == [prompt_ids(tokenizer, messages) for messages in CONVERSATIONS]
 
 
 def in_browser(bundles: Bundles, **options: Any) -> DeviceResult:

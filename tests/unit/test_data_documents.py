@@ -92,7 +92,7 @@ def test_a_file_that_cannot_be_used_gives_the_place_and_the_reason(tmp_path: Pat
         (
             "a.jsonl",
             b'{"messages": [{"role": "user"}]}',
-            r"a.jsonl:1: .*messages. A chat.*apply_chat_template",
+            r"a.jsonl:1: .*messages. A chat.*`messages:`",
         ),
         ("a.json", b"3", "holds one int"),
         ("a.json", b'[{"text": 3}]', "item 0: the text must be a string, found int"),
