@@ -201,8 +201,12 @@ def _load(content: str, path: Path, first_line: int = 1) -> Any:
             hint = " One JSON value a line is JSON Lines: name the file .jsonl."
         elif _kind(path) != ".json" and first_line == 1 and content.strip() in ("[", "{", "[{"):
             hint = " A JSON value over several lines is no JSON Lines: name the file .json."
+        elif content[problem.pos :].strip() in (",", "]", ",]"):
+            hint = " JSON has no comma after the last item, and JSON Lines none between rows: take it out."
         message = f"{path}:{line}: not valid JSON ({problem.msg}, column {problem.colno}).{hint}"
         raise BadInput(message) from problem
+    except RecursionError:
+        raise BadInput(f"{path}:{first_line}: nested too deeply.") from None
 
 
 def _csv(content: str, path: Path) -> Parsed:

@@ -89,6 +89,9 @@ def test_a_file_that_cannot_be_used_gives_the_place_and_the_reason(tmp_path: Pat
         ("a.jsonl", b'{"text": "one"}\n{"text": "\\ud83d smile"}', "a.jsonl:2: .*half of a surrogate pair"),
         ("a.json", b'{"text": "one"}\n{"text": "two"}', "a.json:2: .*JSON Lines: name the file .jsonl"),
         ("a.jsonl", b'[\n{"text": "one"}\n]', "a.jsonl:1: .*name the file .json"),
+        ("a.jsonl", b'{"text": "one"},\n{"text": "two"}', "a.jsonl:1: .*no comma .* none between rows"),
+        ("a.json", b'[{"text": "one"},]', "a.json:1: .*no comma after the last item"),
+        ("a.jsonl", b'{"text": ' + b"[" * 9999, "a.jsonl:1: nested too deeply"),
         (
             "a.jsonl",
             b'{"messages": [{"role": "user"}]}',
