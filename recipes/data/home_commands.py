@@ -16,6 +16,7 @@ import json
 import random
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -26,7 +27,7 @@ from hassil.parse_expression import parse_sentence
 
 SYSTEM = "Call a function."  # short: it is read with every command
 ROWS = {"train": 2000, "eval": 300}
-EVAL_SHARE = 5  # of so many templates with the same slots one is kept for evaluation
+EVAL_SHARE = 5  # of so many templates with the same slots one is for evaluation
 
 # Function -> intent, and what its slots are called as arguments where the name differs.
 FUNCTIONS = {
@@ -73,32 +74,48 @@ UNUSABLE += ("<clean> <", "timer_half")
 # Of training, and after the slash of evaluation. "light stem": what stands before "light" or "lamp".
 NAMES = """
 light: desk lamp, floor lamp, ceiling light, bedside lamp, reading lamp, night light, wall lamp, chandelier,
-    spotlight, string lights, lava lamp, vanity light
+    spotlight, string lights, lava lamp, vanity light, tree lights, flood light, wardrobe light, clip lamp,
+    paper lantern, globe lamp, counter lights, light strip, christmas lights, oven light, bunk bed lamp
     / table lamp, pendant light, mirror light, salt lamp, fairy lights, picture light
-light stem: desk, ceiling, bedside, reading, wall, stairs, closet, hall, window, door
+light stem: desk, ceiling, bedside, reading, wall, stairs, closet, hall, window, door, sink, cabinet, mantel,
+    bench, cupboard, hobby, bar, cradle, display, tripod, step, tower, kid's
     / table, corner, shelf, sofa, piano
-switch: coffee maker, air purifier, space heater, humidifier, water pump, toaster, christmas tree,
-    heated blanket, dryer, dishwasher / kettle, dehumidifier, rice cooker, towel warmer, aquarium pump
-fan: ceiling fan, tower fan, desk fan, box fan, exhaust fan, floor fan
-    / pedestal fan, window fan, bladeless fan
-media_player: tv, television, radio, stereo, soundbar, smart speaker, record player, projector
+switch: coffee maker, air purifier, space heater, humidifier, water pump, toaster, christmas tree, printer,
+    heated blanket, dryer, dishwasher, slow cooker, electric fence, waffle iron, fountain, sprinkler, router,
+    hair dryer, egg timer, bug zapper, pasta machine, sewing machine, freezer, wine cooler, washing machine
+    / kettle, dehumidifier, rice cooker, towel warmer, aquarium pump
+fan: ceiling fan, tower fan, desk fan, box fan, exhaust fan, floor fan, wall fan, bathroom fan, stand fan,
+    turbo fan, attic fan, table fan, bedroom fan, pedestal fan, clip fan, hood fan, bladeless fan
+    / drum fan, window fan, tall fan
+media_player: tv, television, radio, stereo, soundbar, smart speaker, record player, projector, alarm clock,
+    jukebox, tablet, game console, cd player, amplifier, music box, speakers, set-top box, turntable, beamer
     / boombox, home theater, hi-fi, media center
-climate: thermostat, air conditioner, heat pump, radiator, heater, underfloor heating
+climate: thermostat, air conditioner, heat pump, radiator, heater, underfloor heating, fireplace, hot tub,
+    pellet stove, wall heater, greenhouse, sauna, pool heater, towel rail, aquarium, incubator
     / boiler, ac unit, furnace
-vacuum: robot vacuum, vacuum cleaner, sweeper, dusty / hoover, cleaning robot, rosie
+vacuum: robot vacuum, vacuum cleaner, sweeper, dusty, robby, vacuum robot, floor cleaner, wall-e, mop robot,
+    scrubber, dust buster, hector, roomba, little helper, rosie / hoover, cleaning robot, floor robot
 area: kitchen, living room, bedroom, bathroom, office, hallway, garage, dining room, guest room, nursery,
-    laundry room, attic, balcony, pantry, study, patio
-    / cellar, basement, playroom, workshop, library, porch, sun room
-floor: first, second, ground, upper / third, top, lower
+    laundry room, attic, balcony, pantry, study, patio, den, lobby, conservatory, gym, staircase, mudroom,
+    veranda, utility room, music room, lounge, barn, cabin, studio, entrance, shed, wine room, kids room,
+    closet, terrace, cloakroom, porch, basement, workshop, loft
+    / cellar, playroom, library, sun room, garden, storage room, reading room
+floor: first, second, ground, upper, main, fourth, middle / third, top, lower
 item: milk, bread, eggs, butter, apples, rice, coffee, olive oil, toilet paper, dish soap, bananas, pasta,
     cheese, tomatoes, onions, chicken breast, orange juice, dog food, yogurt, salt, flour, paper towels,
-    potatoes, frozen peas
+    potatoes, frozen peas, sugar, garlic, cucumbers, mustard, sponges, cat litter, vinegar, tuna, almonds,
+    baking powder, maple syrup, lettuce, mushrooms, toothpaste, trash bags, ketchup, sausages, blueberries,
+    cinnamon, lentils, avocados, tortillas, black pepper, hand cream, candles, walnuts, salmon, broccoli
     / honey, oat milk, batteries, green tea, carrots, peanut butter, shampoo, cereal, lemons, light bulbs
 query: jazz, the beatles, classical music, taylor swift, bohemian rhapsody, miles davis, eighties hits,
     lofi beats, abbey road, the rolling stones, hotel california, dinner music, queen, country roads,
-    johnny cash, piano sonatas, summer hits, thriller, morning coffee, adele
-    / blues, pink floyd, billie eilish, yesterday, rainy day, reggae classics, nina simone, road trip songs
-timer_name: pizza, laundry, eggs, pasta, bread, workout, nap, homework, chicken, cookies, tea, rice
+    johnny cash, piano sonatas, summer hits, thriller, morning coffee, adele, david bowie, purple rain,
+    christmas songs, daft punk, moonlight sonata, folk, imagine, nirvana, salsa, beethoven, rumours,
+    movie soundtracks, bob marley, gospel, hey jude, coldplay, techno, the four seasons, radiohead,
+    billie eilish, blues, yesterday, soul, disco, mozart, let it be, country, pop hits, elton john
+    / rock, pink floyd, love songs, rainy day, reggae classics, nina simone, road trip songs
+timer_name: pizza, laundry, eggs, pasta, bread, workout, nap, homework, chicken, cookies, tea, rice, oven,
+    dishes, yoga, lunch, parking, roast, piano practice, bath, muffins, break, sauna, dough, plants, chess
     / cake, soup, meditation, stretching, potatoes
 """
 
@@ -143,7 +160,7 @@ class Draw:
         if isinstance(part, Permutation):
             return " ".join(map(self.words, rng.sample(part.items, len(part.items))))
         if isinstance(part, Alternative):  # the first is what people say most
-            return self.words(part.items[0] if rng.random() < 0.4 else rng.choice(part.items))
+            return self.words(part.items[0] if rng.random() < 0.7 else rng.choice(part.items))
         if isinstance(part, RuleReference):
             if part.rule_name == "light" and self.is_stem:  # "desk lamp" is a name, as the list has it
                 word = rng.choice(["light", "lamp"])
@@ -201,11 +218,12 @@ def rows(data: dict[str, Any], side: int, count: int, seed: int) -> Iterator[dic
     for function, (intent, _) in FUNCTIONS.items():
         usable = [*templates(data["intents"][intent], {*names})]
         random.Random(seed).shuffle(usable)
-        usable.sort(key=lambda template: sorted(re.findall(r"\{(\w+)", template.text)))
-        evaluated = usable[EVAL_SHARE // 2 :: EVAL_SHARE] or usable[:1]
-        by_function[function] = (
-            evaluated if side else [template for template in usable if template not in evaluated]
-        )
+        by_slots: dict[tuple[str, ...], list[Template]] = defaultdict(list)
+        for template in usable:
+            by_slots[tuple(sorted(set(re.findall(r"\{(\w+)", template.text))))].append(template)
+        # One of several with the same slots: evaluation asks for no arguments that training never shows.
+        evaluated = [each for alike in by_slots.values() for each in alike[1::EVAL_SHARE]]
+        by_function[function] = evaluated if side else [each for each in usable if each not in evaluated]
     while len(seen) < count:
         function = rng.choice([*FUNCTIONS])
         template, draw = rng.choice(by_function[function]), Draw(data, names, rng)
