@@ -17,7 +17,7 @@ from edgedisp.bench.system import physical_cores
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import check_files, check_writable, digest, to_json, write_json
 from edgedisp.core.progress import Progress, labelled
-from edgedisp.core.results import AS_GIVEN, BASELINE, DISPERSED, DeviceResult, Measurement
+from edgedisp.core.results import AS_GIVEN, BASE, BASELINE, DISPERSED, DeviceResult, Measurement
 from edgedisp.core.run import Run
 from edgedisp.core.stage_folder import SCORES
 from edgedisp.evaluate.heldout_tasks import SuiteOptions
@@ -67,9 +67,9 @@ def join_runs(paths: Sequence[Path]) -> Run:
     for path, run, name in zip(paths, runs, names):
         labels = {arm: arm if run is runs[0] else f"{arm} of {name}" for arm in run.arms}
         joined.arms.extend(labels.values())
-        for arm, label in labels.items():
-            scored[label] = read_scored(path, run, arm)
-            for part in ("techniques", "training", "bundles", "measurements"):
+        scored |= {label: read_scored(path, run, arm) for arm, label in labels.items()}
+        for arm, label in (labels | ({BASE: BASE} if run is runs[0] else {})).items():
+            for part in ("techniques", "training", "bundles", "measurements", "gains"):
                 if arm in getattr(run, part):
                     getattr(joined, part)[label] = getattr(run, part)[arm]
             for precision in run.precisions:

@@ -18,7 +18,7 @@ from edgedisp.bench.system import multiplies_bf16, physical_cores
 from edgedisp.core.distributed import split
 from edgedisp.core.errors import BadInput, NotAtHand
 from edgedisp.core.progress import Progress, Screen, clock
-from edgedisp.core.results import PUBLISHED_POINTS
+from edgedisp.core.results import ANSWERS_TASK, PUBLISHED_POINTS
 from edgedisp.core.stage_folder import Record
 from edgedisp.pipeline.build_plan import as_computed, bundle_rounding, stages
 from edgedisp.pipeline.build_plan import base as base_stage
@@ -124,10 +124,24 @@ def make_plan(recipe: Recipe, run: Path, *, probe: bool, screen: Screen) -> dict
             "points": points,
             "nats": {name: comparison.detectable_loss(limit, name) for name in recipe.precisions},
             "items_for_published": for_published,
+            "answers": _detectable_answers(recipe, passed[2][1]),
         },
         "sizes": sizes,
     }
     return plan | {"estimate": _estimate(recipe, model, plan, screen.progress) if probe else None}
+
+
+def _detectable_answers(recipe: Recipe, items: Record | None) -> dict[str, Any] | None:
+    """The difference in exact answers that shows; items: of the finished stage, which knows their number."""
+    from edgedisp.evaluate import comparison
+
+    if ANSWERS_TASK not in recipe.evaluate.tasks:
+        return None
+    count = recipe.evaluate.limit if items is None else items.results["heldout_items"][ANSWERS_TASK]
+    return {
+        "items": count,
+        "points": 100 * comparison.detectable_accuracy(count, comparison.DIFFERING_ANSWERS),
+    }
 
 
 def _model(recipe: Recipe, base: Path | None, weights: bool, progress: Progress) -> Any:
@@ -221,10 +235,12 @@ def stage_seconds(recipe: Recipe, training_s: float, token_s: float, size: float
     evaluate, latency, quantize = recipe.evaluate, recipe.latency, recipe.quantize
     heldout = min(evaluate.perplexity_tokens or evaluate.limit * recipe.data.context, 50_000)
     tasks = evaluate.limit * (96 + 4 * 90) + 16 * recipe.data.context
+    if ANSWERS_TASK in evaluate.tasks:
+        tasks += evaluate.limit * (recipe.data.context + evaluate.answer_tokens)
     timed = (latency.repetitions + 1) * (latency.prompt + 8 * latency.generate)
     tokens = {
         "measure": heldout + tasks + 2 * recipe.verify.tokens + 3 * evaluate.divergence_tokens,
-        "latency": len(recipe.arms) * len(recipe.precisions) * timed,
+        "latency": (len(recipe.arms) + evaluate.measures_base) * len(recipe.precisions) * timed,
         "merge": 8 * 4096,  # rows of the audit
     }
     seconds = defaultdict(lambda: 5.0 * size, base=10 * size, corpus=10 * size, fp32=8 * size)
@@ -251,7 +267,8 @@ def disk_bytes(parameters: int, recipe: Recipe, sizes: dict[str, Any]) -> int:
     bundles = sum(bundle_bytes[name] for name in {"fp32", *recipe.precisions})
     packages = sum(bundle_bytes[load_target(name).precision] for name in recipe.targets)
     trained = len(recipe.arm_runs) * (4 * parameters + bundles) + len(recipe.arms) * packages
-    return (4 + CHECKPOINT_BYTES_PER_WEIGHT) * parameters + trained
+    untrained = bundles * recipe.evaluate.measures_base
+    return (4 + CHECKPOINT_BYTES_PER_WEIGHT) * parameters + trained + untrained
 
 
 def render(plan: dict[str, Any], width: int = 100) -> str:
@@ -273,6 +290,9 @@ def render(plan: dict[str, Any], width: int = 100) -> str:
         f"  the smallest published gain, {PUBLISHED_POINTS} points over all tasks, takes "
         f"{detectable['items_for_published']:,} items (evaluate.limit)",
     ]
+    if (answers := detectable["answers"]) is not None:
+        exact = f"{answers['points']:.1f} points of exact answers in {answers['items']:,} conversations"
+        sees.insert(1, f"  {exact} (heldout_answers)")
     if detectable["seeds"] == 1:
         sees.append("  one seed cannot tell a gain from the luck of training: seeds: 3 can")
     needs = []

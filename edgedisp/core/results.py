@@ -14,6 +14,7 @@ Json = dict[str, Any]
 REPORT_FORMAT = 3  # of report.json; raised when a key changes its meaning
 BASELINE, DISPERSED = "baseline", "dispersed"  # the arm that others are compared with, and the main other
 BASE = "base"  # the untouched model, beside the arms in tables
+ANSWERS_TASK = "heldout_answers"  # whose exact answers the verdict is about where they were asked for
 LOSS_TASK = "heldout_perplexity"  # whose loss the verdict, the noise floor and the pilot are about
 AS_GIVEN = "as given"  # the precision of a model that `edgedisp compare` scored as it is
 Z95 = 1.959963984540054  # the normal quantile of a 95 % interval

@@ -48,9 +48,9 @@ class Run:
     Outer keys are arms, then precisions (`torch`: before export), then tasks. `arms` begins with the
     baseline, `precisions` with the most bits. Scores and comparisons are over all seeds; all else under an
     arm's name is its first training's. `bundles` and `measurements` may hold `base`, the untouched model,
-    which is no arm; gains: arm - base. answers: examples of wrong ones. runs: the origin of joined runs
-    {title, base, weights_sha256, tokens_sha256, context, heldout_documents}. unpaired: what could not be
-    paired, and why.
+    which is no arm; gains: arm - base. answers: examples of wrong ones; prompt: one to try. runs: the origin
+    of joined runs {title, base, weights_sha256, tokens_sha256, context, heldout_documents}. unpaired: what
+    could not be paired, and why.
     """
 
     name: str
@@ -74,6 +74,7 @@ class Run:
     comparisons: dict[str, dict[str, dict[str, TaskDifference]]] = field(default_factory=dict)
     gains: dict[str, dict[str, dict[str, TaskDifference]]] = field(default_factory=dict)
     answers: list[WrongAnswer] = field(default_factory=list)
+    prompt: str | None = None
     means: dict[str, dict[str, MeanDifference]] = field(default_factory=dict)
     loss_survival: dict[str, dict[str, dict[str, LossSurvival]]] = field(default_factory=dict)
     delta_survival: dict[str, dict[str, Json]] = field(default_factory=dict)

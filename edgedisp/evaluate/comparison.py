@@ -115,6 +115,36 @@ def common_items(results: Sequence[TaskResult]) -> list[TaskResult]:
     ]
 
 
+def common_pairs(
+    first: Sequence[Results], second: Sequence[Results]
+) -> tuple[dict[str, list[Pair]], list[str]]:
+    """task -> both results of each seed, cut to their common items; and why tasks or items are missing."""
+    tasks, other_tasks = first[0].keys(), second[0].keys()
+    reasons = [f"{task}: scored in one of the two alone" for task in sorted(tasks ^ other_tasks)]
+    fewest, most = sorted((len(first), len(second)))
+    if fewest < most:
+        reasons.append(f"{fewest} of {most} trainings have one to be paired with")
+    pairs = {}
+    for task in (name for name in tasks if name in other_tasks):
+        results = [result[task] for pair in zip(first, second) for result in pair]
+        try:
+            cut = common_items(results)
+        except ValueError as problem:
+            reasons.append(f"{problem} (other text, tokenizer, context or seed)")
+            continue
+        if len(cut[0].items) < (items := max(len(result.items) for result in results)):
+            reasons.append(f"{task}: {len(cut[0].items)} items in common of {items}")
+        pairs[task] = list(zip(cut[::2], cut[1::2]))
+    return pairs, reasons
+
+
+def gains(
+    base: Results, trainings: Sequence[Results], resampling: Resampling = DEFAULT
+) -> dict[str, TaskDifference]:
+    """Task -> what an arm's trainings score above the one base that they started from."""
+    return {task: compare_task([(base[task], each[task]) for each in trainings], resampling) for task in base}
+
+
 def mean_difference(
     first: Mapping[str, TaskScore], second: Mapping[str, TaskScore], compared: Mapping[str, TaskDifference]
 ) -> MeanDifference | None:
@@ -187,6 +217,8 @@ def verdict(full: Estimate, quantized: Estimate, change: Estimate) -> str:
 DIFFERING = 0.06
 """Share of 0/1 items that two models trained alike answer differently: a high one of the 0.5 to 7 % measured
 on SmolLM2-135M and the quickstart's text (benchmarks/results/before_after.json)."""
+DIFFERING_ANSWERS = 0.1
+"""The same of exact answers after fine-tuning: where half are right, more hang by one token."""
 DOCUMENT_SD = {"fp32": 0.0023, "int8": 0.0105, "int4": 0.052}
 """Standard deviation over documents of 100 tokens of the arms' difference in loss, nats per token, measured
 in the same study. At int4 most of it is rounding, which falls differently in each arm."""

@@ -47,8 +47,8 @@ class SuiteOptions:
     """Which items a suite of tasks holds.
 
     context: tokens of a held-out window, at most the models' own. limit: most items of each task.
-    perplexity_tokens: most tokens of heldout_perplexity. tasks_path: a folder of lm-eval YAML, whose Python
-    runs if trust_task_code.
+    perplexity_tokens, answer_tokens: most tokens of heldout_perplexity, and of an answer of heldout_answers.
+    tasks_path: a folder of lm-eval YAML, whose Python runs if trust_task_code.
     """
 
     tasks: tuple[str, ...]
@@ -58,6 +58,7 @@ class SuiteOptions:
     perplexity_tokens: int | None = None
     tasks_path: Path | None = None
     trust_task_code: bool = False
+    answer_tokens: int = 128
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from typing import Any
 
 from edgedisp.core.errors import BadInput
 from edgedisp.core.progress import labelled
-from edgedisp.data import Document
-from edgedisp.evaluate import heldout_tasks
+from edgedisp.core.results import ANSWERS_TASK
+from edgedisp.data import Conversation, Document
+from edgedisp.evaluate import answers, heldout_tasks
 from edgedisp.evaluate.comparison import Results
 from edgedisp.evaluate.heldout_tasks import Question, SuiteOptions, Text
 from edgedisp.evaluate.loglikelihood import DEFAULT_OPTIONS, ScoreOptions, TextTokenizer
@@ -54,7 +55,11 @@ class TaskSuite:
         options = replace(options, bos_token=self.tokenizer.bos_token)
         for name, questions in self.questions.items():
             of_task = replace(options, progress=labelled(options.progress, name))
-            results[name] = heldout_tasks.score(name, questions, model, of_task, resampling)
+            if name == ANSWERS_TASK:
+                most = self.options.answer_tokens
+                results[name] = answers.score(questions, model, self.tokenizer, most, of_task, resampling)
+            else:
+                results[name] = heldout_tasks.score(name, questions, model, of_task, resampling)
         for name, tasks in self.harness_tasks.items():
             from edgedisp.evaluate import lm_eval_adapter
 
@@ -73,11 +78,12 @@ def check_tasks(tasks: Sequence[str], tasks_path: Path | None = None, trust_task
     """Raise BadInput for an unknown name, a missing lm-eval, a tasks_path that is no folder, or whose code is
     not trusted. Names are looked for in the text of lm-eval's task files, which takes a second; its own index
     takes ten."""
-    known = [*heldout_tasks.TASKS, *SETS]
+    heldout = [*heldout_tasks.TASKS, ANSWERS_TASK]
+    known = [*heldout, *SETS]
     choices = ", ".join(known)
     if tasks_path is not None and not tasks_path.is_dir():
         raise BadInput(f"evaluate.tasks_path: {tasks_path} is no folder of lm-evaluation-harness tasks")
-    names = unknown = [task for task in expand(tasks) if task not in heldout_tasks.TASKS]
+    names = unknown = [task for task in expand(tasks) if task not in heldout]
     if not names:
         return
     spec = importlib.util.find_spec("lm_eval")
@@ -146,9 +152,13 @@ def prepare(tokenizer: Any, documents: Sequence[Document], options: SuiteOptions
     """Build the items of all tasks, before training, so that what cannot be scored is known then. Raises
     BadInput as `check_tasks` does, for too little held-out text, and when no task is left."""
     check_tasks(options.tasks, options.tasks_path, options.trust_task_code)
-    text = Text(TextTokenizer(tokenizer), documents, options)
+    conversations = [document for document in documents if isinstance(document, Conversation)]
+    texts = [document for document in documents if not isinstance(document, Conversation)]
+    text = Text(TextTokenizer(tokenizer), texts, options)
     names = expand(options.tasks)
     questions = {name: heldout_tasks.build(name, text) for name in names if name in heldout_tasks.TASKS}
+    if ANSWERS_TASK in names:
+        questions[ANSWERS_TASK] = answers.build(conversations, text.tokenizer, options)
     harness_tasks: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
     if harness_names := [name for name in names if name not in questions]:

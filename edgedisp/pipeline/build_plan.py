@@ -19,17 +19,19 @@ from edgedisp.bench.system import multiplies_bf16
 from edgedisp.core.errors import BadInput
 from edgedisp.core.files import RECORD
 from edgedisp.core.progress import Screen, warn
-from edgedisp.core.results import BASELINE
+from edgedisp.core.results import BASE, BASELINE
 from edgedisp.core.stage_folder import open_run
 from edgedisp.data import local_path
 from edgedisp.pipeline import options
 from edgedisp.pipeline.options import TASKS_PATH, BundleRounding
 from edgedisp.pipeline.stage import Passed, Stage, walk
-from edgedisp.recipe import BITS, Adapter, ArmRun, Recipe, Train, load_target
+from edgedisp.recipe import BITS, Adapter, ArmRun, Recipe, Source, Train, load_target
 
 TORCH = "torch"
 HERE = "edgedisp.pipeline"
 START = {"base": "base", "corpus": "corpus"}  # inputs that nearly every stage has
+FIELDS = ("messages", "prompt", "completion", "tools")  # of a source of conversations
+UNTRAINED = "untrained"  # the folder of what is made of the base itself
 
 
 def run_folder(recipe: Recipe, out: Path | None) -> Path:
@@ -59,17 +61,29 @@ def stages(recipe: Recipe, threads: int) -> list[Stage]:
     plan += [training(recipe, run) for run in runs]
     if (adapter := recipe.train.adapter) is not None:
         plan += [merge(recipe, adapter, name) for name in names]
+    names += [UNTRAINED] if recipe.evaluate.measures_base else []
     plan += [
-        Stage(f"{name}/fp32", f"{HERE}.bundles:export", threads, {"model": f"{name}/model"}) for name in names
+        Stage(f"{name}/fp32", f"{HERE}.bundles:export", threads, {"model": model_of(name)}) for name in names
     ]
     plan += [quantize(recipe, name, precision) for name in names for precision in quantized]
     plan += [delta_survival(recipe, name, precision) for name in first for precision in quantized]
     plan += measurements(recipe, threads)
-    bundles = [f"{arm.name}/{precision}" for precision in recipe.precisions for arm in recipe.arms]
-    timing, labels = options.LatencyOptions(recipe.latency, recipe.seed, threads), dict(zip(bundles, bundles))
+    folders = {BASE: UNTRAINED} if recipe.evaluate.measures_base else {}
+    folders |= {arm.name: arm.name for arm in recipe.arms}
+    labels = {
+        f"{label}/{precision}": f"{folder}/{precision}"
+        for precision in recipe.precisions
+        for label, folder in folders.items()
+    }
+    timing = options.LatencyOptions(recipe.latency, recipe.seed, threads)
     plan.append(Stage("latency", f"{HERE}.measure:latency", timing, labels))
     plan += [package(recipe, name, target, threads) for name in first for target in recipe.targets]
     return plan
+
+
+def model_of(name: str) -> str:
+    """The stage that leaves the torch model of a training, or of the untouched base."""
+    return "base" if name == UNTRAINED else f"{name}/model"
 
 
 def reference_arm(recipe: Recipe, arm: str) -> str | None:
@@ -142,13 +156,23 @@ def items(recipe: Recipe) -> Stage:
 
 def _items_options(recipe: Recipe) -> options.ItemsOptions:
     """What the questions depend on, without what only their scoring does."""
-    evaluate = recipe.evaluate.model_copy(update={"bootstrap": 0, "divergence_tokens": 0})
-    return options.ItemsOptions(evaluate, recipe.data.context, recipe.seed)
+    evaluate, answers = recipe.evaluate, None
+    if evaluate.answers is not None:
+        chat = next((source for source in recipe.data.train if source.is_chat), None)
+        fields = {"messages": "messages"} if chat is None else chat.model_dump(include=set(FIELDS))
+        answers = Source(source=evaluate.answers, **fields)
+    evaluate = evaluate.model_copy(update={"bootstrap": 0, "divergence_tokens": 0, "base": None})
+    return options.ItemsOptions(evaluate, recipe.data.context, recipe.seed, answers)
 
 
 def _tasks(recipe: Recipe) -> dict[str, Path]:
-    path = recipe.evaluate.tasks_path
-    return {} if path is None else {TASKS_PATH: (recipe.folder / path).resolve()}
+    """The recipe's own tasks and conversations, as files of a stage."""
+    evaluate, files = recipe.evaluate, dict[str, Path]()
+    if evaluate.tasks_path is not None:
+        files[TASKS_PATH] = (recipe.folder / evaluate.tasks_path).resolve()
+    if evaluate.answers is not None:
+        files |= _local({"evaluate.answers": evaluate.answers}, recipe)
+    return files
 
 
 def as_computed(train: Train) -> Train:
@@ -189,10 +213,10 @@ def bundle_rounding(recipe: Recipe, precision: str, **changes: int) -> BundleRou
     return BundleRounding(BITS[precision], section)
 
 
-def _trains_under(recipe: Recipe, precision: str) -> bool:
-    """Whether quantization-aware training sees the rounding of this precision."""
+def _trains_under(recipe: Recipe, name: str, precision: str) -> bool:
+    """Whether quantization-aware training has seen the rounding of this precision."""
     aware = recipe.train.quantization_aware
-    return aware is not None and aware.precision == precision
+    return name != UNTRAINED and aware is not None and aware.precision == precision
 
 
 def merge(recipe: Recipe, adapter: Adapter, arm: str) -> Stage:
@@ -207,13 +231,13 @@ def merge(recipe: Recipe, adapter: Adapter, arm: str) -> Stage:
 
 def quantize(recipe: Recipe, arm: str, precision: str) -> Stage:
     name, inputs = f"{arm}/{precision}", {"bundle": f"{arm}/fp32"}
-    training_text = {"model": f"{arm}/model", "corpus": "corpus"}
+    training_text = {"model": model_of(arm), "corpus": "corpus"}
     section, decider = recipe.quantize, deciding_arm(recipe)
     if precision != "int4" or not section.searched:
         rounding = bundle_rounding(recipe, precision)
         if rounding.section.method == "gptq":  # calibrated on the training text
             inputs |= training_text
-        read = options.QuantizeOptions(rounding, _trains_under(recipe, precision))
+        read = options.QuantizeOptions(rounding, _trains_under(recipe, arm, precision))
         return Stage(name, f"{HERE}.bundles:quantize", read, inputs)
     # Of int4's options a search reads these; grids and bits are what it searches.
     keys = {"accuracy_level"} | ({"method", "calibration_tokens"} if section.int4.method == "gptq" else set())
@@ -248,7 +272,19 @@ def measurements(recipe: Recipe, threads: int) -> list[Stage]:
     """The measuring of every training at every precision, each after those that it is compared with."""
     runs = sorted(recipe.arm_runs, key=lambda run: run.arm != BASELINE)
     pairs = [(run, precision) for precision in (TORCH, *recipe.precisions) for run in runs]
-    return [measure(recipe, run, at, threads, noise=run is runs[0]) for run, at in pairs]
+    trained = [measure(recipe, run, at, threads, noise=run is runs[0]) for run, at in pairs]
+    at_all = (TORCH, *recipe.precisions) if recipe.evaluate.measures_base else ()
+    return trained + [measure_base(recipe, precision, threads) for precision in at_all]
+
+
+def measure_base(recipe: Recipe, precision: str, threads: int) -> Stage:
+    """The scores of the untouched base alone: its bundles are no arm's, and ship nowhere."""
+    inputs = START | {"model": "base", "items": "items"}
+    if precision != TORCH:
+        inputs["bundle"] = f"{UNTRAINED}/{precision}"
+    counts = recipe.evaluate.bootstrap, recipe.evaluate.divergence_tokens
+    read = options.MeasureOptions(_items_options(recipe), threads, *counts, hidden_states=False)
+    return Stage(f"{UNTRAINED}/measure-{precision}", f"{HERE}.measure:measure", read, inputs, _tasks(recipe))
 
 
 def measure(recipe: Recipe, run: ArmRun, precision: str, threads: int, *, noise: bool) -> Stage:
@@ -264,7 +300,7 @@ def measure(recipe: Recipe, run: ArmRun, precision: str, threads: int, *, noise:
             inputs["reference"] = f"{reference}/measure-{TORCH}"
     else:
         inputs["bundle"] = f"{arm}/{precision}"
-        trained_under = bundle_rounding(recipe, precision) if _trains_under(recipe, precision) else None
+        trained_under = bundle_rounding(recipe, precision) if _trains_under(recipe, arm, precision) else None
         parity = options.ParityOptions(recipe.verify.tokens, recipe.verify.limits(precision), trained_under)
         if is_first:
             inputs["reference"] = f"{arm}/measure-{TORCH}"

@@ -23,7 +23,7 @@ from edgedisp.bench.devices import DeviceTasks
 from edgedisp.core.errors import BadInput, BuildFailed
 from edgedisp.core.files import check_files, check_writable, file_digest, to_json
 from edgedisp.core.progress import Progress, labelled
-from edgedisp.core.results import DeviceResult, Json
+from edgedisp.core.results import ANSWERS_TASK, DeviceResult, Json
 from edgedisp.core.stage_folder import RUN, SCORES
 from edgedisp.evaluate import statistics
 from edgedisp.evaluate.comparison import Results, TaskResult, task_result
@@ -71,6 +71,9 @@ class DeviceQuestions:
 
     def __init__(self, tasks: DeviceTasks, bundles: Mapping[str, Path], cache: Path) -> None:
         check_tasks(tasks.tasks, tasks.tasks_path, tasks.trust_task_code)
+        if ANSWERS_TASK in tasks.tasks:
+            words = "needs generated text; on a device only likelihoods are scored"
+            raise BadInput(f"--score {ANSWERS_TASK}: {words}")
         first = next(iter(bundles.values()))
         run = _run_of(first)
         tokenizers = [bundle / "tokenizer.json" for bundle in bundles.values()]

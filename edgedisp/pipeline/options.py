@@ -9,7 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgedisp.recipe import Adapter, ArmRun, Data, Evaluate, Latency, Model, QuantizeBits, Target, Train
+from edgedisp.recipe import (
+    Adapter,
+    ArmRun,
+    Data,
+    Evaluate,
+    Latency,
+    Model,
+    QuantizeBits,
+    Source,
+    Target,
+    Train,
+)
 
 ITEMS = "items.json"  # in the folders of the stages `items` and `measure`
 TASKS_PATH = "evaluate.tasks_path"
@@ -49,9 +60,12 @@ class CorpusOptions:
 
 @dataclass(frozen=True)
 class ItemsOptions:
+    """answers: the conversations of evaluate.answers, in the place of the held-out ones."""
+
     evaluate: Evaluate
     context: int
     seed: int
+    answers: Source | None = None
 
 
 @dataclass(frozen=True)

@@ -222,8 +222,14 @@ def task_suite(options: ItemsOptions, inputs: Inputs) -> TaskSuite:
         evaluate.perplexity_tokens,
         inputs.files.get(TASKS_PATH),
         evaluate.trust_task_code,
+        evaluate.answer_tokens,
     )
-    return make_suite(inputs["base"], heldout_documents(inputs["corpus"]), suite)
+    documents = heldout_documents(inputs["corpus"])
+    if (source := options.answers) is not None:
+        path = data.fetch(str(inputs.files.get(source.source, source.source)))
+        documents = [document for document in documents if not isinstance(document, data.Conversation)]
+        documents += data.read_documents(path, source)
+    return make_suite(inputs["base"], documents, suite)
 
 
 def make_suite(folder: Path, documents: Sequence[data.Document], options: SuiteOptions) -> TaskSuite:

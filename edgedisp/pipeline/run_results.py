@@ -14,7 +14,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -44,6 +44,7 @@ from edgedisp.core.files import (
     write_json,
 )
 from edgedisp.core.results import (
+    BASE,
     BASELINE,
     DISPERSED,
     REPORT_FORMAT,
@@ -56,9 +57,11 @@ from edgedisp.core.results import (
 from edgedisp.core.run import Replica, Run, Stage
 from edgedisp.core.stage_folder import RUN, Record, read
 from edgedisp.evaluate import comparison
-from edgedisp.evaluate.comparison import Pair, Results
+from edgedisp.evaluate.answers import short_prompt, wrong_answers
+from edgedisp.evaluate.comparison import Results
 from edgedisp.evaluate.statistics import DEFAULT, Resampling
 from edgedisp.pipeline import device_results
+from edgedisp.pipeline.build_plan import UNTRAINED
 from edgedisp.pipeline.options import ITEMS
 from edgedisp.pipeline.stage import Passed
 from edgedisp.recipe import Recipe
@@ -80,9 +83,11 @@ def run_results(recipe: Recipe, passed: list[Passed]) -> Run:
     precisions = ["torch", *sorted(recipe.precisions, key=lambda name: -int(name.strip("fpint")))]
     quantized = [name for name in precisions if name not in ("torch", "fp32")]
     training = {run.name: from_json(Training, records[f"{run.name}/model"]) for run in recipe.arm_runs}
+    untouched = {BASE: UNTRAINED} if recipe.evaluate.measures_base else {}
+    folders = {run.name: run.name for run in recipe.arm_runs} | untouched
     measured = {
-        run.name: {name: from_json(Measurement, records[f"{run.name}/measure-{name}"]) for name in precisions}
-        for run in recipe.arm_runs
+        name: {at: from_json(Measurement, records[f"{folder}/measure-{at}"]) for at in precisions}
+        for name, folder in folders.items()
     }
     base = recipe.model.base
     if recipe.is_smoke:
@@ -100,13 +105,13 @@ def run_results(recipe: Recipe, passed: list[Passed]) -> Run:
         corpus=records["corpus"],
         training={arm: training[arm] for arm in arms},
         bundles={
-            arm: {
-                name: from_json(Bundle, {**records[f"{arm}/{name}"], "path": f"{arm}/{name}"})
-                for name in recipe.precisions
+            name: {
+                at: from_json(Bundle, {**records[f"{folders[name]}/{at}"], "path": f"{folders[name]}/{at}"})
+                for at in recipe.precisions
             }
-            for arm in arms
+            for name in (*arms, *untouched)
         },
-        measurements={arm: measured[arm] for arm in arms},
+        measurements={name: measured[name] for name in (*arms, *untouched)},
         delta_survival={arm: {name: records[f"{arm}/survival-{name}"] for name in quantized} for arm in arms},
         replicas={
             run.name: Replica(run.arm, run.seed, training[run.name], measured[run.name])
@@ -118,23 +123,39 @@ def run_results(recipe: Recipe, passed: list[Passed]) -> Run:
         stages=[Stage(step.name, step.record.seconds, step.cached) for step in passed],
         **surroundings(),
     )
-    scored = {arm: read_scored(passed[0].record.folder.parent, run, arm) for arm in arms}
     resampling = Resampling(recipe.evaluate.bootstrap, recipe.seed)
+    return _compared(run, passed[0].record.folder.parent, resampling)
+
+
+def _compared(run: Run, folder: Path, resampling: Resampling) -> Run:
+    """A run with its scores over all seeds and all that is compared, from the items in its folder."""
+    arms, bundles = run.arms, run.precisions[1:]
+    scored = {arm: read_scored(folder, run, arm) for arm in arms}
     for group in [arms] if BASELINE in arms else [[arm] for arm in arms]:
         join(run, {arm: scored[arm] for arm in group}, resampling)
     for arm in run.compared_arms:
         run.loss_survival[arm] = {
-            name: _loss_survival(scored[BASELINE], scored[arm], name, resampling) for name in quantized
+            name: _loss_survival(scored[BASELINE], scored[arm], name, resampling)
+            for name in bundles
+            if name != "fp32"
         }
-    return run
+    if run.has_base:
+        scored[BASE] = read_scored(folder, run, BASE)
+        for arm, at in itertools.product(arms, run.precisions):
+            gained = comparison.gains(scored[BASE][at][0], scored[arm][at], resampling)
+            run.gains.setdefault(arm, {})[at] = gained
+    results = {f"{arm}/{at}": scored[arm][at][0] for arm in scored for at in bundles}
+    shipped = f"{run.main_arm or arms[-1]}/{bundles[-1]}"
+    return replace(run, answers=wrong_answers(results, shipped), prompt=short_prompt(results[shipped]))
 
 
 def read_scored(path: Path, run: Run, arm: str) -> Scored:
-    """The results of an arm with their items, as the measure stages of the run stored them. Raises BadInput
-    where one cannot be read."""
+    """The results of an arm, or of the untouched base, with their items, as the measure stages of the run
+    stored them. Raises BadInput where one cannot be read."""
     folder = path if path.is_dir() else path.parent
     scored: Scored = {precision: [] for precision in run.precisions}
-    for precision, training in itertools.product(run.precisions, run.trainings(arm)):
+    folders = [UNTRAINED] if arm == BASE else run.trainings(arm)
+    for precision, training in itertools.product(run.precisions, folders):
         file = folder / training / f"measure-{precision}" / ITEMS
         try:
             scored[precision].append(read_items(file.parent))
@@ -178,7 +199,7 @@ def join(run: Run, arms: Mapping[str, Scored], resampling: Resampling = DEFAULT)
     (_, first), *others = arms.items()
     for arm, other in others:
         for precision in (name for name in first if name in other):
-            pairs, reasons = _common(first[precision], other[precision])
+            pairs, reasons = comparison.common_pairs(first[precision], other[precision])
             texts = dict.fromkeys(f"{arm}, {reason}" for reason in reasons)
             run.unpaired.extend(text for text in texts if text not in run.unpaired)
             if not pairs:
@@ -191,27 +212,6 @@ def join(run: Run, arms: Mapping[str, Scored], resampling: Resampling = DEFAULT)
             )
             if (mean := comparison.mean_difference(before, after, differences)) is not None:
                 run.means.setdefault(arm, {})[precision] = mean
-
-
-def _common(first: Sequence[Results], second: Sequence[Results]) -> tuple[dict[str, list[Pair]], list[str]]:
-    """task -> both results of each seed, cut to their common items; and why tasks or items are missing."""
-    tasks, other_tasks = first[0].keys(), second[0].keys()
-    reasons = [f"{task}: scored in one of the two alone" for task in sorted(tasks ^ other_tasks)]
-    fewest, most = sorted((len(first), len(second)))
-    if fewest < most:
-        reasons.append(f"{fewest} of {most} trainings have one to be paired with")
-    pairs = {}
-    for task in (name for name in tasks if name in other_tasks):
-        results = [result[task] for pair in zip(first, second) for result in pair]
-        try:
-            cut = comparison.common_items(results)
-        except ValueError as problem:
-            reasons.append(f"{problem} (other text, tokenizer, context or seed)")
-            continue
-        if len(cut[0].items) < (items := max(len(result.items) for result in results)):
-            reasons.append(f"{task}: {len(cut[0].items)} items in common of {items}")
-        pairs[task] = list(zip(cut[::2], cut[1::2]))
-    return pairs, reasons
 
 
 def surroundings() -> dict[str, Any]:

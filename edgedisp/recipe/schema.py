@@ -291,6 +291,11 @@ class Evaluate(Section):
     """held-out tokens on which each bundle's next-token distributions are compared with its fp32 parent's and
     with the baseline's"""
 
+    @property
+    def measures_base(self) -> bool:
+        """Whether the untouched base is measured at every precision."""
+        return "heldout_answers" in self.tasks if self.base is None else self.base
+
 
 class Latency(Section):
     """What is timed."""

@@ -7,13 +7,15 @@ formatting.py the one way an estimate is written. Only render.py, figure.py and 
 
 from edgedisp.report.cards import bundle_card, model_card
 from edgedisp.report.devices import devices_text
-from edgedisp.report.results_table import table, table_markdown, table_text
+from edgedisp.report.results_table import answers_text, chat_command, table, table_markdown, table_text
 from edgedisp.report.sections import search_text
 from edgedisp.report.verdict import Verdict, verdict
 
 __all__ = [
     "Verdict",
+    "answers_text",
     "bundle_card",
+    "chat_command",
     "devices_text",
     "model_card",
     "search_text",

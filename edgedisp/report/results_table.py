@@ -7,15 +7,17 @@ The table holds raw values (shares, bytes, milliseconds); `Metric.scale` turns t
 from __future__ import annotations
 
 import itertools
+import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from edgedisp.core.progress import printable
-from edgedisp.core.results import BASELINE, Estimate, Score, TaskScore
+from edgedisp.core.results import ANSWERS_TASK, BASE, BASELINE, Estimate, Score, TaskScore
 from edgedisp.core.run import Run
 from edgedisp.report.comparisons import NOT_CLEAR, comparisons, is_loss, is_share
-from edgedisp.report.formatting import format_estimate, label, megabytes
+from edgedisp.report.formatting import MISSING, format_estimate, label, megabytes, significant
 from edgedisp.report.layout import Grid, column_widths, escape_markdown, grid_markdown, grid_text, notes
 
 
@@ -171,3 +173,31 @@ def _grid(
     head = [heading.format(metric=metric, column=column) for metric, column in columns]
     rows = [(row.label, *(row.text(*column, short) for column in columns)) for row in table.rows]
     return Grid(("precision", *head), tuple(rows), caption)
+
+
+# The last lines of a build that was scored by its answers
+
+
+def answers_text(run: Run, width: int = 80) -> str:
+    """Exact answers in percent of the base and every arm, a line for each bundle; empty without that task.
+    Size and speed are the main arm's: the others have the same graph."""
+    models = [name for name in (BASE, *run.arms) if name in run.measurements]
+    shipped = run.main_arm or run.arms[-1]
+    rows = []
+    for precision in (name for name in run.precisions if name in run.bundles.get(shipped, {})):
+        scores = [run.measured(model, precision).scores.get(ANSWERS_TASK) for model in models]
+        if not any(scores):
+            return ""
+        timing = run.latency.timing(f"{shipped}/{precision}") if run.latency else None
+        speed = timing.decode_tokens_per_s if timing else None
+        exact = (format_estimate(score.main.estimate, 100) if score else MISSING for score in scores)
+        size = megabytes(run.bundles[shipped][precision].size_bytes)
+        rows.append((label(precision), *exact, size, significant(speed.value if speed else None, 3)))
+    head = ("exact answers, %", *models, "MB", "tokens/s")
+    return grid_text(Grid(head, tuple(rows)), width) if rows else ""
+
+
+def chat_command(run: Run, folder: Path) -> str:
+    """The command that asks the main arm's smallest bundle a held-out prompt."""
+    words = ["edgedisp", "chat", str(folder / (run.main_arm or run.arms[-1]) / run.precisions[-1])]
+    return shlex.join([*words, *(["--prompt", run.prompt] if run.prompt else [])])

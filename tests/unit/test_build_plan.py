@@ -122,13 +122,31 @@ def test_each_seed_is_trained_exported_and_scored_and_the_first_also_timed_and_p
     }
 
 
+def test_the_untouched_base_is_quantized_scored_and_timed_like_an_arm_and_changes_none() -> None:
+    gptq, aware = "quantize.int4.method=gptq", "train.quantization_aware=int4"
+    for overrides in ((gptq,), (gptq, aware), ("quantize.budget=100MB",)):
+        before, after = by_name(quickstart(*overrides)), by_name(quickstart(*overrides, "evaluate.base=true"))
+        assert changed(before, after) == {"latency"}
+        untrained = {
+            name.removeprefix("untrained/"): stage for name, stage in after.items() if name not in before
+        }
+        assert set(untrained) == {"fp32", "int8", "int4", *(name.removeprefix("ARM/") for name in MEASURE)}
+        assert untrained["fp32"].inputs["model"] == untrained["int4"].inputs["model"] == "base"
+        assert (
+            untrained["measure-int4"].inputs["bundle"]
+            == after["latency"].inputs["base/int4"]
+            == "untrained/int4"
+        )
+    assert not by_name(quickstart(gptq, aware, "evaluate.base=true"))["untrained/int4"].options.is_trained
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
         (MANY, "seeds=3"),
         ("arms=[neftune, dispersed, baseline]", "seeds=2", "train.adapter.kind=qlora"),
         ("arms=[neftune, embedding_dropout]", "train.adapter.kind=lora"),
-        ("arms=[dispersed, baseline]", "quantize.budget=100MB"),
+        ("arms=[dispersed, baseline]", "quantize.budget=100MB", "evaluate.base=true"),
     ],
 )
 def test_every_stage_comes_after_those_it_reads_under_a_name_of_its_own(overrides: tuple[str, ...]) -> None:
@@ -139,7 +157,8 @@ def test_every_stage_comes_after_those_it_reads_under_a_name_of_its_own(override
     for index, stage in enumerate(stages):
         assert set(stage.inputs.values()) <= set(order[:index])
     tops = {name.split("/")[0] for name in order} - {"budget"}
-    assert tops == {"base", "corpus", "items", "latency", *(run.name for run in recipe.arm_runs)}
+    base = {"untrained"} if recipe.evaluate.base else set()
+    assert tops - base == {"base", "corpus", "items", "latency", *(run.name for run in recipe.arm_runs)}
 
 
 def test_a_reporter_that_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

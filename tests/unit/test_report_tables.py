@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from report_sample import PRECISIONS, device, sample, searched, several_arms
 
-from edgedisp.core.results import DeviceResult, Timing
+from edgedisp.core.results import ANSWERS_TASK, DeviceResult, Estimate, Score, TaskScore, Timing
 from edgedisp.core.run import Run
 from edgedisp.report import (
+    answers_text,
     bundle_card,
+    chat_command,
     devices_text,
     model_card,
     table,
@@ -121,3 +124,22 @@ def test_a_bundle_card_loads_and_shows_its_precision_alone() -> None:
     alone = bundle_card({**MANIFEST, "provenance": {}, "base": {}, "grid": None}, "mine")
     assert "Nothing was measured" in alone and "look it up before you distribute" in alone
     assert "\n\n\n" not in card
+
+
+def test_a_build_ends_with_exact_answers_of_base_and_arms_with_size_and_speed() -> None:
+    run = sample()
+    for arm, precision in [(arm, precision) for arm in ("base", *run.arms) for precision in PRECISIONS]:
+        share = 0.01 if arm == "base" else 0.6
+        exact = Score("exact", Estimate(share, share - 0.01, share + 0.01), True, True)
+        model = replace(
+            run.measured(arm, precision), scores={ANSWERS_TASK: TaskScore(ANSWERS_TASK, {"exact": exact})}
+        )
+        run.measurements.setdefault(arm, {})[precision] = model
+    lines = answers_text(run, 120).splitlines()
+    assert lines[0].split("  ")[0] == "exact answers, %"
+    assert lines[0].split()[-5:] == ["base", "baseline", "dispersed", "MB", "tokens/s"]
+    assert [line.split()[0] for line in lines if "[" in line] == ["onnx", "int8", "int4"]
+    assert lines[-1].split()[1:4] == ["1.0", "[0.0,", "2.0]"] and lines[-1].split()[-2:] == ["98.4", "150"]
+    assert answers_text(sample()) == ""
+    command = chat_command(replace(run, prompt="it's late"), Path("runs/a"))
+    assert command == """edgedisp chat runs/a/dispersed/int4 --prompt 'it'"'"'s late'"""
