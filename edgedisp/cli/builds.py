@@ -21,6 +21,7 @@ from edgedisp.cli.app import (
     TrustTaskCodeOption,
     app,
     load_recipe,
+    output_file,
     show,
     width,
 )
@@ -134,6 +135,25 @@ def pilot(
         candidates = command.run(trials, folder, screen)
     text = f"{command.render(trials, candidates, width())}\n\npicture: {folder / 'pilot.png'}"
     show({"run": str(folder), **command.summary(trials, candidates)}, text, as_json)
+
+
+@app.command()
+def init(
+    chat: Annotated[Path, Option(metavar="ROWS", help="Your chat rows: a file or folder.")],
+    base: Annotated[str, Option(metavar="ID", help="The base: a hub id, folder, .gguf file, pypi: file.")],
+    out: Annotated[Path, Option("--out", callback=output_file, help="The recipe.")] = Path("recipe.yaml"),
+    force: Annotated[bool, Option("--force", help="Replace the recipe that is there.")] = False,
+) -> None:
+    """Write a commented recipe for your own chat rows, and say what they hold."""
+    from edgedisp.commands.init import describe, recipe_text, suggest, survey
+
+    if out.exists() and not force:
+        raise BadInput(f"{out}: is there already; --force replaces it, --out names another")
+    with Screen("init") as screen:
+        result = survey(chat, base, screen.progress)
+    values = suggest(result)
+    out.write_text(recipe_text(values, chat, base, out), encoding="utf-8")
+    typer.echo("\n".join([*describe(result, values), f"written   {out}; next: edgedisp plan {out}"]))
 
 
 @app.command()
